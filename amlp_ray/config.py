@@ -1,0 +1,302 @@
+"""Every setting of amlp_ray: its name, unit, range, default, and why that default.
+
+A setting has one name everywhere. `ratio.start` below is `ratio.start` in a YAML file, in `--set ratio.start=0.3`,
+in a study's search space, as an Optuna parameter, and in the report. Unknown names are errors.
+Values come from small trials on breast ultrasound and dermoscopy unless a comment says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+
+from amlp_ray.errors import SettingsError
+from amlp_ray.settings import Settings, build, merged, nested
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ImageSpec(Settings):
+    """What a model must know of a patch dataset: the shape of its images and how to normalise them.
+
+    `mean` and `std` are per channel, in stored units (0-255 for uint8), over the training split.
+    """
+
+    channels: int = Field(ge=1)
+    height: int = Field(ge=8)
+    width: int = Field(ge=8)
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class PrepareSettings(Settings):
+    """How a folder of images becomes a patch dataset."""
+
+    layout: Literal["busi", "paired"]
+    size: int = Field(96, ge=16, le=2048)  # pixels a side; 96 with patch 8 is 144 tokens, the least a patch head needs
+    channels: Literal["auto", 1, 3] = "auto"  # auto: 1 if every image is grey, as exported ultrasound is
+    group_by: Literal["near-duplicates", "image"] = "near-duplicates"  # public sets hold many near-copies
+    group_file: str | None = None  # CSV with columns id, group; takes the place of group_by
+    split_file: str | None = None  # JSON {"train": [ids], "val": ..., "test": ...}; takes the place of fractions
+    fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)  # train, val, test
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_fractions(self) -> PrepareSettings:
+        if min(self.fractions) < 0 or self.fractions[0] == 0 or abs(sum(self.fractions) - 1) > 1e-6:
+            raise ValueError(f"fractions must be train > 0, val, test >= 0 with sum 1, not {self.fractions}")
+        return self
+
+
+class ModelSettings(Settings):
+    """The masked autoencoder: a timm ViT encoder and a narrow decoder."""
+
+    patch_size: int = Field(8, ge=2, le=64)  # pixels; lesions of 10-30 pixels are 1-4 patches of 16
+    width: int = Field(96, ge=16, le=2048)  # trains on two CPU cores in minutes; 384 is ViT-S, 768 ViT-B
+    depth: int = Field(4, ge=1, le=64)
+    heads: int = Field(3, ge=1, le=64)
+    decoder_width: int = Field(64, ge=16, le=2048)  # 512x8, MAE's, is over half of the work at ratio 0.75
+    decoder_depth: int = Field(1, ge=1, le=16)
+    decoder_heads: int = Field(2, ge=1, le=64)
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> ModelSettings:
+        for width, heads, name in (
+            (self.width, self.heads, ""),
+            (self.decoder_width, self.decoder_heads, "decoder_"),
+        ):
+            if width % heads:
+                raise ValueError(f"{name}width {width} must be a multiple of {name}heads {heads}")
+            if width % 4:
+                raise ValueError(f"{name}width {width} must be a multiple of 4 (2-D sine-cosine positions)")
+        return self
+
+
+class RatioSettings(Settings):
+    """AMR: the masking ratio over training, from `start` to `end` (method.md section 4). Ratios count all patches."""
+
+    start: float = Field(0.25, gt=0, lt=1)  # low, as AMLP argues: more context while features are young
+    end: float = Field(0.75, gt=0, lt=1)  # MAE's ratio; may lie below start to test AMLP's claim
+    shape: Literal["linear", "cosine", "power", "step"] = "linear"
+    power: float = Field(1.0, ge=0.1, le=10)  # exponent of `power`; 1 is linear
+    levels: int = Field(4, ge=2, le=50)  # number of plateaus of `step`
+    duration: float = Field(1.0, gt=0, le=1)  # share of training after which `end` is reached
+
+
+class SelectionSettings(Settings):
+    """MPS: which patches are masked first (method.md section 2)."""
+
+    mode: Literal["random", "hard", "soft"] = "hard"  # random is MAE; hard takes a cluster; soft a patch score
+    # hard: k-means per image, one cluster is named the lesion
+    features: Literal["raw", "stats", "context"] = "raw"
+    clusters: int = Field(3, ge=2, le=16)  # 2 splits tissue from shadow, not lesion from tissue
+    rule: Literal["smallest", "distinct", "most_central", "darkest", "brightest", "random"] = "smallest"
+    min_patches: int = Field(2, ge=1)  # a smaller cluster is an outlier, not a lesion
+    max_share: float = Field(0.5, gt=0, le=1)  # a larger one is tissue
+    lesion_share: float = Field(1.0, gt=0, le=1)  # share of the lesion cluster that is masked; below 1 leaves hints
+    # soft: Gumbel-top-m on strength * z(score)
+    score: Literal["row_contrast", "blob", "border_saliency", "combined"] = "combined"
+    lesion_sign: Literal["dark", "bright", "free"] = "dark"  # true of ultrasound and skin; bright for PET and FLAIR
+    centre_prior: float = Field(0.0, ge=0)  # SD in half sides, 0 is off; 0.8 suits centred photographs and ultrasound
+    strength: float = Field(1.0, ge=0, le=50)  # 0 is random masking; above 1.5 nearly every lesion patch is masked
+    # both: black border is no tissue
+    background_filter: bool = True
+    background_mean: float = Field(0.02, ge=0, le=1)  # share of the image's range; a patch below both is border
+    background_std: float = Field(0.01, ge=0, le=1)
+
+
+class LossSettings(Settings):
+    """Reconstruction loss, its weighting towards hard patches (ARL, RRL), and CCL (method.md section 3)."""
+
+    norm_pix: bool = (
+        False  # standardise each target patch; off, since raw-target error follows lesions (AUC 0.81 v 0.57)
+    )
+    weighting: Literal["none", "arl", "rrl"] = "rrl"
+    mix: Share = 1.0  # share of the weighted loss; 0 is the plain one
+    temperature: float = Field(1.0, gt=0)  # arl: softmax temperature in units of the image's mean error
+    gamma: float = Field(1.0, ge=0, le=8)  # rrl: exponent of the relative error; 0 is the plain loss
+    clip_min: float = Field(0.2, gt=0, le=1)  # rrl: keeps speckle and callipers from ruling the loss
+    clip_max: float = Field(5.0, ge=1)
+    ccl_weight: float = Field(0.1, ge=0, le=10)  # 0 is off
+    ccl_threshold: Literal["mean", "quantile"] = "quantile"  # quantile keeps the cluster's share of lesion patches
+    ccl_difficulty_share: Share = 0.5  # eta: difficulty label against cluster label
+    warmup: float = Field(0.1, ge=0, le=0.9)  # share of training with the plain loss: early errors mean nothing
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    # Named arms: each is a setting of the same code. Values given by the user win over them.
+    "amlp": {},
+    "amlp-soft": {"selection": {"mode": "soft"}, "ratio": {"start": 0.3, "end": 0.5}},
+    "mps-ams": {"loss": {"weighting": "none", "ccl_weight": 0.0}},
+    "mae": {
+        "selection": {"mode": "random"},
+        "ratio": {"start": 0.75, "end": 0.75},
+        "loss": {"weighting": "none", "ccl_weight": 0.0},
+    },
+}
+
+
+class PretrainSettings(Settings):
+    """One pretraining run. `variant` sets a named arm; every other value given wins over it.
+
+    >>> PretrainSettings(variant="mae").ratio.start
+    0.75
+    """
+
+    variant: Literal["amlp", "amlp-soft", "mps-ams", "mae"] = "amlp"
+    epochs: int = Field(100, ge=1)
+    batch_size: int = Field(16, ge=1)  # images per optimiser step over all workers; small sets need many steps
+    lr: float = Field(1e-3, gt=0, le=1)  # at batch 16; not scaled, so that one number means one thing
+    weight_decay: float = Field(0.05, ge=0, le=1)
+    warmup: float = Field(0.1, ge=0, lt=1)  # share of steps over which lr rises; then cosine to zero
+    clip_grad: float = Field(1.0, gt=0)  # largest gradient norm
+    crop_min: float = Field(0.6, gt=0, le=1)  # least area share of a random crop; lesions must stay in the picture
+    flip: bool = True  # left-right only: depth has a direction in ultrasound
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs that have it, fp32 on CPU
+    seed: int = Field(0, ge=0)
+    data: Literal["auto", "memory", "stream"] = "auto"  # auto: in memory up to 2 GiB, else a Ray Data stream
+    model: ModelSettings = ModelSettings()
+    ratio: RatioSettings = RatioSettings()
+    selection: SelectionSettings = SelectionSettings()
+    loss: LossSettings = LossSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lay_variant_under(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        variant = given.get("variant", "amlp")
+        return merged(VARIANTS.get(variant, {}) if isinstance(variant, str) else {}, given)
+
+    def check_image(self, spec: ImageSpec) -> None:
+        """Raise SettingsError where the patch size does not divide the images."""
+        p = self.model.patch_size
+        if spec.height % p or spec.width % p:
+            raise SettingsError(
+                f"model.patch_size {p} does not divide the images of {spec.height}x{spec.width} pixels; "
+                f"choose a divisor or prepare the data with another --size."
+            )
+
+
+class ProbeSettings(Settings):
+    """`probe`: what a search maximises. A frozen encoder, a linear head per patch, few labels."""
+
+    labels: int = Field(24, ge=4)  # labelled training images per subset; 8 is too noisy (SD 0.032 against 0.019)
+    subsets: int = Field(6, ge=1)  # fixed subsets, their mean is the score: noise 0.008 DSC
+    scoring: Literal["auto", "val", "cross-validation"] = "auto"  # auto: val from 40 lesion images on
+    folds: int = Field(5, ge=2)  # cross-validation by group inside train + val; test is never read
+    seed: int = Field(0, ge=0)  # subsets and folds; the same for all trials of a study
+
+
+class SegmentSettings(Settings):
+    """`finetune`: training a segmenter on labelled images, for confirmation."""
+
+    epochs: int = Field(60, ge=1)
+    batch_size: int = Field(12, ge=1)
+    lr: float = Field(1e-3, gt=0, le=1)  # below 1e-3 pretrained encoders are penalised far more than scratch
+    weight_decay: float = Field(0.05, ge=0, le=1)
+    warmup: float = Field(0.1, ge=0, lt=1)
+    labels: int | None = Field(None, ge=4)  # labelled training images; none: all with a lesion
+    decoder_width: int = Field(64, ge=8, le=1024)
+    freeze: bool = False  # train the decoder only
+    flip: bool = True
+    seed: int = Field(0, ge=0)
+
+
+class SamplerSettings(Settings):
+    """Which Optuna sampler proposes settings."""
+
+    name: Literal["tpe", "random", "gp", "qmc"] = "tpe"
+    startup: int = Field(5, ge=1)  # random trials before TPE models anything; studies here have tens of trials
+
+
+class PrunerSettings(Settings):
+    """Which Optuna pruner stops poor trials early, and the rungs at which a trial is scored."""
+
+    name: Literal["median", "percentile", "halving", "none"] = "median"
+    rungs: int = Field(4, ge=1)  # scorings per trial, evenly spaced, the last at full length
+    min_steps: int = Field(400, ge=0)  # no pruning earlier: rungs below about 400 optimiser steps do not rank
+    startup: int = Field(3, ge=0)  # complete trials before the first one may be pruned
+    percentile: float = Field(50.0, gt=0, lt=100)  # `percentile` keeps trials above this
+    reduction: int = Field(2, ge=2)  # `halving` keeps 1 in this many
+
+
+class BudgetSettings(Settings):
+    """When a study ends; the first limit reached counts. Baseline arms come on top of `trials`."""
+
+    trials: int = Field(16, ge=1)
+    hours: float | None = Field(None, gt=0)  # of this run; running trials finish
+
+
+class ResourceSettings(Settings):
+    """What one trial holds. One worker trains in the trial's own process, more in a Ray Train group."""
+
+    workers: int = Field(1, ge=1)
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    concurrency: int | None = Field(None, ge=1)  # trials side by side; none: as many as the cluster holds
+
+
+class Range(Settings):
+    """A numeric parameter of a search space."""
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = Field(None, gt=0)
+    when: dict[str, Any] | None = None  # {"ratio.shape": "power"}: only in trials where that holds
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Range:
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low:g} must lie below high {self.high:g}")
+        if self.log and (self.low <= 0 or self.step):
+            raise ValueError("log needs low > 0 and no step")
+        return self
+
+
+class Choice(Settings):
+    """A categorical parameter of a search space."""
+
+    choices: list[str | int | float | bool] = Field(min_length=1)
+    when: dict[str, Any] | None = None
+
+
+Parameter = Annotated[
+    Annotated[Range, Tag("range")] | Annotated[Choice, Tag("choice")],
+    Discriminator(lambda given: "choice" if isinstance(given, Choice) or "choices" in given else "range"),
+]
+
+
+class StudySettings(Settings):
+    """One study: what is searched, by which rules, on what, and until when."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    description: str = ""
+    data: str | None = None  # path of a patch dataset; --data gives it too
+    seed: int = Field(0, ge=0)
+    pretrain: dict[str, Any] = Field(default_factory=dict)  # settings of every trial, kept as given (see `trial`)
+    space: dict[str, Parameter] = Field(default_factory=dict)
+    probe: ProbeSettings = ProbeSettings()
+    sampler: SamplerSettings = SamplerSettings()
+    pruner: PrunerSettings = PrunerSettings()
+    budget: BudgetSettings = BudgetSettings()
+    resources: ResourceSettings = ResourceSettings()
+    arms: list[Literal["scratch", "amlp", "amlp-soft", "mps-ams", "mae"]] = ["scratch", "mae"]  # in the same budget
+    arm_seeds: int = Field(2, ge=1)  # repeats of each arm: one run says nothing about noise
+    tie: float = Field(0.02, ge=0)  # DSC; smaller differences are noise at these sizes and called ties
+
+    @field_validator("pretrain")
+    @classmethod
+    def _check_pretrain(cls, given: dict[str, Any]) -> dict[str, Any]:
+        build(PretrainSettings, given, "pretrain")
+        return given
+
+    def trial(self, params: Mapping[str, Any], *, seed: int) -> PretrainSettings:
+        """Return the settings of one trial: those of the study with `params` (dotted names) on top.
+
+        Merged before they are resolved, so that a searched `variant` brings its own values along.
+        """
+        return build(PretrainSettings, merged(self.pretrain, nested({**params, "seed": seed})), self.name)

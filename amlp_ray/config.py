@@ -284,7 +284,7 @@ class StudySettings(Settings):
     pruner: PrunerSettings = PrunerSettings()
     budget: BudgetSettings = BudgetSettings()
     resources: ResourceSettings = ResourceSettings()
-    arms: list[Literal["scratch", "amlp", "amlp-soft", "mps-ams", "mae"]] = ["scratch", "mae"]  # in the same budget
+    arms: tuple[Literal["scratch", "amlp", "amlp-soft", "mps-ams", "mae"], ...] = ("scratch", "mae")  # same budget
     arm_seeds: int = Field(2, ge=1)  # repeats of each arm: one run says nothing about noise
     tie: float = Field(0.02, ge=0)  # DSC; smaller differences are noise at these sizes and called ties
 

@@ -1,0 +1,1 @@
+"""Searching: a space, a searcher, trials, and the study that holds them."""

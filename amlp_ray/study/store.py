@@ -1,0 +1,118 @@
+"""The study store: one folder with an Optuna journal and plain files. No pickle is ever read from it.
+
+    <runs>/<name>/
+      study.yaml         as given, in full
+      study.journal      Optuna journal; holds two Optuna studies, `<name>` (the search) and `<name>.arms` (the baselines)
+      environment.json   commit, versions, hardware, seeds, dataset fingerprint
+      trials/<number>/   settings.yaml, metrics.jsonl, score.json, checkpoint/, encoder.safetensors, pictures/
+      arms/<arm>-<repeat>/   the same files
+      report.html
+
+Arms live in an Optuna study of their own: they have no searched parameters, so inside the search they would blind
+multivariate TPE, whose space is the intersection of all trials, and could come out as its best trial.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from amlp_ray.config import StudySettings
+from amlp_ray.errors import StudyError
+from amlp_ray.settings import build, read_yaml
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line per state change is ours to print
+
+
+class StudyStore:
+    """Paths and storages of one study folder. Opening reads only what is asked for."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).absolute()
+        self.name = self.folder.name
+
+    @classmethod
+    def open(cls, folder: str | Path) -> StudyStore:
+        """Open an existing study. Raises StudyError where there is none."""
+        store = cls(folder)
+        if not (store.folder / "study.yaml").is_file():
+            parent = store.folder.parent
+            there = sorted(p.parent.name for p in parent.glob("*/study.yaml"))
+            raise StudyError(
+                f"There is no study {store.name!r} in {parent}; "
+                + (f"studies there: {', '.join(there)}." if there else "start one with `amlp-ray study run FILE.yaml`.")
+            )
+        return store
+
+    def settings(self) -> StudySettings:
+        path = self.folder / "study.yaml"
+        return build(StudySettings, read_yaml(path), str(path))
+
+    def trial_folder(self, number: int) -> Path:
+        return self.folder / "trials" / str(number)
+
+    def arm_folder(self, arm: str, repeat: int) -> Path:
+        return self.folder / "arms" / f"{arm}-{repeat}"
+
+    def storage(self) -> JournalStorage:
+        return JournalStorage(JournalFileBackend(str(self.folder / "study.journal")))
+
+    def search(self, storage: JournalStorage | None = None) -> optuna.Study:
+        """Return the Optuna study of the search; plain `optuna.load_study` opens the same."""
+        return self._study(self.name, storage)
+
+    def arms(self, storage: JournalStorage | None = None) -> optuna.Study:
+        """Return the Optuna study of the baseline arms; user attributes `arm` and `repeat` name each trial."""
+        return self._study(f"{self.name}.arms", storage)
+
+    def _study(self, name: str, storage: JournalStorage | None) -> optuna.Study:
+        return optuna.create_study(
+            study_name=name, storage=storage or self.storage(), direction="maximize", load_if_exists=True
+        )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the study for this process: one driver at a time, so a RUNNING trial found here belongs to a dead one.
+
+        The kernel frees the lock when the process dies, however it dies.
+
+        Raises:
+            StudyError: naming the holder, where another process runs this study.
+        """
+        with (self.folder / "run.lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise StudyError(
+                    f"Study {self.name!r} is already run by {file.read() or 'another process'}; "
+                    f"wait for it, or end it, before running the study again."
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read `metrics.jsonl` of a trial or pretraining run, one dict per epoch; a half-written last line is left out."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

@@ -2,7 +2,7 @@
 
     <runs>/<name>/
       study.yaml         as given, in full
-      study.journal      Optuna journal; holds two Optuna studies, `<name>` (the search) and `<name>.arms` (the baselines)
+      study.journal      Optuna journal of two Optuna studies: `<name>`, the search, and `<name>.arms`, the baselines
       environment.json   commit, versions, hardware, seeds, dataset fingerprint
       trials/<number>/   settings.yaml, metrics.jsonl, score.json, checkpoint/, encoder.safetensors, pictures/
       arms/<arm>-<repeat>/   the same files

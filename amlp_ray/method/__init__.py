@@ -1,0 +1,1 @@
+"""AMLP itself: model, patch selection, masking ratio, losses. Pure tensor code: no files, no Ray."""

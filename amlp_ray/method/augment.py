@@ -1,0 +1,36 @@
+"""Normalisation and augmentation of a batch on its device, in one call: random resized crops and flips."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from amlp_ray.config import ImageSpec
+from amlp_ray.method import noise as draw
+
+
+def normalise(images: Tensor, spec: ImageSpec) -> Tensor:
+    """Scale stored images (B, C, H, W), uint8 or uint16, to mean 0 and SD 1 per channel of the training split."""
+    mean = torch.tensor(spec.mean, device=images.device).view(1, -1, 1, 1)
+    std = torch.tensor(spec.std, device=images.device).view(1, -1, 1, 1)
+    return (images.float() - mean) / std
+
+
+def crop_and_flip(images: Tensor, keys: Tensor, *, crop_min: float, flip: bool, seed: int, epoch: int) -> Tensor:
+    """Cut a random part of every image (area share crop_min to 1, sides 3:4 to 4:3) and resize it to full size.
+
+    Args:
+        images: (B, C, H, W) float. keys: (B,) int64, identities; the crop depends on (seed, epoch, key).
+    """
+    if crop_min == 1 and not flip:
+        return images
+    u = draw.uniform(keys, 5, seed=seed, epoch=epoch, purpose=draw.CROP)
+    area = crop_min + (1 - crop_min) * u[:, 0]
+    aspect = (4 / 3) ** (u[:, 1] * 2 - 1) if crop_min < 1 else torch.ones_like(area)
+    half_w, half_h = (area * aspect).sqrt().clamp_max(1), (area / aspect).sqrt().clamp_max(1)
+    centre_x, centre_y = (u[:, 2] * 2 - 1) * (1 - half_w), (u[:, 3] * 2 - 1) * (1 - half_h)
+    if flip:
+        half_w = torch.where(u[:, 4] < 0.5, -half_w, half_w)
+    zero = torch.zeros_like(area)
+    theta = torch.stack([half_w, zero, centre_x, zero, half_h, centre_y], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)

@@ -81,19 +81,30 @@ def build(model: type[S], values: Mapping[str, Any], source: str) -> S:
         raise SettingsError(" ".join(_sentences(model, error, source))) from None
 
 
-def from_assignments(model: type[S], base: Mapping[str, Any], assignments: Iterable[str], source: str = "--set") -> S:
-    """Validate `base` with `name=value` texts laid on top; values are read as YAML scalars."""
+def assignments(texts: Iterable[str], source: str = "--set") -> dict[str, Any]:
+    """Read `name=value` texts, values as YAML scalars, into nested settings.
+
+    >>> assignments(["epochs=20", "ratio.start=0.3"])
+    {'epochs': 20, 'ratio': {'start': 0.3}}
+    """
     values: dict[str, Any] = {}
-    for text in assignments:
+    for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise SettingsError(f"{source} {text!r} is not of the form name=value, such as epochs=20.")
-        values[name.strip()] = yaml.safe_load(value)
+        try:
+            values[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise SettingsError(f"{source} {text!r}: the value cannot be read.") from None
     try:
-        over = nested(values)
+        return nested(values)
     except (AttributeError, TypeError):
         raise SettingsError(f"{source} gives both a group and a value inside it: {', '.join(values)}.") from None
-    return build(model, merged(base, over), source)
+
+
+def from_assignments(model: type[S], base: Mapping[str, Any], texts: Iterable[str], source: str = "--set") -> S:
+    """Validate `base` with `name=value` texts laid on top."""
+    return build(model, merged(base, assignments(texts, source)), source)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class MaskedAutoencoder(nn.Module):
         self.encoder: VisionTransformer
         self.decoder_positions: Tensor
         self.patch_size = settings.patch_size
-        self.channels = spec.channels
+        self.spec = spec
         self.grid = (spec.height // settings.patch_size, spec.width // settings.patch_size)
         wide = settings.decoder_width
         self.encoder = create_encoder(timm_arguments(settings, spec))

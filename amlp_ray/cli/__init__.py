@@ -1,0 +1,39 @@
+"""The command line. Heavy imports wait until a command needs them, so that --help answers at once."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from amlp_ray.cli import data, study
+from amlp_ray.cli.pretrain import pretrain
+from amlp_ray.cli.segment import segment
+from amlp_ray.errors import AmlpError
+
+app = typer.Typer(
+    name="amlp-ray",
+    help="Pretrain AMLP on unlabelled medical images and search its settings on a Ray cluster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(data.app, name="data")
+app.command()(pretrain)
+app.command()(segment)
+app.add_typer(study.app, name="study")
+
+
+def main() -> None:
+    """Run a command. Exit code 0: done, 1: failed, 2: invalid input."""
+    try:
+        app()
+    except AmlpError as error:
+        print(f"amlp-ray: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("amlp-ray: interrupted; the same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Starting or joining a Ray cluster, quietly and with a dashboard whose address is known."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from amlp_ray.errors import ResourceError
+
+_ENVIRONMENT = {
+    # Seconds between looks at a Ray Train group; reports wait for the next one. Ray's default of 2 idles short epochs.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab is empty without it
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # else workers change directory and relative paths break
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing leaves a hospital's network unasked
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a study keeps its own files
+}
+
+
+@dataclass(frozen=True)
+class RaySession:
+    """A running Ray: the dashboard's address, or None where there is none, and whether the cluster was started here."""
+
+    dashboard: str | None
+    own: bool
+
+
+@contextmanager
+def ray_session(address: str | None = None, *, cpus: int | None = None) -> Iterator[RaySession]:
+    """Join the cluster at `address`, or start one on this machine; leave as found.
+
+    A Ray that this process has already initialised is used as it is, as in a notebook.
+
+    Args:
+        address: such as `auto` or `ray://head:10001`.
+        cpus: CPU cores a started cluster offers; none: all.
+
+    Raises:
+        ResourceError: where no cluster answers at `address`.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    own = address is None
+    port = _free_port()
+    if own:
+        # Ray Train frees a killed run's placement group by asking this server; it must know where it is (ray#58515).
+        os.environ.setdefault("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{port}")
+    import ray
+
+    if ray.is_initialized():
+        yield RaySession(_dashboard(), own=False)
+        return
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    try:
+        if own:
+            ray.init(
+                num_cpus=cpus,
+                include_dashboard=True,
+                dashboard_port=port,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        else:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, TimeoutError, ValueError) as error:
+        raise ResourceError(
+            f"No Ray cluster answers at {address!r} ({' '.join(str(error).split())[:120]}); "
+            f"check the address, or leave --address out to start Ray here."
+        ) from None
+    try:
+        yield RaySession(_dashboard(), own=own)
+    finally:
+        ray.shutdown()
+        if own:
+            os.environ.pop("RAY_API_SERVER_ADDRESS", None)
+
+
+def _dashboard() -> str | None:
+    from ray._private.worker import global_worker
+
+    node = global_worker.node
+    url = node.webui_url if node else None
+    return f"http://{url}" if url else None
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def cluster_resources() -> dict[str, float]:
+    """CPUs and GPUs of the cluster in all and of its largest node: `CPU`, `GPU`, `node_CPU`, `node_GPU`."""
+    import ray
+
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    totals = {kind: float(sum(node.get(kind, 0) for node in alive)) for kind in ("CPU", "GPU")}
+    largest = {f"node_{kind}": float(max((node.get(kind, 0) for node in alive), default=0)) for kind in ("CPU", "GPU")}
+    return totals | largest
+
+
+def machine_resources() -> dict[str, float]:
+    """The same for this machine alone, without starting Ray."""
+    import torch
+
+    cpus, gpus = float(os.cpu_count() or 1), float(torch.cuda.device_count())
+    return {"CPU": cpus, "GPU": gpus, "node_CPU": cpus, "node_GPU": gpus}

@@ -1,0 +1,166 @@
+"""Say before you spend: check a study and price it before its first trial."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from amlp_ray.config import PretrainSettings, ResourceSettings, StudySettings
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.errors import ResourceError, SettingsError
+from amlp_ray.method.ratio import masking_ratio
+from amlp_ray.study.searcher import first_prunable_epoch, rung_epochs
+from amlp_ray.study.space import check_space
+
+DRIVER_CPU = 0.01  # a trial that only drives an inner Train group; zero is refused by Ray
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study will take. Hours are wall hours: `hours_full` if nothing is pruned, `hours_pruned` if half is."""
+
+    study: str
+    trials: int
+    arm_trials: int
+    epochs: int
+    steps_per_trial: int
+    rungs: tuple[int, ...]
+    first_prunable_epoch: int
+    workers: int
+    cpus_per_trial: float
+    gpus_per_trial: float
+    concurrency: int
+    seconds_per_trial: float
+    seconds_per_probe: float
+    hours_full: float
+    hours_pruned: float
+    gpu_hours_full: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_study(settings: StudySettings, dataset: PatchDataset) -> None:
+    """Raise SettingsError or DataError for what would fail only after hours: space, patch size, labels, batch."""
+    check_space(settings)
+    base = settings.trial({}, seed=0)
+    base.check_image(dataset.spec)
+    if base.batch_size % settings.resources.workers:
+        raise SettingsError(
+            f"batch_size {base.batch_size} must be a multiple of resources.workers {settings.resources.workers}."
+        )
+    first = first_prunable_epoch(base, settings.pruner, dataset.count("train"))
+    if settings.pruner.name != "none" and first >= base.epochs:
+        steps = base.epochs * max(1, dataset.count("train") // base.batch_size)
+        raise SettingsError(
+            f"pruner.name={settings.pruner.name} cannot act: a trial has {steps} optimiser steps, and nothing is pruned "
+            f"before pruner.min_steps={settings.pruner.min_steps}; raise epochs or set pruner.name=none."
+        )
+
+
+def concurrency(resources: ResourceSettings, cluster: dict[str, float]) -> int:
+    """Trials that fit side by side.
+
+    Raises:
+        ResourceError: where not even one fits: Ray would wait for it for ever.
+    """
+    for kind, wanted in (("CPU", resources.cpus_per_worker), ("GPU", resources.gpus_per_worker)):
+        largest, total = cluster[f"node_{kind}"], cluster[kind]
+        if wanted > largest:
+            raise ResourceError(
+                f"resources.{kind.lower()}s_per_worker={wanted:g}, but the largest node has {largest:g} {kind}s; "
+                f"lower it or join a larger cluster with --address."
+            )
+        if wanted * resources.workers > total:
+            raise ResourceError(
+                f"resources.workers={resources.workers} with {wanted:g} {kind}s each is more than the {total:g} {kind}s "
+                f"of the cluster; lower resources.workers or resources.{kind.lower()}s_per_worker."
+            )
+    # A driver of a group takes a sliver of a CPU of its own, and Ray rounds nothing in our favour.
+    cpus = resources.cpus_per_worker * resources.workers + (DRIVER_CPU if resources.workers > 1 else 0)
+    fit = math.floor(cluster["CPU"] / cpus + 1e-9)
+    if resources.gpus_per_worker:
+        fit = min(fit, math.floor(cluster["GPU"] / (resources.gpus_per_worker * resources.workers) + 1e-9))
+    if fit < 1:
+        raise ResourceError(
+            f"One trial needs {cpus:g} CPUs ({resources.workers} workers and {DRIVER_CPU} for its driver), but the "
+            f"cluster has {cluster['CPU']:g}; set resources.cpus_per_worker to {0.9 * cluster['CPU'] / resources.workers:g}."
+        )
+    return min(fit, resources.concurrency or fit)
+
+
+def make_plan(settings: StudySettings, dataset: PatchDataset, cluster: dict[str, float]) -> Plan:
+    """Check the study and price it by timing a few steps and one probe of its base settings on this machine."""
+    check_study(settings, dataset)
+    side_by_side = concurrency(settings.resources, cluster)
+    base = settings.trial({}, seed=0)
+    images = dataset.count("train")
+    steps = base.epochs * max(1, images // base.batch_size)
+    seconds_per_step, probe = _time(settings, base, dataset)
+    rungs = rung_epochs(base.epochs, settings.pruner.rungs)
+    per_trial = steps * seconds_per_step / settings.resources.workers + len(rungs) * probe
+    first = first_prunable_epoch(base, settings.pruner, images)
+    trained_arms = sum(arm != "scratch" for arm in settings.arms) * settings.arm_seeds
+    share = 1.0
+    if settings.pruner.name != "none":
+        stop = next((r for r in rungs if r >= first), base.epochs)
+        share = 0.5 + 0.5 * stop / base.epochs
+    workers = settings.resources.workers
+    full = (settings.budget.trials + trained_arms) * per_trial / side_by_side / 3600
+    pruned = (settings.budget.trials * share + trained_arms) * per_trial / side_by_side / 3600
+    limit = settings.budget.hours or math.inf
+    return Plan(
+        study=settings.name,
+        trials=settings.budget.trials,
+        arm_trials=len(settings.arms) * settings.arm_seeds,
+        epochs=base.epochs,
+        steps_per_trial=steps,
+        rungs=rungs,
+        first_prunable_epoch=first,
+        workers=workers,
+        cpus_per_trial=settings.resources.cpus_per_worker * workers,
+        gpus_per_trial=settings.resources.gpus_per_worker * workers,
+        concurrency=side_by_side,
+        seconds_per_trial=round(per_trial, 1),
+        seconds_per_probe=round(probe, 2),
+        hours_full=round(min(full, limit), 3),
+        hours_pruned=round(min(pruned, limit), 3),
+        gpu_hours_full=round(min(full, limit) * side_by_side * settings.resources.gpus_per_worker * workers, 3),
+    )
+
+
+def _time(settings: StudySettings, base: PretrainSettings, dataset: PatchDataset) -> tuple[float, float]:
+    """Seconds per optimiser step, averaged over the schedule's ratios, and per probe."""
+    import torch
+
+    from amlp_ray.data.stream import open_batches
+    from amlp_ray.training.pretrain import build_model, training_step
+    from amlp_ray.training.probe import Probe
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, int(settings.resources.cpus_per_worker)))
+    try:
+        device = "cuda" if torch.cuda.is_available() and settings.resources.gpus_per_worker else "cpu"
+        batches = open_batches(dataset, batch_size=base.batch_size, seed=0, mode=base.data)
+        model, optimizer = build_model(base, batches, device)
+        batch = next(iter(batches.epoch(1)))
+        spent = []
+        for epoch in sorted({1, (base.epochs + 1) // 2, base.epochs}):
+            ratio = masking_ratio(base.ratio, epoch, base.epochs)
+            for attempt in range(3):  # the first is a warm-up
+                started = time.perf_counter()
+                training_step(model, batch, base, epoch, ratio, device)["loss"].backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                if attempt:
+                    spent.append(time.perf_counter() - started)
+        probe = Probe(dataset, settings.probe, base.model.patch_size)
+        started = time.perf_counter()
+        probe.score(model)
+        return sum(spent) / len(spent), time.perf_counter() - started
+    finally:
+        torch.set_num_threads(before)

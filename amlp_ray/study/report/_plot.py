@@ -1,0 +1,54 @@
+"""What all figures of a report share: how they look, and what is known of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import plotly.graph_objects as go
+
+from amlp_ray.study.report._facts import Run
+
+SCALE = [[0.0, "#b5dcc6"], [0.5, "#3a8fb7"], [1.0, "#35155d"]]  # DSC, low to high; all of it readable on white
+ACCENT, PALE = "#d1495b", "#9aa5b1"
+ARM_COLOURS = ["#e09f3e", "#3d5a80", "#6a994e", "#9c6644", "#7b2d8b"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the report; `gap` stands in its place where there is nothing to draw."""
+
+    key: str
+    title: str
+    caption: str
+    figure: go.Figure | None = None
+    gap: str = ""
+    height: int = 420
+
+
+def hover(run: Run) -> str:
+    lines = [f"{run.name}, {run.state}" + ("" if run.dsc is None else f", DSC {run.dsc:.3f}")]
+    lines += [
+        f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}" for name, value in run.params.items()
+    ]
+    return "<br>".join(escape(line) for line in lines)
+
+
+def empty(x: str, y: str) -> go.Figure:
+    figure = go.Figure(layout=layout())
+    figure.update_xaxes(title_text=x, gridcolor="#eceff3", zeroline=False, linecolor="#c8d0d9")
+    figure.update_yaxes(title_text=y, gridcolor="#eceff3", zeroline=False, linecolor="#c8d0d9")
+    return figure
+
+
+def layout() -> dict[str, Any]:
+    return {
+        "template": None,
+        "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#1f2933"},
+        "paper_bgcolor": "white",
+        "plot_bgcolor": "white",
+        "margin": {"l": 60, "r": 20, "t": 20, "b": 50},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+        "hovermode": "closest",
+    }

@@ -1,0 +1,251 @@
+"""Study: load, plan, run, look at."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from amlp_ray.config import StudySettings
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.errors import StudyError
+from amlp_ray.settings import build, flat, merged, read_yaml, write_yaml
+from amlp_ray.study.store import StudyStore
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from amlp_ray.study.plan import Plan
+
+EXTENDABLE = "budget."  # what may change between runs of one study
+
+
+class Study:
+    """A study and its folder `<runs>/<name>`.
+
+    >>> study = Study.load("studies/quickstart.yaml", data="runs/phantoms")  # doctest: +SKIP
+    >>> study.run()  # doctest: +SKIP
+    >>> study.best_trial.params  # doctest: +SKIP
+    """
+
+    def __init__(self, settings: StudySettings, store: StudyStore) -> None:
+        self.settings = settings
+        self.store = store
+
+    @classmethod
+    def load(
+        cls,
+        file: str | Path,
+        *,
+        data: str | Path | None = None,
+        runs: str | Path = "runs",
+        overrides: dict[str, Any] | None = None,
+    ) -> Study:
+        """Load a study from its YAML file; nothing is written before `run`.
+
+        Args:
+            data: patch dataset, in place of the file's `data`.
+            runs: folder of all studies.
+            overrides: settings by nested names, such as `{"budget": {"trials": 4}}`.
+
+        Raises:
+            SettingsError: a bad file or value. StudyError: no data set is named.
+        """
+        values = merged(read_yaml(file), overrides or {})
+        if data is not None:
+            values["data"] = str(data)
+        settings = build(StudySettings, values, str(file))
+        if settings.data is None:
+            raise StudyError(f"{file} names no data set; give one with --data or the key data.")
+        settings = settings.model_copy(update={"data": str(Path(settings.data).absolute())})
+        return cls(settings, StudyStore(Path(runs) / settings.name))
+
+    @classmethod
+    def open(cls, name: str, *, runs: str | Path = "runs") -> Study:
+        """Open a study that was run before, to look at it or go on. Raises StudyError where there is none."""
+        store = StudyStore.open(Path(runs) / name)
+        return cls(store.settings(), store)
+
+    @cached_property
+    def dataset(self) -> PatchDataset:
+        assert self.settings.data is not None
+        return PatchDataset.open(self.settings.data)
+
+    def plan(self, address: str | None = None) -> Plan:
+        """Check and price the study, for this machine or for the cluster at `address`; nothing is run."""
+        from amlp_ray.runtime.ray_session import cluster_resources, machine_resources, ray_session
+        from amlp_ray.study.plan import make_plan
+
+        if address is None:
+            return make_plan(self.settings, self.dataset, machine_resources())
+        with ray_session(address):
+            return make_plan(self.settings, self.dataset, cluster_resources())
+
+    def run(self, address: str | None = None, *, notify: Callable[[str], None] = print) -> Study:
+        """Run the study, or go on with it where it stopped; ends when its budget is used.
+
+        Trials of a process that died are taken over: same number, from their checkpoint.
+
+        Args:
+            address: of a Ray cluster; without one, Ray is started on this machine.
+            notify: gets one line per change of a trial's state.
+
+        Raises:
+            StudyError: another process runs this study, or it was begun with other settings.
+            ResourceError: no node can hold a trial.
+        """
+        from amlp_ray.runtime.ray_session import cluster_resources, machine_resources, ray_session
+        from amlp_ray.study.plan import check_study, concurrency
+        from amlp_ray.study.provenance import environment
+
+        check_study(self.settings, self.dataset)
+        if address is None:
+            concurrency(self.settings.resources, machine_resources())  # refuse before a cluster is started
+        self._check_unchanged()
+        self.store.folder.mkdir(parents=True, exist_ok=True)
+        with self.store.lock():
+            self._check_unchanged()
+            with ray_session(address) as session:
+                cluster = cluster_resources()
+                side_by_side = concurrency(self.settings.resources, cluster)
+                write_yaml(self.settings, self.store.folder / "study.yaml")
+                about = self.store.folder / "environment.json"
+                if not about.exists():
+                    about.write_text(json.dumps(environment(self.settings, self.dataset, cluster), indent=1))
+                notify(f"study {self.settings.name}: {side_by_side} trials side by side, folder {self.store.folder}")
+                if session.dashboard:
+                    notify(f"Ray dashboard: {session.dashboard}")
+                self._tune(side_by_side, notify)
+        return self
+
+    def _check_unchanged(self) -> None:
+        if not (self.store.folder / "study.yaml").is_file():
+            return
+        ours, theirs = flat(self.settings), flat(self.store.settings())
+        changed = sorted(
+            name
+            for name in ours.keys() | theirs.keys()
+            if ours.get(name) != theirs.get(name) and not name.startswith((EXTENDABLE, "resources.", "description"))
+        )
+        if changed:
+            name = changed[0]
+            raise StudyError(
+                f"Study {self.settings.name!r} in {self.store.folder.parent} was begun with other settings: {name} was "
+                f"{theirs.get(name)!r} and is now {ours.get(name)!r}"
+                + (f" ({len(changed) - 1} more differ)" if len(changed) > 1 else "")
+                + "; give the study another name, or restore the setting. Budget and resources may change."
+            )
+
+    def _tune(self, side_by_side: int, notify: Callable[[str], None]) -> None:
+        import ray
+        from ray import tune
+
+        from amlp_ray.study.plan import DRIVER_CPU
+        from amlp_ray.study.searcher import StudySearcher
+        from amlp_ray.study.trial import StopBoard, amlp_trial
+
+        resources = self.settings.resources
+        alone = resources.workers == 1
+        bundle = {"cpu": resources.cpus_per_worker, "gpu": resources.gpus_per_worker} if alone else {"cpu": DRIVER_CPU}
+        board = ray.remote(StopBoard).options(num_cpus=0).remote()
+        searcher = StudySearcher(
+            self.store,
+            self.settings,
+            data=str(self.dataset.path),
+            images=self.dataset.count("train"),
+            board=board,
+            notify=notify,
+        )
+        scratch = tempfile.mkdtemp(prefix="amlp-ray-")  # Tune's own records; the store has everything that matters
+        try:
+            tune.Tuner(
+                tune.with_resources(amlp_trial, bundle),
+                tune_config=tune.TuneConfig(
+                    search_alg=searcher,
+                    num_samples=-1,  # the searcher ends the study
+                    max_concurrent_trials=side_by_side,
+                    reuse_actors=True,  # importing torch anew costs seconds per trial
+                    trial_name_creator=lambda trial: _trial_name(trial.config),
+                    trial_dirname_creator=lambda trial: _trial_name(trial.config),
+                ),
+                run_config=tune.RunConfig(name=self.settings.name, storage_path=scratch, verbose=0),
+            ).fit()
+        finally:
+            ray.kill(board)
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    # Looking
+
+    @property
+    def best_trial(self) -> FrozenTrial:
+        """The COMPLETE trial of the search with the highest DSC. Raises StudyError where there is none."""
+        done = self.store.search().get_trials(states=(TrialState.COMPLETE,))
+        if not done:
+            raise StudyError(f"Study {self.settings.name!r} has no complete trial yet; see `amlp-ray study status`.")
+        return max(done, key=lambda trial: (trial.value, -trial.number))
+
+    def trials_dataframe(self) -> pd.DataFrame:
+        """All trials, arms included: kind, number, state, dsc, epochs, seconds, and one column per searched setting."""
+        import pandas as pd
+
+        return pd.DataFrame(self.trials())
+
+    def trials(self) -> list[dict[str, Any]]:
+        """All trials as plain rows, arms after the search."""
+        storage = self.store.storage()
+        rows = []
+        for kind, study in (("search", self.store.search(storage)), ("arm", self.store.arms(storage))):
+            for trial in study.get_trials(deepcopy=False):
+                values = trial.intermediate_values
+                attrs = trial.user_attrs
+                rows.append(
+                    {
+                        "kind": kind if kind == "search" else attrs.get("arm", "arm"),
+                        "number": trial.number if kind == "search" else attrs.get("repeat", trial.number),
+                        "state": trial.state.name,
+                        "dsc": values[max(values)] if values else None,
+                        "epochs": attrs.get("epochs", max(values, default=0)),
+                        "seconds": attrs.get("seconds"),
+                        "reason": attrs.get("reason"),
+                        **{name: trial.params.get(name) for name in self.settings.space},
+                    }
+                )
+        return rows
+
+    def status(self) -> dict[str, Any]:
+        """Counts by state, best score, and the arms' means."""
+        rows = self.trials()
+        states: dict[str, int] = {}
+        for row in rows:
+            if row["kind"] == "search":
+                states[row["state"]] = states.get(row["state"], 0) + 1
+        done = [r["dsc"] for r in rows if r["kind"] == "search" and r["state"] == "COMPLETE"]
+        arms: dict[str, list[float]] = {}
+        for row in rows:
+            if row["kind"] != "search" and row["state"] == "COMPLETE":
+                arms.setdefault(row["kind"], []).append(row["dsc"])
+        return {
+            "study": self.settings.name,
+            "folder": str(self.store.folder),
+            "budget": self.settings.budget.trials,
+            "states": states,
+            "best_dsc": max(done, default=None),
+            "arms": {arm: {"n": len(v), "dsc": sum(v) / len(v)} for arm, v in arms.items()},
+        }
+
+    def report(self) -> Path:
+        """Write `report.html` and return its path."""
+        from amlp_ray.study.report import write_report
+
+        return write_report(self.store)
+
+
+def _trial_name(config: dict[str, Any]) -> str:
+    task = config["task"]
+    return f"{task['study']}-{task['label'].replace(' ', '-')}"

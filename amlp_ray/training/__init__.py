@@ -1,0 +1,1 @@
+"""Loops and what they keep: pretraining, scoring, fine-tuning, checkpoints. Only `runners` knows Ray."""

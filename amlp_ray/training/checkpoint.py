@@ -1,0 +1,128 @@
+"""Checkpoints to resume from, and the encoder to take away.
+
+A checkpoint holds tensors and plain values and is loaded with `weights_only`: reading one never runs code.
+Nothing random has a state (see `method.noise`), so weights, optimiser and epoch are all that an exact resume needs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from amlp_ray.config import ImageSpec, ModelSettings, PretrainSettings
+from amlp_ray.errors import CheckpointError
+from amlp_ray.method.model import TIMM_NAME, create_encoder, timm_arguments
+
+
+def checkpoint_file(folder: Path) -> Path:
+    """Path of the latest checkpoint of a run's folder."""
+    return folder / "checkpoint" / "latest.pt"
+
+
+def save_checkpoint(
+    folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, settings: PretrainSettings
+) -> Path:
+    """Write the state after `epoch` atomically: a reader finds the old checkpoint or the new one, never half of one."""
+    path = checkpoint_file(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        "epoch": epoch,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "settings": settings.model_dump(mode="json"),
+    }
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return path
+
+
+def load_checkpoint(
+    path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, settings: PretrainSettings
+) -> int:
+    """Restore model and optimiser in place and return the epoch that the checkpoint was written after.
+
+    Raises:
+        CheckpointError: where the file is damaged, or belongs to other settings.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}); delete it to start from the first epoch."
+        ) from None
+    ours = settings.model_dump(mode="json")
+    changed = [key for key in ours if state["settings"].get(key) != ours[key]]
+    if changed:
+        raise CheckpointError(
+            f"{path} was written with other settings ({', '.join(changed)}); "
+            f"continue with the same settings or choose another folder."
+        )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["epoch"])
+
+
+def export_encoder(encoder: VisionTransformer, path: Path, settings: ModelSettings, spec: ImageSpec) -> None:
+    """Write the encoder as safetensors with timm's own keys, and how to build and feed it in the header.
+
+    `timm.create_model(name, checkpoint_path=path, **arguments)` loads it with every key matched; name and arguments
+    are in the header under `timm_name` and `timm_arguments`.
+    """
+    header = {
+        "timm_name": TIMM_NAME,
+        "timm_arguments": json.dumps(timm_arguments(settings, spec)),
+        "model": settings.model_dump_json(),
+        "image": spec.model_dump_json(),
+    }
+    weights = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
+    partial = path.with_suffix(".partial")
+    save_file(weights, partial, metadata=header)
+    partial.replace(path)
+
+
+def read_encoder_header(path: str | Path) -> tuple[ModelSettings, ImageSpec]:
+    """Return the model settings and image shape an exported encoder was trained with.
+
+    Raises:
+        CheckpointError: where the file is missing or is no encoder exported here.
+    """
+    header = _header(path)
+    return ModelSettings.model_validate_json(header["model"]), ImageSpec.model_validate_json(header["image"])
+
+
+def load_encoder(path: str | Path) -> VisionTransformer:
+    """Load an exported encoder as a timm model, in evaluation mode.
+
+    It takes images (B, C, H, W) normalised by the `mean` and `std` of `read_encoder_header`, and `forward_features`
+    gives tokens (B, 1 + N, D), class token first.
+    """
+    arguments: dict[str, Any] = json.loads(_header(path)["timm_arguments"])
+    encoder = create_encoder(arguments)
+    with safe_open(str(path), framework="pt") as file:
+        encoder.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118  (not a dict)
+    return encoder.eval()
+
+
+def _header(path: str | Path) -> dict[str, str]:
+    if not Path(path).is_file():
+        raise CheckpointError(f"There is no encoder file {path}; check the path.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+    except SafetensorError:
+        header = {}
+    if "timm_arguments" not in header:
+        raise CheckpointError(f"{path} is not an encoder exported by amlp-ray; give the encoder.safetensors of a run.")
+    return dict(header)

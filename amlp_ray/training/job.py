@@ -1,0 +1,137 @@
+"""One pretraining job: what a runner starts, in a process of its own or on several workers.
+
+A job is plain values, so that it travels to a Ray worker as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from amlp_ray.config import PretrainSettings, ProbeSettings
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.data.stream import Batches, open_batches
+from amlp_ray.errors import CheckpointError
+from amlp_ray.method.model import MaskedAutoencoder
+from amlp_ray.method.pictures import picture_strips
+from amlp_ray.settings import build, read_yaml, write_yaml
+from amlp_ray.training.checkpoint import export_encoder
+from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult, pretrain
+from amlp_ray.training.probe import Probe
+from amlp_ray.training.scores import Score
+
+PICTURES = 4  # strips per run: enough to judge by, small enough to keep for every trial
+
+
+@dataclass(frozen=True)
+class Job:
+    """Settings, the patch dataset's path, the run's folder, and at which epochs (`rungs`) the probe scores it."""
+
+    settings: PretrainSettings
+    data: str
+    folder: Path
+    probe: ProbeSettings | None = None
+    rungs: tuple[int, ...] = ()
+    threads: int = 1  # CPU threads of each worker
+    study: str = ""  # names of study and trial, for metrics and logs
+    label: str = ""
+    scratch: bool = False  # no pretraining: the random encoder, scored and exported like any other
+
+
+def run_job(
+    job: Job, hooks: Hooks, *, rank: int = 0, world: int = 1, device: str = "cpu", shard: Any = None
+) -> PretrainResult:
+    """Run a job on this worker, or go on where its folder says it stopped.
+
+    Raises:
+        CheckpointError: where the folder holds a run of other settings.
+    """
+    torch.set_num_threads(job.threads)
+    dataset = PatchDataset.open(job.data)
+    batches = open_batches(
+        dataset,
+        batch_size=job.settings.batch_size,
+        seed=job.settings.seed,
+        mode=job.settings.data,
+        rank=rank,
+        world=world,
+        shard=shard,
+    )
+    if rank == 0:
+        _claim(job)
+        if job.probe:
+            hooks = replace(hooks, evaluate=_scorer(job, dataset))
+    if job.scratch:
+        return _score_random_encoder(job, hooks, batches)
+    result = pretrain(job.settings, batches, job.folder, hooks=hooks, device=device)
+    if rank == 0:
+        _draw(job, dataset, result.model, max(1, result.epochs))
+    return result
+
+
+def _claim(job: Job) -> None:
+    """Write the resolved settings; refuse a folder that holds a run of other settings."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    path = job.folder / "settings.yaml"
+    if path.is_file() and build(PretrainSettings, read_yaml(path), str(path)) != job.settings:
+        raise CheckpointError(
+            f"{job.folder} holds a run with other settings (see its settings.yaml); use another folder or delete it."
+        )
+    write_yaml(job.settings, path)
+
+
+def _scorer(job: Job, dataset: PatchDataset) -> Callable[[MaskedAutoencoder, int], Metrics]:
+    assert job.probe is not None
+    probe = Probe(dataset, job.probe, job.settings.model.patch_size)
+
+    def evaluate(model: MaskedAutoencoder, epoch: int) -> Metrics:
+        return _keep(job.folder, probe.score(model), epoch) if epoch in job.rungs else {}
+
+    return evaluate
+
+
+def _keep(folder: Path, score: Score, epoch: int) -> Metrics:
+    """Write `score.json` and return what of it goes into the epoch's metrics."""
+    partial = folder / "score.partial"
+    partial.write_text(json.dumps({"epoch": epoch, **score.as_dict()}))
+    partial.replace(folder / "score.json")
+    return {name: getattr(score, name) for name in ("dsc", "ppv", "sensitivity", "ap")}
+
+
+def _score_random_encoder(job: Job, hooks: Hooks, batches: Batches) -> PretrainResult:
+    """The arm `scratch`: reported once, as epoch 0."""
+    torch.manual_seed(job.settings.seed)
+    model = MaskedAutoencoder(job.settings.model, batches.spec).eval()
+    metrics = {"epoch": 0, **hooks.evaluate(model, 0)}
+    encoder = job.folder / "encoder.safetensors"
+    export_encoder(model.encoder, encoder, job.settings.model, batches.spec)
+    hooks.report(metrics, encoder)
+    return PretrainResult(0, False, metrics, model, encoder)
+
+
+def _draw(job: Job, dataset: PatchDataset, model: MaskedAutoencoder, epoch: int) -> None:
+    """Draw images the model has not been trained on, from val; with lesions where masks are known. Never from test."""
+    split = dataset.load("val")
+    split = split if len(split) else dataset.load("train")
+    lesion = np.flatnonzero(split.labelled & split.masks.any((1, 2)))
+    rows = lesion if len(lesion) else np.arange(len(split))
+    chosen = split.take(rows[np.linspace(0, len(rows) - 1, min(PICTURES, len(rows))).astype(int)])
+    strips = picture_strips(
+        model,
+        torch.from_numpy(chosen.images),
+        torch.from_numpy(chosen.keys),
+        chosen.masks if chosen.labelled.all() else None,
+        job.settings,
+        epoch,
+    )
+    folder = job.folder / "pictures"
+    folder.mkdir(exist_ok=True)
+    for i, (name, strip) in enumerate(zip(chosen.ids, strips, strict=True)):
+        strip.save(folder / f"{i}-{re.sub(r'[^A-Za-z0-9.-]+', '_', name)}.png")

@@ -1,0 +1,113 @@
+"""Where a job runs: in this process, or on the workers of a Ray Train group. Both run the same `run_job`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from amlp_ray.config import ResourceSettings
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.data.stream import MEMORY_LIMIT
+from amlp_ray.errors import AmlpError, SettingsError
+from amlp_ray.training.job import Job, run_job
+from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult
+
+ShouldStop = Callable[[], bool]
+
+
+def run_here(job: Job, hooks: Hooks | None = None) -> PretrainResult:
+    """Run a job in this process, on its GPU if it sees one."""
+    return run_job(job, hooks or Hooks(), device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run_on_ray(
+    job: Job,
+    resources: ResourceSettings,
+    *,
+    name: str,
+    storage: Path,
+    should_stop: ShouldStop | None = None,
+    callbacks: list[Any] | None = None,
+) -> None:
+    """Run a job on `resources.workers` Ray Train workers that share each batch; Ray must be initialised.
+
+    The job's folder must be seen by all nodes. The same `name` resumes. A worker that dies restarts the group, which
+    goes on from the folder's checkpoint.
+
+    Args:
+        storage: Ray Train's own folder, for its bookkeeping.
+        should_stop: asked by the first worker after each report; must be picklable.
+        callbacks: Ray Train callbacks, such as the one that forwards reports to Tune.
+    """
+    from ray import train
+    from ray.train.torch import TorchTrainer
+
+    if job.settings.batch_size % resources.workers:
+        raise SettingsError(
+            f"batch_size {job.settings.batch_size} must be a multiple of resources.workers {resources.workers}."
+        )
+    dataset = PatchDataset.open(job.data)
+    mode = job.settings.data
+    streamed = mode == "stream" or (mode == "auto" and dataset.bytes("train") > MEMORY_LIMIT)
+    own_job = replace(job, threads=max(1, int(resources.cpus_per_worker)))
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": own_job, "should_stop": should_stop, "streamed": streamed},
+        scaling_config=train.ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker=worker_bundle(resources),
+        ),
+        run_config=train.RunConfig(
+            name=name,
+            storage_path=str(storage),
+            failure_config=train.FailureConfig(max_failures=2, controller_failure_limit=3),
+            callbacks=callbacks or [],
+        ),
+        datasets={"train": dataset.to_ray_dataset("train")} if streamed else None,
+    )
+    try:
+        trainer.fit()
+    except train.TrainingFailedError as error:
+        raise _own_error(error) from error
+
+
+def worker_bundle(resources: ResourceSettings) -> dict[str, float]:
+    """Resources of one worker, as Ray names them."""
+    bundle = {"CPU": resources.cpus_per_worker}
+    return bundle | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {})
+
+
+def _worker(config: dict[str, Any]) -> None:
+    from ray import train
+    from ray.train.torch import get_device
+
+    from amlp_ray.runtime.metrics import TrialGauges
+
+    context = train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+
+    job: Job = config["job"]
+    gauges = TrialGauges(job.study, job.label) if rank == 0 else None
+
+    def report(metrics: Metrics, checkpoint: Path) -> None:
+        if gauges:
+            gauges.update(metrics)
+        train.report(metrics)  # a barrier: every worker reports every epoch
+
+    hooks = Hooks(report=report, should_stop=config["should_stop"] or (lambda: False))
+    shard = train.get_dataset_shard("train") if config["streamed"] else None
+    run_job(job, hooks, rank=rank, world=world, device=str(get_device()), shard=shard)
+
+
+def _own_error(error: Exception) -> Exception:
+    """The error a worker raised on purpose, if that is what made Ray Train give up."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause = getattr(failure, "_base_exc", failure)  # Ray Train wraps what user code raised
+        if isinstance(cause, AmlpError):
+            return cause
+    return error

@@ -1,0 +1,68 @@
+"""Segmentation scores of single images: DSC, PPV, sensitivity, and the rule for empty masks.
+
+An image with a lesion is scored by DSC = 2TP / (2TP + FP + FN), PPV = TP / (TP + FP), sensitivity = TP / (TP + FN);
+PPV is 0 where nothing is predicted. Images without a lesion are kept apart: averaged in, each would count 0 or 1 and
+drown the rest. For them only the share with an empty prediction is reported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.floating[Any]]
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class ImageScores:
+    """Scores of n images, each (n,) float; NaN where the true mask is empty."""
+
+    dsc: FloatArray
+    ppv: FloatArray
+    sensitivity: FloatArray
+    empty_correct: FloatArray  # 1 or 0 where the true mask is empty, else NaN
+
+
+def score_images(predicted: BoolArray, truth: BoolArray) -> ImageScores:
+    """Score predicted masks (n, H, W) against true ones (n, H, W), image by image."""
+    axes = (1, 2)
+    hit = (predicted & truth).sum(axes).astype(float)
+    said, there = predicted.sum(axes).astype(float), truth.sum(axes).astype(float)
+    lesion = there > 0
+    none = np.full(len(hit), np.nan)
+    return ImageScores(
+        dsc=np.where(lesion, 2 * hit / np.maximum(said + there, 1), none),
+        ppv=np.where(lesion, hit / np.maximum(said, 1), none),
+        sensitivity=np.where(lesion, hit / np.maximum(there, 1), none),
+        empty_correct=np.where(lesion, none, said == 0),
+    )
+
+
+def best_threshold(probability: FloatArray, truth: BoolArray, candidates: FloatArray) -> tuple[float, float]:
+    """Threshold with the highest mean DSC over images with a lesion, and that DSC; use training labels only."""
+    means = [float(np.nanmean(score_images(probability > t, truth).dsc)) for t in candidates]
+    best = int(np.argmax(means))
+    return float(candidates[best]), means[best]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Segmentation score of an encoder. All but `mean_mask_dsc`, a floor, and counts are means over images."""
+
+    dsc: float
+    ppv: float
+    sensitivity: float
+    ap: float  # average precision of the patch logits over all scored patches; positive: more than half lesion
+    dsc_sd: float  # over label subsets; 0 with one
+    empty_correct: float | None  # share of images without a lesion where none is predicted; None without such images
+    images: int  # scored images with a lesion
+    scoring: str
+    mean_mask_dsc: float  # floor: the mean training mask predicted for every image
+    per_image: dict[str, float]  # DSC by image id, for paired comparison
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,189 @@
+"""`finetune`: train a segmenter on labelled images, and score it. For confirmation, not for search: 20x a probe's cost.
+
+Encoder (pretrained or from scratch), a convolutional decoder on the tokens of four depths, Dice and cross-entropy loss.
+Scored on val by the threshold 0.5, never on test.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from amlp_ray.config import ImageSpec, SegmentSettings
+from amlp_ray.data.dataset import PatchDataset, Split
+from amlp_ray.errors import DataError, NonFiniteLossError, SettingsError
+from amlp_ray.method.augment import normalise
+from amlp_ray.method.model import create_encoder, timm_arguments
+from amlp_ray.settings import write_yaml
+from amlp_ray.training.checkpoint import load_encoder, read_encoder_header
+from amlp_ray.training.scores import score_images
+
+
+class Segmenter(nn.Module):
+    """A ViT encoder with a convolutional decoder that fuses tokens of four depths and upsamples to pixels."""
+
+    def __init__(self, encoder: VisionTransformer, spec: ImageSpec, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.depths = sorted({round((i + 1) * len(encoder.blocks) / 4) - 1 for i in range(4)} - {-1})
+        self.project = nn.ModuleList(nn.Conv2d(encoder.embed_dim, width, 1) for _ in self.depths)
+        self.image = nn.Sequential(nn.Conv2d(spec.channels, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.GELU())
+        self.fuse = _block(width, width)
+        stages, side = [], patch_size
+        while side > 2:  # to half resolution; the last step is bilinear, onto the image's own features
+            stages.append(nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), _block(width, width)))
+            side //= 2
+        self.up = nn.Sequential(*stages)
+        self.head = nn.Sequential(_block(width + 16, 32), nn.Conv2d(32, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return lesion logits (B, 1, H, W) of normalised images (B, C, H, W)."""
+        levels = self.encoder.forward_intermediates(images, indices=self.depths, norm=True, intermediates_only=True)
+        fused = torch.stack([project(level) for project, level in zip(self.project, levels, strict=True)]).sum(0)
+        coarse = self.up(self.fuse(fused))
+        full = F.interpolate(coarse, images.shape[-2:], mode="bilinear", align_corners=False)
+        return self.head(torch.cat([full, self.image(images)], 1))
+
+
+def _block(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.GELU())
+
+
+def segment(
+    dataset: PatchDataset,
+    encoder: Path,
+    out: Path,
+    settings: SegmentSettings,
+    *,
+    from_scratch: bool = False,
+    progress: Callable[[dict[str, Any]], None] = lambda metrics: None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Fine-tune on labelled training images with a lesion and score on val.
+
+    Args:
+        encoder: an exported encoder; `from_scratch` keeps its shape but not its weights: the baseline.
+
+    Returns:
+        Scores, also written to `out/score.json` next to `segmenter.safetensors` and `settings.yaml`.
+
+    Raises:
+        DataError: too few labelled images. SettingsError: the encoder was made for other images.
+    """
+    model_settings, spec = read_encoder_header(encoder)
+    if (spec.channels, spec.height, spec.width) != _shape(dataset.spec):
+        raise SettingsError(
+            f"{encoder} was trained on {spec.channels}x{spec.height}x{spec.width} images (channels, height, width), "
+            f"but {dataset.path} holds {'x'.join(map(str, _shape(dataset.spec)))}; prepare the data alike."
+        )
+    train, val = _labelled(dataset, "train", settings), _labelled(dataset, "val", None)
+    torch.manual_seed(settings.seed)
+    # The encoder's own mean and SD: weights have seen images in that scale.
+    vit = create_encoder(timm_arguments(model_settings, spec)) if from_scratch else load_encoder(encoder)
+    model = Segmenter(vit, spec, model_settings.patch_size, settings.decoder_width).to(device)
+    seconds = _fit(model, train, spec, settings, progress, device)
+    score = _score(model, val, spec, device) | {
+        "labels": len(train),
+        "from_scratch": from_scratch,
+        "encoder": str(encoder),
+        "seconds": seconds,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, out / "segmenter.safetensors")
+    write_yaml(settings, out / "settings.yaml")
+    (out / "score.json").write_text(json.dumps(score, indent=1))
+    return score
+
+
+def _labelled(dataset: PatchDataset, name: str, settings: SegmentSettings | None) -> Split:
+    """Labelled images of a split; for training those with a lesion, as many as `labels` says, chosen by seed."""
+    split = dataset.load(name)
+    keep = split.labelled & (split.masks.any((1, 2)) if settings else True)
+    rows = np.flatnonzero(keep)
+    wanted = settings.labels if settings else None
+    if len(rows) < (wanted or 1):
+        raise DataError(
+            f"{dataset.path} has {len(rows)} labelled {name} images with a lesion, but {wanted or 1} are needed; "
+            f"add masks or lower labels."
+        )
+    if settings and wanted:
+        rows = np.sort(np.random.default_rng(settings.seed).permutation(rows)[:wanted])
+    return split.take(rows)
+
+
+def _fit(
+    model: Segmenter,
+    train: Split,
+    spec: ImageSpec,
+    settings: SegmentSettings,
+    progress: Callable[[dict[str, Any]], None],
+    device: str,
+) -> float:
+    from monai.losses import DiceCELoss  # takes seconds to import; pretraining and the probe do without
+
+    loss_of = DiceCELoss(sigmoid=True, batch=True)
+    model.encoder.requires_grad_(not settings.freeze)
+    model.encoder.pos_embed.requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=settings.lr, weight_decay=settings.weight_decay
+    )
+    rng = np.random.default_rng(settings.seed)
+    images, masks = torch.from_numpy(train.images), torch.from_numpy(train.masks)
+    steps = settings.epochs * max(1, len(train) // settings.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.lr, total_steps=steps + 1, pct_start=max(settings.warmup, 1 / (steps + 1))
+    )
+    started = time.perf_counter()
+    model.train()
+    for epoch in range(1, settings.epochs + 1):
+        order = rng.permutation(len(train))
+        losses = []
+        for b in range(max(1, len(train) // settings.batch_size)):
+            rows = order[b * settings.batch_size : (b + 1) * settings.batch_size]
+            x, y = normalise(images[rows].to(device), spec), masks[rows][:, None].float().to(device)
+            if settings.flip:
+                mirrored = torch.from_numpy(rng.random(len(rows)) < 0.5).to(device)[:, None, None, None]
+                x, y = torch.where(mirrored, x.flip(-1), x), torch.where(mirrored, y.flip(-1), y)
+            loss = loss_of(model(x), y)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
+        mean = torch.stack(losses).mean().item()
+        if not np.isfinite(mean):
+            raise NonFiniteLossError(f"The fine-tuning loss is not finite at epoch {epoch}; lower lr.")
+        progress({"epoch": epoch, "loss": mean})
+    return time.perf_counter() - started
+
+
+@torch.inference_mode()
+def _score(model: Segmenter, val: Split, spec: ImageSpec, device: str) -> dict[str, Any]:
+    model.eval()
+    chunks = torch.from_numpy(val.images).split(32)
+    logits = torch.cat([model(normalise(chunk.to(device), spec)).cpu() for chunk in chunks])
+    s = score_images((logits[:, 0] > 0).numpy(), val.masks > 0)
+    lesion = np.isfinite(s.dsc)
+    return {
+        "dsc": float(np.nanmean(s.dsc)),
+        "ppv": float(np.nanmean(s.ppv)),
+        "sensitivity": float(np.nanmean(s.sensitivity)),
+        "empty_correct": None if lesion.all() else float(np.nanmean(s.empty_correct)),
+        "images": int(lesion.sum()),
+        "per_image": {val.ids[i]: round(float(s.dsc[i]), 6) for i in np.flatnonzero(lesion)},
+    }
+
+
+def _shape(spec: ImageSpec) -> tuple[int, int, int]:
+    return spec.channels, spec.height, spec.width

@@ -1,0 +1,52 @@
+"""Fixtures for all rooms: one Ray session, one small dataset of phantoms, and the real images where there are any."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+# Read when Ray is imported, so set before any test module imports it.
+os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
+os.environ["RAY_AUTH_MODE"] = "disabled"
+
+if TYPE_CHECKING:
+    from amlp_ray.data.dataset import PatchDataset
+
+REAL_DATA = os.environ.get("AMLP_RAY_DATA", str(Path(__file__).parents[1] / "../shared/data"))
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One local Ray for the whole run: starting one takes seconds."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with busi, busi_large, isic2017 and splits; tests that ask for it are skipped without."""
+    path = Path(REAL_DATA).resolve()
+    if not (path / "busi").is_dir():
+        pytest.skip(f"no real images at {path}; set AMLP_RAY_DATA to their folder")
+    return path
+
+
+@pytest.fixture(scope="session")
+def phantom_dataset(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> PatchDataset:
+    """60 ultrasound phantoms of 64x64 pixels, split 0.6/0.2/0.2 image by image. Read-only: all rooms share it."""
+    from amlp_ray.config import PrepareSettings
+    from amlp_ray.data.phantoms import write_phantoms
+    from amlp_ray.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("phantoms")
+    source = write_phantoms(folder / "source", kind="ultrasound", count=60, size=64)
+    settings = PrepareSettings(layout="paired", size=64, group_by="image", fractions=(0.6, 0.2, 0.2))
+    return prepare(source, folder / "dataset", settings)

@@ -9,7 +9,6 @@ import typer
 
 from amlp_ray.cli.output import Json, print_facts, print_json
 from amlp_ray.config import PrepareSettings
-from amlp_ray.errors import SettingsError
 from amlp_ray.settings import build
 
 app = typer.Typer(help="Make and inspect patch datasets.", no_args_is_help=True)
@@ -22,9 +21,7 @@ def prepare(
     layout: Annotated[str, typer.Option(help="busi: `x (1).png` + `x (1)_mask.png`; paired: images/ + masks/.")],
     size: Annotated[int, typer.Option(help="Pixels a side of the stored images.")] = 96,
     channels: Annotated[str, typer.Option(help="auto, 1 or 3; auto stores grey images with one channel.")] = "auto",
-    group_by: Annotated[
-        str, typer.Option(help="near-duplicates or image: what stays together.")
-    ] = "near-duplicates",
+    group_by: Annotated[str, typer.Option(help="near-duplicates or image: what stays together.")] = "near-duplicates",
     group_file: Annotated[Path | None, typer.Option(help="CSV with columns id and group, such as patients.")] = None,
     split_file: Annotated[Path | None, typer.Option(help="JSON with lists of ids: train, val, test.")] = None,
     fractions: Annotated[str, typer.Option(help="Shares of train, val and test.")] = "0.7,0.1,0.2",

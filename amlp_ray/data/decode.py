@@ -47,7 +47,8 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def read_mask(paths: Sequence[str | Path], shape: tuple[int, int]) -> np.ndarray:
-    """Read the masks of one image of `shape` (H, W) and unite them: 1 where any colour channel of any is above zero.
+    """Read the masks of one image of `shape` (H, W) and unite them: 1 where any colour channel of any is above zero,
+    or above half where the file is a JPEG.
 
     Alpha is ignored: RGBA masks are opaque everywhere, so counting it would mark the whole image.
 
@@ -62,7 +63,9 @@ def read_mask(paths: Sequence[str | Path], shape: tuple[int, int]) -> np.ndarray
                 f"{path} is a mask of {mask.shape[1]}x{mask.shape[0]} pixels, but its image has "
                 f"{shape[1]}x{shape[0]}; both must have the same size, so export the mask again."
             )
-        union |= (mask > 0).any(axis=2).astype(np.uint8)
+        # Masks of 0 and 1 exist, so anything counts; but JPEG leaves faint noise around and in empty masks.
+        level = 127 if Path(path).suffix.lower() in (".jpg", ".jpeg") else 0
+        union |= (mask > level).any(axis=2).astype(np.uint8)
     return union
 
 

@@ -95,6 +95,10 @@ def prepare(
         if out.exists():  # empty, see `_existing`
             out.rmdir()
         partial.rename(out)
+    except OSError as error:
+        raise DataError(
+            f"{out} cannot be written ({error.strerror or error}); check the path, space and rights."
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     counts = ", ".join(f"{split} {manifest.counts[split].images}" for split in SPLITS)
@@ -111,7 +115,7 @@ def _existing(out: Path) -> PatchDataset | None:
     try:
         return PatchDataset.open(out)
     except DataError as error:
-        raise DataError(f"{error} Delete {out} before.") from None
+        raise DataError(f"{error} Delete {out} first.") from None
 
 
 def _dtype(items: Sequence[Item], scans: Sequence[Scan]) -> str:

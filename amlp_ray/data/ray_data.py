@@ -23,7 +23,8 @@ def read_files(files: Sequence[Path], *, columns: Sequence[str] | None, seed: in
     """Read Parquet parts as a Ray dataset; with `seed` the order of files differs in every execution."""
     quieten()
     shuffle = None if seed is None else FileShuffleConfig(seed=seed)
-    paths = [str(file) for file in files]
-    dataset = ray.data.read_parquet(paths, columns=list(columns) if columns else None, shuffle=shuffle)
+    dataset = ray.data.read_parquet([str(file) for file in files], shuffle=shuffle)
+    if columns:
+        dataset = dataset.select_columns(list(columns))  # Ray reads no others then
     dataset.context.execution_options.preserve_order = True  # else blocks come in the order their tasks end
     return dataset

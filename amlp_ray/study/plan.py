@@ -11,7 +11,7 @@ from amlp_ray.config import PretrainSettings, ResourceSettings, StudySettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import ResourceError, SettingsError
 from amlp_ray.method.ratio import masking_ratio
-from amlp_ray.study.searcher import first_prunable_epoch, rung_epochs
+from amlp_ray.study.design import first_prunable_epoch, rung_epochs
 from amlp_ray.study.space import check_space
 
 DRIVER_CPU = 0.01  # a trial that only drives an inner Train group; zero is refused by Ray
@@ -55,8 +55,8 @@ def check_study(settings: StudySettings, dataset: PatchDataset) -> None:
     if settings.pruner.name != "none" and first >= base.epochs:
         steps = base.epochs * max(1, dataset.count("train") // base.batch_size)
         raise SettingsError(
-            f"pruner.name={settings.pruner.name} cannot act: a trial has {steps} optimiser steps, and nothing is pruned "
-            f"before pruner.min_steps={settings.pruner.min_steps}; raise epochs or set pruner.name=none."
+            f"pruner.name={settings.pruner.name} cannot act: a trial has {steps} optimiser steps, and nothing is "
+            f"pruned before pruner.min_steps={settings.pruner.min_steps}; raise epochs or set pruner.name=none."
         )
 
 
@@ -75,8 +75,8 @@ def concurrency(resources: ResourceSettings, cluster: dict[str, float]) -> int:
             )
         if wanted * resources.workers > total:
             raise ResourceError(
-                f"resources.workers={resources.workers} with {wanted:g} {kind}s each is more than the {total:g} {kind}s "
-                f"of the cluster; lower resources.workers or resources.{kind.lower()}s_per_worker."
+                f"resources.workers={resources.workers} with {wanted:g} {kind}s each is more than the "
+                f"cluster's {total:g} {kind}s; lower resources.workers or resources.{kind.lower()}s_per_worker."
             )
     # A driver of a group takes a sliver of a CPU of its own, and Ray rounds nothing in our favour.
     cpus = resources.cpus_per_worker * resources.workers + (DRIVER_CPU if resources.workers > 1 else 0)
@@ -86,7 +86,8 @@ def concurrency(resources: ResourceSettings, cluster: dict[str, float]) -> int:
     if fit < 1:
         raise ResourceError(
             f"One trial needs {cpus:g} CPUs ({resources.workers} workers and {DRIVER_CPU} for its driver), but the "
-            f"cluster has {cluster['CPU']:g}; set resources.cpus_per_worker to {0.9 * cluster['CPU'] / resources.workers:g}."
+            f"cluster has {cluster['CPU']:g}; "
+            f"set resources.cpus_per_worker to {0.9 * cluster['CPU'] / resources.workers:g}."
         )
     return min(fit, resources.concurrency or fit)
 

@@ -7,8 +7,6 @@ on the same storage goes on where a killed one stopped.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable
@@ -20,17 +18,13 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 from ray.tune.search import Searcher
 
-from amlp_ray.config import PretrainSettings, PrunerSettings, SamplerSettings, StudySettings
+from amlp_ray.config import PrunerSettings, SamplerSettings, StudySettings
+from amlp_ray.study.design import arm_settings, derived_seed, first_prunable_epoch, rung_epochs
 from amlp_ray.study.space import suggest
 from amlp_ray.study.store import StudyStore
 from amlp_ray.study.trial import Task
 
 Notify = Callable[[str], None]
-
-
-def derived_seed(*parts: Any) -> int:
-    """A 31-bit seed that follows from its parts, such as (study seed, trial number)."""
-    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big") >> 1
 
 
 def make_sampler(settings: SamplerSettings, seed: int) -> optuna.samplers.BaseSampler:
@@ -60,20 +54,6 @@ def make_pruner(settings: PrunerSettings, first_rung: int) -> optuna.pruners.Bas
         )
     percentile = 50.0 if settings.name == "median" else settings.percentile
     return optuna.pruners.PercentilePruner(percentile, n_startup_trials=settings.startup, n_warmup_steps=first_rung - 1)
-
-
-def rung_epochs(epochs: int, rungs: int) -> tuple[int, ...]:
-    """Epochs after which a trial is scored: evenly spaced, the last at full length.
-
-    >>> rung_epochs(70, 4)
-    (18, 35, 52, 70)
-    """
-    return tuple(sorted({max(1, round(epochs * (i + 1) / rungs)) for i in range(rungs)}))
-
-
-def first_prunable_epoch(settings: PretrainSettings, pruner: PrunerSettings, images: int) -> int:
-    """First epoch at which at least `min_steps` optimiser steps are done."""
-    return max(1, math.ceil(pruner.min_steps / max(1, images // settings.batch_size)))
 
 
 @dataclass
@@ -242,16 +222,6 @@ class StudySearcher(Searcher):
         for name in ("epochs", "images_per_second"):
             if name in result:
                 running.trial.set_user_attr(name, result[name])
-
-
-def arm_settings(settings: StudySettings, arm: str, *, seed: int) -> PretrainSettings:
-    """Settings of an arm: the study's model, optimiser and length, but the arm's own method.
-
-    What the study fixes of ratio, selection and loss belongs to the searched method and would change what `mae` means.
-    `scratch` is a random encoder, which has no method.
-    """
-    shared = {k: v for k, v in settings.pretrain.items() if k not in ("variant", "ratio", "selection", "loss")}
-    return PretrainSettings.model_validate({**shared, "variant": "mae" if arm == "scratch" else arm, "seed": seed})
 
 
 def _short(value: Any) -> str:

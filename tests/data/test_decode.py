@@ -83,6 +83,14 @@ def test_masks_are_united_and_alpha_ignored(tmp_path: Path) -> None:
     assert mask.max() == 1
 
 
+def test_jpeg_noise_is_no_lesion(tmp_path: Path) -> None:
+    lesion = np.zeros((64, 64), np.uint8)
+    lesion[20:45, 13:50] = 255
+    Image.fromarray(lesion).save(tmp_path / "m.jpg", quality=50)
+    assert ((read_image(tmp_path / "m.jpg") > 0).sum()) > 1.05 * (lesion > 0).sum()
+    np.testing.assert_array_equal(read_mask([tmp_path / "m.jpg"], (64, 64)), lesion > 0)
+
+
 def test_mask_of_other_size_is_named(tmp_path: Path) -> None:
     Image.new("1", (7, 4)).save(tmp_path / "wide.png")
     with pytest.raises(DataError, match=r"wide\.png is a mask of 7x4 pixels, but its image has 6x4"):

@@ -19,8 +19,8 @@ from amlp_ray.errors import DataError
 
 def test_near_copies_are_chained_into_groups_named_after_their_first(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    a, b, flat = rng.normal(size=(2, 48 * 48)).tolist() + [np.full(48 * 48, 7.0)]
-    a, b = np.array(a), np.array(b)
+    a, b = rng.normal(size=(2, 48 * 48))
+    flat = np.full(48 * 48, 7.0)
     near = a + 0.4 * rng.normal(size=a.shape)  # correlates 0.93 with a
     far = near + 0.45 * rng.normal(size=a.shape)  # with near, but not with a
     thumbnails = np.stack([b, a, flat, far, 2 * b + 5, near, flat])

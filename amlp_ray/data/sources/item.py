@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+DIGITS = "0123456789"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
 
@@ -19,15 +20,16 @@ class Item:
     source: str  # file name relative to the folder, with forward slashes
 
 
-def natural_key(text: str) -> tuple[list[tuple[int, str]], str]:
-    """Sort key under which `benign (9)` comes before `benign (10)`.
+def natural_key(text: str) -> tuple[list[tuple[bool, int, str]], str]:
+    """Sort key under which `benign (9)` comes before `benign (10)`, and digits before letters.
 
-    >>> sorted(["a10", "a9", "a"], key=natural_key)
-    ['a', 'a9', 'a10']
+    >>> sorted(["a10", "a9", "a", "7"], key=natural_key)
+    ['7', 'a', 'a9', 'a10']
     """
-    # Numbers are compared as (length without zeros, digits): the parts stay comparable, and no number is too long.
-    parts = [(len(part.lstrip("0")), part.lstrip("0")) if part.isdigit() else (-1, part) for part in _split(text)]
-    return parts, text
+    # A number is compared by its length without zeros, then its digits: no number is too long for that.
+    parts = [part for part in re.split(r"([0-9]+)", text) if part]
+    key = [(False, len(part.lstrip("0")), part.lstrip("0")) if part[0] in DIGITS else (True, 0, part) for part in parts]
+    return key, text
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -42,7 +44,3 @@ def found_in(folder: Path, limit: int = 5) -> str:
     names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more if names else "nothing"
-
-
-def _split(text: str) -> list[str]:
-    return [part for part in re.split(r"([0-9]+)", text) if part]

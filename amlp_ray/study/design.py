@@ -1,0 +1,39 @@
+"""What a study consists of, before Ray or Optuna: seeds, rungs, and the settings of its arms."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import Any
+
+from amlp_ray.config import PretrainSettings, PrunerSettings, StudySettings
+
+
+def derived_seed(*parts: Any) -> int:
+    """A 31-bit seed that follows from its parts, such as (study seed, trial number)."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big") >> 1
+
+
+def rung_epochs(epochs: int, rungs: int) -> tuple[int, ...]:
+    """Epochs after which a trial is scored: evenly spaced, the last at full length.
+
+    >>> rung_epochs(70, 4)
+    (18, 35, 52, 70)
+    """
+    return tuple(sorted({max(1, round(epochs * (i + 1) / rungs)) for i in range(rungs)}))
+
+
+def first_prunable_epoch(settings: PretrainSettings, pruner: PrunerSettings, images: int) -> int:
+    """First epoch at which at least `min_steps` optimiser steps are done."""
+    return max(1, math.ceil(pruner.min_steps / max(1, images // settings.batch_size)))
+
+
+def arm_settings(settings: StudySettings, arm: str, *, seed: int) -> PretrainSettings:
+    """Settings of an arm: the study's model, optimiser and length, but the arm's own method.
+
+    What the study fixes of ratio, selection and loss belongs to the searched method and would change what `mae` means.
+    `scratch` is a random encoder, which has no method.
+    """
+    shared = {k: v for k, v in settings.pretrain.items() if k not in ("variant", "ratio", "selection", "loss")}
+    return PretrainSettings.model_validate({**shared, "variant": "mae" if arm == "scratch" else arm, "seed": seed})

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from amlp_ray.data.dataset import SPLITS, Counts, Manifest, Part, PatchDataset, key_of, keys_of
+from amlp_ray.data.parts import images_of, masks_of, read_part, write_part
+from amlp_ray.errors import DataError
+
+pytestmark = pytest.mark.ray  # all read the shared dataset, which Ray prepared
+
+
+@pytest.fixture
+def copied(phantom_dataset: PatchDataset, tmp_path: Path) -> Path:
+    shutil.copytree(phantom_dataset.path, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_opened_dataset_describes_itself(phantom_dataset: PatchDataset) -> None:
+    again = PatchDataset.open(phantom_dataset.path)
+    assert again.name == "dataset"
+    assert (again.spec.channels, again.spec.height, again.spec.width) == (1, 64, 64)
+    assert again.count("train") == 36
+    assert again.bytes("train") == 36 * 64 * 64
+    summary = json.loads(json.dumps(again.summary()))
+    assert summary["splits"]["train"]["lesions"] == 30
+    assert 1 <= summary["splits"]["train"]["lesion_area_percent"]["p50"] <= 15
+
+
+def test_loaded_arrays_are_typed_writable_and_aligned(phantom_dataset: PatchDataset) -> None:
+    split = phantom_dataset.load("val")
+    assert split.images.dtype == split.masks.dtype == np.uint8
+    assert split.labelled.dtype == bool
+    assert split.keys.dtype == np.int64
+    assert split.groups.tolist() == split.ids
+    assert len(split) == len(split.images) == len(split.masks) == 12
+    assert split.images.flags.writeable
+    assert split.masks.flags.writeable
+    images, ids = phantom_dataset.load_images("val")
+    np.testing.assert_array_equal(images, split.images)
+    assert ids == split.ids
+
+
+def test_take_and_concat_keep_rows_together(phantom_dataset: PatchDataset) -> None:
+    split = phantom_dataset.load("val")
+    taken = split.take([3, 1, 3])
+    assert taken.ids == [split.ids[3], split.ids[1], split.ids[3]]
+    np.testing.assert_array_equal(taken.images, split.images[[3, 1, 3]])
+    back = split.take(np.arange(5)).concat(split.take(np.arange(5, 12)))
+    assert back.ids == split.ids
+    np.testing.assert_array_equal(back.masks, split.masks)
+    assert len(split.take(np.array([], dtype=int))) == 0
+
+
+def test_keys_are_stable_and_fit_63_bits() -> None:
+    assert key_of("benign (1)") == 8603108941448989223
+    keys = keys_of([str(i) for i in range(1000)])
+    assert len(set(keys.tolist())) == 1000
+    assert keys.min() >= 0
+
+
+def test_ray_dataset_holds_the_same_images(phantom_dataset: PatchDataset) -> None:
+    rows = phantom_dataset.to_ray_dataset("test", columns=["id", "image"]).take_all()
+    split = phantom_dataset.load("test")
+    assert [row["id"] for row in rows] == split.ids
+    assert rows[2]["image"] == split.images[2].tobytes()
+
+
+def test_missing_and_foreign_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=re.escape(f"no patch dataset {tmp_path / 'gone'}; make one with")):
+        PatchDataset.open(tmp_path / "gone")
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path} has no manifest.json, so it is not a patch dataset")):
+        PatchDataset.open(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '"x"'])
+def test_manifest_that_is_none_is_named(content: str, copied: Path) -> None:
+    (copied / "manifest.json").write_text(content)
+    with pytest.raises(DataError, match=r"manifest\.json is not the manifest of a patch dataset"):
+        PatchDataset.open(copied)
+
+
+def test_newer_format_and_wrong_values_are_named(copied: Path) -> None:
+    values = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(json.dumps(values | {"dtype": "int8"}))
+    with pytest.raises(DataError, match=r"manifest\.json: dtype is 'int8'"):
+        PatchDataset.open(copied)
+    (copied / "manifest.json").write_text(json.dumps(values | {"format_version": 2, "tiles": True}))
+    with pytest.raises(DataError, match=r"has format version 2, but this amlp_ray reads 1; update"):
+        PatchDataset.open(copied)
+
+
+def test_missing_and_cut_parts_are_found_when_opened(copied: Path) -> None:
+    part = copied / "val" / "part-00000.parquet"
+    part.write_bytes(part.read_bytes()[:-10])
+    with pytest.raises(DataError, match=r"val/part-00000\.parquet is damaged: it has \d+ bytes instead of"):
+        PatchDataset.open(copied)
+    part.unlink()
+    with pytest.raises(DataError, match=r"val/part-00000\.parquet is missing"):
+        PatchDataset.open(copied)
+
+
+@pytest.mark.parametrize("where", [0.3, 0.6, 0.9])
+def test_flipped_bytes_are_found_when_loaded(where: float, copied: Path) -> None:
+    part = copied / "val" / "part-00000.parquet"
+    content = bytearray(part.read_bytes())
+    start = int(len(content) * where)
+    content[start : start + 8] = bytes(255 - value for value in content[start : start + 8])
+    part.write_bytes(content)
+    with pytest.raises(DataError, match=r"val/part-00000\.parquet is damaged"):
+        PatchDataset.open(copied).load("val")
+
+
+def test_exchanged_part_is_found_when_loaded(copied: Path) -> None:
+    values = json.loads((copied / "manifest.json").read_text())
+    values["parts"]["val"][0]["rows"] += 1
+    (copied / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match=r"part-00000\.parquet is damaged: it has 12 rows instead of 13"):
+        PatchDataset.open(copied).load("val")
+
+
+def test_unknown_split_is_named(phantom_dataset: PatchDataset) -> None:
+    with pytest.raises(DataError, match=r"no split 'dev' in .*; splits are train, val, test"):
+        phantom_dataset.load("dev")
+
+
+def _row(i: int, mask: bool) -> dict[str, object]:
+    return {
+        "id": str(i),
+        "group": "g",
+        "image": np.full((2, 8, 8), i * 300, "<u2").tobytes(),
+        "mask": np.full((8, 8), 1, np.uint8).tobytes() if mask else None,
+        "height": 8,
+        "width": 8,
+        "source": "s",
+    }
+
+
+def test_parts_decode_any_slice_with_nulls(tmp_path: Path) -> None:
+    rows = [_row(i, mask=i % 3 == 0) for i in range(10)]
+    assert write_part(tmp_path / "p.parquet", rows, (2, 8, 8), "uint16") == 10
+    table = read_part(tmp_path / "p.parquet", ["image", "mask"]).slice(2, 6)
+    images = images_of(table["image"], (2, 8, 8), "uint16")
+    assert images[:, 1, 4, 4].tolist() == [i * 300 for i in range(2, 8)]
+    masks, labelled = masks_of(table["mask"], (2, 8, 8))
+    assert labelled.tolist() == [i % 3 == 0 for i in range(2, 8)]
+    assert masks.any(axis=(1, 2)).tolist() == labelled.tolist()
+    assert images_of(table["image"].slice(0, 0), (2, 8, 8), "uint16").shape == (0, 2, 8, 8)
+    pieces = pa.chunked_array([table["image"].chunk(0).slice(3, 2), table["image"].chunk(0).slice(0, 1)])
+    assert images_of(pieces, (2, 8, 8), "uint16")[:, 0, 0, 0].tolist() == [1500, 1800, 600]
+
+
+def test_manifest_survives_json(phantom_dataset: PatchDataset) -> None:
+    manifest = phantom_dataset.manifest
+    assert Manifest.model_validate(json.loads(json.dumps(manifest.model_dump(mode="json")))) == manifest
+    assert set(manifest.counts) == set(manifest.parts) == set(SPLITS)
+    assert isinstance(manifest.counts["val"], Counts)
+    assert isinstance(manifest.parts["val"][0], Part)

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from amlp_ray.data.phantoms import NORMAL_EVERY, Kind, draw_phantom, write_phantoms
+from amlp_ray.data.sources import find_items
+from amlp_ray.errors import SettingsError
+
+KINDS: tuple[Kind, ...] = ("ultrasound", "mri", "pet")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lesions_cover_1_to_15_percent_and_normals_nothing(kind: Kind) -> None:
+    for i in range(12):
+        for size in (48, 96):
+            lesion = i % NORMAL_EVERY != 0
+            image, mask = draw_phantom(kind, size, np.random.default_rng([0, i]), lesion=lesion)
+            assert image.shape == mask.shape == (size, size)
+            assert image.dtype == mask.dtype == np.uint8
+            assert 0.01 <= mask.mean() <= 0.15 if lesion else not mask.any()
+
+
+@pytest.mark.parametrize(("kind", "sign"), [("ultrasound", -1), ("mri", 1), ("pet", 1)])
+def test_lesions_are_dark_in_ultrasound_and_bright_elsewhere(kind: Kind, sign: int) -> None:
+    for i in range(1, 6):
+        image, mask = draw_phantom(kind, 96, np.random.default_rng([0, i]), lesion=True)
+        inside = image[mask == 1].mean()
+        rows = np.flatnonzero(mask.any(axis=1))
+        beside = image[rows][mask[rows] == 0]
+        assert sign * (inside - beside.mean()) > 20
+
+
+def test_ultrasound_darkens_with_depth_and_mri_has_a_black_border() -> None:
+    deep, shallow, border = [], [], []
+    for i in range(6):
+        image, _ = draw_phantom("ultrasound", 96, np.random.default_rng([0, i]), lesion=False)
+        shallow.append(image[30:50].mean())
+        deep.append(image[-12:].mean())
+        border.append(draw_phantom("mri", 96, np.random.default_rng([0, i]), lesion=False)[0][:3].mean())
+    assert np.mean(deep) < np.mean(shallow) - 30
+    assert max(border) < 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_written_folder_is_a_paired_set_that_repeats(kind: Kind, tmp_path: Path) -> None:
+    few = write_phantoms(tmp_path / "few", kind=kind, count=4, size=40, seed=3)
+    many = write_phantoms(tmp_path / "many", kind=kind, count=7, size=40, seed=3)
+    other = write_phantoms(tmp_path / "other", kind=kind, count=1, size=40, seed=4)
+    items = find_items("paired", few)
+    assert [len(item.masks) for item in items] == [1] * 4
+    for item in items:
+        assert Path(item.image).read_bytes() == (many / item.source).read_bytes()
+    assert Path(items[0].image).read_bytes() != (other / items[0].source).read_bytes()
+    with Image.open(items[1].masks[0]) as mask:
+        assert set(np.unique(np.asarray(mask))) == {0, 255}
+
+
+def test_wrong_requests_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="kind 'ct'; known are ultrasound, mri, pet"):
+        write_phantoms(tmp_path, kind="ct", count=1)  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="not 0 and 128"):
+        write_phantoms(tmp_path, count=0)

@@ -31,6 +31,8 @@ def picture_strips(
 ) -> list[Image.Image]:
     """Draw every image as a strip: input, probable lesion, mask, reconstruction and, where known, the true lesion.
 
+    Random masking has no probable lesion.
+
     Args:
         images: (B, C, H, W) as stored. keys: (B,). masks: (B, H, W) or None.
         epoch: whose masking ratio and masks are shown.
@@ -64,14 +66,11 @@ def picture_strips(
     lesion, masked = (_to_pixels(m, model).cpu().numpy() for m in (chosen.lesion, hidden))
     strips = []
     for i in range(len(images)):
-        columns = {
-            "input": whole[i],
-            "probable lesion": _tint(whole[i], lesion[i], _RED) if settings.selection.mode != "random" else whole[i],
-            f"masked {ratio:.0%}": np.where(masked[i][..., None], 128, whole[i]),
-            "reconstruction": again[i],
-        }
-        if settings.selection.mode == "random":
-            columns["no aim: random"] = columns.pop("probable lesion")
+        columns = {"input": whole[i]}
+        if settings.selection.mode != "random":
+            columns["probable lesion"] = _tint(whole[i], lesion[i], _RED)
+        columns[f"masked {ratio:.0%}"] = np.where(masked[i][..., None], 128, whole[i])
+        columns["reconstruction"] = again[i]
         if masks is not None:
             columns["true lesion"] = _tint(whole[i], masks[i] > 0, _GREEN)
         strips.append(_strip(columns))

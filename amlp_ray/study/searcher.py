@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,12 @@ def make_sampler(settings: SamplerSettings, seed: int) -> optuna.samplers.BaseSa
         return optuna.samplers.GPSampler(seed=seed, n_startup_trials=settings.startup)
     if settings.name == "qmc":
         return optuna.samplers.QMCSampler(seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # `group`, chosen knowingly
+        return _tpe(settings, seed)
+
+
+def _tpe(settings: SamplerSettings, seed: int) -> optuna.samplers.TPESampler:
     return optuna.samplers.TPESampler(
         seed=seed,
         n_startup_trials=settings.startup,
@@ -111,7 +118,7 @@ class StudySearcher(Searcher):
         if running is None or "dsc" not in result or "ended" in result or "failed" in result:
             return
         trial, task, epoch = running.trial, running.task, int(result["epoch"])
-        stored = running.study.trials[trial.number].intermediate_values
+        stored = _rungs_of(running)
         if epoch not in stored and math.isfinite(result["dsc"]):
             trial.report(result["dsc"], epoch)
             self._notify(f"{task.label} epoch {epoch}: DSC {result['dsc']:.3f}")
@@ -193,7 +200,7 @@ class StudySearcher(Searcher):
         )
 
     def _end(self, running: Running, result: dict[str, Any]) -> None:
-        values = running.study.trials[running.trial.number].intermediate_values
+        values = _rungs_of(running)
         if not values:
             self._fail(running, "no rung gave a finite DSC", result)
             return
@@ -222,6 +229,10 @@ class StudySearcher(Searcher):
         for name in ("epochs", "images_per_second"):
             if name in result:
                 running.trial.set_user_attr(name, result[name])
+
+
+def _rungs_of(running: Running) -> dict[int, float]:
+    return running.study.get_trials(deepcopy=False)[running.trial.number].intermediate_values
 
 
 def _short(value: Any) -> str:

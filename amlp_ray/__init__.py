@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from amlp_ray.data.dataset import PatchDataset
     from amlp_ray.study.study import Study
     from amlp_ray.training.checkpoint import load_encoder
-    from amlp_ray.training.pretrain import pretrain
+    from amlp_ray.training.runners import pretrain_dataset as pretrain
     from amlp_ray.training.segment import segment
 
 __all__ = [
@@ -28,18 +28,19 @@ __all__ = [
 ]
 
 _HOMES = {
-    "PatchDataset": "amlp_ray.data.dataset",
-    "PretrainSettings": "amlp_ray.config",
-    "SegmentSettings": "amlp_ray.config",
-    "Study": "amlp_ray.study.study",
-    "StudySettings": "amlp_ray.config",
-    "load_encoder": "amlp_ray.training.checkpoint",
-    "pretrain": "amlp_ray.training.pretrain",
-    "segment": "amlp_ray.training.segment",
+    "PatchDataset": "amlp_ray.data.dataset.PatchDataset",
+    "PretrainSettings": "amlp_ray.config.PretrainSettings",
+    "SegmentSettings": "amlp_ray.config.SegmentSettings",
+    "Study": "amlp_ray.study.study.Study",
+    "StudySettings": "amlp_ray.config.StudySettings",
+    "load_encoder": "amlp_ray.training.checkpoint.load_encoder",
+    "pretrain": "amlp_ray.training.runners.pretrain_dataset",
+    "segment": "amlp_ray.training.segment.segment",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'amlp_ray' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    module, _, attribute = _HOMES[name].rpartition(".")
+    return getattr(importlib.import_module(module), attribute)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,63 +27,33 @@ def pretrain(
     """Pretrain an encoder on the unlabelled training images: encoder.safetensors, metrics, pictures."""
     settings = from_assignments(PretrainSettings, read_yaml(config) if config else {}, assign or [])
 
-    from amlp_ray.data.dataset import PatchDataset
-
-    dataset = PatchDataset.open(data)
-    settings.check_image(dataset.spec)
-    import os
-
     cores = os.cpu_count() or 1
     resources = build(
         ResourceSettings,
         {
             "workers": workers,
+            # Below whole cores for a group: its controller needs a sliver too.
             "cpus_per_worker": cpus_per_worker or (cores if workers == 1 else 0.9 * cores / workers),
             "gpus_per_worker": gpus_per_worker,
         },
         "pretrain",
     )
-    if address is None:
-        from amlp_ray.runtime.ray_session import machine_resources
-        from amlp_ray.study.plan import concurrency
-
-        concurrency(resources, machine_resources())
-
-    from amlp_ray.training.job import Job
-
-    job = Job(
-        settings, str(dataset.path), out.absolute(), threads=max(1, int(resources.cpus_per_worker)), label=out.name
-    )
-    if workers == 1:
-        _here(job)
-    else:
-        from amlp_ray.runtime.ray_session import ray_session
-        from amlp_ray.training.runners import run_on_ray
-
-        with ray_session(address) as session:
-            typer.echo(f"Ray dashboard: {session.dashboard or 'none'}")
-            run_on_ray(job, resources, name=f"pretrain-{out.name}", storage=out.absolute() / "ray_train")
-    typer.echo(f"encoder: {out / 'encoder.safetensors'}")
-    typer.echo(f"pictures: {out / 'pictures'}")
-
-
-def _here(job: object) -> None:
     from tqdm import tqdm
 
-    from amlp_ray.training.job import Job
-    from amlp_ray.training.pretrain import Hooks, Metrics
-    from amlp_ray.training.runners import run_here
+    from amlp_ray.training.runners import pretrain_dataset
 
-    assert isinstance(job, Job)
-    with tqdm(total=job.settings.epochs, unit="epoch", dynamic_ncols=True) as bar:
+    with tqdm(total=settings.epochs, unit="epoch", dynamic_ncols=True) as bar:
 
-        def report(metrics: Metrics, checkpoint: Path) -> None:
-            bar.update(metrics["epoch"] - bar.n)
+        def report(metrics: dict[str, Any]) -> None:
             bar.set_postfix_str(
                 f"loss {metrics['loss']:.4f}, ratio {metrics['ratio']:.2f}, "
                 f"{metrics['images_per_second']:.0f} img/s, waiting {metrics['wait_share']:.0%}"
             )
+            bar.update(metrics["epoch"] - bar.n)
 
-        result = run_here(job, Hooks(report=report))
-        if result.epochs == job.settings.epochs and bar.n == 0:
-            typer.echo(f"{job.folder} was finished before: {result.epochs} epochs.")
+        encoder = pretrain_dataset(data, out, settings, resources=resources, address=address, report=report)
+        if bar.n == 0:
+            bar.set_postfix_str("was finished before")
+            bar.update(settings.epochs)
+    typer.echo(f"encoder: {encoder}")
+    typer.echo(f"pictures: {out / 'pictures'}")

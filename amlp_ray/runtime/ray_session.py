@@ -94,21 +94,3 @@ def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
-
-
-def cluster_resources() -> dict[str, float]:
-    """CPUs and GPUs of the cluster in all and of its largest node: `CPU`, `GPU`, `node_CPU`, `node_GPU`."""
-    import ray
-
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    totals = {kind: float(sum(node.get(kind, 0) for node in alive)) for kind in ("CPU", "GPU")}
-    largest = {f"node_{kind}": float(max((node.get(kind, 0) for node in alive), default=0)) for kind in ("CPU", "GPU")}
-    return totals | largest
-
-
-def machine_resources() -> dict[str, float]:
-    """The same for this machine alone, without starting Ray."""
-    import torch
-
-    cpus, gpus = float(os.cpu_count() or 1), float(torch.cuda.device_count())
-    return {"CPU": cpus, "GPU": gpus, "node_CPU": cpus, "node_GPU": gpus}

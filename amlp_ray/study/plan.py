@@ -7,14 +7,13 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from amlp_ray.config import PretrainSettings, ResourceSettings, StudySettings
+from amlp_ray.config import PretrainSettings, StudySettings
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.errors import ResourceError, SettingsError
+from amlp_ray.errors import SettingsError
 from amlp_ray.method.ratio import masking_ratio
+from amlp_ray.runtime.capacity import jobs_side_by_side
 from amlp_ray.study.design import first_prunable_epoch, rung_epochs
 from amlp_ray.study.space import check_space
-
-DRIVER_CPU = 0.01  # a trial that only drives an inner Train group; zero is refused by Ray
 
 
 @dataclass(frozen=True)
@@ -60,42 +59,10 @@ def check_study(settings: StudySettings, dataset: PatchDataset) -> None:
         )
 
 
-def concurrency(resources: ResourceSettings, cluster: dict[str, float]) -> int:
-    """Trials that fit side by side.
-
-    Raises:
-        ResourceError: where not even one fits: Ray would wait for it for ever.
-    """
-    for kind, wanted in (("CPU", resources.cpus_per_worker), ("GPU", resources.gpus_per_worker)):
-        largest, total = cluster[f"node_{kind}"], cluster[kind]
-        if wanted > largest:
-            raise ResourceError(
-                f"resources.{kind.lower()}s_per_worker={wanted:g}, but the largest node has {largest:g} {kind}s; "
-                f"lower it or join a larger cluster with --address."
-            )
-        if wanted * resources.workers > total:
-            raise ResourceError(
-                f"resources.workers={resources.workers} with {wanted:g} {kind}s each is more than the "
-                f"cluster's {total:g} {kind}s; lower resources.workers or resources.{kind.lower()}s_per_worker."
-            )
-    # A driver of a group takes a sliver of a CPU of its own, and Ray rounds nothing in our favour.
-    cpus = resources.cpus_per_worker * resources.workers + (DRIVER_CPU if resources.workers > 1 else 0)
-    fit = math.floor(cluster["CPU"] / cpus + 1e-9)
-    if resources.gpus_per_worker:
-        fit = min(fit, math.floor(cluster["GPU"] / (resources.gpus_per_worker * resources.workers) + 1e-9))
-    if fit < 1:
-        raise ResourceError(
-            f"One trial needs {cpus:g} CPUs ({resources.workers} workers and {DRIVER_CPU} for its driver), but the "
-            f"cluster has {cluster['CPU']:g}; "
-            f"set resources.cpus_per_worker to {0.9 * cluster['CPU'] / resources.workers:g}."
-        )
-    return min(fit, resources.concurrency or fit)
-
-
 def make_plan(settings: StudySettings, dataset: PatchDataset, cluster: dict[str, float]) -> Plan:
     """Check the study and price it by timing a few steps and one probe of its base settings on this machine."""
     check_study(settings, dataset)
-    side_by_side = concurrency(settings.resources, cluster)
+    side_by_side = jobs_side_by_side(settings.resources, cluster)
     base = settings.trial({}, seed=0)
     images = dataset.count("train")
     steps = base.epochs * max(1, images // base.batch_size)

@@ -15,13 +15,11 @@ multivariate TPE, whose space is the intersection of all trials, and could come 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.storages import JournalStorage
@@ -30,6 +28,7 @@ from optuna.storages.journal import JournalFileBackend
 from amlp_ray.config import StudySettings
 from amlp_ray.errors import StudyError
 from amlp_ray.settings import build, read_yaml
+from amlp_ray.training.metrics import Metrics, read_rows
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line per state change is ours to print
 
@@ -104,15 +103,6 @@ class StudyStore:
             yield
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read `metrics.jsonl` of a trial or pretraining run, one dict per epoch; a half-written last line is left out."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+def read_metrics(folder: Path) -> list[Metrics]:
+    """Read `metrics.jsonl` of a trial's folder, one dict per epoch."""
+    return read_rows(folder / "metrics.jsonl")

@@ -79,7 +79,8 @@ class Study:
 
     def plan(self, address: str | None = None) -> Plan:
         """Check and price the study, for this machine or for the cluster at `address`; nothing is run."""
-        from amlp_ray.runtime.ray_session import cluster_resources, machine_resources, ray_session
+        from amlp_ray.runtime.capacity import cluster_resources, machine_resources
+        from amlp_ray.runtime.ray_session import ray_session
         from amlp_ray.study.plan import make_plan
 
         if address is None:
@@ -100,20 +101,21 @@ class Study:
             StudyError: another process runs this study, or it was begun with other settings.
             ResourceError: no node can hold a trial.
         """
-        from amlp_ray.runtime.ray_session import cluster_resources, machine_resources, ray_session
-        from amlp_ray.study.plan import check_study, concurrency
+        from amlp_ray.runtime.capacity import cluster_resources, jobs_side_by_side, machine_resources
+        from amlp_ray.runtime.ray_session import ray_session
+        from amlp_ray.study.plan import check_study
         from amlp_ray.study.provenance import environment
 
         check_study(self.settings, self.dataset)
         if address is None:
-            concurrency(self.settings.resources, machine_resources())  # refuse before a cluster is started
+            jobs_side_by_side(self.settings.resources, machine_resources())  # refuse before a cluster is started
         self._check_unchanged()
         self.store.folder.mkdir(parents=True, exist_ok=True)
         with self.store.lock():
             self._check_unchanged()
             with ray_session(address) as session:
                 cluster = cluster_resources()
-                side_by_side = concurrency(self.settings.resources, cluster)
+                side_by_side = jobs_side_by_side(self.settings.resources, cluster)
                 write_yaml(self.settings, self.store.folder / "study.yaml")
                 about = self.store.folder / "environment.json"
                 if not about.exists():
@@ -146,7 +148,7 @@ class Study:
         import ray
         from ray import tune
 
-        from amlp_ray.study.plan import DRIVER_CPU
+        from amlp_ray.runtime.capacity import DRIVER_CPU
         from amlp_ray.study.searcher import StudySearcher
         from amlp_ray.study.trial import StopBoard, amlp_trial
 

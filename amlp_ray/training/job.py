@@ -65,7 +65,7 @@ def run_job(
         shard=shard,
     )
     if rank == 0:
-        _claim(job)
+        claim(job)
         if job.probe:
             hooks = replace(hooks, evaluate=_scorer(job, dataset))
     if job.scratch:
@@ -76,7 +76,7 @@ def run_job(
     return result
 
 
-def _claim(job: Job) -> None:
+def claim(job: Job) -> None:
     """Write the resolved settings; refuse a folder that holds a run of other settings."""
     job.folder.mkdir(parents=True, exist_ok=True)
     path = job.folder / "settings.yaml"

@@ -6,13 +6,12 @@ initialised before. It is told where to write, whom to report to and whom to ask
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -29,8 +28,7 @@ from amlp_ray.method.patches import gather, patchify
 from amlp_ray.method.ratio import masked_count, masking_ratio
 from amlp_ray.method.selection import select_patches, selection_statistics
 from amlp_ray.training.checkpoint import checkpoint_file, export_encoder, load_checkpoint, save_checkpoint
-
-Metrics = dict[str, Any]
+from amlp_ray.training.metrics import Metrics, append_row, drop_after
 
 
 @dataclass
@@ -79,7 +77,7 @@ def pretrain(
         done = load_checkpoint(checkpoint_file(folder), model=model, optimizer=optimizer, settings=settings)
     if first:
         folder.mkdir(parents=True, exist_ok=True)
-        kept = _drop_after(folder / "metrics.jsonl", done)
+        kept = drop_after(folder / "metrics.jsonl", done)
     metrics: Metrics = kept[-1] if first and kept else {}
     network = model if not dist.is_initialized() else DistributedDataParallel(model)
 
@@ -91,7 +89,7 @@ def pretrain(
             metrics |= hooks.evaluate(model, epoch)
             model.train()
             # Metrics before checkpoint: a kill in between repeats the epoch and rewrites its line; none is missing.
-            _append(folder / "metrics.jsonl", metrics)
+            append_row(folder / "metrics.jsonl", metrics)
             save_checkpoint(folder, model=model, optimizer=optimizer, epoch=epoch, settings=settings)
         hooks.report(metrics, checkpoint_file(folder))
         done = epoch
@@ -254,25 +252,3 @@ def _agreed(stop: bool, device: str) -> bool:
     flag = torch.tensor(int(stop), device=device)
     dist.broadcast(flag, src=0)
     return bool(flag.item())
-
-
-def _append(path: Path, metrics: Metrics) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(metrics) + "\n")
-
-
-def _drop_after(path: Path, epoch: int) -> list[Metrics]:
-    """Keep the lines of finished epochs: those after the checkpoint are done again, and a torn last line goes."""
-    kept: list[Metrics] = []
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if row["epoch"] <= epoch:
-                kept.append(row)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    partial.replace(path)
-    return kept

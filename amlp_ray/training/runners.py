@@ -2,21 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from amlp_ray.config import ResourceSettings
+from amlp_ray.config import PretrainSettings, ResourceSettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.stream import MEMORY_LIMIT
 from amlp_ray.errors import AmlpError, SettingsError
-from amlp_ray.training.job import Job, run_job
+from amlp_ray.runtime.capacity import cluster_resources, jobs_side_by_side, machine_resources
+from amlp_ray.runtime.ray_session import ray_session
+from amlp_ray.training.job import Job, claim, run_job
+from amlp_ray.training.metrics import read_rows
 from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult
 
 ShouldStop = Callable[[], bool]
+FOLLOW_S = 0.5  # seconds between looks at the metrics of a group on other processes
+
+
+def pretrain_dataset(
+    data: str | Path,
+    out: str | Path,
+    settings: PretrainSettings | None = None,
+    *,
+    resources: ResourceSettings | None = None,
+    address: str | None = None,
+    report: Callable[[Metrics], None] = lambda metrics: None,
+) -> Path:
+    """Pretrain on a patch dataset's training images, without labels; return the path of the exported encoder.
+
+    A folder `out` that holds a run of the same settings is resumed; a finished one is left as it is.
+
+    Args:
+        resources: one worker (the default, with all cores) trains in this process; more on Ray Train.
+        address: of the Ray cluster to join, with several workers; without one, Ray is started here.
+        report: called with the metrics of every epoch.
+
+    Raises:
+        SettingsError, DataError, CheckpointError, ResourceError: in one sentence each. NonFiniteLossError: training
+        diverged.
+    """
+    settings, out = settings or PretrainSettings(), Path(out).absolute()
+    resources = resources or ResourceSettings(cpus_per_worker=os.cpu_count() or 1)
+    dataset = PatchDataset.open(data)
+    settings.check_image(dataset.spec)
+    if address is None:
+        jobs_side_by_side(resources, machine_resources())
+    job = Job(settings, str(dataset.path), out, threads=max(1, int(resources.cpus_per_worker)), label=out.name)
+    if resources.workers == 1:
+        run_here(job, Hooks(report=lambda metrics, checkpoint: report(metrics)))
+    else:
+        claim(job)  # before Ray is started: a folder of another run is told at once
+        with ray_session(address), _following(out / "metrics.jsonl", report):
+            jobs_side_by_side(resources, cluster_resources())
+            run_on_ray(job, resources, name=f"pretrain-{out.name}", storage=out / "ray_train")
+    return out / "encoder.safetensors"
 
 
 def run_here(job: Job, hooks: Hooks | None = None) -> PretrainResult:
@@ -74,6 +120,31 @@ def run_on_ray(
         trainer.fit()
     except train.TrainingFailedError as error:
         raise _own_error(error) from error
+
+
+@contextmanager
+def _following(file: Path, report: Callable[[Metrics], None]) -> Iterator[None]:
+    """Report the lines that workers append to `file`, from a thread, until the block ends."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        seen = 0
+        while True:
+            last = ended.wait(FOLLOW_S)
+            rows = read_rows(file)
+            for row in rows[seen:]:
+                report(row)
+            seen = len(rows)
+            if last:
+                return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def worker_bundle(resources: ResourceSettings) -> dict[str, float]:

@@ -179,6 +179,11 @@ class PretrainSettings(Settings):
                 f"choose a divisor or prepare the data with another --size."
             )
 
+    def check_workers(self, workers: int) -> None:
+        """Raise SettingsError where the workers cannot share a batch evenly."""
+        if self.batch_size % workers:
+            raise SettingsError(f"batch_size {self.batch_size} must be a multiple of resources.workers {workers}.")
+
 
 class ProbeSettings(Settings):
     """`probe`: what a search maximises. A frozen encoder, a linear head per patch, few labels."""

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from amlp_ray.runtime.ray_session import ENVIRONMENT
+
 # Read when Ray is imported, so set before any test module imports it.
-os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
-os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
+os.environ.update(ENVIRONMENT)
 os.environ["RAY_AUTH_MODE"] = "disabled"
 
 if TYPE_CHECKING:

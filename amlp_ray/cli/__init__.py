@@ -33,7 +33,3 @@ def main() -> None:
     except KeyboardInterrupt:
         print("amlp-ray: interrupted; the same command goes on from here.", file=sys.stderr)
         sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

@@ -26,7 +26,8 @@ def crop_and_flip(images: Tensor, keys: Tensor, *, crop_min: float, flip: bool, 
     u = draw.uniform(keys, 5, seed=seed, epoch=epoch, purpose=draw.CROP)
     area = crop_min + (1 - crop_min) * u[:, 0]
     aspect = (4 / 3) ** (u[:, 1] * 2 - 1) if crop_min < 1 else torch.ones_like(area)
-    half_w, half_h = (area * aspect).sqrt().clamp_max(1), (area / aspect).sqrt().clamp_max(1)
+    # A side that would leave the image is cut; the other is then kept from falling below the least area.
+    half_w, half_h = (area * aspect).sqrt().clamp(crop_min, 1), (area / aspect).sqrt().clamp(crop_min, 1)
     centre_x, centre_y = (u[:, 2] * 2 - 1) * (1 - half_w), (u[:, 3] * 2 - 1) * (1 - half_h)
     if flip:
         half_w = torch.where(u[:, 4] < 0.5, -half_w, half_w)

@@ -49,9 +49,9 @@ def _signed(darkness: Tensor, sign: str) -> Tensor:
 
 def _row_contrast(mean: Tensor, grid: tuple[int, int]) -> Tensor:
     rows = mean.reshape(-1, *grid)
-    return (rows.median(-1, keepdim=True).values.expand_as(rows)).reshape(mean.shape) - neighbourhood_mean(
-        mean, grid, 3
-    )
+    # torch's median of an even number is the lower of the middle two, which would favour dark lesions.
+    median = (rows.median(-1, keepdim=True).values - (-rows).median(-1, keepdim=True).values) / 2
+    return median.expand_as(rows).reshape(mean.shape) - neighbourhood_mean(mean, grid, 3)
 
 
 def _blob(mean: Tensor, grid: tuple[int, int], sign: str) -> Tensor:
@@ -76,12 +76,20 @@ def _border_saliency(mean: Tensor, std: Tensor, tissue: Tensor, grid: tuple[int,
     ring = torch.ones(grid, dtype=torch.bool, device=mean.device)
     ring[1:-1, 1:-1] = False
     border = x[:, ring.flatten()]  # (B, R, 2)
-    return torch.cdist(x, border).topk(min(5, border.shape[1]), largest=False).values.mean(-1)
+    distance = torch.cdist(x, border, compute_mode="donot_use_mm_for_euclid_dist")  # exact where patches are alike
+    return distance.topk(min(5, border.shape[1]), largest=False).values.mean(-1)
 
 
 def _ranks(values: Tensor, tissue: Tensor) -> Tensor:
-    """Ranks within the tissue of every image, scaled to 0-1; border patches get 0."""
-    order = values.masked_fill(~tissue, -torch.inf).argsort(stable=True, dim=1).argsort(1)
+    """Ranks within the tissue of every image, scaled to 0-1; border patches get 0, and so do patches all alike.
+
+    Equal values share their mean rank: in saturated areas ranks by position would mask an image from the bottom up.
+    """
+    z = (standardise(values[..., None], tissue)[..., 0] * 1e4).round()  # so that rounding errors are no difference
+    mixed = (z * tissue).any(1, keepdim=True)
+    z = z.masked_fill(~tissue, -torch.inf)
+    ordered = z.sort(1).values
+    rank = (torch.searchsorted(ordered, z) + torch.searchsorted(ordered, z, right=True) - 1) / 2
     off = (~tissue).sum(1, keepdim=True)
     inside = (tissue.sum(1, keepdim=True) - 1).clamp_min(1)
-    return ((order - off).clamp_min(0) / inside).to(values.dtype)
+    return ((rank - off).clamp_min(0) / inside * mixed).to(values.dtype)

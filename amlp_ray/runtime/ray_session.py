@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from amlp_ray.errors import ResourceError
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     # Seconds between looks at a Ray Train group; reports wait for the next one. Ray's default of 2 idles short epochs.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab is empty without it
@@ -45,7 +45,7 @@ def ray_session(address: str | None = None, *, cpus: int | None = None) -> Itera
     Raises:
         ResourceError: where no cluster answers at `address`.
     """
-    for name, value in _ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     own = address is None
     port = _free_port()
@@ -54,10 +54,10 @@ def ray_session(address: str | None = None, *, cpus: int | None = None) -> Itera
         os.environ.setdefault("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{port}")
     import ray
 
+    logging.getLogger("ray").setLevel(logging.ERROR)  # Tune warns of its own files, which are turned off
     if ray.is_initialized():
         yield RaySession(_dashboard(), own=False)
         return
-    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         if own:
             ray.init(

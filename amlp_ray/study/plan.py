@@ -14,6 +14,7 @@ from amlp_ray.method.ratio import masking_ratio
 from amlp_ray.runtime.capacity import jobs_side_by_side
 from amlp_ray.study.design import first_prunable_epoch, rung_epochs
 from amlp_ray.study.space import check_space
+from amlp_ray.training.probe import Probe, require_labels
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,8 @@ def check_study(settings: StudySettings, dataset: PatchDataset) -> None:
     check_space(settings)
     base = settings.trial({}, seed=0)
     base.check_image(dataset.spec)
-    if base.batch_size % settings.resources.workers:
-        raise SettingsError(
-            f"batch_size {base.batch_size} must be a multiple of resources.workers {settings.resources.workers}."
-        )
+    base.check_workers(settings.resources.workers)
+    require_labels(dataset, settings.probe)
     first = first_prunable_epoch(base, settings.pruner, dataset.count("train"))
     if settings.pruner.name != "none" and first >= base.epochs:
         steps = base.epochs * max(1, dataset.count("train") // base.batch_size)
@@ -91,11 +90,11 @@ def make_plan(settings: StudySettings, dataset: PatchDataset, cluster: dict[str,
         cpus_per_trial=settings.resources.cpus_per_worker * workers,
         gpus_per_trial=settings.resources.gpus_per_worker * workers,
         concurrency=side_by_side,
-        seconds_per_trial=round(per_trial, 1),
-        seconds_per_probe=round(probe, 2),
-        hours_full=round(min(full, limit), 3),
-        hours_pruned=round(min(pruned, limit), 3),
-        gpu_hours_full=round(min(full, limit) * side_by_side * settings.resources.gpus_per_worker * workers, 3),
+        seconds_per_trial=per_trial,
+        seconds_per_probe=probe,
+        hours_full=min(full, limit),
+        hours_pruned=min(pruned, limit),
+        gpu_hours_full=min(full, limit) * side_by_side * settings.resources.gpus_per_worker * workers,
     )
 
 
@@ -105,7 +104,6 @@ def _time(settings: StudySettings, base: PretrainSettings, dataset: PatchDataset
 
     from amlp_ray.data.stream import open_batches
     from amlp_ray.training.pretrain import build_model, training_step
-    from amlp_ray.training.probe import Probe
 
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, int(settings.resources.cpus_per_worker)))

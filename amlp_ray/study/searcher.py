@@ -30,25 +30,21 @@ Notify = Callable[[str], None]
 
 def make_sampler(settings: SamplerSettings, seed: int) -> optuna.samplers.BaseSampler:
     """Build the named Optuna sampler."""
-    if settings.name == "random":
-        return optuna.samplers.RandomSampler(seed)
-    if settings.name == "gp":
-        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=settings.startup)
-    if settings.name == "qmc":
-        return optuna.samplers.QMCSampler(seed=seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # `group`, chosen knowingly
-        return _tpe(settings, seed)
-
-
-def _tpe(settings: SamplerSettings, seed: int) -> optuna.samplers.TPESampler:
-    return optuna.samplers.TPESampler(
-        seed=seed,
-        n_startup_trials=settings.startup,
-        multivariate=True,
-        group=True,  # a conditional space has no parameters common to all trials otherwise
-        constant_liar=True,  # running trials count as poor, so that parallel ones spread out
-    )
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # chosen knowingly
+        if settings.name == "random":
+            return optuna.samplers.RandomSampler(seed)
+        if settings.name == "gp":
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=settings.startup)
+        if settings.name == "qmc":
+            return optuna.samplers.QMCSampler(seed=seed)
+        return optuna.samplers.TPESampler(
+            seed=seed,
+            n_startup_trials=settings.startup,
+            multivariate=True,
+            group=True,  # a conditional space has no parameters common to all trials otherwise
+            constant_liar=True,  # running trials count as poor, so that parallel ones spread out
+        )
 
 
 def make_pruner(settings: PrunerSettings, first_rung: int) -> optuna.pruners.BasePruner:

@@ -58,20 +58,27 @@ def load_checkpoint(
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        theirs, epoch = dict(state["settings"]), int(state["epoch"])
     except Exception as error:
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}); delete it to start from the first epoch."
         ) from None
     ours = settings.model_dump(mode="json")
-    changed = [key for key in ours if state["settings"].get(key) != ours[key]]
+    changed = [key for key in ours if theirs.get(key) != ours[key]]
     if changed:
         raise CheckpointError(
             f"{path} was written with other settings ({', '.join(changed)}); "
             f"continue with the same settings or choose another folder."
         )
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError:
+        raise CheckpointError(
+            f"{path} was written for images of another size or number of channels; "
+            f"continue with the same data or choose another folder."
+        ) from None
     optimizer.load_state_dict(state["optimizer"])
-    return int(state["epoch"])
+    return epoch
 
 
 def export_encoder(encoder: VisionTransformer, path: Path, settings: ModelSettings, spec: ImageSpec) -> None:

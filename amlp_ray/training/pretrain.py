@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from amlp_ray.config import PretrainSettings
+from amlp_ray.config import PretrainSettings, SegmentSettings
 from amlp_ray.data.stream import Batch, Batches
 from amlp_ray.errors import NonFiniteLossError
 from amlp_ray.method.augment import crop_and_flip, normalise
@@ -81,7 +81,7 @@ def pretrain(
     metrics: Metrics = kept[-1] if first and kept else {}
     network = model if not dist.is_initialized() else DistributedDataParallel(model)
 
-    stopped = False
+    stopped, finished = False, done == settings.epochs
     for epoch in range(done + 1, settings.epochs + 1):
         metrics = train_epoch(network, optimizer, batches, settings, epoch, device)
         if first:
@@ -98,7 +98,7 @@ def pretrain(
             break
 
     encoder = folder / "encoder.safetensors"
-    if first:
+    if first and not (finished and encoder.is_file()):
         export_encoder(model.encoder, encoder, settings.model, batches.spec)
     return PretrainResult(done, stopped, metrics, model.eval(), encoder)
 
@@ -211,7 +211,7 @@ def training_step(
     }
 
 
-def learning_rate(settings: PretrainSettings, step: int, steps: int) -> float:
+def learning_rate(settings: PretrainSettings | SegmentSettings, step: int, steps: int) -> float:
     """Linear warm-up to `lr` over the share `warmup` of all steps, then cosine to zero; `step` counts from 0."""
     warmup = settings.warmup * steps
     if step < warmup:

@@ -36,6 +36,16 @@ Indices = NDArray[np.intp]
 Tokens = Callable[[torch.Tensor], torch.Tensor]
 
 
+def require_labels(dataset: PatchDataset, settings: ProbeSettings) -> None:
+    """Raise DataError where the training split has too few labelled images with a lesion."""
+    lesions = dataset.manifest.counts["train"].lesions
+    if lesions < settings.labels:
+        raise DataError(
+            f"{dataset.path} has {lesions} labelled training images with a lesion, but the probe needs "
+            f"probe.labels={settings.labels}; lower probe.labels or add masks."
+        )
+
+
 class Probe:
     """The labelled images of a data set, read once, and the fixed subsets on which every encoder is scored."""
 
@@ -45,16 +55,11 @@ class Probe:
         Raises:
             DataError: where there are too few labelled images with a lesion.
         """
+        require_labels(dataset, settings)
         self.settings = settings
         self.spec = dataset.spec
         self.patch_size = patch_size
         train, val = _labelled(dataset.load("train")), _labelled(dataset.load("val"))
-        lesions = int(_has_lesion(train).sum())
-        if lesions < settings.labels:
-            raise DataError(
-                f"{dataset.path} has {lesions} labelled training images with a lesion, but the probe needs "
-                f"probe.labels={settings.labels}; lower probe.labels or add masks."
-            )
         val_lesions = int(_has_lesion(val).sum())
         self.scoring = settings.scoring
         if settings.scoring == "auto":

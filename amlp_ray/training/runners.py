@@ -15,7 +15,7 @@ import torch
 from amlp_ray.config import PretrainSettings, ResourceSettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.stream import MEMORY_LIMIT
-from amlp_ray.errors import AmlpError, SettingsError
+from amlp_ray.errors import AmlpError
 from amlp_ray.runtime.capacity import cluster_resources, jobs_side_by_side, machine_resources
 from amlp_ray.runtime.ray_session import ray_session
 from amlp_ray.training.job import Job, claim, run_job
@@ -52,6 +52,7 @@ def pretrain_dataset(
     resources = resources or ResourceSettings(cpus_per_worker=os.cpu_count() or 1)
     dataset = PatchDataset.open(data)
     settings.check_image(dataset.spec)
+    settings.check_workers(resources.workers)
     if address is None:
         jobs_side_by_side(resources, machine_resources())
     job = Job(settings, str(dataset.path), out, threads=max(1, int(resources.cpus_per_worker)), label=out.name)
@@ -92,10 +93,6 @@ def run_on_ray(
     from ray import train
     from ray.train.torch import TorchTrainer
 
-    if job.settings.batch_size % resources.workers:
-        raise SettingsError(
-            f"batch_size {job.settings.batch_size} must be a multiple of resources.workers {resources.workers}."
-        )
     dataset = PatchDataset.open(job.data)
     mode = job.settings.data
     streamed = mode == "stream" or (mode == "auto" and dataset.bytes("train") > MEMORY_LIMIT)

@@ -7,6 +7,7 @@ Scored on val by the threshold 0.5, never on test.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from amlp_ray.method.augment import normalise
 from amlp_ray.method.model import create_encoder, timm_arguments
 from amlp_ray.settings import write_yaml
 from amlp_ray.training.checkpoint import load_encoder, read_encoder_header
+from amlp_ray.training.pretrain import learning_rate
 from amlp_ray.training.scores import score_images
 
 
@@ -56,7 +58,7 @@ class Segmenter(nn.Module):
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.GELU())
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(math.gcd(8, outputs), outputs), nn.GELU())
 
 
 def segment(
@@ -108,14 +110,14 @@ def segment(
 def _labelled(dataset: PatchDataset, name: str, settings: SegmentSettings | None) -> Split:
     """Labelled images of a split; for training those with a lesion, as many as `labels` says, chosen by seed."""
     split = dataset.load(name)
-    keep = split.labelled & (split.masks.any((1, 2)) if settings else True)
-    rows = np.flatnonzero(keep)
+    lesion = split.labelled & split.masks.any((1, 2))
     wanted = settings.labels if settings else None
-    if len(rows) < (wanted or 1):
+    if lesion.sum() < (wanted or 1):
         raise DataError(
-            f"{dataset.path} has {len(rows)} labelled {name} images with a lesion, but {wanted or 1} are needed; "
+            f"{dataset.path} has {lesion.sum()} labelled {name} images with a lesion, but {wanted or 1} are needed; "
             f"add masks or lower labels."
         )
+    rows = np.flatnonzero(lesion if settings else split.labelled)
     if settings and wanted:
         rows = np.sort(np.random.default_rng(settings.seed).permutation(rows)[:wanted])
     return split.take(rows)
@@ -139,16 +141,15 @@ def _fit(
     )
     rng = np.random.default_rng(settings.seed)
     images, masks = torch.from_numpy(train.images), torch.from_numpy(train.masks)
-    steps = settings.epochs * max(1, len(train) // settings.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.lr, total_steps=steps + 1, pct_start=max(settings.warmup, 1 / (steps + 1))
-    )
+    per_epoch = max(1, len(train) // settings.batch_size)
     started = time.perf_counter()
     model.train()
     for epoch in range(1, settings.epochs + 1):
         order = rng.permutation(len(train))
         losses = []
-        for b in range(max(1, len(train) // settings.batch_size)):
+        for b in range(per_epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings, (epoch - 1) * per_epoch + b, settings.epochs * per_epoch)
             rows = order[b * settings.batch_size : (b + 1) * settings.batch_size]
             x, y = normalise(images[rows].to(device), spec), masks[rows][:, None].float().to(device)
             if settings.flip:
@@ -159,7 +160,6 @@ def _fit(
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            schedule.step()
             losses.append(loss.detach())
         mean = torch.stack(losses).mean().item()
         if not np.isfinite(mean):

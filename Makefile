@@ -1,0 +1,38 @@
+# Two commands do everything on a fresh machine with Python 3.11+ and make: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := runs/demo
+
+.PHONY: help install demo test lint format clean
+
+help:
+	@echo "make demo    install, generate phantoms, run the quickstart study, say where its report is"
+	@echo "make test    install, lint, type-check, check import layers, run all tests"
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/amlp-ray data phantoms $(DEMO)/images --kind ultrasound --count 240
+	$(BIN)/amlp-ray data prepare $(DEMO)/images $(DEMO)/data --layout paired --size 96 --group-by image
+	$(BIN)/amlp-ray study run studies/quickstart.yaml --data $(DEMO)/data --runs $(DEMO)
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+test: lint
+	$(BIN)/pytest
+
+format: install
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .venv runs build *.egg-info

@@ -1,0 +1,171 @@
+"""The command line: every bad input gets one sentence and exit code 2, and help costs no heavy import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from amlp_ray.cli import main
+from amlp_ray.data.dataset import PatchDataset
+
+
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
+) -> tuple[int, str, str]:
+    """Exit code, standard output, and standard error of a command."""
+    monkeypatch.setattr(sys, "argv", ["amlp-ray", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out = capsys.readouterr()
+    return int(end.value.code or 0), out.out, out.err
+
+
+@pytest.fixture
+def paired(tmp_path: Path) -> Path:
+    """Two good images with masks."""
+    for folder in ("images", "masks"):
+        (tmp_path / "source" / folder).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        Image.fromarray(rng.integers(0, 255, (40, 40), dtype=np.uint8)).save(tmp_path / f"source/images/{name}.png")
+        Image.fromarray(np.eye(40, dtype=np.uint8) * 255).save(tmp_path / f"source/masks/{name}.png")
+    return tmp_path / "source"
+
+
+def no_folder(source: Path) -> tuple[Path, str]:
+    return source / "missing", "missing"
+
+
+def no_images(source: Path) -> tuple[Path, str]:
+    for file in source.rglob("*.png"):
+        file.unlink()
+    return source, "source"
+
+
+def unreadable_image(source: Path) -> tuple[Path, str]:
+    (source / "images/a.png").write_bytes(b"no image")
+    return source, "a.png"
+
+
+def mask_without_image(source: Path) -> tuple[Path, str]:
+    (source / "images/a.png").unlink()
+    return source, "a.png"
+
+
+def mask_of_other_size(source: Path) -> tuple[Path, str]:
+    Image.fromarray(np.eye(39, dtype=np.uint8) * 255).save(source / "masks/a.png")
+    return source, "a.png"
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("spoil", [no_folder, no_images, unreadable_image, mask_without_image, mask_of_other_size])
+def test_bad_images_get_one_sentence_and_nothing_is_written(
+    paired: Path,
+    tmp_path: Path,
+    ray_session: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: object,
+) -> None:
+    source, named = spoil(paired)  # type: ignore[operator]
+    code, _, err = run(
+        capsys, monkeypatch, "data", "prepare", source, tmp_path / "out", "--layout", "paired", "--size", 32,
+        "--group-by", "image", "--fractions", "0.5,0.5,0",
+    )  # fmt: skip
+    assert code == 2, err
+    assert err.startswith("amlp-ray: ")
+    assert err.count("\n") == 1, "one sentence on one line"
+    assert named in err
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--set", "epohs=3"], "did you mean epochs"),
+        (["--set", "selection.clusters=1"], "selection.clusters is 1"),
+        (["--set", "ratio.end=1.2"], "ratio.end is 1.2"),
+        (["--set", "epochs"], "name=value"),
+        (["--set", "variant=mea"], "variant is 'mea'"),
+        (["--gpus-per-worker", "64"], "gpus_per_worker=64"),
+        (["--workers", "5", "--cpus-per-worker", "0.1"], "multiple of resources.workers 5"),
+        (["--config", "absent.yaml"], "absent.yaml"),
+    ],
+)
+def test_bad_settings_get_one_sentence_and_nothing_is_written(
+    phantom_dataset: PatchDataset,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    told: str,
+) -> None:
+    out = tmp_path / "out"
+    code, _, err = run(capsys, monkeypatch, "pretrain", phantom_dataset.path, "--out", out, *arguments)
+    sentence = next(line for line in err.splitlines() if line.startswith("amlp-ray: "))
+    assert code == 2
+    assert told in sentence
+    assert "Traceback" not in err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["data", "show", "nowhere"], "nowhere"),
+        (["pretrain", "nowhere", "--out", "out"], "nowhere"),
+        (["study", "status", "nothing"], "nothing"),
+        (["study", "plan", "absent.yaml", "--data", "x"], "absent.yaml"),
+        (["study", "report", "nothing"], "nothing"),
+    ],
+)
+def test_what_is_not_there_is_named(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, monkeypatch, *arguments)
+    assert code == 2
+    assert told in err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_main_job_from_the_command_line(
+    phantom_dataset: PatchDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = run(capsys, monkeypatch, "data", "show", phantom_dataset.path, "--json")
+    assert code == 0
+    assert json.loads(out)["splits"]["train"]["images"] == 36
+    model = ["model.width=24", "model.depth=1", "model.heads=2", "model.decoder_width=16", "epochs=2"]
+    assignments = [part for setting in model for part in ("--set", setting)]
+    code, out, err = run(capsys, monkeypatch, "pretrain", phantom_dataset.path, "--out", tmp_path / "pre", *assignments)
+    assert code == 0, err
+    assert "loss" in err, "the progress bar"
+    encoder = tmp_path / "pre" / "encoder.safetensors"
+    command = ["segment", phantom_dataset.path, "--encoder", encoder, "--set", "epochs=1", "--json"]
+    for name, more in (("own", []), ("scratch", ["--from-scratch"])):
+        code, out, err = run(capsys, monkeypatch, *command, "--out", tmp_path / name, *more)
+        assert code == 0, err
+        assert {"dsc", "ppv", "sensitivity"} <= json.loads(out).keys()
+        assert (tmp_path / name / "segmenter.safetensors").is_file()
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from amlp_ray.cli import app\n"
+        "for words in ([], ['study'], ['data', 'prepare'], ['pretrain'], ['segment']):\n"
+        "    assert CliRunner().invoke(app, [*words, '--help']).exit_code == 0\n"
+        "heavy = ('torch', 'ray', 'optuna', 'monai', 'timm', 'pandas', 'plotly', 'sklearn')\n"
+        "print([m for m in heavy if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

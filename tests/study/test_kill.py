@@ -1,0 +1,86 @@
+"""kill -9 of a study's process in the middle, then the same command: nothing lost, doubled, or left running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from optuna.trial import TrialState
+from tiny import TINY
+
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.study.store import StudyStore, read_metrics
+
+DEADLINE_S = 120
+
+
+def start(study: Path, data: Path, runs: Path, log: Path) -> subprocess.Popen[bytes]:
+    command = [
+        sys.executable,
+        "-m",
+        "amlp_ray",
+        "study",
+        "run",
+        str(study),
+        "--data",
+        str(data),
+        "--runs",
+        str(runs),
+    ]
+    return subprocess.Popen(command, stdout=log.open("ab"), stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def wait_for(condition: object, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():  # type: ignore[operator]
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+def test_a_killed_study_goes_on_where_it_stopped(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+    study = tmp_path / "tiny.yaml"
+    values = TINY | {"arms": ["mae"], "budget": {"trials": 3}}
+    values["pretrain"] = TINY["pretrain"] | {"epochs": 60}
+    study.write_text(yaml.safe_dump(values))
+    store, log = StudyStore(tmp_path / "runs" / "tiny"), tmp_path / "log"
+
+    process = start(study, phantom_dataset.path, tmp_path / "runs", log)
+    children = []
+    try:
+        # In the middle of the first searched trial, past its first checkpoint.
+        wait_for(lambda: len(read_metrics(store.trial_folder(0))) >= 5, process, log)
+        children = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert TrialState.RUNNING in {t.state for t in store.search().trials}
+        done = len(read_metrics(store.trial_folder(0)))
+
+        process = start(study, phantom_dataset.path, tmp_path / "runs", log)
+        assert process.wait(DEADLINE_S * 2) == 0, log.read_text()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+    said = log.read_text()
+    assert "trial 0 continues" in said
+    trials = store.search().trials
+    assert [t.state for t in trials] == [TrialState.COMPLETE] * 3, said
+    assert [t.state for t in store.arms().trials] == [TrialState.COMPLETE]
+    for trial in trials:
+        rows = read_metrics(store.trial_folder(trial.number))
+        assert [row["epoch"] for row in rows] == list(range(1, 61)), "every epoch once"
+        assert sorted(trial.intermediate_values) == [30, 60]
+    seconds = [row["seconds"] for row in read_metrics(store.trial_folder(0))]
+    assert len(seconds) >= done
+    psutil.wait_procs(children, timeout=20)
+    assert not [p for p in children if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], "Ray outlived its driver"

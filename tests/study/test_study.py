@@ -1,0 +1,172 @@
+"""A whole study on phantoms, on a real Ray: run, resume, extend, look at, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+from optuna.trial import TrialState
+from tiny import TINY
+
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.errors import DataError, ResourceError, SettingsError, StudyError
+from amlp_ray.study.study import Study
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(TINY | changes))
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(phantom_dataset: PatchDataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[str]]:
+    """A study that ran to its end, and the lines it said."""
+    folder = tmp_path_factory.mktemp("study")
+    lines: list[str] = []
+    study = Study.load(write(folder), data=phantom_dataset.path, runs=folder / "runs")
+    study.run(notify=lines.append)
+    return study, lines
+
+
+@pytest.mark.ray
+def test_every_trial_ends_once_and_leaves_its_files(finished: tuple[Study, list[str]]) -> None:
+    study, _ = finished
+    assert [t.state for t in study.store.search().trials] == [TrialState.COMPLETE] * 3
+    assert [t.user_attrs["arm"] for t in study.store.arms().trials] == ["scratch", "mae"]
+    for trial in study.store.search().trials:
+        folder = study.store.folder / trial.user_attrs["path"]
+        assert {"settings.yaml", "metrics.jsonl", "score.json", "encoder.safetensors", "checkpoint", "pictures"} <= {
+            p.name for p in folder.iterdir()
+        }
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+        assert {row["epoch"]: row["dsc"] for row in rows if "dsc" in row} == trial.intermediate_values
+        assert trial.user_attrs["epochs"] == 4
+    scratch = json.loads((study.store.arm_folder("scratch", 0) / "score.json").read_text())
+    assert scratch["epoch"] == 0
+    assert scratch["mean_mask_dsc"] > 0
+
+
+@pytest.mark.ray
+def test_plain_optuna_opens_the_journal(finished: tuple[Study, list[str]]) -> None:
+    study, _ = finished
+    backend = optuna.storages.journal.JournalFileBackend(str(study.store.folder / "study.journal"))
+    loaded = optuna.load_study(study_name="tiny", storage=optuna.storages.JournalStorage(backend))
+    assert loaded.best_value == study.best_trial.value
+
+
+@pytest.mark.ray
+def test_table_status_and_report_agree_with_the_store(finished: tuple[Study, list[str]]) -> None:
+    study, lines = finished
+    frame = study.trials_dataframe()
+    assert list(frame["kind"]) == ["search"] * 3 + ["scratch", "mae"]
+    assert frame["ratio.start"][:3].between(0.2, 0.5).all()
+    status = study.status()
+    assert status["states"] == {"COMPLETE": 3}
+    assert status["best_dsc"] == frame["dsc"][:3].max() == study.best_trial.value
+    assert status["arms"]["mae"] == {"n": 1, "dsc": frame["dsc"][4]}
+    assert study.report().read_text().count("tiny") > 0
+    assert sum("complete" in line for line in lines) == 5
+
+
+@pytest.mark.ray
+def test_a_finished_study_runs_no_more_and_an_extended_one_goes_on(
+    finished: tuple[Study, list[str]], phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
+    study, _ = finished
+    before = [t.params for t in study.store.search().trials]
+    study.run(notify=lambda line: None)
+    assert len(study.store.search().trials) == 3
+    runs = study.store.folder.parent
+    more = Study.load(write(tmp_path, budget={"trials": 4}), data=phantom_dataset.path, runs=runs)
+    more.run(notify=lambda line: None)
+    after = [t.params for t in more.store.search().trials]
+    assert after[:3] == before
+    assert len(after) == 4
+    assert Study.open("tiny", runs=runs).settings.budget.trials == 4
+
+
+@pytest.mark.ray
+def test_a_trial_that_diverges_fails_with_its_reason_and_the_study_goes_on(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
+    space = {"lr": {"choices": [1.0]}, "clip_grad": {"choices": [1e30]}, "precision": {"choices": ["bf16"]}}
+    study = Study.load(
+        write(tmp_path, space=space, arms=[], budget={"trials": 1}), data=phantom_dataset.path, runs=tmp_path
+    )
+    study.store.trial_folder(0).mkdir(parents=True)
+    (study.store.trial_folder(0) / "checkpoint").mkdir()
+    (study.store.trial_folder(0) / "checkpoint" / "latest.pt").write_bytes(b"no checkpoint")
+    study.run(notify=lambda line: None)
+    (trial,) = study.store.search().trials
+    assert trial.state == TrialState.FAIL
+    assert "cannot be read as a checkpoint" in trial.user_attrs["reason"]
+    assert "CheckpointError" in (study.store.trial_folder(0) / "error.txt").read_text()
+    with pytest.raises(StudyError, match="no complete trial"):
+        _ = study.best_trial
+
+
+def test_a_changed_setting_is_refused_by_name(
+    finished: tuple[Study, list[str]], phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
+    runs = finished[0].store.folder.parent
+    changed = Study.load(write(tmp_path, seed=4), data=phantom_dataset.path, runs=runs)
+    with pytest.raises(StudyError, match="seed was 3 and is now 4"):
+        changed.run()
+
+
+def test_a_study_that_another_process_runs_says_who(finished: tuple[Study, list[str]]) -> None:
+    study, _ = finished
+    with study.store.lock(), pytest.raises(StudyError, match="already run by process"):
+        study.run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "told"),
+    [
+        ({"resources": {"gpus_per_worker": 64}}, ResourceError, "gpus_per_worker=64"),
+        ({"resources": {"cpus_per_worker": 1000}}, ResourceError, "cpus_per_worker=1000"),
+        ({"probe": {"labels": 1000}}, DataError, "probe.labels=1000"),
+        ({"pretrain": {"model": {"patch_size": 7}}}, SettingsError, "does not divide"),
+        ({"pruner": {"name": "median", "min_steps": 400}}, SettingsError, "cannot act"),
+        ({"resources": {"workers": 5, "cpus_per_worker": 0.1}}, SettingsError, "multiple of resources.workers 5"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    phantom_dataset: PatchDataset, tmp_path: Path, changes: dict[str, Any], error: type[Exception], told: str
+) -> None:
+    study = Study.load(write(tmp_path, **changes), data=phantom_dataset.path, runs=tmp_path / "runs")
+    with pytest.raises(error, match=told):
+        study.plan()
+    with pytest.raises(error, match=told):
+        study.run()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_plan_prices_the_study_without_running_it(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+    study = Study.load(write(tmp_path), data=phantom_dataset.path, runs=tmp_path / "runs")
+    plan = study.plan()
+    assert (plan.trials, plan.arm_trials, plan.rungs, plan.steps_per_trial) == (3, 2, (2, 4), 12)
+    assert plan.concurrency >= 1
+    assert 0 < plan.hours_pruned <= plan.hours_full < 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_study_is_told_with_those_there_are(finished: tuple[Study, list[str]]) -> None:
+    with pytest.raises(StudyError, match="studies there: tiny"):
+        Study.open("tinny", runs=finished[0].store.folder.parent)
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "studies").glob("*.yaml")), ids=lambda f: f.stem)
+def test_the_ready_studies_are_valid(file: Path) -> None:
+    from amlp_ray.study.space import check_space
+
+    study = Study.load(file, data="anywhere")
+    check_space(study.settings)
+    assert study.settings.name == file.stem
+    assert study.settings.description

@@ -1,0 +1,95 @@
+"""The same job in this process and on Ray Train workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import amlp_ray
+from amlp_ray.config import PretrainSettings, ResourceSettings
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.errors import CheckpointError, ResourceError, SettingsError
+from amlp_ray.settings import build
+from amlp_ray.training.metrics import read_rows
+
+TINY = {
+    "epochs": 3,
+    "batch_size": 12,
+    "model": {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_heads": 2},
+}
+
+
+def settings(**changes: object) -> PretrainSettings:
+    return build(PretrainSettings, TINY | changes, "test")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("variant", ["amlp", "amlp-soft"])
+def test_two_workers_follow_the_loss_curve_of_one(phantom_dataset: PatchDataset, tmp_path: Path, variant: str) -> None:
+    one, two = ResourceSettings(), ResourceSettings(workers=2, cpus_per_worker=0.9)
+    for name, resources in (("one", one), ("two", two)):
+        amlp_ray.pretrain(phantom_dataset.path, tmp_path / name, settings(variant=variant), resources=resources)
+    curves = [read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    for alone, shared in zip(*curves, strict=True):
+        for figure in ("loss", "loss_rec", "loss_ccl", "lesion_cluster_share", "ratio"):
+            assert shared[figure] == pytest.approx(alone[figure], rel=1e-4, abs=1e-6), figure
+    assert {p.name for p in (tmp_path / "two").iterdir()} >= {"encoder.safetensors", "pictures", "settings.yaml"}
+
+
+@pytest.mark.ray
+def test_a_group_resumes_what_a_process_began(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+    from amlp_ray.training.job import Job
+    from amlp_ray.training.pretrain import Hooks
+    from amlp_ray.training.runners import run_here
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    amlp_ray.pretrain(phantom_dataset.path, whole, settings())
+    run_here(Job(settings(), str(phantom_dataset.path), parts), Hooks(should_stop=lambda: True))
+    assert len(read_rows(parts / "metrics.jsonl")) == 1
+    reported: list[int] = []
+    amlp_ray.pretrain(
+        phantom_dataset.path,
+        parts,
+        settings(),
+        resources=ResourceSettings(workers=2, cpus_per_worker=0.9),
+        report=lambda metrics: reported.append(metrics["epoch"]),
+    )
+    assert reported == [1, 2, 3]
+    losses = [[row["loss"] for row in read_rows(run / "metrics.jsonl")] for run in (whole, parts)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_the_exported_encoder_loads_in_plain_timm(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+    import json
+
+    from safetensors import safe_open
+
+    path = amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings())
+    with safe_open(str(path), framework="pt") as file:
+        header = file.metadata()
+    plain = timm.create_model(header["timm_name"], checkpoint_path=str(path), **json.loads(header["timm_arguments"]))
+    images = torch.randn(2, 1, 64, 64)
+    with torch.inference_mode():
+        ours = amlp_ray.load_encoder(path).forward_features(images)
+        assert torch.equal(plain.eval().forward_features(images), ours)
+
+
+def test_a_finished_run_is_left_as_it_is(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+    path = amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings())
+    before = path.read_bytes()
+    reported: list[object] = []
+    amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings(), report=reported.append)
+    assert not reported
+    assert path.read_bytes() == before
+    with pytest.raises(CheckpointError, match="other settings"):
+        amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings(lr=0.5))
+
+
+def test_impossible_requests_are_refused_at_once(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="gpus_per_worker=64"):
+        amlp_ray.pretrain(phantom_dataset.path, tmp_path, settings(), resources=ResourceSettings(gpus_per_worker=64))
+    with pytest.raises(SettingsError, match="does not divide"):
+        amlp_ray.pretrain(phantom_dataset.path, tmp_path, settings(model={"patch_size": 7}))

@@ -26,7 +26,7 @@ def ray_session() -> Iterator[None]:
     """One local Ray for the whole run: starting one takes seconds."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
 

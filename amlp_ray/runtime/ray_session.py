@@ -61,6 +61,7 @@ def ray_session(address: str | None = None, *, cpus: int | None = None) -> Itera
     try:
         if own:
             ray.init(
+                address="local",  # not whatever cluster happens to run on this machine
                 num_cpus=cpus,
                 include_dashboard=True,
                 dashboard_port=port,

@@ -67,7 +67,6 @@ class Running:
     trial: Trial
     task: Task
     started: float
-    resumed: bool
 
 
 class StudySearcher(Searcher):
@@ -103,7 +102,7 @@ class StudySearcher(Searcher):
         trial.set_user_attr("tune_trial_id", trial_id)
         trial.set_user_attr("path", str(Path(task.folder).relative_to(self._store.folder)))
         trial.set_user_attr("seed", task.settings.seed)
-        self._running[trial_id] = Running(study, trial, task, time.time(), resumed)
+        self._running[trial_id] = Running(study, trial, task, time.time())
         shown = ", ".join(f"{name}={_short(value)}" for name, value in trial.params.items())
         self._notify(f"{task.label} {'continues' if resumed else 'starts'}" + (f": {shown}" if shown else ""))
         return {"task": task.as_config(), "board": self._board}
@@ -217,8 +216,7 @@ class StudySearcher(Searcher):
         self._notify(f"{running.task.label} failed: {reason}")
 
     def _describe(self, running: Running, result: dict[str, Any]) -> None:
-        earlier = float(running.trial.user_attrs.get("seconds", 0.0)) if running.resumed else 0.0
-        seconds = earlier + float(result.get("seconds", time.time() - running.started))
+        seconds = float(result.get("seconds", time.time() - running.started))
         running.trial.set_user_attr("seconds", round(seconds, 2))
         gpus = running.task.resources.gpus_per_worker * running.task.resources.workers
         running.trial.set_user_attr("gpu_seconds", round(seconds * gpus, 2))

@@ -89,14 +89,25 @@ def amlp_trial(config: dict[str, Any]) -> dict[str, Any]:
             (run_in_group if task.resources.workers > 1 and not task.scratch else run_alone)(
                 task, partial(ask_board, config["board"], task.folder)
             )
-        rows = read_metrics(folder)
-        last = rows[-1] if rows else {"epoch": 0}
-        return {"ended": True, "seconds": time.perf_counter() - started, "epochs": last["epoch"]}
+        return {"ended": True, **_spent(folder, time.perf_counter() - started)}
     except Exception as error:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "error.txt").write_text(traceback.format_exc())
         reason = str(error) if isinstance(error, AmlpError) else f"{type(error).__name__}: {error}"
-        return {"failed": " ".join(reason.split())[:500], "seconds": time.perf_counter() - started}
+        return {"failed": " ".join(reason.split())[:500], **_spent(folder, time.perf_counter() - started)}
+
+
+def _spent(folder: Path, here: float) -> dict[str, Any]:
+    """Epochs, seconds and speed from the trial's own lines, so that those before a take-over count too.
+
+    `here` stands in where nothing was trained.
+    """
+    rows = read_metrics(folder)
+    if not rows:
+        return {"epochs": 0, "seconds": here}
+    seconds = sum(row["seconds"] + row.get("evaluate_seconds", 0.0) for row in rows)
+    speed = sum(row["images_per_second"] for row in rows) / len(rows)
+    return {"epochs": rows[-1]["epoch"], "seconds": seconds, "images_per_second": round(speed, 1)}
 
 
 def ask_board(board: Any, folder: str) -> bool:

@@ -85,9 +85,7 @@ def pretrain(
     for epoch in range(done + 1, settings.epochs + 1):
         metrics = train_epoch(network, optimizer, batches, settings, epoch, device)
         if first:
-            model.eval()
-            metrics |= hooks.evaluate(model, epoch)
-            model.train()
+            metrics |= _evaluated(hooks, model, epoch)
             # Metrics before checkpoint: a kill in between repeats the epoch and rewrites its line; none is missing.
             append_row(folder / "metrics.jsonl", metrics)
             save_checkpoint(folder, model=model, optimizer=optimizer, epoch=epoch, settings=settings)
@@ -224,6 +222,14 @@ def autocast_type(settings: PretrainSettings, device: str) -> torch.dtype | None
     if settings.precision == "auto":
         return torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else None
     return torch.bfloat16 if settings.precision == "bf16" else None
+
+
+def _evaluated(hooks: Hooks, model: MaskedAutoencoder, epoch: int) -> Metrics:
+    started = time.perf_counter()
+    model.eval()
+    extra = hooks.evaluate(model, epoch)
+    model.train()
+    return extra | {"evaluate_seconds": time.perf_counter() - started} if extra else {}
 
 
 def _check_finite(rows: list[Tensor], network: nn.Module, epoch: int) -> None:

@@ -190,7 +190,7 @@ def test_a_perfect_prediction_has_loss_0_and_finite_gradients(weighting: str) ->
     given["prediction"] = given["target"].clone().requires_grad_()
     given["category_logits"].requires_grad_()
     found = loss(given, weighting=weighting)
-    assert float(found.reconstruction) == 0
+    assert found.reconstruction.item() == 0
     found.total.backward()
     assert given["prediction"].grad is not None
     assert given["prediction"].grad.isfinite().all()
@@ -253,7 +253,7 @@ def test_classes_weigh_equally_however_few_lesion_patches_there_are() -> None:
     lesion = torch.arange(100)[None] < 5
     chosen = LossSettings(ccl_difficulty_share=0.0)
     value = category_consistency_loss(logits, torch.rand(1, 100), lesion, torch.ones(1, 100, dtype=torch.bool), chosen)
-    assert float(value) == pytest.approx(math.log(2), abs=1e-6)
+    assert value.item() == pytest.approx(math.log(2), abs=1e-6)
     value.backward()
     assert logits.grad is not None
     assert float(logits.grad[lesion].sum()) == pytest.approx(-float(logits.grad[~lesion].sum()), abs=1e-6)
@@ -333,7 +333,7 @@ def test_warming_up_is_the_plain_loss_to_the_bit_while_the_head_still_gets_a_zer
     found = loss(given, weighting=weighting, ccl_weight=0.5, warming_up=True)
     assert found.total.equal(plain(given).total)
     assert float(found.effective_patches) == 1
-    assert float(found.ccl) > 0  # shown, not trained
+    assert found.ccl.item() > 0  # shown, not trained
     found.total.backward()
     assert logits.grad is not None
     assert not logits.grad.any()

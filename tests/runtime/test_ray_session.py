@@ -1,0 +1,76 @@
+"""Joining a cluster, and what fits into one."""
+
+from __future__ import annotations
+
+import time
+import urllib.request
+
+import pytest
+
+from amlp_ray.config import ResourceSettings
+from amlp_ray.errors import ResourceError
+from amlp_ray.runtime.capacity import cluster_resources, jobs_side_by_side
+
+
+def machine(cpus: float, gpus: float = 0, nodes: int = 1) -> dict[str, float]:
+    return {"CPU": cpus * nodes, "GPU": gpus * nodes, "node_CPU": cpus, "node_GPU": gpus}
+
+
+@pytest.mark.parametrize(
+    ("resources", "cluster", "fit"),
+    [
+        (ResourceSettings(), machine(2), 2),
+        (ResourceSettings(concurrency=1), machine(2), 1),
+        (ResourceSettings(cpus_per_worker=0.5), machine(2), 4),
+        (ResourceSettings(workers=2, cpus_per_worker=0.9), machine(2), 1),
+        (ResourceSettings(workers=2, cpus_per_worker=0.9), machine(4), 2),
+        (ResourceSettings(gpus_per_worker=1), machine(16, 4), 4),
+        (ResourceSettings(gpus_per_worker=0.5), machine(16, 1), 2),
+        (ResourceSettings(workers=4, gpus_per_worker=1, cpus_per_worker=2), machine(16, 2, nodes=4), 2),
+    ],
+)
+def test_as_many_runs_side_by_side_as_the_scarcest_resource_holds(
+    resources: ResourceSettings, cluster: dict[str, float], fit: int
+) -> None:
+    assert jobs_side_by_side(resources, cluster) == fit
+
+
+@pytest.mark.parametrize(
+    ("resources", "cluster", "told"),
+    [
+        (ResourceSettings(gpus_per_worker=1), machine(2), "largest node has 0 GPUs"),
+        (ResourceSettings(cpus_per_worker=3), machine(2, nodes=4), "largest node has 2 CPUs"),
+        (ResourceSettings(workers=3), machine(2), "more than the cluster's 2 CPUs"),
+        (ResourceSettings(workers=2), machine(2), "set resources.cpus_per_worker to 0.9"),
+    ],
+)
+def test_what_no_node_can_hold_is_refused(resources: ResourceSettings, cluster: dict[str, float], told: str) -> None:
+    with pytest.raises(ResourceError, match=told):
+        jobs_side_by_side(resources, cluster)
+
+
+@pytest.mark.ray
+def test_the_cluster_of_the_tests_has_two_cpus(ray_session: None) -> None:
+    assert cluster_resources() == machine(2)
+
+
+@pytest.mark.ray
+def test_gauges_of_a_trial_are_exported_and_stay(ray_session: None) -> None:
+    import ray
+
+    from amlp_ray.runtime.metrics import TrialGauges
+
+    gauges = TrialGauges("gauge-study", "trial 7")
+    gauges.update({"loss": 0.25, "ratio": 0.5, "epoch": 3})
+    node = ray.nodes()[0]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    found: list[str] = []
+    deadline = time.monotonic() + 60
+    while not found and time.monotonic() < deadline:
+        time.sleep(1)
+        text = urllib.request.urlopen(url, timeout=5).read().decode()
+        found = [line for line in text.splitlines() if line.startswith("ray_amlp_loss{") and "gauge-study" in line]
+    gauges.close()
+    assert found
+    assert 'trial="trial 7"' in found[0]
+    assert found[0].endswith(" 0.25")

@@ -83,7 +83,7 @@ class StudySearcher(Searcher):
         self._store, self._settings, self._data, self._images = store, settings, data, images
         self._board, self._notify = board, notify
         storage = store.storage()
-        self._search, self._arms = store.search(storage), store.arms(storage)
+        self._search, self._arms = store.search(storage, create=True), store.arms(storage, create=True)
         first = first_prunable_epoch(settings.trial({}, seed=0), settings.pruner, images)
         self._search.pruner = make_pruner(settings.pruner, first)
         self._orphans = [(s, t) for s in (self._arms, self._search) for t in s.get_trials(states=(TrialState.RUNNING,))]

@@ -66,18 +66,22 @@ class StudyStore:
     def storage(self) -> JournalStorage:
         return JournalStorage(JournalFileBackend(str(self.folder / "study.journal")))
 
-    def search(self, storage: JournalStorage | None = None) -> optuna.Study:
+    def search(self, storage: JournalStorage | None = None, *, create: bool = False) -> optuna.Study:
         """Return the Optuna study of the search; plain `optuna.load_study` opens the same."""
-        return self._study(self.name, storage)
+        return self._study(self.name, storage, create)
 
-    def arms(self, storage: JournalStorage | None = None) -> optuna.Study:
+    def arms(self, storage: JournalStorage | None = None, *, create: bool = False) -> optuna.Study:
         """Return the Optuna study of the baseline arms; user attributes `arm` and `repeat` name each trial."""
-        return self._study(f"{self.name}.arms", storage)
+        return self._study(f"{self.name}.arms", storage, create)
 
-    def _study(self, name: str, storage: JournalStorage | None) -> optuna.Study:
-        return optuna.create_study(
-            study_name=name, storage=storage or self.storage(), direction="maximize", load_if_exists=True
-        )
+    def _study(self, name: str, storage: JournalStorage | None, create: bool) -> optuna.Study:
+        storage = storage or self.storage()
+        if create:
+            return optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
+        try:
+            return optuna.load_study(study_name=name, storage=storage)  # a look writes nothing
+        except KeyError:
+            return optuna.create_study(study_name=name, direction="maximize")  # not begun: empty, and in memory only
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -65,7 +65,7 @@ def pretrain(
     `encoder.safetensors` into `folder`.
 
     Raises:
-        NonFiniteLossError: naming epoch, step and layer.
+        NonFiniteLossError: naming epoch, step and the part of the loss.
         CheckpointError: where the folder holds a checkpoint of other settings.
     """
     settings.check_image(batches.spec)
@@ -144,11 +144,11 @@ def train_epoch(
         values["grad_norm"] = nn.utils.clip_grad_norm_(network.parameters(), settings.clip_grad)
         rows.append(torch.stack([value.detach().float() for value in values.values()]))
         if device == "cpu":  # looking costs nothing here; on a GPU it would stall the step, so the epoch's end looks
-            _check_finite(rows, network, epoch)
+            _check_finite(rows, list(values), network, epoch)
         optimizer.step()
         images += len(batch.keys)
 
-    _check_finite(rows, network, epoch)
+    _check_finite(rows, list(values), network, epoch)
     means = torch.stack(rows).mean(0)
     world = 1
     if dist.is_initialized():
@@ -232,22 +232,19 @@ def _evaluated(hooks: Hooks, model: MaskedAutoencoder, epoch: int) -> Metrics:
     return extra | {"evaluate_seconds": time.perf_counter() - started} if extra else {}
 
 
-def _check_finite(rows: list[Tensor], network: nn.Module, epoch: int) -> None:
-    finite = torch.stack(rows).isfinite().all(1)
+def _check_finite(rows: list[Tensor], names: list[str], network: nn.Module, epoch: int) -> None:
+    finite = torch.stack(rows).isfinite()
     if bool(finite.all()):
         return
-    step = int((~finite).nonzero()[0]) + 1
-    layer = next(
-        (
-            name
-            for name, p in network.named_parameters()
-            if not p.isfinite().all() or (p.grad is not None and not p.grad.isfinite().all())
-        ),
-        "none, so the input or the loss itself",
-    )
+    step = int((~finite.all(1)).nonzero()[0])
+    # The total holds all parts and the gradient follows from it, so the first of these to be named is the cause.
+    parts = ("loss_rec", "loss_ccl", "loss", "grad_norm")
+    cause = next((name for name in parts if not finite[step, names.index(name)]), "A metric")
+    lost = next((name for name, p in network.named_parameters() if not p.isfinite().all()), None)
     raise NonFiniteLossError(
-        f"The loss or its gradient is not finite at epoch {epoch}, step {step} (first layer affected: {layer}); "
-        f"lower lr, raise warmup, or use precision=fp32."
+        f"{cause} is not finite at epoch {epoch}, step {step + 1} ("
+        + (f"weights of {lost} are not either" if lost else "all weights still are")
+        + "); check the images, lower lr, raise warmup, or use precision=fp32."
     )
 
 

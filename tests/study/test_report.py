@@ -108,7 +108,7 @@ def add_trial(store: StudyStore, dsc: float, *, state: str = "COMPLETE", power: 
         state=TrialState[state], params=params, distributions=distributions, intermediate_values=rungs,
         value={"COMPLETE": dsc, "PRUNED": last}.get(state), user_attrs=attributes,
     )  # fmt: skip
-    store.search().add_trial(frozen)
+    store.search(create=True).add_trial(frozen)
     folder = store.trial_folder(number)
     if state == "FAIL":
         folder.mkdir(parents=True)
@@ -122,7 +122,7 @@ def add_arm(store: StudyStore, arm: str, repeat: int, dsc: float, *, state: str 
     epochs = files.pop("epochs", 0 if arm == "scratch" else 100)
     attributes = {"arm": arm, "repeat": repeat, "path": f"arms/{arm}-{repeat}", "seed": repeat, "epochs": epochs}
     value = dsc if state == "COMPLETE" else None
-    store.arms().add_trial(create_trial(state=TrialState[state], value=value, user_attrs=attributes))
+    store.arms(create=True).add_trial(create_trial(state=TrialState[state], value=value, user_attrs=attributes))
     folder = store.arm_folder(arm, repeat)
     write_files(folder, dsc, **{"epochs": epochs, "ratio": (0.75, 0.75), **files})
     return folder
@@ -275,7 +275,7 @@ def test_path_outside_of_the_study_is_not_read(tmp_path: Path) -> None:
     write_files(tmp_path / "elsewhere", 0.9)
     add_trial(store, 0.5)
     trial: FrozenTrial = create_trial(state=TrialState.COMPLETE, value=0.6, user_attrs={"path": "../elsewhere"})
-    store.search().add_trial(trial)
+    store.search(create=True).add_trial(trial)
     assert gather(store).search[1].folder == store.trial_folder(1)
 
 
@@ -284,13 +284,13 @@ def test_texts_of_the_store_cannot_become_markup(tmp_path: Path) -> None:
     store = new_study(tmp_path / "s", description=evil, pretrain={}, space={**SPACE, evil: Choice(choices=[evil, "b"])})
     for i in range(2):
         distributions = {evil: CategoricalDistribution([evil, "b"])}
-        store.search().add_trial(
+        store.search(create=True).add_trial(
             create_trial(
                 value=0.5 + i / 10, params={evil: evil}, distributions=distributions, intermediate_values={5: 0.4}
             )
         )
-    store.search().add_trial(create_trial(state=TrialState.FAIL, user_attrs={"reason": evil}))
-    store.arms().add_trial(create_trial(value=0.4, user_attrs={"arm": evil, "repeat": 0, "path": "arms/x"}))
+    store.search(create=True).add_trial(create_trial(state=TrialState.FAIL, user_attrs={"reason": evil}))
+    store.arms(create=True).add_trial(create_trial(value=0.4, user_attrs={"arm": evil, "repeat": 0, "path": "arms/x"}))
     write_files(store.folder / "trials/1", 0.6)
     write_files(store.folder / "arms/x", 0.4)
     store.trial_folder(1).joinpath("settings.yaml").write_text(evil)

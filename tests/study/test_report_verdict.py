@@ -131,7 +131,7 @@ def test_unequal_budgets_and_random_masks_are_cautioned_about(tmp_path: Path) ->
     store = new_study(tmp_path / "s")
     folder = add_trial(store, 0.5, epochs=100)
     folder.joinpath("settings.yaml").write_text("selection:\n  mode: random\n")
-    store.arms().add_trial(store.search().trials[0])  # carries no arm: not counted as one
+    store.arms(create=True).add_trial(store.search().trials[0])  # carries no arm: not counted as one
     add_arm(store, "mae", 0, 0.45)
     assert "different numbers of epochs" not in " ".join(verdict_of(store).cautions)
     assert any("masks at random, as MAE does" in text for text in verdict_of(store).cautions)
@@ -153,7 +153,7 @@ def test_agreement_of_rungs_is_worded(tmp_path: Path, values: list[float], final
     store = new_study(tmp_path / "s")
     for early, late in zip(values, finals, strict=True):
         rungs = {25: 0.3, 75: early, 100: late}  # 6 steps an epoch: pruning from 400 steps on, so from epoch 75
-        store.search().add_trial(optuna.create_trial(value=late, intermediate_values=rungs))
+        store.search(create=True).add_trial(optuna.create_trial(value=late, intermediate_values=rungs))
     agreement = rank_agreement(gather(store))
     assert agreement.trials == 5
     assert agreement.epochs == (75,)

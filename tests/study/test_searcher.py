@@ -182,7 +182,7 @@ def test_a_trial_killed_before_its_settings_were_asked_gets_those_it_would_have_
     from amlp_ray.study.searcher import make_sampler
 
     chosen = settings()
-    half = other.search()
+    half = other.search(create=True)
     half.sampler = make_sampler(chosen.sampler, derived_seed(chosen.seed, "sampler", 0))
     half.ask()  # and killed before suggest_float
     taken = searcher(other, board, chosen).suggest("b")["task"]

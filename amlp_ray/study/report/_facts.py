@@ -116,7 +116,7 @@ class Facts:
 def gather(store: StudyStore) -> Facts:
     """Read the facts of a study. Missing or half-written files of trials are taken as absent."""
     storage = store.storage()
-    search, arms = _open(store.name, storage), _open(f"{store.name}.arms", storage)
+    search, arms = store.search(storage), store.arms(storage)
     importances, gap = _importances(search)
     return Facts(
         name=store.name,
@@ -152,14 +152,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _open(name: str, storage: optuna.storages.JournalStorage) -> optuna.Study | None:
-    """Load a study if it is there. The store would create it, and so write into the journal of a running study."""
-    there = {study.study_name for study in storage.get_all_studies()}
-    return optuna.load_study(study_name=name, storage=storage) if name in there else None
-
-
-def _runs(store: StudyStore, study: optuna.Study | None) -> list[Run]:
-    return [] if study is None else [_run(store, trial) for trial in study.get_trials(deepcopy=False)]
+def _runs(store: StudyStore, study: optuna.Study) -> list[Run]:
+    return [_run(store, trial) for trial in study.get_trials(deepcopy=False)]
 
 
 def _run(store: StudyStore, trial: optuna.trial.FrozenTrial) -> Run:
@@ -193,9 +187,9 @@ def _folder(store: StudyStore, trial: optuna.trial.FrozenTrial) -> Path:
     return store.trial_folder(trial.number)
 
 
-def _importances(study: optuna.Study | None) -> tuple[dict[str, float], str | None]:
-    complete = [] if study is None else study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-    if study is None or len(complete) < MIN_IMPORTANCE_TRIALS:
+def _importances(study: optuna.Study) -> tuple[dict[str, float], str | None]:
+    complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    if len(complete) < MIN_IMPORTANCE_TRIALS:
         few = f"{len(complete)} complete trials are too few"
         return {}, f"{few}: importances are worked out from {MIN_IMPORTANCE_TRIALS} on."
     if not any(trial.params for trial in complete):

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from amlp_ray.training.scores import best_threshold, score_images
+
+masks = arrays(bool, (4, 5, 6))
+
+
+def one(predicted: list[int], truth: list[int]) -> tuple[float, float, float, float]:
+    s = score_images(np.array([[predicted]], bool), np.array([[truth]], bool))
+    return s.dsc[0], s.ppv[0], s.sensitivity[0], s.empty_correct[0]
+
+
+def test_scores_have_their_formulas() -> None:
+    dsc, ppv, sensitivity, empty = one([1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 0])  # 2 hits, 1 false alarm, 2 missed
+    assert (dsc, ppv, sensitivity) == (4 / 7, 2 / 3, 1 / 2)
+    assert np.isnan(empty)
+
+
+def test_a_lesion_without_any_prediction_scores_0_and_a_perfect_one_1() -> None:
+    assert one([0, 0], [1, 0])[:3] == (0, 0, 0)
+    assert one([1, 0], [1, 0])[:3] == (1, 1, 1)
+
+
+@pytest.mark.parametrize(("predicted", "correct"), [([0, 0], 1.0), ([0, 1], 0.0)])
+def test_an_image_without_a_lesion_counts_only_whether_nothing_is_predicted(
+    predicted: list[int], correct: float
+) -> None:
+    dsc, ppv, sensitivity, empty = one(predicted, [0, 0])
+    assert np.isnan([dsc, ppv, sensitivity]).all()
+    assert empty == correct
+
+
+@given(masks, masks)
+def test_scores_equal_a_count_pixel_by_pixel(predicted: np.ndarray, truth: np.ndarray) -> None:
+    found = score_images(predicted, truth)
+    for i in range(4):
+        pairs = list(zip(predicted[i].flat, truth[i].flat, strict=True))
+        tp, fp, fn = pairs.count((True, True)), pairs.count((True, False)), pairs.count((False, True))
+        if tp + fn == 0:
+            assert np.isnan([found.dsc[i], found.ppv[i], found.sensitivity[i]]).all()
+            assert found.empty_correct[i] == (fp == 0)
+            continue
+        assert found.dsc[i] == pytest.approx(2 * tp / (2 * tp + fp + fn))
+        assert found.ppv[i] == pytest.approx(tp / (tp + fp) if tp + fp else 0)
+        assert found.sensitivity[i] == pytest.approx(tp / (tp + fn))
+
+
+def test_scores_equal_those_of_monai() -> None:
+    import torch
+    from monai.metrics import ConfusionMatrixMetric, compute_dice
+
+    rng = np.random.default_rng(0)
+    predicted, truth = rng.random((2, 20, 16, 16)) < np.array([0.3, 0.2])[:, None, None, None]
+    ours = score_images(predicted, truth)
+    p, t = (torch.from_numpy(x)[:, None].float() for x in (predicted, truth))
+    np.testing.assert_allclose(ours.dsc, compute_dice(p, t)[:, 0].numpy(), rtol=1e-6)
+    for name, value in (("precision", ours.ppv), ("sensitivity", ours.sensitivity)):
+        metric = ConfusionMatrixMetric(metric_name=name, compute_sample=True, reduction="none")
+        metric(p, t)
+        np.testing.assert_allclose(value, metric.aggregate()[0][:, 0].numpy(), rtol=1e-6)
+
+
+def test_best_threshold_is_the_optimum_over_the_candidates() -> None:
+    rng = np.random.default_rng(1)
+    truth = rng.random((6, 12, 12)) < 0.2
+    truth[0] = False  # does not count
+    probability = np.clip(0.4 * truth + 0.6 * rng.random(truth.shape), 0, 1)
+    candidates = np.linspace(0.05, 0.95, 19)
+    threshold, dsc = best_threshold(probability, truth, candidates)
+    by_hand = [np.nanmean(score_images(probability > t, truth).dsc) for t in candidates]
+    assert dsc == max(by_hand)
+    assert threshold == candidates[int(np.argmax(by_hand))]
+    assert 0.3 < threshold < 0.7
+
+
+def test_best_threshold_of_a_constant_probability_takes_everything_rather_than_nothing() -> None:
+    truth = np.zeros((2, 4, 4), bool)
+    truth[:, :2] = True
+    threshold, dsc = best_threshold(np.full((2, 4, 4), 0.5), truth, np.array([0.3, 0.6]))
+    assert threshold == 0.3
+    assert dsc == pytest.approx(2 / 3)

@@ -96,10 +96,10 @@ def assignments(texts: Iterable[str], source: str = "--set") -> dict[str, Any]:
             values[name.strip()] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise SettingsError(f"{source} {text!r}: the value cannot be read.") from None
-    try:
-        return nested(values)
-    except (AttributeError, TypeError):
-        raise SettingsError(f"{source} gives both a group and a value inside it: {', '.join(values)}.") from None
+    for name in values:
+        if any(other.startswith(f"{name}.") for other in values):
+            raise SettingsError(f"{source} gives both a group and a value inside it: {', '.join(values)}.")
+    return nested(values)
 
 
 def from_assignments(model: type[S], base: Mapping[str, Any], texts: Iterable[str], source: str = "--set") -> S:

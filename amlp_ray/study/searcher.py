@@ -142,6 +142,10 @@ class StudySearcher(Searcher):
     def restore(self, checkpoint_path: str) -> None:
         """Nothing to restore: a study is continued by a new searcher on its storage."""
 
+    def unfinished(self) -> bool:
+        """Whether trials are left that nobody runs any more: the study was interrupted."""
+        return any(s.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) for s in (self._arms, self._search))
+
     # Optuna's side
 
     def _next(self) -> tuple[optuna.Study, Trial, bool] | None:

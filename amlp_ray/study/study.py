@@ -147,6 +147,7 @@ class Study:
     def _tune(self, side_by_side: int, notify: Callable[[str], None]) -> None:
         import ray
         from ray import tune
+        from ray.tune.trainable import wrap_function
 
         from amlp_ray.runtime.capacity import DRIVER_CPU
         from amlp_ray.study.searcher import StudySearcher
@@ -165,9 +166,13 @@ class Study:
             notify=notify,
         )
         scratch = tempfile.mkdtemp(prefix="amlp-ray-")  # Tune's own records; the store has everything that matters
+        trainable = wrap_function(tune.with_resources(amlp_trial, bundle))
+        trainable.__name__ = trainable.__qualname__ = (
+            "AmlpTrial"  # what processes and actors are called in the dashboard
+        )
         try:
             tune.Tuner(
-                tune.with_resources(amlp_trial, bundle),
+                trainable,
                 tune_config=tune.TuneConfig(
                     search_alg=searcher,
                     num_samples=-1,  # the searcher ends the study
@@ -181,6 +186,8 @@ class Study:
         finally:
             ray.kill(board)
             shutil.rmtree(scratch, ignore_errors=True)
+        if searcher.unfinished():  # Tune takes Ctrl-C for itself and returns as if all were done
+            raise KeyboardInterrupt
 
     # Looking
 

@@ -53,7 +53,7 @@ class Probe:
         """Read train and val, never test.
 
         Raises:
-            DataError: where there are too few labelled images with a lesion.
+            DataError: where there are too few labelled images with a lesion, or too few groups of them.
         """
         require_labels(dataset, settings)
         self.settings = settings
@@ -67,7 +67,18 @@ class Probe:
         if self.scoring == "val" and val_lesions == 0:
             raise DataError(f"{dataset.path} has no val image with a lesion; use probe.scoring=cross-validation.")
         self.data = train.concat(val)
+        groups = len(np.unique(self.data.groups))
+        if self.scoring == "cross-validation" and groups < settings.folds:
+            raise DataError(
+                f"{dataset.path} has labelled images of {groups} groups, but cross-validation over "
+                f"probe.folds={settings.folds} needs as many; lower probe.folds or label images of more groups."
+            )
         plan = self._plan(len(train))
+        if any(len(np.unique(self.data.groups[subset])) < 2 for subsets, _ in plan for subset in subsets):
+            raise DataError(
+                f"{dataset.path} has labels that come from a single group, but the probe chooses its threshold across "
+                f"groups; label images of more groups."
+            )
         used = np.unique(np.concatenate([rows for subsets, scored in plan for rows in (*subsets, scored)]))
         self.data = self.data.take(used)  # what no fit needs is not encoded
         self.plan = [([np.searchsorted(used, s) for s in subsets], np.searchsorted(used, r)) for subsets, r in plan]
@@ -163,7 +174,7 @@ class Probe:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # the mean over no image is NaN, and meant
             means = [float(np.nanmean(v)) for v in (dsc, ppv, sensitivity, empty)]
-        spread = np.std(np.asarray(subset_dsc), axis=1, ddof=1).mean() if len(subset_dsc[0]) > 1 else 0.0
+        spread = np.nanmean(np.std(np.asarray(subset_dsc), axis=1, ddof=1)) if len(subset_dsc[0]) > 1 else 0.0
         return Score(
             dsc=means[0],
             ppv=means[1],

@@ -24,7 +24,7 @@ from amlp_ray.config import ImageSpec, SegmentSettings
 from amlp_ray.data.dataset import PatchDataset, Split
 from amlp_ray.errors import DataError, NonFiniteLossError, SettingsError
 from amlp_ray.method.augment import normalise
-from amlp_ray.method.model import create_encoder, timm_arguments
+from amlp_ray.method.model import MaskedAutoencoder
 from amlp_ray.settings import write_yaml
 from amlp_ray.training.checkpoint import load_encoder, read_encoder_header
 from amlp_ray.training.pretrain import learning_rate
@@ -58,7 +58,9 @@ class Segmenter(nn.Module):
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(math.gcd(8, outputs), outputs), nn.GELU())
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(math.gcd(8, outputs), outputs), nn.GELU()
+    )
 
 
 def segment(
@@ -91,7 +93,8 @@ def segment(
     train, val = _labelled(dataset, "train", settings), _labelled(dataset, "val", None)
     torch.manual_seed(settings.seed)
     # The encoder's own mean and SD: weights have seen images in that scale.
-    vit = create_encoder(timm_arguments(model_settings, spec)) if from_scratch else load_encoder(encoder)
+    # From scratch means the start that pretraining has, not timm's: anything else would handicap the baseline.
+    vit = MaskedAutoencoder(model_settings, spec).encoder if from_scratch else load_encoder(encoder)
     model = Segmenter(vit, spec, model_settings.patch_size, settings.decoder_width).to(device)
     seconds = _fit(model, train, spec, settings, progress, device)
     score = _score(model, val, spec, device) | {

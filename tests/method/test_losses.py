@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -169,7 +170,9 @@ def test_attention_weights_have_their_formula() -> None:
     powers = [math.exp(v / 3 / 0.5) for v in (1, 2, 6)]
     expected = torch.tensor([[3 * v / sum(powers) for v in powers]])
     chosen = LossSettings(weighting="arl", temperature=0.5)
-    torch.testing.assert_close(hard_patch_weights(e, torch.ones(1, 3, dtype=torch.bool), chosen), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        hard_patch_weights(e, torch.ones(1, 3, dtype=torch.bool), chosen), expected, rtol=1e-4, atol=0
+    )
 
 
 def test_a_flat_border_does_not_make_all_tissue_hard() -> None:
@@ -200,7 +203,7 @@ def test_effective_patches_fall_as_weights_gather_on_few() -> None:
     given = case() | {"category_logits": None}  # type: ignore[dict-item]
     shares = [float(loss(given, gamma=gamma, clip_max=50, clip_min=0.01).effective_patches) for gamma in (0, 0.5, 1, 3)]
     assert shares[0] == 1
-    assert all(b < a for a, b in zip(shares, shares[1:], strict=False))
+    assert all(b < a for a, b in itertools.pairwise(shares))
     assert shares[-1] > 1 / M
 
 

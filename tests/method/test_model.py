@@ -82,9 +82,7 @@ def test_predictions_are_those_of_mae_that_decodes_every_token_in_place(shape: t
     whole = reference_mae(model, patches, visible)
     assert category is None
     assert prediction.shape == (3, 7, shape[0] * 64)
-    torch.testing.assert_close(
-        prediction, torch.stack([whole[i, masked[i]] for i in range(3)]), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(prediction, torch.stack([whole[i, masked[i]] for i in range(3)]), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -92,6 +92,21 @@ def test_visible_regions_of_the_reconstruction_are_the_input_and_masked_ones_are
         assert np.corrcoef(a[clear], b[clear])[0, 1] > 0.999
 
 
+def test_predictions_of_standardised_patches_are_put_back_to_the_patch_s_own_mean_and_contrast() -> None:
+    """A prediction of 0 is then the mean of each patch: bright on the right, dark on the left."""
+    spec = ImageSpec(channels=1, height=32, width=32, mean=(120,), std=(60,))
+    model = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16}
+    chosen = PretrainSettings.model_validate({"variant": "mae", "model": model, "loss": {"norm_pix": True}})
+    net = MaskedAutoencoder(chosen.model, spec).eval()
+    torch.nn.init.zeros_(net.predict.weight)
+    image = torch.randint(40, 60, (1, 1, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    image[..., 16:] += 150
+    (strip,) = picture_strips(net, image, torch.tensor([1]), None, chosen, 1)
+    again = columns_of(strip, (1, 32, 32))[-1]
+    assert again[:, :88].max() < 60
+    assert again[:, 104:].min() > 195
+
+
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_a_constant_image_gives_a_picture(norm_pix: bool) -> None:
     spec = ImageSpec(channels=1, height=32, width=32, mean=(120,), std=(60,))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -32,7 +33,7 @@ def test_any_schedule_starts_at_start_ends_at_end_and_never_turns_back(settings:
     assert ratios[0] == settings.start
     assert ratios[-1] == pytest.approx(settings.end, abs=1e-9)
     sign = math.copysign(1, settings.end - settings.start)
-    assert all(sign * (b - a) >= -1e-12 for a, b in zip(ratios, ratios[1:], strict=False))
+    assert all(sign * (b - a) >= -1e-12 for a, b in itertools.pairwise(ratios))
 
 
 @given(settings_of_any_kind, st.integers(1, 200))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -111,6 +113,7 @@ def test_images_without_a_qualified_cluster_are_masked_at_random_and_counted(
     assert float(selection_statistics(hard)["fallback_share"]) == pytest.approx(float(hard.fallback.float().mean()))
     none = select(images, 30, SelectionSettings(mode="hard", min_patches=64), keys=keys)
     assert none.fallback.all()
+    assert not none.lesion.any()
     assert torch.equal(none.masked, random.masked)
 
 
@@ -185,12 +188,14 @@ def test_soft_masks_lesions_more_the_stronger_it_is_and_border_less(ultrasound: 
     shares = []
     for strength in (0.0, 0.5, 1.0, 2.0, 20.0):
         hits = [
-            hidden(select(images, 16, SelectionSettings(mode="soft", strength=strength), keys=keys, epoch=epoch))[lesion]
+            hidden(select(images, 16, SelectionSettings(mode="soft", strength=strength), keys=keys, epoch=epoch))[
+                lesion
+            ]
             for epoch in range(1, 11)
         ]
         shares.append(float(torch.stack(hits).float().mean()))
     assert shares[0] == pytest.approx(0.25, abs=0.06)
-    assert all(b > a for a, b in zip(shares, shares[1:], strict=False))
+    assert all(b > a for a, b in itertools.pairwise(shares))
 
 
 def test_a_very_strong_soft_selection_takes_the_highest_scores(ultrasound: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -135,7 +135,9 @@ def test_a_kill_while_writing_leaves_the_previous_checkpoint(tmp_path: Path) -> 
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(tmp_path, model=model, optimizer=optimizer, epoch=Unwritable(), settings=SETTINGS)  # type: ignore[arg-type]
     other = MaskedAutoencoder(SETTINGS.model, spec, category=True)
-    assert load_checkpoint(checkpoint_file(tmp_path), model=other, optimizer=optimizer_of(other), settings=SETTINGS) == 1
+    assert (
+        load_checkpoint(checkpoint_file(tmp_path), model=other, optimizer=optimizer_of(other), settings=SETTINGS) == 1
+    )
     save_checkpoint(tmp_path, model=model, optimizer=optimizer, epoch=2, settings=SETTINGS)
     assert [path.name for path in checkpoint_file(tmp_path).parent.iterdir()] == ["latest.pt"]
 

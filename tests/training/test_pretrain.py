@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -267,7 +268,9 @@ def test_a_loss_that_is_not_finite_stops_naming_epoch_and_step_and_spares_the_ch
 ) -> None:
     batches = open_train(phantom_dataset, tiny())
     assert batches.steps_per_epoch == 3
-    with pytest.raises(NonFiniteLossError, match=r"loss_rec is not finite at epoch 3, step 2 \(all weights still are\).*lower lr"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"loss_rec is not finite at epoch 3, step 2 \(all weights still are\).*lower lr"
+    ):
         run(phantom_dataset, tmp_path / "a", variant=variant, batches=Poisoned(batches, 3, 2, value))
     assert len(read_rows(tmp_path / "a" / "metrics.jsonl")) == 2
     resumed = run(phantom_dataset, tmp_path / "a", variant=variant)  # the data repaired
@@ -302,9 +305,7 @@ def damage_list(path: Path) -> None:
     torch.save([1, 2, 3], path)
 
 
-@pytest.mark.parametrize(
-    "damage", [damage_truncate, damage_overwrite, damage_empty, damage_foreign, damage_list]
-)
+@pytest.mark.parametrize("damage", [damage_truncate, damage_overwrite, damage_empty, damage_foreign, damage_list])
 def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_sentence(
     phantom_dataset: PatchDataset, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
@@ -352,7 +353,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_nearly_zero() -> None:
     rates = [learning_rate(settings, step, 100) for step in range(100)]
     assert rates[:20] == pytest.approx([0.01 * (i + 1) / 21 for i in range(20)])
     assert max(rates) == rates[20] == 0.01
-    assert all(a > b for a, b in zip(rates[20:], rates[21:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[20:]))
     assert rates[60] == pytest.approx(0.005)
     assert 0 < rates[99] < 1e-5
 

@@ -148,13 +148,13 @@ def test_val_scoring_fits_on_train_and_scores_val_alone(phantom_dataset: PatchDa
 def test_auto_takes_val_from_40_lesion_images_on(phantom_dataset: PatchDataset) -> None:
     assert probe_of(phantom_dataset).scoring == "cross-validation"
 
-    def enlarge(name: str, split: Split) -> Split:
-        if name != "val":
-            return split
-        rows = np.flatnonzero(split.masks.any((1, 2)))
-        return split.take(np.resize(rows, size))
-
     for size, scoring in ((39, "cross-validation"), (40, "val")):
+
+        def enlarge(name: str, split: Split, size: int = size) -> Split:
+            if name != "val":
+                return split
+            return split.take(np.resize(np.flatnonzero(split.masks.any((1, 2))), size))
+
         assert Probe(guarded(phantom_dataset, enlarge), ProbeSettings.model_validate(FEW), 8).scoring == scoring
 
 
@@ -168,7 +168,7 @@ def test_val_scoring_without_a_val_lesion_is_refused(phantom_dataset: PatchDatas
     def normals_only(name: str, split: Split) -> Split:
         return split.take(np.flatnonzero(~split.masks.any((1, 2)))) if name == "val" else split
 
-    with pytest.raises(DataError, match="no val image with a lesion; use probe.scoring=cross-validation"):
+    with pytest.raises(DataError, match=r"no val image with a lesion; use probe\.scoring=cross-validation"):
         Probe(guarded(phantom_dataset, normals_only), ProbeSettings.model_validate(FEW | {"scoring": "val"}), 8)
 
 

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from amlp_ray.config import (
+    VARIANTS,
+    Choice,
+    ImageSpec,
+    PrepareSettings,
+    PretrainSettings,
+    ProbeSettings,
+    Range,
+    RatioSettings,
+    SegmentSettings,
+    StudySettings,
+)
+from amlp_ray.errors import SettingsError
+from amlp_ray.settings import build, flat, nested
+
+DEFAULTS = flat(PretrainSettings())
+
+
+def refused(values: dict[str, Any], model: Any = PretrainSettings) -> str:
+    with pytest.raises(SettingsError) as caught:
+        build(model, nested(values), "here")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"),
+    [
+        ("epochs", 0, "greater than or equal to 1"),
+        ("lr", 0, "greater than 0"),
+        ("lr", 2, "less than or equal to 1"),
+        ("seed", -1, "greater than or equal to 0"),
+        ("crop_min", 0, "greater than 0"),
+        ("ratio.start", 1, "less than 1"),
+        ("ratio.end", 0, "greater than 0"),
+        ("ratio.shape", "wavy", "'linear', 'cosine', 'power' or 'step'"),
+        ("ratio.levels", 1, "greater than or equal to 2"),
+        ("ratio.duration", 1.5, "less than or equal to 1"),
+        ("selection.mode", "easy", "'random', 'hard' or 'soft'"),
+        ("selection.clusters", 1, "greater than or equal to 2"),
+        ("selection.lesion_share", 0, "greater than 0"),
+        ("selection.strength", 51, "less than or equal to 50"),
+        ("loss.gamma", -0.1, "greater than or equal to 0"),
+        ("loss.clip_min", 1.1, "less than or equal to 1"),
+        ("loss.clip_max", 0.9, "greater than or equal to 1"),
+        ("loss.ccl_weight", 11, "less than or equal to 10"),
+        ("loss.temperature", 0, "greater than 0"),
+        ("precision", "fp16", "'auto', 'fp32' or 'bf16'"),
+        ("loss.norm_pix", "maybe", "valid boolean"),
+    ],
+)
+def test_a_value_out_of_range_is_told_with_key_value_and_range(name: str, value: Any, accepted: str) -> None:
+    text = refused({name: value})
+    assert text.startswith(f"here: {name} is {value!r}, but must be ")
+    assert accepted in text
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_a_misspelt_setting_is_refused_with_its_right_name(name: str) -> None:
+    text = refused({name + "_": 1})
+    assert text == f"here: unknown setting '{name}_'; did you mean {name}?"
+
+
+def test_an_unknown_variant_is_refused_with_the_known_ones() -> None:
+    text = refused({"variant": "simmim"})
+    assert all(repr(name) in text for name in VARIANTS)
+
+
+def test_widths_that_heads_or_positions_do_not_divide_are_refused() -> None:
+    assert "width 100 must be a multiple of heads 3" in refused({"model.width": 100})
+    assert "decoder_width 50 must be a multiple of decoder_heads 4" in refused(
+        {"model.decoder_width": 50, "model.decoder_heads": 4}
+    )
+    assert "width 30 must be a multiple of 4" in refused({"model.width": 30})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_lays_its_values_under_those_given_and_leaves_the_other_defaults(variant: str) -> None:
+    own = flat(VARIANTS[variant])
+    assert flat(PretrainSettings(variant=variant)) == {**DEFAULTS, "variant": variant, **own}  # type: ignore[arg-type]
+
+
+def test_mae_is_random_masking_at_75_percent_with_the_plain_loss() -> None:
+    mae = PretrainSettings(variant="mae")
+    assert (mae.selection.mode, mae.ratio.start, mae.ratio.end) == ("random", 0.75, 0.75)
+    assert (mae.loss.weighting, mae.loss.ccl_weight) == ("none", 0.0)
+
+
+@pytest.mark.parametrize("as_model", [False, True])
+def test_values_given_win_over_the_variant_and_their_neighbours_stay(as_model: bool) -> None:
+    ratio = {"end": 0.9}
+    settings = PretrainSettings.model_validate(
+        {"variant": "mae", "ratio": RatioSettings(**ratio) if as_model else ratio, "loss": {"weighting": "rrl"}}
+    )
+    assert settings.ratio.end == 0.9
+    assert settings.ratio.start == (0.25 if as_model else 0.75)  # a whole model gives every one of its values
+    assert settings.loss.weighting == "rrl"
+    assert settings.loss.ccl_weight == 0
+    assert settings.selection.mode == "random"
+
+
+@given(st.sampled_from(sorted(VARIANTS)), st.floats(0.01, 0.99), st.integers(2, 16), st.booleans())
+def test_written_and_read_again_settings_are_the_same(
+    variant: str, start: float, clusters: int, norm_pix: bool
+) -> None:
+    values = {"variant": variant, "ratio.start": start, "selection.clusters": clusters, "loss.norm_pix": norm_pix}
+    settings = build(PretrainSettings, nested(values), "here")
+    assert flat(settings).items() >= values.items()
+    assert build(PretrainSettings, settings.model_dump(mode="json"), "here") == settings
+    assert build(PretrainSettings, nested(flat(settings)), "here") == settings
+
+
+def test_a_patch_size_must_divide_both_sides_of_the_images() -> None:
+    settings = PretrainSettings.model_validate({"model": {"patch_size": 16}})
+    spec = ImageSpec(channels=1, height=96, width=96, mean=(0,), std=(1,))
+    settings.check_image(spec)
+    for side in ("height", "width"):
+        with pytest.raises(SettingsError, match=r"model.patch_size 16 does not divide .* choose a divisor or prepare"):
+            settings.check_image(spec.model_copy(update={side: 100}))
+
+
+@pytest.mark.parametrize("fractions", [(0.5, 0.2, 0.2), (0, 0.5, 0.5), (1.2, -0.1, -0.1)])
+def test_fractions_must_sum_to_1_with_some_training_images(fractions: tuple[float, float, float]) -> None:
+    assert "fractions must be train > 0" in refused({"layout": "busi", "fractions": fractions}, PrepareSettings)
+
+
+def test_every_model_of_settings_has_valid_defaults() -> None:
+    for model in (PretrainSettings, ProbeSettings, SegmentSettings):
+        assert build(model, model().model_dump(), "here") == model()
+
+
+# Studies
+
+
+def study(**given: Any) -> StudySettings:
+    return build(StudySettings, {"name": "s", **given}, "study.yaml")
+
+
+def test_a_parameter_with_choices_is_a_choice_and_one_with_bounds_a_range() -> None:
+    space = study(space={"ratio.shape": {"choices": ["linear", "step"]}, "lr": {"low": 1e-4, "high": 1e-2}}).space
+    assert isinstance(space["ratio.shape"], Choice)
+    assert isinstance(space["lr"], Range)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "expected"),
+    [
+        ({"low": 0.5, "high": 0.2}, "space.lr: low 0.5 must lie below high 0.2"),
+        ({"low": 0.2, "high": 0.2}, "space.lr: low 0.2 must lie below high 0.2"),
+        ({"low": 0, "high": 1, "log": True}, "space.lr: log needs low > 0 and no step"),
+        ({"low": 0.1, "high": 1, "log": True, "step": 0.1}, "space.lr: log needs low > 0 and no step"),
+        ({"low": 0.1}, "space.lr.high is missing"),
+        ({"choices": []}, "space.lr.choices is []"),
+        ({"low": 0, "high": 1, "steps": 2}, "unknown setting 'space.lr.steps'"),
+    ],
+)
+def test_a_faulty_parameter_is_refused_with_its_name(parameter: dict[str, Any], expected: str) -> None:
+    with pytest.raises(SettingsError, match=r"^study\.yaml: ") as caught:
+        study(space={"lr": parameter})
+    assert expected in str(caught.value)
+
+
+def test_all_faults_of_a_study_are_told_at_once() -> None:
+    with pytest.raises(SettingsError) as caught:
+        study(
+            name="a b",
+            space={"lr": {"low": 1, "high": 0}, "ratio.start": {"choices": []}},
+            budget={"trials": 0},
+            arms=["simmim"],
+            tie=-1,
+        )
+    for part in ("name is 'a b'", "space.lr: low 1", "space.ratio.start.choices", "budget.trials is 0", "arms", "tie"):
+        assert part in str(caught.value)
+
+
+def test_faulty_settings_of_the_trials_are_refused_when_the_study_is_read() -> None:
+    with pytest.raises(SettingsError, match=r"pretrain: epochs is 0, but must be"):
+        study(pretrain={"epochs": 0})
+
+
+def test_a_trial_has_the_study_s_settings_with_its_parameters_on_top() -> None:
+    settings = study(pretrain={"epochs": 7, "ratio": {"start": 0.3}})
+    trial = settings.trial({"ratio.end": 0.6, "lr": 0.01}, seed=5)
+    assert (trial.epochs, trial.ratio.start, trial.ratio.end, trial.lr, trial.seed) == (7, 0.3, 0.6, 0.01, 5)
+
+
+def test_a_searched_variant_brings_its_own_values_along() -> None:
+    settings = study(pretrain={"epochs": 7})
+    assert settings.trial({"variant": "mae"}, seed=0) == PretrainSettings(variant="mae", epochs=7)

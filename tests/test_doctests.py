@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+
+MODULES = (
+    "amlp_ray.config",
+    "amlp_ray.settings",
+    "amlp_ray.method.ratio",
+    "amlp_ray.data.dataset",
+    "amlp_ray.data.sources.item",
+    "amlp_ray.study.design",
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_are_true(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0
+    assert result.failed == 0

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from amlp_ray.config import PretrainSettings, ProbeSettings
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.errors import CheckpointError
+from amlp_ray.settings import build, read_yaml
+from amlp_ray.training.checkpoint import load_encoder
+from amlp_ray.training.job import PICTURES, Job, claim, run_job
+from amlp_ray.training.metrics import append_row, drop_after, read_rows
+from amlp_ray.training.pretrain import Hooks
+
+TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16}
+PROBE = ProbeSettings(labels=8, subsets=1, folds=2)
+
+
+def job_of(dataset: PatchDataset, folder: Path, **given: Any) -> Job:
+    settings = PretrainSettings.model_validate({"epochs": 2, "batch_size": 12, "model": TINY, **given})
+    return Job(settings, str(dataset.path), folder, probe=PROBE, rungs=(1, 2))
+
+
+def test_a_job_is_scored_at_its_rungs_and_keeps_the_last_score(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+    job = replace(job_of(phantom_dataset, tmp_path, epochs=3), rungs=(2, 3))
+    result = run_job(job, Hooks())
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [("dsc" in row, "ap" in row) for row in rows] == [(False, False), (True, True), (True, True)]
+    kept = json.loads((tmp_path / "score.json").read_text())
+    assert kept["epoch"] == 3
+    assert kept["dsc"] == rows[-1]["dsc"] == result.metrics["dsc"]
+    assert len(kept["per_image"]) == kept["images"]
+
+
+def test_pictures_show_validation_images_with_lesions(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+    run_job(job_of(phantom_dataset, tmp_path), Hooks())
+    strips = sorted((tmp_path / "pictures").iterdir())
+    assert len(strips) == PICTURES
+    val = phantom_dataset.load("val")
+    lesions = {val.ids[i] for i in range(len(val)) if val.masks[i].any()}
+    assert {path.stem.partition("-")[2] for path in strips} <= lesions
+    for path in strips:
+        assert Image.open(path).width > 4 * Image.open(path).height  # input, lesion, mask, reconstruction, truth
+
+
+def test_a_random_encoder_is_scored_once_as_epoch_0_and_exported_untrained(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
+    reported: list[dict[str, Any]] = []
+    job = replace(job_of(phantom_dataset, tmp_path), scratch=True, rungs=(0,))
+    result = run_job(job, Hooks(report=lambda metrics, checkpoint: reported.append(metrics)))
+    assert [metrics["epoch"] for metrics in reported] == [0]
+    assert 0 <= reported[0]["dsc"] <= 1
+    exported = load_encoder(result.encoder).state_dict()
+    assert all(torch.equal(value, exported[key]) for key, value in result.model.encoder.state_dict().items())
+    again = run_job(replace(job, folder=tmp_path / "again"), Hooks())
+    assert again.metrics["dsc"] == result.metrics["dsc"]
+
+
+def test_a_folder_is_claimed_by_its_settings_in_full(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+    job = job_of(phantom_dataset, tmp_path / "run")
+    claim(job)
+    claim(job)
+    assert build(PretrainSettings, read_yaml(tmp_path / "run" / "settings.yaml"), "x") == job.settings
+    with pytest.raises(CheckpointError, match="holds a run with other settings"):
+        claim(job_of(phantom_dataset, tmp_path / "run", epochs=3))
+    assert read_yaml(tmp_path / "run" / "settings.yaml")["epochs"] == 2
+
+
+def test_lines_of_metrics_are_read_up_to_the_first_that_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert read_rows(path) == []
+    for epoch in (1, 2, 3):
+        append_row(path, {"epoch": epoch})
+    path.write_text(path.read_text()[:-3])
+    assert [row["epoch"] for row in read_rows(path)] == [1, 2]
+    assert [row["epoch"] for row in drop_after(path, 1)] == [1]
+    assert path.read_text() == '{"epoch": 1}\n'
+    assert drop_after(tmp_path / "none.jsonl", 5) == []

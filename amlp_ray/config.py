@@ -120,7 +120,7 @@ class LossSettings(Settings):
     clip_min: float = Field(0.2, gt=0, le=1)  # rrl: keeps speckle and callipers from ruling the loss
     clip_max: float = Field(5.0, ge=1)
     ccl_weight: float = Field(0.1, ge=0, le=10)  # 0 is off
-    ccl_threshold: Literal["mean", "quantile"] = "quantile"  # quantile keeps the cluster's share of lesion patches
+    ccl_threshold: Literal["mean", "quantile"] = "quantile"  # quantile: as many hard patches as the cluster has
     ccl_difficulty_share: Share = 0.5  # eta: difficulty label against cluster label
     warmup: float = Field(0.1, ge=0, le=0.9)  # share of training with the plain loss: early errors mean nothing
 
@@ -155,7 +155,7 @@ class PretrainSettings(Settings):
     crop_min: float = Field(0.6, gt=0, le=1)  # least area share of a random crop; lesions must stay in the picture
     flip: bool = True  # left-right only: depth has a direction in ultrasound
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs that have it, fp32 on CPU
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     data: Literal["auto", "memory", "stream"] = "auto"  # auto: in memory up to 2 GiB, else a Ray Data stream
     model: ModelSettings = ModelSettings()
     ratio: RatioSettings = RatioSettings()
@@ -281,7 +281,7 @@ class StudySettings(Settings):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     description: str = ""
     data: str | None = None  # path of a patch dataset; --data gives it too
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     pretrain: dict[str, Any] = Field(default_factory=dict)  # settings of every trial, kept as given (see `trial`)
     space: dict[str, Parameter] = Field(default_factory=dict)
     probe: ProbeSettings = ProbeSettings()

@@ -41,5 +41,11 @@ class StudyError(AmlpError):
     exit_code = 2
 
 
+class InterruptedStudyError(AmlpError):
+    """Ctrl-C ended a run of a study; its running trials will be taken over by the next one."""
+
+    exit_code = 130
+
+
 class NonFiniteLossError(AmlpError):
-    """Training met a loss that is NaN or infinite; the message names epoch, step and layer."""
+    """Training met a loss that is NaN or infinite; the message names epoch and step."""

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from amlp_ray.errors import SettingsError
+from amlp_ray.files import write_whole
 
 
 class Settings(BaseModel):
@@ -124,7 +125,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def write_yaml(settings: Settings | Mapping[str, Any], path: Path) -> None:
     """Write settings in full, so that a later change of a default does not change an old run."""
     values = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dict(settings)
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    write_whole(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def _sentences(model: type[BaseModel], error: ValidationError, source: str) -> list[str]:

@@ -24,12 +24,9 @@ app.add_typer(study.app, name="study")
 
 
 def main() -> None:
-    """Run a command. Exit code 0: done, 1: failed, 2: invalid input."""
+    """Run a command. Exit code 0: done, 1: failed, 2: invalid input, 130: Ctrl-C."""
     try:
         app()
     except AmlpError as error:
         print(f"amlp-ray: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("amlp-ray: interrupted; the same command goes on from here.", file=sys.stderr)
-        sys.exit(130)

@@ -80,12 +80,15 @@ def open_batches(
         )
     if dataset.count(split) == 0:
         raise DataError(f"The split {split!r} of {dataset.path} has no images; prepare it with a larger fraction.")
-    if mode == "auto":
-        mode = "memory" if dataset.bytes(split) <= MEMORY_LIMIT else "stream"
-    if shard is not None or mode == "stream":
+    if shard is not None or is_streamed(dataset, split, mode):
         return StreamBatches(dataset, split, batch_size=batch_size, seed=seed, rank=rank, world=world, shard=shard)
     images, ids = dataset.load_images(split)
     return MemoryBatches(images, keys_of(ids), dataset.spec, batch_size=batch_size, seed=seed, rank=rank, world=world)
+
+
+def is_streamed(dataset: PatchDataset, split: str, mode: str) -> bool:
+    """Whether batches of a split come from a Ray Data stream, whose tasks need a CPU of their own."""
+    return mode == "stream" or (mode == "auto" and dataset.bytes(split) > MEMORY_LIMIT)
 
 
 class MemoryBatches:

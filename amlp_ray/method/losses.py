@@ -78,12 +78,15 @@ def category_consistency_loss(
 def hard_labels(difficulty: Tensor, lesion: Tensor, tissue: Tensor, threshold: str) -> Tensor:
     """Which masked patches count as hard, (B, m) bool.
 
-    `mean`: harder than the image's mean over tissue. `quantile`: as many as the lesion cluster holds, the hardest ones.
+    `mean`: harder than the image's mean over tissue. `quantile`: as many as the lesion cluster holds, the hardest ones;
+    by `mean` in images without a cluster, such as all under random masking.
     """
+    above_mean = relative_difficulty(difficulty, tissue) > 1
     if threshold == "mean":
-        return relative_difficulty(difficulty, tissue) > 1
+        return above_mean
     rank = difficulty.argsort(stable=True, dim=1, descending=True).argsort(1)
-    return rank < lesion.sum(1, keepdim=True)
+    count = lesion.sum(1, keepdim=True)
+    return torch.where(count > 0, rank < count, above_mean)
 
 
 def _balanced_bce(logits: Tensor, labels: Tensor) -> Tensor:

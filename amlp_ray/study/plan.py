@@ -9,6 +9,7 @@ from typing import Any
 
 from amlp_ray.config import PretrainSettings, StudySettings
 from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.data.stream import is_streamed, open_batches
 from amlp_ray.errors import SettingsError
 from amlp_ray.method.ratio import masking_ratio
 from amlp_ray.runtime.capacity import jobs_side_by_side
@@ -61,8 +62,9 @@ def check_study(settings: StudySettings, dataset: PatchDataset) -> None:
 def make_plan(settings: StudySettings, dataset: PatchDataset, cluster: dict[str, float]) -> Plan:
     """Check the study and price it by timing a few steps and one probe of its base settings on this machine."""
     check_study(settings, dataset)
-    side_by_side = jobs_side_by_side(settings.resources, cluster)
     base = settings.trial({}, seed=0)
+    streamed = is_streamed(dataset, "train", base.data)
+    side_by_side = jobs_side_by_side(settings.resources, cluster, streamed=streamed)
     images = dataset.count("train")
     steps = base.epochs * max(1, images // base.batch_size)
     seconds_per_step, probe = _time(settings, base, dataset)
@@ -102,7 +104,6 @@ def _time(settings: StudySettings, base: PretrainSettings, dataset: PatchDataset
     """Seconds per optimiser step, averaged over the schedule's ratios, and per probe."""
     import torch
 
-    from amlp_ray.data.stream import open_batches
     from amlp_ray.training.pretrain import build_model, training_step
 
     before = torch.get_num_threads()

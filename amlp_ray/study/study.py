@@ -14,7 +14,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from amlp_ray.config import StudySettings
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.errors import StudyError
+from amlp_ray.errors import InterruptedStudyError, StudyError
+from amlp_ray.files import write_whole
 from amlp_ray.settings import build, flat, merged, read_yaml, write_yaml
 from amlp_ray.study.store import StudyStore
 
@@ -100,35 +101,52 @@ class Study:
         Raises:
             StudyError: another process runs this study, or it was begun with other settings.
             ResourceError: no node can hold a trial.
+            InterruptedStudyError: after Ctrl-C.
         """
-        from amlp_ray.runtime.capacity import cluster_resources, jobs_side_by_side, machine_resources
+        from amlp_ray.runtime.capacity import cluster_resources, machine_resources
         from amlp_ray.runtime.ray_session import ray_session
         from amlp_ray.study.plan import check_study
         from amlp_ray.study.provenance import environment
 
         check_study(self.settings, self.dataset)
         if address is None:
-            jobs_side_by_side(self.settings.resources, machine_resources())  # refuse before a cluster is started
+            self._side_by_side(machine_resources())  # refuse before a cluster is started
         self._check_unchanged()
         self.store.folder.mkdir(parents=True, exist_ok=True)
         with self.store.lock():
             self._check_unchanged()
             with ray_session(address) as session:
                 cluster = cluster_resources()
-                side_by_side = jobs_side_by_side(self.settings.resources, cluster)
+                side_by_side = self._side_by_side(cluster)
                 write_yaml(self.settings, self.store.folder / "study.yaml")
                 about = self.store.folder / "environment.json"
                 if not about.exists():
-                    about.write_text(json.dumps(environment(self.settings, self.dataset, cluster), indent=1))
+                    write_whole(about, json.dumps(environment(self.settings, self.dataset, cluster), indent=1))
                 notify(f"study {self.settings.name}: {side_by_side} trials side by side, folder {self.store.folder}")
                 if session.dashboard:
                     notify(f"Ray dashboard: {session.dashboard}")
                 self._tune(side_by_side, notify)
         return self
 
+    def _side_by_side(self, cluster: dict[str, float]) -> int:
+        from amlp_ray.data.stream import is_streamed
+        from amlp_ray.runtime.capacity import jobs_side_by_side
+
+        streamed = is_streamed(self.dataset, "train", self.settings.trial({}, seed=0).data)
+        return jobs_side_by_side(self.settings.resources, cluster, streamed=streamed)
+
     def _check_unchanged(self) -> None:
         if not (self.store.folder / "study.yaml").is_file():
             return
+        about = self.store.folder / "environment.json"
+        if (
+            about.is_file()
+            and self.dataset.manifest.fingerprint != json.loads(about.read_text())["dataset"]["fingerprint"]
+        ):
+            raise StudyError(
+                f"Study {self.settings.name!r} in {self.store.folder.parent} was begun on other data than "
+                f"{self.dataset.path} holds now; restore the data, or give the study another name."
+            )
         ours, theirs = flat(self.settings), flat(self.store.settings())
         changed = sorted(
             name
@@ -187,7 +205,9 @@ class Study:
             ray.kill(board)
             shutil.rmtree(scratch, ignore_errors=True)
         if searcher.unfinished():  # Tune takes Ctrl-C for itself and returns as if all were done
-            raise KeyboardInterrupt
+            raise InterruptedStudyError(
+                f"Study {self.settings.name!r} was interrupted; the same command goes on where it stopped."
+            )
 
     # Looking
 

@@ -19,6 +19,7 @@ from amlp_ray.config import PretrainSettings, ProbeSettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.stream import Batches, open_batches
 from amlp_ray.errors import CheckpointError
+from amlp_ray.files import write_whole
 from amlp_ray.method.model import MaskedAutoencoder
 from amlp_ray.method.pictures import picture_strips
 from amlp_ray.settings import build, read_yaml, write_yaml
@@ -65,7 +66,7 @@ def run_job(
         shard=shard,
     )
     if rank == 0:
-        claim(job)
+        claim(job, dataset)
         if job.probe:
             hooks = replace(hooks, evaluate=_scorer(job, dataset))
     if job.scratch:
@@ -76,15 +77,25 @@ def run_job(
     return result
 
 
-def claim(job: Job) -> None:
-    """Write the resolved settings; refuse a folder that holds a run of other settings."""
+def claim(job: Job, dataset: PatchDataset) -> None:
+    """Write the resolved settings and what data they apply to; refuse a folder that holds a run of others.
+
+    Raises:
+        CheckpointError: the folder's run has other settings or other data.
+    """
     job.folder.mkdir(parents=True, exist_ok=True)
-    path = job.folder / "settings.yaml"
+    path, about = job.folder / "settings.yaml", job.folder / "data.json"
     if path.is_file() and build(PretrainSettings, read_yaml(path), str(path)) != job.settings:
         raise CheckpointError(
             f"{job.folder} holds a run with other settings (see its settings.yaml); use another folder or delete it."
         )
+    data = {"name": dataset.name, "path": str(dataset.path), "fingerprint": dataset.manifest.fingerprint}
+    if about.is_file() and (held := json.loads(about.read_text()))["fingerprint"] != data["fingerprint"]:
+        raise CheckpointError(
+            f"{job.folder} holds a run on other data ({held['path']}, prepared differently); use another folder."
+        )
     write_yaml(job.settings, path)
+    write_whole(about, json.dumps(data, indent=1))
 
 
 def _scorer(job: Job, dataset: PatchDataset) -> Callable[[MaskedAutoencoder, int], Metrics]:
@@ -99,9 +110,7 @@ def _scorer(job: Job, dataset: PatchDataset) -> Callable[[MaskedAutoencoder, int
 
 def _keep(folder: Path, score: Score, epoch: int) -> Metrics:
     """Write `score.json` and return what of it goes into the epoch's metrics."""
-    partial = folder / "score.partial"
-    partial.write_text(json.dumps({"epoch": epoch, **score.as_dict()}))
-    partial.replace(folder / "score.json")
+    write_whole(folder / "score.json", json.dumps({"epoch": epoch, **score.as_dict()}))
     return {name: getattr(score, name) for name in ("dsc", "ppv", "sensitivity", "ap")}
 
 

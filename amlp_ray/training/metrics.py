@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from amlp_ray.files import write_whole
+
 Metrics = dict[str, Any]
 
 
@@ -31,7 +33,5 @@ def read_rows(path: Path) -> list[Metrics]:
 def drop_after(path: Path, epoch: int) -> list[Metrics]:
     """Keep and return the lines up to `epoch`: later ones were written after the checkpoint and are done again."""
     kept = [row for row in read_rows(path) if row["epoch"] <= epoch]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
     return kept

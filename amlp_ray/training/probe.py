@@ -104,6 +104,11 @@ class Probe:
 
     def _subset(self, pool: Indices, rng: np.random.Generator) -> Indices:
         """`labels` images, from different groups while there are any left: near-copies teach nothing new."""
+        if len(pool) < self.settings.labels:
+            raise DataError(
+                f"A cross-validation fold leaves {len(pool)} labelled images with a lesion for fitting, but the probe "
+                f"needs probe.labels={self.settings.labels}; lower probe.labels or raise probe.folds."
+            )
         shuffled = rng.permutation(pool)
         _, firsts = np.unique(self.data.groups[shuffled], return_index=True)
         order = np.concatenate([shuffled[np.sort(firsts)], np.delete(shuffled, firsts)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from amlp_ray.config import PretrainSettings, ResourceSettings
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.stream import MEMORY_LIMIT
+from amlp_ray.data.stream import is_streamed
 from amlp_ray.errors import AmlpError
 from amlp_ray.runtime.capacity import cluster_resources, jobs_side_by_side, machine_resources
 from amlp_ray.runtime.ray_session import ray_session
@@ -53,15 +53,18 @@ def pretrain_dataset(
     dataset = PatchDataset.open(data)
     settings.check_image(dataset.spec)
     settings.check_workers(resources.workers)
+    streamed = is_streamed(dataset, "train", settings.data)
     if address is None:
-        jobs_side_by_side(resources, machine_resources())
+        jobs_side_by_side(resources, machine_resources(), streamed=streamed and resources.workers > 1)
     job = Job(settings, str(dataset.path), out, threads=max(1, int(resources.cpus_per_worker)), label=out.name)
     if resources.workers == 1:
-        run_here(job, Hooks(report=lambda metrics, checkpoint: report(metrics)))
+        # A stream needs a Ray of its own here; its tasks and this process share the machine's cores unasked.
+        with ray_session(address) if streamed else nullcontext():
+            run_here(job, Hooks(report=lambda metrics, checkpoint: report(metrics)))
     else:
-        claim(job)  # before Ray is started: a folder of another run is told at once
+        claim(job, dataset)  # before Ray is started: a folder of another run is told at once
         with ray_session(address), _following(out / "metrics.jsonl", report):
-            jobs_side_by_side(resources, cluster_resources())
+            jobs_side_by_side(resources, cluster_resources(), streamed=streamed)
             run_on_ray(job, resources, name=f"pretrain-{out.name}", storage=out / "ray_train")
     return out / "encoder.safetensors"
 
@@ -94,8 +97,7 @@ def run_on_ray(
     from ray.train.torch import TorchTrainer
 
     dataset = PatchDataset.open(job.data)
-    mode = job.settings.data
-    streamed = mode == "stream" or (mode == "auto" and dataset.bytes("train") > MEMORY_LIMIT)
+    streamed = is_streamed(dataset, "train", job.settings.data)
     own_job = replace(job, threads=max(1, int(resources.cpus_per_worker)))
     trainer = TorchTrainer(
         _worker,
@@ -111,7 +113,9 @@ def run_on_ray(
             failure_config=train.FailureConfig(max_failures=2, controller_failure_limit=3),
             callbacks=callbacks or [],
         ),
-        datasets={"train": dataset.to_ray_dataset("train")} if streamed else None,
+        datasets={"train": dataset.to_ray_dataset("train", columns=["id", "image"], seed=job.settings.seed)}
+        if streamed
+        else None,
     )
     try:
         trainer.fit()

@@ -84,3 +84,23 @@ def test_a_killed_study_goes_on_where_it_stopped(phantom_dataset: PatchDataset, 
     assert len(seconds) >= done
     psutil.wait_procs(children, timeout=20)
     assert not [p for p in children if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], "Ray outlived its driver"
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(200)
+def test_ctrl_c_says_so_and_leaves_trials_to_be_taken_over(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+    study = tmp_path / "tiny.yaml"
+    values = TINY | {"arms": [], "budget": {"trials": 1}}
+    values["pretrain"] = TINY["pretrain"] | {"epochs": 500}
+    study.write_text(yaml.safe_dump(values))
+    store, log = StudyStore(tmp_path / "runs" / "tiny"), tmp_path / "log"
+    process = start(study, phantom_dataset.path, tmp_path / "runs", log)
+    try:
+        wait_for(lambda: len(read_metrics(store.trial_folder(0))) >= 2, process, log)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE_S) == 130, log.read_text()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "was interrupted; the same command goes on" in log.read_text().splitlines()[-1]
+    assert [t.state for t in store.search().trials] == [TrialState.RUNNING]

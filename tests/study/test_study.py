@@ -120,6 +120,19 @@ def test_a_changed_setting_is_refused_by_name(
         changed.run()
 
 
+def test_changed_data_is_refused(
+    finished: tuple[Study, list[str]], phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
+    runs = finished[0].store.folder.parent
+    about = finished[0].store.folder / "environment.json"
+    before = about.read_text()
+    about.write_text(before.replace(phantom_dataset.manifest.fingerprint, "0" * 64))
+    study = Study.load(write(tmp_path, budget={"trials": 4}), data=phantom_dataset.path, runs=runs)
+    with pytest.raises(StudyError, match="begun on other data"):
+        study.run()
+    about.write_text(before)
+
+
 def test_a_study_that_another_process_runs_says_who(finished: tuple[Study, list[str]]) -> None:
     study, _ = finished
     with study.store.lock(), pytest.raises(StudyError, match="already run by process"):

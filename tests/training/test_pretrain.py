@@ -83,6 +83,7 @@ def test_every_epoch_writes_one_line_with_all_its_figures(phantom_dataset: Patch
         assert 0 < row["effective_patches"] <= 1
         assert 0 <= row["wait_share"] <= 1
     assert [row["ratio"] for row in rows] == pytest.approx([0.25, 0.25 + 1 / 6, 0.25 + 2 / 6, 0.75])
+    assert [row["lr"] for row in rows] == [learning_rate(tiny(), 3 * epoch - 1, 12) for epoch in (1, 2, 3, 4)]
     assert result.metrics == rows[-1]
 
 

@@ -86,6 +86,10 @@ def test_a_finished_run_is_left_as_it_is(phantom_dataset: PatchDataset, tmp_path
     assert path.read_bytes() == before
     with pytest.raises(CheckpointError, match="other settings"):
         amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings(lr=0.5))
+    about = tmp_path / "run" / "data.json"
+    about.write_text(about.read_text().replace(phantom_dataset.manifest.fingerprint, "0" * 64))
+    with pytest.raises(CheckpointError, match="other data"):
+        amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings())
 
 
 def test_impossible_requests_are_refused_at_once(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
@@ -93,3 +97,27 @@ def test_impossible_requests_are_refused_at_once(phantom_dataset: PatchDataset, 
         amlp_ray.pretrain(phantom_dataset.path, tmp_path, settings(), resources=ResourceSettings(gpus_per_worker=64))
     with pytest.raises(SettingsError, match="does not divide"):
         amlp_ray.pretrain(phantom_dataset.path, tmp_path, settings(model={"patch_size": 7}))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("resources", [ResourceSettings(), ResourceSettings(workers=2, cpus_per_worker=0.4)])
+def test_a_ray_data_stream_feeds_one_process_and_a_group(
+    phantom_dataset: PatchDataset, tmp_path: Path, resources: ResourceSettings
+) -> None:
+    amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings(data="stream"), resources=resources)
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["loss_rec"] < rows[0]["loss_rec"]
+
+
+@pytest.mark.ray
+def test_a_stream_without_a_free_cpu_is_refused_instead_of_starving(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
+    with pytest.raises(ResourceError, match="cluster's 1 CPUs"):
+        amlp_ray.pretrain(
+            phantom_dataset.path,
+            tmp_path / "run",
+            settings(data="stream"),
+            resources=ResourceSettings(workers=2, cpus_per_worker=0.9),
+        )

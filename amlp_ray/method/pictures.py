@@ -13,8 +13,8 @@ from amlp_ray.config import PretrainSettings
 from amlp_ray.method.augment import normalise
 from amlp_ray.method.model import MaskedAutoencoder
 from amlp_ray.method.patches import gather, patchify, unpatchify
-from amlp_ray.method.ratio import masked_count, masking_ratio
-from amlp_ray.method.selection import select_patches
+from amlp_ray.method.ratio import masking_ratio
+from amlp_ray.method.selection import select_for_epoch
 
 _SIDE, _TITLE, _GAP = 192, 22, 8  # pixels
 _RED, _GREEN = (230, 60, 40), (40, 170, 90)
@@ -44,16 +44,7 @@ def picture_strips(
     keys = keys.to(device)
     patches = patchify(normalise(images.to(device), model.spec), model.patch_size)
     ratio = masking_ratio(settings.ratio, epoch, settings.epochs)
-    chosen = select_patches(
-        patches,
-        keys,
-        masked_count(ratio, patches.shape[1]),
-        model.grid,
-        model.spec.channels,
-        settings.selection,
-        seed=settings.seed,
-        epoch=epoch,
-    )
+    chosen = select_for_epoch(patches, keys, settings, model.spec, epoch)
     prediction = model(patches, chosen.visible, chosen.masked)[0].float()
     target = gather(patches, chosen.masked)
     if settings.loss.norm_pix:

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amlp_ray.config import SelectionSettings
+from amlp_ray.config import ImageSpec, PretrainSettings, SelectionSettings
 from amlp_ray.method import noise as draw
 from amlp_ray.method.clustering import cluster_features, kmeans, name_lesion_cluster
 from amlp_ray.method.patches import tissue_patches
+from amlp_ray.method.ratio import masked_count, masking_ratio
 from amlp_ray.method.scores import patch_score
 
 
@@ -29,6 +30,24 @@ class Selection(NamedTuple):
     lesion: Tensor
     tissue: Tensor
     fallback: Tensor
+
+
+def select_for_epoch(
+    patches: Tensor, keys: Tensor, settings: PretrainSettings, spec: ImageSpec, epoch: int
+) -> Selection:
+    """Choose the patches that a run of `settings` masks in `epoch`; arguments as in `select_patches`."""
+    p = settings.model.patch_size
+    ratio = masking_ratio(settings.ratio, epoch, settings.epochs)
+    return select_patches(
+        patches,
+        keys,
+        masked_count(ratio, patches.shape[1]),
+        (spec.height // p, spec.width // p),
+        spec.channels,
+        settings.selection,
+        seed=settings.seed,
+        epoch=epoch,
+    )
 
 
 @torch.no_grad()

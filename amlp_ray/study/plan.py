@@ -11,7 +11,6 @@ from amlp_ray.config import PretrainSettings, StudySettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.stream import is_streamed, open_batches
 from amlp_ray.errors import SettingsError
-from amlp_ray.method.ratio import masking_ratio
 from amlp_ray.runtime.capacity import jobs_side_by_side
 from amlp_ray.study.design import first_prunable_epoch, rung_epochs
 from amlp_ray.study.space import check_space
@@ -115,10 +114,9 @@ def _time(settings: StudySettings, base: PretrainSettings, dataset: PatchDataset
         batch = next(iter(batches.epoch(1)))
         spent = []
         for epoch in sorted({1, (base.epochs + 1) // 2, base.epochs}):
-            ratio = masking_ratio(base.ratio, epoch, base.epochs)
             for attempt in range(3):  # the first is a warm-up
                 started = time.perf_counter()
-                training_step(model, batch, base, epoch, ratio, device)["loss"].backward()
+                training_step(model, batch, base, epoch, device)["loss"].backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 if device == "cuda":

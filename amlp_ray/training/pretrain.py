@@ -25,8 +25,8 @@ from amlp_ray.method.augment import crop_and_flip, normalise
 from amlp_ray.method.losses import pretraining_loss
 from amlp_ray.method.model import MaskedAutoencoder, use_fused_attention
 from amlp_ray.method.patches import gather, patchify
-from amlp_ray.method.ratio import masked_count, masking_ratio
-from amlp_ray.method.selection import select_patches, selection_statistics
+from amlp_ray.method.ratio import masking_ratio
+from amlp_ray.method.selection import select_for_epoch, selection_statistics
 from amlp_ray.training.checkpoint import checkpoint_file, export_encoder, load_checkpoint, save_checkpoint
 from amlp_ray.training.metrics import Metrics, append_row, drop_after
 
@@ -138,7 +138,7 @@ def train_epoch(
         lr = learning_rate(settings, (epoch - 1) * steps + step, settings.epochs * steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        values = training_step(network, batch, settings, epoch, ratio, device)
+        values = training_step(network, batch, settings, epoch, device)
         optimizer.zero_grad(set_to_none=True)
         values["loss"].backward()
         values["grad_norm"] = nn.utils.clip_grad_norm_(network.parameters(), settings.clip_grad)
@@ -168,7 +168,7 @@ def train_epoch(
 
 
 def training_step(
-    network: nn.Module, batch: Batch, settings: PretrainSettings, epoch: int, ratio: float, device: str
+    network: nn.Module, batch: Batch, settings: PretrainSettings, epoch: int, device: str
 ) -> dict[str, Tensor]:
     """Loss of one batch and what is worth knowing of it, as scalars on the device; `loss` carries the gradient."""
     model = cast(MaskedAutoencoder, getattr(network, "module", network))
@@ -178,16 +178,7 @@ def training_step(
         images, keys, crop_min=settings.crop_min, flip=settings.flip, seed=settings.seed, epoch=epoch
     )
     patches = patchify(images, model.patch_size)
-    chosen = select_patches(
-        patches,
-        keys,
-        masked_count(ratio, patches.shape[1]),
-        model.grid,
-        model.spec.channels,
-        settings.selection,
-        seed=settings.seed,
-        epoch=epoch,
-    )
+    chosen = select_for_epoch(patches, keys, settings, model.spec, epoch)
     low = autocast_type(settings, device)
     with torch.autocast(device.partition(":")[0], dtype=low, enabled=low is not None):
         prediction, category = network(patches, chosen.visible, chosen.masked)

@@ -1,8 +1,8 @@
 """Patch scores: how likely a patch holds a lesion, without clusters and without labels.
 
 On 257 breast ultrasound images the top tenth of `combined` finds lesion patches with a precision of 0.40, the smallest
-of three k-means clusters with 0.14 (base rate 0.12). It was designed on such images: the sign (dark or bright lesions) and
-the centre prior are properties of a data set, hence settings. All scores are ours, not the paper's.
+of three k-means clusters with 0.14 (base rate 0.12). It was designed on such images: the sign (dark or bright lesions)
+and the centre prior are properties of a data set, hence settings. All scores are ours, not the paper's.
 """
 
 import torch

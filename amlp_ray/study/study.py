@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from amlp_ray.study.plan import Plan
 
-EXTENDABLE = "budget."  # what may change between runs of one study
+# What may change between runs of one study; data may be moved, and its fingerprint is compared instead of its path.
+CHANGEABLE = ("budget.", "resources.", "description", "data")
 
 
 class Study:
@@ -151,7 +152,7 @@ class Study:
         changed = sorted(
             name
             for name in ours.keys() | theirs.keys()
-            if ours.get(name) != theirs.get(name) and not name.startswith((EXTENDABLE, "resources.", "description"))
+            if ours.get(name) != theirs.get(name) and not name.startswith(CHANGEABLE)
         )
         if changed:
             name = changed[0]

@@ -18,8 +18,8 @@ install: .venv/installed
 
 demo: install
 	$(BIN)/amlp-ray data phantoms $(DEMO)/images --kind ultrasound --count 240
-	$(BIN)/amlp-ray data prepare $(DEMO)/images $(DEMO)/data --layout paired --size 96 --group-by image
-	$(BIN)/amlp-ray study run studies/quickstart.yaml --data $(DEMO)/data --runs $(DEMO)
+	$(BIN)/amlp-ray data prepare $(DEMO)/images $(DEMO)/phantoms --layout paired --size 96 --group-by image
+	$(BIN)/amlp-ray study run studies/quickstart.yaml --data $(DEMO)/phantoms --runs $(DEMO)
 
 lint: install
 	$(BIN)/ruff check

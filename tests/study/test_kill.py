@@ -104,3 +104,29 @@ def test_ctrl_c_says_so_and_leaves_trials_to_be_taken_over(phantom_dataset: Patc
             os.killpg(process.pid, signal.SIGKILL)
     assert "was interrupted; the same command goes on" in log.read_text().splitlines()[-1]
     assert [t.state for t in store.search().trials] == [TrialState.RUNNING]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_trial_whose_process_is_killed_fails_and_the_study_goes_on(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
+    study = tmp_path / "tiny.yaml"
+    values = TINY | {"arms": [], "budget": {"trials": 2}, "resources": {"concurrency": 1}}
+    values["pretrain"] = TINY["pretrain"] | {"epochs": 60}
+    study.write_text(yaml.safe_dump(values))
+    store, log = StudyStore(tmp_path / "runs" / "tiny"), tmp_path / "log"
+    process = start(study, phantom_dataset.path, tmp_path / "runs", log)
+    try:
+        wait_for(lambda: len(read_metrics(store.trial_folder(0))) >= 3, process, log)
+        children = psutil.Process(process.pid).children(recursive=True)
+        (trial,) = [p for p in children if p.cmdline() and p.cmdline()[0].startswith("ray::AmlpTrial")]
+        os.kill(trial.pid, signal.SIGKILL)
+        assert process.wait(DEADLINE_S * 2) == 0, log.read_text()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    first, second = store.search().trials
+    assert first.state == TrialState.FAIL
+    assert first.user_attrs["reason"] == "the trial's process died"
+    assert second.state == TrialState.COMPLETE

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from amlp_ray.cli.output import Json, print_facts, print_json
+from amlp_ray.cli.output import Json, print_facts, print_json, print_table
 from amlp_ray.config import PrepareSettings
 from amlp_ray.settings import build
 
@@ -58,7 +58,7 @@ def prepare(
 
     with ray_session(address):
         dataset = run(source, out, settings, progress=typer.echo)
-    print_facts(dataset.summary())
+    _print_summary(dataset.summary())
 
 
 @app.command()
@@ -67,7 +67,7 @@ def show(dataset: Annotated[Path, typer.Argument(help="Patch dataset.")], as_jso
     from amlp_ray.data.dataset import PatchDataset
 
     summary = PatchDataset.open(dataset).summary()
-    print_json(summary) if as_json else print_facts(summary)
+    print_json(summary) if as_json else _print_summary(summary)
 
 
 @app.command()
@@ -82,3 +82,18 @@ def phantoms(
     from amlp_ray.data.phantoms import write_phantoms
 
     typer.echo(f"{count} {kind} phantoms in {write_phantoms(out, kind=kind, count=count, size=size, seed=seed)}")
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    print_facts({name: value for name, value in summary.items() if name != "splits"})
+    rows = []
+    for split, counts in summary["splits"].items():
+        area = counts["lesion_area_percent"] or {}
+        rows.append(
+            {
+                "split": split,
+                **{name: counts[name] for name in ("images", "labelled", "lesions")},
+                **{f"lesion area % {p}": area.get(p) for p in ("p10", "p50", "p90")},
+            }
+        )
+    print_table(rows)

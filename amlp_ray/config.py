@@ -224,7 +224,7 @@ class PrunerSettings(Settings):
     rungs: int = Field(4, ge=1)  # scorings per trial, evenly spaced, the last at full length
     min_steps: int = Field(400, ge=0)  # no pruning earlier: rungs below about 400 optimiser steps do not rank
     startup: int = Field(3, ge=0)  # complete trials before the first one may be pruned
-    percentile: float = Field(50.0, gt=0, lt=100)  # `percentile` keeps trials above this
+    percentile: float = Field(50.0, gt=0, lt=100)  # `percentile` keeps the best this many percent at each rung
     reduction: int = Field(2, ge=2)  # `halving` keeps 1 in this many
 
 
@@ -297,6 +297,13 @@ class StudySettings(Settings):
     @classmethod
     def _check_pretrain(cls, given: dict[str, Any]) -> dict[str, Any]:
         build(PretrainSettings, given, "pretrain")
+        return given
+
+    @field_validator("arms")
+    @classmethod
+    def _check_arms(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(given)) < len(given):
+            raise ValueError(f"each arm is named once, not {', '.join(given)}; repeats are set by arm_seeds")
         return given
 
     def trial(self, params: Mapping[str, Any], *, seed: int) -> PretrainSettings:

@@ -41,6 +41,10 @@ class StudyError(AmlpError):
     exit_code = 2
 
 
+class FailedStudyError(AmlpError):
+    """A study used its budget and no trial completed."""
+
+
 class InterruptedStudyError(AmlpError):
     """Ctrl-C ended a run of a study; its running trials will be taken over by the next one."""
 

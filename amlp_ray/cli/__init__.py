@@ -30,3 +30,8 @@ def main() -> None:
     except AmlpError as error:
         print(f"amlp-ray: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"amlp-ray: {error.filename}: {error.strerror}; check the path, space and rights.", file=sys.stderr)
+        sys.exit(2)

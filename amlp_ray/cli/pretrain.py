@@ -25,15 +25,19 @@ def pretrain(
     address: Annotated[str | None, typer.Option(help="Ray cluster to join, with several workers.")] = None,
 ) -> None:
     """Pretrain an encoder on the unlabelled training images: encoder.safetensors, metrics, pictures."""
-    settings = from_assignments(PretrainSettings, read_yaml(config) if config else {}, assign or [])
+    given = read_yaml(config) if config else {}
+    build(PretrainSettings, given, str(config))  # so that a fault of the file is told as the file's
+    settings = from_assignments(PretrainSettings, given, assign or [])
 
     cores = os.cpu_count() or 1
+    if cpus_per_worker is None:
+        # Below whole cores for a group: its controller needs a sliver too.
+        cpus_per_worker = cores if workers == 1 else 0.9 * cores / max(1, workers)
     resources = build(
         ResourceSettings,
         {
             "workers": workers,
-            # Below whole cores for a group: its controller needs a sliver too.
-            "cpus_per_worker": cpus_per_worker or (cores if workers == 1 else 0.9 * cores / workers),
+            "cpus_per_worker": cpus_per_worker,
             "gpus_per_worker": gpus_per_worker,
         },
         "pretrain",
@@ -42,18 +46,21 @@ def pretrain(
 
     from amlp_ray.training.runners import pretrain_dataset
 
-    with tqdm(total=settings.epochs, unit="epoch", dynamic_ncols=True) as bar:
+    bar: tqdm | None = None  # drawn with the first epoch, so that an error stands alone
 
-        def report(metrics: dict[str, Any]) -> None:
-            bar.set_postfix_str(
-                f"loss {metrics['loss']:.4f}, ratio {metrics['ratio']:.2f}, "
-                f"{metrics['images_per_second']:.0f} img/s, waiting {metrics['wait_share']:.0%}"
-            )
-            bar.update(metrics["epoch"] - bar.n)
+    def report(metrics: dict[str, Any]) -> None:
+        nonlocal bar
+        bar = bar if bar is not None else tqdm(total=settings.epochs, unit="epoch", dynamic_ncols=True)
+        bar.set_postfix_str(
+            f"loss {metrics['loss']:.4f}, ratio {metrics['ratio']:.2f}, "
+            f"{metrics['images_per_second']:.0f} img/s, waiting {metrics['wait_share']:.0%}"
+        )
+        bar.update(metrics["epoch"] - bar.n)
 
-        encoder = pretrain_dataset(data, out, settings, resources=resources, address=address, report=report)
-        if bar.n == 0:
-            bar.set_postfix_str("was finished before")
-            bar.update(settings.epochs)
+    encoder = pretrain_dataset(data, out, settings, resources=resources, address=address, report=report)
+    if bar is None:
+        typer.echo(f"{out} was finished before: {settings.epochs} epochs.")
+    else:
+        bar.close()
     typer.echo(f"encoder: {encoder}")
     typer.echo(f"pictures: {out / 'pictures'}")

@@ -31,20 +31,24 @@ def segment(
     from amlp_ray.training.segment import segment as run
 
     dataset = PatchDataset.open(data)
-    with tqdm(total=settings.epochs, unit="epoch", dynamic_ncols=True) as bar:
+    bar: tqdm | None = None  # drawn with the first epoch, so that an error stands alone
 
-        def progress(metrics: dict[str, float]) -> None:
-            bar.update()
-            bar.set_postfix_str(f"loss {metrics['loss']:.4f}")
+    def progress(metrics: dict[str, float]) -> None:
+        nonlocal bar
+        bar = bar if bar is not None else tqdm(total=settings.epochs, unit="epoch", dynamic_ncols=True)
+        bar.set_postfix_str(f"loss {metrics['loss']:.4f}")
+        bar.update()
 
-        score = run(
-            dataset,
-            encoder,
-            out,
-            settings,
-            from_scratch=from_scratch,
-            progress=progress,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-        )
+    score = run(
+        dataset,
+        encoder,
+        out,
+        settings,
+        from_scratch=from_scratch,
+        progress=progress,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    if bar is not None:
+        bar.close()
     shown = {name: value for name, value in score.items() if name != "per_image"}
     print_json(score) if as_json else print_facts(shown)

@@ -9,6 +9,7 @@ import typer
 
 from amlp_ray.cli.output import Json, print_facts, print_json, print_table
 from amlp_ray.cli.pretrain import Set
+from amlp_ray.errors import FailedStudyError
 
 if TYPE_CHECKING:
     from amlp_ray.study.study import Study
@@ -41,8 +42,13 @@ def run(file: File, data: Data = None, runs: Runs = Path("runs"), assign: Set = 
     """Run a study, or go on with it where it stopped, then write its report."""
     study = _load(file, data, runs, assign)
     study.run(address, notify=typer.echo)
-    print_facts(study.status())
+    status = study.status()
+    print_facts(status)
     typer.echo(f"report: {study.report()}")
+    if not status["states"].get("COMPLETE"):
+        raise FailedStudyError(
+            f"No trial of {study.settings.name!r} completed; `amlp-ray study trials` gives the reasons."
+        )
 
 
 @app.command()
@@ -85,7 +91,7 @@ def _load(file: Path, data: Path | None, runs: Path, assign: list[str] | None) -
     from amlp_ray.settings import assignments
     from amlp_ray.study.study import Study
 
-    if not file.suffix and (runs / file / "study.yaml").is_file():
+    if not file.is_file() and (runs / file / "study.yaml").is_file():
         file = runs / file / "study.yaml"
     return Study.load(file, data=data, runs=runs, overrides=assignments(assign or []))
 

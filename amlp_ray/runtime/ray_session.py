@@ -23,6 +23,8 @@ ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a study keeps its own files
 }
 
+CONNECT_S = 5.0  # seconds to wait for a cluster's head
+
 
 @dataclass(frozen=True)
 class RaySession:
@@ -39,7 +41,7 @@ def ray_session(address: str | None = None, *, cpus: int | None = None) -> Itera
     A Ray that this process has already initialised is used as it is, as in a notebook.
 
     Args:
-        address: such as `auto` or `ray://head:10001`.
+        address: such as `auto` or `head:6379`.
         cpus: CPU cores a started cluster offers; none: all.
 
     Raises:
@@ -47,40 +49,55 @@ def ray_session(address: str | None = None, *, cpus: int | None = None) -> Itera
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    own = address is None
-    port = _free_port()
-    if own:
-        # Ray Train frees a killed run's placement group by asking this server; it must know where it is (ray#58515).
-        os.environ.setdefault("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{port}")
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)  # Tune warns of its own files, which are turned off
     if ray.is_initialized():
         yield RaySession(_dashboard(), own=False)
         return
+    before = os.environ.get("RAY_API_SERVER_ADDRESS")
     try:
-        if own:
-            ray.init(
-                address="local",  # not whatever cluster happens to run on this machine
-                num_cpus=cpus,
-                include_dashboard=True,
-                dashboard_port=port,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+        if address is None:
+            _start(cpus)
         else:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, TimeoutError, ValueError) as error:
+            _join(address)
+        yield RaySession(_dashboard(), own=address is None)
+    finally:
+        ray.shutdown()
+        os.environ.pop("RAY_API_SERVER_ADDRESS", None)
+        if before is not None:
+            os.environ["RAY_API_SERVER_ADDRESS"] = before
+
+
+def _start(cpus: int | None) -> None:
+    import ray
+
+    port = _free_port()
+    # Ray Train frees a killed run's placement group by asking this server; it must know where it is (ray#58515).
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    ray.init(
+        address="local",  # not whatever cluster happens to run on this machine
+        num_cpus=cpus,
+        include_dashboard=True,
+        dashboard_port=port,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def _join(address: str) -> None:
+    import ray
+
+    host, _, port = address.rpartition(":")
+    try:
+        if port.isdigit() and "/" not in host:  # Ray itself would try for minutes before it says that nobody answers
+            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError) as error:
         raise ResourceError(
             f"No Ray cluster answers at {address!r} ({' '.join(str(error).split())[:120]}); "
             f"check the address, or leave --address out to start Ray here."
         ) from None
-    try:
-        yield RaySession(_dashboard(), own=own)
-    finally:
-        ray.shutdown()
-        if own:
-            os.environ.pop("RAY_API_SERVER_ADDRESS", None)
 
 
 def _dashboard() -> str | None:

@@ -13,8 +13,8 @@ from amlp_ray.data.stream import is_streamed, open_batches
 from amlp_ray.errors import SettingsError
 from amlp_ray.runtime.capacity import jobs_side_by_side
 from amlp_ray.study.design import first_prunable_epoch, rung_epochs
-from amlp_ray.study.space import check_space
-from amlp_ray.training.probe import Probe, require_labels
+from amlp_ray.study.space import check_space, drawn_settings
+from amlp_ray.training.probe import Probe
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,21 @@ def check_study(settings: StudySettings, dataset: PatchDataset) -> None:
     """Raise SettingsError or DataError for what would fail only after hours: space, patch size, labels, batch."""
     check_space(settings)
     base = settings.trial({}, seed=0)
-    base.check_image(dataset.spec)
-    base.check_workers(settings.resources.workers)
-    require_labels(dataset, settings.probe)
+    drawn = [base, *drawn_settings(settings)]
+    for trial in drawn:
+        trial.check_image(dataset.spec)
+        trial.check_workers(settings.resources.workers)
+    for patch_size in sorted({trial.model.patch_size for trial in drawn}):
+        Probe(dataset, settings.probe, patch_size)  # tells of labels, groups and folds that cannot score anything
     first = first_prunable_epoch(base, settings.pruner, dataset.count("train"))
-    if settings.pruner.name != "none" and first >= base.epochs:
+    rungs = rung_epochs(base.epochs, settings.pruner.rungs)
+    if settings.pruner.name != "none" and not any(first <= rung < base.epochs for rung in rungs):
         steps = base.epochs * max(1, dataset.count("train") // base.batch_size)
         raise SettingsError(
-            f"pruner.name={settings.pruner.name} cannot act: a trial has {steps} optimiser steps, and nothing is "
-            f"pruned before pruner.min_steps={settings.pruner.min_steps}; raise epochs or set pruner.name=none."
+            f"pruner.name={settings.pruner.name} cannot act: a trial has {steps} optimiser steps and is scored after "
+            f"epochs {', '.join(map(str, rungs))}, but nothing is pruned before "
+            f"pruner.min_steps={settings.pruner.min_steps}, nor at its end; "
+            f"raise epochs or pruner.rungs, or set pruner.name=none."
         )
 
 

@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from ray.tune.search import Searcher
 
 from amlp_ray.config import PrunerSettings, SamplerSettings, StudySettings
+from amlp_ray.errors import SettingsError
 from amlp_ray.study.design import arm_settings, derived_seed, first_prunable_epoch, rung_epochs
 from amlp_ray.study.space import suggest
 from amlp_ray.study.store import StudyStore
@@ -94,11 +95,18 @@ class StudySearcher(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Settings of the next trial, or FINISHED where the budget is used."""
-        following = self._next()
-        if following is None:
-            return Searcher.FINISHED
-        study, trial, resumed = following
-        task = self._task(study, trial)
+        while True:
+            following = self._next()
+            if following is None:
+                return Searcher.FINISHED
+            study, trial, resumed = following
+            try:
+                task = self._task(study, trial)
+                break
+            except SettingsError as error:  # one combination in many; the study goes on without it
+                trial.set_user_attr("reason", str(error))
+                study.tell(trial, state=TrialState.FAIL)
+                self._notify(f"trial {trial.number} failed: {error}")
         trial.set_user_attr("tune_trial_id", trial_id)
         trial.set_user_attr("path", str(Path(task.folder).relative_to(self._store.folder)))
         trial.set_user_attr("seed", task.settings.seed)

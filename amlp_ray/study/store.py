@@ -36,9 +36,10 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line per state change 
 class StudyStore:
     """Paths and storages of one study folder. Opening reads only what is asked for."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, name: str | None = None) -> None:
+        """Args: name: of the study; none: that of the folder, which may have been renamed since."""
         self.folder = Path(folder).absolute()
-        self.name = self.folder.name
+        self.name = name or self.folder.name
 
     @classmethod
     def open(cls, folder: str | Path) -> StudyStore:
@@ -51,6 +52,7 @@ class StudyStore:
                 f"There is no study {store.name!r} in {parent}; "
                 + (f"studies there: {', '.join(there)}." if there else "start one with `amlp-ray study run FILE.yaml`.")
             )
+        store.name = store.settings().name
         return store
 
     def settings(self) -> StudySettings:
@@ -81,7 +83,12 @@ class StudyStore:
         try:
             return optuna.load_study(study_name=name, storage=storage)  # a look writes nothing
         except KeyError:
-            return optuna.create_study(study_name=name, direction="maximize")  # not begun: empty, and in memory only
+            there = [study.study_name for study in storage.get_all_studies()]
+            if self.name in there or not there:  # not begun: empty, and in memory only
+                return optuna.create_study(study_name=name, direction="maximize")
+            raise StudyError(
+                f"{self.folder} holds the study {there[0]!r}, not {self.name!r}; set the name in its study.yaml back."
+            ) from None
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -104,7 +111,25 @@ class StudyStore:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
+            self._mend_journal()
             yield
+
+    def is_run(self) -> bool:
+        """Whether a process runs this study at this moment."""
+        with (self.folder / "run.lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+
+    def _mend_journal(self) -> None:
+        """Cut a last line that a full disk or a power loss left half-written: the next one would be glued to it."""
+        journal = self.folder / "study.journal"
+        if journal.is_file():
+            whole = journal.read_bytes()
+            if whole and not whole.endswith(b"\n"):
+                os.truncate(journal, whole.rfind(b"\n") + 1)
 
 
 def read_metrics(folder: Path) -> list[Metrics]:

@@ -59,10 +59,12 @@ class Study:
         Raises:
             SettingsError: a bad file or value. StudyError: no data set is named.
         """
-        values = merged(read_yaml(file), overrides or {})
+        values = read_yaml(file)
+        build(StudySettings, values, str(file))  # so that a fault of the file is told as the file's
+        values = merged(values, overrides or {})
         if data is not None:
             values["data"] = str(data)
-        settings = build(StudySettings, values, str(file))
+        settings = build(StudySettings, values, "overrides (--set)")
         if settings.data is None:
             raise StudyError(f"{file} names no data set; give one with --data or the key data.")
         settings = settings.model_copy(update={"data": str(Path(settings.data).absolute())})
@@ -264,6 +266,7 @@ class Study:
             "study": self.settings.name,
             "folder": str(self.store.folder),
             "budget": self.settings.budget.trials,
+            "running_now": self.store.is_run(),  # RUNNING trials of a study that nobody runs are taken over by `run`
             "states": states,
             "best_dsc": max(done, default=None),
             "arms": {arm: {"n": len(v), "dsc": sum(v) / len(v)} for arm, v in arms.items()},

@@ -139,18 +139,27 @@ def run_alone(task: Task, should_stop: Callable[[], bool]) -> None:
 
 
 def run_in_group(task: Task, should_stop: Callable[[], bool]) -> None:
-    """Several workers: an inner Ray Train group, whose reports are forwarded to Tune; its start costs about 10 s."""
-    from ray.tune.integration.ray_train import TuneReportCallback
+    """Several workers: an inner Ray Train group, which costs about 10 s to start.
+
+    Its first worker asks the board while the searcher may still judge, so a poor trial returns an epoch or more later.
+    """
+    from ray import tune
 
     from amlp_ray.training.runners import run_on_ray
 
+    def report(metrics: dict[str, Any]) -> None:
+        if "dsc" in metrics:
+            tune.report(_rung(metrics))
+
+    rows = read_metrics(Path(task.folder))
     run_on_ray(
         _job(task),
         task.resources,
         name=f"{task.study}-{task.label.replace(' ', '-')}",
         storage=Path(task.folder) / "ray_train",
         should_stop=should_stop,
-        callbacks=[TuneReportCallback()],
+        report=report,
+        reported=rows[-1]["epoch"] if rows else 0,
     )
 
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from amlp_ray.config import ImageSpec, ModelSettings, PretrainSettings
 from amlp_ray.errors import CheckpointError
+from amlp_ray.files import write_whole
 from amlp_ray.method.model import TIMM_NAME, create_encoder, timm_arguments
 
 
@@ -93,10 +94,13 @@ def export_encoder(encoder: VisionTransformer, path: Path, settings: ModelSettin
         "model": settings.model_dump_json(),
         "image": spec.model_dump_json(),
     }
-    weights = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
-    partial = path.with_suffix(".partial")
-    save_file(weights, partial, metadata=header)
-    partial.replace(path)
+    write_tensors(path, encoder.state_dict(), header)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, whole, and readable for colleagues: the library itself makes private files."""
+    plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    write_whole(path, save(plain, metadata=header))
 
 
 def read_encoder_header(path: str | Path) -> tuple[ModelSettings, ImageSpec]:

@@ -144,7 +144,7 @@ def train_epoch(
         values["grad_norm"] = nn.utils.clip_grad_norm_(network.parameters(), settings.clip_grad)
         rows.append(torch.stack([value.detach().float() for value in values.values()]))
         if device == "cpu":  # looking costs nothing here; on a GPU it would stall the step, so the epoch's end looks
-            _check_finite(rows, list(values), network, epoch)
+            _check_finite(rows[-1:], list(values), network, epoch, before=step)
         optimizer.step()
         images += len(batch.keys)
 
@@ -223,7 +223,8 @@ def _evaluated(hooks: Hooks, model: MaskedAutoencoder, epoch: int) -> Metrics:
     return extra | {"evaluate_seconds": time.perf_counter() - started} if extra else {}
 
 
-def _check_finite(rows: list[Tensor], names: list[str], network: nn.Module, epoch: int) -> None:
+def _check_finite(rows: list[Tensor], names: list[str], network: nn.Module, epoch: int, *, before: int = 0) -> None:
+    """Raise where a step's figures, one row each, are not finite; `before` steps of the epoch came earlier."""
     finite = torch.stack(rows).isfinite()
     if bool(finite.all()):
         return
@@ -233,7 +234,7 @@ def _check_finite(rows: list[Tensor], names: list[str], network: nn.Module, epoc
     cause = next((name for name in parts if not finite[step, names.index(name)]), "A metric")
     lost = next((name for name, p in network.named_parameters() if not p.isfinite().all()), None)
     raise NonFiniteLossError(
-        f"{cause} is not finite at epoch {epoch}, step {step + 1} ("
+        f"{cause} is not finite at epoch {epoch}, step {before + step + 1} ("
         + (f"weights of {lost} are not either" if lost else "all weights still are")
         + "); check the images, lower lr, raise warmup, or use precision=fp32."
     )

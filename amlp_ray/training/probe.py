@@ -25,10 +25,9 @@ from amlp_ray.errors import DataError
 from amlp_ray.method.augment import normalise
 from amlp_ray.method.model import MaskedAutoencoder, encoder_tokens
 from amlp_ray.method.patches import patchify
-from amlp_ray.training.scores import FloatArray, Score, best_threshold, score_images
+from amlp_ray.training.scores import THRESHOLDS, FloatArray, Score, best_threshold, mean_mask_floor, score_images
 
 INVERSE_L2 = (0.01, 0.1, 1.0)  # scikit-learn's C; from clearly too stiff to clearly too loose for 24 images
-THRESHOLDS = np.linspace(0.05, 0.95, 19)
 MIN_VAL_IMAGES = 40  # below this the SD over images (0.22 DSC) leaves a standard error above 0.035
 INNER_FOLDS = 3
 
@@ -126,6 +125,7 @@ class Probe:
             patches = patchify(normalise(chunk.to(device), self.spec), self.patch_size)
             features.append(tokens(patches).float().cpu().numpy())
         x = np.concatenate(features)
+        # Over all images of the probe, scored ones included: no label is involved, and every encoder is treated alike.
         x = (x - x.mean((0, 1))) / (x.std((0, 1)) + 1e-6)
         # NumPy's BLAS would take every core and wait in a spin for those that other trials hold: 10x slower (measured).
         with threadpool_limits(torch.get_num_threads(), "blas"):
@@ -138,11 +138,7 @@ class Probe:
         logits = _logits(_regression(x[subset], self.share[subset], inverse_l2), x[scored])
         truth = self.data.masks[scored] > 0
         s = score_images(self._pixels(logits) > threshold, truth)
-        mean_mask = self.data.masks[subset].mean(0, keepdims=True)
-        floor_at, _ = best_threshold(
-            np.broadcast_to(mean_mask, (len(subset), *mean_mask.shape[1:])), self.data.masks[subset] > 0, THRESHOLDS
-        )
-        floor = score_images(np.broadcast_to(mean_mask > floor_at, truth.shape), truth).dsc
+        floor = mean_mask_floor(self.data.masks[subset], self.data.masks[scored])
         return np.stack([s.dsc, s.ppv, s.sensitivity, s.empty_correct]), logits, floor
 
     def _choose(self, x: FloatArray, subset: Indices) -> tuple[float, float]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,9 @@ def pretrain_dataset(
             run_here(job, Hooks(report=lambda metrics, checkpoint: report(metrics)))
     else:
         claim(job, dataset)  # before Ray is started: a folder of another run is told at once
-        with ray_session(address), _following(out / "metrics.jsonl", report):
+        with ray_session(address):
             jobs_side_by_side(resources, cluster_resources(), streamed=streamed)
-            run_on_ray(job, resources, name=f"pretrain-{out.name}", storage=out / "ray_train")
+            run_on_ray(job, resources, name=f"pretrain-{out.name}", storage=out / "ray_train", report=report)
     return out / "encoder.safetensors"
 
 
@@ -81,7 +81,8 @@ def run_on_ray(
     name: str,
     storage: Path,
     should_stop: ShouldStop | None = None,
-    callbacks: list[Any] | None = None,
+    report: Callable[[Metrics], None] = lambda metrics: None,
+    reported: int = 0,
 ) -> None:
     """Run a job on `resources.workers` Ray Train workers that share each batch; Ray must be initialised.
 
@@ -91,7 +92,7 @@ def run_on_ray(
     Args:
         storage: Ray Train's own folder, for its bookkeeping.
         should_stop: asked by the first worker after each report; must be picklable.
-        callbacks: Ray Train callbacks, such as the one that forwards reports to Tune.
+        report: called in this thread with the metrics of every epoch after `reported`, shortly after it ended.
     """
     from ray import train
     from ray.train.torch import TorchTrainer
@@ -111,41 +112,40 @@ def run_on_ray(
             name=name,
             storage_path=str(storage),
             failure_config=train.FailureConfig(max_failures=2, controller_failure_limit=3),
-            callbacks=callbacks or [],
         ),
         datasets={"train": dataset.to_ray_dataset("train", columns=["id", "image"], seed=job.settings.seed)}
         if streamed
         else None,
     )
-    try:
-        trainer.fit()
-    except train.TrainingFailedError as error:
-        raise _own_error(error) from error
+    _follow(trainer.fit, job.folder / "metrics.jsonl", report, reported)
 
 
-@contextmanager
-def _following(file: Path, report: Callable[[Metrics], None]) -> Iterator[None]:
-    """Report the lines that workers append to `file`, from a thread, until the block ends."""
-    ended = threading.Event()
+def _follow(work: Callable[[], object], file: Path, report: Callable[[Metrics], None], reported: int) -> None:
+    """Do `work` in a thread of its own and report the epochs that it appends to `file`, from this thread.
 
-    def follow() -> None:
-        seen = 0
-        while True:
-            last = ended.wait(FOLLOW_S)
-            rows = read_rows(file)
-            for row in rows[seen:]:
-                report(row)
-            seen = len(rows)
-            if last:
-                return
+    Ray Train could forward reports itself, but into a trial's queue of one from two threads, which can block for ever.
+    """
+    failure: list[BaseException] = []
 
-    thread = threading.Thread(target=follow, daemon=True)
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # handed on below
+            failure.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    while True:
+        thread.join(FOLLOW_S)
+        ended = not thread.is_alive()
+        for row in read_rows(file):
+            if row["epoch"] > reported:
+                report(row)
+                reported = row["epoch"]
+        if ended:
+            break
+    if failure:
+        raise _own_error(failure[0]) from failure[0]
 
 
 def worker_bundle(resources: ResourceSettings) -> dict[str, float]:
@@ -176,7 +176,7 @@ def _worker(config: dict[str, Any]) -> None:
     run_job(job, hooks, rank=rank, world=world, device=str(get_device()), shard=shard)
 
 
-def _own_error(error: Exception) -> Exception:
+def _own_error(error: BaseException) -> BaseException:
     """The error a worker raised on purpose, if that is what made Ray Train give up."""
     for failure in getattr(error, "worker_failures", {}).values():
         cause = getattr(failure, "_base_exc", failure)  # Ray Train wraps what user code raised

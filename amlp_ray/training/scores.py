@@ -49,6 +49,24 @@ def best_threshold(probability: FloatArray, truth: BoolArray, candidates: FloatA
     return float(candidates[best]), means[best]
 
 
+THRESHOLDS = np.linspace(0.05, 0.95, 19)
+
+
+def mean_mask_floor(train: NDArray[np.uint8], scored: NDArray[np.uint8]) -> FloatArray:
+    """DSC (n,) of predicting the mean training mask for every image: what a score is worth without any image.
+
+    Its threshold is the best one on the training masks (N, H, W) themselves.
+    """
+    mean = train.mean(0, keepdims=True)
+    threshold, _ = best_threshold(np.broadcast_to(mean, train.shape), train > 0, THRESHOLDS)
+    return score_images(np.broadcast_to(mean > threshold, scored.shape), scored > 0).dsc
+
+
+def mean_mask_dsc(train: NDArray[np.uint8], scored: NDArray[np.uint8]) -> float:
+    """Mean of `mean_mask_floor` over images with a lesion."""
+    return float(np.nanmean(mean_mask_floor(train, scored)))
+
+
 @dataclass(frozen=True)
 class Score:
     """Segmentation score of an encoder. All but `mean_mask_dsc`, a floor, and counts are means over images."""

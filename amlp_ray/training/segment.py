@@ -16,19 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from amlp_ray.config import ImageSpec, SegmentSettings
 from amlp_ray.data.dataset import PatchDataset, Split
 from amlp_ray.errors import DataError, NonFiniteLossError, SettingsError
+from amlp_ray.files import write_whole
 from amlp_ray.method.augment import normalise
 from amlp_ray.method.model import MaskedAutoencoder
 from amlp_ray.settings import write_yaml
-from amlp_ray.training.checkpoint import load_encoder, read_encoder_header
+from amlp_ray.training.checkpoint import load_encoder, read_encoder_header, write_tensors
 from amlp_ray.training.pretrain import learning_rate
-from amlp_ray.training.scores import score_images
+from amlp_ray.training.scores import mean_mask_dsc, score_images
 
 
 class Segmenter(nn.Module):
@@ -84,6 +84,9 @@ def segment(
     Raises:
         DataError: too few labelled images. SettingsError: the encoder was made for other images.
     """
+    if (out / "checkpoint").exists():
+        raise SettingsError(f"{out} holds a pretraining run; give another --out for the segmenter.")
+    out.mkdir(parents=True, exist_ok=True)  # told now, not after the training, where it cannot be made
     model_settings, spec = read_encoder_header(encoder)
     if (spec.channels, spec.height, spec.width) != _shape(dataset.spec):
         raise SettingsError(
@@ -98,15 +101,15 @@ def segment(
     model = Segmenter(vit, spec, model_settings.patch_size, settings.decoder_width).to(device)
     seconds = _fit(model, train, spec, settings, progress, device)
     score = _score(model, val, spec, device) | {
+        "mean_mask_dsc": mean_mask_dsc(train.masks, val.masks),
         "labels": len(train),
         "from_scratch": from_scratch,
         "encoder": str(encoder),
         "seconds": seconds,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, out / "segmenter.safetensors")
+    write_tensors(out / "segmenter.safetensors", model.state_dict())
     write_yaml(settings, out / "settings.yaml")
-    (out / "score.json").write_text(json.dumps(score, indent=1))
+    write_whole(out / "score.json", json.dumps(score, indent=1))
     return score
 
 

@@ -96,6 +96,8 @@ def test_bad_images_get_one_sentence_and_nothing_is_written(
         (["--gpus-per-worker", "64"], "gpus_per_worker=64"),
         (["--workers", "5", "--cpus-per-worker", "0.1"], "multiple of resources.workers 5"),
         (["--config", "absent.yaml"], "absent.yaml"),
+        (["--workers", "0"], "workers is 0"),
+        (["--cpus-per-worker", "0"], "cpus_per_worker is 0"),
     ],
 )
 def test_bad_settings_get_one_sentence_and_nothing_is_written(
@@ -169,3 +171,44 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_out_that_is_a_file_gets_one_sentence(
+    phantom_dataset: PatchDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        code, _, err = run(capsys, monkeypatch, "pretrain", phantom_dataset.path, "--out", out, "--set", "epochs=1")
+        assert code == 2
+        assert err.startswith("amlp-ray: ")
+        assert str(tmp_path / "file") in err
+        assert err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_segmenter_does_not_overwrite_a_pretraining_run(
+    phantom_dataset: PatchDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = [part for s in ("model.width=24", "model.depth=1", "model.heads=2", "epochs=1") for part in ("--set", s)]
+    pre = tmp_path / "pre"
+    assert run(capsys, monkeypatch, "pretrain", phantom_dataset.path, "--out", pre, *small)[0] == 0
+    before = (pre / "settings.yaml").read_text()
+    command = ["segment", phantom_dataset.path, "--encoder", pre / "encoder.safetensors", "--out", pre]
+    code, _, err = run(capsys, monkeypatch, *command)
+    assert code == 2
+    assert "holds a pretraining run" in err
+    assert (pre / "settings.yaml").read_text() == before
+    readable = (pre / "encoder.safetensors").stat().st_mode & 0o777
+    assert readable == (pre / "settings.yaml").stat().st_mode & 0o777, "readable for colleagues as any other file"
+
+
+def test_a_fault_of_a_file_is_told_as_the_files(
+    phantom_dataset: PatchDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("epoch: 3\n")
+    code, _, err = run(
+        capsys, monkeypatch, "pretrain", phantom_dataset.path, "--out", tmp_path / "o", "--config", config
+    )
+    assert code == 2
+    assert err.startswith(f"amlp-ray: {config}: unknown setting 'epoch'")

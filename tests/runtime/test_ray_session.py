@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 import urllib.request
 
@@ -74,3 +76,14 @@ def test_gauges_of_a_trial_are_exported_and_stay(ray_session: None) -> None:
     assert found
     assert 'trial="trial 7"' in found[0]
     assert found[0].endswith(" 0.25")
+
+
+def test_an_address_where_nobody_answers_is_told_within_seconds() -> None:
+    code = (
+        "from amlp_ray.runtime.ray_session import ray_session\n"
+        "from amlp_ray.errors import ResourceError\n"
+        "try:\n    ray_session('127.0.0.1:9').__enter__()\n"
+        "except ResourceError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith("No Ray cluster answers at '127.0.0.1:9'")

@@ -218,3 +218,17 @@ def test_plain_optuna_reads_the_study(store: StudyStore, board: Any) -> None:
     study = optuna.load_study(study_name="s", storage=optuna.storages.JournalStorage(journal))
     assert study.best_value == 0.4
     assert study.best_trial.intermediate_values == {10: 0.1, 20: 0.2, 30: 0.3, 40: 0.4}
+
+
+def test_a_combination_that_a_setting_refuses_fails_alone(store: StudyStore, board: Any) -> None:
+    space = {"model.width": {"choices": [32]}, "model.heads": {"choices": [2, 3]}}  # unchecked: the searcher must cope
+    lines: list[str] = []
+    search = searcher(store, board, settings(space=space, budget={"trials": 8}), lines)
+    from ray.tune.search import Searcher
+
+    while search.suggest(f"t{len(lines)}") != Searcher.FINISHED:
+        pass
+    states = {t.params["model.heads"]: t.state for t in store.search().trials}
+    assert states == {2: TrialState.RUNNING, 3: TrialState.FAIL}
+    failed = next(t for t in store.search().trials if t.state == TrialState.FAIL)
+    assert "multiple of heads 3" in failed.user_attrs["reason"]

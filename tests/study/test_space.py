@@ -35,6 +35,18 @@ FAULTS = {
         },
         "never searched",
     ),
+    "half steps of an integer": ({"selection.clusters": {"low": 2, "high": 6, "step": 0.5}}, "is an integer"),
+    "combination": (
+        {"model.width": {"low": 24, "high": 48, "step": 4}, "model.heads": {"choices": [2, 3]}},
+        "some combinations are refused",
+    ),
+    "condition of another type": (
+        {
+            "selection.clusters": {"choices": [3, 4]},
+            "selection.lesion_share": {"low": 0.5, "high": 1.0, "when": {"selection.clusters": "3"}},
+        },
+        "never searched",
+    ),
     "circle": (
         {
             "ratio.start": {"low": 0.1, "high": 0.5, "when": {"ratio.end": 0.5}},

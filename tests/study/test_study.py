@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,14 @@ def test_a_study_that_another_process_runs_says_who(finished: tuple[Study, list[
         ({"probe": {"labels": 1000}}, DataError, "probe.labels=1000"),
         ({"pretrain": {"model": {"patch_size": 7}}}, SettingsError, "does not divide"),
         ({"pruner": {"name": "median", "min_steps": 400}}, SettingsError, "cannot act"),
+        ({"pruner": {"name": "median", "min_steps": 0, "rungs": 1}}, SettingsError, "cannot act"),
+        ({"probe": {"labels": 20, "folds": 2}}, DataError, "lower probe.labels"),
+        ({"space": {"model.patch_size": {"choices": [8, 10]}}}, SettingsError, "does not divide"),
+        (
+            {"space": {"batch_size": {"choices": [12, 15]}}, "resources": {"workers": 2, "cpus_per_worker": 0.1}},
+            SettingsError,
+            "multiple of resources.workers 2",
+        ),
         ({"resources": {"workers": 5, "cpus_per_worker": 0.1}}, SettingsError, "multiple of resources.workers 5"),
     ],
 )
@@ -168,6 +177,44 @@ def test_a_plan_prices_the_study_without_running_it(phantom_dataset: PatchDatase
     assert plan.concurrency >= 1
     assert 0 < plan.hours_pruned <= plan.hours_full < 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_copied_study_is_read_under_its_new_folder_and_a_renamed_one_refused(
+    finished: tuple[Study, list[str]], tmp_path: Path
+) -> None:
+    study, _ = finished
+    shutil.copytree(study.store.folder, tmp_path / "copy")
+    copy = Study.open("copy", runs=tmp_path)
+    assert copy.status()["states"] == study.status()["states"]
+    assert copy.best_trial.value == study.best_trial.value
+    file = tmp_path / "copy" / "study.yaml"
+    file.write_text(file.read_text().replace("name: tiny", "name: other"))
+    with pytest.raises(StudyError, match="holds the study 'tiny'"):
+        Study.open("copy", runs=tmp_path).status()
+
+
+def test_a_half_written_last_journal_line_is_cut_and_the_study_goes_on(
+    finished: tuple[Study, list[str]], phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0].store.folder, tmp_path / "tiny")
+    study = Study.open("tiny", runs=tmp_path)
+    before = study.status()
+    with (tmp_path / "tiny" / "study.journal").open("a") as journal:
+        journal.write('{"op_code":5,"wor')
+    study.run(notify=lambda line: None)
+    assert study.status() == before
+
+
+def test_status_says_whether_anybody_runs_the_study(finished: tuple[Study, list[str]]) -> None:
+    study, _ = finished
+    assert study.status()["running_now"] is False
+    with study.store.lock():
+        assert study.status()["running_now"] is True
+
+
+def test_an_arm_is_named_once(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="each arm is named once"):
+        Study.load(write(tmp_path, arms=["mae", "mae"]), data="anywhere")
 
 
 def test_an_unknown_study_is_told_with_those_there_are(finished: tuple[Study, list[str]]) -> None:

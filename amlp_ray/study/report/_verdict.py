@@ -161,6 +161,11 @@ def _cautions(facts: Facts, comparisons: list[Comparison]) -> list[str]:
     images = best.measure("images")
     if images is not None and images < FEW_IMAGES:
         cautions.append(f"Only {images:.0f} images with a lesion are scored; each of them weighs heavily.")
+    if best.score.get("scoring") == "cross-validation":
+        cautions.append(
+            "Scores are cross-validated inside train and val, so encoders were pretrained on most scored images, "
+            "though never on their masks; the random encoder has no such advantage."
+        )
     longer = [
         item.arm.name
         for item in comparisons

@@ -29,6 +29,13 @@ def first_prunable_epoch(settings: PretrainSettings, pruner: PrunerSettings, ima
     return max(1, math.ceil(pruner.min_steps / max(1, images // settings.batch_size)))
 
 
+def prunable_rungs(settings: PretrainSettings, pruner: PrunerSettings, images: int) -> tuple[int, ...]:
+    """Rungs at which a trial may be pruned: past `min_steps` and before its end."""
+    first = first_prunable_epoch(settings, pruner, images)
+    rungs = rung_epochs(settings.epochs, pruner.rungs) if pruner.name != "none" else ()
+    return tuple(rung for rung in rungs if first <= rung < settings.epochs)
+
+
 def arm_settings(settings: StudySettings, arm: str, *, seed: int) -> PretrainSettings:
     """Settings of an arm: the study's model, optimiser and length, but the arm's own method.
 

@@ -10,9 +10,8 @@ from typing import Any
 from amlp_ray.config import PretrainSettings, StudySettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.stream import is_streamed, open_batches
-from amlp_ray.errors import SettingsError
 from amlp_ray.runtime.capacity import jobs_side_by_side
-from amlp_ray.study.design import first_prunable_epoch, rung_epochs
+from amlp_ray.study.design import prunable_rungs, rung_epochs
 from amlp_ray.study.space import check_space, drawn_settings
 from amlp_ray.training.probe import Probe
 
@@ -27,7 +26,7 @@ class Plan:
     epochs: int
     steps_per_trial: int
     rungs: tuple[int, ...]
-    first_prunable_epoch: int
+    prunable_rungs: tuple[int, ...]  # those at which a trial may be pruned; none: too short for pruner.min_steps
     workers: int
     cpus_per_trial: float
     gpus_per_trial: float
@@ -52,16 +51,6 @@ def check_study(settings: StudySettings, dataset: PatchDataset) -> None:
         trial.check_workers(settings.resources.workers)
     for patch_size in sorted({trial.model.patch_size for trial in drawn}):
         Probe(dataset, settings.probe, patch_size)  # tells of labels, groups and folds that cannot score anything
-    first = first_prunable_epoch(base, settings.pruner, dataset.count("train"))
-    rungs = rung_epochs(base.epochs, settings.pruner.rungs)
-    if settings.pruner.name != "none" and not any(first <= rung < base.epochs for rung in rungs):
-        steps = base.epochs * max(1, dataset.count("train") // base.batch_size)
-        raise SettingsError(
-            f"pruner.name={settings.pruner.name} cannot act: a trial has {steps} optimiser steps and is scored after "
-            f"epochs {', '.join(map(str, rungs))}, but nothing is pruned before "
-            f"pruner.min_steps={settings.pruner.min_steps}, nor at its end; "
-            f"raise epochs or pruner.rungs, or set pruner.name=none."
-        )
 
 
 def make_plan(settings: StudySettings, dataset: PatchDataset, cluster: dict[str, float]) -> Plan:
@@ -75,12 +64,9 @@ def make_plan(settings: StudySettings, dataset: PatchDataset, cluster: dict[str,
     seconds_per_step, probe = _time(settings, base, dataset)
     rungs = rung_epochs(base.epochs, settings.pruner.rungs)
     per_trial = steps * seconds_per_step / settings.resources.workers + len(rungs) * probe
-    first = first_prunable_epoch(base, settings.pruner, images)
+    prunable = prunable_rungs(base, settings.pruner, images)
     trained_arms = sum(arm != "scratch" for arm in settings.arms) * settings.arm_seeds
-    share = 1.0
-    if settings.pruner.name != "none":
-        stop = next((r for r in rungs if r >= first), base.epochs)
-        share = 0.5 + 0.5 * stop / base.epochs
+    share = 0.5 + 0.5 * prunable[0] / base.epochs if prunable else 1.0
     workers = settings.resources.workers
     full = (settings.budget.trials + trained_arms) * per_trial / side_by_side / 3600
     pruned = (settings.budget.trials * share + trained_arms) * per_trial / side_by_side / 3600
@@ -92,7 +78,7 @@ def make_plan(settings: StudySettings, dataset: PatchDataset, cluster: dict[str,
         epochs=base.epochs,
         steps_per_trial=steps,
         rungs=rungs,
-        first_prunable_epoch=first,
+        prunable_rungs=prunable,
         workers=workers,
         cpus_per_trial=settings.resources.cpus_per_worker * workers,
         gpus_per_trial=settings.resources.gpus_per_worker * workers,

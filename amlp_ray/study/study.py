@@ -17,6 +17,7 @@ from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import InterruptedStudyError, StudyError
 from amlp_ray.files import write_whole
 from amlp_ray.settings import build, flat, merged, read_yaml, write_yaml
+from amlp_ray.study.design import prunable_rungs
 from amlp_ray.study.store import StudyStore
 
 if TYPE_CHECKING:
@@ -126,6 +127,11 @@ class Study:
                 if not about.exists():
                     write_whole(about, json.dumps(environment(self.settings, self.dataset, cluster), indent=1))
                 notify(f"study {self.settings.name}: {side_by_side} trials side by side, folder {self.store.folder}")
+                base, pruner = self.settings.trial({}, seed=0), self.settings.pruner
+                if pruner.name != "none" and not prunable_rungs(base, pruner, self.dataset.count("train")):
+                    notify(
+                        f"note: trials are too short for anything to be pruned (pruner.min_steps={pruner.min_steps})"
+                    )
                 if session.dashboard:
                     notify(f"Ray dashboard: {session.dashboard}")
                 self._tune(side_by_side, notify)

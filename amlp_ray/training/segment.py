@@ -86,7 +86,6 @@ def segment(
     """
     if (out / "checkpoint").exists():
         raise SettingsError(f"{out} holds a pretraining run; give another --out for the segmenter.")
-    out.mkdir(parents=True, exist_ok=True)  # told now, not after the training, where it cannot be made
     model_settings, spec = read_encoder_header(encoder)
     if (spec.channels, spec.height, spec.width) != _shape(dataset.spec):
         raise SettingsError(
@@ -94,6 +93,7 @@ def segment(
             f"but {dataset.path} holds {'x'.join(map(str, _shape(dataset.spec)))}; prepare the data alike."
         )
     train, val = _labelled(dataset, "train", settings), _labelled(dataset, "val", None)
+    out.mkdir(parents=True, exist_ok=True)  # told now, not after the training, where it cannot be made
     torch.manual_seed(settings.seed)
     # The encoder's own mean and SD: weights have seen images in that scale.
     # From scratch means the start that pretraining has, not timm's: anything else would handicap the baseline.

@@ -15,6 +15,7 @@ from tiny import TINY
 
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import DataError, ResourceError, SettingsError, StudyError
+from amlp_ray.study.store import read_metrics
 from amlp_ray.study.study import Study
 
 
@@ -112,6 +113,28 @@ def test_a_trial_that_diverges_fails_with_its_reason_and_the_study_goes_on(
         _ = study.best_trial
 
 
+@pytest.mark.ray
+def test_trials_of_two_workers_report_their_rungs_and_may_be_pruned(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
+    changes = {
+        "arms": ["scratch"],
+        "pretrain": TINY["pretrain"] | {"epochs": 12},
+        "resources": {"workers": 2, "cpus_per_worker": 0.9},
+        "pruner": {"name": "median", "rungs": 6, "min_steps": 1, "startup": 1},
+        "budget": {"trials": 2},
+        "space": {"lr": {"choices": [1e-3, 1e-7]}},
+    }
+    study = Study.load(write(tmp_path, **changes), data=phantom_dataset.path, runs=tmp_path)
+    study.run(notify=lambda line: None)
+    for trial in study.store.search().trials:
+        rows = read_metrics(study.store.trial_folder(trial.number))
+        assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
+        assert {row["epoch"]: row["dsc"] for row in rows if "dsc" in row} == trial.intermediate_values
+        full = max(trial.intermediate_values) == 12
+        assert trial.state == (TrialState.COMPLETE if full else TrialState.PRUNED)
+
+
 def test_a_changed_setting_is_refused_by_name(
     finished: tuple[Study, list[str]], phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
@@ -147,8 +170,6 @@ def test_a_study_that_another_process_runs_says_who(finished: tuple[Study, list[
         ({"resources": {"cpus_per_worker": 1000}}, ResourceError, "cpus_per_worker=1000"),
         ({"probe": {"labels": 1000}}, DataError, "probe.labels=1000"),
         ({"pretrain": {"model": {"patch_size": 7}}}, SettingsError, "does not divide"),
-        ({"pruner": {"name": "median", "min_steps": 400}}, SettingsError, "cannot act"),
-        ({"pruner": {"name": "median", "min_steps": 0, "rungs": 1}}, SettingsError, "cannot act"),
         ({"probe": {"labels": 20, "folds": 2}}, DataError, "lower probe.labels"),
         ({"space": {"model.patch_size": {"choices": [8, 10]}}}, SettingsError, "does not divide"),
         (
@@ -215,6 +236,21 @@ def test_status_says_whether_anybody_runs_the_study(finished: tuple[Study, list[
 def test_an_arm_is_named_once(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="each arm is named once"):
         Study.load(write(tmp_path, arms=["mae", "mae"]), data="anywhere")
+
+
+@pytest.mark.parametrize(
+    ("pruner", "rungs"),
+    [
+        ({"name": "median", "rungs": 4, "min_steps": 6}, (2, 3)),
+        ({"name": "median", "rungs": 4, "min_steps": 400}, ()),
+        ({"name": "median", "rungs": 1, "min_steps": 0}, ()),
+        ({"name": "none"}, ()),
+    ],
+)
+def test_a_plan_says_at_which_rungs_a_trial_may_be_pruned(
+    phantom_dataset: PatchDataset, tmp_path: Path, pruner: dict[str, Any], rungs: tuple[int, ...]
+) -> None:
+    assert Study.load(write(tmp_path, pruner=pruner), data=phantom_dataset.path).plan().prunable_rungs == rungs
 
 
 def test_an_unknown_study_is_told_with_those_there_are(finished: tuple[Study, list[str]]) -> None:

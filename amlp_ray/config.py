@@ -75,7 +75,7 @@ class ModelSettings(Settings):
 
 
 class RatioSettings(Settings):
-    """AMR: the masking ratio over training, from `start` to `end` (method.md section 4). Ratios count all patches."""
+    """AMR: the masking ratio over training, from `start` to `end` (see method/ratio.py). Ratios count all patches."""
 
     start: float = Field(0.25, gt=0, lt=1)  # low, as AMLP argues: more context while features are young
     end: float = Field(0.75, gt=0, lt=1)  # MAE's ratio; may lie below start to test AMLP's claim
@@ -86,7 +86,7 @@ class RatioSettings(Settings):
 
 
 class SelectionSettings(Settings):
-    """MPS: which patches are masked first (method.md section 2)."""
+    """MPS: which patches are masked first (see method/selection.py)."""
 
     mode: Literal["random", "hard", "soft"] = "hard"  # random is MAE; hard takes a cluster; soft a patch score
     # hard: k-means per image, one cluster is named the lesion
@@ -108,7 +108,7 @@ class SelectionSettings(Settings):
 
 
 class LossSettings(Settings):
-    """Reconstruction loss, its weighting towards hard patches (ARL, RRL), and CCL (method.md section 3)."""
+    """Reconstruction loss, its weighting towards hard patches (ARL, RRL), and CCL (see method/losses.py)."""
 
     norm_pix: bool = (
         False  # standardise each target patch; off, since raw-target error follows lesions (AUC 0.81 v 0.57)

@@ -21,6 +21,17 @@ if TYPE_CHECKING:
 REAL_DATA = os.environ.get("AMLP_RAY_DATA", str(Path(__file__).parents[1] / "../shared/data"))
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors and models of tests are too small for more threads, and those beyond the free cores wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One local Ray for the whole run: starting one takes seconds."""

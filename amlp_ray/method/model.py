@@ -109,7 +109,10 @@ class MaskedAutoencoder(nn.Module):
 
 
 def use_fused_attention(model: nn.Module, fused: bool) -> None:
-    """Choose scaled-dot-product attention or plain matmul-softmax-matmul; the latter is 2-4x faster in CPU bf16."""
+    """Choose scaled-dot-product attention, or plain matmul-softmax-matmul.
+
+    In bf16 on CPU the plain one is faster forward and backward: 3.7x at 50 tokens, 1.5x at 197 (measured).
+    """
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             setattr(module, "fused_attn", fused)  # noqa: B010  (a timm flag that nn.Module's stubs do not know)

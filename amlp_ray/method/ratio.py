@@ -37,8 +37,3 @@ def masked_count(ratio: float, patches: int) -> int:
     At least one patch is masked and at least one stays visible.
     """
     return min(max(round(ratio * patches), 1), patches - 1)
-
-
-def mean_ratio(settings: RatioSettings, epochs: int) -> float:
-    """Return the mean masking ratio over training: what a fixed ratio of equal average would be."""
-    return sum(masking_ratio(settings, epoch, epochs) for epoch in range(1, epochs + 1)) / epochs

@@ -28,21 +28,19 @@ CONNECT_S = 5.0  # seconds to wait for a cluster's head
 
 @dataclass(frozen=True)
 class RaySession:
-    """A running Ray: the dashboard's address, or None where there is none, and whether the cluster was started here."""
+    """A running Ray; `dashboard` is the dashboard's address, None where there is none."""
 
     dashboard: str | None
-    own: bool
 
 
 @contextmanager
-def ray_session(address: str | None = None, *, cpus: int | None = None) -> Iterator[RaySession]:
+def ray_session(address: str | None = None) -> Iterator[RaySession]:
     """Join the cluster at `address`, or start one on this machine; leave as found.
 
     A Ray that this process has already initialised is used as it is, as in a notebook.
 
     Args:
         address: such as `auto` or `head:6379`.
-        cpus: CPU cores a started cluster offers; none: all.
 
     Raises:
         ResourceError: where no cluster answers at `address`.
@@ -53,15 +51,15 @@ def ray_session(address: str | None = None, *, cpus: int | None = None) -> Itera
 
     logging.getLogger("ray").setLevel(logging.ERROR)  # Tune warns of its own files, which are turned off
     if ray.is_initialized():
-        yield RaySession(_dashboard(), own=False)
+        yield RaySession(_dashboard())
         return
     before = os.environ.get("RAY_API_SERVER_ADDRESS")
     try:
         if address is None:
-            _start(cpus)
+            _start()
         else:
             _join(address)
-        yield RaySession(_dashboard(), own=address is None)
+        yield RaySession(_dashboard())
     finally:
         ray.shutdown()
         os.environ.pop("RAY_API_SERVER_ADDRESS", None)
@@ -69,7 +67,7 @@ def ray_session(address: str | None = None, *, cpus: int | None = None) -> Itera
             os.environ["RAY_API_SERVER_ADDRESS"] = before
 
 
-def _start(cpus: int | None) -> None:
+def _start() -> None:
     import ray
 
     port = _free_port()
@@ -77,7 +75,6 @@ def _start(cpus: int | None) -> None:
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
     ray.init(
         address="local",  # not whatever cluster happens to run on this machine
-        num_cpus=cpus,
         include_dashboard=True,
         dashboard_port=port,
         log_to_driver=False,

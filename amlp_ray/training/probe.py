@@ -127,7 +127,7 @@ class Probe:
         x = np.concatenate(features)
         # Over all images of the probe, scored ones included: no label is involved, and every encoder is treated alike.
         x = (x - x.mean((0, 1))) / (x.std((0, 1)) + 1e-6)
-        # NumPy's BLAS would take every core and wait in a spin for those that other trials hold: 10x slower (measured).
+        # NumPy's BLAS would take every core and wait in a spin for those that other trials hold: 7x slower (measured).
         with threadpool_limits(torch.get_num_threads(), "blas"):
             fits = [(scored, [self._fit(x, s, scored) for s in subsets]) for subsets, scored in self.plan]
         return self._summary(fits)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amlp_ray.config import RatioSettings
-from amlp_ray.method.ratio import masked_count, masking_ratio, mean_ratio
+from amlp_ray.method.ratio import masked_count, masking_ratio
 
 SHAPES = ("linear", "cosine", "power", "step")
 share = st.floats(0.01, 0.99)
@@ -39,7 +39,7 @@ def test_any_schedule_starts_at_start_ends_at_end_and_never_turns_back(settings:
 @given(settings_of_any_kind, st.integers(1, 200))
 def test_every_ratio_and_the_mean_lie_between_start_and_end(settings: RatioSettings, epochs: int) -> None:
     low, high = sorted((settings.start, settings.end))
-    for ratio in (*course(settings, epochs), mean_ratio(settings, epochs)):
+    for ratio in course(settings, epochs):
         assert low - 1e-9 <= ratio <= high + 1e-9
 
 
@@ -99,8 +99,3 @@ def test_at_least_one_patch_is_masked_and_one_visible(ratio: float, patches: int
 @pytest.mark.parametrize(("ratio", "count"), [(0.25, 49), (0.5, 98), (0.75, 147)])
 def test_ratios_of_a_224_image_mask_the_usual_numbers_of_patches(ratio: float, count: int) -> None:
     assert masked_count(ratio, 196) == count
-
-
-def test_the_mean_of_a_linear_schedule_is_halfway() -> None:
-    assert mean_ratio(RatioSettings(start=0.25, end=0.75), 101) == pytest.approx(0.5)
-    assert mean_ratio(RatioSettings(start=0.4, end=0.4), 7) == pytest.approx(0.4)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,6 +20,13 @@ from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.study.store import StudyStore, read_metrics
 
 DEADLINE_S = 120
+
+
+def write_study(folder: Path, changes: dict[str, Any], *, epochs: int) -> Path:
+    """A study of trials long enough to be killed in the middle."""
+    study = folder / "tiny.yaml"
+    study.write_text(yaml.safe_dump(TINY | changes | {"pretrain": TINY["pretrain"] | {"epochs": epochs}}))
+    return study
 
 
 def start(study: Path, data: Path, runs: Path, log: Path) -> subprocess.Popen[bytes]:
@@ -48,12 +56,8 @@ def wait_for(condition: object, process: subprocess.Popen[bytes], log: Path) -> 
 @pytest.mark.ray
 @pytest.mark.timeout(400)
 def test_a_killed_study_goes_on_where_it_stopped(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
-    study = tmp_path / "tiny.yaml"
-    values = TINY | {"arms": ["mae"], "budget": {"trials": 3}}
-    values["pretrain"] = TINY["pretrain"] | {"epochs": 60}
-    study.write_text(yaml.safe_dump(values))
+    study = write_study(tmp_path, {"arms": ["mae"], "budget": {"trials": 3}}, epochs=60)
     store, log = StudyStore(tmp_path / "runs" / "tiny"), tmp_path / "log"
-
     process = start(study, phantom_dataset.path, tmp_path / "runs", log)
     try:
         # In the middle of the first searched trial, past its first checkpoint.
@@ -90,10 +94,7 @@ def test_a_killed_study_goes_on_where_it_stopped(phantom_dataset: PatchDataset, 
 @pytest.mark.ray
 @pytest.mark.timeout(200)
 def test_ctrl_c_says_so_and_leaves_trials_to_be_taken_over(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
-    study = tmp_path / "tiny.yaml"
-    values = TINY | {"arms": [], "budget": {"trials": 1}}
-    values["pretrain"] = TINY["pretrain"] | {"epochs": 500}
-    study.write_text(yaml.safe_dump(values))
+    study = write_study(tmp_path, {"arms": [], "budget": {"trials": 1}}, epochs=500)
     store, log = StudyStore(tmp_path / "runs" / "tiny"), tmp_path / "log"
     process = start(study, phantom_dataset.path, tmp_path / "runs", log)
     try:
@@ -112,10 +113,7 @@ def test_ctrl_c_says_so_and_leaves_trials_to_be_taken_over(phantom_dataset: Patc
 def test_a_trial_whose_process_is_killed_fails_and_the_study_goes_on(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    study = tmp_path / "tiny.yaml"
-    values = TINY | {"arms": [], "budget": {"trials": 2}, "resources": {"concurrency": 1}}
-    values["pretrain"] = TINY["pretrain"] | {"epochs": 60}
-    study.write_text(yaml.safe_dump(values))
+    study = write_study(tmp_path, {"arms": [], "budget": {"trials": 2}, "resources": {"concurrency": 1}}, epochs=60)
     store, log = StudyStore(tmp_path / "runs" / "tiny"), tmp_path / "log"
     process = start(study, phantom_dataset.path, tmp_path / "runs", log)
     try:

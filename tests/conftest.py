@@ -23,7 +23,7 @@ REAL_DATA = os.environ.get("AMLP_RAY_DATA", str(Path(__file__).parents[1] / "../
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Tensors and models of tests are too small for more threads, and those beyond the free cores wait for each other."""
+    """Tests' tensors are too small for more threads, and those beyond the free cores wait for each other."""
     import torch
 
     before = torch.get_num_threads()

@@ -58,7 +58,7 @@ def test_seed_epoch_and_purpose_do_not_stand_in_for_each_other() -> None:
         for e in range(6)
         for p in (CROP, MASK, CLUSTER)
     }
-    assert len(drawn) == 6 * 6 * 4
+    assert len(drawn) == 6 * 6 * 3
 
 
 def test_numbers_are_uniform_and_uncorrelated_between_images_positions_and_epochs() -> None:

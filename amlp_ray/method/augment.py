@@ -15,15 +15,20 @@ def normalise(images: Tensor, spec: ImageSpec) -> Tensor:
     return (images.float() - mean) / std
 
 
-def crop_and_flip(images: Tensor, keys: Tensor, *, crop_min: float, flip: bool, seed: int, epoch: int) -> Tensor:
-    """Cut a random part of every image (area share crop_min to 1, sides 3:4 to 4:3) and resize it to full size.
+def random_crop(
+    keys: Tensor, *, crop_min: float, flip: bool, seed: int, epoch: int, purpose: int = draw.CROP
+) -> Tensor | None:
+    """Draw a random part of every image: area share crop_min to 1, sides 3:4 to 4:3, half of them mirrored.
 
     Args:
-        images: (B, C, H, W) float. keys: (B,) int64, identities; the crop depends on (seed, epoch, key).
+        keys: (B,) int64, identities; the crop depends on (seed, epoch, key).
+
+    Returns:
+        (B, 2, 3) affine maps for `cropped`, or None where images stay as they are.
     """
     if crop_min == 1 and not flip:
-        return images
-    u = draw.uniform(keys, 5, seed=seed, epoch=epoch, purpose=draw.CROP)
+        return None
+    u = draw.uniform(keys, 5, seed=seed, epoch=epoch, purpose=purpose)
     area = crop_min + (1 - crop_min) * u[:, 0]
     aspect = (4 / 3) ** (u[:, 1] * 2 - 1) if crop_min < 1 else torch.ones_like(area)
     # A side that would leave the image is cut; the other is then kept from falling below the least area.
@@ -32,6 +37,15 @@ def crop_and_flip(images: Tensor, keys: Tensor, *, crop_min: float, flip: bool, 
     if flip:
         half_w = torch.where(u[:, 4] < 0.5, -half_w, half_w)
     zero = torch.zeros_like(area)
-    theta = torch.stack([half_w, zero, centre_x, zero, half_h, centre_y], 1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return torch.stack([half_w, zero, centre_x, zero, half_h, centre_y], 1).view(-1, 2, 3)
+
+
+def cropped(images: Tensor, crop: Tensor | None, mode: str = "bilinear") -> Tensor:
+    """Cut images (B, C, H, W) by the maps of `random_crop` and resize the parts to full size.
+
+    The same maps cut what belongs to the images, such as maps of patches (B, C, h, w), with `mode` nearest.
+    """
+    if crop is None:
+        return images
+    grid = F.affine_grid(crop, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode=mode, padding_mode="border", align_corners=False)

@@ -1,136 +1,149 @@
-"""The masked autoencoder: a timm ViT that encodes visible patches only, and a narrow decoder for the masked ones.
+"""The masked autoencoder: an encoder of the visible patches, and narrow decoders for the masked ones.
 
-Shapes: B images, N patches, V visible, m masked (V + m = N), D encoder width, E decoder width, P values per patch.
-Source: MAE (He et al. 2022). Two savings give the same result: visible patches are picked before they are embedded,
-and since positions are added to tokens, the decoder needs no unshuffling and predicts masked patches only.
+Shapes: B images, N patches, V visible, m masked (V + m = N), R prefix tokens, D encoder width, E decoder width,
+P values per patch.
+Source: MAE (He et al. 2022). Since positions are added to tokens, the decoder needs no unshuffling and predicts masked
+patches only, which gives the same result. Ranking decoder: HPM (Wang et al. 2023). Encoding all tokens: SimMIM (Xie et
+al. 2022).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from copy import deepcopy
+from typing import NamedTuple
 
-import timm
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from amlp_ray.config import ImageSpec, ModelSettings
+from amlp_ray.config import ImageSpec, ModelSettings, PretrainSettings
+from amlp_ray.method.encoder import embed_patches, encoder_tokens, initialise, new_encoder, sincos_positions
+from amlp_ray.method.kmeans import DatasetClusters
 from amlp_ray.method.patches import gather
 
-TIMM_NAME = "vit_base_patch16_224"  # plain ViT with class token; `timm_arguments` overrides every dimension
+
+class Prediction(NamedTuple):
+    """What is said of the patches asked for: `pixels` (B, m, P); `category` logits and `difficulty` (B, m) or None."""
+
+    pixels: Tensor
+    category: Tensor | None
+    difficulty: Tensor | None
 
 
-def timm_arguments(settings: ModelSettings, spec: ImageSpec) -> dict[str, Any]:
-    """Keyword arguments with which `timm.create_model(TIMM_NAME, ...)` builds the encoder."""
-    return {
-        "img_size": [spec.height, spec.width],
-        "in_chans": spec.channels,
-        "patch_size": settings.patch_size,
-        "embed_dim": settings.width,
-        "depth": settings.depth,
-        "num_heads": settings.heads,
-        "num_classes": 0,
-    }
+class Decoder(nn.Module):
+    """A stack of blocks on decoder tokens (B, R + N, E): normalised tokens out."""
 
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        wide = settings.decoder_width
+        self.blocks = nn.ModuleList(
+            Block(wide, settings.decoder_heads, mlp_ratio=4, qkv_bias=True) for _ in range(settings.decoder_depth)
+        )
+        self.norm = nn.LayerNorm(wide)
+        for module in self.blocks.modules():
+            initialise(module)
 
-def create_encoder(arguments: dict[str, Any]) -> VisionTransformer:
-    """Build the timm ViT of `timm_arguments`, randomly initialised."""
-    return timm.create_model(TIMM_NAME, pretrained=False, **arguments)
-
-
-def encoder_tokens(encoder: VisionTransformer, patches: Tensor, visible: Tensor | None = None) -> Tensor:
-    """Run the encoder on patches (B, N, P), or on those at `visible` (B, V) only: tokens (B, 1 + V, D), class first.
-
-    Equal to `encoder.forward_features(images)` where all patches are visible.
-    """
-    projection = encoder.patch_embed.proj
-    positions = encoder.pos_embed  # (1, 1 + N, D)
-    place = positions[:, 1:]
-    if visible is not None:
-        patches = gather(patches, visible)
-        place = gather(place.expand(patches.shape[0], -1, -1), visible)
-    tokens = nn.functional.linear(patches, projection.weight.flatten(1), projection.bias) + place
-    first = (encoder.cls_token + positions[:, :1]).expand(tokens.shape[0], -1, -1)
-    tokens = torch.cat([first.to(tokens.dtype), tokens], 1)
-    for block in encoder.blocks:
-        tokens = block(tokens)
-    return encoder.norm(tokens)
+    def forward(self, tokens: Tensor) -> Tensor:
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
 
 
 class MaskedAutoencoder(nn.Module):
-    """Encoder, decoder, and, where `category` is set, CCL's category head.
+    """Encoder and decoder; where asked for, a category head (CCL), a ranking decoder (HPM), and the teacher.
 
-    The head is created last, so that with and without it all other weights start equal.
+    Optional parts are created last, so that with and without them all other weights start equal. `teacher`, a moving
+    average of everything else, and `centroids`, those of the data set, take no gradient and are saved with the model.
     """
 
-    def __init__(self, settings: ModelSettings, spec: ImageSpec, *, category: bool = False) -> None:
+    def __init__(
+        self, settings: ModelSettings, spec: ImageSpec, *, category: bool = False, ranking: bool = False
+    ) -> None:
         super().__init__()
         self.encoder: VisionTransformer
         self.decoder_positions: Tensor
+        self.settings = settings
         self.patch_size = settings.patch_size
         self.spec = spec
         self.grid = (spec.height // settings.patch_size, spec.width // settings.patch_size)
-        wide = settings.decoder_width
-        self.encoder = create_encoder(timm_arguments(settings, spec))
-        self.encoder.pos_embed = nn.Parameter(_sincos_positions(self.grid, settings.width), requires_grad=False)
-        self.decoder_embed = nn.Linear(settings.width, wide)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, wide))
-        self.register_buffer("decoder_positions", _sincos_positions(self.grid, wide), persistent=False)
-        self.decoder_blocks = nn.ModuleList(
-            Block(wide, settings.decoder_heads, mlp_ratio=4, qkv_bias=True) for _ in range(settings.decoder_depth)
-        )
-        self.decoder_norm = nn.LayerNorm(wide)
-        self.predict = nn.Linear(wide, spec.channels * settings.patch_size**2)
-        for module in (self.encoder.patch_embed.proj, self.decoder_embed, self.predict, *self.decoder_blocks.modules()):
-            _initialise(module)
+        values = spec.channels * settings.patch_size**2
+        self.encoder = new_encoder(settings, spec)
+        self.prefix = self.encoder.num_prefix_tokens
+        self.linear = settings.decoder_depth == 0
+        wide = settings.width if self.linear else settings.decoder_width
+        if not self.linear:
+            self.decoder_embed = nn.Linear(settings.width, wide)
+            positions = sincos_positions(self.grid, wide, self.prefix)
+            self.register_buffer("decoder_positions", positions, persistent=False)
+            initialise(self.decoder_embed)
+        # SimMIM hides patches before the encoder, MAE adds them after it.
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, settings.width if settings.encode == "all" else wide))
+        self.decoder: Decoder | None = None if self.linear else Decoder(settings)
+        self.predict = nn.Linear(wide, values)
+        initialise(self.predict)
         nn.init.normal_(self.mask_token, std=0.02)
         self.category = nn.Linear(wide, 1) if category else None
         if self.category is not None:
-            _initialise(self.category)
+            initialise(self.category)
+        self.ranking = Decoder(settings) if ranking else None
+        self.rank = nn.Linear(wide, 1) if ranking else None
+        if self.rank is not None:
+            initialise(self.rank)
+        self.teacher: MaskedAutoencoder | None = None
+        self.centroids: DatasetClusters | None = None
 
-    def forward(self, patches: Tensor, visible: Tensor, masked: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, patches: Tensor, visible: Tensor, masked: Tensor) -> Prediction:
         """Reconstruct the masked patches.
 
         Args:
             patches: (B, N, P). visible: (B, V), masked: (B, m) patch indices.
-
-        Returns:
-            Prediction (B, m, P) and category logits (B, m) or None.
         """
-        encoded = self.decoder_embed(encoder_tokens(self.encoder, patches, visible))  # (B, 1 + V, E)
-        place = self.decoder_positions.expand(patches.shape[0], -1, -1)  # (B, 1 + N, E)
-        seen = encoded + torch.cat([place[:, :1], gather(place[:, 1:], visible)], 1)
-        hidden = self.mask_token + gather(place[:, 1:], masked)
-        tokens = torch.cat([seen, hidden.to(seen.dtype)], 1)
-        for block in self.decoder_blocks:
-            tokens = block(tokens)
-        tokens = self.decoder_norm(tokens[:, -masked.shape[1] :])  # (B, m, E)
-        return self.predict(tokens), self.category(tokens)[..., 0] if self.category is not None else None
+        if self.settings.encode == "all":
+            embedded = embed_patches(self.encoder, patches)
+            hidden = self.mask_token.to(embedded.dtype).expand(len(patches), masked.shape[1], -1)
+            embedded = embedded.scatter(1, masked[..., None].expand_as(hidden), hidden)
+            encoded = encoder_tokens(self.encoder, patches, hidden=embedded)
+            tokens = encoded if self.linear else self.decoder_embed(encoded) + self.decoder_positions
+            return self._heads(tokens, masked + self.prefix)
+        encoded = self.decoder_embed(encoder_tokens(self.encoder, patches, visible))  # (B, R + V, E)
+        place = self.decoder_positions.expand(patches.shape[0], -1, -1)  # (B, R + N, E)
+        seen = encoded + torch.cat([place[:, : self.prefix], gather(place[:, self.prefix :], visible)], 1)
+        hidden = self.mask_token + gather(place[:, self.prefix :], masked)
+        return self._heads(torch.cat([seen, hidden.to(seen.dtype)], 1), None, last=masked.shape[1])
+
+    def _heads(self, tokens: Tensor, at: Tensor | None, last: int = 0) -> Prediction:
+        """Say something of the tokens at `at` (B, m), or of the `last` ones."""
+
+        def asked(decoder: Decoder | None) -> Tensor:
+            decoded = tokens if decoder is None else decoder(tokens)
+            return decoded[:, -last:] if at is None else gather(decoded, at)
+
+        z = asked(self.decoder)
+        category = self.category(z)[..., 0] if self.category is not None else None
+        difficulty = self.rank(asked(self.ranking))[..., 0] if self.rank is not None else None
+        return Prediction(self.predict(z), category, difficulty)
+
+    def predicted_difficulty(self, patches: Tensor) -> Tensor:
+        """What the ranking decoder says of all patches of whole images, (B, N), as HPM's teacher does."""
+        assert self.rank is not None
+        assert self.ranking is not None
+        tokens = self.decoder_embed(encoder_tokens(self.encoder, patches)) + self.decoder_positions
+        return self.rank(self.ranking(tokens)[:, self.prefix :])[..., 0]
 
 
-def use_fused_attention(model: nn.Module, fused: bool) -> None:
-    """Choose scaled-dot-product attention, or plain matmul-softmax-matmul.
-
-    In bf16 on CPU the plain one is faster forward and backward: 3.7x at 50 tokens, 1.5x at 197 (measured).
-    """
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            setattr(module, "fused_attn", fused)  # noqa: B010  (a timm flag that nn.Module's stubs do not know)
-
-
-def _initialise(module: nn.Module) -> None:
-    """MAE's initialisation: Xavier for matrices (the embedding counts as one), zero for biases."""
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.xavier_uniform_(module.weight.flatten(1))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def _sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions (1, 1 + N, width), zero for the class token (MAE)."""
-    quarter = width // 4
-    frequency = 1 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
-    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
-    angles = torch.cat([x.reshape(-1, 1) * frequency, y.reshape(-1, 1) * frequency], 1).unflatten(1, (2, quarter))
-    table = torch.cat([angles.sin(), angles.cos()], -1).flatten(1).float()  # (N, width)
-    return torch.cat([torch.zeros(1, width), table])[None]
+def build_autoencoder(settings: PretrainSettings, spec: ImageSpec) -> MaskedAutoencoder:
+    """The model of a run, with the parts that its losses and its selection ask for."""
+    model = MaskedAutoencoder(
+        settings.model,
+        spec,
+        category=settings.loss.ccl_weight > 0,
+        ranking=settings.loss.ranking_weight > 0,
+    )
+    if settings.needs_teacher:
+        model.teacher = deepcopy(model).requires_grad_(False)
+    selection = settings.selection
+    if selection.uses_clusters and selection.scope == "dataset":
+        p = settings.model.patch_size
+        sizes = {"stats": 3 * spec.channels, "context": 4, "raw": spec.channels * p * p, "tokens": settings.model.width}
+        model.centroids = DatasetClusters(selection.clusters, sizes[selection.features])
+    return model

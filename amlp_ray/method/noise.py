@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # What the numbers are for; two purposes never share numbers.
-CROP, MASK, CLUSTER = range(3)
+CROP, MASK, CLUSTER, RATIO, HINT, PART, VIEW, TEACHER, REFERENCE = range(9)
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 

@@ -9,12 +9,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from amlp_ray.config import PretrainSettings
+from amlp_ray.config import LossSettings, PretrainSettings
 from amlp_ray.method.augment import normalise
+from amlp_ray.method.masking import Masking, Moment
 from amlp_ray.method.model import MaskedAutoencoder
 from amlp_ray.method.patches import gather, patchify, unpatchify
-from amlp_ray.method.ratio import masking_ratio
-from amlp_ray.method.selection import select_for_epoch
 
 _SIDE, _TITLE, _GAP = 192, 22, 8  # pixels
 _RED, _GREEN = (230, 60, 40), (40, 170, 90)
@@ -42,13 +41,13 @@ def picture_strips(
     """
     device = model.mask_token.device
     keys = keys.to(device)
-    patches = patchify(normalise(images.to(device), model.spec), model.patch_size)
-    ratio = masking_ratio(settings.ratio, epoch, settings.epochs)
-    chosen = select_for_epoch(patches, keys, settings, model.spec, epoch)
-    prediction = model(patches, chosen.visible, chosen.masked)[0].float()
+    images = normalise(images.to(device), model.spec)
+    patches = patchify(images, model.patch_size)
+    masking = Masking(model, settings)
+    ratio = masking.ratio(Moment(epoch))
+    chosen = masking.whole(images, keys, Moment(epoch))[2]
     target = gather(patches, chosen.masked)
-    if settings.loss.norm_pix:
-        prediction = prediction * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
+    prediction = denormalised(model(patches, chosen.visible, chosen.masked).pixels.float(), target, settings.loss)
     index = chosen.masked[..., None].expand_as(prediction)
     rebuilt = patches.scatter(1, index, prediction)
     hidden = torch.zeros_like(patches[..., 0], dtype=torch.bool).scatter(1, chosen.masked, True)
@@ -66,6 +65,13 @@ def picture_strips(
             columns["true lesion"] = _tint(whole[i], masks[i] > 0, _GREEN)
         strips.append(_strip(columns))
     return strips
+
+
+def denormalised(prediction: Tensor, target: Tensor, settings: LossSettings) -> Tensor:
+    """Predicted patches (B, m, P) in the scale of the image, by the statistics of the target patches."""
+    if not settings.norm_pix:
+        return prediction
+    return prediction * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
 
 
 def _rgb(images: Tensor) -> NDArray[np.uint8]:

@@ -1,23 +1,42 @@
-"""AMR: the masking ratio of an epoch.
+"""AMR: the masking ratio over training.
 
-Published: the ratio rises gradually during training. Start, end, shape and duration are our reconstruction.
+Published: the ratio rises gradually. Start, end, shape and duration are our reconstruction.
 """
 
 import math
+from bisect import bisect_right
+
+import torch
 
 from amlp_ray.config import RatioSettings
+from amlp_ray.method import noise
 
 
-def masking_ratio(settings: RatioSettings, epoch: int, epochs: int) -> float:
+def masking_ratio(
+    settings: RatioSettings, epoch: int, epochs: int, *, step: int = 0, steps: int = 1, seed: int = 0
+) -> float:
     """Return the masking ratio of `epoch` (1-based) of `epochs`: `start` in the first, `end` in the last.
 
-    r(t) = start + (end - start) g(min(1, t / T_r)), with T_r = duration * epochs.
+    r(t) = start + (end - start) g(min(1, t / T_r)), with T_r = duration * epochs. With `per: step`, t counts the steps
+    (`step` from 0, of `steps` an epoch). `exponential` is start (end / start)^u; `fixed` keeps `start`; `random` draws
+    uniformly between start and end, from `seed`; `points` interpolates between given ones.
 
     >>> [masking_ratio(RatioSettings(start=0.25, end=0.75), epoch, 3) for epoch in (1, 2, 3)]
     [0.25, 0.5, 0.75]
     """
-    last = max(1, round(settings.duration * epochs) - 1)
-    u = min(1.0, (epoch - 1) / last)
+    if settings.per == "epoch":
+        step, steps = 0, 1
+    now, total = (epoch - 1) * steps + step, epochs * steps
+    if settings.shape == "fixed":
+        return settings.start
+    if settings.shape == "random":
+        u = noise.uniform(torch.zeros(1, dtype=torch.int64), 1, seed=seed, epoch=now, purpose=noise.RATIO).item()
+        return settings.start + (settings.end - settings.start) * u
+    if settings.shape == "points":
+        return _interpolate(settings.points, now / max(1, total - 1))
+    u = min(1.0, now / max(1, round(settings.duration * total) - 1))
+    if settings.shape == "exponential":
+        return settings.start * (settings.end / settings.start) ** u
     return settings.start + (settings.end - settings.start) * _progress(settings, u)
 
 
@@ -31,9 +50,23 @@ def _progress(settings: RatioSettings, u: float) -> float:
     return u
 
 
-def masked_count(ratio: float, patches: int) -> int:
-    """Return how many of `patches` are masked: one number per epoch, so that every row of a batch has equal length.
+def _interpolate(points: tuple[tuple[float, float], ...], t: float) -> float:
+    """Piecewise linear; level before the first and after the last point."""
+    if t <= points[0][0]:
+        return points[0][1]
+    if t >= points[-1][0]:
+        return points[-1][1]
+    i = bisect_right([x for x, _ in points], t)
+    (t0, r0), (t1, r1) = points[i - 1], points[i]
+    return r0 + (r1 - r0) * (t - t0) / (t1 - t0)
 
-    At least one patch is masked and at least one stays visible.
+
+def masked_count(ratio: float, patches: int, quantum: int = 1) -> int:
+    """Return how many of `patches` are masked: one number for a whole batch, so that every row has equal length.
+
+    The nearest multiple of `quantum`; at least one patch is masked and at least one stays visible.
+
+    >>> masked_count(0.4, 196, quantum=28)
+    84
     """
-    return min(max(round(ratio * patches), 1), patches - 1)
+    return min(max(quantum * round(ratio * patches / quantum), 1), patches - 1)

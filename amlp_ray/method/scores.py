@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amlp_ray.method.clustering import centre_distance, neighbourhood_mean
+from amlp_ray.method.features import centre_distance, neighbourhood_mean
 from amlp_ray.method.patches import standardise
+
+COMBINED = ("row_contrast", "blob", "border_saliency")
 
 
 def patch_score(
@@ -21,7 +23,9 @@ def patch_score(
     - `row_contrast`: row median minus neighbourhood mean; the row median takes out attenuation with depth.
     - `blob`: strongest difference of Gaussians over three scales.
     - `border_saliency`: distance to the five most similar patches on the image's border, in (mean, SD); has no sign.
-    - `combined`: sum of the three within-image ranks, times the centre prior.
+    - `geodesic`: least sum of steps in (mean, SD) on a way to the image's border (Wei et al. 2012); has no sign.
+    - `texture`: SD of the patch; has no sign.
+    - `combined`: sum of the within-image ranks of the first three, times the centre prior.
 
     Border patches get the lowest score of their image. An image whose patches are all alike scores 0 everywhere.
     """
@@ -30,14 +34,21 @@ def patch_score(
         "row_contrast": lambda: _signed(_row_contrast(mean, grid), sign),
         "blob": lambda: _blob(mean, grid, sign),
         "border_saliency": lambda: _border_saliency(mean, std, tissue, grid),
+        "geodesic": lambda: _geodesic(mean, std, tissue, grid),
+        "texture": lambda: std,
     }
     if score == "combined":
-        value = torch.stack([_ranks(part(), tissue) for part in parts.values()]).sum(0)
+        value = torch.stack([_ranks(parts[name](), tissue) for name in COMBINED]).sum(0)
     else:
         value = parts[score]()
     if centre_prior > 0:
         prior = torch.exp(-centre_distance(grid, patches.device).square() / (2 * centre_prior**2))
         value = _ranks(value, tissue) * prior
+    return z_score(value, tissue)
+
+
+def z_score(value: Tensor, tissue: Tensor) -> Tensor:
+    """Standardise values (B, N) over tissue; border patches get the lowest of their image, images without tissue 0."""
     z = standardise(value[..., None], tissue)[..., 0]
     lowest = z.masked_fill(~tissue, torch.inf).amin(1, keepdim=True)
     return torch.where(tissue, z, torch.where(lowest.isfinite(), lowest, 0.0))
@@ -78,6 +89,26 @@ def _border_saliency(mean: Tensor, std: Tensor, tissue: Tensor, grid: tuple[int,
     border = x[:, ring.flatten()]  # (B, R, 2)
     distance = torch.cdist(x, border, compute_mode="donot_use_mm_for_euclid_dist")  # exact where patches are alike
     return distance.topk(min(5, border.shape[1]), largest=False).values.mean(-1)
+
+
+def _geodesic(mean: Tensor, std: Tensor, tissue: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Least sum of differences between neighbours from the border ring (or a black border) to each patch.
+
+    Relaxed over all patches at once; 2 (h + w) rounds reach every patch by ways of that length.
+    """
+    h, w = grid
+    x = standardise(torch.stack([mean, std], -1), tissue).mT.reshape(-1, 2, h, w)
+    down = (x[:, :, 1:] - x[:, :, :-1]).norm(dim=1)  # (B, h - 1, w) cost of a step between rows
+    right = (x[..., 1:] - x[..., :-1]).norm(dim=1)  # (B, h, w - 1)
+    start = torch.ones(h, w, dtype=torch.bool, device=mean.device)
+    start[1:-1, 1:-1] = False
+    distance = torch.where(start | ~tissue.reshape(-1, h, w), 0.0, torch.inf).to(x.dtype)
+    for _ in range(2 * (h + w)):
+        distance = torch.minimum(distance, F.pad(distance[:, :-1] + down, (0, 0, 1, 0), value=torch.inf))
+        distance = torch.minimum(distance, F.pad(distance[:, 1:] + down, (0, 0, 0, 1), value=torch.inf))
+        distance = torch.minimum(distance, F.pad(distance[..., :-1] + right, (1, 0), value=torch.inf))
+        distance = torch.minimum(distance, F.pad(distance[..., 1:] + right, (0, 1), value=torch.inf))
+    return distance.flatten(1)
 
 
 def _ranks(values: Tensor, tissue: Tensor) -> Tensor:

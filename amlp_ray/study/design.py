@@ -43,4 +43,4 @@ def arm_settings(settings: StudySettings, arm: str, *, seed: int) -> PretrainSet
     `scratch` is a random encoder, which has no method.
     """
     shared = {k: v for k, v in settings.pretrain.items() if k not in ("variant", "ratio", "selection", "loss")}
-    return PretrainSettings.model_validate({**shared, "variant": "mae" if arm == "scratch" else arm, "seed": seed})
+    return PretrainSettings.model_validate({**shared, "variant": arm, "seed": seed})

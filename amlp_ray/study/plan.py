@@ -95,7 +95,10 @@ def _time(settings: StudySettings, base: PretrainSettings, dataset: PatchDataset
     """Seconds per optimiser step, averaged over the schedule's ratios, and per probe."""
     import torch
 
-    from amlp_ray.training.pretrain import build_model, training_step
+    from amlp_ray.method.masking import Moment
+    from amlp_ray.training.diagnosis import true_lesions
+    from amlp_ray.training.pretrain import build_model
+    from amlp_ray.training.steps import step_of
 
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, int(settings.resources.cpus_per_worker)))
@@ -104,11 +107,12 @@ def _time(settings: StudySettings, base: PretrainSettings, dataset: PatchDataset
         batches = open_batches(dataset, batch_size=base.batch_size, seed=0, mode=base.data)
         model, optimizer = build_model(base, batches, device)
         batch = next(iter(batches.epoch(1)))
+        objective = step_of(model, base, true_lesions(dataset, base))
         spent = []
         for epoch in sorted({1, (base.epochs + 1) // 2, base.epochs}):
             for attempt in range(3):  # the first is a warm-up
                 started = time.perf_counter()
-                training_step(model, batch, base, epoch, device)["loss"].backward()
+                objective(model, batch, Moment(epoch), device)["loss"].backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 if device == "cuda":
@@ -117,7 +121,7 @@ def _time(settings: StudySettings, base: PretrainSettings, dataset: PatchDataset
                     spent.append(time.perf_counter() - started)
         probe = Probe(dataset, settings.probe, base.model.patch_size)
         started = time.perf_counter()
-        probe.score(model)
+        probe.score(model.encoder)
         return sum(spent) / len(spent), time.perf_counter() - started
     finally:
         torch.set_num_threads(before)

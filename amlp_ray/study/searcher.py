@@ -179,11 +179,9 @@ class StudySearcher(Searcher):
 
     def _task(self, study: optuna.Study, trial: Trial) -> Task:
         s = self._settings
-        scratch = False
         if study is self._arms:
             repeat, which = divmod(trial.number, len(s.arms))
             arm = s.arms[which]
-            scratch = arm == "scratch"
             trial.set_user_attr("arm", arm)
             trial.set_user_attr("repeat", repeat)
             label, folder, kind = f"arm {arm}-{repeat}", self._store.arm_folder(arm, repeat), "arm"
@@ -202,8 +200,7 @@ class StudySearcher(Searcher):
             settings=settings,
             probe=s.probe,
             resources=s.resources,
-            rungs=(0,) if scratch else rung_epochs(settings.epochs, s.pruner.rungs),
-            scratch=scratch,
+            rungs=(0,) if settings.objective == "none" else rung_epochs(settings.epochs, s.pruner.rungs),
         )
 
     def _end(self, running: Running, result: dict[str, Any]) -> None:
@@ -212,7 +209,7 @@ class StudySearcher(Searcher):
             self._fail(running, "no rung gave a finite DSC", result)
             return
         last = max(values)
-        full = last >= running.task.settings.epochs or running.task.scratch
+        full = last >= max(running.task.rungs)
         state = TrialState.COMPLETE if full else TrialState.PRUNED
         self._describe(running, result)
         running.study.tell(running.trial, values[last] if full else None, state=state)

@@ -33,7 +33,6 @@ class Task:
     probe: ProbeSettings
     resources: ResourceSettings
     rungs: tuple[int, ...]
-    scratch: bool = False
 
     def as_config(self) -> dict[str, Any]:
         """Plain values, which is what Tune shows and stores of a trial."""
@@ -86,7 +85,7 @@ def amlp_trial(config: dict[str, Any]) -> dict[str, Any]:
             for row in read_metrics(folder):  # of an earlier driver, which may have died before storing them
                 if "dsc" in row:
                     tune.report(_rung(row))
-            (run_in_group if task.resources.workers > 1 and not task.scratch else run_alone)(
+            (run_in_group if task.resources.workers > 1 and task.settings.objective != "none" else run_alone)(
                 task, partial(ask_board, config["board"], task.folder)
             )
         return {"ended": True, **_spent(folder, time.perf_counter() - started)}
@@ -175,7 +174,6 @@ def _job(task: Task) -> Any:
         threads=max(1, int(task.resources.cpus_per_worker)),
         study=task.study,
         label=task.label,
-        scratch=task.scratch,
     )
 
 

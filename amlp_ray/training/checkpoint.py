@@ -20,7 +20,7 @@ from torch import nn
 from amlp_ray.config import ImageSpec, ModelSettings, PretrainSettings
 from amlp_ray.errors import CheckpointError
 from amlp_ray.files import write_whole
-from amlp_ray.method.model import TIMM_NAME, create_encoder, timm_arguments
+from amlp_ray.method.encoder import create_encoder, timm_arguments, timm_name
 
 
 def checkpoint_file(folder: Path) -> Path:
@@ -89,7 +89,7 @@ def export_encoder(encoder: VisionTransformer, path: Path, settings: ModelSettin
     are in the header under `timm_name` and `timm_arguments`.
     """
     header = {
-        "timm_name": TIMM_NAME,
+        "timm_name": timm_name(settings),
         "timm_arguments": json.dumps(timm_arguments(settings, spec)),
         "model": settings.model_dump_json(),
         "image": spec.model_dump_json(),
@@ -117,10 +117,11 @@ def load_encoder(path: str | Path) -> VisionTransformer:
     """Load an exported encoder as a timm model, in evaluation mode.
 
     It takes images (B, C, H, W) normalised by the `mean` and `std` of `read_encoder_header`, and `forward_features`
-    gives tokens (B, 1 + N, D), class token first.
+    gives tokens (B, R + N, D), the R prefix tokens (class token, registers) first.
     """
-    arguments: dict[str, Any] = json.loads(_header(path)["timm_arguments"])
-    encoder = create_encoder(arguments)
+    header = _header(path)
+    arguments: dict[str, Any] = json.loads(header["timm_arguments"])
+    encoder = create_encoder(header["timm_name"], arguments)
     with safe_open(str(path), framework="pt") as file:
         encoder.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118  (not a dict)
     return encoder.eval()

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from amlp_ray.config import PretrainSettings, ProbeSettings
@@ -24,9 +23,11 @@ from amlp_ray.method.model import MaskedAutoencoder
 from amlp_ray.method.pictures import picture_strips
 from amlp_ray.settings import build, read_yaml, write_yaml
 from amlp_ray.training.checkpoint import export_encoder
+from amlp_ray.training.diagnosis import Diagnosis, held_out, true_lesions
 from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult, pretrain
 from amlp_ray.training.probe import Probe
 from amlp_ray.training.scores import Score
+from amlp_ray.training.steps import Model
 
 PICTURES = 4  # strips per run: enough to judge by, small enough to keep for every trial
 
@@ -43,7 +44,6 @@ class Job:
     threads: int = 1  # CPU threads of each worker
     study: str = ""  # names of study and trial, for metrics and logs
     label: str = ""
-    scratch: bool = False  # no pretraining: the random encoder, scored and exported like any other
 
 
 def run_job(
@@ -65,14 +65,14 @@ def run_job(
         world=world,
         shard=shard,
     )
+    truth = true_lesions(dataset, job.settings)
     if rank == 0:
         claim(job, dataset)
-        if job.probe:
-            hooks = replace(hooks, evaluate=_scorer(job, dataset))
-    if job.scratch:
+        hooks = replace(hooks, evaluate=_evaluation(job, dataset))
+    if job.settings.objective == "none":
         return _score_random_encoder(job, hooks, batches)
-    result = pretrain(job.settings, batches, job.folder, hooks=hooks, device=device)
-    if rank == 0:
+    result = pretrain(job.settings, batches, job.folder, hooks=hooks, device=device, truth=truth)
+    if rank == 0 and isinstance(result.model, MaskedAutoencoder):
         _draw(job, dataset, result.model, max(1, result.epochs))
     return result
 
@@ -98,12 +98,14 @@ def claim(job: Job, dataset: PatchDataset) -> None:
     write_whole(about, json.dumps(data, indent=1))
 
 
-def _scorer(job: Job, dataset: PatchDataset) -> Callable[[MaskedAutoencoder, int], Metrics]:
-    assert job.probe is not None
-    probe = Probe(dataset, job.probe, job.settings.model.patch_size)
+def _evaluation(job: Job, dataset: PatchDataset) -> Callable[[Model, int], Metrics]:
+    """Diagnosis after every epoch and, at rungs, the probe's score."""
+    diagnosis = Diagnosis(dataset, job.settings)
+    probe = Probe(dataset, job.probe, job.settings.model.patch_size) if job.probe else None
 
-    def evaluate(model: MaskedAutoencoder, epoch: int) -> Metrics:
-        return _keep(job.folder, probe.score(model), epoch) if epoch in job.rungs else {}
+    def evaluate(model: Model, epoch: int) -> Metrics:
+        seen = diagnosis(model, epoch) if epoch else {}
+        return seen | _keep(job.folder, probe.score(model.encoder), epoch) if probe and epoch in job.rungs else seen
 
     return evaluate
 
@@ -115,7 +117,7 @@ def _keep(folder: Path, score: Score, epoch: int) -> Metrics:
 
 
 def _score_random_encoder(job: Job, hooks: Hooks, batches: Batches) -> PretrainResult:
-    """The arm `scratch`: reported once, as epoch 0."""
+    """The variant `scratch`: reported once, as epoch 0."""
     torch.manual_seed(job.settings.seed)
     model = MaskedAutoencoder(job.settings.model, batches.spec).eval()
     metrics = {"epoch": 0, **hooks.evaluate(model, 0)}
@@ -126,12 +128,8 @@ def _score_random_encoder(job: Job, hooks: Hooks, batches: Batches) -> PretrainR
 
 
 def _draw(job: Job, dataset: PatchDataset, model: MaskedAutoencoder, epoch: int) -> None:
-    """Draw images the model has not been trained on, from val; with lesions where masks are known. Never from test."""
-    split = dataset.load("val")
-    split = split if len(split) else dataset.load("train")
-    lesion = np.flatnonzero(split.labelled & split.masks.any((1, 2)))
-    rows = lesion if len(lesion) else np.arange(len(split))
-    chosen = split.take(rows[np.linspace(0, len(rows) - 1, min(PICTURES, len(rows))).astype(int)])
+    """Draw images the model has not been trained on, with lesions where masks are known."""
+    chosen = held_out(dataset, PICTURES)
     strips = picture_strips(
         model,
         torch.from_numpy(chosen.images),

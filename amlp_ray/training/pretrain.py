@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -19,16 +19,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from amlp_ray.config import PretrainSettings, SegmentSettings
-from amlp_ray.data.stream import Batch, Batches
+from amlp_ray.data.stream import Batches
 from amlp_ray.errors import NonFiniteLossError
-from amlp_ray.method.augment import crop_and_flip, normalise
-from amlp_ray.method.losses import pretraining_loss
-from amlp_ray.method.model import MaskedAutoencoder, use_fused_attention
-from amlp_ray.method.patches import gather, patchify
-from amlp_ray.method.ratio import masking_ratio
-from amlp_ray.method.selection import select_for_epoch, selection_statistics
+from amlp_ray.method.encoder import use_fused_attention
+from amlp_ray.method.masking import Moment
+from amlp_ray.method.model import build_autoencoder
+from amlp_ray.method.siamese import SimSiam
 from amlp_ray.training.checkpoint import checkpoint_file, export_encoder, load_checkpoint, save_checkpoint
 from amlp_ray.training.metrics import Metrics, append_row, drop_after
+from amlp_ray.training.steps import Model, Step, autocast_type, step_of
 
 
 @dataclass
@@ -40,7 +39,7 @@ class Hooks:
     - `should_stop()`, first worker only: true asks all workers to return early, with everything saved.
     """
 
-    evaluate: Callable[[MaskedAutoencoder, int], Metrics] = field(default=lambda model, epoch: {})
+    evaluate: Callable[[Model, int], Metrics] = field(default=lambda model, epoch: {})
     report: Callable[[Metrics, Path], None] = field(default=lambda metrics, checkpoint: None)
     should_stop: Callable[[], bool] = field(default=lambda: False)
 
@@ -52,17 +51,26 @@ class PretrainResult:
     epochs: int
     stopped_early: bool
     metrics: Metrics
-    model: MaskedAutoencoder
+    model: Model
     encoder: Path
 
 
 def pretrain(
-    settings: PretrainSettings, batches: Batches, folder: Path, *, hooks: Hooks | None = None, device: str = "cpu"
+    settings: PretrainSettings,
+    batches: Batches,
+    folder: Path,
+    *,
+    hooks: Hooks | None = None,
+    device: str = "cpu",
+    truth: Mapping[int, Tensor] | None = None,
 ) -> PretrainResult:
     """Pretrain, or go on from the folder's latest checkpoint. A resumed run equals an uninterrupted one.
 
     Writes `metrics.jsonl` (one line per epoch, `epoch` is 1-based and survives a resume), `checkpoint/latest.pt` and
     `encoder.safetensors` into `folder`.
+
+    Args:
+        truth: lesion share of every patch by image key, for settings that aim by true lesions; diagnosis only.
 
     Raises:
         NonFiniteLossError: naming epoch, step and the part of the loss.
@@ -79,11 +87,14 @@ def pretrain(
         folder.mkdir(parents=True, exist_ok=True)
         kept = drop_after(folder / "metrics.jsonl", done)
     metrics: Metrics = kept[-1] if first and kept else {}
-    network = model if not dist.is_initialized() else DistributedDataParallel(model)
+    network: nn.Module = model if not dist.is_initialized() else DistributedDataParallel(model)
+    if settings.compile:
+        network = cast(nn.Module, torch.compile(network, dynamic=False))
+    objective = step_of(model, settings, truth)
 
     stopped, finished = False, done == settings.epochs
     for epoch in range(done + 1, settings.epochs + 1):
-        metrics = train_epoch(network, optimizer, batches, settings, epoch, device)
+        metrics = train_epoch(network, objective, optimizer, batches, settings, epoch, device)
         if first:
             metrics |= _evaluated(hooks, model, epoch)
             # Metrics before checkpoint: a kill in between repeats the epoch and rewrites its line; none is missing.
@@ -101,12 +112,14 @@ def pretrain(
     return PretrainResult(done, stopped, metrics, model.eval(), encoder)
 
 
-def build_model(
-    settings: PretrainSettings, batches: Batches, device: str
-) -> tuple[MaskedAutoencoder, torch.optim.Optimizer]:
+def build_model(settings: PretrainSettings, batches: Batches, device: str) -> tuple[Model, torch.optim.Optimizer]:
     """Create model and optimiser from the seed; the same on every worker."""
     torch.manual_seed(settings.seed)
-    model = MaskedAutoencoder(settings.model, batches.spec, category=settings.loss.ccl_weight > 0).to(device)
+    model: Model
+    if settings.objective == "simsiam":
+        model = SimSiam(settings.model, batches.spec).to(device)
+    else:
+        model = build_autoencoder(settings, batches.spec).to(device)
     use_fused_attention(model, device != "cpu" or autocast_type(settings, device) is None)
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -118,6 +131,7 @@ def build_model(
 
 def train_epoch(
     network: nn.Module,
+    objective: Step,
     optimizer: torch.optim.Optimizer,
     batches: Batches,
     settings: PretrainSettings,
@@ -126,10 +140,10 @@ def train_epoch(
 ) -> Metrics:
     """Run one epoch and return its metrics, averaged over steps and workers. Nothing waits for the device in a step."""
     steps = batches.steps_per_epoch
-    ratio = masking_ratio(settings.ratio, epoch, settings.epochs)
     rows: list[Tensor] = []
     waited, started, images = 0.0, time.perf_counter(), 0
     source = iter(batches.epoch(epoch))
+    objective.begin_epoch(epoch, steps)
     for step in range(steps):
         asked = time.perf_counter()
         batch = next(source)
@@ -138,7 +152,7 @@ def train_epoch(
         lr = learning_rate(settings, (epoch - 1) * steps + step, settings.epochs * steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        values = training_step(network, batch, settings, epoch, device)
+        values = objective(network, batch, Moment(epoch, step, steps), device)
         optimizer.zero_grad(set_to_none=True)
         values["loss"].backward()
         values["grad_norm"] = nn.utils.clip_grad_norm_(network.parameters(), settings.clip_grad)
@@ -159,44 +173,10 @@ def train_epoch(
     return {
         "epoch": epoch,
         **dict(zip(values, means.tolist(), strict=True)),
-        "ratio": ratio,
         "lr": lr,
         "images_per_second": images * world / seconds,
         "wait_share": waited / seconds,
         "seconds": seconds,
-    }
-
-
-def training_step(
-    network: nn.Module, batch: Batch, settings: PretrainSettings, epoch: int, device: str
-) -> dict[str, Tensor]:
-    """Loss of one batch and what is worth knowing of it, as scalars on the device; `loss` carries the gradient."""
-    model = cast(MaskedAutoencoder, getattr(network, "module", network))
-    keys = batch.keys.to(device, non_blocking=True)
-    images = normalise(batch.images.to(device, non_blocking=True), model.spec)
-    images = crop_and_flip(
-        images, keys, crop_min=settings.crop_min, flip=settings.flip, seed=settings.seed, epoch=epoch
-    )
-    patches = patchify(images, model.patch_size)
-    chosen = select_for_epoch(patches, keys, settings, model.spec, epoch)
-    low = autocast_type(settings, device)
-    with torch.autocast(device.partition(":")[0], dtype=low, enabled=low is not None):
-        prediction, category = network(patches, chosen.visible, chosen.masked)
-    losses = pretraining_loss(
-        prediction,
-        gather(patches, chosen.masked),
-        category,
-        gather(chosen.lesion, chosen.masked),
-        gather(chosen.tissue, chosen.masked),
-        settings.loss,
-        warming_up=epoch <= settings.loss.warmup * settings.epochs,
-    )
-    return {
-        "loss": losses.total,
-        "loss_rec": losses.reconstruction,
-        "loss_ccl": losses.ccl,
-        "effective_patches": losses.effective_patches,
-        **selection_statistics(chosen),
     }
 
 
@@ -208,14 +188,7 @@ def learning_rate(settings: PretrainSettings | SegmentSettings, step: int, steps
     return settings.lr * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
 
-def autocast_type(settings: PretrainSettings, device: str) -> torch.dtype | None:
-    """Type of autocast, or None for float32. On CPU small models are slower in bf16 (measured: 0.7x at width 96)."""
-    if settings.precision == "auto":
-        return torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else None
-    return torch.bfloat16 if settings.precision == "bf16" else None
-
-
-def _evaluated(hooks: Hooks, model: MaskedAutoencoder, epoch: int) -> Metrics:
+def _evaluated(hooks: Hooks, model: Model, epoch: int) -> Metrics:
     started = time.perf_counter()
     model.eval()
     extra = hooks.evaluate(model, epoch)
@@ -230,7 +203,7 @@ def _check_finite(rows: list[Tensor], names: list[str], network: nn.Module, epoc
         return
     step = int((~finite.all(1)).nonzero()[0])
     # The total holds all parts and the gradient follows from it, so the first of these to be named is the cause.
-    parts = ("loss_rec", "loss_ccl", "loss", "grad_norm")
+    parts = [name for name in ("loss_rec", "loss_ccl", "loss_rank", "loss", "grad_norm") if name in names]
     cause = next((name for name in parts if not finite[step, names.index(name)]), "A metric")
     lost = next((name for name, p in network.named_parameters() if not p.isfinite().all()), None)
     raise NonFiniteLossError(

@@ -18,12 +18,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import GroupKFold
 from threadpoolctl import threadpool_limits
+from timm.models.vision_transformer import VisionTransformer
 
 from amlp_ray.config import ProbeSettings
 from amlp_ray.data.dataset import PatchDataset, Split
 from amlp_ray.errors import DataError
 from amlp_ray.method.augment import normalise
-from amlp_ray.method.model import MaskedAutoencoder, encoder_tokens
+from amlp_ray.method.encoder import encoder_tokens
 from amlp_ray.method.patches import patchify
 from amlp_ray.training.scores import THRESHOLDS, FloatArray, Score, best_threshold, mean_mask_floor, score_images
 
@@ -113,9 +114,10 @@ class Probe:
         order = np.concatenate([shuffled[np.sort(firsts)], np.delete(shuffled, firsts)])
         return order[: self.settings.labels]
 
-    def score(self, model: MaskedAutoencoder) -> Score:
-        """Score the encoder of a model."""
-        return self.score_tokens(lambda patches: encoder_tokens(model.encoder, patches)[:, 1:], model.mask_token.device)
+    def score(self, encoder: VisionTransformer) -> Score:
+        """Score an encoder by its patch tokens."""
+        prefix, device = encoder.num_prefix_tokens, encoder.patch_embed.proj.weight.device
+        return self.score_tokens(lambda patches: encoder_tokens(encoder, patches)[:, prefix:], device)
 
     @torch.inference_mode()
     def score_tokens(self, tokens: Tokens, device: torch.device | str = "cpu") -> Score:

@@ -24,7 +24,7 @@ from amlp_ray.data.dataset import PatchDataset, Split
 from amlp_ray.errors import DataError, NonFiniteLossError, SettingsError
 from amlp_ray.files import write_whole
 from amlp_ray.method.augment import normalise
-from amlp_ray.method.model import MaskedAutoencoder
+from amlp_ray.method.encoder import new_encoder
 from amlp_ray.settings import write_yaml
 from amlp_ray.training.checkpoint import load_encoder, read_encoder_header, write_tensors
 from amlp_ray.training.pretrain import learning_rate
@@ -97,7 +97,7 @@ def segment(
     torch.manual_seed(settings.seed)
     # The encoder's own mean and SD: weights have seen images in that scale.
     # From scratch means the start that pretraining has, not timm's: anything else would handicap the baseline.
-    vit = MaskedAutoencoder(model_settings, spec).encoder if from_scratch else load_encoder(encoder)
+    vit = new_encoder(model_settings, spec) if from_scratch else load_encoder(encoder)
     model = Segmenter(vit, spec, model_settings.patch_size, settings.decoder_width).to(device)
     seconds = _fit(model, train, spec, settings, progress, device)
     score = _score(model, val, spec, device) | {

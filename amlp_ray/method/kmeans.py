@@ -1,0 +1,145 @@
+"""Batched k-means: every image of a batch on its own, or all images of a data set together."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Clusters(NamedTuple):
+    """Patches by cluster: `labels` (B, N), -1 off tissue; `centres` (B, K, D); `sizes` (B, K) in patches.
+
+    `inertia` (B,) is the sum of squared distances to the own centre; `mass` (B, K) is what counts as a cluster's size
+    when clusters are compared: patches of the image, or of the whole data set.
+    """
+
+    labels: Tensor
+    centres: Tensor
+    sizes: Tensor
+    inertia: Tensor
+    mass: Tensor
+
+
+def kmeans(x: Tensor, inside: Tensor, clusters: int, noise: Tensor, *, iterations: int = 20) -> Clusters:
+    """Cluster the patches `inside` (B, N) of every image on its own, all images and starts in one batched pass.
+
+    Args:
+        x: (B, N, D) features.
+        noise: (B, S * clusters) uniform numbers for the k-means++ seeding of S starts, of which the one of least
+            inertia is kept; equal noise gives equal clusters.
+
+    An image with fewer than `clusters` distinct patches leaves clusters empty (size 0).
+    Source: Lloyd's algorithm with k-means++ seeding (Arthur and Vassilvitskii 2007), as in scikit-learn.
+    """
+    b, _, d = x.shape
+    starts = noise.shape[1] // clusters
+    norms = x.square().sum(-1)  # (B, N)
+    weight = inside.to(x.dtype)
+    centres = _seed_centres(x, norms, weight, noise.reshape(b, starts, clusters))  # (B, S, K, D)
+    for _ in range(iterations):
+        nearest = _distances(x, norms, centres).argmin(-1)  # (B, N, S)
+        member = F.one_hot(nearest, clusters) * weight[..., None, None]  # (B, N, S, K)
+        sizes = member.sum(1)  # (B, S, K)
+        means = (member.flatten(2).mT @ x).reshape(b, starts, clusters, d) / sizes[..., None].clamp_min(1)
+        centres = torch.where(sizes[..., None] > 0, means, centres)  # an emptied cluster keeps its centre
+    inertia = (_distances(x, norms, centres).amin(-1) * weight[..., None]).sum(1)  # (B, S)
+    best = inertia.argmin(1)
+    return assign(x, inside, centres[torch.arange(b, device=x.device), best])
+
+
+def assign(x: Tensor, inside: Tensor, centres: Tensor) -> Clusters:
+    """Put every patch `inside` (B, N) to the nearest of the centres (B, K, D)."""
+    nearest_distance, nearest = _distances(x, x.square().sum(-1), centres[:, None])[:, :, 0].min(-1)
+    sizes = (F.one_hot(nearest, centres.shape[1]) * inside[..., None]).sum(1)
+    inertia = (nearest_distance * inside).sum(1)
+    return Clusters(nearest.masked_fill(~inside, -1), centres, sizes, inertia, sizes)
+
+
+def membership(x: Tensor, clusters: Clusters, chosen: Tensor, temperature: float) -> Tensor:
+    """Log probability (B, N) that a patch belongs to the cluster `chosen` (B,).
+
+    log softmax over clusters of -|x - centre|^2 / (temperature * mean squared distance to the own centre).
+    """
+    distance = _distances(x, x.square().sum(-1), clusters.centres[:, None])[:, :, 0]  # (B, N, K)
+    patches = (clusters.labels >= 0).sum(1).clamp_min(1)
+    spread = (clusters.inertia / patches).clamp_min(1e-6)[:, None, None]
+    log = torch.log_softmax(-distance / (temperature * spread), -1)
+    return log.gather(2, chosen[:, None, None].expand(-1, x.shape[1], 1))[..., 0]
+
+
+def _distances(x: Tensor, norms: Tensor, centres: Tensor) -> Tensor:
+    """Squared distances (B, N, S, K) of x (B, N, D) to centres (B, S, K, D), as |x|^2 - 2xc + |c|^2.
+
+    A matrix product, twice as fast as `cdist`; what is below its rounding error counts as 0.
+    """
+    b, s, k, _ = centres.shape
+    product = (x @ centres.flatten(1, 2).mT).reshape(b, x.shape[1], s, k)
+    squares = centres.square().sum(-1)[:, None]  # (B, 1, S, K)
+    norms = norms[..., None, None]
+    distance = norms - 2 * product + squares
+    return torch.where(distance > 1e-6 * (norms + squares), distance, 0.0)
+
+
+def _seed_centres(x: Tensor, norms: Tensor, weight: Tensor, noise: Tensor) -> Tensor:
+    """k-means++ seeding of every start: (B, S, K, D); noise (B, S, K)."""
+    _, starts, clusters = noise.shape
+    closest = weight[:, None].expand(-1, starts, -1)  # (B, S, N): the first centre is uniform over tissue
+    centres: list[Tensor] = []
+    for k in range(clusters):
+        total = closest.cumsum(-1)
+        # The last patch whose cumulative weight does not reach the draw; clamped where all weight is zero.
+        chosen = (total < noise[..., k : k + 1] * total[..., -1:]).sum(-1).clamp_max(x.shape[1] - 1)  # (B, S)
+        centre = x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))  # (B, S, D)
+        centres.append(centre)
+        distance = _distances(x, norms, centre[:, :, None])[..., 0].mT * weight[:, None]  # (B, S, N)
+        closest = distance if k == 0 else torch.minimum(closest, distance)
+    return torch.stack(centres, 2)
+
+
+class DatasetClusters(nn.Module):
+    """Centroids of a whole data set, carried along from batch to batch and from look to look; saved with the model.
+
+    Mini-batch k-means (Sculley 2010): each centroid is the running mean of all patches it was nearest to. Patches are
+    assigned to the centroids as they stood when a look at the data began (`settle`), so that neither the order of
+    batches nor a resume changes an assignment. Workers share their sums and so hold the same centroids.
+    """
+
+    def __init__(self, clusters: int, dimensions: int) -> None:
+        super().__init__()
+        self.centres: Tensor
+        self.moving: Tensor
+        self.mass: Tensor
+        self.register_buffer("centres", torch.zeros(clusters, dimensions))
+        self.register_buffer("moving", torch.zeros(clusters, dimensions))
+        self.register_buffer("mass", torch.zeros(clusters))
+
+    def settle(self) -> None:
+        """Begin a look: what was learnt during the last one holds from now on."""
+        self.centres.copy_(self.moving)
+
+    @torch.no_grad()
+    def assign(self, x: Tensor, inside: Tensor, noise: Tensor, *, learn: bool) -> Clusters:
+        """Assign the patches of a batch, and, to `learn`, carry the centroids along.
+
+        Args:
+            x: (B, N, D). inside: (B, N). noise: (B, S * K) as for `kmeans`; its first row seeds the very first batch.
+        """
+        b, (k, d) = len(x), self.centres.shape
+        if not self.centres.any():  # looks are rare, so this wait for the device is too
+            first = kmeans(x.reshape(1, -1, d), inside.reshape(1, -1), k, noise[:1]).centres[0]
+            if dist.is_initialized():
+                dist.broadcast(first, src=0)
+            self.centres.copy_(first)
+            self.moving.copy_(first)
+        found = assign(x, inside, self.centres.expand(b, -1, -1))
+        if learn:
+            member = F.one_hot(found.labels.clamp_min(0), k) * inside[..., None].to(x.dtype)  # (B, N, K)
+            sums, counts = (member.mT @ x).sum(0), member.sum((0, 1))
+            if dist.is_initialized():
+                dist.all_reduce(sums)
+                dist.all_reduce(counts)
+            self.mass += counts
+            self.moving += (sums - counts[:, None] * self.moving) / self.mass[:, None].clamp_min(1)
+        return found._replace(mass=self.mass.expand(b, -1))

@@ -1,0 +1,170 @@
+"""From stored images to what a step trains on: normalised crops as patches, and which of them are masked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from amlp_ray.config import PretrainSettings
+from amlp_ray.errors import SettingsError
+from amlp_ray.method.aim import Aim, TeacherView, aim_at
+from amlp_ray.method.augment import cropped, random_crop
+from amlp_ray.method.features import tissue_of
+from amlp_ray.method.model import MaskedAutoencoder
+from amlp_ray.method.patches import patchify
+from amlp_ray.method.ratio import masked_count, masking_ratio
+from amlp_ray.method.selection import Selection, select_patches
+from amlp_ray.method.teacher import teacher_view
+
+
+class Moment(NamedTuple):
+    """When in training a mask is drawn: `epoch` counts from 1, `step` from 0 within it."""
+
+    epoch: int
+    step: int = 0
+    steps: int = 1
+
+
+class Masking:
+    """Masks batches of one run, and keeps between looks what was found on whole images.
+
+    What is kept follows from the images, the settings, the epoch of the look, and the teacher and centroids as they
+    were then, which stay until the next. So nothing here need be saved: a resumed run looks again and finds the same.
+    """
+
+    def __init__(
+        self, model: MaskedAutoencoder, settings: PretrainSettings, truth: Mapping[int, Tensor] | None = None
+    ) -> None:
+        """Masks for `model`.
+
+        Args:
+            truth: lesion share of every patch, (h, w), by image key; for oracles, which are diagnosis only.
+        """
+        self.model, self.settings, self.truth = model, settings, truth
+        self._kept = torch.zeros(0)  # (n, 3, h, w) float16; at least as many rows as images looked at
+        self._rows: dict[int, int] = {}
+        self._looked = 0  # epoch of the look that `_kept` belongs to
+
+    def ratio(self, now: Moment) -> float:
+        """The masking ratio of a step."""
+        s = self.settings
+        return masking_ratio(s.ratio, now.epoch, s.epochs, step=now.step, steps=now.steps, seed=s.seed)
+
+    def augmented(self, images: Tensor, keys: Tensor, host_keys: Tensor, now: Moment) -> tuple[Tensor, Selection]:
+        """Crop normalised images (B, C, H, W) at random; return their patches (B, N, P) and the selection.
+
+        Args:
+            keys: (B,) on the images' device. host_keys: the same numbers on the CPU, so that nothing waits for it.
+        """
+        s = self.settings
+        crop = random_crop(keys, crop_min=s.crop_min, flip=s.flip, seed=s.seed, epoch=now.epoch)
+        patches = patchify(cropped(images, crop), self.model.patch_size)
+        if s.selection.mode == "random":
+            return patches, self._select(_no_aim(patches), patches, keys, now)
+        self._begin_look(now.epoch)
+        if s.selection.refresh == 0:
+            aim = self._look(patches, keys, now.epoch, self._truth(host_keys, patches, crop), learn=True)
+        else:
+            aim = Aim.of(cropped(self._maps(images, keys, host_keys, now.epoch), crop, mode="nearest"))
+        return patches, self._select(aim, patches, keys, now)
+
+    def whole(self, images: Tensor, keys: Tensor, now: Moment) -> tuple[Tensor, Aim, Selection]:
+        """The same without cropping, for pictures and diagnosis: nothing is kept and no centroid moves."""
+        patches = patchify(images, self.model.patch_size)
+        if self.settings.selection.mode == "random":
+            aim = _no_aim(patches)
+        else:
+            truth = self._truth(keys.cpu(), patches, None)
+            aim = self._look(patches, keys, self.epoch_of_look(now.epoch), truth, learn=False)
+        return patches, aim, self._select(aim, patches, keys, now)
+
+    def epoch_of_look(self, epoch: int) -> int:
+        """The last epoch at which whole images were looked at: 1, 1 + refresh, ..., and the end of the warm-up."""
+        refresh, warm = self.settings.selection.refresh, self._warm_from()
+        if refresh == 0:
+            return epoch
+        look = epoch - (epoch - 1) % refresh
+        return max(look, warm) if warm <= epoch else look
+
+    def _warm_from(self) -> int:
+        return int(self.settings.loss.warmup * self.settings.epochs) + 1
+
+    def _begin_look(self, epoch: int) -> None:
+        look = self.epoch_of_look(epoch)
+        if look == self._looked:
+            return
+        self._rows, self._looked = {}, look
+        if self.model.centroids is not None and epoch == look:
+            self.model.centroids.settle()
+
+    def _maps(self, images: Tensor, keys: Tensor, host_keys: Tensor, epoch: int) -> Tensor:
+        """What is thought of whole images, (B, 3, h, w); looked at where nothing of this look is kept."""
+        look = self._looked
+        wanted = host_keys.tolist()
+        new = [i for i, key in enumerate(wanted) if key not in self._rows]
+        if new:
+            index = torch.tensor(new, device=images.device)
+            patches = patchify(images[index], self.model.patch_size)
+            truth = self._truth(host_keys[new], patches, None)
+            maps = self._look(patches, keys[index], look, truth, learn=epoch == look).maps(self.model.grid).half()
+            start, end = len(self._rows), len(self._rows) + len(new)
+            if end > len(self._kept):  # doubling, so that growing costs no more than filling
+                larger = maps.new_zeros(max(2 * len(self._kept), end), *maps.shape[1:])
+                self._kept = torch.cat([self._kept, larger[len(self._kept) :]]) if len(self._kept) else larger
+            self._kept[start:end] = maps
+            self._rows |= {wanted[i]: start + row for row, i in enumerate(new)}
+        rows = torch.tensor([self._rows[key] for key in wanted])
+        return self._kept[rows.to(images.device, non_blocking=True)].float()
+
+    def _look(self, patches: Tensor, keys: Tensor, epoch: int, truth: Tensor | None, *, learn: bool) -> Aim:
+        s, model = self.settings, self.model
+        told: TeacherView | None = None
+        if model.teacher is not None and (epoch >= self._warm_from() or s.selection.mode == "ranked"):
+            told = teacher_view(model, patches, keys, s, epoch)
+        return aim_at(
+            patches,
+            keys,
+            model.grid,
+            model.spec.channels,
+            s.selection,
+            seed=s.seed,
+            epoch=epoch,
+            teacher=told,
+            feedback=s.selection.feedback if s.uses_feedback else 0.0,
+            truth=truth,
+            # The teacher's tokens have other dimensions than the raw patches that stand in for them at first.
+            centroids=model.centroids if told is not None or s.selection.features != "tokens" else None,
+            learn=learn,
+        )
+
+    def _select(self, aim: Aim, patches: Tensor, keys: Tensor, now: Moment) -> Selection:
+        s = self.settings
+        return select_patches(
+            aim,
+            tissue_of(patches, s.selection),
+            keys,
+            masked_count(self.ratio(now), patches.shape[1], s.ratio.quantum),
+            s.selection,
+            seed=s.seed,
+            epoch=now.epoch,
+            progress=now.epoch / s.epochs,
+            over=s.ratio.over,
+        )
+
+    def _truth(self, host_keys: Tensor, patches: Tensor, crop: Tensor | None) -> Tensor | None:
+        if not self.settings.selection.uses_truth:
+            return None
+        if self.truth is None:
+            raise SettingsError(
+                "An oracle aims by true lesions, but none were given; use another selection.rule or selection.score."
+            )
+        share = torch.stack([self.truth[key] for key in host_keys.tolist()]).to(patches.device)
+        return cropped(share[:, None], crop)[:, 0].flatten(1)
+
+
+def _no_aim(patches: Tensor) -> Aim:
+    zero = torch.zeros_like(patches[..., 0])
+    return Aim(zero, zero, zero - 1)

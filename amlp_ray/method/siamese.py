@@ -1,0 +1,80 @@
+"""SimSiam (Chen and He 2021): the contrastive arm. Two crops of an image should be told apart by nothing.
+
+No reconstruction and no mask; the encoder, its export and the way it is scored are those of every other arm. Tokens are
+averaged over patches, since a probe reads patches and not the class token.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from amlp_ray.config import ImageSpec, ModelSettings, PretrainSettings
+from amlp_ray.method import noise as draw
+from amlp_ray.method.augment import cropped, random_crop
+from amlp_ray.method.encoder import encoder_tokens, new_encoder
+from amlp_ray.method.patches import patchify
+
+
+class SimSiam(nn.Module):
+    """Encoder, projector and predictor; widths follow the encoder's (2048 and 512 for a width of 512 and more)."""
+
+    def __init__(self, settings: ModelSettings, spec: ImageSpec) -> None:
+        super().__init__()
+        self.encoder: VisionTransformer
+        self.patch_size, self.spec = settings.patch_size, spec
+        self.encoder = new_encoder(settings, spec)
+        wide = min(2048, 4 * settings.width)
+        self.projector = nn.Sequential(
+            *_layer(settings.width, wide),
+            *_layer(wide, wide),
+            nn.Linear(wide, wide),
+            nn.BatchNorm1d(wide, affine=False),
+        )
+        self.predictor = nn.Sequential(*_layer(wide, wide // 4), nn.Linear(wide // 4, wide))
+
+    def forward(self, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """Compare two views, as patches (B, N, P).
+
+        Returns:
+            The loss, mean negative cosine to the other view's projection, which gets no gradient: -1 where they agree.
+            And the spread of projections over the batch, SD * sqrt(width): about 1 where images differ, 0 if collapsed.
+        """
+        z = [self.projector(self._pooled(view)).float() for view in (one, other)]
+        p = [self.predictor(each).float() for each in z]
+        loss = -(_cosine(p[0], z[1].detach()) + _cosine(p[1], z[0].detach())) / 2
+        spread = F.normalize(z[0].detach(), dim=-1).std(0).mean() * z[0].shape[1] ** 0.5
+        return loss, spread
+
+    def _pooled(self, patches: Tensor) -> Tensor:
+        return encoder_tokens(self.encoder, patches)[:, self.encoder.num_prefix_tokens :].mean(1)
+
+
+def two_views(
+    images: Tensor, keys: Tensor, settings: PretrainSettings, patch_size: int, epoch: int
+) -> tuple[Tensor, Tensor]:
+    """Two random crops of normalised images (B, C, H, W) as patches, with random contrast and brightness."""
+    views = []
+    for purpose in (draw.CROP, draw.VIEW):
+        crop = random_crop(
+            keys,
+            crop_min=settings.crop_min,
+            flip=settings.flip,
+            seed=settings.seed,
+            epoch=epoch,
+            purpose=purpose,
+        )
+        u = draw.uniform(keys, 7, seed=settings.seed, epoch=epoch, purpose=purpose)[:, 5:, None, None, None]
+        # Without it, brightness alone would tell two images apart. Images have SD 1.
+        contrast, brightness = 0.6 + 0.8 * u[:, 0], 0.8 * (u[:, 1] - 0.5)
+        views.append(patchify(cropped(images, crop) * contrast + brightness, patch_size))
+    return views[0], views[1]
+
+
+def _layer(width: int, out: int) -> list[nn.Module]:
+    return [nn.Linear(width, out, bias=False), nn.BatchNorm1d(out), nn.ReLU(inplace=True)]
+
+
+def _cosine(predicted: Tensor, target: Tensor) -> Tensor:
+    return F.cosine_similarity(predicted, target, dim=-1).mean()

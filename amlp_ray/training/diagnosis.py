@@ -1,0 +1,116 @@
+"""What a run shows of itself after every epoch, on a few fixed images it is not trained on.
+
+Nothing here reaches the weights or the mask: true lesions are read, where there are masks, to tell how well the aim
+finds them, and are never learnt from.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from amlp_ray.config import PretrainSettings
+from amlp_ray.data.dataset import PatchDataset, Split
+from amlp_ray.errors import SettingsError
+from amlp_ray.method import noise as draw
+from amlp_ray.method.augment import normalise
+from amlp_ray.method.masking import Masking, Moment
+from amlp_ray.method.model import MaskedAutoencoder
+from amlp_ray.method.patches import gather, patchify
+from amlp_ray.method.pictures import denormalised
+from amlp_ray.method.ratio import masked_count
+from amlp_ray.method.rules import truth_patches
+from amlp_ray.training.metrics import Metrics
+from amlp_ray.training.steps import Model
+
+REFERENCE_IMAGES = 32  # a pass over as many costs about as much as one training step of them
+REFERENCE_RATIO = 0.75  # MAE's
+
+
+def held_out(dataset: PatchDataset, count: int) -> Split:
+    """Up to `count` images to look at: of val (train, where val is empty), spread evenly, with a lesion where known.
+
+    Never of test.
+    """
+    split = dataset.load("val")
+    split = split if len(split) else dataset.load("train")
+    lesion = np.flatnonzero(split.labelled & split.masks.any((1, 2)))
+    rows = lesion if len(lesion) else np.arange(len(split))
+    return split.take(rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)])
+
+
+def lesion_shares(masks: np.ndarray, patch_size: int) -> Tensor:
+    """Lesion share of every patch, (B, N), from masks (B, H, W)."""
+    return patchify(torch.from_numpy(masks > 0).float()[:, None], patch_size).mean(-1)
+
+
+def true_lesions(dataset: PatchDataset, settings: PretrainSettings) -> dict[int, Tensor] | None:
+    """Lesion shares (h, w) of the training images by key, for settings that aim by them; None for all others.
+
+    Raises:
+        SettingsError: where training images have no mask.
+    """
+    if not settings.selection.uses_truth:
+        return None
+    train = dataset.load("train")
+    if missing := int((~train.labelled).sum()):
+        raise SettingsError(
+            f"An oracle aims by true lesions, but {missing} of {len(train)} training images in {dataset.path} have no "
+            f"mask; use another selection.rule or selection.score. (It is for diagnosis only.)"
+        )
+    p = settings.model.patch_size
+    shares = lesion_shares(train.masks, p).unflatten(1, (train.masks.shape[1] // p, -1))
+    return dict(zip(train.keys.tolist(), shares, strict=True))
+
+
+class Diagnosis:
+    """Called after every epoch with the model: metrics that can be compared over epochs and between arms."""
+
+    def __init__(self, dataset: PatchDataset, settings: PretrainSettings) -> None:
+        chosen = held_out(dataset, REFERENCE_IMAGES)
+        self.settings = settings
+        self.images, self.keys = torch.from_numpy(chosen.images), torch.from_numpy(chosen.keys)
+        self.share = lesion_shares(chosen.masks, settings.model.patch_size) if chosen.labelled.all() else None
+
+    @torch.inference_mode()
+    def __call__(self, model: Model, epoch: int) -> Metrics:
+        """Return `loss_reference` and, where masks are known and the mask is aimed, how well the aim finds lesions.
+
+        - `loss_reference`: mean squared error in the image's scale, under one fixed random mask of 75 %.
+        - `aim_precision`, `aim_recall`: of the probable lesion against the true lesion patches; `_small`, `_large`: the
+          recall in the half of the images with the smaller and with the larger lesions.
+        - `true_lesion_masked`: share of the true lesion patches that this epoch's masks hide.
+        """
+        if not isinstance(model, MaskedAutoencoder):
+            return {}
+        device = model.mask_token.device
+        images, keys = normalise(self.images.to(device), model.spec), self.keys.to(device)
+        metrics: Metrics = {"loss_reference": reference_loss(model, images, keys, self.settings)}
+        if self.share is None or self.settings.selection.mode == "random" or self.settings.selection.uses_truth:
+            return metrics
+        _, _, chosen = Masking(model, self.settings).whole(images, keys, Moment(epoch))
+        share = self.share.to(device)
+        truth = truth_patches(share)
+        masked = torch.zeros_like(truth).scatter(1, chosen.masked, True)
+        hit = (chosen.lesion & truth).sum(1) / truth.sum(1).clamp_min(1)
+        small = share.sum(1) <= share.sum(1).median()
+        return metrics | {
+            "aim_precision": float((chosen.lesion & truth).sum() / chosen.lesion.sum().clamp_min(1)),
+            "aim_recall": float(hit.mean()),
+            "aim_recall_small": float(hit[small].mean()),
+            "aim_recall_large": float(hit[~small].mean()) if bool((~small).any()) else float(hit.mean()),
+            "true_lesion_masked": float((masked & truth).sum() / truth.sum().clamp_min(1)),
+        }
+
+
+def reference_loss(model: MaskedAutoencoder, images: Tensor, keys: Tensor, settings: PretrainSettings) -> float:
+    """Mean squared error of normalised images (B, C, H, W), uncropped, under one random mask that never changes."""
+    patches = patchify(images, model.patch_size)
+    noise = draw.uniform(keys, patches.shape[1], seed=0, epoch=0, purpose=draw.REFERENCE)
+    order = noise.argsort(1)
+    count = masked_count(REFERENCE_RATIO, patches.shape[1])
+    masked, visible = order[:, :count], order[:, count:]
+    target = gather(patches, masked)
+    pixels = model(patches, visible, masked).pixels.float()
+    return float((denormalised(pixels, target, settings.loss) - target).square().mean())

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test lint format docs clean
 
 help:
 	@echo "make demo    install, generate phantoms, run the quickstart study, say where its report is"
@@ -33,6 +33,9 @@ test: lint
 format: install
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: install
+	$(BIN)/amlp-ray settings pretrain variants study segment prepare --markdown > docs/settings.md
 
 clean:
 	rm -rf .venv runs build *.egg-info

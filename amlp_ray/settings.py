@@ -1,6 +1,6 @@
 """Reading and merging settings, and saying what is wrong with them in one sentence.
 
-`config.py` holds the settings themselves; this module holds what all of them share.
+`config/` holds the settings themselves; this module holds what all of them share.
 """
 
 from __future__ import annotations

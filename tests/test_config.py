@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -10,18 +11,27 @@ from amlp_ray.config import (
     VARIANTS,
     Choice,
     ImageSpec,
+    LossSettings,
+    ModelSettings,
     PrepareSettings,
     PretrainSettings,
     ProbeSettings,
     Range,
     RatioSettings,
     SegmentSettings,
+    SelectionSettings,
     StudySettings,
+    Variant,
+    architecture,
 )
 from amlp_ray.errors import SettingsError
-from amlp_ray.settings import build, flat, nested
+from amlp_ray.settings import build, flat, nested, read_yaml, write_yaml
 
-DEFAULTS = flat(PretrainSettings())
+# Whole groups win over the variant, so these are the defaults without one.
+DEFAULTS = flat(
+    PretrainSettings(model=ModelSettings(), ratio=RatioSettings(), selection=SelectionSettings(), loss=LossSettings())
+)
+ASK_A_TEACHER = ("amlp", "hpm", "attmask")
 
 
 def refused(values: dict[str, Any], model: Any = PretrainSettings) -> str:
@@ -40,13 +50,28 @@ def refused(values: dict[str, Any], model: Any = PretrainSettings) -> str:
         ("crop_min", 0, "greater than 0"),
         ("ratio.start", 1, "less than 1"),
         ("ratio.end", 0, "greater than 0"),
-        ("ratio.shape", "wavy", "'linear', 'cosine', 'power' or 'step'"),
+        ("ratio.shape", "wavy", "'exponential', 'fixed', 'random' or 'points'"),
         ("ratio.levels", 1, "greater than or equal to 2"),
         ("ratio.duration", 1.5, "less than or equal to 1"),
-        ("selection.mode", "easy", "'random', 'hard' or 'soft'"),
+        ("ratio.quantum", 0, "greater than or equal to 1"),
+        ("selection.mode", "easy", "'random', 'hard', 'soft', 'ranked' or 'parts'"),
         ("selection.clusters", 1, "greater than or equal to 2"),
         ("selection.lesion_share", 0, "greater than 0"),
         ("selection.strength", 51, "less than or equal to 50"),
+        ("selection.refresh", -1, "greater than or equal to 0"),
+        ("selection.starts", 33, "less than or equal to 32"),
+        ("selection.dilate", 5, "less than or equal to 4"),
+        ("selection.feedback", 1.1, "less than or equal to 1"),
+        ("selection.aim_end", -0.1, "greater than or equal to 0"),
+        ("selection.rule", "cluster", "'smallest', 'distinct'"),
+        ("selection.score", "random", "'row_contrast', 'blob'"),
+        ("model.register_tokens", 17, "less than or equal to 16"),
+        ("model.encode", "some", "'visible' or 'all'"),
+        ("model.decoder_depth", -1, "greater than or equal to 0"),
+        ("objective", "byol", "'reconstruction', 'simsiam' or 'none'"),
+        ("ema", 1, "less than 1"),
+        ("loss.distance", "l3", "'l2' or 'l1'"),
+        ("loss.ranking_weight", 11, "less than or equal to 10"),
         ("loss.gamma", -0.1, "greater than or equal to 0"),
         ("loss.clip_min", 1.1, "less than or equal to 1"),
         ("loss.clip_max", 0.9, "greater than or equal to 1"),
@@ -69,7 +94,7 @@ def test_a_misspelt_setting_is_refused_with_its_right_name(name: str) -> None:
 
 
 def test_an_unknown_variant_is_refused_with_the_known_ones() -> None:
-    text = refused({"variant": "simmim"})
+    text = refused({"variant": "beit"})
     assert all(repr(name) in text for name in VARIANTS)
 
 
@@ -81,10 +106,121 @@ def test_widths_that_heads_or_positions_do_not_divide_are_refused() -> None:
     assert "width 30 must be a multiple of 4" in refused({"model.width": 30})
 
 
+def test_a_named_encoder_lays_its_sizes_under_those_given() -> None:
+    model = build(ModelSettings, {"encoder": "vit_small_patch16_224", "depth": 3}, "here")
+    assert (model.patch_size, model.width, model.heads, model.class_token) == (16, 384, 6, True)
+    assert (model.decoder_width, model.decoder_heads) == (192, 6)
+    assert model.depth == 3, "given"
+    assert model.decoder_depth == 1, "no property of an encoder: the default"
+    assert build(ModelSettings, model.model_dump(), "here") == model
+
+
+def test_a_named_encoder_brings_its_tokens() -> None:
+    assert architecture("vit_small_patch14_reg4_dinov2").items() >= {"register_tokens": 4, "patch_size": 14}.items()
+    assert architecture("vit_base_patch16_siglip_gap_224")["class_token"] is False
+
+
+def test_an_encoder_that_timm_does_not_know_is_refused_with_near_names() -> None:
+    text = refused({"model.encoder": "vit_small_patch16_244"})
+    assert text.startswith("here: model: encoder 'vit_small_patch16_244' is no ViT that timm knows; near: vit_small_")
+    assert "vit_small_patch16_224" in text
+    assert refused({"model.encoder": "resnet50"}).endswith("near: vit_small_patch16_224.")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("davit_tiny", "DaVit"),  # another class
+        ("vit_base_r50_s16_224", "VisionTransformer"),  # embeds feature maps of a CNN
+        ("vit_relpos_small_patch16_224", "VisionTransformerRelPos"),  # adds no positions
+        ("deit_tiny_distilled_patch16_224", "VisionTransformerDistilled"),  # a second token of its own
+    ],
+)
+def test_an_encoder_that_is_no_plain_vit_is_refused_in_one_sentence(name: str, kind: str) -> None:
+    text = refused({"model.encoder": name})
+    assert text.startswith(f"here: model: encoder {name!r} is a {kind} of its own kind in timm; accepted are plain")
+
+
+def test_a_linear_head_is_refused_where_only_visible_patches_are_encoded() -> None:
+    assert "decoder_depth 0 needs encode=all" in refused({"model.decoder_depth": 0})
+    assert build(ModelSettings, {"decoder_depth": 0, "encode": "all"}, "here").decoder_depth == 0
+
+
+def test_ranking_is_refused_where_every_token_is_encoded() -> None:
+    text = refused({"model.encode": "all", "loss.ranking_weight": 1.0})
+    assert text.startswith("here: loss.ranking_weight needs model.encode=visible")
+    assert "loss.ranking_weight" in refused({"variant": "hpm", "model.encode": "all"})
+
+
+def test_a_lesion_found_by_score_cannot_be_found_by_a_cluster() -> None:
+    text = refused({"selection.by": "score", "selection.score": "cluster"})
+    assert text.startswith("here: selection: by score needs a score that is no cluster")
+
+
+@pytest.mark.parametrize(
+    ("points", "told"),
+    [
+        ([], "shape points needs at least two points"),
+        ([[0, 0.5]], "shape points needs at least two points"),
+        ([[0, 0.5], [0, 0.6]], "rising shares in 0-1"),
+        ([[0.5, 0.5], [0.2, 0.6]], "rising shares in 0-1"),
+        ([[0, 0.5], [1.1, 0.6]], "rising shares in 0-1"),
+        ([[-0.1, 0.5], [1, 0.6]], "rising shares in 0-1"),
+        ([[0, 0], [1, 0.6]], "rising shares in 0-1"),
+        ([[0, 0.5], [1, 1]], "rising shares in 0-1"),
+        ([[0, 0.5, 1], [1, 0.5]], "ratio.points"),
+    ],
+)
+def test_faulty_points_of_a_schedule_are_refused(points: list[list[float]], told: str) -> None:
+    assert told in refused({"ratio.shape": "points", "ratio.points": points})
+
+
+def test_points_are_checked_even_where_another_shape_is_chosen() -> None:
+    assert "rising shares in 0-1" in refused({"ratio.points": [[1, 0.5], [0, 0.5]]})
+    given = build(RatioSettings, {"shape": "points", "points": [[0, 0.3], [1, 0.75]]}, "here")
+    assert given.points == ((0, 0.3), (1, 0.75))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_lays_its_values_under_those_given_and_leaves_the_other_defaults(variant: str) -> None:
     own = flat(VARIANTS[variant])
     assert flat(PretrainSettings(variant=variant)) == {**DEFAULTS, "variant": variant, **own}  # type: ignore[arg-type]
+
+
+def test_the_variants_are_those_that_the_setting_names() -> None:
+    assert tuple(VARIANTS) == get_args(Variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_written_and_read_again_is_the_same(variant: str, tmp_path: Path) -> None:
+    settings = build(PretrainSettings, {"variant": variant}, "here")
+    write_yaml(settings, tmp_path / "settings.yaml")
+    assert build(PretrainSettings, read_yaml(tmp_path / "settings.yaml"), "here") == settings
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_teacher_is_kept_only_where_a_variant_asks_one(variant: str) -> None:
+    assert build(PretrainSettings, {"variant": variant}, "here").needs_teacher == (variant in ASK_A_TEACHER)
+
+
+@pytest.mark.parametrize(
+    ("values", "needed"),
+    [
+        ({"selection.features": "tokens"}, True),
+        ({"selection.rule": "hardest"}, True),
+        ({"selection.by": "score", "selection.score": "attention"}, True),
+        ({"selection.score": "difficulty"}, False),  # hard by cluster: no score is looked at
+        ({"selection.mode": "soft", "selection.score": "difficulty"}, True),
+        ({"selection.mode": "soft", "selection.rule": "hardest"}, False),  # no cluster is named
+        ({"selection.mode": "soft", "selection.score": "cluster", "selection.rule": "hardest"}, True),
+        ({"selection.mode": "random", "selection.features": "tokens"}, False),
+        ({"selection.features": "tokens", "objective": "simsiam"}, False),
+        ({"selection.feedback": 0.5, "loss.ccl_weight": 0.1}, True),
+        ({"selection.feedback": 0.5}, False),  # mps-ams trains no category that could be fed back
+    ],
+)
+def test_a_teacher_is_kept_where_a_setting_in_use_asks_one(values: dict[str, Any], needed: bool) -> None:
+    assert build(PretrainSettings, nested({"variant": "mps-ams", **values}), "here").needs_teacher == needed
 
 
 def test_mae_is_random_masking_at_75_percent_with_the_plain_loss() -> None:
@@ -173,7 +309,7 @@ def test_all_faults_of_a_study_are_told_at_once() -> None:
             name="a b",
             space={"lr": {"low": 1, "high": 0}, "ratio.start": {"choices": []}},
             budget={"trials": 0},
-            arms=["simmim"],
+            arms=["beit"],
             tie=-1,
         )
     for part in ("name is 'a b'", "space.lr: low 1", "space.ratio.start.choices", "budget.trials is 0", "arms", "tie"):

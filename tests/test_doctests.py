@@ -6,7 +6,9 @@ import importlib
 import pytest
 
 MODULES = (
-    "amlp_ray.config",
+    "amlp_ray.config.method",
+    "amlp_ray.config.pretrain",
+    "amlp_ray.config.table",
     "amlp_ray.settings",
     "amlp_ray.method.ratio",
     "amlp_ray.data.dataset",

@@ -6,9 +6,11 @@ import sys
 
 import typer
 
-from amlp_ray.cli import data, study
+from amlp_ray.cli import data, method, study
+from amlp_ray.cli.inspect import inspect
 from amlp_ray.cli.pretrain import pretrain
 from amlp_ray.cli.segment import segment
+from amlp_ray.cli.settings import settings
 from amlp_ray.errors import AmlpError
 
 app = typer.Typer(
@@ -19,7 +21,10 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.command()(pretrain)
+app.command()(inspect)
 app.command()(segment)
+app.command()(settings)
+app.add_typer(method.app, name="method")
 app.add_typer(study.app, name="study")
 
 

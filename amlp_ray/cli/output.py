@@ -33,9 +33,9 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     table = Table(*[c.replace("_", " ") for c in columns], box=None, header_style="bold")
     for row in rows:
         table.add_row(*[_text(row[c]) for c in columns])
-    console = Console()
+    console = Console(markup=False, emoji=False)  # values are shown as they are: [number] is no style
     if not console.is_terminal:
-        console = Console(width=200)  # a pipe has no width to fit into
+        console = Console(markup=False, emoji=False, width=200)  # a pipe has no width to fit into
     console.print(table)
 
 

@@ -16,7 +16,7 @@ from amlp_ray.method import noise as draw
 from amlp_ray.method.features import cluster_features, dilated, tissue_of
 from amlp_ray.method.kmeans import Clusters, DatasetClusters, kmeans, membership
 from amlp_ray.method.rules import name_lesion_cluster
-from amlp_ray.method.scores import patch_score, z_score
+from amlp_ray.method.scores import PATCH_SCORES, patch_score, z_score
 
 
 class Aim(NamedTuple):
@@ -83,7 +83,8 @@ def aim_at(
     score = torch.zeros_like(patches[..., 0])
     part = score - 1
     if settings.uses_score and settings.score != "cluster":
-        score = _score(patches, tissue, grid, settings, teacher, truth)
+        asked = _score(settings.score, patches, tissue, grid, settings, teacher, truth)
+        score = score if asked is None else asked
     if settings.uses_clusters:
         x = cluster_features(patches, tissue, grid, channels, settings.features, teacher.tokens)
         clusters, rule_noise = _clusters(x, tissue, keys, settings, seed, epoch, centroids, learn)
@@ -95,8 +96,7 @@ def aim_at(
             grid,
             brightness=patches.mean(-1),
             noise=rule_noise,
-            score=score,
-            difficulty=teacher.difficulty,
+            score=_score(settings.rule, patches, tissue, grid, settings, teacher, truth),
             truth=truth,
         )
         lesion = (clusters.labels == chosen[:, None]) & found[:, None]
@@ -114,25 +114,26 @@ def aim_at(
 
 
 def _score(
+    name: str,
     patches: Tensor,
     tissue: Tensor,
     grid: tuple[int, int],
     settings: SelectionSettings,
     teacher: TeacherView,
     truth: Tensor | None,
-) -> Tensor:
-    given = {"difficulty": teacher.difficulty, "attention": teacher.attention, "oracle": truth}
-    if settings.score not in given:
-        return patch_score(
-            patches,
-            tissue,
-            grid,
-            score=settings.score,
-            sign=settings.lesion_sign,
-            centre_prior=settings.centre_prior,
-        )
-    value = given[settings.score]
-    return torch.zeros_like(patches[..., 0]) if value is None else z_score(value.float(), tissue)
+) -> Tensor | None:
+    """The score `name`, or that of the rule `name`, standardised over tissue; None where there is none (yet)."""
+    if name in PATCH_SCORES:
+        sign, prior = settings.lesion_sign, settings.centre_prior
+        return patch_score(patches, tissue, grid, score=name, sign=sign, centre_prior=prior)
+    told = {
+        "difficulty": teacher.difficulty,
+        "hardest": teacher.difficulty,
+        "attention": teacher.attention,
+        "oracle": truth,
+    }
+    value = told.get(name)
+    return None if value is None else z_score(value.float(), tissue)
 
 
 def _clusters(

@@ -71,7 +71,7 @@ def embedded_tokens(
     place, prefix_place = positions[:, -count:], positions[:, :-count]
     if visible is not None:
         patches = gather(patches, visible)
-        place = gather(place.expand(patches.shape[0], -1, -1), visible)
+        place = nn.functional.embedding(visible, place[0])
     tokens = (embed_patches(encoder, patches) if hidden is None else hidden) + place
     prefix = [token for token in (encoder.cls_token, encoder.reg_token) if token is not None]
     if prefix:

@@ -102,22 +102,26 @@ class DatasetClusters(nn.Module):
     """Centroids of a whole data set, carried along from batch to batch and from look to look; saved with the model.
 
     Mini-batch k-means (Sculley 2010): each centroid is the running mean of all patches it was nearest to. Patches are
-    assigned to the centroids as they stood when a look at the data began (`settle`), so that neither the order of
-    batches nor a resume changes an assignment. Workers share their sums and so hold the same centroids.
+    assigned to the centroids, and clusters compared by their sizes, as they stood when a look at the data began
+    (`settle`), so that neither the order of batches nor a resume changes what is found. Workers share their sums and so
+    hold the same centroids.
     """
 
     def __init__(self, clusters: int, dimensions: int) -> None:
         super().__init__()
         self.centres: Tensor
+        self.sizes: Tensor
         self.moving: Tensor
         self.mass: Tensor
         self.register_buffer("centres", torch.zeros(clusters, dimensions))
+        self.register_buffer("sizes", torch.zeros(clusters))
         self.register_buffer("moving", torch.zeros(clusters, dimensions))
         self.register_buffer("mass", torch.zeros(clusters))
 
     def settle(self) -> None:
         """Begin a look: what was learnt during the last one holds from now on."""
         self.centres.copy_(self.moving)
+        self.sizes.copy_(self.mass)
 
     @torch.no_grad()
     def assign(self, x: Tensor, inside: Tensor, noise: Tensor, *, learn: bool) -> Clusters:
@@ -128,11 +132,13 @@ class DatasetClusters(nn.Module):
         """
         b, (k, d) = len(x), self.centres.shape
         if not self.centres.any():  # looks are rare, so this wait for the device is too
-            first = kmeans(x.reshape(1, -1, d), inside.reshape(1, -1), k, noise[:1]).centres[0]
+            first = kmeans(x.reshape(1, -1, d), inside.reshape(1, -1), k, noise[:1])
+            self.centres.copy_(first.centres[0])
+            self.sizes.copy_(first.sizes[0])
             if dist.is_initialized():
-                dist.broadcast(first, src=0)
-            self.centres.copy_(first)
-            self.moving.copy_(first)
+                dist.broadcast(self.centres, src=0)
+                dist.broadcast(self.sizes, src=0)
+            self.moving.copy_(self.centres)
         found = assign(x, inside, self.centres.expand(b, -1, -1))
         if learn:
             member = F.one_hot(found.labels.clamp_min(0), k) * inside[..., None].to(x.dtype)  # (B, N, K)
@@ -142,4 +148,4 @@ class DatasetClusters(nn.Module):
                 dist.all_reduce(counts)
             self.mass += counts
             self.moving += (sums - counts[:, None] * self.moving) / self.mass[:, None].clamp_min(1)
-        return found._replace(mass=self.mass.expand(b, -1))
+        return found._replace(mass=self.sizes.expand(b, -1))

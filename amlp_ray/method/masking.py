@@ -15,6 +15,7 @@ from amlp_ray.method.augment import cropped, random_crop
 from amlp_ray.method.features import tissue_of
 from amlp_ray.method.model import MaskedAutoencoder
 from amlp_ray.method.patches import patchify
+from amlp_ray.method.precision import autocast
 from amlp_ray.method.ratio import masked_count, masking_ratio
 from amlp_ray.method.selection import Selection, select_patches
 from amlp_ray.method.teacher import teacher_view
@@ -45,6 +46,7 @@ class Masking:
         """
         self.model, self.settings, self.truth = model, settings, truth
         self._kept = torch.zeros(0)  # (n, 3, h, w) float16; at least as many rows as images looked at
+        self._filled = 0
         self._rows: dict[int, int] = {}
         self._looked = 0  # epoch of the look that `_kept` belongs to
 
@@ -96,7 +98,7 @@ class Masking:
         look = self.epoch_of_look(epoch)
         if look == self._looked:
             return
-        self._rows, self._looked = {}, look
+        self._rows, self._filled, self._looked = {}, 0, look
         if self.model.centroids is not None and epoch == look:
             self.model.centroids.settle()
 
@@ -104,18 +106,21 @@ class Masking:
         """What is thought of whole images, (B, 3, h, w); looked at where nothing of this look is kept."""
         look = self._looked
         wanted = host_keys.tolist()
-        new = [i for i, key in enumerate(wanted) if key not in self._rows]
+        # Centroids are learnt by all workers together, so each looks at every batch, whatever it has seen of it.
+        learn = self.model.centroids is not None and epoch == look
+        new = [i for i, key in enumerate(wanted) if learn or key not in self._rows]
         if new:
             index = torch.tensor(new, device=images.device)
             patches = patchify(images[index], self.model.patch_size)
             truth = self._truth(host_keys[new], patches, None)
-            maps = self._look(patches, keys[index], look, truth, learn=epoch == look).maps(self.model.grid).half()
-            start, end = len(self._rows), len(self._rows) + len(new)
+            maps = self._look(patches, keys[index], look, truth, learn=learn).maps(self.model.grid).half()
+            start, end = self._filled, self._filled + len(new)
             if end > len(self._kept):  # doubling, so that growing costs no more than filling
                 larger = maps.new_zeros(max(2 * len(self._kept), end), *maps.shape[1:])
                 self._kept = torch.cat([self._kept, larger[len(self._kept) :]]) if len(self._kept) else larger
             self._kept[start:end] = maps
             self._rows |= {wanted[i]: start + row for row, i in enumerate(new)}
+            self._filled = end
         rows = torch.tensor([self._rows[key] for key in wanted])
         return self._kept[rows.to(images.device, non_blocking=True)].float()
 
@@ -123,7 +128,8 @@ class Masking:
         s, model = self.settings, self.model
         told: TeacherView | None = None
         if model.teacher is not None and (epoch >= self._warm_from() or s.selection.mode == "ranked"):
-            told = teacher_view(model, patches, keys, s, epoch)
+            with autocast(s, patches.device.type):
+                told = teacher_view(model, patches, keys, s, epoch)
         return aim_at(
             patches,
             keys,

@@ -31,7 +31,7 @@ class Prediction(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """A stack of blocks on decoder tokens (B, R + N, E): normalised tokens out."""
+    """A stack of blocks on decoder tokens (B, R + N, E): normalised tokens out, all of them or the `last` ones."""
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
@@ -39,14 +39,32 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(wide, settings.decoder_heads, mlp_ratio=4, qkv_bias=True) for _ in range(settings.decoder_depth)
         )
-        self.norm = nn.LayerNorm(wide)
+        self.norm = nn.LayerNorm(wide, eps=1e-6)  # as the blocks' own, and MAE's
         for module in self.blocks.modules():
             initialise(module)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        for block in self.blocks:
+    def forward(self, tokens: Tensor, last: int | None = None) -> Tensor:
+        if last is None:
+            for block in self.blocks:
+                tokens = block(tokens)
+            return self.norm(tokens)
+        for block in self.blocks[:-1]:
             tokens = block(tokens)
-        return self.norm(tokens)
+        return self.norm(_last_tokens(self.blocks[-1], tokens, last))
+
+
+def _last_tokens(block: Block, tokens: Tensor, last: int) -> Tensor:
+    """What a plain `block` makes of the `last` tokens, all tokens being looked at: equal to its own, for less work."""
+    attention, (b, n, _) = block.attn, tokens.shape
+    qkv = attention.qkv(block.norm1(tokens)).reshape(b, n, 3, attention.num_heads, -1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, R + N, E / heads) each
+    q, tokens = q[:, :, -last:], tokens[:, -last:]
+    if attention.fused_attn:
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+    else:
+        mixed = (q * attention.scale @ k.mT).softmax(-1) @ v
+    tokens = tokens + attention.proj(mixed.transpose(1, 2).flatten(2))
+    return tokens + block.mlp(block.norm2(tokens))
 
 
 class MaskedAutoencoder(nn.Module):
@@ -106,17 +124,20 @@ class MaskedAutoencoder(nn.Module):
             tokens = encoded if self.linear else self.decoder_embed(encoded) + self.decoder_positions
             return self._heads(tokens, masked + self.prefix)
         encoded = self.decoder_embed(encoder_tokens(self.encoder, patches, visible))  # (B, R + V, E)
-        place = self.decoder_positions.expand(patches.shape[0], -1, -1)  # (B, R + N, E)
-        seen = encoded + torch.cat([place[:, : self.prefix], gather(place[:, self.prefix :], visible)], 1)
-        hidden = self.mask_token + gather(place[:, self.prefix :], masked)
-        return self._heads(torch.cat([seen, hidden.to(seen.dtype)], 1), None, last=masked.shape[1])
+        place = self.decoder_positions[0, self.prefix :]  # (N, E); those of the prefix are zero
+        seen = encoded[:, self.prefix :] + nn.functional.embedding(visible, place)
+        hidden = self.mask_token + nn.functional.embedding(masked, place)
+        tokens = torch.cat([encoded[:, : self.prefix].to(seen.dtype), seen, hidden.to(seen.dtype)], 1)
+        return self._heads(tokens, None, last=masked.shape[1])
 
     def _heads(self, tokens: Tensor, at: Tensor | None, last: int = 0) -> Prediction:
         """Say something of the tokens at `at` (B, m), or of the `last` ones."""
 
         def asked(decoder: Decoder | None) -> Tensor:
-            decoded = tokens if decoder is None else decoder(tokens)
-            return decoded[:, -last:] if at is None else gather(decoded, at)
+            if at is None:
+                assert decoder is not None
+                return decoder(tokens, last)
+            return gather(tokens if decoder is None else decoder(tokens), at)
 
         z = asked(self.decoder)
         category = self.category(z)[..., 0] if self.category is not None else None

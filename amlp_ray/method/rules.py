@@ -23,7 +23,6 @@ def name_lesion_cluster(
     brightness: Tensor,
     noise: Tensor,
     score: Tensor | None = None,
-    difficulty: Tensor | None = None,
     truth: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose the cluster that is taken for the lesion.
@@ -33,14 +32,16 @@ def name_lesion_cluster(
 
     - `smallest`: fewest patches. `distinct`: centre farthest from the mean of all tissue.
     - `most_central`: patches nearest to the image centre. `darkest`, `brightest`: by mean brightness.
-    - `score`, `hardest`: highest mean patch score, or difficulty; without difficulties no cluster qualifies.
+    - a patch score by name (see `scores.py`), or `hardest`, the error of the teacher: highest mean. While there is none
+      no cluster qualifies.
     - `oracle`: best F1 against the true lesion patches, for diagnosis. `random`: the control.
 
     Args:
         x: (B, N, D) the clustered features.
         brightness: (B, N) mean value per patch.
         noise: (B, K) uniform numbers for `random`.
-        score, difficulty: (B, N), needed by the rules of that name. truth: (B, N) lesion share, needed by `oracle`.
+        score: (B, N), the patch score that the rule names, or the teacher's error; None where the rule names neither.
+        truth: (B, N) lesion share, needed by `oracle`.
 
     Returns:
         Index of the cluster (B,) and whether any qualified (B,) bool.
@@ -61,17 +62,14 @@ def name_lesion_cluster(
         merit = -mean_of(centre_distance(grid, x.device).expand(x.shape[0], -1))
     elif rule in ("darkest", "brightest"):
         merit = mean_of(brightness) * (1 if rule == "brightest" else -1)
-    elif rule == "score":
-        assert score is not None
-        merit = mean_of(score)
     elif rule == "oracle":
         assert truth is not None
         lesion = truth_patches(truth)
         merit = 2 * (member * lesion[..., None]).sum(1) / (sizes + lesion.sum(1, keepdim=True)).clamp_min(1)
-    elif rule == "hardest":
-        merit = torch.full_like(sizes, -torch.inf) if difficulty is None else mean_of(difficulty)
-    else:
+    elif rule == "random":
         merit = noise
+    else:
+        merit = torch.full_like(sizes, -torch.inf) if score is None else mean_of(score)
     qualifies = (sizes >= settings.min_patches) & (sizes <= settings.max_share * inside.sum(1, keepdim=True))
     if rule == "oracle":
         qualifies &= merit > 0

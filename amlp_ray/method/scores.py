@@ -13,6 +13,7 @@ from amlp_ray.method.features import centre_distance, neighbourhood_mean
 from amlp_ray.method.patches import standardise
 
 COMBINED = ("row_contrast", "blob", "border_saliency")
+PATCH_SCORES = (*COMBINED, "geodesic", "texture", "combined")
 
 
 def patch_score(

@@ -54,7 +54,7 @@ def select_patches(
     """
     b, n = tissue.shape
     noise = draw.uniform(keys, n, seed=seed, epoch=epoch, purpose=draw.MASK)
-    lesion = (aim.lesion > 0.5) & tissue
+    lesion = (aim.lesion > 0.5) & tissue & settings.names_lesion
     fallback = torch.zeros(b, dtype=torch.bool, device=tissue.device)
     if settings.mode == "hard":
         fallback = ~lesion.any(1)
@@ -111,8 +111,8 @@ def _part_order(part: Tensor, part_noise: Tensor, noise: Tensor, within: float) 
     """
     b, n = part.shape
     part_noise = torch.cat([part_noise.new_full((b, 1), 2.0), part_noise], 1)  # the border comes last
-    turn = part_noise.gather(1, part.long() + 1)  # (B, N)
-    whole = _rank(-(turn + 1e-3 * noise) if within < 1 else noise).to(noise.dtype)
+    turn = _rank(-part_noise).gather(1, part.long() + 1)  # (B, N)
+    whole = _rank(-(turn + noise) if within < 1 else noise).to(noise.dtype)
     same = part[:, :, None] == part[:, None]  # (B, N, N)
     place = (same & (noise[:, None] > noise[:, :, None])).sum(2)  # patches of the part that come earlier
     return within * (place + noise) / same.sum(2) + (1 - within) * whole / n

@@ -19,14 +19,19 @@ from amlp_ray.method.patches import gather
 
 
 @torch.no_grad()
-def move_teacher(model: MaskedAutoencoder, decay: float, steps: int) -> None:
-    """teacher <- decay^steps teacher + (1 - decay^steps) model."""
+def move_teacher(model: MaskedAutoencoder, decay: float, *, before: int, now: int) -> None:
+    """Move the teacher, which stands for the steps up to `before`, on to `now`.
+
+    An average with weights that fall by `decay` a step, over the models that it was shown; the random weights of the
+    start have none, or a short run would be taught by them. So the first move takes the model as it is:
+    teacher <- teacher + (1 - decay^(now - before)) / (1 - decay^now) (model - teacher).
+    """
     if model.teacher is None:
         return
     own = dict(model.named_parameters())
-    kept = decay**steps
+    share = (1 - decay ** (now - before)) / (1 - decay**now)
     for name, parameter in model.teacher.named_parameters():
-        parameter.lerp_(own[name].to(parameter.dtype), 1 - kept)
+        parameter.lerp_(own[name].to(parameter.dtype), share)
 
 
 @torch.no_grad()
@@ -42,11 +47,13 @@ def teacher_view(
     if settings.uses_feedback or (wants_difficulty and not ranked):
         difficulty, category = masked_once(teacher, patches, keys, settings, epoch)
     if wants_difficulty and ranked:
-        difficulty = teacher.predicted_difficulty(patches)
+        difficulty = teacher.predicted_difficulty(patches).float()
     prefix = teacher.prefix
     return TeacherView(
         tokens=encoder_tokens(teacher.encoder, patches)[:, prefix:] if s.features == "tokens" else None,
-        attention=patch_attention(teacher.encoder, patches) if s.uses_score and s.score == "attention" else None,
+        attention=patch_attention(teacher.encoder, patches).float()
+        if s.uses_score and s.score == "attention"
+        else None,
         difficulty=difficulty,
         category=category,
     )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from amlp_ray.config import PretrainSettings, PrunerSettings, StudySettings
+from amlp_ray.settings import build
 
 
 def derived_seed(*parts: Any) -> int:
@@ -39,8 +41,14 @@ def prunable_rungs(settings: PretrainSettings, pruner: PrunerSettings, images: i
 def arm_settings(settings: StudySettings, arm: str, *, seed: int) -> PretrainSettings:
     """Settings of an arm: the study's model, optimiser and length, but the arm's own method.
 
-    What the study fixes of ratio, selection and loss belongs to the searched method and would change what `mae` means.
-    `scratch` is a random encoder, which has no method.
+    What the study fixes of objective, ratio, selection, loss and `model.encode` belongs to the searched method and
+    would change what `mae` means.
+
+    Raises:
+        SettingsError: where the arm cannot be had with the study's model.
     """
-    shared = {k: v for k, v in settings.pretrain.items() if k not in ("variant", "ratio", "selection", "loss")}
-    return PretrainSettings.model_validate({**shared, "variant": arm, "seed": seed})
+    method = ("variant", "objective", "ratio", "selection", "loss")
+    shared = {k: v for k, v in settings.pretrain.items() if k not in method}
+    if isinstance(model := shared.get("model"), Mapping):
+        shared["model"] = {k: v for k, v in model.items() if k != "encode"}
+    return build(PretrainSettings, {**shared, "variant": arm, "seed": seed}, f"{settings.name}, arm {arm}")

@@ -21,6 +21,8 @@ from amlp_ray.config import ImageSpec, ModelSettings, PretrainSettings
 from amlp_ray.errors import CheckpointError
 from amlp_ray.files import write_whole
 from amlp_ray.method.encoder import create_encoder, timm_arguments, timm_name
+from amlp_ray.method.model import MaskedAutoencoder, build_autoencoder
+from amlp_ray.settings import build, read_yaml
 
 
 def checkpoint_file(folder: Path) -> Path:
@@ -49,6 +51,33 @@ def save_checkpoint(
     return path
 
 
+def run_settings(folder: Path) -> PretrainSettings:
+    """Settings of the run in `folder`. Raises CheckpointError where there is none."""
+    path = folder / "settings.yaml"
+    if not path.is_file():
+        found = "has no settings.yaml" if folder.is_dir() else "does not exist"
+        raise CheckpointError(f"{folder} {found}; give the folder of a pretraining run or of one trial of a study.")
+    return build(PretrainSettings, read_yaml(path), str(path))
+
+
+def load_model(folder: Path, settings: PretrainSettings, spec: ImageSpec) -> tuple[MaskedAutoencoder, int]:
+    """Load a run's latest model, its teacher and centroids with it, and the epoch it was saved after.
+
+    Args:
+        spec: of the images that it will be shown.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is damaged, or it belongs to images of another shape.
+    """
+    path = checkpoint_file(folder)
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no checkpoint/{path.name}: the run has not ended an epoch yet.")
+    model = build_autoencoder(settings, spec)
+    state = _read_state(path, "train the run again")
+    _load_weights(model, state, path, "give the data of the run")
+    return model.eval(), state["epoch"]
+
+
 def load_checkpoint(
     path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, settings: PretrainSettings
 ) -> int:
@@ -57,13 +86,8 @@ def load_checkpoint(
     Raises:
         CheckpointError: where the file is damaged, or belongs to other settings.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, epoch = dict(state["settings"]), int(state["epoch"])
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}); delete it to start from the first epoch."
-        ) from None
+    state = _read_state(path, "delete it to start from the first epoch")
+    theirs, epoch = state["settings"], state["epoch"]
     ours = settings.model_dump(mode="json")
     changed = [key for key in ours if theirs.get(key) != ours[key]]
     if changed:
@@ -71,15 +95,26 @@ def load_checkpoint(
             f"{path} was written with other settings ({', '.join(changed)}); "
             f"continue with the same settings or choose another folder."
         )
+    _load_weights(model, state, path, "continue with the same data or choose another folder")
+    optimizer.load_state_dict(state["optimizer"])
+    return epoch
+
+
+def _read_state(path: Path, advice: str) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {**state, "settings": dict(state["settings"]), "epoch": int(state["epoch"])}
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); {advice}.") from None
+
+
+def _load_weights(model: nn.Module, state: dict[str, Any], path: Path, advice: str) -> None:
     try:
         model.load_state_dict(state["model"])
     except RuntimeError:
         raise CheckpointError(
-            f"{path} was written for images of another size or number of channels; "
-            f"continue with the same data or choose another folder."
+            f"{path} was written for images of another size or number of channels; {advice}."
         ) from None
-    optimizer.load_state_dict(state["optimizer"])
-    return epoch
 
 
 def export_encoder(encoder: VisionTransformer, path: Path, settings: ModelSettings, spec: ImageSpec) -> None:

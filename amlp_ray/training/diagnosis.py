@@ -75,7 +75,7 @@ class Diagnosis:
 
     @torch.inference_mode()
     def __call__(self, model: Model, epoch: int) -> Metrics:
-        """Return `loss_reference` and, where masks are known and the mask is aimed, how well the aim finds lesions.
+        """Return `loss_reference` and, where true masks are known, how well the aim finds lesions.
 
         - `loss_reference`: mean squared error in the image's scale, under one fixed random mask of 75 %.
         - `aim_precision`, `aim_recall`: of the probable lesion against the true lesion patches; `_small`, `_large`: the
@@ -87,12 +87,15 @@ class Diagnosis:
         device = model.mask_token.device
         images, keys = normalise(self.images.to(device), model.spec), self.keys.to(device)
         metrics: Metrics = {"loss_reference": reference_loss(model, images, keys, self.settings)}
-        if self.share is None or self.settings.selection.mode == "random" or self.settings.selection.uses_truth:
+        if self.share is None or self.settings.selection.uses_truth:
             return metrics
         _, _, chosen = Masking(model, self.settings).whole(images, keys, Moment(epoch))
         share = self.share.to(device)
         truth = truth_patches(share)
         masked = torch.zeros_like(truth).scatter(1, chosen.masked, True)
+        metrics["true_lesion_masked"] = float((masked & truth).sum() / truth.sum().clamp_min(1))
+        if not self.settings.selection.names_lesion:
+            return metrics
         hit = (chosen.lesion & truth).sum(1) / truth.sum(1).clamp_min(1)
         small = share.sum(1) <= share.sum(1).median()
         return metrics | {
@@ -100,7 +103,6 @@ class Diagnosis:
             "aim_recall": float(hit.mean()),
             "aim_recall_small": float(hit[small].mean()),
             "aim_recall_large": float(hit[~small].mean()) if bool((~small).any()) else float(hit.mean()),
-            "true_lesion_masked": float((masked & truth).sum() / truth.sum().clamp_min(1)),
         }
 
 

@@ -24,10 +24,11 @@ from amlp_ray.errors import NonFiniteLossError
 from amlp_ray.method.encoder import use_fused_attention
 from amlp_ray.method.masking import Moment
 from amlp_ray.method.model import build_autoencoder
+from amlp_ray.method.precision import autocast_type
 from amlp_ray.method.siamese import SimSiam
 from amlp_ray.training.checkpoint import checkpoint_file, export_encoder, load_checkpoint, save_checkpoint
 from amlp_ray.training.metrics import Metrics, append_row, drop_after
-from amlp_ray.training.steps import Model, Step, autocast_type, step_of
+from amlp_ray.training.steps import Model, Step, step_of
 
 
 @dataclass

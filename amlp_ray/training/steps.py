@@ -20,6 +20,7 @@ from amlp_ray.method.losses import pretraining_loss
 from amlp_ray.method.masking import Masking, Moment
 from amlp_ray.method.model import MaskedAutoencoder
 from amlp_ray.method.patches import gather
+from amlp_ray.method.precision import autocast
 from amlp_ray.method.ratio import masked_count
 from amlp_ray.method.selection import selection_statistics
 from amlp_ray.method.siamese import SimSiam, two_views
@@ -58,9 +59,9 @@ class ReconstructionStep:
         """Let the teacher catch up where whole images are about to be looked at."""
         if epoch == 1 and self.settings.compile:
             self._check_shapes(steps)
-        last = self.masking.epoch_of_look(max(1, epoch - 1))
-        if epoch > last and self.masking.epoch_of_look(epoch) == epoch:
-            move_teacher(self.masking.model, self.settings.ema, (epoch - last) * steps)
+        if epoch > 1 and self.masking.epoch_of_look(epoch) == epoch:
+            before, now = (self.masking.epoch_of_look(epoch - 1) - 1) * steps, (epoch - 1) * steps
+            move_teacher(self.masking.model, self.settings.ema, before=before, now=now)
 
     def _check_shapes(self, steps: int) -> None:
         patches = math.prod(self.masking.model.grid)
@@ -70,9 +71,10 @@ class ReconstructionStep:
         }
         counts = {masked_count(ratio, patches, self.settings.ratio.quantum) for ratio in ratios}
         if len(counts) > MAX_SHAPES:
+            enough = math.ceil((max(counts) - min(counts)) / (MAX_SHAPES - 2))  # rounding adds one at either end
             raise SettingsError(
                 f"compile meets {len(counts)} numbers of masked patches, of which torch keeps {MAX_SHAPES}; "
-                f"set ratio.quantum to {math.ceil((max(counts) - min(counts)) / (MAX_SHAPES - 1))} or more."
+                f"set ratio.quantum to {enough} or more."
             )
 
     def __call__(self, network: nn.Module, batch: Batch, now: Moment, device: str) -> Values:
@@ -118,16 +120,3 @@ class SiameseStep:
         with autocast(self.settings, device):
             loss, spread = network(one, other)
         return {"loss": loss, "spread": spread, "ratio": torch.zeros_like(spread)}
-
-
-def autocast_type(settings: PretrainSettings, device: str) -> torch.dtype | None:
-    """Type of autocast, or None for float32. On CPU small models are slower in bf16 (measured: 0.7x at width 96)."""
-    if settings.precision == "auto":
-        return torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else None
-    return torch.bfloat16 if settings.precision == "bf16" else None
-
-
-def autocast(settings: PretrainSettings, device: str) -> torch.autocast:
-    """The context in which a model runs in the settings' precision."""
-    low = autocast_type(settings, device)
-    return torch.autocast(device.partition(":")[0], dtype=low, enabled=low is not None)

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from amlp_ray.config import ImageSpec
-from amlp_ray.method.augment import crop_and_flip, normalise
+from amlp_ray.method.augment import cropped, normalise, random_crop
+from amlp_ray.method.noise import CROP, VIEW
 
 KEYS = torch.arange(200)
 
@@ -18,7 +20,7 @@ def coordinates(images: int = 200, side: int = 32) -> Tensor:
 
 
 def crop(images: Tensor, *, crop_min: float, flip: bool, epoch: int = 1, keys: Tensor = KEYS) -> Tensor:
-    return crop_and_flip(images, keys[: len(images)], crop_min=crop_min, flip=flip, seed=0, epoch=epoch)
+    return cropped(images, random_crop(keys[: len(images)], crop_min=crop_min, flip=flip, seed=0, epoch=epoch))
 
 
 def sides(cut: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,6 +35,7 @@ def sides(cut: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_neither_crop_nor_flip_is_the_identity_to_the_bit() -> None:
     images = torch.rand(4, 3, 16, 24)
+    assert random_crop(KEYS, crop_min=1, flip=False, seed=0, epoch=1) is None
     assert torch.equal(crop(images, crop_min=1, flip=False), images)
 
 
@@ -89,6 +92,37 @@ def test_shape_and_range_of_values_are_kept(shape: tuple[int, ...]) -> None:
     assert out.shape == images.shape
     assert out.min() >= images.min() - 1e-5
     assert out.max() <= images.max() + 1e-5
+
+
+def test_what_belongs_to_an_image_is_cut_where_the_image_is() -> None:
+    """A map of patches, cut by the same crop, says of a place what the image there says."""
+    blocks = torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(0)).round()
+    images = F.interpolate(blocks, scale_factor=8, mode="nearest")
+    cut = random_crop(KEYS, crop_min=0.5, flip=True, seed=0, epoch=1)
+    maps = cropped(blocks, cut, mode="nearest")
+    assert set(maps.unique().tolist()) == {0, 1}
+    middles = cropped(images, cut)[..., 4::8, 4::8]
+    assert ((middles - maps).abs() < 0.5).float().mean() > 0.95
+    unmoved = ((middles - blocks).abs() < 0.5).float().mean()
+    assert unmoved < 0.75
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_a_map_that_is_only_mirrored_keeps_its_values_to_the_bit(flip: bool) -> None:
+    maps = torch.randn(200, 3, 7, 5, generator=torch.Generator().manual_seed(0))
+    crop_all = random_crop(KEYS, crop_min=1.0, flip=flip, seed=0, epoch=1)
+    out = cropped(maps, crop_all, mode="nearest")
+    same, mirrored = ((out == other).all(-1).all(-1).all(-1) for other in (maps, maps.flip(-1)))
+    assert (same | mirrored).all()
+    assert bool(mirrored.any()) is flip
+
+
+def test_another_purpose_is_another_crop() -> None:
+    one, other = (random_crop(KEYS, crop_min=0.5, flip=True, seed=0, epoch=1, purpose=p) for p in (CROP, VIEW))
+    assert one is not None
+    assert other is not None
+    assert one.shape == (200, 2, 3)
+    assert not (one == other).all(-1).all(-1).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])

@@ -7,89 +7,109 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import assume, given
+from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
+from sklearn.metrics import cohen_kappa_score
 from torch import Tensor
 
 from amlp_ray.config import LossSettings
 from amlp_ray.method.losses import (
     Losses,
+    agreement,
     category_consistency_loss,
     hard_labels,
     hard_patch_weights,
     patch_errors,
     pretraining_loss,
+    ranking_loss,
     relative_difficulty,
 )
+from amlp_ray.method.model import Prediction
 
 B, M, P = 5, 40, 16
 ALL = torch.ones(B, M, dtype=torch.bool)
-
-
-def case(seed: int = 0) -> dict[str, Tensor]:
-    """Arguments of `pretraining_loss`; lesion patches are a fifth, and hard."""
-    generator = torch.Generator().manual_seed(seed)
-    lesion = torch.rand(B, M, generator=generator) < 0.2
-    target = torch.randn(B, M, P, generator=generator) * (1 + lesion[..., None])
-    return {
-        "prediction": 0.3 * torch.randn(B, M, P, generator=generator),
-        "target": target,
-        "category_logits": torch.randn(B, M, generator=generator),
-        "lesion": lesion,
-        "tissue": lesion | (torch.rand(B, M, generator=generator) < 0.8),
-    }
-
-
-def loss(given: dict[str, Tensor], *, warming_up: bool = False, **settings: Any) -> Losses:
-    return pretraining_loss(**given, settings=LossSettings(**settings), warming_up=warming_up)
-
-
 OFF = {"weighting": "none", "ccl_weight": 0.0}
 
 
-def plain(given: dict[str, Tensor], **settings: Any) -> Losses:
-    return loss(given | {"category_logits": None}, **OFF, **settings)  # type: ignore[dict-item]
+class Case:
+    """Masked patches of five images; lesion patches are a fifth, and hard."""
+
+    def __init__(self, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.lesion = torch.rand(B, M, generator=generator) < 0.2
+        self.target = torch.randn(B, M, P, generator=generator) * (1 + self.lesion[..., None])
+        self.pixels = (0.3 * torch.randn(B, M, P, generator=generator)).requires_grad_()
+        self.category: Tensor | None = torch.randn(B, M, generator=generator).requires_grad_()
+        self.difficulty: Tensor | None = None
+        self.tissue = self.lesion | (torch.rand(B, M, generator=generator) < 0.8)
+
+    def loss(self, *, warming_up: bool = False, **settings: Any) -> Losses:
+        prediction = Prediction(self.pixels, self.category, self.difficulty)
+        chosen = LossSettings(**settings)
+        return pretraining_loss(prediction, self.target, self.lesion, self.tissue, chosen, warming_up=warming_up)
+
+    def plain(self, **settings: Any) -> Losses:
+        """Without a category head."""
+        prediction = Prediction(self.pixels, None, None)
+        chosen = LossSettings(**OFF, **settings)
+        return pretraining_loss(prediction, self.target, self.lesion, self.tissue, chosen, warming_up=False)
+
+
+def headless(seed: int = 0) -> Case:
+    found = Case(seed)
+    found.category = None
+    return found
 
 
 def test_the_plain_loss_is_the_mean_squared_error_of_mae() -> None:
-    given = case()
-    expected = F.mse_loss(given["prediction"], given["target"])
-    found = plain(given)
-    torch.testing.assert_close(found.total, expected)
+    found = headless().plain()
+    torch.testing.assert_close(found.total, F.mse_loss(Case().pixels, Case().target))
     assert found.total.equal(found.reconstruction)
-    assert (float(found.ccl), float(found.effective_patches)) == (0, 1)
+    assert (float(found.ccl), float(found.ranking), float(found.effective_patches)) == (0, 0, 1)
 
 
-def test_norm_pix_standardises_every_target_patch_as_mae_does() -> None:
-    given = case()
-    target = given["target"]
+def test_l1_is_the_mean_absolute_error_of_simmim() -> None:
+    torch.testing.assert_close(Case().plain(distance="l1").total, F.l1_loss(Case().pixels, Case().target))
+
+
+@pytest.mark.parametrize(("distance", "function"), [("l2", F.mse_loss), ("l1", F.l1_loss)])
+def test_norm_pix_standardises_every_target_patch_as_mae_does(distance: str, function: Any) -> None:
+    target = Case().target
     scaled = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
-    torch.testing.assert_close(plain(given, norm_pix=True).total, F.mse_loss(given["prediction"], scaled))
+    found = Case().plain(norm_pix=True, distance=distance)
+    torch.testing.assert_close(found.total, function(Case().pixels, scaled))
 
 
-def test_difficulty_under_norm_pix_is_the_error_on_the_raw_scale() -> None:
-    given = case()
-    prediction, target = given["prediction"], given["target"]
-    mean, std = target.mean(-1, keepdim=True), (target.var(-1, keepdim=True) + 1e-6).sqrt()
-    direct = (prediction * std + mean - target).square().mean(-1)
-    errors = patch_errors(prediction, target, norm_pix=True)
-    torch.testing.assert_close(errors.difficulty, direct, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(errors.difficulty, errors.loss)
-
-
+@pytest.mark.parametrize("distance", ["l2", "l1"])
 @pytest.mark.parametrize("norm_pix", [True, False])
-def test_the_same_guess_is_as_difficult_with_standardised_targets_as_with_raw_ones(norm_pix: bool) -> None:
-    target = case()["target"]
+def test_difficulty_is_the_loss_s_own_error_unless_raw_is_asked_for(distance: str, norm_pix: bool) -> None:
+    given = Case()
+    chosen = {"norm_pix": norm_pix, "distance": distance}
+    errors = patch_errors(given.pixels, given.target, LossSettings(**chosen))
+    assert torch.equal(errors.difficulty, errors.loss)
+    raw = patch_errors(given.pixels, given.target, LossSettings(**chosen, difficulty="raw"))
+    assert torch.equal(raw.loss, errors.loss)
+    assert torch.equal(raw.difficulty, errors.difficulty) is not norm_pix
+
+
+@pytest.mark.parametrize("distance", ["l2", "l1"])
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_the_same_guess_is_as_difficult_in_the_image_s_scale_whatever_the_target(norm_pix: bool, distance: str) -> None:
+    target = Case().target
     mean, std = target.mean(-1, keepdim=True), (target.var(-1, keepdim=True) + 1e-6).sqrt()
     guess = 0.5 * target
-    errors = patch_errors((guess - mean) / std if norm_pix else guess, target, norm_pix=norm_pix)
-    torch.testing.assert_close(errors.difficulty, (guess - target).square().mean(-1), atol=1e-5, rtol=1e-4)
+    chosen = LossSettings(norm_pix=norm_pix, distance=distance, difficulty="raw")
+    errors = patch_errors((guess - mean) / std if norm_pix else guess, target, chosen)
+    off = (guess - target).square() if distance == "l2" else (guess - target).abs()
+    torch.testing.assert_close(errors.difficulty, off.mean(-1), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
-def test_difficulty_carries_no_gradient_and_the_loss_does(norm_pix: bool) -> None:
-    given = case()
-    errors = patch_errors(given["prediction"].requires_grad_(), given["target"], norm_pix=norm_pix)
+@pytest.mark.parametrize("difficulty", ["loss", "raw"])
+def test_difficulty_carries_no_gradient_and_the_loss_does(norm_pix: bool, difficulty: str) -> None:
+    given = Case()
+    errors = patch_errors(given.pixels, given.target, LossSettings(norm_pix=norm_pix, difficulty=difficulty))
     assert errors.loss.requires_grad
     assert not errors.difficulty.requires_grad
 
@@ -107,30 +127,27 @@ def test_difficulty_carries_no_gradient_and_the_loss_does(norm_pix: bool) -> Non
 )
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_weighting_switched_off_in_any_way_is_the_plain_loss_to_the_bit(off: dict[str, Any], norm_pix: bool) -> None:
-    given = case() | {"category_logits": None}  # type: ignore[dict-item]
-    given["prediction"].requires_grad_()
-    found, expected = loss(given, norm_pix=norm_pix, **off), plain(given, norm_pix=norm_pix)
+    given = headless()
+    found, expected = given.loss(norm_pix=norm_pix, **off), given.plain(norm_pix=norm_pix)
     assert found.total.equal(expected.total)
     assert float(found.effective_patches) == 1
-    ours, theirs = (torch.autograd.grad(x.total, given["prediction"])[0] for x in (found, expected))
+    ours, theirs = (torch.autograd.grad(x.total, given.pixels)[0] for x in (found, expected))
     assert torch.equal(ours, theirs)
 
 
 def test_attention_of_a_large_temperature_nears_the_plain_loss() -> None:
-    given = case() | {"category_logits": None}  # type: ignore[dict-item]
     gaps = []
     for temperature in (0.3, 1.0, 10.0, 1e3, 1e6):
-        found = loss(given, weighting="arl", temperature=temperature)
-        gaps.append(float(found.total - found.reconstruction))
+        found = headless().loss(weighting="arl", temperature=temperature)
+        gaps.append((found.total - found.reconstruction).item())
     assert gaps[0] > gaps[1] > gaps[2] > gaps[3] > 0
     assert abs(gaps[4]) < 1e-5
 
 
 @pytest.mark.parametrize("weighting", ["rrl", "arl"])
 def test_the_mix_goes_straight_from_the_plain_to_the_weighted_loss(weighting: str) -> None:
-    given = case() | {"category_logits": None}  # type: ignore[dict-item]
-    ends = [loss(given, weighting=weighting, mix=mix).total for mix in (0.0, 1.0)]
-    torch.testing.assert_close(loss(given, weighting=weighting, mix=0.3).total, 0.7 * ends[0] + 0.3 * ends[1])
+    ends = [headless().loss(weighting=weighting, mix=mix).total for mix in (0.0, 1.0)]
+    torch.testing.assert_close(headless().loss(weighting=weighting, mix=0.3).total, 0.7 * ends[0] + 0.3 * ends[1])
 
 
 @given(
@@ -188,74 +205,176 @@ def test_masked_patches_without_any_tissue_are_compared_with_each_other() -> Non
 
 
 @pytest.mark.parametrize("weighting", ["rrl", "arl"])
-def test_a_perfect_prediction_has_loss_0_and_finite_gradients(weighting: str) -> None:
-    given = case()
-    given["prediction"] = given["target"].clone().requires_grad_()
-    given["category_logits"].requires_grad_()
-    found = loss(given, weighting=weighting)
+@pytest.mark.parametrize("distance", ["l2", "l1"])
+def test_a_perfect_prediction_has_loss_0_and_finite_gradients(weighting: str, distance: str) -> None:
+    given = Case()
+    given.pixels = given.target.clone().requires_grad_()
+    given.difficulty = torch.zeros(B, M, requires_grad=True)
+    found = given.loss(weighting=weighting, distance=distance, ranking_weight=1.0)
     assert found.reconstruction.item() == 0
     found.total.backward()
-    assert given["prediction"].grad is not None
-    assert given["prediction"].grad.isfinite().all()
+    assert given.pixels.grad.isfinite().all()
+    assert not given.difficulty.grad.any()
 
 
 def test_effective_patches_fall_as_weights_gather_on_few() -> None:
-    given = case() | {"category_logits": None}  # type: ignore[dict-item]
-    shares = [float(loss(given, gamma=gamma, clip_max=50, clip_min=0.01).effective_patches) for gamma in (0, 0.5, 1, 3)]
+    shares = [
+        float(headless().loss(gamma=gamma, clip_max=50, clip_min=0.01).effective_patches) for gamma in (0, 0.5, 1, 3)
+    ]
     assert shares[0] == 1
     assert all(b < a for a, b in itertools.pairwise(shares))
     assert shares[-1] > 1 / M
 
 
-# CCL
+# A worse reconstruction must not pay
+
+
+WEIGHTINGS: list[dict[str, Any]] = [
+    {"weighting": "none"},
+    {"weighting": "rrl"},
+    {"weighting": "rrl", "gamma": 4.0, "clip_min": 0.01, "clip_max": 50.0},
+    {"weighting": "arl", "temperature": 0.3},
+]
 
 
 def test_ccl_gives_the_prediction_no_gradient() -> None:
-    given = case()
-    given["prediction"].requires_grad_()
-    with_ccl = torch.autograd.grad(loss(given, ccl_weight=10.0).total, given["prediction"])[0]
-    without = torch.autograd.grad(loss(given, ccl_weight=0.0).total, given["prediction"])[0]
+    given = Case()
+    with_ccl = torch.autograd.grad(given.loss(ccl_weight=10.0).total, given.pixels)[0]
+    without = torch.autograd.grad(given.loss(ccl_weight=0.0).total, given.pixels)[0]
     assert torch.equal(with_ccl, without)
-    difficulty = torch.rand(B, M, requires_grad=True)
-    logits = given["category_logits"].requires_grad_()
-    category_consistency_loss(logits, difficulty, given["lesion"], ALL, LossSettings()).backward()
-    assert difficulty.grad is None
-    assert logits.grad is not None
-    assert logits.grad.abs().sum() > 0
+    found = given.loss()
+    assert torch.autograd.grad(found.ccl, given.pixels, retain_graph=True, allow_unused=True)[0] is None
+    assert torch.autograd.grad(found.ccl, given.category)[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("threshold", ["mean", "quantile"])
-@pytest.mark.parametrize("weighting", ["none", "rrl", "arl"])
-@pytest.mark.parametrize("norm_pix", [True, False])
-def test_making_any_patch_worse_never_pays(threshold: str, weighting: str, norm_pix: bool) -> None:
-    """Along the way from its target to its prediction, the total loss of each patch rises."""
-    given = case()
-    target = given["target"]
+def test_ranking_gives_the_prediction_no_gradient() -> None:
+    given = Case()
+    given.difficulty = torch.randn(B, M, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    found = given.loss(ranking_weight=1.0)
+    assert torch.autograd.grad(found.ranking, given.pixels, retain_graph=True, allow_unused=True)[0] is None
+    assert torch.autograd.grad(found.ranking, given.difficulty)[0].abs().sum() > 0
+
+
+@hypothesis(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(WEIGHTINGS),
+    st.sampled_from(["mean", "quantile", "otsu"]),
+    st.booleans(),
+    st.sampled_from(["l1", "l2"]),
+    st.sampled_from(["loss", "raw"]),
+    st.floats(0, 1),
+)
+def test_what_is_trained_never_pays_for_a_worse_patch(
+    seed: int, weighting: dict[str, Any], threshold: str, norm_pix: bool, distance: str, difficulty: str, eta: float
+) -> None:
+    """The gradient of the total, on which training goes, points away from every patch's target, lesion or not."""
+    given = Case(seed)
+    target = given.target
     if norm_pix:
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
-    given["prediction"].requires_grad_()
-    chosen = {"ccl_threshold": threshold, "weighting": weighting, "norm_pix": norm_pix, "ccl_weight": 10.0}
-    (gradient,) = torch.autograd.grad(loss(given, **chosen).total, given["prediction"])
-    away = (given["prediction"].detach() - target) * gradient
+    given.difficulty = torch.zeros(B, M, requires_grad=True)
+    total = given.loss(
+        **weighting,
+        norm_pix=norm_pix,
+        distance=distance,
+        difficulty=difficulty,
+        ccl_threshold=threshold,
+        ccl_difficulty_share=eta,
+        ccl_weight=10.0,
+        ranking_weight=1.0,
+    ).total
+    (gradient,) = torch.autograd.grad(total, given.pixels)
+    away = (given.pixels.detach() - target) * gradient
     assert (away.sum(-1) > 0).all()
 
 
-@pytest.mark.parametrize("weighting", ["none", "rrl"])
-def test_a_worse_reconstruction_of_lesion_patches_raises_the_loss(weighting: str) -> None:
-    given = case()
-    before = loss(given, weighting=weighting, ccl_weight=0.1)
-    worse = given["target"] + 2 * (given["prediction"] - given["target"])
-    given["prediction"] = torch.where(given["lesion"][..., None], worse, given["prediction"])
-    after = loss(given, weighting=weighting, ccl_weight=0.1)
+def worse(given: Case, where: Tensor, factor: float) -> Case:
+    """The same with the error of patches `where` (B, M) `factor`^2 times as large, and all else equal."""
+    pixels = given.target + factor * (given.pixels.detach() - given.target)
+    given.pixels = torch.where(where[..., None], pixels, given.pixels.detach())
+    return given
+
+
+@hypothesis(max_examples=50, deadline=None)
+@given(st.integers(0, 10**6), st.floats(1.01, 5), st.booleans())
+def test_the_unweighted_total_read_as_a_number_rises_with_the_error_of_lesion_patches(
+    seed: int, factor: float, norm_pix: bool
+) -> None:
+    """CCL goes by cluster labels alone here: difficulty labels follow the errors, and so the number does."""
+    chosen = {"weighting": "none", "ccl_weight": 10.0, "ccl_difficulty_share": 0.0}
+    after = worse(Case(seed), Case(seed).lesion, factor).loss(**chosen)
+    before = Case(seed).loss(**chosen)
     assert after.total > before.total
+    assert after.ccl.equal(before.ccl)
+
+
+@hypothesis(max_examples=50, deadline=None)
+@given(st.integers(0, 10**6), st.floats(1.01, 5), st.sampled_from(WEIGHTINGS))
+def test_weights_do_not_change_when_all_errors_of_an_image_grow_alike(
+    seed: int, factor: float, weighting: dict[str, Any]
+) -> None:
+    one, other = headless(seed), worse(headless(seed), ALL, factor)
+    totals = [given.loss(**weighting).total for given in (one, other)]
+    torch.testing.assert_close(totals[1], factor**2 * totals[0], rtol=1e-3, atol=0)
+
+
+@hypothesis(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0.01, 10), min_size=3, max_size=12), st.integers(0, 11), st.floats(1.001, 1.05))
+def test_the_weighted_total_read_as_a_number_rises_with_patches_harder_than_half_the_weighted_mean(
+    errors: list[float], which: int, factor: float
+) -> None:
+    """Weights are recomputed from the errors: with gamma 1 the loss is sum e^2 / sum e, which falls below that half."""
+    e = torch.tensor([errors], dtype=torch.float64)
+    chosen = LossSettings(gamma=1.0, clip_min=1e-6, clip_max=1e6)
+
+    def weighted(e: Tensor) -> float:
+        return float((hard_patch_weights(e, torch.ones_like(e, dtype=torch.bool), chosen) * e).mean())
+
+    i = which % len(errors)
+    assume(errors[i] >= weighted(e) / 2)
+    changed = e.clone()
+    changed[0, i] *= factor
+    assert weighted(changed) >= weighted(e) * (1 - 1e-9)
+
+
+def test_an_easy_patch_that_gets_worse_may_lower_the_number_but_is_never_pushed_there() -> None:
+    """The price of weights relative to the image: easy patches that get harder take weight from the hard ones."""
+    target = torch.zeros(1, 2, 1)
+    values, slopes = [], []
+    for easy in (0.01, 0.3):
+        pixels = torch.tensor([[[1.0], [easy]]]).requires_grad_()
+        chosen = LossSettings(ccl_weight=0, clip_min=1e-3, clip_max=100)
+        both = torch.ones(1, 2, dtype=torch.bool)
+        total = pretraining_loss(Prediction(pixels, None, None), target, both, both, chosen, warming_up=False).total
+        values.append(total.item())
+        slopes.append(torch.autograd.grad(total, pixels)[0][0, 1, 0].item())
+    assert values[1] < values[0]
+    assert min(slopes) > 0
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=str)
+def test_a_worse_reconstruction_of_hard_lesion_patches_raises_the_loss(weighting: dict[str, Any]) -> None:
+    before, after = Case(), worse(Case(), Case().lesion, 2.0)
+    assert after.loss(**weighting).total > before.loss(**weighting).total
+
+
+# CCL
+
+
+def ccl(logits: Tensor, hard: Tensor, lesion: Tensor, share: float) -> Tensor:
+    return category_consistency_loss(logits, hard, lesion, LossSettings(ccl_difficulty_share=share))
+
+
+def labels(share: float, seed: int = 3) -> Tensor:
+    return torch.rand(B, M, generator=torch.Generator().manual_seed(seed)) < share
 
 
 def test_classes_weigh_equally_however_few_lesion_patches_there_are() -> None:
     """Logits of 0 cost log 2 whatever the balance, and the pull on both classes is as strong."""
     logits = torch.zeros(1, 100, requires_grad=True)
     lesion = torch.arange(100)[None] < 5
-    chosen = LossSettings(ccl_difficulty_share=0.0)
-    value = category_consistency_loss(logits, torch.rand(1, 100), lesion, torch.ones(1, 100, dtype=torch.bool), chosen)
+    value = ccl(logits, lesion.flip(1), lesion, 0.0)
     assert value.item() == pytest.approx(math.log(2), abs=1e-6)
     value.backward()
     assert logits.grad is not None
@@ -265,53 +384,35 @@ def test_classes_weigh_equally_however_few_lesion_patches_there_are() -> None:
 
 def test_always_saying_background_is_no_better_than_guessing() -> None:
     lesion = torch.arange(100)[None] < 5
-    chosen = LossSettings(ccl_difficulty_share=0.0)
-    tissue = torch.ones(1, 100, dtype=torch.bool)
-    constant, guess = (
-        category_consistency_loss(torch.full((1, 100), v), torch.rand(1, 100), lesion, tissue, chosen)
-        for v in (-3.0, 0.0)
-    )
+    constant, guess = (ccl(torch.full((1, 100), v), lesion, lesion, 0.0) for v in (-3.0, 0.0))
     assert constant > guess
 
 
 @pytest.mark.parametrize("value", [True, False])
 def test_images_whose_labels_are_all_alike_contribute_nothing(value: bool) -> None:
-    given = case()
-    lesion = given["lesion"].clone()
+    lesion = labels(0.2)
     lesion[0] = value
-    logits = given["category_logits"].requires_grad_()
-    difficulty = torch.rand(B, M, generator=torch.Generator().manual_seed(0))
-    chosen = LossSettings(ccl_difficulty_share=0.0)
-    category_consistency_loss(logits, difficulty, lesion, ALL, chosen).backward()
+    logits = torch.randn(B, M, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    ccl(logits, labels(0.3, 4), lesion, 0.0).backward()
     assert logits.grad is not None
     assert not logits.grad[0].any()
     assert logits.grad[1:].abs().sum(1).gt(0).all()
 
 
 def test_the_difficulty_share_mixes_the_two_labels() -> None:
-    given = case()
-    difficulty = torch.rand(B, M, generator=torch.Generator().manual_seed(0))
-    by_share = [
-        category_consistency_loss(
-            given["category_logits"], difficulty, given["lesion"], ALL, LossSettings(ccl_difficulty_share=share)
-        )
-        for share in (0.0, 1.0, 0.25)
-    ]
+    logits = torch.randn(B, M, generator=torch.Generator().manual_seed(0))
+    hard, lesion = labels(0.3, 4), labels(0.2)
+    by_share = [ccl(logits, hard, lesion, share) for share in (0.0, 1.0, 0.25)]
     assert by_share[0] != by_share[1]
     torch.testing.assert_close(by_share[2], 0.75 * by_share[0] + 0.25 * by_share[1])
+    torch.testing.assert_close(by_share[1], ccl(logits, lesion, hard, 0.0))
 
 
 def test_a_perfect_head_has_nearly_no_ccl_and_an_inverted_one_much() -> None:
-    lesion = case()["lesion"]
-    difficulty = lesion.float() + 0.1
-    for threshold in ("mean", "quantile"):
-        chosen = LossSettings(ccl_threshold=threshold)
-        right, wrong = (
-            category_consistency_loss(sign * 20 * (lesion.float() - 0.5), difficulty, lesion, ALL, chosen)
-            for sign in (1, -1)
-        )
-        assert float(right) < 1e-3
-        assert float(wrong) > 5
+    lesion = labels(0.2)
+    right, wrong = (ccl(sign * 20 * (lesion.float() - 0.5), lesion, lesion, 0.5) for sign in (1, -1))
+    assert float(right) < 1e-3
+    assert float(wrong) > 5
 
 
 def test_quantile_marks_as_many_hardest_patches_as_the_cluster_holds() -> None:
@@ -329,29 +430,145 @@ def test_mean_marks_patches_harder_than_their_image() -> None:
     assert hard_labels(difficulty, tissue, tissue, "mean").tolist() == [[False, False, False, True]]
 
 
+@hypothesis(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0, 100), min_size=2, max_size=30))
+def test_otsu_marks_what_lies_above_the_split_of_most_variance_between_classes(errors: list[float]) -> None:
+    """Brute force over all splits: least variance within both classes, which is most between them."""
+    e = torch.tensor([errors], dtype=torch.float64)
+    tissue = torch.ones_like(e, dtype=torch.bool)
+    hard = hard_labels(e, tissue, tissue, "otsu")[0]
+    ordered = sorted(errors)
+
+    def within(part: list[float]) -> float:
+        mean = sum(part) / len(part)
+        return sum((x - mean) ** 2 for x in part)
+
+    best = min(within(ordered[:k]) + within(ordered[k:]) for k in range(1, len(ordered)))
+    assert 0 < int(hard.sum()) < len(errors)
+    assert e[0, hard].min() >= e[0, ~hard].max()
+    ours = within(e[0, hard].tolist()) + within(e[0, ~hard].tolist())
+    assert ours == pytest.approx(best, rel=1e-6, abs=1e-6)
+
+
+def test_otsu_of_a_single_masked_patch_is_finite() -> None:
+    one = torch.ones(2, 1)
+    assert hard_labels(one, one.bool(), one.bool(), "otsu").shape == (2, 1)
+
+
+@pytest.mark.parametrize("shares", [(0.2, 0.3), (0.5, 0.5), (0.05, 0.9)])
+def test_agreement_is_cohen_s_kappa(shares: tuple[float, float]) -> None:
+    one, other = labels(shares[0]), labels(shares[1], 4)
+    mixed = torch.where(labels(0.5, 5), one, other)
+    for a, b in ((one, other), (one, mixed), (one, ~one), (one, one)):
+        assert float(agreement(a, b)) == pytest.approx(cohen_kappa_score(a.flatten(), b.flatten()), abs=1e-5)
+
+
+def test_agreement_of_labels_all_alike_is_0() -> None:
+    assert float(agreement(ALL, ALL)) == 0
+
+
+def test_the_loss_reports_the_agreement_of_lesion_and_difficulty() -> None:
+    given = Case()
+    errors = patch_errors(given.pixels, given.target, LossSettings())
+    hard = hard_labels(errors.difficulty, given.lesion, given.tissue, "quantile")
+    expected = cohen_kappa_score(hard.flatten(), given.lesion.flatten())
+    assert float(given.loss().agreement) == pytest.approx(expected, abs=1e-5)
+    assert expected > 0.5  # lesion patches are hard here
+
+
+# Ranking
+
+
+def test_ranking_loss_is_that_of_a_plain_double_loop_over_pairs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    d = torch.randn(3, 7, generator=generator, dtype=torch.float64)
+    e = torch.randint(4, (3, 7), generator=generator).double()  # with ties
+    total, pairs = 0.0, 0
+    for b in range(3):
+        for i, j in itertools.product(range(7), range(7)):
+            if e[b, i] == e[b, j]:
+                continue
+            sure = 1 / (1 + math.exp(-(d[b, i] - d[b, j])))
+            total -= math.log(sure + 1e-6) if e[b, i] > e[b, j] else math.log(1 - sure + 1e-6)
+            pairs += 1
+    assert float(ranking_loss(d, e)) == pytest.approx(total / pairs, rel=1e-9)
+
+
+def test_a_right_order_ranks_better_than_none_and_none_than_a_wrong_one() -> None:
+    e = torch.rand(B, M, generator=torch.Generator().manual_seed(0))
+    right, none, wrong = (float(ranking_loss(scale * e, e)) for scale in (50, 0, -50))
+    assert right < 0.2 < none == pytest.approx(math.log(2), abs=1e-4)
+    assert wrong > 5
+
+
+def test_ranking_pulls_the_harder_patch_up_and_leaves_equal_ones_alone() -> None:
+    d = torch.zeros(1, 3, requires_grad=True)
+    ranking_loss(d, torch.tensor([[1.0, 2.0, 2.0]])).backward()
+    assert d.grad is not None
+    assert d.grad[0, 0] > 0 > d.grad[0, 1]
+    assert d.grad[0, 1] == d.grad[0, 2]
+    same = torch.randn(1, 3).requires_grad_()
+    assert ranking_loss(same, torch.ones(1, 3)).item() == 0
+
+
+def test_the_total_adds_ranking_by_its_weight_from_the_first_epoch_on() -> None:
+    given = headless()
+    given.difficulty = torch.randn(B, M, generator=torch.Generator().manual_seed(1))
+    for warming_up in (True, False):
+        found = given.loss(weighting="none", ranking_weight=0.7, warming_up=warming_up)
+        torch.testing.assert_close(found.total, found.reconstruction + 0.7 * found.ranking)
+        errors = patch_errors(given.pixels, given.target, LossSettings())
+        assert found.ranking.equal(ranking_loss(given.difficulty, errors.difficulty))
+
+
+# The total
+
+
 @pytest.mark.parametrize("weighting", ["none", "rrl", "arl"])
 def test_warming_up_is_the_plain_loss_to_the_bit_while_the_head_still_gets_a_zero_gradient(weighting: str) -> None:
-    given = case()
-    logits = given["category_logits"].requires_grad_()
-    found = loss(given, weighting=weighting, ccl_weight=0.5, warming_up=True)
-    assert found.total.equal(plain(given).total)
+    given = Case()
+    found = given.loss(weighting=weighting, ccl_weight=0.5, warming_up=True)
+    assert found.total.equal(given.plain().total)
     assert float(found.effective_patches) == 1
     assert found.ccl.item() > 0  # shown, not trained
     found.total.backward()
-    assert logits.grad is not None
-    assert not logits.grad.any()
+    assert given.category is not None
+    assert given.category.grad is not None
+    assert not given.category.grad.any()
 
 
 def test_the_total_adds_ccl_by_its_weight() -> None:
-    given = case()
-    found = loss(given, weighting="none", ccl_weight=0.7)
+    found = Case().loss(weighting="none", ccl_weight=0.7)
     torch.testing.assert_close(found.total, found.reconstruction + 0.7 * found.ccl)
 
 
 def test_low_precision_predictions_are_scored_in_float32() -> None:
-    given = case()
-    given["prediction"], given["category_logits"] = given["prediction"].bfloat16(), given["category_logits"].bfloat16()
-    found = loss(given)
-    assert found.total.dtype == torch.float32
-    expected = F.mse_loss(given["prediction"].float(), given["target"])
-    torch.testing.assert_close(found.reconstruction, expected)
+    given = Case()
+    given.pixels, given.category = given.pixels.detach().bfloat16(), given.category.detach().bfloat16()
+    given.difficulty = torch.randn(B, M).bfloat16()
+    found = given.loss(ranking_weight=1.0)
+    assert {value.dtype for value in found} == {torch.float32}
+    torch.testing.assert_close(found.reconstruction, F.mse_loss(given.pixels.float(), given.target))
+
+
+@hypothesis(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([0.0, 1e-12, 1e-3, 1.0, 1e6]),
+    st.sampled_from([0.0, 1e-12, 1.0, 1e6]),
+    st.sampled_from(WEIGHTINGS),
+    st.sampled_from(["mean", "quantile", "otsu"]),
+    st.booleans(),
+    st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_losses_and_gradients_are_finite_for_any_size_of_targets_and_errors(
+    size: float, error: float, weighting: dict[str, Any], threshold: str, norm_pix: bool, lesions: float
+) -> None:
+    given = Case()
+    given.target = size * given.target
+    given.pixels = (given.target + error * given.pixels.detach()).requires_grad_()
+    given.lesion, given.tissue = labels(lesions), labels(1 - lesions)
+    given.difficulty = (error * torch.randn(B, M)).requires_grad_()
+    found = given.loss(**weighting, ccl_threshold=threshold, norm_pix=norm_pix, ranking_weight=1.0)
+    assert all(value.isfinite() for value in found)
+    found.total.backward()
+    assert all(x.grad.isfinite().all() for x in (given.pixels, given.category, given.difficulty))

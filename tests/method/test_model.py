@@ -1,61 +1,42 @@
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import pytest
-import timm
 import torch
+from small import GREY, TINY, Shape, build, random_images, random_split, spec_of, step, tiny
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from amlp_ray.config import ImageSpec, ModelSettings
-from amlp_ray.method.model import TIMM_NAME, MaskedAutoencoder, encoder_tokens, timm_arguments, use_fused_attention
+from amlp_ray.config import VARIANTS, ModelSettings
+from amlp_ray.method.encoder import encoder_tokens, use_fused_attention
+from amlp_ray.method.masking import Masking
+from amlp_ray.method.model import MaskedAutoencoder, build_autoencoder
 from amlp_ray.method.patches import patchify
+from amlp_ray.method.siamese import SimSiam, two_views
 
-TINY = ModelSettings(patch_size=8, width=24, depth=2, heads=2, decoder_width=16, decoder_depth=2, decoder_heads=2)
-SHAPES = [(1, 32, 32), (2, 24, 40), (3, 16, 48)]
+SMALL = {"patch_size": 8, "width": 24, "depth": 2, "heads": 2, "decoder_width": 16, "decoder_depth": 2}
+KINDS: list[dict[str, Any]] = [
+    SMALL,
+    {**SMALL, "class_token": False},
+    {**SMALL, "register_tokens": 3},
+    {**SMALL, "encode": "all"},
+    {**SMALL, "encode": "all", "decoder_depth": 0},
+]
+SHAPES: list[Shape] = [(1, 32, 32), (2, 24, 40), (3, 16, 48)]
 
 
-def spec_of(shape: tuple[int, int, int]) -> ImageSpec:
-    channels, height, width = shape
-    return ImageSpec(channels=channels, height=height, width=width, mean=(0,) * channels, std=(1,) * channels)
-
-
-def build(shape: tuple[int, int, int], *, category: bool = False, seed: int = 0) -> MaskedAutoencoder:
+def autoencoder(
+    shape: Shape, given: dict[str, Any] | None = None, *, seed: int = 0, **parts: bool
+) -> MaskedAutoencoder:
     torch.manual_seed(seed)
-    return MaskedAutoencoder(TINY, spec_of(shape), category=category).eval()
+    return MaskedAutoencoder(ModelSettings(**(given or SMALL)), spec_of(shape), **parts).eval()
 
 
-def split(model: MaskedAutoencoder, batch: int, masked: int) -> tuple[Tensor, Tensor]:
-    """A random permutation of the patches per image, as (visible, masked) indices."""
-    n = model.grid[0] * model.grid[1]
-    order = torch.rand(batch, n, generator=torch.Generator().manual_seed(1)).argsort(1)
-    return order[:, masked:], order[:, :masked]
-
-
-def images_of(shape: tuple[int, int, int], batch: int = 3) -> Tensor:
-    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(2))
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@torch.no_grad()
-def test_with_all_patches_visible_tokens_are_those_of_timm(shape: tuple[int, int, int]) -> None:
-    model, images = build(shape), images_of(shape)
-    ours = encoder_tokens(model.encoder, patchify(images, 8))
-    torch.testing.assert_close(ours, model.encoder.forward_features(images), atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@torch.no_grad()
-def test_visible_patches_alone_give_what_dropping_the_others_after_embedding_gives(shape: tuple[int, int, int]) -> None:
-    model, images = build(shape), images_of(shape)
-    visible, _ = split(model, 3, 5)
-    ours = encoder_tokens(model.encoder, patchify(images, 8), visible)
-
-    encoder = model.encoder  # MAE's own order: embed all, add positions, drop, prepend the class token
-    tokens = encoder.patch_embed(images) + encoder.pos_embed[:, 1:]
-    tokens = torch.stack([tokens[i, visible[i]] for i in range(3)])
-    first = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(3, -1, -1)
-    expected = encoder.norm(encoder.blocks(torch.cat([first, tokens], 1)))
-    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
+def patches_and_split(shape: Shape, masked: int) -> tuple[Tensor, Tensor, Tensor]:
+    patches = patchify(random_images(shape, 3), 8)
+    return patches, *random_split(3, patches.shape[1], masked)
 
 
 @torch.no_grad()
@@ -65,99 +46,190 @@ def reference_mae(model: MaskedAutoencoder, patches: Tensor, visible: Tensor) ->
     encoded = model.decoder_embed(encoder_tokens(model.encoder, patches, visible))
     full = model.mask_token.expand(b, n, -1).clone()
     for i in range(b):
-        full[i, visible[i]] = encoded[i, 1:]
-    tokens = torch.cat([encoded[:, :1], full], 1) + model.decoder_positions
-    for block in model.decoder_blocks:
+        full[i, visible[i]] = encoded[i, model.prefix :]
+    tokens = torch.cat([encoded[:, : model.prefix], full], 1) + model.decoder_positions
+    for block in model.decoder.blocks:
         tokens = block(tokens)
-    return model.predict(model.decoder_norm(tokens))[:, 1:]
+    return model.predict(model.decoder.norm(tokens))[:, model.prefix :]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("given", KINDS[:3], ids=str)
 @torch.no_grad()
-def test_predictions_are_those_of_mae_that_decodes_every_token_in_place(shape: tuple[int, int, int]) -> None:
-    model = build(shape)
-    patches = patchify(images_of(shape), 8)
-    visible, masked = split(model, 3, 7)
-    prediction, category = model(patches, visible, masked)
+def test_predictions_are_those_of_mae_that_decodes_every_token_in_place(given: dict[str, Any], shape: Shape) -> None:
+    model = autoencoder(shape, given)
+    patches, visible, masked = patches_and_split(shape, 7)
+    told = model(patches, visible, masked)
     whole = reference_mae(model, patches, visible)
-    assert category is None
-    assert prediction.shape == (3, 7, shape[0] * 64)
-    torch.testing.assert_close(prediction, torch.stack([whole[i, masked[i]] for i in range(3)]), atol=1e-5, rtol=1e-5)
+    assert told.category is None
+    assert told.difficulty is None
+    assert told.pixels.shape == (3, 7, shape[0] * 64)
+    torch.testing.assert_close(told.pixels, torch.stack([whole[i, masked[i]] for i in range(3)]), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("depth", [0, 1])
 @torch.no_grad()
-def test_masked_pixels_have_no_influence_on_the_prediction() -> None:
-    model = build((1, 32, 32))
-    patches = patchify(images_of((1, 32, 32)), 8)
-    visible, masked = split(model, 3, 10)
+def test_encoding_all_tokens_is_simmim_with_mask_tokens_among_the_embeddings(depth: int) -> None:
+    shape = (1, 32, 32)
+    model = autoencoder(shape, {**SMALL, "encode": "all", "decoder_depth": depth})
+    patches, visible, masked = patches_and_split(shape, 5)
+    encoder = model.encoder
+    embedded = encoder.patch_embed(random_images(shape, 3))
+    for i in range(3):
+        embedded[i, masked[i]] = model.mask_token[0]
+    tokens = torch.cat([encoder.cls_token.expand(3, -1, -1), embedded], 1) + encoder.pos_embed
+    tokens = encoder.norm(encoder.blocks(tokens))
+    if depth:
+        tokens = model.decoder(model.decoder_embed(tokens) + model.decoder_positions)
+    expected = model.predict(tokens)[:, 1:]
+    told = model(patches, visible, masked).pixels
+    torch.testing.assert_close(told, torch.stack([expected[i, masked[i]] for i in range(3)]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("given", KINDS, ids=str)
+@torch.no_grad()
+def test_masked_pixels_have_no_influence_on_the_prediction(given: dict[str, Any]) -> None:
+    model = autoencoder((1, 32, 32), given, category=True)
+    patches, visible, masked = patches_and_split((1, 32, 32), 10)
     changed = patches.clone().scatter(1, masked[..., None].expand(-1, -1, 64), 99.0)
-    assert torch.equal(model(patches, visible, masked)[0], model(changed, visible, masked)[0])
+    for one, other in zip(model(patches, visible, masked)[:2], model(changed, visible, masked)[:2], strict=True):
+        assert torch.equal(one, other)
     changed[0, visible[0, 0]] += 1
-    assert not torch.equal(model(patches, visible, masked)[0][0], model(changed, visible, masked)[0][0])
+    assert not torch.equal(model(patches, visible, masked).pixels[0], model(changed, visible, masked).pixels[0])
+
+
+@pytest.mark.parametrize("given", KINDS, ids=str)
+@torch.no_grad()
+def test_the_order_of_indices_does_not_matter(given: dict[str, Any]) -> None:
+    model = autoencoder((1, 32, 32), given, category=True, ranking=given.get("encode") != "all")
+    patches, visible, masked = patches_and_split((1, 32, 32), 6)
+    plain = model(patches, visible, masked)
+    flipped = model(patches, visible.flip(1), masked.flip(1))
+    for one, other in zip(plain, flipped, strict=True):
+        if one is not None:
+            torch.testing.assert_close(other.flip(1), one, atol=1e-5, rtol=1e-5)
+
+
+# Optional parts
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_optional_parts_change_no_other_initial_weight_and_no_prediction(shape: Shape) -> None:
+    base = autoencoder(shape)
+    weights = base.state_dict()
+    patches, visible, masked = patches_and_split(shape, 4)
+    for category, ranking in itertools.product((False, True), repeat=2):
+        model = autoencoder(shape, category=category, ranking=ranking)
+        more = model.state_dict()
+        added = {name.split(".")[0] for name in set(more) - set(weights)}
+        assert added == ({"category"} if category else set()) | ({"ranking", "rank"} if ranking else set())
+        assert all(torch.equal(weights[name], more[name]) for name in weights)
+        told = model(patches, visible, masked)
+        assert torch.equal(told.pixels, base(patches, visible, masked).pixels)
+        assert (told.category is not None, told.difficulty is not None) == (category, ranking)
+        assert all(extra.shape == (3, 4) for extra in told[1:] if extra is not None)
+
+
+def test_a_teacher_and_centroids_change_no_other_initial_weight_either() -> None:
+    plain = build(tiny({"variant": "mps-ams"})).state_dict()
+    for selection in ({"scope": "dataset"}, {"features": "tokens"}, {"features": "tokens", "scope": "dataset"}):
+        model = build(tiny({"variant": "mps-ams", "selection": selection}))
+        more = model.state_dict()
+        assert all(torch.equal(plain[name], more[name]) for name in plain)
+        assert {name.split(".")[0] for name in set(more) - set(plain)} <= {"teacher", "centroids"}
+        assert (model.centroids is not None) == ("scope" in selection)
+        assert (model.teacher is not None) == ("features" in selection)
+
+
+@pytest.mark.parametrize(
+    ("features", "dimensions"), [("raw", 2 * 64), ("stats", 2 * 3), ("context", 4), ("tokens", TINY["width"])]
+)
+def test_centroids_have_the_dimensions_of_their_features(features: str, dimensions: int) -> None:
+    settings = tiny({"selection": {"features": features, "scope": "dataset", "clusters": 5}, "loss": {"warmup": 0.0}})
+    model = build(settings, (2, 64, 64))
+    assert model.centroids is not None
+    assert model.centroids.centres.shape == (5, dimensions)
+    keys = torch.arange(4)
+    step(Masking(model, settings), random_images((2, 64, 64), 4), keys, 1)
+    assert float(model.centroids.mass.sum()) == 4 * 64
 
 
 @torch.no_grad()
-def test_the_order_of_indices_does_not_matter() -> None:
-    model = build((1, 32, 32), category=True)
-    patches = patchify(images_of((1, 32, 32)), 8)
-    visible, masked = split(model, 3, 6)
-    prediction, category = model(patches, visible, masked)
-    again, category_again = model(patches, visible.flip(1), masked.flip(1))
-    torch.testing.assert_close(again.flip(1), prediction, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(category_again.flip(1), category, atol=1e-5, rtol=1e-5)
-
-
-def test_the_category_head_gives_one_logit_per_masked_patch_and_changes_no_other_initial_weight() -> None:
-    without, with_head = build((2, 24, 40)), build((2, 24, 40), category=True)
-    weights, more = without.state_dict(), with_head.state_dict()
-    assert set(more) - set(weights) == {"category.weight", "category.bias"}
-    assert all(torch.equal(weights[name], more[name]) for name in weights)
-    visible, masked = split(with_head, 3, 4)
-    logits = with_head(patchify(images_of((2, 24, 40)), 8), visible, masked)[1]
-    assert logits is not None
-    assert logits.shape == (3, 4)
+def test_difficulty_is_predicted_for_all_patches_from_whole_images() -> None:
+    shape = (1, 32, 32)
+    model = autoencoder(shape, ranking=True)
+    patches, _, _ = patches_and_split(shape, 4)
+    tokens = model.decoder_embed(encoder_tokens(model.encoder, patches)) + model.decoder_positions
+    for block in model.ranking.blocks:
+        tokens = block(tokens)
+    expected = model.rank(model.ranking.norm(tokens))[:, 1:, 0]
+    torch.testing.assert_close(model.predicted_difficulty(patches), expected, atol=1e-5, rtol=1e-5)
+    assert expected.shape == (3, 16)
 
 
 def test_the_seed_alone_decides_the_initial_weights() -> None:
-    a, b, c = (build((1, 16, 16), seed=seed).state_dict() for seed in (0, 0, 1))
+    a, b, c = (autoencoder((1, 16, 16), seed=seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a["encoder.patch_embed.proj.weight"], c["encoder.patch_embed.proj.weight"])
 
 
-def test_every_trained_parameter_gets_a_gradient_and_positions_stay_fixed() -> None:
-    model = build((1, 32, 32), category=True).train()
-    visible, masked = split(model, 3, 6)
-    prediction, category = model(patchify(images_of((1, 32, 32)), 8), visible, masked)
-    (prediction.square().mean() + category.square().mean()).backward()
-    assert {name for name, p in model.named_parameters() if p.grad is None} == {"encoder.pos_embed"}
-    assert not model.encoder.pos_embed.requires_grad
-
-
-def test_positions_are_distinct_bounded_and_zero_for_the_class_token() -> None:
-    positions = build((1, 24, 40)).encoder.pos_embed[0]
-    assert not positions[0].any()
-    assert positions.abs().max() <= 1
-    assert torch.cdist(positions[1:], positions[1:]).add(torch.eye(15) * 9).min() > 0.1
-    grid = positions[1:].view(3, 5, 24)
-    assert torch.equal(grid[0, :, :12], grid[2, :, :12])  # the first half tells columns, the second rows
-    assert torch.equal(grid[:, 0, 12:], grid[:, 4, 12:])
-
-
 def test_fused_and_plain_attention_agree() -> None:
-    model = build((1, 32, 32))
-    patches = patchify(images_of((1, 32, 32)), 8)
-    visible, masked = split(model, 3, 6)
+    model = autoencoder((1, 32, 32))
+    patches, visible, masked = patches_and_split((1, 32, 32), 6)
     results = []
     for fused in (True, False):
         use_fused_attention(model, fused)
         assert all(m.attn.fused_attn is fused for m in model.modules() if isinstance(m, Block))
-        results.append(model(patches, visible, masked)[0])
+        results.append(model(patches, visible, masked).pixels)
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_timm_builds_the_same_encoder_from_the_arguments_alone(shape: tuple[int, int, int]) -> None:
-    arguments = timm_arguments(TINY, spec_of(shape))
-    theirs = timm.create_model(TIMM_NAME, pretrained=False, **arguments)
-    ours = build(shape).encoder
-    assert {k: v.shape for k, v in theirs.state_dict().items()} == {k: v.shape for k, v in ours.state_dict().items()}
+# Gradients: data-parallel training waits for that of every trained parameter
+
+ARMS: list[dict[str, Any]] = [
+    {"variant": name} for name, arm in VARIANTS.items() if arm.get("objective", "reconstruction") == "reconstruction"
+]
+ARMS[[arm["variant"] for arm in ARMS].index("simmim")]["model"] = {"decoder_depth": 0}
+MORE: list[dict[str, Any]] = [
+    {"model": {"class_token": False, "register_tokens": 2}},
+    {"model": {"encode": "all"}},
+    {"selection": {"scope": "dataset", "features": "tokens"}},
+    {"loss": {"ranking_weight": 1.0}},
+    {"loss": {"weighting": "arl", "ccl_threshold": "otsu", "norm_pix": True, "distance": "l1"}},
+]
+
+
+@pytest.mark.parametrize("epoch", [1, 5])  # within and after the warm-up
+@pytest.mark.parametrize("given", ARMS + MORE, ids=str)
+def test_every_trained_parameter_gets_a_gradient(given: dict[str, Any], epoch: int) -> None:
+    settings = tiny(given)
+    model = build(settings).train()
+    step(Masking(model, settings), random_images(GREY, 4), torch.arange(4), epoch).losses.total.backward()
+    for name, parameter in model.named_parameters():
+        fixed = name.endswith("pos_embed") or name.startswith("teacher.")
+        assert parameter.requires_grad is not fixed, name
+        assert (parameter.grad is None) is fixed, name
+        assert fixed or bool(parameter.grad.isfinite().all()), name
+
+
+@pytest.mark.parametrize("encoder", ["vit_medium_patch16_reg4_gap_256", "vit_base_patch16_siglip_224"])
+def test_every_trained_parameter_of_a_named_encoder_gets_a_gradient(encoder: str) -> None:
+    settings = tiny({"variant": "mae", "model": {"encoder": encoder, "heads": 2, "decoder_heads": 2}})
+    model = build(settings).train()
+    step(Masking(model, settings), random_images(GREY, 2), torch.arange(2), 1).losses.total.backward()
+    without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert without == set()
+
+
+def test_every_trained_parameter_of_simsiam_gets_a_gradient() -> None:
+    settings = tiny({"variant": "simsiam"})
+    model = SimSiam(settings.model, spec_of(GREY))
+    model(*two_views(random_images(GREY, 6), torch.arange(6), settings, 8, 1))[0].backward()
+    assert {name for name, p in model.named_parameters() if p.grad is None} == {"encoder.pos_embed"}
+
+
+def test_the_random_encoder_is_that_of_every_other_arm() -> None:
+    scratch, mae = (build(tiny({"variant": name})) for name in ("scratch", "mae"))
+    theirs = mae.encoder.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in scratch.encoder.state_dict().items())
+    assert build_autoencoder(tiny({"variant": "scratch"}), spec_of(GREY)).teacher is None

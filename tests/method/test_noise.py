@@ -5,10 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amlp_ray.method.noise import CLUSTER, CROP, MASK, uniform
+from amlp_ray.method import noise
+from amlp_ray.method.noise import CROP, MASK, uniform
 
 KEYS = torch.arange(64) * 1_000_003 + 17
 key = st.integers(0, 2**63 - 1)
+PURPOSES = [value for name, value in vars(noise).items() if name.isupper() and not name.startswith("_")]
 
 
 @given(st.lists(key, min_size=1, max_size=8), st.integers(0, 2**40), st.integers(0, 10**6))
@@ -51,14 +53,18 @@ def test_seed_epoch_and_purpose_each_give_other_numbers(change: dict[str, int]) 
     assert abs(_correlation(u, v)) < 0.05  # 6,400 pairs: SD 0.0125
 
 
+def test_every_purpose_has_a_number_of_its_own() -> None:
+    assert len(set(PURPOSES)) == len(PURPOSES) == 9
+
+
 def test_seed_epoch_and_purpose_do_not_stand_in_for_each_other() -> None:
     drawn = {
         tuple(uniform(KEYS[:1], 4, seed=s, epoch=e, purpose=p)[0].tolist())
         for s in range(6)
         for e in range(6)
-        for p in (CROP, MASK, CLUSTER)
+        for p in PURPOSES
     }
-    assert len(drawn) == 6 * 6 * 3
+    assert len(drawn) == 6 * 6 * len(PURPOSES)
 
 
 def test_numbers_are_uniform_and_uncorrelated_between_images_positions_and_epochs() -> None:

@@ -14,7 +14,8 @@ from amlp_ray.data.phantoms import draw_phantom
 from amlp_ray.method.patches import patchify, tissue_patches
 from amlp_ray.method.scores import patch_score
 
-SCORES = ("row_contrast", "blob", "border_saliency", "combined")
+SCORES = ("row_contrast", "blob", "border_saliency", "geodesic", "texture", "combined")
+SIGNED = ("row_contrast", "blob")
 
 
 def scored(
@@ -47,7 +48,8 @@ def phantoms(kind: str, count: int, size: int = 96) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("score", "least"), [("row_contrast", 0.75), ("blob", 0.75), ("border_saliency", 0.65), ("combined", 0.8)]
+    ("score", "least"),
+    [("row_contrast", 0.75), ("blob", 0.75), ("border_saliency", 0.65), ("geodesic", 0.65), ("combined", 0.8)],
 )
 def test_every_score_ranks_dark_lesions_of_ultrasound_phantoms_high(score: str, least: float) -> None:
     images, masks = phantoms("ultrasound", 30)

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amlp_ray.config import RatioSettings
+from amlp_ray.errors import SettingsError
 from amlp_ray.method.ratio import masked_count, masking_ratio
+from amlp_ray.settings import build as build_settings
 
-SHAPES = ("linear", "cosine", "power", "step")
+SHAPES = ("linear", "cosine", "power", "step", "exponential")
 share = st.floats(0.01, 0.99)
 settings_of_any_kind = st.builds(
     RatioSettings,
@@ -20,6 +22,7 @@ settings_of_any_kind = st.builds(
     power=st.floats(0.1, 10),
     levels=st.integers(2, 50),
     duration=st.floats(0.01, 1),
+    per=st.sampled_from(["epoch", "step"]),
 )
 
 
@@ -30,7 +33,7 @@ def course(settings: RatioSettings, epochs: int) -> list[float]:
 @given(settings_of_any_kind, st.integers(2, 200))
 def test_any_schedule_starts_at_start_ends_at_end_and_never_turns_back(settings: RatioSettings, epochs: int) -> None:
     ratios = course(settings, epochs)
-    assert ratios[0] == settings.start
+    assert ratios[0] == pytest.approx(settings.start)
     assert ratios[-1] == pytest.approx(settings.end, abs=1e-9)
     sign = math.copysign(1, settings.end - settings.start)
     assert all(sign * (b - a) >= -1e-12 for a, b in itertools.pairwise(ratios))
@@ -48,16 +51,27 @@ def test_equal_ends_are_a_fixed_ratio_to_the_bit(shape: str) -> None:
     assert set(course(RatioSettings(start=0.75, end=0.75, shape=shape), 37)) == {0.75}
 
 
+def test_fixed_keeps_start_whatever_the_end() -> None:
+    assert set(course(RatioSettings(start=0.4, end=0.9, shape="fixed"), 37)) == {0.4}
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_epoch_has_the_start_ratio(shape: str) -> None:
     assert course(RatioSettings(start=0.3, end=0.6, shape=shape), 1) == [0.3]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "exponential"])
 def test_a_falling_schedule_mirrors_the_rising_one(shape: str) -> None:
     up = course(RatioSettings(start=0.25, end=0.75, shape=shape, power=2), 20)
     down = course(RatioSettings(start=0.75, end=0.25, shape=shape, power=2), 20)
     assert down == pytest.approx([1 - ratio for ratio in up])
+
+
+def test_an_exponential_schedule_multiplies_by_the_same_factor_each_epoch_and_falls_as_it_rose() -> None:
+    up = course(RatioSettings(start=0.1, end=0.8, shape="exponential"), 10)
+    assert [b / a for a, b in itertools.pairwise(up)] == pytest.approx([8 ** (1 / 9)] * 9)
+    down = course(RatioSettings(start=0.8, end=0.1, shape="exponential"), 10)
+    assert down == pytest.approx(up[::-1])
 
 
 def test_linear_cosine_and_power_have_their_formulas() -> None:
@@ -86,6 +100,103 @@ def test_a_short_duration_reaches_the_end_early_and_stays() -> None:
     assert ratios[9:] == pytest.approx([0.8] * 31)
     assert ratios[8] < 0.8
     assert ratios[:10] == pytest.approx(course(RatioSettings(start=0.2, end=0.8), 10))
+
+
+# per step
+
+
+@given(settings_of_any_kind, st.integers(2, 30), st.integers(2, 7))
+def test_per_step_a_schedule_of_e_epochs_is_that_of_as_many_epochs_as_there_are_steps(
+    settings: RatioSettings, epochs: int, steps: int
+) -> None:
+    per_step = settings.model_copy(update={"per": "step"})
+    fine = [
+        masking_ratio(per_step, epoch, epochs, step=step, steps=steps)
+        for epoch in range(1, epochs + 1)
+        for step in range(steps)
+    ]
+    assert fine == pytest.approx(course(settings, epochs * steps))
+    assert fine[-1] == pytest.approx(settings.end, abs=1e-9)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, "fixed", "random", "points"])
+def test_per_epoch_the_ratio_stays_the_same_within_an_epoch(shape: str) -> None:
+    settings = RatioSettings(shape=shape, points=((0, 0.2), (1, 0.6)))
+    for epoch in (1, 4, 10):
+        assert len({masking_ratio(settings, epoch, 10, step=step, steps=5) for step in range(5)}) == 1
+
+
+# points
+
+
+def test_points_are_joined_by_lines_and_level_before_the_first_and_after_the_last() -> None:
+    settings = RatioSettings(shape="points", points=((0.2, 0.3), (0.4, 0.7), (0.8, 0.5)))
+    expected = [0.3, 0.3, 0.3, 0.5, 0.7, 0.65, 0.6, 0.55, 0.5, 0.5, 0.5]
+    assert course(settings, 11) == pytest.approx(expected)
+
+
+def test_points_at_both_ends_are_hit_and_two_of_them_are_linear() -> None:
+    points = course(RatioSettings(shape="points", points=((0, 0.25), (1, 0.75))), 30)
+    assert points == pytest.approx(course(RatioSettings(), 30))
+    assert course(RatioSettings(shape="points", points=((0, 0.25), (1, 0.75))), 1) == [0.25]
+
+
+@pytest.mark.parametrize(
+    "points", [(), ((0, 0.3),), ((0.5, 0.3), (0.2, 0.6)), ((0, 0.3), (1, 1.0)), ((0, 0.3), (2, 0.5))]
+)
+def test_points_that_are_no_schedule_are_refused(points: tuple[tuple[float, float], ...]) -> None:
+    with pytest.raises(SettingsError, match="points"):
+        build_settings(RatioSettings, {"shape": "points", "points": points}, "ratio")
+
+
+# random
+
+
+@pytest.mark.parametrize("per", ["epoch", "step"])
+def test_random_ratios_fill_the_range_and_repeat_for_equal_seeds(per: str) -> None:
+    settings = RatioSettings(start=0.2, end=0.6, shape="random", per=per)
+
+    def drawn(seed: int) -> list[float]:
+        return [
+            masking_ratio(settings, epoch, 50, step=step, steps=4, seed=seed)
+            for epoch in range(1, 51)
+            for step in range(4)
+        ]
+
+    ratios = drawn(0)
+    assert ratios == drawn(0)
+    assert ratios != drawn(1)
+    assert len(set(ratios)) == (50 if per == "epoch" else 200)
+    assert 0.2 < min(ratios) < 0.25 < 0.55 < max(ratios) < 0.6
+    assert sum(ratios) / len(ratios) == pytest.approx(0.4, abs=0.06)  # SD 0.016 over 50 draws
+
+
+def test_random_ratios_of_a_resumed_run_are_those_of_an_uninterrupted_one() -> None:
+    """A ratio follows from its own epoch and step, whatever was drawn before."""
+    settings = RatioSettings(shape="random", per="step")
+    later = masking_ratio(settings, 7, 50, step=2, steps=4, seed=3)
+    course(settings, 6)
+    assert masking_ratio(settings, 7, 50, step=2, steps=4, seed=3) == later
+
+
+# How many patches
+
+
+@given(st.floats(0, 1), st.integers(2, 5000), st.integers(1, 300))
+def test_a_quantum_gives_the_nearest_multiple_but_keeps_one_patch_masked_and_one_visible(
+    ratio: float, patches: int, quantum: int
+) -> None:
+    count = masked_count(ratio, patches, quantum)
+    assert 1 <= count <= patches - 1
+    if 1 < count < patches - 1:
+        assert count % quantum == 0
+        assert abs(count - ratio * patches) <= quantum / 2
+
+
+def test_a_quantum_leaves_few_numbers_of_masked_patches() -> None:
+    settings = RatioSettings(start=0.25, end=0.75, quantum=14)
+    counts = {masked_count(ratio, 196, settings.quantum) for ratio in course(settings, 400)}
+    assert sorted(counts) == [56, 70, 84, 98, 112, 126, 140]  # 49 is rounded to 56: to the even multiple
 
 
 @given(st.floats(0, 1), st.integers(2, 5000))

@@ -149,7 +149,7 @@ def test_arms_come_first_share_seeds_and_stay_out_of_the_search(store: StudyStor
     search = searcher(store, board, chosen)
     tasks = [Task.from_config(search.suggest(f"t{i}")["task"]) for i in range(5)]
     assert [t.label for t in tasks] == ["arm scratch-0", "arm mae-0", "arm scratch-1", "arm mae-1", "trial 0"]
-    assert tasks[0].scratch
+    assert tasks[0].settings.objective == "none"
     assert tasks[0].rungs == (0,)
     assert tasks[0].settings.seed == tasks[1].settings.seed != tasks[2].settings.seed
     assert tasks[1].settings.ratio.start == 0.75, "what the study fixes of the method must not change what mae means"

@@ -53,7 +53,7 @@ def test_a_random_encoder_is_scored_once_as_epoch_0_and_exported_untrained(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
     reported: list[dict[str, Any]] = []
-    job = replace(job_of(phantom_dataset, tmp_path), scratch=True, rungs=(0,))
+    job = replace(job_of(phantom_dataset, tmp_path, variant="scratch"), rungs=(0,))
     result = run_job(job, Hooks(report=lambda metrics, checkpoint: reported.append(metrics)))
     assert [metrics["epoch"] for metrics in reported] == [0]
     assert 0 <= reported[0]["dsc"] <= 1

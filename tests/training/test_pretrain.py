@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from amlp_ray.config import ImageSpec, PretrainSettings
+from amlp_ray.config import VARIANTS, ImageSpec, PretrainSettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.stream import Batch, Batches, open_batches
 from amlp_ray.errors import CheckpointError, NonFiniteLossError, SettingsError
@@ -76,8 +76,9 @@ def test_every_epoch_writes_one_line_with_all_its_figures(phantom_dataset: Patch
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
     for row in rows:
         assert set(row) == TIMINGS | {
-            "epoch", "loss", "loss_rec", "loss_ccl", "effective_patches", "lesion_cluster_share",
-            "lesion_masked_share", "fallback_share", "grad_norm", "ratio", "lr",
+            "epoch", "loss", "loss_rec", "loss_ccl", "loss_rank", "effective_patches", "agreement",
+            "lesion_cluster_share", "lesion_masked_share", "tissue_masked_share", "fallback_share", "grad_norm",
+            "ratio", "lr",
         }  # fmt: skip
         assert all(math.isfinite(value) for value in row.values())
         assert 0 < row["effective_patches"] <= 1
@@ -87,19 +88,29 @@ def test_every_epoch_writes_one_line_with_all_its_figures(phantom_dataset: Patch
     assert result.metrics == rows[-1]
 
 
-@pytest.mark.parametrize("variant", ["amlp", "amlp-soft", "mae"])
+TWO_EPOCHS = {"refresh": 2}  # so that a stop after one epoch falls between two looks at whole images
+RESUMED: dict[str, dict[str, Any]] = {name: {"variant": name} for name in VARIANTS if name != "scratch"} | {
+    "a look in between": {"selection": {**TWO_EPOCHS, "feedback": 0.5}, "loss": {"warmup": 0.0}},
+    "data set clusters": {"selection": {**TWO_EPOCHS, "scope": "dataset", "clusters": 4}},
+    "tokens": {"selection": {**TWO_EPOCHS, "features": "tokens", "rule": "hardest"}, "loss": {"warmup": 0.0}},
+    "tokens of the data set": {"selection": {"refresh": 0, "features": "tokens", "scope": "dataset"}},
+    "random ratio": {"ratio": {"shape": "random", "per": "step"}},
+}
+
+
+@pytest.mark.parametrize("given", RESUMED.values(), ids=RESUMED.keys())
 @pytest.mark.parametrize("stop_after", [1, 2])
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(
-    phantom_dataset: PatchDataset, tmp_path: Path, variant: str, stop_after: int
+    phantom_dataset: PatchDataset, tmp_path: Path, given: dict[str, Any], stop_after: int
 ) -> None:
-    whole = run(phantom_dataset, tmp_path / "whole", variant=variant)
+    whole = run(phantom_dataset, tmp_path / "whole", **given)
     torch.manual_seed(99)  # nothing may hang on torch's own generator
-    part = run(phantom_dataset, tmp_path / "parts", variant=variant, stop_after=stop_after)
+    part = run(phantom_dataset, tmp_path / "parts", stop_after=stop_after, **given)
     assert part.stopped_early
     assert part.epochs == stop_after
     assert not same(weights(part), weights(whole))
     torch.manual_seed(7)
-    resumed = run(phantom_dataset, tmp_path / "parts", variant=variant)
+    resumed = run(phantom_dataset, tmp_path / "parts", **given)
     assert resumed.epochs == 4
     assert same(weights(resumed), weights(whole))
     assert without_timings(tmp_path / "parts") == without_timings(tmp_path / "whole")

@@ -86,11 +86,11 @@ def test_tokens_that_know_the_lesion_score_far_above_those_that_do_not_and_above
 
 def test_a_random_encoder_s_score_repeats_exactly_and_test_images_are_never_read(phantom_dataset: PatchDataset) -> None:
     model = model_of(phantom_dataset)
-    first = probe_of(phantom_dataset).score(model)
+    first = probe_of(phantom_dataset).score(model.encoder)
     torch.manual_seed(123)
     np.random.seed(5)
-    assert probe_of(phantom_dataset).score(model) == first
-    assert probe_of(phantom_dataset).score(model_of(phantom_dataset, seed=1)) != first
+    assert probe_of(phantom_dataset).score(model.encoder) == first
+    assert probe_of(phantom_dataset).score(model_of(phantom_dataset, seed=1).encoder) != first
 
 
 def test_another_seed_takes_other_subsets(phantom_dataset: PatchDataset) -> None:
@@ -110,7 +110,7 @@ def test_cross_validation_scores_every_labelled_lesion_image_of_train_and_val_on
     probe = probe_of(phantom_dataset, scoring="cross-validation")
     scored = [probe.data.ids[i] for _, rows in probe.plan for i in rows]
     assert len(scored) == len(set(scored))
-    score = probe.score(model_of(phantom_dataset))
+    score = probe.score(model_of(phantom_dataset).encoder)
     assert set(score.per_image) == lesion_ids(phantom_dataset, "train", "val")
     assert score.images == len(score.per_image)
     assert score.dsc == pytest.approx(np.mean(list(score.per_image.values())), abs=1e-5)
@@ -135,7 +135,7 @@ def test_no_image_or_group_is_scored_by_a_head_that_was_fitted_on_it(phantom_dat
 
 def test_val_scoring_fits_on_train_and_scores_val_alone(phantom_dataset: PatchDataset) -> None:
     probe = probe_of(phantom_dataset, scoring="val")
-    score = probe.score(model_of(phantom_dataset))
+    score = probe.score(model_of(phantom_dataset).encoder)
     assert set(score.per_image) == lesion_ids(phantom_dataset, "val")
     val = phantom_dataset.load("val")
     normals = len(val) - len(score.per_image)
@@ -200,7 +200,7 @@ def test_unlabelled_images_are_neither_fitted_nor_scored(phantom_dataset: PatchD
     splits = [unlabel(name, phantom_dataset.load(name)) for name in ("train", "val")]
     labelled = {s.ids[i] for s in splits for i in range(len(s)) if s.labelled[i]}
     assert set(probe.data.ids) <= labelled
-    assert set(probe.score(model_of(phantom_dataset)).per_image) <= labelled
+    assert set(probe.score(model_of(phantom_dataset).encoder).per_image) <= labelled
 
 
 def test_the_probe_works_where_the_test_split_is_gone(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
@@ -208,9 +208,9 @@ def test_the_probe_works_where_the_test_split_is_gone(phantom_dataset: PatchData
     shutil.copytree(phantom_dataset.path, copy)
     dataset = PatchDataset.open(copy)
     shutil.rmtree(copy / "test")
-    Probe(dataset, ProbeSettings.model_validate(FEW), 8).score(model_of(dataset))
+    Probe(dataset, ProbeSettings.model_validate(FEW), 8).score(model_of(dataset).encoder)
 
 
 def test_one_subset_has_no_spread(phantom_dataset: PatchDataset) -> None:
-    assert probe_of(phantom_dataset, subsets=1, scoring="val").score(model_of(phantom_dataset)).dsc_sd == 0
-    assert probe_of(phantom_dataset, subsets=3, scoring="val").score(model_of(phantom_dataset)).dsc_sd > 0
+    assert probe_of(phantom_dataset, subsets=1, scoring="val").score(model_of(phantom_dataset).encoder).dsc_sd == 0
+    assert probe_of(phantom_dataset, subsets=3, scoring="val").score(model_of(phantom_dataset).encoder).dsc_sd > 0

@@ -18,6 +18,11 @@ WHAT = {
     "amlp": "AMLP with its default settings, arm amlp",
     "amlp-soft": "AMLP with soft masks, arm amlp-soft",
     "mps-ams": "AMLP's predecessor, arm mps-ams",
+    "simmim": "SimMIM, arm simmim",
+    "hpm": "masks by predicted difficulty, arm hpm",
+    "attmask": "masks by attention, arm attmask",
+    "semmae": "masks by parts, arm semmae",
+    "simsiam": "SimSiam, arm simsiam",
 }
 
 

@@ -1,0 +1,100 @@
+"""amlp-ray method: a table for people, CSV and JSON for programs, one sentence for bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from amlp_ray.cli import main
+from amlp_ray.config import PrepareSettings
+from amlp_ray.data.dataset import MANIFEST, SPLITS, Counts, Manifest, Part
+from amlp_ray.data.parts import write_part
+from amlp_ray.data.phantoms import draw_phantom
+from amlp_ray.training.candidates import candidates
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A patch dataset of 6 ultrasound phantoms of 32 pixels with lesions, written without Ray; all are in train."""
+    folder = tmp_path_factory.mktemp("prepared")
+    rows = []
+    for i in range(6):
+        image, mask = draw_phantom("ultrasound", 32, np.random.default_rng(i), lesion=True)
+        mask = (mask > 0).astype(np.uint8)
+        about = {"id": f"phantom {i}", "group": f"{i}", "height": 32, "width": 32, "source": ""}
+        rows.append({**about, "image": image.astype(np.uint8).tobytes(), "mask": mask.tobytes()})
+    file = folder / "train.parquet"
+    write_part(file, rows, (1, 32, 32), "uint8")
+    part = Part(file=file.name, rows=6, bytes=file.stat().st_size)
+    none = Counts(images=0, labelled=0, lesions=0)
+    manifest = Manifest(
+        created_by="test", name="phantoms", channels=1, height=32, width=32, dtype="uint8", mean=(100.0,), std=(40.0,),
+        counts={**dict.fromkeys(SPLITS, none), "train": Counts(images=6, labelled=6, lesions=6)},
+        parts={"train": [part], "val": [], "test": []},
+        split_rule="", group_rule="", left_out=0, settings=PrepareSettings(layout="paired", size=32), fingerprint="",
+    )  # fmt: skip
+    (folder / MANIFEST).write_text(manifest.model_dump_json())
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *given: object) -> tuple[int, str, str]:
+    """Exit code, standard output, and standard error of `amlp-ray method bench`."""
+    monkeypatch.setattr(sys, "argv", ["amlp-ray", "method", "bench", *map(str, given)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out = capsys.readouterr()
+    return int(end.value.code or 0), out.out, out.err
+
+
+def test_the_table_is_sorted_by_f1_in_each_block_and_csv_and_json_hold_every_row(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [c for c in candidates() if c.selection is None or (c.selection.features, c.selection.clusters) == ("raw", 3)]
+    monkeypatch.setattr("amlp_ray.training.localisation.candidates", lambda **_: few)  # all of them take seconds
+    file = tmp_path / "all.csv"
+    code, out, err = run(capsys, monkeypatch, prepared, "--seeds", 1, "--top", 3, "--out", file)
+    assert code == 0, err
+    shown = [block.splitlines() for block in out.split("\n\n")]
+    block = next(lines for lines in shown if lines[0] == "clusters of an image")
+    assert len(block) == 2 + 3, "title, head, and three rows"
+    with file.open() as text:
+        rows = list(csv.DictReader(text))
+    best = sorted((float(row["f1"]) for row in rows if row["block"] == "clusters of an image"), reverse=True)[:3]
+    found = [float(line.split()[-7]) for line in block[2:]]
+    assert found == pytest.approx(best, abs=6e-4)
+    assert "tuning on labels" in out.splitlines()[-2]
+
+    code, out, _ = run(capsys, monkeypatch, prepared, "--seeds", 1, "--json")
+    assert code == 0
+    assert [row["name"] for row in json.loads(out)] == [row["name"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--split", "test"], "last look"),
+        (["--split", "tset"], "tset"),
+        (["--split", "val"], "No image of val"),
+        (["--patch-size", "5"], "--patch-size 5 does not divide the images of 32x32"),
+        (["--encoder", "absent.safetensors"], "absent.safetensors"),
+        (["--out", "absent/all.csv"], "absent"),
+    ],
+)
+def test_bad_input_gets_one_sentence(
+    prepared: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    told: str,
+) -> None:
+    code, out, err = run(capsys, monkeypatch, prepared, *arguments)
+    assert code == 2, err
+    assert out == ""
+    assert err.startswith("amlp-ray: ")
+    assert err.count("\n") == 1
+    assert told in err

@@ -1,0 +1,112 @@
+"""`compile` compiles once per number of masked patches: `ratio.quantum` keeps those few."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import GREY, build, random_images, tiny
+from torch import nn
+
+from amlp_ray.config import PretrainSettings
+from amlp_ray.errors import SettingsError
+from amlp_ray.method.losses import pretraining_loss
+from amlp_ray.method.masking import Masking, Moment
+from amlp_ray.method.patches import gather
+from amlp_ray.method.ratio import masked_count
+from amlp_ray.training.steps import MAX_SHAPES, ReconstructionStep
+
+EPOCHS = 40
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+class Counting:
+    """A backend that runs graphs as they are and counts them."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        self.graphs += 1
+        return graph.forward
+
+
+def trained(chosen: PretrainSettings) -> tuple[int, list[int]]:
+    """Number of graphs compiled over a whole schedule, and the number of masked patches of every epoch."""
+    model, backend, counts = build(chosen), Counting(), []
+    network: nn.Module = torch.compile(model, backend=backend, dynamic=False)
+    masking, images, keys = Masking(model, chosen), random_images(GREY, 2), torch.arange(2)
+    for epoch in range(1, chosen.epochs + 1):
+        patches, found = masking.augmented(images, keys, keys, Moment(epoch))
+        told = network(patches, found.visible, found.masked)
+        masked = [gather(x, found.masked) for x in (patches, found.lesion, found.tissue)]
+        pretraining_loss(told, *masked, chosen.loss, warming_up=False).total.backward()
+        counts.append(found.masked.shape[1])
+    return backend.graphs, counts
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"variant": "mae"},
+        {"variant": "amlp", "ratio": {"quantum": 8}},
+        {"variant": "mps-ams", "ratio": {"quantum": 16, "shape": "random"}},
+        {"variant": "simmim", "model": {"decoder_depth": 0}, "ratio": {"start": 0.3, "end": 0.6, "quantum": 8}},
+        {"variant": "hpm", "ratio": {"start": 0.25, "end": 0.75, "quantum": 16}},
+    ],
+    ids=str,
+)
+def test_a_schedule_compiles_as_many_graphs_as_it_has_numbers_of_masked_patches(given: dict[str, Any]) -> None:
+    graphs, counts = trained(tiny(given, {"epochs": EPOCHS}))
+    assert graphs == len(set(counts)) <= MAX_SHAPES
+    assert len(set(counts)) > 1 or given == {"variant": "mae"}
+
+
+def objective(ratio: dict[str, Any], **given: Any) -> ReconstructionStep:
+    chosen = tiny({"variant": "mps-ams", "compile": True, "epochs": EPOCHS, "ratio": ratio}, given)
+    return ReconstructionStep(Masking(build(chosen), chosen))
+
+
+def test_more_numbers_than_torch_keeps_are_refused_before_training_starts() -> None:
+    with pytest.raises(SettingsError, match=r"ratio\.quantum to 6 or more"):
+        objective({"start": 0.25, "end": 0.75}).begin_epoch(1, 3)
+    objective({"start": 0.25, "end": 0.75, "quantum": 6}).begin_epoch(1, 3)
+    objective({"start": 0.25, "end": 0.75}, compile=False).begin_epoch(1, 3)
+
+
+def test_schedules_per_step_are_counted_by_their_steps() -> None:
+    ratio = {"start": 0.25, "end": 0.45}
+    objective(ratio, epochs=4).begin_epoch(1, 30)
+    with pytest.raises(SettingsError, match=r"ratio\.quantum"):
+        objective({**ratio, "per": "step"}, epochs=4).begin_epoch(1, 30)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.floats(0.02, 0.98),
+    st.floats(0.02, 0.98),
+    st.sampled_from(["linear", "cosine", "exponential", "random"]),
+    st.integers(1, 6),
+)
+def test_the_quantum_that_is_named_suffices(start: float, end: float, shape: str, quantum: int) -> None:
+    ratio = {"start": start, "end": end, "shape": shape, "quantum": quantum}
+    try:
+        objective(ratio).begin_epoch(1, 1)
+    except SettingsError as error:
+        named = int(str(error).split("ratio.quantum to ")[1].split()[0])
+        assert named > quantum
+        objective({**ratio, "quantum": named}).begin_epoch(1, 1)
+    else:
+        masking = objective(ratio).masking
+        counts = {masked_count(masking.ratio(Moment(epoch)), 64, quantum) for epoch in range(1, EPOCHS + 1)}
+        assert len(counts) <= MAX_SHAPES

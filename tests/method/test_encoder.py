@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from small import Shape, random_images, random_split, spec_of
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor
+
+from amlp_ray.config import ModelSettings
+from amlp_ray.errors import SettingsError
+from amlp_ray.method.encoder import (
+    create_encoder,
+    embed_patches,
+    encoder_tokens,
+    new_encoder,
+    patch_attention,
+    sincos_positions,
+    timm_arguments,
+    timm_name,
+    use_fused_attention,
+)
+from amlp_ray.method.patches import patchify
+from amlp_ray.settings import build as build_settings
+
+SMALL = {"patch_size": 8, "width": 24, "depth": 2, "heads": 2}
+PLAIN: dict[str, Any] = SMALL
+NAMED: list[dict[str, Any]] = [
+    {"encoder": "vit_tiny_patch16_224", "depth": 1},
+    {"encoder": "vit_small_patch14_reg4_dinov2", "depth": 1},
+    {"encoder": "vit_base_patch16_siglip_224", "depth": 1, "width": 96, "decoder_width": 48},
+    {"encoder": "vit_medium_patch16_reg4_gap_256", "depth": 2, "width": 64, "decoder_width": 32},
+    {"encoder": "vit_base_patch16_clip_224", "depth": 1, "width": 96, "decoder_width": 48},
+    {"encoder": "deit3_small_patch16_224", "depth": 1},
+]
+OWN: list[dict[str, Any]] = [
+    PLAIN,
+    {**SMALL, "class_token": False},
+    {**SMALL, "register_tokens": 4},
+    {**SMALL, "class_token": False, "register_tokens": 2},
+    {**SMALL, "patch_size": 4},
+]
+
+
+def shape_of(settings: ModelSettings, channels: int = 1, grid: tuple[int, int] = (3, 5)) -> Shape:
+    p = settings.patch_size
+    return channels, grid[0] * p, grid[1] * p
+
+
+def encoder_of(given: dict[str, Any], channels: int = 1) -> tuple[VisionTransformer, ModelSettings, Tensor]:
+    """An encoder whose prefix tokens and positions are no longer what they were initialised to, and three images."""
+    settings = ModelSettings(**given)
+    shape = shape_of(settings, channels)
+    torch.manual_seed(0)
+    encoder = new_encoder(settings, spec_of(shape)).eval()
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if name.endswith(("cls_token", "reg_token", "pos_embed", "bias", "gamma")):
+                parameter.copy_(0.5 * torch.randn(parameter.shape))
+    return encoder, settings, random_images(shape, 3)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("given", OWN + NAMED, ids=str)
+@torch.no_grad()
+def test_with_all_patches_visible_tokens_are_those_of_timm(given: dict[str, Any], channels: int) -> None:
+    encoder, settings, images = encoder_of(given, channels)
+    ours = encoder_tokens(encoder, patchify(images, settings.patch_size))
+    assert ours.shape == (3, encoder.num_prefix_tokens + 15, settings.width)
+    torch.testing.assert_close(ours, encoder.forward_features(images), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("given", OWN + NAMED, ids=str)
+@torch.no_grad()
+def test_all_patches_in_another_order_give_the_same_tokens_in_that_order(given: dict[str, Any]) -> None:
+    encoder, settings, images = encoder_of(given)
+    patches = patchify(images, settings.patch_size)
+    order, _ = random_split(3, 15, 0)
+    prefix = encoder.num_prefix_tokens
+    plain, moved = encoder_tokens(encoder, patches), encoder_tokens(encoder, patches, order)
+    torch.testing.assert_close(moved[:, :prefix], plain[:, :prefix], atol=1e-5, rtol=1e-4)
+    expected = torch.stack([plain[i, prefix:][order[i]] for i in range(3)])
+    torch.testing.assert_close(moved[:, prefix:], expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_visible_patches_alone_give_what_dropping_the_others_after_embedding_gives() -> None:
+    encoder, settings, images = encoder_of(PLAIN)
+    visible, _ = random_split(3, 15, 5)
+    ours = encoder_tokens(encoder, patchify(images, settings.patch_size), visible)
+
+    tokens = encoder.patch_embed(images) + encoder.pos_embed[:, 1:]  # MAE's own order
+    tokens = torch.stack([tokens[i, visible[i]] for i in range(3)])
+    first = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(3, -1, -1)
+    expected = encoder.norm(encoder.blocks(torch.cat([first, tokens], 1)))
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_embeddings_that_stand_in_for_patches_take_their_place() -> None:
+    encoder, settings, images = encoder_of(PLAIN)
+    patches = patchify(images, settings.patch_size)
+    embedded = embed_patches(encoder, patches)
+    torch.testing.assert_close(embedded, encoder.patch_embed(images), atol=1e-5, rtol=1e-5)
+    plain = encoder_tokens(encoder, patches)
+    assert torch.equal(encoder_tokens(encoder, torch.zeros_like(patches), hidden=embedded), plain)
+    assert not torch.equal(encoder_tokens(encoder, patches, hidden=embedded + 1), plain)
+
+
+@pytest.mark.parametrize("given", OWN + NAMED, ids=str)
+def test_timm_builds_the_same_encoder_from_the_name_and_the_arguments_alone(given: dict[str, Any]) -> None:
+    encoder, settings, _ = encoder_of(given)
+    arguments = timm_arguments(settings, spec_of(shape_of(settings)))
+    theirs = timm.create_model(timm_name(settings), pretrained=False, **arguments)
+    assert type(create_encoder(timm_name(settings), arguments)) is type(theirs)
+    assert {k: v.shape for k, v in theirs.state_dict().items()} == {k: v.shape for k, v in encoder.state_dict().items()}
+
+
+def test_a_timm_name_brings_its_sizes_and_given_ones_win() -> None:
+    settings = ModelSettings(encoder="vit_medium_patch16_reg4_gap_256", depth=3)
+    assert (settings.patch_size, settings.width, settings.heads, settings.depth) == (16, 512, 8, 3)
+    assert (settings.class_token, settings.register_tokens) == (False, 4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_smal_patch16_224",  # misspelt
+        "vit_small_r26_s32_224",  # a CNN embeds
+        "vit_small_patch16_18x2_224",  # blocks in parallel
+        "vit_dwee_patch16_reg1_gap_256",  # differential attention
+        "vit_relpos_small_patch16_224",  # no added positions
+    ],
+)
+def test_an_encoder_of_another_build_is_refused_by_name(name: str) -> None:
+    with pytest.raises(SettingsError, match=f"{name}.*such as vit_small|{name}.*near: vit_small"):
+        build_settings(ModelSettings, {"encoder": name}, "model")
+
+
+# Attention
+
+
+@pytest.mark.parametrize("given", OWN[:4] + NAMED, ids=str)
+@torch.no_grad()
+def test_patch_attention_is_that_of_the_last_block_s_class_token(given: dict[str, Any]) -> None:
+    """By hand: softmax(q k / sqrt d) from what the last block's attention is really given."""
+    encoder, settings, images = encoder_of(given)
+    patches = patchify(images, settings.patch_size)
+    inputs: list[Tensor] = []
+    last = encoder.blocks[-1].attn
+    hook = last.register_forward_pre_hook(lambda module, x: inputs.append(x[0]))
+    encoder.forward_features(images)
+    hook.remove()
+
+    prefix, heads = encoder.num_prefix_tokens, settings.heads
+    qkv = inputs[0] @ last.qkv.weight.T + (last.qkv.bias if last.qkv.bias is not None else 0)
+    q, k, _ = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
+    weights = torch.softmax(last.q_norm(q) @ last.k_norm(k).mT / (settings.width // heads) ** 0.5, -1)
+    rows = weights[:, :, :1] if settings.class_token else weights
+    expected = rows.mean((1, 2))[:, prefix:]
+
+    ours = patch_attention(encoder, patches)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+    assert (ours >= 0).all()
+    assert (ours.sum(1) <= 1 + 1e-5).all()
+    if prefix:
+        assert (ours.sum(1) < 1).all()  # the rest goes to prefix tokens
+    else:
+        torch.testing.assert_close(ours.sum(1), torch.ones(3))
+
+
+@torch.no_grad()
+def test_fused_and_plain_attention_agree() -> None:
+    encoder, settings, images = encoder_of(PLAIN)
+    patches = patchify(images, settings.patch_size)
+    results = []
+    for fused in (True, False):
+        use_fused_attention(encoder, fused)
+        assert all(m.attn.fused_attn is fused for m in encoder.modules() if isinstance(m, Block))
+        results.append(encoder_tokens(encoder, patches))
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
+# Positions
+
+
+def test_positions_are_distinct_bounded_and_zero_for_prefix_tokens() -> None:
+    positions = sincos_positions((3, 5), 24, 2)[0]
+    assert not positions[:2].any()
+    assert positions.abs().max() <= 1
+    assert torch.cdist(positions[2:], positions[2:]).add(torch.eye(15) * 9).min() > 0.1
+    grid = positions[2:].view(3, 5, 24)
+    assert torch.equal(grid[0, :, :12], grid[2, :, :12])  # the first half tells columns, the second rows
+    assert torch.equal(grid[:, 0, 12:], grid[:, 4, 12:])
+
+
+@pytest.mark.parametrize("given", OWN + NAMED, ids=str)
+def test_an_encoder_starts_with_fixed_sine_cosine_positions(given: dict[str, Any]) -> None:
+    settings = ModelSettings(**given)
+    encoder = new_encoder(settings, spec_of(shape_of(settings)))
+    expected = sincos_positions((3, 5), settings.width, 0)
+    assert torch.equal(encoder.pos_embed[:, -15:], expected)
+    assert not encoder.pos_embed[:, :-15].any()
+    assert not encoder.pos_embed.requires_grad

@@ -1,0 +1,146 @@
+"""Every part of AMLP that is switched off leaves plain MAE, to the bit: so a study compares parts, not code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small import GREY, MAE, Stepped, build, step, tiny
+from torch import Tensor
+
+from amlp_ray.config import PretrainSettings
+from amlp_ray.method.masking import Masking
+
+Given = tuple[Tensor, Tensor, Tensor]
+LATE = 12  # an epoch after the warm-up, and within a look
+RRL = {"weighting": "rrl"}
+
+NEUTRAL: list[dict[str, Any]] = [
+    {"selection": {"mode": "soft", "strength": 0}},
+    {"selection": {"mode": "soft", "score": "cluster", "strength": 0}},
+    {"selection": {"mode": "soft", "strength": 0, "refresh": 0}},
+    {"selection": {"mode": "ranked", "aim_start": 0, "aim_end": 0}},
+    {"selection": {"mode": "ranked", "score": "attention", "aim_start": 0, "aim_end": 0}},
+    {"selection": {"mode": "ranked", "score": "difficulty", "aim_start": 0, "aim_end": 0}},
+    {"selection": {"mode": "hard", "min_patches": 64}},
+    {"selection": {"mode": "hard", "max_share": 0.001, "refresh": 0}},
+    {"selection": {"mode": "hard", "by": "score", "background_mean": 1, "background_std": 1}},  # nothing is tissue
+    {"selection": {"mode": "hard", "min_patches": 64, "scope": "dataset", "dilate": 2}},
+    {"selection": {"refresh": 0}},
+    {"selection": {"refresh": 3}},
+    {"selection": {"feedback": 1.0, "dilate": 4, "features": "tokens"}},  # of no use in random mode
+    {"ratio": {"shape": "fixed", "end": 0.2}},
+    {"ratio": {"shape": "points", "points": [[0, 0.75], [1, 0.75]]}},
+    {"loss": {"weighting": "rrl", "gamma": 0}},
+    {"loss": {"weighting": "rrl", "mix": 0}},
+    {"loss": {"weighting": "arl", "mix": 0}},
+    {"loss": {"ranking_weight": 0, "ccl_weight": 0, "warmup": 0.5}},
+]
+WARMING: list[dict[str, Any]] = [
+    {"loss": RRL},
+    {"loss": {"weighting": "arl"}},
+    {"loss": {"ccl_weight": 10.0}},
+    {"loss": {**RRL, "ccl_weight": 10.0}, "selection": {"mode": "soft", "strength": 0, "feedback": 1.0}},
+]
+
+
+def stepped(settings: PretrainSettings, images: Tensor, keys: Tensor, epoch: int) -> tuple[Stepped, dict[str, Tensor]]:
+    """One step and its gradients by the name of the weight."""
+    model = build(settings)
+    done = step(Masking(model, settings), images, keys, epoch)
+    done.losses.total.backward()
+    return done, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check_equal_to_mae(given: dict[str, Any], images: Tensor, keys: Tensor, epoch: int) -> None:
+    (ours, gradients), (theirs, expected) = (
+        stepped(settings, images, keys, epoch) for settings in (tiny(MAE, given), tiny(MAE))
+    )
+    assert torch.equal(ours.chosen.masked, theirs.chosen.masked)
+    assert torch.equal(ours.chosen.visible, theirs.chosen.visible)
+    assert torch.equal(ours.prediction.pixels, theirs.prediction.pixels)
+    assert ours.losses.total.equal(theirs.losses.total)
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
+
+
+@pytest.mark.parametrize("given", NEUTRAL, ids=str)
+def test_a_neutral_switch_is_mae_to_the_bit(ultrasound: Given, given: dict[str, Any]) -> None:
+    images, _, keys = ultrasound
+    check_equal_to_mae(given, images, keys, LATE)
+
+
+@pytest.mark.parametrize("given", WARMING, ids=str)
+@pytest.mark.parametrize("epoch", [1, 5])
+def test_while_warming_up_any_loss_is_that_of_mae_to_the_bit(
+    ultrasound: Given, given: dict[str, Any], epoch: int
+) -> None:
+    images, _, keys = ultrasound
+    check_equal_to_mae(
+        {"loss": {"warmup": 0.25}} | given | {"loss": {**given["loss"], "warmup": 0.25}}, images, keys, epoch
+    )
+    ours, theirs = (stepped(tiny(MAE, g, {"loss": {"warmup": 0.25}}), images, keys, 6)[0] for g in (given, {}))
+    assert not ours.losses.total.equal(theirs.losses.total)  # the epoch after
+
+
+def test_attention_weights_of_a_huge_temperature_come_close(ultrasound: Given) -> None:
+    images, _, keys = ultrasound
+    near, mae = (
+        stepped(tiny(MAE, given), images, keys, LATE)[0].losses.total
+        for given in ({"loss": {"weighting": "arl", "temperature": 1e6}}, {})
+    )
+    torch.testing.assert_close(near, mae, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"selection": {"feedback": 0.0}},
+        {"selection": {"feedback": 1.0}, "loss": {"ccl_weight": 0.0}},  # no category is learnt
+        {"selection": {"dilate": 0}},
+        {"selection": {"lesion_share": 1.0}},
+        {"loss": {"mix": 0.0, "weighting": "rrl"}},
+        {"ratio": {"quantum": 1, "over": "all"}},
+    ],
+    ids=str,
+)
+def test_a_neutral_switch_of_hard_masking_is_hard_masking_to_the_bit(ultrasound: Given, given: dict[str, Any]) -> None:
+    images, _, keys = ultrasound
+    plain = {"variant": "mps-ams"}
+    ours, theirs = (stepped(tiny(plain, g), images, keys, LATE)[0] for g in (given, {}))
+    assert torch.equal(ours.chosen.masked, theirs.chosen.masked)
+    assert torch.equal(ours.chosen.lesion, theirs.chosen.lesion)
+    assert torch.equal(ours.prediction.pixels, theirs.prediction.pixels)
+    assert ours.losses.total.equal(theirs.losses.total)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"selection": {"mode": "soft", "strength": 1}},
+        {"selection": {"mode": "ranked", "aim_end": 0.5}},
+        {"selection": {"mode": "hard"}},
+        {"selection": {"mode": "parts"}},
+        {"ratio": {"over": "tissue"}, "selection": {"background_mean": 0.5, "background_std": 0.5}},
+        {"loss": RRL},
+        {"loss": {"weighting": "arl"}},
+        {"loss": {"ccl_weight": 0.1}},
+        {"loss": {"ranking_weight": 1.0}},
+        {"loss": {"norm_pix": True}},
+        {"loss": {"distance": "l1"}},
+    ],
+    ids=str,
+)
+def test_a_switch_that_is_on_is_no_longer_mae(ultrasound: Given, given: dict[str, Any]) -> None:
+    images, _, keys = ultrasound
+    ours, theirs = (stepped(tiny(MAE, g), images, keys, LATE)[0] for g in (given, {}))
+    assert not ours.losses.total.equal(theirs.losses.total)
+
+
+def test_optional_parts_leave_the_other_weights_equal() -> None:
+    plain = build(tiny(MAE), GREY).state_dict()
+    parts = ({"loss": {"ccl_weight": 1.0}}, {"loss": {"ranking_weight": 1.0}}, {"variant": "amlp"}, {"variant": "hpm"})
+    for given in parts:
+        more = build(tiny(given), GREY).state_dict()
+        assert len(more) > len(plain)
+        assert all(torch.equal(more[name], value) for name, value in plain.items())

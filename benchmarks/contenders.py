@@ -159,10 +159,9 @@ def _transformers(size: Size, options: argparse.Namespace) -> Built:
 
 
 def _vit_pytorch(size: Size, options: argparse.Namespace) -> Built:
-    from vit_pytorch import MAE as PeerMAE
-    from vit_pytorch import ViT
+    import vit_pytorch as peer  # type: ignore[import-untyped]
 
-    encoder = ViT(
+    encoder = peer.ViT(
         image_size=IMAGE,
         patch_size=PATCH,
         num_classes=0,
@@ -171,9 +170,9 @@ def _vit_pytorch(size: Size, options: argparse.Namespace) -> Built:
         heads=size.heads,
         dim_head=size.width // size.heads,
         mlp_dim=4 * size.width,
-        pool="mean",  # its MAE fails on an encoder with a class token (1.20)
+        pool="mean",  # its MAE fails on an encoder with a class token (1.26)
     )
-    model = PeerMAE(
+    model = peer.MAE(
         encoder=encoder,
         masking_ratio=options.ratio,
         decoder_dim=size.decoder_width,

@@ -122,7 +122,7 @@ class SelectionSettings(Settings):
     # random is MAE; hard masks a cluster first; soft draws by score; ranked takes the top scores (HPM, AttMask);
     # parts goes from a share of every cluster to whole clusters (SemMAE)
     mode: Literal["random", "hard", "soft", "ranked", "parts"] = "hard"
-    refresh: int = Field(10, ge=0)  # epochs between looks at whole images; 0: look at each crop, in every step
+    refresh: int = Field(15, ge=0)  # epochs between looks, which cost about a step each; 0: at each crop, in every step
     # Clusters, for modes hard and parts, and for score=cluster.
     features: Literal["raw", "stats", "context", "tokens"] = "context"  # tokens: the teacher's; raw until warm-up ends
     clusters: int = Field(6, ge=2, le=16)  # 2 or 3 split tissue from shadow; context, 6, geodesic: docs/localisation.md

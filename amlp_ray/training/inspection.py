@@ -121,7 +121,7 @@ def _own_data(run: Path) -> dict[str, str]:
 def _figures(seen: Seen, split: Split, settings: PretrainSettings) -> list[dict[str, float | None]]:
     """`FIGURES` of every image."""
     masked, tissue, lesion = (x.cpu() for x in (seen.masked, seen.chosen.tissue, seen.chosen.lesion))
-    aimed, error = settings.selection.mode != "random", seen.error.cpu()
+    aimed, error = settings.selection.names_lesion, seen.error.cpu()
     share = lesion_shares(split.masks, settings.model.patch_size)
     truth, known = truth_patches(share), split.labelled & split.masks.any((1, 2))
     rows = []

@@ -27,14 +27,13 @@ from amlp_ray.method.aim import Aim, TeacherView, aim_at
 from amlp_ray.method.augment import normalise
 from amlp_ray.method.features import centre_distance, cluster_features, tissue_of
 from amlp_ray.method.kmeans import DatasetClusters
-from amlp_ray.method.model import MaskedAutoencoder, build_autoencoder
+from amlp_ray.method.model import MaskedAutoencoder
 from amlp_ray.method.patches import patchify
 from amlp_ray.method.rules import truth_patches
 from amlp_ray.method.scores import PATCH_SCORES
 from amlp_ray.method.teacher import teacher_view
-from amlp_ray.settings import build, read_yaml
 from amlp_ray.training.candidates import RANDOM, Candidate, candidates
-from amlp_ray.training.checkpoint import checkpoint_file, load_encoder, read_encoder_header
+from amlp_ray.training.checkpoint import load_encoder, load_model, read_encoder_header, run_settings
 from amlp_ray.training.diagnosis import lesion_shares
 
 BATCH = 64  # images; k-means over more is no faster
@@ -124,14 +123,10 @@ def read_teacher(path: Path, spec: ImageSpec, patch_size: int) -> Teacher:
     if sizes.patch_size != patch_size:
         raise CheckpointError(f"{path} has patches of {sizes.patch_size} pixels; use --patch-size {sizes.patch_size}.")
     if path.is_dir():
-        settings = build(PretrainSettings, read_yaml(path / "settings.yaml"), str(path / "settings.yaml"))
+        settings = run_settings(path)
         if settings.objective != "reconstruction":
             raise CheckpointError(f"{path} holds a run that rebuilds no images; give its encoder.safetensors alone.")
-        model = build_autoencoder(settings, spec)
-        try:
-            model.load_state_dict(torch.load(checkpoint_file(path), map_location="cpu", weights_only=True)["model"])
-        except Exception as error:
-            raise CheckpointError(f"{checkpoint_file(path)} cannot be read ({type(error).__name__}).") from None
+        model, _ = load_model(path, settings, spec)
     else:
         settings, model = PretrainSettings(model=sizes), MaskedAutoencoder(sizes, spec)
         model.encoder = load_encoder(path)

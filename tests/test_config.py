@@ -76,7 +76,7 @@ def refused(values: dict[str, Any], model: Any = PretrainSettings) -> str:
         ("loss.clip_min", 1.1, "less than or equal to 1"),
         ("loss.clip_max", 0.9, "greater than or equal to 1"),
         ("loss.ccl_weight", 11, "less than or equal to 10"),
-        ("loss.temperature", 0, "greater than 0"),
+        ("loss.temperature", 0, "greater than or equal to 0.001"),
         ("precision", "fp16", "'auto', 'fp32' or 'bf16'"),
         ("loss.norm_pix", "maybe", "valid boolean"),
     ],

@@ -120,7 +120,12 @@ class PretrainSettings(Settings):
     def check_image(self, spec: ImageSpec) -> None:
         """Raise SettingsError where the patch size does not divide the images, or leaves a single patch."""
         p = self.model.patch_size
-        if spec.height * spec.width == p * p:
+        patches = spec.height * spec.width // (p * p)
+        if self.ratio.quantum > max(1, patches // 2):
+            raise SettingsError(
+                f"ratio.quantum {self.ratio.quantum} is above half of the {patches} patches of an image; lower it."
+            )
+        if patches == 1:
             raise SettingsError(
                 f"model.patch_size {p} makes one patch of an image, but some must stay visible; lower it."
             )

@@ -101,10 +101,10 @@ def _seed_centres(x: Tensor, norms: Tensor, weight: Tensor, noise: Tensor) -> Te
 class DatasetClusters(nn.Module):
     """Centroids of a whole data set, carried along from batch to batch and from look to look; saved with the model.
 
-    Mini-batch k-means (Sculley 2010): each centroid is the running mean of all patches it was nearest to. Patches are
-    assigned to the centroids, and clusters compared by their sizes, as they stood when a look at the data began
-    (`settle`), so that neither the order of batches nor a resume changes what is found. Workers share their sums and so
-    hold the same centroids.
+    Mini-batch k-means (Sculley 2010): each centroid is the running mean of all patches it was nearest to; the very
+    first batch seeds them. Patches are assigned to the centroids, and clusters compared by their sizes, as they stood
+    when a look at the data began (`settle`), so that neither the order of later batches nor a resume changes what is
+    found. Workers share their sums and so hold the same centroids.
     """
 
     def __init__(self, clusters: int, dimensions: int) -> None:

@@ -73,12 +73,16 @@ class Masking:
             aim = Aim.of(cropped(self._maps(images, keys, host_keys, now.epoch), crop, mode="nearest"))
         return patches, self._select(aim, patches, keys, now)
 
-    def whole(self, images: Tensor, keys: Tensor, now: Moment) -> tuple[Tensor, Aim, Selection]:
-        """The same without cropping, for pictures and diagnosis: nothing is kept and no centroid moves."""
+    def whole(self, images: Tensor, keys: Tensor, now: Moment, aim: Aim | None = None) -> tuple[Tensor, Aim, Selection]:
+        """The same without cropping, for pictures and diagnosis: nothing is kept and no centroid moves.
+
+        Args:
+            aim: what an earlier call found, which holds until `epoch_of_look` changes; None looks (again).
+        """
         patches = patchify(images, self.model.patch_size)
         if self.settings.selection.mode == "random":
             aim = _no_aim(patches)
-        else:
+        elif aim is None:
             truth = self._truth(keys.cpu(), patches, None)
             aim = self._look(patches, keys, self.epoch_of_look(now.epoch), truth, learn=False)
         return patches, aim, self._select(aim, patches, keys, now)
@@ -92,7 +96,9 @@ class Masking:
         return max(look, warm) if warm <= epoch else look
 
     def _warm_from(self) -> int:
-        return int(self.settings.loss.warmup * self.settings.epochs) + 1
+        """First epoch after the warm-up; with a teacher never the very first, when its weights are still random."""
+        warm = int(self.settings.loss.warmup * self.settings.epochs) + 1
+        return warm if self.model.teacher is None else max(2, warm)
 
     def _begin_look(self, epoch: int) -> None:
         look = self.epoch_of_look(epoch)
@@ -127,7 +133,7 @@ class Masking:
     def _look(self, patches: Tensor, keys: Tensor, epoch: int, truth: Tensor | None, *, learn: bool) -> Aim:
         s, model = self.settings, self.model
         told: TeacherView | None = None
-        if model.teacher is not None and (epoch >= self._warm_from() or s.selection.mode == "ranked"):
+        if model.teacher is not None and epoch >= self._warm_from():
             with autocast(s, patches.device.type):
                 told = teacher_view(model, patches, keys, s, epoch)
         return aim_at(

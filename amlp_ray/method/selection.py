@@ -60,8 +60,10 @@ def select_patches(
         fallback = ~lesion.any(1)
         priority = torch.where(fallback[:, None], noise, _tiers(lesion, tissue, noise, settings.lesion_share) + noise)
     elif settings.mode == "soft":
+        fallback = _says_nothing(aim.score)
         priority = settings.strength * aim.score - torch.log(-torch.log(noise))  # Gumbel-top-m; monotone in noise at 0
     elif settings.mode == "ranked":
+        fallback = _says_nothing(aim.score)
         share = settings.aim_start + (settings.aim_end - settings.aim_start) * progress
         hints = draw.uniform(keys, n, seed=seed, epoch=epoch, purpose=draw.HINT)
         priority = _ranked(aim.score, noise, hints, count, share, settings.lesion_share)
@@ -75,6 +77,11 @@ def select_patches(
         priority = _share_of_tissue(priority, tissue, count)
     ranked = priority.argsort(stable=True, dim=1, descending=True)
     return Selection(ranked[:, :count], ranked[:, count:], lesion, tissue, fallback)
+
+
+def _says_nothing(score: Tensor) -> Tensor:
+    """Images (B,) whose patches all have the same score, so that they are masked at random."""
+    return score.amax(1) == score.amin(1)
 
 
 def _rank(values: Tensor) -> Tensor:

@@ -50,5 +50,7 @@ def arm_settings(settings: StudySettings, arm: str, *, seed: int) -> PretrainSet
     method = ("variant", "objective", "ratio", "selection", "loss")
     shared = {k: v for k, v in settings.pretrain.items() if k not in method}
     if isinstance(model := shared.get("model"), Mapping):
-        shared["model"] = {k: v for k, v in model.items() if k != "encode"}
+        # SimMIM's linear head is its method; the others need a decoder, as deep as the study says.
+        own = ("encode", "decoder_depth") if arm == "simmim" or model.get("decoder_depth") == 0 else ("encode",)
+        shared["model"] = {k: v for k, v in model.items() if k not in own}
     return build(PretrainSettings, {**shared, "variant": arm, "seed": seed}, f"{settings.name}, arm {arm}")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from amlp_ray.config import PretrainSettings, StudySettings
+from amlp_ray.config import Choice, PretrainSettings, StudySettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.stream import is_streamed, open_batches
+from amlp_ray.errors import SettingsError
 from amlp_ray.runtime.capacity import jobs_side_by_side
-from amlp_ray.study.design import prunable_rungs, rung_epochs
+from amlp_ray.study.design import arm_settings, prunable_rungs, rung_epochs
 from amlp_ray.study.space import check_space, drawn_settings
 from amlp_ray.training.probe import Probe
 
@@ -46,30 +49,41 @@ def check_study(settings: StudySettings, dataset: PatchDataset) -> None:
     check_space(settings)
     base = settings.trial({}, seed=0)
     drawn = [base, *drawn_settings(settings)]
-    for trial in drawn:
+    for trial in [*drawn, *(arm_settings(settings, arm, seed=0) for arm in settings.arms)]:
         trial.check_image(dataset.spec)
         trial.check_workers(settings.resources.workers)
+    searched = [value for p in settings.space.values() if isinstance(p, Choice) for value in p.choices]
+    if "oracle" in searched or any(trial.selection.uses_truth for trial in drawn):
+        raise SettingsError(
+            f"{settings.name}: an oracle aims by true lesions, so no study may search or score it; take oracle out of "
+            f"selection.rule and selection.score. `amlp-ray pretrain` runs it, for diagnosis."
+        )
     for patch_size in sorted({trial.model.patch_size for trial in drawn}):
         Probe(dataset, settings.probe, patch_size)  # tells of labels, groups and folds that cannot score anything
 
 
 def make_plan(settings: StudySettings, dataset: PatchDataset, cluster: dict[str, float]) -> Plan:
-    """Check the study and price it by timing a few steps and one probe of its base settings on this machine."""
+    """Check the study and price it by timing, here, one probe and a few steps of its base settings and of every arm."""
     check_study(settings, dataset)
     base = settings.trial({}, seed=0)
     streamed = is_streamed(dataset, "train", base.data)
     side_by_side = jobs_side_by_side(settings.resources, cluster, streamed=streamed)
     images = dataset.count("train")
     steps = base.epochs * max(1, images // base.batch_size)
-    seconds_per_step, probe = _time(settings, base, dataset)
+    probe = _seconds_per_probe(settings, base, dataset)
     rungs = rung_epochs(base.epochs, settings.pruner.rungs)
-    per_trial = steps * seconds_per_step / settings.resources.workers + len(rungs) * probe
-    prunable = prunable_rungs(base, settings.pruner, images)
-    trained_arms = sum(arm != "scratch" for arm in settings.arms) * settings.arm_seeds
-    share = 0.5 + 0.5 * prunable[0] / base.epochs if prunable else 1.0
     workers = settings.resources.workers
-    full = (settings.budget.trials + trained_arms) * per_trial / side_by_side / 3600
-    pruned = (settings.budget.trials * share + trained_arms) * per_trial / side_by_side / 3600
+
+    def seconds(run: PretrainSettings) -> float:
+        return steps * _seconds_per_step(settings, run, dataset) / workers + len(rungs) * probe
+
+    per_trial = seconds(base)
+    arms = [arm_settings(settings, arm, seed=0) for arm in settings.arms]
+    trained_arms = settings.arm_seeds * sum(seconds(arm) for arm in arms if arm.objective != "none")
+    prunable = prunable_rungs(base, settings.pruner, images)
+    share = 0.5 + 0.5 * prunable[0] / base.epochs if prunable else 1.0
+    full = (settings.budget.trials * per_trial + trained_arms) / side_by_side / 3600
+    pruned = (settings.budget.trials * share * per_trial + trained_arms) / side_by_side / 3600
     limit = settings.budget.hours or math.inf
     return Plan(
         study=settings.name,
@@ -91,25 +105,22 @@ def make_plan(settings: StudySettings, dataset: PatchDataset, cluster: dict[str,
     )
 
 
-def _time(settings: StudySettings, base: PretrainSettings, dataset: PatchDataset) -> tuple[float, float]:
-    """Seconds per optimiser step, averaged over the schedule's ratios, and per probe."""
+def _seconds_per_step(settings: StudySettings, run: PretrainSettings, dataset: PatchDataset) -> float:
+    """Seconds per optimiser step, averaged over the schedule's ratios; looks between steps are left out."""
     import torch
 
     from amlp_ray.method.masking import Moment
-    from amlp_ray.training.diagnosis import true_lesions
     from amlp_ray.training.pretrain import build_model
     from amlp_ray.training.steps import step_of
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, int(settings.resources.cpus_per_worker)))
-    try:
-        device = "cuda" if torch.cuda.is_available() and settings.resources.gpus_per_worker else "cpu"
-        batches = open_batches(dataset, batch_size=base.batch_size, seed=0, mode=base.data)
-        model, optimizer = build_model(base, batches, device)
+    device = _device(settings)
+    with _threads(settings):
+        batches = open_batches(dataset, batch_size=run.batch_size, seed=0, mode=run.data)
+        model, optimizer = build_model(run, batches, device)
         batch = next(iter(batches.epoch(1)))
-        objective = step_of(model, base, true_lesions(dataset, base))
+        objective = step_of(model, run, None)
         spent = []
-        for epoch in sorted({1, (base.epochs + 1) // 2, base.epochs}):
+        for epoch in sorted({1, (run.epochs + 1) // 2, run.epochs}):
             for attempt in range(3):  # the first is a warm-up
                 started = time.perf_counter()
                 objective(model, batch, Moment(epoch), device)["loss"].backward()
@@ -119,9 +130,34 @@ def _time(settings: StudySettings, base: PretrainSettings, dataset: PatchDataset
                     torch.cuda.synchronize()
                 if attempt:
                     spent.append(time.perf_counter() - started)
-        probe = Probe(dataset, settings.probe, base.model.patch_size)
+    return sum(spent) / len(spent)
+
+
+def _seconds_per_probe(settings: StudySettings, run: PretrainSettings, dataset: PatchDataset) -> float:
+    from amlp_ray.method.encoder import new_encoder
+
+    with _threads(settings):
+        probe = Probe(dataset, settings.probe, run.model.patch_size)
+        encoder = new_encoder(run.model, dataset.spec).to(_device(settings))
         started = time.perf_counter()
-        probe.score(model.encoder)
-        return sum(spent) / len(spent), time.perf_counter() - started
+        probe.score(encoder)
+    return time.perf_counter() - started
+
+
+def _device(settings: StudySettings) -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() and settings.resources.gpus_per_worker else "cpu"
+
+
+@contextmanager
+def _threads(settings: StudySettings) -> Iterator[None]:
+    """As many CPU threads as a trial will have."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, int(settings.resources.cpus_per_worker)))
+    try:
+        yield
     finally:
         torch.set_num_threads(before)

@@ -75,6 +75,9 @@ def inspect_run(
         raise SettingsError(f"epoch is {epoch}, but the run has epochs 1 to {settings.epochs}.")
     if seed is not None and not 0 <= seed < 2**63:
         raise SettingsError(f"seed is {seed}, but must be from 0 to 2**63 - 1.")
+    folder = Path(out).absolute() if out else run / "inspect"
+    if folder.exists() and not folder.is_dir():
+        raise SettingsError(f"{folder} is a file; give a folder for the pictures.")
     own = _own_data(run)
     dataset = PatchDataset.open(data or own["path"])
     settings.check_image(dataset.spec)
@@ -104,7 +107,7 @@ def inspect_run(
         "mean": {name: _mean([row[name] for row in figures]) for name in FIGURES},
         "metrics": _followed(run),
     }
-    _write(Path(out).absolute() if out else run / "inspect", found, strips)
+    _write(folder, found, strips)
     return found
 
 
@@ -165,13 +168,21 @@ def _write(out: Path, found: dict[str, Any], strips: list[Image.Image]) -> None:
     pictures = {row["picture"]: each for row, each in zip(found["images"], strips, strict=True)}
     pictures["sheet.png"] = sheet(strips, [_caption(row) for row in found["images"]])
     out.mkdir(parents=True, exist_ok=True)
-    for row in json.loads((out / SUMMARY).read_text())["images"] if (out / SUMMARY).is_file() else []:
-        (out / Path(row["picture"]).name).unlink(missing_ok=True)
+    for name in _earlier_pictures(out / SUMMARY):
+        (out / name).unlink(missing_ok=True)
     for name, picture in pictures.items():
         png = io.BytesIO()
         picture.save(png, "png")
         write_whole(out / name, png.getvalue())
     write_whole(out / SUMMARY, json.dumps(found, indent=1))
+
+
+def _earlier_pictures(summary: Path) -> list[str]:
+    """Names of the pictures of an earlier inspection; none where its summary is missing or is something else."""
+    try:
+        return [Path(row["picture"]).name for row in json.loads(summary.read_text())["images"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _caption(row: dict[str, Any]) -> str:

@@ -150,7 +150,7 @@ def test_centroids_have_the_dimensions_of_their_features(features: str, dimensio
     assert model.centroids is not None
     assert model.centroids.centres.shape == (5, dimensions)
     keys = torch.arange(4)
-    step(Masking(model, settings), random_images((2, 64, 64), 4), keys, 1)
+    step(Masking(model, settings), random_images((2, 64, 64), 4), keys, 2 if features == "tokens" else 1)
     assert float(model.centroids.mass.sum()) == 4 * 64
 
 

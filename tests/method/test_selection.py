@@ -149,6 +149,14 @@ def test_images_without_a_qualified_cluster_are_masked_at_random_and_counted(ult
     assert torch.equal(parts.masked[16:], random.masked[16:])
 
 
+@pytest.mark.parametrize("mode", ["soft", "ranked"])
+def test_a_score_that_says_nothing_masks_at_random_and_is_counted(mode: str) -> None:
+    score = torch.zeros(4, 64)
+    score[2:, 10] = 1
+    found = select_at(aimed(4, score=score), 20, mode=mode)
+    assert found.fallback.tolist() == [True, True, False, False]
+
+
 def test_random_masking_names_no_lesion_and_no_fallback(ultrasound: Given) -> None:
     found = select(ultrasound[0], 32, SelectionSettings(mode="random"))
     assert not found.lesion.any()

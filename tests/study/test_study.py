@@ -178,6 +178,13 @@ def test_a_study_that_another_process_runs_says_who(finished: tuple[Study, list[
             "multiple of resources.workers 2",
         ),
         ({"resources": {"workers": 5, "cpus_per_worker": 0.1}}, SettingsError, "multiple of resources.workers 5"),
+        ({"space": {"selection.rule": {"choices": ["smallest", "oracle"]}}}, SettingsError, "an oracle aims by true"),
+        (
+            {"pretrain": {"selection": {"mode": "soft", "score": "oracle"}}, "space": {}},
+            SettingsError,
+            "an oracle aims by true",
+        ),
+        ({"arms": ["simsiam"], "pretrain": {"batch_size": 1}}, SettingsError, "one image per worker"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(

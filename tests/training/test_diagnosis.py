@@ -11,6 +11,7 @@ from amlp_ray.config import PretrainSettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import SettingsError
 from amlp_ray.method.augment import normalise
+from amlp_ray.method.masking import Masking
 from amlp_ray.method.model import MaskedAutoencoder, build_autoencoder
 from amlp_ray.training.diagnosis import Diagnosis, held_out, lesion_shares, reference_loss, true_lesions
 
@@ -73,6 +74,24 @@ def test_random_masks_and_unlabelled_images_are_not_judged_by_an_aim(phantom_dat
     blind = Diagnosis(phantom_dataset, aimed)
     blind.share = None
     assert set(blind(model_of(phantom_dataset, aimed), 1)) == {"loss_reference"}
+
+
+def test_held_out_images_are_looked_at_once_per_look(
+    phantom_dataset: PatchDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    look = Masking._look
+
+    def counting(self: Masking, patches: Any, keys: Any, epoch: int, truth: Any, *, learn: bool) -> Any:
+        looked.append(epoch)
+        return look(self, patches, keys, epoch, truth, learn=learn)
+
+    monkeypatch.setattr(Masking, "_look", counting)
+    settings = settings_of(epochs=9, selection={"refresh": 3}, loss={"warmup": 0.5})
+    model, seen = model_of(phantom_dataset, settings), Diagnosis(phantom_dataset, settings)
+    rows = [seen(model, epoch) for epoch in range(1, 10)]
+    assert looked == [1, 4, 5, 7]
+    assert rows[7] == Diagnosis(phantom_dataset, settings)(model, 8)  # what is kept is what a new look finds
 
 
 def test_lesion_shares_are_those_of_the_patches() -> None:

@@ -227,3 +227,17 @@ def test_images_of_another_shape_are_refused(
     with pytest.raises(CheckpointError, match="images of another size or number of channels; give the data of the run"):
         inspect_run(amlp, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("summary", ["{", "[]", '{"images": 3}', '{"images": [{"id": 1}]}'])
+def test_a_foreign_or_damaged_summary_is_replaced(amlp: Path, tmp_path: Path, summary: str) -> None:
+    (tmp_path / "inspection.json").write_text(summary)
+    inspect_run(amlp, count=1, out=tmp_path)
+    assert len(json.loads((tmp_path / "inspection.json").read_text())["images"]) == 1
+
+
+def test_a_file_in_place_of_the_folder_is_told(amlp: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(SettingsError, match="taken is a file"):
+        inspect_run(amlp, count=1, out=tmp_path / "taken")
+    assert (tmp_path / "taken").read_text() == "mine"

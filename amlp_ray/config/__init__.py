@@ -8,7 +8,15 @@ Values come from small trials on breast ultrasound and dermoscopy unless a comme
 from __future__ import annotations
 
 from amlp_ray.config.data import ImageSpec, PrepareSettings
-from amlp_ray.config.method import LossSettings, ModelSettings, RatioSettings, SelectionSettings, Share, architecture
+from amlp_ray.config.method import (
+    LossSettings,
+    ModelSettings,
+    PatchScore,
+    RatioSettings,
+    SelectionSettings,
+    Share,
+    architecture,
+)
 from amlp_ray.config.pretrain import VARIANTS, PretrainSettings, Variant
 from amlp_ray.config.scoring import ProbeSettings, SegmentSettings
 from amlp_ray.config.study import (
@@ -30,6 +38,7 @@ __all__ = [
     "LossSettings",
     "ModelSettings",
     "Parameter",
+    "PatchScore",
     "PrepareSettings",
     "PretrainSettings",
     "ProbeSettings",

@@ -116,6 +116,9 @@ class RatioSettings(Settings):
         return self
 
 
+PatchScore = Literal["row_contrast", "blob", "border_saliency", "geodesic", "texture", "combined"]
+
+
 class SelectionSettings(Settings):
     """MPS: which patches are masked first (see method/selection.py)."""
 
@@ -131,20 +134,7 @@ class SelectionSettings(Settings):
     # Which cluster is the lesion: a patch score names that of the highest mean. hardest: the teacher's error; oracle:
     # true masks, diagnosis only. Geodesic is never far below the best on two public sets, without sign or centre.
     rule: Literal[
-        "smallest",
-        "distinct",
-        "most_central",
-        "darkest",
-        "brightest",
-        "row_contrast",
-        "blob",
-        "border_saliency",
-        "geodesic",
-        "texture",
-        "combined",
-        "hardest",
-        "random",
-        "oracle",
+        "smallest", "distinct", "most_central", "darkest", "brightest", PatchScore, "hardest", "random", "oracle"
     ] = "geodesic"
     min_patches: int = Field(2, ge=1)  # a smaller cluster is an outlier, not a lesion
     max_share: float = Field(0.5, gt=0, le=1)  # a larger one is tissue
@@ -155,18 +145,9 @@ class SelectionSettings(Settings):
     dilate: int = Field(0, ge=0, le=4)  # patches added round the lesion: its rim decides DSC
     feedback: Share = 0.0  # hard, with CCL: share of the teacher's category in what counts as lesion
     # Scores, for modes soft and ranked, and for by=score.
-    score: Literal[
-        "row_contrast",
-        "blob",
-        "border_saliency",
-        "geodesic",
-        "texture",
-        "combined",
-        "cluster",
-        "difficulty",
-        "attention",
-        "oracle",
-    ] = "geodesic"  # combined: ranks of the first three; cluster: soft membership; difficulty, attention: the teacher's
+    score: Literal[PatchScore, "cluster", "difficulty", "attention", "oracle"] = (
+        "geodesic"  # combined: ranks of the first three; cluster: soft membership; difficulty, attention: the teacher's
+    )
     lesion_sign: Literal["dark", "bright", "free"] = "dark"  # true of ultrasound and skin; bright for PET and FLAIR
     centre_prior: float = Field(0.0, ge=0)  # SD in half sides, 0 is off; halves what is found of small lesions
     strength: float = Field(1.0, ge=0, le=50)  # soft: 0 is random masking; above 1.5 nearly every lesion is masked

@@ -6,15 +6,18 @@ images: the sign (dark or bright lesions) and the centre prior are properties of
 but `geodesic` are ours.
 """
 
+from typing import get_args
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from amlp_ray.config import PatchScore
 from amlp_ray.method.features import centre_distance, neighbourhood_mean
 from amlp_ray.method.patches import standardise
 
 COMBINED = ("row_contrast", "blob", "border_saliency")
-PATCH_SCORES = (*COMBINED, "geodesic", "texture", "combined")
+PATCH_SCORES = get_args(PatchScore)
 
 
 def patch_score(

@@ -141,13 +141,11 @@ class SelectionSettings(Settings):
     by: Literal["cluster", "score"] = "cluster"  # score: hard without clusters, all patches 1 SD above the mean score
     lesion_share: float = Field(
         1.0, gt=0, le=1
-    )  # hard: share of the lesion that is masked, below 1 leaves hints; ranked: of the top tenth
+    )  # masked share of the lesion (ranked: the top 10 %), the rest are hints
     dilate: int = Field(0, ge=0, le=4)  # patches added round the lesion: its rim decides DSC
     feedback: Share = 0.0  # hard, with CCL: share of the teacher's category in what counts as lesion
     # Scores, for modes soft and ranked, and for by=score.
-    score: Literal[PatchScore, "cluster", "difficulty", "attention", "oracle"] = (
-        "geodesic"  # combined: ranks of the first three; cluster: soft membership; difficulty, attention: the teacher's
-    )
+    score: Literal[PatchScore, "cluster", "difficulty", "attention", "oracle"] = "geodesic"  # cluster: soft membership
     lesion_sign: Literal["dark", "bright", "free"] = "dark"  # true of ultrasound and skin; bright for PET and FLAIR
     centre_prior: float = Field(0.0, ge=0)  # SD in half sides, 0 is off; halves what is found of small lesions
     strength: float = Field(1.0, ge=0, le=50)  # soft: 0 is random masking; above 1.5 nearly every lesion is masked

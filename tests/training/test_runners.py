@@ -104,7 +104,9 @@ def test_impossible_requests_are_refused_at_once(phantom_dataset: PatchDataset, 
 def test_a_ray_data_stream_feeds_one_process_and_a_group(
     phantom_dataset: PatchDataset, tmp_path: Path, resources: ResourceSettings
 ) -> None:
-    amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings(data="stream"), resources=resources)
+    amlp_ray.pretrain(
+        phantom_dataset.path, tmp_path / "run", settings(data="stream", variant="mae"), resources=resources
+    )
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert rows[-1]["loss_rec"] < rows[0]["loss_rec"]

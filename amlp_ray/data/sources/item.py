@@ -4,20 +4,44 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal, NamedTuple
 
 DIGITS = "0123456789"
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+
+Format = Literal["picture", "dicom", "nifti"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
-    """One image and its masks. No mask file means unlabelled; an all-zero mask means labelled, without a lesion."""
+    """What is read in one go: a picture, a DICOM series or multi-frame object, a volume of one or more modalities.
+
+    No mask means unlabelled; an all-zero mask means labelled, without a lesion.
+    """
 
     id: str  # unique in the set
-    image: str  # absolute path
-    masks: tuple[str, ...]  # absolute paths; several are united
-    source: str  # file name relative to the folder, with forward slashes
+    format: Format  # who decodes it
+    images: tuple[str, ...]  # paths or URIs: one picture, the slices of a series in order, or a volume per modality
+    masks: tuple[str, ...]  # paths or URIs; several are united
+    source: str  # name shown to people: path relative to the folder, with forward slashes
+    group: str = ""  # patient or volume, never cut by a split; empty where the layout knows none
+    stratum: str = ""  # class, shared evenly by the splits
+    outlines: str = ""  # lesions drawn in an annotation file, as JSON: {"height", "width", "segmentations": [COCO]}
+
+
+class Fault(NamedTuple):
+    """A file that was found and cannot be used, or was used after a repair; a line of rejects.csv."""
+
+    file: str
+    action: Literal["rejected", "repaired"]
+    reason: str  # a sentence without the file's name
+
+
+class Listing(NamedTuple):
+    """What a reader found in a folder."""
+
+    items: list[Item]
+    faults: list[Fault]  # such as a mask without an image; the rest of the set survives
+    why: str = ""  # how `auto` recognised the layout
 
 
 def natural_key(text: str) -> tuple[list[tuple[bool, int, str]], str]:
@@ -30,17 +54,3 @@ def natural_key(text: str) -> tuple[list[tuple[bool, int, str]], str]:
     parts = [part for part in re.split(r"([0-9]+)", text) if part]
     key = [(False, len(part.lstrip("0")), part.lstrip("0")) if part[0] in DIGITS else (True, 0, part) for part in parts]
     return key, text
-
-
-def image_files(folder: Path) -> list[Path]:
-    """List the image files directly inside `folder`; hidden files, such as macOS `._` twins, are none."""
-    return sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    )
-
-
-def found_in(folder: Path, limit: int = 5) -> str:
-    """Name a few entries of `folder`, for messages that say what was found instead."""
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more if names else "nothing"

@@ -86,41 +86,6 @@ def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).convert("L"))[:, :, None]  # only 8-bit images have colour here
 
 
-def resize_image(image: np.ndarray, size: int) -> np.ndarray:
-    """Stretch an (H, W, C) image to size x size, bicubic with antialiasing; type and value range are kept."""
-    if image.dtype == np.uint8:
-        picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-        resized = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
-        return resized.reshape(size, size, -1)
-    planes = [  # Pillow resizes 16-bit images by nearest neighbour only, but 32-bit floats properly
-        np.asarray(Image.fromarray(image[:, :, c].astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC))
-        for c in range(image.shape[2])
-    ]
-    top = np.iinfo(image.dtype).max
-    return np.stack(planes, axis=2).round().clip(0, top).astype(image.dtype)
-
-
-def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
-    """Stretch an (H, W) mask of 0 and 1 to size x size: 1 where lesion covers at least half of a new pixel.
-
-    Half keeps the area unbiased, unlike nearest neighbour or "any". A lesion too small to reach half anywhere keeps
-    its most covered pixels, so that no lesion image turns into a normal one.
-    """
-    if not mask.any():
-        return np.zeros((size, size), np.uint8)
-    share = np.asarray(Image.fromarray(mask.astype(np.float32)).resize((size, size), Image.Resampling.BOX))
-    return (share >= min(0.5, share.max())).astype(np.uint8)
-
-
-def thumbnail(image: np.ndarray) -> np.ndarray:
-    """Shrink an (H, W, C) image to a grey uint8 thumbnail (48, 48), stretched to the full range if it has 16 bits."""
-    if image.dtype != np.uint8:
-        low, high = int(image.min()), int(image.max())
-        image = ((image.astype(np.float32) - low) * (255 / max(high - low, 1))).astype(np.uint8)
-    grey = Image.fromarray(to_channels(image, 1)[:, :, 0])
-    return np.asarray(grey.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR))
-
-
 def _open(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +16,13 @@ from amlp_ray.runtime.ray_session import ENVIRONMENT
 # Read when Ray is imported, so set before any test module imports it.
 os.environ.update(ENVIRONMENT)
 os.environ["RAY_AUTH_MODE"] = "disabled"
+# Of the local S3 server; here, so that Ray's workers have them too.
+os.environ.update(AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", AWS_DEFAULT_REGION="us-east-1")
 
 if TYPE_CHECKING:
     from amlp_ray.data.dataset import PatchDataset
+
+_numbers = count()
 
 REAL_DATA = os.environ.get("AMLP_RAY_DATA", str(Path(__file__).parents[1] / "../shared/data"))
 
@@ -62,3 +68,40 @@ def phantom_dataset(ray_session: None, tmp_path_factory: pytest.TempPathFactory)
     source = write_phantoms(folder / "source", kind="ultrasound", count=60, size=64)
     settings = PrepareSettings(layout="paired", size=64, group_by="image", fractions=(0.6, 0.2, 0.2))
     return prepare(source, folder / "dataset", settings)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """A local S3 server; its address."""
+    import subprocess
+    import sys
+    import time
+    import urllib.request
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(100):
+            try:
+                urllib.request.urlopen(address, timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield address
+    finally:
+        process.kill()
+
+
+@pytest.fixture
+def s3_bucket(s3_server: str) -> str:
+    """An empty bucket of its own for each test, as a URI that says where the server is."""
+    from pyarrow import fs
+
+    name = f"bucket-{next(_numbers)}"
+    fs.S3FileSystem(endpoint_override=s3_server, allow_bucket_creation=True).create_dir(name)
+    host = s3_server.removeprefix("http://")
+    return f"s3://{name}?endpoint_override={host}&scheme=http"

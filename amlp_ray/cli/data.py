@@ -2,68 +2,138 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from amlp_ray.cli.output import Json, print_facts, print_json, print_table
 from amlp_ray.config import PrepareSettings
+from amlp_ray.errors import DataError, SettingsError
 from amlp_ray.settings import build
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 app = typer.Typer(help="Make and inspect patch datasets.", no_args_is_help=True)
 
 
 @app.command()
 def prepare(
-    source: Annotated[Path, typer.Argument(help="Folder of images, with masks where there are any.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the patch dataset to write.")],
-    layout: Annotated[str, typer.Option(help="busi: `x (1).png` + `x (1)_mask.png`; paired: images/ + masks/.")],
+    source: Annotated[str, typer.Argument(help="Folder or URI of images, with masks where there are any.")],
+    out: Annotated[str, typer.Argument(help="Folder or URI of the patch dataset to write.")],
+    layout: Annotated[
+        str, typer.Option(help="auto, busi, paired, flat, lgg, dicom, nifti, decathlon or coco; auto says what it saw.")
+    ] = "auto",
+    file_list: Annotated[str | None, typer.Option(help="Text file, one image a line; layout flat.")] = None,
     size: Annotated[int, typer.Option(help="Pixels a side of the stored images.")] = 96,
-    channels: Annotated[str, typer.Option(help="auto, 1 or 3; auto stores grey images with one channel.")] = "auto",
-    group_by: Annotated[str, typer.Option(help="near-duplicates or image: what stays together.")] = "near-duplicates",
-    group_file: Annotated[Path | None, typer.Option(help="CSV with columns id and group, such as patients.")] = None,
-    split_file: Annotated[Path | None, typer.Option(help="JSON with lists of ids: train, val, test.")] = None,
+    fit: Annotated[str, typer.Option(help="stretch to a square, pad to keep the aspect, or cut tiles.")] = "stretch",
+    overlap: Annotated[float, typer.Option(help="Share of a tile that its neighbour repeats.")] = 0.0,
+    scale: Annotated[float, typer.Option(help="Shrink images by this before tiles are cut.")] = 1.0,
+    min_foreground: Annotated[float, typer.Option(help="Least tissue of a tile or slice without a lesion.")] = 0.1,
+    channels: Annotated[str, typer.Option(help="auto, or a number; auto stores grey pictures with one.")] = "auto",
+    values: Annotated[str, typer.Option(help="keep, window or percentile: what becomes of pixel values.")] = "keep",
+    window: Annotated[str | None, typer.Option(help="LOW,HIGH kept by values=window; none: DICOM's own.")] = None,
+    axis: Annotated[str, typer.Option(help="axial, coronal or sagittal slices of NIfTI volumes.")] = "axial",
+    lesion_labels: Annotated[str | None, typer.Option(help="Mask values that are lesion, such as 1,4.")] = None,
+    group_by: Annotated[
+        str, typer.Option(help="auto, patient, near-duplicates or image: what stays together.")
+    ] = "auto",
+    group_file: Annotated[str | None, typer.Option(help="CSV with a column id and one of groups.")] = None,
+    group_column: Annotated[str, typer.Option(help="The column of group_file, such as patient.")] = "group",
+    split_file: Annotated[str | None, typer.Option(help="JSON with lists of ids: train, val, test.")] = None,
     fractions: Annotated[str, typer.Option(help="Shares of train, val and test.")] = "0.7,0.1,0.2",
+    hash_names: Annotated[bool, typer.Option(help="Store salted hashes for names; always so for DICOM.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+    strict: Annotated[bool, typer.Option(help="Stop at the first file that cannot be used as it is.")] = False,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join; none: start Ray here.")] = None,
 ) -> None:
-    """Write a patch dataset: Parquet files, a manifest, a split by group, and statistics."""
-    try:
-        shares = tuple(float(part) for part in fractions.split(","))
-    except ValueError:
-        raise typer.BadParameter(
-            f"{fractions!r} is not three numbers such as 0.7,0.1,0.2", param_hint="--fractions"
-        ) from None
+    """Write a patch dataset: Parquet files, a manifest, a split by group, and statistics.
+
+    Killed, it goes on where it stopped when run again. Files that cannot be used are listed in OUT.rejects.csv.
+    """
     settings = build(
         PrepareSettings,
         {
             "layout": layout,
+            "file_list": file_list,
             "size": size,
+            "fit": fit,
+            "overlap": overlap,
+            "scale": scale,
+            "min_foreground": min_foreground,
             "channels": int(channels) if channels.isdigit() else channels,
+            "values": values,
+            "window": _numbers(window, "--window", float) if window else None,
+            "axis": axis,
+            "lesion_labels": _numbers(lesion_labels, "--lesion-labels", int) if lesion_labels else (),
             "group_by": group_by,
-            "group_file": group_file and str(group_file),
-            "split_file": split_file and str(split_file),
-            "fractions": shares,
+            "group_file": group_file,
+            "group_column": group_column,
+            "split_file": split_file,
+            "fractions": _numbers(fractions, "--fractions", float),
+            "hash_names": hash_names,
             "seed": seed,
         },
         "data prepare",
     )
-    from amlp_ray.data.sources import find_items
+    from amlp_ray.data.place import Place
 
-    find_items(layout, source)  # a wrong folder is told at once, not after Ray has started
+    if not Place(source).is_folder():  # told at once, not after Ray has started
+        raise DataError(f"There is no folder {source}; check the path.")
 
+    from amlp_ray.data.prepare import Told
     from amlp_ray.data.prepare import prepare as run
     from amlp_ray.runtime.ray_session import ray_session
 
-    with ray_session(address):
-        dataset = run(source, out, settings, progress=typer.echo)
+    with ray_session(address), _Bar() as bar:
+        dataset = run(source, out, settings, strict=strict, told=Told(bar.say, bar))
     _print_summary(dataset.summary())
 
 
+class _Bar:
+    """A progress bar per stage; sentences are printed above it."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close()
+
+    def __call__(self, what: str, done: int, of: int) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None or self._bar.desc != f"{what}: ":
+            self._close()
+            self._bar = tqdm(total=of, desc=what, dynamic_ncols=True, leave=False)
+        self._bar.update(done - self._bar.n)
+
+    def say(self, sentence: str) -> None:
+        self._close()
+        typer.echo(sentence)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _numbers(text: str, option: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise SettingsError(
+            f"{option} {text!r} is not a list of numbers such as 1,2; separate them by commas."
+        ) from None
+
+
 @app.command()
-def show(dataset: Annotated[Path, typer.Argument(help="Patch dataset.")], as_json: Json = False) -> None:
-    """Show counts, splits, channels, mean and SD, lesion area."""
+def show(dataset: Annotated[str, typer.Argument(help="Patch dataset.")], as_json: Json = False) -> None:
+    """Show counts, splits, channels, mean and SD, lesion area, and which columns are stored."""
     from amlp_ray.data.dataset import PatchDataset
 
     summary = PatchDataset.open(dataset).summary()
@@ -94,6 +164,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
                 "split": split,
                 **{name: counts[name] for name in ("images", "labelled", "lesions")},
                 **{f"lesion area % {p}": area.get(p) for p in ("p10", "p50", "p90")},
+                "background": counts["background"],
             }
         )
     print_table(rows)

@@ -12,7 +12,7 @@ from amlp_ray.cli.output import Json, print_facts, print_json, print_table
 
 def inspect(
     run: Annotated[Path, typer.Argument(help="Folder of a pretraining run, or of one trial of a study.")],
-    data: Annotated[Path | None, typer.Option(help="Patch dataset; none: the run's own.")] = None,
+    data: Annotated[str | None, typer.Option(help="Patch dataset, by path or URI; none: the run's own.")] = None,
     count: Annotated[int, typer.Option(help="Images of val; test is never read.")] = 8,
     epoch: Annotated[int | None, typer.Option(help="Whose masks and ratio; none: the latest, as the weights.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures; none: inspect/ in the run's.")] = None,

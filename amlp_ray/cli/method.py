@@ -26,13 +26,14 @@ SHOWN = {
 
 @app.command()
 def bench(
-    dataset: Annotated[Path, typer.Argument(help="Patch dataset with masks.")],
+    dataset: Annotated[str, typer.Argument(help="Patch dataset with masks, by path or URI.")],
     split: Annotated[str, typer.Option(help="train or val.")] = "train",
-    images: Annotated[int | None, typer.Option(min=1, help="Score at most so many images; none: all.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Score at most so many images; none: 4096.")] = None,
     patch_size: Annotated[int, typer.Option(min=2, help="Pixels a side.")] = 8,
     share: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the patches at which scores are cut.")] = 0.15,
     encoder: Annotated[
-        Path | None, typer.Option(help="Run folder, or encoder.safetensors: adds the rows that ask a trained model.")
+        Path | None,
+        typer.Option(help="Run folder, or encoder.safetensors, of this or other data: adds rows that ask it."),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Repeats of what is random.")] = 3,
     top: Annotated[int, typer.Option(min=1, help="Rows shown per block; --out has all.")] = 8,

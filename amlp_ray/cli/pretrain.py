@@ -15,7 +15,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="name=value, such a
 
 
 def pretrain(
-    data: Annotated[Path, typer.Argument(help="Patch dataset.")],
+    data: Annotated[str, typer.Argument(help="Patch dataset, by path or URI.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; one that holds a run of the same settings is resumed.")],
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     assign: Set = None,

@@ -14,14 +14,17 @@ from amlp_ray.settings import from_assignments
 
 
 def segment(
-    data: Annotated[Path, typer.Argument(help="Patch dataset with masks.")],
+    data: Annotated[str, typer.Argument(help="Patch dataset with masks, by path or URI; any of the encoder's shape.")],
     encoder: Annotated[Path, typer.Option(help="encoder.safetensors of a pretraining run or trial.")],
     out: Annotated[Path, typer.Option(help="Folder for the segmenter and its score.")],
     from_scratch: Annotated[bool, typer.Option(help="The encoder's shape with random weights: the baseline.")] = False,
     assign: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a segmenter on labelled training images and score it on validation: DSC, PPV, sensitivity."""
+    """Fine-tune a segmenter on labelled training images and score it on validation: DSC, PPV, sensitivity.
+
+    The encoder may be pretrained on another dataset; `amlp-ray data check A --against B` tells of images in both.
+    """
     settings = from_assignments(SegmentSettings, {}, assign or [])
 
     import torch

@@ -18,7 +18,14 @@ app = typer.Typer(help="Search settings: many trials, scored by the segmentation
 
 File = Annotated[Path, typer.Argument(help="Study file, or the name of a study that was run before.")]
 Name = Annotated[str, typer.Argument(help="Name of the study.")]
-Data = Annotated[Path | None, typer.Option(help="Patch dataset, in place of the file's `data`.")]
+Data = Annotated[str | None, typer.Option(help="Patch dataset, by path or URI, in place of the file's `data`.")]
+Labels = Annotated[
+    str | None,
+    typer.Option(
+        help="Another patch dataset, of the same shape, whose masks score the encoders; `amlp-ray data check LABELS "
+        "--against DATA` tells of images in both."
+    ),
+]
 Runs = Annotated[Path, typer.Option(help="Folder of all studies.", envvar="AMLP_RAY_RUNS")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join, such as auto; none: start Ray here.")]
 
@@ -27,20 +34,28 @@ Address = Annotated[str | None, typer.Option(help="Ray cluster to join, such as 
 def plan(
     file: File,
     data: Data = None,
+    labels: Labels = None,
     runs: Runs = Path("runs"),
     assign: Set = None,
     address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Check a study and say what it will take; nothing is run."""
-    facts = _load(file, data, runs, assign).plan(address).as_dict()
+    facts = _load(file, data, labels, runs, assign).plan(address).as_dict()
     print_json(facts) if as_json else print_facts(facts)
 
 
 @app.command()
-def run(file: File, data: Data = None, runs: Runs = Path("runs"), assign: Set = None, address: Address = None) -> None:
+def run(
+    file: File,
+    data: Data = None,
+    labels: Labels = None,
+    runs: Runs = Path("runs"),
+    assign: Set = None,
+    address: Address = None,
+) -> None:
     """Run a study, or go on with it where it stopped, then write its report."""
-    study = _load(file, data, runs, assign)
+    study = _load(file, data, labels, runs, assign)
     study.run(address, notify=typer.echo)
     status = study.status()
     print_facts(status)
@@ -87,13 +102,13 @@ def report(name: Name, runs: Runs = Path("runs")) -> None:
     typer.echo(f"report: {_open(name, runs).report()}")
 
 
-def _load(file: Path, data: Path | None, runs: Path, assign: list[str] | None) -> Study:
+def _load(file: Path, data: str | None, labels: str | None, runs: Path, assign: list[str] | None) -> Study:
     from amlp_ray.settings import assignments
     from amlp_ray.study.study import Study
 
     if not file.is_file() and (runs / file / "study.yaml").is_file():
         file = runs / file / "study.yaml"
-    return Study.load(file, data=data, runs=runs, overrides=assignments(assign or []))
+    return Study.load(file, data=data, labels=labels, runs=runs, overrides=assignments(assign or []))
 
 
 def _open(name: str, runs: Path) -> Study:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from amlp_ray.config.data import ImageSpec
-from amlp_ray.config.method import LossSettings, ModelSettings, RatioSettings, SelectionSettings
+from amlp_ray.config.method import LossSettings, ModelSettings, RatioSettings, SelectionSettings, Share
 from amlp_ray.errors import SettingsError
 from amlp_ray.settings import Settings, merged
 
@@ -79,7 +79,9 @@ class PretrainSettings(Settings):
     clip_grad: float = Field(1.0, gt=0)  # largest gradient norm of a step
     ema: float = Field(0.999, ge=0, lt=1)  # teacher's decay per step, applied before each look; 0: the model itself
     crop_min: float = Field(0.6, gt=0, le=1)  # least area share of a random crop; lesions must stay in the picture
-    flip: bool = True  # left-right only: depth has a direction in ultrasound
+    flip: bool = True  # left-right
+    flip_vertical: bool = False  # off: depth has a direction in ultrasound; true for skin, microscopy, brain slices
+    intensity: Share = 0.0  # strength of random gamma, contrast and brightness; 0: the picture itself is to be rebuilt
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs that have it, fp32 on CPU
     compile: bool = False  # torch.compile: pays on GPUs; takes a minute, and as much again per masked count
     seed: int = Field(0, ge=0, lt=2**63)  # of weights, order, crops and masks

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from amlp_ray.config.method import Share
 from amlp_ray.settings import Settings
 
 
@@ -15,6 +16,7 @@ class ProbeSettings(Settings):
     labels: int = Field(24, ge=4)  # labelled training images per subset; 8 is too noisy (SD 0.032 against 0.019)
     subsets: int = Field(6, ge=1)  # fixed subsets, their mean is the score: noise 0.008 DSC
     scoring: Literal["auto", "val", "cross-validation"] = "auto"  # auto: val from 40 lesion images on
+    images: int = Field(1000, ge=40)  # scored at most with a lesion, and as many without; 1000: noise 0.007 DSC
     folds: int = Field(5, ge=2)  # cross-validation by group inside train + val; test is never read
     seed: int = Field(0, ge=0)  # subsets and folds; the same for all trials of a study
 
@@ -30,5 +32,8 @@ class SegmentSettings(Settings):
     labels: int | None = Field(None, ge=4)  # labelled training images; none: all with a lesion
     decoder_width: int = Field(64, ge=8, le=1024)  # channels of the convolutions that lead from tokens to pixels
     freeze: bool = False  # train the decoder only
-    flip: bool = True  # left-right only, as in pretraining
+    crop_min: float = Field(1.0, gt=0, le=1)  # least area share of a random crop, of image and mask; 1 is off
+    flip: bool = True  # left-right, as in pretraining
+    flip_vertical: bool = False  # as in pretraining: off where depth has a direction, as in ultrasound
+    intensity: Share = 0.0  # strength of random gamma, contrast and brightness; 0 is off
     seed: int = Field(0, ge=0)  # of the decoder's weights, the labelled images chosen, and their order

@@ -83,7 +83,8 @@ class StudySettings(Settings):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")  # of its folder among the runs too
     description: str = ""  # what it asks, for the report
-    data: str | None = None  # path of a patch dataset; --data gives it too
+    data: str | None = None  # path or URI of a patch dataset; --data gives it too
+    labels: str | None = None  # of another, whose labelled images score instead, such as a public set; none: data's own
     seed: int = Field(0, ge=0, lt=2**63)  # those of sampler, trials and arms follow from it
     pretrain: dict[str, Any] = Field(default_factory=dict)  # settings of every trial, kept as given (see `trial`)
     space: dict[str, Parameter] = Field(default_factory=dict)  # dotted names of pretrain settings; seed is not searched

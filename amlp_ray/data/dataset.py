@@ -1,7 +1,9 @@
-"""A patch dataset: a folder of Parquet parts with a manifest, read as arrays.
+"""A patch dataset: a folder, or a prefix in an object store, of Parquet parts with a manifest; read as arrays.
 
 manifest.json
 train/part-00000.parquet ...   val/part-00000.parquet ...   test/part-00000.parquet ...
+
+The manifest is written last: without it, nothing reads the rest as a dataset.
 """
 
 from __future__ import annotations
@@ -17,15 +19,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from amlp_ray.config import ImageSpec, PrepareSettings
-from amlp_ray.data.parts import Shape, image_bytes, images_of, masks_of, read_part
+from amlp_ray.data.parts import COLUMNS, LIGHT, Shape, image_bytes, images_of, masks_of, read_part
+from amlp_ray.data.place import Place
+from amlp_ray.data.samples import Sample, Samples
 from amlp_ray.errors import DataError, SettingsError
 from amlp_ray.settings import Settings, build
 
 if TYPE_CHECKING:
+    import pandas as pd
     import ray.data
+    import torch.utils.data
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+UNFINISHED = ".preparing"  # folder of what a preparation has done so far
 SPLITS = ("train", "val", "test")
 AREA_PERCENTILES = (0, 10, 25, 50, 75, 90, 100)
 
@@ -49,13 +56,14 @@ class Counts(Settings):
 class Manifest(Settings):
     """What is in a patch dataset and how it was made. Mean and std are per channel, in stored units."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     created_by: str  # amlp_ray and its version
     name: str
+    layout: str  # as given or recognised
     channels: int
     height: int
     width: int
-    dtype: Literal["uint8", "uint16"]
+    dtype: Literal["uint8", "uint16", "int16", "float32"]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     counts: dict[str, Counts]
@@ -63,6 +71,9 @@ class Manifest(Settings):
     split_rule: str
     group_rule: str
     left_out: int  # images found, but not listed in the split file
+    rejected: int  # files that could not be used, listed beside the dataset in <name>.rejects.csv
+    dropped: int  # tiles and slices with too little tissue
+    salt: str | None  # of hashed names: tells two salts apart, tells nothing of either
     settings: PrepareSettings
     fingerprint: str  # SHA-256 of the settings and of the contents of all sources
 
@@ -71,7 +82,7 @@ class Manifest(Settings):
 class Split:
     """Images of one split in memory, or any selection of them; row i of every field is image i."""
 
-    images: np.ndarray  # (N, C, H, W) uint8 or uint16, as stored
+    images: np.ndarray  # (N, C, H, W), as stored
     masks: np.ndarray  # (N, H, W) uint8 of 0 and 1; zeros where unlabelled
     labelled: np.ndarray  # (N,) bool
     ids: list[str]
@@ -104,34 +115,50 @@ def key_of(name: str) -> int:
 
 
 class PatchDataset:
-    """A prepared dataset. Opening reads the manifest only; `load` reads images."""
+    """A prepared dataset: a sequence of samples, train first, then val, then test.
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
+    Opening reads the manifest only; `load` and `table` read columns, indexing reads a row group at a time.
+
+        dataset = PatchDataset.open("runs/mine")
+        len(dataset), dataset[0].image.shape, dataset.split("val")[3].id
+        dataset.table()                    # pandas: everything but pixels
+        dataset.to_ray_dataset("train")    # Ray Data
+        dataset.to_torch("train")          # torch.utils.data.Dataset
+    """
+
+    def __init__(self, place: Place, manifest: Manifest) -> None:
+        self.place = place
         self.manifest = manifest
 
     @classmethod
-    def open(cls, path: str | Path) -> PatchDataset:
-        """Open the dataset at `path`.
+    def open(cls, path: str | Path | Place) -> PatchDataset:
+        """Open the dataset at a path or URI.
 
         Raises:
-            DataError: nothing there, something else there, written by a newer version, or parts missing or cut short.
+            DataError: nothing there, something else there, unfinished, written by a newer version, or parts missing or
+                cut short.
         """
-        path = Path(path).absolute()
-        if not path.exists():
-            raise DataError(f"There is no patch dataset {path}; make one with `amlp-ray data prepare`.")
-        if not (path / MANIFEST).is_file():
+        place = Place(path)
+        if not place.is_folder():
+            raise DataError(f"There is no patch dataset {place}; make one with `amlp-ray data prepare`.")
+        if not (place / MANIFEST).is_file():
+            if (place / UNFINISHED).is_folder():
+                raise DataError(f"{place} was not finished; run the same `amlp-ray data prepare` again to go on.")
             raise DataError(
-                f"{path} has no {MANIFEST}, so it is not a patch dataset; make one with `amlp-ray data prepare`."
+                f"{place} has no {MANIFEST}, so it is not a patch dataset; make one with `amlp-ray data prepare`."
             )
-        manifest = _read_manifest(path / MANIFEST)
+        manifest = _read_manifest(place / MANIFEST)
+        sizes = {entry.name: entry.size for entry in place.entries()}
         for part in (part for parts in manifest.parts.values() for part in parts):
-            file = path / part.file
-            found = file.stat().st_size if file.is_file() else None
-            if found != part.bytes:
+            if (found := sizes.get(part.file)) != part.bytes:
                 state = "is missing" if found is None else f"is damaged: it has {found} bytes instead of {part.bytes}"
-                raise DataError(f"{file} {state}; prepare the dataset again or copy it again.")
-        return cls(path, manifest)
+                raise DataError(f"{place / part.file} {state}; prepare the dataset again or copy it again.")
+        return cls(place, manifest)
+
+    @property
+    def path(self) -> str:
+        """Where the dataset is: a path or a URI."""
+        return str(self.place)
 
     @property
     def name(self) -> str:
@@ -148,11 +175,29 @@ class PatchDataset:
         m = self.manifest
         return ImageSpec(channels=m.channels, height=m.height, width=m.width, mean=m.mean, std=m.std)
 
-    def files(self, split: str) -> list[Path]:
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._samples[index]
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self._samples)
+
+    @cached_property
+    def _samples(self) -> Samples:
+        return Samples(self, SPLITS)
+
+    def split(self, name: str) -> Samples:
+        """The samples of one split: `len`, indexing, iteration. Raises DataError for a name that is no split."""
+        self.files(name)
+        return Samples(self, (name,))
+
+    def files(self, split: str) -> list[Place]:
         """The Parquet files of a split, in order. Raises DataError for a name that is no split."""
         if split not in SPLITS:
             raise DataError(f"There is no split {split!r} in {self.path}; splits are {', '.join(SPLITS)}.")
-        return [self.path / part.file for part in self.manifest.parts[split]]
+        return [self.place / part.file for part in self.manifest.parts[split]]
 
     def count(self, split: str) -> int:
         """The number of images in a split."""
@@ -163,17 +208,42 @@ class PatchDataset:
         """Bytes that the images of a split take in memory, masks not counted."""
         return self.count(split) * image_bytes(self.shape, self.manifest.dtype)
 
-    def load(self, split: str) -> Split:
-        """Read a whole split into memory, ordered by id. Raises DataError where a part is damaged."""
-        count, (_, height, width) = self.count(split), self.shape
-        images, ids = self.load_images(split)
+    def table(self, *splits: str, columns: Sequence[str] = LIGHT) -> pd.DataFrame:
+        """A row per image: its split and all columns but pixels, see `parts.COLUMNS`; of all splits if none is named.
+
+        Raises:
+            DataError: a name that is no split or column, or a damaged part.
+        """
+        import pandas as pd
+
+        if unknown := [name for name in columns if name not in LIGHT]:
+            raise DataError(f"{self.path} has no column {unknown[0]!r} in its table; there are {', '.join(LIGHT)}.")
+        frames = [
+            table.to_pandas().assign(split=split)
+            for split in splits or SPLITS
+            for _, table in self._tables(split, columns)
+        ]
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*columns, "split"])
+
+    def load(self, split: str, rows: np.ndarray | None = None) -> Split:
+        """Read a split, or the given rows of it, into memory, in order. Raises DataError where a part is damaged."""
+        count, (_, height, width) = self.count(split) if rows is None else len(rows), self.shape
+        wanted = None if rows is None else np.sort(np.asarray(rows, np.int64))
+        images = np.empty((count, *self.shape), self.manifest.dtype)
         masks = np.empty((count, height, width), np.uint8)
         labelled = np.empty(count, bool)
+        ids: list[str] = []
         groups: list[str] = []
-        for start, table in self._tables(split, ["group", "mask"]):
-            rows = slice(start, start + len(table))
-            masks[rows], labelled[rows] = masks_of(table["mask"], self.shape)
+        done = 0
+        for start, table in self._tables(split, ["id", "group", "image", "mask"], wanted):
+            if wanted is not None:
+                table = table.take(wanted[(wanted >= start) & (wanted < start + len(table))] - start)
+            at = slice(done, done + len(table))
+            images[at] = images_of(table["image"], self.shape, self.manifest.dtype)
+            masks[at], labelled[at] = masks_of(table["mask"], self.shape)
+            ids += table["id"].to_pylist()
             groups += table["group"].to_pylist()
+            done += len(table)
         return Split(images, masks, labelled, ids, np.array(groups, dtype=str), keys_of(ids))
 
     def load_images(self, split: str) -> tuple[np.ndarray, list[str]]:
@@ -185,61 +255,68 @@ class PatchDataset:
             ids += table["id"].to_pylist()
         return images, ids
 
-    def to_ray_dataset(
-        self, split: str, *, columns: Sequence[str] | None = None, seed: int | None = None
-    ) -> ray.data.Dataset:
-        """Return the rows of a split as a Ray dataset, read when it is used.
+    def to_ray_dataset(self, split: str, *, columns: Sequence[str] | None = None) -> ray.data.Dataset:
+        """The rows of a split as a Ray dataset, read when it is used; `image` (C, H, W) and `mask` (H, W) as arrays.
 
-        With `seed`, files come in another order in every execution, as training wants; without, in order.
-        Ray must be initialised, and every node must see the dataset's folder.
+        Ray must be initialised, and every node must see the dataset. For training, `stream.open_batches` is faster.
         """
-        from amlp_ray.data.ray_data import read_files
+        from amlp_ray.data.ray_data import read_rows
 
-        return read_files(self.files(split), columns=columns, seed=seed)
+        return read_rows(self, split, columns)
+
+    def to_torch(self, split: str) -> torch.utils.data.Dataset[dict[str, Any]]:
+        """A split as a torch dataset of dicts: `image` (C, H, W), `mask` (H, W), `labelled`, `id`; pixels as stored."""
+        from amlp_ray.data.torch_samples import TorchSamples
+
+        return TorchSamples(self.split(split))
 
     def summary(self) -> dict[str, Any]:
         """Describe the dataset in plain values. Lesion areas are percentiles, in % of the image, over lesion images."""
         m = self.manifest
-        splits = {
-            name: {**m.counts[name].model_dump(), "lesion_area_percent": self._lesion_areas(name)} for name in SPLITS
-        }
+        pixels = m.height * m.width
+        table = self.table(columns=["lesion", "background"])
+        splits = {}
+        for name in SPLITS:
+            rows = table[table["split"] == name]
+            lesions = rows["lesion"][rows["lesion"] > 0].to_numpy(float) * (100 / pixels)
+            values = np.percentile(lesions, AREA_PERCENTILES) if len(lesions) else []
+            splits[name] = {
+                **m.counts[name].model_dump(),
+                "lesion_area_percent": {
+                    f"p{p}": round(float(value), 3) for p, value in zip(AREA_PERCENTILES, values, strict=False)
+                }
+                or None,
+                "background": round(float(rows["background"].mean()), 4) if len(rows) else None,
+            }
+        facts = ("layout", "channels", "height", "width", "dtype", "mean", "std", "split_rule", "group_rule")
         return {
             "name": m.name,
-            "path": str(self.path),
-            "channels": m.channels,
-            "height": m.height,
-            "width": m.width,
-            "dtype": m.dtype,
-            "mean": list(m.mean),
-            "std": list(m.std),
+            "path": self.path,
+            **{fact: getattr(m, fact) for fact in facts},
             "splits": splits,
-            "split_rule": m.split_rule,
-            "group_rule": m.group_rule,
             "left_out": m.left_out,
+            "rejected": m.rejected,
+            "dropped": m.dropped,
+            "columns": list(COLUMNS),
             "fingerprint": m.fingerprint,
         }
 
-    def _lesion_areas(self, split: str) -> dict[str, float] | None:
-        tables = self._tables(split, ["mask"])
-        shares = [masks_of(table["mask"], self.shape)[0].mean(axis=(1, 2)) for _, table in tables]
-        lesions = np.concatenate([*shares, np.zeros(0)])
-        lesions = 100 * lesions[lesions > 0]
-        if not len(lesions):
-            return None
-        values = np.percentile(lesions, AREA_PERCENTILES)
-        return {f"p{p}": round(float(value), 3) for p, value in zip(AREA_PERCENTILES, values, strict=True)}
+    def _tables(self, split: str, columns: Sequence[str], rows: np.ndarray | None = None) -> Iterator[tuple[int, Any]]:
+        """Yield each part of a split as (its first row, its table), so that one part at a time is held twice.
 
-    def _tables(self, split: str, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
-        """Yield each part of a split as (its first row, its table), so that one part at a time is held twice."""
+        Parts without any of the sorted `rows` are passed over.
+        """
         start = 0
         for file, part in zip(self.files(split), self.manifest.parts[split], strict=True):
-            table = read_part(file, columns)
-            if len(table) != part.rows:
-                raise DataError(
-                    f"{file} is damaged: it has {len(table)} rows instead of {part.rows}; prepare the dataset again."
-                )
-            yield start, table
-            start += len(table)
+            if rows is None or np.searchsorted(rows, start) < np.searchsorted(rows, start + part.rows):
+                table = read_part(file, columns)
+                if len(table) != part.rows:
+                    raise DataError(
+                        f"{file} is damaged: it has {len(table)} rows instead of {part.rows}; "
+                        f"prepare the dataset again."
+                    )
+                yield start, table
+            start += part.rows
 
 
 def keys_of(ids: Sequence[str]) -> np.ndarray:
@@ -247,9 +324,9 @@ def keys_of(ids: Sequence[str]) -> np.ndarray:
     return np.fromiter((key_of(name) for name in ids), np.int64, len(ids))
 
 
-def _read_manifest(file: Path) -> Manifest:
+def _read_manifest(file: Place) -> Manifest:
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_bytes())
         version = values["format_version"]
     except (ValueError, KeyError, TypeError, OSError):
         raise DataError(f"{file} is not the manifest of a patch dataset; prepare the dataset again.") from None

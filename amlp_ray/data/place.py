@@ -38,15 +38,25 @@ class Place:
         self._scheme, separator, rest = text.partition("://")
         self.is_local = not separator or self._scheme == "file"
         if self.is_local:
-            self._base, self._query = os.path.abspath(rest if separator else text), ""
+            path = rest if separator else text
+            # Not resolve(): what a link is called is what users know it by.
+            self._base, self._query = os.path.abspath(path), ""  # noqa: PTH100
         else:
             base, _, query = rest.partition("?")
+            if "@" in base.partition("/")[0]:
+                raise DataError("A URI must not hold a password; give access keys in the environment.")
             self._base, self._query = base.rstrip("/"), query
 
     def __str__(self) -> str:
         if self.is_local:
             return self._base
         return f"{self._scheme}://{self._base}" + (f"?{self._query}" if self._query else "")
+
+    def __fspath__(self) -> str:
+        """The path, for whatever takes paths of this machine."""
+        if not self.is_local:
+            raise TypeError(f"{self} is not on this machine")
+        return self._base
 
     def __repr__(self) -> str:
         return f"Place({str(self)!r})"
@@ -59,7 +69,9 @@ class Place:
 
     def __truediv__(self, name: str) -> Place:
         child = self._base.rstrip("/") + "/" + name
-        return Place(child if self.is_local else f"{self._scheme}://{child}" + (f"?{self._query}" if self._query else ""))
+        return Place(
+            child if self.is_local else f"{self._scheme}://{child}" + (f"?{self._query}" if self._query else "")
+        )
 
     @property
     def name(self) -> str:
@@ -69,7 +81,9 @@ class Place:
     @property
     def parent(self) -> Place:
         parent = str(PurePosixPath(self._base).parent)
-        return Place(parent if self.is_local else f"{self._scheme}://{parent}" + (f"?{self._query}" if self._query else ""))
+        return Place(
+            parent if self.is_local else f"{self._scheme}://{parent}" + (f"?{self._query}" if self._query else "")
+        )
 
     @property
     def local(self) -> Path:
@@ -80,7 +94,11 @@ class Place:
     @cached_property
     def filesystem(self) -> fs.FileSystem:
         """pyarrow's file system. Raises DataError where the URI's scheme is not known or its server not there."""
-        return fs.LocalFileSystem() if self.is_local else _file_system(self._scheme, self._base.partition("/")[0], self._query)
+        return (
+            fs.LocalFileSystem()
+            if self.is_local
+            else _file_system(self._scheme, self._base.partition("/")[0], self._query)
+        )
 
     @property
     def path(self) -> str:
@@ -202,8 +220,8 @@ def _file_system(scheme: str, bucket: str, query: str) -> fs.FileSystem:
         return fs.FileSystem.from_uri(uri)[0]
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(
-            f"{uri} cannot be opened ({_brief(error)}); paths and URIs such as s3://bucket/folder or gs://bucket/folder "
-            f"are accepted."
+            f"{uri} cannot be opened ({_brief(error)}); paths and URIs such as s3://bucket/folder or "
+            f"gs://bucket/folder are accepted."
         ) from None
 
 

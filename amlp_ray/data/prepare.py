@@ -1,199 +1,323 @@
 """A folder of images -> a patch dataset, in two passes of Ray Data: look at everything, then write everything.
 
-The same files and settings give the same bytes. Nothing half-written is ever readable: parts are written beside `out`
-and moved there at the end. On a cluster, source and `out` must lie where every node sees them.
+The same files and settings give the same bytes. A run that was killed goes on where it stopped. Nothing half-written is
+ever readable: the manifest comes last. What cannot be used is left out and listed beside the dataset, in
+`<name>.rejects.csv`. On a cluster, source and `out` must lie where every node sees them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from amlp_ray.config import PrepareSettings
-from amlp_ray.data.dataset import MANIFEST, SPLITS, Counts, Manifest, PatchDataset
-from amlp_ray.data.grouping import near_duplicate_groups, read_group_file
-from amlp_ray.data.scan import Scan, scan
-from amlp_ray.data.sources import Item, find_items
-from amlp_ray.data.splitting import groups_cut, read_split_file, split_by_group
-from amlp_ray.data.write import Row, write_rows
+from amlp_ray.data.agree import Kind, agree
+from amlp_ray.data.assign import Given, assign, file_digests, group_rule, split_rule
+from amlp_ray.data.dataset import MANIFEST, SPLITS, UNFINISHED, Counts, Manifest, Part, PatchDataset
+from amlp_ray.data.jobs import run_jobs
+from amlp_ray.data.look import Look, item_row, look_job, look_of
+from amlp_ray.data.parts import Shape, part_rows
+from amlp_ray.data.place import Place
+from amlp_ray.data.privacy import pseudonym, salt
+from amlp_ray.data.rejects import Rejects
+from amlp_ray.data.sources import Fault, Item, find_items
+from amlp_ray.data.unfinished import ResumableError, Unfinished
+from amlp_ray.data.write import Row, moments, part_job, write_job
 from amlp_ray.errors import DataError
 
+LOOK_ITEMS = 64  # pictures of a job of pass 1: some 100 ms of decoding, ten times what a task costs
+
 Say = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+
+
+class Told(NamedTuple):
+    """Whom to tell: `say` gets sentences; `progress` what is being done, how many are, and of how many."""
+
+    say: Say = lambda sentence: None
+    progress: Progress = lambda what, done, of: None
 
 
 def prepare(
-    source: str | Path, out: str | Path, settings: PrepareSettings, *, progress: Say | None = None
+    source: str | Path | Place,
+    out: str | Path | Place,
+    settings: PrepareSettings | None = None,
+    *,
+    strict: bool = False,
+    told: Told | None = None,
 ) -> PatchDataset:
-    """Write the images of `source` as a patch dataset `out` and open it.
+    """Write the images of `source` as a patch dataset `out` and open it. Both are paths or URIs.
 
     Uses Ray as it is initialised, or lets Ray Data start a local one. If `out` was prepared from the same files with
     the same settings, it is returned as it is.
 
     Args:
         source: folder in the layout `settings.layout`.
-        out: folder to make; it must not exist, be empty, or hold the very same dataset.
-        settings: size, channels, groups and splits.
-        progress: is told a sentence now and then.
+        out: folder to make; it must not exist, be empty, hold the very same dataset, or an unfinished one of the same.
+        settings: layout, size, channels, groups and splits.
+        strict: stop at the first file that cannot be used or needs a repair, instead of going on without it.
 
     Raises:
-        DataError: any file that cannot be used; all are checked before anything is written.
+        DataError: nothing can be used, `out` is taken or cannot be written, or, if strict, any fault.
     """
-    say = progress or (lambda sentence: None)
-    source, out = Path(source).absolute(), Path(out).absolute()
+    settings, told = settings or PrepareSettings(), told or Told()
+    source, out = Place(source), Place(out)
     existing = _existing(out)
-    items = find_items(settings.layout, source)
-    split_of = read_split_file(settings.split_file, [item.id for item in items]) if settings.split_file else None
-    listed = [item for item in items if split_of is None or item.id in split_of]
-    ids = [item.id for item in listed]
-    given_groups = read_group_file(settings.group_file, ids) if settings.group_file else None
+    listing = find_items(settings, source)
+    if listing.why:
+        told.say(listing.why)
+    rejects = Rejects(out, strict)
+    rejects.add(listing.faults)
+    settings = settings.model_copy(update={"layout": listing.layout})
+    given = Given.read(settings, listing.items)
+    items = [item for item in listing.items if given.lists(item)]
+    left_out = len(listing.items) - len(items)
+    told.say(
+        f"Looking at {len(items)} {'pictures' if items[0].format == 'picture' else 'series or volumes'} in {source}."
+    )
 
-    say(f"Looking at {len(listed)} images in {source}.")
-    scans = scan(listed)
-    dtype = _dtype(listed, scans)
-    channels = _channels(settings, scans)
-    fingerprint = _fingerprint(settings, listed, scans)
-    if existing is not None:
-        if existing.manifest.fingerprint == fingerprint:
-            say(f"{out} was already prepared from the same files with the same settings; nothing to do.")
-            return existing
-        raise DataError(
-            f"{out} is a patch dataset made from other files or settings; delete it or choose another folder."
-        )
-
-    groups = given_groups or _groups(settings, ids, scans)
-    splits = _splits(settings, listed, scans, groups, split_of, say)
-    rows = [Row(*of) for of in zip(listed, scans, groups, splits, strict=True)]
-    say(f"Writing {len(rows)} images of {settings.size}x{settings.size} pixels, {channels} channel(s), {dtype}.")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    state = Unfinished(out, _digest([_values(settings), version("amlp-ray"), [item_row(item) for item in items]]))
+    if existing is not None:  # a second look tells whether it is the same; nothing is written
+        chosen = _choose(items, _look(items, settings, {}, None, told), settings, rejects)
+        if existing.manifest.fingerprint != chosen.fingerprint:
+            raise DataError(
+                f"{out} is a patch dataset made from other files or settings; delete it or choose another folder."
+            )
+        state.finish()  # of a run that was killed right at its end
+        told.say(f"{out} was already prepared from the same files with the same settings; nothing to do.")
+        return existing
     try:
-        parts, mean, std = write_rows(rows, partial, settings.size, channels, dtype)
-        manifest = Manifest(
-            created_by=f"amlp_ray {version('amlp-ray')}",
-            name=out.name,
-            channels=channels,
-            height=settings.size,
-            width=settings.size,
-            dtype=dtype,
-            mean=mean,
-            std=std,
-            counts={split: _counts(rows, split) for split in SPLITS},
-            parts=parts,
-            split_rule=_split_rule(settings),
-            group_rule=_group_rule(settings),
-            left_out=len(items) - len(listed),
-            settings=settings,
-            fingerprint=fingerprint,
-        )
-        (partial / MANIFEST).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n")
-        if out.exists():  # empty, see `_existing`
-            out.rmdir()
-        partial.rename(out)
+        with state.lock():
+            manifest = _prepare(items, given, settings, state, rejects, told)
+            manifest = manifest.model_copy(update={"name": out.name, "left_out": left_out})
+            (out / MANIFEST).write_whole(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n")
+            rejects.write()
+            state.finish()
     except OSError as error:
         raise DataError(
             f"{out} cannot be written ({error.strerror or error}); check the path, space and rights."
         ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    counts = ", ".join(f"{split} {manifest.counts[split].images}" for split in SPLITS)
-    say(f"Wrote {out}: {counts}" + (f"; {manifest.left_out} left out as not listed." if manifest.left_out else "."))
+    _say_end(manifest, out, rejects, told.say)
     return PatchDataset.open(out)
 
 
-def _existing(out: Path) -> PatchDataset | None:
-    """Return the dataset at `out`, None if the place is free. Raises DataError where something else is there."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    if not (out / MANIFEST).is_file():
+def _existing(out: Place) -> PatchDataset | None:
+    """Return the dataset at `out`; None if the place is free or holds an unfinished one.
+
+    Raises:
+        DataError: something else is there, or a dataset that cannot be opened.
+    """
+    if out.is_file():
         raise DataError(f"{out} exists and is not a patch dataset; delete it or choose another folder.")
+    if not out.is_folder():
+        return None
+    if (out / MANIFEST).is_file():
+        try:
+            return PatchDataset.open(out)
+        except DataError as error:
+            raise DataError(f"{error} Delete {out} first.") from None
+    if not (out / UNFINISHED).is_folder() and (next(out.entries(), None) or out.folders()):
+        raise DataError(f"{out} exists and is not a patch dataset; delete it or choose another folder.")
+    return None
+
+
+class Chosen(NamedTuple):
+    """The items that go into the dataset, what is known of each, and what they have in common."""
+
+    items: list[Item]
+    looks: list[Look]
+    kind: Kind
+    fingerprint: str
+
+
+def _prepare(
+    items: list[Item], given: Given, settings: PrepareSettings, state: Unfinished, rejects: Rejects, told: Told
+) -> Manifest:
+    """Do all but the manifest. A fault leaves nothing behind, unless a next run can go on from there."""
+    known = state.begin()  # outside: another's unfinished work is not ours to delete
     try:
-        return PatchDataset.open(out)
-    except DataError as error:
-        raise DataError(f"{error} Delete {out} first.") from None
-
-
-def _dtype(items: Sequence[Item], scans: Sequence[Scan]) -> str:
-    first = scans[0].dtype
-    for item, found in zip(items, scans, strict=True):
-        if found.dtype != first:
-            raise DataError(
-                f"{item.image} is {found.dtype}, but {items[0].source} is {first}; all images must have the "
-                f"same depth, so convert one kind."
-            )
-    return first
-
-
-def _channels(settings: PrepareSettings, scans: Sequence[Scan]) -> int:
-    if settings.channels == "auto":
-        return 1 if all(found.grey for found in scans) else 3
-    return settings.channels
-
-
-def _fingerprint(settings: PrepareSettings, items: Sequence[Item], scans: Sequence[Scan]) -> str:
-    """Hash what decides the dataset; split and group file by what they say, not by where they lie."""
-    values = settings.model_dump(mode="json")
-    for name in ("split_file", "group_file"):
-        if values[name]:
-            values[name] = hashlib.sha256(Path(values[name]).read_bytes()).hexdigest()
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
-    for item, found in zip(items, scans, strict=True):
-        digest.update(json.dumps([item.id, item.source, bool(item.masks), found.digest]).encode())
-    return digest.hexdigest()
-
-
-def _groups(settings: PrepareSettings, ids: list[str], scans: Sequence[Scan]) -> list[str]:
-    if settings.group_by == "image":
-        return ids
-    return near_duplicate_groups(ids, np.stack([found.thumbnail for found in scans]))
-
-
-def _splits(
-    settings: PrepareSettings,
-    items: Sequence[Item],
-    scans: Sequence[Scan],
-    groups: Sequence[str],
-    split_of: dict[str, str] | None,
-    say: Say,
-) -> list[str]:
-    if split_of is None:
-        # The folder of a file is its class in the busi layout and the same for all in others.
-        strata = [
-            f"{PurePosixPath(item.source).parent} {bool(item.masks)} {found.lesion}"
-            for item, found in zip(items, scans, strict=True)
-        ]
-        return split_by_group(groups, strata, settings.fractions, settings.seed)
-    cut = groups_cut(split_of, dict(zip((item.id for item in items), groups, strict=True)))
-    if cut and settings.group_file:
-        group, where = next(iter(cut.items()))
-        raise DataError(
-            f"{settings.split_file} puts group {group!r} of {settings.group_file} into {' and '.join(where)}; "
-            f"a group must stay in one split, so move its images together."
+        chosen = _choose(items, _look(items, settings, known, state, told), settings, rejects)
+        groups, splits = assign(chosen.items, chosen.looks, given, settings, told.say)
+        rows = _rows(chosen, groups, splits, settings)
+        shape = chosen.kind.channels, settings.size, settings.size
+        told.say(
+            f"Writing {sum(map(len, rows.values()))} images of {settings.size}x{settings.size} pixels, "
+            f"{chosen.kind.channels} channel(s), {chosen.kind.dtype}."
         )
-    if cut:  # our own guess at groups is no reason to refuse a published split, but one to speak up
-        say(f"{len(cut)} groups of near-copies, such as that of {next(iter(cut))!r}, lie in several splits.")
-    return [split_of[item.id] for item in items]
+        parts, mean, std = _write(rows, shape, chosen.kind.dtype, settings, state, told)
+    except ResumableError:
+        raise
+    except DataError:
+        rejects.write()
+        state.discard()
+        raise
+    return Manifest(
+        created_by=f"amlp_ray {version('amlp-ray')}",
+        name="",
+        layout=settings.layout,
+        channels=shape[0],
+        height=shape[1],
+        width=shape[2],
+        dtype=chosen.kind.dtype,
+        mean=mean,
+        std=std,
+        counts={split: _counts(rows[split]) for split in SPLITS},
+        parts=parts,
+        split_rule=split_rule(settings),
+        group_rule=group_rule(chosen.items, settings),
+        left_out=0,
+        rejected=rejects.rejected,
+        dropped=sum(look.dropped for look in chosen.looks),
+        salt=_salt_mark(items, settings),
+        settings=settings,
+        fingerprint=chosen.fingerprint,
+    )
 
 
-def _counts(rows: Sequence[Row], split: str) -> Counts:
-    members = [row for row in rows if row.split == split]
-    labelled = sum(bool(row.item.masks) for row in members)
-    return Counts(images=len(members), labelled=labelled, lesions=sum(row.scan.lesion for row in members))
+def _look(
+    items: Sequence[Item], settings: PrepareSettings, known: dict[int, Any], state: Unfinished | None, told: Told
+) -> list[Look]:
+    """Pass 1, in parallel; results in the order of `items`. Jobs that are `known` are not done again."""
+    size = LOOK_ITEMS if items[0].format == "picture" else 1
+    batches = [items[start : start + size] for start in range(0, len(items), size)]
+    results = dict(known)
+    done = sum(len(batches[number]) for number in results)
+    jobs = [
+        (number, {"settings": _values(settings), "items": [item_row(item) for item in batch]})
+        for number, batch in enumerate(batches)
+        if number not in results
+    ]
+    told.progress("looking", done, len(items))
+    for number, result in run_jobs(jobs, look_job):
+        results[number] = result
+        if state:
+            state.add_looked(number, result)
+        done += len(batches[number])
+        told.progress("looking", done, len(items))
+    if state:
+        state.flush()
+    return [look_of(row) for number in range(len(batches)) for row in results.pop(number)]
 
 
-def _split_rule(settings: PrepareSettings) -> str:
-    if settings.split_file:
-        return f"as {Path(settings.split_file).name} says; images it does not list are left out"
-    fractions = "/".join(f"{fraction:g}" for fraction in settings.fractions)
-    return f"{fractions} by group, within classes, seed {settings.seed}"
+def _choose(items: Sequence[Item], looks: Sequence[Look], settings: PrepareSettings, rejects: Rejects) -> Chosen:
+    """Leave out what has faults or does not fit the rest. Raises DataError where nothing is left."""
+    pairs = list(zip(items, looks, strict=True))
+    rejects.add(Fault(item.images[0], "rejected", look.fault) for item, look in pairs if look.fault)
+    rejects.add(Fault(item.images[0], "repaired", note) for item, look in pairs for note in look.notes)
+    good = [(item, look) for item, look in pairs if not look.fault]
+    if not good:
+        raise DataError(f"None of {len(items)} images can be used. The first: {rejects.first()}")
+    kind, at, faults = agree([item for item, _ in good], [look for _, look in good], settings)
+    rejects.add(faults)
+    kept = [good[i] for i in at if good[i][1].frames]
+    if not kept:
+        raise DataError(
+            f"No image is left of {len(items)}: all have less tissue than min_foreground={settings.min_foreground:g}, "
+            f"or other channels than --channels; lower the one or change the other."
+        )
+    named = [[item.id, item.source, item.group, bool(item.masks or item.outlines), look.digest] for item, look in kept]
+    mark = _salt_mark(items, settings)
+    fingerprint = _digest([_values(settings) | file_digests(settings), mark, named])
+    return Chosen([item for item, _ in kept], [look for _, look in kept], kind, fingerprint)
 
 
-def _group_rule(settings: PrepareSettings) -> str:
-    if settings.group_file:
-        return f"as {Path(settings.group_file).name} says"
-    return "near-duplicates by thumbnail" if settings.group_by == "near-duplicates" else "every image by itself"
+def _rows(
+    chosen: Chosen, groups: Sequence[str], splits: Sequence[str], settings: PrepareSettings
+) -> dict[str, list[Row]]:
+    """The images of every split, in the order they are stored."""
+    hide = _hider(settings)
+    rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    for item, look, group, split in zip(chosen.items, chosen.looks, groups, splits, strict=True):
+        name, shown = hide(item, item.id), hide(item, item.source)
+        for frame in look.frames:
+            of_frame = name if item.format == "picture" else f"{name}/{frame.index:04d}"
+            for cutting in frame.cuttings:
+                whole = of_frame if settings.fit != "tiles" else f"{of_frame}@{cutting.y},{cutting.x}"
+                rows[split].append(Row(item, look.digest, frame, cutting, whole, hide(item, group), shown))
+    if not rows["train"]:
+        raise DataError("No image is left for train: those of its groups hold too little tissue; lower min_foreground.")
+    return rows
+
+
+def _hider(settings: PrepareSettings) -> Callable[[Item, str], str]:
+    """What turns names of files into hashes where asked; DICOM's are hashes from the start."""
+    if not settings.hash_names:
+        return lambda item, name: name
+    secret = salt()
+    return lambda item, name: name if item.format == "dicom" else pseudonym(name, secret)
+
+
+def _salt_mark(items: Sequence[Item], settings: PrepareSettings) -> str | None:
+    """A few digits that tell one salt from another, and nothing of what it is."""
+    return pseudonym("salt", salt())[:8] if settings.hash_names or items[0].format == "dicom" else None
+
+
+def _write(
+    rows: dict[str, list[Row]],
+    shape: Shape,
+    dtype: str,
+    settings: PrepareSettings,
+    state: Unfinished,
+    told: Told,
+) -> tuple[dict[str, list[Part]], tuple[float, ...], tuple[float, ...]]:
+    """Pass 2: write the parts that are not there yet; return them, with mean and SD of the training split."""
+    size, total = part_rows(shape, dtype), sum(map(len, rows.values()))
+    names = [(split, number) for split in SPLITS for number in range(-(-len(rows[split]) // size))]
+    known = {at: state.part(f"{at[0]}-{at[1]:05d}") for at in names}
+    jobs = []
+    for index, (split, number) in enumerate(names):
+        if known[split, number] is None:
+            place = state.out / f"{split}/part-{number:05d}.parquet"
+            of_part = rows[split][number * size : (number + 1) * size]
+            jobs.append((index, part_job(place, of_part, settings, shape, dtype)))
+    done = sum(part["rows"] for part in known.values() if part)
+    told.progress("writing", done, total)
+    for index, result in run_jobs(jobs, write_job):
+        if "fault" in result:
+            raise (ResumableError if result["resumable"] else DataError)(result["fault"])
+        split, number = names[index]
+        file = f"{split}/part-{number:05d}.parquet"
+        if (state.out / file).info().size != result["bytes"]:
+            raise DataError(
+                f"{state.out / file} was written by another node and is not visible here; share the folder."
+            )
+        known[split, number] = {"file": file, **result}
+        state.add_part(f"{split}-{number:05d}", {"file": file, **result})
+        done += result["rows"]
+        told.progress("writing", done, total)
+    parts: dict[str, list[Part]] = {split: [] for split in SPLITS}
+    sums = np.zeros((2, shape[0]), dtype=object)  # Python integers: exact, whatever the order of parts
+    for (split, _), part in known.items():
+        assert part is not None
+        parts[split].append(Part(file=part["file"], rows=part["rows"], bytes=part["bytes"]))
+        if split == "train":
+            sums += np.array(part["sums"], dtype=object)
+    return parts, *moments(sums, shape[1] * shape[2] * len(rows["train"]))
+
+
+def _counts(rows: Sequence[Row]) -> Counts:
+    labelled = sum(bool(row.item.masks or row.item.outlines) for row in rows)
+    return Counts(images=len(rows), labelled=labelled, lesions=sum(row.cutting.lesion for row in rows))
+
+
+def _say_end(manifest: Manifest, out: Place, rejects: Rejects, say: Say) -> None:
+    counts = ", ".join(f"{split} {manifest.counts[split].images}" for split in SPLITS)
+    left = f"; {manifest.left_out} left out as not listed" if manifest.left_out else ""
+    air = f"; {manifest.dropped} tiles or slices left out as mostly background" if manifest.dropped else ""
+    say(f"Wrote {out}: {counts}{left}{air}.")
+    if rejects.rejected or rejects.repaired:
+        say(f"{rejects.rejected} files rejected and {rejects.repaired} repaired, see {rejects.place}.")
+
+
+def _values(settings: PrepareSettings) -> dict[str, Any]:
+    return settings.model_dump(mode="json")
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,113 +1,126 @@
-"""Pass 2 of preparing: decode, resize and write every part, and sum up the statistics on the way.
+"""Pass 2 of preparing: decode again, cut, and write every part; sum up the statistics on the way.
 
 Runs in Ray Data workers, one part each. A fault comes back as a sentence, as in pass 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from amlp_ray.data.dataset import SPLITS, Part
-from amlp_ray.data.decode import read_image, read_mask, resize_image, resize_mask, to_channels
-from amlp_ray.data.parts import ROWS_PER_PART, write_part
-from amlp_ray.data.scan import Scan, run_jobs
+from amlp_ray.config import PrepareSettings
+from amlp_ray.data.fit import Cutting, cut, pixel_spacing, scaled
+from amlp_ray.data.formats import read_frames
+from amlp_ray.data.formats.picture import to_channels
+from amlp_ray.data.look import FrameLook, Reader, item_of, item_row
+from amlp_ray.data.parts import Shape, write_part
+from amlp_ray.data.place import Place
 from amlp_ray.data.sources import Item
 from amlp_ray.errors import DataError
 
 
-@dataclass(frozen=True)
-class Row:
-    """All that is decided about one image before it is written."""
+class Row(NamedTuple):
+    """An image to be written: what is cut from which frame of which item, and the names it gets."""
 
     item: Item
-    scan: Scan
+    digest: str  # of the item's files when they were looked at
+    frame: FrameLook
+    cutting: Cutting
+    id: str
     group: str
-    split: str
+    source: str
 
 
-def write_rows(
-    rows: Sequence[Row], folder: Path, size: int, channels: int, dtype: str
-) -> tuple[dict[str, list[Part]], tuple[float, ...], tuple[float, ...]]:
-    """Write all parts below `folder`; return them by split, with mean and SD per channel over the training split.
-
-    Raises:
-        DataError: a file changed since pass 1, or `folder` cannot be written or is not shared between nodes.
-    """
-    names, jobs = [], []
-    for split in SPLITS:
-        members = [row for row in rows if row.split == split]
-        for number, start in enumerate(range(0, len(members), ROWS_PER_PART)):
-            names.append((split, f"{split}/part-{number:05d}.parquet"))
-            images = [_described(row) for row in members[start : start + ROWS_PER_PART]]
-            jobs.append(
-                {"path": str(folder / names[-1][1]), "shape": [channels, size, size], "dtype": dtype, "images": images}
-            )
-    folder.mkdir(parents=True)
-    results = run_jobs(jobs, _write_job, rows_per_task=1)
-    faults = [result["fault"] for result in results if result["fault"]]
-    if faults:
-        raise DataError(faults[0])
-    parts: dict[str, list[Part]] = {split: [] for split in SPLITS}
-    sums = np.zeros((2, channels), dtype=object)  # Python integers: exact, whatever the order of parts
-    for (split, name), job, result in zip(names, jobs, results, strict=True):
-        file = folder / name
-        if not file.is_file():
-            raise DataError(f"{file} was written by another node and is not visible here; choose a shared folder.")
-        parts[split].append(Part(file=name, rows=len(job["images"]), bytes=file.stat().st_size))
-        if split == "train":
-            sums += np.array(result["sums"], dtype=object)
-    return parts, *_moments(sums, size * size * sum(part.rows for part in parts["train"]))
-
-
-def _moments(sums: np.ndarray, pixels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Turn sums of values and of squares (2, C) into mean and SD; a flat channel gets SD 1, to become 0 and not NaN."""
-    mean = [total / pixels for total in sums[0]]
-    variance = [(pixels * square - total * total) / pixels**2 for total, square in sums.T]
-    return tuple(mean), tuple(value**0.5 or 1.0 for value in variance)
-
-
-def _described(row: Row) -> dict[str, Any]:
-    item, found = row.item, row.scan
+def part_job(place: Place, rows: list[Row], settings: PrepareSettings, shape: Shape, dtype: str) -> dict[str, Any]:
+    """Plain values that `write_job` makes a part of; rows of one item stand together."""
+    items = []
+    for _, same in groupby(rows, key=lambda row: id(row.item)):
+        of_item = list(same)
+        first = of_item[0]
+        images = [[r.frame.index, r.frame.hash, r.cutting.y, r.cutting.x, r.cutting.background, r.id] for r in of_item]
+        items.append([item_row(first.item), first.digest, first.group, first.source, images])
     return {
-        "id": item.id,
-        "group": row.group,
-        "image": item.image,
-        "masks": item.masks,
-        "height": found.height,
-        "width": found.width,
-        "source": item.source,
+        "place": str(place),
+        "settings": settings.model_dump(mode="json"),
+        "shape": list(shape),
+        "dtype": dtype,
+        "items": items,
     }
 
 
-def _write_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Write one part, in a worker. A fault comes back as a sentence."""
-    shape = tuple(job["shape"])
-    sums = np.zeros((2, shape[0]), dtype=object)
+def write_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Write one part, in a worker: {"rows", "bytes", "sums"}, or {"fault"} with a sentence and whether it may go on."""
+    place, shape = Place(job["place"]), tuple(job["shape"])
+    exact = job["dtype"] != "float32"
+    sums = np.zeros((2, shape[0]), dtype=object if exact else np.float64)
     try:
-        write_part(Path(job["path"]), _encoded(job["images"], shape, sums), shape, job["dtype"])
+        rows = write_part(place, _encoded(job, sums), shape, job["dtype"])
+        return {"rows": rows, "bytes": place.info().size, "sums": sums.tolist()}
     except DataError as error:
-        return {"fault": str(error)}
+        return {"fault": str(error), "resumable": False}
     except OSError as error:
-        return {"fault": f"{job['path']} cannot be written ({error.strerror or error}); check space and rights."}
-    return {"fault": "", "sums": sums.tolist()}
-
-
-def _encoded(images: list[dict[str, Any]], shape: tuple[int, int, int], sums: np.ndarray) -> Iterator[dict[str, Any]]:
-    """Yield the columns of each image, and add its values and squares to `sums` (2, C)."""
-    channels, size, _ = shape
-    for given in images:
-        image = read_image(given["image"])
-        mask = read_mask(given["masks"], image.shape[:2]) if given["masks"] else None
-        stored = resize_image(to_channels(image, channels), size).transpose(2, 0, 1)
-        wide = stored.reshape(channels, -1).astype(np.uint64)
-        sums += np.array([wide.sum(axis=1).tolist(), (wide * wide).sum(axis=1).tolist()], dtype=object)
-        yield {
-            **{name: given[name] for name in ("id", "group", "height", "width", "source")},
-            "image": stored.astype(stored.dtype.newbyteorder("<"), copy=False).tobytes(),
-            "mask": None if mask is None else resize_mask(mask, size).tobytes(),
+        reason = error.strerror or " ".join(str(error).split())[:200]
+        return {
+            "fault": f"{place} cannot be written ({reason}); check space and rights, and run the same command again "
+            f"to go on.",
+            "resumable": True,
         }
+
+
+def moments(sums: np.ndarray, pixels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Turn sums of values and of squares (2, C) into mean and SD; a flat channel gets SD 1, to become 0 and not NaN."""
+    mean = [total / pixels for total in sums[0]]
+    variance = [max(0.0, (pixels * square - total * total) / pixels**2) for total, square in sums.T]
+    return tuple(mean), tuple(math.sqrt(value) or 1.0 for value in variance)
+
+
+def _encoded(job: dict[str, Any], sums: np.ndarray) -> Iterator[dict[str, Any]]:
+    """Yield the columns of each image, and add its values and squares to `sums` (2, C)."""
+    settings = PrepareSettings.model_validate(job["settings"])
+    for row, digest, group, source, images in job["items"]:
+        item, read = item_of(row), Reader()
+        wanted = {index: list(same) for index, same in groupby(images, key=lambda image: image[0])}
+        for frame in read_frames(item, settings, read):
+            if frame.index not in wanted:
+                continue
+            height, width = frame.image.shape[:2]
+            spacing = pixel_spacing(frame.spacing, height, width, settings)
+            whole = scaled(to_channels(frame.image, job["shape"][0]), frame.mask, settings)
+            for _, hashed, y, x, background, name in wanted[frame.index]:
+                image, mask = cut(*whole, y, x, settings)
+                stored = image.astype(job["dtype"], copy=False)
+                _add(stored, sums)
+                yield {
+                    "id": name,
+                    "group": group,
+                    "image": stored.astype(stored.dtype.newbyteorder("<"), copy=False).tobytes(),
+                    "mask": None if mask is None else mask.tobytes(),
+                    "lesion": None if mask is None else int(mask.sum()),
+                    "background": background,
+                    "height": height,
+                    "width": width,
+                    "y": y,
+                    "x": x,
+                    "frame": frame.index,
+                    "spacing_y": spacing and spacing[0],
+                    "spacing_x": spacing and spacing[1],
+                    "hash": hashed,
+                    "source": source,
+                }
+        if read.digest != digest:
+            raise DataError(f"{item.images[0]} changed while the dataset was prepared; run the same command again.")
+
+
+def _add(image: np.ndarray, sums: np.ndarray) -> None:
+    flat = image.reshape(len(image), -1)
+    if image.dtype == np.float32:
+        wide = flat.astype(np.float64)
+        sums += np.stack([wide.sum(axis=1), (wide * wide).sum(axis=1)])
+        return
+    integers = flat.astype(np.int64)  # below 2^63 for images of up to 2^31 pixels of 16 bits
+    squares = (integers * integers).sum(axis=1)
+    sums += np.array([integers.sum(axis=1).tolist(), squares.tolist()], dtype=object)

@@ -1,4 +1,15 @@
-"""Normalisation and augmentation of a batch on its device, in one call: random resized crops and flips."""
+"""Normalisation and augmentation of a batch on its device, in one call: random resized crops, flips and intensity.
+
+Every number comes from `noise`, so an image's crop depends on (seed, epoch, image) and not on its batch.
+
+The positions of one purpose's numbers, which never move, so that a new kind of augmentation changes no earlier result:
+0-4 crop and left-right flip, 5-6 SimSiam's own contrast and brightness (`siamese`), 7 upside-down flip, 8-10 intensity.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -7,28 +18,83 @@ from torch import Tensor
 from amlp_ray.config import ImageSpec
 from amlp_ray.method import noise as draw
 
+Mask = TypeVar("Mask", Tensor, None)
+
+# At intensity 1. nnU-Net draws contrast from 0.75-1.25 and gamma from 0.7-1.5: about an intensity of 0.5.
+BRIGHTNESS = 0.5  # SDs of the data set, up or down
+CONTRAST = 1.6  # times or divided by, about each channel's mean
+GAMMA = 2.0  # exponent, or one over it, on each channel's own range
+
 
 def normalise(images: Tensor, spec: ImageSpec) -> Tensor:
-    """Scale stored images (B, C, H, W), uint8 or uint16, to mean 0 and SD 1 per channel of the training split."""
-    mean = torch.tensor(spec.mean, device=images.device).view(1, -1, 1, 1)
-    std = torch.tensor(spec.std, device=images.device).view(1, -1, 1, 1)
-    return (images.float() - mean) / std
+    """Scale stored images (B, C, H, W) of any dtype to float32 of mean 0 and SD 1 per channel of the training split.
+
+    The only step that knows a dtype: uint16 has no arithmetic in torch, and int16 of CT lies far below 0.
+    """
+    mean, std = _scale(spec, images.device)
+    return (images.float() - mean).div_(std)
+
+
+@lru_cache(maxsize=16)
+def _scale(spec: ImageSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and SD, (1, C, 1, 1) each, kept: copying them to a GPU anew would make every step wait for it."""
+    with torch.inference_mode(False):  # kept tensors serve training too
+        mean, std = (torch.tensor(x, device=device).view(1, -1, 1, 1) for x in (spec.mean, spec.std))
+    return mean, std
+
+
+def augment(
+    images: Tensor,
+    masks: Mask,
+    keys: Tensor,
+    *,
+    crop_min: float = 1.0,
+    flip: bool = False,
+    flip_vertical: bool = False,
+    intensity: float = 0.0,
+    seed: int,
+    epoch: int,
+    purpose: int = draw.CROP,
+) -> tuple[Tensor, Mask]:
+    """Cut, mirror and recolour normalised images and cut their masks alike; with all of it off, nothing is touched.
+
+    Args:
+        images: (B, C, H, W), normalised. masks: (B, H, W) of any dtype, by nearest pixel, so that labels stay labels.
+        keys: (B,) int64 on the images' device, identities.
+        crop_min, flip, flip_vertical: see `random_crop`. intensity: see `recoloured`.
+    """
+    crop = random_crop(
+        keys, crop_min=crop_min, flip=flip, flip_vertical=flip_vertical, seed=seed, epoch=epoch, purpose=purpose
+    )
+    if masks is not None and crop is not None:
+        masks = cropped(masks[:, None].to(crop.dtype), crop, mode="nearest")[:, 0].to(masks.dtype)
+    return recoloured(cropped(images, crop), keys, intensity, seed=seed, epoch=epoch, purpose=purpose), masks
 
 
 def random_crop(
-    keys: Tensor, *, crop_min: float, flip: bool, seed: int, epoch: int, purpose: int = draw.CROP
+    keys: Tensor,
+    *,
+    crop_min: float,
+    flip: bool,
+    flip_vertical: bool = False,
+    seed: int,
+    epoch: int,
+    purpose: int = draw.CROP,
 ) -> Tensor | None:
-    """Draw a random part of every image: area share crop_min to 1, sides 3:4 to 4:3, half of them mirrored.
+    """Draw a random part of every image: area share crop_min to 1, sides 3:4 to 4:3.
 
     Args:
         keys: (B,) int64, identities; the crop depends on (seed, epoch, key).
+        flip: mirror half of the images left to right.
+        flip_vertical: turn half of them upside down: right for skin, tissue under a microscope and brain slices, wrong
+            where depth has a direction, as in ultrasound, whose shadows point down.
 
     Returns:
         (B, 2, 3) affine maps for `cropped`, or None where images stay as they are.
     """
-    if crop_min == 1 and not flip:
+    if crop_min == 1 and not flip and not flip_vertical:
         return None
-    u = draw.uniform(keys, 5, seed=seed, epoch=epoch, purpose=purpose)
+    u = draw.uniform(keys, 8, seed=seed, epoch=epoch, purpose=purpose)
     area = crop_min + (1 - crop_min) * u[:, 0]
     aspect = (4 / 3) ** (u[:, 1] * 2 - 1) if crop_min < 1 else torch.ones_like(area)
     # A side that would leave the image is cut; the other is then kept from falling below the least area.
@@ -36,6 +102,8 @@ def random_crop(
     centre_x, centre_y = (u[:, 2] * 2 - 1) * (1 - half_w), (u[:, 3] * 2 - 1) * (1 - half_h)
     if flip:
         half_w = torch.where(u[:, 4] < 0.5, -half_w, half_w)
+    if flip_vertical:
+        half_h = torch.where(u[:, 7] < 0.5, -half_h, half_h)
     zero = torch.zeros_like(area)
     return torch.stack([half_w, zero, centre_x, zero, half_h, centre_y], 1).view(-1, 2, 3)
 
@@ -49,3 +117,25 @@ def cropped(images: Tensor, crop: Tensor | None, mode: str = "bilinear") -> Tens
         return images
     grid = F.affine_grid(crop, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode=mode, padding_mode="border", align_corners=False)
+
+
+def recoloured(
+    images: Tensor, keys: Tensor, intensity: float, *, seed: int, epoch: int, purpose: int = draw.CROP
+) -> Tensor:
+    """Change gamma, contrast and brightness of normalised images (B, C, H, W) at random; `intensity` is the strength.
+
+    One draw per image for all its channels: drawn per channel, colours would change, which tell skin lesions apart,
+    and so would the ratio of one MRI sequence to another. Each channel is bent within its own range and stretched
+    about its own mean, since channels such as CT and PET have neither in common. Gamma works on shares of that range,
+    so that values below 0 (all of CT's air, half of anything normalised) are no fault; a constant channel only moves.
+    """
+    if intensity == 0:
+        return images
+    u = draw.uniform(keys, 11, seed=seed, epoch=epoch, purpose=purpose)[:, 8:, None, None, None] * 2 - 1
+    gamma, contrast, brightness = GAMMA ** (intensity * u[:, 0]), CONTRAST ** (intensity * u[:, 1]), u[:, 2]
+    low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
+    span = high - low
+    shares = ((images - low) / span.clamp_min(torch.finfo(images.dtype).tiny)).clamp(0, 1)
+    bent = low + span * shares**gamma
+    mean = bent.mean((2, 3), keepdim=True)
+    return mean + (bent - mean) * contrast + intensity * BRIGHTNESS * brightness

@@ -11,7 +11,7 @@ from torch import Tensor
 from amlp_ray.config import PretrainSettings
 from amlp_ray.errors import SettingsError
 from amlp_ray.method.aim import Aim, TeacherView, aim_at
-from amlp_ray.method.augment import cropped, random_crop
+from amlp_ray.method.augment import cropped, random_crop, recoloured
 from amlp_ray.method.features import tissue_of
 from amlp_ray.method.model import MaskedAutoencoder
 from amlp_ray.method.patches import patchify
@@ -56,14 +56,20 @@ class Masking:
         return masking_ratio(s.ratio, now.epoch, s.epochs, step=now.step, steps=now.steps, seed=s.seed)
 
     def augmented(self, images: Tensor, keys: Tensor, host_keys: Tensor, now: Moment) -> tuple[Tensor, Selection]:
-        """Crop normalised images (B, C, H, W) at random; return their patches (B, N, P) and the selection.
+        """Augment normalised images (B, C, H, W) at random; return their patches (B, N, P) and the selection.
+
+        What was found on whole images is cropped along. Between looks the aim is that of the image as it is stored,
+        whatever its brightness is now; with `refresh` 0 it is that of the augmented one.
 
         Args:
             keys: (B,) on the images' device. host_keys: the same numbers on the CPU, so that nothing waits for it.
         """
         s = self.settings
-        crop = random_crop(keys, crop_min=s.crop_min, flip=s.flip, seed=s.seed, epoch=now.epoch)
-        patches = patchify(cropped(images, crop), self.model.patch_size)
+        crop = random_crop(
+            keys, crop_min=s.crop_min, flip=s.flip, flip_vertical=s.flip_vertical, seed=s.seed, epoch=now.epoch
+        )
+        shown = recoloured(cropped(images, crop), keys, s.intensity, seed=s.seed, epoch=now.epoch)
+        patches = patchify(shown, self.model.patch_size)
         if s.selection.mode == "random":
             return patches, self._select(_no_aim(patches), patches, keys, now)
         self._begin_look(now.epoch)

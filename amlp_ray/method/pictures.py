@@ -210,19 +210,19 @@ def shown_size(spec: ImageSpec) -> tuple[int, int]:
 def as_pixels(images: Tensor, like: Tensor, spec: ImageSpec, size: tuple[int, int]) -> list[Pixels]:
     """Normalised images (B, C, H, W) as B pictures of `size`, scaled from the 0.5 to the 99.5 percentile of `like`.
 
-    One scale per image, of stored units and for all channels, so that colours stay what they are. Images of other than
-    one or three channels show the mean of their normalised ones.
+    One scale per image, of stored units and for all channels, so that colours stay what they are. Of images of other
+    than three channels the first is shown: a modality a reader knows, which a mean over CT and PET is not.
     """
-    if spec.channels in (1, 3):
-        mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in (spec.mean, spec.std))
-        images, like = images * std + mean, like * std + mean
-    else:
-        images, like = images.mean(1, keepdim=True), like.mean(1, keepdim=True)
+    shown = spec.channels if spec.channels == 3 else 1
+    mean, std = (torch.tensor(x[:shown], device=images.device)[:, None, None] for x in (spec.mean, spec.std))
+    images, like = (x[:, :shown] * std + mean for x in (images, like))
     flat = like.flatten(1)
     low, high = (flat.quantile(q, 1)[:, None, None, None] for q in (0.005, 0.995))
-    scaled = ((images - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
-    shown = (scaled * 255).round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-    return [np.asarray(Image.fromarray(each).resize(size[::-1], Image.Resampling.BICUBIC)) for each in shown]
+    # A constant image has no contrast to show, and rounding is not to be shown as one: in units of the data set,
+    # which may be shares of 1 or thousands.
+    scaled = ((images - low) / (high - low).clamp_min(1e-6 * std.max())).clamp(0, 1)
+    pixels = (scaled * 255).round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+    return [np.asarray(Image.fromarray(each).resize(size[::-1], Image.Resampling.BICUBIC)) for each in pixels]
 
 
 def on_pixels(values: Tensor, grid: tuple[int, ...], size: tuple[int, int]) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from amlp_ray.config import ImageSpec, ModelSettings, PretrainSettings
 from amlp_ray.method import noise as draw
-from amlp_ray.method.augment import cropped, random_crop
+from amlp_ray.method.augment import augment
 from amlp_ray.method.encoder import encoder_tokens, new_encoder
 from amlp_ray.method.patches import patchify
 
@@ -57,10 +57,14 @@ def two_views(
     """Two random crops of normalised images (B, C, H, W) as patches, with random contrast and brightness."""
     views = []
     for purpose in (draw.CROP, draw.VIEW):
-        crop = random_crop(
+        view, _ = augment(
+            images,
+            None,
             keys,
             crop_min=settings.crop_min,
             flip=settings.flip,
+            flip_vertical=settings.flip_vertical,
+            intensity=settings.intensity,
             seed=settings.seed,
             epoch=epoch,
             purpose=purpose,
@@ -68,7 +72,7 @@ def two_views(
         u = draw.uniform(keys, 7, seed=settings.seed, epoch=epoch, purpose=purpose)[:, 5:, None, None, None]
         # Without it, brightness alone would tell two images apart. Images have SD 1.
         contrast, brightness = 0.6 + 0.8 * u[:, 0], 0.8 * (u[:, 1] - 0.5)
-        views.append(patchify(cropped(images, crop) * contrast + brightness, patch_size))
+        views.append(patchify(view * contrast + brightness, patch_size))
     return views[0], views[1]
 
 

@@ -16,6 +16,7 @@ from amlp_ray.errors import SettingsError
 from amlp_ray.runtime.capacity import jobs_side_by_side
 from amlp_ray.study.design import arm_settings, prunable_rungs, rung_epochs
 from amlp_ray.study.space import check_space, drawn_settings
+from amlp_ray.training.labelled import check_fits
 from amlp_ray.training.probe import Probe
 
 
@@ -44,9 +45,15 @@ class Plan:
         return asdict(self)
 
 
-def check_study(settings: StudySettings, dataset: PatchDataset) -> None:
-    """Raise SettingsError or DataError for what would fail only after hours: space, patch size, labels, batch."""
+def check_study(settings: StudySettings, dataset: PatchDataset, labels: PatchDataset | None = None) -> None:
+    """Raise SettingsError or DataError for what would fail only after hours: space, patch size, labels, batch.
+
+    Args:
+        labels: where they are a data set apart.
+    """
     check_space(settings)
+    if labels is not None:
+        check_fits(labels, dataset.spec, f"{dataset.path} holds")
     base = settings.trial({}, seed=0)
     drawn = [base, *drawn_settings(settings)]
     for trial in [*drawn, *(arm_settings(settings, arm, seed=0) for arm in settings.arms)]:
@@ -58,19 +65,22 @@ def check_study(settings: StudySettings, dataset: PatchDataset) -> None:
             f"{settings.name}: an oracle aims by true lesions, so no study may search or score it; take oracle out of "
             f"selection.rule and selection.score. `amlp-ray pretrain` runs it, for diagnosis."
         )
+    scored = dataset if labels is None else labels
     for patch_size in sorted({trial.model.patch_size for trial in drawn}):
-        Probe(dataset, settings.probe, patch_size)  # tells of labels, groups and folds that cannot score anything
+        Probe(scored, settings.probe, patch_size)  # tells of labels, groups and folds that cannot score anything
 
 
-def make_plan(settings: StudySettings, dataset: PatchDataset, cluster: dict[str, float]) -> Plan:
+def make_plan(
+    settings: StudySettings, dataset: PatchDataset, cluster: dict[str, float], labels: PatchDataset | None = None
+) -> Plan:
     """Check the study and price it by timing, here, one probe and a few steps of its base settings and of every arm."""
-    check_study(settings, dataset)
+    check_study(settings, dataset, labels)
     base = settings.trial({}, seed=0)
     streamed = is_streamed(dataset, "train", base.data)
     side_by_side = jobs_side_by_side(settings.resources, cluster, streamed=streamed)
     images = dataset.count("train")
     steps = base.epochs * max(1, images // base.batch_size)
-    probe = _seconds_per_probe(settings, base, dataset)
+    probe = _seconds_per_probe(settings, base, dataset if labels is None else labels)
     rungs = rung_epochs(base.epochs, settings.pruner.rungs)
     workers = settings.resources.workers
 

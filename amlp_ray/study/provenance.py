@@ -16,8 +16,10 @@ from amlp_ray.data.dataset import PatchDataset
 PACKAGES = ("amlp-ray", "torch", "timm", "ray", "optuna", "scikit-learn", "numpy", "pyarrow")
 
 
-def environment(settings: StudySettings, dataset: PatchDataset, cluster: dict[str, float]) -> dict[str, Any]:
-    """Commit, versions, hardware, seed and data, as plain values."""
+def environment(
+    settings: StudySettings, dataset: PatchDataset, cluster: dict[str, float], labels: PatchDataset | None = None
+) -> dict[str, Any]:
+    """Commit, versions, hardware, seed and data, as plain values; `labels` is null where none are apart."""
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -29,13 +31,18 @@ def environment(settings: StudySettings, dataset: PatchDataset, cluster: dict[st
             "cluster": {kind: cluster[kind] for kind in ("CPU", "GPU")},
         },
         "seed": settings.seed,
-        "dataset": {
-            "name": dataset.name,
-            "path": str(dataset.path),
-            "fingerprint": dataset.manifest.fingerprint,
-            "size": f"{dataset.spec.channels} x {dataset.spec.height} x {dataset.spec.width}",
-            "counts": {split: count.model_dump() for split, count in dataset.manifest.counts.items()},
-        },
+        "dataset": _described(dataset),
+        "labels": None if labels is None else _described(labels),
+    }
+
+
+def _described(dataset: PatchDataset) -> dict[str, Any]:
+    return {
+        "name": dataset.name,
+        "path": dataset.path,
+        "fingerprint": dataset.manifest.fingerprint,
+        "size": f"{dataset.spec.channels} x {dataset.spec.height} x {dataset.spec.width}",
+        "counts": {split: count.model_dump() for split, count in dataset.manifest.counts.items()},
     }
 
 

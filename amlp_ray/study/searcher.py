@@ -78,10 +78,19 @@ class StudySearcher(Searcher):
     """
 
     def __init__(
-        self, store: StudyStore, settings: StudySettings, *, data: str, images: int, board: Any, notify: Notify
+        self,
+        store: StudyStore,
+        settings: StudySettings,
+        *,
+        data: str,
+        labels: str | None = None,
+        images: int,
+        board: Any,
+        notify: Notify,
     ) -> None:
         super().__init__(metric="dsc", mode="max")
-        self._store, self._settings, self._data, self._images = store, settings, data, images
+        self._store, self._settings, self._images = store, settings, images
+        self._data, self._labels = data, labels
         self._board, self._notify = board, notify
         storage = store.storage()
         self._search, self._arms = store.search(storage, create=True), store.arms(storage, create=True)
@@ -197,6 +206,7 @@ class StudySearcher(Searcher):
             label=label,
             folder=str(folder),
             data=self._data,
+            labels=self._labels,
             settings=settings,
             probe=s.probe,
             resources=s.resources,

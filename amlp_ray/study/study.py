@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from amlp_ray.config import StudySettings
 from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.data.place import Place
 from amlp_ray.errors import InterruptedStudyError, StudyError
 from amlp_ray.files import write_whole
 from amlp_ray.settings import build, flat, merged, read_yaml, write_yaml
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from amlp_ray.study.plan import Plan
 
 # What may change between runs of one study; data may be moved, and its fingerprint is compared instead of its path.
-CHANGEABLE = ("budget.", "resources.", "description", "data")
+CHANGEABLE = ("budget.", "resources.", "description", "data", "labels")
 
 
 class Study:
@@ -47,13 +48,17 @@ class Study:
         file: str | Path,
         *,
         data: str | Path | None = None,
+        labels: str | Path | None = None,
         runs: str | Path = "runs",
         overrides: dict[str, Any] | None = None,
     ) -> Study:
         """Load a study from its YAML file; nothing is written before `run`.
 
         Args:
-            data: patch dataset, in place of the file's `data`.
+            data: patch dataset by path or URI, in place of the file's `data`. Its training images are pretrained on.
+            labels: another one, in place of the file's `labels`, whose images then score encoders and are shown. It
+                must be of the same shape and scale. Whether its val or test images are among those pretrained on, in
+                another copy perhaps, is for `amlp-ray data check LABELS --against DATA` to say.
             runs: folder of all studies.
             overrides: settings by nested names, such as `{"budget": {"trials": 4}}`.
 
@@ -63,12 +68,12 @@ class Study:
         values = read_yaml(file)
         build(StudySettings, values, str(file))  # so that a fault of the file is told as the file's
         values = merged(values, overrides or {})
-        if data is not None:
-            values["data"] = str(data)
+        values |= {name: str(given) for name, given in (("data", data), ("labels", labels)) if given is not None}
         settings = build(StudySettings, values, "overrides (--set)")
         if settings.data is None:
             raise StudyError(f"{file} names no data set; give one with --data or the key data.")
-        settings = settings.model_copy(update={"data": str(Path(settings.data).absolute())})
+        named = {name: path for name in ("data", "labels") if (path := getattr(settings, name)) is not None}
+        settings = settings.model_copy(update={name: str(Place(path)) for name, path in named.items()})
         return cls(settings, StudyStore(Path(runs) / settings.name))
 
     @classmethod
@@ -82,6 +87,11 @@ class Study:
         assert self.settings.data is not None
         return PatchDataset.open(self.settings.data)
 
+    @cached_property
+    def labels(self) -> PatchDataset | None:
+        """The data set of labelled images, where it is one apart."""
+        return None if self.settings.labels is None else PatchDataset.open(self.settings.labels)
+
     def plan(self, address: str | None = None) -> Plan:
         """Check and price the study, for this machine or for the cluster at `address`; nothing is run."""
         from amlp_ray.runtime.capacity import cluster_resources, machine_resources
@@ -89,9 +99,9 @@ class Study:
         from amlp_ray.study.plan import make_plan
 
         if address is None:
-            return make_plan(self.settings, self.dataset, machine_resources())
+            return make_plan(self.settings, self.dataset, machine_resources(), self.labels)
         with ray_session(address):
-            return make_plan(self.settings, self.dataset, cluster_resources())
+            return make_plan(self.settings, self.dataset, cluster_resources(), self.labels)
 
     def run(self, address: str | None = None, *, notify: Callable[[str], None] = print) -> Study:
         """Run the study, or go on with it where it stopped; ends when its budget is used.
@@ -112,7 +122,7 @@ class Study:
         from amlp_ray.study.plan import check_study
         from amlp_ray.study.provenance import environment
 
-        check_study(self.settings, self.dataset)
+        check_study(self.settings, self.dataset, self.labels)
         if address is None:
             self._side_by_side(machine_resources())  # refuse before a cluster is started
         self._check_unchanged()
@@ -125,7 +135,8 @@ class Study:
                 write_yaml(self.settings, self.store.folder / "study.yaml")
                 about = self.store.folder / "environment.json"
                 if not about.exists():
-                    write_whole(about, json.dumps(environment(self.settings, self.dataset, cluster), indent=1))
+                    found = environment(self.settings, self.dataset, cluster, self.labels)
+                    write_whole(about, json.dumps(found, indent=1))
                 notify(f"study {self.settings.name}: {side_by_side} trials side by side, folder {self.store.folder}")
                 base, pruner = self.settings.trial({}, seed=0), self.settings.pruner
                 if pruner.name != "none" and not prunable_rungs(base, pruner, self.dataset.count("train")):
@@ -148,14 +159,17 @@ class Study:
         if not (self.store.folder / "study.yaml").is_file():
             return
         about = self.store.folder / "environment.json"
-        if (
-            about.is_file()
-            and self.dataset.manifest.fingerprint != json.loads(about.read_text())["dataset"]["fingerprint"]
-        ):
-            raise StudyError(
-                f"Study {self.settings.name!r} in {self.store.folder.parent} was begun on other data than "
-                f"{self.dataset.path} holds now; restore the data, or give the study another name."
-            )
+        if about.is_file():
+            held = json.loads(about.read_text())
+            for name, now in (("dataset", self.dataset), ("labels", self.labels)):
+                fingerprint = None if now is None else now.manifest.fingerprint
+                if fingerprint != (held.get(name) or {}).get("fingerprint"):
+                    what = "labels" if name == "labels" else "data"
+                    raise StudyError(
+                        f"Study {self.settings.name!r} in {self.store.folder.parent} was begun on other {what} than "
+                        + (f"{self.dataset.path} has of its own" if now is None else f"{now.path} holds now")
+                        + f"; restore the {what}, or give the study another name."
+                    )
         ours, theirs = flat(self.settings), flat(self.store.settings())
         changed = sorted(
             name
@@ -187,7 +201,8 @@ class Study:
         searcher = StudySearcher(
             self.store,
             self.settings,
-            data=str(self.dataset.path),
+            data=self.dataset.path,
+            labels=None if self.labels is None else self.labels.path,
             images=self.dataset.count("train"),
             board=board,
             notify=notify,

@@ -33,6 +33,7 @@ class Task:
     probe: ProbeSettings
     resources: ResourceSettings
     rungs: tuple[int, ...]
+    labels: str | None = None  # where they are a data set apart
 
     def as_config(self) -> dict[str, Any]:
         """Plain values, which is what Tune shows and stores of a trial."""
@@ -168,6 +169,7 @@ def _job(task: Task) -> Any:
     return Job(
         settings=task.settings,
         data=task.data,
+        labels=task.labels,
         folder=Path(task.folder),
         probe=task.probe,
         rungs=task.rungs,

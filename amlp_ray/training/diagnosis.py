@@ -22,6 +22,7 @@ from amlp_ray.method.patches import gather, patchify
 from amlp_ray.method.pictures import denormalised
 from amlp_ray.method.ratio import masked_count
 from amlp_ray.method.rules import truth_patches
+from amlp_ray.training.labelled import by_part, lesion_pixels, spread
 from amlp_ray.training.metrics import Metrics
 from amlp_ray.training.steps import Model
 
@@ -34,11 +35,9 @@ def held_out(dataset: PatchDataset, count: int) -> Split:
 
     Never of test.
     """
-    split = dataset.load("val")
-    split = split if len(split) else dataset.load("train")
-    lesion = np.flatnonzero(split.labelled & split.masks.any((1, 2)))
-    rows = lesion if len(lesion) else np.arange(len(split))
-    return split.take(rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)])
+    split = "val" if dataset.count("val") else "train"
+    lesion = np.flatnonzero(lesion_pixels(dataset, split) > 0)
+    return dataset.load(split, spread(lesion if len(lesion) else np.arange(dataset.count(split)), count))
 
 
 def lesion_shares(masks: np.ndarray, patch_size: int) -> Tensor:
@@ -54,19 +53,25 @@ def true_lesions(dataset: PatchDataset, settings: PretrainSettings) -> dict[int,
     """
     if not settings.selection.uses_truth:
         return None
-    train = dataset.load("train")
-    if missing := int((~train.labelled).sum()):
+    if missing := int(np.isnan(lesion_pixels(dataset, "train")).sum()):
         raise SettingsError(
-            f"An oracle aims by true lesions, but {missing} of {len(train)} training images in {dataset.path} have no "
-            f"mask; use another selection.rule or selection.score. (It is for diagnosis only.)"
+            f"An oracle aims by true lesions, but {missing} of {dataset.count('train')} training images in "
+            f"{dataset.path} have no mask; use another selection.rule or selection.score. (It is for diagnosis only.)"
         )
     p = settings.model.patch_size
-    shares = lesion_shares(train.masks, p).unflatten(1, (train.masks.shape[1] // p, -1))
-    return dict(zip(train.keys.tolist(), shares, strict=True))
+    found: dict[int, Tensor] = {}
+    for rows in by_part(dataset, "train"):
+        part = dataset.load("train", rows)
+        shares = lesion_shares(part.masks, p).unflatten(1, (part.masks.shape[1] // p, -1))
+        found |= dict(zip(part.keys.tolist(), shares, strict=True))
+    return found
 
 
 class Diagnosis:
-    """Called after every epoch with the model: metrics that can be compared over epochs and between arms."""
+    """Called after every epoch with the model: metrics that can be compared over epochs and between arms.
+
+    On a labelled data set where there is one apart from the pretraining one; normalised by the model's mean and SD.
+    """
 
     def __init__(self, dataset: PatchDataset, settings: PretrainSettings) -> None:
         chosen = held_out(dataset, REFERENCE_IMAGES)

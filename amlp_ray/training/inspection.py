@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from amlp_ray.config import PretrainSettings
+from amlp_ray.config import ImageSpec, PretrainSettings
 from amlp_ray.data.dataset import PatchDataset, Split
 from amlp_ray.errors import CheckpointError, SettingsError
 from amlp_ray.files import write_whole
@@ -21,10 +21,12 @@ from amlp_ray.method.pictures import Seen, look_at, panels, sheet, strip
 from amlp_ray.method.rules import truth_patches
 from amlp_ray.training.checkpoint import load_model, run_settings
 from amlp_ray.training.diagnosis import held_out, lesion_shares
+from amlp_ray.training.labelled import check_fits
 from amlp_ray.training.metrics import read_rows
 
 MOST = 64  # images: a sheet of more is no longer looked at
 SUMMARY = "inspection.json"
+OWN = ("path", "fingerprint")  # of `data.json`
 FIGURES = (
     "true_lesion_share", "lesion_share", "precision", "recall", "true_lesion_masked", "error", "error_inside",
     "error_outside",
@@ -56,7 +58,8 @@ def inspect_run(
     - `mean`: of each figure, over the images that have it. `metrics`: first and last of what the run told of itself.
 
     Args:
-        data: patch dataset; the run's own where not given. Images are of val (of train, where val is empty), not test.
+        data: patch dataset, by path or URI; the run's own where not given: its labelled one, where that is apart.
+            Images are of val (of train, where val is empty), not test, and normalised as in training.
         count: at most so many images.
         epoch: whose masks and ratio are shown, with the weights of the latest; by default the latest.
         out: folder for the pictures, `inspect` in the run's by default; those of an earlier inspection are replaced.
@@ -79,9 +82,12 @@ def inspect_run(
     if folder.exists() and not folder.is_dir():
         raise SettingsError(f"{folder} is a file; give a folder for the pictures.")
     own = _own_data(run)
-    dataset = PatchDataset.open(data or own["path"])
+    sets = [own, *([own["labels"]] if "labels" in own else [])]
+    dataset = PatchDataset.open(data or sets[-1]["path"])
     settings.check_image(dataset.spec)
-    model, latest = load_model(run, settings, dataset.spec)
+    spec = ImageSpec.model_validate(own["image"]) if "image" in own else dataset.spec
+    check_fits(dataset, spec, f"{run} was trained on")
+    model, latest = load_model(run, settings, spec)
     if seed is not None:
         settings = settings.model_copy(update={"seed": seed})
     split, at = held_out(dataset, count), epoch or latest
@@ -96,8 +102,8 @@ def inspect_run(
     ]
     found = {
         "run": str(run),
-        "data": str(dataset.path),
-        "own_data": dataset.manifest.fingerprint == own["fingerprint"],
+        "data": dataset.path,
+        "own_data": dataset.manifest.fingerprint in [each["fingerprint"] for each in sets],
         "split": "val" if dataset.count("val") else "train",
         "variant": settings.variant,
         "epoch": at,
@@ -111,14 +117,16 @@ def inspect_run(
     return found
 
 
-def _own_data(run: Path) -> dict[str, str]:
-    """Path and fingerprint of the data that the run was trained on."""
+def _own_data(run: Path) -> dict[str, Any]:
+    """What `job.claim` wrote of the data that the run was trained on, path and fingerprint for certain."""
     path = run / "data.json"
     try:
-        about = json.loads(path.read_text())
-        return {name: about[name] for name in ("path", "fingerprint")}
+        about: dict[str, Any] = json.loads(path.read_text())
+        if all(isinstance(part[name], str) for part in (about, about.get("labels", about)) for name in OWN):
+            return about
     except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path} does not say what data the run was trained on; train the run again.") from None
+        pass
+    raise CheckpointError(f"{path} does not say what data the run was trained on; train the run again.")
 
 
 def _figures(seen: Seen, split: Split, settings: PretrainSettings) -> list[dict[str, float | None]]:

@@ -24,6 +24,7 @@ from amlp_ray.method.pictures import picture_strips
 from amlp_ray.settings import build, read_yaml, write_yaml
 from amlp_ray.training.checkpoint import export_encoder
 from amlp_ray.training.diagnosis import Diagnosis, held_out, true_lesions
+from amlp_ray.training.labelled import check_fits
 from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult, pretrain
 from amlp_ray.training.probe import Probe
 from amlp_ray.training.scores import Score
@@ -34,7 +35,10 @@ PICTURES = 4  # strips per run: enough to judge by, small enough to keep for eve
 
 @dataclass(frozen=True)
 class Job:
-    """Settings, the patch dataset's path, the run's folder, and at which epochs (`rungs`) the probe scores it."""
+    """Settings, the patch dataset's path or URI, the run's folder, and at which epochs (`rungs`) the probe scores it.
+
+    `labels` is a data set apart, whose images the probe, the diagnosis and the pictures show instead.
+    """
 
     settings: PretrainSettings
     data: str
@@ -44,6 +48,19 @@ class Job:
     threads: int = 1  # CPU threads of each worker
     study: str = ""  # names of study and trial, for metrics and logs
     label: str = ""
+    labels: str | None = None
+
+    def open_labels(self, dataset: PatchDataset) -> PatchDataset:
+        """The labelled data set, which is `dataset` where there is none apart.
+
+        Raises:
+            DataError: there is none. SettingsError: its images differ in shape or scale.
+        """
+        if self.labels is None:
+            return dataset
+        labels = PatchDataset.open(self.labels)
+        check_fits(labels, dataset.spec, f"{dataset.path} holds")
+        return labels
 
 
 def run_job(
@@ -56,6 +73,7 @@ def run_job(
     """
     torch.set_num_threads(job.threads)
     dataset = PatchDataset.open(job.data)
+    labels = job.open_labels(dataset)
     batches = open_batches(
         dataset,
         batch_size=job.settings.batch_size,
@@ -67,18 +85,21 @@ def run_job(
     )
     truth = true_lesions(dataset, job.settings)
     if rank == 0:
-        claim(job, dataset)
-        hooks = replace(hooks, evaluate=_evaluation(job, dataset))
+        claim(job, dataset, labels)
+        hooks = replace(hooks, evaluate=_evaluation(job, dataset, labels))
     if job.settings.objective == "none":
         return _score_random_encoder(job, hooks, batches)
     result = pretrain(job.settings, batches, job.folder, hooks=hooks, device=device, truth=truth)
     if rank == 0 and isinstance(result.model, MaskedAutoencoder):
-        _draw(job, dataset, result.model, max(1, result.epochs))
+        _draw(job, labels, result.model, max(1, result.epochs))
     return result
 
 
-def claim(job: Job, dataset: PatchDataset) -> None:
+def claim(job: Job, dataset: PatchDataset, labels: PatchDataset | None = None) -> None:
     """Write the resolved settings and what data they apply to; refuse a folder that holds a run of others.
+
+    Args:
+        labels: where they are a data set apart.
 
     Raises:
         CheckpointError: the folder's run has other settings or other data.
@@ -89,19 +110,30 @@ def claim(job: Job, dataset: PatchDataset) -> None:
         raise CheckpointError(
             f"{job.folder} holds a run with other settings (see its settings.yaml); use another folder or delete it."
         )
-    data = {"name": dataset.name, "path": str(dataset.path), "fingerprint": dataset.manifest.fingerprint}
-    if about.is_file() and (held := json.loads(about.read_text()))["fingerprint"] != data["fingerprint"]:
-        raise CheckpointError(
-            f"{job.folder} holds a run on other data ({held['path']}, prepared differently); use another folder."
-        )
+    data = _described(dataset) | {"image": dataset.spec.model_dump()}
+    if labels is not None and labels is not dataset:
+        data["labels"] = _described(labels)
+    if about.is_file():
+        held = json.loads(about.read_text())
+        # One of them may be missing in the other: a run scored by labels of its own is not one that was not.
+        for ours, theirs in ((data, held), (data.get("labels", {}), held.get("labels", {}))):
+            if ours.get("fingerprint") != theirs.get("fingerprint"):
+                raise CheckpointError(
+                    f"{job.folder} holds a run on other data ({theirs.get('path', 'no labels apart')}, prepared "
+                    f"differently); use another folder."
+                )
     write_yaml(job.settings, path)
     write_whole(about, json.dumps(data, indent=1))
 
 
-def _evaluation(job: Job, dataset: PatchDataset) -> Callable[[Model, int], Metrics]:
+def _described(dataset: PatchDataset) -> dict[str, Any]:
+    return {"name": dataset.name, "path": dataset.path, "fingerprint": dataset.manifest.fingerprint}
+
+
+def _evaluation(job: Job, dataset: PatchDataset, labels: PatchDataset) -> Callable[[Model, int], Metrics]:
     """Diagnosis after every epoch and, at rungs, the probe's score."""
-    diagnosis = Diagnosis(dataset, job.settings)
-    probe = Probe(dataset, job.probe, job.settings.model.patch_size) if job.probe else None
+    diagnosis = Diagnosis(labels, job.settings)
+    probe = Probe(labels, job.probe, job.settings.model.patch_size, dataset.spec) if job.probe else None
 
     def evaluate(model: Model, epoch: int) -> Metrics:
         seen = diagnosis(model, epoch) if epoch else {}

@@ -35,8 +35,10 @@ from amlp_ray.method.teacher import teacher_view
 from amlp_ray.training.candidates import RANDOM, Candidate, candidates
 from amlp_ray.training.checkpoint import load_encoder, load_model, read_encoder_header, run_settings
 from amlp_ray.training.diagnosis import lesion_shares
+from amlp_ray.training.labelled import Rows, by_part, check_fits, lesion_pixels, spread
 
 BATCH = 64  # images; k-means over more is no faster
+MOST = 4096  # images in memory as float32: a GB at 256 pixels a side. More tell no truer: the standard error is 0.005
 TOP = 0.10  # share of the patches whose precision and recall are told beside `share`
 
 Row = dict[str, Any]
@@ -80,9 +82,11 @@ def bench_rules(
     - `ms` per image in batches of 64, after a warm-up; what a teacher is asked is counted.
 
     Args:
-        images: at most so many, spread evenly. Centroids of the data set always learn from all images of the split.
+        images: at most so many, spread evenly; 4096 where not given. Centroids of the data set learn from all images
+            of the split, lesion or not, up to as many.
         seeds: repeats of what is random (k-means, teacher), averaged per image.
-        teacher: a run's folder, or an encoder.safetensors, of the same data; for rows that ask one.
+        teacher: a run's folder, or an encoder.safetensors, for rows that ask one. It may be of another data set of the
+            same shape and scale, whose mean and SD then normalise.
         wanted: what to compare; all `candidates` where none are given.
 
     Raises:
@@ -94,8 +98,9 @@ def bench_rules(
     spec = dataset.spec
     if spec.height % patch_size or spec.width % patch_size:
         raise SettingsError(f"--patch-size {patch_size} does not divide the images of {spec.height}x{spec.width}.")
-    asked = read_teacher(teacher, spec, patch_size) if teacher else None
-    every, scored = _load(dataset, split, images, patch_size)
+    asked = read_teacher(teacher, dataset, patch_size) if teacher else None
+    spec = asked.model.spec if asked else spec
+    every, scored = _load(dataset, spec, split, images, patch_size)
     bench = _Bench(spec, patch_size, share, every, scored, asked)
     area = torch.cat([batch.share for batch in scored]).sum(1)
     small = (area <= area.median()).numpy()
@@ -110,16 +115,15 @@ def bench_rules(
     return rows
 
 
-def read_teacher(path: Path, spec: ImageSpec, patch_size: int) -> Teacher:
+def read_teacher(path: Path, dataset: PatchDataset, patch_size: int) -> Teacher:
     """Load the model of a finished run's folder, or an encoder alone.
 
     Raises:
-        CheckpointError: where there is none, or it was trained on images of another kind.
+        CheckpointError: where there is none. SettingsError: it was trained on images of another shape or scale.
     """
     file = path / "encoder.safetensors" if path.is_dir() else path
-    sizes, trained_on = read_encoder_header(file)
-    if trained_on != spec:
-        raise CheckpointError(f"{path} was trained on images of another shape, mean or SD; give a model of this data.")
+    sizes, spec = read_encoder_header(file)
+    check_fits(dataset, spec, f"{path} was trained on")
     if sizes.patch_size != patch_size:
         raise CheckpointError(f"{path} has patches of {sizes.patch_size} pixels; use --patch-size {sizes.patch_size}.")
     if path.is_dir():
@@ -137,27 +141,25 @@ def read_teacher(path: Path, spec: ImageSpec, patch_size: int) -> Teacher:
     return Teacher(model.eval(), settings.model_copy(update={"loss": loss}), path.is_dir())
 
 
-def _load(dataset: PatchDataset, split: str, images: int | None, patch_size: int) -> tuple[list[Batch], list[Batch]]:
-    """All images of a split, and those to score."""
-    everything = dataset.load(split)
-    lesion = np.flatnonzero(everything.labelled & everything.masks.any((1, 2)))
+def _load(
+    dataset: PatchDataset, spec: ImageSpec, split: str, images: int | None, patch_size: int
+) -> tuple[list[Batch], list[Batch]]:
+    """Images of a split to learn centroids from, and those to score."""
+    lesion = np.flatnonzero(lesion_pixels(dataset, split) > 0)
     if not len(lesion):
         raise DataError(f"No image of {split} in {dataset.path} has a lesion mask; rules are compared with true masks.")
-    count = min(images or len(lesion), len(lesion))
-    chosen = lesion[np.linspace(0, len(lesion) - 1, count).astype(int)]
 
-    def batches(rows: np.ndarray) -> list[Batch]:
-        parts = (everything.take(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH))
-        return [
-            Batch(
-                patchify(normalise(torch.from_numpy(part.images), dataset.spec), patch_size),
-                torch.from_numpy(part.keys),
-                lesion_shares(part.masks, patch_size),
-            )
-            for part in parts
-        ]
+    def batches(rows: Rows) -> list[Batch]:
+        patches, keys, shares = [], [], []
+        for some in by_part(dataset, split, rows):
+            part = dataset.load(split, some)
+            patches.append(patchify(normalise(torch.from_numpy(part.images), spec), patch_size))
+            keys.append(torch.from_numpy(part.keys))
+            shares.append(lesion_shares(part.masks, patch_size))
+        columns = (torch.cat(column).split(BATCH) for column in (patches, keys, shares))
+        return [Batch(*each) for each in zip(*columns, strict=True)]
 
-    return batches(np.arange(len(everything))), batches(chosen)
+    return batches(spread(np.arange(dataset.count(split)), MOST)), batches(spread(lesion, images or MOST))
 
 
 class _Bench:

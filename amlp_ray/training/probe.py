@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +21,13 @@ from sklearn.model_selection import GroupKFold
 from threadpoolctl import threadpool_limits
 from timm.models.vision_transformer import VisionTransformer
 
-from amlp_ray.config import ProbeSettings
-from amlp_ray.data.dataset import PatchDataset, Split
+from amlp_ray.config import ImageSpec, ProbeSettings
+from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import DataError
 from amlp_ray.method.augment import normalise
 from amlp_ray.method.encoder import encoder_tokens
 from amlp_ray.method.patches import patchify
+from amlp_ray.training.labelled import spread
 from amlp_ray.training.scores import THRESHOLDS, FloatArray, Score, best_threshold, mean_mask_floor, score_images
 
 INVERSE_L2 = (0.01, 0.1, 1.0)  # scikit-learn's C; from clearly too stiff to clearly too loose for 24 images
@@ -46,63 +48,84 @@ def require_labels(dataset: PatchDataset, settings: ProbeSettings) -> None:
         )
 
 
-class Probe:
-    """The labelled images of a data set, read once, and the fixed subsets on which every encoder is scored."""
+class Known(NamedTuple):
+    """Labelled images, those of train first, that are not read yet."""
 
-    def __init__(self, dataset: PatchDataset, settings: ProbeSettings, patch_size: int) -> None:
-        """Read train and val, never test.
+    rows: Indices  # (n,) in their split, rising
+    groups: NDArray[np.str_]  # (n,)
+    lesion: NDArray[np.bool_]  # (n,)
+    train: int  # how many of them are of train
+
+
+class Probe:
+    """The labelled images that a score needs, read once, and the fixed subsets on which every encoder is scored."""
+
+    def __init__(
+        self, dataset: PatchDataset, settings: ProbeSettings, patch_size: int, spec: ImageSpec | None = None
+    ) -> None:
+        """Read of train and val what is fitted or scored, never test.
+
+        Args:
+            spec: of the images that encoders are pretrained on, where these are others: see `labelled.check_fits`.
 
         Raises:
             DataError: where there are too few labelled images with a lesion, or too few groups of them.
         """
         require_labels(dataset, settings)
         self.settings = settings
-        self.spec = dataset.spec
+        self.spec = spec or dataset.spec
         self.patch_size = patch_size
-        train, val = _labelled(dataset.load("train")), _labelled(dataset.load("val"))
-        val_lesions = int(_has_lesion(val).sum())
+        known = _known(dataset)
+        val_lesions = int(known.lesion[known.train :].sum())
         self.scoring = settings.scoring
         if settings.scoring == "auto":
             self.scoring = "val" if val_lesions >= MIN_VAL_IMAGES else "cross-validation"
         if self.scoring == "val" and val_lesions == 0:
             raise DataError(f"{dataset.path} has no val image with a lesion; use probe.scoring=cross-validation.")
-        self.data = train.concat(val)
-        groups = len(np.unique(self.data.groups))
+        groups = len(np.unique(known.groups))
         if self.scoring == "cross-validation" and groups < settings.folds:
             raise DataError(
                 f"{dataset.path} has labelled images of {groups} groups, but cross-validation over "
                 f"probe.folds={settings.folds} needs as many; lower probe.folds or label images of more groups."
             )
-        plan = self._plan(len(train))
-        if any(len(np.unique(self.data.groups[subset])) < 2 for subsets, _ in plan for subset in subsets):
+        plan = self._plan(known)
+        if any(len(np.unique(known.groups[subset])) < 2 for subsets, _ in plan for subset in subsets):
             raise DataError(
                 f"{dataset.path} has labels that come from a single group, but the probe chooses its threshold across "
                 f"groups; label images of more groups."
             )
         used = np.unique(np.concatenate([rows for subsets, scored in plan for rows in (*subsets, scored)]))
-        self.data = self.data.take(used)  # what no fit needs is not encoded
+        train, val = used[used < known.train], used[used >= known.train]
+        self.data = dataset.load("train", known.rows[train]).concat(dataset.load("val", known.rows[val]))
         self.plan = [([np.searchsorted(used, s) for s in subsets], np.searchsorted(used, r)) for subsets, r in plan]
         share = F.avg_pool2d(torch.from_numpy(self.data.masks).float()[:, None], patch_size)[:, 0]
         self.share = share.flatten(1).numpy()  # (n, N) lesion share of every patch
         self.grid = (share.shape[1], share.shape[2])
 
-    def _plan(self, train: int) -> list[tuple[list[Indices], Indices]]:
+    def _plan(self, known: Known) -> list[tuple[list[Indices], Indices]]:
         """(label subsets, images to score) per fold; one fold of val, or folds by group over train and val."""
         rng = np.random.default_rng(self.settings.seed)
-        lesion = _has_lesion(self.data)
-        everything = np.arange(len(self.data))
+        everything = np.arange(len(known.rows))
         if self.scoring == "val":
-            pool = everything[:train][lesion[:train]]
-            return [([self._subset(pool, rng) for _ in range(self.settings.subsets)], everything[train:])]
+            pool = everything[: known.train][known.lesion[: known.train]]
+            subsets = [self._subset(pool, known, rng) for _ in range(self.settings.subsets)]
+            return [(subsets, self._enough(everything[known.train :], known))]
         folds = GroupKFold(self.settings.folds, shuffle=True, random_state=self.settings.seed)
+        chosen = self._enough(everything, known)
         plan = []
-        for rest, scored in folds.split(everything, groups=self.data.groups):
-            pool = rest[lesion[rest]]
+        for rest, scored in folds.split(chosen, groups=known.groups[chosen]):
+            pool = chosen[rest][known.lesion[chosen[rest]]]
             # Half as many subsets per fold: the folds average label noise as well.
-            plan.append(([self._subset(pool, rng) for _ in range(max(1, self.settings.subsets // 2))], scored))
+            subsets = [self._subset(pool, known, rng) for _ in range(max(1, self.settings.subsets // 2))]
+            plan.append((subsets, chosen[scored]))
         return plan
 
-    def _subset(self, pool: Indices, rng: np.random.Generator) -> Indices:
+    def _enough(self, rows: Indices, known: Known) -> Indices:
+        """Of the rows with a lesion, and of those without, as many as `images` says, spread evenly."""
+        lesion = known.lesion[rows]
+        return np.sort(np.concatenate([spread(rows[side], self.settings.images) for side in (lesion, ~lesion)]))
+
+    def _subset(self, pool: Indices, known: Known, rng: np.random.Generator) -> Indices:
         """`labels` images, from different groups while there are any left: near-copies teach nothing new."""
         if len(pool) < self.settings.labels:
             raise DataError(
@@ -110,7 +133,7 @@ class Probe:
                 f"needs probe.labels={self.settings.labels}; lower probe.labels or raise probe.folds."
             )
         shuffled = rng.permutation(pool)
-        _, firsts = np.unique(self.data.groups[shuffled], return_index=True)
+        _, firsts = np.unique(known.groups[shuffled], return_index=True)
         order = np.concatenate([shuffled[np.sort(firsts)], np.delete(shuffled, firsts)])
         return order[: self.settings.labels]
 
@@ -192,12 +215,16 @@ class Probe:
         )
 
 
-def _labelled(split: Split) -> Split:
-    return split.take(np.flatnonzero(split.labelled))
-
-
-def _has_lesion(split: Split) -> NDArray[np.bool_]:
-    return np.asarray(split.masks.any((1, 2)))
+def _known(dataset: PatchDataset) -> Known:
+    rows, groups, lesion = [], [], []
+    for split in ("train", "val"):
+        table = dataset.table(split, columns=["group", "lesion"])
+        pixels = table["lesion"].to_numpy(np.float64)
+        labelled = np.flatnonzero(np.isfinite(pixels))
+        rows.append(labelled)
+        groups.append(table["group"].to_numpy()[labelled].astype(str))
+        lesion.append(pixels[labelled] > 0)
+    return Known(np.concatenate(rows), np.concatenate(groups), np.concatenate(lesion), len(rows[0]))
 
 
 def _regression(x: FloatArray, share: FloatArray, inverse_l2: float) -> LogisticRegression:

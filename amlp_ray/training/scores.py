@@ -52,19 +52,16 @@ def best_threshold(probability: FloatArray, truth: BoolArray, candidates: FloatA
 THRESHOLDS = np.linspace(0.05, 0.95, 19)
 
 
-def mean_mask_floor(train: NDArray[np.uint8], scored: NDArray[np.uint8]) -> FloatArray:
-    """DSC (n,) of predicting the mean training mask for every image: what a score is worth without any image.
-
-    Its threshold is the best one on the training masks (N, H, W) themselves.
-    """
+def mean_mask(train: NDArray[np.uint8]) -> BoolArray:
+    """Where the mean of training masks (N, H, W) exceeds the threshold that is best on those masks, (H, W)."""
     mean = train.mean(0, keepdims=True)
     threshold, _ = best_threshold(np.broadcast_to(mean, train.shape), train > 0, THRESHOLDS)
-    return score_images(np.broadcast_to(mean > threshold, scored.shape), scored > 0).dsc
+    return np.asarray(mean[0] > threshold)
 
 
-def mean_mask_dsc(train: NDArray[np.uint8], scored: NDArray[np.uint8]) -> float:
-    """Mean of `mean_mask_floor` over images with a lesion."""
-    return float(np.nanmean(mean_mask_floor(train, scored)))
+def mean_mask_floor(train: NDArray[np.uint8], scored: NDArray[np.uint8]) -> FloatArray:
+    """DSC (n,) of predicting the mean training mask for every image: what a score is worth without any image."""
+    return score_images(np.broadcast_to(mean_mask(train), scored.shape), scored > 0).dsc
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,13 @@ from amlp_ray.config import ImageSpec, SegmentSettings
 from amlp_ray.data.dataset import PatchDataset, Split
 from amlp_ray.errors import DataError, NonFiniteLossError, SettingsError
 from amlp_ray.files import write_whole
-from amlp_ray.method.augment import normalise
+from amlp_ray.method.augment import augment, normalise
 from amlp_ray.method.encoder import new_encoder
 from amlp_ray.settings import write_yaml
 from amlp_ray.training.checkpoint import load_encoder, read_encoder_header, write_tensors
+from amlp_ray.training.labelled import Rows, by_part, check_fits, lesion_pixels
 from amlp_ray.training.pretrain import learning_rate
-from amlp_ray.training.scores import mean_mask_dsc, score_images
+from amlp_ray.training.scores import mean_mask, score_images
 
 
 class Segmenter(nn.Module):
@@ -76,6 +77,8 @@ def segment(
     """Fine-tune on labelled training images with a lesion and score on val.
 
     Args:
+        dataset: images with masks; need not be what the encoder was pretrained on, but must be of its shape and scale.
+            `amlp-ray data check A --against B` tells whether val images are among those of the pretraining set.
         encoder: an exported encoder; `from_scratch` keeps its shape but not its weights: the baseline.
 
     Returns:
@@ -87,21 +90,16 @@ def segment(
     if (out / "checkpoint").exists():
         raise SettingsError(f"{out} holds a pretraining run; give another --out for the segmenter.")
     model_settings, spec = read_encoder_header(encoder)
-    if (spec.channels, spec.height, spec.width) != _shape(dataset.spec):
-        raise SettingsError(
-            f"{encoder} was trained on {spec.channels}x{spec.height}x{spec.width} images (channels, height, width), "
-            f"but {dataset.path} holds {'x'.join(map(str, _shape(dataset.spec)))}; prepare the data alike."
-        )
-    train, val = _labelled(dataset, "train", settings), _labelled(dataset, "val", None)
+    check_fits(dataset, spec, f"{encoder} was trained on")
+    train, val = dataset.load("train", _train_rows(dataset, settings)), _val_rows(dataset)
     out.mkdir(parents=True, exist_ok=True)  # told now, not after the training, where it cannot be made
     torch.manual_seed(settings.seed)
-    # The encoder's own mean and SD: weights have seen images in that scale.
     # From scratch means the start that pretraining has, not timm's: anything else would handicap the baseline.
     vit = new_encoder(model_settings, spec) if from_scratch else load_encoder(encoder)
     model = Segmenter(vit, spec, model_settings.patch_size, settings.decoder_width).to(device)
     seconds = _fit(model, train, spec, settings, progress, device)
-    score = _score(model, val, spec, device) | {
-        "mean_mask_dsc": mean_mask_dsc(train.masks, val.masks),
+    # The encoder's own mean and SD, of whatever it was pretrained on, see `check_fits`.
+    score = _score(model, dataset, val, train.masks, spec, device) | {
         "labels": len(train),
         "from_scratch": from_scratch,
         "encoder": str(encoder),
@@ -113,20 +111,28 @@ def segment(
     return score
 
 
-def _labelled(dataset: PatchDataset, name: str, settings: SegmentSettings | None) -> Split:
-    """Labelled images of a split; for training those with a lesion, as many as `labels` says, chosen by seed."""
-    split = dataset.load(name)
-    lesion = split.labelled & split.masks.any((1, 2))
-    wanted = settings.labels if settings else None
-    if lesion.sum() < (wanted or 1):
+def _train_rows(dataset: PatchDataset, settings: SegmentSettings) -> Rows:
+    """Training images with a lesion, as many as `labels` says, chosen by seed."""
+    rows = np.flatnonzero(lesion_pixels(dataset, "train") > 0)
+    _require(dataset, "train", len(rows), settings.labels or 1)
+    if settings.labels:
+        rows = np.sort(np.random.default_rng(settings.seed).permutation(rows)[: settings.labels])
+    return rows
+
+
+def _val_rows(dataset: PatchDataset) -> Rows:
+    """Labelled val images; read when they are scored, a file at a time."""
+    pixels = lesion_pixels(dataset, "val")
+    _require(dataset, "val", int((pixels > 0).sum()), 1)
+    return np.flatnonzero(np.isfinite(pixels))
+
+
+def _require(dataset: PatchDataset, split: str, found: int, wanted: int) -> None:
+    if found < wanted:
         raise DataError(
-            f"{dataset.path} has {lesion.sum()} labelled {name} images with a lesion, but {wanted or 1} are needed; "
+            f"{dataset.path} has {found} labelled {split} images with a lesion, but {wanted} are needed; "
             f"add masks or lower labels."
         )
-    rows = np.flatnonzero(lesion if settings else split.labelled)
-    if settings and wanted:
-        rows = np.sort(np.random.default_rng(settings.seed).permutation(rows)[:wanted])
-    return split.take(rows)
 
 
 def _fit(
@@ -146,7 +152,7 @@ def _fit(
         [p for p in model.parameters() if p.requires_grad], lr=settings.lr, weight_decay=settings.weight_decay
     )
     rng = np.random.default_rng(settings.seed)
-    images, masks = torch.from_numpy(train.images), torch.from_numpy(train.masks)
+    images, masks, keys = (torch.from_numpy(x) for x in (train.images, train.masks, train.keys))
     per_epoch = max(1, len(train) // settings.batch_size)
     started = time.perf_counter()
     model.train()
@@ -157,11 +163,18 @@ def _fit(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, (epoch - 1) * per_epoch + b, settings.epochs * per_epoch)
             rows = order[b * settings.batch_size : (b + 1) * settings.batch_size]
-            x, y = normalise(images[rows].to(device), spec), masks[rows][:, None].float().to(device)
-            if settings.flip:
-                mirrored = torch.from_numpy(rng.random(len(rows)) < 0.5).to(device)[:, None, None, None]
-                x, y = torch.where(mirrored, x.flip(-1), x), torch.where(mirrored, y.flip(-1), y)
-            loss = loss_of(model(x), y)
+            x, y = augment(
+                normalise(images[rows].to(device), spec),
+                masks[rows].to(device),
+                keys[rows].to(device),
+                crop_min=settings.crop_min,
+                flip=settings.flip,
+                flip_vertical=settings.flip_vertical,
+                intensity=settings.intensity,
+                seed=settings.seed,
+                epoch=epoch,
+            )
+            loss = loss_of(model(x), y[:, None].float())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -175,21 +188,29 @@ def _fit(
 
 
 @torch.inference_mode()
-def _score(model: Segmenter, val: Split, spec: ImageSpec, device: str) -> dict[str, Any]:
+def _score(
+    model: Segmenter, dataset: PatchDataset, rows: Rows, trained: np.ndarray, spec: ImageSpec, device: str
+) -> dict[str, Any]:
+    """Score val images by row; `trained` are the training masks, whose mean is the floor."""
     model.eval()
-    chunks = torch.from_numpy(val.images).split(32)
-    logits = torch.cat([model(normalise(chunk.to(device), spec)).cpu() for chunk in chunks])
-    s = score_images((logits[:, 0] > 0).numpy(), val.masks > 0)
-    lesion = np.isfinite(s.dsc)
+    floor = mean_mask(trained)
+    scores, floors, ids = [], [], []
+    for some in by_part(dataset, "val", rows):
+        part = dataset.load("val", some)
+        chunks = torch.from_numpy(part.images).split(32)
+        logits = torch.cat([model(normalise(chunk.to(device), spec)).cpu() for chunk in chunks])
+        s = score_images((logits[:, 0] > 0).numpy(), part.masks > 0)
+        scores.append(np.stack([s.dsc, s.ppv, s.sensitivity, s.empty_correct]))
+        floors.append(score_images(np.broadcast_to(floor, part.masks.shape), part.masks > 0).dsc)
+        ids += part.ids
+    dsc, ppv, sensitivity, empty = np.concatenate(scores, 1)
+    lesion = np.isfinite(dsc)
     return {
-        "dsc": float(np.nanmean(s.dsc)),
-        "ppv": float(np.nanmean(s.ppv)),
-        "sensitivity": float(np.nanmean(s.sensitivity)),
-        "empty_correct": None if lesion.all() else float(np.nanmean(s.empty_correct)),
+        "dsc": float(np.nanmean(dsc)),
+        "ppv": float(np.nanmean(ppv)),
+        "sensitivity": float(np.nanmean(sensitivity)),
+        "empty_correct": None if lesion.all() else float(np.nanmean(empty)),
         "images": int(lesion.sum()),
-        "per_image": {val.ids[i]: round(float(s.dsc[i]), 6) for i in np.flatnonzero(lesion)},
+        "per_image": {ids[i]: round(float(dsc[i]), 6) for i in np.flatnonzero(lesion)},
+        "mean_mask_dsc": float(np.nanmean(np.concatenate(floors))),
     }
-
-
-def _shape(spec: ImageSpec) -> tuple[int, int, int]:
-    return spec.channels, spec.height, spec.width

@@ -8,9 +8,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+import torch.utils.data
+from made import made_dataset
 
 from amlp_ray.data.dataset import SPLITS, Counts, Manifest, Part, PatchDataset, key_of, keys_of
-from amlp_ray.data.parts import images_of, masks_of, read_part, write_part
+from amlp_ray.data.parts import COLUMNS, images_of, masks_of, read_part, write_part
+from amlp_ray.data.place import Place
 from amlp_ray.errors import DataError
 
 pytestmark = pytest.mark.ray  # all read the shared dataset, which Ray prepared
@@ -66,10 +70,11 @@ def test_keys_are_stable_and_fit_63_bits() -> None:
 
 
 def test_ray_dataset_holds_the_same_images(phantom_dataset: PatchDataset) -> None:
-    rows = phantom_dataset.to_ray_dataset("test", columns=["id", "image"]).take_all()
+    rows = phantom_dataset.to_ray_dataset("test", columns=["id", "image", "mask"]).take_all()
     split = phantom_dataset.load("test")
     assert [row["id"] for row in rows] == split.ids
-    assert rows[2]["image"] == split.images[2].tobytes()
+    np.testing.assert_array_equal(rows[2]["image"], split.images[2])
+    np.testing.assert_array_equal(rows[2]["mask"], split.masks[2])
 
 
 def test_missing_and_foreign_folders_are_named(tmp_path: Path) -> None:
@@ -91,8 +96,8 @@ def test_newer_format_and_wrong_values_are_named(copied: Path) -> None:
     (copied / "manifest.json").write_text(json.dumps(values | {"dtype": "int8"}))
     with pytest.raises(DataError, match=r"manifest\.json: dtype is 'int8'"):
         PatchDataset.open(copied)
-    (copied / "manifest.json").write_text(json.dumps(values | {"format_version": 2, "tiles": True}))
-    with pytest.raises(DataError, match=r"has format version 2, but this amlp_ray reads 1; update"):
+    (copied / "manifest.json").write_text(json.dumps(values | {"format_version": 3, "future": True}))
+    with pytest.raises(DataError, match=r"has format version 3, but this amlp_ray reads 2; update"):
         PatchDataset.open(copied)
 
 
@@ -134,6 +139,7 @@ def _row(i: int, mask: bool) -> dict[str, object]:
     return {
         "id": str(i),
         "group": "g",
+        **dict.fromkeys(("lesion", "background", "y", "x", "frame", "hash"), 0),
         "image": np.full((2, 8, 8), i * 300, "<u2").tobytes(),
         "mask": np.full((8, 8), 1, np.uint8).tobytes() if mask else None,
         "height": 8,
@@ -144,7 +150,7 @@ def _row(i: int, mask: bool) -> dict[str, object]:
 
 def test_parts_decode_any_slice_with_nulls(tmp_path: Path) -> None:
     rows = [_row(i, mask=i % 3 == 0) for i in range(10)]
-    assert write_part(tmp_path / "p.parquet", rows, (2, 8, 8), "uint16") == 10
+    assert write_part(Place(tmp_path / "p.parquet"), rows, (2, 8, 8), "uint16") == 10
     table = read_part(tmp_path / "p.parquet", ["image", "mask"]).slice(2, 6)
     images = images_of(table["image"], (2, 8, 8), "uint16")
     assert images[:, 1, 4, 4].tolist() == [i * 300 for i in range(2, 8)]
@@ -162,3 +168,89 @@ def test_manifest_survives_json(phantom_dataset: PatchDataset) -> None:
     assert set(manifest.counts) == set(manifest.parts) == set(SPLITS)
     assert isinstance(manifest.counts["val"], Counts)
     assert isinstance(manifest.parts["val"][0], Part)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> PatchDataset:
+    """21 images in two splits and four parts, every third unlabelled."""
+    images = np.random.default_rng(0).integers(-1000, 1000, (21, 2, 16, 16)).astype(np.int16)
+    masks = [None if i % 3 == 0 else np.eye(16) * (i % 2) for i in range(21)]
+    split = ["train"] * 14 + ["val"] * 7
+    return made_dataset(tmp_path / "small", images, masks, split=split, rows_per_part=5, spacing_y=0.5)
+
+
+def test_a_dataset_is_a_sequence_of_samples(small: PatchDataset) -> None:
+    assert len(small) == 21
+    assert [sample.id for sample in small] == [f"image {i}" for i in range(21)]
+    whole = small.load("train").concat(small.load("val"))
+    for i in (0, 7, 20, -1, 13):
+        sample = small[i]
+        np.testing.assert_array_equal(sample.image, whole.images[i])
+        assert (sample.mask is None) == (not whole.labelled[i])
+        assert sample.split == ("train" if i in (0, 7, 13) else "val")
+    assert small[4].mask is not None
+    np.testing.assert_array_equal(small[4].mask, whole.masks[4])
+    assert [sample.id for sample in small.split("val")[2:5]] == ["image 16", "image 17", "image 18"]
+    assert len(small.split("test")) == 0
+    with pytest.raises(IndexError, match="21 samples, so no sample 21"):
+        small[21]
+    with pytest.raises(DataError, match="no split 'dev'"):
+        small.split("dev")
+
+
+def test_the_table_holds_all_but_pixels(small: PatchDataset) -> None:
+    table = small.table()
+    assert list(table.columns) == [*(name for name in COLUMNS if name not in ("image", "mask")), "split"]
+    assert len(table) == 21
+    assert table["lesion"].isna().sum() == 7
+    assert (table["lesion"] == 16).sum() == 7
+    assert (table["spacing_y"] == 0.5).all()
+    assert table["spacing_x"].isna().all()
+    assert list(small.table("val", columns=["id"])["id"]) == small.load("val").ids
+    assert len(small.table("test")) == 0
+    with pytest.raises(DataError, match="no column 'image' in its table; there are id, group"):
+        small.table(columns=["image"])
+
+
+def test_rows_are_loaded_without_the_rest(small: PatchDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = small.load("train")
+    for rows in ([0, 13], [3], [4, 5, 6], []):
+        part = small.load("train", np.array(rows, int))
+        np.testing.assert_array_equal(part.images, whole.images[rows])
+        np.testing.assert_array_equal(part.masks, whole.masks[rows])
+        np.testing.assert_array_equal(part.keys, whole.keys[rows])
+        assert part.ids == [whole.ids[i] for i in rows]
+    (small.place / "train/part-00002.parquet").delete()
+    assert small.load("train", np.array([0, 9])).ids == ["image 0", "image 9"]
+
+
+def test_torch_gets_tensors_in_batches(small: PatchDataset) -> None:
+    loader = torch.utils.data.DataLoader(small.to_torch("train"), batch_size=7, shuffle=True)
+    batches = list(loader)
+    assert [batch["image"].shape for batch in batches] == [(7, 2, 16, 16)] * 2
+    assert batches[0]["image"].dtype == torch.int16
+    assert batches[0]["mask"].dtype == torch.uint8
+    ids = [name for batch in batches for name in batch["id"]]
+    assert sorted(ids) == sorted(small.load("train").ids)
+    labelled = torch.cat([batch["labelled"] for batch in batches])
+    assert int(labelled.sum()) == 9
+
+
+def test_an_unfinished_dataset_is_no_dataset(tmp_path: Path) -> None:
+    (tmp_path / ".preparing").mkdir()
+    with pytest.raises(DataError, match="was not finished; run the same `amlp-ray data prepare` again"):
+        PatchDataset.open(tmp_path)
+
+
+def test_a_dataset_in_an_object_store_reads_like_one_here(small: PatchDataset, s3_bucket: str) -> None:
+    there = Place(s3_bucket) / "copy"
+    for entry in small.place.entries():
+        (there / entry.name).write_whole((small.place / entry.name).read_bytes())
+    again = PatchDataset.open(there)
+    assert again.path.startswith("s3://")
+    np.testing.assert_array_equal(again.load("val").images, small.load("val").images)
+    assert again[20].id == "image 20"
+    assert again.summary()["splits"] == small.summary()["splits"]
+    (there / "val/part-00001.parquet").delete()
+    with pytest.raises(DataError, match=r"s3://.*val/part-00001\.parquet.* is missing"):
+        PatchDataset.open(there)

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import amlp_ray.data.write as write
+import amlp_ray.data.parts as parts
 from amlp_ray.config import PrepareSettings
 from amlp_ray.data.dataset import SPLITS, PatchDataset
-from amlp_ray.data.prepare import prepare
+from amlp_ray.data.place import Place
+from amlp_ray.data.prepare import Told, prepare
 from amlp_ray.data.sources import natural_key
 from amlp_ray.errors import DataError
 
@@ -25,7 +32,17 @@ def _settings(layout: str, **values: Any) -> PrepareSettings:
     return PrepareSettings.model_validate({"layout": layout, "size": 32, "fractions": (0.6, 0.2, 0.2)} | values)
 
 
-def _hashes(folder: Path) -> dict[str, str]:
+def _rejects(out: Path) -> dict[str, tuple[str, str]]:
+    """What the list of rejects says: (action, reason) by name of file."""
+    file = out.with_name(f"{out.name}.rejects.csv")
+    if not file.exists():
+        return {}
+    with file.open(newline="") as rows:
+        return {Path(row["file"]).name: (row["action"], row["reason"]) for row in csv.DictReader(rows)}
+
+
+def _hashes(folder: str | Path) -> dict[str, str]:
+    folder = Path(folder)
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.rglob("*.*")}
 
 
@@ -36,7 +53,7 @@ def _everything(dataset: PatchDataset) -> dict[str, tuple[np.ndarray, np.ndarray
 
 def test_busi_images_and_masks_are_what_pillow_reads(busi_folder: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    dataset = prepare(busi_folder, tmp_path / "out", _settings("busi"), progress=said.append)
+    dataset = prepare(busi_folder, tmp_path / "out", _settings("busi"), told=Told(said.append))
     found = _everything(dataset)
     assert len(found) == 18
     assert dataset.shape == (1, 32, 32)
@@ -60,7 +77,7 @@ def test_busi_images_and_masks_are_what_pillow_reads(busi_folder: Path, tmp_path
 def test_columns_order_statistics_and_counts(
     busi_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write, "ROWS_PER_PART", 4)
+    monkeypatch.setattr(parts, "PART_ROWS", 4)
     dataset = prepare(busi_folder, tmp_path / "out", _settings("busi"))
     train = dataset.load("train")
     np.testing.assert_allclose(dataset.manifest.mean, train.images.mean(axis=(0, 2, 3)), rtol=1e-12)
@@ -72,7 +89,7 @@ def test_columns_order_statistics_and_counts(
         lesions = loaded.masks.any(axis=(1, 2)).sum()
         assert (counts.images, counts.labelled, counts.lesions) == (len(loaded), loaded.labelled.sum(), lesions)
     table = pq.read_table(dataset.files("train")[0])
-    assert table.column_names == ["id", "group", "image", "mask", "height", "width", "source"]
+    assert table.column_names == list(parts.COLUMNS)
     row = table.slice(0, 1).to_pylist()[0]
     with Image.open(busi_folder / row["source"]) as image:
         assert (row["height"], row["width"]) == (image.height, image.width)
@@ -83,7 +100,7 @@ def test_same_input_gives_same_bytes_and_is_not_prepared_twice(busi_folder: Path
     second = prepare(busi_folder, tmp_path / "b" / "out", _settings("busi"))
     assert _hashes(first.path) == _hashes(second.path)
     said: list[str] = []
-    assert prepare(busi_folder, first.path, _settings("busi"), progress=said.append).manifest == first.manifest
+    assert prepare(busi_folder, first.path, _settings("busi"), told=Told(said.append)).manifest == first.manifest
     assert "already prepared" in said[-1]
     with pytest.raises(DataError, match=r"out is a patch dataset made from other files or settings; delete it"):
         prepare(busi_folder, first.path, _settings("busi", seed=1))
@@ -120,8 +137,11 @@ def test_16_bit_images_stay_16_bit(tmp_path: Path) -> None:
     assert not train.labelled.any()
 
     Image.new("L", (32, 32)).save(tmp_path / "in" / "images" / "8bit.png")
-    with pytest.raises(DataError, match=r"8bit\.png is uint8, but images/0\.png is uint16"):
-        prepare(tmp_path / "in", tmp_path / "other", _settings("paired"))
+    other = prepare(tmp_path / "in", tmp_path / "other", _settings("paired", fractions=(1, 0, 0)))
+    assert other.load("train").ids == train.ids
+    action, reason = _rejects(tmp_path / "other")["8bit.png"]
+    assert action == "rejected"
+    assert reason.startswith("is uint8, but most pictures are uint16")
 
 
 def test_split_and_group_files_rule(busi_folder: Path, tmp_path: Path) -> None:
@@ -132,7 +152,7 @@ def test_split_and_group_files_rule(busi_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "groups.csv").write_text("\n".join(lines))
     given = {"split_file": str(tmp_path / "splits.json"), "group_file": str(tmp_path / "groups.csv")}
     said: list[str] = []
-    dataset = prepare(busi_folder, tmp_path / "out", _settings("busi", **given), progress=said.append)
+    dataset = prepare(busi_folder, tmp_path / "out", _settings("busi", **given), told=Told(said.append))
     assert {split: dataset.load(split).ids for split in SPLITS} == splits
     assert set(dataset.load("train").groups) == {"a"}
     assert dataset.manifest.left_out == 10
@@ -155,33 +175,190 @@ def test_near_copies_never_lie_in_two_splits(busi_folder: Path, tmp_path: Path) 
     assert all(group_of[f"benign ({20 + i})"] == f"benign ({i})" for i in range(1, 5))
 
 
-@pytest.mark.parametrize(
-    ("fault", "sentence"),
-    [
-        ("unreadable", r"benign \(3\)\.png cannot be read as an image \(.*; replace or remove it\."),
-        ("size", r"normal \(2\)_mask\.png is a mask of 5x5 pixels, but its image has"),
-        ("two", r"benign \(3\)\.png cannot be read .* \(1 more files have faults\.\)"),
-    ],
-)
-def test_faults_leave_nothing_behind(fault: str, sentence: str, busi_folder: Path, tmp_path: Path) -> None:
-    if fault in ("unreadable", "two"):
-        (busi_folder / "benign" / "benign (3).png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    if fault in ("size", "two"):
-        Image.new("L", (5, 5)).save(busi_folder / "normal" / "normal (2)_mask.png")
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(DataError, match=sentence):
-        prepare(busi_folder, tmp_path / "out", _settings("busi"))
-    assert sorted(tmp_path.rglob("*")) == before
+def test_faults_are_listed_and_the_rest_survives(busi_folder: Path, tmp_path: Path) -> None:
+    (busi_folder / "benign" / "benign (3).png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    Image.new("L", (5, 5)).save(busi_folder / "normal" / "normal (2)_mask.png")
+    said: list[str] = []
+    dataset = prepare(busi_folder, tmp_path / "out", _settings("busi"), told=Told(said.append))
+    assert sorted(_everything(dataset), key=natural_key) == [
+        *(f"benign ({i})" for i in range(1, 9) if i != 3),
+        *(f"malignant ({i})" for i in range(1, 7)),
+        *(f"normal ({i})" for i in (1, 3, 4)),
+    ]
+    assert dataset.manifest.rejected == 2
+    assert said[-1].startswith("2 files rejected and 0 repaired, see ")
+    found = _rejects(tmp_path / "out")
+    assert set(found) == {"benign (3).png", "normal (2).png"}
+    assert "mask of 5x5 pixels" in found["normal (2).png"][1]
+
+    (busi_folder / "benign" / "benign (3).png").unlink()
+    (busi_folder / "normal" / "normal (2)_mask.png").unlink()
+    (busi_folder / "benign" / "benign (3)_mask.png").unlink()
+    for file in ("out", "out.rejects.csv"):
+        Place(tmp_path / file).delete()
+    prepare(busi_folder, tmp_path / "out", _settings("busi"))
+    assert not _rejects(tmp_path / "out")
 
 
-def test_failure_while_writing_leaves_nothing_behind(
+def test_strict_stops_at_the_first_fault_and_leaves_only_the_list(busi_folder: Path, tmp_path: Path) -> None:
+    (busi_folder / "benign" / "benign (3).png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(DataError, match=r"benign \(3\)\.png is a PNG .*--strict stops at the first"):
+        prepare(busi_folder, tmp_path / "out", _settings("busi"), strict=True)
+    assert not (tmp_path / "out").exists()
+    assert set(_rejects(tmp_path / "out")) == {"benign (3).png"}
+
+
+def test_a_set_without_a_usable_image_leaves_only_the_list(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "in" / name).write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"None of 2 images can be used\. The first: .*a\.png"):
+        prepare(tmp_path / "in", tmp_path / "out", _settings("flat"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out.rejects.csv"]
+
+
+def test_failure_at_the_end_goes_on_from_there(
     busi_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+    whole = prepare(busi_folder, tmp_path / "whole" / "out", _settings("busi"))
+    with monkeypatch.context() as patch:
+        patch.setattr(PatchDataset, "open", lambda *_: None)
+        patch.setattr(
+            "amlp_ray.data.prepare.Manifest.model_dump", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            prepare(busi_folder, tmp_path / "out", _settings("busi"))
+    with pytest.raises(DataError, match="was not finished; run the same"):
+        PatchDataset.open(tmp_path / "out")
+    with pytest.raises(DataError, match="unfinished dataset of other files or settings; delete it"):
+        prepare(busi_folder, tmp_path / "out", _settings("busi", seed=1))
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("*.parquet")}
+    assert before
+    again = prepare(busi_folder, tmp_path / "out", _settings("busi"))
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("*.parquet")} == before  # none written twice
+    assert _hashes(again.path) == _hashes(whole.path)
+
+
+KILLED = """
+import sys
+import amlp_ray.data.parts as parts, amlp_ray.data.prepare as prepare, amlp_ray.data.unfinished as unfinished
+from amlp_ray.config import PrepareSettings
+from amlp_ray.runtime.ray_session import ray_session
+parts.PART_ROWS, prepare.LOOK_ITEMS, unfinished.FLUSH_JOBS = 4, 2, 1
+with ray_session():
+    prepare.prepare(sys.argv[1], sys.argv[2], PrepareSettings(layout="flat", size=64))
+"""
+
+
+@pytest.mark.timeout(300)
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    for i in range(120):
+        blocks = rng.integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(blocks).resize((300, 280), Image.Resampling.BICUBIC).save(tmp_path / "in" / f"{i}.png")
+    out = tmp_path / "killed"
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "in"), str(out)]
+    for pattern, least in (("looked-*.json", 2), ("train-*.json", 3)):  # in the middle of pass 1, then of pass 2
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(list(out.glob(f".preparing/{pattern}"))) < least:
+            assert process.poll() is None
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (out / "manifest.json").exists()
+        with pytest.raises(DataError, match="was not finished"):
+            PatchDataset.open(out)
+    # What was done is not done again: these parts keep their times.
+    done = {json.loads(f.read_text())["file"] for f in out.glob(".preparing/train-*.json")}
+    before = {name: (out / name).stat().st_mtime_ns for name in done}
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert {name: (out / name).stat().st_mtime_ns for name in done} == before
+    command[-1] = str(tmp_path / "whole" / "killed")
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert _hashes(out) == _hashes(tmp_path / "whole" / "killed")
+    assert sorted(p.name for p in out.iterdir()) == ["manifest.json", "test", "train", "val"]
+
+
+def test_two_preparations_of_one_folder_do_not_meet(busi_folder: Path, tmp_path: Path) -> None:
+    from amlp_ray.data.unfinished import Unfinished
+
+    with (
+        Unfinished(Place(tmp_path / "out"), "x").lock(),
+        pytest.raises(DataError, match="out is being prepared by another process; wait for it or stop it"),
+    ):
         prepare(busi_folder, tmp_path / "out", _settings("busi"))
-    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_file_that_changes_on_the_way_is_noticed(
+    busi_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import amlp_ray.data.prepare as module
+
+    assign = module.assign
+
+    def change(*given: Any) -> Any:
+        Image.new("RGB", (80, 80), "red").save(busi_folder / "benign" / "benign (2).png")
+        Image.new("L", (80, 80)).save(busi_folder / "benign" / "benign (2)_mask.png")
+        return assign(*given)
+
+    monkeypatch.setattr(module, "assign", change)
+    with pytest.raises(DataError, match=r"benign \(2\)\.png changed while the dataset was prepared"):
+        prepare(busi_folder, tmp_path / "out", _settings("busi"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_from_and_to_an_object_store(busi_folder: Path, tmp_path: Path, s3_bucket: str) -> None:
+    here = prepare(busi_folder, tmp_path / "out", _settings("busi"))
+    source, out = Place(s3_bucket) / "source", Place(s3_bucket) / "sets" / "out"
+    for entry in Place(busi_folder).entries():
+        (source / entry.name).write_whole((busi_folder / entry.name).read_bytes())
+    (source / "benign/benign (99).png").write_whole(b"not a picture")
+    there = prepare(source, out, _settings("busi"))
+    assert {e.name: (out / e.name).read_bytes() for e in out.entries() if e.name != "manifest.json"} == {
+        e.name: (here.place / e.name).read_bytes() for e in here.place.entries() if e.name != "manifest.json"
+    }
+    assert there.manifest.fingerprint == here.manifest.fingerprint
+    assert b"benign (99).png" in (out.parent / "out.rejects.csv").read_bytes()
+    assert not (out / ".preparing").is_folder()
+
+
+def test_tiles_keep_full_detail_and_drop_air(tmp_path: Path) -> None:
+    (tmp_path / "in" / "images").mkdir(parents=True)
+    (tmp_path / "in" / "masks").mkdir()
+    pixels = np.random.default_rng(0).integers(60, 256, (90, 130), dtype=np.uint8)
+    pixels[:, :66] = 0  # a black border of two tiles
+    lesion = np.zeros((90, 130), bool)
+    lesion[5:9, 3:9] = True  # in the black: kept all the same
+    Image.fromarray(pixels).save(tmp_path / "in" / "images" / "a.png")
+    Image.fromarray(lesion).save(tmp_path / "in" / "masks" / "a.png")
+    dataset = prepare(tmp_path / "in", tmp_path / "out", _settings("paired", fit="tiles", fractions=(1, 0, 0)))
+    table = dataset.table()
+    split = dataset.load("train")
+    assert dataset.manifest.dropped == 5
+    assert sorted(zip(table["y"], table["x"], strict=True)) == [
+        (y, x) for y in (0, 32, 58) for x in (0, 64, 96, 98) if (y, x) == (0, 0) or x > 60
+    ]
+    assert split.ids[0] == "a@0,0"
+    for i, (y, x) in enumerate(zip(table["y"], table["x"], strict=True)):
+        np.testing.assert_array_equal(split.images[i, 0], pixels[y : y + 32, x : x + 32])
+        np.testing.assert_array_equal(split.masks[i], lesion[y : y + 32, x : x + 32])
+    assert set(split.groups) == {"a"}
+    assert table["background"].between(0, 1).all()
+    assert (table["height"] == 90).all()
+
+
+def test_names_are_hashed_where_asked(busi_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AMLP_RAY_SALT", "one")
+    one = prepare(busi_folder, tmp_path / "one", _settings("busi", hash_names=True))
+    content = b"".join(file.read_bytes() for file in (tmp_path / "one").rglob("*.*"))
+    assert b"benign" not in content
+    assert all(re.fullmatch("[0-9a-f]{16}", name) for name in one.load("train").ids)
+    monkeypatch.setenv("AMLP_RAY_SALT", "two")
+    two = prepare(busi_folder, tmp_path / "two", _settings("busi", hash_names=True))
+    assert not set(one.load("train").ids) & set(two.load("train").ids)
+    assert one.manifest.salt != two.manifest.salt
+    np.testing.assert_array_equal(one.load("val").images, two.load("val").images)
 
 
 def test_place_that_cannot_be_written_is_named(busi_folder: Path, tmp_path: Path) -> None:
@@ -195,7 +372,7 @@ def test_other_things_at_the_target_are_refused(busi_folder: Path, tmp_path: Pat
     (tmp_path / "photos" / "cat.png").touch()
     with pytest.raises(DataError, match=r"photos exists and is not a patch dataset; delete it or choose another"):
         prepare(busi_folder, tmp_path / "photos", _settings("busi"))
-    manifest = prepare(busi_folder, tmp_path / "good", _settings("busi")).path / "manifest.json"
+    manifest = prepare(busi_folder, tmp_path / "good", _settings("busi")).place.local / "manifest.json"
     manifest.write_text("{")
     with pytest.raises(DataError, match=r"manifest\.json is not the manifest .* Delete .*good first\."):
         prepare(busi_folder, manifest.parent, _settings("busi"))

@@ -10,8 +10,8 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from amlp_ray.config import PrepareSettings, PretrainSettings, SelectionSettings
-from amlp_ray.data.dataset import Counts, Manifest, PatchDataset, Split, keys_of
+from amlp_ray.config import PretrainSettings, SelectionSettings
+from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import CheckpointError, DataError, SettingsError
 from amlp_ray.method.aim import aim_at
 from amlp_ray.method.augment import normalise

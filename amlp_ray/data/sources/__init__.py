@@ -2,35 +2,83 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
-from amlp_ray.data.sources.busi import find_busi
-from amlp_ray.data.sources.item import Item, natural_key
-from amlp_ray.data.sources.paired import find_paired
+from amlp_ray.config import PrepareSettings
+from amlp_ray.data.place import Place
+from amlp_ray.data.sources.found import Listed, contents_of, printable
+from amlp_ray.data.sources.item import Fault, Item, Listing, natural_key
 from amlp_ray.errors import DataError
 
-__all__ = ["LAYOUTS", "Item", "find_items", "natural_key"]
-
-LAYOUTS = {"busi": find_busi, "paired": find_paired}
+__all__ = ["LAYOUTS", "Fault", "Item", "Listing", "find_items", "natural_key"]
 
 
-def find_items(layout: str, folder: str | Path) -> list[Item]:
-    """List the images below `folder` with their masks, sorted naturally by id.
+def _reader(name: str) -> Callable[[Place, PrepareSettings], Listing]:
+    def find(place: Place, settings: PrepareSettings) -> Listing:
+        # Imported on use: the DICOM reader brings packages that no other needs.
+        module = import_module(f"amlp_ray.data.sources.{name}")
+        listing: Listing = getattr(module, f"find_{name}")(place, settings)
+        return listing
+
+    return find
+
+
+# What a folder must hold for each layout; told where nothing was found.
+LAYOUTS = {
+    "busi": "pictures in folders named benign, malignant, normal, with masks such as 'benign (1)_mask.png' beside them",
+    "paired": "pictures in a folder named images and masks of the same names in one named masks, or masks such as "
+    "x_mask.png beside x.png",
+    "flat": "pictures (.png, .jpg, .tif, .npy, ...) in any folders",
+    "lgg": "one folder per patient with slices x.tif and masks x_mask.tif",
+    "dicom": "DICOM files",
+    "nifti": "NIfTI volumes (.nii, .nii.gz)",
+    "decathlon": "a dataset.json with the keys training and labels, and the NIfTI volumes it names",
+    "coco": "a COCO file such as instances.json with the keys images and annotations, and the pictures it names",
+}
+
+
+def find_items(settings: PrepareSettings, source: str | Path | Place) -> Listing:
+    """List the images below `source` with their masks, sorted naturally by id.
+
+    Of two images with one id the first is kept. It, masks without an image and the like are told as faults.
 
     Raises:
-        DataError: the folder is missing or holds no images, two images share an id, or a mask has no image.
+        DataError: the folder is missing, fits no layout or several, or nothing in it can be used.
     """
-    folder = Path(folder)
-    if layout not in LAYOUTS:
-        raise DataError(f"There is no layout {layout!r}; known are {', '.join(LAYOUTS)}.")
-    if not folder.is_dir():
-        raise DataError(f"There is no folder {folder}; check the path.")
-    items = sorted(LAYOUTS[layout](folder), key=lambda item: natural_key(item.id))
-    for first, second in pairwise(items):
-        if first.id == second.id:
-            raise DataError(
-                f"{first.source} and {second.source} in {folder} are both named {first.id!r}, but names must differ "
-                f"since they identify images; rename one."
-            )
-    return items
+    place = Listed(source)
+    if not place.is_folder():
+        if place.is_file():
+            raise DataError(f"{place} is a file, but a folder of images is needed; give the folder that holds it.")
+        raise DataError(f"There is no folder {place}; check the path.")
+    layout, why = ("flat", "flat: a file list was given") if settings.file_list else (settings.layout, "")
+    if layout == "auto":
+        from amlp_ray.data.sources.recognise import recognise
+
+        layout, why = recognise(place)
+    found = _reader(layout)(place, settings)
+    items, faults = _unique(found.items, found.faults)
+    if not items:
+        first = f"; the first fault: {faults[0].file} {faults[0].reason}" if faults else ""
+        raise DataError(
+            f"{place} holds {contents_of(place)}, but nothing that the {layout} layout can use{first}. It needs "
+            f"{LAYOUTS[layout]}; give such a folder or another layout."
+        )
+    return Listing(items, faults, why or found.why, layout)
+
+
+def _unique(found: list[Item], faults: list[Fault]) -> tuple[list[Item], list[Fault]]:
+    """Sort items by id and turn those that repeat one, or whose name no dataset can hold, into faults."""
+    items: list[Item] = []
+    faults = [fault._replace(file=printable(fault.file)) for fault in faults]
+    for item in sorted(found, key=lambda item: (natural_key(item.id), natural_key(item.source))):
+        if items and items[-1].id == item.id:
+            reason = f"has the id {item.id!r}, as {items[-1].source} has, but ids tell images apart; rename one"
+            faults.append(Fault(item.source, "rejected", reason))
+        elif printable(item.source) != item.source:
+            reason = "has a name that is not UTF-8; rename it"
+            faults.append(Fault(printable(item.source), "rejected", reason))
+        else:
+            items.append(item)
+    return items, faults

@@ -41,7 +41,8 @@ class Listing(NamedTuple):
 
     items: list[Item]
     faults: list[Fault]  # such as a mask without an image; the rest of the set survives
-    why: str = ""  # how `auto` recognised the layout
+    why: str = ""  # how `auto` recognised the layout, and what else was seen
+    layout: str = ""  # as given or recognised
 
 
 def natural_key(text: str) -> tuple[list[tuple[bool, int, str]], str]:

@@ -1,47 +1,110 @@
-"""The most common layout of segmentation sets: a folder of images and a folder of masks.
+"""The most common layouts of segmentation sets: a folder of images and one of masks, or masks beside their images.
 
-    images/ISIC_01.jpg   masks/ISIC_01_segmentation.png
+    images/ISIC_01.jpg   masks/ISIC_01_segmentation.png          scan_7.png   scan_7_mask.png
 
-A mask is named like its image, or like it with one of `MASK_ENDINGS`. Images without a mask are unlabelled.
+A mask is named like its image, or like it with one of `MASK_ENDINGS`, and a number where an image has several. The
+folders are named by one of `IMAGE_FOLDERS` and `MASK_FOLDERS`, may lie deeper (`train/images`), and may have folders
+inside, alike in both. Images without a mask are unlabelled. An id is a file's path without the name of that folder
+and without suffix: `ISIC_01`, `train/ISIC_01`.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
+from typing import NamedTuple
 
-from amlp_ray.data.sources.item import IMAGE_SUFFIXES, Item, found_in, image_files
-from amlp_ray.errors import DataError
+from amlp_ray.config import PrepareSettings
+from amlp_ray.data.place import Place
+from amlp_ray.data.sources.found import Name, pictures_in, same
+from amlp_ray.data.sources.item import Fault, Item, Listing
 
-MASK_ENDINGS = ("_segmentation", "_mask", "_seg")
+IMAGE_FOLDERS = ("images", "image", "imgs", "img")  # in any case
+MASK_FOLDERS = (
+    "masks",
+    "mask",
+    "labels",
+    "label",
+    "annotations",
+    "annotation",
+    "groundtruth",
+    "ground_truth",
+    "gt",
+    "segmentations",
+    "segmentation",
+)
+MASK_ENDINGS = ("_mask", "_segmentation", "_seg", "_labels", "_label", "_gt")
+MASK_NAME = re.compile(rf"(?P<id>.+)({'|'.join(MASK_ENDINGS)})(_\d+)?", re.IGNORECASE | re.DOTALL)
 
 
-def find_paired(folder: Path) -> list[Item]:
-    """List the images of a paired folder. Raises DataError where there is none, or a mask has no image."""
-    image_folder, mask_folder = folder / "images", folder / "masks"
-    images = image_files(image_folder) if image_folder.is_dir() else []
-    if not images:
-        where = image_folder if image_folder.is_dir() else folder
-        raise DataError(
-            f"{where} holds {found_in(where)}, but the paired layout needs images ({', '.join(IMAGE_SUFFIXES)}) in "
-            f"a folder named images, with masks in masks; give the folder that contains these."
+class Pairs(NamedTuple):
+    """Images and the masks that belong to them."""
+
+    images: dict[str, list[Name]]  # by id; several where names differ in their suffix alone
+    masks: dict[str, list[Name]]  # by the id of their image, as `same` writes it
+    strays: list[Name]  # masks without an image
+    by_folders: bool  # masks stand in a folder of their own
+
+
+def find_paired(place: Place, settings: PrepareSettings) -> Listing:
+    """List the images of a paired folder; a mask without an image is a fault."""
+    pairs = pair(pictures_in(place))
+    items = [
+        Item(
+            id=name,
+            format="picture",
+            images=(str(place / image.full),),
+            masks=tuple(str(place / mask.full) for mask in pairs.masks.get(same(name), ())),
+            source=image.full,
         )
-    masks: dict[str, list[str]] = {path.stem: [] for path in images}
-    for mask in image_files(mask_folder) if mask_folder.is_dir() else []:
-        name = _image_name(mask.stem, masks)
-        if name is None:
-            raise DataError(
-                f"{mask} is a mask without an image; it must be named like a file in {image_folder}, or like it with "
-                f"{', '.join(MASK_ENDINGS)} added, so add the image, rename the mask or remove it."
-            )
-        masks[name].append(str(mask.absolute()))
-    return [
-        Item(id=path.stem, image=str(path.absolute()), masks=tuple(masks[path.stem]), source=f"images/{path.name}")
-        for path in images
+        for name, images in pairs.images.items()
+        for image in images
     ]
+    reason = (
+        f"is a mask without an image; it must be named like an image, or like one with {', '.join(MASK_ENDINGS)} "
+        f"added, so add the image, rename the mask or remove it"
+    )
+    return Listing(items, [Fault(mask.full, "rejected", reason) for mask in pairs.strays])
 
 
-def _image_name(mask_name: str, known: dict[str, list[str]]) -> str | None:
-    if mask_name in known:
-        return mask_name
-    names = (mask_name.removesuffix(ending) for ending in MASK_ENDINGS if mask_name.endswith(ending))
-    return next((name for name in names if name in known), None)
+def pair(pictures: list[Name]) -> Pairs:
+    """Say which pictures are images and which are masks of which."""
+    homes = {folder: _home_of(folder) for folder in {picture.folder for picture in pictures}}
+    by_kind: dict[str, list[Name]] = {"image": [], "mask": [], "": []}
+    for picture in pictures:
+        by_kind[homes[picture.folder][0]].append(picture)
+    # Where a folder is named for images, pictures elsewhere are something else, such as an overview.
+    candidates = by_kind["image"] or by_kind[""]
+
+    def name_of(picture: Name) -> str:
+        base = homes[picture.folder][1]
+        return f"{base}/{picture.stem}" if base else picture.stem
+
+    known = {same(name_of(picture)) for picture in candidates}
+    by_folders = bool(by_kind["mask"])
+    images: dict[str, list[Name]] = {}
+    masks: dict[str, list[Name]] = {}
+    strays: list[Name] = []
+    for picture in candidates:
+        if by_folders or not MASK_NAME.fullmatch(picture.stem):
+            images.setdefault(name_of(picture), []).append(picture)
+    for picture in by_kind["mask"] if by_folders else candidates:
+        match = MASK_NAME.fullmatch(picture.stem)
+        name = same(name_of(picture))
+        if by_folders and name in known:
+            masks.setdefault(name, []).append(picture)
+        elif match:
+            name = same(name_of(picture._replace(stem=match["id"])))
+            (masks.setdefault(name, []) if name in known else strays).append(picture)
+        elif by_folders:
+            strays.append(picture)
+    return Pairs(images, masks, strays, by_folders)
+
+
+def _home_of(folder: str) -> tuple[str, str]:
+    """Whether a folder holds images, masks or neither by name, and its path without that name."""
+    parts = folder.split("/")
+    for i, part in enumerate(parts):
+        kind = "image" if part.lower() in IMAGE_FOLDERS else "mask" if part.lower() in MASK_FOLDERS else ""
+        if kind:
+            return kind, "/".join(parts[:i] + parts[i + 1 :])
+    return "", folder

@@ -87,8 +87,16 @@ class Facts:
 
     @property
     def dataset(self) -> dict[str, Any]:
-        dataset = self.environment.get("dataset")
-        return dataset if isinstance(dataset, dict) else {}
+        return self._described("dataset")
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """The labelled data set, where it is one apart."""
+        return self._described("labels")
+
+    def _described(self, name: str) -> dict[str, Any]:
+        about = self.environment.get(name)
+        return about if isinstance(about, dict) else {}
 
     @property
     def wall_time(self) -> timedelta | None:

@@ -66,7 +66,9 @@ def _render(facts: Facts) -> str:
 
 def _header(facts: Facts) -> list[tuple[str, str]]:
     """Facts of the study for its head: name and text."""
-    rows = [("Data set", _dataset(facts))]
+    rows = [("Data set", _dataset(facts.dataset, facts.settings.data))]
+    if facts.settings.labels:
+        rows.append(("Labelled images", _dataset(facts.labels, facts.settings.labels)))
     for title, runs in (("Trials", facts.search), ("Arm runs", facts.arms)):
         states = count_states(runs)
         told = ", ".join(f"{count} {state}" for state, count in states.items())
@@ -77,12 +79,12 @@ def _header(facts: Facts) -> list[tuple[str, str]]:
     return rows
 
 
-def _dataset(facts: Facts) -> str:
+def _dataset(about: dict[str, Any], path: str | None) -> str:
     """Name, size and counts by split; the table of the environment has the rest."""
-    told = [str(facts.dataset.get("name") or facts.settings.data or "not recorded")]
-    sizes = [key for key in ("size", "channels", "height", "width") if key in facts.dataset]
-    told += [f"{key} {_tables.show(facts.dataset[key])}" for key in sizes]
-    counts = facts.dataset.get("counts")
+    told = [str(about.get("name") or path or "not recorded")]
+    sizes = [key for key in ("size", "channels", "height", "width") if key in about]
+    told += [f"{key} {_tables.show(about[key])}" for key in sizes]
+    counts = about.get("counts")
     for split, count in counts.items() if isinstance(counts, dict) else ():
         parts = count.items() if isinstance(count, dict) else [("images", count)]
         told.append(f"{split} " + ", ".join(f"{_tables.show(number)} {what}" for what, number in parts))

@@ -107,9 +107,9 @@ class _Bar:
     def __call__(self, what: str, done: int, of: int) -> None:
         from tqdm import tqdm
 
-        if self._bar is None or self._bar.desc != f"{what}: ":
+        if self._bar is None or self._bar.desc != what:
             self._close()
-            self._bar = tqdm(total=of, desc=what, dynamic_ncols=True, leave=False)
+            self._bar = tqdm(total=of, desc=what, dynamic_ncols=True, leave=False, disable=None)  # none in a pipe
         self._bar.update(done - self._bar.n)
 
     def say(self, sentence: str) -> None:

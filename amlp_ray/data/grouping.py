@@ -193,7 +193,7 @@ def _buckets(
         keys = values[positions] & mask
         order = np.argsort(keys, kind="stable")
         names, starts = np.unique(keys[order], return_index=True)
-        found.append(dict(zip(names.tolist(), np.split(positions[order], starts[1:]), strict=True)))
+        found.append(dict(zip(names.tolist(), np.split(positions[order], starts)[1:], strict=True)))
     for key, a in found[0].items():
         if key in found[1]:
             yield a, found[1][key]

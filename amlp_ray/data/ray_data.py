@@ -159,8 +159,8 @@ def _read_epochs(epochs: pa.Table, source: Source) -> Iterator[pa.Table]:
 def stream_tables(source: Source, epochs: range) -> Iterator[pa.Table]:
     """Yield the tables of `read_epoch`, one epoch after the other, read ahead by Ray tasks on this node."""
     quieten()
-    # From tables, not `ray.data.range`, whose reading tasks would wait for a CPU.
-    rows = ray.data.from_arrow([pa.table({"epoch": [epoch]}) for epoch in epochs]).map_batches(
+    # Items, since `range` and `from_arrow` start tasks of their own, which wait for a whole CPU.
+    rows = ray.data.from_items([{"epoch": epoch} for epoch in epochs], override_num_blocks=len(epochs)).map_batches(
         _read_epochs,
         batch_size=1,
         batch_format="pyarrow",
@@ -170,5 +170,9 @@ def stream_tables(source: Source, epochs: range) -> Iterator[pa.Table]:
         label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
     )
     rows.context.execution_options.preserve_order = True
-    rows.context.target_max_block_size = BLOCK_BYTES
+    rows.context.target_max_block_size = BLOCK_BYTES * 3 // 4  # below what tasks yield, which Ray then leaves as it is
+    # Else a reader that is faster than the trainer fills half of Ray's memory.
+    rows.context.execution_options.resource_limits = ray.data.ExecutionResources(
+        object_store_memory=2 * AHEAD * BLOCK_BYTES
+    )
     yield from rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=AHEAD)

@@ -22,8 +22,8 @@ Mask = TypeVar("Mask", Tensor, None)
 
 # At intensity 1. nnU-Net draws contrast from 0.75-1.25 and gamma from 0.7-1.5: about an intensity of 0.5.
 BRIGHTNESS = 0.5  # SDs of the data set, up or down
-CONTRAST = 1.6  # times or divided by, about each channel's mean
-GAMMA = 2.0  # exponent, or one over it, on each channel's own range
+CONTRAST = 1.6  # times, or divided by
+GAMMA = 2.0  # exponent, or one over it
 
 
 def normalise(images: Tensor, spec: ImageSpec) -> Tensor:
@@ -127,7 +127,8 @@ def recoloured(
     One draw per image for all its channels: drawn per channel, colours would change, which tell skin lesions apart,
     and so would the ratio of one MRI sequence to another. Each channel is bent within its own range and stretched
     about its own mean, since channels such as CT and PET have neither in common. Gamma works on shares of that range,
-    so that values below 0 (all of CT's air, half of anything normalised) are no fault; a constant channel only moves.
+    so that values below 0 (all of CT's air, half of anything normalised) are no fault, and leaves mean and SD as they
+    were (as nnU-Net's does): it would move brightness by more than brightness itself. A constant channel only moves.
     """
     if intensity == 0:
         return images
@@ -137,5 +138,7 @@ def recoloured(
     span = high - low
     shares = ((images - low) / span.clamp_min(torch.finfo(images.dtype).tiny)).clamp(0, 1)
     bent = low + span * shares**gamma
-    mean = bent.mean((2, 3), keepdim=True)
-    return mean + (bent - mean) * contrast + intensity * BRIGHTNESS * brightness
+    std, mean = torch.std_mean(images, (2, 3), keepdim=True)
+    bent_std, bent_mean = torch.std_mean(bent, (2, 3), keepdim=True)
+    stretch = contrast * std / bent_std.clamp_min(torch.finfo(images.dtype).tiny)
+    return mean + (bent - bent_mean) * stretch + intensity * BRIGHTNESS * brightness

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from amlp_ray.config import ImageSpec
-from amlp_ray.method.augment import cropped, normalise, random_crop
-from amlp_ray.method.noise import CROP, VIEW
+from amlp_ray.method.augment import augment, cropped, normalise, random_crop, recoloured
+from amlp_ray.method.noise import CROP, VIEW, uniform
 
 KEYS = torch.arange(200)
 
@@ -125,11 +127,177 @@ def test_another_purpose_is_another_crop() -> None:
     assert not (one == other).all(-1).all(-1).any()
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int16, torch.float32])
 def test_normalise_scales_every_channel_by_its_own_mean_and_sd(dtype: torch.dtype) -> None:
     spec = ImageSpec(channels=2, height=8, width=8, mean=(10, 100), std=(2, 50))
     images = torch.tensor([[10, 14], [100, 0]]).repeat_interleave(32, 1).view(1, 2, 8, 8).to(dtype)
+    before = images.clone()
     out = normalise(images, spec)
     assert out.dtype == torch.float32
     assert out[0, 0].unique().tolist() == [0, 2]
     assert out[0, 1].unique().tolist() == [-2, 0]
+    assert torch.equal(images, before), "a float image is not normalised in place"
+
+
+@pytest.mark.parametrize(("dtype", "lowest"), [(torch.int16, -32768), (torch.uint16, 0), (torch.float32, -1e6)])
+def test_the_ends_of_a_dtype_are_exact(dtype: torch.dtype, lowest: float) -> None:
+    highest = {torch.int16: 32767, torch.uint16: 65535, torch.float32: 1e6}[dtype]
+    spec = ImageSpec(channels=1, height=8, width=8, mean=(-500.0,), std=(250.0,))
+    images = torch.tensor([lowest, highest]).repeat_interleave(32).view(1, 1, 8, 8).to(dtype)
+    found = normalise(images, spec).unique().tolist()
+    assert found == pytest.approx([(lowest + 500) / 250, (highest + 500) / 250], rel=1e-7)
+
+
+def test_what_is_kept_for_normalising_can_be_trained_through_though_it_was_made_at_inference() -> None:
+    spec = ImageSpec(channels=1, height=8, width=8, mean=(7.25,), std=(3.5,))
+    with torch.inference_mode():
+        normalise(torch.zeros(1, 1, 8, 8), spec)
+    weight = torch.ones(1, requires_grad=True)
+    (normalise(torch.ones(1, 1, 8, 8), spec) * weight).sum().backward()
+    assert weight.grad is not None
+
+
+# Everything at once: crops, flips, intensity, on images with a mask.
+
+ALL: dict[str, Any] = {"crop_min": 0.5, "flip": True, "flip_vertical": True, "intensity": 1.0}
+
+
+def noise(shape: tuple[int, ...] = (40, 2, 24, 32), seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def discs(count: int, height: int, width: int) -> Tensor:
+    """Masks (N, H, W) uint8, no two alike."""
+    y, x = torch.arange(height)[:, None], torch.arange(width)
+    at = torch.rand(count, 3, generator=torch.Generator().manual_seed(1))
+    distance = ((y - at[:, :1, None] * height) ** 2 + (x - at[:, 1:2, None] * width) ** 2).sqrt()
+    return (distance < 3 + 6 * at[:, 2:, None]).to(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "given", [{"crop_min": 0.5}, {"flip": True}, {"flip_vertical": True}, {"intensity": 1.0}, ALL], ids=str
+)
+def test_a_mask_lies_where_its_image_lies_after_any_augmentation(given: dict[str, Any]) -> None:
+    """The mask as a channel of the image, which intensity moves but cannot shift, is cut as the mask itself."""
+    masks, keys = discs(40, 24, 32), KEYS[:40]
+    images = torch.cat([noise(), masks[:, None].float()], 1)
+    shown, cut = augment(images, masks, keys, seed=3, epoch=2, **given)
+    assert cut.dtype == torch.uint8
+    assert set(cut.unique().tolist()) <= {0, 1}
+    drawn = shown[:, 2]
+    low, high = drawn.amin((1, 2), keepdim=True), drawn.amax((1, 2), keepdim=True)
+    inside = (drawn - low) / (high - low).clamp_min(1e-6) > 0.5
+    there = (masks > 0).any(2).any(1) & (cut > 0).any(2).any(1)
+    agreed = (inside == (cut > 0)).float().mean((1, 2))[there]
+    assert agreed.min() > 0.93, "bilinear against nearest at the rim, and gamma's shift of one half"
+    assert torch.equal(cropped(masks[:, None].float(), maps(given), "nearest")[:, 0], cut.float())
+
+
+def maps(given: dict[str, Any]) -> Tensor | None:
+    geometry = {name: given.get(name, off) for name, off in (("crop_min", 1.0), ("flip", False))}
+    return random_crop(KEYS[:40], **geometry, flip_vertical=given.get("flip_vertical", False), seed=3, epoch=2)
+
+
+def test_without_any_of_it_image_and_mask_are_handed_back_as_they_are() -> None:
+    images, masks = noise(), discs(40, 24, 32)
+    shown, cut = augment(images, masks, KEYS[:40], seed=0, epoch=1)
+    assert shown is images
+    assert cut is masks
+    assert augment(images, None, KEYS[:40], seed=0, epoch=1)[1] is None
+
+
+def test_an_image_s_augmentation_depends_on_seed_epoch_and_key_and_not_on_its_batch() -> None:
+    images, masks, keys = noise(), discs(40, 24, 32), KEYS[:40]
+    whole = augment(images, masks, keys, seed=0, epoch=1, **ALL)
+    rows = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:11]
+    some = augment(images[rows], masks[rows], keys[rows], seed=0, epoch=1, **ALL)
+    torch.testing.assert_close(some[0], whole[0][rows])
+    assert torch.equal(some[1], whole[1][rows])
+    for change in ({"seed": 1}, {"epoch": 2}):
+        other = augment(images, masks, keys, **{"seed": 0, "epoch": 1, **change}, **ALL)
+        assert not torch.allclose(other[0], whole[0])
+        assert not torch.equal(other[1], whole[1])
+    other_keys = augment(images, masks, keys + 1000, seed=0, epoch=1, **ALL)
+    assert not torch.allclose(other_keys[0], whole[0])
+
+
+def test_upside_down_turns_about_half_of_the_images_and_only_where_it_is_asked_for() -> None:
+    images = noise((200, 1, 16, 24))
+    out, _ = augment(images, None, KEYS, flip_vertical=True, seed=0, epoch=1)
+    same = (out - images).abs().amax((1, 2, 3)) < 1e-4
+    turned = (out - images.flip(-2)).abs().amax((1, 2, 3)) < 1e-4
+    assert (same ^ turned).all()
+    assert 70 < int(turned.sum()) < 130
+    mirrored, _ = augment(images, None, KEYS, flip=True, seed=0, epoch=1)
+    assert 0.3 < float(((mirrored == images).flatten(1).all(1) == same).float().mean()) < 0.7, "drawn by itself"
+
+
+def test_a_new_kind_of_augmentation_moves_no_earlier_draw() -> None:
+    """Crops and left-right flips are what they were before the others existed: their first five numbers."""
+    plain = random_crop(KEYS, crop_min=0.5, flip=True, seed=0, epoch=1)
+    both = random_crop(KEYS, crop_min=0.5, flip=True, flip_vertical=True, seed=0, epoch=1)
+    assert plain is not None
+    assert both is not None
+    assert torch.equal(plain[:, 0], both[:, 0])
+    assert torch.equal(plain[:, 1].abs(), both[:, 1].abs())
+    few, many = (uniform(KEYS, count, seed=0, epoch=1, purpose=CROP) for count in (5, 11))
+    assert torch.equal(few, many[:, :5])
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.5, 1.0])
+def test_intensity_changes_brightness_and_contrast_within_its_range(strength: float) -> None:
+    images = noise((200, 1, 32, 32))
+    out = recoloured(images, KEYS, strength, seed=0, epoch=1)
+    shift = (out.mean((1, 2, 3)) - images.mean((1, 2, 3))).abs()
+    ratio = out.std((1, 2, 3)) / images.std((1, 2, 3))
+    assert 0.4 * strength < shift.max() <= 0.5 * strength + 1e-4
+    assert 1.6**-strength - 1e-3 < ratio.min() < 1.5**-strength
+    assert 1.5**strength < ratio.max() < 1.6**strength + 1e-3
+    # Gamma alone bends: the middle of the range moves against its ends.
+    middle = (out.flatten(1).median(1).values - out.mean((1, 2, 3))) / out.std((1, 2, 3))
+    assert middle.min() < -0.1 * strength < 0.1 * strength < middle.max()
+    ranks = [torch.argsort(x.flatten(1), 1, stable=True) for x in (images, out)]
+    assert (ranks[0] == ranks[1]).float().mean() > 0.999, "no pixel becomes brighter than one that was brighter"
+
+
+def test_channels_of_an_image_change_alike_so_that_colours_stay() -> None:
+    images = noise((50, 1, 16, 16)).expand(-1, 3, -1, -1)
+    out = recoloured(images, KEYS[:50], 1.0, seed=0, epoch=1)
+    assert torch.equal(out[:, 0], out[:, 1])
+    assert torch.equal(out[:, 0], out[:, 2])
+
+
+@pytest.mark.parametrize("value", [-1000.0, 0.0, 3.2])
+def test_a_constant_image_stays_constant_and_finite(value: float) -> None:
+    out, _ = augment(torch.full((20, 2, 16, 16), value), None, KEYS[:20], seed=0, epoch=1, **ALL)
+    spread = out.amax((2, 3)) - out.amin((2, 3))
+    assert out.isfinite().all()
+    assert float(spread.max()) <= 1e-3 * max(1.0, abs(value))
+    assert float((out - value).abs().max()) <= 0.5 + 1e-3 * abs(value)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-6, 1.0, 1e6, 1e20])
+def test_no_scale_of_values_makes_a_number_that_is_none(scale: float) -> None:
+    images = noise((20, 2, 16, 16)) * scale
+    images[0, 0, 0, 0] *= 1000  # metal in CT, a hot pixel
+    out, _ = augment(images, None, KEYS[:20], seed=0, epoch=1, **ALL)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize(("dtype", "mean", "std"), [("uint8", 90, 60), ("uint16", 3e4, 2e4), ("int16", -500, 400),
+                                                    ("float32", 0.4, 0.1)])  # fmt: skip
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_stored_images_of_any_dtype_and_channels_are_augmented(
+    dtype: str, mean: float, std: float, channels: int
+) -> None:
+    spec = ImageSpec(channels=channels, height=16, width=24, mean=(mean,) * channels, std=(std,) * channels)
+    values = noise((12, channels, 16, 24)) * std + mean
+    low, high = {"uint8": (0, 255), "uint16": (0, 65535), "int16": (-1024, 3071), "float32": (-9e9, 9e9)}[dtype]
+    stored = values.clamp(low, high).to(getattr(torch, dtype))
+    masks = discs(12, 16, 24)
+    out, cut = augment(normalise(stored, spec), masks, KEYS[:12], seed=0, epoch=1, **ALL)
+    assert out.dtype == torch.float32
+    assert out.shape == stored.shape
+    assert out.isfinite().all()
+    assert out.abs().max() < 20
+    assert cut.shape == masks.shape

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from written import Guarded
 
 from amlp_ray.config import PretrainSettings
 from amlp_ray.data.dataset import PatchDataset
@@ -100,9 +101,7 @@ def test_lesion_shares_are_those_of_the_patches() -> None:
     assert lesion_shares(masks.numpy(), 8).tolist() == [[0, 0, 0, 0, 0, 0.5]]
 
 
-def test_true_lesions_are_read_for_oracles_alone_and_need_every_mask(
-    phantom_dataset: PatchDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_true_lesions_are_read_for_oracles_alone_and_need_every_mask(phantom_dataset: PatchDataset) -> None:
     oracle = settings_of(selection={"mode": "soft", "score": "oracle"})
     train = phantom_dataset.load("train")
     shares = true_lesions(phantom_dataset, oracle)
@@ -110,10 +109,9 @@ def test_true_lesions_are_read_for_oracles_alone_and_need_every_mask(
     assert set(shares) == set(train.keys.tolist())
     assert next(iter(shares.values())).shape == (8, 8)
     assert true_lesions(phantom_dataset, settings_of()) is None
-    unlabelled = replace(train, labelled=train.labelled & False)
-    monkeypatch.setattr(PatchDataset, "load", lambda self, split: unlabelled)
+    blind = Guarded.of(phantom_dataset, lambda name, split: replace(split, labelled=split.labelled & False))
     with pytest.raises(SettingsError, match=f"{len(train)} of {len(train)} training images .* have no mask"):
-        true_lesions(phantom_dataset, oracle)
+        true_lesions(blind, oracle)
 
 
 def test_reference_images_are_never_of_the_test_split(phantom_dataset: PatchDataset) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from written import Guarded
 
 from amlp_ray.config import ModelSettings, ProbeSettings
 from amlp_ray.data.dataset import PatchDataset, Split
@@ -21,29 +21,8 @@ from amlp_ray.training.scores import Score
 FEW = {"labels": 8, "subsets": 2, "folds": 3}
 
 
-class WithoutTest(PatchDataset):
-    """A dataset whose test split must not be read; `masks` may replace what is known of train and val."""
-
-    change: Callable[[str, Split], Split] = staticmethod(lambda name, split: split)
-
-    def load(self, split: str) -> Split:
-        assert split != "test", "test images were read"
-        return self.change(split, super().load(split))
-
-    def load_images(self, split: str) -> Any:
-        assert split != "test", "test images were read"
-        return super().load_images(split)
-
-
-def guarded(dataset: PatchDataset, change: Callable[[str, Split], Split] | None = None) -> WithoutTest:
-    out = WithoutTest(dataset.path, dataset.manifest)
-    if change:
-        out.change = change  # type: ignore[method-assign]
-    return out
-
-
 def probe_of(dataset: PatchDataset, **given: Any) -> Probe:
-    return Probe(guarded(dataset), ProbeSettings.model_validate(FEW | given), patch_size=8)
+    return Probe(Guarded.of(dataset), ProbeSettings.model_validate(FEW | given), patch_size=8)
 
 
 def model_of(dataset: PatchDataset, seed: int = 0) -> MaskedAutoencoder:
@@ -121,7 +100,7 @@ def test_no_image_or_group_is_scored_by_a_head_that_was_fitted_on_it(phantom_dat
     def pair_up(name: str, split: Split) -> Split:
         return replace(split, groups=np.array([f"{name}-{i // 2}" for i in range(len(split))]))
 
-    dataset = guarded(phantom_dataset, pair_up)
+    dataset = Guarded.of(phantom_dataset, pair_up)
     for scoring in ("val", "cross-validation"):
         probe = Probe(dataset, ProbeSettings.model_validate(FEW | {"scoring": scoring}), 8)
         groups = probe.data.groups
@@ -155,7 +134,7 @@ def test_auto_takes_val_from_40_lesion_images_on(phantom_dataset: PatchDataset) 
                 return split
             return split.take(np.resize(np.flatnonzero(split.masks.any((1, 2))), size))
 
-        assert Probe(guarded(phantom_dataset, enlarge), ProbeSettings.model_validate(FEW), 8).scoring == scoring
+        assert Probe(Guarded.of(phantom_dataset, enlarge), ProbeSettings.model_validate(FEW), 8).scoring == scoring
 
 
 def test_too_few_labels_are_refused_with_the_number_found(phantom_dataset: PatchDataset) -> None:
@@ -169,7 +148,7 @@ def test_val_scoring_without_a_val_lesion_is_refused(phantom_dataset: PatchDatas
         return split.take(np.flatnonzero(~split.masks.any((1, 2)))) if name == "val" else split
 
     with pytest.raises(DataError, match=r"no val image with a lesion; use probe\.scoring=cross-validation"):
-        Probe(guarded(phantom_dataset, normals_only), ProbeSettings.model_validate(FEW | {"scoring": "val"}), 8)
+        Probe(Guarded.of(phantom_dataset, normals_only), ProbeSettings.model_validate(FEW | {"scoring": "val"}), 8)
 
 
 def test_fewer_groups_than_folds_are_refused_in_one_sentence(phantom_dataset: PatchDataset) -> None:
@@ -179,7 +158,7 @@ def test_fewer_groups_than_folds_are_refused_in_one_sentence(phantom_dataset: Pa
         return replace(split, groups=np.array(["a", "b"])[np.arange(len(split)) % 2])
 
     with pytest.raises(DataError, match=r"2 groups.*probe.folds=3"):
-        Probe(guarded(phantom_dataset, two_patients), ProbeSettings.model_validate(FEW), 8)
+        Probe(Guarded.of(phantom_dataset, two_patients), ProbeSettings.model_validate(FEW), 8)
 
 
 def test_labels_from_a_single_group_are_refused_in_one_sentence(phantom_dataset: PatchDataset) -> None:
@@ -187,7 +166,7 @@ def test_labels_from_a_single_group_are_refused_in_one_sentence(phantom_dataset:
         return replace(split, groups=np.full(len(split), name))
 
     with pytest.raises(DataError, match="group"):
-        Probe(guarded(phantom_dataset, one_patient), ProbeSettings.model_validate(FEW | {"scoring": "val"}), 8)
+        Probe(Guarded.of(phantom_dataset, one_patient), ProbeSettings.model_validate(FEW | {"scoring": "val"}), 8)
 
 
 def test_unlabelled_images_are_neither_fitted_nor_scored(phantom_dataset: PatchDataset) -> None:
@@ -196,7 +175,7 @@ def test_unlabelled_images_are_neither_fitted_nor_scored(phantom_dataset: PatchD
         labelled[::3] = False
         return replace(split, labelled=labelled)
 
-    probe = Probe(guarded(phantom_dataset, unlabel), ProbeSettings.model_validate(FEW), 8)
+    probe = Probe(Guarded.of(phantom_dataset, unlabel), ProbeSettings.model_validate(FEW), 8)
     splits = [unlabel(name, phantom_dataset.load(name)) for name in ("train", "val")]
     labelled = {s.ids[i] for s in splits for i in range(len(s)) if s.labelled[i]}
     assert set(probe.data.ids) <= labelled

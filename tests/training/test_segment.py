@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from written import Guarded
 
 from amlp_ray.config import ModelSettings, SegmentSettings
 from amlp_ray.data.dataset import PatchDataset, Split
@@ -21,24 +22,9 @@ from amlp_ray.training.segment import segment
 SMALL: dict[str, Any] = {"epochs": 3, "batch_size": 6, "decoder_width": 8, "lr": 3e-3}
 
 
-class WithoutTest(PatchDataset):
-    """A dataset whose test split must not be read."""
-
-    unlabelled: tuple[str, ...] = ()
-
-    def load(self, split: str) -> Split:
-        assert split != "test", "test images were read"
-        found = super().load(split)
-        return replace(found, labelled=np.zeros(len(found), bool)) if split in self.unlabelled else found
-
-    def load_images(self, split: str) -> Any:
-        assert split != "test", "test images were read"
-        return super().load_images(split)
-
-
 @pytest.fixture
-def dataset(phantom_dataset: PatchDataset) -> WithoutTest:
-    return WithoutTest(phantom_dataset.path, phantom_dataset.manifest)
+def dataset(phantom_dataset: PatchDataset) -> Guarded:
+    return Guarded.of(phantom_dataset)
 
 
 def export(dataset: PatchDataset, path: Path, **model: int) -> Path:
@@ -57,7 +43,7 @@ def run(dataset: PatchDataset, folder: Path, *, from_scratch: bool = False, **gi
     return segment(dataset, encoder, folder / "out", settings, from_scratch=from_scratch)
 
 
-def test_it_learns_to_find_lesions_from_masks_alone(dataset: WithoutTest, tmp_path: Path) -> None:
+def test_it_learns_to_find_lesions_from_masks_alone(dataset: Guarded, tmp_path: Path) -> None:
     losses: list[float] = []
     settings = SegmentSettings.model_validate(SMALL | {"epochs": 25, "decoder_width": 16})
     encoder = export(dataset, tmp_path / "e.safetensors")
@@ -67,7 +53,7 @@ def test_it_learns_to_find_lesions_from_masks_alone(dataset: WithoutTest, tmp_pa
     assert score["dsc"] > 0.2  # the whole image as lesion would score about 0.1
 
 
-def test_files_and_scores_are_complete(dataset: WithoutTest, tmp_path: Path) -> None:
+def test_files_and_scores_are_complete(dataset: Guarded, tmp_path: Path) -> None:
     score = run(dataset, tmp_path, epochs=1)
     out = tmp_path / "out"
     assert json.loads((out / "score.json").read_text()) == score
@@ -86,7 +72,7 @@ def test_files_and_scores_are_complete(dataset: WithoutTest, tmp_path: Path) -> 
     assert score["from_scratch"] is False
 
 
-def test_from_scratch_keeps_the_shape_but_not_the_weights(dataset: WithoutTest, tmp_path: Path) -> None:
+def test_from_scratch_keeps_the_shape_but_not_the_weights(dataset: Guarded, tmp_path: Path) -> None:
     settings = {"epochs": 1, "freeze": True}
     tuned, scratch = (run(dataset, tmp_path / str(flag), from_scratch=flag, **settings) for flag in (False, True))
     assert scratch["from_scratch"] is True
@@ -99,7 +85,7 @@ def test_from_scratch_keeps_the_shape_but_not_the_weights(dataset: WithoutTest, 
     assert tuned["dsc"] != scratch["dsc"]
 
 
-def test_without_freezing_the_encoder_is_trained(dataset: WithoutTest, tmp_path: Path) -> None:
+def test_without_freezing_the_encoder_is_trained(dataset: Guarded, tmp_path: Path) -> None:
     run(dataset, tmp_path, epochs=1)
     before = load_file(tmp_path / "encoder.safetensors")
     after = load_file(tmp_path / "out" / "segmenter.safetensors")
@@ -108,16 +94,14 @@ def test_without_freezing_the_encoder_is_trained(dataset: WithoutTest, tmp_path:
     assert "pos_embed" not in changed
 
 
-def test_a_run_repeats_exactly(dataset: WithoutTest, tmp_path: Path) -> None:
+def test_a_run_repeats_exactly(dataset: Guarded, tmp_path: Path) -> None:
     first, second = (run(dataset, tmp_path / name, labels=8) for name in ("a", "b"))
     assert first["labels"] == 8
     assert first["per_image"] == second["per_image"]
 
 
 @pytest.mark.parametrize("change", [{"patch_size": 16}, {"depth": 1}, {"depth": 5}, {"patch_size": 2, "width": 16}])
-def test_encoders_of_other_shapes_are_segmenters_too(
-    dataset: WithoutTest, tmp_path: Path, change: dict[str, int]
-) -> None:
+def test_encoders_of_other_shapes_are_segmenters_too(dataset: Guarded, tmp_path: Path, change: dict[str, int]) -> None:
     encoder = export(dataset, tmp_path / "e.safetensors", **change)
     settings = SegmentSettings.model_validate(SMALL | {"epochs": 1, "labels": 4})
     score = segment(dataset, encoder, tmp_path / "out", settings)
@@ -125,11 +109,11 @@ def test_encoders_of_other_shapes_are_segmenters_too(
 
 
 @pytest.mark.parametrize("width", [9, 12, 17])
-def test_any_decoder_width_in_range_works(dataset: WithoutTest, tmp_path: Path, width: int) -> None:
+def test_any_decoder_width_in_range_works(dataset: Guarded, tmp_path: Path, width: int) -> None:
     assert 0 <= run(dataset, tmp_path, epochs=1, labels=4, decoder_width=width)["dsc"] <= 1
 
 
-def test_an_encoder_of_other_images_is_refused(dataset: WithoutTest, tmp_path: Path) -> None:
+def test_an_encoder_of_other_images_is_refused(dataset: Guarded, tmp_path: Path) -> None:
     spec = dataset.spec.model_copy(update={"height": 32, "width": 48})
     settings = ModelSettings(patch_size=8, width=24, depth=1, heads=2, decoder_width=16)
     path = tmp_path / "e.safetensors"
@@ -139,12 +123,12 @@ def test_an_encoder_of_other_images_is_refused(dataset: WithoutTest, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_is_no_encoder_is_refused(dataset: WithoutTest, tmp_path: Path) -> None:
+def test_a_file_that_is_no_encoder_is_refused(dataset: Guarded, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="check the path"):
         segment(dataset, tmp_path / "none.safetensors", tmp_path / "out", SegmentSettings())
 
 
-def test_too_few_labels_are_refused_with_the_number_found(dataset: WithoutTest, tmp_path: Path) -> None:
+def test_too_few_labels_are_refused_with_the_number_found(dataset: Guarded, tmp_path: Path) -> None:
     train = dataset.load("train")
     lesions = int(train.masks.any((1, 2)).sum())
     with pytest.raises(DataError, match=rf"has {lesions} labelled train images with a lesion, but 500 are needed"):
@@ -152,7 +136,9 @@ def test_too_few_labels_are_refused_with_the_number_found(dataset: WithoutTest, 
 
 
 @pytest.mark.parametrize("name", ["train", "val"])
-def test_a_split_without_masks_is_refused(dataset: WithoutTest, tmp_path: Path, name: str) -> None:
-    dataset.unlabelled = (name,)
+def test_a_split_without_masks_is_refused(dataset: Guarded, tmp_path: Path, name: str) -> None:
+    def unlabel(split: str, rows: Split) -> Split:
+        return replace(rows, labelled=rows.labelled & (split != name))
+
     with pytest.raises(DataError, match=rf"has 0 labelled {name} images with a lesion, but 1 are needed"):
-        run(dataset, tmp_path)
+        run(Guarded.of(dataset, unlabel), tmp_path)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 
 import numpy as np
 import pandas as pd
 
-from amlp_ray.data.check.finding import EXAMPLES, Example, Finding, counted, found, shown
+from amlp_ray.data.check.finding import EXAMPLES, Example, Finding, Shown, counted, found, shown
 from amlp_ray.data.dataset import SPLITS, PatchDataset
 from amlp_ray.data.grouping import FLAT, SAME, chains, near_pairs
 
@@ -48,8 +49,9 @@ EXACT = Finding(
     "exact-copies",
     "Exact copies",
     "warning",
-    "Images have the very same stored pixels as an earlier one, constant ones not counted.",
-    "Delete all but one of each: copies weigh more in training and in scores, and their masks may disagree.",
+    "Images have the very same stored pixels as an earlier one, constant ones not counted: they weigh more in training "
+    "and in scores.",
+    "Delete all but one of each, and ask which label is right where they differ.",
 )
 EFFECTIVE = Finding(
     "near-copies",
@@ -121,14 +123,26 @@ def _against(table: pd.DataFrame, hashes: np.ndarray, against: PatchDataset) -> 
 
 
 def _exact(table: pd.DataFrame) -> Finding:
-    content = table[table["high"] > table["low"]]
-    later = content[content.duplicated("digest")]
-    first = content.drop_duplicates("digest").set_index("digest")
+    """Count later copies; those that contradict the first one are the first examples."""
+    rows = np.flatnonzero(table["high"] > table["low"])
+    _, first, inverse = np.unique(table["digest"].to_numpy()[rows], return_index=True, return_inverse=True)
+    like = rows[first[inverse]]
+    later, like = rows[like != rows], like[like != rows]
+    folder = table["source"].map(lambda source: PurePosixPath(source).parent.name).to_numpy()
+    lesion = table["lesion"].to_numpy(float)
+    refiled = folder[later] != folder[like]
+    remasked = np.isfinite(lesion[later] + lesion[like]) & (lesion[later] != lesion[like])
     examples = []
-    for row in later.iloc[_spread(np.arange(len(later)))].itertuples():
-        like = first.loc[[row.digest]]
-        examples.append(Example(shown(row), "identical", shown(next(like.itertuples()))))
-    return counted(EXACT, len(later), len(table), examples)
+    for n in np.argsort(~(refiled | remasked), kind="stable")[: EXAMPLES // 2]:
+        text = "identical"
+        if refiled[n]:
+            text += f", but {folder[later[n]]} and {folder[like[n]]}"
+        elif remasked[n]:
+            text += ", but other mask"
+        examples.append(Example(_at(table, later[n]), text, _at(table, like[n])))
+    unlike = np.count_nonzero(refiled | remasked)
+    meaning = EXACT.meaning + (f" {unlike} of them differ from it in mask or folder." if unlike else "")
+    return counted(EXACT, len(later), len(table), examples, meaning=meaning)
 
 
 def _effective(table: pd.DataFrame, hashes: np.ndarray, chain: np.ndarray) -> Finding:
@@ -183,10 +197,14 @@ def _pair(
     bits = np.bitwise_count(theirs[among] ^ mine[i])
     best = int(among[int(bits.argmin())])
     return Example(
-        shown(next(table.iloc[[i]].itertuples())),
-        f"{int(bits.min())} of 64 bits differ",
-        shown(next(others.iloc[[best]].itertuples()), other=other),
+        _at(table, i),
+        f"{int(bits.min())} of 64 bits differ" if bits.min() else "equal hash",
+        _at(others, best, other=other),
     )
+
+
+def _at(table: pd.DataFrame, position: int, *, other: bool = False) -> Shown:
+    return shown(next(table.iloc[[position]].itertuples()), other=other)
 
 
 def _codes(split: pd.Series) -> np.ndarray:

@@ -18,7 +18,7 @@ from amlp_ray.data.parts import Shape, group_rows, images_of, masks_of, read_par
 from amlp_ray.data.place import Place
 
 PIECE = 1 << 22  # values looked at together: float32 copies of them stay small and near the processor
-THREADS = min(4, os.cpu_count() or 1)  # each holds one row group of at most 64 MiB
+THREADS = min(3, os.cpu_count() or 1)  # each holds a row group of at most 64 MiB, and some 150 MiB of intermediates
 
 Say = Callable[[str], None]
 

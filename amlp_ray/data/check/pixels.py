@@ -16,7 +16,7 @@ AIRY = 0.9  # background
 SATURATED = 0.05  # of an image's values
 FAR = 6.0  # robust standard deviations, see `robust_z`; a normal distribution has one in a billion beyond
 ASPECT, AREA = 1.5, 4.0  # factors from the median; both these and `FAR` must be passed
-ENLARGED = 1.1  # stored side over original side
+ENLARGED = 1.25  # stored over original side, the geometric mean of both sides
 SPACING = 1.25  # factor from the median
 
 NOT_FINITE = Finding(
@@ -59,7 +59,7 @@ ODD = Finding(
 )  # fmt: skip
 UPSCALED = Finding(
     "enlarged", "Enlarged images", "note",
-    f"The original has fewer pixels than are stored, by a factor above {ENLARGED:g} along a side: detail is made up.",
+    f"The original has fewer pixels than are stored, by a factor above {ENLARGED:g} a side: detail is made up.",
     "Prepare with a smaller size, unless few images are concerned.",
 )  # fmt: skip
 SPACINGS = Finding(
@@ -135,7 +135,7 @@ def _sizes(table: pd.DataFrame, dataset: PatchDataset) -> Iterator[Finding]:
         larger = max(m.height, m.width) / np.maximum(height, width)
         yield found(UPSCALED, table, larger > ENLARGED, badness=larger, value=size)
     else:
-        larger = np.maximum(m.height / height, m.width / width)
+        larger = np.sqrt(m.height * m.width / (height * width))
         yield found(UPSCALED, table, larger > ENLARGED, badness=larger, value=size)
     yield _spacing(table)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -44,11 +45,13 @@ def read_pictures(report: Report) -> Pictures:
         if shown is not None
     }
     pictures: Pictures = {}
+    opened: tuple[bool, str] | None = None
     for shown in sorted(wanted, key=lambda s: (s.other, s.split, s.row)):
-        dataset = report.against if shown.other else report.dataset
-        assert dataset is not None
-        sample = dataset.split(shown.split)[shown.row] if shown.row >= 0 else None
-        assert sample is not None
+        if opened != (shown.other, shown.split):  # one at a time: samples keep row groups
+            dataset = report.against if shown.other else report.dataset
+            assert dataset is not None
+            samples, opened = dataset.split(shown.split), (shown.other, shown.split)
+        sample = samples[shown.row]
         pictures[shown] = picture_of(sample.image, sample.mask)
     return pictures
 
@@ -74,8 +77,6 @@ def picture_of(image: np.ndarray, mask: np.ndarray | None) -> Image.Image:
 
 def write_sheet(report: Report, pictures: Pictures, file: Path) -> Path:
     """Write the contact sheet."""
-    import io
-
     width = 2 * MARGIN + EXAMPLES * (SIDE + GAP) - GAP
     shown = [finding for finding in report.findings if finding.examples]
     heads = {finding.key: _wrapped(finding, width - 2 * MARGIN) for finding in shown}

@@ -4,9 +4,9 @@ Overlays of a scanner are bright and stand out from what is around them; letters
 stand side by side on a line. Speckle, echoes and hairs do some of that, but seldom all.
 
 By eye on real images: of 496 breast ultrasound images at 256 pixels it flags 47, all with letters but for one in doubt.
-Of 60 drawn by chance it finds 3 of the 6 with letters; it misses letters on bright tissue and letters that touch. It
-flags none of 63 dermoscopy images and of 330 MRI slices. Scaled to 192, 128 and 96 pixels, 32, 12 and 2 ultrasound images
-are flagged, and 0, 1 and 2 of the others.
+Of 60 drawn by chance it finds 3 of the 6 with letters; it misses letters on bright tissue and letters that touch. None
+of 63 dermoscopy images and of 330 MRI slices is flagged. Scaled to 192, 128 and 96 pixels, 32, 12 and 2 ultrasound
+images are flagged, and 0, 1 and 2 of the others.
 """
 
 from __future__ import annotations

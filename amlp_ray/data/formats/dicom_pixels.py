@@ -13,6 +13,7 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, get_decoder
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from amlp_ray.data.formats.dicom_jpeg import decode_jpeg_12, is_jpeg_12
 from amlp_ray.data.formats.dicom_seg import floats, geometry, group
 from amlp_ray.data.formats.values import to_bytes
 from amlp_ray.errors import DataError
@@ -64,7 +65,7 @@ def load(path: str, read: Callable[[str], bytes]) -> Dataset:
     except Exception as error:  # pydicom raises many types on damaged files
         raise DataError(f"{path} cannot be read as DICOM ({brief(error)}); export it again or remove it.") from None
     if not any(tag in dataset for tag in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-        raise DataError(f"{path} holds no pixels, but DICOM images are accepted; export it again or remove it.")
+        raise DataError(f"{path} holds no pixels, or ends before they do; export it again or remove it.")
     if rows < 1 or columns < 1 or frames < 0:
         raise DataError(f"{path} claims {columns}x{rows} pixels, but an image has some; export it again or remove it.")
     if not hasattr(dataset, "file_meta"):
@@ -107,9 +108,11 @@ def header_of(dataset: Dataset, index: int) -> Header:
 
 def decode(dataset: Dataset, index: int, header: Header) -> Pixels:
     """Decode frame `index`. Raises many types, with a reason as text, where it is damaged or of no accepted kind."""
-    decoder = get_decoder(dataset.file_meta.TransferSyntaxUID)
-    stored, meta = decoder.as_array(dataset, index=index)
-    photometric = str(meta["photometric_interpretation"])
+    if is_jpeg_12(dataset):
+        stored, photometric = decode_jpeg_12(dataset, index), str(dataset.get("PhotometricInterpretation"))
+    else:
+        stored, meta = get_decoder(dataset.file_meta.TransferSyntaxUID).as_array(dataset, index=index)
+        photometric = str(meta["photometric_interpretation"])
     bits = int(dataset.get("BitsStored") or stored.dtype.itemsize * 8)
     if photometric == "PALETTE COLOR":
         return Pixels(_bytes_of(apply_color_lut(stored, dataset)), 0, 255, None, False, True)

@@ -135,7 +135,8 @@ def _unreadable(path: str, error: Exception) -> str:
 
 def _planes(dataset: Dataset) -> Iterator[_Plane]:
     shared = (dataset.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
-    frames = dataset.get("PerFrameFunctionalGroupsSequence") or []
+    stored = int(dataset.get("NumberOfFrames") or 1)
+    frames = (dataset.get("PerFrameFunctionalGroupsSequence") or [])[:stored]  # files cut to few frames describe all
     if not frames:
         raise ValueError("its frames have no places of their own, as in whole slide images")
     for index, frame in enumerate(frames):

@@ -19,7 +19,7 @@ def find_flat(place: Place, settings: PrepareSettings) -> Listing:
     """List all pictures below a folder, or those of `settings.file_list`.
 
     Raises:
-        DataError: the file list cannot be read.
+        DataError: the file list cannot be read or names nothing.
     """
     if settings.file_list:
         return _of_list(place, settings.file_list)
@@ -60,7 +60,10 @@ def _lines(file_list: str) -> list[str]:
         raise DataError(f"The file list {file_list} is not UTF-8 text; save it as such, one path a line.") from None
     # splitlines would also cut at characters that may stand in names.
     lines = (line.strip() for line in text.split("\n"))
-    return [line for line in lines if line and not line.startswith("#")]
+    named = [line for line in lines if line and not line.startswith("#")]
+    if not named:
+        raise DataError(f"The file list {file_list} names no file; write one path a line.")
+    return named
 
 
 def _item(path: str, name: Name) -> Item:

@@ -33,7 +33,8 @@ def main() -> None:
     try:
         app()
     except AmlpError as error:
-        print(f"amlp-ray: {error}", file=sys.stderr)
+        sentence = str(error).replace("\n", "\\n")  # names of files may hold one; a sentence is one line
+        print(f"amlp-ray: {sentence}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
         if error.filename is None:

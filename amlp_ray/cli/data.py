@@ -97,6 +97,7 @@ class _Bar:
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
+        self._what = ""
 
     def __enter__(self) -> _Bar:
         return self
@@ -107,8 +108,9 @@ class _Bar:
     def __call__(self, what: str, done: int, of: int) -> None:
         from tqdm import tqdm
 
-        if self._bar is None or self._bar.desc != what:
+        if self._bar is None or self._what != what:
             self._close()
+            self._what = what
             self._bar = tqdm(total=of, desc=what, dynamic_ncols=True, leave=False, disable=None)  # none in a pipe
         self._bar.update(done - self._bar.n)
 

@@ -47,8 +47,9 @@ class Store:
         self.images = images  # (N, C, H, W), read-only
         self.keys = keys  # (N,) int64, read-only
         self.path = path  # None: private memory
+        self.on_disk = path is not None and path.parent != _shared_folder()
         self._fd = fd
-        self._done = weakref.finalize(self, _leave, fd, path) if fd is not None else None  # at exit, too
+        self._done = weakref.finalize(self, _leave, fd, path) if fd is not None and path else None  # at exit, too
 
     def will_need(self, start: int, rows: int) -> None:
         """Tell the system that these rows are read soon, so that it fetches them from disk meanwhile."""
@@ -245,7 +246,7 @@ def _build(dataset: PatchDataset, split: str, fd: int, path: Path, size: int, ki
 
 
 def _write(fd: int, array: np.ndarray, offset: int) -> None:
-    data = memoryview(np.ascontiguousarray(array)).cast("B")
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     while data:
         done = os.pwrite(fd, data, offset)
         data, offset = data[done:], offset + done

@@ -279,7 +279,7 @@ class PatchDataset:
         for name in SPLITS:
             rows = table[table["split"] == name]
             lesions = rows["lesion"][rows["lesion"] > 0].to_numpy(float) * (100 / pixels)
-            values = np.percentile(lesions, AREA_PERCENTILES) if len(lesions) else []
+            values = np.percentile(lesions, AREA_PERCENTILES) if len(lesions) else np.zeros(0)
             splits[name] = {
                 **m.counts[name].model_dump(),
                 "lesion_area_percent": {

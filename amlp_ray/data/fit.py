@@ -67,7 +67,7 @@ def cut(
         fitted = resize_image(image, size, size)
         return _channels_first(fitted), None if mask is None else resize_mask(mask, size, size)
     if settings.fit == "pad":
-        height, width = _inner(*image.shape[:2], size)
+        height, width = _inner(image.shape[0], image.shape[1], size)
         top, left = (size - height) // 2, (size - width) // 2
         inner, inner_mask = (
             resize_image(image, height, width),

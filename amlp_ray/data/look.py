@@ -24,7 +24,7 @@ ITEM_FIELDS = tuple(Item.__dataclass_fields__)
 class FrameLook(NamedTuple):
     """What pass 1 learns of one frame."""
 
-    index: int
+    number: int
     height: int
     width: int
     spacing: tuple[float, float] | None
@@ -81,7 +81,7 @@ def look_at(item: Item, settings: PrepareSettings) -> Look:
             notes += [note for note in frame.notes if note not in notes]
             height, width = frame.image.shape[:2]
             if kept:
-                frames.append(FrameLook(frame.index, height, width, frame.spacing, perceptual_hash(frame.image), kept))
+                frames.append(FrameLook(frame.number, height, width, frame.spacing, perceptual_hash(frame.image), kept))
     except DataError as error:
         return Look(fault=str(error))
     except OSError as error:

@@ -143,7 +143,9 @@ class Place:
             finally:
                 partial.unlink(missing_ok=True)
             return
-        with self.filesystem.open_output_stream(self.path) as file:  # an object appears when it is complete
+        with self.filesystem.open_output_stream(
+            self.path, compression=None
+        ) as file:  # appears when complete
             file.write(data)
 
     def delete(self) -> None:

@@ -1,12 +1,11 @@
-"""The next batches, gathered and on the device before they are asked for."""
+"""The next batches, on the device before they are asked for."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -15,20 +14,17 @@ from amlp_ray.data.stream import Batch
 DEPTH = 2  # batches ready: one is enough for even steps, a second bridges a slow one
 WAIT_S = 0.1  # between looks at whether the consumer has left
 
-
-class _Failure(NamedTuple):
-    error: BaseException
+T = TypeVar("T")
 
 
-class _End(NamedTuple):
-    pass
+def prefetched(batches: Iterable[Batch], device: str | torch.device, *, depth: int = DEPTH) -> Generator[Batch]:
+    """Yield the same batches with their images on the device; keys stay on the CPU, where steps look images up.
 
+    For CUDA, a thread gathers up to `depth` batches ahead and copies them on a stream of its own while the device
+    computes. On a CPU there is nothing to copy, and a thread would take from the step's own cores more than gathering a
+    batch does (10 to 60 us per image against 5 to 30, measured), so batches come as they are.
 
-def prefetched(batches: Iterable[Batch], device: str | torch.device = "cpu", *, depth: int = DEPTH) -> Iterator[Batch]:
-    """Yield the same batches, prepared by a thread of their own up to `depth` ahead; images and keys on the device.
-
-    For CUDA, batches are copied on a stream of their own while the device computes; keys stay on the CPU, where steps
-    look images up. An error of `batches` is raised here, after the batches before it. Leaving early ends the thread.
+    An error of `batches` is raised here. Close the generator where it is left early: that ends the thread.
 
     Args:
         batches: on the CPU; pinned, for copies that do not wait.
@@ -36,7 +32,31 @@ def prefetched(batches: Iterable[Batch], device: str | torch.device = "cpu", *, 
         depth: at least 1.
     """
     device = torch.device(device)
-    copy = _Copier(device) if device.type == "cuda" else None
+    if device.type != "cuda":
+        yield from batches
+        return
+    copier = _Copier(device)
+    ready = read_ahead(batches, copier.begin, depth)
+    try:
+        for copied in ready:
+            yield copier.finish(copied)
+    finally:
+        ready.close()
+
+
+class _Failure(NamedTuple):
+    error: BaseException
+
+
+_END = object()
+
+
+def read_ahead(items: Iterable[Any], prepare: Callable[[Any], T], depth: int) -> Generator[T]:
+    """Yield `prepare(item)` of each item in order, both done by a thread that is up to `depth` items ahead.
+
+    An error of either is raised here, after the items before it. When the generator ends or is closed, the thread has
+    ended, and `items` is closed, by the thread that ran it.
+    """
     ready: queue.Queue[Any] = queue.Queue(depth)
     left = threading.Event()
 
@@ -50,40 +70,33 @@ def prefetched(batches: Iterable[Batch], device: str | torch.device = "cpu", *, 
         return False
 
     def work() -> None:
+        source: Iterator[Any] | None = None
         try:
-            with _closed(iter(batches)) as source:
-                for batch in source:
-                    if not put(copy.begin(batch) if copy else batch):
-                        return
-            put(_End())
+            source = iter(items)
+            for item in source:
+                if not put(prepare(item)):
+                    break
+            end: object = _END
         except BaseException as error:  # raised again where the consumer waits
-            put(_Failure(error))
+            end = _Failure(error)
+        if isinstance(source, Generator):
+            source.close()
+        put(end)
 
     thread = threading.Thread(target=work, name="amlp-prefetch", daemon=True)
     thread.start()
     try:
-        while not isinstance(item := ready.get(), _End):
+        while (item := ready.get()) is not _END:
             if isinstance(item, _Failure):
                 raise item.error
-            yield copy.finish(item) if copy else item
+            yield item
     finally:
         left.set()
         thread.join()
 
 
-@contextmanager
-def _closed(source: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
-    """Close a generator in the thread that ran it: a stream behind it ends then and not when memory is collected."""
-    if hasattr(source, "close"):
-        with closing(source):  # type: ignore[type-var]
-            yield source
-    else:
-        yield source
-
-
 class _Copied(NamedTuple):
     batch: Batch
-    source: Batch  # kept until the copy is over: pinned memory must not be written again before
     done: Any  # torch.cuda.Event
 
 
@@ -95,12 +108,12 @@ class _Copier:
         self._stream = torch.cuda.Stream(device)
 
     def begin(self, batch: Batch) -> _Copied:
-        """Start copying; called by the thread, and returns at once for pinned memory."""
+        """Start copying; returns at once for pinned memory, which torch keeps until the copy is over."""
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             images = batch.images.to(self._device, non_blocking=True)
             done = torch.cuda.Event()
             done.record(self._stream)
-        return _Copied(Batch(images, batch.keys), batch, done)
+        return _Copied(Batch(images, batch.keys), done)
 
     def finish(self, copied: _Copied) -> Batch:
         """Make the device's work wait for the copy, not this process."""

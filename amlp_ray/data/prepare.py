@@ -236,7 +236,7 @@ def _rows(
     for item, look, group, split in zip(chosen.items, chosen.looks, groups, splits, strict=True):
         name, shown = hide(item, item.id), hide(item, item.source)
         for frame in look.frames:
-            of_frame = name if item.format == "picture" else f"{name}/{frame.index:04d}"
+            of_frame = name if item.format == "picture" else f"{name}/{frame.number:04d}"
             for cutting in frame.cuttings:
                 whole = of_frame if settings.fit != "tiles" else f"{of_frame}@{cutting.y},{cutting.x}"
                 rows[split].append(Row(item, look.digest, frame, cutting, whole, hide(item, group), shown))

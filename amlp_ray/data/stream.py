@@ -1,39 +1,37 @@
-"""Batches for training: from memory where a split fits, else a Ray Data stream. Both speak `Batches`.
+"""Batches for training, from images that are resident, mapped or streamed. All speak `Batches`, in the same order.
 
 Batches stay on the CPU and as stored (uint8 goes to the device at a quarter of the cost of float); normalising and
-cropping are the trainer's, on the device.
-
-In memory, epoch e of seed s is one fixed order of all images, cut into global batches, of which worker r of w takes
-every w-th image: any number of workers trains on the same batches. The last incomplete batch is dropped; a split
-smaller than a batch repeats, so that there is always a step.
+cropping are the trainer's, on the device. `order.py` says which image comes when, `cache.py` keeps images for all
+processes of a node, `ray_data.py` reads ahead what is too large to keep.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from amlp_ray.config import ImageSpec
-from amlp_ray.data.dataset import PatchDataset, keys_of
-from amlp_ray.data.parts import Shape, images_of
+from amlp_ray.data.cache import Store, fits, has_store, open_store
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.data.order import Order, ahead
+from amlp_ray.data.parts import images_of
 from amlp_ray.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
-    import ray.data
+    import pyarrow as pa
 
-MEMORY_LIMIT = 2 << 30  # bytes of images up to which `auto` keeps a split in memory
-SHUFFLE_ROWS = 2048  # rows the stream shuffles among: two parts, since rows of a part are ordered by id
-SHUFFLE_BYTES = 512 << 20
+Mode = Literal["auto", "resident", "mapped", "stream"]
+MAPPED_AHEAD = 16  # row groups that a disk is told of before they are needed
 
 
 class Batch(NamedTuple):
     """One worker's share of a global batch."""
 
-    images: torch.Tensor  # (B, C, H, W) uint8 or uint16 as stored, on the CPU, pinned where CUDA is available
-    keys: torch.Tensor  # (B,) int64, identity of each image
+    images: torch.Tensor  # (B, C, H, W) as stored; on the CPU, pinned where CUDA is available, or on the device
+    keys: torch.Tensor  # (B,) int64, identity of each image; on the CPU
 
 
 class Batches(Protocol):
@@ -53,26 +51,26 @@ def open_batches(
     split: str = "train",
     batch_size: int,
     seed: int,
-    mode: Literal["auto", "memory", "stream"] = "auto",
+    mode: Mode = "auto",
     rank: int = 0,
     world: int = 1,
-    shard: ray.data.DataIterator | None = None,
+    epochs: int | None = None,
 ) -> Batches:
-    """Open one worker's batches of a split.
+    """Open one worker's batches of a split. All modes and numbers of workers give the same images in the same order.
 
     Args:
         dataset: the patch dataset.
         split: train, val or test.
         batch_size: images per step over all workers.
         seed: of the order of images.
-        mode: `auto` takes memory up to 2 GiB of images; a given `shard` is always streamed.
+        mode: see `resolved`; `stream` needs Ray to be initialised.
         rank: this worker, from 0.
         world: number of workers.
-        shard: this worker's part as Ray Train hands it out. Without one, every worker that streams reads all images.
+        epochs: the last epoch that will be asked for, so that a stream reads nothing beyond it.
 
     Raises:
         SettingsError: `world` does not divide `batch_size`.
-        DataError: the split is empty or damaged.
+        DataError: the split is empty or damaged, or has no room in the cache folder.
     """
     if batch_size % world:
         raise SettingsError(
@@ -80,140 +78,141 @@ def open_batches(
         )
     if dataset.count(split) == 0:
         raise DataError(f"The split {split!r} of {dataset.path} has no images; prepare it with a larger fraction.")
-    if shard is not None or is_streamed(dataset, split, mode):
-        return StreamBatches(dataset, split, batch_size=batch_size, seed=seed, rank=rank, world=world, shard=shard)
-    images, ids = dataset.load_images(split)
-    return MemoryBatches(images, keys_of(ids), dataset.spec, batch_size=batch_size, seed=seed, rank=rank, world=world)
+    order = Order.of(dataset, split, batch_size=batch_size, seed=seed, world=world)
+    chosen = resolved(dataset, split, mode)
+    if chosen == "stream":
+        return StreamBatches(dataset, split, order, rank=rank, epochs=epochs)
+    return StoredBatches(open_store(dataset, split, chosen), dataset.spec, order, rank=rank)
 
 
-def is_streamed(dataset: PatchDataset, split: str, mode: str) -> bool:
-    """Whether batches of a split come from a Ray Data stream, whose tasks need a CPU of their own."""
-    return mode == "stream" or (mode == "auto" and dataset.bytes(split) > MEMORY_LIMIT)
+def resolved(dataset: PatchDataset, split: str, mode: Mode) -> Literal["resident", "mapped", "stream"]:
+    """What `auto` means here: resident if half of the free memory holds the split, mapped if the cache's disk does.
+
+    A store that this node has already costs nothing more, and is taken.
+    """
+    if mode != "auto":
+        return mode
+    for kind in ("resident", "mapped"):
+        if has_store(dataset, split, kind) or fits(dataset, split, kind):
+            return kind
+    return "stream"
 
 
-class MemoryBatches:
-    """Batches of images held in memory, (N, C, H, W) with (N,) keys."""
+def is_streamed(dataset: PatchDataset, split: str, mode: Mode) -> bool:
+    """Whether batches of a split come from a Ray Data stream."""
+    return resolved(dataset, split, mode) == "stream"
 
-    def __init__(
-        self,
-        images: np.ndarray,
-        keys: np.ndarray,
-        spec: ImageSpec,
-        *,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self.spec = spec
-        self.steps_per_epoch = max(1, len(keys) // batch_size)
-        self._images, self._keys = images, keys
-        self._batch_size, self._seed, self._rank, self._world = batch_size, seed, rank, world
+
+class ExampleBatches:
+    """The first images of a split, again and again: for timing a step without opening all data."""
+
+    steps_per_epoch = 1
+
+    def __init__(self, dataset: PatchDataset, split: str = "train", *, batch_size: int) -> None:
+        self.spec = dataset.spec
+        some = dataset.load(split, np.arange(min(batch_size, dataset.count(split))))
+        self._batch = _batch(some.images, some.keys, np.resize(np.arange(len(some)), batch_size))
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._keys))
-        order = np.resize(order, max(len(order), self._batch_size))  # repeats only where the split is below a batch
-        for step in range(self.steps_per_epoch):
-            rows = order[step * self._batch_size : (step + 1) * self._batch_size][self._rank :: self._world]
-            yield _batch(self._images, self._keys, rows)
+        yield self._batch
+
+
+class StoredBatches:
+    """Batches of a split that is resident or mapped."""
+
+    def __init__(self, store: Store, spec: ImageSpec, order: Order, *, rank: int = 0) -> None:
+        self.spec = spec
+        self.steps_per_epoch = order.steps
+        self._store, self._order, self._rank = store, order, rank
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        shares = self._order.share(epoch, self._rank)
+        images, keys = self._store.images, self._store.keys
+        if not self._store.on_disk:
+            for rows in shares:
+                yield _batch(images, keys, rows)
+            return
+        each, units = shares.shape[1], self._order.units
+        needed, first, _ = self._order.uses(self._order.unit_of(shares.ravel()), each)
+        for rows, coming in zip(shares, ahead(first, len(shares), MAPPED_AHEAD), strict=True):
+            for unit in needed[coming]:
+                self._store.will_need(units[unit].start, units[unit].rows)
+            yield _batch(images, keys, rows)
 
 
 class StreamBatches:
-    """Batches of a Ray Data stream over Parquet files, for splits larger than memory.
+    """Batches of a split that Ray Data reads while the trainer works.
 
-    Files are shuffled, then rows among a buffer of about two files. Ray fetches and decodes ahead in the background.
-    Without a shard the order depends on seed and epoch only; with one, on how Ray Train cuts the stream as well.
+    Epochs asked for one after the other come from one execution; another epoch starts a new one.
     """
 
     def __init__(
-        self,
-        dataset: PatchDataset,
-        split: str,
-        *,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        shard: ray.data.DataIterator | None = None,
+        self, dataset: PatchDataset, split: str, order: Order, *, rank: int = 0, epochs: int | None = None
     ) -> None:
+        from amlp_ray.data.ray_data import Source
+
         self.spec = dataset.spec
-        # From the manifest, so that every worker takes equally many steps however evenly the stream was cut.
-        self.steps_per_epoch = max(1, dataset.count(split) // batch_size)
-        self._files = dataset.files(split)
-        self._shape, self._dtype = dataset.shape, dataset.manifest.dtype
-        self._batch_size, self._seed, self._rank, self._world, self._shard = batch_size, seed, rank, world, shard
-        image = dataset.bytes(split) // dataset.count(split)
-        self._buffer = max(batch_size, min(max(SHUFFLE_ROWS, 8 * batch_size), SHUFFLE_BYTES // image))
+        self.steps_per_epoch = order.steps
+        self._last = epochs
+        self._source = Source(
+            tuple(str(file) for file in dataset.files(split)), dataset.shape, dataset.manifest.dtype, order, rank
+        )
+        self._running: tuple[int, Iterator[Batch]] | None = None  # the epoch whose first batch comes next
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        from amlp_ray.data.ray_data import quieten, read_files
+        running, self._running = self._running, None
+        batches = running[1] if running and running[0] == epoch else self._begin(epoch)
+        for finished, batch in enumerate(batches, 1):
+            if finished == self.steps_per_epoch:
+                self._running = epoch + 1, batches
+            yield batch
+            if finished == self.steps_per_epoch:
+                return
+        raise DataError(f"{self._source.files[0]} and its neighbours gave fewer images than the manifest says.")
 
-        quieten()
-        draw = np.random.default_rng([self._seed, epoch])
-        if self._shard is None:
-            files = [self._files[i] for i in draw.permutation(len(self._files))]
-            rows: Any = read_files(files, columns=["id", "image"])
-            size, keep = self._batch_size, slice(self._rank, None, self._world)
-        else:
-            rows, size, keep = self._shard, self._batch_size // self._world, slice(None)
-        tables = rows.iter_batches(
-            batch_size=size,
-            batch_format="pyarrow",
-            prefetch_batches=2,
-            local_shuffle_buffer_size=self._buffer,
-            local_shuffle_seed=int(draw.integers(2**31)),
-        )
-        decoded = (_decode(table, self._shape, self._dtype) for table in tables)
-        for images, keys in _filled(decoded, size, self.steps_per_epoch):
-            yield _batch(images, keys, np.arange(size)[keep])
+    def _begin(self, epoch: int) -> Iterator[Batch]:
+        """Yield the batches of this epoch and all later ones."""
+        from amlp_ray.data.ray_data import EPOCHS, stream_tables
 
+        while self._last is None or epoch <= self._last:
+            until = epoch + EPOCHS if self._last is None else min(epoch + EPOCHS, self._last + 1)
+            yield from self._sliced(stream_tables(self._source, range(epoch, until)))
+            epoch = until
 
-Arrays = tuple[np.ndarray, np.ndarray]  # images (N, C, H, W) and keys (N,)
+    def _sliced(self, tables: Iterator[pa.Table]) -> Iterator[Batch]:
+        """Cut tables of any length into batches."""
+        size = self._source.order.batch_size // self._source.order.world
+        batch, filled = self._empty(size), 0
+        for table in tables:
+            images = images_of(table["image"], self._source.shape, self._source.dtype)
+            keys = table["key"].to_numpy()
+            taken = 0
+            while taken < len(keys):
+                some = min(size - filled, len(keys) - taken)
+                batch.images.numpy()[filled : filled + some] = images[taken : taken + some]
+                batch.keys.numpy()[filled : filled + some] = keys[taken : taken + some]
+                filled, taken = filled + some, taken + some
+                if filled == size:
+                    yield batch
+                    batch, filled = self._empty(size), 0
 
-
-def _filled(batches: Iterable[Arrays], size: int, steps: int) -> Iterator[Arrays]:
-    """Yield exactly `steps` batches of `size` rows, though `batches` may end early or with a short one.
-
-    A shard that is a few rows short repeats rows of its own. Starting its iterator again would wait for the other
-    workers to do the same, and stopping early would leave them waiting for this one's gradients.
-    """
-    first: Arrays | None = None
-    given = 0
-    for images, keys in batches:
-        if not len(keys):
-            continue
-        if first is None:
-            first = images.copy(), keys.copy()
-        if len(keys) < size:
-            images = np.concatenate([images, _cycled(first[0], size - len(keys))])
-            keys = np.concatenate([keys, _cycled(first[1], size - len(keys))])
-        yield images, keys
-        given += 1
-        if given == steps:
-            return
-    if first is None:
-        raise DataError("A worker's part of the data is empty; use fewer workers or prepare more images.")
-    for _ in range(given, steps):
-        yield _cycled(first[0], size), _cycled(first[1], size)
-
-
-def _cycled(array: np.ndarray, count: int) -> np.ndarray:
-    return array[np.arange(count) % len(array)]
-
-
-def _decode(table: Any, shape: Shape, dtype: str) -> Arrays:
-    return images_of(table["image"], shape, dtype), keys_of(table["id"].to_pylist())
+    def _empty(self, size: int) -> Batch:
+        return _empty(size, self._source.shape, np.dtype(self._source.dtype))
 
 
 def _batch(images: np.ndarray, keys: np.ndarray, rows: np.ndarray) -> Batch:
-    """Gather rows straight into (pinned) tensors: one copy, which Arrow's read-only memory needs anyway."""
-    pinned = torch.cuda.is_available()
-    kind = torch.uint16 if images.dtype == np.uint16 else torch.uint8
-    out = Batch(
-        torch.empty((len(rows), *images.shape[1:]), dtype=kind, pin_memory=pinned),
-        torch.empty(len(rows), dtype=torch.int64, pin_memory=pinned),
-    )
+    """Gather rows straight into (pinned) tensors: one copy, which read-only memory needs anyway."""
+    out = _empty(len(rows), images.shape[1:], images.dtype)
     # mode="clip" lets numpy write into `out`; the default first fills a buffer. Rows are always in range.
     np.take(images, rows, axis=0, out=out.images.numpy(), mode="clip")
     np.take(keys, rows, axis=0, out=out.keys.numpy(), mode="clip")
     return out
+
+
+def _empty(size: int, shape: tuple[int, ...], dtype: np.dtype) -> Batch:
+    pinned = torch.cuda.is_available()
+    kind = getattr(torch, dtype.name)
+    return Batch(
+        torch.empty((size, *shape), dtype=kind, pin_memory=pinned),
+        torch.empty(size, dtype=torch.int64, pin_memory=pinned),
+    )

@@ -41,7 +41,7 @@ def part_job(place: Place, rows: list[Row], settings: PrepareSettings, shape: Sh
     for _, same in groupby(rows, key=lambda row: id(row.item)):
         of_item = list(same)
         first = of_item[0]
-        images = [[r.frame.index, r.frame.hash, r.cutting.y, r.cutting.x, r.cutting.background, r.id] for r in of_item]
+        images = [[r.frame.number, r.frame.hash, r.cutting.y, r.cutting.x, r.cutting.background, r.id] for r in of_item]
         items.append([item_row(first.item), first.digest, first.group, first.source, images])
     return {
         "place": str(place),
@@ -83,14 +83,14 @@ def _encoded(job: dict[str, Any], sums: np.ndarray) -> Iterator[dict[str, Any]]:
     settings = PrepareSettings.model_validate(job["settings"])
     for row, digest, group, source, images in job["items"]:
         item, read = item_of(row), Reader()
-        wanted = {index: list(same) for index, same in groupby(images, key=lambda image: image[0])}
+        wanted = {number: list(same) for number, same in groupby(images, key=lambda image: image[0])}
         for frame in read_frames(item, settings, read):
-            if frame.index not in wanted:
+            if frame.number not in wanted:
                 continue
             height, width = frame.image.shape[:2]
             spacing = pixel_spacing(frame.spacing, height, width, settings)
             whole = scaled(to_channels(frame.image, job["shape"][0]), frame.mask, settings)
-            for _, hashed, y, x, background, name in wanted[frame.index]:
+            for _, hashed, y, x, background, name in wanted[frame.number]:
                 image, mask = cut(*whole, y, x, settings)
                 stored = image.astype(job["dtype"], copy=False)
                 _add(stored, sums)
@@ -105,7 +105,7 @@ def _encoded(job: dict[str, Any], sums: np.ndarray) -> Iterator[dict[str, Any]]:
                     "width": width,
                     "y": y,
                     "x": x,
-                    "frame": frame.index,
+                    "frame": frame.number,
                     "spacing_y": spacing and spacing[0],
                     "spacing_x": spacing and spacing[1],
                     "hash": hashed,

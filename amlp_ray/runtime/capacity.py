@@ -8,7 +8,6 @@ import os
 from amlp_ray.config import ResourceSettings
 from amlp_ray.errors import ResourceError
 
-STREAM_CPU = 1.0  # of Ray Data's reading tasks
 DRIVER_CPU = 0.01  # of a trial that only drives a group of workers; Ray refuses zero
 
 
@@ -30,16 +29,14 @@ def machine_resources() -> dict[str, float]:
     return {"CPU": cpus, "GPU": gpus, "node_CPU": cpus, "node_GPU": gpus}
 
 
-def jobs_side_by_side(resources: ResourceSettings, cluster: dict[str, float], *, streamed: bool = False) -> int:
+def jobs_side_by_side(resources: ResourceSettings, cluster: dict[str, float]) -> int:
     """How many jobs (trials, pretraining runs) fit side by side, at most `resources.concurrency`.
 
-    A streamed data set leaves one CPU free for Ray Data's tasks: without, no batch ever comes.
+    A stream's reading tasks count nothing: they ask Ray for no CPU, so they start where workers hold all of them.
 
     Raises:
         ResourceError: where not even one fits: Ray would wait for it for ever.
     """
-    if streamed:
-        cluster = cluster | {"CPU": cluster["CPU"] - STREAM_CPU}
     for kind, wanted in (("CPU", resources.cpus_per_worker), ("GPU", resources.gpus_per_worker)):
         largest, total = cluster[f"node_{kind}"], cluster[kind]
         if wanted > largest:

@@ -11,7 +11,7 @@ from typing import Any
 
 from amlp_ray.config import Choice, PretrainSettings, StudySettings
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.stream import is_streamed, open_batches
+from amlp_ray.data.stream import ExampleBatches
 from amlp_ray.errors import SettingsError
 from amlp_ray.runtime.capacity import jobs_side_by_side
 from amlp_ray.study.design import arm_settings, prunable_rungs, rung_epochs
@@ -76,8 +76,7 @@ def make_plan(
     """Check the study and price it by timing, here, one probe and a few steps of its base settings and of every arm."""
     check_study(settings, dataset, labels)
     base = settings.trial({}, seed=0)
-    streamed = is_streamed(dataset, "train", base.data)
-    side_by_side = jobs_side_by_side(settings.resources, cluster, streamed=streamed)
+    side_by_side = jobs_side_by_side(settings.resources, cluster)
     images = dataset.count("train")
     steps = base.epochs * max(1, images // base.batch_size)
     probe = _seconds_per_probe(settings, base, dataset if labels is None else labels)
@@ -125,7 +124,7 @@ def _seconds_per_step(settings: StudySettings, run: PretrainSettings, dataset: P
 
     device = _device(settings)
     with _threads(settings):
-        batches = open_batches(dataset, batch_size=run.batch_size, seed=0, mode=run.data)
+        batches = ExampleBatches(dataset, batch_size=run.batch_size)
         model, optimizer = build_model(run, batches, device)
         batch = next(iter(batches.epoch(1)))
         objective = step_of(model, run, None)

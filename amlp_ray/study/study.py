@@ -117,6 +117,7 @@ class Study:
             ResourceError: no node can hold a trial.
             InterruptedStudyError: after Ctrl-C.
         """
+        from amlp_ray.data.cache import sweep
         from amlp_ray.runtime.capacity import cluster_resources, machine_resources
         from amlp_ray.runtime.ray_session import ray_session
         from amlp_ray.study.plan import check_study
@@ -146,14 +147,13 @@ class Study:
                 if session.dashboard:
                     notify(f"Ray dashboard: {session.dashboard}")
                 self._tune(side_by_side, notify)
+        sweep()  # Ray ends trials' processes without a word, and their images would stay in memory
         return self
 
     def _side_by_side(self, cluster: dict[str, float]) -> int:
-        from amlp_ray.data.stream import is_streamed
         from amlp_ray.runtime.capacity import jobs_side_by_side
 
-        streamed = is_streamed(self.dataset, "train", self.settings.trial({}, seed=0).data)
-        return jobs_side_by_side(self.settings.resources, cluster, streamed=streamed)
+        return jobs_side_by_side(self.settings.resources, cluster)
 
     def _check_unchanged(self) -> None:
         if not (self.store.folder / "study.yaml").is_file():

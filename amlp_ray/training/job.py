@@ -63,9 +63,7 @@ class Job:
         return labels
 
 
-def run_job(
-    job: Job, hooks: Hooks, *, rank: int = 0, world: int = 1, device: str = "cpu", shard: Any = None
-) -> PretrainResult:
+def run_job(job: Job, hooks: Hooks, *, rank: int = 0, world: int = 1, device: str = "cpu") -> PretrainResult:
     """Run a job on this worker, or go on where its folder says it stopped.
 
     Raises:
@@ -81,7 +79,7 @@ def run_job(
         mode=job.settings.data,
         rank=rank,
         world=world,
-        shard=shard,
+        epochs=job.settings.epochs,
     )
     truth = true_lesions(dataset, job.settings)
     if rank == 0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from amlp_ray.config import PretrainSettings, SegmentSettings
+from amlp_ray.data.prefetch import prefetched
 from amlp_ray.data.stream import Batches
 from amlp_ray.errors import NonFiniteLossError
 from amlp_ray.method.encoder import use_fused_attention
@@ -143,25 +145,25 @@ def train_epoch(
     steps = batches.steps_per_epoch
     rows: list[Tensor] = []
     waited, started, images = 0.0, time.perf_counter(), 0
-    source = iter(batches.epoch(epoch))
     objective.begin_epoch(epoch, steps)
-    for step in range(steps):
-        asked = time.perf_counter()
-        batch = next(source)
-        waited += time.perf_counter() - asked
+    with closing(prefetched(batches.epoch(epoch), device)) as source:
+        for step in range(steps):
+            asked = time.perf_counter()
+            batch = next(source)
+            waited += time.perf_counter() - asked
 
-        lr = learning_rate(settings, (epoch - 1) * steps + step, settings.epochs * steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        values = objective(network, batch, Moment(epoch, step, steps), device)
-        optimizer.zero_grad(set_to_none=True)
-        values["loss"].backward()
-        values["grad_norm"] = nn.utils.clip_grad_norm_(network.parameters(), settings.clip_grad)
-        rows.append(torch.stack([value.detach().float() for value in values.values()]))
-        if device == "cpu":  # looking costs nothing here; on a GPU it would stall the step, so the epoch's end looks
-            _check_finite(rows[-1:], list(values), network, epoch, before=step)
-        optimizer.step()
-        images += len(batch.keys)
+            lr = learning_rate(settings, (epoch - 1) * steps + step, settings.epochs * steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            values = objective(network, batch, Moment(epoch, step, steps), device)
+            optimizer.zero_grad(set_to_none=True)
+            values["loss"].backward()
+            values["grad_norm"] = nn.utils.clip_grad_norm_(network.parameters(), settings.clip_grad)
+            rows.append(torch.stack([value.detach().float() for value in values.values()]))
+            if device == "cpu":  # looking costs nothing here; on a GPU it would stall the step: the end looks
+                _check_finite(rows[-1:], list(values), network, epoch, before=step)
+            optimizer.step()
+            images += len(batch.keys)
 
     _check_finite(rows, list(values), network, epoch)
     means = torch.stack(rows).mean(0)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from amlp_ray.config import PretrainSettings, ResourceSettings
+from amlp_ray.data import cache
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.stream import is_streamed
 from amlp_ray.errors import AmlpError
@@ -53,19 +54,22 @@ def pretrain_dataset(
     dataset = PatchDataset.open(data)
     settings.check_image(dataset.spec)
     settings.check_workers(resources.workers)
-    streamed = is_streamed(dataset, "train", settings.data)
     if address is None:
-        jobs_side_by_side(resources, machine_resources(), streamed=streamed and resources.workers > 1)
+        jobs_side_by_side(resources, machine_resources())
     job = Job(settings, str(dataset.path), out, threads=max(1, int(resources.cpus_per_worker)), label=out.name)
     if resources.workers == 1:
         # A stream needs a Ray of its own here; its tasks and this process share the machine's cores unasked.
-        with ray_session(address) if streamed else nullcontext():
-            run_here(job, Hooks(report=lambda metrics, checkpoint: report(metrics)))
+        try:
+            with ray_session(address) if is_streamed(dataset, "train", settings.data) else nullcontext():
+                run_here(job, Hooks(report=lambda metrics, checkpoint: report(metrics)))
+        finally:
+            cache.release()  # a notebook gets its memory back
     else:
         claim(job, dataset)  # before Ray is started: a folder of another run is told at once
         with ray_session(address):
-            jobs_side_by_side(resources, cluster_resources(), streamed=streamed)
+            jobs_side_by_side(resources, cluster_resources())
             run_on_ray(job, resources, name=f"pretrain-{out.name}", storage=out / "ray_train", report=report)
+        cache.sweep()  # Ray ends workers without a word
     return out / "encoder.safetensors"
 
 
@@ -97,12 +101,10 @@ def run_on_ray(
     from ray import train
     from ray.train.torch import TorchTrainer
 
-    dataset = PatchDataset.open(job.data)
-    streamed = is_streamed(dataset, "train", job.settings.data)
     own_job = replace(job, threads=max(1, int(resources.cpus_per_worker)))
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"job": own_job, "should_stop": should_stop, "streamed": streamed},
+        train_loop_config={"job": own_job, "should_stop": should_stop},
         scaling_config=train.ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus_per_worker > 0,
@@ -113,9 +115,6 @@ def run_on_ray(
             storage_path=str(storage),
             failure_config=train.FailureConfig(max_failures=2, controller_failure_limit=3),
         ),
-        datasets={"train": dataset.to_ray_dataset("train", columns=["id", "image"], seed=job.settings.seed)}
-        if streamed
-        else None,
     )
     _follow(trainer.fit, job.folder / "metrics.jsonl", report, reported)
 
@@ -172,8 +171,7 @@ def _worker(config: dict[str, Any]) -> None:
         train.report(metrics)  # a barrier: every worker reports every epoch
 
     hooks = Hooks(report=report, should_stop=config["should_stop"] or (lambda: False))
-    shard = train.get_dataset_shard("train") if config["streamed"] else None
-    run_job(job, hooks, rank=rank, world=world, device=str(get_device()), shard=shard)
+    run_job(job, hooks, rank=rank, world=world, device=str(get_device()))
 
 
 def _own_error(error: BaseException) -> BaseException:

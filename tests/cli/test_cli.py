@@ -76,13 +76,64 @@ def test_bad_images_get_one_sentence_and_nothing_is_written(
     source, named = spoil(paired)  # type: ignore[operator]
     code, _, err = run(
         capsys, monkeypatch, "data", "prepare", source, tmp_path / "out", "--layout", "paired", "--size", 32,
-        "--group-by", "image", "--fractions", "0.5,0.5,0",
+        "--group-by", "image", "--fractions", "0.5,0.5,0", "--strict",
     )  # fmt: skip
     assert code == 2, err
     assert err.startswith("amlp-ray: ")
     assert err.count("\n") == 1, "one sentence on one line"
     assert named in err
-    assert not list(tmp_path.glob("*out*"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("spoil", [unreadable_image, mask_without_image, mask_of_other_size])
+def test_without_strict_the_rest_is_prepared_and_the_list_is_named(
+    paired: Path,
+    tmp_path: Path,
+    ray_session: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: object,
+) -> None:
+    source, named = spoil(paired)  # type: ignore[operator]
+    code, out, _ = run(
+        capsys, monkeypatch, "data", "prepare", source, tmp_path / "out", "--size", 32, "--fractions", "1,0,0"
+    )
+    assert code == 0
+    assert "paired: " in out  # recognised, and said
+    assert f"1 files rejected and 0 repaired, see {tmp_path}/out.rejects.csv" in out
+    assert named in (tmp_path / "out.rejects.csv").read_text()
+    assert PatchDataset.open(tmp_path / "out").load("train").ids == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--layout", "busy"], "layout is 'busy'"),
+        (["--lesion-labels", "1;2"], "--lesion-labels '1;2' is not a list of numbers"),
+        (["--lesion-labels", "0"], "lesion_labels must be whole numbers from 1"),
+        (["--window", "5,1", "--values", "window"], "window must be a low and a higher value"),
+        (["--window", "1,5"], "window needs values=window"),
+        (["--overlap", "0.5"], "overlap and scale need fit=tiles"),
+        (["--fractions", "1,1,1"], "fractions must be"),
+        (["--size", "3"], "size is 3"),
+        (["--channels", "many"], "channels"),
+        (["--file-list", "x", "--layout", "dicom"], "file_list needs layout=flat"),
+    ],
+)
+def test_bad_preparations_get_one_sentence_before_ray_starts(
+    paired: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    told: str,
+) -> None:
+    code, _, err = run(capsys, monkeypatch, "data", "prepare", paired, tmp_path / "out", *arguments)
+    assert code == 2
+    assert told in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def made_dataset(
             parts[name].append(Part(file=file, rows=written, bytes=(folder / file).stat().st_size))
     assert all(len(m["image"]) == image_bytes((channels, height, width), dtype) for ms in rows.values() for m in ms)
     train = images[np.array(splits) == "train"]
-    statistics = train if len(train) else images
+    statistics = np.nan_to_num(train if len(train) else images if count else np.zeros((1, *shape)))
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         created_by="tests",

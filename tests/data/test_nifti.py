@@ -136,7 +136,7 @@ def test_slices_do_not_depend_on_how_axes_are_stored(codes: str, axis: str, tmp_
     np.testing.assert_array_equal(np.stack([frame.image[..., 0] for frame in frames]), want)
     np.testing.assert_array_equal(np.stack([frame.mask for frame in frames]), want > 50)
     assert {frame.spacing for frame in frames} == {spacing}
-    assert [frame.index for frame in frames] == list(range(len(want)))
+    assert [frame.number for frame in frames] == list(range(len(want)))
 
 
 @pytest.mark.parametrize(

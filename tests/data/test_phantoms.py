@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from amlp_ray.config import PrepareSettings
 from amlp_ray.data.phantoms import NORMAL_EVERY, Kind, draw_phantom, write_phantoms
 from amlp_ray.data.sources import find_items
 from amlp_ray.errors import SettingsError
@@ -50,11 +51,11 @@ def test_written_folder_is_a_paired_set_that_repeats(kind: Kind, tmp_path: Path)
     few = write_phantoms(tmp_path / "few", kind=kind, count=4, size=40, seed=3)
     many = write_phantoms(tmp_path / "many", kind=kind, count=7, size=40, seed=3)
     other = write_phantoms(tmp_path / "other", kind=kind, count=1, size=40, seed=4)
-    items = find_items("paired", few)
+    items = find_items(PrepareSettings(layout="paired"), few).items
     assert [len(item.masks) for item in items] == [1] * 4
     for item in items:
-        assert Path(item.image).read_bytes() == (many / item.source).read_bytes()
-    assert Path(items[0].image).read_bytes() != (other / items[0].source).read_bytes()
+        assert Path(item.images[0]).read_bytes() == (many / item.source).read_bytes()
+    assert Path(items[0].images[0]).read_bytes() != (other / items[0].source).read_bytes()
     with Image.open(items[1].masks[0]) as mask:
         assert set(np.unique(np.asarray(mask))) == {0, 255}
 

@@ -1,170 +1,240 @@
+"""Batches in every mode: the same images in the same order, to the byte."""
+
 from __future__ import annotations
 
-import threading
-from itertools import chain
+import hashlib
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from noise import noise_dataset
 
+import amlp_ray.data.cache as cache
+import amlp_ray.data.order as order
 import amlp_ray.data.stream as stream
-import amlp_ray.data.write as write
-from amlp_ray.config import ImageSpec, PrepareSettings
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.phantoms import write_phantoms
-from amlp_ray.data.prepare import prepare
-from amlp_ray.data.stream import Batch, MemoryBatches, open_batches
+from amlp_ray.data.stream import Batch, ExampleBatches, StoredBatches, StreamBatches, open_batches
 from amlp_ray.errors import DataError, SettingsError
 
-pytestmark = pytest.mark.ray
+MODES = ("resident", "mapped", "stream")
+
+
+@pytest.fixture(autouse=True)
+def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("AMLP_RAY_CACHE", str(tmp_path / "cache"))
+    yield
+    cache.release()
+
+
+@pytest.fixture
+def lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits of more than 1000 bytes are large, and windows hold 10 images of 64 bytes."""
+    monkeypatch.setattr(order, "WINDOW", 1000)
+    monkeypatch.setattr(order, "LANE_BYTES", 640)
 
 
 @pytest.fixture(scope="module")
 def parted(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> PatchDataset:
-    """48 training images in six files, and no others."""
-    folder = tmp_path_factory.mktemp("parted")
-    write_phantoms(folder / "source", count=48, size=32)
-    settings = PrepareSettings(layout="paired", size=32, group_by="image", fractions=(1, 0, 0))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write, "ROWS_PER_PART", 8)
-        return prepare(folder / "source", folder / "out", settings)
+    """500 images in parts of 24."""
+    return noise_dataset(tmp_path_factory.mktemp("parted") / "set", 500, part=24)
 
 
-def _keys(batches: list[Batch]) -> list[list[int]]:
+def _keys(batches: Iterable[Batch]) -> list[list[int]]:
     return [batch.keys.tolist() for batch in batches]
 
 
-def _flat(keys: list[list[int]]) -> list[int]:
-    return list(chain.from_iterable(keys))
-
-
-def _memory(count: int, **values: int) -> MemoryBatches:
-    images = np.random.default_rng(0).integers(0, 65536, (count, 2, 4, 5)).astype(np.uint16)
-    spec = ImageSpec(channels=2, height=8, width=8, mean=(0, 0), std=(1, 1))
-    return MemoryBatches(images, np.arange(count) * 10, spec, **({"batch_size": 8, "seed": 1} | values))
+def _digest(batches: Iterable[Batch]) -> str:
+    digest = hashlib.sha256()
+    for images, keys in batches:
+        digest.update(images.numpy().tobytes())
+        digest.update(keys.numpy().tobytes())
+    return digest.hexdigest()
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_any_number_of_workers_sees_the_same_global_batches(phantom_dataset: PatchDataset, world: int) -> None:
-    whole = open_batches(phantom_dataset, batch_size=8, seed=5)
-    workers = [open_batches(phantom_dataset, batch_size=8, seed=5, rank=r, world=world) for r in range(world)]
-    shares = [_keys(list(worker.epoch(3))) for worker in workers]
+def test_any_number_of_workers_sees_the_same_global_batches(tmp_path: Path, world: int) -> None:
+    dataset = noise_dataset(tmp_path / "set", 36)
+    whole = open_batches(dataset, batch_size=8, seed=5)
+    workers = [open_batches(dataset, batch_size=8, seed=5, rank=r, world=world) for r in range(world)]
+    shares = [_keys(worker.epoch(3)) for worker in workers]
     assert whole.steps_per_epoch == workers[0].steps_per_epoch == 36 // 8
-    for step, batch in enumerate(_keys(list(whole.epoch(3)))):
+    for step, batch in enumerate(_keys(whole.epoch(3))):
         assert [len(share[step]) for share in shares] == [8 // world] * world
         for rank in range(world):
             assert shares[rank][step] == batch[rank::world]
 
 
-def test_images_come_with_their_keys_and_as_stored(phantom_dataset: PatchDataset) -> None:
-    split = phantom_dataset.load("train")
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
+def test_images_come_with_their_keys_and_as_stored(tmp_path: Path, dtype: str) -> None:
+    dataset = noise_dataset(tmp_path / "set", 20, shape=(2, 8, 9), dtype=dtype)
+    split = dataset.load("train")
     row_of = {int(key): row for row, key in enumerate(split.keys)}
-    for batch in open_batches(phantom_dataset, batch_size=6, seed=0).epoch(1):
-        assert batch.images.dtype == torch.uint8
+    for batch in open_batches(dataset, batch_size=6, seed=0).epoch(1):
+        assert batch.images.dtype == getattr(torch, dtype)
         assert batch.keys.dtype == torch.int64
         rows = [row_of[key] for key in batch.keys.tolist()]
         np.testing.assert_array_equal(batch.images.numpy(), split.images[rows])
 
 
-def test_16_bit_images_are_gathered_unchanged() -> None:
-    batches = _memory(20)
-    for images, keys in batches.epoch(1):
-        assert images.dtype == torch.uint16
-        np.testing.assert_array_equal(images.numpy(), batches._images[keys.numpy() // 10])
+def test_the_order_of_a_small_split_is_what_it_always_was(tmp_path: Path) -> None:
+    dataset = noise_dataset(tmp_path / "set", 23)
+    keys = dataset.load("train").keys
+    first = _keys(open_batches(dataset, batch_size=8, seed=1).epoch(1))
+    drawn = np.random.default_rng([1, 1]).permutation(23)
+    assert first == [keys[drawn[:8]].tolist(), keys[drawn[8:16]].tolist()]
+    assert first != _keys(open_batches(dataset, batch_size=8, seed=1).epoch(2))
+    assert first != _keys(open_batches(dataset, batch_size=8, seed=2).epoch(1))
 
 
-def test_epochs_differ_and_repeat_by_seed() -> None:
-    first = _keys(list(_memory(40).epoch(1)))
-    assert first == _keys(list(_memory(40).epoch(1)))
-    assert first != _keys(list(_memory(40).epoch(2)))
-    assert first != _keys(list(_memory(40, seed=2).epoch(1)))
-    flat = sorted(key for batch in first for key in batch)
-    assert flat == [i * 10 for i in range(40)]
-
-
-def test_last_incomplete_batch_is_dropped_and_small_splits_repeat() -> None:
-    assert [len(keys) for keys in _keys(list(_memory(23).epoch(1)))] == [8, 8]
-    small = _memory(3)
-    assert small.steps_per_epoch == 1
-    (keys,) = _keys(list(small.epoch(1)))
-    assert len(keys) == 8
-    assert set(keys) == {0, 10, 20}
-
-
-def test_wrong_requests_say_what_to_do(phantom_dataset: PatchDataset, parted: PatchDataset) -> None:
-    with pytest.raises(SettingsError, match="batch_size 9 cannot be shared by 2 workers; choose a multiple of 2"):
-        open_batches(phantom_dataset, batch_size=9, seed=0, world=2)
-    with pytest.raises(DataError, match=r"split 'val' of .* has no images"):
-        open_batches(parted, split="val", batch_size=4, seed=0)
-
-
-def test_auto_streams_only_what_does_not_fit(phantom_dataset: PatchDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(open_batches(phantom_dataset, batch_size=4, seed=0), MemoryBatches)
-    monkeypatch.setattr(stream, "MEMORY_LIMIT", 1000)
-    assert isinstance(open_batches(phantom_dataset, batch_size=4, seed=0), stream.StreamBatches)
-    assert isinstance(open_batches(phantom_dataset, batch_size=4, seed=0, mode="memory"), MemoryBatches)
-
-
-def test_stream_gives_all_images_in_another_order_each_epoch(
-    parted: PatchDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stream, "SHUFFLE_ROWS", 16)
-    batches = open_batches(parted, batch_size=8, seed=1, mode="stream")
-    assert batches.spec == parted.spec
-    split = parted.load("train")
-    row_of = {int(key): row for row, key in enumerate(split.keys)}
-    first = list(batches.epoch(1))
-    for batch in first:
-        rows = [row_of[key] for key in batch.keys.tolist()]
-        np.testing.assert_array_equal(batch.images.numpy(), split.images[rows])
-    again = _keys(list(open_batches(parted, batch_size=8, seed=1, mode="stream").epoch(1)))
-    second = _keys(list(batches.epoch(2)))
-    assert _keys(first) == again
-    assert _flat(again) != _flat(second)
-    assert sorted(_flat(again)) == sorted(_flat(second)) == sorted(split.keys.tolist())
-    assert len(first) == batches.steps_per_epoch == 6
-
-
-def test_streaming_workers_share_global_batches(parted: PatchDataset) -> None:
-    whole = _keys(list(open_batches(parted, batch_size=8, seed=1, mode="stream").epoch(1)))
-    share = _keys(list(open_batches(parted, batch_size=8, seed=1, mode="stream", rank=1, world=2).epoch(1)))
-    assert share == [batch[1::2] for batch in whole]
-
-
-def test_shards_of_one_stream_are_disjoint_and_equally_long(parted: PatchDataset) -> None:
-    iterators = parted.to_ray_dataset("train", columns=["id", "image"], seed=0).streaming_split(2, equal=True)
-    seen: dict[tuple[int, int], list[int]] = {}
-
-    def work(rank: int) -> None:
-        batches = open_batches(parted, batch_size=8, seed=0, rank=rank, world=2, shard=iterators[rank])
-        for epoch in (1, 2):
-            got = _keys(list(batches.epoch(epoch)))
-            assert len(got) == batches.steps_per_epoch
-            seen[rank, epoch] = _flat(got)
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+@pytest.mark.ray
+@pytest.mark.parametrize("mode", MODES)
+def test_a_split_smaller_than_a_batch_has_a_step(parted: PatchDataset, tmp_path: Path, mode: stream.Mode) -> None:
+    small = noise_dataset(tmp_path / "set", 3)
+    batches = open_batches(small, batch_size=8, seed=0, mode=mode, epochs=2)
     for epoch in (1, 2):
-        assert sorted(seen[0, epoch] + seen[1, epoch]) == sorted(parted.load("train").keys.tolist())
-    assert seen[0, 1] != seen[0, 2]
+        (keys,) = _keys(batches.epoch(epoch))
+        assert len(keys) == 8
+        assert set(keys) == set(small.load("train").keys.tolist())
 
 
-def test_short_shard_is_filled_from_its_own_images() -> None:
-    def rows(*keys: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.array(keys, np.uint8).reshape(-1, 1, 1, 1), np.array(keys)
+@pytest.mark.ray
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("world", [1, 2])
+def test_all_modes_give_the_same_bytes(
+    parted: PatchDataset, request: pytest.FixtureRequest, large: bool, world: int
+) -> None:
+    if large:
+        request.getfixturevalue("lanes")
+    told = {}
+    for mode in MODES:
+        for rank in range(world):
+            batches = open_batches(parted, batch_size=16, seed=4, mode=mode, rank=rank, world=world, epochs=3)
+            assert isinstance(batches, StreamBatches if mode == "stream" else StoredBatches)
+            told[mode, rank] = [_digest(batches.epoch(epoch)) for epoch in (1, 2, 3)]
+    for rank in range(world):
+        assert told["resident", rank] == told["mapped", rank] == told["stream", rank]
+    assert len({digest for some in told.values() for digest in some}) == 3 * world
 
-    filled = list(stream._filled([rows(1, 2, 3), rows(4)], size=3, steps=4))
-    assert [keys.tolist() for _, keys in filled] == [[1, 2, 3], [4, 1, 2], [1, 2, 3], [1, 2, 3]]
-    assert all(images.ravel().tolist() == keys.tolist() for images, keys in filled)
-    assert [k.tolist() for _, k in stream._filled([rows(1, 2)], size=3, steps=1)] == [[1, 2, 1]]
-    with pytest.raises(DataError, match="part of the data is empty"):
-        list(stream._filled([], size=3, steps=1))
+
+@pytest.mark.usefixtures("lanes")
+def test_workers_share_a_large_split_without_overlap(tmp_path: Path) -> None:
+    dataset = noise_dataset(tmp_path / "set", 500)
+    whole = _keys(open_batches(dataset, batch_size=16, seed=0).epoch(1))
+    shares = [_keys(open_batches(dataset, batch_size=16, seed=0, rank=r, world=4).epoch(1)) for r in range(4)]
+    assert [list(chain(*parts)) for parts in zip(*shares, strict=True)] == whole
+    flat = list(chain(*whole))
+    assert len(set(flat)) == len(flat) == 500 // 16 * 16
 
 
-def test_stream_of_fewer_images_than_a_batch_has_a_step(parted: PatchDataset) -> None:
-    (keys,) = _keys(list(open_batches(parted, batch_size=64, seed=0, mode="stream").epoch(1)))
-    assert len(keys) == 64
-    assert set(keys) == set(parted.load("train").keys.tolist())
+@pytest.mark.ray
+def test_epochs_in_sequence_come_from_one_execution(parted: PatchDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    import amlp_ray.data.ray_data as ray_data
+
+    asked: list[range] = []
+    begin = ray_data.stream_tables
+
+    def counted(source: ray_data.Source, epochs: range) -> Iterator[object]:
+        asked.append(epochs)
+        return begin(source, epochs)
+
+    monkeypatch.setattr(ray_data, "stream_tables", counted)
+    monkeypatch.setattr(ray_data, "EPOCHS", 3)
+    expected = open_batches(parted, batch_size=64, seed=0, mode="resident")
+    streamed = open_batches(parted, batch_size=64, seed=0, mode="stream", epochs=8)
+    for epoch in (1, 2, 3, 4):
+        assert _digest(streamed.epoch(epoch)) == _digest(expected.epoch(epoch))
+    assert asked == [range(1, 4), range(4, 7)]
+    assert len(list(islice(streamed.epoch(5), 2))) == 2  # left early
+    assert _digest(streamed.epoch(7)) == _digest(expected.epoch(7))  # as after a resume
+    assert _digest(streamed.epoch(8)) == _digest(expected.epoch(8))
+    assert _digest(streamed.epoch(2)) == _digest(expected.epoch(2))
+    assert asked == [range(1, 4), range(4, 7), range(7, 9), range(2, 5)]
+
+
+@pytest.mark.ray
+def test_a_reader_that_dies_is_replaced_and_the_order_stays(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = noise_dataset(tmp_path / "set", 600, shape=(1, 200, 200), part=50)
+    monkeypatch.setattr(order, "WINDOW", 1 << 20)
+    monkeypatch.setattr(order, "LANE_BYTES", 20 * 40_000)
+    expected = _digest(open_batches(dataset, batch_size=8, seed=0, mode="resident").epoch(1))
+    batches = open_batches(dataset, batch_size=8, seed=0, mode="stream", epochs=1).epoch(1)
+    first = next(batches)
+    readers = [p for p in psutil.process_iter(["name"]) if "_read_epochs" in p.info["name"] and p.username()]
+    mine = [p for p in readers if any(parent.pid == os.getpid() for parent in p.parents())]
+    for reader in mine:
+        reader.send_signal(signal.SIGKILL)
+    assert _digest(chain([first], batches)) == expected
+
+
+@pytest.mark.ray
+def test_a_stream_runs_where_workers_hold_every_cpu(parted: PatchDataset) -> None:
+    import ray
+
+    @ray.remote(num_cpus=2)
+    class Worker:
+        def ready(self) -> bool:
+            return True
+
+    worker = Worker.remote()
+    ray.get(worker.ready.remote(), timeout=60)
+    try:
+        assert len(_keys(open_batches(parted, batch_size=100, seed=0, mode="stream", epochs=1).epoch(1))) == 5
+    finally:
+        ray.kill(worker)
+
+
+@pytest.mark.ray
+def test_a_part_damaged_meanwhile_is_told_by_name(ray_session: None, tmp_path: Path) -> None:
+    dataset = noise_dataset(tmp_path / "set", 100)
+    batches = open_batches(dataset, batch_size=10, seed=0, mode="stream", epochs=1)
+    dataset.files("train")[1].local.write_bytes(b"not parquet")
+    with pytest.raises(DataError, match=r"part-00001.parquet is damaged .*; prepare the dataset again"):
+        list(batches.epoch(1))
+
+
+def test_reading_tasks_load_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, amlp_ray.data.ray_data, amlp_ray.data.dataset; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_wrong_requests_say_what_to_do(tmp_path: Path) -> None:
+    dataset = noise_dataset(tmp_path / "set", 10)
+    with pytest.raises(SettingsError, match="batch_size 9 cannot be shared by 2 workers; choose a multiple of 2"):
+        open_batches(dataset, batch_size=9, seed=0, world=2)
+    with pytest.raises(DataError, match=r"split 'val' of .* has no images"):
+        open_batches(dataset, split="val", batch_size=4, seed=0)
+
+
+def test_auto_takes_the_first_that_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = noise_dataset(tmp_path / "set", 20)
+    assert stream.resolved(dataset, "train", "auto") == "resident"
+    monkeypatch.setattr(cache, "free_memory", lambda: 1000)
+    assert stream.resolved(dataset, "train", "auto") == "mapped"
+    held = open_batches(dataset, batch_size=4, seed=0, mode="resident")
+    assert stream.resolved(dataset, "train", "auto") == "resident"  # there already
+    del held
+    cache.release()
+    assert stream.resolved(dataset, "train", "auto") == "mapped"
+    monkeypatch.setattr(cache, "MAPPED_SHARE", 0.0)
+    assert stream.resolved(dataset, "train", "auto") == "stream"
+    assert stream.resolved(dataset, "train", "mapped") == "mapped"
+    assert stream.is_streamed(dataset, "train", "auto")
+
+
+def test_example_batches_open_nothing(tmp_path: Path) -> None:
+    dataset = noise_dataset(tmp_path / "set", 20)
+    (batch,) = ExampleBatches(dataset, batch_size=32).epoch(1)
+    assert batch.images.shape == (32, 1, 8, 8)
+    assert not (tmp_path / "cache").exists()

@@ -256,7 +256,7 @@ def test_intensity_changes_brightness_and_contrast_within_its_range(strength: fl
     # Gamma alone bends: the middle of the range moves against its ends.
     middle = (out.flatten(1).median(1).values - out.mean((1, 2, 3))) / out.std((1, 2, 3))
     assert middle.min() < -0.1 * strength < 0.1 * strength < middle.max()
-    ranks = [torch.argsort(x.flatten(1), 1, stable=True) for x in (images, out)]
+    ranks = [torch.argsort(x.flatten(1), dim=1, stable=True) for x in (images, out)]
     assert (ranks[0] == ranks[1]).float().mean() > 0.999, "no pixel becomes brighter than one that was brighter"
 
 

@@ -141,7 +141,7 @@ def _exact(table: pd.DataFrame) -> Finding:
             text += ", but other mask"
         examples.append(Example(_at(table, later[n]), text, _at(table, like[n])))
     unlike = np.count_nonzero(refiled | remasked)
-    meaning = EXACT.meaning + (f" {unlike} of them differ from it in mask or folder." if unlike else "")
+    meaning = EXACT.meaning + (f" With another mask or folder than the first: {unlike}." if unlike else "")
     return counted(EXACT, len(later), len(table), examples, meaning=meaning)
 
 
@@ -164,7 +164,10 @@ def _chain(table: pd.DataFrame, chain: np.ndarray) -> Finding:
         return CHAIN
     members = np.bincount(chain)
     longest = int(members.argmax())
-    hit = (chain == longest) & (members[longest] >= max(CHAIN_LEAST, CHAIN_SHARE * len(table)))
+    hit = chain == longest
+    large = members[longest] >= max(CHAIN_LEAST, CHAIN_SHARE * len(table))
+    if not large or table["group"][hit].nunique() == 1:  # slices of one volume are alike, and belong together
+        hit[:] = False
     return found(CHAIN, table, hit)
 
 

@@ -15,7 +15,7 @@ TINY = 8 * 8  # pixels: a patch of the usual 8 x 8
 COVERED = 0.6  # of the image
 UNEVEN = 0.1, 3.0  # a share differs by at least so much, and by so many standard errors
 FEW_GROUPS = 10  # in a split
-MOST_CLASSES = 10  # folders of sources, above which they are patients or series and no classes
+MOST_CLASSES, CLASS_GROUPS = 10, 5  # more folders, or folders of fewer groups, are patients or series and no classes
 
 UNLABELLED = Finding(
     "unlabelled", "Unlabelled images", "note",
@@ -93,7 +93,8 @@ def findings(table: pd.DataFrame, dataset: PatchDataset) -> Iterator[Finding]:
 def _classes(table: pd.DataFrame) -> Finding:
     classes = table["source"].map(lambda source: str(PurePosixPath(source).parent))
     names = classes.unique()
-    if not 2 <= len(names) <= MOST_CLASSES:
+    members = table["group"].groupby(classes).nunique()
+    if not 2 <= len(names) <= MOST_CLASSES or members.min() < CLASS_GROUPS:
         return counted(CLASS_SHARE, 0, 0, gap="the folders of the source are no classes")
     return _shares(CLASS_SHARE, table, {PurePosixPath(name).name: (classes == name).to_numpy() for name in names})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -108,7 +109,7 @@ def _of_group(group: RowGroup, shape: Shape, dtype: str) -> dict[str, np.ndarray
 def _of_images(images: np.ndarray) -> dict[str, np.ndarray]:
     """Measure images (N, C, H, W) that fit in memory several times."""
     count, _, height, width = images.shape
-    flat = images.reshape(count, -1)
+    flat = images.reshape(count, math.prod(images.shape[1:]))
     bad = np.zeros(count, np.int64)
     values = flat.astype(np.float32)
     if images.dtype == np.float32:

@@ -73,5 +73,5 @@ def _key(shown: Shown) -> str:
 
 def _uri(picture: Any) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    picture.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -110,7 +110,7 @@ def write_sheet(report: Report, pictures: Pictures, file: Path) -> Path:
             draw.text((x, y + tallest + 2 + LINE), _fitted(cell.below, SIDE), fill=SOFT, font=_font(12))
         y += tallest + 2 * LINE + MARGIN + 2
     buffer = io.BytesIO()
-    sheet.crop((0, 0, width, max(y, 120))).save(buffer, "PNG", optimize=True)
+    sheet.crop((0, 0, width, max(y, 120))).save(buffer, "PNG")
     write_whole(file, buffer.getvalue())
     return file
 

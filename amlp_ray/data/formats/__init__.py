@@ -12,9 +12,7 @@ from amlp_ray.data.sources.item import Item
 __all__ = ["DTYPES", "Frame", "read_frames"]
 
 
-def read_frames(
-    item: Item, settings: PrepareSettings, read: Callable[[str], bytes] = read_bytes
-) -> Iterator[Frame]:
+def read_frames(item: Item, settings: PrepareSettings, read: Callable[[str], bytes] = read_bytes) -> Iterator[Frame]:
     """Yield the frames of an item in order: one of a picture, the slices of a series or volume.
 
     Args:

@@ -5,17 +5,14 @@ pydicom refuses since gdcm returns garbage for what is said to have 12 bits and 
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 from pydicom import Dataset
 from pydicom.encaps import get_frame
 from pydicom.uid import JPEGExtended12Bit
 
-from amlp_ray.data.formats.raster import _stderr_lock
+from amlp_ray.data.formats.quiet import quiet_stderr
 
 FRAME_HEADER = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7].{2}(?P<precision>.)", re.DOTALL)  # SOF markers
 
@@ -48,28 +45,9 @@ def decode_jpeg_12(dataset: Dataset, index: int) -> np.ndarray:
     image.SetPhotometricInterpretation(gdcm.PhotometricInterpretation(gdcm.PhotometricInterpretation.MONOCHROME2))
     image.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.GetTSType(str(JPEGExtended12Bit))))
     image.SetPixelFormat(gdcm.PixelFormat(1, 16, 12, 11, 0))
-    with _quiet_stderr():
+    with quiet_stderr():  # gdcm says that 12 bits are not supported, as its decoder for 8 tries first
         content = image.GetBuffer()
     data = (content or "").encode("utf-8", "surrogateescape")  # gdcm returns bytes as text, and None for a failure
     if len(data) != rows * columns * 2:
         raise ValueError("its JPEG is damaged")
     return np.frombuffer(data, "<u2").reshape(rows, columns).astype(np.uint16)
-
-
-@contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Keep gdcm from printing that 12 bits are not supported, as its decoder for 8 says first."""
-    with _stderr_lock:  # that of all who do this: two threads that swap the descriptor would lose it
-        try:
-            saved = os.dup(2)
-        except OSError:  # a process without stderr
-            yield
-            return
-        try:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 2)
-            os.close(nowhere)
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)

@@ -14,6 +14,6 @@ class Frame(NamedTuple):
 
     image: np.ndarray  # (H, W, C), of one of DTYPES, all finite
     mask: np.ndarray | None  # (H, W) uint8 of 0 and 1; None: unlabelled
-    index: int = 0  # slice or frame of its item, from 0
+    number: int = 0  # slice or frame of its item, from 0
     spacing: tuple[float, float] | None = None  # mm of a pixel, down and across; None: not known
     notes: tuple[str, ...] = ()  # repairs, as sentences without the file's name

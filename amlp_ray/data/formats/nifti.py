@@ -90,7 +90,7 @@ def read_nifti(item: Item, settings: PrepareSettings, read: Read) -> Iterator[Fr
         yield Frame(
             image=np.stack(planes, axis=-1),
             mask=None if mask is None else np.ascontiguousarray(_plane(mask, axis, index)),
-            index=index,
+            number=index,
             spacing=(down, across),
             notes=notes if index == 0 else (),
         )

@@ -10,8 +10,6 @@ from __future__ import annotations
 import io
 import logging
 import math
-import os
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageFile
 
+from amlp_ray.data.formats.quiet import quiet_stderr
 from amlp_ray.errors import DataError
 
 MAX_PIXELS = 150_000_000  # 12000 x 12500; a small file can claim any size, and decoding one of more takes gigabytes
@@ -68,7 +67,6 @@ _OTHERS = (
 )
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it logs is said in our sentences
-_stderr_lock = threading.Lock()
 
 
 class Raster(NamedTuple):
@@ -254,24 +252,12 @@ def _is_grey_palette(image: Image.Image) -> bool:
 
 @contextmanager
 def _quiet_libtiff(image: ImageFile.ImageFile) -> Iterator[None]:
-    """Keep libtiff, which decodes compressed TIFFs, from printing: it writes to the file descriptor of stderr."""
+    """Keep libtiff, which decodes compressed TIFFs, from printing."""
     if not image.tile or image.tile[0].codec_name != "libtiff":
         yield
         return
-    with _stderr_lock:  # two threads that swap the descriptor would lose it
-        try:
-            saved = os.dup(2)
-        except OSError:  # a process without stderr
-            yield
-            return
-        try:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 2)
-            os.close(nowhere)
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
+    with quiet_stderr():
+        yield
 
 
 def _npy(path: str, content: bytes) -> np.ndarray:

@@ -65,7 +65,7 @@ def find_items(settings: PrepareSettings, source: str | Path | Place) -> Listing
             f"{place} holds {contents_of(place)}, but nothing that the {layout} layout can use{first}. It needs "
             f"{LAYOUTS[layout]}; give such a folder or another layout."
         )
-    return Listing(items, faults, why or found.why, layout)
+    return Listing(items, faults, "; ".join(filter(None, (why, found.why))), layout)
 
 
 def _unique(found: list[Item], faults: list[Fault]) -> tuple[list[Item], list[Fault]]:

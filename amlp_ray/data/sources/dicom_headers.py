@@ -24,7 +24,7 @@ TAGS = [
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 DOSE = "1.2.840.10008.5.1.4.1.1.481.2"  # has rows and pixels, and shows no patient
 DIRECTORY = "1.2.840.10008.1.3.10"
-HEAD = 1 << 18  # bytes fetched of a remote file at first; few headers are longer
+HEAD_HERE, HEAD_THERE = 1 << 16, 1 << 18  # bytes fetched of a local and a remote file at first; few headers are longer
 BATCH = 4096  # headers under way at once
 
 
@@ -94,11 +94,12 @@ def _look(place: Place, entry: Entry) -> Found:
 def _read_header(place: Place, size: int, force: bool) -> tuple[Dataset | None, bool]:
     """Return the header, None where the file is not DICOM, and whether pixels follow."""
     if place.is_local:
-        with place.local.open("rb") as file:
-            return _parse(file, force)
-    with place.filesystem.open_input_file(place.path) as remote:
-        head = BytesIO(bytes(remote.read(HEAD)))
-    if size <= HEAD or not (force or _has_prefix(head)):
+        with place.local.open("rb", buffering=0) as file:
+            head = BytesIO(file.read(HEAD_HERE))  # parsing from memory takes half the time
+    else:
+        with place.filesystem.open_input_file(place.path) as remote:
+            head = BytesIO(bytes(remote.read(HEAD_THERE)))
+    if size <= head.getbuffer().nbytes or not (force or _has_prefix(head)):
         return _parse(head, force)
     try:
         header, has_more = _parse(head, force)
@@ -106,6 +107,9 @@ def _read_header(place: Place, size: int, force: bool) -> tuple[Dataset | None, 
         has_more = False
     if has_more:  # else the header goes on after what was fetched, or is compressed
         return header, True
+    if place.is_local:
+        with place.local.open("rb") as whole:
+            return _parse(whole, force)
     return _parse(BytesIO(place.read_bytes()), force)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from amlp_ray.cli.data_check import check
 from amlp_ray.cli.output import Json, print_facts, print_json, print_table
 from amlp_ray.config import PrepareSettings
 from amlp_ray.errors import DataError, SettingsError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 app = typer.Typer(help="Make and inspect patch datasets.", no_args_is_help=True)
+app.command()(check)
 
 
 @app.command()

@@ -17,18 +17,19 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+import ray.exceptions
 from ray.data import DataContext
 
 from amlp_ray.data.order import Order, ahead
 from amlp_ray.data.parts import Shape, image_bytes, images_of, masks_of, read_part
 from amlp_ray.data.place import Place
-from amlp_ray.errors import DataError
+from amlp_ray.errors import AmlpError, DataError
 
 if TYPE_CHECKING:
     from amlp_ray.data.dataset import PatchDataset
 
-BLOCK_BYTES = 16 << 20  # of the images that travel at once; a few of these wait between reader and trainer
-AHEAD = 4  # blocks on their way to the trainer
+BLOCK_BYTES = 16 << 20  # a task hands images over in blocks of this size
+AHEAD = 4  # blocks on their way to the trainer, and as many behind them
 EPOCHS = 256  # of one execution: planning them takes time
 READERS = 2  # threads of a task that read from a disk
 REMOTE_READERS = 8  # an object store answers late, but many at once
@@ -83,6 +84,7 @@ class Source:
     dtype: str
     order: Order
     rank: int
+    block_bytes: int  # of the images that a task hands over at once
 
     @property
     def image_bytes(self) -> int:
@@ -90,7 +92,7 @@ class Source:
 
 
 def read_epoch(source: Source, epoch: int) -> Iterator[pa.Table]:
-    """Yield one worker's images of an epoch, in order, as tables of `image` and `key` of at most `BLOCK_BYTES`.
+    """Yield one worker's images of an epoch, in order, as tables of `image` and `key` of about `source.block_bytes`.
 
     Holds the row groups that the next images lie in, and no others: each is read once, shortly before its first image
     is due, and let go after its last.
@@ -100,7 +102,7 @@ def read_epoch(source: Source, epoch: int) -> Iterator[pa.Table]:
     """
     order = source.order
     rows = order.share(epoch, source.rank).ravel()
-    size = max(1, BLOCK_BYTES // source.image_bytes)
+    size = max(1, source.block_bytes // source.image_bytes)
     unit, starts = order.unit_of(rows), np.array([u.start for u in order.units])
     needed, first, last = order.uses(unit, size)
     places = [Place(file) for file in source.files]
@@ -165,14 +167,21 @@ def stream_tables(source: Source, epochs: range) -> Iterator[pa.Table]:
         batch_size=1,
         batch_format="pyarrow",
         fn_kwargs={"source": source},
-        compute=ray.data.TaskPoolStrategy(size=2),
+        compute=ray.data.TaskPoolStrategy(size=min(2, len(epochs))),
         num_cpus=0,
         label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
     )
     rows.context.execution_options.preserve_order = True
-    rows.context.target_max_block_size = BLOCK_BYTES * 3 // 4  # below what tasks yield, which Ray then leaves as it is
+    rows.context.target_max_block_size = (
+        source.block_bytes * 3 // 4
+    )  # below what tasks yield, which Ray then leaves as it is
     # Else a reader that is faster than the trainer fills half of Ray's memory.
     rows.context.execution_options.resource_limits = ray.data.ExecutionResources(
-        object_store_memory=2 * AHEAD * BLOCK_BYTES
+        object_store_memory=2 * AHEAD * source.block_bytes
     )
-    yield from rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=AHEAD)
+    try:
+        yield from rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=AHEAD)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, AmlpError):
+            raise error.cause from None  # in its own words, without the task's traceback
+        raise

@@ -7,7 +7,7 @@ processes of a node, `ray_data.py` reads ahead what is too large to keep.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -22,6 +22,8 @@ from amlp_ray.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from amlp_ray.data.ray_data import Source
 
 Mode = Literal["auto", "resident", "mapped", "stream"]
 MAPPED_AHEAD = 16  # row groups that a disk is told of before they are needed
@@ -149,55 +151,59 @@ class StreamBatches:
     def __init__(
         self, dataset: PatchDataset, split: str, order: Order, *, rank: int = 0, epochs: int | None = None
     ) -> None:
-        from amlp_ray.data.ray_data import Source
+        from amlp_ray.data.ray_data import BLOCK_BYTES, Source
 
         self.spec = dataset.spec
         self.steps_per_epoch = order.steps
         self._last = epochs
-        self._source = Source(
-            tuple(str(file) for file in dataset.files(split)), dataset.shape, dataset.manifest.dtype, order, rank
-        )
-        self._running: tuple[int, Iterator[Batch]] | None = None  # the epoch whose first batch comes next
+        files = tuple(str(file) for file in dataset.files(split))
+        self._source = Source(files, dataset.shape, dataset.manifest.dtype, order, rank, BLOCK_BYTES)
+        self._running: tuple[int, Generator[Batch]] | None = None  # the epoch whose first batch comes next
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         running, self._running = self._running, None
-        batches = running[1] if running and running[0] == epoch else self._begin(epoch)
-        for finished, batch in enumerate(batches, 1):
-            if finished == self.steps_per_epoch:
-                self._running = epoch + 1, batches
+        batches = running[1] if running and running[0] == epoch else _streamed(self._source, epoch, self._last)
+        for number, batch in enumerate(batches, 1):
+            if number == self.steps_per_epoch:
+                if epoch == self._last:
+                    batches.close()  # ends Ray's tasks
+                else:
+                    self._running = epoch + 1, batches
             yield batch
-            if finished == self.steps_per_epoch:
+            if number == self.steps_per_epoch:
                 return
         raise DataError(f"{self._source.files[0]} and its neighbours gave fewer images than the manifest says.")
 
-    def _begin(self, epoch: int) -> Iterator[Batch]:
-        """Yield the batches of this epoch and all later ones."""
-        from amlp_ray.data.ray_data import EPOCHS, stream_tables
 
-        while self._last is None or epoch <= self._last:
-            until = epoch + EPOCHS if self._last is None else min(epoch + EPOCHS, self._last + 1)
-            yield from self._sliced(stream_tables(self._source, range(epoch, until)))
-            epoch = until
+# Functions, not methods: a generator that knew its `StreamBatches` would live, and read on, until memory is collected.
 
-    def _sliced(self, tables: Iterator[pa.Table]) -> Iterator[Batch]:
-        """Cut tables of any length into batches."""
-        size = self._source.order.batch_size // self._source.order.world
-        batch, filled = self._empty(size), 0
-        for table in tables:
-            images = images_of(table["image"], self._source.shape, self._source.dtype)
-            keys = table["key"].to_numpy()
-            taken = 0
-            while taken < len(keys):
-                some = min(size - filled, len(keys) - taken)
-                batch.images.numpy()[filled : filled + some] = images[taken : taken + some]
-                batch.keys.numpy()[filled : filled + some] = keys[taken : taken + some]
-                filled, taken = filled + some, taken + some
-                if filled == size:
-                    yield batch
-                    batch, filled = self._empty(size), 0
 
-    def _empty(self, size: int) -> Batch:
-        return _empty(size, self._source.shape, np.dtype(self._source.dtype))
+def _streamed(source: Source, epoch: int, last: int | None) -> Generator[Batch]:
+    """Yield the batches of an epoch and all later ones, up to the last."""
+    from amlp_ray.data.ray_data import EPOCHS, stream_tables
+
+    while last is None or epoch <= last:
+        until = epoch + EPOCHS if last is None else min(epoch + EPOCHS, last + 1)
+        yield from _sliced(source, stream_tables(source, range(epoch, until)))
+        epoch = until
+
+
+def _sliced(source: Source, tables: Iterable[pa.Table]) -> Generator[Batch]:
+    """Cut tables of any length into batches."""
+    size, dtype = source.order.batch_size // source.order.world, np.dtype(source.dtype)
+    batch, filled = _empty(size, source.shape, dtype), 0
+    for table in tables:
+        images = images_of(table["image"], source.shape, source.dtype)
+        keys = table["key"].to_numpy()
+        taken = 0
+        while taken < len(keys):
+            some = min(size - filled, len(keys) - taken)
+            batch.images.numpy()[filled : filled + some] = images[taken : taken + some]
+            batch.keys.numpy()[filled : filled + some] = keys[taken : taken + some]
+            filled, taken = filled + some, taken + some
+            if filled == size:
+                yield batch
+                batch, filled = _empty(size, source.shape, dtype), 0
 
 
 def _batch(images: np.ndarray, keys: np.ndarray, rows: np.ndarray) -> Batch:

@@ -44,7 +44,7 @@ def require_labels(dataset: PatchDataset, settings: ProbeSettings) -> None:
     if lesions < settings.labels:
         raise DataError(
             f"{dataset.path} has {lesions} labelled training images with a lesion, but the probe needs "
-            f"probe.labels={settings.labels}; lower probe.labels or add masks."
+            f"probe.labels={settings.labels}; lower probe.labels, add masks, or name a data set with masks by `labels`."
         )
 
 

@@ -230,7 +230,7 @@ def test_one_chain_of_most_images_is_a_warning(clean: Clean, tmp_path: Path) -> 
     assert finding(report, "one-chain").count == 30
     assert finding(report, "near-copies").count == 29
     clean.columns["groups"] = ["volume 1"] * 30 + [f"g{i}" for i in range(30, COUNT)]
-    assert keys(clean.check(tmp_path / "v")) == []
+    assert not {"one-chain", "near-copies"} & set(keys(clean.check(tmp_path / "v")))
 
 
 def test_uneven_splits_are_told(clean: Clean, tmp_path: Path) -> None:

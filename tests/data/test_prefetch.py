@@ -41,10 +41,9 @@ def test_an_error_is_raised_after_the_items_before_it() -> None:
         yield 2
         raise OSError("disk gone")
 
-    got = []
+    got: list[int] = []
     with pytest.raises(OSError, match="disk gone"):
-        for number in read_ahead(source(), lambda number: number, depth=5):
-            got.append(number)
+        got.extend(read_ahead(source(), lambda number: number, depth=5))
     assert got == [1, 2]
     assert threads() == 0
 

@@ -1,0 +1,248 @@
+"""Times how fast images come: resident, mapped and streamed, and by torch DataLoaders over PNG files and a memory map.
+
+    python benchmarks/data.py --images 8192 --rounds 5 --json data.json
+
+Makes its own images in a temporary folder. README.md beside this file says what is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from amlp_ray.config import PrepareSettings, PretrainSettings, ResourceSettings
+from amlp_ray.data import cache
+from amlp_ray.data.dataset import Counts, Manifest, Part, PatchDataset
+from amlp_ray.data.parts import part_rows, write_part
+from amlp_ray.data.place import Place
+from amlp_ray.data.stream import open_batches
+from amlp_ray.runtime.ray_session import ray_session
+from amlp_ray.settings import build
+from amlp_ray.training.metrics import read_rows
+from amlp_ray.training.runners import pretrain_dataset
+
+SHAPE = (1, 224, 224)
+MODES = ("resident", "mapped", "stream")
+AGAINST = "PNG, 2 workers"  # what ratios are against
+SETTLE_S = 1.0  # a stream reads ahead for a moment after its turn
+
+Turn = Callable[[int], Iterator[int]]  # an epoch, as the number of images of each batch
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory(prefix="amlp-bench-") as name:
+        folder = Path(name)
+        os.environ["AMLP_RAY_CACHE"] = str(folder / "cache")
+        dataset = make_dataset(folder / "set", options.images)
+        make_files(folder, options.png_images, dataset)
+        with ray_session():
+            result = race(contenders(dataset, folder, options), options)
+        cache.release()
+        if options.train_images:
+            result["training"] = train(folder, options)
+    _print(result, options)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=8192, help="224 x 224, one channel; above 5350 is a large split")
+    parser.add_argument("--png-images", type=int, default=2048, help="of which a turn over PNG files reads these")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5, help="each contender takes one turn in each")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--train-images", type=int, default=256, help="of a training run in each mode; 0: none")
+    parser.add_argument("--train-batch", type=int, default=16)
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    return parser.parse_args()
+
+
+def speckle(count: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield images (224, 224) uint8: speckle under a fan of dark borders, which compresses as ultrasound does."""
+    draw = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:224, :224]
+    for _ in range(count):
+        fan = np.abs(columns - 112) < 40 + rows * draw.uniform(0.2, 0.5)
+        yield (draw.rayleigh(45, (224, 224)) * fan).clip(0, 255).astype(np.uint8)
+
+
+def make_dataset(folder: Path, count: int) -> PatchDataset:
+    """Write a patch dataset of `count` training images."""
+    per, parts = part_rows(SHAPE, "uint8"), []
+    for number, start in enumerate(range(0, count, per)):
+        rows = [
+            {
+                "id": f"image {start + i}", "group": "", "source": "", "image": image.tobytes(), "mask": None,
+                "lesion": None, "background": 0.0, "height": 224, "width": 224, "y": 0, "x": 0, "frame": 0,
+                "spacing_y": None, "spacing_x": None, "hash": 0,
+            }
+            for i, image in enumerate(speckle(min(per, count - start), number))
+        ]  # fmt: skip
+        file = f"train/part-{number:05d}.parquet"
+        write_part(Place(folder) / file, rows, SHAPE, "uint8")
+        parts.append(Part(file=file, rows=len(rows), bytes=(folder / file).stat().st_size))
+    none = Counts(images=0, labelled=0, lesions=0)
+    manifest = Manifest(
+        created_by="benchmarks/data.py", name="speckle", layout="flat", channels=1, height=224, width=224,
+        dtype="uint8", mean=(40.0,), std=(40.0,),
+        counts={"train": Counts(images=count, labelled=0, lesions=0), "val": none, "test": none},
+        parts={"train": parts, "val": [], "test": []},
+        split_rule="", group_rule="", left_out=0, rejected=0, dropped=0, salt=None, settings=PrepareSettings(),
+        fingerprint=f"speckle {count}",
+    )  # fmt: skip
+    (folder / "manifest.json").write_text(manifest.model_dump_json())
+    return PatchDataset.open(folder)
+
+
+def make_files(folder: Path, count: int, dataset: PatchDataset) -> None:
+    """The same images as PNG files (the first `count`) and as one .npy file."""
+    images, _ = dataset.load_images("train")
+    np.save(folder / "images.npy", images)
+    (folder / "png").mkdir()
+    for i, image in enumerate(images[:count]):
+        Image.fromarray(image[0]).save(folder / "png" / f"{i:06d}.png")
+
+
+class Files(torch.utils.data.Dataset[torch.Tensor]):
+    """PNG files, as most training scripts read them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = sorted(folder.iterdir())
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(np.array(Image.open(self.files[index])))[None]
+
+
+class Mapped(torch.utils.data.Dataset[torch.Tensor]):
+    """A .npy file, mapped."""
+
+    def __init__(self, file: Path) -> None:
+        self.images = np.load(file, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(self.images[index].copy())
+
+
+def contenders(dataset: PatchDataset, folder: Path, options: argparse.Namespace) -> dict[str, Turn]:
+    """Ways to read an epoch, by name."""
+    taking_part: dict[str, Turn] = {}
+    for mode in MODES:
+        batches = open_batches(dataset, batch_size=options.batch, seed=0, mode=mode)  # type: ignore[arg-type]
+
+        def turn(epoch: int, batches: Any = batches) -> Iterator[int]:
+            return (len(batch.keys) for batch in batches.epoch(epoch))
+
+        taking_part[mode] = turn
+    for name, data, workers in (
+        ("memory map, 0 workers", Mapped(folder / "images.npy"), 0),
+        ("memory map, 2 workers", Mapped(folder / "images.npy"), 2),
+        ("PNG, 0 workers", Files(folder / "png"), 0),
+        (AGAINST, Files(folder / "png"), 2),
+    ):
+        loader = torch.utils.data.DataLoader(
+            data, batch_size=options.batch, shuffle=True, drop_last=True, num_workers=workers,
+            persistent_workers=workers > 0,
+        )  # fmt: skip
+
+        def load(epoch: int, loader: Any = loader) -> Iterator[int]:
+            return (len(images) for images in loader)
+
+        taking_part[name] = load
+    return taking_part
+
+
+def race(taking_part: dict[str, Turn], options: argparse.Namespace) -> dict[str, Any]:
+    """Let every contender read an epoch in each round, another one first each time; the first round is not timed.
+
+    A stream reads two: it has read ahead while others had their turns, so its first epoch is partly there and is not
+    timed. What is timed begins when the last batch before was taken, so a restart is in it.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in taking_part}
+    restarts: dict[str, list[float]] = {name: [] for name in taking_part}
+    images: dict[str, int] = {}
+    epochs = dict.fromkeys(taking_part, 0)
+    names = list(taking_part)
+    for number in range(options.rounds + 1):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            for timed in (False, True) if name == "stream" else (True,):
+                epochs[name] += 1
+                started = time.perf_counter()
+                got, waited = 0, None
+                for count in taking_part[name](epochs[name]):
+                    waited = time.perf_counter() - started if waited is None else waited
+                    got += count
+                if timed and number:
+                    seconds[name].append((time.perf_counter() - started) / got)
+                    restarts[name].append(waited or 0.0)
+                images[name] = got
+            if name == "stream":
+                time.sleep(SETTLE_S)
+    rows = {}
+    for name in names:
+        each = np.array(seconds[name])
+        low, middle, high = np.quantile(np.array(seconds[AGAINST]) / each, [0.25, 0.5, 0.75]).tolist()
+        rows[name] = {
+            "images_per_second": 1 / float(np.median(each)),
+            "times_png": {"quartile_1": low, "median": middle, "quartile_3": high},
+            "restart_seconds": float(np.median(restarts[name])),
+            "images": images[name],
+        }
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    return {"settings": given, "torch": torch.__version__, "readers": rows}
+
+
+def train(folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Share of its time that a pretraining run waits for data, by mode: MAE with ViT-Ti, the second of two epochs."""
+    dataset = make_dataset(folder / "small", options.train_images)
+    shares = {}
+    for mode in MODES:
+        settings = build(
+            PretrainSettings,
+            {
+                "variant": "mae", "epochs": 2, "batch_size": options.train_batch, "data": mode,
+                "model": {"width": 192, "depth": 12, "heads": 3},
+            },
+            "data.py",
+        )  # fmt: skip
+        resources = ResourceSettings(cpus_per_worker=options.threads)
+        pretrain_dataset(dataset.path, folder / mode, settings, resources=resources)
+        shares[mode] = read_rows(folder / mode / "metrics.jsonl")[-1]["wait_share"]
+    return shares
+
+
+def _print(result: dict[str, Any], options: argparse.Namespace) -> None:
+    print(f"{options.images} images of 224 x 224 uint8, batch {options.batch}, {options.rounds} rounds")
+    print(f"{'':23} images/s  times {AGAINST} (quartiles)   restart, s")
+    for name, row in result["readers"].items():
+        ratio = row["times_png"]
+        quartiles = f"({ratio['quartile_1']:.2f}-{ratio['quartile_3']:.2f})"
+        print(
+            f"{name:23} {row['images_per_second']:8,.0f}  {ratio['median']:9.2f} {quartiles:19} "
+            f"{row['restart_seconds']:9.3f}"
+        )
+    for mode, share in result.get("training", {}).items():
+        print(f"waiting share of a training run, {mode}: {share:.2%}")
+
+
+if __name__ == "__main__":
+    main()

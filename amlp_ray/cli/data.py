@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from amlp_ray.cli.data_bench import bench
 from amlp_ray.cli.data_check import check
 from amlp_ray.cli.output import Json, print_facts, print_json, print_table
 from amlp_ray.config import PrepareSettings
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Make and inspect patch datasets.", no_args_is_help=True)
 app.command()(check)
+app.command()(bench)
 
 
 @app.command()

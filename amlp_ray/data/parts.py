@@ -21,7 +21,7 @@ from amlp_ray.errors import DataError
 PART_ROWS = 1024
 PART_BYTES = 256 << 20  # a part of large images holds fewer: it is what a run that was killed writes again
 GROUP_ROWS = 256
-GROUP_BYTES = 64 << 20  # bounds a writer's and a reader's memory where images are large
+GROUP_BYTES = 16 << 20  # bounds a writer's and a reader's memory where images are large
 
 Shape = tuple[int, int, int]  # channels, height, width
 

@@ -167,14 +167,15 @@ def stream_tables(source: Source, epochs: range) -> Iterator[pa.Table]:
         batch_size=1,
         batch_format="pyarrow",
         fn_kwargs={"source": source},
-        compute=ray.data.TaskPoolStrategy(size=min(2, len(epochs))),
-        num_cpus=0,
+        # One task at a time: the next epoch's begins when this one's has handed over its last blocks, which are still
+        # waiting then. A second one was no faster and took as much memory again.
+        compute=ray.data.TaskPoolStrategy(size=1),
+        num_cpus=0,  # a fraction would wait where workers hold every CPU, and no batch would ever come
         label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
     )
     rows.context.execution_options.preserve_order = True
-    rows.context.target_max_block_size = (
-        source.block_bytes * 3 // 4
-    )  # below what tasks yield, which Ray then leaves as it is
+    # Below what tasks yield, so that Ray leaves blocks as they are.
+    rows.context.target_max_block_size = source.block_bytes * 3 // 4
     # Else a reader that is faster than the trainer fills half of Ray's memory.
     rows.context.execution_options.resource_limits = ray.data.ExecutionResources(
         object_store_memory=2 * AHEAD * source.block_bytes
@@ -183,5 +184,5 @@ def stream_tables(source: Source, epochs: range) -> Iterator[pa.Table]:
         yield from rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=AHEAD)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, AmlpError):
-            raise error.cause from None  # in its own words, without the task's traceback
+            raise type(error.cause)(str(error.cause).splitlines()[0]) from None  # Ray adds lines of its own
         raise

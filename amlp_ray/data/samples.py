@@ -15,7 +15,7 @@ from amlp_ray.data.parts import group_rows, images_of, masks_of, read_part
 if TYPE_CHECKING:
     from amlp_ray.data.dataset import PatchDataset
 
-GROUPS_KEPT = 4  # row groups held, at most 64 MiB each: neighbours come from memory, and a shuffle reads on
+GROUPS_KEPT = 4  # row groups held, at most 16 MiB each: neighbours come from memory, and a shuffle reads on
 
 
 class Sample(NamedTuple):

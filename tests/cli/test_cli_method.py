@@ -9,11 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made import made_dataset
 
 from amlp_ray.cli import main
-from amlp_ray.config import PrepareSettings
-from amlp_ray.data.dataset import MANIFEST, SPLITS, Counts, Manifest, Part
-from amlp_ray.data.parts import write_part
 from amlp_ray.data.phantoms import draw_phantom
 from amlp_ray.training.candidates import candidates
 
@@ -21,24 +19,10 @@ from amlp_ray.training.candidates import candidates
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A patch dataset of 6 ultrasound phantoms of 32 pixels with lesions, written without Ray; all are in train."""
-    folder = tmp_path_factory.mktemp("prepared")
-    rows = []
-    for i in range(6):
-        image, mask = draw_phantom("ultrasound", 32, np.random.default_rng(i), lesion=True)
-        mask = (mask > 0).astype(np.uint8)
-        about = {"id": f"phantom {i}", "group": f"{i}", "height": 32, "width": 32, "source": ""}
-        rows.append({**about, "image": image.astype(np.uint8).tobytes(), "mask": mask.tobytes()})
-    file = folder / "train.parquet"
-    write_part(file, rows, (1, 32, 32), "uint8")
-    part = Part(file=file.name, rows=6, bytes=file.stat().st_size)
-    none = Counts(images=0, labelled=0, lesions=0)
-    manifest = Manifest(
-        created_by="test", name="phantoms", channels=1, height=32, width=32, dtype="uint8", mean=(100.0,), std=(40.0,),
-        counts={**dict.fromkeys(SPLITS, none), "train": Counts(images=6, labelled=6, lesions=6)},
-        parts={"train": [part], "val": [], "test": []},
-        split_rule="", group_rule="", left_out=0, settings=PrepareSettings(layout="paired", size=32), fingerprint="",
-    )  # fmt: skip
-    (folder / MANIFEST).write_text(manifest.model_dump_json())
+    drawn = [draw_phantom("ultrasound", 32, np.random.default_rng(i), lesion=True) for i in range(6)]
+    images = np.stack([image for image, _ in drawn]).astype(np.uint8)[:, None]
+    folder = tmp_path_factory.mktemp("prepared") / "phantoms"
+    made_dataset(folder, images, [mask > 0 for _, mask in drawn])
     return folder
 
 

@@ -54,7 +54,9 @@ def test_brackets_are_shown_and_not_taken_for_a_style(
 ) -> None:
     _, table, _ = run(capsys, monkeypatch, "settings", "prepare")
     assert "[number, number, number]" in table
-    assert re.search(r"layout +busi, paired +required", table)
+    assert re.search(r"layout +auto, busi, .*, coco +auto", table)
+    _, table, _ = run(capsys, monkeypatch, "settings", "study")
+    assert re.search(r"name +text like \^\[A-Za-z0-9\]\S+ +required", table)
 
 
 def test_tables_of_the_page_have_a_cell_in_every_column(

@@ -18,6 +18,7 @@ import amlp_ray.data.cache as cache
 import amlp_ray.data.order as order
 import amlp_ray.data.stream as stream
 from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.data.place import Place
 from amlp_ray.data.stream import Batch, ExampleBatches, StoredBatches, StreamBatches, open_batches
 from amlp_ray.errors import DataError, SettingsError
 
@@ -195,6 +196,17 @@ def test_a_stream_runs_where_workers_hold_every_cpu(parted: PatchDataset) -> Non
         assert len(_keys(open_batches(parted, batch_size=100, seed=0, mode="stream", epochs=1).epoch(1))) == 5
     finally:
         ray.kill(worker)
+
+
+@pytest.mark.ray
+def test_a_dataset_in_an_object_store_gives_the_same_bytes(parted: PatchDataset, s3_bucket: str) -> None:
+    there = Place(s3_bucket) / "streamed"
+    for entry in parted.place.entries():
+        (there / entry.name).write_whole((parted.place / entry.name).read_bytes())
+    remote = PatchDataset.open(there)
+    expected = _digest(open_batches(parted, batch_size=50, seed=0, mode="resident").epoch(1))
+    for mode in MODES:
+        assert _digest(open_batches(remote, batch_size=50, seed=0, mode=mode, epochs=1).epoch(1)) == expected
 
 
 @pytest.mark.ray

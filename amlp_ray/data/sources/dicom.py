@@ -68,13 +68,13 @@ def _sort(
     """Part the files by what they are, without the second one of each SOP instance."""
     slices, segmentations, faults = [], [], []
     kinds: Counter[str] = Counter()
-    seen: set[str] = set()
+    first_of: dict[str, str] = {}  # file by SOP instance
     for of in found:
         if isinstance(of, Slice):
-            if of.instance in seen:
-                faults.append(Fault(of.name, "rejected", "is a second copy of an image, which is kept"))
+            first = first_of.setdefault(of.instance, of.name)
+            if first != of.name:
+                faults.append(Fault(of.name, "rejected", f"is a second copy of {first}, which is kept"))
                 continue
-            seen.add(of.instance)
             slices.append(of)
         elif isinstance(of, Segmentation):
             segmentations.append(of)

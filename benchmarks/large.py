@@ -109,7 +109,7 @@ def stream(dataset: Path, epochs: int, batch: int) -> dict[str, float]:
     opened = PatchDataset.open(dataset)
     found: dict[str, float] = {}
     with ray_session():
-        batches = open_batches(opened, batch_size=batch, seed=0, mode="stream")
+        batches = open_batches(opened, batch_size=batch, seed=0, mode="stream", epochs=epochs)
         for epoch in range(1, epochs + 1):
             started, keys, first = time.perf_counter(), [], 0.0
             for given in batches.epoch(epoch):

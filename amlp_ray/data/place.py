@@ -143,9 +143,7 @@ class Place:
             finally:
                 partial.unlink(missing_ok=True)
             return
-        with self.filesystem.open_output_stream(
-            self.path, compression=None
-        ) as file:  # appears when complete
+        with self.filesystem.open_output_stream(self.path, compression=None) as file:  # appears when complete
             file.write(data)
 
     def delete(self) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from amlp_ray.config import ImageSpec, PretrainSettings, SelectionSettings
 from amlp_ray.data.phantoms import draw_phantom
-from amlp_ray.data.stream import Batch
+from amlp_ray.data.reading.stream import Batch
 from amlp_ray.method.augment import normalise
 from amlp_ray.method.masking import Moment
 from amlp_ray.training.pretrain import build_model

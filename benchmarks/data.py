@@ -21,11 +21,11 @@ import torch
 from PIL import Image
 
 from amlp_ray.config import PrepareSettings, PretrainSettings, ResourceSettings
-from amlp_ray.data import cache
 from amlp_ray.data.dataset import Counts, Manifest, Part, PatchDataset
 from amlp_ray.data.parts import part_rows, write_part
 from amlp_ray.data.place import Place
-from amlp_ray.data.stream import open_batches
+from amlp_ray.data.reading import cache
+from amlp_ray.data.reading.stream import open_batches
 from amlp_ray.runtime.ray_session import ray_session
 from amlp_ray.settings import build
 from amlp_ray.training.metrics import read_rows

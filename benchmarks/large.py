@@ -92,8 +92,8 @@ def _folder(folder: Path, start: int, count: int) -> None:
 
 def prepare(source: Path, out: Path, size: int) -> None:
     from amlp_ray.config import PrepareSettings
-    from amlp_ray.data.prepare import Told
-    from amlp_ray.data.prepare import prepare as run
+    from amlp_ray.data.preparing.prepare import Told
+    from amlp_ray.data.preparing.prepare import prepare as run
     from amlp_ray.runtime.ray_session import ray_session
 
     with ray_session():
@@ -103,7 +103,7 @@ def prepare(source: Path, out: Path, size: int) -> None:
 def stream(dataset: Path, epochs: int, batch: int) -> dict[str, float]:
     """Stream shuffled epochs; every image but those of the last incomplete batch must come once in each."""
     from amlp_ray.data.dataset import PatchDataset
-    from amlp_ray.data.stream import open_batches
+    from amlp_ray.data.reading.stream import open_batches
     from amlp_ray.runtime.ray_session import ray_session
 
     opened = PatchDataset.open(dataset)

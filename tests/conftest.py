@@ -62,7 +62,7 @@ def phantom_dataset(ray_session: None, tmp_path_factory: pytest.TempPathFactory)
     """60 ultrasound phantoms of 64x64 pixels, split 0.6/0.2/0.2 image by image. Read-only: all rooms share it."""
     from amlp_ray.config import PrepareSettings
     from amlp_ray.data.phantoms import write_phantoms
-    from amlp_ray.data.prepare import prepare
+    from amlp_ray.data.preparing.prepare import prepare
 
     folder = tmp_path_factory.mktemp("phantoms")
     source = write_phantoms(folder / "source", kind="ultrasound", count=60, size=64)

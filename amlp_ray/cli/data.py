@@ -87,8 +87,8 @@ def prepare(
     if not Place(source).is_folder():  # told at once, not after Ray has started
         raise DataError(f"There is no folder {source}; check the path.")
 
-    from amlp_ray.data.prepare import Told
-    from amlp_ray.data.prepare import prepare as run
+    from amlp_ray.data.preparing.prepare import Told
+    from amlp_ray.data.preparing.prepare import prepare as run
     from amlp_ray.runtime.ray_session import ray_session
 
     with ray_session(address), _Bar() as bar:

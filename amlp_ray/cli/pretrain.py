@@ -17,6 +17,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="name=value, such a
 def pretrain(
     data: Annotated[str, typer.Argument(help="Patch dataset, by path or URI.")],
     out: Annotated[Path, typer.Option(help="Folder of the run; one that holds a run of the same settings is resumed.")],
+    labels: Annotated[str | None, typer.Option(help="Another dataset, with masks: for pictures and diagnosis.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     assign: Set = None,
     workers: Annotated[int, typer.Option(help="Ray Train workers; 1 trains in this process, without Ray.")] = 1,
@@ -57,7 +58,7 @@ def pretrain(
         )
         bar.update(metrics["epoch"] - bar.n)
 
-    encoder = pretrain_dataset(data, out, settings, resources=resources, address=address, report=report)
+    encoder = pretrain_dataset(data, out, settings, labels=labels, resources=resources, address=address, report=report)
     if bar is None:
         typer.echo(f"{out} was finished before: {settings.epochs} epochs.")
     else:

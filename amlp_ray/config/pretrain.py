@@ -85,8 +85,9 @@ class PretrainSettings(Settings):
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs that have it, fp32 on CPU
     compile: bool = False  # torch.compile: pays on GPUs; takes a minute, and as much again per masked count
     seed: int = Field(0, ge=0, lt=2**63)  # of weights, order, crops and masks
-    # resident: in memory that a node's runs share; mapped: decoded once onto disk; stream: by Ray Data, while training
-    data: Literal["auto", "resident", "mapped", "stream"] = "auto"  # auto: the first of these that has room
+    # resident: in memory that a node's runs share; mapped: decoded once onto disk; stream: by Ray Data, while training;
+    # auto: the first of these that has room
+    data: Literal["auto", "resident", "mapped", "stream"] = "auto"
     model: ModelSettings = ModelSettings()
     ratio: RatioSettings = RatioSettings()
     selection: SelectionSettings = SelectionSettings()

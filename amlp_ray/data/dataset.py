@@ -260,7 +260,7 @@ class PatchDataset:
 
         Ray must be initialised, and every node must see the dataset. For training, `stream.open_batches` is faster.
         """
-        from amlp_ray.data.ray_data import read_rows
+        from amlp_ray.data.reading.ray_data import read_rows
 
         return read_rows(self, split, columns)
 

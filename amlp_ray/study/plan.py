@@ -11,7 +11,7 @@ from typing import Any
 
 from amlp_ray.config import Choice, PretrainSettings, StudySettings
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.stream import ExampleBatches
+from amlp_ray.data.reading.stream import ExampleBatches
 from amlp_ray.errors import SettingsError
 from amlp_ray.runtime.capacity import jobs_side_by_side
 from amlp_ray.study.design import arm_settings, prunable_rungs, rung_epochs

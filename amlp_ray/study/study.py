@@ -117,7 +117,7 @@ class Study:
             ResourceError: no node can hold a trial.
             InterruptedStudyError: after Ctrl-C.
         """
-        from amlp_ray.data.cache import sweep
+        from amlp_ray.data.reading.cache import sweep
         from amlp_ray.runtime.capacity import cluster_resources, machine_resources
         from amlp_ray.runtime.ray_session import ray_session
         from amlp_ray.study.plan import check_study

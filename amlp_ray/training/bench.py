@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from amlp_ray.config import PretrainSettings
-from amlp_ray.data import cache
-from amlp_ray.data.bench import measure_pace
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.stream import ExampleBatches, Mode, open_batches, resolved
+from amlp_ray.data.reading import cache
+from amlp_ray.data.reading.bench import measure_pace
+from amlp_ray.data.reading.stream import ExampleBatches, Mode, open_batches, resolved
 from amlp_ray.errors import DataError
 from amlp_ray.runtime.ray_session import ray_session
 from amlp_ray.training.pretrain import build_model, train_epoch

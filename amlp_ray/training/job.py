@@ -16,7 +16,7 @@ import torch
 
 from amlp_ray.config import PretrainSettings, ProbeSettings
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.stream import Batches, open_batches
+from amlp_ray.data.reading.stream import Batches, open_batches
 from amlp_ray.errors import CheckpointError
 from amlp_ray.files import write_whole
 from amlp_ray.method.model import MaskedAutoencoder

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from amlp_ray.config import PretrainSettings, SegmentSettings
-from amlp_ray.data.prefetch import prefetched
-from amlp_ray.data.stream import Batches
+from amlp_ray.data.reading.prefetch import prefetched
+from amlp_ray.data.reading.stream import Batches
 from amlp_ray.errors import NonFiniteLossError
 from amlp_ray.method.encoder import use_fused_attention
 from amlp_ray.method.masking import Moment

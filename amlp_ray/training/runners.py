@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from amlp_ray.config import PretrainSettings, ResourceSettings
-from amlp_ray.data import cache
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.stream import is_streamed
+from amlp_ray.data.reading import cache
+from amlp_ray.data.reading.stream import is_streamed
 from amlp_ray.errors import AmlpError
 from amlp_ray.runtime.capacity import cluster_resources, jobs_side_by_side, machine_resources
 from amlp_ray.runtime.ray_session import ray_session
@@ -32,6 +32,7 @@ def pretrain_dataset(
     out: str | Path,
     settings: PretrainSettings | None = None,
     *,
+    labels: str | Path | None = None,
     resources: ResourceSettings | None = None,
     address: str | None = None,
     report: Callable[[Metrics], None] = lambda metrics: None,
@@ -41,6 +42,8 @@ def pretrain_dataset(
     A folder `out` that holds a run of the same settings is resumed; a finished one is left as it is.
 
     Args:
+        labels: another dataset of the same shape, with masks, whose images pictures and diagnosis
+            show; it is not trained on.
         resources: one worker (the default, with all cores) trains in this process; more on Ray Train.
         address: of the Ray cluster to join, with several workers; without one, Ray is started here.
         report: called with the metrics of every epoch.
@@ -56,7 +59,15 @@ def pretrain_dataset(
     settings.check_workers(resources.workers)
     if address is None:
         jobs_side_by_side(resources, machine_resources())
-    job = Job(settings, str(dataset.path), out, threads=max(1, int(resources.cpus_per_worker)), label=out.name)
+    job = Job(
+        settings,
+        dataset.path,
+        out,
+        threads=max(1, int(resources.cpus_per_worker)),
+        label=out.name,
+        labels=None if labels is None else str(labels),
+    )
+    labelled = job.open_labels(dataset)  # a set that does not fit is told before anything starts
     if resources.workers == 1:
         # A stream needs a Ray of its own here; its tasks and this process share the machine's cores unasked.
         try:
@@ -65,7 +76,7 @@ def pretrain_dataset(
         finally:
             cache.release()  # a notebook gets its memory back
     else:
-        claim(job, dataset)  # before Ray is started: a folder of another run is told at once
+        claim(job, dataset, labelled)  # before Ray is started: a folder of another run is told at once
         with ray_session(address):
             jobs_side_by_side(resources, cluster_resources())
             run_on_ray(job, resources, name=f"pretrain-{out.name}", storage=out / "ray_train", report=report)

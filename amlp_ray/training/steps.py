@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from amlp_ray.config import PretrainSettings
-from amlp_ray.data.stream import Batch
+from amlp_ray.data.reading.stream import Batch
 from amlp_ray.errors import SettingsError
 from amlp_ray.method.augment import normalise
 from amlp_ray.method.losses import pretraining_loss

@@ -10,10 +10,10 @@ import numpy as np
 
 from amlp_ray.config import PrepareSettings
 from amlp_ray.data.dataset import FORMAT_VERSION, MANIFEST, SPLITS, Counts, Manifest, Part, PatchDataset
-from amlp_ray.data.fit import background_of
-from amlp_ray.data.grouping import perceptual_hash
 from amlp_ray.data.parts import image_bytes, part_rows, write_part
 from amlp_ray.data.place import Place
+from amlp_ray.data.preparing.fit import background_of
+from amlp_ray.data.preparing.grouping import perceptual_hash
 
 __all__ = ["made_dataset"]
 

@@ -21,7 +21,7 @@ from amlp_ray.data.check.page import write_page
 from amlp_ray.data.check.sheet import picture_of, read_pictures
 from amlp_ray.data.check.text import text_scores
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.grouping import perceptual_hash
+from amlp_ray.data.preparing.grouping import perceptual_hash
 from amlp_ray.errors import DataError
 
 SIZE = 64

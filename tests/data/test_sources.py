@@ -178,8 +178,8 @@ def test_data_needs_ray_only_for_preparing_and_streaming() -> None:
     code = (
         "import sys; sys.modules['ray'] = None; sys.modules['ray.data'] = None\n"
         "import amlp_ray.data; assert 'numpy' not in sys.modules and 'torch' not in sys.modules\n"
-        "import amlp_ray.data.dataset, amlp_ray.data.stream, amlp_ray.data.phantoms, amlp_ray.data.sources\n"
-        "import amlp_ray.data.formats.picture, amlp_ray.data.grouping, amlp_ray.data.splitting\n"
+        "import amlp_ray.data.dataset, amlp_ray.data.reading.stream, amlp_ray.data.phantoms, amlp_ray.data.sources\n"
+        "import amlp_ray.data.formats.picture, amlp_ray.data.preparing.grouping, amlp_ray.data.preparing.splitting\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

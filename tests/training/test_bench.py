@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import amlp_ray.data.cache as cache
+import amlp_ray.data.reading.cache as cache
 from amlp_ray.config import PretrainSettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.settings import build

@@ -24,6 +24,7 @@ from amlp_ray.training.job import PICTURES, Job, claim, run_job
 from amlp_ray.training.labelled import by_part, check_fits, lesion_pixels, spread
 from amlp_ray.training.pretrain import Hooks
 from amlp_ray.training.probe import Probe
+from amlp_ray.training.runners import pretrain_dataset
 from amlp_ray.training.segment import segment
 
 MODEL = {"width": 16, "depth": 1, "heads": 2, "decoder_width": 16}
@@ -285,3 +286,17 @@ def test_labels_in_an_object_store_are_named_by_their_uri(
     assert inspect_run(run, count=1)["data"] == str(there)
     settings = SegmentSettings.model_validate({"epochs": 1, "decoder_width": 8, "labels": 4})
     assert segment(PatchDataset.open(str(there)), encoder, tmp_path / "out", settings)["images"] > 0
+
+
+def test_pretraining_shows_the_lesions_of_another_set(
+    labels: PatchDataset, unlabelled: PatchDataset, tmp_path: Path
+) -> None:
+    rows: list[dict[str, Any]] = []
+    pretrain_dataset(unlabelled.path, tmp_path / "run", SETTINGS, labels=labels.path, report=rows.append)
+    assert "true_lesion_masked" in rows[0]
+    assert json.loads((tmp_path / "run" / "data.json").read_text())["labels"]["path"] == labels.path
+    with pytest.raises(CheckpointError, match="run"):
+        pretrain_dataset(unlabelled.path, tmp_path / "run", SETTINGS)
+    with pytest.raises(DataError, match="no patch dataset"):
+        pretrain_dataset(unlabelled.path, tmp_path / "other", SETTINGS, labels=tmp_path / "gone")
+    assert not (tmp_path / "other").exists()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from amlp_ray.config import VARIANTS, ImageSpec, PretrainSettings
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.stream import Batch, Batches, open_batches
+from amlp_ray.data.reading.stream import Batch, Batches, open_batches
 from amlp_ray.errors import CheckpointError, NonFiniteLossError, SettingsError
 from amlp_ray.training.checkpoint import checkpoint_file, load_encoder
 from amlp_ray.training.metrics import read_rows

@@ -12,10 +12,10 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 from amlp_ray.config import PrepareSettings
-from amlp_ray.data.grouping import near_duplicate_groups, read_group_file
-from amlp_ray.data.look import Look
+from amlp_ray.data.preparing.grouping import near_duplicate_groups, read_group_file
+from amlp_ray.data.preparing.look import Look
+from amlp_ray.data.preparing.splitting import groups_cut, read_split_file, split_by_group
 from amlp_ray.data.sources import Item
-from amlp_ray.data.splitting import groups_cut, read_split_file, split_by_group
 from amlp_ray.errors import DataError
 
 

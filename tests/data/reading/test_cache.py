@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from noise import noise_dataset
 
-import amlp_ray.data.cache as cache
+import amlp_ray.data.reading.cache as cache
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import DataError
 
 USE = """
 import sys, time
 from pathlib import Path
-import amlp_ray.data.cache as cache
+import amlp_ray.data.reading.cache as cache
 from amlp_ray.data.dataset import PatchDataset
 cache.SHARED_MEMORY = Path(sys.argv[2])
 built = []

@@ -14,10 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import amlp_ray.data.grouping as grouping
+import amlp_ray.data.preparing.grouping as grouping
 from amlp_ray.data.dataset import SPLITS
-from amlp_ray.data.grouping import FLAT, SAME, near_duplicate_groups, near_pairs, perceptual_hash, read_group_file
-from amlp_ray.data.splitting import groups_cut, read_split_file, split_by_group
+from amlp_ray.data.preparing.grouping import (
+    FLAT,
+    SAME,
+    near_duplicate_groups,
+    near_pairs,
+    perceptual_hash,
+    read_group_file,
+)
+from amlp_ray.data.preparing.splitting import groups_cut, read_split_file, split_by_group
 from amlp_ray.errors import DataError
 
 

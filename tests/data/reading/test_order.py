@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amlp_ray.data.order import Order, Unit, ahead, epoch_order, lanes_for
+from amlp_ray.data.reading.order import Order, Unit, ahead, epoch_order, lanes_for
 
 
 def units(*rows: int) -> tuple[Unit, ...]:

@@ -14,12 +14,12 @@ import pytest
 import torch
 from noise import noise_dataset
 
-import amlp_ray.data.cache as cache
-import amlp_ray.data.order as order
-import amlp_ray.data.stream as stream
+import amlp_ray.data.reading.cache as cache
+import amlp_ray.data.reading.order as order
+import amlp_ray.data.reading.stream as stream
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.place import Place
-from amlp_ray.data.stream import Batch, ExampleBatches, StoredBatches, StreamBatches, open_batches
+from amlp_ray.data.reading.stream import Batch, ExampleBatches, StoredBatches, StreamBatches, open_batches
 from amlp_ray.errors import DataError, SettingsError
 
 MODES = ("resident", "mapped", "stream")
@@ -134,7 +134,7 @@ def test_workers_share_a_large_split_without_overlap(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_epochs_in_sequence_come_from_one_execution(parted: PatchDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    import amlp_ray.data.ray_data as ray_data
+    import amlp_ray.data.reading.ray_data as ray_data
 
     asked: list[range] = []
     begin = ray_data.stream_tables
@@ -161,7 +161,7 @@ def test_epochs_in_sequence_come_from_one_execution(parted: PatchDataset, monkey
 def test_a_reader_that_dies_is_replaced_and_the_order_stays(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import amlp_ray.data.ray_data as ray_data
+    import amlp_ray.data.reading.ray_data as ray_data
 
     dataset = noise_dataset(tmp_path / "set", 2000, part=50)
     monkeypatch.setattr(order, "WINDOW", 1000)
@@ -222,7 +222,7 @@ def test_reading_tasks_load_no_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, amlp_ray.data.ray_data, amlp_ray.data.dataset; print('torch' in sys.modules)"
+    code = "import sys, amlp_ray.data.reading.ray_data, amlp_ray.data.dataset; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "False"
 

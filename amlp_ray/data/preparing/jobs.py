@@ -24,7 +24,7 @@ def run_jobs(
         return
     import ray.data
 
-    from amlp_ray.data.ray_data import quieten
+    from amlp_ray.data.quiet import quieten
 
     quieten()
     rows = [{"number": number, "job": json.dumps(job)} for number, job in jobs]

@@ -21,7 +21,7 @@ import amlp_ray.data.parts as parts
 from amlp_ray.config import PrepareSettings
 from amlp_ray.data.dataset import SPLITS, PatchDataset
 from amlp_ray.data.place import Place
-from amlp_ray.data.prepare import Told, prepare
+from amlp_ray.data.preparing.prepare import Told, prepare
 from amlp_ray.data.sources import natural_key
 from amlp_ray.errors import DataError
 
@@ -224,7 +224,8 @@ def test_failure_at_the_end_goes_on_from_there(
     with monkeypatch.context() as patch:
         patch.setattr(PatchDataset, "open", lambda *_: None)
         patch.setattr(
-            "amlp_ray.data.prepare.Manifest.model_dump", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+            "amlp_ray.data.preparing.prepare.Manifest.model_dump",
+            lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt),
         )
         with pytest.raises(KeyboardInterrupt):
             prepare(busi_folder, tmp_path / "out", _settings("busi"))
@@ -241,7 +242,8 @@ def test_failure_at_the_end_goes_on_from_there(
 
 KILLED = """
 import sys
-import amlp_ray.data.parts as parts, amlp_ray.data.prepare as prepare, amlp_ray.data.unfinished as unfinished
+import amlp_ray.data.parts as parts
+from amlp_ray.data.preparing import prepare, unfinished
 from amlp_ray.config import PrepareSettings
 from amlp_ray.runtime.ray_session import ray_session
 parts.PART_ROWS, prepare.LOOK_ITEMS, unfinished.FLUSH_JOBS = 4, 2, 1
@@ -281,7 +283,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path) -> No
 
 
 def test_two_preparations_of_one_folder_do_not_meet(busi_folder: Path, tmp_path: Path) -> None:
-    from amlp_ray.data.unfinished import Unfinished
+    from amlp_ray.data.preparing.unfinished import Unfinished
 
     with (
         Unfinished(Place(tmp_path / "out"), "x").lock(),
@@ -293,7 +295,7 @@ def test_two_preparations_of_one_folder_do_not_meet(busi_folder: Path, tmp_path:
 def test_a_file_that_changes_on_the_way_is_noticed(
     busi_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import amlp_ray.data.prepare as module
+    import amlp_ray.data.preparing.prepare as module
 
     assign = module.assign
 

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from amlp_ray.config import PrepareSettings
-from amlp_ray.data.fit import Cutting, cuttings, scaled
 from amlp_ray.data.formats import read_frames
 from amlp_ray.data.formats.picture import is_grey
-from amlp_ray.data.grouping import perceptual_hash
 from amlp_ray.data.place import read_bytes
+from amlp_ray.data.preparing.fit import Cutting, cuttings, scaled
+from amlp_ray.data.preparing.grouping import perceptual_hash
 from amlp_ray.data.sources import Item
 from amlp_ray.errors import DataError
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
-from amlp_ray.data.prefetch import prefetched
-from amlp_ray.data.stream import Batches
+from amlp_ray.data.reading.prefetch import prefetched
+from amlp_ray.data.reading.stream import Batches
 
 
 @dataclass(frozen=True)

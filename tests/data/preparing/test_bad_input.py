@@ -25,7 +25,7 @@ from volumes import dicom, write_nifti
 
 from amlp_ray.config import PrepareSettings
 from amlp_ray.data.dataset import SPLITS, PatchDataset
-from amlp_ray.data.prepare import prepare
+from amlp_ray.data.preparing.prepare import prepare
 from amlp_ray.errors import AmlpError, DataError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(300)]
@@ -594,7 +594,7 @@ def test_a_file_without_rights_is_told(tmp_path: Path) -> None:
         if folder.stat().st_uid == 0 and str(folder).startswith(str(tmp_path.parent.parent)):
             folder.chmod(0o755)
     code = (
-        "import os, sys; from amlp_ray.data.look import look_at; from amlp_ray.data.sources import Item\n"
+        "import os, sys; from amlp_ray.data.preparing.look import look_at; from amlp_ray.data.sources import Item\n"
         "from amlp_ray.config import PrepareSettings\n"
         "os.setuid(65534)\n"
         "for name in ('0', '1'):\n"

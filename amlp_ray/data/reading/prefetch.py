@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from amlp_ray.data.stream import Batch
+from amlp_ray.data.reading.stream import Batch
 
 DEPTH = 2  # batches ready: one is enough for even steps, a second bridges a slow one
 WAIT_S = 0.1  # between looks at whether the consumer has left

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 
 from amlp_ray.config import ImageSpec
-from amlp_ray.data.cache import Store, fits, has_store, open_store
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.order import Order, ahead
 from amlp_ray.data.parts import images_of
+from amlp_ray.data.reading.cache import Store, fits, has_store, open_store
+from amlp_ray.data.reading.order import Order, ahead
 from amlp_ray.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from amlp_ray.data.ray_data import Source
+    from amlp_ray.data.reading.ray_data import Source
 
 Mode = Literal["auto", "resident", "mapped", "stream"]
 MAPPED_AHEAD = 16  # row groups that a disk is told of before they are needed
@@ -151,7 +151,7 @@ class StreamBatches:
     def __init__(
         self, dataset: PatchDataset, split: str, order: Order, *, rank: int = 0, epochs: int | None = None
     ) -> None:
-        from amlp_ray.data.ray_data import BLOCK_BYTES, Source
+        from amlp_ray.data.reading.ray_data import BLOCK_BYTES, Source
 
         self.spec = dataset.spec
         self.steps_per_epoch = order.steps
@@ -180,7 +180,7 @@ class StreamBatches:
 
 def _streamed(source: Source, epoch: int, last: int | None) -> Generator[Batch]:
     """Yield the batches of an epoch and all later ones, up to the last."""
-    from amlp_ray.data.ray_data import EPOCHS, stream_tables
+    from amlp_ray.data.reading.ray_data import EPOCHS, stream_tables
 
     while last is None or epoch <= last:
         until = epoch + EPOCHS if last is None else min(epoch + EPOCHS, last + 1)

@@ -1,4 +1,4 @@
-"""The only way this package opens Ray Data: quiet, and in an order that repeats. Imported where Ray is used.
+"""Reading a patch dataset by Ray Data, in an order that repeats. Imported where Ray is used.
 
 Training reads through `Stream`: one Ray Data execution over many epochs, whose tasks read an epoch each, one after the
 other, in the order of `order.py`. Starting an execution takes a second and more; a next epoch takes none of it, since
@@ -7,7 +7,6 @@ its task starts while the last batches of the one before wait.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,11 +17,11 @@ import pyarrow as pa
 import ray
 import ray.data
 import ray.exceptions
-from ray.data import DataContext
 
-from amlp_ray.data.order import Order, ahead
 from amlp_ray.data.parts import Shape, image_bytes, images_of, masks_of, read_part
 from amlp_ray.data.place import Place
+from amlp_ray.data.quiet import quieten
+from amlp_ray.data.reading.order import Order, ahead
 from amlp_ray.errors import AmlpError, DataError
 
 if TYPE_CHECKING:
@@ -33,15 +32,6 @@ AHEAD = 4  # blocks on their way to the trainer, and as many behind them
 EPOCHS = 256  # of one execution: planning them takes time
 READERS = 2  # threads of a task that read from a disk
 REMOTE_READERS = 8  # an object store answers late, but many at once
-
-
-def quieten() -> None:
-    """Turn off progress bars and per-run messages in this process: hundreds of lines for a set of a few files."""
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that bars are off
 
 
 def read_rows(dataset: PatchDataset, split: str, columns: Sequence[str] | None = None) -> ray.data.Dataset:

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from amlp_ray.config import PrepareSettings
-from amlp_ray.data.fit import Cutting, cut, pixel_spacing, scaled
 from amlp_ray.data.formats import read_frames
 from amlp_ray.data.formats.picture import to_channels
-from amlp_ray.data.look import FrameLook, Reader, item_of, item_row
 from amlp_ray.data.parts import Shape, write_part
 from amlp_ray.data.place import Place
+from amlp_ray.data.preparing.fit import Cutting, cut, pixel_spacing, scaled
+from amlp_ray.data.preparing.look import FrameLook, Reader, item_of, item_row
 from amlp_ray.data.sources import Item
 from amlp_ray.errors import DataError
 

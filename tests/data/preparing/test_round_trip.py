@@ -20,7 +20,7 @@ from volumes import dicom, write_nifti
 
 from amlp_ray.config import PrepareSettings
 from amlp_ray.data.dataset import SPLITS, PatchDataset
-from amlp_ray.data.prepare import prepare
+from amlp_ray.data.preparing.prepare import prepare
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(180)]
 

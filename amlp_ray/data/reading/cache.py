@@ -255,7 +255,7 @@ def _write(fd: int, array: np.ndarray, offset: int) -> None:
 def _parts(dataset: PatchDataset, split: str) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yield (first row, images, keys) of one row group at a time."""
     from amlp_ray.data.dataset import keys_of
-    from amlp_ray.data.order import units_of
+    from amlp_ray.data.reading.order import units_of
 
     files = dataset.files(split)
     for unit in units_of(dataset, split):

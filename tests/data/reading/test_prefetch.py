@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from amlp_ray.data.prefetch import prefetched, read_ahead
-from amlp_ray.data.stream import Batch
+from amlp_ray.data.reading.prefetch import prefetched, read_ahead
+from amlp_ray.data.reading.stream import Batch
 
 
 def threads() -> int:

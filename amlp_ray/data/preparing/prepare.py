@@ -17,18 +17,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from amlp_ray.config import PrepareSettings
-from amlp_ray.data.agree import Kind, agree
-from amlp_ray.data.assign import Given, assign, file_digests, group_rule, split_rule
 from amlp_ray.data.dataset import MANIFEST, SPLITS, UNFINISHED, Counts, Manifest, Part, PatchDataset
-from amlp_ray.data.jobs import run_jobs
-from amlp_ray.data.look import Look, item_row, look_job, look_of
 from amlp_ray.data.parts import Shape, part_rows
 from amlp_ray.data.place import Place
+from amlp_ray.data.preparing.agree import Kind, agree
+from amlp_ray.data.preparing.assign import Given, assign, file_digests, group_rule, split_rule
+from amlp_ray.data.preparing.jobs import run_jobs
+from amlp_ray.data.preparing.look import Look, item_row, look_job, look_of
+from amlp_ray.data.preparing.rejects import Rejects
+from amlp_ray.data.preparing.unfinished import ResumableError, Unfinished
+from amlp_ray.data.preparing.write import Row, moments, part_job, write_job
 from amlp_ray.data.privacy import pseudonym, salt
-from amlp_ray.data.rejects import Rejects
 from amlp_ray.data.sources import Fault, Item, find_items
-from amlp_ray.data.unfinished import ResumableError, Unfinished
-from amlp_ray.data.write import Row, moments, part_job, write_job
 from amlp_ray.errors import DataError
 
 LOOK_ITEMS = 64  # pictures of a job of pass 1: some 100 ms of decoding, ten times what a task costs

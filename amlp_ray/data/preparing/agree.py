@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 
 from amlp_ray.config import PrepareSettings
 from amlp_ray.data.formats import DTYPES
-from amlp_ray.data.look import Look
+from amlp_ray.data.preparing.look import Look
 from amlp_ray.data.sources import Fault, Item
 
 CONVERTED = (1, 3)  # grey and colour become each other; other channels mean something of their own

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from amlp_ray.config import PrepareSettings
-from amlp_ray.data.fit import (
+from amlp_ray.data.preparing.fit import (
     background_of,
     cut,
     cuttings,

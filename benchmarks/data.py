@@ -22,7 +22,7 @@ from PIL import Image
 
 from amlp_ray.config import PrepareSettings, PretrainSettings, ResourceSettings
 from amlp_ray.data.dataset import Counts, Manifest, Part, PatchDataset
-from amlp_ray.data.parts import part_rows, write_part
+from amlp_ray.data.parts import group_rows, part_rows, write_part
 from amlp_ray.data.place import Place
 from amlp_ray.data.reading import cache
 from amlp_ray.data.reading.stream import open_batches
@@ -100,6 +100,7 @@ def make_dataset(folder: Path, count: int) -> PatchDataset:
         dtype="uint8", mean=(40.0,), std=(40.0,),
         counts={"train": Counts(images=count, labelled=0, lesions=0), "val": none, "test": none},
         parts={"train": parts, "val": [], "test": []},
+        group_rows=group_rows(SHAPE, "uint8"),
         split_rule="", group_rule="", left_out=0, rejected=0, dropped=0, salt=None, settings=PrepareSettings(),
         fingerprint=f"speckle {count}",
     )  # fmt: skip

@@ -67,16 +67,16 @@ def prepare(
             "overlap": overlap,
             "scale": scale,
             "min_foreground": min_foreground,
-            "channels": int(channels) if channels.isdigit() else channels,
+            "channels": channels if channels == "auto" else _numbers(channels, "--channels", int, 1)[0],
             "values": values,
-            "window": _numbers(window, "--window", float) if window else None,
+            "window": _numbers(window, "--window", float, 2) if window else None,
             "axis": axis,
             "lesion_labels": _numbers(lesion_labels, "--lesion-labels", int) if lesion_labels else (),
             "group_by": group_by,
             "group_file": group_file,
             "group_column": group_column,
             "split_file": split_file,
-            "fractions": _numbers(fractions, "--fractions", float),
+            "fractions": _numbers(fractions, "--fractions", float, 3),
             "hash_names": hash_names,
             "seed": seed,
         },
@@ -128,13 +128,18 @@ class _Bar:
             self._bar = None
 
 
-def _numbers(text: str, option: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
+def _numbers(text: str, option: str, kind: Callable[[str], Any], count: int | None = None) -> tuple[Any, ...]:
+    """Read numbers between commas, `count` of them if given."""
+    wanted = (
+        "numbers between commas such as 1,4" if count is None else f"{count} number{'s between commas' * (count > 1)}"
+    )
     try:
-        return tuple(kind(part) for part in text.split(","))
+        numbers = tuple(kind(part) for part in text.split(","))
     except ValueError:
-        raise SettingsError(
-            f"{option} {text!r} is not a list of numbers such as 1,2; separate them by commas."
-        ) from None
+        numbers = ()
+    if not numbers or count not in (None, len(numbers)):
+        raise SettingsError(f"{option} is {text!r}, but {wanted} must be given.")
+    return numbers
 
 
 @app.command()

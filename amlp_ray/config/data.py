@@ -39,7 +39,7 @@ class PrepareSettings(Settings):
     min_foreground: float = Field(0.1, ge=0, le=1)
     channels: Literal["auto"] | int = "auto"  # auto: 1 if every picture is grey, as exported ultrasound is
     # keep: as stored, DICOM in its rescaled units; window: the range `window` to 0-255; percentile: 0.5 % to 99.5 % of
-    # each picture or volume to 0-255, for MRI, whose scale means nothing
+    # what lies above the minimum of each picture, volume or series to 0-255, for MRI, whose scale means nothing
     values: Literal["keep", "window", "percentile"] = "keep"
     window: tuple[float, float] | None = None  # lowest and highest value kept; none: the window in the DICOM header
     axis: Literal["axial", "coronal", "sagittal"] = "axial"  # NIfTI volumes are cut across this

@@ -68,6 +68,7 @@ class Manifest(Settings):
     std: tuple[float, ...]
     counts: dict[str, Counts]
     parts: dict[str, list[Part]]
+    group_rows: int  # of every row group but the last of a part
     split_rule: str
     group_rule: str
     left_out: int  # images found, but not listed in the split file

@@ -118,6 +118,14 @@ class Place:
     def is_folder(self) -> bool:
         return bool(self.info().type == fs.FileType.Directory)
 
+    def is_empty(self) -> bool:
+        """Whether a folder is there and holds nothing, hidden files included."""
+        if not self.is_folder():
+            return False
+        if self.is_local:
+            return not any(self.local.iterdir())
+        return not self.filesystem.get_file_info(fs.FileSelector(self.path))
+
     def read_bytes(self) -> bytes:
         """The content of a file. Raises OSError."""
         if self.is_local:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
-from amlp_ray.data.parts import group_rows, images_of, masks_of, read_part
+from amlp_ray.data.parts import images_of, masks_of, read_part
 
 if TYPE_CHECKING:
     from amlp_ray.data.dataset import PatchDataset
@@ -33,7 +33,7 @@ class Samples(Sequence[Sample]):
 
     def __init__(self, dataset: PatchDataset, splits: Sequence[str]) -> None:
         self.dataset = dataset
-        self._per_group = group_rows(dataset.shape, dataset.manifest.dtype)
+        self._per_group = dataset.manifest.group_rows
         self._parts = [
             (split, file, part)
             for split in splits

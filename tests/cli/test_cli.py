@@ -110,14 +110,15 @@ def test_without_strict_the_rest_is_prepared_and_the_list_is_named(
     ("arguments", "told"),
     [
         (["--layout", "busy"], "layout is 'busy'"),
-        (["--lesion-labels", "1;2"], "--lesion-labels '1;2' is not a list of numbers"),
+        (["--lesion-labels", "1;2"], "--lesion-labels is '1;2', but numbers between commas"),
         (["--lesion-labels", "0"], "lesion_labels must be whole numbers from 1"),
         (["--window", "5,1", "--values", "window"], "window must be a low and a higher value"),
         (["--window", "1,5"], "window needs values=window"),
         (["--overlap", "0.5"], "overlap and scale need fit=tiles"),
         (["--fractions", "1,1,1"], "fractions must be"),
         (["--size", "3"], "size is 3"),
-        (["--channels", "many"], "channels"),
+        (["--channels", "many"], "--channels is 'many', but 1 number must be given"),
+        (["--fractions", "1,2"], "--fractions is '1,2', but 3 numbers"),
         (["--file-list", "x", "--layout", "dicom"], "file_list needs layout=flat"),
     ],
 )

@@ -10,7 +10,7 @@ import numpy as np
 
 from amlp_ray.config import PrepareSettings
 from amlp_ray.data.dataset import FORMAT_VERSION, MANIFEST, SPLITS, Counts, Manifest, Part, PatchDataset
-from amlp_ray.data.parts import image_bytes, part_rows, write_part
+from amlp_ray.data.parts import group_rows, image_bytes, part_rows, write_part
 from amlp_ray.data.place import Place
 from amlp_ray.data.preparing.fit import background_of
 from amlp_ray.data.preparing.grouping import perceptual_hash
@@ -96,6 +96,7 @@ def made_dataset(
         parts=parts,
         split_rule="as made",
         group_rule="as made",
+        group_rows=group_rows((channels, height, width), dtype),
         left_out=0,
         rejected=0,
         dropped=0,

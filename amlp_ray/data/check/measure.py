@@ -15,11 +15,11 @@ import pandas as pd
 
 from amlp_ray.data.check.text import LEAST_SIDE, text_scores
 from amlp_ray.data.dataset import SPLITS, PatchDataset
-from amlp_ray.data.parts import Shape, group_rows, images_of, masks_of, read_part
+from amlp_ray.data.parts import Shape, images_of, masks_of, read_part
 from amlp_ray.data.place import Place
 
 PIECE = 1 << 22  # values looked at together: float32 copies of them stay small and near the processor
-THREADS = min(3, os.cpu_count() or 1)  # each holds a row group of at most 64 MiB, and some 150 MiB of intermediates
+THREADS = min(3, os.cpu_count() or 1)  # each holds a row group of at most 16 MiB, and some 150 MiB of intermediates
 
 Say = Callable[[str], None]
 
@@ -90,7 +90,7 @@ def grey8(images: np.ndarray) -> np.ndarray:
 
 
 def _row_groups(dataset: PatchDataset) -> Iterator[RowGroup]:
-    size = group_rows(dataset.shape, dataset.manifest.dtype)
+    size = dataset.manifest.group_rows
     for split in SPLITS:
         for file, part in zip(dataset.files(split), dataset.manifest.parts[split], strict=True):
             yield from (RowGroup(split, file, number) for number in range(-(-part.rows // size)))

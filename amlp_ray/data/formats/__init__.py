@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from amlp_ray.config import PrepareSettings
-from amlp_ray.data.formats.frame import DTYPES, Frame
+from amlp_ray.data.formats.frame import DTYPES, Frame, holding_all
 from amlp_ray.data.place import read_bytes
 from amlp_ray.data.sources.item import Item
 
-__all__ = ["DTYPES", "Frame", "read_frames"]
+__all__ = ["DTYPES", "Frame", "holding_all", "read_frames"]
 
 
 def read_frames(item: Item, settings: PrepareSettings, read: Callable[[str], bytes] = read_bytes) -> Iterator[Frame]:

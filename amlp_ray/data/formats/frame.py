@@ -17,3 +17,14 @@ class Frame(NamedTuple):
     number: int = 0  # slice or frame of its item, from 0
     spacing: tuple[float, float] | None = None  # mm of a pixel, down and across; None: not known
     notes: tuple[str, ...] = ()  # repairs, as sentences without the file's name
+
+
+def holding_all(dtypes: set[str]) -> str:
+    """The smallest of the stored types that holds every value of all of `dtypes`.
+
+    >>> holding_all({"uint8", "int16"}), holding_all({"uint16", "int16"})
+    ('int16', 'float32')
+    """
+    if {"uint16", "int16"} <= dtypes:
+        return "float32"  # holds both exactly
+    return max(dtypes, key=DTYPES.index)

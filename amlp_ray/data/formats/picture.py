@@ -17,6 +17,7 @@ from amlp_ray.data.formats.frame import DTYPES, Frame
 from amlp_ray.data.formats.labels import lesion_of
 from amlp_ray.data.formats.outlines import draw_outlines
 from amlp_ray.data.formats.raster import Raster, read_raster
+from amlp_ray.data.formats.values import percentile_range, to_bytes
 from amlp_ray.data.sources.item import Item
 from amlp_ray.errors import DataError
 
@@ -46,7 +47,7 @@ def read_picture(item: Item, settings: PrepareSettings, read: Callable[[str], by
         notes += [f"its mask {PurePosixPath(mask_path).name} {note}" for note in mask_notes]
     if item.outlines:
         mask |= draw_outlines(item.outlines, shape, path)
-    yield Frame(image, mask, notes=tuple(notes))
+    yield Frame(_valued(path, image, settings), mask, notes=tuple(notes))
 
 
 def is_grey(image: np.ndarray) -> bool:
@@ -84,6 +85,23 @@ def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
         return np.asarray(Image.fromarray(image).convert("L"))[:, :, None]
     luma = image.astype(np.float64) @ np.array(LUMA)
     return (luma if image.dtype.kind == "f" else np.rint(luma)).astype(image.dtype)[:, :, None]
+
+
+def _valued(path: str, image: np.ndarray, settings: PrepareSettings) -> np.ndarray:
+    """Bring values to 0-255 where asked: one range for all channels of a colour, a range for each of any others."""
+    if settings.values == "keep":
+        return image
+    if settings.values == "window":
+        if settings.window is None:
+            raise DataError(
+                f"{path} is a picture, which names no window, so values=window needs one to be given: add --window "
+                f"LOW,HIGH in the values of the pictures, or take values=percentile."
+            )
+        return to_bytes(image, *settings.window)
+    if image.shape[2] == 3:
+        return to_bytes(image, *percentile_range(image))
+    planes = [image[..., c] for c in range(image.shape[2])]
+    return np.stack([to_bytes(plane, *percentile_range(plane)) for plane in planes], axis=-1)
 
 
 def _in_stored_type(path: str, pixels: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""From values in any unit to 0-255, for the settings `values=window` and `values=percentile` of volumes and series."""
+"""From values in any unit to 0-255, for the settings `values=window` and `values=percentile`."""
 
 from __future__ import annotations
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 from amlp_ray.config import PrepareSettings
-from amlp_ray.data.formats import DTYPES
+from amlp_ray.data.formats import DTYPES, holding_all
 from amlp_ray.data.preparing.look import Look
 from amlp_ray.data.sources import Fault, Item
+from amlp_ray.data.sources.item import Format
 
 CONVERTED = (1, 3)  # grey and colour become each other; other channels mean something of their own
 
@@ -29,11 +30,12 @@ def agree(
 ) -> tuple[Kind, list[int], list[Fault]]:
     """Choose type and channels; return them, the positions of the items that fit, and a fault for each that does not.
 
-    - Pictures: the most common type, since 8 and 16 bits have two scales. Volumes and DICOM, whose values have units:
-      the smallest type that holds all of them exactly.
-    - Grey and colour pictures: grey if all are, see `is_grey`, else colour. Otherwise the most common channel count.
+    - Type: of pictures the most common, since 8 and 16 bits have two scales; of volumes and DICOM, whose values have
+      units, the smallest that holds all of them exactly.
+    - Channels: of pictures, grey and colour become one kind, grey if all are, see `is_grey`. Otherwise the most common
+      count, since a screenshot among slices is none of them; DICOM in colours that are all grey becomes grey.
 
-    `looks` have no faults, and there is at least one.
+    `looks` have no faults, and there is at least one. There may be no position, where `channels` was given.
     """
     faults: list[Fault] = []
 
@@ -42,7 +44,8 @@ def agree(
         return [i for i in at if fits(looks[i])]
 
     at = list(range(len(items)))
-    if items[0].format == "picture":
+    is_picture = items[0].format == "picture"
+    if is_picture:
         dtype = _most_common([look.dtype for look in looks], DTYPES)
         at = only(
             lambda look: look.dtype == dtype,
@@ -51,32 +54,30 @@ def agree(
             ),
             at,
         )
-    else:
-        dtype = holding_all({look.dtype for look in looks})
-    counts = [looks[i].channels for i in at]
-    if settings.channels != "auto":
-        channels = settings.channels
-    elif set(counts) <= set(CONVERTED):
-        channels = 1 if all(looks[i].grey for i in at) else 3
-    else:
-        channels = _most_common(counts, sorted(set(counts)))
+    channels, accepted = _channels([looks[i] for i in at], settings, items[0].format)
     at = only(
-        lambda look: look.channels == channels or {look.channels, channels} == set(CONVERTED),
+        lambda look: look.channels in accepted,
         lambda look: f"has {look.channels} channels, but the dataset has {channels}; convert it or give --channels",
         at,
     )
+    if not is_picture:
+        dtype = holding_all({looks[i].dtype for i in at} or {DTYPES[0]})
     return Kind(dtype, channels), at, faults
 
 
-def holding_all(dtypes: set[str]) -> str:
-    """The smallest of the stored types that holds every value of all of `dtypes`.
-
-    >>> holding_all({"uint8", "int16"}), holding_all({"uint16", "int16"})
-    ('int16', 'float32')
-    """
-    if {"uint16", "int16"} <= dtypes:
-        return "float32"  # holds both exactly
-    return max(dtypes, key=DTYPES.index)
+def _channels(looks: Sequence[Look], settings: PrepareSettings, form: Format) -> tuple[int, set[int]]:
+    """The number of channels that is stored, and those that become it."""
+    if settings.channels != "auto":
+        # Three channels of a NIfTI case are modalities and no colours.
+        becomes = form != "nifti" and settings.channels in CONVERTED
+        return settings.channels, {settings.channels, *(CONVERTED if becomes else ())}
+    counts = [look.channels for look in looks]
+    common = _most_common(counts, sorted(set(counts)))
+    if form == "picture" and set(counts) <= set(CONVERTED):
+        return (1 if all(look.grey for look in looks) else 3), set(CONVERTED)
+    if form == "dicom" and common == 3 and all(look.grey for look in looks if look.channels == common):
+        return 1, {1, 3}
+    return common, {common}
 
 
 def _most_common(values: Sequence[T], order: Sequence[T]) -> T:

@@ -12,11 +12,15 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 from amlp_ray.config import PrepareSettings
+from amlp_ray.data.dataset import SPLITS
 from amlp_ray.data.preparing.grouping import near_duplicate_groups, read_group_file
 from amlp_ray.data.preparing.look import Look
 from amlp_ray.data.preparing.splitting import groups_cut, read_split_file, split_by_group
+from amlp_ray.data.privacy import pseudonym, salt
 from amlp_ray.data.sources import Item
 from amlp_ray.errors import DataError
+
+FILES = ("split_file", "group_file", "file_list")  # settings that name a file of the user's
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,23 @@ class Given:
         """Read split and group file. Raises DataError where one is missing, malformed, or leaves an image out."""
         ids = [item.id for item in items]
         split_of = read_split_file(settings.split_file, ids) if settings.split_file else None
-        listed = [name for name in ids if split_of is None or name in split_of]
-        groups = read_group_file(settings.group_file, listed, settings.group_column) if settings.group_file else None
-        return cls(split_of, None if groups is None else dict(zip(listed, groups, strict=True)))
+        if not settings.group_file:
+            return cls(split_of, None)
+        named = read_group_file(settings.group_file, settings.group_column)
+        if items[0].format == "dicom":
+            # Ids and patients are hashes, but the file names patients as the hospital does.
+            secret = salt()
+            hidden = {name: pseudonym(group, secret) for name, group in named.items()}
+            named = {pseudonym(name, secret): group for name, group in hidden.items()} | hidden
+        listed = [item for item in items if split_of is None or item.id in split_of]
+        found = {item.id: named.get(item.id) or named.get(item.group) for item in listed}
+        missing = [name for name, group in found.items() if group is None]
+        if missing:
+            raise DataError(
+                f"{settings.group_file} has no {settings.group_column} for {len(missing)} of {len(listed)} images, "
+                f"such as {missing[0]!r}; add a line for each."
+            )
+        return cls(split_of, {name: group for name, group in found.items() if group is not None})
 
     def lists(self, item: Item) -> bool:
         return self.split_of is None or item.id in self.split_of
@@ -53,7 +71,12 @@ def assign(
             f"{item.stratum} {bool(item.masks or item.outlines)} {look.lesion}"
             for item, look in zip(items, looks, strict=True)
         ]
-        return groups, split_by_group(groups, strata, settings.fractions, settings.seed)
+        images = [sum(len(frame.cuttings) for frame in look.frames) for look in looks]
+        splits = split_by_group(groups, strata, settings.fractions, settings.seed, images)
+        empty = [name for name, part in zip(SPLITS, settings.fractions, strict=True) if part and name not in splits]
+        if empty:
+            say(f"{' and '.join(empty)} stays empty: {len(set(groups))} groups are too few; give other fractions.")
+        return groups, splits
     cut = groups_cut(given.split_of, dict(zip((item.id for item in items), groups, strict=True)))
     if cut and settings.group_file:
         group, where = next(iter(cut.items()))
@@ -128,7 +151,5 @@ def split_rule(settings: PrepareSettings) -> str:
 def file_digests(settings: PrepareSettings) -> dict[str, str]:
     """The user's files by what they say, not by where they lie: SHA-256 by setting."""
     return {
-        name: hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        for name in ("split_file", "group_file", "file_list")
-        if (path := getattr(settings, name))
+        name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name in FILES if (path := getattr(settings, name))
     }

@@ -24,6 +24,7 @@ class Cutting(NamedTuple):
     y: int  # of the upper left pixel, in the (scaled) frame; 0 where the whole frame is taken
     x: int
     background: float  # share of air, black border and padding, 0 to 1
+    foreground: float  # share of tissue where padding is not counted, 0 to 1
     lesion: bool
 
 
@@ -41,14 +42,15 @@ def cuttings(image: np.ndarray, mask: np.ndarray | None, settings: PrepareSettin
         if settings.fit == "pad":
             inner = _inner(height, width, size)
             filled = inner[0] * inner[1] / size**2
-        share = 1 - filled * (1 - float(air.mean()))
-        yield Cutting(0, 0, share, mask is not None and bool(mask.any()))
+        tissue = 1 - float(air.mean())
+        yield Cutting(0, 0, 1 - filled * tissue, tissue, mask is not None and bool(mask.any()))
         return
     for y in origins(height, size, settings.overlap):
         for x in origins(width, size, settings.overlap):
-            tissue = np.count_nonzero(~air[y : y + size, x : x + size])
+            inside = air[y : y + size, x : x + size]
+            pixels = inside.size - np.count_nonzero(inside)
             lesion = mask is not None and bool(mask[y : y + size, x : x + size].any())
-            yield Cutting(y, x, 1 - tissue / size**2, lesion)
+            yield Cutting(y, x, 1 - pixels / size**2, pixels / inside.size, lesion)
 
 
 def cut(

@@ -107,11 +107,11 @@ def near_pairs(
                     yield c[keep], d[keep]
 
 
-def read_group_file(path: str | Path, ids: Sequence[str], column: str = "group") -> list[str]:
-    """Read the group of each of `ids` from a CSV with columns id and `column`; other columns and ids are ignored.
+def read_group_file(path: str | Path, column: str = "group") -> dict[str, str]:
+    """Read a CSV with columns id and `column` as groups by id; other columns are ignored, and space around values.
 
     Raises:
-        DataError: the file is missing or no such CSV, gives an id two groups, or leaves one of `ids` out.
+        DataError: the file is missing or no such CSV, names a column twice, or gives an id two groups or none.
     """
     path = Path(path)
     if not path.is_file():
@@ -121,25 +121,21 @@ def read_group_file(path: str | Path, ids: Sequence[str], column: str = "group")
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte-order mark
             reader = csv.DictReader(file)
             columns = reader.fieldnames or []
-            if not {"id", column} <= set(columns):
+            if columns.count("id") != 1 or columns.count(column) != 1:
+                semicolons = "; separate columns by commas" if any(";" in name for name in columns) else ""
                 raise DataError(
-                    f"{path} has the columns {', '.join(columns) or 'none'}, but id and {column} are needed; "
-                    f"rename them or set group_column."
+                    f"{path} has the columns {', '.join(columns) or 'none'}, but one id and one {column} are needed; "
+                    f"rename them or set group_column{semicolons}."
                 )
             for row in reader:
-                if not row["id"] or not row[column]:
+                name, group = (row["id"] or "").strip(), (row[column] or "").strip()
+                if not name or not group:
                     raise DataError(f"{path} line {reader.line_num} lacks an id or a {column}; complete it.")
-                if groups.setdefault(row["id"], row[column]) != row[column]:
-                    raise DataError(f"{path} gives {row['id']!r} two groups; keep one line for each id.")
+                if groups.setdefault(name, group) != group:
+                    raise DataError(f"{path} gives {name!r} two groups; keep one line for each id.")
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} is not a CSV text file ({error}); export it as CSV in UTF-8.") from None
-    missing = [name for name in ids if name not in groups]
-    if missing:
-        raise DataError(
-            f"{path} has no {column} for {len(missing)} of {len(ids)} images, such as {missing[0]!r}; "
-            f"add a line for each."
-        )
-    return [groups[name] for name in ids]
+    return groups
 
 
 def _grey8(image: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from amlp_ray.config import PrepareSettings
-from amlp_ray.data.formats import read_frames
+from amlp_ray.data.formats import holding_all, read_frames
 from amlp_ray.data.formats.picture import is_grey
 from amlp_ray.data.place import read_bytes
 from amlp_ray.data.preparing.fit import Cutting, cuttings, scaled
@@ -91,16 +91,18 @@ def look_at(item: Item, settings: PrepareSettings) -> Look:
         )
     except MemoryError:
         return Look(fault=f"{item.images[0]} does not fit in memory; cut it in pieces.")
-    if len(kinds) != 1:
-        return Look(fault=f"{item.images[0]} holds {_kinds(kinds)}, but one kind of image is accepted; split it.")
-    ((dtype, channels),) = kinds
-    return Look("", tuple(notes), read.digest, dtype, channels, grey, tuple(frames), dropped)
+    channels = {of[1] for of in kinds}
+    if len(channels) != 1:
+        found = " and ".join(map(str, sorted(channels))) or "no"
+        return Look(fault=f"{item.images[0]} and what belongs to it hold images of {found} channels; keep one kind.")
+    dtype = holding_all({of[0] for of in kinds})  # one slice of a series may need more bits than the others
+    return Look("", tuple(notes), read.digest, dtype, channels.pop(), grey, tuple(frames), dropped)
 
 
 def keeps(item: Item, cutting: Cutting, settings: PrepareSettings) -> bool:
     """Whether an image is worth storing: whole pictures always; tiles and slices with tissue or a lesion."""
     whole_picture = item.format == "picture" and settings.fit != "tiles"
-    return whole_picture or cutting.lesion or 1 - cutting.background >= settings.min_foreground
+    return whole_picture or cutting.lesion or cutting.foreground >= settings.min_foreground
 
 
 def look_job(job: dict[str, Any]) -> list[Any]:
@@ -130,9 +132,3 @@ def look_of(row: Sequence[Any]) -> Look:
         for frame in look.frames
     )
     return look._replace(notes=tuple(look.notes), frames=frames)
-
-
-def _kinds(kinds: set[tuple[str, int]]) -> str:
-    if not kinds:
-        return "no images"
-    return " and ".join(f"{channels}-channel {dtype} images" for dtype, channels in sorted(kinds))

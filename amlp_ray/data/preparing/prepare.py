@@ -18,10 +18,10 @@ import numpy as np
 
 from amlp_ray.config import PrepareSettings
 from amlp_ray.data.dataset import MANIFEST, SPLITS, UNFINISHED, Counts, Manifest, Part, PatchDataset
-from amlp_ray.data.parts import Shape, part_rows
+from amlp_ray.data.parts import Shape, group_rows, part_rows
 from amlp_ray.data.place import Place
 from amlp_ray.data.preparing.agree import Kind, agree
-from amlp_ray.data.preparing.assign import Given, assign, file_digests, group_rule, split_rule
+from amlp_ray.data.preparing.assign import FILES, Given, assign, file_digests, group_rule, split_rule
 from amlp_ray.data.preparing.jobs import run_jobs
 from amlp_ray.data.preparing.look import Look, item_row, look_job, look_of
 from amlp_ray.data.preparing.rejects import Rejects
@@ -73,7 +73,7 @@ def prepare(
     if listing.why:
         told.say(listing.why)
     rejects = Rejects(out, strict)
-    rejects.add(listing.faults)
+    rejects.add(fault._replace(file=_absolute(fault.file, source)) for fault in listing.faults)
     settings = settings.model_copy(update={"layout": listing.layout})
     given = Given.read(settings, listing.items)
     items = [item for item in listing.items if given.lists(item)]
@@ -82,7 +82,8 @@ def prepare(
         f"Looking at {len(items)} {'pictures' if items[0].format == 'picture' else 'series or volumes'} in {source}."
     )
 
-    state = Unfinished(out, _digest([_values(settings), version("amlp-ray"), [item_row(item) for item in items]]))
+    decided = [_values(settings) | file_digests(settings), _salt_mark(items, settings), version("amlp-ray")]
+    state = Unfinished(out, _digest([*decided, [item_row(item) for item in items]]))
     if existing is not None:  # a second look tells whether it is the same; nothing is written
         chosen = _choose(items, _look(items, settings, {}, None, told), settings, rejects)
         if existing.manifest.fingerprint != chosen.fingerprint:
@@ -90,6 +91,7 @@ def prepare(
                 f"{out} is a patch dataset made from other files or settings; delete it or choose another folder."
             )
         state.finish()  # of a run that was killed right at its end
+        rejects.write()
         told.say(f"{out} was already prepared from the same files with the same settings; nothing to do.")
         return existing
     try:
@@ -122,7 +124,7 @@ def _existing(out: Place) -> PatchDataset | None:
             return PatchDataset.open(out)
         except DataError as error:
             raise DataError(f"{error} Delete {out} first.") from None
-    if not (out / UNFINISHED).is_folder() and (next(out.entries(), None) or out.folders()):
+    if not (out / UNFINISHED).is_folder() and not out.is_empty():
         raise DataError(f"{out} exists and is not a patch dataset; delete it or choose another folder.")
     return None
 
@@ -169,13 +171,14 @@ def _prepare(
         std=std,
         counts={split: _counts(rows[split]) for split in SPLITS},
         parts=parts,
+        group_rows=group_rows(shape, chosen.kind.dtype),
         split_rule=split_rule(settings),
         group_rule=group_rule(chosen.items, settings),
         left_out=0,
         rejected=rejects.rejected,
         dropped=sum(look.dropped for look in chosen.looks),
         salt=_salt_mark(items, settings),
-        settings=settings,
+        settings=_without_folders(settings),
         fingerprint=chosen.fingerprint,
     )
 
@@ -208,18 +211,20 @@ def _look(
 def _choose(items: Sequence[Item], looks: Sequence[Look], settings: PrepareSettings, rejects: Rejects) -> Chosen:
     """Leave out what has faults or does not fit the rest. Raises DataError where nothing is left."""
     pairs = list(zip(items, looks, strict=True))
-    rejects.add(Fault(item.images[0], "rejected", look.fault) for item, look in pairs if look.fault)
+    rejects.add(_fault(item, look.fault) for item, look in pairs if look.fault)
     rejects.add(Fault(item.images[0], "repaired", note) for item, look in pairs for note in look.notes)
     good = [(item, look) for item, look in pairs if not look.fault]
     if not good:
         raise DataError(f"None of {len(items)} images can be used. The first: {rejects.first()}")
     kind, at, faults = agree([item for item, _ in good], [look for _, look in good], settings)
     rejects.add(faults)
+    if not at:
+        raise DataError(f"None of {len(items)} images can be used. The first: {rejects.first()}")
     kept = [good[i] for i in at if good[i][1].frames]
     if not kept:
         raise DataError(
-            f"No image is left of {len(items)}: all have less tissue than min_foreground={settings.min_foreground:g}, "
-            f"or other channels than --channels; lower the one or change the other."
+            f"No image is left of {len(items)}: all hold less tissue than --min-foreground "
+            f"{settings.min_foreground:g}; lower it."
         )
     named = [[item.id, item.source, item.group, bool(item.masks or item.outlines), look.digest] for item, look in kept]
     mark = _salt_mark(items, settings)
@@ -313,6 +318,21 @@ def _say_end(manifest: Manifest, out: Place, rejects: Rejects, say: Say) -> None
     say(f"Wrote {out}: {counts}{left}{air}.")
     if rejects.rejected or rejects.repaired:
         say(f"{rejects.rejected} files rejected and {rejects.repaired} repaired, see {rejects.place}.")
+
+
+def _fault(item: Item, sentence: str) -> Fault:
+    """A sentence that begins with the file's name as a line of the list, which has the name apart."""
+    return Fault(item.images[0], "rejected", sentence.removeprefix(f"{item.images[0]} "))
+
+
+def _absolute(file: str, source: Place) -> str:
+    return file if file.startswith("/") or "://" in file else str(source / file)
+
+
+def _without_folders(settings: PrepareSettings) -> PrepareSettings:
+    """Settings whose files are named without their folders: paths hold names of people, and differ by machine."""
+    files = {name: Path(path).name for name in FILES if (path := getattr(settings, name))}
+    return settings.model_copy(update=files)
 
 
 def _values(settings: PrepareSettings) -> dict[str, Any]:

@@ -35,12 +35,14 @@ class Rejects:
         for fault in faults:
             self._faults.append(fault)
             if self.strict:
-                raise DataError(f"{self.first()} Nothing was prepared, since --strict stops at the first such file.")
+                raise DataError(f"{self.first()} No dataset was made, since --strict stops at the first such file.")
 
     def first(self) -> str:
         """The first fault as a sentence."""
         fault = self._faults[0]
-        return fault.reason if fault.file in fault.reason else f"{fault.file}: {fault.reason}."
+        names_another = "/" in fault.reason.partition(" ")[0]
+        sentence = fault.reason if names_another else f"{fault.file} {fault.reason}"
+        return sentence if sentence.endswith(".") else f"{sentence}."
 
     def write(self) -> None:
         """Write the list, sorted by file, or take an older one away if there is nothing to list. Raises OSError."""

@@ -14,17 +14,27 @@ from amlp_ray.errors import DataError
 
 
 def split_by_group(
-    groups: Sequence[str], strata: Sequence[str], fractions: tuple[float, float, float], seed: int
+    groups: Sequence[str],
+    strata: Sequence[str],
+    fractions: tuple[float, float, float],
+    seed: int,
+    images: Sequence[int] | None = None,
 ) -> list[str]:
-    """Name the split of each image so that no group is cut and fractions are met as closely as groups allow.
+    """Name the split of each item so that no group is cut and fractions are met as closely as groups allow.
 
     One stratum (class, with or without lesion) after the other, its groups go, largest first, to the split that lacks
-    most images. So each stratum is shared by the fractions too. A group counts to the stratum of its first image.
+    most images. So each stratum is shared by the fractions too. A group counts to the stratum of its first item.
+    A split that would stay empty gets the smallest group of the split that has most of them, if that has two.
+
+    Args:
+        images: of each item, such as its slices; None: one.
 
     Raises:
         DataError: nothing is left for train, or one group holds over half of all images and another split has none.
     """
-    sizes = Counter(groups)
+    sizes: Counter[str] = Counter()
+    for group, count in zip(groups, images or [1] * len(groups), strict=True):
+        sizes[group] += count
     stratum_of: dict[str, str] = {}
     for group, stratum in zip(groups, strata, strict=True):
         stratum_of.setdefault(group, stratum)
@@ -43,15 +53,26 @@ def split_by_group(
             lack[to] -= sizes[name]
             assigned[name] = SPLITS[to]
 
+    _fill(assigned, sizes, [name for name, part in zip(SPLITS, share, strict=True) if part > 0])
     largest, size = max(sizes.items(), key=lambda item: item[1])
     empty = [name for name, part in zip(SPLITS, share, strict=True) if part > 0 and name not in assigned.values()]
-    if "train" in empty or (empty and 2 * size > len(groups) > 2):
+    if "train" in empty or (empty and 2 * size > sizes.total() > 2):
         raise DataError(
             f"No images are left for {' and '.join(empty)}, since the group of {largest!r} holds {size} of "
-            f"{len(groups)} images and may not be cut; give other fractions or a group_file, or set group_by to image "
-            f"if these are not copies."
+            f"{sizes.total()} images and may not be cut; give other fractions or a group_file, or set group_by to "
+            f"image if these are not copies."
         )
     return [assigned[group] for group in groups]
+
+
+def _fill(assigned: dict[str, str], sizes: Counter[str], wanted: Sequence[str]) -> None:
+    """Give each wanted split that has no group one of another's, as long as no other is emptied by that."""
+    for split in wanted:
+        counts = Counter(assigned.values())
+        richest = max(wanted, key=lambda name: counts[name])
+        if counts[split] == 0 and counts[richest] > 1:
+            smallest = min((name for name in assigned if assigned[name] == richest), key=lambda name: sizes[name])
+            assigned[smallest] = split
 
 
 def read_split_file(path: str | Path, known: Sequence[str]) -> dict[str, str]:

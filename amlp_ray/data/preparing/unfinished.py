@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from amlp_ray.data.dataset import UNFINISHED
+from amlp_ray.data.dataset import MANIFEST, SPLITS, UNFINISHED
 from amlp_ray.data.place import Place
 from amlp_ray.errors import DataError
 
@@ -66,6 +66,9 @@ class Unfinished:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise DataError(f"{self.out} is being prepared by another process; wait for it or stop it.") from None
+            if (self.out / MANIFEST).is_file():  # it ended between our look and our lock
+                self._clear()
+                raise ResumableError(f"{self.out} was finished by another process meanwhile; look at what it made.")
             yield
 
     def add_looked(self, number: int, result: Any) -> None:
@@ -92,11 +95,22 @@ class Unfinished:
         (self.place / f"{name}.json").write_whole(json.dumps(known))
 
     def discard(self) -> None:
-        """Forget all, parts included: the files have changed or cannot be used."""
-        self.out.delete()
+        """Forget all, parts included: the files have changed or cannot be used. Nothing else is deleted."""
+        for split in SPLITS:
+            folder = self.out / split
+            for entry in list(folder.entries(deep=False)) if folder.is_folder() else []:
+                if entry.name.startswith("part-"):
+                    (folder / entry.name).delete()
+        self._clear()
+        for folder in (*(self.out / split for split in SPLITS), self.out):
+            if folder.is_empty():
+                folder.delete()
 
     def finish(self) -> None:
         """Clear away all but the dataset."""
+        self._clear()
+
+    def _clear(self) -> None:
         self.place.delete()
         if self.out.is_local:
             for left in self.out.local.glob("*/.*.partial"):  # of a run that was killed

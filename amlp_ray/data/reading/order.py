@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from amlp_ray.data.parts import group_rows, image_bytes
+from amlp_ray.data.parts import image_bytes
 
 if TYPE_CHECKING:
     from amlp_ray.data.dataset import PatchDataset
@@ -44,7 +44,7 @@ class Unit(NamedTuple):
 
 def units_of(dataset: PatchDataset, split: str) -> list[Unit]:
     """The row groups of a split, in order, from the manifest alone."""
-    each = group_rows(dataset.shape, dataset.manifest.dtype)
+    each = dataset.manifest.group_rows
     units, start = [], 0
     for number, part in enumerate(dataset.manifest.parts[split]):
         for group, first in enumerate(range(0, part.rows, each)):

@@ -130,8 +130,8 @@ class _Bar:
 
 def _numbers(text: str, option: str, kind: Callable[[str], Any], count: int | None = None) -> tuple[Any, ...]:
     """Read numbers between commas, `count` of them if given."""
-    wanted = (
-        "numbers between commas such as 1,4" if count is None else f"{count} number{'s between commas' * (count > 1)}"
+    wanted = {None: "numbers between commas, such as 1,4,", 1: "one number"}.get(
+        count, f"{count} numbers between commas"
     )
     try:
         numbers = tuple(kind(part) for part in text.split(","))

@@ -259,6 +259,8 @@ class PatchDataset:
     def to_ray_dataset(self, split: str, *, columns: Sequence[str] | None = None) -> ray.data.Dataset:
         """The rows of a split as a Ray dataset, read when it is used; `image` (C, H, W) and `mask` (H, W) as arrays.
 
+        An unlabelled image has a mask of zeros, and `labelled` False beside it.
+
         Ray must be initialised, and every node must see the dataset. For training, `stream.open_batches` is faster.
         """
         from amlp_ray.data.reading.ray_data import read_rows

@@ -11,7 +11,11 @@ from amlp_ray.data.samples import Samples
 
 
 class TorchSamples(torch.utils.data.Dataset[dict[str, Any]]):
-    """Samples as a map-style torch dataset; an unlabelled image has a mask of zeros and `labelled` False."""
+    """Samples as a map-style torch dataset; an unlabelled image has a mask of zeros and `labelled` False.
+
+    A row group is read at a time, so a shuffle reads most images many times over: for training on a set that is not
+    small, `load` it or use `open_batches`.
+    """
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples

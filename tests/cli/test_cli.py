@@ -117,7 +117,7 @@ def test_without_strict_the_rest_is_prepared_and_the_list_is_named(
         (["--overlap", "0.5"], "overlap and scale need fit=tiles"),
         (["--fractions", "1,1,1"], "fractions must be"),
         (["--size", "3"], "size is 3"),
-        (["--channels", "many"], "--channels is 'many', but 1 number must be given"),
+        (["--channels", "many"], "--channels is 'many', but one number must be given"),
         (["--fractions", "1,2"], "--fractions is '1,2', but 3 numbers"),
         (["--file-list", "x", "--layout", "dicom"], "file_list needs layout=flat"),
     ],

@@ -254,3 +254,13 @@ def test_a_dataset_in_an_object_store_reads_like_one_here(small: PatchDataset, s
     (there / "val/part-00001.parquet").delete()
     with pytest.raises(DataError, match=r"s3://.*val/part-00001\.parquet.* is missing"):
         PatchDataset.open(there)
+
+
+@pytest.mark.ray
+def test_ray_rows_tell_unlabelled_from_lesion_free(ray_session: None, small: PatchDataset) -> None:
+    table = small.to_ray_dataset("train").to_pandas()
+    split = small.load("train")
+    assert table["labelled"].tolist() == split.labelled.tolist()
+    assert table["lesion"].isna().tolist() == (~split.labelled).tolist()
+    np.testing.assert_array_equal(np.stack(table["image"]), split.images)
+    assert small.to_ray_dataset("test", columns=["id"]).count() == 0

@@ -71,10 +71,11 @@ def _channels(looks: Sequence[Look], settings: PrepareSettings, form: Format) ->
         # Three channels of a NIfTI case are modalities and no colours.
         becomes = form != "nifti" and settings.channels in CONVERTED
         return settings.channels, {settings.channels, *(CONVERTED if becomes else ())}
-    counts = [look.channels for look in looks]
+    # By images: one series of slices weighs more than two screenshots.
+    counts = [look.channels for look in looks for _ in look.frames] or [look.channels for look in looks]
     common = _most_common(counts, sorted(set(counts)))
-    if form == "picture" and set(counts) <= set(CONVERTED):
-        return (1 if all(look.grey for look in looks) else 3), set(CONVERTED)
+    if form == "picture" and common in CONVERTED:
+        return (1 if all(look.grey for look in looks if look.channels in CONVERTED) else 3), set(CONVERTED)
     if form == "dicom" and common == 3 and all(look.grey for look in looks if look.channels == common):
         return 1, {1, 3}
     return common, {common}

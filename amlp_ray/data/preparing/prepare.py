@@ -14,8 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from amlp_ray.config import PrepareSettings
 from amlp_ray.data.dataset import MANIFEST, SPLITS, UNFINISHED, Counts, Manifest, Part, PatchDataset
 from amlp_ray.data.parts import Shape, group_rows, part_rows
@@ -25,8 +23,9 @@ from amlp_ray.data.preparing.assign import FILES, Given, assign, file_digests, g
 from amlp_ray.data.preparing.jobs import run_jobs
 from amlp_ray.data.preparing.look import Look, item_row, look_job, look_of
 from amlp_ray.data.preparing.rejects import Rejects
+from amlp_ray.data.preparing.statistics import Statistics
 from amlp_ray.data.preparing.unfinished import ResumableError, Unfinished
-from amlp_ray.data.preparing.write import Row, moments, part_job, write_job
+from amlp_ray.data.preparing.write import Row, part_job, write_job
 from amlp_ray.data.privacy import pseudonym, salt
 from amlp_ray.data.sources import Fault, Item, find_items
 from amlp_ray.errors import DataError
@@ -297,13 +296,13 @@ def _write(
         done += result["rows"]
         told.progress("writing", done, total)
     parts: dict[str, list[Part]] = {split: [] for split in SPLITS}
-    sums = np.zeros((2, shape[0]), dtype=object)  # Python integers: exact, whatever the order of parts
+    statistics = Statistics(shape[0], dtype)
     for (split, _), part in known.items():
         assert part is not None
         parts[split].append(Part(file=part["file"], rows=part["rows"], bytes=part["bytes"]))
         if split == "train":
-            sums += np.array(part["sums"], dtype=object)
-    return parts, *moments(sums, shape[1] * shape[2] * len(rows["train"]))
+            statistics.add_plain(part["statistics"])
+    return parts, *statistics.mean_and_sd()
 
 
 def _counts(rows: Sequence[Row]) -> Counts:

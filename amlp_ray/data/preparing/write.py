@@ -5,12 +5,9 @@ Runs in Ray Data workers, one part each. A fault comes back as a sentence, as in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from amlp_ray.config import PrepareSettings
 from amlp_ray.data.formats import read_frames
@@ -19,6 +16,7 @@ from amlp_ray.data.parts import Shape, write_part
 from amlp_ray.data.place import Place
 from amlp_ray.data.preparing.fit import Cutting, cut, pixel_spacing, scaled
 from amlp_ray.data.preparing.look import FrameLook, Reader, item_of, item_row
+from amlp_ray.data.preparing.statistics import Statistics
 from amlp_ray.data.sources import Item
 from amlp_ray.errors import DataError
 
@@ -53,13 +51,12 @@ def part_job(place: Place, rows: list[Row], settings: PrepareSettings, shape: Sh
 
 
 def write_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Write one part, in a worker: {"rows", "bytes", "sums"}, or {"fault"} with a sentence and whether it may go on."""
+    """Write one part, in a worker: {"rows", "bytes", "statistics"}, or {"fault"}, and whether it may go on."""
     place, shape = Place(job["place"]), tuple(job["shape"])
-    exact = job["dtype"] != "float32"
-    sums = np.zeros((2, shape[0]), dtype=object if exact else np.float64)
+    statistics = Statistics(shape[0], job["dtype"])
     try:
-        rows = write_part(place, _encoded(job, sums), shape, job["dtype"])
-        return {"rows": rows, "bytes": place.info().size, "sums": sums.tolist()}
+        rows = write_part(place, _encoded(job, statistics), shape, job["dtype"])
+        return {"rows": rows, "bytes": place.info().size, "statistics": statistics.plain()}
     except DataError as error:
         return {"fault": str(error), "resumable": False}
     except OSError as error:
@@ -71,15 +68,8 @@ def write_job(job: dict[str, Any]) -> dict[str, Any]:
         }
 
 
-def moments(sums: np.ndarray, pixels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Turn sums of values and of squares (2, C) into mean and SD; a flat channel gets SD 1, to become 0 and not NaN."""
-    mean = [total / pixels for total in sums[0]]
-    variance = [max(0.0, (pixels * square - total * total) / pixels**2) for total, square in sums.T]
-    return tuple(mean), tuple(math.sqrt(value) or 1.0 for value in variance)
-
-
-def _encoded(job: dict[str, Any], sums: np.ndarray) -> Iterator[dict[str, Any]]:
-    """Yield the columns of each image, and add its values and squares to `sums` (2, C)."""
+def _encoded(job: dict[str, Any], statistics: Statistics) -> Iterator[dict[str, Any]]:
+    """Yield the columns of each image, and add its values to `statistics`."""
     settings = PrepareSettings.model_validate(job["settings"])
     for row, digest, group, source, images in job["items"]:
         item, read = item_of(row), Reader()
@@ -93,7 +83,7 @@ def _encoded(job: dict[str, Any], sums: np.ndarray) -> Iterator[dict[str, Any]]:
             for _, hashed, y, x, background, name in wanted[frame.number]:
                 image, mask = cut(*whole, y, x, settings)
                 stored = image.astype(job["dtype"], copy=False)
-                _add(stored, sums)
+                statistics.add(stored)
                 yield {
                     "id": name,
                     "group": group,
@@ -113,14 +103,3 @@ def _encoded(job: dict[str, Any], sums: np.ndarray) -> Iterator[dict[str, Any]]:
                 }
         if read.digest != digest:
             raise DataError(f"{item.images[0]} changed while the dataset was prepared; run the same command again.")
-
-
-def _add(image: np.ndarray, sums: np.ndarray) -> None:
-    flat = image.reshape(len(image), -1)
-    if image.dtype == np.float32:
-        wide = flat.astype(np.float64)
-        sums += np.stack([wide.sum(axis=1), (wide * wide).sum(axis=1)])
-        return
-    integers = flat.astype(np.int64)  # below 2^63 for images of up to 2^31 pixels of 16 bits
-    squares = (integers * integers).sum(axis=1)
-    sums += np.array([integers.sum(axis=1).tolist(), squares.tolist()], dtype=object)

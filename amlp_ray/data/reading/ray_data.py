@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
 import ray.exceptions
+from ray.data.extensions import ArrowTensorArray
 
-from amlp_ray.data.parts import Shape, image_bytes, images_of, masks_of, read_part
+from amlp_ray.data.parts import Shape, image_bytes, images_of, masks_of, read_part, schema
 from amlp_ray.data.place import Place
 from amlp_ray.data.quiet import quieten
 from amlp_ray.data.reading.order import Order, ahead
@@ -35,11 +36,15 @@ REMOTE_READERS = 8  # an object store answers late, but many at once
 
 
 def read_rows(dataset: PatchDataset, split: str, columns: Sequence[str] | None = None) -> ray.data.Dataset:
-    """A split's rows as a Ray dataset in order, `image` (C, H, W) and `mask` (H, W) as arrays; all columns if None."""
+    """A split's rows as a Ray dataset in order, `image` (C, H, W) and `mask` (H, W) as arrays; all columns if None.
+
+    A mask comes with `labelled`: an unlabelled image has a mask of zeros and False.
+    """
     quieten()
     files = dataset.files(split)
     if not files:
-        return ray.data.from_items([])
+        empty = schema(dataset.shape, dataset.manifest.dtype).empty_table()
+        return ray.data.from_arrow(empty.select(list(columns or empty.column_names)))
     rows = ray.data.read_parquet([file.path for file in files], filesystem=files[0].filesystem)
     if columns:
         rows = rows.select_columns(list(columns))  # Ray reads no others then
@@ -53,16 +58,14 @@ def read_rows(dataset: PatchDataset, split: str, columns: Sequence[str] | None =
     return rows
 
 
-def _arrays(table: pa.Table, shape: Shape, dtype: str) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name in table.column_names:
-        if name == "image":
-            out[name] = images_of(table[name], shape, dtype)
-        elif name == "mask":
-            out[name] = masks_of(table[name], shape)[0]
-        else:
-            out[name] = table[name].to_numpy(zero_copy_only=False)
-    return out
+def _arrays(table: pa.Table, shape: Shape, dtype: str) -> pa.Table:
+    out = {name: table[name] for name in table.column_names if name not in ("image", "mask")}
+    if "image" in table.column_names:
+        out["image"] = ArrowTensorArray.from_numpy(images_of(table["image"], shape, dtype))
+    if "mask" in table.column_names:
+        masks, labelled = masks_of(table["mask"], shape)
+        out |= {"mask": ArrowTensorArray.from_numpy(masks), "labelled": pa.array(labelled)}
+    return pa.table(out)
 
 
 @dataclass(frozen=True)

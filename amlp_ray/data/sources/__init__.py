@@ -8,7 +8,7 @@ from pathlib import Path
 
 from amlp_ray.config import PrepareSettings
 from amlp_ray.data.place import Place
-from amlp_ray.data.sources.found import Listed, contents_of, printable
+from amlp_ray.data.sources.found import Listed, contents_of, pictures_in, printable
 from amlp_ray.data.sources.item import Fault, Item, Listing, natural_key
 from amlp_ray.errors import DataError
 
@@ -65,7 +65,16 @@ def find_items(settings: PrepareSettings, source: str | Path | Place) -> Listing
             f"{place} holds {contents_of(place)}, but nothing that the {layout} layout can use{first}. It needs "
             f"{LAYOUTS[layout]}; give such a folder or another layout."
         )
-    return Listing(items, faults, "; ".join(filter(None, (why, found.why))), layout)
+    passed = _passed_over(place, items, found) if items[0].format == "picture" and not settings.file_list else ""
+    return Listing(items, faults, "; ".join(filter(None, (why, found.why, passed))), layout)
+
+
+def _passed_over(place: Place, items: list[Item], found: Listing) -> str:
+    """What is told of pictures that the layout has no place for; nothing if there are none."""
+    taken = {path for item in items for path in (*item.images, *item.masks)}
+    told = {fault.file for fault in found.faults} | {item.source for item in found.items}
+    rest = [n.full for n in pictures_in(place) if n.full not in told and str(place / n.full) not in taken]
+    return f"{len(rest)} pictures have no place in it and are left out, such as {printable(rest[0])!r}" if rest else ""
 
 
 def _unique(found: list[Item], faults: list[Fault]) -> tuple[list[Item], list[Fault]]:

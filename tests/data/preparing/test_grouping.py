@@ -203,34 +203,60 @@ def _csv(path: Path, lines: list[list[str]]) -> Path:
 
 def test_group_file_may_hold_more_columns_and_ids(tmp_path: Path) -> None:
     path = _csv(tmp_path / "g.csv", [["class", "id", "group"], ["b", "x (1)", "7"], ["b", "y", "7"], ["b", "z", "8"]])
-    assert read_group_file(path, ["y", "x (1)"]) == ["7", "7"]
+    assert read_group_file(path) == {"x (1)": "7", "y": "7", "z": "8"}
+
+
+def test_space_around_a_group_makes_no_other_group(tmp_path: Path) -> None:
+    path = _csv(tmp_path / "g.csv", [["id", "group"], [" x", "g0 "], ["y", "g0"]])
+    assert read_group_file(path) == {"x": "g0", "y": "g0"}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "filled"), [([50, 50], 2), ([20] * 5, 3), ([30, 30, 40], 3), ([1] * 4, 3), ([5, 200, 5, 200, 5], 3)]
+)
+def test_no_split_stays_empty_while_another_has_two_groups(sizes: list[int], filled: int) -> None:
+    groups = [f"g{i}" for i, size in enumerate(sizes) for _ in range(size)]
+    splits = split_by_group(groups, ["x"] * len(groups), (0.7, 0.1, 0.2), seed=0)
+    assert len(set(splits)) == filled
+    assert len({(group, split) for group, split in zip(groups, splits, strict=True)}) == len(sizes)
+
+
+def test_fractions_count_the_images_of_a_volume() -> None:
+    groups = [f"case {i}" for i in range(12)]
+    images = [200, 200, *[40] * 10]
+    splits = split_by_group(groups, ["x"] * 12, (0.5, 0.25, 0.25), 0, images)
+    got = {name: sum(n for n, split in zip(images, splits, strict=True) if split == name) for name in SPLITS}
+    assert got == {"train": 400, "val": 200, "test": 200}
 
 
 def test_a_group_file_may_name_its_column(tmp_path: Path) -> None:
     path = _csv(tmp_path / "g.csv", [["id", "group", "patient"], ["x", "1", "P7"], ["y", "2", "P7"]])
-    assert read_group_file(path, ["x", "y"], "patient") == ["P7", "P7"]
-    with pytest.raises(DataError, match=r"columns id, group, patient, but id and study are needed; .*group_column"):
-        read_group_file(path, ["x"], "study")
+    assert read_group_file(path, "patient") == {"x": "P7", "y": "P7"}
+    with pytest.raises(
+        DataError, match=r"columns id, group, patient, but one id and one study are needed; .*group_column"
+    ):
+        read_group_file(path, "study")
 
 
 @pytest.mark.parametrize(
     ("lines", "sentence"),
     [
-        ([["name", "group"], ["x", "1"]], r"g\.csv has the columns name, group, but id and group are needed"),
+        ([["name", "group"], ["x", "1"]], r"g\.csv has the columns name, group, but one id and one group are needed"),
         ([], r"g\.csv has the columns none"),
-        ([["id", "group"], ["y", "1"]], r"g\.csv has no group for 1 of 1 images, such as 'x'"),
+        ([["id;group"], ["x;1"]], r"columns id;group, but .* separate columns by commas"),
+        ([["id", "group", "group"], ["x", "1", "2"]], r"columns id, group, group, but one id and one group"),
         ([["id", "group"], ["x", "1"], ["x", "2"]], r"g\.csv gives 'x' two groups"),
         ([["id", "group"], ["x"]], r"g\.csv line 2 lacks an id or a group"),
     ],
 )
 def test_wrong_group_file_is_named(lines: list[list[str]], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=sentence):
-        read_group_file(_csv(tmp_path / "g.csv", lines), ["x"])
+        read_group_file(_csv(tmp_path / "g.csv", lines))
 
 
 def test_missing_group_and_split_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no group file .*gone\.csv"):
-        read_group_file(tmp_path / "gone.csv", ["x"])
+        read_group_file(tmp_path / "gone.csv")
     with pytest.raises(DataError, match=r"no split file .*gone\.json"):
         read_split_file(tmp_path / "gone.json", ["x"])
 
@@ -267,15 +293,14 @@ def test_shared_splits_cut_no_shared_group(name: str, real_data: Path) -> None:
         for split, ids in json.loads((real_data / "splits" / f"{name}.json").read_text()).items()
         for image in ids
     }
-    groups = read_group_file(real_data / name / "groups.csv", list(split_of))
-    assert not groups_cut(split_of, dict(zip(split_of, groups, strict=True)))
+    named = read_group_file(real_data / name / "groups.csv")
+    assert not groups_cut(split_of, {image: named[image] for image in split_of})
 
 
 @pytest.mark.real
 def test_near_copies_of_real_ultrasound_are_those_that_thumbnails_show(real_data: Path) -> None:
-    groups = read_group_file(
-        real_data / "busi_large" / "groups.csv", ids := _ids(real_data / "busi_large" / "groups.csv")
-    )
+    named = read_group_file(real_data / "busi_large" / "groups.csv")
+    ids, groups = list(named), list(named.values())
     folder = real_data / "busi_large" / "Dataset_BUSI_with_GT"
     files = [folder / name.split()[0] / f"{name}.png" for name in ids]
     hashes = np.array([perceptual_hash(np.asarray(Image.open(file).convert("RGB"))) for file in files], np.uint64)
@@ -284,8 +309,3 @@ def test_near_copies_of_real_ultrasound_are_those_that_thumbnails_show(real_data
     assert len(pairs) == 106
     assert agreeing == 105  # and the one beyond is a copy that was shifted
     assert Counter(near_duplicate_groups(ids, hashes)).most_common(1)[0][1] == 4
-
-
-def _ids(file: Path) -> list[str]:
-    with file.open(newline="", encoding="utf-8-sig") as text:
-        return [row["id"] for row in csv.DictReader(text)]

@@ -411,3 +411,141 @@ def test_real_colour_images(real_data: Path, tmp_path: Path) -> None:
     assert dataset.shape == (3, 64, 64)
     assert {split: len(dataset.load(split)) for split in SPLITS} == {"train": 43, "val": 7, "test": 13}
     assert all(dataset.load(split).masks.any(axis=(1, 2)).all() for split in SPLITS)
+
+
+# What a review broke
+
+
+@pytest.fixture
+def unfinished(busi_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A preparation by split and group file, all parts written, that was stopped before its manifest."""
+    ids = [f"benign ({i})" for i in range(1, 9)] + [f"malignant ({i})" for i in range(1, 7)]
+    (tmp_path / "s.json").write_text(json.dumps({"train": ids[:8], "test": ids[8:]}))
+    (tmp_path / "g.csv").write_text("id,group\n" + "\n".join(f"{name},{name}" for name in ids))
+    with monkeypatch.context() as patch:
+        stop = "amlp_ray.data.preparing.prepare.Manifest.model_dump"
+        patch.setattr(stop, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(busi_folder, tmp_path / "out", _by_files(tmp_path))
+    return tmp_path
+
+
+def _by_files(folder: Path, **values: Any) -> PrepareSettings:
+    return _settings("busi", split_file=str(folder / "s.json"), group_file=str(folder / "g.csv"), **values)
+
+
+@pytest.mark.parametrize("edited", ["s.json", "g.csv"])
+def test_edited_split_and_group_files_are_no_way_to_go_on(edited: str, unfinished: Path, busi_folder: Path) -> None:
+    if edited == "s.json":
+        splits = json.loads((unfinished / edited).read_text())
+        (unfinished / edited).write_text(json.dumps({"train": splits["test"], "test": splits["train"]}))
+    else:
+        (unfinished / edited).write_text((unfinished / edited).read_text().replace(",benign (1)", ",benign (2)"))
+    with pytest.raises(DataError, match="unfinished dataset of other files or settings"):
+        prepare(busi_folder, unfinished / "out", _by_files(unfinished))
+
+
+def test_another_salt_is_no_way_to_go_on(busi_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AMLP_RAY_SALT", "one")
+    prepare(busi_folder, tmp_path / "out", _settings("busi", hash_names=True))
+    monkeypatch.setenv("AMLP_RAY_SALT", "two")
+    with pytest.raises(DataError, match="made from other files or settings"):
+        prepare(busi_folder, tmp_path / "out", _settings("busi", hash_names=True))
+
+
+def test_a_dataset_says_nothing_of_where_files_lay(unfinished: Path, busi_folder: Path) -> None:
+    prepare(busi_folder, unfinished / "out", _by_files(unfinished))
+    assert str(unfinished) not in (unfinished / "out" / "manifest.json").read_text()
+
+
+def test_a_failure_deletes_nothing_of_the_user_s(busi_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"x")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".important").write_text("x")
+    with pytest.raises(DataError, match="out exists and is not a patch dataset"):
+        prepare(tmp_path / "bad", tmp_path / "out", _settings("flat"))
+    (tmp_path / "out" / ".important").unlink()
+    (tmp_path / "out" / ".preparing").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("x")
+    with pytest.raises(DataError, match="None of 1 images can be used"):
+        prepare(tmp_path / "bad", tmp_path / "out", _settings("flat"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+def test_a_dataset_that_ended_meanwhile_is_not_touched(
+    busi_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import amlp_ray.data.preparing.prepare as module
+
+    find = module.find_items
+
+    def other_first(*given: Any) -> Any:
+        monkeypatch.setattr(module, "find_items", find)
+        prepare(busi_folder, tmp_path / "out", _settings("busi"))
+        return find(*given)
+
+    monkeypatch.setattr(module, "find_items", other_first)
+    with pytest.raises(DataError, match="was finished by another process meanwhile"):
+        prepare(busi_folder, tmp_path / "out", _settings("busi", size=48))
+    assert PatchDataset.open(tmp_path / "out").shape == (1, 32, 32)
+    assert not (tmp_path / "out" / ".preparing").exists()
+
+
+@pytest.mark.parametrize("values", ["window", "percentile"])
+def test_values_of_pictures_are_brought_to_bytes(values: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(500, 4000, (32, 32)).astype(np.uint16) for _ in range(3)]
+    for i, array in enumerate(arrays):
+        Image.fromarray(array).save(tmp_path / "in" / f"{i}.png")
+    given = {"values": values, "window": (1000, 3000) if values == "window" else None}
+    train = prepare(tmp_path / "in", tmp_path / "out", _settings("flat", fractions=(1, 0, 0), **given)).load("train")
+    assert train.images.dtype == np.uint8
+    for stored, array in zip(train.images[:, 0], arrays, strict=True):
+        low, high = (1000, 3000) if values == "window" else np.percentile(array[array > array.min()], (0.5, 99.5))
+        np.testing.assert_array_equal(
+            stored, np.rint(((array.astype(float) - low) / (high - low) * 255.0).clip(0, 255))
+        )
+    if values == "window":
+        with pytest.raises(DataError, match="names no window, so values=window needs one"):
+            prepare(tmp_path / "in", tmp_path / "other", _settings("flat", values="window"))
+
+
+def test_padding_does_not_make_a_small_picture_air(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(60, 250, (40, 40), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "in" / f"{i}.png")
+    dataset = prepare(tmp_path / "in", tmp_path / "out", _settings("flat", fit="tiles", size=224, fractions=(1, 0, 0)))
+    assert len(dataset) == 3
+    assert (dataset.table()["background"] > 0.95).all()
+
+
+def test_pictures_that_a_layout_has_no_place_for_are_told(paired_folder: Path, tmp_path: Path) -> None:
+    Image.new("L", (50, 40)).save(paired_folder / "stray.png")
+    said: list[str] = []
+    prepare(paired_folder, tmp_path / "out", _settings("auto", fractions=(1, 0, 0)), told=Told(said.append))
+    assert said[0].endswith("1 pictures have no place in it and are left out, such as 'stray.png'")
+
+
+def test_the_list_of_rejects_comes_back_when_it_is_lost(busi_folder: Path, tmp_path: Path) -> None:
+    (busi_folder / "benign" / "benign (3).png").write_bytes(b"x")
+    (busi_folder / "normal" / "normal (1).png").unlink()
+    prepare(busi_folder, tmp_path / "out", _settings("busi"))
+    before = (tmp_path / "out.rejects.csv").read_text()
+    assert all(row.startswith(("file,", f"{busi_folder}/")) for row in before.splitlines())
+    (tmp_path / "out.rejects.csv").unlink()
+    prepare(busi_folder, tmp_path / "out", _settings("busi"))
+    assert (tmp_path / "out.rejects.csv").read_text() == before
+
+
+def test_small_splits_are_filled_and_empty_ones_told(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    said: list[str] = []
+    for i in range(2):
+        blocks = Image.fromarray(np.random.default_rng(i).integers(0, 256, (6, 6), dtype=np.uint8))
+        blocks.resize((40, 40)).save(tmp_path / "in" / f"{i}.png")
+    settings = _settings("flat", fractions=(0.7, 0.1, 0.2))
+    prepare(tmp_path / "in", tmp_path / "out", settings, told=Told(said.append))
+    assert any("stays empty: 2 groups are too few" in sentence for sentence in said)

@@ -205,6 +205,64 @@ def test_dicom_in_hounsfield_units_with_no_name_left(tmp_path: Path) -> None:
     assert b"Anna" not in b"".join(str(value).encode() for value in found.dataset.table().to_numpy().ravel())
 
 
+def _slices(folder: Path, count: int, **elements: Any) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    series = pydicom.uid.generate_uid()
+    for k in range(count):
+        own = {
+            name: values[k] if isinstance(values, list) else values
+            for name, values in ({"SeriesInstanceUID": series, "ImagePositionPatient": None} | elements).items()
+        }
+        made = dicom(noise(20, 20, seed=k, high=3000, dtype=np.int16), InstanceNumber=k, **own)
+        made.save_as(folder / f"{series}-{k}", enforce_file_format=True)
+    return series
+
+
+def test_patients_of_a_table_are_hashed_in_dicom(tmp_path: Path) -> None:
+    for name in ("DOE^JOHN", "ROE^JANE", "DOE^JACK"):
+        _slices(tmp_path / "in", 2, patient=name)
+    lines = ["id,family", "DOE^JOHN,the Does", "ROE^JANE,the Roes", "DOE^JACK,the Does"]
+    (tmp_path / "g.csv").write_text("\n".join(lines))
+    given = {"group_file": str(tmp_path / "g.csv"), "group_column": "family"}
+    settings = PrepareSettings.model_validate({"layout": "dicom", "size": 16, "fractions": (0.5, 0.5, 0)} | given)
+    dataset = prepare(tmp_path / "in", tmp_path / "out", settings)
+    assert sorted(dataset.table().groupby("group").size()) == [2, 4]
+    content = b"".join(file.read_bytes() for file in (tmp_path / "out").rglob("*.*"))
+    assert not any(word in content for word in (b"DOE", b"Does", b"ROE", b"Roes"))
+
+
+def test_a_screenshot_does_not_colour_a_set_of_slices(tmp_path: Path) -> None:
+    _slices(tmp_path / "in", 5)
+    for i in range(2):
+        sheet = dicom(noise(30, 30, 3), Modality="OT", SOPClassUID="1.2.840.10008.5.1.4.1.1.7")
+        sheet.save_as(tmp_path / "in" / f"sheet {i}", enforce_file_format=True)
+    settings = PrepareSettings(layout="dicom", size=16, fractions=(1, 0, 0))
+    dataset = prepare(tmp_path / "in", tmp_path / "out", settings)
+    assert dataset.shape[0] == 1
+    assert len(dataset) == 5
+    told = (tmp_path / "out.rejects.csv").read_text()
+    assert told.count(',rejected,"has 3 channels, but the dataset has 1') == 2
+
+
+def test_one_odd_slice_does_not_lose_a_series(tmp_path: Path) -> None:
+    _slices(tmp_path / "in", 4, RescaleSlope=[1.5, 2.5, 1, 4.5], RescaleIntercept=0)
+    found = round_trip(tmp_path / "in", tmp_path / "out", "dicom")
+    assert found.dataset.manifest.dtype == "float32"
+    for (_, k), picture in found.frames.items():
+        scaled = noise(20, 20, seed=k, high=3000, dtype=np.int16) * np.float64([1.5, 2.5, 1, 4.5][k])
+        same(picture, scaled.astype(np.float32), None)
+
+
+def test_statistics_of_floats_hold_far_from_zero(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    arrays = [(1e6 + noise(32, 32, seed=i) / 512).astype(np.float32) for i in range(4)]
+    for i, array in enumerate(arrays):
+        np.save(tmp_path / "in" / f"{i}.npy", array)
+    found = round_trip(tmp_path / "in", tmp_path / "out", "flat")
+    np.testing.assert_allclose(found.dataset.manifest.mean[0], np.mean(arrays, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(found.dataset.manifest.std[0], np.std(arrays, dtype=np.float64), rtol=1e-9)
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("name", ["t1", "t2", "t2s"])
 @pytest.mark.parametrize(("axis", "number"), [("axial", 2), ("coronal", 1), ("sagittal", 0)])

@@ -52,11 +52,12 @@ def pretrain(
     def report(metrics: dict[str, Any]) -> None:
         nonlocal bar
         bar = bar if bar is not None else tqdm(total=settings.epochs, unit="epoch", dynamic_ncols=True)
-        bar.set_postfix_str(
-            f"loss {metrics['loss']:.4f}, ratio {metrics['ratio']:.2f}, "
-            f"{metrics['images_per_second']:.0f} img/s, waiting {metrics['wait_share']:.0%}"
-        )
-        bar.update(metrics["epoch"] - bar.n)
+        if metrics["epoch"]:  # 0: the random encoder of variant=scratch, which is not trained
+            bar.set_postfix_str(
+                f"loss {metrics['loss']:.4f}, ratio {metrics['ratio']:.2f}, "
+                f"{metrics['images_per_second']:.0f} img/s, waiting {metrics['wait_share']:.0%}"
+            )
+            bar.update(metrics["epoch"] - bar.n)
 
     encoder = pretrain_dataset(data, out, settings, labels=labels, resources=resources, address=address, report=report)
     if bar is None:
@@ -64,4 +65,5 @@ def pretrain(
     else:
         bar.close()
     typer.echo(f"encoder: {encoder}")
-    typer.echo(f"pictures: {out / 'pictures'}")
+    if (out / "pictures").is_dir():
+        typer.echo(f"pictures: {out / 'pictures'}")

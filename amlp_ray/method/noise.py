@@ -30,7 +30,7 @@ def uniform(keys: Tensor, count: int, *, seed: int, epoch: int, purpose: int) ->
     state = torch.zeros((), dtype=torch.int64)
     for counter in counters:
         state = _mix(state + counter + _GOLDEN)
-    rows = _mix(keys ^ state.to(keys.device))  # (B,)
+    rows = _mix(keys ^ int(state))  # (B,); a number and no tensor, since copying one makes the host wait for a GPU
     columns = torch.arange(1, count + 1, device=keys.device) * _GOLDEN  # (count,)
     bits = _mix(rows[:, None] + columns)
     # 23 bits and half a step: k + 0.5 is exact in float32, so neither 0 nor 1 occurs and log(-log(u)) is finite

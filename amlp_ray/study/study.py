@@ -117,7 +117,7 @@ class Study:
             ResourceError: no node can hold a trial.
             InterruptedStudyError: after Ctrl-C.
         """
-        from amlp_ray.data.reading.cache import sweep
+        from amlp_ray.data.reading.cache import swept
         from amlp_ray.runtime.capacity import cluster_resources, machine_resources
         from amlp_ray.runtime.ray_session import ray_session
         from amlp_ray.study.plan import check_study
@@ -128,7 +128,7 @@ class Study:
             self._side_by_side(machine_resources())  # refuse before a cluster is started
         self._check_unchanged()
         self.store.folder.mkdir(parents=True, exist_ok=True)
-        with self.store.lock():
+        with self.store.lock(), swept():
             self._check_unchanged()
             with ray_session(address) as session:
                 cluster = cluster_resources()
@@ -147,7 +147,6 @@ class Study:
                 if session.dashboard:
                     notify(f"Ray dashboard: {session.dashboard}")
                 self._tune(side_by_side, notify)
-        sweep()  # Ray ends trials' processes without a word, and their images would stay in memory
         return self
 
     def _side_by_side(self, cluster: dict[str, float]) -> int:

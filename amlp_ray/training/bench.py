@@ -12,7 +12,7 @@ from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.reading import cache
 from amlp_ray.data.reading.bench import measure_pace
 from amlp_ray.data.reading.stream import ExampleBatches, Mode, open_batches, resolved
-from amlp_ray.errors import DataError
+from amlp_ray.errors import DataError, SettingsError
 from amlp_ray.runtime.ray_session import ray_session
 from amlp_ray.training.pretrain import build_model, train_epoch
 from amlp_ray.training.steps import step_of
@@ -42,6 +42,8 @@ def bench(
         device: `cpu` or `cuda`; none: a GPU where there is one.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SettingsError(f"device is {device!r}, but no GPU is seen here; use cpu.")
     settings = settings if batch_size is None else settings.model_copy(update={"batch_size": batch_size})
     eaten = model_pace(dataset, settings, seconds=seconds, device=device)
     auto, rows = resolved(dataset, "train", "auto"), []
@@ -69,7 +71,7 @@ def _pace(
     else:
         pace = measure_pace(opened, seconds=seconds, device=device)
     given = pace.images_per_second
-    # A GPU computes while batches are gathered; on a CPU, gathering and computing take turns.
+    # A GPU computes while batches are gathered; on a CPU they take turns, also with what a stream reads beside them.
     waiting = max(0.0, 1 - given / eaten) if device != "cpu" else eaten / (eaten + given)
     return {
         "first_batch_seconds": pace.first_batch_seconds,

@@ -89,7 +89,7 @@ def load_checkpoint(
     state = _read_state(path, "delete it to start from the first epoch")
     theirs, epoch = state["settings"], state["epoch"]
     ours = settings.model_dump(mode="json")
-    changed = [key for key in ours if theirs.get(key) != ours[key]]
+    changed = [key for key in ours if theirs.get(key) != ours[key] and key != "data"]  # how images are read
     if changed:
         raise CheckpointError(
             f"{path} was written with other settings ({', '.join(changed)}); "

@@ -16,7 +16,7 @@ import torch
 
 from amlp_ray.config import PretrainSettings, ProbeSettings
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.reading.stream import Batches, open_batches
+from amlp_ray.data.reading.stream import open_batches
 from amlp_ray.errors import CheckpointError
 from amlp_ray.files import write_whole
 from amlp_ray.method.model import MaskedAutoencoder
@@ -72,6 +72,8 @@ def run_job(job: Job, hooks: Hooks, *, rank: int = 0, world: int = 1, device: st
     torch.set_num_threads(job.threads)
     dataset = PatchDataset.open(job.data)
     labels = job.open_labels(dataset)
+    if job.settings.objective == "none":
+        return _score_random_encoder(job, hooks, dataset, labels, is_first=rank == 0)
     batches = open_batches(
         dataset,
         batch_size=job.settings.batch_size,
@@ -85,8 +87,6 @@ def run_job(job: Job, hooks: Hooks, *, rank: int = 0, world: int = 1, device: st
     if rank == 0:
         claim(job, dataset, labels)
         hooks = replace(hooks, evaluate=_evaluation(job, dataset, labels))
-    if job.settings.objective == "none":
-        return _score_random_encoder(job, hooks, batches)
     result = pretrain(job.settings, batches, job.folder, hooks=hooks, device=device, truth=truth)
     if rank == 0 and isinstance(result.model, MaskedAutoencoder):
         _draw(job, labels, result.model, max(1, result.epochs))
@@ -104,7 +104,7 @@ def claim(job: Job, dataset: PatchDataset, labels: PatchDataset | None = None) -
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     path, about = job.folder / "settings.yaml", job.folder / "data.json"
-    if path.is_file() and build(PretrainSettings, read_yaml(path), str(path)) != job.settings:
+    if path.is_file() and _decisive(build(PretrainSettings, read_yaml(path), str(path))) != _decisive(job.settings):
         raise CheckpointError(
             f"{job.folder} holds a run with other settings (see its settings.yaml); use another folder or delete it."
         )
@@ -122,6 +122,11 @@ def claim(job: Job, dataset: PatchDataset, labels: PatchDataset | None = None) -
                 )
     write_yaml(job.settings, path)
     write_whole(about, json.dumps(data, indent=1))
+
+
+def _decisive(settings: PretrainSettings) -> PretrainSettings:
+    """What a run's result follows from: not how its images are read, which a smaller machine may do in another way."""
+    return settings.model_copy(update={"data": "auto"})
 
 
 def _described(dataset: PatchDataset) -> dict[str, Any]:
@@ -146,13 +151,18 @@ def _keep(folder: Path, score: Score, epoch: int) -> Metrics:
     return {name: getattr(score, name) for name in ("dsc", "ppv", "sensitivity", "ap")}
 
 
-def _score_random_encoder(job: Job, hooks: Hooks, batches: Batches) -> PretrainResult:
+def _score_random_encoder(
+    job: Job, hooks: Hooks, dataset: PatchDataset, labels: PatchDataset, *, is_first: bool
+) -> PretrainResult:
     """The variant `scratch`: reported once, as epoch 0."""
     torch.manual_seed(job.settings.seed)
-    model = MaskedAutoencoder(job.settings.model, batches.spec).eval()
-    metrics = {"epoch": 0, **hooks.evaluate(model, 0)}
+    model = MaskedAutoencoder(job.settings.model, dataset.spec).eval()
     encoder = job.folder / "encoder.safetensors"
-    export_encoder(model.encoder, encoder, job.settings.model, batches.spec)
+    metrics: Metrics = {"epoch": 0}
+    if is_first:
+        claim(job, dataset, labels)
+        metrics |= _evaluation(job, dataset, labels)(model, 0)
+        export_encoder(model.encoder, encoder, job.settings.model, dataset.spec)
     hooks.report(metrics, encoder)
     return PretrainResult(0, False, metrics, model, encoder)
 

@@ -14,6 +14,7 @@ import torch
 
 from amlp_ray.config import PretrainSettings, ResourceSettings
 from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.data.place import Place
 from amlp_ray.data.reading import cache
 from amlp_ray.data.reading.stream import is_streamed
 from amlp_ray.errors import AmlpError
@@ -65,7 +66,7 @@ def pretrain_dataset(
         out,
         threads=max(1, int(resources.cpus_per_worker)),
         label=out.name,
-        labels=None if labels is None else str(labels),
+        labels=None if labels is None else str(Place(labels)),
     )
     labelled = job.open_labels(dataset)  # a set that does not fit is told before anything starts
     if resources.workers == 1:
@@ -77,10 +78,9 @@ def pretrain_dataset(
             cache.release()  # a notebook gets its memory back
     else:
         claim(job, dataset, labelled)  # before Ray is started: a folder of another run is told at once
-        with ray_session(address):
+        with cache.swept(), ray_session(address):
             jobs_side_by_side(resources, cluster_resources())
             run_on_ray(job, resources, name=f"pretrain-{out.name}", storage=out / "ray_train", report=report)
-        cache.sweep()  # Ray ends workers without a word
     return out / "encoder.safetensors"
 
 

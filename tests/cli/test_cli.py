@@ -264,3 +264,17 @@ def test_a_fault_of_a_file_is_told_as_the_files(
     )
     assert code == 2
     assert err.startswith(f"amlp-ray: {config}: unknown setting 'epoch'")
+
+
+def test_the_random_encoder_is_no_training_and_no_error(
+    phantom_dataset: PatchDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "scratch"
+    monkeypatch.setattr(
+        sys, "argv", ["amlp-ray", "pretrain", phantom_dataset.path, "--out", str(out), "--set", "variant=scratch"]
+    )
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    assert (out / "encoder.safetensors").is_file()
+    assert "pictures" not in capsys.readouterr().out

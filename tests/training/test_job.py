@@ -83,3 +83,9 @@ def test_lines_of_metrics_are_read_up_to_the_first_that_was_cut(tmp_path: Path) 
     assert [row["epoch"] for row in drop_after(path, 1)] == [1]
     assert path.read_text() == '{"epoch": 1}\n'
     assert drop_after(tmp_path / "none.jsonl", 5) == []
+
+
+def test_a_run_goes_on_with_images_read_in_another_way(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+    first = run_job(job_of(phantom_dataset, tmp_path / "run", epochs=1, data="resident"), Hooks())
+    again = run_job(job_of(phantom_dataset, tmp_path / "run", epochs=1, data="mapped"), Hooks())
+    assert again.metrics == first.metrics

@@ -16,10 +16,11 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -117,19 +118,20 @@ def store_path(dataset: PatchDataset, split: str, kind: Kind) -> Path:
 def has_store(dataset: PatchDataset, split: str, kind: Kind) -> bool:
     """Whether this node holds the store or is building it."""
     path = store_path(dataset, split, kind)
-    return path.exists() or _partial(path).exists()
+    return any(os.access(file, os.R_OK | os.W_OK) for file in (path, _partial(path)))
 
 
 def fits(dataset: PatchDataset, split: str, kind: Kind) -> bool:
     """Whether there is room for a store: in free memory and shared memory, or on the disk of the cache folder."""
     size = _file_size(dataset, split)
     if kind == "resident":
-        return size <= RESIDENT_SHARE * min(free_memory(), _free(SHARED_MEMORY) or free_memory())
+        shared = _free(SHARED_MEMORY)
+        return size <= RESIDENT_SHARE * (free_memory() if shared is None else min(free_memory(), shared))
     folder = _cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        unused = sum(file.stat().st_size for file in folder.glob("*.images"))
-        return os.access(folder, os.W_OK) and size <= MAPPED_SHARE * (_free(folder) + unused)
+        room = (_free(folder) or 0) + sum(map(_unused_bytes, folder.glob("*.images")))
+        return os.access(folder, os.W_OK) and size <= MAPPED_SHARE * room
     except OSError:
         return False
 
@@ -145,8 +147,8 @@ def free_memory() -> int:
     with suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free = min(free, limit - used + int(stat["inactive_file"]))
+        details = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(details["inactive_file"]))
     return max(0, free)
 
 
@@ -156,6 +158,15 @@ def sweep(folder: Path | None = None) -> None:
         pattern = "*" if place == _shared_folder() else "*.partial"
         for file in place.glob(pattern):
             _delete_unused(file)
+
+
+@contextmanager
+def swept() -> Iterator[None]:
+    """Sweep at the end, however it comes: Ray ends processes without a word, and their images would stay in memory."""
+    try:
+        yield
+    finally:
+        sweep()
 
 
 def _delete_unused(path: Path) -> int:
@@ -186,12 +197,15 @@ def _leave(fd: int, path: Path) -> None:
         pass
     finally:
         with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)  # arrays still in use keep the file open, and its lock
             os.close(fd)
 
 
 def _open_or_build(dataset: PatchDataset, split: str, path: Path, kind: Kind) -> int:
     """A descriptor of the whole store, under a shared lock."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if path.parent == _shared_folder() and not _is_private(path.parent):
+        raise PermissionError(f"{path.parent} belongs to somebody else, or others may write there")
     partial, size = _partial(path), _file_size(dataset, split)
     while True:
         if (fd := _open_shared(path)) is not None:
@@ -199,11 +213,12 @@ def _open_or_build(dataset: PatchDataset, split: str, path: Path, kind: Kind) ->
                 return fd
             path.unlink(missing_ok=True)  # cut by something else than us
             os.close(fd)
-        fd = os.open(partial, os.O_RDWR | os.O_CREAT, 0o600)
+        fd, mine = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), False
         try:
             if not _lock(fd):  # another process builds
                 time.sleep(POLL_S)
             elif _leads_to(partial, fd):
+                mine = True
                 if path.exists():  # finished between the two looks
                     partial.unlink(missing_ok=True)
                 else:
@@ -213,12 +228,18 @@ def _open_or_build(dataset: PatchDataset, split: str, path: Path, kind: Kind) ->
                         done, fd = fd, -1
                         return done
         except BaseException:
-            if _leads_to(partial, fd):
+            if mine and _leads_to(partial, fd):  # another's may be half built
                 partial.unlink(missing_ok=True)
             raise
         finally:
             if fd >= 0:
                 os.close(fd)
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether nobody but this user can write in a folder: shared memory is open to all who are on the machine."""
+    status = folder.lstat()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
 def _lock(fd: int) -> bool:
@@ -269,10 +290,32 @@ def _parts(dataset: PatchDataset, split: str) -> Iterator[tuple[int, np.ndarray,
 def _make_room(path: Path, size: int) -> None:
     """Delete unused stores, those used longest ago first, until `size` bytes are free beside `path`."""
     folder = path.parent
-    for file in sorted(folder.glob("*.images"), key=lambda file: file.stat().st_mtime):
-        if MAPPED_SHARE * _free(folder) >= size:
+    if MAPPED_SHARE * ((_free(folder) or 0) + sum(map(_unused_bytes, folder.glob("*.images")))) < size:
+        return  # none of them would help
+    for file in sorted(folder.glob("*.images"), key=_last_used):
+        if MAPPED_SHARE * (_free(folder) or 0) >= size:
             return
         _delete_unused(file)
+
+
+def _last_used(file: Path) -> float:
+    with suppress(OSError):
+        return file.stat().st_mtime
+    return 0.0  # deleted meanwhile
+
+
+def _unused_bytes(path: Path) -> int:
+    """Bytes of a store that nobody uses, and that could be deleted; 0 of one that is in use."""
+    try:
+        fd = os.open(path, os.O_RDWR)
+    except OSError:
+        return 0
+    try:
+        return os.fstat(fd).st_size if _lock(fd) else 0
+    except OSError:
+        return 0
+    finally:
+        os.close(fd)
 
 
 def _open_shared(path: Path) -> int | None:
@@ -311,11 +354,12 @@ def _file_size(dataset: PatchDataset, split: str) -> int:
     return _keys_offset(dataset, split) + 8 * dataset.count(split)
 
 
-def _free(folder: Path) -> int:
+def _free(folder: Path) -> int | None:
+    """Free bytes where a folder lies; None where there is no such folder."""
     try:
         return shutil.disk_usage(folder).free
     except OSError:
-        return 0
+        return None
 
 
 def _shared_folder() -> Path:

@@ -3,10 +3,10 @@
 A split of up to `WINDOW` bytes is permuted as a whole, and worker r of w takes rows r::w of each global batch.
 
 Of a larger one, row groups are permuted, since a group is what can be read at once, and their rows written one after
-another. The rows are cut into L equal lanes, each lane is shuffled among windows of `LANE_BYTES`, and global batch b is
-the b-th piece of every lane, so it holds images from L distant places. A worker takes neighbouring lanes and reads
-these only. L is the largest divisor of the batch size up to `LANES`; where the number of workers does not divide it, L
-is their least common multiple. Any number of workers that divides L trains on the same global batches.
+another. The rows are cut into L equal lanes, each lane is shuffled among windows of its share of `WINDOW`, and global
+batch b is the b-th piece of every lane, so it holds images from L distant places. A worker takes neighbouring lanes and
+reads these only. L is the largest divisor of the batch size up to `LANES`; where the number of workers does not divide
+it, L is their least common multiple. Any number of workers that divides L trains on the same global batches.
 
 The last incomplete batch is dropped, so an image comes once in an epoch or not at all; only a split smaller than a
 batch repeats, so that there is always a step.
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 WINDOW = 256 << 20  # bytes of images that one worker shuffles among, and so has to hold
 LANES = 8
-LANE_BYTES = WINDOW // LANES
 
 
 class Unit(NamedTuple):
@@ -60,8 +59,11 @@ def lanes_for(batch_size: int, world: int) -> int:
     >>> lanes_for(256, 1), lanes_for(256, 4), lanes_for(12, 2), lanes_for(24, 3), lanes_for(256, 16)
     (8, 8, 6, 24, 16)
     """
-    largest = max(lanes for lanes in range(1, min(LANES, batch_size) + 1) if batch_size % lanes == 0)
-    return math.lcm(largest, world)
+    return math.lcm(_divisor(batch_size), world)
+
+
+def _divisor(batch_size: int) -> int:
+    return max(lanes for lanes in range(1, min(LANES, batch_size) + 1) if batch_size % lanes == 0)
 
 
 def epoch_order(
@@ -116,7 +118,8 @@ class Order:
         image = image_bytes(dataset.shape, dataset.manifest.dtype)
         whole = dataset.bytes(split) <= WINDOW or dataset.count(split) <= batch_size
         lanes = 0 if whole else lanes_for(batch_size, world)
-        window = max(1, LANE_BYTES // image)
+        # Of one worker's lanes together, so that an odd batch size with a single lane is shuffled as well.
+        window = max(1, WINDOW // _divisor(batch_size) // image)
         return cls(tuple(units_of(dataset, split)), batch_size, world, lanes, window, seed)
 
     @cached_property

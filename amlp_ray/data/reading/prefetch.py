@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -20,9 +21,10 @@ T = TypeVar("T")
 def prefetched(batches: Iterable[Batch], device: str | torch.device, *, depth: int = DEPTH) -> Generator[Batch]:
     """Yield the same batches with their images on the device; keys stay on the CPU, where steps look images up.
 
-    For CUDA, a thread gathers up to `depth` batches ahead and copies them on a stream of its own while the device
-    computes. On a CPU there is nothing to copy, and a thread would take from the step's own cores more than gathering a
-    batch does (10 to 60 us per image against 5 to 30, measured), so batches come as they are.
+    For CUDA, a thread gathers `depth` batches ahead, and one more that waits to be queued, and copies them on a
+    stream of its own while the device computes. On a CPU there is nothing to copy, and a thread would take from the
+    step's own cores more than gathering a batch does (10 to 60 us per image against 5 to 30, measured), so batches
+    come as they are.
 
     An error of `batches` is raised here. Close the generator where it is left early: that ends the thread.
 
@@ -79,9 +81,13 @@ def read_ahead(items: Iterable[Any], prepare: Callable[[Any], T], depth: int) ->
             end: object = _END
         except BaseException as error:  # raised again where the consumer waits
             end = _Failure(error)
-        if isinstance(source, Generator):
-            source.close()
-        put(end)
+        try:
+            if isinstance(source, Generator):
+                source.close()
+        except BaseException as error:
+            end = end if isinstance(end, _Failure) else _Failure(error)
+        finally:
+            put(end)
 
     thread = threading.Thread(target=work, name="amlp-prefetch", daemon=True)
     thread.start()
@@ -95,6 +101,12 @@ def read_ahead(items: Iterable[Any], prepare: Callable[[Any], T], depth: int) ->
         thread.join()
 
 
+@lru_cache
+def _copy_stream(device: torch.device) -> Any:
+    """The one stream that copies to a device: memory that was freed on it is used again by its next copies only."""
+    return torch.cuda.Stream(device)
+
+
 class _Copied(NamedTuple):
     batch: Batch
     done: Any  # torch.cuda.Event
@@ -105,7 +117,7 @@ class _Copier:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _copy_stream(device)
 
     def begin(self, batch: Batch) -> _Copied:
         """Start copying; returns at once for pinned memory, which torch keeps until the copy is over."""

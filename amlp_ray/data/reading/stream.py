@@ -58,7 +58,10 @@ def open_batches(
     world: int = 1,
     epochs: int | None = None,
 ) -> Batches:
-    """Open one worker's batches of a split. All modes and numbers of workers give the same images in the same order.
+    """Open one worker's batches of a split. All modes give the same images in the same order.
+
+    So do all numbers of workers for a split of up to 256 MiB, and those that divide the lanes for a larger one, see
+    `order.py`.
 
     Args:
         dataset: the patch dataset.
@@ -111,6 +114,8 @@ class ExampleBatches:
     steps_per_epoch = 1
 
     def __init__(self, dataset: PatchDataset, split: str = "train", *, batch_size: int) -> None:
+        if dataset.count(split) == 0:
+            raise DataError(f"The split {split!r} of {dataset.path} has no images; prepare it with a larger fraction.")
         self.spec = dataset.spec
         some = dataset.load(split, np.arange(min(batch_size, dataset.count(split))))
         self._batch = _batch(some.images, some.keys, np.resize(np.arange(len(some)), batch_size))

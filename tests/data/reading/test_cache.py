@@ -226,3 +226,47 @@ def test_a_damaged_part_leaves_nothing_behind(dataset: PatchDataset, folders: Pa
 
 def test_free_memory_is_known() -> None:
     assert 1 << 20 < cache.free_memory() < 1 << 50
+
+
+# What a review broke
+
+
+@pytest.mark.parametrize("kind", ["resident", "mapped"])
+def test_a_waiter_that_is_interrupted_leaves_the_builder_s_file(
+    kind: cache.Kind, dataset: PatchDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = cache.store_path(dataset, "train", kind)
+    path.parent.mkdir(parents=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w") as builder:
+        fcntl.flock(builder, fcntl.LOCK_EX)
+        monkeypatch.setattr(cache.time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            cache.open_store(dataset, "train", kind)
+        assert partial.exists()
+
+
+def test_a_folder_in_shared_memory_that_others_may_write_is_not_used(dataset: PatchDataset, folders: Path) -> None:
+    folder = cache.store_path(dataset, "train", "resident").parent
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    store = cache.open_store(dataset, "train", "resident")
+    assert store.path is None  # in memory of its own
+    assert len(store.images) == 100
+    assert files(folder) == []
+
+
+def test_stores_in_use_are_no_room(dataset: PatchDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = cache.open_store(dataset, "train", "mapped")
+    other = noise_dataset(tmp_path / "other", 100, seed=1)
+    monkeypatch.setattr(cache, "_free", lambda _: 0)
+    assert not cache.fits(other, "train", "mapped")
+    used.close()
+    monkeypatch.setattr(cache, "MAPPED_SHARE", 1.0)
+    assert cache.fits(other, "train", "mapped")
+
+
+def test_full_shared_memory_is_no_room(dataset: PatchDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cache.fits(dataset, "train", "resident")
+    monkeypatch.setattr(cache, "_free", lambda _: 0)
+    assert not cache.fits(dataset, "train", "resident")

@@ -81,3 +81,17 @@ def test_on_a_gpu_images_are_there_and_whole() -> None:
         assert keys.device.type == "cpu"
         assert bool((images == i).all())
     assert threads() == 0
+
+
+def test_a_source_that_fails_while_it_is_closed_does_not_hang_the_consumer() -> None:
+    def source() -> Iterator[int]:
+        try:
+            yield 1
+        finally:
+            raise RuntimeError("while closing")
+
+    def fail(item: int) -> int:
+        raise ValueError("out of memory")
+
+    with pytest.raises(ValueError, match="out of memory"):
+        list(read_ahead(source(), fail, 2))

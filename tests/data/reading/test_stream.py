@@ -34,9 +34,8 @@ def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Splits of more than 1000 bytes are large, and windows hold 10 images of 64 bytes."""
+    """Splits of more than 1000 bytes are large, and windows of the lanes together hold 15 images of 64 bytes."""
     monkeypatch.setattr(order, "WINDOW", 1000)
-    monkeypatch.setattr(order, "LANE_BYTES", 640)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +164,6 @@ def test_a_reader_that_dies_is_replaced_and_the_order_stays(
 
     dataset = noise_dataset(tmp_path / "set", 2000, part=50)
     monkeypatch.setattr(order, "WINDOW", 1000)
-    monkeypatch.setattr(order, "LANE_BYTES", 640)
     monkeypatch.setattr(ray_data, "BLOCK_BYTES", 1000)  # so that the reader has most of its way before it
     expected = _digest(open_batches(dataset, batch_size=8, seed=0, mode="resident").epoch(1))
     batches = open_batches(dataset, batch_size=8, seed=0, mode="stream", epochs=1).epoch(1)

@@ -49,7 +49,7 @@ def main() -> None:
     first = args.folder / "first"
     with Memory() as memory:
         started = time.perf_counter()
-        prepare(source, first, args.size)
+        subprocess.run(preparation(args, first), check=True)  # a command of its own, as users have it
         found["prepare_seconds"] = time.perf_counter() - started
         found["prepare_peak_gib"] = memory.take_peak()
         found |= stream(first, args.epochs, args.batch)
@@ -123,12 +123,17 @@ def stream(dataset: Path, epochs: int, batch: int) -> dict[str, float]:
     return found
 
 
+def preparation(args: argparse.Namespace, out: Path) -> list[str]:
+    """The command that prepares into `out`."""
+    given = {"--folder": args.folder, "--images": args.images, "--size": args.size, "--prepare-only": out}
+    return [sys.executable, __file__, *(str(word) for pair in given.items() for word in pair)]
+
+
 def killed(source: Path, args: argparse.Namespace, seconds: float) -> dict[str, float]:
     """Prepare again, killed some times on the way, each time at another moment."""
     out = args.folder / "second"
     rng = np.random.default_rng(0)
-    command = [sys.executable, __file__, "--folder", str(args.folder), "--images", str(args.images)]
-    command += ["--size", str(args.size), "--prepare-only", str(out)]
+    command = preparation(args, out)
     kills = 0
     for _ in range(args.kill):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -110,7 +110,7 @@ def make_dataset(folder: Path, count: int) -> PatchDataset:
 
 def make_files(folder: Path, count: int, dataset: PatchDataset) -> None:
     """The same images as PNG files (the first `count`) and as one .npy file."""
-    images, _ = dataset.load_images("train")
+    images = dataset.load("train").images
     np.save(folder / "images.npy", images)
     (folder / "png").mkdir()
     for i, image in enumerate(images[:count]):

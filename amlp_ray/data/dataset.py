@@ -247,15 +247,6 @@ class PatchDataset:
             done += len(table)
         return Split(images, masks, labelled, ids, np.array(groups, dtype=str), keys_of(ids))
 
-    def load_images(self, split: str) -> tuple[np.ndarray, list[str]]:
-        """Read the images (N, C, H, W) and ids of a split, without masks. The array is writable and aligned."""
-        images = np.empty((self.count(split), *self.shape), self.manifest.dtype)
-        ids: list[str] = []
-        for start, table in self._tables(split, ["id", "image"]):
-            images[start : start + len(table)] = images_of(table["image"], self.shape, self.manifest.dtype)
-            ids += table["id"].to_pylist()
-        return images, ids
-
     def to_ray_dataset(self, split: str, *, columns: Sequence[str] | None = None) -> ray.data.Dataset:
         """The rows of a split as a Ray dataset, read when it is used; `image` (C, H, W) and `mask` (H, W) as arrays.
 

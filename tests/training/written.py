@@ -78,7 +78,3 @@ class Guarded(PatchDataset):
             lesion = np.where(split.labelled, split.masks.sum((1, 2)), np.nan)
             frames.append(pd.DataFrame({"id": split.ids, "group": split.groups, "lesion": lesion, "split": name}))
         return pd.concat(frames, ignore_index=True)
-
-    def load_images(self, split: str) -> tuple[np.ndarray, list[str]]:
-        assert split != "test", "test images were read"
-        return super().load_images(split)

@@ -13,7 +13,6 @@ from amlp_ray.data.dataset import SPLITS, PatchDataset
 from amlp_ray.data.preparing.grouping import FLAT, SAME, chains, near_pairs
 
 CHAIN_SHARE, CHAIN_LEAST = 0.1, 20  # of the images in one chain of near-copies, from which it is worth a warning
-HELD_OUT = ("val", "test")
 
 ACROSS = Finding(
     "copies-across-splits",

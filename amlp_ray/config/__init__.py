@@ -7,6 +7,7 @@ Values come from small trials on breast ultrasound and dermoscopy unless a comme
 
 from __future__ import annotations
 
+from amlp_ray.config.arms import CONTROLS, GROUPS, STEPS
 from amlp_ray.config.data import ImageSpec, PrepareSettings
 from amlp_ray.config.method import (
     LossSettings,
@@ -19,24 +20,33 @@ from amlp_ray.config.method import (
 )
 from amlp_ray.config.pretrain import VARIANTS, PretrainSettings, Variant
 from amlp_ray.config.scoring import ProbeSettings, SegmentSettings
-from amlp_ray.config.study import (
+from amlp_ray.config.search import (
     BudgetSettings,
-    Choice,
-    Parameter,
+    FaultSettings,
+    Objective,
     PrunerSettings,
-    Range,
     ResourceSettings,
     SamplerSettings,
-    StudySettings,
 )
+from amlp_ray.config.space import Choice, Derived, Fixed, Parameter, Range
+from amlp_ray.config.study import COSTS, ConfirmSettings, StudySettings
 
 __all__ = [
+    "CONTROLS",
+    "COSTS",
+    "GROUPS",
+    "STEPS",
     "VARIANTS",
     "BudgetSettings",
     "Choice",
+    "ConfirmSettings",
+    "Derived",
+    "FaultSettings",
+    "Fixed",
     "ImageSpec",
     "LossSettings",
     "ModelSettings",
+    "Objective",
     "Parameter",
     "PatchScore",
     "PrepareSettings",

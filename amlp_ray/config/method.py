@@ -101,6 +101,8 @@ class RatioSettings(Settings):
     power: float = Field(1.0, ge=0.1, le=10)  # exponent of `power`; 1 is linear
     levels: int = Field(4, ge=2, le=50)  # number of plateaus of `step`
     points: tuple[tuple[float, float], ...] = ()  # of `points`: (share of training, ratio), what a search found
+    # epochs up to each of which the whole schedule is run again: what pruner.schedule=compress makes of a trial
+    rungs: tuple[int, ...] = ()
     duration: float = Field(1.0, gt=0, le=1)  # share of training after which `end` is reached
     per: Literal["epoch", "step"] = "epoch"  # step: smoother, and `random` draws once a batch, not once an epoch
     over: Literal["all", "tissue"] = "all"  # tissue: as great a share of tissue as of the black border

@@ -1,81 +1,37 @@
-"""Settings of a study: its search space, sampler, pruner, budget, and arms."""
+"""Settings of a study: its question, its data, and until when; the rest is in `space.py` and `search.py`."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from amlp_ray.config.pretrain import PretrainSettings, Variant
-from amlp_ray.config.scoring import ProbeSettings
+from amlp_ray.config.arms import check_arm
+from amlp_ray.config.pretrain import PretrainSettings
+from amlp_ray.config.scoring import ProbeSettings, SegmentSettings
+from amlp_ray.config.search import (
+    BudgetSettings,
+    Direction,
+    FaultSettings,
+    Objective,
+    PrunerSettings,
+    ResourceSettings,
+    SamplerSettings,
+)
+from amlp_ray.config.space import Parameter
 from amlp_ray.settings import Settings, build, merged, nested
 
-
-class SamplerSettings(Settings):
-    """Which Optuna sampler proposes settings."""
-
-    name: Literal["tpe", "random", "gp", "qmc"] = "tpe"  # tpe is multivariate and grouped, for conditional spaces
-    startup: int = Field(5, ge=1)  # random trials before TPE models anything; studies here have tens of trials
+FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
 
-class PrunerSettings(Settings):
-    """Which Optuna pruner stops poor trials early, and the rungs at which a trial is scored."""
+class ConfirmSettings(Settings):
+    """The best trials and every arm again, over several seeds, by both protocols, with one look at the test images."""
 
-    # median: worse than half of the earlier trials at the same rung
-    name: Literal["median", "percentile", "halving", "none"] = "median"
-    rungs: int = Field(4, ge=1)  # scorings per trial, evenly spaced, the last at full length
-    min_steps: int = Field(400, ge=0)  # no pruning earlier: rungs below about 400 optimiser steps do not rank
-    startup: int = Field(3, ge=0)  # complete trials before the first one may be pruned
-    percentile: float = Field(50.0, gt=0, lt=100)  # `percentile` keeps the best this many percent at each rung
-    reduction: int = Field(2, ge=2)  # `halving` keeps 1 in this many
-
-
-class BudgetSettings(Settings):
-    """When a study ends; the first limit reached counts. Baseline arms come on top of `trials`."""
-
-    trials: int = Field(16, ge=1)  # of the search, pruned and failed ones included
-    hours: float | None = Field(None, gt=0)  # of this run; running trials finish
-
-
-class ResourceSettings(Settings):
-    """What one trial holds. One worker trains in the trial's own process, more in a Ray Train group."""
-
-    workers: int = Field(1, ge=1)  # batch_size must be a multiple
-    cpus_per_worker: float = Field(1, gt=0)  # threads of a worker too, rounded down
-    gpus_per_worker: float = Field(0, ge=0)  # below 1: trials share a GPU
-    concurrency: int | None = Field(None, ge=1)  # trials side by side; none: as many as the cluster holds
-
-
-class Range(Settings):
-    """A numeric parameter of a search space."""
-
-    low: float  # inside the range of the setting itself
-    high: float  # as low, and above it
-    log: bool = False  # drawn on a log scale; needs low > 0 and no step
-    step: float | None = Field(None, gt=0)  # none: any value between, or any integer
-    when: dict[str, Any] | None = None  # {"ratio.shape": "power"}: only in trials where that holds
-
-    @model_validator(mode="after")
-    def _check_order(self) -> Range:
-        if self.low >= self.high:
-            raise ValueError(f"low {self.low:g} must lie below high {self.high:g}")
-        if self.log and (self.low <= 0 or self.step):
-            raise ValueError("log needs low > 0 and no step")
-        return self
-
-
-class Choice(Settings):
-    """A categorical parameter of a search space."""
-
-    choices: list[str | int | float | bool] = Field(min_length=1)  # each accepted by the setting itself
-    when: dict[str, Any] | None = None  # as in a range
-
-
-Parameter = Annotated[
-    Annotated[Range, Tag("range")] | Annotated[Choice, Tag("choice")],
-    Discriminator(lambda given: "choice" if isinstance(given, Choice) or "choices" in given else "range"),
-]
+    top: int = Field(3, ge=1)  # best trials of the search
+    seeds: int = Field(3, ge=2)  # of each; below 5 an interval over seeds is wide, and the report says so
+    finetune: SegmentSettings = SegmentSettings()  # `seed` follows from the study's
 
 
 class StudySettings(Settings):
@@ -86,16 +42,35 @@ class StudySettings(Settings):
     data: str | None = None  # path or URI of a patch dataset; --data gives it too
     labels: str | None = None  # of another, whose labelled images score instead, such as a public set; none: data's own
     seed: int = Field(0, ge=0, lt=2**63)  # those of sampler, trials and arms follow from it
+    # URL of a database; ${NAME} is taken from the environment, where passwords belong; none: a journal in the folder
+    storage: str | None = None
     pretrain: dict[str, Any] = Field(default_factory=dict)  # settings of every trial, kept as given (see `trial`)
-    space: dict[str, Parameter] = Field(default_factory=dict)  # dotted names of pretrain settings; seed is not searched
+    # dotted names of pretrain settings; or `module:function` of a Python function that takes an Optuna trial
+    space: dict[str, Parameter] | str = Field(default_factory=dict)
+    require: tuple[str, ...] = ()  # what holds in every trial, such as `ratio.start <= ratio.end`
     probe: ProbeSettings = ProbeSettings()
+    objectives: dict[Objective, Direction] = {"dsc": "maximize"}  # several: a Pareto front instead of one best
+    limits: dict[Literal["seconds", "gpu_seconds", "memory"], float] = {}  # that a trial should keep, memory in GB
     sampler: SamplerSettings = SamplerSettings()
     pruner: PrunerSettings = PrunerSettings()
     budget: BudgetSettings = BudgetSettings()
     resources: ResourceSettings = ResourceSettings()
-    arms: tuple[Variant, ...] = ("scratch", "mae")  # baselines, each trained as long as a trial
+    faults: FaultSettings = FaultSettings()
+    # baselines, each trained as long as a trial: variants, controls, `ladder`, `leave-one-out` (see config/arms.py), or
+    # a mapping of a name to settings of its own
+    arms: tuple[str | dict[str, dict[str, Any]], ...] = ("scratch", "mae")
     arm_seeds: int = Field(2, ge=1)  # repeats of each arm: one run says nothing about noise
+    confirm: ConfirmSettings = ConfirmSettings()
     tie: float = Field(0.02, ge=0)  # DSC; smaller differences are noise at these sizes and called ties
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out_fixed(cls, given: Any) -> Any:
+        """`name: value` in a space stands for `name: {value: value}`."""
+        if not isinstance(given, Mapping) or not isinstance(given.get("space"), Mapping):
+            return given
+        space = {k: {"value": v} if isinstance(v, str | int | float) else v for k, v in given["space"].items()}
+        return {**given, "space": space}
 
     @field_validator("pretrain")
     @classmethod
@@ -103,12 +78,58 @@ class StudySettings(Settings):
         build(PretrainSettings, given, "pretrain")
         return given
 
+    @field_validator("space")
+    @classmethod
+    def _check_space(cls, given: Any) -> Any:
+        if isinstance(given, str) and not FUNCTION.match(given):
+            raise ValueError(f"{given!r} is no module:function, such as my_spaces:space")
+        return given
+
+    @field_validator("storage")
+    @classmethod
+    def _check_storage(cls, given: str | None) -> str | None:
+        if given is None:
+            return None
+        scheme = given.partition(":")[0].partition("+")[0]
+        if scheme not in ("sqlite", "postgresql", "mysql") or "://" not in given:
+            raise ValueError("the URL must begin with sqlite://, postgresql:// or mysql://")  # never shown: passwords
+        if re.search(r"://[^/@]*:(?!\$\{\w+\}@)[^/@]+@", given):
+            raise ValueError("a password stands in the URL; write ${NAME} there and set NAME in the environment")
+        return given
+
     @field_validator("arms")
     @classmethod
-    def _check_arms(cls, given: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(given)) < len(given):
-            raise ValueError(f"each arm is named once, not {', '.join(given)}; repeats are set by arm_seeds")
+    def _check_arms(cls, given: tuple[str | dict[str, dict[str, Any]], ...]) -> Any:
+        names = [name for arm in given for name in (arm if isinstance(arm, dict) else [arm])]
+        if len(set(names)) < len(names):
+            raise ValueError(f"each arm is named once, not {', '.join(names)}; repeats are set by arm_seeds")
+        for arm in given:
+            for name in arm if isinstance(arm, dict) else [arm]:
+                check_arm(name, arm[name] if isinstance(arm, dict) else None)
         return given
+
+    @model_validator(mode="after")
+    def _check_objectives(self) -> StudySettings:
+        if not self.objectives:
+            raise ValueError("objectives names nothing; the default is {dsc: maximize}")
+        wrong = [n for n, d in self.objectives.items() if (n in COSTS) != (d == "minimize")]
+        if wrong:
+            raise ValueError(f"objectives: {wrong[0]} is to be {'minimize' if wrong[0] in COSTS else 'maximize'}d")
+        several = len(self.objectives) > 1
+        if self.pruner.name != "none" and several and self.pruner.metric is None:
+            raise ValueError(
+                f"pruner.metric must say which of {', '.join(self.objectives)} is compared at rungs, or pruner.name be none"
+            )
+        if self.pruner.metric in COSTS:
+            raise ValueError(f"pruner.metric {self.pruner.metric} is a cost that every rung adds to; name a score")
+        if several and self.sampler.name in ("cmaes", "pbt"):
+            raise ValueError(f"sampler.name {self.sampler.name} takes one objective; tpe, nsga2 and nsga3 take several")
+        return self
+
+    @property
+    def metric(self) -> str:
+        """The score that rungs are compared by and that `best` and the report go by."""
+        return self.pruner.metric or next((name for name in self.objectives if name not in COSTS), "dsc")
 
     def trial(self, params: Mapping[str, Any], *, seed: int) -> PretrainSettings:
         """Return the settings of one trial: those of the study with `params` (dotted names) on top.
@@ -116,3 +137,6 @@ class StudySettings(Settings):
         Merged before they are resolved, so that a searched `variant` brings its own values along.
         """
         return build(PretrainSettings, merged(self.pretrain, nested({**params, "seed": seed})), self.name)
+
+
+COSTS = ("seconds", "gpu_seconds", "memory")

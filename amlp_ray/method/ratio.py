@@ -19,11 +19,14 @@ def masking_ratio(
 
     r(t) = start + (end - start) g(min(1, t / T_r)), with T_r = duration * epochs. With `per: step`, t counts the steps
     (`step` from 0, of `steps` an epoch). `exponential` is start (end / start)^u; `fixed` keeps `start`; `random` draws
-    uniformly between start and end, from `seed`; `points` interpolates between given ones.
+    uniformly between start and end, from `seed`; `points` interpolates between given ones. `rungs` end a schedule each:
+    up to the first of them the whole of it is run, up to the second it is run as slowly as that needs, and so on.
 
     >>> [masking_ratio(RatioSettings(start=0.25, end=0.75), epoch, 3) for epoch in (1, 2, 3)]
     [0.25, 0.5, 0.75]
     """
+    if settings.rungs:
+        epochs = next((rung for rung in settings.rungs if rung >= epoch), epochs)
     if settings.per == "epoch":
         step, steps = 0, 1
     now, total = (epoch - 1) * steps + step, epochs * steps

@@ -4,17 +4,41 @@ A message is one sentence that names the file or key, what was found, what is ac
 The command line prints it without a traceback and leaves with `exit_code`.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class AmlpError(Exception):
     """Base of every error raised on purpose; `exit_code` is what the command line returns for it."""
 
     exit_code = 1
 
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """The sentences of the message, a line each on the command line."""
+        return (str(self),)
 
-class SettingsError(AmlpError):
-    """A setting is misspelt, out of range, or contradicts another one."""
+
+class SettingsError(AmlpError, ValueError):
+    """Settings are misspelt, out of range, or contradict each other: one sentence per fault.
+
+    A ValueError too, so that pydantic lists what a validator raises with the other faults of a model.
+
+    Args:
+        keys: of each fault, the dotted name of what it is about, from which `Source` tells the line of a file.
+    """
 
     exit_code = 2
+
+    def __init__(self, *faults: str, keys: Sequence[str] = ()) -> None:
+        super().__init__(" ".join(faults))
+        self._faults = faults
+        self.keys = tuple(keys) or ("",) * len(faults)
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        return self._faults
 
 
 class DataError(AmlpError):

@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from amlp_ray.errors import SettingsError
 from amlp_ray.files import write_whole
@@ -24,6 +27,49 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+
+
+class Fault(NamedTuple):
+    """What is wrong with the key of that dotted name, in a sentence; `line` where it is not the key's first."""
+
+    key: str
+    text: str
+    line: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where settings come from: what messages call it, and the line of every key by dotted name."""
+
+    name: str
+    lines: Mapping[str, int] = field(default_factory=dict)
+    faults: tuple[Fault, ...] = ()  # found while reading
+
+    def line(self, key: str) -> int | None:
+        """Line of a key; where it has none, of the group that it is in."""
+        while key and key not in self.lines:
+            key = key.rpartition(".")[0]
+        return self.lines.get(key)
+
+    def error(self, faults: Iterable[Fault]) -> SettingsError:
+        """All faults as one error, each told with `name:line`, in the order of lines."""
+        at = [(fault, fault.line or self.line(fault.key)) for fault in faults]
+        at.sort(key=lambda found: found[1] or 0)
+        told = [f"{self.name}:{line}: {f.text}" if line else f"{self.name}: {f.text}" for f, line in at]
+        return SettingsError(*told, keys=[f.key for f, _ in at])
+
+
+class Read(dict[str, Any]):
+    """Values of a settings file, which know where they stand in it."""
+
+    def __init__(self, values: Mapping[str, Any], source: Source) -> None:
+        super().__init__(values)
+        self.source = source
+
+
+def source_of(values: Mapping[str, Any], name: str) -> Source:
+    """Where values come from: the file that they were read from, or `name`."""
+    return values.source if isinstance(values, Read) else Source(name)
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,16 +116,52 @@ def flat(settings: Settings | Mapping[str, Any], prefix: str = "") -> dict[str, 
     return out
 
 
-def build(model: type[S], values: Mapping[str, Any], source: str) -> S:
+def build(model: type[S], values: Mapping[str, Any], source: str, more: Iterable[Fault] = ()) -> S:
     """Validate `values` as `model`.
+
+    Args:
+        source: what messages call it. Values that `read_yaml` read know it, and the lines of their keys.
+        more: faults found elsewhere, to be told in the same list.
 
     Raises:
         SettingsError: with one sentence per fault that names `source`, the key, the value and what is accepted.
     """
+    origin = source_of(values, source)
+    faults = [*origin.faults, *more]
+    built = None
     try:
-        return model.model_validate(dict(values))
+        built = model.model_validate(dict(values))
     except ValidationError as error:
-        raise SettingsError(" ".join(_sentences(model, error, source))) from None
+        faults += _faults(model, error, values)
+    if built is None or faults:
+        raise origin.error(faults)
+    return built
+
+
+def refusal(model: type[Settings], name: str, value: Any) -> str | None:
+    """Why a setting cannot have a value, whatever the others are; nothing where it can.
+
+    >>> from amlp_ray.config import PretrainSettings
+    >>> refusal(PretrainSettings, "ratio.end", 1.2)
+    'ratio.end is 1.2, but must be less than 1.'
+    """
+    field = field_of(model, name)
+    try:
+        TypeAdapter(Annotated[field.annotation, *field.metadata], config=model.model_config).validate_python(value)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        return f"{name} is {value!r}, but {' or '.join(dict.fromkeys(map(_wanted, found)))}."
+    return None
+
+
+def field_of(model: type[BaseModel], name: str) -> FieldInfo:
+    """The field behind a dotted name; its `annotation` is the type of its values."""
+    group, dot, rest = name.partition(".")
+    field = model.model_fields[group]
+    if not dot:
+        return field
+    assert isinstance(field.annotation, type)
+    return field_of(field.annotation, rest)
 
 
 def assignments(texts: Iterable[str], source: str = "--set") -> dict[str, Any]:
@@ -104,22 +186,64 @@ def assignments(texts: Iterable[str], source: str = "--set") -> dict[str, Any]:
 
 
 def from_assignments(model: type[S], base: Mapping[str, Any], texts: Iterable[str], source: str = "--set") -> S:
-    """Validate `base` with `name=value` texts laid on top."""
+    """Validate `base`, then with `name=value` texts laid on top, so that a fault of a file is told as the file's."""
+    if isinstance(base, Read):
+        build(model, base, base.source.name)
     return build(model, merged(base, assignments(texts, source)), source)
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> Read:
     """Read a YAML mapping. Raises SettingsError where the file is missing, not YAML, or no mapping."""
     path = Path(path)
     if not path.is_file():
         raise SettingsError(f"There is no settings file {path}; check the path.")
     try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        loader = _Loader(path.read_text())
+        root = loader.get_single_node()
+        values = loader.construct_document(root) if root else None
+        lines: dict[str, int] = {}
+        twice = list(_note_lines(root, "", lines)) if isinstance(root, yaml.MappingNode) else []
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        raise SettingsError(f"{at} is not valid YAML: {problem}.") from None
+    # PyYAML lets Python's own errors through where a tag such as !!int stands before something else.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise SettingsError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, dict):
         raise SettingsError(f"{path} must hold keys and values, not {type(values).__name__}.")
-    return values
+    return Read(values, Source(str(path), lines, tuple(twice)))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without code, in which 1e-3 is a number: YAML 1.1 takes it for text, and asks for 1.0e-3."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _note_lines(node: yaml.MappingNode, prefix: str, lines: dict[str, int]) -> Iterator[Fault]:
+    """Fill in the line of each key by dotted name; faults are keys that are given twice."""
+    first: dict[str, int] = {}
+    for key, value in node.value:
+        name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+        if key.value in first and key.value != "<<":
+            yield Fault(name, f"{name} is given twice, in lines {first[key.value]} and {line}; keep one.", line)
+        first.setdefault(key.value, line)
+        lines.setdefault(name, line)
+        yield from _note_inner(value, f"{name}.", lines)
+
+
+def _note_inner(node: yaml.Node, prefix: str, lines: dict[str, int]) -> Iterator[Fault]:
+    if isinstance(node, yaml.MappingNode):
+        yield from _note_lines(node, prefix, lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            lines.setdefault(f"{prefix}{i}", item.start_mark.line + 1)
+            yield from _note_inner(item, f"{prefix}{i}.", lines)
 
 
 def write_yaml(settings: Settings | Mapping[str, Any], path: Path) -> None:
@@ -128,32 +252,87 @@ def write_yaml(settings: Settings | Mapping[str, Any], path: Path) -> None:
     write_whole(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
-def _sentences(model: type[BaseModel], error: ValidationError, source: str) -> list[str]:
-    known = list(_names(model))
-    out = []
-    for fault in error.errors():
-        where = ".".join(str(part) for part in fault["loc"] if part not in ("range", "choice"))
-        if fault["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(where, known, n=1, cutoff=0.5)
-            group = where.rpartition(".")[0]
-            siblings = [name for name in known if name.rpartition(".")[0] == group]
-            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(siblings) or 'none'}."
-            out.append(f"{source}: unknown setting {where!r}; {hint}")
+_TAGS = ("range", "choice", "fixed", "derived", "str", "int", "float", "bool", "none")
+
+
+def _faults(model: type[BaseModel], error: ValidationError, values: Mapping[str, Any]) -> list[Fault]:
+    out: list[Fault] = []
+    wanted: dict[str, dict[str, Any]] = {}  # of values that fit no arm of a union: what each arm takes
+    for fault in error.errors(include_url=False):
+        where = _place(fault["loc"], values, fault["type"])
+        cause = fault.get("ctx", {}).get("error")
+        if isinstance(cause, SettingsError):
+            out += [Fault(f"{where}.{key}", text) for key, text in zip(cause.keys, cause.faults, strict=True)]
+        elif fault["type"] == "extra_forbidden":
+            out.append(Fault(where, _unknown(model, where)))
         elif fault["type"] == "missing":
-            out.append(f"{source}: {where} is missing.")
-        else:
+            out.append(Fault(where, f"{where} is missing."))
+        elif fault["type"] == "value_error":
             text = fault["msg"].removeprefix("Value error, ").rstrip(".")
-            text = text.replace("Input should be", "must be").replace("should have", "must have")
-            if fault["type"] == "value_error":
-                out.append(f"{source}: {where}: {text}." if where else f"{source}: {text}.")
-            else:
-                out.append(f"{source}: {where} is {fault['input']!r}, but {text[0].lower()}{text[1:]}.")
+            about = text.split(maxsplit=1)[0].rstrip(
+                ":"
+            )  # sentences of ours begin with the setting that they are about
+            out.append(Fault(f"{where}.{about}".lstrip("."), f"{where}: {text}." if where else f"{text}."))
+        else:
+            wanted.setdefault(where, {})[_wanted(fault)] = fault["input"]
+    for where, texts in wanted.items():
+        if any(other.startswith(f"{where}.") for other in [*wanted, *(fault.key for fault in out)]):
+            continue  # of the arm that was meant, something inside is at fault
+        given = next(iter(texts.values()))
+        shown = repr(given) if len(repr(given)) < 80 else f"of type {type(given).__name__}"
+        out.append(Fault(where, f"{where} is {shown}, but {' or '.join(texts)}."))
     return out
 
 
+def _place(loc: Sequence[int | str], values: Any, kind: str) -> str:
+    """Dotted name of what is at fault. In `loc` pydantic names the arms of unions as well, which no file has."""
+    keys = []
+    for i, part in enumerate(loc):
+        inside = isinstance(values, Mapping) and part in values
+        if inside or (isinstance(values, list | tuple) and isinstance(part, int) and part < len(values)):
+            values = values[part]
+        elif not (kind == "missing" and i == len(loc) - 1) and (part in _TAGS or "[" in str(part)):
+            continue
+        keys.append(str(part))
+    return ".".join(keys)
+
+
+def _unknown(model: type[BaseModel], where: str) -> str:
+    known = list(_names(model))
+    if where in known:  # its dots stand in the key itself
+        *groups, last = where.split(".")
+        opened = "".join(f"{group}: {{" for group in groups)
+        return f"{where} is written nested, as {opened}{last}: ...{'}' * len(groups)}."
+    group = where.rpartition(".")[0]
+    siblings = [name for name in known if name.rpartition(".")[0] == group]
+    if not siblings and group:
+        siblings = [
+            f"{group}.{name}" for name in _fields_inside(model.model_fields[where.partition(".")[0]].annotation)
+        ]
+    near = difflib.get_close_matches(where, siblings, n=1, cutoff=0.5) or difflib.get_close_matches(
+        where, known, n=1, cutoff=0.5
+    )
+    hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(siblings) or 'none'}."
+    return f"unknown setting {where!r}; {hint}"
+
+
+def _fields_inside(annotation: Any) -> list[str]:
+    """Names of all fields of the models in a mapping or union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return list(annotation.model_fields)
+    return list(dict.fromkeys(name for part in get_args(annotation) for name in _fields_inside(part)))
+
+
+def _wanted(fault: Mapping[str, Any]) -> str:
+    """What is accepted, in pydantic's words made half a sentence."""
+    text = re.sub(r" or instance of \w+$", "", fault["msg"].removeprefix("Value error, ").rstrip("."))
+    text = re.sub(r"^(Input|String|List|Dictionary|Tuple|Value) should", "must", text)
+    return text[0].lower() + text[1:]
+
+
 def _names(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _names(field.annotation, f"{prefix}{name}.")
+    for name, about in model.model_fields.items():
+        if isinstance(about.annotation, type) and issubclass(about.annotation, BaseModel):
+            yield from _names(about.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name

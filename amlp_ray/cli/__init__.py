@@ -33,8 +33,9 @@ def main() -> None:
     try:
         app()
     except AmlpError as error:
-        sentence = str(error).replace("\n", "\\n")  # names of files may hold one; a sentence is one line
-        print(f"amlp-ray: {sentence}", file=sys.stderr)
+        for fault in error.faults:
+            sentence = fault.replace("\n", "\\n")  # names of files may hold one; a sentence is one line
+            print(f"amlp-ray: {sentence}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
         if error.filename is None:

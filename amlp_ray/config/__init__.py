@@ -7,7 +7,7 @@ Values come from small trials on breast ultrasound and dermoscopy unless a comme
 
 from __future__ import annotations
 
-from amlp_ray.config.arms import CONTROLS, GROUPS, STEPS
+from amlp_ray.config.arms import ABOUT, CONTROLS, GROUPS, STEPS, arm_names
 from amlp_ray.config.data import ImageSpec, PrepareSettings
 from amlp_ray.config.method import (
     LossSettings,
@@ -32,6 +32,7 @@ from amlp_ray.config.space import Choice, Derived, Fixed, Parameter, Range
 from amlp_ray.config.study import COSTS, ConfirmSettings, StudySettings
 
 __all__ = [
+    "ABOUT",
     "CONTROLS",
     "COSTS",
     "GROUPS",
@@ -63,4 +64,5 @@ __all__ = [
     "StudySettings",
     "Variant",
     "architecture",
+    "arm_names",
 ]

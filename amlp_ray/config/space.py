@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -19,7 +19,8 @@ class Range(Settings):
     high: float  # as low, and above it
     log: bool = False  # drawn on a log scale; needs low > 0 and no step
     step: float | None = Field(None, gt=0)  # none: any value between, or any integer
-    default: float | None = None  # a value between; where every default is given, the first trial tries them
+    # a value between; where any is given, the first trial tries them all, and the study's own value where one is not
+    default: float | None = None
     when: dict[str, Any] | None = None  # {"ratio.shape": "power"}: only in trials where that holds
 
     @model_validator(mode="after")
@@ -36,7 +37,7 @@ class Range(Settings):
 class Choice(Settings):
     """A categorical parameter of a search space."""
 
-    choices: list[Scalar] = Field(min_length=1)  # each accepted by the setting itself
+    choices: list[Scalar | None] = Field(min_length=1)  # each accepted by the setting itself
     default: Scalar | None = None  # one of them, as in a range
     when: dict[str, Any] | None = None  # as in a range
 
@@ -60,7 +61,8 @@ class Fixed(Settings):
 class Derived(Settings):
     """A value that follows from others, such as `ratio.start + delta`."""
 
-    # + - * / ** ( ), min, max, round, and names of other parameters and settings
+    # + - * / // % ** ( ), comparisons, and, or, not, min, max, round, abs, and names of settings and other parameters. One
+    # that is no setting, such as delta, is a helper: searched or fixed like a setting, and used by rules only
     expression: str = Field(min_length=1)
     when: dict[str, Any] | None = None  # as in a range
 
@@ -81,3 +83,14 @@ Parameter = Annotated[
     | Annotated[Derived, Tag("derived")],
     Discriminator(_kind),
 ]
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """The `module:function` that a space in Python is stored as. Raises ValueError where no other process finds it."""
+    module, name = function.__module__, function.__qualname__
+    if module == "__main__" or not name.isidentifier():
+        raise ValueError(
+            f"space: {name} of {module} cannot be imported by another process; "
+            f"give a function at the top of a module, no lambda and none of a notebook or script"
+        )
+    return f"{module}:{name}"

@@ -20,7 +20,7 @@ from amlp_ray.config.search import (
     ResourceSettings,
     SamplerSettings,
 )
-from amlp_ray.config.space import Parameter
+from amlp_ray.config.space import Parameter, function_name
 from amlp_ray.settings import Settings, build, merged, nested
 
 FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
@@ -66,7 +66,9 @@ class StudySettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _spell_out_fixed(cls, given: Any) -> Any:
-        """`name: value` in a space stands for `name: {value: value}`."""
+        """`name: value` in a space stands for `name: {value: value}`; a function is kept by its name."""
+        if isinstance(given, Mapping) and callable(given.get("space")):
+            return {**given, "space": function_name(given["space"])}
         if not isinstance(given, Mapping) or not isinstance(given.get("space"), Mapping):
             return given
         space = {k: {"value": v} if isinstance(v, str | int | float) else v for k, v in given["space"].items()}

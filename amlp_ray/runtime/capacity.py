@@ -2,62 +2,116 @@
 
 from __future__ import annotations
 
-import math
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from amlp_ray.config import ResourceSettings
 from amlp_ray.errors import ResourceError
 
 DRIVER_CPU = 0.01  # of a trial that only drives a group of workers; Ray refuses zero
+GB = 1e9
+ENOUGH = 10_000  # trials side by side, at most: more than any cluster holds
+
+Node = dict[str, float]  # `CPU`, `GPU` and `memory` in bytes
 
 
-def cluster_resources() -> dict[str, float]:
-    """CPUs and GPUs of the cluster in all and of its largest node: `CPU`, `GPU`, `node_CPU`, `node_GPU`."""
+@dataclass(frozen=True)
+class Cluster:
+    """What each node holds, in Ray's units; `total` sums it."""
+
+    nodes: tuple[Node, ...]
+
+    def total(self, kind: str) -> float:
+        return sum(node.get(kind, 0.0) for node in self.nodes)
+
+    def largest(self, kind: str) -> float:
+        return max((node.get(kind, 0.0) for node in self.nodes), default=0.0)
+
+
+def cluster_resources() -> Cluster:
+    """What the nodes of the cluster we are joined to hold, whoever uses it at this moment."""
     import ray
 
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    totals = {kind: float(sum(node.get(kind, 0) for node in alive)) for kind in ("CPU", "GPU")}
-    largest = {f"node_{kind}": float(max((node.get(kind, 0) for node in alive), default=0)) for kind in ("CPU", "GPU")}
-    return totals | largest
+    return Cluster(tuple(_kinds(node["Resources"]) for node in ray.nodes() if node["Alive"]))
 
 
-def machine_resources() -> dict[str, float]:
-    """The same for this machine alone, without starting Ray."""
+def free_resources() -> Cluster:
+    """The same, of what nobody uses now."""
+    from ray._private.state import available_resources_per_node
+
+    return Cluster(tuple(_kinds(node) for node in available_resources_per_node().values()))
+
+
+def machine_resources() -> Cluster:
+    """What this machine alone holds, without starting Ray."""
     import torch
 
-    cpus, gpus = float(os.cpu_count() or 1), float(torch.cuda.device_count())
-    return {"CPU": cpus, "GPU": gpus, "node_CPU": cpus, "node_GPU": gpus}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 0.7  # Ray keeps 30 % for its object store
+    return Cluster(({"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count()), "memory": memory},))
 
 
-def jobs_side_by_side(resources: ResourceSettings, cluster: dict[str, float]) -> int:
-    """How many jobs (trials, pretraining runs) fit side by side, at most `resources.concurrency`.
+def _kinds(node: Mapping[str, float]) -> Node:
+    return {kind: float(node.get(kind, 0.0)) for kind in ("CPU", "GPU", "memory")}
+
+
+def worker_bundle(resources: ResourceSettings) -> dict[str, float]:
+    """Resources of one worker, as Ray names them."""
+    bundle = {"CPU": float(resources.cpus_per_worker)}
+    if resources.gpus_per_worker:
+        bundle["GPU"] = float(resources.gpus_per_worker)
+    if resources.memory_per_worker:
+        bundle["memory"] = float(int(resources.memory_per_worker * GB))
+    return bundle
+
+
+def job_bundles(resources: ResourceSettings) -> list[dict[str, float]]:
+    """What one job (trial, pretraining run) asks of the cluster; each bundle lies on one node."""
+    workers = [worker_bundle(resources)] * resources.workers
+    return workers if resources.workers == 1 else [{"CPU": DRIVER_CPU}, *workers]
+
+
+def jobs_side_by_side(resources: ResourceSettings, cluster: Cluster) -> int:
+    """How many jobs fit side by side, at most `resources.concurrency`: jobs are put on nodes until one finds no room.
 
     A stream's reading tasks count nothing: they ask Ray for no CPU, so they start where workers hold all of them.
 
     Raises:
         ResourceError: where not even one fits: Ray would wait for it for ever.
     """
-    for kind, wanted in (("CPU", resources.cpus_per_worker), ("GPU", resources.gpus_per_worker)):
-        largest, total = cluster[f"node_{kind}"], cluster[kind]
-        if wanted > largest:
+    settings = {"CPU": "cpus_per_worker", "GPU": "gpus_per_worker", "memory": "memory_per_worker"}
+    for kind, wanted in worker_bundle(resources).items():
+        scale, unit = (GB, " GB of memory") if kind == "memory" else (1, f" {kind}s")
+        if wanted > cluster.largest(kind):
             raise ResourceError(
-                f"resources.{kind.lower()}s_per_worker={wanted:g}, but the largest node has {largest:g} {kind}s; "
-                f"lower it or join a larger cluster with --address."
+                f"resources.{settings[kind]}={wanted / scale:g}, but the largest node has "
+                f"{cluster.largest(kind) / scale:.3g}{unit}; lower it or join a larger cluster with --address."
             )
-        if wanted * resources.workers > total:
+        if wanted * resources.workers > cluster.total(kind) * (1 + 1e-9):
             raise ResourceError(
-                f"resources.workers={resources.workers} with {wanted:g} {kind}s each is more than the "
-                f"cluster's {total:g} {kind}s; lower resources.workers or resources.{kind.lower()}s_per_worker."
+                f"resources.workers={resources.workers} with {wanted / scale:g}{unit} each is more than the "
+                f"cluster's {cluster.total(kind) / scale:.3g}{unit}; lower resources.workers or "
+                f"resources.{settings[kind]}."
             )
-    # A driver of a group takes a sliver of a CPU of its own, and Ray rounds nothing in our favour.
-    cpus = resources.cpus_per_worker * resources.workers + (DRIVER_CPU if resources.workers > 1 else 0)
-    fit = math.floor(cluster["CPU"] / cpus + 1e-9)
-    if resources.gpus_per_worker:
-        fit = min(fit, math.floor(cluster["GPU"] / (resources.gpus_per_worker * resources.workers) + 1e-9))
+    fit = _fit(job_bundles(resources), cluster.nodes, resources.concurrency or ENOUGH)
     if fit < 1:
+        nodes = ", ".join(f"{node['CPU']:g} CPUs and {node['GPU']:g} GPUs" for node in cluster.nodes)
         raise ResourceError(
-            f"One run needs {cpus:g} CPUs ({resources.workers} workers and {DRIVER_CPU} for its driver), but the "
-            f"cluster has {cluster['CPU']:g}; "
-            f"set resources.cpus_per_worker to {0.9 * cluster['CPU'] / resources.workers:g}."
+            f"One run needs {resources.workers} workers of {resources.cpus_per_worker:g} CPUs and "
+            f"{resources.gpus_per_worker:g} GPUs and {DRIVER_CPU} CPUs for its driver, which do not fit on nodes of "
+            f"{nodes}; set resources.cpus_per_worker to {0.9 * cluster.total('CPU') / resources.workers:g}, or use fewer workers."
         )
-    return min(fit, resources.concurrency or fit)
+    return fit
+
+
+def _fit(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Node], most: int) -> int:
+    left = [dict(node) for node in nodes]
+    largest_first = sorted(bundles, key=lambda bundle: -sum(bundle.values()))
+    for count in range(most):
+        for bundle in largest_first:
+            room = next((n for n in left if all(n.get(k, 0.0) + 1e-9 >= v for k, v in bundle.items())), None)
+            if room is None:
+                return count
+            for kind, amount in bundle.items():
+                room[kind] -= amount
+    return most

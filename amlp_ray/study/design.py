@@ -1,15 +1,35 @@
-"""What a study consists of, before Ray or Optuna: seeds, rungs, and the settings of its arms."""
+"""What a study consists of, before Ray or Optuna: seeds, rungs, and its arms."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
-from amlp_ray.config import PretrainSettings, PrunerSettings, StudySettings
-from amlp_ray.settings import build
+from amlp_ray.config import (
+    ABOUT,
+    CONTROLS,
+    STEPS,
+    VARIANTS,
+    Fixed,
+    PretrainSettings,
+    PrunerSettings,
+    StudySettings,
+    arm_names,
+)
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.errors import SettingsError
+from amlp_ray.method.ratio import masking_ratio
+from amlp_ray.settings import build, merged, nested
+
+BySeed = Callable[[int], PretrainSettings]
+
+METHOD = ("variant", "objective", "ratio", "selection", "loss")  # what makes an arm; the rest is the study's
+STEPS_SEEN = 16  # of an epoch, where the ratio moves within it: their mean is within 0.001 of that of all
 
 
 def derived_seed(*parts: Any) -> int:
@@ -17,13 +37,27 @@ def derived_seed(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big") >> 1
 
 
-def rung_epochs(epochs: int, rungs: int) -> tuple[int, ...]:
-    """Epochs after which a trial is scored: evenly spaced, the last at full length.
+def rung_epochs(epochs: int, pruner: PrunerSettings) -> tuple[int, ...]:
+    """Epochs after which a trial is scored, the last at full length: evenly apart, or each `reduction` times the other.
 
-    >>> rung_epochs(70, 4)
+    >>> rung_epochs(70, PrunerSettings(rungs=4))
     (18, 35, 52, 70)
+    >>> rung_epochs(80, PrunerSettings(rungs=4, spacing="geometric"))
+    (10, 20, 40, 80)
     """
-    return tuple(sorted({max(1, round(epochs * (i + 1) / rungs)) for i in range(rungs)}))
+    if pruner.spacing == "geometric":
+        at = [epochs / pruner.reduction**i for i in range(pruner.rungs)]
+    else:
+        at = [epochs * (i + 1) / pruner.rungs for i in range(pruner.rungs)]
+    return tuple(sorted({max(1, round(epoch)) for epoch in at}))
+
+
+def with_schedule(settings: PretrainSettings, pruner: PrunerSettings) -> PretrainSettings:
+    """Settings of a trial or an arm whose ratio runs its whole course up to each rung, where the study says so."""
+    if pruner.schedule == "fixed" or settings.objective != "reconstruction":
+        return settings
+    ratio = settings.ratio.model_copy(update={"rungs": rung_epochs(settings.epochs, pruner)})
+    return settings.model_copy(update={"ratio": ratio})
 
 
 def first_prunable_epoch(settings: PretrainSettings, pruner: PrunerSettings, images: int) -> int:
@@ -34,12 +68,109 @@ def first_prunable_epoch(settings: PretrainSettings, pruner: PrunerSettings, ima
 def prunable_rungs(settings: PretrainSettings, pruner: PrunerSettings, images: int) -> tuple[int, ...]:
     """Rungs at which a trial may be pruned: past `min_steps` and before its end."""
     first = first_prunable_epoch(settings, pruner, images)
-    rungs = rung_epochs(settings.epochs, pruner.rungs) if pruner.name != "none" else ()
+    rungs = rung_epochs(settings.epochs, pruner) if pruner.name != "none" else ()
     return tuple(rung for rung in rungs if first <= rung < settings.epochs)
 
 
+@dataclass(frozen=True)
+class ArmPlan:
+    """A baseline of a study: what it is, and its settings by seed."""
+
+    name: str
+    about: str  # a phrase, such as "plain MAE"; empty for settings of one's own
+    diagnosis: bool  # uses true masks: shown, and never part of a verdict or a best
+    settings: BySeed
+
+
+def arm_plans(settings: StudySettings) -> list[ArmPlan]:
+    """All arms of a study, in order. Controls change one thing of the study's own `pretrain`.
+
+    Raises:
+        SettingsError: naming every arm that cannot be had with the study's model, or means nothing there.
+    """
+    plans, faults = [], []
+    for name in arm_names(settings.arms):
+        try:
+            plans.append(arm_plan(settings, name, lambda seed: own_settings(settings, seed)))
+        except SettingsError as error:
+            faults.append(str(error))
+    if faults:
+        raise SettingsError(" ".join(faults))
+    return plans
+
+
+def arm_plan(settings: StudySettings, name: str, reference: BySeed) -> ArmPlan:
+    """One arm of a study; `reference` is what a control changes one thing of.
+
+    Raises:
+        SettingsError: as `arm_plans`.
+    """
+
+    def of_seed(seed: int) -> PretrainSettings:
+        if name in CONTROLS:
+            return controlled(reference(seed), name, f"{settings.name}, arm {name}")
+        return with_schedule(arm_settings(settings, name, seed=seed), settings.pruner)
+
+    return ArmPlan(name, ABOUT.get(name, ""), of_seed(0).selection.uses_truth, of_seed)
+
+
+def check_arms(settings: StudySettings, dataset: PatchDataset) -> None:
+    """Raise SettingsError for arms that cannot be had, such as an oracle over images without masks.
+
+    Args:
+        dataset: that is trained on.
+    """
+    for plan in arm_plans(settings):
+        counts = dataset.manifest.counts["train"]
+        if plan.diagnosis and counts.labelled < counts.images:
+            raise SettingsError(
+                f"{settings.name}: arm {plan.name} aims by true lesions, but {counts.images - counts.labelled} of "
+                f"{counts.images} training images in {dataset.path} have no mask; take it out of arms, or add masks."
+            )
+
+
+def own_settings(settings: StudySettings, seed: int) -> PretrainSettings:
+    """The study's own `pretrain`, with what its space sets for every trial, as a trial would run it."""
+    return with_schedule(settings.trial(_always(settings), seed=seed), settings.pruner)
+
+
+def controlled(reference: PretrainSettings, control: str, source: str) -> PretrainSettings:
+    """`reference` with the one thing changed that a control is about.
+
+    Raises:
+        SettingsError: where that changes nothing, so that the control would answer no question.
+    """
+    selection, change = reference.selection, CONTROLS[control].change
+    if reference.objective != "reconstruction":
+        raise SettingsError(f"{source} changes how images are masked, but objective {reference.objective} masks none.")
+    if control in ("equal-mean", "random-ratio"):
+        ratios = schedule(reference)
+        mean = round(fmean(ratios), 4)
+        if min(ratios) == max(ratios):
+            raise SettingsError(f"{source} is about a ratio that changes, but this one is {mean:g} throughout.")
+        if control == "random-ratio" and reference.ratio.shape == "random":
+            raise SettingsError(f"{source} draws the ratio at random, which is done already.")
+        low, high = (mean, mean) if control == "equal-mean" else (min(ratios), max(ratios))
+        change = merged(change, {"ratio": {"start": low, "end": high}})
+    if control == "random-cluster" and not (selection.uses_clusters and selection.mode != "parts"):
+        raise SettingsError(f"{source} is about which cluster is the lesion, but this mask is aimed at none.")
+    if control == "random-cluster" and selection.rule == "random":
+        raise SettingsError(f"{source} names a cluster at random, which is done already.")
+    if control == "oracle" and selection.uses_truth:
+        raise SettingsError(f"{source} aims by true lesions, which is done already.")
+    return build(PretrainSettings, merged(reference.model_dump(), change), source)
+
+
+def schedule(settings: PretrainSettings) -> list[float]:
+    """The masking ratios of a run, epoch by epoch, or finer where they change within an epoch."""
+    steps = STEPS_SEEN if settings.ratio.per == "step" else 1
+    moments = [(epoch, step) for epoch in range(1, settings.epochs + 1) for step in range(steps)]
+    s = settings
+    return [masking_ratio(s.ratio, e, s.epochs, step=i, steps=steps, seed=s.seed) for e, i in moments]
+
+
 def arm_settings(settings: StudySettings, arm: str, *, seed: int) -> PretrainSettings:
-    """Settings of an arm: the study's model, optimiser and length, but the arm's own method.
+    """Settings of an arm that is no control: the study's model, optimiser and length, but the arm's own method.
 
     What the study fixes of objective, ratio, selection, loss and `model.encode` belongs to the searched method and
     would change what `mae` means.
@@ -47,10 +178,19 @@ def arm_settings(settings: StudySettings, arm: str, *, seed: int) -> PretrainSet
     Raises:
         SettingsError: where the arm cannot be had with the study's model.
     """
-    method = ("variant", "objective", "ratio", "selection", "loss")
-    shared = {k: v for k, v in settings.pretrain.items() if k not in method}
+    own = arm_names(settings.arms).get(arm) or STEPS.get(arm) or {}
+    variant = arm if arm in VARIANTS else own.get("variant", "amlp")
+    given = merged(settings.pretrain, nested(_always(settings)))
+    shared = {key: value for key, value in given.items() if key not in METHOD}
     if isinstance(model := shared.get("model"), Mapping):
         # SimMIM's linear head is its method; the others need a decoder, as deep as the study says.
-        own = ("encode", "decoder_depth") if arm == "simmim" or model.get("decoder_depth") == 0 else ("encode",)
-        shared["model"] = {k: v for k, v in model.items() if k not in own}
-    return build(PretrainSettings, {**shared, "variant": arm, "seed": seed}, f"{settings.name}, arm {arm}")
+        dropped = ("encode", "decoder_depth") if variant == "simmim" or model.get("decoder_depth") == 0 else ("encode",)
+        shared["model"] = {key: value for key, value in model.items() if key not in dropped}
+    values = merged(shared, own) | {"variant": variant, "seed": seed}
+    return build(PretrainSettings, values, f"{settings.name}, arm {arm}")
+
+
+def _always(settings: StudySettings) -> dict[str, Any]:
+    """What the space sets and does not search, by dotted name."""
+    space = {} if isinstance(settings.space, str) else settings.space
+    return {name: fixed.value for name, fixed in space.items() if isinstance(fixed, Fixed) and not fixed.when}

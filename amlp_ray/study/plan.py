@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+from optuna.trial import TrialState
 
 from amlp_ray.config import Choice, PretrainSettings, StudySettings
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.reading.stream import ExampleBatches
 from amlp_ray.errors import SettingsError
-from amlp_ray.runtime.capacity import jobs_side_by_side
-from amlp_ray.study.design import arm_settings, prunable_rungs, rung_epochs
+from amlp_ray.runtime.capacity import Cluster, jobs_side_by_side
+from amlp_ray.study.design import arm_plans, check_arms, prunable_rungs, rung_epochs
+from amlp_ray.study.population import check_population
+from amlp_ray.study.pricing import Price, dearest_and_cheapest, price
 from amlp_ray.study.space import check_space, drawn_settings
+from amlp_ray.study.store import StudyStore
 from amlp_ray.training.labelled import check_fits
 from amlp_ray.training.probe import Probe
+
+KEPT_MB = 2.0  # a trial's pictures, metrics and scores, at most
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study will take. Hours are wall hours: `hours_full` if nothing is pruned, `hours_pruned` if half is."""
+    """What a study will take, each a range: least where half is pruned and trials are as cheap as the space has them,
+    most where nothing is pruned and all are as dear. Hours are wall hours.
+    """
 
     study: str
     trials: int
-    arm_trials: int
+    arm_runs: int
     epochs: int
     steps_per_trial: int
     rungs: tuple[int, ...]
@@ -35,11 +44,14 @@ class Plan:
     cpus_per_trial: float
     gpus_per_trial: float
     concurrency: int
-    seconds_per_trial: float
+    priced_by: str
+    seconds_per_trial: tuple[float, float, float]  # least, mean, most
     seconds_per_probe: float
-    hours_full: float
-    hours_pruned: float
-    gpu_hours_full: float
+    hours: tuple[float, float, float]
+    gpu_hours: tuple[float, float, float]
+    confirm_hours: float  # of `study confirm`, its fine-tuning left out
+    disk_gb: float
+    disk_free_gb: float
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,122 +63,113 @@ def check_study(settings: StudySettings, dataset: PatchDataset, labels: PatchDat
     Args:
         labels: where they are a data set apart.
     """
-    check_space(settings)
+    (check_population if settings.sampler.name == "pbt" else check_space)(settings)
     if labels is not None:
         check_fits(labels, dataset.spec, f"{dataset.path} holds")
     base = settings.trial({}, seed=0)
     drawn = [base, *drawn_settings(settings)]
-    for trial in [*drawn, *(arm_settings(settings, arm, seed=0) for arm in settings.arms)]:
+    check_arms(settings, dataset)
+    for trial in [*drawn, *(plan.settings(0) for plan in arm_plans(settings))]:
         trial.check_image(dataset.spec)
         trial.check_workers(settings.resources.workers)
-    searched = [value for p in settings.space.values() if isinstance(p, Choice) for value in p.choices]
-    if "oracle" in searched or any(trial.selection.uses_truth for trial in drawn):
+    if _searches_truth(settings) or any(trial.selection.uses_truth for trial in drawn):
         raise SettingsError(
-            f"{settings.name}: an oracle aims by true lesions, so no study may search or score it; take oracle out of "
-            f"selection.rule and selection.score. `amlp-ray pretrain` runs it, for diagnosis."
+            f"{settings.name}: an oracle aims by true lesions, so no study may search it; take oracle out of "
+            f"selection.rule and selection.score. Arm oracle runs it, for diagnosis."
         )
+    if "memory" in settings.limits and settings.resources.workers > 1:
+        raise SettingsError("limits.memory is known of trials with one worker only; drop it, or set resources.workers=1.")
     scored = dataset if labels is None else labels
     for patch_size in sorted({trial.model.patch_size for trial in drawn}):
-        Probe(scored, settings.probe, patch_size)  # tells of labels, groups and folds that cannot score anything
+        probe = Probe(scored, settings.probe, patch_size)  # tells of labels, groups and folds that score nothing
+        probe.check_objectives([*settings.objectives, settings.metric])
 
 
 def make_plan(
-    settings: StudySettings, dataset: PatchDataset, cluster: dict[str, float], labels: PatchDataset | None = None
+    settings: StudySettings,
+    dataset: PatchDataset,
+    cluster: Cluster,
+    labels: PatchDataset | None = None,
+    store: StudyStore | None = None,
 ) -> Plan:
-    """Check the study and price it by timing, here, one probe and a few steps of its base settings and of every arm."""
+    """Check the study and price it: by its own finished trials where there are enough, else by a few steps made here.
+
+    Args:
+        store: of the study, where it was begun.
+    """
     check_study(settings, dataset, labels)
     base = settings.trial({}, seed=0)
     side_by_side = jobs_side_by_side(settings.resources, cluster)
-    images = dataset.count("train")
-    steps = base.epochs * max(1, images // base.batch_size)
-    probe = _seconds_per_probe(settings, base, dataset if labels is None else labels)
-    rungs = rung_epochs(base.epochs, settings.pruner.rungs)
-    workers = settings.resources.workers
+    images, workers = dataset.count("train"), settings.resources.workers
+    rungs = rung_epochs(base.epochs, settings.pruner)
+    priced = price(settings, dataset, dearest_and_cheapest(settings), labels)
+    seconds, how = _seconds_of_past(store) or (_range(priced, base, images, len(rungs), workers), "steps made now")
+    arms = [plan.settings(0) for plan in arm_plans(settings)]
+    trained = sum(arm.objective != "none" for arm in arms)
 
-    def seconds(run: PretrainSettings) -> float:
-        return steps * _seconds_per_step(settings, run, dataset) / workers + len(rungs) * probe
-
-    per_trial = seconds(base)
-    arms = [arm_settings(settings, arm, seed=0) for arm in settings.arms]
-    trained_arms = settings.arm_seeds * sum(seconds(arm) for arm in arms if arm.objective != "none")
     prunable = prunable_rungs(base, settings.pruner, images)
-    share = 0.5 + 0.5 * prunable[0] / base.epochs if prunable else 1.0
-    full = (settings.budget.trials * per_trial + trained_arms) / side_by_side / 3600
-    pruned = (settings.budget.trials * share * per_trial + trained_arms) / side_by_side / 3600
+    kept = 0.5 + 0.5 * prunable[0] / base.epochs if prunable else 1.0
+    if settings.sampler.name == "pbt":
+        kept = settings.sampler.interval / base.epochs  # a trial is a segment
     limit = settings.budget.hours or math.inf
+
+    def hours(per_trial: float, share: float) -> float:
+        work = settings.budget.trials * share * per_trial + settings.arm_seeds * trained * per_trial
+        return min(work / side_by_side / 3600, limit)
+
+    most = kept if settings.sampler.name == "pbt" else 1.0
+    wall = (hours(seconds[0], kept), hours(seconds[1], (kept + most) / 2), hours(seconds[2], most))
+    gpus = settings.resources.gpus_per_worker * workers
+    runs = settings.budget.trials + len(arms) * settings.arm_seeds
+    again = settings.confirm.seeds * (settings.confirm.top + trained)
     return Plan(
         study=settings.name,
         trials=settings.budget.trials,
-        arm_trials=len(settings.arms) * settings.arm_seeds,
+        arm_runs=len(arms) * settings.arm_seeds,
         epochs=base.epochs,
-        steps_per_trial=steps,
+        steps_per_trial=base.epochs * max(1, images // base.batch_size),
         rungs=rungs,
         prunable_rungs=prunable,
         workers=workers,
         cpus_per_trial=settings.resources.cpus_per_worker * workers,
-        gpus_per_trial=settings.resources.gpus_per_worker * workers,
+        gpus_per_trial=gpus,
         concurrency=side_by_side,
-        seconds_per_trial=per_trial,
-        seconds_per_probe=probe,
-        hours_full=min(full, limit),
-        hours_pruned=min(pruned, limit),
-        gpu_hours_full=min(full, limit) * side_by_side * settings.resources.gpus_per_worker * workers,
+        priced_by=how,
+        seconds_per_trial=seconds,
+        seconds_per_probe=priced[0].probe,
+        hours=wall,
+        gpu_hours=(wall[0] * side_by_side * gpus, wall[1] * side_by_side * gpus, wall[2] * side_by_side * gpus),
+        confirm_hours=again * seconds[1] / side_by_side / 3600,
+        disk_gb=(runs + again) * (max(p.checkpoint_mb for p in priced) + KEPT_MB) / 1000,
+        disk_free_gb=shutil.disk_usage(_there(store.folder if store else Path())).free / 1e9,
     )
 
 
-def _seconds_per_step(settings: StudySettings, run: PretrainSettings, dataset: PatchDataset) -> float:
-    """Seconds per optimiser step, averaged over the schedule's ratios; looks between steps are left out."""
-    import torch
-
-    from amlp_ray.method.masking import Moment
-    from amlp_ray.training.pretrain import build_model
-    from amlp_ray.training.steps import step_of
-
-    device = _device(settings)
-    with _threads(settings):
-        batches = ExampleBatches(dataset, batch_size=run.batch_size)
-        model, optimizer = build_model(run, batches, device)
-        batch = next(iter(batches.epoch(1)))
-        objective = step_of(model, run, None)
-        spent = []
-        for epoch in sorted({1, (run.epochs + 1) // 2, run.epochs}):
-            for attempt in range(3):  # the first is a warm-up
-                started = time.perf_counter()
-                objective(model, batch, Moment(epoch), device)["loss"].backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                if attempt:
-                    spent.append(time.perf_counter() - started)
-    return sum(spent) / len(spent)
+def _searches_truth(settings: StudySettings) -> bool:
+    space = {} if isinstance(settings.space, str) else settings.space
+    return any("oracle" in parameter.choices for parameter in space.values() if isinstance(parameter, Choice))
 
 
-def _seconds_per_probe(settings: StudySettings, run: PretrainSettings, dataset: PatchDataset) -> float:
-    from amlp_ray.method.encoder import new_encoder
-
-    with _threads(settings):
-        probe = Probe(dataset, settings.probe, run.model.patch_size)
-        encoder = new_encoder(run.model, dataset.spec).to(_device(settings))
-        started = time.perf_counter()
-        probe.score(encoder)
-    return time.perf_counter() - started
+def _range(
+    priced: Sequence[Price], base: PretrainSettings, images: int, rungs: int, workers: int
+) -> tuple[float, float, float]:
+    """Least, mean and most seconds of a trial over the settings that were timed."""
+    each = [p.trial(images, rungs, workers) for p in priced]
+    return min(each), fmean(each), max(each)
 
 
-def _device(settings: StudySettings) -> str:
-    import torch
+def _seconds_of_past(store: StudyStore | None, enough: int = 3) -> tuple[tuple[float, float, float], str] | None:
+    """What complete trials of this study took."""
+    if store is None:
+        return None
+    done = store.search().get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    took = [t.user_attrs["facts"]["seconds"] for t in done if "facts" in t.user_attrs]
+    if len(took) < enough:
+        return None
+    return (min(took), fmean(took), max(took)), f"{len(took)} trials of this study"
 
-    return "cuda" if torch.cuda.is_available() and settings.resources.gpus_per_worker else "cpu"
 
-
-@contextmanager
-def _threads(settings: StudySettings) -> Iterator[None]:
-    """As many CPU threads as a trial will have."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, int(settings.resources.cpus_per_worker)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _there(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.absolute()
+    return folder if folder.is_dir() else _there(folder.parent)

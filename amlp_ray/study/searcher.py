@@ -1,251 +1,284 @@
 """The bridge between Tune and Optuna: Optuna decides, Tune executes.
 
-A Tune searcher on an Optuna study: asks for settings, passes on what trials report, lets Optuna's pruner decide and
-tells each trial's end truthfully. It keeps no state that matters: all of it is in the Optuna storage, so a new searcher
-on the same storage goes on where a killed one stopped.
+A Tune searcher over a study's queue: hands out work, passes on what trials report, lets the pruner decide and tells each
+trial's end truthfully. It keeps no state that matters: all of it is in the store, so a new searcher on the same store
+goes on where a killed one stopped.
 """
 
 from __future__ import annotations
 
 import math
+import re
+import threading
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import optuna
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from amlp_ray.config import PrunerSettings, SamplerSettings, StudySettings
-from amlp_ray.errors import SettingsError
-from amlp_ray.study.design import arm_settings, derived_seed, first_prunable_epoch, rung_epochs
-from amlp_ray.study.space import suggest
-from amlp_ray.study.store import StudyStore
-from amlp_ray.study.trial import Task
+from amlp_ray.config import COSTS, StudySettings
+from amlp_ray.study.budget import Ledger
+from amlp_ray.study.pruning import Pruning
+from amlp_ray.study.queue import Phase, Work, WorkQueue
+from amlp_ray.study.store import Request, StudyStore
 
 Notify = Callable[[str], None]
-
-
-def make_sampler(settings: SamplerSettings, seed: int) -> optuna.samplers.BaseSampler:
-    """Build the named Optuna sampler."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # chosen knowingly
-        if settings.name == "random":
-            return optuna.samplers.RandomSampler(seed)
-        if settings.name == "gp":
-            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=settings.startup)
-        if settings.name == "qmc":
-            return optuna.samplers.QMCSampler(seed=seed)
-        return optuna.samplers.TPESampler(
-            seed=seed,
-            n_startup_trials=settings.startup,
-            multivariate=True,
-            group=True,  # a conditional space has no parameters common to all trials otherwise
-            constant_liar=True,  # running trials count as poor, so that parallel ones spread out
-        )
-
-
-def make_pruner(settings: PrunerSettings, first_rung: int) -> optuna.pruners.BasePruner:
-    """Build the named Optuna pruner; `first_rung` is the first epoch at which it may prune."""
-    if settings.name == "none":
-        return optuna.pruners.NopPruner()
-    if settings.name == "halving":
-        return optuna.pruners.SuccessiveHalvingPruner(
-            min_resource=max(1, first_rung), reduction_factor=settings.reduction
-        )
-    percentile = 50.0 if settings.name == "median" else settings.percentile
-    return optuna.pruners.PercentilePruner(percentile, n_startup_trials=settings.startup, n_warmup_steps=first_rung - 1)
+Ending = Literal["pause", "stop", "cancel", "budget", "alike", "lease", "resources"]
 
 
 @dataclass
 class Running:
-    """A trial that Tune runs for one of the two Optuna studies."""
+    """Work that Tune runs."""
 
-    study: optuna.Study
-    trial: Trial
-    task: Task
-    started: float
+    work: Work
+    started: float  # monotonic
+    epoch: int = 0  # of the last rung
 
 
 class StudySearcher(Searcher):
-    """Serves the baseline arms first, then the search, until the budget is used.
+    """Serves a study's queue until its budget is used, or somebody ends it.
 
-    Trials found RUNNING are those of a dead driver (the store's lock is held by us): they are taken over first, keep
-    their number, and go on from their checkpoint.
+    Tune calls it from its own loop; the driver's thread calls `end` and the like, so both hold `self._lock`.
     """
 
     def __init__(
         self,
         store: StudyStore,
         settings: StudySettings,
+        queue: WorkQueue,
         *,
-        data: str,
-        labels: str | None = None,
         images: int,
         board: Any,
+        seconds: Callable[[], float],
         notify: Notify,
     ) -> None:
-        super().__init__(metric="dsc", mode="max")
-        self._store, self._settings, self._images = store, settings, images
-        self._data, self._labels = data, labels
-        self._board, self._notify = board, notify
-        storage = store.storage()
-        self._search, self._arms = store.search(storage, create=True), store.arms(storage, create=True)
-        first = first_prunable_epoch(settings.trial({}, seed=0), settings.pruner, images)
-        self._search.pruner = make_pruner(settings.pruner, first)
-        self._orphans = [(s, t) for s in (self._arms, self._search) for t in s.get_trials(states=(TrialState.RUNNING,))]
+        """Args: seconds: how long the study has been run, all runs together. board: the trials' StopBoard."""
+        super().__init__(metric=settings.metric, mode="max")
+        self._store, self._settings, self._queue = store, settings, queue
+        self._board, self._seconds, self._notify = board, seconds, notify
+        self._pruning = Pruning(queue.search, settings, images, store.trial_folder)
+        self._ledger = Ledger.of(t for study in queue.studies for t in study.get_trials(deepcopy=False))
         self._running: dict[str, Running] = {}
-        self._deadline = time.time() + settings.budget.hours * 3600 if settings.budget.hours else math.inf
+        self._first_ends: list[str | None] = []  # the reason of each that failed, None of one that did not
+        self._lock = threading.RLock()
+        self.ending: Ending | None = None
+        self.ending_reason = ""
 
     # Tune's side
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Settings of the next trial, or FINISHED where the budget is used."""
-        while True:
-            following = self._next()
-            if following is None:
-                return Searcher.FINISHED
-            study, trial, resumed = following
-            try:
-                task = self._task(study, trial)
-                break
-            except SettingsError as error:  # one combination in many; the study goes on without it
-                trial.set_user_attr("reason", str(error))
-                study.tell(trial, state=TrialState.FAIL)
-                self._notify(f"trial {trial.number} failed: {error}")
-        trial.set_user_attr("tune_trial_id", trial_id)
-        trial.set_user_attr("path", str(Path(task.folder).relative_to(self._store.folder)))
-        trial.set_user_attr("seed", task.settings.seed)
-        self._running[trial_id] = Running(study, trial, task, time.time())
-        shown = ", ".join(f"{name}={_short(value)}" for name, value in trial.params.items())
-        self._notify(f"{task.label} {'continues' if resumed else 'starts'}" + (f": {shown}" if shown else ""))
-        return {"task": task.as_config(), "board": self._board}
+        """What to run next; None: nothing now; FINISHED where nothing is left and nothing runs that could come back."""
+        with self._lock:
+            work = None if self.ending else self._queue.next(self._room)
+            if work is None or work == "wait":
+                return None if self._running or work == "wait" else Searcher.FINISHED
+            self._running[trial_id] = Running(work, time.monotonic())
+            shown = ", ".join(f"{name}={_short(value)}" for name, value in work.params.items())
+            verb = "continues" if work.resumed else "starts"
+            self._notify(f"{work.task.label} {verb}" + (f": {shown}" if shown else ""))
+            return {"task": work.task.as_config(), "board": self._board}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Store a rung's score and, where Optuna's pruner says so, ask the trial to return."""
-        running = self._running.get(trial_id)
-        if running is None or "dsc" not in result or "ended" in result or "failed" in result:
-            return
-        trial, task, epoch = running.trial, running.task, int(result["epoch"])
-        stored = _rungs_of(running)
-        if epoch not in stored and math.isfinite(result["dsc"]):
-            trial.report(result["dsc"], epoch)
-            self._notify(f"{task.label} epoch {epoch}: DSC {result['dsc']:.3f}")
-        prunable = task.kind == "search" and epoch >= first_prunable_epoch(
-            task.settings, self._settings.pruner, self._images
-        )
-        if prunable and epoch < task.settings.epochs and trial.should_prune():
-            import ray
-
-            ray.get(self._board.ask.remote(task.folder))
+        """Store a rung's score and, where the pruner says so, ask the trial to return."""
+        with self._lock:
+            running = self._running.get(trial_id)
+            if running is None or "epoch" not in result or "ended" in result or "failed" in result:
+                return
+            task, epoch, value = running.work.task, int(result["epoch"]), result.get(self._settings.metric, math.nan)
+            running.epoch = epoch
+            self._ledger.report(
+                trial_id, epochs=result.get("epochs", epoch), gpu_seconds=result.get("seconds", 0.0) * task.gpus
+            )
+            if self._pruning.report(running.work.study, running.work.number, epoch, value):
+                self._notify(f"{task.label} epoch {epoch}: {_name(self._settings.metric)} {value:.3f}")
+            if epoch >= max(task.rungs):
+                return
+            if task.kind == "search" and self._pruning.should_prune(running.work.number, epoch):
+                self._ask(task.folder, "now")
+            self.check_budget()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell Optuna how the trial ended. One that was merely interrupted stays RUNNING, to be taken over."""
-        running = self._running.pop(trial_id, None)
-        if running is None:
-            return
-        result = result or {}
-        if error or "failed" in result:
-            self._fail(running, result.get("failed", "the trial's process died"), result)
-        elif "ended" in result:
-            self._end(running, result)
+        """Tell how the trial ended. One that was merely interrupted stays RUNNING, to be taken over."""
+        with self._lock:
+            running = self._running.pop(trial_id, None)
+            if running is None:
+                return
+            result = result or {}
+            if error:
+                self._lost(trial_id, running)
+            elif "failed" in result:
+                self._fail(trial_id, running, result["failed"], result)
+            elif "ended" in result:
+                self._end(trial_id, running, result)
+            else:  # interrupted by Tune
+                self._ledger.drop(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to save: the Optuna storage is the only truth."""
+        """Nothing to save: the store is the only truth."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing to restore: a study is continued by a new searcher on its storage."""
+        """Nothing to restore: a study is continued by a new searcher on its store."""
+
+    # The driver's side
+
+    def end(self, ending: Ending, reason: str = "") -> None:
+        """Begin no more trials; what happens to those that run depends on why.
+
+        - `stop`: they finish.
+        - `pause`, `lease`, `resources`: they return after their epoch, are not told, and are continued later.
+        - `budget`: they return after their rung, told PRUNED.
+        - `cancel`: they are told FAIL at once.
+        - `alike`: they return, told as what they are.
+        """
+        with self._lock:
+            if self.ending in ("cancel", ending):
+                return
+            self.ending, self.ending_reason = ending, reason
+            for running in list(self._running.values()):
+                if ending == "budget":
+                    self._ask(running.work.task.folder, "rung")
+                elif ending != "stop":
+                    self._ask(running.work.task.folder, "now")
+            if ending == "cancel":
+                for trial_id, running in list(self._running.items()):
+                    del self._running[trial_id]
+                    self._fail(trial_id, running, "cancelled", {})
+
+    def obey(self, verb: Request) -> None:
+        self.end(verb)
+
+    def check_budget(self) -> None:
+        """End where a limit other than the number of trials is reached: that one ends by itself."""
+        if self.ending is None and (reached := self._spent(0).reached(self._settings.budget, but_trials=True)):
+            self._notify(f"budget used: {reached}; running trials end at their next rung")
+            self.end("budget", reached)
+
+    def change_budget(self, settings: StudySettings) -> None:
+        with self._lock:
+            self._settings = settings
+
+    def waiting(self) -> list[tuple[str, float]]:
+        """Labels of what Tune was given, and for how many seconds."""
+        now = time.monotonic()
+        with self._lock:
+            return [(r.work.task.folder, now - r.started) for r in self._running.values()]
 
     def unfinished(self) -> bool:
-        """Whether trials are left that nobody runs any more: the study was interrupted."""
-        return any(s.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) for s in (self._arms, self._search))
+        """Whether trials are left that nobody runs any more."""
+        return any(s.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) for s in self._queue.studies)
 
-    # Optuna's side
+    # Ends
 
-    def _next(self) -> tuple[optuna.Study, Trial, bool] | None:
-        if self._orphans:
-            study, frozen = self._orphans.pop(0)
-            return study, self._take_over(study, frozen), True
-        arms = len(self._settings.arms) * self._settings.arm_seeds
-        if len(self._arms.get_trials(deepcopy=False)) < arms:
-            return self._arms, self._arms.ask(), False
-        asked = [t for t in self._search.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
-        if len(asked) >= self._settings.budget.trials or time.time() > self._deadline:
-            return None
-        self._search.sampler = self._sampler(len(asked))
-        return self._search, self._search.ask(), False
+    def _room(self, begun: int) -> bool:
+        return self._spent(begun).reached(self._settings.budget) is None
 
-    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        # A fresh seed per number: a sampler rebuilt with the study's own seed would repeat itself after a restart.
-        return make_sampler(self._settings.sampler, derived_seed(self._settings.seed, "sampler", number))
+    def _spent(self, begun: int) -> Any:
+        return self._ledger.spent(trials=begun, seconds=self._seconds())
 
-    def _take_over(self, study: optuna.Study, frozen: FrozenTrial) -> Trial:
-        study.sampler = self._sampler(frozen.number)  # for parameters that a killed driver had not asked for yet
-        return Trial(study, frozen._trial_id)
+    def _ask(self, folder: str, when: Literal["now", "rung"]) -> None:
+        import ray
 
-    def _task(self, study: optuna.Study, trial: Trial) -> Task:
-        s = self._settings
-        if study is self._arms:
-            repeat, which = divmod(trial.number, len(s.arms))
-            arm = s.arms[which]
-            trial.set_user_attr("arm", arm)
-            trial.set_user_attr("repeat", repeat)
-            label, folder, kind = f"arm {arm}-{repeat}", self._store.arm_folder(arm, repeat), "arm"
-            # Repeats share seeds across arms, so that arms are compared in pairs.
-            settings = arm_settings(s, arm, seed=derived_seed(s.seed, "arm", repeat))
-        else:
-            label, folder, kind = f"trial {trial.number}", self._store.trial_folder(trial.number), "search"
-            settings = s.trial(suggest(trial, s), seed=derived_seed(s.seed, "trial", trial.number))
-        return Task(
-            study=s.name,
-            kind=kind,
-            number=trial.number,
-            label=label,
-            folder=str(folder),
-            data=self._data,
-            labels=self._labels,
-            settings=settings,
-            probe=s.probe,
-            resources=s.resources,
-            rungs=(0,) if settings.objective == "none" else rung_epochs(settings.epochs, s.pruner.rungs),
-        )
+        ray.get(self._board.ask.remote(folder, when))
 
-    def _end(self, running: Running, result: dict[str, Any]) -> None:
-        values = _rungs_of(running)
-        if not values:
-            self._fail(running, "no rung gave a finite DSC", result)
+    def _lost(self, trial_id: str, running: Running) -> None:
+        """A process or a node died: not the settings' fault, so the trial goes on from its checkpoint."""
+        work, storage = running.work, self._store.storage()
+        lost = storage.get_trial(work.trial_id).user_attrs.get("lost", 0) + 1
+        storage.set_trial_user_attr(work.trial_id, "lost", lost)
+        retries = self._settings.faults.retries
+        if lost > retries:
+            self._fail(trial_id, running, f"its process died {lost} times (faults.retries={retries})", {})
             return
-        last = max(values)
-        full = last >= max(running.task.rungs)
-        state = TrialState.COMPLETE if full else TrialState.PRUNED
-        self._describe(running, result)
-        running.study.tell(running.trial, values[last] if full else None, state=state)
-        if not full:
-            self._notify(f"{running.task.label} pruned at epoch {last}: DSC {values[last]:.3f}")
-        else:
-            self._notify(f"{running.task.label} complete: DSC {values[last]:.3f}")
+        self._ledger.drop(trial_id)
+        self._queue.lost(work.study, work.number)
+        self._notify(f"{work.task.label} lost its process ({lost} of {retries} retries)")
 
-    def _fail(self, running: Running, reason: str, result: dict[str, Any]) -> None:
-        self._describe(running, result)
-        running.trial.set_user_attr("reason", reason)
-        running.study.tell(running.trial, state=TrialState.FAIL)
-        self._notify(f"{running.task.label} failed: {reason}")
+    def _end(self, trial_id: str, running: Running, result: dict[str, Any]) -> None:
+        work, task = running.work, running.work.task
+        last = max(_intermediate(work), default=None)
+        full = last is not None and last >= max(task.rungs)
+        if not full and self.ending in ("pause", "lease", "resources"):
+            self._ledger.drop(trial_id)
+            self._free(work)
+            self._notify(f"{task.label} paused after epoch {result.get('epochs', 0)}")
+            return
+        if last is None:
+            why = f"budget used before its first rung: {self.ending_reason}" if self.ending == "budget" else ""
+            self._fail(trial_id, running, why or f"no rung gave a finite {_name(self._settings.metric)}", result)
+            return
+        value = _intermediate(work)[last]
+        facts = self._describe(trial_id, running, result)
+        complete = full and (task.until is None or task.until >= task.settings.epochs)
+        values = self._values(work, facts, value) if complete else None
+        if complete and values is None:
+            self._tell_failed(work, "an objective is missing or not finite")
+            return
+        if not complete:
+            if self.ending == "budget":
+                self._store.storage().set_trial_user_attr(work.trial_id, "reason", f"budget: {self.ending_reason}")
+            # Of several objectives, those that a part of a training has are no values of the whole.
+            values = [value] if len(work.study.directions) == 1 else None
+        state = TrialState.COMPLETE if complete else TrialState.PRUNED
+        self._store.storage().set_trial_state_values(work.trial_id, state, values)
+        self._free(work)
+        self._first_ends.append(None)
+        word = "complete" if complete else ("ends its segment" if full else "pruned") + f" at epoch {last}"
+        self._notify(f"{task.label} {word}: {_name(self._settings.metric)} {value:.3f}")
 
-    def _describe(self, running: Running, result: dict[str, Any]) -> None:
-        seconds = float(result.get("seconds", time.time() - running.started))
-        running.trial.set_user_attr("seconds", round(seconds, 2))
-        gpus = running.task.resources.gpus_per_worker * running.task.resources.workers
-        running.trial.set_user_attr("gpu_seconds", round(seconds * gpus, 2))
-        for name in ("epochs", "images_per_second"):
-            if name in result:
-                running.trial.set_user_attr(name, result[name])
+    def _values(self, work: Work, facts: dict[str, Any], value: float) -> list[float] | None:
+        """One value per objective; None where one is missing. Arms and confirmations have the metric alone."""
+        if work.task.kind != "search":
+            return [value]
+        values = [facts.get(n) if n in COSTS else facts["scores"].get(n) for n in self._settings.objectives]
+        known = [float(v) for v in values if v is not None and math.isfinite(v)]
+        return known if len(known) == len(values) else None
+
+    def _fail(self, trial_id: str, running: Running, reason: str, result: dict[str, Any]) -> None:
+        self._describe(trial_id, running, result)
+        self._tell_failed(running.work, reason)
+        self._first_ends.append(re.sub(r"\d+", "#", reason))
+        first = self._first_ends[: self._settings.faults.alike]
+        if len(first) == len(self._first_ends) == self._settings.faults.alike and len(set(first)) == 1 and first[0]:
+            self.end("alike", reason)
+
+    def _tell_failed(self, work: Work, reason: str) -> None:
+        storage = self._store.storage()
+        storage.set_trial_user_attr(work.trial_id, "reason", reason)
+        storage.set_trial_state_values(work.trial_id, TrialState.FAIL)
+        self._free(work)
+        self._notify(f"{work.task.label} failed: {reason}")
+
+    def _free(self, work: Work) -> None:
+        self._queue.busy.discard((work.study.study_name, work.number))
+
+    def _describe(self, trial_id: str, running: Running, result: dict[str, Any]) -> dict[str, Any]:
+        """Store what the trial took and scored, in one attribute: a journal grows by a line for each."""
+        work = running.work
+        seconds = float(result.get("seconds", time.monotonic() - running.started))
+        facts = {
+            "seconds": round(seconds, 2),
+            "gpu_seconds": round(seconds * work.task.gpus, 2),
+            **{name: result[name] for name in ("memory", "epochs", "images_per_second") if name in result},
+            "scores": result.get("scores", {}),
+        }
+        self._ledger.end(trial_id, facts)
+        storage = self._store.storage()
+        storage.set_trial_user_attr(work.trial_id, "facts", facts)
+        if limits := self._settings.limits:
+            over = [facts[name] - limit for name, limit in limits.items() if facts.get(name) is not None]
+            storage.set_trial_system_attr(work.trial_id, "constraints", over)  # Optuna's own name: dashboards show it
+        return facts
 
 
-def _rungs_of(running: Running) -> dict[int, float]:
-    return running.study.get_trials(deepcopy=False)[running.trial.number].intermediate_values
+def _intermediate(work: Work) -> dict[int, float]:
+    return work.study.get_trials(deepcopy=False)[work.number].intermediate_values
+
+
+def _name(metric: str) -> str:
+    return metric.upper() if metric in ("dsc", "ap", "ppv") else metric
 
 
 def _short(value: Any) -> str:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from amlp_ray.study.plan import Plan
 
 # What may change between runs of one study; data may be moved, and its fingerprint is compared instead of its path.
-CHANGEABLE = ("budget.", "resources.", "description", "data", "labels")
+CHANGEABLE = ("budget.", "resources.", "faults.", "confirm.", "arms", "arm_seeds", "description", "data", "labels", "tie",
+              "sampler.ahead", "pretrain.data")  # fmt: skip
 
 
 class Study:
@@ -104,7 +105,7 @@ class Study:
             return make_plan(self.settings, self.dataset, cluster_resources(), self.labels)
 
     def run(self, address: str | None = None, *, notify: Callable[[str], None] = print) -> Study:
-        """Run the study, or go on with it where it stopped; ends when its budget is used.
+        """Run the study, or go on with it where it stopped; ends when its budget is used or somebody ends it.
 
         Trials of a process that died are taken over: same number, from their checkpoint.
 
@@ -114,42 +115,95 @@ class Study:
 
         Raises:
             StudyError: another process runs this study, or it was begun with other settings.
-            ResourceError: no node can hold a trial.
+            ResourceError: no node can hold a trial, or none came free. FailedStudyError: the first trials failed alike.
             InterruptedStudyError: after Ctrl-C.
         """
+        return self._run("search", address, notify)
+
+    resume = run
+
+    def confirm(self, address: str | None = None, *, notify: Callable[[str], None] = print) -> Study:
+        """Train the best trials and every arm again over several seeds, score them by both protocols, open the test split.
+
+        The test split is opened once, when all runs are finished; a second call shows what was found then.
+
+        Raises: as `run`, and StudyError where no trial is complete.
+        """
+        from amlp_ray.study.confirm import confirmation_plan, open_test
+
+        confirmation_plan(self.store, self.settings)  # tells where there is nothing to confirm
+        self._run("confirm", address, notify)
+        if self.outcome == "done":
+            open_test(self.store, self.settings, self.labels or self.dataset, notify=notify)
+        return self
+
+    def _run(self, phase: Phase, address: str | None, notify: Callable[[str], None]) -> Study:
         from amlp_ray.data.reading.cache import swept
         from amlp_ray.runtime.capacity import cluster_resources, machine_resources
         from amlp_ray.runtime.ray_session import ray_session
+        from amlp_ray.study.driver import EventLog, run_on_tune
         from amlp_ray.study.plan import check_study
-        from amlp_ray.study.provenance import environment
 
         check_study(self.settings, self.dataset, self.labels)
         if address is None:
             self._side_by_side(machine_resources())  # refuse before a cluster is started
         self._check_unchanged()
+        begun = (self.store.folder / "study.yaml").is_file()
         self.store.folder.mkdir(parents=True, exist_ok=True)
-        with self.store.lock(), swept():
+        if not begun:
+            write_yaml(self.settings, self.store.folder / "study.yaml")
+        log = EventLog(self.store.folder, notify)
+        self.store.storage(patience=self.settings.faults.storage_minutes * 60, notify=log)
+        with self.store.lock() as lease, swept():
             self._check_unchanged()
+            write_yaml(self.settings, self.store.folder / "study.yaml")
+            search = self.store.search()
+            search.set_user_attr("budget", self.settings.budget.model_dump(mode="json"))
+            search.set_user_attr("request", None)
             with ray_session(address) as session:
                 cluster = cluster_resources()
                 side_by_side = self._side_by_side(cluster)
-                write_yaml(self.settings, self.store.folder / "study.yaml")
-                about = self.store.folder / "environment.json"
-                if not about.exists():
-                    found = environment(self.settings, self.dataset, cluster, self.labels)
-                    write_whole(about, json.dumps(found, indent=1))
-                notify(f"study {self.settings.name}: {side_by_side} trials side by side, folder {self.store.folder}")
-                base, pruner = self.settings.trial({}, seed=0), self.settings.pruner
-                if pruner.name != "none" and not prunable_rungs(base, pruner, self.dataset.count("train")):
-                    notify(
-                        f"note: trials are too short for anything to be pruned (pruner.min_steps={pruner.min_steps})"
-                    )
+                self._note_environment(cluster)
+                log(f"study {self.settings.name}: {side_by_side} trials side by side, folder {self.store.folder}")
+                if phase == "search":
+                    self._note_pruning(log)
                 if session.dashboard:
-                    notify(f"Ray dashboard: {session.dashboard}")
-                self._tune(side_by_side, notify)
+                    log(f"Ray dashboard: {session.dashboard}")
+                self.outcome = run_on_tune(
+                    self.store,
+                    self.settings,
+                    lease,
+                    log,
+                    data=self.dataset.path,
+                    labels=None if self.labels is None else self.labels.path,
+                    images=self.dataset.count("train"),
+                    side_by_side=side_by_side,
+                    phase=phase,
+                )
         return self
 
-    def _side_by_side(self, cluster: dict[str, float]) -> int:
+    def _note_environment(self, cluster: Cluster) -> None:
+        """Keep what this run is run with: of the first in environment.json, of all in environments.jsonl."""
+        found = environment(self.settings, self.dataset, cluster, self.labels, folder=self.store.folder)
+        first = self.store.folder / "environment.json"
+        if not first.exists():
+            write_whole(first, json.dumps(found, indent=1))
+        with (self.store.folder / "environments.jsonl").open("a") as file:
+            file.write(json.dumps(found) + "\n")
+
+    def _note_pruning(self, log: Callable[[str], None]) -> None:
+        base, pruner = self.settings.trial({}, seed=0), self.settings.pruner
+        if pruner.name == "none":
+            return
+        if not prunable_rungs(base, pruner, self.dataset.count("train")):
+            log(f"note: trials are too short for anything to be pruned (pruner.min_steps={pruner.min_steps})")
+        elif pruner.schedule == "fixed" and base.ratio.shape != "fixed":
+            log(
+                "note: the masking ratio's schedule spans all epochs, so an early rung has seen its beginning only "
+                "(pruner.schedule=compress runs it whole up to each rung)"
+            )
+
+    def _side_by_side(self, cluster: Cluster) -> int:
         from amlp_ray.runtime.capacity import jobs_side_by_side
 
         return jobs_side_by_side(self.settings.resources, cluster)
@@ -182,54 +236,6 @@ class Study:
                 f"{theirs.get(name)!r} and is now {ours.get(name)!r}"
                 + (f" ({len(changed) - 1} more differ)" if len(changed) > 1 else "")
                 + "; give the study another name, or restore the setting. Budget and resources may change."
-            )
-
-    def _tune(self, side_by_side: int, notify: Callable[[str], None]) -> None:
-        import ray
-        from ray import tune
-        from ray.tune.trainable import wrap_function
-
-        from amlp_ray.runtime.capacity import DRIVER_CPU
-        from amlp_ray.study.searcher import StudySearcher
-        from amlp_ray.study.trial import StopBoard, amlp_trial
-
-        resources = self.settings.resources
-        alone = resources.workers == 1
-        bundle = {"cpu": resources.cpus_per_worker, "gpu": resources.gpus_per_worker} if alone else {"cpu": DRIVER_CPU}
-        board = ray.remote(StopBoard).options(num_cpus=0).remote()
-        searcher = StudySearcher(
-            self.store,
-            self.settings,
-            data=self.dataset.path,
-            labels=None if self.labels is None else self.labels.path,
-            images=self.dataset.count("train"),
-            board=board,
-            notify=notify,
-        )
-        scratch = tempfile.mkdtemp(prefix="amlp-ray-")  # Tune's own records; the store has everything that matters
-        trainable = wrap_function(tune.with_resources(amlp_trial, bundle))
-        trainable.__name__ = trainable.__qualname__ = (
-            "AmlpTrial"  # what processes and actors are called in the dashboard
-        )
-        try:
-            tune.Tuner(
-                trainable,
-                tune_config=tune.TuneConfig(
-                    search_alg=searcher,
-                    num_samples=-1,  # the searcher ends the study
-                    max_concurrent_trials=side_by_side,
-                    reuse_actors=True,  # importing torch anew costs seconds per trial
-                    trial_name_creator=lambda trial: _trial_name(trial.config),
-                    trial_dirname_creator=lambda trial: _trial_name(trial.config),
-                ),
-                run_config=tune.RunConfig(name=self.settings.name, storage_path=scratch, verbose=0),
-            ).fit()
-        finally:
-            ray.kill(board)
-            shutil.rmtree(scratch, ignore_errors=True)
-        if searcher.unfinished():  # Tune takes Ctrl-C for itself and returns as if all were done
-            raise InterruptedStudyError(
-                f"Study {self.settings.name!r} was interrupted; the same command goes on where it stopped."
             )
 
     # Looking

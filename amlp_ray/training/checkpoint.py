@@ -22,7 +22,29 @@ from amlp_ray.errors import CheckpointError
 from amlp_ray.files import write_whole
 from amlp_ray.method.encoder import create_encoder, timm_arguments, timm_name
 from amlp_ray.method.model import MaskedAutoencoder, build_autoencoder
-from amlp_ray.settings import build, read_yaml
+from amlp_ray.settings import build, flat, read_yaml
+from amlp_ray.training.metrics import read_rows
+
+# What a running model can change, and why: no weight gets another shape, the optimiser keeps no copy of it, and nothing
+# that was done before would have been done at another epoch (as with loss.warmup or selection.refresh).
+PERTURBABLE: dict[str, str] = {
+    "lr": "every step sets it anew, times warm-up and cosine",
+    "clip_grad": "used in a step and forgotten",
+    "intensity": "images are recoloured step by step",
+    "selection.strength": "masks are drawn step by step from scores that it does not change",
+    "selection.lesion_share": "masks are drawn step by step",
+    "selection.aim_start": "as lesion_share",
+    "selection.aim_end": "as lesion_share",
+    "loss.mix": "the loss has no memory",
+    "loss.temperature": "as mix",
+    "loss.gamma": "as mix",
+    "loss.clip_min": "as mix",
+    "loss.clip_max": "as mix",
+    "loss.ccl_difficulty_share": "as mix",
+    "loss.ccl_weight": "above 0, where the model has its head",
+    "loss.ranking_weight": "above 0, where the model has its decoder",
+}
+HEADED = ("loss.ccl_weight", "loss.ranking_weight")  # 0 is a model without that part
 
 
 def checkpoint_file(folder: Path) -> Path:
@@ -34,14 +56,18 @@ def save_checkpoint(
     folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, settings: PretrainSettings
 ) -> Path:
     """Write the state after `epoch` atomically: a reader finds the old checkpoint or the new one, never half of one."""
-    path = checkpoint_file(folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {
         "epoch": epoch,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "settings": settings.model_dump(mode="json"),
     }
+    return _write_state(folder, state)
+
+
+def _write_state(folder: Path, state: dict[str, Any]) -> Path:
+    path = checkpoint_file(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         torch.save(state, file)
@@ -98,6 +124,39 @@ def load_checkpoint(
     _load_weights(model, state, path, "continue with the same data or choose another folder")
     optimizer.load_state_dict(state["optimizer"])
     return epoch
+
+
+def fork_checkpoint(source: Path, target: Path, settings: PretrainSettings) -> int:
+    """Let a run in folder `target` go on, with `settings`, from where the run in `source` is; return that epoch.
+
+    The checkpoint is copied with the new settings in it, and before it the metrics up to its epoch, marked `inherited`:
+    a kill in between leaves no checkpoint, and the fork is made again. `source` is only read.
+
+    Raises:
+        CheckpointError: where `source` has no whole checkpoint, or was trained with what no running model can change.
+    """
+    path = checkpoint_file(source)
+    if not path.is_file():
+        raise CheckpointError(f"{source} has no checkpoint/{path.name} to go on from; run it before its fork.")
+    state = _read_state(path, "train that run again")
+    theirs, ours = flat(state["settings"]), flat(settings.model_dump(mode="json"))
+    changed = [name for name in ours if theirs.get(name) != ours[name] and not _can_change(name, theirs, ours)]
+    if changed:
+        raise CheckpointError(
+            f"{path} cannot go on with another {', '.join(changed)}: a running model takes another ratio, "
+            f"{', '.join(PERTURBABLE)}, where a part of it is neither added nor dropped; start a run of its own."
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    rows = [row | {"inherited": True} for row in read_rows(source / "metrics.jsonl") if row["epoch"] <= state["epoch"]]
+    write_whole(target / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    _write_state(target, state | {"settings": settings.model_dump(mode="json")})
+    return int(state["epoch"])
+
+
+def _can_change(name: str, theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
+    if name in HEADED:
+        return bool(theirs.get(name)) and bool(ours[name])
+    return name in PERTURBABLE or name.startswith("ratio.") or name == "data"  # data: how images are read
 
 
 def _read_state(path: Path, advice: str) -> dict[str, Any]:

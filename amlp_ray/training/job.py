@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from amlp_ray.config import PretrainSettings, ProbeSettings
 from amlp_ray.data.dataset import PatchDataset
@@ -22,7 +23,7 @@ from amlp_ray.files import write_whole
 from amlp_ray.method.model import MaskedAutoencoder
 from amlp_ray.method.pictures import picture_strips
 from amlp_ray.settings import build, read_yaml, write_yaml
-from amlp_ray.training.checkpoint import export_encoder
+from amlp_ray.training.checkpoint import checkpoint_file, export_encoder, fork_checkpoint
 from amlp_ray.training.diagnosis import Diagnosis, held_out, true_lesions
 from amlp_ray.training.labelled import check_fits
 from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult, pretrain
@@ -30,6 +31,7 @@ from amlp_ray.training.probe import Probe
 from amlp_ray.training.scores import Score
 from amlp_ray.training.steps import Model
 
+IN_METRICS = ("dsc", "ppv", "sensitivity", "ap", "dsc_small", "dsc_medium", "dsc_large")
 PICTURES = 4  # strips per run: enough to judge by, small enough to keep for every trial
 
 
@@ -37,7 +39,8 @@ PICTURES = 4  # strips per run: enough to judge by, small enough to keep for eve
 class Job:
     """Settings, the patch dataset's path or URI, the run's folder, and at which epochs (`rungs`) the probe scores it.
 
-    `labels` is a data set apart, whose images the probe, the diagnosis and the pictures show instead.
+    `labels` is a data set apart, whose images the probe, the diagnosis and the pictures show instead. A segment of a
+    longer run returns after epoch `until`, and goes on from the run in folder `fork` until it has a checkpoint itself.
     """
 
     settings: PretrainSettings
@@ -49,6 +52,8 @@ class Job:
     study: str = ""  # names of study and trial, for metrics and logs
     label: str = ""
     labels: str | None = None
+    until: int | None = None
+    fork: Path | None = None
 
     def open_labels(self, dataset: PatchDataset) -> PatchDataset:
         """The labelled data set, which is `dataset` where there is none apart.
@@ -81,13 +86,17 @@ def run_job(job: Job, hooks: Hooks, *, rank: int = 0, world: int = 1, device: st
         mode=job.settings.data,
         rank=rank,
         world=world,
-        epochs=job.settings.epochs,
+        epochs=job.settings.epochs if job.until is None else job.until,
     )
     truth = true_lesions(dataset, job.settings)
     if rank == 0:
         claim(job, dataset, labels)
         hooks = replace(hooks, evaluate=_evaluation(job, dataset, labels))
-    result = pretrain(job.settings, batches, job.folder, hooks=hooks, device=device, truth=truth)
+        if job.fork is not None and not checkpoint_file(job.folder).is_file():
+            fork_checkpoint(job.fork, job.folder, job.settings)
+    if job.fork is not None and world > 1:
+        dist.barrier()  # the others load what the first has copied
+    result = pretrain(job.settings, batches, job.folder, hooks=hooks, device=device, truth=truth, until=job.until)
     if rank == 0 and isinstance(result.model, MaskedAutoencoder):
         _draw(job, labels, result.model, max(1, result.epochs))
     return result
@@ -146,9 +155,16 @@ def _evaluation(job: Job, dataset: PatchDataset, labels: PatchDataset) -> Callab
 
 
 def _keep(folder: Path, score: Score, epoch: int) -> Metrics:
-    """Write `score.json` and return what of it goes into the epoch's metrics."""
-    write_whole(folder / "score.json", json.dumps({"epoch": epoch, **score.as_dict()}))
-    return {name: getattr(score, name) for name in ("dsc", "ppv", "sensitivity", "ap")}
+    """Write `rungs/<epoch>.json` and, the same, `score.json`; return what of it goes into the epoch's metrics.
+
+    A size of lesions that no scored image has is left out there.
+    """
+    text = json.dumps({"epoch": epoch, **score.as_dict()})
+    (folder / "rungs").mkdir(exist_ok=True)
+    write_whole(folder / "rungs" / f"{epoch}.json", text)
+    write_whole(folder / "score.json", text)
+    values = {name: getattr(score, name) for name in IN_METRICS}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _score_random_encoder(

@@ -35,3 +35,12 @@ def drop_after(path: Path, epoch: int) -> list[Metrics]:
     kept = [row for row in read_rows(path) if row["epoch"] <= epoch]
     write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
     return kept
+
+
+def own_rows(rows: list[Metrics]) -> list[Metrics]:
+    """Leave out the epochs that another run trained, before this one went on from its checkpoint.
+
+    Their lines are there, marked `inherited`, so that a curve is whole; their seconds, epochs and scores are not this
+    run's.
+    """
+    return [row for row in rows if not row.get("inherited")]

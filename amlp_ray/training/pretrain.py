@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from amlp_ray.config import PretrainSettings, SegmentSettings
 from amlp_ray.data.reading.prefetch import prefetched
 from amlp_ray.data.reading.stream import Batches
-from amlp_ray.errors import NonFiniteLossError
+from amlp_ray.errors import CheckpointError, NonFiniteLossError, SettingsError
 from amlp_ray.method.encoder import use_fused_attention
 from amlp_ray.method.masking import Moment
 from amlp_ray.method.model import build_autoencoder
@@ -49,7 +49,10 @@ class Hooks:
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """What a run ended with: the epochs done (over all resumes), the last metrics, the model, the exported encoder."""
+    """What a run ended with: the epochs done (over all resumes), the last metrics, the model, the exported encoder.
+
+    `stopped_early`: it was asked to return before its own end, which is that of its segment where it is one.
+    """
 
     epochs: int
     stopped_early: bool
@@ -66,6 +69,7 @@ def pretrain(
     hooks: Hooks | None = None,
     device: str = "cpu",
     truth: Mapping[int, Tensor] | None = None,
+    until: int | None = None,
 ) -> PretrainResult:
     """Pretrain, or go on from the folder's latest checkpoint. A resumed run equals an uninterrupted one.
 
@@ -74,18 +78,26 @@ def pretrain(
 
     Args:
         truth: lesion share of every patch by image key, for settings that aim by true lesions; diagnosis only.
+        until: the epoch after which to return, for a segment of a longer run: learning rate and masks span
+            `settings.epochs` all the same. None is the whole run.
 
     Raises:
         NonFiniteLossError: naming epoch, step and the part of the loss.
-        CheckpointError: where the folder holds a checkpoint of other settings.
+        CheckpointError: where the folder holds a checkpoint of other settings, or of a later epoch than `until`.
+        SettingsError: where `until` is no epoch of the run, or the settings do not fit the images.
     """
     settings.check_image(batches.spec)
+    last = settings.epochs if until is None else until
+    if not 1 <= last <= settings.epochs:
+        raise SettingsError(f"until {last} is no epoch of a run of epochs={settings.epochs}; give 1 to that many.")
     hooks = hooks or Hooks()
     first = not dist.is_initialized() or dist.get_rank() == 0
     model, optimizer = build_model(settings, batches, device)
     done = 0
     if checkpoint_file(folder).is_file():
         done = load_checkpoint(checkpoint_file(folder), model=model, optimizer=optimizer, settings=settings)
+    if done > last:
+        raise CheckpointError(f"{folder} is at epoch {done} already, beyond until={last}; choose another folder.")
     if first:
         folder.mkdir(parents=True, exist_ok=True)
         kept = drop_after(folder / "metrics.jsonl", done)
@@ -95,8 +107,8 @@ def pretrain(
         network = cast(nn.Module, torch.compile(network, dynamic=False))
     objective = step_of(model, settings, truth)
 
-    stopped, finished = False, done == settings.epochs
-    for epoch in range(done + 1, settings.epochs + 1):
+    stopped, finished = False, done == last
+    for epoch in range(done + 1, last + 1):
         metrics = train_epoch(network, objective, optimizer, batches, settings, epoch, device)
         if first:
             metrics |= _evaluated(hooks, model, epoch)
@@ -106,7 +118,7 @@ def pretrain(
         hooks.report(metrics, checkpoint_file(folder))
         done = epoch
         if _agreed(first and hooks.should_stop(), device):
-            stopped = epoch < settings.epochs
+            stopped = epoch < last
             break
 
     encoder = folder / "encoder.safetensors"

@@ -2,14 +2,16 @@
 
 Per label subset: a logistic regression from token to lesion share of the patch, L2 and threshold chosen by
 cross-validation inside the labelled images, logits upsampled to pixels, DSC averaged over images. The mean over fixed
-subsets is the score; subsets and folds are the same for all trials. Test images are never read.
+subsets is the score; subsets and folds are the same for all trials. Test images are read where a confirmation asks for
+them by name, and nowhere else: the same heads are then scored on them.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +24,22 @@ from threadpoolctl import threadpool_limits
 from timm.models.vision_transformer import VisionTransformer
 
 from amlp_ray.config import ImageSpec, ProbeSettings
-from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.data.dataset import PatchDataset, Split
 from amlp_ray.errors import DataError
 from amlp_ray.method.augment import normalise
 from amlp_ray.method.encoder import encoder_tokens
 from amlp_ray.method.patches import patchify
-from amlp_ray.training.labelled import spread
-from amlp_ray.training.scores import THRESHOLDS, FloatArray, Score, best_threshold, mean_mask_floor, score_images
+from amlp_ray.training.labelled import lesion_pixels, spread
+from amlp_ray.training.scores import (
+    THRESHOLDS,
+    FloatArray,
+    Score,
+    best_threshold,
+    by_size,
+    mean_mask_floor,
+    score_images,
+    sizes_of,
+)
 
 INVERSE_L2 = (0.01, 0.1, 1.0)  # scikit-learn's C; from clearly too stiff to clearly too loose for 24 images
 MIN_VAL_IMAGES = 40  # below this the SD over images (0.22 DSC) leaves a standard error above 0.035
@@ -57,13 +68,25 @@ class Known(NamedTuple):
     train: int  # how many of them are of train
 
 
+class Shown(NamedTuple):
+    """Labelled images, read, and the lesion share of their patches."""
+
+    split: Split
+    share: FloatArray  # (n, N)
+
+    @classmethod
+    def of(cls, split: Split, patch_size: int) -> Shown:
+        share = F.avg_pool2d(torch.from_numpy(split.masks).float()[:, None], patch_size)[:, 0]
+        return cls(split, share.flatten(1).numpy())
+
+
 class Probe:
     """The labelled images that a score needs, read once, and the fixed subsets on which every encoder is scored."""
 
     def __init__(
         self, dataset: PatchDataset, settings: ProbeSettings, patch_size: int, spec: ImageSpec | None = None
     ) -> None:
-        """Read of train and val what is fitted or scored, never test.
+        """Read of train and val what is fitted or scored.
 
         Args:
             spec: of the images that encoders are pretrained on, where these are others: see `labelled.check_fits`.
@@ -72,6 +95,7 @@ class Probe:
             DataError: where there are too few labelled images with a lesion, or too few groups of them.
         """
         require_labels(dataset, settings)
+        self.dataset = dataset
         self.settings = settings
         self.spec = spec or dataset.spec
         self.patch_size = patch_size
@@ -96,11 +120,37 @@ class Probe:
             )
         used = np.unique(np.concatenate([rows for subsets, scored in plan for rows in (*subsets, scored)]))
         train, val = used[used < known.train], used[used >= known.train]
-        self.data = dataset.load("train", known.rows[train]).concat(dataset.load("val", known.rows[val]))
+        data = dataset.load("train", known.rows[train]).concat(dataset.load("val", known.rows[val]))
+        self.own = Shown.of(data, patch_size)
         self.plan = [([np.searchsorted(used, s) for s in subsets], np.searchsorted(used, r)) for subsets, r in plan]
-        share = F.avg_pool2d(torch.from_numpy(self.data.masks).float()[:, None], patch_size)[:, 0]
-        self.share = share.flatten(1).numpy()  # (n, N) lesion share of every patch
-        self.grid = (share.shape[1], share.shape[2])
+        self.grid = (self.spec.height // patch_size, self.spec.width // patch_size)
+
+    @property
+    def data(self) -> Split:
+        """The images that are fitted or scored, those of train first."""
+        return self.own.split
+
+    @property
+    def share(self) -> FloatArray:
+        """Lesion share of their patches, (n, N)."""
+        return self.own.share
+
+    def images_by_size(self) -> dict[str, int]:
+        """How many of the scored images have a small, a medium and a large lesion."""
+        scored = np.concatenate([rows for _, rows in self.plan])
+        sizes = sizes_of(self.data.masks[scored].mean((1, 2)), self.settings.sizes)
+        return {name: int(chosen.sum()) for name, chosen in sizes.items()}
+
+    @cached_property
+    def _test(self) -> Shown:
+        """Labelled test images; read for a confirmation, once."""
+        pixels = lesion_pixels(self.dataset, "test")
+        rows = np.flatnonzero(np.isfinite(pixels))
+        if not (pixels > 0).any():
+            raise DataError(
+                f"{self.dataset.path} has no labelled test image with a lesion; there is nothing to confirm."
+            )
+        return Shown.of(self.dataset.load("test", self._enough(rows, pixels[rows] > 0)), self.patch_size)
 
     def _plan(self, known: Known) -> list[tuple[list[Indices], Indices]]:
         """(label subsets, images to score) per fold; one fold of val, or folds by group over train and val."""
@@ -109,9 +159,9 @@ class Probe:
         if self.scoring == "val":
             pool = everything[: known.train][known.lesion[: known.train]]
             subsets = [self._subset(pool, known, rng) for _ in range(self.settings.subsets)]
-            return [(subsets, self._enough(everything[known.train :], known))]
+            return [(subsets, self._enough(everything[known.train :], known.lesion[known.train :]))]
         folds = GroupKFold(self.settings.folds, shuffle=True, random_state=self.settings.seed)
-        chosen = self._enough(everything, known)
+        chosen = self._enough(everything, known.lesion)
         plan = []
         for rest, scored in folds.split(chosen, groups=known.groups[chosen]):
             pool = chosen[rest][known.lesion[chosen[rest]]]
@@ -120,9 +170,8 @@ class Probe:
             plan.append((subsets, chosen[scored]))
         return plan
 
-    def _enough(self, rows: Indices, known: Known) -> Indices:
-        """Of the rows with a lesion, and of those without, as many as `images` says, spread evenly."""
-        lesion = known.lesion[rows]
+    def _enough(self, rows: Indices, lesion: NDArray[np.bool_]) -> Indices:
+        """Of the rows (n,) with a lesion, and of those without, as many as `images` says, spread evenly."""
         return np.sort(np.concatenate([spread(rows[side], self.settings.images) for side in (lesion, ~lesion)]))
 
     def _subset(self, pool: Indices, known: Known, rng: np.random.Generator) -> Indices:
@@ -137,33 +186,53 @@ class Probe:
         order = np.concatenate([shuffled[np.sort(firsts)], np.delete(shuffled, firsts)])
         return order[: self.settings.labels]
 
-    def score(self, encoder: VisionTransformer) -> Score:
-        """Score an encoder by its patch tokens."""
+    def score(self, encoder: VisionTransformer, split: Literal["val", "test"] = "val") -> Score:
+        """Score an encoder by its patch tokens, on val (or by cross-validation) or on test.
+
+        Raises:
+            DataError: test holds no lesion.
+        """
         prefix, device = encoder.num_prefix_tokens, encoder.patch_embed.proj.weight.device
-        return self.score_tokens(lambda patches: encoder_tokens(encoder, patches)[:, prefix:], device)
+        return self.score_tokens(lambda patches: encoder_tokens(encoder, patches)[:, prefix:], device, split)
 
     @torch.inference_mode()
-    def score_tokens(self, tokens: Tokens, device: torch.device | str = "cpu") -> Score:
-        """Score a function from normalised patches (B, N, P) to tokens (B, N, D)."""
-        features = []
-        for chunk in torch.from_numpy(self.data.images).split(64):
-            patches = patchify(normalise(chunk.to(device), self.spec), self.patch_size)
-            features.append(tokens(patches).float().cpu().numpy())
-        x = np.concatenate(features)
+    def score_tokens(
+        self, tokens: Tokens, device: torch.device | str = "cpu", split: Literal["val", "test"] = "val"
+    ) -> Score:
+        """Score a function from normalised patches (B, N, P) to tokens (B, N, D).
+
+        On test, every head of every subset scores every image: heads are those that a score on val comes from.
+        """
+        x = self._features(self.own, tokens, device)
         # Over all images of the probe, scored ones included: no label is involved, and every encoder is treated alike.
-        x = (x - x.mean((0, 1))) / (x.std((0, 1)) + 1e-6)
+        mean, sd = x.mean((0, 1)), x.std((0, 1)) + 1e-6
+        x = (x - mean) / sd
+        shown, y, plan = self.own, x, self.plan
+        if split == "test":
+            shown = self._test
+            y = (self._features(shown, tokens, device) - mean) / sd
+            plan = [([s for subsets, _ in self.plan for s in subsets], np.arange(len(shown.split)))]
         # NumPy's BLAS would take every core and wait in a spin for those that other trials hold: 7x slower (measured).
         with threadpool_limits(torch.get_num_threads(), "blas"):
-            fits = [(scored, [self._fit(x, s, scored) for s in subsets]) for subsets, scored in self.plan]
-        return self._summary(fits)
+            fits = [(rows, [self._fit(x, s, shown, y, rows) for s in subsets]) for subsets, rows in plan]
+        return self._summary(fits, shown, self.scoring if split == "val" else split)
 
-    def _fit(self, x: FloatArray, subset: Indices, scored: Indices) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Fit on one subset: per-image scores (4, n), patch logits (n, N), mean-mask DSC (n,) of the scored images."""
+    def _features(self, shown: Shown, tokens: Tokens, device: torch.device | str) -> FloatArray:
+        features = []
+        for chunk in torch.from_numpy(shown.split.images).split(64):
+            patches = patchify(normalise(chunk.to(device), self.spec), self.patch_size)
+            features.append(tokens(patches).float().cpu().numpy())
+        return np.concatenate(features)
+
+    def _fit(
+        self, x: FloatArray, subset: Indices, shown: Shown, y: FloatArray, rows: Indices
+    ) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Fit on one subset of x; per-image scores (4, n), patch logits (n, N), mean-mask DSC (n,) of rows of y."""
         inverse_l2, threshold = self._choose(x, subset)
-        logits = _logits(_regression(x[subset], self.share[subset], inverse_l2), x[scored])
-        truth = self.data.masks[scored] > 0
-        s = score_images(self._pixels(logits) > threshold, truth)
-        floor = mean_mask_floor(self.data.masks[subset], self.data.masks[scored])
+        logits = _logits(_regression(x[subset], self.share[subset], inverse_l2), y[rows])
+        masks = shown.split.masks[rows]
+        s = score_images(self._pixels(logits) > threshold, masks > 0)
+        floor = mean_mask_floor(self.data.masks[subset], masks)
         return np.stack([s.dsc, s.ppv, s.sensitivity, s.empty_correct]), logits, floor
 
     def _choose(self, x: FloatArray, subset: Indices) -> tuple[float, float]:
@@ -186,12 +255,15 @@ class Probe:
         size = (self.spec.height, self.spec.width)
         return F.interpolate(grid, size, mode="bilinear", align_corners=False)[:, 0].sigmoid().numpy()
 
-    def _summary(self, folds: list[tuple[Indices, list[tuple[FloatArray, FloatArray, FloatArray]]]]) -> Score:
-        per_image = np.full((4, len(self.data)), np.nan)
+    def _summary(
+        self, folds: list[tuple[Indices, list[tuple[FloatArray, FloatArray, FloatArray]]]], shown: Shown, scoring: str
+    ) -> Score:
+        data = shown.split
+        per_image = np.full((4, len(data)), np.nan)
         floors, aps, subset_dsc = [], [], []
         for scored, fits in folds:
             per_image[:, scored] = np.mean([scores for scores, _, _ in fits], 0)
-            positive = (self.share[scored] > 0.5).ravel()
+            positive = (shown.share[scored] > 0.5).ravel()
             if positive.any():
                 aps.append(np.mean([average_precision_score(positive, logits.ravel()) for _, logits, _ in fits]))
             floors.append(np.mean([floor for _, _, floor in fits], 0))
@@ -209,9 +281,10 @@ class Probe:
             dsc_sd=float(spread),
             empty_correct=None if np.isnan(means[3]) else means[3],
             images=int(np.isfinite(dsc).sum()),
-            scoring=self.scoring,
+            scoring=scoring,
             mean_mask_dsc=float(np.nanmean(np.concatenate(floors))),
-            per_image={self.data.ids[i]: round(float(dsc[i]), 6) for i in np.flatnonzero(np.isfinite(dsc))},
+            **by_size(dsc, data.masks.mean((1, 2)), self.settings.sizes),
+            per_image={data.ids[i]: round(float(dsc[i]), 6) for i in np.flatnonzero(np.isfinite(dsc))},
         )
 
 

@@ -21,7 +21,7 @@ from amlp_ray.errors import AmlpError
 from amlp_ray.runtime.capacity import cluster_resources, jobs_side_by_side, machine_resources
 from amlp_ray.runtime.ray_session import ray_session
 from amlp_ray.training.job import Job, claim, run_job
-from amlp_ray.training.metrics import read_rows
+from amlp_ray.training.metrics import own_rows, read_rows
 from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult
 
 ShouldStop = Callable[[], bool]
@@ -148,7 +148,7 @@ def _follow(work: Callable[[], object], file: Path, report: Callable[[Metrics], 
     while True:
         thread.join(FOLLOW_S)
         ended = not thread.is_alive()
-        for row in read_rows(file):
+        for row in own_rows(read_rows(file)):
             if row["epoch"] > reported:
                 report(row)
                 reported = row["epoch"]

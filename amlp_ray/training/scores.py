@@ -64,6 +64,30 @@ def mean_mask_floor(train: NDArray[np.uint8], scored: NDArray[np.uint8]) -> Floa
     return score_images(np.broadcast_to(mean_mask(train), scored.shape), scored > 0).dsc
 
 
+def by_size(dsc: FloatArray, share: FloatArray, sizes: tuple[float, float]) -> dict[str, float | None]:
+    """Mean DSC by how large lesions are, see `sizes_of`; None where no image has one of that size.
+
+    Args:
+        dsc: (n,), NaN where there is no lesion, which counts nowhere.
+    """
+    found: dict[str, float | None] = {}
+    for name, chosen in sizes_of(share, sizes).items():
+        values = dsc[chosen & np.isfinite(dsc)]
+        found[f"dsc_{name}"] = float(values.mean()) if len(values) else None
+    return found
+
+
+def sizes_of(share: FloatArray, sizes: tuple[float, float]) -> dict[str, BoolArray]:
+    """Which images (n,) have a small, a medium and a large lesion, by its share (n,) of the image.
+
+    >>> {name: int(chosen.sum()) for name, chosen in sizes_of(np.array([0.0, 0.01, 0.1, 0.2]), (0.02, 0.1)).items()}
+    {'small': 1, 'medium': 1, 'large': 1}
+    """
+    low, high = sizes
+    small, large = (share > 0) & (share < low), share > high
+    return {"small": small, "medium": (share > 0) & ~small & ~large, "large": large}
+
+
 @dataclass(frozen=True)
 class Score:
     """Segmentation score of an encoder. All but `mean_mask_dsc`, a floor, and counts are means over images."""
@@ -77,6 +101,9 @@ class Score:
     images: int  # scored images with a lesion
     scoring: str
     mean_mask_dsc: float  # floor: the mean training mask predicted for every image
+    dsc_small: float | None  # of images with a small lesion, see `probe.sizes`; None without such images
+    dsc_medium: float | None
+    dsc_large: float | None
     per_image: dict[str, float]  # DSC by image id, for paired comparison
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`finetune`: train a segmenter on labelled images, and score it. For confirmation, not for search: 20x a probe's cost.
 
 Encoder (pretrained or from scratch), a convolutional decoder on the tokens of four depths, Dice and cross-entropy loss.
-Scored on val by the threshold 0.5, never on test.
+Scored on val by the threshold 0.5; on test where a confirmation asks for it by name, and nowhere else.
 """
 
 from __future__ import annotations
@@ -11,25 +11,30 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from amlp_ray.config import ImageSpec, SegmentSettings
+from amlp_ray.config import ImageSpec, ModelSettings, ProbeSettings, SegmentSettings
 from amlp_ray.data.dataset import PatchDataset, Split
-from amlp_ray.errors import DataError, NonFiniteLossError, SettingsError
+from amlp_ray.errors import CheckpointError, DataError, NonFiniteLossError, SettingsError
 from amlp_ray.files import write_whole
 from amlp_ray.method.augment import augment, normalise
 from amlp_ray.method.encoder import new_encoder
-from amlp_ray.settings import write_yaml
+from amlp_ray.settings import build, read_yaml, write_yaml
 from amlp_ray.training.checkpoint import load_encoder, read_encoder_header, write_tensors
 from amlp_ray.training.labelled import Rows, by_part, check_fits, lesion_pixels
 from amlp_ray.training.pretrain import learning_rate
-from amlp_ray.training.scores import mean_mask, score_images
+from amlp_ray.training.scores import by_size, mean_mask, score_images
+
+SIZES = ProbeSettings().sizes
+WEIGHTS = "segmenter.safetensors"
 
 
 class Segmenter(nn.Module):
@@ -71,6 +76,7 @@ def segment(
     settings: SegmentSettings,
     *,
     from_scratch: bool = False,
+    sizes: tuple[float, float] = SIZES,
     progress: Callable[[dict[str, Any]], None] = lambda metrics: None,
     device: str = "cpu",
 ) -> dict[str, Any]:
@@ -80,6 +86,7 @@ def segment(
         dataset: images with masks; need not be what the encoder was pretrained on, but must be of its shape and scale.
             `amlp-ray data check A --against B` tells whether val images are among those of the pretraining set.
         encoder: an exported encoder; `from_scratch` keeps its shape but not its weights: the baseline.
+        sizes: what counts as a small and as a large lesion, see `probe.sizes`.
 
     Returns:
         Scores, also written to `out/score.json` next to `segmenter.safetensors` and `settings.yaml`.
@@ -91,7 +98,7 @@ def segment(
         raise SettingsError(f"{out} holds a pretraining run; give another --out for the segmenter.")
     model_settings, spec = read_encoder_header(encoder)
     check_fits(dataset, spec, f"{encoder} was trained on")
-    train, val = dataset.load("train", _train_rows(dataset, settings)), _val_rows(dataset)
+    train, val = dataset.load("train", _train_rows(dataset, settings)), _labelled_rows(dataset, "val")
     out.mkdir(parents=True, exist_ok=True)  # told now, not after the training, where it cannot be made
     torch.manual_seed(settings.seed)
     # From scratch means the start that pretraining has, not timm's: anything else would handicap the baseline.
@@ -99,16 +106,53 @@ def segment(
     model = Segmenter(vit, spec, model_settings.patch_size, settings.decoder_width).to(device)
     seconds = _fit(model, train, spec, settings, progress, device)
     # The encoder's own mean and SD, of whatever it was pretrained on, see `check_fits`.
-    score = _score(model, dataset, val, train.masks, spec, device) | {
+    score = _score(model, dataset, "val", val, train.masks, spec, sizes, device) | {
         "labels": len(train),
         "from_scratch": from_scratch,
         "encoder": str(encoder),
         "seconds": seconds,
     }
-    write_tensors(out / "segmenter.safetensors", model.state_dict())
+    write_tensors(out / WEIGHTS, model.state_dict())
     write_yaml(settings, out / "settings.yaml")
     write_whole(out / "score.json", json.dumps(score, indent=1))
     return score
+
+
+def score_segmenter(
+    dataset: PatchDataset,
+    encoder: Path,
+    folder: Path,
+    split: Literal["val", "test"],
+    *,
+    sizes: tuple[float, float] = SIZES,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Score a segmenter that `segment` left in `folder`, on the labelled images of a split; nothing is trained.
+
+    Args:
+        encoder: what it was fine-tuned from, for its shape and the images it was made for.
+
+    Raises:
+        DataError: the split has no lesion. CheckpointError: the segmenter is missing, damaged or of another encoder.
+    """
+    model_settings, spec = read_encoder_header(encoder)
+    check_fits(dataset, spec, f"{encoder} was trained on")
+    settings = build(SegmentSettings, read_yaml(folder / "settings.yaml"), str(folder / "settings.yaml"))
+    rows = _labelled_rows(dataset, split)
+    model = _load(folder / WEIGHTS, model_settings, spec, settings).to(device)
+    trained = dataset.load("train", _train_rows(dataset, settings)).masks
+    return _score(model, dataset, split, rows, trained, spec, sizes, device)
+
+
+def _load(path: Path, model: ModelSettings, spec: ImageSpec, settings: SegmentSettings) -> Segmenter:
+    segmenter = Segmenter(new_encoder(model, spec), spec, model.patch_size, settings.decoder_width)
+    try:
+        segmenter.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a segmenter of its encoder ({type(error).__name__}); run `segment` again."
+        ) from None
+    return segmenter
 
 
 def _train_rows(dataset: PatchDataset, settings: SegmentSettings) -> Rows:
@@ -120,10 +164,10 @@ def _train_rows(dataset: PatchDataset, settings: SegmentSettings) -> Rows:
     return rows
 
 
-def _val_rows(dataset: PatchDataset) -> Rows:
-    """Labelled val images; read when they are scored, a file at a time."""
-    pixels = lesion_pixels(dataset, "val")
-    _require(dataset, "val", int((pixels > 0).sum()), 1)
+def _labelled_rows(dataset: PatchDataset, split: str) -> Rows:
+    """Labelled images of a split; read when they are scored, a file at a time."""
+    pixels = lesion_pixels(dataset, split)
+    _require(dataset, split, int((pixels > 0).sum()), 1)
     return np.flatnonzero(np.isfinite(pixels))
 
 
@@ -189,19 +233,27 @@ def _fit(
 
 @torch.inference_mode()
 def _score(
-    model: Segmenter, dataset: PatchDataset, rows: Rows, trained: np.ndarray, spec: ImageSpec, device: str
+    model: Segmenter,
+    dataset: PatchDataset,
+    split: str,
+    rows: Rows,
+    trained: np.ndarray,
+    spec: ImageSpec,
+    sizes: tuple[float, float],
+    device: str,
 ) -> dict[str, Any]:
-    """Score val images by row; `trained` are the training masks, whose mean is the floor."""
+    """Score images of a split by row; `trained` are the training masks, whose mean is the floor."""
     model.eval()
     floor = mean_mask(trained)
-    scores, floors, ids = [], [], []
-    for some in by_part(dataset, "val", rows):
-        part = dataset.load("val", some)
+    scores, floors, shares, ids = [], [], [], []
+    for some in by_part(dataset, split, rows):
+        part = dataset.load(split, some)
         chunks = torch.from_numpy(part.images).split(32)
         logits = torch.cat([model(normalise(chunk.to(device), spec)).cpu() for chunk in chunks])
         s = score_images((logits[:, 0] > 0).numpy(), part.masks > 0)
         scores.append(np.stack([s.dsc, s.ppv, s.sensitivity, s.empty_correct]))
         floors.append(score_images(np.broadcast_to(floor, part.masks.shape), part.masks > 0).dsc)
+        shares.append(part.masks.mean((1, 2)))
         ids += part.ids
     dsc, ppv, sensitivity, empty = np.concatenate(scores, 1)
     lesion = np.isfinite(dsc)
@@ -211,6 +263,7 @@ def _score(
         "sensitivity": float(np.nanmean(sensitivity)),
         "empty_correct": None if lesion.all() else float(np.nanmean(empty)),
         "images": int(lesion.sum()),
+        **by_size(dsc, np.concatenate(shares), sizes),
         "per_image": {ids[i]: round(float(dsc[i]), 6) for i in np.flatnonzero(lesion)},
         "mean_mask_dsc": float(np.nanmean(np.concatenate(floors))),
     }

@@ -11,11 +11,16 @@ import pytest
 
 from amlp_ray.config import ResourceSettings
 from amlp_ray.errors import ResourceError
-from amlp_ray.runtime.capacity import cluster_resources, jobs_side_by_side
+from amlp_ray.runtime.capacity import Cluster, cluster_resources, free_resources, jobs_side_by_side
 
 
-def machine(cpus: float, gpus: float = 0, nodes: int = 1) -> dict[str, float]:
-    return {"CPU": cpus * nodes, "GPU": gpus * nodes, "node_CPU": cpus, "node_GPU": gpus}
+def machine(cpus: float, gpus: float = 0, nodes: int = 1, gb: float = 8) -> Cluster:
+    return Cluster(({"CPU": cpus, "GPU": gpus, "memory": gb * 1e9},) * nodes)
+
+
+UNEVEN = Cluster(
+    ({"CPU": 3.0, "GPU": 0.0, "memory": 8e9}, {"CPU": 3.0, "GPU": 1.0, "memory": 8e9}, {"CPU": 1.0, "GPU": 1.0})
+)
 
 
 @pytest.mark.parametrize(
@@ -29,10 +34,14 @@ def machine(cpus: float, gpus: float = 0, nodes: int = 1) -> dict[str, float]:
         (ResourceSettings(gpus_per_worker=1), machine(16, 4), 4),
         (ResourceSettings(gpus_per_worker=0.5), machine(16, 1), 2),
         (ResourceSettings(workers=4, gpus_per_worker=1, cpus_per_worker=2), machine(16, 2, nodes=4), 2),
+        (ResourceSettings(cpus_per_worker=2), UNEVEN, 2),  # of 7 CPUs in all: what is left over on a node fits nobody
+        (ResourceSettings(cpus_per_worker=2, gpus_per_worker=1), UNEVEN, 1),
+        (ResourceSettings(memory_per_worker=3), machine(16), 2),
+        (ResourceSettings(gpus_per_worker=0.25), machine(16, 2), 8),
     ],
 )
 def test_as_many_runs_side_by_side_as_the_scarcest_resource_holds(
-    resources: ResourceSettings, cluster: dict[str, float], fit: int
+    resources: ResourceSettings, cluster: Cluster, fit: int
 ) -> None:
     assert jobs_side_by_side(resources, cluster) == fit
 
@@ -44,16 +53,20 @@ def test_as_many_runs_side_by_side_as_the_scarcest_resource_holds(
         (ResourceSettings(cpus_per_worker=3), machine(2, nodes=4), "largest node has 2 CPUs"),
         (ResourceSettings(workers=3), machine(2), "more than the cluster's 2 CPUs"),
         (ResourceSettings(workers=2), machine(2), "set resources.cpus_per_worker to 0.9"),
+        (ResourceSettings(memory_per_worker=9), machine(2), "memory_per_worker=9, but the largest node has 8 GB"),
+        (ResourceSettings(workers=3, cpus_per_worker=2), UNEVEN, "do not fit on nodes of 3 CPUs and 0 GPUs, 3 CPUs"),
     ],
 )
-def test_what_no_node_can_hold_is_refused(resources: ResourceSettings, cluster: dict[str, float], told: str) -> None:
+def test_what_no_node_can_hold_is_refused(resources: ResourceSettings, cluster: Cluster, told: str) -> None:
     with pytest.raises(ResourceError, match=told):
         jobs_side_by_side(resources, cluster)
 
 
 @pytest.mark.ray
 def test_the_cluster_of_the_tests_has_two_cpus(ray_session: None) -> None:
-    assert cluster_resources() == machine(2)
+    assert cluster_resources().total("CPU") == 2
+    assert cluster_resources().largest("memory") > 0
+    assert free_resources().total("CPU") <= 2
 
 
 @pytest.mark.ray

@@ -1,4 +1,4 @@
-"""Figures of what happens over epochs: DSC at rungs, masking ratios, losses."""
+"""Figures of what happens over epochs: scores at rungs, masking ratios, losses."""
 
 from __future__ import annotations
 
@@ -17,38 +17,40 @@ MAX_CURVES = 60  # more are a grey carpet, and the file grows with every one
 Logged = list[tuple[Run, list[dict[str, Any]]]]  # runs with a row for each epoch
 
 
-def curves(facts: Facts) -> list[Figure]:
-    """Draw the best trials, whatever their state; trials without a score come last."""
-    drawn = sorted(facts.search, key=lambda run: (run.dsc is None, -(run.dsc or 0.0)))[:MAX_CURVES]
+def curves(facts: Facts) -> tuple[Figure, list[Figure]]:
+    """Draw the best trials, whatever their state; trials without a score come last.
+
+    Returns: the metric at rungs, and what is logged at every epoch.
+    """
+    drawn = sorted(facts.search, key=lambda run: (run.value is None, -(run.value or 0.0)))[:MAX_CURVES]
     logged = [(run, rows) for run in drawn if (rows := read_metrics(run.folder))]
     note = " The best trial is red." if facts.best else ""
     if len(facts.search) > MAX_CURVES:
         note += f" Only the best {MAX_CURVES} of {len(facts.search)} trials are drawn."
-    return [
-        _rungs(drawn, facts.best, note),
+    return _rungs(facts, drawn, note), [
         _per_epoch(
             "ratio",
             "Masking-ratio schedules tried",
-            "Share of patches that a trial masked in each epoch, darker for a higher DSC: see where dark lines gather."
-            + note,
+            f"Share of patches that a trial masked in each epoch, darker for a higher {facts.metric}: see where dark lines "
+            f"gather.{note}",
             logged,
-            facts.best,
+            facts,
         ),
-        _losses(logged, facts.best, note),
+        _losses(logged, facts, note),
     ]
 
 
-def _rungs(drawn: list[Run], best: Run | None, note: str) -> Figure:
-    title = "DSC while pretraining"
+def _rungs(facts: Facts, drawn: list[Run], note: str) -> Figure:
+    title = f"{facts.metric} while pretraining"
     caption = (
-        "DSC at each rung, darker for a higher last score: dotted lines that end in a cross were pruned, dashed "
-        "ones still run."
+        f"{facts.metric} at each rung, darker for a higher last score: dotted lines that end in a cross were pruned, "
+        f"dashed ones still run."
     )
     runs = [run for run in drawn if run.rungs and run.state != "FAIL"]
     if not runs:
         return Figure("rungs", title, caption, gap="No rung has been reached yet.")
-    figure = empty("epoch", "DSC")
-    for run, line in _coloured(runs, best):
+    figure = empty("epoch", facts.metric)
+    for run, line in _coloured(runs, facts.best):
         line["dash"] = {"PRUNED": "dot", "COMPLETE": "solid"}.get(run.state, "dash")
         before, pruned = len(run.rungs) - 1, run.state == "PRUNED"
         figure.add_scatter(
@@ -63,21 +65,21 @@ def _rungs(drawn: list[Run], best: Run | None, note: str) -> Figure:
             text=hover(run),
             hovertemplate="epoch %{x}: %{y:.3f}<br>%{text}<extra></extra>",
         )
-    return Figure("rungs", title, caption + note, _with_bar(figure, runs))
+    return Figure("rungs", title, caption + note, _with_bar(figure, runs, facts.metric))
 
 
-def _losses(logged: Logged, best: Run | None, note: str) -> Figure:
+def _losses(logged: Logged, facts: Facts, note: str) -> Figure:
     caption = (
         "Training loss by epoch: see whether a run falls and stays finite. Losses at different ratios are not "
         "comparable, so a lower curve is not a better encoder."
     )
-    item = _per_epoch("loss", "Pretraining loss", caption + note, logged, best)
+    item = _per_epoch("loss", "Pretraining loss", caption + note, logged, facts)
     if item.figure is not None:
         item.figure.update_yaxes(type="log")
     return item
 
 
-def _per_epoch(column: str, title: str, caption: str, logged: Logged, best: Run | None) -> Figure:
+def _per_epoch(column: str, title: str, caption: str, logged: Logged, facts: Facts) -> Figure:
     """Draw a column of the metrics that has its own name on the y axis."""
     logged = [(run, rows) for run, rows in logged if any(finite(row.get(column)) is not None for row in rows)]
     if not logged:
@@ -85,7 +87,7 @@ def _per_epoch(column: str, title: str, caption: str, logged: Logged, best: Run 
     rows_of = {run.number: rows for run, rows in logged}
     runs = [run for run, _ in logged]
     figure = empty("epoch", column)
-    for run, line in _coloured(runs, best):
+    for run, line in _coloured(runs, facts.best):
         rows = rows_of[run.number]
         values = [finite(row.get(column)) for row in rows]
         figure.add_scatter(
@@ -96,7 +98,7 @@ def _per_epoch(column: str, title: str, caption: str, logged: Logged, best: Run 
             text=hover(run),
             hovertemplate="epoch %{x}: %{y:.3g}<br>%{text}<extra></extra>",
         )
-    return Figure(column, title, caption, _with_bar(figure, runs))
+    return Figure(column, title, caption, _with_bar(figure, runs, facts.metric))
 
 
 def _coloured(runs: list[Run], best: Run | None) -> Iterator[tuple[Run, dict[str, Any]]]:
@@ -105,23 +107,23 @@ def _coloured(runs: list[Run], best: Run | None) -> Iterator[tuple[Run, dict[str
     for run in reversed(runs):
         if best is not None and run.number == best.number:
             yield run, {"color": ACCENT, "width": 3}
-        elif run.dsc is None:
+        elif run.value is None:
             yield run, {"color": PALE, "width": 1}
         else:
-            place = (run.dsc - low) / (high - low) if high > low else 1.0
+            place = (run.value - low) / (high - low) if high > low else 1.0
             yield run, {"color": sample_colorscale(SCALE, [place])[0], "width": 1.5}
 
 
 def _ends(runs: list[Run]) -> tuple[float, float]:
-    values = [run.dsc for run in runs if run.dsc is not None]
+    values = [run.value for run in runs if run.value is not None]
     return (min(values), max(values)) if values else (0.0, 0.0)
 
 
-def _with_bar(figure: go.Figure, runs: list[Run]) -> go.Figure:
-    """Add the colour bar of DSC: plotly draws one only for markers, so an unseen one carries it."""
+def _with_bar(figure: go.Figure, runs: list[Run], metric: str) -> go.Figure:
+    """Add the colour bar of the metric: plotly draws one only for markers, so an unseen one carries it."""
     low, high = _ends(runs)
     if high > low:
-        bar = {"title": {"text": "DSC"}, "thickness": 14}
+        bar = {"title": {"text": metric}, "thickness": 14}
         marker = {"color": [low], "cmin": low, "cmax": high, "colorscale": SCALE, "showscale": True, "colorbar": bar}
         figure.add_scatter(x=[None], y=[None], mode="markers", marker=marker, hoverinfo="skip")
     figure.update_layout(showlegend=False)

@@ -5,18 +5,35 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.trial import FrozenTrial
 
-from amlp_ray.config import PretrainSettings, StudySettings
+from amlp_ray.config import Choice, Parameter, PretrainSettings, Range, StudySettings
+from amlp_ray.study.budget import Ledger, Spent, counts
+from amlp_ray.study.listing import STATES, front, note_of, state_of
+from amlp_ray.study.report._importance import Importance, importance
 from amlp_ray.study.store import StudyStore
+from amlp_ray.training.metrics import read_rows
 
-MIN_IMPORTANCE_TRIALS = 10  # PED-ANOVA compares the top trials with all; a top of under 5 says nothing
+TITLES = {  # of objectives and other measures
+    "dsc": "DSC",
+    "ap": "Patch AP",
+    "ppv": "PPV",
+    "sensitivity": "Sensitivity",
+    "dsc_small": "DSC, small lesions",
+    "dsc_medium": "DSC, medium lesions",
+    "dsc_large": "DSC, large lesions",
+    "seconds": "Seconds",
+    "gpu_seconds": "GPU-seconds",
+    "memory": "Memory, GB",
+}
 
 
 @dataclass(frozen=True)
@@ -24,13 +41,15 @@ class Run:
     """One trial of the search, or one repeat of an arm."""
 
     number: int  # Optuna's, within the search or within the arms
-    state: str  # COMPLETE, PRUNED, FAIL, RUNNING, WAITING
-    dsc: float | None  # final DSC; at the last rung so far where the run was pruned or is not over
-    rungs: dict[int, float]  # DSC by epoch
+    state: str  # as people are told it: RUNNING is INTERRUPTED where no process runs the study
+    value: float | None  # by `StudySettings.metric`; at the last rung so far where the run was pruned or is not over
+    dsc: float | None  # the same where the metric is DSC
+    values: dict[str, float]  # by objective, of a complete run
+    rungs: dict[int, float]  # the metric by epoch
     params: dict[str, Any]
     folder: Path
-    score: dict[str, Any]  # score.json without its per-image values; empty where there is none
     attributes: dict[str, Any]
+    note: str | None  # where it comes from, where it is not simply proposed and trained
     started: datetime | None
     ended: datetime | None
 
@@ -39,22 +58,51 @@ class Run:
         return self.attributes.get("arm")
 
     @property
+    def diagnosis(self) -> bool:
+        """An arm that sees true masks: shown, and compared with nothing."""
+        return bool(self.attributes.get("diagnosis"))
+
+    @property
     def name(self) -> str:
-        return f"{self.arm}-{self.attributes.get('repeat', self.number)}" if self.arm else f"trial {self.number}"
+        group = self.arm or self.attributes.get("candidate")  # of a confirmation
+        return f"{group}-{self.attributes.get('repeat', self.number)}" if group else f"trial {self.number}"
 
     @property
     def epochs(self) -> int | None:
-        """Epochs run, as the trial says or as its rungs show."""
-        said = self.attributes.get("epochs")
-        return said if isinstance(said, int) else max(self.rungs, default=None)
+        """Epochs run, as the run says at its end or as its rungs show."""
+        said = self.cost("epochs")
+        return max(self.rungs, default=None) if said is None else int(said)
+
+    @property
+    def until(self) -> datetime | None:
+        """When it ended, or was last seen to live."""
+        if self.ended or self.started is None:
+            return self.ended
+        if self.state == "RUNNING":
+            return datetime.now()
+        metrics = self.folder / "metrics.jsonl"
+        return max(self.started, datetime.fromtimestamp(metrics.stat().st_mtime)) if metrics.is_file() else self.started
 
     @property
     def finished(self) -> bool:
-        return self.state == "COMPLETE" and self.dsc is not None
+        return self.state == "COMPLETE" and self.value is not None and self.dsc is not None
+
+    def cost(self, key: str) -> float | None:
+        """What the run took: seconds, gpu_seconds, memory, epochs; None before its end."""
+        return finite(self._ended_with.get(key))
 
     def measure(self, key: str) -> float | None:
-        """Return a number of score.json, None where it is missing, null or not finite."""
+        """Return a number of its last scoring, None where it is missing, null or not finite."""
+        scores = self._ended_with.get("scores")
+        if isinstance(scores, dict) and key in scores:  # no file is opened for what the store knows
+            return finite(scores[key])
         return finite(self.score.get(key))
+
+    @cached_property
+    def score(self) -> dict[str, Any]:
+        """`score.json` without its per-image values, which are many; empty where there is none."""
+        score = read_json(self.folder / "score.json")
+        return {key: item for key, item in score.items() if key != "per_image"}
 
     def per_image(self) -> dict[str, float]:
         """Read the DSC of every scored image; empty where there is no score."""
@@ -62,6 +110,11 @@ class Run:
         if not isinstance(values, dict):
             return {}
         return {key: number for key, value in values.items() if (number := finite(value)) is not None}
+
+    @property
+    def _ended_with(self) -> dict[str, Any]:
+        facts = self.attributes.get("facts")
+        return facts if isinstance(facts, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -71,19 +124,43 @@ class Facts:
     name: str
     folder: Path
     settings: StudySettings
-    search: list[Run]
+    search: list[Run]  # trials that the study trained
+    copies: list[Run]  # numbers of the search that were answered from the store (`copy_of`)
+    imported: list[Run]  # trials of elsewhere (`source`): they teach the sampler, and are no result of this study
+    front: list[Run]  # complete trials within `limits` that none beats in every objective; of one objective, the best
     arms: list[Run]
-    environment: dict[str, Any]
-    importances: dict[str, float]  # sum 1, largest first; empty where `importances_gap` says why
-    importances_gap: str | None
+    confirmation: list[Run]
+    driven: bool  # whether a process runs the study at this moment
+    spent: Spent
+    space: dict[str, Parameter]  # as declared; of a Python function, as the trials' distributions show it
+    environments: list[dict[str, Any]]  # one for each time the study was run
+    importances: dict[str, Importance]  # by objective
 
     @property
     def best(self) -> Run | None:
-        return max((run for run in self.search if run.finished), key=lambda run: run.dsc or 0.0, default=None)
+        """The best by the metric among complete trials within `limits`; with several objectives, on their front.
+
+        Of a population, the best of its latest generation: earlier ones are parts of a training.
+        """
+        return max(self.front, key=lambda run: run.value or 0.0, default=None)
+
+    def feasible(self, run: Run) -> bool:
+        """Whether a run keeps the limits; one that did not measure a cost is taken to."""
+        return _feasible(run, self.settings)
 
     @property
     def running(self) -> bool:
-        return any(run.state in ("RUNNING", "WAITING") for run in [*self.search, *self.arms])
+        return any(run.state in ("RUNNING", "INTERRUPTED", "WAITING") for run in [*self.search, *self.arms])
+
+    @property
+    def metric(self) -> str:
+        """Title of the score that trials are ranked by."""
+        return TITLES[self.settings.metric]
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """That of the latest run of the study."""
+        return self.environments[-1] if self.environments else {}
 
     @property
     def dataset(self) -> dict[str, Any]:
@@ -98,17 +175,15 @@ class Facts:
         about = self.environment.get(name)
         return about if isinstance(about, dict) else {}
 
-    @property
-    def wall_time(self) -> timedelta | None:
-        """First start to last end, pauses between two runs of the study included; None before the first start."""
-        runs = [*self.search, *self.arms]
-        starts = [run.started for run in runs if run.started]
-        ends = [run.ended or datetime.now() for run in runs if run.started]
-        return max(ends) - min(starts) if starts else None
-
     def parameters(self) -> list[str]:
         """Names of the searched parameters: as declared, then those that only trials know (an older space)."""
-        return list(dict.fromkeys([*self.settings.space, *(name for run in self.search for name in run.params)]))
+        declared = [name for name, parameter in self.space.items() if isinstance(parameter, Range | Choice)]
+        return list(dict.fromkeys([*declared, *(name for run in self.search for name in run.params)]))
+
+    def full_length(self, run: Run) -> int:
+        """Epochs of a run that nothing stops early."""
+        given = run.params.get("epochs", self.settings.pretrain.get("epochs"))
+        return int(given or PretrainSettings.model_fields["epochs"].default)
 
     def steps_per_epoch(self, run: Run) -> int | None:
         """Optimiser steps of one epoch, None where the environment does not say how many images there are."""
@@ -123,25 +198,38 @@ class Facts:
 
 def gather(store: StudyStore) -> Facts:
     """Read the facts of a study. Missing or half-written files of trials are taken as absent."""
-    storage = store.storage()
-    search, arms = store.search(storage), store.arms(storage)
-    importances, gap = _importances(search)
+    settings, driven, search = store.settings(), store.is_run(), store.search()
+    trials = search.get_trials(deepcopy=False)
+    arms, confirmation = (study.get_trials(deepcopy=False) for study in (store.arms(), store.confirmation()))
+    runs, arm_runs, confirm_runs = (
+        [_run(store, settings, trial, driven) for trial in group] for group in (trials, arms, confirmation)
+    )
+    imported = [run for run in runs if "source" in run.attributes]
+    copies = [run for run in runs if "copy_of" in run.attributes and "source" not in run.attributes]
+    other = {run.number for run in [*imported, *copies]}
+    own = [trial for trial in trials if trial.number not in other]
     return Facts(
         name=store.name,
         folder=store.folder,
-        settings=store.settings(),
-        search=_runs(store, search),
-        arms=_runs(store, arms),
-        environment=read_json(store.folder / "environment.json"),
-        importances=importances,
-        importances_gap=gap,
+        settings=settings,
+        search=[run for run in runs if run.number not in other],
+        copies=copies,
+        imported=imported,
+        front=_front(settings, own, runs),
+        arms=arm_runs,
+        confirmation=confirm_runs,
+        driven=driven,
+        spent=_spent([*trials, *arms, *confirmation], search),
+        space=settings.space if isinstance(settings.space, dict) else _observed(own),
+        environments=[row for row in read_rows(store.folder / "environments.jsonl") if isinstance(row, dict)],
+        importances=importance(own, settings.objectives),
     )
 
 
 def count_states(runs: Iterable[Run]) -> dict[str, int]:
     """Count runs by state, in the order of a trial's life."""
     counts = Counter(run.state for run in runs)
-    return {state: counts[state] for state in ("COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING") if counts[state]}
+    return {state: counts[state] for state in STATES if counts[state]}
 
 
 def finite(value: Any) -> float | None:
@@ -160,31 +248,37 @@ def read_json(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _runs(store: StudyStore, study: optuna.Study) -> list[Run]:
-    return [_run(store, trial) for trial in study.get_trials(deepcopy=False)]
-
-
-def _run(store: StudyStore, trial: optuna.trial.FrozenTrial) -> Run:
-    folder = _folder(store, trial)
-    rungs = {epoch: dsc for epoch, dsc in sorted(trial.intermediate_values.items()) if math.isfinite(dsc)}
-    value = finite(trial.value) if trial.values else None
-    last = rungs[max(rungs)] if rungs else None
-    score = read_json(folder / "score.json")
+def _run(store: StudyStore, settings: StudySettings, trial: FrozenTrial, driven: bool) -> Run:
+    rungs = {epoch: value for epoch, value in sorted(trial.intermediate_values.items()) if math.isfinite(value)}
+    state, metric = trial.state.name, settings.metric
+    values = {}
+    if state == "COMPLETE" and trial.values:  # one per objective; an arm has that of the metric alone
+        names = settings.objectives if len(trial.values) == len(settings.objectives) else (metric,)
+        named = zip(names, trial.values, strict=False)
+        values = {name: value for name, given in named if (value := finite(given)) is not None}
+    facts = trial.user_attrs.get("facts")
+    scores = facts.get("scores") if isinstance(facts, dict) else None
+    known = {**(scores if isinstance(scores, dict) else {}), **values}
+    last = rungs[max(rungs)] if rungs and state != "FAIL" else None
+    value = finite(known.get(metric)) if state in ("COMPLETE", "PRUNED") else None
+    value = last if value is None else value
     return Run(
         number=trial.number,
-        state=trial.state.name,
-        dsc=last if value is None and trial.state.name != "FAIL" else value,
+        state=state_of(trial, running=driven),
+        note=note_of(trial),
+        value=value,
+        dsc=value if metric == "dsc" else finite(known.get("dsc")),
+        values=values,
         rungs=rungs,
         params=trial.params,
-        folder=folder,
-        score={key: item for key, item in score.items() if key != "per_image"},  # large, and needed for a few runs only
+        folder=_folder(store, trial),
         attributes=trial.user_attrs,
         started=trial.datetime_start,
         ended=trial.datetime_complete,
     )
 
 
-def _folder(store: StudyStore, trial: optuna.trial.FrozenTrial) -> Path:
+def _folder(store: StudyStore, trial: FrozenTrial) -> Path:
     path, arm = trial.user_attrs.get("path"), trial.user_attrs.get("arm")
     if isinstance(path, str):
         folder = (store.folder / path).resolve()
@@ -195,21 +289,44 @@ def _folder(store: StudyStore, trial: optuna.trial.FrozenTrial) -> Path:
     return store.trial_folder(trial.number)
 
 
-def _importances(study: optuna.Study) -> tuple[dict[str, float], str | None]:
-    complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-    if len(complete) < MIN_IMPORTANCE_TRIALS:
-        few = f"{len(complete)} complete trials are too few"
-        return {}, f"{few}: importances are worked out from {MIN_IMPORTANCE_TRIALS} on."
-    if not any(trial.params for trial in complete):
-        return {}, "No parameter was searched."
-    if len({trial.value for trial in complete}) == 1:
-        return {}, "All complete trials score the same, so no parameter explains a difference."
-    top = min(0.5, max(0.1, 5 / len(complete)))
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=top)
-    try:
-        importances = optuna.importance.get_param_importances(study, evaluator=evaluator)
-    except (ValueError, RuntimeError, AssertionError) as error:  # Optuna's ways of refusing a set of trials
-        return {}, f"Optuna could not work out importances: {error}"
-    if len(set(importances.values())) == 1 and len(importances) > 1:
-        return {}, "The best trials do not differ from the rest in any one parameter."
-    return importances, None
+def _front(settings: StudySettings, trials: Sequence[FrozenTrial], runs: Sequence[Run]) -> list[Run]:
+    by_number = {run.number: run for run in runs}
+    candidates = [trial for trial in trials if by_number[trial.number].finished]
+    if settings.sampler.name == "pbt":
+        latest = max((trial.user_attrs.get("generation", 0) for trial in candidates), default=0)
+        candidates = [trial for trial in candidates if trial.user_attrs.get("generation", 0) == latest]
+    kept = [trial for trial in candidates if _feasible(by_number[trial.number], settings)]
+    return [by_number[trial.number] for trial in front(kept or candidates, settings)]
+
+
+def _feasible(run: Run, settings: StudySettings) -> bool:
+    return all((run.cost(name) or 0.0) <= limit for name, limit in settings.limits.items())
+
+
+def _spent(trials: Sequence[FrozenTrial], search: optuna.Study) -> Spent:
+    """Return what the study has spent of its budget: ended trials, and running ones up to their last rung."""
+    ledger = Ledger.of(trial for trial in trials if trial.state.is_finished())
+    for trial in trials:
+        if trial.state.name == "RUNNING" and trial.intermediate_values:
+            ledger.report(str(trial._trial_id), epochs=max(trial.intermediate_values), gpu_seconds=0.0)
+    lease = search.user_attrs.get("lease")
+    seconds = finite(lease.get("seconds")) if isinstance(lease, dict) else None
+    of_search = search.get_trials(deepcopy=False)
+    return ledger.spent(trials=sum(map(counts, of_search)), seconds=seconds or 0.0)
+
+
+def _observed(trials: Sequence[FrozenTrial]) -> dict[str, Parameter]:
+    """Return a space that is a Python function, as the trials were drawn from it."""
+    space: dict[str, Parameter] = {}
+    for trial in trials:
+        for name, drawn in trial.distributions.items():
+            if name in space:
+                continue
+            if isinstance(drawn, optuna.distributions.CategoricalDistribution):
+                space[name] = Choice.model_construct(choices=list(drawn.choices), default=None, when=None)
+            elif isinstance(drawn, optuna.distributions.FloatDistribution | optuna.distributions.IntDistribution):
+                step = None if drawn.step == 1 and isinstance(drawn.low, int) else drawn.step
+                space[name] = Range.model_construct(
+                    low=drawn.low, high=drawn.high, log=drawn.log, step=step, default=None, when=None
+                )
+    return space

@@ -6,16 +6,20 @@ import base64
 import json
 import os
 import tempfile
-from datetime import datetime, timedelta
+from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
-from amlp_ray.study.report import _figures, _tables
+from amlp_ray.study.report import _environment, _figures, _progress, _ranks, _space, _tables
 from amlp_ray.study.report._compare import Arm, compare, finished_arms, rank_agreement
+from amlp_ray.study.report._curves import curves
 from amlp_ray.study.report._facts import Facts, Run, count_states, gather
+from amlp_ray.study.report._plot import Figure
 from amlp_ray.study.report._verdict import judge
 from amlp_ray.study.store import StudyStore
 
@@ -38,43 +42,73 @@ def write(store: StudyStore) -> Path:
 
 
 def _render(facts: Facts) -> str:
-    # Everything is escaped but the style sheet and plotly's own HTML, which escapes `<`, `>` and `/` inside its JSON.
+    # Everything is escaped but the style sheet, plotly.js, and plotly's own HTML, which escapes `<`, `>` and `/` inside
+    # its JSON.
     jinja = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
     arms = finished_arms(facts)
     best = facts.best
-    comparisons = [compare(best, arm, facts.settings.tie) for arm in arms] if best else []
-    figures = _figures.figures(facts, arms)
+    compared = [arm for arm in arms if not any(run.diagnosis for run in arm.runs)]
+    comparisons = [compare(best, arm, facts.settings.tie) for arm in compared] if best else []
+    told = _progress.timeline(facts)
+    rungs, by_epoch = curves(facts)
+    early = _ranks.ranks(facts)
+    figures = {
+        "front": _figures.fronts(facts),
+        "search": [_figures.history(facts, compared), _progress.efficiency(facts)],
+        "settings": [*_figures.importances(facts), _figures.parallel(facts)],
+        "early": [_ranks.figure(facts, early), rungs],
+        "time": [_progress.gantt(told)],
+        "training": by_epoch,
+    }
     return jinja.get_template("report.html").render(
         css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
+        plotly=Markup(get_plotlyjs()) if any(item.figure for group in figures.values() for item in group) else None,
         facts=facts,
-        header=_header(facts),
+        header=_header(facts, told),
         verdict=judge(facts, arms, comparisons, rank_agreement(facts)),
         scores=_tables.scores(facts, arms, comparisons),
+        sizes=_tables.sizes(facts, arms),
         best=best,
         best_parameters=_tables.parameters(best) if best else None,
         best_settings=_text(best.folder / "settings.yaml") if best else None,
         load=_loading(best) if best else None,
-        space=_tables.space(facts),
-        fixed=_tables.fixed(facts),
-        figures=figures,
-        plots={key: Markup(html) for key, html in _figures.html(figures).items()},
+        front=_tables.front(facts),
+        space=_space.space(facts),
+        rules=_space.rules(facts),
+        fixed=_space.fixed(facts),
+        outcome=_progress.outcome(facts),
+        meaning=_ranks.meaning(facts, early),
+        ranks=_ranks.table(early),
+        budget=_progress.budget(facts),
+        figures={key: _drawn(group) for key, group in figures.items()},
         galleries=_galleries(best, arms),
         trials=_tables.trials(facts),
-        environment=_tables.environment(facts),
+        left_out=_tables.left_out(facts),
+        environment=_environment.latest(facts),
+        runs=_environment.runs(facts),
+        commits=_environment.commits(facts),
     )
 
 
-def _header(facts: Facts) -> list[tuple[str, str]]:
+def _drawn(figures: Iterable[Figure]) -> list[tuple[Figure, Markup]]:
+    return [(figure, Markup(figure.html)) for figure in figures]
+
+
+def _header(facts: Facts, told: _progress.Timeline | None) -> list[tuple[str, str]]:
     """Facts of the study for its head: name and text."""
     rows = [("Data set", _dataset(facts.dataset, facts.settings.data))]
     if facts.settings.labels:
         rows.append(("Labelled images", _dataset(facts.labels, facts.settings.labels)))
-    for title, runs in (("Trials", facts.search), ("Arm runs", facts.arms)):
+    for title, runs in (("Trials", facts.search), ("Arm runs", facts.arms), ("Confirmation", facts.confirmation)):
         states = count_states(runs)
-        told = ", ".join(f"{count} {state}" for state, count in states.items())
-        rows.append((title, f"{len(runs)}: {told}" if states else "none yet"))
-    if facts.wall_time is not None:
-        rows.append(("Wall time", f"{_duration(facts.wall_time)} from the first start to the last end"))
+        counted = ", ".join(f"{count} {state}" for state, count in states.items())
+        if title == "Trials":
+            apart = ((len(facts.copies), "answered from the store"), (len(facts.imported), "imported"))
+            counted += "".join(f"; {count} {what}" for count, what in apart if count)
+        if title != "Confirmation" or runs:
+            rows.append((title, f"{len(runs)}: {counted}" if counted else "none yet"))
+    if told is not None:
+        rows.append(("Wall time", f"{_tables.duration(told.end - told.start)} from the first start to the last end"))
     rows.append(("Written", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")))
     return rows
 
@@ -89,14 +123,6 @@ def _dataset(about: dict[str, Any], path: str | None) -> str:
         parts = count.items() if isinstance(count, dict) else [("images", count)]
         told.append(f"{split} " + ", ".join(f"{_tables.show(number)} {what}" for what, number in parts))
     return "; ".join(told)
-
-
-def _duration(time: timedelta) -> str:
-    minutes, seconds = divmod(round(time.total_seconds()), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def _loading(best: Run) -> str | None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
-from amlp_ray.config import Range
-from amlp_ray.settings import flat
 from amlp_ray.study.report._compare import Arm, Comparison, read
-from amlp_ray.study.report._facts import Facts, Run, finite
+from amlp_ray.study.report._facts import TITLES, Facts, Run, finite
 from amlp_ray.study.report._verdict import spread
 
 MISSING = "\u2013"
+MAX_ROWS = 500  # of each kind of run; a browser sorts more only slowly
+MAX_FRONT = 100
 MEASURES = (("ppv", "PPV"), ("sensitivity", "Sensitivity"), ("ap", "Patch AP"))
 
 
@@ -39,11 +40,10 @@ def scores(facts: Facts, arms: list[Arm], comparisons: list[Comparison]) -> Tabl
         noise = "one run" + ("" if subsets is None else f", SD {subsets:.3f} over label subsets")
         rows.append([f"Best trial ({best.number})", _three(best.dsc), noise, *_measured(best), *[MISSING] * 3])
     for arm in arms:
-        name = "arm scratch (random frozen encoder)" if arm.name == "scratch" else f"arm {arm.name}"
         item = compared.get(arm.name)
         interval = f"{item.interval[0]:+.3f} to {item.interval[1]:+.3f}" if item and item.interval else MISSING
         versus = [f"{item.difference:+.3f}", interval, item.reading] if item else [MISSING] * 3
-        rows.append([name, f"{arm.dsc:.3f}", spread(arm), *_measured(arm), *versus])
+        rows.append([_arm_title(arm), f"{arm.dsc:.3f}", spread(arm), *_measured(arm), *versus])
     scored = [*([best] if best else []), *(run for arm in arms for run in arm.runs)]
     floor = next((value for run in scored if (value := run.measure("mean_mask_dsc")) is not None), None)
     if floor is not None:
@@ -55,58 +55,91 @@ def scores(facts: Facts, arms: list[Arm], comparisons: list[Comparison]) -> Tabl
     return Table(columns, [[Cell(text) for text in row] for row in rows])
 
 
-def space(facts: Facts) -> Table:
-    """Searched parameters as declared; those that only old trials have are named as such."""
+def sizes(facts: Facts, arms: list[Arm]) -> Table:
+    """DSC by size of the lesion, for the best trial and the arms; no rows where no run has been scored by size."""
+    low, high = (f"{100 * share:g} %" for share in facts.settings.probe.sizes)
+    columns = ["", f"Small (below {low} of the image)", f"Medium ({low} to {high})", f"Large (above {high})"]
+    scored: list[tuple[str, Run | Arm]] = [(_arm_title(arm), arm) for arm in arms]
+    if facts.best:
+        scored.insert(0, (f"Best trial ({facts.best.number})", facts.best))
+    rows = [[name, *(_three(item.measure(key)) for key in ("dsc_small", "dsc_medium", "dsc_large"))] for name, item in scored]
+    return Table(columns, [[Cell(text) for text in row] for row in rows if set(row[1:]) != {MISSING}])
+
+
+def front(facts: Facts) -> Table:
+    """The Pareto front, the best by the metric first."""
+    objectives, names = list(facts.settings.objectives), facts.parameters()
     rows = []
-    for name in facts.parameters():
-        parameter = facts.settings.space.get(name)
-        if parameter is None:
-            rows.append([name, "no longer in the space; earlier trials have it", MISSING])
-            continue
-        if isinstance(parameter, Range):
-            values = f"{parameter.low:g} to {parameter.high:g}"
-            values += f", step {parameter.step:g}" if parameter.step else ""
-            values += ", logarithmic" if parameter.log else ""
-        else:
-            values = ", ".join(show(choice) for choice in parameter.choices)
-        rows.append([name, values, _condition(parameter.when)])
-    return Table(["Parameter", "Values", "Only where"], [[Cell(text) for text in row] for row in rows])
+    members = sorted(facts.front, key=lambda run: (-(run.value or 0.0), run.number))
+    for place, run in enumerate(members[:MAX_FRONT]):
+        rows.append([
+            Cell(run.name, place),
+            *(_value(run.values[name]) for name in objectives),
+            *(_value(run.params[name]) if name in run.params else Cell(MISSING) for name in names),
+        ])  # fmt: skip
+    return Table(["Run", *(TITLES[name] for name in objectives), *names], rows)
 
 
 def trials(facts: Facts) -> Table:
-    """Every trial of the search, then every repeat of every arm."""
-    names = facts.parameters()
-    columns = ["Run", "State", "DSC", *(title for _, title in MEASURES), *names, "Epochs", "Seconds", "Seed", "Reason"]
+    """Trials of the search, then runs of the arms, then what was imported; the best of each where they are many."""
+    names, metric = facts.parameters(), facts.settings.metric
+    objectives = [name for name in facts.settings.objectives if name != metric]
+    measures = [(key, title) for key, title in MEASURES if key not in (metric, *objectives)]
+    columns = ["Run", "State", facts.metric, *(TITLES[name] for name in objectives), *(title for _, title in measures)]
+    columns += [*names, "Epochs", "Seconds", "Seed", "Notes"]
+    own = sorted([*facts.search, *facts.copies], key=lambda run: run.number)
     rows = []
-    for place, run in enumerate([*facts.search, *facts.arms]):
-        seconds = finite(run.attributes.get("seconds"))
+    for place, run in enumerate([*_kept(own), *_kept(facts.arms), *_kept(facts.imported)]):
+        seconds = run.cost("seconds")
         rows.append([
             Cell(run.name, place),
-            Cell(run.state),
-            Cell(_three(run.dsc), run.dsc),
-            *(Cell(_three(run.measure(key)), run.measure(key)) for key, _ in MEASURES),
+            Cell("imported" if "source" in run.attributes else run.state),
+            Cell(_three(run.value), run.value),
+            *(_value(run.values.get(name)) for name in objectives),
+            *(Cell(_three(run.measure(key)), run.measure(key)) for key, _ in measures),
             *(_value(run.params[name]) if name in run.params else Cell(MISSING) for name in names),
             Cell(show(run.epochs), run.epochs),
             Cell(MISSING if seconds is None else f"{seconds:.0f}", seconds),
             _value(run.attributes.get("seed")),
-            Cell(show(run.attributes.get("reason")) if run.state == "FAIL" else MISSING),
+            Cell(notes(facts, run)),
         ])  # fmt: skip
     return Table(columns, rows)
 
 
-def environment(facts: Facts) -> Table:
-    """Everything of environment.json by its dotted name, after the seeds that the settings hold."""
-    settings = facts.settings
-    rows = [
-        ("seed of the study", settings.seed),
-        ("seed of the probe's label subsets and folds", settings.probe.seed),
-        (
-            "seeds of the arms",
-            sorted({run.attributes["seed"] for run in facts.arms if "seed" in run.attributes}, key=str),
-        ),
-        *flat(facts.environment).items(),
+def left_out(facts: Facts) -> str | None:
+    """Say what the table of all trials leaves out."""
+    groups = [[*facts.search, *facts.copies], facts.arms, facts.imported]
+    more = sum(max(0, len(group) - MAX_ROWS) for group in groups)
+    if not more:
+        return None
+    return (
+        f"{more:,} runs are left out: these are the {MAX_ROWS} best of each kind. "
+        f"`amlp-ray study export {facts.folder}` writes all of them."
+    )
+
+
+def _kept(runs: list[Run]) -> list[Run]:
+    if len(runs) <= MAX_ROWS:
+        return runs
+    best = sorted(runs, key=lambda run: (run.state != "COMPLETE", run.value is None, -(run.value or 0.0)))
+    return sorted(best[:MAX_ROWS], key=lambda run: run.number)
+
+
+def notes(facts: Facts, run: Run) -> str:
+    """Say where a run comes from, what happened to it, and why it failed."""
+    about = run.attributes
+    told = [
+        show(about.get("reason")) if about.get("reason") and run.state in ("FAIL", "PRUNED") else None,
+        run.note,
+        f"its process was lost {_times(about['lost'])}" if about.get("lost") else None,
+        "diagnosis: sees true masks, compared with nothing" if run.diagnosis else None,
+        "beyond the limits" if run.finished and not facts.feasible(run) else None,
     ]
-    return Table(["", ""], [[Cell(name), Cell(show(value))] for name, value in rows])
+    return "; ".join(filter(None, told)) or MISSING
+
+
+def _times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
 def parameters(run: Run) -> Table:
@@ -114,10 +147,12 @@ def parameters(run: Run) -> Table:
     return Table(["Parameter", "Value"], rows)
 
 
-def fixed(facts: Facts) -> Table:
-    """What the study sets for all of its trials and does not search."""
-    rows = [(name, value) for name, value in flat(facts.settings.pretrain).items() if name not in facts.settings.space]
-    return Table(["Setting", "Value"], [[Cell(name), Cell(show(value))] for name, value in rows])
+def duration(time: timedelta) -> str:
+    minutes, seconds = divmod(round(time.total_seconds()), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def show(value: Any) -> str:
@@ -139,17 +174,14 @@ def _value(value: Any) -> Cell:
     return Cell(show(value), finite(value))
 
 
+def _arm_title(arm: Arm) -> str:
+    if any(run.diagnosis for run in arm.runs):
+        return f"arm {arm.name} (diagnosis: sees true masks, compared with nothing)"
+    return "arm scratch (random frozen encoder)" if arm.name == "scratch" else f"arm {arm.name}"
+
+
 def _measured(scored: Run | Arm) -> list[str]:
     return [*(_three(scored.measure(key)) for key, _ in MEASURES), _share(scored.measure("empty_correct"))]
-
-
-def _condition(when: dict[str, Any] | None) -> str:
-    if not when:
-        return "always"
-    return " and ".join(
-        f"{name} is {' or '.join(map(show, value)) if isinstance(value, list) else show(value)}"
-        for name, value in when.items()
-    )
 
 
 def _three(value: float | None) -> str:

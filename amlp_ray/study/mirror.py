@@ -1,0 +1,98 @@
+"""An Optuna study in memory that repeats a stored one: samplers and pruners look at it and write what they like to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.storages import InMemoryStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+Ask = Callable[[Trial], dict[str, Any]]  # asks a trial for every parameter of a space; returns settings by dotted name
+
+
+class Known(FrozenTrial):
+    """A trial as samplers see it: without attributes and dates, its parameters sorted, so that no storage's order counts.
+
+    `internal` holds parameters as Optuna computes with them, worked out once.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        state: TrialState,
+        *,
+        params: Mapping[str, Any] | None = None,
+        distributions: Mapping[str, BaseDistribution] | None = None,
+        values: Sequence[float] | None = None,
+        intermediate_values: Mapping[int, float] | None = None,
+        system_attrs: Mapping[str, Any] | None = None,
+        constraints: Mapping[str, float] | None = None,
+    ) -> None:
+        names, of = sorted(params or {}), distributions or {}
+        super().__init__(
+            number=number,
+            state=state,
+            value=None,
+            values=values,
+            datetime_start=None,
+            datetime_complete=None,
+            params={name: (params or {})[name] for name in names},
+            distributions={name: of[name] for name in names},
+            user_attrs={},
+            system_attrs=dict(system_attrs or {}),
+            intermediate_values=dict(intermediate_values or {}),
+            trial_id=number,
+        )
+        self.internal = {name: d.to_internal_repr(self.params[name]) for name, d in self.distributions.items()}
+        self._constraints = dict(constraints or {})
+
+    @property
+    def constraints(self) -> dict[str, float]:
+        """Limits by name, at most 0 where kept."""
+        return self._constraints
+
+
+class Mirror:
+    """Trials by their numbers in the stored study; a number that is not known yet is a gap, which nothing looks at."""
+
+    def __init__(self, name: str, directions: Sequence[str]) -> None:
+        """Args: directions: `maximize` or `minimize`, one per objective."""
+        self.name = name
+        self.storage = InMemoryStorage()
+        self.id = self.storage.create_new_study([StudyDirection[d.upper()] for d in directions], name)
+        self._length = 0
+
+    def put(self, trial: Known) -> None:
+        """Know a trial, in the place of what was known under its number."""
+        while self._length <= trial.number:
+            self.storage.create_new_trial(self.id, Known(self._length, TrialState.FAIL))
+            self._length += 1
+        self.storage._set_trial(trial.number, trial)
+
+    def drop(self, number: int) -> None:
+        """Know nothing of a number."""
+        if number < self._length:
+            self.put(Known(number, TrialState.FAIL))
+
+    def study(self, sampler: BaseSampler | None = None) -> optuna.Study:
+        """Return the Optuna study: a new one each time, since a study object keeps trials it has seen."""
+        return optuna.Study(self.name, self.storage, sampler or RandomSampler(0), optuna.pruners.NopPruner())
+
+    def draw(
+        self, number: int, sampler: BaseSampler, ask: Ask, *, fixed: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, Any], FrozenTrial]:
+        """Let a sampler fill a trial; return the settings and what Optuna noted. The number is a gap again afterwards.
+
+        Args:
+            fixed: parameters that are not asked of the sampler.
+        """
+        self.put(Known(number, TrialState.RUNNING, system_attrs={"fixed_params": dict(fixed)} if fixed else None))
+        try:
+            return ask(Trial(self.study(sampler), number)), self.storage.get_trial(number)
+        finally:
+            self.drop(number)

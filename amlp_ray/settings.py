@@ -9,6 +9,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args
 
@@ -145,13 +146,18 @@ def refusal(model: type[Settings], name: str, value: Any) -> str | None:
     >>> refusal(PretrainSettings, "ratio.end", 1.2)
     'ratio.end is 1.2, but must be less than 1.'
     """
-    field = field_of(model, name)
     try:
-        TypeAdapter(Annotated[field.annotation, *field.metadata], config=model.model_config).validate_python(value)
+        _adapter(model, name).validate_python(value)
     except ValidationError as error:
         found = error.errors(include_url=False)
         return f"{name} is {value!r}, but {' or '.join(dict.fromkeys(map(_wanted, found)))}."
     return None
+
+
+@cache
+def _adapter(model: type[Settings], name: str) -> TypeAdapter[Any]:
+    about = field_of(model, name)
+    return TypeAdapter(Annotated[about.annotation, about], config=model.model_config)  # type: ignore[arg-type]
 
 
 def field_of(model: type[BaseModel], name: str) -> FieldInfo:

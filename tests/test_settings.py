@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pydantic import Field
 
 from amlp_ray.errors import SettingsError
 from amlp_ray.settings import (
+    Read,
     Settings,
     assignments,
     build,
@@ -19,6 +21,7 @@ from amlp_ray.settings import (
     merged,
     nested,
     read_yaml,
+    refusal,
     write_yaml,
 )
 
@@ -181,3 +184,73 @@ def test_yaml_never_runs_code(tmp_path: Path) -> None:
     with pytest.raises(SettingsError):
         read_yaml(path)
     assert not (tmp_path / "ran").exists()
+
+
+FILE = """\
+name: a
+engine:
+  power: 501
+  cylinders: &few 0
+doors: *few
+engine: {powr: 1e2}
+spare:
+- {doors: 3}
+"""
+
+
+def read(folder: Path, text: str = FILE) -> Read:
+    path = folder / "car.yaml"
+    path.write_text(text)
+    return read_yaml(path)
+
+
+def test_faults_of_a_file_are_told_with_their_lines_and_in_their_order(tmp_path: Path) -> None:
+    values = read(tmp_path)
+    with pytest.raises(SettingsError) as caught:
+        build(Car, values, "not told: the file knows its name")
+    faults = [fault.removeprefix(f"{tmp_path}/car.yaml:") for fault in caught.value.faults]
+    assert faults == [
+        "5: doors is 0, but must be greater than or equal to 2.",
+        "6: engine is given twice, in lines 2 and 6; keep one.",
+        "6: unknown setting 'engine.powr'; did you mean engine.power?",
+        "7: unknown setting 'spare'; known here: name, doors.",
+    ]
+    assert str(caught.value) == " ".join(caught.value.faults)
+    assert values.source.line("spare.0.doors") == 8
+    assert values.source.line("engine.power.unit") == 3, "of the group that it is in"
+
+
+def test_faults_of_a_file_come_before_those_of_what_is_laid_on_top(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"car\.yaml:2: doors is 0"):
+        from_assignments(Car, read(tmp_path, "name: a\ndoors: 0\n"), ["doors=3"])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 0.001), ("1E5", 1e5), ("-2e+1", -20.0), ("1_0e1", 100.0), ("e3", "e3"), ("1e", "1e"), ("'1e3'", "1e3")],
+)
+def test_powers_of_ten_are_numbers_in_a_file(tmp_path: Path, text: str, value: object) -> None:
+    found = read(tmp_path, f"a: {text}\n")["a"]
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    "text", ["a: !!int x", "a: !!bool x", "a: !!timestamp x", "[" * 5000, "a: 1\n---\nb: 2", "a: *b"]
+)
+def test_a_file_that_yaml_stumbles_over_is_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
+    with pytest.raises(SettingsError, match=r"car\.yaml(:\d+)? is not valid YAML: ") as caught:
+        read(tmp_path, text)
+    assert len(caught.value.faults) == 1
+
+
+def test_what_one_setting_refuses_is_told_whatever_the_others_are() -> None:
+    assert refusal(Car, "engine.power", 501) == "engine.power is 501, but must be less than or equal to 500."
+    assert refusal(Car, "engine.power", 499) is None
+    assert refusal(Car, "name", 3) == "name is 3, but must be a valid string."
+
+
+def test_errors_reach_another_process_whole() -> None:
+    error = pickle.loads(pickle.dumps(SettingsError("One is bad.", "Two is worse.", keys=["one", "two"])))
+    assert error.faults == ("One is bad.", "Two is worse.")
+    assert error.keys == ("one", "two")
+    assert str(error) == "One is bad. Two is worse."

@@ -1,33 +1,53 @@
-"""amlp-ray study: plan, run and look at studies."""
+"""amlp-ray study: from a study file to its report; what looks at a study, and what changes it, stands beside."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
-from amlp_ray.cli.output import Json, print_facts, print_json, print_table
+from amlp_ray.cli import study_control, study_exchange, study_look, trial, watch
+from amlp_ray.cli.output import Json, print_facts, print_json
 from amlp_ray.cli.pretrain import Set
+from amlp_ray.cli.study_look import told
+from amlp_ray.cli.study_options import Address, Data, File, Labels, Name, Runs, load, opened
 from amlp_ray.errors import FailedStudyError
-
-if TYPE_CHECKING:
-    from amlp_ray.study.study import Study
 
 app = typer.Typer(help="Search settings: many trials, scored by the segmentation they lead to.", no_args_is_help=True)
 
-File = Annotated[Path, typer.Argument(help="Study file, or the name of a study that was run before.")]
-Name = Annotated[str, typer.Argument(help="Name of the study.")]
-Data = Annotated[str | None, typer.Option(help="Patch dataset, by path or URI, in place of the file's `data`.")]
-Labels = Annotated[
-    str | None,
-    typer.Option(
-        help="Another patch dataset, of the same shape, whose masks score the encoders; `amlp-ray data check LABELS "
-        "--against DATA` tells of images in both."
-    ),
-]
-Runs = Annotated[Path, typer.Option(help="Folder of all studies.", envvar="AMLP_RAY_RUNS")]
-Address = Annotated[str | None, typer.Option(help="Ray cluster to join, such as auto; none: start Ray here.")]
+
+@app.command()
+def init(
+    name: Name,
+    template: Annotated[
+        str | None, typer.Option("--from", help="A ready study, such as masking_ratio, or a study file to begin with.")
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="Where to write it.")] = Path(),
+) -> None:
+    """Write a commented study file NAME.yaml to change."""
+    from amlp_ray.study.template import init_study
+
+    file = init_study(name, template=template, folder=folder)
+    typer.echo(f"study file: {file}; check it with `amlp-ray study validate {file}`")
+
+
+@app.command()
+def validate(
+    file: Annotated[Path, typer.Argument(help="Study file.")],
+    data: Data = None,
+    labels: Labels = None,
+    as_json: Json = False,
+) -> None:
+    """Check a study file and list all its faults; no data is needed."""
+    from amlp_ray.study.template import validate
+
+    facts = validate(file, data=data, labels=labels)
+    if as_json:
+        print_json({"ok": True, **facts})
+        return
+    typer.echo(f"{file}: ok" + ("" if data else "; --data checks it against a dataset too"))
+    print_facts({key: value for key, value in facts.items() if value not in (None, 0)})
 
 
 @app.command()
@@ -38,10 +58,16 @@ def plan(
     runs: Runs = Path("runs"),
     assign: Set = None,
     address: Address = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Also run two steps of one trial on the cluster, and keep nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check a study and say what it will take; nothing is run."""
-    facts = _load(file, data, labels, runs, assign).plan(address).as_dict()
+    study = load(file, data, labels, runs, assign)
+    facts: dict[str, Any] = study.plan(address).as_dict()
+    if dry_run:
+        facts["dry_run"] = study.dry_run(address)
     print_json(facts) if as_json else print_facts(facts)
 
 
@@ -55,63 +81,61 @@ def run(
     address: Address = None,
 ) -> None:
     """Run a study, or go on with it where it stopped, then write its report."""
-    study = _load(file, data, labels, runs, assign)
+    study = load(file, data, labels, runs, assign)
     study.run(address, notify=typer.echo)
-    status = study.status()
-    print_facts(status)
+    facts = study.status()
+    print_facts(told(facts))
     typer.echo(f"report: {study.report()}")
-    if not status["states"].get("COMPLETE"):
+    if study.outcome in ("done", "budget") and not facts["states"].get("COMPLETE"):
         raise FailedStudyError(
             f"No trial of {study.settings.name!r} completed; `amlp-ray study trials` gives the reasons."
         )
 
 
 @app.command()
-def status(name: Name, runs: Runs = Path("runs"), as_json: Json = False) -> None:
-    """Show how far a study is."""
-    facts = _open(name, runs).status()
-    print_json(facts) if as_json else print_facts(facts)
+def resume(name: Name, runs: Runs = Path("runs"), address: Address = None) -> None:
+    """Go on with a study by its name: paused and interrupted trials first."""
+    opened(name, runs)
+    run(Path(name), runs=runs, address=address)
 
 
 @app.command()
-def trials(name: Name, runs: Runs = Path("runs"), as_json: Json = False) -> None:
-    """List all trials and baseline arms."""
-    rows = _open(name, runs).trials()
-    print_json(rows) if as_json else print_table(rows)
-
-
-@app.command()
-def best(name: Name, runs: Runs = Path("runs"), as_json: Json = False) -> None:
-    """Show the best complete trial."""
-    study = _open(name, runs)
-    trial = study.best_trial
-    folder = study.store.trial_folder(trial.number)
-    facts = {
-        "number": trial.number,
-        "dsc": trial.value,
-        "params": trial.params,
-        "encoder": str(folder / "encoder.safetensors"),
-        "settings": str(folder / "settings.yaml"),
-    }
-    print_json(facts) if as_json else print_facts(facts)
+def confirm(
+    name: Name,
+    top: Annotated[int | None, typer.Option(help="Best trials to repeat; none: as the study says.", min=1)] = None,
+    seeds: Annotated[int | None, typer.Option(help="Repeats of each; none: as the study says.", min=2)] = None,
+    runs: Runs = Path("runs"),
+    address: Address = None,
+) -> None:
+    """Train the best trials and every arm again over several seeds, and look at the test images, once."""
+    opened(name, runs)
+    changes = [f"confirm.{key}={value}" for key, value in (("top", top), ("seeds", seeds)) if value is not None]
+    study = load(Path(name), None, None, runs, changes)
+    study.confirm(address, notify=typer.echo)
+    typer.echo(f"report: {study.report()}")
 
 
 @app.command()
 def report(name: Name, runs: Runs = Path("runs")) -> None:
     """Write the study's report.html."""
-    typer.echo(f"report: {_open(name, runs).report()}")
+    from amlp_ray.study.report import write_report
+
+    typer.echo(f"report: {write_report(opened(name, runs))}")
 
 
-def _load(file: Path, data: str | None, labels: str | None, runs: Path, assign: list[str] | None) -> Study:
-    from amlp_ray.settings import assignments
-    from amlp_ray.study.study import Study
-
-    if not file.is_file() and (runs / file / "study.yaml").is_file():
-        file = runs / file / "study.yaml"
-    return Study.load(file, data=data, labels=labels, runs=runs, overrides=assignments(assign or []))
-
-
-def _open(name: str, runs: Path) -> Study:
-    from amlp_ray.study.study import Study
-
-    return Study.open(name, runs=runs)
+app.command()(study_look.status)
+app.command()(watch.watch)
+app.command()(watch.logs)
+for verb in (study_control.pause, study_control.stop, study_control.cancel):
+    app.command()(verb)
+app.command()(study_control.extend)
+app.command()(study_control.enqueue)
+app.command()(study_look.trials)
+app.command()(study_look.best)
+app.command()(study_look.compare)
+app.command()(study_look.importance)
+app.command("export")(study_exchange.export)
+app.command("import")(study_exchange.import_)
+app.command("list")(study_look.list_)
+app.command()(study_control.delete)
+app.add_typer(trial.app, name="trial")

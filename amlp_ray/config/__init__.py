@@ -22,6 +22,7 @@ from amlp_ray.config.pretrain import VARIANTS, PretrainSettings, Variant
 from amlp_ray.config.scoring import ProbeSettings, SegmentSettings
 from amlp_ray.config.search import (
     BudgetSettings,
+    Direction,
     FaultSettings,
     Objective,
     PrunerSettings,
@@ -42,6 +43,7 @@ __all__ = [
     "Choice",
     "ConfirmSettings",
     "Derived",
+    "Direction",
     "FaultSettings",
     "Fixed",
     "ImageSpec",

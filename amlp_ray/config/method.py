@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -54,6 +55,7 @@ class ModelSettings(Settings):
         return self
 
 
+@cache  # timm takes a tenth of a second, and a search asks at each suggestion
 def architecture(name: str) -> dict[str, Any]:
     """Sizes of a timm ViT by name, as model settings, and a decoder half as wide.
 

@@ -54,14 +54,14 @@ class Choice(Settings):
 class Fixed(Settings):
     """A value that is set and not searched, in the trials where `when` holds; `name: value` is short for it."""
 
-    value: Scalar | None
+    value: Scalar | None  # accepted by the setting itself
     when: dict[str, Any] | None = None  # as in a range
 
 
 class Derived(Settings):
     """A value that follows from others, such as `ratio.start + delta`."""
 
-    # + - * / // % ** ( ), comparisons, and, or, not, min, max, round, abs, and names of settings and other parameters. One
+    # of names of settings and parameters, with + - * / // % **, comparisons, and, or, not, min, max, round, abs. A name
     # that is no setting, such as delta, is a helper: searched or fixed like a setting, and used by rules only
     expression: str = Field(min_length=1)
     when: dict[str, Any] | None = None  # as in a range

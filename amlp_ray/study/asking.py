@@ -34,7 +34,13 @@ class Suggestion:
 
     values: dict[str, Any]  # settings by dotted name, fixed and derived ones included: for `StudySettings.trial`
     params: dict[str, Any]  # what Optuna was asked for, helpers included
-    refused: str | None  # why no trial may have them: a requirement, or an expression that gives nothing
+    invalid: tuple[str, ...] = ()  # why they are no settings: expressions that give nothing, a function's refusal
+    broken: str | None = None  # the requirement that they do not keep
+
+    @property
+    def refused(self) -> str | None:
+        """Why no trial may have them; nothing where one may."""
+        return next(iter(self.invalid), self.broken)
 
 
 @dataclass(frozen=True)
@@ -71,21 +77,24 @@ class Space:
         """Go through a declared space, where `answer` gives the value of a searched parameter."""
         at_hand: dict[str, Any] = {}
         params: dict[str, Any] = {}
-        refused = None
+        invalid: dict[str, str] = {}
         for name, parameter in self.parameters.items():
             if parameter.when and not self._holds(parameter.when, at_hand):
                 continue
             if isinstance(parameter, Derived):
+                rule = self._rules[name]
+                if invalid.keys() & set(rule.names):
+                    continue  # told of the name that it follows from
                 try:
-                    at_hand[name] = _as_setting(name, self._rules[name](lambda n: self._look(n, at_hand)))
+                    at_hand[name] = _as_setting(name, rule(lambda n: self._look(n, at_hand)))
                 except ExpressionError as error:
-                    refused = refused or f"{name}: {error}"
+                    invalid[name] = f"{name}: {error}"
             elif isinstance(parameter, Fixed):
                 at_hand[name] = parameter.value
             else:
                 at_hand[name] = params[name] = answer(name, parameter)
         values = {name: value for name, value in at_hand.items() if name in SETTINGS}
-        return Suggestion(values, params, refused or self.broken_requirement(at_hand))
+        return Suggestion(values, params, tuple(invalid.values()), self.broken_requirement(at_hand))
 
     def broken_requirement(self, at_hand: Mapping[str, Any]) -> str | None:
         """What the values of a trial, helpers among them, break; nothing where all holds.
@@ -137,11 +146,12 @@ class Space:
         return True
 
     def _ask_function(self, function: Callable[[Trial], Any], trial: Trial) -> Suggestion:
-        refused, more = None, None
+        invalid: tuple[str, ...] = ()
+        more = None
         try:
             more = function(trial)
         except (optuna.TrialPruned, ExpressionError) as error:
-            refused = str(error) or f"{self._settings.space} refuses it"
+            invalid = (str(error) or f"{self._settings.space} refuses them",)
         except SettingsError:
             raise
         except Exception as error:
@@ -157,7 +167,7 @@ class Space:
         values = {
             name: value for name, value in at_hand.items() if name in SETTINGS or "." in name or name not in params
         }
-        return Suggestion(values, params, refused or self.broken_requirement(at_hand))
+        return Suggestion(values, params, invalid, self.broken_requirement(at_hand))
 
 
 class _Same:
@@ -261,13 +271,13 @@ def load_function(reference: str, folder: Path | None = None) -> Callable[[Trial
     file = module_name.replace(".", "/") + ".py"
     if folder is not None and (folder / file).is_file() and not _is_from(module, folder / file):
         raise SettingsError(
-            f"space: {folder / file} cannot be imported, since {module_name!r} is {getattr(module, '__file__', 'built in')} "
-            f"already; give it another name."
+            f"space: {folder / file} cannot be imported, since a module {module_name!r} is in use already, from "
+            f"{getattr(module, '__file__', None) or 'Python itself'}; give it another name."
         )
     function = getattr(module, name, None)
     if not callable(function):
         raise SettingsError(f"space: module {module_name!r} has no function {name!r}.")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _is_from(module: Any, file: Path) -> bool:

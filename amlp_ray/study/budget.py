@@ -12,7 +12,7 @@ from amlp_ray.config import BudgetSettings
 
 
 def counts(trial: FrozenTrial) -> bool:
-    """Whether a trial of the search uses up `budget.trials`: what was imported, or answered from the store, does not."""
+    """Whether a trial of the search uses up `budget.trials`: one imported, or answered from the store, does not."""
     known = "source" in trial.user_attrs or "copy_of" in trial.user_attrs
     return trial.state != TrialState.WAITING and not known
 

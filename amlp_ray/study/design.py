@@ -91,7 +91,7 @@ def arm_plans(settings: StudySettings) -> list[ArmPlan]:
     plans, faults = [], []
     for name in arm_names(settings.arms):
         try:
-            plans.append(arm_plan(settings, name, lambda seed: own_settings(settings, seed)))
+            plans.append(arm_plan(settings, name))
         except SettingsError as error:
             faults.append(str(error))
     if faults:
@@ -99,8 +99,8 @@ def arm_plans(settings: StudySettings) -> list[ArmPlan]:
     return plans
 
 
-def arm_plan(settings: StudySettings, name: str, reference: BySeed) -> ArmPlan:
-    """One arm of a study; `reference` is what a control changes one thing of.
+def arm_plan(settings: StudySettings, name: str, reference: BySeed | None = None) -> ArmPlan:
+    """One arm of a study; `reference` is what a control changes one thing of, the study's own `pretrain` if not given.
 
     Raises:
         SettingsError: as `arm_plans`.
@@ -108,7 +108,8 @@ def arm_plan(settings: StudySettings, name: str, reference: BySeed) -> ArmPlan:
 
     def of_seed(seed: int) -> PretrainSettings:
         if name in CONTROLS:
-            return controlled(reference(seed), name, f"{settings.name}, arm {name}")
+            own = own_settings(settings, seed) if reference is None else reference(seed)
+            return controlled(own, name, f"{settings.name}, arm {name}")
         return with_schedule(arm_settings(settings, name, seed=seed), settings.pruner)
 
     return ArmPlan(name, ABOUT.get(name, ""), of_seed(0).selection.uses_truth, of_seed)

@@ -47,7 +47,13 @@ class Watch(threading.Thread):
     """
 
     def __init__(
-        self, store: StudyStore, settings: StudySettings, searcher: StudySearcher, board: Any, lease: Lease, log: EventLog
+        self,
+        store: StudyStore,
+        settings: StudySettings,
+        searcher: StudySearcher,
+        board: Any,
+        lease: Lease,
+        log: EventLog,
     ) -> None:
         super().__init__(name="amlp-study-watch", daemon=True)
         self._store, self._settings, self._searcher = store, settings, searcher
@@ -63,7 +69,8 @@ class Watch(threading.Thread):
                 if time.monotonic() - renewed > RENEW_S:
                     renewed = time.monotonic()
                     if not self._lease.renew():
-                        self._give_up("lease", StudyError(f"Study {self._store.name!r} was taken over by another process."))
+                        error = StudyError(f"Study {self._store.name!r} was taken over by another process.")
+                        self._give_up("lease", error)
                         return
                 self._look()
                 self._searcher.check_budget()
@@ -111,8 +118,8 @@ class Watch(threading.Thread):
         longest = max(seconds for folder, seconds in given if folder in waiting)
         if len(waiting) == len(given) and longest > self._settings.resources.wait_minutes * 60:
             error = ResourceError(
-                f"No trial found {wanted} a worker within {self._settings.resources.wait_minutes:g} minutes (free: {free}); "
-                f"others hold the cluster. Run the study again later, or raise resources.wait_minutes."
+                f"No trial found {wanted} a worker within {self._settings.resources.wait_minutes:g} minutes "
+                f"(free: {free}); others hold the cluster. Run the study again later, or raise resources.wait_minutes."
             )
             self._give_up("resources", error)
 

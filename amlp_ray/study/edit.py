@@ -18,6 +18,7 @@ from amlp_ray.config import BudgetSettings, StudySettings
 from amlp_ray.errors import SettingsError, StudyError
 from amlp_ray.settings import build, write_yaml
 from amlp_ray.study.given import check_given
+from amlp_ray.study.listing import find_trial
 from amlp_ray.study.store import StudyStore
 
 Amount = str | float | None  # `+10` is added to what is allowed now, `10` takes its place
@@ -51,7 +52,11 @@ def extend(
     if not changes:
         raise SettingsError("extend needs an amount, such as --trials +10 or --hours 8, or a changed space (--space).")
     budget = build(BudgetSettings, settings.budget.model_dump() | changes, "extend")
-    begin(store, settings).set_user_attr("budget", budget.model_dump(mode="json"))
+    search = begin(store, settings)
+    # A study file that says what it said before is no wish for less: see `Study.run`.
+    first = (search.user_attrs.get("extended") or {}).get("from") or settings.budget.model_dump(mode="json")
+    search.set_user_attr("extended", {"from": first, "to": budget.model_dump(mode="json")})
+    search.set_user_attr("budget", budget.model_dump(mode="json"))
     write_yaml(settings.model_copy(update={"budget": budget}), store.folder / "study.yaml")
     return budget
 
@@ -110,15 +115,6 @@ def retry(store: StudyStore, settings: StudySettings, number: int) -> int:
     if not trial.params:
         raise StudyError(f"Trial {number} of {store.name!r} has no parameters that could be tried again.")
     return enqueue(store, settings, trial.params, about={"retry_of": number})
-
-
-def find_trial(store: StudyStore, number: int) -> optuna.trial.FrozenTrial:
-    """A trial of the search. Raises StudyError where there is none of that number."""
-    trials = store.search().get_trials(deepcopy=False)
-    if not 0 <= number < len(trials):
-        last = f"its trials are 0 to {len(trials) - 1}" if trials else "it has none yet"
-        raise StudyError(f"Study {store.name!r} has no trial {number}; {last}.")
-    return trials[number]
 
 
 def delete(store: StudyStore) -> None:

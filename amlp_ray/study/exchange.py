@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -24,20 +24,19 @@ from amlp_ray.study.listing import note_of, state_of
 from amlp_ray.study.provenance import read_provenance
 from amlp_ray.study.store import StudyStore
 
-Format = Literal["csv", "parquet", "json"]
-FORMATS: tuple[Format, ...] = ("csv", "parquet", "json")
+FORMATS = ("csv", "parquet", "json")
 
 
-def export_trials(store: StudyStore, out: Path, format: Format | None = None) -> int:
+def export_trials(store: StudyStore, out: Path, format: str | None = None) -> int:
     """Write every trial with parameters, rungs, facts and provenance to a file; return how many.
 
     In JSON they are nested; in CSV and Parquet columns are dotted: `params.ratio.start`, `rungs.18`, `facts.seconds`.
 
     Args:
-        format: none: by the file's ending.
+        format: csv, parquet or json; none: by the file's ending.
 
     Raises:
-        SettingsError: for an ending that says no format.
+        SettingsError: for another format.
     """
     chosen = format or out.suffix.lstrip(".").lower()
     if chosen not in FORMATS:
@@ -97,7 +96,7 @@ class Imported:
 
 
 def import_trials(
-    store: StudyStore, settings: StudySettings, source: str | Path, *, runs: str | Path = "runs"
+    store: StudyStore, settings: StudySettings, source: str | Path, *, runs: str | Path | None = None
 ) -> Imported:
     """Give a study the complete trials of another, or of a CSV file, as prior knowledge; it may be begun or not.
 
@@ -107,7 +106,7 @@ def import_trials(
     Args:
         source: a CSV file with a column per parameter and per objective (an export of ours is one), or the name or
             folder of a study.
-        runs: folder of all studies.
+        runs: folder of all studies; none: the one that this study lies in.
 
     Raises:
         SettingsError: the file cannot be read or has no column for an objective. StudyError: there is no such study.
@@ -116,7 +115,7 @@ def import_trials(
     if path.suffix.lower() == ".csv" or path.is_file():
         given = _of_file(path, settings)
     else:
-        folder = path if (path / "study.yaml").is_file() else Path(runs) / source
+        folder = path if (path / "study.yaml").is_file() else Path(runs or store.folder.parent) / source
         given = _of_study(StudyStore.open(folder), store, settings, found)
     study = begin(store, settings)
     there = {_key(trial) for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE}

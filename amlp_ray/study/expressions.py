@@ -147,9 +147,9 @@ def _compute(node: ast.AST, look: Callable[[str], Any]) -> Any:
             return all(found) if isinstance(op, ast.And) else any(found)
         case ast.Compare(left=left, ops=ops, comparators=others):
             below = _compute(left, look)
-            for op, other in zip(ops, others, strict=True):
+            for comparison, other in zip(ops, others, strict=True):
                 above = _compute(other, look)
-                if not _COMPARISONS[type(op)](below, above):
+                if not _COMPARISONS[type(comparison)](below, above):
                     return False
                 below = above
             return True

@@ -11,9 +11,10 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FixedTrial, Trial
 
-from amlp_ray.config import StudySettings
+from amlp_ray.config import Choice, Derived, Fixed, Parameter, StudySettings
 from amlp_ray.errors import SettingsError
-from amlp_ray.study.space import holds_requirements, searched, suggest
+from amlp_ray.study.asking import space_of
+from amlp_ray.study.space import searched
 
 DRAWS = 100  # ways to fill in what was not given; what one in fifty of them allows is found with 87 % probability
 
@@ -71,7 +72,7 @@ def recalled(params: Mapping[str, Any], settings: StudySettings) -> dict[str, An
     Raises:
         Misfit: where the space asks for a parameter that the trial does not have.
     """
-    return suggest(_Recalled(dict(params)), settings)  # type: ignore[arg-type]
+    return space_of(settings).ask(_Recalled(dict(params))).values  # type: ignore[arg-type]  # asked as a Trial is
 
 
 def check_given(given: Mapping[str, Any], settings: StudySettings) -> dict[str, Any]:
@@ -106,14 +107,14 @@ def check_given(given: Mapping[str, Any], settings: StudySettings) -> dict[str, 
 
 
 def _asked(trial: _Asked, settings: StudySettings) -> Fit:
-    values = suggest(trial, settings)  # type: ignore[arg-type]  # a FixedTrial is asked as a Trial is
-    if not holds_requirements({**trial.params, **values}, settings):
-        raise Misfit(f"the values break a requirement of the study ({'; '.join(settings.require)}).")
+    suggestion = space_of(settings).ask(trial)  # type: ignore[arg-type]  # asked as a Trial is
+    if suggestion.refused:
+        raise Misfit(f"{suggestion.refused}.")
     try:
-        settings.trial(values, seed=0)
+        settings.trial(suggestion.values, seed=0)
     except SettingsError as error:
         raise Misfit(str(error).removeprefix(f"{settings.name}: ")) from None
-    return Fit(dict(trial.params), dict(trial.distributions), values)
+    return Fit(dict(trial.params), dict(trial.distributions), suggestion.values)
 
 
 def inside(name: str, value: Any, distribution: BaseDistribution) -> Any:
@@ -139,3 +140,19 @@ def words(distribution: BaseDistribution) -> str:
     assert isinstance(distribution, FloatDistribution | IntDistribution)
     step = distribution.step if distribution.step not in (None, 1) else None
     return f"{distribution.low:g} to {distribution.high:g}" + (f" in steps of {step:g}" if step else "")
+
+
+def range_words(parameter: Parameter) -> str:
+    """What a parameter of a space may be, as `0.2 to 0.5`, `hard, soft` or `= ratio.start + delta`."""
+    if isinstance(parameter, Fixed):
+        text = f"= {parameter.value}"
+    elif isinstance(parameter, Derived):
+        text = f"= {parameter.expression}"
+    elif isinstance(parameter, Choice):
+        text = ", ".join(map(str, parameter.choices))
+    else:
+        text = f"{parameter.low:g} to {parameter.high:g}" + (
+            f" in steps of {parameter.step:g}" if parameter.step else ""
+        )
+        text += ", logarithmic" if parameter.log else ""
+    return text + (f" (when {', '.join(f'{k} is {v}' for k, v in parameter.when.items())})" if parameter.when else "")

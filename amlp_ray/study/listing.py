@@ -1,64 +1,21 @@
-"""What there is to say of a study at any time, from any process: how far it is, its trials, its best.
-
-Imports neither Ray nor torch, and reads a journal once: a status of thousands of trials answers within a second.
-"""
+"""The trials of a study, as rows for people and programs, at any time and from any process."""
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from amlp_ray.config import BudgetSettings, StudySettings
-from amlp_ray.errors import AmlpError, SettingsError, StudyError
-from amlp_ray.study.budget import Ledger, Spent, counts
+from amlp_ray.config import StudySettings
+from amlp_ray.errors import SettingsError, StudyError
+from amlp_ray.settings import read_yaml
 from amlp_ray.study.store import StudyStore
 
 STATES = ("COMPLETE", "PRUNED", "FAIL", "RUNNING", "INTERRUPTED", "WAITING")
-
-
-def status(store: StudyStore, settings: StudySettings | None = None) -> dict[str, Any]:
-    """How far a study is: who runs it, trials by state, budget used and allowed, best, arms, confirmation.
-
-    A RUNNING trial of a study that nobody runs is INTERRUPTED: the next run takes it over.
-    """
-    settings = settings or store.settings()
-    with _in_haste():
-        search, arms, confirmation = store.search(), store.arms(), store.confirmation()
-        trials = search.get_trials(deepcopy=False)
-    holder, about = store.holder(), search.user_attrs
-    states = _states(trials, holder)
-    request = about.get("request")
-    spent = spent_by(store, trials, settings)
-    confirmed = confirmation.get_trials(deepcopy=False)
-    facts = {
-        "study": settings.name,
-        "folder": str(store.folder),
-        "state": _state(states, holder, request, spent, settings.budget, bool(trials)),
-        "run_by": holder,
-        "since": _last_run(store).get("started") if holder else None,
-        "request": request,
-        "states": states,
-        "imported": sum("source" in trial.user_attrs for trial in trials),
-        "budget": {
-            name: {"used": used, "allowed": getattr(settings.budget, name)} for name, used in spent.as_dict().items()
-        },
-        "objectives": dict(settings.objectives),
-        "best": [_summary(trial, settings) for trial in front(trials, settings)],
-        "arms": _arms(arms.get_trials(deepcopy=False), settings),
-        "confirmed": {},
-        "changed": _changed([*trials, *confirmed]),
-    }
-    for trial in confirmed:
-        of = facts["confirmed"].setdefault(trial.user_attrs.get("candidate", "?"), {"done": 0, "begun": 0})
-        of["begun"] += 1
-        of["done"] += trial.state == TrialState.COMPLETE
-    return facts
 
 
 def trial_rows(store: StudyStore, settings: StudySettings | None = None) -> list[dict[str, Any]]:
@@ -68,9 +25,8 @@ def trial_rows(store: StudyStore, settings: StudySettings | None = None) -> list
     one per objective and the study's metric at the last rung, what it took, what is to note, and searched settings.
     """
     settings = settings or store.settings()
-    with _in_haste():
-        studies = store.search(), store.arms(), store.confirmation()
-        search, arms, confirmation = (study.get_trials(deepcopy=False) for study in studies)
+    studies = store.search(), store.arms(), store.confirmation()
+    search, arms, confirmation = (study.get_trials(deepcopy=False) for study in studies)
     running = store.is_run()
     names = parameter_names(search, settings)
     return (
@@ -81,6 +37,47 @@ def trial_rows(store: StudyStore, settings: StudySettings | None = None) -> list
             for t in confirmation
         ]
     )
+
+
+def trial_facts(store: StudyStore, number: int) -> dict[str, Any]:
+    """Everything about one trial of the search: settings, rungs, what it took, why it ended so, provenance, files.
+
+    Raises:
+        StudyError: there is no such trial.
+    """
+    settings, trial = store.settings(), find_trial(store, number)
+    about, path = trial.user_attrs, trial.user_attrs.get("path")
+    folder = store.folder / path if isinstance(path, str) else store.trial_folder(number)
+    file = folder / "settings.yaml"
+    values = trial.values if trial.state == TrialState.COMPLETE else None
+    return {
+        "trial": number,
+        "state": state_of(trial, running=store.is_run()),
+        "reason": about.get("reason"),
+        "note": note_of(trial),
+        "values": dict(zip(settings.objectives, values, strict=True)) if values else None,
+        "metric": settings.metric,
+        "params": trial.system_attrs.get("fixed_params", {}) | trial.params,
+        "rungs": dict(sorted(trial.intermediate_values.items())),
+        "facts": about.get("facts") or {},
+        "lost": about.get("lost"),
+        "started": time_of(trial.datetime_start),
+        "ended": time_of(trial.datetime_complete),
+        "folder": str(folder),
+        "files": sorted(p.name for p in folder.iterdir()) if folder.is_dir() else [],
+        "error": str(folder / "error.txt") if (folder / "error.txt").is_file() else None,
+        "settings": dict(read_yaml(file)) if file.is_file() else {},
+        "provenance": {k: v for k, v in (read_json(folder / "provenance.json") or {}).items() if k != "settings"},
+    }
+
+
+def find_trial(store: StudyStore, number: int) -> FrozenTrial:
+    """A trial of the search. Raises StudyError where there is none of that number."""
+    trials = store.search().get_trials(deepcopy=False)
+    if not 0 <= number < len(trials):
+        last = f"its trials are 0 to {len(trials) - 1}" if trials else "it has none yet"
+        raise StudyError(f"Study {store.name!r} has no trial {number}; {last}.")
+    return trials[number]
 
 
 def chosen_rows(
@@ -111,84 +108,6 @@ def chosen_rows(
         there.sort(key=lambda row: row[name] if numeric else str(row[name]), reverse=down)
         kept = there + [row for row in kept if row[name] is None]
     return [{name: row[name] for name in columns or known} for row in kept[:limit]]
-
-
-def front(trials: Sequence[FrozenTrial], settings: StudySettings) -> list[FrozenTrial]:
-    """The best COMPLETE trials of the search: one, or the Pareto front of several objectives; none where none is done.
-
-    What was imported is no result of this study, and a trial beyond `limits` counts only where every one is. Of equals
-    the first stands for all; a front goes from the best value of the first objective down.
-    """
-    signs = [-1 if direction == "maximize" else 1 for direction in settings.objectives.values()]
-    done = [t for t in trials if t.state == TrialState.COMPLETE and counts(t) and len(t.values) == len(signs)]
-    done = [t for t in done if keeps_limits(t, settings)] or done
-    costs = {t.number: tuple(s * value for s, value in zip(signs, t.values, strict=True)) for t in done}
-    kept: list[FrozenTrial] = []
-    for trial in sorted(done, key=lambda t: (costs[t.number], t.number)):  # who comes later beats none of those before
-        cost = costs[trial.number]
-        if not any(all(a <= b for a, b in zip(costs[other.number], cost, strict=True)) for other in kept):
-            kept.append(trial)
-    return kept
-
-
-def keeps_limits(trial: FrozenTrial, settings: StudySettings) -> bool:
-    """Whether a trial keeps `limits`; one that did not measure a cost is taken to."""
-    facts = trial.user_attrs.get("facts") or {}
-    return all((facts.get(name) or 0.0) <= limit for name, limit in settings.limits.items())
-
-
-def best_trial(store: StudyStore, settings: StudySettings | None = None) -> FrozenTrial:
-    """The COMPLETE trial with the best value of the study's metric; with several objectives, of those on their front.
-
-    Raises:
-        StudyError: where none is complete.
-    """
-    settings = settings or store.settings()
-    best = front(store.search().get_trials(deepcopy=False), settings)
-    if not best:
-        raise StudyError(f"Study {settings.name!r} has no complete trial yet; see `amlp-ray study status`.")
-    if settings.metric not in settings.objectives:
-        return best[0]
-    place = list(settings.objectives).index(settings.metric)
-    return max(best, key=lambda trial: (trial.values[place], -trial.number))
-
-
-def list_studies(runs: str | Path) -> list[dict[str, Any]]:
-    """All studies of a folder, one row each; one that cannot be read says why under `state`."""
-    rows = []
-    for file in sorted(Path(runs).glob("*/study.yaml")):
-        row: dict[str, Any] = {"name": file.parent.name, "state": None, "trials": None, "of": None}
-        row |= {"best": None, "metric": None, "changed": None}
-        try:
-            facts = status(StudyStore.open(file.parent))
-        except AmlpError as error:
-            rows.append(row | {"state": f"cannot be read: {error}"})
-            continue
-        metric = next(iter(facts["objectives"]))
-        rows.append(
-            row
-            | {
-                "name": facts["study"],
-                "state": facts["state"],
-                "trials": facts["budget"]["trials"]["used"],
-                "of": facts["budget"]["trials"]["allowed"],
-                "best": facts["best"][0][metric] if facts["best"] else None,
-                "metric": metric,
-                "changed": facts["changed"],
-            }
-        )
-    return rows
-
-
-def spent_by(store: StudyStore, trials: Sequence[FrozenTrial], settings: StudySettings) -> Spent:
-    """What a study has used of its budget; of running trials, what they reported at their last rung."""
-    every = [*trials, *store.arms().get_trials(deepcopy=False), *store.confirmation().get_trials(deepcopy=False)]
-    ledger = Ledger.of(every)
-    for trial in every:
-        if trial.state == TrialState.RUNNING:
-            ledger.report(str(trial._trial_id), epochs=max(trial.intermediate_values, default=0), gpu_seconds=0.0)
-    lease = store.search().user_attrs.get("lease") or {}
-    return ledger.spent(trials=sum(map(counts, trials)), seconds=float(lease.get("seconds", 0.0)))
 
 
 def parameter_names(trials: Sequence[FrozenTrial], settings: StudySettings) -> list[str]:
@@ -240,80 +159,20 @@ def _row(
     }
 
 
-def _states(trials: Sequence[FrozenTrial], holder: str | None) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for trial in trials:
-        if "source" not in trial.user_attrs:
-            state = state_of(trial, running=holder is not None)
-            found[state] = found.get(state, 0) + 1
-    return {state: found[state] for state in STATES if state in found}
-
-
-def _state(
-    states: dict[str, int],
-    holder: str | None,
-    request: dict[str, Any] | None,
-    spent: Spent,
-    budget: BudgetSettings,
-    begun: bool,
-) -> str:
-    verb = (request or {}).get("verb")
-    if holder:
-        return {"pause": "pausing", "stop": "stopping", "cancel": "cancelling"}.get(str(verb), "running")
-    if not begun:
-        return "not begun"
-    if "INTERRUPTED" in states:
-        return "paused" if verb == "pause" else "interrupted"
-    if limit := spent.reached(budget):
-        return f"finished ({limit})"
-    return {"stop": "stopped", "cancel": "cancelled", "pause": "paused"}.get(str(verb), "ended")
-
-
-def _summary(trial: FrozenTrial, settings: StudySettings) -> dict[str, Any]:
-    return {
-        "trial": trial.number,
-        **dict(zip(settings.objectives, trial.values, strict=True)),
-        "params": dict(trial.params),
-    }
-
-
-def _arms(trials: Sequence[FrozenTrial], settings: StudySettings) -> dict[str, Any]:
-    found: dict[str, list[float]] = {}
-    for trial in trials:
-        if trial.state == TrialState.COMPLETE:
-            found.setdefault(trial.user_attrs["arm"], []).append(trial.values[0])
-    return {arm: {"n": len(v), settings.metric: sum(v) / len(v)} for arm, v in found.items()}
-
-
-def _changed(trials: Sequence[FrozenTrial]) -> str | None:
-    times = [time for trial in trials for time in (trial.datetime_start, trial.datetime_complete) if time]
-    return max(times).isoformat(sep=" ", timespec="seconds") if times else None
-
-
-def _last_run(store: StudyStore) -> dict[str, Any]:
-    """The record of the last run of the study, in environments.jsonl."""
-    file = store.folder / "environments.jsonl"
-    lines = file.read_text().splitlines() if file.is_file() else []
+def read_json(file: Path) -> dict[str, Any] | None:
+    """A JSON mapping; None where the file is missing, half-written or something else."""
     try:
-        record = json.loads(lines[-1]) if lines else {}
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def time_of(time: datetime | None) -> str | None:
+    return None if time is None else time.isoformat(sep=" ", timespec="seconds")
 
 
 def _check_known(what: str, given: Sequence[str], known: Sequence[str]) -> None:
     unknown = [name for name in given if name not in known]
     if unknown:
         raise SettingsError(f"There is no {what} {unknown[0]!r} among the trials; there are {', '.join(known)}.")
-
-
-@contextmanager
-def _in_haste() -> Iterator[None]:
-    """Thousands of trials are read without the collector, which would look through all of them again and again."""
-    on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            gc.enable()

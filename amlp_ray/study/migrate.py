@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from amlp_ray.config import StudySettings
 from amlp_ray.errors import SettingsError, StudyError
 from amlp_ray.files import write_whole
-from amlp_ray.settings import flat, write_yaml
+from amlp_ray.settings import assignments, flat, write_yaml
 from amlp_ray.study.edit import begin
 from amlp_ray.study.given import Fit, Misfit, check_given, fit, recalled
 from amlp_ray.study.space import check_space, searched
@@ -33,9 +33,9 @@ from amlp_ray.study.store import StudyStore
 class Change:
     """How a new space differs from the one a study has, and what becomes of old names."""
 
-    renamed: Mapping[str, str]  # old name: new name
-    filled: Mapping[str, Any]  # values that old trials had of names that are searched now
-    dropped: Sequence[str]  # names that are searched no more, whatever old trials had of them
+    renamed: Mapping[str, str] = field(default_factory=dict)  # old name: new name
+    filled: Mapping[str, Any] = field(default_factory=dict)  # what old trials had of names that are searched now
+    dropped: Sequence[str] = ()  # names that are searched no more, whatever old trials had of them
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,19 @@ class Migration:
     outside: int
     reasons: dict[str, int]
     version: str  # name of the new Optuna study
+
+
+def change_of(mapped: Sequence[str], filled: Sequence[str], dropped: Sequence[str]) -> Change:
+    """Read a change from texts: `old=new`, `name=value` and names.
+
+    Raises:
+        SettingsError: one is not of that form.
+    """
+    pairs = [text.partition("=") for text in mapped]
+    for text, (old, equals, new) in zip(mapped, pairs, strict=True):
+        if not (old and equals and new):
+            raise SettingsError(f"--map {text!r} is not of the form old=new.")
+    return Change({old: new for old, _, new in pairs}, flat(assignments(filled, "--fill")), list(dropped))
 
 
 def migrate(store: StudyStore, new: StudySettings, change: Change) -> Migration:

@@ -1,9 +1,9 @@
-"""An Optuna study in memory that repeats a stored one: samplers and pruners look at it and write what they like to it."""
+"""An Optuna study in memory that repeats a stored one: samplers and pruners look at it, and write into it freely."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -12,13 +12,14 @@ from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-Ask = Callable[[Trial], dict[str, Any]]  # asks a trial for every parameter of a space; returns settings by dotted name
+Answer = TypeVar("Answer")
 
 
 class Known(FrozenTrial):
-    """A trial as samplers see it: without attributes and dates, its parameters sorted, so that no storage's order counts.
+    """A trial as samplers see it: without attributes of users and dates, and with its parameters sorted.
 
-    `internal` holds parameters as Optuna computes with them, worked out once.
+    Sorted, since each storage has an order of its own. `internal` holds parameters as Optuna computes with them,
+    worked out once.
     """
 
     def __init__(
@@ -57,6 +58,22 @@ class Known(FrozenTrial):
         return self._constraints
 
 
+class _Moment(optuna.Study):
+    """A study that picks trials by state once: samplers ask for the same ones for each parameter."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._picked: dict[Any, list[FrozenTrial]] = {}
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Any = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:  # Optuna's signature; what is picked is never copied, and the list may be changed
+        key = None if states is None else tuple(states)
+        if key not in self._picked:
+            self._picked[key] = self._storage.get_all_trials(self._study_id, deepcopy=False, states=key)
+        return list(self._picked[key])
+
+
 class Mirror:
     """Trials by their numbers in the stored study; a number that is not known yet is a gap, which nothing looks at."""
 
@@ -80,15 +97,21 @@ class Mirror:
             self.put(Known(number, TrialState.FAIL))
 
     def study(self, sampler: BaseSampler | None = None) -> optuna.Study:
-        """Return the Optuna study: a new one each time, since a study object keeps trials it has seen."""
-        return optuna.Study(self.name, self.storage, sampler or RandomSampler(0), optuna.pruners.NopPruner())
+        """Return the Optuna study as it is at this moment, for one suggestion or one decision."""
+        return _Moment(self.name, self.storage, sampler or RandomSampler(0), optuna.pruners.NopPruner())
 
     def draw(
-        self, number: int, sampler: BaseSampler, ask: Ask, *, fixed: Mapping[str, Any] | None = None
-    ) -> tuple[dict[str, Any], FrozenTrial]:
-        """Let a sampler fill a trial; return the settings and what Optuna noted. The number is a gap again afterwards.
+        self,
+        number: int,
+        sampler: BaseSampler,
+        ask: Callable[[Trial], Answer],
+        *,
+        fixed: Mapping[str, Any] | None = None,
+    ) -> tuple[Answer, FrozenTrial]:
+        """Let a sampler fill a trial; return what `ask` does and what Optuna noted. The number is a gap again after.
 
         Args:
+            ask: asks a trial for every parameter of a space.
             fixed: parameters that are not asked of the sampler.
         """
         self.put(Known(number, TrialState.RUNNING, system_attrs={"fixed_params": dict(fixed)} if fixed else None))

@@ -78,11 +78,23 @@ def check_study(settings: StudySettings, dataset: PatchDataset, labels: PatchDat
             f"selection.rule and selection.score. Arm oracle runs it, for diagnosis."
         )
     if "memory" in settings.limits and settings.resources.workers > 1:
-        raise SettingsError("limits.memory is known of trials with one worker only; drop it, or set resources.workers=1.")
+        raise SettingsError(
+            "limits.memory is known of trials with one worker only; drop it, or set resources.workers=1."
+        )
     scored = dataset if labels is None else labels
     for patch_size in sorted({trial.model.patch_size for trial in drawn}):
         probe = Probe(scored, settings.probe, patch_size)  # tells of labels, groups and folds that score nothing
-        probe.check_objectives([*settings.objectives, settings.metric])
+        _check_sizes(settings, probe)
+
+
+def _check_sizes(settings: StudySettings, probe: Probe) -> None:
+    """Refuse to strive for the score of lesions that no scored image has."""
+    wanted = {name.removeprefix("dsc_") for name in (*settings.objectives, settings.metric) if name.startswith("dsc_")}
+    if missing := [size for size, images in probe.images_by_size().items() if size in wanted and not images]:
+        raise SettingsError(
+            f"objectives: no scored image has a {missing[0]} lesion by probe.sizes={list(settings.probe.sizes)}; change "
+            f"probe.sizes, or name another objective than dsc_{missing[0]}."
+        )
 
 
 def make_plan(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
@@ -30,8 +30,9 @@ from amlp_ray.config import Choice, Parameter, Range, StudySettings
 from amlp_ray.config.space import Fixed, Scalar
 from amlp_ray.config.study import COSTS
 from amlp_ray.errors import SettingsError
+from amlp_ray.settings import Fault
 from amlp_ray.study.design import derived_seed
-from amlp_ray.study.space import check_space, suggest
+from amlp_ray.study.space import check_space, searched, suggest
 from amlp_ray.training.checkpoint import HEADED, PERTURBABLE
 
 RATIO = "ratio.points"  # in the space: the level that a segment moves to; in settings: the schedule so far
@@ -73,7 +74,10 @@ class Population:
 
     def __init__(self, settings: StudySettings) -> None:
         self.settings, self.sampler = settings, settings.sampler
-        self.space = searched(settings)
+        ratio = settings.space[RATIO]  # type: ignore[index]  # declared: see `check_population`
+        assert isinstance(ratio, Range)
+        self.ratio = ratio
+        self.space: dict[str, Range | Choice] = {RATIO: ratio, **searched(without_ratio(settings))}
         self.epochs = settings.trial({}, seed=0).epochs
         self.generations = math.ceil(self.epochs / self.sampler.interval)
 
@@ -119,10 +123,10 @@ class Population:
         top, replaced = self._judged(before)
         own = before[member]
         parent = draw.choice(top) if own.number in replaced else own
-        moving = self.space if own.number in replaced else {RATIO: self.space[RATIO]}
         moved = {
             name: _moved(parameter, parent.params[name], self.sampler.perturb, draw)
-            for name, parameter in moving.items()
+            for name, parameter in self.space.items()
+            if name == RATIO or own.number in replaced
         }
         return self._segment(trials, generation, member, parent.number, {**parent.params, **moved})
 
@@ -160,11 +164,9 @@ class Population:
         # nothing before their own segment, so segments one after another equal one run of the last schedule.
         ends = [[self.until(i) / self.epochs, level] for i, level in enumerate(levels)]
         others = FixedTrial({name: value for name, value in params.items() if name != RATIO})
-        values = suggest(others, without_ratio(self.settings))
+        values = suggest(others, without_ratio(self.settings))  # type: ignore[arg-type]  # asks the same questions
         level = FixedTrial({RATIO: params[RATIO]})
-        ratio = self.space[RATIO]
-        assert isinstance(ratio, Range)
-        level.suggest_float(RATIO, ratio.low, ratio.high, log=ratio.log, step=ratio.step)
+        level.suggest_float(RATIO, self.ratio.low, self.ratio.high, log=self.ratio.log, step=self.ratio.step)
         return Segment(
             generation=generation,
             member=member,
@@ -211,12 +213,6 @@ def score_of(trial: FrozenTrial) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def searched(settings: StudySettings) -> dict[str, Range | Choice]:
-    """The parameters that segments draw or move."""
-    space = settings.space if isinstance(settings.space, dict) else {}
-    return {name: parameter for name, parameter in space.items() if isinstance(parameter, Range | Choice)}
-
-
 def without_ratio(settings: StudySettings) -> StudySettings:
     """The study without the schedule, whose space is one of settings like any other."""
     space = settings.space if isinstance(settings.space, dict) else {}
@@ -230,65 +226,72 @@ def check_population(settings: StudySettings) -> None:
         SettingsError: with a sentence for each fault.
     """
     if isinstance(settings.space, str):
-        raise SettingsError("space: sampler pbt needs a declared space, not a function; write its ranges out.")
+        raise SettingsError(
+            "space: sampler pbt needs a declared space, not a function; write its ranges out.", keys=["space"]
+        )
     faults = [*_faults_of_space(settings.space), *_faults_of_study(settings)]
     if faults:
-        raise SettingsError(" ".join(faults))
+        raise SettingsError(*[fault.text for fault in faults], keys=[fault.key for fault in faults])
     check_space(without_ratio(settings))
 
 
-def _faults_of_space(space: Mapping[str, Parameter]) -> list[str]:
-    faults = []
+def _faults_of_space(space: Mapping[str, Parameter]) -> Iterator[Fault]:
     ratio = space.get(RATIO)
     if not isinstance(ratio, Range) or not 0 < ratio.low < ratio.high < 1:
         found = "is missing" if ratio is None else "is no range within 0-1"
-        faults.append(
+        yield Fault(
+            f"space.{RATIO}",
             f"space: {RATIO}, the masking ratio that a segment of pbt moves to, {found}; give low and high, such as "
-            f"{{low: 0.2, high: 0.8}}."
+            f"{{low: 0.2, high: 0.8}}.",
         )
     for name, parameter in space.items():
         if isinstance(parameter, Fixed):
             continue
         if name != RATIO and name not in PERTURBABLE:
-            faults.append(
-                f"space: sampler pbt cannot change {name} in a running model; fix it in pretrain, or search "
-                f"{RATIO} and any of {', '.join(PERTURBABLE)}."
+            told = (
+                f"sampler pbt cannot change {name} in a running model; fix it in pretrain, or search {RATIO} and any "
+                f"of {', '.join(PERTURBABLE)}."
             )
         elif parameter.when:
-            faults.append(f"space: {name} has a condition, but with sampler pbt every segment needs it; drop `when`.")
+            told = f"{name} has a condition, but with sampler pbt every segment needs it; drop `when`."
         elif name in HEADED and _lowest(parameter) <= 0:
-            faults.append(f"space: {name} reaches 0 with sampler pbt, where the model loses a part; stay above 0.")
-    return faults
+            told = f"{name} reaches 0 with sampler pbt, where the model loses a part; stay above 0."
+        else:
+            continue
+        yield Fault(f"space.{name}", f"space: {told}")
 
 
-def _faults_of_study(settings: StudySettings) -> list[str]:
-    faults, sampler = [], settings.sampler
-    pretrain = settings.trial({}, seed=0)
+def _faults_of_study(settings: StudySettings) -> Iterator[Fault]:
+    sampler, pretrain = settings.sampler, settings.trial({}, seed=0)
     if pretrain.objective != "reconstruction":
-        faults.append(f"pretrain.objective {pretrain.objective} masks nothing that sampler pbt could schedule.")
+        yield Fault(
+            "pretrain", f"pretrain.objective {pretrain.objective} masks nothing that sampler pbt could schedule."
+        )
     if sampler.interval >= pretrain.epochs:
-        faults.append(
-            f"sampler.interval {sampler.interval} leaves one generation of the {pretrain.epochs} epochs; lower it."
+        yield Fault(
+            "sampler.interval",
+            f"sampler.interval {sampler.interval} leaves one generation of the {pretrain.epochs} epochs; lower it.",
         )
     if settings.pruner.name != "none":
-        faults.append(
-            f"pruner.name {settings.pruner.name} does nothing for sampler pbt, whose poor members go on "
-            f"from good ones; set it to none."
+        yield Fault(
+            "pruner.name",
+            f"pruner.name {settings.pruner.name} does nothing for sampler pbt, whose poor members go on from "
+            f"good ones; set it to none.",
         )
     for name in ("require", "limits"):
         if getattr(settings, name):
-            faults.append(f"{name} is not kept by sampler pbt; drop it, and narrow the ranges instead.")
+            yield Fault(name, f"{name} is not kept by sampler pbt; drop it, and narrow the ranges instead.")
     objective = next(iter(settings.objectives))
     if objective in COSTS:
-        faults.append(f"objectives: sampler pbt compares members by a score, not by {objective}; name one such as dsc.")
+        yield Fault("objectives", f"objectives: sampler pbt compares members by a score, not by {objective}; name dsc.")
     generations = math.ceil(pretrain.epochs / sampler.interval)
     needed = sampler.population * generations
     if settings.budget.trials != needed:
-        faults.append(
+        yield Fault(
+            "budget.trials",
             f"budget.trials is {settings.budget.trials}, but sampler pbt runs {sampler.population} members x "
-            f"{generations} generations of {sampler.interval} epochs; set it to {needed}."
+            f"{generations} generations of {sampler.interval} epochs; set it to {needed}.",
         )
-    return faults
 
 
 def _by_place(trials: Sequence[FrozenTrial]) -> dict[tuple[int, int], FrozenTrial]:

@@ -1,7 +1,7 @@
 """What a search tries next: suggestions of a sampler that looks at a study in memory, not at the store.
 
 Sampling is thus as fast as memory, whatever the storage; a suggestion that is refused or was tried before uses up no
-trial number; and nothing that a sampler writes down reaches the store, but a few plain numbers (`Proposal.system_attrs`).
+trial number; and nothing that a sampler writes down reaches the store but a few plain numbers (`system_attrs`).
 """
 
 from __future__ import annotations
@@ -11,23 +11,27 @@ import random
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from optuna.distributions import BaseDistribution
 from optuna.study import StudyDirection
-from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
+from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
-from amlp_ray.config import StudySettings
+from amlp_ray.config import SamplerSettings, StudySettings
 from amlp_ray.errors import SettingsError
 from amlp_ray.study.design import derived_seed
 from amlp_ray.study.mirror import Known, Mirror
-from amlp_ray.study.sampling import GENERATION, POINT, Seen, UnlimitedError, combinations, make_sampler
-from amlp_ray.study.space import defaults, holds_requirements, suggest
+from amlp_ray.study.sampling import GENERATION, POINT, Seen, UnlimitedError, check_sampler, combinations, make_sampler
+from amlp_ray.study.space import defaults, suggest, suggestion
 
-TRIES = 200  # suggestions per trial, where they are refused
-REPEATS = 10  # suggestions in a row that were tried before, after which a finite space is looked through
+TRIES = 200  # suggestions per trial
+# of the sampler, the others being random: one that models scores knows nothing of refusals and may insist; gp: 2,
+# since each takes it a second
+INSISTED = 20
 
 _KEPT = (GENERATION, POINT, "NSGAIISampler:", "NSGAIIISampler:")  # system attributes that go into the store
+_RANDOM = SamplerSettings(name="random")
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 Key = tuple[tuple[str, str], ...]
@@ -58,10 +62,12 @@ class Proposer:
     """
 
     def __init__(self, settings: StudySettings, directions: Sequence[StudyDirection | str]) -> None:
-        """Raises SettingsError where the sampler cannot work on the space."""
+        """Raises SettingsError where the sampler cannot work on the space (see `check_sampler`)."""
+        check_sampler(settings)
         self._settings, self._sampler = settings, settings.sampler
         names = [d if isinstance(d, str) else d.name.lower() for d in directions]
-        self._single = len(names) == 1
+        # With several objectives, or another one than is scored at rungs, a pruned trial has no value to go by.
+        self._scored = list(settings.objectives) == [settings.metric]
         self._mirror = Mirror(settings.name, names)
         self._lock = threading.Lock()
         self._news: Sequence[FrozenTrial] = ()
@@ -70,10 +76,7 @@ class Proposer:
         self._ended: set[int] = set()
         self._sampled: set[int] = set()  # neither imported nor enqueued
         self._point = 0  # next place in the sequence of even points
-        self._seen: Seen | None = None
         self._all: list[dict[str, Any]] | None = None  # combinations of a finite space, shuffled
-        if self._sampler.name == "grid":
-            self._finite()
 
     def sync(self, trials: Sequence[FrozenTrial]) -> None:
         """Say what the store holds; taken in by the next `propose`, which passes over what it knows."""
@@ -108,52 +111,55 @@ class Proposer:
             self._take_in()
             self._drop(number)
             if fixed is None and not self._sampled and (first := defaults(self._settings)) is not None:
-                proposal = self._draw(number, 0, first)
-                if proposal is not None and not self._was_tried(proposal):
+                proposal = self._draw(number, 0, first, _RANDOM)
+                if proposal is not None and not self._was_tried(_key(proposal.params)):
                     return self._begin(number, proposal, sampled=True)
             if fixed is None and self._sampler.name == "grid":
                 return self._untried(number)
             return self._search(number, dict(fixed or {}))
 
     def _search(self, number: int, fixed: dict[str, Any]) -> Proposal | Duplicate | None:
-        repeats, duplicate = 0, None
+        duplicate, insisted = None, 2 if self._sampler.name == "gp" else INSISTED
         for attempt in range(TRIES):
-            proposal = self._draw(number, attempt, fixed)
+            if attempt == insisted and not fixed and self._finite() is not None:
+                break  # what is left of it is looked for instead
+            proposal = self._draw(number, attempt, fixed, self._sampler if attempt < insisted else _RANDOM)
             if proposal is None:
                 continue
-            if not self._was_tried(proposal) or (fixed and _key(proposal.params) not in self._done):
+            key = _key(proposal.params)
+            if not self._was_tried(key) or (fixed and key not in self._done):
                 return self._begin(number, proposal, sampled=not fixed)
-            repeats += 1
-            duplicate = Duplicate(self._done.get(_key(proposal.params), -1))
-            if repeats >= REPEATS and (fixed or self._finite() is not None):
-                break
+            if fixed:
+                duplicate = Duplicate(self._done[key])
+                if proposal.params.keys() <= fixed.keys():
+                    break
         if fixed and duplicate is None:
             raise SettingsError(
                 f"trial {number}: what was enqueued ({', '.join(f'{k}={v}' for k, v in fixed.items())}) leaves no "
                 f"combination that `require` and the settings allow; enqueue other values."
             )
-        return duplicate if fixed else self._untried(number) if repeats else None
+        return duplicate or self._untried(number)
 
-    def _draw(self, number: int, attempt: int, fixed: Mapping[str, Any]) -> Proposal | None:
+    def _draw(self, number: int, attempt: int, fixed: Mapping[str, Any], by: SamplerSettings) -> Proposal | None:
         """One suggestion; None where it is refused."""
         s = self._settings
         seed = derived_seed(s.seed, "sampler", number, *([attempt] if attempt else []))
         space = {}
-        if self._sampler.name in ("cmaes", "qmc"):
-            space = self._space().always if self._sampler.name == "cmaes" else self._space().all
+        if by.name in ("cmaes", "qmc"):
+            space = self._space.always if by.name == "cmaes" else self._space.all
         series = derived_seed(s.seed, "sampler")
-        sampler = make_sampler(self._sampler, seed, space=space, series=series, point=self._point + attempt)
-        try:
-            values, trial = self._mirror.draw(number, sampler, self._ask, fixed=fixed)
-            s.trial(values, seed=0)
-        except SettingsError:
+        sampler = make_sampler(by, seed, space=space, series=series, point=self._point + attempt)
+        asked, trial = self._mirror.draw(number, sampler, lambda trial: suggestion(trial, s), fixed=fixed)
+        if asked.refused:
             return None
-        if not holds_requirements(values, s):
+        try:
+            s.trial(asked.values, seed=0)
+        except SettingsError:
             return None
         internal = {name: d.to_internal_repr(trial.params[name]) for name, d in trial.distributions.items()}
         params = {name: d.to_external_repr(internal[name]) for name, d in trial.distributions.items()}
         kept = {k: v for k, v in trial.system_attrs.items() if k.startswith(_KEPT)}
-        return Proposal(params, dict(trial.distributions), values, kept | self._parents(kept))
+        return Proposal(params, dict(trial.distributions), asked.values, kept | self._parents(kept))
 
     def _begin(self, number: int, proposal: Proposal, *, sampled: bool) -> Proposal:
         self._mirror.put(
@@ -177,31 +183,25 @@ class Proposer:
             key = _key(params)
             if key in self._done or key in self._tried.values():
                 continue
-            if proposal := self._draw(number, 0, params):
+            if proposal := self._draw(number, 0, params, _RANDOM):
                 return self._begin(number, proposal, sampled=True)
         return None
 
     def _finite(self) -> list[dict[str, Any]] | None:
-        """Every combination of the space, or None where it has no end. Raises SettingsError for a grid of such."""
+        """Every combination of the space, or None where it has no end."""
         if self._all is None:
             try:
-                self._all = combinations(self._ask)
-            except UnlimitedError as error:
-                if self._sampler.name == "grid":
-                    raise SettingsError(f"sampler.name: grid tries every combination, but {error}.") from None
+                self._all = combinations(self._settings)
+            except UnlimitedError:
                 self._all = []
             random.Random(derived_seed(self._settings.seed, "grid")).shuffle(self._all)
         return self._all or None
 
+    @cached_property
     def _space(self) -> Seen:
-        self._seen = self._seen or Seen(self._ask)
-        return self._seen
+        return Seen(self._settings)
 
-    def _ask(self, trial: Trial) -> dict[str, Any]:
-        return suggest(trial, self._settings)
-
-    def _was_tried(self, proposal: Proposal) -> bool:
-        key = _key(proposal.params)
+    def _was_tried(self, key: Key) -> bool:
         return key in self._done or key in (k for n, k in self._tried.items() if n not in self._ended)
 
     # What the store holds
@@ -245,13 +245,14 @@ class Proposer:
         suggesting what was pruned. Limits: what a trial took, less the limit; 0 where it is not known.
         """
         state, values, ranges = trial.state, trial.values, dict(trial.distributions)
-        for name, now in self._space().all.items():
+        for name, now in self._space.all.items():
             if name in ranges and type(now) is type(ranges[name]) and _contains(now, trial.params[name]):
                 ranges[name] = now
-        if state == TrialState.PRUNED and self._single and values is None and trial.intermediate_values:
-            values = [trial.intermediate_values[max(trial.intermediate_values)]]
-        if state == TrialState.PRUNED and values is not None and self._sampler.name == "gp":
-            state = TrialState.COMPLETE
+        rungs = trial.intermediate_values if self._scored else {}
+        if state == TrialState.PRUNED:
+            values = [rungs[max(rungs)]] if rungs else None
+            if values is not None and self._sampler.name == "gp":
+                state = TrialState.COMPLETE
         facts = trial.user_attrs.get("facts", {})
         over = {name: facts.get(name, limit) - limit for name, limit in self._settings.limits.items()}
         return Known(
@@ -260,7 +261,7 @@ class Proposer:
             params=trial.params,
             distributions=ranges,
             values=values if state in _DONE else None,
-            intermediate_values=trial.intermediate_values,
+            intermediate_values=rungs,
             system_attrs={k: v for k, v in trial.system_attrs.items() if k.startswith(_KEPT)},
             constraints={n: v if math.isfinite(v) else 0.0 for n, v in over.items()} if state in _DONE else None,
         )

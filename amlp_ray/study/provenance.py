@@ -17,6 +17,7 @@ from amlp_ray.config import StudySettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.files import write_whole
 from amlp_ray.runtime.capacity import Cluster
+from amlp_ray.study.listing import read_json
 from amlp_ray.training.metrics import own_rows, read_rows
 
 if TYPE_CHECKING:
@@ -87,11 +88,7 @@ def write_provenance(task: Task) -> None:
 
 def read_provenance(folder: Path) -> dict[str, Any] | None:
     """A trial's provenance.json; None where there is none, or it is damaged."""
-    try:
-        found = json.loads((folder / "provenance.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+    return read_json(folder / "provenance.json")
 
 
 def _code(study: Path) -> dict[str, Any]:

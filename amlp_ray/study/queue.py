@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from amlp_ray.config import PretrainSettings, StudySettings
 from amlp_ray.errors import SettingsError
 from amlp_ray.study.budget import counts
-from amlp_ray.study.confirm import confirmation_plan
+from amlp_ray.study.confirm import confirm_seed, confirmation_plan, finetuning
 from amlp_ray.study.design import arm_plans, derived_seed, rung_epochs, with_schedule
 from amlp_ray.study.population import WAIT, Population, Segment
 from amlp_ray.study.proposer import Duplicate, Proposal, Proposer
@@ -64,7 +64,7 @@ class WorkQueue:
         self._population = Population(settings) if settings.sampler.name == "pbt" else None
         self._ahead = ahead
         self._thread = ThreadPoolExecutor(1, "amlp-sampler")
-        self._suggestions: list[tuple[int, Future[Proposal | Duplicate | None]]] = []
+        self._suggestions: list[tuple[int, Future[Proposal | None]]] = []  # by the number they were made for
         self.busy: set[tuple[str, int]] = set()
         self._left = [(s, t) for s in self.studies for t in s.get_trials(states=(TrialState.RUNNING,))]
 
@@ -140,66 +140,79 @@ class WorkQueue:
                 continue
             waiting = next((t for t in trials if t.state == TrialState.WAITING), None)
             if waiting is not None:
-                work = self._begin_enqueued(waiting)
-            else:
-                suggestion = self._suggestion(trials)
-                if suggestion == "wait":
-                    return "wait"
-                if suggestion is None:
-                    if self.busy:
-                        return "wait"  # what runs now may fail, and its settings be free again
-                    self._notify("every combination of the search space was tried")
-                    return None
-                if isinstance(suggestion, Duplicate):
-                    self._answer(suggestion)
-                    continue
-                work = self._begin(
-                    self.search,
-                    params=suggestion.params,
-                    distributions=suggestion.distributions,
-                    system=suggestion.system_attrs,
-                )
+                if work := self._begin_enqueued(waiting, trials):
+                    return work
+                continue
+            proposal = self._suggestion(trials)
+            if proposal == "wait":
+                return "wait"
+            if proposal is None:
+                if self.busy:
+                    return "wait"  # what runs now may fail, and its settings be free again
+                self._notify("every combination of the search space was tried")
+                return None
+            work = self._begin(
+                self.search,
+                params=proposal.params,
+                distributions=proposal.distributions,
+                system=proposal.system_attrs,
+            )
             if work is not None:
                 return work
 
-    def _suggestion(self, trials: list[FrozenTrial]) -> Proposal | Duplicate | Wait | None:
+    def _suggestion(self, trials: list[FrozenTrial]) -> Proposal | Wait | None:
         """The next suggestion, made beforehand where it may be: see `sampler.ahead`."""
         number = len(trials)
         if not self._ahead:
-            self._proposer.sync(trials)
-            return self._proposer.propose(number)
+            return self._propose(number, trials)
+        if self._suggestions and self._suggestions[0][0] != number:  # somebody enqueued a trial meanwhile
+            for made_for, made in self._suggestions:
+                made.result()
+                self._proposer.forget(made_for)
+            self._suggestions.clear()
         if not self._suggestions:
             self._suggest(number, trials)
         _, made = self._suggestions[0]
         if not made.done() and self.busy:
             return "wait"  # never stand in the way of trials that report
-        suggestion = made.result()
+        proposal = made.result()
         self._suggestions.pop(0)
         while len(self._suggestions) < self._ahead:
             self._suggest(number + 1 + len(self._suggestions), trials)
-        return suggestion
+        return proposal
 
     def _suggest(self, number: int, trials: list[FrozenTrial]) -> None:
-        def make() -> Proposal | Duplicate | None:
-            self._proposer.sync(trials)
-            return self._proposer.propose(number)
+        self._suggestions.append((number, self._thread.submit(self._propose, number, trials)))
 
-        self._suggestions.append((number, self._thread.submit(make)))
+    def _propose(self, number: int, trials: list[FrozenTrial]) -> Proposal | None:
+        self._proposer.sync(trials)
+        proposal = self._proposer.propose(number)
+        return proposal if isinstance(proposal, Proposal) else None  # duplicates come of enqueued values only
 
-    def _begin_enqueued(self, waiting: FrozenTrial) -> Work | None:
-        """A trial that a user asked for: what it leaves open is sampled."""
-        fixed = waiting.system_attrs.get("fixed_params", {})
-        self._proposer.sync(self.search.get_trials(deepcopy=False))
-        proposal = self._proposer.propose(waiting.number, fixed=fixed)
+    def _begin_enqueued(self, waiting: FrozenTrial, trials: list[FrozenTrial]) -> Work | None:
+        """A trial that a user asked for: what it leaves open is sampled; what was run before is answered by that."""
         storage, trial_id = self._store.storage(), waiting._trial_id
-        if isinstance(proposal, Proposal):
-            for name, distribution in proposal.distributions.items():
-                internal = distribution.to_internal_repr(proposal.params[name])
-                storage.set_trial_param(trial_id, name, internal, distribution)
-        storage.set_trial_state_values(trial_id, TrialState.RUNNING)
-        if not isinstance(proposal, Proposal):
-            self.fail(self.search, trial_id, "what was enqueued is no trial of this space")
+        self._proposer.sync(trials)
+        try:
+            found = self._proposer.propose(waiting.number, fixed=waiting.system_attrs.get("fixed_params", {}))
+        except SettingsError as error:
+            self.fail(self.search, trial_id, str(error))
             return None
+        known = trials[found.number] if isinstance(found, Duplicate) else None
+        asked = found if isinstance(found, Proposal) else known
+        if asked is None:
+            self.fail(self.search, trial_id, "what was enqueued leaves nothing of the space to try")
+            return None
+        for name, distribution in asked.distributions.items():
+            storage.set_trial_param(trial_id, name, distribution.to_internal_repr(asked.params[name]), distribution)
+        if known is not None and "retry_of" not in waiting.user_attrs:
+            for epoch, value in known.intermediate_values.items():
+                storage.set_trial_intermediate_value(trial_id, epoch, value)
+            storage.set_trial_user_attr(trial_id, "copy_of", known.number)
+            storage.set_trial_state_values(trial_id, known.state, known.values)
+            self._notify(f"trial {waiting.number} has the settings of trial {known.number}; answered from the store")
+            return None
+        storage.set_trial_state_values(trial_id, TrialState.RUNNING)
         return self._work(self.search, trial_id, storage.get_trial(trial_id))
 
     def _begin_segment(self, segment: Segment) -> Work | None:
@@ -209,23 +222,6 @@ class WorkQueue:
             distributions=segment.distributions,
             attributes=segment.user_attrs,
         )
-
-    def _answer(self, duplicate: Duplicate) -> None:
-        """Store the result of a trial with the same settings as a trial of its own, and run nothing."""
-        known = self.search.get_trials(deepcopy=False)[duplicate.number]
-        self._store.storage().create_new_trial(
-            self.search._study_id,
-            _template(
-                known.params,
-                known.distributions,
-                {"copy_of": known.number},
-                {},
-                state=known.state,
-                values=known.values,
-                intermediate=known.intermediate_values,
-            ),
-        )
-        self._notify(f"settings of trial {known.number} came again; answered from the store")
 
     # Storing
 
@@ -276,7 +272,7 @@ class WorkQueue:
             plan_of = {c.name: c for c in confirmation_plan(self._store, s)}
             label, kind = f"confirm {about['candidate']}-{about['repeat']}", "confirm"
             folder = self._store.confirm_folder(about["candidate"], about["repeat"])
-            settings = plan_of[about["candidate"]].settings(derived_seed(s.seed, "confirm", about["repeat"]))
+            settings = plan_of[about["candidate"]].settings(confirm_seed(s, about["repeat"]))
         else:
             label, kind, folder = f"trial {trial.number}", "search", self._store.trial_folder(trial.number)
             if self._population is not None:
@@ -301,8 +297,7 @@ class WorkQueue:
             rungs=self._rungs(settings, until),
             until=until,
             fork=fork,
-            finetune=s.confirm.finetune if kind == "confirm" else None,
-            metric=s.metric,
+            finetune=finetuning(s, about["repeat"]) if kind == "confirm" else None,
         )
 
     def _rungs(self, settings: PretrainSettings, until: int | None) -> tuple[int, ...]:
@@ -318,23 +313,18 @@ def _template(
     distributions: Mapping[str, Any],
     attributes: Mapping[str, Any],
     system: Mapping[str, Any],
-    *,
-    state: TrialState = TrialState.RUNNING,
-    values: list[float] | None = None,
-    intermediate: Mapping[int, float] | None = None,
 ) -> FrozenTrial:
-    now = datetime.now()
+    """A running trial, as it is to be stored; the storage gives it a number."""
     return FrozenTrial(
-        number=-1,  # the storage gives it
+        number=-1,
         trial_id=-1,
-        state=state,
+        state=TrialState.RUNNING,
         value=None,
-        values=values,
-        datetime_start=now,
-        datetime_complete=now if state.is_finished() else None,
+        datetime_start=datetime.now(),
+        datetime_complete=None,
         params=dict(params),
         distributions=dict(distributions),
         user_attrs=dict(attributes),
         system_attrs=dict(system),
-        intermediate_values=dict(intermediate or {}),
+        intermediate_values={},
     )

@@ -1,7 +1,7 @@
 """The bridge between Tune and Optuna: Optuna decides, Tune executes.
 
-A Tune searcher over a study's queue: hands out work, passes on what trials report, lets the pruner decide and tells each
-trial's end truthfully. It keeps no state that matters: all of it is in the store, so a new searcher on the same store
+A Tune searcher over a study's queue: hands out work, passes on what trials report, lets the pruner decide and tells
+each trial's end truthfully. It keeps no state that matters: all of it is in the store, so a new searcher on the same store
 goes on where a killed one stopped.
 """
 
@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from optuna.trial import TrialState
@@ -22,8 +21,9 @@ from ray.tune.search import Searcher
 from amlp_ray.config import COSTS, StudySettings
 from amlp_ray.study.budget import Ledger
 from amlp_ray.study.pruning import Pruning
-from amlp_ray.study.queue import Phase, Work, WorkQueue
+from amlp_ray.study.queue import Work, WorkQueue
 from amlp_ray.study.store import Request, StudyStore
+from amlp_ray.study.trial import SCORES
 
 Notify = Callable[[str], None]
 Ending = Literal["pause", "stop", "cancel", "budget", "alike", "lease", "resources"]
@@ -121,6 +121,10 @@ class StudySearcher(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing to restore: a study is continued by a new searcher on its store."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing either for Tune's own records, which pickle a searcher whether it likes that or not."""
+        return {}
 
     # The driver's side
 
@@ -258,11 +262,11 @@ class StudySearcher(Searcher):
         """Store what the trial took and scored, in one attribute: a journal grows by a line for each."""
         work = running.work
         seconds = float(result.get("seconds", time.monotonic() - running.started))
-        facts = {
+        facts: dict[str, Any] = {
             "seconds": round(seconds, 2),
             "gpu_seconds": round(seconds * work.task.gpus, 2),
             **{name: result[name] for name in ("memory", "epochs", "images_per_second") if name in result},
-            "scores": result.get("scores", {}),
+            "scores": {name: result[name] for name in SCORES if name in result},
         }
         self._ledger.end(trial_id, facts)
         storage = self._store.storage()

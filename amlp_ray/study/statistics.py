@@ -1,9 +1,9 @@
 """Whether two candidates differ: pairs over images and seeds, and what their noise allows to be said. Numbers only.
 
-Scores of a candidate are an array (S, I): S seeds, I images. Row s of two candidates was trained from one seed, column i
-is one image, so everything is compared in pairs. Both were drawn from many: other seeds and other images would have given
-another difference, and an interval must cover both. S is small, and a bootstrap of three seeds knows too little of their
-spread; it is therefore widened, see `compare`.
+Scores of a candidate are an array (S, I): S seeds, I images. Row s of two candidates was trained from one seed, column
+i is one image, so everything is compared in pairs. Both were drawn from many: other seeds and other images would have
+given another difference, and an interval must cover both. S is small, and a bootstrap of three seeds knows too little
+of their spread; it is therefore widened, see `compare`.
 
 NaN marks an image that a run did not score; such an image is left out for all. Too little data gives None, never a
 number that means nothing.
@@ -55,9 +55,10 @@ def compare(ours: FloatArray, theirs: FloatArray, *, seed: int = 0) -> Differenc
     """Compare scores (S, I) of two candidates in pairs.
 
     The interval is a hierarchical bootstrap: seeds are drawn again, and images, and pairs stay together. Its ends are
-    then moved outwards (or inwards) so that it is as wide as the two-way analysis of variance says that it must be, with
-    Student's t at Satterthwaite's degrees of freedom: the bootstrap of S seeds sees (S - 1)/S of their variance and takes
-    what it sees for the truth. So it keeps the bootstrap's lopsidedness, and covers the truth in 95 % also with two seeds.
+    then moved so that it is as wide as a two-way analysis of variance says that it must be, with Student's t at
+    Satterthwaite's degrees of freedom: a bootstrap of S seeds sees (S - 1)/S of their variance and takes what it sees
+    for the truth. In simulations it covers the truth in 92 to 96 % of cases with five seeds, in 90 to 97 % with three,
+    and in 87 to 97 % with two, the least where seeds differ much more than images.
 
     `p` is the larger of Wilcoxon's over images, which trusts no normal distribution and knows no seeds, and of that
     t-test over both. With one seed nothing is known of seeds, and interval and `p` are of images alone.
@@ -121,8 +122,8 @@ def rank_correlation(
     """Correlate the ranks of two scores of the same runs; pairs with a value that is not finite are left out.
 
     Args:
-        groups: of runs that are no news of each other, such as seeds of one candidate: the bootstrap draws whole groups.
-            Below three of them there is no interval.
+        groups: of runs that are no news of each other, such as seeds of one candidate: the bootstrap draws whole
+            groups. Below three of them there is no interval.
     """
     known = [i for i, pair in enumerate(zip(x, y, strict=True)) if all(math.isfinite(v) for v in pair)]
     pairs = np.array([[x[i], y[i]] for i in known], float).reshape(-1, 2)
@@ -153,8 +154,8 @@ def seed_noise(scores: Sequence[Sequence[float]]) -> float | None:
 def _error(d: FloatArray) -> tuple[float, float]:
     """Standard error of the mean of d (S, I), and its degrees of freedom.
 
-    Two-way random effects without repetition: the variance of the mean is (MS_seeds + MS_images - MS_rest) / (S I). What
-    chance makes of that is never taken to be less than either part alone.
+    Two-way random effects without repetition: the variance of the mean is (MS_seeds + MS_images - MS_rest) / (S I).
+    What chance makes of that is never taken to be less than either part alone.
     """
     seeds, images = d.shape
     by_seed, by_image = d.mean(1, keepdims=True), d.mean(0, keepdims=True)

@@ -74,7 +74,18 @@ def _end_of_last_line(file: Any) -> int:
     return 0
 
 
-class PatientStorage(BaseStorage):
+def _forward(name: str) -> Callable[..., Any]:
+    def call(self: PatientStorage, *args: Any, **named: Any) -> Any:
+        return self._patiently(name, *args, **named)
+
+    return call
+
+
+_METHODS = [name for name in dir(BaseStorage) if not name.startswith("_")]
+_Forwarding: Any = type("_Forwarding", (BaseStorage,), {name: _forward(name) for name in _METHODS})
+
+
+class PatientStorage(_Forwarding):
     """A storage that is asked again while it cannot be reached, for at most `patience` seconds.
 
     What failed may have been stored before its answer was lost. All writes but two may be repeated; a new trial carries
@@ -135,20 +146,6 @@ class PatientStorage(BaseStorage):
             if gone and self._patience > LONGEST_WAIT_S:
                 self._notify("the study's storage is back")
             return answer
-
-
-def _forward(name: str) -> Callable[..., Any]:
-    def call(self: PatientStorage, *args: Any, **named: Any) -> Any:
-        return self._patiently(name, *args, **named)
-
-    call.__name__ = name
-    return call
-
-
-for _name in dir(BaseStorage):
-    if not _name.startswith("_") and _name not in vars(PatientStorage):
-        setattr(PatientStorage, _name, _forward(_name))
-PatientStorage.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]  # all were set in the loop above
 
 
 def _may_pass(error: BaseException) -> bool:

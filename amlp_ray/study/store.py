@@ -4,7 +4,7 @@
       study.yaml         as given, in full
       study.journal      three Optuna studies: `<name>`, the search; `<name>.arms`, the baselines; `<name>.confirm`
       id                 ties the folder to its studies where these are in a database instead
-      environment.json   commit, versions, hardware, seeds, dataset fingerprint of the first run; of all: environments.jsonl
+      environment.json   commit, versions, hardware, seeds, dataset fingerprint of the first run; environments.jsonl: of all
       events.log         a line per change of a trial's state
       trials/<number>/   settings.yaml, metrics.jsonl, score.json, rungs/, checkpoint/, encoder.safetensors, pictures/
       arms/<arm>-<repeat>/           the same files
@@ -27,8 +27,9 @@ from typing import Any, Literal
 
 import optuna
 from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
 
-from amlp_ray.config import StudySettings
+from amlp_ray.config import Direction, StudySettings
 from amlp_ray.errors import StudyError
 from amlp_ray.files import write_whole
 from amlp_ray.settings import build, read_yaml
@@ -36,6 +37,7 @@ from amlp_ray.study.lease import Lease, here, read_lease
 from amlp_ray.study.storage import open_database, open_journal, shown
 from amlp_ray.training.metrics import Metrics, read_rows
 
+Directions = Sequence[Direction | StudyDirection]
 Request = Literal["pause", "stop", "cancel"]
 LOOK_S = 10.0  # that a command which only looks waits for a database
 
@@ -83,7 +85,9 @@ class StudyStore:
 
     # Optuna
 
-    def storage(self, *, patience: float | None = None, notify: Callable[[str], None] = lambda line: None) -> BaseStorage:
+    def storage(
+        self, *, patience: float | None = None, notify: Callable[[str], None] = lambda line: None
+    ) -> BaseStorage:
         """The storage of all three studies, opened once.
 
         Args:
@@ -97,7 +101,7 @@ class StudyStore:
                 self._storage = open_journal(self.folder / "study.journal", wait, notify)
         return self._storage
 
-    def search(self, *, create: bool = False, directions: Sequence[str] = ("maximize",)) -> optuna.Study:
+    def search(self, *, create: bool = False, directions: Directions = ("maximize",)) -> optuna.Study:
         """Return the Optuna study of the search; plain `optuna.load_study` opens the same."""
         return self._study(self.search_name(), create, directions)
 
@@ -114,7 +118,7 @@ class StudyStore:
         versions = self.folder / "search"
         return versions.read_text().strip() if versions.is_file() else self.name
 
-    def _study(self, name: str, create: bool, directions: Sequence[str] = ("maximize",)) -> optuna.Study:
+    def _study(self, name: str, create: bool, directions: Directions = ("maximize",)) -> optuna.Study:
         journal = self.folder / "study.journal"
         if not create and self._storage is None and not journal.is_file() and not self._url:
             return optuna.create_study(study_name=name, directions=list(directions))  # not begun; a look writes nothing

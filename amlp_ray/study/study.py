@@ -1,47 +1,55 @@
-"""Study: load, plan, run, look at."""
+"""Study: make, plan, run, confirm, steer and look at one. Every verb of the command line is a method here."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from amlp_ray.config import StudySettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.place import Place
-from amlp_ray.errors import InterruptedStudyError, StudyError
+from amlp_ray.errors import SettingsError, StudyError
 from amlp_ray.files import write_whole
-from amlp_ray.settings import build, flat, merged, read_yaml, write_yaml
+from amlp_ray.settings import flat, merged, read_yaml, write_yaml
+from amlp_ray.study import edit, exchange, listing, migrate, status
 from amlp_ray.study.design import prunable_rungs
-from amlp_ray.study.store import StudyStore
+from amlp_ray.study.space import build_study
+from amlp_ray.study.store import Request, StudyStore
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from amlp_ray.runtime.capacity import Cluster
+    from amlp_ray.study.driver import Outcome
     from amlp_ray.study.plan import Plan
+    from amlp_ray.study.queue import Phase
+
+Notify = Callable[[str], None]
 
 # What may change between runs of one study; data may be moved, and its fingerprint is compared instead of its path.
-CHANGEABLE = ("budget.", "resources.", "faults.", "confirm.", "arms", "arm_seeds", "description", "data", "labels", "tie",
-              "sampler.ahead", "pretrain.data")  # fmt: skip
+CHANGEABLE = (
+    "budget.", "resources.", "faults.", "confirm.", "arms", "arm_seeds", "description", "data", "labels", "tie",
+    "sampler.ahead", "pretrain.data",
+)  # fmt: skip
 
 
 class Study:
     """A study and its folder `<runs>/<name>`.
 
     >>> study = Study.load("studies/quickstart.yaml", data="runs/phantoms")  # doctest: +SKIP
-    >>> study.run()  # doctest: +SKIP
+    >>> study.run().confirm()  # doctest: +SKIP
     >>> study.best_trial.params  # doctest: +SKIP
     """
 
     def __init__(self, settings: StudySettings, store: StudyStore) -> None:
         self.settings = settings
         self.store = store
+        self.outcome: Outcome | None = None  # of the last run
 
     @classmethod
     def load(
@@ -64,15 +72,38 @@ class Study:
             overrides: settings by nested names, such as `{"budget": {"trials": 4}}`.
 
         Raises:
-            SettingsError: a bad file or value. StudyError: no data set is named.
+            SettingsError: with every fault of the file, by line. StudyError: no data set is named.
         """
         values = read_yaml(file)
-        build(StudySettings, values, str(file))  # so that a fault of the file is told as the file's
-        values = merged(values, overrides or {})
-        values |= {name: str(given) for name, given in (("data", data), ("labels", labels)) if given is not None}
-        settings = build(StudySettings, values, "overrides (--set)")
+        build_study(values, str(file))  # so that a fault of the file is told as the file's
+        given = {name: str(place) for name, place in (("data", data), ("labels", labels)) if place is not None}
+        return cls._of(merged(values, overrides or {}) | given, "overrides (--set)", runs, of=str(file))
+
+    @classmethod
+    def create(cls, *, runs: str | Path = "runs", **settings: Any) -> Study:
+        """Make a study from Python, in the words of the YAML file; nothing is written before `run`.
+
+        `space` maps names to `Range`, `Choice`, `Fixed`, `Derived` or plain mappings, or is a function of an Optuna
+        trial, defined in a module that the workers can import.
+
+        >>> Study.create(name="low", data="runs/mine", space={"ratio.start": {"low": 0.1, "high": 0.5}}).settings.seed
+        0
+
+        Raises: as `load`.
+        """
+        if callable(space := settings.get("space")):
+            if space.__module__ == "__main__" or "<" in space.__qualname__:
+                raise SettingsError(
+                    f"space: {space.__qualname__} cannot be imported by workers; define it at the top of a module."
+                )
+            settings["space"] = f"{space.__module__}:{space.__qualname__}"
+        return cls._of(settings, "Study.create", runs, of="Study.create")
+
+    @classmethod
+    def _of(cls, values: Mapping[str, Any], source: str, runs: str | Path, *, of: str) -> Study:
+        settings = build_study(values, source)
         if settings.data is None:
-            raise StudyError(f"{file} names no data set; give one with --data or the key data.")
+            raise StudyError(f"{of} names no data set; give one with --data or the key data.")
         named = {name: path for name in ("data", "labels") if (path := getattr(settings, name)) is not None}
         settings = settings.model_copy(update={name: str(Place(path)) for name, path in named.items()})
         return cls(settings, StudyStore(Path(runs) / settings.name))
@@ -93,6 +124,14 @@ class Study:
         """The data set of labelled images, where it is one apart."""
         return None if self.settings.labels is None else PatchDataset.open(self.settings.labels)
 
+    # Before
+
+    def validate(self) -> None:
+        """Raise SettingsError or DataError for what would fail only after hours."""
+        from amlp_ray.study.plan import check_study
+
+        check_study(self.settings, self.dataset, self.labels)
+
     def plan(self, address: str | None = None) -> Plan:
         """Check and price the study, for this machine or for the cluster at `address`; nothing is run."""
         from amlp_ray.runtime.capacity import cluster_resources, machine_resources
@@ -100,11 +139,22 @@ class Study:
         from amlp_ray.study.plan import make_plan
 
         if address is None:
-            return make_plan(self.settings, self.dataset, machine_resources(), self.labels)
+            return make_plan(self.settings, self.dataset, machine_resources(), self.labels, self.store)
         with ray_session(address):
-            return make_plan(self.settings, self.dataset, cluster_resources(), self.labels)
+            return make_plan(self.settings, self.dataset, cluster_resources(), self.labels, self.store)
 
-    def run(self, address: str | None = None, *, notify: Callable[[str], None] = print) -> Study:
+    def dry_run(self, address: str | None = None) -> dict[str, Any]:
+        """Run two steps and a probe of one trial in a worker of the cluster, and keep nothing."""
+        from amlp_ray.runtime.ray_session import ray_session
+        from amlp_ray.study.dry_run import dry_run
+
+        self.validate()
+        with ray_session(address):
+            return dry_run(self.settings, self.dataset, self.labels)
+
+    # Running
+
+    def run(self, address: str | None = None, *, notify: Notify = print) -> Study:
         """Run the study, or go on with it where it stopped; ends when its budget is used or somebody ends it.
 
         Trials of a process that died are taken over: same number, from their checkpoint.
@@ -122,47 +172,45 @@ class Study:
 
     resume = run
 
-    def confirm(self, address: str | None = None, *, notify: Callable[[str], None] = print) -> Study:
-        """Train the best trials and every arm again over several seeds, score them by both protocols, open the test split.
+    def confirm(self, address: str | None = None, *, notify: Notify = print) -> Study:
+        """Train the best trials and every arm again over several seeds, by both protocols, and open the test images.
 
-        The test split is opened once, when all runs are finished; a second call shows what was found then.
+        They are opened once, when all runs are finished; a second call shows what was found then.
 
         Raises: as `run`, and StudyError where no trial is complete.
         """
-        from amlp_ray.study.confirm import confirmation_plan, open_test
+        from amlp_ray.study.confirm import confirmation_notes, open_test
 
-        confirmation_plan(self.store, self.settings)  # tells where there is nothing to confirm
+        for note in confirmation_notes(self.store, self.settings):  # raises where there is nothing to confirm
+            notify(f"note: {note}")
         self._run("confirm", address, notify)
         if self.outcome == "done":
             open_test(self.store, self.settings, self.labels or self.dataset, notify=notify)
         return self
 
-    def _run(self, phase: Phase, address: str | None, notify: Callable[[str], None]) -> Study:
+    def _run(self, phase: Phase, address: str | None, notify: Notify) -> Study:
         from amlp_ray.data.reading.cache import swept
-        from amlp_ray.runtime.capacity import cluster_resources, machine_resources
+        from amlp_ray.runtime.capacity import cluster_resources, jobs_side_by_side, machine_resources
         from amlp_ray.runtime.ray_session import ray_session
         from amlp_ray.study.driver import EventLog, run_on_tune
-        from amlp_ray.study.plan import check_study
 
-        check_study(self.settings, self.dataset, self.labels)
+        self.validate()
         if address is None:
-            self._side_by_side(machine_resources())  # refuse before a cluster is started
+            jobs_side_by_side(self.settings.resources, machine_resources())  # refuse before a cluster is started
         self._check_unchanged()
-        begun = (self.store.folder / "study.yaml").is_file()
         self.store.folder.mkdir(parents=True, exist_ok=True)
-        if not begun:
+        if not (self.store.folder / "study.yaml").is_file():
             write_yaml(self.settings, self.store.folder / "study.yaml")
         log = EventLog(self.store.folder, notify)
         self.store.storage(patience=self.settings.faults.storage_minutes * 60, notify=log)
         with self.store.lock() as lease, swept():
             self._check_unchanged()
+            self._settle_budget(log)
             write_yaml(self.settings, self.store.folder / "study.yaml")
-            search = self.store.search()
-            search.set_user_attr("budget", self.settings.budget.model_dump(mode="json"))
-            search.set_user_attr("request", None)
+            self.store.search().set_user_attr("request", None)
             with ray_session(address) as session:
                 cluster = cluster_resources()
-                side_by_side = self._side_by_side(cluster)
+                side_by_side = jobs_side_by_side(self.settings.resources, cluster)
                 self._note_environment(cluster)
                 log(f"study {self.settings.name}: {side_by_side} trials side by side, folder {self.store.folder}")
                 if phase == "search":
@@ -180,10 +228,24 @@ class Study:
                     side_by_side=side_by_side,
                     phase=phase,
                 )
+                log(_OUTCOMES[self.outcome].format(name=self.settings.name))
         return self
+
+    def _settle_budget(self, log: Notify) -> None:
+        """Keep what `extend` gave to a study whose file still says what it said then."""
+        search = self.store.search()
+        extended = search.user_attrs.get("extended") or {}
+        asked = self.settings.budget.model_dump(mode="json")
+        if extended and asked == extended["from"] != extended["to"]:
+            budget = type(self.settings.budget).model_validate(extended["to"])
+            self.settings = self.settings.model_copy(update={"budget": budget})
+            log("budget as extended: " + ", ".join(f"{k} {v:g}" for k, v in extended["to"].items() if v is not None))
+        search.set_user_attr("budget", self.settings.budget.model_dump(mode="json"))
 
     def _note_environment(self, cluster: Cluster) -> None:
         """Keep what this run is run with: of the first in environment.json, of all in environments.jsonl."""
+        from amlp_ray.study.provenance import environment
+
         found = environment(self.settings, self.dataset, cluster, self.labels, folder=self.store.folder)
         first = self.store.folder / "environment.json"
         if not first.exists():
@@ -191,7 +253,7 @@ class Study:
         with (self.store.folder / "environments.jsonl").open("a") as file:
             file.write(json.dumps(found) + "\n")
 
-    def _note_pruning(self, log: Callable[[str], None]) -> None:
+    def _note_pruning(self, log: Notify) -> None:
         base, pruner = self.settings.trial({}, seed=0), self.settings.pruner
         if pruner.name == "none":
             return
@@ -202,11 +264,6 @@ class Study:
                 "note: the masking ratio's schedule spans all epochs, so an early rung has seen its beginning only "
                 "(pruner.schedule=compress runs it whole up to each rung)"
             )
-
-    def _side_by_side(self, cluster: Cluster) -> int:
-        from amlp_ray.runtime.capacity import jobs_side_by_side
-
-        return jobs_side_by_side(self.settings.resources, cluster)
 
     def _check_unchanged(self) -> None:
         if not (self.store.folder / "study.yaml").is_file():
@@ -231,72 +288,112 @@ class Study:
         )
         if changed:
             name = changed[0]
+            space = " A changed space goes on by `amlp-ray study extend NAME --space FILE`." if "space" in name else ""
             raise StudyError(
                 f"Study {self.settings.name!r} in {self.store.folder.parent} was begun with other settings: {name} was "
                 f"{theirs.get(name)!r} and is now {ours.get(name)!r}"
                 + (f" ({len(changed) - 1} more differ)" if len(changed) > 1 else "")
-                + "; give the study another name, or restore the setting. Budget and resources may change."
+                + "; give the study another name, or restore the setting. Budget, resources and arms may change."
+                + space
             )
+
+    # Steering, from any process that sees the study
+
+    def request(self, verb: Request) -> None:
+        """Leave word for the process that runs the study; it looks every second."""
+        self.store.request(verb)
+
+    def pause(self) -> None:
+        """Running trials return after their epoch, and are continued by `resume`."""
+        self.request("pause")
+
+    def stop(self) -> None:
+        """No new trials; running ones finish."""
+        self.request("stop")
+
+    def cancel(self) -> None:
+        """Running trials end now, and have failed."""
+        self.request("cancel")
+
+    def extend(self, **amounts: Any) -> Study:
+        """Change the budget, such as `trials="+10"` or `hours=8`; see `edit.extend`."""
+        self.settings = self.settings.model_copy(update={"budget": edit.extend(self.store, **amounts)})
+        return self
+
+    def change_space(self, file: str | Path, change: migrate.Change | None = None) -> migrate.Migration:
+        """Go on with the space of another study file; see `migrate.migrate`."""
+        new = build_study(read_yaml(file), str(file))
+        migration = migrate.migrate(self.store, new, change or migrate.Change())
+        self.settings = self.store.settings()
+        return migration
+
+    def enqueue(self, values: Mapping[str, Any]) -> int:
+        """Ask for a trial with these values; what they leave open is sampled. Returns its number."""
+        return edit.enqueue(self.store, self.settings, values)
+
+    def retry(self, number: int) -> int:
+        """Ask for a trial's settings again, with another seed. Returns the number of the new trial."""
+        return edit.retry(self.store, self.settings, number)
+
+    def replay(self, number: int, **where: Any) -> dict[str, Any]:
+        """Train a trial again in another folder and compare every rung's score; see `replay.replay`."""
+        from amlp_ray.study.replay import replay
+
+        return replay(self.store, self.settings, number, **where)
+
+    def import_(self, source: str | Path) -> exchange.Imported:
+        """Take trials of a CSV file or another study as prior knowledge; see `exchange.import_trials`."""
+        return exchange.import_trials(self.store, self.settings, source)
+
+    def delete(self) -> None:
+        """Delete the folder and what a database holds of the study. Raises StudyError while it is run."""
+        edit.delete(self.store)
 
     # Looking
 
     @property
     def best_trial(self) -> FrozenTrial:
-        """The COMPLETE trial of the search with the highest DSC. Raises StudyError where there is none."""
-        done = self.store.search().get_trials(states=(TrialState.COMPLETE,))
-        if not done:
-            raise StudyError(f"Study {self.settings.name!r} has no complete trial yet; see `amlp-ray study status`.")
-        return max(done, key=lambda trial: (trial.value, -trial.number))
+        """The best COMPLETE trial of the search by the study's metric. Raises StudyError where there is none."""
+        return status.best_trial(self.store, self.settings)
+
+    @property
+    def best_trials(self) -> list[FrozenTrial]:
+        """The Pareto front of several objectives; of one, the best trial."""
+        return status.front(self.store.search().get_trials(deepcopy=False), self.settings)
+
+    def trials(self) -> list[dict[str, Any]]:
+        """All trials as plain rows, arms and confirmation after the search."""
+        return listing.trial_rows(self.store, self.settings)
 
     def trials_dataframe(self) -> pd.DataFrame:
-        """All trials, arms included: kind, number, state, dsc, epochs, seconds, and one column per searched setting."""
+        """All trials: kind, number, state, scores, what they took, and one column per searched setting."""
         import pandas as pd
 
         return pd.DataFrame(self.trials())
 
-    def trials(self) -> list[dict[str, Any]]:
-        """All trials as plain rows, arms after the search."""
-        storage = self.store.storage()
-        rows = []
-        for kind, study in (("search", self.store.search(storage)), ("arm", self.store.arms(storage))):
-            for trial in study.get_trials(deepcopy=False):
-                values = trial.intermediate_values
-                attrs = trial.user_attrs
-                rows.append(
-                    {
-                        "kind": kind if kind == "search" else attrs.get("arm", "arm"),
-                        "number": trial.number if kind == "search" else attrs.get("repeat", trial.number),
-                        "state": trial.state.name,
-                        "dsc": values[max(values)] if values else None,
-                        "epochs": attrs.get("epochs", max(values, default=0)),
-                        "seconds": attrs.get("seconds"),
-                        "reason": attrs.get("reason"),
-                        **{name: trial.params.get(name) for name in self.settings.space},
-                    }
-                )
-        return rows
+    def trial(self, number: int) -> dict[str, Any]:
+        """All there is of one trial: settings, rungs, what it took, provenance, files."""
+        return listing.trial_facts(self.store, number)
 
     def status(self) -> dict[str, Any]:
-        """Counts by state, best score, and the arms' means."""
-        rows = self.trials()
-        states: dict[str, int] = {}
-        for row in rows:
-            if row["kind"] == "search":
-                states[row["state"]] = states.get(row["state"], 0) + 1
-        done = [r["dsc"] for r in rows if r["kind"] == "search" and r["state"] == "COMPLETE"]
-        arms: dict[str, list[float]] = {}
-        for row in rows:
-            if row["kind"] != "search" and row["state"] == "COMPLETE":
-                arms.setdefault(row["kind"], []).append(row["dsc"])
-        return {
-            "study": self.settings.name,
-            "folder": str(self.store.folder),
-            "budget": self.settings.budget.trials,
-            "running_now": self.store.is_run(),  # RUNNING trials of a study that nobody runs are taken over by `run`
-            "states": states,
-            "best_dsc": max(done, default=None),
-            "arms": {arm: {"n": len(v), "dsc": sum(v) / len(v)} for arm, v in arms.items()},
-        }
+        """Who runs the study, trials by state, budget used and allowed, best, arms, confirmation."""
+        return status.status(self.store, self.settings)
+
+    def importance(self) -> dict[str, float]:
+        """How much of the difference between good trials and all each searched setting explains."""
+        from amlp_ray.study.report import importances
+
+        return importances(self.store)
+
+    def compare(self, *others: Study) -> dict[str, Any]:
+        """This study beside others: bests, arms, settings that differ, trials in common."""
+        from amlp_ray.study.compare import compare
+
+        return compare([self.store, *(other.store for other in others)])
+
+    def export(self, out: str | Path) -> int:
+        """Write all trials to a .csv, .parquet or .json file; returns how many."""
+        return exchange.export_trials(self.store, Path(out))
 
     def report(self) -> Path:
         """Write `report.html` and return its path."""
@@ -305,6 +402,10 @@ class Study:
         return write_report(self.store)
 
 
-def _trial_name(config: dict[str, Any]) -> str:
-    task = config["task"]
-    return f"{task['study']}-{task['label'].replace(' ', '-')}"
+_OUTCOMES = {
+    "done": "study {name} is done",
+    "budget": "study {name} has used its budget; `amlp-ray study extend {name}` gives it more",
+    "paused": "study {name} is paused; `amlp-ray study resume {name}` goes on",
+    "stopped": "study {name} is stopped; `amlp-ray study resume {name}` goes on",
+    "cancelled": "study {name} is cancelled; `amlp-ray study resume {name}` goes on without the trials that ran",
+}

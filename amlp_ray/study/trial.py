@@ -12,8 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from pydantic import BaseModel
+
 from amlp_ray.config import COSTS, Objective, PretrainSettings, ProbeSettings, ResourceSettings, SegmentSettings
 from amlp_ray.errors import AmlpError, StudyError
+from amlp_ray.study.provenance import write_provenance
 from amlp_ray.study.store import read_metrics
 from amlp_ray.training.metrics import own_rows
 
@@ -57,7 +60,7 @@ class Task:
         return cls(**config | models | {"rungs": tuple(config["rungs"])})
 
 
-_MODELS = {
+_MODELS: dict[str, type[BaseModel]] = {
     "settings": PretrainSettings,
     "probe": ProbeSettings,
     "resources": ResourceSettings,
@@ -130,7 +133,7 @@ def _spent(folder: Path, here: float) -> dict[str, Any]:
     """
     rows = own_rows(read_metrics(folder))
     scored = next((row for row in reversed(rows) if "dsc" in row), {})
-    told = {"scores": {name: scored[name] for name in SCORES if scored.get(name) is not None}}
+    told = {name: scored[name] for name in SCORES if scored.get(name) is not None}
     if not rows or "seconds" not in rows[-1]:
         return {"epochs": 0, "seconds": here, **told}
     seconds = sum(row["seconds"] + row.get("evaluate_seconds", 0.0) for row in rows)
@@ -220,6 +223,19 @@ def _rung(metrics: dict[str, Any], folder: Path) -> dict[str, Any]:
     spent = _spent(folder, 0.0)
     told = {key: metrics[key] for key in keys if metrics.get(key) is not None}
     return told | {"seconds": spent["seconds"], "epochs": spent["epochs"]}
+
+
+def _confirm(task: Task) -> None:
+    """The second protocol of a confirmation, after its training."""
+    import torch
+
+    from amlp_ray.data.dataset import PatchDataset
+    from amlp_ray.study.confirm import finish_confirmation_run
+
+    assert task.finetune is not None
+    device = "cuda" if task.gpus and torch.cuda.is_available() else "cpu"
+    labels = PatchDataset.open(task.labels or task.data)
+    finish_confirmation_run(Path(task.folder), labels, task.finetune, sizes=task.probe.sizes, device=device)
 
 
 def share_gpu(share: float) -> None:

@@ -263,7 +263,7 @@ def test_a_fault_of_a_file_is_told_as_the_files(
         capsys, monkeypatch, "pretrain", phantom_dataset.path, "--out", tmp_path / "o", "--config", config
     )
     assert code == 2
-    assert err.startswith(f"amlp-ray: {config}: unknown setting 'epoch'")
+    assert err.startswith(f"amlp-ray: {config}:1: unknown setting 'epoch'")
 
 
 def test_the_random_encoder_is_no_training_and_no_error(

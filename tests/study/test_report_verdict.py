@@ -110,7 +110,7 @@ def test_without_complete_trials_the_states_are_told(tmp_path: Path) -> None:
     add_trial(store, 0.4, state="RUNNING")
     verdict = verdict_of(store)
     assert verdict.kind == "open"
-    assert "No trial has run to full length yet (1 RUNNING)" in verdict.headline
+    assert "No trial has run to full length yet (1 INTERRUPTED)" in verdict.headline
     assert any("not over" in text for text in verdict.cautions)
 
 

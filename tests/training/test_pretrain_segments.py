@@ -114,7 +114,7 @@ def test_a_fork_trains_on_with_its_changed_value_and_a_kill_inside_it_changes_no
     phantom_dataset: PatchDataset, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     mode = "soft" if "strength" in change.get("selection", {}) else "hard"
-    base = {"selection": {**LOOKS, "mode": mode}, "loss": {"warmup": 0.0}}
+    base: dict[str, Any] = {"selection": {**LOOKS, "mode": mode}, "loss": {"warmup": 0.0}}
     go(phantom_dataset, tmp_path / "parent", tiny(**base), until=2)
     changed = tiny(**merged(base, change))
     go(phantom_dataset, tmp_path / "kept", tiny(**base), fork=tmp_path / "parent", until=5)
@@ -176,9 +176,10 @@ def test_a_fork_that_was_killed_before_its_checkpoint_was_there_is_made_again(
     def killed(*given: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("amlp_ray.training.checkpoint._write_state", killed)
-        go(phantom_dataset, tmp_path / "cut", tiny(), fork=tmp_path / "parent", until=3)
+        with pytest.raises(KeyboardInterrupt):
+            go(phantom_dataset, tmp_path / "cut", tiny(), fork=tmp_path / "parent", until=3)
     assert not checkpoint_file(tmp_path / "cut").exists()
     go(phantom_dataset, tmp_path / "cut", tiny(), fork=tmp_path / "parent", until=3)
     assert equal(saved(tmp_path / "cut"), saved(tmp_path / "whole"))

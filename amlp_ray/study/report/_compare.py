@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from scipy.stats import spearmanr
 
+from amlp_ray.config import arm_names
 from amlp_ray.study.report._facts import Facts, Run, finite
 from amlp_ray.study.store import read_metrics
 
@@ -71,7 +72,7 @@ class Agreement:
 
 def finished_arms(facts: Facts) -> list[Arm]:
     """Return the arms that have a finished repeat, in the order of the settings."""
-    order = dict.fromkeys([*facts.settings.arms, *(run.arm for run in facts.arms if run.arm)])
+    order = dict.fromkeys([*arm_names(facts.settings.arms), *(run.arm for run in facts.arms if run.arm)])
     grouped = {name: tuple(run for run in facts.arms if run.arm == name and run.finished) for name in order}
     return [Arm(name, runs) for name, runs in grouped.items() if runs]
 

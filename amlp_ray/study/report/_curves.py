@@ -31,8 +31,8 @@ def curves(facts: Facts) -> tuple[Figure, list[Figure]]:
         _per_epoch(
             "ratio",
             "Masking-ratio schedules tried",
-            f"Share of patches that a trial masked in each epoch, darker for a higher {facts.metric}: see where dark lines "
-            f"gather.{note}",
+            f"Share of patches that a trial masked in each epoch, darker for a higher {facts.metric}: see where dark "
+            f"lines gather.{note}",
             logged,
             facts,
         ),

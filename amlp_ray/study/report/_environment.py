@@ -18,7 +18,8 @@ def runs(facts: Facts) -> Table:
     rows, before = [], None
     for environment in facts.environments:
         now = {key: value for key, value in flat(environment).items() if key != "started"}
-        rows.append([show(environment.get("started")), _short(environment.get("commit")), _changes(before, now)])
+        started = show(environment.get("started")).replace("T", " ").replace("+00:00", " UTC")
+        rows.append([started, _short(environment.get("commit")), _changes(before, now)])
         before = now
     return Table(["Started", "Commit", "Changed since"], [[Cell(text) for text in row] for row in rows[-MAX_RUNS:]])
 

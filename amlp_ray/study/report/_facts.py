@@ -16,9 +16,10 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from amlp_ray.config import Choice, Parameter, PretrainSettings, Range, StudySettings
-from amlp_ray.study.budget import Ledger, Spent, counts
-from amlp_ray.study.listing import STATES, front, note_of, state_of
+from amlp_ray.study.budget import Spent
+from amlp_ray.study.listing import STATES, note_of, state_of
 from amlp_ray.study.report._importance import Importance, importance
+from amlp_ray.study.status import front, keeps_limits, spent_by
 from amlp_ray.study.store import StudyStore
 from amlp_ray.training.metrics import read_rows
 
@@ -49,6 +50,7 @@ class Run:
     params: dict[str, Any]
     folder: Path
     attributes: dict[str, Any]
+    feasible: bool  # it keeps `limits`, as far as it measured what they are of
     note: str | None  # where it comes from, where it is not simply proposed and trained
     started: datetime | None
     ended: datetime | None
@@ -125,6 +127,7 @@ class Facts:
     folder: Path
     settings: StudySettings
     search: list[Run]  # trials that the study trained
+    trials: list[FrozenTrial]  # the same, as stored
     copies: list[Run]  # numbers of the search that were answered from the store (`copy_of`)
     imported: list[Run]  # trials of elsewhere (`source`): they teach the sampler, and are no result of this study
     front: list[Run]  # complete trials within `limits` that none beats in every objective; of one objective, the best
@@ -143,10 +146,6 @@ class Facts:
         Of a population, the best of its latest generation: earlier ones are parts of a training.
         """
         return max(self.front, key=lambda run: run.value or 0.0, default=None)
-
-    def feasible(self, run: Run) -> bool:
-        """Whether a run keeps the limits; one that did not measure a cost is taken to."""
-        return _feasible(run, self.settings)
 
     @property
     def running(self) -> bool:
@@ -198,9 +197,9 @@ class Facts:
 
 def gather(store: StudyStore) -> Facts:
     """Read the facts of a study. Missing or half-written files of trials are taken as absent."""
-    settings, driven, search = store.settings(), store.is_run(), store.search()
-    trials = search.get_trials(deepcopy=False)
-    arms, confirmation = (study.get_trials(deepcopy=False) for study in (store.arms(), store.confirmation()))
+    settings, driven = store.settings(), store.is_run()
+    studies = (store.search(), store.arms(), store.confirmation())
+    trials, arms, confirmation = (study.get_trials(deepcopy=False) for study in studies)
     runs, arm_runs, confirm_runs = (
         [_run(store, settings, trial, driven) for trial in group] for group in (trials, arms, confirmation)
     )
@@ -213,13 +212,14 @@ def gather(store: StudyStore) -> Facts:
         folder=store.folder,
         settings=settings,
         search=[run for run in runs if run.number not in other],
+        trials=own,
         copies=copies,
         imported=imported,
         front=_front(settings, own, runs),
         arms=arm_runs,
         confirmation=confirm_runs,
         driven=driven,
-        spent=_spent([*trials, *arms, *confirmation], search),
+        spent=spent_by(store, trials, settings),
         space=settings.space if isinstance(settings.space, dict) else _observed(own),
         environments=[row for row in read_rows(store.folder / "environments.jsonl") if isinstance(row, dict)],
         importances=importance(own, settings.objectives),
@@ -265,6 +265,7 @@ def _run(store: StudyStore, settings: StudySettings, trial: FrozenTrial, driven:
     return Run(
         number=trial.number,
         state=state_of(trial, running=driven),
+        feasible=keeps_limits(trial, settings),
         note=note_of(trial),
         value=value,
         dsc=value if metric == "dsc" else finite(known.get("dsc")),
@@ -295,24 +296,7 @@ def _front(settings: StudySettings, trials: Sequence[FrozenTrial], runs: Sequenc
     if settings.sampler.name == "pbt":
         latest = max((trial.user_attrs.get("generation", 0) for trial in candidates), default=0)
         candidates = [trial for trial in candidates if trial.user_attrs.get("generation", 0) == latest]
-    kept = [trial for trial in candidates if _feasible(by_number[trial.number], settings)]
-    return [by_number[trial.number] for trial in front(kept or candidates, settings)]
-
-
-def _feasible(run: Run, settings: StudySettings) -> bool:
-    return all((run.cost(name) or 0.0) <= limit for name, limit in settings.limits.items())
-
-
-def _spent(trials: Sequence[FrozenTrial], search: optuna.Study) -> Spent:
-    """Return what the study has spent of its budget: ended trials, and running ones up to their last rung."""
-    ledger = Ledger.of(trial for trial in trials if trial.state.is_finished())
-    for trial in trials:
-        if trial.state.name == "RUNNING" and trial.intermediate_values:
-            ledger.report(str(trial._trial_id), epochs=max(trial.intermediate_values), gpu_seconds=0.0)
-    lease = search.user_attrs.get("lease")
-    seconds = finite(lease.get("seconds")) if isinstance(lease, dict) else None
-    of_search = search.get_trials(deepcopy=False)
-    return ledger.spent(trials=sum(map(counts, of_search)), seconds=seconds or 0.0)
+    return [by_number[trial.number] for trial in front(candidates, settings)]
 
 
 def _observed(trials: Sequence[FrozenTrial]) -> dict[str, Parameter]:

@@ -43,7 +43,7 @@ def history(facts: Facts, arms: list[Arm]) -> Figure:
                 text=[hover(run, short=len(scored) > MANY) for run in runs],
                 hovertemplate="%{text}<extra></extra>",
             )  # fmt: skip
-    complete = [run for run in scored if run.state == "COMPLETE" and facts.feasible(run)]
+    complete = [run for run in scored if run.state == "COMPLETE" and run.feasible]
     running = list(accumulate((run.value or 0.0 for run in complete), max))
     if complete:
         figure.add_scatter(
@@ -83,8 +83,8 @@ def _against(facts: Facts, x: str, y: str) -> Figure:
         return Figure(key, title, caption, gap="No complete trial has all objectives yet.")
     figure = empty(TITLES[x], TITLES[y])
     members = {run.number for run in facts.front}
-    kept = [run for run in runs if run.number not in members and facts.feasible(run)]
-    broken = [run for run in runs if not facts.feasible(run)]
+    kept = [run for run in runs if run.number not in members and run.feasible]
+    broken = [run for run in runs if not run.feasible]
     for name, group, marker in (
         ("breaks a limit", broken, {"symbol": "x-thin-open", "size": 8, "color": PALE, "line": {"width": 2}}),
         ("complete", kept, {"size": 7, "color": BLUE}),
@@ -106,7 +106,7 @@ def _against(facts: Facts, x: str, y: str) -> Figure:
 
 def _corner(facts: Facts, x: str, y: str) -> str:
     """Shape of a line along a front: steps on the side that no trial has reached."""
-    directions = facts.settings.objectives
+    directions = {str(name): direction for name, direction in facts.settings.objectives.items()}
     return "hv" if (directions[x] == "minimize") == (directions[y] == "maximize") else "vh"
 
 
@@ -143,8 +143,8 @@ def _importance(facts: Facts, name: str, several: bool) -> Figure:
 def parallel(facts: Facts) -> Figure:
     title = "Parallel coordinates"
     caption = (
-        f"Each line is a complete trial, darker for a higher {facts.metric}; drag along an axis to pick lines; the tick {UNUSED} "
-        f"holds trials in which a parameter had no effect and was not asked for."
+        f"Each line is a complete trial, darker for a higher {facts.metric}; drag along an axis to pick lines; the "
+        f"tick {UNUSED} holds trials in which a parameter had no effect and was not asked for."
     )
     complete = sorted((run for run in facts.search if run.finished), key=_value)[-MANY:]  # good ones lie on top
     if sum(run.finished for run in facts.search) > MANY:
@@ -161,7 +161,7 @@ def parallel(facts: Facts) -> Figure:
         labelangle=-15,
     )
     figure.update_layout(margin={"l": 60, "r": 20, "t": 90, "b": 20})
-    return Figure("parallel", title, caption, figure, height=460)
+    return Figure("parallel", title, caption, figure, height=460, width=160 + 85 * len(names))
 
 
 def _value(run: Run) -> float:

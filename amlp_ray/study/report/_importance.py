@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -17,7 +18,7 @@ class Importance:
     gap: str | None = None
 
 
-def importance(trials: Sequence[FrozenTrial], objectives: Mapping[str, str]) -> dict[str, Importance]:
+def importance(trials: Sequence[FrozenTrial], objectives: Mapping[Any, str]) -> dict[str, Importance]:
     """Work out importances for each objective by PED-ANOVA, over complete trials.
 
     Args:

@@ -15,10 +15,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from amlp_ray.study.report import _environment, _figures, _progress, _ranks, _space, _tables
+from amlp_ray.study.confirmed import Confirmation, confirmation_of
+from amlp_ray.study.report import _confirm, _environment, _figures, _progress, _ranks, _space, _tables
 from amlp_ray.study.report._compare import Arm, compare, finished_arms, rank_agreement
 from amlp_ray.study.report._curves import curves
 from amlp_ray.study.report._facts import Facts, Run, count_states, gather
+from amlp_ray.study.report._lineage import lineage_figure, lineage_rows
 from amlp_ray.study.report._plot import Figure
 from amlp_ray.study.report._verdict import judge
 from amlp_ray.study.store import StudyStore
@@ -27,7 +29,7 @@ HERE = Path(__file__).parent
 
 
 def write(store: StudyStore) -> Path:
-    text = _render(gather(store))
+    text = _render(gather(store), confirmation_of(store))
     path = store.folder / "report.html"
     handle, name = tempfile.mkstemp(prefix=".report-", suffix=".html", dir=store.folder)
     try:
@@ -41,7 +43,7 @@ def write(store: StudyStore) -> Path:
     return path
 
 
-def _render(facts: Facts) -> str:
+def _render(facts: Facts, found: Confirmation | None) -> str:
     # Everything is escaped but the style sheet, plotly.js, and plotly's own HTML, which escapes `<`, `>` and `/` inside
     # its JSON.
     jinja = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
@@ -56,6 +58,7 @@ def _render(facts: Facts) -> str:
         "front": _figures.fronts(facts),
         "search": [_figures.history(facts, compared), _progress.efficiency(facts)],
         "settings": [*_figures.importances(facts), _figures.parallel(facts)],
+        "lineage": [lineage_figure(facts.settings, facts.trials)] if facts.settings.sampler.name == "pbt" else [],
         "early": [_ranks.figure(facts, early), rungs],
         "time": [_progress.gantt(told)],
         "training": by_epoch,
@@ -65,7 +68,8 @@ def _render(facts: Facts) -> str:
         plotly=Markup(get_plotlyjs()) if any(item.figure for group in figures.values() for item in group) else None,
         facts=facts,
         header=_header(facts, told),
-        verdict=judge(facts, arms, comparisons, rank_agreement(facts)),
+        verdict=_confirm.headed(judge(facts, arms, comparisons, rank_agreement(facts)), found),
+        confirm=_confirm.section(found) if found else None,
         scores=_tables.scores(facts, arms, comparisons),
         sizes=_tables.sizes(facts, arms),
         best=best,
@@ -76,6 +80,7 @@ def _render(facts: Facts) -> str:
         space=_space.space(facts),
         rules=_space.rules(facts),
         fixed=_space.fixed(facts),
+        lineage=_tables.lineage(lineage_rows(facts.settings, facts.trials) if figures["lineage"] else []),
         outcome=_progress.outcome(facts),
         meaning=_ranks.meaning(facts, early),
         ranks=_ranks.table(early),

@@ -25,7 +25,14 @@ STATE_COLOURS = {
     "confirmation": "#7b2d8b",
 }
 # plotly.js 4 offers to upload a figure to a cloud; figures of medical data stay where they are
-CONFIG = {"responsive": True, "displaylogo": False, "showSendToCloud": False, "plotlyServerURL": ""}
+CONFIG = {
+    "responsive": True,
+    "displaylogo": False,
+    "showSendToCloud": False,
+    "plotlyServerURL": "",
+    "displayModeBar": "hover",
+    "modeBarButtonsToRemove": ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"],
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Figure:
     figure: go.Figure | None = None
     gap: str = ""
     height: int = 420
+    width: int = 0  # at least, in pixels; a narrower window scrolls
 
     @property
     def html(self) -> str:

@@ -10,7 +10,7 @@ from html import escape
 
 from amlp_ray.study.report._facts import STATES, Facts, Run
 from amlp_ray.study.report._plot import ACCENT, PALE, STATE_COLOURS, Figure, empty, hover
-from amlp_ray.study.report._tables import Cell, Table, duration
+from amlp_ray.study.report._tables import Cell, Table, counted, duration
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,14 @@ class Timeline:
 
 def timeline(facts: Facts) -> Timeline | None:
     """Lay all runs out in time; None before the first start."""
-    runs = [run for run in (*facts.search, *facts.arms, *facts.confirmation) if run.started and run.until]
-    spans = sorted(((run.started, run.until, run) for run in runs), key=lambda item: (item[0], item[2].name))
+    spans = [
+        (run.started, run.until, run)
+        for run in (*facts.search, *facts.arms, *facts.confirmation)
+        if run.started and run.until
+    ]
     if not spans:
         return None
+    spans.sort(key=lambda item: (item[0], item[2].name))
     free: list[int] = []  # slots, lowest first
     taken: list[tuple[datetime, int]] = []
     slots, count = [], 0
@@ -119,22 +123,29 @@ def outcome(facts: Facts) -> Table:
     begun = sum(number for state, number in counts.items() if state != "WAITING")
     ended = [run for run in facts.search if run.state in ("COMPLETE", "PRUNED")]
     if ended:
-        rows.append(("Run to full length", f"{counts['COMPLETE']} of {begun}"))
+        rows.append(("Run to full length", f"{counts['COMPLETE']:,} of {begun:,}"))
         spent = sum(run.epochs or 0 for run in ended)
-        full = sum(max(facts.full_length(run), run.epochs or 0) for run in ended)
-        saved = f"{counts['PRUNED']} ({100 * counts['PRUNED'] / begun:.0f} %)"
+        full = sum(facts.full_length(run) if run.state == "PRUNED" else run.epochs or 0 for run in ended)
+        saved = f"{counts['PRUNED']:,} ({100 * counts['PRUNED'] / begun:.0f} %)"
         if full > spent:
             saved += f", which saved {full - spent:,} of {full:,} epochs ({100 * (full - spent) / full:.0f} %)"
         rows.append(("Pruned", saved))
     if facts.copies:
         epochs = sum(facts.full_length(run) for run in facts.copies)
-        rows.append(("Answered from the store", f"{len(facts.copies)} repeated settings, {epochs:,} epochs not trained"))
+        rows.append(
+            (
+                "Answered from the store",
+                f"{counted(len(facts.copies), 'trial')} of known settings, {counted(epochs, 'epoch')} not trained",
+            )
+        )
     retried = sum("retry_of" in run.attributes for run in facts.search)
     if counts["FAIL"] or retried:
-        rows.append(("Failed", str(counts["FAIL"]) + (f"; {retried} trials are retries" if retried else "")))
+        told = f"; {counted(retried, 'trial')} tried again what had failed" if retried else ""
+        rows.append(("Failed", f"{counts['FAIL']}{told}"))
     lost = [int(run.attributes["lost"]) for run in (*facts.search, *facts.arms) if run.attributes.get("lost")]
     if lost:
-        rows.append(("Processes lost", f"{sum(lost)}, of {len(lost)} trials, which went on from their checkpoints"))
+        told = f"{sum(lost)}, of {counted(len(lost), 'trial')}: these are no failures, and go on from their checkpoints"
+        rows.append(("Processes lost", told))
     if counts["INTERRUPTED"]:
         told = f"{counts['INTERRUPTED']}; no process runs the study now, the next run takes them over"
         rows.append(("Interrupted", told))
@@ -149,8 +160,8 @@ def efficiency(facts: Facts) -> Figure:
     """Best value so far against epochs spent."""
     title = "Best score against epochs spent"
     caption = (
-        f"{facts.metric} of the best complete trial so far, against the epochs that all trials of the search had run by "
-        f"then, in the order in which they ended."
+        f"{facts.metric} of the best complete trial so far, against the epochs that all trials of the search had run "
+        f"by then, in the order in which they ended."
     )
     ended = [run for run in facts.search if run.state in ("COMPLETE", "PRUNED", "FAIL") and run.ended]
     ended.sort(key=lambda run: (run.ended or datetime.max, run.number))
@@ -161,7 +172,7 @@ def efficiency(facts: Facts) -> Figure:
     for run in ended:
         spent += run.epochs or 0
         unpruned += facts.full_length(run) if run.state == "PRUNED" else run.epochs or 0
-        if run.finished and facts.feasible(run) and (best is None or (run.value or 0.0) > best):
+        if run.finished and run.feasible and (best is None or (run.value or 0.0) > best):
             best = run.value or 0.0
             steps.append((spent, unpruned, best, run))
     if best is None:

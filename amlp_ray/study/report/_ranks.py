@@ -14,7 +14,7 @@ from amlp_ray.study.report._tables import Cell, Table
 
 MIN_TRIALS = 5  # a rank correlation of fewer is close to a coin toss
 WEAK = 0.5  # below it, a rung explains less than a quarter of the variance of final ranks
-RESAMPLES = 1000
+VALUES = 500_000  # drawn at a rung: fewer resamples of many trials, whose interval is narrow
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,20 @@ class Ranks:
     trials: int  # complete ones with more than one rung
 
     def label(self, rungs: Sequence[Rung]) -> str:
+        """Name some of the rungs: `epochs 3, 6 and 9`, or `epochs 3 to 15` where they are neighbours."""
         told = [str(rung.at) for rung in rungs]
-        listed = told[0] if len(told) == 1 else f"{', '.join(told[:-1])} and {told[-1]}"
-        if self.percent:
-            return f"{listed} % of the length"
-        return f"epoch{'s' if len(told) > 1 else ''} {listed}"
+        first = self.rungs.index(rungs[0])
+        if len(told) > 2 and list(rungs) == self.rungs[first : first + len(rungs)]:
+            listed = f"{told[0]} to {told[-1]}"
+        else:
+            listed = told[0] if len(told) == 1 else f"{', '.join(told[:-1])} and {told[-1]}"
+        return f"{listed} % of the length" if self.percent else f"epoch{'s' if len(told) > 1 else ''} {listed}"
 
 
 def ranks(facts: Facts) -> Ranks:
-    """Correlate the metric at every rung with that at the last one. Pruned trials have no last one, and are left out."""
-    runs = [run for run in facts.search if run.finished and len(run.rungs) > 1]
+    """Correlate the metric at every rung with that at the last one; pruned trials have none, and are left out."""
+    whole = facts.settings.sampler.name != "pbt"  # whose trials are parts of a training
+    runs = [run for run in facts.search if whole and run.finished and len(run.rungs) > 1]
     lengths = {max(run.rungs) for run in runs}
     percent = len(lengths) > 1
     pairs: dict[int, list[tuple[float, float]]] = {}
@@ -67,34 +71,41 @@ def _varies(pairs: list[tuple[float, float]]) -> bool:
 
 
 def _rung(at: int, pairs: np.ndarray, prunable: bool) -> Rung:
+    count = len(pairs)
+    draws = np.random.default_rng(0).integers(0, count, (max(200, min(1000, VALUES // count)), count))
+    rhos = _spearman(pairs[draws])
+    low, high = np.percentile(rhos[np.isfinite(rhos)], [2.5, 97.5])
     early, final = rankdata(pairs, axis=0).T
-    weights = np.random.default_rng(0).multinomial(len(pairs), np.full(len(pairs), 1 / len(pairs)), RESAMPLES)
-    resampled = _weighted(early, final, weights)  # ranks stay those of all trials, which is fast and hardly differs
-    low, high = np.percentile(resampled[np.isfinite(resampled)], [2.5, 97.5])
-    best = np.argsort(final)[-max(1, round(len(pairs) / 5)) :]
-    kept = float((early[best] > (len(pairs) + 1) / 2).mean())
-    rho = float(_weighted(early, final, np.ones((1, len(pairs))))[0])
-    return Rung(at, len(pairs), rho, (float(low), float(high)), kept, prunable)
+    best = np.argsort(final)[-max(1, round(count / 5)) :]
+    kept = float((early[best] > (count + 1) / 2).mean())
+    return Rung(at, count, float(_spearman(pairs[None])[0]), (float(low), float(high)), kept, prunable)
 
 
-def _weighted(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return the correlation of x and y under each row of weights; NaN where one does not vary."""
-    share = weights / weights.sum(axis=1, keepdims=True)
-    x, y = x - x.mean(), y - y.mean()
-    mx, my = share @ x, share @ y
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (share @ (x * y) - mx * my) / np.sqrt((share @ (x * x) - mx**2) * (share @ (y * y) - my**2))
+def _spearman(pairs: np.ndarray) -> np.ndarray:
+    """Return the rank correlations of pairs (draws, trials, 2); NaN where one side does not vary.
+
+    As `statistics.rank_correlation`, of many draws at once: there is one for each rung.
+    """
+    ranks = rankdata(pairs, axis=1)
+    ranks -= ranks.mean(axis=1, keepdims=True)
+    x, y = ranks[..., 0], ranks[..., 1]
+    with np.errstate(invalid="ignore"):
+        return np.asarray((x * y).sum(axis=1) / np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1)))
 
 
 def figure(facts: Facts, told: Ranks) -> Figure:
     title = "Rank correlation of each rung with the final score"
     caption = (
-        f"Spearman correlation between {facts.metric} at a rung and at the end over {told.trials} complete trials; bars "
-        f"are 95 % intervals (bootstrap over trials), the dashed line is {WEAK}. Pruned trials have no final score and "
-        f"are left out, which usually lowers it."
+        f"Spearman correlation between {facts.metric} at a rung and at the end over {told.trials} complete trials; "
+        f"bars are 95 % intervals (bootstrap over trials), the dashed line is {WEAK}. Pruned trials have no final "
+        f"score and are left out, which usually lowers it."
     )
+    if facts.settings.sampler.name == "pbt":
+        return Figure("ranks", title, caption, gap="Trials of a population are parts of a training.")
     if not told.rungs:
-        few = f"{told.trials} complete trials have been scored at more than one rung; {MIN_TRIALS} that differ are needed"
+        few = (
+            f"{told.trials} complete trials have been scored at more than one rung; {MIN_TRIALS} that differ are needed"
+        )
         return Figure("ranks", title, caption, gap=f"Not known yet: {few}.")
     drawn = empty("percent of the length" if told.percent else "epoch", "rank correlation")
     drawn.add_hline(y=WEAK, line={"dash": "dash", "color": PALE})
@@ -120,14 +131,15 @@ def figure(facts: Facts, told: Ranks) -> Figure:
 
 def table(told: Ranks) -> Table:
     columns = ["% of length" if told.percent else "Epoch", "Trials", "Correlation", "95 % interval"]
-    columns += ["Of the final best fifth, in the better half here", "Pruner may act", "Pruning here"]
+    columns += ["Best fifth in the better half", "Pruner may act", "Pruning here"]
     rows = []
     for rung in told.rungs:
         low, high = rung.interval
         rows.append([
-            str(rung.at), str(rung.trials), f"{rung.rho:+.2f}", f"{low:+.2f} to {high:+.2f}", f"{100 * rung.kept:.0f} %",
+            str(rung.at), str(rung.trials), f"{rung.rho:+.2f}", f"{low:+.2f} to {high:+.2f}",
+            f"{100 * rung.kept:.0f} %",
             "yes" if rung.prunable else "no, too few steps",
-            "picks little better than chance" if rung.rho < WEAK else "keeps most of what ends well",
+            "close to chance" if rung.rho < WEAK else "follows the final order",
         ])  # fmt: skip
     return Table(columns, [[Cell(text) for text in row] for row in rows])
 
@@ -137,12 +149,20 @@ def meaning(facts: Facts, told: Ranks) -> list[str]:
     weak = [rung for rung in told.rungs if rung.rho < WEAK]
     firm = [rung for rung in told.rungs if rung.rho >= WEAK]
     sentences = []
+    if facts.settings.sampler.name == "pbt":
+        return ["Members of a population are compared after every segment; none is pruned, so this is not asked here."]
     if weak:
-        at = told.label(weak)
-        sentences.append(f"At {at} the correlation is below {WEAK}: pruning there picks little better than by chance.")
+        sentences.append(
+            f"At {told.label(weak)} the rank correlation with the final score is below {WEAK}: pruning there picks "
+            f"little better than chance. Stopping the worse half would have kept {_kept(weak)} of the trials that end "
+            f"in the best fifth; chance keeps 50 %."
+        )
     if firm:
-        at = told.label(firm)
-        sentences.append(f"At {at} it is {WEAK} or more: pruning there keeps most of what ends well.")
+        sentences.append(
+            f"At {told.label(firm)} {'it' if weak else 'the rank correlation with the final score'} is {WEAK} or more: "
+            f"early scores rank trials, the better the higher it is. Stopping the worse half would have kept "
+            f"{_kept(firm)} of the trials that end in the best fifth."
+        )
     acted = [rung for rung in weak if rung.prunable]
     if facts.settings.pruner.name == "none":
         sentences.append("This study prunes nothing.")
@@ -154,6 +174,11 @@ def meaning(facts: Facts, told: Ranks) -> list[str]:
     return [*sentences, schedule(facts)]
 
 
+def _kept(rungs: list[Rung]) -> str:
+    low, high = (round(100 * end(rung.kept for rung in rungs)) for end in (min, max))
+    return f"{low} %" if low == high else f"{low} to {high} %"
+
+
 def schedule(facts: Facts) -> str:
     if facts.settings.pruner.schedule == "compress":
         return (
@@ -161,6 +186,6 @@ def schedule(facts: Facts) -> str:
             "compress), so rungs of different trials are comparable and rungs of one trial are of different speeds."
         )
     return (
-        "The masking-ratio schedule spans all epochs (pruner.schedule: fixed), so an early rung has seen the start of it "
-        "only, and a ratio that rises late is judged by its low values."
+        "The masking-ratio schedule spans all epochs (pruner.schedule: fixed), so an early rung has seen the start of "
+        "it only, and a ratio that rises late is judged by its low values."
     )

@@ -21,9 +21,9 @@ def space(facts: Facts) -> Table:
         default = show(parameter.default) if isinstance(parameter, Range | Choice) else MISSING
         rows.append([name, _kind(name, parameter), _values(parameter), default, _condition(parameter.when)])
     columns = ["Parameter", "Is", "Values", "Default", "Only where"]
-    if all(row[3] == MISSING for row in rows):
-        columns, rows = [*columns[:3], columns[4]], [[*row[:3], row[4]] for row in rows]
-    return Table(columns, [[Cell(text) for text in row] for row in rows])
+    plain = {"Is": "searched", "Default": MISSING}  # a column that says this alone says nothing
+    shown = [i for i, column in enumerate(columns) if any(row[i] != plain.get(column) for row in rows)]
+    return Table([columns[i] for i in shown], [[Cell(row[i]) for i in shown] for row in rows])
 
 
 def fixed(facts: Facts) -> Table:
@@ -41,11 +41,13 @@ def rules(facts: Facts) -> list[str]:
         )
     if settings.require:
         sentences.append("Required of every trial: " + "; ".join(settings.require) + ".")
-    goals = ", ".join(f"{TITLES[name]} ({direction}d)" for name, direction in settings.objectives.items())
+    goals = ", ".join(f"{TITLES[name]} ({direction})" for name, direction in settings.objectives.items())
     sentences.append(f"Objective{'s' if len(settings.objectives) > 1 else ''}: {goals}.")
     if settings.limits:
         told = ", ".join(f"{TITLES[name]} at most {limit:g}" for name, limit in settings.limits.items())
-        sentences.append(f"Limits: {told}. A trial beyond them is not chosen as the best while one within them is there.")
+        sentences.append(
+            f"Limits: {told}. A trial beyond them is not chosen as the best while one within them is there."
+        )
     pruner, rungs = settings.pruner, f"{settings.pruner.rungs} rungs"
     spacing = ", spaced geometrically" if pruner.spacing == "geometric" else ""
     prunes = f"scored at {rungs}{spacing}, nothing is pruned" if pruner.name == "none" else (

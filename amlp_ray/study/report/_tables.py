@@ -62,12 +62,17 @@ def sizes(facts: Facts, arms: list[Arm]) -> Table:
     scored: list[tuple[str, Run | Arm]] = [(_arm_title(arm), arm) for arm in arms]
     if facts.best:
         scored.insert(0, (f"Best trial ({facts.best.number})", facts.best))
-    rows = [[name, *(_three(item.measure(key)) for key in ("dsc_small", "dsc_medium", "dsc_large"))] for name, item in scored]
+    rows = [
+        [name, *(_three(item.measure(key)) for key in ("dsc_small", "dsc_medium", "dsc_large"))]
+        for name, item in scored
+    ]
     return Table(columns, [[Cell(text) for text in row] for row in rows if set(row[1:]) != {MISSING}])
 
 
 def front(facts: Facts) -> Table:
-    """The Pareto front, the best by the metric first."""
+    """The Pareto front, the best by the metric first; no rows for a study of one objective."""
+    if len(facts.settings.objectives) < 2:
+        return Table([], [])
     objectives, names = list(facts.settings.objectives), facts.parameters()
     rows = []
     members = sorted(facts.front, key=lambda run: (-(run.value or 0.0), run.number))
@@ -78,6 +83,23 @@ def front(facts: Facts) -> Table:
             *(_value(run.params[name]) if name in run.params else Cell(MISSING) for name in names),
         ])  # fmt: skip
     return Table(["Run", *(TITLES[name] for name in objectives), *names], rows)
+
+
+def lineage(rows: list[dict[str, Any]]) -> Table:
+    """The segments of a population."""
+    shown = rows[:MAX_ROWS]
+    columns = ["Trial", "Generation", "Member", "Goes on from", "Epochs", "Ratio", "Score", "State", "Learnt schedule"]
+    return Table(columns, [
+        [
+            *(_value(row[key]) for key in ("trial", "generation", "member", "parent")),
+            Cell(f"{row['from_epoch']} to {row['to_epoch']}", row["to_epoch"]),
+            Cell(f"{row['ratio_from']:.3f} to {row['ratio_to']:.3f}", row["ratio_to"]),
+            Cell(_three(row["score"]), row["score"]),
+            Cell(row["state"]),
+            Cell("yes" if row["best"] else MISSING),
+        ]
+        for row in shown
+    ])  # fmt: skip
 
 
 def trials(facts: Facts) -> Table:
@@ -106,16 +128,10 @@ def trials(facts: Facts) -> Table:
     return Table(columns, rows)
 
 
-def left_out(facts: Facts) -> str | None:
-    """Say what the table of all trials leaves out."""
+def left_out(facts: Facts) -> int:
+    """Count the runs that the table of all trials leaves out."""
     groups = [[*facts.search, *facts.copies], facts.arms, facts.imported]
-    more = sum(max(0, len(group) - MAX_ROWS) for group in groups)
-    if not more:
-        return None
-    return (
-        f"{more:,} runs are left out: these are the {MAX_ROWS} best of each kind. "
-        f"`amlp-ray study export {facts.folder}` writes all of them."
-    )
+    return sum(max(0, len(group) - MAX_ROWS) for group in groups)
 
 
 def _kept(runs: list[Run]) -> list[Run]:
@@ -133,9 +149,13 @@ def notes(facts: Facts, run: Run) -> str:
         run.note,
         f"its process was lost {_times(about['lost'])}" if about.get("lost") else None,
         "diagnosis: sees true masks, compared with nothing" if run.diagnosis else None,
-        "beyond the limits" if run.finished and not facts.feasible(run) else None,
+        "beyond the limits" if run.finished and not run.feasible else None,
     ]
     return "; ".join(filter(None, told)) or MISSING
+
+
+def counted(count: int, thing: str) -> str:
+    return f"{count:,} {thing}" + ("" if count == 1 else "s")
 
 
 def _times(count: int) -> str:

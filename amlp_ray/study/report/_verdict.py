@@ -5,25 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from amlp_ray.config import ABOUT, CONTROLS, arm_names
 from amlp_ray.errors import SettingsError
 from amlp_ray.settings import read_yaml
 from amlp_ray.study.report._compare import MIN_RANKED, Agreement, Arm, Comparison, read
 from amlp_ray.study.report._facts import Facts, Run, count_states
 
 FEW_IMAGES = 40  # below this the scores of single images rule the mean
-
-WHAT = {
-    "mae": "plain MAE, arm mae",
-    "scratch": "a random encoder, arm scratch",
-    "amlp": "AMLP with its default settings, arm amlp",
-    "amlp-soft": "AMLP with soft masks, arm amlp-soft",
-    "mps-ams": "AMLP's predecessor, arm mps-ams",
-    "simmim": "SimMIM, arm simmim",
-    "hpm": "masks by predicted difficulty, arm hpm",
-    "attmask": "masks by attention, arm attmask",
-    "semmae": "masks by parts, arm semmae",
-    "simsiam": "SimSiam, arm simsiam",
-}
 
 
 @dataclass(frozen=True)
@@ -118,7 +106,9 @@ def _about_scratch(best: Run, scratch: Comparison) -> str:
 
 
 def _against(item: Comparison, tie: float) -> str:
-    said = f"Against {WHAT.get(item.arm.name, f'arm {item.arm.name}')} ({item.arm.dsc:.3f}, {spread(item.arm)}): "
+    name = item.arm.name
+    known = f"{ABOUT[name]}, arm {name}" if name in ABOUT and name not in CONTROLS else f"arm {name}"
+    said = f"Against {known} ({item.arm.dsc:.3f}, {spread(item.arm)}): "
     said += f"{item.difference:+.3f} DSC, {_reading(item.reading)}"
     if item.reading == "tie":
         said += f" (under {tie:g} counts as noise)"
@@ -135,7 +125,7 @@ def _reading(reading: str) -> str:
 
 def _unfinished(facts: Facts, arms: list[Arm]) -> list[str]:
     sentences = []
-    for name in facts.settings.arms:
+    for name in arm_names(facts.settings.arms):
         if all(arm.name != name for arm in arms):
             states = count_states(run for run in facts.arms if run.arm == name)
             told = ", ".join(f"{count} {state}" for state, count in states.items()) or "none started"
@@ -155,7 +145,7 @@ def _cautions(facts: Facts, comparisons: list[Comparison]) -> list[str]:
             f"The best of {tried} trials is optimistic: it was chosen by its score on the same images that are "
             f"compared here, which the arms were not."
         )
-    cautions.append("The best trial is one run with one seed. That is not a confirmation: repeat it with other seeds.")
+    cautions.append("The best trial is one run with one seed, which `amlp-ray study confirm` repeats with others.")
     if any(item.interval for item in comparisons):
         cautions.append(
             "The intervals cover the choice of images. They cover neither seeds nor the choice of the best."

@@ -1,0 +1,298 @@
+"""How many epochs does a search need? Samplers and pruners compared on a table of finished trainings.
+
+    python benchmarks/search.py                       # 30 seeds of everything: two hours, of which gp is most
+    python benchmarks/search.py --methods random tpe+halving --seeds 10 --workers 1
+    python benchmarks/search.py --out FOLDER          # replays are kept there, and those that are there not run again
+
+First it says what can be known from the table at all: how well each rung ranks, what noise of seeds is, and what
+settings explain. Then it replays, and says after how many epochs each method has found what random search finds in the
+whole budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch: replays run side by side instead
+
+import numpy as np
+import optuna
+from search_replay import Answer, Bowl, Nearest, Smooth, Step, Table, places, read_table, replay
+
+from amlp_ray.study.statistics import Correlation, rank_correlation, seed_noise
+
+RESULTS = Path(__file__).parent / "results"
+IMAGES = 321  # that a row of the table trained on: 20 steps an epoch
+FULL = 60  # trials at full length that random search gets
+SHARE = 0.25  # of its epochs in which others are to find as good a setting
+RANKS = 0.5  # a rung ranks from where the whole interval of its correlation with the last one lies above
+
+NONE = {"name": "none", "rungs": 9}
+HALVING = {"rungs": 3, "spacing": "geometric", "reduction": 3, "min_steps": 0}  # after 3, 9 and 27 epochs
+Rules = tuple[dict[str, Any], dict[str, Any]]
+
+
+def methods(ranking: int) -> dict[str, Rules]:
+    """Sampler and pruner of each method. `ranking`: epochs of the first rung that ranks."""
+    tpe, gp, random = {"name": "tpe"}, {"name": "gp"}, {"name": "random"}
+    halving, hyperband = {"name": "halving", **HALVING}, {"name": "hyperband", **HALVING}
+    patient = {"rungs": 9, "min_steps": ranking * (IMAGES // 16)}
+    return {
+        "random": (random, NONE),
+        "tpe": (tpe, NONE),
+        "gp": (gp, NONE),
+        "random+halving": (random, halving),
+        "tpe+halving": (tpe, halving),
+        "gp+halving": (gp, halving),
+        "tpe+hyperband": (tpe, hyperband),
+        "tpe+halving, ranking rungs": (tpe, {"name": "halving", **patient}),
+        "tpe+median, ranking rungs": (tpe, {"name": "median", **patient}),
+        "tpe+median, 400 steps": (tpe, {"name": "median", "rungs": 9}),
+    }
+
+
+ANSWERS: dict[str, Callable[[Table], Answer]] = {
+    "once": Nearest,  # a row answers once
+    "again": lambda table: Nearest(table, again=True),
+    "smooth": Smooth,
+    "bowl": Bowl,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", type=Path, default=RESULTS / "search_table.csv")
+    parser.add_argument("--study", type=Path, default=Path(__file__).parent / "search_table.yaml")
+    parser.add_argument("--methods", nargs="+", choices=list(methods(0)), default=list(methods(0)))
+    parser.add_argument("--answers", nargs="+", choices=ANSWERS, default=list(ANSWERS), help="see search_replay.py")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--seeds", type=int, default=30)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="folder of replays; none: nothing is kept")
+    parser.add_argument("--csv", type=Path, help="the summary")
+    parser.add_argument("--figure", type=Path, help="HTML file")
+    args = parser.parse_args()
+    table = read_table(args.table, args.study)
+    ranking = about(table)
+    runs = run_all(args, ranking)
+    rows = summary(runs, table.rungs[-1] * FULL)
+    print_summary(rows, table.rungs[-1] * FULL)
+    if args.csv:
+        lines = [",".join(rows[0]), *(",".join(_cell(value) for value in row.values()) for row in rows)]
+        args.csv.write_text("\n".join(lines) + "\n")
+    if args.figure:
+        draw(runs, rows, table.rungs[-1] * FULL, args.figure)
+
+
+# What the table can tell
+
+
+def about(table: Table) -> int:
+    """Print ranks and noise; return the first rung that ranks."""
+    last = table.scores[:, -1]
+    print(f"{len(last)} settings, {table.rungs[-1]} epochs each, {table.seconds.sum() / 3600:.1f} hours of training\n")
+    print("| epochs | rank correlation with the last (95 %) | best fifth that is in the better third |\n|---|---|---|")
+    ranking = None
+    for i, rung in enumerate(table.rungs):
+        found = rank_correlation(table.scores[:, i].tolist(), last.tolist())
+        low, high = found.interval or (math.nan, math.nan)
+        ranking = ranking or (rung if low >= RANKS else None)
+        top, third = last >= np.quantile(last, 0.8), table.scores[:, i] >= np.quantile(table.scores[:, i], 2 / 3)
+        print(f"| {rung} | {found.value:.2f} ({low:.2f}-{high:.2f}) | {third[top].mean():.0%} |")
+    noise = seed_noise(list(table.arms.values())) or math.nan
+    free = sum(len(values) - 1 for values in table.arms.values())
+    guess = explained(table)
+    low, high = guess.interval or (math.nan, math.nan)
+    quartiles = np.percentile(last, [0, 25, 50, 75, 100])
+    print(f"\nDSC of settings: SD {last.std(ddof=1):.4f}; " + " ".join(f"{value:.3f}" for value in quartiles))
+    print("(lowest, quartiles, highest). Arms: " + "; ".join(f"{n} {_triple(v)}" for n, v in table.arms.items()))
+    print(f"Noise of seeds, SD over repeats of the arms: {noise:.4f} ({free} degrees of freedom)")
+    print(f"Settings, by a forest, of rows left out: rank correlation {guess.value:.2f} ({low:.2f}-{high:.2f})")
+    rng = np.random.default_rng(0)
+    bests = [rng.choice(last, FULL, replace=False).max() for _ in range(4000)]
+    print(f"Best of {FULL} rows drawn evenly: {_triple(quartiles_of(bests))} (quartiles)")
+    print(f"First rung that ranks (interval above {RANKS}): epoch {ranking}\n")
+    return ranking or table.rungs[-1]
+
+
+def explained(table: Table) -> Correlation:
+    """How well settings predict the last score of rows left out; near 0, no sampler can be better than random."""
+    from sklearn.ensemble import RandomForestRegressor
+
+    forest = RandomForestRegressor(1000, min_samples_leaf=3, oob_score=True, random_state=0)
+    last = table.scores[:, -1]
+    forest.fit(places(table.params, table.distributions), last)
+    return rank_correlation(forest.oob_prediction_.tolist(), last.tolist())
+
+
+# Replays
+
+Run = tuple[str, str, int, int]  # answer, method, workers, seed
+
+
+def run_all(args: argparse.Namespace, ranking: int) -> dict[Run, list[Step]]:
+    tasks: list[Run] = list(product(args.answers, args.methods, args.workers, range(args.seeds)))
+    where = [args.table, args.study, ranking, args.out]
+    with ProcessPoolExecutor(args.processes) as pool:
+        found = pool.map(run, tasks, *([one] * len(tasks) for one in where))
+        return dict(zip(tasks, found, strict=True))
+
+
+_tables: dict[Path, Table] = {}  # of a process
+
+
+def run(task: Run, rows: Path, study: Path, ranking: int, out: Path | None) -> list[Step]:
+    """One replay, or what was kept of it."""
+    kind, method, workers, seed = task
+    kept = out / f"{kind}-{method.replace(' ', '_').replace(',', '')}-{workers}-{seed}.json" if out else None
+    if kept and kept.exists():
+        return [Step(*step) for step in json.loads(kept.read_text())]
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    table = _tables.setdefault(rows, read_table(rows, study))
+    sampler, pruner = methods(ranking)[method]
+    settings = table.settings(f"replay-{seed}", seed, sampler, pruner)
+    budget = table.rungs[-1] * FULL
+    steps = replay(table, settings, ANSWERS[kind](table), images=IMAGES, workers=workers, budget=budget)
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps([list(vars(step).values()) for step in steps]))
+    return steps
+
+
+def at(steps: Sequence[Step], spent: float, field: str) -> float:
+    """What had been found when so many epochs were spent; nan before anything was."""
+    known = [getattr(step, field) for step in steps if step.spent <= spent]
+    return known[-1] if known else math.nan
+
+
+def needed(steps: Sequence[Step], target: float) -> float:
+    """Epochs until a complete trial was as good; infinite where none was."""
+    return next((step.spent for step in steps if step.best >= target), math.inf)
+
+
+def summary(runs: dict[Run, list[Step]], budget: float) -> list[dict[str, Any]]:
+    """A row per way to answer, method and number of workers. The target is random search's with fewest workers."""
+    rows = []
+    for kind, workers in dict.fromkeys((kind, workers) for kind, _, workers, _ in runs):
+        first = min(w for k, _, w, _ in runs if k == kind)
+        full = [at(s, budget, "best") for (k, m, w, _), s in runs.items() if (k, m, w) == (kind, "random", first)]
+        target = quartiles_of(full)[1] if full else math.nan
+        for method in dict.fromkeys(m for k, m, w, _ in runs if (k, w) == (kind, workers)):
+            of = [steps for (k, m, w, _), steps in runs.items() if (k, m, w) == (kind, method, workers)]
+            epochs = quartiles_of([needed(steps, target) for steps in of])
+            row: dict[str, Any] = {"answer": kind, "workers": workers, "method": method, "target": target}
+            row |= {"trials": float(np.median([steps[-1].trials for steps in of]))}
+            row |= dict(zip(("epochs_q1", "epochs", "epochs_q3"), epochs, strict=True))
+            row["share"] = epochs[1] / budget
+            row |= {"reached_in_quarter": float(np.mean([needed(s, target) <= SHARE * budget for s in of]))}
+            row |= {"reached": float(np.mean([needed(s, target) < math.inf for s in of]))}
+            for field, (name, spent) in product(("best", "incumbent"), (("quarter", SHARE * budget), ("full", budget))):
+                values = quartiles_of([at(steps, spent, field) for steps in of])
+                row |= {f"{field}_{name}{end}": v for end, v in zip(("_q1", "", "_q3"), values, strict=True)}
+            rows.append(row)
+    return rows
+
+
+def quartiles_of(values: Sequence[float]) -> tuple[float, float, float]:
+    """Quartiles that are values of the sample, since some may be infinite."""
+    low, middle, high = np.percentile(values, [25, 50, 75], method="inverted_cdf")
+    return float(low), float(middle), float(high)
+
+
+# What is shown
+
+
+def print_summary(rows: Sequence[dict[str, Any]], budget: float) -> None:
+    for kind, workers in dict.fromkeys((row["answer"], row["workers"]) for row in rows):
+        of = [row for row in rows if (row["answer"], row["workers"]) == (kind, workers)]
+        target = f"random search's best in {budget:.0f} epochs: {of[0]['target']:.4f}"
+        print(f"Answers: {kind}; workers: {workers}; {target}\n")
+        head = "method | trials | epochs needed (quartiles) | share | within a quarter | within all"
+        print(f"| {head} | best after a quarter | best after all | incumbent after all |")
+        print("|---" * 9 + "|")
+        for row in of:
+            epochs = f"{_count(row['epochs'])} ({_count(row['epochs_q1'])}-{_count(row['epochs_q3'])})"
+            share = f"{row['share']:.2f}" if row["share"] < math.inf else "not reached"
+            reached = f"{row['reached_in_quarter']:.0%} | {row['reached']:.0%}"
+            bests = " | ".join(_range(row, name) for name in ("best_quarter", "best_full", "incumbent_full"))
+            print(f"| {row['method']} | {row['trials']:.0f} | {epochs} | {share} | {reached} | {bests} |")
+        print()
+
+
+def draw(runs: dict[Run, list[Step]], rows: Sequence[dict[str, Any]], budget: float, file: Path) -> None:
+    """Best DSC of complete trials against epochs spent: medians, and quartiles as bands."""
+    from plotly.subplots import make_subplots
+
+    shown = {
+        "random": "#52606d",
+        "tpe": "#3a8fb7",
+        "gp": "#7b2d8b",
+        "random+halving": "#e09f3e",
+        "tpe+halving": "#d1495b",
+        "tpe+hyperband": "#6a994e",
+    }
+    panels = list(dict.fromkeys((kind, workers) for kind, _, workers, _ in runs if kind in ("once", "bowl")))
+    titles = [
+        f"{workers} worker{'s' if workers > 1 else ''}{', made-up effect' * (k == 'bowl')}" for k, workers in panels
+    ]
+    figure = make_subplots(1, len(panels), subplot_titles=titles, horizontal_spacing=0.06)
+    grid = np.arange(0, budget + 1, 9.0)
+    for column, (kind, workers) in enumerate(panels, 1):
+        for method, colour in shown.items():
+            of = [steps for (k, m, w, _), steps in runs.items() if (k, m, w) == (kind, method, workers)]
+            if not of:
+                continue
+            values = np.array([[at(steps, spent, "best") for spent in grid] for steps in of])
+            known = np.isfinite(values).all(0)
+            low, middle, high = np.percentile(values[:, known], [25, 50, 75], axis=0)
+            x = grid[known]
+            band = {
+                "x": [*x, *x[::-1]],
+                "y": [*low, *high[::-1]],
+                "fill": "toself",
+                "fillcolor": colour,
+                "opacity": 0.1,
+            }
+            look = {"line_width": 0, "mode": "lines", "showlegend": False, "hoverinfo": "skip", "legendgroup": method}
+            figure.add_scatter(**band, **look, row=1, col=column)
+            line = {"color": colour, "width": 2.5, "shape": "hv"}
+            more = {"name": method, "legendgroup": method, "showlegend": column == 1}
+            figure.add_scatter(x=x, y=middle, mode="lines", line=line, **more, row=1, col=column)
+        target = next(row["target"] for row in rows if (row["answer"], row["workers"]) == (kind, workers))
+        figure.add_hline(target, line={"color": "#9aa5b1", "dash": "dash", "width": 1}, row=1, col=column)
+        figure.add_vline(SHARE * budget, line={"color": "#9aa5b1", "dash": "dot", "width": 1}, row=1, col=column)
+        figure.update_xaxes(title_text="epochs trained by all trials", range=[0, budget], row=1, col=column)
+    figure.update_yaxes(title_text="best DSC of complete trials, median of 30 seeds", row=1, col=1)
+    figure.update_xaxes(gridcolor="#eceff3", zeroline=False)
+    figure.update_yaxes(gridcolor="#eceff3", zeroline=False)
+    figure.update_layout(template="none", font={"family": "system-ui, sans-serif", "size": 14}, width=1200, height=520)
+    figure.update_layout(legend={"orientation": "h", "y": -0.18}, margin={"l": 80, "r": 20, "t": 40, "b": 100})
+    figure.write_html(file, include_plotlyjs=True)
+
+
+def _triple(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)
+
+
+def _count(epochs: float) -> str:
+    return f"{epochs:.0f}" if epochs < math.inf else "never"
+
+
+def _range(row: dict[str, Any], name: str) -> str:
+    return f"{row[name]:.4f} ({row[f'{name}_q1']:.4f}-{row[f'{name}_q3']:.4f})"
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else f'"{value}"' if "," in str(value) else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -81,9 +81,11 @@ def run(
     address: Address = None,
 ) -> None:
     """Run a study, or go on with it where it stopped, then write its report."""
+    from amlp_ray.study.status import status
+
     study = load(file, data, labels, runs, assign)
     study.run(address, notify=typer.echo)
-    facts = study.status()
+    facts = status(study.store)  # whose budget may have been extended meanwhile
     print_facts(told(facts))
     typer.echo(f"report: {study.report()}")
     if study.outcome in ("done", "budget") and not facts["states"].get("COMPLETE"):

@@ -31,7 +31,7 @@ def show(name: Name, number: Number, runs: Runs = Path("runs"), as_json: Json = 
     for title in ("settings", "provenance"):
         if facts[title]:
             typer.echo(f"\n{title}")
-            print_facts(_lines(facts[title]))
+            print_table(_lines(facts[title]))
 
 
 @app.command()
@@ -80,10 +80,11 @@ def retry(name: Name, number: Number, runs: Runs = Path("runs"), as_json: Json =
     note_used_budget(store)
 
 
-def _lines(values: dict[str, Any]) -> dict[str, Any]:
+def _lines(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """By their names, as they are written in a file."""
     from amlp_ray.settings import flat
 
-    return flat(values)
+    return [{"name": name, "value": value} for name, value in flat(values).items()]
 
 
 def _exact(rungs: list[dict[str, Any]]) -> list[dict[str, Any]]:

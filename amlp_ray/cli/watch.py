@@ -56,10 +56,9 @@ def logs(
     store = opened(name, runs)
     file = store.folder / "events.log"
     if number is not None:
-        from amlp_ray.study.listing import find_trial
+        from amlp_ray.study.listing import find_trial, folder_of
 
-        trial = find_trial(store, number)
-        file = store.folder / str(trial.user_attrs.get("path", f"trials/{number}")) / "metrics.jsonl"
+        file = folder_of(store, find_trial(store, number)) / "metrics.jsonl"
     if not file.is_file() and not follow:
         error = file.with_name("error.txt")
         if not error.is_file():

@@ -20,7 +20,7 @@ from amlp_ray.files import write_whole
 from amlp_ray.settings import flat
 from amlp_ray.study.edit import begin
 from amlp_ray.study.given import Misfit, fit, recalled
-from amlp_ray.study.listing import note_of, state_of
+from amlp_ray.study.listing import folder_of, note_of, state_of
 from amlp_ray.study.provenance import read_provenance
 from amlp_ray.study.store import StudyStore
 
@@ -65,7 +65,7 @@ def exported(store: StudyStore) -> Iterator[dict[str, Any]]:
     for kind, study in (("search", store.search()), ("arm", store.arms()), ("confirm", store.confirmation())):
         for trial in study.get_trials(deepcopy=False):
             about = dict(trial.user_attrs)
-            facts, path = about.pop("facts", None) or {}, about.get("path")
+            facts = about.pop("facts", None) or {}
             names = list(settings.objectives) if kind == "search" else [settings.metric]
             values = trial.values if trial.state == TrialState.COMPLETE and trial.values else [None] * len(names)
             yield {
@@ -81,7 +81,7 @@ def exported(store: StudyStore) -> Iterator[dict[str, Any]]:
                 "attributes": about,
                 "started": _time(trial.datetime_start),
                 "ended": _time(trial.datetime_complete),
-                "provenance": _short(read_provenance(store.folder / path) if isinstance(path, str) else None),
+                "provenance": _short(read_provenance(folder_of(store, trial))),
             }
 
 

@@ -46,8 +46,7 @@ def trial_facts(store: StudyStore, number: int) -> dict[str, Any]:
         StudyError: there is no such trial.
     """
     settings, trial = store.settings(), find_trial(store, number)
-    about, path = trial.user_attrs, trial.user_attrs.get("path")
-    folder = store.folder / path if isinstance(path, str) else store.trial_folder(number)
+    about, folder = trial.user_attrs, folder_of(store, trial)
     file = folder / "settings.yaml"
     values = trial.values if trial.state == TrialState.COMPLETE else None
     return {
@@ -69,6 +68,14 @@ def trial_facts(store: StudyStore, number: int) -> dict[str, Any]:
         "settings": dict(read_yaml(file)) if file.is_file() else {},
         "provenance": {k: v for k, v in (read_json(folder / "provenance.json") or {}).items() if k != "settings"},
     }
+
+
+def folder_of(store: StudyStore, trial: FrozenTrial) -> Path:
+    """The folder of a trial of any of the three Optuna studies; always one inside of the study's own."""
+    path = trial.user_attrs.get("path")
+    if isinstance(path, str) and (store.folder / path).resolve().is_relative_to(store.folder.resolve()):
+        return store.folder / path
+    return store.trial_folder(trial.number)
 
 
 def find_trial(store: StudyStore, number: int) -> FrozenTrial:

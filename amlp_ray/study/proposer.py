@@ -102,13 +102,16 @@ class Proposer:
 
         Returns:
             A duplicate only where `fixed` leaves nothing new; None where the space is used up: every combination of a
-            finite one runs or has run, or 200 suggestions in a row are refused.
+            finite one runs or has run, or 200 suggestions in a row are refused. None too where a trial of this number
+            has ended meanwhile, so that a suggestion made ahead is of no use.
 
         Raises:
             SettingsError: where `fixed` leaves nothing that is allowed.
         """
         with self._lock:
             self._take_in()
+            if number in self._ended:
+                return None
             self._drop(number)
             if fixed is None and not self._sampled and (first := defaults(self._settings)) is not None:
                 proposal = self._draw(number, 0, first, _RANDOM)
@@ -232,9 +235,9 @@ class Proposer:
                 self._ended.add(number)
 
     def _drop(self, number: int) -> None:
-        if self._tried.pop(number, None) is not None:
+        if number not in self._ended and self._tried.pop(number, None) is not None:
             self._mirror.drop(number)
-        self._sampled.discard(number)
+            self._sampled.discard(number)
 
     def _known(self, trial: FrozenTrial) -> Known:
         """A stored trial as samplers are to see it.

@@ -135,17 +135,20 @@ def _dirty() -> str:
     return "".join(parts)
 
 
-def _keep_patch(study: Path) -> str | None:
+def patch_name() -> str | None:
+    """What the difference of the code from its commit is called; None where there is none, or no commit."""
     try:
         patch = _dirty() if _tracked() else ""
     except (OSError, subprocess.SubprocessError):
         return None
-    if not patch:
-        return None
-    name = f"dirty-{hashlib.sha256(patch.encode()).hexdigest()[:12]}.patch"
-    if not (study / name).exists():
+    return f"dirty-{hashlib.sha256(patch.encode()).hexdigest()[:12]}.patch" if patch else None
+
+
+def _keep_patch(study: Path) -> str | None:
+    name = patch_name()
+    if name and not (study / name).exists():
         study.mkdir(parents=True, exist_ok=True)
-        write_whole(study / name, patch)
+        write_whole(study / name, _dirty())
     return name
 
 

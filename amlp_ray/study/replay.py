@@ -19,8 +19,8 @@ from amlp_ray.config import PretrainSettings, ProbeSettings, StudySettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import StudyError
 from amlp_ray.settings import build, read_yaml
-from amlp_ray.study.listing import find_trial
-from amlp_ray.study.provenance import commit, hardware, read_provenance, versions
+from amlp_ray.study.listing import find_trial, folder_of
+from amlp_ray.study.provenance import commit, hardware, patch_name, read_provenance, versions
 from amlp_ray.study.store import StudyStore
 from amlp_ray.training.metrics import Metrics, read_rows
 
@@ -56,7 +56,7 @@ def replay(
         StudyError: the trial cannot be repeated from its folder alone, and why; or the data are others.
     """
     trial = find_trial(store, number)
-    folder = store.folder / str(trial.user_attrs.get("path", f"trials/{number}"))
+    folder = folder_of(store, trial)
     _check_repeatable(store, trial, folder)
     own = build(PretrainSettings, read_yaml(folder / "settings.yaml"), str(folder / "settings.yaml"))
     was = _scores(folder)
@@ -90,12 +90,8 @@ def differences(about: Mapping[str, Any], *, threads: int) -> list[str]:
     import torch
 
     told = []
-    if about.get("commit") != (now := commit()) or (now or "").endswith("+changes"):
-        told.append(
-            f"code: {_code(about.get('commit'))}"
-            + (f" with {about['patch']}" if about.get("patch") else "")
-            + f" then, {_code(now)} now"
-        )
+    if (about.get("commit"), about.get("patch")) != (commit(), patch_name()):
+        told.append(f"code: {_code(about.get('commit'), about.get('patch'))} then, {_code(commit(), patch_name())} now")
     here = versions()
     told += [f"{k}: {v} then, {here.get(k)} now" for k, v in about.get("versions", {}).items() if here.get(k) != v]
     then = about.get("hardware") or {}
@@ -106,14 +102,14 @@ def differences(about: Mapping[str, Any], *, threads: int) -> list[str]:
     if then.get("device") == "cuda":
         told.append("trained on a GPU without deterministic algorithms: its last digits are not determined")
     for part in about.get("continued", []):
-        other = [key for key in ("commit", "versions", "hardware") if key in part]
+        other = [key for key in ("commit", "patch", "versions", "hardware") if key in part]
         if other:
             told.append(f"went on after epoch {part['epoch']} with other {', '.join(other)}")
     return told
 
 
-def _code(name: str | None) -> str:
-    return "an installed package" if name is None else name[:12] + ("+changes" if name.endswith("+changes") else "")
+def _code(name: str | None, patch: str | None) -> str:
+    return "an installed package" if name is None else name[:12] + (f" with {patch}" if patch else "")
 
 
 def _check_repeatable(store: StudyStore, trial: FrozenTrial, folder: Path) -> None:
@@ -129,7 +125,7 @@ def _check_repeatable(store: StudyStore, trial: FrozenTrial, folder: Path) -> No
             f"Trial {number} of {store.name!r} went on from the weights of trial {about['parent']}, so it cannot be "
             f"repeated alone."
         )
-    if not folder.resolve().is_relative_to(store.folder.resolve()) or not (folder / "settings.yaml").is_file():
+    if not (folder / "settings.yaml").is_file():
         raise StudyError(f"Trial {number} of {store.name!r} has no settings.yaml in {folder}; it never began to train.")
 
 

@@ -77,7 +77,7 @@ def make_sampler(settings: SamplerSettings, seed: int, *, space: Space, series: 
 class Tpe(optuna.samplers.TPESampler):
     """Optuna's multivariate TPE with running trials as poor ones, so that parallel ones spread out.
 
-    It suggests what Optuna's own does, to the digit, in a third of the time at 10,000 trials: these are sorted into
+    It suggests what Optuna's own does, to the digit, in half the time at 10,000 trials: these are sorted into
     good and poor once per suggestion instead of once per group of parameters, and each is converted once for all.
     Mirrored trials only (see `Known`).
     """

@@ -128,7 +128,7 @@ def drawn_settings(settings: StudySettings) -> list[PretrainSettings]:
     Raises:
         SettingsError: where a combination of values is refused.
     """
-    drawn, faults = _drawn(settings)
+    drawn, faults = _drawn(_of_settings_only(settings))
     if faults:
         raise Source("space").error(Fault(f.key, f.text.removeprefix("space: ")) for f in faults)
     return drawn
@@ -166,12 +166,14 @@ def build_study(values: Mapping[str, Any], source: str) -> StudySettings:
             load_function(settings.space, Path(origin.name).parent if origin.lines else None)
     except SettingsError as error:
         _refuse([Fault("space", str(error))], origin)
-    if settings.sampler.name == "pbt" and isinstance(settings.space, dict):
-        settings_only = {n: p for n, p in settings.space.items() if n != PBT_RATIO}
-        check_space(settings.model_copy(update={"space": settings_only}), origin)
-    else:
-        check_space(settings, origin)
+    check_space(_of_settings_only(settings), origin)
     return settings
+
+
+def _of_settings_only(settings: StudySettings) -> StudySettings:
+    if settings.sampler.name != "pbt" or not isinstance(settings.space, dict):
+        return settings
+    return settings.model_copy(update={"space": {n: p for n, p in settings.space.items() if n != PBT_RATIO}})
 
 
 def _written(values: Mapping[str, Any]) -> Written:

@@ -15,7 +15,7 @@ from amlp_ray.config import BudgetSettings, StudySettings
 from amlp_ray.errors import AmlpError, StudyError
 from amlp_ray.study.budget import Ledger, Spent, counts
 from amlp_ray.study.glance import Glance
-from amlp_ray.study.listing import STATES, state_of, time_of
+from amlp_ray.study.listing import STATES, folder_of, state_of, time_of
 from amlp_ray.study.store import StudyStore
 from amlp_ray.training.metrics import read_rows
 
@@ -90,11 +90,10 @@ def running_rows(store: StudyStore, settings: StudySettings) -> list[dict[str, A
     rows = []
     for study in (store.search(), store.arms(), store.confirmation()):
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            path = trial.user_attrs.get("path")
             last, rungs = _last_line(store, trial), trial.intermediate_values
             rows.append(
                 {
-                    "run": str(path or f"trials/{trial.number}"),
+                    "run": str(folder_of(store, trial).relative_to(store.folder)),
                     "epoch": last.get("epoch", 0),
                     "of": trial.params.get("epochs", settings.trial({}, seed=0).epochs),
                     "loss": last.get("loss"),
@@ -108,8 +107,7 @@ def running_rows(store: StudyStore, settings: StudySettings) -> list[dict[str, A
 
 def _last_line(store: StudyStore, trial: FrozenTrial) -> dict[str, Any]:
     """The last epoch's metrics of a trial; empty before its first has ended."""
-    path = trial.user_attrs.get("path")
-    rows = read_rows(store.folder / path / "metrics.jsonl") if isinstance(path, str) else []
+    rows = read_rows(folder_of(store, trial) / "metrics.jsonl")
     return rows[-1] if rows else {}
 
 

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial
 from amlp_ray.config import StudySettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.place import Place
-from amlp_ray.errors import SettingsError, StudyError
+from amlp_ray.errors import StudyError
 from amlp_ray.files import write_whole
 from amlp_ray.settings import flat, merged, read_yaml, write_yaml
 from amlp_ray.study import edit, exchange, listing, migrate, status
@@ -91,12 +91,6 @@ class Study:
 
         Raises: as `load`.
         """
-        if callable(space := settings.get("space")):
-            if space.__module__ == "__main__" or "<" in space.__qualname__:
-                raise SettingsError(
-                    f"space: {space.__qualname__} cannot be imported by workers; define it at the top of a module."
-                )
-            settings["space"] = f"{space.__module__}:{space.__qualname__}"
         return cls._of(settings, "Study.create", runs, of="Study.create")
 
     @classmethod

@@ -261,14 +261,14 @@ def test_of_a_study_that_nobody_runs_nothing_is_asked(run: Run, store: StudyStor
 
 
 def test_a_study_is_watched_in_one_picture(run: Run, driven: list[str], store: StudyStore) -> None:
-    add(store, state=TrialState.RUNNING, values=None, path="trials/3")
+    add(store, state=TrialState.RUNNING, values=None)
     folder = store.trial_folder(3)
     folder.mkdir(parents=True)
     row = {"epoch": 2, "loss": 0.25, "ratio": 0.31, "images_per_second": 87.0}
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     code, out, _ = run("watch", "tiny", "--once")
     assert code == 0
-    for told in ("running", "trials/3", "0.31", "87", "3 of 3", "trial 1 with dsc 0.7"):
+    for told in ("running", "trials/3", "0.31", "87", "4 of 3", "trial 1 with dsc 0.7"):
         assert told in out, out
 
 

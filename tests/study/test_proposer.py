@@ -156,6 +156,24 @@ def test_a_proposal_that_was_stored_under_another_number_counts_once() -> None:
     assert len({str(p.params) for p in [zero, one, *rest[:-1]]}) == 15  # type: ignore[union-attr]
 
 
+def test_what_was_made_for_a_number_that_an_enqueued_trial_took_harms_nothing() -> None:
+    s = settings("tpe")
+    study = study_of(s)
+    proposer = Proposer(s, study.directions)
+    for number in range(8):
+        made = proposer.propose(number)  # ahead, and then somebody enqueues
+        enqueued = proposer.propose(number, fixed={"ratio.start": 0.2 + number / 100})
+        assert isinstance(enqueued, Proposal)
+        assert enqueued != made
+        end(study, store(study, enqueued), score(enqueued.params))
+        proposer.sync(study.get_trials(deepcopy=False))
+        assert proposer.propose(number) is None
+        proposer.forget(number)
+    other = Proposer(s, study.directions)
+    other.sync(study.get_trials(deepcopy=False))
+    assert proposer.propose(8) == other.propose(8)
+
+
 @pytest.mark.parametrize("name", ["grid", "random", "tpe", "nsga2", "qmc"])
 def test_a_finite_space_is_used_up_after_each_combination_once(name: str) -> None:
     s = settings(name, space=FINITE)

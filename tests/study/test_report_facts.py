@@ -107,7 +107,7 @@ def test_imported_trials_and_copies_are_shown_and_never_counted_or_best(tmp_path
     assert "1: 1 COMPLETE; 1 answered from the store; 1 imported" in page
     assert ">same as trial 0</td>" in page
     assert ">from import old.csv</td>" in page
-    assert "1 by import old.csv" in page
+    assert "1 from old.csv: they teach the sampler" in page
     assert "1 trial of known settings, 100 epochs not trained" in page
 
 

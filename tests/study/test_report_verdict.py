@@ -174,7 +174,7 @@ def test_agreement_covers_average_precision_and_names_the_rung_where_steps_are_u
     store = new_study(tmp_path / "s")
     for i in range(5):
         add_trial(store, 0.4 + 0.02 * i)
-    store.folder.joinpath("environment.json").unlink()  # so nobody knows the number of images
+    store.folder.joinpath("environments.jsonl").unlink()  # so nobody knows the number of images
     agreement = rank_agreement(gather(store))
     assert agreement.epochs == (25,)
     assert agreement.ap == pytest.approx(1)

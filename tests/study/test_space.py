@@ -421,3 +421,6 @@ def test_the_ratio_of_population_based_training_is_left_to_its_own_check() -> No
     with pytest.raises(SettingsError) as caught:
         build_study(values, "study.yaml")
     assert caught.value.faults == ("study.yaml: space: lr is 2.0, but must be less than or equal to 1.",)
+    ranges = {"ratio.points": {"low": 0.2, "high": 0.8}, "lr": {"low": 1e-4, "high": 0.1}}
+    settings = build_study({**values, "space": ranges}, "study.yaml")
+    assert all(trial.ratio.points == () and 1e-4 <= trial.lr <= 0.1 for trial in drawn_settings(settings))

@@ -63,7 +63,14 @@ def test_a_killed_driver_leaves_the_study_free_at_once(
 def test_a_driver_on_another_machine_holds_the_study_until_its_lease_passes(store: StudyStore) -> None:
     with store.lock():
         pass
-    lease = {"id": "x", "holder": "process 1 on elsewhere", "host": "elsewhere", "pid": 1, "seconds": 7.0, "over": False}
+    lease = {
+        "id": "x",
+        "holder": "process 1 on elsewhere",
+        "host": "elsewhere",
+        "pid": 1,
+        "seconds": 7.0,
+        "over": False,
+    }
     study = store.search()
     study.set_user_attr("lease", lease | {"at": time.time() - EXPIRES_S / 2})
     assert store.holder() == "process 1 on elsewhere"

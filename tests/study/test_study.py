@@ -15,7 +15,7 @@ from tiny import TINY
 
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import DataError, ResourceError, SettingsError, StudyError
-from amlp_ray.study.store import read_metrics
+from amlp_ray.study.store import StudyStore, read_metrics
 from amlp_ray.study.study import Study
 
 
@@ -41,14 +41,16 @@ def test_every_trial_ends_once_and_leaves_its_files(finished: tuple[Study, list[
     assert [t.state for t in study.store.search().trials] == [TrialState.COMPLETE] * 3
     assert [t.user_attrs["arm"] for t in study.store.arms().trials] == ["scratch", "mae"]
     for trial in study.store.search().trials:
-        folder = study.store.folder / trial.user_attrs["path"]
-        assert {"settings.yaml", "metrics.jsonl", "score.json", "encoder.safetensors", "checkpoint", "pictures"} <= {
-            p.name for p in folder.iterdir()
-        }
+        folder = study.store.trial_folder(trial.number)
+        files = {"settings.yaml", "metrics.jsonl", "score.json", "rungs", "encoder.safetensors", "checkpoint"}
+        assert files | {"pictures", "provenance.json"} <= {p.name for p in folder.iterdir()}
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
         assert {row["epoch"]: row["dsc"] for row in rows if "dsc" in row} == trial.intermediate_values
-        assert trial.user_attrs["epochs"] == 4
+        facts = trial.user_attrs["facts"]
+        assert facts["epochs"] == 4
+        assert facts["memory"] > 0
+        assert facts["scores"]["dsc"] == trial.value
     scratch = json.loads((study.store.arm_folder("scratch", 0) / "score.json").read_text())
     assert scratch["epoch"] == 0
     assert scratch["mean_mask_dsc"] > 0
@@ -70,8 +72,11 @@ def test_table_status_and_report_agree_with_the_store(finished: tuple[Study, lis
     assert frame["ratio.start"][:3].between(0.2, 0.5).all()
     status = study.status()
     assert status["states"] == {"COMPLETE": 3}
-    assert status["best_dsc"] == frame["dsc"][:3].max() == study.best_trial.value
+    assert status["best"][0]["dsc"] == frame["dsc"][:3].max() == study.best_trial.value
     assert status["arms"]["mae"] == {"n": 1, "dsc": frame["dsc"][4]}
+    assert status["budget"]["trials"] == {"used": 3, "allowed": 3}
+    assert status["budget"]["epochs"]["used"] == 4 * 4
+    assert (study.store.folder / "events.log").read_text().count("complete") == 5
     assert study.report().read_text().count("tiny") > 0
     assert sum("complete" in line for line in lines) == 5
 
@@ -91,6 +96,10 @@ def test_a_finished_study_runs_no_more_and_an_extended_one_goes_on(
     assert after[:3] == before
     assert len(after) == 4
     assert Study.open("tiny", runs=runs).settings.budget.trials == 4
+    more.extend(trials="+1")
+    again = Study.load(write(tmp_path, budget={"trials": 4}), data=phantom_dataset.path, runs=runs)
+    again.run(notify=lambda line: None)
+    assert len(again.store.search().trials) == 5, "the file that says 4 is no wish for less than was extended to"
 
 
 @pytest.mark.ray
@@ -133,6 +142,76 @@ def test_trials_of_two_workers_report_their_rungs_and_may_be_pruned(
         assert {row["epoch"]: row["dsc"] for row in rows if "dsc" in row} == trial.intermediate_values
         full = max(trial.intermediate_values) == 12
         assert trial.state == (TrialState.COMPLETE if full else TrialState.PRUNED)
+
+
+@pytest.mark.ray
+def test_a_study_is_paused_by_another_and_goes_on_with_its_trials(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
+    changes = {"pretrain": TINY["pretrain"] | {"epochs": 40}, "arms": [], "budget": {"trials": 2}}
+    study = Study.load(write(tmp_path, **changes), data=phantom_dataset.path, runs=tmp_path / "runs")
+    other = Study(study.settings, StudyStore(study.store.folder))
+    lines: list[str] = []
+
+    def notify(line: str) -> None:
+        lines.append(line)
+        if "epoch 20" in line and study.outcome is None and "pause" not in "".join(lines):
+            other.pause()
+
+    study.run(notify=notify)
+    assert study.outcome == "paused"
+    assert other.status()["states"]["INTERRUPTED"] >= 1
+    assert any("pause was asked for by process" in line for line in lines)
+    other.resume(notify=lines.append)
+    assert other.outcome == "done"
+    assert {t.state for t in other.store.search().trials} == {TrialState.COMPLETE}
+    for trial in other.store.search().trials:
+        rows = read_metrics(other.store.trial_folder(trial.number))
+        assert [row["epoch"] for row in rows] == list(range(1, 41))
+
+
+@pytest.mark.ray
+def test_a_population_learns_a_schedule_segment_by_segment(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+    changes = {
+        "arms": [],
+        "space": {"ratio.points": {"low": 0.2, "high": 0.8}},
+        "sampler": {"name": "pbt", "population": 3, "interval": 2},
+        "budget": {"trials": 6},
+    }
+    study = Study.load(write(tmp_path, **changes), data=phantom_dataset.path, runs=tmp_path / "runs")
+    study.run(notify=lambda line: None)
+    trials = study.store.search().trials
+    assert [t.state for t in trials] == [TrialState.PRUNED] * 3 + [TrialState.COMPLETE] * 3
+    assert [t.user_attrs["facts"]["epochs"] for t in trials] == [2] * 6, "each trains its own segment only"
+    for trial in trials[3:]:
+        rows = read_metrics(study.store.trial_folder(trial.number))
+        assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+        assert [row.get("inherited", False) for row in rows] == [True, True, False, False]
+
+
+@pytest.mark.ray
+def test_a_confirmation_scores_by_both_protocols_and_opens_the_test_images_once(
+    phantom_dataset: PatchDataset, finished: tuple[Study, list[str]], tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0].store.folder, tmp_path / "tiny")
+    confirm = {"top": 1, "seeds": 2, "finetune": {"epochs": 1}}
+    study = Study.load(tmp_path / "tiny" / "study.yaml", runs=tmp_path, overrides={"confirm": confirm})
+    lines: list[str] = []
+    study.confirm(notify=lines.append)
+    trials = study.store.confirmation().trials
+    best = f"trial-{study.best_trial.number}"
+    assert {(t.user_attrs["candidate"], t.user_attrs["repeat"]) for t in trials} == {
+        (name, repeat) for name in (best, "scratch", "mae") for repeat in (0, 1)
+    }
+    for trial in trials:
+        folder = study.store.confirm_folder(trial.user_attrs["candidate"], trial.user_attrs["repeat"])
+        test = json.loads((folder / "test.json").read_text())
+        assert set(test) >= {"probe", "finetune"}
+        assert 0 <= test["finetune"]["dsc"] <= 1
+    opened = study.store.confirmation().user_attrs["test_opened"]
+    study.confirm(notify=lines.append)
+    assert study.store.confirmation().user_attrs["test_opened"] == opened
+    assert any("test images were opened on" in line for line in lines)
 
 
 def test_a_changed_setting_is_refused_by_name(
@@ -201,9 +280,10 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 def test_a_plan_prices_the_study_without_running_it(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
     study = Study.load(write(tmp_path), data=phantom_dataset.path, runs=tmp_path / "runs")
     plan = study.plan()
-    assert (plan.trials, plan.arm_trials, plan.rungs, plan.steps_per_trial) == (3, 2, (2, 4), 12)
+    assert (plan.trials, plan.arm_runs, plan.rungs, plan.steps_per_trial) == (3, 2, (2, 4), 12)
     assert plan.concurrency >= 1
-    assert 0 < plan.hours_pruned <= plan.hours_full < 1
+    assert 0 < plan.hours[0] <= plan.hours[1] <= plan.hours[2] < 1
+    assert 0 < plan.disk_gb < 1
     assert not (tmp_path / "runs").exists()
 
 
@@ -235,9 +315,9 @@ def test_a_half_written_last_journal_line_is_cut_and_the_study_goes_on(
 
 def test_status_says_whether_anybody_runs_the_study(finished: tuple[Study, list[str]]) -> None:
     study, _ = finished
-    assert study.status()["running_now"] is False
+    assert study.status()["run_by"] is None
     with study.store.lock():
-        assert study.status()["running_now"] is True
+        assert study.status()["run_by"].startswith("process ")
 
 
 def test_an_arm_is_named_once(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def _sentence(found: Confirmation, item: Against, protocol: Protocol) -> str:
     """Such as: Over 3 seeds and 87 test images, trial 7 scores 0.612 DSC (fine-tuning), arm mae 0.608: +0.004 ..."""
     by_name = {candidate.name: candidate for candidate in found.candidates}
     theirs, d = by_name[item.theirs], item.difference
-    about = f" ({theirs.about})" if theirs.about else ""
+    about = f" ({theirs.about})" if theirs.about and not theirs.control else ""
     text = (
         f"Over {d.seeds} {'seed' if d.seeds == 1 else 'seeds'} and {d.images} {found.split} images, "
         f"{by_name[item.ours].title} scores {item.our_mean:.3f} DSC ({NAMES[protocol]}), "
@@ -93,12 +93,13 @@ def _sentence(found: Confirmation, item: Against, protocol: Protocol) -> str:
     )
     if d.interval is not None:
         text += f" [{d.interval[0]:+.3f}, {d.interval[1]:+.3f}]"
+    asked = f" {_capital(theirs.about)}" if theirs.control else ""
     if theirs.diagnosis:
-        return text + ". It sees true masks: a diagnosis, and no part of the verdict."
+        return text + f". It sees true masks: a diagnosis, and no part of the verdict.{asked}"
     if item.reading == "not known":
-        return text + ". One seed says nothing of the noise, so this is not known to be more than chance."
+        return text + ". One seed says nothing of the noise, so this is not known to be more than chance." + asked
     effect = f", effect {d.effect:.2f} ({effect_words(d.effect)})" if d.effect is not None else ""
-    return text + f", p {_p(item.p)} after Holm{effect}: {_reading(found, item)}."
+    return text + f", p {_p(item.p)} after Holm{effect}: {_reading(found, item)}.{asked}"
 
 
 def _reading(found: Confirmation, item: Against) -> str:

@@ -59,7 +59,7 @@ def _rungs(facts: Facts, drawn: list[Run], note: str) -> Figure:
             mode="lines+markers",
             line=line,
             marker={
-                "size": [4] * before + [9 if pruned else 4],
+                "size": [4] * before + [9 if pruned else 4 if before else 7],
                 "symbol": ["circle"] * before + ["x" if pruned else "circle"],
             },
             text=hover(run),

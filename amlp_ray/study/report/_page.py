@@ -59,7 +59,8 @@ def _render(facts: Facts, found: Confirmation | None) -> str:
         "search": [_figures.history(facts, compared), _progress.efficiency(facts)],
         "settings": [*_figures.importances(facts), _figures.parallel(facts)],
         "lineage": [lineage_figure(facts.settings, facts.trials)] if facts.settings.sampler.name == "pbt" else [],
-        "early": [_ranks.figure(facts, early), rungs],
+        "ranks": [_ranks.figure(facts, early)] if facts.settings.sampler.name != "pbt" else [],
+        "rungs": [rungs],
         "time": [_progress.gantt(told)],
         "training": by_epoch,
     }

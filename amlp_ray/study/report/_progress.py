@@ -72,6 +72,7 @@ def gantt(told: Timeline | None) -> Figure:
     )
     unit, seconds = ("hours", 3600.0) if told.end - told.start > timedelta(hours=3) else ("minutes", 60.0)
     figure = empty(f"{unit} since the first start", "slot")
+    edge = 0.5 if len(told.runs) < 500 else 0  # white edges of many bars would look like idle time
     groups: dict[str, list[int]] = {}
     for i, run in enumerate(told.runs):
         kind = "arm" if run.arm else "confirmation" if "candidate" in run.attributes else run.state
@@ -88,7 +89,7 @@ def gantt(told: Timeline | None) -> Figure:
             orientation="h",
             width=0.8,
             name=kind.lower(),
-            marker={"color": STATE_COLOURS[kind], "line": {"width": 0.5, "color": "white"}},
+            marker={"color": STATE_COLOURS[kind], "line": {"width": edge, "color": "white"}},
             text=[hover(run, short=True) for run in runs],
             textposition="none",
             hovertemplate=f"%{{text}}<br>%{{x:.2f}} {unit}<extra></extra>",
@@ -123,13 +124,15 @@ def outcome(facts: Facts) -> Table:
     begun = sum(number for state, number in counts.items() if state != "WAITING")
     ended = [run for run in facts.search if run.state in ("COMPLETE", "PRUNED")]
     if ended:
-        rows.append(("Run to full length", f"{counts['COMPLETE']:,} of {begun:,}"))
+        whole = "Segments of a population" if facts.settings.sampler.name == "pbt" else "Run to full length"
+        rows.append((whole, f"{counts['COMPLETE']:,} of {begun:,}"))
         spent = sum(run.epochs or 0 for run in ended)
         full = sum(facts.full_length(run) if run.state == "PRUNED" else run.epochs or 0 for run in ended)
         saved = f"{counts['PRUNED']:,} ({100 * counts['PRUNED'] / begun:.0f} %)"
         if full > spent:
             saved += f", which saved {full - spent:,} of {full:,} epochs ({100 * (full - spent) / full:.0f} %)"
-        rows.append(("Pruned", saved))
+        if counts["PRUNED"] or facts.settings.pruner.name != "none":
+            rows.append(("Pruned", saved))
     if facts.copies:
         epochs = sum(facts.full_length(run) for run in facts.copies)
         rows.append(
@@ -150,8 +153,10 @@ def outcome(facts: Facts) -> Table:
         told = f"{counts['INTERRUPTED']}; no process runs the study now, the next run takes them over"
         rows.append(("Interrupted", told))
     if facts.imported:
-        sources = Counter(str(run.attributes["source"]).partition(" trial ")[0] for run in facts.imported)
-        told = ", ".join(f"{count} by {source}" for source, count in sources.most_common(5))
+        sources = Counter(
+            str(run.attributes["source"]).partition(" trial ")[0].removeprefix("import ") for run in facts.imported
+        )
+        told = ", ".join(f"{count} from {source}" for source, count in sources.most_common(5))
         rows.append(("Imported", f"{told}: they teach the sampler, and count in nothing else here"))
     return Table(["", ""], [[Cell(text) for text in row] for row in rows])
 

@@ -100,8 +100,6 @@ def figure(facts: Facts, told: Ranks) -> Figure:
         f"bars are 95 % intervals (bootstrap over trials), the dashed line is {WEAK}. Pruned trials have no final "
         f"score and are left out, which usually lowers it."
     )
-    if facts.settings.sampler.name == "pbt":
-        return Figure("ranks", title, caption, gap="Trials of a population are parts of a training.")
     if not told.rungs:
         few = (
             f"{told.trials} complete trials have been scored at more than one rung; {MIN_TRIALS} that differ are needed"

@@ -99,13 +99,9 @@ def compare(
 
 def importance(name: Name, runs: Runs = Path("runs"), as_json: Json = False) -> None:
     """Show which parameters set the best trials apart (PED-ANOVA), as the report does."""
-    from amlp_ray.study.budget import counts
-    from amlp_ray.study.report._importance import importance
+    from amlp_ray.study.report import importances
 
-    store = opened(name, runs)
-    settings = store.settings()
-    own = [trial for trial in store.search().get_trials(deepcopy=False) if counts(trial)]
-    found = importance(own, settings.objectives)
+    found = importances(opened(name, runs))
     if as_json:
         print_json({objective: {"shares": i.shares, "gap": i.gap} for objective, i in found.items()})
         return

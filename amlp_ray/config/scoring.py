@@ -18,7 +18,7 @@ class ProbeSettings(Settings):
     scoring: Literal["auto", "val", "cross-validation"] = "auto"  # auto: val from 40 lesion images on
     images: int = Field(1000, ge=40)  # scored at most with a lesion, and as many without; 1000: noise 0.007 DSC
     folds: int = Field(5, ge=2)  # cross-validation by group inside train + val; test is never read
-    # share of the image below which a lesion is small, and above which it is large; BUSI's quartiles are 0.018 and 0.127
+    # shares of the image: below the first a lesion is small, above the second large; BUSI's quartiles: 0.018, 0.127
     sizes: tuple[float, float] = (0.02, 0.1)
     seed: int = Field(0, ge=0)  # subsets and folds; the same for all trials of a study
 

@@ -51,8 +51,8 @@ class SamplerSettings(Settings):
     interval: int = Field(10, ge=1)  # of pbt: epochs of a segment, after which members are compared
     exploit: float = Field(0.25, gt=0, le=0.5)  # of pbt: share of members that go on from one of the best as many
     perturb: float = Field(0.1, gt=0, le=1)  # of pbt: largest change per segment, as a share of the range
-    # suggestions made while trials run, so that a slow sampler idles no GPU; none: 1, but 0 where trials run one by one,
-    # since each then learns from all before
+    # suggestions made while trials run, so that a slow sampler idles no GPU; none: 1, but 0 where trials run one by
+    # one, since each then learns from all before
     ahead: int | None = Field(None, ge=0, le=64)
 
     @model_validator(mode="after")
@@ -65,8 +65,8 @@ class PrunerSettings(Settings):
     """Which Optuna pruner stops poor trials early, and the rungs at which a trial is scored."""
 
     # median: worse than half of the earlier trials at the same rung; percentile: than other shares; halving: not among
-    # the best of a rung (asynchronous, ASHA); hyperband: halving with several first rungs; patient: no gain for some rungs;
-    # wilcoxon: worse than the best trial on the same images, by a signed-rank test
+    # the best of a rung (asynchronous, ASHA); hyperband: halving with several first rungs; patient: no gain for some
+    # rungs; wilcoxon: worse than the best trial on the same images, by a signed-rank test
     name: Literal["median", "percentile", "halving", "hyperband", "patient", "wilcoxon", "none"] = "median"
     rungs: int = Field(4, ge=1)  # scorings per trial, the last at full length
     spacing: Literal["even", "geometric"] = (
@@ -80,8 +80,8 @@ class PrunerSettings(Settings):
     min_delta: float = Field(0.0, ge=0)  # of patient: what counts as a gain
     p_threshold: float = Field(0.1, gt=0, lt=1)  # of wilcoxon: prune below it
     metric: Objective | None = None  # what is compared at rungs; none: the first objective; given with several
-    # a rising ratio means that an early rung has seen low ratios only. fixed: the schedule spans all epochs, and rungs are
-    # compared at that; compress: it is run whole up to each rung, so that every rung has seen all of it
+    # a rising ratio means that an early rung has seen low ratios only. fixed: the schedule spans all epochs, and rungs
+    # are compared at that; compress: it is run whole up to each rung, so that every rung has seen all of it
     schedule: Literal["fixed", "compress"] = "fixed"
 
     @model_validator(mode="after")

@@ -49,8 +49,10 @@ class StudySettings(Settings):
     space: dict[str, Parameter] | str = Field(default_factory=dict)
     require: tuple[str, ...] = ()  # what holds in every trial, such as `ratio.start <= ratio.end`
     probe: ProbeSettings = ProbeSettings()
-    objectives: dict[Objective, Direction] = {"dsc": "maximize"}  # several: a Pareto front instead of one best
-    limits: dict[Literal["seconds", "gpu_seconds", "memory"], float] = {}  # that a trial should keep, memory in GB
+    # several: a Pareto front instead of one best
+    objectives: dict[Objective, Direction] = Field(default_factory=lambda: {"dsc": "maximize"})
+    # that a trial should keep, memory in GB
+    limits: dict[Literal["seconds", "gpu_seconds", "memory"], float] = Field(default_factory=dict)
     sampler: SamplerSettings = SamplerSettings()
     pruner: PrunerSettings = PrunerSettings()
     budget: BudgetSettings = BudgetSettings()
@@ -120,7 +122,8 @@ class StudySettings(Settings):
         several = len(self.objectives) > 1
         if self.pruner.name != "none" and several and self.pruner.metric is None:
             raise ValueError(
-                f"pruner.metric must say which of {', '.join(self.objectives)} is compared at rungs, or pruner.name be none"
+                f"pruner.metric must say which of {', '.join(self.objectives)} is compared at rungs, or pruner.name be "
+                f"none"
             )
         if self.pruner.metric in COSTS:
             raise ValueError(f"pruner.metric {self.pruner.metric} is a cost that every rung adds to; name a score")

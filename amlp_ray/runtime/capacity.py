@@ -99,7 +99,8 @@ def jobs_side_by_side(resources: ResourceSettings, cluster: Cluster) -> int:
         raise ResourceError(
             f"One run needs {resources.workers} workers of {resources.cpus_per_worker:g} CPUs and "
             f"{resources.gpus_per_worker:g} GPUs and {DRIVER_CPU} CPUs for its driver, which do not fit on nodes of "
-            f"{nodes}; set resources.cpus_per_worker to {0.9 * cluster.total('CPU') / resources.workers:g}, or use fewer workers."
+            f"{nodes}; set resources.cpus_per_worker to {0.9 * cluster.total('CPU') / resources.workers:g}, or use "
+            f"fewer workers."
         )
     return fit
 

@@ -148,8 +148,8 @@ def run_on_tune(
         trainable: what Tune runs for each piece of work.
 
     Raises:
-        InterruptedStudyError: Ctrl-C. FailedStudyError: the first trials failed alike. ResourceError: no room came free.
-        StudyError: the storage is gone, or another process took the study over.
+        InterruptedStudyError: Ctrl-C. FailedStudyError: the first trials failed alike. ResourceError: no room came
+            free. StudyError: the storage is gone, or another process took the study over.
     """
     import ray
 

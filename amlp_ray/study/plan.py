@@ -17,8 +17,8 @@ from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import SettingsError
 from amlp_ray.runtime.capacity import Cluster, jobs_side_by_side
 from amlp_ray.study.design import arm_plans, check_arms, prunable_rungs, rung_epochs
-from amlp_ray.study.population import check_population
 from amlp_ray.study.pricing import Price, dearest_and_cheapest, price
+from amlp_ray.study.sampling import check_sampler
 from amlp_ray.study.space import check_space, drawn_settings
 from amlp_ray.study.store import StudyStore
 from amlp_ray.training.labelled import check_fits
@@ -63,7 +63,9 @@ def check_study(settings: StudySettings, dataset: PatchDataset, labels: PatchDat
     Args:
         labels: where they are a data set apart.
     """
-    (check_population if settings.sampler.name == "pbt" else check_space)(settings)
+    check_sampler(settings)
+    if settings.sampler.name != "pbt":
+        check_space(settings)
     if labels is not None:
         check_fits(labels, dataset.spec, f"{dataset.path} holds")
     base = settings.trial({}, seed=0)
@@ -92,8 +94,8 @@ def _check_sizes(settings: StudySettings, probe: Probe) -> None:
     wanted = {name.removeprefix("dsc_") for name in (*settings.objectives, settings.metric) if name.startswith("dsc_")}
     if missing := [size for size, images in probe.images_by_size().items() if size in wanted and not images]:
         raise SettingsError(
-            f"objectives: no scored image has a {missing[0]} lesion by probe.sizes={list(settings.probe.sizes)}; change "
-            f"probe.sizes, or name another objective than dsc_{missing[0]}."
+            f"objectives: no scored image has a {missing[0]} lesion by probe.sizes={list(settings.probe.sizes)}; "
+            f"change probe.sizes, or name another objective than dsc_{missing[0]}."
         )
 
 

@@ -32,10 +32,8 @@ from amlp_ray.config.study import COSTS
 from amlp_ray.errors import SettingsError
 from amlp_ray.settings import Fault
 from amlp_ray.study.design import derived_seed
-from amlp_ray.study.space import check_space, searched, suggest
+from amlp_ray.study.space import PBT_RATIO, check_space, searched, suggest
 from amlp_ray.training.checkpoint import HEADED, PERTURBABLE
-
-RATIO = "ratio.points"  # in the space: the level that a segment moves to; in settings: the schedule so far
 
 
 class Wait(Enum):
@@ -74,10 +72,10 @@ class Population:
 
     def __init__(self, settings: StudySettings) -> None:
         self.settings, self.sampler = settings, settings.sampler
-        ratio = settings.space[RATIO]  # type: ignore[index]  # declared: see `check_population`
+        ratio = settings.space[PBT_RATIO]  # type: ignore[index]  # declared: see `check_population`
         assert isinstance(ratio, Range)
         self.ratio = ratio
-        self.space: dict[str, Range | Choice] = {RATIO: ratio, **searched(without_ratio(settings))}
+        self.space: dict[str, Range | Choice] = {PBT_RATIO: ratio, **searched(without_ratio(settings))}
         self.epochs = settings.trial({}, seed=0).epochs
         self.generations = math.ceil(self.epochs / self.sampler.interval)
 
@@ -126,7 +124,7 @@ class Population:
         moved = {
             name: _moved(parameter, parent.params[name], self.sampler.perturb, draw)
             for name, parameter in self.space.items()
-            if name == RATIO or own.number in replaced
+            if name == PBT_RATIO or own.number in replaced
         }
         return self._segment(trials, generation, member, parent.number, {**parent.params, **moved})
 
@@ -146,7 +144,7 @@ class Population:
         if member == 0 and all(value is not None for value in defaults.values()):
             return defaults
         places = {name: draw.random() for name in self.space}
-        places[RATIO] = (member + places[RATIO]) / self.sampler.population
+        places[PBT_RATIO] = (member + places[PBT_RATIO]) / self.sampler.population
         return {name: _value_at(parameter, places[name]) for name, parameter in self.space.items()}
 
     def _segment(
@@ -159,21 +157,21 @@ class Population:
     ) -> Segment:
         numbered = _numbered(trials)
         before = [] if parent is None else lineage(trials, parent)
-        levels = [*(numbered[number].params[RATIO] for number in before), params[RATIO]]
+        levels = [*(numbered[number].params[PBT_RATIO] for number in before), params[PBT_RATIO]]
         # A segment covers the shares of training between the ends of its parent's and its own. Later points change
         # nothing before their own segment, so segments one after another equal one run of the last schedule.
         ends = [[self.until(i) / self.epochs, level] for i, level in enumerate(levels)]
-        others = FixedTrial({name: value for name, value in params.items() if name != RATIO})
+        others = FixedTrial({name: value for name, value in params.items() if name != PBT_RATIO})
         values = suggest(others, without_ratio(self.settings))  # type: ignore[arg-type]  # asks the same questions
-        level = FixedTrial({RATIO: params[RATIO]})
-        level.suggest_float(RATIO, self.ratio.low, self.ratio.high, log=self.ratio.log, step=self.ratio.step)
+        level = FixedTrial({PBT_RATIO: params[PBT_RATIO]})
+        level.suggest_float(PBT_RATIO, self.ratio.low, self.ratio.high, log=self.ratio.log, step=self.ratio.step)
         return Segment(
             generation=generation,
             member=member,
             parent=parent,
             params=dict(params),
             distributions={**level.distributions, **others.distributions},
-            values={**values, "ratio.shape": "points", RATIO: [[0.0, levels[0]], *ends]},
+            values={**values, "ratio.shape": "points", PBT_RATIO: [[0.0, levels[0]], *ends]},
             seed=derived_seed(self.settings.seed, "pbt"),
             until=self.until(generation),
         )
@@ -191,7 +189,7 @@ def learnt_schedule(
     settings: StudySettings, trials: Sequence[FrozenTrial], number: int
 ) -> tuple[tuple[float, float], ...]:
     """The schedule that trial `number` has run: (share of training, masking ratio), for `ratio.points`."""
-    return tuple((share, level) for share, level in Population(settings).segment(trials, number).values[RATIO])
+    return tuple((share, level) for share, level in Population(settings).segment(trials, number).values[PBT_RATIO])
 
 
 def leader(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
@@ -216,7 +214,7 @@ def score_of(trial: FrozenTrial) -> float | None:
 def without_ratio(settings: StudySettings) -> StudySettings:
     """The study without the schedule, whose space is one of settings like any other."""
     space = settings.space if isinstance(settings.space, dict) else {}
-    return settings.model_copy(update={"space": {name: p for name, p in space.items() if name != RATIO}})
+    return settings.model_copy(update={"space": {name: p for name, p in space.items() if name != PBT_RATIO}})
 
 
 def check_population(settings: StudySettings) -> None:
@@ -236,21 +234,21 @@ def check_population(settings: StudySettings) -> None:
 
 
 def _faults_of_space(space: Mapping[str, Parameter]) -> Iterator[Fault]:
-    ratio = space.get(RATIO)
+    ratio = space.get(PBT_RATIO)
     if not isinstance(ratio, Range) or not 0 < ratio.low < ratio.high < 1:
         found = "is missing" if ratio is None else "is no range within 0-1"
         yield Fault(
-            f"space.{RATIO}",
-            f"space: {RATIO}, the masking ratio that a segment of pbt moves to, {found}; give low and high, such as "
-            f"{{low: 0.2, high: 0.8}}.",
+            f"space.{PBT_RATIO}",
+            f"space: {PBT_RATIO}, the masking ratio that a segment of pbt moves to, {found}; give low and high, "
+            f"such as {{low: 0.2, high: 0.8}}.",
         )
     for name, parameter in space.items():
         if isinstance(parameter, Fixed):
             continue
-        if name != RATIO and name not in PERTURBABLE:
+        if name != PBT_RATIO and name not in PERTURBABLE:
             told = (
-                f"sampler pbt cannot change {name} in a running model; fix it in pretrain, or search {RATIO} and any "
-                f"of {', '.join(PERTURBABLE)}."
+                f"sampler pbt cannot change {name} in a running model; fix it in pretrain, or search {PBT_RATIO} "
+                f"and any of {', '.join(PERTURBABLE)}."
             )
         elif parameter.when:
             told = f"{name} has a condition, but with sampler pbt every segment needs it; drop `when`."

@@ -214,7 +214,7 @@ class Proposer:
             number = trial.number
             if number in self._ended or trial.state == TrialState.WAITING:
                 continue
-            if "copy_of" in trial.user_attrs:  # nothing new: it would count twice
+            if {"copy_of", "outside"} & trial.user_attrs.keys():  # counted already, or of a space that was left
                 self._drop(number)
                 self._ended.add(number)
                 continue
@@ -227,7 +227,7 @@ class Proposer:
             if "source" not in trial.user_attrs and "fixed_params" not in trial.system_attrs:
                 self._sampled.add(number)
             self._point = max(self._point, trial.system_attrs.get(POINT, -1) + 1)
-            if trial.state in _DONE:
+            if trial.state in _DONE and "source" not in trial.user_attrs:  # another study's result answers nothing here
                 self._done.setdefault(key, number)
             else:
                 self._tried[number] = key

@@ -270,7 +270,11 @@ def combinations(settings: StudySettings) -> list[dict[str, Any]]:
 
 
 def check_sampler(settings: StudySettings) -> None:
-    """Raise SettingsError, in one sentence, where a study's sampler cannot work on its space."""
+    """Raise SettingsError where a study's sampler cannot work on its space, or asks more of it."""
+    if settings.sampler.name == "pbt":
+        from amlp_ray.study.population import check_population
+
+        check_population(settings)
     if settings.sampler.name == "grid":
         try:
             combinations(settings)

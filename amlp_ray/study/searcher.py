@@ -1,8 +1,8 @@
 """The bridge between Tune and Optuna: Optuna decides, Tune executes.
 
 A Tune searcher over a study's queue: hands out work, passes on what trials report, lets the pruner decide and tells
-each trial's end truthfully. It keeps no state that matters: all of it is in the store, so a new searcher on the same store
-goes on where a killed one stopped.
+each trial's end truthfully. It keeps no state that matters: all of it is in the store, so a new searcher on the same
+store goes on where a killed one stopped.
 """
 
 from __future__ import annotations

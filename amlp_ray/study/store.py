@@ -4,7 +4,7 @@
       study.yaml         as given, in full
       study.journal      three Optuna studies: `<name>`, the search; `<name>.arms`, the baselines; `<name>.confirm`
       id                 ties the folder to its studies where these are in a database instead
-      environment.json   commit, versions, hardware, seeds, dataset fingerprint of the first run; environments.jsonl: of all
+      environment.json   commit, versions, hardware, seeds, data of the first run; environments.jsonl: of all
       events.log         a line per change of a trial's state
       trials/<number>/   settings.yaml, metrics.jsonl, score.json, rungs/, checkpoint/, encoder.safetensors, pictures/
       arms/<arm>-<repeat>/           the same files

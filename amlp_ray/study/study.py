@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from amlp_ray.study.driver import Outcome
     from amlp_ray.study.plan import Plan
     from amlp_ray.study.queue import Phase
+    from amlp_ray.study.report import Importance
 
 Notify = Callable[[str], None]
 
@@ -371,10 +372,10 @@ class Study:
 
     def status(self) -> dict[str, Any]:
         """Who runs the study, trials by state, budget used and allowed, best, arms, confirmation."""
-        return status.status(self.store, self.settings)
+        return status.status(self.store)
 
-    def importance(self) -> dict[str, float]:
-        """How much of the difference between good trials and all each searched setting explains."""
+    def importance(self) -> dict[str, Importance]:
+        """By objective, how much of the difference between good trials and all each searched setting explains."""
         from amlp_ray.study.report import importances
 
         return importances(self.store)

@@ -13,6 +13,7 @@ from amlp_ray.errors import SettingsError
 from amlp_ray.settings import read_yaml
 from amlp_ray.study.design import arm_plans, rung_epochs
 from amlp_ray.study.given import range_words
+from amlp_ray.study.sampling import check_sampler
 from amlp_ray.study.space import build_study
 
 READY = Path(__file__).parents[2] / "studies"  # of a checkout
@@ -93,6 +94,7 @@ def validate(file: str | Path, *, data: str | None = None, labels: str | None = 
         SettingsError: one sentence per fault, with the line. DataError: it does not go with the data.
     """
     settings = build_study(read_yaml(file), str(file))
+    check_sampler(settings)
     arms = arm_plans(settings)
     if data is not None:
         from amlp_ray.study.plan import check_study

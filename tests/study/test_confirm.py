@@ -11,7 +11,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 from tiny import TINY
 
-from amlp_ray.config import PretrainSettings, RatioSettings, SelectionSettings, StudySettings
+from amlp_ray.config import PretrainSettings, StudySettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import DataError, StudyError
 from amlp_ray.settings import merged, write_yaml

@@ -148,14 +148,15 @@ def test_trials_of_two_workers_report_their_rungs_and_may_be_pruned(
 def test_a_study_is_paused_by_another_and_goes_on_with_its_trials(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    changes = {"pretrain": TINY["pretrain"] | {"epochs": 40}, "arms": [], "budget": {"trials": 2}}
+    changes = {"pretrain": TINY["pretrain"] | {"epochs": 200}, "arms": [], "budget": {"trials": 2}}
+    changes |= {"pruner": {"name": "none", "rungs": 20}}
     study = Study.load(write(tmp_path, **changes), data=phantom_dataset.path, runs=tmp_path / "runs")
     other = Study(study.settings, StudyStore(study.store.folder))
     lines: list[str] = []
 
     def notify(line: str) -> None:
         lines.append(line)
-        if "epoch 20" in line and study.outcome is None and "pause" not in "".join(lines):
+        if sum(" epoch " in said for said in lines) == 1 and " epoch " in line:
             other.pause()
 
     study.run(notify=notify)
@@ -167,7 +168,7 @@ def test_a_study_is_paused_by_another_and_goes_on_with_its_trials(
     assert {t.state for t in other.store.search().trials} == {TrialState.COMPLETE}
     for trial in other.store.search().trials:
         rows = read_metrics(other.store.trial_folder(trial.number))
-        assert [row["epoch"] for row in rows] == list(range(1, 41))
+        assert [row["epoch"] for row in rows] == list(range(1, 201))
 
 
 @pytest.mark.ray
@@ -310,7 +311,10 @@ def test_a_half_written_last_journal_line_is_cut_and_the_study_goes_on(
     with (tmp_path / "tiny" / "study.journal").open("a") as journal:
         journal.write('{"op_code":5,"wor')
     study.run(notify=lambda line: None)
-    assert study.status() == before
+    after = study.status()
+    for told in (before, after):
+        told["budget"].pop("hours")  # of which starting takes some
+    assert after == before
 
 
 def test_status_says_whether_anybody_runs_the_study(finished: tuple[Study, list[str]]) -> None:
@@ -347,9 +351,6 @@ def test_an_unknown_study_is_told_with_those_there_are(finished: tuple[Study, li
 
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "studies").glob("*.yaml")), ids=lambda f: f.stem)
 def test_the_ready_studies_are_valid(file: Path) -> None:
-    from amlp_ray.study.space import check_space
-
-    study = Study.load(file, data="anywhere")
-    check_space(study.settings)
+    study = Study.load(file, data="anywhere")  # checks the space too
     assert study.settings.name == file.stem
     assert study.settings.description

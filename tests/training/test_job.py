@@ -19,6 +19,7 @@ from amlp_ray.training.metrics import append_row, drop_after, read_rows
 from amlp_ray.training.pretrain import Hooks
 
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16}
+SIZES = ("dsc_small", "dsc_medium", "dsc_large")
 PROBE = ProbeSettings(labels=8, subsets=1, folds=2)
 
 
@@ -36,6 +37,29 @@ def test_a_job_is_scored_at_its_rungs_and_keeps_the_last_score(phantom_dataset: 
     assert kept["epoch"] == 3
     assert kept["dsc"] == rows[-1]["dsc"] == result.metrics["dsc"]
     assert len(kept["per_image"]) == kept["images"]
+
+
+def test_every_rung_keeps_its_scores_and_the_last_is_that_of_the_run(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
+    run_job(replace(job_of(phantom_dataset, tmp_path, epochs=3), rungs=(1, 3)), Hooks())
+    rungs = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "rungs").iterdir()}
+    assert {name: rung["epoch"] for name, rung in rungs.items()} == {"1": 1, "3": 3}
+    assert rungs["1"]["per_image"].keys() == rungs["3"]["per_image"].keys()
+    assert rungs["3"] == json.loads((tmp_path / "score.json").read_text())
+    for row in read_rows(tmp_path / "metrics.jsonl"):
+        sizes = {name: row[name] for name in row if name.startswith("dsc_")}
+        rung = rungs.get(str(row["epoch"]), {})
+        assert sizes == {name: rung[name] for name in SIZES if rung.get(name) is not None}
+
+
+def test_an_oracle_runs_as_a_trial_does_and_is_scored_and_drawn(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+    selection = {"mode": "hard", "by": "cluster", "rule": "oracle", "feedback": 0.0}
+    result = run_job(job_of(phantom_dataset, tmp_path, selection=selection), Hooks())
+    assert result.epochs == 2
+    assert 0 <= result.metrics["dsc"] <= 1
+    assert "aim_precision" not in result.metrics  # of an oracle it says nothing
+    assert len(list((tmp_path / "pictures").iterdir())) == PICTURES
 
 
 def test_pictures_show_validation_images_with_lesions(phantom_dataset: PatchDataset, tmp_path: Path) -> None:

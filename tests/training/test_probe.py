@@ -193,3 +193,71 @@ def test_the_probe_works_where_the_test_split_is_gone(phantom_dataset: PatchData
 def test_one_subset_has_no_spread(phantom_dataset: PatchDataset) -> None:
     assert probe_of(phantom_dataset, subsets=1, scoring="val").score(model_of(phantom_dataset).encoder).dsc_sd == 0
     assert probe_of(phantom_dataset, subsets=3, scoring="val").score(model_of(phantom_dataset).encoder).dsc_sd > 0
+
+
+class TestIsVal(PatchDataset):
+    """A dataset whose test split holds the images of val."""
+
+    __test__ = False
+
+    def load(self, split: str, rows: np.ndarray | None = None) -> Split:
+        return super().load("val" if split == "test" else split, rows)
+
+    def table(self, *splits: str, columns: Any = ("id",)) -> Any:
+        return super().table(*("val" if split == "test" else split for split in splits), columns=columns)
+
+
+def test_heads_that_are_scored_on_test_are_those_that_are_scored_on_val(phantom_dataset: PatchDataset) -> None:
+    dataset = TestIsVal(phantom_dataset.place, phantom_dataset.manifest)
+    probe = Probe(dataset, ProbeSettings.model_validate(FEW | {"scoring": "val"}), 8)
+    encoder = model_of(phantom_dataset).encoder
+    val, test = probe.score(encoder), probe.score(encoder, "test")
+    assert test.scoring == "test"
+    assert test.per_image == val.per_image
+    for name in ("dsc", "ppv", "sensitivity", "ap", "dsc_sd", "empty_correct", "images", "mean_mask_dsc"):
+        assert getattr(test, name) == pytest.approx(getattr(val, name)), name
+
+
+@pytest.mark.parametrize("scoring", ["val", "cross-validation"])
+def test_on_test_every_labelled_lesion_is_scored_by_every_head(phantom_dataset: PatchDataset, scoring: str) -> None:
+    probe = Probe(phantom_dataset, ProbeSettings.model_validate(FEW | {"scoring": scoring}), 8)
+    before = probe.score(model_of(phantom_dataset).encoder)
+    score = probe.score(model_of(phantom_dataset).encoder, "test")
+    assert set(score.per_image) == lesion_ids(phantom_dataset, "test")
+    assert score.dsc == pytest.approx(np.mean(list(score.per_image.values())), abs=1e-5)
+    assert probe.score(model_of(phantom_dataset).encoder) == before  # test has left no trace
+
+
+def test_a_test_split_without_a_lesion_is_refused(phantom_dataset: PatchDataset) -> None:
+    class Healthy(TestIsVal):
+        def table(self, *splits: str, columns: Any = ("id",)) -> Any:
+            found = super().table(*splits, columns=columns)
+            return found.assign(lesion=0.0) if splits == ("test",) else found
+
+    dataset = Healthy(phantom_dataset.place, phantom_dataset.manifest)
+    probe = Probe(dataset, ProbeSettings.model_validate(FEW | {"scoring": "val"}), 8)
+    with pytest.raises(DataError, match="no labelled test image with a lesion"):
+        probe.score(model_of(phantom_dataset).encoder, "test")
+
+
+def test_sizes_part_the_scored_images(phantom_dataset: PatchDataset) -> None:
+    probe = probe_of(phantom_dataset, scoring="val", sizes=(0.04, 0.08))
+    score = probe.score(model_of(phantom_dataset).encoder)
+    val = phantom_dataset.load("val")
+    shares = dict(zip(val.ids, val.masks.mean((1, 2)), strict=True))
+    classes = {
+        "small": [i for i in score.per_image if shares[i] < 0.04],
+        "medium": [i for i in score.per_image if 0.04 <= shares[i] <= 0.08],
+        "large": [i for i in score.per_image if shares[i] > 0.08],
+    }
+    assert {name: len(ids) for name, ids in classes.items()} == probe.images_by_size()
+    assert sum(len(ids) for ids in classes.values()) == score.images
+    for name, ids in classes.items():
+        mean = np.mean([score.per_image[i] for i in ids]) if ids else None
+        assert getattr(score, f"dsc_{name}") == (None if mean is None else pytest.approx(mean, abs=1e-5)), name
+
+
+def test_a_size_that_no_image_has_has_no_score(phantom_dataset: PatchDataset) -> None:
+    score = probe_of(phantom_dataset, scoring="val", sizes=(0.9, 0.95)).score(model_of(phantom_dataset).encoder)
+    assert score.dsc_small == pytest.approx(score.dsc)
+    assert (score.dsc_medium, score.dsc_large) == (None, None)

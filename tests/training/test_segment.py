@@ -17,7 +17,7 @@ from amlp_ray.data.dataset import PatchDataset, Split
 from amlp_ray.errors import CheckpointError, DataError, SettingsError
 from amlp_ray.method.model import MaskedAutoencoder
 from amlp_ray.training.checkpoint import export_encoder
-from amlp_ray.training.segment import segment
+from amlp_ray.training.segment import score_segmenter, segment
 
 SMALL: dict[str, Any] = {"epochs": 3, "batch_size": 6, "decoder_width": 8, "lr": 3e-3}
 
@@ -142,3 +142,33 @@ def test_a_split_without_masks_is_refused(dataset: Guarded, tmp_path: Path, name
 
     with pytest.raises(DataError, match=rf"has 0 labelled {name} images with a lesion, but 1 are needed"):
         run(Guarded.of(dataset, unlabel), tmp_path)
+
+
+def test_a_segmenter_that_was_saved_scores_as_when_it_was_trained(dataset: Guarded, tmp_path: Path) -> None:
+    trained = run(dataset, tmp_path, epochs=1, decoder_width=12)
+    found = score_segmenter(dataset, tmp_path / "encoder.safetensors", tmp_path / "out", "val")
+    assert found == {name: trained[name] for name in found}
+    assert trained.keys() - found.keys() == {"labels", "from_scratch", "encoder", "seconds"}
+
+
+def test_test_images_are_read_where_they_are_asked_for_by_name(
+    phantom_dataset: PatchDataset, dataset: Guarded, tmp_path: Path
+) -> None:
+    run(dataset, tmp_path, epochs=1)
+    encoder, out = tmp_path / "encoder.safetensors", tmp_path / "out"
+    found = score_segmenter(phantom_dataset, encoder, out, "test", sizes=(0.04, 0.08))
+    test = phantom_dataset.load("test")
+    shares = {test.ids[i]: test.masks[i].mean() for i in np.flatnonzero(test.masks.any((1, 2)))}
+    assert set(found["per_image"]) == set(shares)
+    large = [found["per_image"][name] for name, share in shares.items() if share > 0.08]
+    assert found["dsc_large"] == pytest.approx(np.mean(large), abs=1e-5)
+
+
+def test_a_segmenter_of_another_encoder_or_none_is_refused(dataset: Guarded, tmp_path: Path) -> None:
+    run(dataset, tmp_path, epochs=1)
+    other = export(dataset, tmp_path / "other.safetensors", width=48)
+    with pytest.raises(CheckpointError, match=r"segmenter\.safetensors cannot be read as a segmenter of its encoder"):
+        score_segmenter(dataset, other, tmp_path / "out", "val")
+    (tmp_path / "out" / "segmenter.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="run `segment` again"):
+        score_segmenter(dataset, tmp_path / "encoder.safetensors", tmp_path / "out", "val")

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis.extra.numpy import arrays
 
-from amlp_ray.training.scores import best_threshold, score_images
+from amlp_ray.training.scores import best_threshold, by_size, score_images, sizes_of
 
 masks = arrays(bool, (4, 5, 6))
 
@@ -84,3 +84,16 @@ def test_best_threshold_of_a_constant_probability_takes_everything_rather_than_n
     threshold, dsc = best_threshold(np.full((2, 4, 4), 0.5), truth, np.array([0.3, 0.6]))
     assert threshold == 0.3
     assert dsc == pytest.approx(2 / 3)
+
+
+def test_sizes_include_their_limits_in_the_middle_and_leave_out_images_without_a_lesion() -> None:
+    share = np.array([0.0, 0.019, 0.02, 0.1, 0.11])
+    found = {name: np.flatnonzero(chosen).tolist() for name, chosen in sizes_of(share, (0.02, 0.1)).items()}
+    assert found == {"small": [1], "medium": [2, 3], "large": [4]}
+
+
+def test_scores_by_size_are_means_and_none_where_there_is_no_image() -> None:
+    dsc, share = np.array([np.nan, 0.2, 0.4, 0.9]), np.array([0.0, 0.01, 0.015, 0.5])
+    found = by_size(dsc, share, (0.02, 0.1))
+    assert found == {"dsc_small": pytest.approx(0.3), "dsc_medium": None, "dsc_large": 0.9}
+    assert by_size(np.array([np.nan]), np.array([0.01]), (0.02, 0.1))["dsc_small"] is None

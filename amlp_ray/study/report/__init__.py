@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from amlp_ray.study.budget import counts
+from amlp_ray.study.report._importance import Importance, importance
 from amlp_ray.study.store import StudyStore
 
-__all__ = ["write_report"]
+__all__ = ["Importance", "importances", "write_report"]
+
+
+def importances(store: StudyStore) -> dict[str, Importance]:
+    """By objective, how much of the difference between the best trials and the rest each parameter explains."""
+    own = [trial for trial in store.search().get_trials(deepcopy=False) if counts(trial)]
+    return importance(own, store.settings().objectives)
 
 
 def write_report(store: StudyStore) -> Path:

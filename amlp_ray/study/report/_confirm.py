@@ -20,7 +20,7 @@ class Section:
     """The report's section of the confirmation."""
 
     state: str  # how far it is, and what the numbers below are of
-    sentences: list[str]  # a comparison each, by fine-tuning
+    sentences: list[str]  # a comparison each, by fine-tuning; none where they stand in the verdict
     beside: list[str]  # the same by the probe
     protocols: list[str]  # noise, agreement, ties
     method: str
@@ -30,9 +30,10 @@ class Section:
 
 
 def section(found: Confirmation) -> Section:
+    against = found.against_arms["finetune"]
     return Section(
         state=_state(found),
-        sentences=[_sentence(found, item, "finetune") for item in found.against_arms["finetune"]],
+        sentences=[_sentence(found, item, "finetune") for item in against if not found.opened],
         beside=[_sentence(found, item, "probe") for item in found.against_arms["probe"]],
         protocols=[_noise(found), _agreement(found), *(_ties(found, protocol) for protocol in PROTOCOLS)],
         method=(
@@ -56,7 +57,8 @@ def headed(searched: Verdict, found: Confirmation | None) -> Verdict:
     first = [items[name] for name in ("mae", "scratch") if name in items]
     rest = [item for item in items.values() if item not in first]
     beside = [item for item in found.against_arms["probe"] if item.theirs in ("mae", "scratch")]
-    told = [_sentence(found, item, "finetune") for item in first or rest[:1]]
+    shown = first or rest[:1]
+    told = [_sentence(found, item, "finetune", whole=item is shown[0]) for item in shown]
     if not told:
         told = [f"{_capital(found.chosen.title)} was confirmed, and no arm to compare it with."]
     return replace(
@@ -64,7 +66,7 @@ def headed(searched: Verdict, found: Confirmation | None) -> Verdict:
         kind=_kind(items),
         headline=" ".join(told),
         comparisons=[
-            *(_sentence(found, item, "finetune") for item in (rest if first else rest[1:])),
+            *(_sentence(found, item, "finetune") for item in rest if item not in shown),
             *(_sentence(found, item, "probe") for item in beside),
             f"In the search before, on val: {searched.headline}",
         ],
@@ -81,16 +83,24 @@ def _kind(items: dict[str, Against]) -> Literal["better", "tie", "worse", "open"
     return "better" if set(readings) == {"better"} else "tie"
 
 
-def _sentence(found: Confirmation, item: Against, protocol: Protocol) -> str:
-    """Such as: Over 3 seeds and 87 test images, trial 7 scores 0.612 DSC (fine-tuning), arm mae 0.608: +0.004 ..."""
+def _sentence(found: Confirmation, item: Against, protocol: Protocol, *, whole: bool = False) -> str:
+    """Such as: Against arm mae (plain MAE), 0.608: +0.004 [-0.012, +0.019], p 0.55 after Holm: no difference shown.
+
+    Args:
+        whole: begin with who is compared, over what: Over 3 seeds and 87 test images, trial 7 scores 0.612 DSC ...
+    """
     by_name = {candidate.name: candidate for candidate in found.candidates}
-    theirs, d = by_name[item.theirs], item.difference
-    about = f" ({theirs.about})" if theirs.about and not theirs.control else ""
-    text = (
-        f"Over {d.seeds} {'seed' if d.seeds == 1 else 'seeds'} and {d.images} {found.split} images, "
-        f"{by_name[item.ours].title} scores {item.our_mean:.3f} DSC ({NAMES[protocol]}), "
-        f"{theirs.title}{about} {item.their_mean:.3f}: {d.mean:+.3f}"
-    )
+    ours, theirs, d = by_name[item.ours], by_name[item.theirs], item.difference
+    named = f"{theirs.title} ({theirs.about})" if theirs.about and not theirs.control else theirs.title
+    if whole:
+        text = (
+            f"Over {d.seeds} {'seed' if d.seeds == 1 else 'seeds'} and {d.images} {found.split} images, {ours.title} "
+            f"scores {item.our_mean:.3f} DSC ({NAMES[protocol]}), {named} {item.their_mean:.3f}: {d.mean:+.3f}"
+        )
+    else:
+        who = "against" if ours is found.chosen else f"{ours.title} against"
+        text = f"{who} {named}, {item.their_mean:.3f}: {d.mean:+.3f}"
+        text = f"By the probe, {text}" if protocol == "probe" else _capital(text)
     if d.interval is not None:
         text += f" [{d.interval[0]:+.3f}, {d.interval[1]:+.3f}]"
     asked = f" {_capital(theirs.about)}" if theirs.control else ""

@@ -10,8 +10,9 @@ from optuna.trial import FrozenTrial
 from plotly.colors import sample_colorscale
 
 from amlp_ray.config import StudySettings
-from amlp_ray.study.population import RATIO, Population, leader, lineage, members, score_of
+from amlp_ray.study.population import Population, leader, lineage, members, score_of
 from amlp_ray.study.report._plot import ACCENT, PALE, SCALE, Figure, empty
+from amlp_ray.study.space import PBT_RATIO
 
 KEY, TITLE = "lineage", "Masking-ratio schedules of the population"
 CAPTION = (
@@ -34,7 +35,7 @@ def lineage_rows(settings: StudySettings, trials: Sequence[FrozenTrial]) -> list
     for trial in members(trials):
         generation, member, parent = (trial.user_attrs[name] for name in ("generation", "member", "parent"))
         before = own.get((generation - 1, member))
-        points = population.segment(trials, trial.number).values[RATIO]
+        points = population.segment(trials, trial.number).values[PBT_RATIO]
         rows.append(
             {
                 "trial": trial.number,

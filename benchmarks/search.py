@@ -25,7 +25,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch: replays
 
 import numpy as np
 import optuna
-from search_replay import Answer, Bowl, Nearest, Smooth, Step, Table, places, read_table, replay
+from search_figure import Run, draw
+from search_replay import Answer, Bowl, Nearest, Smooth, Step, Table, at, needed, places, read_table, replay
 
 from amlp_ray.study.statistics import Correlation, rank_correlation, seed_noise
 
@@ -59,11 +60,13 @@ def methods(ranking: int) -> dict[str, Rules]:
     }
 
 
-ANSWERS: dict[str, Callable[[Table], Answer]] = {
-    "once": Nearest,  # a row answers once
-    "again": lambda table: Nearest(table, again=True),
-    "smooth": Smooth,
-    "bowl": Bowl,
+# By table and seed. Where rows are shuffled, settings tell nothing, and what is left is what stopping early gives
+ANSWERS: dict[str, Callable[[Table, int], Answer]] = {
+    "once": lambda table, _: Nearest(table),
+    "again": lambda table, _: Nearest(table, again=True),
+    "smooth": lambda table, _: Smooth(table),
+    "shuffled": lambda table, seed: Nearest(table.shuffled(seed)),
+    "bowl": lambda table, _: Bowl(table),
 }
 
 
@@ -89,7 +92,8 @@ def main() -> None:
         lines = [",".join(rows[0]), *(",".join(_cell(value) for value in row.values()) for row in rows)]
         args.csv.write_text("\n".join(lines) + "\n")
     if args.figure:
-        draw(runs, rows, table.rungs[-1] * FULL, args.figure)
+        targets = {(row["answer"], row["workers"]): row["target"] for row in rows}
+        draw(runs, targets, table.rungs[-1] * FULL, SHARE, args.figure)
 
 
 # What the table can tell
@@ -135,8 +139,6 @@ def explained(table: Table) -> Correlation:
 
 # Replays
 
-Run = tuple[str, str, int, int]  # answer, method, workers, seed
-
 
 def run_all(args: argparse.Namespace, ranking: int) -> dict[Run, list[Step]]:
     tasks: list[Run] = list(product(args.answers, args.methods, args.workers, range(args.seeds)))
@@ -160,22 +162,11 @@ def run(task: Run, rows: Path, study: Path, ranking: int, out: Path | None) -> l
     sampler, pruner = methods(ranking)[method]
     settings = table.settings(f"replay-{seed}", seed, sampler, pruner)
     budget = table.rungs[-1] * FULL
-    steps = replay(table, settings, ANSWERS[kind](table), images=IMAGES, workers=workers, budget=budget)
+    steps = replay(table, settings, ANSWERS[kind](table, seed), images=IMAGES, workers=workers, budget=budget)
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps([list(vars(step).values()) for step in steps]))
     return steps
-
-
-def at(steps: Sequence[Step], spent: float, field: str) -> float:
-    """What had been found when so many epochs were spent; nan before anything was."""
-    known = [getattr(step, field) for step in steps if step.spent <= spent]
-    return known[-1] if known else math.nan
-
-
-def needed(steps: Sequence[Step], target: float) -> float:
-    """Epochs until a complete trial was as good; infinite where none was."""
-    return next((step.spent for step in steps if step.best >= target), math.inf)
 
 
 def summary(runs: dict[Run, list[Step]], budget: float) -> list[dict[str, Any]]:
@@ -191,7 +182,7 @@ def summary(runs: dict[Run, list[Step]], budget: float) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"answer": kind, "workers": workers, "method": method, "target": target}
             row |= {"trials": float(np.median([steps[-1].trials for steps in of]))}
             row |= dict(zip(("epochs_q1", "epochs", "epochs_q3"), epochs, strict=True))
-            row["share"] = epochs[1] / budget
+            row |= dict(zip(("share_low", "share", "share_high"), shares(of, target, budget), strict=True))
             row |= {"reached_in_quarter": float(np.mean([needed(s, target) <= SHARE * budget for s in of]))}
             row |= {"reached": float(np.mean([needed(s, target) < math.inf for s in of]))}
             for field, (name, spent) in product(("best", "incumbent"), (("quarter", SHARE * budget), ("full", budget))):
@@ -199,6 +190,15 @@ def summary(runs: dict[Run, list[Step]], budget: float) -> list[dict[str, Any]]:
                 row |= {f"{field}_{name}{end}": v for end, v in zip(("_q1", "", "_q3"), values, strict=True)}
             rows.append(row)
     return rows
+
+
+def shares(of: Sequence[Sequence[Step]], target: float, budget: float) -> tuple[float, float, float]:
+    """Median of the epochs needed, as a share of the budget, between the ends of its interval (bootstrap of seeds)."""
+    epochs = np.array([needed(steps, target) for steps in of])
+    drawn = epochs[np.random.default_rng(0).integers(0, len(epochs), (2000, len(epochs)))]
+    medians = np.percentile(drawn, 50, axis=1, method="inverted_cdf")
+    low, high = np.percentile(medians, [2.5, 97.5], method="inverted_cdf")
+    return float(low) / budget, quartiles_of(epochs.tolist())[1] / budget, float(high) / budget
 
 
 def quartiles_of(values: Sequence[float]) -> tuple[float, float, float]:
@@ -215,67 +215,16 @@ def print_summary(rows: Sequence[dict[str, Any]], budget: float) -> None:
         of = [row for row in rows if (row["answer"], row["workers"]) == (kind, workers)]
         target = f"random search's best in {budget:.0f} epochs: {of[0]['target']:.4f}"
         print(f"Answers: {kind}; workers: {workers}; {target}\n")
-        head = "method | trials | epochs needed (quartiles) | share | within a quarter | within all"
+        head = "method | trials | epochs needed (quartiles) | share (95 %) | within a quarter | within all"
         print(f"| {head} | best after a quarter | best after all | incumbent after all |")
         print("|---" * 9 + "|")
         for row in of:
             epochs = f"{_count(row['epochs'])} ({_count(row['epochs_q1'])}-{_count(row['epochs_q3'])})"
-            share = f"{row['share']:.2f}" if row["share"] < math.inf else "not reached"
+            share = f"{_share(row['share'])} ({_share(row['share_low'])}-{_share(row['share_high'])})"
             reached = f"{row['reached_in_quarter']:.0%} | {row['reached']:.0%}"
             bests = " | ".join(_range(row, name) for name in ("best_quarter", "best_full", "incumbent_full"))
             print(f"| {row['method']} | {row['trials']:.0f} | {epochs} | {share} | {reached} | {bests} |")
         print()
-
-
-def draw(runs: dict[Run, list[Step]], rows: Sequence[dict[str, Any]], budget: float, file: Path) -> None:
-    """Best DSC of complete trials against epochs spent: medians, and quartiles as bands."""
-    from plotly.subplots import make_subplots
-
-    shown = {
-        "random": "#52606d",
-        "tpe": "#3a8fb7",
-        "gp": "#7b2d8b",
-        "random+halving": "#e09f3e",
-        "tpe+halving": "#d1495b",
-        "tpe+hyperband": "#6a994e",
-    }
-    panels = list(dict.fromkeys((kind, workers) for kind, _, workers, _ in runs if kind in ("once", "bowl")))
-    titles = [
-        f"{workers} worker{'s' if workers > 1 else ''}{', made-up effect' * (k == 'bowl')}" for k, workers in panels
-    ]
-    figure = make_subplots(1, len(panels), subplot_titles=titles, horizontal_spacing=0.06)
-    grid = np.arange(0, budget + 1, 9.0)
-    for column, (kind, workers) in enumerate(panels, 1):
-        for method, colour in shown.items():
-            of = [steps for (k, m, w, _), steps in runs.items() if (k, m, w) == (kind, method, workers)]
-            if not of:
-                continue
-            values = np.array([[at(steps, spent, "best") for spent in grid] for steps in of])
-            known = np.isfinite(values).all(0)
-            low, middle, high = np.percentile(values[:, known], [25, 50, 75], axis=0)
-            x = grid[known]
-            band = {
-                "x": [*x, *x[::-1]],
-                "y": [*low, *high[::-1]],
-                "fill": "toself",
-                "fillcolor": colour,
-                "opacity": 0.1,
-            }
-            look = {"line_width": 0, "mode": "lines", "showlegend": False, "hoverinfo": "skip", "legendgroup": method}
-            figure.add_scatter(**band, **look, row=1, col=column)
-            line = {"color": colour, "width": 2.5, "shape": "hv"}
-            more = {"name": method, "legendgroup": method, "showlegend": column == 1}
-            figure.add_scatter(x=x, y=middle, mode="lines", line=line, **more, row=1, col=column)
-        target = next(row["target"] for row in rows if (row["answer"], row["workers"]) == (kind, workers))
-        figure.add_hline(target, line={"color": "#9aa5b1", "dash": "dash", "width": 1}, row=1, col=column)
-        figure.add_vline(SHARE * budget, line={"color": "#9aa5b1", "dash": "dot", "width": 1}, row=1, col=column)
-        figure.update_xaxes(title_text="epochs trained by all trials", range=[0, budget], row=1, col=column)
-    figure.update_yaxes(title_text="best DSC of complete trials, median of 30 seeds", row=1, col=1)
-    figure.update_xaxes(gridcolor="#eceff3", zeroline=False)
-    figure.update_yaxes(gridcolor="#eceff3", zeroline=False)
-    figure.update_layout(template="none", font={"family": "system-ui, sans-serif", "size": 14}, width=1200, height=520)
-    figure.update_layout(legend={"orientation": "h", "y": -0.18}, margin={"l": 80, "r": 20, "t": 40, "b": 100})
-    figure.write_html(file, include_plotlyjs=True)
 
 
 def _triple(values: Sequence[float]) -> str:
@@ -284,6 +233,10 @@ def _triple(values: Sequence[float]) -> str:
 
 def _count(epochs: float) -> str:
     return f"{epochs:.0f}" if epochs < math.inf else "never"
+
+
+def _share(share: float) -> str:
+    return f"{share:.2f}" if share < math.inf else "never"
 
 
 def _range(row: dict[str, Any], name: str) -> str:

@@ -10,7 +10,7 @@ import csv
 import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,10 @@ class Table:
         if missing:
             raise ValueError(f"{name} scores trials after epochs {sorted(missing)}, which are not in the table")
         return settings
+
+    def shuffled(self, seed: int) -> Table:
+        """The same rows and scores, but which setting has which scores is chance."""
+        return replace(self, scores=np.random.default_rng(seed).permutation(self.scores))
 
 
 def read_table(rows: Path, study: Path) -> Table:
@@ -230,3 +234,14 @@ def replay(
         else:
             heapq.heappush(ends, (now + rungs[0], worker, following, 0))
     return steps
+
+
+def at(steps: Sequence[Step], spent: float, field: str) -> float:
+    """What had been found when so many epochs were spent; nan before anything was."""
+    known = [getattr(step, field) for step in steps if step.spent <= spent]
+    return known[-1] if known else math.nan
+
+
+def needed(steps: Sequence[Step], target: float) -> float:
+    """Epochs until a complete trial was as good; infinite where none was."""
+    return next((step.spent for step in steps if step.best >= target), math.inf)

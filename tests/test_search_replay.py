@@ -15,8 +15,8 @@ import yaml
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # last: its modules have everyday names
 
-from search import methods, needed, quartiles_of  # noqa: E402
-from search_replay import Bowl, Nearest, Smooth, Step, Table, distances, places, read_table, replay  # noqa: E402
+from search import methods, quartiles_of, shares  # noqa: E402
+from search_replay import Bowl, Nearest, Smooth, Step, Table, distances, needed, places, read_table, replay  # noqa: E402
 
 STUDY: dict[str, Any] = {
     "name": "made",
@@ -144,6 +144,19 @@ def test_what_is_never_reached_is_infinite_and_quartiles_bear_that() -> None:
     assert needed(steps, 0.35) == 54
     assert needed(steps, 0.5) == math.inf
     assert quartiles_of([54, math.inf, 27, math.inf, math.inf]) == (54, math.inf, math.inf)
+
+
+def test_a_share_stands_between_the_ends_of_its_interval() -> None:
+    of = [[Step(spent, 0.4, 0.4, 1)] for spent in (27, 54, 81, 108, 135)] + [[Step(27, 0.3, 0.3, 1)]] * 2
+    low, share, high = shares(of, 0.4, 270)
+    assert low < share == 0.4 < high
+
+
+def test_shuffled_scores_stay_whole_rows(table: Table) -> None:
+    shuffled = table.shuffled(1)
+    assert shuffled.params == table.params
+    assert sorted(map(tuple, shuffled.scores)) == sorted(map(tuple, table.scores))
+    assert (shuffled.scores != table.shuffled(2).scores).any()
 
 
 def test_the_recorded_table_holds_what_its_study_file_says() -> None:

@@ -266,6 +266,7 @@ def _open(store: StudyStore, settings: StudySettings, labels: PatchDataset) -> O
     done = {f"{name}-{repeat}": (name, repeat) for name, repeat in wanted if _is_done(store, ended[name, repeat])}
     if not done:
         raise StudyError(f"No confirmation run of study {settings.name!r} is complete; see its trials for the reasons.")
+    _check_alike(settings, [store.confirm_folder(*key) for key in done.values()])
     if not labels.manifest.counts["test"].lesions:
         raise DataError(f"{labels.path} has no labelled test image with a lesion, so nothing can be confirmed on it.")
     opening = Opening(
@@ -278,6 +279,18 @@ def _open(store: StudyStore, settings: StudySettings, labels: PatchDataset) -> O
     record = {name: value for name, value in asdict(opening).items() if name != "now"}
     store.confirmation(create=True).set_user_attr(OPENED, record | {"candidates": names})
     return opening
+
+
+def _check_alike(settings: StudySettings, folders: list[Path]) -> None:
+    """Raise StudyError where a run was fine-tuned by other settings than `confirm.finetune`: they may be changed."""
+    for folder in folders:
+        path = folder / SEGMENTER / "settings.yaml"
+        held = build(SegmentSettings, read_yaml(path), str(path))
+        if held.model_copy(update={"seed": 0}) != settings.confirm.finetune.model_copy(update={"seed": 0}):
+            raise StudyError(
+                f"{folder} was fine-tuned with other settings than confirm.finetune has now, so it cannot be compared; "
+                f"restore them as its {SEGMENTER}/settings.yaml has them."
+            )
 
 
 def _is_done(store: StudyStore, trial: FrozenTrial) -> bool:

@@ -259,6 +259,16 @@ def test_a_data_set_without_test_lesions_is_refused_and_nothing_is_recorded(
     assert opened(trained) is None
 
 
+def test_runs_that_were_fine_tuned_differently_are_not_compared(
+    trained: StudyStore, phantom_dataset: PatchDataset
+) -> None:
+    confirm = trained.settings().confirm
+    changed = confirm.model_copy(update={"finetune": confirm.finetune.model_copy(update={"epochs": 9})})
+    with pytest.raises(StudyError, match=r"trial-0-0 was fine-tuned with other settings than confirm\.finetune"):
+        open_test(trained, trained.settings().model_copy(update={"confirm": changed}), phantom_dataset)
+    assert opened(trained) is None
+
+
 class Watched(PatchDataset):
     """Whether the test split had been recorded as opened whenever it was read."""
 

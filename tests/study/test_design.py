@@ -115,7 +115,7 @@ def test_arms_come_in_order_each_once_groups_spelt_out() -> None:
     names = [plan.name for plan in plans]
     assert names[0] == "scratch"
     assert names[1:6] == list(GROUPS["leave-one-out"])
-    assert names[6:-1] == [name for name in GROUPS["ladder"] if name != "amlp"]
+    assert names[6:-1] == [name for name in GROUPS["ladder"] if name not in names[:6]]
     assert names[-1] == "mine"
     assert len(set(names)) == len(names)
 
@@ -136,9 +136,15 @@ def test_the_ladder_leads_from_mae_to_amlp_one_part_at_a_time() -> None:
     weighted = {name: s.loss.weighting != "none" for name, s in found.items()}
     category = {name: s.loss.ccl_weight > 0 for name, s in found.items()}
     for name in found:
-        parts = ["mps", "amr", "rrl", "ccl"] if name == "amlp" else name.split("+")
-        has = ["mps" in parts, "amr" in parts, "rrl" in parts, "ccl" in parts]
+        added = {"mps", "amr", "rrl", "ccl"} - set(name.split("-")) if name.startswith("amlp") else set(name.split("+"))
+        has = ["mps" in added, "amr" in added, "rrl" in added, "ccl" in added]
         assert has == [aimed[name], rising[name], weighted[name], category[name]], name
+
+
+def test_no_two_steps_of_an_ablation_are_the_same_run() -> None:
+    plans = arm_plans(with_arms("scratch", "ladder", "leave-one-out"))
+    methods = [plan.settings(0).model_copy(update={"variant": "amlp"}).model_dump_json() for plan in plans]
+    assert len(set(methods)) == len(plans) == 11
 
 
 def test_leave_one_out_is_amlp_less_one_part_each() -> None:

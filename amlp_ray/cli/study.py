@@ -108,13 +108,23 @@ def confirm(
     seeds: Annotated[int | None, typer.Option(help="Repeats of each; none: as the study says.", min=2)] = None,
     runs: Runs = Path("runs"),
     address: Address = None,
+    as_json: Json = False,
 ) -> None:
     """Train the best trials and every arm again over several seeds, and look at the test images, once."""
     opened(name, runs)
     changes = [f"confirm.{key}={value}" for key, value in (("top", top), ("seeds", seeds)) if value is not None]
     study = load(Path(name), None, None, runs, changes)
-    study.confirm(address, notify=typer.echo)
-    typer.echo(f"report: {study.report()}")
+    study.confirm(address, notify=lambda line: typer.echo(line, err=as_json))
+    report = study.report()
+    if as_json:
+        from amlp_ray.study.confirmed import confirmation_of
+
+        found = confirmation_of(study.store)
+        print_json(None if found is None else found.as_dict())
+        return
+    for sentence in study.verdict():
+        typer.echo(sentence)
+    typer.echo(f"report: {report}")
 
 
 @app.command()

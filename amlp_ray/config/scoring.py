@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from amlp_ray.config.method import Share
 from amlp_ray.settings import Settings
@@ -21,6 +21,13 @@ class ProbeSettings(Settings):
     # shares of the image: below the first a lesion is small, above the second large; BUSI's quartiles: 0.018, 0.127
     sizes: tuple[float, float] = (0.02, 0.1)
     seed: int = Field(0, ge=0)  # subsets and folds; the same for all trials of a study
+
+    @field_validator("sizes")
+    @classmethod
+    def _check_sizes(cls, given: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < given[0] <= given[1] < 1:
+            raise ValueError(f"two rising shares between 0 and 1, such as [0.02, 0.1], not {list(given)}")
+        return given
 
 
 class SegmentSettings(Settings):

@@ -15,6 +15,26 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 Answer = TypeVar("Answer")
 
 
+class News:
+    """Picks from a stored study's trials those that may have changed since the last time: an ended one never does."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._open: list[int] = []  # numbers of those that had not ended
+
+    def of(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Return the trials that are new or had not ended at the last call.
+
+        Args:
+            trials: all of a study, in their order; what was read earlier than at the last call takes nothing back.
+        """
+        news = [trials[n] for n in self._open if n < len(trials)] + list(trials[self._seen :])
+        later = [n for n in self._open if n >= len(trials)]
+        self._open = [t.number for t in news if not t.state.is_finished()] + later
+        self._seen = max(self._seen, len(trials))
+        return news
+
+
 class Known(FrozenTrial):
     """A trial as samplers see it: without attributes of users and dates, and with its parameters sorted.
 

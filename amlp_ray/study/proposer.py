@@ -21,7 +21,7 @@ from optuna.trial import FixedTrial, FrozenTrial, TrialState
 from amlp_ray.config import SamplerSettings, StudySettings
 from amlp_ray.errors import SettingsError
 from amlp_ray.study.design import derived_seed
-from amlp_ray.study.mirror import Known, Mirror
+from amlp_ray.study.mirror import Known, Mirror, News
 from amlp_ray.study.sampling import GENERATION, POINT, Seen, UnlimitedError, check_sampler, combinations, make_sampler
 from amlp_ray.study.space import defaults, suggest, suggestion
 
@@ -70,7 +70,8 @@ class Proposer:
         self._scored = list(settings.objectives) == [settings.metric]
         self._mirror = Mirror(settings.name, names)
         self._lock = threading.Lock()
-        self._news: Sequence[FrozenTrial] = ()
+        self._stored: Sequence[FrozenTrial] = ()
+        self._news = News()
         self._done: dict[Key, int] = {}  # settings of finished trials
         self._tried: dict[int, Key] = {}  # of all others: those that run, and those that failed
         self._ended: set[int] = set()
@@ -79,8 +80,8 @@ class Proposer:
         self._all: list[dict[str, Any]] | None = None  # combinations of a finite space, shuffled
 
     def sync(self, trials: Sequence[FrozenTrial]) -> None:
-        """Say what the store holds; taken in by the next `propose`, which passes over what it knows."""
-        self._news = trials
+        """Say what the store holds: all trials in their order, taken in by the next `propose`."""
+        self._stored = trials
 
     def values(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings by dotted name of a trial with these parameters."""
@@ -210,7 +211,7 @@ class Proposer:
     # What the store holds
 
     def _take_in(self) -> None:
-        for trial in self._news:
+        for trial in self._news.of(self._stored):
             number = trial.number
             if number in self._ended or trial.state == TrialState.WAITING:
                 continue

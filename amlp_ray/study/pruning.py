@@ -28,7 +28,7 @@ from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 
 from amlp_ray.config import PrunerSettings, StudySettings
 from amlp_ray.study.design import first_prunable_epoch, rung_epochs
-from amlp_ray.study.mirror import Known, Mirror
+from amlp_ray.study.mirror import Known, Mirror, News
 from amlp_ray.study.space import suggest
 
 _HALVINGS = ("halving", "hyperband")
@@ -78,7 +78,9 @@ class Pruning:
         self._direction = settings.objectives.get(settings.metric, "maximize")  # type: ignore[call-overload]
         self._full = settings.trial({}, seed=0).epochs
         self._mirrors: dict[int, Mirror] = {}  # by bracket
-        self._ended: dict[int, FrozenTrial] = {}
+        self._news = News()
+        self._complete: list[FrozenTrial] = []
+        self._limits: dict[int, tuple[tuple[int, ...], int]] = {}  # of trials that run: see `_rungs_of`
 
     def report(self, study: optuna.Study, number: int, epoch: int, value: float | None) -> bool:
         """Store a rung's score; whether there was one and it is new. Trials of several objectives have them too."""
@@ -97,22 +99,19 @@ class Pruning:
             return False
         trials = self._study.get_trials(deepcopy=False)
         trial = trials[number]
-        values = suggest(FixedTrial(dict(trial.params)), self._settings)  # type: ignore[arg-type]  # asks the same
-        own = self._settings.trial(values, seed=0)
-        rungs = rung_epochs(own.epochs, self._rules)
-        first = first_prunable_epoch(own, self._rules, self._images)
+        rungs, first = self._rungs_of(trial)
         if epoch not in trial.intermediate_values or not first <= epoch < rungs[-1] or epoch not in rungs:
             return False
-        self._take_in(trials)
-        if sum(t.state == TrialState.COMPLETE for t in self._ended.values()) < self._rules.startup:
+        beside = self._take_in(trials)
+        if len(self._complete) < self._rules.startup:
             return False
         scores = {at: value for at, value in trial.intermediate_values.items() if at in rungs and at <= epoch}
         if self._rules.name == "wilcoxon":
             return self._is_worse_on_images(number, rungs.index(epoch), epoch)
         if self._rules.name != "patient":
             scores = {at: value for at, value in scores.items() if at >= first}
-        for other in trials:  # those that run beside it have scores too
-            if other.state == TrialState.RUNNING and other.number != number:
+        for other in beside if self._rules.name in _HALVINGS else ():  # which rank those that run too
+            if other.number != number:
                 self._show(other)
         return self._ask(number, {rungs.index(at): value for at, value in scores.items()})
 
@@ -130,11 +129,26 @@ class Pruning:
         finally:
             mirror.drop(number)
 
-    def _take_in(self, trials: list[FrozenTrial]) -> None:
-        for trial in trials:
-            if trial.number not in self._ended and trial.state.is_finished() and "copy_of" not in trial.user_attrs:
-                self._ended[trial.number] = trial
+    def _rungs_of(self, trial: FrozenTrial) -> tuple[tuple[int, ...], int]:
+        """Epochs of its rungs, and the first epoch at which it may be pruned."""
+        if trial.number not in self._limits:
+            values = suggest(FixedTrial(dict(trial.params)), self._settings)  # type: ignore[arg-type]  # asks the same
+            own = self._settings.trial(values, seed=0)
+            first = first_prunable_epoch(own, self._rules, self._images)
+            self._limits[trial.number] = rung_epochs(own.epochs, self._rules), first
+        return self._limits[trial.number]
+
+    def _take_in(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """Know the trials that ended since the last time; return those that run."""
+        news = self._news.of(trials)
+        for trial in news:
+            if trial.state.is_finished() and "copy_of" not in trial.user_attrs:
                 self._show(trial)
+                if trial.state == TrialState.COMPLETE:
+                    self._complete.append(trial)
+            if trial.state.is_finished():
+                self._limits.pop(trial.number, None)
+        return [trial for trial in news if trial.state == TrialState.RUNNING]
 
     def _show(self, trial: FrozenTrial) -> None:
         rungs = rung_epochs(int(trial.params.get("epochs", self._full)), self._rules)
@@ -184,7 +198,7 @@ class Pruning:
 
     def _best_first(self) -> list[FrozenTrial]:
         """Complete trials by their last score, best first; an imported one has no images and is passed over."""
-        scored = [t for t in self._ended.values() if t.state == TrialState.COMPLETE and t.intermediate_values]
+        scored = [t for t in self._complete if t.intermediate_values]
         last = {t.number: t.intermediate_values[max(t.intermediate_values)] for t in scored}
         return sorted(scored, key=lambda t: last[t.number], reverse=self._direction == "maximize")
 

@@ -20,7 +20,8 @@ from amlp_ray.config import PretrainSettings, StudySettings
 from amlp_ray.errors import SettingsError
 from amlp_ray.study.budget import counts
 from amlp_ray.study.confirm import confirm_seed, confirmation_plan, finetuning
-from amlp_ray.study.design import arm_plans, derived_seed, rung_epochs, with_schedule
+from amlp_ray.study.design import ArmPlan, arm_plans, derived_seed, rung_epochs, with_schedule
+from amlp_ray.study.mirror import News
 from amlp_ray.study.population import WAIT, Population, Segment
 from amlp_ray.study.proposer import Duplicate, Proposal, Proposer
 from amlp_ray.study.store import StudyStore
@@ -61,6 +62,8 @@ class WorkQueue:
         self.search, self.arms = store.search(), store.arms(create=True)
         self.confirmation = store.confirmation(create=True) if phase == "confirm" else None
         self._proposer = Proposer(settings, self.search.directions)
+        self._news, self._begun = News(), 0  # what may have changed in the search; trials of it that count and ended
+        self._arms_left = self._missing_arms() if phase == "search" else []
         self._population = Population(settings) if settings.sampler.name == "pbt" else None
         self._ahead = ahead
         self._thread = ThreadPoolExecutor(1, "amlp-sampler")
@@ -96,15 +99,18 @@ class WorkQueue:
 
     # Baselines and confirmation
 
-    def _next_arm(self) -> Work | None:
+    def _missing_arms(self) -> list[tuple[ArmPlan, int]]:
         there = {(t.user_attrs["arm"], t.user_attrs["repeat"]) for t in self.arms.get_trials(deepcopy=False)}
-        for repeat in range(self._settings.arm_seeds):
-            for plan in arm_plans(self._settings):
-                if (plan.name, repeat) not in there:
-                    about = {"arm": plan.name, "repeat": repeat, "diagnosis": plan.diagnosis}
-                    path = self._relative(self._store.arm_folder(plan.name, repeat))
-                    if work := self._begin(self.arms, attributes=about | {"path": path}):
-                        return work
+        plans, repeats = arm_plans(self._settings), range(self._settings.arm_seeds)
+        return [(plan, repeat) for repeat in repeats for plan in plans if (plan.name, repeat) not in there]
+
+    def _next_arm(self) -> Work | None:
+        while self._arms_left:
+            plan, repeat = self._arms_left.pop(0)
+            about = {"arm": plan.name, "repeat": repeat, "diagnosis": plan.diagnosis}
+            path = self._relative(self._store.arm_folder(plan.name, repeat))
+            if work := self._begin(self.arms, attributes=about | {"path": path}):
+                return work
         return None
 
     def _next_confirmation(self, study: optuna.Study) -> Work | None:
@@ -129,7 +135,9 @@ class WorkQueue:
     def _next_trial(self, trials_left: Callable[[int], bool]) -> Work | Wait | None:
         while True:
             trials = self.search.get_trials(deepcopy=False)
-            if not trials_left(sum(map(counts, trials))):
+            news = self._news.of(trials)
+            self._begun += sum(counts(t) for t in news if t.state.is_finished())
+            if not trials_left(self._begun + sum(counts(t) for t in news if not t.state.is_finished())):
                 return None
             if self._population is not None:
                 segment = self._population.next(trials)
@@ -138,7 +146,7 @@ class WorkQueue:
                 if work := self._begin_segment(segment):
                     return work
                 continue
-            waiting = next((t for t in trials if t.state == TrialState.WAITING), None)
+            waiting = next((t for t in news if t.state == TrialState.WAITING), None)
             if waiting is not None:
                 if work := self._begin_enqueued(waiting, trials):
                     return work

@@ -60,7 +60,8 @@ class StudySearcher(Searcher):
         self._store, self._settings, self._queue = store, settings, queue
         self._board, self._seconds, self._notify = board, seconds, notify
         self._pruning = Pruning(queue.search, settings, images, store.trial_folder)
-        self._ledger = Ledger.of(t for study in queue.studies for t in study.get_trials(deepcopy=False))
+        stored = [t for study in queue.studies for t in study.get_trials(deepcopy=False)]
+        self._ledger = Ledger.of(t for t in stored if t.state.is_finished())  # others are counted when they end
         self._running: dict[str, Running] = {}
         self._first_ends: list[str | None] = []  # the reason of each that failed, None of one that did not
         self._lock = threading.RLock()
@@ -87,6 +88,8 @@ class StudySearcher(Searcher):
             running = self._running.get(trial_id)
             if running is None or "epoch" not in result or "ended" in result or "failed" in result:
                 return
+            if self.ending == "lease":  # what it says now is for the next driver to hear, and to store
+                return
             task, epoch, value = running.work.task, int(result["epoch"]), result.get(self._settings.metric, math.nan)
             running.epoch = epoch
             self._ledger.report(
@@ -107,7 +110,9 @@ class StudySearcher(Searcher):
             if running is None:
                 return
             result = result or {}
-            if error:
+            if self.ending == "lease":  # the store is another driver's, or gone: whoever comes next takes the trial over
+                self._ledger.drop(trial_id)
+            elif error:
                 self._lost(trial_id, running)
             elif "failed" in result:
                 self._fail(trial_id, running, result["failed"], result)
@@ -202,7 +207,8 @@ class StudySearcher(Searcher):
 
     def _end(self, trial_id: str, running: Running, result: dict[str, Any]) -> None:
         work, task = running.work, running.work.task
-        last = max(_intermediate(work), default=None)
+        scores = self._store.storage().get_trial(work.trial_id).intermediate_values
+        last = max(scores, default=None)
         full = last is not None and last >= max(task.rungs)
         if not full and self.ending in ("pause", "lease", "resources"):
             self._ledger.drop(trial_id)
@@ -213,7 +219,7 @@ class StudySearcher(Searcher):
             why = f"budget used before its first rung: {self.ending_reason}" if self.ending == "budget" else ""
             self._fail(trial_id, running, why or f"no rung gave a finite {_name(self._settings.metric)}", result)
             return
-        value = _intermediate(work)[last]
+        value = scores[last]
         facts = self._describe(trial_id, running, result)
         complete = full and (task.until is None or task.until >= task.settings.epochs)
         values = self._values(work, facts, value) if complete else None
@@ -275,10 +281,6 @@ class StudySearcher(Searcher):
             over = [facts[name] - limit for name, limit in limits.items() if facts.get(name) is not None]
             storage.set_trial_system_attr(work.trial_id, "constraints", over)  # Optuna's own name: dashboards show it
         return facts
-
-
-def _intermediate(work: Work) -> dict[int, float]:
-    return work.study.get_trials(deepcopy=False)[work.number].intermediate_values
 
 
 def _name(metric: str) -> str:

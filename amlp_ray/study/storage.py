@@ -22,12 +22,20 @@ import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import FrozenTrial
 
 from amlp_ray.errors import StudyError
 
 DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql", "sqlite": "sqlite"}  # pure or binary wheels
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0
+# Logs of a trial that runs: scores of rungs and attributes. Were they lost in a power cut, its end would be too, so the
+# next run takes it over and stores them again; a wait for the disk for each would hold up all other trials.
+_TOLD_AGAIN = {
+    JournalOperation.SET_TRIAL_INTERMEDIATE_VALUE,
+    JournalOperation.SET_TRIAL_USER_ATTR,
+    JournalOperation.SET_TRIAL_SYSTEM_ATTR,
+}
 TOKEN = "token"  # of a new trial: tells whether it was stored before the answer was lost
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line per state change is ours to print
@@ -50,7 +58,8 @@ class Journal(JournalFileBackend):
             try:
                 file.write(text)
                 file.flush()
-                os.fsync(file.fileno())
+                if any(log["op_code"] not in _TOLD_AGAIN for log in logs):
+                    os.fsync(file.fileno())
             except OSError:
                 os.truncate(self._path, end)  # room for what is half-written comes back
                 raise

@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -52,7 +52,7 @@ class Task:
     def as_config(self) -> dict[str, Any]:
         """Plain values, which is what Tune shows and stores of a trial."""
         plain = {name: getattr(self, name) for name in _MODELS}
-        return asdict(self) | {name: value and value.model_dump(mode="json") for name, value in plain.items()}
+        return vars(self) | {name: value and value.model_dump(mode="json") for name, value in plain.items()}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Task:
@@ -111,11 +111,16 @@ def amlp_trial(config: dict[str, Any]) -> dict[str, Any]:
         with _only_writer(folder):
             forget_peak_memory()
             write_provenance(task)
-            for row in own_rows(read_metrics(folder)):  # of an earlier driver, which may have died before storing them
+            should_stop = partial(asked_to_return, config["board"], task)
+            rows = own_rows(read_metrics(folder))
+            for row in rows:  # of an earlier driver, which may have died before storing them
                 if "dsc" in row:
                     tune.report(_rung(row, folder))
+                    if should_stop():  # it died before the trial returned; one more rung would be another result
+                        task = replace(task, until=rows[-1]["epoch"])
+                        break
             alone = task.resources.workers == 1 or task.settings.objective == "none"
-            (run_alone if alone else run_in_group)(task, partial(asked_to_return, config["board"], task))
+            (run_alone if alone else run_in_group)(task, should_stop)
             if task.finetune is not None:
                 _confirm(task)
         return {"ended": True, **_spent(folder, time.perf_counter() - started), **_memory(task)}

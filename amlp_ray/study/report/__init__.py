@@ -8,13 +8,22 @@ from amlp_ray.study.budget import counts
 from amlp_ray.study.report._importance import Importance, importance
 from amlp_ray.study.store import StudyStore
 
-__all__ = ["Importance", "importances", "write_report"]
+__all__ = ["Importance", "confirmation_in_words", "importances", "write_report"]
 
 
 def importances(store: StudyStore) -> dict[str, Importance]:
     """By objective, how much of the difference between the best trials and the rest each parameter explains."""
     own = [trial for trial in store.search().get_trials(deepcopy=False) if counts(trial)]
     return importance(own, store.settings().objectives)
+
+
+def confirmation_in_words(store: StudyStore) -> list[str]:
+    """What the confirmation shows, a sentence each; empty where there is none."""
+    from amlp_ray.study.confirmed import confirmation_of
+    from amlp_ray.study.report._confirm import in_words
+
+    found = confirmation_of(store)
+    return [] if found is None else in_words(found)
 
 
 def write_report(store: StudyStore) -> Path:

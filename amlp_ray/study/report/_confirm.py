@@ -49,6 +49,12 @@ def section(found: Confirmation) -> Section:
     )
 
 
+def in_words(found: Confirmation) -> list[str]:
+    """The comparisons by fine-tuning, what the two protocols agree on, and cautions, a sentence each."""
+    compared = [_sentence(found, item, "finetune") for item in found.against_arms["finetune"]]
+    return [_state(found), *compared, _noise(found), _agreement(found), *_cautions(found)]
+
+
 def headed(searched: Verdict, found: Confirmation | None) -> Verdict:
     """The verdict of a study: that of the confirmation, once test images were opened, and of the search until then."""
     if found is None or not found.opened or found.chosen is None:

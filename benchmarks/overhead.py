@@ -96,7 +96,12 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--trials", type=int, default=10_000, help="of the simulated study")
     parser.add_argument("--samplers", nargs="+", default=["random", "tpe"])
-    parser.add_argument("--pruners", nargs="+", default=["none", "median"])
+    parser.add_argument(
+        "--pruners",
+        nargs="+",
+        default=["none", "median", "median-deaf"],
+        help="-deaf: no trial stops early, whatever the pruner says",
+    )
     parser.add_argument("--ahead", type=int, default=SLOTS, help="suggestions of tpe made while trials run; 0: none")
     parser.add_argument(
         "--clock", choices=("busy", "wall"), default="busy", help="busy: processor time, and waits for the disk and Ray"
@@ -250,7 +255,7 @@ def simulated(folder: Path, sampler: str, pruner: str, options: argparse.Namespa
         folder,
         f"{sampler}-{pruner}",
         sampler={"name": sampler, "ahead": ahead},
-        pruner={"name": pruner, "rungs": RUNGS, "min_steps": 0},
+        pruner={"name": pruner.removesuffix("-deaf"), "rungs": RUNGS, "min_steps": 0},
         budget={"trials": options.trials},
     )
     clock, board = Clock(options.clock), ray.remote(StopBoard).options(num_cpus=0).remote()
@@ -262,7 +267,7 @@ def simulated(folder: Path, sampler: str, pruner: str, options: argparse.Namespa
         seconds = lambda: clock.now  # noqa: E731
         searcher = Searcher(store, settings, queue, images=IMAGES, board=board, seconds=seconds, notify=log)
         started = time.perf_counter()
-        epochs = play(searcher, clock)
+        epochs = play(searcher, clock, deaf=pruner.endswith("-deaf"))
     ray.kill(board)
     trials = store.search().get_trials(deepcopy=False)
     assert [t.state.is_finished() for t in trials] == [True] * options.trials
@@ -292,10 +297,11 @@ def simulated(folder: Path, sampler: str, pruner: str, options: argparse.Namespa
     return facts
 
 
-def play(searcher: Searcher, clock: Clock) -> int:
+def play(searcher: Searcher, clock: Clock, *, deaf: bool = False) -> int:
     """Call a searcher as Tune's loop does: a trial is asked for if a slot is free, then one result is passed on.
 
-    A trial goes on when its result was handled. Returns the epochs that trials trained.
+    A trial goes on when its result was handled, and stops early where it is asked to and is not deaf. Returns the
+    epochs that trials trained.
     """
     results: list[tuple[float, int, Stub]] = []
     order, slots, epochs, over = itertools.count(), SLOTS, 0, False
@@ -328,7 +334,7 @@ def play(searcher: Searcher, clock: Clock) -> int:
         score = stub_score(stub.task, stub.epoch)
         told = {"epoch": stub.epoch, "epochs": stub.epoch, "seconds": TRIAL_S * stub.epoch / RUNGS, "dsc": score}
         clock.call(searcher.on_trial_result, stub.key, told)
-        stub.ended = stub.epoch == RUNGS or stub.task["folder"] in searcher.asked
+        stub.ended = stub.epoch == RUNGS or (stub.task["folder"] in searcher.asked and not deaf)
         if stub.ended:
             heapq.heappush(results, (clock.now, next(order), stub))
         else:
@@ -394,16 +400,17 @@ def real(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     trials = store.search().get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     assert len(trials) == options.pieces * options.per_piece
     ratio = statistics.median(ours / theirs for ours, theirs in zip(seconds["study"], seconds["tune"], strict=True))
+    per_second = {name: len(trials) / sum(took) for name, took in seconds.items()}
     facts = {
         "trials": len(trials),
         "at_once": at_once,
         "seconds": seconds,
-        "per_second": {name: len(trials) / sum(took) for name, took in seconds.items()},
+        "per_second": per_second,
         "ratio": ratio,
         "share": 1 - 1 / ratio,
     }
     print(
-        f"real: {facts['per_second']['study']:.2f} trials/s, plain Tune {facts['per_second']['tune']:.2f}; "
+        f"real: {per_second['study']:.2f} trials/s, plain Tune {per_second['tune']:.2f}; "
         f"time {ratio:.3f} of Tune's (median of pieces): platform {facts['share']:.1%}"
     )
     return facts

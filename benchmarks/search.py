@@ -45,7 +45,7 @@ def methods(ranking: int) -> dict[str, Rules]:
     """Sampler and pruner of each method. `ranking`: epochs of the first rung that ranks."""
     tpe, gp, random = {"name": "tpe"}, {"name": "gp"}, {"name": "random"}
     halving, hyperband = {"name": "halving", **HALVING}, {"name": "hyperband", **HALVING}
-    patient = {"rungs": 9, "min_steps": ranking * (IMAGES // 16)}
+    late = {"rungs": 9, "min_steps": ranking * (IMAGES // 16)}
     return {
         "random": (random, NONE),
         "tpe": (tpe, NONE),
@@ -54,8 +54,8 @@ def methods(ranking: int) -> dict[str, Rules]:
         "tpe+halving": (tpe, halving),
         "gp+halving": (gp, halving),
         "tpe+hyperband": (tpe, hyperband),
-        "tpe+halving, ranking rungs": (tpe, {"name": "halving", **patient}),
-        "tpe+median, ranking rungs": (tpe, {"name": "median", **patient}),
+        "tpe+halving, ranking rungs": (tpe, {"name": "halving", **late}),
+        "tpe+median, ranking rungs": (tpe, {"name": "median", **late}),
         "tpe+median, 400 steps": (tpe, {"name": "median", "rungs": 9}),
     }
 

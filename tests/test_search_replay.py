@@ -10,7 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import TrialState, create_trial
+
+from amlp_ray.config import StudySettings
+from amlp_ray.settings import build, write_yaml
+from amlp_ray.study.exchange import export_trials
+from amlp_ray.study.store import StudyStore
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # last: its modules have everyday names
@@ -31,19 +37,25 @@ NONE, HALVING = methods(9)["random"][1], methods(9)["random+halving"][1]
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
     """40 settings, better with a higher lr, whose rungs all rank as the last one does."""
-    folder = tmp_path_factory.mktemp("table")
-    rungs = [f"rungs.{rung}" for rung in RUNGS]
-    columns = ["kind", "state", "values.dsc", "params.lr", "params.selection.mode", *rungs, "attributes.arm"]
-    lines = [",".join([*columns, "facts.seconds"])]
+    store = StudyStore(tmp_path_factory.mktemp("table"))
+    write_yaml(build(StudySettings, STUDY, "made"), store.folder / "study.yaml")
+    space = {
+        "lr": FloatDistribution(1e-4, 1e-2, log=True),
+        "selection.mode": CategoricalDistribution(["random", "hard"]),
+    }
+    search, arms = store.search(create=True, directions=["maximize"]), store.arms(create=True)
+    about = {"facts": {"seconds": 9.0}}
     for i, lr in enumerate(np.geomspace(1e-4, 1e-2, 40)):
-        scores = [f"{0.3 + i / 400 + rung / 1000:.4f}" for rung in RUNGS]
-        row = [scores[-1], f"{lr:.6g}", ("random", "hard")[i % 2], *scores, "", "9"]
-        lines.append(",".join(["search", "COMPLETE", *row]))
-    lines.append(",".join(["search", "FAIL", "", "0.001", "hard", *[""] * len(RUNGS), "", "1"]))
-    lines.append(",".join(["arm", "COMPLETE", "0.31", "", "", *[""] * len(RUNGS), "mae", "9"]))
-    (folder / "table.csv").write_text("\n".join(lines) + "\n")
-    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
-    return read_table(folder / "table.csv", folder / "study.yaml")
+        params = {"lr": float(lr), "selection.mode": ("random", "hard")[i % 2]}
+        scores = {rung: 0.3 + i / 400 + rung / 1000 for rung in RUNGS}
+        known: dict[str, Any] = {"params": params, "distributions": space, "intermediate_values": scores}
+        search.add_trial(create_trial(value=scores[RUNGS[-1]], user_attrs=about, **known))
+    search.add_trial(create_trial(state=TrialState.FAIL, user_attrs=about, params=params, distributions=space))
+    arms.add_trial(
+        create_trial(value=0.31, user_attrs={**about, "arm": "mae", "repeat": 0}, intermediate_values={0: 0.31})
+    )
+    export_trials(store, store.folder / "table.csv")
+    return read_table(store.folder / "table.csv", store.folder / "study.yaml")
 
 
 def run(table: Table, pruner: dict[str, Any], *, workers: int = 1, budget: float = 10_000, seed: int = 0) -> list[Step]:
@@ -51,7 +63,7 @@ def run(table: Table, pruner: dict[str, Any], *, workers: int = 1, budget: float
     return replay(table, settings, Nearest(table), images=320, workers=workers, budget=budget)
 
 
-def test_a_table_has_complete_trials_only_and_its_arms_apart(table: Table) -> None:
+def test_an_exported_study_is_a_table_of_its_complete_trials_with_arms_apart(table: Table) -> None:
     assert table.scores.shape == (40, 9)
     assert table.rungs == RUNGS
     assert table.arms == {"mae": [0.31]}

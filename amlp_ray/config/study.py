@@ -26,6 +26,10 @@ from amlp_ray.settings import Settings, build, merged, nested
 FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
 
+def _dsc_alone() -> dict[Objective, Direction]:
+    return {"dsc": "maximize"}
+
+
 class ConfirmSettings(Settings):
     """The best trials and every arm again, over several seeds, by both protocols, with one look at the test images."""
 
@@ -50,7 +54,7 @@ class StudySettings(Settings):
     require: tuple[str, ...] = ()  # what holds in every trial, such as `ratio.start <= ratio.end`
     probe: ProbeSettings = ProbeSettings()
     # several: a Pareto front instead of one best
-    objectives: dict[Objective, Direction] = Field(default_factory=lambda: {"dsc": "maximize"})
+    objectives: dict[Objective, Direction] = Field(default_factory=_dsc_alone)
     # that a trial should keep, memory in GB
     limits: dict[Literal["seconds", "gpu_seconds", "memory"], float] = Field(default_factory=dict)
     sampler: SamplerSettings = SamplerSettings()

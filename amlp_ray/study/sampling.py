@@ -6,6 +6,7 @@ among a trial's system attributes (its generation, its point of a sequence), and
 
 from __future__ import annotations
 
+import heapq
 import math
 import warnings
 from collections import defaultdict
@@ -99,7 +100,7 @@ class Tpe(optuna.samplers.TPESampler):
             states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
             trials = [t for t in study.get_trials(deepcopy=False, states=states) if t.number != trial.number]
             good = default_gamma_multiobjective if len(study.directions) > 1 else default_gamma
-            self._split = _split_trials(study, trials, good(sum(t.state != TrialState.RUNNING for t in trials)))
+            self._split = _good_and_poor(study, trials, good(sum(t.state != TrialState.RUNNING for t in trials)))
         below, above = (
             self._build_parzen_estimator(study, search_space, trials, handle_below=i == 0)
             for i, trials in enumerate(self._split)
@@ -114,6 +115,16 @@ class Tpe(optuna.samplers.TPESampler):
         rows = [of(t.internal) for t in trials if first in t.internal and search_space.keys() <= t.internal.keys()]
         columns = np.array(rows, dtype=float).reshape(len(rows), len(names))
         return {name: columns[:, i] for i, name in enumerate(names)}
+
+
+def _good_and_poor(study: Study, trials: list[FrozenTrial], good: int) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
+    """Trials in Optuna's own two parts, without its sorting of pruned ones where enough complete ones are good."""
+    complete = [t for t in trials if t.state == TrialState.COMPLETE]
+    if len(study.directions) > 1 or len(complete) < good or any(t.constraints for t in trials):
+        return _split_trials(study, trials, good)
+    sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
+    best = {t.number for t in heapq.nsmallest(good, complete, key=lambda t: sign * t.values[0])}
+    return [t for t in complete if t.number in best], [t for t in trials if t.number not in best]
 
 
 class _Groups(_GroupDecomposedSearchSpace):

@@ -110,7 +110,7 @@ class StudySearcher(Searcher):
             if running is None:
                 return
             result = result or {}
-            if self.ending == "lease":  # the store is another driver's, or gone: whoever comes next takes the trial over
+            if self.ending == "lease":  # the store is another driver's, or gone; the next one takes the trial over
                 self._ledger.drop(trial_id)
             elif error:
                 self._lost(trial_id, running)
@@ -139,7 +139,7 @@ class StudySearcher(Searcher):
         - `stop`: they finish.
         - `pause`, `lease`, `resources`: they return after their epoch, are not told, and are continued later.
         - `budget`: they return after their rung, told PRUNED.
-        - `cancel`: they are told FAIL at once.
+        - `cancel`: they are told FAIL at once; baselines and confirmation runs, which nothing replaces, are not told.
         - `alike`: they return, told as what they are.
         """
         with self._lock:
@@ -154,14 +154,24 @@ class StudySearcher(Searcher):
             if ending == "cancel":
                 for trial_id, running in list(self._running.items()):
                     del self._running[trial_id]
-                    self._fail(trial_id, running, "cancelled", {})
+                    if running.work.task.kind == "search":
+                        self._fail(trial_id, running, "cancelled", {})
+                    else:
+                        self._ledger.drop(trial_id)
 
     def obey(self, verb: Request) -> None:
         self.end(verb)
 
     def check_budget(self) -> None:
-        """End where a limit other than the number of trials is reached: that one ends by itself."""
-        if self.ending is None and (reached := self._spent(0).reached(self._settings.budget, but_trials=True)):
+        """End where a limit other than the number of trials is reached: that one ends by itself.
+
+        A confirmation has no budget: it is asked for, and has an end.
+        """
+        if (
+            self.ending is None
+            and self._queue.confirmation is None
+            and (reached := self._spent(0).reached(self._settings.budget, but_trials=True))
+        ):
             self._notify(f"budget used: {reached}; running trials end at their next rung")
             self.end("budget", reached)
 

@@ -134,7 +134,7 @@ class PatientStorage(_Forwarding):
             return True
 
     def _patiently(self, name: str, *args: Any, unless: Callable[[], Any] = lambda: None, **named: Any) -> Any:
-        started, wait, gone = time.monotonic(), FIRST_WAIT_S, False
+        started, wait, gone, patience = time.monotonic(), FIRST_WAIT_S, False, self._patience
         while True:
             try:
                 done = unless() if gone else None
@@ -143,17 +143,18 @@ class PatientStorage(_Forwarding):
                 if not _may_pass(error):
                     raise
                 if time.monotonic() - started > self._patience:
+                    self._patience = 0.0  # what is asked on the way out does not wait as long again
                     raise StudyError(
-                        f"The study's storage cannot be reached for {self._patience:g} s "
+                        f"The study's storage cannot be reached for {patience:g} s "
                         f"({_kind(error)}); check it and run the study again: it goes on."
                     ) from None
-                if not gone and self._patience > LONGEST_WAIT_S:
+                if not gone and patience > LONGEST_WAIT_S:
                     self._notify(f"the study's storage cannot be reached ({_kind(error)}); waiting, trials train on")
                 gone = True
                 time.sleep(wait)
                 wait = min(2 * wait, LONGEST_WAIT_S)
                 continue
-            if gone and self._patience > LONGEST_WAIT_S:
+            if gone and patience > LONGEST_WAIT_S:
                 self._notify("the study's storage is back")
             return answer
 

@@ -110,7 +110,7 @@ def test_ctrl_c_says_so_and_leaves_trials_to_be_taken_over(phantom_dataset: Patc
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
-def test_a_trial_whose_process_is_killed_fails_and_the_study_goes_on(
+def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
     study = write_study(tmp_path, {"arms": [], "budget": {"trials": 2}, "resources": {"concurrency": 1}}, epochs=60)
@@ -121,11 +121,19 @@ def test_a_trial_whose_process_is_killed_fails_and_the_study_goes_on(
         children = psutil.Process(process.pid).children(recursive=True)
         (trial,) = [p for p in children if p.cmdline() and p.cmdline()[0].startswith("ray::AmlpTrial")]
         os.kill(trial.pid, signal.SIGKILL)
+        before = read_metrics(store.trial_folder(0))
         assert process.wait(DEADLINE_S * 2) == 0, log.read_text()
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+    said = log.read_text()
+    assert "trial 0 lost its process (1 of 3 retries)" in said
+    assert "trial 0 continues" in said
     first, second = store.search().trials
-    assert first.state == TrialState.FAIL
-    assert first.user_attrs["reason"] == "the trial's process died"
-    assert second.state == TrialState.COMPLETE
+    assert (first.state, second.state) == (TrialState.COMPLETE, TrialState.COMPLETE)
+    assert first.user_attrs["lost"] == 1
+    assert "lost" not in second.user_attrs
+    after = read_metrics(store.trial_folder(0))
+    assert [row["epoch"] for row in after] == list(range(1, 61)), "every epoch once"
+    kept = len(before) - 1  # the last may have been without its checkpoint yet
+    assert after[:kept] == before[:kept], "it went on; it did not begin anew"

@@ -36,7 +36,7 @@ import yaml
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
-from amlp_ray.study.store import StudyStore, read_metrics
+from amlp_ray.study.keeping.store import StudyStore, read_metrics
 
 KINDS = {"work": 9, "write": 8, "score": 5, "start": 3}  # how often a kill is of each, of 25
 EPOCHS, RUNGS = 24, 6

@@ -42,11 +42,11 @@ from amlp_ray.config import ResourceSettings, StudySettings
 from amlp_ray.runtime.capacity import worker_bundle
 from amlp_ray.runtime.ray_session import ray_session
 from amlp_ray.settings import build, write_yaml
-from amlp_ray.study.driver import EventLog, run_on_tune
-from amlp_ray.study.queue import WorkQueue
-from amlp_ray.study.searcher import StudySearcher
-from amlp_ray.study.store import StudyStore
-from amlp_ray.study.trial import StopBoard, Task, When, asked_to_return
+from amlp_ray.study.keeping.store import StudyStore
+from amlp_ray.study.running.driver import EventLog, run_on_tune
+from amlp_ray.study.running.queue import WorkQueue
+from amlp_ray.study.running.searcher import StudySearcher
+from amlp_ray.study.running.trial import StopBoard, Task, When, asked_to_return
 
 FloatArray = NDArray[np.floating[Any]]
 

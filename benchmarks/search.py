@@ -28,7 +28,7 @@ import optuna
 from search_figure import Run, draw
 from search_replay import Answer, Bowl, Nearest, Smooth, Step, Table, at, needed, places, read_table, replay
 
-from amlp_ray.study.statistics import Correlation, rank_correlation, seed_noise
+from amlp_ray.study.confirming.statistics import Correlation, rank_correlation, seed_noise
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = 321  # that a row of the table trained on: 20 steps an epoch

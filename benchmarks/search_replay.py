@@ -23,10 +23,10 @@ from optuna.trial import TrialState, create_trial
 from amlp_ray.config import StudySettings
 from amlp_ray.settings import build, read_yaml
 from amlp_ray.study.design import rung_epochs
-from amlp_ray.study.given import fit
-from amlp_ray.study.proposer import Proposal, Proposer
-from amlp_ray.study.pruning import Pruning
-from amlp_ray.study.sampling import to_unit
+from amlp_ray.study.search.proposer import Proposal, Proposer
+from amlp_ray.study.search.pruning import Pruning
+from amlp_ray.study.search.sampling import to_unit
+from amlp_ray.study.space.given import fit
 
 Params = dict[str, Any]
 FloatArray = NDArray[np.floating[Any]]

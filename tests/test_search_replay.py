@@ -15,8 +15,8 @@ from optuna.trial import TrialState, create_trial
 
 from amlp_ray.config import StudySettings
 from amlp_ray.settings import build, write_yaml
-from amlp_ray.study.exchange import export_trials
-from amlp_ray.study.store import StudyStore
+from amlp_ray.study.keeping.store import StudyStore
+from amlp_ray.study.verbs.exchange import export_trials
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # last: its modules have everyday names

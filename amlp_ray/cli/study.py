@@ -26,7 +26,7 @@ def init(
     folder: Annotated[Path, typer.Option(help="Where to write it.")] = Path(),
 ) -> None:
     """Write a commented study file NAME.yaml to change."""
-    from amlp_ray.study.template import init_study
+    from amlp_ray.study.verbs.template import init_study
 
     file = init_study(name, template=template, folder=folder)
     typer.echo(f"study file: {file}; check it with `amlp-ray study validate {file}`")
@@ -40,7 +40,7 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Check a study file and list all its faults; no data is needed."""
-    from amlp_ray.study.template import validate
+    from amlp_ray.study.verbs.template import validate
 
     facts = validate(file, data=data, labels=labels)
     if as_json:
@@ -81,7 +81,7 @@ def run(
     address: Address = None,
 ) -> None:
     """Run a study, or go on with it where it stopped, then write its report."""
-    from amlp_ray.study.status import status
+    from amlp_ray.study.verbs.status import status
 
     study = load(file, data, labels, runs, assign)
     study.run(address, notify=typer.echo)
@@ -117,7 +117,7 @@ def confirm(
     study.confirm(address, notify=lambda line: typer.echo(line, err=as_json))
     report = study.report()
     if as_json:
-        from amlp_ray.study.confirmed import confirmation_of
+        from amlp_ray.study.confirming.confirmed import confirmation_of
 
         found = confirmation_of(study.store)
         print_json(None if found is None else found.as_dict())

@@ -13,7 +13,7 @@ from amlp_ray.cli.study_options import File, Name, Runs, begun_or_not, opened
 from amlp_ray.errors import SettingsError
 
 if TYPE_CHECKING:
-    from amlp_ray.study.store import Request, StudyStore
+    from amlp_ray.study.keeping.store import Request, StudyStore
 
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Do not wait until the study has heard it.")]
 LOOK_S = 0.5
@@ -83,15 +83,15 @@ def extend(
     facts: dict[str, object] = {"study": store.name}
     if space is not None:
         from amlp_ray.settings import read_yaml
-        from amlp_ray.study.migrate import change_of, migrate
-        from amlp_ray.study.space import build_study
+        from amlp_ray.study.space.declared import build_study
+        from amlp_ray.study.verbs.migrate import change_of, migrate
 
         change = change_of(mapping or [], fill or [], drop or [])
         facts |= vars(migrate(store, build_study(read_yaml(space), str(space)), change))
     elif mapping or fill or drop:
         raise SettingsError("--map, --fill and --drop say what becomes of a changed space; give it with --space FILE.")
     if space is None or any((trials, hours, gpu_hours, epochs)):
-        from amlp_ray.study.edit import extend
+        from amlp_ray.study.verbs.edit import extend
 
         budget = extend(store, trials=trials, hours=hours, gpu_hours=gpu_hours, epochs=epochs)
         facts["budget"] = {key: value for key, value in budget.model_dump().items() if value is not None}
@@ -111,7 +111,7 @@ def enqueue(
 ) -> None:
     """Give a study a trial to run before those of its sampler; also while it runs, or before it ever did."""
     from amlp_ray.settings import assignments, flat
-    from amlp_ray.study.edit import enqueue
+    from amlp_ray.study.verbs.edit import enqueue
 
     store, settings = begun_or_not(file, runs)
     number = enqueue(store, settings, flat(assignments(values, "enqueue")))
@@ -124,7 +124,7 @@ def enqueue(
 
 def note_used_budget(store: StudyStore) -> None:
     """Say where a waiting trial would wait in vain."""
-    from amlp_ray.study.status import spent_by
+    from amlp_ray.study.verbs.status import spent_by
 
     settings = store.settings()
     spent = spent_by(store, store.search().get_trials(deepcopy=False), settings)
@@ -138,7 +138,7 @@ def delete(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Delete a study: its folder, and what a database holds of it."""
-    from amlp_ray.study.edit import delete
+    from amlp_ray.study.verbs.edit import delete
 
     store = opened(name, runs)
     count = len(store.search().get_trials(deepcopy=False))

@@ -19,7 +19,7 @@ def export(
     runs: Runs = Path("runs"),
 ) -> None:
     """Write all trials with parameters, rungs, facts and provenance to a file."""
-    from amlp_ray.study.exchange import export_trials
+    from amlp_ray.study.verbs.exchange import export_trials
 
     count = export_trials(opened(name, runs), out, format)
     typer.echo(f"{count} trials: {out}")
@@ -32,7 +32,7 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Give a study trials of elsewhere as prior knowledge; they count neither in the budget nor as best."""
-    from amlp_ray.study.exchange import import_trials
+    from amlp_ray.study.verbs.exchange import import_trials
 
     store, settings = begun_or_not(file, runs)
     found = import_trials(store, settings, source, runs=runs)

@@ -14,7 +14,7 @@ from amlp_ray.cli.study_options import Name, Runs, opened
 
 def status(name: Name, runs: Runs = Path("runs"), as_json: Json = False) -> None:
     """Show how far a study is: who runs it, its budget, its best trial."""
-    from amlp_ray.study.status import status
+    from amlp_ray.study.verbs.status import status
 
     facts = status(opened(name, runs))
     print_json(facts) if as_json else print_facts(told(facts))
@@ -32,7 +32,7 @@ def trials(
     as_json: Json = False,
 ) -> None:
     """List all trials, baseline arms and confirmations."""
-    from amlp_ray.study.listing import chosen_rows, trial_rows
+    from amlp_ray.study.verbs.listing import chosen_rows, trial_rows
 
     chosen = [column.strip() for column in (columns or "").split(",") if column.strip()]
     rows = chosen_rows(trial_rows(opened(name, runs)), states=state or (), sort=sort, columns=chosen, limit=limit)
@@ -41,7 +41,7 @@ def trials(
 
 def best(name: Name, runs: Runs = Path("runs"), as_json: Json = False) -> None:
     """Show the best complete trial; with several objectives, all that no other beats in each."""
-    from amlp_ray.study.status import best_trial, front
+    from amlp_ray.study.keeping.best import best_trial, front
 
     store = opened(name, runs)
     settings = store.settings()
@@ -73,7 +73,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare studies: best trials, arms, differing settings, and whether their scores can be compared."""
-    from amlp_ray.study.compare import compare
+    from amlp_ray.study.verbs.compare import compare
 
     found = compare([opened(name, runs) for name in names])
     if as_json:
@@ -113,7 +113,7 @@ def importance(name: Name, runs: Runs = Path("runs"), as_json: Json = False) -> 
 
 def list_(runs: Runs = Path("runs"), as_json: Json = False) -> None:
     """List all studies of a folder."""
-    from amlp_ray.study.status import list_studies
+    from amlp_ray.study.verbs.status import list_studies
 
     rows = list_studies(runs)
     if as_json:

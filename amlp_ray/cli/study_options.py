@@ -9,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from amlp_ray.config import StudySettings
-    from amlp_ray.study.store import StudyStore
+    from amlp_ray.study.keeping.store import StudyStore
     from amlp_ray.study.study import Study
 
 File = Annotated[Path, typer.Argument(help="Study file, or the name of a study that was run before.")]
@@ -39,7 +39,7 @@ def load(file: Path, data: str | None, labels: str | None, runs: Path, assign: l
 
 def opened(name: str, runs: Path) -> StudyStore:
     """The store of a study by its name: all that looking and asking needs, without the training side's imports."""
-    from amlp_ray.study.store import StudyStore
+    from amlp_ray.study.keeping.store import StudyStore
 
     return StudyStore.open(runs / name)
 
@@ -47,8 +47,8 @@ def opened(name: str, runs: Path) -> StudyStore:
 def begun_or_not(file: Path, runs: Path) -> tuple[StudyStore, StudySettings]:
     """The store and settings of a study by its name, or by its file where it was never run; no data is needed."""
     from amlp_ray.settings import read_yaml
-    from amlp_ray.study.space import build_study
-    from amlp_ray.study.store import StudyStore
+    from amlp_ray.study.keeping.store import StudyStore
+    from amlp_ray.study.space.declared import build_study
 
     if (runs / file / "study.yaml").is_file() or not file.is_file():
         store = opened(str(file), runs)

@@ -17,7 +17,7 @@ app = typer.Typer(help="One trial of a study.", no_args_is_help=True)
 @app.command()
 def show(name: Name, number: Number, runs: Runs = Path("runs"), as_json: Json = False) -> None:
     """Show a trial: its settings, rungs, what it took, where it comes from, its files."""
-    from amlp_ray.study.listing import trial_facts
+    from amlp_ray.study.verbs.listing import trial_facts
 
     facts = trial_facts(opened(name, runs), number)
     if as_json:
@@ -44,7 +44,7 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """Train a trial again and compare its scores to the digit; exit code 1 where they differ."""
-    from amlp_ray.study.replay import replay
+    from amlp_ray.study.verbs.replay import replay
 
     store = opened(name, runs)
     found = replay(
@@ -69,7 +69,7 @@ def replay(
 @app.command()
 def retry(name: Name, number: Number, runs: Runs = Path("runs"), as_json: Json = False) -> None:
     """Enqueue a finished trial's parameters once more, as a new trial with a seed of its own."""
-    from amlp_ray.study.edit import retry
+    from amlp_ray.study.verbs.edit import retry
 
     store = opened(name, runs)
     again = retry(store, store.settings(), number)

@@ -15,7 +15,7 @@ from amlp_ray.errors import StudyError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from amlp_ray.study.store import StudyStore
+    from amlp_ray.study.keeping.store import StudyStore
 
 LOOK_S = 0.5  # between looks at files that grow
 
@@ -56,7 +56,7 @@ def logs(
     store = opened(name, runs)
     file = store.folder / "events.log"
     if number is not None:
-        from amlp_ray.study.listing import find_trial, folder_of
+        from amlp_ray.study.verbs.listing import find_trial, folder_of
 
         file = folder_of(store, find_trial(store, number)) / "metrics.jsonl"
     if not file.is_file() and not follow:
@@ -108,7 +108,7 @@ def frame(store: StudyStore) -> RenderableType:
 
     from amlp_ray.cli.output import table_of
     from amlp_ray.cli.study_look import told
-    from amlp_ray.study.status import running_rows, status
+    from amlp_ray.study.verbs.status import running_rows, status
 
     settings = store.settings()
     facts = status(store, settings)

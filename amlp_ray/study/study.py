@@ -16,19 +16,20 @@ from amlp_ray.data.place import Place
 from amlp_ray.errors import StudyError
 from amlp_ray.files import write_whole
 from amlp_ray.settings import flat, merged, read_yaml, write_yaml
-from amlp_ray.study import edit, exchange, listing, migrate, status
 from amlp_ray.study.design import prunable_rungs
-from amlp_ray.study.space import build_study
-from amlp_ray.study.store import Request, StudyStore
+from amlp_ray.study.keeping import best
+from amlp_ray.study.keeping.store import Request, StudyStore
+from amlp_ray.study.space.declared import build_study
+from amlp_ray.study.verbs import edit, exchange, listing, migrate, status
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from amlp_ray.runtime.capacity import Cluster
-    from amlp_ray.study.driver import Outcome
-    from amlp_ray.study.plan import Plan
-    from amlp_ray.study.queue import Phase
     from amlp_ray.study.report import Importance
+    from amlp_ray.study.running.driver import Outcome
+    from amlp_ray.study.running.plan import Plan
+    from amlp_ray.study.running.queue import Phase
 
 Notify = Callable[[str], None]
 
@@ -123,7 +124,7 @@ class Study:
 
     def validate(self) -> None:
         """Raise SettingsError or DataError for what would fail only after hours."""
-        from amlp_ray.study.plan import check_study
+        from amlp_ray.study.running.plan import check_study
 
         check_study(self.settings, self.dataset, self.labels)
 
@@ -131,7 +132,7 @@ class Study:
         """Check and price the study, for this machine or for the cluster at `address`; nothing is run."""
         from amlp_ray.runtime.capacity import cluster_resources, machine_resources
         from amlp_ray.runtime.ray_session import ray_session
-        from amlp_ray.study.plan import make_plan
+        from amlp_ray.study.running.plan import make_plan
 
         if address is None:
             return make_plan(self.settings, self.dataset, machine_resources(), self.labels, self.store)
@@ -141,7 +142,7 @@ class Study:
     def dry_run(self, address: str | None = None) -> dict[str, Any]:
         """Run two steps and a probe of one trial in a worker of the cluster, and keep nothing."""
         from amlp_ray.runtime.ray_session import ray_session
-        from amlp_ray.study.dry_run import dry_run
+        from amlp_ray.study.running.dry_run import dry_run
 
         self.validate()
         with ray_session(address):
@@ -174,7 +175,7 @@ class Study:
 
         Raises: as `run`, and StudyError where no trial is complete.
         """
-        from amlp_ray.study.confirm import confirmation_notes, open_test, opened
+        from amlp_ray.study.confirming.confirm import confirmation_notes, open_test, opened
 
         if opened(self.store):  # more runs could never be scored on the test images
             self.outcome = "done"
@@ -190,7 +191,7 @@ class Study:
         from amlp_ray.data.reading.cache import swept
         from amlp_ray.runtime.capacity import cluster_resources, jobs_side_by_side, machine_resources
         from amlp_ray.runtime.ray_session import ray_session
-        from amlp_ray.study.driver import EventLog, run_on_tune
+        from amlp_ray.study.running.driver import EventLog, run_on_tune
 
         self.validate()
         if address is None:
@@ -242,7 +243,7 @@ class Study:
 
     def _note_environment(self, cluster: Cluster) -> None:
         """Keep what this run is run with: of the first in environment.json, of all in environments.jsonl."""
-        from amlp_ray.study.provenance import environment
+        from amlp_ray.study.keeping.provenance import environment
 
         found = environment(self.settings, self.dataset, cluster, self.labels, folder=self.store.folder)
         first = self.store.folder / "environment.json"
@@ -335,7 +336,7 @@ class Study:
 
     def replay(self, number: int, **where: Any) -> dict[str, Any]:
         """Train a trial again in another folder and compare every rung's score; see `replay.replay`."""
-        from amlp_ray.study.replay import replay
+        from amlp_ray.study.verbs.replay import replay
 
         return replay(self.store, self.settings, number, **where)
 
@@ -352,12 +353,12 @@ class Study:
     @property
     def best_trial(self) -> FrozenTrial:
         """The best COMPLETE trial of the search by the study's metric. Raises StudyError where there is none."""
-        return status.best_trial(self.store, self.settings)
+        return best.best_trial(self.store, self.settings)
 
     @property
     def best_trials(self) -> list[FrozenTrial]:
         """The Pareto front of several objectives; of one, the best trial."""
-        return status.front(self.store.search().get_trials(deepcopy=False), self.settings)
+        return best.front(self.store.search().get_trials(deepcopy=False), self.settings)
 
     def trials(self) -> list[dict[str, Any]]:
         """All trials as plain rows, arms and confirmation after the search."""
@@ -391,7 +392,7 @@ class Study:
 
     def compare(self, *others: Study) -> dict[str, Any]:
         """This study beside others: bests, arms, settings that differ, trials in common."""
-        from amlp_ray.study.compare import compare
+        from amlp_ray.study.verbs.compare import compare
 
         return compare([self.store, *(other.store for other in others)])
 

@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 
 from amlp_ray.cli import main
 from amlp_ray.cli.study import app
-from amlp_ray.study.store import StudyStore
+from amlp_ray.study.keeping.store import StudyStore
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -16,8 +16,8 @@ from tiny import TINY
 from amlp_ray.config import PretrainSettings, ProbeSettings, ResourceSettings, StudySettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.settings import build, write_yaml
-from amlp_ray.study.store import StudyStore
-from amlp_ray.study.trial import Task
+from amlp_ray.study.keeping.store import StudyStore
+from amlp_ray.study.running.trial import Task
 
 RATIO = optuna.distributions.FloatDistribution(0.2, 0.5)
 MODE = optuna.distributions.CategoricalDistribution(["hard", "soft"])

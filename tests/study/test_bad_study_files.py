@@ -12,7 +12,7 @@ import pytest
 from amlp_ray.cli import main
 from amlp_ray.errors import SettingsError
 from amlp_ray.settings import read_yaml
-from amlp_ray.study.space import build_study
+from amlp_ray.study.space.declared import build_study
 
 Told = list[tuple[int | None, str]]
 

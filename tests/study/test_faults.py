@@ -25,8 +25,8 @@ from tiny import TINY
 
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import StudyError
-from amlp_ray.study.storage import open_journal
-from amlp_ray.study.store import StudyStore, read_metrics
+from amlp_ray.study.keeping.storage import open_journal
+from amlp_ray.study.keeping.store import StudyStore, read_metrics
 
 DEADLINE_S = 100
 
@@ -101,7 +101,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
 
 WRITER = """
 import json, os, signal, sys
-from amlp_ray.study import storage
+from amlp_ray.study.keeping import storage
 import optuna
 from optuna.trial import TrialState
 journal, last = sys.argv[1], int(sys.argv[2])

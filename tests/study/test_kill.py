@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from tiny import TINY
 
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.study.store import StudyStore, read_metrics
+from amlp_ray.study.keeping.store import StudyStore, read_metrics
 
 DEADLINE_S = 120
 

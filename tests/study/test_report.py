@@ -14,10 +14,10 @@ from PIL import Image
 
 from amlp_ray.config import Choice, Range, StudySettings
 from amlp_ray.settings import write_yaml
+from amlp_ray.study.keeping.store import StudyStore
 from amlp_ray.study.report import write_report
 from amlp_ray.study.report._compare import paired_interval
 from amlp_ray.study.report._facts import count_states, gather
-from amlp_ray.study.store import StudyStore
 
 RUNGS = (25, 50, 75, 100)
 SPACE = {

@@ -10,12 +10,12 @@ from test_report import SPACE, add_arm, add_picture, add_trial, new_study
 
 from amlp_ray.config import Choice, Derived, Fixed, Range
 from amlp_ray.settings import write_yaml
+from amlp_ray.study.keeping.store import StudyStore
 from amlp_ray.study.report import write_report
 from amlp_ray.study.report._facts import gather
 from amlp_ray.study.report._figures import fronts
 from amlp_ray.study.report._space import rules, space
 from amlp_ray.study.report._tables import Table, front, notes, sizes
-from amlp_ray.study.store import StudyStore
 
 SEVERAL = {"objectives": {"gpu_seconds": "minimize", "dsc": "maximize"}, "pruner": {"metric": "dsc"}}
 

@@ -11,12 +11,12 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from scipy.stats import spearmanr
 from test_report import add_arm, add_trial, new_study
 
+from amlp_ray.study.keeping.store import StudyStore
 from amlp_ray.study.report import write_report
 from amlp_ray.study.report._facts import gather
 from amlp_ray.study.report._progress import budget, efficiency, gantt, outcome, timeline
 from amlp_ray.study.report._ranks import meaning, ranks, table
 from amlp_ray.study.report._tables import Table
-from amlp_ray.study.store import StudyStore
 
 NOON = datetime(2026, 3, 1, 12)
 

@@ -4,10 +4,10 @@ import optuna
 import pytest
 from test_report import add_arm, add_trial, new_study
 
+from amlp_ray.study.keeping.store import StudyStore
 from amlp_ray.study.report._compare import Agreement, compare, finished_arms, rank_agreement, read
 from amlp_ray.study.report._facts import gather
 from amlp_ray.study.report._verdict import Verdict, judge
-from amlp_ray.study.store import StudyStore
 
 
 def verdict_of(store: StudyStore) -> Verdict:

@@ -15,7 +15,7 @@ from tiny import TINY
 
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import DataError, ResourceError, SettingsError, StudyError
-from amlp_ray.study.store import StudyStore, read_metrics
+from amlp_ray.study.keeping.store import StudyStore, read_metrics
 from amlp_ray.study.study import Study
 
 

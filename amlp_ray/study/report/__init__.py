@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from amlp_ray.study.budget import counts
+from amlp_ray.study.keeping.budget import counts
+from amlp_ray.study.keeping.store import StudyStore
 from amlp_ray.study.report._importance import Importance, importance
-from amlp_ray.study.store import StudyStore
 
 __all__ = ["Importance", "confirmation_in_words", "importances", "write_report"]
 
@@ -19,7 +19,7 @@ def importances(store: StudyStore) -> dict[str, Importance]:
 
 def confirmation_in_words(store: StudyStore) -> list[str]:
     """What the confirmation shows, a sentence each; empty where there is none."""
-    from amlp_ray.study.confirmed import confirmation_of
+    from amlp_ray.study.confirming.confirmed import confirmation_of
     from amlp_ray.study.report._confirm import in_words
 
     found = confirmation_of(store)

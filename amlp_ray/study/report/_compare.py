@@ -10,8 +10,8 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from amlp_ray.config import arm_names
+from amlp_ray.study.keeping.store import read_metrics
 from amlp_ray.study.report._facts import Facts, Run, finite
-from amlp_ray.study.store import read_metrics
 
 RESAMPLES = 4000  # the ends of a 95 % interval then move by about 0.001 DSC between seeds
 MIN_RANKED = 5  # a rank correlation of fewer trials is close to a coin toss

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from amlp_ray.study.confirmed import PROTOCOLS, Against, Confirmation, Confirmed, Protocol, unequal
+from amlp_ray.study.confirming.confirmed import PROTOCOLS, Against, Confirmation, Confirmed, Protocol, unequal
+from amlp_ray.study.confirming.statistics import Correlation, effect_words
 from amlp_ray.study.report._tables import MISSING, Cell, Table
 from amlp_ray.study.report._verdict import FEW_IMAGES, Verdict
-from amlp_ray.study.statistics import Correlation, effect_words
 
 FEW_SEEDS = 5  # below it, the spread of seeds is a guess
 NAMES: dict[Protocol, str] = {"finetune": "fine-tuning", "probe": "probe"}

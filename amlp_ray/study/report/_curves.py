@@ -8,9 +8,9 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
+from amlp_ray.study.keeping.store import read_metrics
 from amlp_ray.study.report._facts import Facts, Run, finite
 from amlp_ray.study.report._plot import ACCENT, PALE, SCALE, Figure, empty, hover
-from amlp_ray.study.store import read_metrics
 
 MAX_CURVES = 60  # more are a grey carpet, and the file grows with every one
 

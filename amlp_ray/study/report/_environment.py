@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from amlp_ray.files import read_json
 from amlp_ray.settings import flat
-from amlp_ray.study.report._facts import Facts, Run, read_json
+from amlp_ray.study.report._facts import Facts, Run
 from amlp_ray.study.report._tables import Cell, Table, show
 
 MAX_RUNS = 50  # of the study; the rest is in environments.jsonl
@@ -44,7 +45,7 @@ def commits(facts: Facts) -> str | None:
     groups: dict[str, list[Run]] = {}
     changed = []
     for run in (*facts.search, *facts.arms, *facts.confirmation):
-        origin = read_json(run.folder / "provenance.json")
+        origin = read_json(run.folder / "provenance.json") or {}
         if origin.get("commit") is not None:
             groups.setdefault(_code(origin), []).append(run)
         later = origin.get("continued")

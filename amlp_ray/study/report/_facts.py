@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,11 +15,13 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from amlp_ray.config import Choice, Parameter, PretrainSettings, Range, StudySettings
-from amlp_ray.study.budget import Spent
-from amlp_ray.study.listing import STATES, note_of, state_of
+from amlp_ray.files import read_json
+from amlp_ray.study.keeping.best import front, keeps_limits
+from amlp_ray.study.keeping.budget import Spent
+from amlp_ray.study.keeping.store import StudyStore
 from amlp_ray.study.report._importance import Importance, importance
-from amlp_ray.study.status import front, keeps_limits, spent_by
-from amlp_ray.study.store import StudyStore
+from amlp_ray.study.verbs.listing import STATES, note_of, state_of
+from amlp_ray.study.verbs.status import spent_by
 from amlp_ray.training.metrics import read_rows
 
 TITLES = {  # of objectives and other measures
@@ -103,12 +104,12 @@ class Run:
     @cached_property
     def score(self) -> dict[str, Any]:
         """`score.json` without its per-image values, which are many; empty where there is none."""
-        score = read_json(self.folder / "score.json")
+        score = read_json(self.folder / "score.json") or {}
         return {key: item for key, item in score.items() if key != "per_image"}
 
     def per_image(self) -> dict[str, float]:
         """Read the DSC of every scored image; empty where there is no score."""
-        values = read_json(self.folder / "score.json").get("per_image")
+        values = (read_json(self.folder / "score.json") or {}).get("per_image")
         if not isinstance(values, dict):
             return {}
         return {key: number for key, value in values.items() if (number := finite(value)) is not None}
@@ -237,15 +238,6 @@ def finite(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON mapping; empty where the file is missing, half-written or something else."""
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _run(store: StudyStore, settings: StudySettings, trial: FrozenTrial, driven: bool) -> Run:

@@ -10,9 +10,9 @@ from optuna.trial import FrozenTrial
 from plotly.colors import sample_colorscale
 
 from amlp_ray.config import StudySettings
-from amlp_ray.study.population import Population, leader, lineage, members, score_of
 from amlp_ray.study.report._plot import ACCENT, PALE, SCALE, Figure, empty
-from amlp_ray.study.space import PBT_RATIO
+from amlp_ray.study.search.population import Population, leader, lineage, members, score_of
+from amlp_ray.study.space.declared import PBT_RATIO
 
 KEY, TITLE = "lineage", "Masking-ratio schedules of the population"
 CAPTION = (

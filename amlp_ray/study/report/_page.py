@@ -15,7 +15,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from amlp_ray.study.confirmed import Confirmation, confirmation_of
+from amlp_ray.study.confirming.confirmed import Confirmation, confirmation_of
+from amlp_ray.study.keeping.store import StudyStore
 from amlp_ray.study.report import _confirm, _environment, _figures, _progress, _ranks, _space, _tables
 from amlp_ray.study.report._compare import Arm, compare, finished_arms, rank_agreement
 from amlp_ray.study.report._curves import curves
@@ -23,7 +24,6 @@ from amlp_ray.study.report._facts import Facts, Run, count_states, gather
 from amlp_ray.study.report._lineage import lineage_figure, lineage_rows
 from amlp_ray.study.report._plot import Figure
 from amlp_ray.study.report._verdict import judge
-from amlp_ray.study.store import StudyStore
 
 HERE = Path(__file__).parent
 

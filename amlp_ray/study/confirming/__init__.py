@@ -1,0 +1,1 @@
+"""The best trials and all arms again: repeats, both protocols, the test images, statistics."""

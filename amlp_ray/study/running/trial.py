@@ -1,0 +1,292 @@
+"""One trial: pretrain, score at rungs, report, and return when asked. Runs in a Tune trial's process."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel
+
+from amlp_ray.config import COSTS, Objective, PretrainSettings, ProbeSettings, ResourceSettings, SegmentSettings
+from amlp_ray.errors import AmlpError, StudyError
+from amlp_ray.study.keeping.provenance import write_provenance
+from amlp_ray.study.keeping.store import read_metrics
+from amlp_ray.training.metrics import own_rows
+
+LOCK_WAIT_S = 60.0  # processes of a killed study are gone within seconds
+SCORES = tuple(name for name in get_args(Objective) if name not in COSTS)
+When = Literal["now", "rung"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a trial is told. `kind` is `search`, `arm` or `confirm`; `number` is Optuna's, within that kind."""
+
+    study: str
+    kind: str
+    number: int
+    label: str  # a short name: `trial 7`, `arm mae-0`, `confirm trial-7-2`
+    folder: str
+    data: str
+    settings: PretrainSettings
+    probe: ProbeSettings
+    resources: ResourceSettings
+    rungs: tuple[int, ...]
+    labels: str | None = None  # where they are a data set apart
+    until: int | None = None  # of a segment of population-based training: the epoch it ends after
+    fork: str | None = None  # the folder whose checkpoint it begins with
+    finetune: SegmentSettings | None = None  # of a confirmation: the second protocol
+
+    @property
+    def gpus(self) -> float:
+        """GPUs that it holds in all."""
+        return self.resources.gpus_per_worker * self.resources.workers
+
+    def as_config(self) -> dict[str, Any]:
+        """Plain values, which is what Tune shows and stores of a trial."""
+        plain = {name: getattr(self, name) for name in _MODELS}
+        return vars(self) | {name: value and value.model_dump(mode="json") for name, value in plain.items()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Task:
+        models = {name: config[name] and model.model_validate(config[name]) for name, model in _MODELS.items()}
+        return cls(**config | models | {"rungs": tuple(config["rungs"])})
+
+
+_MODELS: dict[str, type[BaseModel]] = {
+    "settings": PretrainSettings,
+    "probe": ProbeSettings,
+    "resources": ResourceSettings,
+    "finetune": SegmentSettings,
+}
+
+
+class StopBoard:
+    """Where the searcher leaves word that a trial should return; an actor of its own.
+
+    Tune would end a trial by killing its process, and a killed process leaks the placement group of an inner Train run
+    until the cluster is full. A trial that is asked returns by itself, with everything saved.
+    """
+
+    def __init__(self) -> None:
+        self._asked: dict[str, When] = {}
+        self._begun: set[str] = set()
+
+    def ask(self, folder: str, when: When) -> None:
+        """Ask the trial that writes into `folder` to return after this epoch (`now`) or its next rung."""
+        self._asked[folder] = when
+
+    def asked(self, folder: str) -> When | None:
+        return self._asked.get(folder)
+
+    def begin(self, folder: str) -> None:
+        """A trial has what it needs and runs."""
+        self._begun.add(folder)
+
+    def waiting(self, folders: list[str]) -> list[str]:
+        """Those that have not begun: the cluster has no room for them."""
+        return [folder for folder in folders if folder not in self._begun]
+
+
+def amlp_trial(config: dict[str, Any]) -> dict[str, Any]:
+    """Tune's entry point: run the task in `config["task"]`, asking `config["board"]` after each report.
+
+    Never raises: Tune's own failures carry no reason, so a failure is reported as a result with one.
+    """
+    import ray
+    from ray import tune
+
+    task = Task.from_config(config["task"])
+    folder = Path(task.folder)
+    started = time.perf_counter()
+    ray.get(config["board"].begin.remote(task.folder))
+    try:
+        with _only_writer(folder):
+            forget_peak_memory()
+            write_provenance(task)
+            should_stop = partial(asked_to_return, config["board"], task)
+            rows = own_rows(read_metrics(folder))
+            for row in rows:  # of an earlier driver, which may have died before storing them
+                if "dsc" in row:
+                    tune.report(_rung(row, folder))
+                    if should_stop():  # it died before the trial returned; one more rung would be another result
+                        task = replace(task, until=rows[-1]["epoch"])
+                        break
+            alone = task.resources.workers == 1 or task.settings.objective == "none"
+            (run_alone if alone else run_in_group)(task, should_stop)
+            if task.finetune is not None:
+                _confirm(task)
+        return {"ended": True, **_spent(folder, time.perf_counter() - started), **_memory(task)}
+    except Exception as error:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.txt").write_text(traceback.format_exc())
+        reason = str(error) if isinstance(error, AmlpError) else f"{type(error).__name__}: {error}"
+        return {"failed": " ".join(reason.split())[:500], **_spent(folder, time.perf_counter() - started)}
+
+
+def _spent(folder: Path, here: float) -> dict[str, Any]:
+    """Epochs, seconds, speed and last scores from the trial's own lines, so that those before a take-over count too.
+
+    `here` stands in where nothing was trained.
+    """
+    rows = own_rows(read_metrics(folder))
+    scored = next((row for row in reversed(rows) if "dsc" in row), {})
+    told = {name: scored[name] for name in SCORES if scored.get(name) is not None}
+    if not rows or "seconds" not in rows[-1]:
+        return {"epochs": 0, "seconds": here, **told}
+    seconds = sum(row["seconds"] + row.get("evaluate_seconds", 0.0) for row in rows)
+    speed = sum(row["images_per_second"] for row in rows) / len(rows)
+    return {"epochs": len(rows), "seconds": seconds, "images_per_second": round(speed, 1), **told}
+
+
+def asked_to_return(board: Any, task: Task) -> bool:
+    """Whether the searcher asked this trial to return by now."""
+    import ray
+
+    when = ray.get(board.asked.remote(task.folder))
+    if when == "rung":
+        rows = read_metrics(Path(task.folder))
+        return bool(rows) and rows[-1]["epoch"] in task.rungs
+    return when == "now"
+
+
+def run_alone(task: Task, should_stop: Callable[[], bool]) -> None:
+    """One worker: train in this process, which costs nothing. `tune.report` returns after the searcher has judged."""
+    from ray import tune
+
+    from amlp_ray.runtime.metrics import TrialGauges
+    from amlp_ray.training.pretrain import Hooks, Metrics
+    from amlp_ray.training.runners import run_here
+
+    gauges = TrialGauges(task.study, task.label)
+
+    def report(metrics: Metrics, checkpoint: Path) -> None:
+        gauges.update(metrics)
+        if "dsc" in metrics:
+            tune.report(_rung(metrics, Path(task.folder)))
+
+    share_gpu(task.resources.gpus_per_worker)
+    try:
+        run_here(_job(task), Hooks(report=report, should_stop=should_stop))
+    finally:
+        gauges.close()
+
+
+def run_in_group(task: Task, should_stop: Callable[[], bool]) -> None:
+    """Several workers: an inner Ray Train group, which costs about 10 s to start.
+
+    Its first worker asks the board while the searcher may still judge, so a poor trial returns an epoch or more later.
+    """
+    from ray import tune
+
+    from amlp_ray.training.runners import run_on_ray
+
+    def report(metrics: dict[str, Any]) -> None:
+        if "dsc" in metrics:
+            tune.report(_rung(metrics, Path(task.folder)))
+
+    rows = read_metrics(Path(task.folder))
+    run_on_ray(
+        _job(task),
+        task.resources,
+        name=f"{task.study}-{task.label.replace(' ', '-')}",
+        storage=Path(task.folder) / "ray_train",
+        should_stop=should_stop,
+        report=report,
+        reported=rows[-1]["epoch"] if rows else 0,
+    )
+
+
+def _job(task: Task) -> Any:
+    from amlp_ray.training.job import Job
+
+    return Job(
+        settings=task.settings,
+        data=task.data,
+        labels=task.labels,
+        folder=Path(task.folder),
+        probe=task.probe,
+        rungs=task.rungs,
+        threads=max(1, int(task.resources.cpus_per_worker)),
+        study=task.study,
+        label=task.label,
+        until=task.until,
+        fork=None if task.fork is None else Path(task.fork),
+    )
+
+
+def _rung(metrics: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What Tune is told of a rung: its scores, and what the trial has taken up to it."""
+    keys = ("epoch", *SCORES, "loss", "ratio", "images_per_second")
+    spent = _spent(folder, 0.0)
+    told = {key: metrics[key] for key in keys if metrics.get(key) is not None}
+    return told | {"seconds": spent["seconds"], "epochs": spent["epochs"]}
+
+
+def _confirm(task: Task) -> None:
+    """The second protocol of a confirmation, after its training."""
+    import torch
+
+    from amlp_ray.data.dataset import PatchDataset
+    from amlp_ray.study.confirming.confirm import finish_confirmation_run
+
+    assert task.finetune is not None
+    device = "cuda" if task.gpus and torch.cuda.is_available() else "cpu"
+    labels = PatchDataset.open(task.labels or task.data)
+    finish_confirmation_run(Path(task.folder), labels, task.finetune, sizes=task.probe.sizes, device=device)
+
+
+def share_gpu(share: float) -> None:
+    """Keep a trial that has a part of a GPU to that part of its memory: the greedy one fails, not its neighbour."""
+    import torch
+
+    if 0 < share < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(share)
+
+
+def forget_peak_memory() -> None:
+    """Begin to measure anew: Tune runs trial after trial in one process."""
+    import torch
+
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _memory(task: Task) -> dict[str, float]:
+    """Peak memory in GB of this process, of the GPU where it has one; of a group nothing is known here."""
+    import torch
+
+    if task.resources.workers > 1:
+        return {}
+    if task.gpus and torch.cuda.is_available():
+        return {"memory": round(torch.cuda.max_memory_allocated() / 1e9, 3)}
+    for line in Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").exists() else ():
+        if line.startswith("VmHWM:"):
+            return {"memory": round(int(line.split()[1]) * 1024 / 1e9, 3)}
+    return {}
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Wait until no other process writes into the folder: one of a killed driver may live on for some seconds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise StudyError(f"{folder} is still written by another process; end it and run again.") from None
+                time.sleep(0.5)
+        yield

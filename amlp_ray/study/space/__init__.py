@@ -1,0 +1,1 @@
+"""What is searched: declared, checked, asked of Optuna."""

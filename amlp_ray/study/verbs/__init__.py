@@ -1,0 +1,1 @@
+"""What people do to a study from any shell: look, change, exchange, compare, repeat."""

@@ -68,7 +68,15 @@ def plan(
     facts: dict[str, Any] = study.plan(address).as_dict()
     if dry_run:
         facts["dry_run"] = study.dry_run(address)
-    print_json(facts) if as_json else print_facts(facts)
+    print_json(facts) if as_json else print_facts({name: _ranged(name, value) for name, value in facts.items()})
+
+
+def _ranged(name: str, value: Any) -> Any:
+    """Least, expected and most of a plan, as people read them."""
+    if name not in ("seconds_per_trial", "hours", "gpu_hours"):
+        return value
+    least, expected, most = value
+    return f"{expected:.3g} ({least:.3g} to {most:.3g})"
 
 
 @app.command()

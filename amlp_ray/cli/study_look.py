@@ -133,6 +133,8 @@ def told(facts: Mapping[str, Any]) -> dict[str, Any]:
         answered = f"answered {request['answer']}" if "answer" in request else "not answered yet"
         lines["asked"] = f"{request['verb']} by {request['by']}, {answered}"
     lines["trials"] = facts["states"] or "none yet"
+    if facts["arm_states"].keys() - {"COMPLETE"}:
+        lines["arm runs"] = facts["arm_states"]
     if facts["imported"]:
         lines["imported"] = f"{facts['imported']} trials, which count neither in the budget nor as best"
     lines["budget"] = ", ".join(
@@ -148,7 +150,7 @@ def told(facts: Mapping[str, Any]) -> dict[str, Any]:
     for arm, values in facts["arms"].items():
         lines[f"arm {arm}"] = values
     if facts["confirmed"]:
-        lines["confirmed"] = {name: f"{c['done']} of {c['begun']} begun" for name, c in facts["confirmed"].items()}
+        lines["confirmed"] = {name: f"{c['done']} done of {c['begun']} begun" for name, c in facts["confirmed"].items()}
     if facts["changed"]:
         lines["last change"] = facts["changed"]
     return lines

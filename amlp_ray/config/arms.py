@@ -110,4 +110,4 @@ def check_arm(name: str, settings: Mapping[str, Any] | None = None) -> None:
         build(PretrainSettings, settings, f"arm {name}")
     elif name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        raise ValueError(f"there is no arm {name!r}; " + (f"did you mean {near[0]}?" if near else ", ".join(known)))
+        raise ValueError(f"there is no arm {name!r}; " + (f"the nearest is {near[0]}" if near else ", ".join(known)))

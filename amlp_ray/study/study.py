@@ -18,6 +18,7 @@ from amlp_ray.files import write_whole
 from amlp_ray.settings import flat, merged, read_yaml, write_yaml
 from amlp_ray.study.design import prunable_rungs
 from amlp_ray.study.keeping import best
+from amlp_ray.study.keeping.budget import counts
 from amlp_ray.study.keeping.store import Request, StudyStore
 from amlp_ray.study.space.declared import build_study
 from amlp_ray.study.verbs import edit, exchange, listing, migrate, status
@@ -193,10 +194,12 @@ class Study:
         from amlp_ray.runtime.ray_session import ray_session
         from amlp_ray.study.running.driver import EventLog, run_on_tune
 
+        self._check_unchanged()
+        if (self.store.folder / "run.lock").is_file() and (holder := self.store.holder()):
+            raise StudyError(f"Study {self.settings.name!r} is already run by {holder}; wait for it, or end it.")
         self.validate()
         if address is None:
             jobs_side_by_side(self.settings.resources, machine_resources())  # refuse before a cluster is started
-        self._check_unchanged()
         self.store.folder.mkdir(parents=True, exist_ok=True)
         if not (self.store.folder / "study.yaml").is_file():
             write_yaml(self.settings, self.store.folder / "study.yaml")
@@ -279,6 +282,12 @@ class Study:
                         + (f"{self.dataset.path} has of its own" if now is None else f"{now.path} holds now")
                         + f"; restore the {what}, or give the study another name."
                     )
+        if not any(
+            counts(trial)
+            for study in (self.store.search(), self.store.arms())
+            for trial in study.get_trials(deepcopy=False)
+        ):
+            return  # nothing was run by the settings that are held
         ours, theirs = flat(self.settings), flat(self.store.settings())
         changed = sorted(
             name

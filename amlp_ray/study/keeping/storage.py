@@ -38,8 +38,6 @@ _TOLD_AGAIN = {
 }
 TOKEN = "token"  # of a new trial: tells whether it was stored before the answer was lost
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line per state change is ours to print
-
 
 class Journal(JournalFileBackend):
     """Optuna's journal file, safe against writers that are killed or run out of disk in the middle of a line."""

@@ -152,7 +152,9 @@ def _agreement(found: Confirmation) -> str:
     text = f"Probe and fine-tuning agree by a rank correlation of {_rho(every)} over {every.n} runs ({found.split})"
     if without.n < every.n and without.value is not None:
         text += f"; {_rho(without)} over {without.n} without the random encoder"
-    low = every.interval[0] if every.interval else -1.0
+    low, high = every.interval or (-1.0, 1.0)
+    if high < 0:
+        return text + ": they rank the other way round, so the search chose by what is worse in the end."
     if low > 0.5:
         return text + ": the search's score ranks as fine-tuning does."
     if low > 0:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import fmean, stdev, variance
 from typing import Literal
 
 from amlp_ray.config import ABOUT, CONTROLS, arm_names
 from amlp_ray.errors import SettingsError
 from amlp_ray.settings import read_yaml
-from amlp_ray.study.report._compare import MIN_RANKED, Agreement, Arm, Comparison, read
+from amlp_ray.study.report._compare import MIN_RANKED, Agreement, Arm, Comparison, finished_arms, read
 from amlp_ray.study.report._facts import Facts, Run, count_states
 
 FEW_IMAGES = 40  # below this the scores of single images rule the mean
@@ -168,9 +169,26 @@ def _cautions(facts: Facts, comparisons: list[Comparison]) -> list[str]:
     ]
     if longer:
         cautions.append(f"The best trial and {', '.join(longer)} ran different numbers of epochs: not the same budget.")
+    if chance := _chance(facts):
+        cautions.append(chance)
     if _masks_at_random(best):
         cautions.append("The best trial masks at random, as MAE does: what it gains does not come from aimed masks.")
     return cautions
+
+
+def _chance(facts: Facts) -> str | None:
+    """A warning where trials differ no more than runs of one and the same arm do."""
+    trials = [run.dsc for run in facts.search if run.finished and run.dsc is not None]
+    repeats = [arm.values for arm in finished_arms(facts) if len(arm.values) > 1]
+    if len(trials) < MIN_RANKED or not repeats:
+        return None
+    own, seeds = stdev(trials), fmean(variance(values) for values in repeats) ** 0.5
+    if seeds < own / 2:
+        return None
+    return (
+        f"Scores of trials differ by an SD of {own:.3f}, those of one and the same arm over seeds by {seeds:.3f}: most "
+        f"of what sets trials apart here may be chance, and a faster search would find luck faster."
+    )
 
 
 def _masks_at_random(run: Run) -> bool:

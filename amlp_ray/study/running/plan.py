@@ -49,7 +49,7 @@ class Plan:
     seconds_per_probe: float
     hours: tuple[float, float, float]
     gpu_hours: tuple[float, float, float]
-    confirm_hours: float  # of `study confirm`, its fine-tuning left out
+    confirm_pretrain_hours: float  # of `study confirm`; its fine-tuning comes on top, often as much again
     disk_gb: float
     disk_free_gb: float
 
@@ -116,6 +116,9 @@ def make_plan(
     side_by_side = jobs_side_by_side(settings.resources, cluster)
     images, workers = dataset.count("train"), settings.resources.workers
     rungs = rung_epochs(base.epochs, settings.pruner)
+    if settings.sampler.name == "pbt":
+        every = settings.sampler.interval
+        rungs = tuple(min(base.epochs, epoch + every) for epoch in range(0, base.epochs, every))
     priced = price(settings, dataset, dearest_and_cheapest(settings), labels)
     seconds, how = _seconds_of_past(store) or (_range(priced, base, images, len(rungs), workers), "steps made now")
     arms = [plan.settings(0) for plan in arm_plans(settings)]
@@ -153,7 +156,7 @@ def make_plan(
         seconds_per_probe=priced[0].probe,
         hours=wall,
         gpu_hours=(wall[0] * side_by_side * gpus, wall[1] * side_by_side * gpus, wall[2] * side_by_side * gpus),
-        confirm_hours=again * seconds[1] / side_by_side / 3600,
+        confirm_pretrain_hours=again * seconds[1] / side_by_side / 3600,
         disk_gb=(runs + again) * (max(p.checkpoint_mb for p in priced) + KEPT_MB) / 1000,
         disk_free_gb=shutil.disk_usage(_there(store.folder if store else Path())).free / 1e9,
     )

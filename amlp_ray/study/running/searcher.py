@@ -155,7 +155,7 @@ class StudySearcher(Searcher):
                 for trial_id, running in list(self._running.items()):
                     del self._running[trial_id]
                     if running.work.task.kind == "search":
-                        self._fail(trial_id, running, "cancelled", {})
+                        self._fail(trial_id, running, "cancelled", {"epochs": running.epoch})
                     else:
                         self._ledger.drop(trial_id)
 
@@ -209,7 +209,12 @@ class StudySearcher(Searcher):
         storage.set_trial_user_attr(work.trial_id, "lost", lost)
         retries = self._settings.faults.retries
         if lost > retries:
-            self._fail(trial_id, running, f"its process died {lost} times (faults.retries={retries})", {})
+            self._fail(
+                trial_id,
+                running,
+                f"its process died {lost} times (faults.retries={retries})",
+                {"epochs": running.epoch},
+            )
             return
         self._ledger.drop(trial_id)
         self._queue.lost(work.study, work.number)

@@ -186,12 +186,13 @@ def _of_file(path: Path, settings: StudySettings) -> Iterator[Given]:
     for line, row in enumerate(rows, start=2):
         name = f"line {line}"
         if row.get("state") not in (None, "", "COMPLETE") or row.get("kind") not in (None, "", "search"):
-            yield (
-                name,
-                "",
-                {},
-                f"it is {row.get('kind') or 'a trial'} {row.get('state') or ''}".rstrip() + ", and not COMPLETE.",
+            own = row.get("kind") in (None, "", "search")
+            why = (
+                f"it is {row['state']} and not COMPLETE."
+                if own
+                else f"it is run {row['kind']}, and no trial of a search."
             )
+            yield name, "", {}, why
             continue
         ours = {column.removeprefix("params."): _read(text) for column, text in row.items() if column and text}
         known = {column.removeprefix("values."): _read(text) for column, text in row.items() if column and text}

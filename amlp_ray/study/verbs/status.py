@@ -30,7 +30,8 @@ def status(store: StudyStore, settings: StudySettings | None = None) -> dict[str
     search, arms, confirmation = store.search(), store.arms(), store.confirmation()
     trials = search.get_trials(deepcopy=False)
     holder, about = store.holder(), search.user_attrs
-    states = _states(trials, holder)
+    arm_trials = arms.get_trials(deepcopy=False)
+    states, arm_states = _states(trials, holder), _states(arm_trials, holder)
     request = about.get("request")
     spent = spent_by(store, trials, settings)
     confirmed = confirmation.get_trials(deepcopy=False)
@@ -42,18 +43,19 @@ def status(store: StudyStore, settings: StudySettings | None = None) -> dict[str
     return {
         "study": settings.name,
         "folder": str(store.folder),
-        "state": _state(states, holder, request, spent, settings.budget),
+        "state": _state({**arm_states, **states}, holder, request, spent, settings.budget),
         "run_by": holder,
         "since": _last_run(store).get("started") if holder else None,
         "request": request,
         "states": states,
+        "arm_states": arm_states,
         "imported": sum("source" in trial.user_attrs for trial in trials),
         "budget": {
             name: {"used": used, "allowed": getattr(settings.budget, name)} for name, used in spent.as_dict().items()
         },
         "objectives": dict(settings.objectives),
         "best": [_summary(trial, settings) for trial in front(trials, settings)],
-        "arms": _arms(arms.get_trials(deepcopy=False), settings),
+        "arms": _arms(arm_trials, settings),
         "confirmed": repeats,
         "changed": _changed([*trials, *confirmed]),
     }
@@ -94,7 +96,9 @@ def running_rows(store: StudyStore, settings: StudySettings) -> list[dict[str, A
             last, rungs = _last_line(store, trial), trial.intermediate_values
             rows.append(
                 {
-                    "run": str(folder_of(store, trial).relative_to(store.folder)),
+                    "run": str(folder_of(store, trial).relative_to(store.folder))
+                    .replace("/", " ")
+                    .replace("s ", " ", 1),
                     "epoch": last.get("epoch", 0),
                     "of": trial.params.get("epochs", settings.trial({}, seed=0).epochs),
                     "loss": last.get("loss"),

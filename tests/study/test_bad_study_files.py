@@ -129,7 +129,7 @@ FILES: dict[str, tuple[str, Told]] = {
         "name: s\nobjectives: {dsc: maximize, seconds: minimize}\n",
         [(None, "pruner.metric must say which of dsc, seconds is compared at rungs")],
     ),
-    "an unknown arm": ("name: s\narms: [scratch, mea]\n", [(2, "arms: there is no arm 'mea'; did you mean mae?")]),
+    "an unknown arm": ("name: s\narms: [scratch, mea]\n", [(2, "arms: there is no arm 'mea'; the nearest is mae")]),
     "settings of an arm": (
         "name: s\narms:\n- mine: {ratio: {start: 2}}\n",
         [(2, "arm mine: ratio.start is 2, but must be less than 1.")],

@@ -96,9 +96,7 @@ def running_rows(store: StudyStore, settings: StudySettings) -> list[dict[str, A
             last, rungs = _last_line(store, trial), trial.intermediate_values
             rows.append(
                 {
-                    "run": str(folder_of(store, trial).relative_to(store.folder))
-                    .replace("/", " ")
-                    .replace("s ", " ", 1),
+                    "run": str(folder_of(store, trial).relative_to(store.folder)),
                     "epoch": last.get("epoch", 0),
                     "of": trial.params.get("epochs", settings.trial({}, seed=0).epochs),
                     "loss": last.get("loss"),

@@ -231,7 +231,7 @@ def test_noise_agreement_and_ties_of_protocols_are_told(written: Written) -> Non
 def test_protocols_that_disagree_are_not_said_to_agree(written: Written) -> None:
     for i, dsc in enumerate((0.60, 0.55, 0.5, 0.45, 0.4)):
         written.add(f"trial-{i}", dsc, probe=1 - dsc)
-    assert "that they agree is not shown" in section(written.open()).protocols[1]
+    assert "they rank the other way round" in section(written.open()).protocols[1]
 
 
 def test_two_runs_are_too_few_to_agree(written: Written) -> None:

@@ -27,8 +27,10 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+# Tests of Ray share one session and its CPUs, so they run one by one; the others two at a time, file by file.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not ray" -n 2 --dist loadfile
+	$(BIN)/pytest -m ray
 
 format: install
 	$(BIN)/ruff check --fix

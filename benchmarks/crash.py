@@ -40,7 +40,7 @@ from amlp_ray.study.keeping.store import StudyStore, read_metrics
 
 KINDS = {"work": 9, "write": 8, "score": 5, "start": 3}  # how often a kill is of each, of 25
 EPOCHS, RUNGS = 24, 6
-WRITES = RUNGS + 3  # of a trial: its beginning, its rungs, what it took, its end
+WRITES = 3  # of a trial besides its scores: its beginning, what it took, its end
 LIFE_S = 600.0  # a driver that does nothing for so long hangs
 GONE_S = 30.0  # for processes of a dead driver to notice
 TAG = "AMLP_CRASH_TEST"  # in the environment of all that we start
@@ -77,6 +77,7 @@ def main() -> int:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="amlp-crash-")))
         place = Place(folder, options.data or make_data(folder), tag=uuid.uuid4().hex)
+        stack.callback(place.end_all)
         if options.storage == "postgresql":
             place.server = stack.enter_context(database(folder))
         if options.cluster:
@@ -154,6 +155,10 @@ class Place:
             environment = os.environ | {TAG: self.tag}
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
+    def end_all(self) -> None:
+        for process in self.processes():
+            process.kill()
+
     def processes(self) -> list[psutil.Process]:
         """All that descends from our drivers, whoever its parent is by now."""
         found = []
@@ -227,6 +232,7 @@ class Run:
     store: StudyStore
     start_s: float = 0.0  # of its first life, until the first trial's first epoch
     trial_s: float = 0.0  # between ends of trials of its first life
+    trial_scores: float = 0.0  # of a trial, at its rungs
     kills: list[dict[str, Any]] = field(default_factory=list)
 
     def events(self) -> list[str]:
@@ -261,6 +267,7 @@ def left_alone(place: Place, options: argparse.Namespace) -> Run:
     if process.wait() != 0:
         raise SystemExit((place.folder / "output.log").read_text())
     run.trial_s = (time.time() - first_epoch) / (options.trials + 1)
+    run.trial_scores = run.scores() / (options.trials + 1)
     print(f"left alone: first epoch after {run.start_s:.1f} s, {run.trial_s:.1f} s a trial", flush=True)
     return run
 
@@ -277,7 +284,7 @@ def with_kills(place: Place, options: argparse.Namespace, quiet: Run) -> Run:
         left = options.trials - run.ended()
         share = min(2 * left / (options.kills - number + 1), 0.8 * left)  # trials that this life may live through
         moment = draw.random()
-        writes = 1 + int(moment * (6 + share * WRITES)) if kind == "write" else None
+        writes = 1 + int(moment * (6 + share * (quiet.trial_scores + WRITES))) if kind == "write" else None
         began = time.time()
         process = place.start(study, dying=writes)
         if outage and run.ended() >= options.trials / 2:
@@ -313,7 +320,7 @@ def live(
         wait(process, lambda: time.time() - began > seconds)
         return f"{seconds:.1f} s after its start"
     if kind == "score":
-        scores, more = run.scores(), 1 + int(moment * share * RUNGS)
+        scores, more = run.scores(), 1 + int(moment * share * quiet.trial_scores)
         wait(process, lambda: run.scores() >= scores + more)
         return f"at its score {more}"
     wait(process, lambda: run.trained() > began)
@@ -433,7 +440,11 @@ def left_over(place: Place) -> Iterator[str]:
 
         groups = ray.util.placement_group_table().values()
         yield from (f"a placement group is {g['state']}" for g in groups if g["state"] != "REMOVED")
-        yield from (f"an actor {a.class_name} is {a.state}" for a in list_actors(limit=10_000) if a.state != "DEAD")
+        yield from (
+            f"an actor {a.class_name} is {a.state}"
+            for a in list_actors(place.address, limit=10_000)
+            if a.state != "DEAD"
+        )
 
 
 def differences(quiet: Run, killed: Run) -> Iterator[str]:

@@ -373,63 +373,79 @@ def bare_no_op(config: dict[str, Any]) -> dict[str, Any]:
 
     for epoch in (2, 4):
         tune.report({"epoch": epoch, "dsc": epoch / 10})
-    return {"dsc": 0.4}
+    return {"dsc": 0.4, "at": time.time()}
 
 
 def real(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Run no-op trials on Ray, ours and plain Tune's in turns, by random search."""
+    """Run no-op trials on Ray, ours and plain Tune's in turns, by random search.
+
+    Each piece begins and ends Tune's run and its processes, which a study does once: so what comes between the ends of
+    its first and its last trial is timed as well.
+    """
     store, settings = make_store(
         folder, "real", sampler={"name": "random"}, pruner={"name": "none", "rungs": 2}, arms=[]
     )
     at_once = int(ray.cluster_resources()["CPU"])
     log = EventLog(store.folder, lambda line: None)
-    seconds: dict[str, list[float]] = {"study": [], "tune": []}
+    pieces: list[dict[str, float]] = []
     bare(folder, 2 * at_once, at_once)  # Ray's first processes
     with store.lock() as lease:
-        for piece in range(1, options.pieces + 1):
-            budget = settings.budget.model_copy(update={"trials": piece * options.per_piece})
+        for piece in range(options.pieces):
+            budget = settings.budget.model_copy(update={"trials": (piece + 1) * options.per_piece})
             extended = settings.model_copy(update={"budget": budget})
             started = time.perf_counter()
             run_on_tune(
-                store, extended, lease, log, data="speckle", labels=None, images=IMAGES, side_by_side=at_once,
+                store,
+                extended,
+                lease,
+                log,
+                data="speckle",
+                labels=None,
+                images=IMAGES,
+                side_by_side=at_once,
                 trainable=no_op,
-            )  # fmt: skip
-            seconds["study"].append(time.perf_counter() - started)
-            seconds["tune"].append(bare(folder, options.per_piece, at_once))
-            print(f"real, piece {piece}: " + ", ".join(f"{k} {v[-1]:.1f} s" for k, v in seconds.items()), flush=True)
-    trials = store.search().get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            )
+            ours = time.perf_counter() - started
+            trials = store.search().get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            ends = [t.datetime_complete.timestamp() for t in trials if t.datetime_complete][-options.per_piece :]
+            theirs, their_ends = bare(folder, options.per_piece, at_once)
+            between = {"study_between": max(ends) - min(ends), "tune_between": max(their_ends) - min(their_ends)}
+            pieces.append({"study": ours, "tune": theirs, **between})
+            print(f"real, piece {piece}: " + ", ".join(f"{k} {v:.1f} s" for k, v in pieces[-1].items()), flush=True)
     assert len(trials) == options.pieces * options.per_piece
-    ratio = statistics.median(ours / theirs for ours, theirs in zip(seconds["study"], seconds["tune"], strict=True))
-    per_second = {name: len(trials) / sum(took) for name, took in seconds.items()}
-    facts = {
+    rate = {name: len(trials) / sum(piece[name] for piece in pieces) for name in pieces[0]}
+    ratio = statistics.median(piece["study"] / piece["tune"] for piece in pieces)
+    between_ratio = statistics.median(piece["study_between"] / piece["tune_between"] for piece in pieces)
+    print(
+        f"real: {rate['study']:.2f} trials/s, plain Tune {rate['tune']:.2f}, time {ratio:.3f} of Tune's (median of "
+        f"pieces); without beginning and end {rate['study_between']:.2f} and {rate['tune_between']:.2f}, "
+        f"{between_ratio:.3f}"
+    )
+    return {
         "trials": len(trials),
         "at_once": at_once,
-        "seconds": seconds,
-        "per_second": per_second,
+        "pieces": pieces,
+        "per_second": rate,
         "ratio": ratio,
-        "share": 1 - 1 / ratio,
+        "between_ratio": between_ratio,
     }
-    print(
-        f"real: {per_second['study']:.2f} trials/s, plain Tune {per_second['tune']:.2f}; "
-        f"time {ratio:.3f} of Tune's (median of pieces): platform {facts['share']:.1%}"
-    )
-    return facts
 
 
-def bare(folder: Path, trials: int, at_once: int) -> float:
-    """Seconds of plain Tune for as many no-op trials."""
+def bare(folder: Path, trials: int, at_once: int) -> tuple[float, list[float]]:
+    """Seconds of plain Tune for as many no-op trials, and when each ended."""
     from ray import tune
 
     resources = tune.PlacementGroupFactory([worker_bundle(ResourceSettings())])
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        tune.Tuner(
+        results = tune.Tuner(
             tune.with_resources(bare_no_op, resources),
             param_space={"start": tune.uniform(0.15, 0.75), "end": tune.uniform(0.3, 0.85)},
             tune_config=tune.TuneConfig(num_samples=trials, max_concurrent_trials=at_once, reuse_actors=True),
             run_config=tune.RunConfig(name="bare", storage_path=scratch, verbose=0),
         ).fit()
-    return time.perf_counter() - started
+        ends = [result.metrics["at"] for result in results if result.metrics]
+    return time.perf_counter() - started, ends
 
 
 # Status
@@ -438,27 +454,29 @@ def bare(folder: Path, trials: int, at_once: int) -> float:
 def status(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Time `amlp-ray study status` of a study as the simulated one writes it."""
     store, settings = make_store(
-        folder, "stored", sampler={"name": "random"}, pruner={"name": "median", "min_steps": 0},
+        folder, "stored", sampler={"name": "random"}, pruner={"name": "none"},
         budget={"trials": options.stored},
     )  # fmt: skip
     with store.lock():
-        queue = WorkQueue(store, settings, data="speckle", labels=None, ahead=0, notify=lambda line: None)
-        play(
-            Searcher(store, settings, queue, images=IMAGES, board=None, seconds=lambda: 0.0, notify=lambda line: None),
-            Clock("busy"),
-        )
+        quiet, seconds_run = lambda line: None, lambda: 0.0
+        queue = WorkQueue(store, settings, data="speckle", labels=None, ahead=0, notify=quiet)
+        board = None  # nobody is asked to stop
+        searcher = Searcher(store, settings, queue, images=IMAGES, board=board, seconds=seconds_run, notify=quiet)
+        play(searcher, Clock("busy"))
     command = [str(Path(sys.executable).with_name("amlp-ray")), "study", "status", "stored", "--runs", str(folder)]
-    seconds = []
+    seconds, cpu = [], []
     for _ in range(7):
-        started = time.perf_counter()
+        started, before = time.perf_counter(), os.times()
         subprocess.run(command, check=True, capture_output=True)
+        after = os.times()
         seconds.append(time.perf_counter() - started)
+        cpu.append(sum(after[2:4]) - sum(before[2:4]))  # of processes that ended
     journal = (store.folder / "study.journal").stat().st_size
     print(
         f"status of {options.stored} trials ({journal / 1e6:.1f} MB): {statistics.median(seconds):.2f} s "
-        f"({min(seconds):.2f} to {max(seconds):.2f})"
+        f"({min(seconds):.2f} to {max(seconds):.2f}), processor {statistics.median(cpu):.2f} s"
     )
-    return {"trials": options.stored, "bytes": journal, "seconds": seconds}
+    return {"trials": options.stored, "bytes": journal, "seconds": seconds, "cpu_seconds": cpu}
 
 
 if __name__ == "__main__":

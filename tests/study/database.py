@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import socket
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -25,9 +27,7 @@ class Postgres:
         bin_folder = programs()
         assert bin_folder is not None
         self._bin, self._data = bin_folder, folder / "pgdata"
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
+        self.port = _free_port()
         folder.chmod(0o755)
         self._data.mkdir()
         word = folder / "word"
@@ -56,3 +56,14 @@ class Postgres:
         command = [str(self._bin / program), *map(str, arguments)]
         # Nothing may be piped: the server would inherit the pipe, and reading it would wait for its end.
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", **user)  # type: ignore[call-overload]
+
+
+def _free_port() -> int:
+    """A port below those that a system gives to clients: one could take it while the server is stopped, even by
+    connecting to itself.
+    """
+    for port in random.SystemRandom().sample(range(15_000, 32_000), 50):
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port among fifty")

@@ -23,12 +23,13 @@ from database import Postgres, programs
 from optuna.trial import TrialState
 from tiny import TINY
 
+from amlp_ray.config import StudySettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import StudyError
 from amlp_ray.study.keeping.storage import open_journal
 from amlp_ray.study.keeping.store import StudyStore, read_metrics
 
-DEADLINE_S = 100
+DEADLINE_S = 240  # seconds suffice where nobody else uses the machine
 
 
 class Driver:
@@ -182,7 +183,7 @@ def test_a_full_disk_is_waited_for_and_leaves_no_half_line(small_disk: Path) -> 
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_a_trial_whose_process_dies_too_often_fails_and_the_study_goes_on(driver: Callable[..., Driver]) -> None:
     run = driver(epochs=60, budget={"trials": 2}, faults={"retries": 1})
     process = run.start()
@@ -210,11 +211,11 @@ def writer(folder: Path) -> psutil.Process | None:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(250)
+@pytest.mark.timeout(600)
 def test_a_study_outlives_its_database_and_then_gives_up_and_goes_on(
     driver: Callable[..., Driver], server: Postgres
 ) -> None:
-    run = driver(epochs=200, storage=server.url, faults={"storage_minutes": 0.25}, pruner={"name": "none", "rungs": 20})
+    run = driver(epochs=100, storage=server.url, faults={"storage_minutes": 0.25}, pruner={"name": "none", "rungs": 10})
     process = run.start()
     run.wait_for(lambda: run.epochs() >= 2)
     server.stop()
@@ -237,12 +238,12 @@ def test_a_study_outlives_its_database_and_then_gives_up_and_goes_on(
     assert run.start().wait(DEADLINE_S) == 0, run.said()
     (trial,) = run.store.search().trials
     assert trial.state == TrialState.COMPLETE
-    assert sorted(trial.intermediate_values) == list(range(10, 201, 10))
-    assert run.epochs() == 200
+    assert sorted(trial.intermediate_values) == list(range(10, 101, 10))
+    assert run.epochs() == 100
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(600)
 def test_a_second_driver_is_refused_by_name_also_from_another_folder(
     driver: Callable[..., Driver], server: Postgres, tmp_path: Path
 ) -> None:
@@ -267,7 +268,7 @@ def test_a_second_driver_is_refused_by_name_also_from_another_folder(
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(600)
 def test_a_driver_whose_lease_was_taken_over_stops_and_writes_no_more(driver: Callable[..., Driver]) -> None:
     run = driver(epochs=3000)
     process = run.start()
@@ -281,3 +282,47 @@ def test_a_driver_whose_lease_was_taken_over_stops_and_writes_no_more(driver: Ca
     assert [t.state for t in run.store.search().trials] == [TrialState.RUNNING]
     with pytest.raises(StudyError, match="already run by process 1 on elsewhere"), run.store.lock():
         pass
+
+
+@pytest.mark.ray
+def test_a_trial_whose_driver_died_before_it_was_pruned_is_not_trained_on(
+    phantom_dataset: PatchDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from amlp_ray.study.trial import StopBoard, Task, amlp_trial
+
+    class DriverDied(BaseException):
+        pass
+
+    def die(result: dict[str, Any]) -> None:
+        raise DriverDied
+
+    def prune(result: dict[str, Any]) -> None:
+        told.append(result["epoch"])
+        ray.get(board.ask.remote(str(tmp_path / "trial"), "now"))
+
+    settings = StudySettings.model_validate(TINY)
+    told: list[int] = []
+    board = ray.remote(StopBoard).options(num_cpus=0).remote()
+    task = Task(
+        study="tiny",
+        kind="search",
+        number=0,
+        label="trial 0",
+        folder=str(tmp_path / "trial"),
+        data=str(phantom_dataset.path),
+        settings=settings.trial({}, seed=1),
+        probe=settings.probe,
+        resources=settings.resources,
+        rungs=(2, 3, 4),
+    )
+    config = {"task": task.as_config(), "board": board}
+    monkeypatch.setattr("ray.tune.report", die)
+    with pytest.raises(DriverDied):
+        amlp_trial(config)
+    monkeypatch.setattr("ray.tune.report", prune)
+    assert amlp_trial(config)["epochs"] == 2
+    assert told == [2], "rung 3 would have been another result than that of an undisturbed trial"
+    assert (tmp_path / "trial" / "encoder.safetensors").is_file()
+    ray.kill(board)

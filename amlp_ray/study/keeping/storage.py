@@ -102,6 +102,7 @@ class PatientStorage(_Forwarding):
 
     def __init__(self, inner: BaseStorage, patience: float, notify: Callable[[str], None] = lambda line: None) -> None:
         self._inner, self._patience, self._notify = inner, patience, notify
+        self._given_up = False  # then what is asked on the way out does not wait as long again
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         """Return the id of a new trial, created once."""
@@ -132,7 +133,8 @@ class PatientStorage(_Forwarding):
             return True
 
     def _patiently(self, name: str, *args: Any, unless: Callable[[], Any] = lambda: None, **named: Any) -> Any:
-        started, wait, gone, patience = time.monotonic(), FIRST_WAIT_S, False, self._patience
+        started, wait, gone = time.monotonic(), FIRST_WAIT_S, False
+        tell = self._patience > LONGEST_WAIT_S and not self._given_up
         while True:
             try:
                 done = unless() if gone else None
@@ -140,20 +142,21 @@ class PatientStorage(_Forwarding):
             except Exception as error:
                 if not _may_pass(error):
                     raise
-                if time.monotonic() - started > self._patience:
-                    self._patience = 0.0  # what is asked on the way out does not wait as long again
+                if self._given_up or time.monotonic() - started > self._patience:
+                    self._given_up = True
                     raise StudyError(
-                        f"The study's storage cannot be reached for {patience:g} s "
+                        f"The study's storage cannot be reached for {self._patience:g} s "
                         f"({_kind(error)}); check it and run the study again: it goes on."
                     ) from None
-                if not gone and patience > LONGEST_WAIT_S:
+                if tell and not gone:
                     self._notify(f"the study's storage cannot be reached ({_kind(error)}); waiting, trials train on")
                 gone = True
                 time.sleep(wait)
                 wait = min(2 * wait, LONGEST_WAIT_S)
                 continue
-            if gone and patience > LONGEST_WAIT_S:
+            if tell and gone:
                 self._notify("the study's storage is back")
+            self._given_up = False
             return answer
 
 

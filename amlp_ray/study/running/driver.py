@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +36,7 @@ class EventLog:
         self._file, self._notify = folder / "events.log", notify
 
     def __call__(self, line: str) -> None:
-        with self._file.open("a") as file:
+        with suppress(OSError), self._file.open("a") as file:  # a full disk is told of, and waited for, by the storage
             file.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
         self._notify(line)
 

@@ -125,8 +125,9 @@ def amlp_trial(config: dict[str, Any]) -> dict[str, Any]:
                 _confirm(task)
         return {"ended": True, **_spent(folder, time.perf_counter() - started), **_memory(task)}
     except Exception as error:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "error.txt").write_text(traceback.format_exc())
+        with suppress(OSError):  # the disk may be what failed
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "error.txt").write_text(traceback.format_exc())
         reason = str(error) if isinstance(error, AmlpError) else f"{type(error).__name__}: {error}"
         return {"failed": " ".join(reason.split())[:500], **_spent(folder, time.perf_counter() - started)}
 

@@ -290,7 +290,7 @@ def test_a_trial_whose_driver_died_before_it_was_pruned_is_not_trained_on(
 ) -> None:
     import ray
 
-    from amlp_ray.study.trial import StopBoard, Task, amlp_trial
+    from amlp_ray.study.running.trial import StopBoard, Task, amlp_trial
 
     class DriverDied(BaseException):
         pass

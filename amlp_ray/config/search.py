@@ -118,4 +118,4 @@ class FaultSettings(Settings):
 
     retries: int = Field(3, ge=0)  # of a trial whose process or node was lost; it goes on from its checkpoint
     alike: int = Field(3, ge=1)  # first trials that fail for one reason before the study stops: it is not the settings
-    storage_minutes: float = Field(10, gt=0)  # that a database may be gone; trials train on meanwhile
+    storage_minutes: float = Field(10, gt=0)  # that a database may be gone; trials train on to their next rung

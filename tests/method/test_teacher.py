@@ -168,7 +168,9 @@ VIEWS: list[tuple[dict[str, Any], set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "expected"), VIEWS, ids=str)
+@pytest.mark.parametrize(
+    ("given", "expected"), VIEWS, ids=lambda value: ",".join(sorted(value)) if isinstance(value, set) else str(value)
+)
 def test_the_teacher_says_what_the_settings_use_and_nothing_else(given: dict[str, Any], expected: set[str]) -> None:
     model, _, settings = taught(given, WARM)
     view = teacher_view(model, patches_of(), KEYS, settings, 1)

@@ -11,7 +11,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ from amlp_ray.study.space.asking import space_of
 
 LARGEST_GRID = 10_000  # combinations; nobody trains more, and looking for them takes a second per few thousand
 GENERATION, POINT = "cma:generation", "qmc:point"  # system attributes of a trial
+
+INTERNAL, CONSTRAINTS = attrgetter("internal"), attrgetter("constraints")  # asked of thousands of trials at a time
 
 Space = Mapping[str, BaseDistribution]
 
@@ -100,7 +102,7 @@ class Tpe(optuna.samplers.TPESampler):
             states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
             trials = [t for t in study.get_trials(deepcopy=False, states=states) if t.number != trial.number]
             good = default_gamma_multiobjective if len(study.directions) > 1 else default_gamma
-            self._split = _good_and_poor(study, trials, good(sum(t.state != TrialState.RUNNING for t in trials)))
+            self._split = _good_and_poor(study, trials, good(sum(t.state is not TrialState.RUNNING for t in trials)))
         below, above = (
             self._build_parzen_estimator(study, search_space, trials, handle_below=i == 0)
             for i, trials in enumerate(self._split)
@@ -111,20 +113,20 @@ class Tpe(optuna.samplers.TPESampler):
 
     def _get_internal_repr(self, trials: Any, search_space: Any, study: Study) -> dict[str, np.ndarray]:
         names = list(search_space)
-        of, first = itemgetter(*names), names[0]
-        rows = [of(t.internal) for t in trials if first in t.internal and search_space.keys() <= t.internal.keys()]
+        of, first, needed = itemgetter(*names), names[0], search_space.keys()
+        rows = [of(known) for known in map(INTERNAL, trials) if first in known and needed <= known.keys()]
         columns = np.array(rows, dtype=float).reshape(len(rows), len(names))
         return {name: columns[:, i] for i, name in enumerate(names)}
 
 
 def _good_and_poor(study: Study, trials: list[FrozenTrial], good: int) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
     """Trials in Optuna's own two parts, without its sorting of pruned ones where enough complete ones are good."""
-    complete = [t for t in trials if t.state == TrialState.COMPLETE]
-    if len(study.directions) > 1 or len(complete) < good or any(t.constraints for t in trials):
+    complete = [t for t in trials if t.state is TrialState.COMPLETE]
+    if len(study.directions) > 1 or len(complete) < good or any(map(CONSTRAINTS, trials)):
         return _split_trials(study, trials, good)
     sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
-    best = {t.number for t in heapq.nsmallest(good, complete, key=lambda t: sign * t.values[0])}
-    return [t for t in complete if t.number in best], [t for t in trials if t.number not in best]
+    best = {id(t) for t in heapq.nsmallest(good, complete, key=lambda t: sign * t.values[0])}
+    return [t for t in complete if id(t) in best], [t for t in trials if id(t) not in best]
 
 
 class _Groups(_GroupDecomposedSearchSpace):

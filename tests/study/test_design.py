@@ -184,7 +184,7 @@ def test_an_oracle_of_ones_own_is_a_diagnosis_too() -> None:
         ({"mine": {"ratio": {"strat": 3}}}, r"unknown setting 'ratio\.strat'"),
         ({"../mine": {}}, "names a folder"),
         ({"trial-7": {}}, "names a folder"),
-        ("laddr", "did you mean ladder"),
+        ("laddr", "the nearest is ladder"),
     ],
 )
 def test_arms_that_mean_nothing_are_refused_with_the_settings(arm: Any, told: str) -> None:

@@ -51,6 +51,11 @@ class Postgres:
     def stop(self) -> None:
         self._run("pg_ctl", "-D", self._data, "-m", "immediate", "-w", "stop")
 
+    def close(self) -> None:
+        """Stop it for good, if it still runs."""
+        with suppress(subprocess.CalledProcessError):
+            self.stop()
+
     def _run(self, program: str, *arguments: object) -> None:
         user = {"user": "nobody", "group": "nogroup", "extra_groups": []} if os.getuid() == 0 else {}
         command = [str(self._bin / program), *map(str, arguments)]

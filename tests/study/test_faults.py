@@ -97,7 +97,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     os.environ["AMLP_TEST_PASSWORD"] = Postgres.password
     server = Postgres(tmp_path_factory.mktemp("pg"))
     yield server
-    server.stop()
+    server.close()
 
 
 WRITER = """

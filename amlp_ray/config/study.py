@@ -80,6 +80,13 @@ class StudySettings(Settings):
         space = {k: {"value": v} if isinstance(v, str | int | float) else v for k, v in given["space"].items()}
         return {**given, "space": space}
 
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, given: str) -> str:
+        if re.search(r"\.(arms|confirm|v\d+)$", given):
+            raise ValueError(f"{given!r} ends as the companions of a study do in a database; choose another name")
+        return given
+
     @field_validator("pretrain")
     @classmethod
     def _check_pretrain(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +108,10 @@ class StudySettings(Settings):
         scheme = given.partition(":")[0].partition("+")[0]
         if scheme not in ("sqlite", "postgresql", "mysql") or "://" not in given:
             raise ValueError("the URL must begin with sqlite://, postgresql:// or mysql://")  # never shown: passwords
-        if re.search(r"://[^/@]*:(?!\$\{\w+\}@)[^/@]+@", given):
+        address, _, query = given.partition("://")[2].partition("?")
+        word = address.rpartition("@")[0].partition(":")[2]
+        named = re.findall(r"(?i)(?:^|&)(?:password|passwd|pwd|passfile|sslpassword)=([^&]*)", query)
+        if any(text and not re.fullmatch(r"\$\{\w+\}", text) for text in (word, *named)):
             raise ValueError("a password stands in the URL; write ${NAME} there and set NAME in the environment")
         return given
 

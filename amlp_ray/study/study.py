@@ -205,7 +205,7 @@ class Study:
             write_yaml(self.settings, self.store.folder / "study.yaml")
         log = EventLog(self.store.folder, notify)
         self.store.storage(patience=self.settings.faults.storage_minutes * 60, notify=log)
-        with self.store.lock() as lease, swept():
+        with self.store.lock(counted=phase == "search") as lease, swept():
             self._check_unchanged()
             self._settle_budget(log)
             write_yaml(self.settings, self.store.folder / "study.yaml")
@@ -282,7 +282,7 @@ class Study:
                         + (f"{self.dataset.path} has of its own" if now is None else f"{now.path} holds now")
                         + f"; restore the {what}, or give the study another name."
                     )
-        if not any(
+        if self.settings.storage == self.store.settings().storage and not any(
             counts(trial)
             for study in (self.store.search(), self.store.arms())
             for trial in study.get_trials(deepcopy=False)

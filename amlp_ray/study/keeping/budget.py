@@ -53,7 +53,7 @@ class Ledger:
 
     @classmethod
     def of(cls, trials: Iterable[FrozenTrial]) -> Ledger:
-        """Of the trials of all three Optuna studies of a study, as stored."""
+        """Of trials as stored."""
         ledger = cls()
         for trial in trials:
             ledger.end(None, trial.user_attrs.get("facts") or {})

@@ -31,7 +31,7 @@ class Lease:
     `seconds` is how long the study has been run, all runs together: what a budget of hours is measured by.
     """
 
-    def __init__(self, study: optuna.Study, *, wait: bool) -> None:
+    def __init__(self, study: optuna.Study, *, wait: bool, counted: bool = True) -> None:
         """Args: wait: whether other machines may take it at this moment, so that who wrote last must be seen.
 
         Raises:
@@ -42,7 +42,7 @@ class Lease:
                 f"Study {study.study_name!r} is already run by {holder}; wait for it, or end it, before running the "
                 f"study again. The lease of one that died passes after {EXPIRES_S:g} s."
             )
-        self._study, self._id = study, uuid.uuid4().hex
+        self._study, self._id, self._counted = study, uuid.uuid4().hex, counted
         self._before = float((study.user_attrs.get("lease") or {}).get("seconds", 0.0))
         self._started = time.monotonic()
         self._write()
@@ -53,7 +53,7 @@ class Lease:
 
     @property
     def seconds(self) -> float:
-        return self._before + time.monotonic() - self._started
+        return self._before + (time.monotonic() - self._started if self._counted else 0.0)
 
     def renew(self) -> bool:
         """Write that we live. False: somebody took the study over while we could not; nothing is written."""

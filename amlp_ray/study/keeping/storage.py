@@ -49,13 +49,14 @@ class Journal(JournalFileBackend):
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append one line per log, whole or not at all."""
         text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
-        with self._held(), self._path.open("r+b") as file:
+        with self._held(), self._path.open("r+b", buffering=0) as file:  # a buffer would be written again on closing
             end = _end_of_last_line(file)
             file.truncate(end)  # the next line would be glued to half a line and spoil both
             file.seek(end)
             try:
-                file.write(text)
-                file.flush()
+                left = memoryview(text)
+                while left:
+                    left = left[file.write(left) :]
                 if any(log["op_code"] not in _TOLD_AGAIN for log in logs):
                     os.fsync(file.fileno())
             except OSError:
@@ -205,7 +206,9 @@ def open_database(url: str, patience: float = 0.0, notify: Callable[[str], None]
             f"Package {error.name!r} for {kind} is not installed; pip install 'amlp-ray[{kind}]'."
         ) from None
     except Exception as error:
-        if not _may_pass(error):
+        from sqlalchemy.exc import SQLAlchemyError
+
+        if not _may_pass(error) and not isinstance(error, ValueError | SQLAlchemyError):
             raise
         raise StudyError(
             f"The database at {shown(url)} cannot be opened ({_kind(error)}); check the address, that it runs, and the "

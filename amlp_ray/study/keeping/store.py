@@ -21,7 +21,6 @@ import fcntl
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,11 +49,14 @@ class StudyStore:
         self.folder = Path(folder).absolute()
         self.name = name or self.folder.name
         self._storage: BaseStorage | None = None
+        self._held_url: tuple[str | None] | None = None
 
-    @cached_property
+    @property
     def _url(self) -> str | None:
-        """Of the database, where the study is not in a journal."""
-        return self.settings().storage if (self.folder / "study.yaml").is_file() else None
+        """Of the database, where the study is not in a journal; not known before there is a study.yaml."""
+        if self._held_url is None and (self.folder / "study.yaml").is_file():
+            self._held_url = (self.settings().storage,)
+        return self._held_url[0] if self._held_url else None
 
     @classmethod
     def open(cls, folder: str | Path) -> StudyStore:
@@ -162,11 +164,14 @@ class StudyStore:
     # One driver at a time, and word for it
 
     @contextmanager
-    def lock(self) -> Iterator[Lease]:
+    def lock(self, *, counted: bool = True) -> Iterator[Lease]:
         """Hold the study for this process: one driver at a time, so a RUNNING trial found here belongs to a dead one.
 
         Two locks: one of the folder, which the kernel frees when the process dies, however it dies; and a lease in the
         storage, for machines that share a database and no folder.
+
+        Args:
+            counted: whether the time counts in `budget.hours`.
 
         Raises:
             StudyError: naming the holder, where another process runs this study.
@@ -184,7 +189,7 @@ class StudyStore:
             file.write(here())
             file.flush()
             study = self.search(create=True, directions=list(self.settings().objectives.values()))
-            lease = Lease(study, wait=self._url is not None)
+            lease = Lease(study, wait=self._url is not None, counted=counted)
             try:
                 yield lease
             finally:

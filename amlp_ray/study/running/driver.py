@@ -172,12 +172,15 @@ def run_on_tune(
     watch.start()
     try:
         _fit(settings, searcher, side_by_side, trainable)
+    except Exception:
+        if watch.failure is None and searcher.failure is None:  # Tune wraps what its searcher raised in its own words
+            raise
     finally:
         watch.close()
         queue.close()
         ray.kill(board)
-    if watch.failure is not None:
-        raise watch.failure
+    if failure := watch.failure or searcher.failure:
+        raise failure
     if searcher.ending == "alike":
         raise FailedStudyError(
             f"The first {settings.faults.alike} trials of {settings.name!r} failed alike, so the study was stopped: "

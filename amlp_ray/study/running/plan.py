@@ -79,9 +79,10 @@ def check_study(settings: StudySettings, dataset: PatchDataset, labels: PatchDat
             f"{settings.name}: an oracle aims by true lesions, so no study may search it; take oracle out of "
             f"selection.rule and selection.score. Arm oracle runs it, for diagnosis."
         )
-    if "memory" in settings.limits and settings.resources.workers > 1:
+    if "memory" in {*settings.limits, *settings.objectives} and settings.resources.workers > 1:
         raise SettingsError(
-            "limits.memory is known of trials with one worker only; drop it, or set resources.workers=1."
+            "memory, in limits or objectives, is known of trials with one worker only; drop it, or set "
+            "resources.workers=1."
         )
     scored = dataset if labels is None else labels
     for patch_size in sorted({trial.model.patch_size for trial in drawn}):

@@ -271,13 +271,17 @@ class WorkQueue:
         s, about = self._settings, trial.user_attrs
         until, fork = None, None
         if study is self.arms:
-            plan = next(plan for plan in arm_plans(s) if plan.name == about["arm"])
+            plan = next((plan for plan in arm_plans(s) if plan.name == about["arm"]), None)
+            if plan is None:
+                raise SettingsError(f"it was interrupted, and arms does not name {about['arm']} any more.")
             label, kind = f"arm {about['arm']}-{about['repeat']}", "arm"
             folder = self._store.arm_folder(about["arm"], about["repeat"])
             # Repeats share seeds across arms, so that arms are compared in pairs.
             settings = plan.settings(derived_seed(s.seed, "arm", about["repeat"]))
         elif study is self.confirmation:
             plan_of = {c.name: c for c in confirmation_plan(self._store, s)}
+            if about["candidate"] not in plan_of:
+                raise SettingsError(f"it was interrupted, and {about['candidate']} is not confirmed any more.")
             label, kind = f"confirm {about['candidate']}-{about['repeat']}", "confirm"
             folder = self._store.confirm_folder(about["candidate"], about["repeat"])
             settings = plan_of[about["candidate"]].settings(confirm_seed(s, about["repeat"]))

@@ -13,20 +13,37 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
 from typing import Any, Literal
 
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from amlp_ray.config import COSTS, StudySettings
+from amlp_ray.errors import AmlpError
 from amlp_ray.study.keeping.budget import Ledger
 from amlp_ray.study.keeping.store import Request, StudyStore
 from amlp_ray.study.running.queue import Work, WorkQueue
-from amlp_ray.study.running.trial import SCORES
+from amlp_ray.study.running.trial import SCORES, spent_so_far
 from amlp_ray.study.search.pruning import Pruning
 
 Notify = Callable[[str], None]
 Ending = Literal["pause", "stop", "cancel", "budget", "alike", "lease", "resources"]
+
+
+def _noted(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep an error of ours for the driver."""
+
+    @wraps(method)
+    def call(self: StudySearcher, *args: Any, **named: Any) -> Any:
+        try:
+            return method(self, *args, **named)
+        except AmlpError as error:
+            self.failure = self.failure or error
+            raise
+
+    return call
 
 
 @dataclass
@@ -36,6 +53,10 @@ class Running:
     work: Work
     started: float  # monotonic
     epoch: int = 0  # of the last rung
+
+    def spent(self) -> dict[str, Any]:
+        """What it has taken by its own files, take-overs included, where it cannot say so itself."""
+        return spent_so_far(Path(self.work.task.folder), time.monotonic() - self.started)
 
 
 class StudySearcher(Searcher):
@@ -67,9 +88,11 @@ class StudySearcher(Searcher):
         self._lock = threading.RLock()
         self.ending: Ending | None = None
         self.ending_reason = ""
+        self.failure: AmlpError | None = None  # why Tune's loop had to end
 
     # Tune's side
 
+    @_noted
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """What to run next; None: nothing now; FINISHED where nothing is left and nothing runs that could come back."""
         with self._lock:
@@ -82,6 +105,7 @@ class StudySearcher(Searcher):
             self._notify(f"{work.task.label} {verb}" + (f": {shown}" if shown else ""))
             return {"task": work.task.as_config(), "board": self._board}
 
+    @_noted
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Store a rung's score and, where the pruner says so, ask the trial to return."""
         with self._lock:
@@ -103,6 +127,7 @@ class StudySearcher(Searcher):
                 self._ask(task.folder, "now")
             self.check_budget()
 
+    @_noted
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell how the trial ended. One that was merely interrupted stays RUNNING, to be taken over."""
         with self._lock:
@@ -143,7 +168,11 @@ class StudySearcher(Searcher):
         - `alike`: they return, told as what they are.
         """
         with self._lock:
-            if self.ending in ("cancel", ending):
+            if self.ending == ending or (self.ending in ("cancel", "alike") and ending not in ("cancel", "lease")):
+                return
+            if (
+                ending == "stop" and self.ending is not None
+            ):  # running trials were asked to return, and are kept or told
                 return
             self.ending, self.ending_reason = ending, reason
             for running in list(self._running.values()):
@@ -155,7 +184,7 @@ class StudySearcher(Searcher):
                 for trial_id, running in list(self._running.items()):
                     del self._running[trial_id]
                     if running.work.task.kind == "search":
-                        self._fail(trial_id, running, "cancelled", {"epochs": running.epoch})
+                        self._fail(trial_id, running, "cancelled", running.spent())
                     else:
                         self._ledger.drop(trial_id)
 
@@ -167,13 +196,12 @@ class StudySearcher(Searcher):
 
         A confirmation has no budget: it is asked for, and has an end.
         """
-        if (
-            self.ending is None
-            and self._queue.confirmation is None
-            and (reached := self._spent(0).reached(self._settings.budget, but_trials=True))
-        ):
-            self._notify(f"budget used: {reached}; running trials end at their next rung")
-            self.end("budget", reached)
+        with self._lock:
+            if self.ending is not None or self._queue.confirmation is not None:
+                return
+            if reached := self._spent(0).reached(self._settings.budget, but_trials=True):
+                self._notify(f"budget used: {reached}; running trials end at their next rung")
+                self.end("budget", reached)
 
     def change_budget(self, settings: StudySettings) -> None:
         with self._lock:
@@ -213,7 +241,7 @@ class StudySearcher(Searcher):
                 trial_id,
                 running,
                 f"its process died {lost} times (faults.retries={retries})",
-                {"epochs": running.epoch},
+                running.spent(),
             )
             return
         self._ledger.drop(trial_id)
@@ -264,10 +292,6 @@ class StudySearcher(Searcher):
     def _fail(self, trial_id: str, running: Running, reason: str, result: dict[str, Any]) -> None:
         self._describe(trial_id, running, result)
         self._tell_failed(running.work, reason)
-        self._first_ends.append(re.sub(r"\d+", "#", reason))
-        first = self._first_ends[: self._settings.faults.alike]
-        if len(first) == len(self._first_ends) == self._settings.faults.alike and len(set(first)) == 1 and first[0]:
-            self.end("alike", reason)
 
     def _tell_failed(self, work: Work, reason: str) -> None:
         storage = self._store.storage()
@@ -275,6 +299,10 @@ class StudySearcher(Searcher):
         storage.set_trial_state_values(work.trial_id, TrialState.FAIL)
         self._free(work)
         self._notify(f"{work.task.label} failed: {reason}")
+        self._first_ends.append(re.sub(r"\d+", "#", reason))
+        first = self._first_ends[: self._settings.faults.alike]
+        if len(first) == len(self._first_ends) == self._settings.faults.alike and len(set(first)) == 1 and first[0]:
+            self.end("alike", reason)
 
     def _free(self, work: Work) -> None:
         self._queue.busy.discard((work.study.study_name, work.number))

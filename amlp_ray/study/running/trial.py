@@ -123,16 +123,16 @@ def amlp_trial(config: dict[str, Any]) -> dict[str, Any]:
             (run_alone if alone else run_in_group)(task, should_stop)
             if task.finetune is not None:
                 _confirm(task)
-        return {"ended": True, **_spent(folder, time.perf_counter() - started), **_memory(task)}
+        return {"ended": True, **spent_so_far(folder, time.perf_counter() - started), **_memory(task)}
     except Exception as error:
         with suppress(OSError):  # the disk may be what failed
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "error.txt").write_text(traceback.format_exc())
         reason = str(error) if isinstance(error, AmlpError) else f"{type(error).__name__}: {error}"
-        return {"failed": " ".join(reason.split())[:500], **_spent(folder, time.perf_counter() - started)}
+        return {"failed": " ".join(reason.split())[:500], **spent_so_far(folder, time.perf_counter() - started)}
 
 
-def _spent(folder: Path, here: float) -> dict[str, Any]:
+def spent_so_far(folder: Path, here: float) -> dict[str, Any]:
     """Epochs, seconds, speed and last scores from the trial's own lines, so that those before a take-over count too.
 
     `here` stands in where nothing was trained.
@@ -226,7 +226,7 @@ def _job(task: Task) -> Any:
 def _rung(metrics: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What Tune is told of a rung: its scores, and what the trial has taken up to it."""
     keys = ("epoch", *SCORES, "loss", "ratio", "images_per_second")
-    spent = _spent(folder, 0.0)
+    spent = spent_so_far(folder, 0.0)
     told = {key: metrics[key] for key in keys if metrics.get(key) is not None}
     return told | {"seconds": spent["seconds"], "epochs": spent["epochs"]}
 

@@ -49,6 +49,8 @@ def extend(
         for name, amount in given.items()
         if amount is not None
     }
+    if trials is not None and settings.sampler.name == "pbt":
+        raise SettingsError("sampler pbt runs whole generations: its trials follow from members and epochs.")
     if not changes:
         raise SettingsError("extend needs an amount, such as --trials +10 or --hours 8, or a changed space (--space).")
     budget = build(BudgetSettings, settings.budget.model_dump() | changes, "extend")

@@ -116,7 +116,7 @@ def _last_line(store: StudyStore, trial: FrozenTrial) -> dict[str, Any]:
 
 def spent_by(store: StudyStore, trials: Sequence[FrozenTrial], settings: StudySettings) -> Spent:
     """What a study has used of its budget; of running trials the epochs, and of these what a fork inherited too."""
-    every = [*trials, *store.arms().get_trials(deepcopy=False), *store.confirmation().get_trials(deepcopy=False)]
+    every = [*trials, *store.arms().get_trials(deepcopy=False)]
     ledger = Ledger.of(every)
     for trial in every:
         if trial.state == TrialState.RUNNING:

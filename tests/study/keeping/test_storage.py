@@ -15,7 +15,7 @@ from database import Postgres, programs
 from optuna.trial import TrialState
 
 from amlp_ray.errors import StudyError
-from amlp_ray.study.keeping.storage import PatientStorage, expanded, open_database, open_journal, shown
+from amlp_ray.study.keeping.storage import Journal, PatientStorage, expanded, open_database, open_journal, shown
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +181,30 @@ def test_a_name_that_is_not_in_the_environment_is_told(monkeypatch: pytest.Monke
     monkeypatch.delenv("NOT_SET", raising=False)
     with pytest.raises(StudyError, match=r"storage names \$\{NOT_SET\}, which is not set"):
         open_database("postgresql://me:${NOT_SET}@host/db")
+
+
+@pytest.mark.parametrize("url", ["postgresql://me@host:port/x", "postgresql+nodriver://me@host/x"])
+def test_a_url_that_is_none_is_told_in_a_sentence(url: str) -> None:
+    with pytest.raises(StudyError, match="cannot be opened"):
+        open_database(url)
+
+
+def test_a_short_write_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = tmp_path / "study.journal"
+    storage = open_journal(journal)
+    study = optuna.create_study(study_name="s", storage=storage)
+    whole = journal.read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("amlp_ray.study.keeping.storage.os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        Journal(journal).append_logs([{"op_code": 1}])
+    assert journal.read_bytes() == whole
+    monkeypatch.undo()
+    study.set_user_attr("a", 1)
+    assert optuna.load_study(study_name="s", storage=open_journal(journal)).user_attrs == {"a": 1}
 
 
 def test_values_of_the_environment_are_quoted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,24 @@ def test_a_request_is_there_for_the_driver_until_it_answers(store: StudyStore) -
     assert "answer" not in request
 
 
+def test_a_look_before_there_is_a_study_does_not_settle_where_it_is_kept(tmp_path: Path) -> None:
+    store = StudyStore(tmp_path / "s")
+    assert store.search().trials == []
+    store.folder.mkdir()
+    settings = build(StudySettings, {"name": "s", "storage": f"sqlite:///{tmp_path}/s.db"}, "s")
+    write_yaml(settings, store.folder / "study.yaml")
+    with store.lock():
+        pass
+    assert (tmp_path / "s.db").is_file()
+    assert not (store.folder / "study.journal").exists()
+
+
+def test_the_time_of_a_confirmation_does_not_count(store: StudyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    with store.lock(counted=False) as lease:
+        monkeypatch.setattr("amlp_ray.study.keeping.lease.time.monotonic", lambda: 1e9)
+        assert lease.seconds == 0
+
+
 def test_a_study_may_be_moved(store: StudyStore, tmp_path: Path) -> None:
     with store.lock():
         store.search().set_user_attr("a", 1)

@@ -248,6 +248,26 @@ def test_pause_keeps_running_trials_for_later(store: StudyStore, board: Any) -> 
     assert searcher(store, board, settings()).suggest("b")["task"] == config["task"]
 
 
+def test_stop_after_pause_still_keeps_what_was_paused(store: StudyStore, board: Any) -> None:
+    search = searcher(store, board, settings())
+    search.suggest("a")
+    search.end("pause")
+    search.end("stop")
+    search.on_trial_complete("a", {"ended": True, "epochs": 3, "seconds": 1.0})
+    assert [t.state for t in store.search().trials] == [TrialState.RUNNING]
+
+
+def test_an_interrupted_arm_that_is_named_no_more_fails_and_the_study_goes_on(store: StudyStore, board: Any) -> None:
+    searcher(store, board, settings(arms=["mae"], arm_seeds=1)).suggest("a")
+    task = Task.from_config(searcher(store, board, settings(arms=[])).suggest("b")["task"])
+    assert task.label == "trial 0"
+    (arm,) = store.arms().trials
+    assert (arm.state, arm.user_attrs["reason"]) == (
+        TrialState.FAIL,
+        "it was interrupted, and arms does not name mae any more.",
+    )
+
+
 def test_cancel_ends_running_trials_at_once(store: StudyStore, board: Any) -> None:
     search = searcher(store, board, settings())
     search.suggest("a")

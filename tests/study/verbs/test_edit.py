@@ -140,10 +140,10 @@ def test_a_study_is_deleted_but_not_while_it_is_run(tmp_path: Path) -> None:
 
 def test_deleting_leaves_the_studies_of_others_in_the_database(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/studies.db"
-    store, other = (make_store(tmp_path, name, storage=url) for name in ("tiny", "tiny.v2"))
+    store, other = (make_store(tmp_path, name, storage=url) for name in ("tiny", "tiny-two"))
     add(other)
     delete(store)
-    assert sorted(optuna.get_all_study_names(url)) == ["tiny.v2", "tiny.v2.arms"]
+    assert sorted(optuna.get_all_study_names(url)) == ["tiny-two", "tiny-two.arms"]
     assert len(other.search().trials) == 1
 
 

@@ -1,0 +1,43 @@
+"""What a study's settings refuse: passwords in a URL, and names that a database could take for another study's."""
+
+import pytest
+
+from amlp_ray.config import StudySettings
+from amlp_ray.errors import SettingsError
+from amlp_ray.settings import build
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:secret@db/x",
+        "postgresql://me:pa/ss@db/x",
+        "mysql://me:s3c/ret@db/x",
+        "postgresql://me@db/x?password=secret",
+        "postgresql://db/x?user=me&password=secret",
+        "mysql://me:${WORD}@db/x?passwd=secret",
+    ],
+)
+def test_a_password_in_a_url_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(SettingsError, match="a password stands in the URL") as refused:
+        build(StudySettings, {"name": "s", "storage": url}, "study.yaml")
+    assert not any(word in str(refused.value) for word in ("secret", "pa/ss", "s3c"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:${WORD}@db/x",
+        "postgresql://me@db/x?sslmode=require",
+        "postgresql://db/x?user=me&password=${WORD}",
+        "sqlite:///folder/study.db",
+    ],
+)
+def test_a_url_without_a_password_is_accepted(url: str) -> None:
+    assert build(StudySettings, {"name": "s", "storage": url}, "study.yaml").storage == url
+
+
+@pytest.mark.parametrize("name", ["low.arms", "low.confirm", "low.v2"])
+def test_a_name_that_a_database_takes_for_a_companion_is_refused(name: str) -> None:
+    with pytest.raises(SettingsError, match="ends as the companions of a study do"):
+        build(StudySettings, {"name": name}, "study.yaml")

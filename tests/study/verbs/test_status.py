@@ -35,7 +35,7 @@ def test_a_status_tells_states_budget_best_arms_and_confirmation(tmp_path: Path)
     assert facts["imported"] == 1
     assert facts["budget"]["trials"] == {"used": 4, "allowed": 8}
     assert facts["budget"]["epochs"] == {"used": 4 * 7, "allowed": 100}  # a confirmation has no budget
-    assert facts["budget"]["gpu_hours"]["used"] == pytest.approx(8 * 36 / 3600)
+    assert facts["budget"]["gpu_hours"]["used"] == pytest.approx(7 * 36 / 3600)
     assert facts["best"] == [{"trial": 0, "dsc": 0.6, "params": {"ratio.start": 0.3, "selection.mode": "soft"}}]
     assert facts["arms"] == {"mae": {"n": 2, "dsc": 0.4}}
     assert facts["confirmed"] == {"trial-0": {"done": 1, "begun": 1}}

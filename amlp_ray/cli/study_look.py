@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from amlp_ray.cli.output import Json, print_facts, print_json, print_table
 from amlp_ray.cli.study_options import Name, Runs, opened
+
+if TYPE_CHECKING:
+    from amlp_ray.config import StudySettings
+    from amlp_ray.study.keeping.store import StudyStore
 
 
 def status(name: Name, runs: Runs = Path("runs"), as_json: Json = False) -> None:
@@ -54,6 +58,7 @@ def best(name: Name, runs: Runs = Path("runs"), as_json: Json = False) -> None:
                 "number": trial.number,
                 **dict(zip(settings.objectives, trial.values, strict=True)),
                 "params": dict(trial.params),
+                **_learnt(store, settings, trial.number),
                 "encoder": str(folder / "encoder.safetensors"),
                 "settings": str(folder / "settings.yaml"),
             }
@@ -65,6 +70,16 @@ def best(name: Name, runs: Runs = Path("runs"), as_json: Json = False) -> None:
     else:
         typer.echo(f"best by {settings.metric}: trial {top.number}; no other trial beats these in every objective:")
         print_table([{key: row[key] for key in ("number", *settings.objectives, "params")} for row in rows])
+
+
+def _learnt(store: StudyStore, settings: StudySettings, number: int) -> dict[str, Any]:
+    """The masking-ratio schedule that a population has learnt, for `ratio.points`; nothing for other samplers."""
+    if settings.sampler.name != "pbt":
+        return {}
+    from amlp_ray.study.search.population import learnt_schedule
+
+    trials = store.search().get_trials(deepcopy=False)
+    return {"schedule": [[share, round(level, 4)] for share, level in learnt_schedule(settings, trials, number)]}
 
 
 def compare(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +13,8 @@ from amlp_ray.config import StudySettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.place import Place
 from amlp_ray.errors import StudyError
-from amlp_ray.files import write_whole
-from amlp_ray.settings import flat, merged, read_yaml, write_yaml
-from amlp_ray.study.design import prunable_rungs
+from amlp_ray.settings import merged, read_yaml, write_yaml
 from amlp_ray.study.keeping import best
-from amlp_ray.study.keeping.budget import counts
 from amlp_ray.study.keeping.store import Request, StudyStore
 from amlp_ray.study.space.declared import build_study
 from amlp_ray.study.verbs import edit, exchange, listing, migrate, status
@@ -26,19 +22,12 @@ from amlp_ray.study.verbs import edit, exchange, listing, migrate, status
 if TYPE_CHECKING:
     import pandas as pd
 
-    from amlp_ray.runtime.capacity import Cluster
     from amlp_ray.study.report import Importance
     from amlp_ray.study.running.driver import Outcome
     from amlp_ray.study.running.plan import Plan
     from amlp_ray.study.running.queue import Phase
 
 Notify = Callable[[str], None]
-
-# What may change between runs of one study; data may be moved, and its fingerprint is compared instead of its path.
-CHANGEABLE = (
-    "budget.", "resources.", "faults.", "confirm.", "arms", "arm_seeds", "description", "data", "labels", "tie",
-    "sampler.ahead", "pretrain.data",
-)  # fmt: skip
 
 
 class Study:
@@ -192,9 +181,10 @@ class Study:
         from amlp_ray.data.reading.cache import swept
         from amlp_ray.runtime.capacity import cluster_resources, jobs_side_by_side, machine_resources
         from amlp_ray.runtime.ray_session import ray_session
+        from amlp_ray.study.running.beginning import check_unchanged, note_environment, note_pruning, with_budget
         from amlp_ray.study.running.driver import EventLog, run_on_tune
 
-        self._check_unchanged()
+        check_unchanged(self.settings, self.store, self.dataset, self.labels)
         if (self.store.folder / "run.lock").is_file() and (holder := self.store.holder()):
             raise StudyError(f"Study {self.settings.name!r} is already run by {holder}; wait for it, or end it.")
         self.validate()
@@ -206,17 +196,17 @@ class Study:
         log = EventLog(self.store.folder, notify)
         self.store.storage(patience=self.settings.faults.storage_minutes * 60, notify=log)
         with self.store.lock(counted=phase == "search") as lease, swept():
-            self._check_unchanged()
-            self._settle_budget(log)
+            check_unchanged(self.settings, self.store, self.dataset, self.labels)
+            self.settings = with_budget(self.settings, self.store, log)
             write_yaml(self.settings, self.store.folder / "study.yaml")
             self.store.search().set_user_attr("request", None)
             with ray_session(address) as session:
                 cluster = cluster_resources()
                 side_by_side = jobs_side_by_side(self.settings.resources, cluster)
-                self._note_environment(cluster)
+                note_environment(self.settings, self.store, cluster, self.dataset, self.labels)
                 log(f"study {self.settings.name}: {side_by_side} trials side by side, folder {self.store.folder}")
                 if phase == "search":
-                    self._note_pruning(log)
+                    note_pruning(self.settings, self.dataset.count("train"), log)
                 if session.dashboard:
                     log(f"Ray dashboard: {session.dashboard}")
                 self.outcome = run_on_tune(
@@ -232,78 +222,6 @@ class Study:
                 )
                 log(_OUTCOMES[self.outcome].format(name=self.settings.name))
         return self
-
-    def _settle_budget(self, log: Notify) -> None:
-        """Keep what `extend` gave to a study whose file still says what it said then."""
-        search = self.store.search()
-        extended = search.user_attrs.get("extended") or {}
-        asked = self.settings.budget.model_dump(mode="json")
-        if extended and asked == extended["from"] != extended["to"]:
-            budget = type(self.settings.budget).model_validate(extended["to"])
-            self.settings = self.settings.model_copy(update={"budget": budget})
-            log("budget as extended: " + ", ".join(f"{k} {v:g}" for k, v in extended["to"].items() if v is not None))
-        search.set_user_attr("budget", self.settings.budget.model_dump(mode="json"))
-
-    def _note_environment(self, cluster: Cluster) -> None:
-        """Keep what this run is run with: of the first in environment.json, of all in environments.jsonl."""
-        from amlp_ray.study.keeping.provenance import environment
-
-        found = environment(self.settings, self.dataset, cluster, self.labels, folder=self.store.folder)
-        first = self.store.folder / "environment.json"
-        if not first.exists():
-            write_whole(first, json.dumps(found, indent=1))
-        with (self.store.folder / "environments.jsonl").open("a") as file:
-            file.write(json.dumps(found) + "\n")
-
-    def _note_pruning(self, log: Notify) -> None:
-        base, pruner = self.settings.trial({}, seed=0), self.settings.pruner
-        if pruner.name == "none":
-            return
-        if not prunable_rungs(base, pruner, self.dataset.count("train")):
-            log(f"note: trials are too short for anything to be pruned (pruner.min_steps={pruner.min_steps})")
-        elif pruner.schedule == "fixed" and base.ratio.shape != "fixed":
-            log(
-                "note: the masking ratio's schedule spans all epochs, so an early rung has seen its beginning only "
-                "(pruner.schedule=compress runs it whole up to each rung)"
-            )
-
-    def _check_unchanged(self) -> None:
-        if not (self.store.folder / "study.yaml").is_file():
-            return
-        about = self.store.folder / "environment.json"
-        if about.is_file():
-            held = json.loads(about.read_text())
-            for name, now in (("dataset", self.dataset), ("labels", self.labels)):
-                fingerprint = None if now is None else now.manifest.fingerprint
-                if fingerprint != (held.get(name) or {}).get("fingerprint"):
-                    what = "labels" if name == "labels" else "data"
-                    raise StudyError(
-                        f"Study {self.settings.name!r} in {self.store.folder.parent} was begun on other {what} than "
-                        + (f"{self.dataset.path} has of its own" if now is None else f"{now.path} holds now")
-                        + f"; restore the {what}, or give the study another name."
-                    )
-        if self.settings.storage == self.store.settings().storage and not any(
-            counts(trial)
-            for study in (self.store.search(), self.store.arms())
-            for trial in study.get_trials(deepcopy=False)
-        ):
-            return  # nothing was run by the settings that are held
-        ours, theirs = flat(self.settings), flat(self.store.settings())
-        changed = sorted(
-            name
-            for name in ours.keys() | theirs.keys()
-            if ours.get(name) != theirs.get(name) and not name.startswith(CHANGEABLE)
-        )
-        if changed:
-            name = changed[0]
-            space = " A changed space goes on by `amlp-ray study extend NAME --space FILE`." if "space" in name else ""
-            raise StudyError(
-                f"Study {self.settings.name!r} in {self.store.folder.parent} was begun with other settings: {name} was "
-                f"{theirs.get(name)!r} and is now {ours.get(name)!r}"
-                + (f" ({len(changed) - 1} more differ)" if len(changed) > 1 else "")
-                + "; give the study another name, or restore the setting. Budget, resources and arms may change."
-                + space
-            )
 
     # Steering, from any process that sees the study
 

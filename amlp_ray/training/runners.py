@@ -18,7 +18,7 @@ from amlp_ray.data.place import Place
 from amlp_ray.data.reading import cache
 from amlp_ray.data.reading.stream import is_streamed
 from amlp_ray.errors import AmlpError
-from amlp_ray.runtime.capacity import cluster_resources, jobs_side_by_side, machine_resources
+from amlp_ray.runtime.capacity import cluster_resources, jobs_side_by_side, machine_resources, worker_bundle
 from amlp_ray.runtime.ray_session import ray_session
 from amlp_ray.training.job import Job, claim, run_job
 from amlp_ray.training.metrics import own_rows, read_rows
@@ -156,12 +156,6 @@ def _follow(work: Callable[[], object], file: Path, report: Callable[[Metrics], 
             break
     if failure:
         raise _own_error(failure[0]) from failure[0]
-
-
-def worker_bundle(resources: ResourceSettings) -> dict[str, float]:
-    """Resources of one worker, as Ray names them."""
-    bundle = {"CPU": resources.cpus_per_worker}
-    return bundle | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {})
 
 
 def _worker(config: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -19,11 +18,11 @@ import optuna
 import psutil
 import pytest
 import yaml
-from database import Postgres, programs
+from database import Postgres
 from optuna.trial import TrialState
 from tiny import TINY
 
-from amlp_ray.config import StudySettings
+from amlp_ray.config import SegmentSettings, StudySettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import StudyError
 from amlp_ray.study.keeping.storage import open_journal
@@ -88,16 +87,6 @@ def driver(phantom_dataset: PatchDataset, tmp_path: Path) -> Iterator[Callable[.
     yield make
     for one in made:
         one.end()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    if programs() is None:
-        pytest.skip("no PostgreSQL server is installed")
-    os.environ["AMLP_TEST_PASSWORD"] = Postgres.password
-    server = Postgres(tmp_path_factory.mktemp("pg"))
-    yield server
-    server.close()
 
 
 WRITER = """
@@ -326,3 +315,37 @@ def test_a_trial_whose_driver_died_before_it_was_pruned_is_not_trained_on(
     assert told == [2], "rung 3 would have been another result than that of an undisturbed trial"
     assert (tmp_path / "trial" / "encoder.safetensors").is_file()
     ray.kill(board)
+
+
+@pytest.mark.ray
+def test_a_paused_confirmation_run_is_fine_tuned_only_when_it_was_trained_to_its_end(
+    phantom_dataset: PatchDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from amlp_ray.study.running.trial import StopBoard, Task, amlp_trial
+
+    folder = tmp_path / "run"
+    settings = StudySettings.model_validate(TINY)
+    boards = [ray.remote(StopBoard).options(num_cpus=0).remote() for _ in range(2)]
+    ray.get(boards[0].ask.remote(str(folder), "now"))
+    task = Task(
+        study="tiny",
+        kind="confirm",
+        number=0,
+        label="confirm mae-0",
+        folder=str(folder),
+        data=str(phantom_dataset.path),
+        settings=settings.trial({}, seed=1),
+        probe=settings.probe,
+        resources=settings.resources,
+        rungs=(4,),
+        finetune=SegmentSettings(epochs=1),
+    )
+    monkeypatch.setattr("ray.tune.report", lambda result: None)
+    assert amlp_trial({"task": task.as_config(), "board": boards[0]})["epochs"] == 1
+    assert not (folder / "finetune.json").exists(), "an encoder of one epoch is not what is confirmed"
+    assert amlp_trial({"task": task.as_config(), "board": boards[1]})["epochs"] == 4
+    assert (folder / "finetune.json").is_file()
+    for board in boards:
+        ray.kill(board)

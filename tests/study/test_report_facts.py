@@ -253,7 +253,7 @@ def test_population_has_its_lineage_and_the_best_of_its_latest_generation(tmp_pa
     page = write_report(store).read_text()
     assert "<h2>Population</h2>" in page
     assert 'id="plot-lineage"' in page
-    assert ">goes on from trial 0</td>" in page
+    assert ">a segment, goes on from trial 0</td>" in page
     assert "none is pruned, so this is not asked here" in page
 
 

@@ -93,12 +93,12 @@ class Watch(threading.Thread):
             self._log("budget is now " + ", ".join(f"{k} {v:g}" for k, v in given.items() if v is not None))
         request = attributes.get("request")
         if request and "answer" not in request:
-            self._searcher.obey(request["verb"])
+            self._searcher.end(request["verb"])
             self._log(f"{request['verb']} was asked for by {request['by']}")
             answer = request | {"answer": datetime.now().isoformat(timespec="seconds")}
             self._store.search().set_user_attr("request", answer)
             if request["verb"] == "cancel":
-                _interrupt()
+                self._interrupt()
 
     def _look_for_waiting(self) -> None:
         import ray
@@ -127,7 +127,12 @@ class Watch(threading.Thread):
     def _give_up(self, why: Literal["lease", "resources"], error: BaseException) -> None:
         self.failure = error
         self._searcher.end(why)
-        _interrupt()
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        """Make Tune return: it has no other way in than the signal of Ctrl-C, which only the main thread hears."""
+        if not self._over.is_set():  # else it has returned, and the signal would hit what comes after
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def run_on_tune(
@@ -226,11 +231,6 @@ def _fit(
         ).fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _interrupt() -> None:
-    """Make Tune return: it has no other way in than the signal of Ctrl-C, which only the main thread hears."""
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 def _trial_name(config: dict[str, Any]) -> str:

@@ -58,7 +58,7 @@ class WorkQueue:
         notify: Callable[[str], None],
     ) -> None:
         self._store, self._settings, self._notify = store, settings, notify
-        self._data, self._labels, self._phase = data, labels, phase
+        self._data, self._labels = data, labels
         self.search, self.arms = store.search(), store.arms(create=True)
         self.confirmation = store.confirmation(create=True) if phase == "confirm" else None
         self._proposer = Proposer(settings, self.search.directions)

@@ -22,8 +22,8 @@ from ray.tune.search import Searcher
 
 from amlp_ray.config import COSTS, StudySettings
 from amlp_ray.errors import AmlpError
-from amlp_ray.study.keeping.budget import Ledger
-from amlp_ray.study.keeping.store import Request, StudyStore
+from amlp_ray.study.keeping.budget import Ledger, Spent
+from amlp_ray.study.keeping.store import StudyStore
 from amlp_ray.study.running.queue import Work, WorkQueue
 from amlp_ray.study.running.trial import SCORES, spent_so_far
 from amlp_ray.study.search.pruning import Pruning
@@ -170,9 +170,7 @@ class StudySearcher(Searcher):
         with self._lock:
             if self.ending == ending or (self.ending in ("cancel", "alike") and ending not in ("cancel", "lease")):
                 return
-            if (
-                ending == "stop" and self.ending is not None
-            ):  # running trials were asked to return, and are kept or told
+            if ending == "stop" and self.ending is not None:  # running trials were asked to return already
                 return
             self.ending, self.ending_reason = ending, reason
             for running in list(self._running.values()):
@@ -187,9 +185,6 @@ class StudySearcher(Searcher):
                         self._fail(trial_id, running, "cancelled", running.spent())
                     else:
                         self._ledger.drop(trial_id)
-
-    def obey(self, verb: Request) -> None:
-        self.end(verb)
 
     def check_budget(self) -> None:
         """End where a limit other than the number of trials is reached: that one ends by itself.
@@ -222,7 +217,7 @@ class StudySearcher(Searcher):
     def _room(self, begun: int) -> bool:
         return self._spent(begun).reached(self._settings.budget) is None
 
-    def _spent(self, begun: int) -> Any:
+    def _spent(self, begun: int) -> Spent:
         return self._ledger.spent(trials=begun, seconds=self._seconds())
 
     def _ask(self, folder: str, when: Literal["now", "rung"]) -> None:
@@ -237,12 +232,8 @@ class StudySearcher(Searcher):
         storage.set_trial_user_attr(work.trial_id, "lost", lost)
         retries = self._settings.faults.retries
         if lost > retries:
-            self._fail(
-                trial_id,
-                running,
-                f"its process died {lost} times (faults.retries={retries})",
-                running.spent(),
-            )
+            why = f"its process died {lost} times (faults.retries={retries})"
+            self._fail(trial_id, running, why, running.spent())
             return
         self._ledger.drop(trial_id)
         self._queue.lost(work.study, work.number)

@@ -121,7 +121,7 @@ def amlp_trial(config: dict[str, Any]) -> dict[str, Any]:
                         break
             alone = task.resources.workers == 1 or task.settings.objective == "none"
             (run_alone if alone else run_in_group)(task, should_stop)
-            if task.finetune is not None:
+            if task.finetune is not None and _is_whole(task):
                 _confirm(task)
         return {"ended": True, **spent_so_far(folder, time.perf_counter() - started), **_memory(task)}
     except Exception as error:
@@ -229,6 +229,12 @@ def _rung(metrics: dict[str, Any], folder: Path) -> dict[str, Any]:
     spent = spent_so_far(folder, 0.0)
     told = {key: metrics[key] for key in keys if metrics.get(key) is not None}
     return told | {"seconds": spent["seconds"], "epochs": spent["epochs"]}
+
+
+def _is_whole(task: Task) -> bool:
+    """Whether it was trained to its end: one that was paused is fine-tuned when it has gone on."""
+    rows = read_metrics(Path(task.folder))
+    return task.settings.objective == "none" or (bool(rows) and rows[-1]["epoch"] >= task.settings.epochs)
 
 
 def _confirm(task: Task) -> None:

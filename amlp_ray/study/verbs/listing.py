@@ -136,7 +136,7 @@ def note_of(trial: FrozenTrial) -> str | None:
         f"from {about['source']}" if "source" in about else None,
         f"same as trial {about['copy_of']}" if "copy_of" in about else None,
         f"trial {about['retry_of']} again" if "retry_of" in about else None,
-        f"goes on from trial {about['parent']}" if about.get("parent") is not None else None,
+        f"a segment, goes on from trial {about['parent']}" if about.get("parent") is not None else None,
         "outside of the space" if "outside" in about else None,
     ]
     return "; ".join(filter(None, notes)) or None

@@ -5,27 +5,16 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from database import Postgres, programs
+from database import Postgres
 from optuna.trial import TrialState
 
 from amlp_ray.errors import StudyError
 from amlp_ray.study.keeping.storage import Journal, PatientStorage, expanded, open_database, open_journal, shown
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    if programs() is None:
-        pytest.skip("no PostgreSQL server is installed")
-    os.environ["AMLP_TEST_PASSWORD"] = Postgres.password
-    server = Postgres(tmp_path_factory.mktemp("pg"))
-    yield server
-    server.close()
 
 
 @pytest.fixture(params=["journal", "sqlite", "postgresql"])

@@ -116,6 +116,18 @@ def effect_words(effect: float | None) -> str:
     return next(word for limit, word in WORDS if abs(effect) < limit)
 
 
+def spearman(pairs: FloatArray) -> FloatArray:
+    """Spearman's rank correlation of pairs (..., n, 2), for each leading index; NaN where one side does not vary.
+
+    As scipy's `spearmanr`, of many samples at once: a bootstrap asks for thousands.
+    """
+    ranks = stats.rankdata(pairs, axis=-2)
+    ranks -= ranks.mean(axis=-2, keepdims=True)
+    x, y = ranks[..., 0], ranks[..., 1]
+    with np.errstate(invalid="ignore"):
+        return np.asarray((x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1)))
+
+
 def rank_correlation(
     x: Sequence[float], y: Sequence[float], groups: Sequence[Hashable] | None = None, *, seed: int = 0
 ) -> Correlation:
@@ -129,7 +141,7 @@ def rank_correlation(
     pairs = np.array([[x[i], y[i]] for i in known], float).reshape(-1, 2)
     if len(known) < MIN_RANKED or (pairs == pairs[0]).all(0).any():
         return Correlation(None, None, len(known))
-    value = float(stats.spearmanr(pairs).statistic)
+    value = float(spearman(pairs))
     names = [groups[i] if groups is not None else i for i in known]
     members = [np.flatnonzero([name == group for name in names]) for group in dict.fromkeys(names)]
     if len(members) < 3:
@@ -139,7 +151,7 @@ def rank_correlation(
     for choice in rng.integers(0, len(members), (RESAMPLES // 4, len(members))):
         sample = pairs[np.concatenate([members[group] for group in choice])]
         if not (sample == sample[0]).all(0).any():  # one group drawn over and over has no ranks to correlate
-            drawn.append(stats.spearmanr(sample).statistic)
+            drawn.append(float(spearman(sample)))
     low, high = np.percentile(drawn, [2.5, 97.5])
     return Correlation(value, (float(low), float(high)), len(known))
 

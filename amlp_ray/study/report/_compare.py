@@ -7,14 +7,11 @@ from statistics import fmean, stdev
 from typing import Literal
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from amlp_ray.config import arm_names
+from amlp_ray.study.confirming.statistics import MIN_RANKED, RESAMPLES, spearman
 from amlp_ray.study.keeping.store import read_metrics
 from amlp_ray.study.report._facts import Facts, Run, finite
-
-RESAMPLES = 4000  # the ends of a 95 % interval then move by about 0.001 DSC between seeds
-MIN_RANKED = 5  # a rank correlation of fewer trials is close to a coin toss
 
 
 @dataclass(frozen=True)
@@ -132,4 +129,4 @@ def _spearman(pairs: list[tuple[float, float]]) -> float | None:
     """Return the rank correlation; None for too few pairs, or where one side does not vary."""
     if len(pairs) < MIN_RANKED or any(len(set(side)) == 1 for side in zip(*pairs, strict=True)):
         return None
-    return float(spearmanr(pairs).statistic)
+    return float(spearman(np.array(pairs)))

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata
 
+from amlp_ray.study.confirming.statistics import MIN_RANKED, spearman
 from amlp_ray.study.report._facts import Facts
 from amlp_ray.study.report._plot import ACCENT, PALE, Figure, empty
 from amlp_ray.study.report._tables import Cell, Table
 
-MIN_TRIALS = 5  # a rank correlation of fewer is close to a coin toss
 WEAK = 0.5  # below it, a rung explains less than a quarter of the variance of final ranks
 VALUES = 500_000  # drawn at a rung: fewer resamples of many trials, whose interval is narrow
 
@@ -67,30 +67,18 @@ def ranks(facts: Facts) -> Ranks:
 
 
 def _varies(pairs: list[tuple[float, float]]) -> bool:
-    return len(pairs) >= MIN_TRIALS and all(len(set(side)) > 1 for side in zip(*pairs, strict=True))
+    return len(pairs) >= MIN_RANKED and all(len(set(side)) > 1 for side in zip(*pairs, strict=True))
 
 
 def _rung(at: int, pairs: np.ndarray, prunable: bool) -> Rung:
     count = len(pairs)
     draws = np.random.default_rng(0).integers(0, count, (max(200, min(1000, VALUES // count)), count))
-    rhos = _spearman(pairs[draws])
+    rhos = spearman(pairs[draws])
     low, high = np.percentile(rhos[np.isfinite(rhos)], [2.5, 97.5])
     early, final = rankdata(pairs, axis=0).T
     best = np.argsort(final)[-max(1, round(count / 5)) :]
     kept = float((early[best] > (count + 1) / 2).mean())
-    return Rung(at, count, float(_spearman(pairs[None])[0]), (float(low), float(high)), kept, prunable)
-
-
-def _spearman(pairs: np.ndarray) -> np.ndarray:
-    """Return the rank correlations of pairs (draws, trials, 2); NaN where one side does not vary.
-
-    As `statistics.rank_correlation`, of many draws at once: there is one for each rung.
-    """
-    ranks = rankdata(pairs, axis=1)
-    ranks -= ranks.mean(axis=1, keepdims=True)
-    x, y = ranks[..., 0], ranks[..., 1]
-    with np.errstate(invalid="ignore"):
-        return np.asarray((x * y).sum(axis=1) / np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1)))
+    return Rung(at, count, float(spearman(pairs)), (float(low), float(high)), kept, prunable)
 
 
 def figure(facts: Facts, told: Ranks) -> Figure:
@@ -102,7 +90,7 @@ def figure(facts: Facts, told: Ranks) -> Figure:
     )
     if not told.rungs:
         few = (
-            f"{told.trials} complete trials have been scored at more than one rung; {MIN_TRIALS} that differ are needed"
+            f"{told.trials} complete trials have been scored at more than one rung; {MIN_RANKED} that differ are needed"
         )
         return Figure("ranks", title, caption, gap=f"Not known yet: {few}.")
     drawn = empty("percent of the length" if told.percent else "epoch", "rank correlation")

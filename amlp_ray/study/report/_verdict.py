@@ -9,7 +9,8 @@ from typing import Literal
 from amlp_ray.config import ABOUT, CONTROLS, arm_names
 from amlp_ray.errors import SettingsError
 from amlp_ray.settings import read_yaml
-from amlp_ray.study.report._compare import MIN_RANKED, Agreement, Arm, Comparison, finished_arms, read
+from amlp_ray.study.confirming.statistics import MIN_RANKED
+from amlp_ray.study.report._compare import Agreement, Arm, Comparison, finished_arms, read
 from amlp_ray.study.report._facts import Facts, Run, count_states
 
 FEW_IMAGES = 40  # below this the scores of single images rule the mean

@@ -59,6 +59,14 @@ class CheckpointError(AmlpError):
     exit_code = 2
 
 
+class WorkerLostError(AmlpError):
+    """Workers or nodes of a run were lost more often than `faults.retries` allows."""
+
+
+class StorageError(AmlpError):
+    """A run's folder was full or away for longer than `faults.storage_minutes`; what was trained is kept up to then."""
+
+
 class StudyError(AmlpError):
     """A study cannot be found, opened, or continued as asked."""
 

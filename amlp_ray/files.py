@@ -2,15 +2,39 @@
 
 import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+LONGEST_PAUSE_S = 15.0  # between tries on a disk that is full or away
+
+T = TypeVar("T")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Replace the content of `path` in one step."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a full disk needs the room
+        raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line, whole or not at all: what a full disk took of it is cut off again."""
+    content = f"{line}\n".encode()
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            written = file.write(content)
+            if written != len(content):
+                raise OSError(f"{path}: only {written} of {len(content)} bytes were written")
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -20,3 +44,23 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def patiently(work: Callable[[], T], seconds: float, told: Callable[[OSError], None]) -> T:
+    """Do `work` again and again while its disk is full or away, for `seconds`; then let its OSError through.
+
+    Args:
+        told: called with the first error, once.
+    """
+    deadline, pause, first = time.monotonic() + seconds, 0.5, True
+    while True:
+        try:
+            return work()
+        except OSError as error:
+            if first:
+                told(error)
+                first = False
+            if time.monotonic() + pause > deadline:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_S)

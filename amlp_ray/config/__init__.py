@@ -18,19 +18,21 @@ from amlp_ray.config.method import (
     Share,
     architecture,
 )
+from amlp_ray.config.predict import PredictSettings
 from amlp_ray.config.pretrain import VARIANTS, PretrainSettings, Variant
+from amlp_ray.config.resources import FaultSettings, ResourceSettings
 from amlp_ray.config.scoring import ProbeSettings, SegmentSettings
 from amlp_ray.config.search import (
     BudgetSettings,
     Direction,
-    FaultSettings,
     Objective,
     PrunerSettings,
-    ResourceSettings,
     SamplerSettings,
+    StudyFaultSettings,
 )
 from amlp_ray.config.space import Choice, Derived, Fixed, Parameter, Range
 from amlp_ray.config.study import COSTS, ConfirmSettings, StudySettings
+from amlp_ray.config.tracking import TrackingSettings
 
 __all__ = [
     "ABOUT",
@@ -52,6 +54,7 @@ __all__ = [
     "Objective",
     "Parameter",
     "PatchScore",
+    "PredictSettings",
     "PrepareSettings",
     "PretrainSettings",
     "ProbeSettings",
@@ -63,7 +66,9 @@ __all__ = [
     "SegmentSettings",
     "SelectionSettings",
     "Share",
+    "StudyFaultSettings",
     "StudySettings",
+    "TrackingSettings",
     "Variant",
     "architecture",
     "arm_names",

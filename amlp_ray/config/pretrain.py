@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from amlp_ray.config.data import ImageSpec
 from amlp_ray.config.method import LossSettings, ModelSettings, RatioSettings, SelectionSettings, Share
+from amlp_ray.config.resources import ResourceSettings
 from amlp_ray.errors import SettingsError
 from amlp_ray.settings import Settings, merged
 
@@ -73,21 +74,31 @@ class PretrainSettings(Settings):
     objective: Literal["reconstruction", "simsiam", "none"] = "reconstruction"
     epochs: int = Field(100, ge=1)  # over the training images; below about 400 steps in all, runs do not rank
     batch_size: int = Field(16, ge=1)  # images per optimiser step over all workers; small sets need many steps
-    lr: float = Field(1e-3, gt=0, le=1)  # at batch 16; not scaled, so that one number means one thing
+    lr: float = Field(1e-3, gt=0, le=1)  # highest learning rate, of batches of lr_batch images
+    lr_batch: int = Field(16, ge=1)  # batch_size at which lr holds as it is; lr is 1.5e-4 at 256 in MAE
+    # with batch_size over lr_batch: sqrt keeps AdamW's noise the same (Malladi et al. 2022), linear is MAE's rule
+    lr_scaling: Literal["sqrt", "linear", "none"] = "sqrt"
     weight_decay: float = Field(0.05, ge=0, le=1)  # MAE's; not of biases and norms
     warmup: float = Field(0.1, ge=0, lt=1)  # share of steps over which lr rises; then cosine to zero
     clip_grad: float = Field(1.0, gt=0)  # largest gradient norm of a step
     ema: float = Field(0.999, ge=0, lt=1)  # teacher's decay per step, applied before each look; 0: the model itself
+    # decay per step of a moving average of all weights, which is scored and exported in place of the last ones; 0: off,
+    # since a cosine to zero settles them as well
+    average: float = Field(0.0, ge=0, lt=1)
     crop_min: float = Field(0.6, gt=0, le=1)  # least area share of a random crop; lesions must stay in the picture
     flip: bool = True  # left-right
     flip_vertical: bool = False  # off: depth has a direction in ultrasound; true for skin, microscopy, brain slices
     intensity: Share = 0.0  # strength of random gamma, contrast and brightness; 0: the picture itself is to be rebuilt
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs that have it, fp32 on CPU
+    # auto: bf16 on GPUs that have it, else fp32; fp16, with a loss scale, is for GPUs that do not
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False  # torch.compile: pays on GPUs; takes a minute, and as much again per masked count
     seed: int = Field(0, ge=0, lt=2**63)  # of weights, order, crops and masks
     # resident: in memory that a node's runs share; mapped: decoded once onto disk; stream: by Ray Data, while training;
     # auto: the first of these that has room
     data: Literal["auto", "resident", "mapped", "stream"] = "auto"
+    # what the encoder starts from: an encoder.safetensors of a run, a file of timm weights of model.encoder (ImageNet,
+    # MAE, ...), or timm:NAME from the internet; none: random. Channels and positions are adapted, and it is said how
+    weights: str | None = None
     model: ModelSettings = ModelSettings()
     ratio: RatioSettings = RatioSettings()
     selection: SelectionSettings = SelectionSettings()
@@ -139,11 +150,31 @@ class PretrainSettings(Settings):
                 f"choose a divisor or prepare the data with another --size."
             )
 
-    def check_workers(self, workers: int) -> None:
-        """Raise SettingsError where the workers cannot share a batch evenly."""
-        if self.batch_size % workers:
-            raise SettingsError(f"batch_size {self.batch_size} must be a multiple of resources.workers {workers}.")
-        if self.objective == "simsiam" and self.batch_size == workers:
+    @property
+    def scaled_lr(self) -> float:
+        """The highest learning rate, as scaled to the batch.
+
+        >>> PretrainSettings(lr=1e-3, batch_size=64).scaled_lr
+        0.002
+        """
+        power = {"sqrt": 0.5, "linear": 1.0, "none": 0.0}[self.lr_scaling]
+        return self.lr * (self.batch_size / self.lr_batch) ** power
+
+    def check_workers(self, resources: ResourceSettings) -> None:
+        """Raise SettingsError where the workers cannot share a batch."""
+        if self.batch_size < resources.most_workers:
+            raise SettingsError(
+                f"batch_size {self.batch_size} is less than resources.workers {resources.most_workers}; raise it, or "
+                f"use fewer workers."
+            )
+        if resources.sharding == "fsdp" and (resources.elastic or self.batch_size % resources.most_workers):
+            raise SettingsError(
+                f"resources.sharding=fsdp needs a fixed number of workers that divides batch_size {self.batch_size}, "
+                f"not {resources.workers}; change one of them, or use ddp."
+            )
+        if self.objective == "simsiam" and resources.micro_batch is not None:
+            raise SettingsError("resources.micro_batch would change objective simsiam, which normalises over a batch.")
+        if self.objective == "simsiam" and self.batch_size < 2 * resources.most_workers:
             raise SettingsError(
                 f"batch_size {self.batch_size} leaves one image per worker, but objective simsiam normalises over "
                 f"several; raise batch_size."

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from amlp_ray.config.resources import FaultSettings
 from amlp_ray.settings import Settings
 
 Objective = Literal[
@@ -102,20 +103,11 @@ class BudgetSettings(Settings):
     epochs: int | None = Field(None, ge=1)  # trained by all trials together
 
 
-class ResourceSettings(Settings):
-    """What one trial holds. One worker trains in the trial's own process, more in a Ray Train group."""
+class StudyFaultSettings(FaultSettings):
+    """What a study bears before it gives up; `retries` counts for each trial."""
 
-    workers: int = Field(1, ge=1)  # batch_size must be a multiple
-    cpus_per_worker: float = Field(1, gt=0)  # threads of a worker too, rounded down
-    gpus_per_worker: float = Field(0, ge=0)  # below 1: trials share a GPU, each with that share of its memory
-    memory_per_worker: float | None = Field(None, gt=0)  # GB that are set aside on a node; none: not counted
-    concurrency: int | None = Field(None, ge=1)  # trials side by side; none: as many as the cluster holds
-    wait_minutes: float = Field(10, gt=0)  # for resources that others hold, before the study gives up
-
-
-class FaultSettings(Settings):
-    """What a study bears before it gives up."""
-
-    retries: int = Field(3, ge=0)  # of a trial whose process or node was lost; it goes on from its checkpoint
     alike: int = Field(3, ge=1)  # first trials that fail for one reason before the study stops: it is not the settings
-    storage_minutes: float = Field(10, gt=0)  # that a database may be gone; trials train on to their next rung
+
+    def of_trial(self) -> FaultSettings:
+        """What one trial bears."""
+        return FaultSettings(**self.model_dump(exclude={"alike"}))

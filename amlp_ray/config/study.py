@@ -10,17 +10,18 @@ from pydantic import Field, field_validator, model_validator
 
 from amlp_ray.config.arms import check_arm
 from amlp_ray.config.pretrain import PretrainSettings
+from amlp_ray.config.resources import ResourceSettings
 from amlp_ray.config.scoring import ProbeSettings, SegmentSettings
 from amlp_ray.config.search import (
     BudgetSettings,
     Direction,
-    FaultSettings,
     Objective,
     PrunerSettings,
-    ResourceSettings,
     SamplerSettings,
+    StudyFaultSettings,
 )
 from amlp_ray.config.space import Parameter, function_name
+from amlp_ray.config.tracking import TrackingSettings
 from amlp_ray.settings import Settings, build, merged, nested
 
 FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
@@ -61,7 +62,8 @@ class StudySettings(Settings):
     pruner: PrunerSettings = PrunerSettings()
     budget: BudgetSettings = BudgetSettings()
     resources: ResourceSettings = ResourceSettings()
-    faults: FaultSettings = FaultSettings()
+    faults: StudyFaultSettings = StudyFaultSettings()
+    tracking: TrackingSettings = TrackingSettings()  # of every trial, as a run of its own in a group of the study's
     # baselines, each trained as long as a trial: variants, controls, `ladder`, `leave-one-out` (see config/arms.py), or
     # a mapping of a name to settings of its own
     arms: tuple[str | dict[str, dict[str, Any]], ...] = ("scratch", "mae")
@@ -91,6 +93,16 @@ class StudySettings(Settings):
     @classmethod
     def _check_pretrain(cls, given: dict[str, Any]) -> dict[str, Any]:
         build(PretrainSettings, given, "pretrain")
+        return given
+
+    @field_validator("resources")
+    @classmethod
+    def _check_resources(cls, given: ResourceSettings) -> ResourceSettings:
+        if given.elastic:
+            raise ValueError(
+                f"workers [{given.least_workers}, {given.most_workers}] follow the nodes, but a trial needs a number: an "
+                f"elastic group counts what nodes hold, not what other trials use of it, and would wait for ever"
+            )
         return given
 
     @field_validator("space")

@@ -5,6 +5,8 @@ priority `noise`, so a neutral setting of any mode gives the masks of plain MAE 
 Published: unsupervised clustering into lesion and background. All else is our reconstruction, or a relative's rule.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import torch
@@ -29,6 +31,10 @@ class Selection(NamedTuple):
     lesion: Tensor
     tissue: Tensor
     fallback: Tensor
+
+    def rows(self, some: slice) -> Selection:
+        """Of some of the images."""
+        return Selection(*(field[some] for field in self))
 
 
 @torch.no_grad()

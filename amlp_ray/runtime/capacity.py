@@ -67,8 +67,8 @@ def worker_bundle(resources: ResourceSettings) -> dict[str, float]:
 
 def job_bundles(resources: ResourceSettings) -> list[dict[str, float]]:
     """What one job (trial, pretraining run) asks of the cluster; each bundle lies on one node."""
-    workers = [worker_bundle(resources)] * resources.workers
-    return workers if resources.workers == 1 else [{"CPU": DRIVER_CPU}, *workers]
+    workers = [worker_bundle(resources)] * resources.least_workers
+    return workers if resources.alone else [{"CPU": DRIVER_CPU}, *workers]
 
 
 def jobs_side_by_side(resources: ResourceSettings, cluster: Cluster) -> int:
@@ -80,6 +80,7 @@ def jobs_side_by_side(resources: ResourceSettings, cluster: Cluster) -> int:
         ResourceError: where not even one fits: Ray would wait for it for ever.
     """
     settings = {"CPU": "cpus_per_worker", "GPU": "gpus_per_worker", "memory": "memory_per_worker"}
+    workers = resources.least_workers
     for kind, wanted in worker_bundle(resources).items():
         scale, unit = (GB, " GB of memory") if kind == "memory" else (1, f" {kind}s")
         if wanted > cluster.largest(kind):
@@ -87,9 +88,9 @@ def jobs_side_by_side(resources: ResourceSettings, cluster: Cluster) -> int:
                 f"resources.{settings[kind]}={wanted / scale:g}, but the largest node has "
                 f"{cluster.largest(kind) / scale:.3g}{unit}; lower it or join a larger cluster with --address."
             )
-        if wanted * resources.workers > cluster.total(kind) * (1 + 1e-9):
+        if wanted * workers > cluster.total(kind) * (1 + 1e-9):
             raise ResourceError(
-                f"resources.workers={resources.workers} with {wanted / scale:g}{unit} each is more than the "
+                f"resources.workers={workers} with {wanted / scale:g}{unit} each is more than the "
                 f"cluster's {cluster.total(kind) / scale:.3g}{unit}; lower resources.workers or "
                 f"resources.{settings[kind]}."
             )
@@ -97,9 +98,9 @@ def jobs_side_by_side(resources: ResourceSettings, cluster: Cluster) -> int:
     if fit < 1:
         nodes = ", ".join(f"{node['CPU']:g} CPUs and {node['GPU']:g} GPUs" for node in cluster.nodes)
         raise ResourceError(
-            f"One run needs {resources.workers} workers of {resources.cpus_per_worker:g} CPUs and "
+            f"One run needs {workers} workers of {resources.cpus_per_worker:g} CPUs and "
             f"{resources.gpus_per_worker:g} GPUs and {DRIVER_CPU} CPUs for its driver, which do not fit on nodes of "
-            f"{nodes}; set resources.cpus_per_worker to {0.9 * cluster.total('CPU') / resources.workers:g}, or use "
+            f"{nodes}; set resources.cpus_per_worker to {0.9 * cluster.total('CPU') / workers:g}, or use "
             f"fewer workers."
         )
     return fit

@@ -11,7 +11,12 @@ REFRESH_S = 5.0  # a gauge that is not set again vanishes after about two export
 GAUGES = {
     "loss": "Pretraining loss of the last epoch",
     "ratio": "Masking ratio of the last epoch",
-    "images_per_second": "Images trained per second",
+    "lr": "Learning rate at the end of the last epoch",
+    "grad_norm": "Mean gradient norm of the last epoch, before clipping",
+    "images_per_second": "Images trained per second, by all workers",
+    "images_per_second_per_worker": "Images trained per second and worker",
+    "mfu": "Share of the device's peak arithmetic that training uses",
+    "memory": "Most memory held so far, in GB: of the GPU, or of the first worker's process",
     "wait_share": "Share of the epoch spent waiting for data",
     "dsc": "DSC of the probe at the last rung",
 }
@@ -32,8 +37,8 @@ class TrialGauges:
         threading.Thread(target=self._refresh, name="amlp-gauges", daemon=True).start()
 
     def update(self, metrics: Mapping[str, Any]) -> None:
-        """Show an epoch's metrics; those without a gauge are left out."""
-        self._values |= {name: float(metrics[name]) for name in self._gauges if name in metrics}
+        """Show an epoch's metrics; those without a gauge, and those that are not known, are left out."""
+        self._values |= {name: float(metrics[name]) for name in self._gauges if metrics.get(name) is not None}
         self._set()
 
     def close(self) -> None:

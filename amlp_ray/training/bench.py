@@ -14,7 +14,8 @@ from amlp_ray.data.reading.bench import measure_pace
 from amlp_ray.data.reading.stream import ExampleBatches, Mode, open_batches, resolved
 from amlp_ray.errors import DataError, SettingsError
 from amlp_ray.runtime.ray_session import ray_session
-from amlp_ray.training.pretrain import build_model, train_epoch
+from amlp_ray.training.learner import Learner
+from amlp_ray.training.pretrain import train_epoch
 from amlp_ray.training.steps import step_of
 
 MODES: tuple[Mode, ...] = ("resident", "mapped", "stream")
@@ -85,11 +86,11 @@ def _pace(
 def model_pace(dataset: PatchDataset, settings: PretrainSettings, *, seconds: float, device: str) -> float:
     """Images per second of training steps on one batch, again and again: what the model eats if it never waits."""
     batches = ExampleBatches(dataset, batch_size=settings.batch_size)
-    model, optimizer = build_model(settings, batches, device)
-    objective = step_of(model, settings, None)
+    learner = Learner(settings, batches.spec, device)
+    objective = step_of(learner.model, settings, None)
 
     def step() -> None:
-        train_epoch(model, objective, optimizer, batches, settings, 1, device)
+        train_epoch(learner.model, learner, objective, batches, 1)
 
     step()  # a warm-up
     steps, started = 0, time.perf_counter()

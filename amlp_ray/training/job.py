@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from amlp_ray.config import PretrainSettings, ProbeSettings
+from amlp_ray.config import FaultSettings, PretrainSettings, ProbeSettings, ResourceSettings, TrackingSettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.reading.stream import open_batches
 from amlp_ray.errors import CheckpointError
@@ -23,13 +23,17 @@ from amlp_ray.files import write_whole
 from amlp_ray.method.model import MaskedAutoencoder
 from amlp_ray.method.pictures import picture_strips
 from amlp_ray.settings import build, read_yaml, write_yaml
-from amlp_ray.training.checkpoint import checkpoint_file, export_encoder, fork_checkpoint
+from amlp_ray.training.checkpoint import fork_checkpoint
 from amlp_ray.training.diagnosis import Diagnosis, held_out, true_lesions
+from amlp_ray.training.export import export_encoder
+from amlp_ray.training.group import ALONE, Member
+from amlp_ray.training.keeper import checkpoints
 from amlp_ray.training.labelled import check_fits
 from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult, pretrain
 from amlp_ray.training.probe import Probe
 from amlp_ray.training.scores import Score
 from amlp_ray.training.steps import Model
+from amlp_ray.training.tracking import Tracker, check_tracking, open_trackers
 
 IN_METRICS = ("dsc", "ppv", "sensitivity", "ap", "dsc_small", "dsc_medium", "dsc_large")
 PICTURES = 4  # strips per run: enough to judge by, small enough to keep for every trial
@@ -48,12 +52,19 @@ class Job:
     folder: Path
     probe: ProbeSettings | None = None
     rungs: tuple[int, ...] = ()
-    threads: int = 1  # CPU threads of each worker
+    resources: ResourceSettings = ResourceSettings()
+    faults: FaultSettings = FaultSettings()
+    tracking: TrackingSettings = TrackingSettings()
     study: str = ""  # names of study and trial, for metrics and logs
     label: str = ""
     labels: str | None = None
     until: int | None = None
     fork: Path | None = None
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of each worker."""
+        return max(1, int(self.resources.cpus_per_worker))
 
     def open_labels(self, dataset: PatchDataset) -> PatchDataset:
         """The labelled data set, which is `dataset` where there is none apart.
@@ -68,8 +79,8 @@ class Job:
         return labels
 
 
-def run_job(job: Job, hooks: Hooks, *, rank: int = 0, world: int = 1, device: str = "cpu") -> PretrainResult:
-    """Run a job on this worker, or go on where its folder says it stopped.
+def run_job(job: Job, hooks: Hooks, member: Member = ALONE) -> PretrainResult:
+    """Run a job as this member of its group, or go on where its folder says it stopped.
 
     Raises:
         CheckpointError: where the folder holds a run of other settings.
@@ -78,28 +89,70 @@ def run_job(job: Job, hooks: Hooks, *, rank: int = 0, world: int = 1, device: st
     dataset = PatchDataset.open(job.data)
     labels = job.open_labels(dataset)
     if job.settings.objective == "none":
-        return _score_random_encoder(job, hooks, dataset, labels, is_first=rank == 0)
+        return _score_random_encoder(job, hooks, dataset, labels, is_first=member.is_first)
     batches = open_batches(
         dataset,
         batch_size=job.settings.batch_size,
         seed=job.settings.seed,
         mode=job.settings.data,
-        rank=rank,
-        world=world,
+        rank=member.rank,
+        world=member.world,
         epochs=job.settings.epochs if job.until is None else job.until,
     )
     truth = true_lesions(dataset, job.settings)
-    if rank == 0:
+    tracked = _Tracked(job, hooks.report)
+    if member.is_first:
         claim(job, dataset, labels)
-        hooks = replace(hooks, evaluate=_evaluation(job, dataset, labels))
-        if job.fork is not None and not checkpoint_file(job.folder).is_file():
+        if job.fork is not None and not checkpoints(job.folder):
             fork_checkpoint(job.fork, job.folder, job.settings)
-    if job.fork is not None and world > 1:
+        hooks = replace(hooks, evaluate=_evaluation(job, dataset, labels), report=tracked)
+    if job.fork is not None and member.world > 1:
         dist.barrier()  # the others load what the first has copied
-    result = pretrain(job.settings, batches, job.folder, hooks=hooks, device=device, truth=truth, until=job.until)
-    if rank == 0 and isinstance(result.model, MaskedAutoencoder):
+    try:
+        result = pretrain(
+            job.settings,
+            batches,
+            job.folder,
+            hooks=hooks,
+            device=member.device,
+            truth=truth,
+            until=job.until,
+            resources=job.resources,
+            faults=job.faults,
+        )
+    except BaseException:
+        tracked.close(failed=True)
+        raise
+    tracked.close()
+    if member.is_first and isinstance(result.model, MaskedAutoencoder):
         _draw(job, labels, result.model, max(1, result.epochs))
     return result
+
+
+class _Tracked:
+    """Tells trackers of each epoch, and then the runner. They are opened with the first one, whose number is known then."""
+
+    def __init__(self, job: Job, report: Callable[[Metrics], None]) -> None:
+        check_tracking(job.tracking)
+        self.job, self.report = job, report
+        self.tracker: Tracker | None = None
+
+    def __call__(self, metrics: Metrics) -> None:
+        if self.tracker is None:
+            self.tracker = open_trackers(
+                self.job.folder,
+                self.job.tracking,
+                name=self.job.label or self.job.folder.name,
+                parameters=self.job.settings.model_dump(mode="json"),
+                group=self.job.study,
+                resumed_epoch=metrics["epoch"] - 1,
+            )
+        self.tracker.log(metrics)
+        self.report(metrics)
+
+    def close(self, failed: bool = False) -> None:
+        if self.tracker is not None:
+            self.tracker.close(failed)
 
 
 def claim(job: Job, dataset: PatchDataset, labels: PatchDataset | None = None) -> None:
@@ -179,7 +232,7 @@ def _score_random_encoder(
         claim(job, dataset, labels)
         metrics |= _evaluation(job, dataset, labels)(model, 0)
         export_encoder(model.encoder, encoder, job.settings.model, dataset.spec)
-    hooks.report(metrics, encoder)
+    hooks.report(metrics)
     return PretrainResult(0, False, metrics, model, encoder)
 
 

@@ -6,15 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from amlp_ray.files import write_whole
+from amlp_ray.files import append_line, write_whole
 
 Metrics = dict[str, Any]
 
 
 def append_row(path: Path, metrics: Metrics) -> None:
     """Add an epoch's line."""
-    with path.open("a") as file:
-        file.write(json.dumps(metrics) + "\n")
+    append_line(path, json.dumps(metrics))
 
 
 def read_rows(path: Path) -> list[Metrics]:
@@ -30,11 +29,12 @@ def read_rows(path: Path) -> list[Metrics]:
     return rows
 
 
-def drop_after(path: Path, epoch: int) -> list[Metrics]:
-    """Keep and return the lines up to `epoch`: later ones were written after the checkpoint and are done again."""
-    kept = [row for row in read_rows(path) if row["epoch"] <= epoch]
+def drop_after(path: Path, epoch: int) -> tuple[list[Metrics], list[Metrics]]:
+    """Drop the lines after `epoch`: these epochs are done again. Return the kept and the dropped ones."""
+    rows = read_rows(path)
+    kept, dropped = ([row for row in rows if (row["epoch"] <= epoch) == keep] for keep in (True, False))
     write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
-    return kept
+    return kept, dropped
 
 
 def own_rows(rows: list[Metrics]) -> list[Metrics]:

@@ -11,39 +11,41 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from amlp_ray.config import PretrainSettings, SegmentSettings
+from amlp_ray.config import FaultSettings, PretrainSettings, ResourceSettings, SegmentSettings
 from amlp_ray.data.reading.prefetch import prefetched
-from amlp_ray.data.reading.stream import Batches
-from amlp_ray.errors import CheckpointError, NonFiniteLossError, SettingsError
-from amlp_ray.method.encoder import use_fused_attention
+from amlp_ray.data.reading.stream import Batch, Batches
+from amlp_ray.errors import CheckpointError, NonFiniteLossError, SettingsError, StorageError
+from amlp_ray.files import patiently
 from amlp_ray.method.masking import Moment
-from amlp_ray.method.model import build_autoencoder
-from amlp_ray.method.precision import autocast_type
-from amlp_ray.method.siamese import SimSiam
-from amlp_ray.training.checkpoint import checkpoint_file, export_encoder, load_checkpoint, save_checkpoint
+from amlp_ray.training import parallel
+from amlp_ray.training.checkpoint import resume, state_to_keep
+from amlp_ray.training.events import EventLog
+from amlp_ray.training.export import export_encoder
+from amlp_ray.training.keeper import Keeper
+from amlp_ray.training.learner import Learner
+from amlp_ray.training.meter import Meter
 from amlp_ray.training.metrics import Metrics, append_row, drop_after
-from amlp_ray.training.steps import Model, Step, step_of
+from amlp_ray.training.steps import Model, Step, Values, step_of
 
 
 @dataclass
 class Hooks:
-    """What a runner hands in. Each is called once per epoch, in this order.
+    """What a runner hands in; the first worker calls each once per epoch, in this order.
 
-    - `evaluate(model, epoch)`, first worker only: further metrics, such as a probe's DSC at a rung; {} at other epochs.
-    - `report(metrics, checkpoint)`, every worker: the epoch's metrics, after they and the checkpoint are on disk.
-    - `should_stop()`, first worker only: true asks all workers to return early, with everything saved.
+    - `evaluate(model, epoch)`: further metrics, such as a probe's DSC at a rung; {} at other epochs.
+    - `report(metrics)`: the epoch's metrics, after they are on disk; its checkpoint is on its way there.
+    - `should_stop()`: true asks all workers to return early, with everything saved.
     """
 
     evaluate: Callable[[Model, int], Metrics] = field(default=lambda model, epoch: {})
-    report: Callable[[Metrics, Path], None] = field(default=lambda metrics, checkpoint: None)
+    report: Callable[[Metrics], None] = field(default=lambda metrics: None)
     should_stop: Callable[[], bool] = field(default=lambda: False)
 
 
@@ -70,93 +72,110 @@ def pretrain(
     device: str = "cpu",
     truth: Mapping[int, Tensor] | None = None,
     until: int | None = None,
+    resources: ResourceSettings | None = None,
+    faults: FaultSettings | None = None,
 ) -> PretrainResult:
     """Pretrain, or go on from the folder's latest checkpoint. A resumed run equals an uninterrupted one.
 
-    Writes `metrics.jsonl` (one line per epoch, `epoch` is 1-based and survives a resume), `checkpoint/latest.pt` and
-    `encoder.safetensors` into `folder`.
+    Writes `metrics.jsonl` (one line per epoch, `epoch` is 1-based and survives a resume), `events.jsonl`, `checkpoint/`
+    (see `keeper.py`) and `encoder.safetensors` into `folder`. A kill costs the epoch that ran and, where its
+    checkpoint was still being written, the one before it.
 
     Args:
         truth: lesion share of every patch by image key, for settings that aim by true lesions; diagnosis only.
         until: the epoch after which to return, for a segment of a longer run: learning rate and masks span
             `settings.epochs` all the same. None is the whole run.
+        resources: `micro_batch` and `sharding` of them.
+        faults: how long a folder may be full or away, and how many checkpoints are kept.
 
     Raises:
         NonFiniteLossError: naming epoch, step and the part of the loss.
-        CheckpointError: where the folder holds a checkpoint of other settings, or of a later epoch than `until`.
+        CheckpointError: where the folder holds a checkpoint of other settings, or of a later epoch than `until`, or
+            none that is whole.
         SettingsError: where `until` is no epoch of the run, or the settings do not fit the images.
+        StorageError: the folder took no checkpoint for `faults.storage_minutes`.
     """
     settings.check_image(batches.spec)
     last = settings.epochs if until is None else until
     if not 1 <= last <= settings.epochs:
         raise SettingsError(f"until {last} is no epoch of a run of epochs={settings.epochs}; give 1 to that many.")
-    hooks = hooks or Hooks()
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    model, optimizer = build_model(settings, batches, device)
-    done = 0
-    if checkpoint_file(folder).is_file():
-        done = load_checkpoint(checkpoint_file(folder), model=model, optimizer=optimizer, settings=settings)
+    hooks, resources, faults = hooks or Hooks(), resources or ResourceSettings(), faults or FaultSettings()
+    first = parallel.rank() == 0
+    events = EventLog(folder)
+    learner = Learner(settings, batches.spec, device, sharding=resources.sharding)
+    done = resume(folder, learner, settings, events)
     if done > last:
         raise CheckpointError(f"{folder} is at epoch {done} already, beyond until={last}; choose another folder.")
-    if first:
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = drop_after(folder / "metrics.jsonl", done)
-    metrics: Metrics = kept[-1] if first and kept else {}
-    network: nn.Module = model if not dist.is_initialized() else DistributedDataParallel(model)
+    metrics = _begin(folder, events, done, last) if first else {}
+    network = parallel.as_network(learner.model)
     if settings.compile:
         network = cast(nn.Module, torch.compile(network, dynamic=False))
-    objective = step_of(model, settings, truth)
+    objective = step_of(learner.model, settings, truth)
+    meter = Meter(settings, batches.spec, device) if first else None
+    keeper = Keeper(
+        folder,
+        keep=faults.checkpoints,
+        patience_s=60 * faults.storage_minutes,
+        trouble=lambda text: events.note("storage", text),
+    )
 
     stopped, finished = False, done == last
-    for epoch in range(done + 1, last + 1):
-        metrics = train_epoch(network, objective, optimizer, batches, settings, epoch, device)
-        if first:
-            metrics |= _evaluated(hooks, model, epoch)
-            # Metrics before checkpoint: a kill in between repeats the epoch and rewrites its line; none is missing.
-            append_row(folder / "metrics.jsonl", metrics)
-            save_checkpoint(folder, model=model, optimizer=optimizer, epoch=epoch, settings=settings)
-        hooks.report(metrics, checkpoint_file(folder))
-        done = epoch
-        if _agreed(first and hooks.should_stop(), device):
-            stopped = epoch < last
-            break
+    try:
+        for epoch in range(done + 1, last + 1):
+            metrics = train_epoch(network, learner, objective, batches, epoch, micro_batch=resources.micro_batch)
+            state = learner.refresh()
+            if meter is not None:  # the first worker's
+                metrics |= meter.of(metrics) | _evaluated(hooks, learner.whole, epoch)
+                # The last checkpoint is safe before a line follows it: a kill repeats one ended epoch at most, and
+                # rewrites its line; none is missing.
+                keeper.wait()
+                row = partial(append_row, folder / "metrics.jsonl", metrics)
+                patiently(row, keeper.patience_s, keeper.told(epoch))
+                keeper.save(state_to_keep(state, epoch, settings), epoch)
+                hooks.report(metrics)
+            done = epoch
+            if parallel.told_by_first(int(first and hooks.should_stop()), device):
+                stopped = epoch < last
+                break
+        keeper.wait()
+    except OSError as error:
+        raise StorageError(
+            f"{folder} took nothing for {faults.storage_minutes:g} minutes ({error.strerror or error}) in epoch "
+            f"{done + 1}; make room and run again: it goes on from its latest checkpoint."
+        ) from error
 
     encoder = folder / "encoder.safetensors"
     if first and not (finished and encoder.is_file()):
-        export_encoder(model.encoder, encoder, settings.model, batches.spec)
-    return PretrainResult(done, stopped, metrics, model.eval(), encoder)
+        export_encoder(learner.whole.encoder, encoder, settings.model, batches.spec)
+    return PretrainResult(done, stopped, metrics, learner.whole.eval(), encoder)
 
 
-def build_model(settings: PretrainSettings, batches: Batches, device: str) -> tuple[Model, torch.optim.Optimizer]:
-    """Create model and optimiser from the seed; the same on every worker."""
-    torch.manual_seed(settings.seed)
-    model: Model
-    if settings.objective == "simsiam":
-        model = SimSiam(settings.model, batches.spec).to(device)
-    else:
-        model = build_autoencoder(settings, batches.spec).to(device)
-    use_fused_attention(model, device != "cpu" or autocast_type(settings, device) is None)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},  # biases and norms are not decayed
-    ]
-    return model, torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)  # betas: MAE
+def _begin(folder: Path, events: EventLog, done: int, last: int) -> Metrics:
+    """Drop the lines of epochs that are done again; return the last one that is kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept, dropped = drop_after(folder / "metrics.jsonl", done)
+    if done < last:
+        events.note("started", workers=parallel.world_size(), epoch=done, repeated=len(dropped))
+    return kept[-1] if kept else {}
 
 
 def train_epoch(
     network: nn.Module,
+    learner: Learner,
     objective: Step,
-    optimizer: torch.optim.Optimizer,
     batches: Batches,
-    settings: PretrainSettings,
     epoch: int,
-    device: str,
+    *,
+    micro_batch: int | None = None,
 ) -> Metrics:
-    """Run one epoch and return its metrics, averaged over steps and workers. Nothing waits for the device in a step."""
-    steps = batches.steps_per_epoch
+    """Run one epoch and return its metrics, averaged over images and workers. Nothing waits for the device in a step.
+
+    Args:
+        micro_batch: images that are held at once; their gradients are added up to those of the batch.
+    """
+    settings, device, steps = learner.settings, learner.device, batches.steps_per_epoch
     rows: list[Tensor] = []
-    waited, started, images = 0.0, time.perf_counter(), 0
+    waited, started = 0.0, time.perf_counter()
     objective.begin_epoch(epoch, steps)
     with closing(prefetched(batches.epoch(epoch), device)) as source:
         for step in range(steps):
@@ -165,42 +184,64 @@ def train_epoch(
             waited += time.perf_counter() - asked
 
             lr = learning_rate(settings, (epoch - 1) * steps + step, settings.epochs * steps)
-            for group in optimizer.param_groups:
+            for group in learner.optimizer.param_groups:
                 group["lr"] = lr
-            values = objective(network, batch, Moment(epoch, step, steps), device)
-            optimizer.zero_grad(set_to_none=True)
-            values["loss"].backward()
-            values["grad_norm"] = nn.utils.clip_grad_norm_(network.parameters(), settings.clip_grad)
-            rows.append(torch.stack([value.detach().float() for value in values.values()]))
+            values = take_gradient(network, learner, objective, batch, Moment(epoch, step, steps), micro_batch)
+            rows.append(torch.stack([value.float() for value in values.values()]))
             if device == "cpu":  # looking costs nothing here; on a GPU it would stall the step: the end looks
-                _check_finite(rows[-1:], list(values), network, epoch, before=step)
-            optimizer.step()
-            images += len(batch.keys)
+                _check_finite(rows[-1:], list(values), learner, epoch, before=step)
+            learner.step()
 
-    _check_finite(rows, list(values), network, epoch)
-    means = torch.stack(rows).mean(0)
-    world = 1
-    if dist.is_initialized():
-        world = dist.get_world_size()
-        dist.all_reduce(means)
-        means /= world
-    seconds = time.perf_counter() - started
+    _check_finite(rows, list(values), learner, epoch)
+    means = parallel.mean_over_workers(torch.stack(rows).mean(0))
+    seconds, world = time.perf_counter() - started, parallel.world_size()
+    speed = settings.batch_size * steps / seconds
     return {
         "epoch": epoch,
         **dict(zip(values, means.tolist(), strict=True)),
         "lr": lr,
-        "images_per_second": images * world / seconds,
+        "images_per_second": speed,
+        "images_per_second_per_worker": speed / world,
+        "workers": world,
         "wait_share": waited / seconds,
         "seconds": seconds,
     }
 
 
+def take_gradient(
+    network: nn.Module, learner: Learner, objective: Step, batch: Batch, now: Moment, micro_batch: int | None = None
+) -> Values:
+    """Leave the gradient of the global batch, clipped, in the model, and return what the step knows of this share.
+
+    A worker's share counts by its images: shares may differ by one, and the mean over workers is that over the batch.
+    """
+    settings, world = learner.settings, parallel.world_size()
+    pieces = min(
+        len(batch.keys), math.ceil(math.ceil(settings.batch_size / world) / (micro_batch or settings.batch_size))
+    )
+    learner.optimizer.zero_grad(set_to_none=True)
+    total: Values = {}
+    parts = objective(network, batch, now, learner.device, pieces)
+    for piece in range(pieces):
+        with parallel.no_exchange(network, unless=piece == pieces - 1):
+            values, images = next(parts)
+            weight = images * world / settings.batch_size
+            learner.scaler.scale(values["loss"] * weight).backward()
+        for name, value in values.items():
+            total[name] = total.get(name, 0) + weight * value.detach()
+    parallel.average_loose_gradients(learner.model)
+    learner.scaler.unscale_(learner.optimizer)
+    total["grad_norm"] = parallel.clip_gradients(learner.model, settings.clip_grad)
+    return total
+
+
 def learning_rate(settings: PretrainSettings | SegmentSettings, step: int, steps: int) -> float:
-    """Linear warm-up to `lr` over the share `warmup` of all steps, then cosine to zero; `step` counts from 0."""
+    """Linear warm-up to the highest rate over the share `warmup` of all steps, then cosine to zero; `step` from 0."""
+    highest = settings.scaled_lr if isinstance(settings, PretrainSettings) else settings.lr
     warmup = settings.warmup * steps
     if step < warmup:
-        return settings.lr * (step + 1) / (warmup + 1)
-    return settings.lr * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+        return highest * (step + 1) / (warmup + 1)
+    return highest * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
 
 def _evaluated(hooks: Hooks, model: Model, epoch: int) -> Metrics:
@@ -211,27 +252,20 @@ def _evaluated(hooks: Hooks, model: Model, epoch: int) -> Metrics:
     return extra | {"evaluate_seconds": time.perf_counter() - started} if extra else {}
 
 
-def _check_finite(rows: list[Tensor], names: list[str], network: nn.Module, epoch: int, *, before: int = 0) -> None:
+def _check_finite(rows: list[Tensor], names: list[str], learner: Learner, epoch: int, *, before: int = 0) -> None:
     """Raise where a step's figures, one row each, are not finite; `before` steps of the epoch came earlier."""
     finite = torch.stack(rows).isfinite()
+    if learner.scaler.is_enabled():  # gradients overflow while the scale of fp16 is found, and such steps are left out
+        finite[:, names.index("grad_norm")] = learner.scaler.get_scale() >= 1
     if bool(finite.all()):
         return
     step = int((~finite.all(1)).nonzero()[0])
     # The total holds all parts and the gradient follows from it, so the first of these to be named is the cause.
     parts = [name for name in ("loss_rec", "loss_ccl", "loss_rank", "loss", "grad_norm") if name in names]
     cause = next((name for name in parts if not finite[step, names.index(name)]), "A metric")
-    lost = next((name for name, p in network.named_parameters() if not p.isfinite().all()), None)
+    lost = next((name for name, p in learner.model.named_parameters() if not p.isfinite().all()), None)
     raise NonFiniteLossError(
         f"{cause} is not finite at epoch {epoch}, step {before + step + 1} ("
         + (f"weights of {lost} are not either" if lost else "all weights still are")
         + "); check the images, lower lr, raise warmup, or use precision=fp32."
     )
-
-
-def _agreed(stop: bool, device: str) -> bool:
-    """The first worker's answer, on every worker: they must leave the loop together."""
-    if not dist.is_initialized():
-        return stop
-    flag = torch.tensor(int(stop), device=device)
-    dist.broadcast(flag, src=0)
-    return bool(flag.item())

@@ -6,7 +6,7 @@ Nothing here waits for the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -22,7 +22,7 @@ from amlp_ray.method.model import MaskedAutoencoder
 from amlp_ray.method.patches import gather
 from amlp_ray.method.precision import autocast
 from amlp_ray.method.ratio import masked_count
-from amlp_ray.method.selection import selection_statistics
+from amlp_ray.method.selection import Selection, selection_statistics
 from amlp_ray.method.siamese import SimSiam, two_views
 from amlp_ray.method.teacher import move_teacher
 
@@ -34,9 +34,15 @@ Values = dict[str, Tensor]
 
 
 class Step(Protocol):
-    """The loss of one batch and what is worth knowing of it, as scalars; `loss` carries the gradient."""
+    """Yields the loss of each piece of a batch and what is worth knowing of it, as scalars, and how many images it has.
 
-    def __call__(self, network: nn.Module, batch: Batch, now: Moment, device: str) -> Values: ...
+    `loss` carries the gradient, which the caller takes before it asks for the next piece: then only one piece's
+    activations are held. Masks are drawn for the batch as a whole, so they do not depend on the number of pieces.
+    """
+
+    def __call__(
+        self, network: nn.Module, batch: Batch, now: Moment, device: str, pieces: int = 1
+    ) -> Iterator[tuple[Values, int]]: ...
 
     def begin_epoch(self, epoch: int, steps: int) -> None:
         """Told before the batches of an epoch, `steps` of them."""
@@ -77,11 +83,18 @@ class ReconstructionStep:
                 f"set ratio.quantum to {enough} or more."
             )
 
-    def __call__(self, network: nn.Module, batch: Batch, now: Moment, device: str) -> Values:
-        settings, spec = self.settings, self.masking.model.spec
+    def __call__(
+        self, network: nn.Module, batch: Batch, now: Moment, device: str, pieces: int = 1
+    ) -> Iterator[tuple[Values, int]]:
+        spec = self.masking.model.spec
         keys = batch.keys.to(device, non_blocking=True)
         images = normalise(batch.images.to(device, non_blocking=True), spec)
         patches, chosen = self.masking.augmented(images, keys, batch.keys, now)
+        for rows in pieces_of(len(patches), pieces):
+            yield self._of(network, patches[rows], chosen.rows(rows), now, device), rows.stop - rows.start
+
+    def _of(self, network: nn.Module, patches: Tensor, chosen: Selection, now: Moment, device: str) -> Values:
+        settings = self.settings
         with autocast(settings, device):
             prediction = network(patches, chosen.visible, chosen.masked)
         losses = pretraining_loss(
@@ -113,10 +126,24 @@ class SiameseStep:
     def begin_epoch(self, epoch: int, steps: int) -> None:
         """Nothing to do: there is no mask to aim."""
 
-    def __call__(self, network: nn.Module, batch: Batch, now: Moment, device: str) -> Values:
+    def __call__(
+        self, network: nn.Module, batch: Batch, now: Moment, device: str, pieces: int = 1
+    ) -> Iterator[tuple[Values, int]]:
         keys = batch.keys.to(device, non_blocking=True)
         images = normalise(batch.images.to(device, non_blocking=True), self.model.spec)
         one, other = two_views(images, keys, self.settings, self.model.patch_size, now.epoch)
         with autocast(self.settings, device):
             loss, spread = network(one, other)
-        return {"loss": loss, "spread": spread, "ratio": torch.zeros_like(spread)}
+        yield {"loss": loss, "spread": spread, "ratio": torch.zeros_like(spread)}, len(keys)
+
+
+def pieces_of(count: int, pieces: int) -> Iterator[slice]:
+    """Cut `count` rows into as many pieces, as equal as can be; none is empty unless there are fewer rows.
+
+    >>> list(pieces_of(5, 2))
+    [slice(0, 2, None), slice(2, 5, None)]
+    """
+    for piece in range(pieces):
+        rows = slice(piece * count // pieces, (piece + 1) * count // pieces)
+        if rows.start < rows.stop:
+            yield rows

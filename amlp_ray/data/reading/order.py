@@ -1,12 +1,14 @@
 """The order in which an epoch gives a split's images: one definition, whether they are resident, mapped or streamed.
 
-A split of up to `WINDOW` bytes is permuted as a whole, and worker r of w takes rows r::w of each global batch.
+A split of up to `WINDOW` bytes is permuted as a whole.
 
 Of a larger one, row groups are permuted, since a group is what can be read at once, and their rows written one after
 another. The rows are cut into L equal lanes, each lane is shuffled among windows of its share of `WINDOW`, and global
-batch b is the b-th piece of every lane, so it holds images from L distant places. A worker takes neighbouring lanes and
-reads these only. L is the largest divisor of the batch size up to `LANES`; where the number of workers does not divide
-it, L is their least common multiple. Any number of workers that divides L trains on the same global batches.
+batch b is the b-th piece of every lane, so it holds images from L distant places. L is the largest divisor of the batch
+size up to `LANES`.
+
+Nothing of this depends on the number of workers: worker r of w takes the r-th of w pieces of each global batch, as
+equal as can be. Where w divides L, it reads the row groups of its own lanes only; else neighbours read some twice.
 
 The last incomplete batch is dropped, so an image comes once in an epoch or not at all; only a split smaller than a
 batch repeats, so that there is always a step.
@@ -14,7 +16,6 @@ batch repeats, so that there is always a step.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,17 +54,22 @@ def units_of(dataset: PatchDataset, split: str) -> list[Unit]:
     return units
 
 
-def lanes_for(batch_size: int, world: int) -> int:
+def lanes_for(batch_size: int) -> int:
     """How many lanes a large split is cut into.
 
-    >>> lanes_for(256, 1), lanes_for(256, 4), lanes_for(12, 2), lanes_for(24, 3), lanes_for(256, 16)
-    (8, 8, 6, 24, 16)
+    >>> lanes_for(256), lanes_for(12), lanes_for(7), lanes_for(11)
+    (8, 6, 7, 1)
     """
-    return math.lcm(_divisor(batch_size), world)
-
-
-def _divisor(batch_size: int) -> int:
     return max(lanes for lanes in range(1, min(LANES, batch_size) + 1) if batch_size % lanes == 0)
+
+
+def share_of(batch_size: int, rank: int, world: int) -> slice:
+    """Which images of a global batch are worker `rank`'s, of `world`.
+
+    >>> [share_of(16, rank, 3) for rank in range(3)]
+    [slice(0, 5, None), slice(5, 10, None), slice(10, 16, None)]
+    """
+    return slice(rank * batch_size // world, (rank + 1) * batch_size // world)
 
 
 def epoch_order(
@@ -103,7 +109,7 @@ def epoch_order(
 
 @dataclass(frozen=True)
 class Order:
-    """The order of one split for one batch size, seed and number of workers. Small, and travels to other processes."""
+    """The order of one split for one batch size and seed, and how many workers share it; small, so that it travels."""
 
     units: tuple[Unit, ...]
     batch_size: int
@@ -114,12 +120,11 @@ class Order:
 
     @classmethod
     def of(cls, dataset: PatchDataset, split: str, *, batch_size: int, seed: int, world: int = 1) -> Order:
-        """The order of a dataset's split; `world` divides `batch_size`."""
+        """The order of a dataset's split; `world` is at most `batch_size`."""
         image = image_bytes(dataset.shape, dataset.manifest.dtype)
         whole = dataset.bytes(split) <= WINDOW or dataset.count(split) <= batch_size
-        lanes = 0 if whole else lanes_for(batch_size, world)
-        # Of one worker's lanes together, so that an odd batch size with a single lane is shuffled as well.
-        window = max(1, WINDOW // _divisor(batch_size) // image)
+        lanes = 0 if whole else lanes_for(batch_size)
+        window = max(1, WINDOW // lanes_for(batch_size) // image)
         return cls(tuple(units_of(dataset, split)), batch_size, world, lanes, window, seed)
 
     @cached_property
@@ -144,10 +149,8 @@ class Order:
         )
 
     def share(self, epoch: int, rank: int) -> np.ndarray:
-        """What one worker takes of them, (steps, batch_size / world)."""
-        each = self.batch_size // self.world
-        mine = slice(rank * each, (rank + 1) * each) if self.lanes else slice(rank, None, self.world)
-        return self.epoch(epoch)[:, mine]
+        """What one worker takes of them, (steps, its share of a batch)."""
+        return self.epoch(epoch)[:, share_of(self.batch_size, rank, self.world)]
 
     def uses(self, unit: np.ndarray, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """When each unit is needed, by rows whose units are `unit` (N,) and which are taken `piece` at a time.

@@ -17,7 +17,7 @@ from amlp_ray.config import ImageSpec
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.parts import images_of
 from amlp_ray.data.reading.cache import Store, fits, has_store, open_store
-from amlp_ray.data.reading.order import Order, ahead
+from amlp_ray.data.reading.order import Order, ahead, share_of
 from amlp_ray.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
@@ -58,10 +58,7 @@ def open_batches(
     world: int = 1,
     epochs: int | None = None,
 ) -> Batches:
-    """Open one worker's batches of a split. All modes give the same images in the same order.
-
-    So do all numbers of workers for a split of up to 256 MiB, and those that divide the lanes for a larger one, see
-    `order.py`.
+    """Open one worker's batches of a split. All modes and numbers of workers give the same images in the same order.
 
     Args:
         dataset: the patch dataset.
@@ -74,13 +71,11 @@ def open_batches(
         epochs: the last epoch that will be asked for, so that a stream reads nothing beyond it.
 
     Raises:
-        SettingsError: `world` does not divide `batch_size`.
+        SettingsError: `world` exceeds `batch_size`.
         DataError: the split is empty or damaged, or has no room in the cache folder.
     """
-    if batch_size % world:
-        raise SettingsError(
-            f"batch_size {batch_size} cannot be shared by {world} workers; choose a multiple of {world}."
-        )
+    if batch_size < world:
+        raise SettingsError(f"batch_size {batch_size} cannot be shared by {world} workers; raise it, or use fewer.")
     if dataset.count(split) == 0:
         raise DataError(f"The split {split!r} of {dataset.path} has no images; prepare it with a larger fraction.")
     order = Order.of(dataset, split, batch_size=batch_size, seed=seed, world=world)
@@ -195,7 +190,8 @@ def _streamed(source: Source, epoch: int, last: int | None) -> Generator[Batch]:
 
 def _sliced(source: Source, tables: Iterable[pa.Table]) -> Generator[Batch]:
     """Cut tables of any length into batches."""
-    size, dtype = source.order.batch_size // source.order.world, np.dtype(source.dtype)
+    mine = share_of(source.order.batch_size, source.rank, source.order.world)
+    size, dtype = mine.stop - mine.start, np.dtype(source.dtype)
     batch, filled = _empty(size, source.shape, dtype), 0
     for table in tables:
         images = images_of(table["image"], source.shape, source.dtype)

@@ -300,7 +300,7 @@ def _is_done(store: StudyStore, trial: FrozenTrial) -> bool:
 
 def _scorer(settings: StudySettings, labels: PatchDataset, device: str) -> Callable[[Path], dict[str, Any]]:
     """Scores of a run's folder on test: the probe's heads and the segmenter, as they were fitted on train."""
-    from amlp_ray.training.checkpoint import load_encoder, read_encoder_header
+    from amlp_ray.training.export import load_encoder, read_encoder_header
     from amlp_ray.training.probe import Probe
     from amlp_ray.training.segment import score_segmenter
 

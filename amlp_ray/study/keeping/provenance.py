@@ -59,7 +59,7 @@ def write_provenance(task: Task) -> None:
     import torch
 
     folder = Path(task.folder)
-    group = task.resources.workers > 1
+    group = not task.resources.alone
     cuda = task.gpus > 0 if group else torch.cuda.is_available()
     threads = max(1, int(task.resources.cpus_per_worker))
     found = {

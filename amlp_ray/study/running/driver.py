@@ -211,7 +211,7 @@ def _fit(
     from ray import tune
     from ray.tune.trainable import wrap_function
 
-    alone = settings.resources.workers == 1
+    alone = settings.resources.alone
     bundle = worker_bundle(settings.resources) if alone else {"CPU": DRIVER_CPU}
     scratch = tempfile.mkdtemp(prefix="amlp-ray-")  # Tune's own records; the store has everything that matters
     wrapped = wrap_function(tune.with_resources(trainable, tune.PlacementGroupFactory([bundle])))

@@ -52,7 +52,8 @@ def two_steps(
 
     from amlp_ray.data.reading.stream import ExampleBatches
     from amlp_ray.method.masking import Moment
-    from amlp_ray.training.pretrain import build_model
+    from amlp_ray.training.learner import Learner
+    from amlp_ray.training.pretrain import take_gradient
     from amlp_ray.training.probe import Probe
     from amlp_ray.training.steps import step_of
 
@@ -62,21 +63,19 @@ def two_steps(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dataset = PatchDataset.open(data)
     batches = ExampleBatches(dataset, batch_size=run.batch_size)
-    model, optimizer = build_model(run, batches, device)
-    objective, losses = step_of(model, run, None), []
+    learner = Learner(run, batches.spec, device)
+    objective, losses = step_of(learner.model, run, None), []
     batch = next(iter(batches.epoch(1)))
     for step in range(STEPS):
-        loss = objective(model, batch, Moment(1, step, STEPS), device)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+        told = take_gradient(learner.model, learner, objective, batch, Moment(1, step, STEPS))
+        learner.step()
+        losses.append(float(told["loss"]))
     scored = Probe(
         dataset if labels is None else PatchDataset.open(labels),
         ProbeSettings.model_validate(probe),
         run.model.patch_size,
         dataset.spec,
-    ).score(model.eval().encoder)
+    ).score(learner.model.eval().encoder)
     return {
         "node": platform.node(),
         "device": device if device == "cpu" else torch.cuda.get_device_name(),

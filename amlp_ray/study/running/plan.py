@@ -73,13 +73,13 @@ def check_study(settings: StudySettings, dataset: PatchDataset, labels: PatchDat
     check_arms(settings, dataset)
     for trial in [*drawn, *(plan.settings(0) for plan in arm_plans(settings))]:
         trial.check_image(dataset.spec)
-        trial.check_workers(settings.resources.workers)
+        trial.check_workers(settings.resources)
     if _searches_truth(settings) or any(trial.selection.uses_truth for trial in drawn):
         raise SettingsError(
             f"{settings.name}: an oracle aims by true lesions, so no study may search it; take oracle out of "
             f"selection.rule and selection.score. Arm oracle runs it, for diagnosis."
         )
-    if "memory" in {*settings.limits, *settings.objectives} and settings.resources.workers > 1:
+    if "memory" in {*settings.limits, *settings.objectives} and not settings.resources.alone:
         raise SettingsError(
             "memory, in limits or objectives, is known of trials with one worker only; drop it, or set "
             "resources.workers=1."
@@ -115,7 +115,7 @@ def make_plan(
     check_study(settings, dataset, labels)
     base = settings.trial({}, seed=0)
     side_by_side = jobs_side_by_side(settings.resources, cluster)
-    images, workers = dataset.count("train"), settings.resources.workers
+    images, workers = dataset.count("train"), settings.resources.most_workers
     rungs = rung_epochs(base.epochs, settings.pruner)
     if settings.sampler.name == "pbt":
         every = settings.sampler.interval

@@ -72,20 +72,21 @@ def _timed(run: PretrainSettings, dataset: PatchDataset, device: str) -> tuple[f
     import torch
 
     from amlp_ray.method.masking import Moment
-    from amlp_ray.training.pretrain import build_model
+    from amlp_ray.training.learner import Learner
+    from amlp_ray.training.pretrain import take_gradient
     from amlp_ray.training.steps import step_of
 
     batches = ExampleBatches(dataset, batch_size=run.batch_size)
-    model, optimizer = build_model(run, batches, device)
+    learner = Learner(run, batches.spec, device)
+    model = learner.model
     batch = next(iter(batches.epoch(1)))
     objective = step_of(model, run, None)
     spent = []
     for epoch in sorted({1, (run.epochs + 1) // 2, run.epochs}):
         for attempt in range(TIMED_STEPS + 1):
             started = time.perf_counter()
-            objective(model, batch, Moment(epoch), device)["loss"].backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            take_gradient(model, learner, objective, batch, Moment(epoch))
+            learner.step()
             if device == "cuda":
                 torch.cuda.synchronize()
             if attempt:

@@ -306,6 +306,8 @@ class WorkQueue:
             settings=settings,
             probe=s.probe,
             resources=s.resources,
+            faults=s.faults.of_trial(),
+            tracking=s.tracking,
             rungs=self._rungs(settings, until),
             until=until,
             fork=fork,

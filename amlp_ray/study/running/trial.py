@@ -14,7 +14,16 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel
 
-from amlp_ray.config import COSTS, Objective, PretrainSettings, ProbeSettings, ResourceSettings, SegmentSettings
+from amlp_ray.config import (
+    COSTS,
+    FaultSettings,
+    Objective,
+    PretrainSettings,
+    ProbeSettings,
+    ResourceSettings,
+    SegmentSettings,
+    TrackingSettings,
+)
 from amlp_ray.errors import AmlpError, StudyError
 from amlp_ray.study.keeping.provenance import write_provenance
 from amlp_ray.study.keeping.store import read_metrics
@@ -42,12 +51,14 @@ class Task:
     labels: str | None = None  # where they are a data set apart
     until: int | None = None  # of a segment of population-based training: the epoch it ends after
     fork: str | None = None  # the folder whose checkpoint it begins with
+    faults: FaultSettings = FaultSettings()
+    tracking: TrackingSettings = TrackingSettings()
     finetune: SegmentSettings | None = None  # of a confirmation: the second protocol
 
     @property
     def gpus(self) -> float:
         """GPUs that it holds in all."""
-        return self.resources.gpus_per_worker * self.resources.workers
+        return self.resources.gpus_per_worker * self.resources.most_workers
 
     def as_config(self) -> dict[str, Any]:
         """Plain values, which is what Tune shows and stores of a trial."""
@@ -64,6 +75,8 @@ _MODELS: dict[str, type[BaseModel]] = {
     "settings": PretrainSettings,
     "probe": ProbeSettings,
     "resources": ResourceSettings,
+    "faults": FaultSettings,
+    "tracking": TrackingSettings,
     "finetune": SegmentSettings,
 }
 
@@ -119,7 +132,7 @@ def amlp_trial(config: dict[str, Any]) -> dict[str, Any]:
                     if should_stop():  # it died before the trial returned; one more rung would be another result
                         task = replace(task, until=rows[-1]["epoch"])
                         break
-            alone = task.resources.workers == 1 or task.settings.objective == "none"
+            alone = task.resources.alone or task.settings.objective == "none"
             (run_alone if alone else run_in_group)(task, should_stop)
             if task.finetune is not None and _is_whole(task):
                 _confirm(task)
@@ -168,7 +181,7 @@ def run_alone(task: Task, should_stop: Callable[[], bool]) -> None:
 
     gauges = TrialGauges(task.study, task.label)
 
-    def report(metrics: Metrics, checkpoint: Path) -> None:
+    def report(metrics: Metrics) -> None:
         gauges.update(metrics)
         if "dsc" in metrics:
             tune.report(_rung(metrics, Path(task.folder)))
@@ -193,16 +206,8 @@ def run_in_group(task: Task, should_stop: Callable[[], bool]) -> None:
         if "dsc" in metrics:
             tune.report(_rung(metrics, Path(task.folder)))
 
-    rows = read_metrics(Path(task.folder))
-    run_on_ray(
-        _job(task),
-        task.resources,
-        name=f"{task.study}-{task.label.replace(' ', '-')}",
-        storage=Path(task.folder) / "ray_train",
-        should_stop=should_stop,
-        report=report,
-        reported=rows[-1]["epoch"] if rows else 0,
-    )
+    name = f"{task.study}-{task.label.replace(' ', '-')}"
+    run_on_ray(_job(task), name=name, should_stop=should_stop, report=report)
 
 
 def _job(task: Task) -> Any:
@@ -215,7 +220,9 @@ def _job(task: Task) -> Any:
         folder=Path(task.folder),
         probe=task.probe,
         rungs=task.rungs,
-        threads=max(1, int(task.resources.cpus_per_worker)),
+        resources=task.resources,
+        faults=task.faults,
+        tracking=task.tracking,
         study=task.study,
         label=task.label,
         until=task.until,
@@ -272,7 +279,7 @@ def _memory(task: Task) -> dict[str, float]:
     """Peak memory in GB of this process, of the GPU where it has one; of a group nothing is known here."""
     import torch
 
-    if task.resources.workers > 1:
+    if not task.resources.alone:
         return {}
     if task.gpus and torch.cuda.is_available():
         return {"memory": round(torch.cuda.max_memory_allocated() / 1e9, 3)}

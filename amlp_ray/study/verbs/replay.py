@@ -15,7 +15,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from amlp_ray.config import PretrainSettings, ProbeSettings, StudySettings
+from amlp_ray.config import PretrainSettings, ProbeSettings, ResourceSettings, StudySettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import StudyError
 from amlp_ray.settings import build, read_yaml
@@ -172,7 +172,7 @@ def _train(
     from amlp_ray.training.pretrain import Hooks
     from amlp_ray.training.runners import run_here
 
-    def report(metrics: Metrics, checkpoint: Path) -> None:
+    def report(metrics: Metrics) -> None:
         scored = f", DSC {metrics['dsc']}" if "dsc" in metrics else ""
         notify(f"epoch {metrics['epoch']} of {rungs[-1]}{scored}")
 
@@ -182,7 +182,7 @@ def _train(
         folder,
         probe,
         rungs,
-        threads=threads,
+        resources=ResourceSettings(cpus_per_worker=threads),
         label=folder.name,
         labels=None if labels is None else labels.path,
         until=rungs[-1] if 0 < rungs[-1] < settings.epochs else None,

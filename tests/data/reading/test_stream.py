@@ -56,7 +56,7 @@ def _digest(batches: Iterable[Batch]) -> str:
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_any_number_of_workers_sees_the_same_global_batches(tmp_path: Path, world: int) -> None:
     dataset = noise_dataset(tmp_path / "set", 36)
     whole = open_batches(dataset, batch_size=8, seed=5)
@@ -64,9 +64,8 @@ def test_any_number_of_workers_sees_the_same_global_batches(tmp_path: Path, worl
     shares = [_keys(worker.epoch(3)) for worker in workers]
     assert whole.steps_per_epoch == workers[0].steps_per_epoch == 36 // 8
     for step, batch in enumerate(_keys(whole.epoch(3))):
-        assert [len(share[step]) for share in shares] == [8 // world] * world
-        for rank in range(world):
-            assert shares[rank][step] == batch[rank::world]
+        assert [key for share in shares for key in share[step]] == batch
+        assert {len(share[step]) for share in shares} <= {8 // world, 8 // world + 1}
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
@@ -227,8 +226,8 @@ def test_reading_tasks_load_no_torch() -> None:
 
 def test_wrong_requests_say_what_to_do(tmp_path: Path) -> None:
     dataset = noise_dataset(tmp_path / "set", 10)
-    with pytest.raises(SettingsError, match="batch_size 9 cannot be shared by 2 workers; choose a multiple of 2"):
-        open_batches(dataset, batch_size=9, seed=0, world=2)
+    with pytest.raises(SettingsError, match="batch_size 9 cannot be shared by 10 workers; raise it"):
+        open_batches(dataset, batch_size=9, seed=0, world=10)
     with pytest.raises(DataError, match=r"split 'val' of .* has no images"):
         open_batches(dataset, split="val", batch_size=4, seed=0)
 

@@ -9,38 +9,58 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from amlp_ray.config import PrepareSettings, PretrainSettings, SegmentSettings, StudySettings
+    from amlp_ray.config import (
+        FaultSettings,
+        PredictSettings,
+        PrepareSettings,
+        PretrainSettings,
+        ResourceSettings,
+        SegmentSettings,
+        StudySettings,
+        TrackingSettings,
+    )
     from amlp_ray.data.check import check_dataset
     from amlp_ray.data.dataset import PatchDataset
     from amlp_ray.data.preparing.prepare import prepare
     from amlp_ray.study.study import Study
-    from amlp_ray.training.checkpoint import load_encoder
+    from amlp_ray.training.export import load_encoder
+    from amlp_ray.training.predict import predict
     from amlp_ray.training.runners import pretrain_dataset as pretrain
     from amlp_ray.training.segment import segment
 
 __all__ = [
+    "FaultSettings",
     "PatchDataset",
+    "PredictSettings",
     "PrepareSettings",
     "PretrainSettings",
+    "ResourceSettings",
     "SegmentSettings",
     "Study",
     "StudySettings",
+    "TrackingSettings",
     "check_dataset",
     "load_encoder",
+    "predict",
     "prepare",
     "pretrain",
     "segment",
 ]
 
 _HOMES = {
+    "FaultSettings": "amlp_ray.config.FaultSettings",
     "PatchDataset": "amlp_ray.data.dataset.PatchDataset",
+    "PredictSettings": "amlp_ray.config.PredictSettings",
     "PrepareSettings": "amlp_ray.config.PrepareSettings",
     "PretrainSettings": "amlp_ray.config.PretrainSettings",
+    "ResourceSettings": "amlp_ray.config.ResourceSettings",
     "SegmentSettings": "amlp_ray.config.SegmentSettings",
     "Study": "amlp_ray.study.study.Study",
     "StudySettings": "amlp_ray.config.StudySettings",
+    "TrackingSettings": "amlp_ray.config.TrackingSettings",
     "check_dataset": "amlp_ray.data.check.check_dataset",
-    "load_encoder": "amlp_ray.training.checkpoint.load_encoder",
+    "load_encoder": "amlp_ray.training.export.load_encoder",
+    "predict": "amlp_ray.training.predict.predict",
     "prepare": "amlp_ray.data.preparing.prepare.prepare",
     "pretrain": "amlp_ray.training.runners.pretrain_dataset",
     "segment": "amlp_ray.training.segment.segment",

@@ -8,6 +8,7 @@ import typer
 
 from amlp_ray.cli import data, method, study
 from amlp_ray.cli.inspect import inspect
+from amlp_ray.cli.predict import predict
 from amlp_ray.cli.pretrain import pretrain
 from amlp_ray.cli.segment import segment
 from amlp_ray.cli.settings import settings
@@ -23,6 +24,7 @@ app.add_typer(data.app, name="data")
 app.command()(pretrain)
 app.command()(inspect)
 app.command()(segment)
+app.command()(predict)
 app.command()(settings)
 app.add_typer(method.app, name="method")
 app.add_typer(study.app, name="study")

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-import os
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from amlp_ray.config import PretrainSettings, ResourceSettings
+from amlp_ray.cli.resources import (
+    Accelerator,
+    Address,
+    CpusPerWorker,
+    GpusPerWorker,
+    MicroBatch,
+    Placement,
+    Retries,
+    Workers,
+    faults_of,
+    resources_of,
+)
+from amlp_ray.config import FaultSettings, PretrainSettings, TrackingSettings
 from amlp_ray.settings import build, from_assignments, read_yaml
 
 Set = Annotated[list[str] | None, typer.Option("--set", help="name=value, such as ratio.start=0.3; repeatable.")]
@@ -20,50 +32,63 @@ def pretrain(
     labels: Annotated[str | None, typer.Option(help="Another dataset, with masks: for pictures and diagnosis.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     assign: Set = None,
-    workers: Annotated[int, typer.Option(help="Ray Train workers; 1 trains in this process, without Ray.")] = 1,
-    cpus_per_worker: Annotated[float | None, typer.Option(help="None: all cores, shared by the workers.")] = None,
-    gpus_per_worker: Annotated[float, typer.Option(help="With several workers; one worker takes a GPU it sees.")] = 0,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to join, with several workers.")] = None,
+    workers: Workers = "1",
+    cpus_per_worker: CpusPerWorker = None,
+    gpus_per_worker: GpusPerWorker = 0,
+    accelerator: Accelerator = None,
+    placement: Placement = "pack",
+    micro_batch: MicroBatch = None,
+    sharding: Annotated[str, typer.Option(help="Several workers: ddp, fsdp; auto: fsdp from ViT-L on.")] = "auto",
+    retries: Retries = FaultSettings().retries,
+    address: Address = None,
+    mlflow: Annotated[str | None, typer.Option(help="URI of an MLflow server or database.")] = None,
+    wandb: Annotated[str | None, typer.Option(help="Project of Weights & Biases.")] = None,
 ) -> None:
     """Pretrain an encoder on the unlabelled training images: encoder.safetensors, metrics, pictures."""
     given = read_yaml(config) if config else {}
     build(PretrainSettings, given, str(config))  # so that a fault of the file is told as the file's
     settings = from_assignments(PretrainSettings, given, assign or [])
-
-    cores = os.cpu_count() or 1
-    if cpus_per_worker is None:
-        # Below whole cores for a group: its controller needs a sliver too.
-        cpus_per_worker = cores if workers == 1 else 0.9 * cores / max(1, workers)
-    resources = build(
-        ResourceSettings,
-        {
-            "workers": workers,
-            "cpus_per_worker": cpus_per_worker,
-            "gpus_per_worker": gpus_per_worker,
-        },
-        "pretrain",
+    resources = resources_of(
+        workers,
+        cpus_per_worker,
+        gpus_per_worker,
+        accelerator=accelerator,
+        placement=placement,
+        micro_batch=micro_batch,
+        sharding=sharding,
+        address=address,
     )
-    from tqdm import tqdm
+    tracking = build(TrackingSettings, {"mlflow": mlflow, "wandb": wandb}, "options")
 
+    from amlp_ray.cli.progress import Progress, noted
+    from amlp_ray.training.events import count_events
     from amlp_ray.training.runners import pretrain_dataset
 
-    bar: tqdm | None = None  # drawn with the first epoch, so that an error stands alone
+    progress, trained = Progress(settings.epochs), False
 
     def report(metrics: dict[str, Any]) -> None:
-        nonlocal bar
-        bar = bar if bar is not None else tqdm(total=settings.epochs, unit="epoch", dynamic_ncols=True)
-        if metrics["epoch"]:  # 0: the random encoder of variant=scratch, which is not trained
-            bar.set_postfix_str(
-                f"loss {metrics['loss']:.4f}, ratio {metrics['ratio']:.2f}, "
-                f"{metrics['images_per_second']:.0f} img/s, waiting {metrics['wait_share']:.0%}"
-            )
-            bar.update(metrics["epoch"] - bar.n)
+        nonlocal trained
+        trained = True
+        progress.update(metrics)
 
-    encoder = pretrain_dataset(data, out, settings, labels=labels, resources=resources, address=address, report=report)
-    if bar is None:
+    with noted(logging.getLogger("amlp_ray"), progress):
+        encoder = pretrain_dataset(
+            data,
+            out,
+            settings,
+            labels=labels,
+            resources=resources,
+            faults=faults_of(retries),
+            tracking=tracking,
+            address=address,
+            report=report,
+        )
+    progress.close()
+    if not trained:
         typer.echo(f"{out} was finished before: {settings.epochs} epochs.")
-    else:
-        bar.close()
+    lost = {kind: count for kind, count in count_events(out).items() if kind not in ("started", "weights")}
+    if lost:
+        typer.echo("borne: " + ", ".join(f"{kind} {count}x" for kind, count in sorted(lost.items())))
     typer.echo(f"encoder: {encoder}")
     if (out / "pictures").is_dir():
         typer.echo(f"pictures: {out / 'pictures'}")

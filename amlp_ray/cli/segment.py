@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,49 +10,60 @@ import typer
 
 from amlp_ray.cli.output import Json, print_facts, print_json
 from amlp_ray.cli.pretrain import Set
-from amlp_ray.config import SegmentSettings
-from amlp_ray.settings import from_assignments
+from amlp_ray.config import ResourceSettings, SegmentSettings
+from amlp_ray.settings import build, from_assignments
 
 
 def segment(
     data: Annotated[str, typer.Argument(help="Patch dataset with masks, by path or URI; any of the encoder's shape.")],
-    encoder: Annotated[Path, typer.Option(help="encoder.safetensors of a pretraining run or trial.")],
-    out: Annotated[Path, typer.Option(help="Folder for the segmenter and its score.")],
+    encoder: Annotated[
+        str, typer.Option(help="encoder.safetensors of a run, a timm checkpoint, or timm:NAME from the internet.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the segmenter; one of the same settings is resumed.")],
+    encoder_name: Annotated[
+        str | None, typer.Option(help="The timm ViT of a timm checkpoint, such as vit_small_patch16_224.")
+    ] = None,
     from_scratch: Annotated[bool, typer.Option(help="The encoder's shape with random weights: the baseline.")] = False,
     assign: Set = None,
+    workers: Annotated[int, typer.Option(help="Ray Train workers; 1 trains in this process, without Ray.")] = 1,
+    cpus_per_worker: Annotated[float | None, typer.Option(help="None: all cores, shared by the workers.")] = None,
+    gpus_per_worker: Annotated[float, typer.Option(help="With several workers; one worker takes a GPU it sees.")] = 0,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to run on; none: start Ray if need be.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a segmenter on labelled training images and score it on validation: DSC, PPV, sensitivity.
+    """Fine-tune a segmenter on labelled training images and score it on validation: DSC, IoU, HD95 and more.
 
     The encoder may be pretrained on another dataset; `amlp-ray data check A --against B` tells of images in both.
     """
     settings = from_assignments(SegmentSettings, {}, assign or [])
+    cores = os.cpu_count() or 1
+    if cpus_per_worker is None:
+        # Below whole cores for a group: its controller needs a sliver too.
+        cpus_per_worker = cores if workers == 1 else 0.9 * cores / max(1, workers)
+    given = {"workers": workers, "cpus_per_worker": cpus_per_worker, "gpus_per_worker": gpus_per_worker}
+    resources = build(ResourceSettings, given, "segment")
 
     import torch
-    from tqdm import tqdm
 
+    from amlp_ray.cli.progress import Progress
     from amlp_ray.data.dataset import PatchDataset
     from amlp_ray.training.segment import segment as run
 
-    dataset = PatchDataset.open(data)
-    bar: tqdm | None = None  # drawn with the first epoch, so that an error stands alone
-
-    def progress(metrics: dict[str, float]) -> None:
-        nonlocal bar
-        bar = bar if bar is not None else tqdm(total=settings.epochs, unit="epoch", dynamic_ncols=True)
-        bar.set_postfix_str(f"loss {metrics['loss']:.4f}")
-        bar.update()
-
+    progress = Progress(settings.epochs)
     score = run(
-        dataset,
+        PatchDataset.open(data),
         encoder,
         out,
         settings,
+        name=encoder_name,
         from_scratch=from_scratch,
-        progress=progress,
+        resources=resources,
+        address=address,
+        progress=progress.update,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    if bar is not None:
-        bar.close()
-    shown = {name: value for name, value in score.items() if name != "per_image"}
+    progress.close()
+    if not progress.drawn:
+        typer.echo(f"{out} was finished before: {settings.epochs} epochs.", err=True)
+    shown = {name: value for name, value in score.items() if name not in ("per_image", "per_group")}
     print_json(score) if as_json else print_facts(shown)

@@ -10,7 +10,7 @@ import typer
 
 from amlp_ray import config
 from amlp_ray.cli.output import Json, print_json, print_table
-from amlp_ray.config import VARIANTS, PrepareSettings, PretrainSettings, SegmentSettings, StudySettings
+from amlp_ray.config import VARIANTS, PredictSettings, PrepareSettings, PretrainSettings, SegmentSettings, StudySettings
 from amlp_ray.config.table import Section, Setting, sections, shown, variants
 from amlp_ray.errors import SettingsError
 from amlp_ray.settings import Settings, flat
@@ -20,6 +20,7 @@ MODELS: dict[str, type[Settings]] = {
     "study": StudySettings,
     "segment": SegmentSettings,
     "prepare": PrepareSettings,
+    "predict": PredictSettings,
 }
 TOPICS = (*MODELS, "variants")
 USUAL = PretrainSettings().variant

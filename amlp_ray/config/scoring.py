@@ -84,3 +84,11 @@ class SegmentSettings(Settings):
                 "resources.micro_batch and resources.sharding=fsdp are for pretraining; fine-tuning has a Dice loss "
                 "over whole batches and whole models: leave them out."
             )
+
+    def check_patch_size(self, patch_size: int) -> None:
+        """Raise SettingsError where the decoder does not go with an encoder's patches."""
+        if self.decoder == "unetr" and (patch_size < 4 or patch_size & (patch_size - 1)):
+            raise SettingsError(
+                f"decoder unetr doubles the grid of patches until it has pixels, so the patch size must be a power of "
+                f"two from 4 on, not {patch_size}; choose decoder conv, linear or dpt."
+            )

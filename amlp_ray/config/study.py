@@ -100,8 +100,8 @@ class StudySettings(Settings):
     def _check_resources(cls, given: ResourceSettings) -> ResourceSettings:
         if given.elastic:
             raise ValueError(
-                f"workers [{given.least_workers}, {given.most_workers}] follow the nodes, but a trial needs a number: an "
-                f"elastic group counts what nodes hold, not what other trials use of it, and would wait for ever"
+                f"workers [{given.least_workers}, {given.most_workers}] follow the nodes, but a trial needs a number: "
+                f"an elastic group counts what nodes hold, not what other trials use of it, and would wait for ever"
             )
         return given
 

@@ -57,6 +57,15 @@ def assign(x: Tensor, inside: Tensor, centres: Tensor) -> Clusters:
     return Clusters(nearest.masked_fill(~inside, -1), centres, sizes, inertia, sizes)
 
 
+def _of_all_workers(rows: Tensor) -> Tensor:
+    """The rows of all workers one after another, which are those of the global batch; they may differ in number."""
+    if not dist.is_initialized():
+        return rows
+    parts: list[Tensor] = [rows] * dist.get_world_size()
+    dist.all_gather_object(parts, rows.cpu())
+    return torch.cat(parts).to(rows.device)
+
+
 def membership(x: Tensor, clusters: Clusters, chosen: Tensor, temperature: float) -> Tensor:
     """Log probability (B, N) that a patch belongs to the cluster `chosen` (B,).
 
@@ -132,7 +141,8 @@ class DatasetClusters(nn.Module):
         """
         b, (k, d) = len(x), self.centres.shape
         if not self.centres.any():  # looks are rare, so this wait for the device is too
-            first = kmeans(x.reshape(1, -1, d), inside.reshape(1, -1), k, noise[:1])
+            everywhere = [_of_all_workers(part) for part in (x, inside, noise[:1])]
+            first = kmeans(everywhere[0].reshape(1, -1, d), everywhere[1].reshape(1, -1), k, everywhere[2][:1])
             self.centres.copy_(first.centres[0])
             self.sizes.copy_(first.sizes[0])
             if dist.is_initialized():

@@ -6,9 +6,12 @@ averaged over patches, since a probe reads patches and not the class token.
 
 from __future__ import annotations
 
+import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 from amlp_ray.config import ImageSpec, ModelSettings, PretrainSettings
 from amlp_ray.method import noise as draw
@@ -30,7 +33,7 @@ class SimSiam(nn.Module):
             *_layer(settings.width, wide),
             *_layer(wide, wide),
             nn.Linear(wide, wide),
-            nn.BatchNorm1d(wide, affine=False),
+            SharedBatchNorm(wide, affine=False),
         )
         self.predictor = nn.Sequential(*_layer(wide, wide // 4), nn.Linear(wide // 4, wide))
 
@@ -76,8 +79,26 @@ def two_views(
     return views[0], views[1]
 
 
+class SharedBatchNorm(nn.BatchNorm1d):
+    """Normalises over the batches of all workers together, so that their number changes nothing. On CPUs too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not dist.is_initialized():
+            return super().forward(x)
+        x32 = x.float()
+        count = all_reduce(x32.new_tensor([len(x)]))
+        mean = all_reduce(x32.sum(0)) / count
+        variance = all_reduce((x32 - mean).square().sum(0)) / count
+        with torch.no_grad():
+            assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        out = (x32 - mean) * (variance + self.eps).rsqrt()
+        return (out * self.weight + self.bias if self.affine else out).to(x.dtype)
+
+
 def _layer(width: int, out: int) -> list[nn.Module]:
-    return [nn.Linear(width, out, bias=False), nn.BatchNorm1d(out), nn.ReLU(inplace=True)]
+    return [nn.Linear(width, out, bias=False), SharedBatchNorm(out), nn.ReLU(inplace=True)]
 
 
 def _cosine(predicted: Tensor, target: Tensor) -> Tensor:

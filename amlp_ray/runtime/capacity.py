@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from amlp_ray.config import ResourceSettings
@@ -11,6 +12,7 @@ from amlp_ray.errors import ResourceError
 
 DRIVER_CPU = 0.01  # of a trial that only drives a group of workers; Ray refuses zero
 GB = 1e9
+ANSWER_S = 30.0  # that a node may take to answer; Ray gives up one that is gone after about 20
 ENOUGH = 10_000  # trials side by side, at most: more than any cluster holds
 
 Node = dict[str, float]  # `CPU`, `GPU` and `memory` in bytes
@@ -41,6 +43,35 @@ def free_resources() -> Cluster:
     from ray._private.state import available_resources_per_node
 
     return Cluster(tuple(_kinds(node) for node in available_resources_per_node().values()))
+
+
+def answering_nodes() -> set[str]:
+    """Ids of the nodes that take work now. A node that has just died is believed alive for some seconds more.
+
+    A group that is placed on such a node waits a minute before it is placed anew, so we wait here, for seconds.
+    """
+    import ray
+    from ray._private.state import state
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    leaving = set(state.get_draining_nodes())  # take no work
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    answer = ray.remote(num_cpus=0, max_retries=0)(_node_id)
+    asked = [
+        answer.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote() for node in nodes
+    ]
+    done, _ = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)
+    found = set()
+    for reference in done:
+        with suppress(ray.exceptions.RayError):  # dead by now
+            found.add(ray.get(reference))
+    return found
+
+
+def _node_id() -> str:
+    import ray
+
+    return ray.get_runtime_context().get_node_id()
 
 
 def machine_resources() -> Cluster:

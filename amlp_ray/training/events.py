@@ -13,11 +13,11 @@ from typing import Any, Literal
 from amlp_ray.files import append_line
 
 Kind = Literal[
-    "started",  # with how many workers, after which epoch, and how many epochs are done again
+    "started",  # with how many workers, after which epoch, and how many ended epochs are done again
+    "weights",  # what the encoder began with, and how it was adapted
     "worker lost",  # a process was killed or died
     "node lost",  # with all its workers
     "preempted",  # a node said that it will be taken away
-    "resized",  # nodes came or went, and the workers follow
     "error in code",  # would come again, so the run ends
     "loss not finite",  # the same
     "storage",  # the run's folder was full or away
@@ -28,19 +28,22 @@ logger = logging.getLogger("amlp_ray")
 
 
 class EventLog:
-    """Notes events of the run in `folder`, and says them as warnings. A line that its disk does not take is kept."""
+    """Notes events of the run in `folder`, and says them as warnings. A line that its disk does not take is kept.
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "events.jsonl"
+    The folder is not made here: one that is away would be in its own way when it comes back.
+    """
+
+    def __init__(self, folder: Path, *, aloud: bool = True) -> None:
+        """`aloud`: false on workers and where `News` says what is noted."""
+        self.path, self.aloud = folder / "events.jsonl", aloud
         self._waiting: list[str] = []
 
     def note(self, kind: Kind, text: str = "", **facts: Any) -> None:
         """Note an event; `text` is a sentence for people, empty where nothing need be said."""
-        if text:
+        if text and self.aloud:
             logger.warning(text)
         self._waiting.append(json.dumps({"time": round(time.time(), 2), "event": kind, "text": text, **facts}))
         with suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             while self._waiting:
                 append_line(self.path, self._waiting[0])
                 del self._waiting[0]
@@ -56,6 +59,22 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
         with suppress(json.JSONDecodeError):  # cut short by a kill
             events.append(json.loads(line))
     return events
+
+
+class News:
+    """Says what is noted by the workers of a run, from another process."""
+
+    def __init__(self, folder: Path) -> None:
+        """From now on."""
+        self.folder, self.known = folder, len(read_events(folder))
+
+    def say(self) -> None:
+        """Say what has been noted since the last call."""
+        events = read_events(self.folder)
+        for event in events[self.known :]:
+            if event["text"]:
+                logger.warning(event["text"])
+        self.known = len(events)
 
 
 def count_events(folder: Path) -> Counter[str]:

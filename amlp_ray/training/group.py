@@ -17,8 +17,8 @@ import torch
 
 from amlp_ray.config import FaultSettings, ResourceSettings
 from amlp_ray.errors import AmlpError, NonFiniteLossError, ResourceError, WorkerLostError
-from amlp_ray.runtime.capacity import worker_bundle
-from amlp_ray.training.events import EventLog, Kind
+from amlp_ray.runtime.capacity import answering_nodes, worker_bundle
+from amlp_ray.training.events import EventLog, Kind, News
 
 POLL_S = 0.5  # seconds between looks at a group that works on other processes
 START_MINUTES = 1.0  # that Ray Train waits for room before it counts a failure
@@ -79,12 +79,20 @@ def run_group(
         `faults.retries`. ResourceError: the cluster had no room for `resources.wait_minutes`. Any error in the code of
         `work`, as it was.
     """
-    events, lost, reached = EventLog(folder), 0, progress()
+    events, news, lost, reached = EventLog(folder, aloud=False), News(folder), 0, progress()
+
+    def look() -> None:
+        news.say()
+        poll()
+
     while True:
-        failure = _attempt(work, resources, name, folder / "ray_train", poll)
+        nodes = answering_nodes()
+        failure = _attempt(work, resources, name, folder / "ray_train", look)
         if failure is None:
             return
         kind = kind_of(failure)
+        if kind == "worker lost" and nodes - answering_nodes():
+            kind = "node lost"
         if kind not in LOSSES:
             error = own_error(failure)
             if not isinstance(error, ResourceError):
@@ -100,6 +108,7 @@ def run_group(
                 f"the nodes' memory and logs and run again: it goes on from its checkpoint."
             ) from failure
         events.note(kind, f"{told}; going on from the latest checkpoint.")
+        news.say()
 
 
 def _attempt(
@@ -208,8 +217,14 @@ def _causes(failure: BaseException) -> list[BaseException]:
 
 
 def _told(failure: BaseException) -> str:
-    """The first line of what happened that says something."""
+    """A few words of what happened."""
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
     causes = _causes(failure)
-    lines = str(causes[0] if causes else failure).strip().splitlines()
-    said = [line.strip() for line in lines if "died" in line or "error" in line.lower() or "preempt" in line]
-    return (said or lines or [type(failure).__name__])[-1][:200]
+    if any(isinstance(cause, OutOfMemoryError) or "OOM" in str(cause) for cause in causes):
+        return "its node was out of memory"
+    if any(isinstance(cause, RayActorError) for cause in causes):
+        return "its process died"
+    if causes:
+        return "the others lost their connection to it"
+    return " ".join(str(failure).split())[:160]

@@ -6,9 +6,10 @@ A job is plain values, so that it travels to a Ray worker as it is.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,9 @@ class Job:
     folder: Path
     probe: ProbeSettings | None = None
     rungs: tuple[int, ...] = ()
-    resources: ResourceSettings = ResourceSettings()
-    faults: FaultSettings = FaultSettings()
-    tracking: TrackingSettings = TrackingSettings()
+    resources: ResourceSettings = field(default_factory=ResourceSettings)
+    faults: FaultSettings = field(default_factory=FaultSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
     study: str = ""  # names of study and trial, for metrics and logs
     label: str = ""
     labels: str | None = None
@@ -129,8 +130,11 @@ def run_job(job: Job, hooks: Hooks, member: Member = ALONE) -> PretrainResult:
     return result
 
 
+logger = logging.getLogger("amlp_ray")
+
+
 class _Tracked:
-    """Tells trackers of each epoch, and then the runner. They are opened with the first one, whose number is known then."""
+    """Tells trackers of each epoch, then the runner. They are opened with the first, whose number is known then."""
 
     def __init__(self, job: Job, report: Callable[[Metrics], None]) -> None:
         check_tracking(job.tracking)
@@ -145,7 +149,8 @@ class _Tracked:
                 name=self.job.label or self.job.folder.name,
                 parameters=self.job.settings.model_dump(mode="json"),
                 group=self.job.study,
-                resumed_epoch=metrics["epoch"] - 1,
+                resumed_epoch=max(0, metrics["epoch"] - 1),
+                say=logger.warning,
             )
         self.tracker.log(metrics)
         self.report(metrics)

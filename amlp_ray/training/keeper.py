@@ -86,7 +86,7 @@ def write_checkpoint(folder: Path, state: State, epoch: int, *, keep: int = 1) -
         OSError: it could not be written.
     """
     place = folder / "checkpoint"
-    place.mkdir(parents=True, exist_ok=True)
+    place.mkdir(exist_ok=True)  # and not the run's folder: one that is away would be in its own way when it comes back
     partial = place / f"epoch-{epoch}.partial"
     try:
         with partial.open("wb") as file:

@@ -24,14 +24,15 @@ State = dict[str, Any]
 class Learner:
     """A run's model with all that changes as it learns. Equal on all workers, but for blocks that are cut among them.
 
-    `whole` is the model that is looked at, scored and exported: the model itself, the average of its weights, or, where
+    `started_from` says what weights it began with. `whole` is the model that is looked at, scored and exported: the model itself, the average of its weights, or, where
     the model is cut, a whole copy that `refresh` brings up to date.
     """
 
     def __init__(self, settings: PretrainSettings, spec: ImageSpec, device: str, *, sharding: str = "auto") -> None:
         """Create everything from the seed."""
         self.settings, self.device = settings, device
-        self.model = new_model(settings, spec).to(device)
+        model, self.started_from = new_model(settings, spec)
+        self.model = model.to(device)
         use_fused_attention(self.model, device != "cpu" or autocast_type(settings, device) is None)
         self.average = deepcopy(self.model).requires_grad_(False) if settings.average else None
         self.steps = 0  # that the average has seen
@@ -113,19 +114,24 @@ class Learner:
         return {**state, "state": moments}
 
 
-def new_model(settings: PretrainSettings, spec: ImageSpec) -> Model:
-    """The model of a run, from its seed, and from `weights` where they are given; the same on every worker."""
+def new_model(settings: PretrainSettings, spec: ImageSpec) -> tuple[Model, str]:
+    """The model of a run, from its seed, and from `weights` where they are given; the same on every worker.
+
+    Returns:
+        The model, and a sentence on what was loaded and how it was adapted, empty without weights.
+    """
     torch.manual_seed(settings.seed)
     if settings.objective == "simsiam":
         model: Model = SimSiam(settings.model, spec)
     else:
         model = build_autoencoder(settings, spec)
-    if settings.weights is not None:
-        start = starting_encoder(settings.weights, spec, model=settings.model, name=settings.model.encoder)
-        for one in (model, getattr(model, "teacher", None)):
-            if one is not None:
-                one.encoder.load_state_dict(start.encoder.state_dict())
-    return model
+    if settings.weights is None:
+        return model, ""
+    start = starting_encoder(settings.weights, spec, model=settings.model, name=settings.model.encoder)
+    for one in (model, getattr(model, "teacher", None)):
+        if one is not None:
+            one.encoder.load_state_dict(start.encoder.state_dict())
+    return model, start.told
 
 
 def blocks_to_cut(model: Model) -> list[nn.Module]:

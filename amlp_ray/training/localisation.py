@@ -33,8 +33,9 @@ from amlp_ray.method.rules import truth_patches
 from amlp_ray.method.scores import PATCH_SCORES
 from amlp_ray.method.teacher import teacher_view
 from amlp_ray.training.candidates import RANDOM, Candidate, candidates
-from amlp_ray.training.checkpoint import load_encoder, load_model, read_encoder_header, run_settings
+from amlp_ray.training.checkpoint import load_model, run_settings
 from amlp_ray.training.diagnosis import lesion_shares
+from amlp_ray.training.export import load_encoder, read_encoder_header
 from amlp_ray.training.labelled import Rows, by_part, check_fits, lesion_pixels, spread
 
 BATCH = 64  # images; k-means over more is no faster

@@ -26,7 +26,7 @@ from amlp_ray.files import patiently
 from amlp_ray.method.masking import Moment
 from amlp_ray.training import parallel
 from amlp_ray.training.checkpoint import resume, state_to_keep
-from amlp_ray.training.events import EventLog
+from amlp_ray.training.events import EventLog, read_events
 from amlp_ray.training.export import export_encoder
 from amlp_ray.training.keeper import Keeper
 from amlp_ray.training.learner import Learner
@@ -101,11 +101,13 @@ def pretrain(
         raise SettingsError(f"until {last} is no epoch of a run of epochs={settings.epochs}; give 1 to that many.")
     hooks, resources, faults = hooks or Hooks(), resources or ResourceSettings(), faults or FaultSettings()
     first = parallel.rank() == 0
-    events = EventLog(folder)
+    events = EventLog(folder, aloud=parallel.world_size() == 1)
     learner = Learner(settings, batches.spec, device, sharding=resources.sharding)
     done = resume(folder, learner, settings, events)
     if done > last:
         raise CheckpointError(f"{folder} is at epoch {done} already, beyond until={last}; choose another folder.")
+    if first and not done and learner.started_from:
+        events.note("weights", learner.started_from)
     metrics = _begin(folder, events, done, last) if first else {}
     network = parallel.as_network(learner.model)
     if settings.compile:
@@ -155,7 +157,12 @@ def _begin(folder: Path, events: EventLog, done: int, last: int) -> Metrics:
     folder.mkdir(parents=True, exist_ok=True)
     kept, dropped = drop_after(folder / "metrics.jsonl", done)
     if done < last:
-        events.note("started", workers=parallel.world_size(), epoch=done, repeated=len(dropped))
+        world, before = parallel.world_size(), [e for e in read_events(folder) if e["event"] == "started"]
+        changed = bool(before) and before[-1]["workers"] != world
+        told = (
+            f"Going on after epoch {done} with {world} workers instead of {before[-1]['workers']}." if changed else ""
+        )
+        events.note("started", told, workers=world, epoch=done, repeated=len(dropped))
     return kept[-1] if kept else {}
 
 

@@ -19,6 +19,7 @@ from amlp_ray.training.group import Member, alone, run_group
 from amlp_ray.training.job import Job, claim, run_job
 from amlp_ray.training.metrics import own_rows, read_rows
 from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult
+from amlp_ray.training.tracking import check_tracking
 
 ShouldStop = Callable[[], bool]
 
@@ -58,6 +59,7 @@ def pretrain_dataset(
     dataset = PatchDataset.open(data)
     settings.check_image(dataset.spec)
     settings.check_workers(resources)
+    check_tracking(tracking or TrackingSettings())
     if address is None:
         jobs_side_by_side(resources, machine_resources())
     job = Job(
@@ -109,11 +111,15 @@ def run_on_ray(
     """
     file = job.folder / "metrics.jsonl"
     rows = read_rows(file)
-    reported = rows[-1]["epoch"] if rows else 0
+    reported, seen = rows[-1]["epoch"] if rows else 0, 0
 
     def poll() -> None:
         # Ray Train could forward reports itself, but into a trial's queue of one from two threads, which can block.
-        nonlocal reported
+        nonlocal reported, seen
+        size = file.stat().st_size if file.is_file() else 0
+        if size == seen:
+            return
+        seen = size
         for row in own_rows(read_rows(file)):
             if row["epoch"] > reported:
                 report(row)

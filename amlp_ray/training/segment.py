@@ -1,126 +1,121 @@
-"""`finetune`: train a segmenter on labelled images, and score it. For confirmation, not for search: 20x a probe's cost.
+"""`segment`: fine-tune a segmenter on labelled images, and score it. For confirmation, not for search.
 
-Encoder (pretrained or from scratch), a convolutional decoder on the tokens of four depths, Dice and cross-entropy loss.
-Scored on val by the threshold 0.5; on test where a confirmation asks for it by name, and nowhere else.
+It costs 20 times a probe. Scored on val by the threshold 0.5; on test where a confirmation asks for it by name, and
+nowhere else.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
-import time
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
 
-from amlp_ray.config import ImageSpec, ModelSettings, ProbeSettings, SegmentSettings
-from amlp_ray.data.dataset import PatchDataset, Split
-from amlp_ray.errors import CheckpointError, DataError, NonFiniteLossError, SettingsError
-from amlp_ray.files import write_whole
-from amlp_ray.method.augment import augment, normalise
+from amlp_ray.config import FaultSettings, ImageSpec, ProbeSettings, ResourceSettings, SegmentSettings
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.errors import CheckpointError, DataError, SettingsError
+from amlp_ray.files import read_json, write_whole
+from amlp_ray.method.augment import normalise
 from amlp_ray.method.encoder import new_encoder
-from amlp_ray.settings import build, read_yaml, write_yaml
-from amlp_ray.training.checkpoint import load_encoder, read_encoder_header, write_tensors
+from amlp_ray.runtime.capacity import cluster_resources, jobs_side_by_side, machine_resources
+from amlp_ray.runtime.ray_session import ray_session
+from amlp_ray.settings import write_yaml
+from amlp_ray.training.finetune import finetune
+from amlp_ray.training.group import Member, run_group
+from amlp_ray.training.keeper import checkpoints
 from amlp_ray.training.labelled import Rows, by_part, check_fits, lesion_pixels
-from amlp_ray.training.pretrain import learning_rate
-from amlp_ray.training.scores import by_size, mean_mask, score_images
+from amlp_ray.training.metrics import Metrics, read_rows
+from amlp_ray.training.scores import hausdorff95, mean_mask, score_images, summary
+from amlp_ray.training.segmenter import Segmenter, load_segmenter, save_segmenter
+from amlp_ray.training.starting import ONLINE, check_patches, starting_encoder, starting_model, starting_spec
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SIZES = ProbeSettings().sizes
-WEIGHTS = "segmenter.safetensors"
-
-
-class Segmenter(nn.Module):
-    """A ViT encoder with a convolutional decoder that fuses tokens of four depths and upsamples to pixels."""
-
-    def __init__(self, encoder: VisionTransformer, spec: ImageSpec, patch_size: int, width: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.depths = sorted({round((i + 1) * len(encoder.blocks) / 4) - 1 for i in range(4)} - {-1})
-        self.project = nn.ModuleList(nn.Conv2d(encoder.embed_dim, width, 1) for _ in self.depths)
-        self.image = nn.Sequential(nn.Conv2d(spec.channels, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.GELU())
-        self.fuse = _block(width, width)
-        stages, side = [], patch_size
-        while side > 2:  # to half resolution; the last step is bilinear, onto the image's own features
-            stages.append(nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), _block(width, width)))
-            side //= 2
-        self.up = nn.Sequential(*stages)
-        self.head = nn.Sequential(_block(width + 16, 32), nn.Conv2d(32, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return lesion logits (B, 1, H, W) of normalised images (B, C, H, W)."""
-        levels = self.encoder.forward_intermediates(images, indices=self.depths, norm=True, intermediates_only=True)
-        fused = torch.stack([project(level) for project, level in zip(self.project, levels, strict=True)]).sum(0)
-        coarse = self.up(self.fuse(fused))
-        full = F.interpolate(coarse, images.shape[-2:], mode="bilinear", align_corners=False)
-        return self.head(torch.cat([full, self.image(images)], 1))
-
-
-def _block(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(math.gcd(8, outputs), outputs), nn.GELU()
-    )
+SCORE = "score.json"  # written last: with it, a fine-tuning is finished
+RUN = "segment.json"  # what a folder's fine-tuning is of, written first
+CHUNK = 32  # images that are scored at once
 
 
 def segment(
     dataset: PatchDataset,
-    encoder: Path,
+    encoder: str | Path,
     out: Path,
     settings: SegmentSettings,
     *,
+    name: str | None = None,
     from_scratch: bool = False,
     sizes: tuple[float, float] = SIZES,
-    progress: Callable[[dict[str, Any]], None] = lambda metrics: None,
+    resources: ResourceSettings | None = None,
+    faults: FaultSettings | None = None,
+    address: str | None = None,
+    progress: Callable[[Metrics], None] = lambda metrics: None,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Fine-tune on labelled training images with a lesion and score on val.
 
+    A folder `out` that holds a fine-tuning of the same settings is resumed; of a finished one, the score is returned.
+
     Args:
         dataset: images with masks; need not be what the encoder was pretrained on, but must be of its shape and scale.
             `amlp-ray data check A --against B` tells whether val images are among those of the pretraining set.
-        encoder: an exported encoder; `from_scratch` keeps its shape but not its weights: the baseline.
+        encoder: an exported encoder, whose mean and SD normalise the images; or a timm checkpoint, or `timm:NAME`, for
+            which the images' own do (see `starting_encoder`). `from_scratch` keeps the shape but not the weights: the
+            baseline.
+        name: the timm ViT that a timm checkpoint is of.
         sizes: what counts as a small and as a large lesion, see `probe.sizes`.
+        resources: one worker (the default) trains in this process, on `device`; more on Ray Train.
+        faults: what the run bears before it gives up.
+        address: of the Ray cluster to run on; without one, several workers start Ray here.
+        progress: called with the metrics of every epoch.
 
     Returns:
-        Scores, also written to `out/score.json` next to `segmenter.safetensors` and `settings.yaml`.
+        Scores, as written to `out/score.json` next to `segmenter.safetensors`, `per_image.csv` and `settings.yaml`.
 
     Raises:
-        DataError: too few labelled images. SettingsError: the encoder was made for other images.
+        DataError: too few labelled images. SettingsError: the encoder was made for other images, or the decoder does
+        not go with it. CheckpointError: `out` holds another fine-tuning, or the encoder cannot be read. ResourceError:
+        there is no room. WorkerLostError, StorageError: more went wrong than `faults` bears; run it again.
     """
-    if (out / "checkpoint").exists():
-        raise SettingsError(f"{out} holds a pretraining run; give another --out for the segmenter.")
-    model_settings, spec = read_encoder_header(encoder)
-    check_fits(dataset, spec, f"{encoder} was trained on")
-    train, val = dataset.load("train", _train_rows(dataset, settings)), _labelled_rows(dataset, "val")
-    out.mkdir(parents=True, exist_ok=True)  # told now, not after the training, where it cannot be made
-    torch.manual_seed(settings.seed)
-    # From scratch means the start that pretraining has, not timm's: anything else would handicap the baseline.
-    vit = new_encoder(model_settings, spec) if from_scratch else load_encoder(encoder)
-    model = Segmenter(vit, spec, model_settings.patch_size, settings.decoder_width).to(device)
-    seconds = _fit(model, train, spec, settings, progress, device)
-    # The encoder's own mean and SD, of whatever it was pretrained on, see `check_fits`.
-    score = _score(model, dataset, "val", val, train.masks, spec, sizes, device) | {
-        "labels": len(train),
-        "from_scratch": from_scratch,
-        "encoder": str(encoder),
-        "seconds": seconds,
-    }
-    write_tensors(out / WEIGHTS, model.state_dict())
-    write_yaml(settings, out / "settings.yaml")
-    write_whole(out / "score.json", json.dumps(score, indent=1))
-    return score
+    out = out.absolute()
+    threads = None if resources is None else max(1, int(resources.cpus_per_worker))
+    resources, faults = resources or ResourceSettings(), faults or FaultSettings()
+    settings.check_workers(resources)
+    if address is None:
+        jobs_side_by_side(resources, machine_resources())
+    weights = str(encoder) if str(encoder).startswith(ONLINE) else str(Path(encoder).absolute())
+    tuning = Tuning(settings, weights, name, out, from_scratch, sizes, faults, threads)
+    tuning.check(dataset)
+    if _claim(tuning, dataset):
+        return _finished(out)
+    if resources.alone and address is None:
+        tuning.run(dataset, Member(device=device), progress)
+        return _finished(out)
+    reported = len(read_rows(out / "metrics.jsonl"))
+
+    def poll() -> None:
+        nonlocal reported
+        for row in read_rows(out / "metrics.jsonl"):
+            if row["epoch"] > reported:
+                progress(row)
+                reported = row["epoch"]
+
+    with ray_session(address):
+        jobs_side_by_side(resources, cluster_resources())
+        work = _Work(dataset.path, tuning)
+        run_group(work, resources, faults, name=f"segment-{out.name}", folder=out, progress=lambda: reported, poll=poll)
+    return _finished(out)
 
 
 def score_segmenter(
     dataset: PatchDataset,
-    encoder: Path,
     folder: Path,
     split: Literal["val", "test"],
     *,
@@ -129,39 +124,154 @@ def score_segmenter(
 ) -> dict[str, Any]:
     """Score a segmenter that `segment` left in `folder`, on the labelled images of a split; nothing is trained.
 
-    Args:
-        encoder: what it was fine-tuned from, for its shape and the images it was made for.
-
     Raises:
-        DataError: the split has no lesion. CheckpointError: the segmenter is missing, damaged or of another encoder.
+        DataError: the split has no lesion. CheckpointError: the segmenter is missing or damaged. SettingsError: it is
+        made for other images.
     """
-    model_settings, spec = read_encoder_header(encoder)
-    check_fits(dataset, spec, f"{encoder} was trained on")
-    settings = build(SegmentSettings, read_yaml(folder / "settings.yaml"), str(folder / "settings.yaml"))
+    loaded = load_segmenter(folder)
+    check_fits(dataset, loaded.spec, f"{folder} was trained on")
     rows = _labelled_rows(dataset, split)
-    model = _load(folder / WEIGHTS, model_settings, spec, settings).to(device)
-    trained = dataset.load("train", _train_rows(dataset, settings)).masks
-    return _score(model, dataset, split, rows, trained, spec, sizes, device)
+    floor = mean_mask(dataset.load("train", train_rows(dataset, loaded.settings)).masks)
+    return _score(loaded.model.to(device), dataset, split, rows, floor, loaded.spec, sizes, device)[0]
 
 
-def _load(path: Path, model: ModelSettings, spec: ImageSpec, settings: SegmentSettings) -> Segmenter:
-    segmenter = Segmenter(new_encoder(model, spec), spec, model.patch_size, settings.decoder_width)
-    try:
-        segmenter.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
+@dataclass(frozen=True)
+class Tuning:
+    """One fine-tuning: plain values, so that it travels to a worker as it is."""
+
+    settings: SegmentSettings
+    encoder: str
+    name: str | None
+    out: Path
+    from_scratch: bool
+    sizes: tuple[float, float]
+    faults: FaultSettings
+    threads: int | None  # CPU threads of each worker; None: as many as there are
+
+    def check(self, dataset: PatchDataset) -> None:
+        """Raise what `segment` raises of its input, before anything is written or loaded."""
+        check_fits(dataset, starting_spec(self.encoder, dataset.spec), f"{self.encoder} was trained on")
+        model = starting_model(self.encoder, self.name)
+        check_patches(model, dataset.spec)
+        self.settings.check_patch_size(model.patch_size)
+        train_rows(dataset, self.settings)
+        _labelled_rows(dataset, "val")
+
+    def described(self, dataset: PatchDataset) -> dict[str, Any]:
+        """What its result follows from."""
+        return {
+            **{f"settings.{key}": value for key, value in self.settings.model_dump(mode="json").items()},
+            "data": dataset.manifest.fingerprint,
+            "encoder": self.encoder if self.encoder.startswith(ONLINE) else _digest(Path(self.encoder)),
+            "model": starting_model(self.encoder, self.name).model_dump(mode="json"),
+            "from_scratch": self.from_scratch,
+            "sizes": list(self.sizes),
+        }
+
+    def run(self, dataset: PatchDataset, member: Member, progress: Callable[[Metrics], None]) -> None:
+        """Train as this member of a group, and score as its first."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        settings, spec = self.settings, starting_spec(self.encoder, dataset.spec)
+        train = dataset.load("train", train_rows(dataset, settings))
+        torch.manual_seed(settings.seed)
+        shape = starting_model(self.encoder, self.name)
+        if self.from_scratch:
+            # The start that pretraining has, not timm's: anything else would handicap the baseline.
+            vit, told = new_encoder(shape, spec), f"random weights in the shape of {self.encoder}"
+        else:
+            start = starting_encoder(self.encoder, spec, name=self.name)
+            vit, told = start.encoder, start.told
+        model = Segmenter(vit, spec, settings).to(member.device)
+        epochs = finetune(model, train, spec, settings, self.out, member=member, faults=self.faults, progress=progress)
+        if not member.is_first:
+            return
+        score, table = _score(
+            model,
+            dataset,
+            "val",
+            _labelled_rows(dataset, "val"),
+            mean_mask(train.masks),
+            spec,
+            self.sizes,
+            member.device,
+        )
+        score |= {
+            "labels": len(train),
+            "from_scratch": self.from_scratch,
+            "encoder": self.encoder,
+            "start": told,
+            "seconds": sum(row["seconds"] for row in epochs),
+        }
+        save_segmenter(model, self.out, encoder=shape, spec=spec, prepare=dataset.manifest.settings, settings=settings)
+        write_whole(self.out / "per_image.csv", table.round(6).to_csv(index=False))
+        write_whole(self.out / SCORE, json.dumps(score, indent=1))
+        shutil.rmtree(self.out / "checkpoint", ignore_errors=True)  # three times the size of the segmenter
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What each worker of a group does."""
+
+    data: str
+    tuning: Tuning
+
+    def __call__(self, member: Member) -> None:
+        self.tuning.run(PatchDataset.open(self.data), member, lambda metrics: None)
+
+
+def _claim(tuning: Tuning, dataset: PatchDataset) -> bool:
+    """Write down what the folder's fine-tuning is of; return whether it is finished.
+
+    Raises SettingsError or CheckpointError where something else would be lost.
+    """
+    out, ours, held = tuning.out, tuning.described(dataset), read_json(tuning.out / RUN)
+    if held is None and ((out / "checkpoint").exists() or (out / "data.json").exists()):
+        raise SettingsError(f"{out} holds a pretraining run; give another --out for the segmenter.")
+    if held == ours:
+        return (out / SCORE).is_file()
+    if held is not None and (checkpoints(out) or (out / SCORE).is_file()):
+        changed = ", ".join(key for key in ours if held.get(key) != ours[key])
         raise CheckpointError(
-            f"{path} cannot be read as a segmenter of its encoder ({type(error).__name__}); run `segment` again."
-        ) from None
-    return segmenter
+            f"{out} holds a fine-tuning with another {changed}; give the same to go on, or another --out."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / SCORE).unlink(missing_ok=True)  # of a version that wrote no segment.json
+    write_yaml(tuning.settings, out / "settings.yaml")
+    write_whole(out / RUN, json.dumps(ours, indent=1))
+    return False
 
 
-def _train_rows(dataset: PatchDataset, settings: SegmentSettings) -> Rows:
-    """Training images with a lesion, as many as `labels` says, chosen by seed."""
+def _finished(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / SCORE).read_text())
+    return found
+
+
+def _digest(path: Path) -> str:
+    """Of a file of weights; of safetensors without the header, which is written in a random order."""
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            file.seek(int.from_bytes(file.read(8), "little"), 1)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Images
+
+
+def train_rows(dataset: PatchDataset, settings: SegmentSettings) -> Rows:
+    """Training images with a lesion: all, as many as `labels` says, or the groups that make up `label_share`."""
     rows = np.flatnonzero(lesion_pixels(dataset, "train") > 0)
     _require(dataset, "train", len(rows), settings.labels or 1)
+    draw = np.random.default_rng(settings.seed)
     if settings.labels:
-        rows = np.sort(np.random.default_rng(settings.seed).permutation(rows)[: settings.labels])
-    return rows
+        return np.sort(draw.permutation(rows)[: settings.labels])
+    if settings.label_share is None:
+        return rows
+    groups = dataset.table("train", columns=["group"])["group"].to_numpy()[rows]
+    names, group, images = np.unique(groups, return_inverse=True, return_counts=True)
+    order = draw.permutation(len(names))  # a larger share takes more of the same, from the start
+    reached = np.searchsorted(np.cumsum(images[order]), settings.label_share * len(rows) - 1e-9)
+    return rows[np.isin(group, order[: reached + 1])]
 
 
 def _labelled_rows(dataset: PatchDataset, split: str) -> Rows:
@@ -179,56 +289,7 @@ def _require(dataset: PatchDataset, split: str, found: int, wanted: int) -> None
         )
 
 
-def _fit(
-    model: Segmenter,
-    train: Split,
-    spec: ImageSpec,
-    settings: SegmentSettings,
-    progress: Callable[[dict[str, Any]], None],
-    device: str,
-) -> float:
-    from monai.losses import DiceCELoss  # takes seconds to import; pretraining and the probe do without
-
-    loss_of = DiceCELoss(sigmoid=True, batch=True)
-    model.encoder.requires_grad_(not settings.freeze)
-    model.encoder.pos_embed.requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=settings.lr, weight_decay=settings.weight_decay
-    )
-    rng = np.random.default_rng(settings.seed)
-    images, masks, keys = (torch.from_numpy(x) for x in (train.images, train.masks, train.keys))
-    per_epoch = max(1, len(train) // settings.batch_size)
-    started = time.perf_counter()
-    model.train()
-    for epoch in range(1, settings.epochs + 1):
-        order = rng.permutation(len(train))
-        losses = []
-        for b in range(per_epoch):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(settings, (epoch - 1) * per_epoch + b, settings.epochs * per_epoch)
-            rows = order[b * settings.batch_size : (b + 1) * settings.batch_size]
-            x, y = augment(
-                normalise(images[rows].to(device), spec),
-                masks[rows].to(device),
-                keys[rows].to(device),
-                crop_min=settings.crop_min,
-                flip=settings.flip,
-                flip_vertical=settings.flip_vertical,
-                intensity=settings.intensity,
-                seed=settings.seed,
-                epoch=epoch,
-            )
-            loss = loss_of(model(x), y[:, None].float())
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            losses.append(loss.detach())
-        mean = torch.stack(losses).mean().item()
-        if not np.isfinite(mean):
-            raise NonFiniteLossError(f"The fine-tuning loss is not finite at epoch {epoch}; lower lr.")
-        progress({"epoch": epoch, "loss": mean})
-    return time.perf_counter() - started
+# Scoring
 
 
 @torch.inference_mode()
@@ -237,33 +298,50 @@ def _score(
     dataset: PatchDataset,
     split: str,
     rows: Rows,
-    trained: np.ndarray,
+    floor: np.ndarray,
     spec: ImageSpec,
     sizes: tuple[float, float],
     device: str,
-) -> dict[str, Any]:
-    """Score images of a split by row; `trained` are the training masks, whose mean is the floor."""
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Score images of a split by row, in float32; return the score, and a table with a row per image.
+
+    Args:
+        floor: (H, W) bool, what the score of no image at all is measured with, see `mean_mask`.
+    """
+    import pandas as pd
+
     model.eval()
-    floor = mean_mask(trained)
-    scores, floors, shares, ids = [], [], [], []
+    spacing = dataset.table(split, columns=["spacing_y", "spacing_x"])[["spacing_y", "spacing_x"]].to_numpy(float)
+    in_mm = bool(np.isfinite(spacing[rows]).all())  # where it is not known of all, their mean would have no unit
+    parts, floors = [], []
     for some in by_part(dataset, split, rows):
         part = dataset.load(split, some)
-        chunks = torch.from_numpy(part.images).split(32)
+        chunks = torch.from_numpy(part.images).split(CHUNK)
         logits = torch.cat([model(normalise(chunk.to(device), spec)).cpu() for chunk in chunks])
-        s = score_images((logits[:, 0] > 0).numpy(), part.masks > 0)
-        scores.append(np.stack([s.dsc, s.ppv, s.sensitivity, s.empty_correct]))
-        floors.append(score_images(np.broadcast_to(floor, part.masks.shape), part.masks > 0).dsc)
-        shares.append(part.masks.mean((1, 2)))
-        ids += part.ids
-    dsc, ppv, sensitivity, empty = np.concatenate(scores, 1)
-    lesion = np.isfinite(dsc)
-    return {
-        "dsc": float(np.nanmean(dsc)),
-        "ppv": float(np.nanmean(ppv)),
-        "sensitivity": float(np.nanmean(sensitivity)),
-        "empty_correct": None if lesion.all() else float(np.nanmean(empty)),
-        "images": int(lesion.sum()),
-        **by_size(dsc, np.concatenate(shares), sizes),
-        "per_image": {ids[i]: round(float(dsc[i]), 6) for i in np.flatnonzero(lesion)},
+        said, there = (logits[:, 0] > 0).numpy(), part.masks > 0
+        s = score_images(said, there)
+        parts.append(
+            pd.DataFrame(
+                {
+                    "id": part.ids,
+                    "group": part.groups,
+                    "dsc": s.dsc,
+                    "ppv": s.ppv,
+                    "sensitivity": s.sensitivity,
+                    "iou": s.iou,
+                    "hd95": hausdorff95(said, there, spacing[some] if in_mm else None),
+                    "empty_correct": s.empty_correct,
+                    "lesion_pixels": there.sum((1, 2)),
+                    "predicted_pixels": said.sum((1, 2)),
+                }
+            )
+        )
+        floors.append(score_images(np.broadcast_to(floor, there.shape), there).dsc)
+    table = pd.concat(parts, ignore_index=True)
+    table["missed"] = (table["lesion_pixels"] > 0) & (table["predicted_pixels"] == 0)
+    shares = table.assign(share=table["lesion_pixels"] / (spec.height * spec.width))
+    score = summary(shares, sizes) | {
+        "hd95_unit": "mm" if in_mm else "pixels",
         "mean_mask_dsc": float(np.nanmean(np.concatenate(floors))),
     }
+    return score, table

@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -51,8 +51,8 @@ class Task:
     labels: str | None = None  # where they are a data set apart
     until: int | None = None  # of a segment of population-based training: the epoch it ends after
     fork: str | None = None  # the folder whose checkpoint it begins with
-    faults: FaultSettings = FaultSettings()
-    tracking: TrackingSettings = TrackingSettings()
+    faults: FaultSettings = field(default_factory=FaultSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
     finetune: SegmentSettings | None = None  # of a confirmation: the second protocol
 
     @property
@@ -279,14 +279,12 @@ def _memory(task: Task) -> dict[str, float]:
     """Peak memory in GB of this process, of the GPU where it has one; of a group nothing is known here."""
     import torch
 
+    from amlp_ray.training.flops import peak_memory
+
     if not task.resources.alone:
         return {}
-    if task.gpus and torch.cuda.is_available():
-        return {"memory": round(torch.cuda.max_memory_allocated() / 1e9, 3)}
-    for line in Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").exists() else ():
-        if line.startswith("VmHWM:"):
-            return {"memory": round(int(line.split()[1]) * 1024 / 1e9, 3)}
-    return {}
+    device = "cuda" if task.gpus and torch.cuda.is_available() else "cpu"
+    return {"memory": round(peak_memory(device), 3)}
 
 
 @contextmanager

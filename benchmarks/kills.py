@@ -1,0 +1,195 @@
+"""Kills workers of a pretraining at random moments, and its driver, and counts what each kill cost.
+
+    python benchmarks/kills.py                       # 20 kills of 2 workers, every fifth of the driver instead
+    python benchmarks/kills.py --kills 5 --workers 3 --seed 7 --data runs/mine
+
+Each kill is a SIGKILL by pid, at a moment drawn from the seed. After each one the run must go on by itself, or by the
+same command where the driver was killed. Afterwards a run left alone is trained with the same settings and compared.
+Exits with 1 where an epoch is missing or doubled, a kill cost more than one ended epoch, any checkpoint with a final
+name is damaged, or the loss differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import psutil
+
+from amlp_ray.training.events import read_events
+from amlp_ray.training.keeper import checkpoints, is_whole
+from amlp_ray.training.metrics import read_rows
+
+PATIENCE_S = 300.0  # for a run to go on after a kill
+LATEST_S = 6.0  # of the moment of a kill, after the run has gone on: some epochs' time
+DRIVER_EVERY = 5
+
+
+@dataclass
+class Kill:
+    """One kill, and what it cost."""
+
+    number: int
+    what: str
+    epoch: int  # ended when it came
+    again: int = -1  # ended epochs that were trained again
+    seconds: float = -1.0  # until the next epoch ended
+    damaged: list[str] = field(default_factory=list)
+
+
+def main() -> int:
+    args = _arguments()
+    with tempfile.TemporaryDirectory(prefix="amlp-kills-") as scratch:
+        data = args.data or _phantoms(Path(scratch))
+        kills = torment(args, data, Path(scratch) / "killed")
+        undisturbed = Path(scratch) / "alone"
+        subprocess.run(_command(args, data, undisturbed), check=True, stderr=subprocess.DEVNULL)
+        return verdict(args, kills, Path(scratch) / "killed", undisturbed)
+
+
+def torment(args: argparse.Namespace, data: str, out: Path) -> list[Kill]:
+    """Run, and kill; return what each kill cost."""
+    draw, kills = random.Random(args.seed), []
+    driver = _start(args, data, out)
+    for number in range(1, args.kills + 1):
+        started = _starts(out, after=number - 1, driver=driver)
+        time.sleep(draw.uniform(0, LATEST_S))
+        rows = read_rows(out / "metrics.jsonl")
+        kill = Kill(number, "", rows[-1]["epoch"] if rows else 0)
+        if number % DRIVER_EVERY == 0:
+            kill.what = "driver"
+            os.kill(driver.pid, signal.SIGKILL)
+            driver.wait()
+            kill.damaged = _damaged(out)
+            driver = _start(args, data, out)
+        else:
+            victim = draw.choice(sorted(_workers(driver), key=lambda process: process.pid))
+            kill.what = f"worker, pid {victim.pid}"
+            victim.kill()
+            kill.damaged = _damaged(out)
+        killed = time.monotonic()
+        _starts(out, after=started, driver=driver)
+        kill.again = [event for event in read_events(out) if event["event"] == "started"][-1]["repeated"]
+        _epoch_after(out, kill.epoch - kill.again, driver)
+        kill.seconds = time.monotonic() - killed
+        kills.append(kill)
+        print(
+            f"kill {number:2}: {kill.what}, epoch {kill.epoch}, {kill.again} again, on after {kill.seconds:.0f} s",
+            flush=True,
+        )
+    if driver.wait(3600):
+        raise SystemExit("The run did not end well after the last kill.")
+    return kills
+
+
+def verdict(args: argparse.Namespace, kills: list[Kill], out: Path, alone: Path) -> int:
+    """Print what was found; 1 where anything is wrong."""
+    rows, theirs = (read_rows(folder / "metrics.jsonl") for folder in (out, alone))
+    epochs = [row["epoch"] for row in rows]
+    difference = max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(rows, theirs, strict=False))
+    damaged = [name for kill in kills for name in kill.damaged] + _damaged(out)
+    seconds = sorted(kill.seconds for kill in kills)
+    faults = {
+        "epochs missing or doubled": epochs != list(range(1, args.epochs + 1)),
+        "a kill that cost more than one ended epoch": any(kill.again > 1 for kill in kills),
+        "damaged checkpoints": bool(damaged),
+        "another loss than the run left alone": difference > 1e-5,
+    }
+    print(f"{len(kills)} kills ({sum(kill.what == 'driver' for kill in kills)} of the driver), {len(kills)} recoveries")
+    print(f"epochs: {len(epochs)} lines of {args.epochs}, each once: {not faults['epochs missing or doubled']}")
+    print(
+        f"ended epochs trained again: {sum(kill.again for kill in kills)} in all, {max(k.again for k in kills)} at most"
+    )
+    print(f"checkpoints damaged: {len(damaged)}; seconds from a kill to the next ended epoch: median "
+          f"{seconds[len(seconds) // 2]:.0f}, most {seconds[-1]:.0f}")  # fmt: skip
+    print(f"largest relative difference of the loss from a run left alone: {difference:.1e}")
+    for what, found in faults.items():
+        if found:
+            print(f"FAULT: {what}")
+    return int(any(faults.values()))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=150, help="enough that the run outlives the kills")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", help="a patch dataset; none: generated phantoms")
+    return parser.parse_args()
+
+
+def _phantoms(scratch: Path) -> str:
+    for words in (["phantoms", str(scratch / "images"), "--count", "400", "--size", "96"],
+                  ["prepare", str(scratch / "images"), str(scratch / "data"), "--size", "64"]):  # fmt: skip
+        subprocess.run([sys.executable, "-m", "amlp_ray", "data", *words], check=True, stdout=subprocess.DEVNULL)
+    return str(scratch / "data")
+
+
+def _command(args: argparse.Namespace, data: str, out: Path) -> list[str]:
+    each = f"{0.9 * (os.cpu_count() or 1) / args.workers:.2f}"
+    return [
+        *(sys.executable, "-m", "amlp_ray", "pretrain", data, "--out", str(out), "--set", f"epochs={args.epochs}"),
+        *("--workers", str(args.workers), "--cpus-per-worker", each),
+    ]
+
+
+def _start(args: argparse.Namespace, data: str, out: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(_command(args, data, out), stdout=subprocess.DEVNULL, stderr=sys.stderr)
+
+
+def _workers(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Ray Train's worker processes below the driver."""
+    found = []
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:  # ended meanwhile
+            continue
+    return found
+
+
+def _starts(out: Path, *, after: int, driver: subprocess.Popen[bytes]) -> int:
+    """Wait until the run has started more than `after` times; return how often it has."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        count = sum(event["event"] == "started" for event in read_events(out))
+        if count > after:
+            return count
+        _check(driver, deadline)
+
+
+def _epoch_after(out: Path, epoch: int, driver: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        rows = read_rows(out / "metrics.jsonl")
+        if rows and rows[-1]["epoch"] > epoch:
+            return
+        _check(driver, deadline)
+
+
+def _check(driver: subprocess.Popen[bytes], deadline: float) -> None:
+    if driver.poll() is not None:
+        raise SystemExit(f"The run ended ({driver.returncode}) before all kills; raise --epochs.")
+    if time.monotonic() > deadline:
+        raise SystemExit("The run did not go on after a kill.")
+    time.sleep(0.1)
+
+
+def _damaged(out: Path) -> list[str]:
+    return [path.name for path in checkpoints(out) if path.exists() and not is_whole(path)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

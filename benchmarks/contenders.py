@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from amlp_ray.data.phantoms import draw_phantom
 from amlp_ray.data.reading.stream import Batch
 from amlp_ray.method.augment import normalise
 from amlp_ray.method.masking import Moment
-from amlp_ray.training.pretrain import build_model
+from amlp_ray.training.learner import Learner
 from amlp_ray.training.steps import step_of
 
 
@@ -106,14 +105,14 @@ def _ours(
         model={"patch_size": PATCH, **vars(SIZES[options.size])},
         loss={"warmup": 0.0},
     )
-    torch.manual_seed(0)
-    model, _ = build_model(settings, SimpleNamespace(spec=SPEC), options.device)
+    model = Learner(settings, SPEC, options.device).model
     objective = step_of(model, settings, None)
 
     def loss(turn: int) -> Tensor:
         now = Moment(epoch_of(turn))
         objective.begin_epoch(now.epoch, 1)  # the teacher catches up before a look
-        return objective(model, batch, now, options.device)["loss"]
+        values, _ = next(objective(model, batch, now, options.device))
+        return values["loss"]
 
     return Contender(name, model, loss)
 

@@ -11,12 +11,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from amlp_ray.config import ImageSpec, ModelSettings, PretrainSettings
 from amlp_ray.method import noise as draw
 from amlp_ray.method.augment import augment
 from amlp_ray.method.encoder import encoder_tokens, new_encoder
+from amlp_ray.method.exchange import summed
 from amlp_ray.method.patches import patchify
 
 
@@ -86,11 +86,13 @@ class SharedBatchNorm(nn.BatchNorm1d):
         if not self.training or not dist.is_initialized():
             return super().forward(x)
         x32 = x.float()
-        count = all_reduce(x32.new_tensor([len(x)]))
-        mean = all_reduce(x32.sum(0)) / count
-        variance = all_reduce((x32 - mean).square().sum(0)) / count
+        count = summed(x32.new_tensor([len(x)]))
+        mean = summed(x32.sum(0)) / count
+        variance = summed((x32 - mean).square().sum(0)) / count
         with torch.no_grad():
-            assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.momentum is not None
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         out = (x32 - mean) * (variance + self.eps).rsqrt()

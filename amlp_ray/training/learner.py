@@ -24,8 +24,8 @@ State = dict[str, Any]
 class Learner:
     """A run's model with all that changes as it learns. Equal on all workers, but for blocks that are cut among them.
 
-    `started_from` says what weights it began with. `whole` is the model that is looked at, scored and exported: the model itself, the average of its weights, or, where
-    the model is cut, a whole copy that `refresh` brings up to date.
+    `whole` is the model that is looked at, scored and exported: the model itself, the average of its weights, or, where
+    the model is cut, a whole copy that `refresh` brings up to date. `started_from` says what weights it began with.
     """
 
     def __init__(self, settings: PretrainSettings, spec: ImageSpec, device: str, *, sharding: str = "auto") -> None:

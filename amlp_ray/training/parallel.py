@@ -6,6 +6,7 @@ with another number of workers, or with another way of cutting. Alone, everythin
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -53,7 +54,9 @@ def as_network(model: nn.Module) -> nn.Module:
     if world_size() == 1 or is_cut(model):
         return model
     # Buffers are the same on all workers without an exchange: they hold positions, and sums that are shared already.
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # its new name is not known to torch 2.8
+        return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 @contextmanager

@@ -1,0 +1,197 @@
+"""What Ray Train costs and what a second worker brings, and that any number of workers learns the same.
+
+    python benchmarks/scaling.py overhead                 # Ray Train with 1 worker against the bare loop, in turn
+    python benchmarks/scaling.py workers                  # 2 workers of 1 thread against 1 of 1 thread, in turn
+    python benchmarks/scaling.py start                    # seconds from the command to the first step
+    python benchmarks/scaling.py curves --data runs/busi  # losses of 1, 2 and 4 workers, and a page with their figure
+
+README.md beside this file says what is compared. Without --data, phantoms are generated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from amlp_ray.config import PretrainSettings, ResourceSettings
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.data.reading.stream import open_batches
+from amlp_ray.runtime.ray_session import ray_session
+from amlp_ray.training.events import read_events
+from amlp_ray.training.job import Job
+from amlp_ray.training.learner import Learner
+from amlp_ray.training.metrics import read_rows
+from amlp_ray.training.pretrain import train_epoch
+from amlp_ray.training.runners import run_on_ray
+from amlp_ray.training.steps import step_of
+
+WARM = 2  # epochs of a turn that are not counted: caches fill, and torch picks its kernels
+
+
+def main() -> None:
+    args = _arguments()
+    with tempfile.TemporaryDirectory(prefix="amlp-scaling-") as scratch:
+        data = args.data or _phantoms(Path(scratch))
+        {"overhead": overhead, "workers": workers, "start": start, "curves": curves}[args.part](
+            args, data, Path(scratch)
+        )
+
+
+def overhead(args: argparse.Namespace, data: str, scratch: Path) -> None:
+    """The bare loop is `train_epoch` alone: no checkpoint, no metrics on disk, nobody to report to."""
+    settings = _settings(args)
+    with ray_session():
+        ratios = []
+        for turn in range(args.turns):
+            bare = _bare(settings, data, args)
+            ours = _on_ray(settings, data, scratch / f"one-{turn}", ResourceSettings(cpus_per_worker=1))
+            ratios.append(ours / bare)
+            print(
+                f"turn {turn + 1}: bare {bare:.0f} images/s, Ray Train with 1 worker {ours:.0f}: {ours / bare:.3f}",
+                flush=True,
+            )
+    print(f"median ratio {statistics.median(ratios):.3f} of {len(ratios)} turns ({min(ratios):.3f}-{max(ratios):.3f})")
+
+
+def workers(args: argparse.Namespace, data: str, scratch: Path) -> None:
+    settings = _settings(args)
+    with ray_session():
+        ratios = []
+        for turn in range(args.turns):
+            one, two = (
+                _on_ray(settings, data, scratch / f"{n}-{turn}", ResourceSettings(workers=n, cpus_per_worker=0.9))
+                for n in (1, 2)
+            )
+            ratios.append(two / one)
+            print(f"turn {turn + 1}: 1 worker {one:.0f} images/s, 2 workers {two:.0f}: {two / one:.2f}", flush=True)
+    print(f"median ratio {statistics.median(ratios):.2f} of {len(ratios)} turns ({min(ratios):.2f}-{max(ratios):.2f})")
+
+
+def start(args: argparse.Namespace, data: str, scratch: Path) -> None:
+    """Cold: the command starts Ray; warm: it joins one that runs. Its first step began when its first epoch did."""
+    kinds = {"in its own process": (1, None), "2 workers, cold": (2, None)}
+    for what, (number, address) in kinds.items():
+        seconds = [_first_step(args, data, scratch / f"{what}-{turn}", number, address) for turn in range(args.turns)]
+        print(f"{what}: {statistics.median(seconds):.1f} s ({min(seconds):.1f}-{max(seconds):.1f})", flush=True)
+    with _standing_ray() as address:
+        seconds = [_first_step(args, data, scratch / f"warm-{turn}", 2, address) for turn in range(args.turns)]
+    print(f"2 workers, warm: {statistics.median(seconds):.1f} s ({min(seconds):.1f}-{max(seconds):.1f})")
+
+
+def curves(args: argparse.Namespace, data: str, scratch: Path) -> None:
+    from plotly.subplots import make_subplots
+
+    found: dict[str, dict[int, list[float]]] = {}
+    with ray_session():
+        for variant in ("amlp", "mae"):
+            settings = _settings(args).model_copy(update={"epochs": args.epochs})
+            settings = PretrainSettings.model_validate({**settings.model_dump(exclude_unset=True), "variant": variant})
+            for number in (1, 2, 4):
+                resources = ResourceSettings(
+                    workers=number, cpus_per_worker=0.9 * (os.cpu_count() or 1) / max(2, number)
+                )
+                out = scratch / f"{variant}-{number}"
+                _on_ray(settings, data, out, resources)
+                rows = read_rows(out / "metrics.jsonl")
+                found.setdefault(variant, {})[number] = [row["loss"] for row in rows]
+                print(f"{variant}, {number} workers: {len(rows)} epochs, last loss {rows[-1]['loss']:.7f}", flush=True)
+    figure = make_subplots(1, 2, subplot_titles=["loss of 1, 2 and 4 workers", "relative difference from 1 worker"])
+    colours = {"amlp": "#d1495b", "mae": "#3a8fb7"}
+    looks = {1: {"width": 7}, 2: {"width": 4, "dash": "dash"}, 4: {"width": 1.5}}
+    for variant, losses in found.items():
+        worst = 0.0
+        for number, curve in losses.items():
+            line = {"color": colours[variant], **looks[number]}
+            name = f"{variant}, {number} worker{'s' * (number > 1)}"
+            opacity = 0.35 if number == 1 else 1.0
+            figure.add_scatter(y=curve, x0=1, mode="lines", line=line, name=name, opacity=opacity, row=1, col=1)
+            if number > 1:
+                apart = [abs(a - b) / b for a, b in zip(curve, losses[1], strict=True)]
+                worst = max(worst, *apart)
+                figure.add_scatter(y=apart, x0=1, mode="lines", line=line, name=name, showlegend=False, row=1, col=2)
+        print(f"{variant}: largest relative difference of the loss {worst:.1e}")
+    figure.update_xaxes(title_text="epoch", gridcolor="#eceff3", zeroline=False)
+    figure.update_yaxes(gridcolor="#eceff3", zeroline=False)
+    figure.update_yaxes(type="log", exponentformat="power", row=1, col=2)
+    figure.update_layout(template="none", font={"family": "system-ui, sans-serif", "size": 14}, width=1200, height=460)
+    figure.update_layout(legend={"orientation": "h", "y": -0.2}, margin={"l": 60, "r": 20, "t": 40, "b": 90})
+    figure.write_html(args.page, include_plotlyjs=True, config={"displayModeBar": False})
+    print(f"figure: {args.page}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["overhead", "workers", "start", "curves"])
+    parser.add_argument("--data", help="a patch dataset; none: generated phantoms")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=12, help="of each turn, or of each curve")
+    parser.add_argument("--width", type=int, default=192, help="of the encoder; 192 is ViT-Ti")
+    parser.add_argument("--page", type=Path, default=Path("workers.html"), help="the figure of `curves`")
+    return parser.parse_args()
+
+
+def _settings(args: argparse.Namespace) -> PretrainSettings:
+    model = {"width": args.width, "depth": 6, "heads": args.width // 32}
+    return PretrainSettings.model_validate({"epochs": args.epochs, "batch_size": 32, "model": model})
+
+
+def _phantoms(scratch: Path) -> str:
+    for words in (["phantoms", str(scratch / "images"), "--count", "600", "--size", "96"],
+                  ["prepare", str(scratch / "images"), str(scratch / "data"), "--size", "96"]):  # fmt: skip
+        subprocess.run([sys.executable, "-m", "amlp_ray", "data", *words], check=True, stdout=subprocess.DEVNULL)
+    return str(scratch / "data")
+
+
+def _bare(settings: PretrainSettings, data: str, args: argparse.Namespace) -> float:
+    """Images per second of the loop alone, one thread: the median over epochs."""
+    torch.set_num_threads(1)
+    dataset = PatchDataset.open(data)
+    batches = open_batches(dataset, batch_size=settings.batch_size, seed=settings.seed)
+    learner = Learner(settings, dataset.spec, "cpu")
+    objective = step_of(learner.model, settings, None)
+    speeds = [
+        train_epoch(learner.model, learner, objective, batches, epoch)["images_per_second"]
+        for epoch in range(1, args.epochs + 1)
+    ]
+    return statistics.median(speeds[WARM:])
+
+
+def _on_ray(settings: PretrainSettings, data: str, out: Path, resources: ResourceSettings) -> float:
+    """Images per second of a whole run on Ray Train: the median over epochs."""
+    run_on_ray(Job(settings, data, out, resources=resources), name=out.name)
+    return statistics.median([row["images_per_second"] for row in read_rows(out / "metrics.jsonl")][WARM:])
+
+
+def _first_step(args: argparse.Namespace, data: str, out: Path, number: int, address: str | None) -> float:
+    began = time.time()
+    words = ["--workers", str(number), "--cpus-per-worker", "0.9", *(["--address", address] if address else [])]
+    command = [sys.executable, "-m", "amlp_ray", "pretrain", data, "--out", str(out), "--set", "epochs=1", *words]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return read_events(out)[0]["time"] - began  # noted just before the first step
+
+
+@contextmanager
+def _standing_ray() -> Iterator[str]:
+    ray = [str(Path(sys.executable).with_name("ray"))]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([*ray, "start", "--head", "--port", "6399", "--include-dashboard", "false"], check=True, **quiet)  # type: ignore[call-overload]
+    try:
+        yield "127.0.0.1:6399"
+    finally:
+        subprocess.run([*ray, "stop", "--force"], check=False, **quiet)  # type: ignore[call-overload]
+
+
+if __name__ == "__main__":
+    main()

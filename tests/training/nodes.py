@@ -1,0 +1,81 @@
+"""A run on three nodes of one machine, of which one is killed and one is added: what `test_nodes.py` starts.
+
+Nodes are raylets of their own, so they cannot share the session of the other tests.
+
+    python nodes.py DATA OUT EPOCHS
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from amlp_ray.config import PretrainSettings, ResourceSettings
+from amlp_ray.runtime.ray_session import ENVIRONMENT
+from amlp_ray.training.events import read_events
+from amlp_ray.training.job import Job
+from amlp_ray.training.metrics import read_rows
+
+os.environ.update(ENVIRONMENT)
+
+import ray
+from ray.cluster_utils import Cluster
+
+from amlp_ray.training import group
+from amlp_ray.training.runners import run_on_ray
+
+WORK_S = 0.4  # of an epoch, at least: nodes take seconds to come and go
+group.RESIZE_S = 2.0
+
+
+def unhurried() -> bool:
+    """Never stops the run, and makes its epochs last."""
+    time.sleep(WORK_S)
+    return False
+
+
+def run(data: str, out: Path, epochs: int) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
+    ray.init(address=cluster.address, log_to_driver=False)
+    cluster.wait_for_nodes()
+    settings = PretrainSettings.model_validate(
+        {"epochs": epochs, "model": {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16}}
+    )
+    job = Job(settings, data, out, resources=ResourceSettings(workers=(1, 3), cpus_per_worker=1))
+    failure: list[BaseException] = []
+
+    def train() -> None:
+        try:
+            run_on_ray(job, name="nodes", should_stop=unhurried)
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=train)
+    thread.start()  # nodes can be added from the main thread only
+    wait_for(lambda: len(read_rows(out / "metrics.jsonl")) >= 2, thread)
+    cluster.remove_node(nodes[1], allow_graceful=False)
+    wait_for(lambda: started(out) >= 2 and read_rows(out / "metrics.jsonl")[-1]["workers"] == 2, thread)
+    cluster.add_node(num_cpus=1)
+    thread.join()
+    ray.shutdown()
+    cluster.shutdown()
+    if failure:
+        raise failure[0]
+
+
+def started(out: Path) -> int:
+    return sum(event["event"] == "started" for event in read_events(out))
+
+
+def wait_for(what: Callable[[], bool], thread: threading.Thread) -> None:
+    while thread.is_alive() and not what():
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

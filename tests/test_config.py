@@ -18,6 +18,7 @@ from amlp_ray.config import (
     ProbeSettings,
     Range,
     RatioSettings,
+    ResourceSettings,
     SegmentSettings,
     SelectionSettings,
     StudySettings,
@@ -77,7 +78,7 @@ def refused(values: dict[str, Any], model: Any = PretrainSettings) -> str:
         ("loss.clip_max", 0.9, "greater than or equal to 1"),
         ("loss.ccl_weight", 11, "less than or equal to 10"),
         ("loss.temperature", 0, "greater than or equal to 0.001"),
-        ("precision", "fp16", "'auto', 'fp32' or 'bf16'"),
+        ("precision", "fp8", "'auto', 'fp32', 'bf16' or 'fp16'"),
         ("loss.norm_pix", "maybe", "valid boolean"),
     ],
 )
@@ -330,3 +331,65 @@ def test_a_trial_has_the_study_s_settings_with_its_parameters_on_top() -> None:
 def test_a_searched_variant_brings_its_own_values_along() -> None:
     settings = study(pretrain={"epochs": 7})
     assert settings.trial({"variant": "mae"}, seed=0) == PretrainSettings(variant="mae", epochs=7)
+
+
+# Workers
+
+
+@pytest.mark.parametrize(
+    ("given", "least", "most", "elastic", "alone"),
+    [(1, 1, 1, False, True), (3, 3, 3, False, False), ([2, 8], 2, 8, True, False), ([1, 2], 1, 2, True, False)],
+    ids=str,
+)
+def test_workers_are_a_number_or_the_least_and_the_most(
+    given: Any, least: int, most: int, elastic: bool, alone: bool
+) -> None:
+    resources = build(ResourceSettings, {"workers": given}, "here")
+    assert (resources.least_workers, resources.most_workers) == (least, most)
+    assert (resources.elastic, resources.alone) == (elastic, alone)
+    assert build(ResourceSettings, resources.model_dump(mode="json"), "here") == resources
+
+
+@pytest.mark.parametrize("given", [0, -1, [0, 2], [4, 2]], ids=str)
+def test_workers_below_1_or_the_wrong_way_round_are_refused(given: Any) -> None:
+    assert "a number from 1 on, or [least, most] of them, such as [2, 8]" in refused(
+        {"workers": given}, ResourceSettings
+    )
+
+
+@pytest.mark.parametrize("given", [[2], [1, 2, 3], 1.5, "many", None], ids=str)
+def test_workers_of_another_form_are_refused(given: Any) -> None:
+    assert "workers" in refused({"workers": given}, ResourceSettings)
+
+
+FITTING: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"batch_size": 3}, {"workers": 3}),
+    ({"batch_size": 16}, {"workers": [1, 16]}),
+    ({"batch_size": 16}, {"workers": 3, "micro_batch": 2}),
+    ({"batch_size": 16}, {"workers": 4, "sharding": "fsdp"}),
+    ({"batch_size": 16}, {"workers": [2, 4], "sharding": "auto"}),
+    ({"batch_size": 16, "variant": "simsiam"}, {"workers": 8}),
+]
+
+
+@pytest.mark.parametrize(("pretrain", "resources"), FITTING, ids=str)
+def test_workers_that_can_share_a_batch_are_accepted(pretrain: dict[str, Any], resources: dict[str, Any]) -> None:
+    PretrainSettings.model_validate(pretrain).check_workers(ResourceSettings.model_validate(resources))
+
+
+UNFIT: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"batch_size": 2}, {"workers": 3}, r"batch_size 2 is less than resources\.workers 3; raise it"),
+    ({"batch_size": 7}, {"workers": [2, 8]}, r"batch_size 7 is less than resources\.workers 8; raise it"),
+    ({}, {"workers": 3, "sharding": "fsdp"}, r"fsdp needs a fixed number .* divides batch_size 16, not 3;"),
+    ({}, {"workers": [2, 4], "sharding": "fsdp"}, r"fsdp needs a fixed number .* not \(2, 4\);"),
+    ({"variant": "simsiam"}, {"micro_batch": 4}, "micro_batch would change objective simsiam"),
+    ({"variant": "simsiam"}, {"workers": 9}, "batch_size 16 leaves one image per worker, but objective simsiam"),
+]
+
+
+@pytest.mark.parametrize(("pretrain", "resources", "told"), UNFIT, ids=[told[:30] for *_, told in UNFIT])
+def test_workers_that_cannot_share_a_batch_are_refused_with_what_to_change(
+    pretrain: dict[str, Any], resources: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(SettingsError, match=told):
+        PretrainSettings.model_validate(pretrain).check_workers(ResourceSettings.model_validate(resources))

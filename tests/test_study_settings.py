@@ -1,4 +1,4 @@
-"""What a study's settings refuse: passwords in a URL, and names that a database could take for another study's."""
+"""What a study's settings refuse: passwords, names that a database mistakes, workers that follow the nodes."""
 
 import pytest
 
@@ -41,3 +41,12 @@ def test_a_url_without_a_password_is_accepted(url: str) -> None:
 def test_a_name_that_a_database_takes_for_a_companion_is_refused(name: str) -> None:
     with pytest.raises(SettingsError, match="ends as the companions of a study do"):
         build(StudySettings, {"name": name}, "study.yaml")
+
+
+def test_workers_that_follow_the_nodes_are_refused_inside_a_study_with_the_reason() -> None:
+    with pytest.raises(
+        SettingsError, match=r"resources: workers \[2, 8\] follow the nodes, but a trial needs a number"
+    ) as no:
+        build(StudySettings, {"name": "s", "resources": {"workers": [2, 8]}}, "study.yaml")
+    assert "counts what nodes hold, not what other trials use of it" in str(no.value)
+    assert build(StudySettings, {"name": "s", "resources": {"workers": 2}}, "study.yaml").resources.workers == 2

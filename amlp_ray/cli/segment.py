@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +10,19 @@ import typer
 
 from amlp_ray.cli.output import Json, print_facts, print_json
 from amlp_ray.cli.pretrain import Set
-from amlp_ray.config import ResourceSettings, SegmentSettings
-from amlp_ray.settings import build, from_assignments
+from amlp_ray.cli.resources import (
+    Accelerator,
+    Address,
+    CpusPerWorker,
+    GpusPerWorker,
+    Placement,
+    Retries,
+    Workers,
+    faults_of,
+    resources_of,
+)
+from amlp_ray.config import FaultSettings, SegmentSettings
+from amlp_ray.settings import from_assignments
 
 
 def segment(
@@ -25,10 +36,13 @@ def segment(
     ] = None,
     from_scratch: Annotated[bool, typer.Option(help="The encoder's shape with random weights: the baseline.")] = False,
     assign: Set = None,
-    workers: Annotated[int, typer.Option(help="Ray Train workers; 1 trains in this process, without Ray.")] = 1,
-    cpus_per_worker: Annotated[float | None, typer.Option(help="None: all cores, shared by the workers.")] = None,
-    gpus_per_worker: Annotated[float, typer.Option(help="With several workers; one worker takes a GPU it sees.")] = 0,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to run on; none: start Ray if need be.")] = None,
+    workers: Workers = "1",
+    cpus_per_worker: CpusPerWorker = None,
+    gpus_per_worker: GpusPerWorker = 0,
+    accelerator: Accelerator = None,
+    placement: Placement = "pack",
+    retries: Retries = FaultSettings().retries,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a segmenter on labelled training images and score it on validation: DSC, IoU, HD95 and more.
@@ -36,32 +50,31 @@ def segment(
     The encoder may be pretrained on another dataset; `amlp-ray data check A --against B` tells of images in both.
     """
     settings = from_assignments(SegmentSettings, {}, assign or [])
-    cores = os.cpu_count() or 1
-    if cpus_per_worker is None:
-        # Below whole cores for a group: its controller needs a sliver too.
-        cpus_per_worker = cores if workers == 1 else 0.9 * cores / max(1, workers)
-    given = {"workers": workers, "cpus_per_worker": cpus_per_worker, "gpus_per_worker": gpus_per_worker}
-    resources = build(ResourceSettings, given, "segment")
+    resources = resources_of(
+        workers, cpus_per_worker, gpus_per_worker, accelerator=accelerator, placement=placement, address=address
+    )
 
     import torch
 
-    from amlp_ray.cli.progress import Progress
+    from amlp_ray.cli.progress import Progress, noted
     from amlp_ray.data.dataset import PatchDataset
     from amlp_ray.training.segment import segment as run
 
     progress = Progress(settings.epochs)
-    score = run(
-        PatchDataset.open(data),
-        encoder,
-        out,
-        settings,
-        name=encoder_name,
-        from_scratch=from_scratch,
-        resources=resources,
-        address=address,
-        progress=progress.update,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-    )
+    with noted(logging.getLogger("amlp_ray"), progress):
+        score = run(
+            PatchDataset.open(data),
+            encoder,
+            out,
+            settings,
+            name=encoder_name,
+            from_scratch=from_scratch,
+            resources=resources,
+            faults=faults_of(retries),
+            address=address,
+            progress=progress.update,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )
     progress.close()
     if not progress.drawn:
         typer.echo(f"{out} was finished before: {settings.epochs} epochs.", err=True)

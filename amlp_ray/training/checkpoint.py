@@ -58,17 +58,13 @@ def state_to_keep(state: State, epoch: int, settings: PretrainSettings) -> State
 def resume(folder: Path, learner: Learner, settings: PretrainSettings, events: EventLog) -> int:
     """Let a learner go on from the folder's newest whole checkpoint; return its epoch, 0 where there is none.
 
-    The first worker says which one; all read it.
-
     Raises:
         CheckpointError: none is whole, or it belongs to other settings or other images.
     """
-    first = parallel.rank() == 0
-    found = latest(folder, lambda text: events.note("damaged checkpoint", text)) if first else None
-    epoch = parallel.told_by_first(found[0]["epoch"] if found else 0, learner.device)
-    if epoch == 0:
+    found = agreed_checkpoint(folder, events, learner.device)
+    if found is None:
         return 0
-    state, path = found or _read(folder, epoch)
+    state, path = found
     theirs, ours = state["settings"], settings.model_dump(mode="json")
     changed = [key for key in ours if theirs.get(key) != ours[key] and key != "data"]  # how images are read
     if changed:
@@ -77,7 +73,19 @@ def resume(folder: Path, learner: Learner, settings: PretrainSettings, events: E
             f"continue with the same settings or choose another folder."
         )
     learner.load(state)
-    return epoch
+    return int(state["epoch"])
+
+
+def agreed_checkpoint(folder: Path, events: EventLog, device: str) -> tuple[State, Path] | None:
+    """The newest whole checkpoint, the same on all workers: the first says which one, and all read it.
+
+    Raises:
+        CheckpointError: none is whole, or a worker does not see it.
+    """
+    first = parallel.rank() == 0
+    found = latest(folder, lambda text: events.note("damaged checkpoint", text)) if first else None
+    epoch = parallel.told_by_first(found[0]["epoch"] if found else 0, device)
+    return found or (_read(folder, epoch) if epoch else None)
 
 
 def _read(folder: Path, epoch: int) -> tuple[State, Path]:

@@ -28,9 +28,10 @@ from amlp_ray.method.augment import augment, normalise
 from amlp_ray.method.encoder import use_fused_attention
 from amlp_ray.method.precision import autocast, autocast_type
 from amlp_ray.training import parallel
+from amlp_ray.training.checkpoint import agreed_checkpoint
 from amlp_ray.training.events import EventLog
 from amlp_ray.training.group import Member
-from amlp_ray.training.keeper import Keeper, latest
+from amlp_ray.training.keeper import Keeper
 from amlp_ray.training.metrics import Metrics, append_row, drop_after
 from amlp_ray.training.pretrain import learning_rate
 from amlp_ray.training.segmenter import Segmenter
@@ -53,12 +54,12 @@ def finetune(
         NonFiniteLossError: naming the epoch. CheckpointError: of another segmenter, or none that is whole.
         StorageError: `out` took nothing for `faults.storage_minutes`.
     """
-    device, events = member.device, EventLog(out)
+    device, events = member.device, EventLog(out, aloud=member.world == 1)
     model.encoder.requires_grad_(not settings.freeze)
     model.encoder.pos_embed.requires_grad_(False)
     use_fused_attention(model, device != "cpu" or autocast_type(settings, device) is None)
     optimizer = torch.optim.AdamW(parameter_groups(model, settings), lr=settings.lr)
-    done = _resume(out, model, optimizer, events)
+    done = _resume(out, model, optimizer, events, device)
     network = parallel.as_network(model)
     rows: list[Metrics] = []
     if member.is_first:
@@ -177,9 +178,9 @@ def parameter_groups(model: Segmenter, settings: SegmentSettings) -> list[dict[s
     return [*layers, decoder]
 
 
-def _resume(out: Path, model: Segmenter, optimizer: torch.optim.Optimizer, events: EventLog) -> int:
+def _resume(out: Path, model: Segmenter, optimizer: torch.optim.Optimizer, events: EventLog, device: str) -> int:
     """Restore model and optimiser from the folder's latest checkpoint; return the epoch it was written after, or 0."""
-    found = latest(out, lambda text: events.note("damaged checkpoint", text))
+    found = agreed_checkpoint(out, events, device)
     if found is None:
         return 0
     state, path = found

@@ -79,7 +79,7 @@ def starting_model(weights: str, name: str | None = None) -> ModelSettings:
     if name is None:
         raise SettingsError(
             f"{weights} is no encoder exported by amlp-ray; if it is a timm checkpoint, say of which ViT, such as "
-            f"--encoder-name vit_small_patch16_224."
+            f"vit_small_patch16_224: --encoder-name of segment, model.encoder of pretraining."
         )
     return _settings_of(name.partition(".")[0], "--encoder-name")
 

@@ -76,19 +76,22 @@ def test_gauges_of_a_trial_are_exported_and_stay(ray_session: None) -> None:
     from amlp_ray.runtime.metrics import TrialGauges
 
     gauges = TrialGauges("gauge-study", "trial 7")
-    gauges.update({"loss": 0.25, "ratio": 0.5, "epoch": 3})
+    gauges.update({"loss": 0.25, "ratio": 0.5, "epoch": 3, "memory": 1.5, "mfu": None})  # a GPU of unknown peak
     node = ray.nodes()[0]
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     found: list[str] = []
     deadline = time.monotonic() + 60
-    while not found and time.monotonic() < deadline:
+    while len(found) < 3 and time.monotonic() < deadline:
         time.sleep(1)
         text = urllib.request.urlopen(url, timeout=5).read().decode()
-        found = [line for line in text.splitlines() if line.startswith("ray_amlp_loss{") and "gauge-study" in line]
+        found = [line for line in text.splitlines() if line.startswith("ray_amlp_") and "gauge-study" in line]
     gauges.close()
-    assert found
-    assert 'trial="trial 7"' in found[0]
-    assert found[0].endswith(" 0.25")
+    assert all('trial="trial 7"' in line for line in found)
+    assert {line.partition("{")[0]: float(line.split()[-1]) for line in found} == {
+        "ray_amlp_loss": 0.25,
+        "ray_amlp_ratio": 0.5,
+        "ray_amlp_memory": 1.5,
+    }
 
 
 def test_an_address_where_nobody_answers_is_told_within_seconds() -> None:

@@ -112,11 +112,11 @@ def test_a_trial_that_diverges_fails_with_its_reason_and_the_study_goes_on(
     )
     study.store.trial_folder(0).mkdir(parents=True)
     (study.store.trial_folder(0) / "checkpoint").mkdir()
-    (study.store.trial_folder(0) / "checkpoint" / "latest.pt").write_bytes(b"no checkpoint")
+    (study.store.trial_folder(0) / "checkpoint" / f"epoch-1.{0:016x}.pt").write_bytes(b"no checkpoint")
     study.run(notify=lambda line: None)
     (trial,) = study.store.search().trials
     assert trial.state == TrialState.FAIL
-    assert "cannot be read as a checkpoint" in trial.user_attrs["reason"]
+    assert "holds no whole checkpoint" in trial.user_attrs["reason"]
     assert "CheckpointError" in (study.store.trial_folder(0) / "error.txt").read_text()
     with pytest.raises(StudyError, match="no complete trial"):
         _ = study.best_trial
@@ -253,11 +253,15 @@ def test_a_study_that_another_process_runs_says_who(finished: tuple[Study, list[
         ({"probe": {"labels": 20, "folds": 2}}, DataError, "lower probe.labels"),
         ({"space": {"model.patch_size": {"choices": [8, 10]}}}, SettingsError, "does not divide"),
         (
-            {"space": {"batch_size": {"choices": [12, 15]}}, "resources": {"workers": 2, "cpus_per_worker": 0.1}},
+            {"space": {"batch_size": {"choices": [12, 3]}}, "resources": {"workers": 4, "cpus_per_worker": 0.1}},
             SettingsError,
-            "multiple of resources.workers 2",
+            "batch_size 3 is less than resources.workers 4",
         ),
-        ({"resources": {"workers": 5, "cpus_per_worker": 0.1}}, SettingsError, "multiple of resources.workers 5"),
+        (
+            {"resources": {"workers": 5, "cpus_per_worker": 0.1, "sharding": "fsdp"}},
+            SettingsError,
+            "fsdp needs a fixed number of workers that divides batch_size 12",
+        ),
         ({"space": {"selection.rule": {"choices": ["smallest", "oracle"]}}}, SettingsError, "an oracle aims by true"),
         (
             {"pretrain": {"selection": {"mode": "soft", "score": "oracle"}}, "space": {}},

@@ -1,148 +1,146 @@
+"""Going on from checkpoints, taking the model out of them: whatever state they are in."""
+
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-import timm
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
-from amlp_ray.config import ImageSpec, ModelSettings, PretrainSettings
+from amlp_ray.config import ImageSpec, PretrainSettings
 from amlp_ray.errors import CheckpointError
-from amlp_ray.method.model import MaskedAutoencoder
-from amlp_ray.training.checkpoint import (
-    checkpoint_file,
-    export_encoder,
-    load_checkpoint,
-    load_encoder,
-    read_encoder_header,
-    save_checkpoint,
+from amlp_ray.training import parallel
+from amlp_ray.training.checkpoint import load_model, resume, state_to_keep
+from amlp_ray.training.events import EventLog, count_events
+from amlp_ray.training.keeper import checkpoints, write_checkpoint
+from amlp_ray.training.learner import Learner, State
+
+SPEC = ImageSpec(channels=1, height=32, width=32, mean=(9.0,), std=(3.0,))
+
+
+def settings_of(**given: object) -> PretrainSettings:
+    model = {"patch_size": 8, "width": 24, "depth": 2, "heads": 2, "decoder_width": 16}
+    return PretrainSettings.model_validate({"model": model, **given})
+
+
+SETTINGS = settings_of()
+
+
+def learner_of(settings: PretrainSettings = SETTINGS, spec: ImageSpec = SPEC) -> Learner:
+    return Learner(settings, spec, "cpu")
+
+
+def stepped(learner: Learner, steps: int = 1) -> Learner:
+    """The same after some steps, each with a gradient for every weight."""
+    for step in range(steps):
+        for number, weight in enumerate(p for p in learner.model.parameters() if p.requires_grad):
+            weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1000 * step + number))
+        learner.step()
+    return learner
+
+
+def write(folder: Path, learner: Learner, epoch: int, settings: PretrainSettings = SETTINGS, keep: int = 2) -> Path:
+    folder.mkdir(exist_ok=True)
+    return write_checkpoint(folder, state_to_keep(learner.refresh(), epoch, settings), epoch, keep=keep)
+
+
+def same(a: State, b: State) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_a_resumed_learner_takes_the_next_step_to_the_bit(tmp_path: Path, average: float) -> None:
+    settings = settings_of(average=average)
+    ours = stepped(learner_of(settings), 3)
+    write(tmp_path, ours, 7, settings)
+    theirs = learner_of(settings)
+    assert not same(theirs.model.state_dict(), ours.model.state_dict())
+    assert resume(tmp_path, theirs, settings, EventLog(tmp_path)) == 7
+    for one in (ours, theirs):
+        stepped(one)
+    assert same(theirs.model.state_dict(), ours.model.state_dict())
+    assert same(theirs.whole.state_dict(), ours.whole.state_dict())
+    assert same(theirs.whole.state_dict(), theirs.model.state_dict()) == (average == 0)
+
+
+def test_nothing_is_there_to_go_on_from_in_a_new_folder(tmp_path: Path) -> None:
+    learner = learner_of()
+    before = {key: value.clone() for key, value in learner.model.state_dict().items()}
+    assert resume(tmp_path / "new", learner, SETTINGS, EventLog(tmp_path)) == 0
+    assert same(learner.model.state_dict(), before)
+
+
+def test_a_damaged_newest_is_passed_over_and_that_is_noted(tmp_path: Path) -> None:
+    older = stepped(learner_of())
+    write(tmp_path, older, 1)
+    kept = {key: value.clone() for key, value in older.model.state_dict().items()}
+    newest = write(tmp_path, stepped(older), 2)
+    newest.write_bytes(newest.read_bytes()[:-1])
+    learner = learner_of()
+    assert resume(tmp_path, learner, SETTINGS, EventLog(tmp_path)) == 1
+    assert same(learner.model.state_dict(), kept)
+    assert count_events(tmp_path) == {"damaged checkpoint": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [({"lr": 0.5}, "lr"), ({"seed": 3, "average": 0.5}, "average, seed")], ids=["one", "two"]
 )
-
-SETTINGS = PretrainSettings.model_validate(
-    {"model": {"patch_size": 8, "width": 24, "depth": 2, "heads": 2, "decoder_width": 16}}
-)
-SHAPES = [(1, 32, 32), (2, 24, 40), (3, 48, 16)]
-
-
-def trained(shape: tuple[int, int, int] = (1, 32, 32)) -> tuple[MaskedAutoencoder, ImageSpec, Tensor]:
-    """A model whose weights are all random numbers, its image spec, and images for it."""
-    channels, height, width = shape
-    spec = ImageSpec(channels=channels, height=height, width=width, mean=(9.0,) * channels, std=(3.0,) * channels)
-    generator = torch.Generator().manual_seed(0)
-    model = MaskedAutoencoder(SETTINGS.model, spec, category=True).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model, spec, torch.randn(2, *shape, generator=generator)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@torch.no_grad()
-def test_an_exported_encoder_loads_in_plain_timm_with_every_key_matched(
-    tmp_path: Path, shape: tuple[int, int, int]
+def test_a_checkpoint_of_other_settings_is_refused_by_their_names(
+    tmp_path: Path, change: dict[str, object], named: str
 ) -> None:
-    model, spec, images = trained(shape)
-    path = tmp_path / "encoder.safetensors"
-    export_encoder(model.encoder, path, SETTINGS.model, spec)
-    with safe_open(str(path), framework="pt") as file:
-        header, keys = file.metadata(), set(file.keys())
-    arguments = json.loads(header["timm_arguments"])
-    theirs = timm.create_model(header["timm_name"], checkpoint_path=str(path), **arguments).eval()
-    assert set(theirs.state_dict()) == keys
-    assert all(torch.equal(theirs.state_dict()[k], v) for k, v in model.encoder.state_dict().items())
-    assert torch.equal(theirs.forward_features(images), model.encoder.forward_features(images))
+    write(tmp_path, learner_of(), 1)
+    other = settings_of(**change)
+    with pytest.raises(CheckpointError, match=rf"epoch-1\..*other settings \({named}\)"):
+        resume(tmp_path, learner_of(other), other, EventLog(tmp_path))
 
 
-@torch.no_grad()
-def test_load_encoder_gives_the_same_features_in_evaluation_mode(tmp_path: Path) -> None:
-    model, spec, images = trained()
-    export_encoder(model.encoder, tmp_path / "e.safetensors", SETTINGS.model, spec)
-    encoder = load_encoder(tmp_path / "e.safetensors")
-    assert not encoder.training
-    features = encoder.forward_features(images)
-    assert features.shape == (2, 1 + 16, 24)
-    assert torch.equal(features, model.encoder.forward_features(images))
+def test_a_worker_that_does_not_see_what_the_first_goes_on_from_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "shared", learner_of(), 3)
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    monkeypatch.setattr(parallel, "told_by_first", lambda value, device: 3)
+    assert resume(tmp_path / "shared", learner_of(), SETTINGS, EventLog(tmp_path)) == 3
+    with pytest.raises(
+        CheckpointError, match="own has a checkpoint of epoch 3 on the first worker's node, but not on this"
+    ):
+        resume(tmp_path / "own", learner_of(), SETTINGS, EventLog(tmp_path))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_header_says_how_to_build_and_feed_the_encoder(tmp_path: Path, shape: tuple[int, int, int]) -> None:
-    model, spec, _ = trained(shape)
-    export_encoder(model.encoder, tmp_path / "e.safetensors", SETTINGS.model, spec)
-    assert read_encoder_header(tmp_path / "e.safetensors") == (SETTINGS.model, spec)
+def test_how_images_are_read_may_change(tmp_path: Path) -> None:
+    write(tmp_path, learner_of(), 4)
+    other = settings_of(data="mapped")
+    assert resume(tmp_path, learner_of(other), other, EventLog(tmp_path)) == 4
 
 
-def test_an_export_holds_no_decoder_and_leaves_no_partial_file(tmp_path: Path) -> None:
-    model, spec, _ = trained()
-    export_encoder(model.encoder, tmp_path / "e.safetensors", SETTINGS.model, spec)
-    with safe_open(str(tmp_path / "e.safetensors"), framework="pt") as file:
-        assert not [key for key in file.keys() if "decoder" in key or "mask" in key or "category" in key]  # noqa: SIM118
-    assert [path.name for path in tmp_path.iterdir()] == ["e.safetensors"]
+def test_a_checkpoint_of_other_images_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, learner_of(), 1)
+    wider = SPEC.model_copy(update={"width": 64})
+    with pytest.raises(CheckpointError, match="images of another size or number of channels"):
+        resume(tmp_path, learner_of(spec=wider), SETTINGS, EventLog(tmp_path))
+    with pytest.raises(CheckpointError, match="images of another size or number of channels"):
+        load_model(tmp_path, SETTINGS, wider)
 
 
-@pytest.mark.parametrize("read", [load_encoder, read_encoder_header])
-@pytest.mark.parametrize("kind", ["missing", "text", "cut short", "another model", "no header"])
-def test_what_is_no_exported_encoder_is_refused_in_one_sentence(tmp_path: Path, read, kind: str) -> None:  # type: ignore[no-untyped-def]
-    path = tmp_path / "e.safetensors"
-    model, spec, _ = trained()
-    if kind == "text":
-        path.write_text("not safetensors")
-    elif kind == "cut short":
-        export_encoder(model.encoder, path, SETTINGS.model, spec)
-        path.write_bytes(path.read_bytes()[:-100])
-    elif kind == "another model":
-        save_file({"w": torch.zeros(2)}, path, metadata={"format": "pt"})
-    elif kind == "no header":
-        save_file({"w": torch.zeros(2)}, path)
-    with pytest.raises(CheckpointError, match=r"e\.safetensors.*; (check the path|give the encoder)"):
-        read(path)
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_the_model_that_is_looked_at_is_the_one_that_would_be_exported(tmp_path: Path, average: float) -> None:
+    settings = settings_of(average=average)
+    learner = stepped(learner_of(settings), 2)
+    write(tmp_path, learner, 5, settings)
+    model, epoch = load_model(tmp_path, settings, SPEC)
+    assert epoch == 5
+    assert not model.training
+    assert same(model.state_dict(), learner.whole.state_dict())
 
 
-def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-
-
-def test_a_checkpoint_restores_model_and_optimizer_to_the_bit(tmp_path: Path) -> None:
-    model, spec, images = trained()
-    optimizer = optimizer_of(model)
-    model.encoder(images).square().mean().backward()
-    optimizer.step()
-    save_checkpoint(tmp_path, model=model, optimizer=optimizer, epoch=7, settings=SETTINGS)
-
-    torch.manual_seed(5)
-    other = MaskedAutoencoder(SETTINGS.model, spec, category=True)
-    theirs = optimizer_of(other)
-    epoch = load_checkpoint(checkpoint_file(tmp_path), model=other, optimizer=theirs, settings=SETTINGS)
-    assert epoch == 7
-    assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
-    assert len(theirs.state) == len(optimizer.state) > 0
-    for a, b in zip(optimizer.state.values(), theirs.state.values(), strict=True):
-        assert all(torch.equal(a[key], b[key]) for key in a)
-
-
-def test_a_kill_while_writing_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
-    model, spec, _ = trained()
-    optimizer = optimizer_of(model)
-    save_checkpoint(tmp_path, model=model, optimizer=optimizer, epoch=1, settings=SETTINGS)
-
-    class Unwritable:
-        def __reduce__(self) -> str:
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(tmp_path, model=model, optimizer=optimizer, epoch=Unwritable(), settings=SETTINGS)  # type: ignore[arg-type]
-    other = MaskedAutoencoder(SETTINGS.model, spec, category=True)
-    assert (
-        load_checkpoint(checkpoint_file(tmp_path), model=other, optimizer=optimizer_of(other), settings=SETTINGS) == 1
-    )
-    save_checkpoint(tmp_path, model=model, optimizer=optimizer, epoch=2, settings=SETTINGS)
-    assert [path.name for path in checkpoint_file(tmp_path).parent.iterdir()] == ["latest.pt"]
-
-
-def test_model_settings_of_an_export_are_those_of_the_run_and_not_the_defaults(tmp_path: Path) -> None:
-    model, spec, _ = trained()
-    export_encoder(model.encoder, tmp_path / "e.safetensors", SETTINGS.model, spec)
-    assert read_encoder_header(tmp_path / "e.safetensors")[0] != ModelSettings()
+def test_a_model_is_taken_out_of_the_newest_that_is_whole(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no checkpoint: the run has not ended an epoch"):
+        load_model(tmp_path, SETTINGS, SPEC)
+    for epoch in (1, 2):
+        write(tmp_path, learner_of(), epoch)
+    newest, before = checkpoints(tmp_path)
+    newest.write_bytes(b"")
+    assert load_model(tmp_path, SETTINGS, SPEC)[1] == 1
+    before.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=rf"no whole checkpoint \({newest.name}, {before.name}\)"):
+        load_model(tmp_path, SETTINGS, SPEC)

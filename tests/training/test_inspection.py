@@ -15,9 +15,10 @@ from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import AmlpError, CheckpointError, DataError, SettingsError
 from amlp_ray.method.augment import normalise
 from amlp_ray.method.masking import Masking, Moment
-from amlp_ray.training.checkpoint import checkpoint_file, load_model, run_settings
+from amlp_ray.training.checkpoint import load_model, run_settings
 from amlp_ray.training.inspection import FIGURES, inspect_run
 from amlp_ray.training.job import Job, run_job
+from amlp_ray.training.keeper import checkpoints, read_checkpoint
 from amlp_ray.training.pretrain import Hooks
 
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16}
@@ -91,7 +92,7 @@ def test_the_latest_model_is_loaded_with_its_teacher_and_centroids(
     selection = {"scope": "dataset", "refresh": 1, "features": "tokens"}
     run = trained(phantom_dataset, tmp_path, selection=selection, loss={"warmup": 0.0}, ema=0.5)
     model, epoch = load_model(run, run_settings(run), phantom_dataset.spec)
-    saved = torch.load(checkpoint_file(run), weights_only=True)["model"]
+    saved = read_checkpoint(checkpoints(run)[0])["model"]
     assert epoch == 2
     assert any(name.startswith("teacher.") for name in saved)
     assert saved["centroids.centres"].any()
@@ -162,9 +163,11 @@ def bad_input(case: str, dataset: PatchDataset, run: Path, tmp_path: Path) -> tu
     if case == "no run":
         return Path(dataset.path), {}
     if case == "no checkpoint":
-        checkpoint_file(run).unlink()
+        for path in checkpoints(run):
+            path.unlink()
     elif case == "damaged checkpoint":
-        checkpoint_file(run).write_bytes(checkpoint_file(run).read_bytes()[:500])
+        for path in checkpoints(run):
+            path.write_bytes(path.read_bytes()[:500])
     elif case == "no data.json":
         (run / "data.json").unlink()
     elif case == "data gone":
@@ -193,8 +196,8 @@ def bad_input(case: str, dataset: PatchDataset, run: Path, tmp_path: Path) -> tu
     [
         ("missing folder", CheckpointError, "none does not exist"),
         ("no run", CheckpointError, "has no settings.yaml"),
-        ("no checkpoint", CheckpointError, "has no checkpoint/latest.pt"),
-        ("damaged checkpoint", CheckpointError, "cannot be read as a checkpoint"),
+        ("no checkpoint", CheckpointError, "has no checkpoint: the run has not ended an epoch yet"),
+        ("damaged checkpoint", CheckpointError, "holds no whole checkpoint"),
         ("no data.json", CheckpointError, "data.json does not say"),
         ("data gone", DataError, "There is no patch dataset"),
         ("patches do not divide", SettingsError, "patch_size 8 does not divide"),

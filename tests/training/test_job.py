@@ -13,7 +13,7 @@ from amlp_ray.config import PretrainSettings, ProbeSettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import CheckpointError
 from amlp_ray.settings import build, read_yaml
-from amlp_ray.training.checkpoint import load_encoder
+from amlp_ray.training.export import load_encoder
 from amlp_ray.training.job import PICTURES, Job, claim, run_job
 from amlp_ray.training.metrics import append_row, drop_after, read_rows
 from amlp_ray.training.pretrain import Hooks
@@ -78,7 +78,7 @@ def test_a_random_encoder_is_scored_once_as_epoch_0_and_exported_untrained(
 ) -> None:
     reported: list[dict[str, Any]] = []
     job = replace(job_of(phantom_dataset, tmp_path, variant="scratch"), rungs=(0,))
-    result = run_job(job, Hooks(report=lambda metrics, checkpoint: reported.append(metrics)))
+    result = run_job(job, Hooks(report=reported.append))
     assert [metrics["epoch"] for metrics in reported] == [0]
     assert 0 <= reported[0]["dsc"] <= 1
     exported = load_encoder(result.encoder).state_dict()
@@ -104,9 +104,9 @@ def test_lines_of_metrics_are_read_up_to_the_first_that_was_cut(tmp_path: Path) 
         append_row(path, {"epoch": epoch})
     path.write_text(path.read_text()[:-3])
     assert [row["epoch"] for row in read_rows(path)] == [1, 2]
-    assert [row["epoch"] for row in drop_after(path, 1)] == [1]
+    assert drop_after(path, 1) == ([{"epoch": 1}], [{"epoch": 2}])
     assert path.read_text() == '{"epoch": 1}\n'
-    assert drop_after(tmp_path / "none.jsonl", 5) == []
+    assert drop_after(tmp_path / "none.jsonl", 5) == ([], [])
 
 
 def test_a_run_goes_on_with_images_read_in_another_way(phantom_dataset: PatchDataset, tmp_path: Path) -> None:

@@ -15,11 +15,13 @@ from amlp_ray.config import VARIANTS, ImageSpec, PretrainSettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.reading.stream import Batch, Batches, open_batches
 from amlp_ray.errors import CheckpointError, NonFiniteLossError, SettingsError
-from amlp_ray.training.checkpoint import checkpoint_file, load_encoder
+from amlp_ray.training.export import load_encoder
+from amlp_ray.training.keeper import checkpoints, latest
+from amlp_ray.training.learner import Learner
 from amlp_ray.training.metrics import read_rows
-from amlp_ray.training.pretrain import Hooks, PretrainResult, build_model, learning_rate, pretrain
+from amlp_ray.training.pretrain import Hooks, PretrainResult, learning_rate, pretrain
 
-TIMINGS = {"images_per_second", "wait_share", "seconds"}  # all else repeats
+MEASURED = {"images_per_second", "images_per_second_per_worker", "wait_share", "seconds", "mfu", "memory"}
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_heads": 2}
 
 
@@ -41,10 +43,16 @@ def run(
 ) -> PretrainResult:
     settings, reported = tiny(**given), []
     hooks = Hooks(
-        report=lambda metrics, checkpoint: reported.append(metrics["epoch"]),
+        report=lambda metrics: reported.append(metrics["epoch"]),
         should_stop=lambda: stop_after is not None and reported[-1] >= stop_after,
     )
     return pretrain(settings, batches or open_train(dataset, settings), folder, hooks=hooks)
+
+
+def newest(folder: Path) -> dict[str, Any]:
+    found = latest(folder)
+    assert found is not None
+    return found[0]
 
 
 def weights(result: PretrainResult) -> dict[str, Tensor]:
@@ -55,8 +63,8 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def without_timings(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_rows(folder / "metrics.jsonl")]
+def without_measured(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in read_rows(folder / "metrics.jsonl")]
 
 
 def test_the_loss_falls_on_phantoms_and_lies_below_predicting_the_mean(
@@ -75,14 +83,18 @@ def test_every_epoch_writes_one_line_with_all_its_figures(phantom_dataset: Patch
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
     for row in rows:
-        assert set(row) == TIMINGS | {
+        assert set(row) == MEASURED | {
             "epoch", "loss", "loss_rec", "loss_ccl", "loss_rank", "effective_patches", "agreement",
             "lesion_cluster_share", "lesion_masked_share", "tissue_masked_share", "fallback_share", "grad_norm",
-            "ratio", "lr",
+            "ratio", "lr", "workers",
         }  # fmt: skip
         assert all(math.isfinite(value) for value in row.values())
         assert 0 < row["effective_patches"] <= 1
         assert 0 <= row["wait_share"] <= 1
+        assert 0 < row["mfu"] < 1
+        assert 0.1 < row["memory"] < 100  # GB, of a process with torch in it
+        assert row["workers"] == 1
+        assert row["images_per_second_per_worker"] == row["images_per_second"]
     assert [row["ratio"] for row in rows] == pytest.approx([0.25, 0.25 + 1 / 6, 0.25 + 2 / 6, 0.75])
     assert [row["lr"] for row in rows] == [learning_rate(tiny(), 3 * epoch - 1, 12) for epoch in (1, 2, 3, 4)]
     assert result.metrics == rows[-1]
@@ -95,6 +107,8 @@ RESUMED: dict[str, dict[str, Any]] = {name: {"variant": name} for name in VARIAN
     "tokens": {"selection": {**TWO_EPOCHS, "features": "tokens", "rule": "hardest"}, "loss": {"warmup": 0.0}},
     "tokens of the data set": {"selection": {"refresh": 0, "features": "tokens", "scope": "dataset"}},
     "random ratio": {"ratio": {"shape": "random", "per": "step"}},
+    "fp16": {"precision": "fp16"},
+    "average": {"average": 0.9},
 }
 
 
@@ -113,8 +127,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(
     resumed = run(phantom_dataset, tmp_path / "parts", **given)
     assert resumed.epochs == 4
     assert same(weights(resumed), weights(whole))
-    assert without_timings(tmp_path / "parts") == without_timings(tmp_path / "whole")
-    saved = [torch.load(checkpoint_file(tmp_path / name), weights_only=True) for name in ("parts", "whole")]
+    assert without_measured(tmp_path / "parts") == without_measured(tmp_path / "whole")
+    saved = [newest(tmp_path / name) for name in ("parts", "whole")]
+    assert saved[0]["scaler"] == saved[1]["scaler"]
     for a, b in zip(*(s["optimizer"]["state"].values() for s in saved), strict=True):
         assert same(a, b)
     exported = [load_encoder(tmp_path / name / "encoder.safetensors").state_dict() for name in ("parts", "whole")]
@@ -133,7 +148,7 @@ def test_amlp_with_every_part_switched_off_is_mae_to_the_bit(phantom_dataset: Pa
         loss={"weighting": "none", "ccl_weight": 0},
     )
     assert same(weights(mae), weights(off))
-    assert without_timings(tmp_path / "mae") == without_timings(tmp_path / "off")
+    assert without_measured(tmp_path / "mae") == without_measured(tmp_path / "off")
 
 
 NEUTRAL: dict[str, dict[str, Any]] = {
@@ -157,7 +172,7 @@ def test_each_part_switched_off_on_its_own_gives_mae_to_the_bit(
     mae = run(phantom_dataset, tmp_path / "mae", variant="mae", epochs=neutral["epochs"], **stop)
     off = run(phantom_dataset, tmp_path / "off", variant="mae", **neutral, **stop)
     assert same(weights(mae), weights(off))
-    ours, theirs = (without_timings(tmp_path / name)[0] for name in ("off", "mae"))
+    ours, theirs = (without_measured(tmp_path / name)[0] for name in ("off", "mae"))
     assert ours["loss"] == theirs["loss"]
 
 
@@ -207,7 +222,7 @@ def test_a_line_cut_short_and_a_line_beyond_the_checkpoint_are_repaired(
         file.write(json.dumps({"epoch": 3, "loss": -1.0}) + "\n")  # written, but the checkpoint was not
         file.write('{"epoch": 4, "lo')
     run(phantom_dataset, folder)
-    assert without_timings(folder) == without_timings(tmp_path / "whole")
+    assert without_measured(folder) == without_measured(tmp_path / "whole")
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
 
 
@@ -232,9 +247,8 @@ def test_hooks_are_called_once_per_epoch_in_order_when_all_is_on_disk(
         calls.append(f"evaluate {epoch}")
         return {"dsc": 0.5} if epoch == 2 else {}
 
-    def report(metrics: dict[str, Any], checkpoint: Path) -> None:
+    def report(metrics: dict[str, Any]) -> None:
         assert read_rows(tmp_path / "metrics.jsonl")[-1] == metrics
-        assert torch.load(checkpoint, weights_only=True)["epoch"] == metrics["epoch"]
         assert ("dsc" in metrics) == (metrics["epoch"] == 2)
         calls.append(f"report {metrics['epoch']}")
 
@@ -309,34 +323,14 @@ def damage_empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-def damage_foreign(path: Path) -> None:
-    torch.save({"weights": torch.zeros(3)}, path)
-
-
-def damage_list(path: Path) -> None:
-    torch.save([1, 2, 3], path)
-
-
-@pytest.mark.parametrize("damage", [damage_truncate, damage_overwrite, damage_empty, damage_foreign, damage_list])
-def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_sentence(
+@pytest.mark.parametrize("damage", [damage_truncate, damage_overwrite, damage_empty])
+def test_a_run_without_a_whole_checkpoint_is_refused_in_one_sentence(
     phantom_dataset: PatchDataset, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     run(phantom_dataset, tmp_path, stop_after=1)
-    damage(checkpoint_file(tmp_path))
-    with pytest.raises(CheckpointError, match=r"latest\.pt cannot be read .* delete it"):
+    damage(checkpoints(tmp_path)[0])
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint \(epoch-1\.\w+\.pt\); delete it to start again"):
         run(phantom_dataset, tmp_path)
-
-
-def test_a_checkpoint_never_runs_code(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
-    class Attack:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return Path.touch, (tmp_path / "ran",)
-
-    checkpoint_file(tmp_path).parent.mkdir()
-    torch.save({"settings": Attack(), "epoch": 1}, checkpoint_file(tmp_path))
-    with pytest.raises(CheckpointError):
-        run(phantom_dataset, tmp_path)
-    assert not (tmp_path / "ran").exists()
 
 
 def test_a_folder_of_other_settings_is_refused_and_the_settings_are_named(
@@ -361,7 +355,7 @@ def test_a_patch_size_that_does_not_divide_the_images_is_refused(phantom_dataset
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_nearly_zero() -> None:
-    settings = tiny(lr=0.01, warmup=0.2)
+    settings = tiny(lr=0.01, warmup=0.2, lr_scaling="none")
     rates = [learning_rate(settings, step, 100) for step in range(100)]
     assert rates[:20] == pytest.approx([0.01 * (i + 1) / 21 for i in range(20)])
     assert max(rates) == rates[20] == 0.01
@@ -373,19 +367,35 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_nearly_zero() -> None:
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("warmup", [0.0, 0.5, 0.99])
 def test_the_learning_rate_of_very_short_runs_is_positive_and_at_most_lr(steps: int, warmup: float) -> None:
-    rates = [learning_rate(tiny(lr=0.01, warmup=warmup), step, steps) for step in range(steps)]
+    rates = [learning_rate(tiny(lr=0.01, warmup=warmup, lr_scaling="none"), step, steps) for step in range(steps)]
     assert all(0 < rate <= 0.01 for rate in rates)
 
 
+SCALED = {"sqrt": 0.02, "linear": 0.04, "none": 0.01}  # of lr 0.01, at four times the batch it holds for
+
+
+@pytest.mark.parametrize(("scaling", "highest"), SCALED.items())
+def test_the_learning_rate_follows_the_batch(
+    phantom_dataset: PatchDataset, tmp_path: Path, scaling: str, highest: float
+) -> None:
+    given = {"lr": 0.01, "lr_batch": 3, "lr_scaling": scaling, "warmup": 0.0}
+    assert tiny(**given).scaled_lr == pytest.approx(highest)
+    assert learning_rate(tiny(**given), 0, 12) == pytest.approx(highest)
+    assert tiny(**given, batch_size=3).scaled_lr == 0.01
+    run(phantom_dataset, tmp_path, epochs=2, **given)
+    row = read_rows(tmp_path / "metrics.jsonl")[0]
+    assert row["lr"] == pytest.approx(highest * (1 + math.cos(math.pi * 2 / 6)) / 2)  # of the third of six steps
+
+
 def test_matrices_are_decayed_and_biases_norms_and_fixed_positions_are_not(phantom_dataset: PatchDataset) -> None:
-    settings = tiny()
-    model, optimizer = build_model(settings, open_train(phantom_dataset, settings), "cpu")
-    decayed, free = (group["params"] for group in optimizer.param_groups)
+    learner = Learner(tiny(), phantom_dataset.spec, "cpu")
+    groups = learner.optimizer.param_groups
+    decayed, free = ([p for g in groups if g["weight_decay"] == decay for p in g["params"]] for decay in (0.05, 0.0))
     assert all(p.dim() > 1 for p in decayed)
     assert all(p.dim() <= 1 for p in free)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert len(decayed) + len(free) == len(trained)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
+    trained = {id(p) for p in learner.model.parameters() if p.requires_grad}
+    assert {id(p) for p in decayed + free} == trained
+    assert len(decayed + free) == len(trained)
 
 
 def test_the_exported_encoder_is_the_trained_one(phantom_dataset: PatchDataset, tmp_path: Path) -> None:

@@ -14,12 +14,17 @@ from amlp_ray.config import PretrainSettings, ResourceSettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import CheckpointError, SettingsError
 from amlp_ray.settings import merged
-from amlp_ray.training.checkpoint import checkpoint_file, fork_checkpoint, load_encoder
+from amlp_ray.training.checkpoint import fork_checkpoint
+from amlp_ray.training.export import load_encoder
 from amlp_ray.training.job import Job, run_job
+from amlp_ray.training.keeper import checkpoints, latest
 from amlp_ray.training.metrics import own_rows, read_rows
 from amlp_ray.training.pretrain import Hooks, PretrainResult
 
-TIMINGS = {"images_per_second", "wait_share", "seconds", "evaluate_seconds"}
+MEASURED = {
+    "images_per_second", "images_per_second_per_worker", "wait_share", "seconds", "evaluate_seconds", "mfu", "memory",
+    "workers",
+}  # fmt: skip
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_heads": 2}
 POINTS = [[0.0, 0.3], [1 / 3, 0.3], [2 / 3, 0.6], [1.0, 0.4]]  # ends of segments of two epochs of six
 
@@ -40,7 +45,7 @@ def go(
 ) -> PretrainResult:
     """A run up to `until`; `killed_at` an epoch whose report is the last thing it does."""
 
-    def report(metrics: dict[str, Any], checkpoint: Path) -> None:
+    def report(metrics: dict[str, Any]) -> None:
         if metrics["epoch"] == killed_at:
             raise KeyboardInterrupt
 
@@ -56,12 +61,14 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def saved(folder: Path) -> dict[str, Any]:
-    return torch.load(checkpoint_file(folder), weights_only=True)
+    found = latest(folder)
+    assert found is not None
+    return found[0]
 
 
 def figures(folder: Path) -> list[dict[str, Any]]:
     rows = read_rows(folder / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in TIMINGS | {"inherited"}} for row in rows]
+    return [{k: v for k, v in row.items() if k not in MEASURED | {"inherited"}} for row in rows]
 
 
 LOOKS = {"refresh": 3}  # so that forks fall between two looks at whole images
@@ -177,10 +184,10 @@ def test_a_fork_that_was_killed_before_its_checkpoint_was_there_is_made_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("amlp_ray.training.checkpoint._write_state", killed)
+        patch.setattr("amlp_ray.training.checkpoint.write_checkpoint", killed)
         with pytest.raises(KeyboardInterrupt):
             go(phantom_dataset, tmp_path / "cut", tiny(), fork=tmp_path / "parent", until=3)
-    assert not checkpoint_file(tmp_path / "cut").exists()
+    assert not checkpoints(tmp_path / "cut")
     go(phantom_dataset, tmp_path / "cut", tiny(), fork=tmp_path / "parent", until=3)
     assert equal(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
     assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
@@ -189,7 +196,7 @@ def test_a_fork_that_was_killed_before_its_checkpoint_was_there_is_made_again(
 def test_a_parent_that_is_gone_is_asked_for_only_where_the_fork_has_no_checkpoint_yet(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match=r"parent has no checkpoint/latest\.pt to go on from; run it before"):
+    with pytest.raises(CheckpointError, match=r"parent has no checkpoint to go on from; run it before"):
         go(phantom_dataset, tmp_path / "child", tiny(), fork=tmp_path / "parent")
     go(phantom_dataset, tmp_path / "parent", tiny(), until=2)
     go(phantom_dataset, tmp_path / "child", tiny(), fork=tmp_path / "parent", until=3)
@@ -210,8 +217,8 @@ def test_a_damaged_parent_is_refused_in_one_sentence(
     phantom_dataset: PatchDataset, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     go(phantom_dataset, tmp_path / "parent", tiny(), until=1)
-    damage(checkpoint_file(tmp_path / "parent"))
-    with pytest.raises(CheckpointError, match=r"latest\.pt cannot be read .*; train that run again\."):
+    damage(checkpoints(tmp_path / "parent")[0])
+    with pytest.raises(CheckpointError, match=r"parent/checkpoint holds no whole checkpoint .*; delete it"):
         go(phantom_dataset, tmp_path / "child", tiny(), fork=tmp_path / "parent")
 
 
@@ -253,15 +260,12 @@ def test_a_group_of_workers_goes_on_from_a_parent_and_reports_its_own_epochs(
 
     go(phantom_dataset, tmp_path / "parent", tiny(), until=2)
     go(phantom_dataset, tmp_path / "alone", tiny(), fork=tmp_path / "parent", until=4)
-    job = Job(tiny(), str(phantom_dataset.path), tmp_path / "group", until=4, fork=tmp_path / "parent")
-    reported: list[int] = []
-    run_on_ray(
-        job,
-        ResourceSettings(workers=2, cpus_per_worker=0.9),
-        name="group",
-        storage=tmp_path / "ray_train",
-        report=lambda metrics: reported.append(metrics["epoch"]),
+    resources = ResourceSettings(workers=2, cpus_per_worker=0.9)
+    job = Job(
+        tiny(), str(phantom_dataset.path), tmp_path / "group", resources=resources, until=4, fork=tmp_path / "parent"
     )
+    reported: list[int] = []
+    run_on_ray(job, name="group", report=lambda metrics: reported.append(metrics["epoch"]))
     assert reported == [3, 4]
     alone, group = (figures(tmp_path / name) for name in ("alone", "group"))
     assert [row["loss"] for row in group] == pytest.approx([row["loss"] for row in alone], rel=1e-4)

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis.extra.numpy import arrays
 
-from amlp_ray.training.scores import best_threshold, by_size, score_images, sizes_of
+from amlp_ray.training.scores import best_threshold, by_size, hausdorff95, score_images, sizes_of, summary
 
 masks = arrays(bool, (4, 5, 6))
 
@@ -42,27 +43,87 @@ def test_scores_equal_a_count_pixel_by_pixel(predicted: np.ndarray, truth: np.nd
         pairs = list(zip(predicted[i].flat, truth[i].flat, strict=True))
         tp, fp, fn = pairs.count((True, True)), pairs.count((True, False)), pairs.count((False, True))
         if tp + fn == 0:
-            assert np.isnan([found.dsc[i], found.ppv[i], found.sensitivity[i]]).all()
+            assert np.isnan([found.dsc[i], found.ppv[i], found.sensitivity[i], found.iou[i]]).all()
             assert found.empty_correct[i] == (fp == 0)
             continue
         assert found.dsc[i] == pytest.approx(2 * tp / (2 * tp + fp + fn))
         assert found.ppv[i] == pytest.approx(tp / (tp + fp) if tp + fp else 0)
         assert found.sensitivity[i] == pytest.approx(tp / (tp + fn))
+        assert found.iou[i] == pytest.approx(tp / (tp + fp + fn))
 
 
 def test_scores_equal_those_of_monai() -> None:
     import torch
-    from monai.metrics import ConfusionMatrixMetric, compute_dice
+    from monai.metrics import ConfusionMatrixMetric, compute_dice, compute_iou
 
     rng = np.random.default_rng(0)
     predicted, truth = rng.random((2, 20, 16, 16)) < np.array([0.3, 0.2])[:, None, None, None]
     ours = score_images(predicted, truth)
     p, t = (torch.from_numpy(x)[:, None].float() for x in (predicted, truth))
     np.testing.assert_allclose(ours.dsc, compute_dice(p, t)[:, 0].numpy(), rtol=1e-6)
+    np.testing.assert_allclose(ours.iou, compute_iou(p, t)[:, 0].numpy(), rtol=1e-6)
     for name, value in (("precision", ours.ppv), ("sensitivity", ours.sensitivity)):
         metric = ConfusionMatrixMetric(metric_name=name, compute_sample=True, reduction="none")
         metric(p, t)
         np.testing.assert_allclose(value, metric.aggregate()[0][:, 0].numpy(), rtol=1e-6)
+
+
+def outline(mask: np.ndarray) -> np.ndarray:
+    """Pixels (n, 2) of a mask (H, W) beside one that is none, the image's border included."""
+    padded = np.pad(mask, 1)
+    inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return np.argwhere(mask & ~inside)
+
+
+def by_hand(predicted: np.ndarray, truth: np.ndarray, spacing: tuple[float, float]) -> float:
+    one, other = (outline(mask) * spacing for mask in (predicted, truth))
+    apart = np.linalg.norm(one[:, None] - other[None], axis=2)
+    return max(float(np.percentile(apart.min(axis), 95)) for axis in (0, 1))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.9])
+def test_hd95_is_the_larger_percentile_of_the_distances_between_outlines(share: float) -> None:
+    predicted, truth = np.random.default_rng(0).random((2, 4, 5, 6)) < share
+    predicted[0], truth[1] = True, True
+    spacing = np.array([[1.0, 1.0], [0.5, 2.0], [3.0, 1.0], [1.0, 1.5]])
+    for given_, each in ((None, np.ones((4, 2))), (spacing, spacing)):
+        found = hausdorff95(predicted, truth, given_)
+        for i in range(4):
+            if not truth[i].any():
+                assert np.isnan(found[i])
+            elif not predicted[i].any():
+                assert found[i] == pytest.approx(np.hypot(5 * each[i, 0], 6 * each[i, 1])), "the diagonal"
+            else:
+                assert found[i] == pytest.approx(by_hand(predicted[i], truth[i], tuple(each[i])), rel=1e-5)
+
+
+def test_predicting_nothing_is_never_nearer_than_predicting_anything() -> None:
+    truth = np.zeros((2, 16, 16), bool)
+    truth[:, :1, :1] = True
+    predicted = np.zeros_like(truth)
+    predicted[0, -1, -1] = True  # as far off as can be
+    far, none = hausdorff95(predicted, truth)
+    assert far < none
+
+
+def test_means_over_groups_count_a_patient_once_and_leave_out_images_without_a_lesion() -> None:
+    nan = float("nan")
+    rows = [("a", "x", 0.2), ("b", "x", 0.4), ("c", "y", 0.9), ("d", "y", nan), ("e", "z", nan)]
+    table = pd.DataFrame(rows, columns=["id", "group", "dsc"])
+    table = table.assign(
+        ppv=table["dsc"], sensitivity=table["dsc"], iou=table["dsc"] / 2, hd95=table["dsc"] * 10,
+        empty_correct=[nan, nan, nan, 1.0, 0.0], share=[0.01, 0.05, 0.2, 0, 0],
+        missed=[True, False, False, False, False],
+    )  # fmt: skip
+    found = summary(table, (0.02, 0.1))
+    assert found["dsc"] == pytest.approx(0.5)
+    assert found["dsc_per_group"] == pytest.approx((0.3 + 0.9) / 2)
+    assert found["hd95_per_group"] == pytest.approx(6)
+    assert found["per_group"] == pytest.approx({"x": 0.3, "y": 0.9})
+    assert found["per_image"] == {"a": 0.2, "b": 0.4, "c": 0.9}
+    assert (found["images"], found["groups"], found["missed"], found["empty_correct"]) == (3, 2, 1, 0.5)
+    assert (found["dsc_small"], found["dsc_medium"], found["dsc_large"]) == (0.2, 0.4, 0.9)
+    assert summary(table[:3], (0.02, 0.1))["empty_correct"] is None
 
 
 def test_best_threshold_is_the_optimum_over_the_candidates() -> None:

@@ -313,7 +313,7 @@ def _scorer(settings: StudySettings, labels: PatchDataset, device: str) -> Calla
         if key not in probes:
             probes[key] = Probe(labels, settings.probe, model.patch_size, spec)
         probed = probes[key].score(load_encoder(encoder).to(device), "test").as_dict()
-        tuned = score_segmenter(labels, encoder, folder / SEGMENTER, "test", sizes=settings.probe.sizes, device=device)
+        tuned = score_segmenter(labels, folder / SEGMENTER, "test", sizes=settings.probe.sizes, device=device)
         return {"probe": probed, "finetune": tuned}
 
     return score

@@ -74,6 +74,7 @@ def check_study(settings: StudySettings, dataset: PatchDataset, labels: PatchDat
     for trial in [*drawn, *(plan.settings(0) for plan in arm_plans(settings))]:
         trial.check_image(dataset.spec)
         trial.check_workers(settings.resources)
+        settings.confirm.finetune.check_patch_size(trial.model.patch_size)
     if _searches_truth(settings) or any(trial.selection.uses_truth for trial in drawn):
         raise SettingsError(
             f"{settings.name}: an oracle aims by true lesions, so no study may search it; take oracle out of "

@@ -30,8 +30,8 @@ from amlp_ray.study.search.population import (
     lineage,
     score_of,
 )
-from amlp_ray.training.checkpoint import checkpoint_file
 from amlp_ray.training.job import Job, run_job
+from amlp_ray.training.keeper import checkpoints, read_checkpoint
 from amlp_ray.training.pretrain import Hooks
 
 MEMBERS, GENERATIONS = 8, 5
@@ -445,7 +445,7 @@ def test_segments_of_a_population_train_as_one_run_of_the_learnt_schedule_to_the
     line = lineage(trials, last)
     alone = population.segment(trials, last)
     run_job(job(alone, tmp_path / "alone", None), Hooks())
-    states = [torch.load(checkpoint_file(tmp_path / name), weights_only=True) for name in (str(last), "alone")]
+    states = [read_checkpoint(checkpoints(tmp_path / name)[0]) for name in (str(last), "alone")]
     assert len(line) >= 2
     assert states[0]["epoch"] == states[1]["epoch"] == alone.until
     assert all(torch.equal(states[0]["model"][name], value) for name, value in states[1]["model"].items())

@@ -29,7 +29,7 @@ def trained(phantom_dataset: PatchDataset, tmp_path_factory: pytest.TempPathFact
     store = make_store(runs, data=phantom_dataset.path)
     task = task_of(store.folder, phantom_dataset)
     write_provenance(task)
-    run_here(Job(task.settings, task.data, Path(task.folder), task.probe, task.rungs, threads=1), Hooks())
+    run_here(Job(task.settings, task.data, Path(task.folder), task.probe, task.rungs), Hooks())
     scores = {row["epoch"]: row["dsc"] for row in read_rows(Path(task.folder) / "metrics.jsonl") if "dsc" in row}
     add(store, {"ratio.start": 0.3, "selection.mode": "hard"}, scores[4], rungs=scores, path="trials/0")
     return runs

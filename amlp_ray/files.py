@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,12 +47,16 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def patiently(work: Callable[[], T], seconds: float, told: Callable[[OSError], None]) -> T:
+def patiently(
+    work: Callable[[], T], seconds: float, told: Callable[[OSError], None], ended: threading.Event | None = None
+) -> T:
     """Do `work` again and again while its disk is full or away, for `seconds`; then let its OSError through.
 
     Args:
         told: called with the first error, once.
+        ended: set by another thread to have it give up at once.
     """
+    ended = ended or threading.Event()
     deadline, pause, first = time.monotonic() + seconds, 0.5, True
     while True:
         try:
@@ -60,7 +65,6 @@ def patiently(work: Callable[[], T], seconds: float, told: Callable[[OSError], N
             if first:
                 told(error)
                 first = False
-            if time.monotonic() + pause > deadline:
+            if time.monotonic() + pause > deadline or ended.wait(pause):
                 raise
-        time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE_S)

@@ -91,7 +91,17 @@ def variants() -> list[dict[str, Any]]:
 
 
 def field_comments(model: type[Settings]) -> dict[str, Comment]:
-    """The comments of a model's own fields, by field."""
+    """The comments of a model's fields, its own and those of the models it builds on, by field."""
+    return {
+        name: comment for base in reversed(model.__mro__) if _is_model(base) for name, comment in _own(base).items()
+    }
+
+
+def _is_model(base: type) -> bool:
+    return issubclass(base, Settings) and base is not Settings
+
+
+def _own(model: type) -> dict[str, Comment]:
     source = inspect.getsource(model)
     body = ast.parse(source).body[0]
     assert isinstance(body, ast.ClassDef)

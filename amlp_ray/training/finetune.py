@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from amlp_ray.config import FaultSettings, ImageSpec, SegmentSettings
 from amlp_ray.data.dataset import Split
-from amlp_ray.errors import CheckpointError, NonFiniteLossError, StorageError
-from amlp_ray.files import patiently
+from amlp_ray.errors import CheckpointError, NonFiniteLossError
 from amlp_ray.method.augment import augment, normalise
 from amlp_ray.method.encoder import use_fused_attention
 from amlp_ray.method.precision import autocast, autocast_type
@@ -33,6 +32,7 @@ from amlp_ray.training.events import EventLog
 from amlp_ray.training.group import Member
 from amlp_ray.training.keeper import Keeper
 from amlp_ray.training.metrics import Metrics, append_row, drop_after
+from amlp_ray.training.patience import Patience
 from amlp_ray.training.pretrain import learning_rate
 from amlp_ray.training.segmenter import Segmenter
 
@@ -65,12 +65,8 @@ def finetune(
     if member.is_first:
         rows, dropped = drop_after(out / "metrics.jsonl", done)
         events.note("started", workers=member.world, epoch=done, repeated=len(dropped))
-    keeper = Keeper(
-        out,
-        keep=faults.checkpoints,
-        patience_s=60 * faults.storage_minutes,
-        trouble=lambda text: events.note("storage", text),
-    )
+    patience = Patience.of(out, faults, events)
+    keeper = Keeper(out, patience, keep=faults.checkpoints)
     model.train()
     try:
         for epoch in range(done + 1, settings.epochs + 1):
@@ -78,16 +74,13 @@ def finetune(
             if not member.is_first:
                 continue
             keeper.wait()  # as in pretraining: the last checkpoint is safe before a line follows it
-            patiently(partial(append_row, out / "metrics.jsonl", metrics), keeper.patience_s, keeper.told(epoch))
+            patience(partial(append_row, out / "metrics.jsonl", metrics), f"the line of epoch {epoch}")
             keeper.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}, epoch)
             rows.append(metrics)
             progress(metrics)
         keeper.wait()
-    except OSError as error:
-        raise StorageError(
-            f"{out} took nothing for {faults.storage_minutes:g} minutes ({error.strerror or error}); make room and run "
-            f"again: it goes on from its latest checkpoint."
-        ) from error
+    finally:
+        keeper.close()
     return rows
 
 

@@ -175,9 +175,10 @@ def kind_of(failure: BaseException) -> Kind:
     """What made a group fail, by what its workers ended with."""
     from ray.exceptions import OutOfMemoryError, RayActorError
     from ray.train import PreemptionError
+    from ray.train.v2._internal.exceptions import RayTrainError  # a worker that hangs, or misses an exchange
 
     causes = _causes(failure)
-    died = [cause for cause in causes if isinstance(cause, RayActorError | OutOfMemoryError)]
+    died = [cause for cause in causes if isinstance(cause, RayActorError | OutOfMemoryError | RayTrainError)]
     if isinstance(failure, PreemptionError) or any(getattr(cause, "preempted", False) for cause in died):
         return "preempted"
     if any(isinstance(cause, NonFiniteLossError) for cause in causes):

@@ -26,10 +26,12 @@ from amlp_ray.method.pictures import picture_strips
 from amlp_ray.settings import build, read_yaml, write_yaml
 from amlp_ray.training.checkpoint import fork_checkpoint
 from amlp_ray.training.diagnosis import Diagnosis, held_out, true_lesions
+from amlp_ray.training.events import EventLog
 from amlp_ray.training.export import export_encoder
 from amlp_ray.training.group import ALONE, Member
 from amlp_ray.training.keeper import checkpoints
 from amlp_ray.training.labelled import check_fits
+from amlp_ray.training.patience import Patience
 from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult, pretrain
 from amlp_ray.training.probe import Probe
 from amlp_ray.training.scores import Score
@@ -202,12 +204,16 @@ def _described(dataset: PatchDataset) -> dict[str, Any]:
 
 def _evaluation(job: Job, dataset: PatchDataset, labels: PatchDataset) -> Callable[[Model, int], Metrics]:
     """Diagnosis after every epoch and, at rungs, the probe's score."""
+    patience = Patience.of(job.folder, job.faults, EventLog(job.folder))
     diagnosis = Diagnosis(labels, job.settings)
     probe = Probe(labels, job.probe, job.settings.model.patch_size, dataset.spec) if job.probe else None
 
     def evaluate(model: Model, epoch: int) -> Metrics:
         seen = diagnosis(model, epoch) if epoch else {}
-        return seen | _keep(job.folder, probe.score(model.encoder), epoch) if probe and epoch in job.rungs else seen
+        if probe is None or epoch not in job.rungs:
+            return seen
+        score = probe.score(model.encoder)
+        return seen | patience(lambda: _keep(job.folder, score, epoch), f"the score of epoch {epoch}")
 
     return evaluate
 

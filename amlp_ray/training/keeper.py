@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from amlp_ray.errors import CheckpointError
-from amlp_ray.files import patiently
+from amlp_ray.training.patience import Patience
 
 NAME = re.compile(r"epoch-(\d+)\.([0-9a-f]{16})\.pt")
 State = dict[str, Any]
@@ -122,21 +122,13 @@ class _Hashed:
 class Keeper:
     """Writes a run's checkpoints in a thread, one at a time, while training goes on.
 
-    A disk that is full or away is tried again for `patience_s`, after which `save`, `wait` or `close` raises. Training
-    does not run away from its checkpoints meanwhile: at the end of the next epoch it waits, so that a kill never costs
-    more than the epochs after the last checkpoint, of which one at most was ended.
+    Training does not run away from a disk that is full or away: at the end of the next epoch it waits, so that a kill
+    never costs more than the epochs after the last checkpoint, of which one at most was ended.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        keep: int = 2,
-        patience_s: float = 600.0,
-        trouble: Callable[[str], None] = lambda text: None,
-    ) -> None:
-        """For the run in `folder`. `trouble` is told, in a sentence, of a disk that does not take a checkpoint."""
-        self.folder, self.keep, self.patience_s, self.trouble = folder, keep, patience_s, trouble
+    def __init__(self, folder: Path, patience: Patience, *, keep: int = 2) -> None:
+        """For the run in `folder`, of which the `keep` latest are kept."""
+        self.folder, self.patience, self.keep = folder, patience, keep
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -144,15 +136,17 @@ class Keeper:
         """Copy `state` as it is now and begin to write it; the last write has ended before.
 
         Raises:
-            OSError: the last one could not be written.
+            StorageError: the last one could not be written.
         """
         self.wait()
-        copied = _copied(state)
-        self._thread = threading.Thread(target=self._write, args=(copied, epoch), name="amlp-checkpoint")
+        # A daemon, so that a process that ends does not wait for a disk; `write_checkpoint` leaves nothing half done.
+        self._thread = threading.Thread(
+            target=self._write, args=(_copied(state), epoch), name="amlp-checkpoint", daemon=True
+        )
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when everything that was saved is on its disk. Raises OSError where it could not be written."""
+        """Return when everything that was saved is on its disk. Raises StorageError where it could not be written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -160,23 +154,17 @@ class Keeper:
         if failure is not None:
             raise failure
 
-    def told(self, epoch: int) -> Callable[[OSError], None]:
-        """What to do with the first error of an epoch's writing: say it."""
-
-        def told(error: OSError) -> None:
-            self.trouble(
-                f"{self.folder} does not take what epoch {epoch} leaves ({error.strerror or error}); trying again for "
-                f"{self.patience_s / 60:g} minutes."
-            )
-
-        return told
+    def close(self) -> None:
+        """End what still writes: a run that failed is begun again, maybe in this process, and must find nobody."""
+        self.patience.end()
+        if self._thread is not None:
+            self._thread.join()
 
     def _write(self, state: State, epoch: int) -> None:
-        def write() -> Path:
-            return write_checkpoint(self.folder, state, epoch, keep=self.keep)
-
         try:
-            patiently(write, self.patience_s, self.told(epoch))
+            self.patience(
+                lambda: write_checkpoint(self.folder, state, epoch, keep=self.keep), f"the checkpoint of epoch {epoch}"
+            )
         except BaseException as error:  # handed on by `wait`
             self._failure = error
 

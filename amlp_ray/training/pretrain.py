@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from amlp_ray.config import FaultSettings, PretrainSettings, ResourceSettings, SegmentSettings
 from amlp_ray.data.reading.prefetch import prefetched
 from amlp_ray.data.reading.stream import Batch, Batches
-from amlp_ray.errors import CheckpointError, NonFiniteLossError, SettingsError, StorageError
-from amlp_ray.files import patiently
+from amlp_ray.errors import CheckpointError, NonFiniteLossError, SettingsError
 from amlp_ray.method.masking import Moment
 from amlp_ray.training import parallel
 from amlp_ray.training.checkpoint import resume, state_to_keep
@@ -32,6 +31,7 @@ from amlp_ray.training.keeper import Keeper
 from amlp_ray.training.learner import Learner
 from amlp_ray.training.meter import Meter
 from amlp_ray.training.metrics import Metrics, append_row, drop_after
+from amlp_ray.training.patience import Patience
 from amlp_ray.training.steps import Model, Step, Values, step_of
 
 
@@ -114,12 +114,8 @@ def pretrain(
         network = cast(nn.Module, torch.compile(network, dynamic=False))
     objective = step_of(learner.model, settings, truth)
     meter = Meter(settings, batches.spec, device) if first else None
-    keeper = Keeper(
-        folder,
-        keep=faults.checkpoints,
-        patience_s=60 * faults.storage_minutes,
-        trouble=lambda text: events.note("storage", text),
-    )
+    patience = Patience.of(folder, faults, events)
+    keeper = Keeper(folder, patience, keep=faults.checkpoints)
 
     stopped, finished = False, done == last
     try:
@@ -131,8 +127,7 @@ def pretrain(
                 # The last checkpoint is safe before a line follows it: a kill repeats one ended epoch at most, and
                 # rewrites its line; none is missing.
                 keeper.wait()
-                row = partial(append_row, folder / "metrics.jsonl", metrics)
-                patiently(row, keeper.patience_s, keeper.told(epoch))
+                patience(partial(append_row, folder / "metrics.jsonl", metrics), f"the line of epoch {epoch}")
                 keeper.save(state_to_keep(state, epoch, settings), epoch)
                 hooks.report(metrics)
             done = epoch
@@ -140,15 +135,12 @@ def pretrain(
                 stopped = epoch < last
                 break
         keeper.wait()
-    except OSError as error:
-        raise StorageError(
-            f"{folder} took nothing for {faults.storage_minutes:g} minutes ({error.strerror or error}) in epoch "
-            f"{done + 1}; make room and run again: it goes on from its latest checkpoint."
-        ) from error
-
-    encoder = folder / "encoder.safetensors"
-    if first and not (finished and encoder.is_file()):
-        export_encoder(learner.whole.encoder, encoder, settings.model, batches.spec)
+        encoder = folder / "encoder.safetensors"
+        if first and not (finished and encoder.is_file()):
+            export = partial(export_encoder, learner.whole.encoder, encoder, settings.model, batches.spec)
+            patience(export, encoder.name)
+    finally:
+        keeper.close()
     return PretrainResult(done, stopped, metrics, learner.whole.eval(), encoder)
 
 
@@ -200,7 +192,7 @@ def train_epoch(
             learner.step()
 
     _check_finite(rows, list(values), learner, epoch)
-    means = parallel.mean_over_workers(torch.stack(rows).mean(0))
+    means = parallel.mean_over_workers(_means(rows))
     seconds, world = time.perf_counter() - started, parallel.world_size()
     speed = settings.batch_size * steps / seconds
     return {
@@ -213,6 +205,12 @@ def train_epoch(
         "wait_share": waited / seconds,
         "seconds": seconds,
     }
+
+
+def _means(rows: list[Tensor]) -> Tensor:
+    """Means over an epoch's steps; a norm that has overflowed in fp16 counts nowhere, and 0 is left where all have."""
+    figures = torch.stack(rows)
+    return figures.nan_to_num(nan=torch.nan, posinf=torch.nan).nanmean(0).nan_to_num()
 
 
 def take_gradient(

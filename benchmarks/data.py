@@ -28,7 +28,7 @@ from amlp_ray.data.reading import cache
 from amlp_ray.data.reading.stream import open_batches
 from amlp_ray.runtime.ray_session import ray_session
 from amlp_ray.settings import build
-from amlp_ray.training.metrics import read_rows
+from amlp_ray.training.recording.metrics import read_rows
 from amlp_ray.training.runners import pretrain_dataset
 
 SHAPE = (1, 224, 224)

@@ -26,9 +26,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import psutil
 
-from amlp_ray.training.events import read_events
-from amlp_ray.training.keeper import checkpoints, is_whole
-from amlp_ray.training.metrics import read_rows
+from amlp_ray.training.keeping.keeper import checkpoints, is_whole
+from amlp_ray.training.recording.events import read_events
+from amlp_ray.training.recording.metrics import read_rows
 
 PATIENCE_S = 300.0  # for a run to go on after a kill
 LATEST_S = 6.0  # of the moment of a kill, after the run has gone on: some epochs' time

@@ -29,11 +29,11 @@ from amlp_ray.config import PretrainSettings, ResourceSettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.reading.stream import open_batches
 from amlp_ray.runtime.ray_session import ray_session
-from amlp_ray.training.events import read_events
 from amlp_ray.training.job import Job
 from amlp_ray.training.learner import Learner
-from amlp_ray.training.metrics import read_rows
 from amlp_ray.training.pretrain import train_epoch
+from amlp_ray.training.recording.events import read_events
+from amlp_ray.training.recording.metrics import read_rows
 from amlp_ray.training.runners import run_on_ray
 from amlp_ray.training.steps import step_of
 

@@ -25,7 +25,7 @@ def bench(
 ) -> None:
     """Measure images per second of each way to read a dataset, and the share of its time that a model would wait."""
     from amlp_ray.data.dataset import PatchDataset
-    from amlp_ray.training.bench import bench as measured
+    from amlp_ray.training.looking.bench import bench as measured
 
     settings = from_assignments(PretrainSettings, read_yaml(config) if config else {}, assign or [])
     opened = PatchDataset.open(dataset)

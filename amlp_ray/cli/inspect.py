@@ -20,7 +20,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Draw held-out images as a run aims at, masks and rebuilds them, and tell how well."""
-    from amlp_ray.training.inspection import FIGURES, inspect_run
+    from amlp_ray.training.looking.inspection import FIGURES, inspect_run
 
     found = inspect_run(run, data=data, count=count, epoch=epoch, out=out, seed=seed)
     folder = out or run / "inspect"

@@ -45,7 +45,7 @@ def bench(
 
     from amlp_ray.data.dataset import PatchDataset
     from amlp_ray.errors import SettingsError
-    from amlp_ray.training.localisation import bench_rules
+    from amlp_ray.training.looking.localisation import bench_rules
 
     if out and out.is_dir():
         raise SettingsError(f"--out {out} is a folder; give a file such as {out / 'rules.csv'}.")

@@ -37,7 +37,7 @@ def predict(
     import torch
     from tqdm import tqdm
 
-    from amlp_ray.training.predict import predict as run
+    from amlp_ray.training.scoring.predict import predict as run
 
     bar: tqdm | None = None  # drawn with the first image, so that an error stands alone
 

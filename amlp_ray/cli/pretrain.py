@@ -61,7 +61,7 @@ def pretrain(
     tracking = build(TrackingSettings, {"mlflow": mlflow, "wandb": wandb}, "options")
 
     from amlp_ray.cli.progress import Progress, noted
-    from amlp_ray.training.events import count_events
+    from amlp_ray.training.recording.events import count_events
     from amlp_ray.training.runners import pretrain_dataset
 
     progress, trained = Progress(settings.epochs), False

@@ -58,7 +58,7 @@ def segment(
 
     from amlp_ray.cli.progress import Progress, noted
     from amlp_ray.data.dataset import PatchDataset
-    from amlp_ray.training.segment import segment as run
+    from amlp_ray.training.scoring.segment import segment as run
 
     progress = Progress(settings.epochs)
     with noted(logging.getLogger("amlp_ray"), progress):

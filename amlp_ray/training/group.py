@@ -18,7 +18,7 @@ import torch
 from amlp_ray.config import FaultSettings, ResourceSettings
 from amlp_ray.errors import AmlpError, NonFiniteLossError, ResourceError, WorkerLostError
 from amlp_ray.runtime.capacity import answering_nodes, worker_bundle
-from amlp_ray.training.events import EventLog, Kind, News
+from amlp_ray.training.recording.events import EventLog, Kind, News
 
 POLL_S = 0.5  # seconds between looks at a group that works on other processes
 START_MINUTES = 1.0  # that Ray Train waits for room before it counts a failure

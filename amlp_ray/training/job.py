@@ -24,19 +24,19 @@ from amlp_ray.files import write_whole
 from amlp_ray.method.model import MaskedAutoencoder
 from amlp_ray.method.pictures import picture_strips
 from amlp_ray.settings import build, read_yaml, write_yaml
-from amlp_ray.training.checkpoint import fork_checkpoint
-from amlp_ray.training.diagnosis import Diagnosis, held_out, true_lesions
-from amlp_ray.training.events import EventLog
-from amlp_ray.training.export import export_encoder
 from amlp_ray.training.group import ALONE, Member
-from amlp_ray.training.keeper import checkpoints
-from amlp_ray.training.labelled import check_fits
-from amlp_ray.training.patience import Patience
+from amlp_ray.training.keeping.checkpoint import fork_checkpoint
+from amlp_ray.training.keeping.export import export_encoder
+from amlp_ray.training.keeping.keeper import checkpoints
+from amlp_ray.training.keeping.patience import Patience
+from amlp_ray.training.looking.diagnosis import Diagnosis, held_out, true_lesions
 from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult, pretrain
-from amlp_ray.training.probe import Probe
-from amlp_ray.training.scores import Score
+from amlp_ray.training.recording.events import EventLog
+from amlp_ray.training.recording.tracking import Tracker, check_tracking, open_trackers
+from amlp_ray.training.scoring.labelled import check_fits
+from amlp_ray.training.scoring.probe import Probe
+from amlp_ray.training.scoring.scores import Score
 from amlp_ray.training.steps import Model
-from amlp_ray.training.tracking import Tracker, check_tracking, open_trackers
 
 IN_METRICS = ("dsc", "ppv", "sensitivity", "ap", "dsc_small", "dsc_medium", "dsc_large")
 PICTURES = 4  # strips per run: enough to judge by, small enough to keep for every trial

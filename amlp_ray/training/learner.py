@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,10 +15,11 @@ from amlp_ray.method.model import MaskedAutoencoder, build_autoencoder
 from amlp_ray.method.precision import autocast_type
 from amlp_ray.method.siamese import SimSiam
 from amlp_ray.training import parallel
-from amlp_ray.training.starting import starting_encoder
+from amlp_ray.training.keeping.checkpoint import agreed_checkpoint
+from amlp_ray.training.keeping.keeper import State
+from amlp_ray.training.keeping.starting import starting_encoder
+from amlp_ray.training.recording.events import EventLog
 from amlp_ray.training.steps import Model
-
-State = dict[str, Any]
 
 
 class Learner:
@@ -79,6 +80,26 @@ class Learner:
                 mean.copy_(value)
         state = {"model": model, "optimizer": optimizer, "scaler": self.scaler.state_dict(), "steps": self.steps}
         return state | ({"average": self.average.state_dict()} if self.average is not None else {})
+
+    def go_on(self, folder: Path, events: EventLog) -> int:
+        """Go on from the folder's newest whole checkpoint; return its epoch, 0 where there is none.
+
+        Raises:
+            CheckpointError: none is whole, or it belongs to other settings or other images.
+        """
+        found = agreed_checkpoint(folder, events, self.device)
+        if found is None:
+            return 0
+        state, path = found
+        theirs, ours = state["settings"], self.settings.model_dump(mode="json")
+        changed = [key for key in ours if theirs.get(key) != ours[key] and key != "data"]  # how images are read
+        if changed:
+            raise CheckpointError(
+                f"{path} was written with other settings ({', '.join(changed)}); "
+                f"continue with the same settings or choose another folder."
+            )
+        self.load(state)
+        return int(state["epoch"])
 
     def load(self, state: State) -> None:
         """Go on from what `refresh` returned.

@@ -24,14 +24,14 @@ from amlp_ray.data.reading.stream import Batch, Batches
 from amlp_ray.errors import CheckpointError, NonFiniteLossError, SettingsError
 from amlp_ray.method.masking import Moment
 from amlp_ray.training import parallel
-from amlp_ray.training.checkpoint import resume, state_to_keep
-from amlp_ray.training.events import EventLog, read_events
-from amlp_ray.training.export import export_encoder
-from amlp_ray.training.keeper import Keeper
+from amlp_ray.training.keeping.checkpoint import state_to_keep
+from amlp_ray.training.keeping.export import export_encoder
+from amlp_ray.training.keeping.keeper import Keeper
+from amlp_ray.training.keeping.patience import Patience
 from amlp_ray.training.learner import Learner
-from amlp_ray.training.meter import Meter
-from amlp_ray.training.metrics import Metrics, append_row, drop_after
-from amlp_ray.training.patience import Patience
+from amlp_ray.training.recording.events import EventLog, read_events
+from amlp_ray.training.recording.meter import Meter
+from amlp_ray.training.recording.metrics import Metrics, append_row, drop_after
 from amlp_ray.training.steps import Model, Step, Values, step_of
 
 
@@ -103,7 +103,7 @@ def pretrain(
     first = parallel.rank() == 0
     events = EventLog(folder, aloud=parallel.world_size() == 1)
     learner = Learner(settings, batches.spec, device, sharding=resources.sharding)
-    done = resume(folder, learner, settings, events)
+    done = learner.go_on(folder, events)
     if done > last:
         raise CheckpointError(f"{folder} is at epoch {done} already, beyond until={last}; choose another folder.")
     if first and not done and learner.started_from:

@@ -17,9 +17,9 @@ from amlp_ray.runtime.capacity import cluster_resources, jobs_side_by_side, mach
 from amlp_ray.runtime.ray_session import ray_session
 from amlp_ray.training.group import Member, alone, run_group
 from amlp_ray.training.job import Job, claim, run_job
-from amlp_ray.training.metrics import own_rows, read_rows
 from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult
-from amlp_ray.training.tracking import check_tracking
+from amlp_ray.training.recording.metrics import own_rows, read_rows
+from amlp_ray.training.recording.tracking import check_tracking
 
 ShouldStop = Callable[[], bool]
 

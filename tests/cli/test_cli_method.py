@@ -13,7 +13,7 @@ from made import made_dataset
 
 from amlp_ray.cli import main
 from amlp_ray.data.phantoms import draw_phantom
-from amlp_ray.training.candidates import candidates
+from amlp_ray.training.looking.candidates import candidates
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,9 @@ def test_the_table_is_sorted_by_f1_in_each_block_and_csv_and_json_hold_every_row
     prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = [c for c in candidates() if c.selection is None or (c.selection.features, c.selection.clusters) == ("raw", 3)]
-    monkeypatch.setattr("amlp_ray.training.localisation.candidates", lambda **_: few)  # all of them take seconds
+    monkeypatch.setattr(
+        "amlp_ray.training.looking.localisation.candidates", lambda **_: few
+    )  # all of them take seconds
     file = tmp_path / "all.csv"
     code, out, err = run(capsys, monkeypatch, prepared, "--seeds", 1, "--top", 3, "--out", file)
     assert code == 0, err

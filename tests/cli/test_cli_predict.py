@@ -14,7 +14,7 @@ from PIL import Image
 from amlp_ray.cli import main
 from amlp_ray.config import ImageSpec, ModelSettings, PrepareSettings, SegmentSettings
 from amlp_ray.method.encoder import new_encoder
-from amlp_ray.training.segmenter import Segmenter, save_segmenter
+from amlp_ray.training.scoring.segmenter import Segmenter, save_segmenter
 
 
 @pytest.fixture(scope="module")

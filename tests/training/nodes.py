@@ -16,9 +16,9 @@ from pathlib import Path
 
 from amlp_ray.config import PretrainSettings, ResourceSettings
 from amlp_ray.runtime.ray_session import ENVIRONMENT
-from amlp_ray.training.events import read_events
 from amlp_ray.training.job import Job
-from amlp_ray.training.metrics import read_rows
+from amlp_ray.training.recording.events import read_events
+from amlp_ray.training.recording.metrics import read_rows
 
 os.environ.update(ENVIRONMENT)
 

@@ -17,14 +17,14 @@ from amlp_ray.config import PretrainSettings, ProbeSettings, SegmentSettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.method.augment import normalise
 from amlp_ray.method.pictures import as_pixels
-from amlp_ray.training.candidates import candidates
-from amlp_ray.training.inspection import inspect_run
 from amlp_ray.training.job import Job, run_job
-from amlp_ray.training.localisation import bench_rules
-from amlp_ray.training.metrics import read_rows
+from amlp_ray.training.looking.candidates import candidates
+from amlp_ray.training.looking.inspection import inspect_run
+from amlp_ray.training.looking.localisation import bench_rules
 from amlp_ray.training.pretrain import Hooks
-from amlp_ray.training.probe import Probe
-from amlp_ray.training.segment import segment
+from amlp_ray.training.recording.metrics import read_rows
+from amlp_ray.training.scoring.probe import Probe
+from amlp_ray.training.scoring.segment import segment
 
 KINDS = [("uint8", 2), ("uint16", 1), ("int16", 1), ("int16", 4), ("float32", 3)]
 SIDE = 32

@@ -23,8 +23,8 @@ from ray.train.v2.api.preemption import PreemptionInfo
 from amlp_ray.config import FaultSettings, ResourceSettings
 from amlp_ray.errors import DataError, NonFiniteLossError, ResourceError, WorkerLostError
 from amlp_ray.training import group
-from amlp_ray.training.events import read_events
 from amlp_ray.training.group import Member, kind_of, own_error, run_group
+from amlp_ray.training.recording.events import read_events
 
 GLOO = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:29500")
 NCCL = RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:2251, remote process exited or there was a network error")

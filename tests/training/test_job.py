@@ -13,10 +13,10 @@ from amlp_ray.config import PretrainSettings, ProbeSettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import CheckpointError
 from amlp_ray.settings import build, read_yaml
-from amlp_ray.training.export import load_encoder
 from amlp_ray.training.job import PICTURES, Job, claim, run_job
-from amlp_ray.training.metrics import append_row, drop_after, read_rows
+from amlp_ray.training.keeping.export import load_encoder
 from amlp_ray.training.pretrain import Hooks
+from amlp_ray.training.recording.metrics import append_row, drop_after, read_rows
 
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16}
 SIZES = ("dsc_small", "dsc_medium", "dsc_large")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.training.events import count_events, read_events
-from amlp_ray.training.keeper import checkpoints, is_whole
-from amlp_ray.training.metrics import read_rows
+from amlp_ray.training.keeping.keeper import checkpoints, is_whole
+from amlp_ray.training.recording.events import count_events, read_events
+from amlp_ray.training.recording.metrics import read_rows
 
 EPOCHS = 70
 

@@ -15,12 +15,12 @@ from amlp_ray.config import PretrainSettings, ResourceSettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.reading.stream import open_batches
 from amlp_ray.training import parallel
-from amlp_ray.training.events import read_events
-from amlp_ray.training.export import load_encoder
-from amlp_ray.training.keeper import latest
+from amlp_ray.training.keeping.export import load_encoder
+from amlp_ray.training.keeping.keeper import latest
 from amlp_ray.training.learner import Learner
-from amlp_ray.training.metrics import read_rows
 from amlp_ray.training.pretrain import Hooks, pretrain
+from amlp_ray.training.recording.events import read_events
+from amlp_ray.training.recording.metrics import read_rows
 
 TINY = {"width": 24, "depth": 3, "heads": 2, "decoder_width": 16, "decoder_heads": 2}
 FIGURES = ("loss", "loss_rec", "loss_ccl", "loss_rank", "grad_norm", "lesion_cluster_share", "ratio", "lr")

@@ -15,11 +15,11 @@ from amlp_ray.config import VARIANTS, ImageSpec, PretrainSettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.reading.stream import Batch, Batches, open_batches
 from amlp_ray.errors import CheckpointError, NonFiniteLossError, SettingsError
-from amlp_ray.training.export import load_encoder
-from amlp_ray.training.keeper import checkpoints, latest
+from amlp_ray.training.keeping.export import load_encoder
+from amlp_ray.training.keeping.keeper import checkpoints, latest
 from amlp_ray.training.learner import Learner
-from amlp_ray.training.metrics import read_rows
 from amlp_ray.training.pretrain import Hooks, PretrainResult, learning_rate, pretrain
+from amlp_ray.training.recording.metrics import read_rows
 
 MEASURED = {"images_per_second", "images_per_second_per_worker", "wait_share", "seconds", "mfu", "memory"}
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_heads": 2}

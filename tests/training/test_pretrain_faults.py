@@ -17,11 +17,11 @@ from amlp_ray.config import FaultSettings, PretrainSettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.reading.stream import open_batches
 from amlp_ray.errors import StorageError
-from amlp_ray.training.events import read_events
-from amlp_ray.training.export import load_encoder
-from amlp_ray.training.keeper import checkpoints, epoch_of, latest
-from amlp_ray.training.metrics import Metrics, read_rows
+from amlp_ray.training.keeping.export import load_encoder
+from amlp_ray.training.keeping.keeper import checkpoints, epoch_of, latest
 from amlp_ray.training.pretrain import Hooks, PretrainResult, pretrain
+from amlp_ray.training.recording.events import read_events
+from amlp_ray.training.recording.metrics import Metrics, read_rows
 
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_heads": 2}
 MEASURED = {"images_per_second", "images_per_second_per_worker", "wait_share", "seconds", "mfu", "memory"}

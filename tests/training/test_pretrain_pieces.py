@@ -17,10 +17,10 @@ from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.reading.stream import Batch, Batches, open_batches
 from amlp_ray.errors import NonFiniteLossError
 from amlp_ray.method.masking import Moment
-from amlp_ray.training.keeper import latest
+from amlp_ray.training.keeping.keeper import latest
 from amlp_ray.training.learner import Learner
-from amlp_ray.training.metrics import Metrics, read_rows
 from amlp_ray.training.pretrain import pretrain, take_gradient, train_epoch
+from amlp_ray.training.recording.metrics import Metrics, read_rows
 from amlp_ray.training.steps import step_of
 
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_heads": 2}

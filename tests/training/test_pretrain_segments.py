@@ -14,12 +14,12 @@ from amlp_ray.config import PretrainSettings, ResourceSettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import CheckpointError, SettingsError
 from amlp_ray.settings import merged
-from amlp_ray.training.checkpoint import fork_checkpoint
-from amlp_ray.training.export import load_encoder
 from amlp_ray.training.job import Job, run_job
-from amlp_ray.training.keeper import checkpoints, latest
-from amlp_ray.training.metrics import own_rows, read_rows
+from amlp_ray.training.keeping.checkpoint import fork_checkpoint
+from amlp_ray.training.keeping.export import load_encoder
+from amlp_ray.training.keeping.keeper import checkpoints, latest
 from amlp_ray.training.pretrain import Hooks, PretrainResult
+from amlp_ray.training.recording.metrics import own_rows, read_rows
 
 MEASURED = {
     "images_per_second", "images_per_second_per_worker", "wait_share", "seconds", "evaluate_seconds", "mfu", "memory",
@@ -184,7 +184,7 @@ def test_a_fork_that_was_killed_before_its_checkpoint_was_there_is_made_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("amlp_ray.training.checkpoint.write_checkpoint", killed)
+        patch.setattr("amlp_ray.training.keeping.checkpoint.write_checkpoint", killed)
         with pytest.raises(KeyboardInterrupt):
             go(phantom_dataset, tmp_path / "cut", tiny(), fork=tmp_path / "parent", until=3)
     assert not checkpoints(tmp_path / "cut")

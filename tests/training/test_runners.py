@@ -13,7 +13,7 @@ from amlp_ray.config import PretrainSettings, ResourceSettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import CheckpointError, ResourceError, SettingsError
 from amlp_ray.settings import build
-from amlp_ray.training.metrics import read_rows
+from amlp_ray.training.recording.metrics import read_rows
 
 TINY = {
     "epochs": 3,

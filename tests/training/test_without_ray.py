@@ -36,7 +36,7 @@ from amlp_ray.settings import build, nested
 from amlp_ray.config import PretrainSettings, SegmentSettings
 from amlp_ray.training.job import Job
 from amlp_ray.training.runners import run_here
-from amlp_ray.training.segment import segment
+from amlp_ray.training.scoring.segment import segment
 from amlp_ray.data.dataset import PatchDataset
 from pathlib import Path
 

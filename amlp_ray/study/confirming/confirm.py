@@ -184,7 +184,7 @@ def finish_confirmation_run(
     Returns:
         The score, also written to `finetune.json`; the segmenter lies in a folder beside it.
     """
-    from amlp_ray.training.segment import segment
+    from amlp_ray.training.scoring.segment import segment
 
     done = folder / "finetune.json"
     if done.is_file():
@@ -300,9 +300,9 @@ def _is_done(store: StudyStore, trial: FrozenTrial) -> bool:
 
 def _scorer(settings: StudySettings, labels: PatchDataset, device: str) -> Callable[[Path], dict[str, Any]]:
     """Scores of a run's folder on test: the probe's heads and the segmenter, as they were fitted on train."""
-    from amlp_ray.training.export import load_encoder, read_encoder_header
-    from amlp_ray.training.probe import Probe
-    from amlp_ray.training.segment import score_segmenter
+    from amlp_ray.training.keeping.export import load_encoder, read_encoder_header
+    from amlp_ray.training.scoring.probe import Probe
+    from amlp_ray.training.scoring.segment import score_segmenter
 
     probes: dict[str, Probe] = {}  # each holds the images
 

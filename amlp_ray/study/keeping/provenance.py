@@ -17,7 +17,7 @@ from amlp_ray.config import StudySettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.files import read_json, write_whole
 from amlp_ray.runtime.capacity import Cluster
-from amlp_ray.training.metrics import own_rows, read_rows
+from amlp_ray.training.recording.metrics import own_rows, read_rows
 
 if TYPE_CHECKING:
     from amlp_ray.study.running.trial import Task

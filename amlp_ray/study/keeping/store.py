@@ -34,7 +34,7 @@ from amlp_ray.files import write_whole
 from amlp_ray.settings import build, read_yaml
 from amlp_ray.study.keeping.lease import Lease, here, read_lease
 from amlp_ray.study.keeping.storage import open_database, open_journal, shown
-from amlp_ray.training.metrics import Metrics, read_rows
+from amlp_ray.training.recording.metrics import Metrics, read_rows
 
 Directions = Sequence[Direction | StudyDirection]
 Request = Literal["pause", "stop", "cancel"]

@@ -22,7 +22,7 @@ from amlp_ray.study.keeping.store import StudyStore
 from amlp_ray.study.report._importance import Importance, importance
 from amlp_ray.study.verbs.listing import STATES, note_of, state_of
 from amlp_ray.study.verbs.status import spent_by
-from amlp_ray.training.metrics import read_rows
+from amlp_ray.training.recording.metrics import read_rows
 
 TITLES = {  # of objectives and other measures
     "dsc": "DSC",

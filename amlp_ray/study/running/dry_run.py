@@ -54,7 +54,7 @@ def two_steps(
     from amlp_ray.method.masking import Moment
     from amlp_ray.training.learner import Learner
     from amlp_ray.training.pretrain import take_gradient
-    from amlp_ray.training.probe import Probe
+    from amlp_ray.training.scoring.probe import Probe
     from amlp_ray.training.steps import step_of
 
     started = time.perf_counter()

@@ -21,8 +21,8 @@ from amlp_ray.study.keeping.store import StudyStore
 from amlp_ray.study.running.pricing import Price, dearest_and_cheapest, price
 from amlp_ray.study.search.sampling import check_sampler
 from amlp_ray.study.space.declared import check_space, drawn_settings
-from amlp_ray.training.labelled import check_fits
-from amlp_ray.training.probe import Probe
+from amlp_ray.training.scoring.labelled import check_fits
+from amlp_ray.training.scoring.probe import Probe
 
 KEPT_MB = 2.0  # a trial's pictures, metrics and scores, at most
 

@@ -12,7 +12,7 @@ from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.reading.stream import ExampleBatches
 from amlp_ray.study.design import schedule
 from amlp_ray.study.space.declared import drawn_settings
-from amlp_ray.training.probe import Probe
+from amlp_ray.training.scoring.probe import Probe
 
 TIMED_STEPS = 2  # per ratio, after one that warms up
 

@@ -27,7 +27,7 @@ from amlp_ray.config import (
 from amlp_ray.errors import AmlpError, StudyError
 from amlp_ray.study.keeping.provenance import write_provenance
 from amlp_ray.study.keeping.store import read_metrics
-from amlp_ray.training.metrics import own_rows
+from amlp_ray.training.recording.metrics import own_rows
 
 LOCK_WAIT_S = 60.0  # processes of a killed study are gone within seconds
 SCORES = tuple(name for name in get_args(Objective) if name not in COSTS)
@@ -279,7 +279,7 @@ def _memory(task: Task) -> dict[str, float]:
     """Peak memory in GB of this process, of the GPU where it has one; of a group nothing is known here."""
     import torch
 
-    from amlp_ray.training.flops import peak_memory
+    from amlp_ray.training.recording.flops import peak_memory
 
     if not task.resources.alone:
         return {}

@@ -33,7 +33,7 @@ from amlp_ray.errors import SettingsError
 from amlp_ray.settings import Fault
 from amlp_ray.study.design import derived_seed
 from amlp_ray.study.space.declared import PBT_RATIO, check_space, searched, suggest
-from amlp_ray.training.checkpoint import HEADED, PERTURBABLE
+from amlp_ray.training.keeping.checkpoint import HEADED, PERTURBABLE
 
 
 class Wait(Enum):

@@ -22,7 +22,7 @@ from amlp_ray.settings import build, read_yaml
 from amlp_ray.study.keeping.provenance import commit, hardware, patch_name, read_provenance, versions
 from amlp_ray.study.keeping.store import StudyStore
 from amlp_ray.study.verbs.listing import find_trial, folder_of
-from amlp_ray.training.metrics import Metrics, read_rows
+from amlp_ray.training.recording.metrics import Metrics, read_rows
 
 COMPARED = (
     "machine",

@@ -18,7 +18,7 @@ from amlp_ray.study.keeping.budget import Ledger, Spent, counts
 from amlp_ray.study.keeping.glance import Glance
 from amlp_ray.study.keeping.store import StudyStore
 from amlp_ray.study.verbs.listing import STATES, folder_of, state_of, time_of
-from amlp_ray.training.metrics import read_rows
+from amlp_ray.training.recording.metrics import read_rows
 
 
 def status(store: StudyStore, settings: StudySettings | None = None) -> dict[str, Any]:

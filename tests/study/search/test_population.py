@@ -31,7 +31,7 @@ from amlp_ray.study.search.population import (
     score_of,
 )
 from amlp_ray.training.job import Job, run_job
-from amlp_ray.training.keeper import checkpoints, read_checkpoint
+from amlp_ray.training.keeping.keeper import checkpoints, read_checkpoint
 from amlp_ray.training.pretrain import Hooks
 
 MEMBERS, GENERATIONS = 8, 5

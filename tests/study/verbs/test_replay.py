@@ -17,8 +17,8 @@ from amlp_ray.study.keeping.provenance import write_provenance
 from amlp_ray.study.keeping.store import StudyStore
 from amlp_ray.study.verbs.replay import replay
 from amlp_ray.training.job import Job
-from amlp_ray.training.metrics import read_rows
 from amlp_ray.training.pretrain import Hooks
+from amlp_ray.training.recording.metrics import read_rows
 from amlp_ray.training.runners import run_here
 
 

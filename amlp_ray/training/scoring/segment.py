@@ -1,0 +1,347 @@
+"""`segment`: fine-tune a segmenter on labelled images, and score it. For confirmation, not for search.
+
+It costs 20 times a probe. Scored on val by the threshold 0.5; on test where a confirmation asks for it by name, and
+nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from amlp_ray.config import FaultSettings, ImageSpec, ProbeSettings, ResourceSettings, SegmentSettings
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.errors import CheckpointError, DataError, SettingsError
+from amlp_ray.files import read_json, write_whole
+from amlp_ray.method.augment import normalise
+from amlp_ray.method.encoder import new_encoder
+from amlp_ray.runtime.capacity import cluster_resources, jobs_side_by_side, machine_resources
+from amlp_ray.runtime.ray_session import ray_session
+from amlp_ray.settings import write_yaml
+from amlp_ray.training.group import Member, run_group
+from amlp_ray.training.keeping.keeper import checkpoints
+from amlp_ray.training.keeping.starting import ONLINE, check_patches, starting_encoder, starting_model, starting_spec
+from amlp_ray.training.recording.metrics import Metrics, read_rows
+from amlp_ray.training.scoring.finetune import finetune
+from amlp_ray.training.scoring.labelled import Rows, by_part, check_fits, lesion_pixels
+from amlp_ray.training.scoring.scores import hausdorff95, mean_mask, score_images, summary
+from amlp_ray.training.scoring.segmenter import Segmenter, load_segmenter, save_segmenter
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SIZES = ProbeSettings().sizes
+SCORE = "score.json"  # written last: with it, a fine-tuning is finished
+RUN = "segment.json"  # what a folder's fine-tuning is of, written first
+CHUNK = 32  # images that are scored at once
+
+
+def segment(
+    dataset: PatchDataset,
+    encoder: str | Path,
+    out: Path,
+    settings: SegmentSettings,
+    *,
+    name: str | None = None,
+    from_scratch: bool = False,
+    sizes: tuple[float, float] = SIZES,
+    resources: ResourceSettings | None = None,
+    faults: FaultSettings | None = None,
+    address: str | None = None,
+    progress: Callable[[Metrics], None] = lambda metrics: None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Fine-tune on labelled training images with a lesion and score on val.
+
+    A folder `out` that holds a fine-tuning of the same settings is resumed; of a finished one, the score is returned.
+
+    Args:
+        dataset: images with masks; need not be what the encoder was pretrained on, but must be of its shape and scale.
+            `amlp-ray data check A --against B` tells whether val images are among those of the pretraining set.
+        encoder: an exported encoder, whose mean and SD normalise the images; or a timm checkpoint, or `timm:NAME`, for
+            which the images' own do (see `starting_encoder`). `from_scratch` keeps the shape but not the weights: the
+            baseline.
+        name: the timm ViT that a timm checkpoint is of.
+        sizes: what counts as a small and as a large lesion, see `probe.sizes`.
+        resources: one worker (the default) trains in this process, on `device`; more on Ray Train.
+        faults: what the run bears before it gives up.
+        address: of the Ray cluster to run on; without one, several workers start Ray here.
+        progress: called with the metrics of every epoch.
+
+    Returns:
+        Scores, as written to `out/score.json` next to `segmenter.safetensors`, `per_image.csv` and `settings.yaml`.
+
+    Raises:
+        DataError: too few labelled images. SettingsError: the encoder was made for other images, or the decoder does
+        not go with it. CheckpointError: `out` holds another fine-tuning, or the encoder cannot be read. ResourceError:
+        there is no room. WorkerLostError, StorageError: more went wrong than `faults` bears; run it again.
+    """
+    out = out.absolute()
+    threads = None if resources is None else max(1, int(resources.cpus_per_worker))
+    resources, faults = resources or ResourceSettings(), faults or FaultSettings()
+    settings.check_workers(resources)
+    if address is None:
+        jobs_side_by_side(resources, machine_resources())
+    weights = str(encoder) if str(encoder).startswith(ONLINE) else str(Path(encoder).absolute())
+    tuning = Tuning(settings, weights, name, out, from_scratch, sizes, faults, threads)
+    tuning.check(dataset)
+    if _claim(tuning, dataset):
+        return _finished(out)
+    if resources.alone and address is None:
+        tuning.run(dataset, Member(device=device), progress)
+        return _finished(out)
+    reported = len(read_rows(out / "metrics.jsonl"))
+
+    def poll() -> None:
+        nonlocal reported
+        for row in read_rows(out / "metrics.jsonl"):
+            if row["epoch"] > reported:
+                progress(row)
+                reported = row["epoch"]
+
+    with ray_session(address):
+        jobs_side_by_side(resources, cluster_resources())
+        work = _Work(dataset.path, tuning)
+        run_group(work, resources, faults, name=f"segment-{out.name}", folder=out, progress=lambda: reported, poll=poll)
+    return _finished(out)
+
+
+def score_segmenter(
+    dataset: PatchDataset,
+    folder: Path,
+    split: Literal["val", "test"],
+    *,
+    sizes: tuple[float, float] = SIZES,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Score a segmenter that `segment` left in `folder`, on the labelled images of a split; nothing is trained.
+
+    Raises:
+        DataError: the split has no lesion. CheckpointError: the segmenter is missing or damaged. SettingsError: it is
+        made for other images.
+    """
+    loaded = load_segmenter(folder)
+    check_fits(dataset, loaded.spec, f"{folder} was trained on")
+    rows = _labelled_rows(dataset, split)
+    floor = mean_mask(dataset.load("train", train_rows(dataset, loaded.settings)).masks)
+    return _score(loaded.model.to(device), dataset, split, rows, floor, loaded.spec, sizes, device)[0]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """One fine-tuning: plain values, so that it travels to a worker as it is."""
+
+    settings: SegmentSettings
+    encoder: str
+    name: str | None
+    out: Path
+    from_scratch: bool
+    sizes: tuple[float, float]
+    faults: FaultSettings
+    threads: int | None  # CPU threads of each worker; None: as many as there are
+
+    def check(self, dataset: PatchDataset) -> None:
+        """Raise what `segment` raises of its input, before anything is written or loaded."""
+        check_fits(dataset, starting_spec(self.encoder, dataset.spec), f"{self.encoder} was trained on")
+        model = starting_model(self.encoder, self.name)
+        check_patches(model, dataset.spec)
+        self.settings.check_patch_size(model.patch_size)
+        train_rows(dataset, self.settings)
+        _labelled_rows(dataset, "val")
+
+    def described(self, dataset: PatchDataset) -> dict[str, Any]:
+        """What its result follows from."""
+        return {
+            **{f"settings.{key}": value for key, value in self.settings.model_dump(mode="json").items()},
+            "data": dataset.manifest.fingerprint,
+            "encoder": self.encoder if self.encoder.startswith(ONLINE) else _digest(Path(self.encoder)),
+            "model": starting_model(self.encoder, self.name).model_dump(mode="json"),
+            "from_scratch": self.from_scratch,
+            "sizes": list(self.sizes),
+        }
+
+    def run(self, dataset: PatchDataset, member: Member, progress: Callable[[Metrics], None]) -> None:
+        """Train as this member of a group, and score as its first."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        settings, spec = self.settings, starting_spec(self.encoder, dataset.spec)
+        train = dataset.load("train", train_rows(dataset, settings))
+        torch.manual_seed(settings.seed)
+        shape = starting_model(self.encoder, self.name)
+        if self.from_scratch:
+            # The start that pretraining has, not timm's: anything else would handicap the baseline.
+            vit, told = new_encoder(shape, spec), f"random weights in the shape of {self.encoder}"
+        else:
+            start = starting_encoder(self.encoder, spec, name=self.name)
+            vit, told = start.encoder, start.told
+        model = Segmenter(vit, spec, settings).to(member.device)
+        epochs = finetune(model, train, spec, settings, self.out, member=member, faults=self.faults, progress=progress)
+        if not member.is_first:
+            return
+        score, table = _score(
+            model,
+            dataset,
+            "val",
+            _labelled_rows(dataset, "val"),
+            mean_mask(train.masks),
+            spec,
+            self.sizes,
+            member.device,
+        )
+        score |= {
+            "labels": len(train),
+            "from_scratch": self.from_scratch,
+            "encoder": self.encoder,
+            "start": told,
+            "seconds": sum(row["seconds"] for row in epochs),
+        }
+        save_segmenter(model, self.out, encoder=shape, spec=spec, prepare=dataset.manifest.settings, settings=settings)
+        write_whole(self.out / "per_image.csv", table.round(6).to_csv(index=False))
+        write_whole(self.out / SCORE, json.dumps(score, indent=1))
+        shutil.rmtree(self.out / "checkpoint", ignore_errors=True)  # three times the size of the segmenter
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What each worker of a group does."""
+
+    data: str
+    tuning: Tuning
+
+    def __call__(self, member: Member) -> None:
+        self.tuning.run(PatchDataset.open(self.data), member, lambda metrics: None)
+
+
+def _claim(tuning: Tuning, dataset: PatchDataset) -> bool:
+    """Write down what the folder's fine-tuning is of; return whether it is finished.
+
+    Raises SettingsError or CheckpointError where something else would be lost.
+    """
+    out, ours, held = tuning.out, tuning.described(dataset), read_json(tuning.out / RUN)
+    if held is None and ((out / "checkpoint").exists() or (out / "data.json").exists()):
+        raise SettingsError(f"{out} holds a pretraining run; give another --out for the segmenter.")
+    if held == ours:
+        return (out / SCORE).is_file()
+    if held is not None and (checkpoints(out) or (out / SCORE).is_file()):
+        changed = ", ".join(key for key in ours if held.get(key) != ours[key])
+        raise CheckpointError(
+            f"{out} holds a fine-tuning with another {changed}; give the same to go on, or another --out."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / SCORE).unlink(missing_ok=True)  # of a version that wrote no segment.json
+    write_yaml(tuning.settings, out / "settings.yaml")
+    write_whole(out / RUN, json.dumps(ours, indent=1))
+    return False
+
+
+def _finished(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / SCORE).read_text())
+    return found
+
+
+def _digest(path: Path) -> str:
+    """Of a file of weights; of safetensors without the header, which is written in a random order."""
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            file.seek(int.from_bytes(file.read(8), "little"), 1)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Images
+
+
+def train_rows(dataset: PatchDataset, settings: SegmentSettings) -> Rows:
+    """Training images with a lesion: all, as many as `labels` says, or the groups that make up `label_share`."""
+    rows = np.flatnonzero(lesion_pixels(dataset, "train") > 0)
+    _require(dataset, "train", len(rows), settings.labels or 1)
+    draw = np.random.default_rng(settings.seed)
+    if settings.labels:
+        return np.sort(draw.permutation(rows)[: settings.labels])
+    if settings.label_share is None:
+        return rows
+    groups = dataset.table("train", columns=["group"])["group"].to_numpy()[rows]
+    names, group, images = np.unique(groups, return_inverse=True, return_counts=True)
+    order = draw.permutation(len(names))  # a larger share takes more of the same, from the start
+    reached = np.searchsorted(np.cumsum(images[order]), settings.label_share * len(rows) - 1e-9)
+    return rows[np.isin(group, order[: reached + 1])]
+
+
+def _labelled_rows(dataset: PatchDataset, split: str) -> Rows:
+    """Labelled images of a split; read when they are scored, a file at a time."""
+    pixels = lesion_pixels(dataset, split)
+    _require(dataset, split, int((pixels > 0).sum()), 1)
+    return np.flatnonzero(np.isfinite(pixels))
+
+
+def _require(dataset: PatchDataset, split: str, found: int, wanted: int) -> None:
+    if found < wanted:
+        raise DataError(
+            f"{dataset.path} has {found} labelled {split} images with a lesion, but {wanted} are needed; "
+            f"add masks or lower labels."
+        )
+
+
+# Scoring
+
+
+@torch.inference_mode()
+def _score(
+    model: Segmenter,
+    dataset: PatchDataset,
+    split: str,
+    rows: Rows,
+    floor: np.ndarray,
+    spec: ImageSpec,
+    sizes: tuple[float, float],
+    device: str,
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Score images of a split by row, in float32; return the score, and a table with a row per image.
+
+    Args:
+        floor: (H, W) bool, what the score of no image at all is measured with, see `mean_mask`.
+    """
+    import pandas as pd
+
+    model.eval()
+    spacing = dataset.table(split, columns=["spacing_y", "spacing_x"])[["spacing_y", "spacing_x"]].to_numpy(float)
+    in_mm = bool(np.isfinite(spacing[rows]).all())  # where it is not known of all, their mean would have no unit
+    parts, floors = [], []
+    for some in by_part(dataset, split, rows):
+        part = dataset.load(split, some)
+        chunks = torch.from_numpy(part.images).split(CHUNK)
+        logits = torch.cat([model(normalise(chunk.to(device), spec)).cpu() for chunk in chunks])
+        said, there = (logits[:, 0] > 0).numpy(), part.masks > 0
+        s = score_images(said, there)
+        parts.append(
+            pd.DataFrame(
+                {
+                    "id": part.ids,
+                    "group": part.groups,
+                    "dsc": s.dsc,
+                    "ppv": s.ppv,
+                    "sensitivity": s.sensitivity,
+                    "iou": s.iou,
+                    "hd95": hausdorff95(said, there, spacing[some] if in_mm else None),
+                    "empty_correct": s.empty_correct,
+                    "lesion_pixels": there.sum((1, 2)),
+                    "predicted_pixels": said.sum((1, 2)),
+                }
+            )
+        )
+        floors.append(score_images(np.broadcast_to(floor, there.shape), there).dsc)
+    table = pd.concat(parts, ignore_index=True)
+    table["missed"] = (table["lesion_pixels"] > 0) & (table["predicted_pixels"] == 0)
+    shares = table.assign(share=table["lesion_pixels"] / (spec.height * spec.width))
+    score = summary(shares, sizes) | {
+        "hd95_unit": "mm" if in_mm else "pixels",
+        "mean_mask_dsc": float(np.nanmean(np.concatenate(floors))),
+    }
+    return score, table

@@ -37,7 +37,7 @@ format: install
 	$(BIN)/ruff format
 
 docs: install
-	$(BIN)/amlp-ray settings pretrain variants study segment prepare --markdown > docs/settings.md
+	$(BIN)/amlp-ray settings pretrain variants study segment prepare predict --markdown > docs/settings.md
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -96,7 +96,7 @@ class PretrainSettings(Settings):
     # resident: in memory that a node's runs share; mapped: decoded once onto disk; stream: by Ray Data, while training;
     # auto: the first of these that has room
     data: Literal["auto", "resident", "mapped", "stream"] = "auto"
-    # what the encoder starts from: an encoder.safetensors of a run, a file of timm weights of model.encoder (ImageNet,
+    # what the encoder starts from: an encoder.safetensors of a run, a file of timm weights of the named ViT (ImageNet,
     # MAE, ...), or timm:NAME from the internet; none: random. Channels and positions are adapted, and it is said how
     weights: str | None = None
     model: ModelSettings = ModelSettings()

@@ -89,7 +89,7 @@ def test_json_holds_values_and_not_words(capsys: pytest.CaptureFixture[str], mon
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["settings", "nope"], "none of 'nope'; known are pretrain, study, segment, prepare, variants."),
+        (["settings", "nope"], "none of 'nope'; known are pretrain, study, segment, prepare, predict, variants."),
         (
             ["pretrain", "absent", "--out", "out", "--set", "model.encoder=vit_smal"],
             "--set: model: encoder 'vit_smal' is no ViT that timm knows; near: ",

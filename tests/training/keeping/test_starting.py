@@ -163,7 +163,7 @@ def test_a_file_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "error", "told"),
     [
-        ({"name": None}, SettingsError, "is no encoder exported by amlp-ray; .* --encoder-name vit_small_patch16_224"),
+        ({"name": None}, SettingsError, "is no encoder exported by amlp-ray; .* vit_small_patch16_224: --encoder-name"),
         ({"name": "vit_tiny_patch17"}, SettingsError, "'vit_tiny_patch17' is no ViT that timm knows; near: vit_tiny"),
         ({"weights": "nowhere.pth"}, CheckpointError, "There is no encoder file nowhere.pth; check the path"),
         (

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from contenders import KEPT, LOOK, MAE, PATCHES, REFRESH, SIZES, Contender, Size, contenders
 
+from amlp_ray.training.recording.flops import listed_peak
+
 AMLP = "amlp"  # a step of it with its share of a look
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}  # dense bf16, by part of the name
 
 
 def main() -> None:
@@ -140,14 +141,14 @@ def training_tflop(size: Size, ratio: float) -> float:
 
 
 def _peak_tflops(options: argparse.Namespace) -> float:
-    """As given; else of a GPU in dense bf16, by its name (NaN if unknown), and of a CPU the best matrix product."""
+    """As given; else of a GPU by its name (NaN if unknown), and of a CPU the best matrix product, by our clock."""
     if options.peak_tflops:
         return options.peak_tflops
+    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     if options.device == "cuda":
-        name = torch.cuda.get_device_name()
-        return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), math.nan)
+        return (listed_peak(torch.cuda.get_device_name(), dtype) or math.nan) / 1e12
     n = 2048
-    a = torch.randn(n, n, dtype=torch.bfloat16 if options.dtype == "bf16" else torch.float32)
+    a = torch.randn(n, n, dtype=dtype)
     clock, times = CLOCKS[options.clock], []
     for _ in range(10):
         started = clock()

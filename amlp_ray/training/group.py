@@ -7,6 +7,7 @@ what would come again ends the run at once, what was lost is replaced, and each 
 from __future__ import annotations
 
 import re
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ def run_group(
         nodes = answering_nodes()
         failure = _attempt(work, resources, name, folder / "ray_train", look)
         if failure is None:
+            shutil.rmtree(folder / "ray_train", ignore_errors=True)  # Ray Train's books, of no use any more
             return
         kind = kind_of(failure)
         if kind == "worker lost" and nodes - answering_nodes():

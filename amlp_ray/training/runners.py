@@ -17,11 +17,13 @@ from amlp_ray.runtime.capacity import cluster_resources, jobs_side_by_side, mach
 from amlp_ray.runtime.ray_session import ray_session
 from amlp_ray.training.group import Member, alone, run_group
 from amlp_ray.training.job import Job, claim, run_job
+from amlp_ray.training.keeping.lock import only_writer
 from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult
 from amlp_ray.training.recording.metrics import own_rows, read_rows
 from amlp_ray.training.recording.tracking import check_tracking
 
 ShouldStop = Callable[[], bool]
+PATIENCE_S = 5.0  # with another process that writes into the folder: one that was just killed is gone by then
 
 
 def pretrain_dataset(
@@ -73,18 +75,19 @@ def pretrain_dataset(
         labels=None if labels is None else str(Place(labels)),
     )
     labelled = job.open_labels(dataset)  # a set that does not fit is told before anything starts
-    if resources.alone and address is None:
-        # A stream needs a Ray of its own here; its tasks and this process share the machine's cores unasked.
-        try:
-            with ray_session(address) if is_streamed(dataset, "train", settings.data) else nullcontext():
-                run_here(job, Hooks(report=report))
-        finally:
-            cache.release()  # a notebook gets its memory back
-    else:
+    with only_writer(out, wait_s=PATIENCE_S):
         claim(job, dataset, labelled)  # before Ray is started: a folder of another run is told at once
-        with cache.swept(), ray_session(address):
-            jobs_side_by_side(resources, cluster_resources())
-            run_on_ray(job, name=f"pretrain-{out.name}", report=report)
+        if resources.alone and address is None:
+            # A stream needs a Ray of its own here; its tasks and this process share the machine's cores unasked.
+            try:
+                with ray_session(address) if is_streamed(dataset, "train", settings.data) else nullcontext():
+                    run_here(job, Hooks(report=report))
+            finally:
+                cache.release()  # a notebook gets its memory back
+        else:
+            with cache.swept(), ray_session(address):
+                jobs_side_by_side(resources, cluster_resources())
+                run_on_ray(job, name=f"pretrain-{out.name}", report=report)
     return out / "encoder.safetensors"
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import timm
 import torch
@@ -11,9 +14,14 @@ import torch
 import amlp_ray
 from amlp_ray.config import PretrainSettings, ResourceSettings
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.errors import CheckpointError, ResourceError, SettingsError
+from amlp_ray.errors import CheckpointError, NonFiniteLossError, ResourceError, SettingsError
 from amlp_ray.settings import build
-from amlp_ray.training.recording.metrics import read_rows
+from amlp_ray.training.job import Job
+from amlp_ray.training.keeping.keeper import latest, write_checkpoint
+from amlp_ray.training.pretrain import Hooks
+from amlp_ray.training.recording.events import count_events, read_events
+from amlp_ray.training.recording.metrics import Metrics, read_rows
+from amlp_ray.training.runners import run_here, run_on_ray
 
 TINY = {
     "epochs": 3,
@@ -41,10 +49,6 @@ def test_two_workers_follow_the_loss_curve_of_one(phantom_dataset: PatchDataset,
 
 @pytest.mark.ray
 def test_a_group_resumes_what_a_process_began(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
-    from amlp_ray.training.job import Job
-    from amlp_ray.training.pretrain import Hooks
-    from amlp_ray.training.runners import run_here
-
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     amlp_ray.pretrain(phantom_dataset.path, whole, settings())
     run_here(Job(settings(), str(phantom_dataset.path), parts), Hooks(should_stop=lambda: True))
@@ -57,7 +61,7 @@ def test_a_group_resumes_what_a_process_began(phantom_dataset: PatchDataset, tmp
         resources=ResourceSettings(workers=2, cpus_per_worker=0.9),
         report=lambda metrics: reported.append(metrics["epoch"]),
     )
-    assert reported == [1, 2, 3]
+    assert reported == [2, 3]
     losses = [[row["loss"] for row in read_rows(run / "metrics.jsonl")] for run in (whole, parts)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
@@ -112,3 +116,46 @@ def test_a_stream_trains_as_images_in_memory_do_though_workers_hold_every_cpu(
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     for one, other in zip(held, rows, strict=True):
         assert other["loss_rec"] == pytest.approx(one["loss_rec"], rel=1e-4)
+
+
+@pytest.mark.ray
+def test_a_killed_worker_is_replaced_and_costs_one_ended_epoch_at_most(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
+    resources = ResourceSettings(workers=2, cpus_per_worker=0.9)
+    job = Job(settings(epochs=8, variant="mae"), phantom_dataset.path, tmp_path / "run", resources=resources)
+    alone = Job(job.settings, job.data, tmp_path / "alone")
+    run_here(alone)
+    victims: list[int] = []
+
+    def report(metrics: Metrics) -> None:
+        if metrics["epoch"] >= 3 and not victims:
+            worker = next(p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name())
+            worker.kill()
+            victims.append(worker.pid)
+
+    run_on_ray(job, name="killed", should_stop=lambda: bool(time.sleep(0.3)), report=report)
+    assert victims
+    rows, theirs = (read_rows(folder / "metrics.jsonl") for folder in (job.folder, alone.folder))
+    assert [row["epoch"] for row in rows] == list(range(1, 9))
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in theirs], rel=1e-4)
+    starts = [event for event in read_events(job.folder) if event["event"] == "started"]
+    assert len(starts) == 2
+    assert starts[1]["repeated"] <= 1
+    assert count_events(job.folder)["worker lost"] == 1
+
+
+@pytest.mark.ray
+def test_a_loss_that_is_not_finite_ends_a_group_at_once(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+    resources = ResourceSettings(workers=2, cpus_per_worker=0.9)
+    job = Job(settings(variant="mae"), phantom_dataset.path, tmp_path / "run", resources=resources)
+    # A weight is spoiled in the checkpoint that it goes on from: a rate that surely diverges is not known.
+    run_here(replace(job, until=1, resources=ResourceSettings()))
+    found = latest(job.folder)
+    assert found is not None
+    state, _ = found
+    state["model"]["mask_token"].fill_(float("nan"))
+    write_checkpoint(job.folder, state, 1)
+    with pytest.raises(NonFiniteLossError, match="epoch 2, step 1"):
+        run_on_ray(job, name="diverged")
+    assert count_events(job.folder) == {"started": 2, "loss not finite": 1}

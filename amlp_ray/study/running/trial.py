@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,12 +23,12 @@ from amlp_ray.config import (
     SegmentSettings,
     TrackingSettings,
 )
-from amlp_ray.errors import AmlpError, StudyError
+from amlp_ray.errors import AmlpError
 from amlp_ray.study.keeping.provenance import write_provenance
 from amlp_ray.study.keeping.store import read_metrics
+from amlp_ray.training.keeping.lock import only_writer
 from amlp_ray.training.recording.metrics import own_rows
 
-LOCK_WAIT_S = 60.0  # processes of a killed study are gone within seconds
 SCORES = tuple(name for name in get_args(Objective) if name not in COSTS)
 When = Literal["now", "rung"]
 
@@ -121,7 +120,7 @@ def amlp_trial(config: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     ray.get(config["board"].begin.remote(task.folder))
     try:
-        with _only_writer(folder):
+        with only_writer(folder):
             forget_peak_memory()
             write_provenance(task)
             should_stop = partial(asked_to_return, config["board"], task)
@@ -285,20 +284,3 @@ def _memory(task: Task) -> dict[str, float]:
         return {}
     device = "cuda" if task.gpus and torch.cuda.is_available() else "cpu"
     return {"memory": round(peak_memory(device), 3)}
-
-
-@contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """Wait until no other process writes into the folder: one of a killed driver may live on for some seconds."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        deadline = time.monotonic() + LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise StudyError(f"{folder} is still written by another process; end it and run again.") from None
-                time.sleep(0.5)
-        yield

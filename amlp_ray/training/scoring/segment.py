@@ -28,6 +28,7 @@ from amlp_ray.runtime.ray_session import ray_session
 from amlp_ray.settings import write_yaml
 from amlp_ray.training.group import Member, run_group
 from amlp_ray.training.keeping.keeper import checkpoints
+from amlp_ray.training.keeping.lock import only_writer
 from amlp_ray.training.keeping.starting import ONLINE, check_patches, starting_encoder, starting_model, starting_spec
 from amlp_ray.training.recording.metrics import Metrics, read_rows
 from amlp_ray.training.scoring.finetune import finetune
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 SIZES = ProbeSettings().sizes
 SCORE = "score.json"  # written last: with it, a fine-tuning is finished
 RUN = "segment.json"  # what a folder's fine-tuning is of, written first
+PATIENCE_S = 5.0  # with another process that writes into the folder
 CHUNK = 32  # images that are scored at once
 
 
@@ -93,11 +95,25 @@ def segment(
     weights = str(encoder) if str(encoder).startswith(ONLINE) else str(Path(encoder).absolute())
     tuning = Tuning(settings, weights, name, out, from_scratch, sizes, faults, threads)
     tuning.check(dataset)
-    if _claim(tuning, dataset):
-        return _finished(out)
+    with only_writer(out, wait_s=PATIENCE_S):
+        if not _claim(tuning, dataset):
+            _train(tuning, dataset, resources, address, progress, device)
+    return _finished(out)
+
+
+def _train(
+    tuning: Tuning,
+    dataset: PatchDataset,
+    resources: ResourceSettings,
+    address: str | None,
+    progress: Callable[[Metrics], None],
+    device: str,
+) -> None:
+    """Fine-tune in this process, or on workers."""
+    out, faults = tuning.out, tuning.faults
     if resources.alone and address is None:
         tuning.run(dataset, Member(device=device), progress)
-        return _finished(out)
+        return
     reported = len(read_rows(out / "metrics.jsonl"))
 
     def poll() -> None:
@@ -111,7 +127,6 @@ def segment(
         jobs_side_by_side(resources, cluster_resources())
         work = _Work(dataset.path, tuning)
         run_group(work, resources, faults, name=f"segment-{out.name}", folder=out, progress=lambda: reported, poll=poll)
-    return _finished(out)
 
 
 def score_segmenter(

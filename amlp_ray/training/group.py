@@ -19,6 +19,7 @@ import torch
 from amlp_ray.config import FaultSettings, ResourceSettings
 from amlp_ray.errors import AmlpError, NonFiniteLossError, ResourceError, WorkerLostError
 from amlp_ray.runtime.capacity import answering_nodes, worker_bundle
+from amlp_ray.runtime.entry import run_member
 from amlp_ray.training.recording.events import EventLog, Kind, News
 
 POLL_S = 0.5  # seconds between looks at a group that works on other processes
@@ -137,13 +138,13 @@ def _attempt(
 
 
 def _trainer(work: Callable[[Member], None], resources: ResourceSettings, name: str, storage: Path) -> Any:
-    from ray import train
+    from ray import cloudpickle, train
     from ray.train.torch import TorchTrainer
 
     elastic = {"elastic_resize_monitor_interval_s": RESIZE_S} if resources.elastic else {}
     return TorchTrainer(
-        _member,
-        train_loop_config={"work": work},
+        run_member,
+        train_loop_config={"work": cloudpickle.dumps(_Work(work))},
         scaling_config=train.ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus_per_worker > 0,
@@ -164,13 +165,14 @@ def _trainer(work: Callable[[Member], None], resources: ResourceSettings, name: 
     )
 
 
-def _member(config: dict[str, Any]) -> None:
-    """Ray Train's entry point, on each worker."""
-    from ray import train
-    from ray.train.torch import get_device
+@dataclass(frozen=True)
+class _Work:
+    """Work of a member, as a worker calls it."""
 
-    context = train.get_context()
-    config["work"](Member(context.get_world_rank(), context.get_world_size(), str(get_device())))
+    work: Callable[[Member], None]
+
+    def __call__(self, rank: int, world: int, device: str) -> None:
+        self.work(Member(rank, world, device))
 
 
 def kind_of(failure: BaseException) -> Kind:

@@ -21,6 +21,7 @@ from amlp_ray.training.recording.events import read_events
 from amlp_ray.training.recording.metrics import read_rows
 
 os.environ.update(ENVIRONMENT)
+os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] = "0"  # there is no dashboard here
 
 import ray
 from ray.cluster_utils import Cluster

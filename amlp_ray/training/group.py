@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from amlp_ray.training.recording.events import EventLog, Kind, News
 
 POLL_S = 0.5  # seconds between looks at a group that works on other processes
 START_MINUTES = 1.0  # that Ray Train waits for room before it counts a failure
+RECOUNT_S = 20.0  # after which Ray counts nodes anew for elastic groups
 RESIZE_S = 10.0  # seconds between looks at whether nodes have joined an elastic group, which costs a restart
 LOSSES: dict[Kind, str] = {
     "worker lost": "A worker was lost",
@@ -96,6 +98,8 @@ def run_group(
         kind = kind_of(failure)
         if kind == "worker lost" and nodes - answering_nodes():
             kind = "node lost"
+            # An elastic group that still counts the node would wait for it for a minute.
+            time.sleep(RECOUNT_S if resources.elastic else 0)
         if kind not in LOSSES:
             error = own_error(failure)
             if not isinstance(error, ResourceError):

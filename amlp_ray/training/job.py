@@ -34,7 +34,6 @@ from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult, pretrain
 from amlp_ray.training.recording.events import EventLog
 from amlp_ray.training.recording.tracking import Tracker, check_tracking, open_trackers
 from amlp_ray.training.scoring.labelled import check_fits
-from amlp_ray.training.scoring.probe import Probe
 from amlp_ray.training.scoring.scores import Score
 from amlp_ray.training.steps import Model
 
@@ -206,7 +205,11 @@ def _evaluation(job: Job, dataset: PatchDataset, labels: PatchDataset) -> Callab
     """Diagnosis after every epoch and, at rungs, the probe's score."""
     patience = Patience.of(job.folder, job.faults, EventLog(job.folder))
     diagnosis = Diagnosis(labels, job.settings)
-    probe = Probe(labels, job.probe, job.settings.model.patch_size, dataset.spec) if job.probe else None
+    probe = None
+    if job.probe:
+        from amlp_ray.training.scoring.probe import Probe  # takes a second to import, of which most runs have no use
+
+        probe = Probe(labels, job.probe, job.settings.model.patch_size, dataset.spec)
 
     def evaluate(model: Model, epoch: int) -> Metrics:
         seen = diagnosis(model, epoch) if epoch else {}

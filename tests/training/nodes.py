@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from amlp_ray.config import PretrainSettings, ResourceSettings
@@ -33,9 +34,9 @@ WORK_S = 0.4  # of an epoch, at least: nodes take seconds to come and go
 group.RESIZE_S = 2.0
 
 
-def unhurried() -> bool:
-    """Never stops the run, and makes its epochs last."""
-    time.sleep(WORK_S)
+def unhurried(out: Path) -> bool:
+    """Never stops the run, and makes its epochs last until the added node is at work."""
+    time.sleep(WORK_S if started(out) < 3 else 0)
     return False
 
 
@@ -52,7 +53,7 @@ def run(data: str, out: Path, epochs: int) -> None:
 
     def train() -> None:
         try:
-            run_on_ray(job, name="nodes", should_stop=unhurried)
+            run_on_ray(job, name="nodes", should_stop=partial(unhurried, out))
         except BaseException as error:
             failure.append(error)
 

@@ -301,8 +301,8 @@ def _is_done(store: StudyStore, trial: FrozenTrial) -> bool:
 def _scorer(settings: StudySettings, labels: PatchDataset, device: str) -> Callable[[Path], dict[str, Any]]:
     """Scores of a run's folder on test: the probe's heads and the segmenter, as they were fitted on train."""
     from amlp_ray.training.keeping.export import load_encoder, read_encoder_header
+    from amlp_ray.training.scoring.evaluate import score_segmenter
     from amlp_ray.training.scoring.probe import Probe
-    from amlp_ray.training.scoring.segment import score_segmenter
 
     probes: dict[str, Probe] = {}  # each holds the images
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from amlp_ray.config import ImageSpec
+from amlp_ray.config import ImageSpec, SegmentSettings
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.errors import SettingsError
+from amlp_ray.errors import DataError, SettingsError
 
 Rows = NDArray[np.int64]
 
@@ -42,6 +42,37 @@ def by_part(dataset: PatchDataset, split: str, rows: Rows | None = None) -> Iter
         if len(inside):
             yield inside
         start += part.rows
+
+
+def train_rows(dataset: PatchDataset, settings: SegmentSettings) -> Rows:
+    """Training images with a lesion: all, as many as `labels` says, or the groups that make up `label_share`."""
+    rows = np.flatnonzero(lesion_pixels(dataset, "train") > 0)
+    _require(dataset, "train", len(rows), settings.labels or 1)
+    draw = np.random.default_rng(settings.seed)
+    if settings.labels:
+        return np.sort(draw.permutation(rows)[: settings.labels])
+    if settings.label_share is None:
+        return rows
+    groups = dataset.table("train", columns=["group"])["group"].to_numpy()[rows]
+    names, group, images = np.unique(groups, return_inverse=True, return_counts=True)
+    order = draw.permutation(len(names))  # a larger share takes more of the same, from the start
+    reached = np.searchsorted(np.cumsum(images[order]), settings.label_share * len(rows) - 1e-9)
+    return rows[np.isin(group, order[: reached + 1])]
+
+
+def labelled_rows(dataset: PatchDataset, split: str) -> Rows:
+    """Labelled images of a split; read when they are scored, a file at a time."""
+    pixels = lesion_pixels(dataset, split)
+    _require(dataset, split, int((pixels > 0).sum()), 1)
+    return np.flatnonzero(np.isfinite(pixels))
+
+
+def _require(dataset: PatchDataset, split: str, found: int, wanted: int) -> None:
+    if found < wanted:
+        raise DataError(
+            f"{dataset.path} has {found} labelled {split} images with a lesion, but {wanted} are needed; "
+            f"add masks or lower labels."
+        )
 
 
 def check_fits(dataset: PatchDataset, trained: ImageSpec, whose: str) -> None:

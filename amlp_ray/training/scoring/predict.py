@@ -15,31 +15,27 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from amlp_ray.config import PredictSettings, PrepareSettings
-from amlp_ray.data.formats import Frame, read_frames
-from amlp_ray.data.formats.picture import to_channels
-from amlp_ray.data.geometry import Fitted, fitted, overlay, png_bytes, restored, volume_bytes
+from amlp_ray.config import PredictSettings
+from amlp_ray.data.formats import read_frames
+from amlp_ray.data.geometry import overlay, png_bytes, volume_bytes
 from amlp_ray.data.place import Place, read_bytes
 from amlp_ray.data.preparing.rejects import Rejects
 from amlp_ray.data.sources import Fault, Item, find_items
 from amlp_ray.data.sources.nifti_names import nifti_stem
-from amlp_ray.errors import CheckpointError, DataError, SettingsError
-from amlp_ray.method.augment import normalise
-from amlp_ray.training.scoring.segmenter import WEIGHTS, LoadedSegmenter, load_segmenter
+from amlp_ray.errors import DataError
+from amlp_ray.training.scoring.inference import Inference, as_trained, lesion_probabilities, load_inference
+from amlp_ray.training.scoring.segmenter import WEIGHTS
 
 MARKER = "predict.json"  # in the folder of masks: what they are of
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-FAR = 10  # SDs between the mean of a frame and that of the training images, beyond which the scale must be another
 
 
 class Predictions(NamedTuple):
@@ -50,17 +46,6 @@ class Predictions(NamedTuple):
     before: int  # by an earlier run
     rejected: int  # files
     rejects: str
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What all items have in common."""
-
-    segmenter: LoadedSegmenter  # its model on `device`
-    decoding: PrepareSettings
-    fitting: PrepareSettings
-    settings: PredictSettings
-    device: str
 
 
 class _File(NamedTuple):
@@ -94,7 +79,7 @@ def predict(
     """
     settings, source, out = settings or PredictSettings(), Place(images), Place(out)
     _check_apart(source, out)
-    task = _task(Path(segmenter), settings, device, say)
+    task = load_inference(Path(segmenter), settings, device, say)
     listing = find_items(task.decoding, source)
     if listing.why:
         say(listing.why)
@@ -168,41 +153,7 @@ def _without(name: str, suffixes: tuple[str, ...]) -> str:
     return str(path.with_suffix("")) if path.suffix.lower() in suffixes else name
 
 
-def _task(folder: Path, settings: PredictSettings, device: str, say: Callable[[str], None]) -> _Task:
-    loaded = load_segmenter(folder)
-    prepare = loaded.prepare
-    if prepare is None:
-        raise CheckpointError(
-            f"{folder} does not say how its training images were prepared, so new ones cannot be made alike; run "
-            f"`segment` again, on a dataset of `amlp-ray data prepare`."
-        )
-    fitting = way_of(prepare, settings)
-    if settings.scale and fitting.fit != "tiles":
-        raise SettingsError(
-            f"scale is {settings.scale:g}, but images are taken whole here; add tiling=on, or leave it."
-        )
-    if fitting.fit == "tiles" != prepare.fit:
-        say(
-            f"{folder} was trained on whole images ({prepare.fit}): tiles suit it only where a tile of {prepare.size} "
-            f"pixels shows as much as one of those did."
-        )
-    loaded.model.to(device).eval()
-    decoding = prepare.model_copy(update={"layout": settings.layout, "file_list": None, "lesion_labels": ()})
-    return _Task(loaded, decoding, fitting, settings, device)
-
-
-def way_of(prepare: PrepareSettings, settings: PredictSettings) -> PrepareSettings:
-    """How frames are brought to the network: as its training images were, unless `tiling` says otherwise."""
-    fit = {
-        "auto": prepare.fit,
-        "on": "tiles",
-        "off": "pad" if prepare.fit == "tiles" else prepare.fit,
-    }[settings.tiling]
-    scale = (settings.scale or prepare.scale) if fit == "tiles" else 1.0
-    return prepare.model_copy(update={"fit": fit, "scale": scale})
-
-
-def _predicted(item: Item, names: list[str], out: Place, task: _Task) -> tuple[list[_File], list[str]]:
+def _predicted(item: Item, names: list[str], out: Place, task: Inference) -> tuple[list[_File], list[str]]:
     """All files of an item, its masks last, since they tell a later run that it is done; and notes of repairs.
 
     Raises:
@@ -215,8 +166,8 @@ def _predicted(item: Item, names: list[str], out: Place, task: _Task) -> tuple[l
     notes: dict[str, None] = {}
     frames = read_frames(item, task.decoding)
     while batch := list(islice(frames, settings.batch_size)):
-        images = [_alike(item, frame, task) for frame in batch]
-        for frame, probability in zip(batch, _probabilities(images, task), strict=True):
+        images = [as_trained(item, frame, task) for frame in batch]
+        for frame, probability in zip(batch, lesion_probabilities(images, task), strict=True):
             mask = (probability > settings.threshold).astype(np.uint8)
             masks.append(mask)
             if settings.probability:
@@ -233,74 +184,6 @@ def _predicted(item: Item, names: list[str], out: Place, task: _Task) -> tuple[l
         shares = [png_bytes(np.rint(one * 65535).astype(np.uint16)) for one in probabilities]
     beside = [_File(_beside(out, "probability") / name, content) for name, content in zip(names, shares, strict=False)]
     return [*drawn, *beside, *(_File(out / n, content) for n, content in zip(names, encoded, strict=True))], list(notes)
-
-
-def _alike(item: Item, frame: Frame, task: _Task) -> np.ndarray:
-    """The image of a frame with the channels of the training images. Raises DataError where it is unlike them."""
-    spec, image, path = task.segmenter.spec, frame.image, item.images[0]
-    if image.shape[2] != spec.channels and (item.format == "nifti" or {image.shape[2], spec.channels} != {1, 3}):
-        raise DataError(
-            f"{path} has {image.shape[2]} channels, but the segmenter was trained on {spec.channels}; give the same "
-            f"channels or modalities."
-        )
-    image = to_channels(image, spec.channels)
-    mean, std = np.array(spec.mean), np.array(spec.std)
-    found = image.mean(axis=(0, 1), dtype=np.float64)
-    if (np.abs(found - mean) > FAR * std).any():
-        worst = int((np.abs(found - mean) / std).argmax())
-        raise DataError(
-            f"{path} has the mean value {found[worst]:.4g}, but the segmenter is made for images of mean "
-            f"{mean[worst]:.4g} and standard deviation {std[worst]:.4g}, so this one is of another scale; convert it, "
-            f"such as from 16 bits to 8, or train on a dataset prepared with values=percentile."
-        )
-    return image
-
-
-def _probabilities(images: list[np.ndarray], task: _Task) -> Iterator[np.ndarray]:
-    """The probability of lesion (H, W) in each image (H, W, C)."""
-    fits = [fitted(image, task.fitting) for image in images]
-    found: Iterable[np.ndarray]
-    if task.fitting.fit == "tiles":
-        found = (_sliding(fit, task) for fit in fits)
-    else:
-        found = _looked(np.stack([fit.image.astype(np.float32) for fit in fits]), task)
-    for image, fit, values in zip(images, fits, found, strict=True):
-        yield restored(values, fit, *image.shape[:2])
-
-
-@torch.inference_mode()
-def _looked(images: np.ndarray, task: _Task) -> np.ndarray:
-    """Whole inputs (B, C, S, S) as they are stored -> (B, S, S)."""
-    batch = normalise(torch.from_numpy(images).to(task.device), task.segmenter.spec)
-    return np.asarray(_forward(batch, task)[:, 0].cpu())
-
-
-@torch.inference_mode()
-def _sliding(fit: Fitted, task: _Task) -> np.ndarray:
-    """A window of the network's size, slid over (C, H', W') -> (H', W'). The image stays where memory is larger."""
-    from monai.inferers import sliding_window_inference  # takes seconds to import
-
-    image = normalise(torch.from_numpy(fit.image[None].astype(np.float32)), task.segmenter.spec)
-    found: Tensor = sliding_window_inference(
-        image,
-        task.fitting.size,
-        task.settings.batch_size,
-        lambda tiles: _forward(tiles, task),
-        overlap=task.settings.overlap,
-        mode="gaussian",
-        sw_device=task.device,
-        device="cpu",
-    )
-    return np.asarray(found[0, 0])
-
-
-def _forward(batch: Tensor, task: _Task) -> Tensor:
-    """Normalised inputs (B, C, S, S) -> probabilities (B, 1, S, S)."""
-    model = task.segmenter.model
-    probability: Tensor = model(batch).sigmoid()
-    if task.settings.flip_tta:
-        probability = (probability + model(batch.flip(-1)).sigmoid().flip(-1)) / 2
-    return probability
 
 
 def _check_apart(source: Place, out: Place) -> None:

@@ -12,16 +12,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from amlp_ray.config import FaultSettings, ImageSpec, ProbeSettings, ResourceSettings, SegmentSettings
+from amlp_ray.config import FaultSettings, ResourceSettings, SegmentSettings
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.errors import CheckpointError, DataError, SettingsError
+from amlp_ray.errors import CheckpointError, SettingsError
 from amlp_ray.files import read_json, write_whole
-from amlp_ray.method.augment import normalise
 from amlp_ray.method.encoder import new_encoder
 from amlp_ray.runtime.capacity import cluster_resources, jobs_side_by_side, machine_resources
 from amlp_ray.runtime.ray_session import ray_session
@@ -31,19 +29,18 @@ from amlp_ray.training.keeping.keeper import checkpoints
 from amlp_ray.training.keeping.lock import only_writer
 from amlp_ray.training.keeping.starting import ONLINE, check_patches, starting_encoder, starting_model, starting_spec
 from amlp_ray.training.recording.metrics import Metrics, read_rows
+from amlp_ray.training.scoring.evaluate import SIZES, evaluate
 from amlp_ray.training.scoring.finetune import finetune
-from amlp_ray.training.scoring.labelled import Rows, by_part, check_fits, lesion_pixels
-from amlp_ray.training.scoring.scores import hausdorff95, mean_mask, score_images, summary
-from amlp_ray.training.scoring.segmenter import Segmenter, load_segmenter, save_segmenter
+from amlp_ray.training.scoring.labelled import check_fits, labelled_rows, train_rows
+from amlp_ray.training.scoring.scores import mean_mask
+from amlp_ray.training.scoring.segmenter import Segmenter, save_segmenter
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
-SIZES = ProbeSettings().sizes
 SCORE = "score.json"  # written last: with it, a fine-tuning is finished
 RUN = "segment.json"  # what a folder's fine-tuning is of, written first
 PATIENCE_S = 5.0  # with another process that writes into the folder
-CHUNK = 32  # images that are scored at once
 
 
 def segment(
@@ -129,27 +126,6 @@ def _train(
         run_group(work, resources, faults, name=f"segment-{out.name}", folder=out, progress=lambda: reported, poll=poll)
 
 
-def score_segmenter(
-    dataset: PatchDataset,
-    folder: Path,
-    split: Literal["val", "test"],
-    *,
-    sizes: tuple[float, float] = SIZES,
-    device: str = "cpu",
-) -> dict[str, Any]:
-    """Score a segmenter that `segment` left in `folder`, on the labelled images of a split; nothing is trained.
-
-    Raises:
-        DataError: the split has no lesion. CheckpointError: the segmenter is missing or damaged. SettingsError: it is
-        made for other images.
-    """
-    loaded = load_segmenter(folder)
-    check_fits(dataset, loaded.spec, f"{folder} was trained on")
-    rows = _labelled_rows(dataset, split)
-    floor = mean_mask(dataset.load("train", train_rows(dataset, loaded.settings)).masks)
-    return _score(loaded.model.to(device), dataset, split, rows, floor, loaded.spec, sizes, device)[0]
-
-
 @dataclass(frozen=True)
 class Tuning:
     """One fine-tuning: plain values, so that it travels to a worker as it is."""
@@ -170,7 +146,7 @@ class Tuning:
         check_patches(model, dataset.spec)
         self.settings.check_patch_size(model.patch_size)
         train_rows(dataset, self.settings)
-        _labelled_rows(dataset, "val")
+        labelled_rows(dataset, "val")
 
     def described(self, dataset: PatchDataset) -> dict[str, Any]:
         """What its result follows from."""
@@ -201,11 +177,11 @@ class Tuning:
         epochs = finetune(model, train, spec, settings, self.out, member=member, faults=self.faults, progress=progress)
         if not member.is_first:
             return
-        score, table = _score(
+        score, table = evaluate(
             model,
             dataset,
             "val",
-            _labelled_rows(dataset, "val"),
+            labelled_rows(dataset, "val"),
             mean_mask(train.masks),
             spec,
             self.sizes,
@@ -268,95 +244,3 @@ def _digest(path: Path) -> str:
         if path.suffix == ".safetensors":
             file.seek(int.from_bytes(file.read(8), "little"), 1)
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# Images
-
-
-def train_rows(dataset: PatchDataset, settings: SegmentSettings) -> Rows:
-    """Training images with a lesion: all, as many as `labels` says, or the groups that make up `label_share`."""
-    rows = np.flatnonzero(lesion_pixels(dataset, "train") > 0)
-    _require(dataset, "train", len(rows), settings.labels or 1)
-    draw = np.random.default_rng(settings.seed)
-    if settings.labels:
-        return np.sort(draw.permutation(rows)[: settings.labels])
-    if settings.label_share is None:
-        return rows
-    groups = dataset.table("train", columns=["group"])["group"].to_numpy()[rows]
-    names, group, images = np.unique(groups, return_inverse=True, return_counts=True)
-    order = draw.permutation(len(names))  # a larger share takes more of the same, from the start
-    reached = np.searchsorted(np.cumsum(images[order]), settings.label_share * len(rows) - 1e-9)
-    return rows[np.isin(group, order[: reached + 1])]
-
-
-def _labelled_rows(dataset: PatchDataset, split: str) -> Rows:
-    """Labelled images of a split; read when they are scored, a file at a time."""
-    pixels = lesion_pixels(dataset, split)
-    _require(dataset, split, int((pixels > 0).sum()), 1)
-    return np.flatnonzero(np.isfinite(pixels))
-
-
-def _require(dataset: PatchDataset, split: str, found: int, wanted: int) -> None:
-    if found < wanted:
-        raise DataError(
-            f"{dataset.path} has {found} labelled {split} images with a lesion, but {wanted} are needed; "
-            f"add masks or lower labels."
-        )
-
-
-# Scoring
-
-
-@torch.inference_mode()
-def _score(
-    model: Segmenter,
-    dataset: PatchDataset,
-    split: str,
-    rows: Rows,
-    floor: np.ndarray,
-    spec: ImageSpec,
-    sizes: tuple[float, float],
-    device: str,
-) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Score images of a split by row, in float32; return the score, and a table with a row per image.
-
-    Args:
-        floor: (H, W) bool, what the score of no image at all is measured with, see `mean_mask`.
-    """
-    import pandas as pd
-
-    model.eval()
-    spacing = dataset.table(split, columns=["spacing_y", "spacing_x"])[["spacing_y", "spacing_x"]].to_numpy(float)
-    in_mm = bool(np.isfinite(spacing[rows]).all())  # where it is not known of all, their mean would have no unit
-    parts, floors = [], []
-    for some in by_part(dataset, split, rows):
-        part = dataset.load(split, some)
-        chunks = torch.from_numpy(part.images).split(CHUNK)
-        logits = torch.cat([model(normalise(chunk.to(device), spec)).cpu() for chunk in chunks])
-        said, there = (logits[:, 0] > 0).numpy(), part.masks > 0
-        s = score_images(said, there)
-        parts.append(
-            pd.DataFrame(
-                {
-                    "id": part.ids,
-                    "group": part.groups,
-                    "dsc": s.dsc,
-                    "ppv": s.ppv,
-                    "sensitivity": s.sensitivity,
-                    "iou": s.iou,
-                    "hd95": hausdorff95(said, there, spacing[some] if in_mm else None),
-                    "empty_correct": s.empty_correct,
-                    "lesion_pixels": there.sum((1, 2)),
-                    "predicted_pixels": said.sum((1, 2)),
-                }
-            )
-        )
-        floors.append(score_images(np.broadcast_to(floor, there.shape), there).dsc)
-    table = pd.concat(parts, ignore_index=True)
-    table["missed"] = (table["lesion_pixels"] > 0) & (table["predicted_pixels"] == 0)
-    shares = table.assign(share=table["lesion_pixels"] / (spec.height * spec.width))
-    score = summary(shares, sizes) | {
-        "hd95_unit": "mm" if in_mm else "pixels",
-        "mean_mask_dsc": float(np.nanmean(np.concatenate(floors))),
-    }
-    return score, table

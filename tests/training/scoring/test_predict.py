@@ -29,7 +29,8 @@ from amlp_ray.method.augment import normalise
 from amlp_ray.method.model import MaskedAutoencoder
 from amlp_ray.training.keeping.export import export_encoder
 from amlp_ray.training.scoring import predict as module
-from amlp_ray.training.scoring.predict import Predictions, predict, way_of
+from amlp_ray.training.scoring.inference import fitting_of
+from amlp_ray.training.scoring.predict import Predictions, predict
 from amlp_ray.training.scoring.segment import segment
 from amlp_ray.training.scoring.segmenter import LoadedSegmenter, load_segmenter
 
@@ -324,10 +325,10 @@ def test_an_overlay_is_the_image_with_an_outline(bench: Bench) -> None:
 )  # fmt: skip
 def test_images_are_taken_as_in_training_unless_told(trained: str, tiling: str, fit: str) -> None:
     prepare = PrepareSettings.model_validate({"fit": trained, "scale": 0.5 if trained == "tiles" else 1})
-    way = way_of(prepare, PredictSettings.model_validate({"tiling": tiling}))
+    way = fitting_of(prepare, PredictSettings.model_validate({"tiling": tiling}))
     assert (way.fit, way.scale) == (fit, 0.5 if (trained, fit) == ("tiles", "tiles") else 1)
     if fit == "tiles":
-        assert way_of(prepare, PredictSettings.model_validate({"tiling": tiling, "scale": 0.25})).scale == 0.25
+        assert fitting_of(prepare, PredictSettings.model_validate({"tiling": tiling, "scale": 0.25})).scale == 0.25
 
 
 def test_a_scale_without_tiles_is_refused(bench: Bench) -> None:

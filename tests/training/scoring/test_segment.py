@@ -22,9 +22,10 @@ from amlp_ray.settings import build
 from amlp_ray.training.group import Member
 from amlp_ray.training.keeping.export import export_encoder, load_encoder
 from amlp_ray.training.recording.metrics import read_rows
+from amlp_ray.training.scoring.evaluate import SIZES, score_segmenter
 from amlp_ray.training.scoring.finetune import parameter_groups
-from amlp_ray.training.scoring.labelled import lesion_pixels
-from amlp_ray.training.scoring.segment import SIZES, Tuning, score_segmenter, segment, train_rows
+from amlp_ray.training.scoring.labelled import lesion_pixels, train_rows
+from amlp_ray.training.scoring.segment import Tuning, segment
 from amlp_ray.training.scoring.segmenter import Segmenter
 
 SMALL: dict[str, Any] = {"epochs": 3, "batch_size": 6, "decoder_width": 8, "lr": 3e-3}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ GB = 1e9
 ANSWER_S = 30.0  # that a node may take to answer; Ray gives up one that is gone after about 20
 ENOUGH = 10_000  # trials side by side, at most: more than any cluster holds
 
-Node = dict[str, float]  # `CPU`, `GPU` and `memory` in bytes
+ACCELERATOR = "accelerator_type:"  # before the name of a node's kind of GPU, in Ray's resources
+
+Node = dict[str, float]  # `CPU`, `GPU`, `memory` in bytes, and `accelerator_type:A100` where it has such
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,20 @@ def machine_resources() -> Cluster:
     import torch
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 0.7  # Ray keeps 30 % for its object store
-    return Cluster(({"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count()), "memory": memory},))
+    gpus = torch.cuda.device_count()
+    kinds = {f"{ACCELERATOR}{_kind_of(torch.cuda.get_device_name(i))}": 1.0 for i in range(gpus)}
+    return Cluster(({"CPU": float(os.cpu_count() or 1), "GPU": float(gpus), "memory": memory, **kinds},))
+
+
+def _kind_of(device: str) -> str:
+    """As Ray names a GPU: `NVIDIA A100-SXM4-80GB` is an `A100`, `Tesla V100-PCIE` a `V100`."""
+    found = re.match(r"\w+\s+([A-Z0-9]+)", device)
+    return found[1] if found else device
 
 
 def _kinds(node: Mapping[str, float]) -> Node:
-    return {kind: float(node.get(kind, 0.0)) for kind in ("CPU", "GPU", "memory")}
+    counted = {kind: float(node.get(kind, 0.0)) for kind in ("CPU", "GPU", "memory")}
+    return counted | {kind: float(amount) for kind, amount in node.items() if kind.startswith(ACCELERATOR)}
 
 
 def worker_bundle(resources: ResourceSettings) -> dict[str, float]:
@@ -93,12 +105,16 @@ def worker_bundle(resources: ResourceSettings) -> dict[str, float]:
         bundle["GPU"] = float(resources.gpus_per_worker)
     if resources.memory_per_worker:
         bundle["memory"] = float(int(resources.memory_per_worker * GB))
+    if resources.accelerator:
+        bundle[f"{ACCELERATOR}{resources.accelerator}"] = 0.001  # each node of that kind has 1: it tells, not counts
     return bundle
 
 
 def job_bundles(resources: ResourceSettings) -> list[dict[str, float]]:
     """What one job (trial, pretraining run) asks of the cluster; each bundle lies on one node."""
     workers = [worker_bundle(resources)] * resources.least_workers
+    if resources.placement == "strict-pack":
+        workers = [{kind: amount * len(workers) for kind, amount in workers[0].items()}]
     return workers if resources.alone else [{"CPU": DRIVER_CPU}, *workers]
 
 
@@ -112,7 +128,10 @@ def jobs_side_by_side(resources: ResourceSettings, cluster: Cluster) -> int:
     """
     settings = {"CPU": "cpus_per_worker", "GPU": "gpus_per_worker", "memory": "memory_per_worker"}
     workers = resources.least_workers
+    _check_accelerator(resources, cluster)
     for kind, wanted in worker_bundle(resources).items():
+        if kind not in settings:
+            continue
         scale, unit = (GB, " GB of memory") if kind == "memory" else (1, f" {kind}s")
         if wanted > cluster.largest(kind):
             raise ResourceError(
@@ -125,9 +144,17 @@ def jobs_side_by_side(resources: ResourceSettings, cluster: Cluster) -> int:
                 f"cluster's {cluster.total(kind) / scale:.3g}{unit}; lower resources.workers or "
                 f"resources.{settings[kind]}."
             )
-    fit = _fit(job_bundles(resources), cluster.nodes, resources.concurrency or ENOUGH)
+    apart = resources.placement == "strict-spread" and not resources.alone
+    fit = _fit(job_bundles(resources), cluster.nodes, resources.concurrency or ENOUGH, apart=apart)
     if fit < 1:
         nodes = ", ".join(f"{node['CPU']:g} CPUs and {node['GPU']:g} GPUs" for node in cluster.nodes)
+        if resources.placement.startswith("strict"):
+            where = "nodes of their own" if apart else "one node"
+            raise ResourceError(
+                f"resources.placement={resources.placement} wants {workers} workers of {resources.cpus_per_worker:g} "
+                f"CPUs and {resources.gpus_per_worker:g} GPUs on {where}, but there are nodes of {nodes}; use fewer "
+                f"workers, or resources.placement={resources.placement.removeprefix('strict-')}."
+            )
         raise ResourceError(
             f"One run needs {workers} workers of {resources.cpus_per_worker:g} CPUs and "
             f"{resources.gpus_per_worker:g} GPUs and {DRIVER_CPU} CPUs for its driver, which do not fit on nodes of "
@@ -137,14 +164,33 @@ def jobs_side_by_side(resources: ResourceSettings, cluster: Cluster) -> int:
     return fit
 
 
-def _fit(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Node], most: int) -> int:
+def _check_accelerator(resources: ResourceSettings, cluster: Cluster) -> None:
+    if not resources.accelerator:
+        return
+    there = sorted({kind.removeprefix(ACCELERATOR) for node in cluster.nodes for kind in node if ACCELERATOR in kind})
+    if resources.accelerator not in there:
+        raise ResourceError(
+            f"resources.accelerator={resources.accelerator}, but nodes have {' and '.join(there) or 'no GPU'}; leave "
+            f"it out, or join another cluster with --address."
+        )
+
+
+def _fit(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Node], most: int, *, apart: bool = False) -> int:
+    """How many times all bundles fit; where `apart`, those of one time lie on different nodes but for the driver's."""
     left = [dict(node) for node in nodes]
     largest_first = sorted(bundles, key=lambda bundle: -sum(bundle.values()))
     for count in range(most):
+        taken: list[int] = []
         for bundle in largest_first:
-            room = next((n for n in left if all(n.get(k, 0.0) + 1e-9 >= v for k, v in bundle.items())), None)
+            held = taken if apart and bundle is not bundles[0] else []
+            room = next((n for n, node in enumerate(left) if n not in held and _holds(node, bundle)), None)
             if room is None:
                 return count
+            taken.append(room)
             for kind, amount in bundle.items():
-                room[kind] -= amount
+                left[room][kind] -= amount
     return most
+
+
+def _holds(node: Node, bundle: Mapping[str, float]) -> bool:
+    return all(node.get(kind, 0.0) + 1e-9 >= amount for kind, amount in bundle.items())

@@ -154,7 +154,6 @@ def _trainer(work: Callable[[Member], None], resources: ResourceSettings, name: 
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker=worker_bundle(resources),
             placement_strategy=resources.placement.upper().replace("-", "_"),
-            accelerator_type=resources.accelerator,
             **elastic,
         ),
         run_config=train.RunConfig(

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from amlp_ray.config import BudgetSettings, StudySettings
 from amlp_ray.errors import FailedStudyError, InterruptedStudyError, ResourceError, StudyError
-from amlp_ray.runtime.capacity import DRIVER_CPU, free_resources, worker_bundle
+from amlp_ray.runtime.capacity import ACCELERATOR, DRIVER_CPU, free_resources, worker_bundle
 from amlp_ray.settings import build
 from amlp_ray.study.keeping.lease import RENEW_S, Lease
 from amlp_ray.study.keeping.store import StudyStore
@@ -111,7 +111,8 @@ class Watch(threading.Thread):
         if not waiting:
             self._told_waiting = False
             return
-        wanted = ", ".join(f"{amount:g} {kind}" for kind, amount in worker_bundle(self._settings.resources).items())
+        bundle = worker_bundle(self._settings.resources)
+        wanted = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.items() if ACCELERATOR not in kind)
         free = ", ".join(f"{free_resources().total(kind):g} {kind}" for kind in ("CPU", "GPU"))
         if not self._told_waiting:
             self._told_waiting = True

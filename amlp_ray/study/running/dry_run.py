@@ -26,7 +26,11 @@ def dry_run(settings: StudySettings, dataset: PatchDataset, labels: PatchDataset
 
     bundle = worker_bundle(settings.resources)
     task = ray.remote(two_steps).options(
-        num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0), memory=bundle.get("memory"), max_retries=0
+        num_cpus=bundle["CPU"],
+        num_gpus=bundle.get("GPU", 0),
+        memory=bundle.get("memory"),
+        accelerator_type=settings.resources.accelerator,
+        max_retries=0,
     )
     run = settings.trial({}, seed=0)
     answer: dict[str, Any] = ray.get(

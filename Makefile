@@ -13,7 +13,7 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
 	touch $@
 
 demo: install
@@ -27,10 +27,10 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-# Tests of Ray share one session and its CPUs, so they run one by one; the others two at a time, file by file.
+# Two at a time, file by file. Tests of Ray apart: each of the two processes has a Ray session, which takes both CPUs.
 test: lint
 	$(BIN)/pytest -m "not ray" -n 2 --dist loadfile
-	$(BIN)/pytest -m ray
+	$(BIN)/pytest -m ray -n 2 --dist loadfile --no-loadscope-reorder
 
 format: install
 	$(BIN)/ruff check --fix

@@ -40,10 +40,10 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """One local Ray for the whole run: starting one takes seconds."""
+    """One local Ray for the whole run: starting one takes seconds. Ray Train asks its dashboard as each group ends."""
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=True, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
 

@@ -204,7 +204,7 @@ def writer(folder: Path) -> psutil.Process | None:
 def test_a_study_outlives_its_database_and_then_gives_up_and_goes_on(
     driver: Callable[..., Driver], server: Postgres
 ) -> None:
-    run = driver(epochs=100, storage=server.url, faults={"storage_minutes": 0.25}, pruner={"name": "none", "rungs": 10})
+    run = driver(epochs=100, storage=server.url, faults={"storage_minutes": 0.15}, pruner={"name": "none", "rungs": 10})
     process = run.start()
     run.wait_for(lambda: run.epochs() >= 2)
     server.stop()
@@ -221,7 +221,7 @@ def test_a_study_outlives_its_database_and_then_gives_up_and_goes_on(
     finally:
         server.start()
     assert "the study's storage cannot be reached" in run.said()
-    assert "cannot be reached for 15 s" in run.last_line()
+    assert "cannot be reached for 9 s" in run.last_line()
     assert Postgres.password not in run.said()
     assert [t.state for t in run.store.search().trials] == [TrialState.RUNNING]
     assert run.start().wait(DEADLINE_S) == 0, run.said()

@@ -127,7 +127,7 @@ def test_trials_of_two_workers_report_their_rungs_and_may_be_pruned(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
     changes = {
-        "arms": ["scratch"],
+        "arms": [],
         "pretrain": TINY["pretrain"] | {"epochs": 12},
         "resources": {"workers": 2, "cpus_per_worker": 0.9},
         "pruner": {"name": "median", "rungs": 6, "min_steps": 1, "startup": 1},
@@ -148,8 +148,8 @@ def test_trials_of_two_workers_report_their_rungs_and_may_be_pruned(
 def test_a_study_is_paused_by_another_and_goes_on_with_its_trials(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    changes = {"pretrain": TINY["pretrain"] | {"epochs": 200}, "arms": [], "budget": {"trials": 2}}
-    changes |= {"pruner": {"name": "none", "rungs": 20}}
+    changes = {"pretrain": TINY["pretrain"] | {"epochs": 80}, "arms": [], "budget": {"trials": 2}}
+    changes |= {"pruner": {"name": "none", "rungs": 16}}
     study = Study.load(write(tmp_path, **changes), data=phantom_dataset.path, runs=tmp_path / "runs")
     other = Study(study.settings, StudyStore(study.store.folder))
     lines: list[str] = []
@@ -168,7 +168,7 @@ def test_a_study_is_paused_by_another_and_goes_on_with_its_trials(
     assert {t.state for t in other.store.search().trials} == {TrialState.COMPLETE}
     for trial in other.store.search().trials:
         rows = read_metrics(other.store.trial_folder(trial.number))
-        assert [row["epoch"] for row in rows] == list(range(1, 201))
+        assert [row["epoch"] for row in rows] == list(range(1, 81))
 
 
 @pytest.mark.ray

@@ -8,6 +8,7 @@ Nodes are raylets of their own, so they cannot share the session of the other te
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -22,7 +23,6 @@ from amlp_ray.training.recording.events import read_events
 from amlp_ray.training.recording.metrics import read_rows
 
 os.environ.update(ENVIRONMENT)
-os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] = "0"  # there is no dashboard here
 
 import ray
 from ray.cluster_utils import Cluster
@@ -41,7 +41,11 @@ def unhurried(out: Path) -> bool:
 
 
 def run(data: str, out: Path, epochs: int) -> None:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port}  # Ray Train asks it as each group ends
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
     ray.init(address=cluster.address, log_to_driver=False)
     cluster.wait_for_nodes()

@@ -28,7 +28,7 @@ from amlp_ray.errors import CheckpointError, DataError, SettingsError
 from amlp_ray.method.augment import normalise
 from amlp_ray.method.model import MaskedAutoencoder
 from amlp_ray.training.keeping.export import export_encoder
-from amlp_ray.training.scoring import predict as module
+from amlp_ray.training.scoring import inference
 from amlp_ray.training.scoring.inference import fitting_of
 from amlp_ray.training.scoring.predict import Predictions, predict
 from amlp_ray.training.scoring.segment import segment
@@ -67,7 +67,7 @@ class Bench:
         settings = PrepareSettings.model_validate({"size": 32} | prepare)
         spec = ImageSpec(channels=channels, height=32, width=32, mean=(mean,) * channels, std=(mean / 2,) * channels)
         loaded = LoadedSegmenter(model or Bright(), spec, settings, SegmentSettings())  # type: ignore[arg-type]
-        self.monkeypatch.setattr(module, "load_segmenter", lambda folder: loaded)
+        self.monkeypatch.setattr(inference, "load_segmenter", lambda folder: loaded)
 
     def predict(self, *, overwrite: bool = False, **settings: Any) -> Predictions:
         given = PredictSettings.model_validate(settings)
@@ -350,7 +350,7 @@ def test_a_segmenter_that_does_not_know_how_its_images_were_prepared_is_refused(
 ) -> None:
     spec = ImageSpec(channels=1, height=32, width=32, mean=(0,), std=(1,))
     loaded = LoadedSegmenter(Bright(), spec, None, SegmentSettings())  # type: ignore[arg-type]
-    monkeypatch.setattr(module, "load_segmenter", lambda folder: loaded)
+    monkeypatch.setattr(inference, "load_segmenter", lambda folder: loaded)
     with pytest.raises(CheckpointError, match="does not say how its training images were prepared"):
         bench.predict()
     assert not bench.out.exists()

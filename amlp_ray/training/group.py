@@ -32,6 +32,7 @@ LOSSES: dict[Kind, str] = {
     "node lost": "A node was lost",
     "preempted": "A node was taken away",
 }
+MONITORED = "OOM kill reason"  # Ray's, where its own monitor killed; of any killed process it says that it may be OOM
 # What the others meet when one of them is gone, by gloo, NCCL and sockets: told before the lost one is missed.
 COLLATERAL = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|socket|TCPStore|timed out", re.IGNORECASE)
 
@@ -229,7 +230,7 @@ def _told(failure: BaseException) -> str:
     from ray.exceptions import OutOfMemoryError, RayActorError
 
     causes = _causes(failure)
-    if any(isinstance(cause, OutOfMemoryError) or "OOM" in str(cause) for cause in causes):
+    if any(isinstance(cause, OutOfMemoryError) or MONITORED in str(cause) for cause in causes):
         return "its node was out of memory"
     if any(isinstance(cause, RayActorError) for cause in causes):
         return "its process died"

@@ -142,6 +142,8 @@ def test_a_killed_worker_is_replaced_and_costs_one_ended_epoch_at_most(
     assert len(starts) == 2
     assert starts[1]["repeated"] <= 1
     assert count_events(job.folder)["worker lost"] == 1
+    (lost,) = [event for event in read_events(job.folder) if event["event"] == "worker lost"]
+    assert lost["text"].startswith("A worker was lost (its process died); going on")
 
 
 @pytest.mark.ray

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from types import FrameType
 
 import typer
 
@@ -31,14 +33,24 @@ app.add_typer(study.app, name="study")
 
 
 def main() -> None:
-    """Run a command. Exit code 0: done, 1: failed, 2: invalid input, 130: Ctrl-C."""
+    """Run a command. Exit code 0: done, 1: failed, 2: invalid input, 130: Ctrl-C, 143: SIGTERM."""
+    terminated = False
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt  # a scheduler's notice is answered as Ctrl-C is: all commands bear that
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         app()
+    except SystemExit as ended:
+        sys.exit(143 if terminated else ended.code)
     except AmlpError as error:
         for fault in error.faults:
             sentence = fault.replace("\n", "\\n")  # names of files may hold one; a sentence is one line
             print(f"amlp-ray: {sentence}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(143 if terminated else error.exit_code)
     except OSError as error:
         if error.filename is None:
             raise

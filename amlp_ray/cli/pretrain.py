@@ -60,7 +60,7 @@ def pretrain(
     )
     tracking = build(TrackingSettings, {"mlflow": mlflow, "wandb": wandb}, "options")
 
-    from amlp_ray.cli.progress import Progress, noted
+    from amlp_ray.cli.progress import Progress, noted, resumable
     from amlp_ray.training.recording.events import count_events
     from amlp_ray.training.runners import pretrain_dataset
 
@@ -71,7 +71,7 @@ def pretrain(
         trained = True
         progress.update(metrics)
 
-    with noted(logging.getLogger("amlp_ray"), progress):
+    with resumable(out), noted(logging.getLogger("amlp_ray"), progress):
         encoder = pretrain_dataset(
             data,
             out,

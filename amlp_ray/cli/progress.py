@@ -15,7 +15,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+
+import typer
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -118,6 +121,16 @@ class Progress:
             self._printed_at, self._unprinted = now, ""
         else:
             self._unprinted = line
+
+
+@contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """Say how to go on where Ctrl-C or a scheduler's SIGTERM ends what is done in here."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"amlp-ray: {out} was interrupted; the same command goes on from its checkpoint.", err=True)
+        raise typer.Exit(130) from None
 
 
 @contextmanager

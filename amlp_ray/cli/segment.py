@@ -56,12 +56,12 @@ def segment(
 
     import torch
 
-    from amlp_ray.cli.progress import Progress, noted
+    from amlp_ray.cli.progress import Progress, noted, resumable
     from amlp_ray.data.dataset import PatchDataset
     from amlp_ray.training.scoring.segment import segment as run
 
     progress = Progress(settings.epochs)
-    with noted(logging.getLogger("amlp_ray"), progress):
+    with resumable(out), noted(logging.getLogger("amlp_ray"), progress):
         score = run(
             PatchDataset.open(data),
             encoder,

@@ -36,7 +36,10 @@ class ResourceSettings(Settings):
     def _check_workers(cls, given: Any) -> Any:
         least, most = given if isinstance(given, tuple) else (given, given)
         if not 1 <= least <= most:
-            raise ValueError(f"a number from 1 on, or [least, most] of them, such as [2, 8], not {given}")
+            raise ValueError(
+                f"a number from 1 on, or the least and the most, such as 2-8 ([2, 8] in a file), not "
+                f"{f'{least}-{most}' if isinstance(given, tuple) else given}"
+            )
         return given
 
     @property

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,16 +57,30 @@ def ray_session(address: str | None = None) -> Iterator[RaySession]:
         return
     before = os.environ.get("RAY_API_SERVER_ADDRESS")
     try:
-        if address is None:
-            _start()
-        else:
-            _join(address)
+        with _own_signals():
+            if address is None:
+                _start()
+            else:
+                _join(address)
         yield RaySession(_dashboard())
     finally:
         ray.shutdown()
         os.environ.pop("RAY_API_SERVER_ADDRESS", None)
         if before is not None:
             os.environ["RAY_API_SERVER_ADDRESS"] = before
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep what this process does on SIGTERM: Ray would end it with a trace of its C++."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _start() -> None:

@@ -26,8 +26,8 @@ from amlp_ray.method.pictures import picture_strips
 from amlp_ray.settings import build, read_yaml, write_yaml
 from amlp_ray.training.group import ALONE, Member
 from amlp_ray.training.keeping.checkpoint import fork_checkpoint
-from amlp_ray.training.keeping.export import export_encoder
-from amlp_ray.training.keeping.keeper import checkpoints
+from amlp_ray.training.keeping.export import ENCODER, export_encoder, is_encoder
+from amlp_ray.training.keeping.keeper import checkpoints, epoch_of
 from amlp_ray.training.keeping.patience import Patience
 from amlp_ray.training.looking.diagnosis import Diagnosis, held_out, true_lesions
 from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult, pretrain
@@ -164,6 +164,8 @@ class _Tracked:
 def claim(job: Job, dataset: PatchDataset, labels: PatchDataset | None = None) -> None:
     """Write the resolved settings and what data they apply to; refuse a folder that holds a run of others.
 
+    A run that never came to its first epoch, such as for want of weights, holds nothing: its settings are replaced.
+
     Args:
         labels: where they are a data set apart.
 
@@ -172,14 +174,19 @@ def claim(job: Job, dataset: PatchDataset, labels: PatchDataset | None = None) -
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     path, about = job.folder / "settings.yaml", job.folder / "data.json"
-    if path.is_file() and _decisive(build(PretrainSettings, read_yaml(path), str(path))) != _decisive(job.settings):
+    begun = checkpoints(job.folder) or any((job.folder / name).is_file() for name in ("metrics.jsonl", ENCODER))
+    if (
+        begun
+        and path.is_file()
+        and _decisive(build(PretrainSettings, read_yaml(path), str(path))) != _decisive(job.settings)
+    ):
         raise CheckpointError(
             f"{job.folder} holds a run with other settings (see its settings.yaml); use another folder or delete it."
         )
     data = _described(dataset) | {"image": dataset.spec.model_dump()}
     if labels is not None and labels is not dataset:
         data["labels"] = _described(labels)
-    if about.is_file():
+    if begun and about.is_file():
         held = json.loads(about.read_text())
         # One of them may be missing in the other: a run scored by labels of its own is not one that was not.
         for ours, theirs in ((data, held), (data.get("labels", {}), held.get("labels", {}))):
@@ -190,6 +197,13 @@ def claim(job: Job, dataset: PatchDataset, labels: PatchDataset | None = None) -
                 )
     write_yaml(job.settings, path)
     write_whole(about, json.dumps(data, indent=1))
+
+
+def is_finished(job: Job) -> bool:
+    """Whether the folder of the job holds all that it makes; in doubt, no."""
+    found, last = checkpoints(job.folder), job.settings.epochs if job.until is None else job.until
+    trained = bool(found) and epoch_of(found[0]) == last
+    return trained and is_encoder(job.folder / ENCODER) and (job.folder / "pictures").is_dir()
 
 
 def _decisive(settings: PretrainSettings) -> PretrainSettings:
@@ -240,7 +254,7 @@ def _score_random_encoder(
     """The variant `scratch`: reported once, as epoch 0."""
     torch.manual_seed(job.settings.seed)
     model = MaskedAutoencoder(job.settings.model, dataset.spec).eval()
-    encoder = job.folder / "encoder.safetensors"
+    encoder = job.folder / ENCODER
     metrics: Metrics = {"epoch": 0}
     if is_first:
         claim(job, dataset, labels)

@@ -25,7 +25,7 @@ from amlp_ray.errors import CheckpointError, NonFiniteLossError, SettingsError
 from amlp_ray.method.masking import Moment
 from amlp_ray.training import parallel
 from amlp_ray.training.keeping.checkpoint import state_to_keep
-from amlp_ray.training.keeping.export import export_encoder
+from amlp_ray.training.keeping.export import ENCODER, export_encoder, is_encoder
 from amlp_ray.training.keeping.keeper import Keeper
 from amlp_ray.training.keeping.patience import Patience
 from amlp_ray.training.learner import Learner
@@ -135,8 +135,8 @@ def pretrain(
                 stopped = epoch < last
                 break
         keeper.wait()
-        encoder = folder / "encoder.safetensors"
-        if first and not (finished and encoder.is_file()):
+        encoder = folder / ENCODER
+        if first and not (finished and is_encoder(encoder)):
             export = partial(export_encoder, learner.whole.encoder, encoder, settings.model, batches.spec)
             patience(export, encoder.name)
     finally:

@@ -16,7 +16,8 @@ from amlp_ray.data.reading.stream import is_streamed
 from amlp_ray.runtime.capacity import cluster_resources, jobs_side_by_side, machine_resources
 from amlp_ray.runtime.ray_session import ray_session
 from amlp_ray.training.group import Member, alone, run_group
-from amlp_ray.training.job import Job, claim, run_job
+from amlp_ray.training.job import Job, claim, is_finished, run_job
+from amlp_ray.training.keeping.export import ENCODER
 from amlp_ray.training.keeping.lock import only_writer
 from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult
 from amlp_ray.training.recording.metrics import own_rows, read_rows
@@ -84,11 +85,11 @@ def pretrain_dataset(
                     run_here(job, Hooks(report=report))
             finally:
                 cache.release()  # a notebook gets its memory back
-        else:
+        elif not is_finished(job):  # starting Ray takes long
             with cache.swept(), ray_session(address):
                 jobs_side_by_side(resources, cluster_resources())
                 run_on_ray(job, name=f"pretrain-{out.name}", report=report)
-    return out / "encoder.safetensors"
+    return out / ENCODER
 
 
 def run_here(job: Job, hooks: Hooks | None = None) -> PretrainResult:

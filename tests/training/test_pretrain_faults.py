@@ -90,7 +90,7 @@ def test_a_damaged_newest_checkpoint_costs_its_epoch_and_is_told(dataset: PatchD
     assert_same(tmp_path / "run", tmp_path / "whole")
     assert started(tmp_path / "run") == [(1, 0, 0), (1, 2, 1)]
     (damaged,) = (event for event in read_events(tmp_path / "run") if event["event"] == "damaged checkpoint")
-    assert damaged["text"] == f"{newest} is damaged; taking the one before it."
+    assert damaged["text"] == f"{newest} is damaged and left out; the one before it is taken, if any."
     assert [epoch_of(path) for path in checkpoints(tmp_path / "run")] == [4, 3]
 
 

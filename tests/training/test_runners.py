@@ -10,6 +10,7 @@ import psutil
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
 import amlp_ray
 from amlp_ray.config import PretrainSettings, ResourceSettings
@@ -93,6 +94,30 @@ def test_a_finished_run_is_left_as_it_is(phantom_dataset: PatchDataset, tmp_path
     about.write_text(about.read_text().replace(phantom_dataset.manifest.fingerprint, "0" * 64))
     with pytest.raises(CheckpointError, match="other data"):
         amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings())
+
+
+def test_a_finished_run_with_several_workers_starts_no_ray(
+    phantom_dataset: PatchDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings())
+    monkeypatch.setattr("amlp_ray.training.runners.ray_session", lambda address: pytest.fail("Ray was started"))
+    two = ResourceSettings(workers=2, cpus_per_worker=0.5)
+    assert amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings(), resources=two) == path
+
+
+def test_an_encoder_that_was_cut_short_is_exported_again(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+    path = amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings())
+    whole = load_file(path)
+    path.write_bytes(path.read_bytes()[:3000])
+    amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings())
+    assert all(torch.equal(value, whole[name]) for name, value in load_file(path).items())
+
+
+def test_a_run_that_never_began_leaves_its_folder_to_the_next(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+    (tmp_path / "junk.safetensors").write_text("junk")
+    with pytest.raises(CheckpointError, match="junk"):
+        amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings(weights=str(tmp_path / "junk.safetensors")))
+    assert amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings()).is_file()
 
 
 def test_impossible_requests_are_refused_at_once(phantom_dataset: PatchDataset, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from amlp_ray.errors import CheckpointError
 from amlp_ray.files import write_whole
 from amlp_ray.method.encoder import create_encoder, timm_arguments, timm_name
 
+ENCODER = "encoder.safetensors"  # in the folder of a run
+
 
 def export_encoder(encoder: VisionTransformer, path: Path, settings: ModelSettings, spec: ImageSpec) -> None:
     """Write the encoder as safetensors with timm's own keys, and how to build and feed it in the header.
@@ -60,6 +62,15 @@ def load_encoder(path: str | Path) -> VisionTransformer:
     with safe_open(str(path), framework="pt") as file:
         encoder.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118  (not a dict)
     return encoder.eval()
+
+
+def is_encoder(path: Path) -> bool:
+    """Whether this is a whole encoder as `export_encoder` writes it, told by its header and its length."""
+    try:
+        read_encoder_header(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _header(path: str | Path) -> dict[str, str]:

@@ -51,7 +51,7 @@ def latest(folder: Path, damaged: Callable[[str], None] = lambda text: None) -> 
     for path in found:
         if is_whole(path):
             return read_checkpoint(path), path
-        damaged(f"{path} is damaged; taking the one before it.")
+        damaged(f"{path} is damaged and left out; the one before it is taken, if any.")
     if found:
         names = ", ".join(path.name for path in found)
         raise CheckpointError(f"{found[0].parent} holds no whole checkpoint ({names}); delete it to start again.")

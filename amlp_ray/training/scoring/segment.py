@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -34,9 +34,6 @@ from amlp_ray.training.scoring.finetune import finetune
 from amlp_ray.training.scoring.labelled import check_fits, labelled_rows, train_rows
 from amlp_ray.training.scoring.scores import mean_mask
 from amlp_ray.training.scoring.segmenter import Segmenter, save_segmenter
-
-if TYPE_CHECKING:
-    pass
 
 SCORE = "score.json"  # written last: with it, a fine-tuning is finished
 RUN = "segment.json"  # what a folder's fine-tuning is of, written first

@@ -128,7 +128,7 @@ def test_a_damaged_newest_is_told_of_and_the_one_before_is_taken(
     found = latest(tmp_path, told.append)
     assert found is not None
     assert (found[0]["epoch"], found[1]) == (1, before)
-    assert told == [f"{newest} is damaged; taking the one before it."]
+    assert told == [f"{newest} is damaged and left out; the one before it is taken, if any."]
     damage(before) if damage is not exchange else empty(before)
     with pytest.raises(CheckpointError, match=rf"no whole checkpoint \({newest.name}, {before.name}\); delete it"):
         latest(tmp_path)

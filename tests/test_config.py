@@ -352,7 +352,7 @@ def test_workers_are_a_number_or_the_least_and_the_most(
 
 @pytest.mark.parametrize("given", [0, -1, [0, 2], [4, 2]], ids=str)
 def test_workers_below_1_or_the_wrong_way_round_are_refused(given: Any) -> None:
-    assert "a number from 1 on, or [least, most] of them, such as [2, 8]" in refused(
+    assert "a number from 1 on, or the least and the most, such as 2-8 ([2, 8] in a file)" in refused(
         {"workers": given}, ResourceSettings
     )
 

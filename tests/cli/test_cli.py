@@ -149,7 +149,7 @@ def test_bad_preparations_get_one_sentence_before_ray_starts(
         (["--workers", "17", "--cpus-per-worker", "0.1"], "batch_size 16 is less than resources.workers 17"),
         (["--config", "absent.yaml"], "absent.yaml"),
         (["--workers", "0"], "workers: a number from 1 on"),
-        (["--workers", "8-2"], "or [least, most] of them, such as [2, 8], not (8, 2)"),
+        (["--workers", "8-2"], "or the least and the most, such as 2-8 ([2, 8] in a file), not 8-2"),
         (["--workers", "many"], "neither a number, such as 4, nor a range"),
         (["--cpus-per-worker", "0"], "cpus_per_worker is 0"),
     ],

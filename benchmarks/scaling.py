@@ -38,6 +38,7 @@ from amlp_ray.training.recording.metrics import read_rows
 from amlp_ray.training.runners import run_on_ray
 from amlp_ray.training.steps import step_of
 
+LEAST = 3e-8  # relative, below what float32 tells apart: equal losses are drawn there
 WARM = 2  # epochs of a turn that are not counted: caches fill, and torch picks its kernels
 
 
@@ -92,44 +93,53 @@ def start(args: argparse.Namespace, data: str, scratch: Path) -> None:
 
 
 def curves(args: argparse.Namespace, data: str, scratch: Path) -> None:
-    from plotly.subplots import make_subplots
-
-    found: dict[str, dict[int, list[float]]] = {}
+    """The control is one worker that sums each batch's gradient in two pieces: another order of the same floats."""
+    share = 0.9 * (os.cpu_count() or 1)
+    crowds = {
+        "1 worker": ResourceSettings(cpus_per_worker=share / 2),
+        "1 worker, in two pieces": ResourceSettings(cpus_per_worker=share / 2, micro_batch=args.batch // 2),
+        "2 workers": ResourceSettings(workers=2, cpus_per_worker=share / 2),
+        "4 workers": ResourceSettings(workers=4, cpus_per_worker=share / 4),
+    }
+    found: dict[str, dict[str, list[float]]] = {}
     with ray_session():
         for variant in ("amlp", "mae"):
-            settings = _settings(args).model_copy(update={"epochs": args.epochs})
+            settings = _settings(args)
             settings = PretrainSettings.model_validate({**settings.model_dump(exclude_unset=True), "variant": variant})
-            for number in (1, 2, 4):
-                resources = ResourceSettings(
-                    workers=number, cpus_per_worker=0.9 * (os.cpu_count() or 1) / max(2, number)
-                )
-                out = scratch / f"{variant}-{number}"
+            for crowd, resources in crowds.items():
+                out = scratch / f"{variant}-{crowd}"
                 _on_ray(settings, data, out, resources)
                 rows = read_rows(out / "metrics.jsonl")
-                found.setdefault(variant, {})[number] = [row["loss"] for row in rows]
-                print(f"{variant}, {number} workers: {len(rows)} epochs, last loss {rows[-1]['loss']:.7f}", flush=True)
-    figure = make_subplots(1, 2, subplot_titles=["loss of 1, 2 and 4 workers", "relative difference from 1 worker"])
+                found.setdefault(variant, {})[crowd] = [row["loss"] for row in rows]
+                print(f"{variant}, {crowd}: {len(rows)} epochs, last loss {rows[-1]['loss']:.7f}", flush=True)
+    _draw(found, args.page)
+
+
+def _draw(found: dict[str, dict[str, list[float]]], page: Path) -> None:
+    """Curves of each variant by its workers, and how far each lies from that of one worker, the first."""
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(1, 2, subplot_titles=["loss", "relative difference from 1 worker"])
     colours = {"amlp": "#d1495b", "mae": "#3a8fb7"}
-    looks = {1: {"width": 7}, 2: {"width": 4, "dash": "dash"}, 4: {"width": 1.5}}
+    looks = [{"width": 7}, {"width": 2, "dash": "dot"}, {"width": 4, "dash": "dash"}, {"width": 1.5}]
     for variant, losses in found.items():
-        worst = 0.0
-        for number, curve in losses.items():
-            line = {"color": colours[variant], **looks[number]}
-            name = f"{variant}, {number} worker{'s' * (number > 1)}"
-            opacity = 0.35 if number == 1 else 1.0
-            figure.add_scatter(y=curve, x0=1, mode="lines", line=line, name=name, opacity=opacity, row=1, col=1)
-            if number > 1:
-                apart = [abs(a - b) / b for a, b in zip(curve, losses[1], strict=True)]
-                worst = max(worst, *apart)
-                figure.add_scatter(y=apart, x0=1, mode="lines", line=line, name=name, showlegend=False, row=1, col=2)
-        print(f"{variant}: largest relative difference of the loss {worst:.1e}")
+        one, *others = losses
+        for (crowd, curve), look in zip(losses.items(), looks, strict=True):
+            line = {"color": colours[variant], **look}
+            given = {"x0": 1, "mode": "lines", "line": line, "name": f"{variant}, {crowd}"}
+            figure.add_scatter(y=curve, opacity=0.35 if crowd == one else 1.0, row=1, col=1, **given)
+            if crowd in others:
+                apart = [abs(a - b) / b for a, b in zip(curve, losses[one], strict=True)]
+                print(f"{variant}, {crowd}: largest relative difference of the loss {max(apart):.1e}")
+                seen = [max(x, LEAST) for x in apart]
+                figure.add_scatter(y=seen, showlegend=False, row=1, col=2, **given)
     figure.update_xaxes(title_text="epoch", gridcolor="#eceff3", zeroline=False)
     figure.update_yaxes(gridcolor="#eceff3", zeroline=False)
-    figure.update_yaxes(type="log", exponentformat="power", row=1, col=2)
-    figure.update_layout(template="none", font={"family": "system-ui, sans-serif", "size": 14}, width=1200, height=460)
-    figure.update_layout(legend={"orientation": "h", "y": -0.2}, margin={"l": 60, "r": 20, "t": 40, "b": 90})
-    figure.write_html(args.page, include_plotlyjs=True, config={"displayModeBar": False})
-    print(f"figure: {args.page}")
+    figure.update_yaxes(type="log", exponentformat="power", dtick=1, row=1, col=2)
+    figure.update_layout(template="none", font={"family": "system-ui, sans-serif", "size": 14}, width=1200, height=500)
+    figure.update_layout(legend={"orientation": "h", "y": -0.2}, margin={"l": 60, "r": 20, "t": 40, "b": 120})
+    figure.write_html(page, include_plotlyjs=True, config={"displayModeBar": False})
+    print(f"figure: {page}")
 
 
 def _arguments() -> argparse.Namespace:

@@ -89,7 +89,9 @@ def test_a_random_encoder_is_scored_once_as_epoch_0_and_exported_untrained(
 
 def test_a_folder_is_claimed_by_its_settings_in_full(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
     job = job_of(phantom_dataset, tmp_path / "run")
+    claim(job_of(phantom_dataset, tmp_path / "run", epochs=3), phantom_dataset)  # never began, so it is replaced
     claim(job, phantom_dataset)
+    append_row(tmp_path / "run" / "metrics.jsonl", {"epoch": 1})
     claim(job, phantom_dataset)
     assert build(PretrainSettings, read_yaml(tmp_path / "run" / "settings.yaml"), "x") == job.settings
     with pytest.raises(CheckpointError, match="holds a run with other settings"):

@@ -22,6 +22,7 @@ from amlp_ray.training.job import PICTURES, Job, claim, run_job
 from amlp_ray.training.looking.diagnosis import held_out, lesion_shares, true_lesions
 from amlp_ray.training.looking.inspection import inspect_run
 from amlp_ray.training.pretrain import Hooks
+from amlp_ray.training.recording.metrics import append_row
 from amlp_ray.training.runners import pretrain_dataset
 from amlp_ray.training.scoring.labelled import by_part, check_fits, lesion_pixels, spread
 from amlp_ray.training.scoring.probe import Probe
@@ -225,6 +226,7 @@ def test_the_same_data_set_as_labels_apart_scores_the_same(labels: PatchDataset,
 def test_a_folder_is_claimed_with_its_labels(unlabelled: PatchDataset, labels: PatchDataset, tmp_path: Path) -> None:
     run = Job(SETTINGS, unlabelled.path, tmp_path / "run", labels=labels.path)
     claim(run, unlabelled, labels)
+    append_row(tmp_path / "run" / "metrics.jsonl", {"epoch": 1})
     moved = changed(labels, tmp_path / "moved")
     claim(replace(run, labels=moved.path), unlabelled, moved)
     other = changed(labels, tmp_path / "other", fingerprint="0" * 64)
@@ -233,6 +235,7 @@ def test_a_folder_is_claimed_with_its_labels(unlabelled: PatchDataset, labels: P
             claim(run, unlabelled, given)
     plain = Job(SETTINGS, unlabelled.path, tmp_path / "plain")
     claim(plain, unlabelled)
+    append_row(tmp_path / "plain" / "metrics.jsonl", {"epoch": 1})
     with pytest.raises(CheckpointError, match="no labels apart"):
         claim(plain, unlabelled, labels)
 

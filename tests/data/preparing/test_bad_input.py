@@ -595,7 +595,7 @@ def test_a_file_without_rights_is_told(tmp_path: Path) -> None:
     source = _good_folder(tmp_path / "in")
     (source / "1.png").chmod(0)
     for folder in (source, *source.parents):
-        if folder.stat().st_uid == 0 and folder.is_relative_to(tempfile.gettempdir()):
+        if Path(tempfile.gettempdir()) in folder.parents:
             folder.chmod(0o755)
     code = (
         "import os, sys; from amlp_ray.data.preparing.look import look_at; from amlp_ray.data.sources import Item\n"

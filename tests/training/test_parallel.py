@@ -96,6 +96,7 @@ WORKERS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "mae on three, with shares of 3, 3 and 4 in pieces": (3, {"variant": "mae"}, {"micro_batch": 2}),
     "clusters of the data set on three": (3, {"selection": {"scope": "dataset", "refresh": 2}}, {}),
     "amlp cut in two, in pieces": (2, LOOKING, {"sharding": "fsdp", "micro_batch": 2}),
+    "soft masks on two": (2, {"variant": "amlp-soft", "loss": {"warmup": 0.0}}, {}),
     "simsiam on three": (3, {"variant": "simsiam"}, {}),
     "a teacher cut in two": (2, {"variant": "hpm"}, {"sharding": "fsdp"}),
 }

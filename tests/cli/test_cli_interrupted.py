@@ -32,6 +32,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     out = tmp_path / "run"
     given = [word for name in ("epochs=5000", "variant=mae", *TINY) for word in ("--set", name)]
     command = [sys.executable, "-m", "amlp_ray", "pretrain", phantom_dataset.path, "--out", str(out), *given, *options]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background hands on that it ignores it
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120

@@ -362,6 +362,12 @@ def test_workers_of_another_form_are_refused(given: Any) -> None:
     assert "workers" in refused({"workers": given}, ResourceSettings)
 
 
+def test_a_kind_of_gpu_without_a_gpu_is_refused() -> None:
+    given = {"accelerator": "A100"}
+    assert "accelerator A100 is a kind of GPU; set gpus_per_worker too" in refused(given, ResourceSettings)
+    assert build(ResourceSettings, given | {"gpus_per_worker": 1}, "here").accelerator == "A100"
+
+
 FITTING: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"batch_size": 3}, {"workers": 3}),
     ({"batch_size": 16}, {"workers": [1, 16]}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from amlp_ray.settings import Settings
 
@@ -41,6 +41,12 @@ class ResourceSettings(Settings):
                 f"{f'{least}-{most}' if isinstance(given, tuple) else given}"
             )
         return given
+
+    @model_validator(mode="after")
+    def _check_accelerator(self) -> ResourceSettings:
+        if self.accelerator is not None and not self.gpus_per_worker:
+            raise ValueError(f"accelerator {self.accelerator} is a kind of GPU; set gpus_per_worker too")
+        return self
 
     @property
     def elastic(self) -> bool:

@@ -20,7 +20,7 @@ from amlp_ray.training.job import Job, claim, is_finished, run_job
 from amlp_ray.training.keeping.export import ENCODER
 from amlp_ray.training.keeping.lock import only_writer
 from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult
-from amlp_ray.training.recording.metrics import own_rows, read_rows
+from amlp_ray.training.recording.metrics import NewRows
 from amlp_ray.training.recording.tracking import check_tracking
 
 ShouldStop = Callable[[], bool]
@@ -113,30 +113,16 @@ def run_on_ray(
         should_stop: asked by the first worker after each epoch; must be picklable.
         report: called in this thread with the metrics of every new epoch, shortly after it ended.
     """
-    file = job.folder / "metrics.jsonl"
-    rows = read_rows(file)
-    reported, seen = rows[-1]["epoch"] if rows else 0, 0
-
-    def poll() -> None:
-        # Ray Train could forward reports itself, but into a trial's queue of one from two threads, which can block.
-        nonlocal reported, seen
-        size = file.stat().st_size if file.is_file() else 0
-        if size == seen:
-            return
-        seen = size
-        for row in own_rows(read_rows(file)):
-            if row["epoch"] > reported:
-                report(row)
-                reported = row["epoch"]
-
+    # Ray Train could forward reports itself, but into a trial's queue of one from two threads, which can block.
+    rows = NewRows(job.folder / "metrics.jsonl", report)
     run_group(
         _Work(job, should_stop),
         job.resources,
         job.faults,
         name=name,
         folder=job.folder,
-        progress=lambda: reported,
-        poll=poll,
+        progress=lambda: rows.epoch,
+        poll=rows.look,
     )
 
 

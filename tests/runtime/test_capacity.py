@@ -64,4 +64,4 @@ def test_a_kind_of_gpu_that_no_node_has_is_refused_by_name() -> None:
     with pytest.raises(ResourceError, match=r"resources\.accelerator=H100, but nodes have A100; leave it out"):
         jobs_side_by_side(resources_of(2, accelerator="H100", gpus_per_worker=1), TWO_NODES)
     with pytest.raises(ResourceError, match="but nodes have no GPU"):
-        jobs_side_by_side(resources_of(1, accelerator="A100"), Cluster(({"CPU": 4.0, "GPU": 0.0},)))
+        jobs_side_by_side(resources_of(1, accelerator="A100", gpus_per_worker=1), Cluster(({"CPU": 4.0, "GPU": 0.0},)))

@@ -82,5 +82,7 @@ def _header(path: str | Path) -> dict[str, str]:
     except SafetensorError:
         header = {}
     if "timm_arguments" not in header:
-        raise CheckpointError(f"{path} is not an encoder exported by amlp-ray; give the encoder.safetensors of a run.")
+        raise CheckpointError(
+            f"{path} is cut short, or not an encoder exported by amlp-ray; give the encoder.safetensors of a run."
+        )
     return dict(header)

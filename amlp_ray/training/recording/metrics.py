@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +45,22 @@ def own_rows(rows: list[Metrics]) -> list[Metrics]:
     run's.
     """
     return [row for row in rows if not row.get("inherited")]
+
+
+class NewRows:
+    """Hands on the epochs that other processes add to a file, each once. Lines that are there already are old."""
+
+    def __init__(self, path: Path, report: Callable[[Metrics], None]) -> None:
+        rows = read_rows(path)
+        self.epoch = rows[-1]["epoch"] if rows else 0  # the last that was handed on
+        self._path, self._report, self._seen = path, report, 0
+
+    def look(self) -> None:
+        size = self._path.stat().st_size if self._path.is_file() else 0
+        if size == self._seen:
+            return
+        self._seen = size
+        for row in own_rows(read_rows(self._path)):
+            if row["epoch"] > self.epoch:
+                self._report(row)
+                self.epoch = row["epoch"]

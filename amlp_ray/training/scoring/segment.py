@@ -28,12 +28,12 @@ from amlp_ray.training.group import Member, run_group
 from amlp_ray.training.keeping.keeper import checkpoints
 from amlp_ray.training.keeping.lock import only_writer
 from amlp_ray.training.keeping.starting import ONLINE, check_patches, starting_encoder, starting_model, starting_spec
-from amlp_ray.training.recording.metrics import Metrics, read_rows
+from amlp_ray.training.recording.metrics import Metrics, NewRows
 from amlp_ray.training.scoring.evaluate import SIZES, evaluate
 from amlp_ray.training.scoring.finetune import finetune
 from amlp_ray.training.scoring.labelled import check_fits, labelled_rows, train_rows
 from amlp_ray.training.scoring.scores import mean_mask
-from amlp_ray.training.scoring.segmenter import Segmenter, save_segmenter
+from amlp_ray.training.scoring.segmenter import WEIGHTS, Segmenter, save_segmenter
 
 SCORE = "score.json"  # written last: with it, a fine-tuning is finished
 RUN = "segment.json"  # what a folder's fine-tuning is of, written first
@@ -108,19 +108,19 @@ def _train(
     if resources.alone and address is None:
         tuning.run(dataset, Member(device=device), progress)
         return
-    reported = len(read_rows(out / "metrics.jsonl"))
-
-    def poll() -> None:
-        nonlocal reported
-        for row in read_rows(out / "metrics.jsonl"):
-            if row["epoch"] > reported:
-                progress(row)
-                reported = row["epoch"]
-
+    rows = NewRows(out / "metrics.jsonl", progress)
     with ray_session(address):
         jobs_side_by_side(resources, cluster_resources())
         work = _Work(dataset.path, tuning)
-        run_group(work, resources, faults, name=f"segment-{out.name}", folder=out, progress=lambda: reported, poll=poll)
+        run_group(
+            work,
+            resources,
+            faults,
+            name=f"segment-{out.name}",
+            folder=out,
+            progress=lambda: rows.epoch,
+            poll=rows.look,
+        )
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def _claim(tuning: Tuning, dataset: PatchDataset) -> bool:
     if held is None and ((out / "checkpoint").exists() or (out / "data.json").exists()):
         raise SettingsError(f"{out} holds a pretraining run; give another --out for the segmenter.")
     if held == ours:
-        return (out / SCORE).is_file()
+        return (out / SCORE).is_file() and (out / WEIGHTS).is_file()
     if held is not None and (checkpoints(out) or (out / SCORE).is_file()):
         changed = ", ".join(key for key in ours if held.get(key) != ours[key])
         raise CheckpointError(

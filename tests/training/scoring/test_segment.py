@@ -306,6 +306,13 @@ def test_a_finished_run_is_returned_and_one_of_other_settings_refused(dataset: G
         segment(dataset, encoder, tmp_path / "out", settings)
 
 
+def test_a_finished_run_whose_segmenter_was_deleted_is_trained_again(dataset: Guarded, tmp_path: Path) -> None:
+    first = run(dataset, tmp_path, epochs=1, labels=4)
+    (tmp_path / "out" / "segmenter.safetensors").unlink()
+    assert {**run(dataset, tmp_path, epochs=1, labels=4), "seconds": 0} == {**first, "seconds": 0}
+    assert (tmp_path / "out" / "segmenter.safetensors").is_file()
+
+
 def test_what_was_refused_or_killed_before_its_first_epoch_leaves_the_folder_free(
     dataset: Guarded, tmp_path: Path
 ) -> None:

@@ -1,0 +1,67 @@
+"""metrics.jsonl as others read it: while it grows, after a kill, and when epochs are done again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from amlp_ray.training.recording.metrics import NewRows, append_row, drop_after, own_rows, read_rows
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "metrics.jsonl"
+
+
+def write(file: Path, *epochs: int, **more: object) -> None:
+    for epoch in epochs:
+        append_row(file, {"epoch": epoch, **more})
+
+
+def test_a_line_cut_short_is_left_out_until_it_is_whole(file: Path) -> None:
+    assert read_rows(file) == []
+    write(file, 1)
+    with file.open("a") as half:
+        half.write('{"epoch": 2')
+    assert read_rows(file) == [{"epoch": 1}]
+    with file.open("a") as rest:
+        rest.write("}\n")
+    assert read_rows(file) == [{"epoch": 1}, {"epoch": 2}]
+
+
+def test_epochs_after_the_checkpoint_are_dropped_and_returned(file: Path) -> None:
+    write(file, 1, 2, 3)
+    assert drop_after(file, 1) == ([{"epoch": 1}], [{"epoch": 2}, {"epoch": 3}])
+    assert read_rows(file) == [{"epoch": 1}]
+
+
+def test_inherited_epochs_are_not_a_runs_own(file: Path) -> None:
+    write(file, 1, inherited=True)
+    write(file, 2)
+    assert own_rows(read_rows(file)) == [{"epoch": 2}]
+
+
+def test_new_rows_are_handed_on_once_also_where_epochs_are_done_again(file: Path) -> None:
+    told: list[int] = []
+    rows = NewRows(file, lambda row: told.append(row["epoch"]))
+    rows.look()
+    assert (told, rows.epoch) == ([], 0)
+    write(file, 1, 2)
+    rows.look()
+    rows.look()
+    assert (told, rows.epoch) == ([1, 2], 2)
+    drop_after(file, 1)
+    write(file, 2, 3)
+    rows.look()
+    assert (told, rows.epoch) == ([1, 2, 3], 3)
+
+
+def test_rows_that_were_there_or_are_a_parents_are_not_new(file: Path) -> None:
+    write(file, 1)
+    told: list[int] = []
+    rows = NewRows(file, lambda row: told.append(row["epoch"]))
+    write(file, 2, inherited=True)
+    write(file, 3)
+    rows.look()
+    assert told == [3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -377,25 +378,26 @@ def test_suggestions_made_ahead_use_up_no_number_and_stay_within_the_budget(stor
     from ray.tune.search import Searcher
 
     search = searcher(store, board, settings(budget={"trials": 5}), ahead=3)
-    begun = 0
-    for i in range(200):
-        config = search.suggest(f"t{i}")
-        if isinstance(config, dict):
-            begun += 1
-        if begun == 2:
-            break
-    assert begun == 2
+    begun = [suggested(search, f"t{i}") for i in range(2)]
+    assert [Task.from_config(config["task"]).number for config in begun] == [0, 1]
     assert len(store.search().trials) == 2
-    for i in range(200):
-        if isinstance(config, dict):
-            task = Task.from_config(config["task"])
-            search.on_trial_complete(f"t{task.number}" if task.number < 2 else f"u{i - 1}", {"failed": str(i)})
-        config = search.suggest(f"u{i}")
-        if config == Searcher.FINISHED:
-            break
-    numbers = [t.number for t in store.search().trials]
-    assert numbers == list(range(len(numbers)))
-    assert len(numbers) <= 5
+    for i, reason in enumerate(("one", "two", "three"), 2):  # not alike, which would end the study
+        search.on_trial_complete(f"t{i - 2}", {"failed": reason})
+        assert isinstance(suggested(search, f"t{i}"), dict)
+    assert search.suggest("t5") is None, "the budget is used, but what runs may come back"
+    for i in (3, 4):
+        search.on_trial_complete(f"t{i}", {"failed": f"{i}"})
+    assert search.suggest("t5") == Searcher.FINISHED
+    assert [t.number for t in store.search().trials] == list(range(5))
+
+
+def suggested(search: Any, tune_id: str) -> Any:
+    """What Tune runs next, asked for until there is something: ahead of time, a thread makes it."""
+    deadline = time.monotonic() + 60
+    while (config := search.suggest(tune_id)) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return config
 
 
 def test_plain_optuna_reads_the_study(store: StudyStore, board: Any) -> None:

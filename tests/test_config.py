@@ -368,6 +368,13 @@ def test_a_kind_of_gpu_without_a_gpu_is_refused() -> None:
     assert build(ResourceSettings, given | {"gpus_per_worker": 1}, "here").accelerator == "A100"
 
 
+def test_several_workers_on_one_gpu_are_refused() -> None:
+    told = "gpus_per_worker 0.5 is for one worker; several cannot share a GPU"
+    assert told in refused({"gpus_per_worker": 0.5, "workers": 2}, ResourceSettings)
+    assert told in refused({"gpus_per_worker": 0.5, "workers": [1, 2]}, ResourceSettings)
+    assert build(ResourceSettings, {"gpus_per_worker": 0.5}, "here").gpus_per_worker == 0.5
+
+
 FITTING: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"batch_size": 3}, {"workers": 3}),
     ({"batch_size": 16}, {"workers": [1, 16]}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from types import FrameType
@@ -15,6 +16,8 @@ from amlp_ray.cli.pretrain import pretrain
 from amlp_ray.cli.segment import segment
 from amlp_ray.cli.settings import settings
 from amlp_ray.errors import AmlpError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # which a write tells without a name
 
 app = typer.Typer(
     name="amlp-ray",
@@ -52,7 +55,8 @@ def main() -> None:
             print(f"amlp-ray: {sentence}", file=sys.stderr)
         sys.exit(143 if terminated else error.exit_code)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in FULL:
             raise
-        print(f"amlp-ray: {error.filename}: {error.strerror}; check the path, space and rights.", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"amlp-ray: {where}{error.strerror}; check the path, space and rights.", file=sys.stderr)
         sys.exit(2)

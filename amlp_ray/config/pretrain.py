@@ -97,7 +97,8 @@ class PretrainSettings(Settings):
     # auto: the first of these that has room
     data: Literal["auto", "resident", "mapped", "stream"] = "auto"
     # what the encoder starts from: an encoder.safetensors of a run, a file of timm weights of the named ViT (ImageNet,
-    # MAE, ...), or timm:NAME from the internet; none: random. Channels and positions are adapted, and it is said how
+    # MAE, ...), or timm:NAME from the internet; none: random. Of timm's, channels and positions are adapted, and it is
+    # said how; a run's must be of images of the same shape
     weights: str | None = None
     model: ModelSettings = ModelSettings()
     ratio: RatioSettings = RatioSettings()

@@ -43,9 +43,13 @@ class ResourceSettings(Settings):
         return given
 
     @model_validator(mode="after")
-    def _check_accelerator(self) -> ResourceSettings:
+    def _check_gpus(self) -> ResourceSettings:
         if self.accelerator is not None and not self.gpus_per_worker:
             raise ValueError(f"accelerator {self.accelerator} is a kind of GPU; set gpus_per_worker too")
+        if self.gpus_per_worker % 1 and self.most_workers > 1:
+            raise ValueError(
+                f"gpus_per_worker {self.gpus_per_worker:g} is for one worker; several cannot share a GPU: give each 1"
+            )
         return self
 
     @property

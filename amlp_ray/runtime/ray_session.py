@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,12 @@ def ray_session(address: str | None = None) -> Iterator[RaySession]:
         os.environ.pop("RAY_API_SERVER_ADDRESS", None)
         if before is not None:
             os.environ["RAY_API_SERVER_ADDRESS"] = before
+
+
+def is_joined() -> bool:
+    """Whether this process has a Ray already, as a notebook may."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
 
 
 @contextmanager

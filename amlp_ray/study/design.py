@@ -187,6 +187,8 @@ def arm_settings(settings: StudySettings, arm: str, *, seed: int) -> PretrainSet
         # SimMIM's linear head is its method; the others need a decoder, as deep as the study says.
         dropped = ("encode", "decoder_depth") if variant == "simmim" or model.get("decoder_depth") == 0 else ("encode",)
         shared["model"] = {key: value for key, value in model.items() if key not in dropped}
+    if arm == "scratch":  # a random encoder, also where all others start from weights
+        shared.pop("weights", None)
     values = merged(shared, own) | {"variant": variant, "seed": seed}
     return build(PretrainSettings, values, f"{settings.name}, arm {arm}")
 

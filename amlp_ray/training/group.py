@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from amlp_ray.config import FaultSettings, ResourceSettings
 from amlp_ray.errors import AmlpError, NonFiniteLossError, ResourceError, WorkerLostError
 from amlp_ray.runtime.capacity import answering_nodes, worker_bundle
 from amlp_ray.runtime.entry import run_member
+from amlp_ray.training.keeping.patience import Patience
 from amlp_ray.training.recording.events import EventLog, Kind, News
 
 POLL_S = 0.5  # seconds between looks at a group that works on other processes
 START_MINUTES = 1.0  # that Ray Train waits for room before it counts a failure
+EXCHANGE_S = 1800  # that workers wait for each other, as Ray Train has it, while no disk is waited for
 RECOUNT_S = 20.0  # after which Ray counts nodes anew for elastic groups
 RESIZE_S = 10.0  # seconds between looks at whether nodes have joined an elastic group, which costs a restart
 LOSSES: dict[Kind, str] = {
@@ -81,10 +84,12 @@ def run_group(
 
     Raises:
         AmlpError: what a worker raised on purpose. WorkerLostError: more workers or nodes in a row were lost than
-        `faults.retries`. ResourceError: the cluster had no room for `resources.wait_minutes`. Any error in the code of
-        `work`, as it was.
+        `faults.retries`. StorageError: the folder was away for `faults.storage_minutes` when it was to be begun again.
+        ResourceError: the cluster had no room for `resources.wait_minutes`. Any error in the code of `work`, as it was.
     """
     events, news, lost, reached = EventLog(folder, aloud=False), News(folder), 0, progress()
+    patience = Patience.of(folder, faults, events)
+    held = {path.name for path in folder.glob("*")} - {events.path.name}  # which this process writes by itself
 
     def look() -> None:
         news.say()
@@ -92,7 +97,7 @@ def run_group(
 
     while True:
         nodes = answering_nodes()
-        failure = _attempt(work, resources, name, folder / "ray_train", look)
+        failure = _attempt(work, resources, faults, name, folder / "ray_train", look)
         if failure is None:
             shutil.rmtree(folder / "ray_train", ignore_errors=True)  # Ray Train's books, of no use any more
             return
@@ -117,14 +122,30 @@ def run_group(
             ) from failure
         events.note(kind, f"{told}; going on from the latest checkpoint.")
         news.say()
+        patience(partial(_check_there, folder, held), "a new start")
+        events.flush()
+
+
+def _check_there(folder: Path, held: set[str]) -> None:
+    """Raise OSError where nothing is left of what a run's folder held: a run begun now would not find its checkpoint.
+
+    A disk that was taken away may leave an empty folder, and to make one anew would hide its return.
+    """
+    if held and held.isdisjoint(path.name for path in folder.iterdir()):
+        raise OSError("what it held is gone")
 
 
 def _attempt(
-    work: Callable[[Member], None], resources: ResourceSettings, name: str, storage: Path, poll: Callable[[], None]
+    work: Callable[[Member], None],
+    resources: ResourceSettings,
+    faults: FaultSettings,
+    name: str,
+    storage: Path,
+    poll: Callable[[], None],
 ) -> BaseException | None:
     """Run one group to its end; return what made it fail."""
     failure: list[BaseException] = []
-    trainer = _trainer(work, resources, name, storage)
+    trainer = _trainer(work, resources, faults, name, storage)
 
     def run() -> None:
         try:
@@ -142,14 +163,18 @@ def _attempt(
             return failure[0] if failure else None
 
 
-def _trainer(work: Callable[[Member], None], resources: ResourceSettings, name: str, storage: Path) -> Any:
+def _trainer(
+    work: Callable[[Member], None], resources: ResourceSettings, faults: FaultSettings, name: str, storage: Path
+) -> Any:
     from ray import cloudpickle, train
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     elastic = {"elastic_resize_monitor_interval_s": RESIZE_S} if resources.elastic else {}
     return TorchTrainer(
         run_member,
         train_loop_config={"work": cloudpickle.dumps(_Work(work))},
+        # The others wait for the first worker, who may wait for a disk: for a checkpoint and then for a line.
+        torch_config=TorchConfig(timeout_s=EXCHANGE_S + round(2 * 60 * faults.storage_minutes)),
         scaling_config=train.ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus_per_worker > 0,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,12 +24,14 @@ from amlp_ray.errors import CheckpointError
 from amlp_ray.files import write_whole
 from amlp_ray.method.model import MaskedAutoencoder
 from amlp_ray.method.pictures import picture_strips
-from amlp_ray.settings import build, read_yaml, write_yaml
+from amlp_ray.settings import build, flat, read_yaml, write_yaml
 from amlp_ray.training.group import ALONE, Member
 from amlp_ray.training.keeping.checkpoint import fork_checkpoint
 from amlp_ray.training.keeping.export import ENCODER, export_encoder, is_encoder
 from amlp_ray.training.keeping.keeper import checkpoints, epoch_of
 from amlp_ray.training.keeping.patience import Patience
+from amlp_ray.training.keeping.starting import ONLINE
+from amlp_ray.training.learner import new_model
 from amlp_ray.training.looking.diagnosis import Diagnosis, held_out, true_lesions
 from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult, pretrain
 from amlp_ray.training.recording.events import EventLog
@@ -38,7 +41,8 @@ from amlp_ray.training.scoring.scores import Score
 from amlp_ray.training.steps import Model
 
 IN_METRICS = ("dsc", "ppv", "sensitivity", "ap", "dsc_small", "dsc_medium", "dsc_large")
-PICTURES = 4  # strips per run: enough to judge by, small enough to keep for every trial
+PICTURES = "pictures"  # folder of a run's strips, in the folder of the run
+STRIPS = 4  # per run: enough to judge by, small enough to keep for every trial
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def run_job(job: Job, hooks: Hooks, member: Member = ALONE) -> PretrainResult:
     dataset = PatchDataset.open(job.data)
     labels = job.open_labels(dataset)
     if job.settings.objective == "none":
-        return _score_random_encoder(job, hooks, dataset, labels, is_first=member.is_first)
+        return _score_untrained(job, hooks, dataset, labels, is_first=member.is_first)
     batches = open_batches(
         dataset,
         batch_size=job.settings.batch_size,
@@ -105,6 +109,8 @@ def run_job(job: Job, hooks: Hooks, member: Member = ALONE) -> PretrainResult:
     tracked = _Tracked(job, hooks.report)
     if member.is_first:
         claim(job, dataset, labels)
+        if not is_finished(job):
+            _drop_ends(job.folder)
         if job.fork is not None and not checkpoints(job.folder):
             fork_checkpoint(job.fork, job.folder, job.settings)
         hooks = replace(hooks, evaluate=_evaluation(job, dataset, labels), report=tracked)
@@ -148,7 +154,7 @@ class _Tracked:
                 self.job.folder,
                 self.job.tracking,
                 name=self.job.label or self.job.folder.name,
-                parameters=self.job.settings.model_dump(mode="json"),
+                parameters=_parameters(self.job.settings),
                 group=self.job.study,
                 resumed_epoch=max(0, metrics["epoch"] - 1),
                 say=logger.warning,
@@ -159,6 +165,14 @@ class _Tracked:
     def close(self, failed: bool = False) -> None:
         if self.tracker is not None:
             self.tracker.close(failed)
+
+
+def _parameters(settings: PretrainSettings) -> dict[str, Any]:
+    """Settings by dotted name, for servers; of a file of weights its name alone, since paths may tell of patients."""
+    values = flat(settings.model_dump(mode="json"))
+    if settings.weights is not None and not settings.weights.startswith(ONLINE):
+        values["weights"] = Path(settings.weights).name
+    return values
 
 
 def claim(job: Job, dataset: PatchDataset, labels: PatchDataset | None = None) -> None:
@@ -201,9 +215,17 @@ def claim(job: Job, dataset: PatchDataset, labels: PatchDataset | None = None) -
 
 def is_finished(job: Job) -> bool:
     """Whether the folder of the job holds all that it makes; in doubt, no."""
-    found, last = checkpoints(job.folder), job.settings.epochs if job.until is None else job.until
-    trained = bool(found) and epoch_of(found[0]) == last
-    return trained and is_encoder(job.folder / ENCODER) and (job.folder / "pictures").is_dir()
+    objective, found = job.settings.objective, checkpoints(job.folder)
+    last = job.settings.epochs if job.until is None else job.until
+    trained = objective == "none" or (bool(found) and epoch_of(found[0]) == last)
+    drawn = objective != "reconstruction" or (job.folder / PICTURES).is_dir()
+    return trained and drawn and is_encoder(job.folder / ENCODER)
+
+
+def _drop_ends(folder: Path) -> None:
+    """Drop what a run made as it stopped early: killed after its last epoch, it would pass for what it has learnt."""
+    (folder / ENCODER).unlink(missing_ok=True)
+    shutil.rmtree(folder / PICTURES, ignore_errors=True)
 
 
 def _decisive(settings: PretrainSettings) -> PretrainSettings:
@@ -248,12 +270,11 @@ def _keep(folder: Path, score: Score, epoch: int) -> Metrics:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _score_random_encoder(
+def _score_untrained(
     job: Job, hooks: Hooks, dataset: PatchDataset, labels: PatchDataset, *, is_first: bool
 ) -> PretrainResult:
-    """The variant `scratch`: reported once, as epoch 0."""
-    torch.manual_seed(job.settings.seed)
-    model = MaskedAutoencoder(job.settings.model, dataset.spec).eval()
+    """The variant `scratch`: reported once, as epoch 0. With `weights`, it is these that nothing was added to."""
+    model = new_model(job.settings, dataset.spec)[0].eval()
     encoder = job.folder / ENCODER
     metrics: Metrics = {"epoch": 0}
     if is_first:
@@ -266,7 +287,7 @@ def _score_random_encoder(
 
 def _draw(job: Job, dataset: PatchDataset, model: MaskedAutoencoder, epoch: int) -> None:
     """Draw images the model has not been trained on, with lesions where masks are known."""
-    chosen = held_out(dataset, PICTURES)
+    chosen = held_out(dataset, STRIPS)
     strips = picture_strips(
         model,
         torch.from_numpy(chosen.images),
@@ -275,7 +296,13 @@ def _draw(job: Job, dataset: PatchDataset, model: MaskedAutoencoder, epoch: int)
         job.settings,
         epoch,
     )
-    folder = job.folder / "pictures"
-    folder.mkdir(exist_ok=True)
-    for i, (name, strip) in enumerate(zip(chosen.ids, strips, strict=True)):
-        strip.save(folder / f"{i}-{re.sub(r'[^A-Za-z0-9.-]+', '_', name)}.png")
+    partial, folder = job.folder / f"{PICTURES}.partial", job.folder / PICTURES
+
+    def write() -> None:
+        partial.mkdir(exist_ok=True)
+        for i, (name, strip) in enumerate(zip(chosen.ids, strips, strict=True)):
+            strip.save(partial / f"{i}-{re.sub(r'[^A-Za-z0-9.-]+', '_', name)}.png")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+    Patience.of(job.folder, job.faults, EventLog(job.folder))(write, "pictures")

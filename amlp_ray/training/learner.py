@@ -29,10 +29,14 @@ class Learner:
     the model is cut, a whole copy that `refresh` brings up to date. `started_from` says what weights it began with.
     """
 
-    def __init__(self, settings: PretrainSettings, spec: ImageSpec, device: str, *, sharding: str = "auto") -> None:
-        """Create everything from the seed."""
+    def __init__(
+        self, settings: PretrainSettings, spec: ImageSpec, device: str, *, sharding: str = "auto", resumes: bool = False
+    ) -> None:
+        """Create everything from the seed, and from `weights` unless it `resumes`: a checkpoint replaces them."""
         self.settings, self.device = settings, device
-        model, self.started_from = new_model(settings, spec)
+        model, self.started_from = new_model(
+            settings.model_copy(update={"weights": None}) if resumes else settings, spec
+        )
         self.model = model.to(device)
         use_fused_attention(self.model, device != "cpu" or autocast_type(settings, device) is None)
         self.average = deepcopy(self.model).requires_grad_(False) if settings.average else None

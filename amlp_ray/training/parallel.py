@@ -62,8 +62,9 @@ def as_network(model: nn.Module) -> nn.Module:
 @contextmanager
 def no_exchange(network: nn.Module, unless: bool) -> Iterator[None]:
     """Backward passes in here only add up gradients, so that those of a batch are exchanged once, with its last."""
-    if isinstance(network, DistributedDataParallel) and not unless:
-        with network.no_sync():
+    model = getattr(network, "_orig_mod", network)  # of torch.compile, which hides what it compiled
+    if isinstance(model, DistributedDataParallel) and not unless:
+        with model.no_sync():
             yield
         return
     for module in network.modules():

@@ -26,7 +26,7 @@ from amlp_ray.method.masking import Moment
 from amlp_ray.training import parallel
 from amlp_ray.training.keeping.checkpoint import state_to_keep
 from amlp_ray.training.keeping.export import ENCODER, export_encoder, is_encoder
-from amlp_ray.training.keeping.keeper import Keeper
+from amlp_ray.training.keeping.keeper import Keeper, checkpoints
 from amlp_ray.training.keeping.patience import Patience
 from amlp_ray.training.learner import Learner
 from amlp_ray.training.recording.events import EventLog, read_events
@@ -102,11 +102,12 @@ def pretrain(
     hooks, resources, faults = hooks or Hooks(), resources or ResourceSettings(), faults or FaultSettings()
     first = parallel.rank() == 0
     events = EventLog(folder, aloud=parallel.world_size() == 1)
-    learner = Learner(settings, batches.spec, device, sharding=resources.sharding)
+    resumes = bool(checkpoints(folder))
+    learner = Learner(settings, batches.spec, device, sharding=resources.sharding, resumes=resumes)
     done = learner.go_on(folder, events)
     if done > last:
         raise CheckpointError(f"{folder} is at epoch {done} already, beyond until={last}; choose another folder.")
-    if first and not done and learner.started_from:
+    if first and learner.started_from:
         events.note("weights", learner.started_from)
     metrics = _begin(folder, events, done, last) if first else {}
     network = parallel.as_network(learner.model)

@@ -14,11 +14,13 @@ from amlp_ray.data.place import Place
 from amlp_ray.data.reading import cache
 from amlp_ray.data.reading.stream import is_streamed
 from amlp_ray.runtime.capacity import cluster_resources, jobs_side_by_side, machine_resources
-from amlp_ray.runtime.ray_session import ray_session
+from amlp_ray.runtime.ray_session import is_joined, ray_session
 from amlp_ray.training.group import Member, alone, run_group
 from amlp_ray.training.job import Job, claim, is_finished, run_job
 from amlp_ray.training.keeping.export import ENCODER
+from amlp_ray.training.keeping.keeper import checkpoints
 from amlp_ray.training.keeping.lock import only_writer
+from amlp_ray.training.keeping.starting import located, starting_model
 from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult
 from amlp_ray.training.recording.metrics import NewRows
 from amlp_ray.training.recording.tracking import check_tracking
@@ -58,13 +60,17 @@ def pretrain_dataset(
         diverged. WorkerLostError, StorageError: more went wrong than `faults` bears; run it again.
     """
     settings, out = settings or PretrainSettings(), Path(out).absolute()
+    if settings.weights is not None:
+        settings = settings.model_copy(update={"weights": located(settings.weights)})
     resources = resources or ResourceSettings(cpus_per_worker=os.cpu_count() or 1)
     dataset = PatchDataset.open(data)
     settings.check_image(dataset.spec)
     settings.check_workers(resources)
     check_tracking(tracking or TrackingSettings())
-    if address is None:
+    if address is None and (resources.alone or not is_joined()):
         jobs_side_by_side(resources, machine_resources())
+    if settings.weights is not None and not checkpoints(out):
+        starting_model(settings.weights, settings.model.encoder)
     job = Job(
         settings,
         dataset.path,

@@ -100,6 +100,12 @@ def test_an_arm_shares_model_and_length_with_the_study() -> None:
     assert (found.epochs, found.model.width, found.model.decoder_depth) == (7, 48, 2)
 
 
+def test_scratch_is_a_random_encoder_where_all_others_start_from_weights() -> None:
+    given = study(weights="/w.safetensors")
+    assert arm_settings(given, "mae", seed=0).weights == "/w.safetensors"
+    assert arm_settings(given, "scratch", seed=0).weights is None
+
+
 def test_what_the_space_sets_for_every_trial_is_set_for_arms_but_for_the_method() -> None:
     space = {"epochs": 9, "model.width": {"value": 48}, "ratio.start": 0.2, "lr": {"value": 0.5, "when": {"epochs": 1}}}
     settings = StudySettings.model_validate({"name": "s", "space": space, "arms": ["mae", "equal-mean"]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from amlp_ray.config import FaultSettings, ResourceSettings
-from amlp_ray.errors import DataError, NonFiniteLossError, ResourceError, WorkerLostError
+from amlp_ray.errors import DataError, NonFiniteLossError, ResourceError, StorageError, WorkerLostError
 from amlp_ray.training import group
 from amlp_ray.training.group import Member, kind_of, own_error, run_group
 from amlp_ray.training.recording.events import read_events
@@ -182,6 +183,56 @@ def test_no_room_is_no_event_of_the_run(run: Run, tmp_path: Path) -> None:
     assert kinds(tmp_path) == []
 
 
+@pytest.mark.parametrize("left", ["nothing", "an empty folder"])
+def test_a_group_begins_again_when_its_folder_is_there_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, left: str
+) -> None:
+    folder, away = tmp_path / "run", tmp_path / "away"
+    folder.mkdir()
+    (folder / "settings.yaml").touch()
+    begun: list[bool] = []
+
+    def attempt(*given: Any) -> BaseException | None:
+        begun.append((folder / "settings.yaml").is_file())
+        if len(begun) > 1:
+            return None
+        folder.rename(away)
+        if left == "an empty folder":
+            folder.mkdir()
+        back.start()
+        return ended(died())
+
+    def bring_back() -> None:
+        if folder.exists():
+            folder.rename(tmp_path / "below")  # what stands where nothing is mounted
+        away.rename(folder)
+
+    back = threading.Timer(1.0, bring_back)
+    monkeypatch.setattr(group, "_attempt", attempt)
+    monkeypatch.setattr(group, "answering_nodes", lambda: {"node"})
+    run_group(print, ResourceSettings(workers=2), FaultSettings(), name="x", folder=folder)
+    assert begun == [True, True]
+    assert kinds(folder if left == "nothing" else tmp_path / "below") == ["worker lost", "storage"]
+
+
+def test_a_folder_that_stays_away_ends_the_run_and_is_not_made_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "settings.yaml").touch()
+
+    def attempt(*given: Any) -> BaseException:
+        shutil.rmtree(folder)
+        return ended(died())
+
+    monkeypatch.setattr(group, "_attempt", attempt)
+    monkeypatch.setattr(group, "answering_nodes", lambda: {"node"})
+    with pytest.raises(StorageError, match=r"took nothing for 0\.01 minutes"):
+        run_group(print, ResourceSettings(workers=2), FaultSettings(storage_minutes=0.01), name="x", folder=folder)
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_group_is_polled_in_the_calling_thread_while_it_works_and_once_after(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fails: bool
@@ -204,7 +255,7 @@ def test_a_group_is_polled_in_the_calling_thread_while_it_works_and_once_after(
 
     monkeypatch.setattr(group, "_trainer", lambda *given: Trainer())
     monkeypatch.setattr(group, "POLL_S", 0.01)
-    failure = group._attempt(print, ResourceSettings(), "x", tmp_path, poll)
+    failure = group._attempt(print, ResourceSettings(), FaultSettings(), "x", tmp_path, poll)
     assert failure is (BUG if fails else None)
     assert (polled[0], polled[-1]) == ((True, False), (True, True))
 

@@ -13,7 +13,7 @@ from amlp_ray.config import PretrainSettings, ProbeSettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import CheckpointError
 from amlp_ray.settings import build, read_yaml
-from amlp_ray.training.job import PICTURES, Job, claim, run_job
+from amlp_ray.training.job import STRIPS, Job, _parameters, claim, is_finished, run_job
 from amlp_ray.training.keeping.export import load_encoder
 from amlp_ray.training.pretrain import Hooks
 from amlp_ray.training.recording.metrics import append_row, drop_after, read_rows
@@ -59,13 +59,13 @@ def test_an_oracle_runs_as_a_trial_does_and_is_scored_and_drawn(phantom_dataset:
     assert result.epochs == 2
     assert 0 <= result.metrics["dsc"] <= 1
     assert "aim_precision" not in result.metrics  # of an oracle it says nothing
-    assert len(list((tmp_path / "pictures").iterdir())) == PICTURES
+    assert len(list((tmp_path / "pictures").iterdir())) == STRIPS
 
 
 def test_pictures_show_validation_images_with_lesions(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
     run_job(job_of(phantom_dataset, tmp_path), Hooks())
     strips = sorted((tmp_path / "pictures").iterdir())
-    assert len(strips) == PICTURES
+    assert len(strips) == STRIPS
     val = phantom_dataset.load("val")
     lesions = {val.ids[i] for i in range(len(val)) if val.masks[i].any()}
     assert {path.stem.partition("-")[2] for path in strips} <= lesions
@@ -85,6 +85,45 @@ def test_a_random_encoder_is_scored_once_as_epoch_0_and_exported_untrained(
     assert all(torch.equal(value, exported[key]) for key, value in result.model.encoder.state_dict().items())
     again = run_job(replace(job, folder=tmp_path / "again"), Hooks())
     assert again.metrics["dsc"] == result.metrics["dsc"]
+
+
+def test_untrained_weights_are_scored_as_they_are(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+    start = run_job(job_of(phantom_dataset, tmp_path / "start", epochs=1, variant="mae"), Hooks())
+    job = job_of(phantom_dataset, tmp_path / "run", variant="scratch", weights=str(start.encoder))
+    assert not is_finished(job)
+    result = run_job(replace(job, rungs=(0,)), Hooks())
+    given = load_encoder(start.encoder).state_dict()
+    assert all(torch.equal(value, given[key]) for key, value in load_encoder(result.encoder).state_dict().items())
+    assert is_finished(job)
+
+
+def test_an_encoder_of_a_run_that_stopped_early_never_passes_for_the_last(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
+    job = replace(job_of(phantom_dataset, tmp_path / "run", variant="mae"), probe=None)
+    early = run_job(job, Hooks(should_stop=lambda: True))
+    assert (early.epochs, early.encoder.is_file()) == (1, True)
+
+    def die(metrics: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # after the last epoch, whose checkpoint is written
+        run_job(job, Hooks(report=die))
+    assert not early.encoder.exists()
+    assert not is_finished(job)
+    run_job(job, Hooks())
+    assert is_finished(job)
+    whole = run_job(replace(job, folder=tmp_path / "whole"), Hooks())
+    ours, theirs = (load_encoder(path).state_dict() for path in (early.encoder, whole.encoder))
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def test_servers_are_told_settings_by_dotted_name_and_no_path() -> None:
+    told = _parameters(PretrainSettings(weights="/data/hospital/encoder.safetensors"))
+    assert told["model.width"] == PretrainSettings().model.width
+    assert told["weights"] == "encoder.safetensors"
+    assert "hospital" not in str(told)
+    assert _parameters(PretrainSettings(weights="timm:vit_tiny_patch16_224"))["weights"] == "timm:vit_tiny_patch16_224"
 
 
 def test_a_folder_is_claimed_by_its_settings_in_full(phantom_dataset: PatchDataset, tmp_path: Path) -> None:

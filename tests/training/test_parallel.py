@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,22 @@ def test_workers_follow_the_curve_of_one_and_end_with_the_same_model(
         assert all(torch.equal(value, models[0][name]) for name, value in model.items())
     exported = load_encoder(tmp_path / "all" / "encoder.safetensors").state_dict()
     assert all(torch.equal(value, models[0][f"encoder.{name}"]) for name, value in exported.items())
+
+
+def test_compiled_workers_exchange_a_batch_s_gradient_once_whatever_pieces_they_take(
+    dataset: PatchDataset, tmp_path: Path
+) -> None:
+    settings = settings_of(variant="mae", batch_size=3, compile=True)  # shares of 1 and 2, so 1 piece and 2
+    go(dataset, tmp_path / "one", settings_of(variant="mae", batch_size=3))
+    resources = ResourceSettings(workers=2, micro_batch=1)
+    run_workers(2, compiled, tmp_path / "meeting", dataset.path, tmp_path / "all", settings, resources)
+    assert_alike(tmp_path / "one", tmp_path / "all", rel=1e-4)
+
+
+def compiled(rank: int, *given: Any) -> None:
+    """Train compiled, by a compiler that takes no minute."""
+    torch.compile = partial(torch.compile, backend="eager")
+    train(rank, *given)
 
 
 HANDED_ON = {

@@ -120,6 +120,22 @@ def test_a_run_that_never_began_leaves_its_folder_to_the_next(phantom_dataset: P
     assert amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings()).is_file()
 
 
+def test_weights_are_missed_before_anything_starts_and_never_by_a_run_that_goes_on(
+    phantom_dataset: PatchDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    two = ResourceSettings(workers=2, cpus_per_worker=0.5)
+    with pytest.raises(CheckpointError, match=f"no encoder file {tmp_path}/gone.safetensors"):
+        amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings(weights="gone.safetensors"), resources=two)
+    assert not (tmp_path / "run").exists()
+    amlp_ray.pretrain(phantom_dataset.path, "start", settings()).rename("w.safetensors")
+    path = amlp_ray.pretrain(phantom_dataset.path, "run", settings(weights="w.safetensors"))
+    path.unlink()
+    Path("w.safetensors").unlink()
+    assert amlp_ray.pretrain(phantom_dataset.path, "run", settings(weights="w.safetensors")) == path
+    assert path.is_file()
+
+
 def test_impossible_requests_are_refused_at_once(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="gpus_per_worker=64"):
         amlp_ray.pretrain(phantom_dataset.path, tmp_path, settings(), resources=ResourceSettings(gpus_per_worker=64))

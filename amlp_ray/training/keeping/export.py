@@ -17,6 +17,7 @@ from amlp_ray.files import write_whole
 from amlp_ray.method.encoder import create_encoder, timm_arguments, timm_name
 
 ENCODER = "encoder.safetensors"  # in the folder of a run
+HEADER = {"timm_name", "timm_arguments", "model", "image"}
 
 
 def export_encoder(encoder: VisionTransformer, path: Path, settings: ModelSettings, spec: ImageSpec) -> None:
@@ -81,7 +82,7 @@ def _header(path: str | Path) -> dict[str, str]:
             header = file.metadata() or {}
     except SafetensorError:
         header = {}
-    if "timm_arguments" not in header:
+    if not header.keys() >= HEADER:
         raise CheckpointError(
             f"{path} is cut short, or not an encoder exported by amlp-ray; give the encoder.safetensors of a run."
         )

@@ -33,4 +33,9 @@ def only_writer(folder: Path, *, wait_s: float = WAIT_S) -> Iterator[None]:
                         f"{folder} is written by another process; let it end, or end it, and run again."
                     ) from None
                 time.sleep(min(0.5, wait_s))
+            except OSError as error:
+                raise CheckpointError(
+                    f"{folder} is on a file system without locks ({error.strerror}), so two runs could spoil each "
+                    f"other; mount it with locks (Lustre: flock), or choose another folder."
+                ) from None
         yield

@@ -70,6 +70,11 @@ def starting_encoder(
     return Start(encoder.eval(), settings, f"{label} from {source}: {', '.join(adapted) or 'nothing adapted'}")
 
 
+def located(weights: str | Path) -> str:
+    """Weights by a path that holds wherever a worker runs."""
+    return str(weights) if str(weights).startswith(ONLINE) else str(Path(weights).absolute())
+
+
 def starting_model(weights: str, name: str | None = None) -> ModelSettings:
     """What encoder `weights` are of; nothing is loaded. Arguments and errors as in `starting_encoder`."""
     if weights.startswith(ONLINE):

@@ -43,6 +43,10 @@ class EventLog:
         if text and self.aloud:
             logger.warning(text)
         self._waiting.append(json.dumps({"time": round(time.time(), 2), "event": kind, "text": text, **facts}))
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what the disk did not take before, as far as it does now."""
         with suppress(OSError):
             while self._waiting:
                 append_line(self.path, self._waiting[0])
@@ -69,12 +73,15 @@ class News:
         self.folder, self.known = folder, len(read_events(folder))
 
     def say(self) -> None:
-        """Say what has been noted since the last call."""
-        events = read_events(self.folder)
+        """Say what has been noted since the last call; nothing while the folder is away."""
+        try:
+            events = read_events(self.folder)
+        except OSError:
+            return
         for event in events[self.known :]:
             if event["text"]:
                 logger.warning(event["text"])
-        self.known = len(events)
+        self.known = max(self.known, len(events))
 
 
 def count_events(folder: Path) -> Counter[str]:

@@ -56,11 +56,13 @@ class NewRows:
         self._path, self._report, self._seen = path, report, 0
 
     def look(self) -> None:
-        size = self._path.stat().st_size if self._path.is_file() else 0
-        if size == self._seen:
+        try:
+            size = self._path.stat().st_size
+            rows = own_rows(read_rows(self._path)) if size != self._seen else []
+        except OSError:  # not there yet, or its disk is away: those who write wait, and so does the reader
             return
         self._seen = size
-        for row in own_rows(read_rows(self._path)):
+        for row in rows:
             if row["epoch"] > self.epoch:
                 self._report(row)
                 self.epoch = row["epoch"]

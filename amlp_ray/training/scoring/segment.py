@@ -22,12 +22,21 @@ from amlp_ray.errors import CheckpointError, SettingsError
 from amlp_ray.files import read_json, write_whole
 from amlp_ray.method.encoder import new_encoder
 from amlp_ray.runtime.capacity import cluster_resources, jobs_side_by_side, machine_resources
-from amlp_ray.runtime.ray_session import ray_session
+from amlp_ray.runtime.ray_session import is_joined, ray_session
 from amlp_ray.settings import write_yaml
 from amlp_ray.training.group import Member, run_group
 from amlp_ray.training.keeping.keeper import checkpoints
 from amlp_ray.training.keeping.lock import only_writer
-from amlp_ray.training.keeping.starting import ONLINE, check_patches, starting_encoder, starting_model, starting_spec
+from amlp_ray.training.keeping.patience import Patience
+from amlp_ray.training.keeping.starting import (
+    ONLINE,
+    check_patches,
+    located,
+    starting_encoder,
+    starting_model,
+    starting_spec,
+)
+from amlp_ray.training.recording.events import EventLog
 from amlp_ray.training.recording.metrics import Metrics, NewRows
 from amlp_ray.training.scoring.evaluate import SIZES, evaluate
 from amlp_ray.training.scoring.finetune import finetune
@@ -41,10 +50,10 @@ PATIENCE_S = 5.0  # with another process that writes into the folder
 
 
 def segment(
-    dataset: PatchDataset,
+    data: PatchDataset | str | Path,
     encoder: str | Path,
-    out: Path,
-    settings: SegmentSettings,
+    out: str | Path,
+    settings: SegmentSettings | None = None,
     *,
     name: str | None = None,
     from_scratch: bool = False,
@@ -60,8 +69,9 @@ def segment(
     A folder `out` that holds a fine-tuning of the same settings is resumed; of a finished one, the score is returned.
 
     Args:
-        dataset: images with masks; need not be what the encoder was pretrained on, but must be of its shape and scale.
-            `amlp-ray data check A --against B` tells whether val images are among those of the pretraining set.
+        data: a patch dataset with masks, or its path; need not be what the encoder was pretrained on, but must be of
+            its shape and scale. `amlp-ray data check A --against B` tells whether val images are among those of the
+            pretraining set.
         encoder: an exported encoder, whose mean and SD normalise the images; or a timm checkpoint, or `timm:NAME`, for
             which the images' own do (see `starting_encoder`). `from_scratch` keeps the shape but not the weights: the
             baseline.
@@ -80,14 +90,14 @@ def segment(
         not go with it. CheckpointError: `out` holds another fine-tuning, or the encoder cannot be read. ResourceError:
         there is no room. WorkerLostError, StorageError: more went wrong than `faults` bears; run it again.
     """
-    out = out.absolute()
+    dataset = data if isinstance(data, PatchDataset) else PatchDataset.open(data)
+    settings, out = settings or SegmentSettings(), Path(out).absolute()
     threads = None if resources is None else max(1, int(resources.cpus_per_worker))
     resources, faults = resources or ResourceSettings(), faults or FaultSettings()
     settings.check_workers(resources)
-    if address is None:
+    if address is None and (resources.alone or not is_joined()):
         jobs_side_by_side(resources, machine_resources())
-    weights = str(encoder) if str(encoder).startswith(ONLINE) else str(Path(encoder).absolute())
-    tuning = Tuning(settings, weights, name, out, from_scratch, sizes, faults, threads)
+    tuning = Tuning(settings, located(encoder), name, out, from_scratch, sizes, faults, threads)
     tuning.check(dataset)
     with only_writer(out, wait_s=PATIENCE_S):
         if not _claim(tuning, dataset):
@@ -191,9 +201,14 @@ class Tuning:
             "start": told,
             "seconds": sum(row["seconds"] for row in epochs),
         }
-        save_segmenter(model, self.out, encoder=shape, spec=spec, prepare=dataset.manifest.settings, settings=settings)
-        write_whole(self.out / "per_image.csv", table.round(6).to_csv(index=False))
-        write_whole(self.out / SCORE, json.dumps(score, indent=1))
+
+        def write() -> None:
+            prepare = dataset.manifest.settings
+            save_segmenter(model, self.out, encoder=shape, spec=spec, prepare=prepare, settings=settings)
+            write_whole(self.out / "per_image.csv", table.round(6).to_csv(index=False))
+            write_whole(self.out / SCORE, json.dumps(score, indent=1))
+
+        Patience.of(self.out, self.faults, EventLog(self.out))(write, "the segmenter and its score")
         shutil.rmtree(self.out / "checkpoint", ignore_errors=True)  # three times the size of the segmenter
 
 

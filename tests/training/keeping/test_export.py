@@ -77,7 +77,7 @@ def test_an_export_holds_no_decoder_and_leaves_no_partial_file(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("read", [load_encoder, read_encoder_header])
-@pytest.mark.parametrize("kind", ["missing", "text", "cut short", "another model", "no header"])
+@pytest.mark.parametrize("kind", ["missing", "text", "cut short", "a segmenter", "another model", "no header"])
 def test_what_is_no_exported_encoder_is_refused_in_one_sentence(tmp_path: Path, read, kind: str) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path / "e.safetensors"
     model, spec, _ = trained()
@@ -86,6 +86,9 @@ def test_what_is_no_exported_encoder_is_refused_in_one_sentence(tmp_path: Path, 
     elif kind == "cut short":
         export_encoder(model.encoder, path, SETTINGS.model, spec)
         path.write_bytes(path.read_bytes()[:-100])
+    elif kind == "a segmenter":
+        header = {"timm_name": "vit_tiny_patch16_224", "timm_arguments": "{}", "image": spec.model_dump_json()}
+        save_file({"w": torch.zeros(2)}, path, metadata=header)
     elif kind == "another model":
         save_file({"w": torch.zeros(2)}, path, metadata={"format": "pt"})
     elif kind == "no header":

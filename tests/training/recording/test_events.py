@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from pathlib import Path
@@ -84,3 +85,25 @@ def test_what_workers_note_is_said_once_by_another_process(tmp_path: Path, caplo
     for _ in range(2):
         news.say()
     assert caplog.messages == ["The disk is full."]
+
+
+def test_what_was_said_is_not_said_again_after_the_disk_was_away(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    news, worker = News(tmp_path / "run"), EventLog(tmp_path / "run", aloud=False)
+    (tmp_path / "run").mkdir()
+    worker.note("storage", "once")
+    news.say()
+    (tmp_path / "run").rename(tmp_path / "away")
+    news.say()
+    (tmp_path / "away").rename(tmp_path / "run")
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "read_text", stale)
+        news.say()
+    worker.note("storage", "twice")
+    news.say()
+    assert caplog.messages == ["once", "twice"]
+
+
+def stale(path: Path) -> str:
+    raise OSError(errno.ESTALE, "Stale file handle", str(path))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +57,23 @@ def test_new_rows_are_handed_on_once_also_where_epochs_are_done_again(file: Path
     write(file, 2, 3)
     rows.look()
     assert (told, rows.epoch) == ([1, 2, 3], 3)
+
+
+def test_a_disk_that_is_away_is_no_news(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    rows = NewRows(file, lambda row: told.append(row["epoch"]))
+    write(file, 1)
+    stat = Path.stat
+
+    def away(path: Path, **given: Any) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(Path, "stat", away)
+    rows.look()
+    assert told == []
+    monkeypatch.setattr(Path, "stat", stat)
+    rows.look()
+    assert told == [1]
 
 
 def test_rows_that_were_there_or_are_a_parents_are_not_new(file: Path) -> None:

@@ -18,7 +18,7 @@ from amlp_ray.data.place import Place
 from amlp_ray.errors import CheckpointError, DataError, SettingsError
 from amlp_ray.method.augment import normalise
 from amlp_ray.method.patches import patchify
-from amlp_ray.training.job import PICTURES, Job, claim, run_job
+from amlp_ray.training.job import STRIPS, Job, claim, run_job
 from amlp_ray.training.looking.diagnosis import held_out, lesion_shares, true_lesions
 from amlp_ray.training.looking.inspection import inspect_run
 from amlp_ray.training.pretrain import Hooks
@@ -194,7 +194,7 @@ def test_labels_apart_are_scored_and_drawn_in_the_scale_of_the_images_trained_on
     assert score["per_image"] == expected.per_image
     assert set(score["per_image"]) <= set(labels.load("train").ids + labels.load("val").ids)
     pictures = sorted(path.stem.partition("-")[2] for path in (tmp_path / "pictures").iterdir())
-    assert len(pictures) == PICTURES
+    assert len(pictures) == STRIPS
     assert all(name.startswith("labels_val") for name in pictures)
     about = json.loads((tmp_path / "data.json").read_text())
     assert (about["path"], about["labels"]["path"]) == (unlabelled.path, labels.path)

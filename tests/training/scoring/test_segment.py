@@ -306,6 +306,14 @@ def test_a_finished_run_is_returned_and_one_of_other_settings_refused(dataset: G
         segment(dataset, encoder, tmp_path / "out", settings)
 
 
+def test_paths_will_do(dataset: Guarded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    export(dataset, Path("encoder.safetensors"))
+    settings = SegmentSettings.model_validate(SMALL | {"epochs": 1, "labels": 4})
+    assert segment(dataset.path, "encoder.safetensors", "out", settings)["labels"] == 4
+    assert (tmp_path / "out" / "score.json").is_file()
+
+
 def test_a_finished_run_whose_segmenter_was_deleted_is_trained_again(dataset: Guarded, tmp_path: Path) -> None:
     first = run(dataset, tmp_path, epochs=1, labels=4)
     (tmp_path / "out" / "segmenter.safetensors").unlink()

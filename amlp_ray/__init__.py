@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     )
     from amlp_ray.data.check import check_dataset
     from amlp_ray.data.dataset import PatchDataset
-    from amlp_ray.data.preparing.prepare import prepare
+    from amlp_ray.data.prepare.pipeline import prepare
+    from amlp_ray.evaluation.segmentation import segment
+    from amlp_ray.inference.predict import predict
+    from amlp_ray.launch.launcher import pretrain_dataset as pretrain
     from amlp_ray.study.study import Study
-    from amlp_ray.training.keeping.export import load_encoder
-    from amlp_ray.training.runners import pretrain_dataset as pretrain
-    from amlp_ray.training.scoring.predict import predict
-    from amlp_ray.training.scoring.segment import segment
+    from amlp_ray.training.checkpoint.export import load_encoder
 
 __all__ = [
     "FaultSettings",
@@ -59,11 +59,11 @@ _HOMES = {
     "StudySettings": "amlp_ray.config.StudySettings",
     "TrackingSettings": "amlp_ray.config.TrackingSettings",
     "check_dataset": "amlp_ray.data.check.check_dataset",
-    "load_encoder": "amlp_ray.training.keeping.export.load_encoder",
-    "predict": "amlp_ray.training.scoring.predict.predict",
-    "prepare": "amlp_ray.data.preparing.prepare.prepare",
-    "pretrain": "amlp_ray.training.runners.pretrain_dataset",
-    "segment": "amlp_ray.training.scoring.segment.segment",
+    "load_encoder": "amlp_ray.training.checkpoint.export.load_encoder",
+    "predict": "amlp_ray.inference.predict.predict",
+    "prepare": "amlp_ray.data.prepare.pipeline.prepare",
+    "pretrain": "amlp_ray.launch.launcher.pretrain_dataset",
+    "segment": "amlp_ray.evaluation.segmentation.segment",
 }
 
 

@@ -15,12 +15,12 @@ from originals import original
 from torch import Tensor, nn
 
 from amlp_ray.config import ImageSpec, PretrainSettings, SelectionSettings
+from amlp_ray.data.loading.batches import Batch
 from amlp_ray.data.phantoms import draw_phantom
-from amlp_ray.data.reading.stream import Batch
 from amlp_ray.method.augment import normalise
 from amlp_ray.method.masking import Moment
-from amlp_ray.training.learner import Learner
-from amlp_ray.training.steps import step_of
+from amlp_ray.training.objectives import step_of
+from amlp_ray.training.train_state import Learner
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,17 @@ class Contender:
 
 def contenders(options: argparse.Namespace) -> list[Contender]:
     """Those that can run here; of each other one a line on stderr says why not."""
-    drawn = [draw_phantom("ultrasound", IMAGE, np.random.default_rng(i), lesion=True)[0] for i in range(8)]
+    drawn = [
+        draw_phantom("ultrasound", IMAGE, np.random.default_rng(i), lesion=True)[0]
+        for i in range(8)
+    ]
     stored = torch.from_numpy(np.stack([drawn[i % 8] for i in range(options.batch)]))
     batch = Batch(stored[:, None].repeat(1, 3, 1, 1), torch.arange(options.batch))
     found = [
         _ours(MAE, "mae", lambda turn: 2 + turn, batch, options),
-        _ours(KEPT, "amlp", lambda turn: 2, batch, options),  # looks in the first round, which is not timed
+        _ours(
+            KEPT, "amlp", lambda turn: 2, batch, options
+        ),  # looks in the first round, which is not timed
         _ours(LOOK, "amlp", lambda turn: 1 + turn * REFRESH, batch, options),
     ]
     images = normalise(batch.images, SPEC).to(options.device)
@@ -89,7 +94,11 @@ def contenders(options: argparse.Namespace) -> list[Contender]:
 
 
 def _ours(
-    name: str, variant: str, epoch_of: Callable[[int], int], batch: Batch, options: argparse.Namespace
+    name: str,
+    variant: str,
+    epoch_of: Callable[[int], int],
+    batch: Batch,
+    options: argparse.Namespace,
 ) -> Contender:
     """The training path as it is, but for crops: from stored images to the loss, past the warm-up of the losses.
 
@@ -117,7 +126,9 @@ def _ours(
     return Contender(name, model, loss)
 
 
-def _in_autocast(loss: Callable[[], Tensor], options: argparse.Namespace) -> Callable[[int], Tensor]:
+def _in_autocast(
+    loss: Callable[[], Tensor], options: argparse.Namespace
+) -> Callable[[int], Tensor]:
     def turn(_: int) -> Tensor:
         with torch.autocast(options.device, torch.bfloat16, enabled=options.dtype == "bf16"):
             return loss()

@@ -27,7 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ["RAY_AUTH_MODE"] = "disabled"  # read when Ray is imported; the cluster below listens on this machine only
+os.environ["RAY_AUTH_MODE"] = (
+    "disabled"  # read when Ray is imported; the cluster below listens on this machine only
+)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import optuna
@@ -36,7 +38,7 @@ import yaml
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
-from amlp_ray.study.keeping.store import StudyStore, read_metrics
+from amlp_ray.study.storage.study_store import StudyStore, read_metrics
 
 KINDS = {"work": 9, "write": 8, "score": 5, "start": 3}  # how often a kill is of each, of 25
 EPOCHS, RUNGS = 24, 6
@@ -91,23 +93,43 @@ def main() -> int:
             faults.append(f"the study ended after {len(killed.kills)} of {options.kills} kills")
         print_result(quiet, killed, faults, options)
         if options.json:
-            options.json.write_text(json.dumps({"kills": killed.kills, "faults": faults}, indent=1) + "\n")
+            options.json.write_text(
+                json.dumps({"kills": killed.kills, "faults": faults}, indent=1) + "\n"
+            )
     return 1 if faults else 0
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0, help="of the moments; the study has its own")
     parser.add_argument(
-        "--concurrency", type=int, default=1, help="above 1 nothing is compared with a study left alone"
+        "--concurrency",
+        type=int,
+        default=1,
+        help="above 1 nothing is compared with a study left alone",
     )
-    parser.add_argument("--study", choices=["tpe", "pbt"], default="tpe", help="pbt: --trials is members x 6")
-    parser.add_argument("--storage", choices=["journal", "postgresql"], default="journal", help="a server of our own")
-    parser.add_argument("--outage", type=float, default=0, help="seconds that the server is gone, once, half-way")
-    parser.add_argument("--cluster", action="store_true", help="drivers join one Ray instead of starting their own")
-    parser.add_argument("--data", type=Path, help="prepared patch dataset; none: 60 phantoms of 64 x 64 are made")
+    parser.add_argument(
+        "--study", choices=["tpe", "pbt"], default="tpe", help="pbt: --trials is members x 6"
+    )
+    parser.add_argument(
+        "--storage",
+        choices=["journal", "postgresql"],
+        default="journal",
+        help="a server of our own",
+    )
+    parser.add_argument(
+        "--outage", type=float, default=0, help="seconds that the server is gone, once, half-way"
+    )
+    parser.add_argument(
+        "--cluster", action="store_true", help="drivers join one Ray instead of starting their own"
+    )
+    parser.add_argument(
+        "--data", type=Path, help="prepared patch dataset; none: 60 phantoms of 64 x 64 are made"
+    )
     parser.add_argument("--json", type=Path, help="write kills and faults to this file")
     parser.add_argument("--dying", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -153,7 +175,9 @@ class Place:
             command += ["--address", self.address]
         with (self.folder / "output.log").open("ab") as log:
             environment = os.environ | {TAG: self.tag}
-            return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            return subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
 
     def end_all(self) -> None:
         for process in self.processes():
@@ -164,7 +188,10 @@ class Place:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get(TAG) == self.tag and process.status() != psutil.STATUS_ZOMBIE:
+                if (
+                    process.environ().get(TAG) == self.tag
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
                     found.append(process)
             except psutil.Error:
                 continue
@@ -174,11 +201,13 @@ class Place:
 def make_data(folder: Path) -> Path:
     from amlp_ray.config import PrepareSettings
     from amlp_ray.data.phantoms import write_phantoms
-    from amlp_ray.data.preparing.prepare import prepare
-    from amlp_ray.runtime.ray_session import ray_session
+    from amlp_ray.data.prepare.pipeline import prepare
+    from amlp_ray.runtime.session import ray_session
 
     source = write_phantoms(folder / "source", kind="ultrasound", count=60, size=64)
-    settings = PrepareSettings(layout="paired", size=64, group_by="image", fractions=(0.6, 0.2, 0.2))
+    settings = PrepareSettings(
+        layout="paired", size=64, group_by="image", fractions=(0.6, 0.2, 0.2)
+    )
     with ray_session():
         prepare(source, folder / "dataset", settings)
     return folder / "dataset"
@@ -238,7 +267,11 @@ class Run:
     def events(self) -> list[str]:
         """Lines of events.log without their times."""
         log = self.store.folder / "events.log"
-        return [line.partition(" ")[2] for line in log.read_text().splitlines()] if log.is_file() else []
+        return (
+            [line.partition(" ")[2] for line in log.read_text().splitlines()]
+            if log.is_file()
+            else []
+        )
 
     def ended(self) -> int:
         return sum(self.ends().values())
@@ -247,14 +280,20 @@ class Run:
         """How often the end of each trial of the search was told, by its label."""
         lines = [line.split() for line in self.events() if line.startswith("trial ")]
         words = ("complete", "pruned", "failed", "ends")
-        return Counter(f"trial {parts[1]}" for parts in lines if len(parts) > 2 and parts[2].rstrip(":") in words)
+        return Counter(
+            f"trial {parts[1]}"
+            for parts in lines
+            if len(parts) > 2 and parts[2].rstrip(":") in words
+        )
 
     def scores(self) -> int:
         return sum(" epoch " in line and ":" in line for line in self.events())
 
     def trained(self) -> float:
         """When an epoch ended last, by the clock of the file system."""
-        return max((p.stat().st_mtime for p in self.store.folder.glob("*/*/metrics.jsonl")), default=0.0)
+        return max(
+            (p.stat().st_mtime for p in self.store.folder.glob("*/*/metrics.jsonl")), default=0.0
+        )
 
 
 def left_alone(place: Place, options: argparse.Namespace) -> Run:
@@ -268,7 +307,10 @@ def left_alone(place: Place, options: argparse.Namespace) -> Run:
         raise SystemExit((place.folder / "output.log").read_text())
     run.trial_s = (time.time() - first_epoch) / (options.trials + 1)
     run.trial_scores = run.scores() / (options.trials + 1)
-    print(f"left alone: first epoch after {run.start_s:.1f} s, {run.trial_s:.1f} s a trial", flush=True)
+    print(
+        f"left alone: first epoch after {run.start_s:.1f} s, {run.trial_s:.1f} s a trial",
+        flush=True,
+    )
     return run
 
 
@@ -282,9 +324,15 @@ def with_kills(place: Place, options: argparse.Namespace, quiet: Run) -> Run:
     outage = options.outage
     for number, kind in enumerate(kinds, 1):
         left = options.trials - run.ended()
-        share = min(2 * left / (options.kills - number + 1), 0.8 * left)  # trials that this life may live through
+        share = min(
+            2 * left / (options.kills - number + 1), 0.8 * left
+        )  # trials that this life may live through
         moment = draw.random()
-        writes = 1 + int(moment * (6 + share * (quiet.trial_scores + WRITES))) if kind == "write" else None
+        writes = (
+            1 + int(moment * (6 + share * (quiet.trial_scores + WRITES)))
+            if kind == "write"
+            else None
+        )
         began = time.time()
         process = place.start(study, dying=writes)
         if outage and run.ended() >= options.trials / 2:
@@ -296,8 +344,12 @@ def with_kills(place: Place, options: argparse.Namespace, quiet: Run) -> Run:
         if (code := process.wait()) == 0:
             break
         if code != -signal.SIGKILL:
-            raise SystemExit(f"a driver ended with {code}:\n" + (place.folder / "output.log").read_text()[-3000:])
-        run.kills.append({"kind": kind, "moment": what, "ended": run.ended(), "seconds": time.time() - began})
+            raise SystemExit(
+                f"a driver ended with {code}:\n" + (place.folder / "output.log").read_text()[-3000:]
+            )
+        run.kills.append(
+            {"kind": kind, "moment": what, "ended": run.ended(), "seconds": time.time() - began}
+        )
         print(f"| {number} | {what} | {run.ended()} | {time.time() - began:.1f} |", flush=True)
     process = place.start(study)
     if process.wait(LIFE_S) != 0:
@@ -306,7 +358,13 @@ def with_kills(place: Place, options: argparse.Namespace, quiet: Run) -> Run:
 
 
 def live(
-    run: Run, process: subprocess.Popen[bytes], kind: str, moment: float, share: float, began: float, quiet: Run
+    run: Run,
+    process: subprocess.Popen[bytes],
+    kind: str,
+    moment: float,
+    share: float,
+    began: float,
+    quiet: Run,
 ) -> str:
     """Wait until it is time to kill, or the process has ended. Returns what moment that is.
 
@@ -373,7 +431,11 @@ def die_while_writing(number: str, *command: str) -> int:
 
     def ask_and_die(self: Any, name: str, *args: Any, **named: Any) -> Any:
         answer = ask(self, name, *args, **named)
-        if name.startswith(("create_", "set_")) and isinstance(self._inner, optuna.storages._CachedStorage) and last():
+        if (
+            name.startswith(("create_", "set_"))
+            and isinstance(self._inner, optuna.storages._CachedStorage)
+            and last()
+        ):
             os.kill(os.getpid(), signal.SIGKILL)
         return answer
 
@@ -392,7 +454,11 @@ def faults_of(run: Run, options: argparse.Namespace) -> Iterator[str]:
     if [t.number for t in trials] != list(range(options.trials)):
         yield f"budget: {len(trials)} trials of {options.trials}"
     for trial in [*trials, *arms]:
-        name = f"arm {trial.user_attrs['arm']}" if "arm" in trial.user_attrs else f"trial {trial.number}"
+        name = (
+            f"arm {trial.user_attrs['arm']}"
+            if "arm" in trial.user_attrs
+            else f"trial {trial.number}"
+        )
         if not trial.state.is_finished():
             yield f"{name} is {trial.state.name}"
         if trial.state == TrialState.FAIL:
@@ -450,7 +516,10 @@ def left_over(place: Place) -> Iterator[str]:
 def differences(quiet: Run, killed: Run) -> Iterator[str]:
     """What is not as in the study that was left alone: proposals, scores at rungs, ends, losses of every epoch."""
     for kind in ("search", "arms"):
-        ours, theirs = getattr(killed.store, kind)().get_trials(), getattr(quiet.store, kind)().get_trials()
+        ours, theirs = (
+            getattr(killed.store, kind)().get_trials(),
+            getattr(quiet.store, kind)().get_trials(),
+        )
         for trial, other in zip(ours, theirs, strict=False):
             for name in ("state", "params", "values", "intermediate_values"):
                 if getattr(trial, name) != getattr(other, name):
@@ -458,7 +527,10 @@ def differences(quiet: Run, killed: Run) -> Iterator[str]:
                     yield f"{kind} {trial.number} has {name} {there}"
     for trial in killed.store.search().get_trials():
         rows = [
-            [(row["epoch"], row["loss"], row.get("dsc")) for row in read_metrics(run.store.trial_folder(trial.number))]
+            [
+                (row["epoch"], row["loss"], row.get("dsc"))
+                for row in read_metrics(run.store.trial_folder(trial.number))
+            ]
             for run in (killed, quiet)
         ]
         if trial.state == TrialState.COMPLETE and rows[0] != rows[1]:
@@ -469,14 +541,22 @@ def print_result(quiet: Run, killed: Run, faults: list[str], options: argparse.N
     states = Counter(t.state.name for t in killed.store.search().get_trials())
     kinds = Counter(kill["kind"] for kill in killed.kills)
     print("\n| | |\n|---|---|")
-    print(f"| kills | {len(killed.kills)}: {', '.join(f'{n} {kind}' for kind, n in kinds.items())} |")
+    print(
+        f"| kills | {len(killed.kills)}: {', '.join(f'{n} {kind}' for kind, n in kinds.items())} |"
+    )
     print(f"| trials | {', '.join(f'{n} {state}' for state, n in sorted(states.items()))} |")
     print(f"| taken over | {sum(' continues' in line for line in killed.events())} times |")
     for name, run in (("left alone", quiet), ("killed", killed)):
         best = run.store.search().best_trial
         print(f"| best, {name} | trial {best.number}: {best.value!r} |")
-    compared = "proposals, scores, ends and losses as left alone" if options.concurrency == 1 else "not compared"
-    print(f"| checked | {'; '.join(faults) if faults else 'nothing lost, doubled or left over; ' + compared} |")
+    compared = (
+        "proposals, scores, ends and losses as left alone"
+        if options.concurrency == 1
+        else "not compared"
+    )
+    print(
+        f"| checked | {'; '.join(faults) if faults else 'nothing lost, doubled or left over; ' + compared} |"
+    )
 
 
 if __name__ == "__main__":

@@ -21,15 +21,15 @@ import torch
 from PIL import Image
 
 from amlp_ray.config import PrepareSettings, PretrainSettings, ResourceSettings
+from amlp_ray.config.base import build
 from amlp_ray.data.dataset import Counts, Manifest, Part, PatchDataset
-from amlp_ray.data.parts import group_rows, part_rows, write_part
-from amlp_ray.data.place import Place
-from amlp_ray.data.reading import cache
-from amlp_ray.data.reading.stream import open_batches
-from amlp_ray.runtime.ray_session import ray_session
-from amlp_ray.settings import build
-from amlp_ray.training.recording.metrics import read_rows
-from amlp_ray.training.runners import pretrain_dataset
+from amlp_ray.data.loading import image_cache
+from amlp_ray.data.loading.batches import open_batches
+from amlp_ray.data.parquet import group_rows, part_rows, write_part
+from amlp_ray.data.path import Place
+from amlp_ray.launch.launcher import pretrain_dataset
+from amlp_ray.runtime.session import ray_session
+from amlp_ray.training.loggers.metrics_file import read_rows
 
 SHAPE = (1, 224, 224)
 MODES = ("resident", "mapped", "stream")
@@ -49,7 +49,7 @@ def main() -> None:
         make_files(folder, options.png_images, dataset)
         with ray_session():
             result = race(contenders(dataset, folder, options), options)
-        cache.release()
+        image_cache.release()
         if options.train_images:
             result["training"] = train(folder, options)
     _print(result, options)
@@ -58,13 +58,26 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=8192, help="224 x 224, one channel; above 5350 is a large split")
-    parser.add_argument("--png-images", type=int, default=2048, help="of which a turn over PNG files reads these")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=8192,
+        help="224 x 224, one channel; above 5350 is a large split",
+    )
+    parser.add_argument(
+        "--png-images", type=int, default=2048, help="of which a turn over PNG files reads these"
+    )
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5, help="each contender takes one turn in each")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="each contender takes one turn in each"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--train-images", type=int, default=256, help="of a training run in each mode; 0: none")
+    parser.add_argument(
+        "--train-images", type=int, default=256, help="of a training run in each mode; 0: none"
+    )
     parser.add_argument("--train-batch", type=int, default=16)
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     return parser.parse_args()
@@ -201,14 +214,19 @@ def race(taking_part: dict[str, Turn], options: argparse.Namespace) -> dict[str,
     rows = {}
     for name in names:
         each = np.array(seconds[name])
-        low, middle, high = np.quantile(np.array(seconds[AGAINST]) / each, [0.25, 0.5, 0.75]).tolist()
+        low, middle, high = np.quantile(
+            np.array(seconds[AGAINST]) / each, [0.25, 0.5, 0.75]
+        ).tolist()
         rows[name] = {
             "images_per_second": 1 / float(np.median(each)),
             "times_png": {"quartile_1": low, "median": middle, "quartile_3": high},
             "restart_seconds": float(np.median(restarts[name])),
             "images": images[name],
         }
-    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    given = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(options).items()
+    }
     return {"settings": given, "torch": torch.__version__, "readers": rows}
 
 
@@ -232,7 +250,9 @@ def train(folder: Path, options: argparse.Namespace) -> dict[str, float]:
 
 
 def _print(result: dict[str, Any], options: argparse.Namespace) -> None:
-    print(f"{options.images} images of 224 x 224 uint8, batch {options.batch}, {options.rounds} rounds")
+    print(
+        f"{options.images} images of 224 x 224 uint8, batch {options.batch}, {options.rounds} rounds"
+    )
     print(f"{'':23} images/s  times {AGAINST} (quartiles)   restart, s")
     for name, row in result["readers"].items():
         ratio = row["times_png"]

@@ -26,9 +26,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import psutil
 
-from amlp_ray.training.keeping.keeper import checkpoints, is_whole
-from amlp_ray.training.recording.events import read_events
-from amlp_ray.training.recording.metrics import read_rows
+from amlp_ray.training.checkpoint.manager import checkpoints, is_whole
+from amlp_ray.training.loggers.metrics_file import read_rows
+from amlp_ray.utils.event_log import read_events
 
 PATIENCE_S = 300.0  # for a run to go on after a kill
 LATEST_S = 6.0  # of the moment of a kill, after the run has gone on: some epochs' time
@@ -79,7 +79,9 @@ def torment(args: argparse.Namespace, data: str, out: Path) -> list[Kill]:
             kill.damaged = _damaged(out)
         killed = time.monotonic()
         _starts(out, after=started, driver=driver)
-        kill.again = [event for event in read_events(out) if event["event"] == "started"][-1]["repeated"]
+        kill.again = [event for event in read_events(out) if event["event"] == "started"][-1][
+            "repeated"
+        ]
         _epoch_after(out, kill.epoch - kill.again, driver)
         kill.seconds = time.monotonic() - killed
         kills.append(kill)
@@ -96,7 +98,9 @@ def verdict(args: argparse.Namespace, kills: list[Kill], out: Path, alone: Path)
     """Print what was found; 1 where anything is wrong."""
     rows, theirs = (read_rows(folder / "metrics.jsonl") for folder in (out, alone))
     epochs = [row["epoch"] for row in rows]
-    difference = max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(rows, theirs, strict=False))
+    difference = max(
+        abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(rows, theirs, strict=False)
+    )
     damaged = [name for kill in kills for name in kill.damaged] + _damaged(out)
     seconds = sorted(kill.seconds for kill in kills)
     faults = {
@@ -105,8 +109,12 @@ def verdict(args: argparse.Namespace, kills: list[Kill], out: Path, alone: Path)
         "damaged checkpoints": bool(damaged),
         "another loss than the run left alone": difference > 1e-5,
     }
-    print(f"{len(kills)} kills ({sum(kill.what == 'driver' for kill in kills)} of the driver), {len(kills)} recoveries")
-    print(f"epochs: {len(epochs)} lines of {args.epochs}, each once: {not faults['epochs missing or doubled']}")
+    print(
+        f"{len(kills)} kills ({sum(kill.what == 'driver' for kill in kills)} of the driver), {len(kills)} recoveries"
+    )
+    print(
+        f"epochs: {len(epochs)} lines of {args.epochs}, each once: {not faults['epochs missing or doubled']}"
+    )
     print(
         f"ended epochs trained again: {sum(kill.again for kill in kills)} in all, {max(k.again for k in kills)} at most"
     )
@@ -120,10 +128,14 @@ def verdict(args: argparse.Namespace, kills: list[Kill], out: Path, alone: Path)
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=150, help="enough that the run outlives the kills")
+    parser.add_argument(
+        "--epochs", type=int, default=150, help="enough that the run outlives the kills"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", help="a patch dataset; none: generated phantoms")
     return parser.parse_args()
@@ -132,14 +144,28 @@ def _arguments() -> argparse.Namespace:
 def _phantoms(scratch: Path) -> str:
     for words in (["phantoms", str(scratch / "images"), "--count", "400", "--size", "96"],
                   ["prepare", str(scratch / "images"), str(scratch / "data"), "--size", "64"]):  # fmt: skip
-        subprocess.run([sys.executable, "-m", "amlp_ray", "data", *words], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "amlp_ray", "data", *words],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
     return str(scratch / "data")
 
 
 def _command(args: argparse.Namespace, data: str, out: Path) -> list[str]:
     each = f"{0.9 * (os.cpu_count() or 1) / args.workers:.2f}"
     return [
-        *(sys.executable, "-m", "amlp_ray", "pretrain", data, "--out", str(out), "--set", f"epochs={args.epochs}"),
+        *(
+            sys.executable,
+            "-m",
+            "amlp_ray",
+            "pretrain",
+            data,
+            "--out",
+            str(out),
+            "--set",
+            f"epochs={args.epochs}",
+        ),
         *("--workers", str(args.workers), "--cpus-per-worker", each),
     ]
 

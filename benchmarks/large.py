@@ -30,7 +30,9 @@ PER_FOLDER = 1000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=200_000)
     parser.add_argument("--folder", type=Path, required=True, help="for images and datasets; kept")
     parser.add_argument("--size", type=int, default=224, help="pixels a side of stored images")
@@ -49,7 +51,9 @@ def main() -> None:
     first = args.folder / "first"
     with Memory() as memory:
         started = time.perf_counter()
-        subprocess.run(preparation(args, first), check=True)  # a command of its own, as users have it
+        subprocess.run(
+            preparation(args, first), check=True
+        )  # a command of its own, as users have it
         found["prepare_seconds"] = time.perf_counter() - started
         found["prepare_peak_gib"] = memory.take_peak()
         found |= stream(first, args.epochs, args.batch)
@@ -69,7 +73,14 @@ def generate(folder: Path, count: int) -> None:
         return
     starts = range(0, count, PER_FOLDER)
     with ProcessPoolExecutor() as pool:
-        list(pool.map(_folder, [folder] * len(starts), starts, [min(PER_FOLDER, count - s) for s in starts]))
+        list(
+            pool.map(
+                _folder,
+                [folder] * len(starts),
+                starts,
+                [min(PER_FOLDER, count - s) for s in starts],
+            )
+        )
     (folder / "done").touch()
 
 
@@ -83,18 +94,22 @@ def _folder(folder: Path, start: int, count: int) -> None:
         pixels = np.asarray(coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC)).astype(np.int16)
         y, x = rng.integers(0, 64, 2)
         pixels = (pixels + speckle[y : y + SIDE, x : x + SIDE]).clip(0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / "images" / f"p{i % 1000:04d}_{i:06d}.png", compress_level=1)
+        Image.fromarray(pixels).save(
+            folder / "images" / f"p{i % 1000:04d}_{i:06d}.png", compress_level=1
+        )
         if i % 10 == 0:
             rows, columns = np.mgrid[:SIDE, :SIDE]
-            disc = np.hypot(rows - rng.integers(60, 200), columns - rng.integers(60, 200)) < rng.integers(8, 40)
+            disc = np.hypot(
+                rows - rng.integers(60, 200), columns - rng.integers(60, 200)
+            ) < rng.integers(8, 40)
             Image.fromarray(disc).save(folder / "masks" / f"p{i % 1000:04d}_{i:06d}.png")
 
 
 def prepare(source: Path, out: Path, size: int) -> None:
     from amlp_ray.config import PrepareSettings
-    from amlp_ray.data.preparing.prepare import Told
-    from amlp_ray.data.preparing.prepare import prepare as run
-    from amlp_ray.runtime.ray_session import ray_session
+    from amlp_ray.data.prepare.pipeline import Told
+    from amlp_ray.data.prepare.pipeline import prepare as run
+    from amlp_ray.runtime.session import ray_session
 
     with ray_session():
         run(source, out, PrepareSettings(layout="paired", size=size), told=Told(say=print))
@@ -103,8 +118,8 @@ def prepare(source: Path, out: Path, size: int) -> None:
 def stream(dataset: Path, epochs: int, batch: int) -> dict[str, float]:
     """Stream shuffled epochs; every image but those of the last incomplete batch must come once in each."""
     from amlp_ray.data.dataset import PatchDataset
-    from amlp_ray.data.reading.stream import open_batches
-    from amlp_ray.runtime.ray_session import ray_session
+    from amlp_ray.data.loading.batches import open_batches
+    from amlp_ray.runtime.session import ray_session
 
     opened = PatchDataset.open(dataset)
     found: dict[str, float] = {}
@@ -125,7 +140,12 @@ def stream(dataset: Path, epochs: int, batch: int) -> dict[str, float]:
 
 def preparation(args: argparse.Namespace, out: Path) -> list[str]:
     """The command that prepares into `out`."""
-    given = {"--folder": args.folder, "--images": args.images, "--size": args.size, "--prepare-only": out}
+    given = {
+        "--folder": args.folder,
+        "--images": args.images,
+        "--size": args.size,
+        "--prepare-only": out,
+    }
     return [sys.executable, __file__, *(str(word) for pair in given.items() for word in pair)]
 
 

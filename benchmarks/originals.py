@@ -49,7 +49,11 @@ def _forgetting(*packages: str) -> Iterator[None]:
     """Hide these packages and their modules from `sys.modules`, and put back afterwards what was there before."""
 
     def loaded() -> dict[str, ModuleType]:
-        return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in packages}
+        return {
+            name: module
+            for name, module in sys.modules.items()
+            if name.partition(".")[0] in packages
+        }
 
     before = loaded()
     for name in before:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before numpy: a second thread would take the other core from the trials
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before numpy: a second thread would take the other core from the trials
+)
 
 import argparse
 import json
@@ -28,11 +30,13 @@ from optuna.trial import TrialState
 from overhead_simulated import IMAGES, SLOTS, Clock, Searcher, make_store, play, simulated
 
 from amlp_ray.config import ResourceSettings
-from amlp_ray.runtime.capacity import worker_bundle
-from amlp_ray.runtime.ray_session import ray_session
-from amlp_ray.study.running.driver import EventLog, run_on_tune
-from amlp_ray.study.running.queue import WorkQueue
-from amlp_ray.study.running.trial import Task, asked_to_return
+from amlp_ray.runtime.resources import worker_bundle
+from amlp_ray.runtime.session import ray_session
+from amlp_ray.study.execution.driver import run_on_tune
+from amlp_ray.study.execution.monitor import EventLog
+from amlp_ray.study.execution.trial import asked_to_return
+from amlp_ray.study.execution.trial_queue import WorkQueue
+from amlp_ray.study.trial_spec import Task
 
 
 def main() -> None:
@@ -58,9 +62,14 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--parts", nargs="+", choices=("simulated", "real", "status"), default=["simulated", "real", "status"]
+        "--parts",
+        nargs="+",
+        choices=("simulated", "real", "status"),
+        default=["simulated", "real", "status"],
     )
     parser.add_argument("--trials", type=int, default=10_000, help="of the simulated study")
     parser.add_argument("--samplers", nargs="+", default=["random", "tpe"])
@@ -70,14 +79,25 @@ def _options() -> argparse.Namespace:
         default=["none", "median", "median-deaf"],
         help="-deaf: no trial stops early, whatever the pruner says",
     )
-    parser.add_argument("--ahead", type=int, default=SLOTS, help="suggestions of tpe made while trials run; 0: none")
     parser.add_argument(
-        "--clock", choices=("busy", "wall"), default="busy", help="busy: processor time, and waits for the disk and Ray"
+        "--ahead", type=int, default=SLOTS, help="suggestions of tpe made while trials run; 0: none"
     )
-    parser.add_argument("--profile", action="store_true", help="print where the simulated study's own time goes")
-    parser.add_argument("--pieces", type=int, default=5, help="of the real study, taking turns with bare Tune")
+    parser.add_argument(
+        "--clock",
+        choices=("busy", "wall"),
+        default="busy",
+        help="busy: processor time, and waits for the disk and Ray",
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="print where the simulated study's own time goes"
+    )
+    parser.add_argument(
+        "--pieces", type=int, default=5, help="of the real study, taking turns with bare Tune"
+    )
     parser.add_argument("--per-piece", type=int, default=100, help="real trials")
-    parser.add_argument("--stored", type=int, default=5000, help="trials of the study whose status is asked")
+    parser.add_argument(
+        "--stored", type=int, default=5000, help="trials of the study whose status is asked"
+    )
     parser.add_argument("--folder", type=Path, help="of temporary files: its disk is measured")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     return parser.parse_args()
@@ -138,15 +158,26 @@ def real(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             )
             ours = time.perf_counter() - started
             trials = store.search().get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            ends = [t.datetime_complete.timestamp() for t in trials if t.datetime_complete][-options.per_piece :]
+            ends = [t.datetime_complete.timestamp() for t in trials if t.datetime_complete][
+                -options.per_piece :
+            ]
             theirs, their_ends = bare(folder, options.per_piece, at_once)
-            between = {"study_between": max(ends) - min(ends), "tune_between": max(their_ends) - min(their_ends)}
+            between = {
+                "study_between": max(ends) - min(ends),
+                "tune_between": max(their_ends) - min(their_ends),
+            }
             pieces.append({"study": ours, "tune": theirs, **between})
-            print(f"real, piece {piece}: " + ", ".join(f"{k} {v:.1f} s" for k, v in pieces[-1].items()), flush=True)
+            print(
+                f"real, piece {piece}: "
+                + ", ".join(f"{k} {v:.1f} s" for k, v in pieces[-1].items()),
+                flush=True,
+            )
     assert len(trials) == options.pieces * options.per_piece
     rate = {name: len(trials) / sum(piece[name] for piece in pieces) for name in pieces[0]}
     ratio = statistics.median(piece["study"] / piece["tune"] for piece in pieces)
-    between_ratio = statistics.median(piece["study_between"] / piece["tune_between"] for piece in pieces)
+    between_ratio = statistics.median(
+        piece["study_between"] / piece["tune_between"] for piece in pieces
+    )
     print(
         f"real: {rate['study']:.2f} trials/s, plain Tune {rate['tune']:.2f}, time {ratio:.3f} of Tune's (median of "
         f"pieces); without beginning and end {rate['study_between']:.2f} and {rate['tune_between']:.2f}, "
@@ -172,7 +203,9 @@ def bare(folder: Path, trials: int, at_once: int) -> tuple[float, list[float]]:
         results = tune.Tuner(
             tune.with_resources(bare_no_op, resources),
             param_space={"start": tune.uniform(0.15, 0.75), "end": tune.uniform(0.3, 0.85)},
-            tune_config=tune.TuneConfig(num_samples=trials, max_concurrent_trials=at_once, reuse_actors=True),
+            tune_config=tune.TuneConfig(
+                num_samples=trials, max_concurrent_trials=at_once, reuse_actors=True
+            ),
             run_config=tune.RunConfig(name="bare", storage_path=scratch, verbose=0),
         ).fit()
         ends = [result.metrics["at"] for result in results if result.metrics]
@@ -192,9 +225,18 @@ def status(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         quiet, seconds_run = lambda line: None, lambda: 0.0
         queue = WorkQueue(store, settings, data="speckle", labels=None, ahead=0, notify=quiet)
         board = None  # nobody is asked to stop
-        searcher = Searcher(store, settings, queue, images=IMAGES, board=board, seconds=seconds_run, notify=quiet)
+        searcher = Searcher(
+            store, settings, queue, images=IMAGES, board=board, seconds=seconds_run, notify=quiet
+        )
         play(searcher, Clock("busy"))
-    command = [str(Path(sys.executable).with_name("amlp-ray")), "study", "status", "stored", "--runs", str(folder)]
+    command = [
+        str(Path(sys.executable).with_name("amlp-ray")),
+        "study",
+        "status",
+        "stored",
+        "--runs",
+        str(folder),
+    ]
     seconds, cpu = [], []
     for _ in range(7):
         started, before = time.perf_counter(), os.times()

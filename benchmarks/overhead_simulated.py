@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 from optuna.trial import TrialState
 
 from amlp_ray.config import StudySettings
-from amlp_ray.settings import build, write_yaml
-from amlp_ray.study.keeping.store import StudyStore
-from amlp_ray.study.running.driver import EventLog
-from amlp_ray.study.running.queue import WorkQueue
-from amlp_ray.study.running.searcher import StudySearcher
-from amlp_ray.study.running.trial import StopBoard, When
+from amlp_ray.config.base import build
+from amlp_ray.config.yaml_file import write_yaml
+from amlp_ray.study.execution.monitor import EventLog
+from amlp_ray.study.execution.stop_flags import StopBoard, When
+from amlp_ray.study.execution.trial_queue import WorkQueue
+from amlp_ray.study.execution.tune_searcher import StudySearcher
+from amlp_ray.study.storage.study_store import StudyStore
 
 FloatArray = NDArray[np.floating[Any]]
 
@@ -52,7 +53,12 @@ SPACE = {
 
 def make_store(folder: Path, name: str, **changes: Any) -> tuple[StudyStore, StudySettings]:
     """A study as `study run` makes it, before its first trial."""
-    values: dict[str, Any] = {"name": name, "pretrain": {"epochs": RUNGS}, "space": SPACE, "data": "speckle"}
+    values: dict[str, Any] = {
+        "name": name,
+        "pretrain": {"epochs": RUNGS},
+        "space": SPACE,
+        "data": "speckle",
+    }
     settings = build(StudySettings, values | changes, name)
     store = StudyStore(folder / name)
     store.folder.mkdir(parents=True)
@@ -180,7 +186,9 @@ class Stub:
     ended: bool = False
 
 
-def simulated(folder: Path, sampler: str, pruner: str, options: argparse.Namespace) -> dict[str, Any]:
+def simulated(
+    folder: Path, sampler: str, pruner: str, options: argparse.Namespace
+) -> dict[str, Any]:
     """Run a study of stub trials with everything of ours but the driver; Tune's loop is played."""
     ahead = 0 if sampler == "random" else options.ahead
     store, settings = make_store(
@@ -197,7 +205,9 @@ def simulated(folder: Path, sampler: str, pruner: str, options: argparse.Namespa
         queue.close()
         queue._thread = Beside(clock)  # type: ignore[assignment]
         seconds = lambda: clock.now  # noqa: E731
-        searcher = Searcher(store, settings, queue, images=IMAGES, board=board, seconds=seconds, notify=log)
+        searcher = Searcher(
+            store, settings, queue, images=IMAGES, board=board, seconds=seconds, notify=log
+        )
         started = time.perf_counter()
         epochs = play(searcher, clock, deaf=pruner.endswith("-deaf"))
     ray.kill(board)
@@ -264,7 +274,12 @@ def play(searcher: Searcher, clock: Clock, *, deaf: bool = False) -> int:
             continue
         stub.epoch, epochs = stub.epoch + 1, epochs + 1
         score = stub_score(stub.task, stub.epoch)
-        told = {"epoch": stub.epoch, "epochs": stub.epoch, "seconds": TRIAL_S * stub.epoch / RUNGS, "dsc": score}
+        told = {
+            "epoch": stub.epoch,
+            "epochs": stub.epoch,
+            "seconds": TRIAL_S * stub.epoch / RUNGS,
+            "dsc": score,
+        }
         clock.call(searcher.on_trial_result, stub.key, told)
         stub.ended = stub.epoch == RUNGS or (stub.task["folder"] in searcher.asked and not deaf)
         if stub.ended:
@@ -281,4 +296,6 @@ def _profiled(wanted: bool) -> Iterator[None]:
         return
     with cProfile.Profile() as profile:
         yield
-    pstats.Stats(profile).sort_stats("tottime").print_stats(45).sort_stats("cumtime").print_stats(45)
+    pstats.Stats(profile).sort_stats("tottime").print_stats(45).sort_stats("cumtime").print_stats(
+        45
+    )

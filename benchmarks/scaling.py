@@ -28,15 +28,15 @@ import torch
 
 from amlp_ray.config import PretrainSettings, ResourceSettings
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.reading.stream import open_batches
-from amlp_ray.runtime.ray_session import ray_session
-from amlp_ray.training.job import Job
-from amlp_ray.training.learner import Learner
+from amlp_ray.data.loading.batches import open_batches
+from amlp_ray.launch.job import Job
+from amlp_ray.launch.launcher import run_on_ray
+from amlp_ray.runtime.session import ray_session
+from amlp_ray.training.loggers.metrics_file import read_rows
+from amlp_ray.training.objectives import step_of
 from amlp_ray.training.pretrain import train_epoch
-from amlp_ray.training.recording.events import read_events
-from amlp_ray.training.recording.metrics import read_rows
-from amlp_ray.training.runners import run_on_ray
-from amlp_ray.training.steps import step_of
+from amlp_ray.training.train_state import Learner
+from amlp_ray.utils.event_log import read_events
 
 LEAST = 3e-8  # relative, below what float32 tells apart: equal losses are drawn there
 WARM = 2  # epochs of a turn that are not counted: caches fill, and torch picks its kernels
@@ -58,13 +58,17 @@ def overhead(args: argparse.Namespace, data: str, scratch: Path) -> None:
         ratios = []
         for turn in range(args.turns):
             bare = _bare(settings, data, args)
-            ours = _on_ray(settings, data, scratch / f"one-{turn}", ResourceSettings(cpus_per_worker=1))
+            ours = _on_ray(
+                settings, data, scratch / f"one-{turn}", ResourceSettings(cpus_per_worker=1)
+            )
             ratios.append(ours / bare)
             print(
                 f"turn {turn + 1}: bare {bare:.0f} images/s, Ray Train with 1 worker {ours:.0f}: {ours / bare:.3f}",
                 flush=True,
             )
-    print(f"median ratio {statistics.median(ratios):.3f} of {len(ratios)} turns ({min(ratios):.3f}-{max(ratios):.3f})")
+    print(
+        f"median ratio {statistics.median(ratios):.3f} of {len(ratios)} turns ({min(ratios):.3f}-{max(ratios):.3f})"
+    )
 
 
 def workers(args: argparse.Namespace, data: str, scratch: Path) -> None:
@@ -73,23 +77,44 @@ def workers(args: argparse.Namespace, data: str, scratch: Path) -> None:
         ratios = []
         for turn in range(args.turns):
             one, two = (
-                _on_ray(settings, data, scratch / f"{n}-{turn}", ResourceSettings(workers=n, cpus_per_worker=0.9))
+                _on_ray(
+                    settings,
+                    data,
+                    scratch / f"{n}-{turn}",
+                    ResourceSettings(workers=n, cpus_per_worker=0.9),
+                )
                 for n in (1, 2)
             )
             ratios.append(two / one)
-            print(f"turn {turn + 1}: 1 worker {one:.0f} images/s, 2 workers {two:.0f}: {two / one:.2f}", flush=True)
-    print(f"median ratio {statistics.median(ratios):.2f} of {len(ratios)} turns ({min(ratios):.2f}-{max(ratios):.2f})")
+            print(
+                f"turn {turn + 1}: 1 worker {one:.0f} images/s, 2 workers {two:.0f}: {two / one:.2f}",
+                flush=True,
+            )
+    print(
+        f"median ratio {statistics.median(ratios):.2f} of {len(ratios)} turns ({min(ratios):.2f}-{max(ratios):.2f})"
+    )
 
 
 def start(args: argparse.Namespace, data: str, scratch: Path) -> None:
     """Cold: the command starts Ray; warm: it joins one that runs. Its first step began when its first epoch did."""
     kinds = {"in its own process": (1, None), "2 workers, cold": (2, None)}
     for what, (number, address) in kinds.items():
-        seconds = [_first_step(args, data, scratch / f"{what}-{turn}", number, address) for turn in range(args.turns)]
-        print(f"{what}: {statistics.median(seconds):.1f} s ({min(seconds):.1f}-{max(seconds):.1f})", flush=True)
+        seconds = [
+            _first_step(args, data, scratch / f"{what}-{turn}", number, address)
+            for turn in range(args.turns)
+        ]
+        print(
+            f"{what}: {statistics.median(seconds):.1f} s ({min(seconds):.1f}-{max(seconds):.1f})",
+            flush=True,
+        )
     with _standing_ray() as address:
-        seconds = [_first_step(args, data, scratch / f"warm-{turn}", 2, address) for turn in range(args.turns)]
-    print(f"2 workers, warm: {statistics.median(seconds):.1f} s ({min(seconds):.1f}-{max(seconds):.1f})")
+        seconds = [
+            _first_step(args, data, scratch / f"warm-{turn}", 2, address)
+            for turn in range(args.turns)
+        ]
+    print(
+        f"2 workers, warm: {statistics.median(seconds):.1f} s ({min(seconds):.1f}-{max(seconds):.1f})"
+    )
 
 
 def curves(args: argparse.Namespace, data: str, scratch: Path) -> None:
@@ -97,7 +122,9 @@ def curves(args: argparse.Namespace, data: str, scratch: Path) -> None:
     share = 0.9 * (os.cpu_count() or 1)
     crowds = {
         "1 worker": ResourceSettings(cpus_per_worker=share / 2),
-        "1 worker, in two pieces": ResourceSettings(cpus_per_worker=share / 2, micro_batch=args.batch // 2),
+        "1 worker, in two pieces": ResourceSettings(
+            cpus_per_worker=share / 2, micro_batch=args.batch // 2
+        ),
         "2 workers": ResourceSettings(workers=2, cpus_per_worker=share / 2),
         "4 workers": ResourceSettings(workers=4, cpus_per_worker=share / 4),
     }
@@ -105,13 +132,18 @@ def curves(args: argparse.Namespace, data: str, scratch: Path) -> None:
     with ray_session():
         for variant in ("amlp", "mae"):
             settings = _settings(args)
-            settings = PretrainSettings.model_validate({**settings.model_dump(exclude_unset=True), "variant": variant})
+            settings = PretrainSettings.model_validate(
+                {**settings.model_dump(exclude_unset=True), "variant": variant}
+            )
             for crowd, resources in crowds.items():
                 out = scratch / f"{variant}-{crowd}"
                 _on_ray(settings, data, out, resources)
                 rows = read_rows(out / "metrics.jsonl")
                 found.setdefault(variant, {})[crowd] = [row["loss"] for row in rows]
-                print(f"{variant}, {crowd}: {len(rows)} epochs, last loss {rows[-1]['loss']:.7f}", flush=True)
+                print(
+                    f"{variant}, {crowd}: {len(rows)} epochs, last loss {rows[-1]['loss']:.7f}",
+                    flush=True,
+                )
     _draw(found, args.page)
 
 
@@ -121,48 +153,74 @@ def _draw(found: dict[str, dict[str, list[float]]], page: Path) -> None:
 
     figure = make_subplots(1, 2, subplot_titles=["loss", "relative difference from 1 worker"])
     colours = {"amlp": "#d1495b", "mae": "#3a8fb7"}
-    looks = [{"width": 7}, {"width": 2, "dash": "dot"}, {"width": 4, "dash": "dash"}, {"width": 1.5}]
+    looks = [
+        {"width": 7},
+        {"width": 2, "dash": "dot"},
+        {"width": 4, "dash": "dash"},
+        {"width": 1.5},
+    ]
     for variant, losses in found.items():
         one, *others = losses
         for (crowd, curve), look in zip(losses.items(), looks, strict=True):
             line = {"color": colours[variant], **look}
             given = {"x0": 1, "mode": "lines", "line": line, "name": f"{variant}, {crowd}"}
-            figure.add_scatter(y=curve, opacity=0.35 if crowd == one else 1.0, row=1, col=1, **given)
+            figure.add_scatter(
+                y=curve, opacity=0.35 if crowd == one else 1.0, row=1, col=1, **given
+            )
             if crowd in others:
                 apart = [abs(a - b) / b for a, b in zip(curve, losses[one], strict=True)]
-                print(f"{variant}, {crowd}: largest relative difference of the loss {max(apart):.1e}")
+                print(
+                    f"{variant}, {crowd}: largest relative difference of the loss {max(apart):.1e}"
+                )
                 seen = [max(x, LEAST) for x in apart]
                 figure.add_scatter(y=seen, showlegend=False, row=1, col=2, **given)
     figure.update_xaxes(title_text="epoch", gridcolor="#eceff3", zeroline=False)
     figure.update_yaxes(gridcolor="#eceff3", zeroline=False)
     figure.update_yaxes(type="log", exponentformat="power", dtick=1, row=1, col=2)
-    figure.update_layout(template="none", font={"family": "system-ui, sans-serif", "size": 14}, width=1200, height=500)
-    figure.update_layout(legend={"orientation": "h", "y": -0.2}, margin={"l": 60, "r": 20, "t": 40, "b": 120})
+    figure.update_layout(
+        template="none",
+        font={"family": "system-ui, sans-serif", "size": 14},
+        width=1200,
+        height=500,
+    )
+    figure.update_layout(
+        legend={"orientation": "h", "y": -0.2}, margin={"l": 60, "r": 20, "t": 40, "b": 120}
+    )
     figure.write_html(page, include_plotlyjs=True, config={"displayModeBar": False})
     print(f"figure: {page}")
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=["overhead", "workers", "start", "curves"])
     parser.add_argument("--data", help="a patch dataset; none: generated phantoms")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=12, help="of each turn, or of each curve")
     parser.add_argument("--width", type=int, default=192, help="of the encoder; 192 is ViT-Ti")
     parser.add_argument("--batch", type=int, default=32, help="images per step, over all workers")
-    parser.add_argument("--page", type=Path, default=Path("workers.html"), help="the figure of `curves`")
+    parser.add_argument(
+        "--page", type=Path, default=Path("workers.html"), help="the figure of `curves`"
+    )
     return parser.parse_args()
 
 
 def _settings(args: argparse.Namespace) -> PretrainSettings:
     model = {"width": args.width, "depth": 6, "heads": args.width // 32}
-    return PretrainSettings.model_validate({"epochs": args.epochs, "batch_size": args.batch, "model": model})
+    return PretrainSettings.model_validate(
+        {"epochs": args.epochs, "batch_size": args.batch, "model": model}
+    )
 
 
 def _phantoms(scratch: Path) -> str:
     for words in (["phantoms", str(scratch / "images"), "--count", "600", "--size", "96"],
                   ["prepare", str(scratch / "images"), str(scratch / "data"), "--size", "96"]):  # fmt: skip
-        subprocess.run([sys.executable, "-m", "amlp_ray", "data", *words], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "amlp_ray", "data", *words],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
     return str(scratch / "data")
 
 
@@ -183,14 +241,37 @@ def _bare(settings: PretrainSettings, data: str, args: argparse.Namespace) -> fl
 def _on_ray(settings: PretrainSettings, data: str, out: Path, resources: ResourceSettings) -> float:
     """Images per second of a whole run on Ray Train: the median over epochs."""
     run_on_ray(Job(settings, data, out, resources=resources), name=out.name)
-    return statistics.median([row["images_per_second"] for row in read_rows(out / "metrics.jsonl")][WARM:])
+    return statistics.median(
+        [row["images_per_second"] for row in read_rows(out / "metrics.jsonl")][WARM:]
+    )
 
 
-def _first_step(args: argparse.Namespace, data: str, out: Path, number: int, address: str | None) -> float:
+def _first_step(
+    args: argparse.Namespace, data: str, out: Path, number: int, address: str | None
+) -> float:
     began = time.time()
-    words = ["--workers", str(number), "--cpus-per-worker", "0.9", *(["--address", address] if address else [])]
-    command = [sys.executable, "-m", "amlp_ray", "pretrain", data, "--out", str(out), "--set", "epochs=1", *words]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_open())
+    words = [
+        "--workers",
+        str(number),
+        "--cpus-per-worker",
+        "0.9",
+        *(["--address", address] if address else []),
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "amlp_ray",
+        "pretrain",
+        data,
+        "--out",
+        str(out),
+        "--set",
+        "epochs=1",
+        *words,
+    ]
+    subprocess.run(
+        command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_open()
+    )
     return read_events(out)[0]["time"] - began  # noted just before the first step
 
 
@@ -202,7 +283,11 @@ def _open() -> dict[str, str]:
 @contextmanager
 def _standing_ray() -> Iterator[str]:
     ray = [str(Path(sys.executable).with_name("ray"))]
-    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": _open()}
+    quiet: dict[str, Any] = {
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+        "env": _open(),
+    }
     subprocess.run([*ray, "start", "--head", "--port", "6399"], check=True, **quiet)
     try:
         yield "127.0.0.1:6399"

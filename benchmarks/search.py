@@ -21,14 +21,28 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch: replays run side by side instead
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before numpy and torch: replays run side by side instead
 
 import numpy as np
 import optuna
 from search_figure import Run, draw
-from search_replay import Answer, Bowl, Nearest, Smooth, Step, Table, at, needed, places, read_table, replay
+from search_replay import (
+    Answer,
+    Bowl,
+    Nearest,
+    Smooth,
+    Step,
+    Table,
+    at,
+    needed,
+    places,
+    read_table,
+    replay,
+)
 
-from amlp_ray.study.confirming.statistics import Correlation, rank_correlation, seed_noise
+from amlp_ray.study.confirmation.statistics import Correlation, rank_correlation, seed_noise
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = 321  # that a row of the table trained on: 20 steps an epoch
@@ -37,7 +51,12 @@ SHARE = 0.25  # of its epochs in which others are to find as good a setting
 RANKS = 0.5  # a rung ranks from where the whole interval of its correlation with the last one lies above
 
 NONE = {"name": "none", "rungs": 9}
-HALVING = {"rungs": 3, "spacing": "geometric", "reduction": 3, "min_steps": 0}  # after 3, 9 and 27 epochs
+HALVING = {
+    "rungs": 3,
+    "spacing": "geometric",
+    "reduction": 3,
+    "min_steps": 0,
+}  # after 3, 9 and 27 epochs
 Rules = tuple[dict[str, Any], dict[str, Any]]
 
 
@@ -71,11 +90,15 @@ ANSWERS: dict[str, Callable[[Table, int], Answer]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--table", type=Path, default=RESULTS / "search_table.csv")
     parser.add_argument("--study", type=Path, default=Path(__file__).parent / "search_table.yaml")
     parser.add_argument("--methods", nargs="+", choices=list(methods(0)), default=list(methods(0)))
-    parser.add_argument("--answers", nargs="+", choices=ANSWERS, default=list(ANSWERS), help="see search_replay.py")
+    parser.add_argument(
+        "--answers", nargs="+", choices=ANSWERS, default=list(ANSWERS), help="see search_replay.py"
+    )
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--seeds", type=int, default=30)
     parser.add_argument("--processes", type=int, default=2)
@@ -89,7 +112,10 @@ def main() -> None:
     rows = summary(runs, table.rungs[-1] * FULL)
     print_summary(rows, table.rungs[-1] * FULL)
     if args.csv:
-        lines = [",".join(rows[0]), *(",".join(_cell(value) for value in row.values()) for row in rows)]
+        lines = [
+            ",".join(rows[0]),
+            *(",".join(_cell(value) for value in row.values()) for row in rows),
+        ]
         args.csv.write_text("\n".join(lines) + "\n")
     if args.figure:
         targets = {(row["answer"], row["workers"]): row["target"] for row in rows}
@@ -102,24 +128,39 @@ def main() -> None:
 def about(table: Table) -> int:
     """Print ranks and noise; return the first rung that ranks."""
     last = table.scores[:, -1]
-    print(f"{len(last)} settings, {table.rungs[-1]} epochs each, {table.seconds.sum() / 3600:.1f} hours of training\n")
-    print("| epochs | rank correlation with the last (95 %) | best fifth that is in the better third |\n|---|---|---|")
+    print(
+        f"{len(last)} settings, {table.rungs[-1]} epochs each, {table.seconds.sum() / 3600:.1f} hours of training\n"
+    )
+    print(
+        "| epochs | rank correlation with the last (95 %) | best fifth that is in the better third |\n|---|---|---|"
+    )
     ranking = None
     for i, rung in enumerate(table.rungs):
         found = rank_correlation(table.scores[:, i].tolist(), last.tolist())
         low, high = found.interval or (math.nan, math.nan)
         ranking = ranking or (rung if low >= RANKS else None)
-        top, third = last >= np.quantile(last, 0.8), table.scores[:, i] >= np.quantile(table.scores[:, i], 2 / 3)
+        top, third = (
+            last >= np.quantile(last, 0.8),
+            table.scores[:, i] >= np.quantile(table.scores[:, i], 2 / 3),
+        )
         print(f"| {rung} | {found.value:.2f} ({low:.2f}-{high:.2f}) | {third[top].mean():.0%} |")
     noise = seed_noise(list(table.arms.values())) or math.nan
     free = sum(len(values) - 1 for values in table.arms.values())
     guess = explained(table)
     low, high = guess.interval or (math.nan, math.nan)
     quartiles = np.percentile(last, [0, 25, 50, 75, 100])
-    print(f"\nDSC of settings: SD {last.std(ddof=1):.4f}; " + " ".join(f"{value:.3f}" for value in quartiles))
-    print("(lowest, quartiles, highest). Arms: " + "; ".join(f"{n} {_triple(v)}" for n, v in table.arms.items()))
+    print(
+        f"\nDSC of settings: SD {last.std(ddof=1):.4f}; "
+        + " ".join(f"{value:.3f}" for value in quartiles)
+    )
+    print(
+        "(lowest, quartiles, highest). Arms: "
+        + "; ".join(f"{n} {_triple(v)}" for n, v in table.arms.items())
+    )
     print(f"Noise of seeds, SD over repeats of the arms: {noise:.4f} ({free} degrees of freedom)")
-    print(f"Settings, by a forest, of rows left out: rank correlation {guess.value:.2f} ({low:.2f}-{high:.2f})")
+    print(
+        f"Settings, by a forest, of rows left out: rank correlation {guess.value:.2f} ({low:.2f}-{high:.2f})"
+    )
     rng = np.random.default_rng(0)
     bests = [rng.choice(last, FULL, replace=False).max() for _ in range(4000)]
     print(f"Best of {FULL} rows drawn evenly: {_triple(quartiles_of(bests))} (quartiles)")
@@ -154,7 +195,11 @@ _tables: dict[Path, Table] = {}  # of a process
 def run(task: Run, rows: Path, study: Path, ranking: int, out: Path | None) -> list[Step]:
     """One replay, or what was kept of it."""
     kind, method, workers, seed = task
-    kept = out / f"{kind}-{method.replace(' ', '_').replace(',', '')}-{workers}-{seed}.json" if out else None
+    kept = (
+        out / f"{kind}-{method.replace(' ', '_').replace(',', '')}-{workers}-{seed}.json"
+        if out
+        else None
+    )
     if kept and kept.exists():
         return [Step(*step) for step in json.loads(kept.read_text())]
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -162,7 +207,9 @@ def run(task: Run, rows: Path, study: Path, ranking: int, out: Path | None) -> l
     sampler, pruner = methods(ranking)[method]
     settings = table.settings(f"replay-{seed}", seed, sampler, pruner)
     budget = table.rungs[-1] * FULL
-    steps = replay(table, settings, ANSWERS[kind](table, seed), images=IMAGES, workers=workers, budget=budget)
+    steps = replay(
+        table, settings, ANSWERS[kind](table, seed), images=IMAGES, workers=workers, budget=budget
+    )
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps([list(vars(step).values()) for step in steps]))
@@ -174,25 +221,51 @@ def summary(runs: dict[Run, list[Step]], budget: float) -> list[dict[str, Any]]:
     rows = []
     for kind, workers in dict.fromkeys((kind, workers) for kind, _, workers, _ in runs):
         first = min(w for k, _, w, _ in runs if k == kind)
-        full = [at(s, budget, "best") for (k, m, w, _), s in runs.items() if (k, m, w) == (kind, "random", first)]
+        full = [
+            at(s, budget, "best")
+            for (k, m, w, _), s in runs.items()
+            if (k, m, w) == (kind, "random", first)
+        ]
         target = quartiles_of(full)[1] if full else math.nan
         for method in dict.fromkeys(m for k, m, w, _ in runs if (k, w) == (kind, workers)):
-            of = [steps for (k, m, w, _), steps in runs.items() if (k, m, w) == (kind, method, workers)]
+            of = [
+                steps
+                for (k, m, w, _), steps in runs.items()
+                if (k, m, w) == (kind, method, workers)
+            ]
             epochs = quartiles_of([needed(steps, target) for steps in of])
-            row: dict[str, Any] = {"answer": kind, "workers": workers, "method": method, "target": target}
+            row: dict[str, Any] = {
+                "answer": kind,
+                "workers": workers,
+                "method": method,
+                "target": target,
+            }
             row |= {"trials": float(np.median([steps[-1].trials for steps in of]))}
             row |= dict(zip(("epochs_q1", "epochs", "epochs_q3"), epochs, strict=True))
-            row |= dict(zip(("share_low", "share", "share_high"), shares(of, target, budget), strict=True))
-            row |= {"reached_in_quarter": float(np.mean([needed(s, target) <= SHARE * budget for s in of]))}
+            row |= dict(
+                zip(("share_low", "share", "share_high"), shares(of, target, budget), strict=True)
+            )
+            row |= {
+                "reached_in_quarter": float(
+                    np.mean([needed(s, target) <= SHARE * budget for s in of])
+                )
+            }
             row |= {"reached": float(np.mean([needed(s, target) < math.inf for s in of]))}
-            for field, (name, spent) in product(("best", "incumbent"), (("quarter", SHARE * budget), ("full", budget))):
+            for field, (name, spent) in product(
+                ("best", "incumbent"), (("quarter", SHARE * budget), ("full", budget))
+            ):
                 values = quartiles_of([at(steps, spent, field) for steps in of])
-                row |= {f"{field}_{name}{end}": v for end, v in zip(("_q1", "", "_q3"), values, strict=True)}
+                row |= {
+                    f"{field}_{name}{end}": v
+                    for end, v in zip(("_q1", "", "_q3"), values, strict=True)
+                }
             rows.append(row)
     return rows
 
 
-def shares(of: Sequence[Sequence[Step]], target: float, budget: float) -> tuple[float, float, float]:
+def shares(
+    of: Sequence[Sequence[Step]], target: float, budget: float
+) -> tuple[float, float, float]:
     """Median of the epochs needed, as a share of the budget, between the ends of its interval (bootstrap of seeds)."""
     epochs = np.array([needed(steps, target) for steps in of])
     drawn = epochs[np.random.default_rng(0).integers(0, len(epochs), (2000, len(epochs)))]
@@ -219,11 +292,19 @@ def print_summary(rows: Sequence[dict[str, Any]], budget: float) -> None:
         print(f"| {head} | best after a quarter | best after all | incumbent after all |")
         print("|---" * 9 + "|")
         for row in of:
-            epochs = f"{_count(row['epochs'])} ({_count(row['epochs_q1'])}-{_count(row['epochs_q3'])})"
-            share = f"{_share(row['share'])} ({_share(row['share_low'])}-{_share(row['share_high'])})"
+            epochs = (
+                f"{_count(row['epochs'])} ({_count(row['epochs_q1'])}-{_count(row['epochs_q3'])})"
+            )
+            share = (
+                f"{_share(row['share'])} ({_share(row['share_low'])}-{_share(row['share_high'])})"
+            )
             reached = f"{row['reached_in_quarter']:.0%} | {row['reached']:.0%}"
-            bests = " | ".join(_range(row, name) for name in ("best_quarter", "best_full", "incumbent_full"))
-            print(f"| {row['method']} | {row['trials']:.0f} | {epochs} | {share} | {reached} | {bests} |")
+            bests = " | ".join(
+                _range(row, name) for name in ("best_quarter", "best_full", "incumbent_full")
+            )
+            print(
+                f"| {row['method']} | {row['trials']:.0f} | {epochs} | {share} | {reached} | {bests} |"
+            )
         print()
 
 
@@ -244,7 +325,13 @@ def _range(row: dict[str, Any], name: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else f'"{value}"' if "," in str(value) else str(value)
+    return (
+        f"{value:.6g}"
+        if isinstance(value, float)
+        else f'"{value}"'
+        if "," in str(value)
+        else str(value)
+    )
 
 
 if __name__ == "__main__":

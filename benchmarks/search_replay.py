@@ -21,12 +21,13 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import TrialState, create_trial
 
 from amlp_ray.config import StudySettings
-from amlp_ray.settings import build, read_yaml
-from amlp_ray.study.design import rung_epochs
-from amlp_ray.study.search.proposer import Proposal, Proposer
+from amlp_ray.config.base import build
+from amlp_ray.config.yaml_file import read_yaml
+from amlp_ray.study.rungs import rung_epochs
 from amlp_ray.study.search.pruning import Pruning
-from amlp_ray.study.search.sampling import to_unit
-from amlp_ray.study.space.given import fit
+from amlp_ray.study.search.samplers import to_unit
+from amlp_ray.study.search.suggester import Proposal, Proposer
+from amlp_ray.study.search_space.values import fit
 
 Params = dict[str, Any]
 FloatArray = NDArray[np.floating[Any]]
@@ -44,13 +45,17 @@ class Table:
     arms: dict[str, list[float]]  # last score of each repeat
     seconds: FloatArray  # (rows,) that each training took
 
-    def settings(self, name: str, seed: int, sampler: Mapping[str, Any], pruner: Mapping[str, Any]) -> StudySettings:
+    def settings(
+        self, name: str, seed: int, sampler: Mapping[str, Any], pruner: Mapping[str, Any]
+    ) -> StudySettings:
         """The study with another sampler and pruner. Hyperband deals trials into brackets by the study's name."""
         given = {**self.study, "name": name, "seed": seed, "sampler": sampler, "pruner": pruner}
         settings = build(StudySettings, given, name)
         missing = set(rung_epochs(self.rungs[-1], settings.pruner)) - set(self.rungs)
         if missing:
-            raise ValueError(f"{name} scores trials after epochs {sorted(missing)}, which are not in the table")
+            raise ValueError(
+                f"{name} scores trials after epochs {sorted(missing)}, which are not in the table"
+            )
         return settings
 
     def shuffled(self, seed: int) -> Table:
@@ -83,7 +88,11 @@ def read_table(rows: Path, study: Path) -> Table:
 
 
 def _params(row: Mapping[str, str], settings: StudySettings) -> Params:
-    names = {name.removeprefix("params."): text for name, text in row.items() if name.startswith("params.") and text}
+    names = {
+        name.removeprefix("params."): text
+        for name, text in row.items()
+        if name.startswith("params.") and text
+    }
     words = {name for name, p in settings.space.items() if hasattr(p, "choices")}  # type: ignore[union-attr]
     return {name: text if name in words else float(text) for name, text in names.items()}
 
@@ -142,7 +151,9 @@ class Bowl:
         if found is None:
             return None
         fall = self._fall(self._points)
-        effect = (self._fall(places([params], self._table.distributions))[0] - fall.mean()) / fall.std()
+        effect = (
+            self._fall(places([params], self._table.distributions))[0] - fall.mean()
+        ) / fall.std()
         return params, found[1] + 2 * self._table.scores[:, -1].std() * effect * self._grown
 
     def _fall(self, points: FloatArray) -> FloatArray:
@@ -155,7 +166,9 @@ def places(params: Sequence[Params], distributions: Mapping[str, BaseDistributio
     columns: list[list[float]] = []
     for name, distribution in distributions.items():
         if isinstance(distribution, CategoricalDistribution):
-            columns += [[math.sqrt(0.5) * (p[name] == c) for p in params] for c in distribution.choices]
+            columns += [
+                [math.sqrt(0.5) * (p[name] == c) for p in params] for c in distribution.choices
+            ]
         else:
             columns.append([to_unit(p[name], distribution) for p in params])
     return np.array(columns).T
@@ -176,7 +189,13 @@ class Step:
 
 
 def replay(
-    table: Table, settings: StudySettings, answer: Answer, *, images: int, workers: int, budget: float
+    table: Table,
+    settings: StudySettings,
+    answer: Answer,
+    *,
+    images: int,
+    workers: int,
+    budget: float,
 ) -> list[Step]:
     """Search until the budget of epochs is spent or the table is used up.
 
@@ -190,7 +209,9 @@ def replay(
     rungs = rung_epochs(table.rungs[-1], settings.pruner)
     curves: list[FloatArray] = []  # by trial number, at `rungs`
     last: list[float] = []  # score of each trial
-    ends = [(0.0, worker, -1, 0) for worker in range(workers)]  # when, of whom, trial, index of its next rung
+    ends = [
+        (0.0, worker, -1, 0) for worker in range(workers)
+    ]  # when, of whom, trial, index of its next rung
     spent_idle, best = 0.0, math.nan  # epochs by workers that found the table used up
     steps: list[Step] = []
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from contenders import KEPT, LOOK, MAE, PATCHES, REFRESH, SIZES, Contender, Size, contenders
 
-from amlp_ray.training.recording.flops import listed_peak
+from amlp_ray.training.loggers.flops import listed_peak
 
 AMLP = "amlp"  # a step of it with its share of a look
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -32,10 +32,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     taking_part = contenders(options)
     if options.only:
-        taking_part = [c for c in taking_part if c.name == MAE or c.name.startswith(tuple(options.only))]
+        taking_part = [
+            c for c in taking_part if c.name == MAE or c.name.startswith(tuple(options.only))
+        ]
     if options.optimizer:
         for contender in taking_part:
-            contender.optimizer = torch.optim.AdamW(contender.trained, lr=1e-4, betas=(0.9, 0.95), fused=True)
+            contender.optimizer = torch.optim.AdamW(
+                contender.trained, lr=1e-4, betas=(0.9, 0.95), fused=True
+            )
     before = _peak_tflops(options)
     seconds, losses = race(taking_part, options)
     peak = max(before, _peak_tflops(options))  # a busy machine shows its peak at times only
@@ -46,26 +50,45 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, default="Ti")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--ratio", type=float, default=0.75, help="masking ratio")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16 is autocast")
+    parser.add_argument(
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16 is autocast"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor time, for a machine that others use"
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: processor time, for a machine that others use",
     )
-    parser.add_argument("--rounds", type=int, default=10, help="each contender takes one turn in each")
-    parser.add_argument("--optimizer", action="store_true", help="time AdamW's step too, fused for all")
-    parser.add_argument("--mae", type=Path, help="folder of a clone of github.com/facebookresearch/mae")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders whose names begin so; mae always runs")
-    parser.add_argument("--peak-tflops", type=float, help="of the device; else measured on CPU, by name on CUDA")
+    parser.add_argument(
+        "--rounds", type=int, default=10, help="each contender takes one turn in each"
+    )
+    parser.add_argument(
+        "--optimizer", action="store_true", help="time AdamW's step too, fused for all"
+    )
+    parser.add_argument(
+        "--mae", type=Path, help="folder of a clone of github.com/facebookresearch/mae"
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="contenders whose names begin so; mae always runs"
+    )
+    parser.add_argument(
+        "--peak-tflops", type=float, help="of the device; else measured on CPU, by name on CUDA"
+    )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     return parser.parse_args()
 
 
-def race(taking_part: list[Contender], options: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+def race(
+    taking_part: list[Contender], options: argparse.Namespace
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Let every contender take one turn in each round, another one first each time; the first round is not timed.
 
     Returns:
@@ -109,7 +132,10 @@ def _result(
     if KEPT in seconds and LOOK in seconds:
         extra = seconds[LOOK] - seconds[KEPT]
         look = {"look_ms_per_image": 1e3 * float(np.median(extra)) / options.batch}
-        seconds = {**seconds, AMLP: seconds[KEPT] + extra / REFRESH}  # one epoch in REFRESH looks at every image
+        seconds = {
+            **seconds,
+            AMLP: seconds[KEPT] + extra / REFRESH,
+        }  # one epoch in REFRESH looks at every image
         losses[AMLP], parameters[AMLP] = losses[KEPT], parameters[KEPT]
     work = training_tflop(SIZES[options.size], options.ratio) * options.batch
     rows = {}
@@ -124,8 +150,17 @@ def _result(
             "times_mae": {"quartile_1": low, "median": middle, "quartile_3": high},
             "mfu": work / median / peak,
         }
-    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    return {"settings": given, "host": _host(options.device), "peak_tflops": peak, "contenders": rows, **look}
+    given = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(options).items()
+    }
+    return {
+        "settings": given,
+        "host": _host(options.device),
+        "peak_tflops": peak,
+        "contenders": rows,
+        **look,
+    }
 
 
 def training_tflop(size: Size, ratio: float) -> float:
@@ -170,7 +205,12 @@ def _print(result: dict[str, Any]) -> None:
     given = result["settings"]
     how = [f"{given[name]} {name}" for name in ("threads", "rounds")]
     how += [f"{given['clock']} time", f"{'with' if given['optimizer'] else 'without'} optimiser"]
-    how = [f"batch {given['batch']}", f"ratio {given['ratio']}", f"{given['dtype']} on {given['device']}", *how]
+    how = [
+        f"batch {given['batch']}",
+        f"ratio {given['ratio']}",
+        f"{given['dtype']} on {given['device']}",
+        *how,
+    ]
     print(", ".join([f"size {given['size']}", *how]))
     print(f"{'':17} parameters   loss  s/step  images/s  time / mae (quartiles)    MFU")
     for name, row in result["contenders"].items():

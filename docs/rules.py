@@ -11,10 +11,19 @@ from PIL import Image
 
 from amlp_ray.config import ImageSpec, SelectionSettings
 from amlp_ray.data.phantoms import draw_phantom
-from amlp_ray.method.aim import aim_at
 from amlp_ray.method.augment import normalise
+from amlp_ray.method.lesion_map import aim_at
 from amlp_ray.method.patches import patchify
-from amlp_ray.method.pictures import RED, as_pixels, heat, on_pixels, outlined, sheet, strip, tinted
+from amlp_ray.method.visualization import (
+    RED,
+    as_pixels,
+    heat,
+    on_pixels,
+    outlined,
+    sheet,
+    strip,
+    tinted,
+)
 
 SIZE, PATCH, SHOWN, COUNT = 96, 8, (108, 108), 4
 TITLE, GAP = 20, 32  # pixels: the empty row of titles, and between the halves
@@ -32,10 +41,19 @@ SCORES = ("geodesic", "combined", "border_saliency", "row_contrast", "blob", "te
 
 
 def main() -> None:
-    drawn = [draw_phantom("ultrasound", SIZE, np.random.default_rng([1, i]), lesion=True) for i in range(COUNT)]
+    drawn = [
+        draw_phantom("ultrasound", SIZE, np.random.default_rng([1, i]), lesion=True)
+        for i in range(COUNT)
+    ]
     stored = torch.from_numpy(np.stack([image for image, _ in drawn]))[:, None]
     pixels = stored.double()
-    spec = ImageSpec(channels=1, height=SIZE, width=SIZE, mean=(float(pixels.mean()),), std=(float(pixels.std()),))
+    spec = ImageSpec(
+        channels=1,
+        height=SIZE,
+        width=SIZE,
+        mean=(float(pixels.mean()),),
+        std=(float(pixels.std()),),
+    )
     images = normalise(stored, spec)
     inputs = as_pixels(images, images, spec, SHOWN)
     true = [on_pixels(torch.from_numpy(mask), mask.shape, SHOWN) for _, mask in drawn]
@@ -45,7 +63,9 @@ def main() -> None:
 
     def aim(given):
         settings = SelectionSettings.model_validate(given)
-        return aim_at(patchify(images, PATCH), torch.arange(COUNT), GRID, 1, settings, seed=0, epoch=1)
+        return aim_at(
+            patchify(images, PATCH), torch.arange(COUNT), GRID, 1, settings, seed=0, epoch=1
+        )
 
     def lesions(given):
         maps = [on_pixels(lesion, GRID, SHOWN) for lesion in aim(given).lesion]
@@ -57,8 +77,12 @@ def main() -> None:
         return [heat(on_pixels(share, GRID, SHOWN)) for share in (values - low) / (high - low)]
 
     left = [row("input", inputs)] + [row(title, lesions(given)) for title, given in RULES.items()]
-    right = [row("input", inputs)] + [row(f"score {name.replace('_', ' ')}", scores(name)) for name in SCORES]
-    halves = [sheet([each for _, each in rows], [title for title, _ in rows]) for rows in (left, right)]
+    right = [row("input", inputs)] + [
+        row(f"score {name.replace('_', ' ')}", scores(name)) for name in SCORES
+    ]
+    halves = [
+        sheet([each for _, each in rows], [title for title, _ in rows]) for rows in (left, right)
+    ]
     width, height = halves[0].size
     both = Image.new("RGB", (2 * width + GAP, height - TITLE), "white")
     for i, half in enumerate(halves):

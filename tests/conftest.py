@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from amlp_ray.runtime.ray_session import ENVIRONMENT
+from amlp_ray.runtime.session import ENVIRONMENT
 
 # Read when Ray is imported, so set before any test module imports it.
 os.environ.update(ENVIRONMENT)
 os.environ["RAY_AUTH_MODE"] = "disabled"
 # Of the local S3 server; here, so that Ray's workers have them too.
-os.environ.update(AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", AWS_DEFAULT_REGION="us-east-1")
+os.environ.update(
+    AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", AWS_DEFAULT_REGION="us-east-1"
+)
 
 if TYPE_CHECKING:
     from amlp_ray.data.dataset import PatchDataset
@@ -43,7 +45,13 @@ def ray_session() -> Iterator[None]:
     """One local Ray for the whole run: starting one takes seconds. Ray Train asks its dashboard as each group ends."""
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=True, log_to_driver=False, configure_logging=False)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=True,
+        log_to_driver=False,
+        configure_logging=False,
+    )
     yield
     ray.shutdown()
 
@@ -62,11 +70,13 @@ def phantom_dataset(ray_session: None, tmp_path_factory: pytest.TempPathFactory)
     """60 ultrasound phantoms of 64x64 pixels, split 0.6/0.2/0.2 image by image. Read-only: all rooms share it."""
     from amlp_ray.config import PrepareSettings
     from amlp_ray.data.phantoms import write_phantoms
-    from amlp_ray.data.preparing.prepare import prepare
+    from amlp_ray.data.prepare.pipeline import prepare
 
     folder = tmp_path_factory.mktemp("phantoms")
     source = write_phantoms(folder / "source", kind="ultrasound", count=60, size=64)
-    settings = PrepareSettings(layout="paired", size=64, group_by="image", fractions=(0.6, 0.2, 0.2))
+    settings = PrepareSettings(
+        layout="paired", size=64, group_by="image", fractions=(0.6, 0.2, 0.2)
+    )
     return prepare(source, folder / "dataset", settings)
 
 

@@ -25,12 +25,19 @@ from amlp_ray.config import (
     Variant,
     architecture,
 )
+from amlp_ray.config.base import build
+from amlp_ray.config.overrides import flat, nested
+from amlp_ray.config.yaml_file import read_yaml, write_yaml
 from amlp_ray.errors import SettingsError
-from amlp_ray.settings import build, flat, nested, read_yaml, write_yaml
 
 # Whole groups win over the variant, so these are the defaults without one.
 DEFAULTS = flat(
-    PretrainSettings(model=ModelSettings(), ratio=RatioSettings(), selection=SelectionSettings(), loss=LossSettings())
+    PretrainSettings(
+        model=ModelSettings(),
+        ratio=RatioSettings(),
+        selection=SelectionSettings(),
+        loss=LossSettings(),
+    )
 )
 ASK_A_TEACHER = ("amlp", "hpm", "attmask")
 
@@ -82,7 +89,9 @@ def refused(values: dict[str, Any], model: Any = PretrainSettings) -> str:
         ("loss.norm_pix", "maybe", "valid boolean"),
     ],
 )
-def test_a_value_out_of_range_is_told_with_key_value_and_range(name: str, value: Any, accepted: str) -> None:
+def test_a_value_out_of_range_is_told_with_key_value_and_range(
+    name: str, value: Any, accepted: str
+) -> None:
     text = refused({name: value})
     assert text.startswith(f"here: {name} is {value!r}, but must be ")
     assert accepted in text
@@ -117,13 +126,18 @@ def test_a_named_encoder_lays_its_sizes_under_those_given() -> None:
 
 
 def test_a_named_encoder_brings_its_tokens() -> None:
-    assert architecture("vit_small_patch14_reg4_dinov2").items() >= {"register_tokens": 4, "patch_size": 14}.items()
+    assert (
+        architecture("vit_small_patch14_reg4_dinov2").items()
+        >= {"register_tokens": 4, "patch_size": 14}.items()
+    )
     assert architecture("vit_base_patch16_siglip_gap_224")["class_token"] is False
 
 
 def test_an_encoder_that_timm_does_not_know_is_refused_with_near_names() -> None:
     text = refused({"model.encoder": "vit_small_patch16_244"})
-    assert text.startswith("here: model: encoder 'vit_small_patch16_244' is no ViT that timm knows; near: vit_small_")
+    assert text.startswith(
+        "here: model: encoder 'vit_small_patch16_244' is no ViT that timm knows; near: vit_small_"
+    )
     assert "vit_small_patch16_224" in text
     assert refused({"model.encoder": "resnet50"}).endswith("near: vit_small_patch16_224.")
 
@@ -134,12 +148,17 @@ def test_an_encoder_that_timm_does_not_know_is_refused_with_near_names() -> None
         ("davit_tiny", "DaVit"),  # another class
         ("vit_base_r50_s16_224", "VisionTransformer"),  # embeds feature maps of a CNN
         ("vit_relpos_small_patch16_224", "VisionTransformerRelPos"),  # adds no positions
-        ("deit_tiny_distilled_patch16_224", "VisionTransformerDistilled"),  # a second token of its own
+        (
+            "deit_tiny_distilled_patch16_224",
+            "VisionTransformerDistilled",
+        ),  # a second token of its own
     ],
 )
 def test_an_encoder_that_is_no_plain_vit_is_refused_in_one_sentence(name: str, kind: str) -> None:
     text = refused({"model.encoder": name})
-    assert text.startswith(f"here: model: encoder {name!r} is a {kind} of its own kind in timm; accepted are plain")
+    assert text.startswith(
+        f"here: model: encoder {name!r} is a {kind} of its own kind in timm; accepted are plain"
+    )
 
 
 def test_a_linear_head_is_refused_where_only_visible_patches_are_encoded() -> None:
@@ -183,7 +202,9 @@ def test_points_are_checked_even_where_another_shape_is_chosen() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_variant_lays_its_values_under_those_given_and_leaves_the_other_defaults(variant: str) -> None:
+def test_a_variant_lays_its_values_under_those_given_and_leaves_the_other_defaults(
+    variant: str,
+) -> None:
     own = flat(VARIANTS[variant])
     assert flat(PretrainSettings(variant=variant)) == {**DEFAULTS, "variant": variant, **own}  # type: ignore[arg-type]
 
@@ -201,7 +222,9 @@ def test_a_variant_written_and_read_again_is_the_same(variant: str, tmp_path: Pa
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_teacher_is_kept_only_where_a_variant_asks_one(variant: str) -> None:
-    assert build(PretrainSettings, {"variant": variant}, "here").needs_teacher == (variant in ASK_A_TEACHER)
+    assert build(PretrainSettings, {"variant": variant}, "here").needs_teacher == (
+        variant in ASK_A_TEACHER
+    )
 
 
 @pytest.mark.parametrize(
@@ -213,15 +236,23 @@ def test_a_teacher_is_kept_only_where_a_variant_asks_one(variant: str) -> None:
         ({"selection.score": "difficulty"}, False),  # hard by cluster: no score is looked at
         ({"selection.mode": "soft", "selection.score": "difficulty"}, True),
         ({"selection.mode": "soft", "selection.rule": "hardest"}, False),  # no cluster is named
-        ({"selection.mode": "soft", "selection.score": "cluster", "selection.rule": "hardest"}, True),
+        (
+            {"selection.mode": "soft", "selection.score": "cluster", "selection.rule": "hardest"},
+            True,
+        ),
         ({"selection.mode": "random", "selection.features": "tokens"}, False),
         ({"selection.features": "tokens", "objective": "simsiam"}, False),
         ({"selection.feedback": 0.5, "loss.ccl_weight": 0.1}, True),
         ({"selection.feedback": 0.5}, False),  # mps-ams trains no category that could be fed back
     ],
 )
-def test_a_teacher_is_kept_where_a_setting_in_use_asks_one(values: dict[str, Any], needed: bool) -> None:
-    assert build(PretrainSettings, nested({"variant": "mps-ams", **values}), "here").needs_teacher == needed
+def test_a_teacher_is_kept_where_a_setting_in_use_asks_one(
+    values: dict[str, Any], needed: bool
+) -> None:
+    assert (
+        build(PretrainSettings, nested({"variant": "mps-ams", **values}), "here").needs_teacher
+        == needed
+    )
 
 
 def test_mae_is_random_masking_at_75_percent_with_the_plain_loss() -> None:
@@ -234,10 +265,16 @@ def test_mae_is_random_masking_at_75_percent_with_the_plain_loss() -> None:
 def test_values_given_win_over_the_variant_and_their_neighbours_stay(as_model: bool) -> None:
     ratio = {"end": 0.9}
     settings = PretrainSettings.model_validate(
-        {"variant": "mae", "ratio": RatioSettings(**ratio) if as_model else ratio, "loss": {"weighting": "rrl"}}
+        {
+            "variant": "mae",
+            "ratio": RatioSettings(**ratio) if as_model else ratio,
+            "loss": {"weighting": "rrl"},
+        }
     )
     assert settings.ratio.end == 0.9
-    assert settings.ratio.start == (0.25 if as_model else 0.75)  # a whole model gives every one of its values
+    assert settings.ratio.start == (
+        0.25 if as_model else 0.75
+    )  # a whole model gives every one of its values
     assert settings.loss.weighting == "rrl"
     assert settings.loss.ccl_weight == 0
     assert settings.selection.mode == "random"
@@ -247,7 +284,12 @@ def test_values_given_win_over_the_variant_and_their_neighbours_stay(as_model: b
 def test_written_and_read_again_settings_are_the_same(
     variant: str, start: float, clusters: int, norm_pix: bool
 ) -> None:
-    values = {"variant": variant, "ratio.start": start, "selection.clusters": clusters, "loss.norm_pix": norm_pix}
+    values = {
+        "variant": variant,
+        "ratio.start": start,
+        "selection.clusters": clusters,
+        "loss.norm_pix": norm_pix,
+    }
     settings = build(PretrainSettings, nested(values), "here")
     assert flat(settings).items() >= values.items()
     assert build(PretrainSettings, settings.model_dump(mode="json"), "here") == settings
@@ -259,13 +301,20 @@ def test_a_patch_size_must_divide_both_sides_of_the_images() -> None:
     spec = ImageSpec(channels=1, height=96, width=96, mean=(0,), std=(1,))
     settings.check_image(spec)
     for side in ("height", "width"):
-        with pytest.raises(SettingsError, match=r"model.patch_size 16 does not divide .* choose a divisor or prepare"):
+        with pytest.raises(
+            SettingsError,
+            match=r"model.patch_size 16 does not divide .* choose a divisor or prepare",
+        ):
             settings.check_image(spec.model_copy(update={side: 100}))
 
 
 @pytest.mark.parametrize("fractions", [(0.5, 0.2, 0.2), (0, 0.5, 0.5), (1.2, -0.1, -0.1)])
-def test_fractions_must_sum_to_1_with_some_training_images(fractions: tuple[float, float, float]) -> None:
-    assert "fractions must be train > 0" in refused({"layout": "busi", "fractions": fractions}, PrepareSettings)
+def test_fractions_must_sum_to_1_with_some_training_images(
+    fractions: tuple[float, float, float],
+) -> None:
+    assert "fractions must be train > 0" in refused(
+        {"layout": "busi", "fractions": fractions}, PrepareSettings
+    )
 
 
 def test_every_model_of_settings_has_valid_defaults() -> None:
@@ -281,7 +330,9 @@ def study(**given: Any) -> StudySettings:
 
 
 def test_a_parameter_with_choices_is_a_choice_and_one_with_bounds_a_range() -> None:
-    space = study(space={"ratio.shape": {"choices": ["linear", "step"]}, "lr": {"low": 1e-4, "high": 1e-2}}).space
+    space = study(
+        space={"ratio.shape": {"choices": ["linear", "step"]}, "lr": {"low": 1e-4, "high": 1e-2}}
+    ).space
     assert isinstance(space["ratio.shape"], Choice)
     assert isinstance(space["lr"], Range)
 
@@ -292,13 +343,18 @@ def test_a_parameter_with_choices_is_a_choice_and_one_with_bounds_a_range() -> N
         ({"low": 0.5, "high": 0.2}, "space.lr: low 0.5 must lie below high 0.2"),
         ({"low": 0.2, "high": 0.2}, "space.lr: low 0.2 must lie below high 0.2"),
         ({"low": 0, "high": 1, "log": True}, "space.lr: log needs low > 0 and no step"),
-        ({"low": 0.1, "high": 1, "log": True, "step": 0.1}, "space.lr: log needs low > 0 and no step"),
+        (
+            {"low": 0.1, "high": 1, "log": True, "step": 0.1},
+            "space.lr: log needs low > 0 and no step",
+        ),
         ({"low": 0.1}, "space.lr.high is missing"),
         ({"choices": []}, "space.lr.choices is []"),
         ({"low": 0, "high": 1, "steps": 2}, "unknown setting 'space.lr.steps'"),
     ],
 )
-def test_a_faulty_parameter_is_refused_with_its_name(parameter: dict[str, Any], expected: str) -> None:
+def test_a_faulty_parameter_is_refused_with_its_name(
+    parameter: dict[str, Any], expected: str
+) -> None:
     with pytest.raises(SettingsError, match=r"^study\.yaml: ") as caught:
         study(space={"lr": parameter})
     assert expected in str(caught.value)
@@ -313,7 +369,14 @@ def test_all_faults_of_a_study_are_told_at_once() -> None:
             arms=["beit"],
             tie=-1,
         )
-    for part in ("name is 'a b'", "space.lr: low 1", "space.ratio.start.choices", "budget.trials is 0", "arms", "tie"):
+    for part in (
+        "name is 'a b'",
+        "space.lr: low 1",
+        "space.ratio.start.choices",
+        "budget.trials is 0",
+        "arms",
+        "tie",
+    ):
         assert part in str(caught.value)
 
 
@@ -325,7 +388,13 @@ def test_faulty_settings_of_the_trials_are_refused_when_the_study_is_read() -> N
 def test_a_trial_has_the_study_s_settings_with_its_parameters_on_top() -> None:
     settings = study(pretrain={"epochs": 7, "ratio": {"start": 0.3}})
     trial = settings.trial({"ratio.end": 0.6, "lr": 0.01}, seed=5)
-    assert (trial.epochs, trial.ratio.start, trial.ratio.end, trial.lr, trial.seed) == (7, 0.3, 0.6, 0.01, 5)
+    assert (trial.epochs, trial.ratio.start, trial.ratio.end, trial.lr, trial.seed) == (
+        7,
+        0.3,
+        0.6,
+        0.01,
+        5,
+    )
 
 
 def test_a_searched_variant_brings_its_own_values_along() -> None:
@@ -338,7 +407,12 @@ def test_a_searched_variant_brings_its_own_values_along() -> None:
 
 @pytest.mark.parametrize(
     ("given", "least", "most", "elastic", "alone"),
-    [(1, 1, 1, False, True), (3, 3, 3, False, False), ([2, 8], 2, 8, True, False), ([1, 2], 1, 2, True, False)],
+    [
+        (1, 1, 1, False, True),
+        (3, 3, 3, False, False),
+        ([2, 8], 2, 8, True, False),
+        ([1, 2], 1, 2, True, False),
+    ],
     ids=str,
 )
 def test_workers_are_a_number_or_the_least_and_the_most(
@@ -352,8 +426,9 @@ def test_workers_are_a_number_or_the_least_and_the_most(
 
 @pytest.mark.parametrize("given", [0, -1, [0, 2], [4, 2]], ids=str)
 def test_workers_below_1_or_the_wrong_way_round_are_refused(given: Any) -> None:
-    assert "a number from 1 on, or the least and the most, such as 2-8 ([2, 8] in a file)" in refused(
-        {"workers": given}, ResourceSettings
+    assert (
+        "a number from 1 on, or the least and the most, such as 2-8 ([2, 8] in a file)"
+        in refused({"workers": given}, ResourceSettings)
     )
 
 
@@ -364,7 +439,9 @@ def test_workers_of_another_form_are_refused(given: Any) -> None:
 
 def test_a_kind_of_gpu_without_a_gpu_is_refused() -> None:
     given = {"accelerator": "A100"}
-    assert "accelerator A100 is a kind of GPU; set gpus_per_worker too" in refused(given, ResourceSettings)
+    assert "accelerator A100 is a kind of GPU; set gpus_per_worker too" in refused(
+        given, ResourceSettings
+    )
     assert build(ResourceSettings, given | {"gpus_per_worker": 1}, "here").accelerator == "A100"
 
 
@@ -386,23 +463,47 @@ FITTING: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("pretrain", "resources"), FITTING, ids=str)
-def test_workers_that_can_share_a_batch_are_accepted(pretrain: dict[str, Any], resources: dict[str, Any]) -> None:
-    PretrainSettings.model_validate(pretrain).check_workers(ResourceSettings.model_validate(resources))
+def test_workers_that_can_share_a_batch_are_accepted(
+    pretrain: dict[str, Any], resources: dict[str, Any]
+) -> None:
+    PretrainSettings.model_validate(pretrain).check_workers(
+        ResourceSettings.model_validate(resources)
+    )
 
 
 UNFIT: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    ({"batch_size": 2}, {"workers": 3}, r"batch_size 2 is less than resources\.workers 3; raise it"),
-    ({"batch_size": 7}, {"workers": [2, 8]}, r"batch_size 7 is less than resources\.workers 8; raise it"),
-    ({}, {"workers": 3, "sharding": "fsdp"}, r"fsdp needs a fixed number .* divides batch_size 16, not 3;"),
+    (
+        {"batch_size": 2},
+        {"workers": 3},
+        r"batch_size 2 is less than resources\.workers 3; raise it",
+    ),
+    (
+        {"batch_size": 7},
+        {"workers": [2, 8]},
+        r"batch_size 7 is less than resources\.workers 8; raise it",
+    ),
+    (
+        {},
+        {"workers": 3, "sharding": "fsdp"},
+        r"fsdp needs a fixed number .* divides batch_size 16, not 3;",
+    ),
     ({}, {"workers": [2, 4], "sharding": "fsdp"}, r"fsdp needs a fixed number .* not \(2, 4\);"),
     ({"variant": "simsiam"}, {"micro_batch": 4}, "micro_batch would change objective simsiam"),
-    ({"variant": "simsiam"}, {"workers": 9}, "batch_size 16 leaves one image per worker, but objective simsiam"),
+    (
+        {"variant": "simsiam"},
+        {"workers": 9},
+        "batch_size 16 leaves one image per worker, but objective simsiam",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("pretrain", "resources", "told"), UNFIT, ids=[told[:30] for *_, told in UNFIT])
+@pytest.mark.parametrize(
+    ("pretrain", "resources", "told"), UNFIT, ids=[told[:30] for *_, told in UNFIT]
+)
 def test_workers_that_cannot_share_a_batch_are_refused_with_what_to_change(
     pretrain: dict[str, Any], resources: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(SettingsError, match=told):
-        PretrainSettings.model_validate(pretrain).check_workers(ResourceSettings.model_validate(resources))
+        PretrainSettings.model_validate(pretrain).check_workers(
+            ResourceSettings.model_validate(resources)
+        )

@@ -8,12 +8,13 @@ import pytest
 MODULES = (
     "amlp_ray.config.method",
     "amlp_ray.config.pretrain",
-    "amlp_ray.config.table",
-    "amlp_ray.settings",
-    "amlp_ray.method.ratio",
+    "amlp_ray.config.reference",
+    "amlp_ray.config.base",
+    "amlp_ray.config.overrides",
+    "amlp_ray.method.masking_ratio",
     "amlp_ray.data.dataset",
-    "amlp_ray.data.sources.item",
-    "amlp_ray.study.design",
+    "amlp_ray.data.layouts.item",
+    "amlp_ray.study.rungs",
 )
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from amlp_ray.files import append_line, patiently, read_json, write_whole
+from amlp_ray.utils.files import append_line, patiently, read_json, write_whole
 
 # A limit on the size of files is a disk that is full, for this process alone and without being root.
 FULL = """
 import json, resource, sys, threading, time
 from pathlib import Path
-from amlp_ray.files import append_line, patiently, write_whole
+from amlp_ray.utils.files import append_line, patiently, write_whole
 
 def allow(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -42,12 +42,21 @@ print(json.dumps({"seen": seen, "told": told}))
 
 def test_a_full_disk_takes_a_line_whole_or_not_at_all_and_is_waited_for(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", FULL, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     kept = "first\n"
-    assert found["seen"] == {"cut": kept, "none": kept, "replaced": kept, "in the end": "first\nsecond\n"}
+    assert found["seen"] == {
+        "cut": kept,
+        "none": kept,
+        "replaced": kept,
+        "in the end": "first\nsecond\n",
+    }
     assert found["told"] == ["OSError"]
     assert [path.name for path in tmp_path.iterdir()] == ["lines"]
 

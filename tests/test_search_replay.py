@@ -14,20 +14,35 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from amlp_ray.config import StudySettings
-from amlp_ray.settings import build, write_yaml
-from amlp_ray.study.keeping.store import StudyStore
-from amlp_ray.study.verbs.exchange import export_trials
+from amlp_ray.config.base import build
+from amlp_ray.config.yaml_file import write_yaml
+from amlp_ray.study.operations.transfer import export_trials
+from amlp_ray.study.storage.study_store import StudyStore
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # last: its modules have everyday names
 
 from search import methods, quartiles_of, shares  # noqa: E402
-from search_replay import Bowl, Nearest, Smooth, Step, Table, distances, needed, places, read_table, replay  # noqa: E402
+from search_replay import (  # noqa: E402
+    Bowl,
+    Nearest,
+    Smooth,
+    Step,
+    Table,
+    distances,
+    needed,
+    places,
+    read_table,
+    replay,
+)
 
 STUDY: dict[str, Any] = {
     "name": "made",
     "pretrain": {"epochs": 27, "batch_size": 16},
-    "space": {"lr": {"low": 1e-4, "high": 1e-2, "log": True}, "selection.mode": {"choices": ["random", "hard"]}},
+    "space": {
+        "lr": {"low": 1e-4, "high": 1e-2, "log": True},
+        "selection.mode": {"choices": ["random", "hard"]},
+    },
     "budget": {"trials": 40},
 }
 RUNGS = tuple(range(3, 28, 3))
@@ -48,17 +63,29 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
     for i, lr in enumerate(np.geomspace(1e-4, 1e-2, 40)):
         params = {"lr": float(lr), "selection.mode": ("random", "hard")[i % 2]}
         scores = {rung: 0.3 + i / 400 + rung / 1000 for rung in RUNGS}
-        known: dict[str, Any] = {"params": params, "distributions": space, "intermediate_values": scores}
+        known: dict[str, Any] = {
+            "params": params,
+            "distributions": space,
+            "intermediate_values": scores,
+        }
         search.add_trial(create_trial(value=scores[RUNGS[-1]], user_attrs=about, **known))
-    search.add_trial(create_trial(state=TrialState.FAIL, user_attrs=about, params=params, distributions=space))
+    search.add_trial(
+        create_trial(state=TrialState.FAIL, user_attrs=about, params=params, distributions=space)
+    )
     arms.add_trial(
-        create_trial(value=0.31, user_attrs={**about, "arm": "mae", "repeat": 0}, intermediate_values={0: 0.31})
+        create_trial(
+            value=0.31,
+            user_attrs={**about, "arm": "mae", "repeat": 0},
+            intermediate_values={0: 0.31},
+        )
     )
     export_trials(store, store.folder / "table.csv")
     return read_table(store.folder / "table.csv", store.folder / "study.yaml")
 
 
-def run(table: Table, pruner: dict[str, Any], *, workers: int = 1, budget: float = 10_000, seed: int = 0) -> list[Step]:
+def run(
+    table: Table, pruner: dict[str, Any], *, workers: int = 1, budget: float = 10_000, seed: int = 0
+) -> list[Step]:
     settings = table.settings("made", seed, {"name": "random"}, pruner)
     return replay(table, settings, Nearest(table), images=320, workers=workers, budget=budget)
 
@@ -83,7 +110,9 @@ def test_a_row_is_its_own_nearest_and_answers_once(table: Table) -> None:
     assert left[-1] is None
 
 
-def test_another_choice_is_as_far_as_the_whole_range_and_a_log_range_is_compared_by_logarithms(table: Table) -> None:
+def test_another_choice_is_as_far_as_the_whole_range_and_a_log_range_is_compared_by_logarithms(
+    table: Table,
+) -> None:
     asked = [
         {"lr": 1e-4, "selection.mode": "hard"},
         {"lr": 1e-4, "selection.mode": "random"},
@@ -112,7 +141,9 @@ def test_a_made_up_effect_is_that_of_what_was_asked_and_grows_with_training(tabl
     assert gain[0] * 27 == pytest.approx(gain[0][-1] * np.array(RUNGS))
 
 
-def test_a_search_at_full_length_spends_a_training_per_trial_until_the_table_is_used_up(table: Table) -> None:
+def test_a_search_at_full_length_spends_a_training_per_trial_until_the_table_is_used_up(
+    table: Table,
+) -> None:
     steps = run(table, NONE)
     done = [step for step in steps if step.spent % 27 == 0]
     assert [step.spent for step in done] == [27.0 * (i + 1) for i in range(40)]
@@ -129,13 +160,18 @@ def test_four_workers_spend_four_epochs_at_a_time_and_no_more_than_the_budget(ta
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_epochs_of_workers_that_find_nothing_more_are_not_counted_on(table: Table, workers: int) -> None:
+def test_epochs_of_workers_that_find_nothing_more_are_not_counted_on(
+    table: Table, workers: int
+) -> None:
     assert run(table, NONE, workers=workers)[-1].spent == 40 * 27
 
 
 def test_halving_finds_the_best_row_in_fewer_epochs_where_rungs_rank(table: Table) -> None:
     best = float(table.scores[:, -1].max())
-    of = [[needed(run(table, pruner, seed=seed), best) for seed in range(5)] for pruner in (NONE, HALVING)]
+    of = [
+        [needed(run(table, pruner, seed=seed), best) for seed in range(5)]
+        for pruner in (NONE, HALVING)
+    ]
     full, halving = (quartiles_of(epochs)[1] for epochs in of)
     assert halving < full / 2
 
@@ -159,7 +195,9 @@ def test_what_is_never_reached_is_infinite_and_quartiles_bear_that() -> None:
 
 
 def test_a_share_stands_between_the_ends_of_its_interval() -> None:
-    of = [[Step(spent, 0.4, 0.4, 1)] for spent in (27, 54, 81, 108, 135)] + [[Step(27, 0.3, 0.3, 1)]] * 2
+    of = [[Step(spent, 0.4, 0.4, 1)] for spent in (27, 54, 81, 108, 135)] + [
+        [Step(27, 0.3, 0.3, 1)]
+    ] * 2
     low, share, high = shares(of, 0.4, 270)
     assert low < share == 0.4 < high
 
@@ -172,7 +210,9 @@ def test_shuffled_scores_stay_whole_rows(table: Table) -> None:
 
 
 def test_the_recorded_table_holds_what_its_study_file_says() -> None:
-    recorded = read_table(BENCHMARKS / "results" / "search_table.csv", BENCHMARKS / "search_table.yaml")
+    recorded = read_table(
+        BENCHMARKS / "results" / "search_table.csv", BENCHMARKS / "search_table.yaml"
+    )
     assert recorded.scores.shape == (200, 9)
     assert recorded.rungs == RUNGS
     assert {name: len(scores) for name, scores in recorded.arms.items()} == {"scratch": 3, "mae": 3}

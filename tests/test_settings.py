@@ -10,20 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
+from amlp_ray.config.base import Read, Settings, build, refusal
+from amlp_ray.config.overrides import assignments, flat, from_assignments, merged, nested
+from amlp_ray.config.yaml_file import read_yaml, write_yaml
 from amlp_ray.errors import SettingsError
-from amlp_ray.settings import (
-    Read,
-    Settings,
-    assignments,
-    build,
-    flat,
-    from_assignments,
-    merged,
-    nested,
-    read_yaml,
-    refusal,
-    write_yaml,
-)
 
 
 class Engine(Settings):
@@ -38,7 +28,13 @@ class Car(Settings):
 
 
 name = st.text(st.characters(whitelist_categories=("Ll", "Nd")), min_size=1, max_size=4)
-value = st.one_of(st.integers(), st.booleans(), st.none(), st.text(max_size=5), st.lists(st.integers(), max_size=2))
+value = st.one_of(
+    st.integers(),
+    st.booleans(),
+    st.none(),
+    st.text(max_size=5),
+    st.lists(st.integers(), max_size=2),
+)
 tree = st.recursive(
     st.dictionaries(name, value, min_size=1, max_size=4),
     lambda inner: st.dictionaries(name, st.one_of(value, inner), min_size=1, max_size=4),
@@ -55,7 +51,12 @@ def test_nested_undoes_flat(values: dict[str, Any]) -> None:
 
 
 def test_flat_of_a_model_names_every_setting() -> None:
-    assert flat(Car(name="a")) == {"name": "a", "doors": 5, "engine.power": 90.0, "engine.cylinders": 4}
+    assert flat(Car(name="a")) == {
+        "name": "a",
+        "doors": 5,
+        "engine.power": 90.0,
+        "engine.cylinders": 4,
+    }
 
 
 @given(tree, tree)
@@ -67,7 +68,11 @@ def test_merged_has_every_value_of_the_upper_one_and_changes_neither(
     assert repr((under, over)) == before
     assert flat(over).items() <= out.items()
     above = flat(over)
-    hidden = {k for k in flat(under) if any(k == a or k.startswith(a + ".") or a.startswith(k + ".") for a in above)}
+    hidden = {
+        k
+        for k in flat(under)
+        if any(k == a or k.startswith(a + ".") or a.startswith(k + ".") for a in above)
+    }
     assert {k: v for k, v in flat(under).items() if k not in hidden}.items() <= out.items()
 
 
@@ -89,17 +94,32 @@ def sentence(values: dict[str, Any], source: str = "car.yaml") -> str:
     ("values", "expected"),
     [
         ({"name": "a", "dors": 4}, "car.yaml: unknown setting 'dors'; did you mean doors?"),
-        ({"name": "a", "engine": {"powr": 4}}, "car.yaml: unknown setting 'engine.powr'; did you mean engine.power?"),
-        ({"name": "a", "zzzzzzzz": 4}, "car.yaml: unknown setting 'zzzzzzzz'; known here: name, doors."),
+        (
+            {"name": "a", "engine": {"powr": 4}},
+            "car.yaml: unknown setting 'engine.powr'; did you mean engine.power?",
+        ),
+        (
+            {"name": "a", "zzzzzzzz": 4},
+            "car.yaml: unknown setting 'zzzzzzzz'; known here: name, doors.",
+        ),
         ({}, "car.yaml: name is missing."),
-        ({"name": "a", "doors": 1}, "car.yaml: doors is 1, but must be greater than or equal to 2."),
+        (
+            {"name": "a", "doors": 1},
+            "car.yaml: doors is 1, but must be greater than or equal to 2.",
+        ),
         (
             {"name": "a", "engine": {"power": 501}},
             "car.yaml: engine.power is 501, but must be less than or equal to 500.",
         ),
         ({"name": "a", "doors": 2.5}, "car.yaml: doors is 2.5, but must be a valid integer"),
-        ({"name": "a", "engine": {"power": math.nan}}, "car.yaml: engine.power is nan, but must be"),
-        ({"name": "a", "engine": {"power": math.inf}}, "car.yaml: engine.power is inf, but must be"),
+        (
+            {"name": "a", "engine": {"power": math.nan}},
+            "car.yaml: engine.power is nan, but must be",
+        ),
+        (
+            {"name": "a", "engine": {"power": math.inf}},
+            "car.yaml: engine.power is inf, but must be",
+        ),
         ({"name": "a", "engine": 5}, "car.yaml: engine is 5, but must be a valid dictionary"),
     ],
 )
@@ -111,7 +131,13 @@ def test_a_fault_is_one_sentence_with_source_key_value_and_what_is_accepted(
 
 def test_all_faults_are_told_at_once() -> None:
     text = sentence({"doors": 0, "colour": "red", "engine": {"power": -1, "cylinders": 0}})
-    for part in ("name is missing", "doors is 0", "'colour'", "engine.power is -1", "engine.cylinders is 0"):
+    for part in (
+        "name is missing",
+        "doors is 0",
+        "'colour'",
+        "engine.power is -1",
+        "engine.cylinders is 0",
+    ):
         assert part in text
 
 
@@ -124,7 +150,12 @@ def test_assignments_are_read_as_yaml_and_laid_on_top() -> None:
     base = {"name": "a", "engine": {"power": 10, "cylinders": 8}}
     car = from_assignments(Car, base, ["engine.power=1e2", "doors=3", "name=b=c"])
     assert car == Car(name="b=c", doors=3, engine=Engine(power=100, cylinders=8))
-    assert assignments(["a=true", "b=[1, 2]", "c=", "d= x"]) == {"a": True, "b": [1, 2], "c": None, "d": "x"}
+    assert assignments(["a=true", "b=[1, 2]", "c=", "d= x"]) == {
+        "a": True,
+        "b": [1, 2],
+        "c": None,
+        "d": "x",
+    }
 
 
 @pytest.mark.parametrize("text", ["doors", "=3", ""])
@@ -139,7 +170,9 @@ def test_an_assignment_that_is_no_yaml_is_refused() -> None:
 
 
 @pytest.mark.parametrize("texts", [["engine=4", "engine.power=5"], ["engine.power=5", "engine=4"]])
-def test_a_group_and_a_value_inside_it_contradict_each_other_in_either_order(texts: list[str]) -> None:
+def test_a_group_and_a_value_inside_it_contradict_each_other_in_either_order(
+    texts: list[str],
+) -> None:
     with pytest.raises(SettingsError, match="both a group and a value inside it: "):
         assignments(texts)
 
@@ -152,7 +185,9 @@ def test_a_fault_in_an_assignment_names_where_it_was_given() -> None:
 def test_yaml_keeps_settings_in_full(tmp_path: Path) -> None:
     path = tmp_path / "car.yaml"
     write_yaml(Car(name="é", engine=Engine(power=0.1)), path)
-    assert read_yaml(path)["doors"] == 5  # a default, written so that its change does not change an old run
+    assert (
+        read_yaml(path)["doors"] == 5
+    )  # a default, written so that its change does not change an old run
     assert build(Car, read_yaml(path), "x") == Car(name="é", engine=Engine(power=0.1))
 
 
@@ -227,7 +262,15 @@ def test_faults_of_a_file_come_before_those_of_what_is_laid_on_top(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-3", 0.001), ("1E5", 1e5), ("-2e+1", -20.0), ("1_0e1", 100.0), ("e3", "e3"), ("1e", "1e"), ("'1e3'", "1e3")],
+    [
+        ("1e-3", 0.001),
+        ("1E5", 1e5),
+        ("-2e+1", -20.0),
+        ("1_0e1", 100.0),
+        ("e3", "e3"),
+        ("1e", "1e"),
+        ("'1e3'", "1e3"),
+    ],
 )
 def test_powers_of_ten_are_numbers_in_a_file(tmp_path: Path, text: str, value: object) -> None:
     found = read(tmp_path, f"a: {text}\n")["a"]
@@ -235,22 +278,30 @@ def test_powers_of_ten_are_numbers_in_a_file(tmp_path: Path, text: str, value: o
 
 
 @pytest.mark.parametrize(
-    "text", ["a: !!int x", "a: !!bool x", "a: !!timestamp x", "[" * 5000, "a: 1\n---\nb: 2", "a: *b"]
+    "text",
+    ["a: !!int x", "a: !!bool x", "a: !!timestamp x", "[" * 5000, "a: 1\n---\nb: 2", "a: *b"],
 )
-def test_a_file_that_yaml_stumbles_over_is_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
+def test_a_file_that_yaml_stumbles_over_is_refused_in_one_sentence(
+    tmp_path: Path, text: str
+) -> None:
     with pytest.raises(SettingsError, match=r"car\.yaml(:\d+)? is not valid YAML: ") as caught:
         read(tmp_path, text)
     assert len(caught.value.faults) == 1
 
 
 def test_what_one_setting_refuses_is_told_whatever_the_others_are() -> None:
-    assert refusal(Car, "engine.power", 501) == "engine.power is 501, but must be less than or equal to 500."
+    assert (
+        refusal(Car, "engine.power", 501)
+        == "engine.power is 501, but must be less than or equal to 500."
+    )
     assert refusal(Car, "engine.power", 499) is None
     assert refusal(Car, "name", 3) == "name is 3, but must be a valid string."
 
 
 def test_errors_reach_another_process_whole() -> None:
-    error = pickle.loads(pickle.dumps(SettingsError("One is bad.", "Two is worse.", keys=["one", "two"])))
+    error = pickle.loads(
+        pickle.dumps(SettingsError("One is bad.", "Two is worse.", keys=["one", "two"]))
+    )
     assert error.faults == ("One is bad.", "Two is worse.")
     assert error.keys == ("one", "two")
     assert str(error) == "One is bad. Two is worse."

@@ -19,14 +19,28 @@ from amlp_ray.config import (
     SelectionSettings,
     StudySettings,
 )
-from amlp_ray.config.table import Setting, accepted, comments_of, field_comments, sections, shown, variants
+from amlp_ray.config.base import Settings, build
+from amlp_ray.config.overrides import flat, nested
+from amlp_ray.config.reference import (
+    Setting,
+    accepted,
+    comments_of,
+    field_comments,
+    sections,
+    shown,
+    variants,
+)
 from amlp_ray.errors import SettingsError
-from amlp_ray.settings import Settings, build, flat, nested
 
 MODELS = (PretrainSettings, StudySettings, SegmentSettings, PrepareSettings)
 # Whole groups win over the variant, so these are the defaults without one.
 DEFAULTS = flat(
-    PretrainSettings(model=ModelSettings(), ratio=RatioSettings(), selection=SelectionSettings(), loss=LossSettings())
+    PretrainSettings(
+        model=ModelSettings(),
+        ratio=RatioSettings(),
+        selection=SelectionSettings(),
+        loss=LossSettings(),
+    )
 )
 
 
@@ -62,12 +76,16 @@ def test_the_range_of_a_number_is_the_one_that_is_checked(name: str) -> None:
     for word, number in bounds:
         limit: float = 2**63 if number == "2^63" else type(step)(number)
         inward = step if word in ("at least", "above") else -step
-        ends = (limit, limit - inward) if word in ("at least", "at most") else (limit + inward, limit)
+        ends = (
+            (limit, limit - inward) if word in ("at least", "at most") else (limit + inward, limit)
+        )
         assert not fault(name, ends[0])
         assert fault(name, ends[1])
 
 
-@pytest.mark.parametrize("name", [name for name in PRETRAIN if isinstance(PRETRAIN[name].default, str)])
+@pytest.mark.parametrize(
+    "name", [name for name in PRETRAIN if isinstance(PRETRAIN[name].default, str)]
+)
 def test_the_choices_of_a_setting_are_those_that_are_checked(name: str) -> None:
     for choice in PRETRAIN[name].accepts.split(", "):
         assert not fault(name, choice)
@@ -80,12 +98,16 @@ def test_every_setting_has_a_reason_in_the_source(model: type[Settings]) -> None
 
 
 def test_a_reason_beside_a_setting_wins_over_a_heading_above_it() -> None:
-    clusters = next(section for section in sections(PretrainSettings) if section.about.startswith("Clusters"))
+    clusters = next(
+        section for section in sections(PretrainSettings) if section.about.startswith("Clusters")
+    )
     assert clusters.group == "selection"
     assert clusters.settings[0].name == "selection.features"
     assert clusters.settings[0].reason.startswith("tokens: the teacher's")
     assert field_comments(SelectionSettings)["features"].above == clusters.about
-    assert PRETRAIN["selection.mode"].reason.endswith("to whole clusters (SemMAE)"), "two lines above, none beside"
+    assert PRETRAIN["selection.mode"].reason.endswith("to whole clusters (SemMAE)"), (
+        "two lines above, none beside"
+    )
 
 
 def test_a_hash_in_a_string_is_no_comment_and_a_statement_may_take_several_lines() -> None:
@@ -129,9 +151,15 @@ def test_models_in_models_and_in_mappings_are_followed() -> None:
         ("shaft", "A shaft."),
     ]
     inches, colour = found[1].settings
-    assert inches == Setting("wheels.<name>.inches", "integer at least 10", None, True, "no smaller tyre is made")
+    assert inches == Setting(
+        "wheels.<name>.inches", "integer at least 10", None, True, "no smaller tyre is made"
+    )
     assert (colour.accepts, colour.default, colour.required) == ("black, 3 or null", None, False)
-    assert {row.name: row.default for row in found[0].settings} == {"wheels": {}, "tags": ("a",), "name": "#"}
+    assert {row.name: row.default for row in found[0].settings} == {
+        "wheels": {},
+        "tags": ("a",),
+        "name": "#",
+    }
 
 
 @pytest.mark.parametrize(
@@ -140,12 +168,24 @@ def test_models_in_models_and_in_mappings_are_followed() -> None:
         ({"type": "boolean"}, "true, false"),
         ({"type": "number"}, "number"),
         ({"type": "integer", "minimum": 2, "maximum": 64}, "integer 2 to 64"),
-        ({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, "number above 0, below 1"),
-        ({"type": "integer", "minimum": 0, "exclusiveMaximum": 2**63}, "integer at least 0, below 2^63"),
+        (
+            {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+            "number above 0, below 1",
+        ),
+        (
+            {"type": "integer", "minimum": 0, "exclusiveMaximum": 2**63},
+            "integer at least 0, below 2^63",
+        ),
         ({"type": "array", "prefixItems": [{"type": "number"}] * 2}, "[number, number]"),
-        ({"type": "array", "items": {"enum": ["a", 1, True]}, "minItems": 1}, "list of a, 1, true, not empty"),
+        (
+            {"type": "array", "items": {"enum": ["a", 1, True]}, "minItems": 1},
+            "list of a, 1, true, not empty",
+        ),
         ({"type": "string", "pattern": "^a$"}, "text like ^a$"),
-        ({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]}, "integer at least 1 or null"),
+        (
+            {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]},
+            "integer at least 1 or null",
+        ),
     ],
 )
 def test_accepted_values_are_told_in_words(schema: dict[str, Any], words: str) -> None:
@@ -154,7 +194,14 @@ def test_accepted_values_are_told_in_words(schema: dict[str, Any], words: str) -
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(True, "true"), (None, "null"), (0.001, "0.001"), ("amlp", "amlp"), ("", '""'), ((1, 2), "[1, 2]")],
+    [
+        (True, "true"),
+        (None, "null"),
+        (0.001, "0.001"),
+        ("amlp", "amlp"),
+        ("", '""'),
+        ((1, 2), "[1, 2]"),
+    ],
 )
 def test_values_are_shown_as_a_settings_file_has_them(value: Any, text: str) -> None:
     assert shown(value) == text

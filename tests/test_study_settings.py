@@ -3,8 +3,8 @@
 import pytest
 
 from amlp_ray.config import StudySettings
+from amlp_ray.config.base import build
 from amlp_ray.errors import SettingsError
-from amlp_ray.settings import build
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,14 @@ def test_a_name_that_a_database_takes_for_a_companion_is_refused(name: str) -> N
 
 def test_workers_that_follow_the_nodes_are_refused_inside_a_study_with_the_reason() -> None:
     with pytest.raises(
-        SettingsError, match=r"resources: workers \[2, 8\] follow the nodes, but a trial needs a number"
+        SettingsError,
+        match=r"resources: workers \[2, 8\] follow the nodes, but a trial needs a number",
     ) as no:
         build(StudySettings, {"name": "s", "resources": {"workers": [2, 8]}}, "study.yaml")
     assert "counts what nodes hold, not what other trials use of it" in str(no.value)
-    assert build(StudySettings, {"name": "s", "resources": {"workers": 2}}, "study.yaml").resources.workers == 2
+    assert (
+        build(
+            StudySettings, {"name": "s", "resources": {"workers": 2}}, "study.yaml"
+        ).resources.workers
+        == 2
+    )

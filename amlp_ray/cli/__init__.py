@@ -51,12 +51,16 @@ def main() -> None:
         sys.exit(143 if terminated else ended.code)
     except AmlpError as error:
         for fault in error.faults:
-            sentence = fault.replace("\n", "\\n")  # names of files may hold one; a sentence is one line
+            sentence = fault.replace(
+                "\n", "\\n"
+            )  # names of files may hold one; a sentence is one line
             print(f"amlp-ray: {sentence}", file=sys.stderr)
         sys.exit(143 if terminated else error.exit_code)
     except OSError as error:
         if error.filename is None and error.errno not in FULL:
             raise
         where = f"{error.filename}: " if error.filename is not None else ""
-        print(f"amlp-ray: {where}{error.strerror}; check the path, space and rights.", file=sys.stderr)
+        print(
+            f"amlp-ray: {where}{error.strerror}; check the path, space and rights.", file=sys.stderr
+        )
         sys.exit(2)

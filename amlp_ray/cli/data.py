@@ -12,8 +12,8 @@ from amlp_ray.cli.data_bench import bench
 from amlp_ray.cli.data_check import check
 from amlp_ray.cli.output import Json, print_facts, print_json, print_table
 from amlp_ray.config import PrepareSettings
+from amlp_ray.config.base import build
 from amlp_ray.errors import DataError, SettingsError
-from amlp_ray.settings import build
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -25,33 +25,68 @@ app.command()(bench)
 
 @app.command()
 def prepare(
-    source: Annotated[str, typer.Argument(help="Folder or URI of images, with masks where there are any.")],
+    source: Annotated[
+        str, typer.Argument(help="Folder or URI of images, with masks where there are any.")
+    ],
     out: Annotated[str, typer.Argument(help="Folder or URI of the patch dataset to write.")],
     layout: Annotated[
-        str, typer.Option(help="auto, busi, paired, flat, lgg, dicom, nifti, decathlon or coco; auto says what it saw.")
+        str,
+        typer.Option(
+            help="auto, busi, paired, flat, lgg, dicom, nifti, decathlon or coco; auto says what it saw."
+        ),
     ] = "auto",
-    file_list: Annotated[str | None, typer.Option(help="Text file, one image a line; layout flat.")] = None,
+    file_list: Annotated[
+        str | None, typer.Option(help="Text file, one image a line; layout flat.")
+    ] = None,
     size: Annotated[int, typer.Option(help="Pixels a side of the stored images.")] = 96,
-    fit: Annotated[str, typer.Option(help="stretch to a square, pad to keep the aspect, or cut tiles.")] = "stretch",
-    overlap: Annotated[float, typer.Option(help="Share of a tile that its neighbour repeats.")] = 0.0,
+    fit: Annotated[
+        str, typer.Option(help="stretch to a square, pad to keep the aspect, or cut tiles.")
+    ] = "stretch",
+    overlap: Annotated[
+        float, typer.Option(help="Share of a tile that its neighbour repeats.")
+    ] = 0.0,
     scale: Annotated[float, typer.Option(help="Shrink images by this before tiles are cut.")] = 1.0,
-    min_foreground: Annotated[float, typer.Option(help="Least tissue of a tile or slice without a lesion.")] = 0.1,
-    channels: Annotated[str, typer.Option(help="auto, or a number; auto stores grey pictures with one.")] = "auto",
-    values: Annotated[str, typer.Option(help="keep, window or percentile: what becomes of pixel values.")] = "keep",
-    window: Annotated[str | None, typer.Option(help="LOW,HIGH kept by values=window; none: DICOM's own.")] = None,
-    axis: Annotated[str, typer.Option(help="axial, coronal or sagittal slices of NIfTI volumes.")] = "axial",
-    lesion_labels: Annotated[str | None, typer.Option(help="Mask values that are lesion, such as 1,4.")] = None,
+    min_foreground: Annotated[
+        float, typer.Option(help="Least tissue of a tile or slice without a lesion.")
+    ] = 0.1,
+    channels: Annotated[
+        str, typer.Option(help="auto, or a number; auto stores grey pictures with one.")
+    ] = "auto",
+    values: Annotated[
+        str, typer.Option(help="keep, window or percentile: what becomes of pixel values.")
+    ] = "keep",
+    window: Annotated[
+        str | None, typer.Option(help="LOW,HIGH kept by values=window; none: DICOM's own.")
+    ] = None,
+    axis: Annotated[
+        str, typer.Option(help="axial, coronal or sagittal slices of NIfTI volumes.")
+    ] = "axial",
+    lesion_labels: Annotated[
+        str | None, typer.Option(help="Mask values that are lesion, such as 1,4.")
+    ] = None,
     group_by: Annotated[
         str, typer.Option(help="auto, patient, near-duplicates or image: what stays together.")
     ] = "auto",
-    group_file: Annotated[str | None, typer.Option(help="CSV with a column id and one of groups.")] = None,
-    group_column: Annotated[str, typer.Option(help="The column of group_file, such as patient.")] = "group",
-    split_file: Annotated[str | None, typer.Option(help="JSON with lists of ids: train, val, test.")] = None,
+    group_file: Annotated[
+        str | None, typer.Option(help="CSV with a column id and one of groups.")
+    ] = None,
+    group_column: Annotated[
+        str, typer.Option(help="The column of group_file, such as patient.")
+    ] = "group",
+    split_file: Annotated[
+        str | None, typer.Option(help="JSON with lists of ids: train, val, test.")
+    ] = None,
     fractions: Annotated[str, typer.Option(help="Shares of train, val and test.")] = "0.7,0.1,0.2",
-    hash_names: Annotated[bool, typer.Option(help="Store salted hashes for names; always so for DICOM.")] = False,
+    hash_names: Annotated[
+        bool, typer.Option(help="Store salted hashes for names; always so for DICOM.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
-    strict: Annotated[bool, typer.Option(help="Stop at the first file that cannot be used as it is.")] = False,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to join; none: start Ray here.")] = None,
+    strict: Annotated[
+        bool, typer.Option(help="Stop at the first file that cannot be used as it is.")
+    ] = False,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join; none: start Ray here.")
+    ] = None,
 ) -> None:
     """Write a patch dataset: Parquet files, a manifest, a split by group, and statistics.
 
@@ -67,11 +102,15 @@ def prepare(
             "overlap": overlap,
             "scale": scale,
             "min_foreground": min_foreground,
-            "channels": channels if channels == "auto" else _numbers(channels, "--channels", int, 1)[0],
+            "channels": channels
+            if channels == "auto"
+            else _numbers(channels, "--channels", int, 1)[0],
             "values": values,
             "window": _numbers(window, "--window", float, 2) if window else None,
             "axis": axis,
-            "lesion_labels": _numbers(lesion_labels, "--lesion-labels", int) if lesion_labels else (),
+            "lesion_labels": _numbers(lesion_labels, "--lesion-labels", int)
+            if lesion_labels
+            else (),
             "group_by": group_by,
             "group_file": group_file,
             "group_column": group_column,
@@ -82,14 +121,14 @@ def prepare(
         },
         "data prepare",
     )
-    from amlp_ray.data.place import Place
+    from amlp_ray.data.path import Place
 
     if not Place(source).is_folder():  # told at once, not after Ray has started
         raise DataError(f"There is no folder {source}; check the path.")
 
-    from amlp_ray.data.preparing.prepare import Told
-    from amlp_ray.data.preparing.prepare import prepare as run
-    from amlp_ray.runtime.ray_session import ray_session
+    from amlp_ray.data.prepare.pipeline import Told
+    from amlp_ray.data.prepare.pipeline import prepare as run
+    from amlp_ray.runtime.session import ray_session
 
     with ray_session(address), _Bar() as bar:
         dataset = run(source, out, settings, strict=strict, told=Told(bar.say, bar))
@@ -115,7 +154,9 @@ class _Bar:
         if self._bar is None or self._what != what:
             self._close()
             self._what = what
-            self._bar = tqdm(total=of, desc=what, dynamic_ncols=True, leave=False, disable=None)  # none in a pipe
+            self._bar = tqdm(
+                total=of, desc=what, dynamic_ncols=True, leave=False, disable=None
+            )  # none in a pipe
         self._bar.update(done - self._bar.n)
 
     def say(self, sentence: str) -> None:
@@ -128,7 +169,9 @@ class _Bar:
             self._bar = None
 
 
-def _numbers(text: str, option: str, kind: Callable[[str], Any], count: int | None = None) -> tuple[Any, ...]:
+def _numbers(
+    text: str, option: str, kind: Callable[[str], Any], count: int | None = None
+) -> tuple[Any, ...]:
     """Read numbers between commas, `count` of them if given."""
     wanted = {None: "numbers between commas, such as 1,4,", 1: "one number"}.get(
         count, f"{count} numbers between commas"
@@ -143,7 +186,9 @@ def _numbers(text: str, option: str, kind: Callable[[str], Any], count: int | No
 
 
 @app.command()
-def show(dataset: Annotated[str, typer.Argument(help="Patch dataset.")], as_json: Json = False) -> None:
+def show(
+    dataset: Annotated[str, typer.Argument(help="Patch dataset.")], as_json: Json = False
+) -> None:
     """Show counts, splits, channels, mean and SD, lesion area, and which columns are stored."""
     from amlp_ray.data.dataset import PatchDataset
 
@@ -154,7 +199,9 @@ def show(dataset: Annotated[str, typer.Argument(help="Patch dataset.")], as_json
 @app.command()
 def phantoms(
     out: Annotated[Path, typer.Argument(help="Folder to write, in the layout `paired`.")],
-    kind: Annotated[Literal["ultrasound", "mri", "pet"], typer.Option(help="What they look like.")] = "ultrasound",
+    kind: Annotated[
+        Literal["ultrasound", "mri", "pet"], typer.Option(help="What they look like.")
+    ] = "ultrasound",
     count: Annotated[int, typer.Option(help="Number of images.")] = 240,
     size: Annotated[int, typer.Option(help="Pixels a side.")] = 128,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal images.")] = 0,
@@ -162,7 +209,9 @@ def phantoms(
     """Generate images with lesions and their masks, for trying things out without data."""
     from amlp_ray.data.phantoms import write_phantoms
 
-    typer.echo(f"{count} {kind} phantoms in {write_phantoms(out, kind=kind, count=count, size=size, seed=seed)}")
+    typer.echo(
+        f"{count} {kind} phantoms in {write_phantoms(out, kind=kind, count=count, size=size, seed=seed)}"
+    )
 
 
 def _print_summary(summary: dict[str, Any]) -> None:

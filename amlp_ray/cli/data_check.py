@@ -16,18 +16,26 @@ if TYPE_CHECKING:
 def check(
     dataset: Annotated[str, typer.Argument(help="Patch dataset, a folder or URI.")],
     against: Annotated[
-        str | None, typer.Option(help="Another patch dataset, such as the one pretrained on: tells images in both.")
+        str | None,
+        typer.Option(
+            help="Another patch dataset, such as the one pretrained on: tells images in both."
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for check.html and check.png; none: <dataset>.check beside it.")
+        Path | None,
+        typer.Option(help="Folder for check.html and check.png; none: <dataset>.check beside it."),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Leave with 1 if there is a leak or a warning.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Leave with 1 if there is a leak or a warning.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Look for leaks, doubtful labels and images, burnt-in text and uneven splits; show examples."""
     from amlp_ray.data.check import check_dataset
 
-    report = check_dataset(dataset, against=against, progress=lambda sentence: typer.echo(sentence, err=True))
+    report = check_dataset(
+        dataset, against=against, progress=lambda sentence: typer.echo(sentence, err=True)
+    )
     folder = out or _beside(report)
     files = [] if folder is None else [str(file) for file in report.write(folder)]
     print_json({**report.as_dict(), "files": files}) if as_json else _print(report, files)
@@ -56,7 +64,9 @@ def _print(report: Report, files: list[str]) -> None:
         print_table(rows)
     else:
         typer.echo("Nothing was found.")
-    typer.echo(f"\nLooked for and not found: {', '.join(f.title.lower() for f in report.clear) or 'nothing'}.")
+    typer.echo(
+        f"\nLooked for and not found: {', '.join(f.title.lower() for f in report.clear) or 'nothing'}."
+    )
     for finding in report.gaps:
         typer.echo(f"Not looked for: {finding.title.lower()}, since {finding.gap}.")
     if files:

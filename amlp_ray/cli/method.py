@@ -28,12 +28,18 @@ SHOWN = {
 def bench(
     dataset: Annotated[str, typer.Argument(help="Patch dataset with masks, by path or URI.")],
     split: Annotated[str, typer.Option(help="train or val.")] = "train",
-    images: Annotated[int | None, typer.Option(min=1, help="Score at most so many images; none: 4096.")] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Score at most so many images; none: 4096.")
+    ] = None,
     patch_size: Annotated[int, typer.Option(min=2, help="Pixels a side.")] = 8,
-    share: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the patches at which scores are cut.")] = 0.15,
+    share: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of the patches at which scores are cut.")
+    ] = 0.15,
     encoder: Annotated[
         Path | None,
-        typer.Option(help="Run folder, or encoder.safetensors, of this or other data: adds rows that ask it."),
+        typer.Option(
+            help="Run folder, or encoder.safetensors, of this or other data: adds rows that ask it."
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Repeats of what is random.")] = 3,
     top: Annotated[int, typer.Option(min=1, help="Rows shown per block; --out has all.")] = 8,
@@ -43,19 +49,25 @@ def bench(
     """Compare clusterings, rules and scores with the true lesions, without training."""
     from tqdm import tqdm
 
+    from amlp_ray.analysis.localization import bench_rules
     from amlp_ray.data.dataset import PatchDataset
     from amlp_ray.errors import SettingsError
-    from amlp_ray.training.looking.localisation import bench_rules
 
     if out and out.is_dir():
         raise SettingsError(f"--out {out} is a folder; give a file such as {out / 'rules.csv'}.")
     if out and not out.absolute().parent.is_dir():
-        raise SettingsError(f"--out {out}: there is no folder {out.absolute().parent}; make it first.")
+        raise SettingsError(
+            f"--out {out}: there is no folder {out.absolute().parent}; make it first."
+        )
     bar: tqdm | None = None  # drawn with the first row, so that an error stands alone
 
     def progress(done: int, total: int) -> None:
         nonlocal bar
-        bar = bar if bar is not None else tqdm(total=total, unit="row", dynamic_ncols=True, leave=False)
+        bar = (
+            bar
+            if bar is not None
+            else tqdm(total=total, unit="row", dynamic_ncols=True, leave=False)
+        )
         bar.update(done - bar.n)
 
     rows = bench_rules(
@@ -73,7 +85,7 @@ def bench(
     if out:
         import pandas as pd
 
-        from amlp_ray.files import write_whole
+        from amlp_ray.utils.files import write_whole
 
         write_whole(out, pd.DataFrame(rows).to_csv(index=False))
     if as_json:
@@ -89,4 +101,7 @@ def bench(
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     values = {title: row.get(name) for name, title in SHOWN.items()}
-    return {title: round(value, 3) if isinstance(value, float) else value for title, value in values.items()}
+    return {
+        title: round(value, 3) if isinstance(value, float) else value
+        for title, value in values.items()
+    }

@@ -31,7 +31,9 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows with equal keys as a table; columns that are empty in every row are left out."""
     from rich.console import Console
 
-    console = Console(markup=False, emoji=False)  # values are shown as they are: [number] is no style
+    console = Console(
+        markup=False, emoji=False
+    )  # values are shown as they are: [number] is no style
     if not console.is_terminal:
         console = Console(markup=False, emoji=False, width=200)  # a pipe has no width to fit into
     console.print(table_of(rows))

@@ -10,19 +10,27 @@ import typer
 from amlp_ray.cli.output import Json, print_json
 from amlp_ray.cli.pretrain import Set
 from amlp_ray.config import PredictSettings
-from amlp_ray.settings import from_assignments
+from amlp_ray.config.overrides import from_assignments
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 
 def predict(
-    images: Annotated[str, typer.Argument(help="Folder or URI of images, in any layout that can be prepared.")],
+    images: Annotated[
+        str, typer.Argument(help="Folder or URI of images, in any layout that can be prepared.")
+    ],
     segmenter: Annotated[Path, typer.Option(help="Folder that `amlp-ray segment` made.")],
     out: Annotated[str, typer.Option(help="Folder or URI for the masks.")],
-    probability: Annotated[bool, typer.Option(help="Write probabilities too, to OUT.probability.")] = False,
-    overlay: Annotated[bool, typer.Option(help="Draw outlines into the images too, in OUT.overlay.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace the predictions of another run in OUT.")] = False,
+    probability: Annotated[
+        bool, typer.Option(help="Write probabilities too, to OUT.probability.")
+    ] = False,
+    overlay: Annotated[
+        bool, typer.Option(help="Draw outlines into the images too, in OUT.overlay.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace the predictions of another run in OUT.")
+    ] = False,
     assign: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -32,18 +40,24 @@ def predict(
     OUT.rejects.csv. `--set tiling=on` cuts large images into tiles; `amlp-ray settings predict` lists all settings.
     """
     base = {"probability": probability, "overlay": overlay}
-    settings = from_assignments(PredictSettings, {name: True for name, on in base.items() if on}, assign or [])
+    settings = from_assignments(
+        PredictSettings, {name: True for name, on in base.items() if on}, assign or []
+    )
 
     import torch
     from tqdm import tqdm
 
-    from amlp_ray.training.scoring.predict import predict as run
+    from amlp_ray.inference.predict import predict as run
 
     bar: tqdm | None = None  # drawn with the first image, so that an error stands alone
 
     def progress(done: int, of: int) -> None:
         nonlocal bar
-        bar = bar if bar is not None else tqdm(total=of, unit="image", dynamic_ncols=True, leave=False, disable=None)
+        bar = (
+            bar
+            if bar is not None
+            else tqdm(total=of, unit="image", dynamic_ncols=True, leave=False, disable=None)
+        )
         bar.update(done - bar.n)
 
     made = run(

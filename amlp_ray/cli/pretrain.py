@@ -21,15 +21,26 @@ from amlp_ray.cli.resources import (
     resources_of,
 )
 from amlp_ray.config import FaultSettings, PretrainSettings, TrackingSettings
-from amlp_ray.settings import build, from_assignments, read_yaml
+from amlp_ray.config.base import build
+from amlp_ray.config.overrides import from_assignments
+from amlp_ray.config.yaml_file import read_yaml
 
-Set = Annotated[list[str] | None, typer.Option("--set", help="name=value, such as ratio.start=0.3; repeatable.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="name=value, such as ratio.start=0.3; repeatable.")
+]
 
 
 def pretrain(
     data: Annotated[str, typer.Argument(help="Patch dataset, by path or URI.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run; one that holds a run of the same settings is resumed.")],
-    labels: Annotated[str | None, typer.Option(help="Another dataset, with masks: for pictures and diagnosis.")] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of the run; one that holds a run of the same settings is resumed."
+        ),
+    ],
+    labels: Annotated[
+        str | None, typer.Option(help="Another dataset, with masks: for pictures and diagnosis.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     assign: Set = None,
     workers: Workers = "1",
@@ -38,7 +49,9 @@ def pretrain(
     accelerator: Accelerator = None,
     placement: Placement = "pack",
     micro_batch: MicroBatch = None,
-    sharding: Annotated[str, typer.Option(help="Several workers: ddp, fsdp; auto: fsdp from ViT-L on.")] = "auto",
+    sharding: Annotated[
+        str, typer.Option(help="Several workers: ddp, fsdp; auto: fsdp from ViT-L on.")
+    ] = "auto",
     retries: Retries = FaultSettings().retries,
     address: Address = None,
     mlflow: Annotated[str | None, typer.Option(help="URI of an MLflow server or database.")] = None,
@@ -61,8 +74,8 @@ def pretrain(
     tracking = build(TrackingSettings, {"mlflow": mlflow, "wandb": wandb}, "options")
 
     from amlp_ray.cli.progress import Progress, noted, resumable
-    from amlp_ray.training.recording.events import count_events
-    from amlp_ray.training.runners import pretrain_dataset
+    from amlp_ray.launch.launcher import pretrain_dataset
+    from amlp_ray.utils.event_log import count_events
 
     progress, trained = Progress(settings.epochs), False
 
@@ -86,9 +99,15 @@ def pretrain(
     progress.close()
     if not trained:
         typer.echo(f"{out} was finished before: {settings.epochs} epochs.")
-    lost = {kind: count for kind, count in count_events(out).items() if kind not in ("started", "weights")}
+    lost = {
+        kind: count
+        for kind, count in count_events(out).items()
+        if kind not in ("started", "weights")
+    }
     if lost:
-        typer.echo("borne: " + ", ".join(f"{kind} {count}x" for kind, count in sorted(lost.items())))
+        typer.echo(
+            "borne: " + ", ".join(f"{kind} {count}x" for kind, count in sorted(lost.items()))
+        )
     typer.echo(f"encoder: {encoder}")
     if (out / "pictures").is_dir():
         typer.echo(f"pictures: {out / 'pictures'}")

@@ -29,7 +29,11 @@ RECENT = 10  # epochs by which the rest is judged: a rising masking ratio makes 
 # What is told, in the order of the line: the metric, what it is called when it is left out, and how it is written.
 FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("loss", "loss", lambda x: f"loss {x:.4f}"),
-    ("loss_reference", "reference loss", lambda x: f"reference {x:.4f}"),  # under a mask that never changes
+    (
+        "loss_reference",
+        "reference loss",
+        lambda x: f"reference {x:.4f}",
+    ),  # under a mask that never changes
     ("ratio", "masking ratio", lambda x: f"ratio {x:.2f}"),
     ("lesion_cluster_share", "lesion share", lambda x: f"lesion {x:.1%}"),
     ("lr", "learning rate", lambda x: f"lr {x:.1e}"),
@@ -103,13 +107,21 @@ class Progress:
 
         if self._bar is None:
             self._bar = tqdm(
-                total=self._total, bar_format="{bar:8} {desc}", file=self._stream, dynamic_ncols=True, miniters=1
+                total=self._total,
+                bar_format="{bar:8} {desc}",
+                file=self._stream,
+                dynamic_ncols=True,
+                miniters=1,
             )
-        width = shutil.get_terminal_size().columns - 10  # the bar, and the column that a terminal wraps at
+        width = (
+            shutil.get_terminal_size().columns - 10
+        )  # the bar, and the column that a terminal wraps at
         line, without = fitted(parts, width)
         if without and not self._told_of_width:
             self._told_of_width = True
-            self.note(f"This terminal is too narrow for {', '.join(without)}; metrics.jsonl has all of them.")
+            self.note(
+                f"This terminal is too narrow for {', '.join(without)}; metrics.jsonl has all of them."
+            )
         self._bar.set_description_str(line, refresh=False)
         self._bar.n = epoch
         self._bar.refresh()
@@ -129,7 +141,10 @@ def resumable(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"amlp-ray: {out} was interrupted; the same command goes on from its checkpoint.", err=True)
+        typer.echo(
+            f"amlp-ray: {out} was interrupted; the same command goes on from its checkpoint.",
+            err=True,
+        )
         raise typer.Exit(130) from None
 
 
@@ -152,7 +167,9 @@ def told(metrics: Mapping[str, Any], total: int, left: float) -> dict[str, str]:
     parts = {"epoch": f"epoch {metrics['epoch']}/{total}"}
     for key, name, written in FIGURES:
         value = metrics.get(key)
-        if value is None or (key == "images_per_second_per_worker" and metrics.get("workers", 1) == 1):
+        if value is None or (
+            key == "images_per_second_per_worker" and metrics.get("workers", 1) == 1
+        ):
             continue
         parts[name] = written(value)
     return parts | {"time left": f"{duration(left)} left"}
@@ -177,7 +194,11 @@ def duration(seconds: float) -> str:
     ['0s', '1m 15s', '1h 01m', '2d 07h']
     """
     whole = round(seconds)
-    for size, small, big, unit in ((86400, 3600, "d", "h"), (3600, 60, "h", "m"), (60, 1, "m", "s")):
+    for size, small, big, unit in (
+        (86400, 3600, "d", "h"),
+        (3600, 60, "h", "m"),
+        (60, 1, "m", "s"),
+    ):
         if whole >= size:
             return f"{whole // size}{big} {whole % size // small:02d}{unit}"
     return f"{whole}s"

@@ -8,26 +8,45 @@ from typing import Annotated
 import typer
 
 from amlp_ray.config import FaultSettings, ResourceSettings
+from amlp_ray.config.base import build
 from amlp_ray.errors import SettingsError
-from amlp_ray.settings import build
 
 Workers = Annotated[
-    str, typer.Option(help="Ray Train workers, such as 4; 2-8 follows nodes that come and go; 1: in this process.")
+    str,
+    typer.Option(
+        help="Ray Train workers, such as 4; 2-8 follows nodes that come and go; 1: in this process."
+    ),
 ]
-CpusPerWorker = Annotated[float | None, typer.Option(help="None: all cores, shared by the workers.")]
-GpusPerWorker = Annotated[float, typer.Option(help="With several workers or --address; else a GPU it sees is taken.")]
-Accelerator = Annotated[str | None, typer.Option(help="Kind of GPU, as Ray names it: A100, H100, ...")]
-Placement = Annotated[str, typer.Option(help="Workers on nodes: pack, spread, strict-pack, strict-spread.")]
-MicroBatch = Annotated[int | None, typer.Option(help="Images a worker holds at once; gradients are added up.")]
-Retries = Annotated[int, typer.Option(help="Lost workers or nodes in a row, without an epoch in between, to bear.")]
-Address = Annotated[str | None, typer.Option(help="Ray cluster to run on, such as auto; none: this machine.")]
+CpusPerWorker = Annotated[
+    float | None, typer.Option(help="None: all cores, shared by the workers.")
+]
+GpusPerWorker = Annotated[
+    float, typer.Option(help="With several workers or --address; else a GPU it sees is taken.")
+]
+Accelerator = Annotated[
+    str | None, typer.Option(help="Kind of GPU, as Ray names it: A100, H100, ...")
+]
+Placement = Annotated[
+    str, typer.Option(help="Workers on nodes: pack, spread, strict-pack, strict-spread.")
+]
+MicroBatch = Annotated[
+    int | None, typer.Option(help="Images a worker holds at once; gradients are added up.")
+]
+Retries = Annotated[
+    int, typer.Option(help="Lost workers or nodes in a row, without an epoch in between, to bear.")
+]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster to run on, such as auto; none: this machine.")
+]
 
 
 def workers_of(text: str) -> int | list[int]:
     """Read `4` or `2-8`. Raises SettingsError for anything else."""
     parts = text.split("-")
     if len(parts) > 2 or not all(part.isdigit() for part in parts):
-        raise SettingsError(f"--workers {text!r} is neither a number, such as 4, nor a range, such as 2-8.")
+        raise SettingsError(
+            f"--workers {text!r} is neither a number, such as 4, nor a range, such as 2-8."
+        )
     return int(parts[0]) if len(parts) == 1 else [int(part) for part in parts]
 
 

@@ -22,19 +22,32 @@ from amlp_ray.cli.resources import (
     resources_of,
 )
 from amlp_ray.config import FaultSettings, SegmentSettings
-from amlp_ray.settings import from_assignments
+from amlp_ray.config.overrides import from_assignments
 
 
 def segment(
-    data: Annotated[str, typer.Argument(help="Patch dataset with masks, by path or URI; any of the encoder's shape.")],
-    encoder: Annotated[
-        str, typer.Option(help="encoder.safetensors of a run, a timm checkpoint, or timm:NAME from the internet.")
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Patch dataset with masks, by path or URI; any of the encoder's shape."
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the segmenter; one of the same settings is resumed.")],
+    encoder: Annotated[
+        str,
+        typer.Option(
+            help="encoder.safetensors of a run, a timm checkpoint, or timm:NAME from the internet."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the segmenter; one of the same settings is resumed.")
+    ],
     encoder_name: Annotated[
-        str | None, typer.Option(help="The timm ViT of a timm checkpoint, such as vit_small_patch16_224.")
+        str | None,
+        typer.Option(help="The timm ViT of a timm checkpoint, such as vit_small_patch16_224."),
     ] = None,
-    from_scratch: Annotated[bool, typer.Option(help="The encoder's shape with random weights: the baseline.")] = False,
+    from_scratch: Annotated[
+        bool, typer.Option(help="The encoder's shape with random weights: the baseline.")
+    ] = False,
     assign: Set = None,
     workers: Workers = "1",
     cpus_per_worker: CpusPerWorker = None,
@@ -51,14 +64,19 @@ def segment(
     """
     settings = from_assignments(SegmentSettings, {}, assign or [])
     resources = resources_of(
-        workers, cpus_per_worker, gpus_per_worker, accelerator=accelerator, placement=placement, address=address
+        workers,
+        cpus_per_worker,
+        gpus_per_worker,
+        accelerator=accelerator,
+        placement=placement,
+        address=address,
     )
 
     import torch
 
     from amlp_ray.cli.progress import Progress, noted, resumable
     from amlp_ray.data.dataset import PatchDataset
-    from amlp_ray.training.scoring.segment import segment as run
+    from amlp_ray.evaluation.segmentation import segment as run
 
     progress = Progress(settings.epochs)
     with resumable(out), noted(logging.getLogger("amlp_ray"), progress):

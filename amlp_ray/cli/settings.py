@@ -10,10 +10,18 @@ import typer
 
 from amlp_ray import config
 from amlp_ray.cli.output import Json, print_json, print_table
-from amlp_ray.config import VARIANTS, PredictSettings, PrepareSettings, PretrainSettings, SegmentSettings, StudySettings
-from amlp_ray.config.table import Section, Setting, sections, shown, variants
+from amlp_ray.config import (
+    VARIANTS,
+    PredictSettings,
+    PrepareSettings,
+    PretrainSettings,
+    SegmentSettings,
+    StudySettings,
+)
+from amlp_ray.config.base import Settings
+from amlp_ray.config.overrides import flat
+from amlp_ray.config.reference import Section, Setting, sections, shown, variants
 from amlp_ray.errors import SettingsError
-from amlp_ray.settings import Settings, flat
 
 MODELS: dict[str, type[Settings]] = {
     "pretrain": PretrainSettings,
@@ -28,7 +36,9 @@ Table = tuple[str, str, list[dict[str, str]]]  # heading, what it is about, rows
 
 
 def settings(
-    topics: Annotated[list[str] | None, typer.Argument(help=f"Any of {', '.join(TOPICS)}; none: pretrain.")] = None,
+    topics: Annotated[
+        list[str] | None, typer.Argument(help=f"Any of {', '.join(TOPICS)}; none: pretrain.")
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a page in Markdown.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -36,7 +46,9 @@ def settings(
     chosen = topics or ["pretrain"]
     for topic in chosen:
         if topic not in TOPICS:
-            raise SettingsError(f"settings: there are none of {topic!r}; known are {', '.join(TOPICS)}.")
+            raise SettingsError(
+                f"settings: there are none of {topic!r}; known are {', '.join(TOPICS)}."
+            )
     if as_json:
         print_json({topic: _values(topic) for topic in chosen})
     elif markdown:
@@ -56,11 +68,15 @@ def _values(topic: str) -> list[dict[str, object]]:
 
 def _tables(topic: str) -> Iterator[Table]:
     if topic == "variants":
-        about = "Named arms. Each lays its values over the defaults; every value given wins over them."
+        about = (
+            "Named arms. Each lays its values over the defaults; every value given wins over them."
+        )
         rows = [
             {
                 "variant": variant["variant"],
-                "sets": ", ".join(f"{name}={shown(value)}" for name, value in variant["sets"].items()),
+                "sets": ", ".join(
+                    f"{name}={shown(value)}" for name, value in variant["sets"].items()
+                ),
                 "about": variant["about"],
             }
             for variant in variants()
@@ -110,5 +126,8 @@ def _markdown(rows: list[dict[str, str]]) -> Iterator[str]:
     yield f"| {' | '.join(columns)} |"
     yield "|" + "---|" * len(columns)
     for row in rows:
-        cells = [f"`{row[c]}`" if c in ("name", "default", "variant", "sets") else row[c] for c in columns]
+        cells = [
+            f"`{row[c]}`" if c in ("name", "default", "variant", "sets") else row[c]
+            for c in columns
+        ]
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

@@ -14,19 +14,25 @@ from amlp_ray.cli.study_look import told
 from amlp_ray.cli.study_options import Address, Data, File, Labels, Name, Runs, load, opened
 from amlp_ray.errors import FailedStudyError
 
-app = typer.Typer(help="Search settings: many trials, scored by the segmentation they lead to.", no_args_is_help=True)
+app = typer.Typer(
+    help="Search settings: many trials, scored by the segmentation they lead to.",
+    no_args_is_help=True,
+)
 
 
 @app.command()
 def init(
     name: Name,
     template: Annotated[
-        str | None, typer.Option("--from", help="A ready study, such as masking_ratio, or a study file to begin with.")
+        str | None,
+        typer.Option(
+            "--from", help="A ready study, such as masking_ratio, or a study file to begin with."
+        ),
     ] = None,
     folder: Annotated[Path, typer.Option(help="Where to write it.")] = Path(),
 ) -> None:
     """Write a commented study file NAME.yaml to change."""
-    from amlp_ray.study.verbs.template import init_study
+    from amlp_ray.study.operations.templates import init_study
 
     file = init_study(name, template=template, folder=folder)
     typer.echo(f"study file: {file}; check it with `amlp-ray study validate {file}`")
@@ -40,7 +46,7 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Check a study file and list all its faults; no data is needed."""
-    from amlp_ray.study.verbs.template import validate
+    from amlp_ray.study.operations.templates import validate
 
     facts = validate(file, data=data, labels=labels)
     if as_json:
@@ -59,7 +65,10 @@ def plan(
     assign: Set = None,
     address: Address = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Also run two steps of one trial on the cluster, and keep nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Also run two steps of one trial on the cluster, and keep nothing."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -68,7 +77,9 @@ def plan(
     facts: dict[str, Any] = study.plan(address).as_dict()
     if dry_run:
         facts["dry_run"] = study.dry_run(address)
-    print_json(facts) if as_json else print_facts({name: _ranged(name, value) for name, value in facts.items()})
+    print_json(facts) if as_json else print_facts(
+        {name: _ranged(name, value) for name, value in facts.items()}
+    )
 
 
 def _ranged(name: str, value: Any) -> Any:
@@ -89,7 +100,7 @@ def run(
     address: Address = None,
 ) -> None:
     """Run a study, or go on with it where it stopped, then write its report."""
-    from amlp_ray.study.verbs.status import status
+    from amlp_ray.study.operations.status import status
 
     study = load(file, data, labels, runs, assign)
     study.run(address, notify=typer.echo)
@@ -112,20 +123,28 @@ def resume(name: Name, runs: Runs = Path("runs"), address: Address = None) -> No
 @app.command()
 def confirm(
     name: Name,
-    top: Annotated[int | None, typer.Option(help="Best trials to repeat; none: as the study says.", min=1)] = None,
-    seeds: Annotated[int | None, typer.Option(help="Repeats of each; none: as the study says.", min=2)] = None,
+    top: Annotated[
+        int | None, typer.Option(help="Best trials to repeat; none: as the study says.", min=1)
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Repeats of each; none: as the study says.", min=2)
+    ] = None,
     runs: Runs = Path("runs"),
     address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Train the best trials and every arm again over several seeds, and look at the test images, once."""
     opened(name, runs)
-    changes = [f"confirm.{key}={value}" for key, value in (("top", top), ("seeds", seeds)) if value is not None]
+    changes = [
+        f"confirm.{key}={value}"
+        for key, value in (("top", top), ("seeds", seeds))
+        if value is not None
+    ]
     study = load(Path(name), None, None, runs, changes)
     study.confirm(address, notify=lambda line: typer.echo(line, err=as_json))
     report = study.report()
     if as_json:
-        from amlp_ray.study.confirming.confirmed import confirmation_of
+        from amlp_ray.study.confirmation.results import confirmation_of
 
         found = confirmation_of(study.store)
         print_json(None if found is None else found.as_dict())

@@ -13,9 +13,11 @@ from amlp_ray.cli.study_options import File, Name, Runs, begun_or_not, opened
 from amlp_ray.errors import SettingsError
 
 if TYPE_CHECKING:
-    from amlp_ray.study.keeping.store import Request, StudyStore
+    from amlp_ray.study.storage.study_store import Request, StudyStore
 
-NoWait = Annotated[bool, typer.Option("--no-wait", help="Do not wait until the study has heard it.")]
+NoWait = Annotated[
+    bool, typer.Option("--no-wait", help="Do not wait until the study has heard it.")
+]
 LOOK_S = 0.5
 MEANS = {
     "pause": "running trials return after their epoch and are kept; `amlp-ray study resume {name}` goes on",
@@ -53,7 +55,9 @@ def _ask(store: StudyStore, verb: Request, no_wait: bool) -> None:
     typer.echo(f"asked {holder} to {verb} {store.name!r}, waiting for its answer")
     while "answer" not in (store.requested() or {"answer": None}):
         if store.holder() is None:
-            typer.echo(f"{holder} ended before it answered; study {store.name!r} is run by nobody now.")
+            typer.echo(
+                f"{holder} ended before it answered; study {store.name!r} is run by nobody now."
+            )
             return
         time.sleep(LOOK_S)
     typer.echo(f"heard: {means}")
@@ -62,19 +66,28 @@ def _ask(store: StudyStore, verb: Request, no_wait: bool) -> None:
 def extend(
     name: Name,
     runs: Runs = Path("runs"),
-    trials: Annotated[str | None, typer.Option(help="+10 for ten more, 40 for forty in all.")] = None,
+    trials: Annotated[
+        str | None, typer.Option(help="+10 for ten more, 40 for forty in all.")
+    ] = None,
     hours: Annotated[str | None, typer.Option(help="Of running, likewise.")] = None,
     gpu_hours: Annotated[str | None, typer.Option(help="Held by trials, likewise.")] = None,
-    epochs: Annotated[str | None, typer.Option(help="Trained by all trials together, likewise.")] = None,
-    space: Annotated[Path | None, typer.Option(help="Study file whose space and requirements take the place.")] = None,
+    epochs: Annotated[
+        str | None, typer.Option(help="Trained by all trials together, likewise.")
+    ] = None,
+    space: Annotated[
+        Path | None, typer.Option(help="Study file whose space and requirements take the place.")
+    ] = None,
     mapping: Annotated[
-        list[str] | None, typer.Option("--map", help="OLD=NEW: a parameter that has another name now; repeatable.")
+        list[str] | None,
+        typer.Option("--map", help="OLD=NEW: a parameter that has another name now; repeatable."),
     ] = None,
     fill: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE: what old trials had of a new parameter; repeatable.")
+        list[str] | None,
+        typer.Option(help="NAME=VALUE: what old trials had of a new parameter; repeatable."),
     ] = None,
     drop: Annotated[
-        list[str] | None, typer.Option(help="NAME: a parameter that is gone, whatever old trials had; repeatable.")
+        list[str] | None,
+        typer.Option(help="NAME: a parameter that is gone, whatever old trials had; repeatable."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -82,19 +95,23 @@ def extend(
     store = opened(name, runs)
     facts: dict[str, object] = {"study": store.name}
     if space is not None:
-        from amlp_ray.settings import read_yaml
-        from amlp_ray.study.space.declared import build_study
-        from amlp_ray.study.verbs.migrate import change_of, migrate
+        from amlp_ray.config.yaml_file import read_yaml
+        from amlp_ray.study.operations.change_space import change_of, migrate
+        from amlp_ray.study.search_space.validate import build_study
 
         change = change_of(mapping or [], fill or [], drop or [])
         facts |= vars(migrate(store, build_study(read_yaml(space), str(space)), change))
     elif mapping or fill or drop:
-        raise SettingsError("--map, --fill and --drop say what becomes of a changed space; give it with --space FILE.")
+        raise SettingsError(
+            "--map, --fill and --drop say what becomes of a changed space; give it with --space FILE."
+        )
     if space is None or any((trials, hours, gpu_hours, epochs)):
-        from amlp_ray.study.verbs.edit import extend
+        from amlp_ray.study.operations.edit import extend
 
         budget = extend(store, trials=trials, hours=hours, gpu_hours=gpu_hours, epochs=epochs)
-        facts["budget"] = {key: value for key, value in budget.model_dump().items() if value is not None}
+        facts["budget"] = {
+            key: value for key, value in budget.model_dump().items() if value is not None
+        }
     if as_json:
         print_json(facts)
         return
@@ -105,13 +122,15 @@ def extend(
 
 def enqueue(
     file: File,
-    values: Annotated[list[str], typer.Argument(help="name=value of the space; what is left open is sampled.")],
+    values: Annotated[
+        list[str], typer.Argument(help="name=value of the space; what is left open is sampled.")
+    ],
     runs: Runs = Path("runs"),
     as_json: Json = False,
 ) -> None:
     """Give a study a trial to run before those of its sampler; also while it runs, or before it ever did."""
-    from amlp_ray.settings import assignments, flat
-    from amlp_ray.study.verbs.edit import enqueue
+    from amlp_ray.config.overrides import assignments, flat
+    from amlp_ray.study.operations.edit import enqueue
 
     store, settings = begun_or_not(file, runs)
     number = enqueue(store, settings, flat(assignments(values, "enqueue")))
@@ -124,12 +143,14 @@ def enqueue(
 
 def note_used_budget(store: StudyStore) -> None:
     """Say where a waiting trial would wait in vain."""
-    from amlp_ray.study.verbs.status import spent_by
+    from amlp_ray.study.operations.status import spent_by
 
     settings = store.settings()
     spent = spent_by(store, store.search().get_trials(deepcopy=False), settings)
     if reached := spent.reached(settings.budget):
-        typer.echo(f"note: the budget is used ({reached}); `amlp-ray study extend {store.name}` gives it more")
+        typer.echo(
+            f"note: the budget is used ({reached}); `amlp-ray study extend {store.name}` gives it more"
+        )
 
 
 def delete(
@@ -138,11 +159,13 @@ def delete(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Delete a study: its folder, and what a database holds of it."""
-    from amlp_ray.study.verbs.edit import delete
+    from amlp_ray.study.operations.edit import delete
 
     store = opened(name, runs)
     count = len(store.search().get_trials(deepcopy=False))
-    if not yes and not typer.confirm(f"Delete {store.folder} with {count} trials and their encoders?"):
+    if not yes and not typer.confirm(
+        f"Delete {store.folder} with {count} trials and their encoders?"
+    ):
         typer.echo("nothing was deleted")
         return
     delete(store)

@@ -15,11 +15,13 @@ from amlp_ray.cli.study_options import File, Name, Runs, begun_or_not, opened
 def export(
     name: Name,
     out: Annotated[Path, typer.Option(help="File to write.")],
-    format: Annotated[str | None, typer.Option(help="csv, parquet or json; none: by the file's ending.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="csv, parquet or json; none: by the file's ending.")
+    ] = None,
     runs: Runs = Path("runs"),
 ) -> None:
     """Write all trials with parameters, rungs, facts and provenance to a file."""
-    from amlp_ray.study.verbs.exchange import export_trials
+    from amlp_ray.study.operations.transfer import export_trials
 
     count = export_trials(opened(name, runs), out, format)
     typer.echo(f"{count} trials: {out}")
@@ -32,16 +34,20 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Give a study trials of elsewhere as prior knowledge; they count neither in the budget nor as best."""
-    from amlp_ray.study.verbs.exchange import import_trials
+    from amlp_ray.study.operations.transfer import import_trials
 
     store, settings = begun_or_not(file, runs)
     found = import_trials(store, settings, source, runs=runs)
     if as_json:
         print_json(vars(found))
         return
-    typer.echo(f"{len(found.taken)} trials taken into {settings.name!r}, {found.known} known already")
+    typer.echo(
+        f"{len(found.taken)} trials taken into {settings.name!r}, {found.known} known already"
+    )
     for reason, count in Counter(found.left_out.values()).most_common():
         first = next(name for name, why in found.left_out.items() if why == reason)
-        typer.echo(f"left out {first}" + (f" and {count - 1} more" if count > 1 else "") + f": {reason}")
+        typer.echo(
+            f"left out {first}" + (f" and {count - 1} more" if count > 1 else "") + f": {reason}"
+        )
     for note in found.notes:
         typer.echo(f"note: {note}")

@@ -13,12 +13,12 @@ from amlp_ray.cli.study_options import Name, Runs, opened
 
 if TYPE_CHECKING:
     from amlp_ray.config import StudySettings
-    from amlp_ray.study.keeping.store import StudyStore
+    from amlp_ray.study.storage.study_store import StudyStore
 
 
 def status(name: Name, runs: Runs = Path("runs"), as_json: Json = False) -> None:
     """Show how far a study is: who runs it, its budget, its best trial."""
-    from amlp_ray.study.verbs.status import status
+    from amlp_ray.study.operations.status import status
 
     facts = status(opened(name, runs))
     print_json(facts) if as_json else print_facts(told(facts))
@@ -28,24 +28,29 @@ def trials(
     name: Name,
     runs: Runs = Path("runs"),
     state: Annotated[
-        list[str] | None, typer.Option(help="COMPLETE, PRUNED, FAIL, RUNNING, INTERRUPTED or WAITING; repeatable.")
+        list[str] | None,
+        typer.Option(help="COMPLETE, PRUNED, FAIL, RUNNING, INTERRUPTED or WAITING; repeatable."),
     ] = None,
-    sort: Annotated[str | None, typer.Option(help="A column; -dsc from high to low, dsc from low to high.")] = None,
+    sort: Annotated[
+        str | None, typer.Option(help="A column; -dsc from high to low, dsc from low to high.")
+    ] = None,
     columns: Annotated[str | None, typer.Option(help="Columns to show, between commas.")] = None,
     limit: Annotated[int | None, typer.Option(help="Rows to show.", min=1)] = None,
     as_json: Json = False,
 ) -> None:
     """List all trials, baseline arms and confirmations."""
-    from amlp_ray.study.verbs.listing import chosen_rows, trial_rows
+    from amlp_ray.study.operations.trials import chosen_rows, trial_rows
 
     chosen = [column.strip() for column in (columns or "").split(",") if column.strip()]
-    rows = chosen_rows(trial_rows(opened(name, runs)), states=state or (), sort=sort, columns=chosen, limit=limit)
+    rows = chosen_rows(
+        trial_rows(opened(name, runs)), states=state or (), sort=sort, columns=chosen, limit=limit
+    )
     print_json(rows) if as_json else print_table(rows)
 
 
 def best(name: Name, runs: Runs = Path("runs"), as_json: Json = False) -> None:
     """Show the best complete trial; with several objectives, all that no other beats in each."""
-    from amlp_ray.study.keeping.best import best_trial, front
+    from amlp_ray.study.storage.best_trials import best_trial, front
 
     store = opened(name, runs)
     settings = store.settings()
@@ -68,18 +73,26 @@ def best(name: Name, runs: Runs = Path("runs"), as_json: Json = False) -> None:
     elif as_json:
         print_json({"best": top.number, "metric": settings.metric, "front": rows})
     else:
-        typer.echo(f"best by {settings.metric}: trial {top.number}; no other trial beats these in every objective:")
-        print_table([{key: row[key] for key in ("number", *settings.objectives, "params")} for row in rows])
+        typer.echo(
+            f"best by {settings.metric}: trial {top.number}; no other trial beats these in every objective:"
+        )
+        print_table(
+            [{key: row[key] for key in ("number", *settings.objectives, "params")} for row in rows]
+        )
 
 
 def _learnt(store: StudyStore, settings: StudySettings, number: int) -> dict[str, Any]:
     """The masking-ratio schedule that a population has learnt, for `ratio.points`; nothing for other samplers."""
     if settings.sampler.name != "pbt":
         return {}
-    from amlp_ray.study.search.population import learnt_schedule
+    from amlp_ray.study.search.pbt import learnt_schedule
 
     trials = store.search().get_trials(deepcopy=False)
-    return {"schedule": [[share, round(level, 4)] for share, level in learnt_schedule(settings, trials, number)]}
+    return {
+        "schedule": [
+            [share, round(level, 4)] for share, level in learnt_schedule(settings, trials, number)
+        ]
+    }
 
 
 def compare(
@@ -88,7 +101,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare studies: best trials, arms, differing settings, and whether their scores can be compared."""
-    from amlp_ray.study.verbs.compare import compare
+    from amlp_ray.study.operations.compare import compare
 
     found = compare([opened(name, runs) for name in names])
     if as_json:
@@ -106,9 +119,7 @@ def compare(
     for pair in found["overlap"]:
         text = f"\n{' and '.join(pair['studies'])} both search {', '.join(pair['searched_in_both']) or 'nothing'}"
         if pair["same_trials"]:
-            text += (
-                f"; {pair['same_trials']} trials have the same parameters, {pair['mean_difference']:+.3f} on average"
-            )
+            text += f"; {pair['same_trials']} trials have the same parameters, {pair['mean_difference']:+.3f} on average"
         typer.echo(text)
 
 
@@ -118,17 +129,23 @@ def importance(name: Name, runs: Runs = Path("runs"), as_json: Json = False) -> 
 
     found = importances(opened(name, runs))
     if as_json:
-        print_json({objective: {"shares": i.shares, "gap": i.gap} for objective, i in found.items()})
+        print_json(
+            {objective: {"shares": i.shares, "gap": i.gap} for objective, i in found.items()}
+        )
         return
     for objective, shares in found.items():
-        typer.echo(f"{objective}: {shares.gap or 'share of the difference between the best trials and the rest'}")
+        typer.echo(
+            f"{objective}: {shares.gap or 'share of the difference between the best trials and the rest'}"
+        )
         if shares.shares:
-            print_table([{"parameter": name, "share": share} for name, share in shares.shares.items()])
+            print_table(
+                [{"parameter": name, "share": share} for name, share in shares.shares.items()]
+            )
 
 
 def list_(runs: Runs = Path("runs"), as_json: Json = False) -> None:
     """List all studies of a folder."""
-    from amlp_ray.study.verbs.status import list_studies
+    from amlp_ray.study.operations.status import list_studies
 
     rows = list_studies(runs)
     if as_json:
@@ -141,7 +158,11 @@ def list_(runs: Runs = Path("runs"), as_json: Json = False) -> None:
 
 def told(facts: Mapping[str, Any]) -> dict[str, Any]:
     """A study's status as lines for people."""
-    lines: dict[str, Any] = {"study": facts["study"], "folder": facts["folder"], "state": facts["state"]}
+    lines: dict[str, Any] = {
+        "study": facts["study"],
+        "folder": facts["folder"],
+        "state": facts["state"],
+    }
     if facts["run_by"]:
         lines["run by"] = facts["run_by"] + (f", since {facts['since']}" if facts["since"] else "")
     if request := facts["request"]:
@@ -151,7 +172,9 @@ def told(facts: Mapping[str, Any]) -> dict[str, Any]:
     if facts["arm_states"].keys() - {"COMPLETE"}:
         lines["arm runs"] = facts["arm_states"]
     if facts["imported"]:
-        lines["imported"] = f"{facts['imported']} trials, which count neither in the budget nor as best"
+        lines["imported"] = (
+            f"{facts['imported']} trials, which count neither in the budget nor as best"
+        )
     lines["budget"] = ", ".join(
         f"{part['used']:.4g}"
         + ("" if part["allowed"] is None else f" of {part['allowed']:g}")
@@ -165,13 +188,20 @@ def told(facts: Mapping[str, Any]) -> dict[str, Any]:
     for arm, values in facts["arms"].items():
         lines[f"arm {arm}"] = values
     if facts["confirmed"]:
-        lines["confirmed"] = {name: f"{c['done']} done of {c['begun']} begun" for name, c in facts["confirmed"].items()}
+        lines["confirmed"] = {
+            name: f"{c['done']} done of {c['begun']} begun"
+            for name, c in facts["confirmed"].items()
+        }
     if facts["changed"]:
         lines["last change"] = facts["changed"]
     return lines
 
 
 def _short(row: Mapping[str, Any]) -> str:
-    scores = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name not in ("trial", "params"))
-    params = ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row["params"].items())
+    scores = ", ".join(
+        f"{name} {value:.4g}" for name, value in row.items() if name not in ("trial", "params")
+    )
+    params = ", ".join(
+        f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row["params"].items()
+    )
     return f"trial {row['trial']} with {scores}" + (f" ({params})" if params else "")

@@ -9,13 +9,17 @@ import typer
 
 if TYPE_CHECKING:
     from amlp_ray.config import StudySettings
-    from amlp_ray.study.keeping.store import StudyStore
+    from amlp_ray.study.storage.study_store import StudyStore
     from amlp_ray.study.study import Study
 
-File = Annotated[Path, typer.Argument(help="Study file, or the name of a study that was run before.")]
+File = Annotated[
+    Path, typer.Argument(help="Study file, or the name of a study that was run before.")
+]
 Name = Annotated[str, typer.Argument(help="Name of the study.")]
 Number = Annotated[int, typer.Argument(help="Number of the trial.", min=0)]
-Data = Annotated[str | None, typer.Option(help="Patch dataset, by path or URI, in place of the file's `data`.")]
+Data = Annotated[
+    str | None, typer.Option(help="Patch dataset, by path or URI, in place of the file's `data`.")
+]
 Labels = Annotated[
     str | None,
     typer.Option(
@@ -24,31 +28,37 @@ Labels = Annotated[
     ),
 ]
 Runs = Annotated[Path, typer.Option(help="Folder of all studies.", envvar="AMLP_RAY_RUNS")]
-Address = Annotated[str | None, typer.Option(help="Ray cluster to join, such as auto; none: start Ray here.")]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster to join, such as auto; none: start Ray here.")
+]
 
 
-def load(file: Path, data: str | None, labels: str | None, runs: Path, assign: list[str] | None) -> Study:
+def load(
+    file: Path, data: str | None, labels: str | None, runs: Path, assign: list[str] | None
+) -> Study:
     """Load a study from its file, or by its name."""
-    from amlp_ray.settings import assignments
+    from amlp_ray.config.overrides import assignments
     from amlp_ray.study.study import Study
 
     if not file.is_file() and (runs / file / "study.yaml").is_file():
         file = runs / file / "study.yaml"
-    return Study.load(file, data=data, labels=labels, runs=runs, overrides=assignments(assign or []))
+    return Study.load(
+        file, data=data, labels=labels, runs=runs, overrides=assignments(assign or [])
+    )
 
 
 def opened(name: str, runs: Path) -> StudyStore:
     """The store of a study by its name: all that looking and asking needs, without the training side's imports."""
-    from amlp_ray.study.keeping.store import StudyStore
+    from amlp_ray.study.storage.study_store import StudyStore
 
     return StudyStore.open(runs / name)
 
 
 def begun_or_not(file: Path, runs: Path) -> tuple[StudyStore, StudySettings]:
     """The store and settings of a study by its name, or by its file where it was never run; no data is needed."""
-    from amlp_ray.settings import read_yaml
-    from amlp_ray.study.keeping.store import StudyStore
-    from amlp_ray.study.space.declared import build_study
+    from amlp_ray.config.yaml_file import read_yaml
+    from amlp_ray.study.search_space.validate import build_study
+    from amlp_ray.study.storage.study_store import StudyStore
 
     if (runs / file / "study.yaml").is_file() or not file.is_file():
         store = opened(str(file), runs)

@@ -17,17 +17,25 @@ app = typer.Typer(help="One trial of a study.", no_args_is_help=True)
 @app.command()
 def show(name: Name, number: Number, runs: Runs = Path("runs"), as_json: Json = False) -> None:
     """Show a trial: its settings, rungs, what it took, where it comes from, its files."""
-    from amlp_ray.study.verbs.listing import trial_facts
+    from amlp_ray.study.operations.trials import trial_facts
 
     facts = trial_facts(opened(name, runs), number)
     if as_json:
         print_json(facts)
         return
     aside = ("rungs", "settings", "provenance")
-    print_facts({key: value for key, value in facts.items() if key not in aside and value not in (None, {}, [])})
+    print_facts(
+        {
+            key: value
+            for key, value in facts.items()
+            if key not in aside and value not in (None, {}, [])
+        }
+    )
     if facts["rungs"]:
         typer.echo()
-        print_table([{"epoch": epoch, facts["metric"]: value} for epoch, value in facts["rungs"].items()])
+        print_table(
+            [{"epoch": epoch, facts["metric"]: value} for epoch, value in facts["rungs"].items()]
+        )
     for title in ("settings", "provenance"):
         if facts[title]:
             typer.echo(f"\n{title}")
@@ -44,7 +52,7 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """Train a trial again and compare its scores to the digit; exit code 1 where they differ."""
-    from amlp_ray.study.verbs.replay import replay
+    from amlp_ray.study.operations.replay import replay
 
     store = opened(name, runs)
     found = replay(
@@ -58,10 +66,14 @@ def replay(
     if as_json:
         print_json(found)
     else:
-        print_table([{**rung, "same": "yes" if rung["same"] else "no"} for rung in _exact(found["rungs"])])
+        print_table(
+            [{**rung, "same": "yes" if rung["same"] else "no"} for rung in _exact(found["rungs"])]
+        )
         for line in found["differs"]:
             typer.echo(f"not as it was: {line}")
-        typer.echo(f"{'the same to the digit' if found['same'] else 'not the same'}: {found['folder']}")
+        typer.echo(
+            f"{'the same to the digit' if found['same'] else 'not the same'}: {found['folder']}"
+        )
     if not found["same"]:
         raise typer.Exit(1)
 
@@ -69,20 +81,22 @@ def replay(
 @app.command()
 def retry(name: Name, number: Number, runs: Runs = Path("runs"), as_json: Json = False) -> None:
     """Enqueue a finished trial's parameters once more, as a new trial with a seed of its own."""
-    from amlp_ray.study.verbs.edit import retry
+    from amlp_ray.study.operations.edit import retry
 
     store = opened(name, runs)
     again = retry(store, store.settings(), number)
     if as_json:
         print_json({"study": store.name, "number": again, "retry_of": number})
         return
-    typer.echo(f"trial {again} of {store.name!r} waits to be run with the parameters of trial {number}")
+    typer.echo(
+        f"trial {again} of {store.name!r} waits to be run with the parameters of trial {number}"
+    )
     note_used_budget(store)
 
 
 def _lines(values: dict[str, Any]) -> list[dict[str, Any]]:
     """By their names, as they are written in a file."""
-    from amlp_ray.settings import flat
+    from amlp_ray.config.overrides import flat
 
     return [{"name": name, "value": value} for name, value in flat(values).items()]
 

@@ -15,7 +15,7 @@ from amlp_ray.errors import StudyError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from amlp_ray.study.keeping.store import StudyStore
+    from amlp_ray.study.storage.study_store import StudyStore
 
 LOOK_S = 0.5  # between looks at files that grow
 
@@ -48,15 +48,19 @@ def watch(
 
 def logs(
     name: Name,
-    number: Annotated[int | None, typer.Argument(help="Of a trial; none: what happened to the study.")] = None,
+    number: Annotated[
+        int | None, typer.Argument(help="Of a trial; none: what happened to the study.")
+    ] = None,
     runs: Runs = Path("runs"),
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines are added, until Ctrl-C.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on as lines are added, until Ctrl-C.")
+    ] = False,
 ) -> None:
     """Print what happened to a study, line by line; or a trial's metrics, and its error where it failed."""
     store = opened(name, runs)
     file = store.folder / "events.log"
     if number is not None:
-        from amlp_ray.study.verbs.listing import find_trial, folder_of
+        from amlp_ray.study.operations.trials import find_trial, folder_of
 
         file = folder_of(store, find_trial(store, number)) / "metrics.jsonl"
     if not file.is_file() and not follow:
@@ -108,7 +112,7 @@ def frame(store: StudyStore) -> RenderableType:
 
     from amlp_ray.cli.output import table_of
     from amlp_ray.cli.study_look import told
-    from amlp_ray.study.verbs.status import running_rows, status
+    from amlp_ray.study.operations.status import running_rows, status
 
     settings = store.settings()
     facts = status(store, settings)
@@ -132,7 +136,9 @@ def _bars(budget: dict[str, Any]) -> RenderableType:
         if part["allowed"] is not None:
             used, allowed = part["used"], part["allowed"]
             bar = ProgressBar(total=allowed, completed=min(used, allowed), width=30)
-            grid.add_row(Text(name.replace("_", "-"), style="bold"), bar, Text(f"{used:.4g} of {allowed:g}"))
+            grid.add_row(
+                Text(name.replace("_", "-"), style="bold"), bar, Text(f"{used:.4g} of {allowed:g}")
+            )
     return grid
 
 

@@ -7,8 +7,10 @@ Values come from small trials on breast ultrasound and dermoscopy unless a comme
 
 from __future__ import annotations
 
-from amlp_ray.config.arms import ABOUT, CONTROLS, GROUPS, STEPS, arm_names
+from amlp_ray.config.baselines import ABOUT, CONTROLS, GROUPS, STEPS, arm_names
 from amlp_ray.config.data import ImageSpec, PrepareSettings
+from amlp_ray.config.evaluation import ProbeSettings, SegmentSettings
+from amlp_ray.config.inference import PredictSettings
 from amlp_ray.config.method import (
     LossSettings,
     ModelSettings,
@@ -18,11 +20,7 @@ from amlp_ray.config.method import (
     Share,
     architecture,
 )
-from amlp_ray.config.predict import PredictSettings
-from amlp_ray.config.pretrain import VARIANTS, PretrainSettings, Variant
-from amlp_ray.config.resources import FaultSettings, ResourceSettings
-from amlp_ray.config.scoring import ProbeSettings, SegmentSettings
-from amlp_ray.config.search import (
+from amlp_ray.config.optimization import (
     BudgetSettings,
     Direction,
     Objective,
@@ -30,7 +28,9 @@ from amlp_ray.config.search import (
     SamplerSettings,
     StudyFaultSettings,
 )
-from amlp_ray.config.space import Choice, Derived, Fixed, Parameter, Range
+from amlp_ray.config.pretrain import VARIANTS, PretrainSettings, Variant
+from amlp_ray.config.resources import FaultSettings, ResourceSettings
+from amlp_ray.config.search_space import Choice, Derived, Fixed, Parameter, Range
 from amlp_ray.config.study import COSTS, ConfirmSettings, StudySettings
 from amlp_ray.config.tracking import TrackingSettings
 

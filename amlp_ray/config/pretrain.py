@@ -7,11 +7,18 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from amlp_ray.config.base import Settings
 from amlp_ray.config.data import ImageSpec
-from amlp_ray.config.method import LossSettings, ModelSettings, RatioSettings, SelectionSettings, Share
+from amlp_ray.config.method import (
+    LossSettings,
+    ModelSettings,
+    RatioSettings,
+    SelectionSettings,
+    Share,
+)
+from amlp_ray.config.overrides import merged
 from amlp_ray.config.resources import ResourceSettings
 from amlp_ray.errors import SettingsError
-from amlp_ray.settings import Settings, merged
 
 _PLAIN_LOSS = {"weighting": "none", "ccl_weight": 0.0}
 _RATIO_OF_MAE = {"start": 0.75, "end": 0.75}
@@ -23,7 +30,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # AMLP's "probability" of a lesion: masks are drawn by score, below ratios that mask every lesion patch anyway.
     "amlp-soft": {"selection": {"mode": "soft"}, "ratio": {"start": 0.3, "end": 0.5}},
     # MPS-AMS, the predecessor: selection and ratio of AMLP with the plain loss.
-    "mps-ams": {"selection": {"features": "raw", "clusters": 3, "rule": "smallest"}, "loss": _PLAIN_LOSS},
+    "mps-ams": {
+        "selection": {"features": "raw", "clusters": 3, "rule": "smallest"},
+        "loss": _PLAIN_LOSS,
+    },
     # MAE (He et al. 2022): random masks at 0.75.
     "mae": {"selection": {"mode": "random"}, "ratio": _RATIO_OF_MAE, "loss": _PLAIN_LOSS},
     # SimMIM (Xie et al. 2022): every token is encoded, a linear head, l1, ratio 0.6.
@@ -35,13 +45,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     # HPM (Wang et al. 2023): the teacher's predicted difficulty picks up to half of the mask, seen on every crop.
     "hpm": {
-        "selection": {"mode": "ranked", "score": "difficulty", "aim_start": 0.0, "aim_end": 0.5, "refresh": 0},
+        "selection": {
+            "mode": "ranked",
+            "score": "difficulty",
+            "aim_start": 0.0,
+            "aim_end": 0.5,
+            "refresh": 0,
+        },
         "ratio": _RATIO_OF_MAE,
         "loss": {**_PLAIN_LOSS, "ranking_weight": 1.0},
     },
     # After AttMask (Kakogeorgiou et al. 2022): the most attended patches, some shown as hints, ratio U(0.1, 0.5).
     "attmask": {
-        "selection": {"mode": "ranked", "score": "attention", "aim_start": 1.0, "aim_end": 1.0, "lesion_share": 0.7},
+        "selection": {
+            "mode": "ranked",
+            "score": "attention",
+            "aim_start": 1.0,
+            "aim_end": 1.0,
+            "lesion_share": 0.7,
+        },
         "ratio": {"start": 0.1, "end": 0.5, "shape": "random", "per": "step"},
         "loss": _PLAIN_LOSS,
     },
@@ -72,26 +94,42 @@ class PretrainSettings(Settings):
     variant: Variant = "amlp"  # the whole of AMLP; the other arms are its parts and its relatives
     # simsiam: two crops of an image agree (Chen and He 2021); none: the random encoder, for comparison
     objective: Literal["reconstruction", "simsiam", "none"] = "reconstruction"
-    epochs: int = Field(100, ge=1)  # over the training images; below about 400 steps in all, runs do not rank
-    batch_size: int = Field(16, ge=1)  # images per optimiser step over all workers; small sets need many steps
+    epochs: int = Field(
+        100, ge=1
+    )  # over the training images; below about 400 steps in all, runs do not rank
+    batch_size: int = Field(
+        16, ge=1
+    )  # images per optimiser step over all workers; small sets need many steps
     lr: float = Field(1e-3, gt=0, le=1)  # highest learning rate, of batches of lr_batch images
-    lr_batch: int = Field(16, ge=1)  # batch_size at which lr holds as it is; lr is 1.5e-4 at 256 in MAE
+    lr_batch: int = Field(
+        16, ge=1
+    )  # batch_size at which lr holds as it is; lr is 1.5e-4 at 256 in MAE
     # with batch_size over lr_batch: sqrt keeps AdamW's noise the same (Malladi et al. 2022), linear is MAE's rule
     lr_scaling: Literal["sqrt", "linear", "none"] = "sqrt"
     weight_decay: float = Field(0.05, ge=0, le=1)  # MAE's; not of biases and norms
-    warmup: float = Field(0.1, ge=0, lt=1)  # share of steps over which lr rises; then cosine to zero
+    warmup: float = Field(
+        0.1, ge=0, lt=1
+    )  # share of steps over which lr rises; then cosine to zero
     clip_grad: float = Field(1.0, gt=0)  # largest gradient norm of a step
-    ema: float = Field(0.999, ge=0, lt=1)  # teacher's decay per step, applied before each look; 0: the model itself
+    ema: float = Field(
+        0.999, ge=0, lt=1
+    )  # teacher's decay per step, applied before each look; 0: the model itself
     # decay per step of a moving average of all weights, which is scored and exported in place of the last ones; 0: off,
     # since a cosine to zero settles them as well
     average: float = Field(0.0, ge=0, lt=1)
-    crop_min: float = Field(0.6, gt=0, le=1)  # least area share of a random crop; lesions must stay in the picture
+    crop_min: float = Field(
+        0.6, gt=0, le=1
+    )  # least area share of a random crop; lesions must stay in the picture
     flip: bool = True  # left-right
-    flip_vertical: bool = False  # off: depth has a direction in ultrasound; true for skin, microscopy, brain slices
+    flip_vertical: bool = (
+        False  # off: depth has a direction in ultrasound; true for skin, microscopy, brain slices
+    )
     intensity: Share = 0.0  # strength of random gamma, contrast and brightness; 0: the picture itself is to be rebuilt
     # auto: bf16 on GPUs that have it, else fp32; fp16, with a loss scale, is for GPUs that do not
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    compile: bool = False  # torch.compile: pays on GPUs; takes a minute, and as much again per masked count
+    compile: bool = (
+        False  # torch.compile: pays on GPUs; takes a minute, and as much again per masked count
+    )
     seed: int = Field(0, ge=0, lt=2**63)  # of weights, order, crops and masks
     # resident: in memory that a node's runs share; mapped: decoded once onto disk; stream: by Ray Data, while training;
     # auto: the first of these that has room
@@ -116,7 +154,9 @@ class PretrainSettings(Settings):
     @model_validator(mode="after")
     def _check_ranking(self) -> PretrainSettings:
         if self.loss.ranking_weight > 0 and self.model.encode == "all":
-            raise ValueError("loss.ranking_weight needs model.encode=visible: the ranking decoder reads visible tokens")
+            raise ValueError(
+                "loss.ranking_weight needs model.encode=visible: the ranking decoder reads visible tokens"
+            )
         return self
 
     @property
@@ -168,13 +208,17 @@ class PretrainSettings(Settings):
                 f"batch_size {self.batch_size} is less than resources.workers {resources.most_workers}; raise it, or "
                 f"use fewer workers."
             )
-        if resources.sharding == "fsdp" and (resources.elastic or self.batch_size % resources.most_workers):
+        if resources.sharding == "fsdp" and (
+            resources.elastic or self.batch_size % resources.most_workers
+        ):
             raise SettingsError(
                 f"resources.sharding=fsdp needs a fixed number of workers that divides batch_size {self.batch_size}, "
                 f"not {resources.workers}; change one of them, or use ddp."
             )
         if self.objective == "simsiam" and resources.micro_batch is not None:
-            raise SettingsError("resources.micro_batch would change objective simsiam, which normalises over a batch.")
+            raise SettingsError(
+                "resources.micro_batch would change objective simsiam, which normalises over a batch."
+            )
         if self.objective == "simsiam" and self.batch_size < 2 * resources.most_workers:
             raise SettingsError(
                 f"batch_size {self.batch_size} leaves one image per worker, but objective simsiam normalises over "

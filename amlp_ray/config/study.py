@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from amlp_ray.config.arms import check_arm
-from amlp_ray.config.pretrain import PretrainSettings
-from amlp_ray.config.resources import ResourceSettings
-from amlp_ray.config.scoring import ProbeSettings, SegmentSettings
-from amlp_ray.config.search import (
+from amlp_ray.config.base import Settings, build
+from amlp_ray.config.baselines import check_arm
+from amlp_ray.config.evaluation import ProbeSettings, SegmentSettings
+from amlp_ray.config.optimization import (
     BudgetSettings,
     Direction,
     Objective,
@@ -20,9 +19,11 @@ from amlp_ray.config.search import (
     SamplerSettings,
     StudyFaultSettings,
 )
-from amlp_ray.config.space import Parameter, function_name
+from amlp_ray.config.overrides import merged, nested
+from amlp_ray.config.pretrain import PretrainSettings
+from amlp_ray.config.resources import ResourceSettings
+from amlp_ray.config.search_space import Parameter, function_name
 from amlp_ray.config.tracking import TrackingSettings
-from amlp_ray.settings import Settings, build, merged, nested
 
 FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
@@ -35,7 +36,9 @@ class ConfirmSettings(Settings):
     """The best trials and every arm again, over several seeds, by both protocols, with one look at the test images."""
 
     top: int = Field(3, ge=1)  # best trials of the search
-    seeds: int = Field(3, ge=2)  # of each; below 5 an interval over seeds is wide, and the report says so
+    seeds: int = Field(
+        3, ge=2
+    )  # of each; below 5 an interval over seeds is wide, and the report says so
     finetune: SegmentSettings = SegmentSettings()  # `seed` follows from the study's
 
 
@@ -45,11 +48,15 @@ class StudySettings(Settings):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")  # of its folder among the runs too
     description: str = ""  # what it asks, for the report
     data: str | None = None  # path or URI of a patch dataset; --data gives it too
-    labels: str | None = None  # of another, whose labelled images score instead, such as a public set; none: data's own
+    labels: str | None = (
+        None  # of another, whose labelled images score instead, such as a public set; none: data's own
+    )
     seed: int = Field(0, ge=0, lt=2**63)  # those of sampler, trials and arms follow from it
     # URL of a database; ${NAME} is taken from the environment, where passwords belong; none: a journal in the folder
     storage: str | None = None
-    pretrain: dict[str, Any] = Field(default_factory=dict)  # settings of every trial, kept as given (see `trial`)
+    pretrain: dict[str, Any] = Field(
+        default_factory=dict
+    )  # settings of every trial, kept as given (see `trial`)
     # dotted names of pretrain settings; or `module:function` of a Python function that takes an Optuna trial
     space: dict[str, Parameter] | str = Field(default_factory=dict)
     require: tuple[str, ...] = ()  # what holds in every trial, such as `ratio.start <= ratio.end`
@@ -63,13 +70,17 @@ class StudySettings(Settings):
     budget: BudgetSettings = BudgetSettings()
     resources: ResourceSettings = ResourceSettings()
     faults: StudyFaultSettings = StudyFaultSettings()
-    tracking: TrackingSettings = TrackingSettings()  # of every trial, as a run of its own in a group of the study's
+    tracking: TrackingSettings = (
+        TrackingSettings()
+    )  # of every trial, as a run of its own in a group of the study's
     # baselines, each trained as long as a trial: variants, controls, `ladder`, `leave-one-out` (see config/arms.py), or
     # a mapping of a name to settings of its own
     arms: tuple[str | dict[str, dict[str, Any]], ...] = ("scratch", "mae")
     arm_seeds: int = Field(2, ge=1)  # repeats of each arm: one run says nothing about noise
     confirm: ConfirmSettings = ConfirmSettings()
-    tie: float = Field(0.02, ge=0)  # DSC; smaller differences are noise at these sizes and called ties
+    tie: float = Field(
+        0.02, ge=0
+    )  # DSC; smaller differences are noise at these sizes and called ties
 
     @model_validator(mode="before")
     @classmethod
@@ -79,14 +90,19 @@ class StudySettings(Settings):
             return {**given, "space": function_name(given["space"])}
         if not isinstance(given, Mapping) or not isinstance(given.get("space"), Mapping):
             return given
-        space = {k: {"value": v} if isinstance(v, str | int | float) else v for k, v in given["space"].items()}
+        space = {
+            k: {"value": v} if isinstance(v, str | int | float) else v
+            for k, v in given["space"].items()
+        }
         return {**given, "space": space}
 
     @field_validator("name")
     @classmethod
     def _check_name(cls, given: str) -> str:
         if re.search(r"\.(arms|confirm|v\d+)$", given):
-            raise ValueError(f"{given!r} ends as the companions of a study do in a database; choose another name")
+            raise ValueError(
+                f"{given!r} ends as the companions of a study do in a database; choose another name"
+            )
         return given
 
     @field_validator("pretrain")
@@ -119,12 +135,18 @@ class StudySettings(Settings):
             return None
         scheme = given.partition(":")[0].partition("+")[0]
         if scheme not in ("sqlite", "postgresql", "mysql") or "://" not in given:
-            raise ValueError("the URL must begin with sqlite://, postgresql:// or mysql://")  # never shown: passwords
+            raise ValueError(
+                "the URL must begin with sqlite://, postgresql:// or mysql://"
+            )  # never shown: passwords
         address, _, query = given.partition("://")[2].partition("?")
         word = address.rpartition("@")[0].partition(":")[2]
-        named = re.findall(r"(?i)(?:^|&)(?:password|passwd|pwd|passfile|sslpassword)=([^&]*)", query)
+        named = re.findall(
+            r"(?i)(?:^|&)(?:password|passwd|pwd|passfile|sslpassword)=([^&]*)", query
+        )
         if any(text and not re.fullmatch(r"\$\{\w+\}", text) for text in (word, *named)):
-            raise ValueError("a password stands in the URL; write ${NAME} there and set NAME in the environment")
+            raise ValueError(
+                "a password stands in the URL; write ${NAME} there and set NAME in the environment"
+            )
         return given
 
     @field_validator("arms")
@@ -132,7 +154,9 @@ class StudySettings(Settings):
     def _check_arms(cls, given: tuple[str | dict[str, dict[str, Any]], ...]) -> Any:
         names = [name for arm in given for name in (arm if isinstance(arm, dict) else [arm])]
         if len(set(names)) < len(names):
-            raise ValueError(f"each arm is named once, not {', '.join(names)}; repeats are set by arm_seeds")
+            raise ValueError(
+                f"each arm is named once, not {', '.join(names)}; repeats are set by arm_seeds"
+            )
         for arm in given:
             for name in arm if isinstance(arm, dict) else [arm]:
                 check_arm(name, arm[name] if isinstance(arm, dict) else None)
@@ -144,7 +168,9 @@ class StudySettings(Settings):
             raise ValueError("objectives names nothing; the default is {dsc: maximize}")
         wrong = [n for n, d in self.objectives.items() if (n in COSTS) != (d == "minimize")]
         if wrong:
-            raise ValueError(f"objectives: {wrong[0]} is to be {'minimize' if wrong[0] in COSTS else 'maximize'}d")
+            raise ValueError(
+                f"objectives: {wrong[0]} is to be {'minimize' if wrong[0] in COSTS else 'maximize'}d"
+            )
         several = len(self.objectives) > 1
         if self.pruner.name != "none" and several and self.pruner.metric is None:
             raise ValueError(
@@ -152,22 +178,30 @@ class StudySettings(Settings):
                 f"none"
             )
         if self.pruner.metric in COSTS:
-            raise ValueError(f"pruner.metric {self.pruner.metric} is a cost that every rung adds to; name a score")
+            raise ValueError(
+                f"pruner.metric {self.pruner.metric} is a cost that every rung adds to; name a score"
+            )
         if several and self.sampler.name in ("cmaes", "pbt"):
-            raise ValueError(f"sampler.name {self.sampler.name} takes one objective; tpe, nsga2 and nsga3 take several")
+            raise ValueError(
+                f"sampler.name {self.sampler.name} takes one objective; tpe, nsga2 and nsga3 take several"
+            )
         return self
 
     @property
     def metric(self) -> str:
         """The score that rungs are compared by and that `best` and the report go by."""
-        return self.pruner.metric or next((name for name in self.objectives if name not in COSTS), "dsc")
+        return self.pruner.metric or next(
+            (name for name in self.objectives if name not in COSTS), "dsc"
+        )
 
     def trial(self, params: Mapping[str, Any], *, seed: int) -> PretrainSettings:
         """Return the settings of one trial: those of the study with `params` (dotted names) on top.
 
         Merged before they are resolved, so that a searched `variant` brings its own values along.
         """
-        return build(PretrainSettings, merged(self.pretrain, nested({**params, "seed": seed})), self.name)
+        return build(
+            PretrainSettings, merged(self.pretrain, nested({**params, "seed": seed})), self.name
+        )
 
 
 COSTS = ("seconds", "gpu_seconds", "memory")

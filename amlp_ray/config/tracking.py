@@ -7,7 +7,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, field_validator
 
-from amlp_ray.settings import Settings
+from amlp_ray.config.base import Settings
 
 _SCHEMES = ("http", "https", "databricks", "sqlite", "postgresql", "mysql", "mssql")
 
@@ -34,8 +34,14 @@ class TrackingSettings(Settings):
         parts = urlsplit(given)
         # Never shown in these messages: passwords.
         options = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
-        user = parts.username if parts.scheme.startswith("http") else None  # a token may stand there
-        if user or parts.password is not None or any(re.search("(?i)pass|pwd|token|secret", o) for o in options):
+        user = (
+            parts.username if parts.scheme.startswith("http") else None
+        )  # a token may stand there
+        if (
+            user
+            or parts.password is not None
+            or any(re.search("(?i)pass|pwd|token|secret", o) for o in options)
+        ):
             raise ValueError(
                 "a password stands in the URI; leave it out and set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment"
@@ -57,5 +63,7 @@ class TrackingSettings(Settings):
     @classmethod
     def _check_wandb(cls, given: str | None) -> str | None:
         if given is not None and not re.fullmatch(r"([\w.-]+/)?[\w.-]+", given):
-            raise ValueError(f"{given!r} is no project, such as lesions, nor entity/project, such as our-lab/lesions")
+            raise ValueError(
+                f"{given!r} is no project, such as lesions, nor entity/project, such as our-lab/lesions"
+            )
         return given

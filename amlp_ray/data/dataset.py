@@ -8,7 +8,6 @@ The manifest is written last: without it, nothing reads the rest as a dataset.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -19,11 +18,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from amlp_ray.config import ImageSpec, PrepareSettings
-from amlp_ray.data.parts import COLUMNS, LIGHT, Shape, image_bytes, images_of, masks_of, read_part
-from amlp_ray.data.place import Place
+from amlp_ray.config.base import Settings, build
+from amlp_ray.data.parquet import (
+    COLUMNS,
+    LIGHT,
+    Shape,
+    image_bytes,
+    images_of,
+    keys_of,
+    masks_of,
+    read_part,
+)
+from amlp_ray.data.path import Place
 from amlp_ray.data.samples import Sample, Samples
 from amlp_ray.errors import DataError, SettingsError
-from amlp_ray.settings import Settings, build
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,17 +110,12 @@ class Split:
     def concat(self, *others: Split) -> Split:
         """Append the rows of others, as in `train.concat(val)`."""
         every = (self, *others)
-        arrays = {f.name: np.concatenate([getattr(s, f.name) for s in every]) for f in fields(self) if f.name != "ids"}
+        arrays = {
+            f.name: np.concatenate([getattr(s, f.name) for s in every])
+            for f in fields(self)
+            if f.name != "ids"
+        }
         return Split(ids=[name for split in every for name in split.ids], **arrays)
-
-
-def key_of(name: str) -> int:
-    """Hash an id to a stable non-negative 63-bit number: the identity of an image, for seeds on a device.
-
-    >>> key_of("benign (1)") == key_of("benign (1)") != key_of("benign (2)")
-    True
-    """
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
 
 class PatchDataset:
@@ -141,10 +144,14 @@ class PatchDataset:
         """
         place = Place(path)
         if not place.is_folder():
-            raise DataError(f"There is no patch dataset {place}; make one with `amlp-ray data prepare`.")
+            raise DataError(
+                f"There is no patch dataset {place}; make one with `amlp-ray data prepare`."
+            )
         if not (place / MANIFEST).is_file():
             if (place / UNFINISHED).is_folder():
-                raise DataError(f"{place} was not finished; run the same `amlp-ray data prepare` again to go on.")
+                raise DataError(
+                    f"{place} was not finished; run the same `amlp-ray data prepare` again to go on."
+                )
             raise DataError(
                 f"{place} has no {MANIFEST}, so it is not a patch dataset; make one with `amlp-ray data prepare`."
             )
@@ -152,8 +159,14 @@ class PatchDataset:
         sizes = {entry.name: entry.size for entry in place.entries()}
         for part in (part for parts in manifest.parts.values() for part in parts):
             if (found := sizes.get(part.file)) != part.bytes:
-                state = "is missing" if found is None else f"is damaged: it has {found} bytes instead of {part.bytes}"
-                raise DataError(f"{place / part.file} {state}; prepare the dataset again or copy it again.")
+                state = (
+                    "is missing"
+                    if found is None
+                    else f"is damaged: it has {found} bytes instead of {part.bytes}"
+                )
+                raise DataError(
+                    f"{place / part.file} {state}; prepare the dataset again or copy it again."
+                )
         return cls(place, manifest)
 
     @property
@@ -174,7 +187,9 @@ class PatchDataset:
     def spec(self) -> ImageSpec:
         """What a model must know of the images."""
         m = self.manifest
-        return ImageSpec(channels=m.channels, height=m.height, width=m.width, mean=m.mean, std=m.std)
+        return ImageSpec(
+            channels=m.channels, height=m.height, width=m.width, mean=m.mean, std=m.std
+        )
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -197,7 +212,9 @@ class PatchDataset:
     def files(self, split: str) -> list[Place]:
         """The Parquet files of a split, in order. Raises DataError for a name that is no split."""
         if split not in SPLITS:
-            raise DataError(f"There is no split {split!r} in {self.path}; splits are {', '.join(SPLITS)}.")
+            raise DataError(
+                f"There is no split {split!r} in {self.path}; splits are {', '.join(SPLITS)}."
+            )
         return [self.place / part.file for part in self.manifest.parts[split]]
 
     def count(self, split: str) -> int:
@@ -218,13 +235,19 @@ class PatchDataset:
         import pandas as pd
 
         if unknown := [name for name in columns if name not in LIGHT]:
-            raise DataError(f"{self.path} has no column {unknown[0]!r} in its table; there are {', '.join(LIGHT)}.")
+            raise DataError(
+                f"{self.path} has no column {unknown[0]!r} in its table; there are {', '.join(LIGHT)}."
+            )
         frames = [
             table.to_pandas().assign(split=split)
             for split in splits or SPLITS
             for _, table in self._tables(split, columns)
         ]
-        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*columns, "split"])
+        return (
+            pd.concat(frames, ignore_index=True)
+            if frames
+            else pd.DataFrame(columns=[*columns, "split"])
+        )
 
     def load(self, split: str, rows: np.ndarray | None = None) -> Split:
         """Read a split, or the given rows of it, into memory, in order. Raises DataError where a part is damaged."""
@@ -238,7 +261,9 @@ class PatchDataset:
         done = 0
         for start, table in self._tables(split, ["id", "group", "image", "mask"], wanted):
             if wanted is not None:
-                table = table.take(wanted[(wanted >= start) & (wanted < start + len(table))] - start)
+                table = table.take(
+                    wanted[(wanted >= start) & (wanted < start + len(table))] - start
+                )
             at = slice(done, done + len(table))
             images[at] = images_of(table["image"], self.shape, self.manifest.dtype)
             masks[at], labelled[at] = masks_of(table["mask"], self.shape)
@@ -247,14 +272,16 @@ class PatchDataset:
             done += len(table)
         return Split(images, masks, labelled, ids, np.array(groups, dtype=str), keys_of(ids))
 
-    def to_ray_dataset(self, split: str, *, columns: Sequence[str] | None = None) -> ray.data.Dataset:
+    def to_ray_dataset(
+        self, split: str, *, columns: Sequence[str] | None = None
+    ) -> ray.data.Dataset:
         """The rows of a split as a Ray dataset, read when it is used; `image` (C, H, W) and `mask` (H, W) as arrays.
 
         An unlabelled image has a mask of zeros, and `labelled` False beside it.
 
         Ray must be initialised, and every node must see the dataset. For training, `stream.open_batches` is faster.
         """
-        from amlp_ray.data.reading.ray_data import read_rows
+        from amlp_ray.data.loading.ray_stream import read_rows
 
         return read_rows(self, split, columns)
 
@@ -277,12 +304,23 @@ class PatchDataset:
             splits[name] = {
                 **m.counts[name].model_dump(),
                 "lesion_area_percent": {
-                    f"p{p}": round(float(value), 3) for p, value in zip(AREA_PERCENTILES, values, strict=False)
+                    f"p{p}": round(float(value), 3)
+                    for p, value in zip(AREA_PERCENTILES, values, strict=False)
                 }
                 or None,
                 "background": round(float(rows["background"].mean()), 4) if len(rows) else None,
             }
-        facts = ("layout", "channels", "height", "width", "dtype", "mean", "std", "split_rule", "group_rule")
+        facts = (
+            "layout",
+            "channels",
+            "height",
+            "width",
+            "dtype",
+            "mean",
+            "std",
+            "split_rule",
+            "group_rule",
+        )
         return {
             "name": m.name,
             "path": self.path,
@@ -295,14 +333,18 @@ class PatchDataset:
             "fingerprint": m.fingerprint,
         }
 
-    def _tables(self, split: str, columns: Sequence[str], rows: np.ndarray | None = None) -> Iterator[tuple[int, Any]]:
+    def _tables(
+        self, split: str, columns: Sequence[str], rows: np.ndarray | None = None
+    ) -> Iterator[tuple[int, Any]]:
         """Yield each part of a split as (its first row, its table), so that one part at a time is held twice.
 
         Parts without any of the sorted `rows` are passed over.
         """
         start = 0
         for file, part in zip(self.files(split), self.manifest.parts[split], strict=True):
-            if rows is None or np.searchsorted(rows, start) < np.searchsorted(rows, start + part.rows):
+            if rows is None or np.searchsorted(rows, start) < np.searchsorted(
+                rows, start + part.rows
+            ):
                 table = read_part(file, columns)
                 if len(table) != part.rows:
                     raise DataError(
@@ -313,17 +355,14 @@ class PatchDataset:
             start += part.rows
 
 
-def keys_of(ids: Sequence[str]) -> np.ndarray:
-    """Hash ids to (N,) int64, see `key_of`."""
-    return np.fromiter((key_of(name) for name in ids), np.int64, len(ids))
-
-
 def _read_manifest(file: Place) -> Manifest:
     try:
         values = json.loads(file.read_bytes())
         version = values["format_version"]
     except (ValueError, KeyError, TypeError, OSError):
-        raise DataError(f"{file} is not the manifest of a patch dataset; prepare the dataset again.") from None
+        raise DataError(
+            f"{file} is not the manifest of a patch dataset; prepare the dataset again."
+        ) from None
     if version != FORMAT_VERSION:
         raise DataError(
             f"{file} has format version {version}, but this amlp_ray reads {FORMAT_VERSION}; "

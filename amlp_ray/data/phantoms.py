@@ -35,19 +35,25 @@ def write_phantoms(
     if kind not in DRAW:
         raise SettingsError(f"There are no phantoms of kind {kind!r}; known are {', '.join(DRAW)}.")
     if count < 1 or size < 32:
-        raise SettingsError(f"Phantoms need a count of at least 1 and a size of at least 32, not {count} and {size}.")
+        raise SettingsError(
+            f"Phantoms need a count of at least 1 and a size of at least 32, not {count} and {size}."
+        )
     folder = Path(folder)
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        image, mask = draw_phantom(kind, size, np.random.default_rng([seed, i]), lesion=i % NORMAL_EVERY != 0)
+        image, mask = draw_phantom(
+            kind, size, np.random.default_rng([seed, i]), lesion=i % NORMAL_EVERY != 0
+        )
         name = f"{kind}_{i:05d}.png"
         Image.fromarray(image).save(folder / "images" / name)
         Image.fromarray(mask * np.uint8(255)).save(folder / "masks" / name)
     return folder
 
 
-def draw_phantom(kind: Kind, size: int, rng: np.random.Generator, *, lesion: bool) -> tuple[np.ndarray, np.ndarray]:
+def draw_phantom(
+    kind: Kind, size: int, rng: np.random.Generator, *, lesion: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Draw one image (size, size) uint8 and its mask (size, size) uint8 of 0 and 1."""
     brightness, mask = DRAW[kind](size, rng, lesion)
     return (brightness.clip(0, 1) * 255).round().astype(np.uint8), mask.astype(np.uint8)
@@ -58,16 +64,26 @@ def _ultrasound(size: int, rng: np.random.Generator, lesion: bool) -> tuple[np.n
     y, x = _grid(size)
     echo = np.full((size, size), -6.0)  # dB below the brightest reflector
     tops = (0.0, 0.06, rng.uniform(0.18, 0.3), rng.uniform(0.62, 0.75), rng.uniform(0.85, 0.92))
-    levels = (-3.0, rng.uniform(-18, -14), rng.uniform(-10, -6), rng.uniform(-18, -13), -24.0)  # skin to chest wall
+    levels = (
+        -3.0,
+        rng.uniform(-18, -14),
+        rng.uniform(-10, -6),
+        rng.uniform(-18, -13),
+        -24.0,
+    )  # skin to chest wall
     for top, level in zip(tops, levels, strict=True):
         echo[y > top + 0.03 * _waves(x, rng) * (top > 0.1)] = level
     echo = ndimage.gaussian_filter(echo, size * 0.005) + 3.0 * _blotches(size, rng, 0.05)  # lobules
-    echo += 7.0 * np.clip(_blotches(size, rng, (0.008, 0.06)) - 1.3, 0, 2)  # bright fibrous strands lie flat
+    echo += 7.0 * np.clip(
+        _blotches(size, rng, (0.008, 0.06)) - 1.3, 0, 2
+    )  # bright fibrous strands lie flat
     echo -= rng.uniform(8, 18) * y  # attenuation left after time-gain compensation
 
     mask = np.zeros((size, size), bool)
     if lesion:
-        mask = _lesion_mask(size, rng, x_range=(0.28, 0.72), y_range=(0.33, 0.58), flatness=(0.55, 0.95))
+        mask = _lesion_mask(
+            size, rng, x_range=(0.28, 0.72), y_range=(0.33, 0.58), flatness=(0.55, 0.95)
+        )
         inside = rng.uniform(-32, -22) + 1.5 * _blotches(size, rng, 0.03)
         soft = ndimage.gaussian_filter(mask.astype(float), size * rng.uniform(0.004, 0.014))
         echo = echo * (1 - soft) + np.minimum(inside, echo - 7) * soft
@@ -110,9 +126,14 @@ def _mri(size: int, rng: np.random.Generator, lesion: bool) -> tuple[np.ndarray,
 
     mask = np.zeros((size, size), bool)
     if lesion:
-        mask = _lesion_mask(size, rng, x_range=(0.35, 0.65), y_range=(0.3, 0.7), flatness=(0.6, 1.0), inside=brain)
+        mask = _lesion_mask(
+            size, rng, x_range=(0.35, 0.65), y_range=(0.3, 0.7), flatness=(0.6, 1.0), inside=brain
+        )
         soft = ndimage.gaussian_filter(mask.astype(float), size * 0.008)
-        image = image * (1 - soft) + (rng.uniform(0.72, 0.88) + 0.05 * _blotches(size, rng, 0.02)) * soft
+        image = (
+            image * (1 - soft)
+            + (rng.uniform(0.72, 0.88) + 0.05 * _blotches(size, rng, 0.02)) * soft
+        )
 
     image = ndimage.gaussian_filter(image, size * 0.004)
     image *= 1 + 0.1 * _blotches(size, rng, 0.3)  # coil sensitivity
@@ -144,7 +165,9 @@ def _pet(size: int, rng: np.random.Generator, lesion: bool) -> tuple[np.ndarray,
 
     mask = np.zeros((size, size), bool)
     if lesion:
-        mask = _lesion_mask(size, rng, x_range=(0.2, 0.8), y_range=(0.33, 0.65), flatness=(0.7, 1.0), inside=body)
+        mask = _lesion_mask(
+            size, rng, x_range=(0.2, 0.8), y_range=(0.33, 0.65), flatness=(0.7, 1.0), inside=body
+        )
         core = ndimage.gaussian_filter(mask.astype(float), size * 0.015)
         uptake = np.maximum(uptake, core * rng.uniform(0.6, 0.95))
 
@@ -170,13 +193,20 @@ def _lesion_mask(
     across = (x - cx) * np.cos(tilt) + (y - cy) * np.sin(tilt)
     down = ((y - cy) * np.cos(tilt) - (x - cx) * np.sin(tilt)) / flat
     angle = np.arctan2(down, across)
-    lobes = sum(rng.normal(0, 0.22 / n) * np.cos(n * angle + rng.uniform(0, 2 * np.pi)) for n in range(2, 7))
+    lobes = sum(
+        rng.normal(0, 0.22 / n) * np.cos(n * angle + rng.uniform(0, 2 * np.pi)) for n in range(2, 7)
+    )
     distance = np.hypot(across, down) / np.clip(1 + lobes, 0.5, 1.5)
     if inside is not None:
-        distance = np.where(ndimage.binary_erosion(inside, iterations=max(1, size // 50)), distance, np.inf)
+        distance = np.where(
+            ndimage.binary_erosion(inside, iterations=max(1, size // 50)), distance, np.inf
+        )
     low, high = LESION_AREA
     area = low * (high / low) ** rng.uniform()
-    return distance <= np.partition(distance, int(area * size * size), axis=None)[int(area * size * size)]
+    return (
+        distance
+        <= np.partition(distance, int(area * size * size), axis=None)[int(area * size * size)]
+    )
 
 
 def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -186,13 +216,19 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _waves(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    waves = [rng.normal(0, 1) * np.sin(2 * np.pi * (n * x + rng.uniform())) / n for n in (0.5, 1, 2, 3)]
+    waves = [
+        rng.normal(0, 1) * np.sin(2 * np.pi * (n * x + rng.uniform())) / n for n in (0.5, 1, 2, 3)
+    ]
     return np.sum(waves, axis=0)
 
 
-def _blotches(size: int, rng: np.random.Generator, width: float | tuple[float, float]) -> np.ndarray:
+def _blotches(
+    size: int, rng: np.random.Generator, width: float | tuple[float, float]
+) -> np.ndarray:
     """Smooth noise of mean 0 and SD 1 with blotches of `width`, a share of the image (down, across)."""
-    field = ndimage.gaussian_filter(rng.standard_normal((size, size)), np.multiply(width, size), mode="reflect")
+    field = ndimage.gaussian_filter(
+        rng.standard_normal((size, size)), np.multiply(width, size), mode="reflect"
+    )
     return (field - field.mean()) / field.std()
 
 

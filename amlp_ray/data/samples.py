@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
-from amlp_ray.data.parts import images_of, masks_of, read_part
+from amlp_ray.data.parquet import images_of, masks_of, read_part
 
 if TYPE_CHECKING:
     from amlp_ray.data.dataset import PatchDataset
 
-GROUPS_KEPT = 4  # row groups held, at most 16 MiB each: neighbours come from memory, and a shuffle reads on
+GROUPS_KEPT = (
+    4  # row groups held, at most 16 MiB each: neighbours come from memory, and a shuffle reads on
+)
 
 
 class Sample(NamedTuple):
@@ -59,7 +61,9 @@ class Samples(Sequence[Sample]):
         split, _, part = self._parts[number]
         group, row = divmod(index - (self._ends[number] - part.rows), self._per_group)
         ids, groups, images, masks, labelled = self._group(number, group)
-        return Sample(ids[row], groups[row], split, images[row], masks[row] if labelled[row] else None)
+        return Sample(
+            ids[row], groups[row], split, images[row], masks[row] if labelled[row] else None
+        )
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))

@@ -29,6 +29,8 @@ class TorchSamples(torch.utils.data.Dataset[dict[str, Any]]):
         return {
             "id": sample.id,
             "image": image,
-            "mask": torch.zeros(image.shape[1:], dtype=torch.uint8) if mask is None else torch.from_numpy(mask.copy()),
+            "mask": torch.zeros(image.shape[1:], dtype=torch.uint8)
+            if mask is None
+            else torch.from_numpy(mask.copy()),
             "labelled": mask is not None,
         }

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amlp_ray.config import ImageSpec
-from amlp_ray.method import noise as draw
+from amlp_ray.method import counter_rng as draw
 
 Mask = TypeVar("Mask", Tensor, None)
 
@@ -39,7 +39,9 @@ def normalise(images: Tensor, spec: ImageSpec) -> Tensor:
 def _scale(spec: ImageSpec, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and SD, (1, C, 1, 1) each, kept: copying them to a GPU anew would make every step wait for it."""
     with torch.inference_mode(False):  # kept tensors serve training too
-        mean, std = (torch.tensor(x, device=device).view(1, -1, 1, 1) for x in (spec.mean, spec.std))
+        mean, std = (
+            torch.tensor(x, device=device).view(1, -1, 1, 1) for x in (spec.mean, spec.std)
+        )
     return mean, std
 
 
@@ -64,11 +66,19 @@ def augment(
         crop_min, flip, flip_vertical: see `random_crop`. intensity: see `recoloured`.
     """
     crop = random_crop(
-        keys, crop_min=crop_min, flip=flip, flip_vertical=flip_vertical, seed=seed, epoch=epoch, purpose=purpose
+        keys,
+        crop_min=crop_min,
+        flip=flip,
+        flip_vertical=flip_vertical,
+        seed=seed,
+        epoch=epoch,
+        purpose=purpose,
     )
     if masks is not None and crop is not None:
         masks = cropped(masks[:, None].to(crop.dtype), crop, mode="nearest")[:, 0].to(masks.dtype)
-    return recoloured(cropped(images, crop), keys, intensity, seed=seed, epoch=epoch, purpose=purpose), masks
+    return recoloured(
+        cropped(images, crop), keys, intensity, seed=seed, epoch=epoch, purpose=purpose
+    ), masks
 
 
 def random_crop(
@@ -98,7 +108,10 @@ def random_crop(
     area = crop_min + (1 - crop_min) * u[:, 0]
     aspect = (4 / 3) ** (u[:, 1] * 2 - 1) if crop_min < 1 else torch.ones_like(area)
     # A side that would leave the image is cut; the other is then kept from falling below the least area.
-    half_w, half_h = (area * aspect).sqrt().clamp(crop_min, 1), (area / aspect).sqrt().clamp(crop_min, 1)
+    half_w, half_h = (
+        (area * aspect).sqrt().clamp(crop_min, 1),
+        (area / aspect).sqrt().clamp(crop_min, 1),
+    )
     centre_x, centre_y = (u[:, 2] * 2 - 1) * (1 - half_w), (u[:, 3] * 2 - 1) * (1 - half_h)
     if flip:
         half_w = torch.where(u[:, 4] < 0.5, -half_w, half_w)
@@ -120,7 +133,13 @@ def cropped(images: Tensor, crop: Tensor | None, mode: str = "bilinear") -> Tens
 
 
 def recoloured(
-    images: Tensor, keys: Tensor, intensity: float, *, seed: int, epoch: int, purpose: int = draw.CROP
+    images: Tensor,
+    keys: Tensor,
+    intensity: float,
+    *,
+    seed: int,
+    epoch: int,
+    purpose: int = draw.CROP,
 ) -> Tensor:
     """Change gamma, contrast and brightness of normalised images (B, C, H, W) at random; `intensity` is the strength.
 
@@ -132,8 +151,15 @@ def recoloured(
     """
     if intensity == 0:
         return images
-    u = draw.uniform(keys, 11, seed=seed, epoch=epoch, purpose=purpose)[:, 8:, None, None, None] * 2 - 1
-    gamma, contrast, brightness = GAMMA ** (intensity * u[:, 0]), CONTRAST ** (intensity * u[:, 1]), u[:, 2]
+    u = (
+        draw.uniform(keys, 11, seed=seed, epoch=epoch, purpose=purpose)[:, 8:, None, None, None] * 2
+        - 1
+    )
+    gamma, contrast, brightness = (
+        GAMMA ** (intensity * u[:, 0]),
+        CONTRAST ** (intensity * u[:, 1]),
+        u[:, 2],
+    )
     low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
     span = high - low
     shares = ((images - low) / span.clamp_min(torch.finfo(images.dtype).tiny)).clamp(0, 1)

@@ -46,7 +46,11 @@ def create_encoder(name: str, arguments: dict[str, Any]) -> VisionTransformer:
 
 
 def encoder_tokens(
-    encoder: VisionTransformer, patches: Tensor, visible: Tensor | None = None, *, hidden: Tensor | None = None
+    encoder: VisionTransformer,
+    patches: Tensor,
+    visible: Tensor | None = None,
+    *,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """Run the encoder on patches (B, N, P), or on those at `visible` (B, V) only: tokens (B, R + V, D), prefix first.
 
@@ -63,7 +67,11 @@ def encoder_tokens(
 
 
 def embedded_tokens(
-    encoder: VisionTransformer, patches: Tensor, visible: Tensor | None = None, *, hidden: Tensor | None = None
+    encoder: VisionTransformer,
+    patches: Tensor,
+    visible: Tensor | None = None,
+    *,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """What the first block is given; arguments as in `encoder_tokens`."""
     count = patches.shape[1]
@@ -98,7 +106,11 @@ def patch_attention(encoder: VisionTransformer, patches: Tensor) -> Tensor:
     last = encoder.blocks[-1]
     attention = last.attn
     b, n, _ = tokens.shape
-    qkv = attention.qkv(last.norm1(tokens)).reshape(b, n, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    qkv = (
+        attention.qkv(last.norm1(tokens))
+        .reshape(b, n, 3, attention.num_heads, -1)
+        .permute(2, 0, 3, 1, 4)
+    )
     q, k = attention.q_norm(qkv[0]), attention.k_norm(qkv[1])  # (B, heads, R + N, D / heads)
     asking = q[:, :, :1] if encoder.cls_token is not None else q
     weights = torch.softmax((asking * attention.scale) @ k.mT, -1)
@@ -120,7 +132,9 @@ def sincos_positions(grid: tuple[int, int], width: int, prefix: int) -> Tensor:
     quarter = width // 4
     frequency = 1 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
     y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
-    angles = torch.cat([x.reshape(-1, 1) * frequency, y.reshape(-1, 1) * frequency], 1).unflatten(1, (2, quarter))
+    angles = torch.cat([x.reshape(-1, 1) * frequency, y.reshape(-1, 1) * frequency], 1).unflatten(
+        1, (2, quarter)
+    )
     table = torch.cat([angles.sin(), angles.cos()], -1).flatten(1).float()  # (N, width)
     return torch.cat([torch.zeros(prefix, width), table])[None]
 
@@ -137,7 +151,9 @@ def new_encoder(settings: ModelSettings, spec: ImageSpec) -> VisionTransformer:
     """Build the encoder of the settings with fixed positions and MAE's embedding."""
     encoder = create_encoder(timm_name(settings), timm_arguments(settings, spec))
     grid = (spec.height // settings.patch_size, spec.width // settings.patch_size)
-    prefix = encoder.pos_embed.shape[1] - grid[0] * grid[1]  # some timm ViTs give prefix tokens no position
+    prefix = (
+        encoder.pos_embed.shape[1] - grid[0] * grid[1]
+    )  # some timm ViTs give prefix tokens no position
     positions = sincos_positions(grid, settings.width, prefix)
     encoder.pos_embed = nn.Parameter(positions, requires_grad=False)
     initialise(encoder.patch_embed.proj)

@@ -22,7 +22,9 @@ class Clusters(NamedTuple):
     mass: Tensor
 
 
-def kmeans(x: Tensor, inside: Tensor, clusters: int, noise: Tensor, *, iterations: int = 20) -> Clusters:
+def kmeans(
+    x: Tensor, inside: Tensor, clusters: int, noise: Tensor, *, iterations: int = 20
+) -> Clusters:
     """Cluster the patches `inside` (B, N) of every image on its own, all images and starts in one batched pass.
 
     Args:
@@ -42,8 +44,12 @@ def kmeans(x: Tensor, inside: Tensor, clusters: int, noise: Tensor, *, iteration
         nearest = _distances(x, norms, centres).argmin(-1)  # (B, N, S)
         member = F.one_hot(nearest, clusters) * weight[..., None, None]  # (B, N, S, K)
         sizes = member.sum(1)  # (B, S, K)
-        means = (member.flatten(2).mT @ x).reshape(b, starts, clusters, d) / sizes[..., None].clamp_min(1)
-        centres = torch.where(sizes[..., None] > 0, means, centres)  # an emptied cluster keeps its centre
+        means = (member.flatten(2).mT @ x).reshape(b, starts, clusters, d) / sizes[
+            ..., None
+        ].clamp_min(1)
+        centres = torch.where(
+            sizes[..., None] > 0, means, centres
+        )  # an emptied cluster keeps its centre
     inertia = (_distances(x, norms, centres).amin(-1) * weight[..., None]).sum(1)  # (B, S)
     best = inertia.argmin(1)
     return assign(x, inside, centres[torch.arange(b, device=x.device), best])
@@ -94,15 +100,21 @@ def _distances(x: Tensor, norms: Tensor, centres: Tensor) -> Tensor:
 def _seed_centres(x: Tensor, norms: Tensor, weight: Tensor, noise: Tensor) -> Tensor:
     """k-means++ seeding of every start: (B, S, K, D); noise (B, S, K)."""
     _, starts, clusters = noise.shape
-    closest = weight[:, None].expand(-1, starts, -1)  # (B, S, N): the first centre is uniform over tissue
+    closest = weight[:, None].expand(
+        -1, starts, -1
+    )  # (B, S, N): the first centre is uniform over tissue
     centres: list[Tensor] = []
     for k in range(clusters):
         total = closest.cumsum(-1)
         # The last patch whose cumulative weight does not reach the draw; clamped where all weight is zero.
-        chosen = (total < noise[..., k : k + 1] * total[..., -1:]).sum(-1).clamp_max(x.shape[1] - 1)  # (B, S)
+        chosen = (
+            (total < noise[..., k : k + 1] * total[..., -1:]).sum(-1).clamp_max(x.shape[1] - 1)
+        )  # (B, S)
         centre = x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))  # (B, S, D)
         centres.append(centre)
-        distance = _distances(x, norms, centre[:, :, None])[..., 0].mT * weight[:, None]  # (B, S, N)
+        distance = (
+            _distances(x, norms, centre[:, :, None])[..., 0].mT * weight[:, None]
+        )  # (B, S, N)
         closest = distance if k == 0 else torch.minimum(closest, distance)
     return torch.stack(centres, 2)
 
@@ -142,7 +154,9 @@ class DatasetClusters(nn.Module):
         b, (k, d) = len(x), self.centres.shape
         if not self.centres.any():  # looks are rare, so this wait for the device is too
             everywhere = [_of_all_workers(part) for part in (x, inside, noise[:1])]
-            first = kmeans(everywhere[0].reshape(1, -1, d), everywhere[1].reshape(1, -1), k, everywhere[2][:1])
+            first = kmeans(
+                everywhere[0].reshape(1, -1, d), everywhere[1].reshape(1, -1), k, everywhere[2][:1]
+            )
             self.centres.copy_(first.centres[0])
             self.sizes.copy_(first.sizes[0])
             if dist.is_initialized():
@@ -151,7 +165,9 @@ class DatasetClusters(nn.Module):
             self.moving.copy_(self.centres)
         found = assign(x, inside, self.centres.expand(b, -1, -1))
         if learn:
-            member = F.one_hot(found.labels.clamp_min(0), k) * inside[..., None].to(x.dtype)  # (B, N, K)
+            member = F.one_hot(found.labels.clamp_min(0), k) * inside[..., None].to(
+                x.dtype
+            )  # (B, N, K)
             sums, counts = (member.mT @ x).sum(0), member.sum((0, 1))
             if dist.is_initialized():
                 dist.all_reduce(sums)

@@ -16,7 +16,7 @@ from torch import Tensor
 from amlp_ray.config import LossSettings
 
 if TYPE_CHECKING:
-    from amlp_ray.method.model import Prediction
+    from amlp_ray.method.autoencoder import Prediction
 
 _EPS = 1e-6
 
@@ -70,7 +70,9 @@ def relative_difficulty(difficulty: Tensor, tissue: Tensor) -> Tensor:
     return difficulty / (mean + _EPS)
 
 
-def category_consistency_loss(logits: Tensor, hard: Tensor, lesion: Tensor, settings: LossSettings) -> Tensor:
+def category_consistency_loss(
+    logits: Tensor, hard: Tensor, lesion: Tensor, settings: LossSettings
+) -> Tensor:
     """CCL: a head learns, from the decoder's tokens, which patches are hard and which the clustering called lesion.
 
     eta * BCE(q, hard) + (1 - eta) * BCE(q, lesion), classes weighted to equal mass within each image, since a lesion
@@ -141,7 +143,9 @@ def _balanced_bce(logits: Tensor, labels: Tensor) -> Tensor:
     positive = labels.to(logits.dtype)
     total = labels.shape[1]
     count = positive.sum(1, keepdim=True)
-    weight = torch.where(labels, total / (2 * count.clamp_min(1)), total / (2 * (total - count).clamp_min(1)))
+    weight = torch.where(
+        labels, total / (2 * count.clamp_min(1)), total / (2 * (total - count).clamp_min(1))
+    )
     mixed = (count > 0) & (count < total)
     loss = F.binary_cross_entropy_with_logits(logits, positive, reduction="none")
     return (loss * weight * mixed).mean()
@@ -154,7 +158,9 @@ class Losses(NamedTuple):
     reconstruction: Tensor
     ccl: Tensor
     ranking: Tensor
-    effective_patches: Tensor  # share of masked patches that carry the weighted loss: (sum w)^2 / (m sum w^2)
+    effective_patches: (
+        Tensor  # share of masked patches that carry the weighted loss: (sum w)^2 / (m sum w^2)
+    )
     agreement: Tensor  # kappa of category and difficulty: is what is called lesion what is hard?
 
 

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from amlp_ray.config import PretrainSettings
 from amlp_ray.errors import SettingsError
-from amlp_ray.method.aim import Aim, TeacherView, aim_at
 from amlp_ray.method.augment import cropped, random_crop, recoloured
-from amlp_ray.method.features import tissue_of
-from amlp_ray.method.model import MaskedAutoencoder
+from amlp_ray.method.autoencoder import MaskedAutoencoder
+from amlp_ray.method.ema_teacher import teacher_view
+from amlp_ray.method.lesion_map import Aim, TeacherView, aim_at
+from amlp_ray.method.masking_ratio import masked_count, masking_ratio
+from amlp_ray.method.patch_features import tissue_of
+from amlp_ray.method.patch_selection import Selection, select_patches
 from amlp_ray.method.patches import patchify
 from amlp_ray.method.precision import autocast
-from amlp_ray.method.ratio import masked_count, masking_ratio
-from amlp_ray.method.selection import Selection, select_patches
-from amlp_ray.method.teacher import teacher_view
 
 
 class Moment(NamedTuple):
@@ -37,7 +37,10 @@ class Masking:
     """
 
     def __init__(
-        self, model: MaskedAutoencoder, settings: PretrainSettings, truth: Mapping[int, Tensor] | None = None
+        self,
+        model: MaskedAutoencoder,
+        settings: PretrainSettings,
+        truth: Mapping[int, Tensor] | None = None,
     ) -> None:
         """Masks for `model`.
 
@@ -45,7 +48,9 @@ class Masking:
             truth: lesion share of every patch, (h, w), by image key; for oracles, which are diagnosis only.
         """
         self.model, self.settings, self.truth = model, settings, truth
-        self._kept = torch.zeros(0)  # (n, 3, h, w) float16; at least as many rows as images looked at
+        self._kept = torch.zeros(
+            0
+        )  # (n, 3, h, w) float16; at least as many rows as images looked at
         self._filled = 0
         self._rows: dict[int, int] = {}
         self._looked = 0  # epoch of the look that `_kept` belongs to
@@ -53,9 +58,13 @@ class Masking:
     def ratio(self, now: Moment) -> float:
         """The masking ratio of a step."""
         s = self.settings
-        return masking_ratio(s.ratio, now.epoch, s.epochs, step=now.step, steps=now.steps, seed=s.seed)
+        return masking_ratio(
+            s.ratio, now.epoch, s.epochs, step=now.step, steps=now.steps, seed=s.seed
+        )
 
-    def augmented(self, images: Tensor, keys: Tensor, host_keys: Tensor, now: Moment) -> tuple[Tensor, Selection]:
+    def augmented(
+        self, images: Tensor, keys: Tensor, host_keys: Tensor, now: Moment
+    ) -> tuple[Tensor, Selection]:
         """Augment normalised images (B, C, H, W) at random; return their patches (B, N, P) and the selection.
 
         What was found on whole images is cropped along. Between looks the aim is that of the image as it is stored,
@@ -66,7 +75,12 @@ class Masking:
         """
         s = self.settings
         crop = random_crop(
-            keys, crop_min=s.crop_min, flip=s.flip, flip_vertical=s.flip_vertical, seed=s.seed, epoch=now.epoch
+            keys,
+            crop_min=s.crop_min,
+            flip=s.flip,
+            flip_vertical=s.flip_vertical,
+            seed=s.seed,
+            epoch=now.epoch,
         )
         shown = recoloured(cropped(images, crop), keys, s.intensity, seed=s.seed, epoch=now.epoch)
         patches = patchify(shown, self.model.patch_size)
@@ -74,12 +88,18 @@ class Masking:
             return patches, self._select(_no_aim(patches), patches, keys, now)
         self._begin_look(now.epoch)
         if s.selection.refresh == 0:
-            aim = self._look(patches, keys, now.epoch, self._truth(host_keys, patches, crop), learn=True)
+            aim = self._look(
+                patches, keys, now.epoch, self._truth(host_keys, patches, crop), learn=True
+            )
         else:
-            aim = Aim.of(cropped(self._maps(images, keys, host_keys, now.epoch), crop, mode="nearest"))
+            aim = Aim.of(
+                cropped(self._maps(images, keys, host_keys, now.epoch), crop, mode="nearest")
+            )
         return patches, self._select(aim, patches, keys, now)
 
-    def whole(self, images: Tensor, keys: Tensor, now: Moment, aim: Aim | None = None) -> tuple[Tensor, Aim, Selection]:
+    def whole(
+        self, images: Tensor, keys: Tensor, now: Moment, aim: Aim | None = None
+    ) -> tuple[Tensor, Aim, Selection]:
         """The same without cropping, for pictures and diagnosis: nothing is kept and no centroid moves.
 
         Args:
@@ -125,18 +145,28 @@ class Masking:
             index = torch.tensor(new, device=images.device)
             patches = patchify(images[index], self.model.patch_size)
             truth = self._truth(host_keys[new], patches, None)
-            maps = self._look(patches, keys[index], look, truth, learn=learn).maps(self.model.grid).half()
+            maps = (
+                self._look(patches, keys[index], look, truth, learn=learn)
+                .maps(self.model.grid)
+                .half()
+            )
             start, end = self._filled, self._filled + len(new)
             if end > len(self._kept):  # doubling, so that growing costs no more than filling
                 larger = maps.new_zeros(max(2 * len(self._kept), end), *maps.shape[1:])
-                self._kept = torch.cat([self._kept, larger[len(self._kept) :]]) if len(self._kept) else larger
+                self._kept = (
+                    torch.cat([self._kept, larger[len(self._kept) :]])
+                    if len(self._kept)
+                    else larger
+                )
             self._kept[start:end] = maps
             self._rows |= {wanted[i]: start + row for row, i in enumerate(new)}
             self._filled = end
         rows = torch.tensor([self._rows[key] for key in wanted])
         return self._kept[rows.to(images.device, non_blocking=True)].float()
 
-    def _look(self, patches: Tensor, keys: Tensor, epoch: int, truth: Tensor | None, *, learn: bool) -> Aim:
+    def _look(
+        self, patches: Tensor, keys: Tensor, epoch: int, truth: Tensor | None, *, learn: bool
+    ) -> Aim:
         s, model = self.settings, self.model
         told: TeacherView | None = None
         if model.teacher is not None and epoch >= self._warm_from():
@@ -154,7 +184,9 @@ class Masking:
             feedback=s.selection.feedback if s.uses_feedback else 0.0,
             truth=truth,
             # The teacher's tokens have other dimensions than the raw patches that stand in for them at first.
-            centroids=model.centroids if told is not None or s.selection.features != "tokens" else None,
+            centroids=model.centroids
+            if told is not None or s.selection.features != "tokens"
+            else None,
             learn=learn,
         )
 

@@ -20,7 +20,11 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
     b, _, values = patches.shape
     p, (h, w) = patch_size, grid
     channels = values // (p * p)
-    return patches.reshape(b, h, w, channels, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, channels, h * p, w * p)
+    return (
+        patches.reshape(b, h, w, channels, p, p)
+        .permute(0, 3, 1, 4, 2, 5)
+        .reshape(b, channels, h * p, w * p)
+    )
 
 
 def gather(patches: Tensor, ids: Tensor) -> Tensor:
@@ -29,7 +33,9 @@ def gather(patches: Tensor, ids: Tensor) -> Tensor:
         return patches.gather(1, ids)
     b, n, _ = patches.shape
     rows = ids + n * torch.arange(b, device=ids.device)[:, None]
-    return patches.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, ids.shape)  # copies whole patches
+    return (
+        patches.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, ids.shape)
+    )  # copies whole patches
 
 
 def tissue_patches(patches: Tensor, *, mean_above: float, std_above: float) -> Tensor:

@@ -21,7 +21,9 @@ def autocast_type(settings: HasPrecision, device: str) -> torch.dtype | None:
     is float32 there.
     """
     if settings.precision == "auto":
-        return torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else None
+        return (
+            torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else None
+        )
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.precision)
 
 

@@ -10,22 +10,23 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import FrozenTrial
 
 from amlp_ray.config import StudySettings
+from amlp_ray.config.overrides import merged
+from amlp_ray.config.yaml_file import read_yaml, write_yaml
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.place import Place
+from amlp_ray.data.path import Place
 from amlp_ray.errors import StudyError
-from amlp_ray.settings import merged, read_yaml, write_yaml
-from amlp_ray.study.keeping import best
-from amlp_ray.study.keeping.store import Request, StudyStore
-from amlp_ray.study.space.declared import build_study
-from amlp_ray.study.verbs import edit, exchange, listing, migrate, status
+from amlp_ray.study.operations import change_space, edit, status, transfer, trials
+from amlp_ray.study.search_space.validate import build_study
+from amlp_ray.study.storage import best_trials
+from amlp_ray.study.storage.study_store import Request, StudyStore
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from amlp_ray.study.execution.driver import Outcome
+    from amlp_ray.study.execution.plan import Plan
+    from amlp_ray.study.execution.trial_queue import Phase
     from amlp_ray.study.report import Importance
-    from amlp_ray.study.running.driver import Outcome
-    from amlp_ray.study.running.plan import Plan
-    from amlp_ray.study.running.queue import Phase
 
 Notify = Callable[[str], None]
 
@@ -68,8 +69,14 @@ class Study:
         """
         values = read_yaml(file)
         build_study(values, str(file))  # so that a fault of the file is told as the file's
-        given = {name: str(place) for name, place in (("data", data), ("labels", labels)) if place is not None}
-        return cls._of(merged(values, overrides or {}) | given, "overrides (--set)", runs, of=str(file))
+        given = {
+            name: str(place)
+            for name, place in (("data", data), ("labels", labels))
+            if place is not None
+        }
+        return cls._of(
+            merged(values, overrides or {}) | given, "overrides (--set)", runs, of=str(file)
+        )
 
     @classmethod
     def create(cls, *, runs: str | Path = "runs", **settings: Any) -> Study:
@@ -90,8 +97,14 @@ class Study:
         settings = build_study(values, source)
         if settings.data is None:
             raise StudyError(f"{of} names no data set; give one with --data or the key data.")
-        named = {name: path for name in ("data", "labels") if (path := getattr(settings, name)) is not None}
-        settings = settings.model_copy(update={name: str(Place(path)) for name, path in named.items()})
+        named = {
+            name: path
+            for name in ("data", "labels")
+            if (path := getattr(settings, name)) is not None
+        }
+        settings = settings.model_copy(
+            update={name: str(Place(path)) for name, path in named.items()}
+        )
         return cls(settings, StudyStore(Path(runs) / settings.name))
 
     @classmethod
@@ -114,25 +127,29 @@ class Study:
 
     def validate(self) -> None:
         """Raise SettingsError or DataError for what would fail only after hours."""
-        from amlp_ray.study.running.plan import check_study
+        from amlp_ray.study.execution.plan import check_study
 
         check_study(self.settings, self.dataset, self.labels)
 
     def plan(self, address: str | None = None) -> Plan:
         """Check and price the study, for this machine or for the cluster at `address`; nothing is run."""
-        from amlp_ray.runtime.capacity import cluster_resources, machine_resources
-        from amlp_ray.runtime.ray_session import ray_session
-        from amlp_ray.study.running.plan import make_plan
+        from amlp_ray.runtime.resources import cluster_resources, machine_resources
+        from amlp_ray.runtime.session import ray_session
+        from amlp_ray.study.execution.plan import make_plan
 
         if address is None:
-            return make_plan(self.settings, self.dataset, machine_resources(), self.labels, self.store)
+            return make_plan(
+                self.settings, self.dataset, machine_resources(), self.labels, self.store
+            )
         with ray_session(address):
-            return make_plan(self.settings, self.dataset, cluster_resources(), self.labels, self.store)
+            return make_plan(
+                self.settings, self.dataset, cluster_resources(), self.labels, self.store
+            )
 
     def dry_run(self, address: str | None = None) -> dict[str, Any]:
         """Run two steps and a probe of one trial in a worker of the cluster, and keep nothing."""
-        from amlp_ray.runtime.ray_session import ray_session
-        from amlp_ray.study.running.dry_run import dry_run
+        from amlp_ray.runtime.session import ray_session
+        from amlp_ray.study.execution.dry_run import dry_run
 
         self.validate()
         with ray_session(address):
@@ -165,12 +182,14 @@ class Study:
 
         Raises: as `run`, and StudyError where no trial is complete.
         """
-        from amlp_ray.study.confirming.confirm import confirmation_notes, open_test, opened
+        from amlp_ray.study.confirmation.confirm import confirmation_notes, open_test, opened
 
         if opened(self.store):  # more runs could never be scored on the test images
             self.outcome = "done"
         else:
-            for note in confirmation_notes(self.store, self.settings):  # raises where there is nothing to confirm
+            for note in confirmation_notes(
+                self.store, self.settings
+            ):  # raises where there is nothing to confirm
                 notify(f"note: {note}")
             self._run("confirm", address, notify)
         if self.outcome == "done":
@@ -178,18 +197,32 @@ class Study:
         return self
 
     def _run(self, phase: Phase, address: str | None, notify: Notify) -> Study:
-        from amlp_ray.data.reading.cache import swept
-        from amlp_ray.runtime.capacity import cluster_resources, jobs_side_by_side, machine_resources
-        from amlp_ray.runtime.ray_session import ray_session
-        from amlp_ray.study.running.beginning import check_unchanged, note_environment, note_pruning, with_budget
-        from amlp_ray.study.running.driver import EventLog, run_on_tune
+        from amlp_ray.data.loading.image_cache import swept
+        from amlp_ray.runtime.resources import (
+            cluster_resources,
+            jobs_side_by_side,
+            machine_resources,
+        )
+        from amlp_ray.runtime.session import ray_session
+        from amlp_ray.study.execution.driver import run_on_tune
+        from amlp_ray.study.execution.monitor import EventLog
+        from amlp_ray.study.execution.preflight import (
+            check_unchanged,
+            note_environment,
+            note_pruning,
+            with_budget,
+        )
 
         check_unchanged(self.settings, self.store, self.dataset, self.labels)
         if (self.store.folder / "run.lock").is_file() and (holder := self.store.holder()):
-            raise StudyError(f"Study {self.settings.name!r} is already run by {holder}; wait for it, or end it.")
+            raise StudyError(
+                f"Study {self.settings.name!r} is already run by {holder}; wait for it, or end it."
+            )
         self.validate()
         if address is None:
-            jobs_side_by_side(self.settings.resources, machine_resources())  # refuse before a cluster is started
+            jobs_side_by_side(
+                self.settings.resources, machine_resources()
+            )  # refuse before a cluster is started
         self.store.folder.mkdir(parents=True, exist_ok=True)
         if not (self.store.folder / "study.yaml").is_file():
             write_yaml(self.settings, self.store.folder / "study.yaml")
@@ -204,7 +237,9 @@ class Study:
                 cluster = cluster_resources()
                 side_by_side = jobs_side_by_side(self.settings.resources, cluster)
                 note_environment(self.settings, self.store, cluster, self.dataset, self.labels)
-                log(f"study {self.settings.name}: {side_by_side} trials side by side, folder {self.store.folder}")
+                log(
+                    f"study {self.settings.name}: {side_by_side} trials side by side, folder {self.store.folder}"
+                )
                 if phase == "search":
                     note_pruning(self.settings, self.dataset.count("train"), log)
                 if session.dashboard:
@@ -243,13 +278,17 @@ class Study:
 
     def extend(self, **amounts: Any) -> Study:
         """Change the budget, such as `trials="+10"` or `hours=8`; see `edit.extend`."""
-        self.settings = self.settings.model_copy(update={"budget": edit.extend(self.store, **amounts)})
+        self.settings = self.settings.model_copy(
+            update={"budget": edit.extend(self.store, **amounts)}
+        )
         return self
 
-    def change_space(self, file: str | Path, change: migrate.Change | None = None) -> migrate.Migration:
+    def change_space(
+        self, file: str | Path, change: change_space.Change | None = None
+    ) -> change_space.Migration:
         """Go on with the space of another study file; see `migrate.migrate`."""
         new = build_study(read_yaml(file), str(file))
-        migration = migrate.migrate(self.store, new, change or migrate.Change())
+        migration = change_space.migrate(self.store, new, change or change_space.Change())
         self.settings = self.store.settings()
         return migration
 
@@ -263,13 +302,13 @@ class Study:
 
     def replay(self, number: int, **where: Any) -> dict[str, Any]:
         """Train a trial again in another folder and compare every rung's score; see `replay.replay`."""
-        from amlp_ray.study.verbs.replay import replay
+        from amlp_ray.study.operations.replay import replay
 
         return replay(self.store, self.settings, number, **where)
 
-    def import_(self, source: str | Path) -> exchange.Imported:
+    def import_(self, source: str | Path) -> transfer.Imported:
         """Take trials of a CSV file or another study as prior knowledge; see `exchange.import_trials`."""
-        return exchange.import_trials(self.store, self.settings, source)
+        return transfer.import_trials(self.store, self.settings, source)
 
     def delete(self) -> None:
         """Delete the folder and what a database holds of the study. Raises StudyError while it is run."""
@@ -280,16 +319,16 @@ class Study:
     @property
     def best_trial(self) -> FrozenTrial:
         """The best COMPLETE trial of the search by the study's metric. Raises StudyError where there is none."""
-        return best.best_trial(self.store, self.settings)
+        return best_trials.best_trial(self.store, self.settings)
 
     @property
     def best_trials(self) -> list[FrozenTrial]:
         """The Pareto front of several objectives; of one, the best trial."""
-        return best.front(self.store.search().get_trials(deepcopy=False), self.settings)
+        return best_trials.front(self.store.search().get_trials(deepcopy=False), self.settings)
 
     def trials(self) -> list[dict[str, Any]]:
         """All trials as plain rows, arms and confirmation after the search."""
-        return listing.trial_rows(self.store, self.settings)
+        return trials.trial_rows(self.store, self.settings)
 
     def trials_dataframe(self) -> pd.DataFrame:
         """All trials: kind, number, state, scores, what they took, and one column per searched setting."""
@@ -299,7 +338,7 @@ class Study:
 
     def trial(self, number: int) -> dict[str, Any]:
         """All there is of one trial: settings, rungs, what it took, provenance, files."""
-        return listing.trial_facts(self.store, number)
+        return trials.trial_facts(self.store, number)
 
     def status(self) -> dict[str, Any]:
         """Who runs the study, trials by state, budget used and allowed, best, arms, confirmation."""
@@ -319,13 +358,13 @@ class Study:
 
     def compare(self, *others: Study) -> dict[str, Any]:
         """This study beside others: bests, arms, settings that differ, trials in common."""
-        from amlp_ray.study.verbs.compare import compare
+        from amlp_ray.study.operations.compare import compare
 
         return compare([self.store, *(other.store for other in others)])
 
     def export(self, out: str | Path) -> int:
         """Write all trials to a .csv, .parquet or .json file; returns how many."""
-        return exchange.export_trials(self.store, Path(out))
+        return transfer.export_trials(self.store, Path(out))
 
     def report(self) -> Path:
         """Write `report.html` and return its path."""

@@ -18,21 +18,22 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from amlp_ray.config import FaultSettings, PretrainSettings, ResourceSettings, SegmentSettings
-from amlp_ray.data.reading.prefetch import prefetched
-from amlp_ray.data.reading.stream import Batch, Batches
+from amlp_ray.config import FaultSettings, PretrainSettings, ResourceSettings
+from amlp_ray.data.loading.batches import Batch, Batches
+from amlp_ray.data.loading.prefetch import prefetched
 from amlp_ray.errors import CheckpointError, NonFiniteLossError, SettingsError
 from amlp_ray.method.masking import Moment
-from amlp_ray.training import parallel
-from amlp_ray.training.keeping.checkpoint import state_to_keep
-from amlp_ray.training.keeping.export import ENCODER, export_encoder, is_encoder
-from amlp_ray.training.keeping.keeper import Keeper, checkpoints
-from amlp_ray.training.keeping.patience import Patience
-from amlp_ray.training.learner import Learner
-from amlp_ray.training.recording.events import EventLog, read_events
-from amlp_ray.training.recording.meter import Meter
-from amlp_ray.training.recording.metrics import Metrics, append_row, drop_after
-from amlp_ray.training.steps import Model, Step, Values, step_of
+from amlp_ray.training.checkpoint.export import ENCODER, export_encoder, is_encoder
+from amlp_ray.training.checkpoint.manager import Keeper, checkpoints
+from amlp_ray.training.checkpoint.restore import state_to_keep
+from amlp_ray.training.loggers.metrics_file import Metrics, append_row, drop_after
+from amlp_ray.training.loggers.mfu import Meter
+from amlp_ray.training.lr_schedule import learning_rate
+from amlp_ray.training.objectives import Model, Step, Values, step_of
+from amlp_ray.training.train_state import Learner
+from amlp_ray.utils import distributed
+from amlp_ray.utils.event_log import EventLog, read_events
+from amlp_ray.utils.retry import Patience
 
 
 @dataclass
@@ -98,19 +99,27 @@ def pretrain(
     settings.check_image(batches.spec)
     last = settings.epochs if until is None else until
     if not 1 <= last <= settings.epochs:
-        raise SettingsError(f"until {last} is no epoch of a run of epochs={settings.epochs}; give 1 to that many.")
-    hooks, resources, faults = hooks or Hooks(), resources or ResourceSettings(), faults or FaultSettings()
-    first = parallel.rank() == 0
-    events = EventLog(folder, aloud=parallel.world_size() == 1)
+        raise SettingsError(
+            f"until {last} is no epoch of a run of epochs={settings.epochs}; give 1 to that many."
+        )
+    hooks, resources, faults = (
+        hooks or Hooks(),
+        resources or ResourceSettings(),
+        faults or FaultSettings(),
+    )
+    first = distributed.rank() == 0
+    events = EventLog(folder, aloud=distributed.world_size() == 1)
     resumes = bool(checkpoints(folder))
     learner = Learner(settings, batches.spec, device, sharding=resources.sharding, resumes=resumes)
     done = learner.go_on(folder, events)
     if done > last:
-        raise CheckpointError(f"{folder} is at epoch {done} already, beyond until={last}; choose another folder.")
+        raise CheckpointError(
+            f"{folder} is at epoch {done} already, beyond until={last}; choose another folder."
+        )
     if first and learner.started_from:
         events.note("weights", learner.started_from)
     metrics = _begin(folder, events, done, last) if first else {}
-    network = parallel.as_network(learner.model)
+    network = distributed.as_network(learner.model)
     if settings.compile:
         network = cast(nn.Module, torch.compile(network, dynamic=False))
     objective = step_of(learner.model, settings, truth)
@@ -121,24 +130,31 @@ def pretrain(
     stopped, finished = False, done == last
     try:
         for epoch in range(done + 1, last + 1):
-            metrics = train_epoch(network, learner, objective, batches, epoch, micro_batch=resources.micro_batch)
+            metrics = train_epoch(
+                network, learner, objective, batches, epoch, micro_batch=resources.micro_batch
+            )
             state = learner.refresh()
             if meter is not None:  # the first worker's
                 metrics |= meter.of(metrics) | _evaluated(hooks, learner.whole, epoch)
                 # The last checkpoint is safe before a line follows it: a kill repeats one ended epoch at most, and
                 # rewrites its line; none is missing.
                 keeper.wait()
-                patience(partial(append_row, folder / "metrics.jsonl", metrics), f"the line of epoch {epoch}")
+                patience(
+                    partial(append_row, folder / "metrics.jsonl", metrics),
+                    f"the line of epoch {epoch}",
+                )
                 keeper.save(state_to_keep(state, epoch, settings), epoch)
                 hooks.report(metrics)
             done = epoch
-            if parallel.told_by_first(int(first and hooks.should_stop()), device):
+            if distributed.told_by_first(int(first and hooks.should_stop()), device):
                 stopped = epoch < last
                 break
         keeper.wait()
         encoder = folder / ENCODER
         if first and not (finished and is_encoder(encoder)):
-            export = partial(export_encoder, learner.whole.encoder, encoder, settings.model, batches.spec)
+            export = partial(
+                export_encoder, learner.whole.encoder, encoder, settings.model, batches.spec
+            )
             patience(export, encoder.name)
     finally:
         keeper.close()
@@ -150,10 +166,15 @@ def _begin(folder: Path, events: EventLog, done: int, last: int) -> Metrics:
     folder.mkdir(parents=True, exist_ok=True)
     kept, dropped = drop_after(folder / "metrics.jsonl", done)
     if done < last:
-        world, before = parallel.world_size(), [e for e in read_events(folder) if e["event"] == "started"]
+        world, before = (
+            distributed.world_size(),
+            [e for e in read_events(folder) if e["event"] == "started"],
+        )
         changed = bool(before) and before[-1]["workers"] != world
         told = (
-            f"Going on after epoch {done} with {world} workers instead of {before[-1]['workers']}." if changed else ""
+            f"Going on after epoch {done} with {world} workers instead of {before[-1]['workers']}."
+            if changed
+            else ""
         )
         events.note("started", told, workers=world, epoch=done, repeated=len(dropped))
     return kept[-1] if kept else {}
@@ -186,15 +207,19 @@ def train_epoch(
             lr = learning_rate(settings, (epoch - 1) * steps + step, settings.epochs * steps)
             for group in learner.optimizer.param_groups:
                 group["lr"] = lr
-            values = take_gradient(network, learner, objective, batch, Moment(epoch, step, steps), micro_batch)
+            values = take_gradient(
+                network, learner, objective, batch, Moment(epoch, step, steps), micro_batch
+            )
             rows.append(torch.stack([value.float() for value in values.values()]))
-            if device == "cpu":  # looking costs nothing here; on a GPU it would stall the step: the end looks
+            if (
+                device == "cpu"
+            ):  # looking costs nothing here; on a GPU it would stall the step: the end looks
                 _check_finite(rows[-1:], list(values), learner, epoch, before=step)
             learner.step()
 
     _check_finite(rows, list(values), learner, epoch)
-    means = parallel.mean_over_workers(_means(rows))
-    seconds, world = time.perf_counter() - started, parallel.world_size()
+    means = distributed.mean_over_workers(_means(rows))
+    seconds, world = time.perf_counter() - started, distributed.world_size()
     speed = settings.batch_size * steps / seconds
     return {
         "epoch": epoch,
@@ -215,39 +240,36 @@ def _means(rows: list[Tensor]) -> Tensor:
 
 
 def take_gradient(
-    network: nn.Module, learner: Learner, objective: Step, batch: Batch, now: Moment, micro_batch: int | None = None
+    network: nn.Module,
+    learner: Learner,
+    objective: Step,
+    batch: Batch,
+    now: Moment,
+    micro_batch: int | None = None,
 ) -> Values:
     """Leave the gradient of the global batch, clipped, in the model, and return what the step knows of this share.
 
     A worker's share counts by its images: shares may differ by one, and the mean over workers is that over the batch.
     """
-    settings, world = learner.settings, parallel.world_size()
+    settings, world = learner.settings, distributed.world_size()
     pieces = min(
-        len(batch.keys), math.ceil(math.ceil(settings.batch_size / world) / (micro_batch or settings.batch_size))
+        len(batch.keys),
+        math.ceil(math.ceil(settings.batch_size / world) / (micro_batch or settings.batch_size)),
     )
     learner.optimizer.zero_grad(set_to_none=True)
     total: Values = {}
     parts = objective(network, batch, now, learner.device, pieces)
     for piece in range(pieces):
-        with parallel.no_exchange(network, unless=piece == pieces - 1):
+        with distributed.no_exchange(network, unless=piece == pieces - 1):
             values, images = next(parts)
             weight = images * world / settings.batch_size
             learner.scaler.scale(values["loss"] * weight).backward()
         for name, value in values.items():
             total[name] = total.get(name, 0) + weight * value.detach()
-    parallel.average_loose_gradients(learner.model)
+    distributed.average_loose_gradients(learner.model)
     learner.scaler.unscale_(learner.optimizer)
-    total["grad_norm"] = parallel.clip_gradients(learner.model, settings.clip_grad)
+    total["grad_norm"] = distributed.clip_gradients(learner.model, settings.clip_grad)
     return total
-
-
-def learning_rate(settings: PretrainSettings | SegmentSettings, step: int, steps: int) -> float:
-    """Linear warm-up to the highest rate over the share `warmup` of all steps, then cosine to zero; `step` from 0."""
-    highest = settings.scaled_lr if isinstance(settings, PretrainSettings) else settings.lr
-    warmup = settings.warmup * steps
-    if step < warmup:
-        return highest * (step + 1) / (warmup + 1)
-    return highest * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
 
 def _evaluated(hooks: Hooks, model: Model, epoch: int) -> Metrics:
@@ -258,18 +280,26 @@ def _evaluated(hooks: Hooks, model: Model, epoch: int) -> Metrics:
     return extra | {"evaluate_seconds": time.perf_counter() - started} if extra else {}
 
 
-def _check_finite(rows: list[Tensor], names: list[str], learner: Learner, epoch: int, *, before: int = 0) -> None:
+def _check_finite(
+    rows: list[Tensor], names: list[str], learner: Learner, epoch: int, *, before: int = 0
+) -> None:
     """Raise where a step's figures, one row each, are not finite; `before` steps of the epoch came earlier."""
     finite = torch.stack(rows).isfinite()
-    if learner.scaler.is_enabled():  # gradients overflow while the scale of fp16 is found, and such steps are left out
+    if (
+        learner.scaler.is_enabled()
+    ):  # gradients overflow while the scale of fp16 is found, and such steps are left out
         finite[:, names.index("grad_norm")] = learner.scaler.get_scale() >= 1
     if bool(finite.all()):
         return
     step = int((~finite.all(1)).nonzero()[0])
     # The total holds all parts and the gradient follows from it, so the first of these to be named is the cause.
-    parts = [name for name in ("loss_rec", "loss_ccl", "loss_rank", "loss", "grad_norm") if name in names]
+    parts = [
+        name for name in ("loss_rec", "loss_ccl", "loss_rank", "loss", "grad_norm") if name in names
+    ]
     cause = next((name for name in parts if not finite[step, names.index(name)]), "A metric")
-    lost = next((name for name, p in learner.model.named_parameters() if not p.isfinite().all()), None)
+    lost = next(
+        (name for name, p in learner.model.named_parameters() if not p.isfinite().all()), None
+    )
     raise NonFiniteLossError(
         f"{cause} is not finite at epoch {epoch}, step {before + step + 1} ("
         + (f"weights of {lost} are not either" if lost else "all weights still are")

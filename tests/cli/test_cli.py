@@ -33,8 +33,12 @@ def paired(tmp_path: Path) -> Path:
         (tmp_path / "source" / folder).mkdir(parents=True)
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
-        Image.fromarray(rng.integers(0, 255, (40, 40), dtype=np.uint8)).save(tmp_path / f"source/images/{name}.png")
-        Image.fromarray(np.eye(40, dtype=np.uint8) * 255).save(tmp_path / f"source/masks/{name}.png")
+        Image.fromarray(rng.integers(0, 255, (40, 40), dtype=np.uint8)).save(
+            tmp_path / f"source/images/{name}.png"
+        )
+        Image.fromarray(np.eye(40, dtype=np.uint8) * 255).save(
+            tmp_path / f"source/masks/{name}.png"
+        )
     return tmp_path / "source"
 
 
@@ -64,7 +68,9 @@ def mask_of_other_size(source: Path) -> tuple[Path, str]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("spoil", [no_folder, no_images, unreadable_image, mask_without_image, mask_of_other_size])
+@pytest.mark.parametrize(
+    "spoil", [no_folder, no_images, unreadable_image, mask_without_image, mask_of_other_size]
+)
 def test_bad_images_get_one_sentence_and_nothing_is_written(
     paired: Path,
     tmp_path: Path,
@@ -97,7 +103,16 @@ def test_without_strict_the_rest_is_prepared_and_the_list_is_named(
 ) -> None:
     source, named = spoil(paired)  # type: ignore[operator]
     code, out, _ = run(
-        capsys, monkeypatch, "data", "prepare", source, tmp_path / "out", "--size", 32, "--fractions", "1,0,0"
+        capsys,
+        monkeypatch,
+        "data",
+        "prepare",
+        source,
+        tmp_path / "out",
+        "--size",
+        32,
+        "--fractions",
+        "1,0,0",
     )
     assert code == 0
     assert "paired: " in out  # recognised, and said
@@ -146,10 +161,16 @@ def test_bad_preparations_get_one_sentence_before_ray_starts(
         (["--set", "epochs"], "name=value"),
         (["--set", "variant=mea"], "variant is 'mea'"),
         (["--gpus-per-worker", "64"], "gpus_per_worker=64"),
-        (["--workers", "17", "--cpus-per-worker", "0.1"], "batch_size 16 is less than resources.workers 17"),
+        (
+            ["--workers", "17", "--cpus-per-worker", "0.1"],
+            "batch_size 16 is less than resources.workers 17",
+        ),
         (["--config", "absent.yaml"], "absent.yaml"),
         (["--workers", "0"], "workers: a number from 1 on"),
-        (["--workers", "8-2"], "or the least and the most, such as 2-8 ([2, 8] in a file), not 8-2"),
+        (
+            ["--workers", "8-2"],
+            "or the least and the most, such as 2-8 ([2, 8] in a file), not 8-2",
+        ),
         (["--workers", "many"], "neither a number, such as 4, nor a range"),
         (["--cpus-per-worker", "0"], "cpus_per_worker is 0"),
     ],
@@ -163,7 +184,9 @@ def test_bad_settings_get_one_sentence_and_nothing_is_written(
     told: str,
 ) -> None:
     out = tmp_path / "out"
-    code, _, err = run(capsys, monkeypatch, "pretrain", phantom_dataset.path, "--out", out, *arguments)
+    code, _, err = run(
+        capsys, monkeypatch, "pretrain", phantom_dataset.path, "--out", out, *arguments
+    )
     sentence = next(line for line in err.splitlines() if line.startswith("amlp-ray: "))
     assert code == 2
     assert told in sentence
@@ -196,14 +219,31 @@ def test_what_is_not_there_is_named(
 
 
 def test_the_main_job_from_the_command_line(
-    phantom_dataset: PatchDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    phantom_dataset: PatchDataset,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     code, out, _ = run(capsys, monkeypatch, "data", "show", phantom_dataset.path, "--json")
     assert code == 0
     assert json.loads(out)["splits"]["train"]["images"] == 36
-    model = ["model.width=24", "model.depth=1", "model.heads=2", "model.decoder_width=16", "epochs=2"]
+    model = [
+        "model.width=24",
+        "model.depth=1",
+        "model.heads=2",
+        "model.decoder_width=16",
+        "epochs=2",
+    ]
     assignments = [part for setting in model for part in ("--set", setting)]
-    code, out, err = run(capsys, monkeypatch, "pretrain", phantom_dataset.path, "--out", tmp_path / "pre", *assignments)
+    code, out, err = run(
+        capsys,
+        monkeypatch,
+        "pretrain",
+        phantom_dataset.path,
+        "--out",
+        tmp_path / "pre",
+        *assignments,
+    )
     assert code == 0, err
     assert "loss" in err, "the progress bar"
     encoder = tmp_path / "pre" / "encoder.safetensors"
@@ -228,11 +268,16 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_an_out_that_is_a_file_gets_one_sentence(
-    phantom_dataset: PatchDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    phantom_dataset: PatchDataset,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        code, _, err = run(capsys, monkeypatch, "pretrain", phantom_dataset.path, "--out", out, "--set", "epochs=1")
+        code, _, err = run(
+            capsys, monkeypatch, "pretrain", phantom_dataset.path, "--out", out, "--set", "epochs=1"
+        )
         assert code == 2
         assert err.startswith("amlp-ray: ")
         assert str(tmp_path / "file") in err
@@ -241,39 +286,78 @@ def test_an_out_that_is_a_file_gets_one_sentence(
 
 
 def test_a_segmenter_does_not_overwrite_a_pretraining_run(
-    phantom_dataset: PatchDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    phantom_dataset: PatchDataset,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    small = [part for s in ("model.width=24", "model.depth=1", "model.heads=2", "epochs=1") for part in ("--set", s)]
+    small = [
+        part
+        for s in ("model.width=24", "model.depth=1", "model.heads=2", "epochs=1")
+        for part in ("--set", s)
+    ]
     pre = tmp_path / "pre"
     assert run(capsys, monkeypatch, "pretrain", phantom_dataset.path, "--out", pre, *small)[0] == 0
     before = (pre / "settings.yaml").read_text()
-    command = ["segment", phantom_dataset.path, "--encoder", pre / "encoder.safetensors", "--out", pre]
+    command = [
+        "segment",
+        phantom_dataset.path,
+        "--encoder",
+        pre / "encoder.safetensors",
+        "--out",
+        pre,
+    ]
     code, _, err = run(capsys, monkeypatch, *command)
     assert code == 2
     assert "holds a pretraining run" in err
     assert (pre / "settings.yaml").read_text() == before
     readable = (pre / "encoder.safetensors").stat().st_mode & 0o777
-    assert readable == (pre / "settings.yaml").stat().st_mode & 0o777, "readable for colleagues as any other file"
+    assert readable == (pre / "settings.yaml").stat().st_mode & 0o777, (
+        "readable for colleagues as any other file"
+    )
 
 
 def test_a_fault_of_a_file_is_told_as_the_files(
-    phantom_dataset: PatchDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    phantom_dataset: PatchDataset,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("epoch: 3\n")
     code, _, err = run(
-        capsys, monkeypatch, "pretrain", phantom_dataset.path, "--out", tmp_path / "o", "--config", config
+        capsys,
+        monkeypatch,
+        "pretrain",
+        phantom_dataset.path,
+        "--out",
+        tmp_path / "o",
+        "--config",
+        config,
     )
     assert code == 2
     assert err.startswith(f"amlp-ray: {config}:1: unknown setting 'epoch'")
 
 
 def test_the_random_encoder_is_no_training_and_no_error(
-    phantom_dataset: PatchDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    phantom_dataset: PatchDataset,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "scratch"
     monkeypatch.setattr(
-        sys, "argv", ["amlp-ray", "pretrain", phantom_dataset.path, "--out", str(out), "--set", "variant=scratch"]
+        sys,
+        "argv",
+        [
+            "amlp-ray",
+            "pretrain",
+            phantom_dataset.path,
+            "--out",
+            str(out),
+            "--set",
+            "variant=scratch",
+        ],
     )
     with pytest.raises(SystemExit) as end:
         main()

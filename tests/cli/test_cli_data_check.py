@@ -24,13 +24,17 @@ def dataset(folder: Path, *, leak: bool = False, unlabelled: bool = False) -> Pa
     """40 images of 64 pixels; the last of test is the first of train if there is to be a leak."""
     rng = np.random.default_rng(0)
     coarse = rng.normal(110, 30, (40, 8, 8)).clip(20, 200).astype(np.uint8)
-    images = np.stack([np.asarray(Image.fromarray(c).resize((64, 64), Image.Resampling.BICUBIC)) for c in coarse])
+    images = np.stack(
+        [np.asarray(Image.fromarray(c).resize((64, 64), Image.Resampling.BICUBIC)) for c in coarse]
+    )
     mask = np.zeros((64, 64), np.uint8)
     mask[20:40, 20:40] = 1
     if leak:
         images[-1] = images[0] // 2 + 60
     masks = [None if unlabelled else mask] * 40
-    return made_dataset(folder, images[:, None], masks, split=["train"] * 28 + ["test"] * 12, background=0.0)
+    return made_dataset(
+        folder, images[:, None], masks, split=["train"] * 28 + ["test"] * 12, background=0.0
+    )
 
 
 def run(capsys: pytest.CaptureFixture[str], *given: object) -> tuple[int, str, str]:
@@ -42,7 +46,9 @@ def run(capsys: pytest.CaptureFixture[str], *given: object) -> tuple[int, str, s
     return code or 0, out.out, out.err
 
 
-def test_a_leak_is_shown_and_only_strict_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_leak_is_shown_and_only_strict_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     dataset(tmp_path / "d", leak=True)
     code, out, err = run(capsys, tmp_path / "d")
     assert (code, err) == (0, "")
@@ -58,7 +64,9 @@ def test_a_leak_is_shown_and_only_strict_fails(tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "x" / "check.html").is_file()
 
 
-def test_a_clean_dataset_and_notes_pass_strict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_clean_dataset_and_notes_pass_strict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     dataset(tmp_path / "d")
     code, out, _ = run(capsys, tmp_path / "d", "--strict")
     assert code == 0
@@ -72,11 +80,17 @@ def test_a_clean_dataset_and_notes_pass_strict(tmp_path: Path, capsys: pytest.Ca
 def test_json_holds_findings_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset(tmp_path / "d", leak=True)
     dataset(tmp_path / "u", unlabelled=True)
-    code, out, _ = run(capsys, tmp_path / "u", "--against", tmp_path / "d", "--json", "--out", tmp_path / "o")
+    code, out, _ = run(
+        capsys, tmp_path / "u", "--against", tmp_path / "d", "--json", "--out", tmp_path / "o"
+    )
     told = json.loads(out)
     assert code == 0
     assert told["against"] == str(tmp_path / "d")
-    assert [f["key"] for f in told["findings"]] == ["copies-in-other", "unlabelled", "shared-with-other"]
+    assert [f["key"] for f in told["findings"]] == [
+        "copies-in-other",
+        "unlabelled",
+        "shared-with-other",
+    ]
     assert told["findings"][0]["count"] == 1  # image 0, whose copy is in the other's test
     assert [Path(file).name for file in told["files"]] == ["check.html", "check.png"]
 

@@ -9,7 +9,7 @@ import pytest
 from amlp_ray.cli import main
 from amlp_ray.config import PretrainSettings
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.training.job import Job, run_job
+from amlp_ray.launch.job import Job, run_job
 from amlp_ray.training.pretrain import Hooks
 
 
@@ -48,9 +48,17 @@ def test_a_table_of_images_and_of_the_run_s_figures_is_printed_with_the_path(
 
 
 def test_json_is_what_the_folder_holds_and_where_the_sheet_is(
-    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert inspect(monkeypatch, run_folder, "--json", "--out", tmp_path / "out", "--epoch", 1, "--seed", 3) == 0
+    assert (
+        inspect(
+            monkeypatch, run_folder, "--json", "--out", tmp_path / "out", "--epoch", 1, "--seed", 3
+        )
+        == 0
+    )
     told = json.loads(capsys.readouterr().out)
     assert Path(told.pop("sheet")).is_file()
     assert told == json.loads((tmp_path / "out" / "inspection.json").read_text())

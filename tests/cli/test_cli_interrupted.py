@@ -11,10 +11,16 @@ from pathlib import Path
 import pytest
 
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.training.recording.metrics import read_rows
+from amlp_ray.training.loggers.metrics_file import read_rows
 
 pytestmark = pytest.mark.ray
-TINY = ["model.width=24", "model.depth=1", "model.heads=2", "model.decoder_width=16", "model.decoder_heads=2"]
+TINY = [
+    "model.width=24",
+    "model.depth=1",
+    "model.heads=2",
+    "model.decoder_width=16",
+    "model.decoder_heads=2",
+]
 
 
 @pytest.mark.parametrize(
@@ -27,12 +33,28 @@ TINY = ["model.width=24", "model.depth=1", "model.heads=2", "model.decoder_width
     ids=["ctrl-c", "sigterm", "sigterm, two workers"],
 )
 def test_an_interrupted_run_says_how_to_go_on(
-    phantom_dataset: PatchDataset, tmp_path: Path, number: signal.Signals, code: int, options: list[str]
+    phantom_dataset: PatchDataset,
+    tmp_path: Path,
+    number: signal.Signals,
+    code: int,
+    options: list[str],
 ) -> None:
     out = tmp_path / "run"
     given = [word for name in ("epochs=5000", "variant=mae", *TINY) for word in ("--set", name)]
-    command = [sys.executable, "-m", "amlp_ray", "pretrain", phantom_dataset.path, "--out", str(out), *given, *options]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background hands on that it ignores it
+    command = [
+        sys.executable,
+        "-m",
+        "amlp_ray",
+        "pretrain",
+        phantom_dataset.path,
+        "--out",
+        str(out),
+        *given,
+        *options,
+    ]
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a job in the background hands on that it ignores it
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
@@ -45,4 +67,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     finally:
         process.kill()
     assert process.returncode == code, said[-2000:]
-    assert said.splitlines()[-1] == f"amlp-ray: {out} was interrupted; the same command goes on from its checkpoint."
+    assert (
+        said.splitlines()[-1]
+        == f"amlp-ray: {out} was interrupted; the same command goes on from its checkpoint."
+    )

@@ -17,7 +17,11 @@ from amlp_ray.data.dataset import PatchDataset
 
 TINY = {
     "name": "tiny",
-    "pretrain": {"epochs": 1, "batch_size": 12, "model": {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16}},
+    "pretrain": {
+        "epochs": 1,
+        "batch_size": 12,
+        "model": {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16},
+    },
     "space": {"ratio.start": {"low": 0.2, "high": 0.5}},
     "probe": {"labels": 8, "subsets": 1, "folds": 2},
     "arms": [],
@@ -70,7 +74,9 @@ def test_a_set_that_is_not_there_is_named_as_it_was_given(
     option: str,
     path: str,
 ) -> None:
-    code, _, err = run(monkeypatch, capsys, *plan(tmp_path, data=phantom_dataset.path), option, path)
+    code, _, err = run(
+        monkeypatch, capsys, *plan(tmp_path, data=phantom_dataset.path), option, path
+    )
     assert code == 2
     assert path.partition("/set")[0] in err
     assert len(err.strip().splitlines()) == 1
@@ -83,9 +89,12 @@ def test_labels_of_another_shape_are_refused_in_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     other = made_dataset(
-        tmp_path / "other", np.zeros((3, 2, 64, 64), np.uint8) + np.arange(3, dtype=np.uint8)[:, None, None, None]
+        tmp_path / "other",
+        np.zeros((3, 2, 64, 64), np.uint8) + np.arange(3, dtype=np.uint8)[:, None, None, None],
     )
-    code, _, err = run(monkeypatch, capsys, *plan(tmp_path, data=phantom_dataset.path), "--labels", other.path)
+    code, _, err = run(
+        monkeypatch, capsys, *plan(tmp_path, data=phantom_dataset.path), "--labels", other.path
+    )
     assert code == 2
     assert "holds 1x64x64" in err
     assert "holds 2x64x64; prepare the data alike." in err
@@ -93,7 +102,10 @@ def test_labels_of_another_shape_are_refused_in_one_sentence(
 
 @pytest.mark.parametrize("command", ["pretrain", "segment", "inspect"])
 def test_a_uri_is_not_taken_for_a_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
 ) -> None:
     arguments: dict[str, list[object]] = {
         "pretrain": ["s3x://bucket/set", "--out", tmp_path / "out"],

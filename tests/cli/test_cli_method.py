@@ -11,22 +11,26 @@ import numpy as np
 import pytest
 from made import made_dataset
 
+from amlp_ray.analysis.localization_candidates import candidates
 from amlp_ray.cli import main
 from amlp_ray.data.phantoms import draw_phantom
-from amlp_ray.training.looking.candidates import candidates
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A patch dataset of 6 ultrasound phantoms of 32 pixels with lesions, written without Ray; all are in train."""
-    drawn = [draw_phantom("ultrasound", 32, np.random.default_rng(i), lesion=True) for i in range(6)]
+    drawn = [
+        draw_phantom("ultrasound", 32, np.random.default_rng(i), lesion=True) for i in range(6)
+    ]
     images = np.stack([image for image, _ in drawn]).astype(np.uint8)[:, None]
     folder = tmp_path_factory.mktemp("prepared") / "phantoms"
     made_dataset(folder, images, [mask > 0 for _, mask in drawn])
     return folder
 
 
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *given: object) -> tuple[int, str, str]:
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *given: object
+) -> tuple[int, str, str]:
     """Exit code, standard output, and standard error of `amlp-ray method bench`."""
     monkeypatch.setattr(sys, "argv", ["amlp-ray", "method", "bench", *map(str, given)])
     with pytest.raises(SystemExit) as end:
@@ -36,11 +40,18 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *gi
 
 
 def test_the_table_is_sorted_by_f1_in_each_block_and_csv_and_json_hold_every_row(
-    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    prepared: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    few = [c for c in candidates() if c.selection is None or (c.selection.features, c.selection.clusters) == ("raw", 3)]
+    few = [
+        c
+        for c in candidates()
+        if c.selection is None or (c.selection.features, c.selection.clusters) == ("raw", 3)
+    ]
     monkeypatch.setattr(
-        "amlp_ray.training.looking.localisation.candidates", lambda **_: few
+        "amlp_ray.analysis.localization.candidates", lambda **_: few
     )  # all of them take seconds
     file = tmp_path / "all.csv"
     code, out, err = run(capsys, monkeypatch, prepared, "--seeds", 1, "--top", 3, "--out", file)
@@ -50,7 +61,9 @@ def test_the_table_is_sorted_by_f1_in_each_block_and_csv_and_json_hold_every_row
     assert len(block) == 2 + 3, "title, head, and three rows"
     with file.open() as text:
         rows = list(csv.DictReader(text))
-    best = sorted((float(row["f1"]) for row in rows if row["block"] == "clusters of an image"), reverse=True)[:3]
+    best = sorted(
+        (float(row["f1"]) for row in rows if row["block"] == "clusters of an image"), reverse=True
+    )[:3]
     found = [float(line.split()[-7]) for line in block[2:]]
     assert found == pytest.approx(best, abs=6e-4)
     assert "tuning on labels" in out.splitlines()[-2]

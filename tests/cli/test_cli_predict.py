@@ -13,8 +13,8 @@ from PIL import Image
 
 from amlp_ray.cli import main
 from amlp_ray.config import ImageSpec, ModelSettings, PrepareSettings, SegmentSettings
+from amlp_ray.evaluation.segmenter import Segmenter, save_segmenter
 from amlp_ray.method.encoder import new_encoder
-from amlp_ray.training.scoring.segmenter import Segmenter, save_segmenter
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,14 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = SegmentSettings(decoder_width=8)
     spec = ImageSpec(channels=1, height=32, width=32, mean=(90,), std=(40,))
     model = Segmenter(new_encoder(encoder, spec), spec, settings)
-    save_segmenter(model, folder, encoder=encoder, spec=spec, prepare=PrepareSettings(size=32), settings=settings)
+    save_segmenter(
+        model,
+        folder,
+        encoder=encoder,
+        spec=spec,
+        prepare=PrepareSettings(size=32),
+        settings=settings,
+    )
     return folder
 
 
@@ -52,7 +59,11 @@ def run(
 
 
 def test_it_says_what_it_wrote_and_goes_on(
-    images: Path, segmenter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    images: Path,
+    segmenter: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (images / "broken.png").write_bytes(b"")
     given = (images, "--segmenter", segmenter, "--out", tmp_path / "masks", "--overlay")
@@ -64,7 +75,9 @@ def test_it_says_what_it_wrote_and_goes_on(
     assert Image.open(tmp_path / "masks.overlay" / "1.png").size == (47, 33)
     code, out, _ = run(capsys, monkeypatch, *given)
     assert (code, "0 predicted; 2 were there from before." in out) == (0, True)
-    code, out, _ = run(capsys, monkeypatch, *given, "--json", "--overwrite", "--set", "flip_tta=true")
+    code, out, _ = run(
+        capsys, monkeypatch, *given, "--json", "--overwrite", "--set", "flip_tta=true"
+    )
     assert (code, json.loads(out)["predicted"]) == (0, 2)
 
 
@@ -77,9 +90,20 @@ def test_tiling_is_switched_as_yaml_reads_it(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given = (images, "--segmenter", segmenter, "--out", tmp_path / "masks", "--set", f"tiling={tiling}")
+    given = (
+        images,
+        "--segmenter",
+        segmenter,
+        "--out",
+        tmp_path / "masks",
+        "--set",
+        f"tiling={tiling}",
+    )
     assert run(capsys, monkeypatch, *given)[0] == 0
-    assert json.loads((tmp_path / "masks" / "predict.json").read_text())["settings"]["tiling"] == tiling
+    assert (
+        json.loads((tmp_path / "masks" / "predict.json").read_text())["settings"]["tiling"]
+        == tiling
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,14 @@ import pytest
 
 from amlp_ray.cli import main
 from amlp_ray.config import VARIANTS, PretrainSettings
-from amlp_ray.settings import flat
+from amlp_ray.config.overrides import flat
 
 ROOT = Path(__file__).parents[2]
 
 
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *given: object) -> tuple[int, str, str]:
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *given: object
+) -> tuple[int, str, str]:
     """Exit code, standard output, and standard error of a command."""
     monkeypatch.setattr(sys, "argv", ["amlp-ray", *map(str, given)])
     with pytest.raises(SystemExit) as end:
@@ -28,7 +30,9 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *gi
 def test_the_page_in_docs_is_what_make_docs_writes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = re.search(r"amlp-ray (settings .*) > docs/settings\.md", (ROOT / "Makefile").read_text())
+    command = re.search(
+        r"amlp-ray (settings .*) > docs/settings\.md", (ROOT / "Makefile").read_text()
+    )
     assert command
     code, out, _ = run(capsys, monkeypatch, *command[1].split())
     assert code == 0
@@ -63,7 +67,15 @@ def test_tables_of_the_page_have_a_cell_in_every_column(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, page, _ = run(
-        capsys, monkeypatch, "settings", "pretrain", "variants", "study", "segment", "prepare", "--markdown"
+        capsys,
+        monkeypatch,
+        "settings",
+        "pretrain",
+        "variants",
+        "study",
+        "segment",
+        "prepare",
+        "--markdown",
     )
     for table in re.findall(r"(?:^\|.*\n)+", page, re.M):
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
@@ -78,18 +90,25 @@ def test_the_default_tells_what_the_usual_variant_sets(
     assert told == {name: str(value) for name, value in flat(VARIANTS["amlp"]).items()}
 
 
-def test_json_holds_values_and_not_words(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_holds_values_and_not_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, out, _ = run(capsys, monkeypatch, "settings", "segment", "variants", "--json")
     assert code == 0
     found = json.loads(out)
     assert {row["name"]: row["default"] for row in found["segment"]}["freeze"] is False
-    assert {row["variant"]: row["sets"] for row in found["variants"]} == {n: flat(v) for n, v in VARIANTS.items()}
+    assert {row["variant"]: row["sets"] for row in found["variants"]} == {
+        n: flat(v) for n, v in VARIANTS.items()
+    }
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["settings", "nope"], "none of 'nope'; known are pretrain, study, segment, prepare, predict, variants."),
+        (
+            ["settings", "nope"],
+            "none of 'nope'; known are pretrain, study, segment, prepare, predict, variants.",
+        ),
         (
             ["pretrain", "absent", "--out", "out", "--set", "model.encoder=vit_smal"],
             "--set: model: encoder 'vit_smal' is no ViT that timm knows; near: ",
@@ -98,8 +117,14 @@ def test_json_holds_values_and_not_words(capsys: pytest.CaptureFixture[str], mon
             ["pretrain", "absent", "--out", "out", "--set", "model.encoder=davit_tiny"],
             "--set: model: encoder 'davit_tiny' is a DaVit of its own kind in timm; accepted are plain ViTs",
         ),
-        (["pretrain", "absent", "--out", "out", "--set", "ratio.shape=points"], "--set: ratio: shape points needs at "),
-        (["pretrain", "absent", "--out", "out", "--set", "variant=beit"], "--set: variant is 'beit', but must be "),
+        (
+            ["pretrain", "absent", "--out", "out", "--set", "ratio.shape=points"],
+            "--set: ratio: shape points needs at ",
+        ),
+        (
+            ["pretrain", "absent", "--out", "out", "--set", "variant=beit"],
+            "--set: variant is 'beit', but must be ",
+        ),
     ],
 )
 def test_bad_settings_get_one_sentence(

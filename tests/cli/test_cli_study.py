@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 
 from amlp_ray.cli import main
 from amlp_ray.cli.study import app
-from amlp_ray.study.keeping.store import StudyStore
+from amlp_ray.study.storage.study_store import StudyStore
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -61,7 +61,10 @@ def test_a_new_file_is_valid_commented_and_not_written_twice(run: Run, tmp_path:
     assert "mine.yaml" in out
     assert (tmp_path / "mine.yaml").read_text().count("#") > 10
     code, out, _ = run("validate", "mine.yaml")
-    assert (code, out.splitlines()[0]) == (0, "mine.yaml: ok; --data checks it against a dataset too")
+    assert (code, out.splitlines()[0]) == (
+        0,
+        "mine.yaml: ok; --data checks it against a dataset too",
+    )
     assert answer(run, "validate", "mine.yaml")["searched"] == 4
     (tmp_path / "mine.yaml").write_text("changed")
     code, _, err = run("init", "mine")
@@ -72,7 +75,9 @@ def test_a_new_file_is_valid_commented_and_not_written_twice(run: Run, tmp_path:
 def test_a_ready_study_is_begun_under_a_name_of_ones_own(run: Run, tmp_path: Path) -> None:
     assert run("init", "ours", "--from", "masking_ratio")[0] == 0
     ready = (Path(__file__).parents[2] / "studies/masking_ratio.yaml").read_text()
-    assert (tmp_path / "ours.yaml").read_text() == ready.replace("name: masking_ratio", "name: ours")
+    assert (tmp_path / "ours.yaml").read_text() == ready.replace(
+        "name: masking_ratio", "name: ours"
+    )
     code, _, err = run("init", "other", "--from", "maskin_ratio")
     assert code == 2
     assert "did you mean masking_ratio?" in err
@@ -81,7 +86,12 @@ def test_a_ready_study_is_begun_under_a_name_of_ones_own(run: Run, tmp_path: Pat
 
 
 def test_every_fault_of_a_file_is_a_line(run: Run, tmp_path: Path) -> None:
-    file = write_study(tmp_path / "bad.yaml", seed=-1, space={"ratio.strat": {"low": 0.1, "high": 0.2}}, arms=["mea"])
+    file = write_study(
+        tmp_path / "bad.yaml",
+        seed=-1,
+        space={"ratio.strat": {"low": 0.1, "high": 0.2}},
+        arms=["mea"],
+    )
     code, _, err = run("validate", file)
     assert code == 2
     lines = err.splitlines()
@@ -90,12 +100,29 @@ def test_every_fault_of_a_file_is_a_line(run: Run, tmp_path: Path) -> None:
         assert sum(told in line for line in lines) >= 1, told
 
 
-def test_status_trials_best_and_importance_answer_people_and_programs(run: Run, store: StudyStore) -> None:
+def test_status_trials_best_and_importance_answer_people_and_programs(
+    run: Run, store: StudyStore
+) -> None:
     assert answer(run, "status", "tiny")["states"] == {"COMPLETE": 2, "FAIL": 1}
     assert "trial 1 with dsc 0.7" in run("status", "tiny")[1]
-    assert [row["state"] for row in answer(run, "trials", "tiny")] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
+    assert [row["state"] for row in answer(run, "trials", "tiny")] == [
+        "COMPLETE",
+        "COMPLETE",
+        "FAIL",
+        "COMPLETE",
+    ]
     chosen = answer(
-        run, "trials", "tiny", "--state", "complete", "--sort", "-dsc", "--columns", "number,dsc", "--limit", 1
+        run,
+        "trials",
+        "tiny",
+        "--state",
+        "complete",
+        "--sort",
+        "-dsc",
+        "--columns",
+        "number,dsc",
+        "--limit",
+        1,
     )
     assert chosen == [{"number": 1, "dsc": 0.7}]
     assert "no luck" in run("trials", "tiny")[1]
@@ -116,7 +143,9 @@ def test_importance_has_shares_where_there_are_trials_enough(run: Run, store: St
 
 
 def test_a_front_is_shown_for_several_objectives(run: Run, tmp_path: Path) -> None:
-    two = make_store(tmp_path / "runs", "two", objectives={"dsc": "maximize", "gpu_seconds": "minimize"})
+    two = make_store(
+        tmp_path / "runs", "two", objectives={"dsc": "maximize", "gpu_seconds": "minimize"}
+    )
     for values in ([0.5, 20.0], [0.6, 30.0], [0.4, 40.0]):
         add(two, values=values)
     found = answer(run, "best", "two")
@@ -138,7 +167,10 @@ def test_studies_are_compared(run: Run, store: StudyStore, tmp_path: Path) -> No
 
 
 def test_a_trial_is_shown_and_tried_again(run: Run, store: StudyStore) -> None:
-    assert answer(run, "trial", "show", "tiny", 1)["params"] == {"ratio.start": 0.45, "selection.mode": "soft"}
+    assert answer(run, "trial", "show", "tiny", 1)["params"] == {
+        "ratio.start": 0.45,
+        "selection.mode": "soft",
+    }
     code, out, _ = run("trial", "show", "tiny", 2)
     assert code == 0
     assert "no luck" in out
@@ -151,7 +183,10 @@ def test_a_trial_is_shown_and_tried_again(run: Run, store: StudyStore) -> None:
 
 
 def test_trials_are_enqueued_by_name_or_file(run: Run, store: StudyStore, tmp_path: Path) -> None:
-    assert answer(run, "enqueue", "tiny", "ratio.start=0.3", "selection.mode=soft") == {"study": "tiny", "number": 3}
+    assert answer(run, "enqueue", "tiny", "ratio.start=0.3", "selection.mode=soft") == {
+        "study": "tiny",
+        "number": 3,
+    }
     code, _, err = run("enqueue", "tiny", "ratio.start=0.9")
     assert code == 2
     assert "which has 0.2 to 0.5" in err
@@ -161,17 +196,24 @@ def test_trials_are_enqueued_by_name_or_file(run: Run, store: StudyStore, tmp_pa
     assert run("enqueue", "nothing", "ratio.start=0.3")[0] == 2
 
 
-def test_a_budget_is_extended_and_a_space_changed(run: Run, store: StudyStore, tmp_path: Path) -> None:
+def test_a_budget_is_extended_and_a_space_changed(
+    run: Run, store: StudyStore, tmp_path: Path
+) -> None:
     assert answer(run, "extend", "tiny", "--trials", "+10")["budget"]["trials"] == 13
     code, out, _ = run("extend", "tiny", "--hours", "2")
     assert code == 0
     assert "study resume tiny" in out
-    wide = {"ratio.start": {"low": 0.1, "high": 0.6}, "lr": {"low": 1e-4, "high": 1e-2, "log": True}}
+    wide = {
+        "ratio.start": {"low": 0.1, "high": 0.6},
+        "lr": {"low": 1e-4, "high": 1e-2, "log": True},
+    }
     file = write_study(tmp_path / "wide.yaml", space=wide)
     code, _, err = run("extend", "tiny", "--space", file)
     assert code == 2
     assert "selection.mode is gone" in err
-    done = answer(run, "extend", "tiny", "--space", file, "--fill", "lr=0.001", "--drop", "selection.mode")
+    done = answer(
+        run, "extend", "tiny", "--space", file, "--fill", "lr=0.001", "--drop", "selection.mode"
+    )
     assert (done["kept"], done["outside"]) == (3, 0)
     assert run("extend", "tiny", "--drop", "lr")[0] == 2
     assert run("extend", "tiny")[0] == 2
@@ -190,7 +232,9 @@ def test_trials_leave_and_enter_by_files(run: Run, store: StudyStore, tmp_path: 
     assert run("import", "new", "nothing")[0] == 2
 
 
-def test_a_study_is_deleted_when_that_is_meant(run: Run, store: StudyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_is_deleted_when_that_is_meant(
+    run: Run, store: StudyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
     code, out, _ = run("delete", "tiny")
     assert code == 0
@@ -244,17 +288,24 @@ def test_a_running_study_hears_what_is_asked_of_it(
     assert (facts["state"], facts["request"]["verb"]) == (state, verb)
 
 
-def test_looks_and_extensions_do_not_disturb_a_running_study(run: Run, driven: list[str], tmp_path: Path) -> None:
+def test_looks_and_extensions_do_not_disturb_a_running_study(
+    run: Run, driven: list[str], tmp_path: Path
+) -> None:
     assert answer(run, "status", "tiny")["state"] == "running"
     assert answer(run, "extend", "tiny", "--trials", "+2")["budget"]["trials"] == 5
     assert answer(run, "enqueue", "tiny", "ratio.start=0.3")["number"] == 3
     assert "is run by process" in run("delete", "tiny", "--yes")[2]
-    assert "pause it before" in run("extend", "tiny", "--space", write_study(tmp_path / "same.yaml"))[2]
+    assert (
+        "pause it before"
+        in run("extend", "tiny", "--space", write_study(tmp_path / "same.yaml"))[2]
+    )
     assert driven == []
 
 
 @pytest.mark.parametrize("verb", ["pause", "stop", "cancel"])
-def test_of_a_study_that_nobody_runs_nothing_is_asked(run: Run, store: StudyStore, verb: str) -> None:
+def test_of_a_study_that_nobody_runs_nothing_is_asked(
+    run: Run, store: StudyStore, verb: str
+) -> None:
     code, out, _ = run(verb, "tiny")
     assert (code, out) == (0, f"Study 'tiny' is run by nobody; there is nothing to {verb}.\n")
     assert StudyStore.open(store.folder).requested() is None, "the next run would obey at once"
@@ -284,7 +335,9 @@ def test_logs_are_those_of_the_study_or_of_a_trial(run: Run, store: StudyStore) 
     assert run("logs", "tiny", 9)[0] == 2
 
 
-def test_a_log_is_followed_until_ctrl_c(run: Run, store: StudyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_is_followed_until_ctrl_c(
+    run: Run, store: StudyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = store.folder / "events.log"
     log.write_text("one\ntw")
     steps = iter([lambda: log.write_text("one\ntwo\n"), lambda: None])

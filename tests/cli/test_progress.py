@@ -41,7 +41,9 @@ class Terminal(io.StringIO):
 
 
 def of_width(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
-    monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    monkeypatch.setattr(
+        progress.shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24))
+    )
 
 
 def after(epoch: int, **more: Any) -> dict[str, Any]:
@@ -56,8 +58,18 @@ def test_every_figure_stands_in_a_line_that_has_room() -> None:
 
 
 def test_what_is_missing_is_left_out() -> None:
-    simsiam = {"epoch": 1, "loss": -0.5, "ratio": 0.0, "images_per_second": 9.97, "mfu": None, "seconds": 1.0}
-    assert ", ".join(told(simsiam, 2, 1.0).values()) == "epoch 1/2, loss -0.5000, ratio 0.00, 10.0 img/s, 1s left"
+    simsiam = {
+        "epoch": 1,
+        "loss": -0.5,
+        "ratio": 0.0,
+        "images_per_second": 9.97,
+        "mfu": None,
+        "seconds": 1.0,
+    }
+    assert (
+        ", ".join(told(simsiam, 2, 1.0).values())
+        == "epoch 1/2, loss -0.5000, ratio 0.00, 10.0 img/s, 1s left"
+    )
 
 
 def test_one_worker_is_not_told_twice() -> None:
@@ -65,7 +77,9 @@ def test_one_worker_is_not_told_twice() -> None:
 
 
 @pytest.mark.parametrize("columns", [60, 80, 100, 120, 160, 200])
-def test_a_line_fits_the_terminal_and_says_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+def test_a_line_fits_the_terminal_and_says_what_it_leaves_out(
+    monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
     of_width(monkeypatch, columns)
     stream = Terminal()
     shown = Progress(100, stream)
@@ -90,12 +104,16 @@ def test_the_rest_is_judged_by_the_median_of_recent_epochs() -> None:
     stream = io.StringIO()
     shown = Progress(100, stream)
     for number in range(1, 20):  # the first compiles; one waits for a disk
-        shown.update(after(number, seconds=60.0 if number in (1, 15) else 4.0, evaluate_seconds=1.0))
+        shown.update(
+            after(number, seconds=60.0 if number in (1, 15) else 4.0, evaluate_seconds=1.0)
+        )
     shown.close()
     assert stream.getvalue().rstrip().endswith("6m 45s left")  # 81 epochs of 5 s
 
 
-def test_a_log_gets_a_line_every_few_seconds_and_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_gets_a_line_every_few_seconds_and_the_last_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     stream = io.StringIO()
@@ -111,7 +129,9 @@ def test_a_log_gets_a_line_every_few_seconds_and_the_last_one(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "log"])
-def test_a_sentence_stands_in_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO) -> None:
+def test_a_sentence_stands_in_a_line_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, stream: io.StringIO
+) -> None:
     of_width(monkeypatch, 200)
     shown = Progress(3, stream)
     shown.note("before the first epoch")

@@ -32,7 +32,9 @@ def busi_folder(tmp_path: Path) -> Path:
             height, width = 60 + seed, 90 - seed
             _picture(seed, height, width).save(folder / name / f"{name} ({i}).png")
             lesion = _disc(height, width, 0.4, 0.5, 0.2)
-            mask = Image.fromarray(lesion) if name != "normal" else Image.new("RGB", (width, height))
+            mask = (
+                Image.fromarray(lesion) if name != "normal" else Image.new("RGB", (width, height))
+            )
             mask.save(folder / name / f"{name} ({i})_mask.png")
             if (name, i) == ("benign", 1):
                 second = np.zeros((height, width, 4), np.uint8)
@@ -55,5 +57,7 @@ def paired_folder(tmp_path: Path) -> Path:
         pixels = np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "images" / f"case_{i}.png")
     for i, ending in enumerate(("", "_segmentation", "_mask", "_seg")):
-        Image.fromarray(_disc(40, 50, 0.5, 0.5, 0.3)).save(folder / "masks" / f"case_{i}{ending}.png")
+        Image.fromarray(_disc(40, 50, 0.5, 0.5, 0.3)).save(
+            folder / "masks" / f"case_{i}{ending}.png"
+        )
     return folder

@@ -9,11 +9,19 @@ from typing import Any
 import numpy as np
 
 from amlp_ray.config import PrepareSettings
-from amlp_ray.data.dataset import FORMAT_VERSION, MANIFEST, SPLITS, Counts, Manifest, Part, PatchDataset
-from amlp_ray.data.parts import group_rows, image_bytes, part_rows, write_part
-from amlp_ray.data.place import Place
-from amlp_ray.data.preparing.fit import background_of
-from amlp_ray.data.preparing.grouping import perceptual_hash
+from amlp_ray.data.dataset import (
+    FORMAT_VERSION,
+    MANIFEST,
+    SPLITS,
+    Counts,
+    Manifest,
+    Part,
+    PatchDataset,
+)
+from amlp_ray.data.parquet import group_rows, image_bytes, part_rows, write_part
+from amlp_ray.data.path import Place
+from amlp_ray.data.prepare.crop import background_of
+from amlp_ray.data.prepare.near_duplicates import perceptual_hash
 
 __all__ = ["made_dataset"]
 
@@ -70,15 +78,26 @@ def made_dataset(
             row["hash"] = perceptual_hash(picture)
         if "background" not in row:
             row["background"] = float(background_of(picture).mean())
-        rows[splits[i]].append({name: v.item() if isinstance(v, np.generic) else v for name, v in row.items()})
+        rows[splits[i]].append(
+            {name: v.item() if isinstance(v, np.generic) else v for name, v in row.items()}
+        )
     size = rows_per_part or part_rows((channels, height, width), dtype)
     parts: dict[str, list[Part]] = {name: [] for name in SPLITS}
     for name, members in rows.items():
         for number, start in enumerate(range(0, len(members), size)):
             file = f"{name}/part-{number:05d}.parquet"
-            written = write_part(Place(folder) / file, members[start : start + size], (channels, height, width), dtype)
+            written = write_part(
+                Place(folder) / file,
+                members[start : start + size],
+                (channels, height, width),
+                dtype,
+            )
             parts[name].append(Part(file=file, rows=written, bytes=(folder / file).stat().st_size))
-    assert all(len(m["image"]) == image_bytes((channels, height, width), dtype) for ms in rows.values() for m in ms)
+    assert all(
+        len(m["image"]) == image_bytes((channels, height, width), dtype)
+        for ms in rows.values()
+        for m in ms
+    )
     train = images[np.array(splits) == "train"]
     statistics = np.nan_to_num(train if len(train) else images if count else np.zeros((1, *shape)))
     manifest = Manifest(
@@ -111,4 +130,8 @@ def made_dataset(
 
 def _counts(members: list[dict[str, Any]]) -> Counts:
     labelled = [row for row in members if row["mask"] is not None]
-    return Counts(images=len(members), labelled=len(labelled), lesions=sum(row["lesion"] > 0 for row in labelled))
+    return Counts(
+        images=len(members),
+        labelled=len(labelled),
+        lesions=sum(row["lesion"] > 0 for row in labelled),
+    )

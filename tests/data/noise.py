@@ -8,11 +8,17 @@ import numpy as np
 from made import made_dataset
 
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.parts import Shape
+from amlp_ray.data.parquet import Shape
 
 
 def noise_dataset(
-    folder: Path, count: int, *, shape: Shape = (1, 8, 8), dtype: str = "uint8", part: int = 40, seed: int = 0
+    folder: Path,
+    count: int,
+    *,
+    shape: Shape = (1, 8, 8),
+    dtype: str = "uint8",
+    part: int = 40,
+    seed: int = 0,
 ) -> PatchDataset:
     """`count` training images in parts of `part` rows."""
     images = np.random.default_rng(seed).integers(0, 256, (count, *shape)).astype(dtype)

@@ -17,11 +17,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 import amlp_ray.data.check.measure as measure
 from amlp_ray.data.check import Finding, Report, check_dataset
-from amlp_ray.data.check.page import write_page
-from amlp_ray.data.check.sheet import picture_of, read_pictures
-from amlp_ray.data.check.text import text_scores
+from amlp_ray.data.check.burned_in_text import text_scores
+from amlp_ray.data.check.contact_sheet import picture_of, read_pictures
+from amlp_ray.data.check.html import write_page
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.preparing.grouping import perceptual_hash
+from amlp_ray.data.prepare.near_duplicates import perceptual_hash
 from amlp_ray.errors import DataError
 
 SIZE = 64
@@ -156,7 +156,12 @@ def spoil_copy(to: int, change: Callable[[np.ndarray], np.ndarray]) -> Callable[
         (spoil_masks(disc(10, x=60)), "lesions-at-border", "note", {"image 3"}),
         (spoil_masks(1 - disc(6) * (disc() > 0)), "large-masks", "warning", {"image 3"}),
         (spoil_group, "groups-across-splits", "leak", {"image 3"}),
-        (spoil_copy(50, lambda image: image // 2 + 60), "copies-across-splits", "leak", {"image 50"}),
+        (
+            spoil_copy(50, lambda image: image // 2 + 60),
+            "copies-across-splits",
+            "leak",
+            {"image 50"},
+        ),
         (spoil_copy(50, lambda image: image), "copies-across-splits", "leak", {"image 50"}),
         (spoil_copy(7, lambda image: image // 2 + 60), "near-copies", "note", {"image 7"}),
         (spoil_copy(7, lambda image: image), "exact-copies", "warning", {"image 7"}),
@@ -175,7 +180,13 @@ def test_each_finding_names_its_images(
     found = finding(report, key)
     assert (found.severity, found.count) == (severity, len(expected))
     assert ids(found) == expected
-    consequences = {"exact-copies", "near-copies", "brightness", "lesions-at-border", "copies-across-splits"}
+    consequences = {
+        "exact-copies",
+        "near-copies",
+        "brightness",
+        "lesions-at-border",
+        "copies-across-splits",
+    }
     assert set(keys(report)) - consequences <= {key}
 
 
@@ -195,7 +206,9 @@ def test_a_copy_is_shown_with_what_it_resembles(clean: Clean, tmp_path: Path) ->
 
 def test_copies_in_different_class_folders_are_told(clean: Clean, tmp_path: Path) -> None:
     clean.images[9] = clean.images[3]
-    clean.columns["source"] = [f"{'benign' if i % 2 else 'malignant'}/{i}.png" for i in range(COUNT)]
+    clean.columns["source"] = [
+        f"{'benign' if i % 2 else 'malignant'}/{i}.png" for i in range(COUNT)
+    ]
     clean.columns["source"][9] = "malignant/9.png"
     found = finding(clean.check(tmp_path / "d"), "exact-copies")
     assert found.examples[0].value == "identical, but malignant and benign"
@@ -248,20 +261,33 @@ def test_an_unlabelled_dataset_of_one_split_and_an_empty_one_can_be_checked(tmp_
     images = np.stack([tissue(i) for i in range(12)])[:, None]
     report = check_dataset(made_dataset(tmp_path / "u", images, background=0.0))
     assert keys(report) == ["unlabelled"]
-    assert {f.key for f in report.gaps} > {"empty-masks", "tiny-lesions", "large-masks", "uneven-lesions"}
+    assert {f.key for f in report.gaps} > {
+        "empty-masks",
+        "tiny-lesions",
+        "large-masks",
+        "uneven-lesions",
+    }
     assert keys(check_dataset(made_dataset(tmp_path / "e", images[:0]))) == []
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
 @pytest.mark.parametrize("channels", [1, 2, 3])  # 2: any number that is neither grey nor colour
-def test_every_type_and_number_of_channels_is_measured_and_drawn(dtype: str, channels: int, tmp_path: Path) -> None:
+def test_every_type_and_number_of_channels_is_measured_and_drawn(
+    dtype: str, channels: int, tmp_path: Path
+) -> None:
     scale = {"uint8": 1.0, "uint16": 200.0, "int16": 20.0, "float32": 1 / 255}[dtype]
-    images = np.stack([np.stack([tissue(i + 50 * c, 128) for c in range(channels)]) for i in range(12)])
+    images = np.stack(
+        [np.stack([tissue(i + 50 * c, 128) for c in range(channels)]) for i in range(12)]
+    )
     images = (images * scale).astype(dtype)
     images[1] = images[0]
     table = measure.measured(data := made_dataset(tmp_path / "d", images))
-    assert table["mean"].to_numpy() == pytest.approx(images.mean(axis=(1, 2, 3), dtype=float), rel=1e-4)
-    assert table["sd"].to_numpy() == pytest.approx(images.std(axis=(1, 2, 3), dtype=float), rel=1e-3)
+    assert table["mean"].to_numpy() == pytest.approx(
+        images.mean(axis=(1, 2, 3), dtype=float), rel=1e-4
+    )
+    assert table["sd"].to_numpy() == pytest.approx(
+        images.std(axis=(1, 2, 3), dtype=float), rel=1e-3
+    )
     assert (table["text"] == 0).all()
     assert table["digest"].nunique() == 11
     report = check_dataset(data)
@@ -271,7 +297,9 @@ def test_every_type_and_number_of_channels_is_measured_and_drawn(dtype: str, cha
     assert Image.open(sheet).width > 500
 
 
-def test_pieces_and_row_groups_change_nothing(clean: Clean, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_and_row_groups_change_nothing(
+    clean: Clean, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = clean.make(tmp_path / "d")
     whole = measure.measured(data)
     monkeypatch.setattr(measure, "PIECE", 3 * SIZE * SIZE)
@@ -287,7 +315,9 @@ def speckle(seed: int, size: int = 256) -> np.ndarray:
     return (tissue(seed, size) * rng.uniform(0.5, 1.2, (size, size))).clip(0, 200).astype(np.uint8)
 
 
-def with_text(image: np.ndarray, text: str, at: tuple[int, int] = (40, 180), height: int = 12) -> np.ndarray:
+def with_text(
+    image: np.ndarray, text: str, at: tuple[int, int] = (40, 180), height: int = 12
+) -> np.ndarray:
     picture = Image.fromarray(image)
     ImageDraw.Draw(picture).text(at, text, fill=255, font=ImageFont.load_default(height))
     return np.asarray(picture)
@@ -331,7 +361,11 @@ def test_json_page_and_sheet_tell_the_same(clean: Clean, tmp_path: Path) -> None
     clean.columns["id"] = [f"case <b>{i}</b> & 'co'" for i in range(COUNT)]
     report = clean.check(tmp_path / "d")
     told = json.loads(json.dumps(report.as_dict()))
-    assert [f["key"] for f in told["findings"]] == ["copies-across-splits", "exact-copies", "tiny-lesions"]
+    assert [f["key"] for f in told["findings"]] == [
+        "copies-across-splits",
+        "exact-copies",
+        "tiny-lesions",
+    ]
     assert told["clean"] is False
     assert told["findings"][2]["examples"][0]["image"]["id"] == "case <b>3</b> & 'co'"
     page, sheet = report.write(tmp_path / "out")
@@ -355,7 +389,12 @@ def test_a_clean_report_is_written_too(clean: Clean, tmp_path: Path) -> None:
 
 
 CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    (
+        path
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (path := shutil.which(name))
+    ),
+    None,
 )
 
 
@@ -378,13 +417,26 @@ def test_a_browser_shows_every_picture(clean: Clean, tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_real_ultrasound_shows_its_letters_and_dermoscopy_has_none(real_data: Path, tmp_path: Path) -> None:
+def test_real_ultrasound_shows_its_letters_and_dermoscopy_has_none(
+    real_data: Path, tmp_path: Path
+) -> None:
     def read(files: list[Path]) -> np.ndarray:
-        return np.stack([np.asarray(Image.open(file).convert("L").resize((256, 256), 3)) for file in files])
+        return np.stack(
+            [np.asarray(Image.open(file).convert("L").resize((256, 256), 3)) for file in files]
+        )
 
-    written = ["benign (1)", "benign (3)", "benign (4)", "normal (31)", "malignant (12)", "malignant (13)"]
+    written = [
+        "benign (1)",
+        "benign (3)",
+        "benign (4)",
+        "normal (31)",
+        "malignant (12)",
+        "malignant (13)",
+    ]
     folder = real_data / "busi" / "Dataset_BUSI_with_GT"
-    files = [file for name in written if (file := folder / name.split()[0] / f"{name}.png").is_file()]
+    files = [
+        file for name in written if (file := folder / name.split()[0] / f"{name}.png").is_file()
+    ]
     assert len(files) >= 4
     assert (text_scores(read(files)) >= 5).all()
     assert not text_scores(read(sorted((real_data / "isic2017" / "images").glob("*.jpg")))).any()

@@ -12,9 +12,17 @@ import torch
 import torch.utils.data
 from made import made_dataset
 
-from amlp_ray.data.dataset import SPLITS, Counts, Manifest, Part, PatchDataset, key_of, keys_of
-from amlp_ray.data.parts import COLUMNS, images_of, masks_of, read_part, write_part
-from amlp_ray.data.place import Place
+from amlp_ray.data.dataset import SPLITS, Counts, Manifest, Part, PatchDataset
+from amlp_ray.data.parquet import (
+    COLUMNS,
+    images_of,
+    key_of,
+    keys_of,
+    masks_of,
+    read_part,
+    write_part,
+)
+from amlp_ray.data.path import Place
 from amlp_ray.errors import DataError
 
 pytestmark = pytest.mark.ray  # all read the shared dataset, which Ray prepared
@@ -75,9 +83,13 @@ def test_ray_dataset_holds_the_same_images(phantom_dataset: PatchDataset) -> Non
 
 
 def test_missing_and_foreign_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=re.escape(f"no patch dataset {tmp_path / 'gone'}; make one with")):
+    with pytest.raises(
+        DataError, match=re.escape(f"no patch dataset {tmp_path / 'gone'}; make one with")
+    ):
         PatchDataset.open(tmp_path / "gone")
-    with pytest.raises(DataError, match=re.escape(f"{tmp_path} has no manifest.json, so it is not a patch dataset")):
+    with pytest.raises(
+        DataError, match=re.escape(f"{tmp_path} has no manifest.json, so it is not a patch dataset")
+    ):
         PatchDataset.open(tmp_path)
 
 
@@ -93,7 +105,9 @@ def test_newer_format_and_wrong_values_are_named(copied: Path) -> None:
     (copied / "manifest.json").write_text(json.dumps(values | {"dtype": "int8"}))
     with pytest.raises(DataError, match=r"manifest\.json: dtype is 'int8'"):
         PatchDataset.open(copied)
-    (copied / "manifest.json").write_text(json.dumps(values | {"format_version": 3, "future": True}))
+    (copied / "manifest.json").write_text(
+        json.dumps(values | {"format_version": 3, "future": True})
+    )
     with pytest.raises(DataError, match=r"has format version 3, but this amlp_ray reads 2; update"):
         PatchDataset.open(copied)
 
@@ -101,7 +115,9 @@ def test_newer_format_and_wrong_values_are_named(copied: Path) -> None:
 def test_missing_and_cut_parts_are_found_when_opened(copied: Path) -> None:
     part = copied / "val" / "part-00000.parquet"
     part.write_bytes(part.read_bytes()[:-10])
-    with pytest.raises(DataError, match=r"val/part-00000\.parquet is damaged: it has \d+ bytes instead of"):
+    with pytest.raises(
+        DataError, match=r"val/part-00000\.parquet is damaged: it has \d+ bytes instead of"
+    ):
         PatchDataset.open(copied)
     part.unlink()
     with pytest.raises(DataError, match=r"val/part-00000\.parquet is missing"):
@@ -123,7 +139,9 @@ def test_exchanged_part_is_found_when_loaded(copied: Path) -> None:
     values = json.loads((copied / "manifest.json").read_text())
     values["parts"]["val"][0]["rows"] += 1
     (copied / "manifest.json").write_text(json.dumps(values))
-    with pytest.raises(DataError, match=r"part-00000\.parquet is damaged: it has 12 rows instead of 13"):
+    with pytest.raises(
+        DataError, match=r"part-00000\.parquet is damaged: it has 12 rows instead of 13"
+    ):
         PatchDataset.open(copied).load("val")
 
 
@@ -155,13 +173,18 @@ def test_parts_decode_any_slice_with_nulls(tmp_path: Path) -> None:
     assert labelled.tolist() == [i % 3 == 0 for i in range(2, 8)]
     assert masks.any(axis=(1, 2)).tolist() == labelled.tolist()
     assert images_of(table["image"].slice(0, 0), (2, 8, 8), "uint16").shape == (0, 2, 8, 8)
-    pieces = pa.chunked_array([table["image"].chunk(0).slice(3, 2), table["image"].chunk(0).slice(0, 1)])
+    pieces = pa.chunked_array(
+        [table["image"].chunk(0).slice(3, 2), table["image"].chunk(0).slice(0, 1)]
+    )
     assert images_of(pieces, (2, 8, 8), "uint16")[:, 0, 0, 0].tolist() == [1500, 1800, 600]
 
 
 def test_manifest_survives_json(phantom_dataset: PatchDataset) -> None:
     manifest = phantom_dataset.manifest
-    assert Manifest.model_validate(json.loads(json.dumps(manifest.model_dump(mode="json")))) == manifest
+    assert (
+        Manifest.model_validate(json.loads(json.dumps(manifest.model_dump(mode="json"))))
+        == manifest
+    )
     assert set(manifest.counts) == set(manifest.parts) == set(SPLITS)
     assert isinstance(manifest.counts["val"], Counts)
     assert isinstance(manifest.parts["val"][0], Part)
@@ -173,7 +196,9 @@ def small(tmp_path: Path) -> PatchDataset:
     images = np.random.default_rng(0).integers(-1000, 1000, (21, 2, 16, 16)).astype(np.int16)
     masks = [None if i % 3 == 0 else np.eye(16) * (i % 2) for i in range(21)]
     split = ["train"] * 14 + ["val"] * 7
-    return made_dataset(tmp_path / "small", images, masks, split=split, rows_per_part=5, spacing_y=0.5)
+    return made_dataset(
+        tmp_path / "small", images, masks, split=split, rows_per_part=5, spacing_y=0.5
+    )
 
 
 def test_a_dataset_is_a_sequence_of_samples(small: PatchDataset) -> None:
@@ -197,7 +222,10 @@ def test_a_dataset_is_a_sequence_of_samples(small: PatchDataset) -> None:
 
 def test_the_table_holds_all_but_pixels(small: PatchDataset) -> None:
     table = small.table()
-    assert list(table.columns) == [*(name for name in COLUMNS if name not in ("image", "mask")), "split"]
+    assert list(table.columns) == [
+        *(name for name in COLUMNS if name not in ("image", "mask")),
+        "split",
+    ]
     assert len(table) == 21
     assert table["lesion"].isna().sum() == 7
     assert (table["lesion"] == 16).sum() == 7
@@ -209,7 +237,9 @@ def test_the_table_holds_all_but_pixels(small: PatchDataset) -> None:
         small.table(columns=["image"])
 
 
-def test_rows_are_loaded_without_the_rest(small: PatchDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_loaded_without_the_rest(
+    small: PatchDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = small.load("train")
     for rows in ([0, 13], [3], [4, 5, 6], []):
         part = small.load("train", np.array(rows, int))
@@ -235,11 +265,15 @@ def test_torch_gets_tensors_in_batches(small: PatchDataset) -> None:
 
 def test_an_unfinished_dataset_is_no_dataset(tmp_path: Path) -> None:
     (tmp_path / ".preparing").mkdir()
-    with pytest.raises(DataError, match="was not finished; run the same `amlp-ray data prepare` again"):
+    with pytest.raises(
+        DataError, match="was not finished; run the same `amlp-ray data prepare` again"
+    ):
         PatchDataset.open(tmp_path)
 
 
-def test_a_dataset_in_an_object_store_reads_like_one_here(small: PatchDataset, s3_bucket: str) -> None:
+def test_a_dataset_in_an_object_store_reads_like_one_here(
+    small: PatchDataset, s3_bucket: str
+) -> None:
     there = Place(s3_bucket) / "copy"
     for entry in small.place.entries():
         (there / entry.name).write_whole((small.place / entry.name).read_bytes())

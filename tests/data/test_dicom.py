@@ -16,21 +16,35 @@ from pydicom.uid import RLELossless, generate_uid
 from volumes import CAPTURE, ct_series, dicom, save, segmentation
 
 from amlp_ray.config import PrepareSettings
-from amlp_ray.data.formats.dicom import read_dicom
-from amlp_ray.data.formats.frame import DTYPES, Frame
-from amlp_ray.data.place import Place, read_bytes
-from amlp_ray.data.sources.dicom import find_dicom
-from amlp_ray.data.sources.item import Item, Listing
+from amlp_ray.data.decoders.dicom import read_dicom
+from amlp_ray.data.decoders.frame import DTYPES, Frame
+from amlp_ray.data.layouts.dicom import find_dicom
+from amlp_ray.data.layouts.item import Item, Listing
+from amlp_ray.data.path import Place, read_bytes
 from amlp_ray.errors import DataError
 
 EXAMPLES = Path(pydicom.__file__).parent / "data" / "test_files"
 KEEP = PrepareSettings()
 # Files of pydicom that hold an image; the rest are plans, reports, and broken on purpose.
 BROKEN = {"JPEG2000-embedded-sequence-delimiter.dcm", "JPEG-lossy.dcm"}
-PATTERNS = ("*_small*.dcm", "SC_*.dcm", "JPEG*.dcm", "693_J2KI.dcm", "J2K_*.dcm", "GDCM*.dcm", "examples_*.dcm")
+PATTERNS = (
+    "*_small*.dcm",
+    "SC_*.dcm",
+    "JPEG*.dcm",
+    "693_J2KI.dcm",
+    "J2K_*.dcm",
+    "GDCM*.dcm",
+    "examples_*.dcm",
+)
 IMAGES = [
     *sorted(
-        {path.name for pattern in PATTERNS for path in EXAMPLES.glob(pattern) if "32bit" not in path.name} - BROKEN
+        {
+            path.name
+            for pattern in PATTERNS
+            for path in EXAMPLES.glob(pattern)
+            if "32bit" not in path.name
+        }
+        - BROKEN
     ),
     "ExplVR_BigEnd.dcm",
     "image_dfl.dcm",
@@ -98,15 +112,29 @@ def test_every_kind_of_image_is_read_as_pydicom_reads_it(
 
 @pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
 def test_examples_hold_all_kinds_that_matter() -> None:
-    syntaxes = {dcmread(EXAMPLES / name, stop_before_pixels=True).file_meta.TransferSyntaxUID.name for name in IMAGES}
-    for kind in ("RLE", "JPEG Baseline", "JPEG Lossless", "JPEG-LS", "JPEG 2000", "Deflated", "Big"):
+    syntaxes = {
+        dcmread(EXAMPLES / name, stop_before_pixels=True).file_meta.TransferSyntaxUID.name
+        for name in IMAGES
+    }
+    for kind in (
+        "RLE",
+        "JPEG Baseline",
+        "JPEG Lossless",
+        "JPEG-LS",
+        "JPEG 2000",
+        "Deflated",
+        "Big",
+    ):
         assert any(kind in syntax for syntax in syntaxes), kind
 
 
 def test_jpeg_of_12_bits_is_read_in_silence(capfd: pytest.CaptureFixture[str]) -> None:
     (frame,) = frames_of(item_of(EXAMPLES / "JPGExtended.dcm"))
     assert (frame.image.dtype, frame.image.shape) == (np.uint16, (1024, 256, 1))
-    assert (frame.image[420, 140, 0], frame.image[230, 120, 0]) == (244, 95)  # as other decoders have it
+    assert (frame.image[420, 140, 0], frame.image[230, 120, 0]) == (
+        244,
+        95,
+    )  # as other decoders have it
     assert not capfd.readouterr().err
 
 
@@ -128,7 +156,9 @@ def test_shared_folder_lists_two_series_and_tells_why_not_more(real_data: Path) 
     }
 
 
-def test_shared_segmentation_is_a_mask_of_the_slices_it_names(real_data: Path, tmp_path: Path) -> None:
+def test_shared_segmentation_is_a_mask_of_the_slices_it_names(
+    real_data: Path, tmp_path: Path
+) -> None:
     seg = real_data / "dicom" / "liver_1frame.dcm"
     want = dcmread(seg)
     frame = want.PerFrameFunctionalGroupsSequence[0]  # it describes three frames and holds one
@@ -136,9 +166,18 @@ def test_shared_segmentation_is_a_mask_of_the_slices_it_names(real_data: Path, t
     position = frame.PlanePositionSequence[0].ImagePositionPatient
     series = want.ReferencedSeriesSequence[0].SeriesInstanceUID
     for z, uid in ((0, named), (1, generate_uid())):
-        own = {"ImagePositionPatient": [*position[:2], position[2] + 5 * z], "SeriesInstanceUID": series}
-        elements = own | {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0], "PixelSpacing": [0.810547, 0.810547]}
-        save(dicom(np.zeros((512, 512), np.int16), SOPInstanceUID=uid, **elements), tmp_path / f"{z}.dcm")
+        own = {
+            "ImagePositionPatient": [*position[:2], position[2] + 5 * z],
+            "SeriesInstanceUID": series,
+        }
+        elements = own | {
+            "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
+            "PixelSpacing": [0.810547, 0.810547],
+        }
+        save(
+            dicom(np.zeros((512, 512), np.int16), SOPInstanceUID=uid, **elements),
+            tmp_path / f"{z}.dcm",
+        )
     (tmp_path / "seg.dcm").write_bytes(seg.read_bytes())
     (item,) = find(tmp_path).items
     first, second = frames_of(item)
@@ -170,9 +209,14 @@ def test_oblique_slices_are_ordered_along_their_normal(tmp_path: Path) -> None:
     tilt = [1.0, 0.0, 0.0, 0.0, 0.6, -0.8]
     series = generate_uid()
     for z, name in ((0, "c"), (1, "a"), (2, "b")):
-        place = {"ImageOrientationPatient": tilt, "ImagePositionPatient": [0, 0.8 * 3 * z, 0.6 * 3 * z]}
+        place = {
+            "ImageOrientationPatient": tilt,
+            "ImagePositionPatient": [0, 0.8 * 3 * z, 0.6 * 3 * z],
+        }
         pixels = np.full((8, 8), z, np.int16)
-        save(dicom(pixels, SeriesInstanceUID=series, InstanceNumber=5 - z, **place), tmp_path / name)
+        save(
+            dicom(pixels, SeriesInstanceUID=series, InstanceNumber=5 - z, **place), tmp_path / name
+        )
     (item,) = find(tmp_path).items
     assert [frame.image[0, 0, 0] for frame in frames_of(item)] == [0, 1, 2]
 
@@ -181,7 +225,10 @@ def test_series_falls_apart_by_shape_and_direction(tmp_path: Path) -> None:
     shared = {"SeriesInstanceUID": generate_uid(), "patient": "p"}
     ct_series(tmp_path / "a", np.zeros((3, 8, 8), np.int16), **shared)
     ct_series(tmp_path / "b", np.zeros((2, 8, 9), np.int16), **shared)
-    save(dicom(np.zeros((8, 8), np.int16), ImageOrientationPatient=[0, 1, 0, 0, 0, -1], **shared), tmp_path / "c")
+    save(
+        dicom(np.zeros((8, 8), np.int16), ImageOrientationPatient=[0, 1, 0, 0, 0, -1], **shared),
+        tmp_path / "c",
+    )
     save(dicom(np.zeros((4, 8, 8), np.int16), **shared), tmp_path / "d")
     listing = find(tmp_path)
     assert sorted(len(item.images) for item in listing.items) == [1, 1, 2, 3]
@@ -214,7 +261,9 @@ def test_file_without_preamble_is_read_where_its_name_says_dicom(tmp_path: Path)
     pixels = np.arange(64, dtype=np.int16).reshape(8, 8)
     path = save(dicom(pixels), tmp_path / "a.ima")
     content = path.read_bytes()
-    path.write_bytes(content[132 + 12 + int.from_bytes(content[140:144], "little") :])  # without its meta header too
+    path.write_bytes(
+        content[132 + 12 + int.from_bytes(content[140:144], "little") :]
+    )  # without its meta header too
     (item,) = find(tmp_path).items
     np.testing.assert_array_equal(frames_of(item)[0].image[..., 0], pixels)
 
@@ -224,17 +273,29 @@ def test_file_without_preamble_is_read_where_its_name_says_dicom(tmp_path: Path)
     [
         (np.uint8, {}, "uint8"),
         (np.uint16, {}, "uint16"),
-        (np.uint16, {"BitsStored": 12, "HighBit": 11, "RescaleSlope": 1, "RescaleIntercept": -1024}, "int16"),
-        (np.uint16, {"RescaleSlope": 1, "RescaleIntercept": -1024}, "int16"),  # as the values allow it
+        (
+            np.uint16,
+            {"BitsStored": 12, "HighBit": 11, "RescaleSlope": 1, "RescaleIntercept": -1024},
+            "int16",
+        ),
+        (
+            np.uint16,
+            {"RescaleSlope": 1, "RescaleIntercept": -1024},
+            "int16",
+        ),  # as the values allow it
         (np.int16, {"RescaleSlope": 2, "RescaleIntercept": -5}, "int16"),
         (np.uint16, {"BitsStored": 8, "HighBit": 7}, "uint8"),
         (np.int16, {"RescaleSlope": 0.5, "RescaleIntercept": 0}, "float32"),
     ],
 )
-def test_type_is_the_smallest_that_is_exact(stored: Any, elements: dict[str, Any], dtype: str, tmp_path: Path) -> None:
+def test_type_is_the_smallest_that_is_exact(
+    stored: Any, elements: dict[str, Any], dtype: str, tmp_path: Path
+) -> None:
     pixels = np.random.default_rng(1).integers(0, 250, (9, 7)).astype(stored)
     image = image_of(dicom(pixels, **elements), tmp_path)
-    want = pixels.astype(float) * elements.get("RescaleSlope", 1) + elements.get("RescaleIntercept", 0)
+    want = pixels.astype(float) * elements.get("RescaleSlope", 1) + elements.get(
+        "RescaleIntercept", 0
+    )
     assert image.dtype == dtype
     np.testing.assert_array_equal(image, want)
 
@@ -257,7 +318,9 @@ def test_padding_becomes_the_least_valid_value(tmp_path: Path) -> None:
     image = image_of(dicom(pixels, PixelPaddingValue=-2000), tmp_path)
     assert image.min() == -1990
     assert (image[:2] == -1990).all()
-    ranged = image_of(dicom(pixels, PixelPaddingValue=-2000, PixelPaddingRangeLimit=-1990), tmp_path)
+    ranged = image_of(
+        dicom(pixels, PixelPaddingValue=-2000, PixelPaddingRangeLimit=-1990), tmp_path
+    )
     assert ranged.min() == pixels[3:].min()
     np.testing.assert_array_equal(ranged[3:], pixels[3:])
 
@@ -299,7 +362,9 @@ def test_window_table_of_the_header_is_used(tmp_path: Path) -> None:
 
 def test_given_window_and_none_at_all(tmp_path: Path) -> None:
     pixels = np.array([[-2000, -160], [39, 240]], np.int16)
-    image = image_of(dicom(pixels, WindowCenter=0, WindowWidth=1), tmp_path, values="window", window=(-160, 240))
+    image = image_of(
+        dicom(pixels, WindowCenter=0, WindowWidth=1), tmp_path, values="window", window=(-160, 240)
+    )
     np.testing.assert_array_equal(image, [[0, 0], [127, 255]])
     with pytest.raises(DataError, match=r"one\.dcm names no window .* add --window"):
         image_of(dicom(pixels), tmp_path, values="window")
@@ -376,7 +441,9 @@ def test_masks_lie_on_the_slices_they_were_drawn_on(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.stack([frame.image[..., 0] for frame in frames]), volume)
     np.testing.assert_array_equal(np.stack([frame.mask for frame in frames]), masks)
     other_way = hd.seg.segread(tmp_path / "seg.dcm").get_pixels_by_source_instance(
-        [s.SOPInstanceUID for s in slices], assert_missing_frames_are_empty=True, ignore_spatial_locations=True
+        [s.SOPInstanceUID for s in slices],
+        assert_missing_frames_are_empty=True,
+        ignore_spatial_locations=True,
     )
     np.testing.assert_array_equal(np.stack([frame.mask for frame in frames]), other_way[..., 0])
 
@@ -405,7 +472,11 @@ def test_wanted_segments_of_several_objects_are_united(kind: str, tmp_path: Path
 def test_fractions_from_a_half_are_lesion(tmp_path: Path) -> None:
     slices = ct_series(tmp_path, np.zeros((1, 4, 4), np.int16))
     shares = np.linspace(0, 1, 16).reshape(1, 4, 4)
-    options = {"segmentation_type": "FRACTIONAL", "fractional_type": "OCCUPANCY", "max_fractional_value": 200}
+    options = {
+        "segmentation_type": "FRACTIONAL",
+        "fractional_type": "OCCUPANCY",
+        "max_fractional_value": 200,
+    }
     save(segmentation(slices, shares, **options), tmp_path / "seg.dcm")
     (item,) = find(tmp_path).items
     np.testing.assert_array_equal(frames_of(item)[0].mask, shares[0] >= 0.5)
@@ -421,7 +492,10 @@ def test_segmentation_of_a_multi_frame_object_is_found_by_frame(tmp_path: Path) 
     shared, turn, measures = Dataset(), Dataset(), Dataset()
     turn.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
     measures.PixelSpacing, measures.SliceThickness = [1, 1], 3
-    shared.PlaneOrientationSequence, shared.PixelMeasuresSequence = Sequence([turn]), Sequence([measures])
+    shared.PlaneOrientationSequence, shared.PixelMeasuresSequence = (
+        Sequence([turn]),
+        Sequence([measures]),
+    )
     source = dicom(
         np.zeros((4, 8, 8), np.uint16),
         SOPClassUID="1.2.840.10008.5.1.4.1.1.2.1",
@@ -435,7 +509,10 @@ def test_segmentation_of_a_multi_frame_object_is_found_by_frame(tmp_path: Path) 
     frames = frames_of(item)
     np.testing.assert_array_equal(np.stack([frame.mask for frame in frames]), masks)
     other_way = hd.seg.segread(tmp_path / "seg.dcm").get_pixels_by_source_frame(
-        source.SOPInstanceUID, [1, 2, 3, 4], assert_missing_frames_are_empty=True, ignore_spatial_locations=True
+        source.SOPInstanceUID,
+        [1, 2, 3, 4],
+        assert_missing_frames_are_empty=True,
+        ignore_spatial_locations=True,
     )
     np.testing.assert_array_equal(np.stack([frame.mask for frame in frames]), other_way[..., 0])
 
@@ -446,7 +523,10 @@ def _without_references(seg: Dataset) -> None:
 
 
 def _all_references(seg: Dataset) -> None:
-    images = [frame.DerivationImageSequence[0].SourceImageSequence[0] for frame in seg.PerFrameFunctionalGroupsSequence]
+    images = [
+        frame.DerivationImageSequence[0].SourceImageSequence[0]
+        for frame in seg.PerFrameFunctionalGroupsSequence
+    ]
     for frame in seg.PerFrameFunctionalGroupsSequence:
         frame.DerivationImageSequence[0].SourceImageSequence = Sequence(images)
 
@@ -456,7 +536,9 @@ def _without_series(seg: Dataset) -> None:
 
 
 @pytest.mark.parametrize("spoil", [_without_references, _all_references, _without_series])
-def test_frames_are_found_by_place_where_references_are_poor(spoil: Callable[[Dataset], None], tmp_path: Path) -> None:
+def test_frames_are_found_by_place_where_references_are_poor(
+    spoil: Callable[[Dataset], None], tmp_path: Path
+) -> None:
     slices = ct_series(tmp_path, np.zeros((4, 8, 8), np.int16))
     masks = _masks(14, (4, 8, 8))
     seg = segmentation(slices, masks)
@@ -477,7 +559,14 @@ def _astray(seg: Dataset) -> None:
 
 
 def _flipped(seg: Dataset) -> None:
-    seg.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0].ImageOrientationPatient = [-1, 0, 0, 0, 1, 0]
+    seg.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0].ImageOrientationPatient = [
+        -1,
+        0,
+        0,
+        0,
+        1,
+        0,
+    ]
 
 
 def _coarser(seg: Dataset) -> None:
@@ -499,7 +588,10 @@ def _without_segments(seg: Dataset) -> None:
             _moved,
             r"seg\.dcm is a segmentation that starts elsewhere than the slice .* same place; export it",
         ),
-        (_astray, r"seg\.dcm is a segmentation none of whose 3 frames lies on a slice of its series"),
+        (
+            _astray,
+            r"seg\.dcm is a segmentation none of whose 3 frames lies on a slice of its series",
+        ),
         (_flipped, r"seg\.dcm is a segmentation that runs in another direction"),
         (_coarser, r"seg\.dcm is a segmentation that has another pixel spacing"),
         (_smaller, r"seg\.dcm is a segmentation that has 16x4 pixels and its image 8x8"),
@@ -524,7 +616,9 @@ def test_series_in_an_object_store_are_read_like_those_here(s3_bucket: str, tmp_
     slices = ct_series(tmp_path, volume)
     save(segmentation(slices, _masks(16, (3, 8, 8))), tmp_path / "seg.dcm")
     large = dicom(np.zeros((2, 600, 600), np.uint8))
-    large.add_new(0x00091010, "OB", bytes(1 << 19))  # its header is longer than what is fetched first
+    large.add_new(
+        0x00091010, "OB", bytes(1 << 19)
+    )  # its header is longer than what is fetched first
     save(large, tmp_path / "large.dcm")
     (tmp_path / "bare.dcm").write_bytes((tmp_path / "large.dcm").read_bytes()[: 1 << 18])
     (tmp_path / "README").write_text("x" * (1 << 19))
@@ -547,7 +641,9 @@ def test_series_in_an_object_store_are_read_like_those_here(s3_bucket: str, tmp_
 
 def test_folder_without_images_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.dcm").write_bytes(b"")
-    with pytest.raises(DataError, match=r"holds no DICOM image \(1 files .* x\.dcm is named like a DICOM file"):
+    with pytest.raises(
+        DataError, match=r"holds no DICOM image \(1 files .* x\.dcm is named like a DICOM file"
+    ):
         find(tmp_path)
     with pytest.raises(DataError, match="no folder"):
         find(tmp_path / "gone")
@@ -563,7 +659,8 @@ def test_headers_that_cannot_be_used_are_faults_and_the_rest_is_kept(tmp_path: P
     copy = next((tmp_path / "good").iterdir())
     (tmp_path / "copy").write_bytes(copy.read_bytes())
     seg = segmentation(
-        ct_series(tmp_path.parent / "other", np.zeros((2, 8, 8), np.int16)), np.ones((2, 8, 8), np.uint8)
+        ct_series(tmp_path.parent / "other", np.zeros((2, 8, 8), np.int16)),
+        np.ones((2, 8, 8), np.uint8),
     )
     save(seg, tmp_path / "seg")
     listing = find(tmp_path)
@@ -603,20 +700,28 @@ def _unknown(folder: Path) -> Path:
         (_compressed, r"bad\.dcm holds no pixels, or ends before they do"),
         (_unknown, r"bad\.dcm cannot be decoded"),
         (lambda folder: folder / "bad.dcm", r"bad\.dcm cannot be read \(No such file"),
-        (lambda folder: save(dicom(np.zeros((8, 8), np.int16), Rows=0), folder / "bad.dcm"), r"claims 8x0 pixels"),
         (
-            lambda folder: save(dicom(np.zeros((8, 8), np.int16), RescaleSlope=0), folder / "bad.dcm"),
+            lambda folder: save(dicom(np.zeros((8, 8), np.int16), Rows=0), folder / "bad.dcm"),
+            r"claims 8x0 pixels",
+        ),
+        (
+            lambda folder: save(
+                dicom(np.zeros((8, 8), np.int16), RescaleSlope=0), folder / "bad.dcm"
+            ),
             r"bad\.dcm cannot be decoded .*rescale slope is 0",
         ),
         (
             lambda folder: save(
-                dicom(np.zeros((8, 8, 3), np.uint8), PhotometricInterpretation="HSV"), folder / "bad.dcm"
+                dicom(np.zeros((8, 8, 3), np.uint8), PhotometricInterpretation="HSV"),
+                folder / "bad.dcm",
             ),
             r"bad\.dcm cannot be decoded .*colours are of kind HSV",
         ),
     ],
 )
-def test_bad_file_is_named_in_one_sentence(make: Callable[[Path], Path], sentence: str, tmp_path: Path) -> None:
+def test_bad_file_is_named_in_one_sentence(
+    make: Callable[[Path], Path], sentence: str, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match=sentence) as caught:
         frames_of(item_of(make(tmp_path)))
     assert str(caught.value).endswith(".")

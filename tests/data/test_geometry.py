@@ -13,10 +13,10 @@ from PIL import Image
 from volumes import turned
 
 from amlp_ray.config import PrepareSettings
-from amlp_ray.data.formats import read_frames
-from amlp_ray.data.geometry import OUTLINE, fitted, overlay, png_bytes, restored, volume_bytes
-from amlp_ray.data.preparing.fit import cut
-from amlp_ray.data.sources import Item
+from amlp_ray.data.decoders import read_frames
+from amlp_ray.data.layouts import Item
+from amlp_ray.data.prepare.crop import cut
+from amlp_ray.inference.geometry import OUTLINE, fitted, overlay, png_bytes, restored, volume_bytes
 
 SIZES = [(181, 97), (97, 181), (63, 40), (300, 257), (32, 64), (64, 64)]
 
@@ -33,7 +33,9 @@ def dsc(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.parametrize("fit", ["stretch", "pad", "tiles"])
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_what_is_found_in_an_input_lies_where_it_was_in_the_frame(fit: str, height: int, width: int) -> None:
+def test_what_is_found_in_an_input_lies_where_it_was_in_the_frame(
+    fit: str, height: int, width: int
+) -> None:
     settings = PrepareSettings.model_validate({"fit": fit, "size": 64})
     lesion = blob(height, width)
     there = fitted((lesion * 200).astype(np.uint8)[..., None], settings)
@@ -73,22 +75,30 @@ def test_a_frame_smaller_than_a_tile_is_padded_with_its_least_value_at_the_lower
 
 def test_tiles_are_cut_at_the_scale_of_training() -> None:
     lesion = blob(121, 200)
-    there = fitted((lesion * 200).astype(np.uint8)[..., None], PrepareSettings(fit="tiles", size=32, scale=0.5))
+    there = fitted(
+        (lesion * 200).astype(np.uint8)[..., None], PrepareSettings(fit="tiles", size=32, scale=0.5)
+    )
     assert there.image.shape == (1, 60, 100)
     assert dsc(restored(there.image[0], there, 121, 200) > 100, lesion) > 0.97
 
 
 @pytest.mark.parametrize("axis", ["axial", "coronal", "sagittal"])
 @pytest.mark.parametrize("codes", ["RAS", "LPI", "PSR", "AIL"])
-def test_slices_become_the_volume_that_they_were_cut_from(tmp_path: Path, codes: str, axis: str) -> None:
+def test_slices_become_the_volume_that_they_were_cut_from(
+    tmp_path: Path, codes: str, axis: str
+) -> None:
     affine = np.array([[0.5, 0.02, 0, -7], [-0.02, 0.75, 0, 11], [0, 0, 2.5, -40], [0, 0, 0, 1]])
-    values, own = turned(np.random.default_rng(1).integers(0, 255, (7, 9, 5)).astype(np.uint8), affine, codes)
+    values, own = turned(
+        np.random.default_rng(1).integers(0, 255, (7, 9, 5)).astype(np.uint8), affine, codes
+    )
     path, image = tmp_path / "a.nii.gz", nib.Nifti1Image(values, own)
     image.header["descrip"] = b"Mustermann"
     image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"Mustermann"))
     nib.save(image, path)
     settings = PrepareSettings.model_validate({"axis": axis})
-    planes = [f.image[..., 0] for f in read_frames(Item("a", "nifti", (str(path),), (), "a"), settings)]
+    planes = [
+        f.image[..., 0] for f in read_frames(Item("a", "nifti", (str(path),), (), "a"), settings)
+    ]
     (tmp_path / "b.nii.gz").write_bytes(volume_bytes(planes, axis, str(path)))
     source, made = nib.load(path), nib.load(tmp_path / "b.nii.gz")
     assert np.array_equal(np.asarray(made.dataobj), values)
@@ -107,7 +117,9 @@ def test_units_and_a_fourth_axis_of_one_are_kept_and_channels_are_not(tmp_path: 
         image.header.set_xyzt_units("micron")
         nib.save(image, tmp_path / f"{name}.nii")
         planes = [np.full((5, 4), i, np.float32) for i in range(6)]
-        made = nib.Nifti1Image.from_bytes(gzip.decompress(volume_bytes(planes, "axial", str(tmp_path / f"{name}.nii"))))
+        made = nib.Nifti1Image.from_bytes(
+            gzip.decompress(volume_bytes(planes, "axial", str(tmp_path / f"{name}.nii")))
+        )
         assert made.shape == shape
         assert made.header.get_xyzt_units()[0] == "micron"
         assert made.get_data_dtype() == np.float32
@@ -123,7 +135,9 @@ def test_an_outline_runs_around_the_mask_and_hides_nothing_of_it() -> None:
     assert ring.any()
     assert not (ring & (mask > 0)).any()
     assert np.ptp(drawn[~ring], axis=1).max() == 0, "grey elsewhere"
-    assert np.array_equal(overlay(np.full((9, 9, 3), 7, np.uint8), np.zeros((9, 9), np.uint8)), np.full((9, 9, 3), 7))
+    assert np.array_equal(
+        overlay(np.full((9, 9, 3), 7, np.uint8), np.zeros((9, 9), np.uint8)), np.full((9, 9, 3), 7)
+    )
 
 
 def test_png_keeps_sixteen_bits() -> None:

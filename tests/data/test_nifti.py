@@ -12,12 +12,12 @@ import pytest
 from volumes import turned, write_nifti
 
 from amlp_ray.config import PrepareSettings
-from amlp_ray.data.formats.frame import Frame
-from amlp_ray.data.formats.nifti import read_nifti
-from amlp_ray.data.place import Place, read_bytes
-from amlp_ray.data.sources.decathlon import find_decathlon
-from amlp_ray.data.sources.item import Item, Listing
-from amlp_ray.data.sources.nifti import find_nifti
+from amlp_ray.data.decoders.frame import Frame
+from amlp_ray.data.decoders.nifti import read_nifti
+from amlp_ray.data.layouts.decathlon import find_decathlon
+from amlp_ray.data.layouts.item import Item, Listing
+from amlp_ray.data.layouts.nifti import find_nifti
+from amlp_ray.data.path import Place, read_bytes
 from amlp_ray.errors import DataError
 
 KEEP = PrepareSettings()
@@ -95,12 +95,16 @@ def looked_up(path: Path, axis: str) -> np.ndarray:
 
 @pytest.mark.parametrize("axis", ["axial", "coronal", "sagittal"])
 @pytest.mark.parametrize("name", SHARED)
-def test_shared_volumes_and_labels_are_read_voxel_by_voxel(name: str, axis: str, real_data: Path) -> None:
+def test_shared_volumes_and_labels_are_read_voxel_by_voxel(
+    name: str, axis: str, real_data: Path
+) -> None:
     folder = real_data / "nifti"
     path, label = folder / f"{name}.nii.gz", SHARED[name]
     masks = (folder / f"{label}.nii.gz",) if label else ()
     frames = frames_of(item_of(path, masks=masks), axis=axis)
-    np.testing.assert_array_equal(np.stack([frame.image for frame in frames]), looked_up(path, axis))
+    np.testing.assert_array_equal(
+        np.stack([frame.image for frame in frames]), looked_up(path, axis)
+    )
     assert frames[0].image.dtype == nib.load(path).get_data_dtype()
     if label:
         want = looked_up(masks[0], axis)[..., 0] > 0
@@ -114,7 +118,9 @@ def test_shared_folder_is_listed_with_its_labels(real_data: Path) -> None:
     folder = real_data / "nifti"
     listing = find_nifti(Place(folder), KEEP)
     found = {images[0]: masks for images, masks, _ in table(listing, folder).values()}
-    assert found == {f"{image}.nii.gz": [f"{label}.nii.gz"] if label else [] for image, label in SHARED.items()}
+    assert found == {
+        f"{image}.nii.gz": [f"{label}.nii.gz"] if label else [] for image, label in SHARED.items()
+    }
     assert listing.faults == []
 
 
@@ -174,7 +180,8 @@ def test_wide_whole_numbers_become_float32_and_mixed_types_a_common_one(tmp_path
     wide = write_nifti(tmp_path / "wide.nii", np.array([[[0, 70000]]], np.int32))
     assert volume_of(item_of(wide)).dtype == np.float32
     kinds = {
-        kind: write_nifti(tmp_path / f"{kind}.nii", np.ones((1, 1, 2), kind)) for kind in ("uint8", "uint16", "int16")
+        kind: write_nifti(tmp_path / f"{kind}.nii", np.ones((1, 1, 2), kind))
+        for kind in ("uint8", "uint16", "int16")
     }
     assert volume_of(item_of(kinds["uint8"], kinds["int16"])).dtype == np.int16
     assert volume_of(item_of(kinds["uint8"], kinds["uint16"])).dtype == np.uint16
@@ -233,7 +240,9 @@ def test_names_of_zipped_files_do_not_matter(tmp_path: Path) -> None:
     (tmp_path / "b.nii").write_bytes(gzip.compress(content))
     (tmp_path / "c.nii.gz").write_bytes(content)
     assert (
-        volume_of(item_of(tmp_path / "b.nii")).shape == volume_of(item_of(tmp_path / "c.nii.gz")).shape == (4, 3, 2, 1)
+        volume_of(item_of(tmp_path / "b.nii")).shape
+        == volume_of(item_of(tmp_path / "c.nii.gz")).shape
+        == (4, 3, 2, 1)
     )
 
 
@@ -244,18 +253,28 @@ def test_metres_become_millimetres_and_nifti2_is_read(tmp_path: Path) -> None:
     assert frames_of(item_of(tmp_path / "i.nii"))[0].spacing == pytest.approx((2, 1))
 
 
-def test_volumes_in_an_object_store_are_read_like_those_here(s3_bucket: str, tmp_path: Path) -> None:
+def test_volumes_in_an_object_store_are_read_like_those_here(
+    s3_bucket: str, tmp_path: Path
+) -> None:
     there = Place(s3_bucket) / "nifti"
     values = np.random.default_rng(5).integers(0, 9, (4, 5, 6)).astype(np.uint8)
-    for name, stored in (("imagesTr/a_0000", values), ("imagesTr/a_0001", values + 1), ("labelsTr/a", values)):
+    for name, stored in (
+        ("imagesTr/a_0000", values),
+        ("imagesTr/a_0001", values + 1),
+        ("labelsTr/a", values),
+    ):
         path = write_nifti(tmp_path / f"{name}.nii.gz", stored)
         target = there / f"{name}.nii.gz"
-        with target.filesystem.open_output_stream(target.path, compression=None) as file:  # else zipped once more
+        with target.filesystem.open_output_stream(
+            target.path, compression=None
+        ) as file:  # else zipped once more
             file.write(path.read_bytes())
     (item,) = find_nifti(there, KEEP).items
     (local,) = find_nifti(Place(tmp_path), KEEP).items
     np.testing.assert_array_equal(volume_of(item), volume_of(local))
-    np.testing.assert_array_equal([f.mask for f in frames_of(item)], [f.mask for f in frames_of(local)])
+    np.testing.assert_array_equal(
+        [f.mask for f in frames_of(item)], [f.mask for f in frames_of(local)]
+    )
 
 
 # Bad files
@@ -287,7 +306,9 @@ def _image(values: np.ndarray, **header: Any) -> Callable[[Path], Item]:
     return lambda folder: item_of(write_nifti(folder / "bad.nii.gz", values, **header))
 
 
-def _label(image: np.ndarray, label: np.ndarray, affine: np.ndarray | None = None) -> Callable[[Path], Item]:
+def _label(
+    image: np.ndarray, label: np.ndarray, affine: np.ndarray | None = None
+) -> Callable[[Path], Item]:
     def make(folder: Path) -> Item:
         path = write_nifti(folder / "i.nii.gz", image)
         return item_of(path, masks=(write_nifti(folder / "bad.nii.gz", label, affine),))
@@ -347,10 +368,17 @@ RGB = np.zeros((2, 3, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")])
             r"bad\.nii\.gz is a label volume with 2",
         ),
         (
-            _label(np.zeros((4, 5, 6), np.uint8), np.zeros((4, 5, 6), np.uint8), np.diag([1, 1, 1.1, 1])),
+            _label(
+                np.zeros((4, 5, 6), np.uint8),
+                np.zeros((4, 5, 6), np.uint8),
+                np.diag([1, 1, 1.1, 1]),
+            ),
             r"bad\.nii\.gz lies elsewhere than .*i\.nii\.gz \(their affines differ by up to 0\.1\)",
         ),
-        (_modality, r"bad\.nii\.gz has 2x3x5 voxels and .*a\.nii\.gz 2x3x4, but the modalities of a case"),
+        (
+            _modality,
+            r"bad\.nii\.gz has 2x3x5 voxels and .*a\.nii\.gz 2x3x4, but the modalities of a case",
+        ),
     ],
 )
 def test_bad_file_is_named_in_one_sentence(
@@ -365,7 +393,9 @@ def test_bad_file_is_named_in_one_sentence(
 
 def test_window_must_be_given(tmp_path: Path) -> None:
     path = write_nifti(tmp_path / "i.nii", np.ones((2, 2, 2), np.uint8))
-    with pytest.raises(DataError, match=r"i\.nii is a NIfTI volume, which names no window.*--window"):
+    with pytest.raises(
+        DataError, match=r"i\.nii is a NIfTI volume, which names no window.*--window"
+    ):
         frames_of(item_of(path), values="window")
 
 
@@ -373,14 +403,39 @@ def test_window_must_be_given(tmp_path: Path) -> None:
 
 
 def test_flat_folder_matches_labels_by_their_ending(tmp_path: Path) -> None:
-    endings = ("_seg", "_mask", "_label", "-label", "_gt", "_Lesion_Mask", "_mask_1", "_gmseg-manual")
-    names = [name for i, ending in enumerate(endings) for name in (f"c{i}.nii.gz", f"c{i}{ending}.nii.gz")]
-    place = touch(tmp_path, *names, "alone.nii", "notes.txt", "c0_brain_mask.nii.gz", "stray_seg.nii", "x.hdr", "x.img")
+    endings = (
+        "_seg",
+        "_mask",
+        "_label",
+        "-label",
+        "_gt",
+        "_Lesion_Mask",
+        "_mask_1",
+        "_gmseg-manual",
+    )
+    names = [
+        name
+        for i, ending in enumerate(endings)
+        for name in (f"c{i}.nii.gz", f"c{i}{ending}.nii.gz")
+    ]
+    place = touch(
+        tmp_path,
+        *names,
+        "alone.nii",
+        "notes.txt",
+        "c0_brain_mask.nii.gz",
+        "stray_seg.nii",
+        "x.hdr",
+        "x.img",
+    )
     listing = find_nifti(place, KEEP)
     found = table(listing, tmp_path)
     assert found == {
         "alone": (["alone.nii"], [], "alone"),
-        **{f"c{i}": ([f"c{i}.nii.gz"], [f"c{i}{ending}.nii.gz"], f"c{i}") for i, ending in enumerate(endings)},
+        **{
+            f"c{i}": ([f"c{i}.nii.gz"], [f"c{i}{ending}.nii.gz"], f"c{i}")
+            for i, ending in enumerate(endings)
+        },
     }
     assert [(fault.file, fault.reason.split(";")[0]) for fault in listing.faults] == [
         ("stray_seg.nii", "is a label volume without an image"),
@@ -396,9 +451,18 @@ def test_longer_names_keep_their_labels(tmp_path: Path) -> None:
     assert found["a_2"][1] == ["a_2_post_seg.nii", "a_2_seg.nii"]
 
 
-@pytest.mark.parametrize(("images", "labels"), [("images", "labels"), ("images", "masks"), ("imagesTr", "labelsTr")])
-def test_labels_in_a_folder_of_their_own_are_named_like_images(images: str, labels: str, tmp_path: Path) -> None:
-    names = [f"{images}/a_1.nii.gz", f"{images}/a_2.nii.gz", f"{labels}/a_1.nii.gz", f"{labels}/b.nii.gz"]
+@pytest.mark.parametrize(
+    ("images", "labels"), [("images", "labels"), ("images", "masks"), ("imagesTr", "labelsTr")]
+)
+def test_labels_in_a_folder_of_their_own_are_named_like_images(
+    images: str, labels: str, tmp_path: Path
+) -> None:
+    names = [
+        f"{images}/a_1.nii.gz",
+        f"{images}/a_2.nii.gz",
+        f"{labels}/a_1.nii.gz",
+        f"{labels}/b.nii.gz",
+    ]
     listing = find_nifti(touch(tmp_path, *names, "imagesTs/a_9.nii.gz"), KEEP)
     found = table(listing, tmp_path)
     assert found["a_1"][1] == [f"{labels}/a_1.nii.gz"]
@@ -408,8 +472,12 @@ def test_labels_in_a_folder_of_their_own_are_named_like_images(images: str, labe
 
 
 def test_nnunet_endings_are_channels(tmp_path: Path) -> None:
-    images = [f"imagesTr/case_{i}_{c:04d}.nii.gz" for i in range(4) for c in range(3) if (i, c) != (2, 1)]
-    place = touch(tmp_path, *images, *(f"labelsTr/case_{i}.nii.gz" for i in range(4)), "dataset.json")
+    images = [
+        f"imagesTr/case_{i}_{c:04d}.nii.gz" for i in range(4) for c in range(3) if (i, c) != (2, 1)
+    ]
+    place = touch(
+        tmp_path, *images, *(f"labelsTr/case_{i}.nii.gz" for i in range(4)), "dataset.json"
+    )
     listing = find_nifti(place, KEEP)
     found = table(listing, tmp_path)
     assert sorted(found) == ["case_0", "case_1", "case_3"]
@@ -429,13 +497,23 @@ def test_nnunet_endings_are_channels(tmp_path: Path) -> None:
 
 def test_numbers_that_are_no_channels_stay_names(tmp_path: Path) -> None:
     place = touch(tmp_path, *(f"imagesTr/scan_{i:04d}.nii.gz" for i in (1, 2, 30)))
-    assert sorted(table(find_nifti(place, KEEP), tmp_path)) == ["scan_0001", "scan_0002", "scan_0030"]
+    assert sorted(table(find_nifti(place, KEEP), tmp_path)) == [
+        "scan_0001",
+        "scan_0002",
+        "scan_0030",
+    ]
 
 
 def test_brats_modalities_are_channels_in_one_order(tmp_path: Path) -> None:
-    old = [f"HGG/B_{i}/B_{i}_{m}.nii.gz" for i in range(3) for m in ("flair", "t1", "t1ce", "t2", "seg")]
+    old = [
+        f"HGG/B_{i}/B_{i}_{m}.nii.gz"
+        for i in range(3)
+        for m in ("flair", "t1", "t1ce", "t2", "seg")
+    ]
     new = [f"BraTS-GLI-0000{p}-00{t}" for p, t in ((5, 0), (5, 1), (6, 0))]
-    new_files = [f"{case}/{case}-{m}.nii.gz" for case in new for m in ("t2f", "t1n", "t1c", "t2w", "seg")]
+    new_files = [
+        f"{case}/{case}-{m}.nii.gz" for case in new for m in ("t2f", "t1n", "t1c", "t2w", "seg")
+    ]
     lacking = ["HGG/B_9/B_9_t1.nii.gz", "HGG/B_9/B_9_t2.nii.gz", "HGG/B_9/B_9_seg.nii.gz"]
     listing = find_nifti(touch(tmp_path, *old, *new_files, *lacking), KEEP)
     found = table(listing, tmp_path)
@@ -467,7 +545,9 @@ def test_sessions_of_a_bids_subject_share_a_group(tmp_path: Path) -> None:
     found = table(listing, tmp_path)
     assert len(found) == 8  # scans of a subject lie on grids of their own: no channels
     assert {group for _, _, group in found.values()} == {"sub-01", "sub-02"}
-    assert found["sub-02_ses-1_FLAIR"][1] == [names[8].replace("FLAIR.nii", "FLAIR_label-lesion_mask.nii")]
+    assert found["sub-02_ses-1_FLAIR"][1] == [
+        names[8].replace("FLAIR.nii", "FLAIR_label-lesion_mask.nii")
+    ]
     assert found["sub-01_ses-1_T1w"][1] == [derived]
     assert listing.faults == []
 
@@ -475,7 +555,11 @@ def test_sessions_of_a_bids_subject_share_a_group(tmp_path: Path) -> None:
 def test_case_folders_give_ids_and_groups(tmp_path: Path) -> None:
     names = [f"case_{i}/{kind}.nii.gz" for i in range(3) for kind in ("imaging", "segmentation")]
     found = table(find_nifti(touch(tmp_path, *names), KEEP), tmp_path)
-    assert found["case_1/imaging"] == (["case_1/imaging.nii.gz"], ["case_1/segmentation.nii.gz"], "case_1")
+    assert found["case_1/imaging"] == (
+        ["case_1/imaging.nii.gz"],
+        ["case_1/segmentation.nii.gz"],
+        "case_1",
+    )
     assert len(found) == 3
     names = [f"p{i}/{visit}/scan.nii.gz" for i in range(2) for visit in ("visit1", "20240131")]
     found = table(find_nifti(touch(tmp_path / "visits", *names), KEEP), tmp_path / "visits")
@@ -498,8 +582,15 @@ def _index(folder: Path, **content: Any) -> None:
 
 
 def test_decathlon_lists_what_its_index_names(tmp_path: Path) -> None:
-    files = ["imagesTr/la_003.nii.gz", "labelsTr/la_003.nii.gz", "imagesTr/la_004.nii.gz", "imagesTs/la_009.nii.gz"]
-    place = touch(tmp_path, *files, "imagesTr/n_0000.nii.gz", "imagesTr/n_0001.nii.gz", "labelsTr/n.nii.gz")
+    files = [
+        "imagesTr/la_003.nii.gz",
+        "labelsTr/la_003.nii.gz",
+        "imagesTr/la_004.nii.gz",
+        "imagesTs/la_009.nii.gz",
+    ]
+    place = touch(
+        tmp_path, *files, "imagesTr/n_0000.nii.gz", "imagesTr/n_0001.nii.gz", "labelsTr/n.nii.gz"
+    )
     _index(
         tmp_path,
         modality={"0": "FLAIR", "1": "T1w"},
@@ -540,12 +631,20 @@ def test_decathlon_lists_what_its_index_names(tmp_path: Path) -> None:
     [
         (None, r"holds no dataset\.json"),
         ("{", r"dataset\.json is no JSON file"),
-        ('{"channel_names": {"0": "CT"}, "numTraining": 3}', r"has none of the lists training, validation, test"),
+        (
+            '{"channel_names": {"0": "CT"}, "numTraining": 3}',
+            r"has none of the lists training, validation, test",
+        ),
         ("[1]", r"has none of the lists"),
-        ('{"training": [{"image": "a.nii"}]}', r"names no volume that is there \(such as a\.nii, which is named"),
+        (
+            '{"training": [{"image": "a.nii"}]}',
+            r"names no volume that is there \(such as a\.nii, which is named",
+        ),
     ],
 )
-def test_index_that_cannot_be_used_is_an_error(content: str | None, sentence: str, tmp_path: Path) -> None:
+def test_index_that_cannot_be_used_is_an_error(
+    content: str | None, sentence: str, tmp_path: Path
+) -> None:
     if content is not None:
         (tmp_path / "dataset.json").write_text(content)
     with pytest.raises(DataError, match=sentence):

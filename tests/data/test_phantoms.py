@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from amlp_ray.config import PrepareSettings
+from amlp_ray.data.layouts import find_items
 from amlp_ray.data.phantoms import NORMAL_EVERY, Kind, draw_phantom, write_phantoms
-from amlp_ray.data.sources import find_items
 from amlp_ray.errors import SettingsError
 
 KINDS: tuple[Kind, ...] = ("ultrasound", "mri", "pet")
@@ -41,7 +41,9 @@ def test_ultrasound_darkens_with_depth_and_mri_has_a_black_border() -> None:
         image, _ = draw_phantom("ultrasound", 96, np.random.default_rng([0, i]), lesion=False)
         shallow.append(image[30:50].mean())
         deep.append(image[-12:].mean())
-        border.append(draw_phantom("mri", 96, np.random.default_rng([0, i]), lesion=False)[0][:3].mean())
+        border.append(
+            draw_phantom("mri", 96, np.random.default_rng([0, i]), lesion=False)[0][:3].mean()
+        )
     assert np.mean(deep) < np.mean(shallow) - 30
     assert max(border) < 5
 

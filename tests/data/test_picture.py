@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from amlp_ray.config import PrepareSettings
-from amlp_ray.data.formats import Frame, read_frames
-from amlp_ray.data.formats.labels import lesion_of
-from amlp_ray.data.formats.picture import is_grey, to_channels
-from amlp_ray.data.formats.raster import MAX_PIXELS
-from amlp_ray.data.sources import Item, find_items
+from amlp_ray.data.decoders import Frame, read_frames
+from amlp_ray.data.decoders.image import is_grey, to_channels
+from amlp_ray.data.decoders.image_file import MAX_PIXELS
+from amlp_ray.data.decoders.masks import lesion_of
+from amlp_ray.data.layouts import Item, find_items
 from amlp_ray.errors import DataError
 
 RAMP = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
@@ -26,7 +26,9 @@ COLOUR = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
 
 
 def frame_of(image: Path, *masks: Path, outlines: str = "", **settings: Any) -> Frame:
-    item = Item("x", "picture", (str(image),), tuple(map(str, masks)), image.name, outlines=outlines)
+    item = Item(
+        "x", "picture", (str(image),), tuple(map(str, masks)), image.name, outlines=outlines
+    )
     (frame,) = read_frames(item, PrepareSettings(**settings))
     return frame
 
@@ -45,7 +47,13 @@ def tiff(path: Path, pixels: np.ndarray, order: str = "<") -> Path:
     channels = pixels.shape[2] if pixels.ndim == 3 else 1
     data = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
     kind = {"u": 1, "i": 2, "f": 3}[pixels.dtype.kind]
-    tags = ((256, width), (257, height), (258, pixels.itemsize * 8), (259, 1), (262, 2 if channels == 3 else 1))
+    tags = (
+        (256, width),
+        (257, height),
+        (258, pixels.itemsize * 8),
+        (259, 1),
+        (262, 2 if channels == 3 else 1),
+    )
     tags += ((273, 8), (277, channels), (278, height), (279, len(data)), (339, kind))
     entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
     header = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, 8 + len(data))
@@ -53,17 +61,24 @@ def tiff(path: Path, pixels: np.ndarray, order: str = "<") -> Path:
     return path
 
 
-def png(path: Path, pixels: np.ndarray, bits: int, colour_type: int, size: tuple[int, int] | None = None) -> Path:
+def png(
+    path: Path, pixels: np.ndarray, bits: int, colour_type: int, size: tuple[int, int] | None = None
+) -> Path:
     """A PNG from rows already packed, for kinds that Pillow does not write."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     height, width = size or pixels.shape[:2]
     rows = b"".join(b"\0" + row.astype(row.dtype.newbyteorder(">")).tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
     path.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
     )
     return path
 
@@ -77,7 +92,11 @@ def png(path: Path, pixels: np.ndarray, bits: int, colour_type: int, size: tuple
 )
 def test_every_mode_becomes_height_width_channels(mode: str, channels: int, tmp_path: Path) -> None:
     path = tmp_path / "a [1] (x)\n.png"
-    picture = Image.fromarray(RAMP.astype(np.uint16) * 256) if mode == "I;16" else Image.fromarray(RAMP).convert(mode)
+    picture = (
+        Image.fromarray(RAMP.astype(np.uint16) * 256)
+        if mode == "I;16"
+        else Image.fromarray(RAMP).convert(mode)
+    )
     picture.save(path)
     frame = frame_of(path)
     assert frame.image.shape == (4, 6, channels)
@@ -91,7 +110,9 @@ def test_every_mode_becomes_height_width_channels(mode: str, channels: int, tmp_
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "webp", "ppm", "jp2", "gif"])
 def test_lossless_formats_are_exact(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.{suffix}"
-    options: dict[str, Any] = {"webp": {"lossless": True}, "jp2": {"irreversible": False}}.get(suffix, {})
+    options: dict[str, Any] = {"webp": {"lossless": True}, "jp2": {"irreversible": False}}.get(
+        suffix, {}
+    )
     Image.fromarray(COLOUR).save(path, **options)
     np.testing.assert_array_equal(frame_of(path).image, COLOUR)
 
@@ -99,7 +120,9 @@ def test_lossless_formats_are_exact(suffix: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["jpg", "tif"])
 def test_jpeg_is_what_pillow_makes_of_it(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.{suffix}"
-    Image.fromarray(COLOUR).save(path, compression="jpeg") if suffix == "tif" else Image.fromarray(COLOUR).save(path)
+    Image.fromarray(COLOUR).save(path, compression="jpeg") if suffix == "tif" else Image.fromarray(
+        COLOUR
+    ).save(path)
     with Image.open(path) as image:
         np.testing.assert_array_equal(frame_of(path).image, np.asarray(image.convert("RGB")))
 
@@ -179,14 +202,20 @@ def test_transparency_is_dropped_and_noted(mode: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
 @pytest.mark.parametrize("orientation", [3, 6, 7, 8])
-def test_orientation_is_noted_but_not_applied(suffix: str, orientation: int, tmp_path: Path) -> None:
+def test_orientation_is_noted_but_not_applied(
+    suffix: str, orientation: int, tmp_path: Path
+) -> None:
     exif = Image.Exif()
     exif[274] = orientation
     path = tmp_path / f"a.{suffix}"
-    options: dict[str, Any] = {"tif": {"compression": "tiff_lzw"}, "webp": {"lossless": True}}.get(suffix, {})
+    options: dict[str, Any] = {"tif": {"compression": "tiff_lzw"}, "webp": {"lossless": True}}.get(
+        suffix, {}
+    )
     Image.fromarray(COLOUR).save(path, exif=exif, **options)
     frame = frame_of(path)
-    assert frame.notes == (f"has orientation {orientation} in its header: not applied, so that masks fit",)
+    assert frame.notes == (
+        f"has orientation {orientation} in its header: not applied, so that masks fit",
+    )
     if suffix == "jpg":
         assert frame.image.shape == COLOUR.shape
     else:
@@ -221,12 +250,16 @@ def test_masks_are_united_and_alpha_ignored(tmp_path: Path) -> None:
 def test_jpeg_noise_is_no_lesion(tmp_path: Path) -> None:
     lesion = np.zeros((64, 64), np.uint8)
     lesion[20:45, 13:50] = 255
-    path = save(tmp_path / "m.png", lesion, format="JPEG", quality=50)  # named wrongly: the content decides
+    path = save(
+        tmp_path / "m.png", lesion, format="JPEG", quality=50
+    )  # named wrongly: the content decides
     with Image.open(path) as image:
         assert (np.asarray(image) > 0).sum() > 1.05 * (lesion > 0).sum()
     np.testing.assert_array_equal(frame_of(path, path).mask, lesion > 0)
     np.testing.assert_array_equal(frame_of(path, path, lesion_labels=(255,)).mask, lesion > 0)
-    with pytest.raises(DataError, match=r"m\.png is a JPEG, which blurs label values, so lesion_labels 1, 2 cannot"):
+    with pytest.raises(
+        DataError, match=r"m\.png is a JPEG, which blurs label values, so lesion_labels 1, 2 cannot"
+    ):
         frame_of(path, path, lesion_labels=(1, 2))
 
 
@@ -271,9 +304,20 @@ def _grey_palette(path: Path) -> Path:
         _palette,
         _grey_palette,
     ],
-    ids=["grey", "equal channels", "16 bits", "int64", "float64", "2 bits", "palette", "grey palette"],
+    ids=[
+        "grey",
+        "equal channels",
+        "16 bits",
+        "int64",
+        "float64",
+        "2 bits",
+        "palette",
+        "grey palette",
+    ],
 )
-def test_lesion_labels_are_the_values_of_every_kind_of_mask(write: Callable[[Path], Path], tmp_path: Path) -> None:
+def test_lesion_labels_are_the_values_of_every_kind_of_mask(
+    write: Callable[[Path], Path], tmp_path: Path
+) -> None:
     image = save(tmp_path / "a.png", LABELS)
     mask = write(tmp_path / "m.png")
     frame = frame_of(image, mask, lesion_labels=(1, 3))
@@ -298,7 +342,9 @@ def test_labels_are_all_above_zero_or_the_wanted() -> None:
     assert lesion_of(labels, ())[0].tolist() == [[0, 0], [1, 1]]
     assert lesion_of(labels, (7,))[0].tolist() == [[0, 0], [0, 1]]
     assert lesion_of(np.zeros((2, 2)), (7,))[1] == ()
-    assert lesion_of(np.arange(20), (99,))[1][0].startswith("has the values 1, 2, 3, 4, 5, 6, 7, 8 and 11 more but")
+    assert lesion_of(np.arange(20), (99,))[1][0].startswith(
+        "has the values 1, 2, 3, 4, 5, 6, 7, 8 and 11 more but"
+    )
 
 
 def test_coco_outlines_are_drawn_as_pycocotools_does(tmp_path: Path) -> None:
@@ -312,7 +358,10 @@ def test_coco_outlines_are_drawn_as_pycocotools_does(tmp_path: Path) -> None:
     runs = [10 * 40 + 30, 5, 35, 5, 40 * 60 - (10 * 40 + 75)]
     expected = coco.decode(coco.merge(coco.frPyObjects(polygons, 40, 60)))
     size = [40, 60]
-    for extra in ({"size": size, "counts": packed["counts"].decode()}, {"size": size, "counts": runs}):
+    for extra in (
+        {"size": size, "counts": packed["counts"].decode()},
+        {"size": size, "counts": runs},
+    ):
         outlines = json.dumps({"height": 40, "width": None, "segmentations": [polygons, extra]})
         np.testing.assert_array_equal(frame_of(image, outlines=outlines).mask, expected | hidden)
     frame = frame_of(image, outlines=json.dumps({"height": 40, "width": 60, "segmentations": []}))
@@ -328,7 +377,10 @@ def test_coco_outlines_are_drawn_as_pycocotools_does(tmp_path: Path) -> None:
         ([[1, 1, 5, 1, 1e9, 5]], r"reaches to 1e\+09, far outside the picture of 6x4 pixels"),
         ("text", "is neither a list of polygons nor run lengths"),
         ({"size": [4, 6], "counts": [1, 2]}, "has run lengths for 3 of 24 pixels"),
-        ({"size": [6, 4], "counts": [24]}, r"has run lengths for the size \[6, 4\], but \[4, 6\] is needed"),
+        (
+            {"size": [6, 4], "counts": [24]},
+            r"has run lengths for the size \[6, 4\], but \[4, 6\] is needed",
+        ),
         ({"size": [4, 6], "counts": "PPPPPPYa0"}, "run lengths are damaged"),
     ],
 )
@@ -340,7 +392,9 @@ def test_bad_outlines_are_refused_by_name(segmentation: Any, reason: str, tmp_pa
 
 def test_outlines_of_another_size_are_refused(tmp_path: Path) -> None:
     outlines = json.dumps({"height": 8, "width": 12, "segmentations": []})
-    with pytest.raises(DataError, match=r"a\.png has 6x4 pixels, but its outlines were drawn on 12x8"):
+    with pytest.raises(
+        DataError, match=r"a\.png has 6x4 pixels, but its outlines were drawn on 12x8"
+    ):
         frame_of(save(tmp_path / "a.png", RAMP), outlines=outlines)
 
 
@@ -404,53 +458,134 @@ def _claiming_npy(path: Path) -> Path:
 
 DEEP = np.zeros((4, 6, 3), np.uint16)
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "text": (lambda p: _bytes(p, b"not an image"), r"is not a picture, but PNG, JPEG, .* needed; convert, replace or"),
+    "text": (
+        lambda p: _bytes(p, b"not an image"),
+        r"is not a picture, but PNG, JPEG, .* needed; convert, replace or",
+    ),
     "page": (lambda p: _bytes(p, b"<!DOCTYPE html>"), "is a web page or XML"),
-    "dicom": (lambda p: _bytes(p, bytes(128) + b"DICM"), "is a DICOM file .layout dicom reads those"),
+    "dicom": (
+        lambda p: _bytes(p, bytes(128) + b"DICM"),
+        "is a DICOM file .layout dicom reads those",
+    ),
     "heic": (lambda p: _bytes(p, b"\0\0\0\x18ftypheic"), "is a HEIC photograph, but PNG"),
-    "lfs": (lambda p: _bytes(p, b"version https://git-lfs.github.com/spec/v1"), "is a Git LFS pointer"),
-    "empty": (lambda p: _bytes(p, b""), r"is empty \(0 bytes\), but a picture is needed; copy it again or remove it"),
+    "lfs": (
+        lambda p: _bytes(p, b"version https://git-lfs.github.com/spec/v1"),
+        "is a Git LFS pointer",
+    ),
+    "empty": (
+        lambda p: _bytes(p, b""),
+        r"is empty \(0 bytes\), but a picture is needed; copy it again or remove it",
+    ),
     "gone": (lambda p: p, "does not exist; check the path"),
-    "link": (_link, r"is a link to nowhere\.png, which does not exist; bring the file there or remove the link"),
+    "link": (
+        _link,
+        r"is a link to nowhere\.png, which does not exist; bring the file there or remove the link",
+    ),
     "folder": (lambda p: p.mkdir() or p, r"cannot be read \(Is a directory\)"),
-    "cut png": (lambda p: _cut(p, "PNG"), r"is a PNG that is damaged, cut off .*\(image file is truncated"),
-    "cut jpg": (lambda p: _cut(p, "JPEG"), r"is a JPEG that is damaged, cut off .*\(image file is truncated"),
-    "cut header": (lambda p: _cut(p, "JPEG", 0.005), "is a JPEG that is damaged, cut off or of a rare kind"),
+    "cut png": (
+        lambda p: _cut(p, "PNG"),
+        r"is a PNG that is damaged, cut off .*\(image file is truncated",
+    ),
+    "cut jpg": (
+        lambda p: _cut(p, "JPEG"),
+        r"is a JPEG that is damaged, cut off .*\(image file is truncated",
+    ),
+    "cut header": (
+        lambda p: _cut(p, "JPEG", 0.005),
+        "is a JPEG that is damaged, cut off or of a rare kind",
+    ),
     "cut tif": (lambda p: _cut(p, "TIFF"), "is a TIFF that is damaged, cut off"),
-    "cut lzw": (lambda p: _cut(p, "TIFF", compression="tiff_lzw"), "is a TIFF that is damaged, cut off"),
-    "cut tiff-jpg": (lambda p: _cut(p, "TIFF", 0.999, compression="jpeg"), "is a TIFF that is damaged, cut off"),
+    "cut lzw": (
+        lambda p: _cut(p, "TIFF", compression="tiff_lzw"),
+        "is a TIFF that is damaged, cut off",
+    ),
+    "cut tiff-jpg": (
+        lambda p: _cut(p, "TIFF", 0.999, compression="jpeg"),
+        "is a TIFF that is damaged, cut off",
+    ),
     "cut bmp": (lambda p: _cut(p, "BMP"), "is a BMP that is damaged, cut off"),
     "cut gif": (lambda p: _cut(p, "GIF"), "is a GIF that is damaged, cut off"),
     "cut webp": (lambda p: _cut(p, "WEBP"), "is a WebP that is damaged, cut off"),
     "cut jp2": (lambda p: _cut(p, "JPEG2000"), "is a JPEG 2000 file that is damaged, cut off"),
-    "gif frames": (lambda p: _frames(p, "GIF"), "holds 3 frames, but one is accepted; export each frame"),
+    "gif frames": (
+        lambda p: _frames(p, "GIF"),
+        "holds 3 frames, but one is accepted; export each frame",
+    ),
     "tif pages": (lambda p: _frames(p, "TIFF"), "holds 3 frames, but one is accepted"),
     "apng": (lambda p: _frames(p, "PNG"), "holds 3 frames, but one is accepted"),
-    "rgb16 png": (lambda p: png(p, DEEP, 16, 2), "has several channels of 16 bits, which would be cut to 8; save it"),
+    "rgb16 png": (
+        lambda p: png(p, DEEP, 16, 2),
+        "has several channels of 16 bits, which would be cut to 8; save it",
+    ),
     "la16 png": (lambda p: png(p, DEEP[..., :2], 16, 4), "has several channels of 16 bits"),
-    "rgba16 png": (lambda p: png(p, np.zeros((4, 6, 4), np.uint16), 16, 6), "has several channels of 16 bits"),
+    "rgba16 png": (
+        lambda p: png(p, np.zeros((4, 6, 4), np.uint16), 16, 6),
+        "has several channels of 16 bits",
+    ),
     "rgb16 tif": (lambda p: tiff(p, DEEP), "has several channels of 16 bits"),
-    "rgb16 ppm": (lambda p: _bytes(p, b"P6 6 4 65535\n" + bytes(144)), "has several channels of 16 bits"),
-    "float tif": (lambda p: tiff(p, DEEP.astype(np.float32)), r"is a TIFF .*\(as \.npy if it has several channels"),
-    "double tif": (lambda p: tiff(p, RAMP.astype(np.float64)), r"is a TIFF .*\(as \.npy if it has several channels"),
-    "lab": (lambda p: Image.new("LAB", (6, 4)).save(p, "TIFF") or p, "has pixels of kind 'LAB', but grey and RGB are"),
-    "bomb": (lambda p: png(p, RAMP, 8, 0, (13000, 12000)), f"has 12000x13000 pixels, but {MAX_PIXELS:,} are the most"),
-    "huge bomb": (lambda p: png(p, RAMP, 8, 0, (10**5, 10**5)), f"claims more than {MAX_PIXELS:,} pixels, but"),
+    "rgb16 ppm": (
+        lambda p: _bytes(p, b"P6 6 4 65535\n" + bytes(144)),
+        "has several channels of 16 bits",
+    ),
+    "float tif": (
+        lambda p: tiff(p, DEEP.astype(np.float32)),
+        r"is a TIFF .*\(as \.npy if it has several channels",
+    ),
+    "double tif": (
+        lambda p: tiff(p, RAMP.astype(np.float64)),
+        r"is a TIFF .*\(as \.npy if it has several channels",
+    ),
+    "lab": (
+        lambda p: Image.new("LAB", (6, 4)).save(p, "TIFF") or p,
+        "has pixels of kind 'LAB', but grey and RGB are",
+    ),
+    "bomb": (
+        lambda p: png(p, RAMP, 8, 0, (13000, 12000)),
+        f"has 12000x13000 pixels, but {MAX_PIXELS:,} are the most",
+    ),
+    "huge bomb": (
+        lambda p: png(p, RAMP, 8, 0, (10**5, 10**5)),
+        f"claims more than {MAX_PIXELS:,} pixels, but",
+    ),
     "nan tif": (
         lambda p: tiff(p, np.full((4, 6), np.nan, np.float32)),
         "has NaN or infinite values in 24 of 24 pixels",
     ),
-    "inf npy": (lambda p: _npy(p, np.array([[np.inf, 1.0]])), "has NaN or infinite values in 1 of 2 pixels"),
-    "over npy": (lambda p: _npy(p, np.array([[1e300, 1.0]])), "has NaN or infinite values in 1 of 2 pixels"),
-    "big npy": (lambda p: _npy(p, np.array([[0, 2**24 + 1]])), "holds whole numbers from 0 to 16777217, but at most"),
-    "object npy": (lambda p: _npy(p, np.array([[{}]], object)), "holds Python objects, but whole and real numbers"),
-    "complex npy": (lambda p: _npy(p, np.zeros((2, 2), complex)), "holds values of type complex128"),
-    "4d npy": (lambda p: _npy(p, np.zeros((1, 2, 3, 4))), r"has the shape \(1, 2, 3, 4\), but \(height, width\) or"),
-    "chw npy": (lambda p: _npy(p, np.zeros((3, 100, 100))), r"has the shape \(3, 100, 100\).*transpose it"),
+    "inf npy": (
+        lambda p: _npy(p, np.array([[np.inf, 1.0]])),
+        "has NaN or infinite values in 1 of 2 pixels",
+    ),
+    "over npy": (
+        lambda p: _npy(p, np.array([[1e300, 1.0]])),
+        "has NaN or infinite values in 1 of 2 pixels",
+    ),
+    "big npy": (
+        lambda p: _npy(p, np.array([[0, 2**24 + 1]])),
+        "holds whole numbers from 0 to 16777217, but at most",
+    ),
+    "object npy": (
+        lambda p: _npy(p, np.array([[{}]], object)),
+        "holds Python objects, but whole and real numbers",
+    ),
+    "complex npy": (
+        lambda p: _npy(p, np.zeros((2, 2), complex)),
+        "holds values of type complex128",
+    ),
+    "4d npy": (
+        lambda p: _npy(p, np.zeros((1, 2, 3, 4))),
+        r"has the shape \(1, 2, 3, 4\), but \(height, width\) or",
+    ),
+    "chw npy": (
+        lambda p: _npy(p, np.zeros((3, 100, 100))),
+        r"has the shape \(3, 100, 100\).*transpose it",
+    ),
     "no npy": (lambda p: _npy(p, np.zeros((0, 5))), r"has the shape \(0, 5\)"),
     "cut npy": (_cut_npy, "is cut off: 21 of 24 bytes of its array are there"),
     "npy bomb": (_claiming_npy, "has 1000000x1000000 pixels, but"),
-    "npy header": (lambda p: _bytes(p, b"\x93NUMPY\x01\x00\x08\x00{'x': 1}"), r"is a damaged \.npy file"),
+    "npy header": (
+        lambda p: _bytes(p, b"\x93NUMPY\x01\x00\x08\x00{'x': 1}"),
+        r"is a damaged \.npy file",
+    ),
 }
 
 
@@ -472,13 +607,17 @@ def test_a_bad_picture_is_one_sentence_that_names_it(
 
 def test_a_bad_mask_is_named_too(tmp_path: Path) -> None:
     image = save(tmp_path / "a.png", RAMP)
-    with pytest.raises(DataError, match=r"wide\.png is a mask of 7x4 pixels, but its image has 6x4"):
+    with pytest.raises(
+        DataError, match=r"wide\.png is a mask of 7x4 pixels, but its image has 6x4"
+    ):
         frame_of(image, save(tmp_path / "wide.png", np.zeros((4, 7), bool)))
     with pytest.raises(DataError, match=r"m\.png is a PNG that is damaged"):
         frame_of(image, _cut(tmp_path / "m.png", "PNG"))
     with pytest.raises(DataError, match=r"n\.npy is a mask with NaN"):
         frame_of(image, save(tmp_path / "n.npy", np.full((4, 6), np.nan)))
-    with pytest.raises(DataError, match=r"c\.png is a mask in colours, but lesion_labels need one value a pixel"):
+    with pytest.raises(
+        DataError, match=r"c\.png is a mask in colours, but lesion_labels need one value a pixel"
+    ):
         frame_of(image, save(tmp_path / "c.png", COLOUR), lesion_labels=(1,))
 
 
@@ -493,11 +632,15 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
         raise PermissionError(13, "Permission denied", path)
 
     item = Item("x", "picture", (str(path),), (), "a.png")
-    with pytest.raises(DataError, match=r"a\.png may not be read \(permission denied\); give yourself the right"):
+    with pytest.raises(
+        DataError, match=r"a\.png may not be read \(permission denied\); give yourself the right"
+    ):
         next(read_frames(item, PrepareSettings(), deny))
 
 
-def test_damaged_exif_and_unknown_tags_do_no_harm(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_damaged_exif_and_unknown_tags_do_no_harm(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     content = io.BytesIO()
     Image.fromarray(RAMP).save(content, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01")
     frame = frame_of(_bytes(tmp_path / "a.jpg", content.getvalue()))
@@ -509,7 +652,9 @@ def test_damaged_exif_and_unknown_tags_do_no_harm(tmp_path: Path, capfd: pytest.
 
 
 def test_grey_allows_small_coloured_marks_only() -> None:
-    image = np.repeat(np.random.default_rng(0).integers(0, 200, (100, 100, 1), dtype=np.uint8), 3, axis=2)
+    image = np.repeat(
+        np.random.default_rng(0).integers(0, 200, (100, 100, 1), dtype=np.uint8), 3, axis=2
+    )
     for scale, dtype in ((1.0, np.uint8), (257.0, np.uint16), (1 / 255, np.float32)):
         marked = image.copy()
         assert is_grey((marked * scale).astype(dtype))

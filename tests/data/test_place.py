@@ -4,24 +4,35 @@ from pathlib import Path
 
 import pytest
 
-from amlp_ray.data.place import Entry, Place, read_bytes
+from amlp_ray.data.path import Entry, Place, read_bytes
 from amlp_ray.errors import DataError
 
 
-def test_local_paths_become_absolute_and_uris_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_paths_become_absolute_and_uris_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert str(Place("a/b")) == str(tmp_path / "a" / "b")
     assert str(Place(f"file://{tmp_path}/a")) == str(tmp_path / "a")
     assert str(Place("s3://bucket/a/")) == "s3://bucket/a"
-    assert str(Place("s3://bucket/a?endpoint_override=x") / "b") == "s3://bucket/a/b?endpoint_override=x"
+    assert (
+        str(Place("s3://bucket/a?endpoint_override=x") / "b")
+        == "s3://bucket/a/b?endpoint_override=x"
+    )
     assert Place("s3://bucket/a").parent == Place("s3://bucket")
     assert Place(Place("a")) == Place("a")
     assert len({Place("a"), Place("./a")}) == 1
 
 
 @pytest.mark.parametrize("kind", ["local", "s3"])
-def test_files_are_written_listed_read_and_deleted(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    place = Place(tmp_path / "set") if kind == "local" else Place(request.getfixturevalue("s3_bucket")) / "set"
+def test_files_are_written_listed_read_and_deleted(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    place = (
+        Place(tmp_path / "set")
+        if kind == "local"
+        else Place(request.getfixturevalue("s3_bucket")) / "set"
+    )
     odd = "x (1) [a] ü.txt"
     assert not place.is_folder()
     (place / "a" / odd).write_whole("one")
@@ -52,13 +63,21 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "in" / "deep" / "back").symlink_to(tmp_path / "in")
     (tmp_path / "in" / "there").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "in" / "self").symlink_to(tmp_path / "in" / "self")
-    assert sorted(e.name for e in Place(tmp_path / "in").entries()) == ["deep/x.png", "self", "there/y.png"]
+    assert sorted(e.name for e in Place(tmp_path / "in").entries()) == [
+        "deep/x.png",
+        "self",
+        "there/y.png",
+    ]
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = Place(tmp_path / "x")
     file.write_whole("old")
-    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(OSError, match="No space"):
         file.write_whole("new")
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
@@ -68,7 +87,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, mon
 def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"zz://x cannot be opened .* s3://bucket/folder"):
         Place("zz://x/y").is_folder()
-    with pytest.raises(DataError, match=r"^A URI must not hold a password; .* environment") as caught:
+    with pytest.raises(
+        DataError, match=r"^A URI must not hold a password; .* environment"
+    ) as caught:
         Place("s3://key:secret@bucket/set")
     assert "secret" not in str(caught.value)
     with pytest.raises(DataError, match=f"There is no folder {tmp_path}/gone; check the path"):

@@ -9,10 +9,10 @@ import pytest
 from volumes import ct_series, save, segmentation
 
 from amlp_ray.config import PrepareSettings
-from amlp_ray.data.formats.dicom import read_dicom
-from amlp_ray.data.place import Place, read_bytes
-from amlp_ray.data.privacy import pseudonym, salt
-from amlp_ray.data.sources.dicom import find_dicom
+from amlp_ray.data.decoders.dicom import read_dicom
+from amlp_ray.data.layouts.dicom import find_dicom
+from amlp_ray.data.path import Place, read_bytes
+from amlp_ray.data.pseudonyms import pseudonym, salt
 from amlp_ray.errors import DataError
 
 
@@ -24,7 +24,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "config" / "amlp_ray"
 
 
-def test_salt_of_the_environment_comes_first_and_makes_no_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_salt_of_the_environment_comes_first_and_makes_no_file(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AMLP_RAY_SALT", "ours")
     assert salt() == b"ours"
     assert not home.exists()
@@ -43,7 +45,9 @@ def test_processes_that_start_together_agree_on_a_salt(home: Path) -> None:
         assert len(set(pool.map(lambda _: salt(), range(64)))) == 1
 
 
-def test_without_the_variable_the_home_folder_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_variable_the_home_folder_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("AMLP_RAY_SALT", raising=False)
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -65,7 +69,9 @@ def test_salt_that_cannot_be_kept_names_the_variable(home: Path) -> None:
 
 
 def test_pseudonyms_depend_on_text_and_salt() -> None:
-    names = {pseudonym(text, key) for text in ("0815", "0816", "Müller", "") for key in (b"a", b"b")}
+    names = {
+        pseudonym(text, key) for text in ("0815", "0816", "Müller", "") for key in (b"a", b"b")
+    }
     assert len(names) == 8
     assert all(len(name) == 16 and set(name) <= set("0123456789abcdef") for name in names)
     assert pseudonym("0815", b"a") == pseudonym("0815", b"a")
@@ -77,13 +83,21 @@ def test_nothing_that_names_a_patient_reaches_items_or_frames(tmp_path: Path, ho
     seg = segmentation(slices, np.ones((4, 16, 16), np.uint8))
     save(seg, tmp_path / "in" / "seg")
     listing = find_dicom(Place(tmp_path / "in"), PrepareSettings())
-    frames = [frame for item in listing.items for frame in read_dicom(item, PrepareSettings(), read_bytes)]
+    frames = [
+        frame for item in listing.items for frame in read_dicom(item, PrepareSettings(), read_bytes)
+    ]
     assert len(frames) == 4
     told = repr(listing) + repr([(frame.spacing, frame.notes, frame.index) for frame in frames])
     for dataset in (*slices, seg):
         for element in dataset.iterall():
             if element.VR in ("UI", "PN") or element.keyword in (
-                *("PatientID", "AccessionNumber", "StudyDate", "PatientBirthDate", "InstitutionName"),
+                *(
+                    "PatientID",
+                    "AccessionNumber",
+                    "StudyDate",
+                    "PatientBirthDate",
+                    "InstitutionName",
+                ),
             ):
                 texts = element.value if element.VM > 1 else [element.value]
                 assert not any(str(text) and str(text) in told for text in texts), element.keyword
@@ -98,7 +112,9 @@ def test_one_patient_has_one_group_over_runs_and_series(
         ct_series(tmp_path / "in" / name, volume, patient=patient)
     ct_series(tmp_path / "in" / "d", volume, patient="", StudyInstanceUID="1.2.3")
     first = find_dicom(Place(tmp_path / "in"), PrepareSettings()).items
-    assert len({item.group for item in first}) == 3  # 7, 8, and the study of the one without a number
+    assert (
+        len({item.group for item in first}) == 3
+    )  # 7, 8, and the study of the one without a number
     assert find_dicom(Place(tmp_path / "in"), PrepareSettings()).items == first
     monkeypatch.setenv("AMLP_RAY_SALT", "another")
     assert not {item.group for item in first} & {

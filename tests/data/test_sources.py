@@ -15,9 +15,9 @@ from PIL import Image
 
 from amlp_ray.config import PrepareSettings
 from amlp_ray.config.data import Layout
-from amlp_ray.data.formats import read_frames
-from amlp_ray.data.place import Place
-from amlp_ray.data.sources import LAYOUTS, Listing, find_items, natural_key
+from amlp_ray.data.decoders import read_frames
+from amlp_ray.data.layouts import LAYOUTS, Listing, find_items, natural_key
+from amlp_ray.data.path import Place
 from amlp_ray.errors import DataError
 
 ODD_NAMES = ("a b", "x [1] (2)", "line\nbreak", "Läsion-病变", "100%_*?", "case.1.2", "-n")
@@ -46,7 +46,16 @@ def test_every_layout_of_the_settings_has_a_reader() -> None:
 
 def test_ids_sort_as_people_count() -> None:
     names = ["b (10)", "b (9)", "b (09)", "a", "b", "b (100)x", "3", "20"]
-    assert sorted(names, key=natural_key) == ["3", "20", "a", "b", "b (09)", "b (9)", "b (10)", "b (100)x"]
+    assert sorted(names, key=natural_key) == [
+        "3",
+        "20",
+        "a",
+        "b",
+        "b (09)",
+        "b (9)",
+        "b (10)",
+        "b (100)x",
+    ]
 
 
 def test_hidden_twins_and_other_files_are_passed_over(paired_folder: Path) -> None:
@@ -109,7 +118,12 @@ def test_odd_names_survive_in_every_layout(name: str, tmp_path: Path) -> None:
     save(lgg / name / f"{name}_mask.tif")
     flat = tmp_path / "5"
     save(flat / name / f"{name}.png")
-    for folder, layout, masks in ((busi, "busi", 2), (paired, "paired", 1), (beside, "paired", 1), (lgg, "lgg", 1)):
+    for folder, layout, masks in (
+        (busi, "busi", 2),
+        (paired, "paired", 1),
+        (beside, "paired", 1),
+        (lgg, "lgg", 1),
+    ):
         listing = find(folder)
         assert listing.why.startswith(f"{layout}: ")
         assert [item.id for item in listing.items] == [name]
@@ -129,7 +143,10 @@ def test_a_bucket_is_read_as_a_folder_is(s3_bucket: str, paired_folder: Path) ->
     assert masks_of(there).keys() == masks_of(local).keys()
     for item, other in zip(local.items, there.items, strict=True):
         assert other.images[0].startswith("s3://")
-        (frame,), (expected,) = read_frames(other, PrepareSettings()), read_frames(item, PrepareSettings())
+        (frame,), (expected,) = (
+            read_frames(other, PrepareSettings()),
+            read_frames(item, PrepareSettings()),
+        )
         np.testing.assert_array_equal(frame.image, expected.image)
         np.testing.assert_array_equal(frame.mask, expected.mask)
 
@@ -148,7 +165,9 @@ def test_a_name_that_is_no_utf8_is_a_fault_and_the_rest_survives(tmp_path: Path)
         pytest.skip("the file system takes UTF-8 names only")
     listing = find(tmp_path, "flat")
     assert [item.id for item in listing.items] == ["a"]
-    assert listing.faults == [("b\\udcff.png", "rejected", "has a name that is not UTF-8; rename it")]
+    assert listing.faults == [
+        ("b\\udcff.png", "rejected", "has a name that is not UTF-8; rename it")
+    ]
 
 
 def test_of_two_images_with_one_id_the_first_is_kept(paired_folder: Path) -> None:
@@ -178,8 +197,8 @@ def test_data_needs_ray_only_for_preparing_and_streaming() -> None:
     code = (
         "import sys; sys.modules['ray'] = None; sys.modules['ray.data'] = None\n"
         "import amlp_ray.data; assert 'numpy' not in sys.modules and 'torch' not in sys.modules\n"
-        "import amlp_ray.data.dataset, amlp_ray.data.reading.stream, amlp_ray.data.phantoms, amlp_ray.data.sources\n"
-        "import amlp_ray.data.formats.picture, amlp_ray.data.preparing.grouping, amlp_ray.data.preparing.splitting\n"
+        "import amlp_ray.data.dataset, amlp_ray.data.loading.batches, amlp_ray.data.phantoms, amlp_ray.data.layouts\n"
+        "import amlp_ray.data.decoders.image, amlp_ray.data.prepare.near_duplicates, amlp_ray.data.prepare.splits\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -187,7 +206,7 @@ def test_data_needs_ray_only_for_preparing_and_streaming() -> None:
 
 def test_listing_imports_no_decoder() -> None:
     code = (
-        "import sys, amlp_ray.data.sources.recognise\n"
+        "import sys, amlp_ray.data.layouts.detect\n"
         "heavy = {'PIL', 'torch', 'pydicom', 'nibabel', 'highdicom', 'pycocotools'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
@@ -208,7 +227,11 @@ def test_busi_lists_images_with_all_their_masks(busi_folder: Path) -> None:
         "benign (1)_mask_1.png",
         "benign (1)_mask_2.png",
     ]
-    assert (items[0].source, items[0].stratum, items[0].group) == ("benign/benign (1).png", "benign", "")
+    assert (items[0].source, items[0].stratum, items[0].group) == (
+        "benign/benign (1).png",
+        "benign",
+        "",
+    )
     assert all(Path(path).is_absolute() for item in items for path in (*item.images, *item.masks))
     assert listing.faults == []
 
@@ -224,7 +247,9 @@ def test_busi_mask_without_image_is_a_fault_and_the_rest_survives(busi_folder: P
     assert len(listing.items) == 17
     (fault,) = listing.faults
     assert fault.file == "malignant/malignant (3)_mask.png"
-    assert fault.reason.startswith("is a mask without an image; an image named 'malignant (3)' must stand beside it")
+    assert fault.reason.startswith(
+        "is a mask without an image; an image named 'malignant (3)' must stand beside it"
+    )
 
 
 def test_busi_is_found_in_the_folder_of_its_archive(busi_folder: Path) -> None:
@@ -232,7 +257,9 @@ def test_busi_is_found_in_the_folder_of_its_archive(busi_folder: Path) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(("folder", "images", "masks"), [("busi", 148, 156), ("busi_native", 7, 12)])
+@pytest.mark.parametrize(
+    ("folder", "images", "masks"), [("busi", 148, 156), ("busi_native", 7, 12)]
+)
 def test_real_busi_is_recognised(folder: str, images: int, masks: int, real_data: Path) -> None:
     listing = find(real_data / folder)
     assert listing.why.startswith("busi: folders ")
@@ -244,7 +271,10 @@ def test_real_busi_is_recognised(folder: str, images: int, masks: int, real_data
 @pytest.mark.real
 def test_real_isic_is_recognised(real_data: Path) -> None:
     listing = find(real_data / "isic2017")
-    assert listing.why == "paired: masks in a folder of their own such as 'masks/ISIC_0001769_segmentation.png'"
+    assert (
+        listing.why
+        == "paired: masks in a folder of their own such as 'masks/ISIC_0001769_segmentation.png'"
+    )
     assert len(listing.items) == 63
     assert all(len(item.masks) == 1 for item in listing.items)
     assert listing.items[0].id == "ISIC_0001769"
@@ -271,12 +301,16 @@ def test_paired_mask_without_image_is_a_fault_and_the_rest_survives(paired_folde
     listing = find(paired_folder, "paired")
     assert len(listing.items) == 5
     assert [fault.file for fault in listing.faults] == ["masks/case_1_segmentation.png"]
-    assert listing.faults[0].reason.startswith("is a mask without an image; it must be named like an image")
+    assert listing.faults[0].reason.startswith(
+        "is a mask without an image; it must be named like an image"
+    )
 
 
 @pytest.mark.parametrize("images", ["images", "IMGS", "Image"])
 @pytest.mark.parametrize("masks", ["Labels", "ground_truth", "annotations", "gt"])
-def test_paired_knows_the_usual_folder_names_in_any_case(images: str, masks: str, tmp_path: Path) -> None:
+def test_paired_knows_the_usual_folder_names_in_any_case(
+    images: str, masks: str, tmp_path: Path
+) -> None:
     save(tmp_path / images / "a.jpg")
     save(tmp_path / masks / "a_Label.PNG")
     save(tmp_path / "overview.png")
@@ -339,19 +373,38 @@ def test_a_file_list_names_files_relative_or_absolute(tmp_path: Path) -> None:
     for name in ("a.png", "b [1].png", "x/c.png", "d.png", ".hidden.png"):
         save(folder / name)
     outside = save(tmp_path / "other" / "o.png")
-    lines = ("a.png", "", "# a comment", "./x/../b [1].png", str(folder / "x" / "c.png"), str(outside), "a.png")
+    lines = (
+        "a.png",
+        "",
+        "# a comment",
+        "./x/../b [1].png",
+        str(folder / "x" / "c.png"),
+        str(outside),
+        "a.png",
+    )
     file_list = tmp_path / "list.txt"
     file_list.write_bytes("\r\n".join((*lines, "gone.png", ".hidden.png")).encode("utf-8-sig"))
     listing = find(folder, file_list=str(file_list))
-    assert {item.id for item in listing.items} == {"a", "b [1]", "x/c", str(outside.with_suffix("")), ".hidden"}
+    assert {item.id for item in listing.items} == {
+        "a",
+        "b [1]",
+        "x/c",
+        str(outside.with_suffix("")),
+        ".hidden",
+    }
     assert all(Path(item.images[0]).is_file() for item in listing.items)
-    assert [(fault.file, fault.action) for fault in listing.faults] == [("a.png", "repaired"), ("gone.png", "rejected")]
+    assert [(fault.file, fault.action) for fault in listing.faults] == [
+        ("a.png", "repaired"),
+        ("gone.png", "rejected"),
+    ]
     assert f"is listed in {file_list}, but there is no such file" in listing.faults[1].reason
 
 
 def test_a_file_list_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
-    with pytest.raises(DataError, match=r"file list .*gone\.txt cannot be read \(No such file or directory\)"):
+    with pytest.raises(
+        DataError, match=r"file list .*gone\.txt cannot be read \(No such file or directory\)"
+    ):
         find(tmp_path, file_list=str(tmp_path / "gone.txt"))
     with pytest.raises(DataError, match=r"file list .*a\.png is not UTF-8 text"):
         find(tmp_path, file_list=str(tmp_path / "a.png"))
@@ -369,8 +422,15 @@ def test_lgg_groups_by_patient(tmp_path: Path) -> None:
     save(tmp_path / "TCGA_3" / "1.tif")
     (tmp_path / "data.csv").write_text("Patient\n")
     listing = find(tmp_path)
-    assert listing.why == "lgg: 2 folders of TIFF slices with masks such as 'TCGA_1/TCGA_1_1_mask.tif'"
-    assert [item.id for item in listing.items][:4] == ["TCGA_1_1", "TCGA_1_2", "TCGA_1_10", "TCGA_2_1"]
+    assert (
+        listing.why == "lgg: 2 folders of TIFF slices with masks such as 'TCGA_1/TCGA_1_1_mask.tif'"
+    )
+    assert [item.id for item in listing.items][:4] == [
+        "TCGA_1_1",
+        "TCGA_1_2",
+        "TCGA_1_10",
+        "TCGA_2_1",
+    ]
     assert {item.group for item in listing.items} == {"TCGA_1", "TCGA_2", "TCGA_3"}
     assert listing.items[-1].id == "TCGA_3/1"
     assert [len(item.masks) for item in listing.items] == [1] * 6 + [0]
@@ -394,16 +454,30 @@ def outline(image: int, category: int = 1, segmentation: Any = TRIANGLE) -> dict
 
 
 def segmentations(listing: Listing) -> dict[str, list[Any] | None]:
-    return {i.id: json.loads(i.outlines)["segmentations"] if i.outlines else None for i in listing.items}
+    return {
+        i.id: json.loads(i.outlines)["segmentations"] if i.outlines else None for i in listing.items
+    }
 
 
 def test_coco_lists_outlines_and_images_without_any(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "unnamed.png"):
         save(tmp_path / "images" / name)
-    annotations = [outline(0), outline(0, 2, TRIANGLE[0]), outline(9), {"image_id": 0, "category_id": 7}]
-    coco(tmp_path / "annotations" / "instances_train.json", ["a.png", "b.png", "gone.png"], annotations)
+    annotations = [
+        outline(0),
+        outline(0, 2, TRIANGLE[0]),
+        outline(9),
+        {"image_id": 0, "category_id": 7},
+    ]
+    coco(
+        tmp_path / "annotations" / "instances_train.json",
+        ["a.png", "b.png", "gone.png"],
+        annotations,
+    )
     listing = find(tmp_path, lesion_labels=(1, 2))
-    assert listing.why == "coco: an annotation file 'annotations/instances_train.json' with the keys of COCO"
+    assert (
+        listing.why
+        == "coco: an annotation file 'annotations/instances_train.json' with the keys of COCO"
+    )
     assert segmentations(listing) == {"images/a": [TRIANGLE, TRIANGLE], "images/b": []}
     assert [(fault.file, fault.action) for fault in listing.faults] == [
         ("annotations/instances_train.json", "repaired"),
@@ -415,16 +489,26 @@ def test_coco_lists_outlines_and_images_without_any(tmp_path: Path) -> None:
 
 def test_coco_box_without_outline_is_unlabelled(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
-    coco(tmp_path / "any name.json", ["a.png"], [outline(0), {"image_id": 0, "category_id": 1, "bbox": [0, 0, 2, 2]}])
+    coco(
+        tmp_path / "any name.json",
+        ["a.png"],
+        [outline(0), {"image_id": 0, "category_id": 1, "bbox": [0, 0, 2, 2]}],
+    )
     listing = find(tmp_path)
     assert segmentations(listing) == {"a": None}
-    assert listing.faults == [("a.png", "repaired", "has a box without an outline: taken as unlabelled")]
+    assert listing.faults == [
+        ("a.png", "repaired", "has a box without an outline: taken as unlabelled")
+    ]
 
 
 def test_coco_tells_pictures_of_one_name_apart_by_folder(tmp_path: Path) -> None:
     for part in ("train", "valid"):
         save(tmp_path / part / "x.png")
-        coco(tmp_path / part / "_annotations.coco.json", ["x.png"], [outline(0)] if part == "train" else [])
+        coco(
+            tmp_path / part / "_annotations.coco.json",
+            ["x.png"],
+            [outline(0)] if part == "train" else [],
+        )
     assert segmentations(find(tmp_path)) == {"train/x": [TRIANGLE], "valid/x": []}
 
 
@@ -497,14 +581,19 @@ def test_masks_that_fit_no_image_are_not_taken_for_images(tmp_path: Path) -> Non
         ({"x/IM0001": bytes(128) + b"DICM"}, "dicom"),
         ({"1.2.840.113": bytes(128) + b"DICM", "README": b"text"}, "dicom"),
         ({"t1/a.nii.gz": b""}, "nifti"),
-        ({"dataset.json": b'{"training": [], "labels": {}}', "imagesTr/a.nii.gz": b""}, "decathlon"),
+        (
+            {"dataset.json": b'{"training": [], "labels": {}}', "imagesTr/a.nii.gz": b""},
+            "decathlon",
+        ),
         ({"dataset.json": b'{"channel_names": {}}', "imagesTr/a.nii.gz": b""}, "nifti"),
         ({"benign/a.png": b"", "malignant/b.png": b"", "info.json": b'{"n": 1}'}, "flat"),
     ],
 )
-def test_layouts_are_told_by_names_and_first_bytes(files: dict[str, bytes], layout: str, tmp_path: Path) -> None:
-    from amlp_ray.data.sources.found import Listed
-    from amlp_ray.data.sources.recognise import recognise
+def test_layouts_are_told_by_names_and_first_bytes(
+    files: dict[str, bytes], layout: str, tmp_path: Path
+) -> None:
+    from amlp_ray.data.layouts.detect import recognise
+    from amlp_ray.data.layouts.listing import Listed
 
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

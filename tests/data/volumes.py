@@ -16,7 +16,9 @@ CT = "1.2.840.10008.5.1.4.1.1.2"
 CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 
 
-def write_nifti(path: Path, values: np.ndarray, affine: np.ndarray | None = None, **header: Any) -> Path:
+def write_nifti(
+    path: Path, values: np.ndarray, affine: np.ndarray | None = None, **header: Any
+) -> Path:
     """Write a volume; `header` sets fields such as scl_slope, whose values are stored as given."""
     image = nib.Nifti1Image(values, np.eye(4) if affine is None else affine)
     path.parent.mkdir(parents=True, exist_ok=True)

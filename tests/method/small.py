@@ -8,22 +8,31 @@ import torch
 from torch import Tensor
 
 from amlp_ray.config import ImageSpec, PretrainSettings
+from amlp_ray.config.overrides import merged
+from amlp_ray.method.autoencoder import MaskedAutoencoder, Prediction, build_autoencoder
 from amlp_ray.method.losses import Losses, pretraining_loss
 from amlp_ray.method.masking import Masking, Moment
-from amlp_ray.method.model import MaskedAutoencoder, Prediction, build_autoencoder
+from amlp_ray.method.patch_selection import Selection
 from amlp_ray.method.patches import gather
-from amlp_ray.method.selection import Selection
-from amlp_ray.settings import merged
 
 Shape = tuple[int, int, int]
 GREY: Shape = (1, 64, 64)
-TINY = {"patch_size": 8, "width": 16, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_depth": 1}
+TINY = {
+    "patch_size": 8,
+    "width": 16,
+    "depth": 1,
+    "heads": 2,
+    "decoder_width": 16,
+    "decoder_depth": 1,
+}
 MAE = {"variant": "mae", "epochs": 20}
 
 
 def spec_of(shape: Shape) -> ImageSpec:
     channels, height, width = shape
-    return ImageSpec(channels=channels, height=height, width=width, mean=(0,) * channels, std=(1,) * channels)
+    return ImageSpec(
+        channels=channels, height=height, width=width, mean=(0,) * channels, std=(1,) * channels
+    )
 
 
 def tiny(*layers: dict[str, Any]) -> PretrainSettings:

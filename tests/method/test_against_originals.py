@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from amlp_ray.config import ImageSpec, LossSettings, ModelSettings, PretrainSettings
+from amlp_ray.method.autoencoder import MaskedAutoencoder, build_autoencoder
 from amlp_ray.method.encoder import sincos_positions
 from amlp_ray.method.losses import patch_errors, pretraining_loss, ranking_loss
 from amlp_ray.method.masking import Masking, Moment
-from amlp_ray.method.model import MaskedAutoencoder, build_autoencoder
 from amlp_ray.method.patches import gather, patchify
 
 ORIGINALS = os.environ.get("AMLP_RAY_ORIGINALS", "")
@@ -75,7 +75,9 @@ def built(folder: str, module: str, *, norm_pix: bool = False) -> Any:
     """An original's model with weights that are far from those it starts with."""
     path = Path(ORIGINALS) / folder
     if not ORIGINALS or not path.is_dir():
-        pytest.skip(f"AMLP_RAY_ORIGINALS names no folder that holds {folder}/, a clone of the public repository")
+        pytest.skip(
+            f"AMLP_RAY_ORIGINALS names no folder that holds {folder}/, a clone of the public repository"
+        )
     if folder == "HPM":
         pytest.importorskip("einops", reason="HPM's code imports einops")
     original: Original = runpy.run_path(str(IMPORTER))["original"]
@@ -107,11 +109,15 @@ def split(mask: Tensor) -> tuple[Tensor, Tensor]:
 def close_gradients(theirs: Any, ours: nn.Module, *, but: str = "none") -> None:
     """Every gradient of ours equals theirs, to 1e-4 of the largest of its tensor; some are 0 but for rounding."""
     gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    expected = {name: value for name, value in ours_of(gradients).items() if not name.startswith(but)}
+    expected = {
+        name: value for name, value in ours_of(gradients).items() if not name.startswith(but)
+    }
     assert len(expected) > 40
     found = dict(ours.named_parameters())
     for name, value in expected.items():
-        assert_close(found[name].grad, value, rtol=0, atol=1e-6 + 1e-4 * value.abs().max().item(), msg=name)
+        assert_close(
+            found[name].grad, value, rtol=0, atol=1e-6 + 1e-4 * value.abs().max().item(), msg=name
+        )
 
 
 @pytest.fixture
@@ -126,7 +132,12 @@ def images() -> Tensor:
 def test_positions_are_those_of_mae() -> None:
     theirs = built("mae", "models_mae")
     assert_close(sincos_positions((8, 8), SIZES.width, 1), theirs.pos_embed.data, rtol=0, atol=1e-6)
-    assert_close(sincos_positions((8, 8), SIZES.decoder_width, 1), theirs.decoder_pos_embed.data, rtol=0, atol=1e-6)
+    assert_close(
+        sincos_positions((8, 8), SIZES.decoder_width, 1),
+        theirs.decoder_pos_embed.data,
+        rtol=0,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("norm_pix", [False, True])
@@ -152,7 +163,9 @@ def test_loss_predictions_and_gradients_are_those_of_mae(images: Tensor, norm_pi
 def test_ranking_and_its_gradients_are_those_of_hpm(images: Tensor) -> None:
     theirs = built("HPM", "models_mae_learn_loss")
     ours = converted(theirs, ranking=True)
-    mask = theirs.generate_mask(torch.rand(IMAGES, 64), 0.75, guide=True, epoch=0, total_epoch=100).bool()
+    mask = theirs.generate_mask(
+        torch.rand(IMAGES, 64), 0.75, guide=True, epoch=0, total_epoch=100
+    ).bool()
     out = theirs(images, mask)
     count = out["mask_num"]
     reconstruction = theirs.forward_loss(images, out["pix_pred"][:, -count:], mask)
@@ -186,7 +199,9 @@ def test_difficulty_of_whole_images_is_that_of_the_teacher_of_hpm(images: Tensor
 
 
 @pytest.mark.parametrize("epoch", [1, 3, 50, 99, 100])
-def test_at_every_epoch_the_patches_that_hpm_masks_for_their_difficulty_are_masked(images: Tensor, epoch: int) -> None:
+def test_at_every_epoch_the_patches_that_hpm_masks_for_their_difficulty_are_masked(
+    images: Tensor, epoch: int
+) -> None:
     theirs = built("HPM", "models_mae_learn_loss").eval()
     settings = PretrainSettings(variant="hpm", epochs=100, model=SIZES, crop_min=1.0, flip=False)
     ours = build_autoencoder(settings, SPEC)
@@ -197,10 +212,13 @@ def test_at_every_epoch_the_patches_that_hpm_masks_for_their_difficulty_are_mask
     keys = torch.arange(IMAGES)
     _, chosen = Masking(ours, settings).augmented(images, keys, keys, Moment(epoch))
     their_masks = [
-        theirs.generate_mask(difficulty, 0.75, guide=True, epoch=epoch - 1, total_epoch=100).bool() for _ in range(64)
+        theirs.generate_mask(difficulty, 0.75, guide=True, epoch=epoch - 1, total_epoch=100).bool()
+        for _ in range(64)
     ]
     our_mask = torch.zeros(IMAGES, 64, dtype=torch.bool).scatter(1, chosen.masked, True)
     assert {int(count) for mask in [our_mask, *their_masks] for count in mask.sum(1)} == {48}
-    always = torch.stack(their_masks).all(0)  # 64 draws leave next to nothing masked by chance alone
+    always = torch.stack(their_masks).all(
+        0
+    )  # 64 draws leave next to nothing masked by chance alone
     assert always.sum(1).tolist() == [int(48 * 0.5 * epoch / 100)] * IMAGES
     assert (our_mask | ~always).all()

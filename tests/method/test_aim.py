@@ -8,23 +8,27 @@ import torch
 from torch import Tensor
 
 from amlp_ray.config import SelectionSettings
-from amlp_ray.method.aim import Aim, TeacherView, aim_at
-from amlp_ray.method.features import dilated, tissue_of
+from amlp_ray.method.cluster_rules import truth_patches
+from amlp_ray.method.lesion_map import Aim, TeacherView, aim_at
+from amlp_ray.method.patch_features import dilated, tissue_of
+from amlp_ray.method.patch_scores import PATCH_SCORES, patch_score, z_score
 from amlp_ray.method.patches import patchify
-from amlp_ray.method.rules import truth_patches
-from amlp_ray.method.scores import PATCH_SCORES, patch_score, z_score
 
 GRID = (8, 8)
 Given = tuple[Tensor, Tensor, Tensor]
 GENERATOR_SEED = 3
 
 
-def look(images: Tensor, keys: Tensor | None = None, epoch: int = 1, seed: int = 0, **given: Any) -> Aim:
+def look(
+    images: Tensor, keys: Tensor | None = None, epoch: int = 1, seed: int = 0, **given: Any
+) -> Aim:
     """Aim at images of 8x8 patches; `given` are settings, or arguments of `aim_at`."""
     others = {k: given.pop(k) for k in ("teacher", "feedback", "truth") if k in given}
     keys = torch.arange(len(images)) if keys is None else keys
     chosen = SelectionSettings(**({"features": "raw", "clusters": 3, "rule": "smallest"} | given))
-    return aim_at(patchify(images, 8), keys, GRID, images.shape[1], chosen, seed=seed, epoch=epoch, **others)
+    return aim_at(
+        patchify(images, 8), keys, GRID, images.shape[1], chosen, seed=seed, epoch=epoch, **others
+    )
 
 
 def some(count: int = 16) -> Tensor:
@@ -53,7 +57,9 @@ def test_what_a_setting_does_not_use_is_left_at_nothing(ultrasound: Given) -> No
 
 
 @pytest.mark.parametrize("mode", ["hard", "parts"])
-def test_the_lesion_is_one_whole_cluster_of_tissue_and_parts_are_the_clusters(ultrasound: Given, mode: str) -> None:
+def test_the_lesion_is_one_whole_cluster_of_tissue_and_parts_are_the_clusters(
+    ultrasound: Given, mode: str
+) -> None:
     images = ultrasound[0]
     aim = look(images, mode=mode, clusters=4)
     tissue = tissue_of(patchify(images, 8), SelectionSettings())
@@ -65,7 +71,9 @@ def test_the_lesion_is_one_whole_cluster_of_tissue_and_parts_are_the_clusters(ul
 
 
 @pytest.mark.parametrize("mode", ["soft", "ranked"])
-def test_a_score_marks_as_lesion_what_lies_one_sd_above_its_image(ultrasound: Given, mode: str) -> None:
+def test_a_score_marks_as_lesion_what_lies_one_sd_above_its_image(
+    ultrasound: Given, mode: str
+) -> None:
     images = ultrasound[0]
     patches, chosen = patchify(images, 8), SelectionSettings()
     tissue = tissue_of(patches, chosen)
@@ -75,7 +83,9 @@ def test_a_score_marks_as_lesion_what_lies_one_sd_above_its_image(ultrasound: Gi
     assert torch.equal(aim.lesion > 0, (score > 1) & tissue)
 
 
-def test_hard_by_score_needs_no_clusters_and_takes_what_lies_one_sd_above_its_image(ultrasound: Given) -> None:
+def test_hard_by_score_needs_no_clusters_and_takes_what_lies_one_sd_above_its_image(
+    ultrasound: Given,
+) -> None:
     images = torch.cat([ultrasound[0], torch.zeros(1, 1, 64, 64)])
     aim = look(images, mode="hard", by="score", score="geodesic", dilate=1)
     narrow = look(images, mode="soft", score="geodesic").lesion > 0
@@ -85,11 +95,15 @@ def test_hard_by_score_needs_no_clusters_and_takes_what_lies_one_sd_above_its_im
 
 
 @pytest.mark.parametrize("rule", PATCH_SCORES)
-def test_a_rule_called_after_a_score_names_the_cluster_of_its_highest_mean(ultrasound: Given, rule: str) -> None:
+def test_a_rule_called_after_a_score_names_the_cluster_of_its_highest_mean(
+    ultrasound: Given, rule: str
+) -> None:
     images = ultrasound[0]
     aim = look(images, rule=rule, clusters=4, max_share=1.0, min_patches=1, centre_prior=0.7)
     tissue = tissue_of(patchify(images, 8), SelectionSettings())
-    score = patch_score(patchify(images, 8), tissue, GRID, score=rule, sign="dark", centre_prior=0.7)
+    score = patch_score(
+        patchify(images, 8), tissue, GRID, score=rule, sign="dark", centre_prior=0.7
+    )
     for lesion, part, value in zip(aim.lesion > 0, aim.part, score, strict=True):
         means = torch.stack([value[part == k].mean() for k in range(4)])
         assert torch.equal(lesion, part == means.argmax())
@@ -113,13 +127,18 @@ def test_the_cluster_score_is_highest_in_the_cluster_lowest_on_border_and_0_wher
 
 
 def test_a_warmer_cluster_score_is_flatter(ultrasound: Given) -> None:
-    scores = [look(ultrasound[0], mode="soft", score="cluster", temperature=t).score.exp() for t in (0.2, 1.0, 50.0)]
+    scores = [
+        look(ultrasound[0], mode="soft", score="cluster", temperature=t).score.exp()
+        for t in (0.2, 1.0, 50.0)
+    ]
     spreads = [float(score[score.any(1)].std(1).mean()) for score in scores]
     assert spreads[0] > spreads[1] > spreads[2]
 
 
 @pytest.mark.parametrize("by", [1, 2])
-def test_the_lesion_grows_by_whole_patches_and_never_onto_the_border(ultrasound: Given, by: int) -> None:
+def test_the_lesion_grows_by_whole_patches_and_never_onto_the_border(
+    ultrasound: Given, by: int
+) -> None:
     images = ultrasound[0].clone()
     images[:, :, :, :16] = images.amin((1, 2, 3))[:, None, None, None]
     tissue = tissue_of(patchify(images, 8), SelectionSettings())
@@ -135,18 +154,25 @@ def test_the_oracles_aim_at_the_true_lesion(ultrasound: Given) -> None:
     truth = truth_patches(share)
 
     def f1(lesion: Tensor) -> float:
-        return float((2 * (lesion & truth).sum(1) / (lesion.sum(1) + truth.sum(1)).clamp_min(1)).mean())
+        return float(
+            (2 * (lesion & truth).sum(1) / (lesion.sum(1) + truth.sum(1)).clamp_min(1)).mean()
+        )
 
     oracle = look(images, clusters=6, rule="oracle", truth=share)
     others = ("smallest", "distinct", "most_central", "darkest", "brightest", "random")
-    assert all(f1(oracle.lesion > 0) > f1(look(images, clusters=6, rule=rule).lesion > 0) for rule in others)
+    assert all(
+        f1(oracle.lesion > 0) > f1(look(images, clusters=6, rule=rule).lesion > 0)
+        for rule in others
+    )
     scored = look(images, mode="soft", score="oracle", truth=share)
     for score, patches in zip(scored.score, truth, strict=True):
         assert score[patches].min() > score[~patches].max() - 1e-6
 
 
 @pytest.mark.parametrize("score", ["difficulty", "attention"])
-def test_the_teacher_s_maps_are_scores_and_without_a_teacher_nothing_is_aimed_at(ultrasound: Given, score: str) -> None:
+def test_the_teacher_s_maps_are_scores_and_without_a_teacher_nothing_is_aimed_at(
+    ultrasound: Given, score: str
+) -> None:
     images = ultrasound[0]
     aim = look(images, mode="ranked", score=score, teacher=TeacherView(**{score: some()}))
     tissue = tissue_of(patchify(images, 8), SelectionSettings())
@@ -166,11 +192,19 @@ def test_the_hardest_rule_follows_the_teacher_and_finds_nothing_without(ultrasou
     assert not look(images, rule="hardest").lesion.any()
 
 
-def test_tokens_decide_the_clusters_where_there_are_any_and_pixels_where_there_are_none(ultrasound: Given) -> None:
+def test_tokens_decide_the_clusters_where_there_are_any_and_pixels_where_there_are_none(
+    ultrasound: Given,
+) -> None:
     images = ultrasound[0]
     halves = (torch.arange(64) % 8 < 3).float()
     tokens = torch.stack([halves, 1 - halves], -1).expand(16, -1, -1)
-    aim = look(images, features="tokens", clusters=2, background_filter=False, teacher=TeacherView(tokens=tokens))
+    aim = look(
+        images,
+        features="tokens",
+        clusters=2,
+        background_filter=False,
+        teacher=TeacherView(tokens=tokens),
+    )
     assert torch.equal(aim.lesion > 0, (halves > 0).expand(16, -1))
     raw = look(images, features="raw")
     assert all(torch.equal(a, b) for a, b in zip(look(images, features="tokens"), raw, strict=True))
@@ -179,7 +213,9 @@ def test_tokens_decide_the_clusters_where_there_are_any_and_pixels_where_there_a
 # Feedback
 
 
-def test_feedback_moves_the_lesion_towards_the_category_and_keeps_its_size(ultrasound: Given) -> None:
+def test_feedback_moves_the_lesion_towards_the_category_and_keeps_its_size(
+    ultrasound: Given,
+) -> None:
     images = ultrasound[0]
     told = TeacherView(category=some())
     before = look(images).lesion > 0
@@ -196,13 +232,17 @@ def test_feedback_of_1_takes_the_patches_of_highest_category(ultrasound: Given) 
     lesion = look(ultrasound[0], teacher=TeacherView(category=some()), feedback=1.0).lesion > 0
     assert lesion.any(1).sum() > 8
     for where, category in zip(lesion, some(), strict=True):
-        assert set(where.nonzero().flatten().tolist()) == set(category.topk(int(where.sum())).indices.tolist())
+        assert set(where.nonzero().flatten().tolist()) == set(
+            category.topk(int(where.sum())).indices.tolist()
+        )
 
 
 def test_feedback_of_0_and_feedback_without_a_category_change_nothing(ultrasound: Given) -> None:
     expected = look(ultrasound[0])
     for given in ({"feedback": 0.0, "teacher": TeacherView(category=some())}, {"feedback": 1.0}):
-        assert all(torch.equal(a, b) for a, b in zip(look(ultrasound[0], **given), expected, strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(look(ultrasound[0], **given), expected, strict=True)
+        )
 
 
 def test_feedback_finds_no_lesion_where_the_clusters_have_none(ultrasound: Given) -> None:
@@ -224,7 +264,9 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("given", SETTINGS, ids=str)
-def test_an_aim_depends_on_the_image_and_its_key_and_not_on_the_batch(ultrasound: Given, given: dict[str, Any]) -> None:
+def test_an_aim_depends_on_the_image_and_its_key_and_not_on_the_batch(
+    ultrasound: Given, given: dict[str, Any]
+) -> None:
     images, _, keys = ultrasound
     whole = look(images, keys, **given)
     for rows in (torch.tensor([5]), torch.tensor([3, 9, 0]), torch.arange(15, -1, -1)):
@@ -236,7 +278,9 @@ def test_the_random_rule_names_others_with_another_key_epoch_or_seed(ultrasound:
     images, _, keys = ultrasound
     base = look(images, keys, rule="random").lesion
     for other in ({"epoch": 2}, {"seed": 1}, {"keys": keys + 1}):
-        assert not torch.equal(base, look(images, **{"keys": keys, "rule": "random", **other}).lesion)
+        assert not torch.equal(
+            base, look(images, **{"keys": keys, "rule": "random", **other}).lesion
+        )
 
 
 def test_nothing_in_an_aim_carries_a_gradient(ultrasound: Given) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from amlp_ray.config import ImageSpec
 from amlp_ray.method.augment import augment, cropped, normalise, random_crop, recoloured
-from amlp_ray.method.noise import CROP, VIEW, uniform
+from amlp_ray.method.counter_rng import CROP, VIEW, uniform
 
 KEYS = torch.arange(200)
 
@@ -21,8 +21,12 @@ def coordinates(images: int = 200, side: int = 32) -> Tensor:
     return torch.stack([x, y]).expand(images, 2, side, side)
 
 
-def crop(images: Tensor, *, crop_min: float, flip: bool, epoch: int = 1, keys: Tensor = KEYS) -> Tensor:
-    return cropped(images, random_crop(keys[: len(images)], crop_min=crop_min, flip=flip, seed=0, epoch=epoch))
+def crop(
+    images: Tensor, *, crop_min: float, flip: bool, epoch: int = 1, keys: Tensor = KEYS
+) -> Tensor:
+    return cropped(
+        images, random_crop(keys[: len(images)], crop_min=crop_min, flip=flip, seed=0, epoch=epoch)
+    )
 
 
 def sides(cut: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +86,9 @@ def test_a_crop_depends_on_its_key_and_epoch_and_not_on_the_batch() -> None:
     images = torch.rand(20, 1, 16, 16)
     whole = crop(images, crop_min=0.5, flip=True)
     rows = torch.tensor([7, 3, 19])
-    torch.testing.assert_close(crop(images[rows], crop_min=0.5, flip=True, keys=KEYS[rows]), whole[rows])
+    torch.testing.assert_close(
+        crop(images[rows], crop_min=0.5, flip=True, keys=KEYS[rows]), whole[rows]
+    )
     assert torch.equal(whole, crop(images, crop_min=0.5, flip=True))
     assert not torch.allclose(whole, crop(images, crop_min=0.5, flip=True, epoch=2))
 
@@ -120,7 +126,9 @@ def test_a_map_that_is_only_mirrored_keeps_its_values_to_the_bit(flip: bool) -> 
 
 
 def test_another_purpose_is_another_crop() -> None:
-    one, other = (random_crop(KEYS, crop_min=0.5, flip=True, seed=0, epoch=1, purpose=p) for p in (CROP, VIEW))
+    one, other = (
+        random_crop(KEYS, crop_min=0.5, flip=True, seed=0, epoch=1, purpose=p) for p in (CROP, VIEW)
+    )
     assert one is not None
     assert other is not None
     assert one.shape == (200, 2, 3)
@@ -139,7 +147,9 @@ def test_normalise_scales_every_channel_by_its_own_mean_and_sd(dtype: torch.dtyp
     assert torch.equal(images, before), "a float image is not normalised in place"
 
 
-@pytest.mark.parametrize(("dtype", "lowest"), [(torch.int16, -32768), (torch.uint16, 0), (torch.float32, -1e6)])
+@pytest.mark.parametrize(
+    ("dtype", "lowest"), [(torch.int16, -32768), (torch.uint16, 0), (torch.float32, -1e6)]
+)
 def test_the_ends_of_a_dtype_are_exact(dtype: torch.dtype, lowest: float) -> None:
     highest = {torch.int16: 32767, torch.uint16: 65535, torch.float32: 1e6}[dtype]
     spec = ImageSpec(channels=1, height=8, width=8, mean=(-500.0,), std=(250.0,))
@@ -148,7 +158,9 @@ def test_the_ends_of_a_dtype_are_exact(dtype: torch.dtype, lowest: float) -> Non
     assert found == pytest.approx([(lowest + 500) / 250, (highest + 500) / 250], rel=1e-7)
 
 
-def test_what_is_kept_for_normalising_can_be_trained_through_though_it_was_made_at_inference() -> None:
+def test_what_is_kept_for_normalising_can_be_trained_through_though_it_was_made_at_inference() -> (
+    None
+):
     spec = ImageSpec(channels=1, height=8, width=8, mean=(7.25,), std=(3.5,))
     with torch.inference_mode():
         normalise(torch.zeros(1, 1, 8, 8), spec)
@@ -175,7 +187,9 @@ def discs(count: int, height: int, width: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "given", [{"crop_min": 0.5}, {"flip": True}, {"flip_vertical": True}, {"intensity": 1.0}, ALL], ids=str
+    "given",
+    [{"crop_min": 0.5}, {"flip": True}, {"flip_vertical": True}, {"intensity": 1.0}, ALL],
+    ids=str,
 )
 def test_a_mask_lies_where_its_image_lies_after_any_augmentation(given: dict[str, Any]) -> None:
     """The mask as a channel of the image, which intensity moves but cannot shift, is cut as the mask itself."""
@@ -195,7 +209,9 @@ def test_a_mask_lies_where_its_image_lies_after_any_augmentation(given: dict[str
 
 def maps(given: dict[str, Any]) -> Tensor | None:
     geometry = {name: given.get(name, off) for name, off in (("crop_min", 1.0), ("flip", False))}
-    return random_crop(KEYS[:40], **geometry, flip_vertical=given.get("flip_vertical", False), seed=3, epoch=2)
+    return random_crop(
+        KEYS[:40], **geometry, flip_vertical=given.get("flip_vertical", False), seed=3, epoch=2
+    )
 
 
 def test_without_any_of_it_image_and_mask_are_handed_back_as_they_are() -> None:
@@ -229,7 +245,9 @@ def test_upside_down_turns_about_half_of_the_images_and_only_where_it_is_asked_f
     assert (same ^ turned).all()
     assert 70 < int(turned.sum()) < 130
     mirrored, _ = augment(images, None, KEYS, flip=True, seed=0, epoch=1)
-    assert 0.3 < float(((mirrored == images).flatten(1).all(1) == same).float().mean()) < 0.7, "drawn by itself"
+    assert 0.3 < float(((mirrored == images).flatten(1).all(1) == same).float().mean()) < 0.7, (
+        "drawn by itself"
+    )
 
 
 def test_a_new_kind_of_augmentation_moves_no_earlier_draw() -> None:
@@ -257,7 +275,9 @@ def test_intensity_changes_brightness_and_contrast_within_its_range(strength: fl
     middle = (out.flatten(1).median(1).values - out.mean((1, 2, 3))) / out.std((1, 2, 3))
     assert middle.min() < -0.1 * strength < 0.1 * strength < middle.max()
     ranks = [torch.argsort(x.flatten(1), dim=1, stable=True) for x in (images, out)]
-    assert (ranks[0] == ranks[1]).float().mean() > 0.999, "no pixel becomes brighter than one that was brighter"
+    assert (ranks[0] == ranks[1]).float().mean() > 0.999, (
+        "no pixel becomes brighter than one that was brighter"
+    )
 
 
 def test_channels_of_an_image_change_alike_so_that_colours_stay() -> None:
@@ -290,9 +310,16 @@ def test_no_scale_of_values_makes_a_number_that_is_none(scale: float) -> None:
 def test_stored_images_of_any_dtype_and_channels_are_augmented(
     dtype: str, mean: float, std: float, channels: int
 ) -> None:
-    spec = ImageSpec(channels=channels, height=16, width=24, mean=(mean,) * channels, std=(std,) * channels)
+    spec = ImageSpec(
+        channels=channels, height=16, width=24, mean=(mean,) * channels, std=(std,) * channels
+    )
     values = noise((12, channels, 16, 24)) * std + mean
-    low, high = {"uint8": (0, 255), "uint16": (0, 65535), "int16": (-1024, 3071), "float32": (-9e9, 9e9)}[dtype]
+    low, high = {
+        "uint8": (0, 255),
+        "uint16": (0, 65535),
+        "int16": (-1024, 3071),
+        "float32": (-9e9, 9e9),
+    }[dtype]
     stored = values.clamp(low, high).to(getattr(torch, dtype))
     masks = discs(12, 16, 24)
     out, cut = augment(normalise(stored, spec), masks, KEYS[:12], seed=0, epoch=1, **ALL)

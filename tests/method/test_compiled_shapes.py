@@ -16,9 +16,9 @@ from amlp_ray.config import PretrainSettings
 from amlp_ray.errors import SettingsError
 from amlp_ray.method.losses import pretraining_loss
 from amlp_ray.method.masking import Masking, Moment
+from amlp_ray.method.masking_ratio import masked_count
 from amlp_ray.method.patches import gather
-from amlp_ray.method.ratio import masked_count
-from amlp_ray.training.steps import MAX_SHAPES, ReconstructionStep
+from amlp_ray.training.objectives import MAX_SHAPES, ReconstructionStep
 
 EPOCHS = 40
 
@@ -61,12 +61,18 @@ def trained(chosen: PretrainSettings) -> tuple[int, list[int]]:
         {"variant": "mae"},
         {"variant": "amlp", "ratio": {"quantum": 8}},
         {"variant": "mps-ams", "ratio": {"quantum": 16, "shape": "random"}},
-        {"variant": "simmim", "model": {"decoder_depth": 0}, "ratio": {"start": 0.3, "end": 0.6, "quantum": 8}},
+        {
+            "variant": "simmim",
+            "model": {"decoder_depth": 0},
+            "ratio": {"start": 0.3, "end": 0.6, "quantum": 8},
+        },
         {"variant": "hpm", "ratio": {"start": 0.25, "end": 0.75, "quantum": 16}},
     ],
     ids=str,
 )
-def test_a_schedule_compiles_as_many_graphs_as_it_has_numbers_of_masked_patches(given: dict[str, Any]) -> None:
+def test_a_schedule_compiles_as_many_graphs_as_it_has_numbers_of_masked_patches(
+    given: dict[str, Any],
+) -> None:
     graphs, counts = trained(tiny(given, {"epochs": EPOCHS}))
     assert graphs == len(set(counts)) <= MAX_SHAPES
     assert len(set(counts)) > 1 or given == {"variant": "mae"}
@@ -98,7 +104,9 @@ def test_schedules_per_step_are_counted_by_their_steps() -> None:
     st.sampled_from(["linear", "cosine", "exponential", "random"]),
     st.integers(1, 6),
 )
-def test_the_quantum_that_is_named_suffices(start: float, end: float, shape: str, quantum: int) -> None:
+def test_the_quantum_that_is_named_suffices(
+    start: float, end: float, shape: str, quantum: int
+) -> None:
     ratio = {"start": start, "end": end, "shape": shape, "quantum": quantum}
     try:
         objective(ratio).begin_epoch(1, 1)
@@ -108,5 +116,8 @@ def test_the_quantum_that_is_named_suffices(start: float, end: float, shape: str
         objective({**ratio, "quantum": named}).begin_epoch(1, 1)
     else:
         masking = objective(ratio).masking
-        counts = {masked_count(masking.ratio(Moment(epoch)), 64, quantum) for epoch in range(1, EPOCHS + 1)}
+        counts = {
+            masked_count(masking.ratio(Moment(epoch)), 64, quantum)
+            for epoch in range(1, EPOCHS + 1)
+        }
         assert len(counts) <= MAX_SHAPES

@@ -10,6 +10,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from amlp_ray.config import ModelSettings
+from amlp_ray.config.base import build as build_settings
 from amlp_ray.errors import SettingsError
 from amlp_ray.method.encoder import (
     create_encoder,
@@ -23,7 +24,6 @@ from amlp_ray.method.encoder import (
     use_fused_attention,
 )
 from amlp_ray.method.patches import patchify
-from amlp_ray.settings import build as build_settings
 
 SMALL = {"patch_size": 8, "width": 24, "depth": 2, "heads": 2}
 PLAIN: dict[str, Any] = SMALL
@@ -49,7 +49,9 @@ def shape_of(settings: ModelSettings, channels: int = 1, grid: tuple[int, int] =
     return channels, grid[0] * p, grid[1] * p
 
 
-def encoder_of(given: dict[str, Any], channels: int = 1) -> tuple[VisionTransformer, ModelSettings, Tensor]:
+def encoder_of(
+    given: dict[str, Any], channels: int = 1
+) -> tuple[VisionTransformer, ModelSettings, Tensor]:
     """An encoder whose prefix tokens and positions are no longer what they were initialised to, and three images."""
     settings = ModelSettings(**given)
     shape = shape_of(settings, channels)
@@ -65,7 +67,9 @@ def encoder_of(given: dict[str, Any], channels: int = 1) -> tuple[VisionTransfor
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("given", OWN + NAMED, ids=str)
 @torch.no_grad()
-def test_with_all_patches_visible_tokens_are_those_of_timm(given: dict[str, Any], channels: int) -> None:
+def test_with_all_patches_visible_tokens_are_those_of_timm(
+    given: dict[str, Any], channels: int
+) -> None:
     encoder, settings, images = encoder_of(given, channels)
     ours = encoder_tokens(encoder, patchify(images, settings.patch_size))
     assert ours.shape == (3, encoder.num_prefix_tokens + 15, settings.width)
@@ -74,7 +78,9 @@ def test_with_all_patches_visible_tokens_are_those_of_timm(given: dict[str, Any]
 
 @pytest.mark.parametrize("given", OWN + NAMED, ids=str)
 @torch.no_grad()
-def test_all_patches_in_another_order_give_the_same_tokens_in_that_order(given: dict[str, Any]) -> None:
+def test_all_patches_in_another_order_give_the_same_tokens_in_that_order(
+    given: dict[str, Any],
+) -> None:
     encoder, settings, images = encoder_of(given)
     patches = patchify(images, settings.patch_size)
     order, _ = random_split(3, 15, 0)
@@ -110,12 +116,16 @@ def test_embeddings_that_stand_in_for_patches_take_their_place() -> None:
 
 
 @pytest.mark.parametrize("given", OWN + NAMED, ids=str)
-def test_timm_builds_the_same_encoder_from_the_name_and_the_arguments_alone(given: dict[str, Any]) -> None:
+def test_timm_builds_the_same_encoder_from_the_name_and_the_arguments_alone(
+    given: dict[str, Any],
+) -> None:
     encoder, settings, _ = encoder_of(given)
     arguments = timm_arguments(settings, spec_of(shape_of(settings)))
     theirs = timm.create_model(timm_name(settings), pretrained=False, **arguments)
     assert type(create_encoder(timm_name(settings), arguments)) is type(theirs)
-    assert {k: v.shape for k, v in theirs.state_dict().items()} == {k: v.shape for k, v in encoder.state_dict().items()}
+    assert {k: v.shape for k, v in theirs.state_dict().items()} == {
+        k: v.shape for k, v in encoder.state_dict().items()
+    }
 
 
 def test_a_timm_name_brings_its_sizes_and_given_ones_win() -> None:
@@ -157,7 +167,9 @@ def test_patch_attention_is_that_of_the_last_block_s_class_token(given: dict[str
     prefix, heads = encoder.num_prefix_tokens, settings.heads
     qkv = inputs[0] @ last.qkv.weight.T + (last.qkv.bias if last.qkv.bias is not None else 0)
     q, k, _ = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
-    weights = torch.softmax(last.q_norm(q) @ last.k_norm(k).mT / (settings.width // heads) ** 0.5, -1)
+    weights = torch.softmax(
+        last.q_norm(q) @ last.k_norm(k).mT / (settings.width // heads) ** 0.5, -1
+    )
     rows = weights[:, :, :1] if settings.class_token else weights
     expected = rows.mean((1, 2))[:, prefix:]
 
@@ -192,7 +204,9 @@ def test_positions_are_distinct_bounded_and_zero_for_prefix_tokens() -> None:
     assert positions.abs().max() <= 1
     assert torch.cdist(positions[2:], positions[2:]).add(torch.eye(15) * 9).min() > 0.1
     grid = positions[2:].view(3, 5, 24)
-    assert torch.equal(grid[0, :, :12], grid[2, :, :12])  # the first half tells columns, the second rows
+    assert torch.equal(
+        grid[0, :, :12], grid[2, :, :12]
+    )  # the first half tells columns, the second rows
     assert torch.equal(grid[:, 0, 12:], grid[:, 4, 12:])
 
 

@@ -6,7 +6,13 @@ import torch
 from scipy import ndimage
 
 from amlp_ray.config import SelectionSettings
-from amlp_ray.method.features import centre_distance, cluster_features, dilated, neighbourhood_mean, tissue_of
+from amlp_ray.method.patch_features import (
+    centre_distance,
+    cluster_features,
+    dilated,
+    neighbourhood_mean,
+    tissue_of,
+)
 from amlp_ray.method.patches import patchify, tissue_patches
 
 
@@ -21,7 +27,9 @@ def test_raw_features_keep_contrast_between_patches_and_ignore_the_image_s_units
     patches = torch.rand(2, 16, 64, generator=torch.Generator().manual_seed(0))
     inside = torch.ones(2, 16, dtype=torch.bool)
     x = cluster_features(patches, inside, (4, 4), 1, "raw")
-    torch.testing.assert_close(x, cluster_features(patches * 50 - 9, inside, (4, 4), 1, "raw"), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        x, cluster_features(patches * 50 - 9, inside, (4, 4), 1, "raw"), atol=1e-4, rtol=1e-4
+    )
     torch.testing.assert_close(x.mean((1, 2)), torch.zeros(2), atol=1e-5, rtol=0)
     torch.testing.assert_close(x.std((1, 2), correction=0), torch.ones(2), atol=1e-4, rtol=0)
 
@@ -40,12 +48,18 @@ def test_raw_features_have_mean_0_and_sd_1_in_every_channel_over_tissue_alone() 
 
 
 def test_stats_are_mean_sd_and_gradient_of_each_channel() -> None:
-    flat, ramp, checker = torch.zeros(8, 8), torch.arange(8.0).expand(8, 8), torch.arange(8).view(8, 1) % 2 * 2.0
+    flat, ramp, checker = (
+        torch.zeros(8, 8),
+        torch.arange(8.0).expand(8, 8),
+        torch.arange(8).view(8, 1) % 2 * 2.0,
+    )
     image = torch.cat([flat, ramp, checker.expand(8, 8)], 1)[None]  # one channel, 3 patches
     two = torch.cat([image, image.flip(-1)])[None]
     x = cluster_features(patchify(two, 8), torch.ones(1, 3, dtype=torch.bool), (1, 3), 2, "stats")
     assert x.shape == (1, 3, 6)
-    raw = torch.tensor([[0, 3.5, 1], [0, 5.25**0.5, 1], [0, 0.5, 1]])  # gradient: mean of both directions
+    raw = torch.tensor(
+        [[0, 3.5, 1], [0, 5.25**0.5, 1], [0, 0.5, 1]]
+    )  # gradient: mean of both directions
     expected = (raw - raw.mean(1, keepdim=True)) / raw.std(1, keepdim=True, correction=0)
     torch.testing.assert_close(x[0, :, [0, 2, 4]].T, expected)
     torch.testing.assert_close(x[0, :, 1], x[0, :, 0].flip(0))
@@ -63,11 +77,16 @@ def test_context_tells_a_dark_patch_from_a_dark_neighbourhood() -> None:
 
 def test_token_features_ignore_the_length_of_tokens_and_are_raw_where_there_are_none() -> None:
     generator = torch.Generator().manual_seed(0)
-    patches, tokens = torch.rand(2, 16, 64, generator=generator), torch.randn(2, 16, 5, generator=generator)
+    patches, tokens = (
+        torch.rand(2, 16, 64, generator=generator),
+        torch.randn(2, 16, 5, generator=generator),
+    )
     inside = torch.rand(2, 16, generator=generator) < 0.7
     x = cluster_features(patches, inside, (4, 4), 1, "tokens", tokens)
     lengths = torch.rand(2, 16, 1, generator=generator) + 0.5
-    torch.testing.assert_close(x, cluster_features(patches, inside, (4, 4), 1, "tokens", tokens * lengths))
+    torch.testing.assert_close(
+        x, cluster_features(patches, inside, (4, 4), 1, "tokens", tokens * lengths)
+    )
     torch.testing.assert_close(x[0, inside[0]].mean(0), torch.zeros(5), atol=1e-5, rtol=0)
     raw = cluster_features(patches, inside, (4, 4), 1, "raw")
     assert torch.equal(cluster_features(patches, inside, (4, 4), 1, "tokens"), raw)
@@ -100,11 +119,15 @@ def test_dilation_is_that_of_scipy_and_by_0_none(by: int, grid: tuple[int, int])
     grown = dilated(where, grid, by)
     square = np.ones((2 * by + 1, 2 * by + 1))
     for ours, before in zip(grown, where, strict=True):
-        assert np.array_equal(ours.view(grid), ndimage.binary_dilation(before.view(grid).numpy(), square))
+        assert np.array_equal(
+            ours.view(grid), ndimage.binary_dilation(before.view(grid).numpy(), square)
+        )
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (4, 6), (5, 3)])
-def test_centre_distance_is_0_in_the_middle_1_at_the_edges_and_symmetric(grid: tuple[int, int]) -> None:
+def test_centre_distance_is_0_in_the_middle_1_at_the_edges_and_symmetric(
+    grid: tuple[int, int],
+) -> None:
     distance = centre_distance(grid, torch.device("cpu")).view(grid)
     torch.testing.assert_close(distance, distance.flip(0))
     torch.testing.assert_close(distance, distance.flip(1))

@@ -12,9 +12,9 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from amlp_ray.config import SelectionSettings
-from amlp_ray.method.features import cluster_features, tissue_of
+from amlp_ray.method.counter_rng import CLUSTER, uniform
 from amlp_ray.method.kmeans import Clusters, DatasetClusters, assign, kmeans, membership
-from amlp_ray.method.noise import CLUSTER, uniform
+from amlp_ray.method.patch_features import cluster_features, tissue_of
 from amlp_ray.method.patches import patchify
 
 
@@ -33,7 +33,9 @@ def blobs(images: int, patches: int, clusters: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(images, clusters, 6, generator=generator) * 4
     member = torch.randint(clusters, (images, patches), generator=generator)
-    x = centres.gather(1, member[..., None].expand(-1, -1, 6)) + torch.randn(images, patches, 6, generator=generator)
+    x = centres.gather(1, member[..., None].expand(-1, -1, 6)) + torch.randn(
+        images, patches, 6, generator=generator
+    )
     inside = torch.rand(images, patches, generator=generator) < 0.75
     return torch.where(inside[..., None], x, x + 100), inside
 
@@ -82,7 +84,13 @@ def test_inertia_on_phantoms_is_within_1_percent_of_scikit_learn(
 @pytest.mark.parametrize("kind", ["raw", "stats", "context"])
 @pytest.mark.parametrize("source", ["busi", "isic"])
 def test_inertia_on_real_images_comes_close_to_the_best_of_ten_starts_of_scikit_learn(
-    real_images: dict[str, Tensor], source: str, kind: str, clusters: int, starts: int, mean: float, worst: float
+    real_images: dict[str, Tensor],
+    source: str,
+    kind: str,
+    clusters: int,
+    starts: int,
+    mean: float,
+    worst: float,
 ) -> None:
     """A start of scikit-learn tries several candidates per centre and so is worth more than one of ours."""
     ratio = ratios(*features_of(real_images[source], kind), clusters, starts=starts, theirs=10)
@@ -91,7 +99,9 @@ def test_inertia_on_real_images_comes_close_to_the_best_of_ten_starts_of_scikit_
 
 
 def test_more_starts_never_give_a_worse_inertia() -> None:
-    x, inside = features_of(torch.rand(8, 1, 64, 64, generator=torch.Generator().manual_seed(0)), "stats")
+    x, inside = features_of(
+        torch.rand(8, 1, 64, 64, generator=torch.Generator().manual_seed(0)), "stats"
+    )
     noise = seeds(8, 8 * 5)
     found = [kmeans(x, inside, 5, noise[:, : s * 5]).inertia for s in (1, 2, 4, 8)]
     for fewer, more in itertools.pairwise(found):
@@ -107,7 +117,9 @@ def test_every_patch_has_its_nearest_centre_and_sizes_and_inertia_count_the_insi
     assert torch.equal(found.labels == -1, ~inside)
     assert torch.equal(found.sizes.sum(1), inside.sum(1))
     assert torch.equal(found.mass, found.sizes)
-    torch.testing.assert_close(found.inertia, (nearest.square() * inside).sum(1), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        found.inertia, (nearest.square() * inside).sum(1), rtol=1e-4, atol=1e-3
+    )
     for k in range(3):
         assert torch.equal(found.sizes[:, k], (found.labels == k).sum(1))
 
@@ -117,7 +129,9 @@ def test_centres_are_the_means_of_their_patches() -> None:
     found = kmeans(x, inside, 3, seeds(4, 6))
     for i in range(4):
         for k in range(3):
-            torch.testing.assert_close(found.centres[i, k], x[i, found.labels[i] == k].mean(0), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                found.centres[i, k], x[i, found.labels[i] == k].mean(0), atol=1e-4, rtol=1e-4
+            )
 
 
 def test_what_lies_outside_never_changes_the_clusters() -> None:
@@ -174,9 +188,13 @@ def test_membership_has_its_formula_and_nears_the_uniform_one_with_a_large_tempe
     found = assign(x, torch.ones(1, 4, dtype=torch.bool), torch.tensor([[[0.5], [5.0]]]))
     spread = (0.25 + 0.25 + 1 + 1) / 4
     for temperature in (0.5, 2.0):
-        scaled = -torch.tensor([[0.25, 25], [0.25, 16], [12.25, 1], [30.25, 1]]) / (temperature * spread)
+        scaled = -torch.tensor([[0.25, 25], [0.25, 16], [12.25, 1], [30.25, 1]]) / (
+            temperature * spread
+        )
         expected = torch.log_softmax(scaled, -1)[:, 1]
-        torch.testing.assert_close(membership(x, found, torch.tensor([1]), temperature)[0], expected)
+        torch.testing.assert_close(
+            membership(x, found, torch.tensor([1]), temperature)[0], expected
+        )
     flat = membership(x, found, torch.tensor([0]), 1e6).exp()
     torch.testing.assert_close(flat, torch.full((1, 4), 0.5), atol=1e-3, rtol=0)
 
@@ -189,7 +207,9 @@ def test_membership_of_a_constant_image_is_finite() -> None:
 # Clusters of a data set
 
 
-def looked(centroids: DatasetClusters, x: Tensor, inside: Tensor, batches: list[Tensor]) -> list[Clusters]:
+def looked(
+    centroids: DatasetClusters, x: Tensor, inside: Tensor, batches: list[Tensor]
+) -> list[Clusters]:
     """One look at all images, batch by batch; clusters in the order of `batches`."""
     centroids.settle()
     noise, found = seeds(len(x), 4 * len(centroids.mass)), []
@@ -218,7 +238,9 @@ def seeded(x: Tensor, inside: Tensor, clusters: int) -> DatasetClusters:
 
 
 def test_within_a_look_neither_the_order_nor_the_size_of_batches_changes_what_is_found() -> None:
-    x, inside = features_of(torch.rand(16, 1, 64, 64, generator=torch.Generator().manual_seed(0)), "stats")
+    x, inside = features_of(
+        torch.rand(16, 1, 64, 64, generator=torch.Generator().manual_seed(0)), "stats"
+    )
     start = {name: value.clone() for name, value in seeded(x, inside, 4).state_dict().items()}
     results = []
     for batches in (batches_of(16, 4), batches_of(16, 4, seed=1), batches_of(16, 16, seed=2)):
@@ -263,7 +285,9 @@ def test_centroids_are_the_running_means_of_the_patches_they_were_nearest_to() -
     found = looked(centroids, x, inside, batches_of(8, 2))
     labels = torch.cat([part.labels for part in found])
     for k in range(3):
-        torch.testing.assert_close(centroids.moving[k], x[labels == k].mean(0), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            centroids.moving[k], x[labels == k].mean(0), atol=1e-4, rtol=1e-4
+        )
         assert float(centroids.mass[k]) == int((labels == k).sum())
 
 
@@ -271,7 +295,10 @@ def test_the_clusters_are_those_of_the_data_set_whatever_an_image_holds() -> Non
     """An image of one group alone keeps its label, where clusters of its own would split it."""
     generator = torch.Generator().manual_seed(0)
     group = torch.tensor([0, 0, 1, 1, 2, 2])
-    x = torch.randn(6, 30, 2, generator=generator) + 20 * torch.stack([group, group.square()], 1)[:, None]
+    x = (
+        torch.randn(6, 30, 2, generator=generator)
+        + 20 * torch.stack([group, group.square()], 1)[:, None]
+    )
     inside = torch.ones(6, 30, dtype=torch.bool)
     centroids = DatasetClusters(3, 2)
     for _ in range(3):
@@ -288,8 +315,13 @@ def test_inertia_over_all_real_images_comes_close_to_scikit_learn_s_mini_batch_k
 ) -> None:
     x, inside = features_of(real_images["busi"], kind)
     centroids = DatasetClusters(clusters, x.shape[-1])
-    course = [dataset_inertia(looked(centroids, x, inside, batches_of(30, 6, seed=look))) for look in range(6)]
+    course = [
+        dataset_inertia(looked(centroids, x, inside, batches_of(30, 6, seed=look)))
+        for look in range(6)
+    ]
     flat = x[inside].numpy().astype(np.float64)
-    theirs = MiniBatchKMeans(clusters, batch_size=6 * 144, n_init=4, random_state=0).fit(flat).inertia_
+    theirs = (
+        MiniBatchKMeans(clusters, batch_size=6 * 144, n_init=4, random_state=0).fit(flat).inertia_
+    )
     assert course[-1] <= 1.03 * theirs
     assert course[-1] < course[0]

@@ -14,6 +14,7 @@ from sklearn.metrics import cohen_kappa_score
 from torch import Tensor
 
 from amlp_ray.config import LossSettings
+from amlp_ray.method.autoencoder import Prediction
 from amlp_ray.method.losses import (
     Losses,
     agreement,
@@ -25,7 +26,6 @@ from amlp_ray.method.losses import (
     ranking_loss,
     relative_difficulty,
 )
-from amlp_ray.method.model import Prediction
 
 B, M, P = 5, 40, 16
 ALL = torch.ones(B, M, dtype=torch.bool)
@@ -47,13 +47,17 @@ class Case:
     def loss(self, *, warming_up: bool = False, **settings: Any) -> Losses:
         prediction = Prediction(self.pixels, self.category, self.difficulty)
         chosen = LossSettings(**settings)
-        return pretraining_loss(prediction, self.target, self.lesion, self.tissue, chosen, warming_up=warming_up)
+        return pretraining_loss(
+            prediction, self.target, self.lesion, self.tissue, chosen, warming_up=warming_up
+        )
 
     def plain(self, **settings: Any) -> Losses:
         """Without a category head."""
         prediction = Prediction(self.pixels, None, None)
         chosen = LossSettings(**OFF, **settings)
-        return pretraining_loss(prediction, self.target, self.lesion, self.tissue, chosen, warming_up=False)
+        return pretraining_loss(
+            prediction, self.target, self.lesion, self.tissue, chosen, warming_up=False
+        )
 
 
 def headless(seed: int = 0) -> Case:
@@ -70,7 +74,9 @@ def test_the_plain_loss_is_the_mean_squared_error_of_mae() -> None:
 
 
 def test_l1_is_the_mean_absolute_error_of_simmim() -> None:
-    torch.testing.assert_close(Case().plain(distance="l1").total, F.l1_loss(Case().pixels, Case().target))
+    torch.testing.assert_close(
+        Case().plain(distance="l1").total, F.l1_loss(Case().pixels, Case().target)
+    )
 
 
 @pytest.mark.parametrize(("distance", "function"), [("l2", F.mse_loss), ("l1", F.l1_loss)])
@@ -83,7 +89,9 @@ def test_norm_pix_standardises_every_target_patch_as_mae_does(distance: str, fun
 
 @pytest.mark.parametrize("distance", ["l2", "l1"])
 @pytest.mark.parametrize("norm_pix", [True, False])
-def test_difficulty_is_the_loss_s_own_error_unless_raw_is_asked_for(distance: str, norm_pix: bool) -> None:
+def test_difficulty_is_the_loss_s_own_error_unless_raw_is_asked_for(
+    distance: str, norm_pix: bool
+) -> None:
     given = Case()
     chosen = {"norm_pix": norm_pix, "distance": distance}
     errors = patch_errors(given.pixels, given.target, LossSettings(**chosen))
@@ -95,7 +103,9 @@ def test_difficulty_is_the_loss_s_own_error_unless_raw_is_asked_for(distance: st
 
 @pytest.mark.parametrize("distance", ["l2", "l1"])
 @pytest.mark.parametrize("norm_pix", [True, False])
-def test_the_same_guess_is_as_difficult_in_the_image_s_scale_whatever_the_target(norm_pix: bool, distance: str) -> None:
+def test_the_same_guess_is_as_difficult_in_the_image_s_scale_whatever_the_target(
+    norm_pix: bool, distance: str
+) -> None:
     target = Case().target
     mean, std = target.mean(-1, keepdim=True), (target.var(-1, keepdim=True) + 1e-6).sqrt()
     guess = 0.5 * target
@@ -109,7 +119,9 @@ def test_the_same_guess_is_as_difficult_in_the_image_s_scale_whatever_the_target
 @pytest.mark.parametrize("difficulty", ["loss", "raw"])
 def test_difficulty_carries_no_gradient_and_the_loss_does(norm_pix: bool, difficulty: str) -> None:
     given = Case()
-    errors = patch_errors(given.pixels, given.target, LossSettings(norm_pix=norm_pix, difficulty=difficulty))
+    errors = patch_errors(
+        given.pixels, given.target, LossSettings(norm_pix=norm_pix, difficulty=difficulty)
+    )
     assert errors.loss.requires_grad
     assert not errors.difficulty.requires_grad
 
@@ -126,7 +138,9 @@ def test_difficulty_carries_no_gradient_and_the_loss_does(norm_pix: bool, diffic
     ids=str,
 )
 @pytest.mark.parametrize("norm_pix", [True, False])
-def test_weighting_switched_off_in_any_way_is_the_plain_loss_to_the_bit(off: dict[str, Any], norm_pix: bool) -> None:
+def test_weighting_switched_off_in_any_way_is_the_plain_loss_to_the_bit(
+    off: dict[str, Any], norm_pix: bool
+) -> None:
     given = headless()
     found, expected = given.loss(norm_pix=norm_pix, **off), given.plain(norm_pix=norm_pix)
     assert found.total.equal(expected.total)
@@ -147,7 +161,9 @@ def test_attention_of_a_large_temperature_nears_the_plain_loss() -> None:
 @pytest.mark.parametrize("weighting", ["rrl", "arl"])
 def test_the_mix_goes_straight_from_the_plain_to_the_weighted_loss(weighting: str) -> None:
     ends = [headless().loss(weighting=weighting, mix=mix).total for mix in (0.0, 1.0)]
-    torch.testing.assert_close(headless().loss(weighting=weighting, mix=0.3).total, 0.7 * ends[0] + 0.3 * ends[1])
+    torch.testing.assert_close(
+        headless().loss(weighting=weighting, mix=0.3).total, 0.7 * ends[0] + 0.3 * ends[1]
+    )
 
 
 @given(
@@ -162,7 +178,9 @@ def test_weights_have_mean_1_keep_the_order_of_difficulty_and_respect_the_clip(
     errors: list[float], gamma: float, low: float, high: float, weighting: str, temperature: float
 ) -> None:
     e = torch.tensor([errors])
-    chosen = LossSettings(weighting=weighting, gamma=gamma, clip_min=low, clip_max=high, temperature=temperature)
+    chosen = LossSettings(
+        weighting=weighting, gamma=gamma, clip_min=low, clip_max=high, temperature=temperature
+    )
     weight = hard_patch_weights(e, torch.ones_like(e, dtype=torch.bool), chosen)
     assert float(weight.mean()) == pytest.approx(1, abs=1e-4)
     assert weight.min() >= 0
@@ -179,7 +197,9 @@ def test_relative_weights_have_their_formula_and_do_not_change_with_the_scale_of
     expected = torch.tensor([[4 * v / sum(clipped) for v in clipped]])
     tissue = torch.ones(1, 4, dtype=torch.bool)
     torch.testing.assert_close(hard_patch_weights(e, tissue, chosen), expected)
-    torch.testing.assert_close(hard_patch_weights(0.01 * e, tissue, chosen), expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        hard_patch_weights(0.01 * e, tissue, chosen), expected, atol=1e-3, rtol=0
+    )
 
 
 def test_attention_weights_have_their_formula() -> None:
@@ -188,7 +208,10 @@ def test_attention_weights_have_their_formula() -> None:
     expected = torch.tensor([[3 * v / sum(powers) for v in powers]])
     chosen = LossSettings(weighting="arl", temperature=0.5)
     torch.testing.assert_close(
-        hard_patch_weights(e, torch.ones(1, 3, dtype=torch.bool), chosen), expected, rtol=1e-4, atol=0
+        hard_patch_weights(e, torch.ones(1, 3, dtype=torch.bool), chosen),
+        expected,
+        rtol=1e-4,
+        atol=0,
     )
 
 
@@ -201,12 +224,16 @@ def test_a_flat_border_does_not_make_all_tissue_hard() -> None:
 
 def test_masked_patches_without_any_tissue_are_compared_with_each_other() -> None:
     e = torch.tensor([[1.0, 3.0]])
-    torch.testing.assert_close(relative_difficulty(e, torch.zeros(1, 2, dtype=torch.bool)), torch.tensor([[0.5, 1.5]]))
+    torch.testing.assert_close(
+        relative_difficulty(e, torch.zeros(1, 2, dtype=torch.bool)), torch.tensor([[0.5, 1.5]])
+    )
 
 
 @pytest.mark.parametrize("weighting", ["rrl", "arl"])
 @pytest.mark.parametrize("distance", ["l2", "l1"])
-def test_a_perfect_prediction_has_loss_0_and_finite_gradients(weighting: str, distance: str) -> None:
+def test_a_perfect_prediction_has_loss_0_and_finite_gradients(
+    weighting: str, distance: str
+) -> None:
     given = Case()
     given.pixels = given.target.clone().requires_grad_()
     given.difficulty = torch.zeros(B, M, requires_grad=True)
@@ -219,7 +246,8 @@ def test_a_perfect_prediction_has_loss_0_and_finite_gradients(weighting: str, di
 
 def test_effective_patches_fall_as_weights_gather_on_few() -> None:
     shares = [
-        float(headless().loss(gamma=gamma, clip_max=50, clip_min=0.01).effective_patches) for gamma in (0, 0.5, 1, 3)
+        float(headless().loss(gamma=gamma, clip_max=50, clip_min=0.01).effective_patches)
+        for gamma in (0, 0.5, 1, 3)
     ]
     assert shares[0] == 1
     assert all(b < a for a, b in itertools.pairwise(shares))
@@ -243,15 +271,23 @@ def test_ccl_gives_the_prediction_no_gradient() -> None:
     without = torch.autograd.grad(given.loss(ccl_weight=0.0).total, given.pixels)[0]
     assert torch.equal(with_ccl, without)
     found = given.loss()
-    assert torch.autograd.grad(found.ccl, given.pixels, retain_graph=True, allow_unused=True)[0] is None
+    assert (
+        torch.autograd.grad(found.ccl, given.pixels, retain_graph=True, allow_unused=True)[0]
+        is None
+    )
     assert torch.autograd.grad(found.ccl, given.category)[0].abs().sum() > 0
 
 
 def test_ranking_gives_the_prediction_no_gradient() -> None:
     given = Case()
-    given.difficulty = torch.randn(B, M, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    given.difficulty = torch.randn(
+        B, M, generator=torch.Generator().manual_seed(1)
+    ).requires_grad_()
     found = given.loss(ranking_weight=1.0)
-    assert torch.autograd.grad(found.ranking, given.pixels, retain_graph=True, allow_unused=True)[0] is None
+    assert (
+        torch.autograd.grad(found.ranking, given.pixels, retain_graph=True, allow_unused=True)[0]
+        is None
+    )
     assert torch.autograd.grad(found.ranking, given.difficulty)[0].abs().sum() > 0
 
 
@@ -266,13 +302,21 @@ def test_ranking_gives_the_prediction_no_gradient() -> None:
     st.floats(0, 1),
 )
 def test_what_is_trained_never_pays_for_a_worse_patch(
-    seed: int, weighting: dict[str, Any], threshold: str, norm_pix: bool, distance: str, difficulty: str, eta: float
+    seed: int,
+    weighting: dict[str, Any],
+    threshold: str,
+    norm_pix: bool,
+    distance: str,
+    difficulty: str,
+    eta: float,
 ) -> None:
     """The gradient of the total, on which training goes, points away from every patch's target, lesion or not."""
     given = Case(seed)
     target = given.target
     if norm_pix:
-        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        target = (target - target.mean(-1, keepdim=True)) / (
+            target.var(-1, keepdim=True) + 1e-6
+        ).sqrt()
     given.difficulty = torch.zeros(B, M, requires_grad=True)
     total = given.loss(
         **weighting,
@@ -320,7 +364,11 @@ def test_weights_do_not_change_when_all_errors_of_an_image_grow_alike(
 
 
 @hypothesis(max_examples=100, deadline=None)
-@given(st.lists(st.floats(0.01, 10), min_size=3, max_size=12), st.integers(0, 11), st.floats(1.001, 1.05))
+@given(
+    st.lists(st.floats(0.01, 10), min_size=3, max_size=12),
+    st.integers(0, 11),
+    st.floats(1.001, 1.05),
+)
 def test_the_weighted_total_read_as_a_number_rises_with_patches_harder_than_half_the_weighted_mean(
     errors: list[float], which: int, factor: float
 ) -> None:
@@ -329,7 +377,9 @@ def test_the_weighted_total_read_as_a_number_rises_with_patches_harder_than_half
     chosen = LossSettings(gamma=1.0, clip_min=1e-6, clip_max=1e6)
 
     def weighted(e: Tensor) -> float:
-        return float((hard_patch_weights(e, torch.ones_like(e, dtype=torch.bool), chosen) * e).mean())
+        return float(
+            (hard_patch_weights(e, torch.ones_like(e, dtype=torch.bool), chosen) * e).mean()
+        )
 
     i = which % len(errors)
     assume(errors[i] >= weighted(e) / 2)
@@ -346,7 +396,9 @@ def test_an_easy_patch_that_gets_worse_may_lower_the_number_but_is_never_pushed_
         pixels = torch.tensor([[[1.0], [easy]]]).requires_grad_()
         chosen = LossSettings(ccl_weight=0, clip_min=1e-3, clip_max=100)
         both = torch.ones(1, 2, dtype=torch.bool)
-        total = pretraining_loss(Prediction(pixels, None, None), target, both, both, chosen, warming_up=False).total
+        total = pretraining_loss(
+            Prediction(pixels, None, None), target, both, both, chosen, warming_up=False
+        ).total
         values.append(total.item())
         slopes.append(torch.autograd.grad(total, pixels)[0][0, 1, 0].item())
     assert values[1] < values[0]
@@ -354,7 +406,9 @@ def test_an_easy_patch_that_gets_worse_may_lower_the_number_but_is_never_pushed_
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS, ids=str)
-def test_a_worse_reconstruction_of_hard_lesion_patches_raises_the_loss(weighting: dict[str, Any]) -> None:
+def test_a_worse_reconstruction_of_hard_lesion_patches_raises_the_loss(
+    weighting: dict[str, Any],
+) -> None:
     before, after = Case(), worse(Case(), Case().lesion, 2.0)
     assert after.loss(**weighting).total > before.loss(**weighting).total
 
@@ -378,7 +432,9 @@ def test_classes_weigh_equally_however_few_lesion_patches_there_are() -> None:
     assert value.item() == pytest.approx(math.log(2), abs=1e-6)
     value.backward()
     assert logits.grad is not None
-    assert float(logits.grad[lesion].sum()) == pytest.approx(-float(logits.grad[~lesion].sum()), abs=1e-6)
+    assert float(logits.grad[lesion].sum()) == pytest.approx(
+        -float(logits.grad[~lesion].sum()), abs=1e-6
+    )
     assert float(logits.grad[lesion].sum()) < 0  # towards lesion
 
 
@@ -410,7 +466,9 @@ def test_the_difficulty_share_mixes_the_two_labels() -> None:
 
 def test_a_perfect_head_has_nearly_no_ccl_and_an_inverted_one_much() -> None:
     lesion = labels(0.2)
-    right, wrong = (ccl(sign * 20 * (lesion.float() - 0.5), lesion, lesion, 0.5) for sign in (1, -1))
+    right, wrong = (
+        ccl(sign * 20 * (lesion.float() - 0.5), lesion, lesion, 0.5) for sign in (1, -1)
+    )
     assert float(right) < 1e-3
     assert float(wrong) > 5
 
@@ -420,7 +478,9 @@ def test_quantile_marks_as_many_hardest_patches_as_the_cluster_holds() -> None:
     lesion = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [0, 1, 0, 1, 0]], dtype=torch.bool)
     hard = hard_labels(difficulty, lesion, torch.ones(3, 5, dtype=torch.bool), "quantile")
     assert hard[0].tolist() == [True, False, True, False, False]
-    assert hard[1].tolist() == [False, False, False, True, True], "without a cluster: harder than the mean"
+    assert hard[1].tolist() == [False, False, False, True, True], (
+        "without a cluster: harder than the mean"
+    )
     assert int(hard[2].sum()) == 2
 
 
@@ -432,7 +492,9 @@ def test_mean_marks_patches_harder_than_their_image() -> None:
 
 @hypothesis(max_examples=100, deadline=None)
 @given(st.lists(st.floats(0, 100), min_size=2, max_size=30))
-def test_otsu_marks_what_lies_above_the_split_of_most_variance_between_classes(errors: list[float]) -> None:
+def test_otsu_marks_what_lies_above_the_split_of_most_variance_between_classes(
+    errors: list[float],
+) -> None:
     """Brute force over all splits: least variance within both classes, which is most between them."""
     e = torch.tensor([errors], dtype=torch.float64)
     tissue = torch.ones_like(e, dtype=torch.bool)
@@ -460,7 +522,9 @@ def test_agreement_is_cohen_s_kappa(shares: tuple[float, float]) -> None:
     one, other = labels(shares[0]), labels(shares[1], 4)
     mixed = torch.where(labels(0.5, 5), one, other)
     for a, b in ((one, other), (one, mixed), (one, ~one), (one, one)):
-        assert float(agreement(a, b)) == pytest.approx(cohen_kappa_score(a.flatten(), b.flatten()), abs=1e-5)
+        assert float(agreement(a, b)) == pytest.approx(
+            cohen_kappa_score(a.flatten(), b.flatten()), abs=1e-5
+        )
 
 
 def test_agreement_of_labels_all_alike_is_0() -> None:
@@ -525,7 +589,9 @@ def test_the_total_adds_ranking_by_its_weight_from_the_first_epoch_on() -> None:
 
 
 @pytest.mark.parametrize("weighting", ["none", "rrl", "arl"])
-def test_warming_up_is_the_plain_loss_to_the_bit_while_the_head_still_gets_a_zero_gradient(weighting: str) -> None:
+def test_warming_up_is_the_plain_loss_to_the_bit_while_the_head_still_gets_a_zero_gradient(
+    weighting: str,
+) -> None:
     given = Case()
     found = given.loss(weighting=weighting, ccl_weight=0.5, warming_up=True)
     assert found.total.equal(given.plain().total)
@@ -544,7 +610,10 @@ def test_the_total_adds_ccl_by_its_weight() -> None:
 
 def test_low_precision_predictions_are_scored_in_float32() -> None:
     given = Case()
-    given.pixels, given.category = given.pixels.detach().bfloat16(), given.category.detach().bfloat16()
+    given.pixels, given.category = (
+        given.pixels.detach().bfloat16(),
+        given.category.detach().bfloat16(),
+    )
     given.difficulty = torch.randn(B, M).bfloat16()
     found = given.loss(ranking_weight=1.0)
     assert {value.dtype for value in found} == {torch.float32}
@@ -561,7 +630,12 @@ def test_low_precision_predictions_are_scored_in_float32() -> None:
     st.sampled_from([0.0, 0.5, 1.0]),
 )
 def test_losses_and_gradients_are_finite_for_any_size_of_targets_and_errors(
-    size: float, error: float, weighting: dict[str, Any], threshold: str, norm_pix: bool, lesions: float
+    size: float,
+    error: float,
+    weighting: dict[str, Any],
+    threshold: str,
+    norm_pix: bool,
+    lesions: float,
 ) -> None:
     given = Case()
     given.target = size * given.target

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from amlp_ray.errors import SettingsError
 from amlp_ray.method import masking as module
-from amlp_ray.method.aim import aim_at
 from amlp_ray.method.augment import cropped, random_crop
+from amlp_ray.method.ema_teacher import move_teacher
+from amlp_ray.method.lesion_map import aim_at
 from amlp_ray.method.masking import Masking, Moment
+from amlp_ray.method.patch_selection import Selection
 from amlp_ray.method.patches import patchify
-from amlp_ray.method.selection import Selection
-from amlp_ray.method.teacher import move_teacher
 
 Given = tuple[Tensor, Tensor, Tensor]
 STILL = {"crop_min": 1.0, "flip": False}  # images are not cropped
@@ -59,13 +59,21 @@ TEACHING = [
     {"selection": {"features": "tokens"}},
     {"selection": {"rule": "hardest"}},
     {"selection": {"feedback": 0.5}, "loss": {"ccl_weight": 0.1}},
-    {"selection": {"feedback": 0.5, "features": "tokens"}, "loss": {"ccl_weight": 0.1}, "precision": "bf16"},
+    {
+        "selection": {"feedback": 0.5, "features": "tokens"},
+        "loss": {"ccl_weight": 0.1},
+        "precision": "bf16",
+    },
     {"selection": {"mode": "ranked", "score": "difficulty"}},
     {"selection": {"mode": "ranked", "score": "difficulty"}, "loss": {"ranking_weight": 1.0}},
     {"selection": {"mode": "soft", "score": "attention"}},
     {"selection": {"mode": "soft", "score": "attention"}, "model": {"class_token": False}},
     {"selection": {"mode": "soft", "score": "attention"}, "precision": "bf16"},
-    {"selection": {"mode": "ranked", "score": "difficulty"}, "loss": {"ranking_weight": 1.0}, "precision": "bf16"},
+    {
+        "selection": {"mode": "ranked", "score": "difficulty"},
+        "loss": {"ranking_weight": 1.0},
+        "precision": "bf16",
+    },
 ]
 any_selection = st.fixed_dictionaries(
     {
@@ -74,9 +82,13 @@ any_selection = st.fixed_dictionaries(
         "features": st.sampled_from(["raw", "stats", "context"]),
         "scope": st.sampled_from(["image", "dataset"]),
         "clusters": st.sampled_from([2, 3, 7]),
-        "rule": st.sampled_from(["smallest", "distinct", "most_central", "darkest", "geodesic", "combined", "random"]),
+        "rule": st.sampled_from(
+            ["smallest", "distinct", "most_central", "darkest", "geodesic", "combined", "random"]
+        ),
         "by": st.sampled_from(["cluster", "score"]),
-        "score": st.sampled_from(["row_contrast", "blob", "border_saliency", "geodesic", "texture", "combined"]),
+        "score": st.sampled_from(
+            ["row_contrast", "blob", "border_saliency", "geodesic", "texture", "combined"]
+        ),
         "dilate": st.sampled_from([0, 1]),
         "strength": st.sampled_from([0.0, 1.0, 50.0]),
         "lesion_share": st.sampled_from([0.3, 1.0]),
@@ -115,13 +127,20 @@ def test_any_image_in_any_mode_has_a_sound_mask_and_finite_losses_and_gradients(
     ratio: float,
 ) -> None:
     masking = masking_of(
-        {"selection": selection, "loss": loss, "ratio": {"start": ratio, "end": ratio, "over": over}}, teaching
+        {
+            "selection": selection,
+            "loss": loss,
+            "ratio": {"start": ratio, "end": ratio, "over": over},
+        },
+        teaching,
     )
     images, keys = awkward_images(kinds, epoch), torch.arange(len(kinds))
     done = step(masking, images, keys, epoch)
     masked, visible = done.chosen.masked, done.chosen.visible
     assert masked.shape[1] == min(max(round(ratio * 64), 1), 63)
-    assert torch.equal(torch.cat([masked, visible], 1).sort(1).values, torch.arange(64).expand(len(kinds), 64))
+    assert torch.equal(
+        torch.cat([masked, visible], 1).sort(1).values, torch.arange(64).expand(len(kinds), 64)
+    )
     assert not (done.chosen.lesion & ~done.chosen.tissue).any()
     assert all(value.isfinite() for value in done.losses)
     done.losses.total.backward()
@@ -145,7 +164,9 @@ MODES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("given", MODES, ids=str)
-def test_a_permuted_batch_has_the_same_masks_permuted(ultrasound: Given, given: dict[str, Any]) -> None:
+def test_a_permuted_batch_has_the_same_masks_permuted(
+    ultrasound: Given, given: dict[str, Any]
+) -> None:
     images, _, keys = ultrasound
     masking = masking_of(given)
     for epoch in (1, 12):
@@ -154,7 +175,10 @@ def test_a_permuted_batch_has_the_same_masks_permuted(ultrasound: Given, given: 
             order = torch.randperm(16, generator=torch.Generator().manual_seed(seed))
             fresh = Masking(masking.model, masking.settings)
             permuted = drawn(fresh, images[order], keys[order], epoch)
-            assert all(torch.equal(ours, theirs[order]) for ours, theirs in zip(permuted, whole, strict=True))
+            assert all(
+                torch.equal(ours, theirs[order])
+                for ours, theirs in zip(permuted, whole, strict=True)
+            )
 
 
 @pytest.mark.parametrize("refresh", [0, 1, 7])
@@ -162,7 +186,9 @@ def test_in_random_mode_refresh_changes_nothing_and_nothing_is_looked_at(
     ultrasound: Given, looks: list[tuple[int, int]], refresh: int
 ) -> None:
     images, _, keys = ultrasound
-    plain, other = (masking_of({"variant": "mae", "selection": {"refresh": r}}) for r in (10, refresh))
+    plain, other = (
+        masking_of({"variant": "mae", "selection": {"refresh": r}}) for r in (10, refresh)
+    )
     for epoch in (1, 2, 11):
         assert same(drawn(plain, images, keys, epoch), drawn(other, images, keys, epoch))
     assert looks == []
@@ -171,7 +197,9 @@ def test_in_random_mode_refresh_changes_nothing_and_nothing_is_looked_at(
 # Looks are kept
 
 
-def test_whole_images_are_looked_at_once_per_look(ultrasound: Given, looks: list[tuple[int, int]]) -> None:
+def test_whole_images_are_looked_at_once_per_look(
+    ultrasound: Given, looks: list[tuple[int, int]]
+) -> None:
     images, _, keys = ultrasound
     masking = masking_of(HARD, {"selection": {"refresh": 4}, **NEVER_WARMING})
     for epoch in range(1, 10):
@@ -184,7 +212,9 @@ def test_the_end_of_the_warm_up_looks_again_and_epochs_go_on_from_there(
     ultrasound: Given, looks: list[tuple[int, int]]
 ) -> None:
     images, _, keys = ultrasound
-    masking = masking_of(HARD, {"selection": {"refresh": 5}, "loss": {"warmup": 0.35}})  # 7 of 20 epochs
+    masking = masking_of(
+        HARD, {"selection": {"refresh": 5}, "loss": {"warmup": 0.35}}
+    )  # 7 of 20 epochs
     for epoch in range(1, 17):
         drawn(masking, images[:2], keys[:2], epoch)
     assert [look for look, key in looks if key == int(keys[0])] == [1, 6, 8, 11, 16]
@@ -200,12 +230,16 @@ def test_the_end_of_the_warm_up_looks_again_and_epochs_go_on_from_there(
         (0, 0.1, [1, 2, 3, 4, 5, 6]),
     ],
 )
-def test_an_epoch_belongs_to_the_last_look(refresh: int, warmup: float, expected: list[int]) -> None:
+def test_an_epoch_belongs_to_the_last_look(
+    refresh: int, warmup: float, expected: list[int]
+) -> None:
     masking = masking_of(HARD, {"selection": {"refresh": refresh}, "loss": {"warmup": warmup}})
     assert [masking.epoch_of_look(epoch) for epoch in range(1, 7)] == expected
 
 
-def test_refresh_0_looks_at_every_crop_in_every_step(ultrasound: Given, looks: list[tuple[int, int]]) -> None:
+def test_refresh_0_looks_at_every_crop_in_every_step(
+    ultrasound: Given, looks: list[tuple[int, int]]
+) -> None:
     images, _, keys = ultrasound
     masking = masking_of(HARD, {"selection": {"refresh": 0}})
     for epoch in (1, 2):
@@ -253,7 +287,9 @@ def test_growth_past_what_was_made_room_for_keeps_what_was_kept(
     assert torch.equal(kept.lesion, direct.lesion)
 
 
-def test_a_look_is_the_same_as_looking_at_whole_images_where_nothing_is_cropped(ultrasound: Given) -> None:
+def test_a_look_is_the_same_as_looking_at_whole_images_where_nothing_is_cropped(
+    ultrasound: Given,
+) -> None:
     images, _, keys = ultrasound
     for arm in (HARD, {"variant": "semmae"}, {"variant": "attmask"}):
         masking = masking_of(arm, STILL)
@@ -263,7 +299,9 @@ def test_a_look_is_the_same_as_looking_at_whole_images_where_nothing_is_cropped(
         assert torch.equal(found.lesion, expected.lesion)
         if masking.settings.selection.mode != "ranked":  # scores are kept in half precision
             assert same(found, expected)
-        assert torch.equal((aim.lesion > 0.5) & masking.settings.selection.names_lesion, expected.lesion)
+        assert torch.equal(
+            (aim.lesion > 0.5) & masking.settings.selection.names_lesion, expected.lesion
+        )
 
 
 @pytest.mark.parametrize("flip", [True, False])
@@ -274,7 +312,13 @@ def test_what_is_kept_is_cropped_along_with_its_image(flip: bool) -> None:
     corners = torch.randint(0, 5, (40, 2), generator=torch.Generator().manual_seed(1)) * 8
     for image, (y, x) in zip(images, corners.tolist(), strict=True):
         image[:, y : y + 24, x : x + 24] -= 3
-    given = {**HARD, "flip": flip, "crop_min": 0.5, "selection": {"clusters": 2, "rule": "darkest"}, **NEVER_WARMING}
+    given = {
+        **HARD,
+        "flip": flip,
+        "crop_min": 0.5,
+        "selection": {"clusters": 2, "rule": "darkest"},
+        **NEVER_WARMING,
+    }
     kept = drawn(masking_of(given), images, keys, 2)
     looked = drawn(masking_of(given, {"selection": {"refresh": 0}}), images, keys, 2)
     assert (kept.lesion == looked.lesion).float().mean() > 0.9
@@ -358,7 +402,9 @@ def test_a_resumed_run_compares_clusters_of_the_data_set_by_the_sizes_the_look_b
 
 @pytest.mark.parametrize("oracle", [{"rule": "oracle"}, {"mode": "soft", "score": "oracle"}])
 @pytest.mark.parametrize("refresh", [0, 10])
-def test_an_oracle_without_true_lesions_says_so(ultrasound: Given, oracle: dict[str, Any], refresh: int) -> None:
+def test_an_oracle_without_true_lesions_says_so(
+    ultrasound: Given, oracle: dict[str, Any], refresh: int
+) -> None:
     images, _, keys = ultrasound
     masking = masking_of(HARD, {"selection": {**oracle, "refresh": refresh}})
     with pytest.raises(SettingsError, match="oracle"):
@@ -384,7 +430,9 @@ def test_an_oracle_masks_the_true_lesion_first(
     given = {**HARD, **STILL, "ratio": {"start": 0.3, "end": 0.3}}
     true_patches = share >= 0.5
 
-    def masked_share(*selection: dict[str, Any], truth: Mapping[int, Tensor] | None = None) -> float:
+    def masked_share(
+        *selection: dict[str, Any], truth: Mapping[int, Tensor] | None = None
+    ) -> float:
         masking = masking_of(given, *({"selection": s} for s in selection), truth=truth)
         return float(hidden(drawn(masking, images, keys, 1))[true_patches].float().mean())
 
@@ -407,10 +455,14 @@ def test_the_ratio_of_a_moment_decides_how_many_patches_are_masked(ultrasound: G
     assert counts[2] == 48
 
 
-def test_feedback_changes_nothing_while_warming_up_and_the_lesion_afterwards(ultrasound: Given) -> None:
+def test_feedback_changes_nothing_while_warming_up_and_the_lesion_afterwards(
+    ultrasound: Given,
+) -> None:
     images, _, keys = ultrasound
     shared = {"variant": "amlp", "loss": {"warmup": 0.2}}
-    with_feedback, without = (masking_of(shared, {"selection": {"feedback": f}}) for f in (0.5, 0.0))
+    with_feedback, without = (
+        masking_of(shared, {"selection": {"feedback": f}}) for f in (0.5, 0.0)
+    )
     assert without.model.teacher is None
     for epoch in (1, 4):
         assert same(drawn(with_feedback, images, keys, epoch), drawn(without, images, keys, epoch))
@@ -420,7 +472,9 @@ def test_feedback_changes_nothing_while_warming_up_and_the_lesion_afterwards(ult
 
 def test_a_teacher_that_moved_is_asked_again_only_at_the_next_look(ultrasound: Given) -> None:
     images, _, keys = ultrasound
-    masking = masking_of({"variant": "attmask", "selection": {"refresh": 4}, "ratio": {"shape": "fixed"}}, STILL)
+    masking = masking_of(
+        {"variant": "attmask", "selection": {"refresh": 4}, "ratio": {"shape": "fixed"}}, STILL
+    )
     before = drawn(masking, images, keys, 3).lesion
     with torch.no_grad():
         for parameter in masking.model.encoder.parameters():
@@ -439,4 +493,6 @@ def test_nothing_is_kept_and_no_centroid_moves_by_looking_at_whole_images(
     before = copy.deepcopy(masking.model.state_dict())
     masking.whole(images * 2, keys + 1, Moment(2))
     assert looks[16:] == [(1, key + 1) for key in keys.tolist()]
-    assert all(torch.equal(value, before[name]) for name, value in masking.model.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in masking.model.state_dict().items()
+    )

@@ -10,13 +10,20 @@ from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from amlp_ray.config import VARIANTS, ModelSettings
+from amlp_ray.method.autoencoder import MaskedAutoencoder, build_autoencoder
 from amlp_ray.method.encoder import encoder_tokens, use_fused_attention
 from amlp_ray.method.masking import Masking
-from amlp_ray.method.model import MaskedAutoencoder, build_autoencoder
 from amlp_ray.method.patches import patchify
-from amlp_ray.method.siamese import SimSiam, two_views
+from amlp_ray.method.simsiam import SimSiam, two_views
 
-SMALL = {"patch_size": 8, "width": 24, "depth": 2, "heads": 2, "decoder_width": 16, "decoder_depth": 2}
+SMALL = {
+    "patch_size": 8,
+    "width": 24,
+    "depth": 2,
+    "heads": 2,
+    "decoder_width": 16,
+    "decoder_depth": 2,
+}
 KINDS: list[dict[str, Any]] = [
     SMALL,
     {**SMALL, "class_token": False},
@@ -56,7 +63,9 @@ def reference_mae(model: MaskedAutoencoder, patches: Tensor, visible: Tensor) ->
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("given", KINDS[:3], ids=str)
 @torch.no_grad()
-def test_predictions_are_those_of_mae_that_decodes_every_token_in_place(given: dict[str, Any], shape: Shape) -> None:
+def test_predictions_are_those_of_mae_that_decodes_every_token_in_place(
+    given: dict[str, Any], shape: Shape
+) -> None:
     model = autoencoder(shape, given)
     patches, visible, masked = patches_and_split(shape, 7)
     told = model(patches, visible, masked)
@@ -64,7 +73,9 @@ def test_predictions_are_those_of_mae_that_decodes_every_token_in_place(given: d
     assert told.category is None
     assert told.difficulty is None
     assert told.pixels.shape == (3, 7, shape[0] * 64)
-    torch.testing.assert_close(told.pixels, torch.stack([whole[i, masked[i]] for i in range(3)]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        told.pixels, torch.stack([whole[i, masked[i]] for i in range(3)]), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -83,7 +94,9 @@ def test_encoding_all_tokens_is_simmim_with_mask_tokens_among_the_embeddings(dep
         tokens = model.decoder(model.decoder_embed(tokens) + model.decoder_positions)
     expected = model.predict(tokens)[:, 1:]
     told = model(patches, visible, masked).pixels
-    torch.testing.assert_close(told, torch.stack([expected[i, masked[i]] for i in range(3)]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        told, torch.stack([expected[i, masked[i]] for i in range(3)]), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("given", KINDS, ids=str)
@@ -92,10 +105,14 @@ def test_masked_pixels_have_no_influence_on_the_prediction(given: dict[str, Any]
     model = autoencoder((1, 32, 32), given, category=True)
     patches, visible, masked = patches_and_split((1, 32, 32), 10)
     changed = patches.clone().scatter(1, masked[..., None].expand(-1, -1, 64), 99.0)
-    for one, other in zip(model(patches, visible, masked)[:2], model(changed, visible, masked)[:2], strict=True):
+    for one, other in zip(
+        model(patches, visible, masked)[:2], model(changed, visible, masked)[:2], strict=True
+    ):
         assert torch.equal(one, other)
     changed[0, visible[0, 0]] += 1
-    assert not torch.equal(model(patches, visible, masked).pixels[0], model(changed, visible, masked).pixels[0])
+    assert not torch.equal(
+        model(patches, visible, masked).pixels[0], model(changed, visible, masked).pixels[0]
+    )
 
 
 @pytest.mark.parametrize("given", KINDS, ids=str)
@@ -122,7 +139,9 @@ def test_optional_parts_change_no_other_initial_weight_and_no_prediction(shape: 
         model = autoencoder(shape, category=category, ranking=ranking)
         more = model.state_dict()
         added = {name.split(".")[0] for name in set(more) - set(weights)}
-        assert added == ({"category"} if category else set()) | ({"ranking", "rank"} if ranking else set())
+        assert added == ({"category"} if category else set()) | (
+            {"ranking", "rank"} if ranking else set()
+        )
         assert all(torch.equal(weights[name], more[name]) for name in weights)
         told = model(patches, visible, masked)
         assert torch.equal(told.pixels, base(patches, visible, masked).pixels)
@@ -132,7 +151,11 @@ def test_optional_parts_change_no_other_initial_weight_and_no_prediction(shape: 
 
 def test_a_teacher_and_centroids_change_no_other_initial_weight_either() -> None:
     plain = build(tiny({"variant": "mps-ams"})).state_dict()
-    for selection in ({"scope": "dataset"}, {"features": "tokens"}, {"features": "tokens", "scope": "dataset"}):
+    for selection in (
+        {"scope": "dataset"},
+        {"features": "tokens"},
+        {"features": "tokens", "scope": "dataset"},
+    ):
         model = build(tiny({"variant": "mps-ams", "selection": selection}))
         more = model.state_dict()
         assert all(torch.equal(plain[name], more[name]) for name in plain)
@@ -142,15 +165,26 @@ def test_a_teacher_and_centroids_change_no_other_initial_weight_either() -> None
 
 
 @pytest.mark.parametrize(
-    ("features", "dimensions"), [("raw", 2 * 64), ("stats", 2 * 3), ("context", 4), ("tokens", TINY["width"])]
+    ("features", "dimensions"),
+    [("raw", 2 * 64), ("stats", 2 * 3), ("context", 4), ("tokens", TINY["width"])],
 )
 def test_centroids_have_the_dimensions_of_their_features(features: str, dimensions: int) -> None:
-    settings = tiny({"selection": {"features": features, "scope": "dataset", "clusters": 5}, "loss": {"warmup": 0.0}})
+    settings = tiny(
+        {
+            "selection": {"features": features, "scope": "dataset", "clusters": 5},
+            "loss": {"warmup": 0.0},
+        }
+    )
     model = build(settings, (2, 64, 64))
     assert model.centroids is not None
     assert model.centroids.centres.shape == (5, dimensions)
     keys = torch.arange(4)
-    step(Masking(model, settings), random_images((2, 64, 64), 4), keys, 2 if features == "tokens" else 1)
+    step(
+        Masking(model, settings),
+        random_images((2, 64, 64), 4),
+        keys,
+        2 if features == "tokens" else 1,
+    )
     assert float(model.centroids.mass.sum()) == 4 * 64
 
 
@@ -170,7 +204,9 @@ def test_difficulty_is_predicted_for_all_patches_from_whole_images() -> None:
 def test_the_seed_alone_decides_the_initial_weights() -> None:
     a, b, c = (autoencoder((1, 16, 16), seed=seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not torch.equal(a["encoder.patch_embed.proj.weight"], c["encoder.patch_embed.proj.weight"])
+    assert not torch.equal(
+        a["encoder.patch_embed.proj.weight"], c["encoder.patch_embed.proj.weight"]
+    )
 
 
 def test_fused_and_plain_attention_agree() -> None:
@@ -187,7 +223,9 @@ def test_fused_and_plain_attention_agree() -> None:
 # Gradients: data-parallel training waits for that of every trained parameter
 
 ARMS: list[dict[str, Any]] = [
-    {"variant": name} for name, arm in VARIANTS.items() if arm.get("objective", "reconstruction") == "reconstruction"
+    {"variant": name}
+    for name, arm in VARIANTS.items()
+    if arm.get("objective", "reconstruction") == "reconstruction"
 ]
 ARMS[[arm["variant"] for arm in ARMS].index("simmim")]["model"] = {"decoder_depth": 0}
 MORE: list[dict[str, Any]] = [
@@ -204,7 +242,9 @@ MORE: list[dict[str, Any]] = [
 def test_every_trained_parameter_gets_a_gradient(given: dict[str, Any], epoch: int) -> None:
     settings = tiny(given)
     model = build(settings).train()
-    step(Masking(model, settings), random_images(GREY, 4), torch.arange(4), epoch).losses.total.backward()
+    step(
+        Masking(model, settings), random_images(GREY, 4), torch.arange(4), epoch
+    ).losses.total.backward()
     for name, parameter in model.named_parameters():
         fixed = name.endswith("pos_embed") or name.startswith("teacher.")
         assert parameter.requires_grad is not fixed, name
@@ -212,11 +252,17 @@ def test_every_trained_parameter_gets_a_gradient(given: dict[str, Any], epoch: i
         assert fixed or bool(parameter.grad.isfinite().all()), name
 
 
-@pytest.mark.parametrize("encoder", ["vit_medium_patch16_reg4_gap_256", "vit_base_patch16_siglip_224"])
+@pytest.mark.parametrize(
+    "encoder", ["vit_medium_patch16_reg4_gap_256", "vit_base_patch16_siglip_224"]
+)
 def test_every_trained_parameter_of_a_named_encoder_gets_a_gradient(encoder: str) -> None:
-    settings = tiny({"variant": "mae", "model": {"encoder": encoder, "heads": 2, "decoder_heads": 2}})
+    settings = tiny(
+        {"variant": "mae", "model": {"encoder": encoder, "heads": 2, "decoder_heads": 2}}
+    )
     model = build(settings).train()
-    step(Masking(model, settings), random_images(GREY, 2), torch.arange(2), 1).losses.total.backward()
+    step(
+        Masking(model, settings), random_images(GREY, 2), torch.arange(2), 1
+    ).losses.total.backward()
     without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
     assert without == set()
 
@@ -231,5 +277,7 @@ def test_every_trained_parameter_of_simsiam_gets_a_gradient() -> None:
 def test_the_random_encoder_is_that_of_every_other_arm() -> None:
     scratch, mae = (build(tiny({"variant": name})) for name in ("scratch", "mae"))
     theirs = mae.encoder.state_dict()
-    assert all(torch.equal(value, theirs[name]) for name, value in scratch.encoder.state_dict().items())
+    assert all(
+        torch.equal(value, theirs[name]) for name, value in scratch.encoder.state_dict().items()
+    )
     assert build_autoencoder(tiny({"variant": "scratch"}), spec_of(GREY)).teacher is None

@@ -25,7 +25,9 @@ NEUTRAL: list[dict[str, Any]] = [
     {"selection": {"mode": "ranked", "score": "difficulty", "aim_start": 0, "aim_end": 0}},
     {"selection": {"mode": "hard", "min_patches": 64}},
     {"selection": {"mode": "hard", "max_share": 0.001, "refresh": 0}},
-    {"selection": {"mode": "hard", "by": "score", "background_mean": 1, "background_std": 1}},  # nothing is tissue
+    {
+        "selection": {"mode": "hard", "by": "score", "background_mean": 1, "background_std": 1}
+    },  # nothing is tissue
     {"selection": {"mode": "hard", "min_patches": 64, "scope": "dataset", "dilate": 2}},
     {"selection": {"refresh": 0}},
     {"selection": {"refresh": 3}},
@@ -41,11 +43,16 @@ WARMING: list[dict[str, Any]] = [
     {"loss": RRL},
     {"loss": {"weighting": "arl"}},
     {"loss": {"ccl_weight": 10.0}},
-    {"loss": {**RRL, "ccl_weight": 10.0}, "selection": {"mode": "soft", "strength": 0, "feedback": 1.0}},
+    {
+        "loss": {**RRL, "ccl_weight": 10.0},
+        "selection": {"mode": "soft", "strength": 0, "feedback": 1.0},
+    },
 ]
 
 
-def stepped(settings: PretrainSettings, images: Tensor, keys: Tensor, epoch: int) -> tuple[Stepped, dict[str, Tensor]]:
+def stepped(
+    settings: PretrainSettings, images: Tensor, keys: Tensor, epoch: int
+) -> tuple[Stepped, dict[str, Tensor]]:
     """One step and its gradients by the name of the weight."""
     model = build(settings)
     done = step(Masking(model, settings), images, keys, epoch)
@@ -77,9 +84,14 @@ def test_while_warming_up_any_loss_is_that_of_mae_to_the_bit(
 ) -> None:
     images, _, keys = ultrasound
     check_equal_to_mae(
-        {"loss": {"warmup": 0.25}} | given | {"loss": {**given["loss"], "warmup": 0.25}}, images, keys, epoch
+        {"loss": {"warmup": 0.25}} | given | {"loss": {**given["loss"], "warmup": 0.25}},
+        images,
+        keys,
+        epoch,
     )
-    ours, theirs = (stepped(tiny(MAE, g, {"loss": {"warmup": 0.25}}), images, keys, 6)[0] for g in (given, {}))
+    ours, theirs = (
+        stepped(tiny(MAE, g, {"loss": {"warmup": 0.25}}), images, keys, 6)[0] for g in (given, {})
+    )
     assert not ours.losses.total.equal(theirs.losses.total)  # the epoch after
 
 
@@ -104,7 +116,9 @@ def test_attention_weights_of_a_huge_temperature_come_close(ultrasound: Given) -
     ],
     ids=str,
 )
-def test_a_neutral_switch_of_hard_masking_is_hard_masking_to_the_bit(ultrasound: Given, given: dict[str, Any]) -> None:
+def test_a_neutral_switch_of_hard_masking_is_hard_masking_to_the_bit(
+    ultrasound: Given, given: dict[str, Any]
+) -> None:
     images, _, keys = ultrasound
     plain = {"variant": "mps-ams"}
     ours, theirs = (stepped(tiny(plain, g), images, keys, LATE)[0] for g in (given, {}))
@@ -139,7 +153,12 @@ def test_a_switch_that_is_on_is_no_longer_mae(ultrasound: Given, given: dict[str
 
 def test_optional_parts_leave_the_other_weights_equal() -> None:
     plain = build(tiny(MAE), GREY).state_dict()
-    parts = ({"loss": {"ccl_weight": 1.0}}, {"loss": {"ranking_weight": 1.0}}, {"variant": "amlp"}, {"variant": "hpm"})
+    parts = (
+        {"loss": {"ccl_weight": 1.0}},
+        {"loss": {"ranking_weight": 1.0}},
+        {"variant": "amlp"},
+        {"variant": "hpm"},
+    )
     for given in parts:
         more = build(tiny(given), GREY).state_dict()
         assert len(more) > len(plain)

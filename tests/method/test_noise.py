@@ -5,12 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amlp_ray.method import noise
-from amlp_ray.method.noise import CROP, MASK, uniform
+from amlp_ray.method import counter_rng
+from amlp_ray.method.counter_rng import CROP, MASK, uniform
 
 KEYS = torch.arange(64) * 1_000_003 + 17
 key = st.integers(0, 2**63 - 1)
-PURPOSES = [value for name, value in vars(noise).items() if name.isupper() and not name.startswith("_")]
+PURPOSES = [
+    value
+    for name, value in vars(counter_rng).items()
+    if name.isupper() and not name.startswith("_")
+]
 
 
 @given(st.lists(key, min_size=1, max_size=8), st.integers(0, 2**40), st.integers(0, 10**6))
@@ -74,7 +78,9 @@ def test_numbers_are_uniform_and_uncorrelated_between_images_positions_and_epoch
     assert 20 < chi_squared < 100  # 49 degrees of freedom: 99.99 % lie within 20-100
     assert abs(_correlation(u[1:], u[:-1])) < 0.01
     assert abs(_correlation(u[:, 1:], u[:, :-1])) < 0.01
-    assert abs(_correlation(u, uniform(torch.arange(1000), 200, seed=0, epoch=2, purpose=MASK))) < 0.01
+    assert (
+        abs(_correlation(u, uniform(torch.arange(1000), 200, seed=0, epoch=2, purpose=MASK))) < 0.01
+    )
     assert abs(float(u.mean(0).std()) - (1 / 12 / 1000) ** 0.5) < 0.002  # no position is preferred
     assert len(u.unique()) > 0.97 * u.numel()  # 23 bits, 200,000 numbers: 1.2 % coincide by chance
 

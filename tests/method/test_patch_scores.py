@@ -11,15 +11,21 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from amlp_ray.data.phantoms import draw_phantom
+from amlp_ray.method.patch_scores import patch_score
 from amlp_ray.method.patches import patchify, tissue_patches
-from amlp_ray.method.scores import patch_score
 
 SCORES = ("row_contrast", "blob", "border_saliency", "geodesic", "texture", "combined")
 SIGNED = ("row_contrast", "blob")
 
 
 def scored(
-    images: Tensor, p: int = 8, *, score: str = "combined", sign: str = "dark", prior: float = 0.0, border: bool = False
+    images: Tensor,
+    p: int = 8,
+    *,
+    score: str = "combined",
+    sign: str = "dark",
+    prior: float = 0.0,
+    border: bool = False,
 ) -> Tensor:
     """Scores (B, N) of images (B, C, H, W); `border` filters the black border away."""
     patches = patchify(images, p)
@@ -42,16 +48,26 @@ def auc(value: Tensor, masks: Tensor, p: int = 8) -> float:
 
 
 def phantoms(kind: str, count: int, size: int = 96) -> tuple[Tensor, Tensor]:
-    drawn = [draw_phantom(kind, size, np.random.default_rng([11, i]), lesion=True) for i in range(count)]  # type: ignore[arg-type]
+    drawn = [
+        draw_phantom(kind, size, np.random.default_rng([11, i]), lesion=True) for i in range(count)
+    ]  # type: ignore[arg-type]
     images, masks = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*drawn, strict=True))
     return images[:, None].float() / 64, masks
 
 
 @pytest.mark.parametrize(
     ("score", "least"),
-    [("row_contrast", 0.75), ("blob", 0.75), ("border_saliency", 0.65), ("geodesic", 0.65), ("combined", 0.8)],
+    [
+        ("row_contrast", 0.75),
+        ("blob", 0.75),
+        ("border_saliency", 0.65),
+        ("geodesic", 0.65),
+        ("combined", 0.8),
+    ],
 )
-def test_every_score_ranks_dark_lesions_of_ultrasound_phantoms_high(score: str, least: float) -> None:
+def test_every_score_ranks_dark_lesions_of_ultrasound_phantoms_high(
+    score: str, least: float
+) -> None:
     images, masks = phantoms("ultrasound", 30)
     assert auc(scored(images, score=score), masks) > least
 
@@ -73,7 +89,11 @@ def test_combined_finds_real_breast_lesions_without_any_training(real_data: Path
     folder = next(iter(sorted((real_data / "busi").glob("*/benign")))).parent
     images, masks = [], []
     for path in sorted(folder.glob("[bm]*/*_mask.png"))[:100]:
-        image = Image.open(path.with_name(path.name.replace("_mask", ""))).convert("L").resize((96, 96), 2)
+        image = (
+            Image.open(path.with_name(path.name.replace("_mask", "")))
+            .convert("L")
+            .resize((96, 96), 2)
+        )
         images.append(np.asarray(image, np.float32) / 64)
         masks.append(np.asarray(Image.open(path).convert("L").resize((96, 96), 0)) > 0)
     batch, truth = torch.from_numpy(np.stack(images))[:, None], torch.from_numpy(np.stack(masks))
@@ -93,7 +113,10 @@ def test_dark_on_an_image_equals_bright_on_its_negative(score: str, side: int) -
 def test_the_free_sign_does_not_care_for_inversion(score: str) -> None:
     images, _ = phantoms("mri", 6, 64)
     torch.testing.assert_close(
-        scored(images, score=score, sign="free"), scored(-images, score=score, sign="free"), atol=1e-3, rtol=0
+        scored(images, score=score, sign="free"),
+        scored(-images, score=score, sign="free"),
+        atol=1e-3,
+        rtol=0,
     )
 
 
@@ -101,7 +124,9 @@ def test_the_free_sign_does_not_care_for_inversion(score: str) -> None:
 @pytest.mark.parametrize("prior", [0.0, 0.8])
 @pytest.mark.parametrize("border", [True, False])
 @pytest.mark.parametrize("value", [0.0, 0.3, -7.1])
-def test_an_image_whose_patches_are_all_alike_scores_0(score: str, prior: float, border: bool, value: float) -> None:
+def test_an_image_whose_patches_are_all_alike_scores_0(
+    score: str, prior: float, border: bool, value: float
+) -> None:
     texture = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)).tile(1, 1, 6, 6)
     images = torch.cat([torch.full((1, 1, 48, 48), value), texture + value])
     assert not scored(images, score=score, prior=prior, border=border).any()
@@ -144,7 +169,9 @@ def test_a_narrow_centre_prior_moves_the_score_to_the_centre() -> None:
     images = torch.cat([images, images.roll(40, 3)])
     corner = torch.zeros(12, 12, dtype=torch.bool)
     corner[:3, :3] = corner[-3:, -3:] = True
-    without, wide, narrow = (scored(images, prior=sd).view(-1, 12, 12)[:, corner].mean() for sd in (0.0, 0.8, 0.3))
+    without, wide, narrow = (
+        scored(images, prior=sd).view(-1, 12, 12)[:, corner].mean() for sd in (0.0, 0.8, 0.3)
+    )
     assert narrow < wide < without
 
 

@@ -10,7 +10,9 @@ from amlp_ray.method.patches import gather, patchify, standardise, tissue_patche
 
 
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.sampled_from([2, 3, 8]))
-def test_unpatchify_undoes_patchify_for_any_channels_and_sides(channels: int, h: int, w: int, p: int) -> None:
+def test_unpatchify_undoes_patchify_for_any_channels_and_sides(
+    channels: int, h: int, w: int, p: int
+) -> None:
     images = torch.arange(2 * channels * h * w * p * p).float().view(2, channels, h * p, w * p)
     patches = patchify(images, p)
     assert patches.shape == (2, h * w, channels * p * p)
@@ -28,7 +30,9 @@ def test_patches_run_row_by_row_and_hold_one_channel_after_the_other() -> None:
 def test_the_order_is_that_of_timm_s_patch_embedding(channels: int) -> None:
     embed = PatchEmbed(img_size=(24, 40), patch_size=8, in_chans=channels, embed_dim=12)
     images = torch.randn(3, channels, 24, 40, generator=torch.Generator().manual_seed(0))
-    ours = torch.nn.functional.linear(patchify(images, 8), embed.proj.weight.flatten(1), embed.proj.bias)
+    ours = torch.nn.functional.linear(
+        patchify(images, 8), embed.proj.weight.flatten(1), embed.proj.bias
+    )
     torch.testing.assert_close(ours, embed(images), atol=1e-5, rtol=1e-5)
 
 
@@ -53,7 +57,9 @@ def test_bright_flat_and_dark_textured_patches_are_tissue() -> None:
     image = torch.zeros(1, 1, 8, 24)
     image[..., 8:16] = 1.0  # flat, but far above black
     image[..., 16:24] = 0.03 * (torch.arange(64).view(8, 8) % 2)  # mean 0.015, SD 0.015
-    assert tissue_patches(patchify(image, 8), mean_above=0.02, std_above=0.01).tolist() == [[False, True, True]]
+    assert tissue_patches(patchify(image, 8), mean_above=0.02, std_above=0.01).tolist() == [
+        [False, True, True]
+    ]
 
 
 def test_an_image_of_one_value_has_no_tissue() -> None:

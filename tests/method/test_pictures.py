@@ -9,8 +9,8 @@ from torch import Tensor
 
 from amlp_ray.config import ImageSpec, PretrainSettings
 from amlp_ray.errors import SettingsError
-from amlp_ray.method.model import MaskedAutoencoder, build_autoencoder
-from amlp_ray.method.pictures import (
+from amlp_ray.method.autoencoder import MaskedAutoencoder, build_autoencoder
+from amlp_ray.method.visualization import (
     Panels,
     heat,
     look_at,
@@ -28,9 +28,13 @@ SQUARE = np.s_[..., 16:32, 16:32]  # the lesion: 2 x 2 patches of 8 pixels
 KEYS = torch.tensor([5, 9])
 
 
-def setting(shape: tuple[int, int, int] = (1, 64, 64), **given: Any) -> tuple[MaskedAutoencoder, PretrainSettings]:
+def setting(
+    shape: tuple[int, int, int] = (1, 64, 64), **given: Any
+) -> tuple[MaskedAutoencoder, PretrainSettings]:
     channels, height, width = shape
-    spec = ImageSpec(channels=channels, height=height, width=width, mean=(120,) * channels, std=(60,) * channels)
+    spec = ImageSpec(
+        channels=channels, height=height, width=width, mean=(120,) * channels, std=(60,) * channels
+    )
     model = {"patch_size": 8, "width": 24, "depth": 1, "heads": 2, "decoder_width": 16}
     settings = PretrainSettings.model_validate({"epochs": 3, "model": model, **given})
     torch.manual_seed(0)
@@ -39,7 +43,9 @@ def setting(shape: tuple[int, int, int] = (1, 64, 64), **given: Any) -> tuple[Ma
 
 def noise_with_a_square(shape: tuple[int, int, int] = (1, 64, 64)) -> tuple[Tensor, np.ndarray]:
     """Two stored images of noise with a dark square, and the masks of the square."""
-    images = torch.randint(60, 255, (2, *shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.randint(
+        60, 255, (2, *shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     images[SQUARE] = 5
     masks = np.zeros((2, *shape[1:]), np.uint8)
     masks[SQUARE] = 1
@@ -57,7 +63,8 @@ def draw(
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
-    ("variant", "masks", "columns"), [("amlp", False, 4), ("amlp", True, 5), ("mae", False, 3), ("mae", True, 4)]
+    ("variant", "masks", "columns"),
+    [("amlp", False, 4), ("amlp", True, 5), ("mae", False, 3), ("mae", True, 4)],
 )
 def test_a_run_s_own_strip_has_a_column_per_picture_and_random_masking_names_no_probable_lesion(
     shape: tuple[int, int, int], variant: str, masks: bool, columns: int
@@ -75,7 +82,10 @@ def test_a_run_s_own_strip_has_a_column_per_picture_and_random_masking_names_no_
     [
         ({"variant": "mae"}, {"masked", "error,"}),
         ({"variant": "mps-ams"}, {"masked", "error,", "clusters", "probable lesion"}),
-        ({"variant": "amlp"}, {"masked", "error,", "clusters", "probable lesion", "teacher's probability"}),
+        (
+            {"variant": "amlp"},
+            {"masked", "error,", "clusters", "probable lesion", "teacher's probability"},
+        ),
         (
             {"variant": "amlp", "selection": {"feedback": 0.0}},
             {"masked", "error,", "clusters", "probable lesion", "learnt probability"},
@@ -98,13 +108,20 @@ def test_the_full_panels_are_those_that_the_settings_have_something_to_show_for(
     given: dict[str, Any], titles: set[str]
 ) -> None:
     for image in draw(**given):
-        shown = {"masked" if t.startswith("masked") else "error," if t.startswith("error,") else t for t in image}
+        shown = {
+            "masked" if t.startswith("masked") else "error," if t.startswith("error,") else t
+            for t in image
+        }
         assert shown == titles | {"input", "reconstruction", "true lesion"}
-        assert {(pixels.shape, pixels.dtype) for pixels in image.values()} == {((SIDE, SIDE, 3), np.dtype(np.uint8))}
+        assert {(pixels.shape, pixels.dtype) for pixels in image.values()} == {
+            ((SIDE, SIDE, 3), np.dtype(np.uint8))
+        }
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
-def test_the_reconstruction_is_the_input_where_visible_and_another_where_the_mask_is_grey(norm_pix: bool) -> None:
+def test_the_reconstruction_is_the_input_where_visible_and_another_where_the_mask_is_grey(
+    norm_pix: bool,
+) -> None:
     given = {"variant": "mae", "loss": {"norm_pix": norm_pix}}
     model, settings = setting(**given)
     seen = look_at(model, noise_with_a_square()[0], KEYS, None, settings, 1)
@@ -113,27 +130,37 @@ def test_the_reconstruction_is_the_input_where_visible_and_another_where_the_mas
             for column in range(8):
                 # Every patch is shown 24 pixels wide; bicubic resizing mixes some pixels at its rim.
                 inside = np.s_[row * 24 + 8 : row * 24 + 16, column * 24 + 8 : column * 24 + 16]
-                whole, again, masked = (image[name][inside] for name in ("input", "reconstruction", "masked 75%"))
+                whole, again, masked = (
+                    image[name][inside] for name in ("input", "reconstruction", "masked 75%")
+                )
                 if seen.masked[i, row * 8 + column]:
                     assert (masked == 128).all()
-                    if whole.std() > 0:  # a flat patch has nothing to standardise: its mean is its picture
+                    if (
+                        whole.std() > 0
+                    ):  # a flat patch has nothing to standardise: its mean is its picture
                         assert not np.array_equal(whole, again)
                 else:
                     np.testing.assert_array_equal(whole, masked)
                     np.testing.assert_array_equal(whole, again)
 
 
-def test_predictions_of_standardised_patches_are_put_back_to_the_patch_s_own_mean_and_contrast() -> None:
+def test_predictions_of_standardised_patches_are_put_back_to_the_patch_s_own_mean_and_contrast() -> (
+    None
+):
     """A prediction of 0 is then the mean of each patch: bright on the right, dark on the left."""
     model, settings = setting((1, 32, 32), variant="mae", loss={"norm_pix": True})
     torch.nn.init.zeros_(model.predict.weight)
-    image = torch.randint(40, 60, (1, 1, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    image = torch.randint(
+        40, 60, (1, 1, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     image[..., 16:] += 150
     seen = look_at(model, image, KEYS[:1], None, settings, 1)
     again = panels(seen, model, None, settings)[0]["reconstruction"]
     assert again[:, :88].max() < 60
     assert again[:, 104:].min() > 195
-    assert float(seen.error.max()) < 0.02, "the spread of 6 of 255 within patches, in images of SD 60"
+    assert float(seen.error.max()) < 0.02, (
+        "the spread of 6 of 255 within patches, in images of SD 60"
+    )
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
@@ -149,7 +176,9 @@ def test_the_masked_column_shows_the_ratio_of_the_epoch() -> None:
     for epoch, ratio in ((1, 0.25), (3, 0.75)):
         given = {"selection": {"mode": "random"}, "ratio": {"start": 0.25, "end": 0.75}}
         masked = draw(epoch=epoch, masks=False, **given)[0][f"masked {ratio:.0%}"]
-        assert (masked.reshape(8, 24, 8, 24, 3)[:, 8:16, :, 8:16] == 128).all((1, 3, 4)).mean() == ratio
+        assert (masked.reshape(8, 24, 8, 24, 3)[:, 8:16, :, 8:16] == 128).all(
+            (1, 3, 4)
+        ).mean() == ratio
 
 
 def test_errors_are_those_of_the_masked_patches_in_the_image_s_scale() -> None:
@@ -158,8 +187,12 @@ def test_errors_are_those_of_the_masked_patches_in_the_image_s_scale() -> None:
     images = noise_with_a_square()[0]
     seen = look_at(model, images, KEYS, None, settings, 1)
     scaled = (images[:, 0].double() - 120) / 60
-    power = scaled.square().reshape(2, 8, 8, 8, 8).mean((2, 4)).flatten(1)  # a prediction of 0 misses all of it
-    torch.testing.assert_close(seen.error.double(), torch.where(seen.masked, power, 0.0), rtol=1e-5, atol=1e-6)
+    power = (
+        scaled.square().reshape(2, 8, 8, 8, 8).mean((2, 4)).flatten(1)
+    )  # a prediction of 0 misses all of it
+    torch.testing.assert_close(
+        seen.error.double(), torch.where(seen.masked, power, 0.0), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_colours_of_an_rgb_image_are_kept() -> None:
@@ -167,7 +200,9 @@ def test_colours_of_an_rgb_image_are_kept() -> None:
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     images[:, 0], images[:, 1] = 200, 100
     images[..., 16:] //= 2
-    shown = panels(look_at(model, images, KEYS[:1], None, settings, 1), model, None, settings)[0]["input"]
+    shown = panels(look_at(model, images, KEYS[:1], None, settings, 1), model, None, settings)[0][
+        "input"
+    ]
     np.testing.assert_array_equal(shown[96, 48], [255, 128, 0])
     np.testing.assert_array_equal(shown[96, 144], [128, 64, 0])
 
@@ -176,11 +211,18 @@ def test_clusters_have_the_same_colour_in_every_image_by_brightness() -> None:
     model, settings = setting(selection={"clusters": 2})
     images = torch.full((2, 1, 64, 64), 50, dtype=torch.uint8)
     images[0, ..., 32:], images[1, ..., :32] = 200, 200  # bright on the right, bright on the left
-    images += torch.randint(0, 9, images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    one, other = (
-        each["clusters"] for each in panels(look_at(model, images, KEYS, None, settings, 1), model, None, settings)
+    images += torch.randint(
+        0, 9, images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
-    hue = [pixels[:, half].mean((0, 1)).argmax() for pixels in (one, other) for half in (np.s_[:90], np.s_[100:])]
+    one, other = (
+        each["clusters"]
+        for each in panels(look_at(model, images, KEYS, None, settings, 1), model, None, settings)
+    )
+    hue = [
+        pixels[:, half].mean((0, 1)).argmax()
+        for pixels in (one, other)
+        for half in (np.s_[:90], np.s_[100:])
+    ]
     assert hue[0] == hue[3] != hue[1] == hue[2]
 
 
@@ -223,7 +265,9 @@ def test_a_map_of_patches_lies_where_its_patches_are_when_sizes_do_not_divide() 
 
 
 def test_settings_that_aim_by_true_lesions_are_drawn_with_masks_and_refused_without() -> None:
-    model, settings = setting(selection={"rule": "oracle", "feedback": 0.0, "background_filter": False})
+    model, settings = setting(
+        selection={"rule": "oracle", "feedback": 0.0, "background_filter": False}
+    )
     images, masks = noise_with_a_square()
     seen = look_at(model, images, KEYS, masks, settings, 1)
     assert seen.chosen.lesion.reshape(2, 8, 8)[:, 2:4, 2:4].all()

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amlp_ray.config import RatioSettings
+from amlp_ray.config.base import build as build_settings
 from amlp_ray.errors import SettingsError
-from amlp_ray.method.ratio import masked_count, masking_ratio
-from amlp_ray.settings import build as build_settings
+from amlp_ray.method.masking_ratio import masked_count, masking_ratio
 
 SHAPES = ("linear", "cosine", "power", "step", "exponential")
 share = st.floats(0.01, 0.99)
@@ -31,7 +31,9 @@ def course(settings: RatioSettings, epochs: int) -> list[float]:
 
 
 @given(settings_of_any_kind, st.integers(2, 200))
-def test_any_schedule_starts_at_start_ends_at_end_and_never_turns_back(settings: RatioSettings, epochs: int) -> None:
+def test_any_schedule_starts_at_start_ends_at_end_and_never_turns_back(
+    settings: RatioSettings, epochs: int
+) -> None:
     ratios = course(settings, epochs)
     assert ratios[0] == pytest.approx(settings.start)
     assert ratios[-1] == pytest.approx(settings.end, abs=1e-9)
@@ -40,7 +42,9 @@ def test_any_schedule_starts_at_start_ends_at_end_and_never_turns_back(settings:
 
 
 @given(settings_of_any_kind, st.integers(1, 200))
-def test_every_ratio_and_the_mean_lie_between_start_and_end(settings: RatioSettings, epochs: int) -> None:
+def test_every_ratio_and_the_mean_lie_between_start_and_end(
+    settings: RatioSettings, epochs: int
+) -> None:
     low, high = sorted((settings.start, settings.end))
     for ratio in course(settings, epochs):
         assert low - 1e-9 <= ratio <= high + 1e-9
@@ -67,7 +71,9 @@ def test_a_falling_schedule_mirrors_the_rising_one(shape: str) -> None:
     assert down == pytest.approx([1 - ratio for ratio in up])
 
 
-def test_an_exponential_schedule_multiplies_by_the_same_factor_each_epoch_and_falls_as_it_rose() -> None:
+def test_an_exponential_schedule_multiplies_by_the_same_factor_each_epoch_and_falls_as_it_rose() -> (
+    None
+):
     up = course(RatioSettings(start=0.1, end=0.8, shape="exponential"), 10)
     assert [b / a for a, b in itertools.pairwise(up)] == pytest.approx([8 ** (1 / 9)] * 9)
     down = course(RatioSettings(start=0.8, end=0.1, shape="exponential"), 10)
@@ -77,7 +83,9 @@ def test_an_exponential_schedule_multiplies_by_the_same_factor_each_epoch_and_fa
 def test_linear_cosine_and_power_have_their_formulas() -> None:
     u = [i / 8 for i in range(9)]
     ends = {"start": 0.2, "end": 0.6}
-    assert course(RatioSettings(shape="linear", **ends), 9) == pytest.approx([0.2 + 0.4 * v for v in u])
+    assert course(RatioSettings(shape="linear", **ends), 9) == pytest.approx(
+        [0.2 + 0.4 * v for v in u]
+    )
     cosine = [0.2 + 0.4 * (1 - math.cos(math.pi * v)) / 2 for v in u]
     assert course(RatioSettings(shape="cosine", **ends), 9) == pytest.approx(cosine)
     power = [0.2 + 0.4 * v**3 for v in u]
@@ -85,7 +93,9 @@ def test_linear_cosine_and_power_have_their_formulas() -> None:
 
 
 def test_power_1_is_linear() -> None:
-    assert course(RatioSettings(shape="power", power=1), 50) == course(RatioSettings(shape="linear"), 50)
+    assert course(RatioSettings(shape="power", power=1), 50) == course(
+        RatioSettings(shape="linear"), 50
+    )
 
 
 def test_step_has_as_many_even_plateaus_as_levels() -> None:
@@ -123,7 +133,9 @@ def test_per_step_a_schedule_of_e_epochs_is_that_of_as_many_epochs_as_there_are_
 def test_per_epoch_the_ratio_stays_the_same_within_an_epoch(shape: str) -> None:
     settings = RatioSettings(shape=shape, points=((0, 0.2), (1, 0.6)))
     for epoch in (1, 4, 10):
-        assert len({masking_ratio(settings, epoch, 10, step=step, steps=5) for step in range(5)}) == 1
+        assert (
+            len({masking_ratio(settings, epoch, 10, step=step, steps=5) for step in range(5)}) == 1
+        )
 
 
 # points
@@ -142,7 +154,8 @@ def test_points_at_both_ends_are_hit_and_two_of_them_are_linear() -> None:
 
 
 @pytest.mark.parametrize(
-    "points", [(), ((0, 0.3),), ((0.5, 0.3), (0.2, 0.6)), ((0, 0.3), (1, 1.0)), ((0, 0.3), (2, 0.5))]
+    "points",
+    [(), ((0, 0.3),), ((0.5, 0.3), (0.2, 0.6)), ((0, 0.3), (1, 1.0)), ((0, 0.3), (2, 0.5))],
 )
 def test_points_that_are_no_schedule_are_refused(points: tuple[tuple[float, float], ...]) -> None:
     with pytest.raises(SettingsError, match="points"):
@@ -196,7 +209,15 @@ def test_a_quantum_gives_the_nearest_multiple_but_keeps_one_patch_masked_and_one
 def test_a_quantum_leaves_few_numbers_of_masked_patches() -> None:
     settings = RatioSettings(start=0.25, end=0.75, quantum=14)
     counts = {masked_count(ratio, 196, settings.quantum) for ratio in course(settings, 400)}
-    assert sorted(counts) == [56, 70, 84, 98, 112, 126, 140]  # 49 is rounded to 56: to the even multiple
+    assert sorted(counts) == [
+        56,
+        70,
+        84,
+        98,
+        112,
+        126,
+        140,
+    ]  # 49 is rounded to 56: to the even multiple
 
 
 @given(st.floats(0, 1), st.integers(2, 5000))

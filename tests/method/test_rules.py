@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from amlp_ray.config import SelectionSettings
+from amlp_ray.method.cluster_rules import name_lesion_cluster, truth_patches
+from amlp_ray.method.counter_rng import CLUSTER, uniform
 from amlp_ray.method.kmeans import Clusters
-from amlp_ray.method.noise import CLUSTER, uniform
-from amlp_ray.method.rules import name_lesion_cluster, truth_patches
-from amlp_ray.method.scores import PATCH_SCORES
+from amlp_ray.method.patch_scores import PATCH_SCORES
 
 # An image of 8x8 patches whose regions each answer another rule; the background is more than half of it.
 BACKGROUND, CORNER, DARK, BRIGHT, MIDDLE, TEXTURED = range(6)
@@ -31,12 +31,16 @@ def known_clusters() -> tuple[Clusters, Tensor]:
     regions[1, :7] = TEXTURED
     labels = regions.flatten()
     x = torch.tensor(LEVELS)[labels][:, None].repeat(1, 16)
-    x += 0.8 * (labels == TEXTURED)[:, None] * (torch.arange(16) % 2 * 2 - 1)  # far off, yet no brighter or darker
+    x += (
+        0.8 * (labels == TEXTURED)[:, None] * (torch.arange(16) % 2 * 2 - 1)
+    )  # far off, yet no brighter or darker
     centres = torch.stack([x[labels == k].mean(0) for k in range(6)])
     return clusters_of(labels[None], centres[None], labels.bincount()[None]), x[None]
 
 
-def name(images: int = 1, *, rule: str, min_patches: int = 2, max_share: float = 0.5, **given: Any) -> tuple[Any, Any]:
+def name(
+    images: int = 1, *, rule: str, min_patches: int = 2, max_share: float = 0.5, **given: Any
+) -> tuple[Any, Any]:
     """The named cluster of each of `images` copies and whether one was found; plain numbers for a single one."""
     clusters, x = known_clusters()
     clusters = Clusters(*(part.expand(images, *part.shape[1:]) for part in clusters))
@@ -66,7 +70,9 @@ def test_each_rule_names_the_region_it_is_called_after(rule: str, answer: int) -
 
 @pytest.mark.parametrize("rule", [*PATCH_SCORES, "hardest"])
 @pytest.mark.parametrize("region", [CORNER, DARK, BRIGHT, MIDDLE, TEXTURED])
-def test_a_score_s_rule_and_hardest_name_the_region_of_the_highest_mean(rule: str, region: int) -> None:
+def test_a_score_s_rule_and_hardest_name_the_region_of_the_highest_mean(
+    rule: str, region: int
+) -> None:
     labels = known_clusters()[0].labels
     value = (labels == region).float()
     value[0, 0 if region != CORNER else 60] = 2  # one patch alone does not decide
@@ -90,7 +96,9 @@ def test_the_oracle_names_the_cluster_that_covers_the_truth_best(region: int) ->
     assert name(rule="oracle", truth=share) == (region, True)
 
 
-def test_the_oracle_finds_nothing_where_there_is_no_lesion_or_only_too_large_a_cluster_holds_it() -> None:
+def test_the_oracle_finds_nothing_where_there_is_no_lesion_or_only_too_large_a_cluster_holds_it() -> (
+    None
+):
     labels = known_clusters()[0].labels
     assert name(rule="oracle", truth=torch.zeros(1, 64))[1] is False
     assert name(rule="oracle", truth=(labels == BACKGROUND).float())[1] is False
@@ -122,7 +130,9 @@ def test_no_qualified_cluster_is_said() -> None:
 
 def test_smallest_goes_by_the_mass_over_the_data_set_and_what_qualifies_by_the_image() -> None:
     clusters, x = known_clusters()
-    mass = torch.tensor([[1.0, 500, 400, 300, 200, 100]])  # the background is rare elsewhere, but too large here
+    mass = torch.tensor(
+        [[1.0, 500, 400, 300, 200, 100]]
+    )  # the background is rare elsewhere, but too large here
     chosen, found = name_lesion_cluster(
         SelectionSettings(rule="smallest"),
         clusters._replace(mass=mass),
@@ -160,4 +170,8 @@ def test_the_largest_share_is_of_tissue_and_border_brightness_does_not_count() -
 
 def test_true_patches_hold_a_quarter_of_lesion_or_where_none_does_any() -> None:
     share = torch.tensor([[0.25, 0.24, 0.9, 0.0], [0.1, 0.0, 0.24, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    assert truth_patches(share).tolist() == [[True, False, True, False], [True, False, True, False], [False] * 4]
+    assert truth_patches(share).tolist() == [
+        [True, False, True, False],
+        [True, False, True, False],
+        [False] * 4,
+    ]

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from amlp_ray.config import SelectionSettings
 from amlp_ray.data.phantoms import draw_phantom
-from amlp_ray.method.aim import Aim, aim_at
-from amlp_ray.method.features import tissue_of
+from amlp_ray.method.lesion_map import Aim, aim_at
+from amlp_ray.method.patch_features import tissue_of
+from amlp_ray.method.patch_selection import Selection, select_patches, selection_statistics
 from amlp_ray.method.patches import patchify
-from amlp_ray.method.selection import Selection, select_patches, selection_statistics
 
 MODES = ("random", "hard", "soft", "ranked", "parts")
 Given = tuple[Tensor, Tensor, Tensor]
@@ -38,7 +38,9 @@ def select(
     keys = torch.arange(len(images)) if keys is None else keys
     patches = patchify(images, p)
     aim = aim_at(patches, keys, grid, images.shape[1], chosen, seed=seed, epoch=epoch)
-    return select_patches(aim, tissue_of(patches, chosen), keys, count, chosen, seed=seed, epoch=epoch, **others)
+    return select_patches(
+        aim, tissue_of(patches, chosen), keys, count, chosen, seed=seed, epoch=epoch, **others
+    )
 
 
 def aimed(count: int = 16, **parts: Tensor) -> Aim:
@@ -47,11 +49,15 @@ def aimed(count: int = 16, **parts: Tensor) -> Aim:
     return Aim(**({"lesion": nothing, "score": nothing, "part": nothing - 1} | parts))
 
 
-def select_at(aim: Aim, count: int, *, epoch: int = 1, tissue: Tensor | None = None, **given: Any) -> Selection:
+def select_at(
+    aim: Aim, count: int, *, epoch: int = 1, tissue: Tensor | None = None, **given: Any
+) -> Selection:
     others = {k: given.pop(k) for k in ("progress", "over") if k in given}
     tissue = torch.ones_like(aim.lesion, dtype=torch.bool) if tissue is None else tissue
     keys = torch.arange(len(tissue))
-    return select_patches(aim, tissue, keys, count, SelectionSettings(**given), seed=0, epoch=epoch, **others)
+    return select_patches(
+        aim, tissue, keys, count, SelectionSettings(**given), seed=0, epoch=epoch, **others
+    )
 
 
 def some(count: int = 16, seed: int = 0) -> Tensor:
@@ -63,12 +69,16 @@ any_settings = st.builds(
     mode=st.sampled_from(MODES),
     features=st.sampled_from(["raw", "stats", "context"]),
     clusters=st.integers(2, 16),
-    rule=st.sampled_from(["smallest", "distinct", "most_central", "darkest", "brightest", "geodesic", "random"]),
+    rule=st.sampled_from(
+        ["smallest", "distinct", "most_central", "darkest", "brightest", "geodesic", "random"]
+    ),
     by=st.sampled_from(["cluster", "score"]),
     lesion_share=st.floats(0.05, 1),
     max_share=st.floats(0.05, 1),
     dilate=st.integers(0, 2),
-    score=st.sampled_from(["row_contrast", "blob", "border_saliency", "geodesic", "texture", "combined"]),
+    score=st.sampled_from(
+        ["row_contrast", "blob", "border_saliency", "geodesic", "texture", "combined"]
+    ),
     lesion_sign=st.sampled_from(["dark", "bright", "free"]),
     centre_prior=st.sampled_from([0.0, 0.3, 0.8]),
     strength=st.sampled_from([0.0, 0.5, 50.0]),
@@ -128,12 +138,16 @@ def test_neutral_settings_of_any_mode_are_random_masking_to_the_bit(
 @pytest.mark.parametrize("mode", ["soft", "ranked"])
 def test_a_score_that_says_nothing_masks_at_random(mode: str) -> None:
     random = select_at(aimed(), 30, mode="random")
-    assert torch.equal(select_at(aimed(), 30, mode=mode, strength=7, aim_end=0.0).masked, random.masked)
+    assert torch.equal(
+        select_at(aimed(), 30, mode=mode, strength=7, aim_end=0.0).masked, random.masked
+    )
     same = select_at(aimed(), 30, mode=mode, strength=7, aim_start=1, aim_end=1)
     assert torch.equal(hidden(same), hidden(random))
 
 
-def test_images_without_a_qualified_cluster_are_masked_at_random_and_counted(ultrasound: Given) -> None:
+def test_images_without_a_qualified_cluster_are_masked_at_random_and_counted(
+    ultrasound: Given,
+) -> None:
     images, _, keys = ultrasound
     images = torch.cat([images, torch.zeros(4, 1, 64, 64)])
     keys = torch.cat([keys, torch.arange(4)])
@@ -143,7 +157,9 @@ def test_images_without_a_qualified_cluster_are_masked_at_random_and_counted(ult
     assert torch.equal(hard.masked[hard.fallback], random.masked[hard.fallback])
     assert not hard.lesion[hard.fallback].any()
     assert not hard.fallback[:16].all()
-    assert float(selection_statistics(hard)["fallback_share"]) == pytest.approx(float(hard.fallback.float().mean()))
+    assert float(selection_statistics(hard)["fallback_share"]) == pytest.approx(
+        float(hard.fallback.float().mean())
+    )
     parts = select(images, 30, SelectionSettings(mode="parts"), keys=keys)
     assert parts.fallback.tolist() == [False] * 16 + [True] * 4
     assert torch.equal(parts.masked[16:], random.masked[16:])
@@ -206,7 +222,12 @@ def test_which_lesion_patches_stay_as_hints_changes_between_epochs() -> None:
 
 def test_border_is_masked_last_in_hard_mode() -> None:
     images = torch.from_numpy(
-        np.stack([draw_phantom("mri", 64, np.random.default_rng([3, i]), lesion=True)[0] for i in range(8)])
+        np.stack(
+            [
+                draw_phantom("mri", 64, np.random.default_rng([3, i]), lesion=True)[0]
+                for i in range(8)
+            ]
+        )
     )[:, None].float()
     chosen = SelectionSettings(mode="hard")
     tissue = select(images, 1, chosen).tissue
@@ -218,7 +239,9 @@ def test_border_is_masked_last_in_hard_mode() -> None:
     assert (hidden(everything) & tissue).sum() >= tissue.sum() - 8
 
 
-def test_a_lesion_that_a_crop_blurred_counts_where_it_covers_more_than_half_of_a_patch_of_tissue() -> None:
+def test_a_lesion_that_a_crop_blurred_counts_where_it_covers_more_than_half_of_a_patch_of_tissue() -> (
+    None
+):
     tissue = torch.ones(1, 64, dtype=torch.bool)
     tissue[0, 3] = False
     lesion = torch.zeros(1, 64)
@@ -236,7 +259,10 @@ def test_soft_masks_lesions_more_the_stronger_it_is(ultrasound: Given) -> None:
     shares = []
     for strength in (0.0, 0.5, 1.0, 2.0, 20.0):
         chosen = SelectionSettings(mode="soft", strength=strength)
-        hits = [hidden(select(images, 16, chosen, keys=keys, epoch=epoch))[lesion] for epoch in range(1, 11)]
+        hits = [
+            hidden(select(images, 16, chosen, keys=keys, epoch=epoch))[lesion]
+            for epoch in range(1, 11)
+        ]
         shares.append(float(torch.stack(hits).float().mean()))
     assert shares[0] == pytest.approx(0.25, abs=0.06)
     assert all(b > a for a, b in itertools.pairwise(shares))
@@ -255,24 +281,38 @@ def test_soft_draws_in_proportion_to_the_exponential_of_the_score() -> None:
     score[:, 5] = 2.0
     found = select_at(aimed(4000, score=score), 1, mode="soft", strength=1.5)
     expected = np.exp(3) / (np.exp(3) + 63)
-    assert float((found.masked == 5).float().mean()) == pytest.approx(expected, abs=0.03)  # SD 0.007
+    assert float((found.masked == 5).float().mean()) == pytest.approx(
+        expected, abs=0.03
+    )  # SD 0.007
 
 
 # ranked
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.25, 1.0])
-def test_ranked_takes_a_share_of_the_mask_from_the_top_and_the_rest_at_random(progress: float) -> None:
+def test_ranked_takes_a_share_of_the_mask_from_the_top_and_the_rest_at_random(
+    progress: float,
+) -> None:
     score, count = some(), 30
-    found = select_at(aimed(score=score), count, mode="ranked", aim_start=0.2, aim_end=0.8, progress=progress)
+    found = select_at(
+        aimed(score=score), count, mode="ranked", aim_start=0.2, aim_end=0.8, progress=progress
+    )
     top = int((0.2 + 0.6 * progress) * count)
     best = score.argsort(1, descending=True)[:, :top]
     assert torch.equal(found.masked[:, :top].sort(1).values, best.sort(1).values)
     if progress < 1:
-        rest = torch.stack([(row[found_row]) for row, found_row in zip(score, found.masked[:, top:], strict=True)])
+        rest = torch.stack(
+            [(row[found_row]) for row, found_row in zip(score, found.masked[:, top:], strict=True)]
+        )
         assert abs(float(rest.mean()) - float(score.mean())) < 0.25  # no longer the top
         again = select_at(
-            aimed(score=score), count, mode="ranked", aim_start=0.2, aim_end=0.8, progress=progress, epoch=2
+            aimed(score=score),
+            count,
+            mode="ranked",
+            aim_start=0.2,
+            aim_end=0.8,
+            progress=progress,
+            epoch=2,
         )
         assert not torch.equal(again.masked[:, top:], found.masked[:, top:])
 
@@ -288,14 +328,18 @@ def test_ranked_with_all_of_the_mask_aimed_takes_the_top_and_may_fall_instead_of
 
 def test_hints_are_shown_out_of_the_very_top_alone_in_the_share_asked_for() -> None:
     score = some(400)
-    found = select_at(aimed(400, score=score), 32, mode="ranked", aim_start=1, aim_end=1, lesion_share=0.7)
+    found = select_at(
+        aimed(400, score=score), 32, mode="ranked", aim_start=1, aim_end=1, lesion_share=0.7
+    )
     shown = ~hidden(found)
     rank = score.argsort(1, descending=True).argsort(1)
     very_top = rank < 0.1 * 64
     assert float(shown[very_top].float().mean()) == pytest.approx(0.3, abs=0.04)  # SD 0.009
     aimed_at = (rank < 32) & ~very_top
     assert not (shown & aimed_at).any()
-    assert select_at(aimed(400, score=score), 32, mode="ranked", aim_start=1, aim_end=1).masked.shape == (400, 32)
+    assert select_at(
+        aimed(400, score=score), 32, mode="ranked", aim_start=1, aim_end=1
+    ).masked.shape == (400, 32)
 
 
 # parts
@@ -303,8 +347,12 @@ def test_hints_are_shown_out_of_the_very_top_alone_in_the_share_asked_for() -> N
 
 def parts_of(count: int = 16) -> Tensor:
     """Four parts of 4, 12, 16 and 24 patches, and 8 patches of border."""
-    row = torch.cat([torch.full((size,), float(k)) for k, size in enumerate((4, 12, 16, 24))] + [-torch.ones(8)])
-    order = torch.stack([torch.randperm(64, generator=torch.Generator().manual_seed(i)) for i in range(count)])
+    row = torch.cat(
+        [torch.full((size,), float(k)) for k, size in enumerate((4, 12, 16, 24))] + [-torch.ones(8)]
+    )
+    order = torch.stack(
+        [torch.randperm(64, generator=torch.Generator().manual_seed(i)) for i in range(count)]
+    )
     return row[order]
 
 
@@ -319,14 +367,20 @@ def test_parts_begin_with_the_same_share_of_every_part(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [10, 30, 50])
-def test_parts_end_with_whole_parts_in_an_order_that_changes_and_the_border_last(count: int) -> None:
+def test_parts_end_with_whole_parts_in_an_order_that_changes_and_the_border_last(
+    count: int,
+) -> None:
     part = parts_of(64)
     first = set()
     for epoch in (1, 2, 3):
-        found = select_at(aimed(64, part=part), count, mode="parts", clusters=4, progress=1.0, epoch=epoch)
+        found = select_at(
+            aimed(64, part=part), count, mode="parts", clusters=4, progress=1.0, epoch=epoch
+        )
         masked = hidden(found)
         for row, own in zip(masked, part, strict=True):
-            cut = [k for k in (0, 1, 2, 3, -1) if 0 < int(row[own == k].sum()) < int((own == k).sum())]
+            cut = [
+                k for k in (0, 1, 2, 3, -1) if 0 < int(row[own == k].sum()) < int((own == k).sum())
+            ]
             assert len(cut) <= 1  # all but one part are masked as a whole or not at all
             assert not row[own == -1].any()
         first |= set(part.gather(1, found.masked[:, :1]).flatten().tolist())
@@ -338,7 +392,9 @@ def test_parts_go_from_one_end_to_the_other_over_training() -> None:
     part = parts_of(64)
     whole = []
     for progress in (0.0, 0.6, 0.9, 1.0):
-        masked = hidden(select_at(aimed(64, part=part), 32, mode="parts", clusters=4, progress=progress))
+        masked = hidden(
+            select_at(aimed(64, part=part), 32, mode="parts", clusters=4, progress=progress)
+        )
         shares = torch.stack([(masked & (part == k)).sum(1) / (part == k).sum(1) for k in range(4)])
         whole.append(float(((shares > 0.95) | (shares < 0.05)).float().mean()))
     assert whole[0] == 0
@@ -351,7 +407,9 @@ def test_parts_go_from_one_end_to_the_other_over_training() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("count", [8, 31, 56])
-def test_over_tissue_the_same_share_of_tissue_and_of_border_is_masked(mode: str, count: int) -> None:
+def test_over_tissue_the_same_share_of_tissue_and_of_border_is_masked(
+    mode: str, count: int
+) -> None:
     tissue = some(seed=1) < torch.linspace(0.05, 0.95, 16)[:, None]
     lesion = ((some() < 0.3) & tissue).float()
     part = torch.where(tissue, (some() * 3).floor(), -1.0)
@@ -373,7 +431,9 @@ def test_over_tissue_changes_nothing_where_all_is_tissue(ultrasound: Given) -> N
     images, _, keys = ultrasound
     for mode in MODES:
         chosen = SelectionSettings(mode=mode, background_filter=False)
-        plain, shared = (select(images, 25, chosen, keys=keys, over=over) for over in ("all", "tissue"))
+        plain, shared = (
+            select(images, 25, chosen, keys=keys, over=over) for over in ("all", "tissue")
+        )
         assert torch.equal(plain.masked, shared.masked)
 
 
@@ -381,7 +441,9 @@ def test_over_tissue_changes_nothing_where_all_is_tissue(ultrasound: Given) -> N
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_mask_depends_on_the_image_and_its_key_and_not_on_the_batch(ultrasound: Given, mode: str) -> None:
+def test_a_mask_depends_on_the_image_and_its_key_and_not_on_the_batch(
+    ultrasound: Given, mode: str
+) -> None:
     images, _, keys = ultrasound
     chosen = SelectionSettings(mode=mode)
     whole = select(images, 25, chosen, keys=keys, progress=0.5)
@@ -392,7 +454,9 @@ def test_a_mask_depends_on_the_image_and_its_key_and_not_on_the_batch(ultrasound
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_masks_repeat_for_equal_seed_and_epoch_and_differ_for_others(ultrasound: Given, mode: str) -> None:
+def test_masks_repeat_for_equal_seed_and_epoch_and_differ_for_others(
+    ultrasound: Given, mode: str
+) -> None:
     images, _, keys = ultrasound
     chosen = SelectionSettings(mode=mode)
     base = select(images, 25, chosen, keys=keys, seed=1, epoch=2)
@@ -423,6 +487,10 @@ def test_selection_statistics_count_what_they_say() -> None:
     )
     statistics = {name: float(value) for name, value in selection_statistics(found).items()}
     assert statistics["lesion_cluster_share"] == pytest.approx(6 / 12)
-    assert statistics["lesion_masked_share"] == pytest.approx(0.5)  # of the two images that have a lesion
-    assert statistics["tissue_masked_share"] == pytest.approx(0.5)  # of the two images that have tissue
+    assert statistics["lesion_masked_share"] == pytest.approx(
+        0.5
+    )  # of the two images that have a lesion
+    assert statistics["tissue_masked_share"] == pytest.approx(
+        0.5
+    )  # of the two images that have tissue
     assert statistics["fallback_share"] == pytest.approx(1 / 3)

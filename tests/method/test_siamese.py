@@ -12,7 +12,7 @@ from amlp_ray.config import ModelSettings
 from amlp_ray.method.augment import cropped, random_crop
 from amlp_ray.method.encoder import encoder_tokens
 from amlp_ray.method.patches import patchify, unpatchify
-from amlp_ray.method.siamese import SimSiam, two_views
+from amlp_ray.method.simsiam import SimSiam, two_views
 
 SETTINGS = tiny({"variant": "simsiam"})
 KEYS = torch.arange(8)
@@ -29,10 +29,14 @@ def views(count: int = 8, **settings: Any) -> tuple[Tensor, Tensor]:
 
 
 def test_the_loss_is_the_mean_negative_cosine_to_the_other_view() -> None:
-    model = network().eval()  # batch norm by its running statistics, so that views can be computed apart
+    model = (
+        network().eval()
+    )  # batch norm by its running statistics, so that views can be computed apart
     one, other = views()
     loss, _ = model(one, other)
-    z = [model.projector(encoder_tokens(model.encoder, view)[:, 1:].mean(1)) for view in (one, other)]
+    z = [
+        model.projector(encoder_tokens(model.encoder, view)[:, 1:].mean(1)) for view in (one, other)
+    ]
     p = [model.predictor(each) for each in z]
     cosine = F.cosine_similarity(p[0], z[1]).mean() + F.cosine_similarity(p[1], z[0]).mean()
     torch.testing.assert_close(loss, -cosine / 2)

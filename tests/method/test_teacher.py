@@ -8,11 +8,11 @@ from small import GREY, TINY, build, random_images, tiny
 from torch import Tensor
 
 from amlp_ray.config import PretrainSettings
+from amlp_ray.method.autoencoder import MaskedAutoencoder
+from amlp_ray.method.ema_teacher import masked_once, move_teacher, teacher_view
 from amlp_ray.method.masking import Masking, Moment
-from amlp_ray.method.model import MaskedAutoencoder
 from amlp_ray.method.patches import gather, patchify
-from amlp_ray.method.teacher import masked_once, move_teacher, teacher_view
-from amlp_ray.training.steps import ReconstructionStep
+from amlp_ray.training.objectives import ReconstructionStep
 
 Given = tuple[Tensor, Tensor, Tensor]
 KEYS = torch.arange(6)
@@ -27,12 +27,18 @@ def taught(*given: dict[str, Any]) -> tuple[MaskedAutoencoder, MaskedAutoencoder
     assert model.teacher is not None
     with torch.no_grad():
         for i, parameter in enumerate(model.encoder.parameters()):
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+            parameter.add_(
+                0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+            )
     return model, model.teacher, settings
 
 
 def weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if not name.startswith("teacher.")}
+    return {
+        name: p.detach().clone()
+        for name, p in model.named_parameters()
+        if not name.startswith("teacher.")
+    }
 
 
 def patches_of(count: int = 6) -> Tensor:
@@ -44,22 +50,33 @@ def shown(model: MaskedAutoencoder, seed: int) -> dict[str, Tensor]:
     with torch.no_grad():
         for i, (name, parameter) in enumerate(model.named_parameters()):
             if not name.startswith("teacher."):
-                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1000 * seed + i)))
+                parameter.copy_(
+                    torch.randn(
+                        parameter.shape, generator=torch.Generator().manual_seed(1000 * seed + i)
+                    )
+                )
     return weights(model)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9, 0.999])
-def test_the_teacher_is_the_average_of_what_it_was_shown_with_weights_that_fall_by_decay_a_step(decay: float) -> None:
+def test_the_teacher_is_the_average_of_what_it_was_shown_with_weights_that_fall_by_decay_a_step(
+    decay: float,
+) -> None:
     """Each model shown stands for all steps since the one before; the random start has no weight."""
     model, teacher, _ = taught(AMLP)
     at, states = [0, 3, 4, 11], []
     for k in range(1, len(at)):
         states.append(shown(model, k))
         move_teacher(model, decay, before=at[k - 1], now=at[k])
-    step_weights = [[decay ** (at[-1] - 1 - step) for step in range(at[k], at[k + 1])] for k in range(len(at) - 1)]
+    step_weights = [
+        [decay ** (at[-1] - 1 - step) for step in range(at[k], at[k + 1])]
+        for k in range(len(at) - 1)
+    ]
     totals = [sum(part) for part in step_weights]
     for name, now in weights(teacher).items():
-        expected = sum(total * state[name] for total, state in zip(totals, states, strict=True)) / sum(totals)
+        expected = sum(
+            total * state[name] for total, state in zip(totals, states, strict=True)
+        ) / sum(totals)
         torch.testing.assert_close(now, expected, atol=1e-5, rtol=1e-4)
     assert all(torch.equal(now, states[-1][name]) for name, now in weights(model).items())
 
@@ -82,7 +99,9 @@ def test_a_model_without_a_teacher_has_none_to_move() -> None:
 def test_the_teacher_moves_at_looks_alone_by_the_steps_since_the_last(
     refresh: int, warmup: float, looks: list[int]
 ) -> None:
-    model, teacher, settings = taught(AMLP, {"selection": {"refresh": refresh}, "loss": {"warmup": warmup}, "ema": 0.9})
+    model, teacher, settings = taught(
+        AMLP, {"selection": {"refresh": refresh}, "loss": {"warmup": warmup}, "ema": 0.9}
+    )
     objective = ReconstructionStep(Masking(model, settings))
     name, steps = "encoder.blocks.0.attn.qkv.weight", 3
     for epoch in range(1, 21):
@@ -92,7 +111,9 @@ def test_the_teacher_moves_at_looks_alone_by_the_steps_since_the_last(
         if epoch in looks[1:]:
             since, done = (epoch - looks[looks.index(epoch) - 1]) * steps, (epoch - 1) * steps
             share = (1 - 0.9**since) / (1 - 0.9**done)
-            torch.testing.assert_close(now, (1 - share) * before + share * own, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                now, (1 - share) * before + share * own, atol=1e-5, rtol=1e-4
+            )
         else:
             assert torch.equal(now, before)
 
@@ -124,7 +145,9 @@ def test_every_patch_is_masked_once_and_none_has_an_error_of_0() -> None:
 def test_errors_and_categories_are_those_of_the_pass_that_hides_the_patch() -> None:
     _, teacher, settings = taught(AMLP)
     patches, halves = patches_of(), []
-    hook = teacher.register_forward_hook(lambda module, inputs, output: halves.append((inputs[1], inputs[2])))
+    hook = teacher.register_forward_hook(
+        lambda module, inputs, output: halves.append((inputs[1], inputs[2]))
+    )
     error, category = masked_once(teacher, patches, KEYS, settings, 1)
     hook.remove()
     assert category is not None
@@ -141,7 +164,9 @@ def test_what_is_hidden_together_depends_on_key_epoch_and_seed() -> None:
     base = masked_once(teacher, patches, KEYS, settings, 1)[0]
     assert torch.equal(base, masked_once(teacher, patches, KEYS, settings, 1)[0])
     for keys, epoch, seed in ((KEYS + 1, 1, 0), (KEYS, 2, 0), (KEYS, 1, 1)):
-        other = masked_once(teacher, patches, keys, settings.model_copy(update={"seed": seed}), epoch)[0]
+        other = masked_once(
+            teacher, patches, keys, settings.model_copy(update={"seed": seed}), epoch
+        )[0]
         assert not torch.equal(base, other)
 
 
@@ -164,14 +189,21 @@ VIEWS: list[tuple[dict[str, Any], set[str]]] = [
     ({"selection": {"features": "tokens", "feedback": 0.0}}, {"tokens"}),
     ({"variant": "attmask"}, {"attention"}),
     ({"variant": "hpm"}, {"difficulty"}),
-    ({"selection": {"mode": "hard", "by": "score", "score": "attention", "feedback": 0.0}}, {"attention"}),
+    (
+        {"selection": {"mode": "hard", "by": "score", "score": "attention", "feedback": 0.0}},
+        {"attention"},
+    ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), VIEWS, ids=lambda value: ",".join(sorted(value)) if isinstance(value, set) else str(value)
+    ("given", "expected"),
+    VIEWS,
+    ids=lambda value: ",".join(sorted(value)) if isinstance(value, set) else str(value),
 )
-def test_the_teacher_says_what_the_settings_use_and_nothing_else(given: dict[str, Any], expected: set[str]) -> None:
+def test_the_teacher_says_what_the_settings_use_and_nothing_else(
+    given: dict[str, Any], expected: set[str]
+) -> None:
     model, _, settings = taught(given, WARM)
     view = teacher_view(model, patches_of(), KEYS, settings, 1)
     assert {name for name, value in view._asdict().items() if value is not None} == expected
@@ -220,19 +252,26 @@ ASKING: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("given", ASKING, ids=str)
-def test_masks_follow_the_teacher_once_the_warm_up_is_over(ultrasound: Given, given: dict[str, Any]) -> None:
+def test_masks_follow_the_teacher_once_the_warm_up_is_over(
+    ultrasound: Given, given: dict[str, Any]
+) -> None:
     images, _, keys = ultrasound
 
     def mask(model: MaskedAutoencoder, settings: PretrainSettings, epoch: int) -> Tensor:
         found = Masking(model, settings).augmented(images, keys, keys, Moment(epoch))[1]
-        assert torch.equal(torch.cat([found.masked, found.visible], 1).sort(1).values, torch.arange(64).expand(16, -1))
+        assert torch.equal(
+            torch.cat([found.masked, found.visible], 1).sort(1).values,
+            torch.arange(64).expand(16, -1),
+        )
         return found.masked
 
     settings = tiny(given, {"loss": {"warmup": 0.1}})
     one, other = build(settings), build(settings)
     with torch.no_grad():  # at first all attention is alike
         for parameter in other.teacher.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+            parameter.add_(
+                0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+            )
     assert not torch.equal(mask(one, settings, 3), mask(other, settings, 3))
     if settings.selection.mode != "ranked":  # which asks from the start, as the published ones do
         assert torch.equal(mask(one, settings, 2), mask(other, settings, 2))

@@ -14,7 +14,11 @@ from pathlib import Path
 def programs() -> Path | None:
     """Folder of PostgreSQL's server programs; Debian keeps them off the path."""
     found = shutil.which("pg_ctl")
-    there = [Path(found).resolve().parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    there = (
+        [Path(found).resolve().parent]
+        if found
+        else sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    )
     return there[-1] if there and (there[-1] / "initdb").exists() else None
 
 
@@ -36,17 +40,35 @@ class Postgres:
             for path in (self._data, word):
                 shutil.chown(path, "nobody")
             for parent in folder.parents:
-                if parent.stat().st_uid == 0 and parent.is_relative_to("/tmp") and parent != Path("/tmp"):
+                if (
+                    parent.stat().st_uid == 0
+                    and parent.is_relative_to("/tmp")
+                    and parent != Path("/tmp")
+                ):
                     parent.chmod(0o755)
         self._run(
-            "initdb", "-D", self._data, "-U", "amlp", "-A", "scram-sha-256", "--pwfile", word, "-N", "--no-instructions"
+            "initdb",
+            "-D",
+            self._data,
+            "-U",
+            "amlp",
+            "-A",
+            "scram-sha-256",
+            "--pwfile",
+            word,
+            "-N",
+            "--no-instructions",
         )
         self.start()
         self.url = f"postgresql://amlp:${{AMLP_TEST_PASSWORD}}@127.0.0.1:{self.port}/postgres"
 
     def start(self) -> None:
-        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
-        self._run("pg_ctl", "-D", self._data, "-w", "-l", self._data / "log", "-o", options, "start")
+        options = (
+            f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
+        )
+        self._run(
+            "pg_ctl", "-D", self._data, "-w", "-l", self._data / "log", "-o", options, "start"
+        )
 
     def stop(self) -> None:
         self._run("pg_ctl", "-D", self._data, "-m", "immediate", "-w", "stop")
@@ -57,10 +79,19 @@ class Postgres:
             self.stop()
 
     def _run(self, program: str, *arguments: object) -> None:
-        user = {"user": "nobody", "group": "nogroup", "extra_groups": []} if os.getuid() == 0 else {}
+        user = (
+            {"user": "nobody", "group": "nogroup", "extra_groups": []} if os.getuid() == 0 else {}
+        )
         command = [str(self._bin / program), *map(str, arguments)]
         # Nothing may be piped: the server would inherit the pipe, and reading it would wait for its end.
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", **user)  # type: ignore[call-overload]
+        subprocess.run(
+            command,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            **user,
+        )  # type: ignore[call-overload]
 
 
 def _free_port() -> int:

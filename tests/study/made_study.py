@@ -14,10 +14,11 @@ from optuna.trial import FrozenTrial, TrialState
 from tiny import TINY
 
 from amlp_ray.config import PretrainSettings, ProbeSettings, ResourceSettings, StudySettings
+from amlp_ray.config.base import build
+from amlp_ray.config.yaml_file import write_yaml
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.settings import build, write_yaml
-from amlp_ray.study.keeping.store import StudyStore
-from amlp_ray.study.running.trial import Task
+from amlp_ray.study.storage.study_store import StudyStore
+from amlp_ray.study.trial_spec import Task
 
 RATIO = optuna.distributions.FloatDistribution(0.2, 0.5)
 MODE = optuna.distributions.CategoricalDistribution(["hard", "soft"])
@@ -53,7 +54,13 @@ def add(
     scores = [values] if isinstance(values, float) else list(values or [])
     score = scores[0] if scores else None
     if state.is_finished() and "facts" not in about and "source" not in about:
-        about["facts"] = {"seconds": 10.0, "gpu_seconds": 36.0, "memory": 0.5, "epochs": 4, "scores": {"dsc": score}}
+        about["facts"] = {
+            "seconds": 10.0,
+            "gpu_seconds": 36.0,
+            "memory": 0.5,
+            "epochs": 4,
+            "scores": {"dsc": score},
+        }
     begun = BEGUN + timedelta(minutes=len(study.get_trials(deepcopy=False)))
     trial = FrozenTrial(
         number=-1,
@@ -71,7 +78,9 @@ def add(
         distributions={name: known[name] for name in params},
         user_attrs=about,
         system_attrs={},
-        intermediate_values=dict(rungs or ({2: score - 0.1, 4: score} if isinstance(score, float) else {})),
+        intermediate_values=dict(
+            rungs or ({2: score - 0.1, 4: score} if isinstance(score, float) else {})
+        ),
     )
     storage = store.storage()
     return storage.get_trial(storage.create_new_trial(study._study_id, trial)).number
@@ -84,7 +93,11 @@ def add_arm(store: StudyStore, arm: str, repeat: int, value: float) -> None:
 
 def note_data(store: StudyStore, fingerprint: str) -> None:
     """Say what data the study was begun on."""
-    about = {"started": "2026-03-01T12:00:00+00:00", "dataset": {"fingerprint": fingerprint}, "labels": None}
+    about = {
+        "started": "2026-03-01T12:00:00+00:00",
+        "dataset": {"fingerprint": fingerprint},
+        "labels": None,
+    }
     (store.folder / "environment.json").write_text(json.dumps(about))
 
 

@@ -10,9 +10,9 @@ from textwrap import dedent
 import pytest
 
 from amlp_ray.cli import main
+from amlp_ray.config.yaml_file import read_yaml
 from amlp_ray.errors import SettingsError
-from amlp_ray.settings import read_yaml
-from amlp_ray.study.space.declared import build_study
+from amlp_ray.study.search_space.validate import build_study
 
 Told = list[tuple[int | None, str]]
 

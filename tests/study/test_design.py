@@ -5,22 +5,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-from amlp_ray.config import ABOUT, CONTROLS, GROUPS, STEPS, VARIANTS, PretrainSettings, PrunerSettings, StudySettings
+from amlp_ray.config import (
+    ABOUT,
+    CONTROLS,
+    GROUPS,
+    STEPS,
+    VARIANTS,
+    PretrainSettings,
+    PrunerSettings,
+    StudySettings,
+)
+from amlp_ray.config.base import build
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import SettingsError
-from amlp_ray.settings import build
-from amlp_ray.study.design import (
+from amlp_ray.study.baselines import (
     arm_plan,
     arm_plans,
     arm_settings,
     check_arms,
     controlled,
     own_settings,
-    prunable_rungs,
-    rung_epochs,
-    schedule,
-    with_schedule,
 )
+from amlp_ray.study.rungs import prunable_rungs, rung_epochs, schedule, with_schedule
 
 
 def study(**pretrain: Any) -> StudySettings:
@@ -41,7 +47,9 @@ def amlp(**given: Any) -> PretrainSettings:
 @pytest.mark.parametrize("spacing", ["even", "geometric"])
 @pytest.mark.parametrize("epochs", [1, 2, 7, 70, 100])
 @pytest.mark.parametrize("rungs", [1, 3, 8])
-def test_rungs_rise_to_full_length_and_are_at_most_as_many_as_asked(spacing: str, epochs: int, rungs: int) -> None:
+def test_rungs_rise_to_full_length_and_are_at_most_as_many_as_asked(
+    spacing: str, epochs: int, rungs: int
+) -> None:
     pruner = PrunerSettings.model_validate({"rungs": rungs, "spacing": spacing})
     found = rung_epochs(epochs, pruner)
     assert found[-1] == epochs
@@ -85,7 +93,9 @@ def test_a_compressed_schedule_is_run_whole_up_to_every_rung() -> None:
         {"ratio": {"start": 0.1}, "selection": {"mode": "soft"}, "loss": {"norm_pix": True}},
     ],
 )
-def test_an_arm_is_its_variant_whatever_method_a_study_searches(arm: str, searched: dict[str, Any]) -> None:
+def test_an_arm_is_its_variant_whatever_method_a_study_searches(
+    arm: str, searched: dict[str, Any]
+) -> None:
     found = arm_settings(study(**searched), arm, seed=3)
     plain = arm_settings(study(), arm, seed=3)
     assert (found.variant, found.seed) == (arm, 3)
@@ -107,8 +117,15 @@ def test_scratch_is_a_random_encoder_where_all_others_start_from_weights() -> No
 
 
 def test_what_the_space_sets_for_every_trial_is_set_for_arms_but_for_the_method() -> None:
-    space = {"epochs": 9, "model.width": {"value": 48}, "ratio.start": 0.2, "lr": {"value": 0.5, "when": {"epochs": 1}}}
-    settings = StudySettings.model_validate({"name": "s", "space": space, "arms": ["mae", "equal-mean"]})
+    space = {
+        "epochs": 9,
+        "model.width": {"value": 48},
+        "ratio.start": 0.2,
+        "lr": {"value": 0.5, "when": {"epochs": 1}},
+    }
+    settings = StudySettings.model_validate(
+        {"name": "s", "space": space, "arms": ["mae", "equal-mean"]}
+    )
     mae, mean = (plan.settings(0) for plan in arm_plans(settings))
     assert (mae.epochs, mae.model.width, mae.ratio.start) == (9, 48, 0.75)
     assert mae.lr == PretrainSettings().lr
@@ -117,7 +134,9 @@ def test_what_the_space_sets_for_every_trial_is_set_for_arms_but_for_the_method(
 
 
 def test_arms_come_in_order_each_once_groups_spelt_out() -> None:
-    plans = arm_plans(with_arms("scratch", "leave-one-out", "ladder", {"mine": {"loss": {"gamma": 0.5}}}))
+    plans = arm_plans(
+        with_arms("scratch", "leave-one-out", "ladder", {"mine": {"loss": {"gamma": 0.5}}})
+    )
     names = [plan.name for plan in plans]
     assert names[0] == "scratch"
     assert names[1:6] == list(GROUPS["leave-one-out"])
@@ -142,14 +161,20 @@ def test_the_ladder_leads_from_mae_to_amlp_one_part_at_a_time() -> None:
     weighted = {name: s.loss.weighting != "none" for name, s in found.items()}
     category = {name: s.loss.ccl_weight > 0 for name, s in found.items()}
     for name in found:
-        added = {"mps", "amr", "rrl", "ccl"} - set(name.split("-")) if name.startswith("amlp") else set(name.split("+"))
+        added = (
+            {"mps", "amr", "rrl", "ccl"} - set(name.split("-"))
+            if name.startswith("amlp")
+            else set(name.split("+"))
+        )
         has = ["mps" in added, "amr" in added, "rrl" in added, "ccl" in added]
         assert has == [aimed[name], rising[name], weighted[name], category[name]], name
 
 
 def test_no_two_steps_of_an_ablation_are_the_same_run() -> None:
     plans = arm_plans(with_arms("scratch", "ladder", "leave-one-out"))
-    methods = [plan.settings(0).model_copy(update={"variant": "amlp"}).model_dump_json() for plan in plans]
+    methods = [
+        plan.settings(0).model_copy(update={"variant": "amlp"}).model_dump_json() for plan in plans
+    ]
     assert len(set(methods)) == len(plans) == 11
 
 
@@ -207,10 +232,19 @@ def test_repeats_of_arms_share_seeds_and_nothing_else_of_the_seed_enters() -> No
 # Controls
 
 
-@pytest.mark.parametrize("shape", ["linear", "cosine", "power", "step", "exponential", "random", "points"])
+@pytest.mark.parametrize(
+    "shape", ["linear", "cosine", "power", "step", "exponential", "random", "points"]
+)
 @pytest.mark.parametrize("per", ["epoch", "step"])
 def test_equal_mean_has_the_mean_of_the_schedule_throughout(shape: str, per: str) -> None:
-    ratio = {"start": 0.2, "end": 0.7, "shape": shape, "per": per, "power": 2.5, "points": [[0, 0.2], [0.3, 0.7]]}
+    ratio = {
+        "start": 0.2,
+        "end": 0.7,
+        "shape": shape,
+        "per": per,
+        "power": 2.5,
+        "points": [[0, 0.2], [0.3, 0.7]],
+    }
     given = amlp(ratio=ratio)
     found = controlled(given, "equal-mean", "s")
     assert set(schedule(found)) == {found.ratio.start}
@@ -219,8 +253,12 @@ def test_equal_mean_has_the_mean_of_the_schedule_throughout(shape: str, per: str
 
 
 def test_equal_mean_of_a_compressed_schedule_is_that_of_what_is_run() -> None:
-    given = with_schedule(amlp(ratio={"start": 0.2, "end": 0.6}), PrunerSettings(rungs=4, schedule="compress"))
-    assert np.mean(schedule(controlled(given, "equal-mean", "s"))) == pytest.approx(np.mean(schedule(given)), abs=1e-4)
+    given = with_schedule(
+        amlp(ratio={"start": 0.2, "end": 0.6}), PrunerSettings(rungs=4, schedule="compress")
+    )
+    assert np.mean(schedule(controlled(given, "equal-mean", "s"))) == pytest.approx(
+        np.mean(schedule(given)), abs=1e-4
+    )
 
 
 def test_random_ratio_draws_between_the_ends_of_the_schedule() -> None:
@@ -238,7 +276,12 @@ def test_random_cluster_and_oracle_change_which_cluster_is_the_lesion_alone() ->
     random = controlled(given, "random-cluster", "s")
     assert random.selection == given.selection.model_copy(update={"rule": "random"})
     assert random.model_copy(update={"selection": given.selection}) == given
-    for mode in ({"mode": "hard"}, {"mode": "soft"}, {"mode": "hard", "by": "score"}, {"mode": "random"}):
+    for mode in (
+        {"mode": "hard"},
+        {"mode": "soft"},
+        {"mode": "hard", "by": "score"},
+        {"mode": "random"},
+    ):
         oracle = controlled(amlp(selection=mode), "oracle", "s")
         assert oracle.selection.uses_truth
         assert not oracle.uses_feedback  # else the aim were not the oracle's alone
@@ -247,8 +290,16 @@ def test_random_cluster_and_oracle_change_which_cluster_is_the_lesion_alone() ->
 @pytest.mark.parametrize(
     ("control", "given", "told"),
     [
-        ("equal-mean", {"ratio": {"shape": "fixed"}}, r"ratio that changes, but this one is 0\.25 throughout"),
-        ("random-ratio", {"variant": "mae"}, r"ratio that changes, but this one is 0\.75 throughout"),
+        (
+            "equal-mean",
+            {"ratio": {"shape": "fixed"}},
+            r"ratio that changes, but this one is 0\.25 throughout",
+        ),
+        (
+            "random-ratio",
+            {"variant": "mae"},
+            r"ratio that changes, but this one is 0\.75 throughout",
+        ),
         ("random-ratio", {"ratio": {"shape": "random"}}, "at random, which is done already"),
         ("random-cluster", {"selection": {"mode": "soft"}}, "this mask is aimed at none"),
         ("random-cluster", {"selection": {"mode": "parts"}}, "this mask is aimed at none"),
@@ -258,7 +309,9 @@ def test_random_cluster_and_oracle_change_which_cluster_is_the_lesion_alone() ->
         ("equal-mean", {"variant": "scratch"}, "objective none masks none"),
     ],
 )
-def test_a_control_that_would_change_nothing_is_refused(control: str, given: dict[str, Any], told: str) -> None:
+def test_a_control_that_would_change_nothing_is_refused(
+    control: str, given: dict[str, Any], told: str
+) -> None:
     with pytest.raises(SettingsError, match=told):
         controlled(amlp(**given), control, "s")
     with pytest.raises(SettingsError, match=rf"^s, arm {control} .*{told}"):
@@ -266,7 +319,9 @@ def test_a_control_that_would_change_nothing_is_refused(control: str, given: dic
 
 
 def test_faults_of_all_arms_come_together() -> None:
-    with pytest.raises(SettingsError, match=r"arm equal-mean is about .* arm random-cluster is about"):
+    with pytest.raises(
+        SettingsError, match=r"arm equal-mean is about .* arm random-cluster is about"
+    ):
         arm_plans(with_arms("equal-mean", "random-cluster", variant="mae"))
 
 
@@ -274,16 +329,26 @@ def test_controls_are_of_the_study_s_own_pretrain_or_of_what_they_are_given() ->
     settings = with_arms("equal-mean", ratio={"start": 0.3, "end": 0.5})
     assert arm_plan(settings, "equal-mean").settings(0).ratio.start == pytest.approx(0.4)
     assert own_settings(settings, 5).seed == 5
-    other = arm_plan(settings, "equal-mean", lambda seed: amlp(ratio={"start": 0.1, "end": 0.3}, seed=seed))
+    other = arm_plan(
+        settings, "equal-mean", lambda seed: amlp(ratio={"start": 0.1, "end": 0.3}, seed=seed)
+    )
     assert other.settings(7).ratio.start == pytest.approx(0.2)
     assert other.settings(7).seed == 7
 
 
-def test_an_oracle_over_images_without_masks_is_refused_before_it_runs(phantom_dataset: PatchDataset) -> None:
+def test_an_oracle_over_images_without_masks_is_refused_before_it_runs(
+    phantom_dataset: PatchDataset,
+) -> None:
     check_arms(with_arms("oracle"), phantom_dataset)
     counts = phantom_dataset.manifest.counts
-    fewer = counts | {"train": counts["train"].model_copy(update={"labelled": counts["train"].images - 3})}
-    lacking = PatchDataset(phantom_dataset.place, phantom_dataset.manifest.model_copy(update={"counts": fewer}))
-    with pytest.raises(SettingsError, match=r"arm oracle aims by true lesions, but 3 of 36 training images"):
+    fewer = counts | {
+        "train": counts["train"].model_copy(update={"labelled": counts["train"].images - 3})
+    }
+    lacking = PatchDataset(
+        phantom_dataset.place, phantom_dataset.manifest.model_copy(update={"counts": fewer})
+    )
+    with pytest.raises(
+        SettingsError, match=r"arm oracle aims by true lesions, but 3 of 36 training images"
+    ):
         check_arms(with_arms("oracle"), lacking)
     check_arms(with_arms("mae", "equal-mean"), lacking)

@@ -25,8 +25,8 @@ from tiny import TINY
 from amlp_ray.config import SegmentSettings, StudySettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import StudyError
-from amlp_ray.study.keeping.storage import open_journal
-from amlp_ray.study.keeping.store import StudyStore, read_metrics
+from amlp_ray.study.storage.optuna_storage import open_journal
+from amlp_ray.study.storage.study_store import StudyStore, read_metrics
 
 DEADLINE_S = 240  # seconds suffice where nobody else uses the machine
 
@@ -34,10 +34,14 @@ DEADLINE_S = 240  # seconds suffice where nobody else uses the machine
 class Driver:
     """A study's process on the Ray of the tests: it starts in seconds, and what it leaves there would show."""
 
-    def __init__(self, folder: Path, data: PatchDataset, *, epochs: int = 40, **changes: Any) -> None:
+    def __init__(
+        self, folder: Path, data: PatchDataset, *, epochs: int = 40, **changes: Any
+    ) -> None:
         import ray
 
-        values = TINY | {"arms": [], "budget": {"trials": 1}, "resources": {"concurrency": 1}} | changes
+        values = (
+            TINY | {"arms": [], "budget": {"trials": 1}, "resources": {"concurrency": 1}} | changes
+        )
         values["pretrain"] = TINY["pretrain"] | {"epochs": epochs}
         self.study, self.runs, self.log = folder / "tiny.yaml", folder / "runs", folder / "log"
         self.study.write_text(yaml.safe_dump(values))
@@ -46,7 +50,16 @@ class Driver:
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "amlp_ray", "study", "run", str(self.study), "--data", str(self._data)]
+        command = [
+            sys.executable,
+            "-m",
+            "amlp_ray",
+            "study",
+            "run",
+            str(self.study),
+            "--data",
+            str(self._data),
+        ]
         command += ["--runs", str(self.runs), "--address", self._address]
         with self.log.open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -91,7 +104,7 @@ def driver(phantom_dataset: PatchDataset, tmp_path: Path) -> Iterator[Callable[.
 
 WRITER = """
 import json, os, signal, sys
-from amlp_ray.study.keeping import storage
+from amlp_ray.study.storage import storage
 import optuna
 from optuna.trial import TrialState
 journal, last = sys.argv[1], int(sys.argv[2])
@@ -121,13 +134,17 @@ while len(study.trials) < 12:
 """
 
 
-def test_a_journal_whose_writer_dies_in_the_middle_of_every_kind_of_line_loses_nothing(tmp_path: Path) -> None:
+def test_a_journal_whose_writer_dies_in_the_middle_of_every_kind_of_line_loses_nothing(
+    tmp_path: Path,
+) -> None:
     journal = tmp_path / "study.journal"
     for last in (1, 2, 3, 4, 5, 9, 1000):
         ended = subprocess.run([sys.executable, "-c", WRITER, str(journal), str(last)]).returncode
         assert ended == (0 if last == 1000 else -signal.SIGKILL)
     trials = optuna.load_study(study_name="s", storage=open_journal(journal)).trials
-    assert [(t.number, t.state, t.value) for t in trials] == [(n, TrialState.COMPLETE, float(n)) for n in range(12)]
+    assert [(t.number, t.state, t.value) for t in trials] == [
+        (n, TrialState.COMPLETE, float(n)) for n in range(12)
+    ]
     assert all(json.loads(line) for line in journal.read_text().splitlines())
 
 
@@ -167,20 +184,30 @@ def test_a_full_disk_is_waited_for_and_leaves_no_half_line(small_disk: Path) -> 
         "the study's storage cannot be reached (No space left on device); waiting, trials train on",
         "the study's storage is back",
     ]
-    attributes = optuna.load_study(study_name="s", storage=open_journal(small_disk / "study.journal")).user_attrs
+    attributes = optuna.load_study(
+        study_name="s", storage=open_journal(small_disk / "study.journal")
+    ).user_attrs
     assert len(attributes["second"]) == 9000
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_a_trial_whose_process_dies_too_often_fails_and_the_study_goes_on(driver: Callable[..., Driver]) -> None:
+def test_a_trial_whose_process_dies_too_often_fails_and_the_study_goes_on(
+    driver: Callable[..., Driver],
+) -> None:
     run = driver(epochs=60, budget={"trials": 2}, faults={"retries": 1})
     process = run.start()
     for death in (1, 2):
         done = run.epochs()
-        run.wait_for(lambda done=done: run.epochs() >= done + 2 and writer(run.store.trial_folder(0)))
+        run.wait_for(
+            lambda done=done: run.epochs() >= done + 2 and writer(run.store.trial_folder(0))
+        )
         writer(run.store.trial_folder(0)).kill()
-        run.wait_for(lambda death=death: "its process" in run.said() and run.said().count("its process") >= death)
+        run.wait_for(
+            lambda death=death: (
+                "its process" in run.said() and run.said().count("its process") >= death
+            )
+        )
     assert process.wait(DEADLINE_S) == 0, run.said()
     first, second = run.store.search().trials
     assert first.state == TrialState.FAIL
@@ -204,7 +231,12 @@ def writer(folder: Path) -> psutil.Process | None:
 def test_a_study_outlives_its_database_and_then_gives_up_and_goes_on(
     driver: Callable[..., Driver], server: Postgres
 ) -> None:
-    run = driver(epochs=100, storage=server.url, faults={"storage_minutes": 0.15}, pruner={"name": "none", "rungs": 10})
+    run = driver(
+        epochs=100,
+        storage=server.url,
+        faults={"storage_minutes": 0.15},
+        pruner={"name": "none", "rungs": 10},
+    )
     process = run.start()
     run.wait_for(lambda: run.epochs() >= 2)
     server.stop()
@@ -245,7 +277,9 @@ def test_a_second_driver_is_refused_by_name_also_from_another_folder(
     assert run.start().wait(DEADLINE_S) == 2
     assert holder in run.last_line()
 
-    copied = tmp_path / "elsewhere" / "twice"  # as another machine has it: the database alone tells them apart
+    copied = (
+        tmp_path / "elsewhere" / "twice"
+    )  # as another machine has it: the database alone tells them apart
     shutil.copytree(run.runs / "twice", copied, ignore=shutil.ignore_patterns("trials", "run.lock"))
     with pytest.raises(StudyError, match=holder), StudyStore(copied).lock():
         pass
@@ -258,11 +292,19 @@ def test_a_second_driver_is_refused_by_name_also_from_another_folder(
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_a_driver_whose_lease_was_taken_over_stops_and_writes_no_more(driver: Callable[..., Driver]) -> None:
+def test_a_driver_whose_lease_was_taken_over_stops_and_writes_no_more(
+    driver: Callable[..., Driver],
+) -> None:
     run = driver(epochs=3000)
     process = run.start()
     run.wait_for(lambda: run.epochs() >= 1)
-    other = {"id": "other", "holder": "process 1 on elsewhere", "host": "elsewhere", "pid": 1, "at": time.time()}
+    other = {
+        "id": "other",
+        "holder": "process 1 on elsewhere",
+        "host": "elsewhere",
+        "pid": 1,
+        "at": time.time(),
+    }
     run.store.search().set_user_attr("lease", other | {"seconds": 0.0, "over": False})
     journal = (run.store.folder / "study.journal").read_bytes()
     assert process.wait(DEADLINE_S) == 2, run.said()
@@ -279,7 +321,9 @@ def test_a_trial_whose_driver_died_before_it_was_pruned_is_not_trained_on(
 ) -> None:
     import ray
 
-    from amlp_ray.study.running.trial import StopBoard, Task, amlp_trial
+    from amlp_ray.study.execution.stop_flags import StopBoard
+    from amlp_ray.study.execution.trial import amlp_trial
+    from amlp_ray.study.trial_spec import Task
 
     class DriverDied(BaseException):
         pass
@@ -323,7 +367,9 @@ def test_a_paused_confirmation_run_is_fine_tuned_only_when_it_was_trained_to_its
 ) -> None:
     import ray
 
-    from amlp_ray.study.running.trial import StopBoard, Task, amlp_trial
+    from amlp_ray.study.execution.stop_flags import StopBoard
+    from amlp_ray.study.execution.trial import amlp_trial
+    from amlp_ray.study.trial_spec import Task
 
     folder = tmp_path / "run"
     settings = StudySettings.model_validate(TINY)
@@ -344,7 +390,9 @@ def test_a_paused_confirmation_run_is_fine_tuned_only_when_it_was_trained_to_its
     )
     monkeypatch.setattr("ray.tune.report", lambda result: None)
     assert amlp_trial({"task": task.as_config(), "board": boards[0]})["epochs"] == 1
-    assert not (folder / "finetune.json").exists(), "an encoder of one epoch is not what is confirmed"
+    assert not (folder / "finetune.json").exists(), (
+        "an encoder of one epoch is not what is confirmed"
+    )
     assert amlp_trial({"task": task.as_config(), "board": boards[1]})["epochs"] == 4
     assert (folder / "finetune.json").is_file()
     for board in boards:

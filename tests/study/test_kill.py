@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from tiny import TINY
 
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.study.keeping.store import StudyStore, read_metrics
+from amlp_ray.study.storage.study_store import StudyStore, read_metrics
 
 DEADLINE_S = 120
 
@@ -25,7 +25,9 @@ DEADLINE_S = 120
 def write_study(folder: Path, changes: dict[str, Any], *, epochs: int) -> Path:
     """A study of trials long enough to be killed in the middle."""
     study = folder / "tiny.yaml"
-    study.write_text(yaml.safe_dump(TINY | changes | {"pretrain": TINY["pretrain"] | {"epochs": epochs}}))
+    study.write_text(
+        yaml.safe_dump(TINY | changes | {"pretrain": TINY["pretrain"] | {"epochs": epochs}})
+    )
     return study
 
 
@@ -42,7 +44,9 @@ def start(study: Path, data: Path, runs: Path, log: Path) -> subprocess.Popen[by
         "--runs",
         str(runs),
     ]
-    return subprocess.Popen(command, stdout=log.open("ab"), stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=log.open("ab"), stderr=subprocess.STDOUT, start_new_session=True
+    )
 
 
 def wait_for(condition: object, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -55,7 +59,9 @@ def wait_for(condition: object, process: subprocess.Popen[bytes], log: Path) -> 
 
 @pytest.mark.ray
 @pytest.mark.timeout(400)
-def test_a_killed_study_goes_on_where_it_stopped(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_a_killed_study_goes_on_where_it_stopped(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     study = write_study(tmp_path, {"arms": ["mae"], "budget": {"trials": 2}}, epochs=60)
     store, log = StudyStore(tmp_path / "runs" / "tiny"), tmp_path / "log"
     process = start(study, phantom_dataset.path, tmp_path / "runs", log)
@@ -63,7 +69,9 @@ def test_a_killed_study_goes_on_where_it_stopped(phantom_dataset: PatchDataset, 
         # In the middle of the first searched trial, past its first checkpoint.
         wait_for(lambda: len(read_metrics(store.trial_folder(0))) >= 5, process, log)
         children = psutil.Process(process.pid).children(recursive=True)
-        writers = [p for p in children if p.cmdline() and p.cmdline()[0].startswith("ray::AmlpTrial")]
+        writers = [
+            p for p in children if p.cmdline() and p.cmdline()[0].startswith("ray::AmlpTrial")
+        ]
         assert writers
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -93,7 +101,9 @@ def test_a_killed_study_goes_on_where_it_stopped(phantom_dataset: PatchDataset, 
 
 @pytest.mark.ray
 @pytest.mark.timeout(200)
-def test_ctrl_c_says_so_and_leaves_trials_to_be_taken_over(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_ctrl_c_says_so_and_leaves_trials_to_be_taken_over(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     study = write_study(tmp_path, {"arms": [], "budget": {"trials": 1}}, epochs=500)
     store, log = StudyStore(tmp_path / "runs" / "tiny"), tmp_path / "log"
     process = start(study, phantom_dataset.path, tmp_path / "runs", log)
@@ -113,13 +123,17 @@ def test_ctrl_c_says_so_and_leaves_trials_to_be_taken_over(phantom_dataset: Patc
 def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    study = write_study(tmp_path, {"arms": [], "budget": {"trials": 2}, "resources": {"concurrency": 1}}, epochs=60)
+    study = write_study(
+        tmp_path, {"arms": [], "budget": {"trials": 2}, "resources": {"concurrency": 1}}, epochs=60
+    )
     store, log = StudyStore(tmp_path / "runs" / "tiny"), tmp_path / "log"
     process = start(study, phantom_dataset.path, tmp_path / "runs", log)
     try:
         wait_for(lambda: len(read_metrics(store.trial_folder(0))) >= 3, process, log)
         children = psutil.Process(process.pid).children(recursive=True)
-        (trial,) = [p for p in children if p.cmdline() and p.cmdline()[0].startswith("ray::AmlpTrial")]
+        (trial,) = [
+            p for p in children if p.cmdline() and p.cmdline()[0].startswith("ray::AmlpTrial")
+        ]
         os.kill(trial.pid, signal.SIGKILL)
         before = read_metrics(store.trial_folder(0))
         assert process.wait(DEADLINE_S * 2) == 0, log.read_text()

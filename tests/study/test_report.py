@@ -13,11 +13,11 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from PIL import Image
 
 from amlp_ray.config import Choice, Range, StudySettings
-from amlp_ray.settings import write_yaml
-from amlp_ray.study.keeping.store import StudyStore
+from amlp_ray.config.yaml_file import write_yaml
 from amlp_ray.study.report import write_report
-from amlp_ray.study.report._compare import paired_interval
-from amlp_ray.study.report._facts import count_states, gather
+from amlp_ray.study.report.comparison import paired_interval
+from amlp_ray.study.report.report_data import count_states, gather
+from amlp_ray.study.storage.study_store import StudyStore
 
 RUNGS = (25, 50, 75, 100)
 SPACE = {
@@ -37,13 +37,23 @@ ALL_HEADINGS = {
 def new_study(folder: Path, **settings) -> StudyStore:
     """An empty study: settings and environment, no trial."""
     folder.mkdir(parents=True)
-    given = {"name": folder.name, "description": "Which masking ratio?", "space": SPACE, "arms": ("scratch", "mae")}
+    given = {
+        "name": folder.name,
+        "description": "Which masking ratio?",
+        "space": SPACE,
+        "arms": ("scratch", "mae"),
+    }
     write_yaml(StudySettings(**{**given, **settings}), folder / "study.yaml")
     environment = {
         "commit": "abc123",
         "versions": {"torch": "2.8.0", "ray": "2.60.0"},
         "hardware": {"cpus": 2, "gpus": []},
-        "dataset": {"name": "busi", "fingerprint": "f00", "counts": {"train": 104, "val": 15}, "size": 96},
+        "dataset": {
+            "name": "busi",
+            "fingerprint": "f00",
+            "counts": {"train": 104, "val": 15},
+            "size": 96,
+        },
     }
     (folder / "environments.jsonl").write_text(json.dumps(environment) + "\n")
     store = StudyStore(folder)
@@ -53,16 +63,31 @@ def new_study(folder: Path, **settings) -> StudyStore:
 
 
 def write_files(
-    folder: Path, dsc: float, *, epochs: int = 100, ratio=(0.3, 0.6), images: int = 60, noise: float = 0.01
+    folder: Path,
+    dsc: float,
+    *,
+    epochs: int = 100,
+    ratio=(0.3, 0.6),
+    images: int = 60,
+    noise: float = 0.01,
 ):
     """The plain files of one run, as a trial leaves them; `noise` is the SD of per-image scores around `dsc`."""
     rng = np.random.default_rng(int(dsc * 1e6))
     (folder / "pictures").mkdir(parents=True)
     lines = []
     for epoch in range(1, epochs + 1):
-        row = {"epoch": epoch, "loss": 1.2 * epoch**-0.2, "ratio": ratio[0] + (ratio[1] - ratio[0]) * epoch / 100}
+        row = {
+            "epoch": epoch,
+            "loss": 1.2 * epoch**-0.2,
+            "ratio": ratio[0] + (ratio[1] - ratio[0]) * epoch / 100,
+        }
         if epoch in RUNGS:
-            row |= {"dsc": dsc - 0.1 + 0.001 * epoch, "ap": dsc + 0.1 + 0.001 * epoch, "ppv": 0.5, "sensitivity": 0.6}
+            row |= {
+                "dsc": dsc - 0.1 + 0.001 * epoch,
+                "ap": dsc + 0.1 + 0.001 * epoch,
+                "ppv": 0.5,
+                "sensitivity": 0.6,
+            }
         lines.append(json.dumps(row))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     values = rng.normal(0, noise, images)
@@ -77,7 +102,14 @@ def write_files(
 
 
 def add_trial(
-    store: StudyStore, dsc: float, *, state: str = "COMPLETE", power: bool = False, values=None, about=None, **files
+    store: StudyStore,
+    dsc: float,
+    *,
+    state: str = "COMPLETE",
+    power: bool = False,
+    values=None,
+    about=None,
+    **files,
 ) -> Path:
     """One trial of the search. A pruned one stops at its second rung, a running one has one rung, a failed one none.
 
@@ -127,12 +159,16 @@ def add_trial(
     return folder
 
 
-def add_arm(store: StudyStore, arm: str, repeat: int, dsc: float, *, state: str = "COMPLETE", **files) -> Path:
+def add_arm(
+    store: StudyStore, arm: str, repeat: int, dsc: float, *, state: str = "COMPLETE", **files
+) -> Path:
     epochs = files.pop("epochs", 0 if arm == "scratch" else 100)
     attributes = {"arm": arm, "repeat": repeat, "path": f"arms/{arm}-{repeat}", "seed": repeat}
     attributes |= {"diagnosis": files.pop("diagnosis", False), "facts": {"epochs": epochs}}
     value = dsc if state == "COMPLETE" else None
-    store.arms(create=True).add_trial(create_trial(state=TrialState[state], value=value, user_attrs=attributes))
+    store.arms(create=True).add_trial(
+        create_trial(state=TrialState[state], value=value, user_attrs=attributes)
+    )
     folder = store.arm_folder(arm, repeat)
     write_files(folder, dsc, **{"epochs": epochs, "ratio": (0.75, 0.75), **files})
     return folder
@@ -176,7 +212,12 @@ def page(full: StudyStore) -> str:
 
 def test_facts_are_those_of_the_store(full: StudyStore) -> None:
     facts = gather(full)
-    assert count_states(facts.search) == {"COMPLETE": 14, "PRUNED": 5, "FAIL": 1, "INTERRUPTED": 1}  # nobody runs it
+    assert count_states(facts.search) == {
+        "COMPLETE": 14,
+        "PRUNED": 5,
+        "FAIL": 1,
+        "INTERRUPTED": 1,
+    }  # nobody runs it
     assert facts.best is not None
     assert facts.best.number == 13
     assert facts.best.measure("ppv") == 0.55
@@ -188,7 +229,9 @@ def test_facts_are_those_of_the_store(full: StudyStore) -> None:
     assert facts.search[19].dsc is None  # failed
     assert facts.search[20].dsc == pytest.approx(0.395)  # running: its only rung
     assert sum(facts.importances["dsc"].shares.values()) == pytest.approx(1)
-    assert "ratio.power" in facts.importances["dsc"].shares  # conditional parameters are assessed too
+    assert (
+        "ratio.power" in facts.importances["dsc"].shares
+    )  # conditional parameters are assessed too
 
 
 def test_page_has_every_section_and_every_run(page: str) -> None:
@@ -227,7 +270,9 @@ def test_report_leaves_the_journal_as_it_is(tmp_path: Path) -> None:
     store = StudyStore(tmp_path / "s")
     store.folder.mkdir()
     write_yaml(StudySettings(name="s"), store.folder / "study.yaml")
-    optuna.create_study(storage=store.storage(), study_name="s", direction="maximize")  # the driver made no arms yet
+    optuna.create_study(
+        storage=store.storage(), study_name="s", direction="maximize"
+    )  # the driver made no arms yet
     assert not store.is_run()
     before = store.folder.joinpath("study.journal").read_bytes()
     write_report(store)
@@ -285,27 +330,43 @@ def test_path_outside_of_the_study_is_not_read(tmp_path: Path) -> None:
     store = new_study(tmp_path / "s")
     write_files(tmp_path / "elsewhere", 0.9)
     add_trial(store, 0.5)
-    trial: FrozenTrial = create_trial(state=TrialState.COMPLETE, value=0.6, user_attrs={"path": "../elsewhere"})
+    trial: FrozenTrial = create_trial(
+        state=TrialState.COMPLETE, value=0.6, user_attrs={"path": "../elsewhere"}
+    )
     store.search(create=True).add_trial(trial)
     assert gather(store).search[1].folder == store.trial_folder(1)
 
 
 def test_texts_of_the_store_cannot_become_markup(tmp_path: Path) -> None:
     evil = "</script><script>window.hacked=1</script><img src=x onerror=alert(1)>"
-    store = new_study(tmp_path / "s", description=evil, pretrain={}, space={**SPACE, evil: Choice(choices=[evil, "b"])})
+    store = new_study(
+        tmp_path / "s",
+        description=evil,
+        pretrain={},
+        space={**SPACE, evil: Choice(choices=[evil, "b"])},
+    )
     for i in range(2):
         distributions = {evil: CategoricalDistribution([evil, "b"])}
         store.search(create=True).add_trial(
             create_trial(
-                value=0.5 + i / 10, params={evil: evil}, distributions=distributions, intermediate_values={5: 0.4}
+                value=0.5 + i / 10,
+                params={evil: evil},
+                distributions=distributions,
+                intermediate_values={5: 0.4},
             )
         )
-    store.search(create=True).add_trial(create_trial(state=TrialState.FAIL, user_attrs={"reason": evil}))
-    store.arms(create=True).add_trial(create_trial(value=0.4, user_attrs={"arm": evil, "repeat": 0, "path": "arms/x"}))
+    store.search(create=True).add_trial(
+        create_trial(state=TrialState.FAIL, user_attrs={"reason": evil})
+    )
+    store.arms(create=True).add_trial(
+        create_trial(value=0.4, user_attrs={"arm": evil, "repeat": 0, "path": "arms/x"})
+    )
     write_files(store.folder / "trials/1", 0.6)
     write_files(store.folder / "arms/x", 0.4)
     store.trial_folder(1).joinpath("settings.yaml").write_text(evil)
-    store.folder.joinpath("environments.jsonl").write_text(json.dumps({evil: evil, "dataset": {"name": evil}}))
+    store.folder.joinpath("environments.jsonl").write_text(
+        json.dumps({evil: evil, "dataset": {"name": evil}})
+    )
     score = json.loads(store.trial_folder(1).joinpath("score.json").read_text())
     score["per_image"][evil] = 0.1
     store.trial_folder(1).joinpath("score.json").write_text(json.dumps(score))
@@ -321,7 +382,9 @@ def test_texts_of_the_store_cannot_become_markup(tmp_path: Path) -> None:
 def test_interval_covers_the_images_both_have_scored() -> None:
     best = {f"i{k}": 0.5 + 0.001 * k for k in range(50)}
     arm = {key: value - 0.1 for key, value in best.items()}
-    interval, images = paired_interval({**best, "only here": 0.0}, [arm, {**arm, "only there": 1.0}])
+    interval, images = paired_interval(
+        {**best, "only here": 0.0}, [arm, {**arm, "only there": 1.0}]
+    )
     assert images == 50
     assert interval == pytest.approx((0.1, 0.1))  # paired: a constant difference has no spread
     assert paired_interval(best, [{}]) == (None, 0)
@@ -334,13 +397,20 @@ def test_importing_the_report_loads_neither_plotly_nor_jinja() -> None:
 
 
 CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    (
+        path
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (path := shutil.which(name))
+    ),
+    None,
 )
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on this machine")
 def test_a_browser_draws_every_figure_and_sorts_the_table(page: str, tmp_path: Path) -> None:
-    click = "<script>document.querySelector('table.sortable th:nth-child(3)').click()</script></body>"
+    click = (
+        "<script>document.querySelector('table.sortable th:nth-child(3)').click()</script></body>"
+    )
     copy = tmp_path / "report.html"
     copy.write_text(page.replace("</body>", click))
     command = [

@@ -9,15 +9,18 @@ from optuna.trial import TrialState, create_trial
 from test_report import SPACE, add_arm, add_picture, add_trial, new_study
 
 from amlp_ray.config import Choice, Derived, Fixed, Range
-from amlp_ray.settings import write_yaml
-from amlp_ray.study.keeping.store import StudyStore
+from amlp_ray.config.yaml_file import write_yaml
 from amlp_ray.study.report import write_report
-from amlp_ray.study.report._facts import gather
-from amlp_ray.study.report._figures import fronts
-from amlp_ray.study.report._space import rules, space
-from amlp_ray.study.report._tables import Table, front, notes, sizes
+from amlp_ray.study.report.figures import fronts
+from amlp_ray.study.report.report_data import gather
+from amlp_ray.study.report.search_space import rules, space
+from amlp_ray.study.report.tables import Table, front, notes, sizes
+from amlp_ray.study.storage.study_store import StudyStore
 
-SEVERAL = {"objectives": {"gpu_seconds": "minimize", "dsc": "maximize"}, "pruner": {"metric": "dsc"}}
+SEVERAL = {
+    "objectives": {"gpu_seconds": "minimize", "dsc": "maximize"},
+    "pruner": {"metric": "dsc"},
+}
 
 
 def texts(table: Table) -> list[list[str]]:
@@ -32,7 +35,9 @@ def study_of_two_objectives(folder: Path, **settings) -> StudyStore:
     return store
 
 
-def test_front_holds_trials_that_none_beats_and_the_best_is_the_best_by_the_metric_on_it(tmp_path: Path) -> None:
+def test_front_holds_trials_that_none_beats_and_the_best_is_the_best_by_the_metric_on_it(
+    tmp_path: Path,
+) -> None:
     facts = gather(study_of_two_objectives(tmp_path / "s"))
     assert {run.number for run in facts.front} == {0, 1, 2}
     assert facts.best is not None
@@ -58,7 +63,9 @@ def test_trials_beyond_the_limits_are_neither_best_nor_on_the_front(tmp_path: Pa
 
 
 def test_best_beyond_the_limits_says_so_where_no_trial_keeps_them(tmp_path: Path) -> None:
-    page = write_report(study_of_two_objectives(tmp_path / "s", limits={"gpu_seconds": 5.0})).read_text()
+    page = write_report(
+        study_of_two_objectives(tmp_path / "s", limits={"gpu_seconds": 5.0})
+    ).read_text()
     assert "No complete trial keeps the limits, and neither does this one." in page
 
 
@@ -73,11 +80,15 @@ def test_page_of_several_objectives_has_a_front_and_importances_of_each(tmp_path
 
 def test_pruned_trial_of_several_objectives_stands_at_its_last_rung(tmp_path: Path) -> None:
     store = new_study(tmp_path / "s", **SEVERAL)
-    store.search().add_trial(create_trial(state=TrialState.PRUNED, intermediate_values={5: 0.3, 10: 0.4}))
+    store.search().add_trial(
+        create_trial(state=TrialState.PRUNED, intermediate_values={5: 0.3, 10: 0.4})
+    )
     assert gather(store).search[0].value == 0.4
 
 
-def test_arm_of_a_study_of_several_objectives_has_its_metric_as_its_only_value(tmp_path: Path) -> None:
+def test_arm_of_a_study_of_several_objectives_has_its_metric_as_its_only_value(
+    tmp_path: Path,
+) -> None:
     store = study_of_two_objectives(tmp_path / "s")
     add_arm(store, "mae", 0, 0.45)
     assert gather(store).arms[0].dsc == 0.45
@@ -99,7 +110,9 @@ def test_imported_trials_and_copies_are_shown_and_never_counted_or_best(tmp_path
     add_trial(store, 0.9, about={"source": "import old.csv"})
     add_trial(store, 0.5, about={"copy_of": 0})
     facts = gather(store)
-    assert [[run.number for run in group] for group in (facts.search, facts.imported, facts.copies)] == [[0], [1], [2]]
+    assert [
+        [run.number for run in group] for group in (facts.search, facts.imported, facts.copies)
+    ] == [[0], [1], [2]]
     assert facts.best is not None
     assert facts.best.number == 0
     assert facts.spent.trials == 1
@@ -148,7 +161,11 @@ def test_table_reads_scores_from_the_store_and_opens_no_file_for_them(tmp_path: 
 
 def test_dsc_by_size_is_shown_where_it_was_measured(tmp_path: Path) -> None:
     store = new_study(tmp_path / "s")
-    add_trial(store, 0.5, about={"facts": {"scores": {"dsc_small": 0.2, "dsc_medium": 0.5, "dsc_large": None}}})
+    add_trial(
+        store,
+        0.5,
+        about={"facts": {"scores": {"dsc_small": 0.2, "dsc_medium": 0.5, "dsc_large": None}}},
+    )
     add_arm(store, "mae", 0, 0.4)
     assert texts(sizes(gather(store), [])) == [["Best trial (0)", "0.200", "0.500", "\u2013"]]
     assert "Small (below 2 % of the image)" in write_report(store).read_text()
@@ -216,7 +233,11 @@ def test_every_run_of_the_study_is_listed_with_what_had_changed(tmp_path: Path) 
     later = {"commit": "b" * 40 + "+changes", "versions": {"torch": "2.9.0", "ray": "2.60.0"}}
     with store.folder.joinpath("environments.jsonl").open("a") as file:
         file.write(json.dumps(later) + '\n{"commit": "half')
-    changed = {"commit": "b" * 40, "patch": "dirty-1.patch", "continued": [{"epoch": 5, "commit": "c" * 40}]}
+    changed = {
+        "commit": "b" * 40,
+        "patch": "dirty-1.patch",
+        "continued": [{"epoch": 5, "commit": "c" * 40}],
+    }
     add_trial(store, 0.3).joinpath("provenance.json").write_text(json.dumps(changed))
     page = write_report(store).read_text()
     assert "commit: abc123 \u2192 bbbbbbbbbb+changes; versions.torch: 2.8.0 \u2192 2.9.0" in page
@@ -260,9 +281,13 @@ def test_population_has_its_lineage_and_the_best_of_its_latest_generation(tmp_pa
 def test_parameters_of_an_older_space_are_named_as_such(tmp_path: Path) -> None:
     store = new_study(tmp_path / "s")
     add_trial(store, 0.5)
-    changed = store.settings().model_copy(update={"space": {k: v for k, v in SPACE.items() if k != "ratio.end"}})
+    changed = store.settings().model_copy(
+        update={"space": {k: v for k, v in SPACE.items() if k != "ratio.end"}}
+    )
     write_yaml(changed, store.folder / "study.yaml")
-    assert ["ratio.end", "no longer searched", "earlier trials have it", "\u2013"] in texts(space(gather(store)))
+    assert ["ratio.end", "no longer searched", "earlier trials have it", "\u2013"] in texts(
+        space(gather(store))
+    )
 
 
 def test_pictures_of_the_best_trial_are_inside_the_page(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from amlp_ray.config import StudySettings
-from amlp_ray.settings import build
-from amlp_ray.study.report._lineage import lineage_figure, lineage_rows
+from amlp_ray.config.base import build
+from amlp_ray.study.report.lineage import lineage_figure, lineage_rows
 
 PBT: dict[str, Any] = {
     "name": "pbt",
@@ -55,8 +55,14 @@ def test_rows_say_who_went_on_from_whom_and_which_lineage_is_best(settings: Stud
     assert [row["parent"] for row in rows] == [None, None, 0, 0, 3, 3]
     assert [row["left"] for row in rows] == [None, None, None, 1, 2, None]
     assert [row["trial"] for row in rows if row["best"]] == [0, 3, 4]
-    assert [(row["from_epoch"], row["to_epoch"]) for row in rows] == [(0, 2)] * 2 + [(2, 4)] * 2 + [(4, 6)] * 2
-    assert [(row["ratio_from"], row["ratio_to"]) for row in rows[1:4]] == [(0.7, 0.7), (0.3, 0.35), (0.3, 0.28)]
+    assert [(row["from_epoch"], row["to_epoch"]) for row in rows] == [(0, 2)] * 2 + [(2, 4)] * 2 + [
+        (4, 6)
+    ] * 2
+    assert [(row["ratio_from"], row["ratio_to"]) for row in rows[1:4]] == [
+        (0.7, 0.7),
+        (0.3, 0.35),
+        (0.3, 0.28),
+    ]
     assert rows[-1]["score"] is None
     assert json.loads(json.dumps(rows)) == rows
 
@@ -67,7 +73,12 @@ def test_the_figure_draws_every_segment_every_jump_and_the_best_lineage_thick_an
     figure = lineage_figure(settings, trials_of(*TRIALS)).figure
     assert figure is not None
     by_name = {trace.name: trace for trace in figure.data if trace.name}
-    assert set(by_name) == {*(f"trial {i}" for i in range(6)), "trial 1 to 0", "trial 2 to 3", "learnt schedule"}
+    assert set(by_name) == {
+        *(f"trial {i}" for i in range(6)),
+        "trial 1 to 0",
+        "trial 2 to 3",
+        "learnt schedule",
+    }
     assert list(by_name["trial 1 to 0"].x) == [2, 2]
     assert list(by_name["trial 1 to 0"].y) == [0.7, 0.3]
     best = by_name["learnt schedule"]
@@ -84,5 +95,7 @@ def test_a_study_that_has_not_begun_has_a_gap(settings: StudySettings) -> None:
 
 
 def test_a_study_of_another_sampler_has_a_gap() -> None:
-    other = build(StudySettings, {"name": "tpe", "space": {"lr": {"low": 0.001, "high": 0.01}}}, "test")
+    other = build(
+        StudySettings, {"name": "tpe", "space": {"lr": {"low": 0.001, "high": 0.01}}}, "test"
+    )
     assert lineage_figure(other, []).gap

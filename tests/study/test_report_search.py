@@ -11,12 +11,12 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from scipy.stats import spearmanr
 from test_report import add_arm, add_trial, new_study
 
-from amlp_ray.study.keeping.store import StudyStore
 from amlp_ray.study.report import write_report
-from amlp_ray.study.report._facts import gather
-from amlp_ray.study.report._progress import budget, efficiency, gantt, outcome, timeline
-from amlp_ray.study.report._ranks import meaning, ranks, table
-from amlp_ray.study.report._tables import Table
+from amlp_ray.study.report.progress import budget, efficiency, gantt, outcome, timeline
+from amlp_ray.study.report.report_data import gather
+from amlp_ray.study.report.rung_correlation import meaning, ranks, table
+from amlp_ray.study.report.tables import Table
+from amlp_ray.study.storage.study_store import StudyStore
 
 NOON = datetime(2026, 3, 1, 12)
 
@@ -28,12 +28,20 @@ def rows(table: Table) -> dict[str, list[str]]:
 def add_scored(store: StudyStore, rungs: dict[int, float]) -> None:
     last = rungs[max(rungs)]
     store.search().add_trial(
-        create_trial(value=last, intermediate_values=rungs, user_attrs={"facts": {"scores": {"dsc": last}}})
+        create_trial(
+            value=last, intermediate_values=rungs, user_attrs={"facts": {"scores": {"dsc": last}}}
+        )
     )
 
 
 def add_timed(
-    study: optuna.Study, start: float, minutes: float, *, state: str = "COMPLETE", value: float = 0.5, epochs: int = 100
+    study: optuna.Study,
+    start: float,
+    minutes: float,
+    *,
+    state: str = "COMPLETE",
+    value: float = 0.5,
+    epochs: int = 100,
 ) -> None:
     """A trial that starts `start` minutes after noon."""
     study.add_trial(
@@ -50,7 +58,14 @@ def study_with_ranks(folder: Path, **settings) -> StudyStore:
     store = new_study(folder, **settings)
     rng = np.random.default_rng(0)
     for final in rng.normal(0.5, 0.05, 40):
-        add_scored(store, {10: float(rng.normal(0.4, 0.05)), 20: float(final + rng.normal(0, 0.01)), 30: float(final)})
+        add_scored(
+            store,
+            {
+                10: float(rng.normal(0.4, 0.05)),
+                20: float(final + rng.normal(0, 0.01)),
+                30: float(final),
+            },
+        )
     return store
 
 
@@ -68,7 +83,9 @@ def test_every_rung_is_correlated_with_the_final_score(tmp_path: Path) -> None:
 
 
 def test_pruning_at_a_rung_that_does_not_rank_is_called_chance(tmp_path: Path) -> None:
-    settings = {"pruner": {"name": "median", "min_steps": 60}}  # 6 steps per epoch, so from epoch 10 on
+    settings = {
+        "pruner": {"name": "median", "min_steps": 60}
+    }  # 6 steps per epoch, so from epoch 10 on
     facts = gather(study_with_ranks(tmp_path / "s", **settings))
     said = meaning(facts, ranks(facts))
     assert said[0].startswith("At epoch 10 the rank correlation with the final score is below 0.5")
@@ -92,13 +109,17 @@ def test_a_compressed_schedule_is_said_to_be_seen_whole_by_every_rung(tmp_path: 
     assert "Each rung has seen the whole masking-ratio schedule" in meaning(facts, ranks(facts))[-1]
 
 
-def test_rungs_of_trials_of_other_lengths_are_compared_at_shares_of_the_length(tmp_path: Path) -> None:
+def test_rungs_of_trials_of_other_lengths_are_compared_at_shares_of_the_length(
+    tmp_path: Path,
+) -> None:
     store = new_study(tmp_path / "s")
     for i in range(6):
         length = 20 if i % 2 else 40
         add_scored(store, {length // 2: 0.3 + 0.01 * i, length: 0.4 + 0.01 * i})
     found = ranks(gather(store))
-    assert [(rung.at, rung.trials, rung.rho) for rung in found.rungs] == [(50, 6, pytest.approx(1.0))]
+    assert [(rung.at, rung.trials, rung.rho) for rung in found.rungs] == [
+        (50, 6, pytest.approx(1.0))
+    ]
     assert found.label(found.rungs) == "50 % of the length"
 
 
@@ -114,7 +135,9 @@ def test_few_complete_trials_rank_nothing(tmp_path: Path, trials: int) -> None:
 def test_imported_trials_and_copies_rank_nothing(tmp_path: Path) -> None:
     store = new_study(tmp_path / "s")
     for i in range(10):
-        add_trial(store, 0.4 + 0.01 * i, about={"source": "import a.csv"} if i < 5 else {"copy_of": 0})
+        add_trial(
+            store, 0.4 + 0.01 * i, about={"source": "import a.csv"} if i < 5 else {"copy_of": 0}
+        )
     assert ranks(gather(store)).trials == 0
 
 
@@ -127,7 +150,9 @@ def test_pruning_saves_the_epochs_up_to_full_length(tmp_path: Path) -> None:
     assert told["Pruned"] == ["1 (50 %), which saved 50 of 200 epochs (25 %)"]
 
 
-def test_best_so_far_is_drawn_against_the_epochs_of_all_trials_that_had_ended(tmp_path: Path) -> None:
+def test_best_so_far_is_drawn_against_the_epochs_of_all_trials_that_had_ended(
+    tmp_path: Path,
+) -> None:
     store = new_study(tmp_path / "s", pretrain={"epochs": 100})
     study = store.search()
     add_timed(study, 0, 9, value=0.4)
@@ -173,7 +198,9 @@ def test_timeline_puts_overlapping_trials_in_slots_and_counts_idle_time(tmp_path
     }
 
 
-def test_a_study_of_5000_trials_is_written_within_its_size_and_says_what_it_left_out(tmp_path: Path) -> None:
+def test_a_study_of_5000_trials_is_written_within_its_size_and_says_what_it_left_out(
+    tmp_path: Path,
+) -> None:
     store = new_study(tmp_path / "s")
     store._storage = optuna.storages.InMemoryStorage()  # to store them takes longer than the report
     store.search(create=True)
@@ -191,7 +218,9 @@ def test_a_study_of_5000_trials_is_written_within_its_size_and_says_what_it_left
                 value=value,
                 params={"ratio.start": start},
                 distributions={"ratio.start": FloatDistribution(0.1, 0.6)},
-                intermediate_values={epoch: value + float(rng.normal(0, 0.02)) for epoch in reached},
+                intermediate_values={
+                    epoch: value + float(rng.normal(0, 0.02)) for epoch in reached
+                },
                 user_attrs={"facts": {"epochs": max(reached), "seconds": 9.0, "scores": scores}},
             )
         )

@@ -4,16 +4,18 @@ import optuna
 import pytest
 from test_report import add_arm, add_trial, new_study
 
-from amlp_ray.study.keeping.store import StudyStore
-from amlp_ray.study.report._compare import Agreement, compare, finished_arms, rank_agreement, read
-from amlp_ray.study.report._facts import gather
-from amlp_ray.study.report._verdict import Verdict, judge
+from amlp_ray.study.report.comparison import Agreement, compare, finished_arms, rank_agreement, read
+from amlp_ray.study.report.report_data import gather
+from amlp_ray.study.report.summary import Verdict, judge
+from amlp_ray.study.storage.study_store import StudyStore
 
 
 def verdict_of(store: StudyStore) -> Verdict:
     facts = gather(store)
     arms = finished_arms(facts)
-    comparisons = [compare(facts.best, arm, facts.settings.tie) for arm in arms] if facts.best else []
+    comparisons = (
+        [compare(facts.best, arm, facts.settings.tie) for arm in arms] if facts.best else []
+    )
     return judge(facts, arms, comparisons, rank_agreement(facts))
 
 
@@ -36,12 +38,17 @@ def test_better_than_mae_is_said_with_difference_spread_and_interval(tmp_path: P
     assert "mean of 2 runs, range 0.470 to 0.480): +0.045 DSC, better." in mae
     assert "Paired over 60 images, the 95 % interval is +0.04" in mae
     assert "leaves out zero" in mae
-    assert any("mean training mask" in text and "(0.350): +0.170 DSC, better" in text for text in verdict.comparisons)
+    assert any(
+        "mean training mask" in text and "(0.350): +0.170 DSC, better" in text
+        for text in verdict.comparisons
+    )
 
 
 def test_three_repeats_have_an_sd(tmp_path: Path) -> None:
     verdict = verdict_of(study_with(tmp_path / "s", 0.52, mae=(0.46, 0.47, 0.48)))
-    assert any("mean of 3 runs, SD 0.010, range 0.460 to 0.480" in text for text in verdict.comparisons)
+    assert any(
+        "mean of 3 runs, SD 0.010, range 0.460 to 0.480" in text for text in verdict.comparisons
+    )
 
 
 def test_better_is_not_claimed_where_the_interval_includes_zero(tmp_path: Path) -> None:
@@ -80,7 +87,10 @@ def test_worse_than_mae_and_scratch_is_said_plainly(tmp_path: Path) -> None:
     assert verdict.kind == "worse"
     assert "AMLP is not better than plain MAE here" in verdict.headline
     assert "it is worse by 0.055" in verdict.headline
-    assert "worse than a random encoder (0.420 against 0.460): this pretraining did harm" in verdict.headline
+    assert (
+        "worse than a random encoder (0.420 against 0.460): this pretraining did harm"
+        in verdict.headline
+    )
 
 
 def test_better_than_mae_but_no_better_than_scratch_is_no_success(tmp_path: Path) -> None:
@@ -119,7 +129,9 @@ def test_choosing_and_single_seeds_are_cautioned_about(tmp_path: Path) -> None:
     add_trial(store, 0.40, state="PRUNED")
     add_trial(store, 0.0, state="FAIL")
     cautions = " ".join(verdict_of(store).cautions)
-    assert "The best of 3 trials is optimistic" in cautions  # a failed trial had no chance to be best
+    assert (
+        "The best of 3 trials is optimistic" in cautions
+    )  # a failed trial had no chance to be best
     assert "one run with one seed" in cautions
     assert "neither seeds nor the choice of the best" in cautions
     alone = new_study(tmp_path / "alone")
@@ -131,12 +143,17 @@ def test_unequal_budgets_and_random_masks_are_cautioned_about(tmp_path: Path) ->
     store = new_study(tmp_path / "s")
     folder = add_trial(store, 0.5, epochs=100)
     folder.joinpath("settings.yaml").write_text("selection:\n  mode: random\n")
-    store.arms(create=True).add_trial(store.search().trials[0])  # carries no arm: not counted as one
+    store.arms(create=True).add_trial(
+        store.search().trials[0]
+    )  # carries no arm: not counted as one
     add_arm(store, "mae", 0, 0.45)
     assert "different numbers of epochs" not in " ".join(verdict_of(store).cautions)
     assert any("masks at random, as MAE does" in text for text in verdict_of(store).cautions)
     add_arm(store, "amlp", 0, 0.45, epochs=50)
-    assert "The best trial and amlp ran different numbers of epochs: not the same budget." in verdict_of(store).cautions
+    assert (
+        "The best trial and amlp ran different numbers of epochs: not the same budget."
+        in verdict_of(store).cautions
+    )
     folder.joinpath("settings.yaml").write_text("- broken")
     assert not any("masks at random" in text for text in verdict_of(store).cautions)
 
@@ -149,11 +166,19 @@ def test_unequal_budgets_and_random_masks_are_cautioned_about(tmp_path: Path) ->
         ([0.1, 0.1, 0.1, 0.1, 0.1], [0.5, 0.4, 0.3, 0.2, 0.1], "too little varies"),
     ],
 )
-def test_agreement_of_rungs_is_worded(tmp_path: Path, values: list[float], finals: list[float], words: str) -> None:
+def test_agreement_of_rungs_is_worded(
+    tmp_path: Path, values: list[float], finals: list[float], words: str
+) -> None:
     store = new_study(tmp_path / "s")
     for early, late in zip(values, finals, strict=True):
-        rungs = {25: 0.3, 75: early, 100: late}  # 6 steps an epoch: pruning from 400 steps on, so from epoch 75
-        store.search(create=True).add_trial(optuna.create_trial(value=late, intermediate_values=rungs))
+        rungs = {
+            25: 0.3,
+            75: early,
+            100: late,
+        }  # 6 steps an epoch: pruning from 400 steps on, so from epoch 75
+        store.search(create=True).add_trial(
+            optuna.create_trial(value=late, intermediate_values=rungs)
+        )
     agreement = rank_agreement(gather(store))
     assert agreement.trials == 5
     assert agreement.epochs == (75,)
@@ -166,11 +191,15 @@ def test_agreement_of_rungs_is_worded(tmp_path: Path, values: list[float], final
 
 def test_agreement_needs_five_trials(tmp_path: Path) -> None:
     store = study_with(tmp_path / "s", 0.5)
-    assert rank_agreement(gather(store)) == Agreement(trials=2, epochs=(75,), dsc=None, ap=None, prunable=True)
+    assert rank_agreement(gather(store)) == Agreement(
+        trials=2, epochs=(75,), dsc=None, ap=None, prunable=True
+    )
     assert "Not known: 2 complete trials" in verdict_of(store).pruning
 
 
-def test_agreement_covers_average_precision_and_names_the_rung_where_steps_are_unknown(tmp_path: Path) -> None:
+def test_agreement_covers_average_precision_and_names_the_rung_where_steps_are_unknown(
+    tmp_path: Path,
+) -> None:
     store = new_study(tmp_path / "s")
     for i in range(5):
         add_trial(store, 0.4 + 0.02 * i)

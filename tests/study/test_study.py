@@ -15,7 +15,7 @@ from tiny import TINY
 
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import DataError, ResourceError, SettingsError, StudyError
-from amlp_ray.study.keeping.store import StudyStore, read_metrics
+from amlp_ray.study.storage.study_store import StudyStore, read_metrics
 from amlp_ray.study.study import Study
 
 
@@ -26,7 +26,9 @@ def write(folder: Path, **changes: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(phantom_dataset: PatchDataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[str]]:
+def finished(
+    phantom_dataset: PatchDataset, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Study, list[str]]:
     """A study that ran to its end, and the lines it said."""
     folder = tmp_path_factory.mktemp("study")
     lines: list[str] = []
@@ -42,11 +44,20 @@ def test_every_trial_ends_once_and_leaves_its_files(finished: tuple[Study, list[
     assert [t.user_attrs["arm"] for t in study.store.arms().trials] == ["scratch", "mae"]
     for trial in study.store.search().trials:
         folder = study.store.trial_folder(trial.number)
-        files = {"settings.yaml", "metrics.jsonl", "score.json", "rungs", "encoder.safetensors", "checkpoint"}
+        files = {
+            "settings.yaml",
+            "metrics.jsonl",
+            "score.json",
+            "rungs",
+            "encoder.safetensors",
+            "checkpoint",
+        }
         assert files | {"pictures", "provenance.json"} <= {p.name for p in folder.iterdir()}
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
-        assert {row["epoch"]: row["dsc"] for row in rows if "dsc" in row} == trial.intermediate_values
+        assert {
+            row["epoch"]: row["dsc"] for row in rows if "dsc" in row
+        } == trial.intermediate_values
         facts = trial.user_attrs["facts"]
         assert facts["epochs"] == 4
         assert facts["memory"] > 0
@@ -99,20 +110,30 @@ def test_a_finished_study_runs_no_more_and_an_extended_one_goes_on(
     more.extend(trials="+1")
     again = Study.load(write(tmp_path, budget={"trials": 4}), data=phantom_dataset.path, runs=runs)
     again.run(notify=lambda line: None)
-    assert len(again.store.search().trials) == 5, "the file that says 4 is no wish for less than was extended to"
+    assert len(again.store.search().trials) == 5, (
+        "the file that says 4 is no wish for less than was extended to"
+    )
 
 
 @pytest.mark.ray
 def test_a_trial_that_diverges_fails_with_its_reason_and_the_study_goes_on(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    space = {"lr": {"choices": [1.0]}, "clip_grad": {"choices": [1e30]}, "precision": {"choices": ["bf16"]}}
+    space = {
+        "lr": {"choices": [1.0]},
+        "clip_grad": {"choices": [1e30]},
+        "precision": {"choices": ["bf16"]},
+    }
     study = Study.load(
-        write(tmp_path, space=space, arms=[], budget={"trials": 1}), data=phantom_dataset.path, runs=tmp_path
+        write(tmp_path, space=space, arms=[], budget={"trials": 1}),
+        data=phantom_dataset.path,
+        runs=tmp_path,
     )
     study.store.trial_folder(0).mkdir(parents=True)
     (study.store.trial_folder(0) / "checkpoint").mkdir()
-    (study.store.trial_folder(0) / "checkpoint" / f"epoch-1.{0:016x}.pt").write_bytes(b"no checkpoint")
+    (study.store.trial_folder(0) / "checkpoint" / f"epoch-1.{0:016x}.pt").write_bytes(
+        b"no checkpoint"
+    )
     study.run(notify=lambda line: None)
     (trial,) = study.store.search().trials
     assert trial.state == TrialState.FAIL
@@ -139,7 +160,9 @@ def test_trials_of_two_workers_report_their_rungs_and_may_be_pruned(
     for trial in study.store.search().trials:
         rows = read_metrics(study.store.trial_folder(trial.number))
         assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
-        assert {row["epoch"]: row["dsc"] for row in rows if "dsc" in row} == trial.intermediate_values
+        assert {
+            row["epoch"]: row["dsc"] for row in rows if "dsc" in row
+        } == trial.intermediate_values
         full = max(trial.intermediate_values) == 12
         assert trial.state == (TrialState.COMPLETE if full else TrialState.PRUNED)
 
@@ -150,7 +173,9 @@ def test_a_study_is_paused_by_another_and_goes_on_with_its_trials(
 ) -> None:
     changes = {"pretrain": TINY["pretrain"] | {"epochs": 80}, "arms": [], "budget": {"trials": 2}}
     changes |= {"pruner": {"name": "none", "rungs": 16}}
-    study = Study.load(write(tmp_path, **changes), data=phantom_dataset.path, runs=tmp_path / "runs")
+    study = Study.load(
+        write(tmp_path, **changes), data=phantom_dataset.path, runs=tmp_path / "runs"
+    )
     other = Study(study.settings, StudyStore(study.store.folder))
     lines: list[str] = []
 
@@ -172,18 +197,24 @@ def test_a_study_is_paused_by_another_and_goes_on_with_its_trials(
 
 
 @pytest.mark.ray
-def test_a_population_learns_a_schedule_segment_by_segment(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_a_population_learns_a_schedule_segment_by_segment(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     changes = {
         "arms": [],
         "space": {"ratio.points": {"low": 0.2, "high": 0.8}},
         "sampler": {"name": "pbt", "population": 3, "interval": 2},
         "budget": {"trials": 6},
     }
-    study = Study.load(write(tmp_path, **changes), data=phantom_dataset.path, runs=tmp_path / "runs")
+    study = Study.load(
+        write(tmp_path, **changes), data=phantom_dataset.path, runs=tmp_path / "runs"
+    )
     study.run(notify=lambda line: None)
     trials = study.store.search().trials
     assert [t.state for t in trials] == [TrialState.PRUNED] * 3 + [TrialState.COMPLETE] * 3
-    assert [t.user_attrs["facts"]["epochs"] for t in trials] == [2] * 6, "each trains its own segment only"
+    assert [t.user_attrs["facts"]["epochs"] for t in trials] == [2] * 6, (
+        "each trains its own segment only"
+    )
     for trial in trials[3:]:
         rows = read_metrics(study.store.trial_folder(trial.number))
         assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
@@ -196,7 +227,9 @@ def test_a_confirmation_scores_by_both_protocols_and_opens_the_test_images_once(
 ) -> None:
     shutil.copytree(finished[0].store.folder, tmp_path / "tiny")
     confirm = {"top": 1, "seeds": 2, "finetune": {"epochs": 1}}
-    study = Study.load(tmp_path / "tiny" / "study.yaml", runs=tmp_path, overrides={"confirm": confirm})
+    study = Study.load(
+        tmp_path / "tiny" / "study.yaml", runs=tmp_path, overrides={"confirm": confirm}
+    )
     lines: list[str] = []
     study.confirm(notify=lines.append)
     trials = study.store.confirmation().trials
@@ -205,7 +238,9 @@ def test_a_confirmation_scores_by_both_protocols_and_opens_the_test_images_once(
         (name, repeat) for name in (best, "scratch", "mae") for repeat in (0, 1)
     }
     for trial in trials:
-        folder = study.store.confirm_folder(trial.user_attrs["candidate"], trial.user_attrs["repeat"])
+        folder = study.store.confirm_folder(
+            trial.user_attrs["candidate"], trial.user_attrs["repeat"]
+        )
         test = json.loads((folder / "test.json").read_text())
         assert set(test) >= {"probe", "finetune"}
         assert 0 <= test["finetune"]["dsc"] <= 1
@@ -253,7 +288,10 @@ def test_a_study_that_another_process_runs_says_who(finished: tuple[Study, list[
         ({"probe": {"labels": 20, "folds": 2}}, DataError, "lower probe.labels"),
         ({"space": {"model.patch_size": {"choices": [8, 10]}}}, SettingsError, "does not divide"),
         (
-            {"space": {"batch_size": {"choices": [12, 3]}}, "resources": {"workers": 4, "cpus_per_worker": 0.1}},
+            {
+                "space": {"batch_size": {"choices": [12, 3]}},
+                "resources": {"workers": 4, "cpus_per_worker": 0.1},
+            },
             SettingsError,
             "batch_size 3 is less than resources.workers 4",
         ),
@@ -262,19 +300,33 @@ def test_a_study_that_another_process_runs_says_who(finished: tuple[Study, list[
             SettingsError,
             "fsdp needs a fixed number of workers that divides batch_size 12",
         ),
-        ({"space": {"selection.rule": {"choices": ["smallest", "oracle"]}}}, SettingsError, "an oracle aims by true"),
+        (
+            {"space": {"selection.rule": {"choices": ["smallest", "oracle"]}}},
+            SettingsError,
+            "an oracle aims by true",
+        ),
         (
             {"pretrain": {"selection": {"mode": "soft", "score": "oracle"}}, "space": {}},
             SettingsError,
             "an oracle aims by true",
         ),
-        ({"arms": ["simsiam"], "pretrain": {"batch_size": 1}}, SettingsError, "one image per worker"),
+        (
+            {"arms": ["simsiam"], "pretrain": {"batch_size": 1}},
+            SettingsError,
+            "one image per worker",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(
-    phantom_dataset: PatchDataset, tmp_path: Path, changes: dict[str, Any], error: type[Exception], told: str
+    phantom_dataset: PatchDataset,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    error: type[Exception],
+    told: str,
 ) -> None:
-    study = Study.load(write(tmp_path, **changes), data=phantom_dataset.path, runs=tmp_path / "runs")
+    study = Study.load(
+        write(tmp_path, **changes), data=phantom_dataset.path, runs=tmp_path / "runs"
+    )
     with pytest.raises(error, match=told):
         study.plan()
     with pytest.raises(error, match=told):
@@ -282,7 +334,9 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_plan_prices_the_study_without_running_it(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_a_plan_prices_the_study_without_running_it(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     study = Study.load(write(tmp_path), data=phantom_dataset.path, runs=tmp_path / "runs")
     plan = study.plan()
     assert (plan.trials, plan.arm_runs, plan.rungs, plan.steps_per_trial) == (3, 2, (2, 4), 12)
@@ -345,7 +399,10 @@ def test_an_arm_is_named_once(tmp_path: Path) -> None:
 def test_a_plan_says_at_which_rungs_a_trial_may_be_pruned(
     phantom_dataset: PatchDataset, tmp_path: Path, pruner: dict[str, Any], rungs: tuple[int, ...]
 ) -> None:
-    assert Study.load(write(tmp_path, pruner=pruner), data=phantom_dataset.path).plan().prunable_rungs == rungs
+    assert (
+        Study.load(write(tmp_path, pruner=pruner), data=phantom_dataset.path).plan().prunable_rungs
+        == rungs
+    )
 
 
 def test_an_unknown_study_is_told_with_those_there_are(finished: tuple[Study, list[str]]) -> None:
@@ -353,7 +410,9 @@ def test_an_unknown_study_is_told_with_those_there_are(finished: tuple[Study, li
         Study.open("tinny", runs=finished[0].store.folder.parent)
 
 
-@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "studies").glob("*.yaml")), ids=lambda f: f.stem)
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "studies").glob("*.yaml")), ids=lambda f: f.stem
+)
 def test_the_ready_studies_are_valid(file: Path) -> None:
     study = Study.load(file, data="anywhere")  # checks the space too
     assert study.settings.name == file.stem

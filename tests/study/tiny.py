@@ -10,7 +10,10 @@ TINY: dict[str, Any] = {
         "batch_size": 12,
         "model": {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_heads": 2},
     },
-    "space": {"ratio.start": {"low": 0.2, "high": 0.5}, "selection.mode": {"choices": ["hard", "soft"]}},
+    "space": {
+        "ratio.start": {"low": 0.2, "high": 0.5},
+        "selection.mode": {"choices": ["hard", "soft"]},
+    },
     "probe": {"labels": 12, "subsets": 2, "folds": 2},
     "pruner": {"name": "none", "rungs": 2},
     "budget": {"trials": 3},

@@ -17,21 +17,21 @@ from functools import partial
 from pathlib import Path
 
 from amlp_ray.config import PretrainSettings, ResourceSettings
-from amlp_ray.runtime.ray_session import ENVIRONMENT
-from amlp_ray.training.job import Job
-from amlp_ray.training.recording.events import read_events
-from amlp_ray.training.recording.metrics import read_rows
+from amlp_ray.launch.job import Job
+from amlp_ray.runtime.session import ENVIRONMENT
+from amlp_ray.training.loggers.metrics_file import read_rows
+from amlp_ray.utils.event_log import read_events
 
 os.environ.update(ENVIRONMENT)
 
 import ray
 from ray.cluster_utils import Cluster
 
-from amlp_ray.training import group
-from amlp_ray.training.runners import run_on_ray
+from amlp_ray.launch.launcher import run_on_ray
+from amlp_ray.runtime import worker_group
 
 WORK_S = 0.4  # of an epoch, at least: nodes take seconds to come and go
-group.RESIZE_S = 2.0
+worker_group.RESIZE_S = 2.0
 
 
 def unhurried(out: Path) -> bool:
@@ -44,7 +44,11 @@ def run(data: str, out: Path, epochs: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port}  # Ray Train asks it as each group ends
+    head = {
+        "num_cpus": 0,
+        "include_dashboard": True,
+        "dashboard_port": port,
+    }  # Ray Train asks it as each group ends
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
     ray.init(address=cluster.address, log_to_driver=False)
@@ -65,7 +69,9 @@ def run(data: str, out: Path, epochs: int) -> None:
     thread.start()  # nodes can be added from the main thread only
     wait_for(lambda: len(read_rows(out / "metrics.jsonl")) >= 2, thread)
     cluster.remove_node(nodes[1], allow_graceful=False)
-    wait_for(lambda: started(out) >= 2 and read_rows(out / "metrics.jsonl")[-1]["workers"] == 2, thread)
+    wait_for(
+        lambda: started(out) >= 2 and read_rows(out / "metrics.jsonl")[-1]["workers"] == 2, thread
+    )
     cluster.add_node(num_cpus=1)
     thread.join()
     ray.shutdown()

@@ -13,18 +13,18 @@ import torch
 from PIL import Image
 from written import discs, write
 
+from amlp_ray.analysis.inspect_run import inspect_run
+from amlp_ray.analysis.localization import bench_rules
+from amlp_ray.analysis.localization_candidates import candidates
 from amlp_ray.config import PretrainSettings, ProbeSettings, SegmentSettings
 from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.evaluation.linear_probe import Probe
+from amlp_ray.evaluation.segmentation import segment
+from amlp_ray.launch.job import Job, run_job
 from amlp_ray.method.augment import normalise
-from amlp_ray.method.pictures import as_pixels
-from amlp_ray.training.job import Job, run_job
-from amlp_ray.training.looking.candidates import candidates
-from amlp_ray.training.looking.inspection import inspect_run
-from amlp_ray.training.looking.localisation import bench_rules
+from amlp_ray.method.visualization import as_pixels
+from amlp_ray.training.loggers.metrics_file import read_rows
 from amlp_ray.training.pretrain import Hooks
-from amlp_ray.training.recording.metrics import read_rows
-from amlp_ray.training.scoring.probe import Probe
-from amlp_ray.training.scoring.segment import segment
 
 KINDS = [("uint8", 2), ("uint16", 1), ("int16", 1), ("int16", 4), ("float32", 3)]
 SIDE = 32
@@ -33,7 +33,9 @@ FEW = ProbeSettings(labels=8, subsets=1, folds=2)
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0]} of {kind[1]}")
-def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PatchDataset:
+def dataset(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> PatchDataset:
     """24 images to train on and 8 to look at."""
     dtype, channels = request.param
     splits = {name: discs(count, (channels, SIDE, SIDE), dtype, seed) for seed, (name, count) in enumerate(
@@ -46,8 +48,17 @@ def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def run(dataset: PatchDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with everything on, scored by a probe and drawn."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    given: dict[str, Any] = {"flip_vertical": True, "intensity": 0.7, "epochs": 2, "batch_size": 8, "model": MODEL}
-    run_job(Job(PretrainSettings.model_validate(given), dataset.path, folder, probe=FEW, rungs=(2,)), Hooks())
+    given: dict[str, Any] = {
+        "flip_vertical": True,
+        "intensity": 0.7,
+        "epochs": 2,
+        "batch_size": 8,
+        "model": MODEL,
+    }
+    run_job(
+        Job(PretrainSettings.model_validate(given), dataset.path, folder, probe=FEW, rungs=(2,)),
+        Hooks(),
+    )
     return folder
 
 
@@ -68,8 +79,17 @@ def test_an_inspection_shows_what_the_run_met(run: Path, tmp_path: Path) -> None
     assert all(math.isfinite(found["mean"][name]) for name in ("recall", "error"))
 
 
-def test_a_segmenter_is_trained_with_all_augmentation(dataset: PatchDataset, run: Path, tmp_path: Path) -> None:
-    given = {"epochs": 2, "batch_size": 6, "decoder_width": 8, "crop_min": 0.6, "intensity": 0.5, "flip_vertical": True}
+def test_a_segmenter_is_trained_with_all_augmentation(
+    dataset: PatchDataset, run: Path, tmp_path: Path
+) -> None:
+    given = {
+        "epochs": 2,
+        "batch_size": 6,
+        "decoder_width": 8,
+        "crop_min": 0.6,
+        "intensity": 0.5,
+        "flip_vertical": True,
+    }
     losses: list[float] = []
     score = segment(
         dataset, run / "encoder.safetensors", tmp_path / "out", SegmentSettings.model_validate(given),
@@ -80,7 +100,9 @@ def test_a_segmenter_is_trained_with_all_augmentation(dataset: PatchDataset, run
 
 
 def test_a_dark_disc_is_found_in_any_scale(dataset: PatchDataset) -> None:
-    wanted = [c for c in candidates() if c.name in ("combined dark", "raw, 3, darkest", "random patches")]
+    wanted = [
+        c for c in candidates() if c.name in ("combined dark", "raw, 3, darkest", "random patches")
+    ]
     rows = {row["name"]: row for row in bench_rules(dataset, wanted=wanted, seeds=1, patch_size=4)}
     assert rows["combined dark"]["auc"] > 0.8
     assert rows["raw, 3, darkest"]["f1"] > 2 * rows["random patches"]["f1"]
@@ -99,7 +121,9 @@ def test_a_probe_sees_normalised_patches(dataset: PatchDataset) -> None:
     assert 0.8 < float(every.std()) < 1.2
 
 
-def test_a_picture_is_the_first_channel_or_rgb_scaled_to_its_own_contrast(dataset: PatchDataset) -> None:
+def test_a_picture_is_the_first_channel_or_rgb_scaled_to_its_own_contrast(
+    dataset: PatchDataset,
+) -> None:
     images = dataset.load("val").images
     x = normalise(torch.from_numpy(images), dataset.spec)
     shown = np.stack(as_pixels(x, x, dataset.spec, (SIDE, SIDE)))
@@ -112,7 +136,9 @@ def test_a_picture_is_the_first_channel_or_rgb_scaled_to_its_own_contrast(datase
         assert (shown[..., 0] == shown[..., 2]).all()
 
 
-def test_a_constant_image_of_any_scale_is_drawn_black_and_not_as_noise(dataset: PatchDataset) -> None:
+def test_a_constant_image_of_any_scale_is_drawn_black_and_not_as_noise(
+    dataset: PatchDataset,
+) -> None:
     flat = np.full_like(dataset.load("val", np.array([0])).images, int(dataset.spec.mean[0]))
     x = normalise(torch.from_numpy(flat), dataset.spec)
     (shown,) = as_pixels(x, x, dataset.spec, (SIDE, SIDE))

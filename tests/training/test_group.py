@@ -22,29 +22,49 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from amlp_ray.config import FaultSettings, ResourceSettings
-from amlp_ray.errors import DataError, NonFiniteLossError, ResourceError, StorageError, WorkerLostError
-from amlp_ray.training import group
-from amlp_ray.training.group import Member, kind_of, own_error, run_group
-from amlp_ray.training.recording.events import read_events
+from amlp_ray.errors import (
+    DataError,
+    NonFiniteLossError,
+    ResourceError,
+    StorageError,
+    WorkerLostError,
+)
+from amlp_ray.runtime import worker_group
+from amlp_ray.runtime.worker_group import Member, kind_of, own_error, run_group
+from amlp_ray.utils.event_log import read_events
 
-GLOO = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:29500")
-NCCL = RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:2251, remote process exited or there was a network error")
+GLOO = RuntimeError(
+    "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:29500"
+)
+NCCL = RuntimeError(
+    "NCCL error in: ProcessGroupNCCL.cpp:2251, remote process exited or there was a network error"
+)
 NAN = NonFiniteLossError("loss is not finite at epoch 3, step 2")
 NO_DATA = DataError("part-00001.parquet is gone; prepare the data again.")
 BUG = KeyError("a bug")
 
 
-def died(message: str = "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR") -> Any:
-    return ActorDiedError(ActorDiedErrorContext(class_name="RayTrainWorker", actor_id=b"0" * 16, error_message=message))
+def died(
+    message: str = "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR",
+) -> Any:
+    return ActorDiedError(
+        ActorDiedErrorContext(
+            class_name="RayTrainWorker", actor_id=b"0" * 16, error_message=message
+        )
+    )
 
 
 def taken_away() -> ActorDiedError:
     node = NodeDeathInfo(reason=NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED)
-    return ActorDiedError(ActorDiedErrorContext(actor_id=b"0" * 16, error_message="gone", node_death_info=node))
+    return ActorDiedError(
+        ActorDiedErrorContext(actor_id=b"0" * 16, error_message="gone", node_death_info=node)
+    )
 
 
 NODE = died("The actor died because its node has died. Node Id: 3f, the health check failed.")
-PREEMPTION = PreemptionError(PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"node": [0]}))
+PREEMPTION = PreemptionError(
+    PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"node": [0]})
+)
 
 
 def ended(*errors: Exception) -> WorkerGroupError:
@@ -52,11 +72,15 @@ def ended(*errors: Exception) -> WorkerGroupError:
     wrapped: dict[int, Exception] = {}
     for rank, error in enumerate(errors):
         if isinstance(error, ActorDiedError | OutOfMemoryError):
-            wrapped[rank] = WorkerHealthCheckFailedError("A worker health check failed.", failure=error)
+            wrapped[rank] = WorkerHealthCheckFailedError(
+                "A worker health check failed.", failure=error
+            )
         elif isinstance(error, WorkerHealthCheckTimeoutError):
             wrapped[rank] = error
         else:
-            wrapped[rank] = UserExceptionWithTraceback(error, f"Traceback ...\n{type(error).__name__}: {error}")
+            wrapped[rank] = UserExceptionWithTraceback(
+                error, f"Traceback ...\n{type(error).__name__}: {error}"
+            )
     return WorkerGroupError("told", wrapped)
 
 
@@ -64,8 +88,14 @@ KINDS = {
     "a worker that died": (ended(died()), "worker lost"),
     "a worker that died, and others that miss it": (ended(GLOO, died(), NCCL), "worker lost"),
     "others that miss it alone": (ended(GLOO, NCCL), "worker lost"),
-    "a worker that does not answer": (ended(WorkerHealthCheckTimeoutError("It has been hanging.")), "worker lost"),
-    "a worker that took too much memory": (ended(OutOfMemoryError("The node ran low")), "worker lost"),
+    "a worker that does not answer": (
+        ended(WorkerHealthCheckTimeoutError("It has been hanging.")),
+        "worker lost",
+    ),
+    "a worker that took too much memory": (
+        ended(OutOfMemoryError("The node ran low")),
+        "worker lost",
+    ),
     "a node": (ended(GLOO, NODE), "node lost"),
     "a node that was taken away": (ended(GLOO, taken_away()), "preempted"),
     "a node that will be": (PREEMPTION, "preempted"),
@@ -81,7 +111,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize(("failure", "kind"), KINDS.values(), ids=KINDS.keys())
-def test_what_was_lost_is_told_from_what_would_come_again(failure: BaseException, kind: str) -> None:
+def test_what_was_lost_is_told_from_what_would_come_again(
+    failure: BaseException, kind: str
+) -> None:
     assert kind_of(failure) == kind
 
 
@@ -95,11 +127,15 @@ OWN = {
 
 
 @pytest.mark.parametrize(("failure", "error"), OWN.values(), ids=OWN.keys())
-def test_the_error_of_the_worker_that_made_it_is_raised(failure: BaseException, error: BaseException) -> None:
+def test_the_error_of_the_worker_that_made_it_is_raised(
+    failure: BaseException, error: BaseException
+) -> None:
     assert own_error(failure) is error
 
 
-@pytest.mark.parametrize("failure", [WorkerGroupStartupTimeoutError(2), WorkerGroupStartupFailedError("no node")])
+@pytest.mark.parametrize(
+    "failure", [WorkerGroupStartupTimeoutError(2), WorkerGroupStartupFailedError("no node")]
+)
 def test_no_room_is_told_in_a_sentence(failure: Exception) -> None:
     error = own_error(ControllerError(failure))
     assert isinstance(error, ResourceError)
@@ -115,7 +151,9 @@ Run = Callable[..., int]
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Run a group that fails so, one after another, then ends; the epoch before each; return how often it was begun."""
 
-    def go(failures: list[BaseException], epochs: list[int] | None = None, *, retries: int = 2) -> int:
+    def go(
+        failures: list[BaseException], epochs: list[int] | None = None, *, retries: int = 2
+    ) -> int:
         reached = iter(epochs or [])
         now, left, begun = [0], iter(failures), [0]
 
@@ -124,8 +162,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
             now[0] = next(reached, now[0])
             return next(left, None)
 
-        monkeypatch.setattr(group, "_attempt", attempt)
-        monkeypatch.setattr(group, "answering_nodes", lambda: {"node"})
+        monkeypatch.setattr(worker_group, "_attempt", attempt)
+        monkeypatch.setattr(worker_group, "answering_nodes", lambda: {"node"})
         resources, faults = ResourceSettings(workers=2), FaultSettings(retries=retries)
         try:
             run_group(print, resources, faults, name="x", folder=tmp_path, progress=lambda: now[0])
@@ -149,7 +187,9 @@ def test_what_was_lost_is_begun_again_and_noted(run: Run, tmp_path: Path) -> Non
 
 
 def test_losses_in_a_row_count_together_up_to_the_retries(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(WorkerLostError, match=r"number 3 without progress, and faults\.retries=2 allows no more"):
+    with pytest.raises(
+        WorkerLostError, match=r"number 3 without progress, and faults\.retries=2 allows no more"
+    ):
         run([ended(died())] * 3)
     assert kinds(tmp_path) == ["worker lost"] * 3
     with pytest.raises(WorkerLostError, match=r"number 1 without progress, and faults\.retries=0"):
@@ -168,7 +208,9 @@ def test_nodes_that_are_taken_away_cost_no_retry(run: Run, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("error", [NO_DATA, NAN, BUG], ids=["ours", "loss", "bug"])
-def test_what_would_come_again_ends_it_at_once_as_it_was(run: Run, tmp_path: Path, error: Exception) -> None:
+def test_what_would_come_again_ends_it_at_once_as_it_was(
+    run: Run, tmp_path: Path, error: Exception
+) -> None:
     with pytest.raises(type(error)) as raised:
         run([ended(GLOO, error)])
     assert raised.value is error
@@ -208,8 +250,8 @@ def test_a_group_begins_again_when_its_folder_is_there_again(
         away.rename(folder)
 
     back = threading.Timer(1.0, bring_back)
-    monkeypatch.setattr(group, "_attempt", attempt)
-    monkeypatch.setattr(group, "answering_nodes", lambda: {"node"})
+    monkeypatch.setattr(worker_group, "_attempt", attempt)
+    monkeypatch.setattr(worker_group, "answering_nodes", lambda: {"node"})
     run_group(print, ResourceSettings(workers=2), FaultSettings(), name="x", folder=folder)
     assert begun == [True, True]
     assert kinds(folder if left == "nothing" else tmp_path / "below") == ["worker lost", "storage"]
@@ -226,10 +268,16 @@ def test_a_folder_that_stays_away_ends_the_run_and_is_not_made_anew(
         shutil.rmtree(folder)
         return ended(died())
 
-    monkeypatch.setattr(group, "_attempt", attempt)
-    monkeypatch.setattr(group, "answering_nodes", lambda: {"node"})
+    monkeypatch.setattr(worker_group, "_attempt", attempt)
+    monkeypatch.setattr(worker_group, "answering_nodes", lambda: {"node"})
     with pytest.raises(StorageError, match=r"took nothing for 0\.01 minutes"):
-        run_group(print, ResourceSettings(workers=2), FaultSettings(storage_minutes=0.01), name="x", folder=folder)
+        run_group(
+            print,
+            ResourceSettings(workers=2),
+            FaultSettings(storage_minutes=0.01),
+            name="x",
+            folder=folder,
+        )
     assert not folder.exists()
 
 
@@ -253,14 +301,14 @@ def test_a_group_is_polled_in_the_calling_thread_while_it_works_and_once_after(
         polled.append((threading.current_thread() is threading.main_thread(), done.is_set()))
         polled_while_it_works.set()
 
-    monkeypatch.setattr(group, "_trainer", lambda *given: Trainer())
-    monkeypatch.setattr(group, "POLL_S", 0.01)
-    failure = group._attempt(print, ResourceSettings(), FaultSettings(), "x", tmp_path, poll)
+    monkeypatch.setattr(worker_group, "_trainer", lambda *given: Trainer())
+    monkeypatch.setattr(worker_group, "POLL_S", 0.01)
+    failure = worker_group._attempt(print, ResourceSettings(), FaultSettings(), "x", tmp_path, poll)
     assert failure is (BUG if fails else None)
     assert (polled[0], polled[-1]) == ((True, False), (True, True))
 
 
 def test_a_process_by_itself_is_the_first_of_one() -> None:
-    assert group.alone() == Member(rank=0, world=1, device=group.alone().device)
+    assert worker_group.alone() == Member(rank=0, world=1, device=worker_group.alone().device)
     assert Member().is_first
     assert not Member(rank=1, world=2).is_first

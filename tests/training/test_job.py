@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 
 from amlp_ray.config import PretrainSettings, ProbeSettings
+from amlp_ray.config.base import build
+from amlp_ray.config.yaml_file import read_yaml
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import CheckpointError
-from amlp_ray.settings import build, read_yaml
-from amlp_ray.training.job import STRIPS, Job, _parameters, claim, is_finished, run_job
-from amlp_ray.training.keeping.export import load_encoder
+from amlp_ray.launch.job import STRIPS, Job, _parameters, claim, is_finished, run_job
+from amlp_ray.training.checkpoint.export import load_encoder
+from amlp_ray.training.loggers.metrics_file import append_row, drop_after, read_rows
 from amlp_ray.training.pretrain import Hooks
-from amlp_ray.training.recording.metrics import append_row, drop_after, read_rows
 
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16}
 SIZES = ("dsc_small", "dsc_medium", "dsc_large")
@@ -24,15 +25,23 @@ PROBE = ProbeSettings(labels=8, subsets=1, folds=2)
 
 
 def job_of(dataset: PatchDataset, folder: Path, **given: Any) -> Job:
-    settings = PretrainSettings.model_validate({"epochs": 2, "batch_size": 12, "model": TINY, **given})
+    settings = PretrainSettings.model_validate(
+        {"epochs": 2, "batch_size": 12, "model": TINY, **given}
+    )
     return Job(settings, str(dataset.path), folder, probe=PROBE, rungs=(1, 2))
 
 
-def test_a_job_is_scored_at_its_rungs_and_keeps_the_last_score(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_a_job_is_scored_at_its_rungs_and_keeps_the_last_score(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     job = replace(job_of(phantom_dataset, tmp_path, epochs=3), rungs=(2, 3))
     result = run_job(job, Hooks())
     rows = read_rows(tmp_path / "metrics.jsonl")
-    assert [("dsc" in row, "ap" in row) for row in rows] == [(False, False), (True, True), (True, True)]
+    assert [("dsc" in row, "ap" in row) for row in rows] == [
+        (False, False),
+        (True, True),
+        (True, True),
+    ]
     kept = json.loads((tmp_path / "score.json").read_text())
     assert kept["epoch"] == 3
     assert kept["dsc"] == rows[-1]["dsc"] == result.metrics["dsc"]
@@ -53,7 +62,9 @@ def test_every_rung_keeps_its_scores_and_the_last_is_that_of_the_run(
         assert sizes == {name: rung[name] for name in SIZES if rung.get(name) is not None}
 
 
-def test_an_oracle_runs_as_a_trial_does_and_is_scored_and_drawn(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_an_oracle_runs_as_a_trial_does_and_is_scored_and_drawn(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     selection = {"mode": "hard", "by": "cluster", "rule": "oracle", "feedback": 0.0}
     result = run_job(job_of(phantom_dataset, tmp_path, selection=selection), Hooks())
     assert result.epochs == 2
@@ -62,7 +73,9 @@ def test_an_oracle_runs_as_a_trial_does_and_is_scored_and_drawn(phantom_dataset:
     assert len(list((tmp_path / "pictures").iterdir())) == STRIPS
 
 
-def test_pictures_show_validation_images_with_lesions(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_pictures_show_validation_images_with_lesions(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     run_job(job_of(phantom_dataset, tmp_path), Hooks())
     strips = sorted((tmp_path / "pictures").iterdir())
     assert len(strips) == STRIPS
@@ -70,7 +83,9 @@ def test_pictures_show_validation_images_with_lesions(phantom_dataset: PatchData
     lesions = {val.ids[i] for i in range(len(val)) if val.masks[i].any()}
     assert {path.stem.partition("-")[2] for path in strips} <= lesions
     for path in strips:
-        assert Image.open(path).width > 4 * Image.open(path).height  # input, lesion, mask, reconstruction, truth
+        assert (
+            Image.open(path).width > 4 * Image.open(path).height
+        )  # input, lesion, mask, reconstruction, truth
 
 
 def test_a_random_encoder_is_scored_once_as_epoch_0_and_exported_untrained(
@@ -82,18 +97,26 @@ def test_a_random_encoder_is_scored_once_as_epoch_0_and_exported_untrained(
     assert [metrics["epoch"] for metrics in reported] == [0]
     assert 0 <= reported[0]["dsc"] <= 1
     exported = load_encoder(result.encoder).state_dict()
-    assert all(torch.equal(value, exported[key]) for key, value in result.model.encoder.state_dict().items())
+    assert all(
+        torch.equal(value, exported[key])
+        for key, value in result.model.encoder.state_dict().items()
+    )
     again = run_job(replace(job, folder=tmp_path / "again"), Hooks())
     assert again.metrics["dsc"] == result.metrics["dsc"]
 
 
-def test_untrained_weights_are_scored_as_they_are(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_untrained_weights_are_scored_as_they_are(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     start = run_job(job_of(phantom_dataset, tmp_path / "start", epochs=1, variant="mae"), Hooks())
     job = job_of(phantom_dataset, tmp_path / "run", variant="scratch", weights=str(start.encoder))
     assert not is_finished(job)
     result = run_job(replace(job, rungs=(0,)), Hooks())
     given = load_encoder(start.encoder).state_dict()
-    assert all(torch.equal(value, given[key]) for key, value in load_encoder(result.encoder).state_dict().items())
+    assert all(
+        torch.equal(value, given[key])
+        for key, value in load_encoder(result.encoder).state_dict().items()
+    )
     assert is_finished(job)
 
 
@@ -123,16 +146,25 @@ def test_servers_are_told_settings_by_dotted_name_and_no_path() -> None:
     assert told["model.width"] == PretrainSettings().model.width
     assert told["weights"] == "encoder.safetensors"
     assert "hospital" not in str(told)
-    assert _parameters(PretrainSettings(weights="timm:vit_tiny_patch16_224"))["weights"] == "timm:vit_tiny_patch16_224"
+    assert (
+        _parameters(PretrainSettings(weights="timm:vit_tiny_patch16_224"))["weights"]
+        == "timm:vit_tiny_patch16_224"
+    )
 
 
-def test_a_folder_is_claimed_by_its_settings_in_full(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_a_folder_is_claimed_by_its_settings_in_full(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     job = job_of(phantom_dataset, tmp_path / "run")
-    claim(job_of(phantom_dataset, tmp_path / "run", epochs=3), phantom_dataset)  # never began, so it is replaced
+    claim(
+        job_of(phantom_dataset, tmp_path / "run", epochs=3), phantom_dataset
+    )  # never began, so it is replaced
     claim(job, phantom_dataset)
     append_row(tmp_path / "run" / "metrics.jsonl", {"epoch": 1})
     claim(job, phantom_dataset)
-    assert build(PretrainSettings, read_yaml(tmp_path / "run" / "settings.yaml"), "x") == job.settings
+    assert (
+        build(PretrainSettings, read_yaml(tmp_path / "run" / "settings.yaml"), "x") == job.settings
+    )
     with pytest.raises(CheckpointError, match="holds a run with other settings"):
         claim(job_of(phantom_dataset, tmp_path / "run", epochs=3), phantom_dataset)
     assert read_yaml(tmp_path / "run" / "settings.yaml")["epochs"] == 2
@@ -150,7 +182,9 @@ def test_lines_of_metrics_are_read_up_to_the_first_that_was_cut(tmp_path: Path) 
     assert drop_after(tmp_path / "none.jsonl", 5) == ([], [])
 
 
-def test_a_run_goes_on_with_images_read_in_another_way(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_images_read_in_another_way(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     first = run_job(job_of(phantom_dataset, tmp_path / "run", epochs=1, data="resident"), Hooks())
     again = run_job(job_of(phantom_dataset, tmp_path / "run", epochs=1, data="mapped"), Hooks())
     assert again.metrics == first.metrics

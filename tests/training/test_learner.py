@@ -9,9 +9,9 @@ import torch
 
 from amlp_ray.config import ImageSpec, PretrainSettings
 from amlp_ray.errors import CheckpointError, SettingsError
-from amlp_ray.method.model import MaskedAutoencoder
-from amlp_ray.training import parallel
-from amlp_ray.training.learner import Learner, blocks_to_cut, new_model
+from amlp_ray.method.autoencoder import MaskedAutoencoder
+from amlp_ray.training.train_state import Learner, blocks_to_cut, new_model
+from amlp_ray.utils import distributed
 
 SPEC = ImageSpec(channels=1, height=32, width=32, mean=(9.0,), std=(3.0,))
 MODEL = {"patch_size": 8, "width": 24, "depth": 3, "heads": 2, "decoder_width": 16}
@@ -36,7 +36,9 @@ def copied(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def changed(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
-    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    return {
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    }
 
 
 @pytest.mark.parametrize("variant", ["amlp", "simsiam"])
@@ -48,15 +50,27 @@ def test_a_model_follows_from_its_seed_alone(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["mae", "hpm", "simsiam"])
-def test_blocks_that_may_be_cut_are_groups_apart_and_every_trained_weight_is_in_one(variant: str) -> None:
+def test_blocks_that_may_be_cut_are_groups_apart_and_every_trained_weight_is_in_one(
+    variant: str,
+) -> None:
     learner = learner_of(variant=variant, weight_decay=0.1)
     groups = [group["params"] for group in learner.optimizer.param_groups]
     trained = {id(p) for p in learner.model.parameters() if p.requires_grad}
     assert sorted(id(p) for group in groups for p in group) == sorted(trained)
     blocks = {id(p) for block in blocks_to_cut(learner.model) for p in block.parameters()}
-    assert [{id(p) in blocks for p in group} for group in groups] == [{True}, {True}, {False}, {False}]
+    assert [{id(p) in blocks for p in group} for group in groups] == [
+        {True},
+        {True},
+        {False},
+        {False},
+    ]
     assert [{p.dim() > 1 for p in group} for group in groups] == [{True}, {False}, {True}, {False}]
-    assert [group["weight_decay"] for group in learner.optimizer.param_groups] == [0.1, 0.0, 0.1, 0.0]
+    assert [group["weight_decay"] for group in learner.optimizer.param_groups] == [
+        0.1,
+        0.0,
+        0.1,
+        0.0,
+    ]
 
 
 def test_all_encoder_blocks_but_the_last_may_be_cut() -> None:
@@ -126,7 +140,9 @@ def test_the_scale_goes_on_where_it_was() -> None:
 
 def test_a_state_of_a_model_of_another_shape_is_refused() -> None:
     with pytest.raises(CheckpointError, match="images of another size"):
-        learner_of(variant="mae").load(learner_of(variant="mae", model={**MODEL, "depth": 2}).refresh())
+        learner_of(variant="mae").load(
+            learner_of(variant="mae", model={**MODEL, "depth": 2}).refresh()
+        )
 
 
 @pytest.mark.parametrize(
@@ -137,7 +153,9 @@ def test_a_state_of_a_model_of_another_shape_is_refused() -> None:
         ({"precision": "fp16"}, "goes with neither average nor precision=fp16; use ddp or bf16"),
     ],
 )
-def test_what_cannot_be_cut_is_refused(monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], told: str) -> None:
-    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+def test_what_cannot_be_cut_is_refused(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], told: str
+) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(SettingsError, match=told):
         Learner(settings_of(**given), SPEC, "cpu", sharding="fsdp")

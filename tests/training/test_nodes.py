@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.training.keeping.keeper import checkpoints, is_whole
-from amlp_ray.training.recording.events import count_events, read_events
-from amlp_ray.training.recording.metrics import read_rows
+from amlp_ray.training.checkpoint.manager import checkpoints, is_whole
+from amlp_ray.training.loggers.metrics_file import read_rows
+from amlp_ray.utils.event_log import count_events, read_events
 
 EPOCHS = 70
 
@@ -22,7 +22,13 @@ def test_a_node_is_killed_and_one_is_added_and_every_epoch_is_done_once(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    command = [sys.executable, str(Path(__file__).with_name("nodes.py")), phantom_dataset.path, str(out), str(EPOCHS)]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("nodes.py")),
+        phantom_dataset.path,
+        str(out),
+        str(EPOCHS),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = read_rows(out / "metrics.jsonl")

@@ -14,17 +14,26 @@ from written import discs, write
 
 from amlp_ray.config import PretrainSettings, ResourceSettings
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.reading.stream import open_batches
-from amlp_ray.training import parallel
-from amlp_ray.training.keeping.export import load_encoder
-from amlp_ray.training.keeping.keeper import latest
-from amlp_ray.training.learner import Learner
+from amlp_ray.data.loading.batches import open_batches
+from amlp_ray.training.checkpoint.export import load_encoder
+from amlp_ray.training.checkpoint.manager import latest
+from amlp_ray.training.loggers.metrics_file import read_rows
 from amlp_ray.training.pretrain import Hooks, pretrain
-from amlp_ray.training.recording.events import read_events
-from amlp_ray.training.recording.metrics import read_rows
+from amlp_ray.training.train_state import Learner
+from amlp_ray.utils import distributed
+from amlp_ray.utils.event_log import read_events
 
 TINY = {"width": 24, "depth": 3, "heads": 2, "decoder_width": 16, "decoder_heads": 2}
-FIGURES = ("loss", "loss_rec", "loss_ccl", "loss_rank", "grad_norm", "lesion_cluster_share", "ratio", "lr")
+FIGURES = (
+    "loss",
+    "loss_rec",
+    "loss_ccl",
+    "loss_rank",
+    "grad_norm",
+    "lesion_cluster_share",
+    "ratio",
+    "lr",
+)
 _meetings = count()
 
 
@@ -49,7 +58,7 @@ def train(
         seed=settings.seed,
         mode="resident",
         rank=rank,
-        world=parallel.world_size(),
+        world=distributed.world_size(),
     )
     reported: list[int] = []
     hooks = Hooks(
@@ -70,7 +79,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> PatchDataset:
 
 
 def go(
-    dataset: PatchDataset, folder: Path, settings: PretrainSettings, workers: int = 1, *more: Any, **given: Any
+    dataset: PatchDataset,
+    folder: Path,
+    settings: PretrainSettings,
+    workers: int = 1,
+    *more: Any,
+    **given: Any,
 ) -> None:
     resources = ResourceSettings(workers=workers, **given)
     if workers == 1:
@@ -94,7 +108,11 @@ def assert_alike(one: Path, other: Path, rel: float = 1e-5) -> None:
 LOOKING = {"variant": "amlp", "loss": {"warmup": 0.0}}
 WORKERS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "amlp on two": (2, LOOKING, {}),
-    "mae on three, with shares of 3, 3 and 4 in pieces": (3, {"variant": "mae"}, {"micro_batch": 2}),
+    "mae on three, with shares of 3, 3 and 4 in pieces": (
+        3,
+        {"variant": "mae"},
+        {"micro_batch": 2},
+    ),
     "clusters of the data set on three": (3, {"selection": {"scope": "dataset", "refresh": 2}}, {}),
     "amlp cut in two, in pieces": (2, LOOKING, {"sharding": "fsdp", "micro_batch": 2}),
     "soft masks on two": (2, {"variant": "amlp-soft", "loss": {"warmup": 0.0}}, {}),
@@ -105,7 +123,11 @@ WORKERS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize(("workers", "given", "resources"), WORKERS.values(), ids=WORKERS.keys())
 def test_workers_follow_the_curve_of_one_and_end_with_the_same_model(
-    dataset: PatchDataset, tmp_path: Path, workers: int, given: dict[str, Any], resources: dict[str, Any]
+    dataset: PatchDataset,
+    tmp_path: Path,
+    workers: int,
+    given: dict[str, Any],
+    resources: dict[str, Any],
 ) -> None:
     settings = settings_of(**given)
     go(dataset, tmp_path / "one", settings)
@@ -113,7 +135,9 @@ def test_workers_follow_the_curve_of_one_and_end_with_the_same_model(
     assert_alike(tmp_path / "one", tmp_path / "all")
     for row in read_rows(tmp_path / "all" / "metrics.jsonl"):
         assert row["workers"] == workers
-        assert row["images_per_second_per_worker"] == pytest.approx(row["images_per_second"] / workers)
+        assert row["images_per_second_per_worker"] == pytest.approx(
+            row["images_per_second"] / workers
+        )
     models = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(workers)]
     for model in models[1:]:
         assert model.keys() == models[0].keys()
@@ -125,10 +149,14 @@ def test_workers_follow_the_curve_of_one_and_end_with_the_same_model(
 def test_compiled_workers_exchange_a_batch_s_gradient_once_whatever_pieces_they_take(
     dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    settings = settings_of(variant="mae", batch_size=3, compile=True)  # shares of 1 and 2, so 1 piece and 2
+    settings = settings_of(
+        variant="mae", batch_size=3, compile=True
+    )  # shares of 1 and 2, so 1 piece and 2
     go(dataset, tmp_path / "one", settings_of(variant="mae", batch_size=3))
     resources = ResourceSettings(workers=2, micro_batch=1)
-    run_workers(2, compiled, tmp_path / "meeting", dataset.path, tmp_path / "all", settings, resources)
+    run_workers(
+        2, compiled, tmp_path / "meeting", dataset.path, tmp_path / "all", settings, resources
+    )
     assert_alike(tmp_path / "one", tmp_path / "all", rel=1e-4)
 
 
@@ -153,13 +181,22 @@ def test_a_run_goes_on_with_other_workers_as_if_it_had_not_been_stopped(
     go(dataset, tmp_path / "whole", settings)
     stops = [1, 2, None] if len(parts) == 3 else [1, None]
     for part, stop in zip(parts, stops, strict=True):
-        go(dataset, tmp_path / "parts", settings, part.get("workers", 1), stop, sharding=part.get("sharding", "auto"))
+        go(
+            dataset,
+            tmp_path / "parts",
+            settings,
+            part.get("workers", 1),
+            stop,
+            sharding=part.get("sharding", "auto"),
+        )
     assert_alike(tmp_path / "whole", tmp_path / "parts")
     started = [(e["workers"], e["epoch"], e["repeated"]) for e in read_events(tmp_path / "parts")]
     assert started == [(part.get("workers", 1), epoch, 0) for epoch, part in enumerate(parts)]
 
 
-def test_a_checkpoint_of_a_cut_model_is_that_of_a_whole_one(dataset: PatchDataset, tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_cut_model_is_that_of_a_whole_one(
+    dataset: PatchDataset, tmp_path: Path
+) -> None:
     settings = settings_of(variant="mae", epochs=1)
     go(dataset, tmp_path / "one", settings)
     go(dataset, tmp_path / "cut", settings, 2, sharding="fsdp")
@@ -167,7 +204,9 @@ def test_a_checkpoint_of_a_cut_model_is_that_of_a_whole_one(dataset: PatchDatase
     assert one["model"].keys() == cut["model"].keys()
     for name, value in one["model"].items():
         assert value.shape == cut["model"][name].shape
-        if not name.endswith("qkv.bias"):  # keys' biases have no gradient but noise, which Adam makes steps of
+        if not name.endswith(
+            "qkv.bias"
+        ):  # keys' biases have no gradient but noise, which Adam makes steps of
             assert torch.allclose(value, cut["model"][name], rtol=1e-4, atol=1e-5), name
     assert one["optimizer"]["state"].keys() == cut["optimizer"]["state"].keys()
     for number, moments in one["optimizer"]["state"].items():
@@ -182,13 +221,13 @@ def test_a_checkpoint_of_a_cut_model_is_that_of_a_whole_one(dataset: PatchDatase
 
 def test_alone_nothing_is_exchanged(dataset: PatchDataset) -> None:
     learner = Learner(settings_of(), dataset.spec, "cpu", sharding="fsdp")
-    assert (parallel.rank(), parallel.world_size()) == (0, 1)
-    assert not parallel.is_cut(learner.model)
-    assert parallel.as_network(learner.model) is learner.model
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert not distributed.is_cut(learner.model)
+    assert distributed.as_network(learner.model) is learner.model
     assert learner.whole is learner.model
     values = torch.tensor([1.0, 2.0])
-    assert parallel.mean_over_workers(values).tolist() == [1, 2]
-    assert parallel.told_by_first(7, "cpu") == 7
+    assert distributed.mean_over_workers(values).tolist() == [1, 2]
+    assert distributed.told_by_first(7, "cpu") == 7
 
 
 @pytest.mark.parametrize(
@@ -206,15 +245,17 @@ def test_large_models_are_cut_on_gpus_or_as_asked(
 ) -> None:
     model = torch.nn.Module()
     model.weight = torch.nn.Parameter(torch.empty(parameters, device="meta"))
-    assert not parallel.cuts(sharding, model, device)
-    monkeypatch.setattr(parallel, "world_size", lambda: 2)
-    assert parallel.cuts(sharding, model, device) == cut
+    assert not distributed.cuts(sharding, model, device)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    assert distributed.cuts(sharding, model, device) == cut
 
 
 def test_a_gradient_is_shrunk_to_its_largest_norm() -> None:
     model = torch.nn.Linear(2, 1)
     model.weight.grad, model.bias.grad = torch.tensor([[2.0, 1.0]]), torch.tensor([2.0])
-    assert parallel.clip_gradients(model, 1.5).item() == pytest.approx(3)
-    assert torch.cat([model.weight.grad.flatten(), model.bias.grad]).norm().item() == pytest.approx(1.5)
-    assert parallel.clip_gradients(model, 9.0).item() == pytest.approx(1.5)
+    assert distributed.clip_gradients(model, 1.5).item() == pytest.approx(3)
+    assert torch.cat([model.weight.grad.flatten(), model.bias.grad]).norm().item() == pytest.approx(
+        1.5
+    )
+    assert distributed.clip_gradients(model, 9.0).item() == pytest.approx(1.5)
     assert model.weight.grad[0, 0].item() == pytest.approx(1)

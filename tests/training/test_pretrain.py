@@ -13,15 +13,23 @@ from torch import Tensor
 
 from amlp_ray.config import VARIANTS, ImageSpec, PretrainSettings
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.reading.stream import Batch, Batches, open_batches
+from amlp_ray.data.loading.batches import Batch, Batches, open_batches
 from amlp_ray.errors import CheckpointError, NonFiniteLossError, SettingsError
-from amlp_ray.training.keeping.export import load_encoder
-from amlp_ray.training.keeping.keeper import checkpoints, latest
-from amlp_ray.training.learner import Learner
-from amlp_ray.training.pretrain import Hooks, PretrainResult, learning_rate, pretrain
-from amlp_ray.training.recording.metrics import read_rows
+from amlp_ray.training.checkpoint.export import load_encoder
+from amlp_ray.training.checkpoint.manager import checkpoints, latest
+from amlp_ray.training.loggers.metrics_file import read_rows
+from amlp_ray.training.lr_schedule import learning_rate
+from amlp_ray.training.pretrain import Hooks, PretrainResult, pretrain
+from amlp_ray.training.train_state import Learner
 
-MEASURED = {"images_per_second", "images_per_second_per_worker", "wait_share", "seconds", "mfu", "memory"}
+MEASURED = {
+    "images_per_second",
+    "images_per_second_per_worker",
+    "wait_share",
+    "seconds",
+    "mfu",
+    "memory",
+}
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_heads": 2}
 
 
@@ -64,7 +72,10 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def without_measured(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in MEASURED} for row in read_rows(folder / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if k not in MEASURED}
+        for row in read_rows(folder / "metrics.jsonl")
+    ]
 
 
 def test_the_loss_falls_on_phantoms_and_lies_below_predicting_the_mean(
@@ -78,7 +89,9 @@ def test_the_loss_falls_on_phantoms_and_lies_below_predicting_the_mean(
     assert not result.stopped_early
 
 
-def test_every_epoch_writes_one_line_with_all_its_figures(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_every_epoch_writes_one_line_with_all_its_figures(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     result = run(phantom_dataset, tmp_path)
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
@@ -96,16 +109,27 @@ def test_every_epoch_writes_one_line_with_all_its_figures(phantom_dataset: Patch
         assert row["workers"] == 1
         assert row["images_per_second_per_worker"] == row["images_per_second"]
     assert [row["ratio"] for row in rows] == pytest.approx([0.25, 0.25 + 1 / 6, 0.25 + 2 / 6, 0.75])
-    assert [row["lr"] for row in rows] == [learning_rate(tiny(), 3 * epoch - 1, 12) for epoch in (1, 2, 3, 4)]
+    assert [row["lr"] for row in rows] == [
+        learning_rate(tiny(), 3 * epoch - 1, 12) for epoch in (1, 2, 3, 4)
+    ]
     assert result.metrics == rows[-1]
 
 
-TWO_EPOCHS = {"refresh": 2}  # so that a stop after one epoch falls between two looks at whole images
-RESUMED: dict[str, dict[str, Any]] = {name: {"variant": name} for name in VARIANTS if name != "scratch"} | {
+TWO_EPOCHS = {
+    "refresh": 2
+}  # so that a stop after one epoch falls between two looks at whole images
+RESUMED: dict[str, dict[str, Any]] = {
+    name: {"variant": name} for name in VARIANTS if name != "scratch"
+} | {
     "a look in between": {"selection": {**TWO_EPOCHS, "feedback": 0.5}, "loss": {"warmup": 0.0}},
     "data set clusters": {"selection": {**TWO_EPOCHS, "scope": "dataset", "clusters": 4}},
-    "tokens": {"selection": {**TWO_EPOCHS, "features": "tokens", "rule": "hardest"}, "loss": {"warmup": 0.0}},
-    "tokens of the data set": {"selection": {"refresh": 0, "features": "tokens", "scope": "dataset"}},
+    "tokens": {
+        "selection": {**TWO_EPOCHS, "features": "tokens", "rule": "hardest"},
+        "loss": {"warmup": 0.0},
+    },
+    "tokens of the data set": {
+        "selection": {"refresh": 0, "features": "tokens", "scope": "dataset"}
+    },
     "random ratio": {"ratio": {"shape": "random", "per": "step"}},
     "fp16": {"precision": "fp16"},
     "average": {"average": 0.9},
@@ -132,11 +156,16 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(
     assert saved[0]["scaler"] == saved[1]["scaler"]
     for a, b in zip(*(s["optimizer"]["state"].values() for s in saved), strict=True):
         assert same(a, b)
-    exported = [load_encoder(tmp_path / name / "encoder.safetensors").state_dict() for name in ("parts", "whole")]
+    exported = [
+        load_encoder(tmp_path / name / "encoder.safetensors").state_dict()
+        for name in ("parts", "whole")
+    ]
     assert same(*exported)
 
 
-def test_amlp_with_every_part_switched_off_is_mae_to_the_bit(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_amlp_with_every_part_switched_off_is_mae_to_the_bit(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     mae = run(phantom_dataset, tmp_path / "mae", epochs=2, variant="mae")
     off = run(
         phantom_dataset,
@@ -153,7 +182,9 @@ def test_amlp_with_every_part_switched_off_is_mae_to_the_bit(phantom_dataset: Pa
 
 NEUTRAL: dict[str, dict[str, Any]] = {
     "soft selection without strength": {"selection": {"mode": "soft", "strength": 0.0}},
-    "hard selection that no cluster qualifies for": {"selection": {"mode": "hard", "min_patches": 1000}},
+    "hard selection that no cluster qualifies for": {
+        "selection": {"mode": "hard", "min_patches": 1000}
+    },
     "relative loss with gamma 0": {"loss": {"weighting": "rrl", "gamma": 0.0}},
     "attention loss with mix 0": {"loss": {"weighting": "arl", "mix": 0.0}},
     "weights during warm-up": {"loss": {"weighting": "rrl", "warmup": 0.9}, "epochs": 1},
@@ -219,7 +250,9 @@ def test_a_line_cut_short_and_a_line_beyond_the_checkpoint_are_repaired(
     folder = tmp_path / "killed"
     run(phantom_dataset, folder, stop_after=2)
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"epoch": 3, "loss": -1.0}) + "\n")  # written, but the checkpoint was not
+        file.write(
+            json.dumps({"epoch": 3, "loss": -1.0}) + "\n"
+        )  # written, but the checkpoint was not
         file.write('{"epoch": 4, "lo')
     run(phantom_dataset, folder)
     assert without_measured(folder) == without_measured(tmp_path / "whole")
@@ -262,7 +295,9 @@ def test_hooks_are_called_once_per_epoch_in_order_when_all_is_on_disk(
     assert calls == ["evaluate 1", "report 1", "stop?", "evaluate 2", "report 2", "stop?"]
 
 
-def test_an_evaluation_does_not_change_the_training(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_an_evaluation_does_not_change_the_training(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     def evaluate(model: Any, epoch: int) -> dict[str, Any]:
         return {"noise": float(torch.rand(3).sum())}
 
@@ -284,7 +319,9 @@ class Poisoned:
     def epoch(self, epoch: int) -> Iterator[Batch]:
         for step, batch in enumerate(self.batches.epoch(epoch), 1):
             images = batch.images.float()
-            yield Batch(images.fill_(self.value) if (epoch, step) == self.at else images, batch.keys)
+            yield Batch(
+                images.fill_(self.value) if (epoch, step) == self.at else images, batch.keys
+            )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -295,15 +332,20 @@ def test_a_loss_that_is_not_finite_stops_naming_epoch_and_step_and_spares_the_ch
     batches = open_train(phantom_dataset, tiny())
     assert batches.steps_per_epoch == 3
     with pytest.raises(
-        NonFiniteLossError, match=r"loss_rec is not finite at epoch 3, step 2 \(all weights still are\).*lower lr"
+        NonFiniteLossError,
+        match=r"loss_rec is not finite at epoch 3, step 2 \(all weights still are\).*lower lr",
     ):
-        run(phantom_dataset, tmp_path / "a", variant=variant, batches=Poisoned(batches, 3, 2, value))
+        run(
+            phantom_dataset, tmp_path / "a", variant=variant, batches=Poisoned(batches, 3, 2, value)
+        )
     assert len(read_rows(tmp_path / "a" / "metrics.jsonl")) == 2
     resumed = run(phantom_dataset, tmp_path / "a", variant=variant)  # the data repaired
     assert same(weights(resumed), weights(run(phantom_dataset, tmp_path / "b", variant=variant)))
 
 
-def test_bf16_on_the_cpu_trains_and_differs_from_fp32(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_bf16_on_the_cpu_trains_and_differs_from_fp32(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     low = run(phantom_dataset, tmp_path / "low", epochs=2, precision="bf16")
     full = run(phantom_dataset, tmp_path / "full", epochs=2, precision="fp32")
     assert low.metrics["loss"] == pytest.approx(full.metrics["loss"], rel=0.05)
@@ -329,7 +371,9 @@ def test_a_run_without_a_whole_checkpoint_is_refused_in_one_sentence(
 ) -> None:
     run(phantom_dataset, tmp_path, stop_after=1)
     damage(checkpoints(tmp_path)[0])
-    with pytest.raises(CheckpointError, match=r"no whole checkpoint \(epoch-1\.\w+\.pt\); delete it to start again"):
+    with pytest.raises(
+        CheckpointError, match=r"no whole checkpoint \(epoch-1\.\w+\.pt\); delete it to start again"
+    ):
         run(phantom_dataset, tmp_path)
 
 
@@ -349,7 +393,9 @@ def test_a_folder_of_other_images_is_refused(phantom_dataset: PatchDataset, tmp_
         run(phantom_dataset, tmp_path, batches=batches)
 
 
-def test_a_patch_size_that_does_not_divide_the_images_is_refused(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_a_patch_size_that_does_not_divide_the_images_is_refused(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     with pytest.raises(SettingsError, match=r"patch_size 7 does not divide .* 64x64"):
         run(phantom_dataset, tmp_path, model={**TINY, "patch_size": 7})
 
@@ -366,12 +412,21 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_nearly_zero() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("warmup", [0.0, 0.5, 0.99])
-def test_the_learning_rate_of_very_short_runs_is_positive_and_at_most_lr(steps: int, warmup: float) -> None:
-    rates = [learning_rate(tiny(lr=0.01, warmup=warmup, lr_scaling="none"), step, steps) for step in range(steps)]
+def test_the_learning_rate_of_very_short_runs_is_positive_and_at_most_lr(
+    steps: int, warmup: float
+) -> None:
+    rates = [
+        learning_rate(tiny(lr=0.01, warmup=warmup, lr_scaling="none"), step, steps)
+        for step in range(steps)
+    ]
     assert all(0 < rate <= 0.01 for rate in rates)
 
 
-SCALED = {"sqrt": 0.02, "linear": 0.04, "none": 0.01}  # of lr 0.01, at four times the batch it holds for
+SCALED = {
+    "sqrt": 0.02,
+    "linear": 0.04,
+    "none": 0.01,
+}  # of lr 0.01, at four times the batch it holds for
 
 
 @pytest.mark.parametrize(("scaling", "highest"), SCALED.items())
@@ -384,13 +439,20 @@ def test_the_learning_rate_follows_the_batch(
     assert tiny(**given, batch_size=3).scaled_lr == 0.01
     run(phantom_dataset, tmp_path, epochs=2, **given)
     row = read_rows(tmp_path / "metrics.jsonl")[0]
-    assert row["lr"] == pytest.approx(highest * (1 + math.cos(math.pi * 2 / 6)) / 2)  # of the third of six steps
+    assert row["lr"] == pytest.approx(
+        highest * (1 + math.cos(math.pi * 2 / 6)) / 2
+    )  # of the third of six steps
 
 
-def test_matrices_are_decayed_and_biases_norms_and_fixed_positions_are_not(phantom_dataset: PatchDataset) -> None:
+def test_matrices_are_decayed_and_biases_norms_and_fixed_positions_are_not(
+    phantom_dataset: PatchDataset,
+) -> None:
     learner = Learner(tiny(), phantom_dataset.spec, "cpu")
     groups = learner.optimizer.param_groups
-    decayed, free = ([p for g in groups if g["weight_decay"] == decay for p in g["params"]] for decay in (0.05, 0.0))
+    decayed, free = (
+        [p for g in groups if g["weight_decay"] == decay for p in g["params"]]
+        for decay in (0.05, 0.0)
+    )
     assert all(p.dim() > 1 for p in decayed)
     assert all(p.dim() <= 1 for p in free)
     trained = {id(p) for p in learner.model.parameters() if p.requires_grad}
@@ -398,7 +460,9 @@ def test_matrices_are_decayed_and_biases_norms_and_fixed_positions_are_not(phant
     assert len(decayed + free) == len(trained)
 
 
-def test_the_exported_encoder_is_the_trained_one(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_the_exported_encoder_is_the_trained_one(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     result = run(phantom_dataset, tmp_path, epochs=1)
     assert result.encoder == tmp_path / "encoder.safetensors"
     assert same(load_encoder(result.encoder).state_dict(), result.model.encoder.state_dict())

@@ -15,16 +15,23 @@ from written import discs, write
 
 from amlp_ray.config import FaultSettings, PretrainSettings
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.reading.stream import open_batches
+from amlp_ray.data.loading.batches import open_batches
 from amlp_ray.errors import StorageError
-from amlp_ray.training.keeping.export import load_encoder
-from amlp_ray.training.keeping.keeper import checkpoints, epoch_of, latest
+from amlp_ray.training.checkpoint.export import load_encoder
+from amlp_ray.training.checkpoint.manager import checkpoints, epoch_of, latest
+from amlp_ray.training.loggers.metrics_file import Metrics, read_rows
 from amlp_ray.training.pretrain import Hooks, PretrainResult, pretrain
-from amlp_ray.training.recording.events import read_events
-from amlp_ray.training.recording.metrics import Metrics, read_rows
+from amlp_ray.utils.event_log import read_events
 
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_heads": 2}
-MEASURED = {"images_per_second", "images_per_second_per_worker", "wait_share", "seconds", "mfu", "memory"}
+MEASURED = {
+    "images_per_second",
+    "images_per_second_per_worker",
+    "wait_share",
+    "seconds",
+    "mfu",
+    "memory",
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +49,9 @@ def go(
     faults: FaultSettings | None = None,
     **given: Any,
 ) -> PretrainResult:
-    settings = PretrainSettings.model_validate({"epochs": 4, "batch_size": 10, "model": TINY, **given})
+    settings = PretrainSettings.model_validate(
+        {"epochs": 4, "batch_size": 10, "model": TINY, **given}
+    )
     batches = open_batches(dataset, batch_size=10, seed=settings.seed, mode="resident")
     reported: list[int] = []
 
@@ -50,12 +59,17 @@ def go(
         reported.append(metrics["epoch"])
         report(metrics)
 
-    hooks = Hooks(report=told, should_stop=lambda: stop_after is not None and reported[-1] >= stop_after)
+    hooks = Hooks(
+        report=told, should_stop=lambda: stop_after is not None and reported[-1] >= stop_after
+    )
     return pretrain(settings, batches, folder, hooks=hooks, faults=faults)
 
 
 def figures(folder: Path) -> list[Metrics]:
-    return [{k: v for k, v in row.items() if k not in MEASURED} for row in read_rows(folder / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if k not in MEASURED}
+        for row in read_rows(folder / "metrics.jsonl")
+    ]
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -64,8 +78,12 @@ def assert_same(one: Path, other: Path) -> None:
     assert [row["epoch"] for row in figures(one)] == [1, 2, 3, 4]
     states = [found[0] for folder in (one, other) if (found := latest(folder))]
     for key in ("model", "average"):
-        assert all(torch.equal(v, states[1][key][name]) for name, v in states[0].get(key, {}).items())
-    encoders = [load_encoder(folder / "encoder.safetensors").state_dict() for folder in (one, other)]
+        assert all(
+            torch.equal(v, states[1][key][name]) for name, v in states[0].get(key, {}).items()
+        )
+    encoders = [
+        load_encoder(folder / "encoder.safetensors").state_dict() for folder in (one, other)
+    ]
     assert all(torch.equal(value, encoders[1][name]) for name, value in encoders[0].items())
 
 
@@ -81,7 +99,9 @@ def started(folder: Path) -> list[tuple[int, int, int]]:
     return [(event["workers"], event["epoch"], event["repeated"]) for event in events]
 
 
-def test_a_damaged_newest_checkpoint_costs_its_epoch_and_is_told(dataset: PatchDataset, tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_costs_its_epoch_and_is_told(
+    dataset: PatchDataset, tmp_path: Path
+) -> None:
     go(dataset, tmp_path / "whole")
     go(dataset, tmp_path / "run", stop_after=3)
     newest = checkpoints(tmp_path / "run")[0]
@@ -89,8 +109,12 @@ def test_a_damaged_newest_checkpoint_costs_its_epoch_and_is_told(dataset: PatchD
     go(dataset, tmp_path / "run")
     assert_same(tmp_path / "run", tmp_path / "whole")
     assert started(tmp_path / "run") == [(1, 0, 0), (1, 2, 1)]
-    (damaged,) = (event for event in read_events(tmp_path / "run") if event["event"] == "damaged checkpoint")
-    assert damaged["text"] == f"{newest} is damaged and left out; the one before it is taken, if any."
+    (damaged,) = (
+        event for event in read_events(tmp_path / "run") if event["event"] == "damaged checkpoint"
+    )
+    assert (
+        damaged["text"] == f"{newest} is damaged and left out; the one before it is taken, if any."
+    )
     assert [epoch_of(path) for path in checkpoints(tmp_path / "run")] == [4, 3]
 
 
@@ -114,14 +138,18 @@ def test_a_run_that_was_killed_after_a_line_and_before_its_checkpoint_does_that_
     assert started(tmp_path / "run") == [(1, 0, 0), (1, 2, 1)]
 
 
-def test_a_finished_run_that_is_begun_again_notes_nothing(dataset: PatchDataset, tmp_path: Path) -> None:
+def test_a_finished_run_that_is_begun_again_notes_nothing(
+    dataset: PatchDataset, tmp_path: Path
+) -> None:
     for _ in range(2):
         go(dataset, tmp_path)
     assert started(tmp_path) == [(1, 0, 0)]
 
 
 @pytest.mark.parametrize("keep", [1, 3])
-def test_as_many_checkpoints_are_kept_as_asked(dataset: PatchDataset, tmp_path: Path, keep: int) -> None:
+def test_as_many_checkpoints_are_kept_as_asked(
+    dataset: PatchDataset, tmp_path: Path, keep: int
+) -> None:
     go(dataset, tmp_path, faults=FaultSettings(checkpoints=keep))
     assert [epoch_of(path) for path in checkpoints(tmp_path)] == [4, 3, 2][:keep]
 
@@ -153,7 +181,9 @@ def test_a_folder_that_takes_no_checkpoint_ends_the_run_in_a_sentence_and_it_goe
     assert "trying again for 0.001 minutes" in storage["text"]
 
 
-def test_what_a_hook_meets_is_not_taken_for_a_full_folder(dataset: PatchDataset, tmp_path: Path) -> None:
+def test_what_a_hook_meets_is_not_taken_for_a_full_folder(
+    dataset: PatchDataset, tmp_path: Path
+) -> None:
     def report(metrics: Metrics) -> None:
         raise ConnectionError("a server is gone")  # an OSError too
 
@@ -185,9 +215,13 @@ def test_a_line_that_is_not_taken_is_waited_for(dataset: PatchDataset, tmp_path:
     assert [json.loads(line)["epoch"] for line in lines.read_text().splitlines()] == [1, 2, 3, 4]
 
 
-def test_the_average_is_what_is_looked_at_and_exported(dataset: PatchDataset, tmp_path: Path) -> None:
+def test_the_average_is_what_is_looked_at_and_exported(
+    dataset: PatchDataset, tmp_path: Path
+) -> None:
     seen: list[dict[str, torch.Tensor]] = []
-    settings = PretrainSettings.model_validate({"epochs": 2, "batch_size": 10, "model": TINY, "average": 0.9})
+    settings = PretrainSettings.model_validate(
+        {"epochs": 2, "batch_size": 10, "model": TINY, "average": 0.9}
+    )
 
     def evaluate(model: torch.nn.Module, epoch: int) -> Metrics:
         assert not model.training
@@ -205,5 +239,9 @@ def test_the_average_is_what_is_looked_at_and_exported(dataset: PatchDataset, tm
     for model in (seen[-1], result.model.state_dict()):
         assert all(torch.equal(value, average[name]) for name, value in model.items())
     assert all(torch.equal(value, average[f"encoder.{name}"]) for name, value in exported.items())
-    plain = pretrain(settings.model_copy(update={"average": 0.0}), batches, tmp_path / "plain").model.state_dict()
-    assert all(torch.equal(value, plain[name]) for name, value in last.items()), "training itself is as without"
+    plain = pretrain(
+        settings.model_copy(update={"average": 0.0}), batches, tmp_path / "plain"
+    ).model.state_dict()
+    assert all(torch.equal(value, plain[name]) for name, value in last.items()), (
+        "training itself is as without"
+    )

@@ -14,17 +14,24 @@ from written import discs, write
 
 from amlp_ray.config import PretrainSettings, ResourceSettings
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.reading.stream import Batch, Batches, open_batches
+from amlp_ray.data.loading.batches import Batch, Batches, open_batches
 from amlp_ray.errors import NonFiniteLossError
 from amlp_ray.method.masking import Moment
-from amlp_ray.training.keeping.keeper import latest
-from amlp_ray.training.learner import Learner
+from amlp_ray.training.checkpoint.manager import latest
+from amlp_ray.training.loggers.metrics_file import Metrics, read_rows
+from amlp_ray.training.objectives import step_of
 from amlp_ray.training.pretrain import pretrain, take_gradient, train_epoch
-from amlp_ray.training.recording.metrics import Metrics, read_rows
-from amlp_ray.training.steps import step_of
+from amlp_ray.training.train_state import Learner
 
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_heads": 2}
-MEASURED = {"images_per_second", "images_per_second_per_worker", "wait_share", "seconds", "mfu", "memory"}
+MEASURED = {
+    "images_per_second",
+    "images_per_second_per_worker",
+    "wait_share",
+    "seconds",
+    "mfu",
+    "memory",
+}
 OF_EACH_PIECE = {"agreement"}  # a kappa, whose mean over pieces is not that of the batch
 
 
@@ -39,7 +46,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> PatchDataset:
 
 
 def open_train(dataset: PatchDataset, settings: PretrainSettings) -> Batches:
-    return open_batches(dataset, batch_size=settings.batch_size, seed=settings.seed, mode="resident")
+    return open_batches(
+        dataset, batch_size=settings.batch_size, seed=settings.seed, mode="resident"
+    )
 
 
 def run(
@@ -47,12 +56,18 @@ def run(
 ) -> list[Metrics]:
     resources = ResourceSettings(micro_batch=micro_batch)
     pretrain(settings, open_train(dataset, settings), folder, resources=resources)
-    return [{k: v for k, v in row.items() if k not in MEASURED} for row in read_rows(folder / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if k not in MEASURED}
+        for row in read_rows(folder / "metrics.jsonl")
+    ]
 
 
 GIVEN: dict[str, dict[str, Any]] = {
     "amlp": {"loss": {"warmup": 0.0}},
-    "clusters of the data set": {"selection": {"scope": "dataset", "refresh": 1}, "loss": {"warmup": 0.0}},
+    "clusters of the data set": {
+        "selection": {"scope": "dataset", "refresh": 1},
+        "loss": {"warmup": 0.0},
+    },
     "hpm": {"variant": "hpm"},
     "simmim": {"variant": "simmim"},
 }
@@ -64,17 +79,24 @@ def test_a_batch_in_pieces_trains_as_the_whole(
     dataset: PatchDataset, tmp_path: Path, given: dict[str, Any], micro_batch: int
 ) -> None:
     settings = settings_of(**given)
-    whole, pieces = run(dataset, tmp_path / "whole", settings), run(dataset, tmp_path / "in", settings, micro_batch)
+    whole, pieces = (
+        run(dataset, tmp_path / "whole", settings),
+        run(dataset, tmp_path / "in", settings, micro_batch),
+    )
     assert len(whole) == 2
     for one, other in zip(whole, pieces, strict=True):
         if micro_batch < 10:
-            one, other = ({k: v for k, v in row.items() if k not in OF_EACH_PIECE} for row in (one, other))
+            one, other = (
+                {k: v for k, v in row.items() if k not in OF_EACH_PIECE} for row in (one, other)
+            )
             assert other == pytest.approx(one, rel=2e-5, abs=1e-6)
         else:
             assert other == one
 
 
-@pytest.mark.parametrize(("micro_batch", "seen"), [(None, [10]), (10, [10]), (9, [5, 5]), (3, [2, 3, 2, 3])])
+@pytest.mark.parametrize(
+    ("micro_batch", "seen"), [(None, [10]), (10, [10]), (9, [5, 5]), (3, [2, 3, 2, 3])]
+)
 def test_no_more_than_a_piece_is_held_and_the_gradient_is_that_of_the_batch(
     dataset: PatchDataset, micro_batch: int | None, seen: list[int]
 ) -> None:
@@ -90,7 +112,9 @@ def test_no_more_than_a_piece_is_held_and_the_gradient_is_that_of_the_batch(
     objective = step_of(learner.model, settings, None)
     take_gradient(Network(), learner, objective, batch, Moment(1, 0, 2), micro_batch)
     assert held == seen
-    taken = {name: p.grad.clone() for name, p in learner.model.named_parameters() if p.grad is not None}
+    taken = {
+        name: p.grad.clone() for name, p in learner.model.named_parameters() if p.grad is not None
+    }
     learner.optimizer.zero_grad()
     values, images = next(objective(learner.model, batch, Moment(1, 0, 2), "cpu"))
     assert images == 10
@@ -104,13 +128,19 @@ def test_no_more_than_a_piece_is_held_and_the_gradient_is_that_of_the_batch(
 # fp16
 
 
-def test_fp16_trains_close_to_fp32_and_keeps_weights_in_fp32(dataset: PatchDataset, tmp_path: Path) -> None:
-    half, full = (run(dataset, tmp_path / name, settings_of(precision=name)) for name in ("fp16", "fp32"))
+def test_fp16_trains_close_to_fp32_and_keeps_weights_in_fp32(
+    dataset: PatchDataset, tmp_path: Path
+) -> None:
+    half, full = (
+        run(dataset, tmp_path / name, settings_of(precision=name)) for name in ("fp16", "fp32")
+    )
     assert half[-1]["loss"] == pytest.approx(full[-1]["loss"], rel=0.05)
     assert half[-1]["loss"] != full[-1]["loss"]
     found = latest(tmp_path / "fp16")
     assert found is not None
-    assert {value.dtype for value in found[0]["model"].values() if value.is_floating_point()} == {torch.float32}
+    assert {value.dtype for value in found[0]["model"].values() if value.is_floating_point()} == {
+        torch.float32
+    }
     assert found[0]["scaler"]["scale"] > 0
 
 
@@ -125,25 +155,35 @@ def test_steps_that_overflow_while_the_scale_is_found_are_left_out(dataset: Patc
     assert all(torch.equal(p, before[name]) for name, p in learner.model.named_parameters())
     assert math.isfinite(metrics["loss"])
     for epoch in range(2, 9):
-        metrics = train_epoch(learner.model, learner, objective, open_train(dataset, settings), epoch)
+        metrics = train_epoch(
+            learner.model, learner, objective, open_train(dataset, settings), epoch
+        )
     assert math.isfinite(metrics["grad_norm"])
     assert any(not torch.equal(p, before[name]) for name, p in learner.model.named_parameters())
 
 
-def test_what_is_told_of_an_epoch_whose_steps_were_left_out_is_finite(dataset: PatchDataset) -> None:
+def test_what_is_told_of_an_epoch_whose_steps_were_left_out_is_finite(
+    dataset: PatchDataset,
+) -> None:
     settings = settings_of(precision="fp16", variant="mae")
     learner = Learner(settings, dataset.spec, "cpu")
     learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
     objective = step_of(learner.model, settings, None)
     metrics = train_epoch(learner.model, learner, objective, open_train(dataset, settings), 1)
-    assert [name for name, value in metrics.items() if value is not None and not math.isfinite(value)] == []
+    assert [
+        name for name, value in metrics.items() if value is not None and not math.isfinite(value)
+    ] == []
 
 
 class Poisoned:
     """Batches whose images are all NaN."""
 
     def __init__(self, batches: Batches) -> None:
-        self.spec, self.steps_per_epoch, self.batches = batches.spec, batches.steps_per_epoch, batches
+        self.spec, self.steps_per_epoch, self.batches = (
+            batches.spec,
+            batches.steps_per_epoch,
+            batches,
+        )
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         for batch in self.batches.epoch(epoch):
@@ -154,7 +194,10 @@ class Poisoned:
 def test_a_loss_that_is_no_number_stops_fp16_too(
     dataset: PatchDataset, tmp_path: Path, micro_batch: int | None
 ) -> None:
-    settings, resources = settings_of(precision="fp16", variant="mae"), ResourceSettings(micro_batch=micro_batch)
+    settings, resources = (
+        settings_of(precision="fp16", variant="mae"),
+        ResourceSettings(micro_batch=micro_batch),
+    )
     with pytest.raises(NonFiniteLossError, match="loss_rec is not finite at epoch 1, step 1"):
         pretrain(settings, Poisoned(open_train(dataset, settings)), tmp_path, resources=resources)
 

@@ -11,26 +11,36 @@ import pytest
 import torch
 
 from amlp_ray.config import PretrainSettings, ResourceSettings
+from amlp_ray.config.overrides import merged
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import CheckpointError, SettingsError
-from amlp_ray.settings import merged
-from amlp_ray.training.job import Job, run_job
-from amlp_ray.training.keeping.checkpoint import fork_checkpoint
-from amlp_ray.training.keeping.export import load_encoder
-from amlp_ray.training.keeping.keeper import checkpoints, latest
+from amlp_ray.launch.job import Job, run_job
+from amlp_ray.training.checkpoint.export import load_encoder
+from amlp_ray.training.checkpoint.manager import checkpoints, latest
+from amlp_ray.training.checkpoint.restore import fork_checkpoint
+from amlp_ray.training.loggers.metrics_file import own_rows, read_rows
 from amlp_ray.training.pretrain import Hooks, PretrainResult
-from amlp_ray.training.recording.metrics import own_rows, read_rows
 
 MEASURED = {
     "images_per_second", "images_per_second_per_worker", "wait_share", "seconds", "evaluate_seconds", "mfu", "memory",
     "workers",
 }  # fmt: skip
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_heads": 2}
-POINTS = [[0.0, 0.3], [1 / 3, 0.3], [2 / 3, 0.6], [1.0, 0.4]]  # ends of segments of two epochs of six
+POINTS = [
+    [0.0, 0.3],
+    [1 / 3, 0.3],
+    [2 / 3, 0.6],
+    [1.0, 0.4],
+]  # ends of segments of two epochs of six
 
 
 def tiny(points: list[list[float]] = POINTS, **given: Any) -> PretrainSettings:
-    under = {"epochs": 6, "batch_size": 12, "model": TINY, "ratio": {"shape": "points", "points": points}}
+    under = {
+        "epochs": 6,
+        "batch_size": 12,
+        "model": TINY,
+        "ratio": {"shape": "points", "points": points},
+    }
     return PretrainSettings.model_validate(merged(under, given))
 
 
@@ -49,7 +59,9 @@ def go(
         if metrics["epoch"] == killed_at:
             raise KeyboardInterrupt
 
-    return run_job(Job(settings, str(dataset.path), folder, until=until, fork=fork), Hooks(report=report))
+    return run_job(
+        Job(settings, str(dataset.path), folder, until=until, fork=fork), Hooks(report=report)
+    )
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -77,7 +89,10 @@ CUT: dict[str, dict[str, Any]] = {
     "soft, step by step": {"variant": "amlp-soft", "selection": LOOKS, "ratio": {"per": "step"}},
     "mae": {"variant": "mae"},
     "clusters of the data set": {"selection": {**LOOKS, "scope": "dataset", "clusters": 4}},
-    "teacher": {"selection": {**LOOKS, "features": "tokens", "rule": "hardest"}, "loss": {"warmup": 0.0}},
+    "teacher": {
+        "selection": {**LOOKS, "features": "tokens", "rule": "hardest"},
+        "loss": {"warmup": 0.0},
+    },
     "ranking": {"variant": "hpm"},
 }
 
@@ -101,7 +116,10 @@ def test_segments_one_after_another_equal_one_run_of_the_whole_schedule_to_the_b
         fork = folder
     assert figures(tmp_path / "2") == figures(tmp_path / "whole")
     assert equal(saved(tmp_path / "2"), saved(tmp_path / "whole"))
-    encoders = [load_encoder(tmp_path / name / "encoder.safetensors").state_dict() for name in ("2", "whole")]
+    encoders = [
+        load_encoder(tmp_path / name / "encoder.safetensors").state_dict()
+        for name in ("2", "whole")
+    ]
     assert equal(*encoders)
 
 
@@ -127,7 +145,14 @@ def test_a_fork_trains_on_with_its_changed_value_and_a_kill_inside_it_changes_no
     go(phantom_dataset, tmp_path / "kept", tiny(**base), fork=tmp_path / "parent", until=5)
     go(phantom_dataset, tmp_path / "changed", changed, fork=tmp_path / "parent", until=5)
     with pytest.raises(KeyboardInterrupt):
-        go(phantom_dataset, tmp_path / "killed", changed, fork=tmp_path / "parent", until=5, killed_at=3)
+        go(
+            phantom_dataset,
+            tmp_path / "killed",
+            changed,
+            fork=tmp_path / "parent",
+            until=5,
+            killed_at=3,
+        )
     go(phantom_dataset, tmp_path / "killed", changed, fork=tmp_path / "parent", until=5)
     kept, other, killed = (saved(tmp_path / name) for name in ("kept", "changed", "killed"))
     assert not equal(other["model"], kept["model"])
@@ -150,11 +175,16 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("change", REFUSED.values(), ids=REFUSED.keys())
 def test_a_fork_of_what_no_running_model_can_change_is_refused_by_name_and_leaves_nothing(
-    phantom_dataset: PatchDataset, tmp_path: Path, change: dict[str, Any], request: pytest.FixtureRequest
+    phantom_dataset: PatchDataset,
+    tmp_path: Path,
+    change: dict[str, Any],
+    request: pytest.FixtureRequest,
 ) -> None:
     go(phantom_dataset, tmp_path / "parent", tiny(), until=1)
     name = request.node.callspec.id
-    with pytest.raises(CheckpointError, match=rf"cannot go on with another {name}[:,] .*run of its own"):
+    with pytest.raises(
+        CheckpointError, match=rf"cannot go on with another {name}[:,] .*run of its own"
+    ):
         fork_checkpoint(tmp_path / "parent", tmp_path / "child", tiny(**change))
     assert not (tmp_path / "child").exists()
 
@@ -163,15 +193,21 @@ def test_inherited_epochs_are_marked_so_that_their_seconds_count_once_and_the_pa
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
     go(phantom_dataset, tmp_path / "parent", tiny(), until=2)
-    before = {path: path.read_bytes() for path in (tmp_path / "parent").rglob("*") if path.is_file()}
+    before = {
+        path: path.read_bytes() for path in (tmp_path / "parent").rglob("*") if path.is_file()
+    }
     go(phantom_dataset, tmp_path / "child", tiny(), fork=tmp_path / "parent", until=4)
     go(phantom_dataset, tmp_path / "grandchild", tiny(), fork=tmp_path / "child", until=5)
-    assert {path: path.read_bytes() for path in (tmp_path / "parent").rglob("*") if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "parent").rglob("*") if path.is_file()
+    } == before
     rows = read_rows(tmp_path / "grandchild" / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
     assert [row["epoch"] for row in own_rows(rows)] == [5]
     assert rows[0] == read_rows(tmp_path / "parent" / "metrics.jsonl")[0] | {"inherited": True}
-    assert own_rows(read_rows(tmp_path / "parent" / "metrics.jsonl")) == read_rows(tmp_path / "parent/metrics.jsonl")
+    assert own_rows(read_rows(tmp_path / "parent" / "metrics.jsonl")) == read_rows(
+        tmp_path / "parent/metrics.jsonl"
+    )
 
 
 def test_a_fork_that_was_killed_before_its_checkpoint_was_there_is_made_again(
@@ -184,7 +220,7 @@ def test_a_fork_that_was_killed_before_its_checkpoint_was_there_is_made_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("amlp_ray.training.keeping.checkpoint.write_checkpoint", killed)
+        patch.setattr("amlp_ray.training.checkpoint.restore.write_checkpoint", killed)
         with pytest.raises(KeyboardInterrupt):
             go(phantom_dataset, tmp_path / "cut", tiny(), fork=tmp_path / "parent", until=3)
     assert not checkpoints(tmp_path / "cut")
@@ -196,12 +232,17 @@ def test_a_fork_that_was_killed_before_its_checkpoint_was_there_is_made_again(
 def test_a_parent_that_is_gone_is_asked_for_only_where_the_fork_has_no_checkpoint_yet(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match=r"parent has no checkpoint to go on from; run it before"):
+    with pytest.raises(
+        CheckpointError, match=r"parent has no checkpoint to go on from; run it before"
+    ):
         go(phantom_dataset, tmp_path / "child", tiny(), fork=tmp_path / "parent")
     go(phantom_dataset, tmp_path / "parent", tiny(), until=2)
     go(phantom_dataset, tmp_path / "child", tiny(), fork=tmp_path / "parent", until=3)
     (tmp_path / "parent").rename(tmp_path / "moved")
-    assert go(phantom_dataset, tmp_path / "child", tiny(), fork=tmp_path / "parent", until=4).epochs == 4
+    assert (
+        go(phantom_dataset, tmp_path / "child", tiny(), fork=tmp_path / "parent", until=4).epochs
+        == 4
+    )
 
 
 def cut(path: Path) -> None:
@@ -218,11 +259,15 @@ def test_a_damaged_parent_is_refused_in_one_sentence(
 ) -> None:
     go(phantom_dataset, tmp_path / "parent", tiny(), until=1)
     damage(checkpoints(tmp_path / "parent")[0])
-    with pytest.raises(CheckpointError, match=r"parent/checkpoint holds no whole checkpoint .*; delete it"):
+    with pytest.raises(
+        CheckpointError, match=r"parent/checkpoint holds no whole checkpoint .*; delete it"
+    ):
         go(phantom_dataset, tmp_path / "child", tiny(), fork=tmp_path / "parent")
 
 
-def test_a_segment_up_to_the_last_epoch_is_the_whole_run(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_a_segment_up_to_the_last_epoch_is_the_whole_run(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     go(phantom_dataset, tmp_path / "whole", tiny())
     go(phantom_dataset, tmp_path / "until", tiny(), until=6)
     assert equal(saved(tmp_path / "until"), saved(tmp_path / "whole"))
@@ -236,13 +281,17 @@ def test_an_end_that_is_no_epoch_of_the_run_is_refused(
         go(phantom_dataset, tmp_path, tiny(), until=until)
 
 
-def test_a_folder_that_is_beyond_the_end_already_is_refused(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_a_folder_that_is_beyond_the_end_already_is_refused(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     go(phantom_dataset, tmp_path, tiny(), until=3)
     with pytest.raises(CheckpointError, match="is at epoch 3 already, beyond until=2"):
         go(phantom_dataset, tmp_path, tiny(), until=2)
 
 
-def test_a_segment_that_is_asked_to_return_says_so_and_goes_on(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_a_segment_that_is_asked_to_return_says_so_and_goes_on(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     job = Job(tiny(), str(phantom_dataset.path), tmp_path / "cut", until=3)
     part = run_job(job, Hooks(should_stop=lambda: True))
     assert (part.epochs, part.stopped_early) == (1, True)
@@ -256,13 +305,18 @@ def test_a_segment_that_is_asked_to_return_says_so_and_goes_on(phantom_dataset: 
 def test_a_group_of_workers_goes_on_from_a_parent_and_reports_its_own_epochs(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    from amlp_ray.training.runners import run_on_ray
+    from amlp_ray.launch.launcher import run_on_ray
 
     go(phantom_dataset, tmp_path / "parent", tiny(), until=2)
     go(phantom_dataset, tmp_path / "alone", tiny(), fork=tmp_path / "parent", until=4)
     resources = ResourceSettings(workers=2, cpus_per_worker=0.9)
     job = Job(
-        tiny(), str(phantom_dataset.path), tmp_path / "group", resources=resources, until=4, fork=tmp_path / "parent"
+        tiny(),
+        str(phantom_dataset.path),
+        tmp_path / "group",
+        resources=resources,
+        until=4,
+        fork=tmp_path / "parent",
     )
     reported: list[int] = []
     run_on_ray(job, name="group", report=lambda metrics: reported.append(metrics["epoch"]))

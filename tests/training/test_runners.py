@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 
 import amlp_ray
 from amlp_ray.config import PretrainSettings, ResourceSettings
+from amlp_ray.config.base import build
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import CheckpointError, NonFiniteLossError, ResourceError, SettingsError
-from amlp_ray.settings import build
-from amlp_ray.training.job import Job
-from amlp_ray.training.keeping.keeper import latest, write_checkpoint
+from amlp_ray.launch.job import Job
+from amlp_ray.launch.launcher import run_here, run_on_ray
+from amlp_ray.training.checkpoint.manager import latest, write_checkpoint
+from amlp_ray.training.loggers.metrics_file import Metrics, read_rows
 from amlp_ray.training.pretrain import Hooks
-from amlp_ray.training.recording.events import count_events, read_events
-from amlp_ray.training.recording.metrics import Metrics, read_rows
-from amlp_ray.training.runners import run_here, run_on_ray
+from amlp_ray.utils.event_log import count_events, read_events
 
 TINY = {
     "epochs": 3,
@@ -36,7 +36,9 @@ def settings(**changes: object) -> PretrainSettings:
 
 
 @pytest.mark.ray
-def test_two_workers_follow_the_loss_curve_of_one(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_two_workers_follow_the_loss_curve_of_one(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     one, two = ResourceSettings(), ResourceSettings(workers=2, cpus_per_worker=0.9)
     for name, resources in (("one", one), ("two", two)):
         amlp_ray.pretrain(phantom_dataset.path, tmp_path / name, settings(), resources=resources)
@@ -44,11 +46,17 @@ def test_two_workers_follow_the_loss_curve_of_one(phantom_dataset: PatchDataset,
     for alone, shared in zip(*curves, strict=True):
         for figure in ("loss", "loss_rec", "loss_ccl", "lesion_cluster_share", "ratio"):
             assert shared[figure] == pytest.approx(alone[figure], rel=1e-4, abs=1e-6), figure
-    assert {p.name for p in (tmp_path / "two").iterdir()} >= {"encoder.safetensors", "pictures", "settings.yaml"}
+    assert {p.name for p in (tmp_path / "two").iterdir()} >= {
+        "encoder.safetensors",
+        "pictures",
+        "settings.yaml",
+    }
 
 
 @pytest.mark.ray
-def test_a_group_resumes_what_a_process_began(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_a_group_resumes_what_a_process_began(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     amlp_ray.pretrain(phantom_dataset.path, whole, settings())
     run_here(Job(settings(), str(phantom_dataset.path), parts), Hooks(should_stop=lambda: True))
@@ -66,7 +74,9 @@ def test_a_group_resumes_what_a_process_began(phantom_dataset: PatchDataset, tmp
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_the_exported_encoder_loads_in_plain_timm(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_the_exported_encoder_loads_in_plain_timm(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     import json
 
     from safetensors import safe_open
@@ -74,7 +84,9 @@ def test_the_exported_encoder_loads_in_plain_timm(phantom_dataset: PatchDataset,
     path = amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings())
     with safe_open(str(path), framework="pt") as file:
         header = file.metadata()
-    plain = timm.create_model(header["timm_name"], checkpoint_path=str(path), **json.loads(header["timm_arguments"]))
+    plain = timm.create_model(
+        header["timm_name"], checkpoint_path=str(path), **json.loads(header["timm_arguments"])
+    )
     images = torch.randn(2, 1, 64, 64)
     with torch.inference_mode():
         ours = amlp_ray.load_encoder(path).forward_features(images)
@@ -100,12 +112,18 @@ def test_a_finished_run_with_several_workers_starts_no_ray(
     phantom_dataset: PatchDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings())
-    monkeypatch.setattr("amlp_ray.training.runners.ray_session", lambda address: pytest.fail("Ray was started"))
+    monkeypatch.setattr(
+        "amlp_ray.launch.launcher.ray_session", lambda address: pytest.fail("Ray was started")
+    )
     two = ResourceSettings(workers=2, cpus_per_worker=0.5)
-    assert amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings(), resources=two) == path
+    assert (
+        amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings(), resources=two) == path
+    )
 
 
-def test_an_encoder_that_was_cut_short_is_exported_again(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_an_encoder_that_was_cut_short_is_exported_again(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     path = amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings())
     whole = {name: value.clone() for name, value in load_file(path).items()}  # the file is mapped
     path.write_bytes(path.read_bytes()[:3000])
@@ -113,10 +131,16 @@ def test_an_encoder_that_was_cut_short_is_exported_again(phantom_dataset: PatchD
     assert all(torch.equal(value, whole[name]) for name, value in load_file(path).items())
 
 
-def test_a_run_that_never_began_leaves_its_folder_to_the_next(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_a_run_that_never_began_leaves_its_folder_to_the_next(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     (tmp_path / "junk.safetensors").write_text("junk")
     with pytest.raises(SettingsError, match="junk"):
-        amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings(weights=str(tmp_path / "junk.safetensors")))
+        amlp_ray.pretrain(
+            phantom_dataset.path,
+            tmp_path / "run",
+            settings(weights=str(tmp_path / "junk.safetensors")),
+        )
     assert amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings()).is_file()
 
 
@@ -126,7 +150,12 @@ def test_weights_are_missed_before_anything_starts_and_never_by_a_run_that_goes_
     monkeypatch.chdir(tmp_path)
     two = ResourceSettings(workers=2, cpus_per_worker=0.5)
     with pytest.raises(CheckpointError, match=f"no encoder file {tmp_path}/gone.safetensors"):
-        amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", settings(weights="gone.safetensors"), resources=two)
+        amlp_ray.pretrain(
+            phantom_dataset.path,
+            tmp_path / "run",
+            settings(weights="gone.safetensors"),
+            resources=two,
+        )
     assert not (tmp_path / "run").exists()
     amlp_ray.pretrain(phantom_dataset.path, "start", settings()).rename("w.safetensors")
     path = amlp_ray.pretrain(phantom_dataset.path, "run", settings(weights="w.safetensors"))
@@ -136,21 +165,35 @@ def test_weights_are_missed_before_anything_starts_and_never_by_a_run_that_goes_
     assert path.is_file()
 
 
-def test_impossible_requests_are_refused_at_once(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_impossible_requests_are_refused_at_once(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     with pytest.raises(ResourceError, match="gpus_per_worker=64"):
-        amlp_ray.pretrain(phantom_dataset.path, tmp_path, settings(), resources=ResourceSettings(gpus_per_worker=64))
+        amlp_ray.pretrain(
+            phantom_dataset.path,
+            tmp_path,
+            settings(),
+            resources=ResourceSettings(gpus_per_worker=64),
+        )
     with pytest.raises(SettingsError, match="does not divide"):
         amlp_ray.pretrain(phantom_dataset.path, tmp_path, settings(model={"patch_size": 7}))
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("resources", [ResourceSettings(), ResourceSettings(workers=2, cpus_per_worker=0.9)])
+@pytest.mark.parametrize(
+    "resources", [ResourceSettings(), ResourceSettings(workers=2, cpus_per_worker=0.9)]
+)
 def test_a_stream_trains_as_images_in_memory_do_though_workers_hold_every_cpu(
     phantom_dataset: PatchDataset, tmp_path: Path, resources: ResourceSettings
 ) -> None:
-    amlp_ray.pretrain(phantom_dataset.path, tmp_path / "held", settings(data="resident", variant="mae"))
     amlp_ray.pretrain(
-        phantom_dataset.path, tmp_path / "run", settings(data="stream", variant="mae"), resources=resources
+        phantom_dataset.path, tmp_path / "held", settings(data="resident", variant="mae")
+    )
+    amlp_ray.pretrain(
+        phantom_dataset.path,
+        tmp_path / "run",
+        settings(data="stream", variant="mae"),
+        resources=resources,
     )
     held, rows = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("held", "run"))
     assert [row["epoch"] for row in rows] == [1, 2, 3]
@@ -163,14 +206,21 @@ def test_a_killed_worker_is_replaced_and_costs_one_ended_epoch_at_most(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
     resources = ResourceSettings(workers=2, cpus_per_worker=0.9)
-    job = Job(settings(epochs=8, variant="mae"), phantom_dataset.path, tmp_path / "run", resources=resources)
+    job = Job(
+        settings(epochs=8, variant="mae"),
+        phantom_dataset.path,
+        tmp_path / "run",
+        resources=resources,
+    )
     alone = Job(job.settings, job.data, tmp_path / "alone")
     run_here(alone)
     victims: list[int] = []
 
     def report(metrics: Metrics) -> None:
         if metrics["epoch"] >= 3 and not victims:
-            worker = next(p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name())
+            worker = next(
+                p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()
+            )
             worker.kill()
             victims.append(worker.pid)
 
@@ -188,7 +238,9 @@ def test_a_killed_worker_is_replaced_and_costs_one_ended_epoch_at_most(
 
 
 @pytest.mark.ray
-def test_a_loss_that_is_not_finite_ends_a_group_at_once(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_a_group_at_once(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     resources = ResourceSettings(workers=2, cpus_per_worker=0.9)
     job = Job(settings(variant="mae"), phantom_dataset.path, tmp_path / "run", resources=resources)
     # A weight is spoiled in the checkpoint that it goes on from: a rate that surely diverges is not known.

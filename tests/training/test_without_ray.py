@@ -34,9 +34,9 @@ for package in (amlp_ray.method, amlp_ray.training):
 from amlp_ray.config import ProbeSettings
 from amlp_ray.settings import build, nested
 from amlp_ray.config import PretrainSettings, SegmentSettings
-from amlp_ray.training.job import Job
-from amlp_ray.training.runners import run_here
-from amlp_ray.training.scoring.segment import segment
+from amlp_ray.launch.job import Job
+from amlp_ray.launch.launcher import run_here
+from amlp_ray.evaluation.segmentation import segment
 from amlp_ray.data.dataset import PatchDataset
 from pathlib import Path
 
@@ -63,4 +63,11 @@ def test_pretraining_probe_and_fine_tuning_run_where_ray_and_optuna_are_not_inst
     assert 0 <= printed["metrics"]["dsc"] <= 1
     assert 0 <= printed["dsc"] <= 1
     written = {path.name for path in (tmp_path / "run").iterdir()}
-    assert {"encoder.safetensors", "metrics.jsonl", "settings.yaml", "score.json", "pictures", "checkpoint"} <= written
+    assert {
+        "encoder.safetensors",
+        "metrics.jsonl",
+        "settings.yaml",
+        "score.json",
+        "pictures",
+        "checkpoint",
+    } <= written

@@ -17,14 +17,20 @@ def run_workers(world: int, work: Callable[..., None], meeting: Path, *given: ob
 
     `work` is a function of a module. `meeting` is a file that is not there yet, by which they find each other.
     """
-    multiprocessing.set_forkserver_preload(["amlp_ray.training.pretrain", "amlp_ray.data.preparing.prepare", "pytest"])
+    multiprocessing.set_forkserver_preload(
+        ["amlp_ray.training.pretrain", "amlp_ray.data.prepare.pipeline", "pytest"]
+    )
     start_processes(_worker, (world, work, meeting, given), nprocs=world, start_method="forkserver")
 
 
-def _worker(rank: int, world: int, work: Callable[..., None], meeting: Path, given: tuple[object, ...]) -> None:
+def _worker(
+    rank: int, world: int, work: Callable[..., None], meeting: Path, given: tuple[object, ...]
+) -> None:
     torch.set_num_threads(1)
     limit = timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=limit)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=limit
+    )
     try:
         work(rank, *given)
     finally:

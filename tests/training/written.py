@@ -13,7 +13,12 @@ from made import made_dataset
 from amlp_ray.data.dataset import PatchDataset, Split
 
 Shape = tuple[int, int, int]
-RANGES = {"uint8": (0, 255), "uint16": (0, 65535), "int16": (-1000, 100), "float32": (-3, 9)}  # int16: CT in HU
+RANGES = {
+    "uint8": (0, 255),
+    "uint16": (0, 65535),
+    "int16": (-1000, 100),
+    "float32": (-3, 9),
+}  # int16: CT in HU
 
 
 class Rows(NamedTuple):
@@ -24,7 +29,9 @@ class Rows(NamedTuple):
     labelled: np.ndarray | None = None
 
 
-def discs(count: int, shape: Shape = (1, 32, 32), dtype: str = "uint8", seed: int = 0, normal: int = 5) -> Rows:
+def discs(
+    count: int, shape: Shape = (1, 32, 32), dtype: str = "uint8", seed: int = 0, normal: int = 5
+) -> Rows:
     """Noise with one dark disc per image, none in every `normal`-th, over the usual range of a dtype."""
     _, height, width = shape
     rng = np.random.default_rng(seed)
@@ -60,7 +67,9 @@ class Guarded(PatchDataset):
     change: Callable[[str, Split], Split] = staticmethod(lambda name, split: split)
 
     @classmethod
-    def of(cls, dataset: PatchDataset, change: Callable[[str, Split], Split] | None = None) -> Guarded:
+    def of(
+        cls, dataset: PatchDataset, change: Callable[[str, Split], Split] | None = None
+    ) -> Guarded:
         out = cls(dataset.place, dataset.manifest)
         if change:
             out.change = change  # type: ignore[method-assign]
@@ -76,5 +85,9 @@ class Guarded(PatchDataset):
         for name in splits:
             split = self.load(name)
             lesion = np.where(split.labelled, split.masks.sum((1, 2)), np.nan)
-            frames.append(pd.DataFrame({"id": split.ids, "group": split.groups, "lesion": lesion, "split": name}))
+            frames.append(
+                pd.DataFrame(
+                    {"id": split.ids, "group": split.groups, "lesion": lesion, "split": name}
+                )
+            )
         return pd.concat(frames, ignore_index=True)

@@ -74,14 +74,18 @@ def found(
     """
     rows = np.flatnonzero(np.asarray(hit, bool))
     if badness is None:
-        chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(EXAMPLES, len(rows))).astype(int))]
+        chosen = rows[
+            np.unique(np.linspace(0, len(rows) - 1, min(EXAMPLES, len(rows))).astype(int))
+        ]
     else:
         chosen = rows[np.argsort(-np.asarray(badness, float)[rows], kind="stable")[:EXAMPLES]]
     examples = tuple(Example(shown(row), value(row)) for row in table.iloc[chosen].itertuples())
     return _with(about, len(rows), len(table) if of is None else of, examples)
 
 
-def counted(about: Finding, count: int, of: int, examples: Sequence[Example] = (), **changed: Any) -> Finding:
+def counted(
+    about: Finding, count: int, of: int, examples: Sequence[Example] = (), **changed: Any
+) -> Finding:
     """Complete `about` with what was counted, and with other `changed` fields."""
     return _with(about, count, of, tuple(examples), **changed)
 
@@ -91,6 +95,10 @@ def shown(row: Any, *, other: bool = False) -> Shown:
     return Shown(str(row.id), str(row.split), int(row.row), other)
 
 
-def _with(about: Finding, count: int, of: int, examples: tuple[Example, ...], **changed: Any) -> Finding:
+def _with(
+    about: Finding, count: int, of: int, examples: tuple[Example, ...], **changed: Any
+) -> Finding:
     values = {name: getattr(about, name) for name in about.__dataclass_fields__}
-    return Finding(**{**values, "count": int(count), "of": int(of), "examples": examples, **changed})
+    return Finding(
+        **{**values, "count": int(count), "of": int(of), "examples": examples, **changed}
+    )

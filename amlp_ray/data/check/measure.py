@@ -13,13 +13,17 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from amlp_ray.data.check.text import LEAST_SIDE, text_scores
+from amlp_ray.data.check.burned_in_text import LEAST_SIDE, text_scores
 from amlp_ray.data.dataset import SPLITS, PatchDataset
-from amlp_ray.data.parts import Shape, images_of, masks_of, read_part
-from amlp_ray.data.place import Place
+from amlp_ray.data.parquet import Shape, images_of, masks_of, read_part
+from amlp_ray.data.path import Place
 
-PIECE = 1 << 22  # values looked at together: float32 copies of them stay small and near the processor
-THREADS = min(3, os.cpu_count() or 1)  # each holds a row group of at most 16 MiB, and some 150 MiB of intermediates
+PIECE = (
+    1 << 22
+)  # values looked at together: float32 copies of them stay small and near the processor
+THREADS = min(
+    3, os.cpu_count() or 1
+)  # each holds a row group of at most 16 MiB, and some 150 MiB of intermediates
 
 Say = Callable[[str], None]
 
@@ -61,11 +65,15 @@ def measured(dataset: PatchDataset, progress: Say | None = None) -> pd.DataFrame
                 if len(waiting) > THREADS:
                     results.append(waiting.popleft().result())
                 if progress and number and number % 64 == 0:
-                    progress(f"Looked at {sum(len(r['mean']) for r in results)} of {len(table)} images.")
+                    progress(
+                        f"Looked at {sum(len(r['mean']) for r in results)} of {len(table)} images."
+                    )
             results += [future.result() for future in waiting]
         finally:
             pool.shutdown(cancel_futures=True)
-    return table.assign(**{name: np.concatenate([result[name] for result in results]) for name in results[0]})
+    return table.assign(
+        **{name: np.concatenate([result[name] for result in results]) for name in results[0]}
+    )
 
 
 def grey8(images: np.ndarray) -> np.ndarray:
@@ -77,7 +85,9 @@ def grey8(images: np.ndarray) -> np.ndarray:
     channels = images.shape[1]
     if images.dtype == np.uint8 and channels == 1:
         return images[:, 0]
-    weights = np.array([0.299, 0.587, 0.114] if channels == 3 else [1 / channels] * channels, np.float32)
+    weights = np.array(
+        [0.299, 0.587, 0.114] if channels == 3 else [1 / channels] * channels, np.float32
+    )
     grey = np.einsum("nchw,c->nhw", images.astype(np.float32), weights)
     if images.dtype == np.uint8:
         return grey.round().astype(np.uint8)
@@ -103,7 +113,10 @@ def _of_group(group: RowGroup, shape: Shape, dtype: str) -> dict[str, np.ndarray
     border = np.asarray(masks[:, [0, -1]].any(axis=(1, 2)) | masks[:, :, [0, -1]].any(axis=(1, 2)))
     rows = max(1, PIECE // int(np.prod(shape)))
     pieces = [_of_images(images[start : start + rows]) for start in range(0, len(images), rows)]
-    return {**{name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}, "border": border}
+    return {
+        **{name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]},
+        "border": border,
+    }
 
 
 def _of_images(images: np.ndarray) -> dict[str, np.ndarray]:
@@ -130,7 +143,9 @@ def _of_images(images: np.ndarray) -> dict[str, np.ndarray]:
         "top": np.count_nonzero(values == high[:, None], axis=1) / max(1, flat.shape[1]),
         "bad": bad,
         "digest": np.array([_digest(row) for row in flat], np.uint64),
-        "text": text_scores(grey8(images)) if enough and count else np.full(count, np.nan, np.float32),
+        "text": text_scores(grey8(images))
+        if enough and count
+        else np.full(count, np.nan, np.float32),
     }
 
 

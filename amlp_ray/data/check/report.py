@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amlp_ray.data.check import copies, masks, pixels
+from amlp_ray.data.check import duplicates, image_checks, label_checks
 from amlp_ray.data.check.finding import SEVERITIES, Finding
 from amlp_ray.data.check.measure import measured
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.place import Place
+from amlp_ray.data.path import Place
 from amlp_ray.errors import DataError
 
 
@@ -26,15 +26,21 @@ class Report:
     @property
     def findings(self) -> tuple[Finding, ...]:
         there = [finding for finding in self.looked_for if finding.count]
-        return tuple(sorted(there, key=lambda f: (SEVERITIES.index(f.severity), -f.count / max(1, f.of))))
+        return tuple(
+            sorted(there, key=lambda f: (SEVERITIES.index(f.severity), -f.count / max(1, f.of)))
+        )
 
     @property
     def clear(self) -> tuple[Finding, ...]:
-        return tuple(finding for finding in self.looked_for if not finding.count and finding.gap is None)
+        return tuple(
+            finding for finding in self.looked_for if not finding.count and finding.gap is None
+        )
 
     @property
     def gaps(self) -> tuple[Finding, ...]:
-        return tuple(finding for finding in self.looked_for if not finding.count and finding.gap is not None)
+        return tuple(
+            finding for finding in self.looked_for if not finding.count and finding.gap is not None
+        )
 
     @property
     def clean(self) -> bool:
@@ -60,16 +66,20 @@ class Report:
         Raises:
             DataError: the folder cannot be written, or a part of the dataset is damaged.
         """
-        from amlp_ray.data.check.page import write_page
-        from amlp_ray.data.check.sheet import read_pictures, write_sheet
+        from amlp_ray.data.check.contact_sheet import read_pictures, write_sheet
+        from amlp_ray.data.check.html import write_page
 
         folder = Path(folder)
         pictures = read_pictures(self)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            return write_page(self, pictures, folder / "check.html"), write_sheet(self, pictures, folder / "check.png")
+            return write_page(self, pictures, folder / "check.html"), write_sheet(
+                self, pictures, folder / "check.png"
+            )
         except OSError as error:
-            raise DataError(f"{folder} cannot be written ({error.strerror}); choose another with --out.") from None
+            raise DataError(
+                f"{folder} cannot be written ({error.strerror}); choose another with --out."
+            ) from None
 
 
 def check_dataset(
@@ -92,16 +102,22 @@ def check_dataset(
         DataError: a dataset cannot be opened, or a part is damaged.
     """
     opened = dataset if isinstance(dataset, PatchDataset) else PatchDataset.open(dataset)
-    other = against if against is None or isinstance(against, PatchDataset) else PatchDataset.open(against)
+    other = (
+        against
+        if against is None or isinstance(against, PatchDataset)
+        else PatchDataset.open(against)
+    )
     if other is not None and other.path == opened.path:
-        raise DataError(f"{opened.path} cannot be compared with itself; name another dataset with --against.")
+        raise DataError(
+            f"{opened.path} cannot be compared with itself; name another dataset with --against."
+        )
     table = measured(opened, progress)
     return Report(
         opened,
         other,
         (
-            *copies.findings(table, other),
-            *masks.findings(table, opened),
-            *pixels.findings(table, opened),
+            *duplicates.findings(table, other),
+            *label_checks.findings(table, opened),
+            *image_checks.findings(table, opened),
         ),
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from amlp_ray.study.keeping.budget import counts
-from amlp_ray.study.keeping.store import StudyStore
-from amlp_ray.study.report._importance import Importance, importance
+from amlp_ray.study.report.importance import Importance, importance
+from amlp_ray.study.storage.budget import counts
+from amlp_ray.study.storage.study_store import StudyStore
 
 __all__ = ["Importance", "confirmation_in_words", "importances", "write_report"]
 
@@ -19,8 +19,8 @@ def importances(store: StudyStore) -> dict[str, Importance]:
 
 def confirmation_in_words(store: StudyStore) -> list[str]:
     """What the confirmation shows, a sentence each; empty where there is none."""
-    from amlp_ray.study.confirming.confirmed import confirmation_of
-    from amlp_ray.study.report._confirm import in_words
+    from amlp_ray.study.confirmation.results import confirmation_of
+    from amlp_ray.study.report.confirmation import in_words
 
     found = confirmation_of(store)
     return [] if found is None else in_words(found)
@@ -35,6 +35,6 @@ def write_report(store: StudyStore) -> Path:
     Raises:
         SettingsError: where `study.yaml` is missing or not valid.
     """
-    from amlp_ray.study.report._page import write  # plotly, jinja2 and scipy take a second to import
+    from amlp_ray.study.report.html import write  # plotly, jinja2 and scipy take a second to import
 
     return write(store)

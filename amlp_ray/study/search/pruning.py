@@ -27,9 +27,9 @@ from optuna.pruners import (
 from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 
 from amlp_ray.config import PrunerSettings, StudySettings
-from amlp_ray.study.design import first_prunable_epoch, rung_epochs
-from amlp_ray.study.search.mirror import Known, Mirror, News
-from amlp_ray.study.space.declared import suggest
+from amlp_ray.study.rungs import first_prunable_epoch, rung_epochs
+from amlp_ray.study.search.in_memory_study import Known, Mirror, News
+from amlp_ray.study.search_space.validate import suggest
 
 _HALVINGS = ("halving", "hyperband")
 
@@ -69,7 +69,11 @@ class Pruning:
     """
 
     def __init__(
-        self, study: optuna.Study, settings: StudySettings, images: int, folder: Callable[[int], Path]
+        self,
+        study: optuna.Study,
+        settings: StudySettings,
+        images: int,
+        folder: Callable[[int], Path],
     ) -> None:
         """Args: images: that a trial trains on. folder: of a trial, by number."""
         self._study, self._settings, self._images, self._folder = study, settings, images, folder
@@ -80,7 +84,9 @@ class Pruning:
         self._mirrors: dict[int, Mirror] = {}  # by bracket
         self._news = News()
         self._complete: list[FrozenTrial] = []
-        self._limits: dict[int, tuple[tuple[int, ...], int]] = {}  # of trials that run: see `_rungs_of`
+        self._limits: dict[
+            int, tuple[tuple[int, ...], int]
+        ] = {}  # of trials that run: see `_rungs_of`
 
     def report(self, study: optuna.Study, number: int, epoch: int, value: float | None) -> bool:
         """Store a rung's score; whether there was one and it is new. Trials of several objectives have them too."""
@@ -100,17 +106,27 @@ class Pruning:
         trials = self._study.get_trials(deepcopy=False)
         trial = trials[number]
         rungs, first = self._rungs_of(trial)
-        if epoch not in trial.intermediate_values or not first <= epoch < rungs[-1] or epoch not in rungs:
+        if (
+            epoch not in trial.intermediate_values
+            or not first <= epoch < rungs[-1]
+            or epoch not in rungs
+        ):
             return False
         beside = self._take_in(trials)
         if len(self._complete) < self._rules.startup:
             return False
-        scores = {at: value for at, value in trial.intermediate_values.items() if at in rungs and at <= epoch}
+        scores = {
+            at: value
+            for at, value in trial.intermediate_values.items()
+            if at in rungs and at <= epoch
+        }
         if self._rules.name == "wilcoxon":
             return self._is_worse_on_images(number, rungs.index(epoch), epoch)
         if self._rules.name != "patient":
             scores = {at: value for at, value in scores.items() if at >= first}
-        for other in beside if self._rules.name in _HALVINGS else ():  # which rank those that run too
+        for other in (
+            beside if self._rules.name in _HALVINGS else ()
+        ):  # which rank those that run too
             if other.number != number:
                 self._show(other)
         return self._ask(number, {rungs.index(at): value for at, value in scores.items()})
@@ -121,7 +137,9 @@ class Pruning:
         if max(scores) < bracket:  # hyperband spares this bracket
             return False
         trial = Known(number, TrialState.RUNNING, intermediate_values=self._steps(scores, bracket))
-        trial.system_attrs = {_passed(at): 0.0 for at in range(max(scores) - bracket)}  # judged there before
+        trial.system_attrs = {
+            _passed(at): 0.0 for at in range(max(scores) - bracket)
+        }  # judged there before
         mirror = self._mirror(bracket)
         mirror.put(trial)
         try:
@@ -159,14 +177,20 @@ class Pruning:
             trial.state,
             values=[0.0] if trial.state == TrialState.COMPLETE else None,  # no pruner here reads it
             intermediate_values=self._steps(scores, bracket),
-            system_attrs={_passed(at - bracket): value for at, value in scores.items() if at >= bracket},
+            system_attrs={
+                _passed(at - bracket): value for at, value in scores.items() if at >= bracket
+            },
         )
         self._mirror(bracket).put(known)
 
     def _steps(self, scores: Mapping[int, float], bracket: int) -> dict[int, float]:
         """Scores by step: halving asks at steps 1, r, r^2, ..., which makes each rung one halving."""
         if self._rules.name in _HALVINGS:
-            return {self._rules.reduction ** (at - bracket): v for at, v in scores.items() if at >= bracket}
+            return {
+                self._rules.reduction ** (at - bracket): v
+                for at, v in scores.items()
+                if at >= bracket
+            }
         return dict(scores)
 
     def _mirror(self, bracket: int) -> Mirror:
@@ -192,8 +216,16 @@ class Pruning:
             return False
         study = optuna.create_study(direction="maximize")  # DSC of images, whatever the metric is
         scores = [theirs[image] for image in images]
-        study.add_trial(create_trial(value=sum(scores) / len(scores), intermediate_values=dict(enumerate(scores))))
-        trial = Known(1, TrialState.RUNNING, intermediate_values={i: own[image] for i, image in enumerate(images)})
+        study.add_trial(
+            create_trial(
+                value=sum(scores) / len(scores), intermediate_values=dict(enumerate(scores))
+            )
+        )
+        trial = Known(
+            1,
+            TrialState.RUNNING,
+            intermediate_values={i: own[image] for i, image in enumerate(images)},
+        )
         return bool(self._pruner.prune(study, trial))
 
     def _best_first(self) -> list[FrozenTrial]:
@@ -205,11 +237,15 @@ class Pruning:
     def _per_image(self, number: int, epoch: int) -> dict[str, float]:
         """DSC by image at a rung; empty where the file is missing. Images without a finite one are left out."""
         try:
-            given: dict[str, Any] = json.loads((self._folder(number) / "rungs" / f"{epoch}.json").read_text())
+            given: dict[str, Any] = json.loads(
+                (self._folder(number) / "rungs" / f"{epoch}.json").read_text()
+            )
         except (OSError, json.JSONDecodeError):
             return {}
         scores = given.get("per_image") or {}
-        return {image: float(v) for image, v in scores.items() if v is not None and math.isfinite(v)}
+        return {
+            image: float(v) for image, v in scores.items() if v is not None and math.isfinite(v)
+        }
 
 
 def bracket(study: str, number: int, rungs: int, reduction: int) -> int:

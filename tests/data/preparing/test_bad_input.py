@@ -26,7 +26,7 @@ from volumes import dicom, write_nifti
 
 from amlp_ray.config import PrepareSettings
 from amlp_ray.data.dataset import SPLITS, PatchDataset
-from amlp_ray.data.preparing.prepare import prepare
+from amlp_ray.data.prepare.pipeline import prepare
 from amlp_ray.errors import AmlpError, DataError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(300)]
@@ -60,7 +60,9 @@ def _content(name: str, content: bytes) -> Callable[[Path], str]:
     return make
 
 
-def _picture(name: str, picture: Callable[[], Image.Image], **options: Any) -> Callable[[Path], str]:
+def _picture(
+    name: str, picture: Callable[[], Image.Image], **options: Any
+) -> Callable[[Path], str]:
     def make(folder: Path) -> str:
         picture().save(folder / "images" / name, **options)
         return name
@@ -104,7 +106,9 @@ def _link(name: str, to: str) -> Callable[[Path], str]:
     return make
 
 
-def _with_mask(stem: str, mask: Callable[[Path], None], suffix: str = ".png") -> Callable[[Path], str]:
+def _with_mask(
+    stem: str, mask: Callable[[Path], None], suffix: str = ".png"
+) -> Callable[[Path], str]:
     def make(folder: Path) -> str:
         seed = zlib.crc32(stem.encode())
         Image.fromarray(_noise(SIDE, SIDE, seed=seed)).save(folder / "images" / f"{stem}.png")
@@ -124,7 +128,9 @@ def _mask_only(name: str) -> Callable[[Path], str]:
 
 def _png(bits: int, colour: int, channels: int, size: tuple[int, int] = (SIDE, SIDE)) -> bytes:
     def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     row = b"\0" + bytes(SIDE * channels * bits // 8)
     header = struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, 0)
@@ -160,15 +166,37 @@ PICTURES = [
     Case("truncated JPEG", _cut("cut1.jpg", 0.5), "rejected", "damaged, cut off"),
     Case("truncated TIFF", _cut("cut2.tif", 0.5), "rejected", "damaged, cut off"),
     Case("truncated BMP", _cut("cut3.bmp", 0.5), "rejected", "damaged, cut off"),
-    Case("PNG header only", _content("header.png", b"\x89PNG\r\n\x1a\n"), "rejected", "damaged, cut off"),
+    Case(
+        "PNG header only",
+        _content("header.png", b"\x89PNG\r\n\x1a\n"),
+        "rejected",
+        "damaged, cut off",
+    ),
     Case("zero-byte file", _content("empty.png", b""), "rejected", "is empty (0 bytes)"),
-    Case("text named .png", _content("text.png", b"patient refused"), "rejected", "is not a picture"),
-    Case("web page named .jpg", _content("page.jpg", b"<!DOCTYPE html><html>404"), "rejected", "web page"),
-    Case("DICOM named .png", _content("scan.png", bytes(128) + b"DICM" + bytes(40)), "rejected", "DICOM"),
+    Case(
+        "text named .png", _content("text.png", b"patient refused"), "rejected", "is not a picture"
+    ),
+    Case(
+        "web page named .jpg",
+        _content("page.jpg", b"<!DOCTYPE html><html>404"),
+        "rejected",
+        "web page",
+    ),
+    Case(
+        "DICOM named .png",
+        _content("scan.png", bytes(128) + b"DICM" + bytes(40)),
+        "rejected",
+        "DICOM",
+    ),
     Case("ZIP named .png", _content("zip.png", b"PK\x03\x04" + bytes(40)), "rejected", "ZIP"),
     Case("PDF named .png", _content("report.png", b"%PDF-1.7\n%"), "rejected", "PDF"),
     Case("gzip named .png", _content("gz.png", b"\x1f\x8b\x08\0" + bytes(20)), "rejected", "gzip"),
-    Case("HEIC photograph", _content("photo.jpg", b"\0\0\0\x18ftypheic" + bytes(20)), "rejected", "HEIC"),
+    Case(
+        "HEIC photograph",
+        _content("photo.jpg", b"\0\0\0\x18ftypheic" + bytes(20)),
+        "rejected",
+        "HEIC",
+    ),
     Case(
         "Git LFS pointer",
         _content("lfs.png", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
@@ -177,28 +205,78 @@ PICTURES = [
     ),
     Case("16-bit RGB PNG", _content("rgb16.png", _png(16, 2, 3)), "rejected", "16 bits"),
     Case("16-bit RGBA PNG", _content("rgba16.png", _png(16, 6, 4)), "rejected", "16 bits"),
-    Case("8-bit among", _array("float.npy", np.ones((SIDE, SIDE), np.float32)), "rejected", "is float32, but most"),
-    Case("16-bit grey among 8", _content("grey16.png", _png(16, 0, 1)), "rejected", "is uint16, but most"),
+    Case(
+        "8-bit among",
+        _array("float.npy", np.ones((SIDE, SIDE), np.float32)),
+        "rejected",
+        "is float32, but most",
+    ),
+    Case(
+        "16-bit grey among 8",
+        _content("grey16.png", _png(16, 0, 1)),
+        "rejected",
+        "is uint16, but most",
+    ),
     Case("animated GIF", _frames("film.gif"), "rejected", "holds 3 frames"),
     Case("multi-page TIFF", _frames("pages.tif"), "rejected", "holds 3 frames"),
     Case("animated PNG", _frames("film1.png"), "rejected", "holds 3 frames"),
-    Case("image bomb", _content("bomb.png", _png(8, 0, 1, (60000, 60000))), "rejected", "are the most"),
+    Case(
+        "image bomb",
+        _content("bomb.png", _png(8, 0, 1, (60000, 60000))),
+        "rejected",
+        "are the most",
+    ),
     Case("link to nothing", _link("gone.png", "nowhere.png"), "rejected", "which does not exist"),
     Case("link to itself", _link("self.png", "self.png"), "rejected", "symbolic links"),
     Case("NaN pixels", _array("nan.npy", _floats(np.nan)), "rejected", "NaN or infinite"),
     Case("infinite pixels", _array("inf.npy", _floats(np.inf)), "rejected", "NaN or infinite"),
-    Case("Python objects", _array("object.npy", np.array([[{}] * 9] * 9, object)), "rejected", "Python objects"),
+    Case(
+        "Python objects",
+        _array("object.npy", np.array([[{}] * 9] * 9, object)),
+        "rejected",
+        "Python objects",
+    ),
     Case("complex numbers", _array("complex.npy", np.ones((9, 9), complex)), "rejected", "complex"),
     Case("four dimensions", _array("four.npy", np.ones((2, 3, 9, 9))), "rejected", "has the shape"),
     Case("no pixels", _array("none.npy", np.ones((0, 9))), "rejected", "has the shape"),
     Case("huge integers", _array("huge.npy", np.full((9, 9), 2**40)), "rejected", "whole numbers"),
-    Case("two channels among one", _array("two.npy", _noise(SIDE, SIDE, 2)), "rejected", "has 2 channels"),
-    Case("mask of other size", _with_mask("m-size", _save("L", (9, 9))), "rejected", "mask of 9x9 pixels"),
-    Case("mask that is none", _with_mask("m-text", lambda p: p.write_bytes(b"x")), "rejected", "is not a picture"),
-    Case("mask of zero bytes", _with_mask("m-empty", lambda p: p.write_bytes(b"")), "rejected", "is empty"),
+    Case(
+        "two channels among one",
+        _array("two.npy", _noise(SIDE, SIDE, 2)),
+        "rejected",
+        "has 2 channels",
+    ),
+    Case(
+        "mask of other size",
+        _with_mask("m-size", _save("L", (9, 9))),
+        "rejected",
+        "mask of 9x9 pixels",
+    ),
+    Case(
+        "mask that is none",
+        _with_mask("m-text", lambda p: p.write_bytes(b"x")),
+        "rejected",
+        "is not a picture",
+    ),
+    Case(
+        "mask of zero bytes",
+        _with_mask("m-empty", lambda p: p.write_bytes(b"")),
+        "rejected",
+        "is empty",
+    ),
     Case("mask without image", _mask_only("orphan.png"), "rejected", "without an image"),
-    Case("CMYK", _picture("cmyk.jpg", lambda: Image.new("CMYK", (SIDE, SIDE), (9, 80, 7, 3))), "repaired", "CMYK"),
-    Case("transparent pixels", _picture("clear.png", _clear_corner), "repaired", "transparency was ignored"),
+    Case(
+        "CMYK",
+        _picture("cmyk.jpg", lambda: Image.new("CMYK", (SIDE, SIDE), (9, 80, 7, 3))),
+        "repaired",
+        "CMYK",
+    ),
+    Case(
+        "transparent pixels",
+        _picture("clear.png", _clear_corner),
+        "repaired",
+        "transparency was ignored",
+    ),
     Case(
         "orientation tag",
         _picture("turned.jpg", lambda: Image.fromarray(_noise(SIDE, 30, seed=5)), **_turned()),
@@ -208,7 +286,12 @@ PICTURES = [
 ]
 
 # Two of one name: the first is kept.
-TWINS = Case("same id twice", _picture("good 1.tif", lambda: Image.new("L", (SIDE, SIDE), 9)), "rejected", "has the id")
+TWINS = Case(
+    "same id twice",
+    _picture("good 1.tif", lambda: Image.new("L", (SIDE, SIDE), 9)),
+    "rejected",
+    "has the id",
+)
 PICTURES.append(TWINS)
 
 # Odd, but good: nothing is told, and the image is there.
@@ -245,11 +328,17 @@ def pictures(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Pre
         (folder / "in" / name).mkdir(parents=True)
     names = [f"good {i}" for i in range(GOOD)] + list(ODD_NAMES)
     for i, name in enumerate(names):
-        Image.fromarray(_noise(SIDE, SIDE, seed=100 + i)).save(folder / "in" / "images" / f"{name}.png")
-        Image.fromarray(np.eye(SIDE, dtype=np.uint8) * 255).save(folder / "in" / "masks" / f"{name}.png")
+        Image.fromarray(_noise(SIDE, SIDE, seed=100 + i)).save(
+            folder / "in" / "images" / f"{name}.png"
+        )
+        Image.fromarray(np.eye(SIDE, dtype=np.uint8) * 255).save(
+            folder / "in" / "masks" / f"{name}.png"
+        )
     for case in PICTURES:
         case.make(folder / "in")
-    (folder / "in" / "images" / "loop").symlink_to(folder / "in" / "images")  # a folder that holds itself
+    (folder / "in" / "images" / "loop").symlink_to(
+        folder / "in" / "images"
+    )  # a folder that holds itself
     (folder / "in" / "images" / ".hidden.png").write_bytes(b"")
     return _prepared(folder / "in", folder / "out", layout="paired")
 
@@ -298,7 +387,9 @@ LABELS = [
 def test_bad_labels(case: Case, tmp_path: Path) -> None:
     for name in ("images", "masks"):
         (tmp_path / "in" / name).mkdir(parents=True)
-    _with_mask("good", lambda p: Image.fromarray(_noise(SIDE, SIDE, high=3)).save(p))(tmp_path / "in")
+    _with_mask("good", lambda p: Image.fromarray(_noise(SIDE, SIDE, high=3)).save(p))(
+        tmp_path / "in"
+    )
     file = case.make(tmp_path / "in")
     found = _prepared(tmp_path / "in", tmp_path / "out", layout="paired", lesion_labels=(1, 2))
     assert [Path(row["file"]).name for row in found.told] == [file]
@@ -310,7 +401,9 @@ def test_bad_labels(case: Case, tmp_path: Path) -> None:
 # Volumes
 
 
-def _volume(name: str, values: np.ndarray, label: np.ndarray | None = None, **given: Any) -> Callable[[Path], str]:
+def _volume(
+    name: str, values: np.ndarray, label: np.ndarray | None = None, **given: Any
+) -> Callable[[Path], str]:
     def make(folder: Path) -> str:
         write_nifti(folder / f"{name}.nii.gz", values, **given)
         if label is not None:
@@ -344,16 +437,41 @@ NAN[3, 3, 1] = np.nan
 
 VOLUMES = [
     Case("NaN volume", _volume("nan", NAN), "rejected", "NaN"),
-    Case("label of other shape", _volume("shape", SCAN, np.ones((20, 20, 5), np.uint8)), "rejected", "shape"),
+    Case(
+        "label of other shape",
+        _volume("shape", SCAN, np.ones((20, 20, 5), np.uint8)),
+        "rejected",
+        "shape",
+    ),
     Case("cut gzip", _broken_gz("cut", 0.5), "rejected", "cannot be unzipped"),
     Case("zero-byte volume", _plain("empty.nii", b""), "rejected", "is empty"),
-    Case("no NIfTI inside", _plain("text.nii", b"not a volume" * 99), "rejected", "does not begin as NIfTI files do"),
-    Case("five dimensions", _volume("five", _noise(9, 9, 4, 2, 2, dtype=np.int16)), "rejected", "three axes"),
-    Case("many time points", _volume("fmri", _noise(9, 9, 2, 40, dtype=np.int16)), "rejected", "40"),
     Case(
-        "complex volume", _volume("complex", np.ones((9, 9, 3), np.complex64)), "rejected", "values of kind complex64"
+        "no NIfTI inside",
+        _plain("text.nii", b"not a volume" * 99),
+        "rejected",
+        "does not begin as NIfTI files do",
     ),
-    Case("two channels among one", _volume("two", _noise(20, 20, 4, 2, dtype=np.int16)), "rejected", "2 channels"),
+    Case(
+        "five dimensions",
+        _volume("five", _noise(9, 9, 4, 2, 2, dtype=np.int16)),
+        "rejected",
+        "three axes",
+    ),
+    Case(
+        "many time points", _volume("fmri", _noise(9, 9, 2, 40, dtype=np.int16)), "rejected", "40"
+    ),
+    Case(
+        "complex volume",
+        _volume("complex", np.ones((9, 9, 3), np.complex64)),
+        "rejected",
+        "values of kind complex64",
+    ),
+    Case(
+        "two channels among one",
+        _volume("two", _noise(20, 20, 4, 2, dtype=np.int16)),
+        "rejected",
+        "2 channels",
+    ),
 ]
 
 
@@ -395,7 +513,9 @@ def test_a_case_that_lacks_a_modality_is_rejected(tmp_path: Path) -> None:
 # DICOM
 
 
-def _dicom_file(name: str, change: Callable[[bytes], bytes] = bytes, **elements: Any) -> Callable[[Path], str]:
+def _dicom_file(
+    name: str, change: Callable[[bytes], bytes] = bytes, **elements: Any
+) -> Callable[[Path], str]:
     def make(folder: Path) -> str:
         dataset = dicom(_noise(16, 16, dtype=np.int16), **elements)
         if elements.pop("bare", None):
@@ -418,7 +538,12 @@ def _without_pixels(name: str) -> Callable[[Path], str]:
 
 
 DICOMS = [
-    Case("cut DICOM", _dicom_file("cut.dcm", lambda content: content[:-300]), "rejected", "cannot be decoded"),
+    Case(
+        "cut DICOM",
+        _dicom_file("cut.dcm", lambda content: content[:-300]),
+        "rejected",
+        "cannot be decoded",
+    ),
     Case("text named .dcm", _plain("text.dcm", b"no scan"), "rejected", "DICOM"),
     Case("zero-byte DICOM", _plain("empty.dcm", b""), "rejected", "is none"),
     Case("no pixel data", _without_pixels("bare.dcm"), "rejected", "pixel"),
@@ -463,7 +588,9 @@ def _good_folder(folder: Path, count: int = 4) -> Path:
 
 
 def _prepare(source: Path, out: Path, **settings: Any) -> PatchDataset:
-    return prepare(source, out, PrepareSettings.model_validate({"layout": "flat", "size": 32} | settings))
+    return prepare(
+        source, out, PrepareSettings.model_validate({"layout": "flat", "size": 32} | settings)
+    )
 
 
 def _empty(folder: Path) -> None:
@@ -474,7 +601,9 @@ def _empty(folder: Path) -> None:
 def _split_file(content: str) -> Callable[[Path], None]:
     def run(folder: Path) -> None:
         (folder / "splits.json").write_text(content)
-        _prepare(_good_folder(folder / "in"), folder / "out", split_file=str(folder / "splits.json"))
+        _prepare(
+            _good_folder(folder / "in"), folder / "out", split_file=str(folder / "splits.json")
+        )
 
     return run
 
@@ -523,7 +652,11 @@ def _with_part(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
 
 def _flipped(content: bytes) -> bytes:
     middle = len(content) // 2
-    return content[:middle] + bytes(255 - b for b in content[middle : middle + 9]) + content[middle + 9 :]
+    return (
+        content[:middle]
+        + bytes(255 - b for b in content[middle : middle + 9])
+        + content[middle + 9 :]
+    )
 
 
 WHOLE: list[tuple[str, Callable[[Path], Any], str]] = [
@@ -555,7 +688,9 @@ WHOLE: list[tuple[str, Callable[[Path], Any], str]] = [
 
 
 @pytest.mark.parametrize(("kind", "run", "sentence"), WHOLE, ids=[kind for kind, _, _ in WHOLE])
-def test_what_cannot_be_used_at_all(kind: str, run: Callable[[Path], Any], sentence: str, tmp_path: Path) -> None:
+def test_what_cannot_be_used_at_all(
+    kind: str, run: Callable[[Path], Any], sentence: str, tmp_path: Path
+) -> None:
     with pytest.raises(AmlpError, match=sentence) as caught:
         run(tmp_path)
     assert caught.value.exit_code == 2
@@ -572,7 +707,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 400 kB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("a small disk can only be mounted by root")
     yield folder
@@ -598,7 +735,7 @@ def test_a_file_without_rights_is_told(tmp_path: Path) -> None:
         if Path(tempfile.gettempdir()) in folder.parents:
             folder.chmod(0o755)
     code = (
-        "import os, sys; from amlp_ray.data.preparing.look import look_at; from amlp_ray.data.sources import Item\n"
+        "import os, sys; from amlp_ray.data.prepare.scan import look_at; from amlp_ray.data.layouts import Item\n"
         "from amlp_ray.config import PrepareSettings\n"
         "def told(name):\n"
         "    path = f'{sys.argv[1]}/{name}.png'\n"
@@ -607,7 +744,9 @@ def test_a_file_without_rights_is_told(tmp_path: Path) -> None:
         "os.setuid(65534)\n"
         "print(told('0')); print(told('1'))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(source)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(source)], capture_output=True, text=True, check=True
+    )
     good, bad = done.stdout.splitlines()
     assert good == ""
     assert "1.png may not be read (permission denied)" in bad

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from amlp_ray.config import PrepareSettings
-from amlp_ray.data.preparing.fit import (
+from amlp_ray.data.prepare.crop import (
     background_of,
     cut,
     cuttings,
@@ -23,7 +23,9 @@ def _settings(**values: Any) -> PrepareSettings:
     return PrepareSettings.model_validate({"size": 32} | values)
 
 
-def _noise(height: int, width: int, channels: int = 1, dtype: str = "uint8", seed: int = 0) -> np.ndarray:
+def _noise(
+    height: int, width: int, channels: int = 1, dtype: str = "uint8", seed: int = 0
+) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels)).astype(dtype)
 
 
@@ -53,7 +55,9 @@ def test_pad_keeps_the_aspect_and_fills_borders_with_the_minimum() -> None:
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
 @pytest.mark.parametrize("overlap", [0.0, 0.5])
 def test_tiles_put_together_are_the_image_to_the_bit(dtype: str, overlap: float) -> None:
-    image = (_noise(75, 100, 2).astype(np.float32) * 3 - (300 if dtype in ("int16", "float32") else 0)).astype(dtype)
+    image = (
+        _noise(75, 100, 2).astype(np.float32) * 3 - (300 if dtype in ("int16", "float32") else 0)
+    ).astype(dtype)
     lesion = (_noise(75, 100)[..., 0] > 200).astype(np.uint8)
     settings = _settings(fit="tiles", overlap=overlap)
     whole, whole_mask = np.full_like(image, 1), np.full_like(lesion, 7)
@@ -78,7 +82,9 @@ def test_a_frame_smaller_than_a_tile_is_padded_at_its_lower_right() -> None:
     assert place.background >= 1 - 200 / 32**2
 
 
-@pytest.mark.parametrize(("length", "overlap"), [(32, 0.0), (33, 0.0), (64, 0.0), (100, 0.3), (1000, 0.9), (7, 0.5)])
+@pytest.mark.parametrize(
+    ("length", "overlap"), [(32, 0.0), (33, 0.0), (64, 0.0), (100, 0.3), (1000, 0.9), (7, 0.5)]
+)
 def test_tiles_cover_every_pixel_and_stay_inside(length: int, overlap: float) -> None:
     starts = origins(length, 32, overlap)
     covered = np.zeros(max(length, 32), bool)
@@ -109,7 +115,10 @@ def test_background_does_not_depend_on_the_scale(dtype: str) -> None:
 
 def test_constant_images_are_all_background_and_bright_edges_are_none() -> None:
     assert background_of(np.full((9, 9, 1), 50, np.uint8)).all()
-    assert not background_of(_noise(50, 50) // 4 + 190).any() or background_of(_noise(50, 50) // 4 + 190).mean() < 0.1
+    assert (
+        not background_of(_noise(50, 50) // 4 + 190).any()
+        or background_of(_noise(50, 50) // 4 + 190).mean() < 0.1
+    )
 
 
 def test_one_bright_pixel_does_not_hide_behind_the_percentile() -> None:
@@ -146,10 +155,14 @@ def test_resize_of_16_bits_keeps_type_and_agrees_with_8_bits() -> None:
     image = _noise(50, 70)
     wide = resize_image(image.astype(np.uint16) * 257, 32, 32)
     assert wide.dtype == np.uint16
-    assert np.abs(wide / 257 - resize_image(image, 32, 32)).max() < 4  # 8 bits are rounded between two passes
+    assert (
+        np.abs(wide / 257 - resize_image(image, 32, 32)).max() < 4
+    )  # 8 bits are rounded between two passes
     below = resize_image(image.astype(np.int16) - 500, 32, 32)
     assert below.dtype == np.int16
-    assert np.abs(below + 500 - resize_image(image, 32, 32).astype(int)).max() < 30  # 8 bits clip what overshoots
+    assert (
+        np.abs(below + 500 - resize_image(image, 32, 32).astype(int)).max() < 30
+    )  # 8 bits clip what overshoots
 
 
 def test_mask_keeps_pixels_covered_at_least_by_half() -> None:

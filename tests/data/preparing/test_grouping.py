@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import amlp_ray.data.preparing.grouping as grouping
+import amlp_ray.data.prepare.near_duplicates as grouping
 from amlp_ray.data.dataset import SPLITS
-from amlp_ray.data.preparing.grouping import (
+from amlp_ray.data.prepare.near_duplicates import (
     FLAT,
     SAME,
     near_duplicate_groups,
@@ -24,7 +24,7 @@ from amlp_ray.data.preparing.grouping import (
     perceptual_hash,
     read_group_file,
 )
-from amlp_ray.data.preparing.splitting import groups_cut, read_split_file, split_by_group
+from amlp_ray.data.prepare.splits import groups_cut, read_split_file, split_by_group
 from amlp_ray.errors import DataError
 
 
@@ -58,9 +58,14 @@ def jpeg(image: np.ndarray) -> np.ndarray:
     ids=["darker", "jpeg", "smaller", "square", "uint16", "int16", "float32"],
 )
 @pytest.mark.parametrize("seed", range(8))
-def test_a_hash_survives_what_a_copy_goes_through(changed: Callable[[np.ndarray], np.ndarray], seed: int) -> None:
+def test_a_hash_survives_what_a_copy_goes_through(
+    changed: Callable[[np.ndarray], np.ndarray], seed: int
+) -> None:
     image = tissue(seed)
-    assert bits(perceptual_hash(image[..., None]), perceptual_hash(changed(image)[..., None])) <= SAME - 2
+    assert (
+        bits(perceptual_hash(image[..., None]), perceptual_hash(changed(image)[..., None]))
+        <= SAME - 2
+    )
 
 
 def test_different_images_have_distant_hashes() -> None:
@@ -99,8 +104,24 @@ def test_near_copies_are_chained_into_groups_named_after_their_first() -> None:
     hashes = np.array([other, first, FLAT, first ^ far, other, first ^ near, FLAT], np.uint64)
     ids = ["b", "a", "flat", "far", "b2", "near", "flat2"]
     assert (bits(near, far), bits(0, far)) == (8, 12)
-    assert near_duplicate_groups(ids, hashes, distance=8) == ["b", "a", "flat", "a", "b", "a", "flat2"]
-    assert near_duplicate_groups(ids, hashes, distance=6) == ["b", "a", "flat", "far", "b", "near", "flat2"]
+    assert near_duplicate_groups(ids, hashes, distance=8) == [
+        "b",
+        "a",
+        "flat",
+        "a",
+        "b",
+        "a",
+        "flat2",
+    ]
+    assert near_duplicate_groups(ids, hashes, distance=6) == [
+        "b",
+        "a",
+        "flat",
+        "far",
+        "b",
+        "near",
+        "flat2",
+    ]
     assert near_duplicate_groups([], np.zeros(0, np.uint64)) == []
 
 
@@ -121,14 +142,24 @@ def some_hashes(count: int, seed: int = 0, centres: int = 40, flips: int = 5) ->
 
 
 @pytest.mark.parametrize("distance", [0, 2, 8, 15, 16, 30])
-def test_pairs_are_those_of_all_comparisons_each_once(distance: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_are_those_of_all_comparisons_each_once(
+    distance: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hashes, other = some_hashes(400), some_hashes(300, seed=0, flips=3)
     for block in (grouping.BLOCK_PAIRS, 1000):
         monkeypatch.setattr(grouping, "BLOCK_PAIRS", block)
-        found = [pair for a, b in near_pairs(hashes, distance) for pair in zip(a.tolist(), b.tolist(), strict=True)]
+        found = [
+            pair
+            for a, b in near_pairs(hashes, distance)
+            for pair in zip(a.tolist(), b.tolist(), strict=True)
+        ]
         assert len(found) == len(set(found))
         assert set(found) == {(a, b) for a, b in brute_pairs(hashes, hashes, distance) if a < b}
-        between = [p for a, b in near_pairs(hashes, distance, other) for p in zip(a.tolist(), b.tolist(), strict=True)]
+        between = [
+            p
+            for a, b in near_pairs(hashes, distance, other)
+            for p in zip(a.tolist(), b.tolist(), strict=True)
+        ]
         assert len(between) == len(set(between))
         assert set(between) == brute_pairs(hashes, other, distance)
 
@@ -159,11 +190,15 @@ fractions = st.tuples(st.integers(1, 10), st.integers(0, 5), st.integers(0, 5)).
 
 
 @given(
-    members=st.lists(st.tuples(st.integers(0, 30), st.sampled_from("xyz")), min_size=1, max_size=150),
+    members=st.lists(
+        st.tuples(st.integers(0, 30), st.sampled_from("xyz")), min_size=1, max_size=150
+    ),
     fractions=fractions,
     seed=st.integers(0, 5),
 )
-def test_no_group_is_ever_cut(members: list[tuple[int, str]], fractions: tuple[float, float, float], seed: int) -> None:
+def test_no_group_is_ever_cut(
+    members: list[tuple[int, str]], fractions: tuple[float, float, float], seed: int
+) -> None:
     groups = [str(group) for group, _ in members]
     strata = [stratum for _, stratum in members]
     try:
@@ -202,7 +237,10 @@ def _csv(path: Path, lines: list[list[str]]) -> Path:
 
 
 def test_group_file_may_hold_more_columns_and_ids(tmp_path: Path) -> None:
-    path = _csv(tmp_path / "g.csv", [["class", "id", "group"], ["b", "x (1)", "7"], ["b", "y", "7"], ["b", "z", "8"]])
+    path = _csv(
+        tmp_path / "g.csv",
+        [["class", "id", "group"], ["b", "x (1)", "7"], ["b", "y", "7"], ["b", "z", "8"]],
+    )
     assert read_group_file(path) == {"x (1)": "7", "y": "7", "z": "8"}
 
 
@@ -212,7 +250,8 @@ def test_space_around_a_group_makes_no_other_group(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "filled"), [([50, 50], 2), ([20] * 5, 3), ([30, 30, 40], 3), ([1] * 4, 3), ([5, 200, 5, 200, 5], 3)]
+    ("sizes", "filled"),
+    [([50, 50], 2), ([20] * 5, 3), ([30, 30, 40], 3), ([1] * 4, 3), ([5, 200, 5, 200, 5], 3)],
 )
 def test_no_split_stays_empty_while_another_has_two_groups(sizes: list[int], filled: int) -> None:
     groups = [f"g{i}" for i, size in enumerate(sizes) for _ in range(size)]
@@ -225,15 +264,21 @@ def test_fractions_count_the_images_of_a_volume() -> None:
     groups = [f"case {i}" for i in range(12)]
     images = [200, 200, *[40] * 10]
     splits = split_by_group(groups, ["x"] * 12, (0.5, 0.25, 0.25), 0, images)
-    got = {name: sum(n for n, split in zip(images, splits, strict=True) if split == name) for name in SPLITS}
+    got = {
+        name: sum(n for n, split in zip(images, splits, strict=True) if split == name)
+        for name in SPLITS
+    }
     assert got == {"train": 400, "val": 200, "test": 200}
 
 
 def test_a_group_file_may_name_its_column(tmp_path: Path) -> None:
-    path = _csv(tmp_path / "g.csv", [["id", "group", "patient"], ["x", "1", "P7"], ["y", "2", "P7"]])
+    path = _csv(
+        tmp_path / "g.csv", [["id", "group", "patient"], ["x", "1", "P7"], ["y", "2", "P7"]]
+    )
     assert read_group_file(path, "patient") == {"x": "P7", "y": "P7"}
     with pytest.raises(
-        DataError, match=r"columns id, group, patient, but one id and one study are needed; .*group_column"
+        DataError,
+        match=r"columns id, group, patient, but one id and one study are needed; .*group_column",
     ):
         read_group_file(path, "study")
 
@@ -241,10 +286,16 @@ def test_a_group_file_may_name_its_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "sentence"),
     [
-        ([["name", "group"], ["x", "1"]], r"g\.csv has the columns name, group, but one id and one group are needed"),
+        (
+            [["name", "group"], ["x", "1"]],
+            r"g\.csv has the columns name, group, but one id and one group are needed",
+        ),
         ([], r"g\.csv has the columns none"),
         ([["id;group"], ["x;1"]], r"columns id;group, but .* separate columns by commas"),
-        ([["id", "group", "group"], ["x", "1", "2"]], r"columns id, group, group, but one id and one group"),
+        (
+            [["id", "group", "group"], ["x", "1", "2"]],
+            r"columns id, group, group, but one id and one group",
+        ),
         ([["id", "group"], ["x", "1"], ["x", "2"]], r"g\.csv gives 'x' two groups"),
         ([["id", "group"], ["x"]], r"g\.csv line 2 lacks an id or a group"),
     ],
@@ -276,7 +327,10 @@ def test_split_file_names_the_split_of_listed_ids(tmp_path: Path) -> None:
         ('{"train": ["x"], "dev": ["y"]}', r"s\.json has a split named 'dev'"),
         ('{"val": ["x"]}', r"s\.json lists no images for train"),
         ('{"train": ["x"], "val": ["x"]}', r"s\.json lists 'x' in train and in val"),
-        ('{"train": ["x", "q.png"]}', r"s\.json lists 1 images that the source does not have, such as 'q\.png'"),
+        (
+            '{"train": ["x", "q.png"]}',
+            r"s\.json lists 1 images that the source does not have, such as 'q\.png'",
+        ),
     ],
 )
 def test_wrong_split_file_is_named(content: str, sentence: str, tmp_path: Path) -> None:
@@ -303,8 +357,14 @@ def test_near_copies_of_real_ultrasound_are_those_that_thumbnails_show(real_data
     ids, groups = list(named), list(named.values())
     folder = real_data / "busi_large" / "Dataset_BUSI_with_GT"
     files = [folder / name.split()[0] / f"{name}.png" for name in ids]
-    hashes = np.array([perceptual_hash(np.asarray(Image.open(file).convert("RGB"))) for file in files], np.uint64)
-    pairs = [pair for a, b in near_pairs(hashes, SAME) for pair in zip(a.tolist(), b.tolist(), strict=True)]
+    hashes = np.array(
+        [perceptual_hash(np.asarray(Image.open(file).convert("RGB"))) for file in files], np.uint64
+    )
+    pairs = [
+        pair
+        for a, b in near_pairs(hashes, SAME)
+        for pair in zip(a.tolist(), b.tolist(), strict=True)
+    ]
     agreeing = sum(groups[a] == groups[b] for a, b in pairs)
     assert len(pairs) == 106
     assert agreeing == 105  # and the one beyond is a copy that was shifted

@@ -17,19 +17,21 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import amlp_ray.data.parts as parts
+import amlp_ray.data.parquet as parts
 from amlp_ray.config import PrepareSettings
 from amlp_ray.data.dataset import SPLITS, PatchDataset
-from amlp_ray.data.place import Place
-from amlp_ray.data.preparing.prepare import Told, prepare
-from amlp_ray.data.sources import natural_key
+from amlp_ray.data.layouts import natural_key
+from amlp_ray.data.path import Place
+from amlp_ray.data.prepare.pipeline import Told, prepare
 from amlp_ray.errors import DataError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 
 def _settings(layout: str, **values: Any) -> PrepareSettings:
-    return PrepareSettings.model_validate({"layout": layout, "size": 32, "fractions": (0.6, 0.2, 0.2)} | values)
+    return PrepareSettings.model_validate(
+        {"layout": layout, "size": 32, "fractions": (0.6, 0.2, 0.2)} | values
+    )
 
 
 def _rejects(out: Path) -> dict[str, tuple[str, str]]:
@@ -38,17 +40,26 @@ def _rejects(out: Path) -> dict[str, tuple[str, str]]:
     if not file.exists():
         return {}
     with file.open(newline="") as rows:
-        return {Path(row["file"]).name: (row["action"], row["reason"]) for row in csv.DictReader(rows)}
+        return {
+            Path(row["file"]).name: (row["action"], row["reason"]) for row in csv.DictReader(rows)
+        }
 
 
 def _hashes(folder: str | Path) -> dict[str, str]:
     folder = Path(folder)
-    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.rglob("*.*")}
+    return {
+        str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in folder.rglob("*.*")
+    }
 
 
 def _everything(dataset: PatchDataset) -> dict[str, tuple[np.ndarray, np.ndarray, bool]]:
     splits = [dataset.load(split) for split in SPLITS]
-    return {s.ids[i]: (s.images[i], s.masks[i], bool(s.labelled[i])) for s in splits for i in range(len(s))}
+    return {
+        s.ids[i]: (s.images[i], s.masks[i], bool(s.labelled[i]))
+        for s in splits
+        for i in range(len(s))
+    }
 
 
 def test_busi_images_and_masks_are_what_pillow_reads(busi_folder: Path, tmp_path: Path) -> None:
@@ -61,7 +72,9 @@ def test_busi_images_and_masks_are_what_pillow_reads(busi_folder: Path, tmp_path
     for name, (image, mask, _) in found.items():
         folder = busi_folder / name.split()[0]
         grey = Image.open(folder / f"{name}.png").convert("L")
-        np.testing.assert_array_equal(image[0], np.asarray(grey.resize((32, 32), Image.Resampling.BICUBIC)))
+        np.testing.assert_array_equal(
+            image[0], np.asarray(grey.resize((32, 32), Image.Resampling.BICUBIC))
+        )
         union = np.zeros((grey.height, grey.width), np.float32)
         for path in sorted(p for p in folder.iterdir() if p.name.startswith(f"{name}_mask")):
             union[np.asarray(Image.open(path).convert("RGB")).max(axis=2) > 0] = 1
@@ -87,7 +100,11 @@ def test_columns_order_statistics_and_counts(
         loaded, counts = dataset.load(split), dataset.manifest.counts[split]
         assert loaded.ids == sorted(loaded.ids, key=natural_key)
         lesions = loaded.masks.any(axis=(1, 2)).sum()
-        assert (counts.images, counts.labelled, counts.lesions) == (len(loaded), loaded.labelled.sum(), lesions)
+        assert (counts.images, counts.labelled, counts.lesions) == (
+            len(loaded),
+            loaded.labelled.sum(),
+            lesions,
+        )
     table = pq.read_table(dataset.files("train")[0])
     assert table.column_names == list(parts.COLUMNS)
     row = table.slice(0, 1).to_pylist()[0]
@@ -95,14 +112,21 @@ def test_columns_order_statistics_and_counts(
         assert (row["height"], row["width"]) == (image.height, image.width)
 
 
-def test_same_input_gives_same_bytes_and_is_not_prepared_twice(busi_folder: Path, tmp_path: Path) -> None:
+def test_same_input_gives_same_bytes_and_is_not_prepared_twice(
+    busi_folder: Path, tmp_path: Path
+) -> None:
     first = prepare(busi_folder, tmp_path / "a" / "out", _settings("busi"))
     second = prepare(busi_folder, tmp_path / "b" / "out", _settings("busi"))
     assert _hashes(first.path) == _hashes(second.path)
     said: list[str] = []
-    assert prepare(busi_folder, first.path, _settings("busi"), told=Told(said.append)).manifest == first.manifest
+    assert (
+        prepare(busi_folder, first.path, _settings("busi"), told=Told(said.append)).manifest
+        == first.manifest
+    )
     assert "already prepared" in said[-1]
-    with pytest.raises(DataError, match=r"out is a patch dataset made from other files or settings; delete it"):
+    with pytest.raises(
+        DataError, match=r"out is a patch dataset made from other files or settings; delete it"
+    ):
         prepare(busi_folder, first.path, _settings("busi", seed=1))
     (busi_folder / "benign" / "benign (2)_mask.png").unlink()
     with pytest.raises(DataError, match="from other files or settings"):
@@ -118,7 +142,9 @@ def test_paired_colour_images_with_unlabelled_ones(paired_folder: Path, tmp_path
     assert not train.masks[4:].any()
     assert dataset.manifest.counts["test"].images == 0
     assert len(dataset.load("test")) == 0
-    picture = Image.open(paired_folder / "images" / "case_5.png").resize((32, 32), Image.Resampling.BICUBIC)
+    picture = Image.open(paired_folder / "images" / "case_5.png").resize(
+        (32, 32), Image.Resampling.BICUBIC
+    )
     np.testing.assert_array_equal(train.images[5].transpose(1, 2, 0), np.asarray(picture))
 
 
@@ -132,7 +158,9 @@ def test_16_bit_images_stay_16_bit(tmp_path: Path) -> None:
     train = dataset.load("train")
     assert dataset.manifest.dtype == "uint16"
     assert train.images.dtype == np.uint16
-    np.testing.assert_array_equal(train.images[2, 0], np.asarray(Image.open(tmp_path / "in" / "images" / "2.png")))
+    np.testing.assert_array_equal(
+        train.images[2, 0], np.asarray(Image.open(tmp_path / "in" / "images" / "2.png"))
+    )
     np.testing.assert_allclose(dataset.manifest.std, train.images.std(axis=(0, 2, 3)), rtol=1e-12)
     assert not train.labelled.any()
 
@@ -145,28 +173,46 @@ def test_16_bit_images_stay_16_bit(tmp_path: Path) -> None:
 
 
 def test_split_and_group_files_rule(busi_folder: Path, tmp_path: Path) -> None:
-    splits = {"train": [f"benign ({i})" for i in range(1, 7)], "val": ["normal (1)"], "test": ["malignant (2)"]}
+    splits = {
+        "train": [f"benign ({i})" for i in range(1, 7)],
+        "val": ["normal (1)"],
+        "test": ["malignant (2)"],
+    }
     (tmp_path / "splits.json").write_text(json.dumps(splits))
     listed = [name for names in splits.values() for name in names]
-    lines = ["id,group", *(f"{name},{'a' if name.startswith('benign') else name}" for name in listed)]
+    lines = [
+        "id,group",
+        *(f"{name},{'a' if name.startswith('benign') else name}" for name in listed),
+    ]
     (tmp_path / "groups.csv").write_text("\n".join(lines))
-    given = {"split_file": str(tmp_path / "splits.json"), "group_file": str(tmp_path / "groups.csv")}
+    given = {
+        "split_file": str(tmp_path / "splits.json"),
+        "group_file": str(tmp_path / "groups.csv"),
+    }
     said: list[str] = []
-    dataset = prepare(busi_folder, tmp_path / "out", _settings("busi", **given), told=Told(said.append))
+    dataset = prepare(
+        busi_folder, tmp_path / "out", _settings("busi", **given), told=Told(said.append)
+    )
     assert {split: dataset.load(split).ids for split in SPLITS} == splits
     assert set(dataset.load("train").groups) == {"a"}
     assert dataset.manifest.left_out == 10
     assert "10 left out" in said[-1]
 
-    (tmp_path / "groups.csv").write_text("\n".join(lines).replace("malignant (2),malignant (2)", "malignant (2),a"))
-    with pytest.raises(DataError, match=r"splits\.json puts group 'a' of .*groups\.csv into train and test"):
+    (tmp_path / "groups.csv").write_text(
+        "\n".join(lines).replace("malignant (2),malignant (2)", "malignant (2),a")
+    )
+    with pytest.raises(
+        DataError, match=r"splits\.json puts group 'a' of .*groups\.csv into train and test"
+    ):
         prepare(busi_folder, tmp_path / "leak", _settings("busi", **given))
 
 
 def test_near_copies_never_lie_in_two_splits(busi_folder: Path, tmp_path: Path) -> None:
     for i in range(1, 5):  # a mirrored twin would be another picture, a brighter one is not
         with Image.open(busi_folder / "benign" / f"benign ({i}).png") as image:
-            image.point(lambda value: min(255, value + 12)).save(busi_folder / "benign" / f"benign ({20 + i}).png")
+            image.point(lambda value: min(255, value + 12)).save(
+                busi_folder / "benign" / f"benign ({20 + i}).png"
+            )
     dataset = prepare(busi_folder, tmp_path / "out", _settings("busi"))
     groups = {split: set(dataset.load(split).groups) for split in SPLITS}
     assert sum(len(names) for names in groups.values()) == len(set().union(*groups.values())) == 18
@@ -200,9 +246,13 @@ def test_faults_are_listed_and_the_rest_survives(busi_folder: Path, tmp_path: Pa
     assert not _rejects(tmp_path / "out")
 
 
-def test_strict_stops_at_the_first_fault_and_leaves_only_the_list(busi_folder: Path, tmp_path: Path) -> None:
+def test_strict_stops_at_the_first_fault_and_leaves_only_the_list(
+    busi_folder: Path, tmp_path: Path
+) -> None:
     (busi_folder / "benign" / "benign (3).png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(DataError, match=r"benign \(3\)\.png is a PNG .*--strict stops at the first"):
+    with pytest.raises(
+        DataError, match=r"benign \(3\)\.png is a PNG .*--strict stops at the first"
+    ):
         prepare(busi_folder, tmp_path / "out", _settings("busi"), strict=True)
     assert not (tmp_path / "out").exists()
     assert set(_rejects(tmp_path / "out")) == {"benign (3).png"}
@@ -224,7 +274,7 @@ def test_failure_at_the_end_goes_on_from_there(
     with monkeypatch.context() as patch:
         patch.setattr(PatchDataset, "open", lambda *_: None)
         patch.setattr(
-            "amlp_ray.data.preparing.prepare.Manifest.model_dump",
+            "amlp_ray.data.prepare.pipeline.Manifest.model_dump",
             lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt),
         )
         with pytest.raises(KeyboardInterrupt):
@@ -236,16 +286,18 @@ def test_failure_at_the_end_goes_on_from_there(
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("*.parquet")}
     assert before
     again = prepare(busi_folder, tmp_path / "out", _settings("busi"))
-    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("*.parquet")} == before  # none written twice
+    assert {
+        f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("*.parquet")
+    } == before  # none written twice
     assert _hashes(again.path) == _hashes(whole.path)
 
 
 KILLED = """
 import sys
-import amlp_ray.data.parts as parts
-from amlp_ray.data.preparing import prepare, unfinished
+import amlp_ray.data.parquet as parts
+from amlp_ray.data.prepare import prepare, unfinished
 from amlp_ray.config import PrepareSettings
-from amlp_ray.runtime.ray_session import ray_session
+from amlp_ray.runtime.session import ray_session
 parts.PART_ROWS, prepare.LOOK_ITEMS, unfinished.FLUSH_JOBS = 4, 2, 1
 with ray_session():
     prepare.prepare(sys.argv[1], sys.argv[2], PrepareSettings(layout="flat", size=64))
@@ -259,10 +311,15 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     (tmp_path / "in").mkdir()
     for i in range(120):
         blocks = rng.integers(0, 256, (8, 8), dtype=np.uint8)
-        Image.fromarray(blocks).resize((300, 280), Image.Resampling.BICUBIC).save(tmp_path / "in" / f"{i}.png")
+        Image.fromarray(blocks).resize((300, 280), Image.Resampling.BICUBIC).save(
+            tmp_path / "in" / f"{i}.png"
+        )
     out = tmp_path / "killed"
     command = [sys.executable, "-c", KILLED, str(tmp_path / "in"), str(out)]
-    for pattern, least in (("looked-*.json", 2), ("train-*.json", 3)):  # in the middle of pass 1, then of pass 2
+    for pattern, least in (
+        ("looked-*.json", 2),
+        ("train-*.json", 3),
+    ):  # in the middle of pass 1, then of pass 2
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while len(list(out.glob(f".preparing/{pattern}"))) < least:
             assert process.poll() is None
@@ -284,11 +341,13 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
 
 
 def test_two_preparations_of_one_folder_do_not_meet(busi_folder: Path, tmp_path: Path) -> None:
-    from amlp_ray.data.preparing.unfinished import Unfinished
+    from amlp_ray.data.prepare.resume import Unfinished
 
     with (
         Unfinished(Place(tmp_path / "out"), "x").lock(),
-        pytest.raises(DataError, match="out is being prepared by another process; wait for it or stop it"),
+        pytest.raises(
+            DataError, match="out is being prepared by another process; wait for it or stop it"
+        ),
     ):
         prepare(busi_folder, tmp_path / "out", _settings("busi"))
 
@@ -296,7 +355,7 @@ def test_two_preparations_of_one_folder_do_not_meet(busi_folder: Path, tmp_path:
 def test_a_file_that_changes_on_the_way_is_noticed(
     busi_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import amlp_ray.data.preparing.prepare as module
+    import amlp_ray.data.prepare.pipeline as module
 
     assign = module.assign
 
@@ -306,7 +365,9 @@ def test_a_file_that_changes_on_the_way_is_noticed(
         return assign(*given)
 
     monkeypatch.setattr(module, "assign", change)
-    with pytest.raises(DataError, match=r"benign \(2\)\.png changed while the dataset was prepared"):
+    with pytest.raises(
+        DataError, match=r"benign \(2\)\.png changed while the dataset was prepared"
+    ):
         prepare(busi_folder, tmp_path / "out", _settings("busi"))
     assert not (tmp_path / "out").exists()
 
@@ -318,8 +379,12 @@ def test_from_and_to_an_object_store(busi_folder: Path, tmp_path: Path, s3_bucke
         (source / entry.name).write_whole((busi_folder / entry.name).read_bytes())
     (source / "benign/benign (99).png").write_whole(b"not a picture")
     there = prepare(source, out, _settings("busi"))
-    assert {e.name: (out / e.name).read_bytes() for e in out.entries() if e.name != "manifest.json"} == {
-        e.name: (here.place / e.name).read_bytes() for e in here.place.entries() if e.name != "manifest.json"
+    assert {
+        e.name: (out / e.name).read_bytes() for e in out.entries() if e.name != "manifest.json"
+    } == {
+        e.name: (here.place / e.name).read_bytes()
+        for e in here.place.entries()
+        if e.name != "manifest.json"
     }
     assert there.manifest.fingerprint == here.manifest.fingerprint
     assert b"benign (99).png" in (out.parent / "out.rejects.csv").read_bytes()
@@ -335,7 +400,9 @@ def test_tiles_keep_full_detail_and_drop_air(tmp_path: Path) -> None:
     lesion[5:9, 3:9] = True  # in the black: kept all the same
     Image.fromarray(pixels).save(tmp_path / "in" / "images" / "a.png")
     Image.fromarray(lesion).save(tmp_path / "in" / "masks" / "a.png")
-    dataset = prepare(tmp_path / "in", tmp_path / "out", _settings("paired", fit="tiles", fractions=(1, 0, 0)))
+    dataset = prepare(
+        tmp_path / "in", tmp_path / "out", _settings("paired", fit="tiles", fractions=(1, 0, 0))
+    )
     table = dataset.table()
     split = dataset.load("train")
     assert dataset.manifest.dropped == 5
@@ -351,7 +418,9 @@ def test_tiles_keep_full_detail_and_drop_air(tmp_path: Path) -> None:
     assert (table["height"] == 90).all()
 
 
-def test_names_are_hashed_where_asked(busi_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_hashed_where_asked(
+    busi_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AMLP_RAY_SALT", "one")
     one = prepare(busi_folder, tmp_path / "one", _settings("busi", hash_names=True))
     content = b"".join(file.read_bytes() for file in (tmp_path / "one").rglob("*.*"))
@@ -373,11 +442,17 @@ def test_place_that_cannot_be_written_is_named(busi_folder: Path, tmp_path: Path
 def test_other_things_at_the_target_are_refused(busi_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").touch()
-    with pytest.raises(DataError, match=r"photos exists and is not a patch dataset; delete it or choose another"):
+    with pytest.raises(
+        DataError, match=r"photos exists and is not a patch dataset; delete it or choose another"
+    ):
         prepare(busi_folder, tmp_path / "photos", _settings("busi"))
-    manifest = prepare(busi_folder, tmp_path / "good", _settings("busi")).place.local / "manifest.json"
+    manifest = (
+        prepare(busi_folder, tmp_path / "good", _settings("busi")).place.local / "manifest.json"
+    )
     manifest.write_text("{")
-    with pytest.raises(DataError, match=r"manifest\.json is not the manifest .* Delete .*good first\."):
+    with pytest.raises(
+        DataError, match=r"manifest\.json is not the manifest .* Delete .*good first\."
+    ):
         prepare(busi_folder, manifest.parent, _settings("busi"))
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="file exists and is not a patch dataset"):
@@ -388,10 +463,17 @@ def test_other_things_at_the_target_are_refused(busi_folder: Path, tmp_path: Pat
 def test_real_busi(real_data: Path, tmp_path: Path) -> None:
     source = real_data / "busi" / "Dataset_BUSI_with_GT"
     settings = _settings(
-        "busi", size=64, split_file=str(real_data / "splits/busi.json"), group_file=str(real_data / "busi/groups.csv")
+        "busi",
+        size=64,
+        split_file=str(real_data / "splits/busi.json"),
+        group_file=str(real_data / "busi/groups.csv"),
     )
     dataset = prepare(source, tmp_path / "out", settings)
-    assert {split: len(dataset.load(split)) for split in SPLITS} == {"train": 104, "val": 15, "test": 29}
+    assert {split: len(dataset.load(split)) for split in SPLITS} == {
+        "train": 104,
+        "val": 15,
+        "test": 29,
+    }
     assert dataset.shape == (1, 64, 64)  # grey in spite of a few coloured callipers
     found = _everything(dataset)
     assert len(found) == 148
@@ -410,7 +492,11 @@ def test_real_colour_images(real_data: Path, tmp_path: Path) -> None:
     settings = _settings("paired", size=64, split_file=str(real_data / "splits/isic2017.json"))
     dataset = prepare(real_data / "isic2017", tmp_path / "out", settings)
     assert dataset.shape == (3, 64, 64)
-    assert {split: len(dataset.load(split)) for split in SPLITS} == {"train": 43, "val": 7, "test": 13}
+    assert {split: len(dataset.load(split)) for split in SPLITS} == {
+        "train": 43,
+        "val": 7,
+        "test": 13,
+    }
     assert all(dataset.load(split).masks.any(axis=(1, 2)).all() for split in SPLITS)
 
 
@@ -424,7 +510,7 @@ def unfinished(busi_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "s.json").write_text(json.dumps({"train": ids[:8], "test": ids[8:]}))
     (tmp_path / "g.csv").write_text("id,group\n" + "\n".join(f"{name},{name}" for name in ids))
     with monkeypatch.context() as patch:
-        stop = "amlp_ray.data.preparing.prepare.Manifest.model_dump"
+        stop = "amlp_ray.data.prepare.pipeline.Manifest.model_dump"
         patch.setattr(stop, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare(busi_folder, tmp_path / "out", _by_files(tmp_path))
@@ -432,21 +518,31 @@ def unfinished(busi_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def _by_files(folder: Path, **values: Any) -> PrepareSettings:
-    return _settings("busi", split_file=str(folder / "s.json"), group_file=str(folder / "g.csv"), **values)
+    return _settings(
+        "busi", split_file=str(folder / "s.json"), group_file=str(folder / "g.csv"), **values
+    )
 
 
 @pytest.mark.parametrize("edited", ["s.json", "g.csv"])
-def test_edited_split_and_group_files_are_no_way_to_go_on(edited: str, unfinished: Path, busi_folder: Path) -> None:
+def test_edited_split_and_group_files_are_no_way_to_go_on(
+    edited: str, unfinished: Path, busi_folder: Path
+) -> None:
     if edited == "s.json":
         splits = json.loads((unfinished / edited).read_text())
-        (unfinished / edited).write_text(json.dumps({"train": splits["test"], "test": splits["train"]}))
+        (unfinished / edited).write_text(
+            json.dumps({"train": splits["test"], "test": splits["train"]})
+        )
     else:
-        (unfinished / edited).write_text((unfinished / edited).read_text().replace(",benign (1)", ",benign (2)"))
+        (unfinished / edited).write_text(
+            (unfinished / edited).read_text().replace(",benign (1)", ",benign (2)")
+        )
     with pytest.raises(DataError, match="unfinished dataset of other files or settings"):
         prepare(busi_folder, unfinished / "out", _by_files(unfinished))
 
 
-def test_another_salt_is_no_way_to_go_on(busi_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_salt_is_no_way_to_go_on(
+    busi_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AMLP_RAY_SALT", "one")
     prepare(busi_folder, tmp_path / "out", _settings("busi", hash_names=True))
     monkeypatch.setenv("AMLP_RAY_SALT", "two")
@@ -477,7 +573,7 @@ def test_a_failure_deletes_nothing_of_the_user_s(busi_folder: Path, tmp_path: Pa
 def test_a_dataset_that_ended_meanwhile_is_not_touched(
     busi_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import amlp_ray.data.preparing.prepare as module
+    import amlp_ray.data.prepare.pipeline as module
 
     find = module.find_items
 
@@ -501,10 +597,16 @@ def test_values_of_pictures_are_brought_to_bytes(values: str, tmp_path: Path) ->
     for i, array in enumerate(arrays):
         Image.fromarray(array).save(tmp_path / "in" / f"{i}.png")
     given = {"values": values, "window": (1000, 3000) if values == "window" else None}
-    train = prepare(tmp_path / "in", tmp_path / "out", _settings("flat", fractions=(1, 0, 0), **given)).load("train")
+    train = prepare(
+        tmp_path / "in", tmp_path / "out", _settings("flat", fractions=(1, 0, 0), **given)
+    ).load("train")
     assert train.images.dtype == np.uint8
     for stored, array in zip(train.images[:, 0], arrays, strict=True):
-        low, high = (1000, 3000) if values == "window" else np.percentile(array[array > array.min()], (0.5, 99.5))
+        low, high = (
+            (1000, 3000)
+            if values == "window"
+            else np.percentile(array[array > array.min()], (0.5, 99.5))
+        )
         np.testing.assert_array_equal(
             stored, np.rint(((array.astype(float) - low) / (high - low) * 255.0).clip(0, 255))
         )
@@ -518,15 +620,26 @@ def test_padding_does_not_make_a_small_picture_air(tmp_path: Path) -> None:
     for i in range(3):
         pixels = np.random.default_rng(i).integers(60, 250, (40, 40), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "in" / f"{i}.png")
-    dataset = prepare(tmp_path / "in", tmp_path / "out", _settings("flat", fit="tiles", size=224, fractions=(1, 0, 0)))
+    dataset = prepare(
+        tmp_path / "in",
+        tmp_path / "out",
+        _settings("flat", fit="tiles", size=224, fractions=(1, 0, 0)),
+    )
     assert len(dataset) == 3
     assert (dataset.table()["background"] > 0.95).all()
 
 
-def test_pictures_that_a_layout_has_no_place_for_are_told(paired_folder: Path, tmp_path: Path) -> None:
+def test_pictures_that_a_layout_has_no_place_for_are_told(
+    paired_folder: Path, tmp_path: Path
+) -> None:
     Image.new("L", (50, 40)).save(paired_folder / "stray.png")
     said: list[str] = []
-    prepare(paired_folder, tmp_path / "out", _settings("auto", fractions=(1, 0, 0)), told=Told(said.append))
+    prepare(
+        paired_folder,
+        tmp_path / "out",
+        _settings("auto", fractions=(1, 0, 0)),
+        told=Told(said.append),
+    )
     assert said[0].endswith("1 pictures have no place in it and are left out, such as 'stray.png'")
 
 

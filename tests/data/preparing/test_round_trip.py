@@ -20,7 +20,7 @@ from volumes import dicom, write_nifti
 
 from amlp_ray.config import PrepareSettings
 from amlp_ray.data.dataset import SPLITS, PatchDataset
-from amlp_ray.data.preparing.prepare import prepare
+from amlp_ray.data.prepare.pipeline import prepare
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(180)]
 
@@ -35,7 +35,13 @@ class Whole(NamedTuple):
 
 
 def round_trip(source: Path, out: Path, layout: str, **settings: Any) -> Whole:
-    given = {"layout": layout, "size": 32, "fit": "tiles", "min_foreground": 0, "fractions": (1, 0, 0)} | settings
+    given = {
+        "layout": layout,
+        "size": 32,
+        "fit": "tiles",
+        "min_foreground": 0,
+        "fractions": (1, 0, 0),
+    } | settings
     dataset = prepare(source, out, PrepareSettings.model_validate(given), strict=True)
     table = dataset.table()
     frames: dict[tuple[str, int], Picture] = {}
@@ -46,7 +52,10 @@ def round_trip(source: Path, out: Path, layout: str, **settings: Any) -> Whole:
         at = name, row.frame
         if at not in frames:
             image = np.zeros((row.height, row.width, len(sample.image)), sample.image.dtype)
-            frames[at] = image, None if sample.mask is None else np.zeros((row.height, row.width), np.uint8)
+            frames[at] = (
+                image,
+                None if sample.mask is None else np.zeros((row.height, row.width), np.uint8),
+            )
         image, mask = frames[at]
         here = slice(row.y, min(row.y + 32, row.height)), slice(row.x, min(row.x + 32, row.width))
         height, width = here[0].stop - row.y, here[1].stop - row.x
@@ -95,7 +104,11 @@ def test_paired(paired_folder: Path, tmp_path: Path) -> None:
     for i in range(6):
         masks = list((paired_folder / "masks").glob(f"case_{i}*"))
         mask = np.asarray(Image.open(masks[0])) if masks else None
-        same(found.frames[f"case_{i}", 0], np.asarray(Image.open(paired_folder / "images" / f"case_{i}.png")), mask)
+        same(
+            found.frames[f"case_{i}", 0],
+            np.asarray(Image.open(paired_folder / "images" / f"case_{i}.png")),
+            mask,
+        )
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
@@ -120,7 +133,9 @@ def test_lgg(tmp_path: Path) -> None:
         for i in (1, 2):
             colour = Image.fromarray(noise(40, 60, 3, seed=i + len(patient)))
             colour.save(tmp_path / "in" / patient / f"{patient}_{i}.tif")
-            Image.fromarray(disc(40, 60)).save(tmp_path / "in" / patient / f"{patient}_{i}_mask.tif")
+            Image.fromarray(disc(40, 60)).save(
+                tmp_path / "in" / patient / f"{patient}_{i}_mask.tif"
+            )
     found = round_trip(tmp_path / "in", tmp_path / "out", "lgg")
     assert len(found.frames) == 4
     for (name, _), picture in found.frames.items():
@@ -136,8 +151,14 @@ def test_coco(tmp_path: Path) -> None:
         Image.fromarray(noise(40, 60, 3, seed=i)).save(tmp_path / "in" / f"{i}.png")
         images.append({"id": i, "file_name": f"{i}.png", "height": 40, "width": 60})
     square = [10, 5, 30, 5, 30, 25, 10, 25]
-    annotations = [{"id": 1, "image_id": 0, "category_id": 1, "segmentation": [square], "iscrowd": 0}]
-    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "lesion"}]}
+    annotations = [
+        {"id": 1, "image_id": 0, "category_id": 1, "segmentation": [square], "iscrowd": 0}
+    ]
+    content = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "lesion"}],
+    }
     (tmp_path / "in" / "instances.json").write_text(json.dumps(content))
     found = round_trip(tmp_path / "in", tmp_path / "out", "coco")
     drawn = np.zeros((40, 60), np.uint8)
@@ -171,7 +192,10 @@ def test_decathlon_with_a_fourth_dimension_and_labels(tmp_path: Path) -> None:
 def test_brats_modalities_become_channels_in_order(tmp_path: Path) -> None:
     for case in ("BraTS_1", "BraTS_2"):
         for i, modality in enumerate(("flair", "t1", "t1ce", "t2")):
-            write_nifti(tmp_path / "in" / case / f"{case}_{modality}.nii.gz", np.full((8, 9, 3), i, np.int16))
+            write_nifti(
+                tmp_path / "in" / case / f"{case}_{modality}.nii.gz",
+                np.full((8, 9, 3), i, np.int16),
+            )
         write_nifti(tmp_path / "in" / case / f"{case}_seg.nii.gz", noise(8, 9, 3, high=5))
     found = round_trip(tmp_path / "in", tmp_path / "out", "nifti", lesion_labels=(4,))
     assert len(found.frames) == 6
@@ -194,7 +218,9 @@ def test_dicom_in_hounsfield_units_with_no_name_left(tmp_path: Path) -> None:
     found = round_trip(tmp_path / "in", tmp_path / "out", "dicom")
     assert len(found.frames) == 4
     for (_, number), picture in found.frames.items():
-        same(picture, noise(40, 36, seed=3 - number, high=3000, dtype=np.int16) - 1024, None)  # in order of position
+        same(
+            picture, noise(40, 36, seed=3 - number, high=3000, dtype=np.int16) - 1024, None
+        )  # in order of position
     table = found.dataset.table()
     assert found.dataset.manifest.dtype == "int16"
     assert (table["spacing_y"] == 0.5).all()
@@ -202,7 +228,9 @@ def test_dicom_in_hounsfield_units_with_no_name_left(tmp_path: Path) -> None:
     content = b"".join(file.read_bytes() for file in (tmp_path / "out").rglob("*.*"))
     for secret in (b"Anna", b"Roentgen", series.encode()):
         assert secret not in content
-    assert b"Anna" not in b"".join(str(value).encode() for value in found.dataset.table().to_numpy().ravel())
+    assert b"Anna" not in b"".join(
+        str(value).encode() for value in found.dataset.table().to_numpy().ravel()
+    )
 
 
 def _slices(folder: Path, count: int, **elements: Any) -> str:
@@ -211,7 +239,9 @@ def _slices(folder: Path, count: int, **elements: Any) -> str:
     for k in range(count):
         own = {
             name: values[k] if isinstance(values, list) else values
-            for name, values in ({"SeriesInstanceUID": series, "ImagePositionPatient": None} | elements).items()
+            for name, values in (
+                {"SeriesInstanceUID": series, "ImagePositionPatient": None} | elements
+            ).items()
         }
         made = dicom(noise(20, 20, seed=k, high=3000, dtype=np.int16), InstanceNumber=k, **own)
         made.save_as(folder / f"{series}-{k}", enforce_file_format=True)
@@ -224,7 +254,9 @@ def test_patients_of_a_table_are_hashed_in_dicom(tmp_path: Path) -> None:
     lines = ["id,family", "DOE^JOHN,the Does", "ROE^JANE,the Roes", "DOE^JACK,the Does"]
     (tmp_path / "g.csv").write_text("\n".join(lines))
     given = {"group_file": str(tmp_path / "g.csv"), "group_column": "family"}
-    settings = PrepareSettings.model_validate({"layout": "dicom", "size": 16, "fractions": (0.5, 0.5, 0)} | given)
+    settings = PrepareSettings.model_validate(
+        {"layout": "dicom", "size": 16, "fractions": (0.5, 0.5, 0)} | given
+    )
     dataset = prepare(tmp_path / "in", tmp_path / "out", settings)
     assert sorted(dataset.table().groupby("group").size()) == [2, 4]
     content = b"".join(file.read_bytes() for file in (tmp_path / "out").rglob("*.*"))
@@ -249,7 +281,9 @@ def test_one_odd_slice_does_not_lose_a_series(tmp_path: Path) -> None:
     found = round_trip(tmp_path / "in", tmp_path / "out", "dicom")
     assert found.dataset.manifest.dtype == "float32"
     for (_, k), picture in found.frames.items():
-        scaled = noise(20, 20, seed=k, high=3000, dtype=np.int16) * np.float64([1.5, 2.5, 1, 4.5][k])
+        scaled = noise(20, 20, seed=k, high=3000, dtype=np.int16) * np.float64(
+            [1.5, 2.5, 1, 4.5][k]
+        )
         same(picture, scaled.astype(np.float32), None)
 
 
@@ -259,8 +293,12 @@ def test_statistics_of_floats_hold_far_from_zero(tmp_path: Path) -> None:
     for i, array in enumerate(arrays):
         np.save(tmp_path / "in" / f"{i}.npy", array)
     found = round_trip(tmp_path / "in", tmp_path / "out", "flat")
-    np.testing.assert_allclose(found.dataset.manifest.mean[0], np.mean(arrays, dtype=np.float64), rtol=1e-12)
-    np.testing.assert_allclose(found.dataset.manifest.std[0], np.std(arrays, dtype=np.float64), rtol=1e-9)
+    np.testing.assert_allclose(
+        found.dataset.manifest.mean[0], np.mean(arrays, dtype=np.float64), rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        found.dataset.manifest.std[0], np.std(arrays, dtype=np.float64), rtol=1e-9
+    )
 
 
 @pytest.mark.real
@@ -269,7 +307,10 @@ def test_statistics_of_floats_hold_far_from_zero(tmp_path: Path) -> None:
 def test_real_nifti(name: str, axis: str, number: int, real_data: Path, tmp_path: Path) -> None:
     shutil.copytree(real_data / "nifti" / name, tmp_path / "in")
     found = round_trip(tmp_path / "in", tmp_path / "out", "nifti", axis=axis)
-    volumes = {file.name: nib.as_closest_canonical(nib.load(file)) for file in (tmp_path / "in").glob("*.nii*")}
+    volumes = {
+        file.name: nib.as_closest_canonical(nib.load(file))
+        for file in (tmp_path / "in").glob("*.nii*")
+    }
     image = next(volume for file, volume in volumes.items() if "seg" not in file)
     labels = [np.asarray(volume.dataobj) > 0 for file, volume in volumes.items() if "seg" in file]
     voxels, label = np.asarray(image.dataobj), np.logical_or.reduce(labels)
@@ -301,16 +342,26 @@ def test_real_pictures(folder: str, layout: str, real_data: Path, tmp_path: Path
     found = round_trip(real_data / folder, tmp_path / "out", layout)
     mode = "L" if layout == "busi" else "RGB"
     sources = dict(
-        zip(found.dataset.table()["id"].str.rpartition("@")[0], found.dataset.table()["source"], strict=True)
+        zip(
+            found.dataset.table()["id"].str.rpartition("@")[0],
+            found.dataset.table()["source"],
+            strict=True,
+        )
     )
     assert len(found.frames) == (7 if layout == "busi" else 63)
     for (name, _), picture in found.frames.items():
         file = real_data / folder / sources[name]
         stem = file.stem
         beside = file.parent if layout == "busi" else real_data / folder / "masks"
-        masks = [path for path in beside.iterdir() if path.stem.startswith((f"{stem}_mask", f"{stem}_seg"))]
+        masks = [
+            path
+            for path in beside.iterdir()
+            if path.stem.startswith((f"{stem}_mask", f"{stem}_seg"))
+        ]
         image = np.asarray(Image.open(file).convert(mode))
-        union = np.logical_or.reduce([np.asarray(Image.open(path).convert("RGB")).any(axis=2) for path in masks])
+        union = np.logical_or.reduce(
+            [np.asarray(Image.open(path).convert("RGB")).any(axis=2) for path in masks]
+        )
         same(picture, image, union)
 
 

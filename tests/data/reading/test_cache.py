@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from noise import noise_dataset
 
-import amlp_ray.data.reading.cache as cache
+import amlp_ray.data.loading.image_cache as cache
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import DataError
 
 USE = """
 import sys, time
 from pathlib import Path
-import amlp_ray.data.reading.cache as cache
+import amlp_ray.data.loading.image_cache as cache
 from amlp_ray.data.dataset import PatchDataset
 cache.SHARED_MEMORY = Path(sys.argv[2])
 built = []
@@ -67,7 +67,9 @@ def said(process: subprocess.Popen[str]) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["resident", "mapped"])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
-def test_a_store_holds_the_images_and_keys_as_they_are(folders: Path, kind: cache.Kind, dtype: str) -> None:
+def test_a_store_holds_the_images_and_keys_as_they_are(
+    folders: Path, kind: cache.Kind, dtype: str
+) -> None:
     dataset = noise_dataset(folders / "set", 50, shape=(2, 5, 3), dtype=dtype, part=20)
     split = dataset.load("train")
     store = cache.open_store(dataset, "train", kind)
@@ -78,7 +80,9 @@ def test_a_store_holds_the_images_and_keys_as_they_are(folders: Path, kind: cach
     assert cache.has_store(dataset, "train", kind)
 
 
-def test_resident_stores_go_with_their_last_user_and_mapped_ones_stay(dataset: PatchDataset, folders: Path) -> None:
+def test_resident_stores_go_with_their_last_user_and_mapped_ones_stay(
+    dataset: PatchDataset, folders: Path
+) -> None:
     first, second = (cache.open_store(dataset, "train", "resident") for _ in range(2))
     mapped = cache.open_store(dataset, "train", "mapped")
     cache.release()
@@ -86,7 +90,9 @@ def test_resident_stores_go_with_their_last_user_and_mapped_ones_stay(dataset: P
     assert len(files(folders / "shm")) == 1
     second.close()
     assert files(folders / "shm") == []
-    assert int(second.images.sum()) == int(mapped.images.sum())  # memory lives while somebody maps it
+    assert int(second.images.sum()) == int(
+        mapped.images.sum()
+    )  # memory lives while somebody maps it
     mapped.close()
     assert len(files(folders / "cache")) == 1
 
@@ -101,7 +107,9 @@ def test_the_next_user_in_a_process_finds_it_still_there(
     assert files(folders / "shm") == []
 
 
-def test_one_of_several_processes_builds_and_the_last_deletes(dataset: PatchDataset, folders: Path) -> None:
+def test_one_of_several_processes_builds_and_the_last_deletes(
+    dataset: PatchDataset, folders: Path
+) -> None:
     users = [start(dataset, folders) for _ in range(3)]
     told = [said(user) for user in users]
     assert sum(built for built, _ in told) == 1
@@ -112,7 +120,9 @@ def test_one_of_several_processes_builds_and_the_last_deletes(dataset: PatchData
         assert len(files(folders / "shm")) == (0 if left == 3 else 1)
 
 
-def test_what_a_killed_process_leaves_is_swept_by_the_next(dataset: PatchDataset, folders: Path) -> None:
+def test_what_a_killed_process_leaves_is_swept_by_the_next(
+    dataset: PatchDataset, folders: Path
+) -> None:
     killed, other = start(dataset, folders), start(dataset, folders)
     said(killed), said(other)
     killed.send_signal(signal.SIGKILL)
@@ -146,7 +156,9 @@ def test_a_builder_that_died_is_replaced_and_one_that_lives_is_waited_for(
     assert partial.name not in files(folders)
 
 
-def test_sweeping_never_takes_a_store_from_under_its_users(dataset: PatchDataset, folders: Path) -> None:
+def test_sweeping_never_takes_a_store_from_under_its_users(
+    dataset: PatchDataset, folders: Path
+) -> None:
     """Threads open and close while others sweep: descriptors have locks of their own, as in processes."""
     total, failures = int(dataset.load("train").images.sum()), []
     until = time.monotonic() + 2
@@ -173,7 +185,9 @@ def test_sweeping_never_takes_a_store_from_under_its_users(dataset: PatchDataset
     assert files(folders / "shm") == []
 
 
-def test_mapped_stores_unused_for_longest_make_room(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mapped_stores_unused_for_longest_make_room(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sets = [noise_dataset(folders / str(i), 40, seed=i) for i in range(4)]
     stores = [cache.open_store(some, "train", "mapped") for some in sets[:3]]
     paths = [store.path for store in stores if store.path]
@@ -182,7 +196,9 @@ def test_mapped_stores_unused_for_longest_make_room(folders: Path, monkeypatch: 
     size = paths[0].stat().st_size
     del stores[:2]
     monkeypatch.setattr(cache, "MAPPED_SHARE", 1.0)
-    monkeypatch.setattr(cache, "_free", lambda folder: size * (4 - len(list(folder.glob("*.images")))))
+    monkeypatch.setattr(
+        cache, "_free", lambda folder: size * (4 - len(list(folder.glob("*.images"))))
+    )
     assert cache.fits(sets[3], "train", "mapped")
     cache.open_store(sets[3], "train", "mapped")
     assert [path.exists() for path in paths] == [True, True, True]
@@ -195,7 +211,9 @@ def test_a_store_cut_short_is_built_again(dataset: PatchDataset, folders: Path) 
     cache.open_store(dataset, "train", "mapped").close()
     path = cache.store_path(dataset, "train", "mapped")
     os.truncate(path, 100)
-    np.testing.assert_array_equal(cache.open_store(dataset, "train", "mapped").images, dataset.load("train").images)
+    np.testing.assert_array_equal(
+        cache.open_store(dataset, "train", "mapped").images, dataset.load("train").images
+    )
 
 
 def test_without_shared_memory_images_are_private_and_without_a_cache_it_is_told(
@@ -246,7 +264,9 @@ def test_a_waiter_that_is_interrupted_leaves_the_builder_s_file(
         assert partial.exists()
 
 
-def test_a_folder_in_shared_memory_that_others_may_write_is_not_used(dataset: PatchDataset, folders: Path) -> None:
+def test_a_folder_in_shared_memory_that_others_may_write_is_not_used(
+    dataset: PatchDataset, folders: Path
+) -> None:
     folder = cache.store_path(dataset, "train", "resident").parent
     folder.mkdir(parents=True)
     folder.chmod(0o777)
@@ -256,7 +276,9 @@ def test_a_folder_in_shared_memory_that_others_may_write_is_not_used(dataset: Pa
     assert files(folder) == []
 
 
-def test_stores_in_use_are_no_room(dataset: PatchDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stores_in_use_are_no_room(
+    dataset: PatchDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     used = cache.open_store(dataset, "train", "mapped")
     other = noise_dataset(tmp_path / "other", 100, seed=1)
     monkeypatch.setattr(cache, "_free", lambda _: 0)
@@ -266,7 +288,9 @@ def test_stores_in_use_are_no_room(dataset: PatchDataset, tmp_path: Path, monkey
     assert cache.fits(other, "train", "mapped")
 
 
-def test_full_shared_memory_is_no_room(dataset: PatchDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_shared_memory_is_no_room(
+    dataset: PatchDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert cache.fits(dataset, "train", "resident")
     monkeypatch.setattr(cache, "_free", lambda _: 0)
     assert not cache.fits(dataset, "train", "resident")

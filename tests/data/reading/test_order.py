@@ -7,15 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amlp_ray.data.reading.order import Order, Unit, ahead, epoch_order, lanes_for
+from amlp_ray.data.loading.shuffle import Order, Unit, ahead, epoch_order, lanes_for
 
 
 def units(*rows: int) -> tuple[Unit, ...]:
     starts = np.cumsum([0, *rows])
-    return tuple(Unit(0, i, int(start), count) for i, (start, count) in enumerate(zip(starts, rows, strict=False)))
+    return tuple(
+        Unit(0, i, int(start), count)
+        for i, (start, count) in enumerate(zip(starts, rows, strict=False))
+    )
 
 
-def large(rows: int = 4000, *, batch_size: int = 16, world: int = 1, window: int = 50, seed: int = 3) -> Order:
+def large(
+    rows: int = 4000, *, batch_size: int = 16, world: int = 1, window: int = 50, seed: int = 3
+) -> Order:
     sizes = [64] * (rows // 64) + ([rows % 64] if rows % 64 else [])
     return Order(units(*sizes), batch_size, world, lanes_for(batch_size), window, seed)
 
@@ -25,7 +30,10 @@ def test_a_small_split_is_permuted_as_it_always_was() -> None:
     assert order.ravel().tolist() == np.random.default_rng([5, 2]).permutation(23)[:20].tolist()
     short = epoch_order(np.array([3]), batch_size=8, lanes=0, window=1, seed=5, epoch=2)
     assert short.shape == (1, 8)
-    assert short.ravel().tolist() == np.resize(np.random.default_rng([5, 2]).permutation(3), 8).tolist()
+    assert (
+        short.ravel().tolist()
+        == np.resize(np.random.default_rng([5, 2]).permutation(3), 8).tolist()
+    )
 
 
 @given(
@@ -77,7 +85,9 @@ def test_a_worker_needs_few_units_at_once_and_each_of_them_for_one_stretch() -> 
         held = np.zeros(last.max() + 2, int)
         np.add.at(held, first, 1)
         np.add.at(held, last + 1, -1)
-        assert held.cumsum().max() <= 4 * 8 / world  # a window of 50 rows touches three units at most, and a next one
+        assert (
+            held.cumsum().max() <= 4 * 8 / world
+        )  # a window of 50 rows touches three units at most, and a next one
 
 
 def test_a_batch_of_a_large_split_comes_from_many_units() -> None:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from amlp_ray.data.reading.prefetch import prefetched, read_ahead
-from amlp_ray.data.reading.stream import Batch
+from amlp_ray.data.loading.batches import Batch
+from amlp_ray.data.loading.prefetch import prefetched, read_ahead
 
 
 def threads() -> int:
@@ -74,7 +74,8 @@ def test_on_a_cpu_batches_come_as_they_are() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_images_are_there_and_whole() -> None:
     batches = [
-        Batch(torch.full((64, 3, 224, 224), i, dtype=torch.uint8).pin_memory(), torch.arange(64)) for i in range(12)
+        Batch(torch.full((64, 3, 224, 224), i, dtype=torch.uint8).pin_memory(), torch.arange(64))
+        for i in range(12)
     ]
     for i, (images, keys) in enumerate(prefetched(batches, "cuda")):
         assert images.is_cuda

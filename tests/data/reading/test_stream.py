@@ -14,12 +14,18 @@ import pytest
 import torch
 from noise import noise_dataset
 
-import amlp_ray.data.reading.cache as cache
-import amlp_ray.data.reading.order as order
-import amlp_ray.data.reading.stream as stream
+import amlp_ray.data.loading.batches as stream
+import amlp_ray.data.loading.image_cache as cache
+import amlp_ray.data.loading.shuffle as order
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.place import Place
-from amlp_ray.data.reading.stream import Batch, ExampleBatches, StoredBatches, StreamBatches, open_batches
+from amlp_ray.data.loading.batches import (
+    Batch,
+    ExampleBatches,
+    StoredBatches,
+    StreamBatches,
+    open_batches,
+)
+from amlp_ray.data.path import Place
 from amlp_ray.errors import DataError, SettingsError
 
 MODES = ("resident", "mapped", "stream")
@@ -60,7 +66,9 @@ def _digest(batches: Iterable[Batch]) -> str:
 def test_any_number_of_workers_sees_the_same_global_batches(tmp_path: Path, world: int) -> None:
     dataset = noise_dataset(tmp_path / "set", 36)
     whole = open_batches(dataset, batch_size=8, seed=5)
-    workers = [open_batches(dataset, batch_size=8, seed=5, rank=r, world=world) for r in range(world)]
+    workers = [
+        open_batches(dataset, batch_size=8, seed=5, rank=r, world=world) for r in range(world)
+    ]
     shares = [_keys(worker.epoch(3)) for worker in workers]
     assert whole.steps_per_epoch == workers[0].steps_per_epoch == 36 // 8
     for step, batch in enumerate(_keys(whole.epoch(3))):
@@ -92,7 +100,9 @@ def test_the_order_of_a_small_split_is_what_it_always_was(tmp_path: Path) -> Non
 
 @pytest.mark.ray
 @pytest.mark.parametrize("mode", MODES)
-def test_a_split_smaller_than_a_batch_has_a_step(parted: PatchDataset, tmp_path: Path, mode: stream.Mode) -> None:
+def test_a_split_smaller_than_a_batch_has_a_step(
+    parted: PatchDataset, tmp_path: Path, mode: stream.Mode
+) -> None:
     small = noise_dataset(tmp_path / "set", 3)
     batches = open_batches(small, batch_size=8, seed=0, mode=mode, epochs=2)
     for epoch in (1, 2):
@@ -112,7 +122,9 @@ def test_all_modes_give_the_same_bytes(
     told = {}
     for mode in MODES:
         for rank in range(world):
-            batches = open_batches(parted, batch_size=16, seed=4, mode=mode, rank=rank, world=world, epochs=3)
+            batches = open_batches(
+                parted, batch_size=16, seed=4, mode=mode, rank=rank, world=world, epochs=3
+            )
             assert isinstance(batches, StreamBatches if mode == "stream" else StoredBatches)
             told[mode, rank] = [_digest(batches.epoch(epoch)) for epoch in (1, 2, 3)]
     for rank in range(world):
@@ -124,15 +136,20 @@ def test_all_modes_give_the_same_bytes(
 def test_workers_share_a_large_split_without_overlap(tmp_path: Path) -> None:
     dataset = noise_dataset(tmp_path / "set", 500)
     whole = _keys(open_batches(dataset, batch_size=16, seed=0).epoch(1))
-    shares = [_keys(open_batches(dataset, batch_size=16, seed=0, rank=r, world=4).epoch(1)) for r in range(4)]
+    shares = [
+        _keys(open_batches(dataset, batch_size=16, seed=0, rank=r, world=4).epoch(1))
+        for r in range(4)
+    ]
     assert [list(chain(*parts)) for parts in zip(*shares, strict=True)] == whole
     flat = list(chain(*whole))
     assert len(set(flat)) == len(flat) == 500 // 16 * 16
 
 
 @pytest.mark.ray
-def test_epochs_in_sequence_come_from_one_execution(parted: PatchDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    import amlp_ray.data.reading.ray_data as ray_data
+def test_epochs_in_sequence_come_from_one_execution(
+    parted: PatchDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import amlp_ray.data.loading.ray_stream as ray_data
 
     asked: list[range] = []
     begin = ray_data.stream_tables
@@ -159,18 +176,21 @@ def test_epochs_in_sequence_come_from_one_execution(parted: PatchDataset, monkey
 def test_a_reader_that_dies_is_replaced_and_the_order_stays(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import amlp_ray.data.reading.ray_data as ray_data
+    import amlp_ray.data.loading.ray_stream as ray_data
 
     dataset = noise_dataset(tmp_path / "set", 2000, part=50)
     monkeypatch.setattr(order, "WINDOW", 1000)
-    monkeypatch.setattr(ray_data, "BLOCK_BYTES", 1000)  # so that the reader has most of its way before it
+    monkeypatch.setattr(
+        ray_data, "BLOCK_BYTES", 1000
+    )  # so that the reader has most of its way before it
     expected = _digest(open_batches(dataset, batch_size=8, seed=0, mode="resident").epoch(1))
     batches = open_batches(dataset, batch_size=8, seed=0, mode="stream", epochs=1).epoch(1)
     first = next(batches)
     readers = [
         process
         for process in psutil.Process().children(recursive=True)
-        if "_read_epochs" in process.name() or any("_read_epochs" in word for word in process.cmdline())
+        if "_read_epochs" in process.name()
+        or any("_read_epochs" in word for word in process.cmdline())
     ]
     assert readers
     for reader in readers:
@@ -190,20 +210,32 @@ def test_a_stream_runs_where_workers_hold_every_cpu(parted: PatchDataset) -> Non
     worker = Worker.remote()
     ray.get(worker.ready.remote(), timeout=60)
     try:
-        assert len(_keys(open_batches(parted, batch_size=100, seed=0, mode="stream", epochs=1).epoch(1))) == 5
+        assert (
+            len(
+                _keys(
+                    open_batches(parted, batch_size=100, seed=0, mode="stream", epochs=1).epoch(1)
+                )
+            )
+            == 5
+        )
     finally:
         ray.kill(worker)
 
 
 @pytest.mark.ray
-def test_a_dataset_in_an_object_store_gives_the_same_bytes(parted: PatchDataset, s3_bucket: str) -> None:
+def test_a_dataset_in_an_object_store_gives_the_same_bytes(
+    parted: PatchDataset, s3_bucket: str
+) -> None:
     there = Place(s3_bucket) / "streamed"
     for entry in parted.place.entries():
         (there / entry.name).write_whole((parted.place / entry.name).read_bytes())
     remote = PatchDataset.open(there)
     expected = _digest(open_batches(parted, batch_size=50, seed=0, mode="resident").epoch(1))
     for mode in MODES:
-        assert _digest(open_batches(remote, batch_size=50, seed=0, mode=mode, epochs=1).epoch(1)) == expected
+        assert (
+            _digest(open_batches(remote, batch_size=50, seed=0, mode=mode, epochs=1).epoch(1))
+            == expected
+        )
 
 
 @pytest.mark.ray
@@ -211,7 +243,9 @@ def test_a_part_damaged_meanwhile_is_told_by_name(ray_session: None, tmp_path: P
     dataset = noise_dataset(tmp_path / "set", 100)
     batches = open_batches(dataset, batch_size=10, seed=0, mode="stream", epochs=1)
     dataset.files("train")[1].local.write_bytes(b"not parquet")
-    with pytest.raises(DataError, match=r"^\S+part-00001.parquet is damaged .*; prepare the dataset again.$"):
+    with pytest.raises(
+        DataError, match=r"^\S+part-00001.parquet is damaged .*; prepare the dataset again.$"
+    ):
         list(batches.epoch(1))
 
 
@@ -219,20 +253,26 @@ def test_reading_tasks_load_no_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, amlp_ray.data.reading.ray_data, amlp_ray.data.dataset; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    code = "import sys, amlp_ray.data.loading.ray_stream, amlp_ray.data.dataset; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
     assert done.stdout.strip() == "False"
 
 
 def test_wrong_requests_say_what_to_do(tmp_path: Path) -> None:
     dataset = noise_dataset(tmp_path / "set", 10)
-    with pytest.raises(SettingsError, match="batch_size 9 cannot be shared by 10 workers; raise it"):
+    with pytest.raises(
+        SettingsError, match="batch_size 9 cannot be shared by 10 workers; raise it"
+    ):
         open_batches(dataset, batch_size=9, seed=0, world=10)
     with pytest.raises(DataError, match=r"split 'val' of .* has no images"):
         open_batches(dataset, split="val", batch_size=4, seed=0)
 
 
-def test_auto_takes_the_first_that_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_first_that_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset = noise_dataset(tmp_path / "set", 20)
     assert stream.resolved(dataset, "train", "auto") == "resident"
     monkeypatch.setattr(cache, "free_memory", lambda: 1000)

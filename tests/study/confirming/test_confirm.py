@@ -12,23 +12,24 @@ from optuna.trial import TrialState, create_trial
 from tiny import TINY
 
 from amlp_ray.config import PretrainSettings, StudySettings
+from amlp_ray.config.overrides import merged
+from amlp_ray.config.yaml_file import write_yaml
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import DataError, StudyError
-from amlp_ray.settings import merged, write_yaml
-from amlp_ray.study.confirming.confirm import (
+from amlp_ray.evaluation.confirmation_run import finish_confirmation_run
+from amlp_ray.launch.job import Job, run_job
+from amlp_ray.study.confirmation.confirm import (
     confirm_seed,
     confirmation_notes,
     confirmation_plan,
     finetuning,
-    finish_confirmation_run,
     open_test,
     opened,
     top_trials,
 )
-from amlp_ray.study.confirming.confirmed import confirmation_of
-from amlp_ray.study.keeping.store import StudyStore
+from amlp_ray.study.confirmation.results import confirmation_of
 from amlp_ray.study.report import write_report
-from amlp_ray.training.job import Job, run_job
+from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.training.pretrain import Hooks
 
 SPACE = {"ratio.start": {"low": 0.1, "high": 0.7}}
@@ -45,7 +46,12 @@ def new_study(folder: Path, **changes: Any) -> tuple[StudyStore, StudySettings]:
 
 
 def add_trial(
-    store: StudyStore, start: float, *values: float, kept: bool = True, state: str = "COMPLETE", **attrs: Any
+    store: StudyStore,
+    start: float,
+    *values: float,
+    kept: bool = True,
+    state: str = "COMPLETE",
+    **attrs: Any,
 ) -> None:
     """A trial of the search as it ends, with its settings in its folder unless they are not `kept`."""
     settings = store.settings()
@@ -64,10 +70,15 @@ def add_trial(
     )
     if kept:
         store.trial_folder(number).mkdir(parents=True)
-        write_yaml(settings.trial({"ratio.start": start}, seed=number), store.trial_folder(number) / "settings.yaml")
+        write_yaml(
+            settings.trial({"ratio.start": start}, seed=number),
+            store.trial_folder(number) / "settings.yaml",
+        )
 
 
-def end_run(store: StudyStore, candidate: str, repeat: int, state: str = "COMPLETE", **attrs: Any) -> None:
+def end_run(
+    store: StudyStore, candidate: str, repeat: int, state: str = "COMPLETE", **attrs: Any
+) -> None:
     store.confirmation(create=True).add_trial(
         create_trial(
             state=TrialState[state],
@@ -95,7 +106,9 @@ def test_the_best_trials_and_all_arms_are_confirmed_in_order(tmp_path: Path) -> 
     assert best.settings(9) == settings.trial({"ratio.start": 0.3}, seed=9)
 
 
-def test_of_trials_only_whole_ones_of_this_study_count_and_equal_settings_once(tmp_path: Path) -> None:
+def test_of_trials_only_whole_ones_of_this_study_count_and_equal_settings_once(
+    tmp_path: Path,
+) -> None:
     store, settings = new_study(tmp_path / "s")
     add_trial(store, 0.2, 0.9, state="PRUNED")
     add_trial(store, 0.2, 0.9, state="FAIL")
@@ -146,7 +159,9 @@ def test_without_a_whole_trial_there_is_nothing_to_confirm(tmp_path: Path) -> No
         confirmation_plan(store, settings)
 
 
-def test_controls_change_the_best_trial_and_one_that_would_change_nothing_is_left_out(tmp_path: Path) -> None:
+def test_controls_change_the_best_trial_and_one_that_would_change_nothing_is_left_out(
+    tmp_path: Path,
+) -> None:
     store, settings = new_study(tmp_path / "s", arms=["equal-mean", "random-cluster", "oracle"])
     add_trial(store, 0.3, 0.5)
     write_yaml(
@@ -160,16 +175,26 @@ def test_controls_change_the_best_trial_and_one_that_would_change_nothing_is_lef
     assert mean.settings(3).ratio.start == pytest.approx(0.3)
     assert (mean.diagnosis, oracle.diagnosis) == (False, True)
     (note,) = confirmation_notes(store, settings)
-    assert note.startswith("random-cluster-of-trial-0 is left out: s, arm random-cluster is about which cluster")
+    assert note.startswith(
+        "random-cluster-of-trial-0 is left out: s, arm random-cluster is about which cluster"
+    )
 
 
-def test_what_was_begun_stays_and_a_better_trial_joins_until_the_test_is_opened(tmp_path: Path) -> None:
+def test_what_was_begun_stays_and_a_better_trial_joins_until_the_test_is_opened(
+    tmp_path: Path,
+) -> None:
     store, _ = new_study(tmp_path / "s", confirm={"top": 1}, arms=["mae", "equal-mean"])
     add_trial(store, 0.3, 0.5)
     end_run(store, "trial-0", 0)
     end_run(store, "equal-mean-of-trial-0", 0)
     add_trial(store, 0.4, 0.6)
-    assert names(store) == ["trial-0", "equal-mean-of-trial-0", "trial-1", "mae", "equal-mean-of-trial-1"]
+    assert names(store) == [
+        "trial-0",
+        "equal-mean-of-trial-0",
+        "trial-1",
+        "mae",
+        "equal-mean-of-trial-1",
+    ]
     record = {"when": "2026-01-01", "commit": None, "candidates": ["trial-0", "mae"], "runs": {}}
     store.confirmation(create=True).set_user_attr("test_opened", record)
     assert names(store) == ["trial-0", "mae"]
@@ -180,7 +205,9 @@ def test_repeats_have_seeds_of_their_own_that_all_candidates_share(tmp_path: Pat
     add_trial(store, 0.3, 0.5)
     seeds = [confirm_seed(settings, repeat) for repeat in range(3)]
     assert len({*seeds, *(finetuning(settings, repeat).seed for repeat in range(3))}) == 6
-    assert {candidate.settings(seeds[1]).seed for candidate in confirmation_plan(store, settings)} == {seeds[1]}
+    assert {
+        candidate.settings(seeds[1]).seed for candidate in confirmation_plan(store, settings)
+    } == {seeds[1]}
     assert finetuning(settings, 1).epochs == settings.confirm.finetune.epochs
 
 
@@ -195,8 +222,16 @@ def train(store: StudyStore, dataset: PatchDataset) -> None:
             given = candidate.settings(confirm_seed(settings, repeat))
             rungs = (0,) if given.objective == "none" else (given.epochs,)
             run_job(Job(given, dataset.path, folder, settings.probe, rungs), Hooks())
-            finish_confirmation_run(folder, dataset, finetuning(settings, repeat), sizes=settings.probe.sizes)
-            end_run(store, candidate.name, repeat, diagnosis=candidate.diagnosis, params=dict(candidate.params))
+            finish_confirmation_run(
+                folder, dataset, finetuning(settings, repeat), sizes=settings.probe.sizes
+            )
+            end_run(
+                store,
+                candidate.name,
+                repeat,
+                diagnosis=candidate.diagnosis,
+                params=dict(candidate.params),
+            )
 
 
 @pytest.fixture(scope="module")
@@ -228,22 +263,30 @@ def test_a_run_is_scored_on_val_by_both_protocols_and_keeps_its_segmenter(
     assert not list(trained.folder.glob("confirm/*/test.json"))
 
 
-def test_a_finished_fine_tuning_is_not_done_again(trained: StudyStore, phantom_dataset: PatchDataset) -> None:
+def test_a_finished_fine_tuning_is_not_done_again(
+    trained: StudyStore, phantom_dataset: PatchDataset
+) -> None:
     folder, settings = trained.confirm_folder("mae", 0), trained.settings()
     weights = folder / "segmenter" / "segmenter.safetensors"
     before = weights.stat().st_mtime_ns
-    found = finish_confirmation_run(folder, phantom_dataset, finetuning(settings, 0), sizes=settings.probe.sizes)
+    found = finish_confirmation_run(
+        folder, phantom_dataset, finetuning(settings, 0), sizes=settings.probe.sizes
+    )
     assert found == json.loads((folder / "finetune.json").read_text())
     assert weights.stat().st_mtime_ns == before
 
 
-def test_test_images_stay_closed_while_a_run_is_missing(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_test_images_stay_closed_while_a_run_is_missing(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     store, settings = new_study(tmp_path / "s", confirm={"top": 1})
     add_trial(store, 0.3, 0.5)
     for name in ("trial-0", "scratch", "mae"):
         end_run(store, name, 0)
         end_run(store, name, 1, state="RUNNING" if name == "mae" else "COMPLETE")
-    with pytest.raises(StudyError, match=r"1 of 6 confirmation runs left, such as mae-1; finish them"):
+    with pytest.raises(
+        StudyError, match=r"1 of 6 confirmation runs left, such as mae-1; finish them"
+    ):
         open_test(store, settings, phantom_dataset)
     assert opened(store) is None
 
@@ -253,7 +296,9 @@ def test_a_data_set_without_test_lesions_is_refused_and_nothing_is_recorded(
 ) -> None:
     counts = phantom_dataset.manifest.counts
     none = counts | {"test": counts["test"].model_copy(update={"lesions": 0})}
-    without = PatchDataset(phantom_dataset.place, phantom_dataset.manifest.model_copy(update={"counts": none}))
+    without = PatchDataset(
+        phantom_dataset.place, phantom_dataset.manifest.model_copy(update={"counts": none})
+    )
     with pytest.raises(DataError, match="no labelled test image with a lesion"):
         open_test(trained, trained.settings(), without)
     assert opened(trained) is None
@@ -263,9 +308,15 @@ def test_runs_that_were_fine_tuned_differently_are_not_compared(
     trained: StudyStore, phantom_dataset: PatchDataset
 ) -> None:
     confirm = trained.settings().confirm
-    changed = confirm.model_copy(update={"finetune": confirm.finetune.model_copy(update={"epochs": 9})})
-    with pytest.raises(StudyError, match=r"trial-0-0 was fine-tuned with other settings than confirm\.finetune"):
-        open_test(trained, trained.settings().model_copy(update={"confirm": changed}), phantom_dataset)
+    changed = confirm.model_copy(
+        update={"finetune": confirm.finetune.model_copy(update={"epochs": 9})}
+    )
+    with pytest.raises(
+        StudyError, match=r"trial-0-0 was fine-tuned with other settings than confirm\.finetune"
+    ):
+        open_test(
+            trained, trained.settings().model_copy(update={"confirm": changed}), phantom_dataset
+        )
     assert opened(trained) is None
 
 
@@ -326,7 +377,11 @@ def test_test_images_are_opened_once_for_those_who_were_confirmed_and_the_report
     assert [c.name for c in found.candidates] == list(first.candidates)
     items = {item.theirs: item for item in found.against_arms["finetune"]}
     of_trial, oracle = items["mae"], items["oracle-of-trial-0"]
-    assert (of_trial.ours, of_trial.difference.seeds, of_trial.difference.images) == ("trial-0", 2, len(lesions))
+    assert (of_trial.ours, of_trial.difference.seeds, of_trial.difference.images) == (
+        "trial-0",
+        2,
+        len(lesions),
+    )
     assert of_trial.p is not None
     assert (oracle.p, oracle.reading) == (None, "not known")
     page = write_report(trained).read_text()
@@ -339,7 +394,9 @@ def test_test_images_are_opened_once_for_those_who_were_confirmed_and_the_report
 def test_a_failed_run_is_left_out_and_the_test_is_opened_all_the_same(
     phantom_dataset: PatchDataset, trained: StudyStore, tmp_path: Path
 ) -> None:
-    store, settings = new_study(tmp_path / "s", confirm={"top": 1}, arms=["mae"], probe={"labels": 8})
+    store, settings = new_study(
+        tmp_path / "s", confirm={"top": 1}, arms=["mae"], probe={"labels": 8}
+    )
     add_trial(store, 0.3, 0.5)
     for name in ("trial-0", "mae"):
         for repeat in (0, 1):
@@ -348,7 +405,11 @@ def test_a_failed_run_is_left_out_and_the_test_is_opened_all_the_same(
             target = store.confirm_folder(name, repeat)
             target.parent.mkdir(exist_ok=True)
             target.symlink_to(trained.confirm_folder(name, repeat))
-    assert set(open_test(store, settings, phantom_dataset).runs) == {"trial-0-0", "trial-0-1", "mae-0"}
+    assert set(open_test(store, settings, phantom_dataset).runs) == {
+        "trial-0-0",
+        "trial-0-1",
+        "mae-0",
+    }
     found = confirmation_of(store)
     assert found is not None
     assert found.failed == {"mae-1": "node lost"}

@@ -11,12 +11,12 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from amlp_ray.config import StudySettings
-from amlp_ray.settings import write_yaml
-from amlp_ray.study.confirming.confirmed import Confirmation, confirmation_of, read, unequal
-from amlp_ray.study.confirming.statistics import Difference
-from amlp_ray.study.keeping.store import StudyStore
-from amlp_ray.study.report._confirm import headed, section
-from amlp_ray.study.report._verdict import Verdict
+from amlp_ray.config.yaml_file import write_yaml
+from amlp_ray.study.confirmation.results import Confirmation, confirmation_of, read, unequal
+from amlp_ray.study.confirmation.statistics import Difference
+from amlp_ray.study.report.confirmation import headed, section
+from amlp_ray.study.report.summary import Verdict
+from amlp_ray.study.storage.study_store import StudyStore
 
 SEARCHED = Verdict("better", "The search says so.", ["of the search"], ["care"], "pruning")
 IMAGES = 60
@@ -27,7 +27,9 @@ class Written:
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         folder.mkdir(parents=True)
-        write_yaml(StudySettings.model_validate({"name": folder.name, **settings}), folder / "study.yaml")
+        write_yaml(
+            StudySettings.model_validate({"name": folder.name, **settings}), folder / "study.yaml"
+        )
         self.store = StudyStore(folder)
         self.names: list[str] = []
         self.difficulty = np.random.default_rng(0).normal(0, 0.1, IMAGES)
@@ -52,27 +54,47 @@ class Written:
         for repeat in range(seeds):
             rng = np.random.default_rng([len(self.names), repeat])
             scores = {
-                at: {f"i{i}": float(v) for i, v in enumerate(mean + self.difficulty + rng.normal(0, noise, IMAGES))}
+                at: {
+                    f"i{i}": float(v)
+                    for i, v in enumerate(mean + self.difficulty + rng.normal(0, noise, IMAGES))
+                }
                 for at, mean in means.items()
             }
-            full = {at: {"dsc": float(np.mean(list(v.values()))), "per_image": v} for at, v in scores.items()}
+            full = {
+                at: {"dsc": float(np.mean(list(v.values()))), "per_image": v}
+                for at, v in scores.items()
+            }
             folder = self.store.confirm_folder(name, repeat)
             folder.mkdir(parents=True)
             (folder / "score.json").write_text(json.dumps(full["val"]))
             (folder / "finetune.json").write_text(json.dumps(full["finetune"]))
-            (folder / "test.json").write_text(json.dumps({p: full[p] for p in ("probe", "finetune")}))
-            (folder / "settings.yaml").write_text(f"objective: reconstruction\nepochs: {epochs}\nbatch_size: 16\n")
+            (folder / "test.json").write_text(
+                json.dumps({p: full[p] for p in ("probe", "finetune")})
+            )
+            (folder / "settings.yaml").write_text(
+                f"objective: reconstruction\nepochs: {epochs}\nbatch_size: 16\n"
+            )
             lost = repeat in failed
             self.store.confirmation(create=True).add_trial(
                 create_trial(
                     state=TrialState.FAIL if lost else TrialState.COMPLETE,
                     value=None if lost else means["val"],
-                    user_attrs={"candidate": name, "repeat": repeat, "diagnosis": diagnosis, "reason": "node lost"},
+                    user_attrs={
+                        "candidate": name,
+                        "repeat": repeat,
+                        "diagnosis": diagnosis,
+                        "reason": "node lost",
+                    },
                 )
             )
 
     def open(self) -> Confirmation:
-        record = {"when": "2026-03-01T10:00:00+00:00", "commit": "abc", "candidates": self.names, "runs": {}}
+        record = {
+            "when": "2026-03-01T10:00:00+00:00",
+            "commit": "abc",
+            "candidates": self.names,
+            "runs": {},
+        }
         self.store.confirmation(create=True).set_user_attr("test_opened", record)
         return self.found()
 
@@ -113,7 +135,9 @@ def test_the_trial_that_is_judged_is_the_best_on_val_and_not_on_test(written: Wr
         (0.60, 0.3, "tie", ": no difference shown."),
     ],
 )
-def test_a_verdict_can_be_each_of_four(written: Written, mae: float, noise: float, kind: str, words: str) -> None:
+def test_a_verdict_can_be_each_of_four(
+    written: Written, mae: float, noise: float, kind: str, words: str
+) -> None:
     written.add("trial-1", 0.6, noise=noise)
     written.add("mae", mae, noise=noise)
     verdict = headed(SEARCHED, written.open())
@@ -123,7 +147,9 @@ def test_a_verdict_can_be_each_of_four(written: Written, mae: float, noise: floa
     assert verdict.comparisons[-1] == "In the search before, on val: The search says so."
 
 
-def test_better_than_mae_and_no_better_than_a_random_encoder_is_no_success(written: Written) -> None:
+def test_better_than_mae_and_no_better_than_a_random_encoder_is_no_success(
+    written: Written,
+) -> None:
     written.add("trial-1", 0.6)
     written.add("mae", 0.5)
     written.add("scratch", 0.6, noise=0.3)
@@ -132,7 +158,9 @@ def test_better_than_mae_and_no_better_than_a_random_encoder_is_no_success(writt
     assert "Against arm scratch (a random encoder)" in verdict.headline
 
 
-def test_until_the_test_is_opened_the_search_has_the_verdict_and_numbers_are_of_val(written: Written) -> None:
+def test_until_the_test_is_opened_the_search_has_the_verdict_and_numbers_are_of_val(
+    written: Written,
+) -> None:
     written.add("trial-1", 0.6, val=0.8)
     written.add("mae", 0.5)
     assert headed(SEARCHED, written.found()) == SEARCHED
@@ -155,18 +183,24 @@ def test_a_control_is_compared_with_its_own_trial_whichever_was_chosen(written: 
     assert "Does the ratio have to change, or is its mean enough?" in told
 
 
-def test_a_diagnosis_is_shown_and_counts_neither_in_the_correction_nor_in_the_verdict(tmp_path: Path) -> None:
+def test_a_diagnosis_is_shown_and_counts_neither_in_the_correction_nor_in_the_verdict(
+    tmp_path: Path,
+) -> None:
     with_it, without = Written(tmp_path / "a"), Written(tmp_path / "b")
     for written in (with_it, without):
         written.add("trial-1", 0.6, noise=0.2)
         written.add("mae", 0.55, noise=0.2)
     with_it.add("oracle-of-trial-1", 0.9, diagnosis=True)
-    (mae, oracle), (alone,) = with_it.open().against_arms["finetune"], without.open().against_arms["finetune"]
+    (mae, oracle), (alone,) = (
+        with_it.open().against_arms["finetune"],
+        without.open().against_arms["finetune"],
+    )
     assert mae.p == alone.p
     assert (oracle.p, oracle.reading) == (None, "not known")
     assert headed(SEARCHED, with_it.found()).kind == headed(SEARCHED, without.found()).kind
     assert any(
-        "a diagnosis, and no part of the verdict" in text for text in headed(SEARCHED, with_it.found()).comparisons
+        "a diagnosis, and no part of the verdict" in text
+        for text in headed(SEARCHED, with_it.found()).comparisons
     )
 
 
@@ -185,7 +219,10 @@ def test_failed_runs_leave_pairs_and_are_named(written: Written) -> None:
     found = written.open()
     (item,) = found.against_arms["finetune"]
     assert item.difference.seeds == 2
-    assert any("Runs that failed are left out, in pairs: mae-1." in text for text in headed(SEARCHED, found).cautions)
+    assert any(
+        "Runs that failed are left out, in pairs: mae-1." in text
+        for text in headed(SEARCHED, found).cautions
+    )
     assert section(found).failed == ["mae-1 failed: node lost"]
 
 
@@ -262,5 +299,7 @@ def test_plain_values_survive_json(written: Written) -> None:
         (0.05, (0.01, 0.09), None, "not known"),
     ],
 )
-def test_readings(mean: float, interval: tuple[float, float] | None, p: float | None, reading: str) -> None:
+def test_readings(
+    mean: float, interval: tuple[float, float] | None, p: float | None, reading: str
+) -> None:
     assert read(Difference(mean, interval, p, p, None, 3, 50), p, tie=0.02) == reading

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from amlp_ray.study.confirming import statistics
-from amlp_ray.study.confirming.statistics import (
+from amlp_ray.study.confirmation import statistics
+from amlp_ray.study.confirmation.statistics import (
     compare,
     effect_words,
     holm,
@@ -23,12 +23,21 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def scores(
-    rng: np.random.Generator, seeds: int, images: int, *, true: float, of_seeds: float, of_images: float, rest: float
+    rng: np.random.Generator,
+    seeds: int,
+    images: int,
+    *,
+    true: float,
+    of_seeds: float,
+    of_images: float,
+    rest: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Two candidates (S, I) whose means differ by `true`, with the SD of their paired differences by source."""
     difficulty = rng.uniform(0.2, 0.8, (1, images))
     noise = rng.normal(0, of_seeds, (seeds, 1)) + rng.normal(0, of_images, (1, images))
-    return difficulty + true + noise + rng.normal(0, rest, (seeds, images)), difficulty.repeat(seeds, 0)
+    return difficulty + true + noise + rng.normal(0, rest, (seeds, images)), difficulty.repeat(
+        seeds, 0
+    )
 
 
 def rates(count: int, true: float, seeds: int = 3, **sd: float) -> tuple[float, float]:
@@ -97,7 +106,9 @@ def test_seeds_that_disagree_widen_the_interval_and_images_that_agree_do_not_nar
 
 
 def test_a_comparison_repeats_exactly_and_turns_with_its_sides() -> None:
-    ours, theirs = scores(np.random.default_rng(2), 3, 40, true=0.03, of_seeds=0.01, of_images=0.1, rest=0.05)
+    ours, theirs = scores(
+        np.random.default_rng(2), 3, 40, true=0.03, of_seeds=0.01, of_images=0.1, rest=0.05
+    )
     d, again, turned = compare(ours, theirs), compare(ours, theirs), compare(theirs, ours)
     assert d == again
     assert turned.mean == -d.mean
@@ -115,7 +126,9 @@ def test_pairs_are_kept_so_a_constant_gain_on_hard_and_easy_images_has_no_spread
 
 
 def test_an_image_that_one_run_did_not_score_is_left_out_for_all() -> None:
-    ours, theirs = scores(np.random.default_rng(3), 2, 30, true=0.1, of_seeds=0.01, of_images=0.1, rest=0.05)
+    ours, theirs = scores(
+        np.random.default_rng(3), 2, 30, true=0.1, of_seeds=0.01, of_images=0.1, rest=0.05
+    )
     lacking = ours.copy()
     lacking[1, 4] = math.nan
     kept = np.delete(np.arange(30), 4)
@@ -149,13 +162,22 @@ def test_holm_keeps_order_counts_only_comparisons_and_never_falls() -> None:
 
 def test_holm_keeps_the_rate_of_any_false_alarm() -> None:
     rng = np.random.default_rng(0)
-    alarms = [min(p for p in holm(list(rng.uniform(size=6))) if p is not None) < 0.05 for _ in range(2000)]
+    alarms = [
+        min(p for p in holm(list(rng.uniform(size=6))) if p is not None) < 0.05 for _ in range(2000)
+    ]
     assert np.mean(alarms) == pytest.approx(0.05, abs=0.015)
 
 
 @pytest.mark.parametrize(
     ("effect", "word"),
-    [(0.0, "negligible"), (-0.19, "negligible"), (0.2, "small"), (0.5, "medium"), (-0.8, "large"), (None, "not known")],
+    [
+        (0.0, "negligible"),
+        (-0.19, "negligible"),
+        (0.2, "small"),
+        (0.5, "medium"),
+        (-0.8, "large"),
+        (None, "not known"),
+    ],
 )
 def test_effects_have_words(effect: float | None, word: str) -> None:
     assert effect_words(effect) == word
@@ -181,7 +203,9 @@ def test_rank_correlation_has_known_values() -> None:
     ],
     ids=["few", "few finite", "constant", "none"],
 )
-def test_rank_correlation_of_too_little_is_not_known(x: list[float], y: list[float], n: int) -> None:
+def test_rank_correlation_of_too_little_is_not_known(
+    x: list[float], y: list[float], n: int
+) -> None:
     found = rank_correlation(x, y)
     assert (found.value, found.interval, found.n) == (None, None, n)
 

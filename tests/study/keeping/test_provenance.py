@@ -11,8 +11,14 @@ import pytest
 from made_study import task_of
 
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.study.keeping import provenance
-from amlp_ray.study.keeping.provenance import commit, hardware, read_provenance, versions, write_provenance
+from amlp_ray.study.storage import provenance
+from amlp_ray.study.storage.provenance import (
+    commit,
+    hardware,
+    read_provenance,
+    versions,
+    write_provenance,
+)
 
 
 def test_a_trial_keeps_code_versions_hardware_data_settings_and_seed(
@@ -51,7 +57,9 @@ def test_a_trial_that_goes_on_elsewhere_says_from_which_epoch_and_what_is_other(
     assert (second["epoch"], second["hardware"]["processor"]) == (2, "another")
 
 
-def test_a_trial_that_had_trained_nothing_begins_anew(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_a_trial_that_had_trained_nothing_begins_anew(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     write_provenance(task_of(tmp_path, phantom_dataset, seed=5))
     write_provenance(task_of(tmp_path, phantom_dataset, seed=6))
     found = read_provenance(tmp_path / "trials" / "0")
@@ -81,7 +89,9 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         cached.cache_clear()
 
 
-def test_code_as_committed_needs_no_patch(checkout: Path, phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_code_as_committed_needs_no_patch(
+    checkout: Path, phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     (checkout.parent / "README.md").write_text("not code\n")
     write_provenance(task_of(tmp_path / "study", phantom_dataset))
     found = read_provenance(tmp_path / "study" / "trials" / "0")
@@ -102,7 +112,9 @@ def test_changed_code_is_kept_once_as_a_patch_that_gives_it_back(
     assert found["commit"].endswith("+changes")
     (patch,) = (tmp_path / "study").glob("dirty-*.patch")
     assert found["patch"] == patch.name
-    subprocess.run(["git", "clone", "-q", str(checkout.parent), str(tmp_path / "clone")], check=True)
+    subprocess.run(
+        ["git", "clone", "-q", str(checkout.parent), str(tmp_path / "clone")], check=True
+    )
     subprocess.run(["git", "apply", str(patch)], cwd=tmp_path / "clone", check=True)
     assert (tmp_path / "clone/package/__init__.py").read_text() == "one = 2\n"
     assert (tmp_path / "clone/package/new.py").read_text() == "two = 2\n"

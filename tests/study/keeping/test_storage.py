@@ -14,7 +14,14 @@ from database import Postgres
 from optuna.trial import TrialState
 
 from amlp_ray.errors import StudyError
-from amlp_ray.study.keeping.storage import Journal, PatientStorage, expanded, open_database, open_journal, shown
+from amlp_ray.study.storage.optuna_storage import (
+    Journal,
+    PatientStorage,
+    expanded,
+    open_database,
+    open_journal,
+    shown,
+)
 
 
 @pytest.fixture(params=["journal", "sqlite", "postgresql"])
@@ -28,22 +35,33 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> optuna.storages.B
 
 def new_trial(**values: Any) -> optuna.trial.FrozenTrial:
     trial = optuna.trial.create_trial(
-        state=TrialState.RUNNING, params={"x": 0.5}, distributions={"x": optuna.distributions.FloatDistribution(0, 1)}
+        state=TrialState.RUNNING,
+        params={"x": 0.5},
+        distributions={"x": optuna.distributions.FloatDistribution(0, 1)},
     )
     trial.user_attrs.update(values)
     return trial
 
 
-def test_every_storage_keeps_a_trial_as_it_was_stored_and_told(storage: optuna.storages.BaseStorage) -> None:
+def test_every_storage_keeps_a_trial_as_it_was_stored_and_told(
+    storage: optuna.storages.BaseStorage,
+) -> None:
     name = f"s{time.time_ns()}"
-    study = optuna.create_study(study_name=name, storage=storage, directions=["maximize", "minimize"])
+    study = optuna.create_study(
+        study_name=name, storage=storage, directions=["maximize", "minimize"]
+    )
     trial_id = storage.create_new_trial(study._study_id, new_trial(arm="mae"))
     storage.set_trial_intermediate_value(trial_id, 10, 0.4)
     storage.set_trial_user_attr(trial_id, "facts", {"seconds": 1.5, "scores": {"dsc": 0.4}})
     storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.4, 3.0])
     study.set_user_attr("lease", {"at": 1.0})
     (told,) = optuna.load_study(study_name=name, storage=storage).trials
-    assert (told.number, told.state, told.values, told.params) == (0, TrialState.COMPLETE, [0.4, 3.0], {"x": 0.5})
+    assert (told.number, told.state, told.values, told.params) == (
+        0,
+        TrialState.COMPLETE,
+        [0.4, 3.0],
+        {"x": 0.5},
+    )
     assert told.intermediate_values == {10: 0.4}
     assert told.user_attrs == {"arm": "mae", "facts": {"seconds": 1.5, "scores": {"dsc": 0.4}}}
     assert study.user_attrs["lease"] == {"at": 1.0}
@@ -105,7 +123,9 @@ class Flaky:
 
 
 @pytest.mark.parametrize("done", [False, True], ids=["before it was stored", "after it was stored"])
-@pytest.mark.parametrize("name", ["create_new_trial", "set_trial_state_values", "set_trial_user_attr"])
+@pytest.mark.parametrize(
+    "name", ["create_new_trial", "set_trial_state_values", "set_trial_user_attr"]
+)
 def test_a_call_whose_answer_is_lost_is_made_once(name: str, done: bool) -> None:
     inner = optuna.storages.InMemoryStorage()
     flaky = Flaky(inner, name, done=done)
@@ -133,13 +153,17 @@ def test_patience_ends_with_a_sentence() -> None:
         def get_all_studies(self) -> None:
             raise ConnectionRefusedError(111, "Connection refused")
 
-    with pytest.raises(StudyError, match=r"cannot be reached for 0\.3 s \(Connection refused\); check it"):
+    with pytest.raises(
+        StudyError, match=r"cannot be reached for 0\.3 s \(Connection refused\); check it"
+    ):
         PatientStorage(Gone(), patience=0.3).get_all_studies()  # type: ignore[arg-type]
 
 
 def test_an_error_that_will_not_pass_is_not_waited_for() -> None:
     with pytest.raises(KeyError):
-        PatientStorage(optuna.storages.InMemoryStorage(), patience=60).get_study_id_from_name("none")
+        PatientStorage(optuna.storages.InMemoryStorage(), patience=60).get_study_id_from_name(
+            "none"
+        )
 
 
 @pytest.mark.timeout(120)
@@ -187,7 +211,7 @@ def test_a_short_write_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.M
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("amlp_ray.study.keeping.storage.os.fsync", full)
+    monkeypatch.setattr("amlp_ray.study.storage.optuna_storage.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         Journal(journal).append_logs([{"op_code": 1}])
     assert journal.read_bytes() == whole
@@ -198,5 +222,7 @@ def test_a_short_write_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.M
 
 def test_values_of_the_environment_are_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORD", "a/b@c:d e")
-    assert expanded("postgresql://me:${WORD}@host/db") == "postgresql://me:a%2Fb%40c%3Ad%20e@host/db"
+    assert (
+        expanded("postgresql://me:${WORD}@host/db") == "postgresql://me:a%2Fb%40c%3Ad%20e@host/db"
+    )
     assert shown("mysql+pymysql://me:${WORD}@host:3306/db?ssl=1") == "mysql+pymysql://host:3306/db"

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from amlp_ray.config import StudySettings
+from amlp_ray.config.base import build
+from amlp_ray.config.yaml_file import write_yaml
 from amlp_ray.errors import StudyError
-from amlp_ray.settings import build, write_yaml
-from amlp_ray.study.keeping.lease import EXPIRES_S, Lease
-from amlp_ray.study.keeping.store import StudyStore
+from amlp_ray.study.storage.lease import EXPIRES_S, Lease
+from amlp_ray.study.storage.study_store import StudyStore
 
 
 @pytest.fixture
@@ -36,7 +37,9 @@ def hold(folder: Path, ready: Connection) -> None:
 def holder(store: StudyStore) -> multiprocessing.process.BaseProcess:
     """Another process that runs the study."""
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=hold, args=(store.folder, theirs), daemon=True)
+    process = multiprocessing.get_context("fork").Process(
+        target=hold, args=(store.folder, theirs), daemon=True
+    )
     process.start()
     assert ours.recv() == "held"
     return process
@@ -60,7 +63,9 @@ def test_a_killed_driver_leaves_the_study_free_at_once(
         assert lease.renew()
 
 
-def test_a_driver_on_another_machine_holds_the_study_until_its_lease_passes(store: StudyStore) -> None:
+def test_a_driver_on_another_machine_holds_the_study_until_its_lease_passes(
+    store: StudyStore,
+) -> None:
     with store.lock():
         pass
     lease = {
@@ -91,13 +96,17 @@ def test_a_lease_that_was_taken_over_is_not_renewed(store: StudyStore) -> None:
         assert store.search().user_attrs["lease"]["id"] == "another"
 
 
-def test_of_two_who_take_a_free_lease_at_once_one_has_it(store: StudyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_who_take_a_free_lease_at_once_one_has_it(
+    store: StudyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = store.search(create=True)
 
     def other(seconds: float) -> None:  # writes while we wait to see
-        study.set_user_attr("lease", study.user_attrs["lease"] | {"id": "x", "host": "elsewhere", "holder": "they"})
+        study.set_user_attr(
+            "lease", study.user_attrs["lease"] | {"id": "x", "host": "elsewhere", "holder": "they"}
+        )
 
-    monkeypatch.setattr("amlp_ray.study.keeping.lease.time.sleep", other)
+    monkeypatch.setattr("amlp_ray.study.storage.lease.time.sleep", other)
     with pytest.raises(StudyError, match="taken by they"):
         Lease(study, wait=True)
 
@@ -129,9 +138,11 @@ def test_a_look_before_there_is_a_study_does_not_settle_where_it_is_kept(tmp_pat
     assert not (store.folder / "study.journal").exists()
 
 
-def test_the_time_of_a_confirmation_does_not_count(store: StudyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_a_confirmation_does_not_count(
+    store: StudyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with store.lock(counted=False) as lease:
-        monkeypatch.setattr("amlp_ray.study.keeping.lease.time.monotonic", lambda: 1e9)
+        monkeypatch.setattr("amlp_ray.study.storage.lease.time.monotonic", lambda: 1e9)
         assert lease.seconds == 0
 
 
@@ -142,11 +153,15 @@ def test_a_study_may_be_moved(store: StudyStore, tmp_path: Path) -> None:
     assert StudyStore.open(moved).search().user_attrs["a"] == 1
 
 
-def test_a_database_with_a_study_of_that_name_from_another_folder_is_refused(tmp_path: Path) -> None:
+def test_a_database_with_a_study_of_that_name_from_another_folder_is_refused(
+    tmp_path: Path,
+) -> None:
     stores = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        settings = build(StudySettings, {"name": "s", "storage": f"sqlite:///{tmp_path}/all.db"}, "s")
+        settings = build(
+            StudySettings, {"name": "s", "storage": f"sqlite:///{tmp_path}/all.db"}, "s"
+        )
         write_yaml(settings, tmp_path / name / "study.yaml")
         stores.append(StudyStore(tmp_path / name, "s"))
     with stores[0].lock():

@@ -12,10 +12,12 @@ import pytest
 from optuna.trial import TrialState
 
 from amlp_ray.config import StudySettings
-from amlp_ray.settings import build, write_yaml
-from amlp_ray.study.design import first_prunable_epoch, rung_epochs
-from amlp_ray.study.keeping.store import StudyStore
-from amlp_ray.study.running.trial import StopBoard, Task
+from amlp_ray.config.base import build
+from amlp_ray.config.yaml_file import write_yaml
+from amlp_ray.study.execution.stop_flags import StopBoard
+from amlp_ray.study.rungs import first_prunable_epoch, rung_epochs
+from amlp_ray.study.storage.study_store import StudyStore
+from amlp_ray.study.trial_spec import Task
 
 pytestmark = pytest.mark.ray
 
@@ -58,14 +60,16 @@ def searcher(
     seconds: Callable[[], float] = lambda: 0.0,
     ahead: int = 0,
 ) -> Any:
-    from amlp_ray.study.running.queue import WorkQueue
-    from amlp_ray.study.running.searcher import StudySearcher
+    from amlp_ray.study.execution.trial_queue import WorkQueue
+    from amlp_ray.study.execution.tune_searcher import StudySearcher
 
     notify = lines.append if lines is not None else (lambda line: None)
     write_yaml(chosen, store.folder / "study.yaml")
     store.search(create=True, directions=list(chosen.objectives.values()))
     queue = WorkQueue(store, chosen, data="data", labels=None, ahead=ahead, notify=notify)
-    return StudySearcher(store, chosen, queue, images=IMAGES, board=board, seconds=seconds, notify=notify)
+    return StudySearcher(
+        store, chosen, queue, images=IMAGES, board=board, seconds=seconds, notify=notify
+    )
 
 
 def asked(board: Any, config: dict[str, Any]) -> str | None:
@@ -74,13 +78,17 @@ def asked(board: Any, config: dict[str, Any]) -> str | None:
     return ray.get(board.asked.remote(config["task"]["folder"]))
 
 
-def run_trial(search: Any, tune_id: str, dsc: list[float], board: Any, **facts: Any) -> dict[str, Any]:
+def run_trial(
+    search: Any, tune_id: str, dsc: list[float], board: Any, **facts: Any
+) -> dict[str, Any]:
     """Report one DSC per rung until asked to stop, as a trial does."""
     config = search.suggest(tune_id)
     rungs = Task.from_config(config["task"]).rungs
     epoch, value = 0, 0.0
     for epoch, value in zip(rungs, dsc, strict=False):
-        search.on_trial_result(tune_id, {"epoch": epoch, "epochs": epoch, "dsc": value, "seconds": float(epoch)})
+        search.on_trial_result(
+            tune_id, {"epoch": epoch, "epochs": epoch, "dsc": value, "seconds": float(epoch)}
+        )
         if asked(board, config):
             break
     ended = {"ended": True, "seconds": float(epoch), "epochs": epoch, "dsc": value}
@@ -95,7 +103,11 @@ def test_a_poor_trial_is_asked_to_stop_and_told_as_pruned(store: StudyStore, boa
     config = run_trial(search, "poor", [0.1, 0.1, 0.1, 0.1], board)
     assert asked(board, config)
     trials = store.search().trials
-    assert [t.state for t in trials] == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED]
+    assert [t.state for t in trials] == [
+        TrialState.COMPLETE,
+        TrialState.COMPLETE,
+        TrialState.PRUNED,
+    ]
     assert trials[2].intermediate_values == {10: 0.1, 20: 0.1}
     assert trials[2].value == 0.1
     assert trials[0].user_attrs["facts"] == {
@@ -119,8 +131,12 @@ def test_nothing_is_pruned_before_the_least_steps(store: StudyStore, board: Any)
 
 
 @pytest.mark.parametrize("name", ["median", "percentile", "halving"])
-def test_each_pruner_stops_a_hopeless_trial_and_none_does_not(store: StudyStore, board: Any, name: str) -> None:
-    chosen = settings(pruner={"name": name, "rungs": 4, "min_steps": 400, "startup": 2}, budget={"trials": 9})
+def test_each_pruner_stops_a_hopeless_trial_and_none_does_not(
+    store: StudyStore, board: Any, name: str
+) -> None:
+    chosen = settings(
+        pruner={"name": name, "rungs": 4, "min_steps": 400, "startup": 2}, budget={"trials": 9}
+    )
     search = searcher(store, board, chosen)
     for i in range(5):
         run_trial(search, f"good{i}", [0.4, 0.45, 0.5, 0.5 + i / 100], board)
@@ -149,13 +165,17 @@ def test_a_failure_is_told_with_its_reason(store: StudyStore, board: Any) -> Non
     ]
 
 
-def test_a_lost_process_is_no_failure_until_it_was_lost_too_often(store: StudyStore, board: Any) -> None:
+def test_a_lost_process_is_no_failure_until_it_was_lost_too_often(
+    store: StudyStore, board: Any
+) -> None:
     lines: list[str] = []
     search = searcher(store, board, settings(faults={"retries": 2}), lines)
     first = search.suggest("a")
     for tune_id, following in (("a", "b"), ("b", "c")):
         search.on_trial_complete(tune_id, None, error=True)
-        assert search.suggest(following)["task"] == first["task"], "same number, from its checkpoint"
+        assert search.suggest(following)["task"] == first["task"], (
+            "same number, from its checkpoint"
+        )
     assert store.search().trials[0].state == TrialState.RUNNING
     search.on_trial_complete("c", None, error=True)
     (trial,) = store.search().trials
@@ -188,7 +208,8 @@ def test_one_trial_that_does_not_fail_lets_the_study_go_on(store: StudyStore, bo
 
 
 @pytest.mark.parametrize(
-    ("budget", "told"), [({"epochs": 60}, "epochs 60 of 60"), ({"gpu_hours": 0.016}, "gpu-hours 0.01667 of 0.016")]
+    ("budget", "told"),
+    [({"epochs": 60}, "epochs 60 of 60"), ({"gpu_hours": 0.016}, "gpu-hours 0.01667 of 0.016")],
 )
 def test_a_budget_ends_running_trials_at_their_next_rung(
     store: StudyStore, board: Any, budget: dict[str, float], told: str
@@ -196,7 +217,9 @@ def test_a_budget_ends_running_trials_at_their_next_rung(
     from ray.tune.search import Searcher
 
     chosen = settings(
-        budget={"trials": 9, **budget}, pruner={"name": "none", "rungs": 4}, resources={"gpus_per_worker": 1}
+        budget={"trials": 9, **budget},
+        pruner={"name": "none", "rungs": 4},
+        resources={"gpus_per_worker": 1},
     )
     search = searcher(store, board, chosen)
     run_trial(search, "whole", [0.4, 0.45, 0.5, 0.5], board)
@@ -258,7 +281,9 @@ def test_stop_after_pause_still_keeps_what_was_paused(store: StudyStore, board: 
     assert [t.state for t in store.search().trials] == [TrialState.RUNNING]
 
 
-def test_an_interrupted_arm_that_is_named_no_more_fails_and_the_study_goes_on(store: StudyStore, board: Any) -> None:
+def test_an_interrupted_arm_that_is_named_no_more_fails_and_the_study_goes_on(
+    store: StudyStore, board: Any
+) -> None:
     searcher(store, board, settings(arms=["mae"], arm_seeds=1)).suggest("a")
     task = Task.from_config(searcher(store, board, settings(arms=[])).suggest("b")["task"])
     assert task.label == "trial 0"
@@ -279,7 +304,9 @@ def test_cancel_ends_running_trials_at_once(store: StudyStore, board: Any) -> No
     assert not search.unfinished()
 
 
-def test_several_objectives_have_a_value_each_and_one_is_compared_at_rungs(store: StudyStore, board: Any) -> None:
+def test_several_objectives_have_a_value_each_and_one_is_compared_at_rungs(
+    store: StudyStore, board: Any
+) -> None:
     chosen = settings(
         objectives={"dsc": "maximize", "seconds": "minimize"},
         pruner={"name": "median", "rungs": 4, "min_steps": 400, "startup": 2, "metric": "dsc"},
@@ -291,7 +318,11 @@ def test_several_objectives_have_a_value_each_and_one_is_compared_at_rungs(store
     run_trial(search, "poor", [0.1] * 4, board)
     trials = store.search().trials
     assert [t.values for t in trials] == [[0.5, 40.0], [0.6, 40.0], None]
-    assert [t.state for t in trials] == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED]
+    assert [t.state for t in trials] == [
+        TrialState.COMPLETE,
+        TrialState.COMPLETE,
+        TrialState.PRUNED,
+    ]
     assert trials[2].intermediate_values == {10: 0.1, 20: 0.1}
     assert [t.system_attrs.get("constraints") for t in trials] == [[1.0], [-1.0], []]
 
@@ -299,7 +330,7 @@ def test_several_objectives_have_a_value_each_and_one_is_compared_at_rungs(store
 def test_an_enqueued_trial_comes_first_and_a_known_one_is_answered_from_the_store(
     store: StudyStore, board: Any
 ) -> None:
-    from amlp_ray.study.verbs.edit import enqueue, retry
+    from amlp_ray.study.operations.edit import enqueue, retry
 
     search = searcher(store, board, settings(budget={"trials": 3}))
     run_trial(search, "a", [0.4, 0.45, 0.5, 0.5], board)
@@ -318,7 +349,9 @@ def test_an_enqueued_trial_comes_first_and_a_known_one_is_answered_from_the_stor
     assert store.search().trials[3].user_attrs["retry_of"] == 0
 
 
-def test_the_budget_counts_every_trial_and_then_the_search_is_finished(store: StudyStore, board: Any) -> None:
+def test_the_budget_counts_every_trial_and_then_the_search_is_finished(
+    store: StudyStore, board: Any
+) -> None:
     from ray.tune.search import Searcher
 
     search = searcher(store, board, settings(budget={"trials": 2}))
@@ -327,23 +360,44 @@ def test_the_budget_counts_every_trial_and_then_the_search_is_finished(store: St
     run_trial(search, "b", [0.4] * 4, board)
     assert search.suggest("c") == Searcher.FINISHED
     assert len(store.search().trials) == 2
-    assert isinstance(searcher(store, board, settings(budget={"trials": 3})).suggest("d"), dict)  # extended
+    assert isinstance(
+        searcher(store, board, settings(budget={"trials": 3})).suggest("d"), dict
+    )  # extended
 
 
-def test_arms_come_first_share_seeds_and_stay_out_of_the_search(store: StudyStore, board: Any) -> None:
-    chosen = settings(arms=["scratch", "mae"], arm_seeds=2, pretrain={"epochs": 40, "ratio": {"start": 0.1}})
+def test_arms_come_first_share_seeds_and_stay_out_of_the_search(
+    store: StudyStore, board: Any
+) -> None:
+    chosen = settings(
+        arms=["scratch", "mae"], arm_seeds=2, pretrain={"epochs": 40, "ratio": {"start": 0.1}}
+    )
     search = searcher(store, board, chosen)
     tasks = [Task.from_config(search.suggest(f"t{i}")["task"]) for i in range(5)]
-    assert [t.label for t in tasks] == ["arm scratch-0", "arm mae-0", "arm scratch-1", "arm mae-1", "trial 0"]
+    assert [t.label for t in tasks] == [
+        "arm scratch-0",
+        "arm mae-0",
+        "arm scratch-1",
+        "arm mae-1",
+        "trial 0",
+    ]
     assert tasks[0].settings.objective == "none"
     assert tasks[0].rungs == (0,)
     assert tasks[0].settings.seed == tasks[1].settings.seed != tasks[2].settings.seed
-    assert tasks[1].settings.ratio.start == 0.75, "what the study fixes of the method must not change what mae means"
+    assert tasks[1].settings.ratio.start == 0.75, (
+        "what the study fixes of the method must not change what mae means"
+    )
     assert len(store.search().trials) == 1
-    assert [t.user_attrs["arm"] for t in store.arms().trials] == ["scratch", "mae", "scratch", "mae"]
+    assert [t.user_attrs["arm"] for t in store.arms().trials] == [
+        "scratch",
+        "mae",
+        "scratch",
+        "mae",
+    ]
 
 
-def test_trials_of_a_dead_driver_are_taken_over_with_number_and_settings(store: StudyStore, board: Any) -> None:
+def test_trials_of_a_dead_driver_are_taken_over_with_number_and_settings(
+    store: StudyStore, board: Any
+) -> None:
     first = searcher(store, board, settings())
     configs = [first.suggest("a"), first.suggest("b")]
     first.on_trial_result("b", {"epoch": 10, "dsc": 0.3})
@@ -353,7 +407,9 @@ def test_trials_of_a_dead_driver_are_taken_over_with_number_and_settings(store: 
     again = [second.suggest("x"), second.suggest("y")]
     assert [c["task"] for c in again] == [c["task"] for c in configs]
     assert all("continues" in line for line in lines)
-    second.on_trial_result("y", {"epoch": 10, "dsc": 0.3})  # reported again from the trial's own file
+    second.on_trial_result(
+        "y", {"epoch": 10, "dsc": 0.3}
+    )  # reported again from the trial's own file
     second.on_trial_complete("y", {"failed": "x"})
     assert store.search().trials[1].intermediate_values == {10: 0.3}
     assert len(store.search().trials) == 2
@@ -374,7 +430,9 @@ def test_a_restarted_sampler_goes_on_as_an_uninterrupted_one(store: StudyStore, 
     assert len({tuple(p.values()) for p in params}) == 8, "no setting is repeated"
 
 
-def test_suggestions_made_ahead_use_up_no_number_and_stay_within_the_budget(store: StudyStore, board: Any) -> None:
+def test_suggestions_made_ahead_use_up_no_number_and_stay_within_the_budget(
+    store: StudyStore, board: Any
+) -> None:
     from ray.tune.search import Searcher
 
     search = searcher(store, board, settings(budget={"trials": 5}), ahead=3)
@@ -408,8 +466,13 @@ def test_plain_optuna_reads_the_study(store: StudyStore, board: Any) -> None:
     assert study.best_trial.intermediate_values == {10: 0.1, 20: 0.2, 30: 0.3, 40: 0.4}
 
 
-def test_a_combination_that_a_setting_refuses_is_not_suggested(store: StudyStore, board: Any) -> None:
-    space = {"model.width": {"choices": [32]}, "model.heads": {"choices": [2, 3]}}  # unchecked: the searcher must cope
+def test_a_combination_that_a_setting_refuses_is_not_suggested(
+    store: StudyStore, board: Any
+) -> None:
+    space = {
+        "model.width": {"choices": [32]},
+        "model.heads": {"choices": [2, 3]},
+    }  # unchecked: the searcher must cope
     lines: list[str] = []
     search = searcher(store, board, settings(space=space, budget={"trials": 8}), lines)
     from ray.tune.search import Searcher

@@ -16,11 +16,13 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from amlp_ray.config import StudySettings
+from amlp_ray.config.base import build
+from amlp_ray.config.overrides import merged
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import SettingsError
-from amlp_ray.method.ratio import masking_ratio
-from amlp_ray.settings import build, merged
-from amlp_ray.study.search.population import (
+from amlp_ray.launch.job import Job, run_job
+from amlp_ray.method.masking_ratio import masking_ratio
+from amlp_ray.study.search.pbt import (
     WAIT,
     Population,
     Segment,
@@ -30,8 +32,7 @@ from amlp_ray.study.search.population import (
     lineage,
     score_of,
 )
-from amlp_ray.training.job import Job, run_job
-from amlp_ray.training.keeping.keeper import checkpoints, read_checkpoint
+from amlp_ray.training.checkpoint.manager import checkpoints, read_checkpoint
 from amlp_ray.training.pretrain import Hooks
 
 MEMBERS, GENERATIONS = 8, 5
@@ -40,7 +41,13 @@ PBT: dict[str, Any] = {
     "seed": 5,
     "pretrain": {"epochs": 20, "batch_size": 12},
     "space": {"ratio.points": {"low": 0.1, "high": 0.9}},
-    "sampler": {"name": "pbt", "population": MEMBERS, "interval": 4, "exploit": 0.25, "perturb": 0.1},
+    "sampler": {
+        "name": "pbt",
+        "population": MEMBERS,
+        "interval": 4,
+        "exploit": 0.25,
+        "perturb": 0.1,
+    },
     "pruner": {"name": "none"},
     "budget": {"trials": MEMBERS * GENERATIONS},
 }
@@ -73,7 +80,9 @@ def begin(store: optuna.Study, segment: Segment) -> int:
     return store._storage.get_trial_number_from_id(trial_id)
 
 
-def end(store: optuna.Study, number: int, segment: Segment, value: float | None, epochs: int = 20) -> None:
+def end(
+    store: optuna.Study, number: int, segment: Segment, value: float | None, epochs: int = 20
+) -> None:
     trial = optuna.trial.Trial(store, store.get_trials(deepcopy=False)[number]._trial_id)
     if value is None:
         store.tell(trial, state=TrialState.FAIL)
@@ -85,14 +94,21 @@ def end(store: optuna.Study, number: int, segment: Segment, value: float | None,
 
 
 def play(
-    settings: StudySettings, store: optuna.Study, score: Score, *, side_by_side: int = 1, shuffle: int = 0
+    settings: StudySettings,
+    store: optuna.Study,
+    score: Score,
+    *,
+    side_by_side: int = 1,
+    shuffle: int = 0,
 ) -> None:
     """Run a study to its end, its trials `side_by_side` ending in an order of `shuffle`."""
     order = random.Random(shuffle)
     running: dict[int, Segment] = {}
     while True:
         trials = store.get_trials(deepcopy=False)
-        following = Population(settings).next(trials)  # a new one each time: it has no state of its own
+        following = Population(settings).next(
+            trials
+        )  # a new one each time: it has no state of its own
         if isinstance(following, Segment) and len(running) < side_by_side:
             running[begin(store, following)] = following
             continue
@@ -119,7 +135,9 @@ def near_the_wanted(line: list[Segment]) -> float:
 
 
 def asked(store: optuna.Study) -> list[tuple[Any, ...]]:
-    return [(t.params, t.user_attrs, t.state, score_of(t)) for t in store.get_trials(deepcopy=False)]
+    return [
+        (t.params, t.user_attrs, t.state, score_of(t)) for t in store.get_trials(deepcopy=False)
+    ]
 
 
 def test_a_study_runs_whole_generations_and_says_pruned_of_all_but_the_last() -> None:
@@ -128,7 +146,9 @@ def test_a_study_runs_whole_generations_and_says_pruned_of_all_but_the_last() ->
     trials = store.get_trials(deepcopy=False)
     places = [(t.user_attrs["generation"], t.user_attrs["member"]) for t in trials]
     assert places == [(g, m) for g in range(GENERATIONS) for m in range(MEMBERS)]
-    assert [t.state for t in trials[:-MEMBERS]] == [TrialState.PRUNED] * (MEMBERS * (GENERATIONS - 1))
+    assert [t.state for t in trials[:-MEMBERS]] == [TrialState.PRUNED] * (
+        MEMBERS * (GENERATIONS - 1)
+    )
     assert [t.state for t in trials[-MEMBERS:]] == [TrialState.COMPLETE] * MEMBERS
     assert all(t.user_attrs["parent"] is None for t in trials[:MEMBERS])
     assert Population(study()).next(trials) is None
@@ -174,7 +194,9 @@ def test_a_study_goes_on_from_its_journal_as_if_it_had_not_been_killed(tmp_path:
 
     def opened() -> optuna.Study:
         storage = JournalStorage(JournalFileBackend(str(tmp_path / "journal")))
-        return optuna.create_study(study_name="pbt", storage=storage, direction="maximize", load_if_exists=True)
+        return optuna.create_study(
+            study_name="pbt", storage=storage, direction="maximize", load_if_exists=True
+        )
 
     for killed_after in (3, MEMBERS, 13, 20, math.inf):
         store, begun = opened(), 0
@@ -183,7 +205,9 @@ def test_a_study_goes_on_from_its_journal_as_if_it_had_not_been_killed(tmp_path:
             segment = Population(settings).segment(trials, trial.number)
             line = [Population(settings).segment(trials, n) for n in lineage(trials, trial.number)]
             end(store, trial.number, segment, near_the_wanted(line))
-        while isinstance(following := Population(settings).next(store.get_trials(deepcopy=False)), Segment):
+        while isinstance(
+            following := Population(settings).next(store.get_trials(deepcopy=False)), Segment
+        ):
             number = begin(store, following)
             if (begun := begun + 1) > killed_after:
                 break
@@ -210,12 +234,19 @@ def test_a_generation_waits_for_the_last_member_of_the_one_before() -> None:
     assert (following.generation, following.member, following.until) == (1, 0, 8)
 
 
-def after_one_generation(settings: StudySettings, scores: list[float | None]) -> tuple[optuna.Study, list[Segment]]:
+def after_one_generation(
+    settings: StudySettings, scores: list[float | None]
+) -> tuple[optuna.Study, list[Segment]]:
     """The second generation, all of it begun, where members of the first got `scores`."""
     store = memory()
-    play(study(**settings.model_dump(include={"space", "sampler", "seed"})), store, one_only(scores))
+    play(
+        study(**settings.model_dump(include={"space", "sampler", "seed"})), store, one_only(scores)
+    )
     trials = store.get_trials(deepcopy=False)
-    second = [Population(settings).segment(trials, n) for n in range(MEMBERS, min(2 * MEMBERS, len(trials)))]
+    second = [
+        Population(settings).segment(trials, n)
+        for n in range(MEMBERS, min(2 * MEMBERS, len(trials)))
+    ]
     return store, second
 
 
@@ -223,14 +254,25 @@ def one_only(scores: list[float | None]) -> Score:
     return lambda line: scores[line[0].member] if len(line) == 1 else 0.5
 
 
-SCORES: list[float | None] = [0.1, 0.8, 0.3, 0.9, 0.4, 0.2, 0.5, 0.6]  # best: members 3 and 1; worst: 0 and 5
+SCORES: list[float | None] = [
+    0.1,
+    0.8,
+    0.3,
+    0.9,
+    0.4,
+    0.2,
+    0.5,
+    0.6,
+]  # best: members 3 and 1; worst: 0 and 5
 
 
 def test_the_poorest_members_go_on_from_the_best_and_all_others_from_themselves() -> None:
     parents = set()
     for seed in range(20):
         _, second = after_one_generation(study(seed=seed), SCORES)
-        assert all(segment.parent == segment.member for segment in second if segment.member not in (0, 5))
+        assert all(
+            segment.parent == segment.member for segment in second if segment.member not in (0, 5)
+        )
         assert {second[0].parent, second[5].parent} <= {1, 3}
         parents |= {second[0].parent, second[5].parent}
     assert parents == {1, 3}  # drawn, not always the very best
@@ -244,7 +286,9 @@ def test_every_ratio_takes_a_step_and_other_values_change_on_replacement_only() 
         assert segment.parent is not None
         parent = trials[segment.parent].params
         assert 0 < abs(level(segment) - parent["ratio.points"]) <= 0.1 * 0.8 + 1e-12
-        others = {name for name in MORE if name != "ratio.points" and segment.params[name] != parent[name]}
+        others = {
+            name for name in MORE if name != "ratio.points" and segment.params[name] != parent[name]
+        }
         if segment.member not in (0, 5):
             assert not others
         else:
@@ -312,7 +356,10 @@ def test_a_failed_trial_that_was_tried_again_counts_by_its_last_try() -> None:
     assert population.next(store.get_trials()) is WAIT
     end(store, number, again, 0.99)
     second = []
-    while isinstance(segment := population.next(store.get_trials()), Segment) and segment.generation == 1:
+    while (
+        isinstance(segment := population.next(store.get_trials()), Segment)
+        and segment.generation == 1
+    ):
         second.append(segment)
         begin(store, segment)
     assert second[2].parent == number == MEMBERS
@@ -331,7 +378,9 @@ def test_trials_of_users_are_no_members() -> None:
 
 
 @pytest.mark.parametrize("per", ["epoch", "step"])
-def test_a_segment_continues_the_schedule_of_its_parent_and_changes_nothing_before_it(per: str) -> None:
+def test_a_segment_continues_the_schedule_of_its_parent_and_changes_nothing_before_it(
+    per: str,
+) -> None:
     settings = study(pretrain={"epochs": 18, "ratio": {"per": per}})  # the last segment is shorter
     store = memory()
     play(settings, store, near_the_wanted)
@@ -349,7 +398,9 @@ def test_a_segment_continues_the_schedule_of_its_parent_and_changes_nothing_befo
         assert ours.ratio.points[:-1] == theirs.ratio.points
         for epoch in range(1, before.until + 1):
             for step in range(3):
-                ratios = [masking_ratio(s.ratio, epoch, 18, step=step, steps=3) for s in (ours, theirs)]
+                ratios = [
+                    masking_ratio(s.ratio, epoch, 18, step=step, steps=3) for s in (ours, theirs)
+                ]
                 assert ratios[0] == ratios[1]
     assert trials[-1].user_attrs["generation"] == 4
     assert Population(settings).segment(trials, trials[-1].number).until == 18
@@ -367,7 +418,10 @@ def test_other_values_of_the_space_reach_the_settings_of_a_trial() -> None:
 
 
 FAULTS: list[tuple[dict[str, Any], str]] = [
-    ({"budget": {"trials": 16}}, r"budget\.trials is 16, .* 8 members x 5 generations of 4 epochs; set it to 40"),
+    (
+        {"budget": {"trials": 16}},
+        r"budget\.trials is 16, .* 8 members x 5 generations of 4 epochs; set it to 40",
+    ),
     ({"sampler": {"interval": 20}}, r"sampler\.interval 20 leaves one generation of the 20 epochs"),
     ({"pruner": {"name": "median"}}, r"pruner\.name median does nothing .* set it to none"),
     ({"require": ["lr < 1"]}, "require is not kept"),
@@ -391,11 +445,23 @@ BAD_SPACES: list[tuple[Any, str]] = [
     ({"lr": {"low": 0.001, "high": 0.01}}, r"ratio\.points, .* is missing; give low and high"),
     ({"ratio.points": {"low": 0.0, "high": 0.8}}, r"is no range within 0-1"),
     ({"ratio.points": {"choices": [0.2, 0.8]}}, r"is no range within 0-1"),
-    ({**RATIO, "ratio.start": {"low": 0.2, "high": 0.8}}, r"cannot change ratio\.start in a running model"),
-    ({**RATIO, "model.depth": {"low": 1, "high": 4}}, r"cannot change model\.depth in a running model"),
+    (
+        {**RATIO, "ratio.start": {"low": 0.2, "high": 0.8}},
+        r"cannot change ratio\.start in a running model",
+    ),
+    (
+        {**RATIO, "model.depth": {"low": 1, "high": 4}},
+        r"cannot change model\.depth in a running model",
+    ),
     ({**RATIO, "loss.gama": {"low": 1, "high": 4}}, r"cannot change loss\.gama"),
-    ({**RATIO, "lr": {"low": 1e-3, "high": 1e-2, "when": {"variant": "amlp"}}}, r"lr has a condition"),
-    ({**RATIO, "loss.ccl_weight": {"low": 0.0, "high": 1.0}}, r"loss\.ccl_weight reaches 0 .* stay above 0"),
+    (
+        {**RATIO, "lr": {"low": 1e-3, "high": 1e-2, "when": {"variant": "amlp"}}},
+        r"lr has a condition",
+    ),
+    (
+        {**RATIO, "loss.ccl_weight": {"low": 0.0, "high": 1.0}},
+        r"loss\.ccl_weight reaches 0 .* stay above 0",
+    ),
     ({**RATIO, "loss.ranking_weight": {"choices": [0, 1.0]}}, r"loss\.ranking_weight reaches 0"),
     ({**RATIO, "loss.clip_max": {"low": 0.5, "high": 4.0}}, r"clip_max"),
     ("spaces:space", "needs a declared space, not a function"),
@@ -411,7 +477,13 @@ def test_a_space_that_pbt_cannot_search_is_refused(space: Any, said: str) -> Non
 def test_all_faults_are_told_at_once_and_a_good_study_has_none() -> None:
     check_population(study(space=MORE))
     with pytest.raises(SettingsError) as told:
-        check_population(study(space={"model.depth": {"low": 1, "high": 4}}, budget={"trials": 3}, require=["lr < 1"]))
+        check_population(
+            study(
+                space={"model.depth": {"low": 1, "high": 4}},
+                budget={"trials": 3},
+                require=["lr < 1"],
+            )
+        )
     assert all(word in str(told.value) for word in ("model.depth", "budget.trials", "require"))
 
 
@@ -436,11 +508,21 @@ def test_segments_of_a_population_train_as_one_run_of_the_learnt_schedule_to_the
         fork = None if segment.parent is None else tmp_path / str(segment.parent)
         result = run_job(job(segment, tmp_path / str(number), fork), Hooks())
         # Members that began low are the poor ones, so that some go on from another.
-        end(store, number, segment, population.segment(store.get_trials(), number).values["ratio.points"][0][1], 5)
+        end(
+            store,
+            number,
+            segment,
+            population.segment(store.get_trials(), number).values["ratio.points"][0][1],
+            5,
+        )
         assert result.epochs == segment.until
     trials = store.get_trials()
     assert len(trials) == 9
-    exploited = [t for t in trials if t.user_attrs["parent"] is not None and t.user_attrs["parent"] % 3 != t.number % 3]
+    exploited = [
+        t
+        for t in trials
+        if t.user_attrs["parent"] is not None and t.user_attrs["parent"] % 3 != t.number % 3
+    ]
     last = max(t.number for t in exploited)
     line = lineage(trials, last)
     alone = population.segment(trials, last)
@@ -448,5 +530,7 @@ def test_segments_of_a_population_train_as_one_run_of_the_learnt_schedule_to_the
     states = [read_checkpoint(checkpoints(tmp_path / name)[0]) for name in (str(last), "alone")]
     assert len(line) >= 2
     assert states[0]["epoch"] == states[1]["epoch"] == alone.until
-    assert all(torch.equal(states[0]["model"][name], value) for name, value in states[1]["model"].items())
+    assert all(
+        torch.equal(states[0]["model"][name], value) for name, value in states[1]["model"].items()
+    )
     assert states[0]["settings"] == states[1]["settings"]

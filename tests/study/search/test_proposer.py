@@ -16,9 +16,9 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from amlp_ray.config import StudySettings
+from amlp_ray.config.base import build
 from amlp_ray.errors import SettingsError
-from amlp_ray.settings import build
-from amlp_ray.study.search.proposer import Duplicate, Proposal, Proposer
+from amlp_ray.study.search.suggester import Duplicate, Proposal, Proposer
 
 CONDITIONAL = {
     "ratio.start": {"low": 0.1, "high": 0.6},
@@ -39,7 +39,9 @@ def settings(sampler: str = "tpe", **changes: Any) -> StudySettings:
     values: dict[str, Any] = {
         "name": "s",
         "pretrain": {"epochs": 40},
-        "space": FINITE | {"selection.clusters": {"low": 2, "high": 8}} if sampler == "grid" else CONDITIONAL,
+        "space": FINITE | {"selection.clusters": {"low": 2, "high": 8}}
+        if sampler == "grid"
+        else CONDITIONAL,
         "sampler": {"name": sampler, "startup": 5},
         "pruner": {"name": "none"},
         "arms": [],
@@ -48,7 +50,9 @@ def settings(sampler: str = "tpe", **changes: Any) -> StudySettings:
 
 
 def study_of(s: StudySettings, storage: Any = None) -> optuna.Study:
-    return optuna.create_study(study_name="s", directions=list(s.objectives.values()), storage=storage)
+    return optuna.create_study(
+        study_name="s", directions=list(s.objectives.values()), storage=storage
+    )
 
 
 def store(study: optuna.Study, proposal: Proposal, **attributes: Any) -> int:
@@ -69,7 +73,9 @@ def store(study: optuna.Study, proposal: Proposal, **attributes: Any) -> int:
     return study._storage.create_new_trial(study._study_id, template)
 
 
-def end(study: optuna.Study, trial_id: int, value: float, state: TrialState = TrialState.COMPLETE) -> None:
+def end(
+    study: optuna.Study, trial_id: int, value: float, state: TrialState = TrialState.COMPLETE
+) -> None:
     number = study._storage.get_trial(trial_id).number
     study._storage.set_trial_user_attr(trial_id, "facts", {"seconds": 10 + number % 9})
     study._storage.set_trial_intermediate_value(trial_id, 20, value - 0.1)
@@ -77,11 +83,15 @@ def end(study: optuna.Study, trial_id: int, value: float, state: TrialState = Tr
     values: list[float] | None = [value, float(number)] if several else [value]
     if state == TrialState.PRUNED:
         values = None if several else [value - 0.1]
-    study._storage.set_trial_state_values(trial_id, state, None if state == TrialState.FAIL else values)
+    study._storage.set_trial_state_values(
+        trial_id, state, None if state == TrialState.FAIL else values
+    )
 
 
 def score(params: dict[str, Any]) -> float:
-    return 1 - (params.get("ratio.start", 0.3) - 0.3) ** 2 - (params.get("ratio.end", 0.5) - 0.7) ** 2
+    return (
+        1 - (params.get("ratio.start", 0.3) - 0.3) ** 2 - (params.get("ratio.end", 0.5) - 0.7) ** 2
+    )
 
 
 def run(
@@ -98,21 +108,36 @@ def run(
         proposal = proposer.propose(number)
         assert isinstance(proposal, Proposal)
         proposed.append(proposal.params)
-        states = [TrialState.PRUNED, TrialState.COMPLETE, TrialState.COMPLETE, TrialState.COMPLETE, TrialState.FAIL]
+        states = [
+            TrialState.PRUNED,
+            TrialState.COMPLETE,
+            TrialState.COMPLETE,
+            TrialState.COMPLETE,
+            TrialState.FAIL,
+        ]
         end(study, store(study, proposal), score(proposal.params), states[number % 5])
     return proposed
 
 
-CASES = [(name, {}) for name in SAMPLERS] + [(name, TWO) for name in ("tpe", "nsga2", "nsga3", "qmc")]
-CASES += [(name, {"require": ["ratio.start <= ratio.end"]}) for name in ("tpe", "cmaes", "qmc", "nsga3")]
+CASES = [(name, {}) for name in SAMPLERS] + [
+    (name, TWO) for name in ("tpe", "nsga2", "nsga3", "qmc")
+]
+CASES += [
+    (name, {"require": ["ratio.start <= ratio.end"]}) for name in ("tpe", "cmaes", "qmc", "nsga3")
+]
 
 
 @pytest.mark.parametrize(("name", "more"), CASES)
-def test_a_restart_before_each_trial_changes_nothing(tmp_path: Path, name: str, more: dict[str, Any]) -> None:
+def test_a_restart_before_each_trial_changes_nothing(
+    tmp_path: Path, name: str, more: dict[str, Any]
+) -> None:
     s = settings(name, **more)
     whole = run(s, 24, restarted=False)
     journal = str(tmp_path / "journal")
-    assert run(s, 24, restarted=True, open_storage=lambda: JournalStorage(JournalFileBackend(journal))) == whole
+    assert (
+        run(s, 24, restarted=True, open_storage=lambda: JournalStorage(JournalFileBackend(journal)))
+        == whole
+    )
     assert len({str(p) for p in whole}) == 24, "no settings twice"
     assert "pickle" not in (text := Path(journal).read_text())
     assert "optimizer" not in text
@@ -127,7 +152,9 @@ def test_a_restart_changes_nothing_for_gp(more: dict[str, Any]) -> None:  # a se
 
 def test_another_seed_is_another_search() -> None:
     for name in SAMPLERS:
-        assert run(settings(name), 3, restarted=False) != run(settings(name, seed=1), 3, restarted=False)
+        assert run(settings(name), 3, restarted=False) != run(
+            settings(name, seed=1), 3, restarted=False
+        )
 
 
 def test_running_trials_are_seen_and_proposals_ahead_of_the_store_are_too() -> None:
@@ -197,7 +224,12 @@ def test_what_require_refuses_is_drawn_again() -> None:
     grid = {"ratio.start": {"choices": [0.1, 0.6]}, "ratio.end": {"choices": [0.5, 0.9]}}
     s = settings("grid", space=grid, require=["ratio.start <= ratio.end"])
     proposer = Proposer(s, ["maximize"])
-    assert [isinstance(proposer.propose(i), Proposal) for i in range(4)] == [True, True, True, False]
+    assert [isinstance(proposer.propose(i), Proposal) for i in range(4)] == [
+        True,
+        True,
+        True,
+        False,
+    ]
     never = Proposer(settings("random", require=["ratio.start > 1"]), ["maximize"])
     assert never.propose(0) is None
 
@@ -221,7 +253,9 @@ def test_an_enqueued_trial_keeps_its_values_and_the_rest_is_sampled() -> None:
         assert proposal.params.keys() > {"ratio.shape", "ratio.power"}
 
 
-def test_an_enqueued_trial_that_was_run_is_a_duplicate_and_one_that_nothing_allows_is_refused() -> None:
+def test_an_enqueued_trial_that_was_run_is_a_duplicate_and_one_that_nothing_allows_is_refused() -> (
+    None
+):
     s = settings("random", space=FINITE, require=["selection.clusters < 4"])
     study = study_of(s)
     proposer = Proposer(s, study.directions)
@@ -237,7 +271,8 @@ def test_an_enqueued_trial_that_was_run_is_a_duplicate_and_one_that_nothing_allo
     assert proposer.propose(1, fixed=known) == Duplicate(0)
     assert isinstance(proposer.propose(1, fixed={"ratio.shape": "cosine"}), Proposal)
     with pytest.raises(
-        SettingsError, match=r"trial 2: what was enqueued \(selection.clusters=4\) leaves no combination"
+        SettingsError,
+        match=r"trial 2: what was enqueued \(selection.clusters=4\) leaves no combination",
     ):
         proposer.propose(2, fixed={"selection.clusters": 4})
 
@@ -261,7 +296,9 @@ def test_the_first_trial_tries_the_defaults_once_and_after_imports_too() -> None
     assert second.params != first.params
 
 
-def test_a_function_and_a_declared_space_give_the_same_proposals(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_and_a_declared_space_give_the_same_proposals(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def space(trial: optuna.Trial) -> None:
         trial.suggest_float("ratio.start", 0.1, 0.6)
         trial.suggest_float("ratio.end", 0.3, 0.9)
@@ -303,7 +340,9 @@ def test_limits_turn_a_sampler_away_from_what_breaks_them() -> None:
             start = proposal.params["ratio.start"]
             trial_id = store(study, proposal)
             study._storage.set_trial_user_attr(trial_id, "facts", {"seconds": 100 * start})
-            study._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [start])  # the dearer, the better
+            study._storage.set_trial_state_values(
+                trial_id, TrialState.COMPLETE, [start]
+            )  # the dearer, the better
             starts.append(start)
         return starts[-20:]
 
@@ -312,7 +351,10 @@ def test_limits_turn_a_sampler_away_from_what_breaks_them() -> None:
 
 
 def test_gp_learns_from_pruned_trials() -> None:
-    s = settings("gp", space={"ratio.start": {"low": 0.1, "high": 0.9}, "ratio.end": {"low": 0.3, "high": 0.9}})
+    s = settings(
+        "gp",
+        space={"ratio.start": {"low": 0.1, "high": 0.9}, "ratio.end": {"low": 0.3, "high": 0.9}},
+    )
     study = study_of(s)
     drawn = Proposer(settings("random", space=s.space), study.directions)
     for number in range(6):

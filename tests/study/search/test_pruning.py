@@ -12,7 +12,7 @@ import pytest
 from optuna.trial import TrialState
 
 from amlp_ray.config import StudySettings
-from amlp_ray.settings import build
+from amlp_ray.config.base import build
 from amlp_ray.study.search.pruning import Pruning, bracket
 
 IMAGES = 320  # 10 steps per epoch of 32
@@ -21,7 +21,12 @@ RUNGS = (10, 20, 30, 40)
 
 def settings(name: str, **more: Any) -> StudySettings:
     rules = {"name": name, "rungs": 4, "min_steps": 0, "startup": 0} | more.pop("pruner", {})
-    values = {"name": "s", "pretrain": {"epochs": 40, "batch_size": 32}, "pruner": rules, "arms": []}
+    values = {
+        "name": "s",
+        "pretrain": {"epochs": 40, "batch_size": 32},
+        "pruner": rules,
+        "arms": [],
+    }
     values["space"] = {"ratio.start": {"low": 0.1, "high": 0.6}}
     return build(StudySettings, values | more, "test")
 
@@ -167,7 +172,9 @@ def test_wilcoxon_compares_images_with_those_of_the_best_at_the_same_rung(tmp_pa
     assert run.play(0.2, 0.3, 0.4, 0.5) == 4
     write_images(tmp_path, 1, 10, images(0.25))
     write_images(tmp_path, 1, 20, images(0.25))
-    assert run.play(0.25, 0.25, 0.25, 0.25) == 2, "better than the best at rung 1, worse on every image at rung 2"
+    assert run.play(0.25, 0.25, 0.25, 0.25) == 2, (
+        "better than the best at rung 1, worse on every image at rung 2"
+    )
     write_images(tmp_path, 2, 10, images(0.19) | {f"i{i}": 0.9 for i in range(9)})
     assert run.play(*[0.2] * 4) == 4, "better on some images, worse on others"
 
@@ -260,7 +267,9 @@ def test_after_a_missing_score_a_trial_is_judged_at_its_next_rung_there_only() -
     run.play(0.9, 0.2, 0.9, 0.9)
     trial = run.begin()
     assert run.score(trial, 10, None)
-    assert run.score(trial, 20, 0.3), "0.3 against 0.2 of the same rung, not against 0.9 of the first"
+    assert run.score(trial, 20, 0.3), (
+        "0.3 against 0.2 of the same rung, not against 0.9 of the first"
+    )
 
 
 @pytest.mark.parametrize("name", ["median", "halving"])
@@ -277,7 +286,9 @@ def test_a_score_is_stored_once_and_an_epoch_that_is_no_rung_prunes_nothing() ->
     run.play(*[0.9] * 4)
     trial = run.begin()
     assert run.pruning.report(run.study, trial.number, 10, 0.1)
-    assert not run.pruning.report(run.study, trial.number, 10, 0.2), "reported again after a take-over"
+    assert not run.pruning.report(run.study, trial.number, 10, 0.2), (
+        "reported again after a take-over"
+    )
     assert run.study.trials[1].intermediate_values == {10: 0.1}
     assert run.pruning.report(run.study, trial.number, 15, 0.1)
     assert not run.pruning.should_prune(trial.number, 15)

@@ -11,10 +11,10 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import Trial, TrialState
 
 from amlp_ray.config import SamplerSettings, StudySettings
+from amlp_ray.config.base import build
 from amlp_ray.errors import SettingsError
-from amlp_ray.settings import build
-from amlp_ray.study.search.mirror import Known, Mirror
-from amlp_ray.study.search.sampling import (
+from amlp_ray.study.search.in_memory_study import Known, Mirror
+from amlp_ray.study.search.samplers import (
     GENERATION,
     Seen,
     Tpe,
@@ -37,7 +37,11 @@ RANGES = {
 
 
 def study_of(space: dict[str, Any], sampler: str = "grid", **more: Any) -> StudySettings:
-    return build(StudySettings, {"name": "s", "space": space, "sampler": {"name": sampler}, "arms": [], **more}, "test")
+    return build(
+        StudySettings,
+        {"name": "s", "space": space, "sampler": {"name": sampler}, "arms": [], **more},
+        "test",
+    )
 
 
 def ask(trial: Trial) -> dict[str, Any]:
@@ -54,9 +58,15 @@ def filled(directions: list[str], many: int = 40, *, constrained: bool = False) 
     mirror, rng = Mirror("s", directions), np.random.default_rng(1)
     for number in range(many):
         _, asked = mirror.draw(number, optuna.samplers.RandomSampler(number), ask)
-        state = [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING][number % 4]
+        state = [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING][
+            number % 4
+        ]
         scores = {10: float(rng.random()), 20: float(rng.random())} if len(directions) == 1 else {}
-        values = [float(v) for v in rng.random(len(directions))] if state == TrialState.COMPLETE else None
+        values = (
+            [float(v) for v in rng.random(len(directions))]
+            if state == TrialState.COMPLETE
+            else None
+        )
         mirror.put(
             Known(
                 number,
@@ -75,12 +85,16 @@ def filled(directions: list[str], many: int = 40, *, constrained: bool = False) 
 @pytest.mark.parametrize("constrained", [False, True])
 @pytest.mark.parametrize("group", [False, True])
 @pytest.mark.parametrize("directions", [["maximize"], ["maximize", "minimize"]])
-def test_our_faster_tpe_suggests_what_optunas_own_does(directions: list[str], group: bool, constrained: bool) -> None:
+def test_our_faster_tpe_suggests_what_optunas_own_does(
+    directions: list[str], group: bool, constrained: bool
+) -> None:
     mirror = filled(directions, constrained=constrained)
     for seed in range(5):
         settings = SamplerSettings(startup=5, group=group)
         ours = mirror.draw(40, Tpe(settings, seed), ask)[1].params
-        own = optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True, group=group)
+        own = optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=5, multivariate=True, group=group
+        )
         assert ours == mirror.draw(40, own, ask)[1].params
 
 
@@ -153,7 +167,9 @@ def test_points_of_qmc_are_even_and_conditional_parameters_have_their_coordinate
     space = {k: RANGES[k] for k in "abcd"}
     points = []
     for number in range(32):
-        sampler = make_sampler(SamplerSettings(name="qmc"), number, space=space, series=7, point=number)
+        sampler = make_sampler(
+            SamplerSettings(name="qmc"), number, space=space, series=7, point=number
+        )
         points.append(mirror.draw(number, sampler, ask)[1].params)
     assert {int(p["a"] * 16) for p in points} == set(range(16)), "each sixteenth is met"
     assert [sum(int(p["a"] * 16) == i for p in points) for i in range(16)] == [2] * 16
@@ -177,9 +193,15 @@ def test_combinations_follow_conditions_each_once() -> None:
     ("space", "why"),
     [
         ({"ratio.start": {"low": 0.1, "high": 0.5}}, "ratio.start has no step"),
-        ({"ratio.start": {"low": 0.1, "high": 0.5, "step": 1e-6}}, "ratio.start alone has 400,001 values"),
         (
-            {n: {"low": 0.0, "high": 0.5, "step": 0.01} for n in ("ratio.start", "ratio.end", "loss.warmup")},
+            {"ratio.start": {"low": 0.1, "high": 0.5, "step": 1e-6}},
+            "ratio.start alone has 400,001 values",
+        ),
+        (
+            {
+                n: {"low": 0.0, "high": 0.5, "step": 0.01}
+                for n in ("ratio.start", "ratio.end", "loss.warmup")
+            },
             "more than 500 combinations",
         ),
     ],
@@ -187,7 +209,7 @@ def test_combinations_follow_conditions_each_once() -> None:
 def test_a_grid_of_an_endless_space_is_refused_in_one_sentence(
     space: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("amlp_ray.study.search.sampling.LARGEST_GRID", 500)
+    monkeypatch.setattr("amlp_ray.study.search.samplers.LARGEST_GRID", 500)
     with pytest.raises(UnlimitedError, match=why):
         combinations(study_of(space))
     with pytest.raises(SettingsError, match=f"grid tries every combination, but .*{why}"):

@@ -8,9 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amlp_ray.study.space.expressions import Expression, ExpressionError
+from amlp_ray.study.search_space.expressions import Expression, ExpressionError
 
-VALUES: dict[str, Any] = {"ratio.start": 0.25, "delta": 0.5, "k": 3.0, "shape": "power", "on": True, "zero": 0}
+VALUES: dict[str, Any] = {
+    "ratio.start": 0.25,
+    "delta": 0.5,
+    "k": 3.0,
+    "shape": "power",
+    "on": True,
+    "zero": 0,
+}
 
 
 @pytest.mark.parametrize(
@@ -41,7 +48,9 @@ texts = st.recursive(
     leaf,
     lambda inner: st.one_of(
         st.tuples(inner, st.sampled_from("+-*"), inner).map(lambda t: f"({t[0]} {t[1]} {t[2]})"),
-        st.tuples(st.sampled_from(["min", "max"]), inner, inner).map(lambda t: f"{t[0]}({t[1]}, {t[2]})"),
+        st.tuples(st.sampled_from(["min", "max"]), inner, inner).map(
+            lambda t: f"{t[0]}({t[1]}, {t[2]})"
+        ),
         inner.map(lambda t: f"abs({t})"),
     ),
     max_leaves=8,
@@ -59,7 +68,9 @@ def test_names_stand_in_their_order_and_once() -> None:
     assert Expression("delta + ratio.start * min(k, delta)").names == ("delta", "ratio.start", "k")
 
 
-@pytest.mark.parametrize(("text", "decides"), [("a < b", True), ("not a", True), ("a and b", True), ("a + b", False)])
+@pytest.mark.parametrize(
+    ("text", "decides"), [("a < b", True), ("not a", True), ("a and b", True), ("a + b", False)]
+)
 def test_a_condition_is_told_from_a_number(text: str, decides: bool) -> None:
     assert Expression(text).decides is decides
 

@@ -9,10 +9,12 @@ import pytest
 from optuna.trial import FixedTrial
 
 from amlp_ray.config import Choice, Derived, Fixed, PretrainSettings, Range, StudySettings
+from amlp_ray.config.base import build, field_of
+from amlp_ray.config.overrides import flat, nested
+from amlp_ray.config.yaml_file import read_yaml, write_yaml
 from amlp_ray.errors import SettingsError
-from amlp_ray.settings import build, field_of, flat, nested, read_yaml, write_yaml
-from amlp_ray.study.space.asking import LAYERS
-from amlp_ray.study.space.declared import (
+from amlp_ray.study.search_space.space import LAYERS
+from amlp_ray.study.search_space.validate import (
     build_study,
     check_space,
     defaults,
@@ -36,7 +38,10 @@ FAULTS = {
     "value outside": ({"ratio.end": {"low": 0.1, "high": 1.2}}, "ratio.end is 1.2"),
     "choice outside": ({"selection.clusters": {"choices": [1, 3]}}, "selection.clusters is 1"),
     "choice unknown": ({"selection.rule": {"choices": ["smallest", "reddest"]}}, "reddest"),
-    "range of words": ({"selection.rule": {"low": 0, "high": 1}}, "give choices instead of a range"),
+    "range of words": (
+        {"selection.rule": {"low": 0, "high": 1}},
+        "give choices instead of a range",
+    ),
     "range of switches": ({"flip": {"low": 0, "high": 1}}, "give choices instead of a range"),
     "seed": ({"seed": {"low": 0, "high": 9}}, "seed is not searched"),
     "condition on nothing": (
@@ -50,7 +55,10 @@ FAULTS = {
         },
         "never searched",
     ),
-    "half steps of an integer": ({"selection.clusters": {"low": 2, "high": 6, "step": 0.5}}, "is an integer"),
+    "half steps of an integer": (
+        {"selection.clusters": {"low": 2, "high": 6, "step": 0.5}},
+        "is an integer",
+    ),
     "combination": (
         {"model.width": {"low": 24, "high": 48, "step": 4}, "model.heads": {"choices": [2, 3]}},
         "some combinations are refused",
@@ -58,7 +66,11 @@ FAULTS = {
     "condition of another type": (
         {
             "selection.clusters": {"choices": [3, 4]},
-            "selection.lesion_share": {"low": 0.5, "high": 1.0, "when": {"selection.clusters": "3"}},
+            "selection.lesion_share": {
+                "low": 0.5,
+                "high": 1.0,
+                "when": {"selection.clusters": "3"},
+            },
         },
         "never searched",
     ),
@@ -80,7 +92,11 @@ def test_a_bad_space_is_refused_with_its_fault(space: dict[str, Any], told: str)
 
 def test_all_faults_are_told_at_once() -> None:
     with pytest.raises(SettingsError) as error:
-        check_space(study({"ratio.strat": {"low": 0.1, "high": 0.5}, "ratio.end": {"low": 0.1, "high": 1.2}}))
+        check_space(
+            study(
+                {"ratio.strat": {"low": 0.1, "high": 0.5}, "ratio.end": {"low": 0.1, "high": 1.2}}
+            )
+        )
     assert "ratio.strat" in str(error.value)
     assert "1.2" in str(error.value)
 
@@ -109,7 +125,9 @@ CONDITIONAL = {
 def test_a_parameter_is_asked_only_where_its_condition_holds() -> None:
     settings = study(CONDITIONAL)
     check_space(settings)
-    assert order_of_asking(settings.space).index("ratio.shape") < order_of_asking(settings.space).index("ratio.power")
+    assert order_of_asking(settings.space).index("ratio.shape") < order_of_asking(
+        settings.space
+    ).index("ratio.power")
     search = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
     asked = [suggest(search.ask(), settings) for _ in range(30)]
     assert {params["ratio.shape"] for params in asked} == {"linear", "power"}
@@ -126,7 +144,10 @@ def test_conditions_may_rest_on_a_fixed_setting() -> None:
 
 
 def test_a_trial_asked_before_gives_the_same_values_again() -> None:
-    settings, search = study(CONDITIONAL), optuna.create_study(sampler=optuna.samplers.RandomSampler(1))
+    settings, search = (
+        study(CONDITIONAL),
+        optuna.create_study(sampler=optuna.samplers.RandomSampler(1)),
+    )
     trial = search.ask()
     first = suggest(trial, settings)
     again = optuna.trial.Trial(search, trial._trial_id)
@@ -172,8 +193,12 @@ def test_a_requirement_is_told_of_values_and_helpers() -> None:
     assert holds_requirements({"ratio.start": 0.3, "ratio.end": 0.4, "delta": 0.1}, settings)
     assert not holds_requirements({"ratio.start": 0.3, "ratio.end": 0.2, "delta": 0.1}, settings)
     assert not holds_requirements({"ratio.start": 0.3, "ratio.end": 0.65, "delta": 0.35}, settings)
-    assert holds_requirements({"ratio.start": 0.3, "ratio.end": 0.65}, settings), "without delta it says nothing"
-    assert not holds_requirements({"ratio.start": 0.9}, settings), "the study's own ratio.end is 0.75"
+    assert holds_requirements({"ratio.start": 0.3, "ratio.end": 0.65}, settings), (
+        "without delta it says nothing"
+    )
+    assert not holds_requirements({"ratio.start": 0.9}, settings), (
+        "the study's own ratio.end is 0.75"
+    )
 
 
 def test_drawn_settings_keep_the_requirements_and_are_the_same_every_time() -> None:
@@ -186,12 +211,18 @@ def test_drawn_settings_keep_the_requirements_and_are_the_same_every_time() -> N
 
 def test_a_suggestion_says_why_no_trial_may_have_it() -> None:
     settings = study(
-        {"ratio.start": {"low": 0.1, "high": 0.5}, "ratio.end": {"expression": "0.1 / (ratio.start - 0.3)"}},
+        {
+            "ratio.start": {"low": 0.1, "high": 0.5},
+            "ratio.end": {"expression": "0.1 / (ratio.start - 0.3)"},
+        },
         require=["ratio.start < 0.4"],
     )
     kept = suggestion(FixedTrial({"ratio.start": 0.35}), settings)
     assert (kept.refused, kept.params) == (None, {"ratio.start": 0.35})
-    assert suggestion(FixedTrial({"ratio.start": 0.5}), settings).refused == "require 'ratio.start < 0.4' does not hold"
+    assert (
+        suggestion(FixedTrial({"ratio.start": 0.5}), settings).refused
+        == "require 'ratio.start < 0.4' does not hold"
+    )
     zero = FixedTrial({"ratio.start": 0.3})
     assert "divides by zero" in (suggestion(zero, settings).refused or "")
     with pytest.raises(SettingsError, match=r"ratio\.end: .* divides by zero"):
@@ -205,7 +236,9 @@ def test_a_condition_on_a_step_holds_though_steps_do_not_add_up() -> None:
     }
     settings = study(space)
     check_space(settings)
-    assert "loss.gamma" in suggest(FixedTrial({"ratio.start": 0.1 + 2 * 0.1, "loss.gamma": 1.5}), settings)
+    assert "loss.gamma" in suggest(
+        FixedTrial({"ratio.start": 0.1 + 2 * 0.1, "loss.gamma": 1.5}), settings
+    )
 
 
 def test_a_condition_sees_what_a_searched_variant_brings() -> None:
@@ -236,7 +269,11 @@ def test_no_other_setting_lays_values_under_others() -> None:
 
 
 def test_parameters_are_asked_as_written_but_after_what_they_need() -> None:
-    assert order_of_asking(study(CONDITIONAL).space) == ["ratio.shape", "ratio.power", "selection.clusters"]
+    assert order_of_asking(study(CONDITIONAL).space) == [
+        "ratio.shape",
+        "ratio.power",
+        "selection.clusters",
+    ]
     assert order_of_asking(study(DERIVED).space) == [
         "ratio.start", "delta", "ratio.end", "ratio.shape", "ratio.power", "half", "selection.clusters",
     ]  # fmt: skip
@@ -310,7 +347,9 @@ def samplers() -> dict[str, optuna.samplers.BaseSampler]:
     return {"random": optuna.samplers.RandomSampler(7), "tpe": tpe}
 
 
-def told_trials(settings: StudySettings, sampler: optuna.samplers.BaseSampler) -> list[tuple[Any, Any]]:
+def told_trials(
+    settings: StudySettings, sampler: optuna.samplers.BaseSampler
+) -> list[tuple[Any, Any]]:
     search = optuna.create_study(sampler=sampler, direction="maximize")
     seen = []
     for _ in range(15):
@@ -347,16 +386,25 @@ def module(folder: Path, body: str, name: str) -> str:
 
 
 def test_a_function_is_found_beside_its_study_file(tmp_path: Path) -> None:
-    space = module(tmp_path, "return {'ratio.end': trial.suggest_float('ratio.start', 0.1, 0.5) + 0.2}", "beside")
+    space = module(
+        tmp_path,
+        "return {'ratio.end': trial.suggest_float('ratio.start', 0.1, 0.5) + 0.2}",
+        "beside",
+    )
     file = tmp_path / "study.yaml"
     file.write_text(f"name: s\nspace: {space}\n")
     settings = build_study(read_yaml(file), str(file))
     assert settings.space == "beside:space"
-    assert suggest(FixedTrial({"ratio.start": 0.25}), settings) == {"ratio.start": 0.25, "ratio.end": 0.45}
+    assert suggest(FixedTrial({"ratio.start": 0.25}), settings) == {
+        "ratio.start": 0.25,
+        "ratio.end": 0.45,
+    }
     assert searched(settings) == {"ratio.start": Range(low=0.1, high=0.5)}
 
 
-def test_a_function_may_refuse_and_ask_for_a_requirement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_may_refuse_and_ask_for_a_requirement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     body = """\
 start, end = trial.suggest_float("ratio.start", 0.1, 0.5), trial.suggest_float("ratio.end", 0.1, 0.9)
 if end < start:
@@ -364,21 +412,38 @@ if end < start:
     monkeypatch.chdir(tmp_path)
     settings = study(module(tmp_path, body, "refusing"), require=["ratio.end - ratio.start < 0.4"])  # type: ignore[arg-type]
     check_space(settings)
-    assert suggestion(FixedTrial({"ratio.start": 0.4, "ratio.end": 0.3}), settings).refused == "falls"
+    assert (
+        suggestion(FixedTrial({"ratio.start": 0.4, "ratio.end": 0.3}), settings).refused == "falls"
+    )
     assert not holds_requirements({"ratio.start": 0.1, "ratio.end": 0.8}, settings)
     assert all(0 <= trial.ratio.end - trial.ratio.start < 0.4 for trial in drawn_settings(settings))
 
 
 BAD_FUNCTIONS = {
-    "misspelt": ("trial.suggest_float('ratio.strat', 0.1, 0.5)", ["'ratio.strat'; did you mean ratio.start?"]),
-    "misspelt in what it returns": ("return {'ratio.strat': 0.2}", ["unknown setting 'ratio.strat'"]),
+    "misspelt": (
+        "trial.suggest_float('ratio.strat', 0.1, 0.5)",
+        ["'ratio.strat'; did you mean ratio.start?"],
+    ),
+    "misspelt in what it returns": (
+        "return {'ratio.strat': 0.2}",
+        ["unknown setting 'ratio.strat'"],
+    ),
     "outside, and unused": (
         "trial.suggest_float('ratio.end', 0.1, 1.5)\ntrial.suggest_float('delta', 0, 1)",
         ["ratio.end is 1.5, but must be less than 1.", "unknown setting 'delta'"],
     ),
-    "real for whole": ("trial.suggest_float('selection.clusters', 2, 6)", ["an integer; ask with suggest_int."]),
-    "refused choice": ("trial.suggest_categorical('ratio.shape', ['linear', 'square'])", ["ratio.shape is 'square'"]),
-    "strange choice": ("trial.suggest_categorical('ratio.points', [((0, 0.3), (1, 0.5))])", ["has choices that are"]),
+    "real for whole": (
+        "trial.suggest_float('selection.clusters', 2, 6)",
+        ["an integer; ask with suggest_int."],
+    ),
+    "refused choice": (
+        "trial.suggest_categorical('ratio.shape', ['linear', 'square'])",
+        ["ratio.shape is 'square'"],
+    ),
+    "strange choice": (
+        "trial.suggest_categorical('ratio.points', [((0, 0.3), (1, 0.5))])",
+        ["has choices that are"],
+    ),
     "combination": (
         "trial.suggest_int('model.width', 24, 48, step=4)\ntrial.suggest_categorical('model.heads', [2, 3])",
         ["some combinations are refused (model: width"],
@@ -391,10 +456,15 @@ BAD_FUNCTIONS = {
 
 @pytest.mark.filterwarnings("ignore:Choices for a categorical distribution")
 @pytest.mark.parametrize("name", BAD_FUNCTIONS)
-def test_a_function_is_checked_by_drawing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_is_checked_by_drawing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     body, told = BAD_FUNCTIONS[name]
-    values = {"name": "s", "space": module(tmp_path, body, f"bad_{list(BAD_FUNCTIONS).index(name)}")}
+    values = {
+        "name": "s",
+        "space": module(tmp_path, body, f"bad_{list(BAD_FUNCTIONS).index(name)}"),
+    }
     with pytest.raises(SettingsError) as caught:
         build_study(values, "study.yaml")
     assert len(caught.value.faults) == len(told), caught.value.faults
@@ -406,7 +476,9 @@ def test_a_module_of_a_name_in_use_is_not_taken_for_it(tmp_path: Path) -> None:
     module(tmp_path, "return {}", "json")
     file = tmp_path / "study.yaml"
     file.write_text("name: s\nspace: json:space\n")
-    with pytest.raises(SettingsError, match=r"study.yaml:2: space: .* a module 'json' is in use already"):
+    with pytest.raises(
+        SettingsError, match=r"study.yaml:2: space: .* a module 'json' is in use already"
+    ):
         build_study(read_yaml(file), str(file))
 
 
@@ -420,7 +492,11 @@ def test_the_ratio_of_population_based_training_is_left_to_its_own_check() -> No
     values = {"name": "s", "space": space, "sampler": {"name": "pbt"}}
     with pytest.raises(SettingsError) as caught:
         build_study(values, "study.yaml")
-    assert caught.value.faults == ("study.yaml: space: lr is 2.0, but must be less than or equal to 1.",)
+    assert caught.value.faults == (
+        "study.yaml: space: lr is 2.0, but must be less than or equal to 1.",
+    )
     ranges = {"ratio.points": {"low": 0.2, "high": 0.8}, "lr": {"low": 1e-4, "high": 0.1}}
     settings = build_study({**values, "space": ranges}, "study.yaml")
-    assert all(trial.ratio.points == () and 1e-4 <= trial.lr <= 0.1 for trial in drawn_settings(settings))
+    assert all(
+        trial.ratio.points == () and 1e-4 <= trial.lr <= 0.1 for trial in drawn_settings(settings)
+    )

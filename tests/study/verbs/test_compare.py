@@ -9,8 +9,8 @@ from made_study import add, add_arm, make_store, note_data
 from optuna.trial import TrialState
 
 from amlp_ray.errors import SettingsError
-from amlp_ray.study.keeping.store import StudyStore
-from amlp_ray.study.verbs.compare import compare
+from amlp_ray.study.operations.compare import compare
+from amlp_ray.study.storage.study_store import StudyStore
 
 SAME = {"ratio.start": 0.25, "selection.mode": "hard"}
 
@@ -26,11 +26,16 @@ def two(tmp_path: Path, best: float = 0.7, **changes: object) -> list[StudyStore
     return [a, b]
 
 
-def test_the_better_study_is_named_with_its_gain_and_what_is_the_same_is_compared(tmp_path: Path) -> None:
+def test_the_better_study_is_named_with_its_gain_and_what_is_the_same_is_compared(
+    tmp_path: Path,
+) -> None:
     found = compare(two(tmp_path))
     assert found["comparable"]
     assert found["verdict"].startswith("b found the best trial, 0.100 above a")
-    assert [(row["best"], row["trial"], row["complete"]) for row in found["studies"]] == [(0.6, 0, 1), (0.7, 1, 2)]
+    assert [(row["best"], row["trial"], row["complete"]) for row in found["studies"]] == [
+        (0.6, 0, 1),
+        (0.7, 1, 2),
+    ]
     assert found["studies"][0]["arms"] == {"mae": {"n": 1, "mean": 0.4}}
     (pair,) = found["overlap"]
     assert pair["searched_in_both"] == ["ratio.start", "selection.mode"]
@@ -42,7 +47,9 @@ def test_a_small_gain_is_a_tie(tmp_path: Path) -> None:
 
 
 def test_differing_settings_are_listed_and_places_of_data_are_not(tmp_path: Path) -> None:
-    found = compare(two(tmp_path, seed=9, data="/elsewhere", space={"ratio.start": {"low": 0.2, "high": 0.5}}))
+    found = compare(
+        two(tmp_path, seed=9, data="/elsewhere", space={"ratio.start": {"low": 0.2, "high": 0.5}})
+    )
     settings = {row["setting"]: (row["a"], row["b"]) for row in found["differing"]}
     assert settings["seed"] == (3, 9)
     assert settings["space.selection.mode.choices"] == (["hard", "soft"], None)

@@ -11,8 +11,8 @@ from made_study import add, make_store
 from optuna.trial import TrialState
 
 from amlp_ray.errors import SettingsError, StudyError
-from amlp_ray.study.keeping.store import StudyStore
-from amlp_ray.study.verbs.edit import delete, enqueue, extend, retry
+from amlp_ray.study.operations.edit import delete, enqueue, extend, retry
+from amlp_ray.study.storage.study_store import StudyStore
 
 CONDITIONS = {
     "selection.mode": {"choices": ["hard", "soft"]},
@@ -31,7 +31,9 @@ def test_more_trials_are_added_and_a_number_takes_the_place(tmp_path: Path) -> N
         "epochs": None,
     }
     assert store.settings().budget.trials == 5
-    assert StudyStore.open(store.folder).search().user_attrs["budget"]["gpu_hours"] == 2.5, "where a driver looks"
+    assert StudyStore.open(store.folder).search().user_attrs["budget"]["gpu_hours"] == 2.5, (
+        "where a driver looks"
+    )
     assert extend(store, gpu_hours="+1").gpu_hours == 3.5
 
 
@@ -71,17 +73,25 @@ def test_an_enqueued_trial_waits_as_plain_optuna_would_have_it(tmp_path: Path) -
     ("params", "told"),
     [
         ({}, "needs values"),
-        ({"selection.strength": 5.0}, "selection.strength=5.0 lies outside of the space, which has 0.3 to 2"),
+        (
+            {"selection.strength": 5.0},
+            "selection.strength=5.0 lies outside of the space, which has 0.3 to 2",
+        ),
         ({"selection.mode": "soft", "selection.strength": "strong"}, "which has 0.3 to 2"),
         ({"selection.clusters": 2.5}, "selection.clusters=2.5 lies outside"),
         ({"selection.clusters": True}, "selection.clusters=True lies outside"),
         ({"selection.mode": "ranked"}, "which has hard, soft"),
         ({"selection.mod": "hard"}, "did you mean selection.mode"),
         ({"epochs": 3}, "not searched by this study"),
-        ({"selection.mode": "hard", "selection.strength": 1.0}, "no trial has these values together"),
+        (
+            {"selection.mode": "hard", "selection.strength": 1.0},
+            "no trial has these values together",
+        ),
     ],
 )
-def test_what_is_not_in_the_space_is_not_enqueued(tmp_path: Path, params: dict[str, Any], told: str) -> None:
+def test_what_is_not_in_the_space_is_not_enqueued(
+    tmp_path: Path, params: dict[str, Any], told: str
+) -> None:
     store = make_store(tmp_path, space=CONDITIONS)
     with pytest.raises(SettingsError, match=told):
         enqueue(store, store.settings(), params)
@@ -111,7 +121,9 @@ def test_a_study_that_was_never_run_is_begun_by_its_first_waiting_trial(tmp_path
 
 
 @pytest.mark.parametrize("state", [TrialState.FAIL, TrialState.PRUNED, TrialState.COMPLETE])
-def test_a_finished_trial_is_tried_again_under_a_number_of_its_own(tmp_path: Path, state: TrialState) -> None:
+def test_a_finished_trial_is_tried_again_under_a_number_of_its_own(
+    tmp_path: Path, state: TrialState
+) -> None:
     store = make_store(tmp_path)
     number = add(store, state=state)
     assert retry(store, store.settings(), number) == 1

@@ -13,9 +13,9 @@ from optuna.trial import TrialState
 from pyarrow import parquet
 
 from amlp_ray.errors import SettingsError, StudyError
-from amlp_ray.study.keeping.store import StudyStore
-from amlp_ray.study.verbs.exchange import export_trials, import_trials
-from amlp_ray.study.verbs.status import status
+from amlp_ray.study.operations.status import status
+from amlp_ray.study.operations.transfer import export_trials, import_trials
+from amlp_ray.study.storage.study_store import StudyStore
 
 
 @pytest.fixture
@@ -27,7 +27,12 @@ def store(tmp_path: Path) -> StudyStore:
     add_arm(store, "mae", 0, 0.4)
     folder = store.trial_folder(0)
     folder.mkdir(parents=True)
-    about = {"commit": "abc", "seed": 5, "dataset": {"fingerprint": "f00d"}, "versions": {"torch": "2.0"}}
+    about = {
+        "commit": "abc",
+        "seed": 5,
+        "dataset": {"fingerprint": "f00d"},
+        "versions": {"torch": "2.0"},
+    }
     (folder / "provenance.json").write_text(json.dumps(about))
     return store
 
@@ -80,7 +85,9 @@ def test_an_export_comes_back_as_prior_knowledge_once(store: StudyStore, tmp_pat
     assert (same.taken, same.known) == ([], 2), "the same trials by another way"
 
 
-def test_imported_trials_count_neither_in_the_budget_nor_as_best(store: StudyStore, tmp_path: Path) -> None:
+def test_imported_trials_count_neither_in_the_budget_nor_as_best(
+    store: StudyStore, tmp_path: Path
+) -> None:
     other = make_store(tmp_path, "other")
     assert len(import_trials(other, other.settings(), "tiny", runs=tmp_path).taken) == 2
     add(other, values=0.1)
@@ -91,21 +98,33 @@ def test_imported_trials_count_neither_in_the_budget_nor_as_best(store: StudySto
 
 
 def test_trials_that_do_not_fit_are_told_with_the_reason(store: StudyStore, tmp_path: Path) -> None:
-    narrow = {"ratio.start": {"low": 0.2, "high": 0.3}, "selection.mode": {"choices": ["hard", "soft"]}}
+    narrow = {
+        "ratio.start": {"low": 0.2, "high": 0.3},
+        "selection.mode": {"choices": ["hard", "soft"]},
+    }
     other = make_store(tmp_path, "other", space=narrow)
     found = import_trials(other, other.settings(), "tiny", runs=tmp_path)
     assert found.taken == [0]
-    assert found.left_out["trial 1"] == "ratio.start=0.45 lies outside of the space, which has 0.2 to 0.3."
+    assert (
+        found.left_out["trial 1"]
+        == "ratio.start=0.45 lies outside of the space, which has 0.2 to 0.3."
+    )
     assert found.left_out["trial 2"] == "it is FAIL and not COMPLETE."
 
 
-def test_what_one_study_searches_and_the_other_fixes_must_agree(store: StudyStore, tmp_path: Path) -> None:
+def test_what_one_study_searches_and_the_other_fixes_must_agree(
+    store: StudyStore, tmp_path: Path
+) -> None:
     only = {"ratio.start": {"low": 0.2, "high": 0.5}}
     other = make_store(tmp_path, "other", space=only)  # selection.mode is hard here
     found = import_trials(other, other.settings(), "tiny", runs=tmp_path)
     assert found.taken == [0]
     assert found.left_out["trial 1"] == "selection.mode is soft there and hard here."
-    wider = {**only, "lr": {"low": 1e-4, "high": 1e-2}, "selection.mode": {"choices": ["hard", "soft"]}}
+    wider = {
+        **only,
+        "lr": {"low": 1e-4, "high": 1e-2},
+        "selection.mode": {"choices": ["hard", "soft"]},
+    }
     third = make_store(tmp_path, "third", space=wider)
     assert len(import_trials(third, third.settings(), "tiny", runs=tmp_path).taken) == 2
     assert third.search().trials[0].params["lr"] == 0.001, "what the trial was trained with"

@@ -10,9 +10,9 @@ from made_study import add, add_arm, make_store
 from optuna.trial import TrialState
 
 from amlp_ray.errors import SettingsError, StudyError
-from amlp_ray.study.keeping.store import StudyStore
-from amlp_ray.study.verbs.edit import enqueue
-from amlp_ray.study.verbs.listing import chosen_rows, trial_facts, trial_rows
+from amlp_ray.study.operations.edit import enqueue
+from amlp_ray.study.operations.trials import chosen_rows, trial_facts, trial_rows
+from amlp_ray.study.storage.study_store import StudyStore
 
 
 @pytest.fixture
@@ -53,7 +53,10 @@ def test_rows_are_chosen_sorted_and_cut(store: StudyStore) -> None:
     best = chosen_rows(rows, states=["complete"], sort="-dsc", columns=["number", "dsc"], limit=2)
     assert best == [{"number": 1, "dsc": 0.7}, {"number": 2, "dsc": 0.65}]
     assert chosen_rows(rows, sort="dsc")[-1]["dsc"] is None, "those without a score come last"
-    assert [r["selection.mode"] for r in chosen_rows(rows, sort="selection.mode")][:2] == ["hard", "hard"]
+    assert [r["selection.mode"] for r in chosen_rows(rows, sort="selection.mode")][:2] == [
+        "hard",
+        "hard",
+    ]
 
 
 def test_an_unknown_column_or_state_is_named(store: StudyStore) -> None:
@@ -74,14 +77,18 @@ def test_a_trial_is_shown_with_its_files_and_provenance(store: StudyStore) -> No
     folder = store.trial_folder(0)
     folder.mkdir(parents=True)
     (folder / "settings.yaml").write_text("epochs: 4\n")
-    (folder / "provenance.json").write_text(json.dumps({"commit": "abc", "settings": {"epochs": 4}}))
+    (folder / "provenance.json").write_text(
+        json.dumps({"commit": "abc", "settings": {"epochs": 4}})
+    )
     facts = trial_facts(store, 0)
     assert facts["values"] == {"dsc": 0.5}
     assert facts["rungs"] == {2: 0.4, 4: 0.5}
     assert facts["settings"] == {"epochs": 4}
     assert facts["provenance"] == {"commit": "abc"}
     assert facts["files"] == ["provenance.json", "settings.yaml"]
-    assert trial_facts(store, 5)["params"] == {"ratio.start": 0.3}, "what was asked for, before it runs"
+    assert trial_facts(store, 5)["params"] == {"ratio.start": 0.3}, (
+        "what was asked for, before it runs"
+    )
     assert trial_facts(store, 2)["reason"] == "no luck"
     with pytest.raises(StudyError, match="has no trial 9"):
         trial_facts(store, 9)

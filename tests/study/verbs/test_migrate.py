@@ -12,14 +12,14 @@ from optuna.trial import TrialState
 from tiny import TINY
 
 from amlp_ray.config import StudySettings
+from amlp_ray.config.base import build
 from amlp_ray.errors import SettingsError, StudyError
-from amlp_ray.settings import build
-from amlp_ray.study.keeping.best import best_trial
-from amlp_ray.study.keeping.store import StudyStore
-from amlp_ray.study.search.proposer import Proposer
-from amlp_ray.study.verbs.edit import enqueue
-from amlp_ray.study.verbs.migrate import Change, change_of, differences, migrate
-from amlp_ray.study.verbs.status import status
+from amlp_ray.study.operations.change_space import Change, change_of, differences, migrate
+from amlp_ray.study.operations.edit import enqueue
+from amlp_ray.study.operations.status import status
+from amlp_ray.study.search.suggester import Proposer
+from amlp_ray.study.storage.best_trials import best_trial
+from amlp_ray.study.storage.study_store import StudyStore
 
 NOTHING = Change()
 
@@ -33,7 +33,12 @@ def filled_store(runs: Path, **changes: Any) -> StudyStore:
     add(store, {"ratio.start": 0.25, "selection.mode": "hard"}, 0.7)
     add(store, {"ratio.start": 0.45, "selection.mode": "soft"}, 0.5)
     add(store, {"ratio.start": 0.48, "selection.mode": "hard"}, 0.4, state=TrialState.PRUNED)
-    add(store, {"ratio.start": 0.41, "selection.mode": "hard"}, state=TrialState.FAIL, reason="no luck")
+    add(
+        store,
+        {"ratio.start": 0.41, "selection.mode": "hard"},
+        state=TrialState.FAIL,
+        reason="no luck",
+    )
     return store
 
 
@@ -51,15 +56,21 @@ def test_a_wider_range_keeps_every_trial_and_samplers_learn_from_all(tmp_path: P
     wanted = optuna.distributions.FloatDistribution(0.1, 0.8)
     assert all(t.distributions["ratio.start"] == wanted for t in after)
     assert store.settings().space == wide.space
-    assert len(optuna.load_study(study_name="tiny", storage=store.storage()).trials) == 4, "the old one stays"
+    assert len(optuna.load_study(study_name="tiny", storage=store.storage()).trials) == 4, (
+        "the old one stays"
+    )
 
 
-def test_a_trial_outside_of_a_narrower_range_counts_and_is_best_but_teaches_nobody(tmp_path: Path) -> None:
+def test_a_trial_outside_of_a_narrower_range_counts_and_is_best_but_teaches_nobody(
+    tmp_path: Path,
+) -> None:
     store = filled_store(tmp_path)
     narrow = with_space({**TINY["space"], "ratio.start": {"low": 0.4, "high": 0.5}})
     done = migrate(store, narrow, NOTHING)
     assert (done.kept, done.outside) == (3, 1)
-    assert list(done.reasons) == ["ratio.start=0.25 lies outside of the space, which has 0.4 to 0.5."]
+    assert list(done.reasons) == [
+        "ratio.start=0.25 lies outside of the space, which has 0.4 to 0.5."
+    ]
     trials = store.search().trials
     assert trials[0].params == {"ratio.start": 0.25, "selection.mode": "hard"}
     assert "outside" in trials[0].user_attrs
@@ -89,7 +100,9 @@ def test_other_choices_are_no_obstacle(tmp_path: Path) -> None:
 
 def test_new_and_lost_names_are_refused_with_the_difference(tmp_path: Path) -> None:
     store = filled_store(tmp_path)
-    other = with_space({"ratio.start": {"low": 0.1, "high": 0.5}, "lr": {"low": 1e-4, "high": 1e-2, "log": True}})
+    other = with_space(
+        {"ratio.start": {"low": 0.1, "high": 0.5}, "lr": {"low": 1e-4, "high": 1e-2, "log": True}}
+    )
     assert differences(store.settings(), other) == {
         "added": ["lr"],
         "removed": ["selection.mode"],
@@ -114,7 +127,11 @@ def test_a_new_name_is_filled_with_what_trials_had_and_with_nothing_else(tmp_pat
 
 def test_a_dropped_name_is_forgotten_whatever_trials_had(tmp_path: Path) -> None:
     store = filled_store(tmp_path)
-    done = migrate(store, with_space({"ratio.start": {"low": 0.2, "high": 0.5}}), change_of([], [], ["selection.mode"]))
+    done = migrate(
+        store,
+        with_space({"ratio.start": {"low": 0.2, "high": 0.5}}),
+        change_of([], [], ["selection.mode"]),
+    )
     assert done.kept == 4
     assert store.search().trials[1].params == {"ratio.start": 0.45}
 
@@ -167,7 +184,11 @@ def test_what_the_study_knows_of_itself_goes_along(tmp_path: Path) -> None:
 def test_a_study_that_is_run_keeps_its_space(tmp_path: Path) -> None:
     store = filled_store(tmp_path)
     with store.lock(), pytest.raises(StudyError, match="pause it before"):
-        migrate(StudyStore.open(store.folder), with_space({"ratio.start": {"low": 0.1, "high": 0.5}}), NOTHING)
+        migrate(
+            StudyStore.open(store.folder),
+            with_space({"ratio.start": {"low": 0.1, "high": 0.5}}),
+            NOTHING,
+        )
     assert store.settings().space.keys() == TINY["space"].keys()  # type: ignore[union-attr]
 
 
@@ -182,7 +203,9 @@ def test_a_name_that_is_neither_new_nor_gone_is_refused(tmp_path: Path) -> None:
 
 def test_a_database_keeps_the_trials_likewise(tmp_path: Path) -> None:
     store = filled_store(tmp_path, storage=f"sqlite:///{tmp_path}/studies.db")
-    done = migrate(store, with_space({**TINY["space"], "ratio.start": {"low": 0.1, "high": 0.8}}), NOTHING)
+    done = migrate(
+        store, with_space({**TINY["space"], "ratio.start": {"low": 0.1, "high": 0.8}}), NOTHING
+    )
     assert done.kept == 4
     again = StudyStore.open(store.folder).search()
     assert [t.params["ratio.start"] for t in again.trials] == [0.25, 0.45, 0.48, 0.41]

@@ -13,13 +13,13 @@ from optuna.trial import TrialState
 
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import StudyError
-from amlp_ray.study.keeping.provenance import write_provenance
-from amlp_ray.study.keeping.store import StudyStore
-from amlp_ray.study.verbs.replay import replay
-from amlp_ray.training.job import Job
+from amlp_ray.launch.job import Job
+from amlp_ray.launch.launcher import run_here
+from amlp_ray.study.operations.replay import replay
+from amlp_ray.study.storage.provenance import write_provenance
+from amlp_ray.study.storage.study_store import StudyStore
+from amlp_ray.training.loggers.metrics_file import read_rows
 from amlp_ray.training.pretrain import Hooks
-from amlp_ray.training.recording.metrics import read_rows
-from amlp_ray.training.runners import run_here
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,18 @@ def trained(phantom_dataset: PatchDataset, tmp_path_factory: pytest.TempPathFact
     task = task_of(store.folder, phantom_dataset)
     write_provenance(task)
     run_here(Job(task.settings, task.data, Path(task.folder), task.probe, task.rungs), Hooks())
-    scores = {row["epoch"]: row["dsc"] for row in read_rows(Path(task.folder) / "metrics.jsonl") if "dsc" in row}
-    add(store, {"ratio.start": 0.3, "selection.mode": "hard"}, scores[4], rungs=scores, path="trials/0")
+    scores = {
+        row["epoch"]: row["dsc"]
+        for row in read_rows(Path(task.folder) / "metrics.jsonl")
+        if "dsc" in row
+    }
+    add(
+        store,
+        {"ratio.start": 0.3, "selection.mode": "hard"},
+        scores[4],
+        rungs=scores,
+        path="trials/0",
+    )
     return runs
 
 
@@ -99,10 +109,15 @@ def test_other_data_are_refused(store: StudyStore, trained: Path) -> None:
         ({"copy_of": 0}, "replay that one"),
         ({"parent": 0, "member": 1, "generation": 2}, "went on from the weights of trial 0"),
         ({"path": "trials/1"}, "never began to train"),
-        ({"path": "../../elsewhere"}, "never began to train"),  # nothing outside of the study is read
+        (
+            {"path": "../../elsewhere"},
+            "never began to train",
+        ),  # nothing outside of the study is read
     ],
 )
-def test_what_cannot_be_repeated_says_why(store: StudyStore, about: dict[str, object], told: str) -> None:
+def test_what_cannot_be_repeated_says_why(
+    store: StudyStore, about: dict[str, object], told: str
+) -> None:
     number = add(store, **about)
     with pytest.raises(StudyError, match=told):
         replay(store, store.settings(), number)

@@ -12,10 +12,10 @@ from made_study import add, add_arm, make_store
 from optuna.trial import TrialState
 
 from amlp_ray.errors import StudyError
-from amlp_ray.study.keeping.best import best_trial, front
-from amlp_ray.study.keeping.store import StudyStore
-from amlp_ray.study.verbs.edit import enqueue
-from amlp_ray.study.verbs.status import list_studies, running_rows, status
+from amlp_ray.study.operations.edit import enqueue
+from amlp_ray.study.operations.status import list_studies, running_rows, status
+from amlp_ray.study.storage.best_trials import best_trial, front
+from amlp_ray.study.storage.study_store import StudyStore
 
 
 def test_a_status_tells_states_budget_best_arms_and_confirmation(tmp_path: Path) -> None:
@@ -34,9 +34,14 @@ def test_a_status_tells_states_budget_best_arms_and_confirmation(tmp_path: Path)
     assert facts["states"] == {"COMPLETE": 3, "PRUNED": 1, "FAIL": 1, "WAITING": 1}
     assert facts["imported"] == 1
     assert facts["budget"]["trials"] == {"used": 4, "allowed": 8}
-    assert facts["budget"]["epochs"] == {"used": 4 * 7, "allowed": 100}  # a confirmation has no budget
+    assert facts["budget"]["epochs"] == {
+        "used": 4 * 7,
+        "allowed": 100,
+    }  # a confirmation has no budget
     assert facts["budget"]["gpu_hours"]["used"] == pytest.approx(7 * 36 / 3600)
-    assert facts["best"] == [{"trial": 0, "dsc": 0.6, "params": {"ratio.start": 0.3, "selection.mode": "soft"}}]
+    assert facts["best"] == [
+        {"trial": 0, "dsc": 0.6, "params": {"ratio.start": 0.3, "selection.mode": "soft"}}
+    ]
     assert facts["arms"] == {"mae": {"n": 2, "dsc": 0.4}}
     assert facts["confirmed"] == {"trial-0": {"done": 1, "begun": 1}}
 
@@ -78,7 +83,9 @@ def test_a_running_trial_has_spent_the_epochs_of_its_metrics(tmp_path: Path) -> 
     folder = store.trial_folder(number)
     folder.mkdir(parents=True)
     rows = [{"epoch": e, "loss": 1 / e, "ratio": 0.3, "images_per_second": 90.0} for e in (1, 2, 3)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"epoch": 4, "lo')
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"epoch": 4, "lo'
+    )
     assert status(store)["budget"]["epochs"]["used"] == 3
     assert running_rows(store, store.settings()) == [
         {

@@ -9,11 +9,11 @@ import torch
 
 from amlp_ray.config import ImageSpec, PretrainSettings
 from amlp_ray.errors import CheckpointError
-from amlp_ray.training import parallel
-from amlp_ray.training.keeping.checkpoint import load_model, state_to_keep
-from amlp_ray.training.keeping.keeper import checkpoints, write_checkpoint
-from amlp_ray.training.learner import Learner, State
-from amlp_ray.training.recording.events import EventLog, count_events
+from amlp_ray.training.checkpoint.manager import checkpoints, write_checkpoint
+from amlp_ray.training.checkpoint.restore import load_model, state_to_keep
+from amlp_ray.training.train_state import Learner, State
+from amlp_ray.utils import distributed
+from amlp_ray.utils.event_log import EventLog, count_events
 
 SPEC = ImageSpec(channels=1, height=32, width=32, mean=(9.0,), std=(3.0,))
 
@@ -34,14 +34,20 @@ def stepped(learner: Learner, steps: int = 1) -> Learner:
     """The same after some steps, each with a gradient for every weight."""
     for step in range(steps):
         for number, weight in enumerate(p for p in learner.model.parameters() if p.requires_grad):
-            weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1000 * step + number))
+            weight.grad = torch.randn(
+                weight.shape, generator=torch.Generator().manual_seed(1000 * step + number)
+            )
         learner.step()
     return learner
 
 
-def write(folder: Path, learner: Learner, epoch: int, settings: PretrainSettings = SETTINGS, keep: int = 2) -> Path:
+def write(
+    folder: Path, learner: Learner, epoch: int, settings: PretrainSettings = SETTINGS, keep: int = 2
+) -> Path:
     folder.mkdir(exist_ok=True)
-    return write_checkpoint(folder, state_to_keep(learner.refresh(), epoch, settings), epoch, keep=keep)
+    return write_checkpoint(
+        folder, state_to_keep(learner.refresh(), epoch, settings), epoch, keep=keep
+    )
 
 
 def same(a: State, b: State) -> bool:
@@ -83,7 +89,9 @@ def test_a_damaged_newest_is_passed_over_and_that_is_noted(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("change", "named"), [({"lr": 0.5}, "lr"), ({"seed": 3, "average": 0.5}, "average, seed")], ids=["one", "two"]
+    ("change", "named"),
+    [({"lr": 0.5}, "lr"), ({"seed": 3, "average": 0.5}, "average, seed")],
+    ids=["one", "two"],
 )
 def test_a_checkpoint_of_other_settings_is_refused_by_their_names(
     tmp_path: Path, change: dict[str, object], named: str
@@ -98,11 +106,12 @@ def test_a_worker_that_does_not_see_what_the_first_goes_on_from_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "shared", learner_of(), 3)
-    monkeypatch.setattr(parallel, "rank", lambda: 1)
-    monkeypatch.setattr(parallel, "told_by_first", lambda value, device: 3)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "told_by_first", lambda value, device: 3)
     assert learner_of().go_on(tmp_path / "shared", EventLog(tmp_path)) == 3
     with pytest.raises(
-        CheckpointError, match="own has a checkpoint of epoch 3 on the first worker's node, but not on this"
+        CheckpointError,
+        match="own has a checkpoint of epoch 3 on the first worker's node, but not on this",
     ):
         learner_of().go_on(tmp_path / "own", EventLog(tmp_path))
 
@@ -123,7 +132,9 @@ def test_a_checkpoint_of_other_images_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("average", [0.0, 0.9])
-def test_the_model_that_is_looked_at_is_the_one_that_would_be_exported(tmp_path: Path, average: float) -> None:
+def test_the_model_that_is_looked_at_is_the_one_that_would_be_exported(
+    tmp_path: Path, average: float
+) -> None:
     settings = settings_of(average=average)
     learner = stepped(learner_of(settings), 2)
     write(tmp_path, learner, 5, settings)
@@ -142,5 +153,7 @@ def test_a_model_is_taken_out_of_the_newest_that_is_whole(tmp_path: Path) -> Non
     newest.write_bytes(b"")
     assert load_model(tmp_path, SETTINGS, SPEC)[1] == 1
     before.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=rf"no whole checkpoint \({newest.name}, {before.name}\)"):
+    with pytest.raises(
+        CheckpointError, match=rf"no whole checkpoint \({newest.name}, {before.name}\)"
+    ):
         load_model(tmp_path, SETTINGS, SPEC)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from amlp_ray.config import ImageSpec, ModelSettings, PretrainSettings
 from amlp_ray.errors import CheckpointError
-from amlp_ray.method.model import MaskedAutoencoder
-from amlp_ray.training.keeping.export import export_encoder, load_encoder, read_encoder_header
+from amlp_ray.method.autoencoder import MaskedAutoencoder
+from amlp_ray.training.checkpoint.export import export_encoder, load_encoder, read_encoder_header
 
 SETTINGS = PretrainSettings.model_validate(
     {"model": {"patch_size": 8, "width": 24, "depth": 2, "heads": 2, "decoder_width": 16}}
@@ -21,10 +21,14 @@ SETTINGS = PretrainSettings.model_validate(
 SHAPES = [(1, 32, 32), (2, 24, 40), (3, 48, 16)]
 
 
-def trained(shape: tuple[int, int, int] = (1, 32, 32)) -> tuple[MaskedAutoencoder, ImageSpec, Tensor]:
+def trained(
+    shape: tuple[int, int, int] = (1, 32, 32),
+) -> tuple[MaskedAutoencoder, ImageSpec, Tensor]:
     """A model whose weights are all random numbers, its image spec, and images for it."""
     channels, height, width = shape
-    spec = ImageSpec(channels=channels, height=height, width=width, mean=(9.0,) * channels, std=(3.0,) * channels)
+    spec = ImageSpec(
+        channels=channels, height=height, width=width, mean=(9.0,) * channels, std=(3.0,) * channels
+    )
     generator = torch.Generator().manual_seed(0)
     model = MaskedAutoencoder(SETTINGS.model, spec, category=True).eval()
     with torch.no_grad():
@@ -46,7 +50,9 @@ def test_an_exported_encoder_loads_in_plain_timm_with_every_key_matched(
     arguments = json.loads(header["timm_arguments"])
     theirs = timm.create_model(header["timm_name"], checkpoint_path=str(path), **arguments).eval()
     assert set(theirs.state_dict()) == keys
-    assert all(torch.equal(theirs.state_dict()[k], v) for k, v in model.encoder.state_dict().items())
+    assert all(
+        torch.equal(theirs.state_dict()[k], v) for k, v in model.encoder.state_dict().items()
+    )
     assert torch.equal(theirs.forward_features(images), model.encoder.forward_features(images))
 
 
@@ -62,7 +68,9 @@ def test_load_encoder_gives_the_same_features_in_evaluation_mode(tmp_path: Path)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_header_says_how_to_build_and_feed_the_encoder(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+def test_the_header_says_how_to_build_and_feed_the_encoder(
+    tmp_path: Path, shape: tuple[int, int, int]
+) -> None:
     model, spec, _ = trained(shape)
     export_encoder(model.encoder, tmp_path / "e.safetensors", SETTINGS.model, spec)
     assert read_encoder_header(tmp_path / "e.safetensors") == (SETTINGS.model, spec)
@@ -72,13 +80,19 @@ def test_an_export_holds_no_decoder_and_leaves_no_partial_file(tmp_path: Path) -
     model, spec, _ = trained()
     export_encoder(model.encoder, tmp_path / "e.safetensors", SETTINGS.model, spec)
     with safe_open(str(tmp_path / "e.safetensors"), framework="pt") as file:
-        assert not [key for key in file.keys() if "decoder" in key or "mask" in key or "category" in key]  # noqa: SIM118
+        assert not [
+            key for key in file.keys() if "decoder" in key or "mask" in key or "category" in key
+        ]  # noqa: SIM118
     assert [path.name for path in tmp_path.iterdir()] == ["e.safetensors"]
 
 
 @pytest.mark.parametrize("read", [load_encoder, read_encoder_header])
-@pytest.mark.parametrize("kind", ["missing", "text", "cut short", "a segmenter", "another model", "no header"])
-def test_what_is_no_exported_encoder_is_refused_in_one_sentence(tmp_path: Path, read, kind: str) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(
+    "kind", ["missing", "text", "cut short", "a segmenter", "another model", "no header"]
+)
+def test_what_is_no_exported_encoder_is_refused_in_one_sentence(
+    tmp_path: Path, read, kind: str
+) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path / "e.safetensors"
     model, spec, _ = trained()
     if kind == "text":
@@ -87,17 +101,25 @@ def test_what_is_no_exported_encoder_is_refused_in_one_sentence(tmp_path: Path, 
         export_encoder(model.encoder, path, SETTINGS.model, spec)
         path.write_bytes(path.read_bytes()[:-100])
     elif kind == "a segmenter":
-        header = {"timm_name": "vit_tiny_patch16_224", "timm_arguments": "{}", "image": spec.model_dump_json()}
+        header = {
+            "timm_name": "vit_tiny_patch16_224",
+            "timm_arguments": "{}",
+            "image": spec.model_dump_json(),
+        }
         save_file({"w": torch.zeros(2)}, path, metadata=header)
     elif kind == "another model":
         save_file({"w": torch.zeros(2)}, path, metadata={"format": "pt"})
     elif kind == "no header":
         save_file({"w": torch.zeros(2)}, path)
-    with pytest.raises(CheckpointError, match=r"e\.safetensors.*; (check the path|give the encoder)"):
+    with pytest.raises(
+        CheckpointError, match=r"e\.safetensors.*; (check the path|give the encoder)"
+    ):
         read(path)
 
 
-def test_model_settings_of_an_export_are_those_of_the_run_and_not_the_defaults(tmp_path: Path) -> None:
+def test_model_settings_of_an_export_are_those_of_the_run_and_not_the_defaults(
+    tmp_path: Path,
+) -> None:
     model, spec, _ = trained()
     export_encoder(model.encoder, tmp_path / "e.safetensors", SETTINGS.model, spec)
     assert read_encoder_header(tmp_path / "e.safetensors")[0] != ModelSettings()

@@ -18,8 +18,8 @@ import torch
 
 from amlp_ray.config import FaultSettings
 from amlp_ray.errors import CheckpointError, StorageError
-from amlp_ray.training.keeping import keeper as module
-from amlp_ray.training.keeping.keeper import (
+from amlp_ray.training.checkpoint import manager as module
+from amlp_ray.training.checkpoint.manager import (
     Keeper,
     checkpoints,
     epoch_of,
@@ -28,7 +28,7 @@ from amlp_ray.training.keeping.keeper import (
     read_checkpoint,
     write_checkpoint,
 )
-from amlp_ray.training.keeping.patience import Patience
+from amlp_ray.utils.retry import Patience
 
 
 def state_of(epoch: int, size: int = 100) -> dict[str, Any]:
@@ -47,10 +47,14 @@ def epochs(folder: Path) -> list[int]:
     return [epoch_of(path) for path in checkpoints(folder)]
 
 
-def keeper_of(folder: Path, *, seconds: float = 60, told: list[str] | None = None, keep: int = 2) -> Keeper:
+def keeper_of(
+    folder: Path, *, seconds: float = 60, told: list[str] | None = None, keep: int = 2
+) -> Keeper:
     """One that waits for its disk for so long."""
     faults = FaultSettings(storage_minutes=seconds / 60)
-    return Keeper(folder, Patience(folder, faults, (told if told is not None else []).append), keep=keep)
+    return Keeper(
+        folder, Patience(folder, faults, (told if told is not None else []).append), keep=keep
+    )
 
 
 def run_script(script: str, *arguments: object) -> Any:
@@ -64,7 +68,9 @@ def run_script(script: str, *arguments: object) -> Any:
 # What is kept
 
 
-def test_a_name_ends_with_the_digest_of_the_content_and_gives_back_what_was_saved(tmp_path: Path) -> None:
+def test_a_name_ends_with_the_digest_of_the_content_and_gives_back_what_was_saved(
+    tmp_path: Path,
+) -> None:
     path = write_checkpoint(tmp_path, state_of(12), 12)
     assert path.name == f"epoch-12.{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.pt"
     assert names(tmp_path) == [path.name]
@@ -130,7 +136,9 @@ def test_a_damaged_newest_is_told_of_and_the_one_before_is_taken(
     assert (found[0]["epoch"], found[1]) == (1, before)
     assert told == [f"{newest} is damaged and left out; the one before it is taken, if any."]
     damage(before) if damage is not exchange else empty(before)
-    with pytest.raises(CheckpointError, match=rf"no whole checkpoint \({newest.name}, {before.name}\); delete it"):
+    with pytest.raises(
+        CheckpointError, match=rf"no whole checkpoint \({newest.name}, {before.name}\); delete it"
+    ):
         latest(tmp_path)
 
 
@@ -162,7 +170,8 @@ def test_a_checkpoint_never_runs_code(tmp_path: Path) -> None:
     assert is_whole(path)
     for read in (lambda: latest(tmp_path), lambda: read_checkpoint(path)):
         with pytest.raises(
-            CheckpointError, match=r"epoch-1\.\w+\.pt cannot be read as a checkpoint \(UnpicklingError\)"
+            CheckpointError,
+            match=r"epoch-1\.\w+\.pt cannot be read as a checkpoint \(UnpicklingError\)",
         ):
             read()
     assert not (tmp_path / "ran").exists()
@@ -187,8 +196,13 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     event.set()
 
 
-def test_a_save_returns_at_once_and_writes_what_was_there_then(tmp_path: Path, gate: threading.Event) -> None:
-    keeper, state = keeper_of(tmp_path), state_of(1) | {"list": [torch.zeros(2), {"step": torch.tensor(4.0)}]}
+def test_a_save_returns_at_once_and_writes_what_was_there_then(
+    tmp_path: Path, gate: threading.Event
+) -> None:
+    keeper, state = (
+        keeper_of(tmp_path),
+        state_of(1) | {"list": [torch.zeros(2), {"step": torch.tensor(4.0)}]},
+    )
     keeper.save(state, 1)
     assert checkpoints(tmp_path) == []
     state["model"]["weights"].fill_(-1)
@@ -219,7 +233,9 @@ def test_a_save_waits_for_the_write_before(tmp_path: Path, gate: threading.Event
 
 
 @pytest.mark.parametrize("ask", ["save", "wait"])
-def test_what_could_not_be_written_is_raised_once_at_the_next_call(tmp_path: Path, ask: str) -> None:
+def test_what_could_not_be_written_is_raised_once_at_the_next_call(
+    tmp_path: Path, ask: str
+) -> None:
     (tmp_path / "checkpoint").write_text("a file in its place")
     keeper = keeper_of(tmp_path, seconds=0.1)
     keeper.save(state_of(1), 1)
@@ -241,8 +257,8 @@ from pathlib import Path
 import torch
 from amlp_ray.config import FaultSettings
 from amlp_ray.errors import StorageError
-from amlp_ray.training.keeping.keeper import Keeper
-from amlp_ray.training.keeping.patience import Patience
+from amlp_ray.training.checkpoint.manager import Keeper
+from amlp_ray.utils.retry import Patience
 
 def allow(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -274,7 +290,9 @@ print(json.dumps({"seen": seen, "told": told}))
 """
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_whole_and_is_written_when_there_is_room(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_checkpoint_before_whole_and_is_written_when_there_is_room(
+    tmp_path: Path,
+) -> None:
     import errno
 
     found = run_script(FULL, tmp_path)
@@ -299,7 +317,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     mount = shutil.which("mount")
     command = [mount or "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
     if mount is None or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("no disk may be mounted here: that needs root; a limit on files stands in for it above")
+        pytest.skip(
+            "no disk may be mounted here: that needs root; a limit on files stands in for it above"
+        )
     yield place
     subprocess.run(["umount", str(place)], check=True)
 
@@ -352,7 +372,7 @@ import json, os, random, signal, sys, time
 from itertools import count
 from pathlib import Path
 import torch
-from amlp_ray.training.keeping.keeper import checkpoints, epoch_of, is_whole, write_checkpoint
+from amlp_ray.training.checkpoint.manager import checkpoints, epoch_of, is_whole, write_checkpoint
 
 folder, seen, delay = Path(sys.argv[1]), [], random.Random(0)
 torch.set_num_threads(1)

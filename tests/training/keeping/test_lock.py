@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from amlp_ray.errors import CheckpointError
-from amlp_ray.training.keeping.lock import only_writer
+from amlp_ray.utils.locks import only_writer
 
 
 def test_a_second_writer_is_refused_and_the_next_may_begin(tmp_path: Path) -> None:
@@ -21,7 +21,9 @@ def test_a_second_writer_is_refused_and_the_next_may_begin(tmp_path: Path) -> No
         pass
 
 
-def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def flock(*given: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 

@@ -16,19 +16,25 @@ from torch import Tensor
 from amlp_ray.config import ImageSpec, ModelSettings, SegmentSettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import CheckpointError, SettingsError
+from amlp_ray.evaluation.segmentation import segment
+from amlp_ray.evaluation.segmenter import load_segmenter
 from amlp_ray.method.encoder import new_encoder
-from amlp_ray.training.keeping import starting
-from amlp_ray.training.keeping.export import export_encoder, load_encoder
-from amlp_ray.training.keeping.starting import starting_encoder
-from amlp_ray.training.scoring.segment import segment
-from amlp_ray.training.scoring.segmenter import load_segmenter
+from amlp_ray.training.checkpoint import pretrained
+from amlp_ray.training.checkpoint.export import export_encoder, load_encoder
+from amlp_ray.training.checkpoint.pretrained import starting_encoder
 
 NAME = "vit_wee_patch16_reg1_gap_256"  # with a register and without a class token; pools before its norm
 TINY = "vit_tiny_patch16_224"
 
 
 def spec_of(channels: int = 1, height: int = 64, width: int = 64) -> ImageSpec:
-    return ImageSpec(channels=channels, height=height, width=width, mean=(90.0,) * channels, std=(30.0,) * channels)
+    return ImageSpec(
+        channels=channels,
+        height=height,
+        width=width,
+        mean=(90.0,) * channels,
+        std=(30.0,) * channels,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +48,14 @@ def weights() -> dict[str, Tensor]:
 def files(weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same weights as timm, torch and MAE write them."""
     folder = tmp_path_factory.mktemp("weights")
-    found = {kind: folder / f"vit.{kind}" for kind in ("safetensors", "pth", "bin")} | {"mae": folder / "mae.pth"}
+    found = {kind: folder / f"vit.{kind}" for kind in ("safetensors", "pth", "bin")} | {
+        "mae": folder / "mae.pth"
+    }
     save_file(weights, found["safetensors"])
     torch.save(weights, found["pth"])
-    torch.save({"state_dict": {f"module.{key}": value for key, value in weights.items()}}, found["bin"])
+    torch.save(
+        {"state_dict": {f"module.{key}": value for key, value in weights.items()}}, found["bin"]
+    )
     beside = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 192)}
     mae = {key: value for key, value in weights.items() if not key.startswith("head")} | beside
     torch.save({"model": mae, "args": argparse.Namespace(lr=1), "epoch": 799}, found["mae"])
@@ -56,8 +66,14 @@ def files(weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.parametrize(
     ("shape", "told"),
     [
-        ((1, 64, 64), "patch embedding of 3 channels summed to 1, positions resampled from 14x14 to 4x4"),
-        ((5, 96, 64), "patch embedding of 3 channels repeated to 5 and scaled, positions resampled from 14x14 to 6x4"),
+        (
+            (1, 64, 64),
+            "patch embedding of 3 channels summed to 1, positions resampled from 14x14 to 4x4",
+        ),
+        (
+            (5, 96, 64),
+            "patch embedding of 3 channels repeated to 5 and scaled, positions resampled from 14x14 to 6x4",
+        ),
         ((3, 224, 224), "nothing adapted"),
     ],
 )
@@ -68,7 +84,12 @@ def test_a_checkpoint_becomes_what_timm_makes_of_it(
     assert found.told == f"{TINY} from {files[kind]}: {told}"
     overlay = {"file": str(files["pth"])}
     theirs = timm.create_model(
-        TINY, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=shape[0], img_size=shape[1:], num_classes=0
+        TINY,
+        pretrained=True,
+        pretrained_cfg_overlay=overlay,
+        in_chans=shape[0],
+        img_size=shape[1:],
+        num_classes=0,
     ).eval()
     images = torch.randn(2, *shape)
     with torch.inference_mode():
@@ -99,7 +120,9 @@ def test_a_start_replaces_the_encoder_that_settings_build(tmp_path: Path) -> Non
     assert found.model is model
     built = new_encoder(model, spec_of()).state_dict()
     loaded = found.encoder.state_dict()
-    assert {key: value.shape for key, value in built.items()} == {key: value.shape for key, value in loaded.items()}
+    assert {key: value.shape for key, value in built.items()} == {
+        key: value.shape for key, value in loaded.items()
+    }
     assert not torch.equal(built["pos_embed"], loaded["pos_embed"])
 
 
@@ -112,9 +135,15 @@ def test_weights_from_the_internet_are_adapted_alike(
         model.load_state_dict(weights)
         return model
 
-    monkeypatch.setattr(starting, "timm", argparse.Namespace(create_model=create, list_pretrained=timm.list_pretrained))
+    monkeypatch.setattr(
+        pretrained,
+        "timm",
+        argparse.Namespace(create_model=create, list_pretrained=timm.list_pretrained),
+    )
     found = starting_encoder(f"timm:{TINY}.augreg_in21k", spec_of())
-    assert found.told.startswith(f"{TINY}.augreg_in21k from the internet: patch embedding of 3 channels summed to 1")
+    assert found.told.startswith(
+        f"{TINY}.augreg_in21k from the internet: patch embedding of 3 channels summed to 1"
+    )
     assert torch.equal(found.encoder.blocks[3].mlp.fc1.weight, weights["blocks.3.mlp.fc1.weight"])
     assert found.model == ModelSettings(encoder=TINY)
 
@@ -123,9 +152,14 @@ def test_without_internet_the_way_around_is_told(monkeypatch: pytest.MonkeyPatch
     def create(name: str, pretrained: bool) -> Any:
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(starting, "timm", argparse.Namespace(create_model=create, list_pretrained=timm.list_pretrained))
+    monkeypatch.setattr(
+        pretrained,
+        "timm",
+        argparse.Namespace(create_model=create, list_pretrained=timm.list_pretrained),
+    )
     with pytest.raises(
-        CheckpointError, match=rf"internet \(ConnectionError\); .* --encoder FILE --encoder-name {TINY}"
+        CheckpointError,
+        match=rf"internet \(ConnectionError\); .* --encoder FILE --encoder-name {TINY}",
     ):
         starting_encoder(f"timm:{TINY}", spec_of())
 
@@ -137,11 +171,20 @@ def without(state: dict[str, Tensor], key: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda w: without(w, "blocks.3.mlp.fc1.weight"), r"lacks 1 tensor such as blocks\.3\.mlp\.fc1\.weight"),
+        (
+            lambda w: without(w, "blocks.3.mlp.fc1.weight"),
+            r"lacks 1 tensor such as blocks\.3\.mlp\.fc1\.weight",
+        ),
         (lambda w: without(w, "pos_embed"), "lacks 1 tensor such as pos_embed"),
-        (lambda w: without(w, "patch_embed.proj.weight"), r"lacks 1 tensor such as patch_embed\.proj\.weight"),
+        (
+            lambda w: without(w, "patch_embed.proj.weight"),
+            r"lacks 1 tensor such as patch_embed\.proj\.weight",
+        ),
         (lambda w: {}, "lacks 150 tensors such as cls_token"),
-        (lambda w: w | {"blocks.3.ls1.gamma": torch.ones(192)}, r"has not, 1 tensor such as blocks\.3\.ls1\.gamma"),
+        (
+            lambda w: w | {"blocks.3.ls1.gamma": torch.ones(192)},
+            r"has not, 1 tensor such as blocks\.3\.ls1\.gamma",
+        ),
         (lambda w: {key: value[:8] for key, value in w.items()}, "tensors are of other shapes"),
         (lambda w: [1, 2], "cannot be read as weights"),
     ],
@@ -163,17 +206,37 @@ def test_a_file_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "error", "told"),
     [
-        ({"name": None}, SettingsError, "is no encoder exported by amlp-ray; .* vit_small_patch16_224: --encoder-name"),
-        ({"name": "vit_tiny_patch17"}, SettingsError, "'vit_tiny_patch17' is no ViT that timm knows; near: vit_tiny"),
-        ({"weights": "nowhere.pth"}, CheckpointError, "There is no encoder file nowhere.pth; check the path"),
+        (
+            {"name": None},
+            SettingsError,
+            "is no encoder exported by amlp-ray; .* vit_small_patch16_224: --encoder-name",
+        ),
+        (
+            {"name": "vit_tiny_patch17"},
+            SettingsError,
+            "'vit_tiny_patch17' is no ViT that timm knows; near: vit_tiny",
+        ),
+        (
+            {"weights": "nowhere.pth"},
+            CheckpointError,
+            "There is no encoder file nowhere.pth; check the path",
+        ),
         (
             {"weights": f"timm:{TINY}.mine"},
             SettingsError,
             f"no weights of the name '{TINY}.mine'; it has {TINY}.augreg",
         ),
         ({"weights": "timm:resnet18"}, SettingsError, "'resnet18' is no ViT that timm knows"),
-        ({"spec": spec_of(1, 60, 64)}, SettingsError, r"\(16 pixels\) do not divide images of 60x64 pixels"),
-        ({"model": ModelSettings()}, CheckpointError, "model.patch_size 16, not 8; model.width 192, not 96"),
+        (
+            {"spec": spec_of(1, 60, 64)},
+            SettingsError,
+            r"\(16 pixels\) do not divide images of 60x64 pixels",
+        ),
+        (
+            {"model": ModelSettings()},
+            CheckpointError,
+            "model.patch_size 16, not 8; model.width 192, not 96",
+        ),
     ],
 )
 def test_what_cannot_be_started_from_gets_one_sentence(
@@ -193,11 +256,15 @@ def test_an_own_encoder_must_be_of_the_same_images_and_architecture(tmp_path: Pa
         starting_encoder(str(path), spec_of(1, 96, 96))
     with pytest.raises(CheckpointError, match=r"model\.depth 1, not 2; change the settings"):
         starting_encoder(str(path), spec_of(), ModelSettings(width=24, depth=2, heads=2))
-    own = starting_encoder(str(path), spec_of(), ModelSettings(width=24, depth=1, heads=2, decoder_width=16))
+    own = starting_encoder(
+        str(path), spec_of(), ModelSettings(width=24, depth=1, heads=2, decoder_width=16)
+    )
     assert own.model.decoder_width == 16
 
 
-def test_a_segmenter_is_fine_tuned_from_a_timm_checkpoint(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_a_segmenter_is_fine_tuned_from_a_timm_checkpoint(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     file = tmp_path / "w.pth"
     torch.save(timm.create_model(NAME).state_dict(), file)
@@ -209,6 +276,12 @@ def test_a_segmenter_is_fine_tuned_from_a_timm_checkpoint(phantom_dataset: Patch
     found = load_segmenter(tmp_path / "out")
     assert found.spec == phantom_dataset.spec, "images are normalised by their own mean and SD"
     given = starting_encoder(str(file), phantom_dataset.spec, name=NAME).encoder.state_dict()
-    assert all(torch.equal(value, given[key]) for key, value in found.model.encoder.state_dict().items())  # frozen
-    scratch = segment(phantom_dataset, f"timm:{NAME}", tmp_path / "scratch", settings, from_scratch=True)
-    assert scratch["start"] == f"random weights in the shape of timm:{NAME}", "asks the internet for nothing"
+    assert all(
+        torch.equal(value, given[key]) for key, value in found.model.encoder.state_dict().items()
+    )  # frozen
+    scratch = segment(
+        phantom_dataset, f"timm:{NAME}", tmp_path / "scratch", settings, from_scratch=True
+    )
+    assert scratch["start"] == f"random weights in the shape of timm:{NAME}", (
+        "asks the internet for nothing"
+    )

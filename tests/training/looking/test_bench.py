@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from written import discs, write
 
-import amlp_ray.data.reading.cache as cache
+import amlp_ray.data.loading.image_cache as cache
+from amlp_ray.analysis.throughput import bench
 from amlp_ray.config import PretrainSettings
+from amlp_ray.config.base import build
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.settings import build
-from amlp_ray.training.looking.bench import bench
 
 TINY = {
     "variant": "mae",
@@ -22,9 +22,13 @@ TINY = {
 
 
 @pytest.mark.ray
-def test_each_way_to_read_has_a_row(ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_way_to_read_has_a_row(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AMLP_RAY_CACHE", str(tmp_path / "cache"))
-    dataset = write(tmp_path / "discs", {"train": discs(37)})  # of no other test, which might hold its store by now
+    dataset = write(
+        tmp_path / "discs", {"train": discs(37)}
+    )  # of no other test, which might hold its store by now
     rows = bench(dataset, build(PretrainSettings, TINY, "test"), seconds=0.1, device="cpu")
     assert [row["mode"] for row in rows] == ["resident", "mapped", "stream"]
     assert [row["auto"] for row in rows] == ["x", "", ""]
@@ -43,5 +47,7 @@ def test_a_way_that_has_no_room_says_so(
     (tmp_path / "file").touch()
     monkeypatch.setenv("AMLP_RAY_CACHE", str(tmp_path / "file" / "cache"))
     settings = build(PretrainSettings, TINY, "test")
-    (row,) = bench(phantom_dataset, settings, batch_size=6, seconds=0.1, device="cpu", modes=("mapped",))
+    (row,) = bench(
+        phantom_dataset, settings, batch_size=6, seconds=0.1, device="cpu", modes=("mapped",)
+    )
     assert "set AMLP_RAY_CACHE to a folder" in row["failed"]

@@ -11,10 +11,16 @@ from written import Guarded
 from amlp_ray.config import PretrainSettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import SettingsError
+from amlp_ray.evaluation.diagnostics import (
+    Diagnosis,
+    held_out,
+    lesion_shares,
+    reference_loss,
+    true_lesions,
+)
 from amlp_ray.method.augment import normalise
+from amlp_ray.method.autoencoder import MaskedAutoencoder, build_autoencoder
 from amlp_ray.method.masking import Masking
-from amlp_ray.method.model import MaskedAutoencoder, build_autoencoder
-from amlp_ray.training.looking.diagnosis import Diagnosis, held_out, lesion_shares, reference_loss, true_lesions
 
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16}
 
@@ -28,13 +34,24 @@ def model_of(dataset: PatchDataset, settings: PretrainSettings, seed: int = 0) -
     return build_autoencoder(settings, dataset.spec).eval()
 
 
-def test_the_reference_loss_is_the_same_whatever_the_arm_masks(phantom_dataset: PatchDataset) -> None:
-    arms = [settings_of(variant="mae"), settings_of(ratio={"start": 0.3}), settings_of(variant="mae", seed=5)]
-    losses = [Diagnosis(phantom_dataset, s)(model_of(phantom_dataset, arms[0]), 2)["loss_reference"] for s in arms]
+def test_the_reference_loss_is_the_same_whatever_the_arm_masks(
+    phantom_dataset: PatchDataset,
+) -> None:
+    arms = [
+        settings_of(variant="mae"),
+        settings_of(ratio={"start": 0.3}),
+        settings_of(variant="mae", seed=5),
+    ]
+    losses = [
+        Diagnosis(phantom_dataset, s)(model_of(phantom_dataset, arms[0]), 2)["loss_reference"]
+        for s in arms
+    ]
     assert losses[0] == losses[1] == losses[2]
     assert (
         losses[0]
-        != Diagnosis(phantom_dataset, arms[0])(model_of(phantom_dataset, arms[0], seed=1), 2)["loss_reference"]
+        != Diagnosis(phantom_dataset, arms[0])(model_of(phantom_dataset, arms[0], seed=1), 2)[
+            "loss_reference"
+        ]
     )
 
 
@@ -54,19 +71,25 @@ def test_the_reference_loss_of_predicting_the_patch_mean_is_the_variance_inside_
     assert math.isfinite(loss)
 
 
-def test_an_aim_at_the_truth_has_full_recall(phantom_dataset: PatchDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_aim_at_the_truth_has_full_recall(
+    phantom_dataset: PatchDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = settings_of(selection={"mode": "soft", "score": "blob"})
     seen = Diagnosis(phantom_dataset, settings)
     assert seen.share is not None
     truth = seen.share * 10 - 5
-    monkeypatch.setattr("amlp_ray.method.aim.patch_score", lambda *a, **k: torch.where(truth > -5, 3.0, -1.0))
+    monkeypatch.setattr(
+        "amlp_ray.method.lesion_map.patch_score", lambda *a, **k: torch.where(truth > -5, 3.0, -1.0)
+    )
     metrics = seen(model_of(phantom_dataset, settings), 1)
     assert metrics["aim_recall"] == metrics["aim_recall_small"] == metrics["aim_recall_large"] == 1
     assert 0 < metrics["aim_precision"] <= 1
     assert metrics["true_lesion_masked"] > 0.5
 
 
-def test_random_masks_and_unlabelled_images_are_not_judged_by_an_aim(phantom_dataset: PatchDataset) -> None:
+def test_random_masks_and_unlabelled_images_are_not_judged_by_an_aim(
+    phantom_dataset: PatchDataset,
+) -> None:
     settings = settings_of(variant="mae")
     seen = Diagnosis(phantom_dataset, settings)(model_of(phantom_dataset, settings), 2)
     assert set(seen) == {"loss_reference", "true_lesion_masked"}
@@ -83,7 +106,9 @@ def test_held_out_images_are_looked_at_once_per_look(
     looked: list[int] = []
     look = Masking._look
 
-    def counting(self: Masking, patches: Any, keys: Any, epoch: int, truth: Any, *, learn: bool) -> Any:
+    def counting(
+        self: Masking, patches: Any, keys: Any, epoch: int, truth: Any, *, learn: bool
+    ) -> Any:
         looked.append(epoch)
         return look(self, patches, keys, epoch, truth, learn=learn)
 
@@ -92,7 +117,9 @@ def test_held_out_images_are_looked_at_once_per_look(
     model, seen = model_of(phantom_dataset, settings), Diagnosis(phantom_dataset, settings)
     rows = [seen(model, epoch) for epoch in range(1, 10)]
     assert looked == [1, 4, 5, 7]
-    assert rows[7] == Diagnosis(phantom_dataset, settings)(model, 8)  # what is kept is what a new look finds
+    assert rows[7] == Diagnosis(phantom_dataset, settings)(
+        model, 8
+    )  # what is kept is what a new look finds
 
 
 def test_lesion_shares_are_those_of_the_patches() -> None:
@@ -101,7 +128,9 @@ def test_lesion_shares_are_those_of_the_patches() -> None:
     assert lesion_shares(masks.numpy(), 8).tolist() == [[0, 0, 0, 0, 0, 0.5]]
 
 
-def test_true_lesions_are_read_for_oracles_alone_and_need_every_mask(phantom_dataset: PatchDataset) -> None:
+def test_true_lesions_are_read_for_oracles_alone_and_need_every_mask(
+    phantom_dataset: PatchDataset,
+) -> None:
     oracle = settings_of(selection={"mode": "soft", "score": "oracle"})
     train = phantom_dataset.load("train")
     shares = true_lesions(phantom_dataset, oracle)
@@ -109,8 +138,12 @@ def test_true_lesions_are_read_for_oracles_alone_and_need_every_mask(phantom_dat
     assert set(shares) == set(train.keys.tolist())
     assert next(iter(shares.values())).shape == (8, 8)
     assert true_lesions(phantom_dataset, settings_of()) is None
-    blind = Guarded.of(phantom_dataset, lambda name, split: replace(split, labelled=split.labelled & False))
-    with pytest.raises(SettingsError, match=f"{len(train)} of {len(train)} training images .* have no mask"):
+    blind = Guarded.of(
+        phantom_dataset, lambda name, split: replace(split, labelled=split.labelled & False)
+    )
+    with pytest.raises(
+        SettingsError, match=f"{len(train)} of {len(train)} training images .* have no mask"
+    ):
         true_lesions(blind, oracle)
 
 

@@ -10,22 +10,24 @@ import pytest
 import torch
 from PIL import Image
 
+from amlp_ray.analysis.inspect_run import FIGURES, inspect_run
 from amlp_ray.config import PretrainSettings
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import AmlpError, CheckpointError, DataError, SettingsError
+from amlp_ray.launch.job import Job, run_job
 from amlp_ray.method.augment import normalise
 from amlp_ray.method.masking import Masking, Moment
-from amlp_ray.training.job import Job, run_job
-from amlp_ray.training.keeping.checkpoint import load_model, run_settings
-from amlp_ray.training.keeping.keeper import checkpoints, read_checkpoint
-from amlp_ray.training.looking.inspection import FIGURES, inspect_run
+from amlp_ray.training.checkpoint.manager import checkpoints, read_checkpoint
+from amlp_ray.training.checkpoint.restore import load_model, run_settings
 from amlp_ray.training.pretrain import Hooks
 
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16}
 
 
 def trained(dataset: PatchDataset, folder: Path, **given: Any) -> Path:
-    settings = PretrainSettings.model_validate({"epochs": 2, "batch_size": 12, "model": TINY, **given})
+    settings = PretrainSettings.model_validate(
+        {"epochs": 2, "batch_size": 12, "model": TINY, **given}
+    )
     run_job(Job(settings, str(dataset.path), folder), Hooks())
     return folder
 
@@ -46,16 +48,27 @@ def test_an_inspection_writes_a_strip_per_image_a_sheet_and_the_figures_it_retur
     }  # fmt: skip
     assert json.loads((out / "inspection.json").read_text()) == found
     val = phantom_dataset.load("val")
-    assert {row["id"] for row in found["images"]} <= {val.ids[i] for i in range(len(val)) if val.masks[i].any()}
+    assert {row["id"] for row in found["images"]} <= {
+        val.ids[i] for i in range(len(val)) if val.masks[i].any()
+    }
     sizes = {Image.open(out / row["picture"]).size for row in found["images"]}
     assert sizes == {(8 * 200 - 8, 214)}
     assert Image.open(out / "sheet.png").width == 8 * 200 - 8
-    assert (found["split"], found["epoch"], found["weights_of_epoch"], found["own_data"]) == ("val", 2, 2, True)
+    assert (found["split"], found["epoch"], found["weights_of_epoch"], found["own_data"]) == (
+        "val",
+        2,
+        2,
+        True,
+    )
     assert found["metrics"]["loss"].keys() == {"first", "last"}
-    assert {"loss_reference", "aim_precision", "aim_recall", "effective_patches"} <= found["metrics"].keys()
+    assert {"loss_reference", "aim_precision", "aim_recall", "effective_patches"} <= found[
+        "metrics"
+    ].keys()
 
 
-def test_figures_are_those_of_the_run_s_own_masks(phantom_dataset: PatchDataset, amlp: Path, tmp_path: Path) -> None:
+def test_figures_are_those_of_the_run_s_own_masks(
+    phantom_dataset: PatchDataset, amlp: Path, tmp_path: Path
+) -> None:
     """Computed again patch by patch in numpy."""
     found = inspect_run(amlp, count=4, out=tmp_path)
     val, settings = phantom_dataset.load("val"), run_settings(amlp)
@@ -64,7 +77,9 @@ def test_figures_are_those_of_the_run_s_own_masks(phantom_dataset: PatchDataset,
         i = val.ids.index(row["id"])
         image, key = torch.from_numpy(val.images[i : i + 1]), torch.from_numpy(val.keys[i : i + 1])
         with torch.inference_mode():
-            patches, aim, chosen = Masking(model, settings).whole(normalise(image, model.spec), key, Moment(2))
+            patches, aim, chosen = Masking(model, settings).whole(
+                normalise(image, model.spec), key, Moment(2)
+            )
             rebuilt = model(patches, chosen.visible, chosen.masked).pixels[0].numpy()
         share = val.masks[i].reshape(8, 8, 8, 8).mean((1, 3)).ravel()
         true = share >= 0.25 if (share >= 0.25).any() else share > 0
@@ -109,7 +124,11 @@ def test_the_latest_model_is_loaded_with_its_teacher_and_centroids(
     ids=["mae", "amlp-soft", "oracle"],
 )
 def test_what_settings_do_not_use_is_neither_drawn_nor_told(
-    phantom_dataset: PatchDataset, tmp_path: Path, given: dict[str, Any], panels: int, absent: set[str]
+    phantom_dataset: PatchDataset,
+    tmp_path: Path,
+    given: dict[str, Any],
+    panels: int,
+    absent: set[str],
 ) -> None:
     found = inspect_run(trained(phantom_dataset, tmp_path, epochs=1, **given), count=2)
     (picture, _) = (tmp_path / "inspect" / row["picture"] for row in found["images"])
@@ -117,7 +136,9 @@ def test_what_settings_do_not_use_is_neither_drawn_nor_told(
     assert {name for name, value in found["mean"].items() if value is None} == absent
 
 
-def test_epoch_and_seed_choose_masks_and_the_same_ones_draw_the_same(amlp: Path, tmp_path: Path) -> None:
+def test_epoch_and_seed_choose_masks_and_the_same_ones_draw_the_same(
+    amlp: Path, tmp_path: Path
+) -> None:
     def shown(name: str, **given: Any) -> tuple[float, bytes]:
         found = inspect_run(amlp, count=2, out=tmp_path / name, **given)
         return found["ratio"], (tmp_path / name / "sheet.png").read_bytes()
@@ -130,7 +151,9 @@ def test_epoch_and_seed_choose_masks_and_the_same_ones_draw_the_same(amlp: Path,
     assert other[1] != latest[1]
 
 
-def test_an_inspection_replaces_the_pictures_of_an_earlier_one_and_nothing_else(amlp: Path, tmp_path: Path) -> None:
+def test_an_inspection_replaces_the_pictures_of_an_earlier_one_and_nothing_else(
+    amlp: Path, tmp_path: Path
+) -> None:
     inspect_run(amlp, count=4, out=tmp_path)
     (tmp_path / "9-mine.png").write_bytes(b"mine")
     found = inspect_run(amlp, count=1, out=tmp_path)
@@ -156,7 +179,9 @@ def test_moved_data_is_the_run_s_own_and_other_data_is_told_apart(
     assert not inspect_run(amlp, data=other, count=1, out=tmp_path / "b")["own_data"]
 
 
-def bad_input(case: str, dataset: PatchDataset, run: Path, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+def bad_input(
+    case: str, dataset: PatchDataset, run: Path, tmp_path: Path
+) -> tuple[Path, dict[str, Any]]:
     """A run's folder, which may be spoiled here, and arguments."""
     if case == "missing folder":
         return tmp_path / "none", {}
@@ -171,7 +196,9 @@ def bad_input(case: str, dataset: PatchDataset, run: Path, tmp_path: Path) -> tu
     elif case == "no data.json":
         (run / "data.json").unlink()
     elif case == "data gone":
-        (run / "data.json").write_text(json.dumps({"path": str(tmp_path / "gone"), "fingerprint": ""}))
+        (run / "data.json").write_text(
+            json.dumps({"path": str(tmp_path / "gone"), "fingerprint": ""})
+        )
     elif case == "patches do not divide":
         return run, {"data": with_manifest(dataset, tmp_path / "data", height=60, width=60)}
     elif case == "count 0":
@@ -210,7 +237,12 @@ def bad_input(case: str, dataset: PatchDataset, run: Path, tmp_path: Path) -> tu
     ],
 )
 def test_bad_input_gets_one_sentence_and_nothing_is_written(
-    phantom_dataset: PatchDataset, amlp: Path, tmp_path: Path, case: str, error: type[AmlpError], told: str
+    phantom_dataset: PatchDataset,
+    amlp: Path,
+    tmp_path: Path,
+    case: str,
+    error: type[AmlpError],
+    told: str,
 ) -> None:
     run = shutil.copytree(amlp, tmp_path / "run")
     folder, given = bad_input(case, phantom_dataset, run, tmp_path)
@@ -227,7 +259,10 @@ def test_images_of_another_shape_are_refused(
 ) -> None:
     wide = phantom_dataset.spec.model_copy(update={"width": 128})
     monkeypatch.setattr(PatchDataset, "spec", wide)
-    with pytest.raises(SettingsError, match=r"amlp was trained on 1x64x64 .* holds 1x64x128; prepare the data alike"):
+    with pytest.raises(
+        SettingsError,
+        match=r"amlp was trained on 1x64x64 .* holds 1x64x128; prepare the data alike",
+    ):
         inspect_run(amlp, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -12,19 +12,19 @@ import torch
 from made import made_dataset
 from sklearn.metrics import roc_auc_score
 
+from amlp_ray.analysis.localization import bench_rules
+from amlp_ray.analysis.localization_candidates import CENTRE, RANDOM, Candidate, candidates
 from amlp_ray.config import PretrainSettings, SelectionSettings
+from amlp_ray.config.yaml_file import write_yaml
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import CheckpointError, DataError, SettingsError
-from amlp_ray.method.aim import aim_at
 from amlp_ray.method.augment import normalise
-from amlp_ray.method.model import MaskedAutoencoder, build_autoencoder
+from amlp_ray.method.autoencoder import MaskedAutoencoder, build_autoencoder
+from amlp_ray.method.ema_teacher import masked_once
+from amlp_ray.method.lesion_map import aim_at
 from amlp_ray.method.patches import patchify
-from amlp_ray.method.teacher import masked_once
-from amlp_ray.settings import write_yaml
-from amlp_ray.training.keeping.export import export_encoder
-from amlp_ray.training.keeping.keeper import checkpoints, write_checkpoint
-from amlp_ray.training.looking.candidates import CENTRE, RANDOM, Candidate, candidates
-from amlp_ray.training.looking.localisation import bench_rules
+from amlp_ray.training.checkpoint.export import export_encoder
+from amlp_ray.training.checkpoint.manager import checkpoints, write_checkpoint
 
 SIDE, IMAGES = 48, 8
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_heads": 2}
@@ -37,7 +37,9 @@ Stored = Callable[..., PatchDataset]
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
     """Writes images (N, C, H, W) and masks (N, H, W) as the train split of a dataset, three to a part."""
 
-    def write(images: np.ndarray, masks: np.ndarray, labelled: np.ndarray | None = None) -> PatchDataset:
+    def write(
+        images: np.ndarray, masks: np.ndarray, labelled: np.ndarray | None = None
+    ) -> PatchDataset:
         known = [mask if labelled is None or labelled[i] else None for i, mask in enumerate(masks)]
         return made_dataset(tmp_path_factory.mktemp("stored"), images, known, rows_per_part=3)
 
@@ -54,7 +56,9 @@ def discs(
     for i in range(IMAGES):
         mask = (y - at[0] * SIDE) ** 2 + (x - at[1] * SIDE) ** 2 < radii[i % len(radii)] ** 2
         noise = rng.normal(0, 1, (SIDE, SIDE))
-        images.append(np.where(mask, 60 + 12 * noise, 140 + 6 * noise).clip(0, 255).astype(np.uint8))
+        images.append(
+            np.where(mask, 60 + 12 * noise, 140 + 6 * noise).clip(0, 255).astype(np.uint8)
+        )
         masks.append(mask.astype(np.uint8))
     return np.stack(images)[:, None], np.stack(masks)
 
@@ -66,14 +70,20 @@ def named(*names: str) -> list[Candidate]:
 
 
 def rows_of(dataset: PatchDataset, *names: str, **given: Any) -> dict[str, dict[str, Any]]:
-    return {row["name"]: row for row in bench_rules(dataset, **{"seeds": 1, "wanted": named(*names), **given})}
+    return {
+        row["name"]: row
+        for row in bench_rules(dataset, **{"seeds": 1, "wanted": named(*names), **given})
+    }
 
 
 def test_a_dark_disc_is_found_by_what_looks_for_one_and_by_nearness_to_the_centre_only_in_the_centre(
     stored: Stored,
 ) -> None:
     names = ("combined dark", "raw, 3, darkest", CENTRE)
-    middle, aside = rows_of(stored(*discs()), *names), rows_of(stored(*discs(at=(0.3, 0.3))), *names)
+    middle, aside = (
+        rows_of(stored(*discs()), *names),
+        rows_of(stored(*discs(at=(0.3, 0.3))), *names),
+    )
     for found in (middle, aside):
         assert found["combined dark"]["auc"] > 0.95
         assert found["raw, 3, darkest"]["f1"] > 0.5
@@ -89,7 +99,9 @@ def test_random_patches_hit_lesions_at_the_base_rate(stored: Stored) -> None:
 
 
 @pytest.mark.parametrize("ending", ["", ", data set"])
-def test_no_rule_beats_the_best_possible_cluster_of_its_clustering(stored: Stored, ending: str) -> None:
+def test_no_rule_beats_the_best_possible_cluster_of_its_clustering(
+    stored: Stored, ending: str
+) -> None:
     rules = ("smallest", "distinct", "most_central", "by combined dark", "random", "oracle")
     found = rows_of(stored(*discs()), *(f"stats, 3, {rule}{ending}" for rule in rules))
     best = found.pop(f"stats, 3, oracle{ending}")["f1"]
@@ -101,11 +113,16 @@ def test_figures_of_a_rule_are_those_of_the_aim_counted_by_hand(stored: Stored) 
     data = stored(images, masks)
     patches = patchify(normalise(torch.from_numpy(images), data.spec), 8)
     smallest = SelectionSettings(features="raw", clusters=3, rule="smallest")
-    aim = aim_at(patches, torch.from_numpy(data.load("train").keys), (6, 6), 1, smallest, seed=0, epoch=1)
+    aim = aim_at(
+        patches, torch.from_numpy(data.load("train").keys), (6, 6), 1, smallest, seed=0, epoch=1
+    )
     share = masks.reshape(-1, 6, 8, 6, 8).mean((2, 4)).reshape(-1, 36)
     f1, size, small = [], [], []
     for i in range(IMAGES):
-        found, true = set(np.flatnonzero(aim.lesion[i].numpy())), set(np.flatnonzero(share[i] >= 0.25))
+        found, true = (
+            set(np.flatnonzero(aim.lesion[i].numpy())),
+            set(np.flatnonzero(share[i] >= 0.25)),
+        )
         f1.append(2 * len(found & true) / (len(found) + len(true)))
         size.append(len(found) / 36)
         small.append(masks[i].sum() <= np.median(masks.sum((1, 2))))
@@ -120,7 +137,10 @@ def test_labels_change_no_aim_but_the_oracles(stored: Stored) -> None:
     images, masks = discs()
     once = [c for c in candidates() if c.selection is None or c.selection.features == "raw"]
     true, false = (
-        {row["name"]: row["size"] for row in bench_rules(stored(images[:4], m), seeds=1, wanted=once)}
+        {
+            row["name"]: row["size"]
+            for row in bench_rules(stored(images[:4], m), seeds=1, wanted=once)
+        }
         for m in (masks[:4], np.roll(masks[:4], 20, 2))
     )
     moved = [name for name in true if true[name] != false[name]]
@@ -139,7 +159,8 @@ def test_images_without_a_lesion_or_without_a_label_are_not_scored(stored: Store
 
 
 @pytest.mark.parametrize(
-    ("given", "told"), [({"split": "test"}, "last look"), ({"patch_size": 7}, "--patch-size 7 does not divide")]
+    ("given", "told"),
+    [({"split": "test"}, "last look"), ({"patch_size": 7}, "--patch-size 7 does not divide")],
 )
 def test_test_images_and_patches_that_do_not_divide_are_refused(
     stored: Stored, given: dict[str, Any], told: str
@@ -172,13 +193,23 @@ def test_a_run_adds_what_its_model_finds_hard_raw_and_per_variance(
     folder, settings, model = run
     images, masks = discs()
     data = stored(images, masks)
-    asked = ("difficulty", "difficulty / patch variance", "raw, 3, hardest", "tokens, 3, smallest, data set")
+    asked = (
+        "difficulty",
+        "difficulty / patch variance",
+        "raw, 3, hardest",
+        "tokens, 3, smallest, data set",
+    )
     rows = rows_of(data, *asked, teacher=folder)
     patches = patchify(normalise(torch.from_numpy(images), data.spec), 8)
     with torch.inference_mode():
-        error, _ = masked_once(model, patches, torch.from_numpy(data.load("train").keys), settings, 1)
+        error, _ = masked_once(
+            model, patches, torch.from_numpy(data.load("train").keys), settings, 1
+        )
     truth = masks.reshape(-1, 6, 8, 6, 8).mean((2, 4)).reshape(-1, 36) >= 0.25
-    for name, value in (("difficulty", error), ("difficulty / patch variance", error / (patches.var(-1) + 1e-6))):
+    for name, value in (
+        ("difficulty", error),
+        ("difficulty / patch variance", error / (patches.var(-1) + 1e-6)),
+    ):
         auc = [roc_auc_score(t, v) for t, v in zip(truth, value.numpy(), strict=True)]
         assert rows[name]["auc"] == pytest.approx(np.mean(auc), abs=1e-3)
     assert rows["raw, 3, hardest"]["fallback"] == 0
@@ -196,12 +227,19 @@ def test_an_encoder_alone_finds_what_the_whole_run_finds_with_it(
 
 
 def test_rows_that_ask_a_model_are_there_only_with_one_and_every_name_occurs_once() -> None:
-    without, encoder, whole = candidates(), candidates(encoder=True), candidates(encoder=True, decoder=True)
+    without, encoder, whole = (
+        candidates(),
+        candidates(encoder=True),
+        candidates(encoder=True, decoder=True),
+    )
     names = [c.name for c in whole]
     assert len(set(names)) == len(names)
-    assert not any(c.selection and PretrainSettings(selection=c.selection).needs_teacher for c in without)
+    assert not any(
+        c.selection and PretrainSettings(selection=c.selection).needs_teacher for c in without
+    )
     assert all(
-        "tokens" in name or name == "attention" for name in {c.name for c in encoder} - {c.name for c in without}
+        "tokens" in name or name == "attention"
+        for name in {c.name for c in encoder} - {c.name for c in without}
     )
     assert all("hardest" in n or "difficulty" in n for n in set(names) - {c.name for c in encoder})
 
@@ -222,6 +260,9 @@ def test_a_teacher_of_other_patches_other_images_or_nowhere_is_refused(
     checkpoints(folder)[0].write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
         bench_rules(data, teacher=folder)
-    write_yaml(PretrainSettings.model_validate({"variant": "scratch", "model": TINY}), folder / "settings.yaml")
+    write_yaml(
+        PretrainSettings.model_validate({"variant": "scratch", "model": TINY}),
+        folder / "settings.yaml",
+    )
     with pytest.raises(CheckpointError, match="rebuilds no images"):
         bench_rules(data, teacher=folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from amlp_ray.training.recording.events import EventLog, News, count_events, read_events
+from amlp_ray.utils.event_log import EventLog, News, count_events, read_events
 
 
 def test_events_are_lines_with_their_time_and_facts_and_are_counted(tmp_path: Path) -> None:
@@ -34,10 +34,14 @@ def test_only_what_has_a_sentence_is_said(tmp_path: Path, caplog: pytest.LogCapt
     with caplog.at_level(logging.INFO, logger="amlp_ray"):
         EventLog(tmp_path).note("started", workers=1)
         EventLog(tmp_path).note("storage", "The disk is full.")
-    assert [(record.levelname, record.message) for record in caplog.records] == [("WARNING", "The disk is full.")]
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        ("WARNING", "The disk is full.")
+    ]
 
 
-def test_events_that_their_disk_does_not_take_are_kept_and_written_later_in_order(tmp_path: Path) -> None:
+def test_events_that_their_disk_does_not_take_are_kept_and_written_later_in_order(
+    tmp_path: Path,
+) -> None:
     log = EventLog(tmp_path)
     log.note("started")
     path = tmp_path / "events.jsonl"
@@ -56,7 +60,9 @@ def test_events_that_their_disk_does_not_take_are_kept_and_written_later_in_orde
     ]
 
 
-def test_a_folder_that_is_away_is_not_made_anew_and_gets_its_events_when_it_is_back(tmp_path: Path) -> None:
+def test_a_folder_that_is_away_is_not_made_anew_and_gets_its_events_when_it_is_back(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "run").mkdir()
     log = EventLog(tmp_path / "run")
     log.note("started")
@@ -75,7 +81,9 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
     assert count_events(tmp_path) == {"started": 1}
 
 
-def test_what_workers_note_is_said_once_by_another_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_workers_note_is_said_once_by_another_process(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     worker = EventLog(tmp_path, aloud=False)
     worker.note("storage", "long ago")
     news = News(tmp_path)

@@ -10,14 +10,21 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from amlp_ray.config import ImageSpec, PretrainSettings
+from amlp_ray.method.autoencoder import build_autoencoder
 from amlp_ray.method.encoder import use_fused_attention
-from amlp_ray.method.model import build_autoencoder
-from amlp_ray.method.ratio import masked_count
-from amlp_ray.method.siamese import SimSiam
-from amlp_ray.training.recording.flops import listed_peak, mfu, peak_flops, peak_memory, trained_flops
+from amlp_ray.method.masking_ratio import masked_count
+from amlp_ray.method.simsiam import SimSiam
+from amlp_ray.training.loggers.flops import listed_peak, mfu, peak_flops, peak_memory, trained_flops
 
 SPEC = ImageSpec(channels=3, height=32, width=48, mean=(0.0,) * 3, std=(1.0,) * 3)
-SMALL = {"width": 48, "depth": 3, "heads": 4, "decoder_width": 32, "decoder_depth": 2, "decoder_heads": 2}
+SMALL = {
+    "width": 48,
+    "depth": 3,
+    "heads": 4,
+    "decoder_width": 32,
+    "decoder_depth": 2,
+    "decoder_heads": 2,
+}
 IMAGES = 3
 
 
@@ -57,10 +64,14 @@ def counted(settings: PretrainSettings, ratio: float) -> float:
         },
         {"variant": "simsiam"},
     ],
-    ids=lambda given: "-".join(str(v) for v in (given.get("variant", "amlp"), len(given.get("model", ())))),
+    ids=lambda given: "-".join(
+        str(v) for v in (given.get("variant", "amlp"), len(given.get("model", ())))
+    ),
 )
 def test_arithmetic_is_what_torch_counts(given: dict[str, Any], ratio: float) -> None:
-    settings = PretrainSettings(**{**given, "model": {**SMALL, **_of_variant(given), **given.get("model", {})}})
+    settings = PretrainSettings(
+        **{**given, "model": {**SMALL, **_of_variant(given), **given.get("model", {})}}
+    )
     assert trained_flops(settings, SPEC, ratio) == pytest.approx(counted(settings, ratio), rel=1e-9)
 
 
@@ -70,7 +81,12 @@ def _of_variant(given: dict[str, Any]) -> dict[str, Any]:
 
 def test_an_mae_of_vit_base_takes_58_gflop_an_image() -> None:
     """The figure of MAE's own architecture: 8.6 GFLOP forward in the encoder, 10.7 in the decoder."""
-    model = {"encoder": "vit_base_patch16_224", "decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16}
+    model = {
+        "encoder": "vit_base_patch16_224",
+        "decoder_width": 512,
+        "decoder_depth": 8,
+        "decoder_heads": 16,
+    }
     spec = ImageSpec(channels=3, height=224, width=224, mean=(0.0,) * 3, std=(1.0,) * 3)
     settings = PretrainSettings(variant="mae", model=model)
     assert trained_flops(settings, spec, 0.75) == pytest.approx(58e9, rel=0.02)

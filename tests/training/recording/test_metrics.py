@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from amlp_ray.training.recording.metrics import NewRows, append_row, drop_after, own_rows, read_rows
+from amlp_ray.training.loggers.metrics_file import (
+    NewRows,
+    append_row,
+    drop_after,
+    own_rows,
+    read_rows,
+)
 
 
 @pytest.fixture

@@ -12,26 +12,39 @@ from typing import Any
 import pytest
 
 from amlp_ray.config import TrackingSettings
+from amlp_ray.config.base import build
 from amlp_ray.errors import SettingsError
-from amlp_ray.settings import build
-from amlp_ray.training.recording import servers, tracking
-from amlp_ray.training.recording.servers import Sender
-from amlp_ray.training.recording.tracking import open_trackers
+from amlp_ray.training.loggers import loggers, remote
+from amlp_ray.training.loggers.loggers import open_trackers
+from amlp_ray.training.loggers.remote import Sender
 
 TENSORBOARD_ONLY = TrackingSettings()
-PARAMETERS = {"epochs": 6, "ratio.start": 0.25, "model.encoder": None, **{f"more.{i}": i for i in range(120)}}
+PARAMETERS = {
+    "epochs": 6,
+    "ratio.start": 0.25,
+    "model.encoder": None,
+    **{f"more.{i}": i for i in range(120)},
+}
 
 
 def epoch(number: int, loss: float | None = None) -> dict[str, Any]:
     return {"epoch": number, "loss": 1 / number if loss is None else loss, "lr": 1e-3}
 
 
-def follow(folder: Path, settings: TrackingSettings, epochs: range, *, resumed: int = 0, **more: Any) -> list[str]:
+def follow(
+    folder: Path, settings: TrackingSettings, epochs: range, *, resumed: int = 0, **more: Any
+) -> list[str]:
     """Follow a run over some epochs; what was said meanwhile."""
     told: list[str] = []
     failed = more.pop("failed", False)
     tracker = open_trackers(
-        folder, settings, name="run-a", parameters=PARAMETERS, group="study-b", resumed_epoch=resumed, say=told.append
+        folder,
+        settings,
+        name="run-a",
+        parameters=PARAMETERS,
+        group="study-b",
+        resumed_epoch=resumed,
+        say=told.append,
     )
     for number in epochs:
         tracker.log(epoch(number, **more))
@@ -58,7 +71,9 @@ def points(folder: Path, tag: str) -> dict[int, float]:
     for event in events(folder / "tensorboard"):
         if event.HasField("session_log") and event.session_log.status == SessionLog.START:
             found = [(step, value) for step, value in found if step < event.step]
-        found += [(event.step, value.simple_value) for value in event.summary.value if value.tag == tag]
+        found += [
+            (event.step, value.simple_value) for value in event.summary.value if value.tag == tag
+        ]
     assert len(dict(found)) == len(found), "a point is there twice"
     return dict(found)
 
@@ -71,9 +86,20 @@ def test_tensorboard_is_written_unasked_and_nothing_else_is(tmp_path: Path) -> N
 
 def test_only_finite_numbers_are_shown(tmp_path: Path) -> None:
     tracker = open_trackers(tmp_path, TENSORBOARD_ONLY, name="run", parameters={})
-    tracker.log({"epoch": 1, "loss": float("nan"), "note": "a word", "inherited": True, "mfu": None, "dsc": 0.5})
+    tracker.log(
+        {
+            "epoch": 1,
+            "loss": float("nan"),
+            "note": "a word",
+            "inherited": True,
+            "mfu": None,
+            "dsc": 0.5,
+        }
+    )
     tracker.close()
-    assert [value.tag for event in events(tmp_path / "tensorboard") for value in event.summary.value] == ["dsc"]
+    assert [
+        value.tag for event in events(tmp_path / "tensorboard") for value in event.summary.value
+    ] == ["dsc"]
 
 
 def test_epochs_that_are_done_again_are_not_shown_twice(tmp_path: Path) -> None:
@@ -109,10 +135,16 @@ def test_mlflow_has_one_run_over_a_resume(tmp_path: Path) -> None:
 
     assert follow(tmp_path, settings, range(4, 7), resumed=3) == []
     (run,) = client.search_runs([experiment.experiment_id])
-    assert (run.info.run_name, run.info.status, run.data.tags["group"]) == ("run-a", "FINISHED", "study-b")
+    assert (run.info.run_name, run.info.status, run.data.tags["group"]) == (
+        "run-a",
+        "FINISHED",
+        "study-b",
+    )
     assert run.data.params == {key: str(value) for key, value in PARAMETERS.items()}
     losses = client.get_metric_history(run.info.run_id, "loss")
-    assert {point.step: point.value for point in losses} == pytest.approx({k: 1 / k for k in range(1, 7)})
+    assert {point.step: point.value for point in losses} == pytest.approx(
+        {k: 1 / k for k in range(1, 7)}
+    )
     assert len(losses) == 6
     assert set(run.data.metrics) == {"loss", "lr"}
 
@@ -138,8 +170,14 @@ def test_wandb_has_one_run_over_a_resume_and_is_told_nothing_of_the_machine(
     assert config["ratio.start"] == "0.25"
     assert config["model.encoder"] == "null"
 
-    steps = {record.history.step.num: values_of(record.history) for record in found if record.HasField("history")}
-    assert {step: values["loss"] for step, values in steps.items()} == pytest.approx({k: 1 / k for k in range(1, 7)})
+    steps = {
+        record.history.step.num: values_of(record.history)
+        for record in found
+        if record.HasField("history")
+    }
+    assert {step: values["loss"] for step, values in steps.items()} == pytest.approx(
+        {k: 1 / k for k in range(1, 7)}
+    )
     assert sum(record.HasField("history") for record in found) == 6
     assert [record.exit.exit_code for record in found if record.HasField("exit")] == [0, 1]
 
@@ -175,7 +213,7 @@ def values_of(history: Any) -> dict[str, float]:
 def test_a_server_that_is_gone_stops_nothing_and_is_told_once(tmp_path: Path) -> None:
     started = time.monotonic()
     told = follow(tmp_path, TrackingSettings(mlflow="http://127.0.0.1:9"), range(1, 4))
-    assert time.monotonic() - started < servers.CLOSE_S
+    assert time.monotonic() - started < remote.CLOSE_S
     assert len(told) == 1
     assert told[0].startswith("MLflow cannot be told of this run (")
     assert len(points(tmp_path, "loss")) == 3
@@ -224,12 +262,14 @@ def test_what_could_not_be_sent_is_sent_when_the_server_is_back(gone: set[int]) 
     assert len(told) == bool(gone)
 
 
-def test_a_server_that_does_not_answer_holds_up_neither_an_epoch_nor_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_answer_holds_up_neither_an_epoch_nor_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Deaf(Shaky):
         def send(self, epoch: int, values: Mapping[str, float]) -> None:
             time.sleep(3)
 
-    monkeypatch.setattr(servers, "CLOSE_S", 0.1)
+    monkeypatch.setattr(remote, "CLOSE_S", 0.1)
     started = time.monotonic()
     sender = Sender(Deaf(set()), print)
     for number in range(1, 100):
@@ -242,11 +282,14 @@ def test_a_server_that_does_not_answer_holds_up_neither_an_epoch_nor_the_end(mon
 def test_a_package_that_is_missing_is_told_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(tracking, "find_spec", lambda package: None)
+    monkeypatch.setattr(loggers, "find_spec", lambda package: None)
     settings = TrackingSettings(**{name: "http://server" if name == "mlflow" else "lesions"})
     with pytest.raises(SettingsError) as error:
         open_trackers(tmp_path, settings, name="run", parameters={})
-    assert str(error.value) == f"tracking.{name} is set, but {name} is not installed; pip install 'amlp-ray[{name}]'."
+    assert (
+        str(error.value)
+        == f"tracking.{name} is set, but {name} is not installed; pip install 'amlp-ray[{name}]'."
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -277,7 +320,9 @@ def test_addresses_of_mlflow_that_are_taken(uri: str) -> None:
         ({"experiment": ""}, "experiment is ''"),
     ],
 )
-def test_addresses_that_are_refused_say_why_and_show_no_password(given: dict[str, str], why: str) -> None:
+def test_addresses_that_are_refused_say_why_and_show_no_password(
+    given: dict[str, str], why: str
+) -> None:
     with pytest.raises(SettingsError) as error:
         build(TrackingSettings, given, "tracking")
     assert why in str(error.value)

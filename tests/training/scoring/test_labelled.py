@@ -12,24 +12,26 @@ import pytest
 import torch
 from written import Rows, discs, write
 
+from amlp_ray.analysis.inspect_run import inspect_run
 from amlp_ray.config import ImageSpec, PretrainSettings, ProbeSettings, SegmentSettings
 from amlp_ray.data.dataset import PatchDataset, Split
-from amlp_ray.data.place import Place
+from amlp_ray.data.path import Place
 from amlp_ray.errors import CheckpointError, DataError, SettingsError
+from amlp_ray.evaluation.diagnostics import held_out, lesion_shares, true_lesions
+from amlp_ray.evaluation.labels import by_part, check_fits, lesion_pixels, spread
+from amlp_ray.evaluation.linear_probe import Probe
+from amlp_ray.evaluation.segmentation import segment
+from amlp_ray.launch.job import STRIPS, Job, claim, run_job
+from amlp_ray.launch.launcher import pretrain_dataset
 from amlp_ray.method.augment import normalise
 from amlp_ray.method.patches import patchify
-from amlp_ray.training.job import STRIPS, Job, claim, run_job
-from amlp_ray.training.looking.diagnosis import held_out, lesion_shares, true_lesions
-from amlp_ray.training.looking.inspection import inspect_run
+from amlp_ray.training.loggers.metrics_file import append_row
 from amlp_ray.training.pretrain import Hooks
-from amlp_ray.training.recording.metrics import append_row
-from amlp_ray.training.runners import pretrain_dataset
-from amlp_ray.training.scoring.labelled import by_part, check_fits, lesion_pixels, spread
-from amlp_ray.training.scoring.probe import Probe
-from amlp_ray.training.scoring.segment import segment
 
 MODEL = {"width": 16, "depth": 1, "heads": 2, "decoder_width": 16}
-SETTINGS = PretrainSettings.model_validate({"variant": "mae", "epochs": 1, "batch_size": 8, "model": MODEL})
+SETTINGS = PretrainSettings.model_validate(
+    {"variant": "mae", "epochs": 1, "batch_size": 8, "model": MODEL}
+)
 FEW = ProbeSettings(labels=8, subsets=2, folds=2)
 
 
@@ -53,7 +55,10 @@ def labels(tmp_path_factory: pytest.TempPathFactory) -> PatchDataset:
     """40 images to fit on, some without a mask, and 23 to score, in parts of 5."""
     train, val = discs(40, seed=1), discs(23, seed=2)
     known = np.arange(40) % 4 != 2
-    return write(tmp_path_factory.mktemp("sets") / "labels", {"train": train._replace(labelled=known), "val": val})
+    return write(
+        tmp_path_factory.mktemp("sets") / "labels",
+        {"train": train._replace(labelled=known), "val": val},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +75,18 @@ def changed(dataset: PatchDataset, folder: Path, **manifest: Any) -> PatchDatase
         (folder / split).mkdir(parents=True)
         for file in dataset.files(split):
             (folder / split / file.name).write_bytes(file.read_bytes())
-    (folder / "manifest.json").write_text(json.dumps(dataset.manifest.model_dump(mode="json") | manifest))
+    (folder / "manifest.json").write_text(
+        json.dumps(dataset.manifest.model_dump(mode="json") | manifest)
+    )
     return PatchDataset.open(folder)
 
 
 # Choosing
 
 
-def test_lesion_pixels_are_those_of_the_masks_and_nan_where_there_is_none(labels: PatchDataset) -> None:
+def test_lesion_pixels_are_those_of_the_masks_and_nan_where_there_is_none(
+    labels: PatchDataset,
+) -> None:
     train = labels.load("train")
     expected = np.where(train.labelled, train.masks.sum((1, 2)), np.nan)
     np.testing.assert_array_equal(lesion_pixels(labels, "train"), expected)
@@ -92,16 +101,22 @@ def test_rows_are_spread_from_the_first_to_the_last() -> None:
 
 
 @pytest.mark.parametrize("rows", [None, [0], [4, 5, 39], [], list(range(40))])
-def test_rows_by_part_are_all_rows_once_and_no_part_twice(labels: PatchDataset, rows: list[int] | None) -> None:
+def test_rows_by_part_are_all_rows_once_and_no_part_twice(
+    labels: PatchDataset, rows: list[int] | None
+) -> None:
     given = None if rows is None else np.array(rows, dtype=np.int64)
     parts = list(by_part(labels, "train", given))
-    assert np.concatenate([*parts, np.zeros(0, int)]).tolist() == (list(range(40)) if rows is None else rows)
+    assert np.concatenate([*parts, np.zeros(0, int)]).tolist() == (
+        list(range(40)) if rows is None else rows
+    )
     files = [{int(row) // 5 for row in part} for part in parts]
     assert all(len(file) == 1 for file in files)
     assert len(set.union(set(), *files)) == len(files)
 
 
-def test_held_out_images_are_those_a_look_at_all_would_choose_and_only_they_are_read(labels: PatchDataset) -> None:
+def test_held_out_images_are_those_a_look_at_all_would_choose_and_only_they_are_read(
+    labels: PatchDataset,
+) -> None:
     val = labels.load("val")
     lesion = np.flatnonzero(val.labelled & val.masks.any((1, 2)))
     expected = val.take(lesion[np.linspace(0, len(lesion) - 1, 6).astype(int)])
@@ -113,7 +128,9 @@ def test_held_out_images_are_those_a_look_at_all_would_choose_and_only_they_are_
     assert counting.read == 6
 
 
-def test_without_masks_or_val_held_out_images_are_of_train_and_have_none(unlabelled: PatchDataset) -> None:
+def test_without_masks_or_val_held_out_images_are_of_train_and_have_none(
+    unlabelled: PatchDataset,
+) -> None:
     found = held_out(unlabelled, 4)
     assert found.ids == [f"unlabelled train {i}" for i in (0, 7, 15, 23)]
     assert not found.labelled.any()
@@ -122,7 +139,9 @@ def test_without_masks_or_val_held_out_images_are_of_train_and_have_none(unlabel
 def test_true_lesions_are_the_same_read_part_by_part(tmp_path: Path) -> None:
     dataset = write(tmp_path / "all", {"train": discs(17)})
     train = dataset.load("train")
-    oracle = PretrainSettings.model_validate({"model": MODEL, "selection": {"mode": "soft", "score": "oracle"}})
+    oracle = PretrainSettings.model_validate(
+        {"model": MODEL, "selection": {"mode": "soft", "score": "oracle"}}
+    )
     found = true_lesions(dataset, oracle)
     assert found is not None
     whole = lesion_shares(train.masks, 8).unflatten(1, (4, 4))
@@ -131,7 +150,9 @@ def test_true_lesions_are_the_same_read_part_by_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scoring", ["val", "cross-validation"])
-def test_a_probe_reads_what_it_fits_and_scores_and_nothing_else(labels: PatchDataset, scoring: str) -> None:
+def test_a_probe_reads_what_it_fits_and_scores_and_nothing_else(
+    labels: PatchDataset, scoring: str
+) -> None:
     counting = Counting.of(labels)
     probe = Probe(counting, FEW.model_copy(update={"scoring": scoring}), 8)
     train = labels.load("train")
@@ -144,12 +165,18 @@ def test_a_probe_reads_what_it_fits_and_scores_and_nothing_else(labels: PatchDat
         assert set(labels.load("val").ids) <= set(probe.data.ids)
         assert len(probe.data) <= 23 + 2 * 8
     order = [*train.ids, *labels.load("val").ids]
-    assert probe.data.ids == sorted(probe.data.ids, key=order.index), "in the order of the splits, as ever"
+    assert probe.data.ids == sorted(probe.data.ids, key=order.index), (
+        "in the order of the splits, as ever"
+    )
 
 
 @pytest.mark.parametrize("scoring", ["val", "cross-validation"])
-def test_of_many_labelled_images_a_probe_scores_as_many_as_it_is_told(tmp_path: Path, scoring: str) -> None:
-    dataset = write(tmp_path / "many", {"train": discs(60, normal=3), "val": discs(150, seed=5, normal=2)})
+def test_of_many_labelled_images_a_probe_scores_as_many_as_it_is_told(
+    tmp_path: Path, scoring: str
+) -> None:
+    dataset = write(
+        tmp_path / "many", {"train": discs(60, normal=3), "val": discs(150, seed=5, normal=2)}
+    )
     counting = Counting.of(dataset)
     probe = Probe(counting, FEW.model_copy(update={"scoring": scoring, "images": 40}), 8)
     scored = np.concatenate([rows for _, rows in probe.plan])
@@ -163,7 +190,10 @@ def test_of_many_labelled_images_a_probe_scores_as_many_as_it_is_told(tmp_path: 
 
 def test_images_of_another_shape_are_told_with_both(labels: PatchDataset) -> None:
     other = ImageSpec(channels=3, height=32, width=64, mean=(0,) * 3, std=(1,) * 3)
-    with pytest.raises(SettingsError, match=r"^e was trained on 3x32x64 .* holds 1x32x32; prepare the data alike\.$"):
+    with pytest.raises(
+        SettingsError,
+        match=r"^e was trained on 3x32x64 .* holds 1x32x32; prepare the data alike\.$",
+    ):
         check_fits(labels, other, "e was trained on")
 
 
@@ -172,10 +202,17 @@ def test_two_scanners_of_a_kind_fit(labels: PatchDataset, mean: float, std: floa
     check_fits(labels, ImageSpec(channels=1, height=32, width=32, mean=(mean,), std=(std,)), "x")
 
 
-@pytest.mark.parametrize(("mean", "std"), [(0.65, 0.15), (42000.0, 10000.0), (-300.0, 100.0), (167.0, 3.0)])
-def test_values_on_another_scale_are_told_with_both(labels: PatchDataset, mean: float, std: float) -> None:
+@pytest.mark.parametrize(
+    ("mean", "std"), [(0.65, 0.15), (42000.0, 10000.0), (-300.0, 100.0), (167.0, 3.0)]
+)
+def test_values_on_another_scale_are_told_with_both(
+    labels: PatchDataset, mean: float, std: float
+) -> None:
     spec = ImageSpec(channels=1, height=32, width=32, mean=(mean,), std=(std,))
-    with pytest.raises(SettingsError, match=r"e was trained on values around .* prepare both with the same `values`"):
+    with pytest.raises(
+        SettingsError,
+        match=r"e was trained on values around .* prepare both with the same `values`",
+    ):
         check_fits(labels, spec, "e was trained on")
 
 
@@ -187,8 +224,12 @@ def job(unlabelled: PatchDataset, labels: PatchDataset | None, folder: Path) -> 
 def test_labels_apart_are_scored_and_drawn_in_the_scale_of_the_images_trained_on(
     unlabelled: PatchDataset, labels: PatchDataset, tmp_path: Path
 ) -> None:
-    result = run_job(Job(SETTINGS, unlabelled.path, tmp_path, probe=FEW, rungs=(1,), labels=labels.path), Hooks())
-    assert {"dsc", "loss_reference", "true_lesion_masked"} <= result.metrics.keys(), "pretraining images have no mask"
+    result = run_job(
+        Job(SETTINGS, unlabelled.path, tmp_path, probe=FEW, rungs=(1,), labels=labels.path), Hooks()
+    )
+    assert {"dsc", "loss_reference", "true_lesion_masked"} <= result.metrics.keys(), (
+        "pretraining images have no mask"
+    )
     score = json.loads((tmp_path / "score.json").read_text())
     expected = Probe(labels, FEW, 8, unlabelled.spec).score(result.model.encoder)
     assert score["per_image"] == expected.per_image
@@ -200,7 +241,9 @@ def test_labels_apart_are_scored_and_drawn_in_the_scale_of_the_images_trained_on
     assert (about["path"], about["labels"]["path"]) == (unlabelled.path, labels.path)
 
 
-def test_a_probe_normalises_by_the_images_trained_on(unlabelled: PatchDataset, labels: PatchDataset) -> None:
+def test_a_probe_normalises_by_the_images_trained_on(
+    unlabelled: PatchDataset, labels: PatchDataset
+) -> None:
     seen: list[torch.Tensor] = []
 
     def tokens(patches: torch.Tensor) -> torch.Tensor:
@@ -214,16 +257,23 @@ def test_a_probe_normalises_by_the_images_trained_on(unlabelled: PatchDataset, l
     assert float(expected.mean()) < -0.4, "darker than what was trained on, and seen so"
 
 
-def test_the_same_data_set_as_labels_apart_scores_the_same(labels: PatchDataset, tmp_path: Path) -> None:
+def test_the_same_data_set_as_labels_apart_scores_the_same(
+    labels: PatchDataset, tmp_path: Path
+) -> None:
     own, apart = (
-        run_job(Job(SETTINGS, labels.path, tmp_path / str(i), probe=FEW, rungs=(1,), labels=given), Hooks()).metrics
+        run_job(
+            Job(SETTINGS, labels.path, tmp_path / str(i), probe=FEW, rungs=(1,), labels=given),
+            Hooks(),
+        ).metrics
         for i, given in enumerate((None, labels.path))
     )
     for name in ("dsc", "ap", "loss_reference", "true_lesion_masked", "loss"):
         assert own[name] == apart[name]
 
 
-def test_a_folder_is_claimed_with_its_labels(unlabelled: PatchDataset, labels: PatchDataset, tmp_path: Path) -> None:
+def test_a_folder_is_claimed_with_its_labels(
+    unlabelled: PatchDataset, labels: PatchDataset, tmp_path: Path
+) -> None:
     run = Job(SETTINGS, unlabelled.path, tmp_path / "run", labels=labels.path)
     claim(run, unlabelled, labels)
     append_row(tmp_path / "run" / "metrics.jsonl", {"epoch": 1})
@@ -231,7 +281,9 @@ def test_a_folder_is_claimed_with_its_labels(unlabelled: PatchDataset, labels: P
     claim(replace(run, labels=moved.path), unlabelled, moved)
     other = changed(labels, tmp_path / "other", fingerprint="0" * 64)
     for given in (other, None):
-        with pytest.raises(CheckpointError, match=r"holds a run on other data .*moved, prepared differently"):
+        with pytest.raises(
+            CheckpointError, match=r"holds a run on other data .*moved, prepared differently"
+        ):
             claim(run, unlabelled, given)
     plain = Job(SETTINGS, unlabelled.path, tmp_path / "plain")
     claim(plain, unlabelled)
@@ -240,13 +292,26 @@ def test_a_folder_is_claimed_with_its_labels(unlabelled: PatchDataset, labels: P
         claim(plain, unlabelled, labels)
 
 
-@pytest.mark.parametrize(("manifest", "error"), [({"mean": [1e4], "std": [1e3]}, SettingsError), (None, DataError)])
+@pytest.mark.parametrize(
+    ("manifest", "error"), [({"mean": [1e4], "std": [1e3]}, SettingsError), (None, DataError)]
+)
 def test_labels_that_do_not_fit_or_are_gone_are_told_before_training(
-    unlabelled: PatchDataset, labels: PatchDataset, tmp_path: Path, manifest: Any, error: type[Exception]
+    unlabelled: PatchDataset,
+    labels: PatchDataset,
+    tmp_path: Path,
+    manifest: Any,
+    error: type[Exception],
 ) -> None:
-    path = str(tmp_path / "gone") if manifest is None else changed(labels, tmp_path / "other", **manifest).path
+    path = (
+        str(tmp_path / "gone")
+        if manifest is None
+        else changed(labels, tmp_path / "other", **manifest).path
+    )
     with pytest.raises(error, match="same `values`" if manifest else "There is no patch dataset"):
-        run_job(Job(SETTINGS, unlabelled.path, tmp_path / "run", probe=FEW, rungs=(1,), labels=path), Hooks())
+        run_job(
+            Job(SETTINGS, unlabelled.path, tmp_path / "run", probe=FEW, rungs=(1,), labels=path),
+            Hooks(),
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -257,8 +322,12 @@ def test_an_inspection_shows_the_labels_apart_in_the_scale_of_the_run(
     own = inspect_run(tmp_path / "run", count=2)
     assert (own["data"], own["own_data"], own["split"]) == (labels.path, True, "val")
     assert own["mean"]["true_lesion_masked"] is not None
-    again = inspect_run(tmp_path / "run", data=changed(labels, tmp_path / "x", mean=[100.0]).path, count=2)
-    assert again["mean"]["error"] == own["mean"]["error"], "mean and SD are the run's, whoever's images are shown"
+    again = inspect_run(
+        tmp_path / "run", data=changed(labels, tmp_path / "x", mean=[100.0]).path, count=2
+    )
+    assert again["mean"]["error"] == own["mean"]["error"], (
+        "mean and SD are the run's, whoever's images are shown"
+    )
     trained_on = inspect_run(tmp_path / "run", data=unlabelled.path, count=2)
     assert trained_on["own_data"]
 
@@ -284,7 +353,9 @@ def test_labels_in_an_object_store_are_named_by_their_uri(
     for file in Path(labels.path).rglob("*.*"):
         (there / file.relative_to(labels.path).as_posix()).write_whole(file.read_bytes())
     run = tmp_path / "run"
-    encoder = run_job(Job(SETTINGS, unlabelled.path, run, probe=FEW, rungs=(1,), labels=str(there)), Hooks()).encoder
+    encoder = run_job(
+        Job(SETTINGS, unlabelled.path, run, probe=FEW, rungs=(1,), labels=str(there)), Hooks()
+    ).encoder
     assert json.loads((run / "data.json").read_text())["labels"]["path"] == str(there)
     assert inspect_run(run, count=1)["data"] == str(there)
     settings = SegmentSettings.model_validate({"epochs": 1, "decoder_width": 8, "labels": 4})
@@ -295,7 +366,9 @@ def test_pretraining_shows_the_lesions_of_another_set(
     labels: PatchDataset, unlabelled: PatchDataset, tmp_path: Path
 ) -> None:
     rows: list[dict[str, Any]] = []
-    pretrain_dataset(unlabelled.path, tmp_path / "run", SETTINGS, labels=labels.path, report=rows.append)
+    pretrain_dataset(
+        unlabelled.path, tmp_path / "run", SETTINGS, labels=labels.path, report=rows.append
+    )
     assert "true_lesion_masked" in rows[0]
     assert json.loads((tmp_path / "run" / "data.json").read_text())["labels"]["path"] == labels.path
     with pytest.raises(CheckpointError, match="run"):

@@ -20,19 +20,25 @@ from PIL import Image
 from torch import Tensor, nn
 from volumes import ct_series, dicom, save, turned, write_nifti
 
-from amlp_ray.config import ImageSpec, ModelSettings, PredictSettings, PrepareSettings, SegmentSettings
+from amlp_ray.config import (
+    ImageSpec,
+    ModelSettings,
+    PredictSettings,
+    PrepareSettings,
+    SegmentSettings,
+)
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.geometry import OUTLINE
-from amlp_ray.data.place import Place
+from amlp_ray.data.path import Place
 from amlp_ray.errors import CheckpointError, DataError, SettingsError
+from amlp_ray.evaluation.segmentation import segment
+from amlp_ray.evaluation.segmenter import LoadedSegmenter, load_segmenter
+from amlp_ray.inference import engine
+from amlp_ray.inference.engine import fitting_of
+from amlp_ray.inference.geometry import OUTLINE
+from amlp_ray.inference.predict import Predictions, predict
 from amlp_ray.method.augment import normalise
-from amlp_ray.method.model import MaskedAutoencoder
-from amlp_ray.training.keeping.export import export_encoder
-from amlp_ray.training.scoring import inference
-from amlp_ray.training.scoring.inference import fitting_of
-from amlp_ray.training.scoring.predict import Predictions, predict
-from amlp_ray.training.scoring.segment import segment
-from amlp_ray.training.scoring.segmenter import LoadedSegmenter, load_segmenter
+from amlp_ray.method.autoencoder import MaskedAutoencoder
+from amlp_ray.training.checkpoint.export import export_encoder
 
 AFFINE = np.array([[0.5, 0.02, 0, -7], [-0.02, 0.75, 0, 11], [0, 0, 2.5, -40], [0, 0, 0, 1]])
 
@@ -63,11 +69,24 @@ class Bench:
         (folder / "segmenter" / "segmenter.safetensors").write_bytes(b"weights")
         self.monkeypatch = monkeypatch
 
-    def train(self, model: nn.Module | None = None, *, mean: float = 100, channels: int = 1, **prepare: Any) -> None:
+    def train(
+        self,
+        model: nn.Module | None = None,
+        *,
+        mean: float = 100,
+        channels: int = 1,
+        **prepare: Any,
+    ) -> None:
         settings = PrepareSettings.model_validate({"size": 32} | prepare)
-        spec = ImageSpec(channels=channels, height=32, width=32, mean=(mean,) * channels, std=(mean / 2,) * channels)
+        spec = ImageSpec(
+            channels=channels,
+            height=32,
+            width=32,
+            mean=(mean,) * channels,
+            std=(mean / 2,) * channels,
+        )
         loaded = LoadedSegmenter(model or Bright(), spec, settings, SegmentSettings())  # type: ignore[arg-type]
-        self.monkeypatch.setattr(inference, "load_segmenter", lambda folder: loaded)
+        self.monkeypatch.setattr(engine, "load_segmenter", lambda folder: loaded)
 
     def predict(self, *, overwrite: bool = False, **settings: Any) -> Predictions:
         given = PredictSettings.model_validate(settings)
@@ -133,7 +152,9 @@ def test_sixteen_bits_are_brought_to_what_the_training_images_were(bench: Bench)
     bench.predict()
     assert np.array_equal(bench.mask("a.png") > 0, lesion)
     bench.train(values="keep", fit="tiles")
-    with pytest.raises(DataError, match=r"a\.png has the mean value .* images of mean 100 and .* another scale"):
+    with pytest.raises(
+        DataError, match=r"a\.png has the mean value .* images of mean 100 and .* another scale"
+    ):
         bench.predict(overwrite=True)
 
 
@@ -166,7 +187,10 @@ def test_the_channels_of_a_case_get_one_mask(bench: Bench) -> None:
             volume = np.full((8, 8, 3), 200 if (case, channel) == ("y", "t1") else 10, np.uint8)
             write_nifti(bench.images / case / f"{case}_{channel}.nii.gz", volume)
     assert bench.predict().predicted == 2
-    assert {p.relative_to(bench.out).as_posix() for p in bench.out.rglob("*.nii.gz")} == {"x/x.nii.gz", "y/y.nii.gz"}
+    assert {p.relative_to(bench.out).as_posix() for p in bench.out.rglob("*.nii.gz")} == {
+        "x/x.nii.gz",
+        "y/y.nii.gz",
+    }
     assert np.asarray(nib.load(bench.out / "y" / "y.nii.gz").dataobj).all()
     assert not np.asarray(nib.load(bench.out / "x" / "x.nii.gz").dataobj).any()
 
@@ -180,7 +204,13 @@ def test_each_file_of_a_series_and_each_frame_of_an_object_gets_a_mask(bench: Be
     save(dicom(pixels[3:5]), bench.images / "frames.dcm")
     save(dicom(pixels[5]), bench.images / "one.DCM")
     assert bench.predict().predicted == 3
-    wanted = dict(zip(["series/1.2.840.17.png", "series/1.2.840.9.png", "series/b.png"], lesion[:3], strict=True))
+    wanted = dict(
+        zip(
+            ["series/1.2.840.17.png", "series/1.2.840.9.png", "series/b.png"],
+            lesion[:3],
+            strict=True,
+        )
+    )
     wanted |= {"frames/0000.png": lesion[3], "frames/0001.png": lesion[4], "one.png": lesion[5]}
     assert {p.relative_to(bench.out).as_posix() for p in bench.out.rglob("*.png")} == wanted.keys()
     for name, truth in wanted.items():
@@ -208,7 +238,9 @@ def test_files_that_cannot_be_used_are_listed_and_the_rest_is_predicted(bench: B
     (bench.images / "twice.png").unlink()
     (bench.images / "twice.jpg").unlink()
     for threshold in (0.5, 0.6):
-        with pytest.raises(DataError, match=r"None of 1 images can be used\. The first: .*bad\.png"):
+        with pytest.raises(
+            DataError, match=r"None of 1 images can be used\. The first: .*bad\.png"
+        ):
             bench.predict(overwrite=threshold == 0.5, threshold=threshold)
 
 
@@ -224,7 +256,9 @@ def test_two_files_never_get_one_mask(bench: Bench) -> None:
 def test_other_channels_than_those_of_training_are_refused(bench: Bench) -> None:
     bench.train(channels=3)
     write_nifti(bench.images / "a.nii.gz", np.full((9, 9, 3), 100, np.uint8))
-    with pytest.raises(DataError, match=r"has 1 channels, but the segmenter was trained on 3; give the same"):
+    with pytest.raises(
+        DataError, match=r"has 1 channels, but the segmenter was trained on 3; give the same"
+    ):
         bench.predict()
 
 
@@ -242,7 +276,9 @@ def test_a_run_goes_on_where_it_stopped(bench: Bench, monkeypatch: pytest.Monkey
 
     with monkeypatch.context() as patched:
         patched.setattr(Place, "write_whole", full)
-        with pytest.raises(DataError, match=r"masks cannot be written \(No space left on device\); .* to go on"):
+        with pytest.raises(
+            DataError, match=r"masks cannot be written \(No space left on device\); .* to go on"
+        ):
             bench.predict()
     made = bench.predict(batch_size=2)
     assert (made.predicted, made.before) == (1, 2)
@@ -269,7 +305,10 @@ def test_images_and_masks_may_lie_in_an_object_store(bench: Bench, s3_bucket: st
 def test_predictions_of_something_else_are_kept_unless_told(bench: Bench) -> None:
     write(bench.images / "a.png")
     bench.predict()
-    with pytest.raises(DataError, match=r"masks holds predictions of other images, .* or --overwrite to replace them"):
+    with pytest.raises(
+        DataError,
+        match=r"masks holds predictions of other images, .* or --overwrite to replace them",
+    ):
         bench.predict(threshold=0.9)
     (bench.out / "old.png").write_bytes(b"")
     assert bench.predict(threshold=0.9, overwrite=True).predicted == 1
@@ -280,7 +319,9 @@ def test_a_folder_of_something_else_is_never_written_into(bench: Bench) -> None:
     write(bench.images / "a.png")
     bench.out.mkdir()
     (bench.out / "thesis.txt").write_text("three years")
-    with pytest.raises(DataError, match="holds something else than predictions; give another --out"):
+    with pytest.raises(
+        DataError, match="holds something else than predictions; give another --out"
+    ):
         bench.predict(overwrite=True)
     assert [p.name for p in bench.out.iterdir()] == ["thesis.txt"]
 
@@ -324,16 +365,25 @@ def test_an_overlay_is_the_image_with_an_outline(bench: Bench) -> None:
     ],
 )  # fmt: skip
 def test_images_are_taken_as_in_training_unless_told(trained: str, tiling: str, fit: str) -> None:
-    prepare = PrepareSettings.model_validate({"fit": trained, "scale": 0.5 if trained == "tiles" else 1})
+    prepare = PrepareSettings.model_validate(
+        {"fit": trained, "scale": 0.5 if trained == "tiles" else 1}
+    )
     way = fitting_of(prepare, PredictSettings.model_validate({"tiling": tiling}))
     assert (way.fit, way.scale) == (fit, 0.5 if (trained, fit) == ("tiles", "tiles") else 1)
     if fit == "tiles":
-        assert fitting_of(prepare, PredictSettings.model_validate({"tiling": tiling, "scale": 0.25})).scale == 0.25
+        assert (
+            fitting_of(
+                prepare, PredictSettings.model_validate({"tiling": tiling, "scale": 0.25})
+            ).scale
+            == 0.25
+        )
 
 
 def test_a_scale_without_tiles_is_refused(bench: Bench) -> None:
     write(bench.images / "a.png")
-    with pytest.raises(SettingsError, match=r"scale is 0\.5, but images are taken whole here; add tiling=on"):
+    with pytest.raises(
+        SettingsError, match=r"scale is 0\.5, but images are taken whole here; add tiling=on"
+    ):
         bench.predict(scale=0.5)
 
 
@@ -342,7 +392,10 @@ def test_tiles_for_a_segmenter_of_whole_images_come_with_a_warning(bench: Bench)
     said: list[str] = []
     settings = PredictSettings(tiling="on")
     predict(bench.images, bench.folder / "segmenter", bench.out, settings, say=said.append)
-    assert any("trained on whole images (stretch): tiles suit it only where" in sentence for sentence in said)
+    assert any(
+        "trained on whole images (stretch): tiles suit it only where" in sentence
+        for sentence in said
+    )
 
 
 def test_a_segmenter_that_does_not_know_how_its_images_were_prepared_is_refused(
@@ -350,7 +403,7 @@ def test_a_segmenter_that_does_not_know_how_its_images_were_prepared_is_refused(
 ) -> None:
     spec = ImageSpec(channels=1, height=32, width=32, mean=(0,), std=(1,))
     loaded = LoadedSegmenter(Bright(), spec, None, SegmentSettings())  # type: ignore[arg-type]
-    monkeypatch.setattr(inference, "load_segmenter", lambda folder: loaded)
+    monkeypatch.setattr(engine, "load_segmenter", lambda folder: loaded)
     with pytest.raises(CheckpointError, match="does not say how its training images were prepared"):
         bench.predict()
     assert not bench.out.exists()
@@ -363,12 +416,18 @@ def test_real_volumes_and_slices_keep_their_grid(bench: Bench, real_data: Path) 
     made = bench.predict()
     assert (made.predicted, made.rejected) == (3, 1), "one has two channels"
     for name in ("t1/t1w", "t2/t2", "t2s/t2s"):
-        source, mask = nib.load(bench.images / f"{name}.nii.gz"), nib.load(bench.out / f"{name}.nii.gz")
+        source, mask = (
+            nib.load(bench.images / f"{name}.nii.gz"),
+            nib.load(bench.out / f"{name}.nii.gz"),
+        )
         assert mask.shape == source.shape
         assert np.array_equal(mask.affine, source.affine)
         values = np.asarray(source.dataobj)
         assert 0 < np.asarray(mask.dataobj).mean() < 1
-        assert values[np.asarray(mask.dataobj) > 0].min() >= values[np.asarray(mask.dataobj) == 0].max()
+        assert (
+            values[np.asarray(mask.dataobj) > 0].min()
+            >= values[np.asarray(mask.dataobj) == 0].max()
+        )
     bench.images, bench.out = real_data / "dicom", bench.folder / "slices"
     assert bench.predict().predicted == 2
     assert bench.mask("CT_small.png").shape == (128, 128)
@@ -396,7 +455,11 @@ def test_files_are_predicted_as_images_of_the_dataset_are(
     assert predict(source, tuned, tmp_path / "masks", settings).predicted == len(phantom_dataset)
     loaded, val = load_segmenter(tuned), phantom_dataset.load("val")
     with torch.inference_mode():
-        wanted = loaded.model(normalise(torch.from_numpy(val.images), loaded.spec)).sigmoid()[:, 0].numpy()
+        wanted = (
+            loaded.model(normalise(torch.from_numpy(val.images), loaded.spec))
+            .sigmoid()[:, 0]
+            .numpy()
+        )
     assert wanted.std() > 0
     for name, probability in zip(val.ids, wanted, strict=True):
         file = tmp_path / "masks.probability" / "images" / f"{name}.png"

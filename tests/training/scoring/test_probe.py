@@ -14,9 +14,9 @@ from written import Guarded
 from amlp_ray.config import ModelSettings, ProbeSettings
 from amlp_ray.data.dataset import PatchDataset, Split
 from amlp_ray.errors import DataError
-from amlp_ray.method.model import MaskedAutoencoder
-from amlp_ray.training.scoring.probe import Probe
-from amlp_ray.training.scoring.scores import Score
+from amlp_ray.evaluation.linear_probe import Probe
+from amlp_ray.evaluation.metrics import Score
+from amlp_ray.method.autoencoder import MaskedAutoencoder
 
 FEW = {"labels": 8, "subsets": 2, "folds": 3}
 
@@ -40,9 +40,9 @@ def telling_tokens(probe: Probe, noise: float) -> Score:
     def tokens(patches: Tensor) -> Tensor:
         share = next(rows)
         assert len(share) == len(patches)
-        return torch.cat([share[..., None], torch.zeros(*share.shape, 3)], -1) + noise * torch.randn(
-            *share.shape, 4, generator=generator
-        )
+        return torch.cat(
+            [share[..., None], torch.zeros(*share.shape, 3)], -1
+        ) + noise * torch.randn(*share.shape, 4, generator=generator)
 
     return probe.score_tokens(tokens)
 
@@ -54,7 +54,9 @@ def test_tokens_that_know_the_lesion_score_far_above_those_that_do_not_and_above
     probe = probe_of(phantom_dataset, scoring=scoring)
     clear, blurred = telling_tokens(probe, 0.05), telling_tokens(probe, 0.5)
     generator = torch.Generator().manual_seed(1)
-    nothing = probe.score_tokens(lambda patches: torch.randn(*patches.shape[:2], 4, generator=generator))
+    nothing = probe.score_tokens(
+        lambda patches: torch.randn(*patches.shape[:2], 4, generator=generator)
+    )
     assert clear.dsc > 0.6
     assert clear.ap > 0.9
     assert clear.dsc > blurred.dsc > nothing.dsc
@@ -63,7 +65,9 @@ def test_tokens_that_know_the_lesion_score_far_above_those_that_do_not_and_above
     assert clear.mean_mask_dsc == nothing.mean_mask_dsc  # the floor knows no tokens
 
 
-def test_a_random_encoder_s_score_repeats_exactly_and_test_images_are_never_read(phantom_dataset: PatchDataset) -> None:
+def test_a_random_encoder_s_score_repeats_exactly_and_test_images_are_never_read(
+    phantom_dataset: PatchDataset,
+) -> None:
     model = model_of(phantom_dataset)
     first = probe_of(phantom_dataset).score(model.encoder)
     torch.manual_seed(123)
@@ -96,7 +100,9 @@ def test_cross_validation_scores_every_labelled_lesion_image_of_train_and_val_on
     assert score.scoring == "cross-validation"
 
 
-def test_no_image_or_group_is_scored_by_a_head_that_was_fitted_on_it(phantom_dataset: PatchDataset) -> None:
+def test_no_image_or_group_is_scored_by_a_head_that_was_fitted_on_it(
+    phantom_dataset: PatchDataset,
+) -> None:
     def pair_up(name: str, split: Split) -> Split:
         return replace(split, groups=np.array([f"{name}-{i // 2}" for i in range(len(split))]))
 
@@ -121,7 +127,9 @@ def test_val_scoring_fits_on_train_and_scores_val_alone(phantom_dataset: PatchDa
     assert normals > 0
     assert score.empty_correct is not None
     assert 0 <= score.empty_correct <= 1
-    assert {probe.data.ids[i] for s in probe.plan[0][0] for i in s} <= lesion_ids(phantom_dataset, "train")
+    assert {probe.data.ids[i] for s in probe.plan[0][0] for i in s} <= lesion_ids(
+        phantom_dataset, "train"
+    )
 
 
 def test_auto_takes_val_from_40_lesion_images_on(phantom_dataset: PatchDataset) -> None:
@@ -134,12 +142,19 @@ def test_auto_takes_val_from_40_lesion_images_on(phantom_dataset: PatchDataset) 
                 return split
             return split.take(np.resize(np.flatnonzero(split.masks.any((1, 2))), size))
 
-        assert Probe(Guarded.of(phantom_dataset, enlarge), ProbeSettings.model_validate(FEW), 8).scoring == scoring
+        assert (
+            Probe(
+                Guarded.of(phantom_dataset, enlarge), ProbeSettings.model_validate(FEW), 8
+            ).scoring
+            == scoring
+        )
 
 
 def test_too_few_labels_are_refused_with_the_number_found(phantom_dataset: PatchDataset) -> None:
     found = len(lesion_ids(phantom_dataset, "train"))
-    with pytest.raises(DataError, match=rf"has {found} labelled training images .* probe.labels={found + 1}; lower"):
+    with pytest.raises(
+        DataError, match=rf"has {found} labelled training images .* probe.labels={found + 1}; lower"
+    ):
         probe_of(phantom_dataset, labels=found + 1)
 
 
@@ -147,8 +162,14 @@ def test_val_scoring_without_a_val_lesion_is_refused(phantom_dataset: PatchDatas
     def normals_only(name: str, split: Split) -> Split:
         return split.take(np.flatnonzero(~split.masks.any((1, 2)))) if name == "val" else split
 
-    with pytest.raises(DataError, match=r"no val image with a lesion; use probe\.scoring=cross-validation"):
-        Probe(Guarded.of(phantom_dataset, normals_only), ProbeSettings.model_validate(FEW | {"scoring": "val"}), 8)
+    with pytest.raises(
+        DataError, match=r"no val image with a lesion; use probe\.scoring=cross-validation"
+    ):
+        Probe(
+            Guarded.of(phantom_dataset, normals_only),
+            ProbeSettings.model_validate(FEW | {"scoring": "val"}),
+            8,
+        )
 
 
 def test_fewer_groups_than_folds_are_refused_in_one_sentence(phantom_dataset: PatchDataset) -> None:
@@ -161,12 +182,18 @@ def test_fewer_groups_than_folds_are_refused_in_one_sentence(phantom_dataset: Pa
         Probe(Guarded.of(phantom_dataset, two_patients), ProbeSettings.model_validate(FEW), 8)
 
 
-def test_labels_from_a_single_group_are_refused_in_one_sentence(phantom_dataset: PatchDataset) -> None:
+def test_labels_from_a_single_group_are_refused_in_one_sentence(
+    phantom_dataset: PatchDataset,
+) -> None:
     def one_patient(name: str, split: Split) -> Split:
         return replace(split, groups=np.full(len(split), name))
 
     with pytest.raises(DataError, match="group"):
-        Probe(Guarded.of(phantom_dataset, one_patient), ProbeSettings.model_validate(FEW | {"scoring": "val"}), 8)
+        Probe(
+            Guarded.of(phantom_dataset, one_patient),
+            ProbeSettings.model_validate(FEW | {"scoring": "val"}),
+            8,
+        )
 
 
 def test_unlabelled_images_are_neither_fitted_nor_scored(phantom_dataset: PatchDataset) -> None:
@@ -182,7 +209,9 @@ def test_unlabelled_images_are_neither_fitted_nor_scored(phantom_dataset: PatchD
     assert set(probe.score(model_of(phantom_dataset).encoder).per_image) <= labelled
 
 
-def test_the_probe_works_where_the_test_split_is_gone(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_the_probe_works_where_the_test_split_is_gone(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(phantom_dataset.path, copy)
     dataset = PatchDataset.open(copy)
@@ -191,8 +220,18 @@ def test_the_probe_works_where_the_test_split_is_gone(phantom_dataset: PatchData
 
 
 def test_one_subset_has_no_spread(phantom_dataset: PatchDataset) -> None:
-    assert probe_of(phantom_dataset, subsets=1, scoring="val").score(model_of(phantom_dataset).encoder).dsc_sd == 0
-    assert probe_of(phantom_dataset, subsets=3, scoring="val").score(model_of(phantom_dataset).encoder).dsc_sd > 0
+    assert (
+        probe_of(phantom_dataset, subsets=1, scoring="val")
+        .score(model_of(phantom_dataset).encoder)
+        .dsc_sd
+        == 0
+    )
+    assert (
+        probe_of(phantom_dataset, subsets=3, scoring="val")
+        .score(model_of(phantom_dataset).encoder)
+        .dsc_sd
+        > 0
+    )
 
 
 class TestIsVal(PatchDataset):
@@ -204,22 +243,37 @@ class TestIsVal(PatchDataset):
         return super().load("val" if split == "test" else split, rows)
 
     def table(self, *splits: str, columns: Any = ("id",)) -> Any:
-        return super().table(*("val" if split == "test" else split for split in splits), columns=columns)
+        return super().table(
+            *("val" if split == "test" else split for split in splits), columns=columns
+        )
 
 
-def test_heads_that_are_scored_on_test_are_those_that_are_scored_on_val(phantom_dataset: PatchDataset) -> None:
+def test_heads_that_are_scored_on_test_are_those_that_are_scored_on_val(
+    phantom_dataset: PatchDataset,
+) -> None:
     dataset = TestIsVal(phantom_dataset.place, phantom_dataset.manifest)
     probe = Probe(dataset, ProbeSettings.model_validate(FEW | {"scoring": "val"}), 8)
     encoder = model_of(phantom_dataset).encoder
     val, test = probe.score(encoder), probe.score(encoder, "test")
     assert test.scoring == "test"
     assert test.per_image == val.per_image
-    for name in ("dsc", "ppv", "sensitivity", "ap", "dsc_sd", "empty_correct", "images", "mean_mask_dsc"):
+    for name in (
+        "dsc",
+        "ppv",
+        "sensitivity",
+        "ap",
+        "dsc_sd",
+        "empty_correct",
+        "images",
+        "mean_mask_dsc",
+    ):
         assert getattr(test, name) == pytest.approx(getattr(val, name)), name
 
 
 @pytest.mark.parametrize("scoring", ["val", "cross-validation"])
-def test_on_test_every_labelled_lesion_is_scored_by_every_head(phantom_dataset: PatchDataset, scoring: str) -> None:
+def test_on_test_every_labelled_lesion_is_scored_by_every_head(
+    phantom_dataset: PatchDataset, scoring: str
+) -> None:
     probe = Probe(phantom_dataset, ProbeSettings.model_validate(FEW | {"scoring": scoring}), 8)
     before = probe.score(model_of(phantom_dataset).encoder)
     score = probe.score(model_of(phantom_dataset).encoder, "test")
@@ -254,10 +308,14 @@ def test_sizes_part_the_scored_images(phantom_dataset: PatchDataset) -> None:
     assert sum(len(ids) for ids in classes.values()) == score.images
     for name, ids in classes.items():
         mean = np.mean([score.per_image[i] for i in ids]) if ids else None
-        assert getattr(score, f"dsc_{name}") == (None if mean is None else pytest.approx(mean, abs=1e-5)), name
+        assert getattr(score, f"dsc_{name}") == (
+            None if mean is None else pytest.approx(mean, abs=1e-5)
+        ), name
 
 
 def test_a_size_that_no_image_has_has_no_score(phantom_dataset: PatchDataset) -> None:
-    score = probe_of(phantom_dataset, scoring="val", sizes=(0.9, 0.95)).score(model_of(phantom_dataset).encoder)
+    score = probe_of(phantom_dataset, scoring="val", sizes=(0.9, 0.95)).score(
+        model_of(phantom_dataset).encoder
+    )
     assert score.dsc_small == pytest.approx(score.dsc)
     assert (score.dsc_medium, score.dsc_large) == (None, None)

@@ -15,18 +15,18 @@ from safetensors.torch import load_file
 from written import Guarded
 
 from amlp_ray.config import FaultSettings, ModelSettings, ResourceSettings, SegmentSettings
+from amlp_ray.config.base import build
 from amlp_ray.data.dataset import PatchDataset, Split
 from amlp_ray.errors import CheckpointError, DataError, ResourceError, SettingsError
-from amlp_ray.method.model import MaskedAutoencoder
-from amlp_ray.settings import build
-from amlp_ray.training.group import Member
-from amlp_ray.training.keeping.export import export_encoder, load_encoder
-from amlp_ray.training.recording.metrics import read_rows
-from amlp_ray.training.scoring.evaluate import SIZES, score_segmenter
-from amlp_ray.training.scoring.finetune import parameter_groups
-from amlp_ray.training.scoring.labelled import lesion_pixels, train_rows
-from amlp_ray.training.scoring.segment import Tuning, segment
-from amlp_ray.training.scoring.segmenter import Segmenter
+from amlp_ray.evaluation.evaluate import SIZES, score_segmenter
+from amlp_ray.evaluation.finetune import parameter_groups
+from amlp_ray.evaluation.labels import lesion_pixels, train_rows
+from amlp_ray.evaluation.segmentation import Tuning, segment
+from amlp_ray.evaluation.segmenter import Segmenter
+from amlp_ray.method.autoencoder import MaskedAutoencoder
+from amlp_ray.runtime.worker_group import Member
+from amlp_ray.training.checkpoint.export import export_encoder, load_encoder
+from amlp_ray.training.loggers.metrics_file import read_rows
 
 SMALL: dict[str, Any] = {"epochs": 3, "batch_size": 6, "decoder_width": 8, "lr": 3e-3}
 
@@ -52,7 +52,9 @@ def export(dataset: PatchDataset, path: Path, **model: int) -> Path:
     return path
 
 
-def run(dataset: PatchDataset, folder: Path, *, from_scratch: bool = False, **given: Any) -> dict[str, Any]:
+def run(
+    dataset: PatchDataset, folder: Path, *, from_scratch: bool = False, **given: Any
+) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     encoder = export(dataset, folder / "encoder.safetensors")
     settings = SegmentSettings.model_validate(SMALL | given)
@@ -63,7 +65,9 @@ def test_it_learns_to_find_lesions_from_masks_alone(dataset: Guarded, tmp_path: 
     losses: list[float] = []
     settings = SegmentSettings.model_validate(SMALL | {"epochs": 25, "decoder_width": 16})
     encoder = export(dataset, tmp_path / "e.safetensors")
-    score = segment(dataset, encoder, tmp_path / "out", settings, progress=lambda m: losses.append(m["loss"]))
+    score = segment(
+        dataset, encoder, tmp_path / "out", settings, progress=lambda m: losses.append(m["loss"])
+    )
     assert len(losses) == 25
     assert losses[-1] < 0.8 * losses[0]
     assert score["dsc"] > 0.2  # the whole image as lesion would score about 0.1
@@ -90,10 +94,14 @@ def test_files_and_scores_are_complete(dataset: Guarded, tmp_path: Path) -> None
 
 def test_from_scratch_keeps_the_shape_but_not_the_weights(dataset: Guarded, tmp_path: Path) -> None:
     settings = {"epochs": 1, "freeze": True}
-    tuned, scratch = (run(dataset, tmp_path / str(flag), from_scratch=flag, **settings) for flag in (False, True))
+    tuned, scratch = (
+        run(dataset, tmp_path / str(flag), from_scratch=flag, **settings) for flag in (False, True)
+    )
     assert scratch["from_scratch"] is True
     given = load_file(tmp_path / "False" / "encoder.safetensors")
-    kept, drawn = (load_file(tmp_path / name / "out" / "segmenter.safetensors") for name in ("False", "True"))
+    kept, drawn = (
+        load_file(tmp_path / name / "out" / "segmenter.safetensors") for name in ("False", "True")
+    )
     assert kept.keys() == drawn.keys()
     assert all(torch.equal(value, kept[f"encoder.{key}"]) for key, value in given.items())  # frozen
     key = "encoder.blocks.0.attn.qkv.weight"
@@ -105,7 +113,9 @@ def test_without_freezing_the_encoder_is_trained(dataset: Guarded, tmp_path: Pat
     run(dataset, tmp_path, epochs=1)
     before = load_file(tmp_path / "encoder.safetensors")
     after = load_file(tmp_path / "out" / "segmenter.safetensors")
-    changed = {key for key, value in before.items() if not torch.equal(value, after[f"encoder.{key}"])}
+    changed = {
+        key for key, value in before.items() if not torch.equal(value, after[f"encoder.{key}"])
+    }
     assert "blocks.0.attn.qkv.weight" in changed
     assert "pos_embed" not in changed
 
@@ -116,8 +126,12 @@ def test_a_run_repeats_exactly(dataset: Guarded, tmp_path: Path) -> None:
     assert first["per_image"] == second["per_image"]
 
 
-@pytest.mark.parametrize("change", [{"patch_size": 16}, {"depth": 1}, {"depth": 5}, {"patch_size": 2, "width": 16}])
-def test_encoders_of_other_shapes_are_segmenters_too(dataset: Guarded, tmp_path: Path, change: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "change", [{"patch_size": 16}, {"depth": 1}, {"depth": 5}, {"patch_size": 2, "width": 16}]
+)
+def test_encoders_of_other_shapes_are_segmenters_too(
+    dataset: Guarded, tmp_path: Path, change: dict[str, int]
+) -> None:
     encoder = export(dataset, tmp_path / "e.safetensors", **change)
     settings = SegmentSettings.model_validate(SMALL | {"epochs": 1, "labels": 4})
     score = segment(dataset, encoder, tmp_path / "out", settings)
@@ -134,7 +148,9 @@ def test_an_encoder_of_other_images_is_refused(dataset: Guarded, tmp_path: Path)
     settings = ModelSettings(patch_size=8, width=24, depth=1, heads=2, decoder_width=16)
     path = tmp_path / "e.safetensors"
     export_encoder(MaskedAutoencoder(settings, spec).encoder, path, settings, spec)
-    with pytest.raises(SettingsError, match=r"trained on 1x32x48 .* holds 1x64x64; prepare the data alike"):
+    with pytest.raises(
+        SettingsError, match=r"trained on 1x32x48 .* holds 1x64x64; prepare the data alike"
+    ):
         segment(dataset, path, tmp_path / "out", SegmentSettings())
     assert not (tmp_path / "out").exists()
 
@@ -147,7 +163,9 @@ def test_a_file_that_is_no_encoder_is_refused(dataset: Guarded, tmp_path: Path) 
 def test_too_few_labels_are_refused_with_the_number_found(dataset: Guarded, tmp_path: Path) -> None:
     train = dataset.load("train")
     lesions = int(train.masks.any((1, 2)).sum())
-    with pytest.raises(DataError, match=rf"has {lesions} labelled train images with a lesion, but 500 are needed"):
+    with pytest.raises(
+        DataError, match=rf"has {lesions} labelled train images with a lesion, but 500 are needed"
+    ):
         run(dataset, tmp_path, labels=500)
 
 
@@ -156,15 +174,25 @@ def test_a_split_without_masks_is_refused(dataset: Guarded, tmp_path: Path, name
     def unlabel(split: str, rows: Split) -> Split:
         return replace(rows, labelled=rows.labelled & (split != name))
 
-    with pytest.raises(DataError, match=rf"has 0 labelled {name} images with a lesion, but 1 are needed"):
+    with pytest.raises(
+        DataError, match=rf"has 0 labelled {name} images with a lesion, but 1 are needed"
+    ):
         run(Spaced.of(dataset, unlabel), tmp_path)
 
 
-def test_a_segmenter_that_was_saved_scores_as_when_it_was_trained(dataset: Guarded, tmp_path: Path) -> None:
+def test_a_segmenter_that_was_saved_scores_as_when_it_was_trained(
+    dataset: Guarded, tmp_path: Path
+) -> None:
     trained = run(dataset, tmp_path, epochs=1, decoder_width=12)
     found = score_segmenter(dataset, tmp_path / "out", "val")
     assert found == {name: trained[name] for name in found}
-    assert trained.keys() - found.keys() == {"labels", "from_scratch", "encoder", "start", "seconds"}
+    assert trained.keys() - found.keys() == {
+        "labels",
+        "from_scratch",
+        "encoder",
+        "start",
+        "seconds",
+    }
 
 
 def test_test_images_are_read_where_they_are_asked_for_by_name(
@@ -185,17 +213,24 @@ def test_a_segmenter_of_other_images_or_none_is_refused(dataset: Guarded, tmp_pa
     with pytest.raises(SettingsError, match=r"out was trained on 1x64x64 .* holds 1x32x64"):
         score_segmenter(Guarded(dataset.place, spec), tmp_path / "out", "val")
     (tmp_path / "out" / "segmenter.safetensors").write_bytes(b"cut short")
-    with pytest.raises(CheckpointError, match=r"segmenter\.safetensors cannot be read as a segmenter"):
+    with pytest.raises(
+        CheckpointError, match=r"segmenter\.safetensors cannot be read as a segmenter"
+    ):
         score_segmenter(dataset, tmp_path / "out", "val")
     (tmp_path / "out" / "segmenter.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"There is no .*segmenter\.safetensors; give the folder of a finished"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"There is no .*segmenter\.safetensors; give the folder of a finished",
+    ):
         score_segmenter(dataset, tmp_path / "out", "val")
 
 
 # Scores of images and groups
 
 
-def test_a_row_per_image_holds_what_the_score_sums_up(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
+def test_a_row_per_image_holds_what_the_score_sums_up(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
     grouped = Grouped.of(phantom_dataset)
     score = run(grouped, tmp_path, epochs=2, decoder="linear")
     table = pd.read_csv(tmp_path / "out" / "per_image.csv").set_index("id")
@@ -203,7 +238,9 @@ def test_a_row_per_image_holds_what_the_score_sums_up(phantom_dataset: PatchData
     assert table.index.tolist() == val.ids
     assert (table["lesion_pixels"].to_numpy() == val.masks.sum((1, 2))).all()
     lesion = table[table["lesion_pixels"] > 0]
-    assert table.drop(lesion.index)[["dsc", "ppv", "sensitivity", "iou", "hd95"]].isna().all(axis=None)
+    assert (
+        table.drop(lesion.index)[["dsc", "ppv", "sensitivity", "iou", "hd95"]].isna().all(axis=None)
+    )
     assert lesion["dsc"].to_dict() == pytest.approx(score["per_image"])
     groups = {name: rows["dsc"].mean() for name, rows in lesion.groupby("group")}
     assert score["per_group"] == pytest.approx(groups)
@@ -228,7 +265,10 @@ def test_distances_are_in_millimetres_where_every_image_has_a_spacing(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
     run(Grouped.of(phantom_dataset), tmp_path, epochs=1)
-    known, unknown = (score_segmenter(kind.of(phantom_dataset), tmp_path / "out", "val") for kind in (Grouped, Spaced))
+    known, unknown = (
+        score_segmenter(kind.of(phantom_dataset), tmp_path / "out", "val")
+        for kind in (Grouped, Spaced)
+    )
     assert (known["hd95_unit"], unknown["hd95_unit"]) == ("mm", "pixels")
     assert known["hd95"] != unknown["hd95"]
     assert known["per_image"] == unknown["per_image"]
@@ -237,9 +277,13 @@ def test_distances_are_in_millimetres_where_every_image_has_a_spacing(
 # Labels
 
 
-def test_a_share_of_the_labels_is_of_whole_groups_and_within_a_larger_share(phantom_dataset: PatchDataset) -> None:
+def test_a_share_of_the_labels_is_of_whole_groups_and_within_a_larger_share(
+    phantom_dataset: PatchDataset,
+) -> None:
     groups = np.repeat(np.arange(12), 3).astype(str)
-    dataset = Spaced.of(phantom_dataset, lambda name, split: replace(split, groups=groups[: len(split)]))
+    dataset = Spaced.of(
+        phantom_dataset, lambda name, split: replace(split, groups=groups[: len(split)])
+    )
     lesions = int((lesion_pixels(dataset, "train") > 0).sum())
     for seed in range(3):
         before: set[int] = set()
@@ -247,11 +291,17 @@ def test_a_share_of_the_labels_is_of_whole_groups_and_within_a_larger_share(phan
             rows = train_rows(dataset, SegmentSettings(label_share=share, seed=seed))
             assert before <= set(rows)
             assert len(rows) >= max(1, share * lesions - 1e-6)
-            whole = set(np.flatnonzero((lesion_pixels(dataset, "train") > 0) & np.isin(groups, groups[rows])))
+            whole = set(
+                np.flatnonzero(
+                    (lesion_pixels(dataset, "train") > 0) & np.isin(groups, groups[rows])
+                )
+            )
             assert set(rows) == whole
             before = set(rows)
         assert len(before) == lesions
-    one, other = (set(train_rows(dataset, SegmentSettings(label_share=0.3, seed=seed))) for seed in (0, 1))
+    one, other = (
+        set(train_rows(dataset, SegmentSettings(label_share=0.3, seed=seed))) for seed in (0, 1)
+    )
     assert one != other
 
 
@@ -262,7 +312,9 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("changes", [{}, {"decoder": "unetr", "layer_decay": 0.7, "crop_min": 0.5, "intensity": 0.5}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"decoder": "unetr", "layer_decay": 0.7, "crop_min": 0.5, "intensity": 0.5}]
+)
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
     dataset: Guarded, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -285,18 +337,24 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
     parts = segment(dataset, encoder, tmp_path / "parts", settings, progress=stop)
     assert seen == [1, 2, 3]
     assert {**parts, "seconds": 0} == {**whole, "seconds": 0}
-    ours, theirs = (load_file(tmp_path / name / "segmenter.safetensors") for name in ("parts", "whole"))
+    ours, theirs = (
+        load_file(tmp_path / name / "segmenter.safetensors") for name in ("parts", "whole")
+    )
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
     assert [row["epoch"] for row in read_rows(tmp_path / "parts" / "metrics.jsonl")] == [1, 2, 3]
     assert not (tmp_path / "parts" / "checkpoint").exists()
 
 
-def test_a_finished_run_is_returned_and_one_of_other_settings_refused(dataset: Guarded, tmp_path: Path) -> None:
+def test_a_finished_run_is_returned_and_one_of_other_settings_refused(
+    dataset: Guarded, tmp_path: Path
+) -> None:
     first = run(dataset, tmp_path, epochs=1, labels=4)
     before = (tmp_path / "out" / "segmenter.safetensors").stat().st_mtime_ns
     assert run(dataset, tmp_path, epochs=1, labels=4) == first
     assert (tmp_path / "out" / "segmenter.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(CheckpointError, match=r"out holds a fine-tuning with another settings.lr; give the same"):
+    with pytest.raises(
+        CheckpointError, match=r"out holds a fine-tuning with another settings.lr; give the same"
+    ):
         run(dataset, tmp_path, epochs=1, labels=4, lr=0.5)
     with pytest.raises(CheckpointError, match=r"another from_scratch"):
         run(dataset, tmp_path, epochs=1, labels=4, from_scratch=True)
@@ -314,7 +372,9 @@ def test_paths_will_do(dataset: Guarded, tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "out" / "score.json").is_file()
 
 
-def test_a_finished_run_whose_segmenter_was_deleted_is_trained_again(dataset: Guarded, tmp_path: Path) -> None:
+def test_a_finished_run_whose_segmenter_was_deleted_is_trained_again(
+    dataset: Guarded, tmp_path: Path
+) -> None:
     first = run(dataset, tmp_path, epochs=1, labels=4)
     (tmp_path / "out" / "segmenter.safetensors").unlink()
     assert {**run(dataset, tmp_path, epochs=1, labels=4), "seconds": 0} == {**first, "seconds": 0}
@@ -329,7 +389,9 @@ def test_what_was_refused_or_killed_before_its_first_epoch_leaves_the_folder_fre
         segment(dataset, tmp_path / "e", tmp_path / "out", SegmentSettings(decoder="unetr"))
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "segment.json").write_text(json.dumps({"settings.lr": 0.5}))  # no checkpoint followed it
+    (tmp_path / "out" / "segment.json").write_text(
+        json.dumps({"settings.lr": 0.5})
+    )  # no checkpoint followed it
     assert run(dataset, tmp_path, epochs=1, labels=4)["labels"] == 4
     assert json.loads((tmp_path / "out" / "segment.json").read_text())["settings.lr"] == SMALL["lr"]
 
@@ -344,8 +406,12 @@ def test_a_folder_of_a_pretraining_run_is_refused(dataset: Guarded, tmp_path: Pa
 # Optimiser
 
 
-def test_layer_decay_slows_the_first_layers_and_leaves_the_decoder_alone(dataset: Guarded, tmp_path: Path) -> None:
-    model = Segmenter(load_encoder(export(dataset, tmp_path / "e", depth=3)), dataset.spec, SegmentSettings())
+def test_layer_decay_slows_the_first_layers_and_leaves_the_decoder_alone(
+    dataset: Guarded, tmp_path: Path
+) -> None:
+    model = Segmenter(
+        load_encoder(export(dataset, tmp_path / "e", depth=3)), dataset.spec, SegmentSettings()
+    )
     model.encoder.pos_embed.requires_grad_(False)
     scales = {
         id(p): group["lr_scale"]
@@ -363,7 +429,9 @@ def test_layer_decay_slows_the_first_layers_and_leaves_the_decoder_alone(dataset
 def test_bf16_trains_too(dataset: Guarded, tmp_path: Path) -> None:
     low = run(dataset, tmp_path / "low", epochs=1, labels=6, precision="bf16")
     full = run(dataset, tmp_path / "full", epochs=1, labels=6, precision="fp32")
-    losses = [read_rows(tmp_path / name / "out" / "metrics.jsonl")[0]["loss"] for name in ("low", "full")]
+    losses = [
+        read_rows(tmp_path / name / "out" / "metrics.jsonl")[0]["loss"] for name in ("low", "full")
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
     assert losses[0] != losses[1]
     assert low.keys() == full.keys()
@@ -372,7 +440,10 @@ def test_bf16_trains_too(dataset: Guarded, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"labels": 8, "label_share": 0.1}, "labels 8 and label_share 0.1 both say how many images"),
+        (
+            {"labels": 8, "label_share": 0.1},
+            "labels 8 and label_share 0.1 both say how many images",
+        ),
         ({"freeze": True, "layer_decay": 0.7}, "layer_decay 0.7 needs freeze=false"),
         ({"decoder": "unet"}, "decoder is 'unet'"),
         ({"label_share": 0}, "label_share is 0"),
@@ -396,13 +467,21 @@ def test_resources_that_cannot_be_used_are_refused(
 ) -> None:
     settings = SegmentSettings.model_validate(SMALL)
     with pytest.raises((SettingsError, ResourceError), match=told):
-        segment(dataset, tmp_path / "e", tmp_path / "out", settings, resources=ResourceSettings(**resources))
+        segment(
+            dataset,
+            tmp_path / "e",
+            tmp_path / "out",
+            settings,
+            resources=ResourceSettings(**resources),
+        )
 
 
 # Workers
 
 
-def _one_of_two(rank: int, meeting: str, data: str, encoder: str, out: str, given: dict[str, Any]) -> None:
+def _one_of_two(
+    rank: int, meeting: str, data: str, encoder: str, out: str, given: dict[str, Any]
+) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     settings = SegmentSettings.model_validate(SMALL | given)
@@ -413,11 +492,18 @@ def _one_of_two(rank: int, meeting: str, data: str, encoder: str, out: str, give
 
 
 def test_two_workers_learn_what_one_does(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
-    given = {"labels": 7, "batch_size": 9}  # a batch of 7: one worker has three of it, and one to fill up
+    given = {
+        "labels": 7,
+        "batch_size": 9,
+    }  # a batch of 7: one worker has three of it, and one to fill up
     encoder = export(phantom_dataset, tmp_path / "e.safetensors")
-    segment(phantom_dataset, encoder, tmp_path / "one", SegmentSettings.model_validate(SMALL | given))
+    segment(
+        phantom_dataset, encoder, tmp_path / "one", SegmentSettings.model_validate(SMALL | given)
+    )
     meeting, out = f"file://{tmp_path / 'meeting'}", tmp_path / "two"
-    torch.multiprocessing.spawn(_one_of_two, (meeting, phantom_dataset.path, str(encoder), str(out), given), nprocs=2)
+    torch.multiprocessing.spawn(
+        _one_of_two, (meeting, phantom_dataset.path, str(encoder), str(out), given), nprocs=2
+    )
     assert_alike(tmp_path / "one", out)
 
 
@@ -450,7 +536,9 @@ def test_a_group_on_ray_learns_what_one_process_does_and_goes_on_from_it(
 
 
 def assert_alike(one: Path, two: Path) -> None:
-    for alone, shared in zip(*(read_rows(folder / "metrics.jsonl") for folder in (one, two)), strict=True):
+    for alone, shared in zip(
+        *(read_rows(folder / "metrics.jsonl") for folder in (one, two)), strict=True
+    ):
         for name in ("loss", "grad_norm", "lr"):
             assert shared[name] == pytest.approx(alone[name], rel=1e-4), name
     scores = [json.loads((folder / "score.json").read_text()) for folder in (one, two)]

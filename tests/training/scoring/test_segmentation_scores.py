@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis.extra.numpy import arrays
 
-from amlp_ray.training.scoring.scores import best_threshold, by_size, hausdorff95, score_images, sizes_of, summary
+from amlp_ray.evaluation.metrics import (
+    best_threshold,
+    by_size,
+    hausdorff95,
+    score_images,
+    sizes_of,
+    summary,
+)
 
 masks = arrays(bool, (4, 5, 6))
 
@@ -17,7 +24,9 @@ def one(predicted: list[int], truth: list[int]) -> tuple[float, float, float, fl
 
 
 def test_scores_have_their_formulas() -> None:
-    dsc, ppv, sensitivity, empty = one([1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 0])  # 2 hits, 1 false alarm, 2 missed
+    dsc, ppv, sensitivity, empty = one(
+        [1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 0]
+    )  # 2 hits, 1 false alarm, 2 missed
     assert (dsc, ppv, sensitivity) == (4 / 7, 2 / 3, 1 / 2)
     assert np.isnan(empty)
 
@@ -41,7 +50,11 @@ def test_scores_equal_a_count_pixel_by_pixel(predicted: np.ndarray, truth: np.nd
     found = score_images(predicted, truth)
     for i in range(4):
         pairs = list(zip(predicted[i].flat, truth[i].flat, strict=True))
-        tp, fp, fn = pairs.count((True, True)), pairs.count((True, False)), pairs.count((False, True))
+        tp, fp, fn = (
+            pairs.count((True, True)),
+            pairs.count((True, False)),
+            pairs.count((False, True)),
+        )
         if tp + fn == 0:
             assert np.isnan([found.dsc[i], found.ppv[i], found.sensitivity[i], found.iou[i]]).all()
             assert found.empty_correct[i] == (fp == 0)
@@ -92,9 +105,13 @@ def test_hd95_is_the_larger_percentile_of_the_distances_between_outlines(share: 
             if not truth[i].any():
                 assert np.isnan(found[i])
             elif not predicted[i].any():
-                assert found[i] == pytest.approx(np.hypot(5 * each[i, 0], 6 * each[i, 1])), "the diagonal"
+                assert found[i] == pytest.approx(np.hypot(5 * each[i, 0], 6 * each[i, 1])), (
+                    "the diagonal"
+                )
             else:
-                assert found[i] == pytest.approx(by_hand(predicted[i], truth[i], tuple(each[i])), rel=1e-5)
+                assert found[i] == pytest.approx(
+                    by_hand(predicted[i], truth[i], tuple(each[i])), rel=1e-5
+                )
 
 
 def test_predicting_nothing_is_never_nearer_than_predicting_anything() -> None:
@@ -121,7 +138,12 @@ def test_means_over_groups_count_a_patient_once_and_leave_out_images_without_a_l
     assert found["hd95_per_group"] == pytest.approx(6)
     assert found["per_group"] == pytest.approx({"x": 0.3, "y": 0.9})
     assert found["per_image"] == {"a": 0.2, "b": 0.4, "c": 0.9}
-    assert (found["images"], found["groups"], found["missed"], found["empty_correct"]) == (3, 2, 1, 0.5)
+    assert (found["images"], found["groups"], found["missed"], found["empty_correct"]) == (
+        3,
+        2,
+        1,
+        0.5,
+    )
     assert (found["dsc_small"], found["dsc_medium"], found["dsc_large"]) == (0.2, 0.4, 0.9)
     assert summary(table[:3], (0.02, 0.1))["empty_correct"] is None
 
@@ -149,7 +171,10 @@ def test_best_threshold_of_a_constant_probability_takes_everything_rather_than_n
 
 def test_sizes_include_their_limits_in_the_middle_and_leave_out_images_without_a_lesion() -> None:
     share = np.array([0.0, 0.019, 0.02, 0.1, 0.11])
-    found = {name: np.flatnonzero(chosen).tolist() for name, chosen in sizes_of(share, (0.02, 0.1)).items()}
+    found = {
+        name: np.flatnonzero(chosen).tolist()
+        for name, chosen in sizes_of(share, (0.02, 0.1)).items()
+    }
     assert found == {"small": [1], "medium": [2, 3], "large": [4]}
 
 

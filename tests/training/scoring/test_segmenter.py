@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from amlp_ray.config import ImageSpec, ModelSettings, PrepareSettings, SegmentSettings
 from amlp_ray.errors import CheckpointError, SettingsError
+from amlp_ray.evaluation.segmenter import Segmenter, load_segmenter, save_segmenter
 from amlp_ray.method.encoder import new_encoder
-from amlp_ray.training.scoring.segmenter import Segmenter, load_segmenter, save_segmenter
 
 SHAPES: list[dict[str, Any]] = [
     {},
@@ -24,11 +24,19 @@ SHAPES: list[dict[str, Any]] = [
 
 
 def spec_of(channels: int = 1, height: int = 64, width: int = 64) -> ImageSpec:
-    return ImageSpec(channels=channels, height=height, width=width, mean=(90.0,) * channels, std=(30.0,) * channels)
+    return ImageSpec(
+        channels=channels,
+        height=height,
+        width=width,
+        mean=(90.0,) * channels,
+        std=(30.0,) * channels,
+    )
 
 
 def model_of(**given: Any) -> ModelSettings:
-    return ModelSettings.model_validate({"width": 24, "depth": 2, "heads": 2, "decoder_width": 16} | given)
+    return ModelSettings.model_validate(
+        {"width": 24, "depth": 2, "heads": 2, "decoder_width": 16} | given
+    )
 
 
 def segmenter(spec: ImageSpec, model: ModelSettings, **given: Any) -> Segmenter:
@@ -38,14 +46,23 @@ def segmenter(spec: ImageSpec, model: ModelSettings, **given: Any) -> Segmenter:
 
 @pytest.mark.parametrize("decoder", ["linear", "conv", "unetr", "dpt"])
 @pytest.mark.parametrize("change", SHAPES)
-def test_every_decoder_makes_a_logit_per_pixel_and_uses_all_its_weights(decoder: str, change: dict[str, Any]) -> None:
+def test_every_decoder_makes_a_logit_per_pixel_and_uses_all_its_weights(
+    decoder: str, change: dict[str, Any]
+) -> None:
     side = max(64, change.get("patch_size", 8))
-    spec, model = spec_of(2, side, side + change.get("patch_size", 8)), model_of(**change)  # not square
+    spec, model = (
+        spec_of(2, side, side + change.get("patch_size", 8)),
+        model_of(**change),
+    )  # not square
     found = segmenter(spec, model, decoder=decoder)
     logits = found(torch.randn(2, 2, spec.height, spec.width))
     assert logits.shape == (2, 1, spec.height, spec.width)
     logits.square().sum().backward()
-    still = [name for name, p in found.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    still = [
+        name
+        for name, p in found.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
     # Before instance norm a bias is nothing; of a single token so are all weights of a query and a key.
     still = [name for name in still if not name.endswith("bias")]
     assert still == [] or change.get("patch_size") == 64
@@ -62,12 +79,19 @@ def test_no_image_of_a_batch_changes_what_is_said_of_another(decoder: str) -> No
 @pytest.mark.parametrize("decoder", ["conv", "dpt", "linear"])
 def test_patches_of_any_size_suit_all_but_unetr(decoder: str) -> None:
     model, spec = model_of(patch_size=12), spec_of(1, 48, 60)
-    assert segmenter(spec, model, decoder=decoder)(torch.randn(1, 1, 48, 60)).shape == (1, 1, 48, 60)
+    assert segmenter(spec, model, decoder=decoder)(torch.randn(1, 1, 48, 60)).shape == (
+        1,
+        1,
+        48,
+        60,
+    )
 
 
 @pytest.mark.parametrize("patch_size", [2, 12])
 def test_unetr_says_which_patches_it_needs(patch_size: int) -> None:
-    with pytest.raises(SettingsError, match=rf"a power of two from 4 on, not {patch_size}; choose decoder conv"):
+    with pytest.raises(
+        SettingsError, match=rf"a power of two from 4 on, not {patch_size}; choose decoder conv"
+    ):
         segmenter(spec_of(1, 48, 48), model_of(patch_size=patch_size), decoder="unetr")
 
 
@@ -75,14 +99,18 @@ def test_a_linear_decoder_is_one_projection_drawn_large() -> None:
     found = segmenter(spec_of(), model_of(), decoder="linear")
     images = torch.randn(2, 1, 64, 64)
     tokens = found.encoder.forward_features(images)[:, found.encoder.num_prefix_tokens :]
-    logits = (tokens @ found.decoder.head.weight[0, :, 0, 0] + found.decoder.head.bias).view(2, 1, 8, 8)
+    logits = (tokens @ found.decoder.head.weight[0, :, 0, 0] + found.decoder.head.bias).view(
+        2, 1, 8, 8
+    )
     large = torch.nn.functional.interpolate(logits, (64, 64), mode="bilinear", align_corners=False)
     torch.testing.assert_close(found(images), large)
     assert sum(p.numel() for p in found.decoder.parameters()) == 25
 
 
 @pytest.mark.parametrize("prepare", [PrepareSettings(size=64, values="percentile"), None])
-def test_a_file_holds_all_that_it_takes_to_use_a_segmenter(tmp_path: Path, prepare: PrepareSettings | None) -> None:
+def test_a_file_holds_all_that_it_takes_to_use_a_segmenter(
+    tmp_path: Path, prepare: PrepareSettings | None
+) -> None:
     spec, model = spec_of(), model_of(register_tokens=2)
     settings = SegmentSettings(decoder="dpt", decoder_width=8, lr=0.5)
     saved = Segmenter(new_encoder(model, spec), spec, settings).eval()
@@ -102,7 +130,9 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     save_segmenter(saved, tmp_path, encoder=model, spec=spec, prepare=None, settings=settings)
     path = tmp_path / "segmenter.safetensors"
     save_file(load_file(path), path)  # without its header
-    with pytest.raises(CheckpointError, match=r"segmenter \(KeyError\); run `amlp-ray segment` again"):
+    with pytest.raises(
+        CheckpointError, match=r"segmenter \(KeyError\); run `amlp-ray segment` again"
+    ):
         load_segmenter(tmp_path)
     other = settings.model_copy(update={"decoder": "unetr"})
     save_segmenter(saved, tmp_path, encoder=model, spec=spec, prepare=None, settings=other)

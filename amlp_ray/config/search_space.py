@@ -1,0 +1,98 @@
+"""Settings of a search space: what may stand behind a name in `space`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from amlp_ray.config.base import Settings
+
+Scalar = str | int | float | bool
+
+
+class Range(Settings):
+    """A numeric parameter of a search space."""
+
+    low: float  # inside the range of the setting itself
+    high: float  # as low, and above it
+    log: bool = False  # drawn on a log scale; needs low > 0 and no step
+    step: float | None = Field(None, gt=0)  # none: any value between, or any integer
+    # a value between; where any is given, the first trial tries them all, and the study's own value where one is not
+    default: float | None = None
+    when: dict[str, Any] | None = None  # {"ratio.shape": "power"}: only in trials where that holds
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Range:
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low:g} must lie below high {self.high:g}")
+        if self.log and (self.low <= 0 or self.step):
+            raise ValueError("log needs low > 0 and no step")
+        if self.default is not None and not self.low <= self.default <= self.high:
+            raise ValueError(f"default {self.default:g} lies outside {self.low:g} to {self.high:g}")
+        return self
+
+
+class Choice(Settings):
+    """A categorical parameter of a search space."""
+
+    choices: list[Scalar | None] = Field(min_length=1)  # each accepted by the setting itself
+    default: Scalar | None = None  # one of them, as in a range
+    when: dict[str, Any] | None = None  # as in a range
+
+    @model_validator(mode="after")
+    def _check_choices(self) -> Choice:
+        kinds = [
+            (type(choice), choice) for choice in self.choices
+        ]  # True and 1 are equal, and two choices
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"each choice is named once, not {self.choices}")
+        if self.default is not None and self.default not in self.choices:
+            raise ValueError(f"default {self.default!r} is none of the choices {self.choices}")
+        return self
+
+
+class Fixed(Settings):
+    """A value that is set and not searched, in the trials where `when` holds; `name: value` is short for it."""
+
+    value: Scalar | None  # accepted by the setting itself
+    when: dict[str, Any] | None = None  # as in a range
+
+
+class Derived(Settings):
+    """A value that follows from others, such as `ratio.start + delta`."""
+
+    # of names of settings and parameters, with + - * / // % **, comparisons, and, or, not, min, max, round, abs. A name
+    # that is no setting, such as delta, is a helper: searched or fixed like a setting, and used by rules only
+    expression: str = Field(min_length=1)
+    when: dict[str, Any] | None = None  # as in a range
+
+
+def _kind(given: Any) -> str:
+    if isinstance(given, Choice | Range | Fixed | Derived):
+        return type(given).__name__.lower()
+    for key, kind in (("choices", "choice"), ("value", "fixed"), ("expression", "derived")):
+        if isinstance(given, Mapping) and key in given:
+            return kind
+    return "range"
+
+
+Parameter = Annotated[
+    Annotated[Range, Tag("range")]
+    | Annotated[Choice, Tag("choice")]
+    | Annotated[Fixed, Tag("fixed")]
+    | Annotated[Derived, Tag("derived")],
+    Discriminator(_kind),
+]
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """The `module:function` that a space in Python is stored as. Raises ValueError where no other process finds it."""
+    module, name = function.__module__, function.__qualname__
+    if module == "__main__" or not name.isidentifier():
+        raise ValueError(
+            f"space: {name} of {module} cannot be imported by another process; "
+            f"give a function at the top of a module, no lambda and none of a notebook or script"
+        )
+    return f"{module}:{name}"

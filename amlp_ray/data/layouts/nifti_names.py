@@ -1,0 +1,137 @@
+"""What the names of NIfTI files say: which are labels, of which image, and of which patient."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import NamedTuple
+
+LABEL_FOLDERS = re.compile(
+    r"(labels?|masks?|seg|segs|segmentations?|annotations?|gt|ground_?truth)(?P<part>tr|ts|va|val)?",
+    re.IGNORECASE,
+)
+IMAGE_FOLDERS = re.compile(r"(images?|imgs?|volumes?|scans?)(?P<part>tr|ts|va|val)?", re.IGNORECASE)
+# The last words of a name: what makes it a label, and what may stand after that.
+LABEL_WORD = re.compile(
+    r"[a-z0-9]{0,8}(seg|segs|segmentations?|masks?|labels?)|gt|rois?|groundtruth|annotations?"
+)
+AFTER_LABEL = re.compile(
+    r"manual|auto|automatic|final|corrected|lesions?|tumou?rs?|rater\d*|[a-z]|\d{1,3}"
+)
+BRAIN = re.compile(r"(.*[_\-.])?(brain|bet|skull)[_\-.]?(mask|seg|label)", re.IGNORECASE)
+SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")
+TIME_POINT = re.compile(
+    r"(?P<patient>BraTS-[A-Za-z]+-\d{4,6})-\d{3}"
+)  # of one patient, in BraTS from 2023 on
+# Folders below that of a patient.
+INNER = re.compile(
+    r"ses(sion)?[-_]?\w*|visit[-_]?\w*|tp[-_]?\d+|time(point)?[-_]?\d+|anat|func|dwi|perf|mri?|nii|nifti|\d{8}"
+)
+
+
+class Volume(NamedTuple):
+    """A NIfTI file, by what its name says."""
+
+    name: str  # relative to the place
+    folder: tuple[
+        str, ...
+    ]  # without folders such as images and labels, so that an image and its label agree
+    stem: str
+    is_label: bool
+    is_in_images: bool
+    is_in_labels: bool
+
+
+def nifti_stem(name: str) -> str | None:
+    """The file name without folder and ending, None if it is not NIfTI.
+
+    >>> nifti_stem("a/b.1.nii.gz"), nifti_stem("b.gz")
+    ('b.1', None)
+    """
+    base = name.rpartition("/")[2]
+    match = re.fullmatch(r"(.+)\.nii(\.gz)?", base, re.IGNORECASE)
+    return match[1] if match else None
+
+
+def parse(name: str) -> Volume:
+    """Read the name of a NIfTI file.
+
+    >>> parse("set/labelsTr/la_003.nii.gz").folder, parse("set/imagesTr/la_003.nii.gz").folder
+    (('set', 'tr'), ('set', 'tr'))
+    """
+    stem = nifti_stem(name)
+    assert stem is not None, name
+    kept: list[str] = []
+    is_in_images = is_in_labels = False
+    for folder in name.split("/")[:-1]:
+        labels, images = LABEL_FOLDERS.fullmatch(folder), IMAGE_FOLDERS.fullmatch(folder)
+        is_in_labels |= labels is not None
+        is_in_images |= images is not None
+        match = labels or images
+        if match is None and folder.lower() != "derivatives":
+            kept.append(folder)
+        elif match is not None and match["part"]:
+            kept.append(match["part"].lower())
+    is_label = is_in_labels or bool(mask_bases(stem.lower()))
+    return Volume(name, tuple(kept), stem, is_label, is_in_images, is_in_labels)
+
+
+def mask_bases(stem: str) -> list[str]:
+    """What the image of a label could be called, the longest first; none if the name is not a label's.
+
+    >>> mask_bases("t2s_gmseg-manual"), mask_bases("sub-1_t1w_label-lesion_mask"), mask_bases("lesion_001")
+    (['t2s'], ['sub-1_t1w_label-lesion', 'sub-1_t1w_label', 'sub-1_t1w'], [])
+    >>> mask_bases("segmentation")
+    ['']
+    """
+    parts = re.split(r"([_\-.])", stem)  # word, separator, word, ...
+    bases: list[str] = []
+    while parts:
+        word = parts[-1]
+        is_label = LABEL_WORD.fullmatch(word) is not None
+        if not is_label and not AFTER_LABEL.fullmatch(word):
+            break
+        parts = parts[:-2]
+        if is_label or bases:
+            bases.append("".join(parts))
+    return bases
+
+
+def is_brain_mask(stem: str) -> bool:
+    """Say whether a volume marks the brain, which is no lesion.
+
+    >>> is_brain_mask("sub-01_brain_mask"), is_brain_mask("brainmask"), is_brain_mask("brain_tumor_mask")
+    (True, True, False)
+    """
+    return BRAIN.fullmatch(stem) is not None
+
+
+def groups_of(cases: list[tuple[str, Volume, bool]]) -> list[str]:
+    """Return the patient of each case, of name, first volume, and whether the name is a case's.
+
+    A BIDS subject; else the case; else the folder where file names repeat from folder to folder, without folders of
+    sessions; else the volume itself.
+    """
+    folders: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for name, volume, _ in cases:
+        folders[name].add(volume.folder)
+    of_patients = {folder for found in folders.values() if len(found) > 1 for folder in found}
+    groups = []
+    for name, volume, is_case in cases:
+        subject = next((m for m in map(SUBJECT.match, (*volume.folder, volume.stem)) if m), None)
+        point = TIME_POINT.fullmatch(name)
+        if subject:
+            groups.append(subject[0])
+        elif point:
+            groups.append(point["patient"])
+        elif not is_case and volume.folder in of_patients:
+            groups.append("/".join(_patient_folder(volume.folder)) or name)
+        else:
+            groups.append(name if len(folders[name]) == 1 else "/".join((*volume.folder, name)))
+    return groups
+
+
+def _patient_folder(folder: tuple[str, ...]) -> tuple[str, ...]:
+    while len(folder) > 1 and INNER.fullmatch(folder[-1].lower()):
+        folder = folder[:-1]
+    return folder

@@ -1,0 +1,296 @@
+"""`predict`: a segmenter's masks of new images, in the geometry of their files.
+
+Images are listed and decoded by the code that prepares datasets, and brought to the network's input as its training
+images were; what comes out is brought back to the size, place and axes of the file. Masks in the folder are ignored.
+
+    a.jpg, wards/b.png           a.png, wards/b.png: 0 and 255, of the same height and width
+    case_7.nii                   case_7.nii.gz: 0 and 1, of the same shape, affine and voxel sizes
+    case_0000.nii.gz, _0001      case.nii.gz: the channels of a case make one
+    series/IM0001, b.dcm         series/IM0001.png, b.png
+    frames.dcm                   frames/0000.png, frames/0001.png, ...
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from amlp_ray.config import PredictSettings
+from amlp_ray.data.decoders import read_frames
+from amlp_ray.data.layouts import Fault, Item, find_items
+from amlp_ray.data.layouts.nifti_names import nifti_stem
+from amlp_ray.data.path import Place, read_bytes
+from amlp_ray.data.prepare.rejects import Rejects
+from amlp_ray.errors import DataError
+from amlp_ray.evaluation.segmenter import WEIGHTS
+from amlp_ray.inference.engine import Inference, as_trained, lesion_probabilities, load_inference
+from amlp_ray.inference.geometry import overlay, png_bytes, volume_bytes
+
+MARKER = "predict.json"  # in the folder of masks: what they are of
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+
+
+class Predictions(NamedTuple):
+    """What a run left: `out` holds the masks, and `rejects` lists what could not be used, if anything."""
+
+    out: str
+    predicted: int  # items: pictures, DICOM series, volumes
+    before: int  # by an earlier run
+    rejected: int  # files
+    rejects: str
+
+
+class _File(NamedTuple):
+    place: Place
+    content: bytes
+
+
+def predict(
+    images: str | Path | Place,
+    segmenter: str | Path,
+    out: str | Path | Place,
+    settings: PredictSettings | None = None,
+    *,
+    overwrite: bool = False,
+    device: str = "cpu",
+    say: Callable[[str], None] = lambda sentence: None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Predictions:
+    """Write a mask for each image of a folder. Images of an earlier run of the same are skipped.
+
+    Args:
+        images: folder or URI, in any layout that can be prepared.
+        segmenter: folder that `segment` made.
+        out: folder or URI of the masks. Beside it lie `<out>.probability` and `<out>.overlay`, where the settings ask
+            for them, and `<out>.rejects.csv`, which lists the files that cannot be used.
+        overwrite: replace what another run left in `out`.
+
+    Raises:
+        DataError: nothing can be used, or `out` is taken or cannot be written.
+        CheckpointError: the segmenter is missing or damaged.
+    """
+    settings, source, out = settings or PredictSettings(), Place(images), Place(out)
+    _check_apart(source, out)
+    task = load_inference(Path(segmenter), settings, device, say)
+    listing = find_items(task.decoding, source)
+    if listing.why:
+        say(listing.why)
+    _begin(out, _identity(source, Path(segmenter), settings), overwrite)
+    rejects = Rejects(out, strict=False)
+    rejects.add(fault._replace(file=str(source / fault.file)) for fault in listing.faults)
+    predicted = before = 0
+    taken: dict[str, str] = {}
+    try:
+        for done, item in enumerate(listing.items):
+            progress(done, len(listing.items))
+            item = replace(item, masks=(), outlines="")
+            try:
+                names = names_of(item, source)
+                _check_free(item, names, taken)
+                if _is_done(item, names, out):
+                    before += 1
+                    continue
+                files, notes = _predicted(item, names, out, task)
+            except (DataError, OSError, MemoryError) as error:
+                rejects.add([_fault(item, error)])
+                continue
+            rejects.add(Fault(item.images[0], "repaired", note) for note in notes)
+            for file in files:
+                file.place.write_whole(file.content)
+            predicted += 1
+        progress(len(listing.items), len(listing.items))
+        rejects.write()
+    except OSError as error:
+        raise DataError(
+            f"{out} cannot be written ({error.strerror or error}); check the path, space and rights, and run the same "
+            f"command again to go on."
+        ) from None
+    if not predicted and not before:
+        (out / MARKER).delete()  # so that the next try may have other settings
+        raise DataError(
+            f"None of {len(listing.items)} images can be used. The first: {rejects.first()}"
+        )
+    return Predictions(str(out), predicted, before, rejects.rejected, str(rejects.place))
+
+
+def names_of(item: Item, source: Place) -> list[str]:
+    """The masks of an item, relative to their folder: one per frame, or one for a volume.
+
+    Raises:
+        DataError: a DICOM object, whose frames are counted, cannot be read.
+    """
+    if item.format == "picture":
+        return [str(PurePosixPath(item.source).with_suffix(".png"))]
+    if item.format == "nifti":
+        folder, slash, name = item.source.rpartition("/")
+        stem = nifti_stem(name) if len(item.images) == 1 else item.id.rpartition("/")[2]
+        return [f"{folder}{slash}{stem}.nii.gz"]
+    files = [Place(path).path.removeprefix(f"{source.path}/") for path in item.images]
+    stems = [_without(name, DICOM_SUFFIXES) for name in files]
+    count = (
+        1 if len(stems) > 1 else _frame_count(item.images[0])
+    )  # what has several frames is an item of its own
+    if count == 1:
+        return [f"{stem}.png" for stem in stems]
+    return [f"{stems[0]}/{number:04d}.png" for number in range(count)]
+
+
+def _frame_count(path: str) -> int:
+    from amlp_ray.data.decoders.dicom_pixels import (  # brings packages that no other format needs
+        frame_count,
+        load,
+    )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # every odd value in a header gives one
+        return frame_count(load(path, read_bytes))
+
+
+def _without(name: str, suffixes: tuple[str, ...]) -> str:
+    """A name without one of the suffixes; the last number of a UID is none."""
+    path = PurePosixPath(name)
+    return str(path.with_suffix("")) if path.suffix.lower() in suffixes else name
+
+
+def _predicted(
+    item: Item, names: list[str], out: Place, task: Inference
+) -> tuple[list[_File], list[str]]:
+    """All files of an item, its masks last, since they tell a later run that it is done; and notes of repairs.
+
+    Raises:
+        DataError: the item cannot be used; the sentence names the file. OSError, MemoryError: it cannot be read.
+    """
+    settings, is_volume = task.settings, item.format == "nifti"
+    masks: list[np.ndarray] = []
+    probabilities: list[np.ndarray] = []
+    drawn: list[_File] = []
+    notes: dict[str, None] = {}
+    frames = read_frames(item, task.decoding)
+    while batch := list(islice(frames, settings.batch_size)):
+        images = [as_trained(item, frame, task) for frame in batch]
+        for frame, probability in zip(batch, lesion_probabilities(images, task), strict=True):
+            mask = (probability > settings.threshold).astype(np.uint8)
+            masks.append(mask)
+            if settings.probability:
+                probabilities.append(probability)
+            if settings.overlay:
+                name = (
+                    f"{_stem(names[0])}/{frame.number:04d}.png"
+                    if is_volume
+                    else names[frame.number]
+                )
+                drawn.append(
+                    _File(_beside(out, "overlay") / name, png_bytes(overlay(frame.image, mask)))
+                )
+            notes |= dict.fromkeys(frame.notes)
+    if is_volume:
+        encoded = [volume_bytes(masks, task.decoding.axis, item.images[0])]
+        shares = (
+            [volume_bytes(probabilities, task.decoding.axis, item.images[0])]
+            if probabilities
+            else []
+        )
+    else:
+        encoded = [png_bytes(mask * np.uint8(255)) for mask in masks]
+        shares = [png_bytes(np.rint(one * 65535).astype(np.uint16)) for one in probabilities]
+    beside = [
+        _File(_beside(out, "probability") / name, content)
+        for name, content in zip(names, shares, strict=False)
+    ]
+    return [
+        *drawn,
+        *beside,
+        *(_File(out / n, content) for n, content in zip(names, encoded, strict=True)),
+    ], list(notes)
+
+
+def _check_apart(source: Place, out: Place) -> None:
+    """Masks among the images would be taken for images, or in their place."""
+    paths = [
+        PurePosixPath(place.local.resolve() if place.is_local else str(place))
+        for place in (source, out)
+    ]
+    if paths[1].is_relative_to(paths[0]) or paths[0].is_relative_to(paths[1]):
+        raise DataError(
+            f"{out} lies among the images of {source}, or holds them; give masks a folder of their own."
+        )
+
+
+def _identity(source: Place, segmenter: Path, settings: PredictSettings) -> dict[str, Any]:
+    """What a run's masks follow from, but for the images themselves."""
+    return {
+        "images": str(source),
+        "segmenter": hashlib.sha256((segmenter / WEIGHTS).read_bytes()).hexdigest(),
+        "settings": settings.model_dump(mode="json", exclude={"batch_size"}),
+    }
+
+
+def _begin(out: Place, identity: dict[str, Any], overwrite: bool) -> None:
+    """Make `out` this run's: it is new, empty, of an earlier run of the same, or replaced."""
+    marker = out / MARKER
+    if marker.is_file():
+        if not overwrite:
+            try:
+                same = json.loads(marker.read_bytes()) == identity
+            except ValueError:
+                same = False
+            if not same:
+                raise DataError(
+                    f"{out} holds predictions of other images, another segmenter or other settings; give another "
+                    f"--out, or --overwrite to replace them."
+                )
+            return
+        for place in (out, _beside(out, "probability"), _beside(out, "overlay")):
+            place.delete()
+    elif out.is_file() or (out.is_folder() and not out.is_empty()):
+        raise DataError(f"{out} holds something else than predictions; give another --out.")
+    try:
+        marker.write_whole(json.dumps(identity, indent=1) + "\n")
+    except OSError as error:
+        raise DataError(
+            f"{out} cannot be written ({error.strerror or error}); check the path, space and rights."
+        ) from None
+
+
+def _check_free(item: Item, names: list[str], taken: dict[str, str]) -> None:
+    for name in names:
+        first = taken.setdefault(name, item.images[0])
+        if first != item.images[0]:
+            raise DataError(
+                f"{item.images[0]} would get the mask {name}, which is that of {first}; rename one."
+            )
+
+
+def _is_done(item: Item, names: list[str], out: Place) -> bool:
+    """Whether all masks are there, and none of the item's files has changed since."""
+    written = [(out / name).info().mtime_ns for name in names]
+    read = [Place(path).info().mtime_ns for path in item.images]
+    return None not in written and None not in read and min(written) >= max(read)
+
+
+def _beside(out: Place, what: str) -> Place:
+    return out.parent / f"{out.name}.{what}"
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".nii.gz")
+
+
+def _fault(item: Item, error: Exception) -> Fault:
+    """Why an item is left out, as a line of the list, which has the file's name apart."""
+    path = item.images[0]
+    if isinstance(error, MemoryError):
+        reason = "does not fit in memory; cut it in pieces"
+    elif isinstance(error, OSError):
+        reason = f"cannot be read ({error.strerror or error}); check that it is there and yours"
+    else:
+        reason = str(error).removeprefix(f"{path} ")
+    return Fault(path, "rejected", reason)

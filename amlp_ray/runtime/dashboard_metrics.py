@@ -1,0 +1,58 @@
+"""A trial's main figures as Ray metrics, for the cluster's dashboard, Prometheus and Grafana."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+REFRESH_S = 5.0  # a gauge that is not set again vanishes after about two export intervals of 10 s
+
+GAUGES = {
+    "loss": "Pretraining loss of the last epoch",
+    "ratio": "Masking ratio of the last epoch",
+    "lr": "Learning rate at the end of the last epoch",
+    "grad_norm": "Mean gradient norm of the last epoch, before clipping",
+    "images_per_second": "Images trained per second, by all workers",
+    "images_per_second_per_worker": "Images trained per second and worker",
+    "mfu": "Share of the device's peak arithmetic that training uses",
+    "memory": "Most memory held so far, in GB: of the GPU, or of the first worker's process",
+    "wait_share": "Share of the epoch spent waiting for data",
+    "dsc": "DSC of the probe at the last rung",
+}
+
+
+class TrialGauges:
+    """Gauges `amlp_loss`, `amlp_ratio`, ... tagged by study and trial, kept alive until `close`."""
+
+    def __init__(self, study: str, trial: str) -> None:
+        from ray.util.metrics import Gauge
+
+        tags = {"study": study, "trial": trial}
+        self._gauges = {
+            name: Gauge(f"amlp_{name}", text, tag_keys=tuple(tags)) for name, text in GAUGES.items()
+        }
+        for gauge in self._gauges.values():
+            gauge.set_default_tags(tags)
+        self._values: dict[str, float] = {}
+        self._closed = threading.Event()
+        threading.Thread(target=self._refresh, name="amlp-gauges", daemon=True).start()
+
+    def update(self, metrics: Mapping[str, Any]) -> None:
+        """Show an epoch's metrics; those without a gauge, and those that are not known, are left out."""
+        self._values |= {
+            name: float(metrics[name]) for name in self._gauges if metrics.get(name) is not None
+        }
+        self._set()
+
+    def close(self) -> None:
+        """Let the gauges vanish."""
+        self._closed.set()
+
+    def _refresh(self) -> None:
+        while not self._closed.wait(REFRESH_S):
+            self._set()
+
+    def _set(self) -> None:
+        for name, value in list(self._values.items()):
+            self._gauges[name].set(value)

@@ -1,0 +1,192 @@
+"""Several studies side by side: what each found, where they differ, and whether their scores may be compared at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from amlp_ray.config import StudySettings
+from amlp_ray.config.overrides import flat
+from amlp_ray.errors import SettingsError
+from amlp_ray.study.operations.status import spent_by
+from amlp_ray.study.storage.best_trials import best_trial, front
+from amlp_ray.study.storage.budget import counts
+from amlp_ray.study.storage.study_store import StudyStore
+
+ASIDE = (
+    "name",
+    "description",
+    "data",
+    "labels",
+    "storage",
+    "resources.",
+    "faults.",
+    "sampler.ahead",
+    "tie",
+)
+
+
+def compare(stores: Sequence[StudyStore]) -> dict[str, Any]:
+    """Compare studies by their best trials and arms.
+
+    Returns:
+        `studies`: a row each; `comparable`, and in `reasons` why not; `verdict`, in words; `differing` settings, one
+        row per setting with a column per study; `overlap` of each pair: parameters searched in both, and trials of the
+        same parameters with their mean difference.
+
+    Raises:
+        SettingsError: for fewer than two studies.
+    """
+    names = [store.name for store in stores]
+    if len(set(names)) < 2 or len(set(names)) < len(names):
+        raise SettingsError(
+            f"compare needs two or more different studies, not {', '.join(names) or 'none'}."
+        )
+    settings = [store.settings() for store in stores]
+    trials = [store.search().get_trials(deepcopy=False) for store in stores]
+    rows = [_row(*parts) for parts in zip(stores, settings, trials, strict=True)]
+    reasons = _reasons(rows, settings)
+    return {
+        "studies": rows,
+        "comparable": not reasons,
+        "reasons": reasons,
+        "verdict": _verdict(rows, settings, reasons),
+        "differing": _differing(settings),
+        "overlap": [
+            {
+                "studies": [names[i], names[j]],
+                **_overlap(settings[i], trials[i], settings[j], trials[j]),
+            }
+            for i in range(len(names))
+            for j in range(i + 1, len(names))
+        ],
+    }
+
+
+def _row(
+    store: StudyStore, settings: StudySettings, trials: Sequence[FrozenTrial]
+) -> dict[str, Any]:
+    done = [trial for trial in trials if trial.state == TrialState.COMPLETE and counts(trial)]
+    best = best_trial(store, settings) if front(trials, settings) else None
+    place = (
+        list(settings.objectives).index(settings.metric)
+        if settings.metric in settings.objectives
+        else 0
+    )
+    arms: dict[str, list[float]] = {}
+    for trial in store.arms().get_trials(deepcopy=False):
+        if trial.state == TrialState.COMPLETE:
+            arms.setdefault(trial.user_attrs["arm"], []).append(trial.values[0])
+    spent = spent_by(store, trials, settings)
+    return {
+        "study": settings.name,
+        "metric": settings.metric,
+        "best": None if best is None else best.values[place],
+        "trial": None if best is None else best.number,
+        "complete": len(done),
+        "trials": spent.trials,
+        "hours": spent.seconds / 3600,
+        "epochs": spent.epochs,
+        "arms": {arm: {"n": len(values), "mean": fmean(values)} for arm, values in arms.items()},
+        "data": _fingerprints(store),
+    }
+
+
+def _fingerprints(store: StudyStore) -> dict[str, str | None]:
+    """Of the data that a study was begun on, and of its labels where they are apart."""
+    try:
+        about = json.loads((store.folder / "environment.json").read_text())
+    except (OSError, ValueError):
+        return {"dataset": None, "labels": None}
+    return {name: (about.get(name) or {}).get("fingerprint") for name in ("dataset", "labels")}
+
+
+def _reasons(rows: Sequence[Mapping[str, Any]], settings: Sequence[StudySettings]) -> list[str]:
+    first, reasons = rows[0], []
+    for row, own in zip(rows[1:], settings[1:], strict=True):
+        pair = f"{first['study']} and {row['study']}"
+        if None in (first["data"]["dataset"], row["data"]["dataset"]):
+            reasons.append(f"of {pair}, one has not been run: what data it was on is not known")
+        elif first["data"] != row["data"]:
+            reasons.append(
+                f"{pair} were run on different data (see the fingerprints in their environment.json)"
+            )
+        if first["metric"] != row["metric"]:
+            reasons.append(f"{pair} go by {first['metric']} and {row['metric']}")
+        if settings[0].probe != own.probe:
+            reasons.append(f"{pair} score by different probes (settings under probe)")
+    return reasons
+
+
+def _verdict(
+    rows: Sequence[Mapping[str, Any]], settings: Sequence[StudySettings], reasons: Sequence[str]
+) -> str:
+    if reasons:
+        return f"Not comparable: {'; '.join(reasons)}."
+    scored = sorted((row for row in rows if row["best"] is not None), key=lambda row: -row["best"])
+    if len(scored) < 2:
+        return "Nothing to compare yet: fewer than two of the studies have a complete trial."
+    tie, (first, second) = max(own.tie for own in settings), scored[:2]
+    gain = first["best"] - second["best"]
+    if gain < tie:
+        return f"A tie: {first['study']} is {gain:.3f} above {second['study']}, and differences below {tie:g} are noise."
+    return (
+        f"{first['study']} found the best trial, {gain:.3f} above {second['study']}; each is the best of many single "
+        f"runs, which `confirm` repeats."
+    )
+
+
+def _differing(settings: Sequence[StudySettings]) -> list[dict[str, Any]]:
+    tables = [flat(own) for own in settings]
+    names = dict.fromkeys(name for table in tables for name in table)
+    return [
+        {
+            "setting": name,
+            **{own.name: table.get(name) for own, table in zip(settings, tables, strict=True)},
+        }
+        for name in names
+        if not name.startswith(ASIDE)
+        and any(table.get(name) != tables[0].get(name) for table in tables)
+    ]
+
+
+def _overlap(
+    a: StudySettings,
+    trials_a: Sequence[FrozenTrial],
+    b: StudySettings,
+    trials_b: Sequence[FrozenTrial],
+) -> dict[str, Any]:
+    searched_a, searched_b = (
+        {name for t in trials for name in t.params} for trials in (trials_a, trials_b)
+    )
+    values_a, values_b = _by_params(a, trials_a), _by_params(b, trials_b)
+    both = values_a.keys() & values_b.keys()
+    differences = [values_a[key] - values_b[key] for key in both]
+    return {
+        "searched_in_both": sorted(searched_a & searched_b),
+        "only_first": sorted(searched_a - searched_b),
+        "only_second": sorted(searched_b - searched_a),
+        "same_trials": len(both),
+        "mean_difference": fmean(differences) if differences else None,  # first minus second
+    }
+
+
+def _by_params(
+    settings: StudySettings, trials: Sequence[FrozenTrial]
+) -> dict[tuple[Any, ...], float]:
+    place = (
+        list(settings.objectives).index(settings.metric)
+        if settings.metric in settings.objectives
+        else 0
+    )
+    return {
+        tuple(sorted((name, repr(value)) for name, value in trial.params.items())): trial.values[
+            place
+        ]
+        for trial in trials
+        if trial.state == TrialState.COMPLETE and counts(trial) and trial.params
+    }

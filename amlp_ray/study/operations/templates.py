@@ -1,0 +1,135 @@
+"""The beginning of a study: a commented file to change, and a look at whether it is right."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+from amlp_ray.config import Choice, Derived, Fixed, Range
+from amlp_ray.config.yaml_file import read_yaml
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.errors import SettingsError
+from amlp_ray.study.baselines import arm_plans
+from amlp_ray.study.rungs import rung_epochs
+from amlp_ray.study.search.samplers import check_sampler
+from amlp_ray.study.search_space.validate import build_study
+from amlp_ray.study.search_space.values import range_words
+
+READY = Path(__file__).parents[3] / "studies"  # of a checkout
+
+GENERAL = """\
+# What does this study ask? What does it cost? Say so here, for whoever reads it next year.
+# `amlp-ray study validate FILE` checks it, `amlp-ray study plan FILE --data DATASET` prices it,
+# `amlp-ray study run FILE --data DATASET` runs it, and goes on where it stopped.
+# Every setting with its range and the reason for its default: `amlp-ray settings pretrain study`.
+name: NAME
+description: Where should the masking ratio start and end, and how is the mask aimed?
+seed: 0
+pretrain: # of every trial
+  variant: amlp
+  epochs: 70 # 400 optimiser steps in all at least: shorter trials do not rank
+space: # what is searched; any setting of `pretrain` by its dotted name
+  ratio.start: {low: 0.15, high: 0.75}
+  ratio.end: {low: 0.3, high: 0.85}
+  selection.mode: {choices: [hard, soft]}
+  selection.strength: {low: 0.3, high: 2.0, when: {selection.mode: soft}} # only asked for where that holds
+# require: ["ratio.start <= ratio.end"] # what holds in every trial
+pruner: {name: median, rungs: 4, min_steps: 400} # scored four times; poor ones end early
+budget: {trials: 16} # or hours, gpu_hours, epochs: the first one reached ends the study
+# resources: {cpus_per_worker: 1, gpus_per_worker: 0.5} # two trials on each GPU
+arms: [scratch, mae] # what the best trial has to beat, in the same budget
+arm_seeds: 2
+confirm: {top: 3, seeds: 5} # `amlp-ray study confirm`: the best and the arms again, and one look at the test images
+"""
+
+
+def init_study(name: str, *, template: str | None = None, folder: str | Path = ".") -> Path:
+    """Write `<folder>/<name>.yaml`, a commented study file to change, and return its path.
+
+    Args:
+        template: a ready study's name, such as `masking_ratio`, or a study file; none: a small general one.
+
+    Raises:
+        SettingsError: the file exists, there is no such template, or the name cannot be one.
+    """
+    file = Path(folder) / f"{name}.yaml"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise SettingsError(
+            f"A study cannot be called {name!r}; letters, digits, '_', '.' and '-' make a name."
+        )
+    if file.exists():
+        raise SettingsError(
+            f"{file} exists and is left as it is; choose another name, or delete it."
+        )
+    text = GENERAL if template is None else _template(template)
+    if re.search(r"(?m)^name:", text) is None:
+        raise SettingsError(f"{template} is no study file: it has no line `name:`.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(re.sub(r"(?m)^name:.*$", f"name: {name}", text, count=1))
+    return file
+
+
+def ready_studies() -> list[str]:
+    """Names of the ready studies; none where the package is installed without them."""
+    return sorted(file.stem for file in READY.glob("*.yaml"))
+
+
+def _template(name: str) -> str:
+    file = READY / f"{name}.yaml"
+    if name in ready_studies():
+        return file.read_text()
+    if Path(name).is_file():
+        return Path(name).read_text()
+    near = difflib.get_close_matches(name, ready_studies(), n=1, cutoff=0.5)
+    raise SettingsError(
+        f"There is no ready study or file {name!r}; "
+        + (
+            f"did you mean {near[0]}?"
+            if near
+            else f"ready are {', '.join(ready_studies()) or 'none here'}."
+        )
+    )
+
+
+def validate(
+    file: str | Path, *, data: str | None = None, labels: str | None = None
+) -> dict[str, Any]:
+    """Check a study file, with all its faults in one list, and say in short what the study is.
+
+    Args:
+        data, labels: patch datasets to check it against as well: shapes, labels, batches.
+
+    Raises:
+        SettingsError: one sentence per fault, with the line. DataError: it does not go with the data.
+    """
+    settings = build_study(read_yaml(file), str(file))
+    check_sampler(settings)
+    arms = arm_plans(settings)
+    if data is not None:
+        from amlp_ray.study.execution.plan import check_study
+
+        check_study(
+            settings, PatchDataset.open(data), None if labels is None else PatchDataset.open(labels)
+        )
+    epochs = settings.trial({}, seed=0).epochs
+    space = settings.space if isinstance(settings.space, dict) else {}
+    return {
+        "study": settings.name,
+        "space": {name: range_words(p) for name, p in space.items()}
+        or settings.space
+        or "nothing is searched",
+        "objectives": dict(settings.objectives),
+        "sampler": settings.sampler.name,
+        "pruner": settings.pruner.name,
+        "rungs": list(rung_epochs(epochs, settings.pruner)),
+        "budget": {
+            name: limit for name, limit in settings.budget.model_dump().items() if limit is not None
+        },
+        "arms": [plan.name for plan in arms],
+        "arm_runs": len(arms) * settings.arm_seeds,
+        "searched": sum(isinstance(p, Range | Choice) for p in space.values()),
+        "set": sum(isinstance(p, Fixed | Derived) for p in space.values()),
+        "checked_against": data,
+    }

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from amlp_ray.config import (
-        FaultSettings,
-        PredictSettings,
-        PrepareSettings,
-        PretrainSettings,
-        ResourceSettings,
-        SegmentSettings,
-        StudySettings,
-        TrackingSettings,
+        FaultToleranceConfig,
+        PredictConfig,
+        PrepareConfig,
+        PretrainConfig,
+        ResourceConfig,
+        SegmentConfig,
+        StudyConfig,
+        TrackingConfig,
     )
     from amlp_ray.data.check import check_dataset
     from amlp_ray.data.dataset import PatchDataset
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
     from amlp_ray.training.checkpoint.export import load_encoder
 
 __all__ = [
-    "FaultSettings",
+    "FaultToleranceConfig",
     "PatchDataset",
-    "PredictSettings",
-    "PrepareSettings",
-    "PretrainSettings",
-    "ResourceSettings",
-    "SegmentSettings",
+    "PredictConfig",
+    "PrepareConfig",
+    "PretrainConfig",
+    "ResourceConfig",
+    "SegmentConfig",
     "Study",
-    "StudySettings",
-    "TrackingSettings",
+    "StudyConfig",
+    "TrackingConfig",
     "check_dataset",
     "load_encoder",
     "predict",
@@ -48,16 +48,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "FaultSettings": "amlp_ray.config.FaultSettings",
+    "FaultToleranceConfig": "amlp_ray.config.FaultToleranceConfig",
     "PatchDataset": "amlp_ray.data.dataset.PatchDataset",
-    "PredictSettings": "amlp_ray.config.PredictSettings",
-    "PrepareSettings": "amlp_ray.config.PrepareSettings",
-    "PretrainSettings": "amlp_ray.config.PretrainSettings",
-    "ResourceSettings": "amlp_ray.config.ResourceSettings",
-    "SegmentSettings": "amlp_ray.config.SegmentSettings",
+    "PredictConfig": "amlp_ray.config.PredictConfig",
+    "PrepareConfig": "amlp_ray.config.PrepareConfig",
+    "PretrainConfig": "amlp_ray.config.PretrainConfig",
+    "ResourceConfig": "amlp_ray.config.ResourceConfig",
+    "SegmentConfig": "amlp_ray.config.SegmentConfig",
     "Study": "amlp_ray.study.study.Study",
-    "StudySettings": "amlp_ray.config.StudySettings",
-    "TrackingSettings": "amlp_ray.config.TrackingSettings",
+    "StudyConfig": "amlp_ray.config.StudyConfig",
+    "TrackingConfig": "amlp_ray.config.TrackingConfig",
     "check_dataset": "amlp_ray.data.check.check_dataset",
     "load_encoder": "amlp_ray.training.checkpoint.export.load_encoder",
     "predict": "amlp_ray.inference.predict.predict",

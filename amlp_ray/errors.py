@@ -20,7 +20,7 @@ class AmlpError(Exception):
         return (str(self),)
 
 
-class SettingsError(AmlpError, ValueError):
+class ConfigError(AmlpError, ValueError):
     """Settings are misspelt, out of range, or contradict each other: one sentence per fault.
 
     A ValueError too, so that pydantic lists what a validator raises with the other faults of a model.
@@ -60,11 +60,11 @@ class CheckpointError(AmlpError):
 
 
 class WorkerLostError(AmlpError):
-    """Workers or nodes of a run were lost more often than `faults.retries` allows."""
+    """Workers or nodes of a run were lost more often than `fault_tolerance.max_failures` allows."""
 
 
 class StorageError(AmlpError):
-    """A run's folder was full or away for longer than `faults.storage_minutes`; what was trained is kept up to then."""
+    """A run's folder was full or away for longer than `fault_tolerance.storage_minutes`; what was trained is kept up to then."""
 
 
 class StudyError(AmlpError):

@@ -14,13 +14,13 @@ import torch
 from originals import original
 from torch import Tensor, nn
 
-from amlp_ray.config import ImageSpec, PretrainSettings, SelectionSettings
+from amlp_ray.config import ImageSpec, PretrainConfig, SelectionConfig
 from amlp_ray.data.loading.batches import Batch
 from amlp_ray.data.phantoms import draw_phantom
-from amlp_ray.method.augment import normalise
-from amlp_ray.method.masking import Moment
-from amlp_ray.training.objectives import step_of
-from amlp_ray.training.train_state import Learner
+from amlp_ray.method.augment import normalize
+from amlp_ray.method.masking import TrainingStep
+from amlp_ray.training.objectives import make_objective
+from amlp_ray.training.train_state import TrainState
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ SIZES = {
 IMAGE, PATCH = 224, 16
 PATCHES = (IMAGE // PATCH) ** 2
 SPEC = ImageSpec(channels=3, height=IMAGE, width=IMAGE, mean=(64.0,) * 3, std=(48.0,) * 3)
-REFRESH = SelectionSettings().refresh
+REFRESH = SelectionConfig().analysis_interval
 MAE, KEPT, LOOK = "mae", "amlp, no look", "amlp, look"
 
 
@@ -77,7 +77,7 @@ def contenders(options: argparse.Namespace) -> list[Contender]:
         ),  # looks in the first round, which is not timed
         _ours(LOOK, "amlp", lambda turn: 1 + turn * REFRESH, batch, options),
     ]
-    images = normalise(batch.images, SPEC).to(options.device)
+    images = normalize(batch.images, SPEC).to(options.device)
     for name, build in (
         ("facebookresearch", _facebook),
         ("transformers", _transformers),
@@ -104,21 +104,21 @@ def _ours(
 
     Images are looked at in epochs 1, 1 + REFRESH, and so on, and where they have not been seen since.
     """
-    settings = PretrainSettings(
+    config = PretrainConfig(
         variant=variant,
         epochs=(options.rounds + 1) * REFRESH,
-        crop_min=1.0,
+        min_crop_area=1.0,
         flip=False,
         precision=options.dtype,
         ratio={"start": options.ratio, "end": options.ratio},
         model={"patch_size": PATCH, **vars(SIZES[options.size])},
         loss={"warmup": 0.0},
     )
-    model = Learner(settings, SPEC, options.device).model
-    objective = step_of(model, settings, None)
+    model = TrainState(config, SPEC, options.device).model
+    objective = make_objective(model, config, None)
 
     def loss(turn: int) -> Tensor:
-        now = Moment(epoch_of(turn))
+        now = TrainingStep(epoch_of(turn))
         objective.begin_epoch(now.epoch, 1)  # the teacher catches up before a look
         values, _ = next(objective(model, batch, now, options.device))
         return values["loss"]

@@ -60,10 +60,10 @@ STUDY: dict[str, Any] = {
         "lr": {"low": 1e-4, "high": 3e-3, "log": True},
         "selection.mode": {"choices": ["hard", "soft"]},
     },
-    "probe": {"labels": 12, "subsets": 2, "folds": 2},
+    "probe": {"num_labeled": 12, "subsets": 2, "folds": 2},
     "pruner": {"name": "median", "rungs": RUNGS, "min_steps": 0},
-    "arms": ["mae"],
-    "arm_seeds": 1,
+    "baselines": ["mae"],
+    "baseline_seeds": 1,
 }
 PBT: dict[str, Any] = {
     "space": {"ratio.points": {"low": 0.2, "high": 0.7}},
@@ -94,7 +94,7 @@ def main() -> int:
         print_result(quiet, killed, faults, options)
         if options.json:
             options.json.write_text(
-                json.dumps({"kills": killed.kills, "faults": faults}, indent=1) + "\n"
+                json.dumps({"kills": killed.kills, "fault_tolerance": faults}, indent=1) + "\n"
             )
     return 1 if faults else 0
 
@@ -159,7 +159,7 @@ class Place:
             "resources": {"concurrency": options.concurrency},
         }
         if options.study == "pbt":
-            values["sampler"] = PBT["sampler"] | {"population": options.trials // RUNGS}
+            values["sampler"] = PBT["sampler"] | {"population_size": options.trials // RUNGS}
         if self.server is not None:
             values["storage"] = self.server.url
         file = self.folder / f"{name}.yaml"
@@ -199,17 +199,15 @@ class Place:
 
 
 def make_data(folder: Path) -> Path:
-    from amlp_ray.config import PrepareSettings
+    from amlp_ray.config import PrepareConfig
     from amlp_ray.data.phantoms import write_phantoms
     from amlp_ray.data.prepare.pipeline import prepare
     from amlp_ray.runtime.session import ray_session
 
     source = write_phantoms(folder / "source", kind="ultrasound", count=60, size=64)
-    settings = PrepareSettings(
-        layout="paired", size=64, group_by="image", fractions=(0.6, 0.2, 0.2)
-    )
+    config = PrepareConfig(layout="paired", size=64, group_by="image", fractions=(0.6, 0.2, 0.2))
     with ray_session():
-        prepare(source, folder / "dataset", settings)
+        prepare(source, folder / "dataset", config)
     return folder / "dataset"
 
 
@@ -217,8 +215,8 @@ def database(folder: Path) -> Any:
     """A PostgreSQL server of our own, which may be stopped; closed by the context manager that this returns."""
     from contextlib import contextmanager
 
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "study"))
-    from database import Postgres  # the one of the tests
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from helpers.database import Postgres  # the one of the tests
 
     @contextmanager
     def served() -> Iterator[Any]:
@@ -418,7 +416,7 @@ def die_while_writing(number: str, *command: str) -> int:
         left -= 1
         return left == 0
 
-    append, ask = storage.Journal.append_logs, storage.PatientStorage._patiently
+    append, ask = storage.Journal.append_logs, storage.RetryingStorage._patiently
 
     def append_half(self: Any, logs: list[dict[str, Any]]) -> None:
         if last():
@@ -440,7 +438,7 @@ def die_while_writing(number: str, *command: str) -> int:
         return answer
 
     storage.Journal.append_logs = append_half  # type: ignore[method-assign]
-    storage.PatientStorage._patiently = ask_and_die  # type: ignore[method-assign]
+    storage.RetryingStorage._patiently = ask_and_die  # type: ignore[method-assign]
     sys.argv = ["amlp-ray", *command]
     command_line()
     return 0
@@ -450,13 +448,13 @@ def die_while_writing(number: str, *command: str) -> int:
 
 
 def faults_of(run: Run, options: argparse.Namespace) -> Iterator[str]:
-    trials, arms = run.store.search().get_trials(), run.store.arms().get_trials()
+    trials, baselines = run.store.search().get_trials(), run.store.baselines().get_trials()
     if [t.number for t in trials] != list(range(options.trials)):
         yield f"budget: {len(trials)} trials of {options.trials}"
-    for trial in [*trials, *arms]:
+    for trial in [*trials, *baselines]:
         name = (
-            f"arm {trial.user_attrs['arm']}"
-            if "arm" in trial.user_attrs
+            f"baseline {trial.user_attrs['baseline']}"
+            if "baseline" in trial.user_attrs
             else f"trial {trial.number}"
         )
         if not trial.state.is_finished():
@@ -515,7 +513,7 @@ def left_over(place: Place) -> Iterator[str]:
 
 def differences(quiet: Run, killed: Run) -> Iterator[str]:
     """What is not as in the study that was left alone: proposals, scores at rungs, ends, losses of every epoch."""
-    for kind in ("search", "arms"):
+    for kind in ("search", "baselines"):
         ours, theirs = (
             getattr(killed.store, kind)().get_trials(),
             getattr(quiet.store, kind)().get_trials(),

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from amlp_ray.config import PrepareSettings, PretrainSettings, ResourceSettings
+from amlp_ray.config import PrepareConfig, PretrainConfig, ResourceConfig
 from amlp_ray.config.base import build
 from amlp_ray.data.dataset import Counts, Manifest, Part, PatchDataset
 from amlp_ray.data.loading import image_cache
 from amlp_ray.data.loading.batches import open_batches
 from amlp_ray.data.parquet import group_rows, part_rows, write_part
-from amlp_ray.data.path import Place
+from amlp_ray.data.path import DataPath
 from amlp_ray.launch.launcher import pretrain_dataset
 from amlp_ray.runtime.session import ray_session
 from amlp_ray.training.loggers.metrics_file import read_rows
@@ -105,16 +105,16 @@ def make_dataset(folder: Path, count: int) -> PatchDataset:
             for i, image in enumerate(speckle(min(per, count - start), number))
         ]  # fmt: skip
         file = f"train/part-{number:05d}.parquet"
-        write_part(Place(folder) / file, rows, SHAPE, "uint8")
+        write_part(DataPath(folder) / file, rows, SHAPE, "uint8")
         parts.append(Part(file=file, rows=len(rows), bytes=(folder / file).stat().st_size))
-    none = Counts(images=0, labelled=0, lesions=0)
+    none = Counts(images=0, labeled=0, lesions=0)
     manifest = Manifest(
         created_by="benchmarks/data.py", name="speckle", layout="flat", channels=1, height=224, width=224,
         dtype="uint8", mean=(40.0,), std=(40.0,),
-        counts={"train": Counts(images=count, labelled=0, lesions=0), "val": none, "test": none},
+        counts={"train": Counts(images=count, labeled=0, lesions=0), "val": none, "test": none},
         parts={"train": parts, "val": [], "test": []},
         group_rows=group_rows(SHAPE, "uint8"),
-        split_rule="", group_rule="", left_out=0, rejected=0, dropped=0, salt=None, settings=PrepareSettings(),
+        split_rule="", group_rule="", left_out=0, rejected=0, dropped=0, salt=None, config=PrepareConfig(),
         fingerprint=f"speckle {count}",
     )  # fmt: skip
     (folder / "manifest.json").write_text(manifest.model_dump_json())
@@ -227,7 +227,7 @@ def race(taking_part: dict[str, Turn], options: argparse.Namespace) -> dict[str,
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(options).items()
     }
-    return {"settings": given, "torch": torch.__version__, "readers": rows}
+    return {"config": given, "torch": torch.__version__, "readers": rows}
 
 
 def train(folder: Path, options: argparse.Namespace) -> dict[str, float]:
@@ -235,16 +235,16 @@ def train(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     dataset = make_dataset(folder / "small", options.train_images)
     shares = {}
     for mode in MODES:
-        settings = build(
-            PretrainSettings,
+        config = build(
+            PretrainConfig,
             {
                 "variant": "mae", "epochs": 2, "batch_size": options.train_batch, "data": mode,
                 "model": {"width": 192, "depth": 12, "heads": 3},
             },
             "data.py",
         )  # fmt: skip
-        resources = ResourceSettings(cpus_per_worker=options.threads)
-        pretrain_dataset(dataset.path, folder / mode, settings, resources=resources)
+        resources = ResourceConfig(cpus_per_worker=options.threads)
+        pretrain_dataset(dataset.path, folder / mode, config, resources=resources)
         shares[mode] = read_rows(folder / mode / "metrics.jsonl")[-1]["wait_share"]
     return shares
 

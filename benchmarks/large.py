@@ -106,13 +106,13 @@ def _folder(folder: Path, start: int, count: int) -> None:
 
 
 def prepare(source: Path, out: Path, size: int) -> None:
-    from amlp_ray.config import PrepareSettings
+    from amlp_ray.config import PrepareConfig
     from amlp_ray.data.prepare.pipeline import Told
     from amlp_ray.data.prepare.pipeline import prepare as run
     from amlp_ray.runtime.session import ray_session
 
     with ray_session():
-        run(source, out, PrepareSettings(layout="paired", size=size), told=Told(say=print))
+        run(source, out, PrepareConfig(layout="paired", size=size), told=Told(say=print))
 
 
 def stream(dataset: Path, epochs: int, batch: int) -> dict[str, float]:

@@ -29,14 +29,14 @@ import ray
 from optuna.trial import TrialState
 from overhead_simulated import IMAGES, SLOTS, Clock, Searcher, make_store, play, simulated
 
-from amlp_ray.config import ResourceSettings
+from amlp_ray.config import ResourceConfig
 from amlp_ray.runtime.resources import worker_bundle
 from amlp_ray.runtime.session import ray_session
 from amlp_ray.study.execution.driver import run_on_tune
 from amlp_ray.study.execution.monitor import EventLog
 from amlp_ray.study.execution.trial import asked_to_return
-from amlp_ray.study.execution.trial_queue import WorkQueue
-from amlp_ray.study.trial_spec import Task
+from amlp_ray.study.execution.trial_queue import TrialQueue
+from amlp_ray.study.trial_spec import TrialSpec
 
 
 def main() -> None:
@@ -110,12 +110,17 @@ def no_op(config: dict[str, Any]) -> dict[str, Any]:
     """A trial of a study that trains nothing: it reads its task, and reports and asks as `amlp_trial` does."""
     from ray import tune
 
-    task = Task.from_config(config["task"])
-    ray.get(config["board"].begin.remote(task.folder))
-    for epoch in task.rungs:
+    trial_spec = TrialSpec.from_config(config["trial_spec"])
+    ray.get(config["stop_flags"].begin.remote(trial_spec.folder))
+    for epoch in trial_spec.rungs:
         tune.report({"epoch": epoch, "epochs": epoch, "dsc": epoch / 10, "seconds": 0.0})
-        asked_to_return(config["board"], task)
-    return {"ended": True, "epochs": task.rungs[-1], "seconds": 0.0, "dsc": task.rungs[-1] / 10}
+        asked_to_return(config["stop_flags"], trial_spec)
+    return {
+        "ended": True,
+        "epochs": trial_spec.rungs[-1],
+        "seconds": 0.0,
+        "dsc": trial_spec.rungs[-1] / 10,
+    }
 
 
 def bare_no_op(config: dict[str, Any]) -> dict[str, Any]:
@@ -133,8 +138,12 @@ def real(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     Each piece begins and ends Tune's run and its processes, which a study does once: so what comes between the ends of
     its first and its last trial is timed as well.
     """
-    store, settings = make_store(
-        folder, "real", sampler={"name": "random"}, pruner={"name": "none", "rungs": 2}, arms=[]
+    store, config = make_store(
+        folder,
+        "real",
+        sampler={"name": "random"},
+        pruner={"name": "none", "rungs": 2},
+        baselines=[],
     )
     at_once = int(ray.cluster_resources()["CPU"])
     log = EventLog(store.folder, lambda line: None)
@@ -142,8 +151,8 @@ def real(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     bare(folder, 2 * at_once, at_once)  # Ray's first processes
     with store.lock() as lease:
         for piece in range(options.pieces):
-            budget = settings.budget.model_copy(update={"trials": (piece + 1) * options.per_piece})
-            extended = settings.model_copy(update={"budget": budget})
+            budget = config.budget.model_copy(update={"trials": (piece + 1) * options.per_piece})
+            extended = config.model_copy(update={"budget": budget})
             started = time.perf_counter()
             run_on_tune(
                 store,
@@ -197,7 +206,7 @@ def bare(folder: Path, trials: int, at_once: int) -> tuple[float, list[float]]:
     """Seconds of plain Tune for as many no-op trials, and when each ended."""
     from ray import tune
 
-    resources = tune.PlacementGroupFactory([worker_bundle(ResourceSettings())])
+    resources = tune.PlacementGroupFactory([worker_bundle(ResourceConfig())])
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         results = tune.Tuner(
@@ -217,16 +226,24 @@ def bare(folder: Path, trials: int, at_once: int) -> tuple[float, list[float]]:
 
 def status(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Time `amlp-ray study status` of a study as the simulated one writes it."""
-    store, settings = make_store(
+    store, config = make_store(
         folder, "stored", sampler={"name": "random"}, pruner={"name": "none"},
         budget={"trials": options.stored},
     )  # fmt: skip
     with store.lock():
         quiet, seconds_run = lambda line: None, lambda: 0.0
-        queue = WorkQueue(store, settings, data="speckle", labels=None, ahead=0, notify=quiet)
-        board = None  # nobody is asked to stop
+        queue = TrialQueue(
+            store, config, data="speckle", labels=None, suggest_ahead=0, notify=quiet
+        )
+        stop_flags = None  # nobody is asked to stop
         searcher = Searcher(
-            store, settings, queue, images=IMAGES, board=board, seconds=seconds_run, notify=quiet
+            store,
+            config,
+            queue,
+            images=IMAGES,
+            stop_flags=stop_flags,
+            seconds=seconds_run,
+            notify=quiet,
         )
         play(searcher, Clock("busy"))
     command = [

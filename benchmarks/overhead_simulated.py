@@ -23,12 +23,12 @@ import ray
 from numpy.typing import NDArray
 from optuna.trial import TrialState
 
-from amlp_ray.config import StudySettings
+from amlp_ray.config import StudyConfig
 from amlp_ray.config.base import build
 from amlp_ray.config.yaml_file import write_yaml
 from amlp_ray.study.execution.monitor import EventLog
-from amlp_ray.study.execution.stop_flags import StopBoard, When
-from amlp_ray.study.execution.trial_queue import WorkQueue
+from amlp_ray.study.execution.stop_flags import StopFlags, When
+from amlp_ray.study.execution.trial_queue import TrialQueue
 from amlp_ray.study.execution.tune_searcher import StudySearcher
 from amlp_ray.study.storage.study_store import StudyStore
 
@@ -51,7 +51,7 @@ SPACE = {
 }  # of studies/masking_ratio.yaml
 
 
-def make_store(folder: Path, name: str, **changes: Any) -> tuple[StudyStore, StudySettings]:
+def make_store(folder: Path, name: str, **changes: Any) -> tuple[StudyStore, StudyConfig]:
     """A study as `study run` makes it, before its first trial."""
     values: dict[str, Any] = {
         "name": name,
@@ -59,18 +59,18 @@ def make_store(folder: Path, name: str, **changes: Any) -> tuple[StudyStore, Stu
         "space": SPACE,
         "data": "speckle",
     }
-    settings = build(StudySettings, values | changes, name)
+    config = build(StudyConfig, values | changes, name)
     store = StudyStore(folder / name)
     store.folder.mkdir(parents=True)
-    write_yaml(settings, store.folder / "study.yaml")
-    return store, settings
+    write_yaml(config, store.folder / "study.yaml")
+    return store, config
 
 
-def stub_score(task: dict[str, Any], epoch: int) -> float:
+def stub_score(trial_spec: dict[str, Any], epoch: int) -> float:
     """A score that depends on the settings, rises by epoch, and has noise."""
-    ratio = task["settings"]["ratio"]
+    ratio = trial_spec["config"]["ratio"]
     good = 0.6 - abs(ratio["start"] - 0.3) - 0.5 * abs(ratio["end"] - 0.6)
-    noise = random.Random(f"{task['label']} {epoch}").gauss(0.0, 0.03)
+    noise = random.Random(f"{trial_spec['label']} {epoch}").gauss(0.0, 0.03)
     return max(0.0, good * (1 - math.exp(-2 * epoch / RUNGS)) + noise)
 
 
@@ -181,7 +181,7 @@ class Stub:
     """A trial that trains for a second in all, scored after each quarter of it."""
 
     key: str  # Tune's
-    task: dict[str, Any]
+    trial_spec: dict[str, Any]
     epoch: int = 0
     ended: bool = False
 
@@ -190,27 +190,29 @@ def simulated(
     folder: Path, sampler: str, pruner: str, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Run a study of stub trials with everything of ours but the driver; Tune's loop is played."""
-    ahead = 0 if sampler == "random" else options.ahead
-    store, settings = make_store(
+    ahead = 0 if sampler == "random" else options.suggest_ahead
+    store, config = make_store(
         folder,
         f"{sampler}-{pruner}",
-        sampler={"name": sampler, "ahead": ahead},
+        sampler={"name": sampler, "suggest_ahead": ahead},
         pruner={"name": pruner.removesuffix("-deaf"), "rungs": RUNGS, "min_steps": 0},
         budget={"trials": options.trials},
     )
-    clock, board = Clock(options.clock), ray.remote(StopBoard).options(num_cpus=0).remote()
+    clock, stop_flags = Clock(options.clock), ray.remote(StopFlags).options(num_cpus=0).remote()
     log = EventLog(store.folder, lambda line: None)
     with store.lock(), clock.counting_waits(), _profiled(options.profile):
-        queue = WorkQueue(store, settings, data="speckle", labels=None, ahead=ahead, notify=log)
+        queue = TrialQueue(
+            store, config, data="speckle", labels=None, suggest_ahead=ahead, notify=log
+        )
         queue.close()
         queue._thread = Beside(clock)  # type: ignore[assignment]
         seconds = lambda: clock.now  # noqa: E731
         searcher = Searcher(
-            store, settings, queue, images=IMAGES, board=board, seconds=seconds, notify=log
+            store, config, queue, images=IMAGES, stop_flags=stop_flags, seconds=seconds, notify=log
         )
         started = time.perf_counter()
         epochs = play(searcher, clock, deaf=pruner.endswith("-deaf"))
-    ray.kill(board)
+    ray.kill(stop_flags)
     trials = store.search().get_trials(deepcopy=False)
     assert [t.state.is_finished() for t in trials] == [True] * options.trials
     floor = epochs * TRIAL_S / RUNGS / SLOTS
@@ -218,7 +220,7 @@ def simulated(
     facts = {
         "sampler": sampler,
         "pruner": pruner,
-        "ahead": ahead,
+        "suggest_ahead": ahead,
         "trials": len(trials),
         "pruned": sum(t.state == TrialState.PRUNED for t in trials),
         "floor": floor,
@@ -259,7 +261,7 @@ def play(searcher: Searcher, clock: Clock, *, deaf: bool = False) -> int:
                 over = True
             elif config is not None:
                 slots -= 1
-                train(Stub(key, config["task"]))
+                train(Stub(key, config["trial_spec"]))
         if not results or (slots and not over and results[0][0] > clock.now + LOOK_S):
             clock.now += LOOK_S * (not over)
             continue
@@ -267,13 +269,13 @@ def play(searcher: Searcher, clock: Clock, *, deaf: bool = False) -> int:
         clock.now = max(clock.now, at)
         if stub.ended:
             result = {"ended": True, "epochs": stub.epoch, "seconds": TRIAL_S * stub.epoch / RUNGS}
-            result["dsc"] = stub_score(stub.task, stub.epoch)
+            result["dsc"] = stub_score(stub.trial_spec, stub.epoch)
             clock.call(searcher.on_trial_result, stub.key, result)
             clock.call(searcher.on_trial_complete, stub.key, result)
             slots += 1
             continue
         stub.epoch, epochs = stub.epoch + 1, epochs + 1
-        score = stub_score(stub.task, stub.epoch)
+        score = stub_score(stub.trial_spec, stub.epoch)
         told = {
             "epoch": stub.epoch,
             "epochs": stub.epoch,
@@ -281,7 +283,9 @@ def play(searcher: Searcher, clock: Clock, *, deaf: bool = False) -> int:
             "dsc": score,
         }
         clock.call(searcher.on_trial_result, stub.key, told)
-        stub.ended = stub.epoch == RUNGS or (stub.task["folder"] in searcher.asked and not deaf)
+        stub.ended = stub.epoch == RUNGS or (
+            stub.trial_spec["folder"] in searcher.asked and not deaf
+        )
         if stub.ended:
             heapq.heappush(results, (clock.now, next(order), stub))
         else:

@@ -26,16 +26,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from amlp_ray.config import PretrainSettings, ResourceSettings
+from amlp_ray.config import PretrainConfig, ResourceConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.loading.batches import open_batches
-from amlp_ray.launch.job import Job
+from amlp_ray.launch.job import RunSpec
 from amlp_ray.launch.launcher import run_on_ray
 from amlp_ray.runtime.session import ray_session
 from amlp_ray.training.loggers.metrics_file import read_rows
-from amlp_ray.training.objectives import step_of
+from amlp_ray.training.objectives import make_objective
 from amlp_ray.training.pretrain import train_epoch
-from amlp_ray.training.train_state import Learner
+from amlp_ray.training.train_state import TrainState
 from amlp_ray.utils.event_log import read_events
 
 LEAST = 3e-8  # relative, below what float32 tells apart: equal losses are drawn there
@@ -53,14 +53,12 @@ def main() -> None:
 
 def overhead(args: argparse.Namespace, data: str, scratch: Path) -> None:
     """The bare loop is `train_epoch` alone: no checkpoint, no metrics on disk, nobody to report to."""
-    settings = _settings(args)
+    config = _settings(args)
     with ray_session():
         ratios = []
         for turn in range(args.turns):
-            bare = _bare(settings, data, args)
-            ours = _on_ray(
-                settings, data, scratch / f"one-{turn}", ResourceSettings(cpus_per_worker=1)
-            )
+            bare = _bare(config, data, args)
+            ours = _on_ray(config, data, scratch / f"one-{turn}", ResourceConfig(cpus_per_worker=1))
             ratios.append(ours / bare)
             print(
                 f"turn {turn + 1}: bare {bare:.0f} images/s, Ray Train with 1 worker {ours:.0f}: {ours / bare:.3f}",
@@ -72,16 +70,16 @@ def overhead(args: argparse.Namespace, data: str, scratch: Path) -> None:
 
 
 def workers(args: argparse.Namespace, data: str, scratch: Path) -> None:
-    settings = _settings(args)
+    config = _settings(args)
     with ray_session():
         ratios = []
         for turn in range(args.turns):
             one, two = (
                 _on_ray(
-                    settings,
+                    config,
                     data,
                     scratch / f"{n}-{turn}",
-                    ResourceSettings(workers=n, cpus_per_worker=0.9),
+                    ResourceConfig(workers=n, cpus_per_worker=0.9),
                 )
                 for n in (1, 2)
             )
@@ -121,23 +119,23 @@ def curves(args: argparse.Namespace, data: str, scratch: Path) -> None:
     """The control is one worker that sums each batch's gradient in two pieces: another order of the same floats."""
     share = 0.9 * (os.cpu_count() or 1)
     crowds = {
-        "1 worker": ResourceSettings(cpus_per_worker=share / 2),
-        "1 worker, in two pieces": ResourceSettings(
+        "1 worker": ResourceConfig(cpus_per_worker=share / 2),
+        "1 worker, in two pieces": ResourceConfig(
             cpus_per_worker=share / 2, micro_batch=args.batch // 2
         ),
-        "2 workers": ResourceSettings(workers=2, cpus_per_worker=share / 2),
-        "4 workers": ResourceSettings(workers=4, cpus_per_worker=share / 4),
+        "2 workers": ResourceConfig(workers=2, cpus_per_worker=share / 2),
+        "4 workers": ResourceConfig(workers=4, cpus_per_worker=share / 4),
     }
     found: dict[str, dict[str, list[float]]] = {}
     with ray_session():
         for variant in ("amlp", "mae"):
-            settings = _settings(args)
-            settings = PretrainSettings.model_validate(
-                {**settings.model_dump(exclude_unset=True), "variant": variant}
+            config = _settings(args)
+            config = PretrainConfig.model_validate(
+                {**config.model_dump(exclude_unset=True), "variant": variant}
             )
             for crowd, resources in crowds.items():
                 out = scratch / f"{variant}-{crowd}"
-                _on_ray(settings, data, out, resources)
+                _on_ray(config, data, out, resources)
                 rows = read_rows(out / "metrics.jsonl")
                 found.setdefault(variant, {})[crowd] = [row["loss"] for row in rows]
                 print(
@@ -152,7 +150,7 @@ def _draw(found: dict[str, dict[str, list[float]]], page: Path) -> None:
     from plotly.subplots import make_subplots
 
     figure = make_subplots(1, 2, subplot_titles=["loss", "relative difference from 1 worker"])
-    colours = {"amlp": "#d1495b", "mae": "#3a8fb7"}
+    colors = {"amlp": "#d1495b", "mae": "#3a8fb7"}
     looks = [
         {"width": 7},
         {"width": 2, "dash": "dot"},
@@ -162,7 +160,7 @@ def _draw(found: dict[str, dict[str, list[float]]], page: Path) -> None:
     for variant, losses in found.items():
         one, *others = losses
         for (crowd, curve), look in zip(losses.items(), looks, strict=True):
-            line = {"color": colours[variant], **look}
+            line = {"color": colors[variant], **look}
             given = {"x0": 1, "mode": "lines", "line": line, "name": f"{variant}, {crowd}"}
             figure.add_scatter(
                 y=curve, opacity=0.35 if crowd == one else 1.0, row=1, col=1, **given
@@ -206,9 +204,9 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _settings(args: argparse.Namespace) -> PretrainSettings:
+def _settings(args: argparse.Namespace) -> PretrainConfig:
     model = {"width": args.width, "depth": 6, "heads": args.width // 32}
-    return PretrainSettings.model_validate(
+    return PretrainConfig.model_validate(
         {"epochs": args.epochs, "batch_size": args.batch, "model": model}
     )
 
@@ -224,23 +222,23 @@ def _phantoms(scratch: Path) -> str:
     return str(scratch / "data")
 
 
-def _bare(settings: PretrainSettings, data: str, args: argparse.Namespace) -> float:
+def _bare(config: PretrainConfig, data: str, args: argparse.Namespace) -> float:
     """Images per second of the loop alone, one thread: the median over epochs."""
     torch.set_num_threads(1)
     dataset = PatchDataset.open(data)
-    batches = open_batches(dataset, batch_size=settings.batch_size, seed=settings.seed)
-    learner = Learner(settings, dataset.spec, "cpu")
-    objective = step_of(learner.model, settings, None)
+    batches = open_batches(dataset, batch_size=config.batch_size, seed=config.seed)
+    train_state = TrainState(config, dataset.spec, "cpu")
+    objective = make_objective(train_state.model, config, None)
     speeds = [
-        train_epoch(learner.model, learner, objective, batches, epoch)["images_per_second"]
+        train_epoch(train_state.model, train_state, objective, batches, epoch)["images_per_second"]
         for epoch in range(1, args.epochs + 1)
     ]
     return statistics.median(speeds[WARM:])
 
 
-def _on_ray(settings: PretrainSettings, data: str, out: Path, resources: ResourceSettings) -> float:
+def _on_ray(config: PretrainConfig, data: str, out: Path, resources: ResourceConfig) -> float:
     """Images per second of a whole run on Ray Train: the median over epochs."""
-    run_on_ray(Job(settings, data, out, resources=resources), name=out.name)
+    run_on_ray(RunSpec(config, data, out, resources=resources), name=out.name)
     return statistics.median(
         [row["images_per_second"] for row in read_rows(out / "metrics.jsonl")][WARM:]
     )

@@ -54,7 +54,7 @@ NONE = {"name": "none", "rungs": 9}
 HALVING = {
     "rungs": 3,
     "spacing": "geometric",
-    "reduction": 3,
+    "reduction_factor": 3,
     "min_steps": 0,
 }  # after 3, 9 and 27 epochs
 Rules = tuple[dict[str, Any], dict[str, Any]]
@@ -144,8 +144,8 @@ def about(table: Table) -> int:
             table.scores[:, i] >= np.quantile(table.scores[:, i], 2 / 3),
         )
         print(f"| {rung} | {found.value:.2f} ({low:.2f}-{high:.2f}) | {third[top].mean():.0%} |")
-    noise = seed_noise(list(table.arms.values())) or math.nan
-    free = sum(len(values) - 1 for values in table.arms.values())
+    noise = seed_noise(list(table.baselines.values())) or math.nan
+    free = sum(len(values) - 1 for values in table.baselines.values())
     guess = explained(table)
     low, high = guess.interval or (math.nan, math.nan)
     quartiles = np.percentile(last, [0, 25, 50, 75, 100])
@@ -154,10 +154,12 @@ def about(table: Table) -> int:
         + " ".join(f"{value:.3f}" for value in quartiles)
     )
     print(
-        "(lowest, quartiles, highest). Arms: "
-        + "; ".join(f"{n} {_triple(v)}" for n, v in table.arms.items())
+        "(lowest, quartiles, highest). Baselines: "
+        + "; ".join(f"{n} {_triple(v)}" for n, v in table.baselines.items())
     )
-    print(f"Noise of seeds, SD over repeats of the arms: {noise:.4f} ({free} degrees of freedom)")
+    print(
+        f"Noise of seeds, SD over repeats of the baselines: {noise:.4f} ({free} degrees of freedom)"
+    )
     print(
         f"Settings, by a forest, of rows left out: rank correlation {guess.value:.2f} ({low:.2f}-{high:.2f})"
     )
@@ -192,9 +194,9 @@ def run_all(args: argparse.Namespace, ranking: int) -> dict[Run, list[Step]]:
 _tables: dict[Path, Table] = {}  # of a process
 
 
-def run(task: Run, rows: Path, study: Path, ranking: int, out: Path | None) -> list[Step]:
+def run(trial_spec: Run, rows: Path, study: Path, ranking: int, out: Path | None) -> list[Step]:
     """One replay, or what was kept of it."""
-    kind, method, workers, seed = task
+    kind, method, workers, seed = trial_spec
     kept = (
         out / f"{kind}-{method.replace(' ', '_').replace(',', '')}-{workers}-{seed}.json"
         if out
@@ -205,10 +207,10 @@ def run(task: Run, rows: Path, study: Path, ranking: int, out: Path | None) -> l
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     table = _tables.setdefault(rows, read_table(rows, study))
     sampler, pruner = methods(ranking)[method]
-    settings = table.settings(f"replay-{seed}", seed, sampler, pruner)
+    config = table.config(f"replay-{seed}", seed, sampler, pruner)
     budget = table.rungs[-1] * FULL
     steps = replay(
-        table, settings, ANSWERS[kind](table, seed), images=IMAGES, workers=workers, budget=budget
+        table, config, ANSWERS[kind](table, seed), images=IMAGES, workers=workers, budget=budget
     )
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,7 @@ def draw(
     figure = make_subplots(1, len(panels), subplot_titles=titles, horizontal_spacing=0.06)
     grid = np.arange(0, budget + 1, 9.0)
     for column, (kind, workers) in enumerate(panels, 1):
-        for method, colour in SHOWN.items():
+        for method, color in SHOWN.items():
             of = [
                 steps
                 for (k, m, w, _), steps in runs.items()
@@ -57,7 +57,7 @@ def draw(
                 "x": [*x, *x[::-1]],
                 "y": [*low, *high[::-1]],
                 "fill": "toself",
-                "fillcolor": colour,
+                "fillcolor": color,
                 "opacity": 0.1,
             }
             look = {
@@ -68,7 +68,7 @@ def draw(
                 "legendgroup": method,
             }
             figure.add_scatter(**band, **look, row=1, col=column)
-            line = {"color": colour, "width": 2.5, "shape": "hv"}
+            line = {"color": color, "width": 2.5, "shape": "hv"}
             named = {"name": method, "legendgroup": method, "showlegend": column == 1}
             figure.add_scatter(x=x, y=middle, mode="lines", line=line, **named, row=1, col=column)
         figure.add_hline(

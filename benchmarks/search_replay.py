@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import TrialState, create_trial
 
-from amlp_ray.config import StudySettings
+from amlp_ray.config import StudyConfig
 from amlp_ray.config.base import build
 from amlp_ray.config.yaml_file import read_yaml
 from amlp_ray.study.rungs import rung_epochs
 from amlp_ray.study.search.pruning import Pruning
 from amlp_ray.study.search.samplers import to_unit
-from amlp_ray.study.search.suggester import Proposal, Proposer
+from amlp_ray.study.search.suggester import Suggester, Suggestion
 from amlp_ray.study.search_space.values import fit
 
 Params = dict[str, Any]
@@ -42,21 +42,21 @@ class Table:
     distributions: dict[str, BaseDistribution]
     rungs: tuple[int, ...]  # epochs
     scores: FloatArray  # (rows, rungs)
-    arms: dict[str, list[float]]  # last score of each repeat
+    baselines: dict[str, list[float]]  # last score of each repeat
     seconds: FloatArray  # (rows,) that each training took
 
-    def settings(
+    def config(
         self, name: str, seed: int, sampler: Mapping[str, Any], pruner: Mapping[str, Any]
-    ) -> StudySettings:
+    ) -> StudyConfig:
         """The study with another sampler and pruner. Hyperband deals trials into brackets by the study's name."""
         given = {**self.study, "name": name, "seed": seed, "sampler": sampler, "pruner": pruner}
-        settings = build(StudySettings, given, name)
-        missing = set(rung_epochs(self.rungs[-1], settings.pruner)) - set(self.rungs)
+        config = build(StudyConfig, given, name)
+        missing = set(rung_epochs(self.rungs[-1], config.pruner)) - set(self.rungs)
         if missing:
             raise ValueError(
                 f"{name} scores trials after epochs {sorted(missing)}, which are not in the table"
             )
-        return settings
+        return config
 
     def shuffled(self, seed: int) -> Table:
         """The same rows and scores, but which setting has which scores is chance."""
@@ -66,34 +66,34 @@ class Table:
 def read_table(rows: Path, study: Path) -> Table:
     """Read what `amlp-ray study export` wrote as CSV, and the study's file; what is not complete is left out."""
     declared = read_yaml(study)
-    settings = build(StudySettings, declared, str(study))
+    config = build(StudyConfig, declared, str(study))
     with rows.open(newline="") as file:
         given = [row for row in csv.DictReader(file) if row["state"] == "COMPLETE"]
     trials = [row for row in given if row["kind"] == "search"]
     columns = [name for name in trials[0] if name.startswith("rungs.") and trials[0][name]]
-    fits = [fit(_params(row, settings), settings) for row in trials]
-    arms: dict[str, list[float]] = {}
+    fits = [fit(_params(row, config), config) for row in trials]
+    baselines: dict[str, list[float]] = {}
     for row in given:
-        if row["kind"] == "arm":
-            arms.setdefault(row["attributes.arm"], []).append(float(row["values.dsc"]))
+        if row["kind"] == "baseline":
+            baselines.setdefault(row["attributes.baseline"], []).append(float(row["values.dsc"]))
     return Table(
         study=declared,
         params=[one.params for one in fits],
         distributions=fits[0].distributions,
         rungs=tuple(int(name.removeprefix("rungs.")) for name in columns),
         scores=np.array([[float(row[name]) for name in columns] for row in trials]),
-        arms=arms,
-        seconds=np.array([float(row["facts.seconds"]) for row in trials]),
+        baselines=baselines,
+        seconds=np.array([float(row["stats.seconds"]) for row in trials]),
     )
 
 
-def _params(row: Mapping[str, str], settings: StudySettings) -> Params:
+def _params(row: Mapping[str, str], config: StudyConfig) -> Params:
     names = {
         name.removeprefix("params."): text
         for name, text in row.items()
         if name.startswith("params.") and text
     }
-    words = {name for name, p in settings.space.items() if hasattr(p, "choices")}  # type: ignore[union-attr]
+    words = {name for name, p in config.space.items() if hasattr(p, "choices")}  # type: ignore[union-attr]
     return {name: text if name in words else float(text) for name, text in names.items()}
 
 
@@ -190,7 +190,7 @@ class Step:
 
 def replay(
     table: Table,
-    settings: StudySettings,
+    config: StudyConfig,
     answer: Answer,
     *,
     images: int,
@@ -204,9 +204,9 @@ def replay(
     """
     study = optuna.create_study(direction="maximize")
     store = study._storage
-    proposer = Proposer(settings, ["maximize"])
-    pruning = Pruning(study, settings, images, lambda number: Path())
-    rungs = rung_epochs(table.rungs[-1], settings.pruner)
+    proposer = Suggester(config, ["maximize"])
+    pruning = Pruning(study, config, images, lambda number: Path())
+    rungs = rung_epochs(table.rungs[-1], config.pruner)
     curves: list[FloatArray] = []  # by trial number, at `rungs`
     last: list[float] = []  # score of each trial
     ends = [
@@ -218,7 +218,7 @@ def replay(
     def begin() -> int | None:
         proposer.sync(study.get_trials(deepcopy=False))
         proposal = proposer.propose(len(curves))
-        if not isinstance(proposal, Proposal) or (found := answer(proposal.params)) is None:
+        if not isinstance(proposal, Suggestion) or (found := answer(proposal.params)) is None:
             return None
         params, curve = found
         trial = create_trial(

@@ -155,7 +155,7 @@ def _result(
         for name, value in vars(options).items()
     }
     return {
-        "settings": given,
+        "config": given,
         "host": _host(options.device),
         "peak_tflops": peak,
         "contenders": rows,
@@ -202,7 +202,7 @@ def _host(device: str) -> dict[str, str]:
 
 
 def _print(result: dict[str, Any]) -> None:
-    given = result["settings"]
+    given = result["config"]
     how = [f"{given[name]} {name}" for name in ("threads", "rounds")]
     how += [f"{given['clock']} time", f"{'with' if given['optimizer'] else 'without'} optimiser"]
     how = [

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from amlp_ray.config import ImageSpec, SelectionSettings
+from amlp_ray.config import ImageSpec, SelectionConfig
 from amlp_ray.data.phantoms import draw_phantom
-from amlp_ray.method.augment import normalise
-from amlp_ray.method.lesion_map import aim_at
+from amlp_ray.method.augment import normalize
+from amlp_ray.method.lesion_map import locate_lesion
 from amlp_ray.method.patches import patchify
 from amlp_ray.method.visualization import (
     RED,
@@ -54,7 +54,7 @@ def main() -> None:
         mean=(float(pixels.mean()),),
         std=(float(pixels.std()),),
     )
-    images = normalise(stored, spec)
+    images = normalize(stored, spec)
     inputs = as_pixels(images, images, spec, SHOWN)
     true = [on_pixels(torch.from_numpy(mask), mask.shape, SHOWN) for _, mask in drawn]
 
@@ -62,9 +62,9 @@ def main() -> None:
         return title, strip({" " * i: outlined(panel, true[i]) for i, panel in enumerate(panels)})
 
     def aim(given):
-        settings = SelectionSettings.model_validate(given)
-        return aim_at(
-            patchify(images, PATCH), torch.arange(COUNT), GRID, 1, settings, seed=0, epoch=1
+        config = SelectionConfig.model_validate(given)
+        return locate_lesion(
+            patchify(images, PATCH), torch.arange(COUNT), GRID, 1, config, seed=0, epoch=1
         )
 
     def lesions(given):

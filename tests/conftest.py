@@ -68,16 +68,14 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def phantom_dataset(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> PatchDataset:
     """60 ultrasound phantoms of 64x64 pixels, split 0.6/0.2/0.2 image by image. Read-only: all rooms share it."""
-    from amlp_ray.config import PrepareSettings
+    from amlp_ray.config import PrepareConfig
     from amlp_ray.data.phantoms import write_phantoms
     from amlp_ray.data.prepare.pipeline import prepare
 
     folder = tmp_path_factory.mktemp("phantoms")
     source = write_phantoms(folder / "source", kind="ultrasound", count=60, size=64)
-    settings = PrepareSettings(
-        layout="paired", size=64, group_by="image", fractions=(0.6, 0.2, 0.2)
-    )
-    return prepare(source, folder / "dataset", settings)
+    config = PrepareConfig(layout="paired", size=64, group_by="image", fractions=(0.6, 0.2, 0.2))
+    return prepare(source, folder / "dataset", config)
 
 
 @pytest.fixture(scope="session")

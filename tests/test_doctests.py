@@ -12,7 +12,7 @@ MODULES = (
     "amlp_ray.config.base",
     "amlp_ray.config.overrides",
     "amlp_ray.method.masking_ratio",
-    "amlp_ray.data.dataset",
+    "amlp_ray.data.parquet",
     "amlp_ray.data.layouts.item",
     "amlp_ray.study.rungs",
 )

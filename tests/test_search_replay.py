@@ -13,7 +13,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from amlp_ray.config import StudySettings
+from amlp_ray.config import StudyConfig
 from amlp_ray.config.base import build
 from amlp_ray.config.yaml_file import write_yaml
 from amlp_ray.study.operations.transfer import export_trials
@@ -53,13 +53,16 @@ NONE, HALVING = methods(9)["random"][1], methods(9)["random+halving"][1]
 def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
     """40 settings, better with a higher lr, whose rungs all rank as the last one does."""
     store = StudyStore(tmp_path_factory.mktemp("table"))
-    write_yaml(build(StudySettings, STUDY, "made"), store.folder / "study.yaml")
+    write_yaml(build(StudyConfig, STUDY, "made"), store.folder / "study.yaml")
     space = {
         "lr": FloatDistribution(1e-4, 1e-2, log=True),
         "selection.mode": CategoricalDistribution(["random", "hard"]),
     }
-    search, arms = store.search(create=True, directions=["maximize"]), store.arms(create=True)
-    about = {"facts": {"seconds": 9.0}}
+    search, baselines = (
+        store.search(create=True, directions=["maximize"]),
+        store.baselines(create=True),
+    )
+    about = {"stats": {"seconds": 9.0}}
     for i, lr in enumerate(np.geomspace(1e-4, 1e-2, 40)):
         params = {"lr": float(lr), "selection.mode": ("random", "hard")[i % 2]}
         scores = {rung: 0.3 + i / 400 + rung / 1000 for rung in RUNGS}
@@ -72,10 +75,10 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
     search.add_trial(
         create_trial(state=TrialState.FAIL, user_attrs=about, params=params, distributions=space)
     )
-    arms.add_trial(
+    baselines.add_trial(
         create_trial(
             value=0.31,
-            user_attrs={**about, "arm": "mae", "repeat": 0},
+            user_attrs={**about, "baseline": "mae", "repeat": 0},
             intermediate_values={0: 0.31},
         )
     )
@@ -86,14 +89,14 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
 def run(
     table: Table, pruner: dict[str, Any], *, workers: int = 1, budget: float = 10_000, seed: int = 0
 ) -> list[Step]:
-    settings = table.settings("made", seed, {"name": "random"}, pruner)
-    return replay(table, settings, Nearest(table), images=320, workers=workers, budget=budget)
+    config = table.config("made", seed, {"name": "random"}, pruner)
+    return replay(table, config, Nearest(table), images=320, workers=workers, budget=budget)
 
 
 def test_an_exported_study_is_a_table_of_its_complete_trials_with_arms_apart(table: Table) -> None:
     assert table.scores.shape == (40, 9)
     assert table.rungs == RUNGS
-    assert table.arms == {"mae": [0.31]}
+    assert table.baselines == {"mae": [0.31]}
 
 
 def test_a_row_is_its_own_nearest_and_answers_once(table: Table) -> None:
@@ -123,7 +126,7 @@ def test_another_choice_is_as_far_as_the_whole_range_and_a_log_range_is_compared
     assert distances(points, points)[0] == pytest.approx([0, 1, 0.5, 1])
 
 
-def test_a_smooth_answer_keeps_what_was_asked_and_averages_neighbours(table: Table) -> None:
+def test_a_smooth_answer_keeps_what_was_asked_and_averages_neighbors(table: Table) -> None:
     asked = {"lr": 1.01e-3, "selection.mode": "hard"}
     params, curve = Smooth(table, rows=3)(asked)
     assert params == asked
@@ -184,7 +187,7 @@ def test_a_seed_gives_the_same_search_and_another_one_another(table: Table) -> N
 
 def test_rungs_that_the_table_has_not_are_refused(table: Table) -> None:
     with pytest.raises(ValueError, match=r"\[7, 14, 20\], which are not in the table"):
-        table.settings("made", 0, {"name": "random"}, {"name": "median", "rungs": 4})
+        table.config("made", 0, {"name": "random"}, {"name": "median", "rungs": 4})
 
 
 def test_what_is_never_reached_is_infinite_and_quartiles_bear_that() -> None:
@@ -215,4 +218,7 @@ def test_the_recorded_table_holds_what_its_study_file_says() -> None:
     )
     assert recorded.scores.shape == (200, 9)
     assert recorded.rungs == RUNGS
-    assert {name: len(scores) for name, scores in recorded.arms.items()} == {"scratch": 3, "mae": 3}
+    assert {name: len(scores) for name, scores in recorded.baselines.items()} == {
+        "scratch": 3,
+        "mae": 3,
+    }

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from amlp_ray.config import ImageSpec, PretrainSettings
+from amlp_ray.config import ImageSpec, PretrainConfig
 from amlp_ray.data.dataset import PatchDataset, Split
-from amlp_ray.errors import CheckpointError, SettingsError
+from amlp_ray.errors import CheckpointError, ConfigError
 from amlp_ray.evaluation.diagnostics import held_out, lesion_shares
 from amlp_ray.evaluation.labels import check_fits
 from amlp_ray.method.cluster_rules import truth_patches
-from amlp_ray.method.visualization import Seen, look_at, panels, sheet, strip
+from amlp_ray.method.visualization import ImageAnalysis, analyze, panels, sheet, strip
 from amlp_ray.training.checkpoint.restore import load_model, run_settings
 from amlp_ray.training.loggers.metrics_file import read_rows
 from amlp_ray.utils.files import write_whole
@@ -66,38 +66,38 @@ def inspect_run(
         seed: of the masks and clusters; by default the run's own.
 
     Raises:
-        SettingsError, CheckpointError, DataError: in one sentence each; nothing is written.
+        ConfigError, CheckpointError, DataError: in one sentence each; nothing is written.
     """
     run = Path(run).absolute()
-    settings = run_settings(run)
-    if settings.objective != "reconstruction":
-        raise SettingsError(
-            f"{run} holds a run of variant {settings.variant}: it reconstructs nothing to look at."
+    config = run_settings(run)
+    if config.objective != "reconstruction":
+        raise ConfigError(
+            f"{run} holds a run of variant {config.variant}: it reconstructs nothing to look at."
         )
     if not 1 <= count <= MOST:
-        raise SettingsError(f"count is {count}, but must be from 1 to {MOST}.")
-    if epoch is not None and not 1 <= epoch <= settings.epochs:
-        raise SettingsError(f"epoch is {epoch}, but the run has epochs 1 to {settings.epochs}.")
+        raise ConfigError(f"count is {count}, but must be from 1 to {MOST}.")
+    if epoch is not None and not 1 <= epoch <= config.epochs:
+        raise ConfigError(f"epoch is {epoch}, but the run has epochs 1 to {config.epochs}.")
     if seed is not None and not 0 <= seed < 2**63:
-        raise SettingsError(f"seed is {seed}, but must be from 0 to 2**63 - 1.")
+        raise ConfigError(f"seed is {seed}, but must be from 0 to 2**63 - 1.")
     folder = Path(out).absolute() if out else run / "inspect"
     if folder.exists() and not folder.is_dir():
-        raise SettingsError(f"{folder} is a file; give a folder for the pictures.")
+        raise ConfigError(f"{folder} is a file; give a folder for the pictures.")
     own = _own_data(run)
-    sets = [own, *([own["labels"]] if "labels" in own else [])]
+    sets = [own, *([own["eval_data"]] if "eval_data" in own else [])]
     dataset = PatchDataset.open(data or sets[-1]["path"])
-    settings.check_image(dataset.spec)
+    config.check_image(dataset.spec)
     spec = ImageSpec.model_validate(own["image"]) if "image" in own else dataset.spec
     check_fits(dataset, spec, f"{run} was trained on")
-    model, latest = load_model(run, settings, spec)
+    model, latest = load_model(run, config, spec)
     if seed is not None:
-        settings = settings.model_copy(update={"seed": seed})
+        config = config.model_copy(update={"seed": seed})
     split, at = held_out(dataset, count), epoch or latest
-    masks = split.masks if split.labelled.all() else None
+    masks = split.masks if split.labeled.all() else None
     images, keys = torch.from_numpy(split.images), torch.from_numpy(split.keys)
-    seen = look_at(model.to(device), images, keys, masks, settings, at)
-    strips = [strip(each) for each in panels(seen, model, masks, settings)]
-    figures = _figures(seen, split, settings)
+    seen = analyze(model.to(device), images, keys, masks, config, at)
+    strips = [strip(each) for each in panels(seen, model, masks, config)]
+    figures = _figures(seen, split, config)
     rows = [
         {"id": name, "picture": f"{i}-{re.sub(r'[^A-Za-z0-9.-]+', '_', name)}.png", **row}
         for i, (name, row) in enumerate(zip(split.ids, figures, strict=True))
@@ -107,7 +107,7 @@ def inspect_run(
         "data": dataset.path,
         "own_data": dataset.manifest.fingerprint in [each["fingerprint"] for each in sets],
         "split": "val" if dataset.count("val") else "train",
-        "variant": settings.variant,
+        "variant": config.variant,
         "epoch": at,
         "weights_of_epoch": latest,
         "ratio": seen.ratio,
@@ -126,7 +126,7 @@ def _own_data(run: Path) -> dict[str, Any]:
         about: dict[str, Any] = json.loads(path.read_text())
         if all(
             isinstance(part[name], str)
-            for part in (about, about.get("labels", about))
+            for part in (about, about.get("eval_data", about))
             for name in OWN
         ):
             return about
@@ -137,29 +137,31 @@ def _own_data(run: Path) -> dict[str, Any]:
     )
 
 
-def _figures(seen: Seen, split: Split, settings: PretrainSettings) -> list[dict[str, float | None]]:
+def _figures(
+    seen: ImageAnalysis, split: Split, config: PretrainConfig
+) -> list[dict[str, float | None]]:
     """`FIGURES` of every image."""
     masked, tissue, lesion = (
         x.cpu() for x in (seen.masked, seen.chosen.tissue, seen.chosen.lesion)
     )
-    aimed, error = settings.selection.names_lesion, seen.error.cpu()
-    share = lesion_shares(split.masks, settings.model.patch_size)
-    truth, known = truth_patches(share), split.labelled & split.masks.any((1, 2))
+    aimed, error = config.selection.names_lesion, seen.error.cpu()
+    share = lesion_shares(split.masks, config.model.patch_size)
+    truth, known = truth_patches(share), split.labeled & split.masks.any((1, 2))
     rows = []
-    for i, labelled in enumerate(known):
+    for i, labeled in enumerate(known):
         true, found, hidden = truth[i], lesion[i], masked[i]
-        judged = aimed and labelled
+        judged = aimed and labeled
         rows.append(
             {
-                "true_lesion_share": float(true.float().mean()) if split.labelled[i] else None,
+                "true_lesion_share": float(true.float().mean()) if split.labeled[i] else None,
                 "lesion_share": float(found.float().mean()) if aimed else None,
                 "precision": _mean_of(true.float(), found) if judged else None,
                 "recall": _mean_of(found.float(), true) if judged else None,
-                "true_lesion_masked": _mean_of(hidden.float(), true) if labelled else None,
+                "true_lesion_masked": _mean_of(hidden.float(), true) if labeled else None,
                 "error": _mean_of(error[i], hidden & tissue[i]),
-                "error_inside": _mean_of(error[i], hidden & true) if labelled else None,
+                "error_inside": _mean_of(error[i], hidden & true) if labeled else None,
                 "error_outside": _mean_of(error[i], hidden & tissue[i] & ~true)
-                if labelled
+                if labeled
                 else None,
             }
         )

@@ -20,19 +20,19 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from amlp_ray.analysis.localization_candidates import RANDOM, Candidate, candidates
-from amlp_ray.config import ImageSpec, PretrainSettings, SelectionSettings
+from amlp_ray.config import ImageSpec, PretrainConfig, SelectionConfig
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.errors import CheckpointError, DataError, SettingsError
+from amlp_ray.errors import CheckpointError, ConfigError, DataError
 from amlp_ray.evaluation.diagnostics import lesion_shares
 from amlp_ray.evaluation.labels import Rows, by_part, check_fits, lesion_pixels, spread
-from amlp_ray.method import counter_rng as draw
-from amlp_ray.method.augment import normalise
+from amlp_ray.method import counter_rng
+from amlp_ray.method.augment import normalize
 from amlp_ray.method.autoencoder import MaskedAutoencoder
 from amlp_ray.method.cluster_rules import truth_patches
 from amlp_ray.method.ema_teacher import teacher_view
 from amlp_ray.method.kmeans import DatasetClusters
-from amlp_ray.method.lesion_map import Aim, TeacherView, aim_at
-from amlp_ray.method.patch_features import centre_distance, cluster_features, tissue_of
+from amlp_ray.method.lesion_map import LesionMap, TeacherView, locate_lesion
+from amlp_ray.method.patch_features import center_distance, cluster_features, tissue_of
 from amlp_ray.method.patch_scores import PATCH_SCORES
 from amlp_ray.method.patches import patchify
 from amlp_ray.training.checkpoint.export import load_encoder, read_encoder_header
@@ -49,7 +49,7 @@ class Teacher(NamedTuple):
     """A trained model that is asked as a run's teacher is; `rebuilds` where its decoder is trained too."""
 
     model: MaskedAutoencoder
-    settings: PretrainSettings
+    config: PretrainConfig
     rebuilds: bool
 
 
@@ -91,14 +91,14 @@ def bench_rules(
         wanted: what to compare; all `candidates` where none are given.
 
     Raises:
-        SettingsError, DataError, CheckpointError: for test images, a patch size that does not divide, no masks, or a
+        ConfigError, DataError, CheckpointError: for test images, a patch size that does not divide, no masks, or a
             teacher of other images.
     """
     if split == "test":
-        raise SettingsError("--split test: test images are for the last look; use train or val.")
+        raise ConfigError("--split test: test images are for the last look; use train or val.")
     spec = dataset.spec
     if spec.height % patch_size or spec.width % patch_size:
-        raise SettingsError(
+        raise ConfigError(
             f"--patch-size {patch_size} does not divide the images of {spec.height}x{spec.width}."
         )
     asked = read_teacher(teacher, dataset, patch_size) if teacher else None
@@ -129,7 +129,7 @@ def read_teacher(path: Path, dataset: PatchDataset, patch_size: int) -> Teacher:
     """Load the model of a finished run's folder, or an encoder alone.
 
     Raises:
-        CheckpointError: where there is none. SettingsError: it was trained on images of another shape or scale.
+        CheckpointError: where there is none. ConfigError: it was trained on images of another shape or scale.
     """
     file = path / "encoder.safetensors" if path.is_dir() else path
     sizes, spec = read_encoder_header(file)
@@ -139,20 +139,20 @@ def read_teacher(path: Path, dataset: PatchDataset, patch_size: int) -> Teacher:
             f"{path} has patches of {sizes.patch_size} pixels; use --patch-size {sizes.patch_size}."
         )
     if path.is_dir():
-        settings = run_settings(path)
-        if settings.objective != "reconstruction":
+        config = run_settings(path)
+        if config.objective != "reconstruction":
             raise CheckpointError(
                 f"{path} holds a run that rebuilds no images; give its encoder.safetensors alone."
             )
-        model, _ = load_model(path, settings, spec)
+        model, _ = load_model(path, config, spec)
     else:
-        settings, model = PretrainSettings(model=sizes), MaskedAutoencoder(sizes, spec)
+        config, model = PretrainConfig(model=sizes), MaskedAutoencoder(sizes, spec)
         model.encoder = load_encoder(path)
     if model.teacher is None:
         model.teacher = deepcopy(model)
     # Difficulty is what two masked passes miss, in the image's scale, whatever the run itself was trained with.
-    loss = settings.loss.model_copy(update={"difficulty": "raw", "ranking_weight": 0.0})
-    return Teacher(model.eval(), settings.model_copy(update={"loss": loss}), path.is_dir())
+    loss = config.loss.model_copy(update={"difficulty": "raw", "ranking_weight": 0.0})
+    return Teacher(model.eval(), config.model_copy(update={"loss": loss}), path.is_dir())
 
 
 def _load(
@@ -169,7 +169,7 @@ def _load(
         patches, keys, shares = [], [], []
         for some in by_part(dataset, split, rows):
             part = dataset.load(split, some)
-            patches.append(patchify(normalise(torch.from_numpy(part.images), spec), patch_size))
+            patches.append(patchify(normalize(torch.from_numpy(part.images), spec), patch_size))
             keys.append(torch.from_numpy(part.keys))
             shares.append(lesion_shares(part.masks, patch_size))
         columns = (torch.cat(column).split(BATCH) for column in (patches, keys, shares))
@@ -241,7 +241,7 @@ class _Bench:
         centroids = DatasetClusters(s.clusters, x.shape[-1])
         for batch in self.every:
             self._look(candidate, batch, seed, centroids, learn=True)
-        centroids.settle()
+        centroids.commit()
         return centroids
 
     def _asked(self, candidate: Candidate, batch: Batch, seed: int) -> tuple[TeacherView, float]:
@@ -249,8 +249,8 @@ class _Bench:
         s = candidate.selection
         if self.teacher is None or s is None:
             return TeacherView(), 0.0
-        settings = self.teacher.settings.model_copy(update={"selection": s, "seed": seed})
-        if not settings.needs_teacher:
+        config = self.teacher.config.model_copy(update={"selection": s, "seed": seed})
+        if not config.needs_teacher:
             return TeacherView(), 0.0
         error = s.rule == "hardest" or s.score == "difficulty"  # the one answer that is random
         key = (
@@ -262,7 +262,7 @@ class _Bench:
         )
         if key not in self._told:
             started = time.perf_counter()
-            view = teacher_view(self.teacher.model, batch.patches, batch.keys, settings, 1)
+            view = teacher_view(self.teacher.model, batch.patches, batch.keys, config, 1)
             self._told[key] = view, time.perf_counter() - started
         view, seconds = self._told[key]
         if candidate.per_variance and view.difficulty is not None:
@@ -277,16 +277,16 @@ class _Bench:
         centroids: DatasetClusters | None,
         *,
         learn: bool = False,
-    ) -> Aim:
+    ) -> LesionMap:
         s = candidate.selection
         if s is None:
-            noise = draw.uniform(
-                batch.keys, batch.share.shape[1], seed=seed, epoch=1, purpose=draw.MASK
+            noise = counter_rng.uniform(
+                batch.keys, batch.share.shape[1], seed=seed, epoch=1, stream=counter_rng.MASK
             )
-            near = -centre_distance(self.grid, noise.device).expand_as(noise)
+            near = -center_distance(self.grid, noise.device).expand_as(noise)
             score = noise if candidate.name == RANDOM else near
-            return Aim(_top(score, self.share, batch.keys).float(), score, score)
-        return aim_at(
+            return LesionMap(_top(score, self.share, batch.keys).float(), score, score)
+        return locate_lesion(
             batch.patches,
             batch.keys,
             self.grid,
@@ -300,9 +300,9 @@ class _Bench:
             learn=learn,
         )
 
-    def _compared(self, candidate: Candidate, aim: Aim, batch: Batch) -> dict[str, Tensor]:
+    def _compared(self, candidate: Candidate, aim: LesionMap, batch: Batch) -> dict[str, Tensor]:
         truth, lesion = truth_patches(batch.share), aim.lesion > 0.5
-        tissue = tissue_of(batch.patches, candidate.selection or SelectionSettings())
+        tissue = tissue_of(batch.patches, candidate.selection or SelectionConfig())
         found = _agreement(lesion, truth, "")
         found["size"] = lesion.sum(1) / tissue.sum(1).clamp_min(1)
         found["fallback"] = ~lesion.any(1)
@@ -318,7 +318,7 @@ class _Bench:
 
 def _top(score: Tensor, share: float, keys: Tensor) -> Tensor:
     """The `share` of patches with the highest score, (B, N) bool; equal ones in random order."""
-    noise = draw.uniform(keys, score.shape[1], seed=0, epoch=0, purpose=draw.HINT)
+    noise = counter_rng.uniform(keys, score.shape[1], seed=0, epoch=0, stream=counter_rng.HINT)
     order = noise.argsort(1)
     order = order.gather(1, score.gather(1, order).argsort(stable=True, dim=1, descending=True))
     count = max(1, round(share * score.shape[1]))
@@ -346,7 +346,7 @@ def _described(candidate: Candidate) -> Row:
         "name": candidate.name,
         **{n: getattr(cluster, n, None) for n in ("features", "clusters", "scope", "rule")},
         "score": scored.score if scored else None,
-        **{n: getattr(signed, n, None) for n in ("lesion_sign", "centre_prior")},
+        **{n: getattr(signed, n, None) for n in ("lesion_sign", "center_prior")},
     }
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from amlp_ray.config import SelectionSettings
+from amlp_ray.config import SelectionConfig
 from amlp_ray.method.patch_scores import PATCH_SCORES
 
-RANDOM, CENTRE = "random patches", "nearness to the centre"
+RANDOM, CENTER = "random patches", "nearness to the centre"
 CLUSTERS = (2, 3, 4, 6, 8)
 # Against which the rest is read: the rule nearest to the paper, a random cluster of the same sizes, and patch SD, which
 # difficulty must beat, since a teacher errs where patches vary.
@@ -24,13 +24,13 @@ class Candidate(NamedTuple):
 
     block: str
     name: str
-    selection: SelectionSettings | None = None
+    selection: SelectionConfig | None = None
     per_variance: bool = False
 
 
 def candidates(*, encoder: bool = False, decoder: bool = False) -> list[Candidate]:
     """All rows of the bench; those that ask a trained encoder, or its decoder, only where there is one."""
-    found = [Candidate("reference", RANDOM), Candidate("reference", CENTRE)]
+    found = [Candidate("reference", RANDOM), Candidate("reference", CENTER)]
     features = ("raw", "stats", "context") + (("tokens",) if encoder else ())
     found += [
         _clusters(f, k, "image", **rule) for f in features for k in CLUSTERS for rule in _rules(k)
@@ -62,13 +62,13 @@ def _rules(clusters: int) -> Iterator[dict[str, Any]]:
         ("dark", 0.8),
         ("free", 0.8),
     ):
-        yield {"rule": "combined", "lesion_sign": sign, "centre_prior": prior}
+        yield {"rule": "combined", "lesion_sign": sign, "center_prior": prior}
     yield {"rule": "geodesic"}
 
 
 def _clusters(features: str, clusters: int, scope: str, **rule: Any) -> Candidate:
     given = {"mode": "hard", "features": features, "clusters": clusters, "scope": scope, **rule}
-    selection = SelectionSettings.model_validate(given)
+    selection = SelectionConfig.model_validate(given)
     named = (
         f"by {_score_name(selection, selection.rule)}"
         if selection.rule in PATCH_SCORES
@@ -90,19 +90,19 @@ def _clusters(features: str, clusters: int, scope: str, **rule: Any) -> Candidat
 def _score(
     score: str, sign: str = "free", prior: float = 0.0, *, per_variance: bool = False
 ) -> Candidate:
-    given = {"mode": "soft", "score": score, "lesion_sign": sign, "centre_prior": prior}
-    selection = SelectionSettings.model_validate(given)
+    given = {"mode": "soft", "score": score, "lesion_sign": sign, "center_prior": prior}
+    selection = SelectionConfig.model_validate(given)
     block = "teacher's scores" if score in ("attention", "difficulty") else "scores"
     name = _score_name(selection, selection.score) + (" / patch variance" if per_variance else "")
     return _placed(block, name, selection)._replace(per_variance=per_variance)
 
 
-def _placed(block: str, name: str, selection: SelectionSettings) -> Candidate:
+def _placed(block: str, name: str, selection: SelectionConfig) -> Candidate:
     return Candidate("reference" if name in REFERENCES else block, name, selection)
 
 
-def _score_name(selection: SelectionSettings, score: str) -> str:
+def _score_name(selection: SelectionConfig, score: str) -> str:
     parts = [score, selection.lesion_sign if score in SIGNED else ""]
     return " ".join(part for part in parts if part) + (
-        " x centre" if selection.centre_prior else ""
+        " x centre" if selection.center_prior else ""
     )

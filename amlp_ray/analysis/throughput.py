@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from amlp_ray.config import PretrainSettings
+from amlp_ray.config import PretrainConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.loading import image_cache
 from amlp_ray.data.loading.batches import ExampleBatches, Mode, open_batches, resolved
 from amlp_ray.data.loading.throughput import measure_pace
-from amlp_ray.errors import DataError, SettingsError
+from amlp_ray.errors import ConfigError, DataError
 from amlp_ray.runtime.session import ray_session
-from amlp_ray.training.objectives import step_of
+from amlp_ray.training.objectives import make_objective
 from amlp_ray.training.pretrain import train_epoch
-from amlp_ray.training.train_state import Learner
+from amlp_ray.training.train_state import TrainState
 
 MODES: tuple[Mode, ...] = ("resident", "mapped", "stream")
 STREAM_EPOCHS = 100  # read ahead at most
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 def bench(
     dataset: PatchDataset,
-    settings: PretrainSettings,
+    config: PretrainConfig,
     *,
     batch_size: int | None = None,
     seconds: float = 5.0,
@@ -44,11 +44,9 @@ def bench(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise SettingsError(f"device is {device!r}, but no GPU is seen here; use cpu.")
-    settings = (
-        settings if batch_size is None else settings.model_copy(update={"batch_size": batch_size})
-    )
-    eaten = model_pace(dataset, settings, seconds=seconds, device=device)
+        raise ConfigError(f"device is {device!r}, but no GPU is seen here; use cpu.")
+    config = config if batch_size is None else config.model_copy(update={"batch_size": batch_size})
+    eaten = model_pace(dataset, config, seconds=seconds, device=device)
     auto, rows = resolved(dataset, "train", "auto"), []
     for mode in modes:
         row: Row = {
@@ -57,7 +55,7 @@ def bench(
             "model_images_per_second": eaten,
         }
         try:
-            rows.append(row | _pace(dataset, settings, mode, seconds, device, eaten))
+            rows.append(row | _pace(dataset, config, mode, seconds, device, eaten))
         except DataError as error:
             rows.append(row | {"failed": str(error)})
         image_cache.release()
@@ -66,7 +64,7 @@ def bench(
 
 def _pace(
     dataset: PatchDataset,
-    settings: PretrainSettings,
+    config: PretrainConfig,
     mode: Mode,
     seconds: float,
     device: str,
@@ -75,8 +73,8 @@ def _pace(
     def opened() -> Any:
         return open_batches(
             dataset,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
+            batch_size=config.batch_size,
+            seed=config.seed,
             mode=mode,
             epochs=STREAM_EPOCHS,
         )
@@ -99,19 +97,19 @@ def _pace(
 
 
 def model_pace(
-    dataset: PatchDataset, settings: PretrainSettings, *, seconds: float, device: str
+    dataset: PatchDataset, config: PretrainConfig, *, seconds: float, device: str
 ) -> float:
     """Images per second of training steps on one batch, again and again: what the model eats if it never waits."""
-    batches = ExampleBatches(dataset, batch_size=settings.batch_size)
-    learner = Learner(settings, batches.spec, device)
-    objective = step_of(learner.model, settings, None)
+    batches = ExampleBatches(dataset, batch_size=config.batch_size)
+    train_state = TrainState(config, batches.spec, device)
+    objective = make_objective(train_state.model, config, None)
 
     def step() -> None:
-        train_epoch(learner.model, learner, objective, batches, 1)
+        train_epoch(train_state.model, train_state, objective, batches, 1)
 
     step()  # a warm-up
     steps, started = 0, time.perf_counter()
     while steps == 0 or time.perf_counter() - started < seconds:
         step()
         steps += 1
-    return steps * settings.batch_size / (time.perf_counter() - started)
+    return steps * config.batch_size / (time.perf_counter() - started)

@@ -11,9 +11,9 @@ import typer
 from amlp_ray.cli.data_bench import bench
 from amlp_ray.cli.data_check import check
 from amlp_ray.cli.output import Json, print_facts, print_json, print_table
-from amlp_ray.config import PrepareSettings
+from amlp_ray.config import PrepareConfig
 from amlp_ray.config.base import build
-from amlp_ray.errors import DataError, SettingsError
+from amlp_ray.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -92,8 +92,8 @@ def prepare(
 
     Killed, it goes on where it stopped when run again. Files that cannot be used are listed in OUT.rejects.csv.
     """
-    settings = build(
-        PrepareSettings,
+    config = build(
+        PrepareConfig,
         {
             "layout": layout,
             "file_list": file_list,
@@ -121,9 +121,9 @@ def prepare(
         },
         "data prepare",
     )
-    from amlp_ray.data.path import Place
+    from amlp_ray.data.path import DataPath
 
-    if not Place(source).is_folder():  # told at once, not after Ray has started
+    if not DataPath(source).is_folder():  # told at once, not after Ray has started
         raise DataError(f"There is no folder {source}; check the path.")
 
     from amlp_ray.data.prepare.pipeline import Told
@@ -131,7 +131,7 @@ def prepare(
     from amlp_ray.runtime.session import ray_session
 
     with ray_session(address), _Bar() as bar:
-        dataset = run(source, out, settings, strict=strict, told=Told(bar.say, bar))
+        dataset = run(source, out, config, strict=strict, told=Told(bar.say, bar))
     _print_summary(dataset.summary())
 
 
@@ -181,7 +181,7 @@ def _numbers(
     except ValueError:
         numbers = ()
     if not numbers or count not in (None, len(numbers)):
-        raise SettingsError(f"{option} is {text!r}, but {wanted} must be given.")
+        raise ConfigError(f"{option} is {text!r}, but {wanted} must be given.")
     return numbers
 
 
@@ -222,7 +222,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
         rows.append(
             {
                 "split": split,
-                **{name: counts[name] for name in ("images", "labelled", "lesions")},
+                **{name: counts[name] for name in ("images", "labeled", "lesions")},
                 **{f"lesion area % {p}": area.get(p) for p in ("p10", "p50", "p90")},
                 "background": counts["background"],
             }

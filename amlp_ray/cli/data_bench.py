@@ -8,15 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from amlp_ray.cli.output import Json, print_json, print_table
-from amlp_ray.config import PretrainSettings
-from amlp_ray.config.overrides import from_assignments
+from amlp_ray.config import PretrainConfig
+from amlp_ray.config.overrides import build_with_overrides
 from amlp_ray.config.yaml_file import read_yaml
 
 
 def bench(
     dataset: Annotated[str, typer.Argument(help="Patch dataset, by path or URI.")],
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file of pretraining settings: the model to feed.")
+    config_file: Annotated[
+        Path | None,
+        typer.Option("--config", help="YAML file of pretraining settings: the model to feed."),
     ] = None,
     assign: Annotated[
         list[str] | None,
@@ -35,10 +36,12 @@ def bench(
     from amlp_ray.analysis.throughput import bench as measured
     from amlp_ray.data.dataset import PatchDataset
 
-    settings = from_assignments(PretrainSettings, read_yaml(config) if config else {}, assign or [])
+    config = build_with_overrides(
+        PretrainConfig, read_yaml(config_file) if config_file else {}, assign or []
+    )
     opened = PatchDataset.open(dataset)
-    settings.check_image(opened.spec)
-    rows = measured(opened, settings, batch_size=batch_size, seconds=seconds, device=device)
+    config.check_image(opened.spec)
+    rows = measured(opened, config, batch_size=batch_size, seconds=seconds, device=device)
     if as_json:
         print_json(rows)
         return

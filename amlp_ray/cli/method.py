@@ -51,12 +51,12 @@ def bench(
 
     from amlp_ray.analysis.localization import bench_rules
     from amlp_ray.data.dataset import PatchDataset
-    from amlp_ray.errors import SettingsError
+    from amlp_ray.errors import ConfigError
 
     if out and out.is_dir():
-        raise SettingsError(f"--out {out} is a folder; give a file such as {out / 'rules.csv'}.")
+        raise ConfigError(f"--out {out} is a folder; give a file such as {out / 'rules.csv'}.")
     if out and not out.absolute().parent.is_dir():
-        raise SettingsError(
+        raise ConfigError(
             f"--out {out}: there is no folder {out.absolute().parent}; make it first."
         )
     bar: tqdm | None = None  # drawn with the first row, so that an error stands alone

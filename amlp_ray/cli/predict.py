@@ -9,8 +9,8 @@ import typer
 
 from amlp_ray.cli.output import Json, print_json
 from amlp_ray.cli.pretrain import Set
-from amlp_ray.config import PredictSettings
-from amlp_ray.config.overrides import from_assignments
+from amlp_ray.config import PredictConfig
+from amlp_ray.config.overrides import build_with_overrides
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -40,8 +40,8 @@ def predict(
     OUT.rejects.csv. `--set tiling=on` cuts large images into tiles; `amlp-ray settings predict` lists all settings.
     """
     base = {"probability": probability, "overlay": overlay}
-    settings = from_assignments(
-        PredictSettings, {name: True for name, on in base.items() if on}, assign or []
+    config = build_with_overrides(
+        PredictConfig, {name: True for name, on in base.items() if on}, assign or []
     )
 
     import torch
@@ -64,7 +64,7 @@ def predict(
         images,
         segmenter,
         out,
-        settings,
+        config,
         overwrite=overwrite,
         device="cuda" if torch.cuda.is_available() else "cpu",
         say=lambda sentence: None if as_json else typer.echo(sentence),

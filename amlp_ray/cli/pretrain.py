@@ -17,12 +17,12 @@ from amlp_ray.cli.resources import (
     Placement,
     Retries,
     Workers,
-    faults_of,
+    fault_tolerance_from,
     resources_of,
 )
-from amlp_ray.config import FaultSettings, PretrainSettings, TrackingSettings
+from amlp_ray.config import FaultToleranceConfig, PretrainConfig, TrackingConfig
 from amlp_ray.config.base import build
-from amlp_ray.config.overrides import from_assignments
+from amlp_ray.config.overrides import build_with_overrides
 from amlp_ray.config.yaml_file import read_yaml
 
 Set = Annotated[
@@ -38,10 +38,12 @@ def pretrain(
             help="Folder of the run; one that holds a run of the same settings is resumed."
         ),
     ],
-    labels: Annotated[
+    eval_data: Annotated[
         str | None, typer.Option(help="Another dataset, with masks: for pictures and diagnosis.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="YAML file of settings.")
+    ] = None,
     assign: Set = None,
     workers: Workers = "1",
     cpus_per_worker: CpusPerWorker = None,
@@ -52,15 +54,17 @@ def pretrain(
     sharding: Annotated[
         str, typer.Option(help="Several workers: ddp, fsdp; auto: fsdp from ViT-L on.")
     ] = "auto",
-    retries: Retries = FaultSettings().retries,
+    max_failures: Retries = FaultToleranceConfig().max_failures,
     address: Address = None,
     mlflow: Annotated[str | None, typer.Option(help="URI of an MLflow server or database.")] = None,
     wandb: Annotated[str | None, typer.Option(help="Project of Weights & Biases.")] = None,
 ) -> None:
     """Pretrain an encoder on the unlabelled training images: encoder.safetensors, metrics, pictures."""
-    given = read_yaml(config) if config else {}
-    build(PretrainSettings, given, str(config))  # so that a fault of the file is told as the file's
-    settings = from_assignments(PretrainSettings, given, assign or [])
+    given = read_yaml(config_file) if config_file else {}
+    build(
+        PretrainConfig, given, str(config_file)
+    )  # so that a fault of the file is told as the file's
+    config = build_with_overrides(PretrainConfig, given, assign or [])
     resources = resources_of(
         workers,
         cpus_per_worker,
@@ -71,13 +75,13 @@ def pretrain(
         sharding=sharding,
         address=address,
     )
-    tracking = build(TrackingSettings, {"mlflow": mlflow, "wandb": wandb}, "options")
+    tracking = build(TrackingConfig, {"mlflow": mlflow, "wandb": wandb}, "options")
 
     from amlp_ray.cli.progress import Progress, noted, resumable
     from amlp_ray.launch.launcher import pretrain_dataset
     from amlp_ray.utils.event_log import count_events
 
-    progress, trained = Progress(settings.epochs), False
+    progress, trained = Progress(config.epochs), False
 
     def report(metrics: dict[str, Any]) -> None:
         nonlocal trained
@@ -88,17 +92,17 @@ def pretrain(
         encoder = pretrain_dataset(
             data,
             out,
-            settings,
-            labels=labels,
+            config,
+            eval_data=eval_data,
             resources=resources,
-            faults=faults_of(retries),
+            fault_tolerance=fault_tolerance_from(max_failures),
             tracking=tracking,
             address=address,
             report=report,
         )
     progress.close()
     if not trained:
-        typer.echo(f"{out} was finished before: {settings.epochs} epochs.")
+        typer.echo(f"{out} was finished before: {config.epochs} epochs.")
     lost = {
         kind: count
         for kind, count in count_events(out).items()

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from amlp_ray.config import FaultSettings, ResourceSettings
+from amlp_ray.config import FaultToleranceConfig, ResourceConfig
 from amlp_ray.config.base import build
-from amlp_ray.errors import SettingsError
+from amlp_ray.errors import ConfigError
 
 Workers = Annotated[
     str,
@@ -41,10 +41,10 @@ Address = Annotated[
 
 
 def workers_of(text: str) -> int | list[int]:
-    """Read `4` or `2-8`. Raises SettingsError for anything else."""
+    """Read `4` or `2-8`. Raises ConfigError for anything else."""
     parts = text.split("-")
     if len(parts) > 2 or not all(part.isdigit() for part in parts):
-        raise SettingsError(
+        raise ConfigError(
             f"--workers {text!r} is neither a number, such as 4, nor a range, such as 2-8."
         )
     return int(parts[0]) if len(parts) == 1 else [int(part) for part in parts]
@@ -60,7 +60,7 @@ def resources_of(
     micro_batch: int | None = None,
     sharding: str = "auto",
     address: str | None = None,
-) -> ResourceSettings:
+) -> ResourceConfig:
     """Settings from options; without `cpus_per_worker`, this machine's cores are shared by the workers."""
     number = workers_of(workers)
     if cpus_per_worker is None:
@@ -76,8 +76,8 @@ def resources_of(
         "micro_batch": micro_batch,
         "sharding": sharding,
     }
-    return build(ResourceSettings, given, "options")
+    return build(ResourceConfig, given, "options")
 
 
-def faults_of(retries: int) -> FaultSettings:
-    return build(FaultSettings, {"retries": retries}, "options")
+def fault_tolerance_from(max_failures: int) -> FaultToleranceConfig:
+    return build(FaultToleranceConfig, {"max_failures": max_failures}, "options")

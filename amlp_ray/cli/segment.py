@@ -18,11 +18,11 @@ from amlp_ray.cli.resources import (
     Placement,
     Retries,
     Workers,
-    faults_of,
+    fault_tolerance_from,
     resources_of,
 )
-from amlp_ray.config import FaultSettings, SegmentSettings
-from amlp_ray.config.overrides import from_assignments
+from amlp_ray.config import FaultToleranceConfig, SegmentConfig
+from amlp_ray.config.overrides import build_with_overrides
 
 
 def segment(
@@ -54,7 +54,7 @@ def segment(
     gpus_per_worker: GpusPerWorker = 0,
     accelerator: Accelerator = None,
     placement: Placement = "pack",
-    retries: Retries = FaultSettings().retries,
+    max_failures: Retries = FaultToleranceConfig().max_failures,
     address: Address = None,
     as_json: Json = False,
 ) -> None:
@@ -62,7 +62,7 @@ def segment(
 
     The encoder may be pretrained on another dataset; `amlp-ray data check A --against B` tells of images in both.
     """
-    settings = from_assignments(SegmentSettings, {}, assign or [])
+    config = build_with_overrides(SegmentConfig, {}, assign or [])
     resources = resources_of(
         workers,
         cpus_per_worker,
@@ -78,23 +78,23 @@ def segment(
     from amlp_ray.data.dataset import PatchDataset
     from amlp_ray.evaluation.segmentation import segment as run
 
-    progress = Progress(settings.epochs)
+    progress = Progress(config.epochs)
     with resumable(out), noted(logging.getLogger("amlp_ray"), progress):
         score = run(
             PatchDataset.open(data),
             encoder,
             out,
-            settings,
+            config,
             name=encoder_name,
             from_scratch=from_scratch,
             resources=resources,
-            faults=faults_of(retries),
+            fault_tolerance=fault_tolerance_from(max_failures),
             address=address,
             progress=progress.update,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
     progress.close()
     if not progress.drawn:
-        typer.echo(f"{out} was finished before: {settings.epochs} epochs.", err=True)
+        typer.echo(f"{out} was finished before: {config.epochs} epochs.", err=True)
     shown = {name: value for name, value in score.items() if name not in ("per_image", "per_group")}
     print_json(score) if as_json else print_facts(shown)

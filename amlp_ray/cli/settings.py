@@ -12,26 +12,26 @@ from amlp_ray import config
 from amlp_ray.cli.output import Json, print_json, print_table
 from amlp_ray.config import (
     VARIANTS,
-    PredictSettings,
-    PrepareSettings,
-    PretrainSettings,
-    SegmentSettings,
-    StudySettings,
+    PredictConfig,
+    PrepareConfig,
+    PretrainConfig,
+    SegmentConfig,
+    StudyConfig,
 )
-from amlp_ray.config.base import Settings
+from amlp_ray.config.base import Config
 from amlp_ray.config.overrides import flat
 from amlp_ray.config.reference import Section, Setting, sections, shown, variants
-from amlp_ray.errors import SettingsError
+from amlp_ray.errors import ConfigError
 
-MODELS: dict[str, type[Settings]] = {
-    "pretrain": PretrainSettings,
-    "study": StudySettings,
-    "segment": SegmentSettings,
-    "prepare": PrepareSettings,
-    "predict": PredictSettings,
+MODELS: dict[str, type[Config]] = {
+    "pretrain": PretrainConfig,
+    "study": StudyConfig,
+    "segment": SegmentConfig,
+    "prepare": PrepareConfig,
+    "predict": PredictConfig,
 }
 TOPICS = (*MODELS, "variants")
-USUAL = PretrainSettings().variant
+USUAL = PretrainConfig().variant
 Table = tuple[str, str, list[dict[str, str]]]  # heading, what it is about, rows
 
 
@@ -46,7 +46,7 @@ def settings(
     chosen = topics or ["pretrain"]
     for topic in chosen:
         if topic not in TOPICS:
-            raise SettingsError(
+            raise ConfigError(
                 f"settings: there are none of {topic!r}; known are {', '.join(TOPICS)}."
             )
     if as_json:
@@ -63,14 +63,12 @@ def settings(
 def _values(topic: str) -> list[dict[str, object]]:
     if topic == "variants":
         return variants()
-    return [vars(setting) for section in sections(MODELS[topic]) for setting in section.settings]
+    return [vars(setting) for section in sections(MODELS[topic]) for setting in section.config]
 
 
 def _tables(topic: str) -> Iterator[Table]:
     if topic == "variants":
-        about = (
-            "Named arms. Each lays its values over the defaults; every value given wins over them."
-        )
+        about = "Named baselines. Each lays its values over the defaults; every value given wins over them."
         rows = [
             {
                 "variant": variant["variant"],
@@ -89,7 +87,7 @@ def _tables(topic: str) -> Iterator[Table]:
 
 
 def _rows(section: Section, laid: dict[str, object]) -> Iterator[dict[str, str]]:
-    for setting in section.settings:
+    for setting in section.config:
         yield {
             "name": setting.name,
             "accepts": setting.accepts,

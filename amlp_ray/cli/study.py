@@ -42,13 +42,13 @@ def init(
 def validate(
     file: Annotated[Path, typer.Argument(help="Study file.")],
     data: Data = None,
-    labels: Labels = None,
+    eval_data: Labels = None,
     as_json: Json = False,
 ) -> None:
     """Check a study file and list all its faults; no data is needed."""
     from amlp_ray.study.operations.templates import validate
 
-    facts = validate(file, data=data, labels=labels)
+    facts = validate(file, data=data, eval_data=eval_data)
     if as_json:
         print_json({"ok": True, **facts})
         return
@@ -60,7 +60,7 @@ def validate(
 def plan(
     file: File,
     data: Data = None,
-    labels: Labels = None,
+    eval_data: Labels = None,
     runs: Runs = Path("runs"),
     assign: Set = None,
     address: Address = None,
@@ -73,7 +73,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Check a study and say what it will take; nothing is run."""
-    study = load(file, data, labels, runs, assign)
+    study = load(file, data, eval_data, runs, assign)
     facts: dict[str, Any] = study.plan(address).as_dict()
     if dry_run:
         facts["dry_run"] = study.dry_run(address)
@@ -94,7 +94,7 @@ def _ranged(name: str, value: Any) -> Any:
 def run(
     file: File,
     data: Data = None,
-    labels: Labels = None,
+    eval_data: Labels = None,
     runs: Runs = Path("runs"),
     assign: Set = None,
     address: Address = None,
@@ -102,14 +102,14 @@ def run(
     """Run a study, or go on with it where it stopped, then write its report."""
     from amlp_ray.study.operations.status import status
 
-    study = load(file, data, labels, runs, assign)
+    study = load(file, data, eval_data, runs, assign)
     study.run(address, notify=typer.echo)
     facts = status(study.store)  # whose budget may have been extended meanwhile
     print_facts(told(facts))
     typer.echo(f"report: {study.report()}")
     if study.outcome in ("done", "budget") and not facts["states"].get("COMPLETE"):
         raise FailedStudyError(
-            f"No trial of {study.settings.name!r} completed; `amlp-ray study trials` gives the reasons."
+            f"No trial of {study.config.name!r} completed; `amlp-ray study trials` gives the reasons."
         )
 
 
@@ -133,7 +133,7 @@ def confirm(
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """Train the best trials and every arm again over several seeds, and look at the test images, once."""
+    """Train the best trials and every baseline again over several seeds, and look at the test images, once."""
     opened(name, runs)
     changes = [
         f"confirm.{key}={value}"

@@ -10,7 +10,7 @@ import typer
 
 from amlp_ray.cli.output import Json, print_facts, print_json
 from amlp_ray.cli.study_options import File, Name, Runs, begun_or_not, opened
-from amlp_ray.errors import SettingsError
+from amlp_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from amlp_ray.study.storage.study_store import Request, StudyStore
@@ -102,7 +102,7 @@ def extend(
         change = change_of(mapping or [], fill or [], drop or [])
         facts |= vars(migrate(store, build_study(read_yaml(space), str(space)), change))
     elif mapping or fill or drop:
-        raise SettingsError(
+        raise ConfigError(
             "--map, --fill and --drop say what becomes of a changed space; give it with --space FILE."
         )
     if space is None or any((trials, hours, gpu_hours, epochs)):
@@ -129,15 +129,15 @@ def enqueue(
     as_json: Json = False,
 ) -> None:
     """Give a study a trial to run before those of its sampler; also while it runs, or before it ever did."""
-    from amlp_ray.config.overrides import assignments, flat
+    from amlp_ray.config.overrides import flat, parse_overrides
     from amlp_ray.study.operations.edit import enqueue
 
-    store, settings = begun_or_not(file, runs)
-    number = enqueue(store, settings, flat(assignments(values, "enqueue")))
+    store, config = begun_or_not(file, runs)
+    number = enqueue(store, config, flat(parse_overrides(values, "enqueue")))
     if as_json:
-        print_json({"study": settings.name, "number": number})
+        print_json({"study": config.name, "number": number})
         return
-    typer.echo(f"trial {number} of {settings.name!r} waits to be run")
+    typer.echo(f"trial {number} of {config.name!r} waits to be run")
     note_used_budget(store)
 
 
@@ -145,9 +145,9 @@ def note_used_budget(store: StudyStore) -> None:
     """Say where a waiting trial would wait in vain."""
     from amlp_ray.study.operations.status import spent_by
 
-    settings = store.settings()
-    spent = spent_by(store, store.search().get_trials(deepcopy=False), settings)
-    if reached := spent.reached(settings.budget):
+    config = store.config()
+    spent = spent_by(store, store.search().get_trials(deepcopy=False), config)
+    if reached := spent.reached(config.budget):
         typer.echo(
             f"note: the budget is used ({reached}); `amlp-ray study extend {store.name}` gives it more"
         )

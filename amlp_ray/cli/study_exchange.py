@@ -36,14 +36,12 @@ def import_(
     """Give a study trials of elsewhere as prior knowledge; they count neither in the budget nor as best."""
     from amlp_ray.study.operations.transfer import import_trials
 
-    store, settings = begun_or_not(file, runs)
-    found = import_trials(store, settings, source, runs=runs)
+    store, config = begun_or_not(file, runs)
+    found = import_trials(store, config, source, runs=runs)
     if as_json:
         print_json(vars(found))
         return
-    typer.echo(
-        f"{len(found.taken)} trials taken into {settings.name!r}, {found.known} known already"
-    )
+    typer.echo(f"{len(found.taken)} trials taken into {config.name!r}, {found.known} known already")
     for reason, count in Counter(found.left_out.values()).most_common():
         first = next(name for name, why in found.left_out.items() if why == reason)
         typer.echo(

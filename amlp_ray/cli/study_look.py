@@ -12,7 +12,7 @@ from amlp_ray.cli.output import Json, print_facts, print_json, print_table
 from amlp_ray.cli.study_options import Name, Runs, opened
 
 if TYPE_CHECKING:
-    from amlp_ray.config import StudySettings
+    from amlp_ray.config import StudyConfig
     from amlp_ray.study.storage.study_store import StudyStore
 
 
@@ -38,7 +38,7 @@ def trials(
     limit: Annotated[int | None, typer.Option(help="Rows to show.", min=1)] = None,
     as_json: Json = False,
 ) -> None:
-    """List all trials, baseline arms and confirmations."""
+    """List all trials, baseline baselines and confirmations."""
     from amlp_ray.study.operations.trials import chosen_rows, trial_rows
 
     chosen = [column.strip() for column in (columns or "").split(",") if column.strip()]
@@ -53,44 +53,44 @@ def best(name: Name, runs: Runs = Path("runs"), as_json: Json = False) -> None:
     from amlp_ray.study.storage.best_trials import best_trial, front
 
     store = opened(name, runs)
-    settings = store.settings()
-    top = best_trial(store, settings)  # says so where there is none
+    config = store.config()
+    top = best_trial(store, config)  # says so where there is none
     rows = []
-    for trial in front(store.search().get_trials(deepcopy=False), settings):
+    for trial in front(store.search().get_trials(deepcopy=False), config):
         folder = store.trial_folder(trial.number)
         rows.append(
             {
                 "number": trial.number,
-                **dict(zip(settings.objectives, trial.values, strict=True)),
+                **dict(zip(config.objectives, trial.values, strict=True)),
                 "params": dict(trial.params),
-                **_learnt(store, settings, trial.number),
+                **_learnt(store, config, trial.number),
                 "encoder": str(folder / "encoder.safetensors"),
-                "settings": str(folder / "settings.yaml"),
+                "config": str(folder / "config.yaml"),
             }
         )
-    if len(settings.objectives) == 1:
+    if len(config.objectives) == 1:
         print_json(rows[0]) if as_json else print_facts(rows[0])
     elif as_json:
-        print_json({"best": top.number, "metric": settings.metric, "front": rows})
+        print_json({"best": top.number, "metric": config.metric, "front": rows})
     else:
         typer.echo(
-            f"best by {settings.metric}: trial {top.number}; no other trial beats these in every objective:"
+            f"best by {config.metric}: trial {top.number}; no other trial beats these in every objective:"
         )
         print_table(
-            [{key: row[key] for key in ("number", *settings.objectives, "params")} for row in rows]
+            [{key: row[key] for key in ("number", *config.objectives, "params")} for row in rows]
         )
 
 
-def _learnt(store: StudyStore, settings: StudySettings, number: int) -> dict[str, Any]:
+def _learnt(store: StudyStore, config: StudyConfig, number: int) -> dict[str, Any]:
     """The masking-ratio schedule that a population has learnt, for `ratio.points`; nothing for other samplers."""
-    if settings.sampler.name != "pbt":
+    if config.sampler.name != "pbt":
         return {}
     from amlp_ray.study.search.pbt import learnt_schedule
 
     trials = store.search().get_trials(deepcopy=False)
     return {
         "schedule": [
-            [share, round(level, 4)] for share, level in learnt_schedule(settings, trials, number)
+            [share, round(level, 4)] for share, level in learnt_schedule(config, trials, number)
         ]
     }
 
@@ -100,17 +100,22 @@ def compare(
     runs: Runs = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Compare studies: best trials, arms, differing settings, and whether their scores can be compared."""
+    """Compare studies: best trials, baselines, differing settings, and whether their scores can be compared."""
     from amlp_ray.study.operations.compare import compare
 
     found = compare([opened(name, runs) for name in names])
     if as_json:
         print_json(found)
         return
-    rows = [{k: v for k, v in row.items() if k not in ("data", "arms")} for row in found["studies"]]
-    arms = dict.fromkeys(arm for row in found["studies"] for arm in row["arms"])
+    rows = [
+        {k: v for k, v in row.items() if k not in ("data", "baselines")} for row in found["studies"]
+    ]
+    baselines = dict.fromkeys(baseline for row in found["studies"] for baseline in row["baselines"])
     for row, full in zip(rows, found["studies"], strict=True):
-        row |= {f"arm {arm}": full["arms"].get(arm, {}).get("mean") for arm in arms}
+        row |= {
+            f"baseline {baseline}": full["baselines"].get(baseline, {}).get("mean")
+            for baseline in baselines
+        }
     print_table(rows)
     typer.echo(f"\n{found['verdict']}")
     if found["differing"]:
@@ -170,7 +175,7 @@ def told(facts: Mapping[str, Any]) -> dict[str, Any]:
         lines["asked"] = f"{request['verb']} by {request['by']}, {answered}"
     lines["trials"] = facts["states"] or "none yet"
     if facts["arm_states"].keys() - {"COMPLETE"}:
-        lines["arm runs"] = facts["arm_states"]
+        lines["baseline runs"] = facts["arm_states"]
     if facts["imported"]:
         lines["imported"] = (
             f"{facts['imported']} trials, which count neither in the budget nor as best"
@@ -185,8 +190,8 @@ def told(facts: Mapping[str, Any]) -> dict[str, Any]:
     if facts["best"]:
         several = len(facts["objectives"]) > 1
         lines["front" if several else "best"] = [_short(row) for row in facts["best"]]
-    for arm, values in facts["arms"].items():
-        lines[f"arm {arm}"] = values
+    for baseline, values in facts["baselines"].items():
+        lines[f"baseline {baseline}"] = values
     if facts["confirmed"]:
         lines["confirmed"] = {
             name: f"{c['done']} done of {c['begun']} begun"

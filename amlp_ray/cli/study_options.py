@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from amlp_ray.config import StudySettings
+    from amlp_ray.config import StudyConfig
     from amlp_ray.study.storage.study_store import StudyStore
     from amlp_ray.study.study import Study
 
@@ -34,16 +34,16 @@ Address = Annotated[
 
 
 def load(
-    file: Path, data: str | None, labels: str | None, runs: Path, assign: list[str] | None
+    file: Path, data: str | None, eval_data: str | None, runs: Path, assign: list[str] | None
 ) -> Study:
     """Load a study from its file, or by its name."""
-    from amlp_ray.config.overrides import assignments
+    from amlp_ray.config.overrides import parse_overrides
     from amlp_ray.study.study import Study
 
     if not file.is_file() and (runs / file / "study.yaml").is_file():
         file = runs / file / "study.yaml"
     return Study.load(
-        file, data=data, labels=labels, runs=runs, overrides=assignments(assign or [])
+        file, data=data, eval_data=eval_data, runs=runs, overrides=parse_overrides(assign or [])
     )
 
 
@@ -54,7 +54,7 @@ def opened(name: str, runs: Path) -> StudyStore:
     return StudyStore.open(runs / name)
 
 
-def begun_or_not(file: Path, runs: Path) -> tuple[StudyStore, StudySettings]:
+def begun_or_not(file: Path, runs: Path) -> tuple[StudyStore, StudyConfig]:
     """The store and settings of a study by its name, or by its file where it was never run; no data is needed."""
     from amlp_ray.config.yaml_file import read_yaml
     from amlp_ray.study.search_space.validate import build_study
@@ -62,8 +62,8 @@ def begun_or_not(file: Path, runs: Path) -> tuple[StudyStore, StudySettings]:
 
     if (runs / file / "study.yaml").is_file() or not file.is_file():
         store = opened(str(file), runs)
-        return store, store.settings()
-    settings = build_study(read_yaml(file), str(file))
-    store = StudyStore(runs / settings.name)
+        return store, store.config()
+    config = build_study(read_yaml(file), str(file))
+    store = StudyStore(runs / config.name)
     begun = (store.folder / "study.yaml").is_file()
-    return store, store.settings() if begun else settings
+    return store, store.config() if begun else config

@@ -23,7 +23,7 @@ def show(name: Name, number: Number, runs: Runs = Path("runs"), as_json: Json = 
     if as_json:
         print_json(facts)
         return
-    aside = ("rungs", "settings", "provenance")
+    aside = ("rungs", "config", "provenance")
     print_facts(
         {
             key: value
@@ -36,7 +36,7 @@ def show(name: Name, number: Number, runs: Runs = Path("runs"), as_json: Json = 
         print_table(
             [{"epoch": epoch, facts["metric"]: value} for epoch, value in facts["rungs"].items()]
         )
-    for title in ("settings", "provenance"):
+    for title in ("config", "provenance"):
         if facts[title]:
             typer.echo(f"\n{title}")
             print_table(_lines(facts[title]))
@@ -48,7 +48,7 @@ def replay(
     number: Number,
     runs: Runs = Path("runs"),
     data: Data = None,
-    labels: Labels = None,
+    eval_data: Labels = None,
     as_json: Json = False,
 ) -> None:
     """Train a trial again and compare its scores to the digit; exit code 1 where they differ."""
@@ -57,10 +57,10 @@ def replay(
     store = opened(name, runs)
     found = replay(
         store,
-        store.settings(),
+        store.config(),
         number,
         data=data,
-        labels=labels,
+        eval_data=eval_data,
         notify=lambda line: typer.echo(line, err=as_json),
     )
     if as_json:
@@ -84,7 +84,7 @@ def retry(name: Name, number: Number, runs: Runs = Path("runs"), as_json: Json =
     from amlp_ray.study.operations.edit import retry
 
     store = opened(name, runs)
-    again = retry(store, store.settings(), number)
+    again = retry(store, store.config(), number)
     if as_json:
         print_json({"study": store.name, "number": again, "retry_of": number})
         return

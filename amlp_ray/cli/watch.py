@@ -114,14 +114,14 @@ def frame(store: StudyStore) -> RenderableType:
     from amlp_ray.cli.study_look import told
     from amlp_ray.study.operations.status import running_rows, status
 
-    settings = store.settings()
-    facts = status(store, settings)
+    config = store.config()
+    facts = status(store, config)
     lines = {key: value for key, value in told(facts).items() if key not in ("folder", "budget")}
     head = Table.grid(padding=(0, 2))
     for key, value in lines.items():
         head.add_row(Text(key, style="bold"), Text(_plain(value)))
     parts: list[RenderableType] = [head, _bars(facts["budget"])]
-    if rows := running_rows(store, settings):
+    if rows := running_rows(store, config):
         parts += [Text(""), table_of(rows)]
     return Group(*parts)
 

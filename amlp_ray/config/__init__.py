@@ -7,69 +7,69 @@ Values come from small trials on breast ultrasound and dermoscopy unless a comme
 
 from __future__ import annotations
 
-from amlp_ray.config.baselines import ABOUT, CONTROLS, GROUPS, STEPS, arm_names
-from amlp_ray.config.data import ImageSpec, PrepareSettings
-from amlp_ray.config.evaluation import ProbeSettings, SegmentSettings
-from amlp_ray.config.inference import PredictSettings
+from amlp_ray.config.baselines import ABLATIONS, ABOUT, GROUPS, STEPS, baseline_names
+from amlp_ray.config.data import ImageSpec, PrepareConfig
+from amlp_ray.config.evaluation import ProbeConfig, SegmentConfig
+from amlp_ray.config.inference import PredictConfig
 from amlp_ray.config.method import (
-    LossSettings,
-    ModelSettings,
+    LossConfig,
+    ModelConfig,
     PatchScore,
-    RatioSettings,
-    SelectionSettings,
+    RatioConfig,
+    SelectionConfig,
     Share,
     architecture,
 )
 from amlp_ray.config.optimization import (
-    BudgetSettings,
+    BudgetConfig,
     Direction,
-    Objective,
-    PrunerSettings,
-    SamplerSettings,
-    StudyFaultSettings,
+    PrunerConfig,
+    SamplerConfig,
+    StudyFaultToleranceConfig,
+    StudyObjective,
 )
-from amlp_ray.config.pretrain import VARIANTS, PretrainSettings, Variant
-from amlp_ray.config.resources import FaultSettings, ResourceSettings
+from amlp_ray.config.pretrain import VARIANTS, PretrainConfig, Variant
+from amlp_ray.config.resources import FaultToleranceConfig, ResourceConfig
 from amlp_ray.config.search_space import Choice, Derived, Fixed, Parameter, Range
-from amlp_ray.config.study import COSTS, ConfirmSettings, StudySettings
-from amlp_ray.config.tracking import TrackingSettings
+from amlp_ray.config.study import COSTS, ConfirmConfig, StudyConfig
+from amlp_ray.config.tracking import TrackingConfig
 
 __all__ = [
+    "ABLATIONS",
     "ABOUT",
-    "CONTROLS",
     "COSTS",
     "GROUPS",
     "STEPS",
     "VARIANTS",
-    "BudgetSettings",
+    "BudgetConfig",
     "Choice",
-    "ConfirmSettings",
+    "ConfirmConfig",
     "Derived",
     "Direction",
-    "FaultSettings",
+    "FaultToleranceConfig",
     "Fixed",
     "ImageSpec",
-    "LossSettings",
-    "ModelSettings",
-    "Objective",
+    "LossConfig",
+    "ModelConfig",
     "Parameter",
     "PatchScore",
-    "PredictSettings",
-    "PrepareSettings",
-    "PretrainSettings",
-    "ProbeSettings",
-    "PrunerSettings",
+    "PredictConfig",
+    "PrepareConfig",
+    "PretrainConfig",
+    "ProbeConfig",
+    "PrunerConfig",
     "Range",
-    "RatioSettings",
-    "ResourceSettings",
-    "SamplerSettings",
-    "SegmentSettings",
-    "SelectionSettings",
+    "RatioConfig",
+    "ResourceConfig",
+    "SamplerConfig",
+    "SegmentConfig",
+    "SelectionConfig",
     "Share",
-    "StudyFaultSettings",
-    "StudySettings",
-    "TrackingSettings",
+    "StudyConfig",
+    "StudyFaultToleranceConfig",
+    "StudyObjective",
+    "TrackingConfig",
     "Variant",
     "architecture",
-    "arm_names",
+    "baseline_names",
 ]

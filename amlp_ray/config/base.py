@@ -12,19 +12,19 @@ from typing import Annotated, Any, NamedTuple, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from amlp_ray.errors import SettingsError
+from amlp_ray.errors import ConfigError
 
 
-class Settings(BaseModel):
+class Config(BaseModel):
     """Base of all settings: immutable, unknown keys are errors, NaN and infinity are not numbers here."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-S = TypeVar("S", bound=Settings)
+S = TypeVar("S", bound=Config)
 
 
-class Fault(NamedTuple):
+class ConfigIssue(NamedTuple):
     """What is wrong with the key of that dotted name, in a sentence; `line` where it is not the key's first."""
 
     key: str
@@ -33,12 +33,12 @@ class Fault(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
+class ConfigSource:
     """Where settings come from: what messages call it, and the line of every key by dotted name."""
 
     name: str
     lines: Mapping[str, int] = field(default_factory=dict)
-    faults: tuple[Fault, ...] = ()  # found while reading
+    faults: tuple[ConfigIssue, ...] = ()  # found while reading
 
     def line(self, key: str) -> int | None:
         """Line of a key; where it has none, of the group that it is in."""
@@ -46,30 +46,32 @@ class Source:
             key = key.rpartition(".")[0]
         return self.lines.get(key)
 
-    def error(self, faults: Iterable[Fault]) -> SettingsError:
+    def error(self, faults: Iterable[ConfigIssue]) -> ConfigError:
         """All faults as one error, each told with `name:line`, in the order of lines."""
         at = [(fault, fault.line or self.line(fault.key)) for fault in faults]
         at.sort(key=lambda found: found[1] or 0)
         told = [
             f"{self.name}:{line}: {f.text}" if line else f"{self.name}: {f.text}" for f, line in at
         ]
-        return SettingsError(*told, keys=[f.key for f, _ in at])
+        return ConfigError(*told, keys=[f.key for f, _ in at])
 
 
-class Read(dict[str, Any]):
+class ConfigValues(dict[str, Any]):
     """Values of a settings file, which know where they stand in it."""
 
-    def __init__(self, values: Mapping[str, Any], source: Source) -> None:
+    def __init__(self, values: Mapping[str, Any], source: ConfigSource) -> None:
         super().__init__(values)
         self.source = source
 
 
-def source_of(values: Mapping[str, Any], name: str) -> Source:
+def config_source(values: Mapping[str, Any], name: str) -> ConfigSource:
     """Where values come from: the file that they were read from, or `name`."""
-    return values.source if isinstance(values, Read) else Source(name)
+    return values.source if isinstance(values, ConfigValues) else ConfigSource(name)
 
 
-def build(model: type[S], values: Mapping[str, Any], source: str, more: Iterable[Fault] = ()) -> S:
+def build(
+    model: type[S], values: Mapping[str, Any], source: str, more: Iterable[ConfigIssue] = ()
+) -> S:
     """Validate `values` as `model`.
 
     Args:
@@ -77,9 +79,9 @@ def build(model: type[S], values: Mapping[str, Any], source: str, more: Iterable
         more: faults found elsewhere, to be told in the same list.
 
     Raises:
-        SettingsError: with one sentence per fault that names `source`, the key, the value and what is accepted.
+        ConfigError: with one sentence per fault that names `source`, the key, the value and what is accepted.
     """
-    origin = source_of(values, source)
+    origin = config_source(values, source)
     faults = [*origin.faults, *more]
     built = None
     try:
@@ -91,11 +93,11 @@ def build(model: type[S], values: Mapping[str, Any], source: str, more: Iterable
     return built
 
 
-def refusal(model: type[Settings], name: str, value: Any) -> str | None:
+def refusal(model: type[Config], name: str, value: Any) -> str | None:
     """Why a setting cannot have a value, whatever the others are; nothing where it can.
 
-    >>> from amlp_ray.config import PretrainSettings
-    >>> refusal(PretrainSettings, "ratio.end", 1.2)
+    >>> from amlp_ray.config import PretrainConfig
+    >>> refusal(PretrainConfig, "ratio.end", 1.2)
     'ratio.end is 1.2, but must be less than 1.'
     """
     try:
@@ -107,7 +109,7 @@ def refusal(model: type[Settings], name: str, value: Any) -> str | None:
 
 
 @cache
-def _adapter(model: type[Settings], name: str) -> TypeAdapter[Any]:
+def _adapter(model: type[Config], name: str) -> TypeAdapter[Any]:
     about = field_of(model, name)
     return TypeAdapter(Annotated[about.annotation, about], config=model.model_config)  # type: ignore[arg-type]
 
@@ -127,44 +129,46 @@ _TAGS = ("range", "choice", "fixed", "derived", "str", "int", "float", "bool", "
 
 def _faults(
     model: type[BaseModel], error: ValidationError, values: Mapping[str, Any]
-) -> list[Fault]:
-    out: list[Fault] = []
+) -> list[ConfigIssue]:
+    out: list[ConfigIssue] = []
     wanted: dict[
         str, dict[str, Any]
-    ] = {}  # of values that fit no arm of a union: what each arm takes
+    ] = {}  # of values that fit no baseline of a union: what each baseline takes
     for fault in error.errors(include_url=False):
         where = _place(fault["loc"], values, fault["type"])
         cause = fault.get("ctx", {}).get("error")
-        if isinstance(cause, SettingsError):
+        if isinstance(cause, ConfigError):
             out += [
-                Fault(f"{where}.{key}", text)
+                ConfigIssue(f"{where}.{key}", text)
                 for key, text in zip(cause.keys, cause.faults, strict=True)
             ]
         elif fault["type"] == "extra_forbidden":
-            out.append(Fault(where, _unknown(model, where)))
+            out.append(ConfigIssue(where, _unknown(model, where)))
         elif fault["type"] == "missing":
-            out.append(Fault(where, f"{where} is missing."))
+            out.append(ConfigIssue(where, f"{where} is missing."))
         elif fault["type"] == "value_error":
             text = fault["msg"].removeprefix("Value error, ").rstrip(".")
             about = text.split(maxsplit=1)[0].rstrip(
                 ":"
             )  # sentences of ours begin with the setting that they are about
             out.append(
-                Fault(f"{where}.{about}".lstrip("."), f"{where}: {text}." if where else f"{text}.")
+                ConfigIssue(
+                    f"{where}.{about}".lstrip("."), f"{where}: {text}." if where else f"{text}."
+                )
             )
         else:
             wanted.setdefault(where, {})[_wanted(fault)] = fault["input"]
     for where, texts in wanted.items():
         if any(other.startswith(f"{where}.") for other in [*wanted, *(fault.key for fault in out)]):
-            continue  # of the arm that was meant, something inside is at fault
+            continue  # of the baseline that was meant, something inside is at fault
         given = next(iter(texts.values()))
         shown = repr(given) if len(repr(given)) < 80 else f"of type {type(given).__name__}"
-        out.append(Fault(where, f"{where} is {shown}, but {' or '.join(texts)}."))
+        out.append(ConfigIssue(where, f"{where} is {shown}, but {' or '.join(texts)}."))
     return out
 
 
 def _place(loc: Sequence[int | str], values: Any, kind: str) -> str:
-    """Dotted name of what is at fault. In `loc` pydantic names the arms of unions as well, which no file has."""
+    """Dotted name of what is at fault. In `loc` pydantic names the baselines of unions as well, which no file has."""
     keys = []
     for i, part in enumerate(loc):
         inside = isinstance(values, Mapping) and part in values

@@ -6,12 +6,12 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from amlp_ray.config.base import Settings
+from amlp_ray.config.base import Config
 
 Layout = Literal["auto", "busi", "paired", "flat", "lgg", "dicom", "nifti", "decathlon", "coco"]
 
 
-class ImageSpec(Settings):
+class ImageSpec(Config):
     """What a model must know of a patch dataset: the shape of its images and how to normalise them.
 
     `mean` and `std` are per channel, in stored units (0-255 for uint8), over the training split.
@@ -24,7 +24,7 @@ class ImageSpec(Settings):
     std: tuple[float, ...]
 
 
-class PrepareSettings(Settings):
+class PrepareConfig(Config):
     """How a folder of images becomes a patch dataset."""
 
     layout: Layout = (
@@ -70,7 +70,7 @@ class PrepareSettings(Settings):
     seed: int = Field(0, ge=0)  # of the split
 
     @model_validator(mode="after")
-    def _check(self) -> PrepareSettings:
+    def _check(self) -> PrepareConfig:
         if min(self.fractions) < 0 or self.fractions[0] == 0 or abs(sum(self.fractions) - 1) > 1e-6:
             raise ValueError(
                 f"fractions must be train > 0, val, test >= 0 with sum 1, not {self.fractions}"

@@ -6,16 +6,16 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from amlp_ray.config.base import Settings
+from amlp_ray.config.base import Config
 from amlp_ray.config.method import Share
-from amlp_ray.config.resources import ResourceSettings
-from amlp_ray.errors import SettingsError
+from amlp_ray.config.resources import ResourceConfig
+from amlp_ray.errors import ConfigError
 
 
-class ProbeSettings(Settings):
+class ProbeConfig(Config):
     """`probe`: what a search maximises. A frozen encoder, a linear head per patch, few labels."""
 
-    labels: int = Field(
+    num_labeled: int = Field(
         24, ge=4
     )  # labelled training images per subset; 8 is too noisy (SD 0.032 against 0.019)
     subsets: int = Field(6, ge=1)  # fixed subsets, their mean is the score: noise 0.008 DSC
@@ -40,7 +40,7 @@ class ProbeSettings(Settings):
         return given
 
 
-class SegmentSettings(Settings):
+class SegmentConfig(Config):
     """`segment`: training a segmenter on labelled images, for confirmation."""
 
     epochs: int = Field(60, ge=1)  # over the labelled training images with a lesion
@@ -59,7 +59,7 @@ class SegmentSettings(Settings):
     precision: Literal["auto", "fp32", "bf16"] = (
         "auto"  # auto: bf16 on GPUs that have it, fp32 on CPU
     )
-    labels: int | None = Field(None, ge=4)  # labelled training images; none: all with a lesion
+    num_labeled: int | None = Field(None, ge=4)  # labelled training images; none: all with a lesion
     # of them, drawn by group (patient): whole groups until the share is reached, at least one. The images of a smaller
     # share are among those of a larger one with the same seed; none: all, or `labels`
     label_share: float | None = Field(None, gt=0, le=1)
@@ -71,23 +71,23 @@ class SegmentSettings(Settings):
         64, ge=8, le=1024
     )  # channels of the convolutions that lead from tokens to pixels
     freeze: bool = False  # train the decoder only
-    crop_min: float = Field(
+    min_crop_area: float = Field(
         1.0, gt=0, le=1
     )  # least area share of a random crop, of image and mask; 1 is off
     flip: bool = True  # left-right, as in pretraining
     flip_vertical: bool = (
         False  # as in pretraining: off where depth has a direction, as in ultrasound
     )
-    intensity: Share = 0.0  # strength of random gamma, contrast and brightness; 0 is off
+    intensity_jitter: Share = 0.0  # strength of random gamma, contrast and brightness; 0 is off
     seed: int = Field(
         0, ge=0
     )  # of the decoder's weights, the labelled images chosen, and their order
 
     @model_validator(mode="after")
-    def _check_parts(self) -> SegmentSettings:
-        if self.labels is not None and self.label_share is not None:
+    def _check_parts(self) -> SegmentConfig:
+        if self.num_labeled is not None and self.label_share is not None:
             raise ValueError(
-                f"labels {self.labels} and label_share {self.label_share} both say how many images are learnt from; "
+                f"num_labeled {self.num_labeled} and label_share {self.label_share} both say how many images are learnt from; "
                 f"give one of them"
             )
         if self.freeze and self.layer_decay < 1:
@@ -96,23 +96,23 @@ class SegmentSettings(Settings):
             )
         return self
 
-    def check_workers(self, resources: ResourceSettings) -> None:
-        """Raise SettingsError where the workers cannot share a batch, or are asked to do it in a way they cannot."""
+    def check_workers(self, resources: ResourceConfig) -> None:
+        """Raise ConfigError where the workers cannot share a batch, or are asked to do it in a way they cannot."""
         if self.batch_size < resources.most_workers:
-            raise SettingsError(
+            raise ConfigError(
                 f"batch_size {self.batch_size} is less than resources.workers {resources.most_workers}; raise it, or "
                 f"use fewer workers."
             )
         if resources.micro_batch is not None or resources.sharding == "fsdp":
-            raise SettingsError(
+            raise ConfigError(
                 "resources.micro_batch and resources.sharding=fsdp are for pretraining; fine-tuning has a Dice loss "
                 "over whole batches and whole models: leave them out."
             )
 
     def check_patch_size(self, patch_size: int) -> None:
-        """Raise SettingsError where the decoder does not go with an encoder's patches."""
+        """Raise ConfigError where the decoder does not go with an encoder's patches."""
         if self.decoder == "unetr" and (patch_size < 4 or patch_size & (patch_size - 1)):
-            raise SettingsError(
+            raise ConfigError(
                 f"decoder unetr doubles the grid of patches until it has pixels, so the patch size must be a power of "
                 f"two from 4 on, not {patch_size}; choose decoder conv, linear or dpt."
             )

@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from amlp_ray.config.base import Settings
+from amlp_ray.config.base import Config
 from amlp_ray.config.data import Layout
 
 
-class PredictSettings(Settings):
+class PredictConfig(Config):
     """`predict`: masks of new images by a segmenter, in the geometry of their files."""
 
     layout: Layout = (

@@ -9,16 +9,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from amlp_ray.config.base import Settings
+from amlp_ray.config.base import Config
 from amlp_ray.config.overrides import merged
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class ModelSettings(Settings):
+class ModelConfig(Config):
     """The masked autoencoder: a timm ViT encoder and a narrow decoder.
 
-    >>> ModelSettings(encoder="vit_small_patch16_224").width
+    >>> ModelConfig(encoder="vit_small_patch16_224").width
     384
     """
 
@@ -52,7 +52,7 @@ class ModelSettings(Settings):
         return given
 
     @model_validator(mode="after")
-    def _check_parts(self) -> ModelSettings:
+    def _check_parts(self) -> ModelConfig:
         for width, heads, name in (
             (self.width, self.heads, ""),
             (self.decoder_width, self.decoder_heads, "decoder_"),
@@ -114,7 +114,7 @@ def architecture(name: str) -> dict[str, Any]:
     }
 
 
-class RatioSettings(Settings):
+class RatioConfig(Config):
     """AMR: the masking ratio over training, from `start` to `end` (see method/ratio.py)."""
 
     start: float = Field(
@@ -133,18 +133,18 @@ class RatioSettings(Settings):
     # epochs up to each of which the whole schedule is run again: what pruner.schedule=compress makes of a trial
     rungs: tuple[int, ...] = ()
     duration: float = Field(1.0, gt=0, le=1)  # share of training after which `end` is reached
-    per: Literal["epoch", "step"] = (
+    update_per: Literal["epoch", "step"] = (
         "epoch"  # step: smoother, and `random` draws once a batch, not once an epoch
     )
-    over: Literal["all", "tissue"] = (
+    ratio_over: Literal["all", "tissue"] = (
         "all"  # tissue: as great a share of tissue as of the black border
     )
-    quantum: int = Field(
+    round_to: int = Field(
         1, ge=1
     )  # masked patches are a multiple of it: few shapes, so that `compile` compiles few
 
     @model_validator(mode="after")
-    def _check_points(self) -> RatioSettings:
+    def _check_points(self) -> RatioConfig:
         if self.shape == "points" and len(self.points) < 2:
             raise ValueError(
                 "shape points needs at least two points, such as [[0, 0.3], [1, 0.75]]"
@@ -160,13 +160,13 @@ class RatioSettings(Settings):
 PatchScore = Literal["row_contrast", "blob", "border_saliency", "geodesic", "texture", "combined"]
 
 
-class SelectionSettings(Settings):
+class SelectionConfig(Config):
     """MPS: which patches are masked first (see method/selection.py)."""
 
     # random is MAE; hard masks a cluster first; soft draws by score; ranked takes the top scores (HPM, AttMask);
     # parts goes from a share of every cluster to whole clusters (SemMAE)
     mode: Literal["random", "hard", "soft", "ranked", "parts"] = "hard"
-    refresh: int = Field(
+    analysis_interval: int = Field(
         15, ge=0
     )  # epochs between looks, which cost about a step each; 0: at each crop, in every step
     # Clusters, for modes hard and parts, and for score=cluster.
@@ -177,7 +177,7 @@ class SelectionSettings(Settings):
         6, ge=2, le=16
     )  # 2 or 3 split tissue from shadow; context, 6, geodesic: docs/localisation.md
     scope: Literal["image", "dataset"] = "image"  # dataset: centroids carried along over all images
-    starts: int = Field(
+    n_init: int = Field(
         8, ge=1, le=32
     )  # of k-means, the best is kept; 8: within 1 % of scikit-learn's inertia
     # Which cluster is the lesion: a patch score names that of the highest mean. hardest: the teacher's error; oracle:
@@ -195,7 +195,7 @@ class SelectionSettings(Settings):
     ] = "geodesic"
     min_patches: int = Field(2, ge=1)  # a smaller cluster is an outlier, not a lesion
     max_share: float = Field(0.5, gt=0, le=1)  # a larger one is tissue
-    by: Literal["cluster", "score"] = (
+    hard_by: Literal["cluster", "score"] = (
         "cluster"  # score: hard without clusters, all patches 1 SD above the mean score
     )
     lesion_share: float = Field(
@@ -212,7 +212,7 @@ class SelectionSettings(Settings):
     lesion_sign: Literal["dark", "bright", "free"] = (
         "dark"  # true of ultrasound and skin; bright for PET and FLAIR
     )
-    centre_prior: float = Field(
+    center_prior: float = Field(
         0.0, ge=0
     )  # SD in half sides, 0 is off; halves what is found of small lesions
     strength: float = Field(
@@ -233,8 +233,8 @@ class SelectionSettings(Settings):
     background_std: float = Field(0.01, ge=0, le=1)  # share of the range too
 
     @model_validator(mode="after")
-    def _check_score(self) -> SelectionSettings:
-        if self.mode == "hard" and self.by == "score" and self.score == "cluster":
+    def _check_score(self) -> SelectionConfig:
+        if self.mode == "hard" and self.hard_by == "score" and self.score == "cluster":
             raise ValueError(
                 "by score needs a score that is no cluster; choose another score, or by cluster"
             )
@@ -242,7 +242,7 @@ class SelectionSettings(Settings):
 
     @property
     def uses_clusters(self) -> bool:
-        hard = self.mode == "hard" and self.by == "cluster"
+        hard = self.mode == "hard" and self.hard_by == "cluster"
         return (
             hard
             or self.mode == "parts"
@@ -251,7 +251,7 @@ class SelectionSettings(Settings):
 
     @property
     def uses_score(self) -> bool:
-        return self.mode in ("soft", "ranked") or (self.mode == "hard" and self.by == "score")
+        return self.mode in ("soft", "ranked") or (self.mode == "hard" and self.hard_by == "score")
 
     @property
     def names_lesion(self) -> bool:
@@ -266,7 +266,7 @@ class SelectionSettings(Settings):
         )
 
 
-class LossSettings(Settings):
+class LossConfig(Config):
     """Reconstruction loss, its weighting towards hard patches (ARL, RRL, ranking), and CCL (see method/losses.py)."""
 
     distance: Literal["l2", "l1"] = "l2"  # l1 is SimMIM's

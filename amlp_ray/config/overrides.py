@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from amlp_ray.config.base import Read, S, Settings, build
-from amlp_ray.errors import SettingsError
+from amlp_ray.config.base import Config, ConfigValues, S, build
+from amlp_ray.errors import ConfigError
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,9 +44,9 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def flat(settings: Settings | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(config: Config | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Turn nested settings into dotted names, the inverse of `nested`."""
-    items = settings.model_dump() if isinstance(settings, BaseModel) else settings
+    items = config.model_dump() if isinstance(config, BaseModel) else config
     out: dict[str, Any] = {}
     for key, value in items.items():
         if isinstance(value, Mapping):
@@ -56,35 +56,35 @@ def flat(settings: Settings | Mapping[str, Any], prefix: str = "") -> dict[str, 
     return out
 
 
-def assignments(texts: Iterable[str], source: str = "--set") -> dict[str, Any]:
+def parse_overrides(texts: Iterable[str], source: str = "--set") -> dict[str, Any]:
     """Read `name=value` texts, values as YAML scalars, into nested settings.
 
-    >>> assignments(["epochs=20", "ratio.start=0.3"])
+    >>> parse_overrides(["epochs=20", "ratio.start=0.3"])
     {'epochs': 20, 'ratio': {'start': 0.3}}
     """
     values: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise SettingsError(
+            raise ConfigError(
                 f"{source} {text!r} is not of the form name=value, such as epochs=20."
             )
         try:
             values[name.strip()] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise SettingsError(f"{source} {text!r}: the value cannot be read.") from None
+            raise ConfigError(f"{source} {text!r}: the value cannot be read.") from None
     for name in values:
         if any(other.startswith(f"{name}.") for other in values):
-            raise SettingsError(
+            raise ConfigError(
                 f"{source} gives both a group and a value inside it: {', '.join(values)}."
             )
     return nested(values)
 
 
-def from_assignments(
+def build_with_overrides(
     model: type[S], base: Mapping[str, Any], texts: Iterable[str], source: str = "--set"
 ) -> S:
     """Validate `base`, then with `name=value` texts laid on top, so that a fault of a file is told as the file's."""
-    if isinstance(base, Read):
+    if isinstance(base, ConfigValues):
         build(model, base, base.source.name)
-    return build(model, merged(base, assignments(texts, source)), source)
+    return build(model, merged(base, parse_overrides(texts, source)), source)

@@ -7,23 +7,23 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from amlp_ray.config.base import Settings
+from amlp_ray.config.base import Config
 from amlp_ray.config.data import ImageSpec
 from amlp_ray.config.method import (
-    LossSettings,
-    ModelSettings,
-    RatioSettings,
-    SelectionSettings,
+    LossConfig,
+    ModelConfig,
+    RatioConfig,
+    SelectionConfig,
     Share,
 )
 from amlp_ray.config.overrides import merged
-from amlp_ray.config.resources import ResourceSettings
-from amlp_ray.errors import SettingsError
+from amlp_ray.config.resources import ResourceConfig
+from amlp_ray.errors import ConfigError
 
 _PLAIN_LOSS = {"weighting": "none", "ccl_weight": 0.0}
 _RATIO_OF_MAE = {"start": 0.75, "end": 0.75}
 
-# Named arms: each is a setting of the same code. Values given by the user win over them.
+# Named baselines: each is a setting of the same code. Values given by the user win over them.
 VARIANTS: dict[str, dict[str, Any]] = {
     # AMLP, second version: the defaults, with the teacher's category fed back, without which CCL refines nothing.
     "amlp": {"selection": {"feedback": 0.5}},
@@ -50,7 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "score": "difficulty",
             "aim_start": 0.0,
             "aim_end": 0.5,
-            "refresh": 0,
+            "analysis_interval": 0,
         },
         "ratio": _RATIO_OF_MAE,
         "loss": {**_PLAIN_LOSS, "ranking_weight": 1.0},
@@ -64,7 +64,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "aim_end": 1.0,
             "lesion_share": 0.7,
         },
-        "ratio": {"start": 0.1, "end": 0.5, "shape": "random", "per": "step"},
+        "ratio": {"start": 0.1, "end": 0.5, "shape": "random", "update_per": "step"},
         "loss": _PLAIN_LOSS,
     },
     # After SemMAE (Li et al. 2022): from a share of every part to whole parts; parts are our clusters.
@@ -75,7 +75,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     # SimSiam (Chen and He 2021): two crops of an image agree; no mask.
     "simsiam": {"objective": "simsiam", "selection": {"mode": "random"}, "loss": _PLAIN_LOSS},
-    # No pretraining: what every other arm has to beat.
+    # No pretraining: what every other baseline has to beat.
     "scratch": {"objective": "none", "selection": {"mode": "random"}, "loss": _PLAIN_LOSS},
 }
 
@@ -84,14 +84,16 @@ Variant = Literal[
 ]  # fmt: skip
 
 
-class PretrainSettings(Settings):
-    """One pretraining run. `variant` sets a named arm; every other value given wins over it.
+class PretrainConfig(Config):
+    """One pretraining run. `variant` sets a named baseline; every other value given wins over it.
 
-    >>> PretrainSettings(variant="mae").ratio.start
+    >>> PretrainConfig(variant="mae").ratio.start
     0.75
     """
 
-    variant: Variant = "amlp"  # the whole of AMLP; the other arms are its parts and its relatives
+    variant: Variant = (
+        "amlp"  # the whole of AMLP; the other baselines are its parts and its relatives
+    )
     # simsiam: two crops of an image agree (Chen and He 2021); none: the random encoder, for comparison
     objective: Literal["reconstruction", "simsiam", "none"] = "reconstruction"
     epochs: int = Field(
@@ -111,20 +113,20 @@ class PretrainSettings(Settings):
         0.1, ge=0, lt=1
     )  # share of steps over which lr rises; then cosine to zero
     clip_grad: float = Field(1.0, gt=0)  # largest gradient norm of a step
-    ema: float = Field(
+    teacher_momentum: float = Field(
         0.999, ge=0, lt=1
     )  # teacher's decay per step, applied before each look; 0: the model itself
     # decay per step of a moving average of all weights, which is scored and exported in place of the last ones; 0: off,
     # since a cosine to zero settles them as well
-    average: float = Field(0.0, ge=0, lt=1)
-    crop_min: float = Field(
+    weight_ema: float = Field(0.0, ge=0, lt=1)
+    min_crop_area: float = Field(
         0.6, gt=0, le=1
     )  # least area share of a random crop; lesions must stay in the picture
     flip: bool = True  # left-right
     flip_vertical: bool = (
         False  # off: depth has a direction in ultrasound; true for skin, microscopy, brain slices
     )
-    intensity: Share = 0.0  # strength of random gamma, contrast and brightness; 0: the picture itself is to be rebuilt
+    intensity_jitter: Share = 0.0  # strength of random gamma, contrast and brightness; 0: the picture itself is to be rebuilt
     # auto: bf16 on GPUs that have it, else fp32; fp16, with a loss scale, is for GPUs that do not
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = (
@@ -138,10 +140,10 @@ class PretrainSettings(Settings):
     # MAE, ...), or timm:NAME from the internet; none: random. Of timm's, channels and positions are adapted, and it is
     # said how; a run's must be of images of the same shape
     weights: str | None = None
-    model: ModelSettings = ModelSettings()
-    ratio: RatioSettings = RatioSettings()
-    selection: SelectionSettings = SelectionSettings()
-    loss: LossSettings = LossSettings()
+    model: ModelConfig = ModelConfig()
+    ratio: RatioConfig = RatioConfig()
+    selection: SelectionConfig = SelectionConfig()
+    loss: LossConfig = LossConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -152,7 +154,7 @@ class PretrainSettings(Settings):
         return merged(VARIANTS.get(variant, {}) if isinstance(variant, str) else {}, given)
 
     @model_validator(mode="after")
-    def _check_ranking(self) -> PretrainSettings:
+    def _check_ranking(self) -> PretrainConfig:
         if self.loss.ranking_weight > 0 and self.model.encode == "all":
             raise ValueError(
                 "loss.ranking_weight needs model.encode=visible: the ranking decoder reads visible tokens"
@@ -174,19 +176,19 @@ class PretrainSettings(Settings):
         return hard and self.selection.feedback > 0 and self.loss.ccl_weight > 0
 
     def check_image(self, spec: ImageSpec) -> None:
-        """Raise SettingsError where the patch size does not divide the images, or leaves a single patch."""
+        """Raise ConfigError where the patch size does not divide the images, or leaves a single patch."""
         p = self.model.patch_size
         patches = spec.height * spec.width // (p * p)
-        if self.ratio.quantum > max(1, patches // 2):
-            raise SettingsError(
-                f"ratio.quantum {self.ratio.quantum} is above half of the {patches} patches of an image; lower it."
+        if self.ratio.round_to > max(1, patches // 2):
+            raise ConfigError(
+                f"ratio.round_to {self.ratio.round_to} is above half of the {patches} patches of an image; lower it."
             )
         if patches == 1:
-            raise SettingsError(
+            raise ConfigError(
                 f"model.patch_size {p} makes one patch of an image, but some must stay visible; lower it."
             )
         if spec.height % p or spec.width % p:
-            raise SettingsError(
+            raise ConfigError(
                 f"model.patch_size {p} does not divide the images of {spec.height}x{spec.width} pixels; "
                 f"choose a divisor or prepare the data with another --size."
             )
@@ -195,32 +197,32 @@ class PretrainSettings(Settings):
     def scaled_lr(self) -> float:
         """The highest learning rate, as scaled to the batch.
 
-        >>> PretrainSettings(lr=1e-3, batch_size=64).scaled_lr
+        >>> PretrainConfig(lr=1e-3, batch_size=64).scaled_lr
         0.002
         """
         power = {"sqrt": 0.5, "linear": 1.0, "none": 0.0}[self.lr_scaling]
         return self.lr * (self.batch_size / self.lr_batch) ** power
 
-    def check_workers(self, resources: ResourceSettings) -> None:
-        """Raise SettingsError where the workers cannot share a batch."""
+    def check_workers(self, resources: ResourceConfig) -> None:
+        """Raise ConfigError where the workers cannot share a batch."""
         if self.batch_size < resources.most_workers:
-            raise SettingsError(
+            raise ConfigError(
                 f"batch_size {self.batch_size} is less than resources.workers {resources.most_workers}; raise it, or "
                 f"use fewer workers."
             )
         if resources.sharding == "fsdp" and (
             resources.elastic or self.batch_size % resources.most_workers
         ):
-            raise SettingsError(
+            raise ConfigError(
                 f"resources.sharding=fsdp needs a fixed number of workers that divides batch_size {self.batch_size}, "
                 f"not {resources.workers}; change one of them, or use ddp."
             )
         if self.objective == "simsiam" and resources.micro_batch is not None:
-            raise SettingsError(
+            raise ConfigError(
                 "resources.micro_batch would change objective simsiam, which normalises over a batch."
             )
         if self.objective == "simsiam" and self.batch_size < 2 * resources.most_workers:
-            raise SettingsError(
+            raise ConfigError(
                 f"batch_size {self.batch_size} leaves one image per worker, but objective simsiam normalises over "
                 f"several; raise batch_size."
             )

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
 from amlp_ray.config import pretrain
-from amlp_ray.config.base import Settings
+from amlp_ray.config.base import Config
 from amlp_ray.config.overrides import flat
 from amlp_ray.config.pretrain import VARIANTS
 
@@ -39,7 +39,7 @@ class Section:
 
     group: str
     about: str
-    settings: tuple[Setting, ...]
+    config: tuple[Setting, ...]
 
 
 class Comment(NamedTuple):
@@ -49,7 +49,7 @@ class Comment(NamedTuple):
     beside: str
 
 
-def sections(model: type[Settings], group: str = "") -> list[Section]:
+def sections(model: type[Config], group: str = "") -> list[Section]:
     """Every setting of a model, its own first, then those of the models in it; names are dotted.
 
     Models that are values of a mapping stand under `<name>`, for the name a user gives them.
@@ -73,8 +73,8 @@ def sections(model: type[Settings], group: str = "") -> list[Section]:
         row = Setting(
             path, accepted(schema[name]), default, field.is_required(), said.beside or said.above
         )
-        out[-1] = Section(group, out[-1].about, (*out[-1].settings, row))
-    return [section for section in out if section.settings] + nested
+        out[-1] = Section(group, out[-1].about, (*out[-1].config, row))
+    return [section for section in out if section.config] + nested
 
 
 def variants() -> list[dict[str, Any]]:
@@ -98,7 +98,7 @@ def variants() -> list[dict[str, Any]]:
     ]
 
 
-def field_comments(model: type[Settings]) -> dict[str, Comment]:
+def field_comments(model: type[Config]) -> dict[str, Comment]:
     """The comments of a model's fields, its own and those of the models it builds on, by field."""
     return {
         name: comment
@@ -109,7 +109,7 @@ def field_comments(model: type[Settings]) -> dict[str, Comment]:
 
 
 def _is_model(base: type) -> bool:
-    return issubclass(base, Settings) and base is not Settings
+    return issubclass(base, Config) and base is not Config
 
 
 def _own(model: type) -> dict[str, Comment]:
@@ -195,8 +195,8 @@ def _bound(value: float) -> str:
     return f"2^{int(value).bit_length() - 1}" if large else f"{value:g}"
 
 
-def _models(annotation: Any) -> Iterator[type[Settings]]:
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
+def _models(annotation: Any) -> Iterator[type[Config]]:
+    if isinstance(annotation, type) and issubclass(annotation, Config):
         yield annotation
     for part in get_args(annotation):
         yield from _models(part)

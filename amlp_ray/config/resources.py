@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from amlp_ray.config.base import Settings
+from amlp_ray.config.base import Config
 
 
-class ResourceSettings(Settings):
+class ResourceConfig(Config):
     """What one run holds: a pretraining, a fine-tuning, a trial. One worker runs in its own process, more on Ray Train.
 
     The batch is the run's, whatever the number of workers: each takes its share of it, `micro_batch` images at a time.
@@ -53,7 +53,7 @@ class ResourceSettings(Settings):
         return given
 
     @model_validator(mode="after")
-    def _check_gpus(self) -> ResourceSettings:
+    def _check_gpus(self) -> ResourceConfig:
         if self.accelerator is not None and not self.gpus_per_worker:
             raise ValueError(
                 f"accelerator {self.accelerator} is a kind of GPU; set gpus_per_worker too"
@@ -83,12 +83,12 @@ class ResourceSettings(Settings):
         return self.workers == 1
 
 
-class FaultSettings(Settings):
+class FaultToleranceConfig(Config):
     """What a run bears before it gives up."""
 
     # of a run whose process or node was lost, with no epoch ended in between; it goes on from its checkpoint. Errors in
     # the code and losses that are not finite would come again, so they end it at once
-    retries: int = Field(3, ge=0)
+    max_failures: int = Field(3, ge=0)
     checkpoints: int = Field(
         2, ge=1
     )  # kept of a run; the newest may be damaged, and then the one before is taken

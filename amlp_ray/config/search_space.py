@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from amlp_ray.config.base import Settings
+from amlp_ray.config.base import Config
 
 Scalar = str | int | float | bool
 
 
-class Range(Settings):
+class Range(Config):
     """A numeric parameter of a search space."""
 
     low: float  # inside the range of the setting itself
@@ -34,7 +34,7 @@ class Range(Settings):
         return self
 
 
-class Choice(Settings):
+class Choice(Config):
     """A categorical parameter of a search space."""
 
     choices: list[Scalar | None] = Field(min_length=1)  # each accepted by the setting itself
@@ -53,14 +53,14 @@ class Choice(Settings):
         return self
 
 
-class Fixed(Settings):
+class Fixed(Config):
     """A value that is set and not searched, in the trials where `when` holds; `name: value` is short for it."""
 
     value: Scalar | None  # accepted by the setting itself
     when: dict[str, Any] | None = None  # as in a range
 
 
-class Derived(Settings):
+class Derived(Config):
     """A value that follows from others, such as `ratio.start + delta`."""
 
     # of names of settings and parameters, with + - * / // % **, comparisons, and, or, not, min, max, round, abs. A name

@@ -8,50 +8,50 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from amlp_ray.config.base import Settings, build
+from amlp_ray.config.base import Config, build
 from amlp_ray.config.baselines import check_arm
-from amlp_ray.config.evaluation import ProbeSettings, SegmentSettings
+from amlp_ray.config.evaluation import ProbeConfig, SegmentConfig
 from amlp_ray.config.optimization import (
-    BudgetSettings,
+    BudgetConfig,
     Direction,
-    Objective,
-    PrunerSettings,
-    SamplerSettings,
-    StudyFaultSettings,
+    PrunerConfig,
+    SamplerConfig,
+    StudyFaultToleranceConfig,
+    StudyObjective,
 )
 from amlp_ray.config.overrides import merged, nested
-from amlp_ray.config.pretrain import PretrainSettings
-from amlp_ray.config.resources import ResourceSettings
+from amlp_ray.config.pretrain import PretrainConfig
+from amlp_ray.config.resources import ResourceConfig
 from amlp_ray.config.search_space import Parameter, function_name
-from amlp_ray.config.tracking import TrackingSettings
+from amlp_ray.config.tracking import TrackingConfig
 
 FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
 
-def _dsc_alone() -> dict[Objective, Direction]:
+def _dsc_alone() -> dict[StudyObjective, Direction]:
     return {"dsc": "maximize"}
 
 
-class ConfirmSettings(Settings):
-    """The best trials and every arm again, over several seeds, by both protocols, with one look at the test images."""
+class ConfirmConfig(Config):
+    """The best trials and every baseline again, over several seeds, by both protocols, with one look at the test images."""
 
     top: int = Field(3, ge=1)  # best trials of the search
     seeds: int = Field(
         3, ge=2
     )  # of each; below 5 an interval over seeds is wide, and the report says so
-    finetune: SegmentSettings = SegmentSettings()  # `seed` follows from the study's
+    finetune: SegmentConfig = SegmentConfig()  # `seed` follows from the study's
 
 
-class StudySettings(Settings):
+class StudyConfig(Config):
     """One study: what is searched, by which rules, on what, and until when."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")  # of its folder among the runs too
     description: str = ""  # what it asks, for the report
     data: str | None = None  # path or URI of a patch dataset; --data gives it too
-    labels: str | None = (
+    eval_data: str | None = (
         None  # of another, whose labelled images score instead, such as a public set; none: data's own
     )
-    seed: int = Field(0, ge=0, lt=2**63)  # those of sampler, trials and arms follow from it
+    seed: int = Field(0, ge=0, lt=2**63)  # those of sampler, trials and baselines follow from it
     # URL of a database; ${NAME} is taken from the environment, where passwords belong; none: a journal in the folder
     storage: str | None = None
     pretrain: dict[str, Any] = Field(
@@ -60,25 +60,27 @@ class StudySettings(Settings):
     # dotted names of pretrain settings; or `module:function` of a Python function that takes an Optuna trial
     space: dict[str, Parameter] | str = Field(default_factory=dict)
     require: tuple[str, ...] = ()  # what holds in every trial, such as `ratio.start <= ratio.end`
-    probe: ProbeSettings = ProbeSettings()
+    probe: ProbeConfig = ProbeConfig()
     # several: a Pareto front instead of one best
-    objectives: dict[Objective, Direction] = Field(default_factory=_dsc_alone)
+    objectives: dict[StudyObjective, Direction] = Field(default_factory=_dsc_alone)
     # that a trial should keep, memory in GB
     limits: dict[Literal["seconds", "gpu_seconds", "memory"], float] = Field(default_factory=dict)
-    sampler: SamplerSettings = SamplerSettings()
-    pruner: PrunerSettings = PrunerSettings()
-    budget: BudgetSettings = BudgetSettings()
-    resources: ResourceSettings = ResourceSettings()
-    faults: StudyFaultSettings = StudyFaultSettings()
-    tracking: TrackingSettings = (
-        TrackingSettings()
+    sampler: SamplerConfig = SamplerConfig()
+    pruner: PrunerConfig = PrunerConfig()
+    budget: BudgetConfig = BudgetConfig()
+    resources: ResourceConfig = ResourceConfig()
+    fault_tolerance: StudyFaultToleranceConfig = StudyFaultToleranceConfig()
+    tracking: TrackingConfig = (
+        TrackingConfig()
     )  # of every trial, as a run of its own in a group of the study's
-    # baselines, each trained as long as a trial: variants, controls, `ladder`, `leave-one-out` (see config/arms.py), or
+    # baselines, each trained as long as a trial: variants, controls, `ladder`, `leave-one-out` (see config/baselines.py), or
     # a mapping of a name to settings of its own
-    arms: tuple[str | dict[str, dict[str, Any]], ...] = ("scratch", "mae")
-    arm_seeds: int = Field(2, ge=1)  # repeats of each arm: one run says nothing about noise
-    confirm: ConfirmSettings = ConfirmSettings()
-    tie: float = Field(
+    baselines: tuple[str | dict[str, dict[str, Any]], ...] = ("scratch", "mae")
+    baseline_seeds: int = Field(
+        2, ge=1
+    )  # repeats of each baseline: one run says nothing about noise
+    confirm: ConfirmConfig = ConfirmConfig()
+    equivalence_margin: float = Field(
         0.02, ge=0
     )  # DSC; smaller differences are noise at these sizes and called ties
 
@@ -99,7 +101,7 @@ class StudySettings(Settings):
     @field_validator("name")
     @classmethod
     def _check_name(cls, given: str) -> str:
-        if re.search(r"\.(arms|confirm|v\d+)$", given):
+        if re.search(r"\.(baselines|confirm|v\d+)$", given):
             raise ValueError(
                 f"{given!r} ends as the companions of a study do in a database; choose another name"
             )
@@ -108,12 +110,12 @@ class StudySettings(Settings):
     @field_validator("pretrain")
     @classmethod
     def _check_pretrain(cls, given: dict[str, Any]) -> dict[str, Any]:
-        build(PretrainSettings, given, "pretrain")
+        build(PretrainConfig, given, "pretrain")
         return given
 
     @field_validator("resources")
     @classmethod
-    def _check_resources(cls, given: ResourceSettings) -> ResourceSettings:
+    def _check_resources(cls, given: ResourceConfig) -> ResourceConfig:
         if given.elastic:
             raise ValueError(
                 f"workers [{given.least_workers}, {given.most_workers}] follow the nodes, but a trial needs a number: "
@@ -149,21 +151,25 @@ class StudySettings(Settings):
             )
         return given
 
-    @field_validator("arms")
+    @field_validator("baselines")
     @classmethod
     def _check_arms(cls, given: tuple[str | dict[str, dict[str, Any]], ...]) -> Any:
-        names = [name for arm in given for name in (arm if isinstance(arm, dict) else [arm])]
+        names = [
+            name
+            for baseline in given
+            for name in (baseline if isinstance(baseline, dict) else [baseline])
+        ]
         if len(set(names)) < len(names):
             raise ValueError(
-                f"each arm is named once, not {', '.join(names)}; repeats are set by arm_seeds"
+                f"each baseline is named once, not {', '.join(names)}; repeats are set by baseline_seeds"
             )
-        for arm in given:
-            for name in arm if isinstance(arm, dict) else [arm]:
-                check_arm(name, arm[name] if isinstance(arm, dict) else None)
+        for baseline in given:
+            for name in baseline if isinstance(baseline, dict) else [baseline]:
+                check_arm(name, baseline[name] if isinstance(baseline, dict) else None)
         return given
 
     @model_validator(mode="after")
-    def _check_objectives(self) -> StudySettings:
+    def _check_objectives(self) -> StudyConfig:
         if not self.objectives:
             raise ValueError("objectives names nothing; the default is {dsc: maximize}")
         wrong = [n for n, d in self.objectives.items() if (n in COSTS) != (d == "minimize")]
@@ -194,13 +200,13 @@ class StudySettings(Settings):
             (name for name in self.objectives if name not in COSTS), "dsc"
         )
 
-    def trial(self, params: Mapping[str, Any], *, seed: int) -> PretrainSettings:
+    def trial(self, params: Mapping[str, Any], *, seed: int) -> PretrainConfig:
         """Return the settings of one trial: those of the study with `params` (dotted names) on top.
 
         Merged before they are resolved, so that a searched `variant` brings its own values along.
         """
         return build(
-            PretrainSettings, merged(self.pretrain, nested({**params, "seed": seed})), self.name
+            PretrainConfig, merged(self.pretrain, nested({**params, "seed": seed})), self.name
         )
 
 

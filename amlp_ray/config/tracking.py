@@ -7,12 +7,12 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, field_validator
 
-from amlp_ray.config.base import Settings
+from amlp_ray.config.base import Config
 
 _SCHEMES = ("http", "https", "databricks", "sqlite", "postgresql", "mysql", "mssql")
 
 
-class TrackingSettings(Settings):
+class TrackingConfig(Config):
     """Where a run is followed. TensorBoard's files always lie in its folder; nothing leaves the folder unasked.
 
     What is sent is the settings and the figures of every epoch: no image, no code, no path, no name of a machine.

@@ -10,16 +10,16 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from amlp_ray.config.base import Fault, Read, Settings, Source
-from amlp_ray.errors import SettingsError
+from amlp_ray.config.base import Config, ConfigIssue, ConfigSource, ConfigValues
+from amlp_ray.errors import ConfigError
 from amlp_ray.utils.files import write_whole
 
 
-def read_yaml(path: str | Path) -> Read:
-    """Read a YAML mapping. Raises SettingsError where the file is missing, not YAML, or no mapping."""
+def read_yaml(path: str | Path) -> ConfigValues:
+    """Read a YAML mapping. Raises ConfigError where the file is missing, not YAML, or no mapping."""
     path = Path(path)
     if not path.is_file():
-        raise SettingsError(f"There is no settings file {path}; check the path.")
+        raise ConfigError(f"There is no settings file {path}; check the path.")
     try:
         loader = _Loader(path.read_text())
         root = loader.get_single_node()
@@ -30,13 +30,13 @@ def read_yaml(path: str | Path) -> Read:
         mark = error.problem_mark or error.context_mark
         at = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = ", ".join(part for part in (error.context, error.problem) if part)
-        raise SettingsError(f"{at} is not valid YAML: {problem}.") from None
+        raise ConfigError(f"{at} is not valid YAML: {problem}.") from None
     # PyYAML lets Python's own errors through where a tag such as !!int stands before something else.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        raise SettingsError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, dict):
-        raise SettingsError(f"{path} must hold keys and values, not {type(values).__name__}.")
-    return Read(values, Source(str(path), lines, tuple(twice)))
+        raise ConfigError(f"{path} must hold keys and values, not {type(values).__name__}.")
+    return ConfigValues(values, ConfigSource(str(path), lines, tuple(twice)))
 
 
 class _Loader(yaml.SafeLoader):
@@ -50,13 +50,15 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _note_lines(node: yaml.MappingNode, prefix: str, lines: dict[str, int]) -> Iterator[Fault]:
+def _note_lines(
+    node: yaml.MappingNode, prefix: str, lines: dict[str, int]
+) -> Iterator[ConfigIssue]:
     """Fill in the line of each key by dotted name; faults are keys that are given twice."""
     first: dict[str, int] = {}
     for key, value in node.value:
         name, line = f"{prefix}{key.value}", key.start_mark.line + 1
         if key.value in first and key.value != "<<":
-            yield Fault(
+            yield ConfigIssue(
                 name,
                 f"{name} is given twice, in lines {first[key.value]} and {line}; keep one.",
                 line,
@@ -66,7 +68,7 @@ def _note_lines(node: yaml.MappingNode, prefix: str, lines: dict[str, int]) -> I
         yield from _note_inner(value, f"{name}.", lines)
 
 
-def _note_inner(node: yaml.Node, prefix: str, lines: dict[str, int]) -> Iterator[Fault]:
+def _note_inner(node: yaml.Node, prefix: str, lines: dict[str, int]) -> Iterator[ConfigIssue]:
     if isinstance(node, yaml.MappingNode):
         yield from _note_lines(node, prefix, lines)
     elif isinstance(node, yaml.SequenceNode):
@@ -75,7 +77,7 @@ def _note_inner(node: yaml.Node, prefix: str, lines: dict[str, int]) -> Iterator
             yield from _note_inner(item, f"{prefix}{i}.", lines)
 
 
-def write_yaml(settings: Settings | Mapping[str, Any], path: Path) -> None:
+def write_yaml(config: Config | Mapping[str, Any], path: Path) -> None:
     """Write settings in full, so that a later change of a default does not change an old run."""
-    values = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dict(settings)
+    values = config.model_dump(mode="json") if isinstance(config, BaseModel) else dict(config)
     write_whole(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from amlp_ray.config import ImageSpec, PrepareSettings
-from amlp_ray.config.base import Settings, build
+from amlp_ray.config import ImageSpec, PrepareConfig
+from amlp_ray.config.base import Config, build
 from amlp_ray.data.parquet import (
     COLUMNS,
     LIGHT,
@@ -29,9 +29,9 @@ from amlp_ray.data.parquet import (
     masks_of,
     read_part,
 )
-from amlp_ray.data.path import Place
+from amlp_ray.data.path import DataPath
 from amlp_ray.data.samples import Sample, Samples
-from amlp_ray.errors import DataError, SettingsError
+from amlp_ray.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +45,7 @@ SPLITS = ("train", "val", "test")
 AREA_PERCENTILES = (0, 10, 25, 50, 75, 90, 100)
 
 
-class Part(Settings):
+class Part(Config):
     """One Parquet file."""
 
     file: str  # relative to the dataset
@@ -53,15 +53,15 @@ class Part(Settings):
     bytes: int
 
 
-class Counts(Settings):
+class Counts(Config):
     """Images of one split; `lesions` are labelled ones whose mask is not empty."""
 
     images: int
-    labelled: int
+    labeled: int
     lesions: int
 
 
-class Manifest(Settings):
+class Manifest(Config):
     """What is in a patch dataset and how it was made. Mean and std are per channel, in stored units."""
 
     format_version: Literal[2] = 2
@@ -83,7 +83,7 @@ class Manifest(Settings):
     rejected: int  # files that could not be used, listed beside the dataset in <name>.rejects.csv
     dropped: int  # tiles and slices with too little tissue
     salt: str | None  # of hashed names: tells two salts apart, tells nothing of either
-    settings: PrepareSettings
+    config: PrepareConfig
     fingerprint: str  # SHA-256 of the settings and of the contents of all sources
 
 
@@ -93,7 +93,7 @@ class Split:
 
     images: np.ndarray  # (N, C, H, W), as stored
     masks: np.ndarray  # (N, H, W) uint8 of 0 and 1; zeros where unlabelled
-    labelled: np.ndarray  # (N,) bool
+    labeled: np.ndarray  # (N,) bool
     ids: list[str]
     groups: np.ndarray  # (N,) of str
     keys: np.ndarray  # (N,) int64, see `key_of`
@@ -130,19 +130,19 @@ class PatchDataset:
         dataset.to_torch("train")          # torch.utils.data.Dataset
     """
 
-    def __init__(self, place: Place, manifest: Manifest) -> None:
+    def __init__(self, place: DataPath, manifest: Manifest) -> None:
         self.place = place
         self.manifest = manifest
 
     @classmethod
-    def open(cls, path: str | Path | Place) -> PatchDataset:
+    def open(cls, path: str | Path | DataPath) -> PatchDataset:
         """Open the dataset at a path or URI.
 
         Raises:
             DataError: nothing there, something else there, unfinished, written by a newer version, or parts missing or
                 cut short.
         """
-        place = Place(path)
+        place = DataPath(path)
         if not place.is_folder():
             raise DataError(
                 f"There is no patch dataset {place}; make one with `amlp-ray data prepare`."
@@ -209,7 +209,7 @@ class PatchDataset:
         self.files(name)
         return Samples(self, (name,))
 
-    def files(self, split: str) -> list[Place]:
+    def files(self, split: str) -> list[DataPath]:
         """The Parquet files of a split, in order. Raises DataError for a name that is no split."""
         if split not in SPLITS:
             raise DataError(
@@ -255,7 +255,7 @@ class PatchDataset:
         wanted = None if rows is None else np.sort(np.asarray(rows, np.int64))
         images = np.empty((count, *self.shape), self.manifest.dtype)
         masks = np.empty((count, height, width), np.uint8)
-        labelled = np.empty(count, bool)
+        labeled = np.empty(count, bool)
         ids: list[str] = []
         groups: list[str] = []
         done = 0
@@ -266,11 +266,11 @@ class PatchDataset:
                 )
             at = slice(done, done + len(table))
             images[at] = images_of(table["image"], self.shape, self.manifest.dtype)
-            masks[at], labelled[at] = masks_of(table["mask"], self.shape)
+            masks[at], labeled[at] = masks_of(table["mask"], self.shape)
             ids += table["id"].to_pylist()
             groups += table["group"].to_pylist()
             done += len(table)
-        return Split(images, masks, labelled, ids, np.array(groups, dtype=str), keys_of(ids))
+        return Split(images, masks, labeled, ids, np.array(groups, dtype=str), keys_of(ids))
 
     def to_ray_dataset(
         self, split: str, *, columns: Sequence[str] | None = None
@@ -355,7 +355,7 @@ class PatchDataset:
             start += part.rows
 
 
-def _read_manifest(file: Place) -> Manifest:
+def _read_manifest(file: DataPath) -> Manifest:
     try:
         values = json.loads(file.read_bytes())
         version = values["format_version"]
@@ -370,5 +370,5 @@ def _read_manifest(file: Place) -> Manifest:
         )
     try:
         return build(Manifest, values, str(file))
-    except SettingsError as error:
+    except ConfigError as error:
         raise DataError(f"{error} Prepare the dataset again.") from None

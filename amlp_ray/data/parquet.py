@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from amlp_ray.data.path import Place
+from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
 
 PART_ROWS = 1024
@@ -86,7 +86,7 @@ def schema(shape: Shape, dtype: str) -> pa.Schema:
     )
 
 
-def write_part(place: Place, rows: Iterable[dict[str, Any]], shape: Shape, dtype: str) -> int:
+def write_part(place: DataPath, rows: Iterable[dict[str, Any]], shape: Shape, dtype: str) -> int:
     """Write `rows` (values by column name) in row groups; return how many there were. Raises OSError.
 
     On this machine the part appears when it is complete; in an object store, a cut one is what nobody refers to.
@@ -127,14 +127,14 @@ def _write(
     return written
 
 
-def open_part(place: Place) -> pq.ParquetFile:
+def open_part(place: DataPath) -> pq.ParquetFile:
     """Open a part for reading its row groups. Raises OSError or pyarrow's errors."""
     return pq.ParquetFile(place.path, filesystem=place.filesystem, page_checksum_verification=True)
 
 
-def read_part(place: Place | Path, columns: Sequence[str], group: int | None = None) -> pa.Table:
+def read_part(place: DataPath | Path, columns: Sequence[str], group: int | None = None) -> pa.Table:
     """Read columns of one part, or of one of its row groups. Raises DataError where it is missing or damaged."""
-    place = Place(place)
+    place = DataPath(place)
     try:
         with open_part(place) as file:
             return (
@@ -159,12 +159,12 @@ def images_of(column: pa.ChunkedArray, shape: Shape, dtype: str) -> np.ndarray:
 def masks_of(column: pa.ChunkedArray, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
     """Return a mask column as (N, H, W) uint8, zero where null, and (N,) bool: whether there is a mask."""
     _, height, width = shape
-    labelled = column.is_valid().to_numpy(zero_copy_only=False)
-    if not labelled.any():  # Arrow may hold no values at all behind nulls
-        return np.zeros((len(labelled), height, width), np.uint8), labelled
+    labeled = column.is_valid().to_numpy(zero_copy_only=False)
+    if not labeled.any():  # Arrow may hold no values at all behind nulls
+        return np.zeros((len(labeled), height, width), np.uint8), labeled
     masks = _values(column, height * width).reshape(-1, height, width).copy()
-    masks[~labelled] = 0
-    return masks, labelled
+    masks[~labeled] = 0
+    return masks, labeled
 
 
 def _values(column: pa.ChunkedArray, size: int) -> np.ndarray:

@@ -26,14 +26,14 @@ class Entry(NamedTuple):
     size: int  # bytes
 
 
-class Place:
+class DataPath:
     """A folder, by path or URI.
 
     >>> str(Place("s3://bucket/set") / "train" / "part.parquet")
     's3://bucket/set/train/part.parquet'
     """
 
-    def __init__(self, uri: str | Path | Place) -> None:
+    def __init__(self, uri: str | Path | DataPath) -> None:
         text = str(uri)
         self._scheme, separator, rest = text.partition("://")
         self.is_local = not separator or self._scheme == "file"
@@ -64,14 +64,14 @@ class Place:
         return f"Place({str(self)!r})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Place) and str(self) == str(other)
+        return isinstance(other, DataPath) and str(self) == str(other)
 
     def __hash__(self) -> int:
         return hash(str(self))
 
-    def __truediv__(self, name: str) -> Place:
+    def __truediv__(self, name: str) -> DataPath:
         child = self._base.rstrip("/") + "/" + name
-        return Place(
+        return DataPath(
             child
             if self.is_local
             else f"{self._scheme}://{child}" + (f"?{self._query}" if self._query else "")
@@ -83,9 +83,9 @@ class Place:
         return PurePosixPath(self._base).name
 
     @property
-    def parent(self) -> Place:
+    def parent(self) -> DataPath:
         parent = str(PurePosixPath(self._base).parent)
-        return Place(
+        return DataPath(
             parent
             if self.is_local
             else f"{self._scheme}://{parent}" + (f"?{self._query}" if self._query else "")
@@ -210,7 +210,7 @@ class Place:
 
 def read_bytes(path: str) -> bytes:
     """The content of a file by path or URI. Raises OSError."""
-    return Place(path).read_bytes()
+    return DataPath(path).read_bytes()
 
 
 def _walk(root: Path, folder: Path, deep: bool, visited: set[tuple[int, int]]) -> Iterator[Entry]:

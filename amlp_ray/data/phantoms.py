@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from amlp_ray.errors import SettingsError
+from amlp_ray.errors import ConfigError
 
 Kind = Literal["ultrasound", "mri", "pet"]
 NORMAL_EVERY = 6  # each sixth image has no lesion
@@ -30,12 +30,12 @@ def write_phantoms(
     all-zero mask; lesions cover 1-15 % of the image.
 
     Raises:
-        SettingsError: an unknown kind, a count below 1 or a size below 32.
+        ConfigError: an unknown kind, a count below 1 or a size below 32.
     """
     if kind not in DRAW:
-        raise SettingsError(f"There are no phantoms of kind {kind!r}; known are {', '.join(DRAW)}.")
+        raise ConfigError(f"There are no phantoms of kind {kind!r}; known are {', '.join(DRAW)}.")
     if count < 1 or size < 32:
-        raise SettingsError(
+        raise ConfigError(
             f"Phantoms need a count of at least 1 and a size of at least 32, not {count} and {size}."
         )
     folder = Path(folder)

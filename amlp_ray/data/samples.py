@@ -60,9 +60,9 @@ class Samples(Sequence[Sample]):
         number = bisect_right(self._ends, index)
         split, _, part = self._parts[number]
         group, row = divmod(index - (self._ends[number] - part.rows), self._per_group)
-        ids, groups, images, masks, labelled = self._group(number, group)
+        ids, groups, images, masks, labeled = self._group(number, group)
         return Sample(
-            ids[row], groups[row], split, images[row], masks[row] if labelled[row] else None
+            ids[row], groups[row], split, images[row], masks[row] if labeled[row] else None
         )
 
     def __iter__(self) -> Iterator[Sample]:

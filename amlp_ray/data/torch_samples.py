@@ -32,5 +32,5 @@ class TorchSamples(torch.utils.data.Dataset[dict[str, Any]]):
             "mask": torch.zeros(image.shape[1:], dtype=torch.uint8)
             if mask is None
             else torch.from_numpy(mask.copy()),
-            "labelled": mask is not None,
+            "labeled": mask is not None,
         }

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from amlp_ray.config import SegmentSettings
+from amlp_ray.config import SegmentConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.utils.files import write_whole
 
@@ -16,7 +16,7 @@ SEGMENTER = "segmenter"  # folder of a run's fine-tuned segmenter
 def finish_confirmation_run(
     folder: Path,
     labels: PatchDataset,
-    finetune: SegmentSettings,
+    finetune: SegmentConfig,
     *,
     sizes: tuple[float, float],
     device: str = "cpu",

@@ -10,19 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amlp_ray.config import PretrainSettings
+from amlp_ray.config import PretrainConfig
 from amlp_ray.data.dataset import PatchDataset, Split
-from amlp_ray.errors import SettingsError
+from amlp_ray.errors import ConfigError
 from amlp_ray.evaluation.labels import by_part, lesion_pixels, spread
-from amlp_ray.method import counter_rng as draw
-from amlp_ray.method.augment import normalise
+from amlp_ray.method import counter_rng
+from amlp_ray.method.augment import normalize
 from amlp_ray.method.autoencoder import MaskedAutoencoder
 from amlp_ray.method.cluster_rules import truth_patches
-from amlp_ray.method.lesion_map import Aim
-from amlp_ray.method.masking import Masking, Moment
+from amlp_ray.method.lesion_map import LesionMap
+from amlp_ray.method.masking import Masking, TrainingStep
 from amlp_ray.method.masking_ratio import masked_count
 from amlp_ray.method.patches import gather, patchify
-from amlp_ray.method.visualization import denormalised
+from amlp_ray.method.visualization import denormalized
 from amlp_ray.training.loggers.metrics_file import Metrics
 from amlp_ray.training.objectives import Model
 
@@ -47,20 +47,20 @@ def lesion_shares(masks: np.ndarray, patch_size: int) -> Tensor:
     return patchify(torch.from_numpy(masks > 0).float()[:, None], patch_size).mean(-1)
 
 
-def true_lesions(dataset: PatchDataset, settings: PretrainSettings) -> dict[int, Tensor] | None:
+def true_lesions(dataset: PatchDataset, config: PretrainConfig) -> dict[int, Tensor] | None:
     """Lesion shares (h, w) of the training images by key, for settings that aim by them; None for all others.
 
     Raises:
-        SettingsError: where training images have no mask.
+        ConfigError: where training images have no mask.
     """
-    if not settings.selection.uses_truth:
+    if not config.selection.uses_truth:
         return None
     if missing := int(np.isnan(lesion_pixels(dataset, "train")).sum()):
-        raise SettingsError(
+        raise ConfigError(
             f"An oracle aims by true lesions, but {missing} of {dataset.count('train')} training images in "
             f"{dataset.path} have no mask; use another selection.rule or selection.score. (It is for diagnosis only.)"
         )
-    p = settings.model.patch_size
+    p = config.model.patch_size
     found: dict[int, Tensor] = {}
     for rows in by_part(dataset, "train"):
         part = dataset.load("train", rows)
@@ -69,22 +69,20 @@ def true_lesions(dataset: PatchDataset, settings: PretrainSettings) -> dict[int,
     return found
 
 
-class Diagnosis:
-    """Called after every epoch with the model: metrics that can be compared over epochs and between arms.
+class Diagnostics:
+    """Called after every epoch with the model: metrics that can be compared over epochs and between baselines.
 
     On a labelled data set where there is one apart from the pretraining one; normalised by the model's mean and SD.
     """
 
-    def __init__(self, dataset: PatchDataset, settings: PretrainSettings) -> None:
+    def __init__(self, dataset: PatchDataset, config: PretrainConfig) -> None:
         chosen = held_out(dataset, REFERENCE_IMAGES)
-        self.settings = settings
+        self.config = config
         self.images, self.keys = torch.from_numpy(chosen.images), torch.from_numpy(chosen.keys)
         self.share = (
-            lesion_shares(chosen.masks, settings.model.patch_size)
-            if chosen.labelled.all()
-            else None
+            lesion_shares(chosen.masks, config.model.patch_size) if chosen.labeled.all() else None
         )
-        self._aim: tuple[int, Aim] | None = (
+        self._aim: tuple[int, LesionMap] | None = (
             None  # of the latest look: looking costs more than all else here
         )
 
@@ -102,20 +100,20 @@ class Diagnosis:
         if not isinstance(model, MaskedAutoencoder):
             return {}
         device = model.mask_token.device
-        images, keys = normalise(self.images.to(device), model.spec), self.keys.to(device)
-        metrics: Metrics = {"loss_reference": reference_loss(model, images, keys, self.settings)}
-        if self.share is None or self.settings.selection.uses_truth:
+        images, keys = normalize(self.images.to(device), model.spec), self.keys.to(device)
+        metrics: Metrics = {"loss_reference": reference_loss(model, images, keys, self.config)}
+        if self.share is None or self.config.selection.uses_truth:
             return metrics
-        masking = Masking(model, self.settings)
-        look = masking.epoch_of_look(epoch)
+        masking = Masking(model, self.config)
+        look = masking.analysis_epoch(epoch)
         kept = self._aim[1] if self._aim and self._aim[0] == look else None
-        _, aim, chosen = masking.whole(images, keys, Moment(epoch), kept)
+        _, aim, chosen = masking.whole(images, keys, TrainingStep(epoch), kept)
         self._aim = look, aim
         share = self.share.to(device)
         truth = truth_patches(share)
         masked = torch.zeros_like(truth).scatter(1, chosen.masked, True)
         metrics["true_lesion_masked"] = float((masked & truth).sum() / truth.sum().clamp_min(1))
-        if not self.settings.selection.names_lesion:
+        if not self.config.selection.names_lesion:
             return metrics
         hit = (chosen.lesion & truth).sum(1) / truth.sum(1).clamp_min(1)
         small = share.sum(1) <= share.sum(1).median()
@@ -132,14 +130,16 @@ class Diagnosis:
 
 
 def reference_loss(
-    model: MaskedAutoencoder, images: Tensor, keys: Tensor, settings: PretrainSettings
+    model: MaskedAutoencoder, images: Tensor, keys: Tensor, config: PretrainConfig
 ) -> float:
     """Mean squared error of normalised images (B, C, H, W), uncropped, under one random mask that never changes."""
     patches = patchify(images, model.patch_size)
-    noise = draw.uniform(keys, patches.shape[1], seed=0, epoch=0, purpose=draw.REFERENCE)
+    noise = counter_rng.uniform(
+        keys, patches.shape[1], seed=0, epoch=0, stream=counter_rng.REFERENCE
+    )
     order = noise.argsort(1)
     count = masked_count(REFERENCE_RATIO, patches.shape[1])
     masked, visible = order[:, :count], order[:, count:]
     target = gather(patches, masked)
     pixels = model(patches, visible, masked).pixels.float()
-    return float((denormalised(pixels, target, settings.loss) - target).square().mean())
+    return float((denormalized(pixels, target, config.loss) - target).square().mean())

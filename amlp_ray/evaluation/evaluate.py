@@ -9,14 +9,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from amlp_ray.config import ImageSpec, ProbeSettings
+from amlp_ray.config import ImageSpec, ProbeConfig
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.evaluation.labels import Rows, by_part, check_fits, labelled_rows, train_rows
+from amlp_ray.evaluation.labels import Rows, by_part, check_fits, labeled_rows, train_rows
 from amlp_ray.evaluation.metrics import hausdorff95, mean_mask, score_images, summary
 from amlp_ray.evaluation.segmenter import Segmenter, load_segmenter
-from amlp_ray.method.augment import normalise
+from amlp_ray.method.augment import normalize
 
-SIZES = ProbeSettings().sizes
+SIZES = ProbeConfig().sizes
 CHUNK = 32  # images that are scored at once
 
 
@@ -31,13 +31,13 @@ def score_segmenter(
     """Score a segmenter that `segment` left in `folder`, on the labelled images of a split; nothing is trained.
 
     Raises:
-        DataError: the split has no lesion. CheckpointError: the segmenter is missing or damaged. SettingsError: it is
+        DataError: the split has no lesion. CheckpointError: the segmenter is missing or damaged. ConfigError: it is
         made for other images.
     """
     loaded = load_segmenter(folder)
     check_fits(dataset, loaded.spec, f"{folder} was trained on")
-    rows = labelled_rows(dataset, split)
-    floor = mean_mask(dataset.load("train", train_rows(dataset, loaded.settings)).masks)
+    rows = labeled_rows(dataset, split)
+    floor = mean_mask(dataset.load("train", train_rows(dataset, loaded.config)).masks)
     return evaluate(
         loaded.model.to(device), dataset, split, rows, floor, loaded.spec, sizes, device
     )[0]
@@ -70,7 +70,7 @@ def evaluate(
     for some in by_part(dataset, split, rows):
         part = dataset.load(split, some)
         chunks = torch.from_numpy(part.images).split(CHUNK)
-        logits = torch.cat([model(normalise(chunk.to(device), spec)).cpu() for chunk in chunks])
+        logits = torch.cat([model(normalize(chunk.to(device), spec)).cpu() for chunk in chunks])
         said, there = (logits[:, 0] > 0).numpy(), part.masks > 0
         s = score_images(said, there)
         parts.append(

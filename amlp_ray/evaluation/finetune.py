@@ -20,72 +20,72 @@ import torch.distributed as dist
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from amlp_ray.config import FaultSettings, ImageSpec, SegmentSettings
+from amlp_ray.config import FaultToleranceConfig, ImageSpec, SegmentConfig
 from amlp_ray.data.dataset import Split
 from amlp_ray.errors import CheckpointError, NonFiniteLossError
 from amlp_ray.evaluation.segmenter import Segmenter
-from amlp_ray.method.augment import augment, normalise
+from amlp_ray.method.augment import augment, normalize
 from amlp_ray.method.encoder import use_fused_attention
 from amlp_ray.method.precision import autocast, autocast_type
-from amlp_ray.runtime.worker_group import Member
-from amlp_ray.training.checkpoint.manager import Keeper
+from amlp_ray.runtime.worker_group import WorkerContext
+from amlp_ray.training.checkpoint.manager import CheckpointManager
 from amlp_ray.training.checkpoint.restore import agreed_checkpoint
 from amlp_ray.training.loggers.metrics_file import Metrics, append_row, drop_after
 from amlp_ray.training.lr_schedule import learning_rate
 from amlp_ray.utils import distributed
 from amlp_ray.utils.event_log import EventLog
-from amlp_ray.utils.retry import Patience
+from amlp_ray.utils.retry import RetryPolicy
 
 
 def finetune(
     model: Segmenter,
     train: Split,
     spec: ImageSpec,
-    settings: SegmentSettings,
+    config: SegmentConfig,
     out: Path,
     *,
-    member: Member,
-    faults: FaultSettings,
+    member: WorkerContext,
+    fault_tolerance: FaultToleranceConfig,
     progress: Callable[[Metrics], None] = lambda metrics: None,
 ) -> list[Metrics]:
     """Train to the last epoch, or go on from the checkpoint in `out`; the first worker returns all epochs' metrics.
 
     Raises:
         NonFiniteLossError: naming the epoch. CheckpointError: of another segmenter, or none that is whole.
-        StorageError: `out` took nothing for `faults.storage_minutes`.
+        StorageError: `out` took nothing for `fault_tolerance.storage_minutes`.
     """
     device, events = member.device, EventLog(out, aloud=member.world == 1)
-    model.encoder.requires_grad_(not settings.freeze)
+    model.encoder.requires_grad_(not config.freeze)
     model.encoder.pos_embed.requires_grad_(False)
-    use_fused_attention(model, device != "cpu" or autocast_type(settings, device) is None)
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings), lr=settings.lr)
+    use_fused_attention(model, device != "cpu" or autocast_type(config, device) is None)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.lr)
     done = _resume(out, model, optimizer, events, device)
-    network = distributed.as_network(model)
+    network = distributed.wrap_ddp(model)
     rows: list[Metrics] = []
     if member.is_first:
         rows, dropped = drop_after(out / "metrics.jsonl", done)
         events.note("started", workers=member.world, epoch=done, repeated=len(dropped))
-    patience = Patience.of(out, faults, events)
-    keeper = Keeper(out, patience, keep=faults.checkpoints)
+    patience = RetryPolicy.of(out, fault_tolerance, events)
+    checkpoint_manager = CheckpointManager(out, patience, keep=fault_tolerance.checkpoints)
     model.train()
     try:
-        for epoch in range(done + 1, settings.epochs + 1):
-            metrics = train_epoch(network, optimizer, train, spec, settings, epoch, member)
+        for epoch in range(done + 1, config.epochs + 1):
+            metrics = train_epoch(network, optimizer, train, spec, config, epoch, member)
             if not member.is_first:
                 continue
-            keeper.wait()  # as in pretraining: the last checkpoint is safe before a line follows it
+            checkpoint_manager.wait()  # as in pretraining: the last checkpoint is safe before a line follows it
             patience(
                 partial(append_row, out / "metrics.jsonl", metrics), f"the line of epoch {epoch}"
             )
-            keeper.save(
+            checkpoint_manager.save(
                 {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch},
                 epoch,
             )
             rows.append(metrics)
             progress(metrics)
-        keeper.wait()
+        checkpoint_manager.wait()
     finally:
-        keeper.close()
+        checkpoint_manager.close()
     return rows
 
 
@@ -94,9 +94,9 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     train: Split,
     spec: ImageSpec,
-    settings: SegmentSettings,
+    config: SegmentConfig,
     epoch: int,
-    member: Member,
+    member: WorkerContext,
 ) -> Metrics:
     """Run one epoch and return its metrics, the same on every worker."""
     from monai.losses import (
@@ -105,30 +105,30 @@ def train_epoch(
 
     loss_of, device = DiceCELoss(sigmoid=True, batch=True), member.device
     images, masks, keys = (torch.from_numpy(x) for x in (train.images, train.masks, train.keys))
-    steps = max(1, len(train) // settings.batch_size)
-    order = np.random.default_rng([settings.seed, epoch]).permutation(len(train))
+    steps = max(1, len(train) // config.batch_size)
+    order = np.random.default_rng([config.seed, epoch]).permutation(len(train))
     losses, norms, started = [], [], time.perf_counter()
     for step in range(steps):
-        lr = learning_rate(settings, (epoch - 1) * steps + step, settings.epochs * steps)
+        lr = learning_rate(config, (epoch - 1) * steps + step, config.epochs * steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        batch = order[step * settings.batch_size : (step + 1) * settings.batch_size]
+        batch = order[step * config.batch_size : (step + 1) * config.batch_size]
         # Filled up with its own first images, so that shares are equal; what is filled up does not count.
         rows = np.resize(batch, math.ceil(len(batch) / member.world) * member.world)[
             member.rank :: member.world
         ]
         x, y = augment(
-            normalise(images[rows].to(device), spec),
+            normalize(images[rows].to(device), spec),
             masks[rows].to(device),
             keys[rows].to(device),
-            crop_min=settings.crop_min,
-            flip=settings.flip,
-            flip_vertical=settings.flip_vertical,
-            intensity=settings.intensity,
-            seed=settings.seed,
+            min_crop_area=config.min_crop_area,
+            flip=config.flip,
+            flip_vertical=config.flip_vertical,
+            intensity_jitter=config.intensity_jitter,
+            seed=config.seed,
             epoch=epoch,
         )
-        with autocast(settings, device):
+        with autocast(config, device):
             logits = network(x)
         loss = loss_of(
             *(
@@ -139,7 +139,7 @@ def train_epoch(
         optimizer.zero_grad(set_to_none=True)
         # Of the loss over all workers' images, each has the gradient of its own; their average is the sum over `world`.
         (loss * member.world).backward()
-        norms.append(nn.utils.clip_grad_norm_(network.parameters(), settings.clip_grad))
+        norms.append(nn.utils.clip_grad_norm_(network.parameters(), config.clip_grad))
         optimizer.step()
         losses.append(loss.detach())
     mean, norm = (torch.stack(values).mean().item() for values in (losses, norms))
@@ -161,7 +161,7 @@ def train_epoch(
     }
 
 
-def whole_batch(share: Tensor, count: int, member: Member) -> Tensor:
+def whole_batch(share: Tensor, count: int, member: WorkerContext) -> Tensor:
     """The `count` rows of a batch out of all workers' shares, rows rank::world of it, in its own order.
 
     The loss is of the batch and no mean over images (Dice), so all of it must be seen. Gradients flow to the own share.
@@ -174,25 +174,25 @@ def whole_batch(share: Tensor, count: int, member: Member) -> Tensor:
     return torch.stack(parts, 1).flatten(0, 1)[:count]
 
 
-def parameter_groups(model: Segmenter, settings: SegmentSettings) -> list[dict[str, Any]]:
+def parameter_groups(model: Segmenter, config: SegmentConfig) -> list[dict[str, Any]]:
     """The optimiser's groups, with the `lr_scale` that `layer_decay` gives each; the decoder's is 1."""
     decoder = {
         "params": list(model.decoder.parameters()),
         "lr_scale": 1.0,
-        "weight_decay": settings.weight_decay,
+        "weight_decay": config.weight_decay,
     }
-    if settings.freeze:
+    if config.freeze:
         return [decoder]
     layers = param_groups_layer_decay(
         model.encoder,
-        settings.weight_decay,
+        config.weight_decay,
         weight_decay_exclude_1d=False,
-        layer_decay=settings.layer_decay,
+        layer_decay=config.layer_decay,
     )
     for (
         layer
     ) in layers:  # timm counts from the last block; the decoder stands above it, as a head does
-        layer["lr_scale"] *= settings.layer_decay
+        layer["lr_scale"] *= config.layer_decay
     return [*layers, decoder]
 
 

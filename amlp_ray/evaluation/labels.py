@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from amlp_ray.config import ImageSpec, SegmentSettings
+from amlp_ray.config import ImageSpec, SegmentConfig
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.errors import DataError, SettingsError
+from amlp_ray.errors import ConfigError, DataError
 
 Rows = NDArray[np.int64]
 
@@ -44,23 +44,23 @@ def by_part(dataset: PatchDataset, split: str, rows: Rows | None = None) -> Iter
         start += part.rows
 
 
-def train_rows(dataset: PatchDataset, settings: SegmentSettings) -> Rows:
+def train_rows(dataset: PatchDataset, config: SegmentConfig) -> Rows:
     """Training images with a lesion: all, as many as `labels` says, or the groups that make up `label_share`."""
     rows = np.flatnonzero(lesion_pixels(dataset, "train") > 0)
-    _require(dataset, "train", len(rows), settings.labels or 1)
-    draw = np.random.default_rng(settings.seed)
-    if settings.labels:
-        return np.sort(draw.permutation(rows)[: settings.labels])
-    if settings.label_share is None:
+    _require(dataset, "train", len(rows), config.num_labeled or 1)
+    draw = np.random.default_rng(config.seed)
+    if config.num_labeled:
+        return np.sort(draw.permutation(rows)[: config.num_labeled])
+    if config.label_share is None:
         return rows
     groups = dataset.table("train", columns=["group"])["group"].to_numpy()[rows]
     names, group, images = np.unique(groups, return_inverse=True, return_counts=True)
     order = draw.permutation(len(names))  # a larger share takes more of the same, from the start
-    reached = np.searchsorted(np.cumsum(images[order]), settings.label_share * len(rows) - 1e-9)
+    reached = np.searchsorted(np.cumsum(images[order]), config.label_share * len(rows) - 1e-9)
     return rows[np.isin(group, order[: reached + 1])]
 
 
-def labelled_rows(dataset: PatchDataset, split: str) -> Rows:
+def labeled_rows(dataset: PatchDataset, split: str) -> Rows:
     """Labelled images of a split; read when they are scored, a file at a time."""
     pixels = lesion_pixels(dataset, split)
     _require(dataset, split, int((pixels > 0).sum()), 1)
@@ -76,7 +76,7 @@ def _require(dataset: PatchDataset, split: str, found: int, wanted: int) -> None
 
 
 def check_fits(dataset: PatchDataset, trained: ImageSpec, whose: str) -> None:
-    """Raise SettingsError where images differ in shape, or clearly in scale, from those that an encoder is trained on.
+    """Raise ConfigError where images differ in shape, or clearly in scale, from those that an encoder is trained on.
 
     They are normalised by the encoder's mean and SD, those of its pretraining set, and not by their own: its weights
     have learnt what a value means in that scale. Their own would give a Hounsfield unit another meaning in each set,
@@ -91,7 +91,7 @@ def check_fits(dataset: PatchDataset, trained: ImageSpec, whose: str) -> None:
         "x".join(map(str, (s.channels, s.height, s.width))) for s in (dataset.spec, trained)
     )
     if ours != theirs:
-        raise SettingsError(
+        raise ConfigError(
             f"{whose} {theirs} images (channels, height, width), but {dataset.path} holds {ours}; prepare the data "
             f"alike."
         )
@@ -102,7 +102,7 @@ def check_fits(dataset: PatchDataset, trained: ImageSpec, whose: str) -> None:
     far = (np.abs(own_mean - mean) > FAR_SDS * std) | (ratio > FAR_RATIO) | (ratio < 1 / FAR_RATIO)
     if far.any():
         c = int(far.argmax())
-        raise SettingsError(
+        raise ConfigError(
             f"{whose} values around {mean[c]:.4g} (SD {std[c]:.4g}), but those of {dataset.path} lie around "
             f"{own_mean[c]:.4g} (SD {own_std[c]:.4g}); prepare both with the same `values` and window."
         )

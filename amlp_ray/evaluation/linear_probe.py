@@ -23,21 +23,21 @@ from sklearn.model_selection import GroupKFold
 from threadpoolctl import threadpool_limits
 from timm.models.vision_transformer import VisionTransformer
 
-from amlp_ray.config import ImageSpec, ProbeSettings
+from amlp_ray.config import ImageSpec, ProbeConfig
 from amlp_ray.data.dataset import PatchDataset, Split
 from amlp_ray.errors import DataError
 from amlp_ray.evaluation.labels import lesion_pixels, spread
 from amlp_ray.evaluation.metrics import (
     THRESHOLDS,
     FloatArray,
-    Score,
+    ProbeScore,
     best_threshold,
     by_size,
     mean_mask_floor,
     score_images,
     sizes_of,
 )
-from amlp_ray.method.augment import normalise
+from amlp_ray.method.augment import normalize
 from amlp_ray.method.encoder import encoder_tokens
 from amlp_ray.method.patches import patchify
 
@@ -53,17 +53,17 @@ Indices = NDArray[np.intp]
 Tokens = Callable[[torch.Tensor], torch.Tensor]
 
 
-def require_labels(dataset: PatchDataset, settings: ProbeSettings) -> None:
+def require_labels(dataset: PatchDataset, config: ProbeConfig) -> None:
     """Raise DataError where the training split has too few labelled images with a lesion."""
     lesions = dataset.manifest.counts["train"].lesions
-    if lesions < settings.labels:
+    if lesions < config.num_labeled:
         raise DataError(
             f"{dataset.path} has {lesions} labelled training images with a lesion, but the probe needs "
-            f"probe.labels={settings.labels}; lower probe.labels, add masks, or name a data set with masks by `labels`."
+            f"probe.num_labeled={config.num_labeled}; lower probe.num_labeled, add masks, or name a data set with masks by `eval_data`."
         )
 
 
-class Known(NamedTuple):
+class LabeledIndex(NamedTuple):
     """Labelled images, those of train first, that are not read yet."""
 
     rows: Indices  # (n,) in their split, rising
@@ -72,14 +72,14 @@ class Known(NamedTuple):
     train: int  # how many of them are of train
 
 
-class Shown(NamedTuple):
+class LabeledImages(NamedTuple):
     """Labelled images, read, and the lesion share of their patches."""
 
     split: Split
     share: FloatArray  # (n, N)
 
     @classmethod
-    def of(cls, split: Split, patch_size: int) -> Shown:
+    def of(cls, split: Split, patch_size: int) -> LabeledImages:
         share = F.avg_pool2d(torch.from_numpy(split.masks).float()[:, None], patch_size)[:, 0]
         return cls(split, share.flatten(1).numpy())
 
@@ -90,7 +90,7 @@ class Probe:
     def __init__(
         self,
         dataset: PatchDataset,
-        settings: ProbeSettings,
+        config: ProbeConfig,
         patch_size: int,
         spec: ImageSpec | None = None,
     ) -> None:
@@ -102,25 +102,25 @@ class Probe:
         Raises:
             DataError: where there are too few labelled images with a lesion, or too few groups of them.
         """
-        require_labels(dataset, settings)
+        require_labels(dataset, config)
         self.dataset = dataset
-        self.settings = settings
+        self.config = config
         self.spec = spec or dataset.spec
         self.patch_size = patch_size
         known = _known(dataset)
         val_lesions = int(known.lesion[known.train :].sum())
-        self.scoring = settings.scoring
-        if settings.scoring == "auto":
+        self.scoring = config.scoring
+        if config.scoring == "auto":
             self.scoring = "val" if val_lesions >= MIN_VAL_IMAGES else "cross-validation"
         if self.scoring == "val" and val_lesions == 0:
             raise DataError(
                 f"{dataset.path} has no val image with a lesion; use probe.scoring=cross-validation."
             )
         groups = len(np.unique(known.groups))
-        if self.scoring == "cross-validation" and groups < settings.folds:
+        if self.scoring == "cross-validation" and groups < config.folds:
             raise DataError(
                 f"{dataset.path} has labelled images of {groups} groups, but cross-validation over "
-                f"probe.folds={settings.folds} needs as many; lower probe.folds or label images of more groups."
+                f"probe.folds={config.folds} needs as many; lower probe.folds or label images of more groups."
             )
         plan = self._plan(known)
         if any(
@@ -135,7 +135,7 @@ class Probe:
         )
         train, val = used[used < known.train], used[used >= known.train]
         data = dataset.load("train", known.rows[train]).concat(dataset.load("val", known.rows[val]))
-        self.own = Shown.of(data, patch_size)
+        self.own = LabeledImages.of(data, patch_size)
         self.plan = [
             ([np.searchsorted(used, s) for s in subsets], np.searchsorted(used, r))
             for subsets, r in plan
@@ -155,11 +155,11 @@ class Probe:
     def images_by_size(self) -> dict[str, int]:
         """How many of the scored images have a small, a medium and a large lesion."""
         scored = np.concatenate([rows for _, rows in self.plan])
-        sizes = sizes_of(self.data.masks[scored].mean((1, 2)), self.settings.sizes)
+        sizes = sizes_of(self.data.masks[scored].mean((1, 2)), self.config.sizes)
         return {name: int(chosen.sum()) for name, chosen in sizes.items()}
 
     @cached_property
-    def _test(self) -> Shown:
+    def _test(self) -> LabeledImages:
         """Labelled test images; read for a confirmation, once."""
         pixels = lesion_pixels(self.dataset, "test")
         rows = np.flatnonzero(np.isfinite(pixels))
@@ -167,26 +167,26 @@ class Probe:
             raise DataError(
                 f"{self.dataset.path} has no labelled test image with a lesion; there is nothing to confirm."
             )
-        return Shown.of(
+        return LabeledImages.of(
             self.dataset.load("test", self._enough(rows, pixels[rows] > 0)), self.patch_size
         )
 
-    def _plan(self, known: Known) -> list[tuple[list[Indices], Indices]]:
+    def _plan(self, known: LabeledIndex) -> list[tuple[list[Indices], Indices]]:
         """(label subsets, images to score) per fold; one fold of val, or folds by group over train and val."""
-        rng = np.random.default_rng(self.settings.seed)
+        rng = np.random.default_rng(self.config.seed)
         everything = np.arange(len(known.rows))
         if self.scoring == "val":
             pool = everything[: known.train][known.lesion[: known.train]]
-            subsets = [self._subset(pool, known, rng) for _ in range(self.settings.subsets)]
+            subsets = [self._subset(pool, known, rng) for _ in range(self.config.subsets)]
             return [(subsets, self._enough(everything[known.train :], known.lesion[known.train :]))]
-        folds = GroupKFold(self.settings.folds, shuffle=True, random_state=self.settings.seed)
+        folds = GroupKFold(self.config.folds, shuffle=True, random_state=self.config.seed)
         chosen = self._enough(everything, known.lesion)
         plan = []
         for rest, scored in folds.split(chosen, groups=known.groups[chosen]):
             pool = chosen[rest][known.lesion[chosen[rest]]]
             # Half as many subsets per fold: the folds average label noise as well.
             subsets = [
-                self._subset(pool, known, rng) for _ in range(max(1, self.settings.subsets // 2))
+                self._subset(pool, known, rng) for _ in range(max(1, self.config.subsets // 2))
             ]
             plan.append((subsets, chosen[scored]))
         return plan
@@ -194,22 +194,24 @@ class Probe:
     def _enough(self, rows: Indices, lesion: NDArray[np.bool_]) -> Indices:
         """Of the rows (n,) with a lesion, and of those without, as many as `images` says, spread evenly."""
         return np.sort(
-            np.concatenate([spread(rows[side], self.settings.images) for side in (lesion, ~lesion)])
+            np.concatenate([spread(rows[side], self.config.images) for side in (lesion, ~lesion)])
         )
 
-    def _subset(self, pool: Indices, known: Known, rng: np.random.Generator) -> Indices:
+    def _subset(self, pool: Indices, known: LabeledIndex, rng: np.random.Generator) -> Indices:
         """`labels` images, from different groups while there are any left: near-copies teach nothing new."""
-        if len(pool) < self.settings.labels:
+        if len(pool) < self.config.num_labeled:
             raise DataError(
                 f"A cross-validation fold leaves {len(pool)} labelled images with a lesion for fitting, but the probe "
-                f"needs probe.labels={self.settings.labels}; lower probe.labels or raise probe.folds."
+                f"needs probe.num_labeled={self.config.num_labeled}; lower probe.num_labeled or raise probe.folds."
             )
         shuffled = rng.permutation(pool)
         _, firsts = np.unique(known.groups[shuffled], return_index=True)
         order = np.concatenate([shuffled[np.sort(firsts)], np.delete(shuffled, firsts)])
-        return order[: self.settings.labels]
+        return order[: self.config.num_labeled]
 
-    def score(self, encoder: VisionTransformer, split: Literal["val", "test"] = "val") -> Score:
+    def score(
+        self, encoder: VisionTransformer, split: Literal["val", "test"] = "val"
+    ) -> ProbeScore:
         """Score an encoder by its patch tokens, on val (or by cross-validation) or on test.
 
         Raises:
@@ -226,7 +228,7 @@ class Probe:
         tokens: Tokens,
         device: torch.device | str = "cpu",
         split: Literal["val", "test"] = "val",
-    ) -> Score:
+    ) -> ProbeScore:
         """Score a function from normalised patches (B, N, P) to tokens (B, N, D).
 
         On test, every head of every subset scores every image: heads are those that a score on val comes from.
@@ -247,15 +249,17 @@ class Probe:
             ]
         return self._summary(fits, shown, self.scoring if split == "val" else split)
 
-    def _features(self, shown: Shown, tokens: Tokens, device: torch.device | str) -> FloatArray:
+    def _features(
+        self, shown: LabeledImages, tokens: Tokens, device: torch.device | str
+    ) -> FloatArray:
         features = []
         for chunk in torch.from_numpy(shown.split.images).split(64):
-            patches = patchify(normalise(chunk.to(device), self.spec), self.patch_size)
+            patches = patchify(normalize(chunk.to(device), self.spec), self.patch_size)
             features.append(tokens(patches).float().cpu().numpy())
         return np.concatenate(features)
 
     def _fit(
-        self, x: FloatArray, subset: Indices, shown: Shown, y: FloatArray, rows: Indices
+        self, x: FloatArray, subset: Indices, shown: LabeledImages, y: FloatArray, rows: Indices
     ) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Fit on one subset of x; per-image scores (4, n), patch logits (n, N), mean-mask DSC (n,) of rows of y."""
         inverse_l2, threshold = self._choose(x, subset)
@@ -292,9 +296,9 @@ class Probe:
     def _summary(
         self,
         folds: list[tuple[Indices, list[tuple[FloatArray, FloatArray, FloatArray]]]],
-        shown: Shown,
+        shown: LabeledImages,
         scoring: str,
-    ) -> Score:
+    ) -> ProbeScore:
         data = shown.split
         per_image = np.full((4, len(data)), np.nan)
         floors, aps, subset_dsc = [], [], []
@@ -320,7 +324,7 @@ class Probe:
             if len(subset_dsc[0]) > 1
             else 0.0
         )
-        return Score(
+        return ProbeScore(
             dsc=means[0],
             ppv=means[1],
             sensitivity=means[2],
@@ -330,23 +334,25 @@ class Probe:
             images=int(np.isfinite(dsc).sum()),
             scoring=scoring,
             mean_mask_dsc=float(np.nanmean(np.concatenate(floors))),
-            **by_size(dsc, data.masks.mean((1, 2)), self.settings.sizes),
+            **by_size(dsc, data.masks.mean((1, 2)), self.config.sizes),
             per_image={
                 data.ids[i]: round(float(dsc[i]), 6) for i in np.flatnonzero(np.isfinite(dsc))
             },
         )
 
 
-def _known(dataset: PatchDataset) -> Known:
+def _known(dataset: PatchDataset) -> LabeledIndex:
     rows, groups, lesion = [], [], []
     for split in ("train", "val"):
         table = dataset.table(split, columns=["group", "lesion"])
         pixels = table["lesion"].to_numpy(np.float64)
-        labelled = np.flatnonzero(np.isfinite(pixels))
-        rows.append(labelled)
-        groups.append(table["group"].to_numpy()[labelled].astype(str))
-        lesion.append(pixels[labelled] > 0)
-    return Known(np.concatenate(rows), np.concatenate(groups), np.concatenate(lesion), len(rows[0]))
+        labeled = np.flatnonzero(np.isfinite(pixels))
+        rows.append(labeled)
+        groups.append(table["group"].to_numpy()[labeled].astype(str))
+        lesion.append(pixels[labeled] > 0)
+    return LabeledIndex(
+        np.concatenate(rows), np.concatenate(groups), np.concatenate(lesion), len(rows[0])
+    )
 
 
 def _regression(x: FloatArray, share: FloatArray, inverse_l2: float) -> LogisticRegression:

@@ -160,7 +160,7 @@ def sizes_of(share: FloatArray, sizes: tuple[float, float]) -> dict[str, BoolArr
 
 
 @dataclass(frozen=True)
-class Score:
+class ProbeScore:
     """Segmentation score of an encoder. All but `mean_mask_dsc`, a floor, and counts are means over images."""
 
     dsc: float

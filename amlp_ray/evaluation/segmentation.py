@@ -16,19 +16,19 @@ from typing import Any
 
 import torch
 
-from amlp_ray.config import FaultSettings, ResourceSettings, SegmentSettings
+from amlp_ray.config import FaultToleranceConfig, ResourceConfig, SegmentConfig
 from amlp_ray.config.yaml_file import write_yaml
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.errors import CheckpointError, SettingsError
+from amlp_ray.errors import CheckpointError, ConfigError
 from amlp_ray.evaluation.evaluate import SIZES, evaluate
 from amlp_ray.evaluation.finetune import finetune
-from amlp_ray.evaluation.labels import check_fits, labelled_rows, train_rows
+from amlp_ray.evaluation.labels import check_fits, labeled_rows, train_rows
 from amlp_ray.evaluation.metrics import mean_mask
 from amlp_ray.evaluation.segmenter import WEIGHTS, Segmenter, save_segmenter
 from amlp_ray.method.encoder import new_encoder
 from amlp_ray.runtime.resources import cluster_resources, jobs_side_by_side, machine_resources
 from amlp_ray.runtime.session import is_joined, ray_session
-from amlp_ray.runtime.worker_group import Member, run_group
+from amlp_ray.runtime.worker_group import WorkerContext, run_group
 from amlp_ray.training.checkpoint.manager import checkpoints
 from amlp_ray.training.checkpoint.pretrained import (
     ONLINE,
@@ -42,7 +42,7 @@ from amlp_ray.training.loggers.metrics_file import Metrics, NewRows
 from amlp_ray.utils.event_log import EventLog
 from amlp_ray.utils.files import read_json, write_whole
 from amlp_ray.utils.locks import only_writer
-from amlp_ray.utils.retry import Patience
+from amlp_ray.utils.retry import RetryPolicy
 
 SCORE = "score.json"  # written last: with it, a fine-tuning is finished
 RUN = "segment.json"  # what a folder's fine-tuning is of, written first
@@ -53,13 +53,13 @@ def segment(
     data: PatchDataset | str | Path,
     encoder: str | Path,
     out: str | Path,
-    settings: SegmentSettings | None = None,
+    config: SegmentConfig | None = None,
     *,
     name: str | None = None,
     from_scratch: bool = False,
     sizes: tuple[float, float] = SIZES,
-    resources: ResourceSettings | None = None,
-    faults: FaultSettings | None = None,
+    resources: ResourceConfig | None = None,
+    fault_tolerance: FaultToleranceConfig | None = None,
     address: str | None = None,
     progress: Callable[[Metrics], None] = lambda metrics: None,
     device: str = "cpu",
@@ -83,21 +83,26 @@ def segment(
         progress: called with the metrics of every epoch.
 
     Returns:
-        Scores, as written to `out/score.json` next to `segmenter.safetensors`, `per_image.csv` and `settings.yaml`.
+        Scores, as written to `out/score.json` next to `segmenter.safetensors`, `per_image.csv` and `config.yaml`.
 
     Raises:
-        DataError: too few labelled images. SettingsError: the encoder was made for other images, or the decoder does
+        DataError: too few labelled images. ConfigError: the encoder was made for other images, or the decoder does
         not go with it. CheckpointError: `out` holds another fine-tuning, or the encoder cannot be read. ResourceError:
         there is no room. WorkerLostError, StorageError: more went wrong than `faults` bears; run it again.
     """
     dataset = data if isinstance(data, PatchDataset) else PatchDataset.open(data)
-    settings, out = settings or SegmentSettings(), Path(out).absolute()
+    config, out = config or SegmentConfig(), Path(out).absolute()
     threads = None if resources is None else max(1, int(resources.cpus_per_worker))
-    resources, faults = resources or ResourceSettings(), faults or FaultSettings()
-    settings.check_workers(resources)
+    resources, fault_tolerance = (
+        resources or ResourceConfig(),
+        fault_tolerance or FaultToleranceConfig(),
+    )
+    config.check_workers(resources)
     if address is None and (resources.alone or not is_joined()):
         jobs_side_by_side(resources, machine_resources())
-    tuning = Tuning(settings, located(encoder), name, out, from_scratch, sizes, faults, threads)
+    tuning = Tuning(
+        config, located(encoder), name, out, from_scratch, sizes, fault_tolerance, threads
+    )
     tuning.check(dataset)
     with only_writer(out, wait_s=PATIENCE_S):
         if not _claim(tuning, dataset):
@@ -108,15 +113,15 @@ def segment(
 def _train(
     tuning: Tuning,
     dataset: PatchDataset,
-    resources: ResourceSettings,
+    resources: ResourceConfig,
     address: str | None,
     progress: Callable[[Metrics], None],
     device: str,
 ) -> None:
     """Fine-tune in this process, or on workers."""
-    out, faults = tuning.out, tuning.faults
+    out, fault_tolerance = tuning.out, tuning.fault_tolerance
     if resources.alone and address is None:
-        tuning.run(dataset, Member(device=device), progress)
+        tuning.run(dataset, WorkerContext(device=device), progress)
         return
     rows = NewRows(out / "metrics.jsonl", progress)
     with ray_session(address):
@@ -125,7 +130,7 @@ def _train(
         run_group(
             work,
             resources,
-            faults,
+            fault_tolerance,
             name=f"segment-{out.name}",
             folder=out,
             progress=lambda: rows.epoch,
@@ -137,13 +142,13 @@ def _train(
 class Tuning:
     """One fine-tuning: plain values, so that it travels to a worker as it is."""
 
-    settings: SegmentSettings
+    config: SegmentConfig
     encoder: str
     name: str | None
     out: Path
     from_scratch: bool
     sizes: tuple[float, float]
-    faults: FaultSettings
+    fault_tolerance: FaultToleranceConfig
     threads: int | None  # CPU threads of each worker; None: as many as there are
 
     def check(self, dataset: PatchDataset) -> None:
@@ -153,16 +158,16 @@ class Tuning:
         )
         model = starting_model(self.encoder, self.name)
         check_patches(model, dataset.spec)
-        self.settings.check_patch_size(model.patch_size)
-        train_rows(dataset, self.settings)
-        labelled_rows(dataset, "val")
+        self.config.check_patch_size(model.patch_size)
+        train_rows(dataset, self.config)
+        labeled_rows(dataset, "val")
 
     def described(self, dataset: PatchDataset) -> dict[str, Any]:
         """What its result follows from."""
         return {
             **{
                 f"settings.{key}": value
-                for key, value in self.settings.model_dump(mode="json").items()
+                for key, value in self.config.model_dump(mode="json").items()
             },
             "data": dataset.manifest.fingerprint,
             "encoder": self.encoder
@@ -174,14 +179,14 @@ class Tuning:
         }
 
     def run(
-        self, dataset: PatchDataset, member: Member, progress: Callable[[Metrics], None]
+        self, dataset: PatchDataset, member: WorkerContext, progress: Callable[[Metrics], None]
     ) -> None:
         """Train as this member of a group, and score as its first."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        settings, spec = self.settings, starting_spec(self.encoder, dataset.spec)
-        train = dataset.load("train", train_rows(dataset, settings))
-        torch.manual_seed(settings.seed)
+        config, spec = self.config, starting_spec(self.encoder, dataset.spec)
+        train = dataset.load("train", train_rows(dataset, config))
+        torch.manual_seed(config.seed)
         shape = starting_model(self.encoder, self.name)
         if self.from_scratch:
             # The start that pretraining has, not timm's: anything else would handicap the baseline.
@@ -189,15 +194,15 @@ class Tuning:
         else:
             start = starting_encoder(self.encoder, spec, name=self.name)
             vit, told = start.encoder, start.told
-        model = Segmenter(vit, spec, settings).to(member.device)
+        model = Segmenter(vit, spec, config).to(member.device)
         epochs = finetune(
             model,
             train,
             spec,
-            settings,
+            config,
             self.out,
             member=member,
-            faults=self.faults,
+            fault_tolerance=self.fault_tolerance,
             progress=progress,
         )
         if not member.is_first:
@@ -206,14 +211,14 @@ class Tuning:
             model,
             dataset,
             "val",
-            labelled_rows(dataset, "val"),
+            labeled_rows(dataset, "val"),
             mean_mask(train.masks),
             spec,
             self.sizes,
             member.device,
         )
         score |= {
-            "labels": len(train),
+            "num_labeled": len(train),
             "from_scratch": self.from_scratch,
             "encoder": self.encoder,
             "start": told,
@@ -221,14 +226,16 @@ class Tuning:
         }
 
         def write() -> None:
-            prepare = dataset.manifest.settings
+            prepare = dataset.manifest.config
             save_segmenter(
-                model, self.out, encoder=shape, spec=spec, prepare=prepare, settings=settings
+                model, self.out, encoder=shape, spec=spec, prepare=prepare, config=config
             )
             write_whole(self.out / "per_image.csv", table.round(6).to_csv(index=False))
             write_whole(self.out / SCORE, json.dumps(score, indent=1))
 
-        Patience.of(self.out, self.faults, EventLog(self.out))(write, "the segmenter and its score")
+        RetryPolicy.of(self.out, self.fault_tolerance, EventLog(self.out))(
+            write, "the segmenter and its score"
+        )
         shutil.rmtree(
             self.out / "checkpoint", ignore_errors=True
         )  # three times the size of the segmenter
@@ -241,18 +248,18 @@ class _Work:
     data: str
     tuning: Tuning
 
-    def __call__(self, member: Member) -> None:
+    def __call__(self, member: WorkerContext) -> None:
         self.tuning.run(PatchDataset.open(self.data), member, lambda metrics: None)
 
 
 def _claim(tuning: Tuning, dataset: PatchDataset) -> bool:
     """Write down what the folder's fine-tuning is of; return whether it is finished.
 
-    Raises SettingsError or CheckpointError where something else would be lost.
+    Raises ConfigError or CheckpointError where something else would be lost.
     """
     out, ours, held = tuning.out, tuning.described(dataset), read_json(tuning.out / RUN)
     if held is None and ((out / "checkpoint").exists() or (out / "data.json").exists()):
-        raise SettingsError(f"{out} holds a pretraining run; give another --out for the segmenter.")
+        raise ConfigError(f"{out} holds a pretraining run; give another --out for the segmenter.")
     if held == ours:
         return (out / SCORE).is_file() and (out / WEIGHTS).is_file()
     if held is not None and (checkpoints(out) or (out / SCORE).is_file()):
@@ -262,7 +269,7 @@ def _claim(tuning: Tuning, dataset: PatchDataset) -> bool:
         )
     out.mkdir(parents=True, exist_ok=True)
     (out / SCORE).unlink(missing_ok=True)  # of a version that wrote no segment.json
-    write_yaml(tuning.settings, out / "settings.yaml")
+    write_yaml(tuning.config, out / "config.yaml")
     write_whole(out / RUN, json.dumps(ours, indent=1))
     return False
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from amlp_ray.config import ImageSpec, ModelSettings, PrepareSettings, SegmentSettings
+from amlp_ray.config import ImageSpec, ModelConfig, PrepareConfig, SegmentConfig
 from amlp_ray.errors import CheckpointError
 from amlp_ray.method.encoder import create_encoder, timm_arguments, timm_name
 from amlp_ray.training.checkpoint.export import write_tensors
@@ -36,24 +36,22 @@ WEIGHTS = "segmenter.safetensors"
 class Segmenter(nn.Module):
     """An encoder and the decoder of the settings: from normalised images to the logits of a lesion.
 
-    Raises SettingsError where the decoder does not go with the encoder's patches.
+    Raises ConfigError where the decoder does not go with the encoder's patches.
     """
 
-    def __init__(
-        self, encoder: VisionTransformer, spec: ImageSpec, settings: SegmentSettings
-    ) -> None:
+    def __init__(self, encoder: VisionTransformer, spec: ImageSpec, config: SegmentConfig) -> None:
         super().__init__()
         self.encoder = encoder
         depth, patch_size = len(encoder.blocks), encoder.patch_embed.patch_size[0]
-        settings.check_patch_size(patch_size)
+        config.check_patch_size(patch_size)
         kind: dict[str, type[Decoder]] = {
             "linear": LinearDecoder,
             "conv": ConvDecoder,
             "unetr": UnetrDecoder,
             "dpt": DptDecoder,
         }
-        self.decoder: Decoder = kind[settings.decoder](
-            depth, encoder.embed_dim, spec.channels, patch_size, settings.decoder_width
+        self.decoder: Decoder = kind[config.decoder](
+            depth, encoder.embed_dim, spec.channels, patch_size, config.decoder_width
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -243,25 +241,25 @@ class LoadedSegmenter:
 
     model: Segmenter
     spec: ImageSpec
-    prepare: PrepareSettings | None
-    settings: SegmentSettings
+    prepare: PrepareConfig | None
+    config: SegmentConfig
 
 
 def save_segmenter(
     model: Segmenter,
     folder: Path,
     *,
-    encoder: ModelSettings,
+    encoder: ModelConfig,
     spec: ImageSpec,
-    prepare: PrepareSettings | None,
-    settings: SegmentSettings,
+    prepare: PrepareConfig | None,
+    config: SegmentConfig,
 ) -> None:
     """Write `segmenter.safetensors`: weights, and in the header all that it takes to build the model and to feed it."""
     header = {
         "timm_name": timm_name(encoder),
         "timm_arguments": json.dumps(timm_arguments(encoder, spec)),
         "image": spec.model_dump_json(),
-        "segment": settings.model_dump_json(),
+        "segment": config.model_dump_json(),
     }
     if prepare is not None:
         header["prepare"] = prepare.model_dump_json()
@@ -284,18 +282,18 @@ def load_segmenter(folder: Path) -> LoadedSegmenter:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
         spec = ImageSpec.model_validate_json(header["image"])
-        settings = SegmentSettings.model_validate_json(header["segment"])
+        config = SegmentConfig.model_validate_json(header["segment"])
         prepare = (
-            PrepareSettings.model_validate_json(header["prepare"]) if "prepare" in header else None
+            PrepareConfig.model_validate_json(header["prepare"]) if "prepare" in header else None
         )
         model = Segmenter(
             create_encoder(header["timm_name"], json.loads(header["timm_arguments"])),
             spec,
-            settings,
+            config,
         )
         model.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read as a segmenter ({type(error).__name__}); run `amlp-ray segment` again."
         ) from None
-    return LoadedSegmenter(model.eval(), spec, prepare, settings)
+    return LoadedSegmenter(model.eval(), spec, prepare, config)

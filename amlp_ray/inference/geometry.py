@@ -19,7 +19,7 @@ from nibabel.orientations import apply_orientation, io_orientation, ornt_transfo
 from PIL import Image
 from scipy import ndimage
 
-from amlp_ray.config import PrepareSettings
+from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders.intensity import percentile_range, to_bytes
 from amlp_ray.data.decoders.nifti import AXES
 from amlp_ray.data.path import read_bytes
@@ -45,20 +45,20 @@ class Fitted(NamedTuple):
     width: int
 
 
-def fitted(image: np.ndarray, settings: PrepareSettings) -> Fitted:
+def fitted(image: np.ndarray, config: PrepareConfig) -> Fitted:
     """Bring a frame (H, W, C) to what images of a dataset prepared with `settings` look like.
 
     With `fit=tiles` it is scaled and stays whole, for a window of `size` pixels to slide over; what is smaller than
     that is padded at its lower and right edge, as a tile is.
     """
-    if settings.fit != "tiles":
-        whole, inside = cut(image, np.ones(image.shape[:2], np.uint8), 0, 0, settings)
+    if config.fit != "tiles":
+        whole, inside = cut(image, np.ones(image.shape[:2], np.uint8), 0, 0, config)
         assert inside is not None
         rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
         return Fitted(whole, int(rows[0]), int(columns[0]), len(rows), len(columns))
-    small, _ = scaled(image, None, settings)
+    small, _ = scaled(image, None, config)
     height, width, channels = small.shape
-    out = np.empty((max(height, settings.size), max(width, settings.size), channels), small.dtype)
+    out = np.empty((max(height, config.size), max(width, config.size), channels), small.dtype)
     out[:] = small.min(axis=(0, 1))
     out[:height, :width] = small
     return Fitted(np.ascontiguousarray(out.transpose(2, 0, 1)), 0, 0, height, width)

@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from amlp_ray.config import PredictSettings
+from amlp_ray.config import PredictConfig
 from amlp_ray.data.decoders import read_frames
-from amlp_ray.data.layouts import Fault, Item, find_items
+from amlp_ray.data.layouts import RejectedFile, SourceImage, find_items
 from amlp_ray.data.layouts.nifti_names import nifti_stem
-from amlp_ray.data.path import Place, read_bytes
+from amlp_ray.data.path import DataPath, read_bytes
 from amlp_ray.data.prepare.rejects import Rejects
 from amlp_ray.errors import DataError
 from amlp_ray.evaluation.segmenter import WEIGHTS
@@ -49,15 +49,15 @@ class Predictions(NamedTuple):
 
 
 class _File(NamedTuple):
-    place: Place
+    place: DataPath
     content: bytes
 
 
 def predict(
-    images: str | Path | Place,
+    images: str | Path | DataPath,
     segmenter: str | Path,
-    out: str | Path | Place,
-    settings: PredictSettings | None = None,
+    out: str | Path | DataPath,
+    config: PredictConfig | None = None,
     *,
     overwrite: bool = False,
     device: str = "cpu",
@@ -77,13 +77,13 @@ def predict(
         DataError: nothing can be used, or `out` is taken or cannot be written.
         CheckpointError: the segmenter is missing or damaged.
     """
-    settings, source, out = settings or PredictSettings(), Place(images), Place(out)
+    config, source, out = config or PredictConfig(), DataPath(images), DataPath(out)
     _check_apart(source, out)
-    task = load_inference(Path(segmenter), settings, device, say)
-    listing = find_items(task.decoding, source)
+    trial_spec = load_inference(Path(segmenter), config, device, say)
+    listing = find_items(trial_spec.decoding, source)
     if listing.why:
         say(listing.why)
-    _begin(out, _identity(source, Path(segmenter), settings), overwrite)
+    _begin(out, _identity(source, Path(segmenter), config), overwrite)
     rejects = Rejects(out, strict=False)
     rejects.add(fault._replace(file=str(source / fault.file)) for fault in listing.faults)
     predicted = before = 0
@@ -98,11 +98,11 @@ def predict(
                 if _is_done(item, names, out):
                     before += 1
                     continue
-                files, notes = _predicted(item, names, out, task)
+                files, notes = _predicted(item, names, out, trial_spec)
             except (DataError, OSError, MemoryError) as error:
                 rejects.add([_fault(item, error)])
                 continue
-            rejects.add(Fault(item.images[0], "repaired", note) for note in notes)
+            rejects.add(RejectedFile(item.images[0], "repaired", note) for note in notes)
             for file in files:
                 file.place.write_whole(file.content)
             predicted += 1
@@ -121,7 +121,7 @@ def predict(
     return Predictions(str(out), predicted, before, rejects.rejected, str(rejects.place))
 
 
-def names_of(item: Item, source: Place) -> list[str]:
+def names_of(item: SourceImage, source: DataPath) -> list[str]:
     """The masks of an item, relative to their folder: one per frame, or one for a volume.
 
     Raises:
@@ -133,7 +133,7 @@ def names_of(item: Item, source: Place) -> list[str]:
         folder, slash, name = item.source.rpartition("/")
         stem = nifti_stem(name) if len(item.images) == 1 else item.id.rpartition("/")[2]
         return [f"{folder}{slash}{stem}.nii.gz"]
-    files = [Place(path).path.removeprefix(f"{source.path}/") for path in item.images]
+    files = [DataPath(path).path.removeprefix(f"{source.path}/") for path in item.images]
     stems = [_without(name, DICOM_SUFFIXES) for name in files]
     count = (
         1 if len(stems) > 1 else _frame_count(item.images[0])
@@ -161,27 +161,27 @@ def _without(name: str, suffixes: tuple[str, ...]) -> str:
 
 
 def _predicted(
-    item: Item, names: list[str], out: Place, task: Inference
+    item: SourceImage, names: list[str], out: DataPath, trial_spec: Inference
 ) -> tuple[list[_File], list[str]]:
     """All files of an item, its masks last, since they tell a later run that it is done; and notes of repairs.
 
     Raises:
         DataError: the item cannot be used; the sentence names the file. OSError, MemoryError: it cannot be read.
     """
-    settings, is_volume = task.settings, item.format == "nifti"
+    config, is_volume = trial_spec.config, item.format == "nifti"
     masks: list[np.ndarray] = []
     probabilities: list[np.ndarray] = []
     drawn: list[_File] = []
     notes: dict[str, None] = {}
-    frames = read_frames(item, task.decoding)
-    while batch := list(islice(frames, settings.batch_size)):
-        images = [as_trained(item, frame, task) for frame in batch]
-        for frame, probability in zip(batch, lesion_probabilities(images, task), strict=True):
-            mask = (probability > settings.threshold).astype(np.uint8)
+    frames = read_frames(item, trial_spec.decoding)
+    while batch := list(islice(frames, config.batch_size)):
+        images = [as_trained(item, frame, trial_spec) for frame in batch]
+        for frame, probability in zip(batch, lesion_probabilities(images, trial_spec), strict=True):
+            mask = (probability > config.threshold).astype(np.uint8)
             masks.append(mask)
-            if settings.probability:
+            if config.probability:
                 probabilities.append(probability)
-            if settings.overlay:
+            if config.overlay:
                 name = (
                     f"{_stem(names[0])}/{frame.number:04d}.png"
                     if is_volume
@@ -192,9 +192,9 @@ def _predicted(
                 )
             notes |= dict.fromkeys(frame.notes)
     if is_volume:
-        encoded = [volume_bytes(masks, task.decoding.axis, item.images[0])]
+        encoded = [volume_bytes(masks, trial_spec.decoding.axis, item.images[0])]
         shares = (
-            [volume_bytes(probabilities, task.decoding.axis, item.images[0])]
+            [volume_bytes(probabilities, trial_spec.decoding.axis, item.images[0])]
             if probabilities
             else []
         )
@@ -212,7 +212,7 @@ def _predicted(
     ], list(notes)
 
 
-def _check_apart(source: Place, out: Place) -> None:
+def _check_apart(source: DataPath, out: DataPath) -> None:
     """Masks among the images would be taken for images, or in their place."""
     paths = [
         PurePosixPath(place.local.resolve() if place.is_local else str(place))
@@ -224,16 +224,16 @@ def _check_apart(source: Place, out: Place) -> None:
         )
 
 
-def _identity(source: Place, segmenter: Path, settings: PredictSettings) -> dict[str, Any]:
+def _identity(source: DataPath, segmenter: Path, config: PredictConfig) -> dict[str, Any]:
     """What a run's masks follow from, but for the images themselves."""
     return {
         "images": str(source),
         "segmenter": hashlib.sha256((segmenter / WEIGHTS).read_bytes()).hexdigest(),
-        "settings": settings.model_dump(mode="json", exclude={"batch_size"}),
+        "config": config.model_dump(mode="json", exclude={"batch_size"}),
     }
 
 
-def _begin(out: Place, identity: dict[str, Any], overwrite: bool) -> None:
+def _begin(out: DataPath, identity: dict[str, Any], overwrite: bool) -> None:
     """Make `out` this run's: it is new, empty, of an earlier run of the same, or replaced."""
     marker = out / MARKER
     if marker.is_file():
@@ -260,7 +260,7 @@ def _begin(out: Place, identity: dict[str, Any], overwrite: bool) -> None:
         ) from None
 
 
-def _check_free(item: Item, names: list[str], taken: dict[str, str]) -> None:
+def _check_free(item: SourceImage, names: list[str], taken: dict[str, str]) -> None:
     for name in names:
         first = taken.setdefault(name, item.images[0])
         if first != item.images[0]:
@@ -269,14 +269,14 @@ def _check_free(item: Item, names: list[str], taken: dict[str, str]) -> None:
             )
 
 
-def _is_done(item: Item, names: list[str], out: Place) -> bool:
+def _is_done(item: SourceImage, names: list[str], out: DataPath) -> bool:
     """Whether all masks are there, and none of the item's files has changed since."""
     written = [(out / name).info().mtime_ns for name in names]
-    read = [Place(path).info().mtime_ns for path in item.images]
+    read = [DataPath(path).info().mtime_ns for path in item.images]
     return None not in written and None not in read and min(written) >= max(read)
 
 
-def _beside(out: Place, what: str) -> Place:
+def _beside(out: DataPath, what: str) -> DataPath:
     return out.parent / f"{out.name}.{what}"
 
 
@@ -284,7 +284,7 @@ def _stem(name: str) -> str:
     return name.removesuffix(".nii.gz")
 
 
-def _fault(item: Item, error: Exception) -> Fault:
+def _fault(item: SourceImage, error: Exception) -> RejectedFile:
     """Why an item is left out, as a line of the list, which has the file's name apart."""
     path = item.images[0]
     if isinstance(error, MemoryError):
@@ -293,4 +293,4 @@ def _fault(item: Item, error: Exception) -> Fault:
         reason = f"cannot be read ({error.strerror or error}); check that it is there and yours"
     else:
         reason = str(error).removeprefix(f"{path} ")
-    return Fault(path, "rejected", reason)
+    return RejectedFile(path, "rejected", reason)

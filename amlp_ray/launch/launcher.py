@@ -8,15 +8,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from amlp_ray.config import FaultSettings, PretrainSettings, ResourceSettings, TrackingSettings
+from amlp_ray.config import FaultToleranceConfig, PretrainConfig, ResourceConfig, TrackingConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.loading import image_cache
 from amlp_ray.data.loading.batches import is_streamed
-from amlp_ray.data.path import Place
-from amlp_ray.launch.job import Job, claim, is_finished, run_job
+from amlp_ray.data.path import DataPath
+from amlp_ray.launch.job import RunSpec, claim, is_finished, run_job
 from amlp_ray.runtime.resources import cluster_resources, jobs_side_by_side, machine_resources
 from amlp_ray.runtime.session import is_joined, ray_session
-from amlp_ray.runtime.worker_group import Member, alone, run_group
+from amlp_ray.runtime.worker_group import WorkerContext, alone, run_group
 from amlp_ray.training.checkpoint.export import ENCODER
 from amlp_ray.training.checkpoint.manager import checkpoints
 from amlp_ray.training.checkpoint.pretrained import located, starting_model
@@ -32,12 +32,12 @@ PATIENCE_S = 5.0  # with another process that writes into the folder: one that w
 def pretrain_dataset(
     data: str | Path,
     out: str | Path,
-    settings: PretrainSettings | None = None,
+    config: PretrainConfig | None = None,
     *,
-    labels: str | Path | None = None,
-    resources: ResourceSettings | None = None,
-    faults: FaultSettings | None = None,
-    tracking: TrackingSettings | None = None,
+    eval_data: str | Path | None = None,
+    resources: ResourceConfig | None = None,
+    fault_tolerance: FaultToleranceConfig | None = None,
+    tracking: TrackingConfig | None = None,
     address: str | None = None,
     report: Callable[[Metrics], None] = lambda metrics: None,
 ) -> Path:
@@ -56,61 +56,63 @@ def pretrain_dataset(
         report: called with the metrics of every epoch.
 
     Raises:
-        SettingsError, DataError, CheckpointError, ResourceError: in one sentence each. NonFiniteLossError: training
+        ConfigError, DataError, CheckpointError, ResourceError: in one sentence each. NonFiniteLossError: training
         diverged. WorkerLostError, StorageError: more went wrong than `faults` bears; run it again.
     """
-    settings, out = settings or PretrainSettings(), Path(out).absolute()
-    if settings.weights is not None:
-        settings = settings.model_copy(update={"weights": located(settings.weights)})
-    resources = resources or ResourceSettings(cpus_per_worker=os.cpu_count() or 1)
+    config, out = config or PretrainConfig(), Path(out).absolute()
+    if config.weights is not None:
+        config = config.model_copy(update={"weights": located(config.weights)})
+    resources = resources or ResourceConfig(cpus_per_worker=os.cpu_count() or 1)
     dataset = PatchDataset.open(data)
-    settings.check_image(dataset.spec)
-    settings.check_workers(resources)
-    check_tracking(tracking or TrackingSettings())
+    config.check_image(dataset.spec)
+    config.check_workers(resources)
+    check_tracking(tracking or TrackingConfig())
     if address is None and (resources.alone or not is_joined()):
         jobs_side_by_side(resources, machine_resources())
-    if settings.weights is not None and not checkpoints(out):
-        starting_model(settings.weights, settings.model.encoder)
-    job = Job(
-        settings,
+    if config.weights is not None and not checkpoints(out):
+        starting_model(config.weights, config.model.encoder)
+    run_spec = RunSpec(
+        config,
         dataset.path,
         out,
         resources=resources,
-        faults=faults or FaultSettings(),
-        tracking=tracking or TrackingSettings(),
+        fault_tolerance=fault_tolerance or FaultToleranceConfig(),
+        tracking=tracking or TrackingConfig(),
         label=out.name,
-        labels=None if labels is None else str(Place(labels)),
+        eval_data=None if eval_data is None else str(DataPath(eval_data)),
     )
-    labelled = job.open_labels(dataset)  # a set that does not fit is told before anything starts
+    labeled = run_spec.open_labels(
+        dataset
+    )  # a set that does not fit is told before anything starts
     with only_writer(out, wait_s=PATIENCE_S):
         claim(
-            job, dataset, labelled
+            run_spec, dataset, labeled
         )  # before Ray is started: a folder of another run is told at once
         if resources.alone and address is None:
             # A stream needs a Ray of its own here; its tasks and this process share the machine's cores unasked.
             try:
                 with (
                     ray_session(address)
-                    if is_streamed(dataset, "train", settings.data)
+                    if is_streamed(dataset, "train", config.data)
                     else nullcontext()
                 ):
-                    run_here(job, Hooks(report=report))
+                    run_here(run_spec, Hooks(report=report))
             finally:
                 image_cache.release()  # a notebook gets its memory back
-        elif not is_finished(job):  # starting Ray takes long
+        elif not is_finished(run_spec):  # starting Ray takes long
             with image_cache.swept(), ray_session(address):
                 jobs_side_by_side(resources, cluster_resources())
-                run_on_ray(job, name=f"pretrain-{out.name}", report=report)
+                run_on_ray(run_spec, name=f"pretrain-{out.name}", report=report)
     return out / ENCODER
 
 
-def run_here(job: Job, hooks: Hooks | None = None) -> PretrainResult:
+def run_here(run_spec: RunSpec, hooks: Hooks | None = None) -> PretrainResult:
     """Run a job in this process, on its GPU if it sees one."""
-    return run_job(job, hooks or Hooks(), alone())
+    return run_job(run_spec, hooks or Hooks(), alone())
 
 
 def run_on_ray(
-    job: Job,
+    run_spec: RunSpec,
     *,
     name: str,
     should_stop: ShouldStop | None = None,
@@ -126,13 +128,13 @@ def run_on_ray(
         report: called in this thread with the metrics of every new epoch, shortly after it ended.
     """
     # Ray Train could forward reports itself, but into a trial's queue of one from two threads, which can block.
-    rows = NewRows(job.folder / "metrics.jsonl", report)
+    rows = NewRows(run_spec.folder / "metrics.jsonl", report)
     run_group(
-        _Work(job, should_stop),
-        job.resources,
-        job.faults,
+        _Work(run_spec, should_stop),
+        run_spec.resources,
+        run_spec.fault_tolerance,
         name=name,
-        folder=job.folder,
+        folder=run_spec.folder,
         progress=lambda: rows.epoch,
         poll=rows.look,
     )
@@ -142,19 +144,19 @@ def run_on_ray(
 class _Work:
     """What each worker of a group does."""
 
-    job: Job
+    run_spec: RunSpec
     should_stop: ShouldStop | None
 
-    def __call__(self, member: Member) -> None:
+    def __call__(self, member: WorkerContext) -> None:
         from amlp_ray.runtime.dashboard_metrics import TrialGauges
 
-        gauges = TrialGauges(self.job.study, self.job.label) if member.is_first else None
+        gauges = TrialGauges(self.run_spec.study, self.run_spec.label) if member.is_first else None
         hooks = Hooks(
             report=gauges.update if gauges else lambda metrics: None,
             should_stop=self.should_stop or (lambda: False),
         )
         try:
-            run_job(self.job, hooks, member)
+            run_job(self.run_spec, hooks, member)
         finally:
             if gauges:
                 gauges.close()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amlp_ray.config import ImageSpec
-from amlp_ray.method import counter_rng as draw
+from amlp_ray.method import counter_rng
 
 Mask = TypeVar("Mask", Tensor, None)
 
@@ -26,7 +26,7 @@ CONTRAST = 1.6  # times, or divided by
 GAMMA = 2.0  # exponent, or one over it
 
 
-def normalise(images: Tensor, spec: ImageSpec) -> Tensor:
+def normalize(images: Tensor, spec: ImageSpec) -> Tensor:
     """Scale stored images (B, C, H, W) of any dtype to float32 of mean 0 and SD 1 per channel of the training split.
 
     The only step that knows a dtype: uint16 has no arithmetic in torch, and int16 of CT lies far below 0.
@@ -50,48 +50,48 @@ def augment(
     masks: Mask,
     keys: Tensor,
     *,
-    crop_min: float = 1.0,
+    min_crop_area: float = 1.0,
     flip: bool = False,
     flip_vertical: bool = False,
-    intensity: float = 0.0,
+    intensity_jitter: float = 0.0,
     seed: int,
     epoch: int,
-    purpose: int = draw.CROP,
+    stream: int = counter_rng.CROP,
 ) -> tuple[Tensor, Mask]:
     """Cut, mirror and recolour normalised images and cut their masks alike; with all of it off, nothing is touched.
 
     Args:
         images: (B, C, H, W), normalised. masks: (B, H, W) of any dtype, by nearest pixel, so that labels stay labels.
         keys: (B,) int64 on the images' device, identities.
-        crop_min, flip, flip_vertical: see `random_crop`. intensity: see `recoloured`.
+        min_crop_area, flip, flip_vertical: see `random_crop`. intensity: see `recoloured`.
     """
     crop = random_crop(
         keys,
-        crop_min=crop_min,
+        min_crop_area=min_crop_area,
         flip=flip,
         flip_vertical=flip_vertical,
         seed=seed,
         epoch=epoch,
-        purpose=purpose,
+        stream=stream,
     )
     if masks is not None and crop is not None:
         masks = cropped(masks[:, None].to(crop.dtype), crop, mode="nearest")[:, 0].to(masks.dtype)
-    return recoloured(
-        cropped(images, crop), keys, intensity, seed=seed, epoch=epoch, purpose=purpose
+    return recolored(
+        cropped(images, crop), keys, intensity_jitter, seed=seed, epoch=epoch, stream=stream
     ), masks
 
 
 def random_crop(
     keys: Tensor,
     *,
-    crop_min: float,
+    min_crop_area: float,
     flip: bool,
     flip_vertical: bool = False,
     seed: int,
     epoch: int,
-    purpose: int = draw.CROP,
+    stream: int = counter_rng.CROP,
 ) -> Tensor | None:
-    """Draw a random part of every image: area share crop_min to 1, sides 3:4 to 4:3.
+    """Draw a random part of every image: area share min_crop_area to 1, sides 3:4 to 4:3.
 
     Args:
         keys: (B,) int64, identities; the crop depends on (seed, epoch, key).
@@ -102,23 +102,23 @@ def random_crop(
     Returns:
         (B, 2, 3) affine maps for `cropped`, or None where images stay as they are.
     """
-    if crop_min == 1 and not flip and not flip_vertical:
+    if min_crop_area == 1 and not flip and not flip_vertical:
         return None
-    u = draw.uniform(keys, 8, seed=seed, epoch=epoch, purpose=purpose)
-    area = crop_min + (1 - crop_min) * u[:, 0]
-    aspect = (4 / 3) ** (u[:, 1] * 2 - 1) if crop_min < 1 else torch.ones_like(area)
+    u = counter_rng.uniform(keys, 8, seed=seed, epoch=epoch, stream=stream)
+    area = min_crop_area + (1 - min_crop_area) * u[:, 0]
+    aspect = (4 / 3) ** (u[:, 1] * 2 - 1) if min_crop_area < 1 else torch.ones_like(area)
     # A side that would leave the image is cut; the other is then kept from falling below the least area.
     half_w, half_h = (
-        (area * aspect).sqrt().clamp(crop_min, 1),
-        (area / aspect).sqrt().clamp(crop_min, 1),
+        (area * aspect).sqrt().clamp(min_crop_area, 1),
+        (area / aspect).sqrt().clamp(min_crop_area, 1),
     )
-    centre_x, centre_y = (u[:, 2] * 2 - 1) * (1 - half_w), (u[:, 3] * 2 - 1) * (1 - half_h)
+    center_x, center_y = (u[:, 2] * 2 - 1) * (1 - half_w), (u[:, 3] * 2 - 1) * (1 - half_h)
     if flip:
         half_w = torch.where(u[:, 4] < 0.5, -half_w, half_w)
     if flip_vertical:
         half_h = torch.where(u[:, 7] < 0.5, -half_h, half_h)
     zero = torch.zeros_like(area)
-    return torch.stack([half_w, zero, centre_x, zero, half_h, centre_y], 1).view(-1, 2, 3)
+    return torch.stack([half_w, zero, center_x, zero, half_h, center_y], 1).view(-1, 2, 3)
 
 
 def cropped(images: Tensor, crop: Tensor | None, mode: str = "bilinear") -> Tensor:
@@ -132,14 +132,14 @@ def cropped(images: Tensor, crop: Tensor | None, mode: str = "bilinear") -> Tens
     return F.grid_sample(images, grid, mode=mode, padding_mode="border", align_corners=False)
 
 
-def recoloured(
+def recolored(
     images: Tensor,
     keys: Tensor,
-    intensity: float,
+    intensity_jitter: float,
     *,
     seed: int,
     epoch: int,
-    purpose: int = draw.CROP,
+    stream: int = counter_rng.CROP,
 ) -> Tensor:
     """Change gamma, contrast and brightness of normalised images (B, C, H, W) at random; `intensity` is the strength.
 
@@ -149,15 +149,18 @@ def recoloured(
     so that values below 0 (all of CT's air, half of anything normalised) are no fault, and leaves mean and SD as they
     were (as nnU-Net's does): it would move brightness by more than brightness itself. A constant channel only moves.
     """
-    if intensity == 0:
+    if intensity_jitter == 0:
         return images
     u = (
-        draw.uniform(keys, 11, seed=seed, epoch=epoch, purpose=purpose)[:, 8:, None, None, None] * 2
+        counter_rng.uniform(keys, 11, seed=seed, epoch=epoch, stream=stream)[
+            :, 8:, None, None, None
+        ]
+        * 2
         - 1
     )
     gamma, contrast, brightness = (
-        GAMMA ** (intensity * u[:, 0]),
-        CONTRAST ** (intensity * u[:, 1]),
+        GAMMA ** (intensity_jitter * u[:, 0]),
+        CONTRAST ** (intensity_jitter * u[:, 1]),
         u[:, 2],
     )
     low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
@@ -167,4 +170,4 @@ def recoloured(
     std, mean = torch.std_mean(images, (2, 3), keepdim=True)
     bent_std, bent_mean = torch.std_mean(bent, (2, 3), keepdim=True)
     stretch = contrast * std / bent_std.clamp_min(torch.finfo(images.dtype).tiny)
-    return mean + (bent - bent_mean) * stretch + intensity * BRIGHTNESS * brightness
+    return mean + (bent - bent_mean) * stretch + intensity_jitter * BRIGHTNESS * brightness

@@ -16,11 +16,11 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from amlp_ray.config import ImageSpec, ModelSettings, PretrainSettings
+from amlp_ray.config import ImageSpec, ModelConfig, PretrainConfig
 from amlp_ray.method.encoder import (
     embed_patches,
     encoder_tokens,
-    initialise,
+    initialize,
     new_encoder,
     sincos_positions,
 )
@@ -39,16 +39,16 @@ class Prediction(NamedTuple):
 class Decoder(nn.Module):
     """A stack of blocks on decoder tokens (B, R + N, E): normalised tokens out, all of them or the `last` ones."""
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        wide = settings.decoder_width
+        wide = config.decoder_width
         self.blocks = nn.ModuleList(
-            Block(wide, settings.decoder_heads, mlp_ratio=4, qkv_bias=True)
-            for _ in range(settings.decoder_depth)
+            Block(wide, config.decoder_heads, mlp_ratio=4, qkv_bias=True)
+            for _ in range(config.decoder_depth)
         )
         self.norm = nn.LayerNorm(wide, eps=1e-6)  # as the blocks' own, and MAE's
         for module in self.blocks.modules():
-            initialise(module)
+            initialize(module)
 
     def forward(self, tokens: Tensor, last: int | None = None) -> Tensor:
         if last is None:
@@ -83,7 +83,7 @@ class MaskedAutoencoder(nn.Module):
 
     def __init__(
         self,
-        settings: ModelSettings,
+        config: ModelConfig,
         spec: ImageSpec,
         *,
         category: bool = False,
@@ -92,35 +92,35 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         self.encoder: VisionTransformer
         self.decoder_positions: Tensor
-        self.settings = settings
-        self.patch_size = settings.patch_size
+        self.config = config
+        self.patch_size = config.patch_size
         self.spec = spec
-        self.grid = (spec.height // settings.patch_size, spec.width // settings.patch_size)
-        values = spec.channels * settings.patch_size**2
-        self.encoder = new_encoder(settings, spec)
+        self.grid = (spec.height // config.patch_size, spec.width // config.patch_size)
+        values = spec.channels * config.patch_size**2
+        self.encoder = new_encoder(config, spec)
         self.prefix = self.encoder.num_prefix_tokens
-        self.linear = settings.decoder_depth == 0
-        wide = settings.width if self.linear else settings.decoder_width
+        self.linear = config.decoder_depth == 0
+        wide = config.width if self.linear else config.decoder_width
         if not self.linear:
-            self.decoder_embed = nn.Linear(settings.width, wide)
+            self.decoder_embed = nn.Linear(config.width, wide)
             positions = sincos_positions(self.grid, wide, self.prefix)
             self.register_buffer("decoder_positions", positions, persistent=False)
-            initialise(self.decoder_embed)
+            initialize(self.decoder_embed)
         # SimMIM hides patches before the encoder, MAE adds them after it.
         self.mask_token = nn.Parameter(
-            torch.zeros(1, 1, settings.width if settings.encode == "all" else wide)
+            torch.zeros(1, 1, config.width if config.encode == "all" else wide)
         )
-        self.decoder: Decoder | None = None if self.linear else Decoder(settings)
+        self.decoder: Decoder | None = None if self.linear else Decoder(config)
         self.predict = nn.Linear(wide, values)
-        initialise(self.predict)
+        initialize(self.predict)
         nn.init.normal_(self.mask_token, std=0.02)
         self.category = nn.Linear(wide, 1) if category else None
         if self.category is not None:
-            initialise(self.category)
-        self.ranking = Decoder(settings) if ranking else None
+            initialize(self.category)
+        self.ranking = Decoder(config) if ranking else None
         self.rank = nn.Linear(wide, 1) if ranking else None
         if self.rank is not None:
-            initialise(self.rank)
+            initialize(self.rank)
         self.teacher: MaskedAutoencoder | None = None
         self.centroids: DatasetClusters | None = None
 
@@ -130,7 +130,7 @@ class MaskedAutoencoder(nn.Module):
         Args:
             patches: (B, N, P). visible: (B, V), masked: (B, m) patch indices.
         """
-        if self.settings.encode == "all":
+        if self.config.encode == "all":
             embedded = embed_patches(self.encoder, patches)
             hidden = self.mask_token.to(embedded.dtype).expand(len(patches), masked.shape[1], -1)
             embedded = embedded.scatter(1, masked[..., None].expand_as(hidden), hidden)
@@ -172,24 +172,24 @@ class MaskedAutoencoder(nn.Module):
         return self.rank(self.ranking(tokens)[:, self.prefix :])[..., 0]
 
 
-def build_autoencoder(settings: PretrainSettings, spec: ImageSpec) -> MaskedAutoencoder:
+def build_autoencoder(config: PretrainConfig, spec: ImageSpec) -> MaskedAutoencoder:
     """The model of a run, with the parts that its losses and its selection ask for."""
     model = MaskedAutoencoder(
-        settings.model,
+        config.model,
         spec,
-        category=settings.loss.ccl_weight > 0,
-        ranking=settings.loss.ranking_weight > 0,
+        category=config.loss.ccl_weight > 0,
+        ranking=config.loss.ranking_weight > 0,
     )
-    if settings.needs_teacher:
+    if config.needs_teacher:
         model.teacher = deepcopy(model).requires_grad_(False)
-    selection = settings.selection
+    selection = config.selection
     if selection.uses_clusters and selection.scope == "dataset":
-        p = settings.model.patch_size
+        p = config.model.patch_size
         sizes = {
             "stats": 3 * spec.channels,
             "context": 4,
             "raw": spec.channels * p * p,
-            "tokens": settings.model.width,
+            "tokens": config.model.width,
         }
         model.centroids = DatasetClusters(selection.clusters, sizes[selection.features])
     return model

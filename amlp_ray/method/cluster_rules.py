@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amlp_ray.config import SelectionSettings
+from amlp_ray.config import SelectionConfig
 from amlp_ray.method.kmeans import Clusters
-from amlp_ray.method.patch_features import centre_distance
+from amlp_ray.method.patch_features import center_distance
 
 
 def name_lesion_cluster(
-    settings: SelectionSettings,
+    config: SelectionConfig,
     clusters: Clusters,
     x: Tensor,
     inside: Tensor,
@@ -50,20 +50,20 @@ def name_lesion_cluster(
         F.one_hot(clusters.labels.clamp_min(0), clusters.sizes.shape[1]) * inside[..., None]
     )  # (B, N, K)
     sizes = clusters.sizes.to(x.dtype)
-    rule = settings.rule
+    rule = config.rule
 
     def mean_of(values: Tensor) -> Tensor:
         return (member * values[..., None]).sum(1) / sizes.clamp_min(1)
 
     if rule == "smallest":
-        merit = -clusters.mass.to(x.dtype)
+        merit = -clusters.counts.to(x.dtype)
     elif rule == "distinct":
         tissue_mean = (x * inside[..., None]).sum(1, keepdim=True) / inside.sum(1)[
             :, None, None
         ].clamp_min(1)
-        merit = (clusters.centres - tissue_mean).square().sum(-1)
+        merit = (clusters.centers - tissue_mean).square().sum(-1)
     elif rule == "most_central":
-        merit = -mean_of(centre_distance(grid, x.device).expand(x.shape[0], -1))
+        merit = -mean_of(center_distance(grid, x.device).expand(x.shape[0], -1))
     elif rule in ("darkest", "brightest"):
         merit = mean_of(brightness) * (1 if rule == "brightest" else -1)
     elif rule == "oracle":
@@ -78,8 +78,8 @@ def name_lesion_cluster(
         merit = noise
     else:
         merit = torch.full_like(sizes, -torch.inf) if score is None else mean_of(score)
-    qualifies = (sizes >= settings.min_patches) & (
-        sizes <= settings.max_share * inside.sum(1, keepdim=True)
+    qualifies = (sizes >= config.min_patches) & (
+        sizes <= config.max_share * inside.sum(1, keepdim=True)
     )
     if rule == "oracle":
         qualifies &= merit > 0

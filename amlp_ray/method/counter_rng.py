@@ -14,7 +14,7 @@ CROP, MASK, CLUSTER, RATIO, HINT, PART, VIEW, TEACHER, REFERENCE = range(9)
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 
 
-def uniform(keys: Tensor, count: int, *, seed: int, epoch: int, purpose: int) -> Tensor:
+def uniform(keys: Tensor, count: int, *, seed: int, epoch: int, stream: int) -> Tensor:
     """Draw `count` uniform numbers for every image.
 
     Args:
@@ -26,7 +26,7 @@ def uniform(keys: Tensor, count: int, *, seed: int, epoch: int, purpose: int) ->
 
     Source: the finaliser of SplitMix64 over (seed, epoch, purpose, key, position).
     """
-    counters = torch.tensor([seed, epoch, purpose], dtype=torch.int64)
+    counters = torch.tensor([seed, epoch, stream], dtype=torch.int64)
     state = torch.zeros((), dtype=torch.int64)
     for counter in counters:
         state = _mix(state + counter + _GOLDEN)

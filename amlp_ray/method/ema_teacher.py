@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from amlp_ray.config import PretrainSettings
-from amlp_ray.method import counter_rng as draw
+from amlp_ray.config import PretrainConfig
+from amlp_ray.method import counter_rng
 from amlp_ray.method.autoencoder import MaskedAutoencoder
 from amlp_ray.method.encoder import encoder_tokens, patch_attention
 from amlp_ray.method.lesion_map import TeacherView
@@ -36,18 +36,18 @@ def move_teacher(model: MaskedAutoencoder, decay: float, *, before: int, now: in
 
 @torch.no_grad()
 def teacher_view(
-    model: MaskedAutoencoder, patches: Tensor, keys: Tensor, settings: PretrainSettings, epoch: int
+    model: MaskedAutoencoder, patches: Tensor, keys: Tensor, config: PretrainConfig, epoch: int
 ) -> TeacherView:
     """Ask the teacher about patches (B, N, P) for what the settings use, and for nothing else."""
-    teacher, s = model.teacher, settings.selection
+    teacher, s = model.teacher, config.selection
     assert teacher is not None
-    ranked = settings.loss.ranking_weight > 0
+    ranked = config.loss.ranking_weight > 0
     wants_difficulty = (s.uses_score and s.score == "difficulty") or (
         s.uses_clusters and s.rule == "hardest"
     )
     difficulty = category = None
-    if settings.uses_feedback or (wants_difficulty and not ranked):
-        difficulty, category = masked_once(teacher, patches, keys, settings, epoch)
+    if config.uses_feedback or (wants_difficulty and not ranked):
+        difficulty, category = masked_once(teacher, patches, keys, config, epoch)
     if wants_difficulty and ranked:
         difficulty = teacher.predicted_difficulty(patches).float()
     prefix = teacher.prefix
@@ -67,7 +67,7 @@ def masked_once(
     teacher: MaskedAutoencoder,
     patches: Tensor,
     keys: Tensor,
-    settings: PretrainSettings,
+    config: PretrainConfig,
     epoch: int,
 ) -> tuple[Tensor, Tensor | None]:
     """Error and category probability of every patch, (B, N) each, from two passes that hide one half each.
@@ -76,12 +76,14 @@ def masked_once(
     reads 0 for having been visible. Our reconstruction.
     """
     b, n, _ = patches.shape
-    order = draw.uniform(keys, n, seed=settings.seed, epoch=epoch, purpose=draw.TEACHER).argsort(1)
+    order = counter_rng.uniform(
+        keys, n, seed=config.seed, epoch=epoch, stream=counter_rng.TEACHER
+    ).argsort(1)
     halves = order[:, : n // 2], order[:, n // 2 :]
     error, category = patches.new_zeros(b, n), patches.new_zeros(b, n)
     for hidden, shown in (halves, halves[::-1]):
         told = teacher(patches, shown, hidden)
-        errors = patch_errors(told.pixels.float(), gather(patches, hidden), settings.loss)
+        errors = patch_errors(told.pixels.float(), gather(patches, hidden), config.loss)
         error.scatter_(1, hidden, errors.difficulty)
         if told.category is not None:
             category.scatter_(1, hidden, told.category.float().sigmoid())

@@ -12,29 +12,29 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from amlp_ray.config import ImageSpec, ModelSettings
+from amlp_ray.config import ImageSpec, ModelConfig
 from amlp_ray.method.patches import gather
 
 PLAIN_VIT = "vit_base_patch16_224"  # timm's name of the plain ViT with a class token; every size is overridden
 
 
-def timm_name(settings: ModelSettings) -> str:
+def timm_name(config: ModelConfig) -> str:
     """Name under which timm builds the encoder; sizes are given by `timm_arguments`."""
-    return settings.encoder or PLAIN_VIT
+    return config.encoder or PLAIN_VIT
 
 
-def timm_arguments(settings: ModelSettings, spec: ImageSpec) -> dict[str, Any]:
+def timm_arguments(config: ModelConfig, spec: ImageSpec) -> dict[str, Any]:
     """Keyword arguments with which `timm.create_model(timm_name(settings), ...)` builds the encoder."""
     return {
         "img_size": [spec.height, spec.width],
         "in_chans": spec.channels,
-        "patch_size": settings.patch_size,
-        "embed_dim": settings.width,
-        "depth": settings.depth,
-        "num_heads": settings.heads,
-        "class_token": settings.class_token,
-        "reg_tokens": settings.register_tokens,
-        "global_pool": "token" if settings.class_token else "avg",
+        "patch_size": config.patch_size,
+        "embed_dim": config.width,
+        "depth": config.depth,
+        "num_heads": config.heads,
+        "class_token": config.class_token,
+        "reg_tokens": config.register_tokens,
+        "global_pool": "token" if config.class_token else "avg",
         "fc_norm": False,  # the norm belongs to the tokens, whatever is pooled
         "num_classes": 0,
     }
@@ -139,7 +139,7 @@ def sincos_positions(grid: tuple[int, int], width: int, prefix: int) -> Tensor:
     return torch.cat([torch.zeros(prefix, width), table])[None]
 
 
-def initialise(module: nn.Module) -> None:
+def initialize(module: nn.Module) -> None:
     """MAE's initialisation: Xavier for matrices (the embedding counts as one), zero for biases."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -147,14 +147,14 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def new_encoder(settings: ModelSettings, spec: ImageSpec) -> VisionTransformer:
+def new_encoder(config: ModelConfig, spec: ImageSpec) -> VisionTransformer:
     """Build the encoder of the settings with fixed positions and MAE's embedding."""
-    encoder = create_encoder(timm_name(settings), timm_arguments(settings, spec))
-    grid = (spec.height // settings.patch_size, spec.width // settings.patch_size)
+    encoder = create_encoder(timm_name(config), timm_arguments(config, spec))
+    grid = (spec.height // config.patch_size, spec.width // config.patch_size)
     prefix = (
         encoder.pos_embed.shape[1] - grid[0] * grid[1]
     )  # some timm ViTs give prefix tokens no position
-    positions = sincos_positions(grid, settings.width, prefix)
+    positions = sincos_positions(grid, config.width, prefix)
     encoder.pos_embed = nn.Parameter(positions, requires_grad=False)
-    initialise(encoder.patch_embed.proj)
+    initialize(encoder.patch_embed.proj)
     return encoder

@@ -1,6 +1,6 @@
 """Where the mask is aimed: what is thought of every patch before a mask is drawn.
 
-Looking at an image costs more than drawing a mask, so whole images are looked at every `selection.refresh` epochs, and
+Looking at an image costs more than drawing a mask, so whole images are looked at every `selection.analysis_interval` epochs, and
 what was found is cropped along with them. Steps in between pay for a crop of three small maps.
 """
 
@@ -11,15 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amlp_ray.config import SelectionSettings
-from amlp_ray.method import counter_rng as draw
+from amlp_ray.config import SelectionConfig
+from amlp_ray.method import counter_rng
 from amlp_ray.method.cluster_rules import name_lesion_cluster
 from amlp_ray.method.kmeans import Clusters, DatasetClusters, kmeans, membership
 from amlp_ray.method.patch_features import cluster_features, dilated, tissue_of
 from amlp_ray.method.patch_scores import PATCH_SCORES, patch_score, z_score
 
 
-class Aim(NamedTuple):
+class LesionMap(NamedTuple):
     """What is thought of every patch; all (B, N).
 
     `lesion` is 1 in the probable lesion, else 0. `score` ranks patches, higher is masked first. `part` is the cluster,
@@ -35,7 +35,7 @@ class Aim(NamedTuple):
         return torch.stack(self, 1).unflatten(2, grid)
 
     @classmethod
-    def of(cls, maps: Tensor) -> Aim:
+    def of(cls, maps: Tensor) -> LesionMap:
         """The inverse of `maps`."""
         return cls(*maps.flatten(2).unbind(1))
 
@@ -53,12 +53,12 @@ class TeacherView(NamedTuple):
 
 
 @torch.no_grad()
-def aim_at(
+def locate_lesion(
     patches: Tensor,
     keys: Tensor,
     grid: tuple[int, int],
     channels: int,
-    settings: SelectionSettings,
+    config: SelectionConfig,
     *,
     seed: int,
     epoch: int,
@@ -67,7 +67,7 @@ def aim_at(
     truth: Tensor | None = None,
     centroids: DatasetClusters | None = None,
     learn: bool = False,
-) -> Aim:
+) -> LesionMap:
     """Look at patches (B, N, P): find the probable lesion and score every patch, all images in one pass.
 
     Args:
@@ -77,42 +77,42 @@ def aim_at(
         truth: (B, N) lesion share of every patch, for oracles.
         centroids: of the data set, with `scope: dataset`; they take in what they see where `learn` is set.
     """
-    tissue = tissue_of(patches, settings)
+    tissue = tissue_of(patches, config)
     teacher = teacher or TeacherView()
     lesion = torch.zeros_like(tissue)
     score = torch.zeros_like(patches[..., 0])
     part = score - 1
-    if settings.uses_score and settings.score != "cluster":
-        asked = _score(settings.score, patches, tissue, grid, settings, teacher, truth)
+    if config.uses_score and config.score != "cluster":
+        asked = _score(config.score, patches, tissue, grid, config, teacher, truth)
         score = score if asked is None else asked
-    if settings.uses_clusters:
-        x = cluster_features(patches, tissue, grid, channels, settings.features, teacher.tokens)
-        clusters, rule_noise = _clusters(x, tissue, keys, settings, seed, epoch, centroids, learn)
+    if config.uses_clusters:
+        x = cluster_features(patches, tissue, grid, channels, config.features, teacher.tokens)
+        clusters, rule_noise = _clusters(x, tissue, keys, config, seed, epoch, centroids, learn)
         chosen, found = name_lesion_cluster(
-            settings,
+            config,
             clusters,
             x,
             tissue,
             grid,
             brightness=patches.mean(-1),
             noise=rule_noise,
-            score=_score(settings.rule, patches, tissue, grid, settings, teacher, truth),
+            score=_score(config.rule, patches, tissue, grid, config, teacher, truth),
             truth=truth,
         )
         lesion = (clusters.labels == chosen[:, None]) & found[:, None]
         part = clusters.labels.to(score.dtype)
-        if settings.score == "cluster" and settings.mode in ("soft", "ranked"):
-            log = membership(x, clusters, chosen, settings.temperature).clamp_min(-20)
+        if config.score == "cluster" and config.mode in ("soft", "ranked"):
+            log = membership(x, clusters, chosen, config.temperature).clamp_min(-20)
             score = torch.where(found[:, None], torch.where(tissue, log, -20.0), 0.0)
         elif feedback > 0 and teacher.category is not None:
-            probability = membership(x, clusters, chosen, settings.temperature).exp()
+            probability = membership(x, clusters, chosen, config.temperature).exp()
             lesion = _corrected(
                 lesion, tissue, (1 - feedback) * probability + feedback * teacher.category
             )
-    elif settings.uses_score:
+    elif config.uses_score:
         lesion = (score > 1) & tissue  # one SD above the image's mean
-    lesion = dilated(lesion, grid, settings.dilate) & tissue
-    return Aim(lesion.to(score.dtype), score, part)
+    lesion = dilated(lesion, grid, config.dilate) & tissue
+    return LesionMap(lesion.to(score.dtype), score, part)
 
 
 def _score(
@@ -120,14 +120,14 @@ def _score(
     patches: Tensor,
     tissue: Tensor,
     grid: tuple[int, int],
-    settings: SelectionSettings,
+    config: SelectionConfig,
     teacher: TeacherView,
     truth: Tensor | None,
 ) -> Tensor | None:
     """The score `name`, or that of the rule `name`, standardised over tissue; None where there is none (yet)."""
     if name in PATCH_SCORES:
-        sign, prior = settings.lesion_sign, settings.centre_prior
-        return patch_score(patches, tissue, grid, score=name, sign=sign, centre_prior=prior)
+        sign, prior = config.lesion_sign, config.center_prior
+        return patch_score(patches, tissue, grid, score=name, sign=sign, center_prior=prior)
     told = {
         "difficulty": teacher.difficulty,
         "hardest": teacher.difficulty,
@@ -142,16 +142,16 @@ def _clusters(
     x: Tensor,
     tissue: Tensor,
     keys: Tensor,
-    settings: SelectionSettings,
+    config: SelectionConfig,
     seed: int,
     epoch: int,
     centroids: DatasetClusters | None,
     learn: bool,
 ) -> tuple[Clusters, Tensor]:
     """Clusters of the patches, and (B, K) uniform numbers for a random rule."""
-    k = settings.clusters
-    noise = draw.uniform(
-        keys, (settings.starts + 1) * k, seed=seed, epoch=epoch, purpose=draw.CLUSTER
+    k = config.clusters
+    noise = counter_rng.uniform(
+        keys, (config.n_init + 1) * k, seed=seed, epoch=epoch, stream=counter_rng.CLUSTER
     )
     if centroids is None:
         return kmeans(x, tissue, k, noise[:, k:]), noise[:, :k]

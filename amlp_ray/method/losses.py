@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amlp_ray.config import LossSettings
+from amlp_ray.config import LossConfig
 
 if TYPE_CHECKING:
     from amlp_ray.method.autoencoder import Prediction
@@ -28,7 +28,7 @@ class PatchErrors(NamedTuple):
     difficulty: Tensor
 
 
-def patch_errors(prediction: Tensor, target: Tensor, settings: LossSettings) -> PatchErrors:
+def patch_errors(prediction: Tensor, target: Tensor, config: LossConfig) -> PatchErrors:
     """Mean squared (or, `l1`, absolute) error of every masked patch; prediction and target are (B, m, P).
 
     With `norm_pix` the target is standardised per patch (MAE, He et al. 2022). Difficulty is then that error too, or,
@@ -36,19 +36,19 @@ def patch_errors(prediction: Tensor, target: Tensor, settings: LossSettings) -> 
     hard as a lesion.
     """
     scale = None
-    if settings.norm_pix:
+    if config.norm_pix:
         mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
         scale = (var + _EPS).sqrt()
         target = (target - mean) / scale
     off = prediction - target
-    error = off.square().mean(-1) if settings.distance == "l2" else off.abs().mean(-1)
+    error = off.square().mean(-1) if config.distance == "l2" else off.abs().mean(-1)
     difficulty = error.detach()
-    if scale is not None and settings.difficulty == "raw":
-        difficulty = difficulty * (scale.square() if settings.distance == "l2" else scale)[..., 0]
+    if scale is not None and config.difficulty == "raw":
+        difficulty = difficulty * (scale.square() if config.distance == "l2" else scale)[..., 0]
     return PatchErrors(error, difficulty)
 
 
-def hard_patch_weights(difficulty: Tensor, tissue: Tensor, settings: LossSettings) -> Tensor:
+def hard_patch_weights(difficulty: Tensor, tissue: Tensor, config: LossConfig) -> Tensor:
     """Weights (B, m) with mean 1 per image that raise hard patches; no gradient.
 
     - `rrl`, relative reconstruction loss: clip((e / mean e)^gamma), mean over tissue, so that a flat black border does
@@ -57,9 +57,9 @@ def hard_patch_weights(difficulty: Tensor, tissue: Tensor, settings: LossSetting
     """
     e = difficulty.detach()
     relative = relative_difficulty(e, tissue)
-    if settings.weighting == "arl":
-        return e.shape[1] * torch.softmax(relative / settings.temperature, 1)
-    weight = relative.pow(settings.gamma).clamp(settings.clip_min, settings.clip_max)
+    if config.weighting == "arl":
+        return e.shape[1] * torch.softmax(relative / config.temperature, 1)
+    weight = relative.pow(config.gamma).clamp(config.clip_min, config.clip_max)
     return weight / weight.mean(1, keepdim=True)
 
 
@@ -71,7 +71,7 @@ def relative_difficulty(difficulty: Tensor, tissue: Tensor) -> Tensor:
 
 
 def category_consistency_loss(
-    logits: Tensor, hard: Tensor, lesion: Tensor, settings: LossSettings
+    logits: Tensor, hard: Tensor, lesion: Tensor, config: LossConfig
 ) -> Tensor:
     """CCL: a head learns, from the decoder's tokens, which patches are hard and which the clustering called lesion.
 
@@ -82,7 +82,7 @@ def category_consistency_loss(
     Args:
         logits: (B, m) of the category head. hard, lesion: (B, m) bool of the masked patches.
     """
-    eta = settings.ccl_difficulty_share
+    eta = config.ccl_difficulty_share
     return eta * _balanced_bce(logits, hard) + (1 - eta) * _balanced_bce(logits, lesion)
 
 
@@ -169,7 +169,7 @@ def pretraining_loss(
     target: Tensor,
     lesion: Tensor,
     tissue: Tensor,
-    settings: LossSettings,
+    config: LossConfig,
     *,
     warming_up: bool,
 ) -> Losses:
@@ -181,21 +181,21 @@ def pretraining_loss(
         prediction: of the masked patches. target: (B, m, P).
         lesion, tissue: (B, m) bool of the masked patches.
     """
-    errors = patch_errors(prediction.pixels.float(), target.float(), settings)
+    errors = patch_errors(prediction.pixels.float(), target.float(), config)
     plain = errors.loss.mean()
     zero = plain.new_zeros(())
     total, effective, ccl, ranking, kappa = plain, plain.new_ones(()), zero, zero, zero
-    if settings.weighting != "none" and settings.mix > 0 and not warming_up:
-        weight = hard_patch_weights(errors.difficulty, tissue, settings)
-        total = (1 - settings.mix) * plain + settings.mix * (weight * errors.loss).mean()
+    if config.weighting != "none" and config.mix > 0 and not warming_up:
+        weight = hard_patch_weights(errors.difficulty, tissue, config)
+        total = (1 - config.mix) * plain + config.mix * (weight * errors.loss).mean()
         effective = (weight.sum(1).square() / weight.square().sum(1)).mean() / weight.shape[1]
     if prediction.difficulty is not None:
         ranking = ranking_loss(prediction.difficulty.float(), errors.difficulty)
-        total = total + settings.ranking_weight * ranking
+        total = total + config.ranking_weight * ranking
     if prediction.category is not None:
-        hard = hard_labels(errors.difficulty, lesion, tissue, settings.ccl_threshold)
-        ccl = category_consistency_loss(prediction.category.float(), hard, lesion, settings)
+        hard = hard_labels(errors.difficulty, lesion, tissue, config.ccl_threshold)
+        ccl = category_consistency_loss(prediction.category.float(), hard, lesion, config)
         # Zero while warming up, but part of the graph: data-parallel training waits for every parameter's gradient.
-        total = total + (0.0 if warming_up else settings.ccl_weight) * ccl
+        total = total + (0.0 if warming_up else config.ccl_weight) * ccl
         kappa = agreement(hard, lesion)
     return Losses(total, plain, ccl, ranking, effective, kappa)

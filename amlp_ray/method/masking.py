@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amlp_ray.config import PretrainSettings
-from amlp_ray.errors import SettingsError
-from amlp_ray.method.augment import cropped, random_crop, recoloured
+from amlp_ray.config import PretrainConfig
+from amlp_ray.errors import ConfigError
+from amlp_ray.method.augment import cropped, random_crop, recolored
 from amlp_ray.method.autoencoder import MaskedAutoencoder
 from amlp_ray.method.ema_teacher import teacher_view
-from amlp_ray.method.lesion_map import Aim, TeacherView, aim_at
+from amlp_ray.method.lesion_map import LesionMap, TeacherView, locate_lesion
 from amlp_ray.method.masking_ratio import masked_count, masking_ratio
 from amlp_ray.method.patch_features import tissue_of
 from amlp_ray.method.patch_selection import Selection, select_patches
@@ -21,7 +21,7 @@ from amlp_ray.method.patches import patchify
 from amlp_ray.method.precision import autocast
 
 
-class Moment(NamedTuple):
+class TrainingStep(NamedTuple):
     """When in training a mask is drawn: `epoch` counts from 1, `step` from 0 within it."""
 
     epoch: int
@@ -39,7 +39,7 @@ class Masking:
     def __init__(
         self,
         model: MaskedAutoencoder,
-        settings: PretrainSettings,
+        config: PretrainConfig,
         truth: Mapping[int, Tensor] | None = None,
     ) -> None:
         """Masks for `model`.
@@ -47,7 +47,7 @@ class Masking:
         Args:
             truth: lesion share of every patch, (h, w), by image key; for oracles, which are diagnosis only.
         """
-        self.model, self.settings, self.truth = model, settings, truth
+        self.model, self.config, self.truth = model, config, truth
         self._kept = torch.zeros(
             0
         )  # (n, 3, h, w) float16; at least as many rows as images looked at
@@ -55,15 +55,15 @@ class Masking:
         self._rows: dict[int, int] = {}
         self._looked = 0  # epoch of the look that `_kept` belongs to
 
-    def ratio(self, now: Moment) -> float:
+    def ratio(self, now: TrainingStep) -> float:
         """The masking ratio of a step."""
-        s = self.settings
+        s = self.config
         return masking_ratio(
             s.ratio, now.epoch, s.epochs, step=now.step, steps=now.steps, seed=s.seed
         )
 
     def augmented(
-        self, images: Tensor, keys: Tensor, host_keys: Tensor, now: Moment
+        self, images: Tensor, keys: Tensor, host_keys: Tensor, now: TrainingStep
     ) -> tuple[Tensor, Selection]:
         """Augment normalised images (B, C, H, W) at random; return their patches (B, N, P) and the selection.
 
@@ -73,66 +73,68 @@ class Masking:
         Args:
             keys: (B,) on the images' device. host_keys: the same numbers on the CPU, so that nothing waits for it.
         """
-        s = self.settings
+        s = self.config
         crop = random_crop(
             keys,
-            crop_min=s.crop_min,
+            min_crop_area=s.min_crop_area,
             flip=s.flip,
             flip_vertical=s.flip_vertical,
             seed=s.seed,
             epoch=now.epoch,
         )
-        shown = recoloured(cropped(images, crop), keys, s.intensity, seed=s.seed, epoch=now.epoch)
+        shown = recolored(
+            cropped(images, crop), keys, s.intensity_jitter, seed=s.seed, epoch=now.epoch
+        )
         patches = patchify(shown, self.model.patch_size)
         if s.selection.mode == "random":
             return patches, self._select(_no_aim(patches), patches, keys, now)
         self._begin_look(now.epoch)
-        if s.selection.refresh == 0:
+        if s.selection.analysis_interval == 0:
             aim = self._look(
                 patches, keys, now.epoch, self._truth(host_keys, patches, crop), learn=True
             )
         else:
-            aim = Aim.of(
+            aim = LesionMap.of(
                 cropped(self._maps(images, keys, host_keys, now.epoch), crop, mode="nearest")
             )
         return patches, self._select(aim, patches, keys, now)
 
     def whole(
-        self, images: Tensor, keys: Tensor, now: Moment, aim: Aim | None = None
-    ) -> tuple[Tensor, Aim, Selection]:
+        self, images: Tensor, keys: Tensor, now: TrainingStep, aim: LesionMap | None = None
+    ) -> tuple[Tensor, LesionMap, Selection]:
         """The same without cropping, for pictures and diagnosis: nothing is kept and no centroid moves.
 
         Args:
-            aim: what an earlier call found, which holds until `epoch_of_look` changes; None looks (again).
+            aim: what an earlier call found, which holds until `analysis_epoch` changes; None looks (again).
         """
         patches = patchify(images, self.model.patch_size)
-        if self.settings.selection.mode == "random":
+        if self.config.selection.mode == "random":
             aim = _no_aim(patches)
         elif aim is None:
             truth = self._truth(keys.cpu(), patches, None)
-            aim = self._look(patches, keys, self.epoch_of_look(now.epoch), truth, learn=False)
+            aim = self._look(patches, keys, self.analysis_epoch(now.epoch), truth, learn=False)
         return patches, aim, self._select(aim, patches, keys, now)
 
-    def epoch_of_look(self, epoch: int) -> int:
+    def analysis_epoch(self, epoch: int) -> int:
         """The last epoch at which whole images were looked at: 1, 1 + refresh, ..., and the end of the warm-up."""
-        refresh, warm = self.settings.selection.refresh, self._warm_from()
-        if refresh == 0:
+        analysis_interval, warm = self.config.selection.analysis_interval, self._warm_from()
+        if analysis_interval == 0:
             return epoch
-        look = epoch - (epoch - 1) % refresh
+        look = epoch - (epoch - 1) % analysis_interval
         return max(look, warm) if warm <= epoch else look
 
     def _warm_from(self) -> int:
         """First epoch after the warm-up; with a teacher never the very first, when its weights are still random."""
-        warm = int(self.settings.loss.warmup * self.settings.epochs) + 1
+        warm = int(self.config.loss.warmup * self.config.epochs) + 1
         return warm if self.model.teacher is None else max(2, warm)
 
     def _begin_look(self, epoch: int) -> None:
-        look = self.epoch_of_look(epoch)
+        look = self.analysis_epoch(epoch)
         if look == self._looked:
             return
         self._rows, self._filled, self._looked = {}, 0, look
         if self.model.centroids is not None and epoch == look:
-            self.model.centroids.settle()
+            self.model.centroids.commit()
 
     def _maps(self, images: Tensor, keys: Tensor, host_keys: Tensor, epoch: int) -> Tensor:
         """What is thought of whole images, (B, 3, h, w); looked at where nothing of this look is kept."""
@@ -166,13 +168,13 @@ class Masking:
 
     def _look(
         self, patches: Tensor, keys: Tensor, epoch: int, truth: Tensor | None, *, learn: bool
-    ) -> Aim:
-        s, model = self.settings, self.model
+    ) -> LesionMap:
+        s, model = self.config, self.model
         told: TeacherView | None = None
         if model.teacher is not None and epoch >= self._warm_from():
             with autocast(s, patches.device.type):
                 told = teacher_view(model, patches, keys, s, epoch)
-        return aim_at(
+        return locate_lesion(
             patches,
             keys,
             model.grid,
@@ -190,31 +192,33 @@ class Masking:
             learn=learn,
         )
 
-    def _select(self, aim: Aim, patches: Tensor, keys: Tensor, now: Moment) -> Selection:
-        s = self.settings
+    def _select(
+        self, aim: LesionMap, patches: Tensor, keys: Tensor, now: TrainingStep
+    ) -> Selection:
+        s = self.config
         return select_patches(
             aim,
             tissue_of(patches, s.selection),
             keys,
-            masked_count(self.ratio(now), patches.shape[1], s.ratio.quantum),
+            masked_count(self.ratio(now), patches.shape[1], s.ratio.round_to),
             s.selection,
             seed=s.seed,
             epoch=now.epoch,
             progress=now.epoch / s.epochs,
-            over=s.ratio.over,
+            ratio_over=s.ratio.ratio_over,
         )
 
     def _truth(self, host_keys: Tensor, patches: Tensor, crop: Tensor | None) -> Tensor | None:
-        if not self.settings.selection.uses_truth:
+        if not self.config.selection.uses_truth:
             return None
         if self.truth is None:
-            raise SettingsError(
+            raise ConfigError(
                 "An oracle aims by true lesions, but none were given; use another selection.rule or selection.score."
             )
         share = torch.stack([self.truth[key] for key in host_keys.tolist()]).to(patches.device)
         return cropped(share[:, None], crop)[:, 0].flatten(1)
 
 
-def _no_aim(patches: Tensor) -> Aim:
+def _no_aim(patches: Tensor) -> LesionMap:
     zero = torch.zeros_like(patches[..., 0])
-    return Aim(zero, zero, zero - 1)
+    return LesionMap(zero, zero, zero - 1)

@@ -8,12 +8,12 @@ from bisect import bisect_right
 
 import torch
 
-from amlp_ray.config import RatioSettings
+from amlp_ray.config import RatioConfig
 from amlp_ray.method import counter_rng
 
 
 def masking_ratio(
-    settings: RatioSettings,
+    config: RatioConfig,
     epoch: int,
     epochs: int,
     *,
@@ -28,36 +28,36 @@ def masking_ratio(
     uniformly between start and end, from `seed`; `points` interpolates between given ones. `rungs` end a schedule each:
     up to the first of them the whole of it is run, up to the second it is run as slowly as that needs, and so on.
 
-    >>> [masking_ratio(RatioSettings(start=0.25, end=0.75), epoch, 3) for epoch in (1, 2, 3)]
+    >>> [masking_ratio(RatioConfig(start=0.25, end=0.75), epoch, 3) for epoch in (1, 2, 3)]
     [0.25, 0.5, 0.75]
     """
-    if settings.rungs:
-        epochs = next((rung for rung in settings.rungs if rung >= epoch), epochs)
-    if settings.per == "epoch":
+    if config.rungs:
+        epochs = next((rung for rung in config.rungs if rung >= epoch), epochs)
+    if config.update_per == "epoch":
         step, steps = 0, 1
     now, total = (epoch - 1) * steps + step, epochs * steps
-    if settings.shape == "fixed":
-        return settings.start
-    if settings.shape == "random":
+    if config.shape == "fixed":
+        return config.start
+    if config.shape == "random":
         u = counter_rng.uniform(
-            torch.zeros(1, dtype=torch.int64), 1, seed=seed, epoch=now, purpose=counter_rng.RATIO
+            torch.zeros(1, dtype=torch.int64), 1, seed=seed, epoch=now, stream=counter_rng.RATIO
         ).item()
-        return settings.start + (settings.end - settings.start) * u
-    if settings.shape == "points":
-        return _interpolate(settings.points, now / max(1, total - 1))
-    u = min(1.0, now / max(1, round(settings.duration * total) - 1))
-    if settings.shape == "exponential":
-        return settings.start * (settings.end / settings.start) ** u
-    return settings.start + (settings.end - settings.start) * _progress(settings, u)
+        return config.start + (config.end - config.start) * u
+    if config.shape == "points":
+        return _interpolate(config.points, now / max(1, total - 1))
+    u = min(1.0, now / max(1, round(config.duration * total) - 1))
+    if config.shape == "exponential":
+        return config.start * (config.end / config.start) ** u
+    return config.start + (config.end - config.start) * _progress(config, u)
 
 
-def _progress(settings: RatioSettings, u: float) -> float:
-    if settings.shape == "cosine":
+def _progress(config: RatioConfig, u: float) -> float:
+    if config.shape == "cosine":
         return (1 - math.cos(math.pi * u)) / 2
-    if settings.shape == "power":
-        return u**settings.power
-    if settings.shape == "step":
-        return min(settings.levels - 1, math.floor(u * settings.levels)) / (settings.levels - 1)
+    if config.shape == "power":
+        return u**config.power
+    if config.shape == "step":
+        return min(config.levels - 1, math.floor(u * config.levels)) / (config.levels - 1)
     return u
 
 
@@ -72,12 +72,12 @@ def _interpolate(points: tuple[tuple[float, float], ...], t: float) -> float:
     return r0 + (r1 - r0) * (t - t0) / (t1 - t0)
 
 
-def masked_count(ratio: float, patches: int, quantum: int = 1) -> int:
+def masked_count(ratio: float, patches: int, round_to: int = 1) -> int:
     """Return how many of `patches` are masked: one number for a whole batch, so that every row has equal length.
 
     The nearest multiple of `quantum`; at least one patch is masked and at least one stays visible.
 
-    >>> masked_count(0.4, 196, quantum=28)
+    >>> masked_count(0.4, 196, round_to=28)
     84
     """
-    return min(max(quantum * round(ratio * patches / quantum), 1), patches - 1)
+    return min(max(round_to * round(ratio * patches / round_to), 1), patches - 1)

@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amlp_ray.config import SelectionSettings
-from amlp_ray.method.patches import standardise, tissue_patches
+from amlp_ray.config import SelectionConfig
+from amlp_ray.method.patches import standardize, tissue_patches
 
 
-def tissue_of(patches: Tensor, settings: SelectionSettings) -> Tensor:
+def tissue_of(patches: Tensor, config: SelectionConfig) -> Tensor:
     """All patches but the black border, (B, N) bool; all of them where the filter is off."""
-    if not settings.background_filter:
+    if not config.background_filter:
         return patches.new_ones(patches.shape[:2], dtype=torch.bool)
     return tissue_patches(
-        patches, mean_above=settings.background_mean, std_above=settings.background_std
+        patches, mean_above=config.background_mean, std_above=config.background_std
     )
 
 
@@ -36,7 +36,7 @@ def cluster_features(
     """
     b, n, values = patches.shape
     if kind == "tokens" and tokens is not None:
-        return standardise(F.normalize(tokens.float(), dim=-1), tissue)
+        return standardize(F.normalize(tokens.float(), dim=-1), tissue)
     if kind in ("raw", "tokens"):
         pixels = (
             patches.reshape(b, n, channels, values // channels)
@@ -44,23 +44,23 @@ def cluster_features(
             .reshape(b, -1, channels)
         )
         inside = tissue[..., None].expand(-1, -1, values // channels).reshape(b, -1)
-        return standardise(pixels, inside).reshape(b, n, values)
+        return standardize(pixels, inside).reshape(b, n, values)
     if kind == "stats":
         side = math.isqrt(values // channels)
         pixels = patches.unflatten(-1, (channels, side, side))
         gradient = (
             pixels.diff(dim=-1).abs().mean((-2, -1)) + pixels.diff(dim=-2).abs().mean((-2, -1))
         ) / 2
-        return standardise(
+        return standardize(
             torch.cat([pixels.mean((-2, -1)), pixels.std((-2, -1), correction=0), gradient], -1),
             tissue,
         )
     mean, std = patches.mean(-1), patches.std(-1, correction=0)
-    around = neighbourhood_mean(mean, grid, 5)
-    return standardise(torch.stack([mean, around, mean - around, std], -1), tissue)
+    around = neighborhood_mean(mean, grid, 5)
+    return standardize(torch.stack([mean, around, mean - around, std], -1), tissue)
 
 
-def neighbourhood_mean(values: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+def neighborhood_mean(values: Tensor, grid: tuple[int, int], side: int) -> Tensor:
     """Average values (B, N) over `side` x `side` patches; at the border over those that exist."""
     image = values.reshape(-1, 1, *grid)
     return F.avg_pool2d(image, side, 1, side // 2, count_include_pad=False).reshape(values.shape)
@@ -74,7 +74,7 @@ def dilated(where: Tensor, grid: tuple[int, int], patches: int) -> Tensor:
     return F.max_pool2d(image, 2 * patches + 1, 1, patches).reshape(where.shape) > 0
 
 
-def centre_distance(grid: tuple[int, int], device: torch.device) -> Tensor:
+def center_distance(grid: tuple[int, int], device: torch.device) -> Tensor:
     """Distance of every patch from the image centre in half sides, (N,): 1 is the middle of an edge."""
     h, w = grid
     y = (torch.arange(h, device=device) + 0.5) / h * 2 - 1

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amlp_ray.config import PatchScore
-from amlp_ray.method.patch_features import centre_distance, neighbourhood_mean
-from amlp_ray.method.patches import standardise
+from amlp_ray.method.patch_features import center_distance, neighborhood_mean
+from amlp_ray.method.patches import standardize
 
 COMBINED = ("row_contrast", "blob", "border_saliency")
 PATCH_SCORES = get_args(PatchScore)
@@ -27,7 +27,7 @@ def patch_score(
     *,
     score: str,
     sign: str,
-    centre_prior: float,
+    center_prior: float,
 ) -> Tensor:
     """Score patches (B, N, P): z-scores over `tissue`, (B, N), higher means more likely lesion.
 
@@ -52,15 +52,15 @@ def patch_score(
         value = torch.stack([_ranks(parts[name](), tissue) for name in COMBINED]).sum(0)
     else:
         value = parts[score]()
-    if centre_prior > 0:
-        prior = torch.exp(-centre_distance(grid, patches.device).square() / (2 * centre_prior**2))
+    if center_prior > 0:
+        prior = torch.exp(-center_distance(grid, patches.device).square() / (2 * center_prior**2))
         value = _ranks(value, tissue) * prior
     return z_score(value, tissue)
 
 
 def z_score(value: Tensor, tissue: Tensor) -> Tensor:
     """Standardise values (B, N) over tissue; border patches get the lowest of their image, images without tissue 0."""
-    z = standardise(value[..., None], tissue)[..., 0]
+    z = standardize(value[..., None], tissue)[..., 0]
     lowest = z.masked_fill(~tissue, torch.inf).amin(1, keepdim=True)
     return torch.where(tissue, z, torch.where(lowest.isfinite(), lowest, 0.0))
 
@@ -73,7 +73,7 @@ def _row_contrast(mean: Tensor, grid: tuple[int, int]) -> Tensor:
     rows = mean.reshape(-1, *grid)
     # torch's median of an even number is the lower of the middle two, which would favour dark lesions.
     median = (rows.median(-1, keepdim=True).values - (-rows).median(-1, keepdim=True).values) / 2
-    return median.expand_as(rows).reshape(mean.shape) - neighbourhood_mean(mean, grid, 3)
+    return median.expand_as(rows).reshape(mean.shape) - neighborhood_mean(mean, grid, 3)
 
 
 def _blob(mean: Tensor, grid: tuple[int, int], sign: str) -> Tensor:
@@ -98,7 +98,7 @@ def _blur(image: Tensor, sigma: float) -> Tensor:
 
 def _border_saliency(mean: Tensor, std: Tensor, tissue: Tensor, grid: tuple[int, int]) -> Tensor:
     """Mean distance to the five nearest patches of the image's border ring: what the border knows is background."""
-    x = standardise(torch.stack([mean, std], -1), tissue)  # (B, N, 2)
+    x = standardize(torch.stack([mean, std], -1), tissue)  # (B, N, 2)
     ring = torch.ones(grid, dtype=torch.bool, device=mean.device)
     ring[1:-1, 1:-1] = False
     border = x[:, ring.flatten()]  # (B, R, 2)
@@ -114,7 +114,7 @@ def _geodesic(mean: Tensor, std: Tensor, tissue: Tensor, grid: tuple[int, int]) 
     Relaxed over all patches at once; 2 (h + w) rounds reach every patch by ways of that length.
     """
     h, w = grid
-    x = standardise(torch.stack([mean, std], -1), tissue).mT.reshape(-1, 2, h, w)
+    x = standardize(torch.stack([mean, std], -1), tissue).mT.reshape(-1, 2, h, w)
     down = (x[:, :, 1:] - x[:, :, :-1]).norm(dim=1)  # (B, h - 1, w) cost of a step between rows
     right = (x[..., 1:] - x[..., :-1]).norm(dim=1)  # (B, h, w - 1)
     start = torch.ones(h, w, dtype=torch.bool, device=mean.device)
@@ -142,7 +142,7 @@ def _ranks(values: Tensor, tissue: Tensor) -> Tensor:
     Equal values share their mean rank: in saturated areas ranks by position would mask an image from the bottom up.
     """
     z = (
-        standardise(values[..., None], tissue)[..., 0] * 1e4
+        standardize(values[..., None], tissue)[..., 0] * 1e4
     ).round()  # so that rounding errors are no difference
     mixed = (z * tissue).any(1, keepdim=True)
     z = z.masked_fill(~tissue, -torch.inf)

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amlp_ray.config import SelectionSettings
-from amlp_ray.method import counter_rng as draw
-from amlp_ray.method.lesion_map import Aim
+from amlp_ray.config import SelectionConfig
+from amlp_ray.method import counter_rng
+from amlp_ray.method.lesion_map import LesionMap
 
 HINTED = (
     0.1  # share of all patches, the most attended ones, among which `ranked` shows hints (AttMask)
@@ -41,16 +41,16 @@ class Selection(NamedTuple):
 
 @torch.no_grad()
 def select_patches(
-    aim: Aim,
+    aim: LesionMap,
     tissue: Tensor,
     keys: Tensor,
     count: int,
-    settings: SelectionSettings,
+    config: SelectionConfig,
     *,
     seed: int,
     epoch: int,
     progress: float = 1.0,
-    over: str = "all",
+    ratio_over: str = "all",
 ) -> Selection:
     """Choose exactly `count` patches per image to mask.
 
@@ -58,36 +58,38 @@ def select_patches(
         aim: what is thought of every patch. tissue: (B, N) bool.
         keys: (B,) int64, one identity per image; masks depend on (seed, epoch, key) and the image alone.
         progress: share of training done, for modes that change over it.
-        over: `tissue` masks as great a share of the tissue as of the border.
+        ratio_over: `tissue` masks as great a share of the tissue as of the border.
     """
     b, n = tissue.shape
-    noise = draw.uniform(keys, n, seed=seed, epoch=epoch, purpose=draw.MASK)
-    lesion = (aim.lesion > 0.5) & tissue & settings.names_lesion
+    noise = counter_rng.uniform(keys, n, seed=seed, epoch=epoch, stream=counter_rng.MASK)
+    lesion = (aim.lesion > 0.5) & tissue & config.names_lesion
     fallback = torch.zeros(b, dtype=torch.bool, device=tissue.device)
-    if settings.mode == "hard":
+    if config.mode == "hard":
         fallback = ~lesion.any(1)
         priority = torch.where(
-            fallback[:, None], noise, _tiers(lesion, tissue, noise, settings.lesion_share) + noise
+            fallback[:, None], noise, _tiers(lesion, tissue, noise, config.lesion_share) + noise
         )
-    elif settings.mode == "soft":
+    elif config.mode == "soft":
         fallback = _says_nothing(aim.score)
-        priority = settings.strength * aim.score - torch.log(
+        priority = config.strength * aim.score - torch.log(
             -torch.log(noise)
         )  # Gumbel-top-m; monotone in noise at 0
-    elif settings.mode == "ranked":
+    elif config.mode == "ranked":
         fallback = _says_nothing(aim.score)
-        share = settings.aim_start + (settings.aim_end - settings.aim_start) * progress
-        hints = draw.uniform(keys, n, seed=seed, epoch=epoch, purpose=draw.HINT)
-        priority = _ranked(aim.score, noise, hints, count, share, settings.lesion_share)
-    elif settings.mode == "parts":
+        share = config.aim_start + (config.aim_end - config.aim_start) * progress
+        hints = counter_rng.uniform(keys, n, seed=seed, epoch=epoch, stream=counter_rng.HINT)
+        priority = _ranked(aim.score, noise, hints, count, share, config.lesion_share)
+    elif config.mode == "parts":
         fallback = (aim.part < 0).all(1)
-        order = draw.uniform(keys, settings.clusters, seed=seed, epoch=epoch, purpose=draw.PART)
+        order = counter_rng.uniform(
+            keys, config.clusters, seed=seed, epoch=epoch, stream=counter_rng.PART
+        )
         priority = torch.where(
             fallback[:, None], noise, -_part_order(aim.part, order, noise, 1 - progress**2)
         )
     else:
         priority = noise
-    if over == "tissue":
+    if ratio_over == "tissue":
         priority = _share_of_tissue(priority, tissue, count)
     ranked = priority.argsort(stable=True, dim=1, descending=True)
     return Selection(ranked[:, :count], ranked[:, count:], lesion, tissue, fallback)

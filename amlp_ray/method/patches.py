@@ -51,7 +51,7 @@ def tissue_patches(patches: Tensor, *, mean_above: float, std_above: float) -> T
     return (mean[..., 0] > mean_above) | (std > std_above)
 
 
-def standardise(x: Tensor, inside: Tensor) -> Tensor:
+def standardize(x: Tensor, inside: Tensor) -> Tensor:
     """Scale each column of x (B, N, D) to mean 0 and SD 1 over the patches `inside` (B, N); flat columns become 0."""
     weight = inside[..., None].to(x.dtype)
     count = weight.sum(1, keepdim=True).clamp_min(1)

@@ -14,20 +14,20 @@ class HasPrecision(Protocol):
     def precision(self) -> str: ...
 
 
-def autocast_type(settings: HasPrecision, device: str) -> torch.dtype | None:
+def autocast_type(config: HasPrecision, device: str) -> torch.dtype | None:
     """Type of autocast, or None for float32.
 
     On CPU small models are slower in bf16 (measured: 0.7x at width 96), and its digits differ between CPUs, so `auto`
     is float32 there.
     """
-    if settings.precision == "auto":
+    if config.precision == "auto":
         return (
             torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else None
         )
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.precision)
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
 
 
-def autocast(settings: HasPrecision, device: str) -> torch.autocast:
+def autocast(config: HasPrecision, device: str) -> torch.autocast:
     """The context in which a model runs in the settings' precision."""
-    low = autocast_type(settings, device)
+    low = autocast_type(config, device)
     return torch.autocast(device.partition(":")[0], dtype=low, enabled=low is not None)

@@ -1,6 +1,6 @@
-"""SimSiam (Chen and He 2021): the contrastive arm. Two crops of an image should be told apart by nothing.
+"""SimSiam (Chen and He 2021): the contrastive baseline. Two crops of an image should be told apart by nothing.
 
-No reconstruction and no mask; the encoder, its export and the way it is scored are those of every other arm. Tokens are
+No reconstruction and no mask; the encoder, its export and the way it is scored are those of every other baseline. Tokens are
 averaged over patches, since a probe reads patches and not the class token.
 """
 
@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from amlp_ray.config import ImageSpec, ModelSettings, PretrainSettings
-from amlp_ray.method import counter_rng as draw
+from amlp_ray.config import ImageSpec, ModelConfig, PretrainConfig
+from amlp_ray.method import counter_rng
 from amlp_ray.method.augment import augment
 from amlp_ray.method.encoder import encoder_tokens, new_encoder
 from amlp_ray.method.patches import patchify
@@ -23,14 +23,14 @@ from amlp_ray.utils.differentiable_sum import summed
 class SimSiam(nn.Module):
     """Encoder, projector and predictor; widths follow the encoder's (2048 and 512 for a width of 512 and more)."""
 
-    def __init__(self, settings: ModelSettings, spec: ImageSpec) -> None:
+    def __init__(self, config: ModelConfig, spec: ImageSpec) -> None:
         super().__init__()
         self.encoder: VisionTransformer
-        self.patch_size, self.spec = settings.patch_size, spec
-        self.encoder = new_encoder(settings, spec)
-        wide = min(2048, 4 * settings.width)
+        self.patch_size, self.spec = config.patch_size, spec
+        self.encoder = new_encoder(config, spec)
+        wide = min(2048, 4 * config.width)
         self.projector = nn.Sequential(
-            *_layer(settings.width, wide),
+            *_layer(config.width, wide),
             *_layer(wide, wide),
             nn.Linear(wide, wide),
             SharedBatchNorm(wide, affine=False),
@@ -55,24 +55,24 @@ class SimSiam(nn.Module):
 
 
 def two_views(
-    images: Tensor, keys: Tensor, settings: PretrainSettings, patch_size: int, epoch: int
+    images: Tensor, keys: Tensor, config: PretrainConfig, patch_size: int, epoch: int
 ) -> tuple[Tensor, Tensor]:
     """Two random crops of normalised images (B, C, H, W) as patches, with random contrast and brightness."""
     views = []
-    for purpose in (draw.CROP, draw.VIEW):
+    for stream in (counter_rng.CROP, counter_rng.VIEW):
         view, _ = augment(
             images,
             None,
             keys,
-            crop_min=settings.crop_min,
-            flip=settings.flip,
-            flip_vertical=settings.flip_vertical,
-            intensity=settings.intensity,
-            seed=settings.seed,
+            min_crop_area=config.min_crop_area,
+            flip=config.flip,
+            flip_vertical=config.flip_vertical,
+            intensity_jitter=config.intensity_jitter,
+            seed=config.seed,
             epoch=epoch,
-            purpose=purpose,
+            stream=stream,
         )
-        u = draw.uniform(keys, 7, seed=settings.seed, epoch=epoch, purpose=purpose)[
+        u = counter_rng.uniform(keys, 7, seed=config.seed, epoch=epoch, stream=stream)[
             :, 5:, None, None, None
         ]
         # Without it, brightness alone would tell two images apart. Images have SD 1.

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from amlp_ray.config import ImageSpec, LossSettings, PretrainSettings
-from amlp_ray.method.augment import normalise
+from amlp_ray.config import ImageSpec, LossConfig, PretrainConfig
+from amlp_ray.method.augment import normalize
 from amlp_ray.method.autoencoder import MaskedAutoencoder
 from amlp_ray.method.ema_teacher import masked_once
-from amlp_ray.method.lesion_map import Aim
-from amlp_ray.method.masking import Masking, Moment
+from amlp_ray.method.lesion_map import LesionMap
+from amlp_ray.method.masking import Masking, TrainingStep
 from amlp_ray.method.patch_selection import Selection
 from amlp_ray.method.patches import gather, patchify, unpatchify
 
@@ -46,7 +46,7 @@ _PART_COLOURS = (
 )  # fmt: skip
 
 
-class Seen(NamedTuple):
+class ImageAnalysis(NamedTuple):
     """Whole images as a model meets them: B images, N patches of P values.
 
     `patches` and `rebuilt` (B, N, P), where visible patches of `rebuilt` are the input's own; `masked` (B, N) bool;
@@ -58,7 +58,7 @@ class Seen(NamedTuple):
     rebuilt: Tensor
     masked: Tensor
     error: Tensor
-    aim: Aim
+    aim: LesionMap
     chosen: Selection
     ratio: float
     score_name: str
@@ -66,46 +66,46 @@ class Seen(NamedTuple):
 
 
 @torch.inference_mode()
-def look_at(
+def analyze(
     model: MaskedAutoencoder,
     images: Tensor,
     keys: Tensor,
     masks: NDArray[np.uint8] | None,
-    settings: PretrainSettings,
+    config: PretrainConfig,
     epoch: int,
-) -> Seen:
+) -> ImageAnalysis:
     """Aim, mask and rebuild stored images (B, C, H, W), uncropped, with the masks and the ratio of an epoch.
 
     Args:
         keys: (B,). masks: (B, H, W) or None; read by settings that aim by true lesions and by no others.
 
     Raises:
-        SettingsError: where settings aim by true lesions and there are no masks.
+        ConfigError: where settings aim by true lesions and there are no masks.
     """
     device = model.mask_token.device
     keys = keys.to(device)
     truth = None
-    if masks is not None and settings.selection.uses_truth:
+    if masks is not None and config.selection.uses_truth:
         shares = patchify(torch.from_numpy(masks > 0).float()[:, None], model.patch_size).mean(-1)
         truth = dict(zip(keys.tolist(), shares.unflatten(1, model.grid), strict=True))
-    masking = Masking(model, settings, truth)
+    masking = Masking(model, config, truth)
     patches, aim, chosen = masking.whole(
-        normalise(images.to(device), model.spec), keys, Moment(epoch)
+        normalize(images.to(device), model.spec), keys, TrainingStep(epoch)
     )
     target = gather(patches, chosen.masked)
-    prediction = denormalised(
-        model(patches, chosen.visible, chosen.masked).pixels.float(), target, settings.loss
+    prediction = denormalized(
+        model(patches, chosen.visible, chosen.masked).pixels.float(), target, config.loss
     )
     none = torch.zeros_like(patches[..., 0])
-    return Seen(
+    return ImageAnalysis(
         patches,
         patches.scatter(1, chosen.masked[..., None].expand_as(prediction), prediction),
         none.bool().scatter(1, chosen.masked, True),
         none.scatter(1, chosen.masked, (prediction - target).square().mean(-1)),
         aim,
         chosen,
-        masking.ratio(Moment(epoch)),
-        *_judgement(model, patches, keys, aim, settings, epoch),
+        masking.ratio(TrainingStep(epoch)),
+        *_judgement(model, patches, keys, aim, config, epoch),
     )
 
 
@@ -113,12 +113,12 @@ def _judgement(
     model: MaskedAutoencoder,
     patches: Tensor,
     keys: Tensor,
-    aim: Aim,
-    settings: PretrainSettings,
+    aim: LesionMap,
+    config: PretrainConfig,
     epoch: int,
 ) -> tuple[str, Tensor | None]:
     """What patches are judged by: the selection's score or, where a rule names a cluster, CCL's category if any."""
-    s = settings.selection
+    s = config.selection
     if s.uses_score and s.score == "cluster":
         return "cluster probability", aim.score.exp() * aim.lesion.any(
             1, keepdim=True
@@ -127,7 +127,7 @@ def _judgement(
         return f"score: {s.score.replace('_', ' ')}", aim.score
     if s.uses_clusters and model.category is not None:
         name = "teacher's probability" if model.teacher else "learnt probability"
-        return name, masked_once(model.teacher or model, patches, keys, settings, epoch)[1]
+        return name, masked_once(model.teacher or model, patches, keys, config, epoch)[1]
     return "", None
 
 
@@ -136,22 +136,22 @@ def picture_strips(
     images: Tensor,
     keys: Tensor,
     masks: NDArray[np.uint8] | None,
-    settings: PretrainSettings,
+    config: PretrainConfig,
     epoch: int,
 ) -> list[Image.Image]:
     """Draw every image as a strip: input, probable lesion, mask, reconstruction and, where known, the true lesion.
 
-    Arguments as in `look_at`. Random masking has no probable lesion.
+    Arguments as in `analyze`. Random masking has no probable lesion.
     """
-    seen = look_at(model, images, keys, masks, settings, epoch)
-    return [strip(each) for each in panels(seen, model, masks, settings, BRIEF, outline=False)]
+    seen = analyze(model, images, keys, masks, config, epoch)
+    return [strip(each) for each in panels(seen, model, masks, config, BRIEF, outline=False)]
 
 
 def panels(
-    seen: Seen,
+    seen: ImageAnalysis,
     model: MaskedAutoencoder,
     masks: NDArray[np.uint8] | None,
-    settings: PretrainSettings,
+    config: PretrainConfig,
     names: Sequence[str] = FULL,
     *,
     outline: bool = True,
@@ -164,7 +164,7 @@ def panels(
     """
     grid, size = model.grid, shown_size(model.spec)
     whole, again = (unpatchify(p, model.patch_size, grid) for p in (seen.patches, seen.rebuilt))
-    parts = _comparable_parts(seen, settings)
+    parts = _comparable_parts(seen, config)
     top = max(float(seen.error[seen.masked].quantile(0.95)), 1e-6)
     drawn = []
     inputs, rebuilt = (
@@ -178,9 +178,9 @@ def panels(
             "mask": (f"masked {seen.ratio:.0%}", np.where(hidden, np.uint8(GREY), image)),
             "error": (f"error, 0 to {top:.2g}", error),
         }
-        if settings.selection.uses_clusters:
-            laid["clusters"] = ("clusters", coloured(image, on_pixels(parts[i], grid, size)))
-        if settings.selection.names_lesion:
+        if config.selection.uses_clusters:
+            laid["clusters"] = ("clusters", colored(image, on_pixels(parts[i], grid, size)))
+        if config.selection.names_lesion:
             lesion = on_pixels(seen.chosen.lesion[i], grid, size)
             laid["lesion"] = ("probable lesion", tinted(image, lesion, RED))
         if seen.score is not None:
@@ -207,13 +207,13 @@ def _shares(score: Tensor, name: str) -> Tensor:
     return (score - score.min()) / (score.max() - score.min()).clamp_min(1e-6)
 
 
-def _comparable_parts(seen: Seen, settings: PretrainSettings) -> Tensor:
+def _comparable_parts(seen: ImageAnalysis, config: PretrainConfig) -> Tensor:
     """Clusters (B, N) numbered by rising brightness, so that a colour means the same in all images; -1 off tissue.
 
     Clusters of the data set are numbered alike in all images as they are.
     """
-    part, k = seen.aim.part.long(), settings.selection.clusters
-    if settings.selection.scope == "dataset":
+    part, k = seen.aim.part.long(), config.selection.clusters
+    if config.selection.scope == "dataset":
         return part
     member = F.one_hot(part + 1, k + 1)[..., 1:].float()  # (B, N, K)
     mean = (member * seen.patches.mean(-1, keepdim=True)).sum(1) / member.sum(1)
@@ -221,9 +221,9 @@ def _comparable_parts(seen: Seen, settings: PretrainSettings) -> Tensor:
     return torch.where(part < 0, part, place.gather(1, part.clamp_min(0)))
 
 
-def denormalised(prediction: Tensor, target: Tensor, settings: LossSettings) -> Tensor:
+def denormalized(prediction: Tensor, target: Tensor, config: LossConfig) -> Tensor:
     """Predicted patches (B, m, P) in the scale of the image, by the statistics of the target patches."""
-    if not settings.norm_pix:
+    if not config.norm_pix:
         return prediction
     return prediction * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
 
@@ -266,16 +266,16 @@ def on_pixels(values: Tensor, grid: tuple[int, ...], size: tuple[int, int]) -> N
     )
 
 
-def tinted(image: Pixels, where: NDArray[np.float32], colour: tuple[int, int, int]) -> Pixels:
+def tinted(image: Pixels, where: NDArray[np.float32], color: tuple[int, int, int]) -> Pixels:
     """The picture (H, W, 3) with a colour laid over it where a map (H, W) is not 0."""
-    mixed = (0.55 * image + 0.45 * np.asarray(colour)).astype(np.uint8)
+    mixed = (0.55 * image + 0.45 * np.asarray(color)).astype(np.uint8)
     return np.where(where[..., None] > 0, mixed, image)
 
 
-def coloured(image: Pixels, parts: NDArray[np.float32]) -> Pixels:
+def colored(image: Pixels, parts: NDArray[np.float32]) -> Pixels:
     """The picture in grey with one colour per part (H, W) laid over it; -1 has none."""
-    colours = np.asarray(_PART_COLOURS)[parts.astype(int)]
-    mixed = (0.45 * image.mean(-1, keepdims=True) + 0.55 * colours).astype(np.uint8)
+    colors = np.asarray(_PART_COLOURS)[parts.astype(int)]
+    mixed = (0.45 * image.mean(-1, keepdims=True) + 0.55 * colors).astype(np.uint8)
     return np.where(parts[..., None] < 0, image, mixed)
 
 

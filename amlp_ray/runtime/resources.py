@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from amlp_ray.config import ResourceSettings
+from amlp_ray.config import ResourceConfig
 from amlp_ray.errors import ResourceError
 
 DRIVER_CPU = 0.01  # of a trial that only drives a group of workers; Ray refuses zero
@@ -111,7 +111,7 @@ def _kinds(node: Mapping[str, float]) -> Node:
     }
 
 
-def worker_bundle(resources: ResourceSettings) -> dict[str, float]:
+def worker_bundle(resources: ResourceConfig) -> dict[str, float]:
     """Resources of one worker, as Ray names them."""
     bundle = {"CPU": float(resources.cpus_per_worker)}
     if resources.gpus_per_worker:
@@ -125,7 +125,7 @@ def worker_bundle(resources: ResourceSettings) -> dict[str, float]:
     return bundle
 
 
-def job_bundles(resources: ResourceSettings) -> list[dict[str, float]]:
+def job_bundles(resources: ResourceConfig) -> list[dict[str, float]]:
     """What one job (trial, pretraining run) asks of the cluster; each bundle lies on one node."""
     workers = [worker_bundle(resources)] * resources.least_workers
     if resources.placement == "strict-pack":
@@ -133,7 +133,7 @@ def job_bundles(resources: ResourceSettings) -> list[dict[str, float]]:
     return workers if resources.alone else [{"CPU": DRIVER_CPU}, *workers]
 
 
-def jobs_side_by_side(resources: ResourceSettings, cluster: Cluster) -> int:
+def jobs_side_by_side(resources: ResourceConfig, cluster: Cluster) -> int:
     """How many jobs fit side by side, at most `resources.concurrency`: jobs are put on nodes until one finds no room.
 
     A stream's reading tasks count nothing: they ask Ray for no CPU, so they start where workers hold all of them.
@@ -141,23 +141,23 @@ def jobs_side_by_side(resources: ResourceSettings, cluster: Cluster) -> int:
     Raises:
         ResourceError: where not even one fits: Ray would wait for it for ever.
     """
-    settings = {"CPU": "cpus_per_worker", "GPU": "gpus_per_worker", "memory": "memory_per_worker"}
+    config = {"CPU": "cpus_per_worker", "GPU": "gpus_per_worker", "memory": "memory_per_worker"}
     workers = resources.least_workers
     _check_accelerator(resources, cluster)
     for kind, wanted in worker_bundle(resources).items():
-        if kind not in settings:
+        if kind not in config:
             continue
         scale, unit = (GB, " GB of memory") if kind == "memory" else (1, f" {kind}s")
         if wanted > cluster.largest(kind):
             raise ResourceError(
-                f"resources.{settings[kind]}={wanted / scale:g}, but the largest node has "
+                f"resources.{config[kind]}={wanted / scale:g}, but the largest node has "
                 f"{cluster.largest(kind) / scale:.3g}{unit}; lower it or join a larger cluster with --address."
             )
         if wanted * workers > cluster.total(kind) * (1 + 1e-9):
             raise ResourceError(
                 f"resources.workers={workers} with {wanted / scale:g}{unit} each is more than the "
                 f"cluster's {cluster.total(kind) / scale:.3g}{unit}; lower resources.workers or "
-                f"resources.{settings[kind]}."
+                f"resources.{config[kind]}."
             )
     apart = resources.placement == "strict-spread" and not resources.alone
     fit = _fit(job_bundles(resources), cluster.nodes, resources.concurrency or ENOUGH, apart=apart)
@@ -181,7 +181,7 @@ def jobs_side_by_side(resources: ResourceSettings, cluster: Cluster) -> int:
     return fit
 
 
-def _check_accelerator(resources: ResourceSettings, cluster: Cluster) -> None:
+def _check_accelerator(resources: ResourceConfig, cluster: Cluster) -> None:
     if not resources.accelerator:
         return
     there = sorted(

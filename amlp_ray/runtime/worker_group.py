@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from amlp_ray.config import FaultSettings, ResourceSettings
+from amlp_ray.config import FaultToleranceConfig, ResourceConfig
 from amlp_ray.errors import AmlpError, NonFiniteLossError, ResourceError, WorkerLostError
 from amlp_ray.runtime.resources import answering_nodes, worker_bundle
 from amlp_ray.runtime.worker_entry import run_member
-from amlp_ray.utils.event_log import EventLog, Kind, News
-from amlp_ray.utils.retry import Patience
+from amlp_ray.utils.event_log import EventLog, EventTail, Kind
+from amlp_ray.utils.retry import RetryPolicy
 
 POLL_S = 0.5  # seconds between looks at a group that works on other processes
 START_MINUTES = 1.0  # that Ray Train waits for room before it counts a failure
@@ -45,7 +45,7 @@ COLLATERAL = re.compile(
 
 
 @dataclass(frozen=True)
-class Member:
+class WorkerContext:
     """One worker: its place among all, and the device it computes on."""
 
     rank: int = 0
@@ -57,18 +57,18 @@ class Member:
         return self.rank == 0
 
 
-ALONE = Member()
+SINGLE_WORKER = WorkerContext()
 
 
-def alone() -> Member:
+def alone() -> WorkerContext:
     """This process by itself, with its GPU if it sees one."""
-    return Member(device="cuda" if torch.cuda.is_available() else "cpu")
+    return WorkerContext(device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run_group(
-    work: Callable[[Member], None],
-    resources: ResourceSettings,
-    faults: FaultSettings,
+    work: Callable[[WorkerContext], None],
+    resources: ResourceConfig,
+    fault_tolerance: FaultToleranceConfig,
     *,
     name: str,
     folder: Path,
@@ -88,11 +88,11 @@ def run_group(
 
     Raises:
         AmlpError: what a worker raised on purpose. WorkerLostError: more workers or nodes in a row were lost than
-        `faults.retries`. StorageError: the folder was away for `faults.storage_minutes` when it was to be begun again.
+        `fault_tolerance.max_failures`. StorageError: the folder was away for `fault_tolerance.storage_minutes` when it was to be begun again.
         ResourceError: the cluster had no room for `resources.wait_minutes`. Any error in the code of `work`, as it was.
     """
-    events, news, lost, reached = EventLog(folder, aloud=False), News(folder), 0, progress()
-    patience = Patience.of(folder, faults, events)
+    events, news, lost, reached = EventLog(folder, aloud=False), EventTail(folder), 0, progress()
+    patience = RetryPolicy.of(folder, fault_tolerance, events)
     held = {path.name for path in folder.glob("*")} - {
         events.path.name
     }  # which this process writes by itself
@@ -103,7 +103,7 @@ def run_group(
 
     while True:
         nodes = answering_nodes()
-        failure = _attempt(work, resources, faults, name, folder / "ray_train", look)
+        failure = _attempt(work, resources, fault_tolerance, name, folder / "ray_train", look)
         if failure is None:
             shutil.rmtree(
                 folder / "ray_train", ignore_errors=True
@@ -122,10 +122,10 @@ def run_group(
         now = progress()
         lost, reached = (0 if now > reached else lost) + (kind != "preempted"), now
         told = f"{LOSSES[kind]} ({_told(failure)})"
-        if lost > faults.retries:
+        if lost > fault_tolerance.max_failures:
             events.note(kind, told)
             raise WorkerLostError(
-                f"{told}, number {lost} without progress, and faults.retries={faults.retries} allows no more; look at "
+                f"{told}, number {lost} without progress, and fault_tolerance.max_failures={fault_tolerance.max_failures} allows no more; look at "
                 f"the nodes' memory and logs and run again: it goes on from its checkpoint."
             ) from failure
         events.note(kind, f"{told}; going on from the latest checkpoint.")
@@ -144,16 +144,16 @@ def _check_there(folder: Path, held: set[str]) -> None:
 
 
 def _attempt(
-    work: Callable[[Member], None],
-    resources: ResourceSettings,
-    faults: FaultSettings,
+    work: Callable[[WorkerContext], None],
+    resources: ResourceConfig,
+    fault_tolerance: FaultToleranceConfig,
     name: str,
     storage: Path,
     poll: Callable[[], None],
 ) -> BaseException | None:
     """Run one group to its end; return what made it fail."""
     failure: list[BaseException] = []
-    trainer = _trainer(work, resources, faults, name, storage)
+    trainer = _trainer(work, resources, fault_tolerance, name, storage)
 
     def run() -> None:
         try:
@@ -172,9 +172,9 @@ def _attempt(
 
 
 def _trainer(
-    work: Callable[[Member], None],
-    resources: ResourceSettings,
-    faults: FaultSettings,
+    work: Callable[[WorkerContext], None],
+    resources: ResourceConfig,
+    fault_tolerance: FaultToleranceConfig,
     name: str,
     storage: Path,
 ) -> Any:
@@ -186,7 +186,9 @@ def _trainer(
         run_member,
         train_loop_config={"work": cloudpickle.dumps(_Work(work))},
         # The others wait for the first worker, who may wait for a disk: for a checkpoint and then for a line.
-        torch_config=TorchConfig(timeout_s=EXCHANGE_S + round(2 * 60 * faults.storage_minutes)),
+        torch_config=TorchConfig(
+            timeout_s=EXCHANGE_S + round(2 * 60 * fault_tolerance.storage_minutes)
+        ),
         scaling_config=train.ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus_per_worker > 0,
@@ -210,10 +212,10 @@ def _trainer(
 class _Work:
     """Work of a member, as a worker calls it."""
 
-    work: Callable[[Member], None]
+    work: Callable[[WorkerContext], None]
 
     def __call__(self, rank: int, world: int, device: str) -> None:
-        self.work(Member(rank, world, device))
+        self.work(WorkerContext(rank, world, device))
 
 
 def kind_of(failure: BaseException) -> Kind:

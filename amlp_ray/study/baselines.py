@@ -8,22 +8,22 @@ from statistics import fmean
 from typing import Any
 
 from amlp_ray.config import (
+    ABLATIONS,
     ABOUT,
-    CONTROLS,
     STEPS,
     VARIANTS,
     Fixed,
-    PretrainSettings,
-    StudySettings,
-    arm_names,
+    PretrainConfig,
+    StudyConfig,
+    baseline_names,
 )
 from amlp_ray.config.base import build
 from amlp_ray.config.overrides import merged, nested
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.errors import SettingsError
+from amlp_ray.errors import ConfigError
 from amlp_ray.study.rungs import schedule, with_schedule
 
-BySeed = Callable[[int], PretrainSettings]
+BySeed = Callable[[int], PretrainConfig]
 
 
 METHOD = (
@@ -32,117 +32,117 @@ METHOD = (
     "ratio",
     "selection",
     "loss",
-)  # what makes an arm; the rest is the study's
+)  # what makes a baseline; the rest is the study's
 
 
 @dataclass(frozen=True)
-class ArmPlan:
+class BaselinePlan:
     """A baseline of a study: what it is, and its settings by seed."""
 
     name: str
     about: str  # a phrase, such as "plain MAE"; empty for settings of one's own
     diagnosis: bool  # uses true masks: shown, and never part of a verdict or a best
-    settings: BySeed
+    config: BySeed
 
 
-def arm_plans(settings: StudySettings) -> list[ArmPlan]:
-    """All arms of a study, in order. Controls change one thing of the study's own `pretrain`.
+def baseline_plans(config: StudyConfig) -> list[BaselinePlan]:
+    """All baselines of a study, in order. Controls change one thing of the study's own `pretrain`.
 
     Raises:
-        SettingsError: naming every arm that cannot be had with the study's model, or means nothing there.
+        ConfigError: naming every baseline that cannot be had with the study's model, or means nothing there.
     """
     plans, faults = [], []
-    for name in arm_names(settings.arms):
+    for name in baseline_names(config.baselines):
         try:
-            plans.append(arm_plan(settings, name))
-        except SettingsError as error:
+            plans.append(baseline_plan(config, name))
+        except ConfigError as error:
             faults.append(str(error))
     if faults:
-        raise SettingsError(" ".join(faults))
+        raise ConfigError(" ".join(faults))
     return plans
 
 
-def arm_plan(settings: StudySettings, name: str, reference: BySeed | None = None) -> ArmPlan:
-    """One arm of a study; `reference` is what a control changes one thing of, the study's own `pretrain` if not given.
+def baseline_plan(config: StudyConfig, name: str, reference: BySeed | None = None) -> BaselinePlan:
+    """One baseline of a study; `reference` is what a control changes one thing of, the study's own `pretrain` if not given.
 
     Raises:
-        SettingsError: as `arm_plans`.
+        ConfigError: as `baseline_plans`.
     """
 
-    def of_seed(seed: int) -> PretrainSettings:
-        if name in CONTROLS:
-            own = own_settings(settings, seed) if reference is None else reference(seed)
-            return controlled(own, name, f"{settings.name}, arm {name}")
-        return with_schedule(arm_settings(settings, name, seed=seed), settings.pruner)
+    def of_seed(seed: int) -> PretrainConfig:
+        if name in ABLATIONS:
+            own = study_config(config, seed) if reference is None else reference(seed)
+            return ablated_config(own, name, f"{config.name}, baseline {name}")
+        return with_schedule(baseline_config(config, name, seed=seed), config.pruner)
 
-    return ArmPlan(name, ABOUT.get(name, ""), of_seed(0).selection.uses_truth, of_seed)
+    return BaselinePlan(name, ABOUT.get(name, ""), of_seed(0).selection.uses_truth, of_seed)
 
 
-def check_arms(settings: StudySettings, dataset: PatchDataset) -> None:
-    """Raise SettingsError for arms that cannot be had, such as an oracle over images without masks.
+def check_baselines(config: StudyConfig, dataset: PatchDataset) -> None:
+    """Raise ConfigError for baselines that cannot be had, such as an oracle over images without masks.
 
     Args:
         dataset: that is trained on.
     """
-    for plan in arm_plans(settings):
+    for plan in baseline_plans(config):
         counts = dataset.manifest.counts["train"]
-        if plan.diagnosis and counts.labelled < counts.images:
-            raise SettingsError(
-                f"{settings.name}: arm {plan.name} aims by true lesions, but {counts.images - counts.labelled} of "
-                f"{counts.images} training images in {dataset.path} have no mask; take it out of arms, or add masks."
+        if plan.diagnosis and counts.labeled < counts.images:
+            raise ConfigError(
+                f"{config.name}: baseline {plan.name} aims by true lesions, but {counts.images - counts.labeled} of "
+                f"{counts.images} training images in {dataset.path} have no mask; take it out of baselines, or add masks."
             )
 
 
-def own_settings(settings: StudySettings, seed: int) -> PretrainSettings:
+def study_config(config: StudyConfig, seed: int) -> PretrainConfig:
     """The study's own `pretrain`, with what its space sets for every trial, as a trial would run it."""
-    return with_schedule(settings.trial(_always(settings), seed=seed), settings.pruner)
+    return with_schedule(config.trial(_always(config), seed=seed), config.pruner)
 
 
-def controlled(reference: PretrainSettings, control: str, source: str) -> PretrainSettings:
+def ablated_config(reference: PretrainConfig, control: str, source: str) -> PretrainConfig:
     """`reference` with the one thing changed that a control is about.
 
     Raises:
-        SettingsError: where that changes nothing, so that the control would answer no question.
+        ConfigError: where that changes nothing, so that the control would answer no question.
     """
-    selection, change = reference.selection, CONTROLS[control].change
+    selection, change = reference.selection, ABLATIONS[control].change
     if reference.objective != "reconstruction":
-        raise SettingsError(
+        raise ConfigError(
             f"{source} changes how images are masked, but objective {reference.objective} masks none."
         )
     if control in ("equal-mean", "random-ratio"):
         ratios = schedule(reference)
         mean = round(fmean(ratios), 4)
         if min(ratios) == max(ratios):
-            raise SettingsError(
+            raise ConfigError(
                 f"{source} is about a ratio that changes, but this one is {mean:g} throughout."
             )
         if control == "random-ratio" and reference.ratio.shape == "random":
-            raise SettingsError(f"{source} draws the ratio at random, which is done already.")
+            raise ConfigError(f"{source} draws the ratio at random, which is done already.")
         low, high = (mean, mean) if control == "equal-mean" else (min(ratios), max(ratios))
         change = merged(change, {"ratio": {"start": low, "end": high}})
     if control == "random-cluster" and not (selection.uses_clusters and selection.mode != "parts"):
-        raise SettingsError(
+        raise ConfigError(
             f"{source} is about which cluster is the lesion, but this mask is aimed at none."
         )
     if control == "random-cluster" and selection.rule == "random":
-        raise SettingsError(f"{source} names a cluster at random, which is done already.")
+        raise ConfigError(f"{source} names a cluster at random, which is done already.")
     if control == "oracle" and selection.uses_truth:
-        raise SettingsError(f"{source} aims by true lesions, which is done already.")
-    return build(PretrainSettings, merged(reference.model_dump(), change), source)
+        raise ConfigError(f"{source} aims by true lesions, which is done already.")
+    return build(PretrainConfig, merged(reference.model_dump(), change), source)
 
 
-def arm_settings(settings: StudySettings, arm: str, *, seed: int) -> PretrainSettings:
-    """Settings of an arm that is no control: the study's model, optimiser and length, but the arm's own method.
+def baseline_config(config: StudyConfig, baseline: str, *, seed: int) -> PretrainConfig:
+    """Settings of a baseline that is no control: the study's model, optimiser and length, but the baseline's own method.
 
     What the study fixes of objective, ratio, selection, loss and `model.encode` belongs to the searched method and
     would change what `mae` means.
 
     Raises:
-        SettingsError: where the arm cannot be had with the study's model.
+        ConfigError: where the baseline cannot be had with the study's model.
     """
-    own = arm_names(settings.arms).get(arm) or STEPS.get(arm) or {}
-    variant = arm if arm in VARIANTS else own.get("variant", "amlp")
-    given = merged(settings.pretrain, nested(_always(settings)))
+    own = baseline_names(config.baselines).get(baseline) or STEPS.get(baseline) or {}
+    variant = baseline if baseline in VARIANTS else own.get("variant", "amlp")
+    given = merged(config.pretrain, nested(_always(config)))
     shared = {key: value for key, value in given.items() if key not in METHOD}
     if isinstance(model := shared.get("model"), Mapping):
         # SimMIM's linear head is its method; the others need a decoder, as deep as the study says.
@@ -152,15 +152,15 @@ def arm_settings(settings: StudySettings, arm: str, *, seed: int) -> PretrainSet
             else ("encode",)
         )
         shared["model"] = {key: value for key, value in model.items() if key not in dropped}
-    if arm == "scratch":  # a random encoder, also where all others start from weights
+    if baseline == "scratch":  # a random encoder, also where all others start from weights
         shared.pop("weights", None)
     values = merged(shared, own) | {"variant": variant, "seed": seed}
-    return build(PretrainSettings, values, f"{settings.name}, arm {arm}")
+    return build(PretrainConfig, values, f"{config.name}, baseline {baseline}")
 
 
-def _always(settings: StudySettings) -> dict[str, Any]:
+def _always(config: StudyConfig) -> dict[str, Any]:
     """What the space sets and does not search, by dotted name."""
-    space = {} if isinstance(settings.space, str) else settings.space
+    space = {} if isinstance(config.space, str) else config.space
     return {
         name: fixed.value
         for name, fixed in space.items()

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial
 
-from amlp_ray.config import StudySettings
+from amlp_ray.config import StudyConfig
 from amlp_ray.config.overrides import merged
 from amlp_ray.config.yaml_file import read_yaml, write_yaml
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.path import Place
+from amlp_ray.data.path import DataPath
 from amlp_ray.errors import StudyError
 from amlp_ray.study.operations import change_space, edit, status, transfer, trials
 from amlp_ray.study.search_space.validate import build_study
@@ -23,7 +23,7 @@ from amlp_ray.study.storage.study_store import Request, StudyStore
 if TYPE_CHECKING:
     import pandas as pd
 
-    from amlp_ray.study.execution.driver import Outcome
+    from amlp_ray.study.execution.driver import StopReason
     from amlp_ray.study.execution.plan import Plan
     from amlp_ray.study.execution.trial_queue import Phase
     from amlp_ray.study.report import Importance
@@ -39,10 +39,10 @@ class Study:
     >>> study.best_trial.params  # doctest: +SKIP
     """
 
-    def __init__(self, settings: StudySettings, store: StudyStore) -> None:
-        self.settings = settings
+    def __init__(self, config: StudyConfig, store: StudyStore) -> None:
+        self.config = config
         self.store = store
-        self.outcome: Outcome | None = None  # of the last run
+        self.outcome: StopReason | None = None  # of the last run
 
     @classmethod
     def load(
@@ -50,7 +50,7 @@ class Study:
         file: str | Path,
         *,
         data: str | Path | None = None,
-        labels: str | Path | None = None,
+        eval_data: str | Path | None = None,
         runs: str | Path = "runs",
         overrides: dict[str, Any] | None = None,
     ) -> Study:
@@ -65,13 +65,13 @@ class Study:
             overrides: settings by nested names, such as `{"budget": {"trials": 4}}`.
 
         Raises:
-            SettingsError: with every fault of the file, by line. StudyError: no data set is named.
+            ConfigError: with every fault of the file, by line. StudyError: no data set is named.
         """
         values = read_yaml(file)
         build_study(values, str(file))  # so that a fault of the file is told as the file's
         given = {
             name: str(place)
-            for name, place in (("data", data), ("labels", labels))
+            for name, place in (("data", data), ("eval_data", eval_data))
             if place is not None
         }
         return cls._of(
@@ -79,7 +79,7 @@ class Study:
         )
 
     @classmethod
-    def create(cls, *, runs: str | Path = "runs", **settings: Any) -> Study:
+    def create(cls, *, runs: str | Path = "runs", **config: Any) -> Study:
         """Make a study from Python, in the words of the YAML file; nothing is written before `run`.
 
         `space` maps names to `Range`, `Choice`, `Fixed`, `Derived` or plain mappings, or is a function of an Optuna
@@ -90,46 +90,46 @@ class Study:
 
         Raises: as `load`.
         """
-        return cls._of(settings, "Study.create", runs, of="Study.create")
+        return cls._of(config, "Study.create", runs, of="Study.create")
 
     @classmethod
     def _of(cls, values: Mapping[str, Any], source: str, runs: str | Path, *, of: str) -> Study:
-        settings = build_study(values, source)
-        if settings.data is None:
+        config = build_study(values, source)
+        if config.data is None:
             raise StudyError(f"{of} names no data set; give one with --data or the key data.")
         named = {
             name: path
-            for name in ("data", "labels")
-            if (path := getattr(settings, name)) is not None
+            for name in ("data", "eval_data")
+            if (path := getattr(config, name)) is not None
         }
-        settings = settings.model_copy(
-            update={name: str(Place(path)) for name, path in named.items()}
+        config = config.model_copy(
+            update={name: str(DataPath(path)) for name, path in named.items()}
         )
-        return cls(settings, StudyStore(Path(runs) / settings.name))
+        return cls(config, StudyStore(Path(runs) / config.name))
 
     @classmethod
     def open(cls, name: str, *, runs: str | Path = "runs") -> Study:
         """Open a study that was run before, to look at it or go on. Raises StudyError where there is none."""
         store = StudyStore.open(Path(runs) / name)
-        return cls(store.settings(), store)
+        return cls(store.config(), store)
 
     @cached_property
     def dataset(self) -> PatchDataset:
-        assert self.settings.data is not None
-        return PatchDataset.open(self.settings.data)
+        assert self.config.data is not None
+        return PatchDataset.open(self.config.data)
 
     @cached_property
-    def labels(self) -> PatchDataset | None:
+    def eval_data(self) -> PatchDataset | None:
         """The data set of labelled images, where it is one apart."""
-        return None if self.settings.labels is None else PatchDataset.open(self.settings.labels)
+        return None if self.config.eval_data is None else PatchDataset.open(self.config.eval_data)
 
     # Before
 
     def validate(self) -> None:
-        """Raise SettingsError or DataError for what would fail only after hours."""
+        """Raise ConfigError or DataError for what would fail only after hours."""
         from amlp_ray.study.execution.plan import check_study
 
-        check_study(self.settings, self.dataset, self.labels)
+        check_study(self.config, self.dataset, self.eval_data)
 
     def plan(self, address: str | None = None) -> Plan:
         """Check and price the study, for this machine or for the cluster at `address`; nothing is run."""
@@ -139,11 +139,11 @@ class Study:
 
         if address is None:
             return make_plan(
-                self.settings, self.dataset, machine_resources(), self.labels, self.store
+                self.config, self.dataset, machine_resources(), self.eval_data, self.store
             )
         with ray_session(address):
             return make_plan(
-                self.settings, self.dataset, cluster_resources(), self.labels, self.store
+                self.config, self.dataset, cluster_resources(), self.eval_data, self.store
             )
 
     def dry_run(self, address: str | None = None) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class Study:
 
         self.validate()
         with ray_session(address):
-            return dry_run(self.settings, self.dataset, self.labels)
+            return dry_run(self.config, self.dataset, self.eval_data)
 
     # Running
 
@@ -176,24 +176,28 @@ class Study:
     resume = run
 
     def confirm(self, address: str | None = None, *, notify: Notify = print) -> Study:
-        """Train the best trials and every arm again over several seeds, by both protocols, and open the test images.
+        """Train the best trials and every baseline again over several seeds, by both protocols, and open the test images.
 
         They are opened once, when all runs are finished; a second call shows what was found then.
 
         Raises: as `run`, and StudyError where no trial is complete.
         """
-        from amlp_ray.study.confirmation.confirm import confirmation_notes, open_test, opened
+        from amlp_ray.study.confirmation.confirm import (
+            confirmation_notes,
+            find_test_unlock,
+            open_test,
+        )
 
-        if opened(self.store):  # more runs could never be scored on the test images
+        if find_test_unlock(self.store):  # more runs could never be scored on the test images
             self.outcome = "done"
         else:
             for note in confirmation_notes(
-                self.store, self.settings
+                self.store, self.config
             ):  # raises where there is nothing to confirm
                 notify(f"note: {note}")
             self._run("confirm", address, notify)
         if self.outcome == "done":
-            open_test(self.store, self.settings, self.labels or self.dataset, notify=notify)
+            open_test(self.store, self.config, self.eval_data or self.dataset, notify=notify)
         return self
 
     def _run(self, phase: Phase, address: str | None, notify: Notify) -> Study:
@@ -213,49 +217,49 @@ class Study:
             with_budget,
         )
 
-        check_unchanged(self.settings, self.store, self.dataset, self.labels)
+        check_unchanged(self.config, self.store, self.dataset, self.eval_data)
         if (self.store.folder / "run.lock").is_file() and (holder := self.store.holder()):
             raise StudyError(
-                f"Study {self.settings.name!r} is already run by {holder}; wait for it, or end it."
+                f"Study {self.config.name!r} is already run by {holder}; wait for it, or end it."
             )
         self.validate()
         if address is None:
             jobs_side_by_side(
-                self.settings.resources, machine_resources()
+                self.config.resources, machine_resources()
             )  # refuse before a cluster is started
         self.store.folder.mkdir(parents=True, exist_ok=True)
         if not (self.store.folder / "study.yaml").is_file():
-            write_yaml(self.settings, self.store.folder / "study.yaml")
+            write_yaml(self.config, self.store.folder / "study.yaml")
         log = EventLog(self.store.folder, notify)
-        self.store.storage(patience=self.settings.faults.storage_minutes * 60, notify=log)
+        self.store.storage(patience=self.config.fault_tolerance.storage_minutes * 60, notify=log)
         with self.store.lock(counted=phase == "search") as lease, swept():
-            check_unchanged(self.settings, self.store, self.dataset, self.labels)
-            self.settings = with_budget(self.settings, self.store, log)
-            write_yaml(self.settings, self.store.folder / "study.yaml")
+            check_unchanged(self.config, self.store, self.dataset, self.eval_data)
+            self.config = with_budget(self.config, self.store, log)
+            write_yaml(self.config, self.store.folder / "study.yaml")
             self.store.search().set_user_attr("request", None)
             with ray_session(address) as session:
                 cluster = cluster_resources()
-                side_by_side = jobs_side_by_side(self.settings.resources, cluster)
-                note_environment(self.settings, self.store, cluster, self.dataset, self.labels)
+                side_by_side = jobs_side_by_side(self.config.resources, cluster)
+                note_environment(self.config, self.store, cluster, self.dataset, self.eval_data)
                 log(
-                    f"study {self.settings.name}: {side_by_side} trials side by side, folder {self.store.folder}"
+                    f"study {self.config.name}: {side_by_side} trials side by side, folder {self.store.folder}"
                 )
                 if phase == "search":
-                    note_pruning(self.settings, self.dataset.count("train"), log)
+                    note_pruning(self.config, self.dataset.count("train"), log)
                 if session.dashboard:
                     log(f"Ray dashboard: {session.dashboard}")
                 self.outcome = run_on_tune(
                     self.store,
-                    self.settings,
+                    self.config,
                     lease,
                     log,
                     data=self.dataset.path,
-                    labels=None if self.labels is None else self.labels.path,
+                    eval_data=None if self.eval_data is None else self.eval_data.path,
                     images=self.dataset.count("train"),
                     side_by_side=side_by_side,
                     phase=phase,
                 )
-                log(_OUTCOMES[self.outcome].format(name=self.settings.name))
+                log(_OUTCOMES[self.outcome].format(name=self.config.name))
         return self
 
     # Steering, from any process that sees the study
@@ -278,9 +282,7 @@ class Study:
 
     def extend(self, **amounts: Any) -> Study:
         """Change the budget, such as `trials="+10"` or `hours=8`; see `edit.extend`."""
-        self.settings = self.settings.model_copy(
-            update={"budget": edit.extend(self.store, **amounts)}
-        )
+        self.config = self.config.model_copy(update={"budget": edit.extend(self.store, **amounts)})
         return self
 
     def change_space(
@@ -289,26 +291,26 @@ class Study:
         """Go on with the space of another study file; see `migrate.migrate`."""
         new = build_study(read_yaml(file), str(file))
         migration = change_space.migrate(self.store, new, change or change_space.Change())
-        self.settings = self.store.settings()
+        self.config = self.store.config()
         return migration
 
     def enqueue(self, values: Mapping[str, Any]) -> int:
         """Ask for a trial with these values; what they leave open is sampled. Returns its number."""
-        return edit.enqueue(self.store, self.settings, values)
+        return edit.enqueue(self.store, self.config, values)
 
     def retry(self, number: int) -> int:
         """Ask for a trial's settings again, with another seed. Returns the number of the new trial."""
-        return edit.retry(self.store, self.settings, number)
+        return edit.retry(self.store, self.config, number)
 
     def replay(self, number: int, **where: Any) -> dict[str, Any]:
         """Train a trial again in another folder and compare every rung's score; see `replay.replay`."""
         from amlp_ray.study.operations.replay import replay
 
-        return replay(self.store, self.settings, number, **where)
+        return replay(self.store, self.config, number, **where)
 
     def import_(self, source: str | Path) -> transfer.Imported:
         """Take trials of a CSV file or another study as prior knowledge; see `exchange.import_trials`."""
-        return transfer.import_trials(self.store, self.settings, source)
+        return transfer.import_trials(self.store, self.config, source)
 
     def delete(self) -> None:
         """Delete the folder and what a database holds of the study. Raises StudyError while it is run."""
@@ -319,16 +321,16 @@ class Study:
     @property
     def best_trial(self) -> FrozenTrial:
         """The best COMPLETE trial of the search by the study's metric. Raises StudyError where there is none."""
-        return best_trials.best_trial(self.store, self.settings)
+        return best_trials.best_trial(self.store, self.config)
 
     @property
     def best_trials(self) -> list[FrozenTrial]:
         """The Pareto front of several objectives; of one, the best trial."""
-        return best_trials.front(self.store.search().get_trials(deepcopy=False), self.settings)
+        return best_trials.front(self.store.search().get_trials(deepcopy=False), self.config)
 
     def trials(self) -> list[dict[str, Any]]:
-        """All trials as plain rows, arms and confirmation after the search."""
-        return trials.trial_rows(self.store, self.settings)
+        """All trials as plain rows, baselines and confirmation after the search."""
+        return trials.trial_rows(self.store, self.config)
 
     def trials_dataframe(self) -> pd.DataFrame:
         """All trials: kind, number, state, scores, what they took, and one column per searched setting."""
@@ -341,7 +343,7 @@ class Study:
         return trials.trial_facts(self.store, number)
 
     def status(self) -> dict[str, Any]:
-        """Who runs the study, trials by state, budget used and allowed, best, arms, confirmation."""
+        """Who runs the study, trials by state, budget used and allowed, best, baselines, confirmation."""
         return status.status(self.store)
 
     def importance(self) -> dict[str, Importance]:
@@ -357,7 +359,7 @@ class Study:
         return confirmation_in_words(self.store)
 
     def compare(self, *others: Study) -> dict[str, Any]:
-        """This study beside others: bests, arms, settings that differ, trials in common."""
+        """This study beside others: bests, baselines, settings that differ, trials in common."""
         from amlp_ray.study.operations.compare import compare
 
         return compare([self.store, *(other.store for other in others)])

@@ -8,35 +8,35 @@ from typing import Any
 from pydantic import BaseModel
 
 from amlp_ray.config import (
-    FaultSettings,
-    PretrainSettings,
-    ProbeSettings,
-    ResourceSettings,
-    SegmentSettings,
-    TrackingSettings,
+    FaultToleranceConfig,
+    PretrainConfig,
+    ProbeConfig,
+    ResourceConfig,
+    SegmentConfig,
+    TrackingConfig,
 )
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a trial is told. `kind` is `search`, `arm` or `confirm`; `number` is Optuna's, within that kind."""
+class TrialSpec:
+    """What a trial is told. `kind` is `search`, `baseline` or `confirm`; `number` is Optuna's, within that kind."""
 
     study: str
     kind: str
     number: int
-    label: str  # a short name: `trial 7`, `arm mae-0`, `confirm trial-7-2`
+    label: str  # a short name: `trial 7`, `baseline mae-0`, `confirm trial-7-2`
     folder: str
     data: str
-    settings: PretrainSettings
-    probe: ProbeSettings
-    resources: ResourceSettings
+    config: PretrainConfig
+    probe: ProbeConfig
+    resources: ResourceConfig
     rungs: tuple[int, ...]
-    labels: str | None = None  # where they are a data set apart
+    eval_data: str | None = None  # where they are a data set apart
     until: int | None = None  # of a segment of population-based training: the epoch it ends after
     fork: str | None = None  # the folder whose checkpoint it begins with
-    faults: FaultSettings = field(default_factory=FaultSettings)
-    tracking: TrackingSettings = field(default_factory=TrackingSettings)
-    finetune: SegmentSettings | None = None  # of a confirmation: the second protocol
+    fault_tolerance: FaultToleranceConfig = field(default_factory=FaultToleranceConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    finetune: SegmentConfig | None = None  # of a confirmation: the second protocol
 
     @property
     def gpus(self) -> float:
@@ -51,7 +51,7 @@ class Task:
         }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Task:
+    def from_config(cls, config: dict[str, Any]) -> TrialSpec:
         models = {
             name: config[name] and model.model_validate(config[name])
             for name, model in _MODELS.items()
@@ -60,10 +60,10 @@ class Task:
 
 
 _MODELS: dict[str, type[BaseModel]] = {
-    "settings": PretrainSettings,
-    "probe": ProbeSettings,
-    "resources": ResourceSettings,
-    "faults": FaultSettings,
-    "tracking": TrackingSettings,
-    "finetune": SegmentSettings,
+    "config": PretrainConfig,
+    "probe": ProbeConfig,
+    "resources": ResourceConfig,
+    "fault_tolerance": FaultToleranceConfig,
+    "tracking": TrackingConfig,
+    "finetune": SegmentConfig,
 }

@@ -12,14 +12,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from amlp_ray.config import PretrainSettings
+from amlp_ray.config import PretrainConfig
 from amlp_ray.data.loading.batches import Batch
-from amlp_ray.errors import SettingsError
-from amlp_ray.method.augment import normalise
+from amlp_ray.errors import ConfigError
+from amlp_ray.method.augment import normalize
 from amlp_ray.method.autoencoder import MaskedAutoencoder
 from amlp_ray.method.ema_teacher import move_teacher
 from amlp_ray.method.losses import pretraining_loss
-from amlp_ray.method.masking import Masking, Moment
+from amlp_ray.method.masking import Masking, TrainingStep
 from amlp_ray.method.masking_ratio import masked_count
 from amlp_ray.method.patch_selection import Selection, selection_statistics
 from amlp_ray.method.patches import gather
@@ -33,7 +33,7 @@ MAX_SHAPES = 8  # torch.compile gives up on a model after as many
 Values = dict[str, Tensor]
 
 
-class Step(Protocol):
+class Objective(Protocol):
     """Yields the loss of each piece of a batch and what is worth knowing of it, as scalars, and how many images it has.
 
     `loss` carries the gradient, which the caller takes before it asks for the next piece: then only one piece's
@@ -41,7 +41,7 @@ class Step(Protocol):
     """
 
     def __call__(
-        self, network: nn.Module, batch: Batch, now: Moment, device: str, pieces: int = 1
+        self, network: nn.Module, batch: Batch, now: TrainingStep, device: str, pieces: int = 1
     ) -> Iterator[tuple[Values, int]]: ...
 
     def begin_epoch(self, epoch: int, steps: int) -> None:
@@ -49,51 +49,55 @@ class Step(Protocol):
         ...
 
 
-def step_of(model: Model, settings: PretrainSettings, truth: Mapping[int, Tensor] | None) -> Step:
+def make_objective(
+    model: Model, config: PretrainConfig, truth: Mapping[int, Tensor] | None
+) -> Objective:
     if isinstance(model, SimSiam):
-        return SiameseStep(model, settings)
-    return ReconstructionStep(Masking(model, settings, truth))
+        return SimSiamObjective(model, config)
+    return ReconstructionObjective(Masking(model, config, truth))
 
 
-class ReconstructionStep:
+class ReconstructionObjective:
     """Masked image modelling: crop, mask, reconstruct."""
 
     def __init__(self, masking: Masking) -> None:
-        self.masking, self.settings = masking, masking.settings
+        self.masking, self.config = masking, masking.config
 
     def begin_epoch(self, epoch: int, steps: int) -> None:
         """Let the teacher catch up where whole images are about to be looked at."""
-        if epoch == 1 and self.settings.compile:
+        if epoch == 1 and self.config.compile:
             self._check_shapes(steps)
-        if epoch > 1 and self.masking.epoch_of_look(epoch) == epoch:
-            before, now = (self.masking.epoch_of_look(epoch - 1) - 1) * steps, (epoch - 1) * steps
-            move_teacher(self.masking.model, self.settings.ema, before=before, now=now)
+        if epoch > 1 and self.masking.analysis_epoch(epoch) == epoch:
+            before, now = (self.masking.analysis_epoch(epoch - 1) - 1) * steps, (epoch - 1) * steps
+            move_teacher(self.masking.model, self.config.teacher_momentum, before=before, now=now)
 
     def _check_shapes(self, steps: int) -> None:
         patches = math.prod(self.masking.model.grid)
         moments = [
-            Moment(e, i, steps) for e in range(1, self.settings.epochs + 1) for i in range(steps)
+            TrainingStep(e, i, steps)
+            for e in range(1, self.config.epochs + 1)
+            for i in range(steps)
         ]
         ratios = {
             self.masking.ratio(now)
-            for now in (moments if self.settings.ratio.per == "step" else moments[::steps])
+            for now in (moments if self.config.ratio.update_per == "step" else moments[::steps])
         }
-        counts = {masked_count(ratio, patches, self.settings.ratio.quantum) for ratio in ratios}
+        counts = {masked_count(ratio, patches, self.config.ratio.round_to) for ratio in ratios}
         if len(counts) > MAX_SHAPES:
             enough = math.ceil(
                 (max(counts) - min(counts)) / (MAX_SHAPES - 2)
             )  # rounding adds one at either end
-            raise SettingsError(
+            raise ConfigError(
                 f"compile meets {len(counts)} numbers of masked patches, of which torch keeps {MAX_SHAPES}; "
-                f"set ratio.quantum to {enough} or more."
+                f"set ratio.round_to to {enough} or more."
             )
 
     def __call__(
-        self, network: nn.Module, batch: Batch, now: Moment, device: str, pieces: int = 1
+        self, network: nn.Module, batch: Batch, now: TrainingStep, device: str, pieces: int = 1
     ) -> Iterator[tuple[Values, int]]:
         spec = self.masking.model.spec
         keys = batch.keys.to(device, non_blocking=True)
-        images = normalise(batch.images.to(device, non_blocking=True), spec)
+        images = normalize(batch.images.to(device, non_blocking=True), spec)
         patches, chosen = self.masking.augmented(images, keys, batch.keys, now)
         for rows in pieces_of(len(patches), pieces):
             yield (
@@ -102,18 +106,18 @@ class ReconstructionStep:
             )
 
     def _of(
-        self, network: nn.Module, patches: Tensor, chosen: Selection, now: Moment, device: str
+        self, network: nn.Module, patches: Tensor, chosen: Selection, now: TrainingStep, device: str
     ) -> Values:
-        settings = self.settings
-        with autocast(settings, device):
+        config = self.config
+        with autocast(config, device):
             prediction = network(patches, chosen.visible, chosen.masked)
         losses = pretraining_loss(
             prediction,
             gather(patches, chosen.masked),
             gather(chosen.lesion, chosen.masked),
             gather(chosen.tissue, chosen.masked),
-            settings.loss,
-            warming_up=now.epoch <= settings.loss.warmup * settings.epochs,
+            config.loss,
+            warming_up=now.epoch <= config.loss.warmup * config.epochs,
         )
         return {
             "loss": losses.total,
@@ -129,22 +133,22 @@ class ReconstructionStep:
         }
 
 
-class SiameseStep:
+class SimSiamObjective:
     """SimSiam: two crops of each image."""
 
-    def __init__(self, model: SimSiam, settings: PretrainSettings) -> None:
-        self.model, self.settings = model, settings
+    def __init__(self, model: SimSiam, config: PretrainConfig) -> None:
+        self.model, self.config = model, config
 
     def begin_epoch(self, epoch: int, steps: int) -> None:
         """Nothing to do: there is no mask to aim."""
 
     def __call__(
-        self, network: nn.Module, batch: Batch, now: Moment, device: str, pieces: int = 1
+        self, network: nn.Module, batch: Batch, now: TrainingStep, device: str, pieces: int = 1
     ) -> Iterator[tuple[Values, int]]:
         keys = batch.keys.to(device, non_blocking=True)
-        images = normalise(batch.images.to(device, non_blocking=True), self.model.spec)
-        one, other = two_views(images, keys, self.settings, self.model.patch_size, now.epoch)
-        with autocast(self.settings, device):
+        images = normalize(batch.images.to(device, non_blocking=True), self.model.spec)
+        one, other = two_views(images, keys, self.config, self.model.patch_size, now.epoch)
+        with autocast(self.config, device):
             loss, spread = network(one, other)
         yield {"loss": loss, "spread": spread, "ratio": torch.zeros_like(spread)}, len(keys)
 

@@ -18,22 +18,22 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from amlp_ray.config import FaultSettings, PretrainSettings, ResourceSettings
+from amlp_ray.config import FaultToleranceConfig, PretrainConfig, ResourceConfig
 from amlp_ray.data.loading.batches import Batch, Batches
 from amlp_ray.data.loading.prefetch import prefetched
-from amlp_ray.errors import CheckpointError, NonFiniteLossError, SettingsError
-from amlp_ray.method.masking import Moment
+from amlp_ray.errors import CheckpointError, ConfigError, NonFiniteLossError
+from amlp_ray.method.masking import TrainingStep
 from amlp_ray.training.checkpoint.export import ENCODER, export_encoder, is_encoder
-from amlp_ray.training.checkpoint.manager import Keeper, checkpoints
+from amlp_ray.training.checkpoint.manager import CheckpointManager, checkpoints
 from amlp_ray.training.checkpoint.restore import state_to_keep
 from amlp_ray.training.loggers.metrics_file import Metrics, append_row, drop_after
-from amlp_ray.training.loggers.mfu import Meter
+from amlp_ray.training.loggers.mfu import MfuMeter
 from amlp_ray.training.lr_schedule import learning_rate
-from amlp_ray.training.objectives import Model, Step, Values, step_of
-from amlp_ray.training.train_state import Learner
+from amlp_ray.training.objectives import Model, Objective, Values, make_objective
+from amlp_ray.training.train_state import TrainState
 from amlp_ray.utils import distributed
 from amlp_ray.utils.event_log import EventLog, read_events
-from amlp_ray.utils.retry import Patience
+from amlp_ray.utils.retry import RetryPolicy
 
 
 @dataclass
@@ -65,7 +65,7 @@ class PretrainResult:
 
 
 def pretrain(
-    settings: PretrainSettings,
+    config: PretrainConfig,
     batches: Batches,
     folder: Path,
     *,
@@ -73,8 +73,8 @@ def pretrain(
     device: str = "cpu",
     truth: Mapping[int, Tensor] | None = None,
     until: int | None = None,
-    resources: ResourceSettings | None = None,
-    faults: FaultSettings | None = None,
+    resources: ResourceConfig | None = None,
+    fault_tolerance: FaultToleranceConfig | None = None,
 ) -> PretrainResult:
     """Pretrain, or go on from the folder's latest checkpoint. A resumed run equals an uninterrupted one.
 
@@ -93,72 +93,74 @@ def pretrain(
         NonFiniteLossError: naming epoch, step and the part of the loss.
         CheckpointError: where the folder holds a checkpoint of other settings, or of a later epoch than `until`, or
             none that is whole.
-        SettingsError: where `until` is no epoch of the run, or the settings do not fit the images.
-        StorageError: the folder took no checkpoint for `faults.storage_minutes`.
+        ConfigError: where `until` is no epoch of the run, or the settings do not fit the images.
+        StorageError: the folder took no checkpoint for `fault_tolerance.storage_minutes`.
     """
-    settings.check_image(batches.spec)
-    last = settings.epochs if until is None else until
-    if not 1 <= last <= settings.epochs:
-        raise SettingsError(
-            f"until {last} is no epoch of a run of epochs={settings.epochs}; give 1 to that many."
+    config.check_image(batches.spec)
+    last = config.epochs if until is None else until
+    if not 1 <= last <= config.epochs:
+        raise ConfigError(
+            f"until {last} is no epoch of a run of epochs={config.epochs}; give 1 to that many."
         )
-    hooks, resources, faults = (
+    hooks, resources, fault_tolerance = (
         hooks or Hooks(),
-        resources or ResourceSettings(),
-        faults or FaultSettings(),
+        resources or ResourceConfig(),
+        fault_tolerance or FaultToleranceConfig(),
     )
     first = distributed.rank() == 0
     events = EventLog(folder, aloud=distributed.world_size() == 1)
     resumes = bool(checkpoints(folder))
-    learner = Learner(settings, batches.spec, device, sharding=resources.sharding, resumes=resumes)
-    done = learner.go_on(folder, events)
+    train_state = TrainState(
+        config, batches.spec, device, sharding=resources.sharding, resumes=resumes
+    )
+    done = train_state.resume(folder, events)
     if done > last:
         raise CheckpointError(
             f"{folder} is at epoch {done} already, beyond until={last}; choose another folder."
         )
-    if first and learner.started_from:
-        events.note("weights", learner.started_from)
+    if first and train_state.started_from:
+        events.note("weights", train_state.started_from)
     metrics = _begin(folder, events, done, last) if first else {}
-    network = distributed.as_network(learner.model)
-    if settings.compile:
+    network = distributed.wrap_ddp(train_state.model)
+    if config.compile:
         network = cast(nn.Module, torch.compile(network, dynamic=False))
-    objective = step_of(learner.model, settings, truth)
-    meter = Meter(settings, batches.spec, device) if first else None
-    patience = Patience.of(folder, faults, events)
-    keeper = Keeper(folder, patience, keep=faults.checkpoints)
+    objective = make_objective(train_state.model, config, truth)
+    mfu_meter = MfuMeter(config, batches.spec, device) if first else None
+    patience = RetryPolicy.of(folder, fault_tolerance, events)
+    checkpoint_manager = CheckpointManager(folder, patience, keep=fault_tolerance.checkpoints)
 
     stopped, finished = False, done == last
     try:
         for epoch in range(done + 1, last + 1):
             metrics = train_epoch(
-                network, learner, objective, batches, epoch, micro_batch=resources.micro_batch
+                network, train_state, objective, batches, epoch, micro_batch=resources.micro_batch
             )
-            state = learner.refresh()
-            if meter is not None:  # the first worker's
-                metrics |= meter.of(metrics) | _evaluated(hooks, learner.whole, epoch)
+            state = train_state.gather_state()
+            if mfu_meter is not None:  # the first worker's
+                metrics |= mfu_meter.of(metrics) | _evaluated(hooks, train_state.eval_model, epoch)
                 # The last checkpoint is safe before a line follows it: a kill repeats one ended epoch at most, and
                 # rewrites its line; none is missing.
-                keeper.wait()
+                checkpoint_manager.wait()
                 patience(
                     partial(append_row, folder / "metrics.jsonl", metrics),
                     f"the line of epoch {epoch}",
                 )
-                keeper.save(state_to_keep(state, epoch, settings), epoch)
+                checkpoint_manager.save(state_to_keep(state, epoch, config), epoch)
                 hooks.report(metrics)
             done = epoch
-            if distributed.told_by_first(int(first and hooks.should_stop()), device):
+            if distributed.broadcast_from_rank0(int(first and hooks.should_stop()), device):
                 stopped = epoch < last
                 break
-        keeper.wait()
+        checkpoint_manager.wait()
         encoder = folder / ENCODER
         if first and not (finished and is_encoder(encoder)):
             export = partial(
-                export_encoder, learner.whole.encoder, encoder, settings.model, batches.spec
+                export_encoder, train_state.eval_model.encoder, encoder, config.model, batches.spec
             )
             patience(export, encoder.name)
     finally:
-        keeper.close()
-    return PretrainResult(done, stopped, metrics, learner.whole.eval(), encoder)
+        checkpoint_manager.close()
+    return PretrainResult(done, stopped, metrics, train_state.eval_model.eval(), encoder)
 
 
 def _begin(folder: Path, events: EventLog, done: int, last: int) -> Metrics:
@@ -182,8 +184,8 @@ def _begin(folder: Path, events: EventLog, done: int, last: int) -> Metrics:
 
 def train_epoch(
     network: nn.Module,
-    learner: Learner,
-    objective: Step,
+    train_state: TrainState,
+    objective: Objective,
     batches: Batches,
     epoch: int,
     *,
@@ -194,7 +196,7 @@ def train_epoch(
     Args:
         micro_batch: images that are held at once; their gradients are added up to those of the batch.
     """
-    settings, device, steps = learner.settings, learner.device, batches.steps_per_epoch
+    config, device, steps = train_state.config, train_state.device, batches.steps_per_epoch
     rows: list[Tensor] = []
     waited, started = 0.0, time.perf_counter()
     objective.begin_epoch(epoch, steps)
@@ -204,23 +206,28 @@ def train_epoch(
             batch = next(source)
             waited += time.perf_counter() - asked
 
-            lr = learning_rate(settings, (epoch - 1) * steps + step, settings.epochs * steps)
-            for group in learner.optimizer.param_groups:
+            lr = learning_rate(config, (epoch - 1) * steps + step, config.epochs * steps)
+            for group in train_state.optimizer.param_groups:
                 group["lr"] = lr
             values = take_gradient(
-                network, learner, objective, batch, Moment(epoch, step, steps), micro_batch
+                network,
+                train_state,
+                objective,
+                batch,
+                TrainingStep(epoch, step, steps),
+                micro_batch,
             )
             rows.append(torch.stack([value.float() for value in values.values()]))
             if (
                 device == "cpu"
             ):  # looking costs nothing here; on a GPU it would stall the step: the end looks
-                _check_finite(rows[-1:], list(values), learner, epoch, before=step)
-            learner.step()
+                _check_finite(rows[-1:], list(values), train_state, epoch, before=step)
+            train_state.step()
 
-    _check_finite(rows, list(values), learner, epoch)
+    _check_finite(rows, list(values), train_state, epoch)
     means = distributed.mean_over_workers(_means(rows))
     seconds, world = time.perf_counter() - started, distributed.world_size()
-    speed = settings.batch_size * steps / seconds
+    speed = config.batch_size * steps / seconds
     return {
         "epoch": epoch,
         **dict(zip(values, means.tolist(), strict=True)),
@@ -241,34 +248,34 @@ def _means(rows: list[Tensor]) -> Tensor:
 
 def take_gradient(
     network: nn.Module,
-    learner: Learner,
-    objective: Step,
+    train_state: TrainState,
+    objective: Objective,
     batch: Batch,
-    now: Moment,
+    now: TrainingStep,
     micro_batch: int | None = None,
 ) -> Values:
     """Leave the gradient of the global batch, clipped, in the model, and return what the step knows of this share.
 
     A worker's share counts by its images: shares may differ by one, and the mean over workers is that over the batch.
     """
-    settings, world = learner.settings, distributed.world_size()
+    config, world = train_state.config, distributed.world_size()
     pieces = min(
         len(batch.keys),
-        math.ceil(math.ceil(settings.batch_size / world) / (micro_batch or settings.batch_size)),
+        math.ceil(math.ceil(config.batch_size / world) / (micro_batch or config.batch_size)),
     )
-    learner.optimizer.zero_grad(set_to_none=True)
+    train_state.optimizer.zero_grad(set_to_none=True)
     total: Values = {}
-    parts = objective(network, batch, now, learner.device, pieces)
+    parts = objective(network, batch, now, train_state.device, pieces)
     for piece in range(pieces):
-        with distributed.no_exchange(network, unless=piece == pieces - 1):
+        with distributed.no_grad_sync(network, unless=piece == pieces - 1):
             values, images = next(parts)
-            weight = images * world / settings.batch_size
-            learner.scaler.scale(values["loss"] * weight).backward()
+            weight = images * world / config.batch_size
+            train_state.scaler.scale(values["loss"] * weight).backward()
         for name, value in values.items():
             total[name] = total.get(name, 0) + weight * value.detach()
-    distributed.average_loose_gradients(learner.model)
-    learner.scaler.unscale_(learner.optimizer)
-    total["grad_norm"] = distributed.clip_gradients(learner.model, settings.clip_grad)
+    distributed.average_loose_gradients(train_state.model)
+    train_state.scaler.unscale_(train_state.optimizer)
+    total["grad_norm"] = distributed.clip_gradients(train_state.model, config.clip_grad)
     return total
 
 
@@ -281,14 +288,14 @@ def _evaluated(hooks: Hooks, model: Model, epoch: int) -> Metrics:
 
 
 def _check_finite(
-    rows: list[Tensor], names: list[str], learner: Learner, epoch: int, *, before: int = 0
+    rows: list[Tensor], names: list[str], train_state: TrainState, epoch: int, *, before: int = 0
 ) -> None:
     """Raise where a step's figures, one row each, are not finite; `before` steps of the epoch came earlier."""
     finite = torch.stack(rows).isfinite()
     if (
-        learner.scaler.is_enabled()
+        train_state.scaler.is_enabled()
     ):  # gradients overflow while the scale of fp16 is found, and such steps are left out
-        finite[:, names.index("grad_norm")] = learner.scaler.get_scale() >= 1
+        finite[:, names.index("grad_norm")] = train_state.scaler.get_scale() >= 1
     if bool(finite.all()):
         return
     step = int((~finite.all(1)).nonzero()[0])
@@ -298,7 +305,7 @@ def _check_finite(
     ]
     cause = next((name for name in parts if not finite[step, names.index(name)]), "A metric")
     lost = next(
-        (name for name, p in learner.model.named_parameters() if not p.isfinite().all()), None
+        (name for name, p in train_state.model.named_parameters() if not p.isfinite().all()), None
     )
     raise NonFiniteLossError(
         f"{cause} is not finite at epoch {epoch}, step {before + step + 1} ("

@@ -32,7 +32,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def cuts(sharding: str, model: nn.Module, device: str) -> bool:
+def should_shard(sharding: str, model: nn.Module, device: str) -> bool:
     """Whether `resources.sharding` means that this model is cut."""
     if world_size() == 1 or sharding == "ddp":
         return False
@@ -40,20 +40,20 @@ def cuts(sharding: str, model: nn.Module, device: str) -> bool:
     return sharding == "fsdp" or (large and device.startswith("cuda"))
 
 
-def cut_blocks(blocks: Iterable[nn.Module], device: str) -> None:
+def shard_blocks(blocks: Iterable[nn.Module], device: str) -> None:
     """Cut blocks among the workers; each is put together when it runs, and its gradient is cut again."""
     mesh = init_device_mesh(device.partition(":")[0], (world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh)
 
 
-def is_cut(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def as_network(model: nn.Module) -> nn.Module:
+def wrap_ddp(model: nn.Module) -> nn.Module:
     """What a step calls: the model itself, or one that averages gradients over workers."""
-    if world_size() == 1 or is_cut(model):
+    if world_size() == 1 or is_sharded(model):
         return model
     # Buffers are the same on all workers without an exchange: they hold positions, and sums that are shared already.
     with warnings.catch_warnings():
@@ -62,7 +62,7 @@ def as_network(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def no_exchange(network: nn.Module, unless: bool) -> Iterator[None]:
+def no_grad_sync(network: nn.Module, unless: bool) -> Iterator[None]:
     """Backward passes in here only add up gradients, so that those of a batch are exchanged once, with its last."""
     model = getattr(network, "_orig_mod", network)  # of torch.compile, which hides what it compiled
     if isinstance(model, DistributedDataParallel) and not unless:
@@ -77,7 +77,7 @@ def no_exchange(network: nn.Module, unless: bool) -> Iterator[None]:
 
 def average_loose_gradients(model: nn.Module) -> None:
     """Average over workers the gradients that no block's cutting has averaged; after a batch's last backward."""
-    if world_size() == 1 or not is_cut(model):
+    if world_size() == 1 or not is_sharded(model):
         return
     loose = [
         p.grad for p in model.parameters() if p.grad is not None and not isinstance(p.grad, DTensor)
@@ -102,18 +102,18 @@ def clip_gradients(model: nn.Module, largest: float) -> Tensor:
     return total
 
 
-def whole(state: Any) -> Any:
+def gather_state(state: Any) -> Any:
     """Put cut tensors together, in any nesting of mappings and lists; all workers call this together."""
     if isinstance(state, DTensor):
         return state.full_tensor()
     if isinstance(state, dict):
-        return {key: whole(value) for key, value in state.items()}
+        return {key: gather_state(value) for key, value in state.items()}
     if isinstance(state, list | tuple):
-        return type(state)(whole(value) for value in state)
+        return type(state)(gather_state(value) for value in state)
     return state
 
 
-def cut_like(value: Tensor, model_value: Tensor) -> Tensor:
+def shard_like(value: Tensor, model_value: Tensor) -> Tensor:
     """Cut a whole tensor as one of the model is cut."""
     if isinstance(model_value, DTensor):
         return distribute_tensor(
@@ -130,7 +130,7 @@ def mean_over_workers(values: Tensor) -> Tensor:
     return values
 
 
-def told_by_first(value: int, device: str) -> int:
+def broadcast_from_rank0(value: int, device: str) -> int:
     """The first worker's value, on every worker."""
     if world_size() == 1:
         return value

@@ -67,7 +67,7 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     return events
 
 
-class News:
+class EventTail:
     """Says what is noted by the workers of a run, from another process."""
 
     def __init__(self, folder: Path) -> None:

@@ -47,7 +47,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def patiently(
+def retry(
     work: Callable[[], T],
     seconds: float,
     told: Callable[[OSError], None],

@@ -7,34 +7,38 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from amlp_ray.config import FaultSettings
+from amlp_ray.config import FaultToleranceConfig
 from amlp_ray.errors import StorageError
 from amlp_ray.utils.event_log import EventLog
-from amlp_ray.utils.files import patiently
+from amlp_ray.utils.files import retry
 
 T = TypeVar("T")
 
 
-class Patience:
+class RetryPolicy:
     """Writes for the run in `folder`: called with some work, it does that until it is done or patience has run out."""
 
-    def __init__(self, folder: Path, faults: FaultSettings, trouble: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, fault_tolerance: FaultToleranceConfig, trouble: Callable[[str], None]
+    ) -> None:
         """`trouble` is told, in a sentence, of a disk that does not take something."""
-        self.folder, self.faults, self.trouble = folder, faults, trouble
+        self.folder, self.fault_tolerance, self.trouble = folder, fault_tolerance, trouble
         self._ended = threading.Event()
 
     @classmethod
-    def of(cls, folder: Path, faults: FaultSettings, events: EventLog) -> Patience:
+    def of(
+        cls, folder: Path, fault_tolerance: FaultToleranceConfig, events: EventLog
+    ) -> RetryPolicy:
         """One that notes trouble as an event."""
-        return cls(folder, faults, lambda text: events.note("storage", text))
+        return cls(folder, fault_tolerance, lambda text: events.note("storage", text))
 
     def __call__(self, work: Callable[[], T], what: str) -> T:
         """Do `work`, which writes `what`, and return what it returns.
 
         Raises:
-            StorageError: its disk did not take it for `faults.storage_minutes`.
+            StorageError: its disk did not take it for `fault_tolerance.storage_minutes`.
         """
-        minutes = f"{self.faults.storage_minutes:g} minutes"
+        minutes = f"{self.fault_tolerance.storage_minutes:g} minutes"
 
         def told(error: OSError) -> None:
             self.trouble(
@@ -42,7 +46,7 @@ class Patience:
             )
 
         try:
-            return patiently(work, 60 * self.faults.storage_minutes, told, self._ended)
+            return retry(work, 60 * self.fault_tolerance.storage_minutes, told, self._ended)
         except OSError as error:
             raise StorageError(
                 f"{self.folder} took nothing for {minutes}, {what} is not written ({error.strerror or error}); make "

@@ -234,7 +234,7 @@ def test_the_main_job_from_the_command_line(
         "model.decoder_width=16",
         "epochs=2",
     ]
-    assignments = [part for setting in model for part in ("--set", setting)]
+    parse_overrides = [part for setting in model for part in ("--set", setting)]
     code, out, err = run(
         capsys,
         monkeypatch,
@@ -242,7 +242,7 @@ def test_the_main_job_from_the_command_line(
         phantom_dataset.path,
         "--out",
         tmp_path / "pre",
-        *assignments,
+        *parse_overrides,
     )
     assert code == 0, err
     assert "loss" in err, "the progress bar"
@@ -298,7 +298,7 @@ def test_a_segmenter_does_not_overwrite_a_pretraining_run(
     ]
     pre = tmp_path / "pre"
     assert run(capsys, monkeypatch, "pretrain", phantom_dataset.path, "--out", pre, *small)[0] == 0
-    before = (pre / "settings.yaml").read_text()
+    before = (pre / "config.yaml").read_text()
     command = [
         "segment",
         phantom_dataset.path,
@@ -310,9 +310,9 @@ def test_a_segmenter_does_not_overwrite_a_pretraining_run(
     code, _, err = run(capsys, monkeypatch, *command)
     assert code == 2
     assert "holds a pretraining run" in err
-    assert (pre / "settings.yaml").read_text() == before
+    assert (pre / "config.yaml").read_text() == before
     readable = (pre / "encoder.safetensors").stat().st_mode & 0o777
-    assert readable == (pre / "settings.yaml").stat().st_mode & 0o777, (
+    assert readable == (pre / "config.yaml").stat().st_mode & 0o777, (
         "readable for colleagues as any other file"
     )
 

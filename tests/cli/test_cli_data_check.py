@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import typer
+from helpers.datasets import made_dataset
 from PIL import Image
 
 from amlp_ray.cli.data_check import check
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import AmlpError
 
-sys.path.append(str(Path(__file__).parents[1] / "data"))
 
-from made import made_dataset
-
-
-def dataset(folder: Path, *, leak: bool = False, unlabelled: bool = False) -> PatchDataset:
+def dataset(folder: Path, *, leak: bool = False, unlabeled: bool = False) -> PatchDataset:
     """40 images of 64 pixels; the last of test is the first of train if there is to be a leak."""
     rng = np.random.default_rng(0)
     coarse = rng.normal(110, 30, (40, 8, 8)).clip(20, 200).astype(np.uint8)
@@ -31,7 +27,7 @@ def dataset(folder: Path, *, leak: bool = False, unlabelled: bool = False) -> Pa
     mask[20:40, 20:40] = 1
     if leak:
         images[-1] = images[0] // 2 + 60
-    masks = [None if unlabelled else mask] * 40
+    masks = [None if unlabeled else mask] * 40
     return made_dataset(
         folder, images[:, None], masks, split=["train"] * 28 + ["test"] * 12, background=0.0
     )
@@ -71,7 +67,7 @@ def test_a_clean_dataset_and_notes_pass_strict(
     code, out, _ = run(capsys, tmp_path / "d", "--strict")
     assert code == 0
     assert out.startswith("Nothing was found.")
-    dataset(tmp_path / "u", unlabelled=True)
+    dataset(tmp_path / "u", unlabeled=True)
     code, out, _ = run(capsys, tmp_path / "u", "--strict")
     assert code == 0
     assert "Unlabelled images" in out
@@ -79,7 +75,7 @@ def test_a_clean_dataset_and_notes_pass_strict(
 
 def test_json_holds_findings_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset(tmp_path / "d", leak=True)
-    dataset(tmp_path / "u", unlabelled=True)
+    dataset(tmp_path / "u", unlabeled=True)
     code, out, _ = run(
         capsys, tmp_path / "u", "--against", tmp_path / "d", "--json", "--out", tmp_path / "o"
     )
@@ -88,7 +84,7 @@ def test_json_holds_findings_and_files(tmp_path: Path, capsys: pytest.CaptureFix
     assert told["against"] == str(tmp_path / "d")
     assert [f["key"] for f in told["findings"]] == [
         "copies-in-other",
-        "unlabelled",
+        "unlabeled",
         "shared-with-other",
     ]
     assert told["findings"][0]["count"] == 1  # image 0, whose copy is in the other's test

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from amlp_ray.cli import main
-from amlp_ray.config import PretrainSettings
+from amlp_ray.config import PretrainConfig
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.launch.job import Job, run_job
+from amlp_ray.launch.job import RunSpec, run_job
 from amlp_ray.training.pretrain import Hooks
 
 
@@ -18,8 +18,8 @@ def run_folder(phantom_dataset: PatchDataset, tmp_path_factory: pytest.TempPathF
     """A run of two epochs."""
     folder = tmp_path_factory.mktemp("inspected") / "run"
     model = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16}
-    settings = PretrainSettings.model_validate({"epochs": 2, "batch_size": 12, "model": model})
-    run_job(Job(settings, str(phantom_dataset.path), folder), Hooks())
+    config = PretrainConfig.model_validate({"epochs": 2, "batch_size": 12, "model": model})
+    run_job(RunSpec(config, str(phantom_dataset.path), folder), Hooks())
     return folder
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from made import made_dataset
+from helpers.datasets import made_dataset
 
 from amlp_ray.cli import main
 from amlp_ray.data.dataset import PatchDataset
@@ -23,14 +23,14 @@ TINY = {
         "model": {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16},
     },
     "space": {"ratio.start": {"low": 0.2, "high": 0.5}},
-    "probe": {"labels": 8, "subsets": 1, "folds": 2},
-    "arms": [],
+    "probe": {"num_labeled": 8, "subsets": 1, "folds": 2},
+    "baselines": [],
 }
 
 
 @pytest.fixture
-def unlabelled(phantom_dataset: PatchDataset, tmp_path: Path) -> PatchDataset:
-    return made_dataset(tmp_path / "unlabelled", phantom_dataset.load("train").images)
+def unlabeled(phantom_dataset: PatchDataset, tmp_path: Path) -> PatchDataset:
+    return made_dataset(tmp_path / "unlabeled", phantom_dataset.load("train").images)
 
 
 def run(
@@ -50,21 +50,21 @@ def plan(folder: Path, **changes: Any) -> list[object]:
 
 def test_a_study_is_planned_with_the_labels_of_another_set(
     phantom_dataset: PatchDataset,
-    unlabelled: PatchDataset,
+    unlabeled: PatchDataset,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command = plan(tmp_path, data=unlabelled.path)
+    command = plan(tmp_path, data=unlabeled.path)
     code, _, err = run(monkeypatch, capsys, *command)
     assert code == 2
-    assert "name a data set with masks by `labels`" in err
-    code, out, _ = run(monkeypatch, capsys, *command, "--labels", phantom_dataset.path)
+    assert "name a data set with masks by `eval_data`" in err
+    code, out, _ = run(monkeypatch, capsys, *command, "--eval-data", phantom_dataset.path)
     assert code == 0
     assert json.loads(out)["steps_per_trial"] == 3
 
 
-@pytest.mark.parametrize("option", ["--data", "--labels"])
+@pytest.mark.parametrize("option", ["--data", "--eval-data"])
 @pytest.mark.parametrize("path", ["nowhere/at all", "s3x://bucket/set"])
 def test_a_set_that_is_not_there_is_named_as_it_was_given(
     phantom_dataset: PatchDataset,
@@ -93,7 +93,7 @@ def test_labels_of_another_shape_are_refused_in_one_sentence(
         np.zeros((3, 2, 64, 64), np.uint8) + np.arange(3, dtype=np.uint8)[:, None, None, None],
     )
     code, _, err = run(
-        monkeypatch, capsys, *plan(tmp_path, data=phantom_dataset.path), "--labels", other.path
+        monkeypatch, capsys, *plan(tmp_path, data=phantom_dataset.path), "--eval-data", other.path
     )
     assert code == 2
     assert "holds 1x64x64" in err
@@ -119,6 +119,6 @@ def test_a_uri_is_not_taken_for_a_path(
 
 def run_folder(folder: Path) -> Path:
     """As much of a run as is read before its data."""
-    (folder / "settings.yaml").write_text("epochs: 1\n")
+    (folder / "config.yaml").write_text("epochs: 1\n")
     (folder / "data.json").write_text('{"path": "x", "fingerprint": "y"}')
     return folder

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made import made_dataset
+from helpers.datasets import made_dataset
 
 from amlp_ray.analysis.localization_candidates import candidates
 from amlp_ray.cli import main

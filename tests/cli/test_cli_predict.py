@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from amlp_ray.cli import main
-from amlp_ray.config import ImageSpec, ModelSettings, PrepareSettings, SegmentSettings
+from amlp_ray.config import ImageSpec, ModelConfig, PrepareConfig, SegmentConfig
 from amlp_ray.evaluation.segmenter import Segmenter, save_segmenter
 from amlp_ray.method.encoder import new_encoder
 
@@ -22,17 +22,17 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A segmenter of 32 x 32 grey pixels, as it was drawn."""
     folder = tmp_path_factory.mktemp("segmenter")
     torch.manual_seed(1)
-    encoder = ModelSettings(patch_size=8, width=24, depth=1, heads=2, decoder_width=16)
-    settings = SegmentSettings(decoder_width=8)
+    encoder = ModelConfig(patch_size=8, width=24, depth=1, heads=2, decoder_width=16)
+    config = SegmentConfig(decoder_width=8)
     spec = ImageSpec(channels=1, height=32, width=32, mean=(90,), std=(40,))
-    model = Segmenter(new_encoder(encoder, spec), spec, settings)
+    model = Segmenter(new_encoder(encoder, spec), spec, config)
     save_segmenter(
         model,
         folder,
         encoder=encoder,
         spec=spec,
-        prepare=PrepareSettings(size=32),
-        settings=settings,
+        prepare=PrepareConfig(size=32),
+        config=config,
     )
     return folder
 
@@ -101,8 +101,7 @@ def test_tiling_is_switched_as_yaml_reads_it(
     )
     assert run(capsys, monkeypatch, *given)[0] == 0
     assert (
-        json.loads((tmp_path / "masks" / "predict.json").read_text())["settings"]["tiling"]
-        == tiling
+        json.loads((tmp_path / "masks" / "predict.json").read_text())["config"]["tiling"] == tiling
     )
 
 

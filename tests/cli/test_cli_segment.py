@@ -44,7 +44,7 @@ def test_a_timm_checkpoint_is_fine_tuned_once_and_then_told_to_be_finished(
     assert "--encoder-name" in err
     assert not (tmp_path / "out").exists()
     command += ["--encoder-name", name, "--json"]
-    for setting in ("epochs=1", "labels=4", "decoder=linear", "freeze=true"):
+    for setting in ("epochs=1", "num_labeled=4", "decoder=linear", "freeze=true"):
         command += ["--set", setting]
     code, first, err = run(capsys, monkeypatch, *command)
     assert code == 0, err

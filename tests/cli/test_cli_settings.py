@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from amlp_ray.cli import main
-from amlp_ray.config import VARIANTS, PretrainSettings
+from amlp_ray.config import VARIANTS, PretrainConfig
 from amlp_ray.config.overrides import flat
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def test_the_page_in_docs_is_what_make_docs_writes(
 def test_every_setting_of_a_run_is_a_row_of_the_table_and_of_the_page(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = list(flat(PretrainSettings()))
+    names = list(flat(PretrainConfig()))
     _, table, _ = run(capsys, monkeypatch, "settings")
     first = [line.split()[0] for line in table.splitlines() if line.strip()]
     assert [name for name in first if name in names] == names

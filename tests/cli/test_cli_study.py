@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_study import add, add_arm, make_store, note_data, write_study
+from helpers.studies import add, add_arm, make_store, note_data, write_study
 from optuna.trial import TrialState
 
 from amlp_ray.cli import main
@@ -90,7 +90,7 @@ def test_every_fault_of_a_file_is_a_line(run: Run, tmp_path: Path) -> None:
         tmp_path / "bad.yaml",
         seed=-1,
         space={"ratio.strat": {"low": 0.1, "high": 0.2}},
-        arms=["mea"],
+        baselines=["mea"],
     )
     code, _, err = run("validate", file)
     assert code == 2

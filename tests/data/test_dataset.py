@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.utils.data
-from made import made_dataset
+from helpers.datasets import made_dataset
 
 from amlp_ray.data.dataset import SPLITS, Counts, Manifest, Part, PatchDataset
 from amlp_ray.data.parquet import (
@@ -22,7 +22,7 @@ from amlp_ray.data.parquet import (
     read_part,
     write_part,
 )
-from amlp_ray.data.path import Place
+from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
 
 pytestmark = pytest.mark.ray  # all read the shared dataset, which Ray prepared
@@ -48,7 +48,7 @@ def test_opened_dataset_describes_itself(phantom_dataset: PatchDataset) -> None:
 def test_loaded_arrays_are_typed_writable_and_aligned(phantom_dataset: PatchDataset) -> None:
     split = phantom_dataset.load("val")
     assert split.images.dtype == split.masks.dtype == np.uint8
-    assert split.labelled.dtype == bool
+    assert split.labeled.dtype == bool
     assert split.keys.dtype == np.int64
     assert split.groups.tolist() == split.ids
     assert len(split) == len(split.images) == len(split.masks) == 12
@@ -165,13 +165,13 @@ def _row(i: int, mask: bool) -> dict[str, object]:
 
 def test_parts_decode_any_slice_with_nulls(tmp_path: Path) -> None:
     rows = [_row(i, mask=i % 3 == 0) for i in range(10)]
-    assert write_part(Place(tmp_path / "p.parquet"), rows, (2, 8, 8), "uint16") == 10
+    assert write_part(DataPath(tmp_path / "p.parquet"), rows, (2, 8, 8), "uint16") == 10
     table = read_part(tmp_path / "p.parquet", ["image", "mask"]).slice(2, 6)
     images = images_of(table["image"], (2, 8, 8), "uint16")
     assert images[:, 1, 4, 4].tolist() == [i * 300 for i in range(2, 8)]
-    masks, labelled = masks_of(table["mask"], (2, 8, 8))
-    assert labelled.tolist() == [i % 3 == 0 for i in range(2, 8)]
-    assert masks.any(axis=(1, 2)).tolist() == labelled.tolist()
+    masks, labeled = masks_of(table["mask"], (2, 8, 8))
+    assert labeled.tolist() == [i % 3 == 0 for i in range(2, 8)]
+    assert masks.any(axis=(1, 2)).tolist() == labeled.tolist()
     assert images_of(table["image"].slice(0, 0), (2, 8, 8), "uint16").shape == (0, 2, 8, 8)
     pieces = pa.chunked_array(
         [table["image"].chunk(0).slice(3, 2), table["image"].chunk(0).slice(0, 1)]
@@ -208,7 +208,7 @@ def test_a_dataset_is_a_sequence_of_samples(small: PatchDataset) -> None:
     for i in (0, 7, 20, -1, 13):
         sample = small[i]
         np.testing.assert_array_equal(sample.image, whole.images[i])
-        assert (sample.mask is None) == (not whole.labelled[i])
+        assert (sample.mask is None) == (not whole.labeled[i])
         assert sample.split == ("train" if i in (0, 7, 13) else "val")
     assert small[4].mask is not None
     np.testing.assert_array_equal(small[4].mask, whole.masks[4])
@@ -259,8 +259,8 @@ def test_torch_gets_tensors_in_batches(small: PatchDataset) -> None:
     assert batches[0]["mask"].dtype == torch.uint8
     ids = [name for batch in batches for name in batch["id"]]
     assert sorted(ids) == sorted(small.load("train").ids)
-    labelled = torch.cat([batch["labelled"] for batch in batches])
-    assert int(labelled.sum()) == 9
+    labeled = torch.cat([batch["labeled"] for batch in batches])
+    assert int(labeled.sum()) == 9
 
 
 def test_an_unfinished_dataset_is_no_dataset(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_an_unfinished_dataset_is_no_dataset(tmp_path: Path) -> None:
 def test_a_dataset_in_an_object_store_reads_like_one_here(
     small: PatchDataset, s3_bucket: str
 ) -> None:
-    there = Place(s3_bucket) / "copy"
+    there = DataPath(s3_bucket) / "copy"
     for entry in small.place.entries():
         (there / entry.name).write_whole((small.place / entry.name).read_bytes())
     again = PatchDataset.open(there)
@@ -288,10 +288,10 @@ def test_a_dataset_in_an_object_store_reads_like_one_here(
 
 
 @pytest.mark.ray
-def test_ray_rows_tell_unlabelled_from_lesion_free(ray_session: None, small: PatchDataset) -> None:
+def test_ray_rows_tell_unlabeled_from_lesion_free(ray_session: None, small: PatchDataset) -> None:
     table = small.to_ray_dataset("train").to_pandas()
     split = small.load("train")
-    assert table["labelled"].tolist() == split.labelled.tolist()
-    assert table["lesion"].isna().tolist() == (~split.labelled).tolist()
+    assert table["labeled"].tolist() == split.labeled.tolist()
+    assert table["lesion"].isna().tolist() == (~split.labeled).tolist()
     np.testing.assert_array_equal(np.stack(table["image"]), split.images)
     assert small.to_ray_dataset("test", columns=["id"]).count() == 0

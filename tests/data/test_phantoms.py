@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from amlp_ray.config import PrepareSettings
+from amlp_ray.config import PrepareConfig
 from amlp_ray.data.layouts import find_items
 from amlp_ray.data.phantoms import NORMAL_EVERY, Kind, draw_phantom, write_phantoms
-from amlp_ray.errors import SettingsError
+from amlp_ray.errors import ConfigError
 
 KINDS: tuple[Kind, ...] = ("ultrasound", "mri", "pet")
 
@@ -53,7 +53,7 @@ def test_written_folder_is_a_paired_set_that_repeats(kind: Kind, tmp_path: Path)
     few = write_phantoms(tmp_path / "few", kind=kind, count=4, size=40, seed=3)
     many = write_phantoms(tmp_path / "many", kind=kind, count=7, size=40, seed=3)
     other = write_phantoms(tmp_path / "other", kind=kind, count=1, size=40, seed=4)
-    items = find_items(PrepareSettings(layout="paired"), few).items
+    items = find_items(PrepareConfig(layout="paired"), few).items
     assert [len(item.masks) for item in items] == [1] * 4
     for item in items:
         assert Path(item.images[0]).read_bytes() == (many / item.source).read_bytes()
@@ -63,7 +63,7 @@ def test_written_folder_is_a_paired_set_that_repeats(kind: Kind, tmp_path: Path)
 
 
 def test_wrong_requests_are_named(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="kind 'ct'; known are ultrasound, mri, pet"):
+    with pytest.raises(ConfigError, match="kind 'ct'; known are ultrasound, mri, pet"):
         write_phantoms(tmp_path, kind="ct", count=1)  # type: ignore[arg-type]
-    with pytest.raises(SettingsError, match="not 0 and 128"):
+    with pytest.raises(ConfigError, match="not 0 and 128"):
         write_phantoms(tmp_path, count=0)

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from amlp_ray.config import ImageSpec, LossSettings, ModelSettings, PretrainSettings
+from amlp_ray.config import ImageSpec, LossConfig, ModelConfig, PretrainConfig
 from amlp_ray.method.autoencoder import MaskedAutoencoder, build_autoencoder
 from amlp_ray.method.encoder import sincos_positions
 from amlp_ray.method.losses import patch_errors, pretraining_loss, ranking_loss
-from amlp_ray.method.masking import Masking, Moment
+from amlp_ray.method.masking import Masking, TrainingStep
 from amlp_ray.method.patches import gather, patchify
 
 ORIGINALS = os.environ.get("AMLP_RAY_ORIGINALS", "")
@@ -31,10 +31,10 @@ IMPORTER = Path(__file__).parents[2] / "benchmarks" / "originals.py"
 SIZE, PATCH, IMAGES = 64, 8, 4
 VALUES = 3 * PATCH**2
 SPEC = ImageSpec(channels=3, height=SIZE, width=SIZE, mean=(0.0,) * 3, std=(1.0,) * 3)
-SIZES = ModelSettings(
+SIZES = ModelConfig(
     patch_size=PATCH, width=48, depth=2, heads=3, decoder_width=32, decoder_depth=2, decoder_heads=2
 )  # fmt: skip
-PLAIN = LossSettings(weighting="none", ccl_weight=0.0)
+PLAIN = LossConfig(weighting="none", ccl_weight=0.0)
 
 # Theirs are rows of (p, p, C), ours of (C, p, p): row i of ours is row ORDER[i] of theirs.
 ORDER = torch.arange(VALUES).reshape(PATCH, PATCH, 3).permute(2, 0, 1).flatten()
@@ -149,9 +149,9 @@ def test_loss_predictions_and_gradients_are_those_of_mae(images: Tensor, norm_pi
     patches = patchify(images, PATCH)
     prediction = ours(patches, visible, masked)
     nothing = torch.zeros_like(masked, dtype=torch.bool)
-    settings = PLAIN.model_copy(update={"norm_pix": norm_pix})
+    config = PLAIN.model_copy(update={"norm_pix": norm_pix})
     target = gather(patches, masked)
-    losses = pretraining_loss(prediction, target, nothing, ~nothing, settings, warming_up=False)
+    losses = pretraining_loss(prediction, target, nothing, ~nothing, config, warming_up=False)
     assert masked.shape == (IMAGES, 48)
     assert_close(prediction.pixels, gather(pixels[..., ORDER], masked), rtol=1e-5, atol=1e-5)
     assert_close(losses.total, loss, rtol=1e-6, atol=0)
@@ -203,14 +203,14 @@ def test_at_every_epoch_the_patches_that_hpm_masks_for_their_difficulty_are_mask
     images: Tensor, epoch: int
 ) -> None:
     theirs = built("HPM", "models_mae_learn_loss").eval()
-    settings = PretrainSettings(variant="hpm", epochs=100, model=SIZES, crop_min=1.0, flip=False)
-    ours = build_autoencoder(settings, SPEC)
+    config = PretrainConfig(variant="hpm", epochs=100, model=SIZES, min_crop_area=1.0, flip=False)
+    ours = build_autoencoder(config, SPEC)
     assert ours.teacher is not None
     ours.teacher.load_state_dict(ours_of(theirs.state_dict()))
     with torch.no_grad():
         difficulty = theirs(images, torch.zeros(IMAGES, 64, dtype=torch.bool))["loss_pred"]
     keys = torch.arange(IMAGES)
-    _, chosen = Masking(ours, settings).augmented(images, keys, keys, Moment(epoch))
+    _, chosen = Masking(ours, config).augmented(images, keys, keys, TrainingStep(epoch))
     their_masks = [
         theirs.generate_mask(difficulty, 0.75, guide=True, epoch=epoch - 1, total_epoch=100).bool()
         for _ in range(64)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amlp_ray.config import ImageSpec
-from amlp_ray.method.augment import augment, cropped, normalise, random_crop, recoloured
+from amlp_ray.method.augment import augment, cropped, normalize, random_crop, recolored
 from amlp_ray.method.counter_rng import CROP, VIEW, uniform
 
 KEYS = torch.arange(200)
@@ -22,10 +22,13 @@ def coordinates(images: int = 200, side: int = 32) -> Tensor:
 
 
 def crop(
-    images: Tensor, *, crop_min: float, flip: bool, epoch: int = 1, keys: Tensor = KEYS
+    images: Tensor, *, min_crop_area: float, flip: bool, epoch: int = 1, keys: Tensor = KEYS
 ) -> Tensor:
     return cropped(
-        images, random_crop(keys[: len(images)], crop_min=crop_min, flip=flip, seed=0, epoch=epoch)
+        images,
+        random_crop(
+            keys[: len(images)], min_crop_area=min_crop_area, flip=flip, seed=0, epoch=epoch
+        ),
     )
 
 
@@ -41,33 +44,35 @@ def sides(cut: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_neither_crop_nor_flip_is_the_identity_to_the_bit() -> None:
     images = torch.rand(4, 3, 16, 24)
-    assert random_crop(KEYS, crop_min=1, flip=False, seed=0, epoch=1) is None
-    assert torch.equal(crop(images, crop_min=1, flip=False), images)
+    assert random_crop(KEYS, min_crop_area=1, flip=False, seed=0, epoch=1) is None
+    assert torch.equal(crop(images, min_crop_area=1, flip=False), images)
 
 
 def test_flip_alone_mirrors_about_half_of_the_images_and_leaves_the_rest() -> None:
     images = torch.rand(200, 1, 16, 24, generator=torch.Generator().manual_seed(0))
-    out = crop(images, crop_min=1, flip=True)
+    out = crop(images, min_crop_area=1, flip=True)
     same = (out - images).abs().amax((1, 2, 3)) < 1e-4
     mirrored = (out - images.flip(-1)).abs().amax((1, 2, 3)) < 1e-4
     assert (same ^ mirrored).all()
     assert 70 < int(mirrored.sum()) < 130
 
 
-@pytest.mark.parametrize("crop_min", [0.2, 0.6, 0.9, 0.99])
-def test_crops_cover_at_least_their_least_area_and_lie_inside_the_image(crop_min: float) -> None:
-    cut = crop(coordinates(), crop_min=crop_min, flip=True)
+@pytest.mark.parametrize("min_crop_area", [0.2, 0.6, 0.9, 0.99])
+def test_crops_cover_at_least_their_least_area_and_lie_inside_the_image(
+    min_crop_area: float,
+) -> None:
+    cut = crop(coordinates(), min_crop_area=min_crop_area, flip=True)
     width, height = sides(cut)
     area = width.abs() * height
-    assert area.min() >= crop_min - 1e-3
+    assert area.min() >= min_crop_area - 1e-3
     assert area.max() <= 1 + 1e-3
-    assert area.max() - area.min() > 0.4 * (1 - crop_min)  # most of the range is used
+    assert area.max() - area.min() > 0.4 * (1 - min_crop_area)  # most of the range is used
     assert cut.abs().max() <= 1
     assert (height > 0).all()  # never upside down: depth has a direction
 
 
 def test_sides_stay_between_3_to_4_and_4_to_3() -> None:
-    width, height = sides(crop(coordinates(), crop_min=0.3, flip=False))
+    width, height = sides(crop(coordinates(), min_crop_area=0.3, flip=False))
     aspect = width / height
     assert aspect.min() > 3 / 4 - 0.01
     assert aspect.max() < 4 / 3 + 0.01
@@ -76,27 +81,27 @@ def test_sides_stay_between_3_to_4_and_4_to_3() -> None:
 
 
 def test_crops_lie_everywhere() -> None:
-    centre = crop(coordinates(), crop_min=0.3, flip=False).mean((2, 3))
-    assert centre.amin(0).max() < -0.15
-    assert centre.amax(0).min() > 0.15
-    assert centre.mean(0).abs().max() < 0.05
+    center = crop(coordinates(), min_crop_area=0.3, flip=False).mean((2, 3))
+    assert center.amin(0).max() < -0.15
+    assert center.amax(0).min() > 0.15
+    assert center.mean(0).abs().max() < 0.05
 
 
 def test_a_crop_depends_on_its_key_and_epoch_and_not_on_the_batch() -> None:
     images = torch.rand(20, 1, 16, 16)
-    whole = crop(images, crop_min=0.5, flip=True)
+    whole = crop(images, min_crop_area=0.5, flip=True)
     rows = torch.tensor([7, 3, 19])
     torch.testing.assert_close(
-        crop(images[rows], crop_min=0.5, flip=True, keys=KEYS[rows]), whole[rows]
+        crop(images[rows], min_crop_area=0.5, flip=True, keys=KEYS[rows]), whole[rows]
     )
-    assert torch.equal(whole, crop(images, crop_min=0.5, flip=True))
-    assert not torch.allclose(whole, crop(images, crop_min=0.5, flip=True, epoch=2))
+    assert torch.equal(whole, crop(images, min_crop_area=0.5, flip=True))
+    assert not torch.allclose(whole, crop(images, min_crop_area=0.5, flip=True, epoch=2))
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 16, 16), (2, 3, 24, 40), (1, 2, 40, 8)])
 def test_shape_and_range_of_values_are_kept(shape: tuple[int, ...]) -> None:
     images = torch.rand(shape) * 7 - 3
-    out = crop(images, crop_min=0.4, flip=True)
+    out = crop(images, min_crop_area=0.4, flip=True)
     assert out.shape == images.shape
     assert out.min() >= images.min() - 1e-5
     assert out.max() <= images.max() + 1e-5
@@ -106,7 +111,7 @@ def test_what_belongs_to_an_image_is_cut_where_the_image_is() -> None:
     """A map of patches, cut by the same crop, says of a place what the image there says."""
     blocks = torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(0)).round()
     images = F.interpolate(blocks, scale_factor=8, mode="nearest")
-    cut = random_crop(KEYS, crop_min=0.5, flip=True, seed=0, epoch=1)
+    cut = random_crop(KEYS, min_crop_area=0.5, flip=True, seed=0, epoch=1)
     maps = cropped(blocks, cut, mode="nearest")
     assert set(maps.unique().tolist()) == {0, 1}
     middles = cropped(images, cut)[..., 4::8, 4::8]
@@ -118,7 +123,7 @@ def test_what_belongs_to_an_image_is_cut_where_the_image_is() -> None:
 @pytest.mark.parametrize("flip", [True, False])
 def test_a_map_that_is_only_mirrored_keeps_its_values_to_the_bit(flip: bool) -> None:
     maps = torch.randn(200, 3, 7, 5, generator=torch.Generator().manual_seed(0))
-    crop_all = random_crop(KEYS, crop_min=1.0, flip=flip, seed=0, epoch=1)
+    crop_all = random_crop(KEYS, min_crop_area=1.0, flip=flip, seed=0, epoch=1)
     out = cropped(maps, crop_all, mode="nearest")
     same, mirrored = ((out == other).all(-1).all(-1).all(-1) for other in (maps, maps.flip(-1)))
     assert (same | mirrored).all()
@@ -127,7 +132,8 @@ def test_a_map_that_is_only_mirrored_keeps_its_values_to_the_bit(flip: bool) -> 
 
 def test_another_purpose_is_another_crop() -> None:
     one, other = (
-        random_crop(KEYS, crop_min=0.5, flip=True, seed=0, epoch=1, purpose=p) for p in (CROP, VIEW)
+        random_crop(KEYS, min_crop_area=0.5, flip=True, seed=0, epoch=1, stream=p)
+        for p in (CROP, VIEW)
     )
     assert one is not None
     assert other is not None
@@ -136,11 +142,11 @@ def test_another_purpose_is_another_crop() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int16, torch.float32])
-def test_normalise_scales_every_channel_by_its_own_mean_and_sd(dtype: torch.dtype) -> None:
+def test_normalize_scales_every_channel_by_its_own_mean_and_sd(dtype: torch.dtype) -> None:
     spec = ImageSpec(channels=2, height=8, width=8, mean=(10, 100), std=(2, 50))
     images = torch.tensor([[10, 14], [100, 0]]).repeat_interleave(32, 1).view(1, 2, 8, 8).to(dtype)
     before = images.clone()
-    out = normalise(images, spec)
+    out = normalize(images, spec)
     assert out.dtype == torch.float32
     assert out[0, 0].unique().tolist() == [0, 2]
     assert out[0, 1].unique().tolist() == [-2, 0]
@@ -154,24 +160,29 @@ def test_the_ends_of_a_dtype_are_exact(dtype: torch.dtype, lowest: float) -> Non
     highest = {torch.int16: 32767, torch.uint16: 65535, torch.float32: 1e6}[dtype]
     spec = ImageSpec(channels=1, height=8, width=8, mean=(-500.0,), std=(250.0,))
     images = torch.tensor([lowest, highest]).repeat_interleave(32).view(1, 1, 8, 8).to(dtype)
-    found = normalise(images, spec).unique().tolist()
+    found = normalize(images, spec).unique().tolist()
     assert found == pytest.approx([(lowest + 500) / 250, (highest + 500) / 250], rel=1e-7)
 
 
-def test_what_is_kept_for_normalising_can_be_trained_through_though_it_was_made_at_inference() -> (
+def test_what_is_kept_for_normalizing_can_be_trained_through_though_it_was_made_at_inference() -> (
     None
 ):
     spec = ImageSpec(channels=1, height=8, width=8, mean=(7.25,), std=(3.5,))
     with torch.inference_mode():
-        normalise(torch.zeros(1, 1, 8, 8), spec)
+        normalize(torch.zeros(1, 1, 8, 8), spec)
     weight = torch.ones(1, requires_grad=True)
-    (normalise(torch.ones(1, 1, 8, 8), spec) * weight).sum().backward()
+    (normalize(torch.ones(1, 1, 8, 8), spec) * weight).sum().backward()
     assert weight.grad is not None
 
 
 # Everything at once: crops, flips, intensity, on images with a mask.
 
-ALL: dict[str, Any] = {"crop_min": 0.5, "flip": True, "flip_vertical": True, "intensity": 1.0}
+ALL: dict[str, Any] = {
+    "min_crop_area": 0.5,
+    "flip": True,
+    "flip_vertical": True,
+    "intensity_jitter": 1.0,
+}
 
 
 def noise(shape: tuple[int, ...] = (40, 2, 24, 32), seed: int = 0) -> Tensor:
@@ -188,7 +199,13 @@ def discs(count: int, height: int, width: int) -> Tensor:
 
 @pytest.mark.parametrize(
     "given",
-    [{"crop_min": 0.5}, {"flip": True}, {"flip_vertical": True}, {"intensity": 1.0}, ALL],
+    [
+        {"min_crop_area": 0.5},
+        {"flip": True},
+        {"flip_vertical": True},
+        {"intensity_jitter": 1.0},
+        ALL,
+    ],
     ids=str,
 )
 def test_a_mask_lies_where_its_image_lies_after_any_augmentation(given: dict[str, Any]) -> None:
@@ -208,7 +225,9 @@ def test_a_mask_lies_where_its_image_lies_after_any_augmentation(given: dict[str
 
 
 def maps(given: dict[str, Any]) -> Tensor | None:
-    geometry = {name: given.get(name, off) for name, off in (("crop_min", 1.0), ("flip", False))}
+    geometry = {
+        name: given.get(name, off) for name, off in (("min_crop_area", 1.0), ("flip", False))
+    }
     return random_crop(
         KEYS[:40], **geometry, flip_vertical=given.get("flip_vertical", False), seed=3, epoch=2
     )
@@ -252,20 +271,20 @@ def test_upside_down_turns_about_half_of_the_images_and_only_where_it_is_asked_f
 
 def test_a_new_kind_of_augmentation_moves_no_earlier_draw() -> None:
     """Crops and left-right flips are what they were before the others existed: their first five numbers."""
-    plain = random_crop(KEYS, crop_min=0.5, flip=True, seed=0, epoch=1)
-    both = random_crop(KEYS, crop_min=0.5, flip=True, flip_vertical=True, seed=0, epoch=1)
+    plain = random_crop(KEYS, min_crop_area=0.5, flip=True, seed=0, epoch=1)
+    both = random_crop(KEYS, min_crop_area=0.5, flip=True, flip_vertical=True, seed=0, epoch=1)
     assert plain is not None
     assert both is not None
     assert torch.equal(plain[:, 0], both[:, 0])
     assert torch.equal(plain[:, 1].abs(), both[:, 1].abs())
-    few, many = (uniform(KEYS, count, seed=0, epoch=1, purpose=CROP) for count in (5, 11))
+    few, many = (uniform(KEYS, count, seed=0, epoch=1, stream=CROP) for count in (5, 11))
     assert torch.equal(few, many[:, :5])
 
 
 @pytest.mark.parametrize("strength", [0.1, 0.5, 1.0])
 def test_intensity_changes_brightness_and_contrast_within_its_range(strength: float) -> None:
     images = noise((200, 1, 32, 32))
-    out = recoloured(images, KEYS, strength, seed=0, epoch=1)
+    out = recolored(images, KEYS, strength, seed=0, epoch=1)
     shift = (out.mean((1, 2, 3)) - images.mean((1, 2, 3))).abs()
     ratio = out.std((1, 2, 3)) / images.std((1, 2, 3))
     assert 0.4 * strength < shift.max() <= 0.5 * strength + 1e-4
@@ -280,9 +299,9 @@ def test_intensity_changes_brightness_and_contrast_within_its_range(strength: fl
     )
 
 
-def test_channels_of_an_image_change_alike_so_that_colours_stay() -> None:
+def test_channels_of_an_image_change_alike_so_that_colors_stay() -> None:
     images = noise((50, 1, 16, 16)).expand(-1, 3, -1, -1)
-    out = recoloured(images, KEYS[:50], 1.0, seed=0, epoch=1)
+    out = recolored(images, KEYS[:50], 1.0, seed=0, epoch=1)
     assert torch.equal(out[:, 0], out[:, 1])
     assert torch.equal(out[:, 0], out[:, 2])
 
@@ -322,7 +341,7 @@ def test_stored_images_of_any_dtype_and_channels_are_augmented(
     }[dtype]
     stored = values.clamp(low, high).to(getattr(torch, dtype))
     masks = discs(12, 16, 24)
-    out, cut = augment(normalise(stored, spec), masks, KEYS[:12], seed=0, epoch=1, **ALL)
+    out, cut = augment(normalize(stored, spec), masks, KEYS[:12], seed=0, epoch=1, **ALL)
     assert out.dtype == torch.float32
     assert out.shape == stored.shape
     assert out.isfinite().all()

@@ -1,4 +1,4 @@
-"""`compile` compiles once per number of masked patches: `ratio.quantum` keeps those few."""
+"""`compile` compiles once per number of masked patches: `ratio.round_to` keeps those few."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import GREY, build, random_images, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import GREY, build, random_images, tiny
 from torch import nn
 
-from amlp_ray.config import PretrainSettings
-from amlp_ray.errors import SettingsError
+from amlp_ray.config import PretrainConfig
+from amlp_ray.errors import ConfigError
 from amlp_ray.method.losses import pretraining_loss
-from amlp_ray.method.masking import Masking, Moment
+from amlp_ray.method.masking import Masking, TrainingStep
 from amlp_ray.method.masking_ratio import masked_count
 from amlp_ray.method.patches import gather
-from amlp_ray.training.objectives import MAX_SHAPES, ReconstructionStep
+from amlp_ray.training.objectives import MAX_SHAPES, ReconstructionObjective
 
 EPOCHS = 40
 
@@ -41,13 +41,13 @@ class Counting:
         return graph.forward
 
 
-def trained(chosen: PretrainSettings) -> tuple[int, list[int]]:
+def trained(chosen: PretrainConfig) -> tuple[int, list[int]]:
     """Number of graphs compiled over a whole schedule, and the number of masked patches of every epoch."""
     model, backend, counts = build(chosen), Counting(), []
     network: nn.Module = torch.compile(model, backend=backend, dynamic=False)
     masking, images, keys = Masking(model, chosen), random_images(GREY, 2), torch.arange(2)
     for epoch in range(1, chosen.epochs + 1):
-        patches, found = masking.augmented(images, keys, keys, Moment(epoch))
+        patches, found = masking.augmented(images, keys, keys, TrainingStep(epoch))
         told = network(patches, found.visible, found.masked)
         masked = [gather(x, found.masked) for x in (patches, found.lesion, found.tissue)]
         pretraining_loss(told, *masked, chosen.loss, warming_up=False).total.backward()
@@ -59,14 +59,14 @@ def trained(chosen: PretrainSettings) -> tuple[int, list[int]]:
     "given",
     [
         {"variant": "mae"},
-        {"variant": "amlp", "ratio": {"quantum": 8}},
-        {"variant": "mps-ams", "ratio": {"quantum": 16, "shape": "random"}},
+        {"variant": "amlp", "ratio": {"round_to": 8}},
+        {"variant": "mps-ams", "ratio": {"round_to": 16, "shape": "random"}},
         {
             "variant": "simmim",
             "model": {"decoder_depth": 0},
-            "ratio": {"start": 0.3, "end": 0.6, "quantum": 8},
+            "ratio": {"start": 0.3, "end": 0.6, "round_to": 8},
         },
-        {"variant": "hpm", "ratio": {"start": 0.25, "end": 0.75, "quantum": 16}},
+        {"variant": "hpm", "ratio": {"start": 0.25, "end": 0.75, "round_to": 16}},
     ],
     ids=str,
 )
@@ -78,23 +78,23 @@ def test_a_schedule_compiles_as_many_graphs_as_it_has_numbers_of_masked_patches(
     assert len(set(counts)) > 1 or given == {"variant": "mae"}
 
 
-def objective(ratio: dict[str, Any], **given: Any) -> ReconstructionStep:
+def objective(ratio: dict[str, Any], **given: Any) -> ReconstructionObjective:
     chosen = tiny({"variant": "mps-ams", "compile": True, "epochs": EPOCHS, "ratio": ratio}, given)
-    return ReconstructionStep(Masking(build(chosen), chosen))
+    return ReconstructionObjective(Masking(build(chosen), chosen))
 
 
 def test_more_numbers_than_torch_keeps_are_refused_before_training_starts() -> None:
-    with pytest.raises(SettingsError, match=r"ratio\.quantum to 6 or more"):
+    with pytest.raises(ConfigError, match=r"ratio\.round_to to 6 or more"):
         objective({"start": 0.25, "end": 0.75}).begin_epoch(1, 3)
-    objective({"start": 0.25, "end": 0.75, "quantum": 6}).begin_epoch(1, 3)
+    objective({"start": 0.25, "end": 0.75, "round_to": 6}).begin_epoch(1, 3)
     objective({"start": 0.25, "end": 0.75}, compile=False).begin_epoch(1, 3)
 
 
 def test_schedules_per_step_are_counted_by_their_steps() -> None:
     ratio = {"start": 0.25, "end": 0.45}
     objective(ratio, epochs=4).begin_epoch(1, 30)
-    with pytest.raises(SettingsError, match=r"ratio\.quantum"):
-        objective({**ratio, "per": "step"}, epochs=4).begin_epoch(1, 30)
+    with pytest.raises(ConfigError, match=r"ratio\.round_to"):
+        objective({**ratio, "update_per": "step"}, epochs=4).begin_epoch(1, 30)
 
 
 @settings(max_examples=60, deadline=None)
@@ -105,19 +105,19 @@ def test_schedules_per_step_are_counted_by_their_steps() -> None:
     st.integers(1, 6),
 )
 def test_the_quantum_that_is_named_suffices(
-    start: float, end: float, shape: str, quantum: int
+    start: float, end: float, shape: str, round_to: int
 ) -> None:
-    ratio = {"start": start, "end": end, "shape": shape, "quantum": quantum}
+    ratio = {"start": start, "end": end, "shape": shape, "round_to": round_to}
     try:
         objective(ratio).begin_epoch(1, 1)
-    except SettingsError as error:
-        named = int(str(error).split("ratio.quantum to ")[1].split()[0])
-        assert named > quantum
-        objective({**ratio, "quantum": named}).begin_epoch(1, 1)
+    except ConfigError as error:
+        named = int(str(error).split("ratio.round_to to ")[1].split()[0])
+        assert named > round_to
+        objective({**ratio, "round_to": named}).begin_epoch(1, 1)
     else:
         masking = objective(ratio).masking
         counts = {
-            masked_count(masking.ratio(Moment(epoch)), 64, quantum)
+            masked_count(masking.ratio(TrainingStep(epoch)), 64, round_to)
             for epoch in range(1, EPOCHS + 1)
         }
         assert len(counts) <= MAX_SHAPES

@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from small import Shape, random_images, random_split, spec_of
+from helpers.models import Shape, random_images, random_split, spec_of
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
-from amlp_ray.config import ModelSettings
+from amlp_ray.config import ModelConfig
 from amlp_ray.config.base import build as build_settings
-from amlp_ray.errors import SettingsError
+from amlp_ray.errors import ConfigError
 from amlp_ray.method.encoder import (
     create_encoder,
     embed_patches,
@@ -44,24 +44,24 @@ OWN: list[dict[str, Any]] = [
 ]
 
 
-def shape_of(settings: ModelSettings, channels: int = 1, grid: tuple[int, int] = (3, 5)) -> Shape:
-    p = settings.patch_size
+def shape_of(config: ModelConfig, channels: int = 1, grid: tuple[int, int] = (3, 5)) -> Shape:
+    p = config.patch_size
     return channels, grid[0] * p, grid[1] * p
 
 
 def encoder_of(
     given: dict[str, Any], channels: int = 1
-) -> tuple[VisionTransformer, ModelSettings, Tensor]:
+) -> tuple[VisionTransformer, ModelConfig, Tensor]:
     """An encoder whose prefix tokens and positions are no longer what they were initialised to, and three images."""
-    settings = ModelSettings(**given)
-    shape = shape_of(settings, channels)
+    config = ModelConfig(**given)
+    shape = shape_of(config, channels)
     torch.manual_seed(0)
-    encoder = new_encoder(settings, spec_of(shape)).eval()
+    encoder = new_encoder(config, spec_of(shape)).eval()
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
             if name.endswith(("cls_token", "reg_token", "pos_embed", "bias", "gamma")):
                 parameter.copy_(0.5 * torch.randn(parameter.shape))
-    return encoder, settings, random_images(shape, 3)
+    return encoder, config, random_images(shape, 3)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -70,9 +70,9 @@ def encoder_of(
 def test_with_all_patches_visible_tokens_are_those_of_timm(
     given: dict[str, Any], channels: int
 ) -> None:
-    encoder, settings, images = encoder_of(given, channels)
-    ours = encoder_tokens(encoder, patchify(images, settings.patch_size))
-    assert ours.shape == (3, encoder.num_prefix_tokens + 15, settings.width)
+    encoder, config, images = encoder_of(given, channels)
+    ours = encoder_tokens(encoder, patchify(images, config.patch_size))
+    assert ours.shape == (3, encoder.num_prefix_tokens + 15, config.width)
     torch.testing.assert_close(ours, encoder.forward_features(images), atol=1e-5, rtol=1e-4)
 
 
@@ -81,8 +81,8 @@ def test_with_all_patches_visible_tokens_are_those_of_timm(
 def test_all_patches_in_another_order_give_the_same_tokens_in_that_order(
     given: dict[str, Any],
 ) -> None:
-    encoder, settings, images = encoder_of(given)
-    patches = patchify(images, settings.patch_size)
+    encoder, config, images = encoder_of(given)
+    patches = patchify(images, config.patch_size)
     order, _ = random_split(3, 15, 0)
     prefix = encoder.num_prefix_tokens
     plain, moved = encoder_tokens(encoder, patches), encoder_tokens(encoder, patches, order)
@@ -93,9 +93,9 @@ def test_all_patches_in_another_order_give_the_same_tokens_in_that_order(
 
 @torch.no_grad()
 def test_visible_patches_alone_give_what_dropping_the_others_after_embedding_gives() -> None:
-    encoder, settings, images = encoder_of(PLAIN)
+    encoder, config, images = encoder_of(PLAIN)
     visible, _ = random_split(3, 15, 5)
-    ours = encoder_tokens(encoder, patchify(images, settings.patch_size), visible)
+    ours = encoder_tokens(encoder, patchify(images, config.patch_size), visible)
 
     tokens = encoder.patch_embed(images) + encoder.pos_embed[:, 1:]  # MAE's own order
     tokens = torch.stack([tokens[i, visible[i]] for i in range(3)])
@@ -106,8 +106,8 @@ def test_visible_patches_alone_give_what_dropping_the_others_after_embedding_giv
 
 @torch.no_grad()
 def test_embeddings_that_stand_in_for_patches_take_their_place() -> None:
-    encoder, settings, images = encoder_of(PLAIN)
-    patches = patchify(images, settings.patch_size)
+    encoder, config, images = encoder_of(PLAIN)
+    patches = patchify(images, config.patch_size)
     embedded = embed_patches(encoder, patches)
     torch.testing.assert_close(embedded, encoder.patch_embed(images), atol=1e-5, rtol=1e-5)
     plain = encoder_tokens(encoder, patches)
@@ -119,19 +119,19 @@ def test_embeddings_that_stand_in_for_patches_take_their_place() -> None:
 def test_timm_builds_the_same_encoder_from_the_name_and_the_arguments_alone(
     given: dict[str, Any],
 ) -> None:
-    encoder, settings, _ = encoder_of(given)
-    arguments = timm_arguments(settings, spec_of(shape_of(settings)))
-    theirs = timm.create_model(timm_name(settings), pretrained=False, **arguments)
-    assert type(create_encoder(timm_name(settings), arguments)) is type(theirs)
+    encoder, config, _ = encoder_of(given)
+    arguments = timm_arguments(config, spec_of(shape_of(config)))
+    theirs = timm.create_model(timm_name(config), pretrained=False, **arguments)
+    assert type(create_encoder(timm_name(config), arguments)) is type(theirs)
     assert {k: v.shape for k, v in theirs.state_dict().items()} == {
         k: v.shape for k, v in encoder.state_dict().items()
     }
 
 
 def test_a_timm_name_brings_its_sizes_and_given_ones_win() -> None:
-    settings = ModelSettings(encoder="vit_medium_patch16_reg4_gap_256", depth=3)
-    assert (settings.patch_size, settings.width, settings.heads, settings.depth) == (16, 512, 8, 3)
-    assert (settings.class_token, settings.register_tokens) == (False, 4)
+    config = ModelConfig(encoder="vit_medium_patch16_reg4_gap_256", depth=3)
+    assert (config.patch_size, config.width, config.heads, config.depth) == (16, 512, 8, 3)
+    assert (config.class_token, config.register_tokens) == (False, 4)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +145,8 @@ def test_a_timm_name_brings_its_sizes_and_given_ones_win() -> None:
     ],
 )
 def test_an_encoder_of_another_build_is_refused_by_name(name: str) -> None:
-    with pytest.raises(SettingsError, match=f"{name}.*such as vit_small|{name}.*near: vit_small"):
-        build_settings(ModelSettings, {"encoder": name}, "model")
+    with pytest.raises(ConfigError, match=f"{name}.*such as vit_small|{name}.*near: vit_small"):
+        build_settings(ModelConfig, {"encoder": name}, "model")
 
 
 # Attention
@@ -156,21 +156,19 @@ def test_an_encoder_of_another_build_is_refused_by_name(name: str) -> None:
 @torch.no_grad()
 def test_patch_attention_is_that_of_the_last_block_s_class_token(given: dict[str, Any]) -> None:
     """By hand: softmax(q k / sqrt d) from what the last block's attention is really given."""
-    encoder, settings, images = encoder_of(given)
-    patches = patchify(images, settings.patch_size)
+    encoder, config, images = encoder_of(given)
+    patches = patchify(images, config.patch_size)
     inputs: list[Tensor] = []
     last = encoder.blocks[-1].attn
     hook = last.register_forward_pre_hook(lambda module, x: inputs.append(x[0]))
     encoder.forward_features(images)
     hook.remove()
 
-    prefix, heads = encoder.num_prefix_tokens, settings.heads
+    prefix, heads = encoder.num_prefix_tokens, config.heads
     qkv = inputs[0] @ last.qkv.weight.T + (last.qkv.bias if last.qkv.bias is not None else 0)
     q, k, _ = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
-    weights = torch.softmax(
-        last.q_norm(q) @ last.k_norm(k).mT / (settings.width // heads) ** 0.5, -1
-    )
-    rows = weights[:, :, :1] if settings.class_token else weights
+    weights = torch.softmax(last.q_norm(q) @ last.k_norm(k).mT / (config.width // heads) ** 0.5, -1)
+    rows = weights[:, :, :1] if config.class_token else weights
     expected = rows.mean((1, 2))[:, prefix:]
 
     ours = patch_attention(encoder, patches)
@@ -185,8 +183,8 @@ def test_patch_attention_is_that_of_the_last_block_s_class_token(given: dict[str
 
 @torch.no_grad()
 def test_fused_and_plain_attention_agree() -> None:
-    encoder, settings, images = encoder_of(PLAIN)
-    patches = patchify(images, settings.patch_size)
+    encoder, config, images = encoder_of(PLAIN)
+    patches = patchify(images, config.patch_size)
     results = []
     for fused in (True, False):
         use_fused_attention(encoder, fused)
@@ -212,9 +210,9 @@ def test_positions_are_distinct_bounded_and_zero_for_prefix_tokens() -> None:
 
 @pytest.mark.parametrize("given", OWN + NAMED, ids=str)
 def test_an_encoder_starts_with_fixed_sine_cosine_positions(given: dict[str, Any]) -> None:
-    settings = ModelSettings(**given)
-    encoder = new_encoder(settings, spec_of(shape_of(settings)))
-    expected = sincos_positions((3, 5), settings.width, 0)
+    config = ModelConfig(**given)
+    encoder = new_encoder(config, spec_of(shape_of(config)))
+    expected = sincos_positions((3, 5), config.width, 0)
     assert torch.equal(encoder.pos_embed[:, -15:], expected)
     assert not encoder.pos_embed[:, :-15].any()
     assert not encoder.pos_embed.requires_grad

@@ -11,7 +11,7 @@ from sklearn.metrics import adjusted_rand_score
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from amlp_ray.config import SelectionSettings
+from amlp_ray.config import SelectionConfig
 from amlp_ray.method.counter_rng import CLUSTER, uniform
 from amlp_ray.method.kmeans import Clusters, DatasetClusters, assign, kmeans, membership
 from amlp_ray.method.patch_features import cluster_features, tissue_of
@@ -25,24 +25,24 @@ def _one_blas_thread() -> Iterator[None]:
 
 
 def seeds(images: int, count: int, *, seed: int = 0) -> Tensor:
-    return uniform(torch.arange(images), count, seed=seed, epoch=1, purpose=CLUSTER)
+    return uniform(torch.arange(images), count, seed=seed, epoch=1, stream=CLUSTER)
 
 
 def blobs(images: int, patches: int, clusters: int) -> tuple[Tensor, Tensor]:
     """Points around `clusters` centres per image, and a quarter of them outside, where they must not count."""
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(images, clusters, 6, generator=generator) * 4
+    centers = torch.randn(images, clusters, 6, generator=generator) * 4
     member = torch.randint(clusters, (images, patches), generator=generator)
-    x = centres.gather(1, member[..., None].expand(-1, -1, 6)) + torch.randn(
+    x = centers.gather(1, member[..., None].expand(-1, -1, 6)) + torch.randn(
         images, patches, 6, generator=generator
     )
     inside = torch.rand(images, patches, generator=generator) < 0.75
     return torch.where(inside[..., None], x, x + 100), inside
 
 
-def ratios(x: Tensor, inside: Tensor, clusters: int, *, starts: int, theirs: int) -> Tensor:
+def ratios(x: Tensor, inside: Tensor, clusters: int, *, n_init: int, theirs: int) -> Tensor:
     """Our inertia over scikit-learn's, per image; `theirs` is its number of starts."""
-    ours = kmeans(x, inside, clusters, seeds(len(x), starts * clusters)).inertia
+    ours = kmeans(x, inside, clusters, seeds(len(x), n_init * clusters)).inertia
     sklearn = [
         KMeans(clusters, n_init=theirs, random_state=0).fit(rows[where].numpy()).inertia_
         for rows, where in zip(x, inside, strict=True)
@@ -52,7 +52,7 @@ def ratios(x: Tensor, inside: Tensor, clusters: int, *, starts: int, theirs: int
 
 def features_of(images: Tensor, kind: str, p: int = 8) -> tuple[Tensor, Tensor]:
     patches = patchify(images, p)
-    tissue = tissue_of(patches, SelectionSettings())
+    tissue = tissue_of(patches, SelectionConfig())
     grid = (images.shape[2] // p, images.shape[3] // p)
     return cluster_features(patches, tissue, grid, images.shape[1], kind), tissue
 
@@ -60,21 +60,21 @@ def features_of(images: Tensor, kind: str, p: int = 8) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("clusters", [2, 3, 5])
 def test_inertia_of_separate_groups_is_within_1_percent_of_scikit_learn(clusters: int) -> None:
     x, inside = blobs(6, 144, clusters)
-    assert ratios(x, inside, clusters, starts=8, theirs=8).max() <= 1.01
+    assert ratios(x, inside, clusters, n_init=8, theirs=8).max() <= 1.01
 
 
 @pytest.mark.parametrize("kind", ["raw", "stats", "context"])
 def test_inertia_on_phantoms_is_within_1_percent_of_scikit_learn(
     ultrasound: tuple[Tensor, Tensor, Tensor], kind: str
 ) -> None:
-    ratio = ratios(*features_of(ultrasound[0], kind), 3, starts=4, theirs=4)
+    ratio = ratios(*features_of(ultrasound[0], kind), 3, n_init=4, theirs=4)
     assert ratio.mean() <= 1.01
     assert ratio.max() <= 1.08
 
 
 @pytest.mark.real
 @pytest.mark.parametrize(
-    ("clusters", "starts", "mean", "worst"),
+    ("clusters", "n_init", "mean", "worst"),
     [
         (3, 8, 1.005, 1.03),
         (6, 4, 1.03, 1.2),  # too few starts: seen are 1.027 and 1.18, of dermoscopy by its pixels
@@ -88,12 +88,12 @@ def test_inertia_on_real_images_comes_close_to_the_best_of_ten_starts_of_scikit_
     source: str,
     kind: str,
     clusters: int,
-    starts: int,
+    n_init: int,
     mean: float,
     worst: float,
 ) -> None:
     """A start of scikit-learn tries several candidates per centre and so is worth more than one of ours."""
-    ratio = ratios(*features_of(real_images[source], kind), clusters, starts=starts, theirs=10)
+    ratio = ratios(*features_of(real_images[source], kind), clusters, n_init=n_init, theirs=10)
     assert ratio.mean() <= mean
     assert ratio.max() <= worst
 
@@ -109,14 +109,14 @@ def test_more_starts_never_give_a_worse_inertia() -> None:
     assert (found[-1] < found[0]).any()
 
 
-def test_every_patch_has_its_nearest_centre_and_sizes_and_inertia_count_the_inside() -> None:
+def test_every_patch_has_its_nearest_center_and_sizes_and_inertia_count_the_inside() -> None:
     x, inside = blobs(4, 100, 3)
     found = kmeans(x, inside, 3, seeds(4, 6))
-    nearest, label = torch.cdist(x, found.centres).min(-1)
+    nearest, label = torch.cdist(x, found.centers).min(-1)
     assert torch.equal(found.labels[inside], label[inside])
     assert torch.equal(found.labels == -1, ~inside)
     assert torch.equal(found.sizes.sum(1), inside.sum(1))
-    assert torch.equal(found.mass, found.sizes)
+    assert torch.equal(found.counts, found.sizes)
     torch.testing.assert_close(
         found.inertia, (nearest.square() * inside).sum(1), rtol=1e-4, atol=1e-3
     )
@@ -124,13 +124,13 @@ def test_every_patch_has_its_nearest_centre_and_sizes_and_inertia_count_the_insi
         assert torch.equal(found.sizes[:, k], (found.labels == k).sum(1))
 
 
-def test_centres_are_the_means_of_their_patches() -> None:
+def test_centers_are_the_means_of_their_patches() -> None:
     x, inside = blobs(4, 100, 3)
     found = kmeans(x, inside, 3, seeds(4, 6))
     for i in range(4):
         for k in range(3):
             torch.testing.assert_close(
-                found.centres[i, k], x[i, found.labels[i] == k].mean(0), atol=1e-4, rtol=1e-4
+                found.centers[i, k], x[i, found.labels[i] == k].mean(0), atol=1e-4, rtol=1e-4
             )
 
 
@@ -139,7 +139,7 @@ def test_what_lies_outside_never_changes_the_clusters() -> None:
     moved = torch.where(inside[..., None], x, torch.full_like(x, -777.0))
     a, b = kmeans(x, inside, 3, seeds(4, 6)), kmeans(moved, inside, 3, seeds(4, 6))
     assert torch.equal(a.labels, b.labels)
-    assert torch.equal(a.centres, b.centres)
+    assert torch.equal(a.centers, b.centers)
 
 
 def test_equal_noise_gives_equal_clusters_and_a_permuted_batch_permuted_ones() -> None:
@@ -158,7 +158,7 @@ def test_fewer_distinct_patches_than_clusters_leaves_clusters_empty_and_splits_n
     found = kmeans(x, torch.ones(1, 8, dtype=torch.bool), 4, seeds(1, 8))
     assert sorted(found.sizes[0].tolist()) == [0, 0, 4, 4]
     assert len(found.labels[0, x[0, :, 0] == 5].unique()) == 1
-    assert found.centres.isfinite().all()
+    assert found.centers.isfinite().all()
     assert float(found.inertia[0]) == 0
 
 
@@ -168,7 +168,7 @@ def test_a_constant_image_and_one_without_tissue_give_finite_clusters() -> None:
     assert sorted(found.sizes[0].tolist()) == [0, 0, 16]
     assert found.sizes[1].tolist() == [0, 0, 0]
     assert (found.labels[1] == -1).all()
-    assert found.centres.isfinite().all()
+    assert found.centers.isfinite().all()
     assert not found.inertia.any()
 
 
@@ -211,11 +211,11 @@ def looked(
     centroids: DatasetClusters, x: Tensor, inside: Tensor, batches: list[Tensor]
 ) -> list[Clusters]:
     """One look at all images, batch by batch; clusters in the order of `batches`."""
-    centroids.settle()
-    noise, found = seeds(len(x), 4 * len(centroids.mass)), []
+    centroids.commit()
+    noise, found = seeds(len(x), 4 * len(centroids.counts)), []
     for rows in batches:
         part = centroids.assign(x[rows], inside[rows], noise[rows], learn=True)
-        found.append(part._replace(mass=part.mass.clone()))
+        found.append(part._replace(counts=part.counts.clone()))
     return found
 
 
@@ -249,9 +249,9 @@ def test_within_a_look_neither_the_order_nor_the_size_of_batches_changes_what_is
         found = looked(centroids, x, inside, batches)
         order = torch.cat(batches).argsort()
         labels = torch.cat([part.labels for part in found])[order]
-        masses = torch.cat([part.mass for part in found]).unique(dim=0)
-        assert torch.equal(masses, start["mass"][None])
-        results.append((labels, centroids.moving, centroids.mass))
+        masses = torch.cat([part.counts for part in found]).unique(dim=0)
+        assert torch.equal(masses, start["counts"][None])
+        results.append((labels, centroids.running_centers, centroids.counts))
     for labels, moving, learnt in results[1:]:
         assert torch.equal(labels, results[0][0])
         assert torch.equal(learnt, results[0][2])
@@ -261,14 +261,14 @@ def test_within_a_look_neither_the_order_nor_the_size_of_batches_changes_what_is
 def test_what_was_learnt_holds_from_the_next_look_on() -> None:
     x, inside = blobs(8, 64, 3)
     centroids = seeded(x, inside, 3)
-    before = centroids.centres.clone(), centroids.sizes.clone()
-    assert not torch.equal(centroids.moving, before[0])
+    before = centroids.centers.clone(), centroids.sizes.clone()
+    assert not torch.equal(centroids.running_centers, before[0])
     found = centroids.assign(x, inside, seeds(8, 12), learn=False)
-    assert torch.equal(found.centres[5], before[0])
-    assert torch.equal(found.mass[5], before[1])
-    centroids.settle()
-    assert torch.equal(centroids.centres, centroids.moving)
-    assert torch.equal(centroids.sizes, centroids.mass)
+    assert torch.equal(found.centers[5], before[0])
+    assert torch.equal(found.counts[5], before[1])
+    centroids.commit()
+    assert torch.equal(centroids.centers, centroids.running_centers)
+    assert torch.equal(centroids.sizes, centroids.counts)
 
 
 def test_looking_without_learning_moves_nothing() -> None:
@@ -286,9 +286,9 @@ def test_centroids_are_the_running_means_of_the_patches_they_were_nearest_to() -
     labels = torch.cat([part.labels for part in found])
     for k in range(3):
         torch.testing.assert_close(
-            centroids.moving[k], x[labels == k].mean(0), atol=1e-4, rtol=1e-4
+            centroids.running_centers[k], x[labels == k].mean(0), atol=1e-4, rtol=1e-4
         )
-        assert float(centroids.mass[k]) == int((labels == k).sum())
+        assert float(centroids.counts[k]) == int((labels == k).sum())
 
 
 def test_the_clusters_are_those_of_the_data_set_whatever_an_image_holds() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 from torch import Tensor
 
-from amlp_ray.config import LossSettings
+from amlp_ray.config import LossConfig
 from amlp_ray.method.autoencoder import Prediction
 from amlp_ray.method.losses import (
     Losses,
@@ -44,17 +44,17 @@ class Case:
         self.difficulty: Tensor | None = None
         self.tissue = self.lesion | (torch.rand(B, M, generator=generator) < 0.8)
 
-    def loss(self, *, warming_up: bool = False, **settings: Any) -> Losses:
+    def loss(self, *, warming_up: bool = False, **config: Any) -> Losses:
         prediction = Prediction(self.pixels, self.category, self.difficulty)
-        chosen = LossSettings(**settings)
+        chosen = LossConfig(**config)
         return pretraining_loss(
             prediction, self.target, self.lesion, self.tissue, chosen, warming_up=warming_up
         )
 
-    def plain(self, **settings: Any) -> Losses:
+    def plain(self, **config: Any) -> Losses:
         """Without a category head."""
         prediction = Prediction(self.pixels, None, None)
-        chosen = LossSettings(**OFF, **settings)
+        chosen = LossConfig(**OFF, **config)
         return pretraining_loss(
             prediction, self.target, self.lesion, self.tissue, chosen, warming_up=False
         )
@@ -80,7 +80,7 @@ def test_l1_is_the_mean_absolute_error_of_simmim() -> None:
 
 
 @pytest.mark.parametrize(("distance", "function"), [("l2", F.mse_loss), ("l1", F.l1_loss)])
-def test_norm_pix_standardises_every_target_patch_as_mae_does(distance: str, function: Any) -> None:
+def test_norm_pix_standardizes_every_target_patch_as_mae_does(distance: str, function: Any) -> None:
     target = Case().target
     scaled = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
     found = Case().plain(norm_pix=True, distance=distance)
@@ -94,9 +94,9 @@ def test_difficulty_is_the_loss_s_own_error_unless_raw_is_asked_for(
 ) -> None:
     given = Case()
     chosen = {"norm_pix": norm_pix, "distance": distance}
-    errors = patch_errors(given.pixels, given.target, LossSettings(**chosen))
+    errors = patch_errors(given.pixels, given.target, LossConfig(**chosen))
     assert torch.equal(errors.difficulty, errors.loss)
-    raw = patch_errors(given.pixels, given.target, LossSettings(**chosen, difficulty="raw"))
+    raw = patch_errors(given.pixels, given.target, LossConfig(**chosen, difficulty="raw"))
     assert torch.equal(raw.loss, errors.loss)
     assert torch.equal(raw.difficulty, errors.difficulty) is not norm_pix
 
@@ -109,7 +109,7 @@ def test_the_same_guess_is_as_difficult_in_the_image_s_scale_whatever_the_target
     target = Case().target
     mean, std = target.mean(-1, keepdim=True), (target.var(-1, keepdim=True) + 1e-6).sqrt()
     guess = 0.5 * target
-    chosen = LossSettings(norm_pix=norm_pix, distance=distance, difficulty="raw")
+    chosen = LossConfig(norm_pix=norm_pix, distance=distance, difficulty="raw")
     errors = patch_errors((guess - mean) / std if norm_pix else guess, target, chosen)
     off = (guess - target).square() if distance == "l2" else (guess - target).abs()
     torch.testing.assert_close(errors.difficulty, off.mean(-1), atol=1e-5, rtol=1e-4)
@@ -120,7 +120,7 @@ def test_the_same_guess_is_as_difficult_in_the_image_s_scale_whatever_the_target
 def test_difficulty_carries_no_gradient_and_the_loss_does(norm_pix: bool, difficulty: str) -> None:
     given = Case()
     errors = patch_errors(
-        given.pixels, given.target, LossSettings(norm_pix=norm_pix, difficulty=difficulty)
+        given.pixels, given.target, LossConfig(norm_pix=norm_pix, difficulty=difficulty)
     )
     assert errors.loss.requires_grad
     assert not errors.difficulty.requires_grad
@@ -178,7 +178,7 @@ def test_weights_have_mean_1_keep_the_order_of_difficulty_and_respect_the_clip(
     errors: list[float], gamma: float, low: float, high: float, weighting: str, temperature: float
 ) -> None:
     e = torch.tensor([errors])
-    chosen = LossSettings(
+    chosen = LossConfig(
         weighting=weighting, gamma=gamma, clip_min=low, clip_max=high, temperature=temperature
     )
     weight = hard_patch_weights(e, torch.ones_like(e, dtype=torch.bool), chosen)
@@ -192,7 +192,7 @@ def test_weights_have_mean_1_keep_the_order_of_difficulty_and_respect_the_clip(
 
 def test_relative_weights_have_their_formula_and_do_not_change_with_the_scale_of_errors() -> None:
     e = torch.tensor([[1.0, 2.0, 3.0, 100.0]])
-    chosen = LossSettings(gamma=0.5, clip_min=0.5, clip_max=1.5)
+    chosen = LossConfig(gamma=0.5, clip_min=0.5, clip_max=1.5)
     clipped = [min(max(math.sqrt(v / 26.5), 0.5), 1.5) for v in (1, 2, 3, 100)]
     expected = torch.tensor([[4 * v / sum(clipped) for v in clipped]])
     tissue = torch.ones(1, 4, dtype=torch.bool)
@@ -206,7 +206,7 @@ def test_attention_weights_have_their_formula() -> None:
     e = torch.tensor([[1.0, 2.0, 6.0]])
     powers = [math.exp(v / 3 / 0.5) for v in (1, 2, 6)]
     expected = torch.tensor([[3 * v / sum(powers) for v in powers]])
-    chosen = LossSettings(weighting="arl", temperature=0.5)
+    chosen = LossConfig(weighting="arl", temperature=0.5)
     torch.testing.assert_close(
         hard_patch_weights(e, torch.ones(1, 3, dtype=torch.bool), chosen),
         expected,
@@ -374,7 +374,7 @@ def test_the_weighted_total_read_as_a_number_rises_with_patches_harder_than_half
 ) -> None:
     """Weights are recomputed from the errors: with gamma 1 the loss is sum e^2 / sum e, which falls below that half."""
     e = torch.tensor([errors], dtype=torch.float64)
-    chosen = LossSettings(gamma=1.0, clip_min=1e-6, clip_max=1e6)
+    chosen = LossConfig(gamma=1.0, clip_min=1e-6, clip_max=1e6)
 
     def weighted(e: Tensor) -> float:
         return float(
@@ -394,7 +394,7 @@ def test_an_easy_patch_that_gets_worse_may_lower_the_number_but_is_never_pushed_
     values, slopes = [], []
     for easy in (0.01, 0.3):
         pixels = torch.tensor([[[1.0], [easy]]]).requires_grad_()
-        chosen = LossSettings(ccl_weight=0, clip_min=1e-3, clip_max=100)
+        chosen = LossConfig(ccl_weight=0, clip_min=1e-3, clip_max=100)
         both = torch.ones(1, 2, dtype=torch.bool)
         total = pretraining_loss(
             Prediction(pixels, None, None), target, both, both, chosen, warming_up=False
@@ -417,7 +417,7 @@ def test_a_worse_reconstruction_of_hard_lesion_patches_raises_the_loss(
 
 
 def ccl(logits: Tensor, hard: Tensor, lesion: Tensor, share: float) -> Tensor:
-    return category_consistency_loss(logits, hard, lesion, LossSettings(ccl_difficulty_share=share))
+    return category_consistency_loss(logits, hard, lesion, LossConfig(ccl_difficulty_share=share))
 
 
 def labels(share: float, seed: int = 3) -> Tensor:
@@ -533,7 +533,7 @@ def test_agreement_of_labels_all_alike_is_0() -> None:
 
 def test_the_loss_reports_the_agreement_of_lesion_and_difficulty() -> None:
     given = Case()
-    errors = patch_errors(given.pixels, given.target, LossSettings())
+    errors = patch_errors(given.pixels, given.target, LossConfig())
     hard = hard_labels(errors.difficulty, given.lesion, given.tissue, "quantile")
     expected = cohen_kappa_score(hard.flatten(), given.lesion.flatten())
     assert float(given.loss().agreement) == pytest.approx(expected, abs=1e-5)
@@ -581,7 +581,7 @@ def test_the_total_adds_ranking_by_its_weight_from_the_first_epoch_on() -> None:
     for warming_up in (True, False):
         found = given.loss(weighting="none", ranking_weight=0.7, warming_up=warming_up)
         torch.testing.assert_close(found.total, found.reconstruction + 0.7 * found.ranking)
-        errors = patch_errors(given.pixels, given.target, LossSettings())
+        errors = patch_errors(given.pixels, given.target, LossConfig())
         assert found.ranking.equal(ranking_loss(given.difficulty, errors.difficulty))
 
 

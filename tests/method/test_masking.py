@@ -6,22 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import AWKWARD, awkward_images, build, hidden, random_images, step, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import AWKWARD, awkward_images, build, hidden, random_images, step, tiny
 from torch import Tensor
 
-from amlp_ray.errors import SettingsError
+from amlp_ray.errors import ConfigError
 from amlp_ray.method import masking as module
 from amlp_ray.method.augment import cropped, random_crop
 from amlp_ray.method.ema_teacher import move_teacher
-from amlp_ray.method.lesion_map import aim_at
-from amlp_ray.method.masking import Masking, Moment
+from amlp_ray.method.lesion_map import locate_lesion
+from amlp_ray.method.masking import Masking, TrainingStep
 from amlp_ray.method.patch_selection import Selection
 from amlp_ray.method.patches import patchify
 
 Given = tuple[Tensor, Tensor, Tensor]
-STILL = {"crop_min": 1.0, "flip": False}  # images are not cropped
+STILL = {"min_crop_area": 1.0, "flip": False}  # images are not cropped
 HARD = {"variant": "mps-ams", "selection": {"features": "raw", "clusters": 3, "rule": "smallest"}}
 NEVER_WARMING = {"loss": {"warmup": 0.0}}
 
@@ -32,7 +32,7 @@ def masking_of(*given: Mapping[str, Any], truth: Mapping[int, Tensor] | None = N
 
 
 def drawn(masking: Masking, images: Tensor, keys: Tensor, epoch: int) -> Selection:
-    return masking.augmented(images, keys, keys, Moment(epoch))[1]
+    return masking.augmented(images, keys, keys, TrainingStep(epoch))[1]
 
 
 def same(one: Selection, other: Selection) -> bool:
@@ -46,9 +46,9 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     def counted(patches: Tensor, keys: Tensor, *others: Any, epoch: int, **given: Any) -> Any:
         seen.extend((epoch, key) for key in keys.tolist())
-        return aim_at(patches, keys, *others, epoch=epoch, **given)
+        return locate_lesion(patches, keys, *others, epoch=epoch, **given)
 
-    monkeypatch.setattr(module, "aim_at", counted)
+    monkeypatch.setattr(module, "locate_lesion", counted)
     return seen
 
 
@@ -78,14 +78,14 @@ TEACHING = [
 any_selection = st.fixed_dictionaries(
     {
         "mode": st.sampled_from(["random", "hard", "soft", "ranked", "parts"]),
-        "refresh": st.sampled_from([0, 3]),
+        "analysis_interval": st.sampled_from([0, 3]),
         "features": st.sampled_from(["raw", "stats", "context"]),
         "scope": st.sampled_from(["image", "dataset"]),
         "clusters": st.sampled_from([2, 3, 7]),
         "rule": st.sampled_from(
             ["smallest", "distinct", "most_central", "darkest", "geodesic", "combined", "random"]
         ),
-        "by": st.sampled_from(["cluster", "score"]),
+        "hard_by": st.sampled_from(["cluster", "score"]),
         "score": st.sampled_from(
             ["row_contrast", "blob", "border_saliency", "geodesic", "texture", "combined"]
         ),
@@ -123,14 +123,14 @@ def test_any_image_in_any_mode_has_a_sound_mask_and_finite_losses_and_gradients(
     teaching: dict[str, Any],
     kinds: list[str],
     epoch: int,
-    over: str,
+    ratio_over: str,
     ratio: float,
 ) -> None:
     masking = masking_of(
         {
             "selection": selection,
             "loss": loss,
-            "ratio": {"start": ratio, "end": ratio, "over": over},
+            "ratio": {"start": ratio, "end": ratio, "ratio_over": ratio_over},
         },
         teaching,
     )
@@ -152,7 +152,7 @@ MODES: list[dict[str, Any]] = [
     {"variant": "mae"},
     HARD,
     {**HARD, "selection": {"rule": "random", "features": "stats", "dilate": 1}},
-    {**HARD, "selection": {"refresh": 0, "features": "context"}},
+    {**HARD, "selection": {"analysis_interval": 0, "features": "context"}},
     {"variant": "amlp-soft"},
     {"variant": "semmae"},
     {"variant": "amlp", **NEVER_WARMING},
@@ -173,7 +173,7 @@ def test_a_permuted_batch_has_the_same_masks_permuted(
         whole = drawn(masking, images, keys, epoch)
         for seed in (0, 1):
             order = torch.randperm(16, generator=torch.Generator().manual_seed(seed))
-            fresh = Masking(masking.model, masking.settings)
+            fresh = Masking(masking.model, masking.config)
             permuted = drawn(fresh, images[order], keys[order], epoch)
             assert all(
                 torch.equal(ours, theirs[order])
@@ -181,13 +181,14 @@ def test_a_permuted_batch_has_the_same_masks_permuted(
             )
 
 
-@pytest.mark.parametrize("refresh", [0, 1, 7])
+@pytest.mark.parametrize("analysis_interval", [0, 1, 7])
 def test_in_random_mode_refresh_changes_nothing_and_nothing_is_looked_at(
-    ultrasound: Given, looks: list[tuple[int, int]], refresh: int
+    ultrasound: Given, looks: list[tuple[int, int]], analysis_interval: int
 ) -> None:
     images, _, keys = ultrasound
     plain, other = (
-        masking_of({"variant": "mae", "selection": {"refresh": r}}) for r in (10, refresh)
+        masking_of({"variant": "mae", "selection": {"analysis_interval": r}})
+        for r in (10, analysis_interval)
     )
     for epoch in (1, 2, 11):
         assert same(drawn(plain, images, keys, epoch), drawn(other, images, keys, epoch))
@@ -201,7 +202,7 @@ def test_whole_images_are_looked_at_once_per_look(
     ultrasound: Given, looks: list[tuple[int, int]]
 ) -> None:
     images, _, keys = ultrasound
-    masking = masking_of(HARD, {"selection": {"refresh": 4}, **NEVER_WARMING})
+    masking = masking_of(HARD, {"selection": {"analysis_interval": 4}, **NEVER_WARMING})
     for epoch in range(1, 10):
         for rows in torch.randperm(16, generator=torch.Generator().manual_seed(epoch)).split(4):
             drawn(masking, images[rows], keys[rows], epoch)
@@ -213,7 +214,7 @@ def test_the_end_of_the_warm_up_looks_again_and_epochs_go_on_from_there(
 ) -> None:
     images, _, keys = ultrasound
     masking = masking_of(
-        HARD, {"selection": {"refresh": 5}, "loss": {"warmup": 0.35}}
+        HARD, {"selection": {"analysis_interval": 5}, "loss": {"warmup": 0.35}}
     )  # 7 of 20 epochs
     for epoch in range(1, 17):
         drawn(masking, images[:2], keys[:2], epoch)
@@ -221,7 +222,7 @@ def test_the_end_of_the_warm_up_looks_again_and_epochs_go_on_from_there(
 
 
 @pytest.mark.parametrize(
-    ("refresh", "warmup", "expected"),
+    ("analysis_interval", "warmup", "expected"),
     [
         (1, 0.1, [1, 2, 3, 4, 5, 6]),
         (3, 0.0, [1, 1, 1, 4, 4, 4]),
@@ -231,17 +232,19 @@ def test_the_end_of_the_warm_up_looks_again_and_epochs_go_on_from_there(
     ],
 )
 def test_an_epoch_belongs_to_the_last_look(
-    refresh: int, warmup: float, expected: list[int]
+    analysis_interval: int, warmup: float, expected: list[int]
 ) -> None:
-    masking = masking_of(HARD, {"selection": {"refresh": refresh}, "loss": {"warmup": warmup}})
-    assert [masking.epoch_of_look(epoch) for epoch in range(1, 7)] == expected
+    masking = masking_of(
+        HARD, {"selection": {"analysis_interval": analysis_interval}, "loss": {"warmup": warmup}}
+    )
+    assert [masking.analysis_epoch(epoch) for epoch in range(1, 7)] == expected
 
 
 def test_refresh_0_looks_at_every_crop_in_every_step(
     ultrasound: Given, looks: list[tuple[int, int]]
 ) -> None:
     images, _, keys = ultrasound
-    masking = masking_of(HARD, {"selection": {"refresh": 0}})
+    masking = masking_of(HARD, {"selection": {"analysis_interval": 0}})
     for epoch in (1, 2):
         for _ in range(2):
             drawn(masking, images[:3], keys[:3], epoch)
@@ -263,8 +266,8 @@ def test_images_never_seen_in_this_look_are_looked_at_when_they_come(
 def test_a_key_that_a_batch_repeats_has_the_same_mask_each_time(ultrasound: Given) -> None:
     images, _, keys = ultrasound
     rows = torch.tensor([2, 5, 2, 2, 7, 5])
-    for arm in (HARD, {**HARD, "selection": {"scope": "dataset"}}):
-        masking = masking_of(arm, NEVER_WARMING)
+    for baseline in (HARD, {**HARD, "selection": {"scope": "dataset"}}):
+        masking = masking_of(baseline, NEVER_WARMING)
         for epoch in (1, 2):
             found = drawn(masking, images[rows], keys[rows], epoch)
             for one, other in ((0, 2), (0, 3), (1, 5)):
@@ -282,7 +285,7 @@ def test_growth_past_what_was_made_room_for_keeps_what_was_kept(
     for rows in batches:
         drawn(masking, images[rows], keys[rows], 1)
     assert len(looks) == 16
-    direct = masking.whole(images, keys, Moment(1))[2]
+    direct = masking.whole(images, keys, TrainingStep(1))[2]
     kept = drawn(masking, images, keys, 1)
     assert torch.equal(kept.lesion, direct.lesion)
 
@@ -291,16 +294,16 @@ def test_a_look_is_the_same_as_looking_at_whole_images_where_nothing_is_cropped(
     ultrasound: Given,
 ) -> None:
     images, _, keys = ultrasound
-    for arm in (HARD, {"variant": "semmae"}, {"variant": "attmask"}):
-        masking = masking_of(arm, STILL)
-        patches, found = masking.augmented(images, keys, keys, Moment(1))
-        whole, aim, expected = masking.whole(images, keys, Moment(1))
+    for baseline in (HARD, {"variant": "semmae"}, {"variant": "attmask"}):
+        masking = masking_of(baseline, STILL)
+        patches, found = masking.augmented(images, keys, keys, TrainingStep(1))
+        whole, aim, expected = masking.whole(images, keys, TrainingStep(1))
         assert torch.equal(patches, whole)
         assert torch.equal(found.lesion, expected.lesion)
-        if masking.settings.selection.mode != "ranked":  # scores are kept in half precision
+        if masking.config.selection.mode != "ranked":  # scores are kept in half precision
             assert same(found, expected)
         assert torch.equal(
-            (aim.lesion > 0.5) & masking.settings.selection.names_lesion, expected.lesion
+            (aim.lesion > 0.5) & masking.config.selection.names_lesion, expected.lesion
         )
 
 
@@ -315,12 +318,12 @@ def test_what_is_kept_is_cropped_along_with_its_image(flip: bool) -> None:
     given = {
         **HARD,
         "flip": flip,
-        "crop_min": 0.5,
+        "min_crop_area": 0.5,
         "selection": {"clusters": 2, "rule": "darkest"},
         **NEVER_WARMING,
     }
     kept = drawn(masking_of(given), images, keys, 2)
-    looked = drawn(masking_of(given, {"selection": {"refresh": 0}}), images, keys, 2)
+    looked = drawn(masking_of(given, {"selection": {"analysis_interval": 0}}), images, keys, 2)
     assert (kept.lesion == looked.lesion).float().mean() > 0.9
     hit = (kept.lesion & looked.lesion).sum() / (kept.lesion | looked.lesion).sum()
     assert hit > 0.7
@@ -335,9 +338,9 @@ def test_the_lesion_of_a_crop_covers_the_true_one_cropped_alike(ultrasound: Give
     share = patchify(masks[:, None].float(), 8).mean(-1)
     truth = dict(zip(keys.tolist(), share.unflatten(1, (8, 8)), strict=True))
     oracle = {"mode": "soft", "score": "oracle"}
-    masking = masking_of(HARD, {"selection": oracle, "crop_min": 0.6}, truth=truth)
+    masking = masking_of(HARD, {"selection": oracle, "min_crop_area": 0.6}, truth=truth)
     found = drawn(masking, images, keys, 3)
-    crop = random_crop(keys, crop_min=0.6, flip=True, seed=0, epoch=3)
+    crop = random_crop(keys, min_crop_area=0.6, flip=True, seed=0, epoch=3)
     cut = patchify(cropped(masks[:, None].float(), crop), 8).mean(-1)
     both = (found.lesion & (cut > 0.25)).sum(1)
     f1 = 2 * both / (found.lesion.sum(1) + (cut > 0.25).sum(1)).clamp_min(1)
@@ -351,8 +354,16 @@ RESUMED: list[dict[str, Any]] = [
     HARD,
     {**HARD, "selection": {"rule": "random", "features": "stats"}},
     {**HARD, "selection": {"scope": "dataset", "clusters": 5, "features": "stats"}},
-    {**HARD, "selection": {"scope": "dataset", "clusters": 5, "features": "stats", "refresh": 3}},
-    {**HARD, "selection": {"refresh": 0}},
+    {
+        **HARD,
+        "selection": {
+            "scope": "dataset",
+            "clusters": 5,
+            "features": "stats",
+            "analysis_interval": 3,
+        },
+    },
+    {**HARD, "selection": {"analysis_interval": 0}},
     {"variant": "amlp", **NEVER_WARMING},
     {"variant": "attmask"},
     {"variant": "hpm"},
@@ -373,9 +384,9 @@ def test_a_run_resumed_in_the_middle_of_a_look_draws_identical_masks(
     masking = masking_of(given)
     for epoch in range(1, resumed_after + 1):
         epoch_of(masking, epoch)
-    other = build(masking.settings, seed=5)
+    other = build(masking.config, seed=5)
     other.load_state_dict(copy.deepcopy(masking.model.state_dict()))
-    resumed = Masking(other, masking.settings)
+    resumed = Masking(other, masking.config)
     for epoch in range(resumed_after + 1, resumed_after + 5):
         for one, two in zip(epoch_of(masking, epoch), epoch_of(resumed, epoch), strict=True):
             assert same(one, two)
@@ -392,7 +403,7 @@ def test_a_resumed_run_compares_clusters_of_the_data_set_by_the_sizes_the_look_b
     batches = torch.arange(12).split(2)
     first = [drawn(masking, images[rows], keys[rows], 1).lesion.sum(1).tolist() for rows in batches]
     assert first == [[4, 4]] + [[9, 9]] * 5  # dark throughout
-    resumed = Masking(copy.deepcopy(masking.model), masking.settings)
+    resumed = Masking(copy.deepcopy(masking.model), masking.config)
     for rows in batches:
         assert same(*(drawn(run, images[rows], keys[rows], 2) for run in (masking, resumed)))
 
@@ -401,16 +412,16 @@ def test_a_resumed_run_compares_clusters_of_the_data_set_by_the_sizes_the_look_b
 
 
 @pytest.mark.parametrize("oracle", [{"rule": "oracle"}, {"mode": "soft", "score": "oracle"}])
-@pytest.mark.parametrize("refresh", [0, 10])
+@pytest.mark.parametrize("analysis_interval", [0, 10])
 def test_an_oracle_without_true_lesions_says_so(
-    ultrasound: Given, oracle: dict[str, Any], refresh: int
+    ultrasound: Given, oracle: dict[str, Any], analysis_interval: int
 ) -> None:
     images, _, keys = ultrasound
-    masking = masking_of(HARD, {"selection": {**oracle, "refresh": refresh}})
-    with pytest.raises(SettingsError, match="oracle"):
+    masking = masking_of(HARD, {"selection": {**oracle, "analysis_interval": analysis_interval}})
+    with pytest.raises(ConfigError, match="oracle"):
         drawn(masking, images, keys, 1)
-    with pytest.raises(SettingsError, match="oracle"):
-        masking.whole(images, keys, Moment(1))
+    with pytest.raises(ConfigError, match="oracle"):
+        masking.whole(images, keys, TrainingStep(1))
 
 
 @pytest.mark.parametrize(
@@ -420,9 +431,9 @@ def test_an_oracle_without_true_lesions_says_so(
         ({"mode": "soft", "score": "oracle", "strength": 9}, 0.9),
     ],
 )
-@pytest.mark.parametrize("refresh", [0, 10])
+@pytest.mark.parametrize("analysis_interval", [0, 10])
 def test_an_oracle_masks_the_true_lesion_first(
-    ultrasound: Given, oracle: dict[str, Any], least: float, refresh: int
+    ultrasound: Given, oracle: dict[str, Any], least: float, analysis_interval: int
 ) -> None:
     images, masks, keys = ultrasound
     share = patchify(masks[:, None].float(), 8).mean(-1)
@@ -437,7 +448,7 @@ def test_an_oracle_masks_the_true_lesion_first(
         return float(hidden(drawn(masking, images, keys, 1))[true_patches].float().mean())
 
     assert masked_share({"mode": "random"}) < 0.4
-    assert masked_share({**oracle, "refresh": refresh}, truth=truth) > least
+    assert masked_share({**oracle, "analysis_interval": analysis_interval}, truth=truth) > least
 
 
 # Ratio, and what feedback and teachers change
@@ -445,10 +456,10 @@ def test_an_oracle_masks_the_true_lesion_first(
 
 def test_the_ratio_of_a_moment_decides_how_many_patches_are_masked(ultrasound: Given) -> None:
     images, _, keys = ultrasound
-    masking = masking_of(HARD, {"ratio": {"start": 0.25, "end": 0.75, "per": "step"}})
+    masking = masking_of(HARD, {"ratio": {"start": 0.25, "end": 0.75, "update_per": "step"}})
     counts = []
     for epoch, i in ((1, 0), (10, 3), (20, 3)):
-        now = Moment(epoch, i, 4)
+        now = TrainingStep(epoch, i, 4)
         counts.append(masking.augmented(images, keys, keys, now)[1].masked.shape[1])
         assert counts[-1] == round(64 * masking.ratio(now))
     assert counts[0] == 16
@@ -473,7 +484,8 @@ def test_feedback_changes_nothing_while_warming_up_and_the_lesion_afterwards(
 def test_a_teacher_that_moved_is_asked_again_only_at_the_next_look(ultrasound: Given) -> None:
     images, _, keys = ultrasound
     masking = masking_of(
-        {"variant": "attmask", "selection": {"refresh": 4}, "ratio": {"shape": "fixed"}}, STILL
+        {"variant": "attmask", "selection": {"analysis_interval": 4}, "ratio": {"shape": "fixed"}},
+        STILL,
     )
     before = drawn(masking, images, keys, 3).lesion
     with torch.no_grad():
@@ -491,7 +503,7 @@ def test_nothing_is_kept_and_no_centroid_moves_by_looking_at_whole_images(
     masking = masking_of({**HARD, "selection": {"scope": "dataset"}}, NEVER_WARMING)
     drawn(masking, images, keys, 1)
     before = copy.deepcopy(masking.model.state_dict())
-    masking.whole(images * 2, keys + 1, Moment(2))
+    masking.whole(images * 2, keys + 1, TrainingStep(2))
     assert looks[16:] == [(1, key + 1) for key in keys.tolist()]
     assert all(
         torch.equal(value, before[name]) for name, value in masking.model.state_dict().items()

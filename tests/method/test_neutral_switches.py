@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from small import GREY, MAE, Stepped, build, step, tiny
+from helpers.models import GREY, MAE, Stepped, build, step, tiny
 from torch import Tensor
 
-from amlp_ray.config import PretrainSettings
+from amlp_ray.config import PretrainConfig
 from amlp_ray.method.masking import Masking
 
 Given = tuple[Tensor, Tensor, Tensor]
@@ -19,18 +19,18 @@ RRL = {"weighting": "rrl"}
 NEUTRAL: list[dict[str, Any]] = [
     {"selection": {"mode": "soft", "strength": 0}},
     {"selection": {"mode": "soft", "score": "cluster", "strength": 0}},
-    {"selection": {"mode": "soft", "strength": 0, "refresh": 0}},
+    {"selection": {"mode": "soft", "strength": 0, "analysis_interval": 0}},
     {"selection": {"mode": "ranked", "aim_start": 0, "aim_end": 0}},
     {"selection": {"mode": "ranked", "score": "attention", "aim_start": 0, "aim_end": 0}},
     {"selection": {"mode": "ranked", "score": "difficulty", "aim_start": 0, "aim_end": 0}},
     {"selection": {"mode": "hard", "min_patches": 64}},
-    {"selection": {"mode": "hard", "max_share": 0.001, "refresh": 0}},
+    {"selection": {"mode": "hard", "max_share": 0.001, "analysis_interval": 0}},
     {
-        "selection": {"mode": "hard", "by": "score", "background_mean": 1, "background_std": 1}
+        "selection": {"mode": "hard", "hard_by": "score", "background_mean": 1, "background_std": 1}
     },  # nothing is tissue
     {"selection": {"mode": "hard", "min_patches": 64, "scope": "dataset", "dilate": 2}},
-    {"selection": {"refresh": 0}},
-    {"selection": {"refresh": 3}},
+    {"selection": {"analysis_interval": 0}},
+    {"selection": {"analysis_interval": 3}},
     {"selection": {"feedback": 1.0, "dilate": 4, "features": "tokens"}},  # of no use in random mode
     {"ratio": {"shape": "fixed", "end": 0.2}},
     {"ratio": {"shape": "points", "points": [[0, 0.75], [1, 0.75]]}},
@@ -51,18 +51,18 @@ WARMING: list[dict[str, Any]] = [
 
 
 def stepped(
-    settings: PretrainSettings, images: Tensor, keys: Tensor, epoch: int
+    config: PretrainConfig, images: Tensor, keys: Tensor, epoch: int
 ) -> tuple[Stepped, dict[str, Tensor]]:
     """One step and its gradients by the name of the weight."""
-    model = build(settings)
-    done = step(Masking(model, settings), images, keys, epoch)
+    model = build(config)
+    done = step(Masking(model, config), images, keys, epoch)
     done.losses.total.backward()
     return done, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def check_equal_to_mae(given: dict[str, Any], images: Tensor, keys: Tensor, epoch: int) -> None:
     (ours, gradients), (theirs, expected) = (
-        stepped(settings, images, keys, epoch) for settings in (tiny(MAE, given), tiny(MAE))
+        stepped(config, images, keys, epoch) for config in (tiny(MAE, given), tiny(MAE))
     )
     assert torch.equal(ours.chosen.masked, theirs.chosen.masked)
     assert torch.equal(ours.chosen.visible, theirs.chosen.visible)
@@ -112,7 +112,7 @@ def test_attention_weights_of_a_huge_temperature_come_close(ultrasound: Given) -
         {"selection": {"dilate": 0}},
         {"selection": {"lesion_share": 1.0}},
         {"loss": {"mix": 0.0, "weighting": "rrl"}},
-        {"ratio": {"quantum": 1, "over": "all"}},
+        {"ratio": {"round_to": 1, "ratio_over": "all"}},
     ],
     ids=str,
 )
@@ -135,7 +135,10 @@ def test_a_neutral_switch_of_hard_masking_is_hard_masking_to_the_bit(
         {"selection": {"mode": "ranked", "aim_end": 0.5}},
         {"selection": {"mode": "hard"}},
         {"selection": {"mode": "parts"}},
-        {"ratio": {"over": "tissue"}, "selection": {"background_mean": 0.5, "background_std": 0.5}},
+        {
+            "ratio": {"ratio_over": "tissue"},
+            "selection": {"background_mean": 0.5, "background_std": 0.5},
+        },
         {"loss": RRL},
         {"loss": {"weighting": "arl"}},
         {"loss": {"ccl_weight": 0.1}},

@@ -33,7 +33,7 @@ def scored(
     tissue = torch.ones(patches.shape[:2], dtype=torch.bool)
     if border:
         tissue = tissue_patches(patches, mean_above=0.02, std_above=0.01)
-    return patch_score(patches, tissue, grid, score=score, sign=sign, centre_prior=prior)
+    return patch_score(patches, tissue, grid, score=score, sign=sign, center_prior=prior)
 
 
 def auc(value: Tensor, masks: Tensor, p: int = 8) -> float:
@@ -164,7 +164,7 @@ def test_any_grid_is_scored_with_finite_values(score: str, grid: tuple[int, int]
     assert value.isfinite().all()
 
 
-def test_a_narrow_centre_prior_moves_the_score_to_the_centre() -> None:
+def test_a_narrow_center_prior_moves_the_score_to_the_center() -> None:
     images, _ = phantoms("ultrasound", 6)
     images = torch.cat([images, images.roll(40, 3)])
     corner = torch.zeros(12, 12, dtype=torch.bool)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import PatchEmbed
 
-from amlp_ray.method.patches import gather, patchify, standardise, tissue_patches, unpatchify
+from amlp_ray.method.patches import gather, patchify, standardize, tissue_patches, unpatchify
 
 
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.sampled_from([2, 3, 8]))
@@ -77,22 +77,22 @@ def test_tissue_does_not_depend_on_the_units_of_the_image(scale: float, shift: f
     assert torch.equal(tissue_patches(patchify(image * scale + shift, 8), **thresholds), expected)
 
 
-def test_standardise_gives_mean_0_and_sd_1_over_what_is_inside_only() -> None:
+def test_standardize_gives_mean_0_and_sd_1_over_what_is_inside_only() -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(3, 50, 4, generator=generator) * torch.tensor([0.1, 1, 10, 1000]) + 5
     inside = torch.rand(3, 50, generator=generator) < 0.6
     x[~inside] += 1e4  # must not count
-    z = standardise(x, inside)
+    z = standardize(x, inside)
     for i in range(3):
         rows = z[i, inside[i]]
         torch.testing.assert_close(rows.mean(0), torch.zeros(4), atol=1e-4, rtol=0)
         torch.testing.assert_close(rows.std(0, correction=0), torch.ones(4), atol=1e-3, rtol=0)
 
 
-def test_standardise_turns_flat_columns_and_empty_images_into_zeros() -> None:
+def test_standardize_turns_flat_columns_and_empty_images_into_zeros() -> None:
     x = torch.full((2, 6, 2), 3.0)
     x[:, :, 1] = torch.arange(6.0)
-    z = standardise(x, torch.tensor([[True] * 6, [False] * 6]))
+    z = standardize(x, torch.tensor([[True] * 6, [False] * 6]))
     assert not z[0, :, 0].any()
     assert not z[1, :, 0].any()
     assert z[0, :, 1].std() > 0.9

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from database import Postgres, programs
+from helpers.database import Postgres, programs
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,11 @@ import optuna
 import psutil
 import pytest
 import yaml
-from database import Postgres
+from helpers.database import Postgres
+from helpers.tiny_study import TINY
 from optuna.trial import TrialState
-from tiny import TINY
 
-from amlp_ray.config import SegmentSettings, StudySettings
+from amlp_ray.config import SegmentConfig, StudyConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import StudyError
 from amlp_ray.study.storage.optuna_storage import open_journal
@@ -40,7 +40,9 @@ class Driver:
         import ray
 
         values = (
-            TINY | {"arms": [], "budget": {"trials": 1}, "resources": {"concurrency": 1}} | changes
+            TINY
+            | {"baselines": [], "budget": {"trials": 1}, "resources": {"concurrency": 1}}
+            | changes
         )
         values["pretrain"] = TINY["pretrain"] | {"epochs": epochs}
         self.study, self.runs, self.log = folder / "tiny.yaml", folder / "runs", folder / "log"
@@ -104,11 +106,11 @@ def driver(phantom_dataset: PatchDataset, tmp_path: Path) -> Iterator[Callable[.
 
 WRITER = """
 import json, os, signal, sys
-from amlp_ray.study.storage import storage
+from amlp_ray.study.storage import optuna_storage
 import optuna
 from optuna.trial import TrialState
 journal, last = sys.argv[1], int(sys.argv[2])
-append = storage.Journal.append_logs
+append = optuna_storage.Journal.append_logs
 writes = 0
 
 def dying(self, logs):
@@ -121,9 +123,9 @@ def dying(self, logs):
             os.kill(os.getpid(), signal.SIGKILL)
     append(self, logs)
 
-storage.Journal.append_logs = dying
+optuna_storage.Journal.append_logs = dying
 from pathlib import Path
-store = storage.open_journal(Path(journal))
+store = optuna_storage.open_journal(Path(journal))
 study = optuna.create_study(study_name="s", storage=store, load_if_exists=True)
 for trial in study.get_trials(states=[TrialState.RUNNING]):
     store.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [float(trial.number)])
@@ -195,7 +197,7 @@ def test_a_full_disk_is_waited_for_and_leaves_no_half_line(small_disk: Path) -> 
 def test_a_trial_whose_process_dies_too_often_fails_and_the_study_goes_on(
     driver: Callable[..., Driver],
 ) -> None:
-    run = driver(epochs=60, budget={"trials": 2}, faults={"retries": 1})
+    run = driver(epochs=60, budget={"trials": 2}, fault_tolerance={"max_failures": 1})
     process = run.start()
     for death in (1, 2):
         done = run.epochs()
@@ -211,7 +213,7 @@ def test_a_trial_whose_process_dies_too_often_fails_and_the_study_goes_on(
     assert process.wait(DEADLINE_S) == 0, run.said()
     first, second = run.store.search().trials
     assert first.state == TrialState.FAIL
-    assert first.user_attrs["reason"] == "its process died 2 times (faults.retries=1)"
+    assert first.user_attrs["reason"] == "its process died 2 times (fault_tolerance.max_failures=1)"
     assert second.state == TrialState.COMPLETE
 
 
@@ -234,7 +236,7 @@ def test_a_study_outlives_its_database_and_then_gives_up_and_goes_on(
     run = driver(
         epochs=100,
         storage=server.url,
-        faults={"storage_minutes": 0.15},
+        fault_tolerance={"storage_minutes": 0.15},
         pruner={"name": "none", "rungs": 10},
     )
     process = run.start()
@@ -305,7 +307,7 @@ def test_a_driver_whose_lease_was_taken_over_stops_and_writes_no_more(
         "pid": 1,
         "at": time.time(),
     }
-    run.store.search().set_user_attr("lease", other | {"seconds": 0.0, "over": False})
+    run.store.search().set_user_attr("lease", other | {"seconds": 0.0, "ratio_over": False})
     journal = (run.store.folder / "study.journal").read_bytes()
     assert process.wait(DEADLINE_S) == 2, run.said()
     assert "was taken over by another process" in run.last_line()
@@ -321,9 +323,9 @@ def test_a_trial_whose_driver_died_before_it_was_pruned_is_not_trained_on(
 ) -> None:
     import ray
 
-    from amlp_ray.study.execution.stop_flags import StopBoard
+    from amlp_ray.study.execution.stop_flags import StopFlags
     from amlp_ray.study.execution.trial import amlp_trial
-    from amlp_ray.study.trial_spec import Task
+    from amlp_ray.study.trial_spec import TrialSpec
 
     class DriverDied(BaseException):
         pass
@@ -333,24 +335,24 @@ def test_a_trial_whose_driver_died_before_it_was_pruned_is_not_trained_on(
 
     def prune(result: dict[str, Any]) -> None:
         told.append(result["epoch"])
-        ray.get(board.ask.remote(str(tmp_path / "trial"), "now"))
+        ray.get(stop_flags.ask.remote(str(tmp_path / "trial"), "now"))
 
-    settings = StudySettings.model_validate(TINY)
+    config = StudyConfig.model_validate(TINY)
     told: list[int] = []
-    board = ray.remote(StopBoard).options(num_cpus=0).remote()
-    task = Task(
+    stop_flags = ray.remote(StopFlags).options(num_cpus=0).remote()
+    trial_spec = TrialSpec(
         study="tiny",
         kind="search",
         number=0,
         label="trial 0",
         folder=str(tmp_path / "trial"),
         data=str(phantom_dataset.path),
-        settings=settings.trial({}, seed=1),
-        probe=settings.probe,
-        resources=settings.resources,
+        config=config.trial({}, seed=1),
+        probe=config.probe,
+        resources=config.resources,
         rungs=(2, 3, 4),
     )
-    config = {"task": task.as_config(), "board": board}
+    config = {"trial_spec": trial_spec.as_config(), "stop_flags": stop_flags}
     monkeypatch.setattr("ray.tune.report", die)
     with pytest.raises(DriverDied):
         amlp_trial(config)
@@ -358,7 +360,7 @@ def test_a_trial_whose_driver_died_before_it_was_pruned_is_not_trained_on(
     assert amlp_trial(config)["epochs"] == 2
     assert told == [2], "rung 3 would have been another result than that of an undisturbed trial"
     assert (tmp_path / "trial" / "encoder.safetensors").is_file()
-    ray.kill(board)
+    ray.kill(stop_flags)
 
 
 @pytest.mark.ray
@@ -367,33 +369,37 @@ def test_a_paused_confirmation_run_is_fine_tuned_only_when_it_was_trained_to_its
 ) -> None:
     import ray
 
-    from amlp_ray.study.execution.stop_flags import StopBoard
+    from amlp_ray.study.execution.stop_flags import StopFlags
     from amlp_ray.study.execution.trial import amlp_trial
-    from amlp_ray.study.trial_spec import Task
+    from amlp_ray.study.trial_spec import TrialSpec
 
     folder = tmp_path / "run"
-    settings = StudySettings.model_validate(TINY)
-    boards = [ray.remote(StopBoard).options(num_cpus=0).remote() for _ in range(2)]
+    config = StudyConfig.model_validate(TINY)
+    boards = [ray.remote(StopFlags).options(num_cpus=0).remote() for _ in range(2)]
     ray.get(boards[0].ask.remote(str(folder), "now"))
-    task = Task(
+    trial_spec = TrialSpec(
         study="tiny",
         kind="confirm",
         number=0,
         label="confirm mae-0",
         folder=str(folder),
         data=str(phantom_dataset.path),
-        settings=settings.trial({}, seed=1),
-        probe=settings.probe,
-        resources=settings.resources,
+        config=config.trial({}, seed=1),
+        probe=config.probe,
+        resources=config.resources,
         rungs=(4,),
-        finetune=SegmentSettings(epochs=1),
+        finetune=SegmentConfig(epochs=1),
     )
     monkeypatch.setattr("ray.tune.report", lambda result: None)
-    assert amlp_trial({"task": task.as_config(), "board": boards[0]})["epochs"] == 1
+    assert (
+        amlp_trial({"trial_spec": trial_spec.as_config(), "stop_flags": boards[0]})["epochs"] == 1
+    )
     assert not (folder / "finetune.json").exists(), (
         "an encoder of one epoch is not what is confirmed"
     )
-    assert amlp_trial({"task": task.as_config(), "board": boards[1]})["epochs"] == 4
+    assert (
+        amlp_trial({"trial_spec": trial_spec.as_config(), "stop_flags": boards[1]})["epochs"] == 4
+    )
     assert (folder / "finetune.json").is_file()
-    for board in boards:
-        ray.kill(board)
+    for stop_flags in boards:
+        ray.kill(stop_flags)

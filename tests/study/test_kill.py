@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from helpers.tiny_study import TINY
 from optuna.trial import TrialState
-from tiny import TINY
 
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.study.storage.study_store import StudyStore, read_metrics
@@ -62,7 +62,7 @@ def wait_for(condition: object, process: subprocess.Popen[bytes], log: Path) -> 
 def test_a_killed_study_goes_on_where_it_stopped(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    study = write_study(tmp_path, {"arms": ["mae"], "budget": {"trials": 2}}, epochs=60)
+    study = write_study(tmp_path, {"baselines": ["mae"], "budget": {"trials": 2}}, epochs=60)
     store, log = StudyStore(tmp_path / "runs" / "tiny"), tmp_path / "log"
     process = start(study, phantom_dataset.path, tmp_path / "runs", log)
     try:
@@ -88,7 +88,7 @@ def test_a_killed_study_goes_on_where_it_stopped(
     assert "trial 0 continues" in said
     trials = store.search().trials
     assert [t.state for t in trials] == [TrialState.COMPLETE] * 2, said
-    assert [t.state for t in store.arms().trials] == [TrialState.COMPLETE]
+    assert [t.state for t in store.baselines().trials] == [TrialState.COMPLETE]
     for trial in trials:
         rows = read_metrics(store.trial_folder(trial.number))
         assert [row["epoch"] for row in rows] == list(range(1, 61)), "every epoch once"
@@ -104,7 +104,7 @@ def test_a_killed_study_goes_on_where_it_stopped(
 def test_ctrl_c_says_so_and_leaves_trials_to_be_taken_over(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    study = write_study(tmp_path, {"arms": [], "budget": {"trials": 1}}, epochs=500)
+    study = write_study(tmp_path, {"baselines": [], "budget": {"trials": 1}}, epochs=500)
     store, log = StudyStore(tmp_path / "runs" / "tiny"), tmp_path / "log"
     process = start(study, phantom_dataset.path, tmp_path / "runs", log)
     try:
@@ -124,7 +124,9 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
     study = write_study(
-        tmp_path, {"arms": [], "budget": {"trials": 2}, "resources": {"concurrency": 1}}, epochs=60
+        tmp_path,
+        {"baselines": [], "budget": {"trials": 2}, "resources": {"concurrency": 1}},
+        epochs=60,
     )
     store, log = StudyStore(tmp_path / "runs" / "tiny"), tmp_path / "log"
     process = start(study, phantom_dataset.path, tmp_path / "runs", log)

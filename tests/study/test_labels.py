@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from made import made_dataset
-from tiny import TINY
+from helpers.datasets import made_dataset
+from helpers.tiny_study import TINY
 
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.errors import DataError, SettingsError, StudyError
+from amlp_ray.errors import ConfigError, DataError, StudyError
 from amlp_ray.study.study import Study
 
 
@@ -25,13 +25,13 @@ def write(folder: Path, **changes: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def unlabelled(
+def unlabeled(
     phantom_dataset: PatchDataset, tmp_path_factory: pytest.TempPathFactory
 ) -> PatchDataset:
     """The training phantoms, a little brighter and without their masks."""
     images = phantom_dataset.load("train").images.astype(int) + 20
     return made_dataset(
-        tmp_path_factory.mktemp("sets") / "unlabelled", images.clip(0, 255).astype(np.uint8)
+        tmp_path_factory.mktemp("sets") / "unlabeled", images.clip(0, 255).astype(np.uint8)
     )
 
 
@@ -48,56 +48,56 @@ def with_manifest(dataset: PatchDataset, folder: Path, **changes: Any) -> str:
 )
 def test_uris_of_both_survive_and_paths_become_absolute(tmp_path: Path, uri: str) -> None:
     told = uri.rstrip("/")
-    study = Study.load(write(tmp_path, data=uri, labels="sets/mine"))
-    assert study.settings.data == told
-    assert study.settings.labels == str(Path("sets/mine").absolute())
+    study = Study.load(write(tmp_path, data=uri, eval_data="sets/mine"))
+    assert study.config.data == told
+    assert study.config.eval_data == str(Path("sets/mine").absolute())
     study = Study.load(
-        write(tmp_path, data="here", labels="elsewhere"), data=Path("sets/mine"), labels=uri
+        write(tmp_path, data="here", eval_data="elsewhere"), data=Path("sets/mine"), eval_data=uri
     )
-    assert (study.settings.data, study.settings.labels) == (str(Path("sets/mine").absolute()), told)
-    assert Study.load(write(tmp_path), data="here").settings.labels is None
+    assert (study.config.data, study.config.eval_data) == (str(Path("sets/mine").absolute()), told)
+    assert Study.load(write(tmp_path), data="here").config.eval_data is None
 
 
-def test_an_unlabelled_set_is_searched_by_the_labels_of_another_alone(
-    unlabelled: PatchDataset, phantom_dataset: PatchDataset, tmp_path: Path
+def test_an_unlabeled_set_is_searched_by_the_labels_of_another_alone(
+    unlabeled: PatchDataset, phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
     file = write(tmp_path)
     with pytest.raises(DataError, match="has 0 labelled training images with a lesion"):
-        Study.load(file, data=unlabelled.path).plan()
-    plan = Study.load(file, data=unlabelled.path, labels=phantom_dataset.path).plan()
+        Study.load(file, data=unlabeled.path).plan()
+    plan = Study.load(file, data=unlabeled.path, eval_data=phantom_dataset.path).plan()
     assert plan.steps_per_trial == 12
     assert plan.seconds_per_probe > 0
 
 
 @pytest.mark.parametrize(
-    ("changes", "settings", "error", "told"),
+    ("changes", "config", "error", "told"),
     [
         (
             {"mean": [3e4], "std": [1e4]},
             {},
-            SettingsError,
+            ConfigError,
             "holds values around .* prepare both with the same",
         ),
         (
             {"height": 32, "width": 128},
             {},
-            SettingsError,
+            ConfigError,
             "holds 1x64x64 .* holds 1x32x128; prepare the data alike",
         ),
-        ({}, {"probe": {"labels": 1000}}, DataError, "labels has .* probe.labels=1000"),
-        (None, {}, DataError, "There is no patch dataset .*labels"),
+        ({}, {"probe": {"num_labeled": 1000}}, DataError, "labels has .* probe.num_labeled=1000"),
+        (None, {}, DataError, "There is no patch dataset .*"),
     ],
     ids=["scale", "shape", "too few", "gone"],
 )
 def test_labels_that_cannot_serve_are_refused_before_anything_is_written(
-    unlabelled: PatchDataset, phantom_dataset: PatchDataset, tmp_path: Path,
-    changes: dict[str, Any] | None, settings: dict[str, Any], error: type[Exception], told: str,
+    unlabeled: PatchDataset, phantom_dataset: PatchDataset, tmp_path: Path,
+    changes: dict[str, Any] | None, config: dict[str, Any], error: type[Exception], told: str,
 ) -> None:  # fmt: skip
-    labels = tmp_path / "labels"
+    eval_data = tmp_path / "labels"
     if changes is not None:
-        with_manifest(phantom_dataset, labels, **changes)
+        with_manifest(phantom_dataset, eval_data, **changes)
     study = Study.load(
-        write(tmp_path, **settings), data=unlabelled.path, labels=labels, runs=tmp_path / "runs"
+        write(tmp_path, **config), data=unlabeled.path, eval_data=eval_data, runs=tmp_path / "runs"
     )
     for attempt in (study.plan, study.run):
         with pytest.raises(error, match=told):
@@ -107,10 +107,10 @@ def test_labels_that_cannot_serve_are_refused_before_anything_is_written(
 
 @pytest.mark.ray
 def test_a_study_keeps_to_its_labels(
-    unlabelled: PatchDataset, phantom_dataset: PatchDataset, tmp_path: Path
+    unlabeled: PatchDataset, phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    file = write(tmp_path, arms=[], budget={"trials": 1}, labels=phantom_dataset.path)
-    study = Study.load(file, data=unlabelled.path, runs=tmp_path / "runs").run(
+    file = write(tmp_path, baselines=[], budget={"trials": 1}, eval_data=phantom_dataset.path)
+    study = Study.load(file, data=unlabeled.path, runs=tmp_path / "runs").run(
         notify=lambda line: None
     )
 
@@ -119,13 +119,15 @@ def test_a_study_keeps_to_its_labels(
     known = {name for split in ("train", "val") for name in phantom_dataset.load(split).ids}
     assert score["images"] > 0
     assert set(score["per_image"]) <= known
-    assert json.loads((trial / "data.json").read_text())["labels"]["path"] == phantom_dataset.path
+    assert (
+        json.loads((trial / "data.json").read_text())["eval_data"]["path"] == phantom_dataset.path
+    )
     held = json.loads((study.store.folder / "environment.json").read_text())
-    assert [held[name]["name"] for name in ("dataset", "labels")] == [
-        "unlabelled",
+    assert [held[name]["name"] for name in ("dataset", "eval_data")] == [
+        "unlabeled",
         phantom_dataset.name,
     ]
-    assert held["labels"]["fingerprint"] == phantom_dataset.manifest.fingerprint
+    assert held["num_labeled"]["fingerprint"] == phantom_dataset.manifest.fingerprint
     assert "Labelled images" in study.report().read_text()
 
     def again(**given: Any) -> None:
@@ -134,22 +136,22 @@ def test_a_study_keeps_to_its_labels(
         )
 
     moved = with_manifest(phantom_dataset, tmp_path / "moved")
-    again(data=unlabelled.path, labels=moved)
+    again(data=unlabeled.path, eval_data=moved)
     other = with_manifest(phantom_dataset, tmp_path / "other", fingerprint="0" * 64)
     with pytest.raises(
         StudyError, match=r"begun on other labels than .*other holds now; restore the labels"
     ):
-        again(data=unlabelled.path, labels=other)
+        again(data=unlabeled.path, eval_data=other)
     with pytest.raises(StudyError, match="begun on other data than"):
-        again(data=other, labels=moved)
+        again(data=other, eval_data=moved)
     with pytest.raises(
         StudyError, match=r"begun on other labels than .*own has of its own; restore the labels"
     ):
         again(
             data=with_manifest(
-                phantom_dataset, tmp_path / "own", fingerprint=unlabelled.manifest.fingerprint
+                phantom_dataset, tmp_path / "own", fingerprint=unlabeled.manifest.fingerprint
             )
         )
 
 
-TINY_AGAIN: dict[str, Any] = {"arms": [], "budget": {"trials": 1}}
+TINY_AGAIN: dict[str, Any] = {"baselines": [], "budget": {"trials": 1}}

@@ -10,11 +10,11 @@ from typing import Any
 import optuna
 import pytest
 import yaml
+from helpers.tiny_study import TINY
 from optuna.trial import TrialState
-from tiny import TINY
 
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.errors import DataError, ResourceError, SettingsError, StudyError
+from amlp_ray.errors import ConfigError, DataError, ResourceError, StudyError
 from amlp_ray.study.storage.study_store import StudyStore, read_metrics
 from amlp_ray.study.study import Study
 
@@ -41,11 +41,11 @@ def finished(
 def test_every_trial_ends_once_and_leaves_its_files(finished: tuple[Study, list[str]]) -> None:
     study, _ = finished
     assert [t.state for t in study.store.search().trials] == [TrialState.COMPLETE] * 3
-    assert [t.user_attrs["arm"] for t in study.store.arms().trials] == ["scratch", "mae"]
+    assert [t.user_attrs["baseline"] for t in study.store.baselines().trials] == ["scratch", "mae"]
     for trial in study.store.search().trials:
         folder = study.store.trial_folder(trial.number)
         files = {
-            "settings.yaml",
+            "config.yaml",
             "metrics.jsonl",
             "score.json",
             "rungs",
@@ -58,7 +58,7 @@ def test_every_trial_ends_once_and_leaves_its_files(finished: tuple[Study, list[
         assert {
             row["epoch"]: row["dsc"] for row in rows if "dsc" in row
         } == trial.intermediate_values
-        facts = trial.user_attrs["facts"]
+        facts = trial.user_attrs["stats"]
         assert facts["epochs"] == 4
         assert facts["memory"] > 0
         assert facts["scores"]["dsc"] == trial.value
@@ -84,7 +84,7 @@ def test_table_status_and_report_agree_with_the_store(finished: tuple[Study, lis
     status = study.status()
     assert status["states"] == {"COMPLETE": 3}
     assert status["best"][0]["dsc"] == frame["dsc"][:3].max() == study.best_trial.value
-    assert status["arms"]["mae"] == {"n": 1, "dsc": frame["dsc"][4]}
+    assert status["baselines"]["mae"] == {"n": 1, "dsc": frame["dsc"][4]}
     assert status["budget"]["trials"] == {"used": 3, "allowed": 3}
     assert status["budget"]["epochs"]["used"] == 4 * 4
     assert (study.store.folder / "events.log").read_text().count("complete") == 5
@@ -106,7 +106,7 @@ def test_a_finished_study_runs_no_more_and_an_extended_one_goes_on(
     after = [t.params for t in more.store.search().trials]
     assert after[:3] == before
     assert len(after) == 4
-    assert Study.open("tiny", runs=runs).settings.budget.trials == 4
+    assert Study.open("tiny", runs=runs).config.budget.trials == 4
     more.extend(trials="+1")
     again = Study.load(write(tmp_path, budget={"trials": 4}), data=phantom_dataset.path, runs=runs)
     again.run(notify=lambda line: None)
@@ -125,7 +125,7 @@ def test_a_trial_that_diverges_fails_with_its_reason_and_the_study_goes_on(
         "precision": {"choices": ["bf16"]},
     }
     study = Study.load(
-        write(tmp_path, space=space, arms=[], budget={"trials": 1}),
+        write(tmp_path, space=space, baselines=[], budget={"trials": 1}),
         data=phantom_dataset.path,
         runs=tmp_path,
     )
@@ -148,10 +148,10 @@ def test_trials_of_two_workers_report_their_rungs_and_may_be_pruned(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
     changes = {
-        "arms": [],
+        "baselines": [],
         "pretrain": TINY["pretrain"] | {"epochs": 12},
         "resources": {"workers": 2, "cpus_per_worker": 0.9},
-        "pruner": {"name": "median", "rungs": 6, "min_steps": 1, "startup": 1},
+        "pruner": {"name": "median", "rungs": 6, "min_steps": 1, "n_startup_trials": 1},
         "budget": {"trials": 2},
         "space": {"lr": {"choices": [1e-3, 1e-7]}},
     }
@@ -171,12 +171,16 @@ def test_trials_of_two_workers_report_their_rungs_and_may_be_pruned(
 def test_a_study_is_paused_by_another_and_goes_on_with_its_trials(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    changes = {"pretrain": TINY["pretrain"] | {"epochs": 80}, "arms": [], "budget": {"trials": 2}}
+    changes = {
+        "pretrain": TINY["pretrain"] | {"epochs": 80},
+        "baselines": [],
+        "budget": {"trials": 2},
+    }
     changes |= {"pruner": {"name": "none", "rungs": 16}}
     study = Study.load(
         write(tmp_path, **changes), data=phantom_dataset.path, runs=tmp_path / "runs"
     )
-    other = Study(study.settings, StudyStore(study.store.folder))
+    other = Study(study.config, StudyStore(study.store.folder))
     lines: list[str] = []
 
     def notify(line: str) -> None:
@@ -201,9 +205,9 @@ def test_a_population_learns_a_schedule_segment_by_segment(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
     changes = {
-        "arms": [],
+        "baselines": [],
         "space": {"ratio.points": {"low": 0.2, "high": 0.8}},
-        "sampler": {"name": "pbt", "population": 3, "interval": 2},
+        "sampler": {"name": "pbt", "population_size": 3, "interval": 2},
         "budget": {"trials": 6},
     }
     study = Study.load(
@@ -212,7 +216,7 @@ def test_a_population_learns_a_schedule_segment_by_segment(
     study.run(notify=lambda line: None)
     trials = study.store.search().trials
     assert [t.state for t in trials] == [TrialState.PRUNED] * 3 + [TrialState.COMPLETE] * 3
-    assert [t.user_attrs["facts"]["epochs"] for t in trials] == [2] * 6, (
+    assert [t.user_attrs["stats"]["epochs"] for t in trials] == [2] * 6, (
         "each trains its own segment only"
     )
     for trial in trials[3:]:
@@ -283,36 +287,36 @@ def test_a_study_that_another_process_runs_says_who(finished: tuple[Study, list[
     [
         ({"resources": {"gpus_per_worker": 64}}, ResourceError, "gpus_per_worker=64"),
         ({"resources": {"cpus_per_worker": 1000}}, ResourceError, "cpus_per_worker=1000"),
-        ({"probe": {"labels": 1000}}, DataError, "probe.labels=1000"),
-        ({"pretrain": {"model": {"patch_size": 7}}}, SettingsError, "does not divide"),
-        ({"probe": {"labels": 20, "folds": 2}}, DataError, "lower probe.labels"),
-        ({"space": {"model.patch_size": {"choices": [8, 10]}}}, SettingsError, "does not divide"),
+        ({"probe": {"num_labeled": 1000}}, DataError, "probe.num_labeled=1000"),
+        ({"pretrain": {"model": {"patch_size": 7}}}, ConfigError, "does not divide"),
+        ({"probe": {"num_labeled": 20, "folds": 2}}, DataError, "lower probe.num_labeled"),
+        ({"space": {"model.patch_size": {"choices": [8, 10]}}}, ConfigError, "does not divide"),
         (
             {
                 "space": {"batch_size": {"choices": [12, 3]}},
                 "resources": {"workers": 4, "cpus_per_worker": 0.1},
             },
-            SettingsError,
+            ConfigError,
             "batch_size 3 is less than resources.workers 4",
         ),
         (
             {"resources": {"workers": 5, "cpus_per_worker": 0.1, "sharding": "fsdp"}},
-            SettingsError,
+            ConfigError,
             "fsdp needs a fixed number of workers that divides batch_size 12",
         ),
         (
             {"space": {"selection.rule": {"choices": ["smallest", "oracle"]}}},
-            SettingsError,
+            ConfigError,
             "an oracle aims by true",
         ),
         (
             {"pretrain": {"selection": {"mode": "soft", "score": "oracle"}}, "space": {}},
-            SettingsError,
+            ConfigError,
             "an oracle aims by true",
         ),
         (
-            {"arms": ["simsiam"], "pretrain": {"batch_size": 1}},
-            SettingsError,
+            {"baselines": ["simsiam"], "pretrain": {"batch_size": 1}},
+            ConfigError,
             "one image per worker",
         ),
     ],
@@ -383,8 +387,8 @@ def test_status_says_whether_anybody_runs_the_study(finished: tuple[Study, list[
 
 
 def test_an_arm_is_named_once(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="each arm is named once"):
-        Study.load(write(tmp_path, arms=["mae", "mae"]), data="anywhere")
+    with pytest.raises(ConfigError, match="each baseline is named once"):
+        Study.load(write(tmp_path, baselines=["mae", "mae"]), data="anywhere")
 
 
 @pytest.mark.parametrize(
@@ -415,5 +419,5 @@ def test_an_unknown_study_is_told_with_those_there_are(finished: tuple[Study, li
 )
 def test_the_ready_studies_are_valid(file: Path) -> None:
     study = Study.load(file, data="anywhere")  # checks the space too
-    assert study.settings.name == file.stem
-    assert study.settings.description
+    assert study.config.name == file.stem
+    assert study.config.description

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.runs import discs, write
 from PIL import Image
-from written import discs, write
 
 from amlp_ray.analysis.inspect_run import inspect_run
 from amlp_ray.analysis.localization import bench_rules
 from amlp_ray.analysis.localization_candidates import candidates
-from amlp_ray.config import PretrainSettings, ProbeSettings, SegmentSettings
+from amlp_ray.config import PretrainConfig, ProbeConfig, SegmentConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.evaluation.linear_probe import Probe
 from amlp_ray.evaluation.segmentation import segment
-from amlp_ray.launch.job import Job, run_job
-from amlp_ray.method.augment import normalise
+from amlp_ray.launch.job import RunSpec, run_job
+from amlp_ray.method.augment import normalize
 from amlp_ray.method.visualization import as_pixels
 from amlp_ray.training.loggers.metrics_file import read_rows
 from amlp_ray.training.pretrain import Hooks
@@ -29,7 +29,7 @@ from amlp_ray.training.pretrain import Hooks
 KINDS = [("uint8", 2), ("uint16", 1), ("int16", 1), ("int16", 4), ("float32", 3)]
 SIDE = 32
 MODEL = {"width": 16, "depth": 1, "heads": 2, "decoder_width": 16}
-FEW = ProbeSettings(labels=8, subsets=1, folds=2)
+FEW = ProbeConfig(num_labeled=8, subsets=1, folds=2)
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0]} of {kind[1]}")
@@ -50,13 +50,13 @@ def run(dataset: PatchDataset, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("runs") / "run"
     given: dict[str, Any] = {
         "flip_vertical": True,
-        "intensity": 0.7,
+        "intensity_jitter": 0.7,
         "epochs": 2,
         "batch_size": 8,
         "model": MODEL,
     }
     run_job(
-        Job(PretrainSettings.model_validate(given), dataset.path, folder, probe=FEW, rungs=(2,)),
+        RunSpec(PretrainConfig.model_validate(given), dataset.path, folder, probe=FEW, rungs=(2,)),
         Hooks(),
     )
     return folder
@@ -86,13 +86,13 @@ def test_a_segmenter_is_trained_with_all_augmentation(
         "epochs": 2,
         "batch_size": 6,
         "decoder_width": 8,
-        "crop_min": 0.6,
-        "intensity": 0.5,
+        "min_crop_area": 0.6,
+        "intensity_jitter": 0.5,
         "flip_vertical": True,
     }
     losses: list[float] = []
     score = segment(
-        dataset, run / "encoder.safetensors", tmp_path / "out", SegmentSettings.model_validate(given),
+        dataset, run / "encoder.safetensors", tmp_path / "out", SegmentConfig.model_validate(given),
         progress=lambda metrics: losses.append(metrics["loss"]),
     )  # fmt: skip
     assert 0 <= score["dsc"] <= 1
@@ -108,7 +108,7 @@ def test_a_dark_disc_is_found_in_any_scale(dataset: PatchDataset) -> None:
     assert rows["raw, 3, darkest"]["f1"] > 2 * rows["random patches"]["f1"]
 
 
-def test_a_probe_sees_normalised_patches(dataset: PatchDataset) -> None:
+def test_a_probe_sees_normalized_patches(dataset: PatchDataset) -> None:
     seen: list[torch.Tensor] = []
 
     def tokens(patches: torch.Tensor) -> torch.Tensor:
@@ -125,7 +125,7 @@ def test_a_picture_is_the_first_channel_or_rgb_scaled_to_its_own_contrast(
     dataset: PatchDataset,
 ) -> None:
     images = dataset.load("val").images
-    x = normalise(torch.from_numpy(images), dataset.spec)
+    x = normalize(torch.from_numpy(images), dataset.spec)
     shown = np.stack(as_pixels(x, x, dataset.spec, (SIDE, SIDE)))
     shown_channels = 3 if images.shape[1] == 3 else 1
     stored = images[:, :shown_channels].astype(np.float64)
@@ -140,6 +140,6 @@ def test_a_constant_image_of_any_scale_is_drawn_black_and_not_as_noise(
     dataset: PatchDataset,
 ) -> None:
     flat = np.full_like(dataset.load("val", np.array([0])).images, int(dataset.spec.mean[0]))
-    x = normalise(torch.from_numpy(flat), dataset.spec)
+    x = normalize(torch.from_numpy(flat), dataset.spec)
     (shown,) = as_pixels(x, x, dataset.spec, (SIDE, SIDE))
     assert int(shown.max()) - int(shown.min()) <= 1

@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from amlp_ray.config import VARIANTS, ImageSpec, PretrainSettings
+from amlp_ray.config import VARIANTS, ImageSpec, PretrainConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.loading.batches import Batch, Batches, open_batches
-from amlp_ray.errors import CheckpointError, NonFiniteLossError, SettingsError
+from amlp_ray.errors import CheckpointError, ConfigError, NonFiniteLossError
 from amlp_ray.training.checkpoint.export import load_encoder
 from amlp_ray.training.checkpoint.manager import checkpoints, latest
 from amlp_ray.training.loggers.metrics_file import read_rows
 from amlp_ray.training.lr_schedule import learning_rate
 from amlp_ray.training.pretrain import Hooks, PretrainResult, pretrain
-from amlp_ray.training.train_state import Learner
+from amlp_ray.training.train_state import TrainState
 
 MEASURED = {
     "images_per_second",
@@ -33,12 +33,12 @@ MEASURED = {
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_heads": 2}
 
 
-def tiny(**given: Any) -> PretrainSettings:
-    return PretrainSettings.model_validate({"epochs": 4, "batch_size": 12, "model": TINY, **given})
+def tiny(**given: Any) -> PretrainConfig:
+    return PretrainConfig.model_validate({"epochs": 4, "batch_size": 12, "model": TINY, **given})
 
 
-def open_train(dataset: PatchDataset, settings: PretrainSettings) -> Batches:
-    return open_batches(dataset, batch_size=settings.batch_size, seed=settings.seed)
+def open_train(dataset: PatchDataset, config: PretrainConfig) -> Batches:
+    return open_batches(dataset, batch_size=config.batch_size, seed=config.seed)
 
 
 def run(
@@ -49,12 +49,12 @@ def run(
     batches: Batches | None = None,
     **given: Any,
 ) -> PretrainResult:
-    settings, reported = tiny(**given), []
+    config, reported = tiny(**given), []
     hooks = Hooks(
         report=lambda metrics: reported.append(metrics["epoch"]),
         should_stop=lambda: stop_after is not None and reported[-1] >= stop_after,
     )
-    return pretrain(settings, batches or open_train(dataset, settings), folder, hooks=hooks)
+    return pretrain(config, batches or open_train(dataset, config), folder, hooks=hooks)
 
 
 def newest(folder: Path) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def test_every_epoch_writes_one_line_with_all_its_figures(
 
 
 TWO_EPOCHS = {
-    "refresh": 2
+    "analysis_interval": 2
 }  # so that a stop after one epoch falls between two looks at whole images
 RESUMED: dict[str, dict[str, Any]] = {
     name: {"variant": name} for name in VARIANTS if name != "scratch"
@@ -128,11 +128,11 @@ RESUMED: dict[str, dict[str, Any]] = {
         "loss": {"warmup": 0.0},
     },
     "tokens of the data set": {
-        "selection": {"refresh": 0, "features": "tokens", "scope": "dataset"}
+        "selection": {"analysis_interval": 0, "features": "tokens", "scope": "dataset"}
     },
-    "random ratio": {"ratio": {"shape": "random", "per": "step"}},
+    "random ratio": {"ratio": {"shape": "random", "update_per": "step"}},
     "fp16": {"precision": "fp16"},
-    "average": {"average": 0.9},
+    "weight_ema": {"weight_ema": 0.9},
 }
 
 
@@ -289,9 +289,9 @@ def test_hooks_are_called_once_per_epoch_in_order_when_all_is_on_disk(
         calls.append("stop?")
         return False
 
-    settings = tiny(epochs=2)
+    config = tiny(epochs=2)
     hooks = Hooks(evaluate=evaluate, report=report, should_stop=should_stop)
-    pretrain(settings, open_train(phantom_dataset, settings), tmp_path, hooks=hooks)
+    pretrain(config, open_train(phantom_dataset, config), tmp_path, hooks=hooks)
     assert calls == ["evaluate 1", "report 1", "stop?", "evaluate 2", "report 2", "stop?"]
 
 
@@ -301,10 +301,10 @@ def test_an_evaluation_does_not_change_the_training(
     def evaluate(model: Any, epoch: int) -> dict[str, Any]:
         return {"noise": float(torch.rand(3).sum())}
 
-    settings = tiny(epochs=2)
-    batches = open_train(phantom_dataset, settings)
-    with_it = pretrain(settings, batches, tmp_path / "a", hooks=Hooks(evaluate=evaluate))
-    without = pretrain(settings, batches, tmp_path / "b")
+    config = tiny(epochs=2)
+    batches = open_train(phantom_dataset, config)
+    with_it = pretrain(config, batches, tmp_path / "a", hooks=Hooks(evaluate=evaluate))
+    without = pretrain(config, batches, tmp_path / "b")
     assert same(weights(with_it), weights(without))
 
 
@@ -396,13 +396,13 @@ def test_a_folder_of_other_images_is_refused(phantom_dataset: PatchDataset, tmp_
 def test_a_patch_size_that_does_not_divide_the_images_is_refused(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    with pytest.raises(SettingsError, match=r"patch_size 7 does not divide .* 64x64"):
+    with pytest.raises(ConfigError, match=r"patch_size 7 does not divide .* 64x64"):
         run(phantom_dataset, tmp_path, model={**TINY, "patch_size": 7})
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_nearly_zero() -> None:
-    settings = tiny(lr=0.01, warmup=0.2, lr_scaling="none")
-    rates = [learning_rate(settings, step, 100) for step in range(100)]
+    config = tiny(lr=0.01, warmup=0.2, lr_scaling="none")
+    rates = [learning_rate(config, step, 100) for step in range(100)]
     assert rates[:20] == pytest.approx([0.01 * (i + 1) / 21 for i in range(20)])
     assert max(rates) == rates[20] == 0.01
     assert all(a > b for a, b in itertools.pairwise(rates[20:]))
@@ -447,15 +447,15 @@ def test_the_learning_rate_follows_the_batch(
 def test_matrices_are_decayed_and_biases_norms_and_fixed_positions_are_not(
     phantom_dataset: PatchDataset,
 ) -> None:
-    learner = Learner(tiny(), phantom_dataset.spec, "cpu")
-    groups = learner.optimizer.param_groups
+    train_state = TrainState(tiny(), phantom_dataset.spec, "cpu")
+    groups = train_state.optimizer.param_groups
     decayed, free = (
         [p for g in groups if g["weight_decay"] == decay for p in g["params"]]
         for decay in (0.05, 0.0)
     )
     assert all(p.dim() > 1 for p in decayed)
     assert all(p.dim() <= 1 for p in free)
-    trained = {id(p) for p in learner.model.parameters() if p.requires_grad}
+    trained = {id(p) for p in train_state.model.parameters() if p.requires_grad}
     assert {id(p) for p in decayed + free} == trained
     assert len(decayed + free) == len(trained)
 

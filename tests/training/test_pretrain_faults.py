@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from written import discs, write
+from helpers.runs import discs, write
 
-from amlp_ray.config import FaultSettings, PretrainSettings
+from amlp_ray.config import FaultToleranceConfig, PretrainConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.loading.batches import open_batches
 from amlp_ray.errors import StorageError
@@ -46,13 +46,11 @@ def go(
     *,
     report: Callable[[Metrics], None] = lambda metrics: None,
     stop_after: int | None = None,
-    faults: FaultSettings | None = None,
+    faults: FaultToleranceConfig | None = None,
     **given: Any,
 ) -> PretrainResult:
-    settings = PretrainSettings.model_validate(
-        {"epochs": 4, "batch_size": 10, "model": TINY, **given}
-    )
-    batches = open_batches(dataset, batch_size=10, seed=settings.seed, mode="resident")
+    config = PretrainConfig.model_validate({"epochs": 4, "batch_size": 10, "model": TINY, **given})
+    batches = open_batches(dataset, batch_size=10, seed=config.seed, mode="resident")
     reported: list[int] = []
 
     def told(metrics: Metrics) -> None:
@@ -62,7 +60,7 @@ def go(
     hooks = Hooks(
         report=told, should_stop=lambda: stop_after is not None and reported[-1] >= stop_after
     )
-    return pretrain(settings, batches, folder, hooks=hooks, faults=faults)
+    return pretrain(config, batches, folder, hooks=hooks, fault_tolerance=faults)
 
 
 def figures(folder: Path) -> list[Metrics]:
@@ -77,7 +75,7 @@ def assert_same(one: Path, other: Path) -> None:
     assert figures(one) == figures(other)
     assert [row["epoch"] for row in figures(one)] == [1, 2, 3, 4]
     states = [found[0] for folder in (one, other) if (found := latest(folder))]
-    for key in ("model", "average"):
+    for key in ("model", "weight_ema"):
         assert all(
             torch.equal(v, states[1][key][name]) for name, v in states[0].get(key, {}).items()
         )
@@ -118,7 +116,7 @@ def test_a_damaged_newest_checkpoint_costs_its_epoch_and_is_told(
     assert [epoch_of(path) for path in checkpoints(tmp_path / "run")] == [4, 3]
 
 
-@pytest.mark.parametrize("given", [{}, {"average": 0.9}, {"precision": "fp16"}], ids=str)
+@pytest.mark.parametrize("given", [{}, {"weight_ema": 0.9}, {"precision": "fp16"}], ids=str)
 def test_a_run_that_was_killed_after_a_line_and_before_its_checkpoint_does_that_epoch_again(
     dataset: PatchDataset, tmp_path: Path, given: dict[str, Any]
 ) -> None:
@@ -150,7 +148,7 @@ def test_a_finished_run_that_is_begun_again_notes_nothing(
 def test_as_many_checkpoints_are_kept_as_asked(
     dataset: PatchDataset, tmp_path: Path, keep: int
 ) -> None:
-    go(dataset, tmp_path, faults=FaultSettings(checkpoints=keep))
+    go(dataset, tmp_path, fault_tolerance=FaultToleranceConfig(checkpoints=keep))
     assert [epoch_of(path) for path in checkpoints(tmp_path)] == [4, 3, 2][:keep]
 
 
@@ -166,9 +164,9 @@ def test_a_folder_that_takes_no_checkpoint_ends_the_run_in_a_sentence_and_it_goe
             (folder / "checkpoint").rename(folder / "kept")
             (folder / "checkpoint").write_text("a file in its place")
 
-    faults = FaultSettings(storage_minutes=0.001)
+    faults = FaultToleranceConfig(storage_minutes=0.001)
     with pytest.raises(StorageError) as told:
-        go(dataset, folder, report=spoil, faults=faults)
+        go(dataset, folder, report=spoil, fault_tolerance=faults)
     assert str(told.value) == (
         f"{folder} took nothing for 0.001 minutes, the checkpoint of epoch 3 is not written (File exists); make room "
         f"and run again: it goes on from its latest checkpoint."
@@ -219,8 +217,8 @@ def test_the_average_is_what_is_looked_at_and_exported(
     dataset: PatchDataset, tmp_path: Path
 ) -> None:
     seen: list[dict[str, torch.Tensor]] = []
-    settings = PretrainSettings.model_validate(
-        {"epochs": 2, "batch_size": 10, "model": TINY, "average": 0.9}
+    config = PretrainConfig.model_validate(
+        {"epochs": 2, "batch_size": 10, "model": TINY, "weight_ema": 0.9}
     )
 
     def evaluate(model: torch.nn.Module, epoch: int) -> Metrics:
@@ -229,10 +227,10 @@ def test_the_average_is_what_is_looked_at_and_exported(
         return {}
 
     batches = open_batches(dataset, batch_size=10, seed=0, mode="resident")
-    result = pretrain(settings, batches, tmp_path, hooks=Hooks(evaluate=evaluate))
+    result = pretrain(config, batches, tmp_path, hooks=Hooks(evaluate=evaluate))
     found = latest(tmp_path)
     assert found is not None
-    average, last = found[0]["average"], found[0]["model"]
+    average, last = found[0]["weight_ema"], found[0]["model"]
     name = "encoder.blocks.0.mlp.fc1.weight"
     assert not torch.equal(average[name], last[name])
     exported = load_encoder(result.encoder).state_dict()
@@ -240,7 +238,7 @@ def test_the_average_is_what_is_looked_at_and_exported(
         assert all(torch.equal(value, average[name]) for name, value in model.items())
     assert all(torch.equal(value, average[f"encoder.{name}"]) for name, value in exported.items())
     plain = pretrain(
-        settings.model_copy(update={"average": 0.0}), batches, tmp_path / "plain"
+        config.model_copy(update={"weight_ema": 0.0}), batches, tmp_path / "plain"
     ).model.state_dict()
     assert all(torch.equal(value, plain[name]) for name, value in last.items()), (
         "training itself is as without"

@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.runs import discs, write
 from torch import nn
-from written import discs, write
 
-from amlp_ray.config import PretrainSettings, ResourceSettings
+from amlp_ray.config import PretrainConfig, ResourceConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.loading.batches import Batch, Batches, open_batches
 from amlp_ray.errors import NonFiniteLossError
-from amlp_ray.method.masking import Moment
+from amlp_ray.method.masking import TrainingStep
 from amlp_ray.training.checkpoint.manager import latest
 from amlp_ray.training.loggers.metrics_file import Metrics, read_rows
-from amlp_ray.training.objectives import step_of
+from amlp_ray.training.objectives import make_objective
 from amlp_ray.training.pretrain import pretrain, take_gradient, train_epoch
-from amlp_ray.training.train_state import Learner
+from amlp_ray.training.train_state import TrainState
 
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_heads": 2}
 MEASURED = {
@@ -35,8 +35,8 @@ MEASURED = {
 OF_EACH_PIECE = {"agreement"}  # a kappa, whose mean over pieces is not that of the batch
 
 
-def settings_of(**given: Any) -> PretrainSettings:
-    return PretrainSettings.model_validate({"epochs": 2, "batch_size": 10, "model": TINY, **given})
+def settings_of(**given: Any) -> PretrainConfig:
+    return PretrainConfig.model_validate({"epochs": 2, "batch_size": 10, "model": TINY, **given})
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +45,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> PatchDataset:
     return write(tmp_path_factory.mktemp("data") / "discs", {"train": discs(20)})
 
 
-def open_train(dataset: PatchDataset, settings: PretrainSettings) -> Batches:
-    return open_batches(
-        dataset, batch_size=settings.batch_size, seed=settings.seed, mode="resident"
-    )
+def open_train(dataset: PatchDataset, config: PretrainConfig) -> Batches:
+    return open_batches(dataset, batch_size=config.batch_size, seed=config.seed, mode="resident")
 
 
 def run(
-    dataset: PatchDataset, folder: Path, settings: PretrainSettings, micro_batch: int | None = None
+    dataset: PatchDataset, folder: Path, config: PretrainConfig, micro_batch: int | None = None
 ) -> list[Metrics]:
-    resources = ResourceSettings(micro_batch=micro_batch)
-    pretrain(settings, open_train(dataset, settings), folder, resources=resources)
+    resources = ResourceConfig(micro_batch=micro_batch)
+    pretrain(config, open_train(dataset, config), folder, resources=resources)
     return [
         {k: v for k, v in row.items() if k not in MEASURED}
         for row in read_rows(folder / "metrics.jsonl")
@@ -65,7 +63,7 @@ def run(
 GIVEN: dict[str, dict[str, Any]] = {
     "amlp": {"loss": {"warmup": 0.0}},
     "clusters of the data set": {
-        "selection": {"scope": "dataset", "refresh": 1},
+        "selection": {"scope": "dataset", "analysis_interval": 1},
         "loss": {"warmup": 0.0},
     },
     "hpm": {"variant": "hpm"},
@@ -78,10 +76,10 @@ GIVEN: dict[str, dict[str, Any]] = {
 def test_a_batch_in_pieces_trains_as_the_whole(
     dataset: PatchDataset, tmp_path: Path, given: dict[str, Any], micro_batch: int
 ) -> None:
-    settings = settings_of(**given)
+    config = settings_of(**given)
     whole, pieces = (
-        run(dataset, tmp_path / "whole", settings),
-        run(dataset, tmp_path / "in", settings, micro_batch),
+        run(dataset, tmp_path / "whole", config),
+        run(dataset, tmp_path / "in", config, micro_batch),
     )
     assert len(whole) == 2
     for one, other in zip(whole, pieces, strict=True):
@@ -100,27 +98,29 @@ def test_a_batch_in_pieces_trains_as_the_whole(
 def test_no_more_than_a_piece_is_held_and_the_gradient_is_that_of_the_batch(
     dataset: PatchDataset, micro_batch: int | None, seen: list[int]
 ) -> None:
-    settings = settings_of(variant="mae", clip_grad=1e9)
-    learner, held = Learner(settings, dataset.spec, "cpu"), []
+    config = settings_of(variant="mae", clip_grad=1e9)
+    train_state, held = TrainState(config, dataset.spec, "cpu"), []
 
     class Network(nn.Module):
         def forward(self, patches: torch.Tensor, *given: Any) -> Any:
             held.append(len(patches))
-            return learner.model(patches, *given)
+            return train_state.model(patches, *given)
 
-    batch = next(open_train(dataset, settings).epoch(1))
-    objective = step_of(learner.model, settings, None)
-    take_gradient(Network(), learner, objective, batch, Moment(1, 0, 2), micro_batch)
+    batch = next(open_train(dataset, config).epoch(1))
+    objective = make_objective(train_state.model, config, None)
+    take_gradient(Network(), train_state, objective, batch, TrainingStep(1, 0, 2), micro_batch)
     assert held == seen
     taken = {
-        name: p.grad.clone() for name, p in learner.model.named_parameters() if p.grad is not None
+        name: p.grad.clone()
+        for name, p in train_state.model.named_parameters()
+        if p.grad is not None
     }
-    learner.optimizer.zero_grad()
-    values, images = next(objective(learner.model, batch, Moment(1, 0, 2), "cpu"))
+    train_state.optimizer.zero_grad()
+    values, images = next(objective(train_state.model, batch, TrainingStep(1, 0, 2), "cpu"))
     assert images == 10
     values["loss"].backward()
     assert taken
-    for name, p in learner.model.named_parameters():
+    for name, p in train_state.model.named_parameters():
         assert (p.grad is None) == (name not in taken)
         assert p.grad is None or torch.allclose(p.grad, taken[name], rtol=1e-4, atol=1e-7), name
 
@@ -145,31 +145,31 @@ def test_fp16_trains_close_to_fp32_and_keeps_weights_in_fp32(
 
 
 def test_steps_that_overflow_while_the_scale_is_found_are_left_out(dataset: PatchDataset) -> None:
-    settings = settings_of(precision="fp16", variant="mae")
-    learner = Learner(settings, dataset.spec, "cpu")
-    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
-    before = {name: p.clone() for name, p in learner.model.named_parameters()}
-    objective = step_of(learner.model, settings, None)
-    metrics = train_epoch(learner.model, learner, objective, open_train(dataset, settings), 1)
-    assert learner.scaler.get_scale() == 2.0**28, "both steps have overflowed"
-    assert all(torch.equal(p, before[name]) for name, p in learner.model.named_parameters())
+    config = settings_of(precision="fp16", variant="mae")
+    train_state = TrainState(config, dataset.spec, "cpu")
+    train_state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    before = {name: p.clone() for name, p in train_state.model.named_parameters()}
+    objective = make_objective(train_state.model, config, None)
+    metrics = train_epoch(train_state.model, train_state, objective, open_train(dataset, config), 1)
+    assert train_state.scaler.get_scale() == 2.0**28, "both steps have overflowed"
+    assert all(torch.equal(p, before[name]) for name, p in train_state.model.named_parameters())
     assert math.isfinite(metrics["loss"])
     for epoch in range(2, 9):
         metrics = train_epoch(
-            learner.model, learner, objective, open_train(dataset, settings), epoch
+            train_state.model, train_state, objective, open_train(dataset, config), epoch
         )
     assert math.isfinite(metrics["grad_norm"])
-    assert any(not torch.equal(p, before[name]) for name, p in learner.model.named_parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in train_state.model.named_parameters())
 
 
 def test_what_is_told_of_an_epoch_whose_steps_were_left_out_is_finite(
     dataset: PatchDataset,
 ) -> None:
-    settings = settings_of(precision="fp16", variant="mae")
-    learner = Learner(settings, dataset.spec, "cpu")
-    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
-    objective = step_of(learner.model, settings, None)
-    metrics = train_epoch(learner.model, learner, objective, open_train(dataset, settings), 1)
+    config = settings_of(precision="fp16", variant="mae")
+    train_state = TrainState(config, dataset.spec, "cpu")
+    train_state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    objective = make_objective(train_state.model, config, None)
+    metrics = train_epoch(train_state.model, train_state, objective, open_train(dataset, config), 1)
     assert [
         name for name, value in metrics.items() if value is not None and not math.isfinite(value)
     ] == []
@@ -194,19 +194,19 @@ class Poisoned:
 def test_a_loss_that_is_no_number_stops_fp16_too(
     dataset: PatchDataset, tmp_path: Path, micro_batch: int | None
 ) -> None:
-    settings, resources = (
+    config, resources = (
         settings_of(precision="fp16", variant="mae"),
-        ResourceSettings(micro_batch=micro_batch),
+        ResourceConfig(micro_batch=micro_batch),
     )
     with pytest.raises(NonFiniteLossError, match="loss_rec is not finite at epoch 1, step 1"):
-        pretrain(settings, Poisoned(open_train(dataset, settings)), tmp_path, resources=resources)
+        pretrain(config, Poisoned(open_train(dataset, config)), tmp_path, resources=resources)
 
 
 def test_gradients_that_overflow_whatever_the_scale_stop_the_run(dataset: PatchDataset) -> None:
-    settings = settings_of(precision="fp16", variant="mae")
-    learner = Learner(settings, dataset.spec, "cpu")
-    learner.scaler = torch.amp.GradScaler("cpu", init_scale=0.5)
-    next(iter(learner.model.parameters())).register_hook(lambda gradient: gradient * math.inf)
-    objective = step_of(learner.model, settings, None)
+    config = settings_of(precision="fp16", variant="mae")
+    train_state = TrainState(config, dataset.spec, "cpu")
+    train_state.scaler = torch.amp.GradScaler("cpu", init_scale=0.5)
+    next(iter(train_state.model.parameters())).register_hook(lambda gradient: gradient * math.inf)
+    objective = make_objective(train_state.model, config, None)
     with pytest.raises(NonFiniteLossError, match="grad_norm is not finite at epoch 1, step 1"):
-        train_epoch(learner.model, learner, objective, open_train(dataset, settings), 1)
+        train_epoch(train_state.model, train_state, objective, open_train(dataset, config), 1)

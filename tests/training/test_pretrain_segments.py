@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from amlp_ray.config import PretrainSettings, ResourceSettings
+from amlp_ray.config import PretrainConfig, ResourceConfig
 from amlp_ray.config.overrides import merged
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.errors import CheckpointError, SettingsError
-from amlp_ray.launch.job import Job, run_job
+from amlp_ray.errors import CheckpointError, ConfigError
+from amlp_ray.launch.job import RunSpec, run_job
 from amlp_ray.training.checkpoint.export import load_encoder
 from amlp_ray.training.checkpoint.manager import checkpoints, latest
 from amlp_ray.training.checkpoint.restore import fork_checkpoint
@@ -34,20 +34,20 @@ POINTS = [
 ]  # ends of segments of two epochs of six
 
 
-def tiny(points: list[list[float]] = POINTS, **given: Any) -> PretrainSettings:
+def tiny(points: list[list[float]] = POINTS, **given: Any) -> PretrainConfig:
     under = {
         "epochs": 6,
         "batch_size": 12,
         "model": TINY,
         "ratio": {"shape": "points", "points": points},
     }
-    return PretrainSettings.model_validate(merged(under, given))
+    return PretrainConfig.model_validate(merged(under, given))
 
 
 def go(
     dataset: PatchDataset,
     folder: Path,
-    settings: PretrainSettings,
+    config: PretrainConfig,
     *,
     fork: Path | None = None,
     until: int | None = None,
@@ -60,7 +60,7 @@ def go(
             raise KeyboardInterrupt
 
     return run_job(
-        Job(settings, str(dataset.path), folder, until=until, fork=fork), Hooks(report=report)
+        RunSpec(config, str(dataset.path), folder, until=until, fork=fork), Hooks(report=report)
     )
 
 
@@ -83,10 +83,14 @@ def figures(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in MEASURED | {"inherited"}} for row in rows]
 
 
-LOOKS = {"refresh": 3}  # so that forks fall between two looks at whole images
+LOOKS = {"analysis_interval": 3}  # so that forks fall between two looks at whole images
 CUT: dict[str, dict[str, Any]] = {
     "amlp": {"variant": "amlp", "selection": LOOKS, "loss": {"warmup": 0.0}},
-    "soft, step by step": {"variant": "amlp-soft", "selection": LOOKS, "ratio": {"per": "step"}},
+    "soft, step by step": {
+        "variant": "amlp-soft",
+        "selection": LOOKS,
+        "ratio": {"update_per": "step"},
+    },
     "mae": {"variant": "mae"},
     "clusters of the data set": {"selection": {**LOOKS, "scope": "dataset", "clusters": 4}},
     "teacher": {
@@ -106,11 +110,11 @@ def test_segments_one_after_another_equal_one_run_of_the_whole_schedule_to_the_b
     for i in range(3):
         torch.manual_seed(i)  # nothing may hang on torch's own generator
         folder = tmp_path / str(i)
-        settings = tiny(POINTS[: i + 2], **given)
+        config = tiny(POINTS[: i + 2], **given)
         if i == 1:  # killed inside the segment, and begun again
             with pytest.raises(KeyboardInterrupt):
-                go(phantom_dataset, folder, settings, fork=fork, until=2 * i + 2, killed_at=3)
-        result = go(phantom_dataset, folder, settings, fork=fork, until=2 * i + 2)
+                go(phantom_dataset, folder, config, fork=fork, until=2 * i + 2, killed_at=3)
+        result = go(phantom_dataset, folder, config, fork=fork, until=2 * i + 2)
         assert result.epochs == 2 * i + 2
         assert not result.stopped_early
         fork = folder
@@ -126,7 +130,7 @@ def test_segments_one_after_another_equal_one_run_of_the_whole_schedule_to_the_b
 CHANGES: dict[str, dict[str, Any]] = {
     "lr": {"lr": 3e-3},
     "clip_grad": {"clip_grad": 0.01},
-    "intensity": {"intensity": 0.5},
+    "intensity_jitter": {"intensity_jitter": 0.5},
     "loss.gamma": {"loss": {"gamma": 2.0}},
     "loss.ccl_weight": {"loss": {"ccl_weight": 0.9}},
     "selection.strength": {"selection": {"strength": 3.0}},
@@ -157,7 +161,7 @@ def test_a_fork_trains_on_with_its_changed_value_and_a_kill_inside_it_changes_no
     kept, other, killed = (saved(tmp_path / name) for name in ("kept", "changed", "killed"))
     assert not equal(other["model"], kept["model"])
     assert equal(killed, other)
-    assert other["settings"] == changed.model_dump(mode="json")
+    assert other["config"] == changed.model_dump(mode="json")
 
 
 REFUSED: dict[str, dict[str, Any]] = {
@@ -167,7 +171,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "seed": {"seed": 1},
     "weight_decay": {"weight_decay": 0.1},
     "loss.warmup": {"loss": {"warmup": 0.5}},
-    "selection.refresh": {"selection": {"refresh": 1}},
+    "selection.analysis_interval": {"selection": {"analysis_interval": 1}},
     "loss.ccl_weight": {"loss": {"ccl_weight": 0.0}},
     "loss.ranking_weight": {"loss": {"ranking_weight": 1.0}},
 }
@@ -277,7 +281,7 @@ def test_a_segment_up_to_the_last_epoch_is_the_whole_run(
 def test_an_end_that_is_no_epoch_of_the_run_is_refused(
     phantom_dataset: PatchDataset, tmp_path: Path, until: int
 ) -> None:
-    with pytest.raises(SettingsError, match=rf"until {until} is no epoch of a run of epochs=6"):
+    with pytest.raises(ConfigError, match=rf"until {until} is no epoch of a run of epochs=6"):
         go(phantom_dataset, tmp_path, tiny(), until=until)
 
 
@@ -292,11 +296,11 @@ def test_a_folder_that_is_beyond_the_end_already_is_refused(
 def test_a_segment_that_is_asked_to_return_says_so_and_goes_on(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    job = Job(tiny(), str(phantom_dataset.path), tmp_path / "cut", until=3)
-    part = run_job(job, Hooks(should_stop=lambda: True))
+    run_spec = RunSpec(tiny(), str(phantom_dataset.path), tmp_path / "cut", until=3)
+    part = run_job(run_spec, Hooks(should_stop=lambda: True))
     assert (part.epochs, part.stopped_early) == (1, True)
     whole = go(phantom_dataset, tmp_path / "whole", tiny(), until=3)
-    assert not run_job(job, Hooks()).stopped_early
+    assert not run_job(run_spec, Hooks()).stopped_early
     assert equal(saved(tmp_path / "cut")["model"], whole.model.state_dict())
 
 
@@ -309,8 +313,8 @@ def test_a_group_of_workers_goes_on_from_a_parent_and_reports_its_own_epochs(
 
     go(phantom_dataset, tmp_path / "parent", tiny(), until=2)
     go(phantom_dataset, tmp_path / "alone", tiny(), fork=tmp_path / "parent", until=4)
-    resources = ResourceSettings(workers=2, cpus_per_worker=0.9)
-    job = Job(
+    resources = ResourceConfig(workers=2, cpus_per_worker=0.9)
+    run_spec = RunSpec(
         tiny(),
         str(phantom_dataset.path),
         tmp_path / "group",
@@ -319,7 +323,7 @@ def test_a_group_of_workers_goes_on_from_a_parent_and_reports_its_own_epochs(
         fork=tmp_path / "parent",
     )
     reported: list[int] = []
-    run_on_ray(job, name="group", report=lambda metrics: reported.append(metrics["epoch"]))
+    run_on_ray(run_spec, name="group", report=lambda metrics: reported.append(metrics["epoch"]))
     assert reported == [3, 4]
     alone, group = (figures(tmp_path / name) for name in ("alone", "group"))
     assert [row["loss"] for row in group] == pytest.approx([row["loss"] for row in alone], rel=1e-4)

@@ -31,10 +31,11 @@ for package in (amlp_ray.method, amlp_ray.training):
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
 
-from amlp_ray.config import ProbeSettings
-from amlp_ray.settings import build, nested
-from amlp_ray.config import PretrainSettings, SegmentSettings
-from amlp_ray.launch.job import Job
+from amlp_ray.config import ProbeConfig
+from amlp_ray.config.base import build
+from amlp_ray.config.overrides import nested
+from amlp_ray.config import PretrainConfig, SegmentConfig
+from amlp_ray.launch.job import RunSpec
 from amlp_ray.launch.launcher import run_here
 from amlp_ray.evaluation.segmentation import segment
 from amlp_ray.data.dataset import PatchDataset
@@ -42,10 +43,10 @@ from pathlib import Path
 
 data, out = sys.argv[1:]
 tiny = {"epochs": 1, "batch_size": 12, "model.width": 24, "model.depth": 1, "model.heads": 2, "model.decoder_width": 16}
-settings = build(PretrainSettings, nested(tiny), "test")
-job = Job(settings, data, Path(out), probe=ProbeSettings(labels=8, subsets=1, folds=2), rungs=(1,))
+settings = build(PretrainConfig, nested(tiny), "test")
+job = RunSpec(settings, data, Path(out), probe=ProbeConfig(num_labeled=8, subsets=1, folds=2), rungs=(1,))
 result = run_here(job)
-tuned = segment(PatchDataset.open(data), result.encoder, Path(out) / "tuned", SegmentSettings(epochs=1, labels=4))
+tuned = segment(PatchDataset.open(data), result.encoder, Path(out) / "tuned", SegmentConfig(epochs=1, num_labeled=4))
 loaded = sorted({name.partition(".")[0] for name in sys.modules} & {"ray", "optuna"})
 print(json.dumps({"metrics": result.metrics, "dsc": tuned["dsc"], "loaded": loaded}))
 """
@@ -66,7 +67,7 @@ def test_pretraining_probe_and_fine_tuning_run_where_ray_and_optuna_are_not_inst
     assert {
         "encoder.safetensors",
         "metrics.jsonl",
-        "settings.yaml",
+        "config.yaml",
         "score.json",
         "pictures",
         "checkpoint",

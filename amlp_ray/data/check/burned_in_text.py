@@ -32,24 +32,24 @@ SAME_BRIGHTNESS = 30  # of 255
 CROWD = 400  # letter-like specks, above which an image is texture
 
 
-def text_scores(grey: np.ndarray) -> np.ndarray:
+def text_scores(gray: np.ndarray) -> np.ndarray:
     """Count letters on lines of at least `IN_A_LINE` in images (N, H, W) uint8: (N,) float32, 0 where there are none.
 
     Lines run across or down, as scales at the side of an image do; the larger count is returned.
     """
-    across = _letters(grey)
+    across = _letters(gray)
     down = across[:, [0, 3, 4, 1, 2, 5]]
-    return np.maximum(_on_lines(across, len(grey)), _on_lines(down, len(grey)))
+    return np.maximum(_on_lines(across, len(gray)), _on_lines(down, len(gray)))
 
 
-def _letters(grey: np.ndarray) -> np.ndarray:
+def _letters(gray: np.ndarray) -> np.ndarray:
     """Find components of the size and contrast of letters: (L, 6) of image, top, bottom, left, right, brightness."""
-    _, height, width = grey.shape
-    peak = grey.max(axis=(1, 2)).astype(np.float32)
-    bright = grey > (BRIGHT * peak).astype(np.uint8)[:, None, None]
-    neighbours = np.zeros((3, 3, 3), bool)
-    neighbours[1] = True  # eight in the image, none in the next image
-    labels, found = ndimage.label(bright, structure=neighbours)
+    _, height, width = gray.shape
+    peak = gray.max(axis=(1, 2)).astype(np.float32)
+    bright = gray > (BRIGHT * peak).astype(np.uint8)[:, None, None]
+    neighbors = np.zeros((3, 3, 3), bool)
+    neighbors[1] = True  # eight in the image, none in the next image
+    labels, found = ndimage.label(bright, structure=neighbors)
     if not found:
         return np.zeros((0, 6), np.float32)
     at = np.flatnonzero(bright)
@@ -57,7 +57,7 @@ def _letters(grey: np.ndarray) -> np.ndarray:
     image, rest = np.divmod(at, height * width)
     y, x = np.divmod(rest, width)
     area = np.bincount(label, minlength=found)
-    total = np.bincount(label, weights=grey.ravel()[at], minlength=found)
+    total = np.bincount(label, weights=gray.ravel()[at], minlength=found)
     owner = np.zeros(found, np.int64)
     owner[label] = image
     top, bottom = _ends(label, y, found)
@@ -72,7 +72,7 @@ def _letters(grey: np.ndarray) -> np.ndarray:
         len(few)
     )  # mean of a ring around the box, and of what of the box is no letter
     for n, (i, t, b, le, r) in enumerate(boxes.tolist()):
-        ring = grey[i, max(0, t - RING) : b + RING, max(0, le - RING) : r + RING]
+        ring = gray[i, max(0, t - RING) : b + RING, max(0, le - RING) : r + RING]
         around[n] = (int(ring.sum()) - total[few[n]]) / max(1, ring.size - area[few[n]])
     clear = mean - around >= CONTRAST
     return np.column_stack([boxes[clear], mean[clear]]).astype(np.float32)

@@ -100,12 +100,12 @@ def write_sheet(report: Report, pictures: Pictures, file: Path) -> Path:
     if not shown:
         draw.text((MARGIN, y), "No finding with examples.", fill=SOFT, font=_font(14))
     for finding in shown:
-        colour = COLOURS[finding.severity]
-        draw.rectangle((MARGIN, y + 3, MARGIN + 4, y + 20), fill=colour)
+        color = COLOURS[finding.severity]
+        draw.rectangle((MARGIN, y + 3, MARGIN + 4, y + 20), fill=color)
         title = f"{finding.title}: {finding.count} of {finding.of} {finding.what}"
         draw.text((MARGIN + 12, y), title, fill=INK, font=_font(17))
         at = MARGIN + 12 + draw.textlength(title, font=_font(17)) + 12
-        draw.text((at, y + 3), finding.severity, fill=colour, font=_font(13))
+        draw.text((at, y + 3), finding.severity, fill=color, font=_font(13))
         y += 28
         for line in heads[finding.key]:
             draw.text((MARGIN + 12, y), line, fill=SOFT, font=_font(12))

@@ -43,12 +43,12 @@ def write_page(report: Report, pictures: Pictures, file: Path) -> Path:
 def _header(report: Report) -> list[tuple[str, str]]:
     m = report.dataset.manifest
     counts = ", ".join(f"{m.counts[split].images} {split}" for split in SPLITS)
-    labelled = sum(m.counts[split].labelled for split in SPLITS)
+    labeled = sum(m.counts[split].labeled for split in SPLITS)
     rows = [
         ("Dataset", report.dataset.path),
         (
             "Images",
-            f"{counts}; {labelled} labelled; {m.channels} x {m.height} x {m.width} {m.dtype}",
+            f"{counts}; {labeled} labelled; {m.channels} x {m.height} x {m.width} {m.dtype}",
         ),
         ("Groups", m.group_rule),
         ("Splits", m.split_rule),

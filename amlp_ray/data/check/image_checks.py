@@ -127,11 +127,11 @@ def robust_z(values: np.ndarray) -> np.ndarray:
     """
     if not len(values):
         return values
-    centre = np.median(values)
+    center = np.median(values)
     spread = max(
-        1.4826 * float(np.median(np.abs(values - centre))), 0.01 * abs(float(centre)), 1e-12
+        1.4826 * float(np.median(np.abs(values - center))), 0.01 * abs(float(center)), 1e-12
     )
-    return np.asarray((values - centre) / spread)
+    return np.asarray((values - center) / spread)
 
 
 def _sizes(table: pd.DataFrame, dataset: PatchDataset) -> Iterator[Finding]:
@@ -144,9 +144,9 @@ def _sizes(table: pd.DataFrame, dataset: PatchDataset) -> Iterator[Finding]:
         far = np.maximum(far, np.where((away > np.log(factor)) & (z > FAR), away, 0))
     yield found(ODD, table, far > 0, badness=far, value=size)
     m = dataset.manifest
-    if m.settings.fit == "tiles":
+    if m.config.fit == "tiles":
         yield counted(UPSCALED, 0, 0, gap="tiles are never enlarged")
-    elif m.settings.fit == "pad":
+    elif m.config.fit == "pad":
         larger = max(m.height, m.width) / np.maximum(height, width)
         yield found(UPSCALED, table, larger > ENLARGED, badness=larger, value=size)
     else:

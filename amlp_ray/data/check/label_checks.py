@@ -20,8 +20,8 @@ MOST_CLASSES, CLASS_GROUPS = (
     5,
 )  # more folders, or folders of fewer groups, are patients or series and no classes
 
-UNLABELLED = Finding(
-    "unlabelled", "Unlabelled images", "note",
+UNLABELED = Finding(
+    "unlabeled", "Unlabelled images", "note",
     "Images have no mask. They serve for pretraining; scores and segmentation pass them over.",
     "Nothing, if that is meant; else look for masks whose names do not fit their images.",
 )  # fmt: skip
@@ -70,10 +70,10 @@ def findings(table: pd.DataFrame, dataset: PatchDataset) -> Iterator[Finding]:
     """Yield what is found about labels and splits in a table of `measured`."""
     pixels = dataset.manifest.height * dataset.manifest.width
     lesion = table["lesion"].to_numpy(float)  # NaN where unlabelled
-    labelled = np.isfinite(lesion)
-    lesions, count = lesion > 0, int(labelled.sum())
+    labeled = np.isfinite(lesion)
+    lesions, count = lesion > 0, int(labeled.sum())
     percent = lambda row: f"{100 * row.lesion / pixels:.3g} % of the image"  # noqa: E731
-    yield found(UNLABELLED, table, ~labelled)
+    yield found(UNLABELED, table, ~labeled)
     if count:
         yield found(EMPTY, table, lesion == 0, of=count)
         yield found(
@@ -83,13 +83,13 @@ def findings(table: pd.DataFrame, dataset: PatchDataset) -> Iterator[Finding]:
         yield found(
             LARGE, table, lesion > COVERED * pixels, badness=lesion, value=percent, of=count
         )
-        if dataset.manifest.settings.fit != "tiles":
+        if dataset.manifest.config.fit != "tiles":
             yield found(
                 BORDER, table, lesions & table["border"].to_numpy(bool), value=percent, of=count
             )
         else:
             yield counted(BORDER, 0, 0, gap="tiles cut lesions by design")
-        yield _shares(LESION_SHARE, table[labelled], {"lesion": lesions[labelled]})
+        yield _shares(LESION_SHARE, table[labeled], {"lesion": lesions[labeled]})
     else:
         for about in (EMPTY, TINY_LESIONS, LARGE, BORDER, LESION_SHARE):
             yield counted(about, 0, 0, gap="no image is labelled")

@@ -16,7 +16,7 @@ import pandas as pd
 from amlp_ray.data.check.burned_in_text import LEAST_SIDE, text_scores
 from amlp_ray.data.dataset import SPLITS, PatchDataset
 from amlp_ray.data.parquet import Shape, images_of, masks_of, read_part
-from amlp_ray.data.path import Place
+from amlp_ray.data.path import DataPath
 
 PIECE = (
     1 << 22
@@ -32,7 +32,7 @@ class RowGroup(NamedTuple):
     """A run of images that lie together in a part."""
 
     split: str
-    file: Place
+    file: DataPath
     number: int
 
 
@@ -76,7 +76,7 @@ def measured(dataset: PatchDataset, progress: Say | None = None) -> pd.DataFrame
     )
 
 
-def grey8(images: np.ndarray) -> np.ndarray:
+def gray8(images: np.ndarray) -> np.ndarray:
     """Average or, of three, weigh the channels of images (N, C, H, W): (N, H, W) uint8.
 
     Other types than uint8 are stretched from each image's smallest value to its largest, so that an overlay keeps its
@@ -88,14 +88,14 @@ def grey8(images: np.ndarray) -> np.ndarray:
     weights = np.array(
         [0.299, 0.587, 0.114] if channels == 3 else [1 / channels] * channels, np.float32
     )
-    grey = np.einsum("nchw,c->nhw", images.astype(np.float32), weights)
+    gray = np.einsum("nchw,c->nhw", images.astype(np.float32), weights)
     if images.dtype == np.uint8:
-        return grey.round().astype(np.uint8)
-    finite = np.isfinite(grey)
-    low = np.where(finite, grey, np.inf).min(axis=(1, 2), keepdims=True)
-    high = np.where(finite, grey, -np.inf).max(axis=(1, 2), keepdims=True)
+        return gray.round().astype(np.uint8)
+    finite = np.isfinite(gray)
+    low = np.where(finite, gray, np.inf).min(axis=(1, 2), keepdims=True)
+    high = np.where(finite, gray, -np.inf).max(axis=(1, 2), keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
-        stretched = (grey - low) * (255 / (high - low))
+        stretched = (gray - low) * (255 / (high - low))
     return np.nan_to_num(stretched, nan=0.0, posinf=0.0, neginf=0.0).clip(0, 255).astype(np.uint8)
 
 
@@ -129,8 +129,8 @@ def _of_images(images: np.ndarray) -> dict[str, np.ndarray]:
         finite = np.isfinite(values)
         bad = np.count_nonzero(~finite, axis=1)
         if bad.any():
-            centre = np.where(finite, values, 0).sum(axis=1) / np.maximum(values.shape[1] - bad, 1)
-            values = np.where(finite, values, centre[:, None])
+            center = np.where(finite, values, 0).sum(axis=1) / np.maximum(values.shape[1] - bad, 1)
+            values = np.where(finite, values, center[:, None])
     mean = values.mean(axis=1)
     sd = np.sqrt(np.square(values - mean[:, None]).mean(axis=1))
     low, high = (values.min(axis=1), values.max(axis=1)) if count else (mean, mean)
@@ -143,7 +143,7 @@ def _of_images(images: np.ndarray) -> dict[str, np.ndarray]:
         "top": np.count_nonzero(values == high[:, None], axis=1) / max(1, flat.shape[1]),
         "bad": bad,
         "digest": np.array([_digest(row) for row in flat], np.uint64),
-        "text": text_scores(grey8(images))
+        "text": text_scores(gray8(images))
         if enough and count
         else np.full(count, np.nan, np.float32),
     }

@@ -11,7 +11,7 @@ from amlp_ray.data.check import duplicates, image_checks, label_checks
 from amlp_ray.data.check.finding import SEVERITIES, Finding
 from amlp_ray.data.check.measure import measured
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.path import Place
+from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
 
 
@@ -83,9 +83,9 @@ class Report:
 
 
 def check_dataset(
-    dataset: str | Path | Place | PatchDataset,
+    dataset: str | Path | DataPath | PatchDataset,
     *,
-    against: str | Path | Place | PatchDataset | None = None,
+    against: str | Path | DataPath | PatchDataset | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Look for leaks, doubtful labels, doubtful images and uneven splits in a dataset.

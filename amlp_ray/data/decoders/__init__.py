@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from amlp_ray.config import PrepareSettings
+from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders.frame import DTYPES, Frame, holding_all
-from amlp_ray.data.layouts.item import Item
+from amlp_ray.data.layouts.item import SourceImage
 from amlp_ray.data.path import read_bytes
 
 __all__ = ["DTYPES", "Frame", "holding_all", "read_frames"]
 
 
 def read_frames(
-    item: Item, settings: PrepareSettings, read: Callable[[str], bytes] = read_bytes
+    item: SourceImage, config: PrepareConfig, read: Callable[[str], bytes] = read_bytes
 ) -> Iterator[Frame]:
     """Yield the frames of an item in order: one of a picture, the slices of a series or volume.
 
@@ -29,4 +29,4 @@ def read_frames(
         from amlp_ray.data.decoders.nifti import read_nifti as decode
     else:
         from amlp_ray.data.decoders.image import read_picture as decode
-    return decode(item, settings, read)
+    return decode(item, config, read)

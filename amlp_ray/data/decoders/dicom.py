@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 from pydicom import Dataset
 
-from amlp_ray.config import PrepareSettings
+from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders.dicom_pixels import (
     EXACT,
     Header,
@@ -26,21 +26,21 @@ from amlp_ray.data.decoders.dicom_pixels import (
     load,
     window_of,
 )
-from amlp_ray.data.decoders.dicom_seg import SegmentationMasks, Source
+from amlp_ray.data.decoders.dicom_seg import SegmentationMasks, SourceSlice
 from amlp_ray.data.decoders.frame import Frame
 from amlp_ray.data.decoders.intensity import percentile_range, smallest_exact, to_bytes
-from amlp_ray.data.layouts.item import Item
+from amlp_ray.data.layouts.item import SourceImage
 from amlp_ray.errors import DataError
 
 LOOKED_AT = 16  # frames, evenly spaced, that the percentiles of a series are taken from
 
-Read = Callable[[str], bytes]
+ConfigValues = Callable[[str], bytes]
 Range = tuple[float, float]
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def read_dicom(item: Item, settings: PrepareSettings, read: Read) -> Iterator[Frame]:
+def read_dicom(item: SourceImage, config: PrepareConfig, read: ConfigValues) -> Iterator[Frame]:
     """Yield the slices of a series, or the frames of an object, in order; one file is in memory at a time.
 
     Images are (H, W, 1), or (H, W, 3) for colour, and of the smallest type of uint8, uint16 and int16 that holds all
@@ -56,15 +56,15 @@ def read_dicom(item: Item, settings: PrepareSettings, read: Read) -> Iterator[Fr
         DataError: a file cannot be read or decoded, its header names no window where one is asked for, or a
             segmentation does not fit. The sentence names the file.
     """
-    span = _span(item, read) if settings.values == "percentile" else settings.window
+    span = _span(item, read) if config.values == "percentile" else config.window
     masks = (
-        _quiet(SegmentationMasks, item.masks, settings.lesion_labels, read) if item.masks else None
+        _quiet(SegmentationMasks, item.masks, config.lesion_labels, read) if item.masks else None
     )
     index = 0
     for path in item.images:
         dataset = _quiet(load, path, read)
         for number in range(frame_count(dataset)):
-            frame = _quiet(_frame, dataset, path, number, index, settings, span, masks)
+            frame = _quiet(_frame, dataset, path, number, index, config, span, masks)
             if index == 0 and masks is not None:
                 frame = frame._replace(notes=frame.notes + masks.notes)
             yield frame
@@ -78,12 +78,12 @@ def _frame(
     path: str,
     number: int,
     index: int,
-    settings: PrepareSettings,
+    config: PrepareConfig,
     span: Range | None,
     masks: SegmentationMasks | None,
 ) -> Frame:
     header, pixels = _decoded(dataset, path, number)
-    image, notes = _valued(pixels, header, path, settings, span)
+    image, notes = _valued(pixels, header, path, config, span)
     if pixels.padding is not None:
         image[pixels.padding] = image[~pixels.padding].min()
     mask = None
@@ -91,17 +91,17 @@ def _frame(
         several = frame_count(dataset) > 1
         instance, shape = str(dataset.get("SOPInstanceUID", "")), (image.shape[0], image.shape[1])
         place = (header.position, header.orientation, header.spacing)
-        mask = masks.on(Source(instance, number + 1 if several else None, shape, *place))
+        mask = masks.on(SourceSlice(instance, number + 1 if several else None, shape, *place))
     return Frame(image.reshape(*image.shape[:2], -1), mask, index, header.spacing, notes)
 
 
 def _valued(
-    pixels: Pixels, header: Header, path: str, settings: PrepareSettings, span: Range | None
+    pixels: Pixels, header: Header, path: str, config: PrepareConfig, span: Range | None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Bring values to what the settings ask for, with notes."""
     values = pixels.values
-    if settings.values != "keep":
-        if pixels.is_colour:
+    if config.values != "keep":
+        if pixels.is_color:
             return (values if values.dtype == np.uint8 else to_bytes(values, 0, pixels.high)), ()
         image = to_bytes(values, *span) if span else window_of(values, header, path)
         return (255 - image if pixels.is_inverted else image), ()
@@ -135,7 +135,7 @@ def _decoded(dataset: Dataset, path: str, number: int) -> tuple[Header, Pixels]:
         ) from None
 
 
-def _span(item: Item, read: Read) -> Range:
+def _span(item: SourceImage, read: ConfigValues) -> Range:
     """Return what becomes 0 and 255, from evenly spaced frames. 16 slices tell a series of 1000 apart from none."""
     if len(item.images) > 1:
         chosen = _spread(len(item.images))
@@ -144,7 +144,7 @@ def _span(item: Item, read: Read) -> Range:
         path = item.images[0]
         dataset = _quiet(load, path, read)
         chosen = _spread(frame_count(dataset))
-        found = [_quiet(_grey, dataset, path, i) for i in chosen]
+        found = [_quiet(_gray, dataset, path, i) for i in chosen]
     values = [one for one in found if one.size]
     return percentile_range(np.concatenate(values)) if values else (0, 255)
 
@@ -153,14 +153,14 @@ def _spread(count: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, count - 1, min(count, LOOKED_AT))})
 
 
-def _sample(path: str, number: int, read: Read) -> np.ndarray:
-    return _grey(load(path, read), path, number)
+def _sample(path: str, number: int, read: ConfigValues) -> np.ndarray:
+    return _gray(load(path, read), path, number)
 
 
-def _grey(dataset: Dataset, path: str, number: int) -> np.ndarray:
+def _gray(dataset: Dataset, path: str, number: int) -> np.ndarray:
     """Return the grey values of a frame that are inside of what was scanned, flat; of colour none."""
     pixels = _decoded(dataset, path, number)[1]
-    if pixels.is_colour:
+    if pixels.is_color:
         return np.empty(0, np.float32)
     inside = pixels.values if pixels.padding is None else pixels.values[~pixels.padding]
     return inside.astype(np.float32).ravel()

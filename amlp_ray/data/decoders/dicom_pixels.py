@@ -39,7 +39,7 @@ class Pixels(NamedTuple):
     high: float
     padding: np.ndarray | None  # (H, W) bool: outside of what was scanned
     is_inverted: bool  # the lowest value is meant to be shown white
-    is_colour: bool
+    is_color: bool
 
 
 class Header(NamedTuple):
@@ -155,8 +155,8 @@ def window_of(values: np.ndarray, header: Header, path: str) -> np.ndarray:
     if voi.get("VOILUTSequence"):
         bits = int(voi.VOILUTSequence[0].LUTDescriptor[2])
         return to_bytes(apply_voi(np.rint(values).astype(np.int64), voi, 0), 0, 2**bits - 1)
-    centre, width = (_first(voi.get(tag)) for tag in ("WindowCenter", "WindowWidth"))
-    if centre is None or width is None or width <= 0:
+    center, width = (_first(voi.get(tag)) for tag in ("WindowCenter", "WindowWidth"))
+    if center is None or width is None or width <= 0:
         raise DataError(
             f"{path} names no window in its header, so values=window needs one to be given: add --window LOW,HIGH in "
             f"the units of the images, or take values=percentile."
@@ -164,11 +164,11 @@ def window_of(values: np.ndarray, header: Header, path: str) -> np.ndarray:
     function = str(voi.get("VOILUTFunction") or "LINEAR")
     if function == "SIGMOID":
         with np.errstate(over="ignore"):
-            return to_bytes(1 / (1 + np.exp(-4 * (values - centre) / width)), 0, 1)
+            return to_bytes(1 / (1 + np.exp(-4 * (values - center) / width)), 0, 1)
     if function == "LINEAR_EXACT":
-        return to_bytes(values, centre - width / 2, centre + width / 2)
+        return to_bytes(values, center - width / 2, center + width / 2)
     # DICOM PS3.3 C.11.2.1.2.1: half a unit to the left, and one narrower
-    return to_bytes(values, centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2)
+    return to_bytes(values, center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2)
 
 
 def brief(error: BaseException) -> str:
@@ -218,11 +218,11 @@ def _padding(dataset: Dataset, stored: np.ndarray) -> np.ndarray | None:
     return padding if padding.any() and not padding.all() else None
 
 
-def _bytes_of(colours: np.ndarray) -> np.ndarray:
+def _bytes_of(colors: np.ndarray) -> np.ndarray:
     """Colours of a palette as uint8. Most palettes of 16 bits hold 8 in the upper byte, a few in the lower."""
-    if colours.dtype == np.uint8:
-        return colours
-    return (colours >> 8 if colours.max() > 255 else colours).astype(np.uint8)
+    if colors.dtype == np.uint8:
+        return colors
+    return (colors >> 8 if colors.max() > 255 else colors).astype(np.uint8)
 
 
 def _first(value: Any) -> float | None:

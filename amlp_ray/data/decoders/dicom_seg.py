@@ -23,7 +23,7 @@ NEAR = 0.1  # mm between two planes that are one; headers round positions to som
 TURN = 0.01  # largest difference of direction cosines, and of spacings in relation to their size
 
 
-class Source(NamedTuple):
+class SourceSlice(NamedTuple):
     """A slice that masks are wanted for."""
 
     instance: str  # SOP Instance UID
@@ -76,7 +76,7 @@ class SegmentationMasks:
         known = sorted({number for of in self._objects for number in of.dataset.segment_numbers})
         self.notes = lesion_of(np.array(known), wanted)[1] if known else ()
 
-    def on(self, source: Source) -> np.ndarray:
+    def on(self, source: SourceSlice) -> np.ndarray:
         """Return the mask of a slice, (H, W) uint8 of 0 and 1; all zero where no frame lies on it.
 
         Raises:
@@ -160,16 +160,16 @@ def _planes(dataset: Dataset) -> Iterator[_Plane]:
                     )
                 )
         segment = next(iter(group(frame, shared, "SegmentIdentificationSequence")), Dataset())
-        labelled = dataset.SegmentationType == "LABELMAP"
+        labeled = dataset.SegmentationType == "LABELMAP"
         yield _Plane(
             frame=index,
-            segment=None if labelled else int(segment.ReferencedSegmentNumber),
+            segment=None if labeled else int(segment.ReferencedSegmentNumber),
             sources=tuple(sources),
             **geometry(frame, shared),
         )
 
 
-def _planes_on(of: _Object, source: Source) -> Iterator[_Plane]:
+def _planes_on(of: _Object, source: SourceSlice) -> Iterator[_Plane]:
     """Yield the frames that lie on a slice, and check that their pixels do."""
     near = min(NEAR, 0.2 * min(source.spacing)) if source.spacing else NEAR
     for plane in (*of.by_source.get(source.instance, ()), *of.placed):

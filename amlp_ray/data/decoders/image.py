@@ -12,13 +12,13 @@ from pathlib import PurePosixPath
 import numpy as np
 from PIL import Image
 
-from amlp_ray.config import PrepareSettings
+from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders.coco_polygons import draw_outlines
 from amlp_ray.data.decoders.frame import DTYPES, Frame
 from amlp_ray.data.decoders.image_file import Raster, read_raster
 from amlp_ray.data.decoders.intensity import percentile_range, to_bytes
 from amlp_ray.data.decoders.masks import lesion_of
-from amlp_ray.data.layouts.item import Item
+from amlp_ray.data.layouts.item import SourceImage
 from amlp_ray.errors import DataError
 
 COLOURED = (
@@ -31,7 +31,7 @@ JPEGS = ("JPEG", "MPO")
 
 
 def read_picture(
-    item: Item, settings: PrepareSettings, read: Callable[[str], bytes]
+    item: SourceImage, config: PrepareConfig, read: Callable[[str], bytes]
 ) -> Iterator[Frame]:
     """Yield the one frame of a picture with the union of its masks and outlines; no mask where it has neither.
 
@@ -46,15 +46,15 @@ def read_picture(
     if item.masks or item.outlines:
         mask = np.zeros(shape, np.uint8)
     for mask_path in item.masks:
-        lesion, mask_notes = _read_mask(mask_path, shape, settings.lesion_labels, read)
+        lesion, mask_notes = _read_mask(mask_path, shape, config.lesion_labels, read)
         mask |= lesion
         notes += [f"its mask {PurePosixPath(mask_path).name} {note}" for note in mask_notes]
     if item.outlines:
         mask |= draw_outlines(item.outlines, shape, path)
-    yield Frame(_valued(path, image, settings), mask, notes=tuple(notes))
+    yield Frame(_valued(path, image, config), mask, notes=tuple(notes))
 
 
-def is_grey(image: np.ndarray) -> bool:
+def is_gray(image: np.ndarray) -> bool:
     """Say whether an (H, W, C) image is grey, up to a share `GREY_SHARE` of coloured pixels such as callipers.
 
     Only three channels can be colours: any other number but one is not grey.
@@ -91,17 +91,17 @@ def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
     return (luma if image.dtype.kind == "f" else np.rint(luma)).astype(image.dtype)[:, :, None]
 
 
-def _valued(path: str, image: np.ndarray, settings: PrepareSettings) -> np.ndarray:
+def _valued(path: str, image: np.ndarray, config: PrepareConfig) -> np.ndarray:
     """Bring values to 0-255 where asked: one range for all channels of a colour, a range for each of any others."""
-    if settings.values == "keep":
+    if config.values == "keep":
         return image
-    if settings.values == "window":
-        if settings.window is None:
+    if config.values == "window":
+        if config.window is None:
             raise DataError(
                 f"{path} is a picture, which names no window, so values=window needs one to be given: add --window "
                 f"LOW,HIGH in the values of the pictures, or take values=percentile."
             )
-        return to_bytes(image, *settings.window)
+        return to_bytes(image, *config.window)
     if image.shape[2] == 3:
         return to_bytes(image, *percentile_range(image))
     planes = [image[..., c] for c in range(image.shape[2])]

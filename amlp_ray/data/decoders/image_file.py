@@ -196,7 +196,7 @@ def _pillow(path: str, content: bytes, labels: bool) -> Raster:
 def _array(path: str, image: Image.Image, top: int, labels: bool) -> np.ndarray:
     """The pixels (H, W, C) of a loaded image whose file holds values up to `top`."""
     mode = image.mode
-    if labels and mode == "P" and not _is_grey_palette(image):
+    if labels and mode == "P" and not _is_gray_palette(image):
         array = np.asarray(image)
     elif mode == "La":
         array = np.asarray(image.convert("LA").convert("L"))
@@ -271,14 +271,14 @@ def _is_transparent(image: Image.Image) -> bool:
     return bool(np.asarray(alpha).min() < 255)
 
 
-def _is_grey_palette(image: Image.Image) -> bool:
+def _is_gray_palette(image: Image.Image) -> bool:
     """Whether the used entries of a palette are greys: then these are the values, else the indices are."""
     used = np.unique(np.asarray(image))
     palette = np.asarray(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
     if not len(palette) or used[-1] >= len(palette):
         return False
-    colours = palette[used]
-    return bool((colours == colours[:, :1]).all())
+    colors = palette[used]
+    return bool((colors == colors[:, :1]).all())
 
 
 @contextmanager

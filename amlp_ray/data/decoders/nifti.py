@@ -21,11 +21,11 @@ from nibabel import imageglobals
 from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, io_orientation
 
-from amlp_ray.config import PrepareSettings
+from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders.frame import DTYPES, Frame
 from amlp_ray.data.decoders.intensity import percentile_range, smallest_exact, to_bytes
 from amlp_ray.data.decoders.masks import lesion_of
-from amlp_ray.data.layouts.item import Item
+from amlp_ray.data.layouts.item import SourceImage
 from amlp_ray.errors import DataError
 
 MOST_CHANNELS = 16  # a fourth axis is longer in series of time, which are no channels
@@ -33,7 +33,7 @@ SAME_GRID = 1e-3  # mm by which two affines may differ
 MILLIMETRES = {"meter": 1000.0, "micron": 0.001}
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # of a volume turned to RAS
 
-Read = Callable[[str], bytes]
+ConfigValues = Callable[[str], bytes]
 
 
 class _Volume(NamedTuple):
@@ -48,7 +48,7 @@ class _Volume(NamedTuple):
     zooms: tuple[float, float, float]  # mm of a voxel, along RAS axes
 
 
-def read_nifti(item: Item, settings: PrepareSettings, read: Read) -> Iterator[Frame]:
+def read_nifti(item: SourceImage, config: PrepareConfig, read: ConfigValues) -> Iterator[Frame]:
     """Yield the slices of a volume across `settings.axis`, of one channel per modality or step of the fourth axis.
 
     Whole numbers keep their values: as uint8, uint16 or int16 where the file says so, else as the smallest of these
@@ -59,7 +59,7 @@ def read_nifti(item: Item, settings: PrepareSettings, read: Read) -> Iterator[Fr
         DataError: a file cannot be read, holds no volume of finite numbers, has another grid than the first one, or
             `values=window` comes without a window. The sentence names the file.
     """
-    if settings.values == "window" and settings.window is None:
+    if config.values == "window" and config.window is None:
         raise DataError(
             f"{item.images[0]} is a NIfTI volume, which names no window, so values=window needs one to be given: add "
             f"--window LOW,HIGH in the units of the images, or take values=percentile."
@@ -82,11 +82,11 @@ def read_nifti(item: Item, settings: PrepareSettings, read: Read) -> Iterator[Fr
         )
     for volume, values in channels:
         _check_finite(volume, values)
-    dtype = _dtype(channels) if settings.values == "keep" else np.dtype(np.uint8)
-    spans = [_span(volume, values, settings) for volume, values in channels]
-    mask, notes = _mask(item, settings, first, read)
+    dtype = _dtype(channels) if config.values == "keep" else np.dtype(np.uint8)
+    spans = [_span(volume, values, config) for volume, values in channels]
+    mask, notes = _mask(item, config, first, read)
 
-    axis = AXES[settings.axis]
+    axis = AXES[config.axis]
     down, across = [zoom for i, zoom in enumerate(first.zooms) if i != axis][::-1]
     for index in range(first.stored.shape[axis]):
         planes = []
@@ -107,7 +107,7 @@ def _plane(values: np.ndarray, axis: int, index: int) -> np.ndarray:
     return np.take(values, index, axis)[:, ::-1].T
 
 
-def _open(path: str, read: Read, turn: np.ndarray | None = None) -> _Volume:
+def _open(path: str, read: ConfigValues, turn: np.ndarray | None = None) -> _Volume:
     """Read a volume and turn it to RAS, or by `turn`: of two oblique volumes on one grid, each may round otherwise.
 
     Raises:
@@ -165,7 +165,7 @@ def _open(path: str, read: Read, turn: np.ndarray | None = None) -> _Volume:
     )
 
 
-def _parse(path: str, read: Read) -> tuple[nib.Nifti1Image, bytes]:
+def _parse(path: str, read: ConfigValues) -> tuple[nib.Nifti1Image, bytes]:
     """Return the header, as an image that has no values loaded, and the unzipped file."""
     try:
         content = read(path)
@@ -241,17 +241,15 @@ def _dtype(channels: list[tuple[_Volume, np.ndarray]]) -> np.dtype:
     return common if common.name in DTYPES else np.dtype(np.float32)
 
 
-def _span(
-    volume: _Volume, values: np.ndarray, settings: PrepareSettings
-) -> tuple[float, float] | None:
+def _span(volume: _Volume, values: np.ndarray, config: PrepareConfig) -> tuple[float, float] | None:
     """Return what becomes 0 and 255 in a channel; None: values are kept."""
-    if settings.values == "percentile":
+    if config.values == "percentile":
         return percentile_range(_scaled(volume, values))
-    return settings.window if settings.values == "window" else None
+    return config.window if config.values == "window" else None
 
 
 def _mask(
-    item: Item, settings: PrepareSettings, image: _Volume, read: Read
+    item: SourceImage, config: PrepareConfig, image: _Volume, read: ConfigValues
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
     """Unite the label volumes of an item, (X, Y, Z) uint8 of 0 and 1 in RAS axes, with notes."""
     if not item.masks:
@@ -267,7 +265,7 @@ def _mask(
             )
         _check_grid(volume, image, "labels must lie on the grid of their image; resample them")
         mask, found = lesion_of(
-            _whole(_scaled(volume, volume.stored[..., 0])), settings.lesion_labels
+            _whole(_scaled(volume, volume.stored[..., 0])), config.lesion_labels
         )
         union |= mask
         notes += found

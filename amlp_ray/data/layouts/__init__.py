@@ -6,20 +6,20 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from amlp_ray.config import PrepareSettings
-from amlp_ray.data.layouts.item import Fault, Item, Listing, natural_key
-from amlp_ray.data.layouts.listing import Listed, contents_of, pictures_in, printable
-from amlp_ray.data.path import Place
+from amlp_ray.config import PrepareConfig
+from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage, natural_key
+from amlp_ray.data.layouts.listing import CachedListing, contents_of, pictures_in, printable
+from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
 
 __all__ = ["LAYOUTS", "Fault", "Item", "Listing", "find_items", "natural_key"]
 
 
-def _reader(name: str) -> Callable[[Place, PrepareSettings], Listing]:
-    def find(place: Place, settings: PrepareSettings) -> Listing:
+def _reader(name: str) -> Callable[[DataPath, PrepareConfig], Listing]:
+    def find(place: DataPath, config: PrepareConfig) -> Listing:
         # Imported on use: the DICOM reader brings packages that no other needs.
         module = import_module(f"amlp_ray.data.layouts.{name}")
-        listing: Listing = getattr(module, f"find_{name}")(place, settings)
+        listing: Listing = getattr(module, f"find_{name}")(place, config)
         return listing
 
     return find
@@ -39,7 +39,7 @@ LAYOUTS = {
 }
 
 
-def find_items(settings: PrepareSettings, source: str | Path | Place) -> Listing:
+def find_items(config: PrepareConfig, source: str | Path | DataPath) -> Listing:
     """List the images below `source` with their masks, sorted naturally by id.
 
     Of two images with one id the first is kept. It, masks without an image and the like are told as faults.
@@ -47,7 +47,7 @@ def find_items(settings: PrepareSettings, source: str | Path | Place) -> Listing
     Raises:
         DataError: the folder is missing, fits no layout or several, or nothing in it can be used.
     """
-    place = Listed(source)
+    place = CachedListing(source)
     if not place.is_folder():
         if place.is_file():
             raise DataError(
@@ -55,13 +55,13 @@ def find_items(settings: PrepareSettings, source: str | Path | Place) -> Listing
             )
         raise DataError(f"There is no folder {place}; check the path.")
     layout, why = (
-        ("flat", "flat: a file list was given") if settings.file_list else (settings.layout, "")
+        ("flat", "flat: a file list was given") if config.file_list else (config.layout, "")
     )
     if layout == "auto":
-        from amlp_ray.data.layouts.detect import recognise
+        from amlp_ray.data.layouts.detect import recognize
 
-        layout, why = recognise(place)
-    found = _reader(layout)(place, settings)
+        layout, why = recognize(place)
+    found = _reader(layout)(place, config)
     items, faults = _unique(found.items, found.faults)
     if not items:
         first = f"; the first fault: {faults[0].file} {faults[0].reason}" if faults else ""
@@ -71,13 +71,13 @@ def find_items(settings: PrepareSettings, source: str | Path | Place) -> Listing
         )
     passed = (
         _passed_over(place, items, found)
-        if items[0].format == "picture" and not settings.file_list
+        if items[0].format == "picture" and not config.file_list
         else ""
     )
     return Listing(items, faults, "; ".join(filter(None, (why, found.why, passed))), layout)
 
 
-def _passed_over(place: Place, items: list[Item], found: Listing) -> str:
+def _passed_over(place: DataPath, items: list[SourceImage], found: Listing) -> str:
     """What is told of pictures that the layout has no place for; nothing if there are none."""
     taken = {path for item in items for path in (*item.images, *item.masks)}
     told = {fault.file for fault in found.faults} | {item.source for item in found.items}
@@ -93,17 +93,19 @@ def _passed_over(place: Place, items: list[Item], found: Listing) -> str:
     )
 
 
-def _unique(found: list[Item], faults: list[Fault]) -> tuple[list[Item], list[Fault]]:
+def _unique(
+    found: list[SourceImage], faults: list[RejectedFile]
+) -> tuple[list[SourceImage], list[RejectedFile]]:
     """Sort items by id and turn those that repeat one, or whose name no dataset can hold, into faults."""
-    items: list[Item] = []
+    items: list[SourceImage] = []
     faults = [fault._replace(file=printable(fault.file)) for fault in faults]
     for item in sorted(found, key=lambda item: (natural_key(item.id), natural_key(item.source))):
         if items and items[-1].id == item.id:
             reason = f"has the id {item.id!r}, as {items[-1].source} has, but ids tell images apart; rename one"
-            faults.append(Fault(item.source, "rejected", reason))
+            faults.append(RejectedFile(item.source, "rejected", reason))
         elif printable(item.source) != item.source:
             reason = "has a name that is not UTF-8; rename it"
-            faults.append(Fault(printable(item.source), "rejected", reason))
+            faults.append(RejectedFile(printable(item.source), "rejected", reason))
         else:
             items.append(item)
     return items, faults

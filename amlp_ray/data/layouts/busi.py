@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 
-from amlp_ray.config import PrepareSettings
-from amlp_ray.data.layouts.item import Fault, Item, Listing
+from amlp_ray.config import PrepareConfig
+from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage
 from amlp_ray.data.layouts.listing import Name, pictures_in, same
-from amlp_ray.data.path import Place
+from amlp_ray.data.path import DataPath
 
 CLASSES = ("benign", "malignant", "normal")
 MASK_NAME = re.compile(
@@ -21,12 +21,12 @@ MASK_NAME = re.compile(
 )  # names may hold newlines
 
 
-def find_busi(place: Place, settings: PrepareSettings) -> Listing:
+def find_busi(place: DataPath, config: PrepareConfig) -> Listing:
     """List the images of a BUSI folder; a mask without an image is a fault."""
     images, masks = split_busi(pictures_in(place))
     known = {same(image.path) for image in images}
     faults = [
-        Fault(
+        RejectedFile(
             mask.full,
             "rejected",
             f"is a mask without an image; an image named {path.rpartition('/')[2]!r} must stand beside it, so add the "
@@ -37,7 +37,7 @@ def find_busi(place: Place, settings: PrepareSettings) -> Listing:
         for mask in strays
     ]
     items = [
-        Item(
+        SourceImage(
             id=image.stem,
             format="picture",
             images=(str(place / image.full),),

@@ -13,10 +13,10 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from amlp_ray.config import PrepareSettings
-from amlp_ray.data.layouts.item import Fault, Item, Listing
+from amlp_ray.config import PrepareConfig
+from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage
 from amlp_ray.data.layouts.listing import Name, parts_of, pictures_in
-from amlp_ray.data.path import Place
+from amlp_ray.data.path import DataPath
 
 USUAL_NAME = re.compile(r"(instances|_?annotations)[^/]*\.json", re.IGNORECASE)
 
@@ -30,18 +30,18 @@ class _Drawing(NamedTuple):
     complete: bool  # no lesion is known by its box alone
 
 
-def find_coco(place: Place, settings: PrepareSettings) -> Listing:
+def find_coco(place: DataPath, config: PrepareConfig) -> Listing:
     """List the pictures that the annotation files below a folder name; missing or unnamed pictures are faults."""
     pictures = pictures_in(place)
     by_base: dict[str, list[Name]] = {}
     for picture in pictures:
         by_base.setdefault(picture.full.rpartition("/")[2], []).append(picture)
-    faults: list[Fault] = []
+    faults: list[RejectedFile] = []
     drawings: dict[str, _Drawing] = {}
     for file in annotation_files(place):
         document = _document(place, file, faults)
         for drawing in (
-            _drawings(file, document, by_base, settings.lesion_labels, faults) if document else ()
+            _drawings(file, document, by_base, config.lesion_labels, faults) if document else ()
         ):
             before = drawings.get(drawing.picture.full, drawing)
             if before is not drawing:  # in several files, such as one per kind of lesion
@@ -52,23 +52,23 @@ def find_coco(place: Place, settings: PrepareSettings) -> Listing:
     if drawings:
         reason = "is named in no annotation file, so nothing is known of its lesions; add it there, or use layout flat"
         faults += [
-            Fault(picture.full, "rejected", reason)
+            RejectedFile(picture.full, "rejected", reason)
             for picture in pictures
             if picture.full not in drawings
         ]
     reason = "has a box without an outline: taken as unlabelled"
     faults += [
-        Fault(name, "repaired", reason)
+        RejectedFile(name, "repaired", reason)
         for name, drawing in drawings.items()
         if not drawing.complete
     ]
     return Listing([_item(place, drawing) for drawing in drawings.values()], faults)
 
 
-def _item(place: Place, drawing: _Drawing) -> Item:
+def _item(place: DataPath, drawing: _Drawing) -> SourceImage:
     height, width = drawing.size
     outlines = {"height": height, "width": width, "segmentations": drawing.segmentations}
-    return Item(
+    return SourceImage(
         id=drawing.picture.path,
         format="picture",
         images=(str(place / drawing.picture.full),),
@@ -78,28 +78,30 @@ def _item(place: Place, drawing: _Drawing) -> Item:
     )
 
 
-def annotation_files(place: Place) -> list[str]:
+def annotation_files(place: DataPath) -> list[str]:
     """Names that may be COCO files: the usual ones at any depth, else all JSON at the top."""
     names = sorted(entry.name for entry in place.entries() if entry.name.lower().endswith(".json"))
     usual = [name for name in names if USUAL_NAME.fullmatch(name.rpartition("/")[2])]
     return usual or [name for name in names if "/" not in name]
 
 
-def _document(place: Place, file: str, faults: list[Fault]) -> dict[str, Any] | None:
+def _document(place: DataPath, file: str, faults: list[RejectedFile]) -> dict[str, Any] | None:
     try:
         document = json.loads((place / file).read_bytes())
     except OSError as error:
-        faults.append(Fault(file, "rejected", f"cannot be read ({error.strerror or error})"))
+        faults.append(RejectedFile(file, "rejected", f"cannot be read ({error.strerror or error})"))
         return None
     except ValueError as error:  # damaged JSON, or not UTF-8
-        faults.append(Fault(file, "rejected", f"is no valid JSON ({error}); export it again"))
+        faults.append(
+            RejectedFile(file, "rejected", f"is no valid JSON ({error}); export it again")
+        )
         return None
     if isinstance(document, dict) and all(
         isinstance(document.get(key), list) for key in ("images", "annotations")
     ):
         return document
     faults.append(
-        Fault(file, "rejected", "has no lists images and annotations, as a COCO file has")
+        RejectedFile(file, "rejected", "has no lists images and annotations, as a COCO file has")
     )
     return None
 
@@ -109,7 +111,7 @@ def _drawings(
     document: dict[str, Any],
     by_base: dict[str, list[Name]],
     wanted: tuple[int, ...],
-    faults: list[Fault],
+    faults: list[RejectedFile],
 ) -> Iterator[_Drawing]:
     """What one COCO file says of each picture; what is wrong with the file is added to `faults`."""
     segmentations: dict[Any, list[Any]] = {}
@@ -131,7 +133,7 @@ def _drawings(
                 segmentations[image_id].append([drawn] if plain else drawn)
     if strays:
         faults.append(
-            Fault(
+            RejectedFile(
                 file,
                 "repaired",
                 f"has {strays} annotations of images that it does not list: left out",
@@ -141,12 +143,14 @@ def _drawings(
         name = entry.get("file_name") if isinstance(entry, dict) else None
         if not isinstance(name, str) or entry.get("id") not in segmentations:
             faults.append(
-                Fault(file, "rejected", f"has an image without id or file_name: {str(entry)[:80]}")
+                RejectedFile(
+                    file, "rejected", f"has an image without id or file_name: {str(entry)[:80]}"
+                )
             )
             continue
         picture = _picture_of(name, file, by_base)
         if isinstance(picture, str):
-            faults.append(Fault(name, "rejected", f"is named in {file}, but {picture}"))
+            faults.append(RejectedFile(name, "rejected", f"is named in {file}, but {picture}"))
             continue
         size = (entry.get("height"), entry.get("width"))
         yield _Drawing(picture, size, segmentations[entry["id"]], entry["id"] not in boxes)

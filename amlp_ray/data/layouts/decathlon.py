@@ -9,10 +9,10 @@ import json
 from posixpath import normpath
 from typing import Any
 
-from amlp_ray.config import PrepareSettings
-from amlp_ray.data.layouts.item import Fault, Item, Listing, natural_key
+from amlp_ray.config import PrepareConfig
+from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage, natural_key
 from amlp_ray.data.layouts.nifti_names import nifti_stem
-from amlp_ray.data.path import Place
+from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
 
 INDEX = "dataset.json"
@@ -20,7 +20,7 @@ PARTS = ("training", "validation", "test")
 MOST_CHANNELS = 16
 
 
-def find_decathlon(place: Place, settings: PrepareSettings) -> Listing:
+def find_decathlon(place: DataPath, config: PrepareConfig) -> Listing:
     """List the volumes that dataset.json names; an id is a file name without ending, and so is a group.
 
     Test volumes are unlabelled. Where a named image is missing, nnU-Net's channels (`_0000`, `_0001`, ...) of it are.
@@ -31,16 +31,16 @@ def find_decathlon(place: Place, settings: PrepareSettings) -> Listing:
     """
     content = _index(place)
     there = {entry.name for entry in place.entries()}
-    items: dict[str, Item] = {}
-    faults: list[Fault] = []
+    items: dict[str, SourceImage] = {}
+    faults: list[RejectedFile] = []
     entries = [(part, entry) for part in PARTS for entry in content.get(part) or ()]
     for part, entry in entries:
         found = _item(place, entry, part, there)
-        if isinstance(found, Fault):
+        if isinstance(found, RejectedFile):
             faults.append(found)
         elif found.id in items:
             faults.append(
-                Fault(
+                RejectedFile(
                     found.source, "rejected", f"is named twice in {INDEX}, or like another volume"
                 )
             )
@@ -53,15 +53,15 @@ def find_decathlon(place: Place, settings: PrepareSettings) -> Listing:
             f"files are accepted; give the folder its paths start from, or use layout nifti."
         )
     listed = sorted(items.values(), key=lambda item: natural_key(item.id))
-    labelled = sum(bool(item.masks) for item in listed)
+    labeled = sum(bool(item.masks) for item in listed)
     modalities = _modalities(content)
-    why = f"{INDEX} names {len(listed)} volumes, {labelled} with labels" + (
+    why = f"{INDEX} names {len(listed)} volumes, {labeled} with labels" + (
         f", of {modalities}" if modalities else ""
     )
     return Listing(listed, sorted(faults), why)
 
 
-def _index(place: Place) -> dict[str, Any]:
+def _index(place: DataPath) -> dict[str, Any]:
     path = place / INDEX
     try:
         content = json.loads(path.read_bytes())
@@ -88,7 +88,7 @@ def _index(place: Place) -> dict[str, Any]:
     return content
 
 
-def _item(place: Place, entry: Any, part: str, there: set[str]) -> Item | Fault:
+def _item(place: DataPath, entry: Any, part: str, there: set[str]) -> SourceImage | RejectedFile:
     image = entry.get("image") if isinstance(entry, dict) else entry
     label = entry.get("label") if isinstance(entry, dict) else None
     images = [_clean(name) for name in (image if isinstance(image, list) else [image])]
@@ -98,24 +98,24 @@ def _item(place: Place, entry: Any, part: str, there: set[str]) -> Item | Fault:
         else [_clean(name) for name in (label if isinstance(label, list) else [label])]
     )
     if None in images or None in labels or not images:
-        return Fault(
+        return RejectedFile(
             INDEX, "rejected", f"has an entry in {part} that names no files: {str(entry)[:80]!r}"
         )
     names = [name for name in images if name is not None]
     masks = [name for name in labels if name is not None]
     for name in (*names, *masks):
         if name.startswith(("/", "../")) or "://" in name:
-            return Fault(name, "rejected", "lies outside of the folder; move it inside")
+            return RejectedFile(name, "rejected", "lies outside of the folder; move it inside")
         if nifti_stem(name) is None:
-            return Fault(name, "rejected", "is no NIfTI volume (.nii, .nii.gz)")
+            return RejectedFile(name, "rejected", "is no NIfTI volume (.nii, .nii.gz)")
     stem = nifti_stem(names[0])
     assert stem is not None
     if len(names) == 1 and names[0] not in there:
         names = _channels(names[0], stem, there) or names
     for name in (*names, *masks):
         if name not in there:
-            return Fault(name, "rejected", f"is named in {INDEX} and not there")
-    return Item(
+            return RejectedFile(name, "rejected", f"is named in {INDEX} and not there")
+    return SourceImage(
         id=stem,
         format="nifti",
         images=tuple(str(place / name) for name in names),

@@ -10,7 +10,7 @@ from amlp_ray.data.layouts.coco import annotation_files
 from amlp_ray.data.layouts.lgg import split_lgg
 from amlp_ray.data.layouts.listing import Name, contents_of, parts_of, pictures_in, printable, same
 from amlp_ray.data.layouts.paired import pair
-from amlp_ray.data.path import Place
+from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
 
 PROBED = 16  # files whose first bytes are read
@@ -19,7 +19,7 @@ DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 COCO_KEYS = re.compile(rb'"(images|annotations)"\s*:\s*\[')
 
 
-def recognise(place: Place) -> tuple[str, str]:
+def recognize(place: DataPath) -> tuple[str, str]:
     """Name the layout of a folder, and say in a sentence by what it was recognised.
 
     Raises:
@@ -91,7 +91,7 @@ def _masked(pictures: list[Name]) -> dict[str, str]:
     return reasons
 
 
-def _decathlon(place: Place, names: list[Name]) -> str:
+def _decathlon(place: DataPath, names: list[Name]) -> str:
     if not any(name.full == "dataset.json" for name in names):
         return ""
     try:
@@ -108,7 +108,7 @@ def _nifti(names: list[Name]) -> str:
     return f"{len(volumes)} NIfTI volumes {_such_as(volumes[0])}" if volumes else ""
 
 
-def _dicom(place: Place, names: list[Name]) -> str:
+def _dicom(place: DataPath, names: list[Name]) -> str:
     files = [name for name in names if name.suffix in DICOM_SUFFIXES]
     if files:
         return f"{len(files)} DICOM files {_such_as(files[0])}"
@@ -120,14 +120,14 @@ def _dicom(place: Place, names: list[Name]) -> str:
     return ""
 
 
-def _coco(place: Place) -> str:
+def _coco(place: DataPath) -> str:
     for name in annotation_files(place)[:PROBED]:
         if COCO_KEYS.search(_head(place / name)):
             return f"an annotation file {printable(name)!r} with the keys of COCO"
     return ""
 
 
-def _head(file: Place) -> bytes:
+def _head(file: DataPath) -> bytes:
     try:
         with file.filesystem.open_input_file(file.path) as stream:
             return bytes(stream.read(HEAD))

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from amlp_ray.config import PrepareSettings
+from amlp_ray.config import PrepareConfig
 from amlp_ray.data.layouts.dicom_headers import Found, Other, Segmentation, Slice, read_headers
-from amlp_ray.data.layouts.item import Fault, Item, Listing, natural_key
-from amlp_ray.data.path import Place
+from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage, natural_key
+from amlp_ray.data.path import DataPath
 from amlp_ray.data.pseudonyms import pseudonym, salt
 from amlp_ray.errors import DataError
 
@@ -22,7 +22,7 @@ TURN = 0.01  # two slices whose direction cosines differ by less are parallel: s
 NAMED = 5  # kinds of other objects that are named
 
 
-def find_dicom(place: Place, settings: PrepareSettings) -> Listing:
+def find_dicom(place: DataPath, config: PrepareConfig) -> Listing:
     """List the series below a folder. Only headers are read: 200 000 files take minutes, and some 300 MB of memory.
 
     Slices of one series lie in one item, in order of position along their normal (else of instance number, else of
@@ -41,7 +41,7 @@ def find_dicom(place: Place, settings: PrepareSettings) -> Listing:
             name = pseudonym(series, secret) + (f"-{number}" if len(parts) > 1 else "")
             members[name] = part
             items.append(
-                Item(
+                SourceImage(
                     id=name,
                     format="dicom",
                     images=tuple(str(place / of.name) for of in part),
@@ -71,7 +71,7 @@ def find_dicom(place: Place, settings: PrepareSettings) -> Listing:
 
 def _sort(
     found: Iterable[Found],
-) -> tuple[list[Slice], list[Segmentation], list[Fault], Counter[str]]:
+) -> tuple[list[Slice], list[Segmentation], list[RejectedFile], Counter[str]]:
     """Part the files by what they are, without the second one of each SOP instance."""
     slices, segmentations, faults = [], [], []
     kinds: Counter[str] = Counter()
@@ -81,13 +81,13 @@ def _sort(
             first = first_of.setdefault(of.instance, of.name)
             if first != of.name:
                 faults.append(
-                    Fault(of.name, "rejected", f"is a second copy of {first}, which is kept")
+                    RejectedFile(of.name, "rejected", f"is a second copy of {first}, which is kept")
                 )
                 continue
             slices.append(of)
         elif isinstance(of, Segmentation):
             segmentations.append(of)
-        elif isinstance(of, Fault):
+        elif isinstance(of, RejectedFile):
             faults.append(of)
         elif isinstance(of, Other):
             kinds[of.kind] += 1
@@ -148,7 +148,7 @@ def _order(part: list[Slice]) -> Any:
 
 def _masks(
     segmentations: list[Segmentation], members: dict[str, list[Slice]]
-) -> tuple[dict[str, list[str]], list[Fault]]:
+) -> tuple[dict[str, list[str]], list[RejectedFile]]:
     """Return the names of the SEG objects of each item, and faults for those that belong to none."""
     by_instance: dict[str, list[str]] = defaultdict(list)
     by_series: dict[str, list[str]] = defaultdict(list)
@@ -164,14 +164,16 @@ def _masks(
                 masks.setdefault(item, {})[name] = None
     used = {name for names in masks.values() for name in names}
     stray = [
-        Fault(seg.name, "rejected", "is a segmentation that refers to a series that is not here")
+        RejectedFile(
+            seg.name, "rejected", "is a segmentation that refers to a series that is not here"
+        )
         for seg in segmentations
         if seg.name not in used
     ]
     return {item: sorted(names, key=natural_key) for item, names in masks.items()}, stray
 
 
-def _why(items: list[Item], segmentations: int, kinds: Counter[str]) -> str:
+def _why(items: list[SourceImage], segmentations: int, kinds: Counter[str]) -> str:
     modalities = Counter(item.stratum or "unknown" for item in items)
     text = f"{len(items)} DICOM series ({', '.join(f'{n} {name}' for name, n in modalities.most_common())})"
     if segmentations:

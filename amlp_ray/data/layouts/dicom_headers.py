@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from amlp_ray.data.layouts.item import Fault
-from amlp_ray.data.path import Entry, Place
+from amlp_ray.data.layouts.item import RejectedFile
+from amlp_ray.data.path import DataPath, Entry
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -73,10 +73,10 @@ class Other(NamedTuple):
     kind: str
 
 
-Found = Slice | Segmentation | Other | Fault | None
+Found = Slice | Segmentation | Other | RejectedFile | None
 
 
-def read_headers(place: Place, entries: list[Entry]) -> Iterator[Found]:
+def read_headers(place: DataPath, entries: list[Entry]) -> Iterator[Found]:
     """Yield what each file is, in the order of `entries`, None if not DICOM. No file makes it raise."""
     with warnings.catch_warnings(), ThreadPoolExecutor(4 if place.is_local else 32) as pool:
         warnings.simplefilter(
@@ -86,7 +86,7 @@ def read_headers(place: Place, entries: list[Entry]) -> Iterator[Found]:
             yield from pool.map(lambda entry: _look(place, entry), entries[start : start + BATCH])
 
 
-def _look(place: Place, entry: Entry) -> Found:
+def _look(place: DataPath, entry: Entry) -> Found:
     """Read one header. Never raises: a damaged file must not end the listing of the others."""
     base = entry.name.rpartition("/")[2]
     if base.upper() == "DICOMDIR":
@@ -95,23 +95,25 @@ def _look(place: Place, entry: Entry) -> Found:
     try:
         header, has_more = _read_header(place / entry.name, entry.size, named_so)
     except OSError as error:
-        return Fault(entry.name, "rejected", f"cannot be opened ({error.strerror or 'read error'})")
+        return RejectedFile(
+            entry.name, "rejected", f"cannot be opened ({error.strerror or 'read error'})"
+        )
     except Exception as error:  # pydicom raises many types on damaged files
         reason = " ".join(str(error).split()).rstrip(".")[:120] or type(error).__name__
-        return Fault(entry.name, "rejected", f"has a damaged DICOM header ({reason})")
+        return RejectedFile(entry.name, "rejected", f"has a damaged DICOM header ({reason})")
     if header is None:
         if named_so:
-            return Fault(entry.name, "rejected", "is named like a DICOM file and is none")
+            return RejectedFile(entry.name, "rejected", "is named like a DICOM file and is none")
         return None
     try:
         return _what(entry.name, header, has_more, place / entry.name)
     except Exception as error:
-        return Fault(
+        return RejectedFile(
             entry.name, "rejected", f"has a header that makes no sense ({type(error).__name__})"
         )
 
 
-def _read_header(place: Place, size: int, force: bool) -> tuple[Dataset | None, bool]:
+def _read_header(place: DataPath, size: int, force: bool) -> tuple[Dataset | None, bool]:
     """Return the header, None where the file is not DICOM, and whether pixels follow."""
     if place.is_local:
         with place.local.open("rb", buffering=0) as file:
@@ -155,7 +157,7 @@ def _has_prefix(file: BinaryIO) -> bool:
     return found
 
 
-def _what(name: str, header: Dataset, has_more: bool, place: Place) -> Found:
+def _what(name: str, header: Dataset, has_more: bool, place: DataPath) -> Found:
     from pydicom.uid import UID
 
     kind = UID(
@@ -165,7 +167,7 @@ def _what(name: str, header: Dataset, has_more: bool, place: Place) -> Found:
         return None
     if kind in SEGMENTATIONS:
         if not has_more:
-            return Fault(name, "rejected", "is a segmentation and holds no pixels")
+            return RejectedFile(name, "rejected", "is a segmentation and holds no pixels")
         return _references(name, header, place)
     rows, columns = (int(header.get(tag) or 0) for tag in ("Rows", "Columns"))
     claims = rows > 0 and columns > 0
@@ -173,7 +175,7 @@ def _what(name: str, header: Dataset, has_more: bool, place: Place) -> Found:
         return Other(kind.name if kind and kind.name != kind else "of unknown kind")
     if not has_more or not claims:
         what = kind.name.removesuffix(" Storage") if kind.name != kind else "image"
-        return Fault(name, "rejected", f"claims to be a {what} and holds no pixels")
+        return RejectedFile(name, "rejected", f"claims to be a {what} and holds no pixels")
     instance = _text(header, "SOPInstanceUID") or name
     series = _text(header, "SeriesInstanceUID") or instance
     return Slice(
@@ -192,7 +194,7 @@ def _what(name: str, header: Dataset, has_more: bool, place: Place) -> Found:
     )
 
 
-def _references(name: str, header: Dataset, place: Place) -> Segmentation:
+def _references(name: str, header: Dataset, place: DataPath) -> Segmentation:
     instances, series = set(), set()
     for of in header.get("ReferencedSeriesSequence") or ():
         series.add(_text(of, "SeriesInstanceUID"))

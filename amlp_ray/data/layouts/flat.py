@@ -8,37 +8,39 @@ from __future__ import annotations
 
 import posixpath
 
-from amlp_ray.config import PrepareSettings
-from amlp_ray.data.layouts.item import Fault, Item, Listing
+from amlp_ray.config import PrepareConfig
+from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage
 from amlp_ray.data.layouts.listing import Name, parts_of, pictures_in
-from amlp_ray.data.path import Place
+from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
 
 
-def find_flat(place: Place, settings: PrepareSettings) -> Listing:
+def find_flat(place: DataPath, config: PrepareConfig) -> Listing:
     """List all pictures below a folder, or those of `settings.file_list`.
 
     Raises:
         DataError: the file list cannot be read or names nothing.
     """
-    if settings.file_list:
-        return _of_list(place, settings.file_list)
+    if config.file_list:
+        return _of_list(place, config.file_list)
     return Listing([_item(str(place / name.full), name) for name in pictures_in(place)], [])
 
 
-def _of_list(place: Place, file_list: str) -> Listing:
+def _of_list(place: DataPath, file_list: str) -> Listing:
     """The pictures that a text file names, one path a line: relative to `place`, absolute or a URI; `#` comments."""
     known = {entry.name for entry in place.entries()}
     items, faults, taken = [], [], set()
     for line in _lines(file_list):
         if "://" in line or line.startswith("/"):
-            file = Place(line)
+            file = DataPath(line)
             name = str(file).removeprefix(f"{place}/")
         else:
             name = posixpath.normpath(line)
             file = place / name
         if name in taken:
-            faults.append(Fault(name, "repaired", f"is listed twice in {file_list}: taken once"))
+            faults.append(
+                RejectedFile(name, "repaired", f"is listed twice in {file_list}: taken once")
+            )
         elif (
             name in known or file.is_file()
         ):  # only files outside, or hidden ones, are asked for one by one
@@ -46,13 +48,13 @@ def _of_list(place: Place, file_list: str) -> Listing:
             items.append(_item(str(file), parts_of(name)))
         else:
             reason = f"is listed in {file_list}, but there is no such file; paths are relative to {place} or absolute"
-            faults.append(Fault(name, "rejected", reason))
+            faults.append(RejectedFile(name, "rejected", reason))
     return Listing(items, faults)
 
 
 def _lines(file_list: str) -> list[str]:
     try:
-        text = Place(file_list).read_bytes().decode("utf-8-sig")
+        text = DataPath(file_list).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise DataError(
             f"The file list {file_list} cannot be read ({error.strerror or error}); give a text file with one path a "
@@ -70,8 +72,8 @@ def _lines(file_list: str) -> list[str]:
     return named
 
 
-def _item(path: str, name: Name) -> Item:
-    return Item(
+def _item(path: str, name: Name) -> SourceImage:
+    return SourceImage(
         id=name.path,
         format="picture",
         images=(path,),

@@ -12,7 +12,7 @@ Format = Literal["picture", "dicom", "nifti"]
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class SourceImage:
     """What is read in one go: a picture, a DICOM series or multi-frame object, a volume of one or more modalities.
 
     No mask means unlabelled; an all-zero mask means labelled, without a lesion.
@@ -30,7 +30,7 @@ class Item:
     outlines: str = ""  # lesions drawn in an annotation file, as JSON: {"height", "width", "segmentations": [COCO]}
 
 
-class Fault(NamedTuple):
+class RejectedFile(NamedTuple):
     """A file that was found and cannot be used, or was used after a repair; a line of rejects.csv."""
 
     file: str
@@ -41,8 +41,8 @@ class Fault(NamedTuple):
 class Listing(NamedTuple):
     """What a reader found in a folder."""
 
-    items: list[Item]
-    faults: list[Fault]  # such as a mask without an image; the rest of the set survives
+    items: list[SourceImage]
+    faults: list[RejectedFile]  # such as a mask without an image; the rest of the set survives
     why: str = ""  # how `auto` recognised the layout, and what else was seen
     layout: str = ""  # as given or recognised
 

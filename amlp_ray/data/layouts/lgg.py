@@ -8,28 +8,30 @@ folder is the group: no split cuts it.
 
 from __future__ import annotations
 
-from amlp_ray.config import PrepareSettings
-from amlp_ray.data.layouts.item import Fault, Item, Listing
+from amlp_ray.config import PrepareConfig
+from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage
 from amlp_ray.data.layouts.listing import Name, pictures_in, same
-from amlp_ray.data.path import Place
+from amlp_ray.data.path import DataPath
 
 SUFFIXES = (".tif", ".tiff")
 ENDING = "_mask"
 
 
-def find_lgg(place: Place, settings: PrepareSettings) -> Listing:
+def find_lgg(place: DataPath, config: PrepareConfig) -> Listing:
     """List the slices of an LGG folder; a mask without a slice is a fault."""
     images, masks = split_lgg(pictures_in(place))
     known = {same(image.path) for image in images}
     reason = f"is a mask without an image; its name without {ENDING} must stand beside it, so add it or remove the mask"
     faults = [
-        Fault(mask.full, "rejected", reason) for path, mask in masks.items() if path not in known
+        RejectedFile(mask.full, "rejected", reason)
+        for path, mask in masks.items()
+        if path not in known
     ]
     items = []
     for image in images:
         mask = masks.get(same(image.path))
         items.append(
-            Item(
+            SourceImage(
                 id=image.stem
                 if image.stem.startswith(image.folder.rpartition("/")[2])
                 else image.path,

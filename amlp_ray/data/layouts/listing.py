@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
-from amlp_ray.data.path import Entry, Place
+from amlp_ray.data.path import DataPath, Entry
 
 # What claims to be a picture; the decoder says so where it is none, or one that cannot be read, such as HEIC.
 CLAIMS = "png jpg jpeg jpe jfif tif tiff bmp gif webp npy pgm ppm pnm pbm jp2 j2k heic heif"
@@ -16,7 +16,7 @@ PICTURE_SUFFIXES = frozenset(f".{suffix}" for suffix in CLAIMS.split())
 LISTED = 5  # names in a message
 
 
-class Listed(Place):
+class CachedListing(DataPath):
     """A place whose files are listed once: recognising a layout and reading it both ask, and buckets are slow."""
 
     @cached_property
@@ -52,7 +52,7 @@ def parts_of(name: str) -> Name:
     return Name(name, folder, stem, f".{suffix.lower()}") if dot else Name(name, folder, base, "")
 
 
-def pictures_in(place: Place) -> list[Name]:
+def pictures_in(place: DataPath) -> list[Name]:
     """The files of a place that claim to be pictures, sorted."""
     names = map(parts_of, sorted(entry.name for entry in place.entries()))
     return [name for name in names if name.suffix in PICTURE_SUFFIXES]
@@ -68,7 +68,7 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def contents_of(place: Place) -> str:
+def contents_of(place: DataPath) -> str:
     """What is in a place, for a message: its folders and the suffixes of the files below."""
     folders = place.folders()
     suffixes = Counter(parts_of(entry.name).suffix for entry in place.entries())

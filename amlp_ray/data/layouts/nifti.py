@@ -16,8 +16,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from amlp_ray.config import PrepareSettings
-from amlp_ray.data.layouts.item import Fault, Item, Listing, natural_key
+from amlp_ray.config import PrepareConfig
+from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage, natural_key
 from amlp_ray.data.layouts.nifti_names import (
     Volume,
     groups_of,
@@ -26,7 +26,7 @@ from amlp_ray.data.layouts.nifti_names import (
     nifti_stem,
     parse,
 )
-from amlp_ray.data.path import Place
+from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
 
 # Order of the channels of a BraTS case; each by all its names: of 2012-2021, of 2023 and later, and of MSD.
@@ -53,7 +53,7 @@ class _Case:
     is_stacked: bool = False
 
 
-def find_nifti(place: Place, settings: PrepareSettings) -> Listing:
+def find_nifti(place: DataPath, config: PrepareConfig) -> Listing:
     """List the volumes below a folder, without opening one. A case that lacks a channel most cases have is rejected.
 
     Several label volumes of one image are united. Brain masks are no lesions and left out.
@@ -90,12 +90,12 @@ def find_nifti(place: Place, settings: PrepareSettings) -> Listing:
         reason = (
             "belongs to a case that is rejected" if lost else "is a label volume without an image"
         )
-        faults.append(Fault(label.name, "rejected", reason))
+        faults.append(RejectedFile(label.name, "rejected", reason))
     faults += incomplete
     return Listing(to_items(place, cases), sorted(faults), _why(cases, len(brains)))
 
 
-def stack(images: list[Volume]) -> tuple[list[_Case], list[Fault]]:
+def stack(images: list[Volume]) -> tuple[list[_Case], list[RejectedFile]]:
     """Put the channels of each case together; what is no channel is a case of its own.
 
     >>> cases, _ = stack([parse(f"c{i}/c{i}_{name}.nii") for i in (1, 2) for name in ("flair", "T1", "t1gd", "t2w")])
@@ -149,13 +149,13 @@ def _complete(
     scans: dict[tuple[tuple[str, ...], str], dict[str, list[Volume]]],
     order: Iterable[str],
     least: int = 2,
-) -> tuple[list[_Case], list[Fault]]:
+) -> tuple[list[_Case], list[RejectedFile]]:
     """Return the cases that have the channels most cases have, in order; faults for other cases and for channels too
     many. Nothing if most cases have fewer than `least` channels."""
     counts = Counter(channel for channels in scans.values() for channel in channels)
     expected = [channel for channel in order if 2 * counts[channel] > len(scans)]
     cases: list[_Case] = []
-    faults: list[Fault] = []
+    faults: list[RejectedFile] = []
     for (_, name), channels in scans.items() if len(expected) >= least else ():
         lacking = [channel for channel in expected if channel not in channels]
         for channel, volumes in channels.items():
@@ -168,7 +168,7 @@ def _complete(
                     reason = f"is a second {channel} volume of its case; the first is used"
                 else:
                     reason = f"is a {channel} volume, which most cases lack"
-                faults.append(Fault(of.name, "rejected", reason))
+                faults.append(RejectedFile(of.name, "rejected", reason))
         if not lacking:
             cases.append(
                 _Case(name, [channels[channel][0] for channel in expected], is_stacked=True)
@@ -224,7 +224,7 @@ def _names(case: _Case) -> set[str]:
     return {case.name.lower(), *(of.stem.lower() for of in case.volumes)}
 
 
-def to_items(place: Place, cases: list[_Case]) -> list[Item]:
+def to_items(place: DataPath, cases: list[_Case]) -> list[SourceImage]:
     """Name the cases: by file or case name where these differ, else by their path."""
     groups = groups_of([(case.name, case.volumes[0], case.is_stacked) for case in cases])
     differ = len({case.name for case in cases}) == len(cases)
@@ -233,7 +233,7 @@ def to_items(place: Place, cases: list[_Case]) -> list[Item]:
         first = case.volumes[0].name
         folder = first.rpartition("/")[0]
         items.append(
-            Item(
+            SourceImage(
                 id=case.name if differ or not folder else f"{folder}/{case.name}",
                 format="nifti",
                 images=tuple(str(place / of.name) for of in case.volumes),
@@ -245,10 +245,10 @@ def to_items(place: Place, cases: list[_Case]) -> list[Item]:
     return items
 
 
-def _pairs(names: list[str]) -> list[Fault]:
+def _pairs(names: list[str]) -> list[RejectedFile]:
     headers = {name[:-4] for name in names if name.lower().endswith(".hdr")}
     return [
-        Fault(
+        RejectedFile(
             name,
             "rejected",
             "is one half of a pair (.hdr and .img); single .nii or .nii.gz files are accepted",

@@ -13,10 +13,10 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from amlp_ray.config import PrepareSettings
-from amlp_ray.data.layouts.item import Fault, Item, Listing
+from amlp_ray.config import PrepareConfig
+from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage
 from amlp_ray.data.layouts.listing import Name, pictures_in, same
-from amlp_ray.data.path import Place
+from amlp_ray.data.path import DataPath
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")  # in any case
 MASK_FOLDERS = (
@@ -45,11 +45,11 @@ class Pairs(NamedTuple):
     by_folders: bool  # masks stand in a folder of their own
 
 
-def find_paired(place: Place, settings: PrepareSettings) -> Listing:
+def find_paired(place: DataPath, config: PrepareConfig) -> Listing:
     """List the images of a paired folder; a mask without an image is a fault."""
     pairs = pair(pictures_in(place))
     items = [
-        Item(
+        SourceImage(
             id=name,
             format="picture",
             images=(str(place / image.full),),
@@ -63,7 +63,7 @@ def find_paired(place: Place, settings: PrepareSettings) -> Listing:
         f"is a mask without an image; it must be named like an image, or like one with {', '.join(MASK_ENDINGS)} "
         f"added, so add the image, rename the mask or remove it"
     )
-    return Listing(items, [Fault(mask.full, "rejected", reason) for mask in pairs.strays])
+    return Listing(items, [RejectedFile(mask.full, "rejected", reason) for mask in pairs.strays])
 
 
 def pair(pictures: list[Name]) -> Pairs:

@@ -18,12 +18,12 @@ from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.loading.image_cache import Store, fits, has_store, open_store
 from amlp_ray.data.loading.shuffle import Order, ahead, share_of
 from amlp_ray.data.parquet import images_of
-from amlp_ray.errors import DataError, SettingsError
+from amlp_ray.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from amlp_ray.data.loading.ray_stream import Source
+    from amlp_ray.data.loading.ray_stream import SplitSource
 
 Mode = Literal["auto", "resident", "mapped", "stream"]
 MAPPED_AHEAD = 16  # row groups that a disk is told of before they are needed
@@ -73,11 +73,11 @@ def open_batches(
         epochs: the last epoch that will be asked for, so that a stream reads nothing beyond it.
 
     Raises:
-        SettingsError: `world` exceeds `batch_size`.
+        ConfigError: `world` exceeds `batch_size`.
         DataError: the split is empty or damaged, or has no room in the cache folder.
     """
     if batch_size < world:
-        raise SettingsError(
+        raise ConfigError(
             f"batch_size {batch_size} cannot be shared by {world} workers; raise it, or use fewer."
         )
     if dataset.count(split) == 0:
@@ -167,13 +167,13 @@ class StreamBatches:
         rank: int = 0,
         epochs: int | None = None,
     ) -> None:
-        from amlp_ray.data.loading.ray_stream import BLOCK_BYTES, Source
+        from amlp_ray.data.loading.ray_stream import BLOCK_BYTES, SplitSource
 
         self.spec = dataset.spec
         self.steps_per_epoch = order.steps
         self._last = epochs
         files = tuple(str(file) for file in dataset.files(split))
-        self._source = Source(
+        self._source = SplitSource(
             files, dataset.shape, dataset.manifest.dtype, order, rank, BLOCK_BYTES
         )
         self._running: tuple[int, Generator[Batch]] | None = (
@@ -204,7 +204,7 @@ class StreamBatches:
 # Functions, not methods: a generator that knew its `StreamBatches` would live, and read on, until memory is collected.
 
 
-def _streamed(source: Source, epoch: int, last: int | None) -> Generator[Batch]:
+def _streamed(source: SplitSource, epoch: int, last: int | None) -> Generator[Batch]:
     """Yield the batches of an epoch and all later ones, up to the last."""
     from amlp_ray.data.loading.ray_stream import EPOCHS, stream_tables
 
@@ -214,7 +214,7 @@ def _streamed(source: Source, epoch: int, last: int | None) -> Generator[Batch]:
         epoch = until
 
 
-def _sliced(source: Source, tables: Iterable[pa.Table]) -> Generator[Batch]:
+def _sliced(source: SplitSource, tables: Iterable[pa.Table]) -> Generator[Batch]:
     """Cut tables of any length into batches."""
     mine = share_of(source.order.batch_size, source.rank, source.order.world)
     size, dtype = mine.stop - mine.start, np.dtype(source.dtype)

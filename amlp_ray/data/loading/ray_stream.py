@@ -21,7 +21,7 @@ from ray.data.extensions import ArrowTensorArray
 
 from amlp_ray.data.loading.shuffle import Order, ahead
 from amlp_ray.data.parquet import Shape, image_bytes, images_of, masks_of, read_part, schema
-from amlp_ray.data.path import Place
+from amlp_ray.data.path import DataPath
 from amlp_ray.data.ray_silence import quieten
 from amlp_ray.errors import AmlpError, DataError
 
@@ -67,13 +67,13 @@ def _arrays(table: pa.Table, shape: Shape, dtype: str) -> pa.Table:
     if "image" in table.column_names:
         out["image"] = ArrowTensorArray.from_numpy(images_of(table["image"], shape, dtype))
     if "mask" in table.column_names:
-        masks, labelled = masks_of(table["mask"], shape)
-        out |= {"mask": ArrowTensorArray.from_numpy(masks), "labelled": pa.array(labelled)}
+        masks, labeled = masks_of(table["mask"], shape)
+        out |= {"mask": ArrowTensorArray.from_numpy(masks), "labeled": pa.array(labeled)}
     return pa.table(out)
 
 
 @dataclass(frozen=True)
-class Source:
+class SplitSource:
     """What a reading task must know of a split, as plain values."""
 
     files: tuple[str, ...]
@@ -88,7 +88,7 @@ class Source:
         return image_bytes(self.shape, self.dtype)
 
 
-def read_epoch(source: Source, epoch: int) -> Iterator[pa.Table]:
+def read_epoch(source: SplitSource, epoch: int) -> Iterator[pa.Table]:
     """Yield one worker's images of an epoch, in order, as tables of `image` and `key` of about `source.block_bytes`.
 
     Holds the row groups that the next images lie in, and no others: each is read once, shortly before its first image
@@ -102,7 +102,7 @@ def read_epoch(source: Source, epoch: int) -> Iterator[pa.Table]:
     size = max(1, source.block_bytes // source.image_bytes)
     unit, starts = order.unit_of(rows), np.array([u.start for u in order.units])
     needed, first, last = order.uses(unit, size)
-    places = [Place(file) for file in source.files]
+    places = [DataPath(file) for file in source.files]
     threads = READERS if all(place.is_local for place in places) else REMOTE_READERS
     blocks = range(0, len(rows), size)
     waiting: dict[int, Future[tuple[np.ndarray, np.ndarray]]] = {}
@@ -139,7 +139,7 @@ def read_epoch(source: Source, epoch: int) -> Iterator[pa.Table]:
 
 
 def _read_unit(
-    source: Source, places: Sequence[Place], number: int
+    source: SplitSource, places: Sequence[DataPath], number: int
 ) -> tuple[np.ndarray, np.ndarray]:
     from amlp_ray.data.parquet import keys_of
 
@@ -154,12 +154,12 @@ def _read_unit(
     return images.reshape(unit.rows, source.image_bytes), keys_of(table["id"].to_pylist())
 
 
-def _read_epochs(epochs: pa.Table, source: Source) -> Iterator[pa.Table]:
+def _read_epochs(epochs: pa.Table, source: SplitSource) -> Iterator[pa.Table]:
     for epoch in epochs["epoch"].to_pylist():
         yield from read_epoch(source, epoch)
 
 
-def stream_tables(source: Source, epochs: range) -> Iterator[pa.Table]:
+def stream_tables(source: SplitSource, epochs: range) -> Iterator[pa.Table]:
     """Yield the tables of `read_epoch`, one epoch after the other, read ahead by Ray tasks on this node."""
     quieten()
     # Items, since `range` and `from_arrow` start tasks of their own, which wait for a whole CPU.

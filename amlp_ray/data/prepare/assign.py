@@ -11,11 +11,11 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
-from amlp_ray.config import PrepareSettings
+from amlp_ray.config import PrepareConfig
 from amlp_ray.data.dataset import SPLITS
-from amlp_ray.data.layouts import Item
+from amlp_ray.data.layouts import SourceImage
 from amlp_ray.data.prepare.near_duplicates import near_duplicate_groups, read_group_file
-from amlp_ray.data.prepare.scan import Look
+from amlp_ray.data.prepare.scan import ImageScan
 from amlp_ray.data.prepare.splits import groups_cut, read_split_file, split_by_group
 from amlp_ray.data.pseudonyms import pseudonym, salt
 from amlp_ray.errors import DataError
@@ -31,13 +31,13 @@ class Given:
     group_of: dict[str, str] | None
 
     @classmethod
-    def read(cls, settings: PrepareSettings, items: Sequence[Item]) -> Given:
+    def read(cls, config: PrepareConfig, items: Sequence[SourceImage]) -> Given:
         """Read split and group file. Raises DataError where one is missing, malformed, or leaves an image out."""
         ids = [item.id for item in items]
-        split_of = read_split_file(settings.split_file, ids) if settings.split_file else None
-        if not settings.group_file:
+        split_of = read_split_file(config.split_file, ids) if config.split_file else None
+        if not config.group_file:
             return cls(split_of, None)
-        named = read_group_file(settings.group_file, settings.group_column)
+        named = read_group_file(config.group_file, config.group_column)
         if items[0].format == "dicom":
             # Ids and patients are hashes, but the file names patients as the hospital does.
             secret = salt()
@@ -48,20 +48,20 @@ class Given:
         missing = [name for name, group in found.items() if group is None]
         if missing:
             raise DataError(
-                f"{settings.group_file} has no {settings.group_column} for {len(missing)} of {len(listed)} images, "
+                f"{config.group_file} has no {config.group_column} for {len(missing)} of {len(listed)} images, "
                 f"such as {missing[0]!r}; add a line for each."
             )
         return cls(split_of, {name: group for name, group in found.items() if group is not None})
 
-    def lists(self, item: Item) -> bool:
+    def lists(self, item: SourceImage) -> bool:
         return self.split_of is None or item.id in self.split_of
 
 
 def assign(
-    items: Sequence[Item],
-    looks: Sequence[Look],
+    items: Sequence[SourceImage],
+    looks: Sequence[ImageScan],
     given: Given,
-    settings: PrepareSettings,
+    config: PrepareConfig,
     say: Callable[[str], None],
 ) -> tuple[list[str], list[str]]:
     """Name the group and the split of every item. No split cuts a group, unless a split file does; then it is said.
@@ -69,17 +69,17 @@ def assign(
     Raises:
         DataError: groups cannot be told, are cut by the user's own split file, or leave a split empty.
     """
-    groups = _groups(items, looks, given, settings)
+    groups = _groups(items, looks, given, config)
     if given.split_of is None:
         strata = [
             f"{item.stratum} {bool(item.masks or item.outlines)} {look.lesion}"
             for item, look in zip(items, looks, strict=True)
         ]
         images = [sum(len(frame.cuttings) for frame in look.frames) for look in looks]
-        splits = split_by_group(groups, strata, settings.fractions, settings.seed, images)
+        splits = split_by_group(groups, strata, config.fractions, config.seed, images)
         empty = [
             name
-            for name, part in zip(SPLITS, settings.fractions, strict=True)
+            for name, part in zip(SPLITS, config.fractions, strict=True)
             if part and name not in splits
         ]
         if empty:
@@ -88,32 +88,32 @@ def assign(
             )
         return groups, splits
     cut = groups_cut(given.split_of, dict(zip((item.id for item in items), groups, strict=True)))
-    if cut and settings.group_file:
+    if cut and config.group_file:
         group, where = next(iter(cut.items()))
         raise DataError(
-            f"{settings.split_file} puts group {group!r} of {settings.group_file} into {' and '.join(where)}; "
+            f"{config.split_file} puts group {group!r} of {config.group_file} into {' and '.join(where)}; "
             f"a group must stay in one split, so move its images together."
         )
     if cut:  # our own guess at groups is no reason to refuse a published split, but one to speak up
         say(
-            f"{len(cut)} groups of {group_rule(items, settings)}, such as that of {next(iter(cut))!r}, lie in several "
-            f"splits of {settings.split_file}."
+            f"{len(cut)} groups of {group_rule(items, config)}, such as that of {next(iter(cut))!r}, lie in several "
+            f"splits of {config.split_file}."
         )
     return groups, [given.split_of[item.id] for item in items]
 
 
 def _groups(
-    items: Sequence[Item], looks: Sequence[Look], given: Given, settings: PrepareSettings
+    items: Sequence[SourceImage], looks: Sequence[ImageScan], given: Given, config: PrepareConfig
 ) -> list[str]:
-    rule = _rule(items, settings)
+    rule = _rule(items, config)
     if given.group_of is not None:
         return [given.group_of[item.id] for item in items]
     own = [item.group or item.id for item in items]
     if rule == "patient":
         if not any(item.group for item in items):
             raise DataError(
-                f"The layout {settings.layout} knows no patients, so group_by=patient has nothing to go by; give a "
-                f"group_file with columns id and {settings.group_column}, or group_by near-duplicates."
+                f"The layout {config.layout} knows no patients, so group_by=patient has nothing to go by; give a "
+                f"group_file with columns id and {config.group_column}, or group_by near-duplicates."
             )
         return own
     if rule == "image":
@@ -121,16 +121,16 @@ def _groups(
     return _linked(items, looks, own)
 
 
-def _linked(items: Sequence[Item], looks: Sequence[Look], own: list[str]) -> list[str]:
+def _linked(items: Sequence[SourceImage], looks: Sequence[ImageScan], own: list[str]) -> list[str]:
     """Groups of items that share a patient or near-copies of a frame, named by the first of each."""
     owner = [i for i, look in enumerate(looks) for _ in look.frames]
     hashes = np.array([frame.hash for look in looks for frame in look.frames], np.uint64)
-    alike = near_duplicate_groups([str(i) for i in range(len(owner))], hashes)
+    max_identical_failures = near_duplicate_groups([str(i) for i in range(len(owner))], hashes)
     first = {name: i for i, name in reversed(list(enumerate(own)))}
     # An item is linked to the owner of the frame that its frames resemble, and to the first item of its patient.
     ends = (
         owner + list(range(len(items))),
-        [owner[int(a)] for a in alike] + [first[name] for name in own],
+        [owner[int(a)] for a in max_identical_failures] + [first[name] for name in own],
     )
     graph = sparse.coo_matrix(
         (np.ones(len(ends[0]), np.int8), ends), shape=(len(items), len(items))
@@ -140,35 +140,35 @@ def _linked(items: Sequence[Item], looks: Sequence[Look], own: list[str]) -> lis
     return [own[i] for i in firsts[inverse].tolist()]
 
 
-def _rule(items: Sequence[Item], settings: PrepareSettings) -> str:
-    if settings.group_by != "auto":
-        return settings.group_by
+def _rule(items: Sequence[SourceImage], config: PrepareConfig) -> str:
+    if config.group_by != "auto":
+        return config.group_by
     return "patient" if any(item.group for item in items) else "near-duplicates"
 
 
-def group_rule(items: Sequence[Item], settings: PrepareSettings) -> str:
+def group_rule(items: Sequence[SourceImage], config: PrepareConfig) -> str:
     """What keeps images together, in words."""
-    if settings.group_file:
-        return f"column {settings.group_column} of {Path(settings.group_file).name}"
+    if config.group_file:
+        return f"column {config.group_column} of {Path(config.group_file).name}"
     return {
         "patient": "patient, as the layout tells",
         "near-duplicates": "near-duplicates by perceptual hash",
         "image": "every image by itself",
-    }[_rule(items, settings)]
+    }[_rule(items, config)]
 
 
-def split_rule(settings: PrepareSettings) -> str:
+def split_rule(config: PrepareConfig) -> str:
     """What decides the split, in words."""
-    if settings.split_file:
-        return f"as {Path(settings.split_file).name} says; images it does not list are left out"
-    fractions = "/".join(f"{fraction:g}" for fraction in settings.fractions)
-    return f"{fractions} by group, within classes, seed {settings.seed}"
+    if config.split_file:
+        return f"as {Path(config.split_file).name} says; images it does not list are left out"
+    fractions = "/".join(f"{fraction:g}" for fraction in config.fractions)
+    return f"{fractions} by group, within classes, seed {config.seed}"
 
 
-def file_digests(settings: PrepareSettings) -> dict[str, str]:
+def file_digests(config: PrepareConfig) -> dict[str, str]:
     """The user's files by what they say, not by where they lie: SHA-256 by setting."""
     return {
         name: hashlib.sha256(Path(path).read_bytes()).hexdigest()
         for name in FILES
-        if (path := getattr(settings, name))
+        if (path := getattr(config, name))
     }

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
-from amlp_ray.config import PrepareSettings
+from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders import DTYPES, holding_all
-from amlp_ray.data.layouts import Fault, Item
+from amlp_ray.data.layouts import RejectedFile, SourceImage
 from amlp_ray.data.layouts.item import Format
-from amlp_ray.data.prepare.scan import Look
+from amlp_ray.data.prepare.scan import ImageScan
 
 CONVERTED = (1, 3)  # grey and colour become each other; other channels mean something of their own
 
@@ -26,8 +26,8 @@ class Kind(NamedTuple):
 
 
 def agree(
-    items: Sequence[Item], looks: Sequence[Look], settings: PrepareSettings
-) -> tuple[Kind, list[int], list[Fault]]:
+    items: Sequence[SourceImage], looks: Sequence[ImageScan], config: PrepareConfig
+) -> tuple[Kind, list[int], list[RejectedFile]]:
     """Choose type and channels; return them, the positions of the items that fit, and a fault for each that does not.
 
     - Type: of pictures the most common, since 8 and 16 bits have two scales; of volumes and DICOM, whose values have
@@ -37,11 +37,15 @@ def agree(
 
     `looks` have no faults, and there is at least one. There may be no position, where `channels` was given.
     """
-    faults: list[Fault] = []
+    faults: list[RejectedFile] = []
 
-    def only(fits: Callable[[Look], bool], why: Callable[[Look], str], at: list[int]) -> list[int]:
+    def only(
+        fits: Callable[[ImageScan], bool], why: Callable[[ImageScan], str], at: list[int]
+    ) -> list[int]:
         faults.extend(
-            Fault(items[i].images[0], "rejected", why(looks[i])) for i in at if not fits(looks[i])
+            RejectedFile(items[i].images[0], "rejected", why(looks[i]))
+            for i in at
+            if not fits(looks[i])
         )
         return [i for i in at if fits(looks[i])]
 
@@ -56,7 +60,7 @@ def agree(
             ),
             at,
         )
-    channels, accepted = _channels([looks[i] for i in at], settings, items[0].format)
+    channels, accepted = _channels([looks[i] for i in at], config, items[0].format)
     at = only(
         lambda look: look.channels in accepted,
         lambda look: (
@@ -70,26 +74,26 @@ def agree(
 
 
 def _channels(
-    looks: Sequence[Look], settings: PrepareSettings, form: Format
+    looks: Sequence[ImageScan], config: PrepareConfig, form: Format
 ) -> tuple[int, set[int]]:
     """The number of channels that is stored, and those that become it."""
-    if settings.channels != "auto":
+    if config.channels != "auto":
         # Three channels of a NIfTI case are modalities and no colours.
-        becomes = form != "nifti" and settings.channels in CONVERTED
-        return settings.channels, {settings.channels, *(CONVERTED if becomes else ())}
+        becomes = form != "nifti" and config.channels in CONVERTED
+        return config.channels, {config.channels, *(CONVERTED if becomes else ())}
     # By images: one series of slices weighs more than two screenshots.
     counts = [look.channels for look in looks for _ in look.frames] or [
         look.channels for look in looks
     ]
     common = _most_common(counts, sorted(set(counts)))
     if form == "picture" and common in CONVERTED:
-        return (1 if all(look.grey for look in looks if look.channels in CONVERTED) else 3), set(
+        return (1 if all(look.gray for look in looks if look.channels in CONVERTED) else 3), set(
             CONVERTED
         )
     if (
         form == "dicom"
         and common == 3
-        and all(look.grey for look in looks if look.channels == common)
+        and all(look.gray for look in looks if look.channels == common)
     ):
         return 1, {1, 3}
     return common, {common}

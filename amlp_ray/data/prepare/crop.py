@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from amlp_ray.config import PrepareSettings
+from amlp_ray.config import PrepareConfig
 
 AIR = 0.04  # share of the range, from the minimum up to the 99.5th percentile, that still counts as air or black border
 PIXEL_SAMPLE = (
@@ -31,26 +31,26 @@ class Cutting(NamedTuple):
 
 
 def cuttings(
-    image: np.ndarray, mask: np.ndarray | None, settings: PrepareSettings
+    image: np.ndarray, mask: np.ndarray | None, config: PrepareConfig
 ) -> Iterator[Cutting]:
     """List what is cut from a frame (H, W, C): the frame itself, or its tiles in rows from the upper left.
 
     Tiles start every `size * (1 - overlap)` pixels; the last of a row or column ends at the frame's edge, so that all
     is covered. A frame smaller than a tile is padded at its lower and right edge.
     """
-    size = settings.size
+    size = config.size
     air = background_of(image)
     height, width = air.shape
-    if settings.fit != "tiles":
+    if config.fit != "tiles":
         filled = 1.0
-        if settings.fit == "pad":
+        if config.fit == "pad":
             inner = _inner(height, width, size)
             filled = inner[0] * inner[1] / size**2
         tissue = 1 - float(air.mean())
         yield Cutting(0, 0, 1 - filled * tissue, tissue, mask is not None and bool(mask.any()))
         return
-    for y in origins(height, size, settings.overlap):
-        for x in origins(width, size, settings.overlap):
+    for y in origins(height, size, config.overlap):
+        for x in origins(width, size, config.overlap):
             inside = air[y : y + size, x : x + size]
             pixels = inside.size - np.count_nonzero(inside)
             lesion = mask is not None and bool(mask[y : y + size, x : x + size].any())
@@ -58,7 +58,7 @@ def cuttings(
 
 
 def cut(
-    image: np.ndarray, mask: np.ndarray | None, y: int, x: int, settings: PrepareSettings
+    image: np.ndarray, mask: np.ndarray | None, y: int, x: int, config: PrepareConfig
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Bring what lies at (y, x) of a frame (H, W, C) to (C, size, size), and its mask (H, W) to (size, size).
 
@@ -68,11 +68,11 @@ def cut(
 
     Borders hold no lesion.
     """
-    size = settings.size
-    if settings.fit == "stretch":
+    size = config.size
+    if config.fit == "stretch":
         fitted = resize_image(image, size, size)
         return _channels_first(fitted), None if mask is None else resize_mask(mask, size, size)
-    if settings.fit == "pad":
+    if config.fit == "pad":
         height, width = _inner(image.shape[0], image.shape[1], size)
         top, left = (size - height) // 2, (size - width) // 2
         inner, inner_mask = (
@@ -95,30 +95,30 @@ def cut(
 
 
 def scaled(
-    image: np.ndarray, mask: np.ndarray | None, settings: PrepareSettings
+    image: np.ndarray, mask: np.ndarray | None, config: PrepareConfig
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Shrink a frame by `settings.scale` before its tiles are cut."""
-    if settings.scale == 1:
+    if config.scale == 1:
         return image, mask
-    height, width = (max(1, round(side * settings.scale)) for side in image.shape[:2])
+    height, width = (max(1, round(side * config.scale)) for side in image.shape[:2])
     return resize_image(image, height, width), None if mask is None else resize_mask(
         mask, height, width
     )
 
 
 def pixel_spacing(
-    spacing: tuple[float, float] | None, height: int, width: int, settings: PrepareSettings
+    spacing: tuple[float, float] | None, height: int, width: int, config: PrepareConfig
 ) -> tuple[float, float] | None:
     """Millimetres of a stored pixel, down and across, from those of the frame of `height` x `width` pixels."""
     if spacing is None:
         return None
-    if settings.fit == "stretch":
-        factors = height / settings.size, width / settings.size
-    elif settings.fit == "pad":
-        inner = _inner(height, width, settings.size)
+    if config.fit == "stretch":
+        factors = height / config.size, width / config.size
+    elif config.fit == "pad":
+        inner = _inner(height, width, config.size)
         factors = height / inner[0], width / inner[1]
     else:
-        factors = 1 / settings.scale, 1 / settings.scale
+        factors = 1 / config.scale, 1 / config.scale
     return spacing[0] * factors[0], spacing[1] * factors[1]
 
 

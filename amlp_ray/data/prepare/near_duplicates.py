@@ -48,7 +48,7 @@ def perceptual_hash(image: np.ndarray) -> int:
     if image.dtype == np.uint8 and channels in (1, 3):
         picture = Image.fromarray(image[:, :, 0] if channels == 1 else image).convert("L")
     else:
-        picture = Image.fromarray(_grey8(image))
+        picture = Image.fromarray(_gray8(image))
     low, high = picture.getextrema()
     if low == high:
         return FLAT
@@ -155,26 +155,26 @@ def read_group_file(path: str | Path, column: str = "group") -> dict[str, str]:
     return groups
 
 
-def _grey8(image: np.ndarray) -> np.ndarray:
+def _gray8(image: np.ndarray) -> np.ndarray:
     """Average the channels of an image (H, W, C) and stretch it to (H, W) uint8."""
     weights = (
         np.array([0.299, 0.587, 0.114])
         if image.shape[2] == 3
         else np.full(image.shape[2], 1 / image.shape[2])
     )
-    grey = image.astype(np.float32) @ weights.astype(np.float32)
-    finite = np.isfinite(grey)
+    gray = image.astype(np.float32) @ weights.astype(np.float32)
+    finite = np.isfinite(gray)
     if not finite.any():
-        return np.zeros(grey.shape, np.uint8)
-    grey = np.where(finite, grey, grey[finite].min())
+        return np.zeros(gray.shape, np.uint8)
+    gray = np.where(finite, gray, gray[finite].min())
     if image.dtype == np.uint8:
-        return grey.round().astype(np.uint8)
-    low, high = np.percentile(grey, STRETCH)
+        return gray.round().astype(np.uint8)
+    low, high = np.percentile(gray, STRETCH)
     if high <= low:  # a few bright pixels on an empty image
-        low, high = grey.min(), grey.max()
+        low, high = gray.min(), gray.max()
     if high <= low:
-        return np.zeros(grey.shape, np.uint8)
-    return ((grey - low) * (255 / (high - low))).clip(0, 255).round().astype(np.uint8)
+        return np.zeros(gray.shape, np.uint8)
+    return ((gray - low) * (255 / (high - low))).clip(0, 255).round().astype(np.uint8)
 
 
 def _bands(left: np.ndarray, right: np.ndarray, distance: int) -> list[np.uint64]:

@@ -14,17 +14,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from amlp_ray.config import PrepareSettings
+from amlp_ray.config import PrepareConfig
 from amlp_ray.data.dataset import MANIFEST, SPLITS, UNFINISHED, Counts, Manifest, Part, PatchDataset
-from amlp_ray.data.layouts import Fault, Item, find_items
+from amlp_ray.data.layouts import RejectedFile, SourceImage, find_items
 from amlp_ray.data.parquet import Shape, group_rows, part_rows
-from amlp_ray.data.path import Place
+from amlp_ray.data.path import DataPath
 from amlp_ray.data.prepare.assign import FILES, Given, assign, file_digests, group_rule, split_rule
 from amlp_ray.data.prepare.consistency import Kind, agree
 from amlp_ray.data.prepare.ray_tasks import run_jobs
 from amlp_ray.data.prepare.rejects import Rejects
 from amlp_ray.data.prepare.resume import ResumableError, Unfinished
-from amlp_ray.data.prepare.scan import Look, item_row, look_job, look_of
+from amlp_ray.data.prepare.scan import ImageScan, item_row, look_job, look_of
 from amlp_ray.data.prepare.statistics import Statistics
 from amlp_ray.data.prepare.writer import Row, part_job, write_job
 from amlp_ray.data.pseudonyms import pseudonym, salt
@@ -44,9 +44,9 @@ class Told(NamedTuple):
 
 
 def prepare(
-    source: str | Path | Place,
-    out: str | Path | Place,
-    settings: PrepareSettings | None = None,
+    source: str | Path | DataPath,
+    out: str | Path | DataPath,
+    config: PrepareConfig | None = None,
     *,
     strict: bool = False,
     told: Told | None = None,
@@ -65,16 +65,16 @@ def prepare(
     Raises:
         DataError: nothing can be used, `out` is taken or cannot be written, or, if strict, any fault.
     """
-    settings, told = settings or PrepareSettings(), told or Told()
-    source, out = Place(source), Place(out)
+    config, told = config or PrepareConfig(), told or Told()
+    source, out = DataPath(source), DataPath(out)
     existing = _existing(out)
-    listing = find_items(settings, source)
+    listing = find_items(config, source)
     if listing.why:
         told.say(listing.why)
     rejects = Rejects(out, strict)
     rejects.add(fault._replace(file=_absolute(fault.file, source)) for fault in listing.faults)
-    settings = settings.model_copy(update={"layout": listing.layout})
-    given = Given.read(settings, listing.items)
+    config = config.model_copy(update={"layout": listing.layout})
+    given = Given.read(config, listing.items)
     items = [item for item in listing.items if given.lists(item)]
     left_out = len(listing.items) - len(items)
     told.say(
@@ -82,13 +82,13 @@ def prepare(
     )
 
     decided = [
-        _values(settings) | file_digests(settings),
-        _salt_mark(items, settings),
+        _values(config) | file_digests(config),
+        _salt_mark(items, config),
         version("amlp-ray"),
     ]
     state = Unfinished(out, _digest([*decided, [item_row(item) for item in items]]))
     if existing is not None:  # a second look tells whether it is the same; nothing is written
-        chosen = _choose(items, _look(items, settings, {}, None, told), settings, rejects)
+        chosen = _choose(items, _look(items, config, {}, None, told), config, rejects)
         if existing.manifest.fingerprint != chosen.fingerprint:
             raise DataError(
                 f"{out} is a patch dataset made from other files or settings; delete it or choose another folder."
@@ -101,7 +101,7 @@ def prepare(
         return existing
     try:
         with state.lock():
-            manifest = _prepare(items, given, settings, state, rejects, told)
+            manifest = _prepare(items, given, config, state, rejects, told)
             manifest = manifest.model_copy(update={"name": out.name, "left_out": left_out})
             (out / MANIFEST).write_whole(
                 json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n"
@@ -116,7 +116,7 @@ def prepare(
     return PatchDataset.open(out)
 
 
-def _existing(out: Place) -> PatchDataset | None:
+def _existing(out: DataPath) -> PatchDataset | None:
     """Return the dataset at `out`; None if the place is free or holds an unfinished one.
 
     Raises:
@@ -143,16 +143,16 @@ def _existing(out: Place) -> PatchDataset | None:
 class Chosen(NamedTuple):
     """The items that go into the dataset, what is known of each, and what they have in common."""
 
-    items: list[Item]
-    looks: list[Look]
+    items: list[SourceImage]
+    looks: list[ImageScan]
     kind: Kind
     fingerprint: str
 
 
 def _prepare(
-    items: list[Item],
+    items: list[SourceImage],
     given: Given,
-    settings: PrepareSettings,
+    config: PrepareConfig,
     state: Unfinished,
     rejects: Rejects,
     told: Told,
@@ -160,15 +160,15 @@ def _prepare(
     """Do all but the manifest. A fault leaves nothing behind, unless a next run can go on from there."""
     known = state.begin()  # outside: another's unfinished work is not ours to delete
     try:
-        chosen = _choose(items, _look(items, settings, known, state, told), settings, rejects)
-        groups, splits = assign(chosen.items, chosen.looks, given, settings, told.say)
-        rows = _rows(chosen, groups, splits, settings)
-        shape = chosen.kind.channels, settings.size, settings.size
+        chosen = _choose(items, _look(items, config, known, state, told), config, rejects)
+        groups, splits = assign(chosen.items, chosen.looks, given, config, told.say)
+        rows = _rows(chosen, groups, splits, config)
+        shape = chosen.kind.channels, config.size, config.size
         told.say(
-            f"Writing {sum(map(len, rows.values()))} images of {settings.size}x{settings.size} pixels, "
+            f"Writing {sum(map(len, rows.values()))} images of {config.size}x{config.size} pixels, "
             f"{chosen.kind.channels} channel(s), {chosen.kind.dtype}."
         )
-        parts, mean, std = _write(rows, shape, chosen.kind.dtype, settings, state, told)
+        parts, mean, std = _write(rows, shape, chosen.kind.dtype, config, state, told)
     except ResumableError:
         raise
     except DataError:
@@ -178,7 +178,7 @@ def _prepare(
     return Manifest(
         created_by=f"amlp_ray {version('amlp-ray')}",
         name="",
-        layout=settings.layout,
+        layout=config.layout,
         channels=shape[0],
         height=shape[1],
         width=shape[2],
@@ -188,31 +188,31 @@ def _prepare(
         counts={split: _counts(rows[split]) for split in SPLITS},
         parts=parts,
         group_rows=group_rows(shape, chosen.kind.dtype),
-        split_rule=split_rule(settings),
-        group_rule=group_rule(chosen.items, settings),
+        split_rule=split_rule(config),
+        group_rule=group_rule(chosen.items, config),
         left_out=0,
         rejected=rejects.rejected,
         dropped=sum(look.dropped for look in chosen.looks),
-        salt=_salt_mark(items, settings),
-        settings=_without_folders(settings),
+        salt=_salt_mark(items, config),
+        config=_without_folders(config),
         fingerprint=chosen.fingerprint,
     )
 
 
 def _look(
-    items: Sequence[Item],
-    settings: PrepareSettings,
+    items: Sequence[SourceImage],
+    config: PrepareConfig,
     known: dict[int, Any],
     state: Unfinished | None,
     told: Told,
-) -> list[Look]:
+) -> list[ImageScan]:
     """Pass 1, in parallel; results in the order of `items`. Jobs that are `known` are not done again."""
     size = LOOK_ITEMS if items[0].format == "picture" else 1
     batches = [items[start : start + size] for start in range(0, len(items), size)]
     results = dict(known)
     done = sum(len(batches[number]) for number in results)
     jobs = [
-        (number, {"settings": _values(settings), "items": [item_row(item) for item in batch]})
+        (number, {"config": _values(config), "items": [item_row(item) for item in batch]})
         for number, batch in enumerate(batches)
         if number not in results
     ]
@@ -229,18 +229,23 @@ def _look(
 
 
 def _choose(
-    items: Sequence[Item], looks: Sequence[Look], settings: PrepareSettings, rejects: Rejects
+    items: Sequence[SourceImage],
+    looks: Sequence[ImageScan],
+    config: PrepareConfig,
+    rejects: Rejects,
 ) -> Chosen:
     """Leave out what has faults or does not fit the rest. Raises DataError where nothing is left."""
     pairs = list(zip(items, looks, strict=True))
     rejects.add(_fault(item, look.fault) for item, look in pairs if look.fault)
     rejects.add(
-        Fault(item.images[0], "repaired", note) for item, look in pairs for note in look.notes
+        RejectedFile(item.images[0], "repaired", note)
+        for item, look in pairs
+        for note in look.notes
     )
     good = [(item, look) for item, look in pairs if not look.fault]
     if not good:
         raise DataError(f"None of {len(items)} images can be used. The first: {rejects.first()}")
-    kind, at, faults = agree([item for item, _ in good], [look for _, look in good], settings)
+    kind, at, faults = agree([item for item, _ in good], [look for _, look in good], config)
     rejects.add(faults)
     if not at:
         raise DataError(f"None of {len(items)} images can be used. The first: {rejects.first()}")
@@ -248,31 +253,29 @@ def _choose(
     if not kept:
         raise DataError(
             f"No image is left of {len(items)}: all hold less tissue than --min-foreground "
-            f"{settings.min_foreground:g}; lower it."
+            f"{config.min_foreground:g}; lower it."
         )
     named = [
         [item.id, item.source, item.group, bool(item.masks or item.outlines), look.digest]
         for item, look in kept
     ]
-    mark = _salt_mark(items, settings)
-    fingerprint = _digest([_values(settings) | file_digests(settings), mark, named])
+    mark = _salt_mark(items, config)
+    fingerprint = _digest([_values(config) | file_digests(config), mark, named])
     return Chosen([item for item, _ in kept], [look for _, look in kept], kind, fingerprint)
 
 
 def _rows(
-    chosen: Chosen, groups: Sequence[str], splits: Sequence[str], settings: PrepareSettings
+    chosen: Chosen, groups: Sequence[str], splits: Sequence[str], config: PrepareConfig
 ) -> dict[str, list[Row]]:
     """The images of every split, in the order they are stored."""
-    hide = _hider(settings)
+    hide = _hider(config)
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for item, look, group, split in zip(chosen.items, chosen.looks, groups, splits, strict=True):
         name, shown = hide(item, item.id), hide(item, item.source)
         for frame in look.frames:
             of_frame = name if item.format == "picture" else f"{name}/{frame.number:04d}"
             for cutting in frame.cuttings:
-                whole = (
-                    of_frame if settings.fit != "tiles" else f"{of_frame}@{cutting.y},{cutting.x}"
-                )
+                whole = of_frame if config.fit != "tiles" else f"{of_frame}@{cutting.y},{cutting.x}"
                 rows[split].append(
                     Row(item, look.digest, frame, cutting, whole, hide(item, group), shown)
                 )
@@ -283,18 +286,18 @@ def _rows(
     return rows
 
 
-def _hider(settings: PrepareSettings) -> Callable[[Item, str], str]:
+def _hider(config: PrepareConfig) -> Callable[[SourceImage, str], str]:
     """What turns names of files into hashes where asked; DICOM's are hashes from the start."""
-    if not settings.hash_names:
+    if not config.hash_names:
         return lambda item, name: name
     secret = salt()
     return lambda item, name: name if item.format == "dicom" else pseudonym(name, secret)
 
 
-def _salt_mark(items: Sequence[Item], settings: PrepareSettings) -> str | None:
+def _salt_mark(items: Sequence[SourceImage], config: PrepareConfig) -> str | None:
     """A few digits that tell one salt from another, and nothing of what it is."""
     return (
-        pseudonym("salt", salt())[:8] if settings.hash_names or items[0].format == "dicom" else None
+        pseudonym("salt", salt())[:8] if config.hash_names or items[0].format == "dicom" else None
     )
 
 
@@ -302,7 +305,7 @@ def _write(
     rows: dict[str, list[Row]],
     shape: Shape,
     dtype: str,
-    settings: PrepareSettings,
+    config: PrepareConfig,
     state: Unfinished,
     told: Told,
 ) -> tuple[dict[str, list[Part]], tuple[float, ...], tuple[float, ...]]:
@@ -315,7 +318,7 @@ def _write(
         if known[split, number] is None:
             place = state.out / f"{split}/part-{number:05d}.parquet"
             of_part = rows[split][number * size : (number + 1) * size]
-            jobs.append((index, part_job(place, of_part, settings, shape, dtype)))
+            jobs.append((index, part_job(place, of_part, config, shape, dtype)))
     done = sum(part["rows"] for part in known.values() if part)
     told.progress("writing", done, total)
     for index, result in run_jobs(jobs, write_job):
@@ -342,13 +345,13 @@ def _write(
 
 
 def _counts(rows: Sequence[Row]) -> Counts:
-    labelled = sum(bool(row.item.masks or row.item.outlines) for row in rows)
+    labeled = sum(bool(row.item.masks or row.item.outlines) for row in rows)
     return Counts(
-        images=len(rows), labelled=labelled, lesions=sum(row.cutting.lesion for row in rows)
+        images=len(rows), labeled=labeled, lesions=sum(row.cutting.lesion for row in rows)
     )
 
 
-def _say_end(manifest: Manifest, out: Place, rejects: Rejects, say: Say) -> None:
+def _say_end(manifest: Manifest, out: DataPath, rejects: Rejects, say: Say) -> None:
     counts = ", ".join(f"{split} {manifest.counts[split].images}" for split in SPLITS)
     left = f"; {manifest.left_out} left out as not listed" if manifest.left_out else ""
     air = (
@@ -363,23 +366,23 @@ def _say_end(manifest: Manifest, out: Place, rejects: Rejects, say: Say) -> None
         )
 
 
-def _fault(item: Item, sentence: str) -> Fault:
+def _fault(item: SourceImage, sentence: str) -> RejectedFile:
     """A sentence that begins with the file's name as a line of the list, which has the name apart."""
-    return Fault(item.images[0], "rejected", sentence.removeprefix(f"{item.images[0]} "))
+    return RejectedFile(item.images[0], "rejected", sentence.removeprefix(f"{item.images[0]} "))
 
 
-def _absolute(file: str, source: Place) -> str:
+def _absolute(file: str, source: DataPath) -> str:
     return file if file.startswith("/") or "://" in file else str(source / file)
 
 
-def _without_folders(settings: PrepareSettings) -> PrepareSettings:
+def _without_folders(config: PrepareConfig) -> PrepareConfig:
     """Settings whose files are named without their folders: paths hold names of people, and differ by machine."""
-    files = {name: Path(path).name for name in FILES if (path := getattr(settings, name))}
-    return settings.model_copy(update=files)
+    files = {name: Path(path).name for name in FILES if (path := getattr(config, name))}
+    return config.model_copy(update=files)
 
 
-def _values(settings: PrepareSettings) -> dict[str, Any]:
-    return settings.model_dump(mode="json")
+def _values(config: PrepareConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json")
 
 
 def _digest(values: Any) -> str:

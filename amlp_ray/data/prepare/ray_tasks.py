@@ -9,11 +9,11 @@ from typing import Any
 
 MAX_TASKS = 512
 
-Job = dict[str, Any]
+RunSpec = dict[str, Any]
 
 
 def run_jobs(
-    jobs: Sequence[tuple[int, Job]], work: Callable[[Job], Any], *, per_task: int = 1
+    jobs: Sequence[tuple[int, RunSpec]], work: Callable[[RunSpec], Any], *, per_task: int = 1
 ) -> Iterator[tuple[int, Any]]:
     """Run `work` on every numbered job on the cluster; yield (number, result) in the order they end.
 
@@ -27,7 +27,7 @@ def run_jobs(
     from amlp_ray.data.ray_silence import quieten
 
     quieten()
-    rows = [{"number": number, "job": json.dumps(job)} for number, job in jobs]
+    rows = [{"number": number, "job": json.dumps(run_spec)} for number, run_spec in jobs]
     tasks = min(MAX_TASKS, math.ceil(len(rows) / per_task))
     dataset = ray.data.from_items(rows, override_num_blocks=tasks).map(
         _run_row, fn_kwargs={"work": work}
@@ -36,5 +36,5 @@ def run_jobs(
         yield row["number"], json.loads(row["result"])
 
 
-def _run_row(row: dict[str, Any], work: Callable[[Job], Any]) -> dict[str, Any]:
+def _run_row(row: dict[str, Any], work: Callable[[RunSpec], Any]) -> dict[str, Any]:
     return {"number": row["number"], "result": json.dumps(work(json.loads(row["job"])))}

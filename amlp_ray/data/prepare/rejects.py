@@ -9,18 +9,18 @@ import csv
 import io
 from collections.abc import Iterable
 
-from amlp_ray.data.layouts import Fault
-from amlp_ray.data.path import Place
+from amlp_ray.data.layouts import RejectedFile
+from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
 
 
 class Rejects:
     """Collects faults, or stops at the first if `strict`."""
 
-    def __init__(self, out: Place, strict: bool) -> None:
+    def __init__(self, out: DataPath, strict: bool) -> None:
         self.place = out.parent / f"{out.name}.rejects.csv"
         self.strict = strict
-        self._faults: list[Fault] = []
+        self._faults: list[RejectedFile] = []
 
     @property
     def rejected(self) -> int:
@@ -30,7 +30,7 @@ class Rejects:
     def repaired(self) -> int:
         return len(self._faults) - self.rejected
 
-    def add(self, faults: Iterable[Fault]) -> None:
+    def add(self, faults: Iterable[RejectedFile]) -> None:
         """Take faults over. Raises DataError with the first if `strict`."""
         for fault in faults:
             self._faults.append(fault)
@@ -53,6 +53,6 @@ class Rejects:
             return
         text = io.StringIO(newline="")
         table = csv.writer(text)
-        table.writerow(Fault._fields)
+        table.writerow(RejectedFile._fields)
         table.writerows(sorted(set(self._faults)))
         self.place.write_whole(text.getvalue())

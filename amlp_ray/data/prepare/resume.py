@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from amlp_ray.data.dataset import MANIFEST, SPLITS, UNFINISHED
-from amlp_ray.data.path import Place
+from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
 
 FLUSH_JOBS = 32  # results of pass 1 written at a time: a killed run looks again at what came after
@@ -27,7 +27,7 @@ class ResumableError(DataError):
 class Unfinished:
     """The state of one preparation of `out`, as files."""
 
-    def __init__(self, out: Place, key: str) -> None:
+    def __init__(self, out: DataPath, key: str) -> None:
         self.out, self.key = out, key
         self.place = out / UNFINISHED
         self._files = 0
@@ -123,7 +123,7 @@ class Unfinished:
                 left.unlink(missing_ok=True)
 
 
-def _read(place: Place) -> dict[str, Any]:
+def _read(place: DataPath) -> dict[str, Any]:
     """JSON of a file; a file cut short, which only an object store can leave, holds nothing."""
     try:
         values = json.loads(place.read_bytes())

@@ -9,19 +9,19 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from amlp_ray.config import PrepareSettings
+from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders import holding_all, read_frames
-from amlp_ray.data.decoders.image import is_grey
-from amlp_ray.data.layouts import Item
+from amlp_ray.data.decoders.image import is_gray
+from amlp_ray.data.layouts import SourceImage
 from amlp_ray.data.path import read_bytes
 from amlp_ray.data.prepare.crop import Cutting, cuttings, scaled
 from amlp_ray.data.prepare.near_duplicates import perceptual_hash
 from amlp_ray.errors import DataError
 
-ITEM_FIELDS = tuple(Item.__dataclass_fields__)
+ITEM_FIELDS = tuple(SourceImage.__dataclass_fields__)
 
 
-class FrameLook(NamedTuple):
+class FrameScan(NamedTuple):
     """What pass 1 learns of one frame."""
 
     number: int
@@ -32,7 +32,7 @@ class FrameLook(NamedTuple):
     cuttings: tuple[Cutting, ...]  # those kept
 
 
-class Look(NamedTuple):
+class ImageScan(NamedTuple):
     """What pass 1 learns of one item; a `fault` leaves the rest empty."""
 
     fault: str = ""
@@ -40,8 +40,8 @@ class Look(NamedTuple):
     digest: str = ""  # SHA-256 of all files that were read
     dtype: str = ""
     channels: int = 0
-    grey: bool = True
-    frames: tuple[FrameLook, ...] = ()
+    gray: bool = True
+    frames: tuple[FrameScan, ...] = ()
     dropped: int = 0  # tiles and slices with too little tissue
 
     @property
@@ -66,23 +66,23 @@ class Reader:
         return self._hash.hexdigest()
 
 
-def look_at(item: Item, settings: PrepareSettings) -> Look:
+def analyze(item: SourceImage, config: PrepareConfig) -> ImageScan:
     """Decode an item, and say what of it is kept."""
     read, frames, notes, kinds, dropped = Reader(), [], [], set(), 0
-    grey = True
+    gray = True
     try:
-        for frame in read_frames(item, settings, read):
-            image, mask = scaled(frame.image, frame.mask, settings)
-            every = list(cuttings(image, mask, settings))
-            kept = tuple(cutting for cutting in every if keeps(item, cutting, settings))
+        for frame in read_frames(item, config, read):
+            image, mask = scaled(frame.image, frame.mask, config)
+            every = list(cuttings(image, mask, config))
+            kept = tuple(cutting for cutting in every if keeps(item, cutting, config))
             dropped += len(every) - len(kept)
             kinds.add((frame.image.dtype.name, frame.image.shape[2]))
-            grey = grey and is_grey(frame.image)
+            gray = gray and is_gray(frame.image)
             notes += [note for note in frame.notes if note not in notes]
             height, width = frame.image.shape[:2]
             if kept:
                 frames.append(
-                    FrameLook(
+                    FrameScan(
                         frame.number,
                         height,
                         width,
@@ -92,53 +92,57 @@ def look_at(item: Item, settings: PrepareSettings) -> Look:
                     )
                 )
     except DataError as error:
-        return Look(fault=str(error))
+        return ImageScan(fault=str(error))
     except OSError as error:
         path = error.filename or item.images[0]
-        return Look(
+        return ImageScan(
             fault=f"{path} cannot be read ({error.strerror or error}); check its rights and that every node sees it."
         )
     except MemoryError:
-        return Look(fault=f"{item.images[0]} does not fit in memory; cut it in pieces.")
+        return ImageScan(fault=f"{item.images[0]} does not fit in memory; cut it in pieces.")
     channels = {of[1] for of in kinds}
     if len(channels) != 1:
         found = " and ".join(map(str, sorted(channels))) or "no"
-        return Look(
+        return ImageScan(
             fault=f"{item.images[0]} and what belongs to it hold images of {found} channels; keep one kind."
         )
     dtype = holding_all(
         {of[0] for of in kinds}
     )  # one slice of a series may need more bits than the others
-    return Look("", tuple(notes), read.digest, dtype, channels.pop(), grey, tuple(frames), dropped)
+    return ImageScan(
+        "", tuple(notes), read.digest, dtype, channels.pop(), gray, tuple(frames), dropped
+    )
 
 
-def keeps(item: Item, cutting: Cutting, settings: PrepareSettings) -> bool:
+def keeps(item: SourceImage, cutting: Cutting, config: PrepareConfig) -> bool:
     """Whether an image is worth storing: whole pictures always; tiles and slices with tissue or a lesion."""
-    whole_picture = item.format == "picture" and settings.fit != "tiles"
-    return whole_picture or cutting.lesion or cutting.foreground >= settings.min_foreground
+    whole_picture = item.format == "picture" and config.fit != "tiles"
+    return whole_picture or cutting.lesion or cutting.foreground >= config.min_foreground
 
 
-def look_job(job: dict[str, Any]) -> list[Any]:
+def look_job(run_spec: dict[str, Any]) -> list[Any]:
     """Look at the items of a job, in a worker; both are plain values."""
-    settings = PrepareSettings.model_validate(job["settings"])
-    return [look_at(item_of(row), settings) for row in job["items"]]
+    config = PrepareConfig.model_validate(run_spec["config"])
+    return [analyze(item_of(row), config) for row in run_spec["items"]]
 
 
-def item_row(item: Item) -> list[Any]:
+def item_row(item: SourceImage) -> list[Any]:
     """An item as plain values, the inverse of `item_of`."""
     return [getattr(item, name) for name in ITEM_FIELDS]
 
 
-def item_of(row: Sequence[Any]) -> Item:
+def item_of(row: Sequence[Any]) -> SourceImage:
     values = dict(zip(ITEM_FIELDS, row, strict=True))
-    return Item(**values | {"images": tuple(values["images"]), "masks": tuple(values["masks"])})
+    return SourceImage(
+        **values | {"images": tuple(values["images"]), "masks": tuple(values["masks"])}
+    )
 
 
-def look_of(row: Sequence[Any]) -> Look:
+def look_of(row: Sequence[Any]) -> ImageScan:
     """A look from plain values, as JSON gives back what `look_job` returned."""
-    look = Look(*row)
+    look = ImageScan(*row)
     frames = tuple(
-        FrameLook(*frame)._replace(
+        FrameScan(*frame)._replace(
             spacing=None if frame[3] is None else (frame[3][0], frame[3][1]),
             cuttings=tuple(Cutting(*cutting) for cutting in frame[5]),
         )

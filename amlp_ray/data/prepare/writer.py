@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from amlp_ray.config import PrepareSettings
+from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders import read_frames
 from amlp_ray.data.decoders.image import to_channels
-from amlp_ray.data.layouts import Item
+from amlp_ray.data.layouts import SourceImage
 from amlp_ray.data.parquet import Shape, write_part
-from amlp_ray.data.path import Place
+from amlp_ray.data.path import DataPath
 from amlp_ray.data.prepare.crop import Cutting, cut, pixel_spacing, scaled
-from amlp_ray.data.prepare.scan import FrameLook, Reader, item_of, item_row
+from amlp_ray.data.prepare.scan import FrameScan, Reader, item_of, item_row
 from amlp_ray.data.prepare.statistics import Statistics
 from amlp_ray.errors import DataError
 
@@ -24,9 +24,9 @@ from amlp_ray.errors import DataError
 class Row(NamedTuple):
     """An image to be written: what is cut from which frame of which item, and the names it gets."""
 
-    item: Item
+    item: SourceImage
     digest: str  # of the item's files when they were looked at
-    frame: FrameLook
+    frame: FrameScan
     cutting: Cutting
     id: str
     group: str
@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
 
 def part_job(
-    place: Place, rows: list[Row], settings: PrepareSettings, shape: Shape, dtype: str
+    place: DataPath, rows: list[Row], config: PrepareConfig, shape: Shape, dtype: str
 ) -> dict[str, Any]:
     """Plain values that `write_job` makes a part of; rows of one item stand together."""
     items = []
@@ -48,19 +48,19 @@ def part_job(
         items.append([item_row(first.item), first.digest, first.group, first.source, images])
     return {
         "place": str(place),
-        "settings": settings.model_dump(mode="json"),
+        "config": config.model_dump(mode="json"),
         "shape": list(shape),
         "dtype": dtype,
         "items": items,
     }
 
 
-def write_job(job: dict[str, Any]) -> dict[str, Any]:
+def write_job(run_spec: dict[str, Any]) -> dict[str, Any]:
     """Write one part, in a worker: {"rows", "bytes", "statistics"}, or {"fault"}, and whether it may go on."""
-    place, shape = Place(job["place"]), tuple(job["shape"])
-    statistics = Statistics(shape[0], job["dtype"])
+    place, shape = DataPath(run_spec["place"]), tuple(run_spec["shape"])
+    statistics = Statistics(shape[0], run_spec["dtype"])
     try:
-        rows = write_part(place, _encoded(job, statistics), shape, job["dtype"])
+        rows = write_part(place, _encoded(run_spec, statistics), shape, run_spec["dtype"])
         return {"rows": rows, "bytes": place.info().size, "statistics": statistics.plain()}
     except DataError as error:
         return {"fault": str(error), "resumable": False}
@@ -73,23 +73,23 @@ def write_job(job: dict[str, Any]) -> dict[str, Any]:
         }
 
 
-def _encoded(job: dict[str, Any], statistics: Statistics) -> Iterator[dict[str, Any]]:
+def _encoded(run_spec: dict[str, Any], statistics: Statistics) -> Iterator[dict[str, Any]]:
     """Yield the columns of each image, and add its values to `statistics`."""
-    settings = PrepareSettings.model_validate(job["settings"])
-    for row, digest, group, source, images in job["items"]:
+    config = PrepareConfig.model_validate(run_spec["config"])
+    for row, digest, group, source, images in run_spec["items"]:
         item, read = item_of(row), Reader()
         wanted = {
             number: list(same) for number, same in groupby(images, key=lambda image: image[0])
         }
-        for frame in read_frames(item, settings, read):
+        for frame in read_frames(item, config, read):
             if frame.number not in wanted:
                 continue
             height, width = frame.image.shape[:2]
-            spacing = pixel_spacing(frame.spacing, height, width, settings)
-            whole = scaled(to_channels(frame.image, job["shape"][0]), frame.mask, settings)
+            spacing = pixel_spacing(frame.spacing, height, width, config)
+            whole = scaled(to_channels(frame.image, run_spec["shape"][0]), frame.mask, config)
             for _, hashed, y, x, background, name in wanted[frame.number]:
-                image, mask = cut(*whole, y, x, settings)
-                stored = image.astype(job["dtype"], copy=False)
+                image, mask = cut(*whole, y, x, config)
+                stored = image.astype(run_spec["dtype"], copy=False)
                 statistics.add(stored)
                 yield {
                     "id": name,

@@ -1,1 +1,1 @@
-"""The best trials and all arms again: repeats, both protocols, the test images, statistics."""
+"""The best trials and all baselines again: repeats, both protocols, the test images, statistics."""

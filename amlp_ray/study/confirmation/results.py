@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from amlp_ray.config import ABOUT, CONTROLS
+from amlp_ray.config import ABLATIONS, ABOUT
 from amlp_ray.config.yaml_file import read_yaml
-from amlp_ray.errors import SettingsError
+from amlp_ray.errors import ConfigError
 from amlp_ray.study.confirmation.confirm import OPENED
 from amlp_ray.study.confirmation.statistics import (
     LEVEL,
@@ -35,7 +35,7 @@ from amlp_ray.study.storage.study_store import StudyStore
 
 Protocol = Literal["finetune", "probe"]
 SplitName = Literal["val", "test"]
-Reading = Literal["better", "worse", "tie", "no difference shown", "not known"]
+Reading = Literal["better", "worse", "equivalence_margin", "no difference shown", "not known"]
 
 PROTOCOLS: tuple[Protocol, ...] = ("finetune", "probe")  # the one that verdicts go by, first
 
@@ -60,13 +60,13 @@ class Confirmed:
 
     @property
     def title(self) -> str:
-        """In a sentence: `trial 7`, `arm mae`, `equal-mean of trial 7`."""
+        """In a sentence: `trial 7`, `baseline mae`, `equal-mean of trial 7`."""
         if self.is_trial:
             return self.name.replace("-", " ")
         return (
             f"{self.control} of {self.reference.replace('-', ' ')}"
             if self.reference
-            else f"arm {self.name}"
+            else f"baseline {self.name}"
         )
 
     @property
@@ -81,7 +81,7 @@ class Confirmed:
     def control(self) -> str | None:
         """Which control of a trial it is, if it is one."""
         name, of, _ = self.name.partition("-of-")
-        return name if of and name in CONTROLS else None
+        return name if of and name in ABLATIONS else None
 
     @property
     def reference(self) -> str | None:
@@ -105,7 +105,7 @@ class Confirmed:
 
 @dataclass(frozen=True)
 class Against:
-    """One comparison: `ours` is a trial, `theirs` an arm, a control or another trial; means are over shared seeds."""
+    """One comparison: `ours` is a trial, `theirs` a baseline, a control or another trial; means are over shared seeds."""
 
     ours: str
     theirs: str
@@ -125,7 +125,7 @@ class Confirmation:
     failed: dict[str, str]  # run by name: its reason
     opened: dict[str, Any] | None  # what the store says of the test images
     metric: str
-    tie: float
+    equivalence_margin: float
 
     @property
     def split(self) -> SplitName:
@@ -141,7 +141,7 @@ class Confirmation:
 
     @cached_property
     def against_arms(self) -> dict[Protocol, list[Against]]:
-        """By protocol: the chosen trial against every arm, and each control against its own trial, corrected together.
+        """By protocol: the chosen trial against every baseline, and each control against its own trial, corrected together.
 
         A diagnosis is compared too, and neither corrected nor counted.
         """
@@ -225,13 +225,19 @@ class Confirmation:
         ]
         return [
             Against(
-                ours.name, theirs.name, float(a.mean()), float(b.mean()), d, p, read(d, p, self.tie)
+                ours.name,
+                theirs.name,
+                float(a.mean()),
+                float(b.mean()),
+                d,
+                p,
+                read(d, p, self.equivalence_margin),
             )
             for (ours, theirs, a, b), d, p in zip(found, differences, holm(counted), strict=True)
         ]
 
 
-def read(difference: Difference, p: float | None, tie: float) -> Reading:
+def read(difference: Difference, p: float | None, equivalence_margin: float) -> Reading:
     """What a difference says; `p` after correction.
 
     It is shown where it would be rare without one, the interval leaves out zero, and seeds were repeated. What is shown
@@ -242,14 +248,14 @@ def read(difference: Difference, p: float | None, tie: float) -> Reading:
     low, high = difference.interval
     if p >= LEVEL or low <= 0 <= high:
         return "no difference shown"
-    if abs(difference.mean) < tie:
-        return "tie"
+    if abs(difference.mean) < equivalence_margin:
+        return "equivalence_margin"
     return "better" if difference.mean > 0 else "worse"
 
 
 def confirmation_of(store: StudyStore) -> Confirmation | None:
     """What is known of a study's confirmation; None where none was begun."""
-    study, settings = store.confirmation(), store.settings()
+    study, config = store.confirmation(), store.config()
     trials = study.get_trials(deepcopy=False)
     if not trials:
         return None
@@ -278,8 +284,8 @@ def confirmation_of(store: StudyStore) -> Confirmation | None:
         states=dict(Counter(trial.state.name for trial in trials)),
         failed=failed,
         opened=opened,
-        metric=settings.metric,
-        tie=settings.tie,
+        metric=config.metric,
+        equivalence_margin=config.equivalence_margin,
     )
 
 
@@ -289,8 +295,8 @@ def unequal(confirmation: Confirmation) -> list[str]:
     for candidate in confirmation.candidates:
         for run in candidate.runs[:1]:
             try:
-                given = read_yaml(run.folder / "settings.yaml")
-            except SettingsError:  # a missing or broken file is a gap in the report, not its end
+                given = read_yaml(run.folder / "config.yaml")
+            except ConfigError:  # a missing or broken file is a gap in the report, not its end
                 continue
             if given.get("objective") != "none":
                 lengths[candidate.name] = given.get("epochs"), given.get("batch_size")

@@ -7,33 +7,33 @@ import tempfile
 from collections.abc import Callable
 from typing import Any, Literal
 
-from amlp_ray.config import StudySettings
+from amlp_ray.config import StudyConfig
 from amlp_ray.errors import FailedStudyError, InterruptedStudyError
 from amlp_ray.runtime.resources import DRIVER_CPU, worker_bundle
-from amlp_ray.study.execution.monitor import EventLog, Watch
-from amlp_ray.study.execution.stop_flags import StopBoard
+from amlp_ray.study.execution.monitor import EventLog, StudyMonitor
+from amlp_ray.study.execution.stop_flags import StopFlags
 from amlp_ray.study.execution.trial import amlp_trial
-from amlp_ray.study.execution.trial_queue import Phase, WorkQueue
+from amlp_ray.study.execution.trial_queue import Phase, TrialQueue
 from amlp_ray.study.execution.tune_searcher import StudySearcher
 from amlp_ray.study.storage.lease import Lease
 from amlp_ray.study.storage.study_store import StudyStore
 
-Outcome = Literal["done", "budget", "paused", "stopped", "cancelled"]
+StopReason = Literal["done", "budget", "paused", "stopped", "cancelled"]
 
 
 def run_on_tune(
     store: StudyStore,
-    settings: StudySettings,
+    config: StudyConfig,
     lease: Lease,
     log: EventLog,
     *,
     data: str,
-    labels: str | None,
+    eval_data: str | None,
     images: int,
     side_by_side: int,
     phase: Phase = "search",
     trainable: Callable[[dict[str, Any]], dict[str, Any]] = amlp_trial,
-) -> Outcome:
+) -> StopReason:
     """Run what the study's queue holds until it is empty or somebody ends it; Ray is initialised, the lock held.
 
     Args:
@@ -45,30 +45,30 @@ def run_on_tune(
     """
     import ray
 
-    board = ray.remote(StopBoard).options(num_cpus=0).remote()
-    ahead = settings.sampler.ahead
-    queue = WorkQueue(
+    stop_flags = ray.remote(StopFlags).options(num_cpus=0).remote()
+    ahead = config.sampler.suggest_ahead
+    queue = TrialQueue(
         store,
-        settings,
+        config,
         data=data,
-        labels=labels,
-        ahead=(1 if side_by_side > 1 else 0) if ahead is None else ahead,
+        eval_data=eval_data,
+        suggest_ahead=(1 if side_by_side > 1 else 0) if ahead is None else ahead,
         phase=phase,
         notify=log,
     )
     searcher = StudySearcher(
         store,
-        settings,
+        config,
         queue,
         images=images,
-        board=board,
+        stop_flags=stop_flags,
         seconds=lambda: lease.seconds,
         notify=log,
     )
-    watch = Watch(store, settings, searcher, board, lease, log)
+    watch = StudyMonitor(store, config, searcher, stop_flags, lease, log)
     watch.start()
     try:
-        _fit(settings, searcher, side_by_side, trainable)
+        _fit(config, searcher, side_by_side, trainable)
     except Exception:
         if (
             watch.failure is None and searcher.failure is None
@@ -77,12 +77,12 @@ def run_on_tune(
     finally:
         watch.close()
         queue.close()
-        ray.kill(board)
+        ray.kill(stop_flags)
     if failure := watch.failure or searcher.failure:
         raise failure
-    if searcher.ending == "alike":
+    if searcher.ending == "max_identical_failures":
         raise FailedStudyError(
-            f"The first {settings.faults.alike} trials of {settings.name!r} failed alike, so the study was stopped: "
+            f"The first {config.fault_tolerance.max_identical_failures} trials of {config.name!r} failed alike, so the study was stopped: "
             f"{searcher.ending_reason}"
         )
     if searcher.ending == "pause":
@@ -91,13 +91,13 @@ def run_on_tune(
         return "cancelled"
     if searcher.unfinished():  # Tune takes Ctrl-C for itself and returns as if all were done
         raise InterruptedStudyError(
-            f"Study {settings.name!r} was interrupted; the same command goes on where it stopped."
+            f"Study {config.name!r} was interrupted; the same command goes on where it stopped."
         )
     return {"stop": "stopped", "budget": "budget"}.get(searcher.ending or "", "done")  # type: ignore[return-value]
 
 
 def _fit(
-    settings: StudySettings,
+    config: StudyConfig,
     searcher: StudySearcher,
     side_by_side: int,
     trainable: Callable[[dict[str, Any]], dict[str, Any]],
@@ -105,8 +105,8 @@ def _fit(
     from ray import tune
     from ray.tune.trainable import wrap_function
 
-    alone = settings.resources.alone
-    bundle = worker_bundle(settings.resources) if alone else {"CPU": DRIVER_CPU}
+    alone = config.resources.alone
+    bundle = worker_bundle(config.resources) if alone else {"CPU": DRIVER_CPU}
     scratch = tempfile.mkdtemp(
         prefix="amlp-ray-"
     )  # Tune's own records; the store has everything that matters
@@ -125,12 +125,12 @@ def _fit(
                 trial_name_creator=lambda trial: _trial_name(trial.config),
                 trial_dirname_creator=lambda trial: _trial_name(trial.config),
             ),
-            run_config=tune.RunConfig(name=settings.name, storage_path=scratch, verbose=0),
+            run_config=tune.RunConfig(name=config.name, storage_path=scratch, verbose=0),
         ).fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _trial_name(config: dict[str, Any]) -> str:
-    task = config["task"]
-    return f"{task['study']}-{task['label'].replace(' ', '-')}"
+    trial_spec = config["trial_spec"]
+    return f"{trial_spec['study']}-{trial_spec['label'].replace(' ', '-')}"

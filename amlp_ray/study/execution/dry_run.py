@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from amlp_ray.config import PretrainSettings, ProbeSettings, StudySettings
+from amlp_ray.config import PretrainConfig, ProbeConfig, StudyConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.runtime.resources import worker_bundle
 
@@ -14,7 +14,7 @@ WAIT_S = 300.0
 
 
 def dry_run(
-    settings: StudySettings, dataset: PatchDataset, labels: PatchDataset | None
+    config: StudyConfig, dataset: PatchDataset, eval_data: PatchDataset | None
 ) -> dict[str, Any]:
     """Run two optimiser steps and one probe in a worker process of the cluster that Ray is joined to; keep nothing.
 
@@ -26,22 +26,22 @@ def dry_run(
     """
     import ray
 
-    bundle = worker_bundle(settings.resources)
-    task = ray.remote(two_steps).options(
+    bundle = worker_bundle(config.resources)
+    trial_spec = ray.remote(two_steps).options(
         num_cpus=bundle["CPU"],
         num_gpus=bundle.get("GPU", 0),
         memory=bundle.get("memory"),
-        accelerator_type=settings.resources.accelerator,
+        accelerator_type=config.resources.accelerator,
         max_retries=0,
     )
-    run = settings.trial({}, seed=0)
+    run = config.trial({}, seed=0)
     answer: dict[str, Any] = ray.get(
-        task.remote(
+        trial_spec.remote(
             run.model_dump(mode="json"),
-            settings.probe.model_dump(mode="json"),
+            config.probe.model_dump(mode="json"),
             dataset.path,
-            None if labels is None else labels.path,
-            max(1, int(settings.resources.cpus_per_worker)),
+            None if eval_data is None else eval_data.path,
+            max(1, int(config.resources.cpus_per_worker)),
         ),
         timeout=WAIT_S,
     )
@@ -49,7 +49,7 @@ def dry_run(
 
 
 def two_steps(
-    settings: dict[str, Any], probe: dict[str, Any], data: str, labels: str | None, threads: int
+    config: dict[str, Any], probe: dict[str, Any], data: str, eval_data: str | None, threads: int
 ) -> dict[str, Any]:
     """What the worker does, from plain values."""
     import platform
@@ -58,30 +58,32 @@ def two_steps(
 
     from amlp_ray.data.loading.batches import ExampleBatches
     from amlp_ray.evaluation.linear_probe import Probe
-    from amlp_ray.method.masking import Moment
-    from amlp_ray.training.objectives import step_of
+    from amlp_ray.method.masking import TrainingStep
+    from amlp_ray.training.objectives import make_objective
     from amlp_ray.training.pretrain import take_gradient
-    from amlp_ray.training.train_state import Learner
+    from amlp_ray.training.train_state import TrainState
 
     started = time.perf_counter()
     torch.set_num_threads(threads)
-    run = PretrainSettings.model_validate(settings)
+    run = PretrainConfig.model_validate(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dataset = PatchDataset.open(data)
     batches = ExampleBatches(dataset, batch_size=run.batch_size)
-    learner = Learner(run, batches.spec, device)
-    objective, losses = step_of(learner.model, run, None), []
+    train_state = TrainState(run, batches.spec, device)
+    objective, losses = make_objective(train_state.model, run, None), []
     batch = next(iter(batches.epoch(1)))
     for step in range(STEPS):
-        told = take_gradient(learner.model, learner, objective, batch, Moment(1, step, STEPS))
-        learner.step()
+        told = take_gradient(
+            train_state.model, train_state, objective, batch, TrainingStep(1, step, STEPS)
+        )
+        train_state.step()
         losses.append(float(told["loss"]))
     scored = Probe(
-        dataset if labels is None else PatchDataset.open(labels),
-        ProbeSettings.model_validate(probe),
+        dataset if eval_data is None else PatchDataset.open(eval_data),
+        ProbeConfig.model_validate(probe),
         run.model.patch_size,
         dataset.spec,
-    ).score(learner.model.eval().encoder)
+    ).score(train_state.model.eval().encoder)
     return {
         "node": platform.node(),
         "device": device if device == "cpu" else torch.cuda.get_device_name(),

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from amlp_ray.config import BudgetSettings, StudySettings
+from amlp_ray.config import BudgetConfig, StudyConfig
 from amlp_ray.config.base import build
 from amlp_ray.errors import ResourceError, StudyError
 from amlp_ray.runtime.resources import ACCELERATOR, free_resources, worker_bundle
@@ -41,7 +41,7 @@ class EventLog:
         self._notify(line)
 
 
-class Watch(threading.Thread):
+class StudyMonitor(threading.Thread):
     """Renews the lease, looks for requests and budgets, and tells of trials that wait for resources.
 
     Ends the searcher where something calls for it; what Tune cannot be asked for, it interrupts as Ctrl-C would.
@@ -50,15 +50,15 @@ class Watch(threading.Thread):
     def __init__(
         self,
         store: StudyStore,
-        settings: StudySettings,
+        config: StudyConfig,
         searcher: StudySearcher,
-        board: Any,
+        stop_flags: Any,
         lease: Lease,
         log: EventLog,
     ) -> None:
         super().__init__(name="amlp-study-watch", daemon=True)
-        self._store, self._settings, self._searcher = store, settings, searcher
-        self._board, self._lease, self._log = board, lease, log
+        self._store, self._settings, self._searcher = store, config, searcher
+        self._board, self._lease, self._log = stop_flags, lease, log
         self._over = threading.Event()
         self._told_waiting = False
         self.failure: BaseException | None = None
@@ -91,7 +91,7 @@ class Watch(threading.Thread):
         if (given := attributes.get("budget")) and given != self._settings.budget.model_dump(
             mode="json"
         ):
-            budget = build(BudgetSettings, given, "budget")
+            budget = build(BudgetConfig, given, "budget")
             self._settings = self._settings.model_copy(update={"budget": budget})
             self._searcher.change_budget(self._settings)
             self._log(

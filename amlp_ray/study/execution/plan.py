@@ -12,13 +12,13 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from amlp_ray.config import Choice, PretrainSettings, StudySettings
+from amlp_ray.config import Choice, PretrainConfig, StudyConfig
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.errors import SettingsError
+from amlp_ray.errors import ConfigError
 from amlp_ray.evaluation.labels import check_fits
 from amlp_ray.evaluation.linear_probe import Probe
 from amlp_ray.runtime.resources import Cluster, jobs_side_by_side
-from amlp_ray.study.baselines import arm_plans, check_arms
+from amlp_ray.study.baselines import baseline_plans, check_baselines
 from amlp_ray.study.execution.cost_estimate import Price, dearest_and_cheapest, price
 from amlp_ray.study.rungs import prunable_rungs, rung_epochs
 from amlp_ray.study.search.samplers import check_sampler
@@ -63,64 +63,64 @@ class Plan:
 
 
 def check_study(
-    settings: StudySettings, dataset: PatchDataset, labels: PatchDataset | None = None
+    config: StudyConfig, dataset: PatchDataset, eval_data: PatchDataset | None = None
 ) -> None:
-    """Raise SettingsError or DataError for what would fail only after hours: space, patch size, labels, batch.
+    """Raise ConfigError or DataError for what would fail only after hours: space, patch size, labels, batch.
 
     Args:
         labels: where they are a data set apart.
     """
-    check_sampler(settings)
-    if settings.sampler.name != "pbt":
-        check_space(settings)
-    if labels is not None:
-        check_fits(labels, dataset.spec, f"{dataset.path} holds")
-    base = settings.trial({}, seed=0)
-    drawn = [base, *drawn_settings(settings)]
-    check_arms(settings, dataset)
-    for trial in [*drawn, *(plan.settings(0) for plan in arm_plans(settings))]:
+    check_sampler(config)
+    if config.sampler.name != "pbt":
+        check_space(config)
+    if eval_data is not None:
+        check_fits(eval_data, dataset.spec, f"{dataset.path} holds")
+    base = config.trial({}, seed=0)
+    drawn = [base, *drawn_settings(config)]
+    check_baselines(config, dataset)
+    for trial in [*drawn, *(plan.config(0) for plan in baseline_plans(config))]:
         trial.check_image(dataset.spec)
-        trial.check_workers(settings.resources)
-        settings.confirm.finetune.check_patch_size(trial.model.patch_size)
-    if _searches_truth(settings) or any(trial.selection.uses_truth for trial in drawn):
-        raise SettingsError(
-            f"{settings.name}: an oracle aims by true lesions, so no study may search it; take oracle out of "
-            f"selection.rule and selection.score. Arm oracle runs it, for diagnosis."
+        trial.check_workers(config.resources)
+        config.confirm.finetune.check_patch_size(trial.model.patch_size)
+    if _searches_truth(config) or any(trial.selection.uses_truth for trial in drawn):
+        raise ConfigError(
+            f"{config.name}: an oracle aims by true lesions, so no study may search it; take oracle out of "
+            f"selection.rule and selection.score. Baseline oracle runs it, for diagnosis."
         )
-    if "memory" in {*settings.limits, *settings.objectives} and not settings.resources.alone:
-        raise SettingsError(
+    if "memory" in {*config.limits, *config.objectives} and not config.resources.alone:
+        raise ConfigError(
             "memory, in limits or objectives, is known of trials with one worker only; drop it, or set "
             "resources.workers=1."
         )
-    scored = dataset if labels is None else labels
+    scored = dataset if eval_data is None else eval_data
     for patch_size in sorted({trial.model.patch_size for trial in drawn}):
         probe = Probe(
-            scored, settings.probe, patch_size
+            scored, config.probe, patch_size
         )  # tells of labels, groups and folds that score nothing
-        _check_sizes(settings, probe)
+        _check_sizes(config, probe)
 
 
-def _check_sizes(settings: StudySettings, probe: Probe) -> None:
+def _check_sizes(config: StudyConfig, probe: Probe) -> None:
     """Refuse to strive for the score of lesions that no scored image has."""
     wanted = {
         name.removeprefix("dsc_")
-        for name in (*settings.objectives, settings.metric)
+        for name in (*config.objectives, config.metric)
         if name.startswith("dsc_")
     }
     if missing := [
         size for size, images in probe.images_by_size().items() if size in wanted and not images
     ]:
-        raise SettingsError(
-            f"objectives: no scored image has a {missing[0]} lesion by probe.sizes={list(settings.probe.sizes)}; "
+        raise ConfigError(
+            f"objectives: no scored image has a {missing[0]} lesion by probe.sizes={list(config.probe.sizes)}; "
             f"change probe.sizes, or name another objective than dsc_{missing[0]}."
         )
 
 
 def make_plan(
-    settings: StudySettings,
+    config: StudyConfig,
     dataset: PatchDataset,
     cluster: Cluster,
-    labels: PatchDataset | None = None,
+    eval_data: PatchDataset | None = None,
     store: StudyStore | None = None,
 ) -> Plan:
     """Check the study and price it: by its own finished trials where there are enough, else by a few steps made here.
@@ -128,47 +128,49 @@ def make_plan(
     Args:
         store: of the study, where it was begun.
     """
-    check_study(settings, dataset, labels)
-    base = settings.trial({}, seed=0)
-    side_by_side = jobs_side_by_side(settings.resources, cluster)
-    images, workers = dataset.count("train"), settings.resources.most_workers
-    rungs = rung_epochs(base.epochs, settings.pruner)
-    if settings.sampler.name == "pbt":
-        every = settings.sampler.interval
+    check_study(config, dataset, eval_data)
+    base = config.trial({}, seed=0)
+    side_by_side = jobs_side_by_side(config.resources, cluster)
+    images, workers = dataset.count("train"), config.resources.most_workers
+    rungs = rung_epochs(base.epochs, config.pruner)
+    if config.sampler.name == "pbt":
+        every = config.sampler.interval
         rungs = tuple(min(base.epochs, epoch + every) for epoch in range(0, base.epochs, every))
-    priced = price(settings, dataset, dearest_and_cheapest(settings), labels)
+    priced = price(config, dataset, dearest_and_cheapest(config), eval_data)
     seconds, how = _seconds_of_past(store) or (
         _range(priced, base, images, len(rungs), workers),
         "steps made now",
     )
-    arms = [plan.settings(0) for plan in arm_plans(settings)]
-    trained = sum(arm.objective != "none" for arm in arms)
+    baselines = [plan.config(0) for plan in baseline_plans(config)]
+    trained = sum(baseline.objective != "none" for baseline in baselines)
 
-    prunable = prunable_rungs(base, settings.pruner, images)
+    prunable = prunable_rungs(base, config.pruner, images)
     kept = 0.5 + 0.5 * prunable[0] / base.epochs if prunable else 1.0
-    if settings.sampler.name == "pbt":
-        kept = settings.sampler.interval / base.epochs  # a trial is a segment
-    limit = settings.budget.hours or math.inf
+    if config.sampler.name == "pbt":
+        kept = config.sampler.interval / base.epochs  # a trial is a segment
+    limit = config.budget.hours or math.inf
 
     def hours(per_trial: float, share: float) -> float:
-        work = settings.budget.trials * share * per_trial + settings.arm_seeds * trained * per_trial
+        work = (
+            config.budget.trials * share * per_trial + config.baseline_seeds * trained * per_trial
+        )
         return min(work / side_by_side / 3600, limit)
 
-    most = kept if settings.sampler.name == "pbt" else 1.0
+    most = kept if config.sampler.name == "pbt" else 1.0
     wall = (hours(seconds[0], kept), hours(seconds[1], (kept + most) / 2), hours(seconds[2], most))
-    gpus = settings.resources.gpus_per_worker * workers
-    runs = settings.budget.trials + len(arms) * settings.arm_seeds
-    again = settings.confirm.seeds * (settings.confirm.top + trained)
+    gpus = config.resources.gpus_per_worker * workers
+    runs = config.budget.trials + len(baselines) * config.baseline_seeds
+    again = config.confirm.seeds * (config.confirm.top + trained)
     return Plan(
-        study=settings.name,
-        trials=settings.budget.trials,
-        arm_runs=len(arms) * settings.arm_seeds,
+        study=config.name,
+        trials=config.budget.trials,
+        arm_runs=len(baselines) * config.baseline_seeds,
         epochs=base.epochs,
         steps_per_trial=base.epochs * max(1, images // base.batch_size),
         rungs=rungs,
         prunable_rungs=prunable,
         workers=workers,
-        cpus_per_trial=settings.resources.cpus_per_worker * workers,
+        cpus_per_trial=config.resources.cpus_per_worker * workers,
         gpus_per_trial=gpus,
         concurrency=side_by_side,
         priced_by=how,
@@ -186,8 +188,8 @@ def make_plan(
     )
 
 
-def _searches_truth(settings: StudySettings) -> bool:
-    space = {} if isinstance(settings.space, str) else settings.space
+def _searches_truth(config: StudyConfig) -> bool:
+    space = {} if isinstance(config.space, str) else config.space
     return any(
         "oracle" in parameter.choices
         for parameter in space.values()
@@ -196,7 +198,7 @@ def _searches_truth(settings: StudySettings) -> bool:
 
 
 def _range(
-    priced: Sequence[Price], base: PretrainSettings, images: int, rungs: int, workers: int
+    priced: Sequence[Price], base: PretrainConfig, images: int, rungs: int, workers: int
 ) -> tuple[float, float, float]:
     """Least, mean and most seconds of a trial over the settings that were timed."""
     each = [p.trial(images, rungs, workers) for p in priced]
@@ -210,7 +212,7 @@ def _seconds_of_past(
     if store is None:
         return None
     done = store.search().get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    took = [t.user_attrs["facts"]["seconds"] for t in done if "facts" in t.user_attrs]
+    took = [t.user_attrs["stats"]["seconds"] for t in done if "stats" in t.user_attrs]
     if len(took) < enough:
         return None
     return (min(took), fmean(took), max(took)), f"{len(took)} trials of this study"

@@ -7,7 +7,7 @@ from typing import Literal
 When = Literal["now", "rung"]
 
 
-class StopBoard:
+class StopFlags:
     """Where the searcher leaves word that a trial should return; an actor of its own.
 
     Tune would end a trial by killing its process, and a killed process leaks the placement group of an inner Train run

@@ -13,16 +13,16 @@ from typing import Any, get_args
 
 from amlp_ray.config import (
     COSTS,
-    Objective,
+    StudyObjective,
 )
 from amlp_ray.errors import AmlpError
 from amlp_ray.study.storage.provenance import write_provenance
 from amlp_ray.study.storage.study_store import read_metrics
-from amlp_ray.study.trial_spec import Task
+from amlp_ray.study.trial_spec import TrialSpec
 from amlp_ray.training.loggers.metrics_file import own_rows
 from amlp_ray.utils.locks import only_writer
 
-SCORES = tuple(name for name in get_args(Objective) if name not in COSTS)
+SCORES = tuple(name for name in get_args(StudyObjective) if name not in COSTS)
 
 
 def amlp_trial(config: dict[str, Any]) -> dict[str, Any]:
@@ -33,15 +33,15 @@ def amlp_trial(config: dict[str, Any]) -> dict[str, Any]:
     import ray
     from ray import tune
 
-    task = Task.from_config(config["task"])
-    folder = Path(task.folder)
+    trial_spec = TrialSpec.from_config(config["trial_spec"])
+    folder = Path(trial_spec.folder)
     started = time.perf_counter()
-    ray.get(config["board"].begin.remote(task.folder))
+    ray.get(config["stop_flags"].begin.remote(trial_spec.folder))
     try:
         with only_writer(folder):
             forget_peak_memory()
-            write_provenance(task)
-            should_stop = partial(asked_to_return, config["board"], task)
+            write_provenance(trial_spec)
+            should_stop = partial(asked_to_return, config["stop_flags"], trial_spec)
             rows = own_rows(read_metrics(folder))
             for row in rows:  # of an earlier driver, which may have died before storing them
                 if "dsc" in row:
@@ -49,16 +49,16 @@ def amlp_trial(config: dict[str, Any]) -> dict[str, Any]:
                     if (
                         should_stop()
                     ):  # it died before the trial returned; one more rung would be another result
-                        task = replace(task, until=rows[-1]["epoch"])
+                        trial_spec = replace(trial_spec, until=rows[-1]["epoch"])
                         break
-            alone = task.resources.alone or task.settings.objective == "none"
-            (run_alone if alone else run_in_group)(task, should_stop)
-            if task.finetune is not None and _is_whole(task):
-                _confirm(task)
+            alone = trial_spec.resources.alone or trial_spec.config.objective == "none"
+            (run_alone if alone else run_in_group)(trial_spec, should_stop)
+            if trial_spec.finetune is not None and _is_whole(trial_spec):
+                _confirm(trial_spec)
         return {
             "ended": True,
             **spent_so_far(folder, time.perf_counter() - started),
-            **_memory(task),
+            **_memory(trial_spec),
         }
     except Exception as error:
         with suppress(OSError):  # the disk may be what failed
@@ -86,18 +86,18 @@ def spent_so_far(folder: Path, here: float) -> dict[str, Any]:
     return {"epochs": len(rows), "seconds": seconds, "images_per_second": round(speed, 1), **told}
 
 
-def asked_to_return(board: Any, task: Task) -> bool:
+def asked_to_return(stop_flags: Any, trial_spec: TrialSpec) -> bool:
     """Whether the searcher asked this trial to return by now."""
     import ray
 
-    when = ray.get(board.asked.remote(task.folder))
+    when = ray.get(stop_flags.asked.remote(trial_spec.folder))
     if when == "rung":
-        rows = read_metrics(Path(task.folder))
-        return bool(rows) and rows[-1]["epoch"] in task.rungs
+        rows = read_metrics(Path(trial_spec.folder))
+        return bool(rows) and rows[-1]["epoch"] in trial_spec.rungs
     return when == "now"
 
 
-def run_alone(task: Task, should_stop: Callable[[], bool]) -> None:
+def run_alone(trial_spec: TrialSpec, should_stop: Callable[[], bool]) -> None:
     """One worker: train in this process, which costs nothing. `tune.report` returns after the searcher has judged."""
     from ray import tune
 
@@ -105,21 +105,21 @@ def run_alone(task: Task, should_stop: Callable[[], bool]) -> None:
     from amlp_ray.runtime.dashboard_metrics import TrialGauges
     from amlp_ray.training.pretrain import Hooks, Metrics
 
-    gauges = TrialGauges(task.study, task.label)
+    gauges = TrialGauges(trial_spec.study, trial_spec.label)
 
     def report(metrics: Metrics) -> None:
         gauges.update(metrics)
         if "dsc" in metrics:
-            tune.report(_rung(metrics, Path(task.folder)))
+            tune.report(_rung(metrics, Path(trial_spec.folder)))
 
-    share_gpu(task.resources.gpus_per_worker)
+    share_gpu(trial_spec.resources.gpus_per_worker)
     try:
-        run_here(_job(task), Hooks(report=report, should_stop=should_stop))
+        run_here(_job(trial_spec), Hooks(report=report, should_stop=should_stop))
     finally:
         gauges.close()
 
 
-def run_in_group(task: Task, should_stop: Callable[[], bool]) -> None:
+def run_in_group(trial_spec: TrialSpec, should_stop: Callable[[], bool]) -> None:
     """Several workers: an inner Ray Train group, which costs about 10 s to start.
 
     Its first worker asks the board while the searcher may still judge, so a poor trial returns an epoch or more later.
@@ -130,29 +130,29 @@ def run_in_group(task: Task, should_stop: Callable[[], bool]) -> None:
 
     def report(metrics: dict[str, Any]) -> None:
         if "dsc" in metrics:
-            tune.report(_rung(metrics, Path(task.folder)))
+            tune.report(_rung(metrics, Path(trial_spec.folder)))
 
-    name = f"{task.study}-{task.label.replace(' ', '-')}"
-    run_on_ray(_job(task), name=name, should_stop=should_stop, report=report)
+    name = f"{trial_spec.study}-{trial_spec.label.replace(' ', '-')}"
+    run_on_ray(_job(trial_spec), name=name, should_stop=should_stop, report=report)
 
 
-def _job(task: Task) -> Any:
-    from amlp_ray.launch.job import Job
+def _job(trial_spec: TrialSpec) -> Any:
+    from amlp_ray.launch.job import RunSpec
 
-    return Job(
-        settings=task.settings,
-        data=task.data,
-        labels=task.labels,
-        folder=Path(task.folder),
-        probe=task.probe,
-        rungs=task.rungs,
-        resources=task.resources,
-        faults=task.faults,
-        tracking=task.tracking,
-        study=task.study,
-        label=task.label,
-        until=task.until,
-        fork=None if task.fork is None else Path(task.fork),
+    return RunSpec(
+        config=trial_spec.config,
+        data=trial_spec.data,
+        eval_data=trial_spec.eval_data,
+        folder=Path(trial_spec.folder),
+        probe=trial_spec.probe,
+        rungs=trial_spec.rungs,
+        resources=trial_spec.resources,
+        fault_tolerance=trial_spec.fault_tolerance,
+        tracking=trial_spec.tracking,
+        study=trial_spec.study,
+        label=trial_spec.label,
+        until=trial_spec.until,
+        fork=None if trial_spec.fork is None else Path(trial_spec.fork),
     )
 
 
@@ -164,26 +164,30 @@ def _rung(metrics: dict[str, Any], folder: Path) -> dict[str, Any]:
     return told | {"seconds": spent["seconds"], "epochs": spent["epochs"]}
 
 
-def _is_whole(task: Task) -> bool:
+def _is_whole(trial_spec: TrialSpec) -> bool:
     """Whether it was trained to its end: one that was paused is fine-tuned when it has gone on."""
-    rows = read_metrics(Path(task.folder))
-    return task.settings.objective == "none" or (
-        bool(rows) and rows[-1]["epoch"] >= task.settings.epochs
+    rows = read_metrics(Path(trial_spec.folder))
+    return trial_spec.config.objective == "none" or (
+        bool(rows) and rows[-1]["epoch"] >= trial_spec.config.epochs
     )
 
 
-def _confirm(task: Task) -> None:
+def _confirm(trial_spec: TrialSpec) -> None:
     """The second protocol of a confirmation, after its training."""
     import torch
 
     from amlp_ray.data.dataset import PatchDataset
     from amlp_ray.evaluation.confirmation_run import finish_confirmation_run
 
-    assert task.finetune is not None
-    device = "cuda" if task.gpus and torch.cuda.is_available() else "cpu"
-    labels = PatchDataset.open(task.labels or task.data)
+    assert trial_spec.finetune is not None
+    device = "cuda" if trial_spec.gpus and torch.cuda.is_available() else "cpu"
+    eval_data = PatchDataset.open(trial_spec.eval_data or trial_spec.data)
     finish_confirmation_run(
-        Path(task.folder), labels, task.finetune, sizes=task.probe.sizes, device=device
+        Path(trial_spec.folder),
+        eval_data,
+        trial_spec.finetune,
+        sizes=trial_spec.probe.sizes,
+        device=device,
     )
 
 
@@ -205,13 +209,13 @@ def forget_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _memory(task: Task) -> dict[str, float]:
+def _memory(trial_spec: TrialSpec) -> dict[str, float]:
     """Peak memory in GB of this process, of the GPU where it has one; of a group nothing is known here."""
     import torch
 
     from amlp_ray.training.loggers.flops import peak_memory
 
-    if not task.resources.alone:
+    if not trial_spec.resources.alone:
         return {}
-    device = "cuda" if task.gpus and torch.cuda.is_available() else "cpu"
+    device = "cuda" if trial_spec.gpus and torch.cuda.is_available() else "cpu"
     return {"memory": round(peak_memory(device), 3)}

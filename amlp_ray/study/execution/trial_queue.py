@@ -1,4 +1,4 @@
-"""What a study does next: trials to take over, baseline arms, then the search; or a confirmation.
+"""What a study does next: trials to take over, baseline baselines, then the search; or a confirmation.
 
 All of it follows from the stored trials, so a study that was killed goes on where it stopped. A trial is stored in one
 step, with its settings: there is no moment in which it has a number and no settings.
@@ -16,64 +16,64 @@ from typing import Any, Literal
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from amlp_ray.config import PretrainSettings, StudySettings
-from amlp_ray.errors import SettingsError
-from amlp_ray.study.baselines import ArmPlan, arm_plans
+from amlp_ray.config import PretrainConfig, StudyConfig
+from amlp_ray.errors import ConfigError
+from amlp_ray.study.baselines import BaselinePlan, baseline_plans
 from amlp_ray.study.confirmation.confirm import confirm_seed, confirmation_plan, finetuning
 from amlp_ray.study.rungs import rung_epochs, with_schedule
-from amlp_ray.study.search.in_memory_study import News
-from amlp_ray.study.search.pbt import WAIT, Population, Segment
-from amlp_ray.study.search.suggester import Duplicate, Proposal, Proposer
+from amlp_ray.study.search.in_memory_study import TrialDelta
+from amlp_ray.study.search.pbt import WAIT, PbtStep, Population
+from amlp_ray.study.search.suggester import Duplicate, Suggester, Suggestion
 from amlp_ray.study.seeds import derived_seed
-from amlp_ray.study.storage.budget import counts
+from amlp_ray.study.storage.budget import counts_in_budget
 from amlp_ray.study.storage.study_store import StudyStore
-from amlp_ray.study.trial_spec import Task
+from amlp_ray.study.trial_spec import TrialSpec
 
 Phase = Literal["search", "confirm"]
 Wait = Literal["wait"]
 
 
 @dataclass(frozen=True)
-class Work:
+class QueuedTrial:
     """A stored trial that is to be run."""
 
     study: optuna.Study  # one of the three
     trial_id: int
     number: int
-    task: Task
+    trial_spec: TrialSpec
     params: Mapping[str, Any]  # for a person
     resumed: bool = False
 
 
-class WorkQueue:
+class TrialQueue:
     """Hands out work; `busy` says which trials of the store are being run, as (Optuna study, number)."""
 
     def __init__(
         self,
         store: StudyStore,
-        settings: StudySettings,
+        config: StudyConfig,
         *,
         data: str,
-        labels: str | None,
-        ahead: int,
+        eval_data: str | None,
+        suggest_ahead: int,
         phase: Phase = "search",
         notify: Callable[[str], None],
     ) -> None:
-        self._store, self._settings, self._notify = store, settings, notify
-        self._data, self._labels = data, labels
-        self.search, self.arms = store.search(), store.arms(create=True)
+        self._store, self._settings, self._notify = store, config, notify
+        self._data, self._labels = data, eval_data
+        self.search, self.baselines = store.search(), store.baselines(create=True)
         self.confirmation = store.confirmation(create=True) if phase == "confirm" else None
-        self._proposer = Proposer(settings, self.search.directions)
+        self._proposer = Suggester(config, self.search.directions)
         self._news, self._begun = (
-            News(),
+            TrialDelta(),
             0,
         )  # what may have changed in the search; trials of it that count and ended
         self._arms_left = self._missing_arms() if phase == "search" else []
-        self._population = Population(settings) if settings.sampler.name == "pbt" else None
-        self._ahead = ahead
+        self._population = Population(config) if config.sampler.name == "pbt" else None
+        self._suggest_ahead = suggest_ahead
         self._thread = ThreadPoolExecutor(1, "amlp-sampler")
         self._suggestions: list[
-            tuple[int, Future[Proposal | None]]
+            tuple[int, Future[Suggestion | None]]
         ] = []  # by the number they were made for
         self.busy: set[tuple[str, int]] = set()
         self._left = [
@@ -82,7 +82,7 @@ class WorkQueue:
 
     @property
     def studies(self) -> list[optuna.Study]:
-        return [self.arms, self.search] if self.confirmation is None else [self.confirmation]
+        return [self.baselines, self.search] if self.confirmation is None else [self.confirmation]
 
     def lost(self, study: optuna.Study, number: int) -> None:
         """Take back a trial whose process died: it goes on from its checkpoint."""
@@ -92,7 +92,7 @@ class WorkQueue:
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def next(self, trials_left: Callable[[int], bool]) -> Work | Wait | None:
+    def next(self, trials_left: Callable[[int], bool]) -> QueuedTrial | Wait | None:
         """The next work; `wait` while it depends on trials that run; None where nothing is left to do.
 
         Args:
@@ -108,12 +108,12 @@ class WorkQueue:
 
     # Baselines and confirmation
 
-    def _missing_arms(self) -> list[tuple[ArmPlan, int]]:
+    def _missing_arms(self) -> list[tuple[BaselinePlan, int]]:
         there = {
-            (t.user_attrs["arm"], t.user_attrs["repeat"])
-            for t in self.arms.get_trials(deepcopy=False)
+            (t.user_attrs["baseline"], t.user_attrs["repeat"])
+            for t in self.baselines.get_trials(deepcopy=False)
         }
-        plans, repeats = arm_plans(self._settings), range(self._settings.arm_seeds)
+        plans, repeats = baseline_plans(self._settings), range(self._settings.baseline_seeds)
         return [
             (plan, repeat)
             for repeat in repeats
@@ -121,16 +121,16 @@ class WorkQueue:
             if (plan.name, repeat) not in there
         ]
 
-    def _next_arm(self) -> Work | None:
+    def _next_arm(self) -> QueuedTrial | None:
         while self._arms_left:
             plan, repeat = self._arms_left.pop(0)
-            about = {"arm": plan.name, "repeat": repeat, "diagnosis": plan.diagnosis}
+            about = {"baseline": plan.name, "repeat": repeat, "diagnosis": plan.diagnosis}
             path = self._relative(self._store.arm_folder(plan.name, repeat))
-            if work := self._begin(self.arms, attributes=about | {"path": path}):
+            if work := self._begin(self.baselines, attributes=about | {"path": path}):
                 return work
         return None
 
-    def _next_confirmation(self, study: optuna.Study) -> Work | None:
+    def _next_confirmation(self, study: optuna.Study) -> QueuedTrial | None:
         there = {
             (t.user_attrs["candidate"], t.user_attrs["repeat"])
             for t in study.get_trials(deepcopy=False)
@@ -152,13 +152,13 @@ class WorkQueue:
 
     # Search
 
-    def _next_trial(self, trials_left: Callable[[int], bool]) -> Work | Wait | None:
+    def _next_trial(self, trials_left: Callable[[int], bool]) -> QueuedTrial | Wait | None:
         while True:
             trials = self.search.get_trials(deepcopy=False)
             news = self._news.of(trials)
-            self._begun += sum(counts(t) for t in news if t.state.is_finished())
+            self._begun += sum(counts_in_budget(t) for t in news if t.state.is_finished())
             if not trials_left(
-                self._begun + sum(counts(t) for t in news if not t.state.is_finished())
+                self._begun + sum(counts_in_budget(t) for t in news if not t.state.is_finished())
             ):
                 return None
             if self._population is not None:
@@ -190,10 +190,10 @@ class WorkQueue:
             if work is not None:
                 return work
 
-    def _suggestion(self, trials: list[FrozenTrial]) -> Proposal | Wait | None:
-        """The next suggestion, made beforehand where it may be: see `sampler.ahead`."""
+    def _suggestion(self, trials: list[FrozenTrial]) -> Suggestion | Wait | None:
+        """The next suggestion, made beforehand where it may be: see `sampler.suggest_ahead`."""
         number = len(trials)
-        if not self._ahead:
+        if not self._suggest_ahead:
             return self._propose(number, trials)
         if (
             self._suggestions and self._suggestions[0][0] != number
@@ -209,21 +209,23 @@ class WorkQueue:
             return "wait"  # never stand in the way of trials that report
         proposal = made.result()
         self._suggestions.pop(0)
-        while len(self._suggestions) < self._ahead:
+        while len(self._suggestions) < self._suggest_ahead:
             self._suggest(number + 1 + len(self._suggestions), trials)
         return proposal
 
     def _suggest(self, number: int, trials: list[FrozenTrial]) -> None:
         self._suggestions.append((number, self._thread.submit(self._propose, number, trials)))
 
-    def _propose(self, number: int, trials: list[FrozenTrial]) -> Proposal | None:
+    def _propose(self, number: int, trials: list[FrozenTrial]) -> Suggestion | None:
         self._proposer.sync(trials)
         proposal = self._proposer.propose(number)
         return (
-            proposal if isinstance(proposal, Proposal) else None
+            proposal if isinstance(proposal, Suggestion) else None
         )  # duplicates come of enqueued values only
 
-    def _begin_enqueued(self, waiting: FrozenTrial, trials: list[FrozenTrial]) -> Work | None:
+    def _begin_enqueued(
+        self, waiting: FrozenTrial, trials: list[FrozenTrial]
+    ) -> QueuedTrial | None:
         """A trial that a user asked for: what it leaves open is sampled; what was run before is answered by that."""
         storage, trial_id = self._store.storage(), waiting._trial_id
         self._proposer.sync(trials)
@@ -231,11 +233,11 @@ class WorkQueue:
             found = self._proposer.propose(
                 waiting.number, fixed=waiting.system_attrs.get("fixed_params", {})
             )
-        except SettingsError as error:
+        except ConfigError as error:
             self.fail(self.search, trial_id, str(error))
             return None
         known = trials[found.number] if isinstance(found, Duplicate) else None
-        asked = found if isinstance(found, Proposal) else known
+        asked = found if isinstance(found, Suggestion) else known
         if asked is None:
             self.fail(self.search, trial_id, "what was enqueued leaves nothing of the space to try")
             return None
@@ -255,7 +257,7 @@ class WorkQueue:
         storage.set_trial_state_values(trial_id, TrialState.RUNNING)
         return self._work(self.search, trial_id, storage.get_trial(trial_id))
 
-    def _begin_segment(self, segment: Segment) -> Work | None:
+    def _begin_segment(self, segment: PbtStep) -> QueuedTrial | None:
         return self._begin(
             self.search,
             params=segment.params,
@@ -273,7 +275,7 @@ class WorkQueue:
         distributions: Mapping[str, Any] | None = None,
         attributes: Mapping[str, Any] | None = None,
         system: Mapping[str, Any] | None = None,
-    ) -> Work | None:
+    ) -> QueuedTrial | None:
         storage = self._store.storage()
         template = _template(params or {}, distributions or {}, attributes or {}, system or {})
         trial_id = storage.create_new_trial(study._study_id, template)
@@ -281,14 +283,14 @@ class WorkQueue:
 
     def _work(
         self, study: optuna.Study, trial_id: int, trial: FrozenTrial, *, resumed: bool = False
-    ) -> Work | None:
+    ) -> QueuedTrial | None:
         try:
-            task = self._task(study, trial)
-        except SettingsError as error:  # one combination in many; the study goes on without it
+            trial_spec = self._task(study, trial)
+        except ConfigError as error:  # one combination in many; the study goes on without it
             self.fail(study, trial_id, str(error))
             return None
         self.busy.add((study.study_name, trial.number))
-        return Work(study, trial_id, trial.number, task, trial.params, resumed)
+        return QueuedTrial(study, trial_id, trial.number, trial_spec, trial.params, resumed)
 
     def fail(self, study: optuna.Study, trial_id: int, reason: str) -> None:
         """Tell that a trial failed, and why."""
@@ -300,29 +302,31 @@ class WorkQueue:
     def _relative(self, folder: Path) -> str:
         return str(folder.relative_to(self._store.folder))
 
-    def _task(self, study: optuna.Study, trial: FrozenTrial) -> Task:
+    def _task(self, study: optuna.Study, trial: FrozenTrial) -> TrialSpec:
         """What the trial is told; worked out again, to the same, for one that is taken over."""
         s, about = self._settings, trial.user_attrs
         until, fork = None, None
-        if study is self.arms:
-            plan = next((plan for plan in arm_plans(s) if plan.name == about["arm"]), None)
+        if study is self.baselines:
+            plan = next(
+                (plan for plan in baseline_plans(s) if plan.name == about["baseline"]), None
+            )
             if plan is None:
-                raise SettingsError(
-                    f"it was interrupted, and arms does not name {about['arm']} any more."
+                raise ConfigError(
+                    f"it was interrupted, and baselines does not name {about['baseline']} any more."
                 )
-            label, kind = f"arm {about['arm']}-{about['repeat']}", "arm"
-            folder = self._store.arm_folder(about["arm"], about["repeat"])
-            # Repeats share seeds across arms, so that arms are compared in pairs.
-            settings = plan.settings(derived_seed(s.seed, "arm", about["repeat"]))
+            label, kind = f"baseline {about['baseline']}-{about['repeat']}", "baseline"
+            folder = self._store.arm_folder(about["baseline"], about["repeat"])
+            # Repeats share seeds across baselines, so that baselines are compared in pairs.
+            config = plan.config(derived_seed(s.seed, "baseline", about["repeat"]))
         elif study is self.confirmation:
             plan_of = {c.name: c for c in confirmation_plan(self._store, s)}
             if about["candidate"] not in plan_of:
-                raise SettingsError(
+                raise ConfigError(
                     f"it was interrupted, and {about['candidate']} is not confirmed any more."
                 )
             label, kind = f"confirm {about['candidate']}-{about['repeat']}", "confirm"
             folder = self._store.confirm_folder(about["candidate"], about["repeat"])
-            settings = plan_of[about["candidate"]].settings(confirm_seed(s, about["repeat"]))
+            config = plan_of[about["candidate"]].config(confirm_seed(s, about["repeat"]))
         else:
             label, kind, folder = (
                 f"trial {trial.number}",
@@ -342,32 +346,32 @@ class WorkQueue:
             else:
                 values = self._proposer.values(trial.params)
                 seed = derived_seed(s.seed, "trial", trial.number)
-            settings = with_schedule(s.trial(values, seed=seed), s.pruner)
-        return Task(
+            config = with_schedule(s.trial(values, seed=seed), s.pruner)
+        return TrialSpec(
             study=s.name,
             kind=kind,
             number=trial.number,
             label=label,
             folder=str(folder),
             data=self._data,
-            labels=self._labels,
-            settings=settings,
+            eval_data=self._labels,
+            config=config,
             probe=s.probe,
             resources=s.resources,
-            faults=s.faults.of_trial(),
+            fault_tolerance=s.fault_tolerance.of_trial(),
             tracking=s.tracking,
-            rungs=self._rungs(settings, until),
+            rungs=self._rungs(config, until),
             until=until,
             fork=fork,
             finetune=finetuning(s, about["repeat"]) if kind == "confirm" else None,
         )
 
-    def _rungs(self, settings: PretrainSettings, until: int | None) -> tuple[int, ...]:
-        if settings.objective == "none":
+    def _rungs(self, config: PretrainConfig, until: int | None) -> tuple[int, ...]:
+        if config.objective == "none":
             return (0,)
         if until is not None:
             return (until,)
-        return rung_epochs(settings.epochs, self._settings.pruner)
+        return rung_epochs(config.epochs, self._settings.pruner)
 
 
 def _template(

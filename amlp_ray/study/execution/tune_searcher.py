@@ -20,16 +20,18 @@ from typing import Any, Literal
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from amlp_ray.config import COSTS, StudySettings
+from amlp_ray.config import COSTS, StudyConfig
 from amlp_ray.errors import AmlpError
 from amlp_ray.study.execution.trial import SCORES, spent_so_far
-from amlp_ray.study.execution.trial_queue import Work, WorkQueue
+from amlp_ray.study.execution.trial_queue import QueuedTrial, TrialQueue
 from amlp_ray.study.search.pruning import Pruning
-from amlp_ray.study.storage.budget import Ledger, Spent
+from amlp_ray.study.storage.budget import BudgetTracker, Usage
 from amlp_ray.study.storage.study_store import StudyStore
 
 Notify = Callable[[str], None]
-Ending = Literal["pause", "stop", "cancel", "budget", "alike", "lease", "resources"]
+Ending = Literal[
+    "pause", "stop", "cancel", "budget", "max_identical_failures", "lease", "resources"
+]
 
 
 def _noted(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,16 +49,16 @@ def _noted(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @dataclass
-class Running:
+class ActiveTrial:
     """Work that Tune runs."""
 
-    work: Work
+    work: QueuedTrial
     started: float  # monotonic
     epoch: int = 0  # of the last rung
 
     def spent(self) -> dict[str, Any]:
         """What it has taken by its own files, take-overs included, where it cannot say so itself."""
-        return spent_so_far(Path(self.work.task.folder), time.monotonic() - self.started)
+        return spent_so_far(Path(self.work.trial_spec.folder), time.monotonic() - self.started)
 
 
 class StudySearcher(Searcher):
@@ -68,24 +70,24 @@ class StudySearcher(Searcher):
     def __init__(
         self,
         store: StudyStore,
-        settings: StudySettings,
-        queue: WorkQueue,
+        config: StudyConfig,
+        queue: TrialQueue,
         *,
         images: int,
-        board: Any,
+        stop_flags: Any,
         seconds: Callable[[], float],
         notify: Notify,
     ) -> None:
-        """Args: seconds: how long the study has been run, all runs together. board: the trials' StopBoard."""
-        super().__init__(metric=settings.metric, mode="max")
-        self._store, self._settings, self._queue = store, settings, queue
-        self._board, self._seconds, self._notify = board, seconds, notify
-        self._pruning = Pruning(queue.search, settings, images, store.trial_folder)
+        """Args: seconds: how long the study has been run, all runs together. board: the trials' StopFlags."""
+        super().__init__(metric=config.metric, mode="max")
+        self._store, self._settings, self._queue = store, config, queue
+        self._board, self._seconds, self._notify = stop_flags, seconds, notify
+        self._pruning = Pruning(queue.search, config, images, store.trial_folder)
         stored = [t for study in queue.studies for t in study.get_trials(deepcopy=False)]
-        self._ledger = Ledger.of(
+        self._ledger = BudgetTracker.of(
             t for t in stored if t.state.is_finished()
         )  # others are counted when they end
-        self._running: dict[str, Running] = {}
+        self._running: dict[str, ActiveTrial] = {}
         self._first_ends: list[
             str | None
         ] = []  # the reason of each that failed, None of one that did not
@@ -103,11 +105,11 @@ class StudySearcher(Searcher):
             work = None if self.ending else self._queue.next(self._room)
             if work is None or work == "wait":
                 return None if self._running or work == "wait" else Searcher.FINISHED
-            self._running[trial_id] = Running(work, time.monotonic())
+            self._running[trial_id] = ActiveTrial(work, time.monotonic())
             shown = ", ".join(f"{name}={_short(value)}" for name, value in work.params.items())
             verb = "continues" if work.resumed else "starts"
-            self._notify(f"{work.task.label} {verb}" + (f": {shown}" if shown else ""))
-            return {"task": work.task.as_config(), "board": self._board}
+            self._notify(f"{work.trial_spec.label} {verb}" + (f": {shown}" if shown else ""))
+            return {"trial_spec": work.trial_spec.as_config(), "stop_flags": self._board}
 
     @_noted
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -120,8 +122,8 @@ class StudySearcher(Searcher):
                 self.ending == "lease"
             ):  # what it says now is for the next driver to hear, and to store
                 return
-            task, epoch, value = (
-                running.work.task,
+            trial_spec, epoch, value = (
+                running.work.trial_spec,
                 int(result["epoch"]),
                 result.get(self._settings.metric, math.nan),
             )
@@ -129,16 +131,18 @@ class StudySearcher(Searcher):
             self._ledger.report(
                 trial_id,
                 epochs=result.get("epochs", epoch),
-                gpu_seconds=result.get("seconds", 0.0) * task.gpus,
+                gpu_seconds=result.get("seconds", 0.0) * trial_spec.gpus,
             )
             if self._pruning.report(running.work.study, running.work.number, epoch, value):
                 self._notify(
-                    f"{task.label} epoch {epoch}: {_name(self._settings.metric)} {value:.3f}"
+                    f"{trial_spec.label} epoch {epoch}: {_name(self._settings.metric)} {value:.3f}"
                 )
-            if epoch >= max(task.rungs):
+            if epoch >= max(trial_spec.rungs):
                 return
-            if task.kind == "search" and self._pruning.should_prune(running.work.number, epoch):
-                self._ask(task.folder, "now")
+            if trial_spec.kind == "search" and self._pruning.should_prune(
+                running.work.number, epoch
+            ):
+                self._ask(trial_spec.folder, "now")
             self.check_budget()
 
     @_noted
@@ -187,7 +191,8 @@ class StudySearcher(Searcher):
         """
         with self._lock:
             if self.ending == ending or (
-                self.ending in ("cancel", "alike") and ending not in ("cancel", "lease")
+                self.ending in ("cancel", "max_identical_failures")
+                and ending not in ("cancel", "lease")
             ):
                 return
             if (
@@ -197,13 +202,13 @@ class StudySearcher(Searcher):
             self.ending, self.ending_reason = ending, reason
             for running in list(self._running.values()):
                 if ending == "budget":
-                    self._ask(running.work.task.folder, "rung")
+                    self._ask(running.work.trial_spec.folder, "rung")
                 elif ending != "stop":
-                    self._ask(running.work.task.folder, "now")
+                    self._ask(running.work.trial_spec.folder, "now")
             if ending == "cancel":
                 for trial_id, running in list(self._running.items()):
                     del self._running[trial_id]
-                    if running.work.task.kind == "search":
+                    if running.work.trial_spec.kind == "search":
                         self._fail(trial_id, running, "cancelled", running.spent())
                     else:
                         self._ledger.drop(trial_id)
@@ -220,15 +225,15 @@ class StudySearcher(Searcher):
                 self._notify(f"budget used: {reached}; running trials end at their next rung")
                 self.end("budget", reached)
 
-    def change_budget(self, settings: StudySettings) -> None:
+    def change_budget(self, config: StudyConfig) -> None:
         with self._lock:
-            self._settings = settings
+            self._settings = config
 
     def waiting(self) -> list[tuple[str, float]]:
         """Labels of what Tune was given, and for how many seconds."""
         now = time.monotonic()
         with self._lock:
-            return [(r.work.task.folder, now - r.started) for r in self._running.values()]
+            return [(r.work.trial_spec.folder, now - r.started) for r in self._running.values()]
 
     def unfinished(self) -> bool:
         """Whether trials are left that nobody runs any more."""
@@ -241,7 +246,7 @@ class StudySearcher(Searcher):
     def _room(self, begun: int) -> bool:
         return self._spent(begun).reached(self._settings.budget) is None
 
-    def _spent(self, begun: int) -> Spent:
+    def _spent(self, begun: int) -> Usage:
         return self._ledger.spent(trials=begun, seconds=self._seconds())
 
     def _ask(self, folder: str, when: Literal["now", "rung"]) -> None:
@@ -249,29 +254,29 @@ class StudySearcher(Searcher):
 
         ray.get(self._board.ask.remote(folder, when))
 
-    def _lost(self, trial_id: str, running: Running) -> None:
+    def _lost(self, trial_id: str, running: ActiveTrial) -> None:
         """A process or a node died: not the settings' fault, so the trial goes on from its checkpoint."""
         work, storage = running.work, self._store.storage()
         lost = storage.get_trial(work.trial_id).user_attrs.get("lost", 0) + 1
         storage.set_trial_user_attr(work.trial_id, "lost", lost)
-        retries = self._settings.faults.retries
-        if lost > retries:
-            why = f"its process died {lost} times (faults.retries={retries})"
+        max_failures = self._settings.fault_tolerance.max_failures
+        if lost > max_failures:
+            why = f"its process died {lost} times (fault_tolerance.max_failures={max_failures})"
             self._fail(trial_id, running, why, running.spent())
             return
         self._ledger.drop(trial_id)
         self._queue.lost(work.study, work.number)
-        self._notify(f"{work.task.label} lost its process ({lost} of {retries} retries)")
+        self._notify(f"{work.trial_spec.label} lost its process ({lost} of {max_failures} retries)")
 
-    def _end(self, trial_id: str, running: Running, result: dict[str, Any]) -> None:
-        work, task = running.work, running.work.task
+    def _end(self, trial_id: str, running: ActiveTrial, result: dict[str, Any]) -> None:
+        work, trial_spec = running.work, running.work.trial_spec
         scores = self._store.storage().get_trial(work.trial_id).intermediate_values
         last = max(scores, default=None)
-        full = last is not None and last >= max(task.rungs)
+        full = last is not None and last >= max(trial_spec.rungs)
         if not full and self.ending in ("pause", "lease", "resources"):
             self._ledger.drop(trial_id)
             self._free(work)
-            self._notify(f"{task.label} paused after epoch {result.get('epochs', 0)}")
+            self._notify(f"{trial_spec.label} paused after epoch {result.get('epochs', 0)}")
             return
         if last is None:
             why = (
@@ -288,7 +293,9 @@ class StudySearcher(Searcher):
             return
         value = scores[last]
         facts = self._describe(trial_id, running, result)
-        complete = full and (task.until is None or task.until >= task.settings.epochs)
+        complete = full and (
+            trial_spec.until is None or trial_spec.until >= trial_spec.config.epochs
+        )
         values = self._values(work, facts, value) if complete else None
         if complete and values is None:
             self._tell_failed(work, "an objective is missing or not finite")
@@ -309,11 +316,11 @@ class StudySearcher(Searcher):
             if complete
             else ("ends its segment" if full else "pruned") + f" at epoch {last}"
         )
-        self._notify(f"{task.label} {word}: {_name(self._settings.metric)} {value:.3f}")
+        self._notify(f"{trial_spec.label} {word}: {_name(self._settings.metric)} {value:.3f}")
 
-    def _values(self, work: Work, facts: dict[str, Any], value: float) -> list[float] | None:
-        """One value per objective; None where one is missing. Arms and confirmations have the metric alone."""
-        if work.task.kind != "search":
+    def _values(self, work: QueuedTrial, facts: dict[str, Any], value: float) -> list[float] | None:
+        """One value per objective; None where one is missing. Baselines and confirmations have the metric alone."""
+        if work.trial_spec.kind != "search":
             return [value]
         values = [
             facts.get(n) if n in COSTS else facts["scores"].get(n)
@@ -322,35 +329,41 @@ class StudySearcher(Searcher):
         known = [float(v) for v in values if v is not None and math.isfinite(v)]
         return known if len(known) == len(values) else None
 
-    def _fail(self, trial_id: str, running: Running, reason: str, result: dict[str, Any]) -> None:
+    def _fail(
+        self, trial_id: str, running: ActiveTrial, reason: str, result: dict[str, Any]
+    ) -> None:
         self._describe(trial_id, running, result)
         self._tell_failed(running.work, reason)
 
-    def _tell_failed(self, work: Work, reason: str) -> None:
+    def _tell_failed(self, work: QueuedTrial, reason: str) -> None:
         storage = self._store.storage()
         storage.set_trial_user_attr(work.trial_id, "reason", reason)
         storage.set_trial_state_values(work.trial_id, TrialState.FAIL)
         self._free(work)
-        self._notify(f"{work.task.label} failed: {reason}")
+        self._notify(f"{work.trial_spec.label} failed: {reason}")
         self._first_ends.append(re.sub(r"\d+", "#", reason))
-        first = self._first_ends[: self._settings.faults.alike]
+        first = self._first_ends[: self._settings.fault_tolerance.max_identical_failures]
         if (
-            len(first) == len(self._first_ends) == self._settings.faults.alike
+            len(first)
+            == len(self._first_ends)
+            == self._settings.fault_tolerance.max_identical_failures
             and len(set(first)) == 1
             and first[0]
         ):
-            self.end("alike", reason)
+            self.end("max_identical_failures", reason)
 
-    def _free(self, work: Work) -> None:
+    def _free(self, work: QueuedTrial) -> None:
         self._queue.busy.discard((work.study.study_name, work.number))
 
-    def _describe(self, trial_id: str, running: Running, result: dict[str, Any]) -> dict[str, Any]:
+    def _describe(
+        self, trial_id: str, running: ActiveTrial, result: dict[str, Any]
+    ) -> dict[str, Any]:
         """Store what the trial took and scored, in one attribute: a journal grows by a line for each."""
         work = running.work
         seconds = float(result.get("seconds", time.monotonic() - running.started))
         facts: dict[str, Any] = {
             "seconds": round(seconds, 2),
-            "gpu_seconds": round(seconds * work.task.gpus, 2),
+            "gpu_seconds": round(seconds * work.trial_spec.gpus, 2),
             **{
                 name: result[name]
                 for name in ("memory", "epochs", "images_per_second")
@@ -360,7 +373,7 @@ class StudySearcher(Searcher):
         }
         self._ledger.end(trial_id, facts)
         storage = self._store.storage()
-        storage.set_trial_user_attr(work.trial_id, "facts", facts)
+        storage.set_trial_user_attr(work.trial_id, "stats", facts)
         if limits := self._settings.limits:
             over = [
                 facts[name] - limit for name, limit in limits.items() if facts.get(name) is not None

@@ -19,13 +19,19 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from amlp_ray.config import StudySettings
-from amlp_ray.config.overrides import assignments, flat
+from amlp_ray.config import StudyConfig
+from amlp_ray.config.overrides import flat, parse_overrides
 from amlp_ray.config.yaml_file import write_yaml
-from amlp_ray.errors import SettingsError, StudyError
+from amlp_ray.errors import ConfigError, StudyError
 from amlp_ray.study.operations.edit import begin
 from amlp_ray.study.search_space.validate import check_space, searched
-from amlp_ray.study.search_space.values import Fit, Misfit, check_given, fit, recalled
+from amlp_ray.study.search_space.values import (
+    FittedParams,
+    OutOfSpaceError,
+    check_given,
+    config_of_trial,
+    fit,
+)
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.utils.files import write_whole
 
@@ -55,25 +61,25 @@ def change_of(mapped: Sequence[str], filled: Sequence[str], dropped: Sequence[st
     """Read a change from texts: `old=new`, `name=value` and names.
 
     Raises:
-        SettingsError: one is not of that form.
+        ConfigError: one is not of that form.
     """
     pairs = [text.partition("=") for text in mapped]
     for text, (old, equals, new) in zip(mapped, pairs, strict=True):
         if not (old and equals and new):
-            raise SettingsError(f"--map {text!r} is not of the form old=new.")
+            raise ConfigError(f"--map {text!r} is not of the form old=new.")
     return Change(
-        {old: new for old, _, new in pairs}, flat(assignments(filled, "--fill")), list(dropped)
+        {old: new for old, _, new in pairs}, flat(parse_overrides(filled, "--fill")), list(dropped)
     )
 
 
-def migrate(store: StudyStore, new: StudySettings, change: Change) -> Migration:
+def migrate(store: StudyStore, new: StudyConfig, change: Change) -> Migration:
     """Give a study the space and requirements of `new`, and carry its trials over. Nothing else of `new` is taken.
 
     Raises:
-        StudyError: somebody runs the study. SettingsError: the new space is bad, or it differs in names that `change`
+        StudyError: somebody runs the study. ConfigError: the new space is bad, or it differs in names that `change`
             does not speak of; the message lists the difference.
     """
-    old = store.settings()
+    old = store.config()
     if holder := store.holder():
         raise StudyError(
             f"Study {store.name!r} is run by {holder}; its space can change when nobody runs it: pause it before."
@@ -82,22 +88,22 @@ def migrate(store: StudyStore, new: StudySettings, change: Change) -> Migration:
         raise StudyError(
             f"The space of {store.name!r} cannot change: its members go on from each other (sampler pbt)."
         )
-    settings = old.model_copy(update={"space": new.space, "require": new.require})
-    check_space(settings)
-    _check_spoken_of(old, settings, change)
+    config = old.model_copy(update={"space": new.space, "require": new.require})
+    check_space(config)
+    _check_spoken_of(old, config, change)
     if not (store.folder / "study.yaml").is_file() or not store.search().get_trials(deepcopy=False):
-        begin(store, settings)
-        write_yaml(settings, store.folder / "study.yaml")
+        begin(store, config)
+        write_yaml(config, store.folder / "study.yaml")
         return Migration(0, 0, {}, store.search_name())
     with store.lock():
         study = store.search()
         trials = [
-            _carried(trial, old, settings, change) for trial in study.get_trials(deepcopy=False)
+            _carried(trial, old, config, change) for trial in study.get_trials(deepcopy=False)
         ]
         name = _next_name(store)
         _store(store, study, name, trials)
         write_whole(store.folder / "search", name)
-        write_yaml(settings, store.folder / "study.yaml")
+        write_yaml(config, store.folder / "study.yaml")
     reasons = Counter(
         trial.user_attrs["outside"] for trial in trials if "outside" in trial.user_attrs
     )
@@ -105,7 +111,7 @@ def migrate(store: StudyStore, new: StudySettings, change: Change) -> Migration:
     return Migration(len(trials) - outside, outside, dict(reasons), name)
 
 
-def differences(old: StudySettings, new: StudySettings) -> dict[str, list[str]]:
+def differences(old: StudyConfig, new: StudyConfig) -> dict[str, list[str]]:
     """Names that a new space adds, removes, and has otherwise than before."""
     before, after = searched(old), searched(new)
     return {
@@ -117,7 +123,7 @@ def differences(old: StudySettings, new: StudySettings) -> dict[str, list[str]]:
     }
 
 
-def _check_spoken_of(old: StudySettings, new: StudySettings, change: Change) -> None:
+def _check_spoken_of(old: StudyConfig, new: StudyConfig, change: Change) -> None:
     found = differences(old, new)
     added = [
         name for name in found["added"] if name not in {*change.filled, *change.renamed.values()}
@@ -133,7 +139,7 @@ def _check_spoken_of(old: StudySettings, new: StudySettings, change: Change) -> 
         for name in removed
     ]
     if faults:
-        raise SettingsError(
+        raise ConfigError(
             f"The new space of {old.name!r} has other names than the old one, and old trials need to be told what "
             f"becomes of them: {'; '.join(faults)}."
         )
@@ -142,15 +148,13 @@ def _check_spoken_of(old: StudySettings, new: StudySettings, change: Change) -> 
         | ({*change.filled, *change.renamed.values()} - set(found["added"]))
     )
     if unknown:
-        raise SettingsError(
+        raise ConfigError(
             f"{unknown[0]} is neither new nor gone in the space of {old.name!r} (new: "
             f"{', '.join(found['added']) or 'none'}; gone: {', '.join(found['removed']) or 'none'}); leave it out."
         )
 
 
-def _carried(
-    trial: FrozenTrial, old: StudySettings, new: StudySettings, change: Change
-) -> FrozenTrial:
+def _carried(trial: FrozenTrial, old: StudyConfig, new: StudyConfig, change: Change) -> FrozenTrial:
     """A trial as the new study has it."""
     attributes = {name: value for name, value in trial.user_attrs.items() if name != "outside"}
     fixed = trial.system_attrs.get("fixed_params")
@@ -166,7 +170,7 @@ def _carried(
     try:
         fits = fit({**change.filled, **params}, new)
         _check_same(trial, fits, old, new, change)
-    except Misfit as misfit:
+    except OutOfSpaceError as misfit:
         state = TrialState.FAIL if trial.state == TrialState.RUNNING else trial.state
         why = {"outside": str(misfit)}
         if state != trial.state:
@@ -180,13 +184,13 @@ def _carried(
 def _carried_waiting(
     trial: FrozenTrial,
     params: Mapping[str, Any],
-    new: StudySettings,
+    new: StudyConfig,
     attributes: Mapping[str, Any],
     system: Mapping[str, Any],
 ) -> FrozenTrial:
     try:
         fixed = check_given(params, new)
-    except Misfit as misfit:
+    except OutOfSpaceError as misfit:
         why = {
             "outside": str(misfit),
             "reason": f"what was enqueued is no longer in the space: {misfit}",
@@ -196,15 +200,17 @@ def _carried_waiting(
 
 
 def _check_same(
-    trial: FrozenTrial, fits: Fit, old: StudySettings, new: StudySettings, change: Change
+    trial: FrozenTrial, fits: FittedParams, old: StudyConfig, new: StudyConfig, change: Change
 ) -> None:
     """Raise Misfit where the trial was trained with other settings than the new space gives its parameters."""
-    before = flat(old.trial(recalled(trial.params, old), seed=0))
+    before = flat(old.trial(config_of_trial(trial.params, old), seed=0))
     after = flat(new.trial(fits.values, seed=0))
     differing = [n for n in after if before.get(n) != after[n] and n not in change.dropped]
     if differing:
         name = differing[0]
-        raise Misfit(f"{name} was {before.get(name)}, and the new space gives {after[name]}.")
+        raise OutOfSpaceError(
+            f"{name} was {before.get(name)}, and the new space gives {after[name]}."
+        )
 
 
 def _copy(

@@ -9,29 +9,29 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from amlp_ray.config import StudySettings
+from amlp_ray.config import StudyConfig
 from amlp_ray.config.overrides import flat
-from amlp_ray.errors import SettingsError
+from amlp_ray.errors import ConfigError
 from amlp_ray.study.operations.status import spent_by
 from amlp_ray.study.storage.best_trials import best_trial, front
-from amlp_ray.study.storage.budget import counts
+from amlp_ray.study.storage.budget import counts_in_budget
 from amlp_ray.study.storage.study_store import StudyStore
 
 ASIDE = (
     "name",
     "description",
     "data",
-    "labels",
+    "eval_data",
     "storage",
     "resources.",
     "faults.",
-    "sampler.ahead",
-    "tie",
+    "sampler.suggest_ahead",
+    "equivalence_margin",
 )
 
 
 def compare(stores: Sequence[StudyStore]) -> dict[str, Any]:
-    """Compare studies by their best trials and arms.
+    """Compare studies by their best trials and baselines.
 
     Returns:
         `studies`: a row each; `comparable`, and in `reasons` why not; `verdict`, in words; `differing` settings, one
@@ -39,27 +39,27 @@ def compare(stores: Sequence[StudyStore]) -> dict[str, Any]:
         same parameters with their mean difference.
 
     Raises:
-        SettingsError: for fewer than two studies.
+        ConfigError: for fewer than two studies.
     """
     names = [store.name for store in stores]
     if len(set(names)) < 2 or len(set(names)) < len(names):
-        raise SettingsError(
+        raise ConfigError(
             f"compare needs two or more different studies, not {', '.join(names) or 'none'}."
         )
-    settings = [store.settings() for store in stores]
+    config = [store.config() for store in stores]
     trials = [store.search().get_trials(deepcopy=False) for store in stores]
-    rows = [_row(*parts) for parts in zip(stores, settings, trials, strict=True)]
-    reasons = _reasons(rows, settings)
+    rows = [_row(*parts) for parts in zip(stores, config, trials, strict=True)]
+    reasons = _reasons(rows, config)
     return {
         "studies": rows,
         "comparable": not reasons,
         "reasons": reasons,
-        "verdict": _verdict(rows, settings, reasons),
-        "differing": _differing(settings),
+        "verdict": _verdict(rows, config, reasons),
+        "differing": _differing(config),
         "overlap": [
             {
                 "studies": [names[i], names[j]],
-                **_overlap(settings[i], trials[i], settings[j], trials[j]),
+                **_overlap(config[i], trials[i], config[j], trials[j]),
             }
             for i in range(len(names))
             for j in range(i + 1, len(names))
@@ -67,31 +67,32 @@ def compare(stores: Sequence[StudyStore]) -> dict[str, Any]:
     }
 
 
-def _row(
-    store: StudyStore, settings: StudySettings, trials: Sequence[FrozenTrial]
-) -> dict[str, Any]:
-    done = [trial for trial in trials if trial.state == TrialState.COMPLETE and counts(trial)]
-    best = best_trial(store, settings) if front(trials, settings) else None
+def _row(store: StudyStore, config: StudyConfig, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
+    done = [
+        trial for trial in trials if trial.state == TrialState.COMPLETE and counts_in_budget(trial)
+    ]
+    best = best_trial(store, config) if front(trials, config) else None
     place = (
-        list(settings.objectives).index(settings.metric)
-        if settings.metric in settings.objectives
-        else 0
+        list(config.objectives).index(config.metric) if config.metric in config.objectives else 0
     )
-    arms: dict[str, list[float]] = {}
-    for trial in store.arms().get_trials(deepcopy=False):
+    baselines: dict[str, list[float]] = {}
+    for trial in store.baselines().get_trials(deepcopy=False):
         if trial.state == TrialState.COMPLETE:
-            arms.setdefault(trial.user_attrs["arm"], []).append(trial.values[0])
-    spent = spent_by(store, trials, settings)
+            baselines.setdefault(trial.user_attrs["baseline"], []).append(trial.values[0])
+    spent = spent_by(store, trials, config)
     return {
-        "study": settings.name,
-        "metric": settings.metric,
+        "study": config.name,
+        "metric": config.metric,
         "best": None if best is None else best.values[place],
         "trial": None if best is None else best.number,
         "complete": len(done),
         "trials": spent.trials,
         "hours": spent.seconds / 3600,
         "epochs": spent.epochs,
-        "arms": {arm: {"n": len(values), "mean": fmean(values)} for arm, values in arms.items()},
+        "baselines": {
+            baseline: {"n": len(values), "mean": fmean(values)}
+            for baseline, values in baselines.items()
+        },
         "data": _fingerprints(store),
     }
 
@@ -101,13 +102,13 @@ def _fingerprints(store: StudyStore) -> dict[str, str | None]:
     try:
         about = json.loads((store.folder / "environment.json").read_text())
     except (OSError, ValueError):
-        return {"dataset": None, "labels": None}
-    return {name: (about.get(name) or {}).get("fingerprint") for name in ("dataset", "labels")}
+        return {"dataset": None, "eval_data": None}
+    return {name: (about.get(name) or {}).get("fingerprint") for name in ("dataset", "eval_data")}
 
 
-def _reasons(rows: Sequence[Mapping[str, Any]], settings: Sequence[StudySettings]) -> list[str]:
+def _reasons(rows: Sequence[Mapping[str, Any]], config: Sequence[StudyConfig]) -> list[str]:
     first, reasons = rows[0], []
-    for row, own in zip(rows[1:], settings[1:], strict=True):
+    for row, own in zip(rows[1:], config[1:], strict=True):
         pair = f"{first['study']} and {row['study']}"
         if None in (first["data"]["dataset"], row["data"]["dataset"]):
             reasons.append(f"of {pair}, one has not been run: what data it was on is not known")
@@ -117,36 +118,36 @@ def _reasons(rows: Sequence[Mapping[str, Any]], settings: Sequence[StudySettings
             )
         if first["metric"] != row["metric"]:
             reasons.append(f"{pair} go by {first['metric']} and {row['metric']}")
-        if settings[0].probe != own.probe:
+        if config[0].probe != own.probe:
             reasons.append(f"{pair} score by different probes (settings under probe)")
     return reasons
 
 
 def _verdict(
-    rows: Sequence[Mapping[str, Any]], settings: Sequence[StudySettings], reasons: Sequence[str]
+    rows: Sequence[Mapping[str, Any]], config: Sequence[StudyConfig], reasons: Sequence[str]
 ) -> str:
     if reasons:
         return f"Not comparable: {'; '.join(reasons)}."
     scored = sorted((row for row in rows if row["best"] is not None), key=lambda row: -row["best"])
     if len(scored) < 2:
         return "Nothing to compare yet: fewer than two of the studies have a complete trial."
-    tie, (first, second) = max(own.tie for own in settings), scored[:2]
+    equivalence_margin, (first, second) = max(own.equivalence_margin for own in config), scored[:2]
     gain = first["best"] - second["best"]
-    if gain < tie:
-        return f"A tie: {first['study']} is {gain:.3f} above {second['study']}, and differences below {tie:g} are noise."
+    if gain < equivalence_margin:
+        return f"A tie: {first['study']} is {gain:.3f} above {second['study']}, and differences below {equivalence_margin:g} are noise."
     return (
         f"{first['study']} found the best trial, {gain:.3f} above {second['study']}; each is the best of many single "
         f"runs, which `confirm` repeats."
     )
 
 
-def _differing(settings: Sequence[StudySettings]) -> list[dict[str, Any]]:
-    tables = [flat(own) for own in settings]
+def _differing(config: Sequence[StudyConfig]) -> list[dict[str, Any]]:
+    tables = [flat(own) for own in config]
     names = dict.fromkeys(name for table in tables for name in table)
     return [
         {
             "setting": name,
-            **{own.name: table.get(name) for own, table in zip(settings, tables, strict=True)},
+            **{own.name: table.get(name) for own, table in zip(config, tables, strict=True)},
         }
         for name in names
         if not name.startswith(ASIDE)
@@ -155,9 +156,9 @@ def _differing(settings: Sequence[StudySettings]) -> list[dict[str, Any]]:
 
 
 def _overlap(
-    a: StudySettings,
+    a: StudyConfig,
     trials_a: Sequence[FrozenTrial],
-    b: StudySettings,
+    b: StudyConfig,
     trials_b: Sequence[FrozenTrial],
 ) -> dict[str, Any]:
     searched_a, searched_b = (
@@ -175,18 +176,14 @@ def _overlap(
     }
 
 
-def _by_params(
-    settings: StudySettings, trials: Sequence[FrozenTrial]
-) -> dict[tuple[Any, ...], float]:
+def _by_params(config: StudyConfig, trials: Sequence[FrozenTrial]) -> dict[tuple[Any, ...], float]:
     place = (
-        list(settings.objectives).index(settings.metric)
-        if settings.metric in settings.objectives
-        else 0
+        list(config.objectives).index(config.metric) if config.metric in config.objectives else 0
     )
     return {
         tuple(sorted((name, repr(value)) for name, value in trial.params.items())): trial.values[
             place
         ]
         for trial in trials
-        if trial.state == TrialState.COMPLETE and counts(trial) and trial.params
+        if trial.state == TrialState.COMPLETE and counts_in_budget(trial) and trial.params
     }

@@ -14,10 +14,10 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState, create_trial
 
-from amlp_ray.config import BudgetSettings, StudySettings
+from amlp_ray.config import BudgetConfig, StudyConfig
 from amlp_ray.config.base import build
 from amlp_ray.config.yaml_file import write_yaml
-from amlp_ray.errors import SettingsError, StudyError
+from amlp_ray.errors import ConfigError, StudyError
 from amlp_ray.study.operations.trials import find_trial
 from amlp_ray.study.search_space.values import check_given
 from amlp_ray.study.storage.study_store import StudyStore
@@ -25,12 +25,12 @@ from amlp_ray.study.storage.study_store import StudyStore
 Amount = str | float | None  # `+10` is added to what is allowed now, `10` takes its place
 
 
-def begin(store: StudyStore, settings: StudySettings) -> optuna.Study:
+def begin(store: StudyStore, config: StudyConfig) -> optuna.Study:
     """Return the search's Optuna study; one that was never run is begun, so that it can be given trials beforehand."""
     if not (store.folder / "study.yaml").is_file():
         store.folder.mkdir(parents=True, exist_ok=True)
-        write_yaml(settings, store.folder / "study.yaml")
-    return store.search(create=True, directions=list(settings.objectives.values()))
+        write_yaml(config, store.folder / "study.yaml")
+    return store.search(create=True, directions=list(config.objectives.values()))
 
 
 def extend(
@@ -40,38 +40,38 @@ def extend(
     hours: Amount = None,
     gpu_hours: Amount = None,
     epochs: Amount = None,
-) -> BudgetSettings:
+) -> BudgetConfig:
     """Change the budget of a study that was begun, also after its end, and while another process or machine runs it.
 
     It is kept in study.yaml, and in the store, where a running driver looks.
 
     Raises:
-        SettingsError: for no amount, one that cannot be read, or one on top of no limit.
+        ConfigError: for no amount, one that cannot be read, or one on top of no limit.
     """
-    settings = store.settings()
+    config = store.config()
     given = {"trials": trials, "hours": hours, "gpu_hours": gpu_hours, "epochs": epochs}
     changes = {
-        name: _amount(name, amount, getattr(settings.budget, name))
+        name: _amount(name, amount, getattr(config.budget, name))
         for name, amount in given.items()
         if amount is not None
     }
-    if trials is not None and settings.sampler.name == "pbt":
-        raise SettingsError(
+    if trials is not None and config.sampler.name == "pbt":
+        raise ConfigError(
             "sampler pbt runs whole generations: its trials follow from members and epochs."
         )
     if not changes:
-        raise SettingsError(
+        raise ConfigError(
             "extend needs an amount, such as --trials +10 or --hours 8, or a changed space (--space)."
         )
-    budget = build(BudgetSettings, settings.budget.model_dump() | changes, "extend")
-    search = begin(store, settings)
+    budget = build(BudgetConfig, config.budget.model_dump() | changes, "extend")
+    search = begin(store, config)
     # A study file that says what it said before is no wish for less: see `Study.run`.
-    first = (search.user_attrs.get("extended") or {}).get("from") or settings.budget.model_dump(
+    first = (search.user_attrs.get("extended") or {}).get("from") or config.budget.model_dump(
         mode="json"
     )
     search.set_user_attr("extended", {"from": first, "to": budget.model_dump(mode="json")})
     search.set_user_attr("budget", budget.model_dump(mode="json"))
-    write_yaml(settings.model_copy(update={"budget": budget}), store.folder / "study.yaml")
+    write_yaml(config.model_copy(update={"budget": budget}), store.folder / "study.yaml")
     return budget
 
 
@@ -80,13 +80,13 @@ def _amount(name: str, amount: str | float, now: float | None) -> float:
     try:
         number = float(text)
     except ValueError:
-        raise SettingsError(
+        raise ConfigError(
             f"extend: {name} is {text!r}, but a number such as 20, or +10 for more, is needed."
         ) from None
     if not text.startswith("+"):
         return number
     if now is None:
-        raise SettingsError(
+        raise ConfigError(
             f"extend: {name} has no limit so far that {text} could be added to; give the limit itself."
         )
     return now + number
@@ -94,7 +94,7 @@ def _amount(name: str, amount: str | float, now: float | None) -> float:
 
 def enqueue(
     store: StudyStore,
-    settings: StudySettings,
+    config: StudyConfig,
     params: Mapping[str, Any],
     *,
     about: Mapping[str, Any] | None = None,
@@ -106,18 +106,18 @@ def enqueue(
         about: user attributes.
 
     Raises:
-        SettingsError: where the space does not have these values.
+        ConfigError: where the space does not have these values.
     """
     if not params:
-        raise SettingsError(
+        raise ConfigError(
             "enqueue needs values, such as ratio.start=0.3; without any the sampler proposes by itself."
         )
-    if settings.sampler.name == "pbt":
-        raise SettingsError(
+    if config.sampler.name == "pbt":
+        raise ConfigError(
             "A study of sampler.name=pbt cannot take trials: its members go on from each other."
         )
-    fixed = check_given(params, settings)
-    study = begin(store, settings)
+    fixed = check_given(params, config)
+    study = begin(store, config)
     waiting = create_trial(
         state=TrialState.WAITING, system_attrs={"fixed_params": fixed}, user_attrs=dict(about or {})
     )  # as Optuna's own enqueue_trial stores it, which does not tell the number
@@ -125,11 +125,11 @@ def enqueue(
     return storage.get_trial(storage.create_new_trial(study._study_id, waiting)).number
 
 
-def retry(store: StudyStore, settings: StudySettings, number: int) -> int:
+def retry(store: StudyStore, config: StudyConfig, number: int) -> int:
     """Enqueue a finished trial's parameters once more, as a new trial with a seed of its own. Returns its number.
 
     Raises:
-        StudyError: there is no such trial, or it has not ended. SettingsError: the space has changed since.
+        StudyError: there is no such trial, or it has not ended. ConfigError: the space has changed since.
     """
     trial = find_trial(store, number)
     if not trial.state.is_finished():
@@ -140,7 +140,7 @@ def retry(store: StudyStore, settings: StudySettings, number: int) -> int:
         raise StudyError(
             f"Trial {number} of {store.name!r} has no parameters that could be tried again."
         )
-    return enqueue(store, settings, trial.params, about={"retry_of": number})
+    return enqueue(store, config, trial.params, about={"retry_of": number})
 
 
 def delete(store: StudyStore) -> None:
@@ -153,7 +153,7 @@ def delete(store: StudyStore) -> None:
         raise StudyError(
             f"Study {store.name!r} is run by {holder}; cancel it before it is deleted."
         )
-    if store.settings().storage is not None:
+    if store.config().storage is not None:
         _delete_from_database(store)
     shutil.rmtree(store.folder)
 
@@ -173,7 +173,7 @@ def _delete_from_database(store: StudyStore) -> None:
         )
     version = re.compile(rf"{re.escape(store.name)}\.v\d+")
     for name, folder in there.items():
-        own = name in (store.name, f"{store.name}.arms", f"{store.name}.confirm")
+        own = name in (store.name, f"{store.name}.baselines", f"{store.name}.confirm")
         if own or (version.fullmatch(name) and folder == ours):
             with suppress(KeyError):  # deleted by another at this moment
                 optuna.delete_study(study_name=name, storage=storage)

@@ -15,7 +15,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from amlp_ray.config import PretrainSettings, ProbeSettings, ResourceSettings, StudySettings
+from amlp_ray.config import PretrainConfig, ProbeConfig, ResourceConfig, StudyConfig
 from amlp_ray.config.base import build
 from amlp_ray.config.yaml_file import read_yaml
 from amlp_ray.data.dataset import PatchDataset
@@ -43,11 +43,11 @@ COMPARED = (
 
 def replay(
     store: StudyStore,
-    settings: StudySettings,
+    config: StudyConfig,
     number: int,
     *,
     data: str | None = None,
-    labels: str | None = None,
+    eval_data: str | None = None,
     notify: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Train a trial again up to its last rung, in a new folder `replays/<number>-<k>`, and compare every rung's DSC.
@@ -65,26 +65,22 @@ def replay(
     trial = find_trial(store, number)
     folder = folder_of(store, trial)
     _check_repeatable(store, trial, folder)
-    own = build(
-        PretrainSettings, read_yaml(folder / "settings.yaml"), str(folder / "settings.yaml")
-    )
+    own = build(PretrainConfig, read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
     was = _scores(folder)
     if not was:
         raise StudyError(
             f"Trial {number} of {store.name!r} has no score that a replay could be compared with."
         )
     about = read_provenance(folder) or {}
-    dataset = _same_data(about, "dataset", data or settings.data)
-    label_set = _same_data(about, "labels", labels or settings.labels)
+    dataset = _same_data(about, "dataset", data or config.data)
+    label_set = _same_data(about, "eval_data", eval_data or config.eval_data)
     assert dataset is not None
     threads = int(
         (about.get("hardware") or {}).get("threads")
-        or max(1, int(settings.resources.cpus_per_worker))
+        or max(1, int(config.resources.cpus_per_worker))
     )
     probe = (
-        build(ProbeSettings, about["probe"], "provenance.json")
-        if "probe" in about
-        else settings.probe
+        build(ProbeConfig, about["probe"], "provenance.json") if "probe" in about else config.probe
     )
     target = _next_folder(store, number)
     notes = differences(about, threads=threads)
@@ -162,9 +158,9 @@ def _check_repeatable(store: StudyStore, trial: FrozenTrial, folder: Path) -> No
             f"Trial {number} of {store.name!r} went on from the weights of trial {about['parent']}, so it cannot be "
             f"repeated alone."
         )
-    if not (folder / "settings.yaml").is_file():
+    if not (folder / "config.yaml").is_file():
         raise StudyError(
-            f"Trial {number} of {store.name!r} has no settings.yaml in {folder}; it never began to train."
+            f"Trial {number} of {store.name!r} has no config.yaml in {folder}; it never began to train."
         )
 
 
@@ -179,7 +175,7 @@ def _same_data(about: Mapping[str, Any], which: str, path: str | None) -> PatchD
     found = PatchDataset.open(path)
     then = (about.get(which) or {}).get("fingerprint")
     if then not in (None, found.manifest.fingerprint):
-        what = "labels" if which == "labels" else "data"
+        what = "eval_data" if which == "eval_data" else "data"
         raise StudyError(
             f"{path} holds other {what} than the trial was trained with; name those with --{what}."
         )
@@ -200,16 +196,16 @@ def _next_folder(store: StudyStore, number: int) -> Path:
 
 
 def _train(
-    settings: PretrainSettings,
+    config: PretrainConfig,
     dataset: PatchDataset,
-    labels: PatchDataset | None,
+    eval_data: PatchDataset | None,
     folder: Path,
-    probe: ProbeSettings,
+    probe: ProbeConfig,
     rungs: tuple[int, ...],
     threads: int,
     notify: Callable[[str], None],
 ) -> None:
-    from amlp_ray.launch.job import Job
+    from amlp_ray.launch.job import RunSpec
     from amlp_ray.launch.launcher import run_here
     from amlp_ray.training.pretrain import Hooks
 
@@ -217,18 +213,18 @@ def _train(
         scored = f", DSC {metrics['dsc']}" if "dsc" in metrics else ""
         notify(f"epoch {metrics['epoch']} of {rungs[-1]}{scored}")
 
-    job = Job(
-        settings,
+    run_spec = RunSpec(
+        config,
         dataset.path,
         folder,
         probe,
         rungs,
-        resources=ResourceSettings(cpus_per_worker=threads),
+        resources=ResourceConfig(cpus_per_worker=threads),
         label=folder.name,
-        labels=None if labels is None else labels.path,
-        until=rungs[-1] if 0 < rungs[-1] < settings.epochs else None,
+        eval_data=None if eval_data is None else eval_data.path,
+        until=rungs[-1] if 0 < rungs[-1] < config.epochs else None,
     )
-    run_here(job, Hooks(report=report))
+    run_here(run_spec, Hooks(report=report))
 
 
 @contextmanager

@@ -11,29 +11,29 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from amlp_ray.config import BudgetSettings, StudySettings
+from amlp_ray.config import BudgetConfig, StudyConfig
 from amlp_ray.errors import AmlpError
 from amlp_ray.study.operations.trials import STATES, folder_of, state_of, time_of
 from amlp_ray.study.storage.best_trials import front
-from amlp_ray.study.storage.budget import Ledger, Spent, counts
-from amlp_ray.study.storage.snapshot import Glance
+from amlp_ray.study.storage.budget import BudgetTracker, Usage, counts_in_budget
+from amlp_ray.study.storage.snapshot import StudySnapshot
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.training.loggers.metrics_file import read_rows
 
 
-def status(store: StudyStore, settings: StudySettings | None = None) -> dict[str, Any]:
-    """How far a study is: who runs it, trials by state, budget used and allowed, best, arms, confirmation.
+def status(store: StudyStore, config: StudyConfig | None = None) -> dict[str, Any]:
+    """How far a study is: who runs it, trials by state, budget used and allowed, best, baselines, confirmation.
 
     A RUNNING trial of a study that nobody runs is INTERRUPTED: the next run takes it over.
     """
-    settings, store = settings or store.settings(), Glance.at(store)
-    search, arms, confirmation = store.search(), store.arms(), store.confirmation()
+    config, store = config or store.config(), StudySnapshot.at(store)
+    search, baselines, confirmation = store.search(), store.baselines(), store.confirmation()
     trials = search.get_trials(deepcopy=False)
     holder, about = store.holder(), search.user_attrs
-    arm_trials = arms.get_trials(deepcopy=False)
+    arm_trials = baselines.get_trials(deepcopy=False)
     states, arm_states = _states(trials, holder), _states(arm_trials, holder)
     request = about.get("request")
-    spent = spent_by(store, trials, settings)
+    spent = spent_by(store, trials, config)
     confirmed = confirmation.get_trials(deepcopy=False)
     repeats: dict[str, dict[str, int]] = {}
     for trial in confirmed:
@@ -41,9 +41,9 @@ def status(store: StudyStore, settings: StudySettings | None = None) -> dict[str
         of["begun"] += 1
         of["done"] += trial.state == TrialState.COMPLETE
     return {
-        "study": settings.name,
+        "study": config.name,
         "folder": str(store.folder),
-        "state": _state({**arm_states, **states}, holder, request, spent, settings.budget),
+        "state": _state({**arm_states, **states}, holder, request, spent, config.budget),
         "run_by": holder,
         "since": _last_run(store).get("started") if holder else None,
         "request": request,
@@ -51,12 +51,12 @@ def status(store: StudyStore, settings: StudySettings | None = None) -> dict[str
         "arm_states": arm_states,
         "imported": sum("source" in trial.user_attrs for trial in trials),
         "budget": {
-            name: {"used": used, "allowed": getattr(settings.budget, name)}
+            name: {"used": used, "allowed": getattr(config.budget, name)}
             for name, used in spent.as_dict().items()
         },
-        "objectives": dict(settings.objectives),
-        "best": [_summary(trial, settings) for trial in front(trials, settings)],
-        "arms": _arms(arm_trials, settings),
+        "objectives": dict(config.objectives),
+        "best": [_summary(trial, config) for trial in front(trials, config)],
+        "baselines": _arms(arm_trials, config),
         "confirmed": repeats,
         "changed": _changed([*trials, *confirmed]),
     }
@@ -89,19 +89,19 @@ def list_studies(runs: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def running_rows(store: StudyStore, settings: StudySettings) -> list[dict[str, Any]]:
-    """Trials, arms and confirmations that are RUNNING: how far they are, from the last line of their metrics."""
+def running_rows(store: StudyStore, config: StudyConfig) -> list[dict[str, Any]]:
+    """Trials, baselines and confirmations that are RUNNING: how far they are, from the last line of their metrics."""
     rows = []
-    for study in (store.search(), store.arms(), store.confirmation()):
+    for study in (store.search(), store.baselines(), store.confirmation()):
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             last, rungs = _last_line(store, trial), trial.intermediate_values
             rows.append(
                 {
                     "run": str(folder_of(store, trial).relative_to(store.folder)),
                     "epoch": last.get("epoch", 0),
-                    "of": trial.params.get("epochs", settings.trial({}, seed=0).epochs),
+                    "of": trial.params.get("epochs", config.trial({}, seed=0).epochs),
                     "loss": last.get("loss"),
-                    settings.metric: rungs[max(rungs)] if rungs else None,
+                    config.metric: rungs[max(rungs)] if rungs else None,
                     "ratio": last.get("ratio"),
                     "images_per_second": last.get("images_per_second"),
                 }
@@ -115,19 +115,21 @@ def _last_line(store: StudyStore, trial: FrozenTrial) -> dict[str, Any]:
     return rows[-1] if rows else {}
 
 
-def spent_by(store: StudyStore, trials: Sequence[FrozenTrial], settings: StudySettings) -> Spent:
+def spent_by(store: StudyStore, trials: Sequence[FrozenTrial], config: StudyConfig) -> Usage:
     """What a study has used of its budget; of running trials the epochs, and of these what a fork inherited too."""
-    every = [*trials, *store.arms().get_trials(deepcopy=False)]
-    ledger = Ledger.of(every)
+    every = [*trials, *store.baselines().get_trials(deepcopy=False)]
+    budget_tracker = BudgetTracker.of(every)
     for trial in every:
         if trial.state == TrialState.RUNNING:
-            ledger.report(
+            budget_tracker.report(
                 str(trial._trial_id),
                 epochs=_last_line(store, trial).get("epoch", 0),
                 gpu_seconds=0.0,
             )
     lease = store.search().user_attrs.get("lease") or {}
-    return ledger.spent(trials=sum(map(counts, trials)), seconds=float(lease.get("seconds", 0.0)))
+    return budget_tracker.spent(
+        trials=sum(map(counts_in_budget, trials)), seconds=float(lease.get("seconds", 0.0))
+    )
 
 
 def _states(trials: Sequence[FrozenTrial], holder: str | None) -> dict[str, int]:
@@ -143,8 +145,8 @@ def _state(
     states: dict[str, int],
     holder: str | None,
     request: dict[str, Any] | None,
-    spent: Spent,
-    budget: BudgetSettings,
+    spent: Usage,
+    budget: BudgetConfig,
 ) -> str:
     verb = (request or {}).get("verb")
     if holder:
@@ -160,20 +162,22 @@ def _state(
     return {"stop": "stopped", "cancel": "cancelled", "pause": "paused"}.get(str(verb), "ended")
 
 
-def _summary(trial: FrozenTrial, settings: StudySettings) -> dict[str, Any]:
+def _summary(trial: FrozenTrial, config: StudyConfig) -> dict[str, Any]:
     return {
         "trial": trial.number,
-        **dict(zip(settings.objectives, trial.values, strict=True)),
+        **dict(zip(config.objectives, trial.values, strict=True)),
         "params": dict(trial.params),
     }
 
 
-def _arms(trials: Sequence[FrozenTrial], settings: StudySettings) -> dict[str, Any]:
+def _arms(trials: Sequence[FrozenTrial], config: StudyConfig) -> dict[str, Any]:
     found: dict[str, list[float]] = {}
     for trial in trials:
         if trial.state == TrialState.COMPLETE:
-            found.setdefault(trial.user_attrs["arm"], []).append(trial.values[0])
-    return {arm: {"n": len(v), settings.metric: sum(v) / len(v)} for arm, v in found.items()}
+            found.setdefault(trial.user_attrs["baseline"], []).append(trial.values[0])
+    return {
+        baseline: {"n": len(v), config.metric: sum(v) / len(v)} for baseline, v in found.items()
+    }
 
 
 def _changed(trials: Sequence[FrozenTrial]) -> str | None:

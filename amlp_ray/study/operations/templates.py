@@ -10,8 +10,8 @@ from typing import Any
 from amlp_ray.config import Choice, Derived, Fixed, Range
 from amlp_ray.config.yaml_file import read_yaml
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.errors import SettingsError
-from amlp_ray.study.baselines import arm_plans
+from amlp_ray.errors import ConfigError
+from amlp_ray.study.baselines import baseline_plans
 from amlp_ray.study.rungs import rung_epochs
 from amlp_ray.study.search.samplers import check_sampler
 from amlp_ray.study.search_space.validate import build_study
@@ -39,9 +39,9 @@ space: # what is searched; any setting of `pretrain` by its dotted name
 pruner: {name: median, rungs: 4, min_steps: 400} # scored four times; poor ones end early
 budget: {trials: 16} # or hours, gpu_hours, epochs: the first one reached ends the study
 # resources: {cpus_per_worker: 1, gpus_per_worker: 0.5} # two trials on each GPU
-arms: [scratch, mae] # what the best trial has to beat, in the same budget
-arm_seeds: 2
-confirm: {top: 3, seeds: 5} # `amlp-ray study confirm`: the best and the arms again, and one look at the test images
+baselines: [scratch, mae] # what the best trial has to beat, in the same budget
+baseline_seeds: 2
+confirm: {top: 3, seeds: 5} # `amlp-ray study confirm`: the best and the baselines again, and one look at the test images
 """
 
 
@@ -52,20 +52,18 @@ def init_study(name: str, *, template: str | None = None, folder: str | Path = "
         template: a ready study's name, such as `masking_ratio`, or a study file; none: a small general one.
 
     Raises:
-        SettingsError: the file exists, there is no such template, or the name cannot be one.
+        ConfigError: the file exists, there is no such template, or the name cannot be one.
     """
     file = Path(folder) / f"{name}.yaml"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise SettingsError(
+        raise ConfigError(
             f"A study cannot be called {name!r}; letters, digits, '_', '.' and '-' make a name."
         )
     if file.exists():
-        raise SettingsError(
-            f"{file} exists and is left as it is; choose another name, or delete it."
-        )
+        raise ConfigError(f"{file} exists and is left as it is; choose another name, or delete it.")
     text = GENERAL if template is None else _template(template)
     if re.search(r"(?m)^name:", text) is None:
-        raise SettingsError(f"{template} is no study file: it has no line `name:`.")
+        raise ConfigError(f"{template} is no study file: it has no line `name:`.")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(re.sub(r"(?m)^name:.*$", f"name: {name}", text, count=1))
     return file
@@ -83,7 +81,7 @@ def _template(name: str) -> str:
     if Path(name).is_file():
         return Path(name).read_text()
     near = difflib.get_close_matches(name, ready_studies(), n=1, cutoff=0.5)
-    raise SettingsError(
+    raise ConfigError(
         f"There is no ready study or file {name!r}; "
         + (
             f"did you mean {near[0]}?"
@@ -94,7 +92,7 @@ def _template(name: str) -> str:
 
 
 def validate(
-    file: str | Path, *, data: str | None = None, labels: str | None = None
+    file: str | Path, *, data: str | None = None, eval_data: str | None = None
 ) -> dict[str, Any]:
     """Check a study file, with all its faults in one list, and say in short what the study is.
 
@@ -102,33 +100,35 @@ def validate(
         data, labels: patch datasets to check it against as well: shapes, labels, batches.
 
     Raises:
-        SettingsError: one sentence per fault, with the line. DataError: it does not go with the data.
+        ConfigError: one sentence per fault, with the line. DataError: it does not go with the data.
     """
-    settings = build_study(read_yaml(file), str(file))
-    check_sampler(settings)
-    arms = arm_plans(settings)
+    config = build_study(read_yaml(file), str(file))
+    check_sampler(config)
+    baselines = baseline_plans(config)
     if data is not None:
         from amlp_ray.study.execution.plan import check_study
 
         check_study(
-            settings, PatchDataset.open(data), None if labels is None else PatchDataset.open(labels)
+            config,
+            PatchDataset.open(data),
+            None if eval_data is None else PatchDataset.open(eval_data),
         )
-    epochs = settings.trial({}, seed=0).epochs
-    space = settings.space if isinstance(settings.space, dict) else {}
+    epochs = config.trial({}, seed=0).epochs
+    space = config.space if isinstance(config.space, dict) else {}
     return {
-        "study": settings.name,
+        "study": config.name,
         "space": {name: range_words(p) for name, p in space.items()}
-        or settings.space
+        or config.space
         or "nothing is searched",
-        "objectives": dict(settings.objectives),
-        "sampler": settings.sampler.name,
-        "pruner": settings.pruner.name,
-        "rungs": list(rung_epochs(epochs, settings.pruner)),
+        "objectives": dict(config.objectives),
+        "sampler": config.sampler.name,
+        "pruner": config.pruner.name,
+        "rungs": list(rung_epochs(epochs, config.pruner)),
         "budget": {
-            name: limit for name, limit in settings.budget.model_dump().items() if limit is not None
+            name: limit for name, limit in config.budget.model_dump().items() if limit is not None
         },
-        "arms": [plan.name for plan in arms],
-        "arm_runs": len(arms) * settings.arm_seeds,
+        "baselines": [plan.name for plan in baselines],
+        "arm_runs": len(baselines) * config.baseline_seeds,
         "searched": sum(isinstance(p, Range | Choice) for p in space.values()),
         "set": sum(isinstance(p, Fixed | Derived) for p in space.values()),
         "checked_against": data,

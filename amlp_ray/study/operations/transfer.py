@@ -14,12 +14,12 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from amlp_ray.config import PretrainSettings, StudySettings
+from amlp_ray.config import PretrainConfig, StudyConfig
 from amlp_ray.config.overrides import flat
-from amlp_ray.errors import SettingsError, StudyError
+from amlp_ray.errors import ConfigError, StudyError
 from amlp_ray.study.operations.edit import begin
 from amlp_ray.study.operations.trials import folder_of, note_of, state_of
-from amlp_ray.study.search_space.values import Misfit, fit, recalled
+from amlp_ray.study.search_space.values import OutOfSpaceError, config_of_trial, fit
 from amlp_ray.study.storage.provenance import read_provenance
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.utils.files import write_whole
@@ -36,11 +36,11 @@ def export_trials(store: StudyStore, out: Path, format: str | None = None) -> in
         format: csv, parquet or json; none: by the file's ending.
 
     Raises:
-        SettingsError: for another format.
+        ConfigError: for another format.
     """
     chosen = format or out.suffix.lstrip(".").lower()
     if chosen not in FORMATS:
-        raise SettingsError(
+        raise ConfigError(
             f"{out}: the format is {chosen or 'not given'!r}, but must be {', '.join(FORMATS)}."
         )
     rows = list(exported(store))
@@ -65,24 +65,24 @@ def export_trials(store: StudyStore, out: Path, format: str | None = None) -> in
 
 
 def exported(store: StudyStore) -> Iterator[dict[str, Any]]:
-    """Every trial of the search, the arms and the confirmation as nested plain values."""
-    settings, running = store.settings(), store.is_run()
+    """Every trial of the search, the baselines and the confirmation as nested plain values."""
+    config, running = store.config(), store.is_run()
     for kind, study in (
         ("search", store.search()),
-        ("arm", store.arms()),
+        ("baseline", store.baselines()),
         ("confirm", store.confirmation()),
     ):
         for trial in study.get_trials(deepcopy=False):
             about = dict(trial.user_attrs)
-            facts = about.pop("facts", None) or {}
-            names = list(settings.objectives) if kind == "search" else [settings.metric]
+            facts = about.pop("stats", None) or {}
+            names = list(config.objectives) if kind == "search" else [config.metric]
             values = (
                 trial.values
                 if trial.state == TrialState.COMPLETE and trial.values
                 else [None] * len(names)
             )
             yield {
-                "study": settings.name,
+                "study": config.name,
                 "kind": kind,
                 "number": trial.number,
                 "state": state_of(trial, running=running),
@@ -91,7 +91,7 @@ def exported(store: StudyStore) -> Iterator[dict[str, Any]]:
                 "rungs": {
                     str(epoch): value for epoch, value in sorted(trial.intermediate_values.items())
                 },
-                "facts": facts,
+                "stats": facts,
                 "note": note_of(trial),
                 "attributes": about,
                 "started": _time(trial.datetime_start),
@@ -112,7 +112,7 @@ class Imported:
 
 def import_trials(
     store: StudyStore,
-    settings: StudySettings,
+    config: StudyConfig,
     source: str | Path,
     *,
     runs: str | Path | None = None,
@@ -128,17 +128,17 @@ def import_trials(
         runs: folder of all studies; none: the one that this study lies in.
 
     Raises:
-        SettingsError: the file cannot be read or has no column for an objective. StudyError: there is no such study.
+        ConfigError: the file cannot be read or has no column for an objective. StudyError: there is no such study.
     """
     found, path = Imported(), Path(source)
     if path.suffix.lower() == ".csv" or path.is_file():
-        given = _of_file(path, settings)
+        given = _of_file(path, config)
     else:
         folder = (
             path if (path / "study.yaml").is_file() else Path(runs or store.folder.parent) / source
         )
-        given = _of_study(StudyStore.open(folder), store, settings, found)
-    study = begin(store, settings)
+        given = _of_study(StudyStore.open(folder), store, config, found)
+    study = begin(store, config)
     there = {
         _key(trial)
         for trial in study.get_trials(deepcopy=False)
@@ -147,10 +147,10 @@ def import_trials(
     for name, origin, values, scores in given:
         try:
             if isinstance(scores, str):
-                raise Misfit(scores)
-            asked = fit(values, settings)
-            _check_set_alike(values, asked.values, settings)
-        except Misfit as misfit:
+                raise OutOfSpaceError(scores)
+            asked = fit(values, config)
+            _check_set_alike(values, asked.values, config)
+        except OutOfSpaceError as misfit:
             found.left_out[name] = str(misfit)
             continue
         trial = _prior(asked.params, asked.distributions, scores, origin)
@@ -170,15 +170,15 @@ Given = tuple[str, str, dict[str, Any], list[float] | str]
 
 
 def _of_study(
-    other: StudyStore, store: StudyStore, settings: StudySettings, found: Imported
+    other: StudyStore, store: StudyStore, config: StudyConfig, found: Imported
 ) -> Iterator[Given]:
-    theirs = other.settings()
+    theirs = other.config()
     if other.folder == store.folder:
         raise StudyError(f"Study {store.name!r} cannot be imported into itself.")
     for what, ours in (
-        ("data", settings.data),
-        ("probe", settings.probe),
-        ("epochs", settings.pretrain.get("epochs")),
+        ("data", config.data),
+        ("probe", config.probe),
+        ("epochs", config.pretrain.get("epochs")),
     ):
         if ours != (theirs.pretrain.get("epochs") if what == "epochs" else getattr(theirs, what)):
             found.notes.append(
@@ -190,44 +190,45 @@ def _of_study(
             yield name, "", {}, f"it is {trial.state.name} and not COMPLETE."
             continue
         try:
-            values = {**flat(theirs.trial(recalled(trial.params, theirs), seed=0)), **trial.params}
-        except Misfit:
+            values = {
+                **flat(theirs.trial(config_of_trial(trial.params, theirs), seed=0)),
+                **trial.params,
+            }
+        except OutOfSpaceError:
             values = dict(trial.params)  # of an older space there
         yield (
             name,
             f"study {theirs.name} trial {trial.number}",
             values,
-            _scores(trial, theirs, settings),
+            _scores(trial, theirs, config),
         )
 
 
-def _scores(
-    trial: FrozenTrial, theirs: StudySettings, settings: StudySettings
-) -> list[float] | str:
-    facts = trial.user_attrs.get("facts") or {}
+def _scores(trial: FrozenTrial, theirs: StudyConfig, config: StudyConfig) -> list[float] | str:
+    facts = trial.user_attrs.get("stats") or {}
     known = {
         **(facts.get("scores") or {}),
         **{k: v for k, v in facts.items() if isinstance(v, int | float)},
     }
     known |= dict(zip(theirs.objectives, trial.values, strict=False))
-    return _objectives(known, settings)
+    return _objectives(known, config)
 
 
-def _of_file(path: Path, settings: StudySettings) -> Iterator[Given]:
+def _of_file(path: Path, config: StudyConfig) -> Iterator[Given]:
     if not path.is_file():
-        raise SettingsError(f"There is no file {path}; check the path.")
+        raise ConfigError(f"There is no file {path}; check the path.")
     try:
         reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")))
         rows = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise SettingsError(
+        raise ConfigError(
             f"{path} cannot be read as CSV: {' '.join(str(error).split())}."
         ) from None
     columns = list(reader.fieldnames or [])
-    for objective in settings.objectives:
+    for objective in config.objectives:
         if objective not in columns and f"values.{objective}" not in columns:
-            raise SettingsError(
-                f"{path} has no column {objective!r}, an objective of {settings.name!r}; it has "
+            raise ConfigError(
+                f"{path} has no column {objective!r}, an objective of {config.name!r}; it has "
                 f"{', '.join(columns[:12]) or 'no columns'}."
             )
     for line, row in enumerate(rows, start=2):
@@ -258,15 +259,15 @@ def _of_file(path: Path, settings: StudySettings) -> Iterator[Given]:
         numbers = {
             k: v for k, v in known.items() if isinstance(v, int | float) and not isinstance(v, bool)
         }
-        yield name, f"import {path.name}", ours, _objectives(numbers, settings)
+        yield name, f"import {path.name}", ours, _objectives(numbers, config)
 
 
-def _objectives(known: Mapping[str, Any], settings: StudySettings) -> list[float] | str:
-    missing = [name for name in settings.objectives if not _is_number(known.get(name))]
+def _objectives(known: Mapping[str, Any], config: StudyConfig) -> list[float] | str:
+    missing = [name for name in config.objectives if not _is_number(known.get(name))]
     return (
         f"it has no {missing[0]}."
         if missing
-        else [float(known[name]) for name in settings.objectives]
+        else [float(known[name]) for name in config.objectives]
     )
 
 
@@ -279,10 +280,10 @@ def _read(text: str) -> Any:
 
 
 def _check_set_alike(
-    given: Mapping[str, Any], values: Mapping[str, Any], settings: StudySettings
+    given: Mapping[str, Any], values: Mapping[str, Any], config: StudyConfig
 ) -> None:
     """Raise Misfit where what is known of the trial differs from what the study sets for all of its trials."""
-    ours = flat(settings.trial(values, seed=0))
+    ours = flat(config.trial(values, seed=0))
     for name in _method_names():
         if (
             name in given
@@ -290,14 +291,14 @@ def _check_set_alike(
             and given[name] != ours[name]
             and not _close(given[name], ours[name])
         ):
-            raise Misfit(f"{name} is {given[name]} there and {ours[name]} here.")
+            raise OutOfSpaceError(f"{name} is {given[name]} there and {ours[name]} here.")
 
 
 def _method_names() -> list[str]:
     """Settings that a score follows from; how images are read and how long a trial is are told as notes."""
     return [
         name
-        for name in flat(PretrainSettings())
+        for name in flat(PretrainConfig())
         if name not in ("seed", "data", "epochs", "compile", "precision", "variant")
     ]
 

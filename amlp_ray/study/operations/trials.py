@@ -9,38 +9,38 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from amlp_ray.config import StudySettings
+from amlp_ray.config import StudyConfig
 from amlp_ray.config.yaml_file import read_yaml
-from amlp_ray.errors import SettingsError, StudyError
+from amlp_ray.errors import ConfigError, StudyError
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.utils.files import read_json
 
 STATES = ("COMPLETE", "PRUNED", "FAIL", "RUNNING", "INTERRUPTED", "WAITING")
 
 
-def trial_rows(store: StudyStore, settings: StudySettings | None = None) -> list[dict[str, Any]]:
-    """All trials as plain rows: the search, then arms, then the confirmation.
+def trial_rows(store: StudyStore, config: StudyConfig | None = None) -> list[dict[str, Any]]:
+    """All trials as plain rows: the search, then baselines, then the confirmation.
 
-    Columns: `kind` (search, an arm's name, or `confirm CANDIDATE`), `number` (the repeat, but for the search), `state`,
+    Columns: `kind` (search, a baseline's name, or `confirm CANDIDATE`), `number` (the repeat, but for the search), `state`,
     one per objective and the study's metric at the last rung, what it took, what is to note, and searched settings.
     """
-    settings = settings or store.settings()
-    studies = store.search(), store.arms(), store.confirmation()
-    search, arms, confirmation = (study.get_trials(deepcopy=False) for study in studies)
+    config = config or store.config()
+    studies = store.search(), store.baselines(), store.confirmation()
+    search, baselines, confirmation = (study.get_trials(deepcopy=False) for study in studies)
     running = store.is_run()
-    names = parameter_names(search, settings)
+    names = parameter_names(search, config)
     return (
-        [_row(trial, "search", trial.number, names, settings, running) for trial in search]
+        [_row(trial, "search", trial.number, names, config, running) for trial in search]
         + [
             _row(
                 t,
-                t.user_attrs.get("arm", "arm"),
+                t.user_attrs.get("baseline", "baseline"),
                 t.user_attrs.get("repeat"),
                 names,
-                settings,
+                config,
                 running,
             )
-            for t in arms
+            for t in baselines
         ]
         + [
             _row(
@@ -48,7 +48,7 @@ def trial_rows(store: StudyStore, settings: StudySettings | None = None) -> list
                 f"confirm {t.user_attrs.get('candidate')}",
                 t.user_attrs.get("repeat"),
                 names,
-                settings,
+                config,
                 running,
             )
             for t in confirmation
@@ -62,31 +62,29 @@ def trial_facts(store: StudyStore, number: int) -> dict[str, Any]:
     Raises:
         StudyError: there is no such trial.
     """
-    settings, trial = store.settings(), find_trial(store, number)
+    config, trial = store.config(), find_trial(store, number)
     about, folder = trial.user_attrs, folder_of(store, trial)
-    file = folder / "settings.yaml"
+    file = folder / "config.yaml"
     values = trial.values if trial.state == TrialState.COMPLETE else None
     return {
         "trial": number,
         "state": state_of(trial, running=store.is_run()),
         "reason": about.get("reason"),
         "note": note_of(trial),
-        "values": dict(zip(settings.objectives, values, strict=True)) if values else None,
-        "metric": settings.metric,
+        "values": dict(zip(config.objectives, values, strict=True)) if values else None,
+        "metric": config.metric,
         "params": trial.system_attrs.get("fixed_params", {}) | trial.params,
         "rungs": dict(sorted(trial.intermediate_values.items())),
-        "facts": about.get("facts") or {},
+        "stats": about.get("stats") or {},
         "lost": about.get("lost"),
         "started": time_of(trial.datetime_start),
         "ended": time_of(trial.datetime_complete),
         "folder": str(folder),
         "files": sorted(p.name for p in folder.iterdir()) if folder.is_dir() else [],
         "error": str(folder / "error.txt") if (folder / "error.txt").is_file() else None,
-        "settings": dict(read_yaml(file)) if file.is_file() else {},
+        "config": dict(read_yaml(file)) if file.is_file() else {},
         "provenance": {
-            k: v
-            for k, v in (read_json(folder / "provenance.json") or {}).items()
-            if k != "settings"
+            k: v for k, v in (read_json(folder / "provenance.json") or {}).items() if k != "config"
         },
     }
 
@@ -124,7 +122,7 @@ def chosen_rows(
         sort: a column; `-` before it sorts from high to low. Rows without a value come last.
 
     Raises:
-        SettingsError: for a state or column that there is not.
+        ConfigError: for a state or column that there is not.
     """
     wanted = [state.upper() for state in states]
     _check_known("state", wanted, STATES)
@@ -140,9 +138,9 @@ def chosen_rows(
     return [{name: row[name] for name in columns or known} for row in kept[:limit]]
 
 
-def parameter_names(trials: Sequence[FrozenTrial], settings: StudySettings) -> list[str]:
+def parameter_names(trials: Sequence[FrozenTrial], config: StudyConfig) -> list[str]:
     """Searched names: as declared, then those that only trials know."""
-    declared = settings.space if isinstance(settings.space, dict) else {}
+    declared = config.space if isinstance(config.space, dict) else {}
     known = {name for trial in trials for name in trial.params}
     return [*(name for name in declared if name in known), *sorted(known - declared.keys())]
 
@@ -172,19 +170,19 @@ def _row(
     kind: str,
     number: int | None,
     names: list[str],
-    settings: StudySettings,
+    config: StudyConfig,
     running: bool,
 ) -> dict[str, Any]:
-    facts, rungs = trial.user_attrs.get("facts") or {}, trial.intermediate_values
+    facts, rungs = trial.user_attrs.get("stats") or {}, trial.intermediate_values
     values = trial.values if trial.state == TrialState.COMPLETE and trial.values else []
-    measured = {settings.metric: rungs[max(rungs)] if rungs else None}
-    measured |= dict.fromkeys(name for name in settings.objectives if name != settings.metric)
-    if len(values) == len(settings.objectives):
-        measured |= dict(zip(settings.objectives, values, strict=True))
+    measured = {config.metric: rungs[max(rungs)] if rungs else None}
+    measured |= dict.fromkeys(name for name in config.objectives if name != config.metric)
+    if len(values) == len(config.objectives):
+        measured |= dict(zip(config.objectives, values, strict=True))
     elif values:
-        measured[settings.metric] = values[
+        measured[config.metric] = values[
             0
-        ]  # arms have one value, whatever the search strives for
+        ]  # baselines have one value, whatever the search strives for
     return {
         "kind": kind,
         "number": trial.number if number is None else number,
@@ -209,6 +207,6 @@ def time_of(time: datetime | None) -> str | None:
 def _check_known(what: str, given: Sequence[str], known: Sequence[str]) -> None:
     unknown = [name for name in given if name not in known]
     if unknown:
-        raise SettingsError(
+        raise ConfigError(
             f"There is no {what} {unknown[0]!r} among the trials; there are {', '.join(known)}."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from amlp_ray.study.report.importance import Importance, importance
-from amlp_ray.study.storage.budget import counts
+from amlp_ray.study.storage.budget import counts_in_budget
 from amlp_ray.study.storage.study_store import StudyStore
 
 __all__ = ["Importance", "confirmation_in_words", "importances", "write_report"]
@@ -13,8 +13,8 @@ __all__ = ["Importance", "confirmation_in_words", "importances", "write_report"]
 
 def importances(store: StudyStore) -> dict[str, Importance]:
     """By objective, how much of the difference between the best trials and the rest each parameter explains."""
-    own = [trial for trial in store.search().get_trials(deepcopy=False) if counts(trial)]
-    return importance(own, store.settings().objectives)
+    own = [trial for trial in store.search().get_trials(deepcopy=False) if counts_in_budget(trial)]
+    return importance(own, store.config().objectives)
 
 
 def confirmation_in_words(store: StudyStore) -> list[str]:
@@ -33,7 +33,7 @@ def write_report(store: StudyStore) -> Path:
     sees half a file, since the new one takes the place of the old one in one step.
 
     Raises:
-        SettingsError: where `study.yaml` is missing or not valid.
+        ConfigError: where `study.yaml` is missing or not valid.
     """
     from amlp_ray.study.report.html import write  # plotly, jinja2 and scipy take a second to import
 

@@ -1,4 +1,4 @@
-"""Numbers behind the verdict: arms, differences, paired intervals, and whether early scores rank trials."""
+"""Numbers behind the verdict: baselines, differences, paired intervals, and whether early scores rank trials."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Literal
 
 import numpy as np
 
-from amlp_ray.config import arm_names
+from amlp_ray.config import baseline_names
 from amlp_ray.study.confirmation.statistics import MIN_RANKED, RESAMPLES, spearman
-from amlp_ray.study.report.report_data import Facts, Run, finite
+from amlp_ray.study.report.report_data import ReportData, ReportedTrial, finite
 from amlp_ray.study.storage.study_store import read_metrics
 
 
 @dataclass(frozen=True)
-class Arm:
+class Baseline:
     """The finished repeats of one baseline."""
 
     name: str
-    runs: tuple[Run, ...]
+    runs: tuple[ReportedTrial, ...]
 
     @property
     def values(self) -> list[float]:
@@ -42,11 +42,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The best trial against one arm; positive differences are in favour of the trial."""
+    """The best trial against one baseline; positive differences are in favour of the trial."""
 
-    arm: Arm
+    baseline: Baseline
     difference: float
-    reading: Literal["better", "tie", "worse"]
+    reading: Literal["better", "equivalence_margin", "worse"]
     interval: tuple[float, float] | None  # 95 %, paired over images; None without per-image scores
     images: int  # that both have scored
 
@@ -67,28 +67,34 @@ class Agreement:
     prunable: bool  # False: steps are unknown, and the first rung of all stands in
 
 
-def finished_arms(facts: Facts) -> list[Arm]:
-    """Return the arms that have a finished repeat, in the order of the settings."""
+def finished_baselines(facts: ReportData) -> list[Baseline]:
+    """Return the baselines that have a finished repeat, in the order of the settings."""
     order = dict.fromkeys(
-        [*arm_names(facts.settings.arms), *(run.arm for run in facts.arms if run.arm)]
+        [
+            *baseline_names(facts.config.baselines),
+            *(run.baseline for run in facts.baselines if run.baseline),
+        ]
     )
     grouped = {
-        name: tuple(run for run in facts.arms if run.arm == name and run.finished) for name in order
+        name: tuple(run for run in facts.baselines if run.baseline == name and run.finished)
+        for name in order
     }
-    return [Arm(name, runs) for name, runs in grouped.items() if runs]
+    return [Baseline(name, runs) for name, runs in grouped.items() if runs]
 
 
-def compare(best: Run, arm: Arm, tie: float) -> Comparison:
+def compare(best: ReportedTrial, baseline: Baseline, equivalence_margin: float) -> Comparison:
     difference = round(
-        (best.dsc or 0.0) - arm.dsc, 6
+        (best.dsc or 0.0) - baseline.dsc, 6
     )  # 0.42 - 0.40 must not fall below a tie of 0.02
-    interval, images = paired_interval(best.per_image(), [run.per_image() for run in arm.runs])
-    return Comparison(arm, difference, read(difference, tie), interval, images)
+    interval, images = paired_interval(best.per_image(), [run.per_image() for run in baseline.runs])
+    return Comparison(baseline, difference, read(difference, equivalence_margin), interval, images)
 
 
-def read(difference: float, tie: float) -> Literal["better", "tie", "worse"]:
-    if abs(difference) < tie or difference == 0:
-        return "tie"
+def read(
+    difference: float, equivalence_margin: float
+) -> Literal["better", "equivalence_margin", "worse"]:
+    if abs(difference) < equivalence_margin or difference == 0:
+        return "equivalence_margin"
     return "better" if difference > 0 else "worse"
 
 
@@ -97,7 +103,7 @@ def paired_interval(
 ) -> tuple[tuple[float, float] | None, int]:
     """Bootstrap the mean difference over images that all runs scored; return its 95 % interval and their number.
 
-    The repeats of an arm are averaged per image first. The interval covers the choice of images, not the seeds.
+    The repeats of a baseline are averaged per image first. The interval covers the choice of images, not the seeds.
     """
     common = sorted(set(best).intersection(*repeats))
     if len(common) < 2:
@@ -111,7 +117,7 @@ def paired_interval(
     return (float(low), float(high)), len(common)
 
 
-def rank_agreement(facts: Facts) -> Agreement:
+def rank_agreement(facts: ReportData) -> Agreement:
     """Correlate scores at the first rung that may prune with scores of the last rung, over complete trials."""
     rows, epochs, known = [], set(), True
     for run in facts.search:
@@ -120,7 +126,7 @@ def rank_agreement(facts: Facts) -> Agreement:
         early = [
             epoch
             for epoch in run.rungs
-            if steps is None or epoch * steps >= facts.settings.pruner.min_steps
+            if steps is None or epoch * steps >= facts.config.pruner.min_steps
         ]
         if not run.finished or len(run.rungs) < 2 or not early or min(early) == max(run.rungs):
             continue

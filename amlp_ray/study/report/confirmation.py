@@ -19,7 +19,12 @@ from amlp_ray.study.report.tables import MISSING, Cell, Table
 
 FEW_SEEDS = 5  # below it, the spread of seeds is a guess
 NAMES: dict[Protocol, str] = {"finetune": "fine-tuning", "probe": "probe"}
-SHOWN = {"better": "better", "worse": "worse", "tie": "a tie", "not known": "not known"}
+SHOWN = {
+    "better": "better",
+    "worse": "worse",
+    "equivalence_margin": "a tie",
+    "not known": "not known",
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ def section(found: Confirmation) -> Section:
             "hierarchical bootstrap of paired differences, widened as few seeds require. p is the larger of "
             "Wilcoxon's over images and of a t-test over seeds and images, after Holm's correction for the "
             "comparisons of one list. A difference is shown where p is below 0.05 and the interval leaves out zero; "
-            f"one that is shown and below {found.tie:g} is a tie."
+            f"one that is shown and below {found.equivalence_margin:g} is a tie."
         ),
         table=_table(found),
         sizes=_sizes(found),
@@ -66,7 +71,7 @@ def in_words(found: Confirmation) -> list[str]:
     return [_state(found), *compared, _noise(found), _agreement(found), *_cautions(found)]
 
 
-def headed(searched: Verdict, found: Confirmation | None) -> Verdict:
+def with_confirmation(searched: Verdict, found: Confirmation | None) -> Verdict:
     """The verdict of a study: that of the confirmation, once test images were opened, and of the search until then."""
     if found is None or not found.opened or found.chosen is None:
         return searched
@@ -77,7 +82,9 @@ def headed(searched: Verdict, found: Confirmation | None) -> Verdict:
     shown = first or rest[:1]
     told = [_sentence(found, item, "finetune", whole=item is shown[0]) for item in shown]
     if not told:
-        told = [f"{_capital(found.chosen.title)} was confirmed, and no arm to compare it with."]
+        told = [
+            f"{_capital(found.chosen.title)} was confirmed, and no baseline to compare it with."
+        ]
     return replace(
         searched,
         kind=_kind(items),
@@ -91,19 +98,19 @@ def headed(searched: Verdict, found: Confirmation | None) -> Verdict:
     )
 
 
-def _kind(items: dict[str, Against]) -> Literal["better", "tie", "worse", "open"]:
+def _kind(items: dict[str, Against]) -> Literal["better", "equivalence_margin", "worse", "open"]:
     readings = [items[name].reading for name in ("mae", "scratch") if name in items]
     if "mae" not in items or "not known" in readings:
         return "open"
     if "worse" in readings:
         return "worse"
-    return "better" if set(readings) == {"better"} else "tie"
+    return "better" if set(readings) == {"better"} else "equivalence_margin"
 
 
 def _sentence(
     found: Confirmation, item: Against, protocol: Protocol, *, whole: bool = False
 ) -> str:
-    """Such as: Against arm mae (plain MAE), 0.608: +0.004 [-0.012, +0.019], p 0.55 after Holm: no difference shown.
+    """Such as: Against baseline mae (plain MAE), 0.608: +0.004 [-0.012, +0.019], p 0.55 after Holm: no difference shown.
 
     Args:
         whole: begin with who is compared, over what: Over 3 seeds and 87 test images, trial 7 scores 0.612 DSC ...
@@ -138,8 +145,8 @@ def _sentence(
 
 
 def _reading(found: Confirmation, item: Against) -> str:
-    if item.reading == "tie":
-        return f"shown, but under {found.tie:g}, a tie"
+    if item.reading == "equivalence_margin":
+        return f"shown, but under {found.equivalence_margin:g}, a tie"
     return SHOWN.get(item.reading, item.reading)
 
 
@@ -196,12 +203,12 @@ def _rho(found: Correlation) -> str:
 def _ties(found: Confirmation, protocol: Protocol) -> str:
     titles = {candidate.name: candidate.title for candidate in found.candidates}
     items = [*found.against_trials[protocol], *found.against_arms[protocol]]
-    tied = [item for item in items if item.reading in ("tie", "no difference shown")]
+    tied = [item for item in items if item.reading in ("equivalence_margin", "no difference shown")]
     pairs = "; ".join(
         f"{titles[item.ours]} and {titles[item.theirs]} ({item.difference.mean:+.3f})"
         for item in tied
     )
-    return f"Ties by {NAMES[protocol]} (no difference shown, or one under {found.tie:g}): {pairs or 'none'}."
+    return f"Ties by {NAMES[protocol]} (no difference shown, or one under {found.equivalence_margin:g}): {pairs or 'none'}."
 
 
 def _cautions(found: Confirmation) -> list[str]:

@@ -9,15 +9,15 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from amlp_ray.study.report.plotting import ACCENT, PALE, SCALE, Figure, empty, hover
-from amlp_ray.study.report.report_data import Facts, Run, finite
+from amlp_ray.study.report.report_data import ReportData, ReportedTrial, finite
 from amlp_ray.study.storage.study_store import read_metrics
 
 MAX_CURVES = 60  # more are a grey carpet, and the file grows with every one
 
-Logged = list[tuple[Run, list[dict[str, Any]]]]  # runs with a row for each epoch
+Logged = list[tuple[ReportedTrial, list[dict[str, Any]]]]  # runs with a row for each epoch
 
 
-def curves(facts: Facts) -> tuple[Figure, list[Figure]]:
+def curves(facts: ReportData) -> tuple[Figure, list[Figure]]:
     """Draw the best trials, whatever their state; trials without a score come last.
 
     Returns: the metric at rungs, and what is logged at every epoch.
@@ -42,7 +42,7 @@ def curves(facts: Facts) -> tuple[Figure, list[Figure]]:
     ]
 
 
-def _rungs(facts: Facts, drawn: list[Run], note: str) -> Figure:
+def _rungs(facts: ReportData, drawn: list[ReportedTrial], note: str) -> Figure:
     title = f"{facts.metric} while pretraining"
     caption = (
         f"{facts.metric} at each rung, darker for a higher last score: dotted lines that end in a cross were pruned, "
@@ -52,7 +52,7 @@ def _rungs(facts: Facts, drawn: list[Run], note: str) -> Figure:
     if not runs:
         return Figure("rungs", title, caption, gap="No rung has been reached yet.")
     figure = empty("epoch", facts.metric)
-    for run, line in _coloured(runs, facts.best):
+    for run, line in _colored(runs, facts.best):
         line["dash"] = {"PRUNED": "dot", "COMPLETE": "solid"}.get(run.state, "dash")
         before, pruned = len(run.rungs) - 1, run.state == "PRUNED"
         figure.add_scatter(
@@ -70,7 +70,7 @@ def _rungs(facts: Facts, drawn: list[Run], note: str) -> Figure:
     return Figure("rungs", title, caption + note, _with_bar(figure, runs, facts.metric))
 
 
-def _losses(logged: Logged, facts: Facts, note: str) -> Figure:
+def _losses(logged: Logged, facts: ReportData, note: str) -> Figure:
     caption = (
         "Training loss by epoch: see whether a run falls and stays finite. Losses at different ratios are not "
         "comparable, so a lower curve is not a better encoder."
@@ -81,7 +81,7 @@ def _losses(logged: Logged, facts: Facts, note: str) -> Figure:
     return item
 
 
-def _per_epoch(column: str, title: str, caption: str, logged: Logged, facts: Facts) -> Figure:
+def _per_epoch(column: str, title: str, caption: str, logged: Logged, facts: ReportData) -> Figure:
     """Draw a column of the metrics that has its own name on the y axis."""
     logged = [
         (run, rows)
@@ -93,7 +93,7 @@ def _per_epoch(column: str, title: str, caption: str, logged: Logged, facts: Fac
     rows_of = {run.number: rows for run, rows in logged}
     runs = [run for run, _ in logged]
     figure = empty("epoch", column)
-    for run, line in _coloured(runs, facts.best):
+    for run, line in _colored(runs, facts.best):
         rows = rows_of[run.number]
         values = [finite(row.get(column)) for row in rows]
         figure.add_scatter(
@@ -107,7 +107,9 @@ def _per_epoch(column: str, title: str, caption: str, logged: Logged, facts: Fac
     return Figure(column, title, caption, _with_bar(figure, runs, facts.metric))
 
 
-def _coloured(runs: list[Run], best: Run | None) -> Iterator[tuple[Run, dict[str, Any]]]:
+def _colored(
+    runs: list[ReportedTrial], best: ReportedTrial | None
+) -> Iterator[tuple[ReportedTrial, dict[str, Any]]]:
     """Yield runs with their line, worst first, so that good ones lie on top; the best trial is red and wide."""
     low, high = _ends(runs)
     for run in reversed(runs):
@@ -120,12 +122,12 @@ def _coloured(runs: list[Run], best: Run | None) -> Iterator[tuple[Run, dict[str
             yield run, {"color": sample_colorscale(SCALE, [place])[0], "width": 1.5}
 
 
-def _ends(runs: list[Run]) -> tuple[float, float]:
+def _ends(runs: list[ReportedTrial]) -> tuple[float, float]:
     values = [run.value for run in runs if run.value is not None]
     return (min(values), max(values)) if values else (0.0, 0.0)
 
 
-def _with_bar(figure: go.Figure, runs: list[Run], metric: str) -> go.Figure:
+def _with_bar(figure: go.Figure, runs: list[ReportedTrial], metric: str) -> go.Figure:
     """Add the colour bar of the metric: plotly draws one only for markers, so an unseen one carries it."""
     low, high = _ends(runs)
     if high > low:

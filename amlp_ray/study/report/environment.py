@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from amlp_ray.config.overrides import flat
-from amlp_ray.study.report.report_data import Facts, Run
+from amlp_ray.study.report.report_data import ReportData, ReportedTrial
 from amlp_ray.study.report.tables import Cell, Table, show
 from amlp_ray.utils.files import read_json
 
@@ -14,7 +14,7 @@ MAX_RUNS = 50  # of the study; the rest is in environments.jsonl
 MAX_CHANGES = 6  # told of one run
 
 
-def runs(facts: Facts) -> Table:
+def runs(facts: ReportData) -> Table:
     """Each time that the study was run, and what had changed since the time before."""
     rows, before = [], None
     for environment in facts.environments:
@@ -28,16 +28,17 @@ def runs(facts: Facts) -> Table:
     )
 
 
-def latest(facts: Facts) -> Table:
+def latest(facts: ReportData) -> Table:
     """Everything that is known of the latest run by its dotted name, after the seeds that the settings hold."""
-    settings = facts.settings
+    config = facts.config
     rows = [
-        ("seed of the study", settings.seed),
-        ("seed of the probe's label subsets and folds", settings.probe.seed),
+        ("seed of the study", config.seed),
+        ("seed of the probe's label subsets and folds", config.probe.seed),
         (
-            "seeds of the arms",
+            "seeds of the baselines",
             sorted(
-                {run.attributes["seed"] for run in facts.arms if "seed" in run.attributes}, key=str
+                {run.attributes["seed"] for run in facts.baselines if "seed" in run.attributes},
+                key=str,
             ),
         ),
         *flat(facts.environment).items(),
@@ -45,11 +46,11 @@ def latest(facts: Facts) -> Table:
     return Table(["", ""], [[Cell(name), Cell(show(value))] for name, value in rows])
 
 
-def commits(facts: Facts) -> str | None:
+def commits(facts: ReportData) -> str | None:
     """Say which runs were made by which code; None where all were made by the same, or none says."""
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[ReportedTrial]] = {}
     changed = []
-    for run in (*facts.search, *facts.arms, *facts.confirmation):
+    for run in (*facts.search, *facts.baselines, *facts.confirmation):
         origin = read_json(run.folder / "provenance.json") or {}
         if origin.get("commit") is not None:
             groups.setdefault(_code(origin), []).append(run)
@@ -100,7 +101,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:39] + "\u2026"
 
 
-def _named(members: Sequence[Run]) -> str:
+def _named(members: Sequence[ReportedTrial]) -> str:
     """Name runs, neighbouring trial numbers as ranges."""
     numbers = sorted(run.number for run in members if run.name.startswith("trial "))
     ranges: list[list[int]] = []
@@ -115,5 +116,9 @@ def _named(members: Sequence[Run]) -> str:
     parts = [f"trials {shown}"] if told else []
     return ", ".join(
         parts
-        + (others if len(others) <= 8 else [f"{len(others)} runs of arms or of the confirmation"])
+        + (
+            others
+            if len(others) <= 8
+            else [f"{len(others)} runs of baselines or of the confirmation"]
+        )
     )

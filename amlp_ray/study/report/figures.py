@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from amlp_ray.config import Range
-from amlp_ray.study.report.comparison import Arm
+from amlp_ray.study.report.comparison import Baseline
 from amlp_ray.study.report.plotting import (
     ACCENT,
     ARM_COLOURS,
@@ -22,17 +22,17 @@ from amlp_ray.study.report.plotting import (
     hover,
     layout,
 )
-from amlp_ray.study.report.report_data import TITLES, Facts, Run, finite
+from amlp_ray.study.report.report_data import TITLES, ReportData, ReportedTrial, finite
 
 MANY = 1000  # trials; above, the text under the pointer leaves parameters out, which would be most of the file
 UNUSED = "\u2013"  # tick of a parameter that a trial did not have
 
 
-def history(facts: Facts, arms: list[Arm]) -> Figure:
+def history(facts: ReportData, baselines: list[Baseline]) -> Figure:
     title = "Optimisation history"
     caption = (
         "Each mark is a trial in the order of asking; the line is the best complete trial so far, and dashes are means "
-        "of arms. Pruned trials stand at their last score, which is not comparable with full length."
+        "of baselines. Pruned trials stand at their last score, which is not comparable with full length."
     )
     scored = [
         run for run in facts.search if run.value is not None and run.state in ("COMPLETE", "PRUNED")
@@ -40,7 +40,7 @@ def history(facts: Facts, arms: list[Arm]) -> Figure:
     if not scored:
         return Figure("history", title, caption, gap="No trial has been scored yet.")
     figure = empty("trial", facts.metric)
-    for state, symbol, colour in (("PRUNED", "x-thin-open", PALE), ("COMPLETE", "circle", BLUE)):
+    for state, symbol, color in (("PRUNED", "x-thin-open", PALE), ("COMPLETE", "circle", BLUE)):
         runs = [run for run in scored if run.state == state]
         if runs:
             figure.add_scatter(
@@ -49,8 +49,8 @@ def history(facts: Facts, arms: list[Arm]) -> Figure:
                 mode="markers",
                 name=state.lower(),
                 marker={
-                    "symbol": symbol, "size": 9 if len(scored) < MANY else 5, "color": colour,
-                    "line": {"width": 2 if state == "PRUNED" else 0, "color": colour},
+                    "symbol": symbol, "size": 9 if len(scored) < MANY else 5, "color": color,
+                    "line": {"width": 2 if state == "PRUNED" else 0, "color": color},
                 },
                 text=[hover(run, short=len(scored) > MANY) for run in runs],
                 hovertemplate="%{text}<extra></extra>",
@@ -67,30 +67,34 @@ def history(facts: Facts, arms: list[Arm]) -> Figure:
             hoverinfo="skip",
         )
     ends = [min(run.number for run in scored) - 0.5, max(run.number for run in scored) + 0.5]
-    for i, arm in enumerate(arms if facts.settings.metric == "dsc" else []):
+    for i, baseline in enumerate(baselines if facts.config.metric == "dsc" else []):
         line = {"dash": "dash", "width": 1.5, "color": ARM_COLOURS[i % len(ARM_COLOURS)]}
         figure.add_scatter(
-            x=ends, y=[arm.dsc] * 2, mode="lines", name=f"arm {escape(arm.name)}", line=line
+            x=ends,
+            y=[baseline.dsc] * 2,
+            mode="lines",
+            name=f"baseline {escape(baseline.name)}",
+            line=line,
         )
     return Figure("history", title, caption, figure)
 
 
-def fronts(facts: Facts) -> list[Figure]:
+def fronts(facts: ReportData) -> list[Figure]:
     """Draw the metric against every other objective; nothing for a study of one objective."""
-    names = list(facts.settings.objectives)
+    names = list(facts.config.objectives)
     if len(names) < 2:
         return []
-    first = facts.settings.metric if facts.settings.metric in names else names[0]
+    first = facts.config.metric if facts.config.metric in names else names[0]
     return [_against(facts, other, first) for other in names if other != first]
 
 
-def _against(facts: Facts, x: str, y: str) -> Figure:
+def _against(facts: ReportData, x: str, y: str) -> Figure:
     key, title = f"front_{x}", f"{TITLES[y]} against {TITLES[x]}"
-    two = len(facts.settings.objectives) == 2
+    two = len(facts.config.objectives) == 2
     caption = (
         "Each mark is a complete trial; those of the Pareto front, which no other beats in every objective, are red"
         + (" and joined" if two else "")
-        + (", and trials that break a limit are crosses." if facts.settings.limits else ".")
+        + (", and trials that break a limit are crosses." if facts.config.limits else ".")
     )
     runs = [run for run in facts.search if run.state == "COMPLETE" and {x, y} <= run.values.keys()]
     if not runs:
@@ -126,19 +130,19 @@ def _against(facts: Facts, x: str, y: str) -> Figure:
     return Figure(key, title, caption, figure)
 
 
-def _corner(facts: Facts, x: str, y: str) -> str:
+def _corner(facts: ReportData, x: str, y: str) -> str:
     """Shape of a line along a front: steps on the side that no trial has reached."""
-    directions = {str(name): direction for name, direction in facts.settings.objectives.items()}
+    directions = {str(name): direction for name, direction in facts.config.objectives.items()}
     return "hv" if (directions[x] == "minimize") == (directions[y] == "maximize") else "vh"
 
 
-def importances(facts: Facts) -> list[Figure]:
+def importances(facts: ReportData) -> list[Figure]:
     """Draw the importances for each objective."""
     several = len(facts.importances) > 1
     return [_importance(facts, name, several) for name in facts.importances]
 
 
-def _importance(facts: Facts, name: str, several: bool) -> Figure:
+def _importance(facts: ReportData, name: str, several: bool) -> Figure:
     key = f"importances_{name}" if several else "importances"
     title = "Importances" + (f" for {TITLES[name]}" if several else "")
     caption = (
@@ -162,7 +166,7 @@ def _importance(facts: Facts, name: str, several: bool) -> Figure:
     return Figure(key, title, caption, figure, height=110 + 32 * len(names))
 
 
-def parallel(facts: Facts) -> Figure:
+def parallel(facts: ReportData) -> Figure:
     title = "Parallel coordinates"
     caption = (
         f"Each line is a complete trial, darker for a higher {facts.metric}; drag along an axis to pick lines; the "
@@ -195,11 +199,11 @@ def parallel(facts: Facts) -> Figure:
     return Figure("parallel", title, caption, figure, height=460, width=160 + 85 * len(names))
 
 
-def _value(run: Run) -> float:
+def _value(run: ReportedTrial) -> float:
     return run.value or 0.0
 
 
-def _axis(facts: Facts, name: str, values: list[Any]) -> dict[str, Any]:
+def _axis(facts: ReportData, name: str, values: list[Any]) -> dict[str, Any]:
     """One axis: numbers as they are or as logarithms, choices as ticks, and a lowest tick for absence."""
     absent = None in values
     numbers = [finite(value) for value in values if value is not None]

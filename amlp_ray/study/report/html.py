@@ -25,19 +25,19 @@ from amlp_ray.study.report import (
     search_space,
     tables,
 )
-from amlp_ray.study.report.comparison import Arm, compare, finished_arms, rank_agreement
+from amlp_ray.study.report.comparison import Baseline, compare, finished_baselines, rank_agreement
 from amlp_ray.study.report.curves import curves
 from amlp_ray.study.report.lineage import lineage_figure, lineage_rows
 from amlp_ray.study.report.plotting import Figure
-from amlp_ray.study.report.report_data import Facts, Run, count_states, gather
-from amlp_ray.study.report.summary import judge
+from amlp_ray.study.report.report_data import ReportData, ReportedTrial, collect, count_states
+from amlp_ray.study.report.summary import summarize_search
 from amlp_ray.study.storage.study_store import StudyStore
 
 HERE = Path(__file__).parent
 
 
 def write(store: StudyStore) -> Path:
-    text = _render(gather(store), confirmation_of(store))
+    text = _render(collect(store), confirmation_of(store))
     path = store.folder / "report.html"
     handle, name = tempfile.mkstemp(prefix=".report-", suffix=".html", dir=store.folder)
     try:
@@ -51,14 +51,20 @@ def write(store: StudyStore) -> Path:
     return path
 
 
-def _render(facts: Facts, found: Confirmation | None) -> str:
+def _render(facts: ReportData, found: Confirmation | None) -> str:
     # Everything is escaped but the style sheet, plotly.js, and plotly's own HTML, which escapes `<`, `>` and `/` inside
     # its JSON.
     jinja = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
-    arms = finished_arms(facts)
+    baselines = finished_baselines(facts)
     best = facts.best
-    compared = [arm for arm in arms if not any(run.diagnosis for run in arm.runs)]
-    comparisons = [compare(best, arm, facts.settings.tie) for arm in compared] if best else []
+    compared = [
+        baseline for baseline in baselines if not any(run.diagnosis for run in baseline.runs)
+    ]
+    comparisons = (
+        [compare(best, baseline, facts.config.equivalence_margin) for baseline in compared]
+        if best
+        else []
+    )
     told = progress.timeline(facts)
     rungs, by_epoch = curves(facts)
     early = rung_correlation.ranks(facts)
@@ -66,11 +72,11 @@ def _render(facts: Facts, found: Confirmation | None) -> str:
         "front": figures.fronts(facts),
         "search": [figures.history(facts, compared), progress.efficiency(facts)],
         "settings": [*figures.importances(facts), figures.parallel(facts)],
-        "lineage": [lineage_figure(facts.settings, facts.trials)]
-        if facts.settings.sampler.name == "pbt"
+        "lineage": [lineage_figure(facts.config, facts.trials)]
+        if facts.config.sampler.name == "pbt"
         else [],
         "ranks": [rung_correlation.figure(facts, early)]
-        if facts.settings.sampler.name != "pbt"
+        if facts.config.sampler.name != "pbt"
         else [],
         "rungs": [rungs],
         "time": [progress.gantt(told)],
@@ -83,27 +89,29 @@ def _render(facts: Facts, found: Confirmation | None) -> str:
         else None,
         facts=facts,
         header=_header(facts, told),
-        verdict=confirmation.headed(judge(facts, arms, comparisons, rank_agreement(facts)), found),
+        verdict=confirmation.with_confirmation(
+            summarize_search(facts, baselines, comparisons, rank_agreement(facts)), found
+        ),
         confirm=confirmation.section(found) if found else None,
-        scores=tables.scores(facts, arms, comparisons),
-        sizes=tables.sizes(facts, arms),
+        scores=tables.scores(facts, baselines, comparisons),
+        sizes=tables.sizes(facts, baselines),
         best=best,
         best_parameters=tables.parameters(best) if best else None,
-        best_settings=_text(best.folder / "settings.yaml") if best else None,
+        best_settings=_text(best.folder / "config.yaml") if best else None,
         load=_loading(best) if best else None,
         front=tables.front(facts),
         space=search_space.space(facts),
         rules=search_space.rules(facts),
         fixed=search_space.fixed(facts),
         lineage=tables.lineage(
-            lineage_rows(facts.settings, facts.trials) if figure_groups["lineage"] else []
+            lineage_rows(facts.config, facts.trials) if figure_groups["lineage"] else []
         ),
         outcome=progress.outcome(facts),
         meaning=rung_correlation.meaning(facts, early),
         ranks=rung_correlation.table(early),
         budget=progress.budget(facts),
         figures={key: _drawn(group) for key, group in figure_groups.items()},
-        galleries=_galleries(best, arms),
+        galleries=_galleries(best, baselines),
         trials=tables.trials(facts),
         left_out=tables.left_out(facts),
         environment=environment.latest(facts),
@@ -116,14 +124,14 @@ def _drawn(figures: Iterable[Figure]) -> list[tuple[Figure, Markup]]:
     return [(figure, Markup(figure.html)) for figure in figures]
 
 
-def _header(facts: Facts, told: progress.Timeline | None) -> list[tuple[str, str]]:
+def _header(facts: ReportData, told: progress.Timeline | None) -> list[tuple[str, str]]:
     """Facts of the study for its head: name and text."""
-    rows = [("Data set", _dataset(facts.dataset, facts.settings.data))]
-    if facts.settings.labels:
-        rows.append(("Labelled images", _dataset(facts.labels, facts.settings.labels)))
+    rows = [("Data set", _dataset(facts.dataset, facts.config.data))]
+    if facts.config.eval_data:
+        rows.append(("Labelled images", _dataset(facts.eval_data, facts.config.eval_data)))
     for title, runs in (
         ("Trials", facts.search),
-        ("Arm runs", facts.arms),
+        ("Baseline runs", facts.baselines),
         ("Confirmation", facts.confirmation),
     ):
         states = count_states(runs)
@@ -161,7 +169,7 @@ def _dataset(about: dict[str, Any], path: str | None) -> str:
     return "; ".join(told)
 
 
-def _loading(best: Run) -> str | None:
+def _loading(best: ReportedTrial) -> str | None:
     """Return the Python lines that load the best encoder, None where it was not kept."""
     path = best.folder / "encoder.safetensors"
     if not path.is_file():
@@ -177,11 +185,13 @@ def _text(path: Path) -> str | None:
         return None
 
 
-def _galleries(best: Run | None, arms: list[Arm]) -> list[dict[str, Any]]:
-    """Pictures of the best trial and of the first run of arm mae, as data URIs with captions."""
+def _galleries(best: ReportedTrial | None, baselines: list[Baseline]) -> list[dict[str, Any]]:
+    """Pictures of the best trial and of the first run of baseline mae, as data URIs with captions."""
     runs = [(f"Best trial ({best.number})", best)] if best else []
     runs += [
-        (f"Plain MAE (arm {arm.name}, first run)", arm.runs[0]) for arm in arms if arm.name == "mae"
+        (f"Plain MAE (baseline {baseline.name}, first run)", baseline.runs[0])
+        for baseline in baselines
+        if baseline.name == "mae"
     ]
     galleries = []
     for title, run in runs:

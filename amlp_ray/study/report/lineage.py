@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 from plotly.colors import sample_colorscale
 
-from amlp_ray.config import StudySettings
+from amlp_ray.config import StudyConfig
 from amlp_ray.study.report.plotting import ACCENT, PALE, SCALE, Figure, empty
 from amlp_ray.study.search.pbt import Population, leader, lineage, members, score_of
 from amlp_ray.study.search_space.validate import PBT_RATIO
@@ -22,13 +22,13 @@ CAPTION = (
 )
 
 
-def lineage_rows(settings: StudySettings, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
+def lineage_rows(config: StudyConfig, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
     """One row per segment, for the table and for JSON, in the order of numbers.
 
     `ratio_from` is where its lineage had got to, `left` the number of the member's own trial where it went on from
     another's, `best` whether the learnt schedule runs through it; `score` is null until it has ended.
     """
-    population, best = Population(settings), leader(trials)
+    population, best = Population(config), leader(trials)
     line = lineage(trials, best.number) if best is not None else []
     own: dict[tuple[int, int], int] = {}
     rows = []
@@ -58,9 +58,9 @@ def lineage_rows(settings: StudySettings, trials: Sequence[FrozenTrial]) -> list
     return rows
 
 
-def lineage_figure(settings: StudySettings, trials: Sequence[FrozenTrial]) -> Figure:
+def lineage_figure(config: StudyConfig, trials: Sequence[FrozenTrial]) -> Figure:
     """Draw all members; a study without any, one that was searched otherwise or has just begun, has a gap."""
-    rows = lineage_rows(settings, trials) if settings.sampler.name == "pbt" else []
+    rows = lineage_rows(config, trials) if config.sampler.name == "pbt" else []
     if not rows:
         return Figure(KEY, TITLE, CAPTION, gap="No segment of a population has begun yet.")
     figure = empty("epoch", "masking ratio")
@@ -71,10 +71,10 @@ def lineage_figure(settings: StudySettings, trials: Sequence[FrozenTrial]) -> Fi
     ):  # good ones lie on top
         if row["left"] is not None:
             _draw_jump(figure, by_number[row["left"]], row)
-        _draw_segment(figure, row, scores, settings.metric)
+        _draw_segment(figure, row, scores, config.metric)
     _draw_best(figure, [row for row in rows if row["best"]])
     if scores and max(scores) > min(scores):
-        bar = {"title": {"text": settings.metric}, "thickness": 14}
+        bar = {"title": {"text": config.metric}, "thickness": 14}
         marker = {
             "color": [min(scores)],
             "cmin": min(scores),

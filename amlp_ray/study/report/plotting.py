@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.io import to_html
 
-from amlp_ray.study.report.report_data import Run
+from amlp_ray.study.report.report_data import ReportedTrial
 
 SCALE = [
     [0.0, "#b5dcc6"],
@@ -25,7 +25,7 @@ STATE_COLOURS = {
     "RUNNING": "#6a994e",
     "INTERRUPTED": "#e09f3e",
     "WAITING": PALE,
-    "arm": "#3d5a80",
+    "baseline": "#3d5a80",
     "confirmation": "#7b2d8b",
 }
 # plotly.js 4 offers to upload a figure to a cloud; figures of medical data stay where they are
@@ -64,7 +64,7 @@ class Figure:
         )  # fmt: skip
 
 
-def hover(run: Run, *, short: bool = False) -> str:
+def hover(run: ReportedTrial, *, short: bool = False) -> str:
     """Text of a run under the pointer: its state and score, and its parameters unless `short`."""
     lines = [f"{run.name}, {run.state}" + ("" if run.value is None else f", {run.value:.3f}")]
     if not short:

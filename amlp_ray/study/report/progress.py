@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from html import escape
 
 from amlp_ray.study.report.plotting import ACCENT, PALE, STATE_COLOURS, Figure, empty, hover
-from amlp_ray.study.report.report_data import STATES, Facts, Run
+from amlp_ray.study.report.report_data import STATES, ReportData, ReportedTrial
 from amlp_ray.study.report.tables import Cell, Table, counted, duration
 
 
@@ -17,7 +17,7 @@ from amlp_ray.study.report.tables import Cell, Table, counted, duration
 class Timeline:
     """Runs in the slots that they must have had: the fewest in which no two overlap."""
 
-    runs: list[Run]  # by start
+    runs: list[ReportedTrial]  # by start
     slots: list[int]  # of each run, from 0
     start: datetime
     end: datetime
@@ -29,11 +29,11 @@ class Timeline:
         return max(self.slots) + 1
 
 
-def timeline(facts: Facts) -> Timeline | None:
+def timeline(facts: ReportData) -> Timeline | None:
     """Lay all runs out in time; None before the first start."""
     spans = [
         (run.started, run.until, run)
-        for run in (*facts.search, *facts.arms, *facts.confirmation)
+        for run in (*facts.search, *facts.baselines, *facts.confirmation)
         if run.started and run.until
     ]
     if not spans:
@@ -81,9 +81,15 @@ def gantt(told: Timeline | None) -> Figure:
     edge = 0.5 if len(told.runs) < 500 else 0  # white edges of many bars would look like idle time
     groups: dict[str, list[int]] = {}
     for i, run in enumerate(told.runs):
-        kind = "arm" if run.arm else "confirmation" if "candidate" in run.attributes else run.state
+        kind = (
+            "baseline"
+            if run.baseline
+            else "confirmation"
+            if "candidate" in run.attributes
+            else run.state
+        )
         groups.setdefault(kind, []).append(i)
-    for kind in (*STATES, "arm", "confirmation"):
+    for kind in (*STATES, "baseline", "confirmation"):
         places = groups.get(kind, [])
         if not places:
             continue
@@ -112,9 +118,9 @@ def _since(moment: datetime | None, told: Timeline, seconds: float) -> float:
     return 0.0 if moment is None else round((moment - told.start).total_seconds() / seconds, 4)
 
 
-def budget(facts: Facts) -> Table:
+def budget(facts: ReportData) -> Table:
     """What was spent of each limit. Epochs of running trials count up to their last rung."""
-    used, allowed = facts.spent.as_dict(), facts.settings.budget.model_dump()
+    used, allowed = facts.spent.as_dict(), facts.config.budget.model_dump()
     names = {
         "trials": "Trials of the search",
         "hours": "Hours run",
@@ -132,7 +138,7 @@ def budget(facts: Facts) -> Table:
     return Table(["", "Used", "Allowed", "Share"], [[Cell(text) for text in row] for row in rows])
 
 
-def outcome(facts: Facts) -> Table:
+def outcome(facts: ReportData) -> Table:
     """What became of the trials, and what pruning and the store saved."""
     counts, rows = Counter(run.state for run in facts.search), []
     begun = sum(number for state, number in counts.items() if state != "WAITING")
@@ -140,7 +146,7 @@ def outcome(facts: Facts) -> Table:
     if ended:
         whole = (
             "Segments of a population"
-            if facts.settings.sampler.name == "pbt"
+            if facts.config.sampler.name == "pbt"
             else "Run to full length"
         )
         rows.append((whole, f"{counts['COMPLETE']:,} of {begun:,}"))
@@ -151,7 +157,7 @@ def outcome(facts: Facts) -> Table:
         saved = f"{counts['PRUNED']:,} ({100 * counts['PRUNED'] / begun:.0f} %)"
         if full > spent:
             saved += f", which saved {full - spent:,} of {full:,} epochs ({100 * (full - spent) / full:.0f} %)"
-        if counts["PRUNED"] or facts.settings.pruner.name != "none":
+        if counts["PRUNED"] or facts.config.pruner.name != "none":
             rows.append(("Pruned", saved))
     if facts.copies:
         epochs = sum(facts.full_length(run) for run in facts.copies)
@@ -167,7 +173,7 @@ def outcome(facts: Facts) -> Table:
         rows.append(("Failed", f"{counts['FAIL']}{told}"))
     lost = [
         int(run.attributes["lost"])
-        for run in (*facts.search, *facts.arms)
+        for run in (*facts.search, *facts.baselines)
         if run.attributes.get("lost")
     ]
     if lost:
@@ -188,7 +194,7 @@ def outcome(facts: Facts) -> Table:
     return Table(["", ""], [[Cell(text) for text in row] for row in rows])
 
 
-def efficiency(facts: Facts) -> Figure:
+def efficiency(facts: ReportData) -> Figure:
     """Best value so far against epochs spent."""
     title = "Best score against epochs spent"
     caption = (
@@ -202,7 +208,7 @@ def efficiency(facts: Facts) -> Figure:
     if not any(run.finished for run in ended):
         return Figure("efficiency", title, caption, gap="No trial has run to full length yet.")
     spent, unpruned, best = 0, 0, None
-    steps: list[tuple[int, int, float, Run]] = []
+    steps: list[tuple[int, int, float, ReportedTrial]] = []
     for run in ended:
         spent += run.epochs or 0
         unpruned += facts.full_length(run) if run.state == "PRUNED" else run.epochs or 0

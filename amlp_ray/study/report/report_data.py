@@ -14,12 +14,12 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from amlp_ray.config import Choice, Parameter, PretrainSettings, Range, StudySettings
+from amlp_ray.config import Choice, Parameter, PretrainConfig, Range, StudyConfig
 from amlp_ray.study.operations.status import spent_by
 from amlp_ray.study.operations.trials import STATES, note_of, state_of
 from amlp_ray.study.report.importance import Importance, importance
 from amlp_ray.study.storage.best_trials import front, keeps_limits
-from amlp_ray.study.storage.budget import Spent
+from amlp_ray.study.storage.budget import Usage
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.training.loggers.metrics_file import read_rows
 from amlp_ray.utils.files import read_json
@@ -39,14 +39,14 @@ TITLES = {  # of objectives and other measures
 
 
 @dataclass(frozen=True)
-class Run:
-    """One trial of the search, or one repeat of an arm."""
+class ReportedTrial:
+    """One trial of the search, or one repeat of a baseline."""
 
-    number: int  # Optuna's, within the search or within the arms
+    number: int  # Optuna's, within the search or within the baselines
     state: str  # as people are told it: RUNNING is INTERRUPTED where no process runs the study
     value: (
         float | None
-    )  # by `StudySettings.metric`; at the last rung so far where the run was pruned or is not over
+    )  # by `StudyConfig.metric`; at the last rung so far where the run was pruned or is not over
     dsc: float | None  # the same where the metric is DSC
     values: dict[str, float]  # by objective, of a complete run
     rungs: dict[int, float]  # the metric by epoch
@@ -59,17 +59,17 @@ class Run:
     ended: datetime | None
 
     @property
-    def arm(self) -> str | None:
-        return self.attributes.get("arm")
+    def baseline(self) -> str | None:
+        return self.attributes.get("baseline")
 
     @property
     def diagnosis(self) -> bool:
-        """An arm that sees true masks: shown, and compared with nothing."""
+        """A baseline that sees true masks: shown, and compared with nothing."""
         return bool(self.attributes.get("diagnosis"))
 
     @property
     def name(self) -> str:
-        group = self.arm or self.attributes.get("candidate")  # of a confirmation
+        group = self.baseline or self.attributes.get("candidate")  # of a confirmation
         return (
             f"{group}-{self.attributes.get('repeat', self.number)}"
             if group
@@ -128,30 +128,32 @@ class Run:
 
     @property
     def _ended_with(self) -> dict[str, Any]:
-        facts = self.attributes.get("facts")
+        facts = self.attributes.get("stats")
         return facts if isinstance(facts, dict) else {}
 
 
 @dataclass(frozen=True)
-class Facts:
+class ReportData:
     """Everything a report shows, but for curves, per-image scores and pictures, which are read when they are drawn."""
 
     name: str
     folder: Path
-    settings: StudySettings
-    search: list[Run]  # trials that the study trained
+    config: StudyConfig
+    search: list[ReportedTrial]  # trials that the study trained
     trials: list[FrozenTrial]  # the same, as stored
-    copies: list[Run]  # numbers of the search that were answered from the store (`copy_of`)
+    copies: list[
+        ReportedTrial
+    ]  # numbers of the search that were answered from the store (`copy_of`)
     imported: list[
-        Run
+        ReportedTrial
     ]  # trials of elsewhere (`source`): they teach the sampler, and are no result of this study
     front: list[
-        Run
+        ReportedTrial
     ]  # complete trials within `limits` that none beats in every objective; of one objective, the best
-    arms: list[Run]
-    confirmation: list[Run]
+    baselines: list[ReportedTrial]
+    confirmation: list[ReportedTrial]
     driven: bool  # whether a process runs the study at this moment
-    spent: Spent
+    spent: Usage
     space: dict[
         str, Parameter
     ]  # as declared; of a Python function, as the trials' distributions show it
@@ -159,7 +161,7 @@ class Facts:
     importances: dict[str, Importance]  # by objective
 
     @property
-    def best(self) -> Run | None:
+    def best(self) -> ReportedTrial | None:
         """The best by the metric among complete trials within `limits`; with several objectives, on their front.
 
         Of a population, the best of its latest generation: earlier ones are parts of a training.
@@ -169,13 +171,14 @@ class Facts:
     @property
     def running(self) -> bool:
         return any(
-            run.state in ("RUNNING", "INTERRUPTED", "WAITING") for run in [*self.search, *self.arms]
+            run.state in ("RUNNING", "INTERRUPTED", "WAITING")
+            for run in [*self.search, *self.baselines]
         )
 
     @property
     def metric(self) -> str:
         """Title of the score that trials are ranked by."""
-        return TITLES[self.settings.metric]
+        return TITLES[self.config.metric]
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -187,9 +190,9 @@ class Facts:
         return self._described("dataset")
 
     @property
-    def labels(self) -> dict[str, Any]:
+    def eval_data(self) -> dict[str, Any]:
         """The labelled data set, where it is one apart."""
-        return self._described("labels")
+        return self._described("eval_data")
 
     def _described(self, name: str) -> dict[str, Any]:
         about = self.environment.get(name)
@@ -204,59 +207,59 @@ class Facts:
             dict.fromkeys([*declared, *(name for run in self.search for name in run.params)])
         )
 
-    def full_length(self, run: Run) -> int:
+    def full_length(self, run: ReportedTrial) -> int:
         """Epochs of a run that nothing stops early."""
-        given = run.params.get("epochs", self.settings.pretrain.get("epochs"))
-        return int(given or PretrainSettings.model_fields["epochs"].default)
+        given = run.params.get("epochs", self.config.pretrain.get("epochs"))
+        return int(given or PretrainConfig.model_fields["epochs"].default)
 
-    def steps_per_epoch(self, run: Run) -> int | None:
+    def steps_per_epoch(self, run: ReportedTrial) -> int | None:
         """Optimiser steps of one epoch, None where the environment does not say how many images there are."""
         counts = self.dataset.get("counts")
         train = counts.get("train") if isinstance(counts, dict) else None
         images = train.get("images") if isinstance(train, dict) else train
         if not isinstance(images, int):
             return None
-        default = self.settings.pretrain.get(
-            "batch_size", PretrainSettings.model_fields["batch_size"].default
+        default = self.config.pretrain.get(
+            "batch_size", PretrainConfig.model_fields["batch_size"].default
         )
         return max(1, images // int(run.params.get("batch_size", default)))
 
 
-def gather(store: StudyStore) -> Facts:
+def collect(store: StudyStore) -> ReportData:
     """Read the facts of a study. Missing or half-written files of trials are taken as absent."""
-    settings, driven = store.settings(), store.is_run()
-    studies = (store.search(), store.arms(), store.confirmation())
-    trials, arms, confirmation = (study.get_trials(deepcopy=False) for study in studies)
+    config, driven = store.config(), store.is_run()
+    studies = (store.search(), store.baselines(), store.confirmation())
+    trials, baselines, confirmation = (study.get_trials(deepcopy=False) for study in studies)
     runs, arm_runs, confirm_runs = (
-        [_run(store, settings, trial, driven) for trial in group]
-        for group in (trials, arms, confirmation)
+        [_run(store, config, trial, driven) for trial in group]
+        for group in (trials, baselines, confirmation)
     )
     imported = [run for run in runs if "source" in run.attributes]
     copies = [run for run in runs if "copy_of" in run.attributes and "source" not in run.attributes]
     other = {run.number for run in [*imported, *copies]}
     own = [trial for trial in trials if trial.number not in other]
-    return Facts(
+    return ReportData(
         name=store.name,
         folder=store.folder,
-        settings=settings,
+        config=config,
         search=[run for run in runs if run.number not in other],
         trials=own,
         copies=copies,
         imported=imported,
-        front=_front(settings, own, runs),
-        arms=arm_runs,
+        front=_front(config, own, runs),
+        baselines=arm_runs,
         confirmation=confirm_runs,
         driven=driven,
-        spent=spent_by(store, trials, settings),
-        space=settings.space if isinstance(settings.space, dict) else _observed(own),
+        spent=spent_by(store, trials, config),
+        space=config.space if isinstance(config.space, dict) else _observed(own),
         environments=[
             row for row in read_rows(store.folder / "environments.jsonl") if isinstance(row, dict)
         ],
-        importances=importance(own, settings.objectives),
+        importances=importance(own, config.objectives),
     )
 
 
-def count_states(runs: Iterable[Run]) -> dict[str, int]:
+def count_states(runs: Iterable[ReportedTrial]) -> dict[str, int]:
     """Count runs by state, in the order of a trial's life."""
     counts = Counter(run.state for run in runs)
     return {state: counts[state] for state in STATES if counts[state]}
@@ -269,30 +272,30 @@ def finite(value: Any) -> float | None:
     return float(value)
 
 
-def _run(store: StudyStore, settings: StudySettings, trial: FrozenTrial, driven: bool) -> Run:
+def _run(store: StudyStore, config: StudyConfig, trial: FrozenTrial, driven: bool) -> ReportedTrial:
     rungs = {
         epoch: value
         for epoch, value in sorted(trial.intermediate_values.items())
         if math.isfinite(value)
     }
-    state, metric = trial.state.name, settings.metric
+    state, metric = trial.state.name, config.metric
     values = {}
     if (
         state == "COMPLETE" and trial.values
-    ):  # one per objective; an arm has that of the metric alone
-        names = settings.objectives if len(trial.values) == len(settings.objectives) else (metric,)
+    ):  # one per objective; a baseline has that of the metric alone
+        names = config.objectives if len(trial.values) == len(config.objectives) else (metric,)
         named = zip(names, trial.values, strict=False)
         values = {name: value for name, given in named if (value := finite(given)) is not None}
-    facts = trial.user_attrs.get("facts")
+    facts = trial.user_attrs.get("stats")
     scores = facts.get("scores") if isinstance(facts, dict) else None
     known = {**(scores if isinstance(scores, dict) else {}), **values}
     last = rungs[max(rungs)] if rungs and state != "FAIL" else None
     value = finite(known.get(metric)) if state in ("COMPLETE", "PRUNED") else None
     value = last if value is None else value
-    return Run(
+    return ReportedTrial(
         number=trial.number,
         state=state_of(trial, running=driven),
-        feasible=keeps_limits(trial, settings),
+        feasible=keeps_limits(trial, config),
         note=note_of(trial),
         value=value,
         dsc=value if metric == "dsc" else finite(known.get("dsc")),
@@ -307,29 +310,29 @@ def _run(store: StudyStore, settings: StudySettings, trial: FrozenTrial, driven:
 
 
 def _folder(store: StudyStore, trial: FrozenTrial) -> Path:
-    path, arm = trial.user_attrs.get("path"), trial.user_attrs.get("arm")
+    path, baseline = trial.user_attrs.get("path"), trial.user_attrs.get("baseline")
     if isinstance(path, str):
         folder = (store.folder / path).resolve()
         if folder.is_relative_to(
             store.folder.resolve()
         ):  # a report shows nothing from outside of its study
             return store.folder / path
-    if arm:
-        return store.arm_folder(str(arm), trial.user_attrs.get("repeat", trial.number))
+    if baseline:
+        return store.arm_folder(str(baseline), trial.user_attrs.get("repeat", trial.number))
     return store.trial_folder(trial.number)
 
 
 def _front(
-    settings: StudySettings, trials: Sequence[FrozenTrial], runs: Sequence[Run]
-) -> list[Run]:
+    config: StudyConfig, trials: Sequence[FrozenTrial], runs: Sequence[ReportedTrial]
+) -> list[ReportedTrial]:
     by_number = {run.number: run for run in runs}
     candidates = [trial for trial in trials if by_number[trial.number].finished]
-    if settings.sampler.name == "pbt":
+    if config.sampler.name == "pbt":
         latest = max((trial.user_attrs.get("generation", 0) for trial in candidates), default=0)
         candidates = [
             trial for trial in candidates if trial.user_attrs.get("generation", 0) == latest
         ]
-    return [by_number[trial.number] for trial in front(candidates, settings)]
+    return [by_number[trial.number] for trial in front(candidates, config)]
 
 
 def _observed(trials: Sequence[FrozenTrial]) -> dict[str, Parameter]:

@@ -10,7 +10,7 @@ from scipy.stats import rankdata
 
 from amlp_ray.study.confirmation.statistics import MIN_RANKED, spearman
 from amlp_ray.study.report.plotting import ACCENT, PALE, Figure, empty
-from amlp_ray.study.report.report_data import Facts
+from amlp_ray.study.report.report_data import ReportData
 from amlp_ray.study.report.tables import Cell, Table
 
 WEAK = 0.5  # below it, a rung explains less than a quarter of the variance of final ranks
@@ -50,9 +50,9 @@ class Ranks:
         )
 
 
-def ranks(facts: Facts) -> Ranks:
+def ranks(facts: ReportData) -> Ranks:
     """Correlate the metric at every rung with that at the last one; pruned trials have none, and are left out."""
-    whole = facts.settings.sampler.name != "pbt"  # whose trials are parts of a training
+    whole = facts.config.sampler.name != "pbt"  # whose trials are parts of a training
     runs = [run for run in facts.search if whole and run.finished and len(run.rungs) > 1]
     lengths = {max(run.rungs) for run in runs}
     percent = len(lengths) > 1
@@ -64,7 +64,7 @@ def ranks(facts: Facts) -> Ranks:
             if epoch < last:
                 at = round(100 * epoch / last) if percent else epoch
                 pairs.setdefault(at, []).append((value, run.rungs[last]))
-                if steps is None or epoch * steps >= facts.settings.pruner.min_steps:
+                if steps is None or epoch * steps >= facts.config.pruner.min_steps:
                     prunable.add(at)
     rungs = [
         _rung(at, np.array(pairs[at]), at in prunable) for at in sorted(pairs) if _varies(pairs[at])
@@ -89,7 +89,7 @@ def _rung(at: int, pairs: np.ndarray, prunable: bool) -> Rung:
     return Rung(at, count, float(spearman(pairs)), (float(low), float(high)), kept, prunable)
 
 
-def figure(facts: Facts, told: Ranks) -> Figure:
+def figure(facts: ReportData, told: Ranks) -> Figure:
     title = "Rank correlation of each rung with the final score"
     caption = (
         f"Spearman correlation between {facts.metric} at a rung and at the end over {told.trials} complete trials; "
@@ -136,12 +136,12 @@ def table(told: Ranks) -> Table:
     return Table(columns, [[Cell(text) for text in row] for row in rows])
 
 
-def meaning(facts: Facts, told: Ranks) -> list[str]:
+def meaning(facts: ReportData, told: Ranks) -> list[str]:
     """Say what the correlations mean for pruning in this study, and how it treats the ratio's schedule."""
     weak = [rung for rung in told.rungs if rung.rho < WEAK]
     firm = [rung for rung in told.rungs if rung.rho >= WEAK]
     sentences = []
-    if facts.settings.sampler.name == "pbt":
+    if facts.config.sampler.name == "pbt":
         return [
             "Members of a population are compared after every segment; none is pruned, so this is not asked here."
         ]
@@ -158,11 +158,11 @@ def meaning(facts: Facts, told: Ranks) -> list[str]:
             f"{_kept(firm)} of the trials that end in the best fifth."
         )
     acted = [rung for rung in weak if rung.prunable]
-    if facts.settings.pruner.name == "none":
+    if facts.config.pruner.name == "none":
         sentences.append("This study prunes nothing.")
     elif acted:
         sentences.append(
-            f"The pruner {facts.settings.pruner.name} may act at {told.label(acted)} all the same; a larger "
+            f"The pruner {facts.config.pruner.name} may act at {told.label(acted)} all the same; a larger "
             f"pruner.min_steps would keep it from that."
         )
     return [*sentences, schedule(facts)]
@@ -173,8 +173,8 @@ def _kept(rungs: list[Rung]) -> str:
     return f"{low} %" if low == high else f"{low} to {high} %"
 
 
-def schedule(facts: Facts) -> str:
-    if facts.settings.pruner.schedule == "compress":
+def schedule(facts: ReportData) -> str:
+    if facts.config.pruner.schedule == "compress":
         return (
             "Each rung has seen the whole masking-ratio schedule, which is run in full up to it (pruner.schedule: "
             "compress), so rungs of different trials are comparable and rungs of one trial are of different speeds."

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from amlp_ray.config import Choice, Derived, Fixed, Parameter, PretrainSettings, Range
+from amlp_ray.config import Choice, Derived, Fixed, Parameter, PretrainConfig, Range
 from amlp_ray.config.overrides import flat
-from amlp_ray.study.report.report_data import TITLES, Facts
+from amlp_ray.study.report.report_data import TITLES, ReportData
 from amlp_ray.study.report.tables import MISSING, Cell, Table, show
 
 
-def space(facts: Facts) -> Table:
+def space(facts: ReportData) -> Table:
     """Parameters as declared; those that only old trials have are named as such."""
     rows = []
     for name in dict.fromkeys([*facts.space, *facts.parameters()]):
@@ -30,42 +30,42 @@ def space(facts: Facts) -> Table:
     return Table([columns[i] for i in shown], [[Cell(row[i]) for i in shown] for row in rows])
 
 
-def fixed(facts: Facts) -> Table:
+def fixed(facts: ReportData) -> Table:
     """What the study sets for all of its trials and does not search."""
     rows = [
         (name, value)
-        for name, value in flat(facts.settings.pretrain).items()
+        for name, value in flat(facts.config.pretrain).items()
         if name not in facts.space
     ]
     return Table(["Setting", "Value"], [[Cell(name), Cell(show(value))] for name, value in rows])
 
 
-def rules(facts: Facts) -> list[str]:
+def rules(facts: ReportData) -> list[str]:
     """Sentences on where the space comes from, what trials strive for, and how they are proposed and stopped."""
-    settings, sentences = facts.settings, []
-    if isinstance(settings.space, str):
+    config, sentences = facts.config, []
+    if isinstance(config.space, str):
         sentences.append(
-            f"The space is the Python function {settings.space}; the table shows what trials were drawn from so far."
+            f"The space is the Python function {config.space}; the table shows what trials were drawn from so far."
         )
-    if settings.require:
-        sentences.append("Required of every trial: " + "; ".join(settings.require) + ".")
+    if config.require:
+        sentences.append("Required of every trial: " + "; ".join(config.require) + ".")
     goals = ", ".join(
-        f"{TITLES[name]} ({direction})" for name, direction in settings.objectives.items()
+        f"{TITLES[name]} ({direction})" for name, direction in config.objectives.items()
     )
-    sentences.append(f"Objective{'s' if len(settings.objectives) > 1 else ''}: {goals}.")
-    if settings.limits:
+    sentences.append(f"Objective{'s' if len(config.objectives) > 1 else ''}: {goals}.")
+    if config.limits:
         told = ", ".join(
-            f"{TITLES[name]} at most {limit:g}" for name, limit in settings.limits.items()
+            f"{TITLES[name]} at most {limit:g}" for name, limit in config.limits.items()
         )
         sentences.append(
             f"Limits: {told}. A trial beyond them is not chosen as the best while one within them is there."
         )
-    pruner, rungs = settings.pruner, f"{settings.pruner.rungs} rungs"
+    pruner, rungs = config.pruner, f"{config.pruner.rungs} rungs"
     spacing = ", spaced geometrically" if pruner.spacing == "geometric" else ""
     prunes = f"scored at {rungs}{spacing}, nothing is pruned" if pruner.name == "none" else (
         f"pruner {pruner.name} at {rungs}{spacing}, after {pruner.min_steps} steps at the earliest"
     )  # fmt: skip
-    sentences.append(f"Sampler {settings.sampler.name}; {prunes}; seed {settings.seed}.")
+    sentences.append(f"Sampler {config.sampler.name}; {prunes}; seed {config.seed}.")
     return sentences
 
 
@@ -75,7 +75,7 @@ def _kind(name: str, parameter: Parameter) -> str:
     if isinstance(parameter, Derived):
         return "derived"
     return (
-        "searched" if name in flat(PretrainSettings()) else "searched, a helper"
+        "searched" if name in flat(PretrainConfig()) else "searched, a helper"
     )  # other expressions use it
 
 

@@ -6,81 +6,90 @@ from dataclasses import dataclass
 from statistics import fmean, stdev, variance
 from typing import Literal
 
-from amlp_ray.config import ABOUT, CONTROLS, arm_names
+from amlp_ray.config import ABLATIONS, ABOUT, baseline_names
 from amlp_ray.config.yaml_file import read_yaml
-from amlp_ray.errors import SettingsError
+from amlp_ray.errors import ConfigError
 from amlp_ray.study.confirmation.statistics import MIN_RANKED
-from amlp_ray.study.report.comparison import Agreement, Arm, Comparison, finished_arms, read
-from amlp_ray.study.report.report_data import Facts, Run, count_states
+from amlp_ray.study.report.comparison import (
+    Agreement,
+    Baseline,
+    Comparison,
+    finished_baselines,
+    read,
+)
+from amlp_ray.study.report.report_data import ReportData, ReportedTrial, count_states
 
 FEW_IMAGES = 40  # below this the scores of single images rule the mean
 
 
 @dataclass(frozen=True)
 class Verdict:
-    kind: Literal["better", "tie", "worse", "open"]
+    kind: Literal["better", "equivalence_margin", "worse", "open"]
     headline: str
-    comparisons: list[str]  # a sentence for each arm and floor
+    comparisons: list[str]  # a sentence for each baseline and floor
     cautions: list[str]  # why not to trust the above too much
     pruning: str  # whether early scores rank trials
 
 
-def judge(
-    facts: Facts, arms: list[Arm], comparisons: list[Comparison], agreement: Agreement
+def summarize_search(
+    facts: ReportData,
+    baselines: list[Baseline],
+    comparisons: list[Comparison],
+    agreement: Agreement,
 ) -> Verdict:
-    """Word the verdict of a study; `comparisons` is empty where no trial or no arm has finished."""
+    """Word the verdict of a study; `comparisons` is empty where no trial or no baseline has finished."""
     kind, headline = _headline(facts, comparisons)
-    tie = facts.settings.tie
-    sentences = [_against(item, tie) for item in comparisons]
+    equivalence_margin = facts.config.equivalence_margin
+    sentences = [_against(item, equivalence_margin) for item in comparisons]
     best = facts.best
     floor = best.measure("mean_mask_dsc") if best else None
     if best and best.dsc is not None and floor is not None:
         difference = round(best.dsc - floor, 6)
         sentences.append(
             f"Against the mean training mask, drawn on every image without a look at it ({floor:.3f}): "
-            f"{difference:+.3f} DSC, {_reading(read(difference, tie))}."
+            f"{difference:+.3f} DSC, {_reading(read(difference, equivalence_margin))}."
         )
-    sentences += _unfinished(facts, arms)
+    sentences += _unfinished(facts, baselines)
     return Verdict(kind, headline, sentences, _cautions(facts, comparisons), _pruning(agreement))
 
 
-def spread(arm: Arm) -> str:
-    """Say how far the repeats of an arm lie apart."""
-    if len(arm.runs) == 1:
+def spread(baseline: Baseline) -> str:
+    """Say how far the repeats of a baseline lie apart."""
+    if len(baseline.runs) == 1:
         return "one run"
-    sd = f"SD {arm.sd:.3f}, " if arm.sd is not None else ""
-    return f"mean of {len(arm.runs)} runs, {sd}range {min(arm.values):.3f} to {max(arm.values):.3f}"
+    sd = f"SD {baseline.sd:.3f}, " if baseline.sd is not None else ""
+    return f"mean of {len(baseline.runs)} runs, {sd}range {min(baseline.values):.3f} to {max(baseline.values):.3f}"
 
 
 def _headline(
-    facts: Facts, comparisons: list[Comparison]
-) -> tuple[Literal["better", "tie", "worse", "open"], str]:
+    facts: ReportData, comparisons: list[Comparison]
+) -> tuple[Literal["better", "equivalence_margin", "worse", "open"], str]:
     best = facts.best
     if best is None or best.dsc is None:
         return "open", _nothing_yet(facts)
     if not comparisons:
         return "open", (
             f"The best trial, number {best.number}, scores DSC {best.dsc:.3f}. "
-            f"No arm has finished, so there is nothing to compare it with."
+            f"No baseline has finished, so there is nothing to compare it with."
         )
-    by_name = {item.arm.name: item for item in comparisons}
+    by_name = {item.baseline.name: item for item in comparisons}
     mae, scratch = by_name.get("mae"), by_name.get("scratch")
     parts = [_about_mae(best, mae)] if mae else []
     if scratch:
         parts.append(_about_scratch(best, scratch))
     if not mae:
         parts.append(
-            "No run of arm mae has finished, so this study cannot say whether aimed masks help."
+            "No run of baseline mae has finished, so this study cannot say whether aimed masks help."
         )
     readings = [item.reading for item in (mae, scratch) if item]
     if "worse" in readings:
         return "worse", " ".join(parts)
-    if "tie" in readings:
-        return "tie", " ".join(parts)
+    if "equivalence_margin" in readings:
+        return "equivalence_margin", " ".join(parts)
     return ("better" if mae and mae.clear else "open"), " ".join(parts)
 
 
-def _nothing_yet(facts: Facts) -> str:
+def _nothing_yet(facts: ReportData) -> str:
     states = count_states(facts.search)
     if not states:
         return "No trial has started yet, so there is nothing to judge."
@@ -90,9 +99,9 @@ def _nothing_yet(facts: Facts) -> str:
     return f"No trial has run to full length yet ({told}), so there is nothing to judge."
 
 
-def _about_mae(best: Run, mae: Comparison) -> str:
-    scores = f"DSC {best.dsc:.3f} against {mae.arm.dsc:.3f}"
-    if mae.reading == "tie":
+def _about_mae(best: ReportedTrial, mae: Comparison) -> str:
+    scores = f"DSC {best.dsc:.3f} against {mae.baseline.dsc:.3f}"
+    if mae.reading == "equivalence_margin":
         return f"AMLP is not better than plain MAE here: {scores} is a tie."
     if mae.reading == "worse":
         return f"AMLP is not better than plain MAE here: {scores}, it is worse by {-mae.difference:.3f}."
@@ -110,24 +119,26 @@ def _about_mae(best: Run, mae: Comparison) -> str:
     return claim
 
 
-def _about_scratch(best: Run, scratch: Comparison) -> str:
-    scores = f"{best.dsc:.3f} against {scratch.arm.dsc:.3f}"
+def _about_scratch(best: ReportedTrial, scratch: Comparison) -> str:
+    scores = f"{best.dsc:.3f} against {scratch.baseline.dsc:.3f}"
     if scratch.reading == "worse":
         return f"It is worse than a random encoder ({scores}): this pretraining did harm."
-    if scratch.reading == "tie":
+    if scratch.reading == "equivalence_margin":
         return f"It ties with a random encoder ({scores}): no use of this pretraining is shown."
     return f"It scores higher than a random encoder ({scores})."
 
 
-def _against(item: Comparison, tie: float) -> str:
-    name = item.arm.name
+def _against(item: Comparison, equivalence_margin: float) -> str:
+    name = item.baseline.name
     known = (
-        f"{ABOUT[name]}, arm {name}" if name in ABOUT and name not in CONTROLS else f"arm {name}"
+        f"{ABOUT[name]}, baseline {name}"
+        if name in ABOUT and name not in ABLATIONS
+        else f"baseline {name}"
     )
-    said = f"Against {known} ({item.arm.dsc:.3f}, {spread(item.arm)}): "
+    said = f"Against {known} ({item.baseline.dsc:.3f}, {spread(item.baseline)}): "
     said += f"{item.difference:+.3f} DSC, {_reading(item.reading)}"
-    if item.reading == "tie":
-        said += f" (under {tie:g} counts as noise)"
+    if item.reading == "equivalence_margin":
+        said += f" (under {equivalence_margin:g} counts as noise)"
     if item.interval is None:
         return said + ". Scores of the same single images are missing, so there is no interval."
     low, high = item.interval
@@ -139,22 +150,22 @@ def _against(item: Comparison, tie: float) -> str:
 
 
 def _reading(reading: str) -> str:
-    return "a tie" if reading == "tie" else reading
+    return "a tie" if reading == "equivalence_margin" else reading
 
 
-def _unfinished(facts: Facts, arms: list[Arm]) -> list[str]:
+def _unfinished(facts: ReportData, baselines: list[Baseline]) -> list[str]:
     sentences = []
-    for name in arm_names(facts.settings.arms):
-        if all(arm.name != name for arm in arms):
-            states = count_states(run for run in facts.arms if run.arm == name)
+    for name in baseline_names(facts.config.baselines):
+        if all(baseline.name != name for baseline in baselines):
+            states = count_states(run for run in facts.baselines if run.baseline == name)
             told = (
                 ", ".join(f"{count} {state}" for state, count in states.items()) or "none started"
             )
-            sentences.append(f"Arm {name} has no finished run ({told}).")
+            sentences.append(f"Baseline {name} has no finished run ({told}).")
     return sentences
 
 
-def _cautions(facts: Facts, comparisons: list[Comparison]) -> list[str]:
+def _cautions(facts: ReportData, comparisons: list[Comparison]) -> list[str]:
     best, cautions = facts.best, []
     if facts.running:
         cautions.append(
@@ -166,7 +177,7 @@ def _cautions(facts: Facts, comparisons: list[Comparison]) -> list[str]:
     if tried > 1:
         cautions.append(
             f"The best of {tried} trials is optimistic: it was chosen by its score on the same images that are "
-            f"compared here, which the arms were not."
+            f"compared here, which the baselines were not."
         )
     cautions.append(
         "The best trial is one run with one seed, which `amlp-ray study confirm` repeats with others."
@@ -175,7 +186,7 @@ def _cautions(facts: Facts, comparisons: list[Comparison]) -> list[str]:
         cautions.append(
             "The intervals cover the choice of images. They cover neither seeds nor the choice of the best."
         )
-    once = [item.arm.name for item in comparisons if len(item.arm.runs) == 1]
+    once = [item.baseline.name for item in comparisons if len(item.baseline.runs) == 1]
     if once:
         cautions.append(
             f"One run each of {', '.join(once)}: how much these vary between seeds is unknown."
@@ -191,9 +202,10 @@ def _cautions(facts: Facts, comparisons: list[Comparison]) -> list[str]:
             "though never on their masks; the random encoder has no such advantage."
         )
     longer = [
-        item.arm.name
+        item.baseline.name
         for item in comparisons
-        if item.arm.name != "scratch" and {run.epochs for run in item.arm.runs} != {best.epochs}
+        if item.baseline.name != "scratch"
+        and {run.epochs for run in item.baseline.runs} != {best.epochs}
     ]
     if longer:
         cautions.append(
@@ -208,25 +220,27 @@ def _cautions(facts: Facts, comparisons: list[Comparison]) -> list[str]:
     return cautions
 
 
-def _chance(facts: Facts) -> str | None:
-    """A warning where trials differ no more than runs of one and the same arm do."""
+def _chance(facts: ReportData) -> str | None:
+    """A warning where trials differ no more than runs of one and the same baseline do."""
     trials = [run.dsc for run in facts.search if run.finished and run.dsc is not None]
-    repeats = [arm.values for arm in finished_arms(facts) if len(arm.values) > 1]
+    repeats = [
+        baseline.values for baseline in finished_baselines(facts) if len(baseline.values) > 1
+    ]
     if len(trials) < MIN_RANKED or not repeats:
         return None
     own, seeds = stdev(trials), fmean(variance(values) for values in repeats) ** 0.5
     if seeds < own / 2:
         return None
     return (
-        f"Scores of trials differ by an SD of {own:.3f}, those of one and the same arm over seeds by {seeds:.3f}: most "
+        f"Scores of trials differ by an SD of {own:.3f}, those of one and the same baseline over seeds by {seeds:.3f}: most "
         f"of what sets trials apart here may be chance, and a faster search would find luck faster."
     )
 
 
-def _masks_at_random(run: Run) -> bool:
+def _masks_at_random(run: ReportedTrial) -> bool:
     try:
-        selection = read_yaml(run.folder / "settings.yaml").get("selection")
-    except SettingsError:  # a missing or broken file is a gap in the report, not its end
+        selection = read_yaml(run.folder / "config.yaml").get("selection")
+    except ConfigError:  # a missing or broken file is a gap in the report, not its end
         return False
     return isinstance(selection, dict) and selection.get("mode") == "random"
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from amlp_ray.study.report.comparison import Arm, Comparison, read
-from amlp_ray.study.report.report_data import TITLES, Facts, Run, finite
+from amlp_ray.study.report.comparison import Baseline, Comparison, read
+from amlp_ray.study.report.report_data import TITLES, ReportData, ReportedTrial, finite
 from amlp_ray.study.report.summary import spread
 
 MISSING = "\u2013"
@@ -30,11 +30,11 @@ class Table:
     rows: list[list[Cell]]
 
 
-def scores(facts: Facts, arms: list[Arm], comparisons: list[Comparison]) -> Table:
-    """Best trial, arms and floors side by side."""
+def scores(facts: ReportData, baselines: list[Baseline], comparisons: list[Comparison]) -> Table:
+    """Best trial, baselines and floors side by side."""
     columns = ["", "DSC", "Spread", *(title for _, title in MEASURES), "Empties correct"]
     columns += ["Best minus this", "95 % interval", "Best is"]
-    rows, best, compared = [], facts.best, {item.arm.name: item for item in comparisons}
+    rows, best, compared = [], facts.best, {item.baseline.name: item for item in comparisons}
     if best is not None:
         subsets = best.measure("dsc_sd")
         noise = "one run" + ("" if subsets is None else f", SD {subsets:.3f} over label subsets")
@@ -47,16 +47,24 @@ def scores(facts: Facts, arms: list[Arm], comparisons: list[Comparison]) -> Tabl
                 *[MISSING] * 3,
             ]
         )
-    for arm in arms:
-        item = compared.get(arm.name)
+    for baseline in baselines:
+        item = compared.get(baseline.name)
         interval = (
             f"{item.interval[0]:+.3f} to {item.interval[1]:+.3f}"
             if item and item.interval
             else MISSING
         )
         versus = [f"{item.difference:+.3f}", interval, item.reading] if item else [MISSING] * 3
-        rows.append([_arm_title(arm), f"{arm.dsc:.3f}", spread(arm), *_measured(arm), *versus])
-    scored = [*([best] if best else []), *(run for arm in arms for run in arm.runs)]
+        rows.append(
+            [
+                _arm_title(baseline),
+                f"{baseline.dsc:.3f}",
+                spread(baseline),
+                *_measured(baseline),
+                *versus,
+            ]
+        )
+    scored = [*([best] if best else []), *(run for baseline in baselines for run in baseline.runs)]
     floor = next(
         (value for run in scored if (value := run.measure("mean_mask_dsc")) is not None), None
     )
@@ -64,21 +72,27 @@ def scores(facts: Facts, arms: list[Arm], comparisons: list[Comparison]) -> Tabl
         versus = [MISSING] * 3
         if best and best.dsc is not None:
             difference = round(best.dsc - floor, 6)
-            versus = [f"{difference:+.3f}", MISSING, read(difference, facts.settings.tie)]
+            versus = [
+                f"{difference:+.3f}",
+                MISSING,
+                read(difference, facts.config.equivalence_margin),
+            ]
         rows.append(["mean training mask on every image", _three(floor), *[MISSING] * 5, *versus])
     return Table(columns, [[Cell(text) for text in row] for row in rows])
 
 
-def sizes(facts: Facts, arms: list[Arm]) -> Table:
-    """DSC by size of the lesion, for the best trial and the arms; no rows where no run has been scored by size."""
-    low, high = (f"{100 * share:g} %" for share in facts.settings.probe.sizes)
+def sizes(facts: ReportData, baselines: list[Baseline]) -> Table:
+    """DSC by size of the lesion, for the best trial and the baselines; no rows where no run has been scored by size."""
+    low, high = (f"{100 * share:g} %" for share in facts.config.probe.sizes)
     columns = [
         "",
         f"Small (below {low} of the image)",
         f"Medium ({low} to {high})",
         f"Large (above {high})",
     ]
-    scored: list[tuple[str, Run | Arm]] = [(_arm_title(arm), arm) for arm in arms]
+    scored: list[tuple[str, ReportedTrial | Baseline]] = [
+        (_arm_title(baseline), baseline) for baseline in baselines
+    ]
     if facts.best:
         scored.insert(0, (f"Best trial ({facts.best.number})", facts.best))
     rows = [
@@ -90,11 +104,11 @@ def sizes(facts: Facts, arms: list[Arm]) -> Table:
     )
 
 
-def front(facts: Facts) -> Table:
+def front(facts: ReportData) -> Table:
     """The Pareto front, the best by the metric first; no rows for a study of one objective."""
-    if len(facts.settings.objectives) < 2:
+    if len(facts.config.objectives) < 2:
         return Table([], [])
-    objectives, names = list(facts.settings.objectives), facts.parameters()
+    objectives, names = list(facts.config.objectives), facts.parameters()
     rows = []
     members = sorted(facts.front, key=lambda run: (-(run.value or 0.0), run.number))
     for place, run in enumerate(members[:MAX_FRONT]):
@@ -133,10 +147,10 @@ def lineage(rows: list[dict[str, Any]]) -> Table:
     ])  # fmt: skip
 
 
-def trials(facts: Facts) -> Table:
-    """Trials of the search, then runs of the arms, then what was imported; the best of each where they are many."""
-    names, metric = facts.parameters(), facts.settings.metric
-    objectives = [name for name in facts.settings.objectives if name != metric]
+def trials(facts: ReportData) -> Table:
+    """Trials of the search, then runs of the baselines, then what was imported; the best of each where they are many."""
+    names, metric = facts.parameters(), facts.config.metric
+    objectives = [name for name in facts.config.objectives if name != metric]
     measures = [(key, title) for key, title in MEASURES if key not in (metric, *objectives)]
     columns = [
         "Run",
@@ -148,7 +162,7 @@ def trials(facts: Facts) -> Table:
     columns += [*names, "Epochs", "Seconds", "Seed", "Notes"]
     own = sorted([*facts.search, *facts.copies], key=lambda run: run.number)
     rows = []
-    for place, run in enumerate([*_kept(own), *_kept(facts.arms), *_kept(facts.imported)]):
+    for place, run in enumerate([*_kept(own), *_kept(facts.baselines), *_kept(facts.imported)]):
         seconds = run.cost("seconds")
         rows.append([
             Cell(run.name, place),
@@ -165,13 +179,13 @@ def trials(facts: Facts) -> Table:
     return Table(columns, rows)
 
 
-def left_out(facts: Facts) -> int:
+def left_out(facts: ReportData) -> int:
     """Count the runs that the table of all trials leaves out."""
-    groups = [[*facts.search, *facts.copies], facts.arms, facts.imported]
+    groups = [[*facts.search, *facts.copies], facts.baselines, facts.imported]
     return sum(max(0, len(group) - MAX_ROWS) for group in groups)
 
 
-def _kept(runs: list[Run]) -> list[Run]:
+def _kept(runs: list[ReportedTrial]) -> list[ReportedTrial]:
     if len(runs) <= MAX_ROWS:
         return runs
     best = sorted(
@@ -180,7 +194,7 @@ def _kept(runs: list[Run]) -> list[Run]:
     return sorted(best[:MAX_ROWS], key=lambda run: run.number)
 
 
-def notes(facts: Facts, run: Run) -> str:
+def notes(facts: ReportData, run: ReportedTrial) -> str:
     """Say where a run comes from, what happened to it, and why it failed."""
     about = run.attributes
     told = [
@@ -203,7 +217,7 @@ def _times(count: int) -> str:
     return {1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
-def parameters(run: Run) -> Table:
+def parameters(run: ReportedTrial) -> Table:
     rows = [[Cell(name), Cell(show(value))] for name, value in run.params.items()]
     return Table(["Parameter", "Value"], rows)
 
@@ -235,13 +249,17 @@ def _value(value: Any) -> Cell:
     return Cell(show(value), finite(value))
 
 
-def _arm_title(arm: Arm) -> str:
-    if any(run.diagnosis for run in arm.runs):
-        return f"arm {arm.name} (diagnosis: sees true masks, compared with nothing)"
-    return "arm scratch (random frozen encoder)" if arm.name == "scratch" else f"arm {arm.name}"
+def _arm_title(baseline: Baseline) -> str:
+    if any(run.diagnosis for run in baseline.runs):
+        return f"baseline {baseline.name} (diagnosis: sees true masks, compared with nothing)"
+    return (
+        "baseline scratch (random frozen encoder)"
+        if baseline.name == "scratch"
+        else f"baseline {baseline.name}"
+    )
 
 
-def _measured(scored: Run | Arm) -> list[str]:
+def _measured(scored: ReportedTrial | Baseline) -> list[str]:
     return [
         *(_three(scored.measure(key)) for key, _ in MEASURES),
         _share(scored.measure("empty_correct")),

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 Answer = TypeVar("Answer")
 
 
-class News:
+class TrialDelta:
     """Picks from a stored study's trials those that may have changed since the last time: an ended one never does."""
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class News:
         return news
 
 
-class Known(FrozenTrial):
+class ObservedTrial(FrozenTrial):
     """A trial as samplers see it: without attributes of users and dates, and with its parameters sorted.
 
     Sorted, since each storage has an order of its own. `internal` holds parameters as Optuna computes with them,
@@ -100,7 +100,7 @@ class _Moment(optuna.Study):
         return list(self._picked[key])
 
 
-class Mirror:
+class InMemoryStudy:
     """Trials by their numbers in the stored study; a number that is not known yet is a gap, which nothing looks at."""
 
     def __init__(self, name: str, directions: Sequence[str]) -> None:
@@ -112,17 +112,17 @@ class Mirror:
         )
         self._length = 0
 
-    def put(self, trial: Known) -> None:
+    def put(self, trial: ObservedTrial) -> None:
         """Know a trial, in the place of what was known under its number."""
         while self._length <= trial.number:
-            self.storage.create_new_trial(self.id, Known(self._length, TrialState.FAIL))
+            self.storage.create_new_trial(self.id, ObservedTrial(self._length, TrialState.FAIL))
             self._length += 1
         self.storage._set_trial(trial.number, trial)
 
     def drop(self, number: int) -> None:
         """Know nothing of a number."""
         if number < self._length:
-            self.put(Known(number, TrialState.FAIL))
+            self.put(ObservedTrial(number, TrialState.FAIL))
 
     def study(self, sampler: BaseSampler | None = None) -> optuna.Study:
         """Return the Optuna study as it is at this moment, for one suggestion or one decision."""
@@ -145,7 +145,7 @@ class Mirror:
             fixed: parameters that are not asked of the sampler.
         """
         self.put(
-            Known(
+            ObservedTrial(
                 number,
                 TrialState.RUNNING,
                 system_attrs={"fixed_params": dict(fixed)} if fixed else None,

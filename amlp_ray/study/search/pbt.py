@@ -26,11 +26,11 @@ from typing import Any, Final
 from optuna.distributions import BaseDistribution
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
-from amlp_ray.config import Choice, Parameter, Range, StudySettings
-from amlp_ray.config.base import Fault
+from amlp_ray.config import Choice, Parameter, Range, StudyConfig
+from amlp_ray.config.base import ConfigIssue
 from amlp_ray.config.search_space import Fixed, Scalar
 from amlp_ray.config.study import COSTS
-from amlp_ray.errors import SettingsError
+from amlp_ray.errors import ConfigError
 from amlp_ray.study.search_space.validate import PBT_RATIO, check_space, searched, suggest
 from amlp_ray.study.seeds import derived_seed
 from amlp_ray.training.checkpoint.restore import HEADED, PERTURBABLE
@@ -46,10 +46,10 @@ WAIT: Final = Wait.WAIT
 
 
 @dataclass(frozen=True)
-class Segment:
+class PbtStep:
     """What one trial does: from the checkpoint of trial `parent` (none: from the seed) up to epoch `until`.
 
-    `params` and `distributions` are what Optuna stores, `values` are dotted settings for `StudySettings.trial`.
+    `params` and `distributions` are what Optuna stores, `values` are dotted settings for `StudyConfig.trial`.
     """
 
     generation: int
@@ -70,19 +70,19 @@ class Segment:
 class Population:
     """Decides segments from stored trials. Trials without the attributes of a segment are no members."""
 
-    def __init__(self, settings: StudySettings) -> None:
-        self.settings, self.sampler = settings, settings.sampler
-        ratio = settings.space[PBT_RATIO]  # type: ignore[index]  # declared: see `check_population`
+    def __init__(self, config: StudyConfig) -> None:
+        self.config, self.sampler = config, config.sampler
+        ratio = config.space[PBT_RATIO]  # type: ignore[index]  # declared: see `check_population`
         assert isinstance(ratio, Range)
         self.ratio = ratio
         self.space: dict[str, Range | Choice] = {
             PBT_RATIO: ratio,
-            **searched(without_ratio(settings)),
+            **searched(without_ratio(config)),
         }
-        self.epochs = settings.trial({}, seed=0).epochs
+        self.epochs = config.trial({}, seed=0).epochs
         self.generations = math.ceil(self.epochs / self.sampler.interval)
 
-    def next(self, trials: Sequence[FrozenTrial]) -> Segment | Wait | None:
+    def next(self, trials: Sequence[FrozenTrial]) -> PbtStep | Wait | None:
         """Return the next segment to begin, WAIT until the generation has ended, or None where none is left to begin.
 
         None also where a whole generation failed, for there is nothing to go on from. A trial that runs or waits has
@@ -90,11 +90,13 @@ class Population:
         """
         begun = _by_place(trials)
         for generation in range(self.generations):
-            missing = [m for m in range(self.sampler.population) if (generation, m) not in begun]
+            missing = [
+                m for m in range(self.sampler.population_size) if (generation, m) not in begun
+            ]
             if not missing:
                 continue
             before = (
-                [begun[generation - 1, m] for m in range(self.sampler.population)]
+                [begun[generation - 1, m] for m in range(self.sampler.population_size)]
                 if generation
                 else []
             )
@@ -105,7 +107,7 @@ class Population:
             return self._begin(trials, generation, missing[0], before)
         return None
 
-    def segment(self, trials: Sequence[FrozenTrial], number: int) -> Segment:
+    def segment(self, trials: Sequence[FrozenTrial], number: int) -> PbtStep:
         """Return what trial `number` does, from its stored values: to take it over, to repeat it, or to confirm it.
 
         Run without the parent, its values give the whole lineage in one go: the learnt schedule, and of other
@@ -127,8 +129,8 @@ class Population:
         generation: int,
         member: int,
         before: Sequence[FrozenTrial],
-    ) -> Segment:
-        draw = random.Random(derived_seed(self.settings.seed, "pbt", generation, member))
+    ) -> PbtStep:
+        draw = random.Random(derived_seed(self.config.seed, "pbt", generation, member))
         if generation == 0:
             return self._segment(trials, 0, member, None, self._first_values(member, draw))
         top, replaced = self._judged(before)
@@ -161,7 +163,7 @@ class Population:
         if member == 0 and all(value is not None for value in defaults.values()):
             return defaults
         places = {name: draw.random() for name in self.space}
-        places[PBT_RATIO] = (member + places[PBT_RATIO]) / self.sampler.population
+        places[PBT_RATIO] = (member + places[PBT_RATIO]) / self.sampler.population_size
         return {name: _value_at(parameter, places[name]) for name, parameter in self.space.items()}
 
     def _segment(
@@ -171,7 +173,7 @@ class Population:
         member: int,
         parent: int | None,
         params: Mapping[str, Any],
-    ) -> Segment:
+    ) -> PbtStep:
         numbered = _numbered(trials)
         before = [] if parent is None else lineage(trials, parent)
         levels = [*(numbered[number].params[PBT_RATIO] for number in before), params[PBT_RATIO]]
@@ -179,19 +181,19 @@ class Population:
         # nothing before their own segment, so segments one after another equal one run of the last schedule.
         ends = [[self.until(i) / self.epochs, level] for i, level in enumerate(levels)]
         others = FixedTrial({name: value for name, value in params.items() if name != PBT_RATIO})
-        values = suggest(others, without_ratio(self.settings))  # type: ignore[arg-type]  # asks the same questions
+        values = suggest(others, without_ratio(self.config))  # type: ignore[arg-type]  # asks the same questions
         level = FixedTrial({PBT_RATIO: params[PBT_RATIO]})
         level.suggest_float(
             PBT_RATIO, self.ratio.low, self.ratio.high, log=self.ratio.log, step=self.ratio.step
         )
-        return Segment(
+        return PbtStep(
             generation=generation,
             member=member,
             parent=parent,
             params=dict(params),
             distributions={**level.distributions, **others.distributions},
             values={**values, "ratio.shape": "points", PBT_RATIO: [[0.0, levels[0]], *ends]},
-            seed=derived_seed(self.settings.seed, "pbt"),
+            seed=derived_seed(self.config.seed, "pbt"),
             until=self.until(generation),
         )
 
@@ -205,12 +207,12 @@ def lineage(trials: Sequence[FrozenTrial], number: int) -> list[int]:
 
 
 def learnt_schedule(
-    settings: StudySettings, trials: Sequence[FrozenTrial], number: int
+    config: StudyConfig, trials: Sequence[FrozenTrial], number: int
 ) -> tuple[tuple[float, float], ...]:
     """The schedule that trial `number` has run: (share of training, masking ratio), for `ratio.points`."""
     return tuple(
         (share, level)
-        for share, level in Population(settings).segment(trials, number).values[PBT_RATIO]
+        for share, level in Population(config).segment(trials, number).values[PBT_RATIO]
     )
 
 
@@ -241,36 +243,36 @@ def score_of(trial: FrozenTrial) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def without_ratio(settings: StudySettings) -> StudySettings:
+def without_ratio(config: StudyConfig) -> StudyConfig:
     """The study without the schedule, whose space is one of settings like any other."""
-    space = settings.space if isinstance(settings.space, dict) else {}
-    return settings.model_copy(
+    space = config.space if isinstance(config.space, dict) else {}
+    return config.model_copy(
         update={"space": {name: p for name, p in space.items() if name != PBT_RATIO}}
     )
 
 
-def check_population(settings: StudySettings) -> None:
+def check_population(config: StudyConfig) -> None:
     """Check a study of population-based training, its space included.
 
     Raises:
-        SettingsError: with a sentence for each fault.
+        ConfigError: with a sentence for each fault.
     """
-    if isinstance(settings.space, str):
-        raise SettingsError(
+    if isinstance(config.space, str):
+        raise ConfigError(
             "space: sampler pbt needs a declared space, not a function; write its ranges out.",
             keys=["space"],
         )
-    faults = [*_faults_of_space(settings.space), *_faults_of_study(settings)]
+    faults = [*_faults_of_space(config.space), *_faults_of_study(config)]
     if faults:
-        raise SettingsError(*[fault.text for fault in faults], keys=[fault.key for fault in faults])
-    check_space(without_ratio(settings))
+        raise ConfigError(*[fault.text for fault in faults], keys=[fault.key for fault in faults])
+    check_space(without_ratio(config))
 
 
-def _faults_of_space(space: Mapping[str, Parameter]) -> Iterator[Fault]:
+def _faults_of_space(space: Mapping[str, Parameter]) -> Iterator[ConfigIssue]:
     ratio = space.get(PBT_RATIO)
     if not isinstance(ratio, Range) or not 0 < ratio.low < ratio.high < 1:
         found = "is missing" if ratio is None else "is no range within 0-1"
-        yield Fault(
+        yield ConfigIssue(
             f"space.{PBT_RATIO}",
             f"space: {PBT_RATIO}, the masking ratio that a segment of pbt moves to, {found}; give low and high, "
             f"such as {{low: 0.2, high: 0.8}}.",
@@ -291,44 +293,44 @@ def _faults_of_space(space: Mapping[str, Parameter]) -> Iterator[Fault]:
             told = f"{name} reaches 0 with sampler pbt, where the model loses a part; stay above 0."
         else:
             continue
-        yield Fault(f"space.{name}", f"space: {told}")
+        yield ConfigIssue(f"space.{name}", f"space: {told}")
 
 
-def _faults_of_study(settings: StudySettings) -> Iterator[Fault]:
-    sampler, pretrain = settings.sampler, settings.trial({}, seed=0)
+def _faults_of_study(config: StudyConfig) -> Iterator[ConfigIssue]:
+    sampler, pretrain = config.sampler, config.trial({}, seed=0)
     if pretrain.objective != "reconstruction":
-        yield Fault(
+        yield ConfigIssue(
             "pretrain",
             f"pretrain.objective {pretrain.objective} masks nothing that sampler pbt could schedule.",
         )
     if sampler.interval >= pretrain.epochs:
-        yield Fault(
+        yield ConfigIssue(
             "sampler.interval",
             f"sampler.interval {sampler.interval} leaves one generation of the {pretrain.epochs} epochs; lower it.",
         )
-    if settings.pruner.name != "none":
-        yield Fault(
+    if config.pruner.name != "none":
+        yield ConfigIssue(
             "pruner.name",
-            f"pruner.name {settings.pruner.name} does nothing for sampler pbt, whose poor members go on from "
+            f"pruner.name {config.pruner.name} does nothing for sampler pbt, whose poor members go on from "
             f"good ones; set it to none.",
         )
     for name in ("require", "limits"):
-        if getattr(settings, name):
-            yield Fault(
+        if getattr(config, name):
+            yield ConfigIssue(
                 name, f"{name} is not kept by sampler pbt; drop it, and narrow the ranges instead."
             )
-    objective = next(iter(settings.objectives))
+    objective = next(iter(config.objectives))
     if objective in COSTS:
-        yield Fault(
+        yield ConfigIssue(
             "objectives",
             f"objectives: sampler pbt compares members by a score, not by {objective}; name dsc.",
         )
     generations = math.ceil(pretrain.epochs / sampler.interval)
-    needed = sampler.population * generations
-    if settings.budget.trials != needed:
-        yield Fault(
+    needed = sampler.population_size * generations
+    if config.budget.trials != needed:
+        yield ConfigIssue(
             "budget.trials",
-            f"budget.trials is {settings.budget.trials}, but sampler pbt runs {sampler.population} members x "
+            f"budget.trials is {config.budget.trials}, but sampler pbt runs {sampler.population_size} members x "
             f"{generations} generations of {sampler.interval} epochs; set it to {needed}.",
         )
 

@@ -26,15 +26,15 @@ from optuna.pruners import (
 )
 from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 
-from amlp_ray.config import PrunerSettings, StudySettings
+from amlp_ray.config import PrunerConfig, StudyConfig
 from amlp_ray.study.rungs import first_prunable_epoch, rung_epochs
-from amlp_ray.study.search.in_memory_study import Known, Mirror, News
+from amlp_ray.study.search.in_memory_study import InMemoryStudy, ObservedTrial, TrialDelta
 from amlp_ray.study.search_space.validate import suggest
 
 _HALVINGS = ("halving", "hyperband")
 
 
-def make_pruner(settings: PrunerSettings) -> BasePruner:
+def make_pruner(config: PrunerConfig) -> BasePruner:
     """Build the named Optuna pruner for steps as `Pruning` gives them; when it may act at all is decided there.
 
     Hyperband is halving whose trials are dealt into brackets, each of which spares its trials the first so many rungs;
@@ -42,17 +42,19 @@ def make_pruner(settings: PrunerSettings) -> BasePruner:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # chosen knowingly
-        match settings.name:
+        match config.name:
             case "median":
                 return PercentilePruner(50.0, n_startup_trials=0)
             case "percentile":
-                return PercentilePruner(settings.percentile, n_startup_trials=0)
+                return PercentilePruner(config.percentile, n_startup_trials=0)
             case "halving" | "hyperband":
-                return SuccessiveHalvingPruner(min_resource=1, reduction_factor=settings.reduction)
+                return SuccessiveHalvingPruner(
+                    min_resource=1, reduction_factor=config.reduction_factor
+                )
             case "patient":
-                return PatientPruner(None, patience=settings.patience, min_delta=settings.min_delta)
+                return PatientPruner(None, patience=config.patience, min_delta=config.min_delta)
             case "wilcoxon":
-                return WilcoxonPruner(p_threshold=settings.p_threshold)
+                return WilcoxonPruner(p_threshold=config.p_threshold)
     return NopPruner()
 
 
@@ -71,18 +73,18 @@ class Pruning:
     def __init__(
         self,
         study: optuna.Study,
-        settings: StudySettings,
+        config: StudyConfig,
         images: int,
         folder: Callable[[int], Path],
     ) -> None:
         """Args: images: that a trial trains on. folder: of a trial, by number."""
-        self._study, self._settings, self._images, self._folder = study, settings, images, folder
-        self._rules = settings.pruner
-        self._pruner = make_pruner(settings.pruner)
-        self._direction = settings.objectives.get(settings.metric, "maximize")  # type: ignore[call-overload]
-        self._full = settings.trial({}, seed=0).epochs
-        self._mirrors: dict[int, Mirror] = {}  # by bracket
-        self._news = News()
+        self._study, self._settings, self._images, self._folder = study, config, images, folder
+        self._rules = config.pruner
+        self._pruner = make_pruner(config.pruner)
+        self._direction = config.objectives.get(config.metric, "maximize")  # type: ignore[call-overload]
+        self._full = config.trial({}, seed=0).epochs
+        self._mirrors: dict[int, InMemoryStudy] = {}  # by bracket
+        self._news = TrialDelta()
         self._complete: list[FrozenTrial] = []
         self._limits: dict[
             int, tuple[tuple[int, ...], int]
@@ -113,7 +115,7 @@ class Pruning:
         ):
             return False
         beside = self._take_in(trials)
-        if len(self._complete) < self._rules.startup:
+        if len(self._complete) < self._rules.n_startup_trials:
             return False
         scores = {
             at: value
@@ -136,7 +138,9 @@ class Pruning:
         bracket = self._bracket(number)
         if max(scores) < bracket:  # hyperband spares this bracket
             return False
-        trial = Known(number, TrialState.RUNNING, intermediate_values=self._steps(scores, bracket))
+        trial = ObservedTrial(
+            number, TrialState.RUNNING, intermediate_values=self._steps(scores, bracket)
+        )
         trial.system_attrs = {
             _passed(at): 0.0 for at in range(max(scores) - bracket)
         }  # judged there before
@@ -172,7 +176,7 @@ class Pruning:
         rungs = rung_epochs(int(trial.params.get("epochs", self._full)), self._rules)
         scores = {rungs.index(at): v for at, v in trial.intermediate_values.items() if at in rungs}
         bracket = self._bracket(trial.number)
-        known = Known(
+        known = ObservedTrial(
             trial.number,
             trial.state,
             values=[0.0] if trial.state == TrialState.COMPLETE else None,  # no pruner here reads it
@@ -187,19 +191,21 @@ class Pruning:
         """Scores by step: halving asks at steps 1, r, r^2, ..., which makes each rung one halving."""
         if self._rules.name in _HALVINGS:
             return {
-                self._rules.reduction ** (at - bracket): v
+                self._rules.reduction_factor ** (at - bracket): v
                 for at, v in scores.items()
                 if at >= bracket
             }
         return dict(scores)
 
-    def _mirror(self, bracket: int) -> Mirror:
-        return self._mirrors.setdefault(bracket, Mirror(self._settings.name, [self._direction]))
+    def _mirror(self, bracket: int) -> InMemoryStudy:
+        return self._mirrors.setdefault(
+            bracket, InMemoryStudy(self._settings.name, [self._direction])
+        )
 
     def _bracket(self, number: int) -> int:
         if self._rules.name != "hyperband":
             return 0
-        return bracket(self._settings.name, number, self._rules.rungs, self._rules.reduction)
+        return bracket(self._settings.name, number, self._rules.rungs, self._rules.reduction_factor)
 
     # Wilcoxon
 
@@ -221,7 +227,7 @@ class Pruning:
                 value=sum(scores) / len(scores), intermediate_values=dict(enumerate(scores))
             )
         )
-        trial = Known(
+        trial = ObservedTrial(
             1,
             TrialState.RUNNING,
             intermediate_values={i: own[image] for i, image in enumerate(images)},

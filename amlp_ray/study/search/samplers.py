@@ -28,9 +28,9 @@ from optuna.search_space.group_decomposed import _GroupDecomposedSearchSpace
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from amlp_ray.config import SamplerSettings, StudySettings
-from amlp_ray.errors import SettingsError
-from amlp_ray.study.search.in_memory_study import Mirror
+from amlp_ray.config import SamplerConfig, StudyConfig
+from amlp_ray.errors import ConfigError
+from amlp_ray.study.search.in_memory_study import InMemoryStudy
 from amlp_ray.study.search_space.space import space_of
 
 LARGEST_GRID = (
@@ -51,7 +51,7 @@ class UnlimitedError(Exception):
 
 
 def make_sampler(
-    settings: SamplerSettings, seed: int, *, space: Space, series: int = 0, point: int = 0
+    config: SamplerConfig, seed: int, *, space: Space, series: int = 0, point: int = 0
 ) -> BaseSampler:
     """Build the named sampler for one trial.
 
@@ -69,28 +69,35 @@ def make_sampler(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # chosen knowingly
-        match settings.name:
+        match config.name:
             case "tpe":
-                return Tpe(settings, seed)
+                return Tpe(config, seed)
             case "gp":
                 return optuna.samplers.GPSampler(
-                    seed=seed, n_startup_trials=settings.startup, warn_independent_sampling=False
+                    seed=seed,
+                    n_startup_trials=config.n_startup_trials,
+                    warn_independent_sampling=False,
                 )
             case "cmaes":
                 return CmaEs(
-                    space, population=settings.population, startup=settings.startup, seed=seed
+                    space,
+                    population_size=config.population_size,
+                    n_startup_trials=config.n_startup_trials,
+                    seed=seed,
                 )
             case "qmc":
                 return EvenPoints(space, series=series, point=point, seed=seed)
             case "nsga2":
-                return optuna.samplers.NSGAIISampler(population_size=settings.population, seed=seed)
+                return optuna.samplers.NSGAIISampler(
+                    population_size=config.population_size, seed=seed
+                )
             case "nsga3":
                 return optuna.samplers.NSGAIIISampler(
-                    population_size=settings.population, seed=seed
+                    population_size=config.population_size, seed=seed
                 )
             case "random" | "grid":
                 return RandomSampler(seed)
-    raise ValueError(f"{settings.name} is no sampler of single trials")
+    raise ValueError(f"{config.name} is no sampler of single trials")
 
 
 class Tpe(optuna.samplers.TPESampler):
@@ -101,12 +108,12 @@ class Tpe(optuna.samplers.TPESampler):
     Mirrored trials only (see `Known`).
     """
 
-    def __init__(self, settings: SamplerSettings, seed: int) -> None:
+    def __init__(self, config: SamplerConfig, seed: int) -> None:
         super().__init__(
             seed=seed,
-            n_startup_trials=settings.startup,
-            multivariate=settings.multivariate,
-            group=settings.group and settings.multivariate,
+            n_startup_trials=config.n_startup_trials,
+            multivariate=config.multivariate,
+            group=config.group and config.multivariate,
             constant_liar=True,
         )
         self._split: tuple[list[FrozenTrial], list[FrozenTrial]] | None = None
@@ -181,9 +188,15 @@ class CmaEs(BaseSampler):
     Takes one objective. Knows no limits.
     """
 
-    def __init__(self, space: Space, *, population: int, startup: int, seed: int) -> None:
+    def __init__(
+        self, space: Space, *, population_size: int, n_startup_trials: int, seed: int
+    ) -> None:
         self._space = {n: d for n, d in sorted(space.items()) if _is_numeric(d)}
-        self._population, self._startup, self._seed = population, startup, seed
+        self._population_size, self._n_startup_trials, self._seed = (
+            population_size,
+            n_startup_trials,
+            seed,
+        )
         self._rest = RandomSampler(seed)
 
     def infer_relative_search_space(
@@ -198,7 +211,7 @@ class CmaEs(BaseSampler):
 
         told = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
         told = [t for t in told if t.value is not None]
-        if len(told) < self._startup or not self._space:
+        if len(told) < self._n_startup_trials or not self._space:
             return {}
         sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
         generations: dict[int, list[tuple[np.ndarray, float]]] = defaultdict(list)
@@ -212,10 +225,10 @@ class CmaEs(BaseSampler):
             sigma=1 / 6,
             bounds=np.tile([0.0, 1.0], (size, 1)),
             n_max_resampling=10 * size,
-            population_size=self._population,
+            population_size=self._population_size,
         )
-        while len(batch := generations[optimizer.generation]) >= self._population:
-            optimizer.tell(batch[: self._population])
+        while len(batch := generations[optimizer.generation]) >= self._population_size:
+            optimizer.tell(batch[: self._population_size])
         optimizer.reseed_rng(self._seed)
         study._storage.set_trial_system_attr(trial._trial_id, GENERATION, optimizer.generation)
         return {
@@ -301,8 +314,8 @@ def from_unit(u: float, d: Any) -> Any:
 class Seen:
     """What random draws of a space show of it: it may be a function, so asking is the only way to know."""
 
-    def __init__(self, settings: StudySettings) -> None:
-        draws = space_of(settings).draws
+    def __init__(self, config: StudyConfig) -> None:
+        draws = space_of(config).draws
         found: dict[str, list[BaseDistribution]] = defaultdict(list)
         for draw in draws:
             for name, d in draw.distributions.items():
@@ -317,13 +330,13 @@ class Seen:
         }
 
 
-def combinations(settings: StudySettings) -> list[dict[str, Any]]:
+def combinations(config: StudyConfig) -> list[dict[str, Any]]:
     """Return every combination of parameters of a space, conditions followed.
 
     Raises:
         UnlimitedError: where a range has no step, or there are more than 10,000 of them.
     """
-    mirror, ask = Mirror("grid", ["maximize"]), space_of(settings).ask
+    mirror, ask = InMemoryStudy("grid", ["maximize"]), space_of(config).ask
     found: list[dict[str, Any]] = []
     walk: _Walk | None = _Walk(())
     while walk is not None:
@@ -334,23 +347,23 @@ def combinations(settings: StudySettings) -> list[dict[str, Any]]:
     return found
 
 
-def check_sampler(settings: StudySettings) -> None:
-    """Raise SettingsError where a study's sampler cannot work on its space, or asks more of it."""
-    if settings.sampler.name == "pbt":
+def check_sampler(config: StudyConfig) -> None:
+    """Raise ConfigError where a study's sampler cannot work on its space, or asks more of it."""
+    if config.sampler.name == "pbt":
         from amlp_ray.study.search.pbt import check_population
 
-        check_population(settings)
-    if settings.sampler.name == "grid":
+        check_population(config)
+    if config.sampler.name == "grid":
         try:
-            combinations(settings)
+            combinations(config)
         except UnlimitedError as error:
-            raise SettingsError(
+            raise ConfigError(
                 f"sampler.name: grid tries every combination, but {error}; give choices or steps, or another sampler."
             ) from None
-    if settings.sampler.name == "cmaes" and not any(
-        _is_numeric(d) for d in Seen(settings).always.values()
+    if config.sampler.name == "cmaes" and not any(
+        _is_numeric(d) for d in Seen(config).always.values()
     ):
-        raise SettingsError(
+        raise ConfigError(
             "sampler.name: cmaes needs a range that is searched in every trial, but all are choices or conditional; "
             "tpe takes those."
         )

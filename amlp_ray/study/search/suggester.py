@@ -18,9 +18,9 @@ from optuna.distributions import BaseDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
-from amlp_ray.config import SamplerSettings, StudySettings
-from amlp_ray.errors import SettingsError
-from amlp_ray.study.search.in_memory_study import Known, Mirror, News
+from amlp_ray.config import SamplerConfig, StudyConfig
+from amlp_ray.errors import ConfigError
+from amlp_ray.study.search.in_memory_study import InMemoryStudy, ObservedTrial, TrialDelta
 from amlp_ray.study.search.samplers import (
     GENERATION,
     POINT,
@@ -44,14 +44,14 @@ _KEPT = (
     "NSGAIISampler:",
     "NSGAIIISampler:",
 )  # system attributes that go into the store
-_RANDOM = SamplerSettings(name="random")
+_RANDOM = SamplerConfig(name="random")
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 Key = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
-class Proposal:
+class Suggestion:
     """Settings of a new trial, and what the store is to keep of it."""
 
     params: dict[str, Any]  # as Optuna names them, names that are no settings included
@@ -67,24 +67,24 @@ class Duplicate:
     number: int  # of that trial
 
 
-class Proposer:
+class Suggester:
     """Proposes trials, one at a time; `sync` and `propose` may be called from different threads.
 
     Every proposal follows from the study's settings, the trial's number and the trials known, and from nothing else: a
     new proposer on the same store goes on as this one would.
     """
 
-    def __init__(self, settings: StudySettings, directions: Sequence[StudyDirection | str]) -> None:
-        """Raises SettingsError where the sampler cannot work on the space (see `check_sampler`)."""
-        check_sampler(settings)
-        self._settings, self._sampler = settings, settings.sampler
+    def __init__(self, config: StudyConfig, directions: Sequence[StudyDirection | str]) -> None:
+        """Raises ConfigError where the sampler cannot work on the space (see `check_sampler`)."""
+        check_sampler(config)
+        self._settings, self._sampler = config, config.sampler
         names = [d if isinstance(d, str) else d.name.lower() for d in directions]
         # With several objectives, or another one than is scored at rungs, a pruned trial has no value to go by.
-        self._scored = list(settings.objectives) == [settings.metric]
-        self._mirror = Mirror(settings.name, names)
+        self._scored = list(config.objectives) == [config.metric]
+        self._mirror = InMemoryStudy(config.name, names)
         self._lock = threading.Lock()
         self._stored: Sequence[FrozenTrial] = ()
-        self._news = News()
+        self._news = TrialDelta()
         self._done: dict[Key, int] = {}  # settings of finished trials
         self._tried: dict[int, Key] = {}  # of all others: those that run, and those that failed
         self._ended: set[int] = set()
@@ -107,7 +107,7 @@ class Proposer:
 
     def propose(
         self, number: int, *, fixed: Mapping[str, Any] | None = None
-    ) -> Proposal | Duplicate | None:
+    ) -> Suggestion | Duplicate | None:
         """Propose the trial of this number; until `sync` says otherwise, it runs.
 
         The first trial of a search tries the defaults of the space, where all parameters have one. A suggestion that
@@ -122,7 +122,7 @@ class Proposer:
             has ended meanwhile, so that a suggestion made ahead is of no use.
 
         Raises:
-            SettingsError: where `fixed` leaves nothing that is allowed.
+            ConfigError: where `fixed` leaves nothing that is allowed.
         """
         with self._lock:
             self._take_in()
@@ -141,7 +141,7 @@ class Proposer:
                 return self._untried(number)
             return self._search(number, dict(fixed or {}))
 
-    def _search(self, number: int, fixed: dict[str, Any]) -> Proposal | Duplicate | None:
+    def _search(self, number: int, fixed: dict[str, Any]) -> Suggestion | Duplicate | None:
         duplicate, insisted = None, 2 if self._sampler.name == "gp" else INSISTED
         for attempt in range(TRIES):
             if attempt == insisted and not fixed and self._finite() is not None:
@@ -159,15 +159,15 @@ class Proposer:
                 if proposal.params.keys() <= fixed.keys():
                     break
         if fixed and duplicate is None:
-            raise SettingsError(
+            raise ConfigError(
                 f"trial {number}: what was enqueued ({', '.join(f'{k}={v}' for k, v in fixed.items())}) leaves no "
                 f"combination that `require` and the settings allow; enqueue other values."
             )
         return duplicate or self._untried(number)
 
     def _draw(
-        self, number: int, attempt: int, fixed: Mapping[str, Any], by: SamplerSettings
-    ) -> Proposal | None:
+        self, number: int, attempt: int, fixed: Mapping[str, Any], by: SamplerConfig
+    ) -> Suggestion | None:
         """One suggestion; None where it is refused."""
         s = self._settings
         seed = derived_seed(s.seed, "sampler", number, *([attempt] if attempt else []))
@@ -183,7 +183,7 @@ class Proposer:
             return None
         try:
             s.trial(asked.values, seed=0)
-        except SettingsError:
+        except ConfigError:
             return None
         internal = {
             name: d.to_internal_repr(trial.params[name]) for name, d in trial.distributions.items()
@@ -192,11 +192,13 @@ class Proposer:
             name: d.to_external_repr(internal[name]) for name, d in trial.distributions.items()
         }
         kept = {k: v for k, v in trial.system_attrs.items() if k.startswith(_KEPT)}
-        return Proposal(params, dict(trial.distributions), asked.values, kept | self._parents(kept))
+        return Suggestion(
+            params, dict(trial.distributions), asked.values, kept | self._parents(kept)
+        )
 
-    def _begin(self, number: int, proposal: Proposal, *, sampled: bool) -> Proposal:
+    def _begin(self, number: int, proposal: Suggestion, *, sampled: bool) -> Suggestion:
         self._mirror.put(
-            Known(
+            ObservedTrial(
                 number,
                 TrialState.RUNNING,
                 params=proposal.params,
@@ -210,7 +212,7 @@ class Proposer:
             self._sampled.add(number)
         return proposal
 
-    def _untried(self, number: int) -> Proposal | None:
+    def _untried(self, number: int) -> Suggestion | None:
         """A combination of a finite space that no trial has had; they are in an order of the study's own."""
         for params in self._finite() or ():
             key = _key(params)
@@ -276,7 +278,7 @@ class Proposer:
             self._mirror.drop(number)
             self._sampled.discard(number)
 
-    def _known(self, trial: FrozenTrial) -> Known:
+    def _known(self, trial: FrozenTrial) -> ObservedTrial:
         """A stored trial as samplers are to see it.
 
         Its ranges are those of the space as it is now, where it lies in them: samplers leave out parameters whose
@@ -297,11 +299,11 @@ class Proposer:
             values = [rungs[max(rungs)]] if rungs else None
             if values is not None and self._sampler.name == "gp":
                 state = TrialState.COMPLETE
-        facts = trial.user_attrs.get("facts", {})
+        facts = trial.user_attrs.get("stats", {})
         over = {
             name: facts.get(name, limit) - limit for name, limit in self._settings.limits.items()
         }
-        return Known(
+        return ObservedTrial(
             trial.number,
             state,
             params=trial.params,

@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from amlp_ray.config import Choice, Derived, Fixed, Parameter, PretrainSettings, Range
-from amlp_ray.config.base import Fault, build, field_of, refusal
+from amlp_ray.config import Choice, Derived, Fixed, Parameter, PretrainConfig, Range
+from amlp_ray.config.base import ConfigIssue, build, field_of, refusal
 from amlp_ray.config.overrides import nested
-from amlp_ray.errors import SettingsError
+from amlp_ray.errors import ConfigError
 from amlp_ray.study.search_space.expressions import Expression, ExpressionError
 from amlp_ray.study.search_space.space import (
     LAYERS,
@@ -29,7 +29,7 @@ _WAYS = 200  # combinations of conditions that are looked through
 
 
 @dataclass(frozen=True)
-class Written:
+class DeclaredSpace:
     """A space as it is written.
 
     Args:
@@ -43,7 +43,7 @@ class Written:
     base: Mapping[str, Any] | None
     unread: Collection[str] = ()
 
-    def faults(self) -> list[Fault]:
+    def faults(self) -> list[ConfigIssue]:
         """Every fault that shows without a draw, each with the key that it is about."""
         rules = dict(self._rules())
         read = {name for rule in rules.values() if rule for name in rule.names}
@@ -54,13 +54,13 @@ class Written:
         found = list(self._rule_faults())
         for name, parameter in self.parameters.items():
             if fault := self._name_fault(name, used=name in read or unclear):
-                found.append(Fault(f"space.{name}", fault))
+                found.append(ConfigIssue(f"space.{name}", fault))
                 continue
             found += _value_faults(name, parameter)
             found += self._condition_faults(name, parameter, circular=bool(circle))
         if circle:
-            found.append(Fault(f"space.{circle[0]}", circle_told(circle)))
-        return [Fault(fault.key, f"space: {fault.text}") for fault in found]
+            found.append(ConfigIssue(f"space.{circle[0]}", circle_told(circle)))
+        return [ConfigIssue(fault.key, f"space: {fault.text}") for fault in found]
 
     def known(self, name: str) -> bool:
         return name in SETTINGS or name in self.parameters or name in self.unread
@@ -108,7 +108,7 @@ class Written:
             except ExpressionError:
                 yield key, None
 
-    def _rule_faults(self) -> Iterator[Fault]:
+    def _rule_faults(self) -> Iterator[ConfigIssue]:
         for name, parameter in self.parameters.items():
             if isinstance(parameter, Derived):
                 yield from self._expression_faults(
@@ -121,50 +121,56 @@ class Written:
                 continue
             rule = Expression(text)
             if not rule.decides:
-                yield Fault(
+                yield ConfigIssue(
                     key, f"require: {text!r} is no condition; compare with <, <=, >, >=, == or !=."
                 )
             elif not any(name in self.parameters or name in self.unread for name in rule.names):
-                yield Fault(
+                yield ConfigIssue(
                     key,
                     f"require: {text!r} names nothing that the space sets; it is true or false always.",
                 )
 
-    def _expression_faults(self, key: str, name: str, text: str) -> Iterator[Fault]:
+    def _expression_faults(self, key: str, name: str, text: str) -> Iterator[ConfigIssue]:
         try:
             rule = Expression(text)
         except ExpressionError as error:
-            yield Fault(key, f"{name}: {error}.")
+            yield ConfigIssue(key, f"{name}: {error}.")
             return
         for used in rule.names:
             if not self.known(used):
-                yield Fault(
+                yield ConfigIssue(
                     key,
                     f"{name}: {text!r} names {used!r}, which is no setting or helper{self.near(used)}",
                 )
 
     # Conditions
 
-    def _condition_faults(self, name: str, parameter: Parameter, *, circular: bool) -> list[Fault]:
+    def _condition_faults(
+        self, name: str, parameter: Parameter, *, circular: bool
+    ) -> list[ConfigIssue]:
         if parameter.when is None:
             return []
         key, found = f"space.{name}.when", []
         if not parameter.when:
             found.append(
-                Fault(key, f"{name} has an empty condition; leave `when` out, or say when.")
+                ConfigIssue(key, f"{name} has an empty condition; leave `when` out, or say when.")
             )
         for on, wanted in parameter.when.items():
             at, values = f"{key}.{on}", _listed(wanted)
             if not self.known(on):
                 found.append(
-                    Fault(at, f"{name} depends on {on!r}, which is no setting{self.near(on)}")
+                    ConfigIssue(at, f"{name} depends on {on!r}, which is no setting{self.near(on)}")
                 )
             elif not values:
-                found.append(Fault(at, f"{name} depends on {on}, but no value of it is named."))
+                found.append(
+                    ConfigIssue(at, f"{name} depends on {on}, but no value of it is named.")
+                )
             elif wrong := [
                 fault for value in values if on in SETTINGS and (fault := wrong_value(on, value))
             ]:
-                found += [Fault(at, f"{name} is never searched when {text}") for text in wrong]
+                found += [
+                    ConfigIssue(at, f"{name} is never searched when {text}") for text in wrong
+                ]
             elif not circular and not any(self._possible(on, value) for value in values):
                 can = self.parameters.get(on)
                 it = f" (it can be {can.choices})" if isinstance(can, Choice) else ""
@@ -173,11 +179,15 @@ class Written:
                 elif isinstance(can, Range):
                     it = f" (it is drawn from {can.low:g} to {can.high:g})"
                 found.append(
-                    Fault(at, f"{name} is never searched, since {on} is never {wanted!r}{it}.")
+                    ConfigIssue(
+                        at, f"{name} is never searched, since {on} is never {wanted!r}{it}."
+                    )
                 )
         if not found and not circular and not self._ways(name):
             found.append(
-                Fault(key, f"{name} is never searched, since its conditions rule each other out.")
+                ConfigIssue(
+                    key, f"{name} is never searched, since its conditions rule each other out."
+                )
             )
         return found
 
@@ -219,37 +229,37 @@ class Written:
 
 def wrong_value(name: str, value: Any) -> str | None:
     """Why a setting cannot have a value; nothing where it can. Stricter than a file is: no "yes" for true."""
-    kind = field_of(PretrainSettings, name).annotation
+    kind = field_of(PretrainConfig, name).annotation
     if kind in _WORDS and (isinstance(value, bool) != (kind is bool) or isinstance(value, str)):
         return f"{name} is {value!r}, but must be {_WORDS[kind]}."
     if (
         name in LAYERS and value is not None
     ):  # what they lay under others must be known, and goes together
         try:
-            build(PretrainSettings, nested({name: value}), name)
-        except SettingsError as error:
+            build(PretrainConfig, nested({name: value}), name)
+        except ConfigError as error:
             return error.faults[0].removeprefix(f"{name}: ")
-    return refusal(PretrainSettings, name, value)
+    return refusal(PretrainConfig, name, value)
 
 
-def _value_faults(name: str, parameter: Parameter) -> list[Fault]:
+def _value_faults(name: str, parameter: Parameter) -> list[ConfigIssue]:
     key = f"space.{name}"
     if isinstance(parameter, Derived):
         return []
     if isinstance(parameter, Range):
-        return [Fault(f"{key}.{part}", text) for part, text in _range_faults(name, parameter)]
+        return [ConfigIssue(f"{key}.{part}", text) for part, text in _range_faults(name, parameter)]
     if name not in SETTINGS:
         return []
     if isinstance(parameter, Fixed):
         text = wrong_value(name, parameter.value)
-        return [Fault(f"{key}.value", text)] if text else []
+        return [ConfigIssue(f"{key}.value", text)] if text else []
     tried = [(i, wrong_value(name, value)) for i, value in enumerate(parameter.choices)]
-    return [Fault(f"{key}.choices.{i}", text) for i, text in tried if text]
+    return [ConfigIssue(f"{key}.choices.{i}", text) for i, text in tried if text]
 
 
 def _range_faults(name: str, parameter: Range) -> Iterator[tuple[str, str]]:
     if name in SETTINGS:
-        kind = field_of(PretrainSettings, name).annotation
+        kind = field_of(PretrainConfig, name).annotation
         if kind not in (int, float):
             takes = (
                 "true or false"

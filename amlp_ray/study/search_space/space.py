@@ -23,29 +23,29 @@ from amlp_ray.config import (
     Derived,
     Fixed,
     Parameter,
-    PretrainSettings,
+    PretrainConfig,
     Range,
-    StudySettings,
+    StudyConfig,
 )
 from amlp_ray.config.base import field_of
 from amlp_ray.config.overrides import flat
-from amlp_ray.errors import SettingsError
+from amlp_ray.errors import ConfigError
 from amlp_ray.study.search_space.expressions import Expression, ExpressionError
 
 DRAWS = 100  # what one in fifty combinations refuses is found with 87 % probability, within a fifth of a second
 SETTINGS: Mapping[str, Any] = flat(
-    PretrainSettings()
+    PretrainConfig()
 )  # every setting that may be searched, and its default
 LAYERS = ("variant", "model.encoder")  # settings that lay values under others
 
 
 @dataclass(frozen=True)
-class Suggestion:
+class SuggestedConfig:
     """What a space made of a trial."""
 
     values: dict[
         str, Any
-    ]  # settings by dotted name, fixed and derived ones included: for `StudySettings.trial`
+    ]  # settings by dotted name, fixed and derived ones included: for `StudyConfig.trial`
     params: dict[str, Any]  # what Optuna was asked for, helpers included
     invalid: tuple[
         str, ...
@@ -59,38 +59,38 @@ class Suggestion:
 
 
 @dataclass(frozen=True)
-class Draw:
+class SampledTrial:
     """A trial drawn at random, to check a space with."""
 
-    suggestion: Suggestion
+    suggestion: SuggestedConfig
     distributions: Mapping[str, BaseDistribution]
 
 
-class Space:
+class SearchSpace:
     """The space of a study, ready to be asked.
 
     Raises:
-        SettingsError: a circle, an expression that cannot be read, or a function that cannot be imported.
+        ConfigError: a circle, an expression that cannot be read, or a function that cannot be imported.
     """
 
-    def __init__(self, settings: StudySettings) -> None:
-        self._settings = settings
-        declared = settings.space if isinstance(settings.space, dict) else {}
-        self.function = load_function(settings.space) if isinstance(settings.space, str) else None
+    def __init__(self, config: StudyConfig) -> None:
+        self._settings = config
+        declared = config.space if isinstance(config.space, dict) else {}
+        self.function = load_function(config.space) if isinstance(config.space, str) else None
         self._rules = {
             n: _read(n, p.expression) for n, p in declared.items() if isinstance(p, Derived)
         }
-        self.requirements = tuple(_read("require", text) for text in settings.require)
+        self.requirements = tuple(_read("require", text) for text in config.require)
         self.parameters = {name: declared[name] for name in order_of_asking(declared)}
         self._bases: dict[tuple[Any, ...], dict[str, Any]] = {}
 
-    def ask(self, trial: Trial) -> Suggestion:
+    def ask(self, trial: Trial) -> SuggestedConfig:
         """Ask Optuna for every parameter whose condition holds. A trial that was asked before answers the same."""
         if self.function is not None:
             return self._ask_function(self.function, trial)
         return self.walk(lambda name, parameter: _ask(trial, name, parameter))
 
-    def walk(self, answer: Callable[[str, Range | Choice], Any]) -> Suggestion:
+    def walk(self, answer: Callable[[str, Range | Choice], Any]) -> SuggestedConfig:
         """Go through a declared space, where `answer` gives the value of a searched parameter."""
         at_hand: dict[str, Any] = {}
         params: dict[str, Any] = {}
@@ -111,7 +111,9 @@ class Space:
             else:
                 at_hand[name] = params[name] = answer(name, parameter)
         values = {name: value for name, value in at_hand.items() if name in SETTINGS}
-        return Suggestion(values, params, tuple(invalid.values()), self.broken_requirement(at_hand))
+        return SuggestedConfig(
+            values, params, tuple(invalid.values()), self.broken_requirement(at_hand)
+        )
 
     def broken_requirement(self, at_hand: Mapping[str, Any]) -> str | None:
         """What the values of a trial, helpers among them, break; nothing where all holds.
@@ -129,14 +131,14 @@ class Space:
         return None
 
     @cached_property
-    def draws(self) -> tuple[Draw, ...]:
+    def draws(self) -> tuple[SampledTrial, ...]:
         """Trials at random, the same for the same space."""
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
         drawn = []
         for _ in range(DRAWS if self.parameters or self.function else 1):
             trial = study.ask()
             suggestion = self.ask(trial)
-            drawn.append(Draw(suggestion, trial.distributions))
+            drawn.append(SampledTrial(suggestion, trial.distributions))
         return tuple(drawn)
 
     def base(self, at_hand: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,21 +170,21 @@ class Space:
                 return False
         return True
 
-    def _ask_function(self, function: Callable[[Trial], Any], trial: Trial) -> Suggestion:
+    def _ask_function(self, function: Callable[[Trial], Any], trial: Trial) -> SuggestedConfig:
         invalid: tuple[str, ...] = ()
         more = None
         try:
             more = function(trial)
         except (optuna.TrialPruned, ExpressionError) as error:
             invalid = (str(error) or f"{self._settings.space} refuses them",)
-        except SettingsError:
+        except ConfigError:
             raise
         except Exception as error:
-            raise SettingsError(
+            raise ConfigError(
                 f"space: {self._settings.space} failed: {type(error).__name__}: {error}."
             ) from error
         if not isinstance(more, Mapping | None):
-            raise SettingsError(
+            raise ConfigError(
                 f"space: {self._settings.space} returned {type(more).__name__}; it may return nothing, or a mapping of "
                 f"settings by dotted name."
             )
@@ -194,30 +196,30 @@ class Space:
             for name, value in at_hand.items()
             if name in SETTINGS or "." in name or name not in params
         }
-        return Suggestion(values, params, invalid, self.broken_requirement(at_hand))
+        return SuggestedConfig(values, params, invalid, self.broken_requirement(at_hand))
 
 
 class _Same:
     """A study's settings as a key: these very ones, since mappings inside them have no hash."""
 
-    def __init__(self, settings: StudySettings) -> None:
-        self.settings = settings
+    def __init__(self, config: StudyConfig) -> None:
+        self.config = config
 
     def __hash__(self) -> int:
-        return id(self.settings)
+        return id(self.config)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.settings is self.settings
+        return isinstance(other, _Same) and other.config is self.config
 
 
-def space_of(settings: StudySettings) -> Space:
-    """The space of a study, worked out once. Raises SettingsError as `Space` does."""
-    return _space_of(_Same(settings))
+def space_of(config: StudyConfig) -> SearchSpace:
+    """The space of a study, worked out once. Raises ConfigError as `Space` does."""
+    return _space_of(_Same(config))
 
 
 @lru_cache(maxsize=16)
-def _space_of(key: _Same) -> Space:
-    return Space(key.settings)
+def _space_of(key: _Same) -> SearchSpace:
+    return SearchSpace(key.config)
 
 
 def needs(name: str, parameter: Parameter) -> set[str]:
@@ -233,12 +235,12 @@ def needs(name: str, parameter: Parameter) -> set[str]:
 
 
 def order_of_asking(space: Mapping[str, Parameter]) -> list[str]:
-    """Names as they are written, but each after those it needs. Raises SettingsError for a circle."""
+    """Names as they are written, but each after those it needs. Raises ConfigError for a circle."""
     order, circle = sorted_by_need(
         {name: needs(name, parameter) for name, parameter in space.items()}
     )
     if circle:
-        raise SettingsError(f"space: {circle_told(circle)}", keys=[f"space.{circle[0]}"])
+        raise ConfigError(f"space: {circle_told(circle)}", keys=[f"space.{circle[0]}"])
     return order
 
 
@@ -272,14 +274,14 @@ def same(value: Any, wanted: Any) -> bool:
 
 def is_whole(name: str) -> bool:
     """Whether a setting takes whole numbers only; helpers take any."""
-    return name in SETTINGS and field_of(PretrainSettings, name).annotation is int
+    return name in SETTINGS and field_of(PretrainConfig, name).annotation is int
 
 
 def load_function(reference: str, folder: Path | None = None) -> Callable[[Trial], Any]:
     """Import `module:function`, from `folder` or the working folder too.
 
     Raises:
-        SettingsError: there is no such module or function, it fails, or another module of that name is in use.
+        ConfigError: there is no such module or function, it fails, or another module of that name is in use.
     """
     module_name, _, name = reference.partition(":")
     folders = [str(place.absolute()) for place in (folder, Path()) if place is not None]
@@ -291,25 +293,25 @@ def load_function(reference: str, folder: Path | None = None) -> Callable[[Trial
     except ModuleNotFoundError as error:
         missing = error.name or module_name
         where = " or ".join(dict.fromkeys(folders))
-        raise SettingsError(
+        raise ConfigError(
             f"space: there is no module {missing!r} in {where} or among those installed; start where it lies, or put "
             f"its folder on PYTHONPATH."
         ) from None
     except Exception as error:
-        raise SettingsError(
+        raise ConfigError(
             f"space: module {module_name!r} fails: {type(error).__name__}: {error}."
         ) from error
     finally:
         sys.path[:] = before
     file = module_name.replace(".", "/") + ".py"
     if folder is not None and (folder / file).is_file() and not _is_from(module, folder / file):
-        raise SettingsError(
+        raise ConfigError(
             f"space: {folder / file} cannot be imported, since a module {module_name!r} is in use already, from "
             f"{getattr(module, '__file__', None) or 'Python itself'}; give it another name."
         )
     function = getattr(module, name, None)
     if not callable(function):
-        raise SettingsError(f"space: module {module_name!r} has no function {name!r}.")
+        raise ConfigError(f"space: module {module_name!r} has no function {name!r}.")
     return function
 
 
@@ -322,7 +324,7 @@ def _read(name: str, text: str) -> Expression:
     try:
         return Expression(text)
     except ExpressionError as error:
-        raise SettingsError(f"space: {name}: {error}.") from None
+        raise ConfigError(f"space: {name}: {error}.") from None
 
 
 def _ask(trial: Trial, name: str, parameter: Range | Choice) -> Any:
@@ -348,7 +350,7 @@ def _as_setting(name: str, value: Any) -> Any:
                 f"the expression gives {value:g}, but it is a whole number; use round()"
             )
         return round(value)
-    wanted = field_of(PretrainSettings, name).annotation
+    wanted = field_of(PretrainConfig, name).annotation
     if (wanted is bool) != isinstance(value, bool):
         raise ExpressionError(f"the expression gives {value!r}, which is no value of it")
     return float(value) if wanted is float and isinstance(value, int) else value

@@ -21,22 +21,22 @@ from optuna.distributions import (
 from optuna.trial import Trial
 from pydantic import TypeAdapter, ValidationError
 
-from amlp_ray.config import Choice, Parameter, PretrainSettings, Range, StudySettings
-from amlp_ray.config.base import Fault, Source, build, source_of
+from amlp_ray.config import Choice, Parameter, PretrainConfig, Range, StudyConfig
+from amlp_ray.config.base import ConfigIssue, ConfigSource, build, config_source
 from amlp_ray.config.overrides import flat
-from amlp_ray.errors import SettingsError
-from amlp_ray.study.search_space.checks import Written
+from amlp_ray.errors import ConfigError
+from amlp_ray.study.search_space.checks import DeclaredSpace
 from amlp_ray.study.search_space.space import (
     SETTINGS,
-    Space,
-    Suggestion,
+    SearchSpace,
+    SuggestedConfig,
     load_function,
     order_of_asking,
     space_of,
 )
 
 __all__ = [
-    "Suggestion",
+    "SuggestedConfig",
     "build_study",
     "check_space",
     "defaults",
@@ -55,61 +55,61 @@ PBT_RATIO = "ratio.points"  # what population-based training moves; no setting l
 _PARAMETER: TypeAdapter[Parameter] = TypeAdapter(Parameter)
 
 
-def suggestion(trial: Trial, settings: StudySettings) -> Suggestion:
+def suggestion(trial: Trial, config: StudyConfig) -> SuggestedConfig:
     """Ask Optuna for every parameter whose condition holds, and say what follows and whether it is refused.
 
     A trial that was asked before gives the same again; a FixedTrial gives what follows from its parameters.
     """
-    return space_of(settings).ask(trial)
+    return space_of(config).ask(trial)
 
 
-def suggest(trial: Trial, settings: StudySettings) -> dict[str, Any]:
+def suggest(trial: Trial, config: StudyConfig) -> dict[str, Any]:
     """Ask Optuna as `suggestion` does; return settings by dotted name, fixed and derived ones included.
 
     Whether they keep the study's requirements is for `holds_requirements` to say.
 
     Raises:
-        SettingsError: an expression gives nothing for these values, or a function refuses them.
+        ConfigError: an expression gives nothing for these values, or a function refuses them.
     """
-    asked = suggestion(trial, settings)
+    asked = suggestion(trial, config)
     if asked.invalid:
-        raise SettingsError(*[f"space: {reason}." for reason in asked.invalid])
+        raise ConfigError(*[f"space: {reason}." for reason in asked.invalid])
     return asked.values
 
 
-def holds_requirements(at_hand: Mapping[str, Any], settings: StudySettings) -> bool:
+def holds_requirements(at_hand: Mapping[str, Any], config: StudyConfig) -> bool:
     """Whether every requirement holds.
 
     Args:
         at_hand: values by name, of settings and of helpers: `{**trial.params, **suggest(trial, settings)}`. What is not
             among them has the study's own value; a requirement of a helper that is missing is passed over.
     """
-    return space_of(settings).broken_requirement(at_hand) is None
+    return space_of(config).broken_requirement(at_hand) is None
 
 
-def searched(settings: StudySettings) -> dict[str, Range | Choice]:
+def searched(config: StudyConfig) -> dict[str, Range | Choice]:
     """What Optuna is asked for, in the order of asking, helpers included. Of a function: what random draws show."""
-    space = space_of(settings)
+    space = space_of(config)
     if space.function is None:
         return {name: p for name, p in space.parameters.items() if isinstance(p, Range | Choice)}
     return {name: _as_parameter(ranges[0]) for name, ranges in _seen(space).items()}
 
 
-def parameters(settings: StudySettings) -> tuple[str, ...]:
+def parameters(config: StudyConfig) -> tuple[str, ...]:
     """Names of what Optuna is asked for, in the order of asking."""
-    return tuple(searched(settings))
+    return tuple(searched(config))
 
 
-def defaults(settings: StudySettings) -> dict[str, Any] | None:
+def defaults(config: StudyConfig) -> dict[str, Any] | None:
     """Parameters of the first trial, where the space gives defaults; the study's own value where one is missing.
 
     Returns:
         What Optuna would be asked for, by name; None where no default is given, or the space is a function.
 
     Raises:
-        SettingsError: one has neither a default nor a value of the study inside its range.
+        ConfigError: one has neither a default nor a value of the study inside its range.
     """
-    space = space_of(settings)
+    space = space_of(config)
     if not any(
         p.default is not None for p in space.parameters.values() if isinstance(p, Range | Choice)
     ):
@@ -122,7 +122,7 @@ def defaults(settings: StudySettings) -> dict[str, Any] | None:
             value = space.base(params).get(name)
             if value is None or not _inside(parameter, value):
                 own = f", and the study's own {value!r} lies outside" if name in SETTINGS else ""
-                raise SettingsError(
+                raise ConfigError(
                     f"space: {name} has no default{own}; the first trial tries defaults, so give one here too.",
                     keys=[f"space.{name}"],
                 )
@@ -133,24 +133,26 @@ def defaults(settings: StudySettings) -> dict[str, Any] | None:
 
     asked = space.walk(answer)
     if asked.refused:
-        raise SettingsError(f"space: the defaults are refused: {asked.refused}.", keys=["space"])
+        raise ConfigError(f"space: the defaults are refused: {asked.refused}.", keys=["space"])
     return params
 
 
-def drawn_settings(settings: StudySettings) -> list[PretrainSettings]:
+def drawn_settings(config: StudyConfig) -> list[PretrainConfig]:
     """Draw settings of trials at random from the space, the same at every call; the study's own where none is searched.
 
     Raises:
-        SettingsError: where a combination of values is refused.
+        ConfigError: where a combination of values is refused.
     """
-    drawn, faults = _drawn(_of_settings_only(settings))
+    drawn, faults = _drawn(_of_settings_only(config))
     if faults:
-        raise Source("space").error(Fault(f.key, f.text.removeprefix("space: ")) for f in faults)
+        raise ConfigSource("space").error(
+            ConfigIssue(f.key, f.text.removeprefix("space: ")) for f in faults
+        )
     return drawn
 
 
-def check_space(settings: StudySettings, source: Source | None = None) -> None:
-    """Raise SettingsError with every fault of the space: unknown names, values a setting refuses, rules, combinations.
+def check_space(config: StudyConfig, source: ConfigSource | None = None) -> None:
+    """Raise ConfigError with every fault of the space: unknown names, values a setting refuses, rules, combinations.
 
     First each parameter is looked at, then random draws are tried on the settings themselves, so that a combination
     that a setting refuses shows here and not in the middle of a study.
@@ -158,42 +160,42 @@ def check_space(settings: StudySettings, source: Source | None = None) -> None:
     Args:
         source: of the settings, so that faults are told with the file and line.
     """
-    base = flat(settings.trial({}, seed=0))
-    faults: list[Fault] = []
-    if isinstance(settings.space, dict):
-        faults = Written(settings.space, settings.require, base).faults()
-    _refuse(faults or _faults_of_draws(settings, base, source), source)
+    base = flat(config.trial({}, seed=0))
+    faults: list[ConfigIssue] = []
+    if isinstance(config.space, dict):
+        faults = DeclaredSpace(config.space, config.require, base).faults()
+    _refuse(faults or _faults_of_draws(config, base, source), source)
 
 
-def build_study(values: Mapping[str, Any], source: str) -> StudySettings:
+def build_study(values: Mapping[str, Any], source: str) -> StudyConfig:
     """Validate a study's settings, its space included, with all faults in one list.
 
     Args:
         source: what messages call it. Values that `read_yaml` read know it, and the lines of their keys.
 
     Raises:
-        SettingsError: one sentence for each fault, with file and line where these are known.
+        ConfigError: one sentence for each fault, with file and line where these are known.
     """
-    origin = source_of(values, source)
-    settings = build(StudySettings, values, source, more=_written(values).faults())
+    origin = config_source(values, source)
+    config = build(StudyConfig, values, source, more=_written(values).faults())
     try:
-        if isinstance(settings.space, str):
-            load_function(settings.space, Path(origin.name).parent if origin.lines else None)
-    except SettingsError as error:
-        _refuse([Fault("space", str(error))], origin)
-    check_space(_of_settings_only(settings), origin)
-    return settings
+        if isinstance(config.space, str):
+            load_function(config.space, Path(origin.name).parent if origin.lines else None)
+    except ConfigError as error:
+        _refuse([ConfigIssue("space", str(error))], origin)
+    check_space(_of_settings_only(config), origin)
+    return config
 
 
-def _of_settings_only(settings: StudySettings) -> StudySettings:
-    if settings.sampler.name != "pbt" or not isinstance(settings.space, dict):
-        return settings
-    return settings.model_copy(
-        update={"space": {n: p for n, p in settings.space.items() if n != PBT_RATIO}}
+def _of_settings_only(config: StudyConfig) -> StudyConfig:
+    if config.sampler.name != "pbt" or not isinstance(config.space, dict):
+        return config
+    return config.model_copy(
+        update={"space": {n: p for n, p in config.space.items() if n != PBT_RATIO}}
     )
 
 
-def _written(values: Mapping[str, Any]) -> Written:
+def _written(values: Mapping[str, Any]) -> DeclaredSpace:
     """What can be read of a space whose study may be at fault elsewhere."""
     space = values.get("space") if isinstance(values.get("space"), Mapping) else {}
     sampler = values.get("sampler")
@@ -207,8 +209,8 @@ def _written(values: Mapping[str, Any]) -> Written:
         except ValidationError:
             unread.append(str(name))
     try:
-        base = flat(build(PretrainSettings, values.get("pretrain") or {}, "pretrain"))
-    except (SettingsError, TypeError, ValueError):
+        base = flat(build(PretrainConfig, values.get("pretrain") or {}, "pretrain"))
+    except (ConfigError, TypeError, ValueError):
         base = None
     require = values.get("require")
     rules = (
@@ -216,37 +218,37 @@ def _written(values: Mapping[str, Any]) -> Written:
         if isinstance(require, list | tuple)
         else []
     )
-    return Written(read, rules, base, unread)
+    return DeclaredSpace(read, rules, base, unread)
 
 
 def _faults_of_draws(
-    settings: StudySettings, base: Mapping[str, Any], source: Source | None
-) -> list[Fault]:
-    space = space_of(settings)
-    if space.function is not None and (faults := list(_faults_of_function(settings, space, base))):
+    config: StudyConfig, base: Mapping[str, Any], source: ConfigSource | None
+) -> list[ConfigIssue]:
+    space = space_of(config)
+    if space.function is not None and (faults := list(_faults_of_function(config, space, base))):
         return faults
-    _, faults = _drawn(settings)
+    _, faults = _drawn(config)
     try:
-        if (first := defaults(settings)) and not faults:
-            settings.trial({n: v for n, v in first.items() if n in SETTINGS}, seed=0)
-    except SettingsError as error:
-        faults += [Fault(error.keys[0], str(error))]
+        if (first := defaults(config)) and not faults:
+            config.trial({n: v for n, v in first.items() if n in SETTINGS}, seed=0)
+    except ConfigError as error:
+        faults += [ConfigIssue(error.keys[0], str(error))]
     return faults
 
 
 def _faults_of_function(
-    settings: StudySettings, space: Space, base: Mapping[str, Any]
-) -> Iterator[Fault]:
+    config: StudyConfig, space: SearchSpace, base: Mapping[str, Any]
+) -> Iterator[ConfigIssue]:
     """What a function asks for, looked at as if it were declared."""
     asked: dict[str, Parameter] = {}
     for name, ranges in _seen(space).items():
         for distribution in ranges:
             if type(base.get(name)) is int and isinstance(distribution, FloatDistribution):
-                yield Fault("space", f"space: {name} is an integer; ask with suggest_int.")
+                yield ConfigIssue("space", f"space: {name} is an integer; ask with suggest_int.")
             try:
                 asked[name] = _as_parameter(distribution)
             except ValidationError:
-                yield Fault(
+                yield ConfigIssue(
                     "space",
                     f"space: {name} has choices that are no words, numbers, true, false or None.",
                 )
@@ -258,15 +260,15 @@ def _faults_of_function(
     )
     # A function that returns settings uses its helpers for them, as an expression would.
     known = {name: parameter for name, parameter in asked.items() if name not in helpers}
-    for fault in Written(known, settings.require, base, helpers).faults():
-        yield Fault("space" if fault.key.startswith("space") else fault.key, fault.text)
+    for fault in DeclaredSpace(known, config.require, base, helpers).faults():
+        yield ConfigIssue("space" if fault.key.startswith("space") else fault.key, fault.text)
 
 
-def _drawn(settings: StudySettings) -> tuple[list[PretrainSettings], list[Fault]]:
+def _drawn(config: StudyConfig) -> tuple[list[PretrainConfig], list[ConfigIssue]]:
     """Settings of random draws, and what speaks against the space."""
-    space = space_of(settings)
-    drawn: list[PretrainSettings] = []
-    faults: dict[str, Fault] = {}  # one of a kind: they differ in the numbers drawn
+    space = space_of(config)
+    drawn: list[PretrainConfig] = []
+    faults: dict[str, ConfigIssue] = {}  # one of a kind: they differ in the numbers drawn
     refusals: Counter[str] = Counter()
     for draw in space.draws:
         asked = draw.suggestion
@@ -275,24 +277,25 @@ def _drawn(settings: StudySettings) -> tuple[list[PretrainSettings], list[Fault]
         elif asked.invalid:
             for reason in asked.invalid:
                 faults.setdefault(
-                    _kind(reason), Fault(f"space.{reason.partition(':')[0]}", f"space: {reason}.")
+                    _kind(reason),
+                    ConfigIssue(f"space.{reason.partition(':')[0]}", f"space: {reason}."),
                 )
         else:
             try:
-                drawn.append(settings.trial(asked.values, seed=0))
-            except SettingsError as error:
-                text = error.faults[0].removeprefix(f"{settings.name}: ").rstrip(".")
+                drawn.append(config.trial(asked.values, seed=0))
+            except ConfigError as error:
+                text = error.faults[0].removeprefix(f"{config.name}: ").rstrip(".")
                 advice = "make one parameter depend on the other with `when`, say in `require` what must hold, or narrow"
                 told = f"space: some combinations are refused ({text}); {advice} the space."
-                faults.setdefault(_kind(text), Fault(f"space.{error.keys[0]}", told))
+                faults.setdefault(_kind(text), ConfigIssue(f"space.{error.keys[0]}", told))
     if refusals.total() > max(0, len(space.draws) - FEWEST):
         text, count = refusals.most_common(1)[0]
-        index = next((i for i, rule in enumerate(settings.require) if repr(rule) in text), None)
+        index = next((i for i, rule in enumerate(config.require) if repr(rule) in text), None)
         told = (
             f"space: {text} in {count} of {len(space.draws)} random draws, so that hardly a trial is left; narrow the "
             f"ranges, or derive one value from the other with `expression`."
         )
-        faults[text] = Fault("space" if index is None else f"require.{index}", told)
+        faults[text] = ConfigIssue("space" if index is None else f"require.{index}", told)
     return drawn, list(faults.values())
 
 
@@ -300,15 +303,15 @@ def _kind(text: str) -> str:
     return re.sub(r"[\d.e-]+", "", text)
 
 
-def _refuse(faults: list[Fault], source: Source | None) -> None:
+def _refuse(faults: list[ConfigIssue], source: ConfigSource | None) -> None:
     if not faults:
         return
     if source is not None:
         raise source.error(faults)
-    raise SettingsError(*[fault.text for fault in faults], keys=[fault.key for fault in faults])
+    raise ConfigError(*[fault.text for fault in faults], keys=[fault.key for fault in faults])
 
 
-def _seen(space: Space) -> dict[str, list[BaseDistribution]]:
+def _seen(space: SearchSpace) -> dict[str, list[BaseDistribution]]:
     """What draws of a function were drawn from, each once, by name in the order of asking."""
     seen: dict[str, list[BaseDistribution]] = {}
     for draw in space.draws:

@@ -16,20 +16,20 @@ from optuna.distributions import (
 )
 from optuna.trial import FixedTrial, Trial
 
-from amlp_ray.config import Choice, Derived, Fixed, Parameter, StudySettings
-from amlp_ray.errors import SettingsError
+from amlp_ray.config import Choice, Derived, Fixed, Parameter, StudyConfig
+from amlp_ray.errors import ConfigError
 from amlp_ray.study.search_space.space import space_of
 from amlp_ray.study.search_space.validate import searched
 
 DRAWS = 100  # ways to fill in what was not given; what one in fifty of them allows is found with 87 % probability
 
 
-class Misfit(SettingsError):
+class OutOfSpaceError(ConfigError):
     """Values that the space does not have; the message says which and what it has instead."""
 
 
 @dataclass(frozen=True)
-class Fit:
+class FittedParams:
     """What a space asks for of given values: Optuna's parameters, and the settings that follow (`values`)."""
 
     params: dict[str, Any]
@@ -47,19 +47,19 @@ class _Asked(FixedTrial):
     def _suggest(self, name: str, distribution: BaseDistribution) -> Any:
         if name not in self._params:
             if self._free is None:
-                raise Misfit(f"{name} is missing; the space has {words(distribution)}.")
+                raise OutOfSpaceError(f"{name} is missing; the space has {words(distribution)}.")
             self._params[name] = self._free._suggest(name, distribution)
         self._params[name] = inside(name, self._params[name], distribution)
         return super()._suggest(name, distribution)
 
 
-def fit(given: Mapping[str, Any], settings: StudySettings) -> Fit:
+def fit(given: Mapping[str, Any], config: StudyConfig) -> FittedParams:
     """Hold a whole trial's values against the space. Values of parameters that are not asked for are left out.
 
     Raises:
         Misfit: in a sentence, where a value is missing, lies outside, or the values do not go together.
     """
-    return _asked(_Asked(given), settings)
+    return _asked(_Asked(given), config)
 
 
 class _Recalled(FixedTrial):
@@ -67,32 +67,32 @@ class _Recalled(FixedTrial):
 
     def _suggest(self, name: str, distribution: BaseDistribution) -> Any:
         if name not in self._params:
-            raise Misfit(f"{name} is missing.")
+            raise OutOfSpaceError(f"{name} is missing.")
         return self._params[name]
 
 
-def recalled(params: Mapping[str, Any], settings: StudySettings) -> dict[str, Any]:
+def config_of_trial(params: Mapping[str, Any], config: StudyConfig) -> dict[str, Any]:
     """The settings, by dotted name, that follow from a trial's parameters: derived and fixed ones too.
 
     Raises:
         Misfit: where the space asks for a parameter that the trial does not have.
     """
-    return space_of(settings).ask(_Recalled(dict(params))).values  # type: ignore[arg-type]  # asked as a Trial is
+    return space_of(config).ask(_Recalled(dict(params))).values  # type: ignore[arg-type]  # asked as a Trial is
 
 
-def check_given(given: Mapping[str, Any], settings: StudySettings) -> dict[str, Any]:
+def check_given(given: Mapping[str, Any], config: StudyConfig) -> dict[str, Any]:
     """Return some of a trial's values as the space has them; the sampler may fill in the others.
 
     Raises:
         Misfit: for an unknown name, a value outside, a condition that the others rule out, or no way to go on.
     """
     drawn = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
-    refused, known = None, set(searched(settings))
+    refused, known = None, set(searched(config))
     for _ in range(DRAWS):
         trial = _Asked(given, drawn.ask())
         try:
-            found = _asked(trial, settings)
-        except Misfit as misfit:
+            found = _asked(trial, config)
+        except OutOfSpaceError as misfit:
             refused = refused or misfit
         else:
             if given.keys() <= found.params.keys():
@@ -102,7 +102,7 @@ def check_given(given: Mapping[str, Any], settings: StudySettings) -> dict[str, 
         raise refused
     for name in given.keys() - known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        raise Misfit(
+        raise OutOfSpaceError(
             f"{name} is not searched by this study"
             + (
                 f"; did you mean {near[0]}?"
@@ -110,20 +110,20 @@ def check_given(given: Mapping[str, Any], settings: StudySettings) -> dict[str, 
                 else f"; searched are {', '.join(sorted(known)) or 'no settings'}."
             )
         )
-    raise Misfit(
+    raise OutOfSpaceError(
         f"{', '.join(given)}: no trial has these values together; `when` of the space says what goes with what."
     )
 
 
-def _asked(trial: _Asked, settings: StudySettings) -> Fit:
-    suggestion = space_of(settings).ask(trial)  # type: ignore[arg-type]  # asked as a Trial is
+def _asked(trial: _Asked, config: StudyConfig) -> FittedParams:
+    suggestion = space_of(config).ask(trial)  # type: ignore[arg-type]  # asked as a Trial is
     if suggestion.refused:
-        raise Misfit(f"{suggestion.refused}.")
+        raise OutOfSpaceError(f"{suggestion.refused}.")
     try:
-        settings.trial(suggestion.values, seed=0)
-    except SettingsError as error:
-        raise Misfit(str(error).removeprefix(f"{settings.name}: ")) from None
-    return Fit(dict(trial.params), dict(trial.distributions), suggestion.values)
+        config.trial(suggestion.values, seed=0)
+    except ConfigError as error:
+        raise OutOfSpaceError(str(error).removeprefix(f"{config.name}: ")) from None
+    return FittedParams(dict(trial.params), dict(trial.distributions), suggestion.values)
 
 
 def inside(name: str, value: Any, distribution: BaseDistribution) -> Any:
@@ -143,7 +143,7 @@ def inside(name: str, value: Any, distribution: BaseDistribution) -> Any:
             raise ValueError
         return distribution.to_external_repr(internal)
     except (ValueError, TypeError, IndexError):
-        raise Misfit(
+        raise OutOfSpaceError(
             f"{name}={value} lies outside of the space, which has {words(distribution)}."
         ) from None
 

@@ -6,25 +6,25 @@ from collections.abc import Sequence
 
 from optuna.trial import FrozenTrial, TrialState
 
-from amlp_ray.config import StudySettings
+from amlp_ray.config import StudyConfig
 from amlp_ray.errors import StudyError
-from amlp_ray.study.storage.budget import counts
+from amlp_ray.study.storage.budget import counts_in_budget
 from amlp_ray.study.storage.study_store import StudyStore
 
 
-def front(trials: Sequence[FrozenTrial], settings: StudySettings) -> list[FrozenTrial]:
+def front(trials: Sequence[FrozenTrial], config: StudyConfig) -> list[FrozenTrial]:
     """The best COMPLETE trials of the search: one, or the Pareto front of several objectives; none where none is done.
 
     What was imported is no result of this study, and a trial beyond `limits` counts only where every one is. Of equals
     the first stands for all; a front goes from the best value of the first objective down.
     """
-    signs = [-1 if direction == "maximize" else 1 for direction in settings.objectives.values()]
+    signs = [-1 if direction == "maximize" else 1 for direction in config.objectives.values()]
     done = [
         t
         for t in trials
-        if t.state == TrialState.COMPLETE and counts(t) and len(t.values) == len(signs)
+        if t.state == TrialState.COMPLETE and counts_in_budget(t) and len(t.values) == len(signs)
     ]
-    done = [t for t in done if keeps_limits(t, settings)] or done
+    done = [t for t in done if keeps_limits(t, config)] or done
     if not done or len(signs) == 1:
         return sorted(done, key=lambda t: (signs[0] * t.values[0], t.number))[:1]
     costs = {
@@ -42,25 +42,25 @@ def front(trials: Sequence[FrozenTrial], settings: StudySettings) -> list[Frozen
     return kept
 
 
-def keeps_limits(trial: FrozenTrial, settings: StudySettings) -> bool:
+def keeps_limits(trial: FrozenTrial, config: StudyConfig) -> bool:
     """Whether a trial keeps `limits`; one that did not measure a cost is taken to."""
-    facts = trial.user_attrs.get("facts") or {}
-    return all((facts.get(name) or 0.0) <= limit for name, limit in settings.limits.items())
+    facts = trial.user_attrs.get("stats") or {}
+    return all((facts.get(name) or 0.0) <= limit for name, limit in config.limits.items())
 
 
-def best_trial(store: StudyStore, settings: StudySettings | None = None) -> FrozenTrial:
+def best_trial(store: StudyStore, config: StudyConfig | None = None) -> FrozenTrial:
     """The COMPLETE trial with the best value of the study's metric; with several objectives, of those on their front.
 
     Raises:
         StudyError: where none is complete.
     """
-    settings = settings or store.settings()
-    best = front(store.search().get_trials(deepcopy=False), settings)
+    config = config or store.config()
+    best = front(store.search().get_trials(deepcopy=False), config)
     if not best:
         raise StudyError(
-            f"Study {settings.name!r} has no complete trial yet; see `amlp-ray study status`."
+            f"Study {config.name!r} has no complete trial yet; see `amlp-ray study status`."
         )
-    if settings.metric not in settings.objectives:
+    if config.metric not in config.objectives:
         return best[0]
-    place = list(settings.objectives).index(settings.metric)
+    place = list(config.objectives).index(config.metric)
     return max(best, key=lambda trial: (trial.values[place], -trial.number))

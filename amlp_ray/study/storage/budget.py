@@ -8,17 +8,17 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from amlp_ray.config import BudgetSettings
+from amlp_ray.config import BudgetConfig
 
 
-def counts(trial: FrozenTrial) -> bool:
+def counts_in_budget(trial: FrozenTrial) -> bool:
     """Whether a trial of the search uses up `budget.trials`: one imported, or answered from the store, does not."""
     known = "source" in trial.user_attrs or "copy_of" in trial.user_attrs
     return trial.state != TrialState.WAITING and not known
 
 
 @dataclass
-class Spent:
+class Usage:
     """Trials begun, seconds run, GPU-seconds held, epochs trained."""
 
     trials: int = 0
@@ -34,7 +34,7 @@ class Spent:
             "epochs": self.epochs,
         }
 
-    def reached(self, budget: BudgetSettings, *, but_trials: bool = False) -> str | None:
+    def reached(self, budget: BudgetConfig, *, but_trials: bool = False) -> str | None:
         """Which limit is reached, as `epochs 500 of 500`; None while there is budget left."""
         limits = budget.model_dump()
         for name, used in self.as_dict().items():
@@ -45,23 +45,23 @@ class Spent:
 
 
 @dataclass
-class Ledger:
+class BudgetTracker:
     """`Spent` of a study that runs: trials that ended, once, and what the running ones have reported so far."""
 
-    ended: Spent = field(default_factory=Spent)
-    running: dict[str, Spent] = field(default_factory=dict)  # by Tune's trial id
+    ended: Usage = field(default_factory=Usage)
+    running: dict[str, Usage] = field(default_factory=dict)  # by Tune's trial id
 
     @classmethod
-    def of(cls, trials: Iterable[FrozenTrial]) -> Ledger:
+    def of(cls, trials: Iterable[FrozenTrial]) -> BudgetTracker:
         """Of trials as stored."""
-        ledger = cls()
+        budget_tracker = cls()
         for trial in trials:
-            ledger.end(None, trial.user_attrs.get("facts") or {})
-        return ledger
+            budget_tracker.end(None, trial.user_attrs.get("stats") or {})
+        return budget_tracker
 
     def report(self, key: str, *, epochs: int, gpu_seconds: float) -> None:
         """Note how far a running trial is, over all its lives."""
-        self.running[key] = Spent(gpu_seconds=gpu_seconds, epochs=epochs)
+        self.running[key] = Usage(gpu_seconds=gpu_seconds, epochs=epochs)
 
     def end(self, key: str | None, facts: Mapping[str, Any]) -> None:
         """Note what a trial has spent in the end."""
@@ -74,8 +74,8 @@ class Ledger:
         """Forget a running trial that will go on later; what it has spent is told when it ends."""
         self.running.pop(key, None)
 
-    def spent(self, *, trials: int, seconds: float) -> Spent:
-        return Spent(
+    def spent(self, *, trials: int, seconds: float) -> Usage:
+        return Usage(
             trials=trials,
             seconds=seconds,
             gpu_seconds=self.ended.gpu_seconds

@@ -91,7 +91,7 @@ def _end_of_last_line(file: Any) -> int:
 
 
 def _forward(name: str) -> Callable[..., Any]:
-    def call(self: PatientStorage, *args: Any, **named: Any) -> Any:
+    def call(self: RetryingStorage, *args: Any, **named: Any) -> Any:
         return self._patiently(name, *args, **named)
 
     return call
@@ -101,7 +101,7 @@ _METHODS = [name for name in dir(BaseStorage) if not name.startswith("_")]
 _Forwarding: Any = type("_Forwarding", (BaseStorage,), {name: _forward(name) for name in _METHODS})
 
 
-class PatientStorage(_Forwarding):
+class RetryingStorage(_Forwarding):
     """A storage that is asked again while it cannot be reached, for at most `patience` seconds.
 
     What failed may have been stored before its answer was lost. All writes but two may be repeated; a new trial carries
@@ -202,7 +202,7 @@ def _kind(error: BaseException) -> str:
 def open_journal(
     path: Path, patience: float = 0.0, notify: Callable[[str], None] = lambda line: None
 ) -> BaseStorage:
-    return PatientStorage(JournalStorage(Journal(path)), patience, notify)
+    return RetryingStorage(JournalStorage(Journal(path)), patience, notify)
 
 
 def open_database(
@@ -237,7 +237,7 @@ def open_database(
             f"The database at {shown(url)} cannot be opened ({_kind(error)}); check the address, that it runs, and the "
             f"user and password in the environment."
         ) from None
-    return PatientStorage(inner, patience, notify)
+    return RetryingStorage(inner, patience, notify)
 
 
 def expanded(url: str) -> str:

@@ -13,14 +13,14 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amlp_ray.config import StudySettings
+from amlp_ray.config import StudyConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.runtime.resources import Cluster
 from amlp_ray.training.loggers.metrics_file import own_rows, read_rows
 from amlp_ray.utils.files import read_json, write_whole
 
 if TYPE_CHECKING:
-    from amlp_ray.study.trial_spec import Task
+    from amlp_ray.study.trial_spec import TrialSpec
 
 PACKAGES = (
     "amlp-ray",
@@ -39,10 +39,10 @@ PLAIN = ("--binary", "--no-ext-diff", "--no-color")
 
 
 def environment(
-    settings: StudySettings,
+    config: StudyConfig,
     dataset: PatchDataset,
     cluster: Cluster,
-    labels: PatchDataset | None = None,
+    eval_data: PatchDataset | None = None,
     *,
     folder: Path,
 ) -> dict[str, Any]:
@@ -57,35 +57,37 @@ def environment(
         **_code(folder),
         "hardware": hardware()
         | {"cluster": {kind: cluster.total(kind) for kind in ("CPU", "GPU")}},
-        "seed": settings.seed,
+        "seed": config.seed,
         "dataset": _described(dataset),
-        "labels": None if labels is None else _described(labels),
+        "eval_data": None if eval_data is None else _described(eval_data),
     }
 
 
-def write_provenance(task: Task) -> None:
+def write_provenance(trial_spec: TrialSpec) -> None:
     """Keep what a trial is trained with, in its folder's provenance.json; called by its own process, before it trains.
 
     Of a trial that goes on in another process, `continued` tells from which epoch on, and what is not as it was.
     """
     import torch
 
-    folder = Path(task.folder)
-    group = not task.resources.alone
-    cuda = task.gpus > 0 if group else torch.cuda.is_available()
-    threads = max(1, int(task.resources.cpus_per_worker))
+    folder = Path(trial_spec.folder)
+    group = not trial_spec.resources.alone
+    cuda = trial_spec.gpus > 0 if group else torch.cuda.is_available()
+    threads = max(1, int(trial_spec.resources.cpus_per_worker))
     found = {
         "at": _now(),
         **_code(folder.parents[1]),
         # Sums over threads and workers depend on their number.
         "hardware": hardware("cuda" if cuda else "cpu")
-        | {"threads": threads, "workers": task.resources.workers},
-        "dataset": _described(PatchDataset.open(task.data)),
-        "labels": None if task.labels is None else _described(PatchDataset.open(task.labels)),
-        "seed": task.settings.seed,
-        "rungs": list(task.rungs),
-        "probe": task.probe.model_dump(mode="json"),
-        "settings": task.settings.model_dump(mode="json"),
+        | {"threads": threads, "workers": trial_spec.resources.workers},
+        "dataset": _described(PatchDataset.open(trial_spec.data)),
+        "eval_data": None
+        if trial_spec.eval_data is None
+        else _described(PatchDataset.open(trial_spec.eval_data)),
+        "seed": trial_spec.config.seed,
+        "rungs": list(trial_spec.rungs),
+        "probe": trial_spec.probe.model_dump(mode="json"),
+        "config": trial_spec.config.model_dump(mode="json"),
     }
     held = read_provenance(folder)
     done = max((row["epoch"] for row in own_rows(read_rows(folder / "metrics.jsonl"))), default=0)

@@ -16,14 +16,14 @@ from amlp_ray.study.storage.study_store import StudyStore
 RUNG = b'{"op_code":7,'  # how a line of a journal begins that stores an intermediate value
 
 
-class Glance(StudyStore):
+class StudySnapshot(StudyStore):
     """A store whose journal is read once and without intermediate values, which are more than half of its lines.
 
     What is stored later is not seen, and nothing must be written through it. A database is read as ever.
     """
 
     @classmethod
-    def at(cls, store: StudyStore) -> Glance:
+    def at(cls, store: StudyStore) -> StudySnapshot:
         return cls(store.folder, store.name)
 
     def storage(

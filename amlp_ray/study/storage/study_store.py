@@ -2,16 +2,16 @@
 
     <runs>/<name>/
       study.yaml         as given, in full
-      study.journal      three Optuna studies: `<name>`, the search; `<name>.arms`, the baselines; `<name>.confirm`
+      study.journal      three Optuna studies: `<name>`, the search; `<name>.baselines`, the baselines; `<name>.confirm`
       id                 ties the folder to its studies where these are in a database instead
       environment.json   commit, versions, hardware, seeds, data of the first run; environments.jsonl: of all
       events.log         a line per change of a trial's state
-      trials/<number>/   settings.yaml, metrics.jsonl, score.json, rungs/, checkpoint/, encoder.safetensors, pictures/
-      arms/<arm>-<repeat>/           the same files
+      trials/<number>/   config.yaml, metrics.jsonl, score.json, rungs/, checkpoint/, encoder.safetensors, pictures/
+      baselines/<baseline>-<repeat>/           the same files
       confirm/<candidate>-<repeat>/  the same, finetune.json and test.json
       report.html
 
-Paths in the store are relative: a folder may be moved. Arms live in an Optuna study of their own: they have no searched
+Paths in the store are relative: a folder may be moved. Baselines live in an Optuna study of their own: they have no searched
 parameters, so inside the search they would blind multivariate TPE, and could come out as its best trial.
 """
 
@@ -28,7 +28,7 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 
-from amlp_ray.config import Direction, StudySettings
+from amlp_ray.config import Direction, StudyConfig
 from amlp_ray.config.base import build
 from amlp_ray.config.yaml_file import read_yaml
 from amlp_ray.errors import StudyError
@@ -56,7 +56,7 @@ class StudyStore:
     def _url(self) -> str | None:
         """Of the database, where the study is not in a journal; not known before there is a study.yaml."""
         if self._held_url is None and (self.folder / "study.yaml").is_file():
-            self._held_url = (self.settings().storage,)
+            self._held_url = (self.config().storage,)
         return self._held_url[0] if self._held_url else None
 
     @classmethod
@@ -74,18 +74,18 @@ class StudyStore:
                     else "start one with `amlp-ray study run FILE.yaml`."
                 )
             )
-        store.name = store.settings().name
+        store.name = store.config().name
         return store
 
-    def settings(self) -> StudySettings:
+    def config(self) -> StudyConfig:
         path = self.folder / "study.yaml"
-        return build(StudySettings, read_yaml(path), str(path))
+        return build(StudyConfig, read_yaml(path), str(path))
 
     def trial_folder(self, number: int) -> Path:
         return self.folder / "trials" / str(number)
 
-    def arm_folder(self, arm: str, repeat: int) -> Path:
-        return self.folder / "arms" / f"{arm}-{repeat}"
+    def arm_folder(self, baseline: str, repeat: int) -> Path:
+        return self.folder / "baselines" / f"{baseline}-{repeat}"
 
     def confirm_folder(self, candidate: str, repeat: int) -> Path:
         return self.folder / "confirm" / f"{candidate}-{repeat}"
@@ -114,9 +114,9 @@ class StudyStore:
         """Return the Optuna study of the search; plain `optuna.load_study` opens the same."""
         return self._study(self.search_name(), create, directions)
 
-    def arms(self, *, create: bool = False) -> optuna.Study:
-        """Return the Optuna study of the baseline arms; user attributes `arm` and `repeat` name each trial."""
-        return self._study(f"{self.name}.arms", create)
+    def baselines(self, *, create: bool = False) -> optuna.Study:
+        """Return the Optuna study of the baseline baselines; user attributes `baseline` and `repeat` name each trial."""
+        return self._study(f"{self.name}.baselines", create)
 
     def confirmation(self, *, create: bool = False) -> optuna.Study:
         """Return the Optuna study of the confirmation; user attributes `candidate` and `repeat` name each trial."""
@@ -163,7 +163,7 @@ class StudyStore:
             study = optuna.create_study(
                 study_name=name,
                 storage=storage,
-                directions=list(self.settings().objectives.values()),
+                directions=list(self.config().objectives.values()),
             )
             study.set_user_attr("folder", ours)
             return
@@ -201,7 +201,7 @@ class StudyStore:
             file.truncate(0)
             file.write(here())
             file.flush()
-            study = self.search(create=True, directions=list(self.settings().objectives.values()))
+            study = self.search(create=True, directions=list(self.config().objectives.values()))
             lease = Lease(study, wait=self._url is not None, counted=counted)
             try:
                 yield lease

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 
-from amlp_ray.config import ImageSpec, ModelSettings
+from amlp_ray.config import ImageSpec, ModelConfig
 from amlp_ray.errors import CheckpointError
 from amlp_ray.method.encoder import create_encoder, timm_arguments, timm_name
 from amlp_ray.utils.files import write_whole
@@ -21,7 +21,7 @@ HEADER = {"timm_name", "timm_arguments", "model", "image"}
 
 
 def export_encoder(
-    encoder: VisionTransformer, path: Path, settings: ModelSettings, spec: ImageSpec
+    encoder: VisionTransformer, path: Path, config: ModelConfig, spec: ImageSpec
 ) -> None:
     """Write the encoder as safetensors with timm's own keys, and how to build and feed it in the header.
 
@@ -29,9 +29,9 @@ def export_encoder(
     are in the header under `timm_name` and `timm_arguments`.
     """
     header = {
-        "timm_name": timm_name(settings),
-        "timm_arguments": json.dumps(timm_arguments(settings, spec)),
-        "model": settings.model_dump_json(),
+        "timm_name": timm_name(config),
+        "timm_arguments": json.dumps(timm_arguments(config, spec)),
+        "model": config.model_dump_json(),
         "image": spec.model_dump_json(),
     }
     write_tensors(path, encoder.state_dict(), header)
@@ -45,14 +45,14 @@ def write_tensors(
     write_whole(path, save(plain, metadata=header))
 
 
-def read_encoder_header(path: str | Path) -> tuple[ModelSettings, ImageSpec]:
+def read_encoder_header(path: str | Path) -> tuple[ModelConfig, ImageSpec]:
     """Return the model settings and image shape an exported encoder was trained with.
 
     Raises:
         CheckpointError: where the file is missing or is no encoder exported here.
     """
     header = _header(path)
-    return ModelSettings.model_validate_json(header["model"]), ImageSpec.model_validate_json(
+    return ModelConfig.model_validate_json(header["model"]), ImageSpec.model_validate_json(
         header["image"]
     )
 

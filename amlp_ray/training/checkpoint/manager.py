@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from amlp_ray.errors import CheckpointError
-from amlp_ray.utils.retry import Patience
+from amlp_ray.utils.retry import RetryPolicy
 
 NAME = re.compile(r"epoch-(\d+)\.([0-9a-f]{16})\.pt")
 State = dict[str, Any]
@@ -130,14 +130,14 @@ class _Hashed:
         return self.file.write(content)
 
 
-class Keeper:
+class CheckpointManager:
     """Writes a run's checkpoints in a thread, one at a time, while training goes on.
 
     Training does not run away from a disk that is full or away: at the end of the next epoch it waits, so that a kill
     never costs more than the epochs after the last checkpoint, of which one at most was ended.
     """
 
-    def __init__(self, folder: Path, patience: Patience, *, keep: int = 2) -> None:
+    def __init__(self, folder: Path, patience: RetryPolicy, *, keep: int = 2) -> None:
         """For the run in `folder`, of which the `keep` latest are kept."""
         self.folder, self.patience, self.keep = folder, patience, keep
         self._thread: threading.Thread | None = None

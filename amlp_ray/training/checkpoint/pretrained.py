@@ -20,9 +20,9 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor
 
-from amlp_ray.config import ImageSpec, ModelSettings
+from amlp_ray.config import ImageSpec, ModelConfig
 from amlp_ray.config.base import build
-from amlp_ray.errors import CheckpointError, SettingsError
+from amlp_ray.errors import CheckpointError, ConfigError
 from amlp_ray.method.encoder import create_encoder, timm_arguments, timm_name
 from amlp_ray.training.checkpoint.export import load_encoder, read_encoder_header
 
@@ -40,12 +40,12 @@ class Start:
     """
 
     encoder: VisionTransformer
-    model: ModelSettings
+    model: ModelConfig
     told: str
 
 
 def starting_encoder(
-    weights: str, spec: ImageSpec, model: ModelSettings | None = None, name: str | None = None
+    weights: str, spec: ImageSpec, model: ModelConfig | None = None, name: str | None = None
 ) -> Start:
     """Load an encoder for images of `spec`; it equals what `new_encoder` builds from its settings, but for its values.
 
@@ -56,24 +56,24 @@ def starting_encoder(
         name: which timm ViT a timm checkpoint is of; other weights say it themselves.
 
     Raises:
-        SettingsError: `name` is missing or no ViT that can be used, or its patches do not fit the images.
+        ConfigError: `name` is missing or no ViT that can be used, or its patches do not fit the images.
         CheckpointError: no such file, a damaged one, one of another architecture, or no internet.
     """
     found = starting_model(weights, name)
     _check_same(weights, found, model)
-    settings = found if model is None else model
+    config = found if model is None else model
     if _is_exported(weights):
-        return Start(_own(weights, spec), settings, f"encoder of {weights}, exported by amlp-ray")
+        return Start(_own(weights, spec), config, f"encoder of {weights}, exported by amlp-ray")
     check_patches(found, spec)
     given = _online(weights.removeprefix(ONLINE)) if weights.startswith(ONLINE) else _read(weights)
-    encoder = create_encoder(timm_name(settings), timm_arguments(settings, spec))
+    encoder = create_encoder(timm_name(config), timm_arguments(config, spec))
     adapted = _fill(encoder, given, f"{weights} as {found.encoder}")
     encoder.pos_embed.requires_grad_(False)
     source = "the internet" if weights.startswith(ONLINE) else weights
     label = weights.removeprefix(ONLINE) if weights.startswith(ONLINE) else found.encoder
     return Start(
         encoder.eval(),
-        settings,
+        config,
         f"{label} from {source}: {', '.join(adapted) or 'nothing adapted'}",
     )
 
@@ -83,14 +83,14 @@ def located(weights: str | Path) -> str:
     return str(weights) if str(weights).startswith(ONLINE) else str(Path(weights).absolute())
 
 
-def starting_model(weights: str, name: str | None = None) -> ModelSettings:
+def starting_model(weights: str, name: str | None = None) -> ModelConfig:
     """What encoder `weights` are of; nothing is loaded. Arguments and errors as in `starting_encoder`."""
     if weights.startswith(ONLINE):
         return _settings_of(weights.removeprefix(ONLINE).partition(".")[0], "--encoder")
     if _is_exported(weights):
         return read_encoder_header(weights)[0]
     if name is None:
-        raise SettingsError(
+        raise ConfigError(
             f"{weights} is no encoder exported by amlp-ray; if it is a timm checkpoint, say of which ViT, such as "
             f"vit_small_patch16_224: --encoder-name of segment, model.encoder of pretraining."
         )
@@ -105,10 +105,10 @@ def starting_spec(weights: str, own: ImageSpec) -> ImageSpec:
     return read_encoder_header(weights)[1] if _is_exported(weights) else own
 
 
-def check_patches(model: ModelSettings, spec: ImageSpec) -> None:
-    """Raise SettingsError where an encoder's patches do not divide the images."""
+def check_patches(model: ModelConfig, spec: ImageSpec) -> None:
+    """Raise ConfigError where an encoder's patches do not divide the images."""
     if spec.height % model.patch_size or spec.width % model.patch_size:
-        raise SettingsError(
+        raise ConfigError(
             f"The patches of {timm_name(model)} ({model.patch_size} pixels) do not divide images of "
             f"{spec.height}x{spec.width} pixels; choose another ViT, or prepare the data with another --size."
         )
@@ -129,11 +129,11 @@ def _is_exported(weights: str) -> bool:
     return True
 
 
-def _settings_of(name: str, option: str) -> ModelSettings:
-    return build(ModelSettings, {"encoder": name}, option)
+def _settings_of(name: str, option: str) -> ModelConfig:
+    return build(ModelConfig, {"encoder": name}, option)
 
 
-def _check_same(weights: str, found: ModelSettings, wanted: ModelSettings | None) -> None:
+def _check_same(weights: str, found: ModelConfig, wanted: ModelConfig | None) -> None:
     if wanted is None:
         return
     pairs = {"encoder": (timm_name(found), timm_name(wanted))}
@@ -167,7 +167,7 @@ def _online(name: str) -> dict[str, Tensor]:
     base = name.partition(".")[0]
     known = timm.list_pretrained(f"{base}.*")
     if name not in (base, *known) or not known:
-        raise SettingsError(
+        raise ConfigError(
             f"timm has no weights of the name {name!r}; it has "
             + (", ".join(known) if known else f"none of {base}, only its architecture")
             + "."

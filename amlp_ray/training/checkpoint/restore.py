@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from amlp_ray.config import ImageSpec, PretrainSettings
+from amlp_ray.config import ImageSpec, PretrainConfig
 from amlp_ray.config.base import build
 from amlp_ray.config.overrides import flat
 from amlp_ray.config.yaml_file import read_yaml
@@ -30,11 +30,11 @@ from amlp_ray.utils.event_log import EventLog
 from amlp_ray.utils.files import write_whole
 
 # What a running model can change, and why: no weight gets another shape, the optimiser keeps no copy of it, and nothing
-# that was done before would have been done at another epoch (as with loss.warmup or selection.refresh).
+# that was done before would have been done at another epoch (as with loss.warmup or selection.analysis_interval).
 PERTURBABLE: dict[str, str] = {
     "lr": "every step sets it anew, times warm-up and cosine",
     "clip_grad": "used in a step and forgotten",
-    "intensity": "images are recoloured step by step",
+    "intensity_jitter": "images are recoloured step by step",
     "selection.strength": "masks are drawn step by step from scores that it does not change",
     "selection.lesion_share": "masks are drawn step by step",
     "selection.aim_start": "as lesion_share",
@@ -51,9 +51,9 @@ PERTURBABLE: dict[str, str] = {
 HEADED = ("loss.ccl_weight", "loss.ranking_weight")  # 0 is a model without that part
 
 
-def state_to_keep(state: State, epoch: int, settings: PretrainSettings) -> State:
+def state_to_keep(state: State, epoch: int, config: PretrainConfig) -> State:
     """What a checkpoint holds of a learner's `state` after `epoch`: nothing random has a state (see `method.noise`)."""
-    return {**state, "epoch": epoch, "settings": settings.model_dump(mode="json")}
+    return {**state, "epoch": epoch, "config": config.model_dump(mode="json")}
 
 
 def agreed_checkpoint(folder: Path, events: EventLog, device: str) -> tuple[State, Path] | None:
@@ -64,7 +64,7 @@ def agreed_checkpoint(folder: Path, events: EventLog, device: str) -> tuple[Stat
     """
     first = distributed.rank() == 0
     found = latest(folder, lambda text: events.note("damaged checkpoint", text)) if first else None
-    epoch = distributed.told_by_first(found[0]["epoch"] if found else 0, device)
+    epoch = distributed.broadcast_from_rank0(found[0]["epoch"] if found else 0, device)
     return found or (_read(folder, epoch) if epoch else None)
 
 
@@ -80,19 +80,19 @@ def _read(folder: Path, epoch: int) -> tuple[State, Path]:
     return read_checkpoint(path), path
 
 
-def run_settings(folder: Path) -> PretrainSettings:
+def run_settings(folder: Path) -> PretrainConfig:
     """Settings of the run in `folder`. Raises CheckpointError where there is none."""
-    path = folder / "settings.yaml"
+    path = folder / "config.yaml"
     if not path.is_file():
-        found = "has no settings.yaml" if folder.is_dir() else "does not exist"
+        found = "has no config.yaml" if folder.is_dir() else "does not exist"
         raise CheckpointError(
             f"{folder} {found}; give the folder of a pretraining run or of one trial of a study."
         )
-    return build(PretrainSettings, read_yaml(path), str(path))
+    return build(PretrainConfig, read_yaml(path), str(path))
 
 
 def load_model(
-    folder: Path, settings: PretrainSettings, spec: ImageSpec
+    folder: Path, config: PretrainConfig, spec: ImageSpec
 ) -> tuple[MaskedAutoencoder, int]:
     """Load a run's latest model, its teacher and centroids with it, and the epoch it was saved after.
 
@@ -106,9 +106,9 @@ def load_model(
     if found is None:
         raise CheckpointError(f"{folder} has no checkpoint: the run has not ended an epoch yet.")
     state, path = found
-    model = build_autoencoder(settings, spec)
+    model = build_autoencoder(config, spec)
     try:
-        model.load_state_dict(state["average"] if "average" in state else state["model"])
+        model.load_state_dict(state["weight_ema"] if "weight_ema" in state else state["model"])
     except RuntimeError:
         raise CheckpointError(
             f"{path} was written for images of another size or number of channels; give the data of the run."
@@ -116,7 +116,7 @@ def load_model(
     return model.eval(), state["epoch"]
 
 
-def fork_checkpoint(source: Path, target: Path, settings: PretrainSettings) -> int:
+def fork_checkpoint(source: Path, target: Path, config: PretrainConfig) -> int:
     """Let a run in folder `target` go on, with `settings`, from where the run in `source` is; return that epoch.
 
     The checkpoint is copied with the new settings in it, and before it the metrics up to its epoch, marked `inherited`:
@@ -129,7 +129,7 @@ def fork_checkpoint(source: Path, target: Path, settings: PretrainSettings) -> i
     if found is None:
         raise CheckpointError(f"{source} has no checkpoint to go on from; run it before its fork.")
     state, path = found
-    theirs, ours = flat(state["settings"]), flat(settings.model_dump(mode="json"))
+    theirs, ours = flat(state["config"]), flat(config.model_dump(mode="json"))
     changed = [
         name
         for name in ours
@@ -147,7 +147,7 @@ def fork_checkpoint(source: Path, target: Path, settings: PretrainSettings) -> i
         if row["epoch"] <= state["epoch"]
     ]
     write_whole(target / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    write_checkpoint(target, state | {"settings": settings.model_dump(mode="json")}, state["epoch"])
+    write_checkpoint(target, state | {"config": config.model_dump(mode="json")}, state["epoch"])
     return int(state["epoch"])
 
 

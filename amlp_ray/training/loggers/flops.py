@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from amlp_ray.config import ImageSpec, PretrainSettings
+from amlp_ray.config import ImageSpec, PretrainConfig
 from amlp_ray.method.autoencoder import MaskedAutoencoder, build_autoencoder
 from amlp_ray.method.masking_ratio import masked_count
 from amlp_ray.method.simsiam import SimSiam
@@ -59,16 +59,16 @@ MEASURE_S = 0.2  # of multiplying matrices on a CPU
 SHORTEST_S = 0.004  # of one product: below it, starting the threads counts
 
 
-def trained_flops(settings: PretrainSettings, spec: ImageSpec, ratio: float) -> float:
+def trained_flops(config: PretrainConfig, spec: ImageSpec, ratio: float) -> float:
     """Floating-point operations that training requires per image, at a masking ratio: matrix products, both ways.
 
     A product costs 2 operations per multiply-add, and twice as much again backward; that of pixels, which need no
     gradient, as much again.
     """
-    if settings.objective == "none":
+    if config.objective == "none":
         return 0.0
-    model = _shapes(settings, spec)
-    p = settings.model.patch_size
+    model = _shapes(config, spec)
+    p = config.model.patch_size
     patches = spec.height * spec.width // (p * p)
     encoder = model.encoder
     prefix, width = encoder.num_prefix_tokens, encoder.embed_dim
@@ -79,8 +79,8 @@ def trained_flops(settings: PretrainSettings, spec: ImageSpec, ratio: float) -> 
             + _entries(model.predictor)
         )
         return 2 * (6 * view + 4 * patches * _entries(encoder.patch_embed))
-    masked = masked_count(ratio, patches, settings.ratio.quantum)
-    everything = settings.model.encode == "all"
+    masked = masked_count(ratio, patches, config.ratio.round_to)
+    everything = config.model.encode == "all"
     seen = patches if everything else patches - masked
     products = _blocks(encoder.blocks, prefix + seen, width)
     if not model.linear:
@@ -88,9 +88,7 @@ def trained_flops(settings: PretrainSettings, spec: ImageSpec, ratio: float) -> 
     for decoder in (model.decoder, model.ranking):
         if decoder is not None:
             asked = None if everything else masked
-            products += _blocks(
-                decoder.blocks, prefix + patches, settings.model.decoder_width, asked
-            )
+            products += _blocks(decoder.blocks, prefix + patches, config.model.decoder_width, asked)
     products += masked * sum(
         _entries(head) for head in (model.predict, model.category, model.rank) if head is not None
     )
@@ -147,12 +145,12 @@ def peak_memory(device: str) -> float:
 
 
 @lru_cache(maxsize=8)
-def _shapes(settings: PretrainSettings, spec: ImageSpec) -> MaskedAutoencoder | SimSiam:
+def _shapes(config: PretrainConfig, spec: ImageSpec) -> MaskedAutoencoder | SimSiam:
     """The model without its numbers: counted by its own matrices, a timm ViT of unusual parts is counted right."""
     with torch.device("meta"):
-        if settings.objective == "simsiam":
-            return SimSiam(settings.model, spec)
-        return build_autoencoder(settings, spec)
+        if config.objective == "simsiam":
+            return SimSiam(config.model, spec)
+        return build_autoencoder(config, spec)
 
 
 def _entries(module: nn.Module) -> int:

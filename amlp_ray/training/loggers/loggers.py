@@ -18,9 +18,9 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
-from amlp_ray.config.tracking import TrackingSettings
-from amlp_ray.errors import SettingsError
-from amlp_ray.training.loggers.remote import Kept, MLflow, Run, Sender, WandB
+from amlp_ray.config.tracking import TrackingConfig
+from amlp_ray.errors import ConfigError
+from amlp_ray.training.loggers.remote import LoggerState, MLflow, RemoteLogger, Run, WandB
 
 Say = Callable[[str], None]
 
@@ -34,7 +34,7 @@ ENVIRONMENT = {
 }
 
 
-class Tracker(Protocol):
+class Logger(Protocol):
     """Where a run's figures go."""
 
     def log(self, metrics: Mapping[str, Any]) -> None:
@@ -46,25 +46,25 @@ class Tracker(Protocol):
         ...
 
 
-def check_tracking(settings: TrackingSettings) -> None:
-    """Raise SettingsError where a package that the settings need is not installed."""
+def check_tracking(config: TrackingConfig) -> None:
+    """Raise ConfigError where a package that the settings need is not installed."""
     for name in ("mlflow", "wandb"):
-        if getattr(settings, name) is not None and find_spec(name) is None:
-            raise SettingsError(
+        if getattr(config, name) is not None and find_spec(name) is None:
+            raise ConfigError(
                 f"tracking.{name} is set, but {name} is not installed; pip install 'amlp-ray[{name}]'."
             )
 
 
 def open_trackers(
     folder: Path,
-    settings: TrackingSettings,
+    config: TrackingConfig,
     *,
     name: str,
     parameters: Mapping[str, Any],
     group: str = "",
     resumed_epoch: int = 0,
     say: Say = warnings.warn,
-) -> Tracker:
+) -> Logger:
     """Begin to follow a run, or go on: TensorBoard always, servers where set.
 
     Args:
@@ -75,26 +75,26 @@ def open_trackers(
         say: told once of each that fails, in one sentence.
 
     Raises:
-        SettingsError: a package that the settings need is not installed.
+        ConfigError: a package that the settings need is not installed.
     """
-    check_tracking(settings)
+    check_tracking(config)
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    run, kept = Run(name, group, parameters), Kept(folder / "tracking.json")
-    following: list[TensorBoard | Sender] = [
+    run, kept = Run(name, group, parameters), LoggerState(folder / "tracking.json")
+    following: list[TensorBoard | RemoteLogger] = [
         TensorBoard(folder / "tensorboard", resumed_epoch, say)
     ]
-    if settings.mlflow is not None:
-        following.append(Sender(MLflow(settings.mlflow, settings.experiment, run, kept), say))
-    if settings.wandb is not None:
-        following.append(Sender(WandB(settings.wandb, folder, run, kept), say))
-    return Trackers(following)
+    if config.mlflow is not None:
+        following.append(RemoteLogger(MLflow(config.mlflow, config.experiment, run, kept), say))
+    if config.wandb is not None:
+        following.append(RemoteLogger(WandB(config.wandb, folder, run, kept), say))
+    return LoggerGroup(following)
 
 
-class Trackers:
+class LoggerGroup:
     """TensorBoard and all servers as one tracker."""
 
-    def __init__(self, following: list[TensorBoard | Sender]) -> None:
+    def __init__(self, following: list[TensorBoard | RemoteLogger]) -> None:
         self._following = following
 
     def log(self, metrics: Mapping[str, Any]) -> None:

@@ -35,7 +35,7 @@ class Run(NamedTuple):
     parameters: Mapping[str, Any]
 
 
-class Kept:
+class LoggerState:
     """`tracking.json`: by service, where its run is (`at`), which it is (`run`), and the last `epoch` sent to it."""
 
     def __init__(self, path: Path) -> None:
@@ -66,7 +66,7 @@ class Service(Protocol):
     def end(self, failed: bool) -> None: ...
 
 
-class Sender:
+class RemoteLogger:
     """Sends a run's epochs in order by a thread of its own; what could not be sent is tried again after the next."""
 
     def __init__(self, service: Service, say: Callable[[str], None]) -> None:
@@ -127,7 +127,7 @@ class MLflow:
 
     name = "MLflow"
 
-    def __init__(self, uri: str, experiment: str, run: Run, kept: Kept) -> None:
+    def __init__(self, uri: str, experiment: str, run: Run, kept: LoggerState) -> None:
         self._uri, self._experiment, self._run, self._kept = uri, experiment, run, kept
         self._client: Any = None
         self._id, self._sent = "", -1
@@ -191,7 +191,7 @@ class WandB:
 
     name = "W&B"
 
-    def __init__(self, project: str, folder: Path, run: Run, kept: Kept) -> None:
+    def __init__(self, project: str, folder: Path, run: Run, kept: LoggerState) -> None:
         self._project, self._folder, self._run, self._kept = project, folder, run, kept
         self._sent = -1
         self._id = ""

@@ -11,7 +11,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from amlp_ray.config import StudySettings
+from amlp_ray.config import StudyConfig
 from amlp_ray.config.base import build
 from amlp_ray.study.search.pruning import Pruning, bracket
 
@@ -19,28 +19,30 @@ IMAGES = 320  # 10 steps per epoch of 32
 RUNGS = (10, 20, 30, 40)
 
 
-def settings(name: str, **more: Any) -> StudySettings:
-    rules = {"name": name, "rungs": 4, "min_steps": 0, "startup": 0} | more.pop("pruner", {})
+def make_config(name: str, **more: Any) -> StudyConfig:
+    rules = {"name": name, "rungs": 4, "min_steps": 0, "n_startup_trials": 0} | more.pop(
+        "pruner", {}
+    )
     values = {
         "name": "s",
         "pretrain": {"epochs": 40, "batch_size": 32},
         "pruner": rules,
-        "arms": [],
+        "baselines": [],
     }
     values["space"] = {"ratio.start": {"low": 0.1, "high": 0.6}}
-    return build(StudySettings, values | more, "test")
+    return build(StudyConfig, values | more, "test")
 
 
 class Run:
     """A study and its pruning; `play` scores a trial rung by rung until it is pruned or complete."""
 
-    def __init__(self, s: StudySettings, folder: Path = Path("/nowhere")) -> None:
-        self.settings, self.folder = s, folder
+    def __init__(self, s: StudyConfig, folder: Path = Path("/nowhere")) -> None:
+        self.config, self.folder = s, folder
         self.study = optuna.create_study(study_name="s", directions=list(s.objectives.values()))
         self.pruning = self.restarted()
 
     def restarted(self) -> Pruning:
-        return Pruning(self.study, self.settings, IMAGES, lambda number: self.folder / str(number))
+        return Pruning(self.study, self.config, IMAGES, lambda number: self.folder / str(number))
 
     def begin(self) -> optuna.Trial:
         trial = self.study.ask()
@@ -74,7 +76,7 @@ class Run:
 
 
 def test_median_prunes_below_the_median_of_the_same_rung() -> None:
-    run = Run(settings("median"))
+    run = Run(make_config("median"))
     for level in (0.3, 0.5, 0.7):
         assert run.play(*[level] * 4) == 4 or level == 0.3
     assert run.play(0.6, 0.4, 0.45, 0.4) == 4, "the best so far counts"
@@ -82,7 +84,7 @@ def test_median_prunes_below_the_median_of_the_same_rung() -> None:
 
 
 def test_percentile_keeps_its_share() -> None:
-    run = Run(settings("percentile", pruner={"percentile": 90.0, "startup": 10}))
+    run = Run(make_config("percentile", pruner={"percentile": 90.0, "n_startup_trials": 10}))
     for i in range(10):
         assert run.play(*[i / 10] * 4) == 4
     assert run.play(*[0.05] * 4) == 1
@@ -91,7 +93,7 @@ def test_percentile_keeps_its_share() -> None:
 
 def test_each_rung_is_a_halving() -> None:
     """Trials that arrive at a rung in the order of their scores, poorest first: 8, 4, 2 and 1 of 8 get through."""
-    run = Run(settings("halving"))
+    run = Run(make_config("halving"))
     going = [(run.begin(), level / 10) for level in range(8)]
     reached = [len(going)]
     for epoch in RUNGS[:3]:
@@ -104,7 +106,7 @@ def test_each_rung_is_a_halving() -> None:
 
 
 def test_asynchronous_halving_lets_the_first_through_and_then_the_best_half() -> None:
-    run = Run(settings("halving"))
+    run = Run(make_config("halving"))
     assert run.play(0.5, 0.5, 0.5, 0.5) == 4
     assert run.play(0.4, 0.9, 0.9, 0.9) == 1
     assert run.play(0.6, 0.4, 0.9, 0.9) == 2
@@ -112,7 +114,7 @@ def test_asynchronous_halving_lets_the_first_through_and_then_the_best_half() ->
 
 
 def test_reduction_three_keeps_a_third() -> None:
-    run = Run(settings("halving", pruner={"reduction": 3}))
+    run = Run(make_config("halving", pruner={"reduction_factor": 3}))
     going = [(run.begin(), level / 10) for level in range(9)]
     for trial, level in going:
         run.pruning.report(run.study, trial.number, 10, level)
@@ -136,7 +138,7 @@ def test_brackets_of_hyperband_follow_from_the_number_in_optunas_proportions() -
 
 
 def test_hyperband_spares_a_bracket_its_first_rungs_and_compares_within_it() -> None:
-    run = Run(settings("hyperband"))
+    run = Run(make_config("hyperband"))
     ended: dict[int, set[int]] = {}
     for number in range(60):
         level = 0.5 - number / 1000  # each poorer than all before
@@ -145,14 +147,14 @@ def test_hyperband_spares_a_bracket_its_first_rungs_and_compares_within_it() -> 
 
 
 def test_patient_prunes_what_gains_nothing_for_longer_than_its_patience() -> None:
-    assert Run(settings("patient")).play(0.5, 0.4, 0.4, 0.6) == 3
-    assert Run(settings("patient")).play(0.5, 0.4, 0.5, 0.4) == 4
-    assert Run(settings("patient", pruner={"patience": 2})).play(0.5, 0.4, 0.4, 0.6) == 4
-    assert Run(settings("patient", pruner={"min_delta": 0.2})).play(0.5, 0.4, 0.4, 0.6) == 4
+    assert Run(make_config("patient")).play(0.5, 0.4, 0.4, 0.6) == 3
+    assert Run(make_config("patient")).play(0.5, 0.4, 0.5, 0.4) == 4
+    assert Run(make_config("patient", pruner={"patience": 2})).play(0.5, 0.4, 0.4, 0.6) == 4
+    assert Run(make_config("patient", pruner={"min_delta": 0.2})).play(0.5, 0.4, 0.4, 0.6) == 4
 
 
 def test_none_prunes_nothing() -> None:
-    run = Run(settings("none"))
+    run = Run(make_config("none"))
     assert [run.play(*[0.5 - i / 10] * 4) for i in range(4)] == [4] * 4
 
 
@@ -166,7 +168,7 @@ def images(level: float, many: int = 20) -> dict[str, float | None]:
 
 
 def test_wilcoxon_compares_images_with_those_of_the_best_at_the_same_rung(tmp_path: Path) -> None:
-    run = Run(settings("wilcoxon"), tmp_path)
+    run = Run(make_config("wilcoxon"), tmp_path)
     for epoch, level in zip(RUNGS, (0.2, 0.3, 0.4, 0.5), strict=True):
         write_images(tmp_path, 0, epoch, images(level))
     assert run.play(0.2, 0.3, 0.4, 0.5) == 4
@@ -180,7 +182,7 @@ def test_wilcoxon_compares_images_with_those_of_the_best_at_the_same_rung(tmp_pa
 
 
 def test_wilcoxon_without_images_to_compare_prunes_nothing(tmp_path: Path) -> None:
-    run = Run(settings("wilcoxon"), tmp_path)
+    run = Run(make_config("wilcoxon"), tmp_path)
     assert run.play(*[0.9] * 4) == 4, "nothing is complete"
     assert run.play(*[0.1] * 4) == 4, "the best has no files, as if it were imported"
     write_images(tmp_path, 2, 10, images(0.5))
@@ -204,7 +206,7 @@ ALL = ["median", "percentile", "halving", "hyperband", "patient", "wilcoxon"]
 
 @pytest.mark.parametrize("name", ALL)
 def test_nothing_is_pruned_before_min_steps_nor_at_the_last_rung(tmp_path: Path, name: str) -> None:
-    run = Run(settings(name, pruner={"min_steps": 250}), tmp_path)  # 25 epochs
+    run = Run(make_config(name, pruner={"min_steps": 250}), tmp_path)  # 25 epochs
     for number in range(12):
         level = 0.9 - number / 20
         for epoch in RUNGS:
@@ -216,7 +218,7 @@ def test_nothing_is_pruned_before_min_steps_nor_at_the_last_rung(tmp_path: Path,
 
 def test_fewer_steps_per_epoch_mean_later_pruning() -> None:
     space = {"batch_size": {"choices": [32, 160]}}
-    run = Run(settings("median", space=space, pruner={"min_steps": 40}))
+    run = Run(make_config("median", space=space, pruner={"min_steps": 40}))
     for level in (0.9, 0.1, 0.1):
         trial = run.study.ask()
         size = 32 if level == 0.9 or trial.number == 1 else 160
@@ -234,7 +236,7 @@ def test_fewer_steps_per_epoch_mean_later_pruning() -> None:
 
 @pytest.mark.parametrize("name", [*ALL, "none"])
 def test_nothing_is_pruned_before_enough_trials_are_complete(tmp_path: Path, name: str) -> None:
-    run = Run(settings(name, pruner={"startup": 3}), tmp_path)
+    run = Run(make_config(name, pruner={"n_startup_trials": 3}), tmp_path)
     for number in range(3):
         for epoch in RUNGS:
             write_images(tmp_path, number, epoch, images(0.9 - number / 10))
@@ -244,7 +246,7 @@ def test_nothing_is_pruned_before_enough_trials_are_complete(tmp_path: Path, nam
 @pytest.mark.parametrize("name", ["median", "halving", "patient"])
 def test_with_several_objectives_the_metric_is_compared(name: str) -> None:
     objectives = {"gpu_seconds": "minimize", "dsc": "maximize"}
-    run = Run(settings(name, objectives=objectives, pruner={"metric": "dsc"}))
+    run = Run(make_config(name, objectives=objectives, pruner={"metric": "dsc"}))
     assert run.play(0.5, 0.6, 0.7, 0.8) == 4
     assert run.play(0.4, 0.3, 0.3, 0.3) == (3 if name == "patient" else 1)
     assert run.play(0.6, 0.7, 0.8, 0.9) == 4
@@ -254,7 +256,7 @@ def test_with_several_objectives_the_metric_is_compared(name: str) -> None:
 @pytest.mark.parametrize("name", ["median", "percentile", "halving", "hyperband", "patient"])
 @pytest.mark.parametrize("missing", [None, math.nan, math.inf, -math.inf])
 def test_a_missing_score_is_not_stored_and_prunes_nothing(name: str, missing: float | None) -> None:
-    run = Run(settings(name))
+    run = Run(make_config(name))
     run.play(*[0.9] * 4)
     trial = run.begin()
     assert not run.pruning.report(run.study, trial.number, 10, missing)
@@ -263,7 +265,7 @@ def test_a_missing_score_is_not_stored_and_prunes_nothing(name: str, missing: fl
 
 
 def test_after_a_missing_score_a_trial_is_judged_at_its_next_rung_there_only() -> None:
-    run = Run(settings("halving"))
+    run = Run(make_config("halving"))
     run.play(0.9, 0.2, 0.9, 0.9)
     trial = run.begin()
     assert run.score(trial, 10, None)
@@ -274,7 +276,7 @@ def test_after_a_missing_score_a_trial_is_judged_at_its_next_rung_there_only() -
 
 @pytest.mark.parametrize("name", ["median", "halving"])
 def test_others_without_a_score_at_the_rung_are_passed_over(name: str) -> None:
-    run = Run(settings(name))
+    run = Run(make_config(name))
     run.play(None, 0.9, 0.9, 0.9)
     trial = run.begin()
     assert run.score(trial, 10, 0.1)
@@ -282,7 +284,7 @@ def test_others_without_a_score_at_the_rung_are_passed_over(name: str) -> None:
 
 
 def test_a_score_is_stored_once_and_an_epoch_that_is_no_rung_prunes_nothing() -> None:
-    run = Run(settings("median"))
+    run = Run(make_config("median"))
     run.play(*[0.9] * 4)
     trial = run.begin()
     assert run.pruning.report(run.study, trial.number, 10, 0.1)
@@ -296,7 +298,7 @@ def test_a_score_is_stored_once_and_an_epoch_that_is_no_rung_prunes_nothing() ->
 
 
 def test_trials_answered_from_the_store_count_once() -> None:
-    run = Run(settings("percentile", pruner={"percentile": 60.0}))
+    run = Run(make_config("percentile", pruner={"percentile": 60.0}))
     for level in (0.1, 0.5):
         run.play(*[level] * 4)
     for _ in range(5):
@@ -309,7 +311,7 @@ def test_trials_answered_from_the_store_count_once() -> None:
 
 
 def test_a_trial_that_failed_at_a_later_rung_still_counts_at_an_earlier_one() -> None:
-    run = Run(settings("halving"))
+    run = Run(make_config("halving"))
     trial = run.begin()
     run.score(trial, 10, 0.9)
     run.end(trial, TrialState.FAIL)

@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from amlp_ray.analysis.inspect_run import FIGURES, inspect_run
+from amlp_ray.config import PretrainConfig
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.errors import AmlpError, CheckpointError, ConfigError, DataError
+from amlp_ray.launch.job import RunSpec, run_job
+from amlp_ray.method.augment import normalize
+from amlp_ray.method.masking import Masking, TrainingStep
+from amlp_ray.training.checkpoint.manager import checkpoints, read_checkpoint
+from amlp_ray.training.checkpoint.restore import load_model, run_settings
+from amlp_ray.training.pretrain import Hooks
+
+TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16}
+
+
+def trained(dataset: PatchDataset, folder: Path, **given: Any) -> Path:
+    config = PretrainConfig.model_validate({"epochs": 2, "batch_size": 12, "model": TINY, **given})
+    run_job(RunSpec(config, str(dataset.path), folder), Hooks())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def amlp(phantom_dataset: PatchDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs; read-only."""
+    return trained(phantom_dataset, tmp_path_factory.mktemp("runs") / "amlp")
+
+
+def test_an_inspection_writes_a_strip_per_image_a_sheet_and_the_figures_it_returns(
+    phantom_dataset: PatchDataset, amlp: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "deep" / "out"
+    found = inspect_run(amlp, count=3, out=out)
+    assert {path.name for path in out.iterdir()} == {row["picture"] for row in found["images"]} | {
+        "sheet.png", "inspection.json",
+    }  # fmt: skip
+    assert json.loads((out / "inspection.json").read_text()) == found
+    val = phantom_dataset.load("val")
+    assert {row["id"] for row in found["images"]} <= {
+        val.ids[i] for i in range(len(val)) if val.masks[i].any()
+    }
+    sizes = {Image.open(out / row["picture"]).size for row in found["images"]}
+    assert sizes == {(8 * 200 - 8, 214)}
+    assert Image.open(out / "sheet.png").width == 8 * 200 - 8
+    assert (found["split"], found["epoch"], found["weights_of_epoch"], found["own_data"]) == (
+        "val",
+        2,
+        2,
+        True,
+    )
+    assert found["metrics"]["loss"].keys() == {"first", "last"}
+    assert {"loss_reference", "aim_precision", "aim_recall", "effective_patches"} <= found[
+        "metrics"
+    ].keys()
+
+
+def test_figures_are_those_of_the_run_s_own_masks(
+    phantom_dataset: PatchDataset, amlp: Path, tmp_path: Path
+) -> None:
+    """Computed again patch by patch in numpy."""
+    found = inspect_run(amlp, count=4, out=tmp_path)
+    val, config = phantom_dataset.load("val"), run_settings(amlp)
+    model, _ = load_model(amlp, config, phantom_dataset.spec)
+    for row in found["images"]:
+        i = val.ids.index(row["id"])
+        image, key = torch.from_numpy(val.images[i : i + 1]), torch.from_numpy(val.keys[i : i + 1])
+        with torch.inference_mode():
+            patches, aim, chosen = Masking(model, config).whole(
+                normalize(image, model.spec), key, TrainingStep(2)
+            )
+            rebuilt = model(patches, chosen.visible, chosen.masked).pixels[0].numpy()
+        share = val.masks[i].reshape(8, 8, 8, 8).mean((1, 3)).ravel()
+        true = share >= 0.25 if (share >= 0.25).any() else share > 0
+        lesion = aim.lesion[0].numpy() > 0.5
+        masked = chosen.masked[0].numpy()
+        error = ((rebuilt - patches[0].numpy()[masked]) ** 2).mean(-1)
+        inside, tissue = true[masked], chosen.tissue[0].numpy()[masked]
+        assert row["true_lesion_share"] == pytest.approx(true.mean())
+        assert row["lesion_share"] == pytest.approx(lesion.mean())
+        assert row["precision"] == pytest.approx((lesion & true).sum() / lesion.sum())
+        assert row["recall"] == pytest.approx((lesion & true).sum() / true.sum())
+        assert row["true_lesion_masked"] == pytest.approx(inside.sum() / true.sum())
+        assert row["error"] == pytest.approx(error[tissue].mean(), rel=1e-4)
+        assert row["error_outside"] == pytest.approx(error[tissue & ~inside].mean(), rel=1e-4)
+        if inside.any():
+            assert row["error_inside"] == pytest.approx(error[inside].mean(), rel=1e-4)
+    for name in FIGURES:
+        there = [row[name] for row in found["images"] if row[name] is not None]
+        assert found["mean"][name] == pytest.approx(np.mean(there))
+
+
+def test_the_latest_model_is_loaded_with_its_teacher_and_centroids(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
+    selection = {"scope": "dataset", "analysis_interval": 1, "features": "tokens"}
+    run = trained(
+        phantom_dataset, tmp_path, selection=selection, loss={"warmup": 0.0}, teacher_momentum=0.5
+    )
+    model, epoch = load_model(run, run_settings(run), phantom_dataset.spec)
+    saved = read_checkpoint(checkpoints(run)[0])["model"]
+    assert epoch == 2
+    assert any(name.startswith("teacher.") for name in saved)
+    assert saved["centroids.centers"].any()
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("given", "panels", "absent"),
+    [
+        ({"variant": "mae"}, 5, {"lesion_share", "precision", "recall"}),
+        ({"variant": "amlp-soft"}, 7, set()),
+        ({"selection": {"rule": "oracle", "feedback": 0.0}, "loss": {"ccl_weight": 0.0}}, 7, set()),
+    ],
+    ids=["mae", "amlp-soft", "oracle"],
+)
+def test_what_settings_do_not_use_is_neither_drawn_nor_told(
+    phantom_dataset: PatchDataset,
+    tmp_path: Path,
+    given: dict[str, Any],
+    panels: int,
+    absent: set[str],
+) -> None:
+    found = inspect_run(trained(phantom_dataset, tmp_path, epochs=1, **given), count=2)
+    (picture, _) = (tmp_path / "inspect" / row["picture"] for row in found["images"])
+    assert Image.open(picture).width == panels * 200 - 8
+    assert {name for name, value in found["mean"].items() if value is None} == absent
+
+
+def test_epoch_and_seed_choose_masks_and_the_same_ones_draw_the_same(
+    amlp: Path, tmp_path: Path
+) -> None:
+    def shown(name: str, **given: Any) -> tuple[float, bytes]:
+        found = inspect_run(amlp, count=2, out=tmp_path / name, **given)
+        return found["ratio"], (tmp_path / name / "sheet.png").read_bytes()
+
+    latest = shown("a")
+    assert shown("b") == latest == shown("c", epoch=2, seed=0)
+    assert shown("d", epoch=1)[0] < latest[0]
+    other = shown("e", seed=1)
+    assert other[0] == latest[0]
+    assert other[1] != latest[1]
+
+
+def test_an_inspection_replaces_the_pictures_of_an_earlier_one_and_nothing_else(
+    amlp: Path, tmp_path: Path
+) -> None:
+    inspect_run(amlp, count=4, out=tmp_path)
+    (tmp_path / "9-mine.png").write_bytes(b"mine")
+    found = inspect_run(amlp, count=1, out=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        found["images"][0]["picture"], "sheet.png", "inspection.json", "9-mine.png",
+    }  # fmt: skip
+
+
+def with_manifest(dataset: PatchDataset, folder: Path, **changes: Any) -> Path:
+    """A copy of a dataset with another manifest."""
+    shutil.copytree(dataset.path, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+    return folder
+
+
+def test_moved_data_is_the_run_s_own_and_other_data_is_told_apart(
+    phantom_dataset: PatchDataset, amlp: Path, tmp_path: Path
+) -> None:
+    moved = with_manifest(phantom_dataset, tmp_path / "moved")
+    other = with_manifest(phantom_dataset, tmp_path / "other", fingerprint="0" * 64)
+    assert inspect_run(amlp, data=moved, count=1, out=tmp_path / "a")["own_data"]
+    assert not inspect_run(amlp, data=other, count=1, out=tmp_path / "b")["own_data"]
+
+
+def bad_input(
+    case: str, dataset: PatchDataset, run: Path, tmp_path: Path
+) -> tuple[Path, dict[str, Any]]:
+    """A run's folder, which may be spoiled here, and arguments."""
+    if case == "missing folder":
+        return tmp_path / "none", {}
+    if case == "no run":
+        return Path(dataset.path), {}
+    if case == "no checkpoint":
+        for path in checkpoints(run):
+            path.unlink()
+    elif case == "damaged checkpoint":
+        for path in checkpoints(run):
+            path.write_bytes(path.read_bytes()[:500])
+    elif case == "no data.json":
+        (run / "data.json").unlink()
+    elif case == "data gone":
+        (run / "data.json").write_text(
+            json.dumps({"path": str(tmp_path / "gone"), "fingerprint": ""})
+        )
+    elif case == "patches do not divide":
+        return run, {"data": with_manifest(dataset, tmp_path / "data", height=60, width=60)}
+    elif case == "count 0":
+        return run, {"count": 0}
+    elif case == "epoch 0":
+        return run, {"epoch": 0}
+    elif case == "epoch 3":
+        return run, {"epoch": 3}
+    elif case == "seed -1":
+        return run, {"seed": -1}
+    elif case == "variant":
+        trained(dataset, tmp_path / "other", variant="simsiam", epochs=1)
+        return tmp_path / "other", {}
+    elif case == "scratch":
+        trained(dataset, tmp_path / "other", variant="scratch", epochs=1)
+        return tmp_path / "other", {}
+    return run, {}
+
+
+@pytest.mark.parametrize(
+    ("case", "error", "told"),
+    [
+        ("missing folder", CheckpointError, "none does not exist"),
+        ("no run", CheckpointError, "has no config.yaml"),
+        ("no checkpoint", CheckpointError, "has no checkpoint: the run has not ended an epoch yet"),
+        ("damaged checkpoint", CheckpointError, "holds no whole checkpoint"),
+        ("no data.json", CheckpointError, "data.json does not say"),
+        ("data gone", DataError, "There is no patch dataset"),
+        ("patches do not divide", ConfigError, "patch_size 8 does not divide"),
+        ("count 0", ConfigError, "count is 0, but must be from 1 to 64"),
+        ("epoch 0", ConfigError, "epoch is 0, but the run has epochs 1 to 2"),
+        ("epoch 3", ConfigError, "epoch is 3, but the run has epochs 1 to 2"),
+        ("seed -1", ConfigError, "seed is -1"),
+        ("variant", ConfigError, "variant simsiam: it reconstructs nothing"),
+        ("scratch", ConfigError, "variant scratch: it reconstructs nothing"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_nothing_is_written(
+    phantom_dataset: PatchDataset,
+    amlp: Path,
+    tmp_path: Path,
+    case: str,
+    error: type[AmlpError],
+    told: str,
+) -> None:
+    run = shutil.copytree(amlp, tmp_path / "run")
+    folder, given = bad_input(case, phantom_dataset, run, tmp_path)
+    with pytest.raises(error) as caught:
+        inspect_run(folder, **given)
+    assert told in str(caught.value)
+    assert str(caught.value).endswith(".")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("inspect"))
+
+
+def test_images_of_another_shape_are_refused(
+    phantom_dataset: PatchDataset, amlp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = phantom_dataset.spec.model_copy(update={"width": 128})
+    monkeypatch.setattr(PatchDataset, "spec", wide)
+    with pytest.raises(
+        ConfigError,
+        match=r"amlp was trained on 1x64x64 .* holds 1x64x128; prepare the data alike",
+    ):
+        inspect_run(amlp, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("summary", ["{", "[]", '{"images": 3}', '{"images": [{"id": 1}]}'])
+def test_a_foreign_or_damaged_summary_is_replaced(amlp: Path, tmp_path: Path, summary: str) -> None:
+    (tmp_path / "inspection.json").write_text(summary)
+    inspect_run(amlp, count=1, out=tmp_path)
+    assert len(json.loads((tmp_path / "inspection.json").read_text())["images"]) == 1
+
+
+def test_a_file_in_place_of_the_folder_is_told(amlp: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(ConfigError, match="taken is a file"):
+        inspect_run(amlp, count=1, out=tmp_path / "taken")
+    assert (tmp_path / "taken").read_text() == "mine"

@@ -1,0 +1,128 @@
+"""Studies as a driver leaves them, written with plain Optuna: no training, no Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+from optuna.trial import FrozenTrial, TrialState
+
+from amlp_ray.config import PretrainConfig, ProbeConfig, ResourceConfig, StudyConfig
+from amlp_ray.config.base import build
+from amlp_ray.config.yaml_file import write_yaml
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.study.storage.study_store import StudyStore
+from amlp_ray.study.trial_spec import TrialSpec
+from helpers.tiny_study import TINY
+
+RATIO = optuna.distributions.FloatDistribution(0.2, 0.5)
+MODE = optuna.distributions.CategoricalDistribution(["hard", "soft"])
+BEGUN = datetime(2026, 3, 1, 12)
+
+
+def make_store(runs: Path, name: str = "tiny", **changes: Any) -> StudyStore:
+    """A study that has begun and has no trial."""
+    config = build(StudyConfig, {**TINY, "name": name, **changes}, "test")
+    store = StudyStore(runs / name)
+    store.folder.mkdir(parents=True)
+    write_yaml(config, store.folder / "study.yaml")
+    store.search(create=True, directions=list(config.objectives.values()))
+    store.baselines(create=True)
+    return store
+
+
+def add(
+    store: StudyStore,
+    params: Mapping[str, Any] | None = None,
+    values: float | Sequence[float] | None = 0.5,
+    *,
+    state: TrialState = TrialState.COMPLETE,
+    rungs: Mapping[int, float] | None = None,
+    study: optuna.Study | None = None,
+    distributions: Mapping[str, Any] | None = None,
+    **about: Any,
+) -> int:
+    """Store a trial and return its number; it took ten seconds and four epochs where it is finished."""
+    study = study or store.search()
+    params = {"ratio.start": 0.3, "selection.mode": "hard"} if params is None else dict(params)
+    known = {"ratio.start": RATIO, "selection.mode": MODE, **(distributions or {})}
+    scores = [values] if isinstance(values, float) else list(values or [])
+    score = scores[0] if scores else None
+    if state.is_finished() and "stats" not in about and "source" not in about:
+        about["stats"] = {
+            "seconds": 10.0,
+            "gpu_seconds": 36.0,
+            "memory": 0.5,
+            "epochs": 4,
+            "scores": {"dsc": score},
+        }
+    begun = BEGUN + timedelta(minutes=len(study.get_trials(deepcopy=False)))
+    trial = FrozenTrial(
+        number=-1,
+        trial_id=-1,
+        state=state,
+        value=None,
+        values=None
+        if state == TrialState.FAIL or not state.is_finished()
+        else [values]
+        if isinstance(values, float)
+        else values,
+        datetime_start=begun,
+        datetime_complete=begun + timedelta(seconds=10) if state.is_finished() else None,
+        params=params,
+        distributions={name: known[name] for name in params},
+        user_attrs=about,
+        system_attrs={},
+        intermediate_values=dict(
+            rungs or ({2: score - 0.1, 4: score} if isinstance(score, float) else {})
+        ),
+    )
+    storage = store.storage()
+    return storage.get_trial(storage.create_new_trial(study._study_id, trial)).number
+
+
+def add_arm(store: StudyStore, baseline: str, repeat: int, value: float) -> None:
+    about = {
+        "baseline": baseline,
+        "repeat": repeat,
+        "diagnosis": False,
+        "path": f"baselines/{baseline}-{repeat}",
+    }
+    add(store, {}, value, study=store.baselines(), **about)
+
+
+def note_data(store: StudyStore, fingerprint: str) -> None:
+    """Say what data the study was begun on."""
+    about = {
+        "started": "2026-03-01T12:00:00+00:00",
+        "dataset": {"fingerprint": fingerprint},
+        "num_labeled": None,
+    }
+    (store.folder / "environment.json").write_text(json.dumps(about))
+
+
+def write_study(file: Path, **changes: Any) -> Path:
+    """A study file."""
+    file.write_text(yaml.safe_dump(TINY | changes))
+    return file
+
+
+def task_of(folder: Path, dataset: PatchDataset, *, seed: int = 5, cpus: float = 1) -> TrialSpec:
+    """What a driver tells trial 0 of a study in this folder."""
+    return TrialSpec(
+        study="tiny",
+        kind="search",
+        number=0,
+        label="trial 0",
+        folder=str(folder / "trials" / "0"),
+        data=dataset.path,
+        config=PretrainConfig.model_validate({**TINY["pretrain"], "seed": seed}),
+        probe=ProbeConfig.model_validate(TINY["probe"]),
+        resources=ResourceConfig(cpus_per_worker=cpus),
+        rungs=(2, 4),
+    )

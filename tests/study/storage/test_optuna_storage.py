@@ -1,0 +1,228 @@
+"""Journals and databases: half a line, a full disk and a server that is gone lose nothing; passwords show nowhere."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from helpers.database import Postgres
+from optuna.trial import TrialState
+
+from amlp_ray.errors import StudyError
+from amlp_ray.study.storage.optuna_storage import (
+    Journal,
+    RetryingStorage,
+    expanded,
+    open_database,
+    open_journal,
+    shown,
+)
+
+
+@pytest.fixture(params=["journal", "sqlite", "postgresql"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> optuna.storages.BaseStorage:
+    if request.param == "journal":
+        return open_journal(tmp_path / "study.journal")
+    if request.param == "sqlite":
+        return open_database(f"sqlite:///{tmp_path}/study.db")
+    return open_database(request.getfixturevalue("server").url)
+
+
+def new_trial(**values: Any) -> optuna.trial.FrozenTrial:
+    trial = optuna.trial.create_trial(
+        state=TrialState.RUNNING,
+        params={"x": 0.5},
+        distributions={"x": optuna.distributions.FloatDistribution(0, 1)},
+    )
+    trial.user_attrs.update(values)
+    return trial
+
+
+def test_every_storage_keeps_a_trial_as_it_was_stored_and_told(
+    storage: optuna.storages.BaseStorage,
+) -> None:
+    name = f"s{time.time_ns()}"
+    study = optuna.create_study(
+        study_name=name, storage=storage, directions=["maximize", "minimize"]
+    )
+    trial_id = storage.create_new_trial(study._study_id, new_trial(baseline="mae"))
+    storage.set_trial_intermediate_value(trial_id, 10, 0.4)
+    storage.set_trial_user_attr(trial_id, "stats", {"seconds": 1.5, "scores": {"dsc": 0.4}})
+    storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.4, 3.0])
+    study.set_user_attr("lease", {"at": 1.0})
+    (told,) = optuna.load_study(study_name=name, storage=storage).trials
+    assert (told.number, told.state, told.values, told.params) == (
+        0,
+        TrialState.COMPLETE,
+        [0.4, 3.0],
+        {"x": 0.5},
+    )
+    assert told.intermediate_values == {10: 0.4}
+    assert told.user_attrs == {"baseline": "mae", "stats": {"seconds": 1.5, "scores": {"dsc": 0.4}}}
+    assert study.user_attrs["lease"] == {"at": 1.0}
+
+
+def test_half_a_line_of_a_killed_writer_is_cut_off_by_the_next(tmp_path: Path) -> None:
+    journal = tmp_path / "study.journal"
+    storage = open_journal(journal)
+    study = optuna.create_study(study_name="s", storage=storage)
+    storage.create_new_trial(study._study_id, new_trial())
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code":4,"worker_id":"half')
+    again = open_journal(journal)
+    study = optuna.load_study(study_name="s", storage=again)
+    again.create_new_trial(study._study_id, new_trial())
+    assert len(optuna.load_study(study_name="s", storage=open_journal(journal)).trials) == 2
+    assert journal.read_bytes().startswith(whole)
+
+
+def test_a_journal_of_one_half_line_is_an_empty_one(tmp_path: Path) -> None:
+    (tmp_path / "study.journal").write_bytes(b'{"op_co')
+    study = optuna.create_study(study_name="s", storage=open_journal(tmp_path / "study.journal"))
+    assert study.trials == []
+
+
+def test_a_writer_killed_while_it_holds_the_lock_keeps_nobody_waiting(tmp_path: Path) -> None:
+    journal = tmp_path / "study.journal"
+    study = optuna.create_study(study_name="s", storage=open_journal(journal))
+    if (child := os.fork()) == 0:
+        import fcntl
+
+        file = journal.with_name(".study.journal.lock").open("a")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        os.kill(os.getpid(), 9)
+    os.waitpid(child, 0)
+    started = time.monotonic()
+    study.set_user_attr("a", 1)
+    assert time.monotonic() - started < 5, "Optuna's own lock would hold for 30 s"
+
+
+class Flaky:
+    """Fails a call before or after it was done, as a lost connection does."""
+
+    def __init__(self, inner: Any, name: str, *, done: bool) -> None:
+        self._inner, self._name, self._done, self.failed = inner, name, done, False
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._inner, name)
+        if name != self._name or self.failed:
+            return method
+
+        def call(*args: Any, **named: Any) -> Any:
+            self.failed = True
+            if self._done:
+                method(*args, **named)
+            raise ConnectionResetError("gone")
+
+        return call
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["before it was stored", "after it was stored"])
+@pytest.mark.parametrize(
+    "name", ["create_new_trial", "set_trial_state_values", "set_trial_user_attr"]
+)
+def test_a_call_whose_answer_is_lost_is_made_once(name: str, done: bool) -> None:
+    inner = optuna.storages.InMemoryStorage()
+    flaky = Flaky(inner, name, done=done)
+    storage = RetryingStorage(flaky, patience=5)  # type: ignore[arg-type]
+    study = optuna.create_study(storage=storage)
+    trial_id = storage.create_new_trial(study._study_id, new_trial())
+    storage.set_trial_user_attr(trial_id, "a", 1)
+    storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.5])
+    assert flaky.failed
+    (trial,) = study.trials
+    assert (trial.state, trial.value, trial.user_attrs) == (TrialState.COMPLETE, 0.5, {"a": 1})
+
+
+def test_a_trial_is_not_told_twice_by_mistake() -> None:
+    storage = RetryingStorage(optuna.storages.InMemoryStorage(), patience=5)
+    study = optuna.create_study(storage=storage)
+    trial_id = storage.create_new_trial(study._study_id, new_trial())
+    storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.5])
+    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
+        storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.6])
+
+
+def test_patience_ends_with_a_sentence() -> None:
+    class Gone:
+        def get_all_studies(self) -> None:
+            raise ConnectionRefusedError(111, "Connection refused")
+
+    with pytest.raises(
+        StudyError, match=r"cannot be reached for 0\.3 s \(Connection refused\); check it"
+    ):
+        RetryingStorage(Gone(), patience=0.3).get_all_studies()  # type: ignore[arg-type]
+
+
+def test_an_error_that_will_not_pass_is_not_waited_for() -> None:
+    with pytest.raises(KeyError):
+        RetryingStorage(optuna.storages.InMemoryStorage(), patience=60).get_study_id_from_name(
+            "none"
+        )
+
+
+@pytest.mark.timeout(120)
+def test_a_database_that_is_restarted_is_waited_for(server: Postgres) -> None:
+    lines: list[str] = []
+    storage = open_database(server.url, patience=60, notify=lines.append)
+    study = optuna.create_study(study_name=f"s{time.time_ns()}", storage=storage)
+    trial_id = storage.create_new_trial(study._study_id, new_trial())
+    server.stop()
+    threading.Timer(3, server.start).start()
+    storage.set_trial_intermediate_value(trial_id, 1, 0.25)
+    storage.create_new_trial(study._study_id, new_trial())
+    assert [t.intermediate_values for t in study.trials] == [{1: 0.25}, {}]
+    assert lines[0].startswith("the study's storage cannot be reached")
+    assert lines[-1] == "the study's storage is back"
+    assert "secret" not in "".join(lines)
+
+
+def test_a_password_shows_in_no_message(server: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AMLP_TEST_PASSWORD", "wrong word")
+    with pytest.raises(StudyError) as refused:
+        open_database(server.url)
+    assert "wrong" not in str(refused.value)
+    assert f"postgresql://127.0.0.1:{server.port}/postgres cannot be opened" in str(refused.value)
+
+
+def test_a_name_that_is_not_in_the_environment_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOT_SET", raising=False)
+    with pytest.raises(StudyError, match=r"storage names \$\{NOT_SET\}, which is not set"):
+        open_database("postgresql://me:${NOT_SET}@host/db")
+
+
+@pytest.mark.parametrize("url", ["postgresql://me@host:port/x", "postgresql+nodriver://me@host/x"])
+def test_a_url_that_is_none_is_told_in_a_sentence(url: str) -> None:
+    with pytest.raises(StudyError, match="cannot be opened"):
+        open_database(url)
+
+
+def test_a_short_write_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = tmp_path / "study.journal"
+    storage = open_journal(journal)
+    study = optuna.create_study(study_name="s", storage=storage)
+    whole = journal.read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("amlp_ray.study.storage.optuna_storage.os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        Journal(journal).append_logs([{"op_code": 1}])
+    assert journal.read_bytes() == whole
+    monkeypatch.undo()
+    study.set_user_attr("a", 1)
+    assert optuna.load_study(study_name="s", storage=open_journal(journal)).user_attrs == {"a": 1}
+
+
+def test_values_of_the_environment_are_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORD", "a/b@c:d e")
+    assert (
+        expanded("postgresql://me:${WORD}@host/db") == "postgresql://me:a%2Fb%40c%3Ad%20e@host/db"
+    )
+    assert shown("mysql+pymysql://me:${WORD}@host:3306/db?ssl=1") == "mysql+pymysql://host:3306/db"

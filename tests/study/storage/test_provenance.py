@@ -1,0 +1,131 @@
+"""What a study and its trials were run with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers.studies import task_of
+
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.study.storage import provenance
+from amlp_ray.study.storage.provenance import (
+    commit,
+    hardware,
+    read_provenance,
+    versions,
+    write_provenance,
+)
+
+
+def test_a_trial_keeps_code_versions_hardware_data_settings_and_seed(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
+    trial_spec = task_of(tmp_path, phantom_dataset, cpus=2)
+    write_provenance(trial_spec)
+    found = read_provenance(tmp_path / "trials" / "0")
+    assert found is not None
+    assert found["seed"] == 5
+    assert found["config"] == trial_spec.config.model_dump(mode="json")
+    assert found["dataset"]["fingerprint"] == phantom_dataset.manifest.fingerprint
+    assert found["eval_data"] is None
+    assert (found["hardware"]["threads"], found["hardware"]["workers"]) == (2, 1)
+    assert found["versions"] == versions()
+    assert found["commit"] == commit()
+    assert found["continued"] == []
+
+
+def test_a_trial_that_goes_on_elsewhere_says_from_which_epoch_and_what_is_other(
+    phantom_dataset: PatchDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial_spec = task_of(tmp_path, phantom_dataset)
+    folder = tmp_path / "trials" / "0"
+    write_provenance(trial_spec)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"epoch": e}) + "\n" for e in (1, 2)))
+    write_provenance(trial_spec)
+    there = {**hardware(), "processor": "another"}
+    monkeypatch.setattr(provenance, "hardware", lambda device="cpu": dict(there))
+    write_provenance(trial_spec)
+    found = read_provenance(folder)
+    assert found is not None
+    assert found["hardware"]["processor"] != "another"
+    first, second = found["continued"]
+    assert first.keys() == {"epoch", "at"}
+    assert (second["epoch"], second["hardware"]["processor"]) == (2, "another")
+
+
+def test_a_trial_that_had_trained_nothing_begins_anew(
+    phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
+    write_provenance(task_of(tmp_path, phantom_dataset, seed=5))
+    write_provenance(task_of(tmp_path, phantom_dataset, seed=6))
+    found = read_provenance(tmp_path / "trials" / "0")
+    assert found is not None
+    assert (found["seed"], found["continued"]) == (6, [])
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A repository with a package in it, in the place of ours."""
+    package = tmp_path / "repository" / "package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("one = 1\n")
+    (tmp_path / "repository" / "README.md").write_text("read me\n")
+    for command in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "-m", "first"],
+    ):
+        subprocess.run(["git", *command], cwd=package.parent, check=True)
+    monkeypatch.setattr(provenance, "PACKAGE", package)
+    caches = (provenance._dirty, provenance._tracked)
+    for cached in caches:
+        cached.cache_clear()
+    yield package
+    for cached in caches:
+        cached.cache_clear()
+
+
+def test_code_as_committed_needs_no_patch(
+    checkout: Path, phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
+    (checkout.parent / "README.md").write_text("not code\n")
+    write_provenance(task_of(tmp_path / "study", phantom_dataset))
+    found = read_provenance(tmp_path / "study" / "trials" / "0")
+    assert found is not None
+    assert found["patch"] is None
+    assert len(found["commit"]) == 40
+
+
+def test_changed_code_is_kept_once_as_a_patch_that_gives_it_back(
+    checkout: Path, phantom_dataset: PatchDataset, tmp_path: Path
+) -> None:
+    (checkout / "__init__.py").write_text("one = 2\n")
+    (checkout / "new.py").write_text("two = 2\n")
+    for _ in range(2):
+        write_provenance(task_of(tmp_path / "study", phantom_dataset))
+    found = read_provenance(tmp_path / "study" / "trials" / "0")
+    assert found is not None
+    assert found["commit"].endswith("+changes")
+    (patch,) = (tmp_path / "study").glob("dirty-*.patch")
+    assert found["patch"] == patch.name
+    subprocess.run(
+        ["git", "clone", "-q", str(checkout.parent), str(tmp_path / "clone")], check=True
+    )
+    subprocess.run(["git", "apply", str(patch)], cwd=tmp_path / "clone", check=True)
+    assert (tmp_path / "clone/package/__init__.py").read_text() == "one = 2\n"
+    assert (tmp_path / "clone/package/new.py").read_text() == "two = 2\n"
+
+
+def test_an_installed_package_inside_another_repository_has_no_commit(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = checkout.parent / "site-packages" / "package"
+    installed.mkdir(parents=True)
+    (installed / "__init__.py").write_text("")
+    monkeypatch.setattr(provenance, "PACKAGE", installed)
+    provenance._tracked.cache_clear()
+    assert commit() is None

@@ -1,0 +1,118 @@
+"""Files that are whole or not there, on disks that are full or away."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from amlp_ray.utils.files import append_line, read_json, retry, write_whole
+
+# A limit on the size of files is a disk that is full, for this process alone and without being root.
+FULL = """
+import json, resource, sys, threading, time
+from pathlib import Path
+from amlp_ray.utils.files import append_line, retry, write_whole
+
+def allow(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+def attempt(work):
+    try:
+        work()
+    except OSError:
+        return path.read_text()
+
+path, seen, told = Path(sys.argv[1]) / "lines", {}, []
+append_line(path, "first")
+allow(10)  # bytes: four are left
+seen["cut"] = attempt(lambda: append_line(path, "second"))
+allow(6)
+seen["none"] = attempt(lambda: append_line(path, "second"))
+seen["replaced"] = attempt(lambda: write_whole(path, "something longer"))
+threading.Timer(0.7, allow, [resource.RLIM_INFINITY]).start()
+retry(lambda: append_line(path, "second"), 30, lambda error: told.append(type(error).__name__))
+seen["in the end"] = path.read_text()
+print(json.dumps({"seen": seen, "told": told}))
+"""
+
+
+def test_a_full_disk_takes_a_line_whole_or_not_at_all_and_is_waited_for(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    kept = "first\n"
+    assert found["seen"] == {
+        "cut": kept,
+        "none": kept,
+        "replaced": kept,
+        "in the end": "first\nsecond\n",
+    }
+    assert found["told"] == ["OSError"]
+    assert [path.name for path in tmp_path.iterdir()] == ["lines"]
+
+
+def test_lines_are_added_and_content_replaced_with_nothing_left_beside(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for line in ("one", "zwei ä", "3"):
+        append_line(path, line)
+    assert path.read_text().splitlines() == ["one", "zwei ä", "3"]
+    write_whole(path, "text")
+    assert path.read_text() == "text"
+    write_whole(path, b"\x00\x01")
+    assert path.read_bytes() == b"\x00\x01"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_is_away_is_waited_for_and_told_once(tmp_path: Path) -> None:
+    tries: list[int] = []
+    told: list[OSError] = []
+
+    def work() -> str:
+        tries.append(1)
+        if len(tries) == 2:
+            (tmp_path / "folder").mkdir()
+        write_whole(tmp_path / "folder" / "file", "text")
+        return "done"
+
+    assert retry(work, 10, told.append) == "done"
+    assert len(tries) == 2
+    assert [type(error) for error in told] == [FileNotFoundError]
+
+
+def test_patience_ends_with_the_error_itself(tmp_path: Path) -> None:
+    told: list[OSError] = []
+    with pytest.raises(FileNotFoundError, match="absent"):
+        retry(lambda: write_whole(tmp_path / "absent" / "file", ""), 0.1, told.append)
+    assert len(told) == 1
+
+
+def test_what_is_no_trouble_of_a_disk_is_not_tried_again() -> None:
+    tries: list[int] = []
+
+    def work() -> None:
+        tries.append(1)
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        retry(work, 10, lambda error: None)
+    assert len(tries) == 1
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[1]", '"text"', b"\xff"], ids=str)
+def test_json_that_is_no_mapping_is_none(tmp_path: Path, content: str | bytes | None) -> None:
+    path = tmp_path / "file.json"
+    if content is not None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    assert read_json(path) is None
+    path.write_text('{"a": 1}')
+    assert read_json(path) == {"a": 1}

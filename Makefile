@@ -5,7 +5,7 @@ DEMO := runs/demo
 # Compiled modules halve the start of every worker process, and there are hundreds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test test-ray test-others lint format docs clean
+.PHONY: help install lock demo test test-ray test-others lint format docs clean
 
 help:
 	@echo "make demo    install, generate phantoms, run the quickstart study, say where its report is"
@@ -13,10 +13,16 @@ help:
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml
+# The versions that the tests ran with, of whatever this platform and Python need of them.
+.venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile \
+		--constraint requirements.lock --editable '.[dev]'
 	touch $@
+
+# Write down what is installed now, after an upgrade that passes `make test`.
+lock:
+	$(BIN)/pip freeze --exclude-editable > requirements.lock
 
 demo: install
 	$(BIN)/amlp-ray data phantoms $(DEMO)/images --kind ultrasound --count 240

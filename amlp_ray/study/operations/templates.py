@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from amlp_ray.study.search.samplers import check_sampler
 from amlp_ray.study.search_space.validate import build_study
 from amlp_ray.study.search_space.values import range_words
 
-READY = Path(__file__).parents[3] / "studies"  # of a checkout
 
 GENERAL = """\
 # What does this study ask? What does it cost? Say so here, for whoever reads it next year.
@@ -69,15 +69,21 @@ def init_study(name: str, *, template: str | None = None, folder: str | Path = "
     return file
 
 
+def _studies_folder() -> Path:
+    """Return the folder of ready studies: inside an installed package, beside that of a checkout."""
+    package = Path(str(files("amlp_ray")))
+    installed = package / "studies"
+    return installed if installed.is_dir() else package.parent / "studies"
+
+
 def ready_studies() -> list[str]:
-    """Names of the ready studies; none where the package is installed without them."""
-    return sorted(file.stem for file in READY.glob("*.yaml"))
+    """List the names of the ready studies."""
+    return sorted(file.stem for file in _studies_folder().glob("*.yaml"))
 
 
 def _template(name: str) -> str:
-    file = READY / f"{name}.yaml"
     if name in ready_studies():
-        return file.read_text()
+        return (_studies_folder() / f"{name}.yaml").read_text()
     if Path(name).is_file():
         return Path(name).read_text()
     near = difflib.get_close_matches(name, ready_studies(), n=1, cutoff=0.5)

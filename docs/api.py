@@ -1,0 +1,113 @@
+"""Print the reference of the public Python API in Markdown, from the docstrings: `make docs`.
+
+What `amlp_ray.__all__` lists is public. Configs are described in settings.md, field by field.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import amlp_ray
+from amlp_ray.config.base import Config
+
+HEADER = """\
+# Python API
+
+Everything here is imported from `amlp_ray` itself. Written by `make docs` from the docstrings.
+"""
+SECTIONS = ("Args", "Returns", "Raises", "Yields")
+
+
+def page() -> str:
+    """Return the whole page."""
+    public = {name: getattr(amlp_ray, name) for name in amlp_ray.__all__}
+    configs = {name: item for name, item in public.items() if _is_config(item)}
+    blocks = [HEADER]
+    for name, item in public.items():
+        if name not in configs:
+            blocks += _class(name, item) if inspect.isclass(item) else _function(name, item)
+    blocks.append("## Configs\n")
+    blocks.append("Their fields are the settings of [settings.md](settings.md).\n")
+    blocks += [f"- `{name}`: {_summary(item)}" for name, item in configs.items()]
+    return "\n".join(blocks).rstrip() + "\n"
+
+
+def _is_config(item: Any) -> bool:
+    return inspect.isclass(item) and issubclass(item, Config)
+
+
+def _function(name: str, function: Any, level: str = "##") -> Iterator[str]:
+    yield f"{level} `{name}`\n"
+    yield f"```python\n{_signature(name.rpartition('.')[2], function)}\n```\n"
+    yield _markdown(inspect.getdoc(function) or "")
+
+
+def _class(name: str, item: type) -> Iterator[str]:
+    yield f"## `{name}`\n"
+    yield _markdown(inspect.getdoc(item) or "")
+    for member_name, member in vars(item).items():
+        if member_name.startswith("_"):
+            continue
+        if isinstance(member, classmethod | staticmethod):
+            yield from _function(f"{name}.{member_name}", getattr(item, member_name), "###")
+        elif inspect.isfunction(member):
+            yield from _function(f"{name}.{member_name}", member, "###")
+        elif description := inspect.getdoc(member):
+            yield f"### `{name}.{member_name}`\n"
+            yield _markdown(description)
+
+
+def _signature(name: str, function: Any) -> str:
+    """Format a signature, one parameter a line where it would be longer than a line."""
+    signature = inspect.signature(function)
+    text = f"{name}{signature}".replace("'", "")
+    if len(text) <= 80:
+        return text
+    parameters = [f"    {parameter}," for parameter in _parameters(signature)]
+    returns = inspect.formatannotation(signature.return_annotation).replace("'", "")
+    return "\n".join([f"{name}(", *parameters, f") -> {returns}"])
+
+
+def _parameters(signature: inspect.Signature) -> Iterator[str]:
+    keyword_only = False
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
+            keyword_only = True
+            yield "*"
+        yield str(parameter).replace("'", "")
+
+
+def _summary(item: type) -> str:
+    return (inspect.getdoc(item) or "").partition("\n\n")[0].replace("\n", " ")
+
+
+def _markdown(docstring: str) -> str:
+    """Turn a Google-style docstring into Markdown: sections as lists, examples as code."""
+    blocks = []
+    for block in docstring.split("\n\n"):
+        heading = block.partition(":")[0]
+        if heading in SECTIONS and block.startswith(f"{heading}:\n"):
+            blocks.append(_section(heading, block.split("\n")[1:]))
+        elif block.startswith(">>>"):
+            blocks.append(f"```pycon\n{block}\n```")
+        else:
+            blocks.append(block)
+    return "\n\n".join(blocks) + "\n"
+
+
+def _section(heading: str, lines: list[str]) -> str:
+    items: list[str] = []
+    for line in lines:
+        if re.match(r" {4}\S", line):
+            name, colon, text = line.strip().partition(": ")
+            items.append(f"- `{name}`: {text}" if colon else f"- {line.strip()}")
+        else:
+            items[-1] += f" {line.strip()}"
+    return f"**{heading}**\n\n" + "\n".join(items)
+
+
+if __name__ == "__main__":
+    print(page(), end="")

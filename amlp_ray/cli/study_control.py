@@ -53,7 +53,7 @@ def _ask(store: StudyStore, verb: Request, no_wait: bool) -> None:
         typer.echo(f"asked {holder} to {verb} {store.name!r}: {means}")
         return
     typer.echo(f"asked {holder} to {verb} {store.name!r}, waiting for its answer")
-    while "answer" not in (store.requested() or {"answer": None}):
+    while "answer" not in (store.last_request() or {"answer": None}):
         if store.holder() is None:
             typer.echo(
                 f"{holder} ended before it answered; study {store.name!r} is run by nobody now."
@@ -129,11 +129,11 @@ def enqueue(
     as_json: Json = False,
 ) -> None:
     """Give a study a trial to run before those of its sampler; also while it runs, or before it ever did."""
-    from amlp_ray.config.overrides import flat, parse_overrides
+    from amlp_ray.config.overrides import flatten, parse_overrides
     from amlp_ray.study.operations.edit import enqueue
 
     store, config = begun_or_not(file, runs)
-    number = enqueue(store, config, flat(parse_overrides(values, "enqueue")))
+    number = enqueue(store, config, flatten(parse_overrides(values, "enqueue")))
     if as_json:
         print_json({"study": config.name, "number": number})
         return

@@ -256,7 +256,7 @@ def driven(store: StudyStore) -> Iterator[list[str]]:
         with own.lock():
             begun.set()
             while not over.wait(0.05):
-                request = own.requested()
+                request = own.last_request()
                 if request and "answer" not in request:
                     heard.append(request["verb"])
                     own.search().set_user_attr("request", request | {"answer": "12:00"})
@@ -308,7 +308,7 @@ def test_of_a_study_that_nobody_runs_nothing_is_asked(
 ) -> None:
     code, out, _ = run(verb, "tiny")
     assert (code, out) == (0, f"Study 'tiny' is run by nobody; there is nothing to {verb}.\n")
-    assert StudyStore.open(store.folder).requested() is None, "the next run would obey at once"
+    assert StudyStore.open(store.folder).last_request() is None, "the next run would obey at once"
 
 
 def test_a_study_is_watched_in_one_picture(run: Run, driven: list[str], store: StudyStore) -> None:

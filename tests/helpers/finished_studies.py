@@ -159,12 +159,12 @@ def add_arm(
         "path": f"baselines/{baseline}-{repeat}",
         "seed": repeat,
     }
-    attributes |= {"diagnosis": files.pop("diagnosis", False), "stats": {"epochs": epochs}}
+    attributes |= {"uses_ground_truth": files.pop("diagnosis", False), "stats": {"epochs": epochs}}
     value = dsc if state == "COMPLETE" else None
     store.baselines(create=True).add_trial(
         create_trial(state=TrialState[state], value=value, user_attrs=attributes)
     )
-    folder = store.arm_folder(baseline, repeat)
+    folder = store.baseline_folder(baseline, repeat)
     write_files(folder, dsc, **{"epochs": epochs, "ratio": (0.75, 0.75), **files})
     return folder
 

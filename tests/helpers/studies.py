@@ -90,7 +90,7 @@ def add_arm(store: StudyStore, baseline: str, repeat: int, value: float) -> None
     about = {
         "baseline": baseline,
         "repeat": repeat,
-        "diagnosis": False,
+        "uses_ground_truth": False,
         "path": f"baselines/{baseline}-{repeat}",
     }
     add(store, {}, value, study=store.baselines(), **about)

@@ -1,12 +1,11 @@
-"""What a confirmation found, in numbers: candidates, differences over seeds and images, noise, and how protocols agree.
+"""Read what a confirmation found: candidates, paired differences, noise and agreement of protocols.
 
-Read from the store and the runs' files alone, at any time. Before the test images are opened the numbers are those of
-val, by which candidates were chosen, and say so.
+Everything comes from the store and the runs' files, at any time. Before the test images are opened
+the numbers are those of val, by which candidates were chosen, and say so.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -18,324 +17,349 @@ from typing import Any, Literal
 
 import numpy as np
 
-from amlp_ray.config import ABLATIONS, ABOUT
+from amlp_ray.config import ABLATIONS, BASELINE_DESCRIPTIONS
 from amlp_ray.config.yaml_file import read_yaml
 from amlp_ray.errors import ConfigError
-from amlp_ray.study.confirmation.confirm import OPENED
+from amlp_ray.study.confirmation.comparison import Comparison, read_difference
+from amlp_ray.study.confirmation.confirm import TEST_UNLOCKED
 from amlp_ray.study.confirmation.statistics import (
-    LEVEL,
     Correlation,
-    Difference,
+    FloatArray,
     compare,
     holm,
     rank_correlation,
     seed_noise,
 )
 from amlp_ray.study.storage.study_store import StudyStore
+from amlp_ray.study.storage.trial_record import trial_records
+from amlp_ray.utils.files import read_json
 
 Protocol = Literal["finetune", "probe"]
 SplitName = Literal["val", "test"]
-Reading = Literal["better", "worse", "equivalence_margin", "no difference shown", "not known"]
+ScoresByProtocol = Mapping[tuple[Protocol, SplitName], dict[str, Any]]
 
-PROTOCOLS: tuple[Protocol, ...] = ("finetune", "probe")  # the one that verdicts go by, first
+# The one that verdicts go by comes first.
+PROTOCOLS: tuple[Protocol, ...] = ("finetune", "probe")
 
 
 @dataclass(frozen=True)
-class Scored:
-    """One finished run of a candidate: its scores by (protocol, split), each as in `score.json`."""
+class ConfirmationRun:
+    """One finished run of a candidate.
+
+    Attributes:
+        repeat: which seed it was trained from.
+        folder: its files.
+        scores: by (protocol, split), each as in `score.json`.
+    """
 
     repeat: int
     folder: Path
-    scores: Mapping[tuple[Protocol, SplitName], dict[str, Any]]
+    scores: ScoresByProtocol
 
 
 @dataclass(frozen=True)
-class Confirmed:
+class ConfirmedCandidate:
     """A candidate and its finished runs."""
 
     name: str
-    diagnosis: bool
+    uses_ground_truth: bool
     params: dict[str, Any]
-    runs: tuple[Scored, ...]
+    runs: tuple[ConfirmationRun, ...]
 
     @property
     def title(self) -> str:
-        """In a sentence: `trial 7`, `baseline mae`, `equal-mean of trial 7`."""
+        """Return its name in a sentence: `trial 7`, `baseline mae`, `equal-mean of trial 7`."""
         if self.is_trial:
             return self.name.replace("-", " ")
-        return (
-            f"{self.control} of {self.reference.replace('-', ' ')}"
-            if self.reference
-            else f"baseline {self.name}"
-        )
+        if self.reference:
+            return f"{self.ablation} of {self.reference.replace('-', ' ')}"
+        return f"baseline {self.name}"
 
     @property
-    def about(self) -> str:
-        return ABOUT.get(self.control or self.name, "")
+    def description(self) -> str:
+        """Return a phrase such as `plain MAE`; empty where there is none."""
+        return BASELINE_DESCRIPTIONS.get(self.ablation or self.name, "")
 
     @property
     def is_trial(self) -> bool:
+        """Return whether it is a trial of the search."""
         return bool(re.fullmatch(r"trial-\d+", self.name))
 
     @property
-    def control(self) -> str | None:
-        """Which control of a trial it is, if it is one."""
-        name, of, _ = self.name.partition("-of-")
-        return name if of and name in ABLATIONS else None
+    def ablation(self) -> str | None:
+        """Return which ablation of a trial it is; None for any other candidate."""
+        name, separator, _ = self.name.partition("-of-")
+        return name if separator and name in ABLATIONS else None
 
     @property
     def reference(self) -> str | None:
-        """The trial that it is a control of."""
-        return self.name.partition("-of-")[2] if self.control else None
+        """Return the trial that it is an ablation of."""
+        return self.name.partition("-of-")[2] if self.ablation else None
 
     def values(self, protocol: Protocol, split: SplitName, key: str = "dsc") -> dict[int, float]:
-        """A number of each run, by repeat."""
-        found = {run.repeat: run.scores.get((protocol, split), {}).get(key) for run in self.runs}
-        return {repeat: float(value) for repeat, value in found.items() if value is not None}
+        """Return a number of each run that has it, by repeat."""
+        values = {}
+        for run in self.runs:
+            value = run.scores.get((protocol, split), {}).get(key)
+            if value is not None:
+                values[run.repeat] = float(value)
+        return values
 
     def mean(self, protocol: Protocol, split: SplitName, key: str = "dsc") -> float | None:
+        """Return the mean of a number over seeds; None where no run has it."""
         values = self.values(protocol, split, key)
         return fmean(values.values()) if values else None
 
     def sd(self, protocol: Protocol, split: SplitName) -> float | None:
-        """SD over seeds; None below two."""
+        """Return the SD of DSC over seeds; None below two."""
         values = list(self.values(protocol, split).values())
         return stdev(values) if len(values) > 1 else None
 
-
-@dataclass(frozen=True)
-class Against:
-    """One comparison: `ours` is a trial, `theirs` a baseline, a control or another trial; means are over shared seeds."""
-
-    ours: str
-    theirs: str
-    our_mean: float
-    their_mean: float
-    difference: Difference
-    p: float | None  # after Holm's correction; None where there is none, or theirs is a diagnosis
-    reading: Reading
+    def per_image(self, protocol: Protocol, split: SplitName) -> dict[int, dict[str, float]]:
+        """Return the DSC of every image, by repeat; runs without any are left out."""
+        scores = {}
+        for run in self.runs:
+            values = run.scores.get((protocol, split), {}).get("per_image")
+            if values:
+                scores[run.repeat] = values
+        return scores
 
 
 @dataclass(frozen=True)
 class Confirmation:
-    """Everything a confirmation found so far."""
+    """Everything a confirmation found so far.
 
-    candidates: tuple[Confirmed, ...]
-    states: dict[str, int]  # of its runs
-    failed: dict[str, str]  # run by name: its reason
-    opened: dict[str, Any] | None  # what the store says of the test images
+    Attributes:
+        candidates: in the order in which they were begun.
+        states: how many runs are in each state.
+        failed: reason of each run that failed, by its name.
+        test_unlock: what the store holds of the test images; None while they are closed.
+        metric: the study's.
+        equivalence_margin: DSC below which a difference is a tie.
+    """
+
+    candidates: tuple[ConfirmedCandidate, ...]
+    states: dict[str, int]
+    failed: dict[str, str]
+    test_unlock: dict[str, Any] | None
     metric: str
     equivalence_margin: float
 
     @property
     def split(self) -> SplitName:
-        """Whose images the numbers below are of."""
-        return "test" if self.opened else "val"
+        """Return whose images the numbers are of."""
+        return "test" if self.test_unlock else "val"
 
     @cached_property
-    def chosen(self) -> Confirmed | None:
+    def chosen(self) -> ConfirmedCandidate | None:
         """The trial that is judged: the best over these seeds by the probe on val, never by test."""
-        scored = [(c.mean("probe", "val", self.metric), c) for c in self.candidates if c.is_trial]
-        known = [(value, c) for value, c in scored if value is not None]
-        return max(known, key=lambda pair: pair[0])[1] if known else None
+        best: ConfirmedCandidate | None = None
+        best_score = -np.inf
+        for candidate in self.candidates:
+            score = candidate.mean("probe", "val", self.metric) if candidate.is_trial else None
+            if score is not None and score > best_score:
+                best, best_score = candidate, score
+        return best
 
     @cached_property
-    def against_arms(self) -> dict[Protocol, list[Against]]:
-        """By protocol: the chosen trial against every baseline, and each control against its own trial, corrected together.
+    def against_baselines(self) -> dict[Protocol, list[Comparison]]:
+        """Comparisons by protocol, corrected together.
 
-        A diagnosis is compared too, and neither corrected nor counted.
+        The chosen trial is compared with every baseline, and the trial of each ablation with it.
+        One that uses true masks is compared too, and neither corrected nor counted.
         """
-        by_name = {c.name: c for c in self.candidates}
+        by_name = {candidate.name: candidate for candidate in self.candidates}
         pairs = []
         for other in self.candidates:
-            ours = by_name.get(other.reference) if other.reference else self.chosen
-            if not other.is_trial and ours is not None:
-                pairs.append((ours, other))
-        return {protocol: self._compared(protocol, pairs) for protocol in PROTOCOLS}
+            trial = by_name.get(other.reference) if other.reference else self.chosen
+            if not other.is_trial and trial is not None:
+                pairs.append((trial, other))
+        return {protocol: self._compare(protocol, pairs) for protocol in PROTOCOLS}
 
     @cached_property
-    def against_trials(self) -> dict[Protocol, list[Against]]:
-        """By protocol: the chosen trial against the others that were confirmed, corrected together."""
+    def against_trials(self) -> dict[Protocol, list[Comparison]]:
+        """Comparisons of the chosen trial with the other trials by protocol, corrected together."""
         chosen = self.chosen
-        pairs = (
-            [(chosen, c) for c in self.candidates if c.is_trial and c is not chosen]
-            if chosen
-            else []
-        )
-        return {protocol: self._compared(protocol, pairs) for protocol in PROTOCOLS}
+        pairs = []
+        for other in self.candidates:
+            if chosen is not None and other.is_trial and other is not chosen:
+                pairs.append((chosen, other))
+        return {protocol: self._compare(protocol, pairs) for protocol in PROTOCOLS}
 
     def noise(self, protocol: Protocol) -> float | None:
-        """SD over seeds of a run's mean DSC, pooled over candidates."""
+        """Return the SD over seeds of a run's mean DSC, pooled over candidates."""
         return seed_noise([list(c.values(protocol, self.split).values()) for c in self.candidates])
 
     def agreement(self, *, without: str | None = None) -> Correlation:
-        """Rank correlation of the protocols over all runs; seeds of one candidate are drawn together.
+        """Correlate the protocols' ranks over all runs; seeds of a candidate are drawn together.
 
         Args:
-            without: a candidate to leave out, such as a random encoder, which any protocol puts last.
+            without: a candidate to leave out, such as a random encoder, which both put last.
         """
-        runs = [(c, run) for c in self.candidates if c.name != without for run in c.runs]
-        x, y = (
-            [run.scores.get((p, self.split), {}).get("dsc", np.nan) for _, run in runs]
-            for p in PROTOCOLS
-        )
-        return rank_correlation(x, y, [c.name for c, _ in runs])
+        scores: dict[Protocol, list[float]] = {protocol: [] for protocol in PROTOCOLS}
+        names = []
+        for candidate in self.candidates:
+            for run in candidate.runs if candidate.name != without else ():
+                names.append(candidate.name)
+                for protocol in PROTOCOLS:
+                    dsc = run.scores.get((protocol, self.split), {}).get("dsc", np.nan)
+                    scores[protocol].append(dsc)
+        return rank_correlation(scores["finetune"], scores["probe"], names)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values: a row per candidate, comparisons by protocol, noise and agreement."""
-        rows = [
-            {
-                "candidate": c.name,
-                "about": c.about,
-                "diagnosis": c.diagnosis,
-                "seeds": len(c.runs),
-                **{f"{p}_dsc": c.mean(p, self.split) for p in PROTOCOLS},
-                **{f"{p}_sd": c.sd(p, self.split) for p in PROTOCOLS},
-            }
-            for c in self.candidates
-        ]
+        """Return plain values: candidates, comparisons by protocol, noise and agreement."""
         return {
             "split": self.split,
-            "test_opened": self.opened,
+            "test_unlocked": self.test_unlock,
             "runs": self.states,
             "failed": self.failed,
             "chosen": self.chosen.name if self.chosen else None,
-            "candidates": rows,
-            "against_arms": {
-                p: [asdict(item) for item in items] for p, items in self.against_arms.items()
-            },
-            "against_trials": {
-                p: [asdict(item) for item in items] for p, items in self.against_trials.items()
-            },
-            "noise": {p: self.noise(p) for p in PROTOCOLS},
+            "candidates": [self._candidate_row(candidate) for candidate in self.candidates],
+            "against_baselines": _plain(self.against_baselines),
+            "against_trials": _plain(self.against_trials),
+            "noise": {protocol: self.noise(protocol) for protocol in PROTOCOLS},
             "agreement": asdict(self.agreement()),
         }
 
-    def _compared(
-        self, protocol: Protocol, pairs: list[tuple[Confirmed, Confirmed]]
-    ) -> list[Against]:
-        found = [
-            (ours, theirs, *_paired(ours, theirs, protocol, self.split)) for ours, theirs in pairs
-        ]
-        found = [item for item in found if item[2].size]
-        differences = [compare(a, b) for _, _, a, b in found]
-        counted = [
-            None if theirs.diagnosis or d.seeds < 2 else d.p
-            for (_, theirs, _, _), d in zip(found, differences, strict=True)
-        ]
-        return [
-            Against(
-                ours.name,
-                theirs.name,
-                float(a.mean()),
-                float(b.mean()),
-                d,
-                p,
-                read(d, p, self.equivalence_margin),
+    def _candidate_row(self, candidate: ConfirmedCandidate) -> dict[str, Any]:
+        row = {
+            "candidate": candidate.name,
+            "description": candidate.description,
+            "uses_ground_truth": candidate.uses_ground_truth,
+            "seeds": len(candidate.runs),
+        }
+        for protocol in PROTOCOLS:
+            row[f"{protocol}_dsc"] = candidate.mean(protocol, self.split)
+        for protocol in PROTOCOLS:
+            row[f"{protocol}_sd"] = candidate.sd(protocol, self.split)
+        return row
+
+    def _compare(
+        self, protocol: Protocol, pairs: list[tuple[ConfirmedCandidate, ConfirmedCandidate]]
+    ) -> list[Comparison]:
+        """Compare pairs of candidates, and correct their p-values together."""
+        compared = []
+        p_values = []
+        for candidate, baseline in pairs:
+            scores = _paired_scores(candidate, baseline, protocol, self.split)
+            if not scores[0].size:
+                continue
+            difference = compare(*scores)
+            counts = not baseline.uses_ground_truth and difference.seeds > 1
+            p_values.append(difference.p if counts else None)
+            compared.append((candidate, baseline, scores, difference))
+        comparisons = []
+        for (candidate, baseline, scores, difference), p in zip(
+            compared, holm(p_values), strict=True
+        ):
+            comparisons.append(
+                Comparison(
+                    candidate=candidate.name,
+                    baseline=baseline.name,
+                    candidate_mean=float(scores[0].mean()),
+                    baseline_mean=float(scores[1].mean()),
+                    difference=difference,
+                    p=p,
+                    reading=read_difference(difference, p, self.equivalence_margin),
+                )
             )
-            for (ours, theirs, a, b), d, p in zip(found, differences, holm(counted), strict=True)
-        ]
+        return comparisons
 
 
-def read(difference: Difference, p: float | None, equivalence_margin: float) -> Reading:
-    """What a difference says; `p` after correction.
-
-    It is shown where it would be rare without one, the interval leaves out zero, and seeds were repeated. What is shown
-    and smaller than `tie` is a tie all the same.
-    """
-    if p is None or difference.interval is None:
-        return "not known"
-    low, high = difference.interval
-    if p >= LEVEL or low <= 0 <= high:
-        return "no difference shown"
-    if abs(difference.mean) < equivalence_margin:
-        return "equivalence_margin"
-    return "better" if difference.mean > 0 else "worse"
-
-
-def confirmation_of(store: StudyStore) -> Confirmation | None:
-    """What is known of a study's confirmation; None where none was begun."""
-    study, config = store.confirmation(), store.config()
-    trials = study.get_trials(deepcopy=False)
-    if not trials:
+def read_confirmation(store: StudyStore) -> Confirmation | None:
+    """Read the confirmation of a study; None where none was begun."""
+    study = store.confirmation()
+    config = store.config()
+    records = trial_records(study)
+    if not records:
         return None
-    opened = study.user_attrs.get(OPENED)
-    runs: dict[str, list[Scored]] = {}
-    about: dict[str, tuple[bool, dict[str, Any]]] = {}
-    failed: dict[str, str] = {}
-    for trial in trials:
-        name, repeat = trial.user_attrs["candidate"], trial.user_attrs["repeat"]
-        if opened and name not in opened["candidates"]:
+    test_unlock = study.user_attrs.get(TEST_UNLOCKED)
+    runs: dict[str, list[ConfirmationRun]] = {}
+    first_records = {}
+    failed = {}
+    for record in records:
+        name = record.attributes["candidate"]
+        if test_unlock and name not in test_unlock["candidates"]:
             continue
-        about.setdefault(
-            name, (bool(trial.user_attrs.get("diagnosis")), trial.user_attrs.get("params") or {})
+        first_records.setdefault(name, record)
+        finished = runs.setdefault(name, [])
+        if record.is_complete:
+            folder = store.confirm_folder(name, record.repeat)
+            finished.append(ConfirmationRun(record.repeat, folder, _read_scores(folder)))
+        elif record.state.name == "FAIL":
+            failed[f"{name}-{record.repeat}"] = str(record.reason or "no reason is known")
+    candidates = []
+    for name, finished in runs.items():
+        candidates.append(
+            ConfirmedCandidate(
+                name=name,
+                uses_ground_truth=first_records[name].uses_ground_truth,
+                params=first_records[name].attributes.get("params") or {},
+                runs=tuple(sorted(finished, key=lambda run: run.repeat)),
+            )
         )
-        of = runs.setdefault(name, [])
-        if trial.state.name == "COMPLETE":
-            folder = store.confirm_folder(name, repeat)
-            of.append(Scored(repeat, folder, _scores(folder)))
-        elif trial.state.name == "FAIL":
-            failed[f"{name}-{repeat}"] = str(trial.user_attrs.get("reason", "no reason is known"))
     return Confirmation(
-        candidates=tuple(
-            Confirmed(name, *about[name], tuple(sorted(of, key=lambda run: run.repeat)))
-            for name, of in runs.items()
-        ),
-        states=dict(Counter(trial.state.name for trial in trials)),
+        candidates=tuple(candidates),
+        states=dict(Counter(record.state.name for record in records)),
         failed=failed,
-        opened=opened,
+        test_unlock=test_unlock,
         metric=config.metric,
         equivalence_margin=config.equivalence_margin,
     )
 
 
-def unequal(confirmation: Confirmation) -> list[str]:
-    """Names of candidates that are trained for another number of epochs, or in other batches, than the chosen one."""
-    lengths: dict[str, tuple[Any, Any]] = {}
+def unequal_budgets(confirmation: Confirmation) -> list[str]:
+    """Name candidates that train for other epochs or in other batches than the chosen one."""
+    budgets = {}
     for candidate in confirmation.candidates:
         for run in candidate.runs[:1]:
             try:
-                given = read_yaml(run.folder / "config.yaml")
+                config = read_yaml(run.folder / "config.yaml")
             except ConfigError:  # a missing or broken file is a gap in the report, not its end
                 continue
-            if given.get("objective") != "none":
-                lengths[candidate.name] = given.get("epochs"), given.get("batch_size")
-    chosen = lengths.get(confirmation.chosen.name) if confirmation.chosen else None
-    return [name for name, length in lengths.items() if chosen is not None and length != chosen]
+            if config.get("objective") != "none":
+                budgets[candidate.name] = (config.get("epochs"), config.get("batch_size"))
+    chosen = confirmation.chosen
+    if chosen is None or chosen.name not in budgets:
+        return []
+    return [name for name, budget in budgets.items() if budget != budgets[chosen.name]]
 
 
-def _paired(
-    ours: Confirmed, theirs: Confirmed, protocol: Protocol, split: SplitName
-) -> tuple[np.ndarray, np.ndarray]:
-    """DSC (S, I) of both, over the seeds and images that both have."""
-    at = protocol, split
-    images = [
-        {run.repeat: run.scores.get(at, {}).get("per_image", {}) for run in c.runs}
-        for c in (ours, theirs)
-    ]
-    repeats = sorted(
-        r for r in images[0].keys() & images[1].keys() if images[0][r] and images[1][r]
-    )
-    every = [one[r] for one in images for r in repeats]
-    common = sorted(set.intersection(*(set(scores) for scores in every))) if every else []
-    a, b = (np.array([[one[r][i] for i in common] for r in repeats], float) for one in images)
-    return a, b
+def _paired_scores(
+    candidate: ConfirmedCandidate,
+    baseline: ConfirmedCandidate,
+    protocol: Protocol,
+    split: SplitName,
+) -> tuple[FloatArray, FloatArray]:
+    """Return the DSC (S, I) of both, over the seeds and images that both have."""
+    scores = [candidate.per_image(protocol, split), baseline.per_image(protocol, split)]
+    repeats = sorted(scores[0].keys() & scores[1].keys())
+    images: list[str] = []
+    if repeats:
+        scored = [set(by_repeat[repeat]) for by_repeat in scores for repeat in repeats]
+        images = sorted(set.intersection(*scored))
+    first, second = (_score_array(by_repeat, repeats, images) for by_repeat in scores)
+    return first, second
 
 
-def _scores(folder: Path) -> dict[tuple[Protocol, SplitName], dict[str, Any]]:
-    test = _read(folder / "test.json")
-    found: dict[tuple[Protocol, SplitName], dict[str, Any]] = {
-        ("probe", "val"): _read(folder / "score.json"),
-        ("finetune", "val"): _read(folder / "finetune.json"),
+def _score_array(
+    scores: dict[int, dict[str, float]], repeats: list[int], images: list[str]
+) -> FloatArray:
+    rows = [[scores[repeat][image] for image in images] for repeat in repeats]
+    return np.array(rows, float)
+
+
+def _read_scores(folder: Path) -> ScoresByProtocol:
+    """Read all scores of a run; missing or broken files are left out."""
+    test = read_json(folder / "test.json") or {}
+    scores: dict[tuple[Protocol, SplitName], dict[str, Any]] = {
+        ("probe", "val"): read_json(folder / "score.json") or {},
+        ("finetune", "val"): read_json(folder / "finetune.json") or {},
         ("probe", "test"): test.get("probe", {}),
         ("finetune", "test"): test.get("finetune", {}),
     }
-    return {at: score for at, score in found.items() if score}
+    return {key: score for key, score in scores.items() if score}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
+def _plain(comparisons: Mapping[Protocol, list[Comparison]]) -> dict[str, list[dict[str, Any]]]:
+    return {protocol: [asdict(item) for item in items] for protocol, items in comparisons.items()}

@@ -124,8 +124,8 @@ class TrialQueue:
     def _next_arm(self) -> QueuedTrial | None:
         while self._arms_left:
             plan, repeat = self._arms_left.pop(0)
-            about = {"baseline": plan.name, "repeat": repeat, "diagnosis": plan.diagnosis}
-            path = self._relative(self._store.arm_folder(plan.name, repeat))
+            about = {"baseline": plan.name, "repeat": repeat, "uses_ground_truth": plan.diagnosis}
+            path = self._relative(self._store.baseline_folder(plan.name, repeat))
             if work := self._begin(self.baselines, attributes=about | {"path": path}):
                 return work
         return None
@@ -142,7 +142,7 @@ class TrialQueue:
                     about = {
                         "candidate": candidate.name,
                         "repeat": repeat,
-                        "diagnosis": candidate.diagnosis,
+                        "uses_ground_truth": candidate.diagnosis,
                         "params": dict(candidate.params),
                         "path": path,
                     }
@@ -315,7 +315,7 @@ class TrialQueue:
                     f"it was interrupted, and baselines does not name {about['baseline']} any more."
                 )
             label, kind = f"baseline {about['baseline']}-{about['repeat']}", "baseline"
-            folder = self._store.arm_folder(about["baseline"], about["repeat"])
+            folder = self._store.baseline_folder(about["baseline"], about["repeat"])
             # Repeats share seeds across baselines, so that baselines are compared in pairs.
             config = plan.config(derived_seed(s.seed, "baseline", about["repeat"]))
         elif study is self.confirmation:
@@ -358,7 +358,7 @@ class TrialQueue:
             config=config,
             probe=s.probe,
             resources=s.resources,
-            fault_tolerance=s.fault_tolerance.of_trial(),
+            fault_tolerance=s.fault_tolerance.for_trial(),
             tracking=s.tracking,
             rungs=self._rungs(config, until),
             until=until,

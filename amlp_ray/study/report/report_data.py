@@ -65,7 +65,7 @@ class ReportedTrial:
     @property
     def diagnosis(self) -> bool:
         """A baseline that sees true masks: shown, and compared with nothing."""
-        return bool(self.attributes.get("diagnosis"))
+        return bool(self.attributes.get("uses_ground_truth"))
 
     @property
     def name(self) -> str:
@@ -318,7 +318,7 @@ def _folder(store: StudyStore, trial: FrozenTrial) -> Path:
         ):  # a report shows nothing from outside of its study
             return store.folder / path
     if baseline:
-        return store.arm_folder(str(baseline), trial.user_attrs.get("repeat", trial.number))
+        return store.baseline_folder(str(baseline), trial.user_attrs.get("repeat", trial.number))
     return store.trial_folder(trial.number)
 
 

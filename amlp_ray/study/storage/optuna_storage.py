@@ -6,8 +6,8 @@ cuts off a last line that was left half-written. Nothing is ever unpickled from 
 
 from __future__ import annotations
 
-import fcntl
 import json
+import math
 import os
 import re
 import sys
@@ -26,6 +26,7 @@ from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import FrozenTrial
 
 from amlp_ray.errors import StudyError
+from amlp_ray.utils.locks import acquire_lock
 
 DRIVERS = {
     "postgresql": "postgresql+psycopg",
@@ -73,8 +74,7 @@ class Journal(JournalFileBackend):
     @contextmanager
     def _held(self) -> Iterator[None]:
         # Optuna's own lock is a link that outlives its holder: after a kill all writers wait for 30 s.
-        with self._path.with_name(f".{self._path.name}.lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with acquire_lock(self._path.with_name(f".{self._path.name}.lock"), wait_s=math.inf):
             yield
 
 
@@ -234,7 +234,7 @@ def open_database(
         if not _may_pass(error) and not isinstance(error, ValueError | SQLAlchemyError):
             raise
         raise StudyError(
-            f"The database at {shown(url)} cannot be opened ({_kind(error)}); check the address, that it runs, and the "
+            f"The database at {without_secrets(url)} cannot be opened ({_kind(error)}); check the address, that it runs, and the "
             f"user and password in the environment."
         ) from None
     return RetryingStorage(inner, patience, notify)
@@ -254,10 +254,10 @@ def expanded(url: str) -> str:
     return re.sub(r"\$\{(\w+)\}", value, url)
 
 
-def shown(url: str) -> str:
+def without_secrets(url: str) -> str:
     """A URL for messages: without user, password and options.
 
-    >>> shown("postgresql://me:${PASSWORD}@db.example/studies?sslmode=require")
+    >>> without_secrets("postgresql://me:${PASSWORD}@db.example/studies?sslmode=require")
     'postgresql://db.example/studies'
     """
     scheme, _, rest = url.partition("://")

@@ -1,111 +1,154 @@
-"""The study store: one folder of plain files, and an Optuna storage. No pickle is ever read from either.
+"""Open a study's folder of plain files and its Optuna storage.
 
     <runs>/<name>/
-      study.yaml         as given, in full
-      study.journal      three Optuna studies: `<name>`, the search; `<name>.baselines`, the baselines; `<name>.confirm`
+      study.yaml         the study's config in full
+      study.journal      three Optuna studies: `<name>` holds the search, `<name>.baselines` the
+                         baselines, `<name>.confirm` the confirmation
       id                 ties the folder to its studies where these are in a database instead
-      environment.json   commit, versions, hardware, seeds, data of the first run; environments.jsonl: of all
+      format             number of this layout
+      environment.json   commit, versions, hardware, seeds and data of the first run
+      environments.jsonl the same of every run
       events.log         a line per change of a trial's state
-      trials/<number>/   config.yaml, metrics.jsonl, score.json, rungs/, checkpoint/, encoder.safetensors, pictures/
-      baselines/<baseline>-<repeat>/           the same files
-      confirm/<candidate>-<repeat>/  the same, finetune.json and test.json
+      trials/<number>/   config.yaml, metrics.jsonl, score.json, rungs/, checkpoint/,
+                         encoder.safetensors, pictures/
+      baselines/<baseline>-<repeat>/  the same files
+      confirm/<candidate>-<repeat>/   the same, finetune.json and test.json
       report.html
 
-Paths in the store are relative: a folder may be moved. Baselines live in an Optuna study of their own: they have no searched
-parameters, so inside the search they would blind multivariate TPE, and could come out as its best trial.
+Paths in the store are relative, so a folder may be moved. No pickle is ever read.
+Baselines have an Optuna study of their own. They have no searched parameters: inside the search
+they would blind multivariate TPE, and could come out as its best trial.
 """
 
 from __future__ import annotations
 
-import fcntl
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 
 from amlp_ray.config import Direction, StudyConfig
 from amlp_ray.config.base import build
 from amlp_ray.config.yaml_file import read_yaml
 from amlp_ray.errors import StudyError
 from amlp_ray.study.storage.lease import Lease, here, read_lease
-from amlp_ray.study.storage.optuna_storage import open_database, open_journal, shown
+from amlp_ray.study.storage.optuna_storage import open_database, open_journal, without_secrets
+from amlp_ray.study.storage.trial_record import (
+    TrialAttributes,
+    TrialRecord,
+    baseline_path,
+    confirm_path,
+    trial_path,
+)
 from amlp_ray.training.loggers.metrics_file import Metrics, read_rows
-from amlp_ray.utils.files import write_whole
+from amlp_ray.utils.files import atomic_write
+from amlp_ray.utils.locks import acquire_lock, lock_owner
 
 Directions = Sequence[Direction | StudyDirection]
 Request = Literal["pause", "stop", "cancel"]
-LOOK_S = 10.0  # that a command which only looks waits for a database
+READ_RETRY_S = 10.0  # how long a command that only reads waits for a database
+FORMAT = 1  # of the study folder; raised when an older one can no longer be read
 
 
 class StudyStore:
     """Paths and storages of one study folder. Opening reads only what is asked for."""
 
     def __init__(self, folder: str | Path, name: str | None = None) -> None:
-        """Args: name: of the study; none: that of the folder, which may have been renamed since."""
+        """Name a study folder, which need not exist yet.
+
+        Args:
+            folder: the study's.
+            name: the study's. By default the folder's, which may have been renamed since.
+        """
         self.folder = Path(folder).absolute()
         self.name = name or self.folder.name
         self._storage: BaseStorage | None = None
-        self._held_url: tuple[str | None] | None = None
-
-    @property
-    def _url(self) -> str | None:
-        """Of the database, where the study is not in a journal; not known before there is a study.yaml."""
-        if self._held_url is None and (self.folder / "study.yaml").is_file():
-            self._held_url = (self.config().storage,)
-        return self._held_url[0] if self._held_url else None
+        self._trial_ids: dict[tuple[str, int], int] = {}
+        self._has_read_url = False
+        self._database_url: str | None = None
 
     @classmethod
     def open(cls, folder: str | Path) -> StudyStore:
-        """Open an existing study. Raises StudyError where there is none."""
+        """Open an existing study.
+
+        Raises:
+            StudyError: there is none, or its folder was written by another version.
+        """
         store = cls(folder)
         if not (store.folder / "study.yaml").is_file():
             parent = store.folder.parent
-            there = sorted(p.parent.name for p in parent.glob("*/study.yaml"))
-            raise StudyError(
-                f"There is no study {store.name!r} in {parent}; "
-                + (
-                    f"studies there: {', '.join(there)}."
-                    if there
-                    else "start one with `amlp-ray study run FILE.yaml`."
-                )
-            )
+            names = sorted(path.parent.name for path in parent.glob("*/study.yaml"))
+            advice = "start one with `amlp-ray study run FILE.yaml`."
+            if names:
+                advice = f"studies there: {', '.join(names)}."
+            raise StudyError(f"There is no study {store.name!r} in {parent}; {advice}")
         store.name = store.config().name
         return store
 
     def config(self) -> StudyConfig:
+        """Read study.yaml.
+
+        Raises:
+            StudyError: another version wrote the folder. ConfigError: the file has a mistake.
+        """
+        self._check_format()
         path = self.folder / "study.yaml"
         return build(StudyConfig, read_yaml(path), str(path))
 
-    def trial_folder(self, number: int) -> Path:
-        return self.folder / "trials" / str(number)
+    @property
+    def _url(self) -> str | None:
+        """Return the database's URL; None for a journal or before there is a study.yaml."""
+        if not self._has_read_url and (self.folder / "study.yaml").is_file():
+            self._database_url = self.config().storage
+            self._has_read_url = True
+        return self._database_url
 
-    def arm_folder(self, baseline: str, repeat: int) -> Path:
-        return self.folder / "baselines" / f"{baseline}-{repeat}"
+    # Folders
+
+    def trial_folder(self, number: int) -> Path:
+        """Return the folder of a trial of the search."""
+        return self.folder / trial_path(number)
+
+    def baseline_folder(self, baseline: str, repeat: int) -> Path:
+        """Return the folder of one run of a baseline."""
+        return self.folder / baseline_path(baseline, repeat)
 
     def confirm_folder(self, candidate: str, repeat: int) -> Path:
-        return self.folder / "confirm" / f"{candidate}-{repeat}"
+        """Return the folder of one confirmation run."""
+        return self.folder / confirm_path(candidate, repeat)
+
+    def folder_of(self, trial: TrialRecord) -> Path:
+        """Return the folder of a trial of any of the three studies, never one outside."""
+        folder = self.folder / trial.folder
+        if folder.resolve().is_relative_to(self.folder.resolve()):
+            return folder
+        return self.trial_folder(trial.number)
 
     # Optuna
 
     def storage(
         self, *, patience: float | None = None, notify: Callable[[str], None] = lambda line: None
     ) -> BaseStorage:
-        """The storage of all three studies, opened once.
+        """Return the storage of all three studies, opened once.
 
         Args:
-            patience: seconds that it may be gone; given by the one who runs the study, before anything else is asked.
+            patience: seconds to retry while it cannot be reached. Given by the process that runs
+                the study, before anything else is read.
+            notify: gets a line when it cannot be reached and when it is back.
         """
         if self._storage is None or patience is not None:
-            wait = LOOK_S if patience is None else patience
+            seconds = READ_RETRY_S if patience is None else patience
             if self._url:
-                self._storage = open_database(self._url, wait, notify)
+                self._storage = open_database(self._url, seconds, notify)
             else:
-                self._storage = open_journal(self.folder / "study.journal", wait, notify)
+                self._storage = open_journal(self.folder / "study.journal", seconds, notify)
         return self._storage
 
     def search(
@@ -115,92 +158,191 @@ class StudyStore:
         return self._study(self.search_name(), create, directions)
 
     def baselines(self, *, create: bool = False) -> optuna.Study:
-        """Return the Optuna study of the baseline baselines; user attributes `baseline` and `repeat` name each trial."""
+        """Return the Optuna study of the baselines."""
         return self._study(f"{self.name}.baselines", create)
 
     def confirmation(self, *, create: bool = False) -> optuna.Study:
-        """Return the Optuna study of the confirmation; user attributes `candidate` and `repeat` name each trial."""
+        """Return the Optuna study of the confirmation."""
         return self._study(f"{self.name}.confirm", create)
 
     def search_name(self) -> str:
-        """Name of the search's Optuna study: `<name>`, or of the version that a changed space has made of it."""
-        versions = self.folder / "search"
-        return versions.read_text().strip() if versions.is_file() else self.name
+        """Return the name of the search's Optuna study.
+
+        It is the study's own, or that of the version that a changed space has made of it.
+        """
+        version = self.folder / "search"
+        return version.read_text().strip() if version.is_file() else self.name
 
     def _study(
         self, name: str, create: bool, directions: Directions = ("maximize",)
     ) -> optuna.Study:
         journal = self.folder / "study.journal"
+        in_memory = {"study_name": name, "directions": list(directions)}
         if not create and self._storage is None and not journal.is_file() and not self._url:
-            return optuna.create_study(
-                study_name=name, directions=list(directions)
-            )  # not begun; a look writes nothing
+            return optuna.create_study(**in_memory)  # reading creates no file
         storage = self.storage()
         if create:
             self._claim(storage)
-            return optuna.create_study(
-                study_name=name, storage=storage, directions=list(directions), load_if_exists=True
-            )
+            return optuna.create_study(**in_memory, storage=storage, load_if_exists=True)
         try:
             return optuna.load_study(study_name=name, storage=storage)
         except KeyError:
-            there = [study.study_name for study in storage.get_all_studies()]
-            if self.search_name() in there or not there or self._url:
-                return optuna.create_study(study_name=name, directions=list(directions))
+            names = [study.study_name for study in storage.get_all_studies()]
+            if self.search_name() in names or not names or self._url:
+                return optuna.create_study(**in_memory)
             raise StudyError(
-                f"{self.folder} holds the study {there[0]!r}, not {self.name!r}; set the name in its study.yaml back."
+                f"{self.folder} holds the study {names[0]!r}, not {self.name!r}; "
+                f"set the name in its study.yaml back."
             ) from None
 
     def _claim(self, storage: BaseStorage) -> None:
-        """Refuse a database that holds a study of our name from another folder."""
-        mark = self.folder / "id"
-        if not mark.is_file():
-            write_whole(mark, uuid.uuid4().hex)
-        ours = mark.read_text()
+        """Refuse a database that holds a study of the same name from another folder."""
+        id_file = self.folder / "id"
+        if not id_file.is_file():
+            atomic_write(id_file, uuid.uuid4().hex)
+        folder_id = id_file.read_text()
         name = self.search_name()
         names = {study.study_name for study in storage.get_all_studies()}
         if name not in names:
-            study = optuna.create_study(
-                study_name=name,
-                storage=storage,
-                directions=list(self.config().objectives.values()),
-            )
-            study.set_user_attr("folder", ours)
+            directions = list(self.config().objectives.values())
+            study = optuna.create_study(study_name=name, storage=storage, directions=directions)
+            study.set_user_attr("folder", folder_id)
             return
-        theirs = optuna.load_study(study_name=name, storage=storage).user_attrs.get("folder", ours)
-        if theirs != ours:
+        study = optuna.load_study(study_name=name, storage=storage)
+        if study.user_attrs.get("folder", folder_id) != folder_id:
             raise StudyError(
-                f"{shown(self._url) if self._url else self.folder} holds a study {self.name!r} of another folder than "
-                f"{self.folder}; give this one another name, or use that folder."
+                f"{without_secrets(self._url) if self._url else self.folder} holds a study "
+                f"{self.name!r} of another folder than {self.folder}; give this one another name, "
+                f"or use that folder."
             )
 
-    # One driver at a time, and word for it
+    def _check_format(self) -> None:
+        """Refuse a study that was begun by a version whose folders look otherwise."""
+        if not (self.folder / "id").is_file():
+            return
+        file = self.folder / "format"
+        found = file.read_text().strip() if file.is_file() else "0"
+        if found != str(FORMAT):
+            raise StudyError(
+                f"{self.folder} has study format {found}, and this version of amlp-ray reads format "
+                f"{FORMAT}; use the version that began the study, or begin a new one."
+            )
+
+    # Trials: the one place that knows how Optuna stores them
+
+    def add_trial(self, study: optuna.Study, trial: FrozenTrial) -> TrialRecord:
+        """Store a new trial in one step and return it with its number.
+
+        Args:
+            study: one of the three.
+            trial: made by `optuna.trial.create_trial`. Its number is ignored.
+        """
+        storage = self.storage()
+        study_id = storage.get_study_id_from_name(study.study_name)
+        trial_id = storage.create_new_trial(study_id, trial)
+        stored = storage.get_trial(trial_id)
+        self._trial_ids[study.study_name, stored.number] = trial_id
+        return TrialRecord.from_frozen(stored)
+
+    def trial(self, study: optuna.Study, number: int) -> TrialRecord:
+        """Read one trial as it is stored now."""
+        return TrialRecord.from_frozen(self.storage().get_trial(self._trial_id(study, number)))
+
+    def report(self, study: optuna.Study, number: int, epoch: int, value: float) -> None:
+        """Store the score of a rung."""
+        trial_id = self._trial_id(study, number)
+        self.storage().set_trial_intermediate_value(trial_id, epoch, float(value))
+
+    def finish(
+        self,
+        study: optuna.Study,
+        number: int,
+        state: TrialState,
+        values: Sequence[float] | None = None,
+    ) -> None:
+        """Store how a trial ended.
+
+        Args:
+            study: one of the three.
+            number: the trial's.
+            state: COMPLETE, PRUNED or FAIL.
+            values: one per objective; none for a failed trial.
+        """
+        self.storage().set_trial_state_values(self._trial_id(study, number), state, values)
+
+    def start_enqueued(
+        self,
+        study: optuna.Study,
+        number: int,
+        params: Mapping[str, Any],
+        distributions: Mapping[str, BaseDistribution],
+    ) -> TrialRecord:
+        """Store the parameters of a waiting trial, and that it runs now."""
+        self.set_params(study, number, params, distributions)
+        trial_id = self._trial_id(study, number)
+        self.storage().set_trial_state_values(trial_id, TrialState.RUNNING)
+        return self.trial(study, number)
+
+    def set_params(
+        self,
+        study: optuna.Study,
+        number: int,
+        params: Mapping[str, Any],
+        distributions: Mapping[str, BaseDistribution],
+    ) -> None:
+        """Store the parameters of a waiting trial."""
+        trial_id = self._trial_id(study, number)
+        for name, distribution in distributions.items():
+            internal = distribution.to_internal_repr(params[name])
+            self.storage().set_trial_param(trial_id, name, internal, distribution)
+
+    def set_attrs(
+        self, study: optuna.Study, number: int, **attributes: Unpack[TrialAttributes]
+    ) -> None:
+        """Store user attributes of a trial."""
+        trial_id = self._trial_id(study, number)
+        for name, value in attributes.items():
+            self.storage().set_trial_user_attr(trial_id, name, value)
+
+    def set_constraints(self, study: optuna.Study, number: int, excess: Sequence[float]) -> None:
+        """Store by how much a trial exceeds each limit, where Optuna's dashboard reads it."""
+        self.storage().set_trial_system_attr(
+            self._trial_id(study, number), "constraints", list(excess)
+        )
+
+    def _trial_id(self, study: optuna.Study, number: int) -> int:
+        key = study.study_name, number
+        if key not in self._trial_ids:
+            storage = self.storage()
+            study_id = storage.get_study_id_from_name(study.study_name)
+            trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
+            self._trial_ids[key] = trial_id
+        return self._trial_ids[key]
+
+    # One driver at a time, and requests to it
 
     @contextmanager
     def lock(self, *, counted: bool = True) -> Iterator[Lease]:
-        """Hold the study for this process: one driver at a time, so a RUNNING trial found here belongs to a dead one.
+        """Hold the study for this process: a RUNNING trial found now belongs to a dead driver.
 
-        Two locks: one of the folder, which the kernel frees when the process dies, however it dies; and a lease in the
-        storage, for machines that share a database and no folder.
+        Two locks are held. The kernel frees that of the folder when the process dies, however it
+        dies. A lease in the storage covers machines that share a database and no folder.
 
         Args:
             counted: whether the time counts in `budget.hours`.
 
         Raises:
-            StudyError: naming the holder, where another process runs this study.
+            StudyError: another process runs this study; the message names it.
         """
-        with (self.folder / "run.lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise StudyError(
-                    f"Study {self.name!r} is already run by {file.read() or 'another process'}; "
-                    f"wait for it, or end it, before running the study again."
-                ) from None
-            file.truncate(0)
-            file.write(here())
-            file.flush()
+        path = self.folder / "run.lock"
+        try:
+            folder_lock = acquire_lock(path, owner=here())
+        except BlockingIOError:
+            raise StudyError(
+                f"Study {self.name!r} is already run by {lock_owner(path) or 'another process'}; "
+                f"wait for it, or end it, before running the study again."
+            ) from None
+        with folder_lock:
             study = self.search(create=True, directions=list(self.config().objectives.values()))
             lease = Lease(study, wait=self._url is not None, counted=counted)
             try:
@@ -209,25 +351,20 @@ class StudyStore:
                 lease.release()
 
     def holder(self) -> str | None:
-        """Who runs this study at this moment, such as `process 12 on host`; None where nobody does."""
-        lock = self.folder / "run.lock"
-        if lock.is_file():
-            with lock.open("r+") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return file.read() or "another process"
-        return read_lease(self.search())
+        """Return who runs this study now, such as `process 12 on host`; None for nobody."""
+        return lock_owner(self.folder / "run.lock") or read_lease(self.search())
 
     def is_run(self) -> bool:
+        """Return whether a process runs this study now."""
         return self.holder() is not None
 
     def request(self, verb: Request) -> None:
-        """Leave word for the process that runs the study, wherever it is; it looks every second."""
-        self.search().set_user_attr("request", {"verb": verb, "by": here(), "id": uuid.uuid4().hex})
+        """Ask the process that runs the study, wherever it is; it polls every second."""
+        request = {"verb": verb, "by": here(), "id": uuid.uuid4().hex}
+        self.search().set_user_attr("request", request)
 
-    def requested(self) -> dict[str, Any] | None:
-        """What was asked last of a running driver, as `verb`, `by`, `id` and, where it has answered, `answer`."""
+    def last_request(self) -> dict[str, Any] | None:
+        """Return the last request as `verb`, `by`, `id` and, once the driver has it, `answer`."""
         return self.search().user_attrs.get("request")
 
 

@@ -82,7 +82,7 @@ class DeclaredSpace:
                     user_attrs={
                         "candidate": name,
                         "repeat": repeat,
-                        "diagnosis": diagnosis,
+                        "uses_ground_truth": diagnosis,
                         "reason": "node lost",
                     },
                 )

@@ -20,7 +20,7 @@ from amlp_ray.study.storage.optuna_storage import (
     expanded,
     open_database,
     open_journal,
-    shown,
+    without_secrets,
 )
 
 
@@ -225,4 +225,4 @@ def test_values_of_the_environment_are_quoted(monkeypatch: pytest.MonkeyPatch) -
     assert (
         expanded("postgresql://me:${WORD}@host/db") == "postgresql://me:a%2Fb%40c%3Ad%20e@host/db"
     )
-    assert shown("mysql+pymysql://me:${WORD}@host:3306/db?ssl=1") == "mysql+pymysql://host:3306/db"
+    assert without_secrets("mysql+pymysql://me:${WORD}@host:3306/db?ssl=1") == "mysql+pymysql://host:3306/db"

@@ -120,7 +120,7 @@ def test_a_look_at_a_study_that_was_not_begun_writes_nothing(store: StudyStore) 
 def test_a_request_is_there_for_the_driver_until_it_answers(store: StudyStore) -> None:
     with store.lock():
         store.request("pause")
-        request = StudyStore(store.folder).requested()
+        request = StudyStore(store.folder).last_request()
     assert request is not None
     assert request["verb"] == "pause"
     assert "answer" not in request
@@ -166,3 +166,17 @@ def test_a_database_with_a_study_of_that_name_from_another_folder_is_refused(
         pass
     with pytest.raises(StudyError, match="holds a study 's' of another folder"), stores[1].lock():
         pass
+
+
+@pytest.mark.parametrize("written", [None, "0", "99"])
+def test_a_folder_of_another_format_is_refused_in_one_sentence(
+    store: StudyStore, written: str | None
+) -> None:
+    store.search(create=True)
+    file = store.folder / "format"
+    file.unlink()
+    if written is not None:
+        file.write_text(written)
+    with pytest.raises(StudyError, match=rf"has study format {written or 0}, and this") as refused:
+        StudyStore.open(store.folder)
+    assert "\n" not in str(refused.value)

@@ -8,7 +8,7 @@ from typing import Any
 
 from amlp_ray.config import SegmentConfig
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.utils.files import write_whole
+from amlp_ray.utils.files import atomic_write
 
 SEGMENTER = "segmenter"  # folder of a run's fine-tuned segmenter
 
@@ -38,5 +38,5 @@ def finish_confirmation_run(
         return found
     encoder = folder / "encoder.safetensors"
     score = segment(labels, encoder, folder / SEGMENTER, finetune, sizes=sizes, device=device)
-    write_whole(done, json.dumps(score | {"encoder": encoder.name}, indent=1))
+    atomic_write(done, json.dumps(score | {"encoder": encoder.name}, indent=1))
     return score

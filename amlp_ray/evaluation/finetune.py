@@ -54,7 +54,7 @@ def finetune(
         NonFiniteLossError: naming the epoch. CheckpointError: of another segmenter, or none that is whole.
         StorageError: `out` took nothing for `fault_tolerance.storage_minutes`.
     """
-    device, events = member.device, EventLog(out, aloud=member.world == 1)
+    device, events = member.device, EventLog(out, log_messages=member.world == 1)
     model.encoder.requires_grad_(not config.freeze)
     model.encoder.pos_embed.requires_grad_(False)
     use_fused_attention(model, device != "cpu" or autocast_type(config, device) is None)
@@ -64,8 +64,8 @@ def finetune(
     rows: list[Metrics] = []
     if member.is_first:
         rows, dropped = drop_after(out / "metrics.jsonl", done)
-        events.note("started", workers=member.world, epoch=done, repeated=len(dropped))
-    patience = RetryPolicy.of(out, fault_tolerance, events)
+        events.record("started", workers=member.world, epoch=done, repeated=len(dropped))
+    patience = RetryPolicy(out, minutes=fault_tolerance.storage_minutes, events=events)
     checkpoint_manager = CheckpointManager(out, patience, keep=fault_tolerance.checkpoints)
     model.train()
     try:
@@ -74,7 +74,7 @@ def finetune(
             if not member.is_first:
                 continue
             checkpoint_manager.wait()  # as in pretraining: the last checkpoint is safe before a line follows it
-            patience(
+            patience.run(
                 partial(append_row, out / "metrics.jsonl", metrics), f"the line of epoch {epoch}"
             )
             checkpoint_manager.save(

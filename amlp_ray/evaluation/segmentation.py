@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,10 @@ from amlp_ray.evaluation.finetune import finetune
 from amlp_ray.evaluation.labels import check_fits, labeled_rows, train_rows
 from amlp_ray.evaluation.metrics import mean_mask
 from amlp_ray.evaluation.segmenter import WEIGHTS, Segmenter, save_segmenter
-from amlp_ray.method.encoder import new_encoder
+from amlp_ray.method.encoder import build_encoder
 from amlp_ray.runtime.resources import cluster_resources, jobs_side_by_side, machine_resources
 from amlp_ray.runtime.session import is_joined, ray_session
 from amlp_ray.runtime.worker_group import WorkerContext, run_group
-from amlp_ray.training.checkpoint.manager import checkpoints
 from amlp_ray.training.checkpoint.pretrained import (
     ONLINE,
     check_patches,
@@ -39,14 +39,13 @@ from amlp_ray.training.checkpoint.pretrained import (
     starting_spec,
 )
 from amlp_ray.training.loggers.metrics_file import Metrics, NewRows
-from amlp_ray.utils.event_log import EventLog
-from amlp_ray.utils.files import read_json, write_whole
-from amlp_ray.utils.locks import only_writer
+from amlp_ray.utils.files import atomic_write
 from amlp_ray.utils.retry import RetryPolicy
+from amlp_ray.utils.run_dir import OtherRunError, RunDir
 
 SCORE = "score.json"  # written last: with it, a fine-tuning is finished
 RUN = "segment.json"  # what a folder's fine-tuning is of, written first
-PATIENCE_S = 5.0  # with another process that writes into the folder
+LOCK_WAIT_S = 5.0  # a process that was just killed has released the folder by then
 
 
 def segment(
@@ -98,14 +97,19 @@ def segment(
         fault_tolerance or FaultToleranceConfig(),
     )
     config.check_workers(resources)
-    if address is None and (resources.alone or not is_joined()):
+    if address is None and (resources.is_single_worker or not is_joined()):
         jobs_side_by_side(resources, machine_resources())
     tuning = Tuning(
         config, located(encoder), name, out, from_scratch, sizes, fault_tolerance, threads
     )
     tuning.check(dataset)
-    with only_writer(out, wait_s=PATIENCE_S):
-        if not _claim(tuning, dataset):
+    run_dir = RunDir(
+        out, RUN, results=("checkpoint/epoch-*.pt", SCORE), outputs=(SCORE, WEIGHTS)
+    )
+    with run_dir.lock(wait_s=LOCK_WAIT_S):
+        _claim(run_dir, tuning, dataset)
+        if not run_dir.is_complete:
+            write_yaml(config, out / "config.yaml")
             _train(tuning, dataset, resources, address, progress, device)
     return _finished(out)
 
@@ -120,15 +124,15 @@ def _train(
 ) -> None:
     """Fine-tune in this process, or on workers."""
     out, fault_tolerance = tuning.out, tuning.fault_tolerance
-    if resources.alone and address is None:
+    if resources.is_single_worker and address is None:
         tuning.run(dataset, WorkerContext(device=device), progress)
         return
     rows = NewRows(out / "metrics.jsonl", progress)
     with ray_session(address):
         jobs_side_by_side(resources, cluster_resources())
-        work = _Work(dataset.path, tuning)
+        task = partial(_run_worker, dataset.path, tuning)
         run_group(
-            work,
+            task,
             resources,
             fault_tolerance,
             name=f"segment-{out.name}",
@@ -190,7 +194,7 @@ class Tuning:
         shape = starting_model(self.encoder, self.name)
         if self.from_scratch:
             # The start that pretraining has, not timm's: anything else would handicap the baseline.
-            vit, told = new_encoder(shape, spec), f"random weights in the shape of {self.encoder}"
+            vit, told = build_encoder(shape, spec), f"random weights in the shape of {self.encoder}"
         else:
             start = starting_encoder(self.encoder, spec, name=self.name)
             vit, told = start.encoder, start.told
@@ -230,48 +234,39 @@ class Tuning:
             save_segmenter(
                 model, self.out, encoder=shape, spec=spec, prepare=prepare, config=config
             )
-            write_whole(self.out / "per_image.csv", table.round(6).to_csv(index=False))
-            write_whole(self.out / SCORE, json.dumps(score, indent=1))
+            atomic_write(self.out / "per_image.csv", table.round(6).to_csv(index=False))
+            atomic_write(self.out / SCORE, json.dumps(score, indent=1))
 
-        RetryPolicy.of(self.out, self.fault_tolerance, EventLog(self.out))(
-            write, "the segmenter and its score"
-        )
+        minutes = self.fault_tolerance.storage_minutes
+        RetryPolicy(self.out, minutes=minutes).run(write, "the segmenter and its score")
         shutil.rmtree(
             self.out / "checkpoint", ignore_errors=True
         )  # three times the size of the segmenter
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What each worker of a group does."""
-
-    data: str
-    tuning: Tuning
-
-    def __call__(self, member: WorkerContext) -> None:
-        self.tuning.run(PatchDataset.open(self.data), member, lambda metrics: None)
+def _run_worker(data: str, tuning: Tuning, worker: WorkerContext) -> None:
+    """Run one worker's part of a fine-tuning."""
+    tuning.run(PatchDataset.open(data), worker, lambda metrics: None)
 
 
-def _claim(tuning: Tuning, dataset: PatchDataset) -> bool:
-    """Write down what the folder's fine-tuning is of; return whether it is finished.
+def _claim(run_dir: RunDir, tuning: Tuning, dataset: PatchDataset) -> None:
+    """Take the folder for a fine-tuning.
 
-    Raises ConfigError or CheckpointError where something else would be lost.
+    Raises:
+        ConfigError: the folder holds a pretraining run.
+        CheckpointError: it holds another fine-tuning.
     """
-    out, ours, held = tuning.out, tuning.described(dataset), read_json(tuning.out / RUN)
-    if held is None and ((out / "checkpoint").exists() or (out / "data.json").exists()):
+    out = tuning.out
+    holds_pretraining = (out / "checkpoint").exists() or (out / "data.json").exists()
+    if run_dir.read_identity() is None and holds_pretraining:
         raise ConfigError(f"{out} holds a pretraining run; give another --out for the segmenter.")
-    if held == ours:
-        return (out / SCORE).is_file() and (out / WEIGHTS).is_file()
-    if held is not None and (checkpoints(out) or (out / SCORE).is_file()):
-        changed = ", ".join(key for key in ours if held.get(key) != ours[key])
+    try:
+        run_dir.claim(tuning.described(dataset))
+    except OtherRunError as error:
         raise CheckpointError(
-            f"{out} holds a fine-tuning with another {changed}; give the same to go on, or another --out."
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / SCORE).unlink(missing_ok=True)  # of a version that wrote no segment.json
-    write_yaml(tuning.config, out / "config.yaml")
-    write_whole(out / RUN, json.dumps(ours, indent=1))
-    return False
+            f"{out} holds a fine-tuning with another {error}; give the same to resume it, or "
+            f"another --out."
+        ) from None
 
 
 def _finished(out: Path) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def pretrain(
         fault_tolerance or FaultToleranceConfig(),
     )
     first = distributed.rank() == 0
-    events = EventLog(folder, aloud=distributed.world_size() == 1)
+    events = EventLog(folder, log_messages=distributed.world_size() == 1)
     resumes = bool(checkpoints(folder))
     train_state = TrainState(
         config, batches.spec, device, sharding=resources.sharding, resumes=resumes
@@ -119,14 +119,14 @@ def pretrain(
             f"{folder} is at epoch {done} already, beyond until={last}; choose another folder."
         )
     if first and train_state.started_from:
-        events.note("weights", train_state.started_from)
+        events.record("weights", train_state.started_from)
     metrics = _begin(folder, events, done, last) if first else {}
     network = distributed.wrap_ddp(train_state.model)
     if config.compile:
         network = cast(nn.Module, torch.compile(network, dynamic=False))
     objective = make_objective(train_state.model, config, truth)
     mfu_meter = MfuMeter(config, batches.spec, device) if first else None
-    patience = RetryPolicy.of(folder, fault_tolerance, events)
+    patience = RetryPolicy(folder, minutes=fault_tolerance.storage_minutes, events=events)
     checkpoint_manager = CheckpointManager(folder, patience, keep=fault_tolerance.checkpoints)
 
     stopped, finished = False, done == last
@@ -141,7 +141,7 @@ def pretrain(
                 # The last checkpoint is safe before a line follows it: a kill repeats one ended epoch at most, and
                 # rewrites its line; none is missing.
                 checkpoint_manager.wait()
-                patience(
+                patience.run(
                     partial(append_row, folder / "metrics.jsonl", metrics),
                     f"the line of epoch {epoch}",
                 )
@@ -157,7 +157,7 @@ def pretrain(
             export = partial(
                 export_encoder, train_state.eval_model.encoder, encoder, config.model, batches.spec
             )
-            patience(export, encoder.name)
+            patience.run(export, encoder.name)
     finally:
         checkpoint_manager.close()
     return PretrainResult(done, stopped, metrics, train_state.eval_model.eval(), encoder)
@@ -178,7 +178,7 @@ def _begin(folder: Path, events: EventLog, done: int, last: int) -> Metrics:
             if changed
             else ""
         )
-        events.note("started", told, workers=world, epoch=done, repeated=len(dropped))
+        events.record("started", told, workers=world, epoch=done, repeated=len(dropped))
     return kept[-1] if kept else {}
 
 

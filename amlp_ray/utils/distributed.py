@@ -24,6 +24,11 @@ FSDP_FROM = (
 )
 
 
+def is_distributed() -> bool:
+    """Return whether this process belongs to a group of workers, be it a group of one."""
+    return dist.is_initialized()
+
+
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -137,3 +142,48 @@ def broadcast_from_rank0(value: int, device: str) -> int:
     told = torch.tensor(value, device=device)
     dist.broadcast(told, src=0)
     return int(told.item())
+
+
+def broadcast_tensors_from_rank0(*tensors: Tensor) -> None:
+    """Overwrite tensors in place with those of the first worker."""
+    if is_distributed():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+def sum_over_workers(*tensors: Tensor) -> None:
+    """Replace tensors in place by their sums over all workers; no gradient passes."""
+    if is_distributed():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Return the rows of all workers in rank order, as in the global batch.
+
+    Workers may hold different numbers of rows.
+    """
+    if not is_distributed():
+        return rows
+    parts: list[Tensor] = [rows] * dist.get_world_size()
+    dist.all_gather_object(parts, rows.cpu())
+    return torch.cat(parts).to(rows.device)
+
+
+def differentiable_sum(x: Tensor) -> Tensor:
+    """Return the sum of all workers' `x`; its gradient is that of the sum of their losses."""
+    return _DifferentiableSum.apply(x) if is_distributed() else x
+
+
+class _DifferentiableSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total

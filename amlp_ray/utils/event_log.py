@@ -1,4 +1,7 @@
-"""`events.jsonl`: what befell a run, a line each, so that what was lost and what it cost can be counted afterwards."""
+"""JSON-lines log of run events: starts, worker losses, preemptions, storage errors.
+
+`events.jsonl` has a line per event, so that losses and what they cost can be counted afterwards.
+"""
 
 from __future__ import annotations
 
@@ -12,52 +15,74 @@ from typing import Any, Literal
 
 from amlp_ray.utils.files import append_line
 
-Kind = Literal[
-    "started",  # with how many workers, after which epoch, and how many ended epochs are done again
-    "weights",  # what the encoder began with, and how it was adapted
-    "worker lost",  # a process was killed or died
-    "node lost",  # with all its workers
-    "preempted",  # a node said that it will be taken away
-    "error in code",  # would come again, so the run ends
-    "loss not finite",  # the same
-    "storage",  # the run's folder was full or away
-    "damaged checkpoint",  # the one before was taken
-]  # fmt: skip
+EventKind = Literal[
+    # with how many workers, after which epoch, and how many finished epochs are repeated
+    "started",
+    # which weights the encoder began with, and how they were adapted
+    "weights",
+    # a process was killed or died
+    "worker lost",
+    # a node was lost with all its workers
+    "node lost",
+    # a node announced that it will be taken away
+    "preempted",
+    # the error would come again, so the run ends
+    "error in code",
+    # the same
+    "loss not finite",
+    # the run's folder was full or unreachable
+    "storage",
+    # the checkpoint before it was taken
+    "damaged checkpoint",
+]
+FILE = "events.jsonl"
 
-logger = logging.getLogger("amlp_ray")
+logger = logging.getLogger(__name__)
 
 
 class EventLog:
-    """Notes events of the run in `folder`, and says them as warnings. A line that its disk does not take is kept.
+    """Records events of the run in `folder`, and logs those with a message as warnings.
 
-    The folder is not made here: one that is away would be in its own way when it comes back.
+    A line that the disk does not take is kept and written with the next one. The folder is not
+    created here: if it is unreachable, a new one would hide its return.
     """
 
-    def __init__(self, folder: Path, *, aloud: bool = True) -> None:
-        """`aloud`: false on workers and where `News` says what is noted."""
-        self.path, self.aloud = folder / "events.jsonl", aloud
-        self._waiting: list[str] = []
+    def __init__(self, folder: Path, *, log_messages: bool = True) -> None:
+        """Open the log of a run.
 
-    def note(self, kind: Kind, text: str = "", **facts: Any) -> None:
-        """Note an event; `text` is a sentence for people, empty where nothing need be said."""
-        if text and self.aloud:
-            logger.warning(text)
-        self._waiting.append(
-            json.dumps({"time": round(time.time(), 2), "event": kind, "text": text, **facts})
-        )
+        Args:
+            folder: of the run.
+            log_messages: False on workers, whose events another process logs with `EventTail`.
+        """
+        self.path = folder / FILE
+        self.log_messages = log_messages
+        self._unwritten: list[str] = []
+
+    def record(self, kind: EventKind, message: str = "", **fields: Any) -> None:
+        """Record an event.
+
+        Args:
+            kind: what happened.
+            message: a sentence for users; empty if there is nothing to tell them.
+            **fields: figures of this kind of event.
+        """
+        if message and self.log_messages:
+            logger.warning(message)
+        event = {"time": round(time.time(), 2), "event": kind, "text": message, **fields}
+        self._unwritten.append(json.dumps(event))
         self.flush()
 
     def flush(self) -> None:
-        """Write what the disk did not take before, as far as it does now."""
+        """Write the events that the disk did not take before."""
         with suppress(OSError):
-            while self._waiting:
-                append_line(self.path, self._waiting[0])
-                del self._waiting[0]
+            while self._unwritten:
+                append_line(self.path, self._unwritten[0])
+                del self._unwritten[0]
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """All events of a run; [] where nothing was noted."""
-    path = folder / "events.jsonl"
+    """Read all events of a run; [] if none was recorded."""
+    path = folder / FILE
     if not path.is_file():
         return []
     events = []
@@ -67,25 +92,26 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     return events
 
 
+def count_events(folder: Path) -> Counter[str]:
+    """Count the events of a run by kind."""
+    return Counter(event["event"] for event in read_events(folder))
+
+
 class EventTail:
-    """Says what is noted by the workers of a run, from another process."""
+    """Logs the events that other processes record, such as the workers of a run."""
 
     def __init__(self, folder: Path) -> None:
-        """From now on."""
-        self.folder, self.known = folder, len(read_events(folder))
+        """Start after the events that are in the file now."""
+        self.folder = folder
+        self._n_logged = len(read_events(folder))
 
-    def say(self) -> None:
-        """Say what has been noted since the last call; nothing while the folder is away."""
+    def log_new(self) -> None:
+        """Log what was recorded since the last call; nothing while the folder is unreachable."""
         try:
             events = read_events(self.folder)
         except OSError:
             return
-        for event in events[self.known :]:
+        for event in events[self._n_logged :]:
             if event["text"]:
                 logger.warning(event["text"])
-        self.known = max(self.known, len(events))
-
-
-def count_events(folder: Path) -> Counter[str]:
-    """How often each kind of event befell a run."""
-    return Counter(event["event"] for event in read_events(folder))
+        self._n_logged = max(self._n_logged, len(events))

@@ -1,31 +1,50 @@
-"""Writing files so that a reader, or a run after a kill, finds the old content or the new, never half of it."""
+"""Write files so that a reader, or a run after a kill, finds the old content or the new one."""
+
+from __future__ import annotations
 
 import json
 import os
-import threading
-import time
-from collections.abc import Callable
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
-
-LONGEST_PAUSE_S = 15.0  # between tries on a disk that is full or away
-
-T = TypeVar("T")
+from typing import Any
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace the content of `path` in one step."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file that replaces `path` when the block ends without error.
+
+    The temporary file lies in the same folder. Its name is unique, because a killed process on
+    another machine may still write the same file. It is removed after an error: a full disk needs
+    the room.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.partial")
     try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        yield partial
         partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)  # a full disk needs the room
+    except BaseException:
+        partial.unlink(missing_ok=True)
         raise
 
 
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Replace the content of `path` in one step.
+
+    Raises:
+        OSError: the content could not be written. The old content is still there.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    with atomic_path(path) as partial:
+        partial.write_bytes(data)
+
+
 def append_line(path: Path, line: str) -> None:
-    """Add a line, whole or not at all: what a full disk took of it is cut off again."""
+    """Append a whole line, or nothing: what a full disk took of it is cut off again.
+
+    Raises:
+        OSError: the line could not be written.
+    """
     content = f"{line}\n".encode()
     with path.open("ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
@@ -39,35 +58,9 @@ def append_line(path: Path, line: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON mapping; None where the file is missing, half-written or something else."""
+    """Read a JSON mapping; return None if the file is missing, half-written or something else."""
     try:
-        found = json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
-
-
-def retry(
-    work: Callable[[], T],
-    seconds: float,
-    told: Callable[[OSError], None],
-    ended: threading.Event | None = None,
-) -> T:
-    """Do `work` again and again while its disk is full or away, for `seconds`; then let its OSError through.
-
-    Args:
-        told: called with the first error, once.
-        ended: set by another thread to have it give up at once.
-    """
-    ended = ended or threading.Event()
-    deadline, pause, first = time.monotonic() + seconds, 0.5, True
-    while True:
-        try:
-            return work()
-        except OSError as error:
-            if first:
-                told(error)
-                first = False
-            if time.monotonic() + pause > deadline or ended.wait(pause):
-                raise
-        pause = min(2 * pause, LONGEST_PAUSE_S)
+    return value if isinstance(value, dict) else None

@@ -1,41 +1,60 @@
-"""One writer per folder: two runs in one would spoil each other."""
+"""Lock files, so that two processes do not write the same thing."""
 
 from __future__ import annotations
 
 import fcntl
+import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
-from amlp_ray.errors import CheckpointError
-
-WAIT_S = 60.0  # processes of a run that was killed are gone within seconds
+POLL_S = 0.5
 
 
-@contextmanager
-def only_writer(folder: Path, *, wait_s: float = WAIT_S) -> Iterator[None]:
-    """Hold the folder, which is made where it is missing, until no longer needed; a process that ends lets it go.
+def acquire_lock(path: Path, *, wait_s: float = 0.0, owner: str = "") -> TextIO:
+    """Take an exclusive lock on a file; the kernel frees it when the process ends.
+
+    Args:
+        path: the lock file; it is created if it is missing and never deleted.
+        wait_s: how long to wait for another holder; `math.inf` waits without polling.
+        owner: written into the file, for `lock_owner`.
+
+    Returns:
+        The open file. Closing it frees the lock, so use it in a `with` statement.
 
     Raises:
-        CheckpointError: another process holds it for longer than `wait_s`.
+        BlockingIOError: another process holds the lock for longer than `wait_s`.
+        OSError: the file system has no locks.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        deadline = time.monotonic() + wait_s
+    flags = fcntl.LOCK_EX if wait_s == math.inf else fcntl.LOCK_EX | fcntl.LOCK_NB
+    deadline = time.monotonic() + wait_s
+    file = path.open("a+")
+    try:
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, flags)
                 break
             except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise CheckpointError(
-                        f"{folder} is written by another process; let it end, or end it, and run again."
-                    ) from None
-                time.sleep(min(0.5, wait_s))
-            except OSError as error:
-                raise CheckpointError(
-                    f"{folder} is on a file system without locks ({error.strerror}), so two runs could spoil each "
-                    f"other; mount it with locks (Lustre: flock), or choose another folder."
-                ) from None
-        yield
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(min(POLL_S, wait_s))
+        if owner:
+            file.truncate(0)
+            file.write(owner)
+            file.flush()
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def lock_owner(path: Path) -> str | None:
+    """Return what the holder of a lock wrote as `owner`; None if nobody holds the lock."""
+    if not path.is_file():
+        return None
+    with path.open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read() or "another process"
+    return None

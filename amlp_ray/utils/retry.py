@@ -1,58 +1,95 @@
-"""What a run does while its folder is full or away: it says so, and tries again for some minutes."""
+"""Retry writes while the run directory is full or unreachable."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from amlp_ray.config import FaultToleranceConfig
 from amlp_ray.errors import StorageError
 from amlp_ray.utils.event_log import EventLog
-from amlp_ray.utils.files import retry
+
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 15.0
 
 T = TypeVar("T")
 
 
 class RetryPolicy:
-    """Writes for the run in `folder`: called with some work, it does that until it is done or patience has run out."""
+    """Retries what writes into the folder of a run, for some minutes, with growing pauses."""
 
-    def __init__(
-        self, folder: Path, fault_tolerance: FaultToleranceConfig, trouble: Callable[[str], None]
-    ) -> None:
-        """`trouble` is told, in a sentence, of a disk that does not take something."""
-        self.folder, self.fault_tolerance, self.trouble = folder, fault_tolerance, trouble
-        self._ended = threading.Event()
+    def __init__(self, folder: Path, *, minutes: float, events: EventLog | None = None) -> None:
+        """Set up retries.
 
-    @classmethod
-    def of(
-        cls, folder: Path, fault_tolerance: FaultToleranceConfig, events: EventLog
-    ) -> RetryPolicy:
-        """One that notes trouble as an event."""
-        return cls(folder, fault_tolerance, lambda text: events.note("storage", text))
+        Args:
+            folder: of the run.
+            minutes: how long a write is retried.
+            events: where the first failure of a write is recorded; None: the log in `folder`.
+        """
+        self.folder = folder
+        self.minutes = minutes
+        self.events = EventLog(folder) if events is None else events
+        self._cancelled = threading.Event()
 
-    def __call__(self, work: Callable[[], T], what: str) -> T:
-        """Do `work`, which writes `what`, and return what it returns.
+    def run(self, write: Callable[[], T], what: str) -> T:
+        """Call `write` until it raises no OSError, and return what it returns.
+
+        Args:
+            write: may be called again after a failure.
+            what: names what is written, such as "the checkpoint of epoch 3".
 
         Raises:
-            StorageError: its disk did not take it for `fault_tolerance.storage_minutes`.
+            StorageError: it still failed after `minutes`, or after `cancel`.
         """
-        minutes = f"{self.fault_tolerance.storage_minutes:g} minutes"
 
-        def told(error: OSError) -> None:
-            self.trouble(
-                f"{self.folder} does not take {what} ({error.strerror or error}); trying again for {minutes}."
+        def record(error: OSError) -> None:
+            self.events.record(
+                "storage",
+                f"Cannot write {what} to {self.folder} ({error.strerror or error}); retrying for "
+                f"{self.minutes:g} minutes.",
             )
 
         try:
-            return retry(work, 60 * self.fault_tolerance.storage_minutes, told, self._ended)
+            return retry(write, 60 * self.minutes, record, self._cancelled)
         except OSError as error:
             raise StorageError(
-                f"{self.folder} took nothing for {minutes}, {what} is not written ({error.strerror or error}); make "
-                f"room and run again: it goes on from its latest checkpoint."
+                f"Could not write {what} to {self.folder} for {self.minutes:g} minutes "
+                f"({error.strerror or error}); make room and run again: the run resumes from its "
+                f"latest checkpoint."
             ) from error
 
-    def end(self) -> None:
-        """Give up at once what is being tried again: the run has ended."""
-        self._ended.set()
+    def cancel(self) -> None:
+        """Give up at once what is being retried: the run has ended."""
+        self._cancelled.set()
+
+
+def retry(
+    write: Callable[[], T],
+    seconds: float,
+    on_first_error: Callable[[OSError], None],
+    cancelled: threading.Event | None = None,
+) -> T:
+    """Call `write` until it raises no OSError, at most for `seconds`; then raise its last error.
+
+    Args:
+        write: may be called again after a failure.
+        seconds: how long to try.
+        on_first_error: called once, with the first error.
+        cancelled: set by another thread to give up at once.
+    """
+    cancelled = cancelled or threading.Event()
+    deadline = time.monotonic() + seconds
+    pause = FIRST_PAUSE_S
+    has_failed = False
+    while True:
+        try:
+            return write()
+        except OSError as error:
+            if not has_failed:
+                on_first_error(error)
+                has_failed = True
+            if time.monotonic() + pause > deadline or cancelled.wait(pause):
+                raise
+        pause = min(2 * pause, LONGEST_PAUSE_S)

@@ -1,4 +1,4 @@
-"""Keeping C libraries from printing: what they say goes to the file descriptor of stderr, past Python."""
+"""Keep C libraries from printing: they write to the file descriptor of stderr, past Python."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ _lock = threading.Lock()
 
 @contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Send file descriptor 2 nowhere for a while; one thread at a time, since two that swap it would lose it."""
+    """Discard what is written to file descriptor 2.
+
+    One thread at a time: two that swap the descriptor would lose it.
+    """
     with _lock:
         try:
             saved = os.dup(2)
@@ -20,9 +23,9 @@ def quiet_stderr() -> Iterator[None]:
             yield
             return
         try:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 2)
-            os.close(nowhere)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 2)
+            os.close(null)
             yield
         finally:
             os.dup2(saved, 2)

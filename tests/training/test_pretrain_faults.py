@@ -168,8 +168,8 @@ def test_a_folder_that_takes_no_checkpoint_ends_the_run_in_a_sentence_and_it_goe
     with pytest.raises(StorageError) as told:
         go(dataset, folder, report=spoil, fault_tolerance=faults)
     assert str(told.value) == (
-        f"{folder} took nothing for 0.001 minutes, the checkpoint of epoch 3 is not written (File exists); make room "
-        f"and run again: it goes on from its latest checkpoint."
+        f"Could not write the checkpoint of epoch 3 to {folder} for 0.001 minutes (File exists); "
+        f"make room and run again: the run resumes from its latest checkpoint."
     )
     (folder / "checkpoint").unlink()
     (folder / "kept").rename(folder / "checkpoint")

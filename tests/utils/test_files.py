@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from amlp_ray.utils.files import append_line, read_json, retry, write_whole
+from amlp_ray.utils.files import append_line, atomic_write, read_json
+from amlp_ray.utils.retry import retry
 
 # A limit on the size of files is a disk that is full, for this process alone and without being root.
 FULL = """
 import json, resource, sys, threading, time
 from pathlib import Path
-from amlp_ray.utils.files import append_line, retry, write_whole
+from amlp_ray.utils.files import append_line, atomic_write
+from amlp_ray.utils.retry import retry
 
 def allow(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -32,7 +34,7 @@ allow(10)  # bytes: four are left
 seen["cut"] = attempt(lambda: append_line(path, "second"))
 allow(6)
 seen["none"] = attempt(lambda: append_line(path, "second"))
-seen["replaced"] = attempt(lambda: write_whole(path, "something longer"))
+seen["replaced"] = attempt(lambda: atomic_write(path, "something longer"))
 threading.Timer(0.7, allow, [resource.RLIM_INFINITY]).start()
 retry(lambda: append_line(path, "second"), 30, lambda error: told.append(type(error).__name__))
 seen["in the end"] = path.read_text()
@@ -66,9 +68,9 @@ def test_lines_are_added_and_content_replaced_with_nothing_left_beside(tmp_path:
     for line in ("one", "zwei ä", "3"):
         append_line(path, line)
     assert path.read_text().splitlines() == ["one", "zwei ä", "3"]
-    write_whole(path, "text")
+    atomic_write(path, "text")
     assert path.read_text() == "text"
-    write_whole(path, b"\x00\x01")
+    atomic_write(path, b"\x00\x01")
     assert path.read_bytes() == b"\x00\x01"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -81,7 +83,7 @@ def test_a_folder_that_is_away_is_waited_for_and_told_once(tmp_path: Path) -> No
         tries.append(1)
         if len(tries) == 2:
             (tmp_path / "folder").mkdir()
-        write_whole(tmp_path / "folder" / "file", "text")
+        atomic_write(tmp_path / "folder" / "file", "text")
         return "done"
 
     assert retry(work, 10, told.append) == "done"
@@ -92,7 +94,7 @@ def test_a_folder_that_is_away_is_waited_for_and_told_once(tmp_path: Path) -> No
 def test_patience_ends_with_the_error_itself(tmp_path: Path) -> None:
     told: list[OSError] = []
     with pytest.raises(FileNotFoundError, match="absent"):
-        retry(lambda: write_whole(tmp_path / "absent" / "file", ""), 0.1, told.append)
+        retry(lambda: atomic_write(tmp_path / "absent" / "file", ""), 0.1, told.append)
     assert len(told) == 1
 
 

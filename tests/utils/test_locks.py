@@ -1,33 +1,43 @@
-"""One writer per folder."""
+"""Lock files are held by one process at a time."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from amlp_ray.errors import CheckpointError
-from amlp_ray.utils.locks import only_writer
+from amlp_ray.utils.locks import acquire_lock, lock_owner
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from amlp_ray.utils.locks import acquire_lock
+
+lock = acquire_lock(Path(sys.argv[1]), owner="process of the test")
+print("held", flush=True)
+time.sleep(60)
+"""
 
 
-def test_a_second_writer_is_refused_and_the_next_may_begin(tmp_path: Path) -> None:
-    run, told = tmp_path / "run", "is written by another process"
-    with only_writer(run), pytest.raises(CheckpointError, match=told), only_writer(run, wait_s=0):
-        pass
-    with only_writer(run, wait_s=0):
-        pass
+def test_a_second_holder_is_refused_until_the_first_closes_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with acquire_lock(path), pytest.raises(BlockingIOError):
+        acquire_lock(path)
+    acquire_lock(path).close()
 
 
-def test_a_file_system_without_locks_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def flock(*given: Any) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    told = r"a file system without locks \(No locks available\)"
-    with pytest.raises(CheckpointError, match=told), only_writer(tmp_path / "run"):
-        pass
+def test_a_lock_names_its_owner_and_is_free_after_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    assert lock_owner(path) is None
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    assert lock_owner(path) == "process of the test"
+    with pytest.raises(BlockingIOError):
+        acquire_lock(path, wait_s=0.2)
+    holder.kill()
+    acquire_lock(path, wait_s=10).close()
+    assert lock_owner(path) is None
+    holder.wait()

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from amlp_ray.config import ImageSpec, ModelConfig
 from amlp_ray.errors import CheckpointError
 from amlp_ray.method.encoder import create_encoder, timm_arguments, timm_name
-from amlp_ray.utils.files import write_whole
+from amlp_ray.utils.files import atomic_write
 
 ENCODER = "encoder.safetensors"  # in the folder of a run
 HEADER = {"timm_name", "timm_arguments", "model", "image"}
@@ -42,7 +42,7 @@ def write_tensors(
 ) -> None:
     """Write tensors as safetensors, whole, and readable for colleagues: the library itself makes private files."""
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    write_whole(path, save(plain, metadata=header))
+    atomic_write(path, save(plain, metadata=header))
 
 
 def read_encoder_header(path: str | Path) -> tuple[ModelConfig, ImageSpec]:

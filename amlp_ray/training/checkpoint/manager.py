@@ -167,13 +167,13 @@ class CheckpointManager:
 
     def close(self) -> None:
         """End what still writes: a run that failed is begun again, maybe in this process, and must find nobody."""
-        self.patience.end()
+        self.patience.cancel()
         if self._thread is not None:
             self._thread.join()
 
     def _write(self, state: State, epoch: int) -> None:
         try:
-            self.patience(
+            self.patience.run(
                 lambda: write_checkpoint(self.folder, state, epoch, keep=self.keep),
                 f"the checkpoint of epoch {epoch}",
             )

@@ -47,7 +47,7 @@ class Start:
 def starting_encoder(
     weights: str, spec: ImageSpec, model: ModelConfig | None = None, name: str | None = None
 ) -> Start:
-    """Load an encoder for images of `spec`; it equals what `new_encoder` builds from its settings, but for its values.
+    """Load an encoder for images of `spec`; it equals what `build_encoder` builds from its settings, but for its values.
 
     Args:
         weights: path of an encoder exported here, path of a timm checkpoint (.safetensors, .pth, .bin), or

@@ -11,7 +11,7 @@ from typing import Any
 
 from amlp_ray.config import ImageSpec, PretrainConfig
 from amlp_ray.config.base import build
-from amlp_ray.config.overrides import flat
+from amlp_ray.config.overrides import flatten
 from amlp_ray.config.yaml_file import read_yaml
 from amlp_ray.errors import CheckpointError
 from amlp_ray.method.autoencoder import MaskedAutoencoder, build_autoencoder
@@ -27,7 +27,7 @@ from amlp_ray.training.checkpoint.manager import (
 from amlp_ray.training.loggers.metrics_file import read_rows
 from amlp_ray.utils import distributed
 from amlp_ray.utils.event_log import EventLog
-from amlp_ray.utils.files import write_whole
+from amlp_ray.utils.files import atomic_write
 
 # What a running model can change, and why: no weight gets another shape, the optimiser keeps no copy of it, and nothing
 # that was done before would have been done at another epoch (as with loss.warmup or selection.analysis_interval).
@@ -63,7 +63,7 @@ def agreed_checkpoint(folder: Path, events: EventLog, device: str) -> tuple[Stat
         CheckpointError: none is whole, or a worker does not see it.
     """
     first = distributed.rank() == 0
-    found = latest(folder, lambda text: events.note("damaged checkpoint", text)) if first else None
+    found = latest(folder, lambda text: events.record("damaged checkpoint", text)) if first else None
     epoch = distributed.broadcast_from_rank0(found[0]["epoch"] if found else 0, device)
     return found or (_read(folder, epoch) if epoch else None)
 
@@ -129,7 +129,7 @@ def fork_checkpoint(source: Path, target: Path, config: PretrainConfig) -> int:
     if found is None:
         raise CheckpointError(f"{source} has no checkpoint to go on from; run it before its fork.")
     state, path = found
-    theirs, ours = flat(state["config"]), flat(config.model_dump(mode="json"))
+    theirs, ours = flatten(state["config"]), flatten(config.model_dump(mode="json"))
     changed = [
         name
         for name in ours
@@ -146,7 +146,7 @@ def fork_checkpoint(source: Path, target: Path, config: PretrainConfig) -> int:
         for row in read_rows(source / "metrics.jsonl")
         if row["epoch"] <= state["epoch"]
     ]
-    write_whole(target / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    atomic_write(target / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_checkpoint(target, state | {"config": config.model_dump(mode="json")}, state["epoch"])
     return int(state["epoch"])
 

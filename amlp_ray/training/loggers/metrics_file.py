@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from amlp_ray.utils.files import append_line, write_whole
+from amlp_ray.utils.files import append_line, atomic_write
 
 Metrics = dict[str, Any]
 
@@ -36,7 +36,7 @@ def drop_after(path: Path, epoch: int) -> tuple[list[Metrics], list[Metrics]]:
     kept, dropped = (
         [row for row in rows if (row["epoch"] <= epoch) == keep] for keep in (True, False)
     )
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+    atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept))
     return kept, dropped
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple, Protocol
 
-from amlp_ray.utils.files import read_json, write_whole
+from amlp_ray.utils.files import atomic_write, read_json
 
 CLOSE_S = 60.0  # that the end of a run waits for a server; one that answers takes 1 to 3 s on an idle machine
 GONE_S = 5.0  # the same, for a server that could not be reached before
@@ -49,7 +49,7 @@ class LoggerState:
     def keep(self, service: str, **known: Any) -> None:
         with self._lock:
             everything = read_json(self._path) or {}
-            write_whole(self._path, json.dumps(everything | {service: known}, indent=1))
+            atomic_write(self._path, json.dumps(everything | {service: known}, indent=1))
 
 
 class Service(Protocol):

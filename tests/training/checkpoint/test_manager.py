@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-from amlp_ray.config import FaultToleranceConfig
 from amlp_ray.errors import CheckpointError, StorageError
 from amlp_ray.training.checkpoint import manager as module
 from amlp_ray.training.checkpoint.manager import (
@@ -47,14 +46,9 @@ def epochs(folder: Path) -> list[int]:
     return [epoch_of(path) for path in checkpoints(folder)]
 
 
-def keeper_of(
-    folder: Path, *, seconds: float = 60, told: list[str] | None = None, keep: int = 2
-) -> CheckpointManager:
-    """One that waits for its disk for so long."""
-    faults = FaultToleranceConfig(storage_minutes=seconds / 60)
-    return CheckpointManager(
-        folder, RetryPolicy(folder, faults, (told if told is not None else []).append), keep=keep
-    )
+def manager_of(folder: Path, *, seconds: float = 60, keep: int = 2) -> CheckpointManager:
+    """Create a manager that retries for some seconds."""
+    return CheckpointManager(folder, RetryPolicy(folder, minutes=seconds / 60), keep=keep)
 
 
 def run_script(script: str, *arguments: object) -> Any:
@@ -84,7 +78,7 @@ def test_a_name_ends_with_the_digest_of_the_content_and_gives_back_what_was_save
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_the_last_few_are_kept(tmp_path: Path, keep: int) -> None:
-    checkpoint_manager = keeper_of(tmp_path, keep=keep)
+    checkpoint_manager = manager_of(tmp_path, keep=keep)
     for epoch in (8, 9, 10, 11):  # by number: 9 is before 10
         checkpoint_manager.save(state_of(epoch), epoch)
     checkpoint_manager.wait()
@@ -200,7 +194,7 @@ def test_a_save_returns_at_once_and_writes_what_was_there_then(
     tmp_path: Path, gate: threading.Event
 ) -> None:
     checkpoint_manager, state = (
-        keeper_of(tmp_path),
+        manager_of(tmp_path),
         state_of(1) | {"list": [torch.zeros(2), {"step": torch.tensor(4.0)}]},
     )
     checkpoint_manager.save(state, 1)
@@ -219,7 +213,7 @@ def test_a_save_returns_at_once_and_writes_what_was_there_then(
 
 
 def test_a_save_waits_for_the_write_before(tmp_path: Path, gate: threading.Event) -> None:
-    checkpoint_manager = keeper_of(tmp_path)
+    checkpoint_manager = manager_of(tmp_path)
     checkpoint_manager.save(state_of(1), 1)
     second = threading.Thread(target=checkpoint_manager.save, args=(state_of(2), 2))
     second.start()
@@ -237,7 +231,7 @@ def test_what_could_not_be_written_is_raised_once_at_the_next_call(
     tmp_path: Path, ask: str
 ) -> None:
     (tmp_path / "checkpoint").write_text("a file in its place")
-    checkpoint_manager = keeper_of(tmp_path, seconds=0.1)
+    checkpoint_manager = manager_of(tmp_path, seconds=0.1)
     checkpoint_manager.save(state_of(1), 1)
     with pytest.raises(StorageError, match="the checkpoint of epoch 1 is not written"):
         checkpoint_manager.wait() if ask == "wait" else checkpoint_manager.save(state_of(2), 2)
@@ -255,9 +249,9 @@ FULL = """
 import json, resource, sys, time
 from pathlib import Path
 import torch
-from amlp_ray.config import FaultToleranceConfig
 from amlp_ray.errors import StorageError
 from amlp_ray.training.checkpoint.manager import CheckpointManager
+from amlp_ray.utils.event_log import read_events
 from amlp_ray.utils.retry import RetryPolicy
 
 def allow(size):
@@ -266,27 +260,30 @@ def allow(size):
 def files():
     return sorted(path.name.partition(".")[0] + path.suffix for path in (folder / "checkpoint").iterdir())
 
-folder, seen, told = Path(sys.argv[1]), {}, []
+def messages():
+    return [event["text"] for event in read_events(folder)]
+
+folder, seen = Path(sys.argv[1]), {}
 state = {"weights": torch.rand(50_000)}
-keeper = CheckpointManager(folder, RetryPolicy(folder, FaultToleranceConfig(storage_minutes=0.002), told.append))
-keeper.save(state, 1)
-keeper.wait()
+manager = CheckpointManager(folder, RetryPolicy(folder, minutes=0.002))
+manager.save(state, 1)
+manager.wait()
 allow(100_000)  # bytes of a file, and half a checkpoint
-keeper.save(state, 2)
+manager.save(state, 2)
 try:
-    keeper.wait()
+    manager.wait()
 except StorageError as error:
     seen["error"] = type(error.__cause__).__name__, error.__cause__.errno
-seen["given up"] = files(), len(told)
-keeper.patience = RetryPolicy(folder, FaultToleranceConfig(storage_minutes=1), told.append)
-keeper.save(state, 2)
-while len(told) < 2:
+seen["given up"] = files(), len(messages())
+manager = CheckpointManager(folder, RetryPolicy(folder, minutes=1))
+manager.save(state, 2)
+while len(messages()) < 2:
     time.sleep(0.01)
-seen["waiting"] = files(), len(told)
+seen["waiting"] = files(), len(messages())
 allow(resource.RLIM_INFINITY)
-keeper.wait()
-seen["in the end"] = files(), len(told)
-print(json.dumps({"seen": seen, "told": told}))
+manager.wait()
+seen["in the end"] = files(), len(messages())
+print(json.dumps({"seen": seen, "messages": messages()}))
 """
 
 
@@ -302,9 +299,9 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole_and_is_written_when_ther
         "waiting": [["epoch-1.pt"], 2],
         "in the end": [["epoch-1.pt", "epoch-2.pt"], 2],
     }
-    assert (
-        found["told"][1]
-        == f"{tmp_path} does not take the checkpoint of epoch 2 (File too large); trying again for 1 minutes."
+    assert found["messages"][1] == (
+        f"Cannot write the checkpoint of epoch 2 to {tmp_path} (File too large); retrying for 1 "
+        f"minutes."
     )
     assert all(is_whole(path) for path in checkpoints(tmp_path))
 
@@ -324,16 +321,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_real_full_disk(small_disk: Path) -> None:
-    told: list[str] = []
-    checkpoint_manager = keeper_of(small_disk, told=told)
+def test_a_real_full_disk(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint_manager = manager_of(small_disk)
     checkpoint_manager.save(state_of(1, 80_000), 1)  # 320 kB
     checkpoint_manager.wait()
     (small_disk / "ballast").write_bytes(bytes(500_000))
     checkpoint_manager.save(state_of(2, 80_000), 2)
-    until(lambda: bool(told))
-    assert told == [
-        f"{small_disk} does not take the checkpoint of epoch 2 (No space left on device); trying again for 1 minutes."
+    until(lambda: bool(caplog.messages))
+    assert caplog.messages == [
+        f"Cannot write the checkpoint of epoch 2 to {small_disk} (No space left on device); "
+        f"retrying for 1 minutes."
     ]
     (whole,) = checkpoints(small_disk)
     assert is_whole(whole)
@@ -344,19 +341,21 @@ def test_a_real_full_disk(small_disk: Path) -> None:
     assert all(is_whole(path) for path in checkpoints(small_disk))
 
 
-def test_a_folder_that_is_away_is_waited_for_and_not_made_anew(tmp_path: Path) -> None:
-    run, away, told = tmp_path / "run", tmp_path / "away", list[str]()
+def test_a_folder_that_is_away_is_waited_for_and_not_made_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, away = tmp_path / "run", tmp_path / "away"
     run.mkdir()
-    checkpoint_manager = keeper_of(run, seconds=30, told=told)
+    checkpoint_manager = manager_of(run, seconds=30)
     checkpoint_manager.save(state_of(1), 1)
     checkpoint_manager.wait()
     run.rename(away)
     checkpoint_manager.save(state_of(2), 2)
-    until(lambda: bool(told))
+    until(lambda: bool(caplog.messages))
     away.rename(run)
     checkpoint_manager.wait()
     assert epochs(run) == [2, 1]
-    assert len(told) == 1
+    assert len(caplog.messages) == 1
 
 
 def until(true: Callable[[], bool], seconds: float = 10) -> None:

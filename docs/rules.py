@@ -16,13 +16,13 @@ from amlp_ray.method.lesion_map import locate_lesion
 from amlp_ray.method.patches import patchify
 from amlp_ray.method.visualization import (
     RED,
-    as_pixels,
-    heat,
-    on_pixels,
-    outlined,
-    sheet,
-    strip,
-    tinted,
+    to_pixels,
+    draw_heatmap,
+    resize_map,
+    draw_outline,
+    draw_sheet,
+    draw_strip,
+    tint,
 )
 
 SIZE, PATCH, SHOWN, COUNT = 96, 8, (108, 108), 4
@@ -55,11 +55,11 @@ def main() -> None:
         std=(float(pixels.std()),),
     )
     images = normalize(stored, spec)
-    inputs = as_pixels(images, images, spec, SHOWN)
-    true = [on_pixels(torch.from_numpy(mask), mask.shape, SHOWN) for _, mask in drawn]
+    inputs = to_pixels(images, images, spec, SHOWN)
+    true = [resize_map(torch.from_numpy(mask), mask.shape, SHOWN) for _, mask in drawn]
 
     def row(title, panels):
-        return title, strip({" " * i: outlined(panel, true[i]) for i, panel in enumerate(panels)})
+        return title, draw_strip({" " * i: draw_outline(panel, true[i]) for i, panel in enumerate(panels)})
 
     def aim(given):
         config = SelectionConfig.model_validate(given)
@@ -68,20 +68,20 @@ def main() -> None:
         )
 
     def lesions(given):
-        maps = [on_pixels(lesion, GRID, SHOWN) for lesion in aim(given).lesion]
-        return [tinted(image, where, RED) for image, where in zip(inputs, maps, strict=True)]
+        maps = [resize_map(lesion, GRID, SHOWN) for lesion in aim(given).lesion]
+        return [tint(image, where, RED) for image, where in zip(inputs, maps, strict=True)]
 
     def scores(name):
         values = aim({"mode": "soft", "score": name}).score
         low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
-        return [heat(on_pixels(share, GRID, SHOWN)) for share in (values - low) / (high - low)]
+        return [draw_heatmap(resize_map(share, GRID, SHOWN)) for share in (values - low) / (high - low)]
 
     left = [row("input", inputs)] + [row(title, lesions(given)) for title, given in RULES.items()]
     right = [row("input", inputs)] + [
         row(f"score {name.replace('_', ' ')}", scores(name)) for name in SCORES
     ]
     halves = [
-        sheet([each for _, each in rows], [title for title, _ in rows]) for rows in (left, right)
+        draw_sheet([each for _, each in rows], [title for title, _ in rows]) for rows in (left, right)
     ]
     width, height = halves[0].size
     both = Image.new("RGB", (2 * width + GAP, height - TITLE), "white")

@@ -1,7 +1,7 @@
-"""What a run shows of itself after every epoch, on a few fixed images it is not trained on.
+"""Compute diagnostics of a model after every epoch, on a few fixed images it is not trained on.
 
-Nothing here reaches the weights or the mask: true lesions are read, where there are masks, to tell how well the aim
-finds them, and are never learnt from.
+Nothing here changes the weights or the masks. True lesions are read, where there are masks, to
+measure how well the lesion map finds them. They are never learned from.
 """
 
 from __future__ import annotations
@@ -17,129 +17,154 @@ from amlp_ray.evaluation.labels import by_part, lesion_pixels, spread
 from amlp_ray.method import counter_rng
 from amlp_ray.method.augment import normalize
 from amlp_ray.method.autoencoder import MaskedAutoencoder
-from amlp_ray.method.cluster_rules import truth_patches
+from amlp_ray.method.cluster_rules import true_lesion_patches
 from amlp_ray.method.lesion_map import LesionMap
 from amlp_ray.method.masking import Masking, TrainingStep
 from amlp_ray.method.masking_ratio import masked_count
-from amlp_ray.method.patches import gather, patchify
-from amlp_ray.method.visualization import denormalized
+from amlp_ray.method.patches import gather, lesion_shares, patchify
+from amlp_ray.method.visualization import denormalize
 from amlp_ray.training.loggers.metrics_file import Metrics
 from amlp_ray.training.objectives import Model
 
-REFERENCE_IMAGES = 32  # a pass over as many costs about as much as one training step of them
+REFERENCE_IMAGES = 32  # a pass over them costs about as much as one training step of them
 REFERENCE_RATIO = 0.75  # MAE's
 
 
 def held_out(dataset: PatchDataset, count: int) -> Split:
-    """Up to `count` images to look at: of val (train, where val is empty), spread evenly, with a lesion where known.
+    """Load up to `count` images that are not trained on, spread evenly over their split.
 
-    Never of test.
+    Images of val (of train, where val is empty), never of test. Only images with a lesion, where
+    any is labeled.
     """
     split = "val" if dataset.count("val") else "train"
-    lesion = np.flatnonzero(lesion_pixels(dataset, split) > 0)
-    return dataset.load(
-        split, spread(lesion if len(lesion) else np.arange(dataset.count(split)), count)
-    )
-
-
-def lesion_shares(masks: np.ndarray, patch_size: int) -> Tensor:
-    """Lesion share of every patch, (B, N), from masks (B, H, W)."""
-    return patchify(torch.from_numpy(masks > 0).float()[:, None], patch_size).mean(-1)
+    rows = np.flatnonzero(lesion_pixels(dataset, split) > 0)
+    if not len(rows):
+        rows = np.arange(dataset.count(split))
+    return dataset.load(split, spread(rows, count))
 
 
 def true_lesions(dataset: PatchDataset, config: PretrainConfig) -> dict[int, Tensor] | None:
-    """Lesion shares (h, w) of the training images by key, for settings that aim by them; None for all others.
+    """Load the lesion share per patch (h, w) of the training images, by image key, for oracles.
+
+    Returns:
+        None where the config has no oracle.
 
     Raises:
-        ConfigError: where training images have no mask.
+        ConfigError: training images have no mask.
     """
-    if not config.selection.uses_truth:
+    if not config.selection.uses_ground_truth:
         return None
-    if missing := int(np.isnan(lesion_pixels(dataset, "train")).sum()):
+    unlabeled = int(np.isnan(lesion_pixels(dataset, "train")).sum())
+    if unlabeled:
         raise ConfigError(
-            f"An oracle aims by true lesions, but {missing} of {dataset.count('train')} training images in "
-            f"{dataset.path} have no mask; use another selection.rule or selection.score. (It is for diagnosis only.)"
+            f"An oracle needs true lesions, but {unlabeled} of {dataset.count('train')} training "
+            f"images in {dataset.path} have no mask; use another selection.rule or "
+            f"selection.score. (It is for diagnosis only.)"
         )
-    p = config.model.patch_size
-    found: dict[int, Tensor] = {}
+    patch_size = config.model.patch_size
+    shares_by_key: dict[int, Tensor] = {}
     for rows in by_part(dataset, "train"):
         part = dataset.load("train", rows)
-        shares = lesion_shares(part.masks, p).unflatten(1, (part.masks.shape[1] // p, -1))
-        found |= dict(zip(part.keys.tolist(), shares, strict=True))
-    return found
+        grid_height = part.masks.shape[1] // patch_size
+        shares = lesion_shares(part.masks, patch_size).unflatten(1, (grid_height, -1))
+        shares_by_key |= dict(zip(part.keys.tolist(), shares, strict=True))
+    return shares_by_key
 
 
 class Diagnostics:
-    """Called after every epoch with the model: metrics that can be compared over epochs and between baselines.
+    """Compute metrics that are comparable over epochs and between baselines.
 
-    On a labelled data set where there is one apart from the pretraining one; normalised by the model's mean and SD.
+    The images are those of the labeled data set where there is one apart from the pretraining one.
+    They are normalized by the model's mean and SD.
     """
 
     def __init__(self, dataset: PatchDataset, config: PretrainConfig) -> None:
-        chosen = held_out(dataset, REFERENCE_IMAGES)
+        split = held_out(dataset, REFERENCE_IMAGES)
         self.config = config
-        self.images, self.keys = torch.from_numpy(chosen.images), torch.from_numpy(chosen.keys)
-        self.share = (
-            lesion_shares(chosen.masks, config.model.patch_size) if chosen.labeled.all() else None
-        )
-        self._aim: tuple[int, LesionMap] | None = (
-            None  # of the latest look: looking costs more than all else here
-        )
+        self.images = torch.from_numpy(split.images)
+        self.keys = torch.from_numpy(split.keys)
+        self.share: Tensor | None = None
+        if split.labeled.all():
+            self.share = lesion_shares(split.masks, config.model.patch_size)
+        # Computing a lesion map costs more than all else here, so the latest is cached.
+        self._analysis_epoch = 0
+        self._lesion_map: LesionMap | None = None
 
     @torch.inference_mode()
     def __call__(self, model: Model, epoch: int) -> Metrics:
-        """Return `loss_reference` and, where true masks are known, how well the aim finds lesions.
+        """Return metrics of a model after `epoch`.
 
-        - `loss_reference`: mean squared error in the image's scale, under one fixed random mask of 75 %. With
-          `norm_pix` the model is given mean and SD of every patch, so compare within one setting of it.
-        - `aim_precision`, `aim_recall`: of the probable lesion against the true lesion patches, means over images (an
-          image with no probable lesion has precision 0); `_small`, `_large`: the recall in the half of the images with
-          the smaller and with the larger lesions.
+        - `loss_reference`: see `reference_loss`.
         - `true_lesion_masked`: share of the true lesion patches that this epoch's masks hide.
+        - `aim_precision`, `aim_recall`: of the probable lesion against the true lesion patches,
+          means over images. An image with no probable lesion has precision 0.
+        - `aim_recall_small`, `aim_recall_large`: the recall in the halves of the images with the
+          smaller and with the larger lesions.
+
+        All but the first only where true masks are known.
         """
         if not isinstance(model, MaskedAutoencoder):
             return {}
         device = model.mask_token.device
-        images, keys = normalize(self.images.to(device), model.spec), self.keys.to(device)
+        images = normalize(self.images.to(device), model.spec)
+        keys = self.keys.to(device)
         metrics: Metrics = {"loss_reference": reference_loss(model, images, keys, self.config)}
-        if self.share is None or self.config.selection.uses_truth:
+        if self.share is None or self.config.selection.uses_ground_truth:
             return metrics
+        return metrics | self._lesion_metrics(model, images, keys, self.share.to(device), epoch)
+
+    def _lesion_metrics(
+        self, model: MaskedAutoencoder, images: Tensor, keys: Tensor, share: Tensor, epoch: int
+    ) -> Metrics:
         masking = Masking(model, self.config)
-        look = masking.analysis_epoch(epoch)
-        kept = self._aim[1] if self._aim and self._aim[0] == look else None
-        _, aim, chosen = masking.whole(images, keys, TrainingStep(epoch), kept)
-        self._aim = look, aim
-        share = self.share.to(device)
-        truth = truth_patches(share)
-        masked = torch.zeros_like(truth).scatter(1, chosen.masked, True)
-        metrics["true_lesion_masked"] = float((masked & truth).sum() / truth.sum().clamp_min(1))
+        analysis_epoch = masking.analysis_epoch(epoch)
+        if analysis_epoch != self._analysis_epoch:
+            self._lesion_map = None
+        _, lesion_map, selection = masking.mask_whole_images(
+            images, keys, TrainingStep(epoch), self._lesion_map
+        )
+        self._lesion_map = lesion_map
+        self._analysis_epoch = analysis_epoch
+
+        truth = true_lesion_patches(share)
+        masked = torch.zeros_like(truth).scatter(1, selection.masked, True)
+        masked_share = (masked & truth).sum() / truth.sum().clamp_min(1)
+        metrics: Metrics = {"true_lesion_masked": float(masked_share)}
         if not self.config.selection.names_lesion:
             return metrics
-        hit = (chosen.lesion & truth).sum(1) / truth.sum(1).clamp_min(1)
-        small = share.sum(1) <= share.sum(1).median()
+        hits = (selection.lesion & truth).sum(1)
+        precision = hits / selection.lesion.sum(1).clamp_min(1)
+        recall = hits / truth.sum(1).clamp_min(1)
+        is_small = share.sum(1) <= share.sum(1).median()
+        large_recall = recall if bool(is_small.all()) else recall[~is_small]
         return metrics | {
-            "aim_precision": float(
-                ((chosen.lesion & truth).sum(1) / chosen.lesion.sum(1).clamp_min(1)).mean()
-            ),
-            "aim_recall": float(hit.mean()),
-            "aim_recall_small": float(hit[small].mean()),
-            "aim_recall_large": float(hit[~small].mean())
-            if bool((~small).any())
-            else float(hit.mean()),
+            "aim_precision": float(precision.mean()),
+            "aim_recall": float(recall.mean()),
+            "aim_recall_small": float(recall[is_small].mean()),
+            "aim_recall_large": float(large_recall.mean()),
         }
 
 
 def reference_loss(
     model: MaskedAutoencoder, images: Tensor, keys: Tensor, config: PretrainConfig
 ) -> float:
-    """Mean squared error of normalised images (B, C, H, W), uncropped, under one random mask that never changes."""
+    """Return the mean squared error under one random mask of 75 % that never changes.
+
+    In the scale of the image. With `norm_pix` the model is given mean and SD of every patch, so
+    compare within one setting of it.
+
+    Args:
+        images: (B, C, H, W), normalized, uncropped.
+        keys: (B,) int64, one identity per image.
+    """
     patches = patchify(images, model.patch_size)
     noise = counter_rng.uniform(
         keys, patches.shape[1], seed=0, epoch=0, stream=counter_rng.REFERENCE
     )
     order = noise.argsort(1)
     count = masked_count(REFERENCE_RATIO, patches.shape[1])
-    masked, visible = order[:, :count], order[:, count:]
+    masked = order[:, :count]
+    visible = order[:, count:]
     target = gather(patches, masked)
-    pixels = model(patches, visible, masked).pixels.float()
-    return float((denormalized(pixels, target, config.loss) - target).square().mean())
+    prediction = model(patches, visible, masked).pixels.float()
+    return float((denormalize(prediction, target, config.loss) - target).square().mean())

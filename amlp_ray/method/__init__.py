@@ -1,1 +1,4 @@
-"""AMLP itself: model, patch selection, masking ratio, losses. Pure tensor code: no files, no Ray."""
+"""AMLP itself: model, patch selection, masking ratio, losses.
+
+Tensors only: no files, no Ray.
+"""

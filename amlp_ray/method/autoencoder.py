@@ -1,10 +1,11 @@
-"""The masked autoencoder: an encoder of the visible patches, and narrow decoders for the masked ones.
+"""The masked autoencoder: an encoder of the visible patches, and narrow decoders.
 
-Shapes: B images, N patches, V visible, m masked (V + m = N), R prefix tokens, D encoder width, E decoder width,
-P values per patch.
-Source: MAE (He et al. 2022). Since positions are added to tokens, the decoder needs no unshuffling and predicts masked
-patches only, which gives the same result. Ranking decoder: HPM (Wang et al. 2023). Encoding all tokens: SimMIM (Xie et
-al. 2022).
+Shapes: B images, N patches, V visible, m masked (V + m = N), R prefix tokens, D encoder width,
+E decoder width, P values per patch.
+
+Source: MAE (He et al. 2022). Since positions are added to tokens, the decoder needs no unshuffling
+and predicts masked patches only, which gives the same result. Ranking decoder: HPM (Wang et al.
+2023). Encoding all tokens: SimMIM (Xie et al. 2022).
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 
 from amlp_ray.config import ImageSpec, ModelConfig, PretrainConfig
 from amlp_ray.method.encoder import (
+    build_encoder,
     embed_patches,
     encoder_tokens,
     initialize,
-    new_encoder,
     sincos_positions,
 )
 from amlp_ray.method.kmeans import DatasetClusters
@@ -29,7 +30,13 @@ from amlp_ray.method.patches import gather
 
 
 class Prediction(NamedTuple):
-    """What is said of the patches asked for: `pixels` (B, m, P); `category` logits and `difficulty` (B, m) or None."""
+    """Outputs for the masked patches.
+
+    Attributes:
+        pixels: (B, m, P).
+        category: (B, m) logits of a lesion (CCL), or None.
+        difficulty: (B, m) predicted difficulty (HPM), or None.
+    """
 
     pixels: Tensor
     category: Tensor | None
@@ -37,20 +44,20 @@ class Prediction(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """A stack of blocks on decoder tokens (B, R + N, E): normalised tokens out, all of them or the `last` ones."""
+    """A stack of transformer blocks and a norm."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        wide = config.decoder_width
         self.blocks = nn.ModuleList(
-            Block(wide, config.decoder_heads, mlp_ratio=4, qkv_bias=True)
+            Block(config.decoder_width, config.decoder_heads, mlp_ratio=4, qkv_bias=True)
             for _ in range(config.decoder_depth)
         )
-        self.norm = nn.LayerNorm(wide, eps=1e-6)  # as the blocks' own, and MAE's
+        self.norm = nn.LayerNorm(config.decoder_width, eps=1e-6)  # as the blocks' own, and MAE's
         for module in self.blocks.modules():
             initialize(module)
 
     def forward(self, tokens: Tensor, last: int | None = None) -> Tensor:
+        """Decode tokens (B, R + N, E); return all of them, or the `last` ones only."""
         if last is None:
             for block in self.blocks:
                 tokens = block(tokens)
@@ -61,11 +68,13 @@ class Decoder(nn.Module):
 
 
 def _last_tokens(block: Block, tokens: Tensor, last: int) -> Tensor:
-    """What a plain `block` makes of the `last` tokens, all tokens being looked at: equal to its own, for less work."""
-    attention, (b, n, _) = block.attn, tokens.shape
+    """Return the `last` tokens of `block(tokens)`, for less work than all of them."""
+    attention = block.attn
+    b, n, _ = tokens.shape
     qkv = attention.qkv(block.norm1(tokens)).reshape(b, n, 3, attention.num_heads, -1)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, R + N, E / heads) each
-    q, tokens = q[:, :, -last:], tokens[:, -last:]
+    q = q[:, :, -last:]
+    tokens = tokens[:, -last:]
     if attention.fused_attn:
         mixed = nn.functional.scaled_dot_product_attention(q, k, v)
     else:
@@ -75,10 +84,11 @@ def _last_tokens(block: Block, tokens: Tensor, last: int) -> Tensor:
 
 
 class MaskedAutoencoder(nn.Module):
-    """Encoder and decoder; where asked for, a category head (CCL), a ranking decoder (HPM), and the teacher.
+    """Encoder and decoder with optional parts: category head (CCL), ranking decoder (HPM), teacher.
 
-    Optional parts are created last, so that with and without them all other weights start equal. `teacher`, a moving
-    average of everything else, and `centroids`, those of the data set, take no gradient and are saved with the model.
+    Optional parts are created last, so that with and without them all other weights start equal.
+    `teacher`, a moving average of everything else, and `centroids`, those of the data set, take no
+    gradient and are saved with the model.
     """
 
     def __init__(
@@ -96,29 +106,27 @@ class MaskedAutoencoder(nn.Module):
         self.patch_size = config.patch_size
         self.spec = spec
         self.grid = (spec.height // config.patch_size, spec.width // config.patch_size)
-        values = spec.channels * config.patch_size**2
-        self.encoder = new_encoder(config, spec)
+        self.encoder = build_encoder(config, spec)
         self.prefix = self.encoder.num_prefix_tokens
         self.linear = config.decoder_depth == 0
-        wide = config.width if self.linear else config.decoder_width
+        head_width = config.width if self.linear else config.decoder_width
         if not self.linear:
-            self.decoder_embed = nn.Linear(config.width, wide)
-            positions = sincos_positions(self.grid, wide, self.prefix)
+            self.decoder_embed = nn.Linear(config.width, head_width)
+            positions = sincos_positions(self.grid, head_width, self.prefix)
             self.register_buffer("decoder_positions", positions, persistent=False)
             initialize(self.decoder_embed)
-        # SimMIM hides patches before the encoder, MAE adds them after it.
-        self.mask_token = nn.Parameter(
-            torch.zeros(1, 1, config.width if config.encode == "all" else wide)
-        )
+        # SimMIM masks patches before the encoder, MAE adds mask tokens after it.
+        mask_width = config.width if config.encode == "all" else head_width
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, mask_width))
         self.decoder: Decoder | None = None if self.linear else Decoder(config)
-        self.predict = nn.Linear(wide, values)
+        self.predict = nn.Linear(head_width, spec.channels * config.patch_size**2)
         initialize(self.predict)
         nn.init.normal_(self.mask_token, std=0.02)
-        self.category = nn.Linear(wide, 1) if category else None
+        self.category = nn.Linear(head_width, 1) if category else None
         if self.category is not None:
             initialize(self.category)
         self.ranking = Decoder(config) if ranking else None
-        self.rank = nn.Linear(wide, 1) if ranking else None
+        self.rank = nn.Linear(head_width, 1) if ranking else None
         if self.rank is not None:
             initialize(self.rank)
         self.teacher: MaskedAutoencoder | None = None
@@ -128,44 +136,54 @@ class MaskedAutoencoder(nn.Module):
         """Reconstruct the masked patches.
 
         Args:
-            patches: (B, N, P). visible: (B, V), masked: (B, m) patch indices.
+            patches: (B, N, P).
+            visible: (B, V) patch indices.
+            masked: (B, m) patch indices.
         """
         if self.config.encode == "all":
-            embedded = embed_patches(self.encoder, patches)
-            hidden = self.mask_token.to(embedded.dtype).expand(len(patches), masked.shape[1], -1)
-            embedded = embedded.scatter(1, masked[..., None].expand_as(hidden), hidden)
-            encoded = encoder_tokens(self.encoder, patches, hidden=embedded)
-            tokens = (
-                encoded if self.linear else self.decoder_embed(encoded) + self.decoder_positions
-            )
-            return self._heads(tokens, masked + self.prefix)
-        encoded = self.decoder_embed(
-            encoder_tokens(self.encoder, patches, visible)
-        )  # (B, R + V, E)
-        place = self.decoder_positions[0, self.prefix :]  # (N, E); those of the prefix are zero
-        seen = encoded[:, self.prefix :] + nn.functional.embedding(visible, place)
-        hidden = self.mask_token + nn.functional.embedding(masked, place)
-        tokens = torch.cat(
-            [encoded[:, : self.prefix].to(seen.dtype), seen, hidden.to(seen.dtype)], 1
-        )
-        return self._heads(tokens, None, last=masked.shape[1])
+            return self._encode_all(patches, masked)
+        encoded = self.decoder_embed(encoder_tokens(self.encoder, patches, visible))
+        prefix = encoded[:, : self.prefix]
+        positions = self.decoder_positions[0, self.prefix :]  # (N, E); those of the prefix are 0
+        shown = encoded[:, self.prefix :] + nn.functional.embedding(visible, positions)
+        hidden = self.mask_token + nn.functional.embedding(masked, positions)
+        tokens = torch.cat([prefix.to(shown.dtype), shown, hidden.to(shown.dtype)], 1)
+        return self._predict_last(tokens, masked.shape[1])
 
-    def _heads(self, tokens: Tensor, at: Tensor | None, last: int = 0) -> Prediction:
-        """Say something of the tokens at `at` (B, m), or of the `last` ones."""
+    def _encode_all(self, patches: Tensor, masked: Tensor) -> Prediction:
+        """Encode all patches with mask tokens in place of the masked ones (SimMIM)."""
+        embedded = embed_patches(self.encoder, patches)
+        hidden = self.mask_token.to(embedded.dtype).expand(len(patches), masked.shape[1], -1)
+        embedded = embedded.scatter(1, masked[..., None].expand_as(hidden), hidden)
+        tokens = encoder_tokens(self.encoder, patches, hidden=embedded)
+        if not self.linear:
+            tokens = self.decoder_embed(tokens) + self.decoder_positions
+        index = masked + self.prefix
+        decoded = tokens if self.decoder is None else self.decoder(tokens)
+        ranking = None if self.ranking is None else gather(self.ranking(tokens), index)
+        return self._heads(gather(decoded, index), ranking)
 
-        def asked(decoder: Decoder | None) -> Tensor:
-            if at is None:
-                assert decoder is not None
-                return decoder(tokens, last)
-            return gather(tokens if decoder is None else decoder(tokens), at)
+    def _predict_last(self, tokens: Tensor, last: int) -> Prediction:
+        """Decode tokens (B, R + N, E), of which the `last` are the masked ones."""
+        assert self.decoder is not None
+        decoded = self.decoder(tokens, last)
+        ranking = None if self.ranking is None else self.ranking(tokens, last)
+        return self._heads(decoded, ranking)
 
-        z = asked(self.decoder)
-        category = self.category(z)[..., 0] if self.category is not None else None
-        difficulty = self.rank(asked(self.ranking))[..., 0] if self.rank is not None else None
-        return Prediction(self.predict(z), category, difficulty)
+    def _heads(self, decoded: Tensor, ranking: Tensor | None) -> Prediction:
+        """Predict from decoded tokens (B, m, E) of both decoders."""
+        category = difficulty = None
+        if self.category is not None:
+            category = self.category(decoded)[..., 0]
+        if self.rank is not None:
+            difficulty = self.rank(ranking)[..., 0]
+        return Prediction(self.predict(decoded), category, difficulty)
 
     def predicted_difficulty(self, patches: Tensor) -> Tensor:
-        """What the ranking decoder says of all patches of whole images, (B, N), as HPM's teacher does."""
+        """Return the ranking decoder's difficulty of all patches of whole images, (B, N).
+
+        Source: the teacher of HPM (Wang et al. 2023).
+        """
         assert self.rank is not None
         assert self.ranking is not None
         tokens = self.decoder_embed(encoder_tokens(self.encoder, patches)) + self.decoder_positions
@@ -173,7 +191,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 def build_autoencoder(config: PretrainConfig, spec: ImageSpec) -> MaskedAutoencoder:
-    """The model of a run, with the parts that its losses and its selection ask for."""
+    """Build the model of a run, with the parts that its losses and its selection use."""
     model = MaskedAutoencoder(
         config.model,
         spec,
@@ -184,12 +202,11 @@ def build_autoencoder(config: PretrainConfig, spec: ImageSpec) -> MaskedAutoenco
         model.teacher = deepcopy(model).requires_grad_(False)
     selection = config.selection
     if selection.uses_clusters and selection.scope == "dataset":
-        p = config.model.patch_size
-        sizes = {
+        dimensions = {
             "stats": 3 * spec.channels,
             "context": 4,
-            "raw": spec.channels * p * p,
+            "raw": spec.channels * config.model.patch_size**2,
             "tokens": config.model.width,
         }
-        model.centroids = DatasetClusters(selection.clusters, sizes[selection.features])
+        model.centroids = DatasetClusters(selection.clusters, dimensions[selection.features])
     return model

@@ -1,7 +1,7 @@
-"""The rules that name one cluster the lesion.
+"""Rules that choose one cluster as the probable lesion.
 
-No rule is right by construction: which cluster holds the lesion is not identifiable without a prior.
-The rule is therefore a searched, logged setting.
+No rule is right by construction: which cluster holds the lesion is not identifiable without a
+prior. The rule is therefore a searched, logged setting.
 """
 
 import torch
@@ -13,7 +13,7 @@ from amlp_ray.method.kmeans import Clusters
 from amlp_ray.method.patch_features import center_distance
 
 
-def name_lesion_cluster(
+def choose_lesion_cluster(
     config: SelectionConfig,
     clusters: Clusters,
     x: Tensor,
@@ -25,69 +25,77 @@ def name_lesion_cluster(
     score: Tensor | None = None,
     truth: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Choose the cluster that is taken for the lesion.
+    """Choose the cluster of highest merit under `config.rule`.
 
-    Only clusters of at least `min_patches` and at most `max_share` of the tissue qualify: smaller ones are outliers,
-    larger ones tissue.
+    Only clusters of at least `min_patches` and at most `max_share` of the tissue qualify: smaller
+    ones are outliers, larger ones are tissue.
 
-    - `smallest`: fewest patches. `distinct`: centre farthest from the mean of all tissue.
-    - `most_central`: patches nearest to the image centre. `darkest`, `brightest`: by mean brightness.
-    - a patch score by name (see `scores.py`), or `hardest`, the error of the teacher: highest mean. While there is none
-      no cluster qualifies.
-    - `oracle`: best F1 against the true lesion patches, for diagnosis. `random`: the control.
+    - `smallest`: fewest patches.
+    - `distinct`: center farthest from the mean of all tissue.
+    - `most_central`: patches nearest to the image center.
+    - `darkest`, `brightest`: by mean brightness.
+    - a patch score by name (see `patch_scores.py`), or `hardest`, the error of the teacher: highest
+      mean. While there is no such score no cluster qualifies.
+    - `oracle`: best F1 against the true lesion patches, for diagnosis only.
+    - `random`: the control.
 
     Args:
-        x: (B, N, D) the clustered features.
-        brightness: (B, N) mean value per patch.
-        noise: (B, K) uniform numbers for `random`.
-        score: (B, N), the patch score that the rule names, or the teacher's error; None where the rule names neither.
-        truth: (B, N) lesion share, needed by `oracle`.
+        x: (B, N, D), the clustered features.
+        inside: (B, N) bool, the clustered patches.
+        brightness: (B, N), mean value per patch.
+        noise: (B, K), uniform numbers for `random`.
+        score: (B, N), the patch score that the rule names, or the teacher's error.
+        truth: (B, N), lesion share per patch, needed by `oracle`.
 
     Returns:
         Index of the cluster (B,) and whether any qualified (B,) bool.
+
+    Source: `smallest` as in MPS of AMLP; all other rules are our reconstruction.
     """
-    member = (
-        F.one_hot(clusters.labels.clamp_min(0), clusters.sizes.shape[1]) * inside[..., None]
-    )  # (B, N, K)
+    one_hot = F.one_hot(clusters.labels.clamp_min(0), clusters.sizes.shape[1])
+    one_hot = one_hot * inside[..., None]  # (B, N, K)
     sizes = clusters.sizes.to(x.dtype)
     rule = config.rule
 
-    def mean_of(values: Tensor) -> Tensor:
-        return (member * values[..., None]).sum(1) / sizes.clamp_min(1)
+    def cluster_mean(values: Tensor) -> Tensor:
+        return (one_hot * values[..., None]).sum(1) / sizes.clamp_min(1)
 
     if rule == "smallest":
         merit = -clusters.counts.to(x.dtype)
     elif rule == "distinct":
-        tissue_mean = (x * inside[..., None]).sum(1, keepdim=True) / inside.sum(1)[
-            :, None, None
-        ].clamp_min(1)
+        tissue_sum = (x * inside[..., None]).sum(1, keepdim=True)
+        tissue_mean = tissue_sum / inside.sum(1)[:, None, None].clamp_min(1)
         merit = (clusters.centers - tissue_mean).square().sum(-1)
     elif rule == "most_central":
-        merit = -mean_of(center_distance(grid, x.device).expand(x.shape[0], -1))
-    elif rule in ("darkest", "brightest"):
-        merit = mean_of(brightness) * (1 if rule == "brightest" else -1)
+        merit = -cluster_mean(center_distance(grid, x.device).expand(x.shape[0], -1))
+    elif rule == "darkest":
+        merit = cluster_mean(brightness) * -1
+    elif rule == "brightest":
+        merit = cluster_mean(brightness)
     elif rule == "oracle":
         assert truth is not None
-        lesion = truth_patches(truth)
-        merit = (
-            2
-            * (member * lesion[..., None]).sum(1)
-            / (sizes + lesion.sum(1, keepdim=True)).clamp_min(1)
-        )
+        lesion = true_lesion_patches(truth)
+        hits = (one_hot * lesion[..., None]).sum(1)
+        merit = 2 * hits / (sizes + lesion.sum(1, keepdim=True)).clamp_min(1)
     elif rule == "random":
         merit = noise
+    elif score is not None:
+        merit = cluster_mean(score)
     else:
-        merit = torch.full_like(sizes, -torch.inf) if score is None else mean_of(score)
-    qualifies = (sizes >= config.min_patches) & (
-        sizes <= config.max_share * inside.sum(1, keepdim=True)
-    )
+        merit = torch.full_like(sizes, -torch.inf)
+
+    largest = config.max_share * inside.sum(1, keepdim=True)
+    qualifies = (sizes >= config.min_patches) & (sizes <= largest)
     if rule == "oracle":
         qualifies &= merit > 0
     merit = merit.masked_fill(~qualifies, -torch.inf)
     return merit.argmax(1), merit.isfinite().any(1)
 
 
-def truth_patches(share: Tensor) -> Tensor:
-    """Which patches count as lesion, (B, N) bool, from their lesion share: a quarter, or touched where none has it."""
+def true_lesion_patches(share: Tensor) -> Tensor:
+    """Return which patches count as lesion, (B, N) bool, from their lesion share (B, N).
+
+    Those with a share of a quarter or more. In an image without any: all that the lesion touches.
+    """
     quarter = share >= 0.25
     return torch.where(quarter.any(1, keepdim=True), quarter, share > 0)

@@ -1,7 +1,10 @@
-"""The teacher: a moving average of the model that is asked about whole images.
+"""The teacher: an exponential moving average of the model that is evaluated on whole images.
 
-It moves just before whole images are looked at, by what a decay per step would have left: between looks every image
-is judged alike, whatever batch or worker it falls to and wherever a run was resumed, and steps pay nothing.
+It is updated just before whole images are analyzed, by what a decay per step would have left.
+Between analyses every image is judged alike, whatever batch or worker it falls to and wherever a
+run was resumed, and steps pay nothing.
+
+Shapes: B images, N patches, P values per patch.
 """
 
 from __future__ import annotations
@@ -19,72 +22,82 @@ from amlp_ray.method.patches import gather
 
 
 @torch.no_grad()
-def move_teacher(model: MaskedAutoencoder, decay: float, *, before: int, now: int) -> None:
-    """Move the teacher, which stands for the steps up to `before`, on to `now`.
+def update_teacher(
+    model: MaskedAutoencoder, momentum: float, *, previous_step: int, step: int
+) -> None:
+    """Move the teacher, which averages the steps up to `previous_step`, on to `step`.
 
-    An average with weights that fall by `decay` a step, over the models that it was shown; the random weights of the
-    start have none, or a short run would be taught by them. So the first move takes the model as it is:
-    teacher <- teacher + (1 - decay^(now - before)) / (1 - decay^now) (model - teacher).
+    The weights of the average fall by `momentum` a step, over the models that the teacher was
+    updated with. The random weights of the start have none, or a short run would be taught by
+    them. So the first update takes the model as it is:
+    teacher <- teacher + (1 - momentum^(step - previous)) / (1 - momentum^step) (model - teacher).
+
+    Source: our reconstruction; a bias-corrected average as in Adam.
     """
     if model.teacher is None:
         return
-    own = dict(model.named_parameters())
-    share = (1 - decay ** (now - before)) / (1 - decay**now)
+    weights = dict(model.named_parameters())
+    share = (1 - momentum ** (step - previous_step)) / (1 - momentum**step)
     for name, parameter in model.teacher.named_parameters():
-        parameter.lerp_(own[name].to(parameter.dtype), share)
+        parameter.lerp_(weights[name].to(parameter.dtype), share)
 
 
 @torch.no_grad()
 def teacher_view(
     model: MaskedAutoencoder, patches: Tensor, keys: Tensor, config: PretrainConfig, epoch: int
 ) -> TeacherView:
-    """Ask the teacher about patches (B, N, P) for what the settings use, and for nothing else."""
-    teacher, s = model.teacher, config.selection
+    """Evaluate the teacher on patches (B, N, P) for the outputs that `config` uses."""
+    teacher = model.teacher
+    selection = config.selection
     assert teacher is not None
-    ranked = config.loss.ranking_weight > 0
-    wants_difficulty = (s.uses_score and s.score == "difficulty") or (
-        s.uses_clusters and s.rule == "hardest"
+    has_ranking = config.loss.ranking_weight > 0
+    needs_difficulty = (selection.uses_score and selection.score == "difficulty") or (
+        selection.uses_clusters and selection.rule == "hardest"
     )
-    difficulty = category = None
-    if config.uses_feedback or (wants_difficulty and not ranked):
-        difficulty, category = masked_once(teacher, patches, keys, config, epoch)
-    if wants_difficulty and ranked:
+    tokens = attention = difficulty = category = None
+    if config.uses_feedback or (needs_difficulty and not has_ranking):
+        difficulty, category = predict_complementary_halves(teacher, patches, keys, config, epoch)
+    if needs_difficulty and has_ranking:
         difficulty = teacher.predicted_difficulty(patches).float()
-    prefix = teacher.prefix
-    return TeacherView(
-        tokens=encoder_tokens(teacher.encoder, patches)[:, prefix:]
-        if s.features == "tokens"
-        else None,
-        attention=patch_attention(teacher.encoder, patches).float()
-        if s.uses_score and s.score == "attention"
-        else None,
-        difficulty=difficulty,
-        category=category,
-    )
+    if selection.features == "tokens":
+        tokens = encoder_tokens(teacher.encoder, patches)[:, teacher.prefix :]
+    if selection.uses_score and selection.score == "attention":
+        attention = patch_attention(teacher.encoder, patches).float()
+    return TeacherView(tokens, attention, difficulty, category)
 
 
-def masked_once(
+def predict_complementary_halves(
     teacher: MaskedAutoencoder,
     patches: Tensor,
     keys: Tensor,
     config: PretrainConfig,
     epoch: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Error and category probability of every patch, (B, N) each, from two passes that hide one half each.
+    """Return error and category probability of every patch, (B, N) each, from two passes.
 
-    A patch has an error only where it was masked. Two complementary random halves mask each exactly once, so that none
-    reads 0 for having been visible. Our reconstruction.
+    A patch has an error only where it was masked. Two complementary random halves mask each patch
+    exactly once, so that none has error 0 for having been visible.
+
+    Args:
+        keys: (B,) int64, one identity per image.
+
+    Returns:
+        The error, and the probability of a lesion or None for a model without a category head.
+
+    Source: our reconstruction.
     """
     b, n, _ = patches.shape
-    order = counter_rng.uniform(
-        keys, n, seed=config.seed, epoch=epoch, stream=counter_rng.TEACHER
-    ).argsort(1)
-    halves = order[:, : n // 2], order[:, n // 2 :]
-    error, category = patches.new_zeros(b, n), patches.new_zeros(b, n)
-    for hidden, shown in (halves, halves[::-1]):
-        told = teacher(patches, shown, hidden)
-        errors = patch_errors(told.pixels.float(), gather(patches, hidden), config.loss)
-        error.scatter_(1, hidden, errors.difficulty)
-        if told.category is not None:
-            category.scatter_(1, hidden, told.category.float().sigmoid())
+    noise = counter_rng.uniform(keys, n, seed=config.seed, epoch=epoch, stream=counter_rng.TEACHER)
+    order = noise.argsort(1)
+    first_half = order[:, : n // 2]
+    second_half = order[:, n // 2 :]
+    error = patches.new_zeros(b, n)
+    category = patches.new_zeros(b, n)
+    for masked, visible in ((first_half, second_half), (second_half, first_half)):
+        prediction = teacher(patches, visible, masked)
+        target = gather(patches, masked)
+        errors = patch_errors(prediction.pixels.float(), target, config.loss)
+        error.scatter_(1, masked, errors.difficulty)
+        if prediction.category is not None:
+            category.scatter_(1, masked, prediction.category.float().sigmoid())
     return error, category if teacher.category is not None else None

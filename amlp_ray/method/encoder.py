@@ -1,6 +1,7 @@
 """The encoder: a timm ViT that is run on the visible patches only.
 
-Shapes: B images, N patches, V visible ones, R prefix tokens (class token and registers), D width, P values per patch.
+Shapes: B images, N patches, V visible, R prefix tokens (class token and registers), D width,
+P values per patch.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ from torch import Tensor, nn
 from amlp_ray.config import ImageSpec, ModelConfig
 from amlp_ray.method.patches import gather
 
-PLAIN_VIT = "vit_base_patch16_224"  # timm's name of the plain ViT with a class token; every size is overridden
+# timm's name of the plain ViT with a class token; every size is overridden.
+PLAIN_VIT = "vit_base_patch16_224"
 
 
 def timm_name(config: ModelConfig) -> str:
-    """Name under which timm builds the encoder; sizes are given by `timm_arguments`."""
+    """Return the name under which timm builds the encoder; sizes come from `timm_arguments`."""
     return config.encoder or PLAIN_VIT
 
 
 def timm_arguments(config: ModelConfig, spec: ImageSpec) -> dict[str, Any]:
-    """Keyword arguments with which `timm.create_model(timm_name(settings), ...)` builds the encoder."""
+    """Return keyword arguments with which `timm.create_model(timm_name(config), ...)` builds it."""
     return {
         "img_size": [spec.height, spec.width],
         "in_chans": spec.channels,
@@ -41,8 +43,20 @@ def timm_arguments(config: ModelConfig, spec: ImageSpec) -> dict[str, Any]:
 
 
 def create_encoder(name: str, arguments: dict[str, Any]) -> VisionTransformer:
-    """Build the timm ViT of `timm_arguments`, randomly initialised."""
+    """Build the timm ViT of `timm_arguments`, randomly initialized."""
     return timm.create_model(name, pretrained=False, **arguments)
+
+
+def build_encoder(config: ModelConfig, spec: ImageSpec) -> VisionTransformer:
+    """Build the configured encoder with fixed positions and MAE's patch embedding."""
+    encoder = create_encoder(timm_name(config), timm_arguments(config, spec))
+    grid = (spec.height // config.patch_size, spec.width // config.patch_size)
+    # Some timm ViTs give prefix tokens no position.
+    prefix = encoder.pos_embed.shape[1] - grid[0] * grid[1]
+    positions = sincos_positions(grid, config.width, prefix)
+    encoder.pos_embed = nn.Parameter(positions, requires_grad=False)
+    initialize(encoder.patch_embed.proj)
+    return encoder
 
 
 def encoder_tokens(
@@ -52,40 +66,45 @@ def encoder_tokens(
     *,
     hidden: Tensor | None = None,
 ) -> Tensor:
-    """Run the encoder on patches (B, N, P), or on those at `visible` (B, V) only: tokens (B, R + V, D), prefix first.
+    """Encode patches (B, N, P): tokens (B, R + V, D), prefix first.
 
-    Equal to `encoder.forward_features(images)` where all patches are visible. Patches are picked before they are
-    embedded, which gives the same tokens for less work.
+    Equal to `encoder.forward_features(images)` where all patches are visible. Patches are picked
+    before they are embedded, which gives the same tokens for less work.
 
     Args:
-        hidden: (B, N, D) embeddings that stand in for all patches, with `visible` None (SimMIM).
+        visible: (B, V) indices of the patches to encode; all where None.
+        hidden: (B, N, D) embeddings that replace those of all patches (SimMIM).
     """
-    tokens = embedded_tokens(encoder, patches, visible, hidden=hidden)
+    tokens = _embed_with_positions(encoder, patches, visible, hidden=hidden)
     for block in encoder.blocks:
         tokens = block(tokens)
     return encoder.norm(tokens)
 
 
-def embedded_tokens(
+def _embed_with_positions(
     encoder: VisionTransformer,
     patches: Tensor,
     visible: Tensor | None = None,
     *,
     hidden: Tensor | None = None,
 ) -> Tensor:
-    """What the first block is given; arguments as in `encoder_tokens`."""
+    """Return the input of the first block, (B, R + V, D)."""
     count = patches.shape[1]
     positions = encoder.pos_embed  # (1, N, D) or (1, R + N, D)
-    place, prefix_place = positions[:, -count:], positions[:, :-count]
+    patch_positions = positions[:, -count:]
+    prefix_positions = positions[:, :-count]
     if visible is not None:
         patches = gather(patches, visible)
-        place = nn.functional.embedding(visible, place[0])
-    tokens = (embed_patches(encoder, patches) if hidden is None else hidden) + place
+        patch_positions = nn.functional.embedding(visible, patch_positions[0])
+    tokens = embed_patches(encoder, patches) if hidden is None else hidden
+    tokens = tokens + patch_positions
     prefix = [token for token in (encoder.cls_token, encoder.reg_token) if token is not None]
     if prefix:
         first = torch.cat(prefix, 1)
-        first = first + prefix_place if prefix_place.shape[1] else first
-        tokens = torch.cat([first.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], 1)
+        if prefix_positions.shape[1]:
+            first = first + prefix_positions
+        first = first.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
+        tokens = torch.cat([first, tokens], 1)
     return encoder.norm_pre(tokens)
 
 
@@ -96,65 +115,60 @@ def embed_patches(encoder: VisionTransformer, patches: Tensor) -> Tensor:
 
 
 def patch_attention(encoder: VisionTransformer, patches: Tensor) -> Tensor:
-    """How much the last block's class token attends to each patch, mean over heads: (B, N), rows sum to at most 1.
+    """Return the last block's attention from the class token to each patch, (B, N).
 
-    Without a class token: the mean over all patches' attention.
+    The mean over heads; rows sum to at most 1. Without a class token: the mean over all patches'
+    attention.
+
+    Source: AttMask (Kakogeorgiou et al. 2022).
     """
-    tokens = embedded_tokens(encoder, patches)
+    tokens = _embed_with_positions(encoder, patches)
     for block in encoder.blocks[:-1]:
         tokens = block(tokens)
-    last = encoder.blocks[-1]
-    attention = last.attn
+    last_block = encoder.blocks[-1]
+    attention = last_block.attn
     b, n, _ = tokens.shape
-    qkv = (
-        attention.qkv(last.norm1(tokens))
-        .reshape(b, n, 3, attention.num_heads, -1)
-        .permute(2, 0, 3, 1, 4)
-    )
-    q, k = attention.q_norm(qkv[0]), attention.k_norm(qkv[1])  # (B, heads, R + N, D / heads)
-    asking = q[:, :, :1] if encoder.cls_token is not None else q
-    weights = torch.softmax((asking * attention.scale) @ k.mT, -1)
+    qkv = attention.qkv(last_block.norm1(tokens)).reshape(b, n, 3, attention.num_heads, -1)
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, R + N, D / heads) each
+    q = attention.q_norm(q)
+    k = attention.k_norm(k)
+    if encoder.cls_token is not None:
+        q = q[:, :, :1]
+    weights = torch.softmax((q * attention.scale) @ k.mT, -1)
     return weights.mean((1, 2))[:, encoder.num_prefix_tokens :]
 
 
 def use_fused_attention(model: nn.Module, fused: bool) -> None:
     """Choose scaled-dot-product attention, or plain matmul-softmax-matmul.
 
-    In bf16 on CPU the plain one is faster forward and backward: 3.7x at 50 tokens, 1.5x at 197 (measured).
+    In bf16 on CPU the plain one is faster forward and backward: 3.7x at 50 tokens, 1.5x at 197
+    (measured).
     """
     for module in model.modules():
         if hasattr(module, "fused_attn"):
-            setattr(module, "fused_attn", fused)  # noqa: B010  (a timm flag that nn.Module's stubs do not know)
+            # A flag of timm that nn.Module's stubs do not know.
+            setattr(module, "fused_attn", fused)  # noqa: B010
 
 
 def sincos_positions(grid: tuple[int, int], width: int, prefix: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions (1, prefix + N, width), zero for prefix tokens (MAE)."""
+    """Return fixed 2-D sine-cosine positions (1, prefix + N, width), zero for prefix tokens.
+
+    Source: MAE (He et al. 2022), `get_2d_sincos_pos_embed` of its public code.
+    """
     quarter = width // 4
     frequency = 1 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
-    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
-    angles = torch.cat([x.reshape(-1, 1) * frequency, y.reshape(-1, 1) * frequency], 1).unflatten(
-        1, (2, quarter)
-    )
+    rows = torch.arange(grid[0], dtype=torch.float64)
+    columns = torch.arange(grid[1], dtype=torch.float64)
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    angles = torch.cat([x.reshape(-1, 1) * frequency, y.reshape(-1, 1) * frequency], 1)
+    angles = angles.unflatten(1, (2, quarter))
     table = torch.cat([angles.sin(), angles.cos()], -1).flatten(1).float()  # (N, width)
     return torch.cat([torch.zeros(prefix, width), table])[None]
 
 
 def initialize(module: nn.Module) -> None:
-    """MAE's initialisation: Xavier for matrices (the embedding counts as one), zero for biases."""
+    """Initialize as MAE does: Xavier for matrices (the embedding is one), zero for biases."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight.flatten(1))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def new_encoder(config: ModelConfig, spec: ImageSpec) -> VisionTransformer:
-    """Build the encoder of the settings with fixed positions and MAE's embedding."""
-    encoder = create_encoder(timm_name(config), timm_arguments(config, spec))
-    grid = (spec.height // config.patch_size, spec.width // config.patch_size)
-    prefix = (
-        encoder.pos_embed.shape[1] - grid[0] * grid[1]
-    )  # some timm ViTs give prefix tokens no position
-    positions = sincos_positions(grid, config.width, prefix)
-    encoder.pos_embed = nn.Parameter(positions, requires_grad=False)
-    initialize(encoder.patch_embed.proj)
-    return encoder

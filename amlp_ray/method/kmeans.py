@@ -1,18 +1,27 @@
-"""Batched k-means: every image of a batch on its own, or all images of a data set together."""
+"""Batched k-means: every image of a batch on its own, or all images of a data set together.
+
+Shapes: B images, N patches, D features per patch, S starts, K clusters.
+"""
 
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amlp_ray.utils.distributed import broadcast_tensors_from_rank0, gather_rows, sum_over_workers
+
 
 class Clusters(NamedTuple):
-    """Patches by cluster: `labels` (B, N), -1 off tissue; `centres` (B, K, D); `sizes` (B, K) in patches.
+    """Patches by cluster.
 
-    `inertia` (B,) is the sum of squared distances to the own centre; `mass` (B, K) is what counts as a cluster's size
-    when clusters are compared: patches of the image, or of the whole data set.
+    Attributes:
+        labels: (B, N) int64, -1 off tissue.
+        centers: (B, K, D).
+        sizes: (B, K), patches of the image per cluster.
+        inertia: (B,), sum of squared distances to the own center.
+        counts: (B, K), the size by which clusters are compared: patches of the image, or of the
+            whole data set.
     """
 
     labels: Tensor
@@ -25,15 +34,18 @@ class Clusters(NamedTuple):
 def kmeans(
     x: Tensor, inside: Tensor, clusters: int, noise: Tensor, *, iterations: int = 20
 ) -> Clusters:
-    """Cluster the patches `inside` (B, N) of every image on its own, all images and starts in one batched pass.
+    """Cluster the patches of every image on its own, all images and starts in one batched pass.
+
+    An image with fewer than `clusters` distinct patches leaves clusters empty (size 0).
 
     Args:
         x: (B, N, D) features.
-        noise: (B, S * clusters) uniform numbers for the k-means++ seeding of S starts, of which the one of least
-            inertia is kept; equal noise gives equal clusters.
+        inside: (B, N) bool, the patches to cluster.
+        noise: (B, S * K) uniform numbers for the seeding of S starts, of which the one of least
+            inertia is returned. Equal noise gives equal clusters.
 
-    An image with fewer than `clusters` distinct patches leaves clusters empty (size 0).
-    Source: Lloyd's algorithm with k-means++ seeding (Arthur and Vassilvitskii 2007), as in scikit-learn.
+    Source: Lloyd's algorithm with k-means++ seeding (Arthur and Vassilvitskii 2007), as in
+    scikit-learn.
     """
     b, _, d = x.shape
     starts = noise.shape[1] // clusters
@@ -41,91 +53,86 @@ def kmeans(
     weight = inside.to(x.dtype)
     centers = _seed_centers(x, norms, weight, noise.reshape(b, starts, clusters))  # (B, S, K, D)
     for _ in range(iterations):
-        nearest = _distances(x, norms, centers).argmin(-1)  # (B, N, S)
-        member = F.one_hot(nearest, clusters) * weight[..., None, None]  # (B, N, S, K)
-        sizes = member.sum(1)  # (B, S, K)
-        means = (member.flatten(2).mT @ x).reshape(b, starts, clusters, d) / sizes[
-            ..., None
-        ].clamp_min(1)
-        centers = torch.where(
-            sizes[..., None] > 0, means, centers
-        )  # an emptied cluster keeps its centre
-    inertia = (_distances(x, norms, centers).amin(-1) * weight[..., None]).sum(1)  # (B, S)
-    best = inertia.argmin(1)
-    return assign(x, inside, centers[torch.arange(b, device=x.device), best])
+        nearest = _squared_distances(x, norms, centers).argmin(-1)  # (B, N, S)
+        one_hot = F.one_hot(nearest, clusters) * weight[..., None, None]  # (B, N, S, K)
+        sizes = one_hot.sum(1)[..., None]  # (B, S, K, 1)
+        sums = (one_hot.flatten(2).mT @ x).reshape(b, starts, clusters, d)
+        # A cluster that lost all its patches keeps its center.
+        centers = torch.where(sizes > 0, sums / sizes.clamp_min(1), centers)
+    distance = _squared_distances(x, norms, centers).amin(-1)  # (B, N, S)
+    inertia = (distance * weight[..., None]).sum(1)  # (B, S)
+    best_start = inertia.argmin(1)
+    return assign(x, inside, centers[torch.arange(b, device=x.device), best_start])
 
 
 def assign(x: Tensor, inside: Tensor, centers: Tensor) -> Clusters:
-    """Put every patch `inside` (B, N) to the nearest of the centres (B, K, D)."""
-    nearest_distance, nearest = _distances(x, x.square().sum(-1), centers[:, None])[:, :, 0].min(-1)
+    """Assign every patch `inside` (B, N) of x (B, N, D) to the nearest of its centers (B, K, D)."""
+    distances = _squared_distances(x, x.square().sum(-1), centers[:, None])[:, :, 0]
+    nearest_distance, nearest = distances.min(-1)
     sizes = (F.one_hot(nearest, centers.shape[1]) * inside[..., None]).sum(1)
     inertia = (nearest_distance * inside).sum(1)
     return Clusters(nearest.masked_fill(~inside, -1), centers, sizes, inertia, sizes)
 
 
-def _of_all_workers(rows: Tensor) -> Tensor:
-    """The rows of all workers one after another, which are those of the global batch; they may differ in number."""
-    if not dist.is_initialized():
-        return rows
-    parts: list[Tensor] = [rows] * dist.get_world_size()
-    dist.all_gather_object(parts, rows.cpu())
-    return torch.cat(parts).to(rows.device)
+def log_membership(x: Tensor, clusters: Clusters, chosen: Tensor, temperature: float) -> Tensor:
+    """Return the log probability (B, N) that a patch belongs to the cluster `chosen` (B,).
 
-
-def membership(x: Tensor, clusters: Clusters, chosen: Tensor, temperature: float) -> Tensor:
-    """Log probability (B, N) that a patch belongs to the cluster `chosen` (B,).
-
-    log softmax over clusters of -|x - centre|^2 / (temperature * mean squared distance to the own centre).
+    Log softmax over clusters of -|x - center|^2 / (temperature * s), where s is the mean squared
+    distance of the image's patches to their own center. Source: our reconstruction.
     """
-    distance = _distances(x, x.square().sum(-1), clusters.centers[:, None])[:, :, 0]  # (B, N, K)
+    distance = _squared_distances(x, x.square().sum(-1), clusters.centers[:, None])[:, :, 0]
     patches = (clusters.labels >= 0).sum(1).clamp_min(1)
     spread = (clusters.inertia / patches).clamp_min(1e-6)[:, None, None]
-    log = torch.log_softmax(-distance / (temperature * spread), -1)
-    return log.gather(2, chosen[:, None, None].expand(-1, x.shape[1], 1))[..., 0]
+    log_probability = torch.log_softmax(-distance / (temperature * spread), -1)  # (B, N, K)
+    index = chosen[:, None, None].expand(-1, x.shape[1], 1)
+    return log_probability.gather(2, index)[..., 0]
 
 
-def _distances(x: Tensor, norms: Tensor, centers: Tensor) -> Tensor:
-    """Squared distances (B, N, S, K) of x (B, N, D) to centres (B, S, K, D), as |x|^2 - 2xc + |c|^2.
+def _squared_distances(x: Tensor, norms: Tensor, centers: Tensor) -> Tensor:
+    """Return squared distances (B, N, S, K) of x (B, N, D) to centers (B, S, K, D).
 
-    A matrix product, twice as fast as `cdist`; what is below its rounding error counts as 0.
+    Computed as |x|^2 - 2xc + |c|^2: a matrix product is twice as fast as `cdist`. Values below
+    the rounding error of that difference count as 0.
     """
     b, s, k, _ = centers.shape
     product = (x @ centers.flatten(1, 2).mT).reshape(b, x.shape[1], s, k)
-    squares = centers.square().sum(-1)[:, None]  # (B, 1, S, K)
+    center_norms = centers.square().sum(-1)[:, None]  # (B, 1, S, K)
     norms = norms[..., None, None]
-    distance = norms - 2 * product + squares
-    return torch.where(distance > 1e-6 * (norms + squares), distance, 0.0)
+    distance = norms - 2 * product + center_norms
+    return torch.where(distance > 1e-6 * (norms + center_norms), distance, 0.0)
 
 
 def _seed_centers(x: Tensor, norms: Tensor, weight: Tensor, noise: Tensor) -> Tensor:
-    """k-means++ seeding of every start: (B, S, K, D); noise (B, S, K)."""
+    """Return k-means++ seeds (B, S, K, D) for every start; `noise` (B, S, K) is uniform."""
     _, starts, clusters = noise.shape
-    closest = weight[:, None].expand(
-        -1, starts, -1
-    )  # (B, S, N): the first centre is uniform over tissue
+    # The first center is drawn uniformly over tissue.
+    closest = weight[:, None].expand(-1, starts, -1)  # (B, S, N)
     centers: list[Tensor] = []
     for k in range(clusters):
-        total = closest.cumsum(-1)
-        # The last patch whose cumulative weight does not reach the draw; clamped where all weight is zero.
-        chosen = (
-            (total < noise[..., k : k + 1] * total[..., -1:]).sum(-1).clamp_max(x.shape[1] - 1)
-        )  # (B, S)
-        center = x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))  # (B, S, D)
+        cumulative = closest.cumsum(-1)
+        threshold = noise[..., k : k + 1] * cumulative[..., -1:]
+        # Inverse transform sampling. Where all weight is zero, the clamp keeps the index valid.
+        index = (cumulative < threshold).sum(-1).clamp_max(x.shape[1] - 1)  # (B, S)
+        center = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))  # (B, S, D)
         centers.append(center)
-        distance = (
-            _distances(x, norms, center[:, :, None])[..., 0].mT * weight[:, None]
-        )  # (B, S, N)
+        distance = _squared_distances(x, norms, center[:, :, None])[..., 0].mT  # (B, S, N)
+        distance = distance * weight[:, None]
         closest = distance if k == 0 else torch.minimum(closest, distance)
     return torch.stack(centers, 2)
 
 
 class DatasetClusters(nn.Module):
-    """Centroids of a whole data set, carried along from batch to batch and from look to look; saved with the model.
+    """Centroids of a whole data set, updated from batch to batch; saved with the model.
 
-    Mini-batch k-means (Sculley 2010): each centroid is the running mean of all patches it was nearest to; the very
-    first batch seeds them. Patches are assigned to the centroids, and clusters compared by their sizes, as they stood
-    when a look at the data began (`settle`), so that neither the order of later batches nor a resume changes what is
-    found. Workers share their sums and so hold the same centroids.
+    Each centroid is the running mean of all patches that it was nearest to. The very first batch
+    seeds the centroids. During one analysis of the data, patches are assigned to the centroids and
+    clusters are compared by the counts as they stood when that analysis began (`commit`). So
+    neither the order of later batches nor a resume changes the clusters that are found.
+    Workers share their sums and so hold the same centroids.
+
+    Buffers: `centers`, `running_centers` (K, D); `sizes`, `counts` (K,).
+
+    Source: mini-batch k-means (Sculley 2010).
     """
 
     def __init__(self, clusters: int, dimensions: int) -> None:
@@ -140,40 +147,47 @@ class DatasetClusters(nn.Module):
         self.register_buffer("counts", torch.zeros(clusters))
 
     def commit(self) -> None:
-        """Begin a look: what was learnt during the last one holds from now on."""
+        """Begin an analysis: what the last one learned is used from now on."""
         self.centers.copy_(self.running_centers)
         self.sizes.copy_(self.counts)
 
     @torch.no_grad()
     def assign(self, x: Tensor, inside: Tensor, noise: Tensor, *, learn: bool) -> Clusters:
-        """Assign the patches of a batch, and, to `learn`, carry the centroids along.
+        """Assign the patches of a batch to the committed centroids.
 
         Args:
-            x: (B, N, D). inside: (B, N). noise: (B, S * K) as for `kmeans`; its first row seeds the very first batch.
+            x: (B, N, D) features.
+            inside: (B, N) bool, the patches to cluster.
+            noise: (B, S * K) uniform, as for `kmeans`. Its first row seeds the very first batch.
+            learn: also update the running centroids.
         """
-        b, (k, d) = len(x), self.centers.shape
-        if not self.centers.any():  # looks are rare, so this wait for the device is too
-            everywhere = [_of_all_workers(part) for part in (x, inside, noise[:1])]
-            first = kmeans(
-                everywhere[0].reshape(1, -1, d), everywhere[1].reshape(1, -1), k, everywhere[2][:1]
-            )
-            self.centers.copy_(first.centers[0])
-            self.sizes.copy_(first.sizes[0])
-            if dist.is_initialized():
-                dist.broadcast(self.centers, src=0)
-                dist.broadcast(self.sizes, src=0)
-            self.running_centers.copy_(self.centers)
-        found = assign(x, inside, self.centers.expand(b, -1, -1))
+        # Analyses are rare, and so is this wait for the device.
+        if not self.centers.any():
+            self._seed(x, inside, noise)
+        clusters = assign(x, inside, self.centers.expand(len(x), -1, -1))
         if learn:
-            member = F.one_hot(found.labels.clamp_min(0), k) * inside[..., None].to(
-                x.dtype
-            )  # (B, N, K)
-            sums, counts = (member.mT @ x).sum(0), member.sum((0, 1))
-            if dist.is_initialized():
-                dist.all_reduce(sums)
-                dist.all_reduce(counts)
-            self.counts += counts
-            self.running_centers += (sums - counts[:, None] * self.running_centers) / self.counts[
-                :, None
-            ].clamp_min(1)
-        return found._replace(counts=self.sizes.expand(b, -1))
+            self._update(x, inside, clusters.labels)
+        return clusters._replace(counts=self.sizes.expand(len(x), -1))
+
+    def _seed(self, x: Tensor, inside: Tensor, noise: Tensor) -> None:
+        """Cluster the patches of the global batch together, as if they were one image."""
+        k, d = self.centers.shape
+        all_features = gather_rows(x).reshape(1, -1, d)
+        all_inside = gather_rows(inside).reshape(1, -1)
+        all_noise = gather_rows(noise[:1])
+        seeded = kmeans(all_features, all_inside, k, all_noise[:1])
+        self.centers.copy_(seeded.centers[0])
+        self.sizes.copy_(seeded.sizes[0])
+        broadcast_tensors_from_rank0(self.centers, self.sizes)
+        self.running_centers.copy_(self.centers)
+
+    def _update(self, x: Tensor, inside: Tensor, labels: Tensor) -> None:
+        """Move the running centroids towards the patches (B, N, D) assigned to them."""
+        one_hot = F.one_hot(labels.clamp_min(0), len(self.centers))
+        one_hot = one_hot * inside[..., None].to(x.dtype)  # (B, N, K)
+        sums = (one_hot.mT @ x).sum(0)
+        counts = one_hot.sum((0, 1))
+        sum_over_workers(sums, counts)
+        self.counts += counts
+        shift = sums - counts[:, None] * self.running_centers
+        self.running_centers += shift / self.counts[:, None].clamp_min(1)

@@ -1,7 +1,10 @@
-"""Where the mask is aimed: what is thought of every patch before a mask is drawn.
+"""Compute a lesion map: lesion, score and cluster id per patch, from which masks are sampled.
 
-Looking at an image costs more than drawing a mask, so whole images are looked at every `selection.analysis_interval` epochs, and
-what was found is cropped along with them. Steps in between pay for a crop of three small maps.
+Analyzing an image costs more than sampling a mask. Whole images are therefore analyzed every
+`selection.analysis_interval` epochs and their maps are cropped along with them. Steps in between
+pay for the crop of three small maps.
+
+Shapes: B images, N patches, P values per patch, D features, K clusters, h x w the patch grid.
 """
 
 from __future__ import annotations
@@ -13,37 +16,51 @@ from torch import Tensor
 
 from amlp_ray.config import SelectionConfig
 from amlp_ray.method import counter_rng
-from amlp_ray.method.cluster_rules import name_lesion_cluster
-from amlp_ray.method.kmeans import Clusters, DatasetClusters, kmeans, membership
-from amlp_ray.method.patch_features import cluster_features, dilated, tissue_of
+from amlp_ray.method.cluster_rules import choose_lesion_cluster
+from amlp_ray.method.kmeans import Clusters, DatasetClusters, kmeans, log_membership
+from amlp_ray.method.patch_features import cluster_features, dilate, tissue_mask
 from amlp_ray.method.patch_scores import PATCH_SCORES, patch_score, z_score
+
+LOG_FLOOR = -20.0  # of log probabilities; also the score of border patches
 
 
 class LesionMap(NamedTuple):
-    """What is thought of every patch; all (B, N).
+    """Lesion, score and cluster of every patch, (B, N) floats each.
 
-    `lesion` is 1 in the probable lesion, else 0. `score` ranks patches, higher is masked first. `part` is the cluster,
-    -1 off tissue. Where a setting does not use one of them it is 0 (`part`: -1).
+    Attributes:
+        lesion: 1 in the probable lesion, else 0.
+        score: rank order of the patches; the higher, the earlier it is masked. 0 where unused.
+        cluster: cluster id, -1 off tissue or where unused.
     """
 
     lesion: Tensor
     score: Tensor
-    part: Tensor
-
-    def maps(self, grid: tuple[int, int]) -> Tensor:
-        """One image of three channels per image, (B, 3, h, w), to crop and to keep."""
-        return torch.stack(self, 1).unflatten(2, grid)
+    cluster: Tensor
 
     @classmethod
-    def of(cls, maps: Tensor) -> LesionMap:
-        """The inverse of `maps`."""
-        return cls(*maps.flatten(2).unbind(1))
+    def empty(cls, patches: Tensor) -> LesionMap:
+        """Return the map of patches (B, N, P) about which nothing is known."""
+        zero = torch.zeros_like(patches[..., 0])
+        return cls(zero, zero, zero - 1)
+
+    @classmethod
+    def from_images(cls, images: Tensor) -> LesionMap:
+        """Return the map of images (B, 3, h, w); the inverse of `to_images`."""
+        return cls(*images.flatten(2).unbind(1))
+
+    def to_images(self, grid: tuple[int, int]) -> Tensor:
+        """Return one image of three channels per image, (B, 3, h, w), to crop and to store."""
+        return torch.stack(self, 1).unflatten(2, grid)
 
 
 class TeacherView(NamedTuple):
-    """What the teacher, a moving average of the model, sees in a batch; None where a setting does not ask for it.
+    """Outputs of the teacher, an average of the model's weights; None where unused.
 
-    `tokens` (B, N, D); `attention`, `difficulty` and `category` (B, N).
+    Attributes:
+        tokens: (B, N, D).
+        attention: (B, N), attention of the class token to each patch.
+        difficulty: (B, N), reconstruction error.
+        category: (B, N), probability that a patch is a lesion (CCL).
     """
 
     tokens: Tensor | None = None
@@ -68,27 +85,33 @@ def locate_lesion(
     centroids: DatasetClusters | None = None,
     learn: bool = False,
 ) -> LesionMap:
-    """Look at patches (B, N, P): find the probable lesion and score every patch, all images in one pass.
+    """Find the probable lesion and score every patch (B, N, P), all images in one pass.
 
     Args:
-        keys: (B,) int64, one identity per image; what is found depends on (seed, epoch, key) and the image alone.
-        teacher: None while warming up: features are then raw, and rules that ask it find nothing.
-        feedback: share of the teacher's category in what counts as lesion; see `settings.feedback`.
-        truth: (B, N) lesion share of every patch, for oracles.
-        centroids: of the data set, with `scope: dataset`; they take in what they see where `learn` is set.
+        keys: (B,) int64, one identity per image. The map depends on (seed, epoch, key) and the
+            image alone.
+        teacher: None while warming up. Features are then raw, and rules that need it find nothing.
+        feedback: share of the teacher's category in the lesion; see `selection.feedback`.
+        truth: (B, N) lesion share per patch, for oracles.
+        centroids: of the data set, with `scope: dataset`.
+        learn: also update the centroids.
+
+    Source: MPS of AMLP. Published is the unsupervised clustering into lesion and background, and in
+    the second version a probability of a lesion; the rest is our reconstruction.
     """
-    tissue = tissue_of(patches, config)
+    tissue = tissue_mask(patches, config)
     teacher = teacher or TeacherView()
     lesion = torch.zeros_like(tissue)
     score = torch.zeros_like(patches[..., 0])
-    part = score - 1
+    cluster = score - 1
     if config.uses_score and config.score != "cluster":
-        asked = _score(config.score, patches, tissue, grid, config, teacher, truth)
-        score = score if asked is None else asked
+        named_score = _named_score(config.score, patches, tissue, grid, config, teacher, truth)
+        if named_score is not None:
+            score = named_score
     if config.uses_clusters:
         x = cluster_features(patches, tissue, grid, channels, config.features, teacher.tokens)
-        clusters, rule_noise = _clusters(x, tissue, keys, config, seed, epoch, centroids, learn)
-        chosen, found = name_lesion_cluster(
+        clusters, rule_noise = _cluster(x, tissue, keys, config, seed, epoch, centroids, learn)
+        chosen, is_found = choose_lesion_cluster(
             config,
             clusters,
             x,
@@ -96,26 +119,26 @@ def locate_lesion(
             grid,
             brightness=patches.mean(-1),
             noise=rule_noise,
-            score=_score(config.rule, patches, tissue, grid, config, teacher, truth),
+            score=_named_score(config.rule, patches, tissue, grid, config, teacher, truth),
             truth=truth,
         )
-        lesion = (clusters.labels == chosen[:, None]) & found[:, None]
-        part = clusters.labels.to(score.dtype)
+        lesion = (clusters.labels == chosen[:, None]) & is_found[:, None]
+        cluster = clusters.labels.to(score.dtype)
         if config.score == "cluster" and config.mode in ("soft", "ranked"):
-            log = membership(x, clusters, chosen, config.temperature).clamp_min(-20)
-            score = torch.where(found[:, None], torch.where(tissue, log, -20.0), 0.0)
+            log_probability = log_membership(x, clusters, chosen, config.temperature)
+            score = torch.where(tissue, log_probability.clamp_min(LOG_FLOOR), LOG_FLOOR)
+            score = torch.where(is_found[:, None], score, 0.0)
         elif feedback > 0 and teacher.category is not None:
-            probability = membership(x, clusters, chosen, config.temperature).exp()
-            lesion = _corrected(
-                lesion, tissue, (1 - feedback) * probability + feedback * teacher.category
-            )
+            membership = log_membership(x, clusters, chosen, config.temperature).exp()
+            probability = (1 - feedback) * membership + feedback * teacher.category
+            lesion = _most_probable(lesion, tissue, probability)
     elif config.uses_score:
         lesion = (score > 1) & tissue  # one SD above the image's mean
-    lesion = dilated(lesion, grid, config.dilate) & tissue
-    return LesionMap(lesion.to(score.dtype), score, part)
+    lesion = dilate(lesion, grid, config.dilate) & tissue
+    return LesionMap(lesion.to(score.dtype), score, cluster)
 
 
-def _score(
+def _named_score(
     name: str,
     patches: Tensor,
     tissue: Tensor,
@@ -124,21 +147,30 @@ def _score(
     teacher: TeacherView,
     truth: Tensor | None,
 ) -> Tensor | None:
-    """The score `name`, or that of the rule `name`, standardised over tissue; None where there is none (yet)."""
+    """Return the score of a setting `score` or `rule`, (B, N), standardized over tissue.
+
+    None where the rule uses no score, or where the teacher has none yet.
+    """
     if name in PATCH_SCORES:
-        sign, prior = config.lesion_sign, config.center_prior
-        return patch_score(patches, tissue, grid, score=name, sign=sign, center_prior=prior)
-    told = {
+        return patch_score(
+            patches,
+            tissue,
+            grid,
+            score=name,
+            sign=config.lesion_sign,
+            center_prior=config.center_prior,
+        )
+    values = {
         "difficulty": teacher.difficulty,
         "hardest": teacher.difficulty,
         "attention": teacher.attention,
         "oracle": truth,
     }
-    value = told.get(name)
+    value = values.get(name)
     return None if value is None else z_score(value.float(), tissue)
 
 
-def _clusters(
+def _cluster(
     x: Tensor,
     tissue: Tensor,
     keys: Tensor,
@@ -148,24 +180,23 @@ def _clusters(
     centroids: DatasetClusters | None,
     learn: bool,
 ) -> tuple[Clusters, Tensor]:
-    """Clusters of the patches, and (B, K) uniform numbers for a random rule."""
+    """Cluster features (B, N, D); also return uniform numbers (B, K) for the random rule."""
     k = config.clusters
-    noise = counter_rng.uniform(
-        keys, (config.n_init + 1) * k, seed=seed, epoch=epoch, stream=counter_rng.CLUSTER
-    )
+    count = (config.n_init + 1) * k
+    noise = counter_rng.uniform(keys, count, seed=seed, epoch=epoch, stream=counter_rng.CLUSTER)
+    rule_noise = noise[:, :k]
+    seeding_noise = noise[:, k:]
     if centroids is None:
-        return kmeans(x, tissue, k, noise[:, k:]), noise[:, :k]
-    return centroids.assign(x, tissue, noise[:, k:], learn=learn), noise[:, :k]
+        return kmeans(x, tissue, k, seeding_noise), rule_noise
+    return centroids.assign(x, tissue, seeding_noise, learn=learn), rule_noise
 
 
-def _corrected(lesion: Tensor, tissue: Tensor, probability: Tensor) -> Tensor:
-    """As many patches as the cluster has, those of highest probability: the share of the lesion stays, its place moves.
+def _most_probable(lesion: Tensor, tissue: Tensor, probability: Tensor) -> Tensor:
+    """Return as many tissue patches as `lesion` (B, N) has, those of highest probability.
 
-    Our reconstruction of CCL's purpose: categorisation is changed by reconstruction difficulty.
+    The size of the lesion stays, its position moves. Source: our reconstruction of CCL's purpose,
+    a categorization that is changed by reconstruction difficulty.
     """
-    rank = (
-        probability.masked_fill(~tissue, -torch.inf)
-        .argsort(stable=True, dim=1, descending=True)
-        .argsort(1)
-    )
-    return rank < lesion.sum(1, keepdim=True)
+    probability = probability.masked_fill(~tissue, -torch.inf)
+    order = probability.argsort(stable=True, dim=1, descending=True)
+    return order.argsort(1) < lesion.sum(1, keepdim=True)

@@ -1,4 +1,7 @@
-"""From stored images to what a step trains on: normalised crops as patches, and which of them are masked."""
+"""Turn stored images into what a step trains on: crops as patches, and which of them are masked.
+
+Shapes: B images, C channels, N patches, P values per patch, h x w the patch grid.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +13,72 @@ from torch import Tensor
 
 from amlp_ray.config import PretrainConfig
 from amlp_ray.errors import ConfigError
-from amlp_ray.method.augment import cropped, random_crop, recolored
+from amlp_ray.method.augment import apply_crop, jitter_intensity, random_crop
 from amlp_ray.method.autoencoder import MaskedAutoencoder
 from amlp_ray.method.ema_teacher import teacher_view
 from amlp_ray.method.lesion_map import LesionMap, TeacherView, locate_lesion
 from amlp_ray.method.masking_ratio import masked_count, masking_ratio
-from amlp_ray.method.patch_features import tissue_of
+from amlp_ray.method.patch_features import tissue_mask
 from amlp_ray.method.patch_selection import Selection, select_patches
 from amlp_ray.method.patches import patchify
 from amlp_ray.method.precision import autocast
 
 
 class TrainingStep(NamedTuple):
-    """When in training a mask is drawn: `epoch` counts from 1, `step` from 0 within it."""
+    """Position in training: `epoch` counts from 1, `step` from 0 within it, of `steps`."""
 
     epoch: int
     step: int = 0
     steps: int = 1
 
 
-class Masking:
-    """Masks batches of one run, and keeps between looks what was found on whole images.
+class LesionMapCache:
+    """Lesion maps of whole images by key, on the images' device."""
 
-    What is kept follows from the images, the settings, the epoch of the look, and the teacher and centroids as they
-    were then, which stay until the next. So nothing here need be saved: a resumed run looks again and finds the same.
+    def __init__(self) -> None:
+        # (n, 3, h, w) float16, with room for at least as many maps as are stored.
+        self._maps = torch.zeros(0)
+        self._rows: dict[int, int] = {}
+        self._filled = 0
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._rows
+
+    def clear(self) -> None:
+        """Forget all maps; the memory stays for the next ones."""
+        self._rows = {}
+        self._filled = 0
+
+    def add(self, keys: list[int], maps: Tensor) -> None:
+        """Store maps (n, 3, h, w), in place of earlier ones of the same keys."""
+        maps = maps.half()
+        end = self._filled + len(keys)
+        if end > len(self._maps):
+            self._grow(end, maps)
+        self._maps[self._filled : end] = maps
+        for row, key in enumerate(keys, self._filled):
+            self._rows[key] = row
+        self._filled = end
+
+    def _grow(self, rows: int, maps: Tensor) -> None:
+        """Make room for `rows` maps, at least double, so that growing costs less than filling."""
+        grown = maps.new_zeros(max(2 * len(self._maps), rows), *maps.shape[1:])
+        if len(self._maps):
+            grown[: len(self._maps)] = self._maps
+        self._maps = grown
+
+    def get(self, keys: list[int], device: torch.device) -> Tensor:
+        """Return the maps of `keys`, (n, 3, h, w) float32."""
+        rows = torch.tensor([self._rows[key] for key in keys])
+        return self._maps[rows.to(device, non_blocking=True)].float()
+
+
+class Masking:
+    """Sample the masks of one run, with a cache of lesion maps of whole images.
+
+    The cached maps follow from the images, the config, the epoch of the analysis, and the teacher
+    and centroids as they were then, which stay until the next analysis. So nothing here need be
+    saved: a resumed run analyzes again and finds the same.
     """
 
     def __init__(
@@ -42,183 +87,199 @@ class Masking:
         config: PretrainConfig,
         truth: Mapping[int, Tensor] | None = None,
     ) -> None:
-        """Masks for `model`.
+        """Mask images for `model`.
 
         Args:
-            truth: lesion share of every patch, (h, w), by image key; for oracles, which are diagnosis only.
+            truth: lesion share per patch, (h, w), by image key; for oracles, which are for
+                diagnosis only.
         """
-        self.model, self.config, self.truth = model, config, truth
-        self._kept = torch.zeros(
-            0
-        )  # (n, 3, h, w) float16; at least as many rows as images looked at
-        self._filled = 0
-        self._rows: dict[int, int] = {}
-        self._looked = 0  # epoch of the look that `_kept` belongs to
+        self.model = model
+        self.config = config
+        self.truth = truth
+        self._cache = LesionMapCache()
+        self._cached_epoch = 0  # analysis epoch that the cached maps belong to
 
-    def ratio(self, now: TrainingStep) -> float:
-        """The masking ratio of a step."""
-        s = self.config
+    def ratio(self, step: TrainingStep) -> float:
+        """Return the masking ratio of a step."""
         return masking_ratio(
-            s.ratio, now.epoch, s.epochs, step=now.step, steps=now.steps, seed=s.seed
+            self.config.ratio,
+            step.epoch,
+            self.config.epochs,
+            step=step.step,
+            steps=step.steps,
+            seed=self.config.seed,
         )
 
-    def augmented(
-        self, images: Tensor, keys: Tensor, host_keys: Tensor, now: TrainingStep
+    def mask_augmented(
+        self, images: Tensor, keys: Tensor, host_keys: Tensor, step: TrainingStep
     ) -> tuple[Tensor, Selection]:
-        """Augment normalised images (B, C, H, W) at random; return their patches (B, N, P) and the selection.
+        """Augment images at random, and select the patches to mask.
 
-        What was found on whole images is cropped along. Between looks the aim is that of the image as it is stored,
-        whatever its brightness is now; with `refresh` 0 it is that of the augmented one.
+        Lesion maps of whole images are cropped along. Between analyses the map is that of the
+        stored image, whatever its brightness is now. With `analysis_interval` 0 it is that of the
+        augmented image.
 
         Args:
-            keys: (B,) on the images' device. host_keys: the same numbers on the CPU, so that nothing waits for it.
+            images: (B, C, H, W), normalized.
+            keys: (B,) int64 on the images' device.
+            host_keys: the same numbers on the CPU, so that nothing waits for the device.
+
+        Returns:
+            Patches (B, N, P) of the augmented images, and the selection.
         """
-        s = self.config
+        config = self.config
         crop = random_crop(
             keys,
-            min_crop_area=s.min_crop_area,
-            flip=s.flip,
-            flip_vertical=s.flip_vertical,
-            seed=s.seed,
-            epoch=now.epoch,
+            min_crop_area=config.min_crop_area,
+            flip=config.flip,
+            flip_vertical=config.flip_vertical,
+            seed=config.seed,
+            epoch=step.epoch,
         )
-        shown = recolored(
-            cropped(images, crop), keys, s.intensity_jitter, seed=s.seed, epoch=now.epoch
+        augmented = jitter_intensity(
+            apply_crop(images, crop),
+            keys,
+            config.intensity_jitter,
+            seed=config.seed,
+            epoch=step.epoch,
         )
-        patches = patchify(shown, self.model.patch_size)
-        if s.selection.mode == "random":
-            return patches, self._select(_no_aim(patches), patches, keys, now)
-        self._begin_look(now.epoch)
-        if s.selection.analysis_interval == 0:
-            aim = self._look(
-                patches, keys, now.epoch, self._truth(host_keys, patches, crop), learn=True
-            )
+        patches = patchify(augmented, self.model.patch_size)
+        if config.selection.mode == "random":
+            return patches, self._select(LesionMap.empty(patches), patches, keys, step)
+        self._begin_analysis(step.epoch)
+        if config.selection.analysis_interval == 0:
+            truth = self._true_shares(host_keys, patches, crop)
+            lesion_map = self._analyze(patches, keys, step.epoch, truth, learn=True)
         else:
-            aim = LesionMap.of(
-                cropped(self._maps(images, keys, host_keys, now.epoch), crop, mode="nearest")
-            )
-        return patches, self._select(aim, patches, keys, now)
+            maps = self._whole_image_maps(images, keys, host_keys, step.epoch)
+            lesion_map = LesionMap.from_images(apply_crop(maps, crop, mode="nearest"))
+        return patches, self._select(lesion_map, patches, keys, step)
 
-    def whole(
-        self, images: Tensor, keys: Tensor, now: TrainingStep, aim: LesionMap | None = None
+    def mask_whole_images(
+        self,
+        images: Tensor,
+        keys: Tensor,
+        step: TrainingStep,
+        lesion_map: LesionMap | None = None,
     ) -> tuple[Tensor, LesionMap, Selection]:
-        """The same without cropping, for pictures and diagnosis: nothing is kept and no centroid moves.
+        """Select the patches to mask without augmentation, for pictures and diagnostics.
+
+        Nothing is cached and no centroid moves.
 
         Args:
-            aim: what an earlier call found, which holds until `analysis_epoch` changes; None looks (again).
+            images: (B, C, H, W), normalized.
+            keys: (B,) int64 on the images' device.
+            lesion_map: of an earlier call, valid until `analysis_epoch` changes. None analyzes.
+
+        Returns:
+            Patches (B, N, P), the lesion map and the selection.
         """
         patches = patchify(images, self.model.patch_size)
         if self.config.selection.mode == "random":
-            aim = _no_aim(patches)
-        elif aim is None:
-            truth = self._truth(keys.cpu(), patches, None)
-            aim = self._look(patches, keys, self.analysis_epoch(now.epoch), truth, learn=False)
-        return patches, aim, self._select(aim, patches, keys, now)
+            lesion_map = LesionMap.empty(patches)
+        elif lesion_map is None:
+            truth = self._true_shares(keys.cpu(), patches, None)
+            epoch = self.analysis_epoch(step.epoch)
+            lesion_map = self._analyze(patches, keys, epoch, truth, learn=False)
+        return patches, lesion_map, self._select(lesion_map, patches, keys, step)
 
     def analysis_epoch(self, epoch: int) -> int:
-        """The last epoch at which whole images were looked at: 1, 1 + refresh, ..., and the end of the warm-up."""
-        analysis_interval, warm = self.config.selection.analysis_interval, self._warm_from()
-        if analysis_interval == 0:
+        """Return the last epoch, up to `epoch`, at which whole images are analyzed.
+
+        These are 1, 1 + `analysis_interval`, ..., and the first after the warm-up.
+        """
+        interval = self.config.selection.analysis_interval
+        if interval == 0:
             return epoch
-        look = epoch - (epoch - 1) % analysis_interval
-        return max(look, warm) if warm <= epoch else look
+        regular = epoch - (epoch - 1) % interval
+        after_warmup = self._first_epoch_after_warmup()
+        return max(regular, after_warmup) if after_warmup <= epoch else regular
 
-    def _warm_from(self) -> int:
-        """First epoch after the warm-up; with a teacher never the very first, when its weights are still random."""
-        warm = int(self.config.loss.warmup * self.config.epochs) + 1
-        return warm if self.model.teacher is None else max(2, warm)
+    def _first_epoch_after_warmup(self) -> int:
+        """With a teacher never the very first epoch, when its weights are still random."""
+        first = int(self.config.loss.warmup * self.config.epochs) + 1
+        return first if self.model.teacher is None else max(2, first)
 
-    def _begin_look(self, epoch: int) -> None:
-        look = self.analysis_epoch(epoch)
-        if look == self._looked:
+    def _begin_analysis(self, epoch: int) -> None:
+        """Discard the maps of an earlier analysis, and commit the centroids of a new one."""
+        analysis_epoch = self.analysis_epoch(epoch)
+        if analysis_epoch == self._cached_epoch:
             return
-        self._rows, self._filled, self._looked = {}, 0, look
-        if self.model.centroids is not None and epoch == look:
+        self._cache.clear()
+        self._cached_epoch = analysis_epoch
+        if self.model.centroids is not None and epoch == analysis_epoch:
             self.model.centroids.commit()
 
-    def _maps(self, images: Tensor, keys: Tensor, host_keys: Tensor, epoch: int) -> Tensor:
-        """What is thought of whole images, (B, 3, h, w); looked at where nothing of this look is kept."""
-        look = self._looked
-        wanted = host_keys.tolist()
-        # Centroids are learnt by all workers together, so each looks at every batch, whatever it has seen of it.
-        learn = self.model.centroids is not None and epoch == look
-        new = [i for i, key in enumerate(wanted) if learn or key not in self._rows]
+    def _whole_image_maps(
+        self, images: Tensor, keys: Tensor, host_keys: Tensor, epoch: int
+    ) -> Tensor:
+        """Return lesion maps (B, 3, h, w) of whole images; analyze those that are not cached."""
+        all_keys = host_keys.tolist()
+        # Centroids are learned by all workers together, so each analyzes every batch, whatever it
+        # has cached of it.
+        learn = self.model.centroids is not None and epoch == self._cached_epoch
+        new = [i for i, key in enumerate(all_keys) if learn or key not in self._cache]
         if new:
             index = torch.tensor(new, device=images.device)
             patches = patchify(images[index], self.model.patch_size)
-            truth = self._truth(host_keys[new], patches, None)
-            maps = (
-                self._look(patches, keys[index], look, truth, learn=learn)
-                .maps(self.model.grid)
-                .half()
-            )
-            start, end = self._filled, self._filled + len(new)
-            if end > len(self._kept):  # doubling, so that growing costs no more than filling
-                larger = maps.new_zeros(max(2 * len(self._kept), end), *maps.shape[1:])
-                self._kept = (
-                    torch.cat([self._kept, larger[len(self._kept) :]])
-                    if len(self._kept)
-                    else larger
-                )
-            self._kept[start:end] = maps
-            self._rows |= {wanted[i]: start + row for row, i in enumerate(new)}
-            self._filled = end
-        rows = torch.tensor([self._rows[key] for key in wanted])
-        return self._kept[rows.to(images.device, non_blocking=True)].float()
+            truth = self._true_shares(host_keys[new], patches, None)
+            found = self._analyze(patches, keys[index], self._cached_epoch, truth, learn=learn)
+            self._cache.add(host_keys[new].tolist(), found.to_images(self.model.grid))
+        return self._cache.get(all_keys, images.device)
 
-    def _look(
+    def _analyze(
         self, patches: Tensor, keys: Tensor, epoch: int, truth: Tensor | None, *, learn: bool
     ) -> LesionMap:
-        s, model = self.config, self.model
-        told: TeacherView | None = None
-        if model.teacher is not None and epoch >= self._warm_from():
-            with autocast(s, patches.device.type):
-                told = teacher_view(model, patches, keys, s, epoch)
+        config = self.config
+        model = self.model
+        teacher: TeacherView | None = None
+        if model.teacher is not None and epoch >= self._first_epoch_after_warmup():
+            with autocast(config, patches.device.type):
+                teacher = teacher_view(model, patches, keys, config, epoch)
+        # The teacher's tokens have other dimensions than the raw patches that replace them at
+        # first.
+        has_features = teacher is not None or config.selection.features != "tokens"
         return locate_lesion(
             patches,
             keys,
             model.grid,
             model.spec.channels,
-            s.selection,
-            seed=s.seed,
+            config.selection,
+            seed=config.seed,
             epoch=epoch,
-            teacher=told,
-            feedback=s.selection.feedback if s.uses_feedback else 0.0,
+            teacher=teacher,
+            feedback=config.selection.feedback if config.uses_feedback else 0.0,
             truth=truth,
-            # The teacher's tokens have other dimensions than the raw patches that stand in for them at first.
-            centroids=model.centroids
-            if told is not None or s.selection.features != "tokens"
-            else None,
+            centroids=model.centroids if has_features else None,
             learn=learn,
         )
 
     def _select(
-        self, aim: LesionMap, patches: Tensor, keys: Tensor, now: TrainingStep
+        self, lesion_map: LesionMap, patches: Tensor, keys: Tensor, step: TrainingStep
     ) -> Selection:
-        s = self.config
+        config = self.config
         return select_patches(
-            aim,
-            tissue_of(patches, s.selection),
+            lesion_map,
+            tissue_mask(patches, config.selection),
             keys,
-            masked_count(self.ratio(now), patches.shape[1], s.ratio.round_to),
-            s.selection,
-            seed=s.seed,
-            epoch=now.epoch,
-            progress=now.epoch / s.epochs,
-            ratio_over=s.ratio.ratio_over,
+            masked_count(self.ratio(step), patches.shape[1], config.ratio.round_to),
+            config.selection,
+            seed=config.seed,
+            epoch=step.epoch,
+            progress=step.epoch / config.epochs,
+            ratio_over=config.ratio.ratio_over,
         )
 
-    def _truth(self, host_keys: Tensor, patches: Tensor, crop: Tensor | None) -> Tensor | None:
-        if not self.config.selection.uses_truth:
+    def _true_shares(
+        self, host_keys: Tensor, patches: Tensor, crop: Tensor | None
+    ) -> Tensor | None:
+        """Return the lesion share per patch (B, N) where an oracle needs it, cropped along."""
+        if not self.config.selection.uses_ground_truth:
             return None
         if self.truth is None:
             raise ConfigError(
-                "An oracle aims by true lesions, but none were given; use another selection.rule or selection.score."
+                "An oracle needs true lesions, but there are none; "
+                "use another selection.rule or selection.score."
             )
         share = torch.stack([self.truth[key] for key in host_keys.tolist()]).to(patches.device)
-        return cropped(share[:, None], crop)[:, 0].flatten(1)
-
-
-def _no_aim(patches: Tensor) -> LesionMap:
-    zero = torch.zeros_like(patches[..., 0])
-    return LesionMap(zero, zero, zero - 1)
+        return apply_crop(share[:, None], crop)[:, 0].flatten(1)

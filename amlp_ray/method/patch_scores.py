@@ -1,9 +1,11 @@
 """Patch scores: how likely a patch holds a lesion, without clusters and without labels.
 
-On 258 breast ultrasound images the top tenth of `geodesic` finds lesion patches with a precision of 0.42, the smallest
-of three raw k-means clusters with 0.14 (base rate 0.13); docs/localisation.md has all. `combined` was designed on such
-images: the sign (dark or bright lesions) and the centre prior are properties of a data set, hence settings. All scores
-but `geodesic` are ours.
+On 258 breast ultrasound images the top tenth of `geodesic` finds lesion patches with a precision of
+0.42, the smallest of three raw k-means clusters with 0.14 (base rate 0.13); docs/localization.md
+has all figures. `combined` was designed on such images. Whether lesions are dark or bright, and
+whether images are centered on them, are properties of a data set, hence settings.
+
+Shapes: B images, N patches, P values per patch, h x w the patch grid.
 """
 
 from typing import get_args
@@ -29,125 +31,163 @@ def patch_score(
     sign: str,
     center_prior: float,
 ) -> Tensor:
-    """Score patches (B, N, P): z-scores over `tissue`, (B, N), higher means more likely lesion.
+    """Score patches (B, N, P): z-scores over `tissue`, (B, N); higher is more likely a lesion.
 
-    - `row_contrast`: row median minus neighbourhood mean; the row median takes out attenuation with depth.
+    - `row_contrast`: row median minus neighborhood mean. The row median removes attenuation with
+      depth.
     - `blob`: strongest difference of Gaussians over three scales.
-    - `border_saliency`: distance to the five most similar patches on the image's border, in (mean, SD); has no sign.
-    - `geodesic`: least sum of steps in (mean, SD) on a way to the image's border (Wei et al. 2012); has no sign.
+    - `border_saliency`: distance in (mean, SD) to the five most similar patches on the image's
+      border; has no sign.
+    - `geodesic`: least sum of steps in (mean, SD) on a path to the image's border; has no sign.
     - `texture`: SD of the patch; has no sign.
-    - `combined`: sum of the within-image ranks of the first three, times the centre prior.
+    - `combined`: sum of the within-image ranks of the first three.
 
-    Border patches get the lowest score of their image. An image whose patches are all alike scores 0 everywhere.
+    Border patches get the lowest score of their image. An image of equal patches scores 0.
+
+    Args:
+        tissue: (B, N) bool.
+        sign: "dark", "bright" or "free", of lesions against their surroundings.
+        center_prior: SD of a Gaussian about the image center, in half sides, by which the ranks of
+            the score are multiplied; 0 is off.
+
+    Source: `geodesic` after Wei et al. 2012 (geodesic saliency); all others are our own.
     """
-    mean, std = patches.mean(-1), patches.std(-1, correction=0)
-    parts = {
-        "row_contrast": lambda: _signed(_row_contrast(mean, grid), sign),
-        "blob": lambda: _blob(mean, grid, sign),
-        "border_saliency": lambda: _border_saliency(mean, std, tissue, grid),
-        "geodesic": lambda: _geodesic(mean, std, tissue, grid),
-        "texture": lambda: std,
-    }
     if score == "combined":
-        value = torch.stack([_ranks(parts[name](), tissue) for name in COMBINED]).sum(0)
+        ranks = []
+        for name in COMBINED:
+            ranks.append(_ranks(_single_score(name, patches, tissue, grid, sign), tissue))
+        value = torch.stack(ranks).sum(0)
     else:
-        value = parts[score]()
+        value = _single_score(score, patches, tissue, grid, sign)
     if center_prior > 0:
-        prior = torch.exp(-center_distance(grid, patches.device).square() / (2 * center_prior**2))
+        distance = center_distance(grid, patches.device)
+        prior = torch.exp(-distance.square() / (2 * center_prior**2))
         value = _ranks(value, tissue) * prior
     return z_score(value, tissue)
 
 
 def z_score(value: Tensor, tissue: Tensor) -> Tensor:
-    """Standardise values (B, N) over tissue; border patches get the lowest of their image, images without tissue 0."""
+    """Standardize values (B, N) over tissue (B, N).
+
+    Border patches get the lowest value of their image, images without tissue 0.
+    """
     z = standardize(value[..., None], tissue)[..., 0]
     lowest = z.masked_fill(~tissue, torch.inf).amin(1, keepdim=True)
     return torch.where(tissue, z, torch.where(lowest.isfinite(), lowest, 0.0))
 
 
+def _single_score(
+    name: str, patches: Tensor, tissue: Tensor, grid: tuple[int, int], sign: str
+) -> Tensor:
+    mean = patches.mean(-1)
+    if name == "row_contrast":
+        return _signed(_row_contrast(mean, grid), sign)
+    if name == "blob":
+        return _blob(mean, grid, sign)
+    std = patches.std(-1, correction=0)
+    if name == "texture":
+        return std
+    features = standardize(torch.stack([mean, std], -1), tissue)  # (B, N, 2)
+    if name == "border_saliency":
+        return _border_saliency(features, grid)
+    return _geodesic(features, tissue, grid)
+
+
 def _signed(darkness: Tensor, sign: str) -> Tensor:
-    return {"dark": darkness, "bright": -darkness, "free": darkness.abs()}[sign]
+    if sign == "dark":
+        return darkness
+    return -darkness if sign == "bright" else darkness.abs()
 
 
 def _row_contrast(mean: Tensor, grid: tuple[int, int]) -> Tensor:
     rows = mean.reshape(-1, *grid)
-    # torch's median of an even number is the lower of the middle two, which would favour dark lesions.
-    median = (rows.median(-1, keepdim=True).values - (-rows).median(-1, keepdim=True).values) / 2
+    # torch's median of an even number is the lower of the middle two, which would favor dark
+    # lesions.
+    lower = rows.median(-1, keepdim=True).values
+    minus_upper = (-rows).median(-1, keepdim=True).values
+    median = (lower - minus_upper) / 2
     return median.expand_as(rows).reshape(mean.shape) - neighborhood_mean(mean, grid, 3)
 
 
 def _blob(mean: Tensor, grid: tuple[int, int], sign: str) -> Tensor:
-    """Strongest dark (or bright) difference of Gaussians; scales in patches, small to a third of a 12-patch side."""
+    """Return the strongest dark (or bright) difference of Gaussians.
+
+    Scales are in patches, from small to a third of a side of 12 patches.
+    """
     image = mean.reshape(-1, 1, *grid)
-    responses = [_signed(_blur(image, 1.6 * s) - _blur(image, s), sign) for s in (0.8, 1.4, 2.2)]
+    responses = []
+    for sigma in (0.8, 1.4, 2.2):
+        difference = _blur(image, 1.6 * sigma) - _blur(image, sigma)
+        responses.append(_signed(difference, sign))
     return torch.stack(responses).amax(0).reshape(mean.shape)
 
 
 def _blur(image: Tensor, sigma: float) -> Tensor:
+    """Blur maps (B, 1, h, w) by a Gaussian of `sigma` patches."""
     radius = max(1, min(round(3 * sigma), min(image.shape[-2:]) - 1))
     x = torch.arange(-radius, radius + 1, device=image.device, dtype=image.dtype)
     kernel = torch.exp(-x.square() / (2 * sigma**2))
     kernel = kernel / kernel.sum()
-    image = F.conv2d(
-        F.pad(image, (radius, radius, 0, 0), mode="replicate"), kernel.view(1, 1, 1, -1)
-    )
-    return F.conv2d(
-        F.pad(image, (0, 0, radius, radius), mode="replicate"), kernel.view(1, 1, -1, 1)
-    )
+    image = F.pad(image, (radius, radius, 0, 0), mode="replicate")
+    image = F.conv2d(image, kernel.view(1, 1, 1, -1))
+    image = F.pad(image, (0, 0, radius, radius), mode="replicate")
+    return F.conv2d(image, kernel.view(1, 1, -1, 1))
 
 
-def _border_saliency(mean: Tensor, std: Tensor, tissue: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Mean distance to the five nearest patches of the image's border ring: what the border knows is background."""
-    x = standardize(torch.stack([mean, std], -1), tissue)  # (B, N, 2)
-    ring = torch.ones(grid, dtype=torch.bool, device=mean.device)
+def _border_ring(grid: tuple[int, int], device: torch.device) -> Tensor:
+    """Return which patches lie on the image's border, (h, w) bool."""
+    ring = torch.ones(grid, dtype=torch.bool, device=device)
     ring[1:-1, 1:-1] = False
-    border = x[:, ring.flatten()]  # (B, R, 2)
-    distance = torch.cdist(
-        x, border, compute_mode="donot_use_mm_for_euclid_dist"
-    )  # exact where patches are alike
+    return ring
+
+
+def _border_saliency(features: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the mean distance of features (B, N, 2) to the five nearest on the border ring.
+
+    What resembles the border is background.
+    """
+    border = features[:, _border_ring(grid, features.device).flatten()]  # (B, R, 2)
+    # Not by matrix product, so that the distance of equal patches is exactly 0.
+    distance = torch.cdist(features, border, compute_mode="donot_use_mm_for_euclid_dist")
     return distance.topk(min(5, border.shape[1]), largest=False).values.mean(-1)
 
 
-def _geodesic(mean: Tensor, std: Tensor, tissue: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Least sum of differences between neighbours from the border ring (or a black border) to each patch.
+def _geodesic(features: Tensor, tissue: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the least sum of steps in features (B, N, 2) from the border to each patch, (B, N).
 
-    Relaxed over all patches at once; 2 (h + w) rounds reach every patch by ways of that length.
+    Paths start at the border ring or at a black border. Relaxed over all patches at once: 2 (h + w)
+    rounds reach every patch by paths of up to that length.
     """
     h, w = grid
-    x = standardize(torch.stack([mean, std], -1), tissue).mT.reshape(-1, 2, h, w)
+    x = features.mT.reshape(-1, 2, h, w)
     down = (x[:, :, 1:] - x[:, :, :-1]).norm(dim=1)  # (B, h - 1, w) cost of a step between rows
     right = (x[..., 1:] - x[..., :-1]).norm(dim=1)  # (B, h, w - 1)
-    start = torch.ones(h, w, dtype=torch.bool, device=mean.device)
-    start[1:-1, 1:-1] = False
-    distance = torch.where(start | ~tissue.reshape(-1, h, w), 0.0, torch.inf).to(x.dtype)
+    start = _border_ring(grid, features.device) | ~tissue.reshape(-1, h, w)
+    distance = torch.where(start, 0.0, torch.inf).to(x.dtype)
     for _ in range(2 * (h + w)):
-        distance = torch.minimum(
-            distance, F.pad(distance[:, :-1] + down, (0, 0, 1, 0), value=torch.inf)
-        )
-        distance = torch.minimum(
-            distance, F.pad(distance[:, 1:] + down, (0, 0, 0, 1), value=torch.inf)
-        )
-        distance = torch.minimum(
-            distance, F.pad(distance[..., :-1] + right, (1, 0), value=torch.inf)
-        )
-        distance = torch.minimum(
-            distance, F.pad(distance[..., 1:] + right, (0, 1), value=torch.inf)
-        )
+        from_above = F.pad(distance[:, :-1] + down, (0, 0, 1, 0), value=torch.inf)
+        distance = torch.minimum(distance, from_above)
+        from_below = F.pad(distance[:, 1:] + down, (0, 0, 0, 1), value=torch.inf)
+        distance = torch.minimum(distance, from_below)
+        from_left = F.pad(distance[..., :-1] + right, (1, 0), value=torch.inf)
+        distance = torch.minimum(distance, from_left)
+        from_right = F.pad(distance[..., 1:] + right, (0, 1), value=torch.inf)
+        distance = torch.minimum(distance, from_right)
     return distance.flatten(1)
 
 
 def _ranks(values: Tensor, tissue: Tensor) -> Tensor:
-    """Ranks within the tissue of every image, scaled to 0-1; border patches get 0, and so do patches all alike.
+    """Return ranks (B, N) within the tissue of every image, scaled to 0-1.
 
-    Equal values share their mean rank: in saturated areas ranks by position would mask an image from the bottom up.
+    Border patches get 0, and so do patches that are all alike. Equal values share their mean rank:
+    in saturated areas, ranks by position would mask an image from the bottom up.
     """
-    z = (
-        standardize(values[..., None], tissue)[..., 0] * 1e4
-    ).round()  # so that rounding errors are no difference
-    mixed = (z * tissue).any(1, keepdim=True)
+    z = standardize(values[..., None], tissue)[..., 0]
+    z = (z * 1e4).round()  # so that rounding errors make no difference
+    is_mixed = (z * tissue).any(1, keepdim=True)
     z = z.masked_fill(~tissue, -torch.inf)
     ordered = z.sort(1).values
     rank = (torch.searchsorted(ordered, z) + torch.searchsorted(ordered, z, right=True) - 1) / 2
-    off = (~tissue).sum(1, keepdim=True)
-    inside = (tissue.sum(1, keepdim=True) - 1).clamp_min(1)
-    return ((rank - off).clamp_min(0) / inside * mixed).to(values.dtype)
+    off_tissue = (~tissue).sum(1, keepdim=True)
+    last_rank = (tissue.sum(1, keepdim=True) - 1).clamp_min(1)
+    return ((rank - off_tissue).clamp_min(0) / last_rank * is_mixed).to(values.dtype)

@@ -1,8 +1,10 @@
-"""MPS, masked patch selection: which patches of an image are masked.
+"""MPS, masked patch selection: choose which patches of an image are masked.
 
-Every mode turns into one priority per patch; the m patches of highest priority are masked. Random masking is the
-priority `noise`, so a neutral setting of any mode gives the masks of plain MAE to the bit.
-Published: unsupervised clustering into lesion and background. All else is our reconstruction, or a relative's rule.
+Every mode computes one priority per patch; the m patches of highest priority are masked. Random
+masking has uniform noise as priority, so a neutral setting of any mode gives the masks of plain MAE
+to the bit.
+
+Shapes: B images, N patches, m masked patches.
 """
 
 from __future__ import annotations
@@ -16,16 +18,18 @@ from amlp_ray.config import SelectionConfig
 from amlp_ray.method import counter_rng
 from amlp_ray.method.lesion_map import LesionMap
 
-HINTED = (
-    0.1  # share of all patches, the most attended ones, among which `ranked` shows hints (AttMask)
-)
+HINT_SHARE = 0.1  # of all patches, the most attended: among them `ranked` shows hints (AttMask)
 
 
 class Selection(NamedTuple):
-    """What is masked, and why.
+    """Masked and visible patches, and the reason.
 
-    `masked` (B, m) and `visible` (B, N - m) are patch indices. `lesion` (B, N) bool is the probable lesion, `tissue`
-    (B, N) bool all but the black border, `fallback` (B,) bool the images masked at random because nothing was found.
+    Attributes:
+        masked: (B, m) patch indices.
+        visible: (B, N - m) patch indices.
+        lesion: (B, N) bool, the probable lesion.
+        tissue: (B, N) bool, all but the black border.
+        fallback: (B,) bool, images masked at random because no lesion was found.
     """
 
     masked: Tensor
@@ -34,14 +38,14 @@ class Selection(NamedTuple):
     tissue: Tensor
     fallback: Tensor
 
-    def rows(self, some: slice) -> Selection:
-        """Of some of the images."""
-        return Selection(*(field[some] for field in self))
+    def rows(self, images: slice) -> Selection:
+        """Return the selection of some of the images."""
+        return Selection(*(field[images] for field in self))
 
 
 @torch.no_grad()
 def select_patches(
-    aim: LesionMap,
+    lesion_map: LesionMap,
     tissue: Tensor,
     keys: Tensor,
     count: int,
@@ -54,120 +58,158 @@ def select_patches(
 ) -> Selection:
     """Choose exactly `count` patches per image to mask.
 
+    - `hard`: lesion first, then other tissue, then border.
+    - `soft`: Gumbel-top-m on strength * score, which samples without replacement with
+      probabilities proportional to exp(strength * score).
+    - `ranked`: the top scores first, the rest at random (HPM, AttMask).
+    - `parts`: from a share of every cluster to whole clusters (SemMAE).
+    - `random`: uniform (MAE).
+
     Args:
-        aim: what is thought of every patch. tissue: (B, N) bool.
-        keys: (B,) int64, one identity per image; masks depend on (seed, epoch, key) and the image alone.
-        progress: share of training done, for modes that change over it.
-        ratio_over: `tissue` masks as great a share of the tissue as of the border.
+        tissue: (B, N) bool.
+        keys: (B,) int64, one identity per image. Masks depend on (seed, epoch, key) and the image
+            alone.
+        progress: share of training done, 0-1, for modes that change over it.
+        ratio_over: `tissue` masks the same share of tissue as of border.
+
+    Source: published is that probable lesions are masked first; the priorities of `hard` and `soft`
+    are our reconstruction. Gumbel-top-m: Kool et al. 2019.
     """
     b, n = tissue.shape
     noise = counter_rng.uniform(keys, n, seed=seed, epoch=epoch, stream=counter_rng.MASK)
-    lesion = (aim.lesion > 0.5) & tissue & config.names_lesion
+    lesion = (lesion_map.lesion > 0.5) & tissue & config.names_lesion
     fallback = torch.zeros(b, dtype=torch.bool, device=tissue.device)
     if config.mode == "hard":
         fallback = ~lesion.any(1)
-        priority = torch.where(
-            fallback[:, None], noise, _tiers(lesion, tissue, noise, config.lesion_share) + noise
-        )
+        tiers = _tiers(lesion, tissue, noise, config.lesion_share)
+        priority = torch.where(fallback[:, None], noise, tiers + noise)
     elif config.mode == "soft":
-        fallback = _says_nothing(aim.score)
-        priority = config.strength * aim.score - torch.log(
-            -torch.log(noise)
-        )  # Gumbel-top-m; monotone in noise at 0
+        fallback = _is_constant(lesion_map.score)
+        # Monotone in noise at strength 0, which therefore is random masking.
+        gumbel = torch.log(-torch.log(noise))
+        priority = config.strength * lesion_map.score - gumbel
     elif config.mode == "ranked":
-        fallback = _says_nothing(aim.score)
+        fallback = _is_constant(lesion_map.score)
         share = config.aim_start + (config.aim_end - config.aim_start) * progress
-        hints = counter_rng.uniform(keys, n, seed=seed, epoch=epoch, stream=counter_rng.HINT)
-        priority = _ranked(aim.score, noise, hints, count, share, config.lesion_share)
+        hint_noise = counter_rng.uniform(keys, n, seed=seed, epoch=epoch, stream=counter_rng.HINT)
+        priority = _top_scores_first(
+            lesion_map.score, noise, hint_noise, count, share, config.lesion_share
+        )
     elif config.mode == "parts":
-        fallback = (aim.part < 0).all(1)
-        order = counter_rng.uniform(
+        fallback = (lesion_map.cluster < 0).all(1)
+        cluster_noise = counter_rng.uniform(
             keys, config.clusters, seed=seed, epoch=epoch, stream=counter_rng.PART
         )
-        priority = torch.where(
-            fallback[:, None], noise, -_part_order(aim.part, order, noise, 1 - progress**2)
-        )
+        order = _cluster_order(lesion_map.cluster, cluster_noise, noise, 1 - progress**2)
+        priority = torch.where(fallback[:, None], noise, -order)
     else:
         priority = noise
     if ratio_over == "tissue":
-        priority = _share_of_tissue(priority, tissue, count)
-    ranked = priority.argsort(stable=True, dim=1, descending=True)
-    return Selection(ranked[:, :count], ranked[:, count:], lesion, tissue, fallback)
+        priority = _same_share_of_tissue(priority, tissue, count)
+    order = priority.argsort(stable=True, dim=1, descending=True)
+    return Selection(order[:, :count], order[:, count:], lesion, tissue, fallback)
 
 
-def _says_nothing(score: Tensor) -> Tensor:
-    """Images (B,) whose patches all have the same score, so that they are masked at random."""
+def _is_constant(score: Tensor) -> Tensor:
+    """Return which images (B,) have equal scores (B, N), so that they are masked at random."""
     return score.amax(1) == score.amin(1)
 
 
 def _rank(values: Tensor) -> Tensor:
-    """Place of each value in its row, 0 for the highest."""
+    """Return the rank of each value in its row, 0 for the highest."""
     return values.argsort(stable=True, dim=1, descending=True).argsort(1)
 
 
 def _tiers(lesion: Tensor, tissue: Tensor, noise: Tensor, lesion_share: float) -> Tensor:
-    """Order of masking: chosen lesion patches (2), other tissue (1), border (0), lesion patches kept as hints (-1)."""
-    tier = tissue.to(noise.dtype)
-    chosen = lesion & (
-        _rank(noise.masked_fill(~lesion, -1.0))
-        < torch.floor(lesion_share * lesion.sum(1, keepdim=True))
-    )
-    return torch.where(lesion, torch.where(chosen, 2.0, -1.0), tier)
+    """Return tiers (B, N): a share of the lesion 2, other tissue 1, border 0, hints -1.
+
+    Hints are the lesion patches that are to stay visible.
+    """
+    rank_in_lesion = _rank(noise.masked_fill(~lesion, -1.0))
+    quota = torch.floor(lesion_share * lesion.sum(1, keepdim=True))
+    is_masked_first = lesion & (rank_in_lesion < quota)
+    lesion_tier = torch.where(is_masked_first, 2.0, -1.0)
+    return torch.where(lesion, lesion_tier, tissue.to(noise.dtype))
 
 
-def _ranked(
-    score: Tensor, noise: Tensor, hints: Tensor, count: int, share: float, lesion_share: float
+def _top_scores_first(
+    score: Tensor,
+    noise: Tensor,
+    hint_noise: Tensor,
+    count: int,
+    share: float,
+    lesion_share: float,
 ) -> Tensor:
-    """The top `share` of `count` by score first, the rest at random (HPM); of the very top some are shown (AttMask).
+    """Return priorities (B, N): the top `share` of `count` by score first, the rest at random.
 
-    Equal scores are ordered by noise, so that a score that says nothing masks at random.
+    Some of the very top are shown as hints. Equal scores are ordered by noise, so that a score that
+    is constant masks at random.
+
+    Source: the top share after HPM (Wang et al. 2023), the hints after AttMask (Kakogeorgiou et al.
+    2022).
     """
-    rank = noise.argsort(dim=1, descending=True)
-    rank = rank.gather(
-        1, score.gather(1, rank).argsort(stable=True, dim=1, descending=True)
-    ).argsort(1)
-    top = rank < int(share * count)
-    hinted = top & (rank < HINTED * rank.shape[1]) & (hints > lesion_share)
-    return torch.where(hinted, -1.0, top.to(noise.dtype)) + noise
+    order = noise.argsort(dim=1, descending=True)
+    by_score = score.gather(1, order).argsort(stable=True, dim=1, descending=True)
+    rank = order.gather(1, by_score).argsort(1)
+    is_top = rank < int(share * count)
+    is_candidate = rank < HINT_SHARE * rank.shape[1]
+    is_hint = is_top & is_candidate & (hint_noise > lesion_share)
+    return torch.where(is_hint, -1.0, is_top.to(noise.dtype)) + noise
 
 
-def _part_order(part: Tensor, part_noise: Tensor, noise: Tensor, within: float) -> Tensor:
-    """Order of masking (B, N), 0 first, between two extremes: SemMAE (Li et al. 2022).
+def _cluster_order(cluster: Tensor, cluster_noise: Tensor, noise: Tensor, within: float) -> Tensor:
+    """Return the order of masking (B, N), 0 first, between two extremes.
 
-    With `within` 1, a patch's place inside its own part: every part loses the same share. With 0, its place when parts
-    are taken whole, one after the other in random order. The black border counts as one more part.
+    With `within` 1 it is a patch's position inside its own cluster: every cluster loses the same
+    share. With 0 it is the position when clusters are masked whole, in random order. The black
+    border counts as one more cluster.
+
+    Args:
+        cluster: (B, N) ids, -1 on the border.
+        cluster_noise: (B, K) uniform.
+        noise: (B, N) uniform.
+
+    Source: SemMAE (Li et al. 2022), with our clusters in place of learned parts.
     """
-    b, n = part.shape
-    part_noise = torch.cat(
-        [part_noise.new_full((b, 1), 2.0), part_noise], 1
-    )  # the border comes last
-    turn = _rank(-part_noise).gather(1, part.long() + 1)  # (B, N)
-    whole = _rank(-(turn + noise) if within < 1 else noise).to(noise.dtype)
-    same = part[:, :, None] == part[:, None]  # (B, N, N)
-    place = (same & (noise[:, None] > noise[:, :, None])).sum(
-        2
-    )  # patches of the part that come earlier
-    return within * (place + noise) / same.sum(2) + (1 - within) * whole / n
+    b, n = cluster.shape
+    border_noise = cluster_noise.new_full((b, 1), 2.0)  # so that the border comes last
+    cluster_noise = torch.cat([border_noise, cluster_noise], 1)
+    turn = _rank(-cluster_noise).gather(1, cluster.long() + 1)  # (B, N)
+    whole_clusters = _rank(-(turn + noise) if within < 1 else noise).to(noise.dtype)
+    is_same = cluster[:, :, None] == cluster[:, None]  # (B, N, N)
+    is_earlier = noise[:, None] > noise[:, :, None]
+    position = (is_same & is_earlier).sum(2)  # inside its cluster
+    share = within * (position + noise) / is_same.sum(2)
+    return share + (1 - within) * whole_clusters / n
 
 
-def _share_of_tissue(priority: Tensor, tissue: Tensor, count: int) -> Tensor:
-    """Re-order so that the first `count` hold the same share of tissue as of border, each by its own priority."""
+def _same_share_of_tissue(priority: Tensor, tissue: Tensor, count: int) -> Tensor:
+    """Reorder so that the first `count` hold the same share of tissue as of border.
+
+    Within tissue and within border the given priority (B, N) decides.
+    """
     n = tissue.shape[1]
     quota = torch.round(tissue.sum(1, keepdim=True) * (count / n))
-    first = tissue & (_rank(priority.masked_fill(~tissue, -torch.inf)) < quota)
+    is_first = tissue & (_rank(priority.masked_fill(~tissue, -torch.inf)) < quota)
     order = -_rank(priority).to(torch.float32)
-    return order + 2.0 * n * first + 1.0 * n * ~tissue
+    return order + 2.0 * n * is_first + 1.0 * n * ~tissue
 
 
 def selection_statistics(selection: Selection) -> dict[str, Tensor]:
-    """Means over the batch: share of patches in the probable lesion, shares of it and of tissue that are masked,
-    share of fallbacks."""
-    lesion, tissue = selection.lesion.float(), selection.tissue.float()
+    """Compute scalar metrics of a batch.
+
+    - `lesion_cluster_share`: share of patches in the probable lesion.
+    - `lesion_masked_share`, `tissue_masked_share`: share of the lesion and of tissue that is
+      masked, mean over images that have any.
+    - `fallback_share`: share of images masked at random.
+    """
+    lesion = selection.lesion.float()
+    tissue = selection.tissue.float()
 
     def masked_share(where: Tensor) -> Tensor:
         size = where.sum(1)
-        hit = where.gather(1, selection.masked).sum(1)
-        return (hit / size.clamp_min(1)).sum() / (size > 0).sum().clamp_min(1)
+        masked = where.gather(1, selection.masked).sum(1)
+        return (masked / size.clamp_min(1)).sum() / (size > 0).sum().clamp_min(1)
 
     return {
         "lesion_cluster_share": lesion.mean(),

@@ -1,13 +1,17 @@
-"""Images as patches. Shapes: B images, C channels, N patches, P = C * p * p values per patch, h x w the patch grid."""
+"""Images as patches.
 
+Shapes: B images, C channels, N patches, P = C * p * p values per patch, h x w the patch grid.
+"""
+
+import numpy as np
 import torch
 from torch import Tensor
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Cut images (B, C, H, W) into patches (B, N, P), row by row; values of a patch are ordered (C, p, p).
+    """Cut images (B, C, H, W) into patches (B, N, P), row by row; values are ordered (C, p, p).
 
-    The order is that of a convolution's weight, so a timm patch embedding applies to it as a matrix.
+    The order is that of a convolution's weight, so a timm patch embedding applies as a matrix.
     """
     b, c, height, width = images.shape
     p = patch_size
@@ -18,13 +22,16 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
     """Put patches (B, N, P) back together into images (B, C, H, W); the inverse of `patchify`."""
     b, _, values = patches.shape
-    p, (h, w) = patch_size, grid
+    p = patch_size
+    h, w = grid
     channels = values // (p * p)
-    return (
-        patches.reshape(b, h, w, channels, p, p)
-        .permute(0, 3, 1, 4, 2, 5)
-        .reshape(b, channels, h * p, w * p)
-    )
+    pixels = patches.reshape(b, h, w, channels, p, p).permute(0, 3, 1, 4, 2, 5)
+    return pixels.reshape(b, channels, h * p, w * p)
+
+
+def lesion_shares(masks: np.ndarray, patch_size: int) -> Tensor:
+    """Return the lesion share of every patch, (B, N), from masks (B, H, W)."""
+    return patchify(torch.from_numpy(masks > 0).float()[:, None], patch_size).mean(-1)
 
 
 def gather(patches: Tensor, ids: Tensor) -> Tensor:
@@ -33,18 +40,25 @@ def gather(patches: Tensor, ids: Tensor) -> Tensor:
         return patches.gather(1, ids)
     b, n, _ = patches.shape
     rows = ids + n * torch.arange(b, device=ids.device)[:, None]
-    return (
-        patches.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, ids.shape)
-    )  # copies whole patches
+    # Unlike torch.gather, this copies whole patches.
+    picked = patches.flatten(0, 1).index_select(0, rows.flatten())
+    return picked.unflatten(0, ids.shape)
 
 
 def tissue_patches(patches: Tensor, *, mean_above: float, std_above: float) -> Tensor:
-    """Tell tissue from border: bool (B, N).
+    """Tell tissue from border in patches (B, N, P): bool (B, N).
 
-    A patch is tissue where its mean or its standard deviation exceeds the threshold, both as shares of the image's own
-    value range: a black border is flat and lies at the minimum. An image of one value has no tissue.
+    A patch is tissue where its mean or its SD exceeds the threshold. A black border is flat and
+    lies at the minimum. An image of one value has no tissue.
+
+    Args:
+        mean_above: share of the image's value range.
+        std_above: share of the image's value range.
+
+    Source: our reconstruction.
     """
-    low, high = patches.amin((1, 2), keepdim=True), patches.amax((1, 2), keepdim=True)
+    low = patches.amin((1, 2), keepdim=True)
+    high = patches.amax((1, 2), keepdim=True)
     shares = (patches - low) / (high - low).clamp_min(torch.finfo(patches.dtype).tiny)
     mean = shares.mean(-1, keepdim=True)
     std = (shares - mean).square().mean(-1).sqrt()  # on CPU 15 times faster than torch's own
@@ -52,7 +66,10 @@ def tissue_patches(patches: Tensor, *, mean_above: float, std_above: float) -> T
 
 
 def standardize(x: Tensor, inside: Tensor) -> Tensor:
-    """Scale each column of x (B, N, D) to mean 0 and SD 1 over the patches `inside` (B, N); flat columns become 0."""
+    """Scale each column of x (B, N, D) to mean 0 and SD 1 over the patches `inside` (B, N) bool.
+
+    Flat columns become 0.
+    """
     weight = inside[..., None].to(x.dtype)
     count = weight.sum(1, keepdim=True).clamp_min(1)
     mean = (x * weight).sum(1, keepdim=True) / count

@@ -17,7 +17,7 @@ from amlp_ray.data.loading.batches import Batch
 from amlp_ray.errors import ConfigError
 from amlp_ray.method.augment import normalize
 from amlp_ray.method.autoencoder import MaskedAutoencoder
-from amlp_ray.method.ema_teacher import move_teacher
+from amlp_ray.method.ema_teacher import update_teacher
 from amlp_ray.method.losses import pretraining_loss
 from amlp_ray.method.masking import Masking, TrainingStep
 from amlp_ray.method.masking_ratio import masked_count
@@ -69,7 +69,12 @@ class ReconstructionObjective:
             self._check_shapes(steps)
         if epoch > 1 and self.masking.analysis_epoch(epoch) == epoch:
             before, now = (self.masking.analysis_epoch(epoch - 1) - 1) * steps, (epoch - 1) * steps
-            move_teacher(self.masking.model, self.config.teacher_momentum, before=before, now=now)
+            update_teacher(
+                self.masking.model,
+                self.config.teacher_momentum,
+                previous_step=before,
+                step=now,
+            )
 
     def _check_shapes(self, steps: int) -> None:
         patches = math.prod(self.masking.model.grid)
@@ -98,7 +103,7 @@ class ReconstructionObjective:
         spec = self.masking.model.spec
         keys = batch.keys.to(device, non_blocking=True)
         images = normalize(batch.images.to(device, non_blocking=True), spec)
-        patches, chosen = self.masking.augmented(images, keys, batch.keys, now)
+        patches, chosen = self.masking.mask_augmented(images, keys, batch.keys, now)
         for rows in pieces_of(len(patches), pieces):
             yield (
                 self._of(network, patches[rows], chosen.rows(rows), now, device),

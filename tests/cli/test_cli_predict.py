@@ -14,7 +14,7 @@ from PIL import Image
 from amlp_ray.cli import main
 from amlp_ray.config import ImageSpec, ModelConfig, PrepareConfig, SegmentConfig
 from amlp_ray.evaluation.segmenter import Segmenter, save_segmenter
-from amlp_ray.method.encoder import new_encoder
+from amlp_ray.method.encoder import build_encoder
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoder = ModelConfig(patch_size=8, width=24, depth=1, heads=2, decoder_width=16)
     config = SegmentConfig(decoder_width=8)
     spec = ImageSpec(channels=1, height=32, width=32, mean=(90,), std=(40,))
-    model = Segmenter(new_encoder(encoder, spec), spec, config)
+    model = Segmenter(build_encoder(encoder, spec), spec, config)
     save_segmenter(
         model,
         folder,

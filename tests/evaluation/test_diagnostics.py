@@ -14,13 +14,13 @@ from amlp_ray.errors import ConfigError
 from amlp_ray.evaluation.diagnostics import (
     Diagnostics,
     held_out,
-    lesion_shares,
     reference_loss,
     true_lesions,
 )
 from amlp_ray.method.augment import normalize
 from amlp_ray.method.autoencoder import MaskedAutoencoder, build_autoencoder
 from amlp_ray.method.masking import Masking
+from amlp_ray.method.patches import lesion_shares
 
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16}
 
@@ -106,7 +106,7 @@ def test_held_out_images_are_looked_at_once_per_look(
     phantom_dataset: PatchDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[int] = []
-    look = Masking._look
+    look = Masking._analyze
 
     def counting(
         self: Masking, patches: Any, keys: Any, epoch: int, truth: Any, *, learn: bool
@@ -114,7 +114,7 @@ def test_held_out_images_are_looked_at_once_per_look(
         looked.append(epoch)
         return look(self, patches, keys, epoch, truth, learn=learn)
 
-    monkeypatch.setattr(Masking, "_look", counting)
+    monkeypatch.setattr(Masking, "_analyze", counting)
     config = settings_of(epochs=9, selection={"analysis_interval": 3}, loss={"warmup": 0.5})
     model, seen = model_of(phantom_dataset, config), Diagnostics(phantom_dataset, config)
     rows = [seen(model, epoch) for epoch in range(1, 10)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,13 @@ from amlp_ray.config import ImageSpec, PretrainConfig, ProbeConfig, SegmentConfi
 from amlp_ray.data.dataset import PatchDataset, Split
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import CheckpointError, ConfigError, DataError
-from amlp_ray.evaluation.diagnostics import held_out, lesion_shares, true_lesions
+from amlp_ray.evaluation.diagnostics import held_out, true_lesions
+from amlp_ray.method.patches import lesion_shares
 from amlp_ray.evaluation.labels import by_part, check_fits, lesion_pixels, spread
 from amlp_ray.evaluation.linear_probe import Probe
 from amlp_ray.evaluation.segmentation import segment
-from amlp_ray.launch.job import STRIPS, RunSpec, claim, run_job
+from amlp_ray.launch.job import NUM_PICTURES, claim, run_job
+from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.launch.launcher import pretrain_dataset
 from amlp_ray.method.augment import normalize
 from amlp_ray.method.patches import patchify
@@ -42,7 +43,7 @@ class Counting(PatchDataset):
 
     @classmethod
     def of(cls, dataset: PatchDataset) -> Counting:
-        return cls(dataset.place, dataset.manifest)
+        return cls(dataset.root, dataset.manifest)
 
     def load(self, split: str, rows: np.ndarray | None = None) -> Split:
         found = super().load(split, rows)
@@ -218,14 +219,14 @@ def test_values_on_another_scale_are_told_with_both(
 
 def run_spec(unlabeled: PatchDataset, labels: PatchDataset | None, folder: Path) -> RunSpec:
     apart = labels.path if labels else None
-    return RunSpec(SETTINGS, unlabeled.path, folder, probe=FEW, rungs=(1,), eval_data=apart)
+    return RunSpec(config=SETTINGS, data=unlabeled.path, folder=folder, probe=FEW, rungs=(1,), eval_data=apart)
 
 
 def test_labels_apart_are_scored_and_drawn_in_the_scale_of_the_images_trained_on(
     unlabeled: PatchDataset, labels: PatchDataset, tmp_path: Path
 ) -> None:
     result = run_job(
-        RunSpec(SETTINGS, unlabeled.path, tmp_path, probe=FEW, rungs=(1,), eval_data=labels.path),
+        RunSpec(config=SETTINGS, data=unlabeled.path, folder=tmp_path, probe=FEW, rungs=(1,), eval_data=labels.path),
         Hooks(),
     )
     assert {"dsc", "loss_reference", "true_lesion_masked"} <= result.metrics.keys(), (
@@ -236,7 +237,7 @@ def test_labels_apart_are_scored_and_drawn_in_the_scale_of_the_images_trained_on
     assert score["per_image"] == expected.per_image
     assert set(score["per_image"]) <= set(labels.load("train").ids + labels.load("val").ids)
     pictures = sorted(path.stem.partition("-")[2] for path in (tmp_path / "pictures").iterdir())
-    assert len(pictures) == STRIPS
+    assert len(pictures) == NUM_PICTURES
     assert all(name.startswith("labels_val") for name in pictures)
     about = json.loads((tmp_path / "data.json").read_text())
     assert (about["path"], about["eval_data"]["path"]) == (unlabeled.path, labels.path)
@@ -263,7 +264,7 @@ def test_the_same_data_set_as_labels_apart_scores_the_same(
 ) -> None:
     own, apart = (
         run_job(
-            RunSpec(SETTINGS, labels.path, tmp_path / str(i), probe=FEW, rungs=(1,), eval_data=given),
+            RunSpec(config=SETTINGS, data=labels.path, folder=tmp_path / str(i), probe=FEW, rungs=(1,), eval_data=given),
             Hooks(),
         ).metrics
         for i, given in enumerate((None, labels.path))
@@ -275,18 +276,18 @@ def test_the_same_data_set_as_labels_apart_scores_the_same(
 def test_a_folder_is_claimed_with_its_labels(
     unlabeled: PatchDataset, labels: PatchDataset, tmp_path: Path
 ) -> None:
-    run = RunSpec(SETTINGS, unlabeled.path, tmp_path / "run", eval_data=labels.path)
+    run = RunSpec(config=SETTINGS, data=unlabeled.path, folder=tmp_path / "run", eval_data=labels.path)
     claim(run, unlabeled, labels)
     append_row(tmp_path / "run" / "metrics.jsonl", {"epoch": 1})
     moved = changed(labels, tmp_path / "moved")
-    claim(replace(run, eval_data=moved.path), unlabeled, moved)
+    claim(run.model_copy(update={"eval_data": moved.path}), unlabeled, moved)
     other = changed(labels, tmp_path / "other", fingerprint="0" * 64)
     for given in (other, None):
         with pytest.raises(
             CheckpointError, match=r"holds a run on other data .*moved, prepared differently"
         ):
             claim(run, unlabeled, given)
-    plain = RunSpec(SETTINGS, unlabeled.path, tmp_path / "plain")
+    plain = RunSpec(config=SETTINGS, data=unlabeled.path, folder=tmp_path / "plain")
     claim(plain, unlabeled)
     append_row(tmp_path / "plain" / "metrics.jsonl", {"epoch": 1})
     with pytest.raises(CheckpointError, match="no labels apart"):
@@ -310,7 +311,7 @@ def test_labels_that_do_not_fit_or_are_gone_are_told_before_training(
     )
     with pytest.raises(error, match="same `values`" if manifest else "There is no patch dataset"):
         run_job(
-            RunSpec(SETTINGS, unlabeled.path, tmp_path / "run", probe=FEW, rungs=(1,), eval_data=path),
+            RunSpec(config=SETTINGS, data=unlabeled.path, folder=tmp_path / "run", probe=FEW, rungs=(1,), eval_data=path),
             Hooks(),
         )
     assert not (tmp_path / "run").exists()
@@ -319,7 +320,7 @@ def test_labels_that_do_not_fit_or_are_gone_are_told_before_training(
 def test_an_inspection_shows_the_labels_apart_in_the_scale_of_the_run(
     unlabeled: PatchDataset, labels: PatchDataset, tmp_path: Path
 ) -> None:
-    run_job(RunSpec(SETTINGS, unlabeled.path, tmp_path / "run", eval_data=labels.path), Hooks())
+    run_job(RunSpec(config=SETTINGS, data=unlabeled.path, folder=tmp_path / "run", eval_data=labels.path), Hooks())
     own = inspect_run(tmp_path / "run", count=2)
     assert (own["data"], own["own_data"], own["split"]) == (labels.path, True, "val")
     assert own["mean"]["true_lesion_masked"] is not None
@@ -336,7 +337,7 @@ def test_an_inspection_shows_the_labels_apart_in_the_scale_of_the_run(
 def test_an_encoder_pretrained_on_one_set_segments_another(
     unlabeled: PatchDataset, labels: PatchDataset, tmp_path: Path
 ) -> None:
-    encoder = run_job(RunSpec(SETTINGS, unlabeled.path, tmp_path / "run"), Hooks()).encoder
+    encoder = run_job(RunSpec(config=SETTINGS, data=unlabeled.path, folder=tmp_path / "run"), Hooks()).encoder
     config = SegmentConfig.model_validate({"epochs": 2, "batch_size": 6, "decoder_width": 8})
     score = segment(labels, encoder, tmp_path / "out", config)
     train = labels.load("train")
@@ -352,10 +353,10 @@ def test_labels_in_an_object_store_are_named_by_their_uri(
 ) -> None:
     there = DataPath(s3_bucket) / "sets" / "labels"
     for file in Path(labels.path).rglob("*.*"):
-        (there / file.relative_to(labels.path).as_posix()).write_whole(file.read_bytes())
+        (there / file.relative_to(labels.path).as_posix()).atomic_write(file.read_bytes())
     run = tmp_path / "run"
     encoder = run_job(
-        RunSpec(SETTINGS, unlabeled.path, run, probe=FEW, rungs=(1,), eval_data=str(there)), Hooks()
+        RunSpec(config=SETTINGS, data=unlabeled.path, folder=run, probe=FEW, rungs=(1,), eval_data=str(there)), Hooks()
     ).encoder
     assert json.loads((run / "data.json").read_text())["eval_data"]["path"] == str(there)
     assert inspect_run(run, count=1)["data"] == str(there)

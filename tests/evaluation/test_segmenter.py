@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from amlp_ray.config import ImageSpec, ModelConfig, PrepareConfig, SegmentConfig
 from amlp_ray.errors import CheckpointError, ConfigError
 from amlp_ray.evaluation.segmenter import Segmenter, load_segmenter, save_segmenter
-from amlp_ray.method.encoder import new_encoder
+from amlp_ray.method.encoder import build_encoder
 
 SHAPES: list[dict[str, Any]] = [
     {},
@@ -41,7 +41,7 @@ def model_of(**given: Any) -> ModelConfig:
 
 def segmenter(spec: ImageSpec, model: ModelConfig, **given: Any) -> Segmenter:
     config = SegmentConfig.model_validate({"decoder_width": 8} | given)
-    return Segmenter(new_encoder(model, spec), spec, config)
+    return Segmenter(build_encoder(model, spec), spec, config)
 
 
 @pytest.mark.parametrize("decoder", ["linear", "conv", "unetr", "dpt"])
@@ -113,7 +113,7 @@ def test_a_file_holds_all_that_it_takes_to_use_a_segmenter(
 ) -> None:
     spec, model = spec_of(), model_of(register_tokens=2)
     config = SegmentConfig(decoder="dpt", decoder_width=8, lr=0.5)
-    saved = Segmenter(new_encoder(model, spec), spec, config).eval()
+    saved = Segmenter(build_encoder(model, spec), spec, config).eval()
     save_segmenter(saved, tmp_path, encoder=model, spec=spec, prepare=prepare, config=config)
     assert [path.name for path in tmp_path.iterdir()] == ["segmenter.safetensors"]
     found = load_segmenter(tmp_path)
@@ -126,7 +126,7 @@ def test_a_file_holds_all_that_it_takes_to_use_a_segmenter(
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     spec, model, config = spec_of(), model_of(), SegmentConfig(decoder_width=8)
-    saved = Segmenter(new_encoder(model, spec), spec, config)
+    saved = Segmenter(build_encoder(model, spec), spec, config)
     save_segmenter(saved, tmp_path, encoder=model, spec=spec, prepare=None, config=config)
     path = tmp_path / "segmenter.safetensors"
     save_file(load_file(path), path)  # without its header

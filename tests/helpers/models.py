@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from amlp_ray.config import ImageSpec, PretrainConfig
-from amlp_ray.config.overrides import merged
+from amlp_ray.config.overrides import merge
 from amlp_ray.method.autoencoder import MaskedAutoencoder, Prediction, build_autoencoder
 from amlp_ray.method.losses import Losses, pretraining_loss
 from amlp_ray.method.masking import Masking, TrainingStep
@@ -39,7 +39,7 @@ def tiny(*layers: dict[str, Any]) -> PretrainConfig:
     """Settings of 20 epochs with a tiny model; later layers win."""
     given: dict[str, Any] = {"model": TINY, "epochs": 20}
     for layer in layers:
-        given = merged(given, layer)
+        given = merge(given, layer)
     return PretrainConfig(**given)
 
 
@@ -72,7 +72,7 @@ class Stepped(NamedTuple):
 def step(masking: Masking, images: Tensor, keys: Tensor, epoch: int) -> Stepped:
     """What one training step computes, without the optimiser's part."""
     model, config = masking.model, masking.config
-    patches, chosen = masking.augmented(images, keys, keys, TrainingStep(epoch))
+    patches, chosen = masking.mask_augmented(images, keys, keys, TrainingStep(epoch))
     prediction = model(patches, chosen.visible, chosen.masked)
     losses = pretraining_loss(
         prediction,

@@ -210,7 +210,7 @@ def test_at_every_epoch_the_patches_that_hpm_masks_for_their_difficulty_are_mask
     with torch.no_grad():
         difficulty = theirs(images, torch.zeros(IMAGES, 64, dtype=torch.bool))["loss_pred"]
     keys = torch.arange(IMAGES)
-    _, chosen = Masking(ours, config).augmented(images, keys, keys, TrainingStep(epoch))
+    _, chosen = Masking(ours, config).mask_augmented(images, keys, keys, TrainingStep(epoch))
     their_masks = [
         theirs.generate_mask(difficulty, 0.75, guide=True, epoch=epoch - 1, total_epoch=100).bool()
         for _ in range(64)

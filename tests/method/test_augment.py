@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amlp_ray.config import ImageSpec
-from amlp_ray.method.augment import augment, cropped, normalize, random_crop, recolored
+from amlp_ray.method.augment import apply_crop, augment, jitter_intensity, normalize, random_crop
 from amlp_ray.method.counter_rng import CROP, VIEW, uniform
 
 KEYS = torch.arange(200)
@@ -24,7 +24,7 @@ def coordinates(images: int = 200, side: int = 32) -> Tensor:
 def crop(
     images: Tensor, *, min_crop_area: float, flip: bool, epoch: int = 1, keys: Tensor = KEYS
 ) -> Tensor:
-    return cropped(
+    return apply_crop(
         images,
         random_crop(
             keys[: len(images)], min_crop_area=min_crop_area, flip=flip, seed=0, epoch=epoch
@@ -112,9 +112,9 @@ def test_what_belongs_to_an_image_is_cut_where_the_image_is() -> None:
     blocks = torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(0)).round()
     images = F.interpolate(blocks, scale_factor=8, mode="nearest")
     cut = random_crop(KEYS, min_crop_area=0.5, flip=True, seed=0, epoch=1)
-    maps = cropped(blocks, cut, mode="nearest")
+    maps = apply_crop(blocks, cut, mode="nearest")
     assert set(maps.unique().tolist()) == {0, 1}
-    middles = cropped(images, cut)[..., 4::8, 4::8]
+    middles = apply_crop(images, cut)[..., 4::8, 4::8]
     assert ((middles - maps).abs() < 0.5).float().mean() > 0.95
     unmoved = ((middles - blocks).abs() < 0.5).float().mean()
     assert unmoved < 0.75
@@ -124,7 +124,7 @@ def test_what_belongs_to_an_image_is_cut_where_the_image_is() -> None:
 def test_a_map_that_is_only_mirrored_keeps_its_values_to_the_bit(flip: bool) -> None:
     maps = torch.randn(200, 3, 7, 5, generator=torch.Generator().manual_seed(0))
     crop_all = random_crop(KEYS, min_crop_area=1.0, flip=flip, seed=0, epoch=1)
-    out = cropped(maps, crop_all, mode="nearest")
+    out = apply_crop(maps, crop_all, mode="nearest")
     same, mirrored = ((out == other).all(-1).all(-1).all(-1) for other in (maps, maps.flip(-1)))
     assert (same | mirrored).all()
     assert bool(mirrored.any()) is flip
@@ -221,7 +221,7 @@ def test_a_mask_lies_where_its_image_lies_after_any_augmentation(given: dict[str
     there = (masks > 0).any(2).any(1) & (cut > 0).any(2).any(1)
     agreed = (inside == (cut > 0)).float().mean((1, 2))[there]
     assert agreed.min() > 0.93, "bilinear against nearest at the rim, and gamma's shift of one half"
-    assert torch.equal(cropped(masks[:, None].float(), maps(given), "nearest")[:, 0], cut.float())
+    assert torch.equal(apply_crop(masks[:, None].float(), maps(given), "nearest")[:, 0], cut.float())
 
 
 def maps(given: dict[str, Any]) -> Tensor | None:
@@ -284,7 +284,7 @@ def test_a_new_kind_of_augmentation_moves_no_earlier_draw() -> None:
 @pytest.mark.parametrize("strength", [0.1, 0.5, 1.0])
 def test_intensity_changes_brightness_and_contrast_within_its_range(strength: float) -> None:
     images = noise((200, 1, 32, 32))
-    out = recolored(images, KEYS, strength, seed=0, epoch=1)
+    out = jitter_intensity(images, KEYS, strength, seed=0, epoch=1)
     shift = (out.mean((1, 2, 3)) - images.mean((1, 2, 3))).abs()
     ratio = out.std((1, 2, 3)) / images.std((1, 2, 3))
     assert 0.4 * strength < shift.max() <= 0.5 * strength + 1e-4
@@ -301,7 +301,7 @@ def test_intensity_changes_brightness_and_contrast_within_its_range(strength: fl
 
 def test_channels_of_an_image_change_alike_so_that_colors_stay() -> None:
     images = noise((50, 1, 16, 16)).expand(-1, 3, -1, -1)
-    out = recolored(images, KEYS[:50], 1.0, seed=0, epoch=1)
+    out = jitter_intensity(images, KEYS[:50], 1.0, seed=0, epoch=1)
     assert torch.equal(out[:, 0], out[:, 1])
     assert torch.equal(out[:, 0], out[:, 2])
 

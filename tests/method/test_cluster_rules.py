@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from amlp_ray.config import SelectionConfig
-from amlp_ray.method.cluster_rules import name_lesion_cluster, truth_patches
+from amlp_ray.method.cluster_rules import choose_lesion_cluster, true_lesion_patches
 from amlp_ray.method.counter_rng import CLUSTER, uniform
 from amlp_ray.method.kmeans import Clusters
 from amlp_ray.method.patch_scores import PATCH_SCORES
@@ -48,7 +48,7 @@ def name(
     noise = uniform(torch.arange(images), 6, seed=0, epoch=1, stream=CLUSTER)
     config = SelectionConfig(rule=rule, min_patches=min_patches, max_share=max_share)
     inside = torch.ones(images, 64, dtype=torch.bool)
-    chosen, found = name_lesion_cluster(
+    chosen, found = choose_lesion_cluster(
         config, clusters, x, inside, (8, 8), brightness=x.mean(-1), noise=noise, **given
     )
     return (int(chosen[0]), bool(found[0])) if images == 1 else (chosen, found)
@@ -133,7 +133,7 @@ def test_smallest_goes_by_the_mass_over_the_data_set_and_what_qualifies_by_the_i
     mass = torch.tensor(
         [[1.0, 500, 400, 300, 200, 100]]
     )  # the background is rare elsewhere, but too large here
-    chosen, found = name_lesion_cluster(
+    chosen, found = choose_lesion_cluster(
         SelectionConfig(rule="smallest"),
         clusters._replace(counts=mass),
         x,
@@ -151,7 +151,7 @@ def test_the_largest_share_is_of_tissue_and_border_brightness_does_not_count() -
     clusters = clusters_of(labels, torch.tensor([[[3.0], [1.0]]]), torch.tensor([[2, 4]]))
 
     def named(rule: str, max_share: float) -> int:
-        chosen, found = name_lesion_cluster(
+        chosen, found = choose_lesion_cluster(
             SelectionConfig(rule=rule, max_share=max_share),
             clusters,
             x,
@@ -170,7 +170,7 @@ def test_the_largest_share_is_of_tissue_and_border_brightness_does_not_count() -
 
 def test_true_patches_hold_a_quarter_of_lesion_or_where_none_does_any() -> None:
     share = torch.tensor([[0.25, 0.24, 0.9, 0.0], [0.1, 0.0, 0.24, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    assert truth_patches(share).tolist() == [
+    assert true_lesion_patches(share).tolist() == [
         [True, False, True, False],
         [True, False, True, False],
         [False] * 4,

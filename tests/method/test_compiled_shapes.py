@@ -47,7 +47,7 @@ def trained(chosen: PretrainConfig) -> tuple[int, list[int]]:
     network: nn.Module = torch.compile(model, backend=backend, dynamic=False)
     masking, images, keys = Masking(model, chosen), random_images(GREY, 2), torch.arange(2)
     for epoch in range(1, chosen.epochs + 1):
-        patches, found = masking.augmented(images, keys, keys, TrainingStep(epoch))
+        patches, found = masking.mask_augmented(images, keys, keys, TrainingStep(epoch))
         told = network(patches, found.visible, found.masked)
         masked = [gather(x, found.masked) for x in (patches, found.lesion, found.tissue)]
         pretraining_loss(told, *masked, chosen.loss, warming_up=False).total.backward()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from amlp_ray.config import PretrainConfig
 from amlp_ray.method.autoencoder import MaskedAutoencoder
-from amlp_ray.method.ema_teacher import masked_once, move_teacher, teacher_view
+from amlp_ray.method.ema_teacher import predict_complementary_halves, teacher_view, update_teacher
 from amlp_ray.method.masking import Masking, TrainingStep
 from amlp_ray.method.patches import gather, patchify
 from amlp_ray.training.objectives import ReconstructionObjective
@@ -67,7 +67,7 @@ def test_the_teacher_is_the_average_of_what_it_was_shown_with_weights_that_fall_
     at, states = [0, 3, 4, 11], []
     for k in range(1, len(at)):
         states.append(shown(model, k))
-        move_teacher(model, decay, before=at[k - 1], now=at[k])
+        update_teacher(model, decay, previous_step=at[k - 1], step=at[k])
     step_weights = [
         [decay ** (at[-1] - 1 - step) for step in range(at[k], at[k + 1])]
         for k in range(len(at) - 1)
@@ -84,7 +84,7 @@ def test_the_teacher_is_the_average_of_what_it_was_shown_with_weights_that_fall_
 def test_a_model_without_a_teacher_has_none_to_move() -> None:
     model = build(tiny({"variant": "mae"}))
     before = weights(model)
-    move_teacher(model, 0.5, before=0, now=3)
+    update_teacher(model, 0.5, previous_step=0, step=3)
     assert all(torch.equal(now, before[name]) for name, now in weights(model).items())
 
 
@@ -138,7 +138,7 @@ def test_every_patch_is_masked_once_and_none_has_an_error_of_0() -> None:
     _, teacher, config = taught(AMLP)
     hidden: list[Tensor] = []
     teacher.register_forward_hook(lambda module, inputs, output: hidden.append(inputs[2]))
-    error, category = masked_once(teacher, patches_of(), KEYS, config, 1)
+    error, category = predict_complementary_halves(teacher, patches_of(), KEYS, config, 1)
     assert len(hidden) == 2
     assert torch.equal(torch.cat(hidden, 1).sort(1).values, torch.arange(64).expand(6, -1))
     assert (error > 0).all()
@@ -153,7 +153,7 @@ def test_errors_and_categories_are_those_of_the_pass_that_hides_the_patch() -> N
     hook = teacher.register_forward_hook(
         lambda module, inputs, output: halves.append((inputs[1], inputs[2]))
     )
-    error, category = masked_once(teacher, patches, KEYS, config, 1)
+    error, category = predict_complementary_halves(teacher, patches, KEYS, config, 1)
     hook.remove()
     assert category is not None
     for shown, hidden in halves:
@@ -166,10 +166,10 @@ def test_errors_and_categories_are_those_of_the_pass_that_hides_the_patch() -> N
 def test_what_is_hidden_together_depends_on_key_epoch_and_seed() -> None:
     _, teacher, config = taught(AMLP)
     patches = patches_of()
-    base = masked_once(teacher, patches, KEYS, config, 1)[0]
-    assert torch.equal(base, masked_once(teacher, patches, KEYS, config, 1)[0])
+    base = predict_complementary_halves(teacher, patches, KEYS, config, 1)[0]
+    assert torch.equal(base, predict_complementary_halves(teacher, patches, KEYS, config, 1)[0])
     for keys, epoch, seed in ((KEYS + 1, 1, 0), (KEYS, 2, 0), (KEYS, 1, 1)):
-        other = masked_once(
+        other = predict_complementary_halves(
             teacher, patches, keys, config.model_copy(update={"seed": seed}), epoch
         )[0]
         assert not torch.equal(base, other)
@@ -179,7 +179,7 @@ def test_a_patch_of_noise_in_a_flat_image_is_the_most_difficult_one() -> None:
     _, teacher, config = taught({"variant": "hpm", "loss": {"ranking_weight": 0.0}})
     image = torch.zeros(1, 1, 64, 64)
     image[..., 24:32, 40:48] = 3 * torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
-    error, category = masked_once(teacher, patchify(image, 8), KEYS[:1], config, 1)
+    error, category = predict_complementary_halves(teacher, patchify(image, 8), KEYS[:1], config, 1)
     assert int(error.argmax()) == 3 * 8 + 5
     assert category is None
 
@@ -263,7 +263,7 @@ def test_masks_follow_the_teacher_once_the_warm_up_is_over(
     images, _, keys = ultrasound
 
     def mask(model: MaskedAutoencoder, config: PretrainConfig, epoch: int) -> Tensor:
-        found = Masking(model, config).augmented(images, keys, keys, TrainingStep(epoch))[1]
+        found = Masking(model, config).mask_augmented(images, keys, keys, TrainingStep(epoch))[1]
         assert torch.equal(
             torch.cat([found.masked, found.visible], 1).sort(1).values,
             torch.arange(64).expand(16, -1),

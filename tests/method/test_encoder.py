@@ -13,10 +13,10 @@ from amlp_ray.config import ModelConfig
 from amlp_ray.config.base import build as build_settings
 from amlp_ray.errors import ConfigError
 from amlp_ray.method.encoder import (
+    build_encoder,
     create_encoder,
     embed_patches,
     encoder_tokens,
-    new_encoder,
     patch_attention,
     sincos_positions,
     timm_arguments,
@@ -56,7 +56,7 @@ def encoder_of(
     config = ModelConfig(**given)
     shape = shape_of(config, channels)
     torch.manual_seed(0)
-    encoder = new_encoder(config, spec_of(shape)).eval()
+    encoder = build_encoder(config, spec_of(shape)).eval()
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
             if name.endswith(("cls_token", "reg_token", "pos_embed", "bias", "gamma")):
@@ -211,7 +211,7 @@ def test_positions_are_distinct_bounded_and_zero_for_prefix_tokens() -> None:
 @pytest.mark.parametrize("given", OWN + NAMED, ids=str)
 def test_an_encoder_starts_with_fixed_sine_cosine_positions(given: dict[str, Any]) -> None:
     config = ModelConfig(**given)
-    encoder = new_encoder(config, spec_of(shape_of(config)))
+    encoder = build_encoder(config, spec_of(shape_of(config)))
     expected = sincos_positions((3, 5), config.width, 0)
     assert torch.equal(encoder.pos_embed[:, -15:], expected)
     assert not encoder.pos_embed[:, :-15].any()

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from amlp_ray.config import SelectionConfig
 from amlp_ray.method.counter_rng import CLUSTER, uniform
-from amlp_ray.method.kmeans import Clusters, DatasetClusters, assign, kmeans, membership
-from amlp_ray.method.patch_features import cluster_features, tissue_of
+from amlp_ray.method.kmeans import Clusters, DatasetClusters, assign, kmeans, log_membership
+from amlp_ray.method.patch_features import cluster_features, tissue_mask
 from amlp_ray.method.patches import patchify
 
 
@@ -52,7 +52,7 @@ def ratios(x: Tensor, inside: Tensor, clusters: int, *, n_init: int, theirs: int
 
 def features_of(images: Tensor, kind: str, p: int = 8) -> tuple[Tensor, Tensor]:
     patches = patchify(images, p)
-    tissue = tissue_of(patches, SelectionConfig())
+    tissue = tissue_mask(patches, SelectionConfig())
     grid = (images.shape[2] // p, images.shape[3] // p)
     return cluster_features(patches, tissue, grid, images.shape[1], kind), tissue
 
@@ -178,7 +178,7 @@ def test_a_constant_image_and_one_without_tissue_give_finite_clusters() -> None:
 def test_membership_is_a_distribution_over_clusters_that_names_the_own_one() -> None:
     x, inside = blobs(4, 100, 3)
     found = kmeans(x, inside, 3, seeds(4, 12))
-    logs = torch.stack([membership(x, found, torch.full((4,), k), 1.0) for k in range(3)], -1)
+    logs = torch.stack([log_membership(x, found, torch.full((4,), k), 1.0) for k in range(3)], -1)
     torch.testing.assert_close(logs.exp().sum(-1), torch.ones(4, 100))
     assert torch.equal(logs.argmax(-1)[inside], found.labels[inside])
 
@@ -193,15 +193,15 @@ def test_membership_has_its_formula_and_nears_the_uniform_one_with_a_large_tempe
         )
         expected = torch.log_softmax(scaled, -1)[:, 1]
         torch.testing.assert_close(
-            membership(x, found, torch.tensor([1]), temperature)[0], expected
+            log_membership(x, found, torch.tensor([1]), temperature)[0], expected
         )
-    flat = membership(x, found, torch.tensor([0]), 1e6).exp()
+    flat = log_membership(x, found, torch.tensor([0]), 1e6).exp()
     torch.testing.assert_close(flat, torch.full((1, 4), 0.5), atol=1e-3, rtol=0)
 
 
 def test_membership_of_a_constant_image_is_finite() -> None:
     x, inside = torch.zeros(1, 9, 2), torch.ones(1, 9, dtype=torch.bool)
-    assert membership(x, kmeans(x, inside, 3, seeds(1, 6)), torch.tensor([0]), 1.0).isfinite().all()
+    assert log_membership(x, kmeans(x, inside, 3, seeds(1, 6)), torch.tensor([0]), 1.0).isfinite().all()
 
 
 # Clusters of a data set

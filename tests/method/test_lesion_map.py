@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from amlp_ray.config import SelectionConfig
-from amlp_ray.method.cluster_rules import truth_patches
+from amlp_ray.method.cluster_rules import true_lesion_patches
 from amlp_ray.method.lesion_map import LesionMap, TeacherView, locate_lesion
-from amlp_ray.method.patch_features import dilated, tissue_of
+from amlp_ray.method.patch_features import dilate, tissue_mask
 from amlp_ray.method.patch_scores import PATCH_SCORES, patch_score, z_score
 from amlp_ray.method.patches import patchify
 
@@ -41,19 +41,19 @@ def share_of(masks: Tensor) -> Tensor:
 
 def test_an_aim_survives_being_kept_as_maps() -> None:
     aim = LesionMap(some().round(), some(), (some() * 4).floor() - 1)
-    maps = aim.maps(GRID)
+    maps = aim.to_images(GRID)
     assert maps.shape == (16, 3, 8, 8)
-    assert all(torch.equal(a, b) for a, b in zip(LesionMap.of(maps), aim, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(LesionMap.from_images(maps), aim, strict=True))
     assert torch.equal(maps[3, 1, 2, 5], aim.score[3, 2 * 8 + 5])
 
 
 def test_what_a_setting_does_not_use_is_left_at_nothing(ultrasound: Given) -> None:
     images = ultrasound[0]
     by_score, by_cluster = look(images, mode="soft"), look(images, mode="hard")
-    assert (by_score.part == -1).all()
+    assert (by_score.cluster == -1).all()
     assert by_score.score.any()
     assert not by_cluster.score.any()
-    assert by_cluster.part.max() == 2
+    assert by_cluster.cluster.max() == 2
 
 
 @pytest.mark.parametrize("mode", ["hard", "parts"])
@@ -62,9 +62,9 @@ def test_the_lesion_is_one_whole_cluster_of_tissue_and_parts_are_the_clusters(
 ) -> None:
     images = ultrasound[0]
     aim = look(images, mode=mode, clusters=4)
-    tissue = tissue_of(patchify(images, 8), SelectionConfig())
-    assert torch.equal(aim.part >= 0, tissue)
-    for lesion, part in zip(aim.lesion > 0, aim.part, strict=True):
+    tissue = tissue_mask(patchify(images, 8), SelectionConfig())
+    assert torch.equal(aim.cluster >= 0, tissue)
+    for lesion, part in zip(aim.lesion > 0, aim.cluster, strict=True):
         if lesion.any():
             (own,) = part[lesion].unique()
             assert torch.equal(part == own, lesion)
@@ -76,7 +76,7 @@ def test_a_score_marks_as_lesion_what_lies_one_sd_above_its_image(
 ) -> None:
     images = ultrasound[0]
     patches, chosen = patchify(images, 8), SelectionConfig()
-    tissue = tissue_of(patches, chosen)
+    tissue = tissue_mask(patches, chosen)
     score = patch_score(patches, tissue, GRID, score="blob", sign="dark", center_prior=0.5)
     aim = look(images, mode=mode, score="blob", center_prior=0.5)
     assert torch.equal(aim.score, score)
@@ -89,8 +89,8 @@ def test_hard_by_score_needs_no_clusters_and_takes_what_lies_one_sd_above_its_im
     images = torch.cat([ultrasound[0], torch.zeros(1, 1, 64, 64)])
     aim = look(images, mode="hard", hard_by="score", score="geodesic", dilate=1)
     narrow = look(images, mode="soft", score="geodesic").lesion > 0
-    assert (aim.part == -1).all()
-    assert torch.equal(aim.lesion[:16] > 0, dilated(narrow[:16], GRID, 1))
+    assert (aim.cluster == -1).all()
+    assert torch.equal(aim.lesion[:16] > 0, dilate(narrow[:16], GRID, 1))
     assert not aim.lesion[16].any()
 
 
@@ -100,11 +100,11 @@ def test_a_rule_called_after_a_score_names_the_cluster_of_its_highest_mean(
 ) -> None:
     images = ultrasound[0]
     aim = look(images, rule=rule, clusters=4, max_share=1.0, min_patches=1, center_prior=0.7)
-    tissue = tissue_of(patchify(images, 8), SelectionConfig())
+    tissue = tissue_mask(patchify(images, 8), SelectionConfig())
     score = patch_score(
         patchify(images, 8), tissue, GRID, score=rule, sign="dark", center_prior=0.7
     )
-    for lesion, part, value in zip(aim.lesion > 0, aim.part, score, strict=True):
+    for lesion, part, value in zip(aim.lesion > 0, aim.cluster, score, strict=True):
         means = torch.stack([value[part == k].mean() for k in range(4)])
         assert torch.equal(lesion, part == means.argmax())
 
@@ -120,7 +120,7 @@ def test_the_cluster_score_is_highest_in_the_cluster_lowest_on_border_and_0_wher
     named = aim.lesion.any(1)
     assert not named[-1]
     assert not aim.score[~named].any()
-    assert (aim.score[0][aim.part[0] < 0] == -20).all()
+    assert (aim.score[0][aim.cluster[0] < 0] == -20).all()
     for score, lesion in zip(aim.score[named], aim.lesion[named] > 0, strict=True):
         assert score[lesion].min() > score[~lesion].max()
         assert score.max() <= 0
@@ -141,17 +141,17 @@ def test_the_lesion_grows_by_whole_patches_and_never_onto_the_border(
 ) -> None:
     images = ultrasound[0].clone()
     images[:, :, :, :16] = images.amin((1, 2, 3))[:, None, None, None]
-    tissue = tissue_of(patchify(images, 8), SelectionConfig())
+    tissue = tissue_mask(patchify(images, 8), SelectionConfig())
     assert not tissue.all()
     narrow, wide = (look(images, dilate=d).lesion > 0 for d in (0, by))
-    assert torch.equal(wide, dilated(narrow, GRID, by) & tissue)
+    assert torch.equal(wide, dilate(narrow, GRID, by) & tissue)
     assert (wide & ~narrow).any()
 
 
 def test_the_oracles_aim_at_the_true_lesion(ultrasound: Given) -> None:
     images, masks, _ = ultrasound
     share = share_of(masks)
-    truth = truth_patches(share)
+    truth = true_lesion_patches(share)
 
     def f1(lesion: Tensor) -> float:
         return float(
@@ -175,7 +175,7 @@ def test_the_teacher_s_maps_are_scores_and_without_a_teacher_nothing_is_aimed_at
 ) -> None:
     images = ultrasound[0]
     aim = look(images, mode="ranked", score=score, teacher=TeacherView(**{score: some()}))
-    tissue = tissue_of(patchify(images, 8), SelectionConfig())
+    tissue = tissue_mask(patchify(images, 8), SelectionConfig())
     assert torch.equal(aim.score, z_score(some(), tissue))
     without = look(images, mode="ranked", score=score)
     assert not without.score.any()
@@ -184,7 +184,7 @@ def test_the_teacher_s_maps_are_scores_and_without_a_teacher_nothing_is_aimed_at
 
 def test_the_hardest_rule_follows_the_teacher_and_finds_nothing_without(ultrasound: Given) -> None:
     images = ultrasound[0]
-    parts = look(images, rule="hardest", max_share=1.0).part
+    parts = look(images, rule="hardest", max_share=1.0).cluster
     for cluster in range(3):
         told = TeacherView(difficulty=(parts == cluster).float())
         aim = look(images, rule="hardest", max_share=1.0, min_patches=1, teacher=told)

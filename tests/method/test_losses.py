@@ -17,8 +17,8 @@ from amlp_ray.config import LossConfig
 from amlp_ray.method.autoencoder import Prediction
 from amlp_ray.method.losses import (
     Losses,
-    agreement,
     category_consistency_loss,
+    cohens_kappa,
     hard_labels,
     hard_patch_weights,
     patch_errors,
@@ -522,13 +522,13 @@ def test_agreement_is_cohen_s_kappa(shares: tuple[float, float]) -> None:
     one, other = labels(shares[0]), labels(shares[1], 4)
     mixed = torch.where(labels(0.5, 5), one, other)
     for a, b in ((one, other), (one, mixed), (one, ~one), (one, one)):
-        assert float(agreement(a, b)) == pytest.approx(
+        assert float(cohens_kappa(a, b)) == pytest.approx(
             cohen_kappa_score(a.flatten(), b.flatten()), abs=1e-5
         )
 
 
 def test_agreement_of_labels_all_alike_is_0() -> None:
-    assert float(agreement(ALL, ALL)) == 0
+    assert float(cohens_kappa(ALL, ALL)) == 0
 
 
 def test_the_loss_reports_the_agreement_of_lesion_and_difficulty() -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from amlp_ray.errors import ConfigError
 from amlp_ray.method import masking as module
-from amlp_ray.method.augment import cropped, random_crop
-from amlp_ray.method.ema_teacher import move_teacher
+from amlp_ray.method.augment import apply_crop, random_crop
+from amlp_ray.method.ema_teacher import update_teacher
 from amlp_ray.method.lesion_map import locate_lesion
 from amlp_ray.method.masking import Masking, TrainingStep
 from amlp_ray.method.patch_selection import Selection
@@ -32,7 +32,7 @@ def masking_of(*given: Mapping[str, Any], truth: Mapping[int, Tensor] | None = N
 
 
 def drawn(masking: Masking, images: Tensor, keys: Tensor, epoch: int) -> Selection:
-    return masking.augmented(images, keys, keys, TrainingStep(epoch))[1]
+    return masking.mask_augmented(images, keys, keys, TrainingStep(epoch))[1]
 
 
 def same(one: Selection, other: Selection) -> bool:
@@ -285,7 +285,7 @@ def test_growth_past_what_was_made_room_for_keeps_what_was_kept(
     for rows in batches:
         drawn(masking, images[rows], keys[rows], 1)
     assert len(looks) == 16
-    direct = masking.whole(images, keys, TrainingStep(1))[2]
+    direct = masking.mask_whole_images(images, keys, TrainingStep(1))[2]
     kept = drawn(masking, images, keys, 1)
     assert torch.equal(kept.lesion, direct.lesion)
 
@@ -296,8 +296,8 @@ def test_a_look_is_the_same_as_looking_at_whole_images_where_nothing_is_cropped(
     images, _, keys = ultrasound
     for baseline in (HARD, {"variant": "semmae"}, {"variant": "attmask"}):
         masking = masking_of(baseline, STILL)
-        patches, found = masking.augmented(images, keys, keys, TrainingStep(1))
-        whole, aim, expected = masking.whole(images, keys, TrainingStep(1))
+        patches, found = masking.mask_augmented(images, keys, keys, TrainingStep(1))
+        whole, aim, expected = masking.mask_whole_images(images, keys, TrainingStep(1))
         assert torch.equal(patches, whole)
         assert torch.equal(found.lesion, expected.lesion)
         if masking.config.selection.mode != "ranked":  # scores are kept in half precision
@@ -341,7 +341,7 @@ def test_the_lesion_of_a_crop_covers_the_true_one_cropped_alike(ultrasound: Give
     masking = masking_of(HARD, {"selection": oracle, "min_crop_area": 0.6}, truth=truth)
     found = drawn(masking, images, keys, 3)
     crop = random_crop(keys, min_crop_area=0.6, flip=True, seed=0, epoch=3)
-    cut = patchify(cropped(masks[:, None].float(), crop), 8).mean(-1)
+    cut = patchify(apply_crop(masks[:, None].float(), crop), 8).mean(-1)
     both = (found.lesion & (cut > 0.25)).sum(1)
     f1 = 2 * both / (found.lesion.sum(1) + (cut > 0.25).sum(1)).clamp_min(1)
     assert f1[(cut > 0.25).any(1)].mean() > 0.75
@@ -421,7 +421,7 @@ def test_an_oracle_without_true_lesions_says_so(
     with pytest.raises(ConfigError, match="oracle"):
         drawn(masking, images, keys, 1)
     with pytest.raises(ConfigError, match="oracle"):
-        masking.whole(images, keys, TrainingStep(1))
+        masking.mask_whole_images(images, keys, TrainingStep(1))
 
 
 @pytest.mark.parametrize(
@@ -460,7 +460,7 @@ def test_the_ratio_of_a_moment_decides_how_many_patches_are_masked(ultrasound: G
     counts = []
     for epoch, i in ((1, 0), (10, 3), (20, 3)):
         now = TrainingStep(epoch, i, 4)
-        counts.append(masking.augmented(images, keys, keys, now)[1].masked.shape[1])
+        counts.append(masking.mask_augmented(images, keys, keys, now)[1].masked.shape[1])
         assert counts[-1] == round(64 * masking.ratio(now))
     assert counts[0] == 16
     assert counts[2] == 48
@@ -491,7 +491,7 @@ def test_a_teacher_that_moved_is_asked_again_only_at_the_next_look(ultrasound: G
     with torch.no_grad():
         for parameter in masking.model.encoder.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    move_teacher(masking.model, 0.0, before=0, now=1)
+    update_teacher(masking.model, 0.0, previous_step=0, step=1)
     assert torch.equal(drawn(masking, images, keys, 4).lesion, before)
     assert not torch.equal(drawn(masking, images, keys, 5).lesion, before)
 
@@ -503,7 +503,7 @@ def test_nothing_is_kept_and_no_centroid_moves_by_looking_at_whole_images(
     masking = masking_of({**HARD, "selection": {"scope": "dataset"}}, NEVER_WARMING)
     drawn(masking, images, keys, 1)
     before = copy.deepcopy(masking.model.state_dict())
-    masking.whole(images * 2, keys + 1, TrainingStep(2))
+    masking.mask_whole_images(images * 2, keys + 1, TrainingStep(2))
     assert looks[16:] == [(1, key + 1) for key in keys.tolist()]
     assert all(
         torch.equal(value, before[name]) for name, value in masking.model.state_dict().items()

@@ -9,9 +9,9 @@ from amlp_ray.config import SelectionConfig
 from amlp_ray.method.patch_features import (
     center_distance,
     cluster_features,
-    dilated,
+    dilate,
     neighborhood_mean,
-    tissue_of,
+    tissue_mask,
 )
 from amlp_ray.method.patches import patchify, tissue_patches
 
@@ -98,10 +98,10 @@ def test_tissue_is_told_by_the_settings_thresholds_and_is_everything_without_the
     image[..., :8] *= 0.03
     patches = patchify(image, 8)
     chosen = SelectionConfig(background_mean=0.02, background_std=0.02)
-    tissue = tissue_of(patches, chosen)
+    tissue = tissue_mask(patches, chosen)
     assert torch.equal(tissue, tissue_patches(patches, mean_above=0.02, std_above=0.02))
     assert 0 < int((~tissue).sum()) < 16
-    assert tissue_of(patches, SelectionConfig(background_filter=False)).all()
+    assert tissue_mask(patches, SelectionConfig(background_filter=False)).all()
 
 
 def test_neighborhood_mean_averages_what_exists() -> None:
@@ -116,7 +116,7 @@ def test_neighborhood_mean_averages_what_exists() -> None:
 @pytest.mark.parametrize("grid", [(8, 8), (5, 7), (1, 6)])
 def test_dilation_is_that_of_scipy_and_by_0_none(by: int, grid: tuple[int, int]) -> None:
     where = torch.rand(4, grid[0] * grid[1], generator=torch.Generator().manual_seed(0)) < 0.1
-    grown = dilated(where, grid, by)
+    grown = dilate(where, grid, by)
     square = np.ones((2 * by + 1, 2 * by + 1))
     for ours, before in zip(grown, where, strict=True):
         assert np.array_equal(

@@ -14,7 +14,7 @@ from torch import Tensor
 from amlp_ray.config import SelectionConfig
 from amlp_ray.data.phantoms import draw_phantom
 from amlp_ray.method.lesion_map import LesionMap, locate_lesion
-from amlp_ray.method.patch_features import tissue_of
+from amlp_ray.method.patch_features import tissue_mask
 from amlp_ray.method.patch_selection import Selection, select_patches, selection_statistics
 from amlp_ray.method.patches import patchify
 
@@ -39,14 +39,14 @@ def select(
     patches = patchify(images, p)
     aim = locate_lesion(patches, keys, grid, images.shape[1], chosen, seed=seed, epoch=epoch)
     return select_patches(
-        aim, tissue_of(patches, chosen), keys, count, chosen, seed=seed, epoch=epoch, **others
+        aim, tissue_mask(patches, chosen), keys, count, chosen, seed=seed, epoch=epoch, **others
     )
 
 
 def aimed(count: int = 16, **parts: Tensor) -> LesionMap:
     """An aim at 64 patches of `count` images, of which `parts` are given."""
     nothing = torch.zeros(count, 64)
-    return LesionMap(**({"lesion": nothing, "score": nothing, "part": nothing - 1} | parts))
+    return LesionMap(**({"lesion": nothing, "score": nothing, "cluster": nothing - 1} | parts))
 
 
 def select_at(
@@ -359,7 +359,7 @@ def parts_of(count: int = 16) -> Tensor:
 @pytest.mark.parametrize("count", [16, 32, 48])
 def test_parts_begin_with_the_same_share_of_every_part(count: int) -> None:
     part = parts_of()
-    masked = hidden(select_at(aimed(part=part), count, mode="parts", clusters=4, progress=0.0))
+    masked = hidden(select_at(aimed(cluster=part), count, mode="parts", clusters=4, progress=0.0))
     for k in (-1, 0, 1, 2, 3):
         inside = part == k
         share = (masked & inside).sum(1) / inside.sum(1)
@@ -374,7 +374,7 @@ def test_parts_end_with_whole_parts_in_an_order_that_changes_and_the_border_last
     first = set()
     for epoch in (1, 2, 3):
         found = select_at(
-            aimed(64, part=part), count, mode="parts", clusters=4, progress=1.0, epoch=epoch
+            aimed(64, cluster=part), count, mode="parts", clusters=4, progress=1.0, epoch=epoch
         )
         masked = hidden(found)
         for row, own in zip(masked, part, strict=True):
@@ -393,7 +393,7 @@ def test_parts_go_from_one_end_to_the_other_over_training() -> None:
     whole = []
     for progress in (0.0, 0.6, 0.9, 1.0):
         masked = hidden(
-            select_at(aimed(64, part=part), 32, mode="parts", clusters=4, progress=progress)
+            select_at(aimed(64, cluster=part), 32, mode="parts", clusters=4, progress=progress)
         )
         shares = torch.stack([(masked & (part == k)).sum(1) / (part == k).sum(1) for k in range(4)])
         whole.append(float(((shares > 0.95) | (shares < 0.05)).float().mean()))
@@ -413,7 +413,7 @@ def test_over_tissue_the_same_share_of_tissue_and_of_border_is_masked(
     tissue = some(seed=1) < torch.linspace(0.05, 0.95, 16)[:, None]
     lesion = ((some() < 0.3) & tissue).float()
     part = torch.where(tissue, (some() * 3).floor(), -1.0)
-    aim = aimed(lesion=lesion, score=some(seed=2), part=part)
+    aim = aimed(lesion=lesion, score=some(seed=2), cluster=part)
     masked = hidden(
         select_at(aim, count, tissue=tissue, mode=mode, ratio_over="tissue", progress=0.5)
     )

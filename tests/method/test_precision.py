@@ -41,7 +41,7 @@ def test_the_teacher_is_asked_in_the_precision_of_the_run_and_masks_are_aimed_in
     )
     masking, keys = Masking(model, config), torch.arange(3)
     images = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    aim: Tensor = masking.whole(images, keys, TrainingStep(2))[1].score
+    aim: Tensor = masking.mask_whole_images(images, keys, TrainingStep(2))[1].score
     assert seen == [expected]
     assert aim.dtype == torch.float32
     assert bool((aim.std(1) > 0.5).all())

@@ -9,7 +9,7 @@ from helpers.models import GREY, random_images, spec_of, tiny
 from torch import Tensor
 
 from amlp_ray.config import ModelConfig
-from amlp_ray.method.augment import cropped, random_crop
+from amlp_ray.method.augment import apply_crop, random_crop
 from amlp_ray.method.encoder import encoder_tokens
 from amlp_ray.method.patches import patchify, unpatchify
 from amlp_ray.method.simsiam import SimSiam, two_views
@@ -115,7 +115,7 @@ def test_the_views_are_two_different_crops_by_key_and_epoch() -> None:
 def test_a_view_is_a_crop_with_its_own_contrast_and_brightness() -> None:
     images = random_images(GREY, 8)
     crop = random_crop(KEYS, min_crop_area=0.6, flip=True, seed=0, epoch=1)
-    plain = patchify(cropped(images, crop), 8).flatten(1)
+    plain = patchify(apply_crop(images, crop), 8).flatten(1)
     view = two_views(images, KEYS, SETTINGS, 8, 1)[0].flatten(1)
     slopes = []
     for ours, theirs in zip(view, plain, strict=True):

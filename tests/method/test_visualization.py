@@ -13,13 +13,13 @@ from amlp_ray.method.autoencoder import MaskedAutoencoder, build_autoencoder
 from amlp_ray.method.visualization import (
     Panels,
     analyze,
-    heat,
-    on_pixels,
-    outlined,
-    panels,
+    draw_heatmap,
+    draw_outline,
+    draw_panels,
+    draw_sheet,
+    draw_strip,
     picture_strips,
-    sheet,
-    strip,
+    resize_map,
 )
 
 SIDE, TITLE, GAP = 192, 22, 8
@@ -58,7 +58,7 @@ def draw(
     model, config = setting(shape, **given)
     images, truth = noise_with_a_square(shape)
     known = truth if masks else None
-    return panels(analyze(model, images, KEYS, known, config, epoch), model, known, config)
+    return draw_panels(analyze(model, images, KEYS, known, config, epoch), model, known, config)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -155,7 +155,7 @@ def test_predictions_of_standardized_patches_are_put_back_to_the_patch_s_own_mea
     )
     image[..., 16:] += 150
     seen = analyze(model, image, KEYS[:1], None, config, 1)
-    again = panels(seen, model, None, config)[0]["reconstruction"]
+    again = draw_panels(seen, model, None, config)[0]["reconstruction"]
     assert again[:, :88].max() < 60
     assert again[:, 104:].min() > 195
     assert float(seen.error.max()) < 0.02, (
@@ -168,8 +168,8 @@ def test_predictions_of_standardized_patches_are_put_back_to_the_patch_s_own_mea
 def test_a_constant_image_gives_a_picture(variant: str, norm_pix: bool) -> None:
     model, config = setting((1, 32, 32), variant=variant, loss={"norm_pix": norm_pix})
     image, mask = torch.full((1, 1, 32, 32), 7, dtype=torch.uint8), np.zeros((1, 32, 32), np.uint8)
-    (shown,) = panels(analyze(model, image, KEYS[:1], mask, config, 1), model, mask, config)
-    assert strip(shown).width > 4 * SIDE
+    (shown,) = draw_panels(analyze(model, image, KEYS[:1], mask, config, 1), model, mask, config)
+    assert draw_strip(shown).width > 4 * SIDE
 
 
 def test_the_masked_column_shows_the_ratio_of_the_epoch() -> None:
@@ -200,7 +200,7 @@ def test_colors_of_an_rgb_image_are_kept() -> None:
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     images[:, 0], images[:, 1] = 200, 100
     images[..., 16:] //= 2
-    shown = panels(analyze(model, images, KEYS[:1], None, config, 1), model, None, config)[0][
+    shown = draw_panels(analyze(model, images, KEYS[:1], None, config, 1), model, None, config)[0][
         "input"
     ]
     np.testing.assert_array_equal(shown[96, 48], [255, 128, 0])
@@ -216,7 +216,7 @@ def test_clusters_have_the_same_color_in_every_image_by_brightness() -> None:
     )
     one, other = (
         each["clusters"]
-        for each in panels(analyze(model, images, KEYS, None, config, 1), model, None, config)
+        for each in draw_panels(analyze(model, images, KEYS, None, config, 1), model, None, config)
     )
     hue = [
         pixels[:, half].mean((0, 1)).argmax()
@@ -247,11 +247,11 @@ def test_true_lesions_are_outlined_on_what_is_laid_over_the_image_and_nowhere_el
 def test_an_outline_of_the_whole_picture_or_of_nothing_is_none() -> None:
     image = np.full((20, 20, 3), 9, np.uint8)
     for where in (np.zeros((20, 20), np.float32), np.ones((20, 20), np.float32)):
-        np.testing.assert_array_equal(outlined(image, where), image)
+        np.testing.assert_array_equal(draw_outline(image, where), image)
 
 
 def test_heat_rises_in_brightness_and_is_clipped_to_its_ends() -> None:
-    colors = heat(np.linspace(-0.5, 1.5, 41, dtype=np.float32)[None])[0].astype(float)
+    colors = draw_heatmap(np.linspace(-0.5, 1.5, 41, dtype=np.float32)[None])[0].astype(float)
     luminance = colors @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(luminance[10:31]) > 0).all()
     assert (colors[:10] == colors[10]).all()
@@ -259,7 +259,7 @@ def test_heat_rises_in_brightness_and_is_clipped_to_its_ends() -> None:
 
 
 def test_a_map_of_patches_lies_where_its_patches_are_when_sizes_do_not_divide() -> None:
-    shown = on_pixels(torch.arange(6), (2, 3), (10, 10))
+    shown = resize_map(torch.arange(6), (2, 3), (10, 10))
     assert shown.shape == (10, 10)
     assert [shown[y, x] for y in (0, 9) for x in (0, 5, 9)] == [0, 1, 2, 3, 4, 5]
 
@@ -270,7 +270,7 @@ def test_settings_that_aim_by_true_lesions_are_drawn_with_masks_and_refused_with
     )
     images, masks = noise_with_a_square()
     seen = analyze(model, images, KEYS, masks, config, 1)
-    assert seen.chosen.lesion.reshape(2, 8, 8)[:, 2:4, 2:4].all()
+    assert seen.selection.lesion.reshape(2, 8, 8)[:, 2:4, 2:4].all()
     with pytest.raises(ConfigError, match="oracle"):
         analyze(model, images, KEYS, None, config, 1)
 
@@ -285,8 +285,8 @@ def test_looking_at_images_leaves_the_model_as_it_was() -> None:
 
 
 def test_a_sheet_holds_all_strips_under_one_row_of_titles() -> None:
-    strips = [strip(image) for image in draw(variant="mae")]
-    whole = sheet(strips, ["first", "second"])
+    strips = [draw_strip(image) for image in draw(variant="mae")]
+    whole = draw_sheet(strips, ["first", "second"])
     assert whole.width == strips[0].width
     pixels, first, second = (np.asarray(x) for x in (whole, *strips))
     np.testing.assert_array_equal(pixels[: TITLE + SIDE], first)

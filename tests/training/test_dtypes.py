@@ -20,9 +20,10 @@ from amlp_ray.config import PretrainConfig, ProbeConfig, SegmentConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.evaluation.linear_probe import Probe
 from amlp_ray.evaluation.segmentation import segment
-from amlp_ray.launch.job import RunSpec, run_job
+from amlp_ray.launch.job import run_job
+from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.method.augment import normalize
-from amlp_ray.method.visualization import as_pixels
+from amlp_ray.method.visualization import to_pixels
 from amlp_ray.training.loggers.metrics_file import read_rows
 from amlp_ray.training.pretrain import Hooks
 
@@ -56,7 +57,7 @@ def run(dataset: PatchDataset, tmp_path_factory: pytest.TempPathFactory) -> Path
         "model": MODEL,
     }
     run_job(
-        RunSpec(PretrainConfig.model_validate(given), dataset.path, folder, probe=FEW, rungs=(2,)),
+        RunSpec(config=PretrainConfig.model_validate(given), data=dataset.path, folder=folder, probe=FEW, rungs=(2,)),
         Hooks(),
     )
     return folder
@@ -126,7 +127,7 @@ def test_a_picture_is_the_first_channel_or_rgb_scaled_to_its_own_contrast(
 ) -> None:
     images = dataset.load("val").images
     x = normalize(torch.from_numpy(images), dataset.spec)
-    shown = np.stack(as_pixels(x, x, dataset.spec, (SIDE, SIDE)))
+    shown = np.stack(to_pixels(x, x, dataset.spec, (SIDE, SIDE)))
     shown_channels = 3 if images.shape[1] == 3 else 1
     stored = images[:, :shown_channels].astype(np.float64)
     low, high = np.quantile(stored, (0.005, 0.995), axis=(1, 2, 3), keepdims=True)
@@ -141,5 +142,5 @@ def test_a_constant_image_of_any_scale_is_drawn_black_and_not_as_noise(
 ) -> None:
     flat = np.full_like(dataset.load("val", np.array([0])).images, int(dataset.spec.mean[0]))
     x = normalize(torch.from_numpy(flat), dataset.spec)
-    (shown,) = as_pixels(x, x, dataset.spec, (SIDE, SIDE))
+    (shown,) = to_pixels(x, x, dataset.spec, (SIDE, SIDE))
     assert int(shown.max()) - int(shown.min()) <= 1

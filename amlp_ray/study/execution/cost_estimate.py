@@ -66,14 +66,14 @@ def price(
     eval_data: PatchDataset | None = None,
 ) -> list[Price]:
     """Time one probe, and a few steps of every one of `runs` over the ratios of its schedule."""
-    from amlp_ray.method.encoder import new_encoder
+    from amlp_ray.method.encoder import build_encoder
 
     device = _device(config)
     with _threads(config):
         scored = Probe(
             dataset if eval_data is None else eval_data, config.probe, runs[0].model.patch_size
         )
-        encoder = new_encoder(runs[0].model, dataset.spec).to(device)
+        encoder = build_encoder(runs[0].model, dataset.spec).to(device)
         started = time.perf_counter()
         scored.score(encoder)
         probe = time.perf_counter() - started

@@ -18,7 +18,7 @@ from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import CheckpointError, ConfigError
 from amlp_ray.evaluation.segmentation import segment
 from amlp_ray.evaluation.segmenter import load_segmenter
-from amlp_ray.method.encoder import new_encoder
+from amlp_ray.method.encoder import build_encoder
 from amlp_ray.training.checkpoint import pretrained
 from amlp_ray.training.checkpoint.export import export_encoder, load_encoder
 from amlp_ray.training.checkpoint.pretrained import starting_encoder
@@ -118,7 +118,7 @@ def test_a_start_replaces_the_encoder_that_settings_build(tmp_path: Path) -> Non
     model = ModelConfig.model_validate({"encoder": NAME, "decoder_width": 32, "decoder_heads": 1})
     found = starting_encoder(str(tmp_path / "w.pth"), spec_of(), model, NAME)
     assert found.model is model
-    built = new_encoder(model, spec_of()).state_dict()
+    built = build_encoder(model, spec_of()).state_dict()
     loaded = found.encoder.state_dict()
     assert {key: value.shape for key, value in built.items()} == {
         key: value.shape for key, value in loaded.items()
@@ -251,7 +251,7 @@ def test_what_cannot_be_started_from_gets_one_sentence(
 def test_an_own_encoder_must_be_of_the_same_images_and_architecture(tmp_path: Path) -> None:
     model = ModelConfig(width=24, depth=1, heads=2)
     path = tmp_path / "e.safetensors"
-    export_encoder(new_encoder(model, spec_of()), path, model, spec_of())
+    export_encoder(build_encoder(model, spec_of()), path, model, spec_of())
     with pytest.raises(CheckpointError, match=r"made for 1x64x64 images .* not 1x96x96"):
         starting_encoder(str(path), spec_of(1, 96, 96))
     with pytest.raises(CheckpointError, match=r"model\.depth 1, not 2; change the settings"):

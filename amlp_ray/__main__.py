@@ -1,4 +1,4 @@
-"""`python -m amlp_ray`, the same as `amlp-ray`."""
+"""Run the command line as `python -m amlp_ray`."""
 
 from amlp_ray.cli import main
 

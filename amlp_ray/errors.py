@@ -1,7 +1,7 @@
-"""The errors a user can meet.
+"""Errors that a user can meet.
 
-A message is one sentence that names the file or key, what was found, what is accepted and what to do.
-The command line prints it without a traceback and leaves with `exit_code`.
+A message is one sentence that names the file or key, what was found, what is accepted and what to
+do. The command line prints it without a traceback and exits with `exit_code`.
 """
 
 from __future__ import annotations
@@ -10,35 +10,38 @@ from collections.abc import Sequence
 
 
 class AmlpError(Exception):
-    """Base of every error raised on purpose; `exit_code` is what the command line returns for it."""
+    """Base of every error raised on purpose; the command line exits with its `exit_code`."""
 
     exit_code = 1
 
     @property
-    def faults(self) -> tuple[str, ...]:
-        """The sentences of the message, a line each on the command line."""
+    def messages(self) -> tuple[str, ...]:
+        """The sentences of the message; the command line prints each on a line."""
         return (str(self),)
 
 
 class ConfigError(AmlpError, ValueError):
-    """Settings are misspelt, out of range, or contradict each other: one sentence per fault.
+    """Settings are misspelt, out of range, or contradict each other: one sentence per problem.
 
-    A ValueError too, so that pydantic lists what a validator raises with the other faults of a model.
+    It is a ValueError too, so that pydantic lists what a validator raises with a model's other
+    problems.
 
     Args:
-        keys: of each fault, the dotted name of what it is about, from which `Source` tells the line of a file.
+        messages: one sentence per problem.
+        keys: dotted name of the setting that each message is about; `ConfigSource` finds the line
+            of a file by it.
     """
 
     exit_code = 2
 
-    def __init__(self, *faults: str, keys: Sequence[str] = ()) -> None:
-        super().__init__(" ".join(faults))
-        self._faults = faults
-        self.keys = tuple(keys) or ("",) * len(faults)
+    def __init__(self, *messages: str, keys: Sequence[str] = ()) -> None:
+        super().__init__(" ".join(messages))
+        self._messages = messages
+        self.keys = tuple(keys) or ("",) * len(messages)
 
     @property
-    def faults(self) -> tuple[str, ...]:
-        return self._faults
+    def messages(self) -> tuple[str, ...]:
+        return self._messages
 
 
 class DataError(AmlpError):
@@ -60,15 +63,18 @@ class CheckpointError(AmlpError):
 
 
 class WorkerLostError(AmlpError):
-    """Workers or nodes of a run were lost more often than `fault_tolerance.max_failures` allows."""
+    """A run lost workers or nodes more often than `fault_tolerance.max_failures` allows."""
 
 
 class StorageError(AmlpError):
-    """A run's folder was full or away for longer than `fault_tolerance.storage_minutes`; what was trained is kept up to then."""
+    """A run's folder was full or unreachable for longer than `fault_tolerance.storage_minutes`.
+
+    What was trained up to then is kept.
+    """
 
 
 class StudyError(AmlpError):
-    """A study cannot be found, opened, or continued as asked."""
+    """A study cannot be found, opened, or resumed as requested."""
 
     exit_code = 2
 
@@ -78,10 +84,20 @@ class FailedStudyError(AmlpError):
 
 
 class InterruptedStudyError(AmlpError):
-    """Ctrl-C ended a run of a study; its running trials will be taken over by the next one."""
+    """Ctrl-C ended a run of a study; its next run takes over the running trials."""
 
     exit_code = 130
 
 
 class NonFiniteLossError(AmlpError):
-    """Training met a loss that is NaN or infinite; the message names epoch and step."""
+    """The loss became NaN or infinite; the message names epoch and step."""
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an error's message in one line of at most 200 characters, or its type if it has none.
+
+    >>> describe_error(ValueError("no\\n  luck."))
+    'no luck'
+    """
+    message = " ".join(str(error).split()).rstrip(".")
+    return message[:200] or type(error).__name__

@@ -50,8 +50,8 @@ def main() -> None:
     except SystemExit as ended:
         sys.exit(143 if terminated else ended.code)
     except AmlpError as error:
-        for fault in error.faults:
-            sentence = fault.replace(
+        for message in error.messages:
+            sentence = message.replace(
                 "\n", "\\n"
             )  # names of files may hold one; a sentence is one line
             print(f"amlp-ray: {sentence}", file=sys.stderr)

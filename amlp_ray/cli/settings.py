@@ -1,38 +1,32 @@
-"""amlp-ray settings: every setting with what is accepted, its default, and why that default."""
+"""amlp-ray settings: every setting with what it accepts, its default, and the reason for it."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from amlp_ray import config
 from amlp_ray.cli.output import Json, print_json, print_table
-from amlp_ray.config import (
-    VARIANTS,
-    PredictConfig,
-    PrepareConfig,
-    PretrainConfig,
-    SegmentConfig,
-    StudyConfig,
-)
-from amlp_ray.config.base import Config
-from amlp_ray.config.overrides import flat
-from amlp_ray.config.reference import Section, Setting, sections, shown, variants
 from amlp_ray.errors import ConfigError
 
-MODELS: dict[str, type[Config]] = {
-    "pretrain": PretrainConfig,
-    "study": StudyConfig,
-    "segment": SegmentConfig,
-    "prepare": PrepareConfig,
-    "predict": PredictConfig,
-}
-TOPICS = (*MODELS, "variants")
-USUAL = PretrainConfig().variant
-Table = tuple[str, str, list[dict[str, str]]]  # heading, what it is about, rows
+if TYPE_CHECKING:
+    from amlp_ray.config.base import Config
+    from amlp_ray.config.reference import Section
+
+MODEL_TOPICS = ("pretrain", "study", "segment", "prepare", "predict")
+TOPICS = (*MODEL_TOPICS, "variants")
+DEFAULT_VARIANT = "amlp"
+CODE_COLUMNS = ("name", "default", "variant", "sets")
+
+
+class Table(NamedTuple):
+    """Rows with equal keys under a heading, and what they are."""
+
+    heading: str
+    about: str
+    rows: list[dict[str, str]]
 
 
 def settings(
@@ -43,89 +37,114 @@ def settings(
     as_json: Json = False,
 ) -> None:
     """Show settings: accepted values, defaults, and the reasons for them."""
-    chosen = topics or ["pretrain"]
-    for topic in chosen:
+    topics = topics or ["pretrain"]
+    for topic in topics:
         if topic not in TOPICS:
-            raise ConfigError(
-                f"settings: there are none of {topic!r}; known are {', '.join(TOPICS)}."
-            )
+            known = ", ".join(TOPICS)
+            raise ConfigError(f"settings: there are none of {topic!r}; known are {known}.")
     if as_json:
-        print_json({topic: _values(topic) for topic in chosen})
+        print_json({topic: _json_rows(topic) for topic in topics})
     elif markdown:
-        typer.echo("\n\n".join(_page(chosen)))
+        typer.echo("\n\n".join(_markdown_page(topics)))
     else:
-        for topic in chosen:
-            for heading, about, rows in _tables(topic):
-                typer.echo(f"\n{heading}: {about}")
-                print_table(rows)
+        for topic in topics:
+            for table in _tables(topic):
+                typer.echo(f"\n{table.heading}: {table.about}")
+                print_table(table.rows)
 
 
-def _values(topic: str) -> list[dict[str, object]]:
+def _model(topic: str) -> type[Config]:
+    from amlp_ray import config
+
+    return getattr(config, f"{topic.capitalize()}Config")
+
+
+def _json_rows(topic: str) -> list[dict[str, Any]]:
+    from amlp_ray.config.reference import sections, variants
+
     if topic == "variants":
         return variants()
-    return [vars(setting) for section in sections(MODELS[topic]) for setting in section.config]
+    rows = []
+    for section in sections(_model(topic)):
+        rows += [vars(setting) for setting in section.settings]
+    return rows
 
 
 def _tables(topic: str) -> Iterator[Table]:
+    from amlp_ray.config.reference import sections
+
     if topic == "variants":
-        about = "Named baselines. Each lays its values over the defaults; every value given wins over them."
-        rows = [
+        yield _variants_table()
+        return
+    for section in sections(_model(topic)):
+        yield Table(section.group or topic, section.about, _setting_rows(section, topic))
+
+
+def _variants_table() -> Table:
+    from amlp_ray.config.reference import format_value, variants
+
+    rows = []
+    for variant in variants():
+        changes = [f"{name}={format_value(value)}" for name, value in variant["sets"].items()]
+        rows.append(
             {
                 "variant": variant["variant"],
-                "sets": ", ".join(
-                    f"{name}={shown(value)}" for name, value in variant["sets"].items()
-                ),
+                "sets": ", ".join(changes),
                 "about": variant["about"],
             }
-            for variant in variants()
-        ]
-        yield topic, about, rows
-        return
-    laid = flat(VARIANTS[USUAL]) if topic == "pretrain" else {}
-    for section in sections(MODELS[topic]):
-        yield section.group or topic, section.about, list(_rows(section, laid))
+        )
+    about = "Named baselines. Each changes some defaults; every value given overrides them."
+    return Table("variants", about, rows)
 
 
-def _rows(section: Section, laid: dict[str, object]) -> Iterator[dict[str, str]]:
-    for setting in section.config:
-        yield {
-            "name": setting.name,
-            "accepts": setting.accepts,
-            "default": _default(setting, laid),
-            "reason": setting.reason,
-        }
+def _setting_rows(section: Section, topic: str) -> list[dict[str, str]]:
+    from amlp_ray.config import VARIANTS
+    from amlp_ray.config.overrides import flatten
+    from amlp_ray.config.reference import format_value
+
+    # A pretraining without a named variant is amlp, which changes some defaults.
+    changes = flatten(VARIANTS[DEFAULT_VARIANT]) if topic == "pretrain" else {}
+    rows = []
+    for setting in section.settings:
+        default = "required" if setting.required else format_value(setting.default)
+        if setting.name in changes:
+            default += f" ({DEFAULT_VARIANT}: {format_value(changes[setting.name])})"
+        rows.append(
+            {
+                "name": setting.name,
+                "accepts": setting.accepts,
+                "default": default,
+                "description": setting.description,
+            }
+        )
+    return rows
 
 
-def _default(setting: Setting, laid: dict[str, object]) -> str:
-    if setting.required:
-        return "required"
-    # The variant that holds where none is named may set something else.
-    usual = f" ({USUAL}: {shown(laid[setting.name])})" if setting.name in laid else ""
-    return shown(setting.default) + usual
+def _markdown_page(topics: Sequence[str]) -> Iterator[str]:
+    """Yield the paragraphs and tables of a page."""
+    from amlp_ray import config
 
-
-def _page(topics: Iterable[str]) -> Iterator[str]:
-    """Paragraphs and tables of a page."""
     yield "# Settings"
     yield "Made from `amlp_ray/config` by `make docs`; change it there."
     yield from (inspect.getdoc(config) or "").split("\n\n")[1:]
     for topic in topics:
-        last = ""
-        for heading, about, rows in _tables(topic):
-            if heading != last:
-                yield f"{'##' if heading == topic else '###'} {heading}".replace("<", "\\<")
-            yield about
-            yield "\n".join(_markdown(rows))
-            last = heading
+        previous = ""
+        for table in _tables(topic):
+            if table.heading != previous:
+                level = "##" if table.heading == topic else "###"
+                yield f"{level} {table.heading}".replace("<", "\\<")
+            yield table.about
+            yield "\n".join(_markdown_lines(table.rows))
+            previous = table.heading
 
 
-def _markdown(rows: list[dict[str, str]]) -> Iterator[str]:
+def _markdown_lines(rows: Sequence[dict[str, str]]) -> Iterator[str]:
     columns = list(rows[0])
     yield f"| {' | '.join(columns)} |"
     yield "|" + "---|" * len(columns)
     for row in rows:
-        cells = [
-            f"`{row[c]}`" if c in ("name", "default", "variant", "sets") else row[c]
-            for c in columns
-        ]
-        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+        cells = []
+        for column, text in row.items():
+            cell = text.replace("|", "\\|")
+            cells.append(f"`{cell}`" if column in CODE_COLUMNS else cell)
+        yield f"| {' | '.join(cells)} |"

@@ -96,9 +96,9 @@ def retry(name: Name, number: Number, runs: Runs = Path("runs"), as_json: Json =
 
 def _lines(values: dict[str, Any]) -> list[dict[str, Any]]:
     """By their names, as they are written in a file."""
-    from amlp_ray.config.overrides import flat
+    from amlp_ray.config.overrides import flatten
 
-    return [{"name": name, "value": value} for name, value in flat(values).items()]
+    return [{"name": name, "value": value} for name, value in flatten(values).items()]
 
 
 def _exact(rungs: list[dict[str, Any]]) -> list[dict[str, Any]]:

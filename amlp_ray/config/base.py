@@ -16,16 +16,25 @@ from amlp_ray.errors import ConfigError
 
 
 class Config(BaseModel):
-    """Base of all settings: immutable, unknown keys are errors, NaN and infinity are not numbers here."""
+    """Base of all configs: immutable; unknown keys, NaN and infinity are errors.
+
+    The string below a field is its description, from which `docs/settings.md` is made.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-S = TypeVar("S", bound=Config)
+ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 class ConfigIssue(NamedTuple):
-    """What is wrong with the key of that dotted name, in a sentence; `line` where it is not the key's first."""
+    """A problem with one setting.
+
+    Attributes:
+        key: dotted name of the setting.
+        text: the problem, in one sentence.
+        line: line of the file, where it is not the first line of `key`.
+    """
 
     key: str
     text: str
@@ -34,195 +43,214 @@ class ConfigIssue(NamedTuple):
 
 @dataclass(frozen=True)
 class ConfigSource:
-    """Where settings come from: what messages call it, and the line of every key by dotted name."""
+    """Where settings come from.
+
+    Attributes:
+        name: what messages call it, such as the path of a file.
+        lines: line of every key, by dotted name.
+        issues: problems found while reading it.
+    """
 
     name: str
     lines: Mapping[str, int] = field(default_factory=dict)
-    faults: tuple[ConfigIssue, ...] = ()  # found while reading
+    issues: tuple[ConfigIssue, ...] = ()
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any], name: str) -> ConfigSource:
+        """Return the file that `values` were read from, or else a source called `name`."""
+        return values.source if isinstance(values, ConfigValues) else cls(name)
 
     def line(self, key: str) -> int | None:
-        """Line of a key; where it has none, of the group that it is in."""
+        """Return the line of a key; where it has none, that of the group it belongs to."""
         while key and key not in self.lines:
             key = key.rpartition(".")[0]
         return self.lines.get(key)
 
-    def error(self, faults: Iterable[ConfigIssue]) -> ConfigError:
-        """All faults as one error, each told with `name:line`, in the order of lines."""
-        at = [(fault, fault.line or self.line(fault.key)) for fault in faults]
-        at.sort(key=lambda found: found[1] or 0)
-        told = [
-            f"{self.name}:{line}: {f.text}" if line else f"{self.name}: {f.text}" for f, line in at
-        ]
-        return ConfigError(*told, keys=[f.key for f, _ in at])
+    def error(self, issues: Iterable[ConfigIssue]) -> ConfigError:
+        """Return one error for all issues, each with `name:line`, sorted by line."""
+        located = [(issue.line or self.line(issue.key), issue) for issue in issues]
+        located.sort(key=lambda pair: pair[0] or 0)
+        messages = []
+        for line, issue in located:
+            position = f"{self.name}:{line}" if line else self.name
+            messages.append(f"{position}: {issue.text}")
+        return ConfigError(*messages, keys=[issue.key for _, issue in located])
 
 
 class ConfigValues(dict[str, Any]):
-    """Values of a settings file, which know where they stand in it."""
+    """Values of a settings file, with the file and the lines that they come from."""
 
     def __init__(self, values: Mapping[str, Any], source: ConfigSource) -> None:
         super().__init__(values)
         self.source = source
 
 
-def config_source(values: Mapping[str, Any], name: str) -> ConfigSource:
-    """Where values come from: the file that they were read from, or `name`."""
-    return values.source if isinstance(values, ConfigValues) else ConfigSource(name)
-
-
 def build(
-    model: type[S], values: Mapping[str, Any], source: str, more: Iterable[ConfigIssue] = ()
-) -> S:
+    model: type[ConfigT],
+    values: Mapping[str, Any],
+    source: str,
+    more: Iterable[ConfigIssue] = (),
+) -> ConfigT:
     """Validate `values` as `model`.
 
     Args:
-        source: what messages call it. Values that `read_yaml` read know it, and the lines of their keys.
-        more: faults found elsewhere, to be told in the same list.
+        model: class of the config.
+        values: nested settings.
+        source: what messages call the values, unless `read_yaml` read them from a file.
+        more: issues found elsewhere, to be listed with those found here.
 
     Raises:
-        ConfigError: with one sentence per fault that names `source`, the key, the value and what is accepted.
+        ConfigError: with one sentence per issue that names the source, the key, the value and
+            what is accepted.
     """
-    origin = config_source(values, source)
-    faults = [*origin.faults, *more]
-    built = None
+    origin = ConfigSource.from_values(values, source)
+    issues = [*origin.issues, *more]
+    config = None
     try:
-        built = model.model_validate(dict(values))
+        config = model.model_validate(dict(values))
     except ValidationError as error:
-        faults += _faults(model, error, values)
-    if built is None or faults:
-        raise origin.error(faults)
-    return built
+        issues += _issues_from(error, model, values)
+    if config is None or issues:
+        raise origin.error(issues)
+    return config
 
 
-def refusal(model: type[Config], name: str, value: Any) -> str | None:
-    """Why a setting cannot have a value, whatever the others are; nothing where it can.
+def rejection_reason(model: type[Config], name: str, value: Any) -> str | None:
+    """Say why a setting cannot have a value, whatever the others are; None where it can.
 
     >>> from amlp_ray.config import PretrainConfig
-    >>> refusal(PretrainConfig, "ratio.end", 1.2)
+    >>> rejection_reason(PretrainConfig, "ratio.end", 1.2)
     'ratio.end is 1.2, but must be less than 1.'
     """
     try:
-        _adapter(model, name).validate_python(value)
+        _type_adapter(model, name).validate_python(value)
     except ValidationError as error:
-        found = error.errors(include_url=False)
-        return f"{name} is {value!r}, but {' or '.join(dict.fromkeys(map(_wanted, found)))}."
+        accepted = dict.fromkeys(_accepted(detail) for detail in error.errors(include_url=False))
+        return f"{name} is {value!r}, but {' or '.join(accepted)}."
     return None
 
 
 @cache
-def _adapter(model: type[Config], name: str) -> TypeAdapter[Any]:
-    about = field_of(model, name)
-    return TypeAdapter(Annotated[about.annotation, about], config=model.model_config)  # type: ignore[arg-type]
+def _type_adapter(model: type[Config], name: str) -> TypeAdapter[Any]:
+    info = find_field(model, name)
+    annotation = Annotated[info.annotation, info]  # type: ignore[name-defined]
+    return TypeAdapter(annotation, config=model.model_config)
 
 
-def field_of(model: type[BaseModel], name: str) -> FieldInfo:
-    """The field behind a dotted name; its `annotation` is the type of its values."""
+def find_field(model: type[BaseModel], name: str) -> FieldInfo:
+    """Return the field with a dotted name; its `annotation` is the type of its values."""
     group, dot, rest = name.partition(".")
-    field = model.model_fields[group]
+    info = model.model_fields[group]
     if not dot:
-        return field
-    assert isinstance(field.annotation, type)
-    return field_of(field.annotation, rest)
+        return info
+    assert isinstance(info.annotation, type)
+    return find_field(info.annotation, rest)
 
 
-_TAGS = ("range", "choice", "fixed", "derived", "str", "int", "float", "bool", "none")
-
-
-def _faults(
-    model: type[BaseModel], error: ValidationError, values: Mapping[str, Any]
+def _issues_from(
+    error: ValidationError, model: type[BaseModel], values: Mapping[str, Any]
 ) -> list[ConfigIssue]:
-    out: list[ConfigIssue] = []
-    wanted: dict[
-        str, dict[str, Any]
-    ] = {}  # of values that fit no baseline of a union: what each baseline takes
-    for fault in error.errors(include_url=False):
-        where = _place(fault["loc"], values, fault["type"])
-        cause = fault.get("ctx", {}).get("error")
+    """Turn pydantic's errors into issues with one sentence each."""
+    issues: list[ConfigIssue] = []
+    # A value that fits no member of a union has an error per member: collect what each accepts.
+    accepted: dict[str, dict[str, Any]] = {}
+    for detail in error.errors(include_url=False):
+        key = _dotted_key(detail["loc"], values, detail["type"])
+        cause = detail.get("ctx", {}).get("error")
         if isinstance(cause, ConfigError):
-            out += [
-                ConfigIssue(f"{where}.{key}", text)
-                for key, text in zip(cause.keys, cause.faults, strict=True)
-            ]
-        elif fault["type"] == "extra_forbidden":
-            out.append(ConfigIssue(where, _unknown(model, where)))
-        elif fault["type"] == "missing":
-            out.append(ConfigIssue(where, f"{where} is missing."))
-        elif fault["type"] == "value_error":
-            text = fault["msg"].removeprefix("Value error, ").rstrip(".")
-            about = text.split(maxsplit=1)[0].rstrip(
-                ":"
-            )  # sentences of ours begin with the setting that they are about
-            out.append(
-                ConfigIssue(
-                    f"{where}.{about}".lstrip("."), f"{where}: {text}." if where else f"{text}."
-                )
-            )
+            for inner_key, message in zip(cause.keys, cause.messages, strict=True):
+                issues.append(ConfigIssue(f"{key}.{inner_key}", message))
+        elif detail["type"] == "extra_forbidden":
+            issues.append(ConfigIssue(key, _unknown_setting(model, key)))
+        elif detail["type"] == "missing":
+            issues.append(ConfigIssue(key, f"{key} is missing."))
+        elif detail["type"] == "value_error":
+            issues.append(_issue_from_validator(key, detail["msg"]))
         else:
-            wanted.setdefault(where, {})[_wanted(fault)] = fault["input"]
-    for where, texts in wanted.items():
-        if any(other.startswith(f"{where}.") for other in [*wanted, *(fault.key for fault in out)]):
-            continue  # of the baseline that was meant, something inside is at fault
-        given = next(iter(texts.values()))
-        shown = repr(given) if len(repr(given)) < 80 else f"of type {type(given).__name__}"
-        out.append(ConfigIssue(where, f"{where} is {shown}, but {' or '.join(texts)}."))
-    return out
+            accepted.setdefault(key, {})[_accepted(detail)] = detail["input"]
 
-
-def _place(loc: Sequence[int | str], values: Any, kind: str) -> str:
-    """Dotted name of what is at fault. In `loc` pydantic names the baselines of unions as well, which no file has."""
-    keys = []
-    for i, part in enumerate(loc):
-        inside = isinstance(values, Mapping) and part in values
-        if inside or (
-            isinstance(values, list | tuple) and isinstance(part, int) and part < len(values)
-        ):
-            values = values[part]
-        elif not (kind == "missing" and i == len(loc) - 1) and (part in _TAGS or "[" in str(part)):
+    keys = [*accepted, *(issue.key for issue in issues)]
+    for key, inputs in accepted.items():
+        # If something inside is wrong, this was the right member of the union.
+        if any(other.startswith(f"{key}.") for other in keys):
             continue
+        value = next(iter(inputs.values()))
+        shown = repr(value) if len(repr(value)) < 80 else f"of type {type(value).__name__}"
+        issues.append(ConfigIssue(key, f"{key} is {shown}, but {' or '.join(inputs)}."))
+    return issues
+
+
+def _issue_from_validator(key: str, message: str) -> ConfigIssue:
+    """Turn the message of a validator of ours into an issue.
+
+    Such a message begins with the name of the setting that it is about.
+    """
+    text = message.removeprefix("Value error, ").rstrip(".")
+    setting = text.split(maxsplit=1)[0].rstrip(":")
+    sentence = f"{key}: {text}." if key else f"{text}."
+    return ConfigIssue(f"{key}.{setting}".lstrip("."), sentence)
+
+
+# What pydantic adds to a location for a member of a union; no file has these as keys.
+_UNION_TAGS = ("range", "choice", "fixed", "derived", "str", "int", "float", "bool", "none")
+
+
+def _dotted_key(location: Sequence[int | str], values: Any, error_type: str) -> str:
+    """Return the dotted name of an error's location, without pydantic's names of union members."""
+    keys = []
+    for index, part in enumerate(location):
+        in_mapping = isinstance(values, Mapping) and part in values
+        in_list = isinstance(values, list | tuple) and isinstance(part, int) and part < len(values)
+        if in_mapping or in_list:
+            values = values[part]
+        else:
+            is_missing_key = error_type == "missing" and index == len(location) - 1
+            if not is_missing_key and (part in _UNION_TAGS or "[" in str(part)):
+                continue
         keys.append(str(part))
     return ".".join(keys)
 
 
-def _unknown(model: type[BaseModel], where: str) -> str:
-    known = list(_names(model))
-    if where in known:  # its dots stand in the key itself
-        *groups, last = where.split(".")
-        opened = "".join(f"{group}: {{" for group in groups)
-        return f"{where} is written nested, as {opened}{last}: ...{'}' * len(groups)}."
-    group = where.rpartition(".")[0]
-    siblings = [name for name in known if name.rpartition(".")[0] == group]
+def _unknown_setting(model: type[BaseModel], key: str) -> str:
+    """Say that a setting is unknown, and which one may be meant."""
+    names = list(_setting_names(model))
+    group, _, last = key.rpartition(".")
+    if key in names:
+        # The file has the dotted name as one key.
+        groups = group.split(".")
+        opening = "".join(f"{name}: {{" for name in groups)
+        return f"{key} is written nested, as {opening}{last}: ...{'}' * len(groups)}."
+    siblings = [name for name in names if name.rpartition(".")[0] == group]
     if not siblings and group:
-        siblings = [
-            f"{group}.{name}"
-            for name in _fields_inside(model.model_fields[where.partition(".")[0]].annotation)
-        ]
-    near = difflib.get_close_matches(where, siblings, n=1, cutoff=0.5) or difflib.get_close_matches(
-        where, known, n=1, cutoff=0.5
-    )
+        annotation = model.model_fields[key.partition(".")[0]].annotation
+        siblings = [f"{group}.{name}" for name in _fields_inside(annotation)]
+    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
+    near = near or difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(siblings) or 'none'}."
-    return f"unknown setting {where!r}; {hint}"
+    return f"unknown setting {key!r}; {hint}"
 
 
 def _fields_inside(annotation: Any) -> list[str]:
-    """Names of all fields of the models in a mapping or union."""
+    """Return the names of all fields of the models in a mapping or union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return list(annotation.model_fields)
-    return list(
-        dict.fromkeys(name for part in get_args(annotation) for name in _fields_inside(part))
-    )
+    names: dict[str, None] = {}
+    for part in get_args(annotation):
+        names |= dict.fromkeys(_fields_inside(part))
+    return list(names)
 
 
-def _wanted(fault: Mapping[str, Any]) -> str:
-    """What is accepted, in pydantic's words made half a sentence."""
-    text = re.sub(
-        r" or instance of \w+$", "", fault["msg"].removeprefix("Value error, ").rstrip(".")
-    )
+def _accepted(detail: Mapping[str, Any]) -> str:
+    """Return what pydantic accepts as the second half of a sentence."""
+    text = detail["msg"].removeprefix("Value error, ").rstrip(".")
+    text = re.sub(r" or instance of \w+$", "", text)
     text = re.sub(r"^(Input|String|List|Dictionary|Tuple|Value) should", "must", text)
     return text[0].lower() + text[1:]
 
 
-def _names(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
-    for name, about in model.model_fields.items():
-        if isinstance(about.annotation, type) and issubclass(about.annotation, BaseModel):
-            yield from _names(about.annotation, f"{prefix}{name}.")
+def _setting_names(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from _setting_names(info.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name

@@ -12,7 +12,7 @@ Layout = Literal["auto", "busi", "paired", "flat", "lgg", "dicom", "nifti", "dec
 
 
 class ImageSpec(Config):
-    """What a model must know of a patch dataset: the shape of its images and how to normalise them.
+    """What a model must know of a patch dataset: the shape of its images and how to normalize them.
 
     `mean` and `std` are per channel, in stored units (0-255 for uint8), over the training split.
     """
@@ -27,47 +27,52 @@ class ImageSpec(Config):
 class PrepareConfig(Config):
     """How a folder of images becomes a patch dataset."""
 
-    layout: Layout = (
-        "auto"  # auto: recognised from names and first bytes, and said; docs/data.md has them all
-    )
-    file_list: str | None = None  # text file, one image a line, relative to the source; layout flat
-    size: int = Field(
-        96, ge=16, le=2048
-    )  # pixels a side; 96 with patch 8 is 144 tokens, the least a patch head needs
-    # stretch: to a square, what the figures in docs/ were measured with; pad: aspect kept, borders added; tiles: cut
-    # at full detail, several patches of an image
+    layout: Layout = "auto"
+    """How the folder is organized. auto: detected from names and first bytes, and printed.
+    docs/data.md describes them all."""
+    file_list: str | None = None
+    """Text file with one image per line, relative to the source; for layout flat."""
+    size: int = Field(96, ge=16, le=2048)
+    """Side of the stored images in pixels. 96 with patch 8 is 144 tokens, the least a patch head
+    needs."""
     fit: Literal["stretch", "pad", "tiles"] = "stretch"
-    overlap: float = Field(
-        0.0, ge=0, le=0.9
-    )  # share of a tile's side that its neighbour repeats; tiles
-    scale: float = Field(
-        1.0, gt=0, le=1
-    )  # shrinks images before tiles are cut: 0.25 for photographs of 4000 pixels
-    # Tiles and slices with less tissue are left out, unless they hold a lesion; air teaches nothing. 0 keeps all.
+    """stretch: to a square, as in all figures of docs/. pad: keep the aspect ratio and add borders.
+    tiles: cut at full detail, several patches per image."""
+    overlap: float = Field(0.0, ge=0, le=0.9)
+    """tiles: share of a tile's side that its neighbour repeats."""
+    scale: float = Field(1.0, gt=0, le=1)
+    """tiles: factor that shrinks images before tiles are cut, such as 0.25 for photographs of 4000
+    pixels."""
     min_foreground: float = Field(0.1, ge=0, le=1)
-    channels: Literal["auto"] | int = (
-        "auto"  # auto: 1 if every picture is grey, as exported ultrasound is
-    )
-    # keep: as stored, DICOM in its rescaled units; window: the range `window` to 0-255; percentile: 0.5 % to 99.5 % of
-    # what lies above the minimum of each picture, volume or series to 0-255, for MRI, whose scale means nothing
+    """Least share of tissue: tiles and slices with less are skipped unless they hold a lesion,
+    because air teaches nothing. 0 keeps all."""
+    channels: Literal["auto"] | int = "auto"
+    """Number of channels. auto: 1 if every image is grey, as exported ultrasound is."""
     values: Literal["keep", "window", "percentile"] = "keep"
-    window: tuple[float, float] | None = (
-        None  # lowest and highest value kept; none: the window in the DICOM header
-    )
-    axis: Literal["axial", "coronal", "sagittal"] = "axial"  # NIfTI volumes are cut across this
-    lesion_labels: tuple[
-        int, ...
-    ] = ()  # values of a mask that are lesion; none given: all above zero
-    # auto: by patient where the layout knows patients, else near-duplicates: public sets hold many near-copies
+    """keep: as stored, DICOM in its rescaled units. window: the range `window` to 0-255.
+    percentile: 0.5 % to 99.5 % of what lies above the minimum of each image, volume or series to
+    0-255, for MRI, whose scale means nothing."""
+    window: tuple[float, float] | None = None
+    """Lowest and highest value for values=window. null: the window in the DICOM header."""
+    axis: Literal["axial", "coronal", "sagittal"] = "axial"
+    """Axis across which NIfTI volumes are cut into slices."""
+    lesion_labels: tuple[int, ...] = ()
+    """Values of a mask that are lesion. Empty: all above zero."""
     group_by: Literal["auto", "patient", "near-duplicates", "image"] = "auto"
-    group_file: str | None = None  # CSV with a column id; takes the place of group_by
-    group_column: str = "group"  # the column of group_file that says what belongs together
-    split_file: str | None = (
-        None  # JSON {"train": [ids], "val": ..., "test": ...}; takes the place of fractions
-    )
-    fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)  # train, val, test
-    hash_names: bool = False  # ids, groups and sources become salted hashes; always so for DICOM
-    seed: int = Field(0, ge=0)  # of the split
+    """What stays in one split. auto: by patient where the layout knows patients, else by
+    near-duplicates, because public sets hold many near-copies."""
+    group_file: str | None = None
+    """CSV with a column id; replaces group_by."""
+    group_column: str = "group"
+    """Column of group_file with the group of each image."""
+    split_file: str | None = None
+    """JSON {"train": [ids], "val": ..., "test": ...}; replaces fractions."""
+    fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
+    """Shares of train, val and test."""
+    hash_names: bool = False
+    """Store ids, groups and sources as salted hashes; always so for DICOM."""
+    seed: int = Field(0, ge=0)
+    """Seed of the split."""
 
     @model_validator(mode="after")
     def _check(self) -> PrepareConfig:
@@ -85,7 +90,8 @@ class PrepareConfig(Config):
             raise ValueError("window needs values=window")
         if any(label < 1 for label in self.lesion_labels):
             raise ValueError(
-                f"lesion_labels must be whole numbers from 1, not {self.lesion_labels}; 0 is background"
+                f"lesion_labels must be whole numbers from 1, not {self.lesion_labels}; "
+                f"0 is background"
             )
         if self.file_list and self.layout not in ("auto", "flat"):
             raise ValueError(f"file_list needs layout=flat, not {self.layout}")

@@ -1,4 +1,4 @@
-"""Settings of searching: what proposes settings, what stops poor trials, and what a study strives for."""
+"""Settings of the search: sampler, pruner, objectives and budget."""
 
 from __future__ import annotations
 
@@ -10,11 +10,23 @@ from amlp_ray.config.base import Config
 from amlp_ray.config.resources import FaultToleranceConfig
 
 StudyObjective = Literal[
-    "dsc", "ap", "ppv", "sensitivity", "dsc_small", "dsc_medium", "dsc_large", "seconds", "gpu_seconds", "memory"
-]  # fmt: skip
+    "dsc",
+    "ap",
+    "ppv",
+    "sensitivity",
+    "dsc_small",
+    "dsc_medium",
+    "dsc_large",
+    "seconds",
+    "gpu_seconds",
+    "memory",
+]
 Direction = Literal["maximize", "minimize"]
+# Objectives that are minimized.
+COST_OBJECTIVES = ("seconds", "gpu_seconds", "memory")
 
-_OF = {  # sampler or pruner that a setting is of, where it is of some only
+# Options that only some samplers or pruners have.
+_OPTION_OWNERS = {
     "multivariate": ("tpe",),
     "group": ("tpe",),
     "population_size": ("nsga2", "nsga3", "cmaes", "pbt"),
@@ -29,42 +41,47 @@ _OF = {  # sampler or pruner that a setting is of, where it is of some only
 }
 
 
-def _check_options(given: Config, *names: str) -> None:
-    """Refuse what is set and does nothing. A default does no harm: a settings file written in full holds them all."""
-    for option in sorted(_OF.keys() & type(given).model_fields.keys()):
-        changed = getattr(given, option) != type(given).model_fields[option].default
-        if changed and not set(names) & set(_OF[option]):
+def _check_options(config: Config, *names: str) -> None:
+    """Refuse an option that does nothing for the sampler or pruner, unless it has its default.
+
+    A settings file written in full holds the defaults of all options.
+    """
+    fields = type(config).model_fields
+    for option in sorted(_OPTION_OWNERS.keys() & fields.keys()):
+        owners = _OPTION_OWNERS[option]
+        has_default = getattr(config, option) == fields[option].default
+        if not has_default and not set(names) & set(owners):
             raise ValueError(
-                f"{option} is a setting of {', '.join(_OF[option])} and does nothing for {names[-1]}"
+                f"{option} is a setting of {', '.join(owners)} and does nothing for {names[-1]}"
             )
 
 
 class SamplerConfig(Config):
-    """Which Optuna sampler proposes settings; `pbt` is population-based training, ours on Optuna's storage."""
+    """Which Optuna sampler suggests settings; `pbt` is population-based training, our own on
+    Optuna's storage."""
 
-    # tpe: models good and poor trials; gp: a Gaussian process, for few and dear trials; cmaes: numeric spaces of some
-    # hundred trials; nsga2, nsga3: several objectives; grid: every combination; qmc: evenly spread; random: the control
     name: Literal["tpe", "gp", "cmaes", "nsga2", "nsga3", "qmc", "random", "grid", "pbt"] = "tpe"
-    n_startup_trials: int = Field(
-        5, ge=1
-    )  # random trials before tpe, gp or cmaes model anything; studies here have tens of trials
-    multivariate: bool = True  # of tpe: parameters are modelled together; a ratio's end means little without its start
-    group: bool = (
-        True  # of tpe: a conditional space has no parameters common to all trials otherwise
-    )
-    population_size: int = Field(
-        8, ge=2
-    )  # of nsga2, nsga3, cmaes: trials per generation; of pbt: members
-    interval: int = Field(10, ge=1)  # of pbt: epochs of a segment, after which members are compared
-    exploit: float = Field(
-        0.25, gt=0, le=0.5
-    )  # of pbt: share of members that go on from one of the best as many
-    perturb: float = Field(
-        0.1, gt=0, le=1
-    )  # of pbt: largest change per segment, as a share of the range
-    # suggestions made while trials run, so that a slow sampler idles no GPU; none: 1, but 0 where trials run one by
-    # one, since each then learns from all before
+    """tpe: models good and poor trials. gp: a Gaussian process, for few and expensive trials.
+    cmaes: numeric spaces of some hundred trials. nsga2, nsga3: several objectives. grid: every
+    combination. qmc: evenly spread. random: the control."""
+    n_startup_trials: int = Field(5, ge=1)
+    """Random trials before tpe, gp or cmaes model anything; studies here have tens of trials."""
+    multivariate: bool = True
+    """tpe: model parameters jointly, because a ratio's end means little without its start."""
+    group: bool = True
+    """tpe: group parameters that occur together, because the trials of a conditional space have no
+    parameters in common otherwise."""
+    population_size: int = Field(8, ge=2)
+    """nsga2, nsga3, cmaes: trials per generation. pbt: members of the population."""
+    interval: int = Field(10, ge=1)
+    """pbt: epochs of a step, after which members are compared."""
+    exploit: float = Field(0.25, gt=0, le=0.5)
+    """pbt: share of members that continue from one of the best; as many count as best."""
+    perturb: float = Field(0.1, gt=0, le=1)
+    """pbt: largest change per step, as a share of the range."""
     suggest_ahead: int | None = Field(None, ge=0, le=64)
+    """Suggestions made while trials run, so that no GPU waits for a slow sampler. null: 1, but 0
+    where trials run one by one, because each then learns from all before."""
 
     @model_validator(mode="after")
     def _check_options_of_name(self) -> SamplerConfig:
@@ -75,33 +92,37 @@ class SamplerConfig(Config):
 class PrunerConfig(Config):
     """Which Optuna pruner stops poor trials early, and the rungs at which a trial is scored."""
 
-    # median: worse than half of the earlier trials at the same rung; percentile: than other shares; halving: not among
-    # the best of a rung (asynchronous, ASHA); hyperband: halving with several first rungs; patient: no gain for some
-    # rungs; wilcoxon: worse than the best trial on the same images, by a signed-rank test
     name: Literal["median", "percentile", "halving", "hyperband", "patient", "wilcoxon", "none"] = (
         "median"
     )
-    rungs: int = Field(4, ge=1)  # scorings per trial, the last at full length
-    spacing: Literal["even", "geometric"] = (
-        "even"  # geometric: each `reduction` times the one before, as halving has it
-    )
-    min_steps: int = Field(
-        400, ge=0
-    )  # no pruning earlier: rungs below about 400 optimiser steps do not rank
-    n_startup_trials: int = Field(3, ge=0)  # complete trials before the first one may be pruned
-    percentile: float = Field(
-        50.0, gt=0, lt=100
-    )  # `percentile` keeps the best this many percent at each rung
-    reduction_factor: int = Field(2, ge=2)  # `halving` and `hyperband` keep 1 in this many
-    patience: int = Field(1, ge=0)  # of patient: rungs without a gain that are forgiven
-    min_delta: float = Field(0.0, ge=0)  # of patient: what counts as a gain
-    p_threshold: float = Field(0.1, gt=0, lt=1)  # of wilcoxon: prune below it
-    metric: StudyObjective | None = (
-        None  # what is compared at rungs; none: the first objective; given with several
-    )
-    # a rising ratio means that an early rung has seen low ratios only. fixed: the schedule spans all epochs, and rungs
-    # are compared at that; compress: it is run whole up to each rung, so that every rung has seen all of it
+    """median: worse than half of the earlier trials at the same rung. percentile: worse than
+    another share of them. halving: not among the best of a rung (asynchronous, ASHA). hyperband:
+    halving with several first rungs. patient: no gain for some rungs. wilcoxon: worse than the best
+    trial on the same images, by a signed-rank test."""
+    rungs: int = Field(4, ge=1)
+    """Scorings per trial, the last at full length."""
+    spacing: Literal["even", "geometric"] = "even"
+    """geometric: each rung is `reduction_factor` times the one before, as halving expects."""
+    min_steps: int = Field(400, ge=0)
+    """Optimizer steps before any pruning; below about 400 steps rungs do not rank trials."""
+    n_startup_trials: int = Field(3, ge=0)
+    """Complete trials before the first one may be pruned."""
+    percentile: float = Field(50.0, gt=0, lt=100)
+    """percentile: the best percentage that continues at each rung."""
+    reduction_factor: int = Field(2, ge=2)
+    """halving, hyperband: one in this many continues at each rung."""
+    patience: int = Field(1, ge=0)
+    """patient: rungs without a gain before a trial is pruned."""
+    min_delta: float = Field(0.0, ge=0)
+    """patient: smallest difference that counts as a gain."""
+    p_threshold: float = Field(0.1, gt=0, lt=1)
+    """wilcoxon: p below which a trial is pruned."""
+    metric: StudyObjective | None = None
+    """Objective that is compared at rungs; required with several objectives. null: the first."""
     schedule: Literal["fixed", "compress"] = "fixed"
+    """With a rising ratio an early rung has seen low ratios only. fixed: the schedule spans all
+    epochs, and rungs are compared as they are. compress: the whole schedule is run up to each rung,
+    so that every rung has seen all of it."""
 
     @model_validator(mode="after")
     def _check_options_of_name(self) -> PrunerConfig:
@@ -110,24 +131,30 @@ class PrunerConfig(Config):
 
 
 class BudgetConfig(Config):
-    """When a study ends: the first limit reached counts, over all its runs. Running trials end at their next rung.
+    """When a study ends: at the first limit that all its runs together reach. Running trials end
+    at their next rung.
 
-    `trials` is the exception: trials that run are finished. Baseline baselines come on top of it and count in the others.
+    With `trials`, running trials are finished. Baselines do not count in `trials`; they count in
+    the other limits.
     """
 
-    trials: int = Field(16, ge=1)  # of the search, pruned and failed ones included
-    hours: float | None = Field(None, gt=0)  # in which the study is run, pauses left out
-    gpu_hours: float | None = Field(None, gt=0)  # held by trials
-    epochs: int | None = Field(None, ge=1)  # trained by all trials together
+    trials: int = Field(16, ge=1)
+    """Trials of the search, including pruned and failed ones."""
+    hours: float | None = Field(None, gt=0)
+    """Hours during which the study runs, without pauses."""
+    gpu_hours: float | None = Field(None, gt=0)
+    """Hours of GPUs held by trials."""
+    epochs: int | None = Field(None, ge=1)
+    """Epochs trained by all trials together."""
 
 
 class StudyFaultToleranceConfig(FaultToleranceConfig):
-    """What a study bears before it gives up; `retries` counts for each trial."""
+    """How many failures a study survives; `max_failures` counts for each trial."""
 
-    max_identical_failures: int = Field(
-        3, ge=1
-    )  # first trials that fail for one reason before the study stops: it is not the settings
+    max_identical_failures: int = Field(3, ge=1)
+    """First trials that fail for the same reason before the study stops, because such a reason is
+    not in the searched settings."""
 
-    def of_trial(self) -> FaultToleranceConfig:
-        """What one trial bears."""
+    def for_trial(self) -> FaultToleranceConfig:
+        """Return the part that holds for one trial."""
         return FaultToleranceConfig(**self.model_dump(exclude={"max_identical_failures"}))

@@ -8,56 +8,68 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from amlp_ray.config.base import Config, ConfigValues, S, build
+from amlp_ray.config.base import Config, ConfigT, ConfigValues, build
 from amlp_ray.errors import ConfigError
 
 
-def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `under` with `over` laid on top; nested mappings are merged, models count as mappings.
+def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` updated with `overrides`; nested mappings and models are merged.
 
-    >>> merged({"ratio": {"start": 0.3, "end": 0.5}}, {"ratio": {"end": 0.9}})
+    >>> merge({"ratio": {"start": 0.3, "end": 0.5}}, {"ratio": {"end": 0.9}})
     {'ratio': {'start': 0.3, 'end': 0.9}}
     """
-    out = dict(under)
-    for key, value in over.items():
+    result = dict(base)
+    for key, value in overrides.items():
         if isinstance(value, BaseModel):
             value = value.model_dump()
-        if isinstance(value, Mapping) and isinstance(out.get(key), Mapping):
-            value = merged(out[key], value)
-        out[key] = value
-    return out
+        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            value = merge(result[key], value)
+        result[key] = value
+    return result
 
 
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nest(values: Mapping[str, Any]) -> dict[str, Any]:
     """Turn dotted names into nested mappings.
 
-    >>> nested({"epochs": 5, "ratio.start": 0.3})
+    >>> nest({"epochs": 5, "ratio.start": 0.3})
     {'epochs': 5, 'ratio': {'start': 0.3}}
     """
-    out: dict[str, Any] = {}
-    for name, value in flat.items():
-        *path, last = name.split(".")
-        at = out
-        for key in path:
-            at = at.setdefault(key, {})
-        at[last] = value
-    return out
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        *groups, last = name.split(".")
+        mapping = result
+        for group in groups:
+            mapping = mapping.setdefault(group, {})
+        mapping[last] = value
+    return result
 
 
-def flat(config: Config | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested settings into dotted names, the inverse of `nested`."""
-    items = config.model_dump() if isinstance(config, BaseModel) else config
-    out: dict[str, Any] = {}
-    for key, value in items.items():
+def flatten(config: Config | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested settings into dotted names, the inverse of `nest`.
+
+    >>> flatten({"epochs": 5, "ratio": {"start": 0.3}})
+    {'epochs': 5, 'ratio.start': 0.3}
+    """
+    values = config.model_dump() if isinstance(config, BaseModel) else config
+    result: dict[str, Any] = {}
+    for key, value in values.items():
         if isinstance(value, Mapping):
-            out |= flat(value, f"{prefix}{key}.")
+            result |= flatten(value, f"{prefix}{key}.")
         else:
-            out[prefix + key] = value
-    return out
+            result[prefix + key] = value
+    return result
 
 
 def parse_overrides(texts: Iterable[str], source: str = "--set") -> dict[str, Any]:
-    """Read `name=value` texts, values as YAML scalars, into nested settings.
+    """Parse `name=value` texts, values as YAML scalars, into nested settings.
+
+    Args:
+        texts: such as `ratio.start=0.3`.
+        source: what messages call them.
+
+    Raises:
+        ConfigError: a text has no name or no value, its value is not YAML, or a group is given
+            beside a setting inside it.
 
     >>> parse_overrides(["epochs=20", "ratio.start=0.3"])
     {'epochs': 20, 'ratio': {'start': 0.3}}
@@ -75,16 +87,21 @@ def parse_overrides(texts: Iterable[str], source: str = "--set") -> dict[str, An
             raise ConfigError(f"{source} {text!r}: the value cannot be read.") from None
     for name in values:
         if any(other.startswith(f"{name}.") for other in values):
-            raise ConfigError(
-                f"{source} gives both a group and a value inside it: {', '.join(values)}."
-            )
-    return nested(values)
+            names = ", ".join(values)
+            raise ConfigError(f"{source} gives both a group and a value inside it: {names}.")
+    return nest(values)
 
 
 def build_with_overrides(
-    model: type[S], base: Mapping[str, Any], texts: Iterable[str], source: str = "--set"
-) -> S:
-    """Validate `base`, then with `name=value` texts laid on top, so that a fault of a file is told as the file's."""
+    model: type[ConfigT],
+    base: Mapping[str, Any],
+    texts: Iterable[str],
+    source: str = "--set",
+) -> ConfigT:
+    """Validate `base` updated with `name=value` texts.
+
+    A file is validated by itself first, so that its errors name the file and its lines.
+    """
     if isinstance(base, ConfigValues):
         build(model, base, base.source.name)
-    return build(model, merged(base, parse_overrides(texts, source)), source)
+    return build(model, merge(base, parse_overrides(texts, source)), source)

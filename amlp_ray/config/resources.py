@@ -1,4 +1,4 @@
-"""Settings of where a run is computed, and of what it bears. None of them changes what is learnt."""
+"""Settings of where a run is computed and how many failures it survives. None changes a result."""
 
 from __future__ import annotations
 
@@ -10,47 +10,50 @@ from amlp_ray.config.base import Config
 
 
 class ResourceConfig(Config):
-    """What one run holds: a pretraining, a fine-tuning, a trial. One worker runs in its own process, more on Ray Train.
+    """What one run holds: a pretraining, a fine-tuning, a trial. One worker runs in its own
+    process, several on Ray Train.
 
-    The batch is the run's, whatever the number of workers: each takes its share of it, `micro_batch` images at a time.
+    The batch belongs to the run, whatever the number of workers: each takes its share of it,
+    `micro_batch` images at a time.
     """
 
-    # a number, or [least, most] for a run outside a study, whose workers follow the nodes that join and leave
     workers: int | tuple[int, int] = 1
-    cpus_per_worker: float = Field(1, gt=0)  # threads of a worker too, rounded down
-    gpus_per_worker: float = Field(
-        0, ge=0
-    )  # below 1: trials share a GPU, each with that share of its memory
-    memory_per_worker: float | None = Field(
-        None, gt=0
-    )  # GB that are set aside on a node; none: not counted
-    accelerator: str | None = (
-        None  # the kind of GPU, as Ray names it, such as A100 or H100; none: any
-    )
-    # of several workers. pack: on few nodes, for the fastest exchange; spread: on many, for their memory and disks;
-    # strict-pack: on one node or not at all; strict-spread: each on a node of its own
+    """Number of workers; or [min, max] for a run outside a study, whose workers follow the nodes
+    that join and leave."""
+    cpus_per_worker: float = Field(1, gt=0)
+    """CPUs of a worker, and its number of threads, rounded down."""
+    gpus_per_worker: float = Field(0, ge=0)
+    """GPUs of a worker. Below 1, trials share a GPU, each with that share of its memory."""
+    memory_per_worker: float | None = Field(None, gt=0)
+    """GB of memory reserved on a node for each worker. null: not counted."""
+    accelerator: str | None = None
+    """Type of GPU, by Ray's name, such as A100 or H100. null: any."""
     placement: Literal["pack", "spread", "strict-pack", "strict-spread"] = "pack"
-    micro_batch: int | None = Field(
-        None, ge=1
-    )  # images that a worker holds at once; none: its whole share of a batch
-    # of several workers. ddp: each holds the model; fsdp: its blocks are cut among them (FSDP2), which pays where a
-    # model with its optimiser state is large beside a GPU's memory; auto: fsdp from ViT-L on, on GPUs
+    """Several workers. pack: on few nodes, for the fastest communication. spread: on many, for
+    their memory and disks. strict-pack: on one node or not at all. strict-spread: each on its own
+    node."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Images that a worker processes at once. null: its whole share of a batch."""
     sharding: Literal["auto", "ddp", "fsdp"] = "auto"
-    concurrency: int | None = Field(
-        None, ge=1
-    )  # trials side by side; none: as many as the cluster holds
-    wait_minutes: float = Field(10, gt=0)  # for resources that others hold, before it gives up
+    """Several workers. ddp: each holds the model. fsdp: its blocks are sharded among them (FSDP2),
+    which pays where a model with its optimizer state is large compared with a GPU's memory. auto:
+    fsdp from ViT-L on, on GPUs."""
+    concurrency: int | None = Field(None, ge=1)
+    """Trials that run at the same time. null: as many as the cluster holds."""
+    wait_minutes: float = Field(10, gt=0)
+    """Minutes to wait for resources that others hold, before it gives up."""
 
     @field_validator("workers")
     @classmethod
-    def _check_workers(cls, given: Any) -> Any:
-        least, most = given if isinstance(given, tuple) else (given, given)
-        if not 1 <= least <= most:
+    def _check_workers(cls, workers: Any) -> Any:
+        low, high = workers if isinstance(workers, tuple) else (workers, workers)
+        if not 1 <= low <= high:
+            shown = f"{low}-{high}" if isinstance(workers, tuple) else workers
             raise ValueError(
-                f"a number from 1 on, or the least and the most, such as 2-8 ([2, 8] in a file), not "
-                f"{f'{least}-{most}' if isinstance(given, tuple) else given}"
+                f"a number from 1 on, or the least and the most, such as 2-8 ([2, 8] in a file), "
+                f"not {shown}"
             )
-        return given
+        return workers
 
     @model_validator(mode="after")
     def _check_gpus(self) -> ResourceConfig:
@@ -58,40 +61,40 @@ class ResourceConfig(Config):
             raise ValueError(
                 f"accelerator {self.accelerator} is a kind of GPU; set gpus_per_worker too"
             )
-        if self.gpus_per_worker % 1 and self.most_workers > 1:
+        if self.gpus_per_worker % 1 and self.max_workers > 1:
             raise ValueError(
-                f"gpus_per_worker {self.gpus_per_worker:g} is for one worker; several cannot share a GPU: give each 1"
+                f"gpus_per_worker {self.gpus_per_worker:g} is for one worker; several cannot share "
+                f"a GPU: give each 1"
             )
         return self
 
     @property
-    def elastic(self) -> bool:
+    def is_elastic(self) -> bool:
         """Whether the number of workers follows the nodes."""
         return isinstance(self.workers, tuple)
 
     @property
-    def least_workers(self) -> int:
+    def min_workers(self) -> int:
         return self.workers[0] if isinstance(self.workers, tuple) else self.workers
 
     @property
-    def most_workers(self) -> int:
+    def max_workers(self) -> int:
         return self.workers[1] if isinstance(self.workers, tuple) else self.workers
 
     @property
-    def alone(self) -> bool:
+    def is_single_worker(self) -> bool:
         """Whether it runs in one process, without Ray Train."""
         return self.workers == 1
 
 
 class FaultToleranceConfig(Config):
-    """What a run bears before it gives up."""
+    """How many failures a run survives."""
 
-    # of a run whose process or node was lost, with no epoch ended in between; it goes on from its checkpoint. Errors in
-    # the code and losses that are not finite would come again, so they end it at once
     max_failures: int = Field(3, ge=0)
-    checkpoints: int = Field(
-        2, ge=1
-    )  # kept of a run; the newest may be damaged, and then the one before is taken
-    storage_minutes: float = Field(
-        10, gt=0
-    )  # that its folder or a database may be gone; it trains on meanwhile
+    """Lost processes or nodes in a row, without a complete epoch in between, after each of which
+    the run resumes from its checkpoint. Errors in the code and non-finite losses would occur again,
+    so they end it at once."""
+    checkpoints: int = Field(2, ge=1)
+    """Checkpoints that a run keeps. If the newest is damaged, the one before is used."""
+    storage_minutes: float = Field(10, gt=0)
+    """Minutes that the run's folder or a database may be unreachable. It trains on meanwhile."""

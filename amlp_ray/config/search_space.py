@@ -15,13 +15,19 @@ Scalar = str | int | float | bool
 class Range(Config):
     """A numeric parameter of a search space."""
 
-    low: float  # inside the range of the setting itself
-    high: float  # as low, and above it
-    log: bool = False  # drawn on a log scale; needs low > 0 and no step
-    step: float | None = Field(None, gt=0)  # none: any value between, or any integer
-    # a value between; where any is given, the first trial tries them all, and the study's own value where one is not
+    low: float
+    """Lower bound, inside the range of the setting itself."""
+    high: float
+    """Upper bound, inside that range too, and above `low`."""
+    log: bool = False
+    """Sample on a log scale; needs low > 0 and no step."""
+    step: float | None = Field(None, gt=0)
+    """Distance between values. null: any value between, or any integer."""
     default: float | None = None
-    when: dict[str, Any] | None = None  # {"ratio.shape": "power"}: only in trials where that holds
+    """A value between. If any parameter has one, the first trial uses all defaults, and the study's
+    own value for a parameter without."""
+    when: dict[str, Any] | None = None
+    """Condition such as {"ratio.shape": "power"}: searched only in trials where it holds."""
 
     @model_validator(mode="after")
     def _check_order(self) -> Range:
@@ -37,16 +43,18 @@ class Range(Config):
 class Choice(Config):
     """A categorical parameter of a search space."""
 
-    choices: list[Scalar | None] = Field(min_length=1)  # each accepted by the setting itself
-    default: Scalar | None = None  # one of them, as in a range
-    when: dict[str, Any] | None = None  # as in a range
+    choices: list[Scalar | None] = Field(min_length=1)
+    """Values, each accepted by the setting itself."""
+    default: Scalar | None = None
+    """One of the choices; used as the default of a range is."""
+    when: dict[str, Any] | None = None
+    """Condition, as in a range."""
 
     @model_validator(mode="after")
     def _check_choices(self) -> Choice:
-        kinds = [
-            (type(choice), choice) for choice in self.choices
-        ]  # True and 1 are equal, and two choices
-        if len(set(kinds)) < len(kinds):
+        # True and 1 are equal, and yet two choices.
+        unique = {(type(choice), choice) for choice in self.choices}
+        if len(unique) < len(self.choices):
             raise ValueError(f"each choice is named once, not {self.choices}")
         if self.default is not None and self.default not in self.choices:
             raise ValueError(f"default {self.default!r} is none of the choices {self.choices}")
@@ -54,26 +62,31 @@ class Choice(Config):
 
 
 class Fixed(Config):
-    """A value that is set and not searched, in the trials where `when` holds; `name: value` is short for it."""
+    """A value that is set and not searched, in the trials where `when` holds; `name: value` is
+    short for it."""
 
-    value: Scalar | None  # accepted by the setting itself
-    when: dict[str, Any] | None = None  # as in a range
+    value: Scalar | None
+    """Value, accepted by the setting itself."""
+    when: dict[str, Any] | None = None
+    """Condition, as in a range."""
 
 
 class Derived(Config):
     """A value that follows from others, such as `ratio.start + delta`."""
 
-    # of names of settings and parameters, with + - * / // % **, comparisons, and, or, not, min, max, round, abs. A name
-    # that is no setting, such as delta, is a helper: searched or fixed like a setting, and used by rules only
     expression: str = Field(min_length=1)
-    when: dict[str, Any] | None = None  # as in a range
+    """Formula of names of settings and parameters, with + - * / // % **, comparisons, and, or, not,
+    min, max, round, abs. A name that is no setting, such as delta, is a helper: it is searched or
+    fixed like a setting, and used by rules only."""
+    when: dict[str, Any] | None = None
+    """Condition, as in a range."""
 
 
-def _kind(given: Any) -> str:
-    if isinstance(given, Choice | Range | Fixed | Derived):
-        return type(given).__name__.lower()
+def _kind(value: Any) -> str:
+    if isinstance(value, Choice | Range | Fixed | Derived):
+        return type(value).__name__.lower()
     for key, kind in (("choices", "choice"), ("value", "fixed"), ("expression", "derived")):
-        if isinstance(given, Mapping) and key in given:
+        if isinstance(value, Mapping) and key in value:
             return kind
     return "range"
 
@@ -88,7 +101,11 @@ Parameter = Annotated[
 
 
 def function_name(function: Callable[..., Any]) -> str:
-    """The `module:function` that a space in Python is stored as. Raises ValueError where no other process finds it."""
+    """Return the `module:function` that a space in Python is stored as.
+
+    Raises:
+        ValueError: another process cannot import the function.
+    """
     module, name = function.__module__, function.__qualname__
     if module == "__main__" or not name.isidentifier():
         raise ValueError(

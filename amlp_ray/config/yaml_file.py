@@ -1,9 +1,14 @@
-"""Read and write YAML config files, with the line of every key."""
+"""Read and write YAML config files, with the line of every key.
+
+ruamel.yaml keeps lines too, but was slower (7.5 against 3.5 ms for a study file), reads `on`, `yes`
+and `010` by another version of YAML, ignores tags that ask for code instead of refusing them, and
+stops at the first key that is given twice, where all problems of a file are listed here.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +17,41 @@ from pydantic import BaseModel
 
 from amlp_ray.config.base import Config, ConfigIssue, ConfigSource, ConfigValues
 from amlp_ray.errors import ConfigError
-from amlp_ray.utils.files import write_whole
+from amlp_ray.utils.files import atomic_write
 
 
 def read_yaml(path: str | Path) -> ConfigValues:
-    """Read a YAML mapping. Raises ConfigError where the file is missing, not YAML, or no mapping."""
+    """Read a YAML mapping.
+
+    Raises:
+        ConfigError: the file is missing, not YAML, or not a mapping.
+    """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"There is no settings file {path}; check the path.")
+    keys = _KeyIndex()
     try:
         loader = _Loader(path.read_text())
         root = loader.get_single_node()
         values = loader.construct_document(root) if root else None
-        lines: dict[str, int] = {}
-        twice = list(_note_lines(root, "", lines)) if isinstance(root, yaml.MappingNode) else []
+        if isinstance(root, yaml.MappingNode):
+            keys.add(root, "")
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        at = f"{path}:{mark.line + 1}" if mark else str(path)
+        position = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = ", ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigError(f"{at} is not valid YAML: {problem}.") from None
-    # PyYAML lets Python's own errors through where a tag such as !!int stands before something else.
+        raise ConfigError(f"{position} is not valid YAML: {problem}.") from None
+    # PyYAML raises Python's own errors where a tag such as !!int does not fit its value.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not valid YAML: {problem}.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values, not {type(values).__name__}.")
-    return ConfigValues(values, ConfigSource(str(path), lines, tuple(twice)))
+    return ConfigValues(values, ConfigSource(str(path), keys.lines, tuple(keys.duplicates)))
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without code, in which 1e-3 is a number: YAML 1.1 takes it for text, and asks for 1.0e-3."""
+    """YAML without code, in which 1e-3 is a number; YAML 1.1 accepts only 1.0e-3."""
 
 
 _Loader.add_implicit_resolver(
@@ -50,34 +61,37 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _note_lines(
-    node: yaml.MappingNode, prefix: str, lines: dict[str, int]
-) -> Iterator[ConfigIssue]:
-    """Fill in the line of each key by dotted name; faults are keys that are given twice."""
-    first: dict[str, int] = {}
-    for key, value in node.value:
-        name, line = f"{prefix}{key.value}", key.start_mark.line + 1
-        if key.value in first and key.value != "<<":
-            yield ConfigIssue(
-                name,
-                f"{name} is given twice, in lines {first[key.value]} and {line}; keep one.",
-                line,
-            )
-        first.setdefault(key.value, line)
-        lines.setdefault(name, line)
-        yield from _note_inner(value, f"{name}.", lines)
+class _KeyIndex:
+    """Lines of all keys by dotted name, and the keys that are given twice."""
 
+    def __init__(self) -> None:
+        self.lines: dict[str, int] = {}
+        self.duplicates: list[ConfigIssue] = []
 
-def _note_inner(node: yaml.Node, prefix: str, lines: dict[str, int]) -> Iterator[ConfigIssue]:
-    if isinstance(node, yaml.MappingNode):
-        yield from _note_lines(node, prefix, lines)
-    elif isinstance(node, yaml.SequenceNode):
-        for i, item in enumerate(node.value):
-            lines.setdefault(f"{prefix}{i}", item.start_mark.line + 1)
-            yield from _note_inner(item, f"{prefix}{i}.", lines)
+    def add(self, node: yaml.Node, prefix: str) -> None:
+        """Add the keys below a node; `prefix` ends with a dot unless it is empty."""
+        if isinstance(node, yaml.MappingNode):
+            self._add_mapping(node, prefix)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                self.lines.setdefault(f"{prefix}{index}", item.start_mark.line + 1)
+                self.add(item, f"{prefix}{index}.")
+
+    def _add_mapping(self, node: yaml.MappingNode, prefix: str) -> None:
+        first_lines: dict[str, int] = {}
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            line = key.start_mark.line + 1
+            if key.value in first_lines and key.value != "<<":
+                first = first_lines[key.value]
+                text = f"{name} is given twice, in lines {first} and {line}; keep one."
+                self.duplicates.append(ConfigIssue(name, text, line))
+            first_lines.setdefault(key.value, line)
+            self.lines.setdefault(name, line)
+            self.add(value, f"{name}.")
 
 
 def write_yaml(config: Config | Mapping[str, Any], path: Path) -> None:
     """Write settings in full, so that a later change of a default does not change an old run."""
     values = config.model_dump(mode="json") if isinstance(config, BaseModel) else dict(config)
-    write_whole(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    atomic_write(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

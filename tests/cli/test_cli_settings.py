@@ -11,7 +11,7 @@ import pytest
 
 from amlp_ray.cli import main
 from amlp_ray.config import VARIANTS, PretrainConfig
-from amlp_ray.config.overrides import flat
+from amlp_ray.config.overrides import flatten
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,9 +42,10 @@ def test_the_page_in_docs_is_what_make_docs_writes(
 def test_every_setting_of_a_run_is_a_row_of_the_table_and_of_the_page(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = list(flat(PretrainConfig()))
+    names = list(flatten(PretrainConfig()))
     _, table, _ = run(capsys, monkeypatch, "settings")
-    first = [line.split()[0] for line in table.splitlines() if line.strip()]
+    # Lines that begin further right continue a cell of the row above.
+    first = re.findall(r"^ ?([\w.]+)", table, re.M)
     assert [name for name in first if name in names] == names
     _, page, _ = run(capsys, monkeypatch, "settings", "--markdown")
     assert re.findall(r"^\| `([\w.]+)` \|", page, re.M) == names
@@ -87,7 +88,7 @@ def test_the_default_tells_what_the_usual_variant_sets(
 ) -> None:
     _, page, _ = run(capsys, monkeypatch, "settings", "--markdown")
     told = dict(re.findall(r"^\| `([\w.]+)` \|.*`[^`]* \(amlp: ([^)]*)\)`", page, re.M))
-    assert told == {name: str(value) for name, value in flat(VARIANTS["amlp"]).items()}
+    assert told == {name: str(value) for name, value in flatten(VARIANTS["amlp"]).items()}
 
 
 def test_json_holds_values_and_not_words(
@@ -98,7 +99,7 @@ def test_json_holds_values_and_not_words(
     found = json.loads(out)
     assert {row["name"]: row["default"] for row in found["segment"]}["freeze"] is False
     assert {row["variant"]: row["sets"] for row in found["variants"]} == {
-        n: flat(v) for n, v in VARIANTS.items()
+        n: flatten(v) for n, v in VARIANTS.items()
     }
 
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from amlp_ray.config.base import Config, ConfigValues, build, refusal
-from amlp_ray.config.overrides import build_with_overrides, flat, merged, nested, parse_overrides
+from amlp_ray.config.base import Config, ConfigValues, build, rejection_reason
+from amlp_ray.config.overrides import build_with_overrides, flatten, merge, nest, parse_overrides
 from amlp_ray.config.yaml_file import read_yaml, write_yaml
 from amlp_ray.errors import ConfigError
 
@@ -44,14 +44,14 @@ tree = st.recursive(
 
 @given(tree)
 def test_nested_undoes_flat(values: dict[str, Any]) -> None:
-    dotted = flat(values)
+    dotted = flatten(values)
     assert not any(isinstance(v, dict) for v in dotted.values())
-    assert nested(dotted) == values
-    assert flat(nested(dotted)) == dotted
+    assert nest(dotted) == values
+    assert flatten(nest(dotted)) == dotted
 
 
 def test_flat_of_a_model_names_every_setting() -> None:
-    assert flat(Car(name="a")) == {
+    assert flatten(Car(name="a")) == {
         "name": "a",
         "doors": 5,
         "engine.power": 90.0,
@@ -64,20 +64,20 @@ def test_merged_has_every_value_of_the_upper_one_and_changes_neither(
     under: dict[str, Any], over: dict[str, Any]
 ) -> None:
     before = repr((under, over))
-    out = flat(merged(under, over))
+    out = flatten(merge(under, over))
     assert repr((under, over)) == before
-    assert flat(over).items() <= out.items()
-    above = flat(over)
+    assert flatten(over).items() <= out.items()
+    above = flatten(over)
     hidden = {
         k
-        for k in flat(under)
+        for k in flatten(under)
         if any(k == a or k.startswith(a + ".") or a.startswith(k + ".") for a in above)
     }
-    assert {k: v for k, v in flat(under).items() if k not in hidden}.items() <= out.items()
+    assert {k: v for k, v in flatten(under).items() if k not in hidden}.items() <= out.items()
 
 
 def test_merged_takes_models_for_mappings() -> None:
-    assert merged({"engine": {"power": 1, "extra": 2}}, {"engine": Engine(power=3)})["engine"] == {
+    assert merge({"engine": {"power": 1, "extra": 2}}, {"engine": Engine(power=3)})["engine"] == {
         "power": 3,
         "cylinders": 4,
         "extra": 2,
@@ -243,14 +243,14 @@ def test_faults_of_a_file_are_told_with_their_lines_and_in_their_order(tmp_path:
     values = read(tmp_path)
     with pytest.raises(ConfigError) as caught:
         build(Car, values, "not told: the file knows its name")
-    faults = [fault.removeprefix(f"{tmp_path}/car.yaml:") for fault in caught.value.faults]
+    faults = [fault.removeprefix(f"{tmp_path}/car.yaml:") for fault in caught.value.messages]
     assert faults == [
         "5: doors is 0, but must be greater than or equal to 2.",
         "6: engine is given twice, in lines 2 and 6; keep one.",
         "6: unknown setting 'engine.powr'; did you mean engine.power?",
         "7: unknown setting 'spare'; known here: name, doors.",
     ]
-    assert str(caught.value) == " ".join(caught.value.faults)
+    assert str(caught.value) == " ".join(caught.value.messages)
     assert values.source.line("spare.0.doors") == 8
     assert values.source.line("engine.power.unit") == 3, "of the group that it is in"
 
@@ -286,22 +286,22 @@ def test_a_file_that_yaml_stumbles_over_is_refused_in_one_sentence(
 ) -> None:
     with pytest.raises(ConfigError, match=r"car\.yaml(:\d+)? is not valid YAML: ") as caught:
         read(tmp_path, text)
-    assert len(caught.value.faults) == 1
+    assert len(caught.value.messages) == 1
 
 
 def test_what_one_setting_refuses_is_told_whatever_the_others_are() -> None:
     assert (
-        refusal(Car, "engine.power", 501)
+        rejection_reason(Car, "engine.power", 501)
         == "engine.power is 501, but must be less than or equal to 500."
     )
-    assert refusal(Car, "engine.power", 499) is None
-    assert refusal(Car, "name", 3) == "name is 3, but must be a valid string."
+    assert rejection_reason(Car, "engine.power", 499) is None
+    assert rejection_reason(Car, "name", 3) == "name is 3, but must be a valid string."
 
 
 def test_errors_reach_another_process_whole() -> None:
     error = pickle.loads(
         pickle.dumps(ConfigError("One is bad.", "Two is worse.", keys=["one", "two"]))
     )
-    assert error.faults == ("One is bad.", "Two is worse.")
+    assert error.messages == ("One is bad.", "Two is worse.")
     assert error.keys == ("one", "two")
     assert str(error) == "One is bad. Two is worse."

@@ -26,12 +26,12 @@ from amlp_ray.config import (
     architecture,
 )
 from amlp_ray.config.base import build
-from amlp_ray.config.overrides import flat, nested
+from amlp_ray.config.overrides import flatten, nest
 from amlp_ray.config.yaml_file import read_yaml, write_yaml
 from amlp_ray.errors import ConfigError
 
 # Whole groups win over the variant, so these are the defaults without one.
-DEFAULTS = flat(
+DEFAULTS = flatten(
     PretrainConfig(
         model=ModelConfig(),
         ratio=RatioConfig(),
@@ -44,7 +44,7 @@ ASK_A_TEACHER = ("amlp", "hpm", "attmask")
 
 def refused(values: dict[str, Any], model: Any = PretrainConfig) -> str:
     with pytest.raises(ConfigError) as caught:
-        build(model, nested(values), "here")
+        build(model, nest(values), "here")
     return str(caught.value)
 
 
@@ -174,7 +174,7 @@ def test_ranking_is_refused_where_every_token_is_encoded() -> None:
 
 def test_a_lesion_found_by_score_cannot_be_found_by_a_cluster() -> None:
     text = refused({"selection.hard_by": "score", "selection.score": "cluster"})
-    assert text.startswith("here: selection: by score needs a score that is no cluster")
+    assert text.startswith("here: selection: hard_by score needs a score that is no cluster")
 
 
 @pytest.mark.parametrize(
@@ -205,8 +205,8 @@ def test_points_are_checked_even_where_another_shape_is_chosen() -> None:
 def test_a_variant_lays_its_values_under_those_given_and_leaves_the_other_defaults(
     variant: str,
 ) -> None:
-    own = flat(VARIANTS[variant])
-    assert flat(PretrainConfig(variant=variant)) == {**DEFAULTS, "variant": variant, **own}  # type: ignore[arg-type]
+    own = flatten(VARIANTS[variant])
+    assert flatten(PretrainConfig(variant=variant)) == {**DEFAULTS, "variant": variant, **own}  # type: ignore[arg-type]
 
 
 def test_the_variants_are_those_that_the_setting_names() -> None:
@@ -250,7 +250,7 @@ def test_a_teacher_is_kept_where_a_setting_in_use_asks_one(
     values: dict[str, Any], needed: bool
 ) -> None:
     assert (
-        build(PretrainConfig, nested({"variant": "mps-ams", **values}), "here").needs_teacher
+        build(PretrainConfig, nest({"variant": "mps-ams", **values}), "here").needs_teacher
         == needed
     )
 
@@ -290,10 +290,10 @@ def test_written_and_read_again_settings_are_the_same(
         "selection.clusters": clusters,
         "loss.norm_pix": norm_pix,
     }
-    config = build(PretrainConfig, nested(values), "here")
-    assert flat(config).items() >= values.items()
+    config = build(PretrainConfig, nest(values), "here")
+    assert flatten(config).items() >= values.items()
     assert build(PretrainConfig, config.model_dump(mode="json"), "here") == config
-    assert build(PretrainConfig, nested(flat(config)), "here") == config
+    assert build(PretrainConfig, nest(flatten(config)), "here") == config
 
 
 def test_a_patch_size_must_divide_both_sides_of_the_images() -> None:
@@ -419,8 +419,8 @@ def test_workers_are_a_number_or_the_least_and_the_most(
     given: Any, least: int, most: int, elastic: bool, alone: bool
 ) -> None:
     resources = build(ResourceConfig, {"workers": given}, "here")
-    assert (resources.least_workers, resources.most_workers) == (least, most)
-    assert (resources.elastic, resources.alone) == (elastic, alone)
+    assert (resources.min_workers, resources.max_workers) == (least, most)
+    assert (resources.is_elastic, resources.is_single_worker) == (elastic, alone)
     assert build(ResourceConfig, resources.model_dump(mode="json"), "here") == resources
 
 

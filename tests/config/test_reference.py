@@ -20,21 +20,20 @@ from amlp_ray.config import (
     StudyConfig,
 )
 from amlp_ray.config.base import Config, build
-from amlp_ray.config.overrides import flat, nested
+from amlp_ray.config.overrides import flatten, nest
 from amlp_ray.config.reference import (
     Setting,
     accepted,
-    comments_of,
-    field_comments,
+    field_docstrings,
+    format_value,
     sections,
-    shown,
     variants,
 )
 from amlp_ray.errors import ConfigError
 
 MODELS = (PretrainConfig, StudyConfig, SegmentConfig, PrepareConfig)
 # Whole groups win over the variant, so these are the defaults without one.
-DEFAULTS = flat(
+DEFAULTS = flatten(
     PretrainConfig(
         model=ModelConfig(),
         ratio=RatioConfig(),
@@ -45,7 +44,7 @@ DEFAULTS = flat(
 
 
 def rows(model: type[Config]) -> list[Setting]:
-    return [setting for section in sections(model) for setting in section.config]
+    return [setting for section in sections(model) for setting in section.settings]
 
 
 PRETRAIN = {setting.name: setting for setting in rows(PretrainConfig)}
@@ -55,7 +54,7 @@ BOUNDED = [name for name, row in PRETRAIN.items() if re.match("integer|number", 
 def fault(name: str, value: Any) -> str:
     """What is wrong with this one value, or nothing; a rule between settings is no fault of it."""
     try:
-        build(PretrainConfig, nested({name: value}), "here")
+        build(PretrainConfig, nest({name: value}), "here")
     except ConfigError as error:
         return str(error) if f"{name} is " in str(error) else ""
     return ""
@@ -93,29 +92,24 @@ def test_the_choices_of_a_setting_are_those_that_are_checked(name: str) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_setting_has_a_reason_in_the_source(model: type[Config]) -> None:
-    assert [row.name for row in rows(model) if not row.reason] == []
+def test_every_setting_has_a_description_in_the_source(model: type[Config]) -> None:
+    assert [row.name for row in rows(model) if not row.description] == []
 
 
-def test_a_reason_beside_a_setting_wins_over_a_heading_above_it() -> None:
-    clusters = next(
-        section for section in sections(PretrainConfig) if section.about.startswith("Clusters")
-    )
-    assert clusters.group == "selection"
-    assert clusters.config[0].name == "selection.features"
-    assert clusters.config[0].reason.startswith("tokens: the teacher's")
-    assert field_comments(SelectionConfig)["features"].above == clusters.about
-    assert PRETRAIN["selection.mode"].reason.endswith("to whole clusters (SemMAE)"), (
-        "two lines above, none beside"
-    )
-
-
-def test_a_hash_in_a_string_is_no_comment_and_a_statement_may_take_several_lines() -> None:
-    source = 'x = "# no"\n# above\n# it\ny = f(\n    "#",  # first\n    2,\n)  # last\n\n# far\n\nz = 1\n'
-    found = comments_of(source, {"x": (1, 1), "y": (4, 7), "z": (11, 11)})
-    assert found["x"] == ("", "")
-    assert found["y"] == ("above it", "first last")
-    assert found["z"] == ("", ""), "a blank line parts a comment from what follows"
+def test_a_heading_of_a_model_starts_a_section_at_its_field() -> None:
+    found = [section for section in sections(PretrainConfig) if section.group == "selection"]
+    assert [section.about.partition(",")[0] for section in found] == [
+        "MPS: which patches are masked first (see method/patch_selection.py).",
+        "Clusters",
+        "Scores",
+        "For all modes: a black border is no tissue.",
+    ]
+    assert [section.settings[0].name for section in found] == [
+        "selection.mode",
+        "selection.features",
+        "selection.score",
+        "selection.background_filter",
+    ]
 
 
 class Wheel(Config):
@@ -124,8 +118,24 @@ class Wheel(Config):
     Second paragraph.
     """
 
-    inches: int = Field(ge=10)  # no smaller tyre is made
+    inches: int = Field(ge=10)
+    """No smaller tyre
+    is made."""
     color: Literal["black", 3] | None = None
+
+    @property
+    def size(self) -> int:
+        """A string that is no description of a field."""
+        return self.inches
+
+
+class SpareWheel(Wheel):
+    """A wheel that is carried along."""
+
+    inches: int = Field(16, ge=10)
+    """Smaller than the others."""
+    flat: bool = False
+    """Whether it is needed itself."""
 
 
 class Shaft(Config):
@@ -143,6 +153,17 @@ class Cart(Config):
     name: str = Field("#", pattern="^#$")
 
 
+def test_a_description_is_the_string_below_a_field_in_one_line() -> None:
+    assert field_docstrings(Wheel) == {"inches": "No smaller tyre is made."}
+
+
+def test_descriptions_are_inherited_and_overridden_with_their_fields() -> None:
+    assert field_docstrings(SpareWheel) == {
+        "inches": "Smaller than the others.",
+        "flat": "Whether it is needed itself.",
+    }
+
+
 def test_models_in_models_and_in_mappings_are_followed() -> None:
     found = sections(Cart)
     assert [(section.group, section.about) for section in found] == [
@@ -150,12 +171,12 @@ def test_models_in_models_and_in_mappings_are_followed() -> None:
         ("wheels.<name>", "A wheel."),
         ("shaft", "A shaft."),
     ]
-    inches, color = found[1].config
+    inches, color = found[1].settings
     assert inches == Setting(
-        "wheels.<name>.inches", "integer at least 10", None, True, "no smaller tyre is made"
+        "wheels.<name>.inches", "integer at least 10", None, True, "No smaller tyre is made."
     )
     assert (color.accepts, color.default, color.required) == ("black, 3 or null", None, False)
-    assert {row.name: row.default for row in found[0].config} == {
+    assert {row.name: row.default for row in found[0].settings} == {
         "wheels": {},
         "tags": ("a",),
         "name": "#",
@@ -188,7 +209,7 @@ def test_models_in_models_and_in_mappings_are_followed() -> None:
         ),
     ],
 )
-def test_accepted_values_are_told_in_words(schema: dict[str, Any], words: str) -> None:
+def test_accepted_values_are_described_in_words(schema: dict[str, Any], words: str) -> None:
     assert accepted(schema) == words
 
 
@@ -204,7 +225,7 @@ def test_accepted_values_are_told_in_words(schema: dict[str, Any], words: str) -
     ],
 )
 def test_values_are_shown_as_a_settings_file_has_them(value: Any, text: str) -> None:
-    assert shown(value) == text
+    assert format_value(value) == text
 
 
 def test_every_variant_is_listed_with_what_it_sets_and_what_it_is() -> None:
@@ -212,5 +233,5 @@ def test_every_variant_is_listed_with_what_it_sets_and_what_it_is() -> None:
     assert [variant["variant"] for variant in found] == list(VARIANTS)
     for variant in found:
         assert variant["about"]
-        resolved = flat(PretrainConfig(variant=variant["variant"]))
+        resolved = flatten(PretrainConfig(variant=variant["variant"]))
         assert resolved == {**DEFAULTS, "variant": variant["variant"], **variant["sets"]}

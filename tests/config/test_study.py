@@ -1,4 +1,4 @@
-"""What a study's settings refuse: passwords, names that a database mistakes, workers that follow the nodes."""
+"""StudyConfig refuses passwords, names that a database mistakes, and elastic workers."""
 
 import pytest
 

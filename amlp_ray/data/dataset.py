@@ -1,98 +1,55 @@
-"""A patch dataset: a folder, or a prefix in an object store, of Parquet parts with a manifest; read as arrays.
+"""Open a patch dataset and read it as arrays, tables, samples, a Ray dataset or a torch dataset.
 
-manifest.json
-train/part-00000.parquet ...   val/part-00000.parquet ...   test/part-00000.parquet ...
+A patch dataset is a folder, or a prefix in an object store:
 
-The manifest is written last: without it, nothing reads the rest as a dataset.
+    manifest.json
+    train/part-00000.parquet ...   val/part-00000.parquet ...   test/part-00000.parquet ...
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amlp_ray.config import ImageSpec, PrepareConfig
-from amlp_ray.config.base import Config, build
-from amlp_ray.data.parquet import (
-    COLUMNS,
-    LIGHT,
-    Shape,
-    image_bytes,
-    images_of,
-    keys_of,
-    masks_of,
-    read_part,
-)
+from amlp_ray.config import ImageSpec
+from amlp_ray.data.manifest import MANIFEST, SPLITS, UNFINISHED, Manifest, Part, read_manifest
+from amlp_ray.data.parquet import COLUMNS, LIGHT, Shape, images_of, keys_of, masks_of, read_part
 from amlp_ray.data.path import DataPath
 from amlp_ray.data.samples import Sample, Samples
-from amlp_ray.errors import ConfigError, DataError
+from amlp_ray.errors import DataError
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
     import ray.data
     import torch.utils.data
 
-FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
-UNFINISHED = ".preparing"  # folder of what a preparation has done so far
-SPLITS = ("train", "val", "test")
 AREA_PERCENTILES = (0, 10, 25, 50, 75, 90, 100)
-
-
-class Part(Config):
-    """One Parquet file."""
-
-    file: str  # relative to the dataset
-    rows: int
-    bytes: int
-
-
-class Counts(Config):
-    """Images of one split; `lesions` are labelled ones whose mask is not empty."""
-
-    images: int
-    labeled: int
-    lesions: int
-
-
-class Manifest(Config):
-    """What is in a patch dataset and how it was made. Mean and std are per channel, in stored units."""
-
-    format_version: Literal[2] = 2
-    created_by: str  # amlp_ray and its version
-    name: str
-    layout: str  # as given or recognised
-    channels: int
-    height: int
-    width: int
-    dtype: Literal["uint8", "uint16", "int16", "float32"]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    counts: dict[str, Counts]
-    parts: dict[str, list[Part]]
-    group_rows: int  # of every row group but the last of a part
-    split_rule: str
-    group_rule: str
-    left_out: int  # images found, but not listed in the split file
-    rejected: int  # files that could not be used, listed beside the dataset in <name>.rejects.csv
-    dropped: int  # tiles and slices with too little tissue
-    salt: str | None  # of hashed names: tells two salts apart, tells nothing of either
-    config: PrepareConfig
-    fingerprint: str  # SHA-256 of the settings and of the contents of all sources
+# Fields of a manifest that `summary` repeats.
+SUMMARY_FIELDS = (
+    "layout",
+    "channels",
+    "height",
+    "width",
+    "dtype",
+    "mean",
+    "std",
+    "split_rule",
+    "group_rule",
+)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images of one split in memory, or any selection of them; row i of every field is image i."""
+    """Images of one split in memory, or a selection of them. Row i of every field is image i."""
 
     images: np.ndarray  # (N, C, H, W), as stored
-    masks: np.ndarray  # (N, H, W) uint8 of 0 and 1; zeros where unlabelled
+    masks: np.ndarray  # (N, H, W) uint8 of 0 and 1; zeros where unlabeled
     labeled: np.ndarray  # (N,) bool
     ids: list[str]
     groups: np.ndarray  # (N,) of str
@@ -104,24 +61,35 @@ class Split:
     def take(self, index: np.ndarray | Sequence[int]) -> Split:
         """Select rows by position, in that order."""
         rows = np.asarray(index, dtype=np.int64)
-        arrays = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "ids"}
-        return Split(ids=[self.ids[i] for i in rows], **arrays)
+        return Split(
+            images=self.images[rows],
+            masks=self.masks[rows],
+            labeled=self.labeled[rows],
+            ids=[self.ids[row] for row in rows],
+            groups=self.groups[rows],
+            keys=self.keys[rows],
+        )
 
     def concat(self, *others: Split) -> Split:
         """Append the rows of others, as in `train.concat(val)`."""
-        every = (self, *others)
-        arrays = {
-            f.name: np.concatenate([getattr(s, f.name) for s in every])
-            for f in fields(self)
-            if f.name != "ids"
-        }
-        return Split(ids=[name for split in every for name in split.ids], **arrays)
+        splits = [self, *others]
+        ids: list[str] = []
+        for split in splits:
+            ids += split.ids
+        return Split(
+            images=np.concatenate([split.images for split in splits]),
+            masks=np.concatenate([split.masks for split in splits]),
+            labeled=np.concatenate([split.labeled for split in splits]),
+            ids=ids,
+            groups=np.concatenate([split.groups for split in splits]),
+            keys=np.concatenate([split.keys for split in splits]),
+        )
 
 
 class PatchDataset:
     """A prepared dataset: a sequence of samples, train first, then val, then test.
 
-    Opening reads the manifest only; `load` and `table` read columns, indexing reads a row group at a time.
+    Opening reads the manifest only. `load` and `table` read columns, indexing reads a row group.
 
         dataset = PatchDataset.open("runs/mine")
         len(dataset), dataset[0].image.shape, dataset.split("val")[3].id
@@ -130,8 +98,8 @@ class PatchDataset:
         dataset.to_torch("train")          # torch.utils.data.Dataset
     """
 
-    def __init__(self, place: DataPath, manifest: Manifest) -> None:
-        self.place = place
+    def __init__(self, root: DataPath, manifest: Manifest) -> None:
+        self.root = root
         self.manifest = manifest
 
     @classmethod
@@ -139,40 +107,34 @@ class PatchDataset:
         """Open the dataset at a path or URI.
 
         Raises:
-            DataError: nothing there, something else there, unfinished, written by a newer version, or parts missing or
-                cut short.
+            DataError: nothing or something else is there, it is unfinished or of another format
+                version, or parts are missing or cut short.
         """
-        place = DataPath(path)
-        if not place.is_folder():
+        root = DataPath(path)
+        if not root.is_folder():
             raise DataError(
-                f"There is no patch dataset {place}; make one with `amlp-ray data prepare`."
+                f"There is no patch dataset {root}; make one with `amlp-ray data prepare`."
             )
-        if not (place / MANIFEST).is_file():
-            if (place / UNFINISHED).is_folder():
+        if not (root / MANIFEST).is_file():
+            if (root / UNFINISHED).is_folder():
                 raise DataError(
-                    f"{place} was not finished; run the same `amlp-ray data prepare` again to go on."
+                    f"{root} was not finished; run the same `amlp-ray data prepare` again to go on."
                 )
             raise DataError(
-                f"{place} has no {MANIFEST}, so it is not a patch dataset; make one with `amlp-ray data prepare`."
+                f"{root} has no {MANIFEST}, so it is not a patch dataset; "
+                "make one with `amlp-ray data prepare`."
             )
-        manifest = _read_manifest(place / MANIFEST)
-        sizes = {entry.name: entry.size for entry in place.entries()}
-        for part in (part for parts in manifest.parts.values() for part in parts):
-            if (found := sizes.get(part.file)) != part.bytes:
-                state = (
-                    "is missing"
-                    if found is None
-                    else f"is damaged: it has {found} bytes instead of {part.bytes}"
-                )
-                raise DataError(
-                    f"{place / part.file} {state}; prepare the dataset again or copy it again."
-                )
-        return cls(place, manifest)
+        manifest = read_manifest(root / MANIFEST)
+        sizes = {entry.name: entry.size for entry in root.entries()}
+        for parts in manifest.parts.values():
+            for part in parts:
+                _check_size(root, part, sizes.get(part.file))
+        return cls(root, manifest)
 
     @property
     def path(self) -> str:
-        """Where the dataset is: a path or a URI."""
-        return str(self.place)
+        """Path or URI of the dataset."""
+        return str(self.root)
 
     @property
     def name(self) -> str:
@@ -181,14 +143,17 @@ class PatchDataset:
     @property
     def shape(self) -> Shape:
         """Channels, height and width of every image."""
-        return self.manifest.channels, self.manifest.height, self.manifest.width
+        return self.manifest.shape
 
     @cached_property
     def spec(self) -> ImageSpec:
-        """What a model must know of the images."""
-        m = self.manifest
+        """Shape and scale of the images, as a model needs them."""
         return ImageSpec(
-            channels=m.channels, height=m.height, width=m.width, mean=m.mean, std=m.std
+            channels=self.manifest.channels,
+            height=self.manifest.height,
+            width=self.manifest.width,
+            mean=self.manifest.mean,
+            std=self.manifest.std,
         )
 
     def __len__(self) -> int:
@@ -202,173 +167,184 @@ class PatchDataset:
 
     @cached_property
     def _samples(self) -> Samples:
-        return Samples(self, SPLITS)
+        return Samples(self.manifest, self.root, SPLITS)
 
     def split(self, name: str) -> Samples:
-        """The samples of one split: `len`, indexing, iteration. Raises DataError for a name that is no split."""
-        self.files(name)
-        return Samples(self, (name,))
+        """Return the samples of one split. Raises DataError for an unknown split."""
+        self._check_split(name)
+        return Samples(self.manifest, self.root, [name])
 
     def files(self, split: str) -> list[DataPath]:
-        """The Parquet files of a split, in order. Raises DataError for a name that is no split."""
-        if split not in SPLITS:
-            raise DataError(
-                f"There is no split {split!r} in {self.path}; splits are {', '.join(SPLITS)}."
-            )
-        return [self.place / part.file for part in self.manifest.parts[split]]
+        """Return the Parquet files of a split, in order. Raises DataError for an unknown split."""
+        self._check_split(split)
+        return [self.root / part.file for part in self.manifest.parts[split]]
 
     def count(self, split: str) -> int:
-        """The number of images in a split."""
-        self.files(split)
+        """Return the number of images in a split."""
+        self._check_split(split)
         return self.manifest.counts[split].images
 
     def bytes(self, split: str) -> int:
-        """Bytes that the images of a split take in memory, masks not counted."""
-        return self.count(split) * image_bytes(self.shape, self.manifest.dtype)
+        """Return the bytes that the images of a split take in memory, without masks."""
+        return self.count(split) * self.manifest.image_bytes
 
     def table(self, *splits: str, columns: Sequence[str] = LIGHT) -> pd.DataFrame:
-        """A row per image: its split and all columns but pixels, see `parts.COLUMNS`; of all splits if none is named.
+        """Read a table with a row per image.
+
+        Args:
+            splits: names of splits; none reads all.
+            columns: names from `parquet.LIGHT`, which is all columns but pixels.
+
+        Returns:
+            The columns, and `split`.
 
         Raises:
-            DataError: a name that is no split or column, or a damaged part.
+            DataError: a split or column is unknown, or a part is damaged.
         """
         import pandas as pd
 
-        if unknown := [name for name in columns if name not in LIGHT]:
+        unknown = [name for name in columns if name not in LIGHT]
+        if unknown:
             raise DataError(
-                f"{self.path} has no column {unknown[0]!r} in its table; there are {', '.join(LIGHT)}."
+                f"{self.path} has no column {unknown[0]!r} in its table; "
+                f"there are {', '.join(LIGHT)}."
             )
-        frames = [
-            table.to_pandas().assign(split=split)
-            for split in splits or SPLITS
-            for _, table in self._tables(split, columns)
-        ]
-        return (
-            pd.concat(frames, ignore_index=True)
-            if frames
-            else pd.DataFrame(columns=[*columns, "split"])
-        )
+        frames = []
+        for split in splits or SPLITS:
+            for _, table in self._read_parts(split, columns):
+                frames.append(table.to_pandas().assign(split=split))
+        if not frames:
+            return pd.DataFrame(columns=[*columns, "split"])
+        return pd.concat(frames, ignore_index=True)
 
     def load(self, split: str, rows: np.ndarray | None = None) -> Split:
-        """Read a split, or the given rows of it, into memory, in order. Raises DataError where a part is damaged."""
-        count, (_, height, width) = self.count(split) if rows is None else len(rows), self.shape
-        wanted = None if rows is None else np.sort(np.asarray(rows, np.int64))
+        """Read a split into memory, in stored order.
+
+        Args:
+            split: train, val or test.
+            rows: positions of images within the split; None reads all. Order does not matter.
+
+        Raises:
+            DataError: the split is unknown, or a part is damaged.
+        """
+        positions = None if rows is None else np.sort(np.asarray(rows, np.int64))
+        count = self.count(split) if positions is None else len(positions)
+        _, height, width = self.shape
         images = np.empty((count, *self.shape), self.manifest.dtype)
         masks = np.empty((count, height, width), np.uint8)
         labeled = np.empty(count, bool)
         ids: list[str] = []
         groups: list[str] = []
-        done = 0
-        for start, table in self._tables(split, ["id", "group", "image", "mask"], wanted):
-            if wanted is not None:
-                table = table.take(
-                    wanted[(wanted >= start) & (wanted < start + len(table))] - start
-                )
-            at = slice(done, done + len(table))
-            images[at] = images_of(table["image"], self.shape, self.manifest.dtype)
-            masks[at], labeled[at] = masks_of(table["mask"], self.shape)
+        for start, table in self._read_parts(split, ["id", "group", "image", "mask"], positions):
+            if positions is not None:
+                is_here = (positions >= start) & (positions < start + len(table))
+                table = table.take(positions[is_here] - start)
+            target = slice(len(ids), len(ids) + len(table))
+            images[target] = images_of(table["image"], self.shape, self.manifest.dtype)
+            masks[target], labeled[target] = masks_of(table["mask"], self.shape)
             ids += table["id"].to_pylist()
             groups += table["group"].to_pylist()
-            done += len(table)
         return Split(images, masks, labeled, ids, np.array(groups, dtype=str), keys_of(ids))
 
     def to_ray_dataset(
         self, split: str, *, columns: Sequence[str] | None = None
     ) -> ray.data.Dataset:
-        """The rows of a split as a Ray dataset, read when it is used; `image` (C, H, W) and `mask` (H, W) as arrays.
+        """Return the rows of a split as a Ray dataset, which is read when it is used.
 
-        An unlabelled image has a mask of zeros, and `labelled` False beside it.
+        `image` (C, H, W) and `mask` (H, W) are arrays. An unlabeled image has a mask of zeros and
+        False in `labeled`. Ray must be initialized, and every node must see the dataset. For
+        training, `open_batches` is faster.
 
-        Ray must be initialised, and every node must see the dataset. For training, `stream.open_batches` is faster.
+        Args:
+            split: train, val or test.
+            columns: names from `parquet.COLUMNS`; None reads all.
         """
-        from amlp_ray.data.loading.ray_stream import read_rows
+        from amlp_ray.data.ray_rows import read_rows
 
-        return read_rows(self, split, columns)
+        return read_rows(self.files(split), self.shape, self.manifest.dtype, columns)
 
     def to_torch(self, split: str) -> torch.utils.data.Dataset[dict[str, Any]]:
-        """A split as a torch dataset of dicts: `image` (C, H, W), `mask` (H, W), `labelled`, `id`; pixels as stored."""
+        """Return a split as a torch dataset of dicts, with pixels as stored.
+
+        The keys are `image` (C, H, W), `mask` (H, W), `labeled` and `id`.
+        """
         from amlp_ray.data.torch_samples import TorchSamples
 
         return TorchSamples(self.split(split))
 
     def summary(self) -> dict[str, Any]:
-        """Describe the dataset in plain values. Lesion areas are percentiles, in % of the image, over lesion images."""
-        m = self.manifest
-        pixels = m.height * m.width
+        """Describe the dataset in plain values.
+
+        Lesion areas are percentiles over the images with a lesion, in percent of the image.
+        """
+        manifest = self.manifest
         table = self.table(columns=["lesion", "background"])
         splits = {}
         for name in SPLITS:
             rows = table[table["split"] == name]
-            lesions = rows["lesion"][rows["lesion"] > 0].to_numpy(float) * (100 / pixels)
-            values = np.percentile(lesions, AREA_PERCENTILES) if len(lesions) else np.zeros(0)
+            background = round(float(rows["background"].mean()), 4) if len(rows) else None
             splits[name] = {
-                **m.counts[name].model_dump(),
-                "lesion_area_percent": {
-                    f"p{p}": round(float(value), 3)
-                    for p, value in zip(AREA_PERCENTILES, values, strict=False)
-                }
-                or None,
-                "background": round(float(rows["background"].mean()), 4) if len(rows) else None,
+                **manifest.counts[name].model_dump(),
+                "lesion_area_percent": self._lesion_areas(rows),
+                "background": background,
             }
-        facts = (
-            "layout",
-            "channels",
-            "height",
-            "width",
-            "dtype",
-            "mean",
-            "std",
-            "split_rule",
-            "group_rule",
-        )
         return {
-            "name": m.name,
+            "name": manifest.name,
             "path": self.path,
-            **{fact: getattr(m, fact) for fact in facts},
+            **{field: getattr(manifest, field) for field in SUMMARY_FIELDS},
             "splits": splits,
-            "left_out": m.left_out,
-            "rejected": m.rejected,
-            "dropped": m.dropped,
+            "left_out": manifest.left_out,
+            "rejected": manifest.rejected,
+            "dropped": manifest.dropped,
             "columns": list(COLUMNS),
-            "fingerprint": m.fingerprint,
+            "fingerprint": manifest.fingerprint,
         }
 
-    def _tables(
-        self, split: str, columns: Sequence[str], rows: np.ndarray | None = None
-    ) -> Iterator[tuple[int, Any]]:
-        """Yield each part of a split as (its first row, its table), so that one part at a time is held twice.
+    def _lesion_areas(self, rows: pd.DataFrame) -> dict[str, float] | None:
+        """Return percentiles of the lesion area, in percent of the image; None without lesions."""
+        pixels = self.manifest.height * self.manifest.width
+        areas = rows["lesion"][rows["lesion"] > 0].to_numpy(float) * (100 / pixels)
+        if not len(areas):
+            return None
+        values = np.percentile(areas, AREA_PERCENTILES).tolist()
+        names = [f"p{percentile}" for percentile in AREA_PERCENTILES]
+        return {name: round(value, 3) for name, value in zip(names, values, strict=True)}
 
-        Parts without any of the sorted `rows` are passed over.
+    def _check_split(self, name: str) -> None:
+        if name not in SPLITS:
+            raise DataError(
+                f"There is no split {name!r} in {self.path}; splits are {', '.join(SPLITS)}."
+            )
+
+    def _read_parts(
+        self, split: str, columns: Sequence[str], rows: np.ndarray | None = None
+    ) -> Iterator[tuple[int, pa.Table]]:
+        """Yield each part of a split as (its first row, its table); one part is in memory.
+
+        Args:
+            split: name of the split.
+            columns: names of columns.
+            rows: sorted positions; parts without any of them are skipped. None reads all parts.
         """
         start = 0
         for file, part in zip(self.files(split), self.manifest.parts[split], strict=True):
-            if rows is None or np.searchsorted(rows, start) < np.searchsorted(
-                rows, start + part.rows
-            ):
+            end = start + part.rows
+            if rows is None or np.searchsorted(rows, start) < np.searchsorted(rows, end):
                 table = read_part(file, columns)
                 if len(table) != part.rows:
                     raise DataError(
                         f"{file} is damaged: it has {len(table)} rows instead of {part.rows}; "
-                        f"prepare the dataset again."
+                        "prepare the dataset again."
                     )
                 yield start, table
-            start += part.rows
+            start = end
 
 
-def _read_manifest(file: DataPath) -> Manifest:
-    try:
-        values = json.loads(file.read_bytes())
-        version = values["format_version"]
-    except (ValueError, KeyError, TypeError, OSError):
-        raise DataError(
-            f"{file} is not the manifest of a patch dataset; prepare the dataset again."
-        ) from None
-    if version != FORMAT_VERSION:
-        raise DataError(
-            f"{file} has format version {version}, but this amlp_ray reads {FORMAT_VERSION}; "
-            f"update amlp_ray or prepare the dataset again."
-        )
-    try:
-        return build(Manifest, values, str(file))
-    except ConfigError as error:
-        raise DataError(f"{error} Prepare the dataset again.") from None
+def _check_size(root: DataPath, part: Part, size: int | None) -> None:
+    """Raise DataError if a part is missing or has other than its size in bytes."""
+    if size == part.bytes:
+        return
+    problem = f"is damaged: it has {size} bytes instead of {part.bytes}"
+    if size is None:
+        problem = "is missing"
+    raise DataError(f"{root / part.file} {problem}; prepare the dataset again or copy it again.")

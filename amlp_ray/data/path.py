@@ -1,6 +1,7 @@
-"""A folder on this machine or in an object store, such as s3://bucket/images: listing, reading, writing.
+"""List, read and write files on this machine or in an object store such as s3://bucket/images.
 
-All through pyarrow's file systems, so whatever pyarrow opens by URI works, with its credentials from the environment.
+Everything goes through pyarrow's file systems. So any URI that pyarrow opens is accepted, and
+credentials come from the environment.
 """
 
 from __future__ import annotations
@@ -14,54 +15,54 @@ from typing import NamedTuple
 import pyarrow as pa
 from pyarrow import fs
 
-from amlp_ray.errors import DataError
+from amlp_ray.errors import DataError, describe_error
+from amlp_ray.utils.files import atomic_write
 
-RETRIES = 3  # an object store drops a request now and then
+READ_ATTEMPTS = 3  # an object store drops a request now and then
 
 
 class Entry(NamedTuple):
-    """A file below a place."""
+    """One file of a listing."""
 
-    name: str  # relative to the place, with forward slashes
+    name: str  # relative to the listed folder, with forward slashes
     size: int  # bytes
 
 
 class DataPath:
-    """A folder, by path or URI.
+    """A file or folder, by path or URI.
 
-    >>> str(Place("s3://bucket/set") / "train" / "part.parquet")
+    >>> str(DataPath("s3://bucket/set") / "train" / "part.parquet")
     's3://bucket/set/train/part.parquet'
+
+    Raises:
+        DataError: the URI holds a password.
     """
 
     def __init__(self, uri: str | Path | DataPath) -> None:
         text = str(uri)
-        self._scheme, separator, rest = text.partition("://")
+        self._scheme, separator, location = text.partition("://")
+        self._query = ""
         self.is_local = not separator or self._scheme == "file"
         if self.is_local:
-            path = rest if separator else text
-            # Not resolve(): what a link is called is what users know it by.
-            self._base, self._query = os.path.abspath(path), ""  # noqa: PTH100
-        else:
-            base, _, query = rest.partition("?")
-            if "@" in base.partition("/")[0]:
-                raise DataError(
-                    "A URI must not hold a password; give access keys in the environment."
-                )
-            self._base, self._query = base.rstrip("/"), query
+            # abspath and not resolve(): users know a link by its own name.
+            self._base = os.path.abspath(location if separator else text)  # noqa: PTH100
+            return
+        base, _, self._query = location.partition("?")
+        if "@" in base.partition("/")[0]:
+            raise DataError("A URI must not hold a password; give access keys in the environment.")
+        self._base = base.rstrip("/")
 
     def __str__(self) -> str:
-        if self.is_local:
-            return self._base
-        return f"{self._scheme}://{self._base}" + (f"?{self._query}" if self._query else "")
+        return self._with_base(self._base)
 
     def __fspath__(self) -> str:
-        """The path, for whatever takes paths of this machine."""
+        """Return the path, for functions that take paths of this machine."""
         if not self.is_local:
             raise TypeError(f"{self} is not on this machine")
         return self._base
 
     def __repr__(self) -> str:
-        return f"Place({str(self)!r})"
+        return f"DataPath({str(self)!r})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DataPath) and str(self) == str(other)
@@ -70,12 +71,14 @@ class DataPath:
         return hash(str(self))
 
     def __truediv__(self, name: str) -> DataPath:
-        child = self._base.rstrip("/") + "/" + name
-        return DataPath(
-            child
-            if self.is_local
-            else f"{self._scheme}://{child}" + (f"?{self._query}" if self._query else "")
-        )
+        return DataPath(self._with_base(self._base.rstrip("/") + "/" + name))
+
+    def _with_base(self, base: str) -> str:
+        """Return the path or URI that has another base, and the same scheme and query."""
+        if self.is_local:
+            return base
+        query = f"?{self._query}" if self._query else ""
+        return f"{self._scheme}://{base}{query}"
 
     @property
     def name(self) -> str:
@@ -84,40 +87,36 @@ class DataPath:
 
     @property
     def parent(self) -> DataPath:
-        parent = str(PurePosixPath(self._base).parent)
-        return DataPath(
-            parent
-            if self.is_local
-            else f"{self._scheme}://{parent}" + (f"?{self._query}" if self._query else "")
-        )
+        """The folder that holds this one."""
+        return DataPath(self._with_base(str(PurePosixPath(self._base).parent)))
 
     @property
     def local(self) -> Path:
-        """The path of a place on this machine."""
+        """The path on this machine."""
         assert self.is_local, self
         return Path(self._base)
-
-    @cached_property
-    def filesystem(self) -> fs.FileSystem:
-        """pyarrow's file system. Raises DataError where the URI's scheme is not known or its server not there."""
-        return (
-            fs.LocalFileSystem()
-            if self.is_local
-            else _file_system(self._scheme, self._base.partition("/")[0], self._query)
-        )
 
     @property
     def path(self) -> str:
         """The path within `filesystem`."""
         return self._base
 
+    @cached_property
+    def filesystem(self) -> fs.FileSystem:
+        """pyarrow's file system. Raises DataError if it cannot be opened."""
+        if self.is_local:
+            return fs.LocalFileSystem()
+        bucket = self._base.partition("/")[0]
+        return _open_filesystem(self._scheme, bucket, self._query)
+
     def info(self) -> fs.FileInfo:
-        """Type and size of what is here. Raises DataError where the place cannot be asked."""
+        """Return type and size. Raises DataError if the file system does not answer."""
         try:
             return self.filesystem.get_file_info(self.path)
         except (OSError, pa.ArrowException) as error:
             raise DataError(
-                f"{self} cannot be reached ({_brief(error)}); check the address and your access."
+                f"{self} cannot be reached ({describe_error(error)}); "
+                "check the address and your access."
             ) from None
 
     def is_file(self) -> bool:
@@ -127,7 +126,7 @@ class DataPath:
         return bool(self.info().type == fs.FileType.Directory)
 
     def is_empty(self) -> bool:
-        """Whether a folder is there and holds nothing, hidden files included."""
+        """Return whether this is a folder that holds nothing, hidden files included."""
         if not self.is_folder():
             return False
         if self.is_local:
@@ -135,121 +134,114 @@ class DataPath:
         return not self.filesystem.get_file_info(fs.FileSelector(self.path))
 
     def read_bytes(self) -> bytes:
-        """The content of a file. Raises OSError."""
+        """Read a file, and try again if an object store drops the request. Raises OSError."""
         if self.is_local:
             return self.local.read_bytes()
-        for attempt in range(RETRIES):
+        for attempt in range(READ_ATTEMPTS):
             try:
                 with self.filesystem.open_input_file(self.path) as file:
                     return bytes(file.read())
             except OSError:
-                if attempt == RETRIES - 1 or not self.is_file():
+                if attempt == READ_ATTEMPTS - 1 or not self.is_file():
                     raise
         raise AssertionError  # the loop returns or raises
 
-    def write_whole(self, content: str | bytes) -> None:
-        """Replace the content of a file in one step: a reader finds the old or the new. Raises OSError."""
+    def atomic_write(self, content: str | bytes) -> None:
+        """Replace a file in one step: a reader finds the old or the new content. Raises OSError."""
         data = content.encode() if isinstance(content, str) else content
-        if self.is_local:
-            self.local.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.local.with_name(f".{self.name}.{os.getpid()}.partial")
-            try:
-                partial.write_bytes(data)
-                partial.replace(self.local)
-            finally:
-                partial.unlink(missing_ok=True)
+        if not self.is_local:
+            # An object appears once the stream is closed.
+            with self.filesystem.open_output_stream(self.path, compression=None) as file:
+                file.write(data)
             return
-        with self.filesystem.open_output_stream(
-            self.path, compression=None
-        ) as file:  # appears when complete
-            file.write(data)
+        self.local.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(self.local, data)
 
     def delete(self) -> None:
-        """Delete a folder with all in it, or a file; nothing there is no fault."""
-        info = self.info()
-        if info.type == fs.FileType.Directory:
+        """Delete a file, or a folder with everything in it. Do nothing if neither exists."""
+        kind = self.info().type
+        if kind == fs.FileType.Directory:
             self.filesystem.delete_dir(self.path)
-        elif info.type == fs.FileType.File:
+        elif kind == fs.FileType.File:
             self.filesystem.delete_file(self.path)
 
     def entries(self, *, deep: bool = True) -> Iterator[Entry]:
-        """Yield the files below, hidden ones left out, in no promised order; links to folders are followed once.
+        """Yield the files of a folder in no promised order, without hidden ones.
+
+        Links to folders are followed once.
+
+        Args:
+            deep: list the folders inside too.
 
         Raises:
-            DataError: the folder is not there or cannot be listed.
+            DataError: the folder does not exist or cannot be listed.
         """
-        info = self.info()
-        if info.type != fs.FileType.Directory:
+        if not self.is_folder():
             raise DataError(f"There is no folder {self}; check the path.")
         if self.is_local:
             yield from _walk(self.local, self.local, deep, set())
             return
         try:
-            found = self.filesystem.get_file_info(fs.FileSelector(self.path, recursive=deep))
+            infos = self.filesystem.get_file_info(fs.FileSelector(self.path, recursive=deep))
         except (OSError, pa.ArrowException) as error:
             raise DataError(
-                f"{self} cannot be listed ({_brief(error)}); check your access."
+                f"{self} cannot be listed ({describe_error(error)}); check your access."
             ) from None
-        for entry in found:
-            name = entry.path[len(self.path) :].lstrip("/")
-            if entry.type == fs.FileType.File and not any(
-                part.startswith(".") for part in name.split("/")
-            ):
-                yield Entry(name, entry.size)
+        for info in infos:
+            name = info.path[len(self.path) :].lstrip("/")
+            is_hidden = name.startswith(".") or "/." in name
+            if info.type == fs.FileType.File and not is_hidden:
+                yield Entry(name, info.size)
 
     def folders(self) -> list[str]:
-        """Names of the folders directly inside, sorted, hidden ones left out."""
+        """Return the names of the folders directly inside, sorted, without hidden ones."""
         if self.is_local:
-            return sorted(
-                e.name for e in os.scandir(self.local) if e.is_dir() and not e.name.startswith(".")
-            )
-        found = self.filesystem.get_file_info(fs.FileSelector(self.path))
-        names = (PurePosixPath(e.path).name for e in found if e.type == fs.FileType.Directory)
+            names = [entry.name for entry in os.scandir(self.local) if entry.is_dir()]
+        else:
+            infos = self.filesystem.get_file_info(fs.FileSelector(self.path))
+            names = [info.base_name for info in infos if info.type == fs.FileType.Directory]
         return sorted(name for name in names if not name.startswith("."))
 
 
 def read_bytes(path: str) -> bytes:
-    """The content of a file by path or URI. Raises OSError."""
+    """Read the file at a path or URI. Raises OSError."""
     return DataPath(path).read_bytes()
 
 
 def _walk(root: Path, folder: Path, deep: bool, visited: set[tuple[int, int]]) -> Iterator[Entry]:
     status = folder.stat()
-    if (status.st_dev, status.st_ino) in visited:
-        return  # a link that leads back
-    visited.add((status.st_dev, status.st_ino))
+    identity = status.st_dev, status.st_ino
+    if identity in visited:
+        return  # a link leads back here
+    visited.add(identity)
     try:
-        listed = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        children = sorted(os.scandir(folder), key=lambda child: child.name)
     except OSError as error:
         raise DataError(
             f"{folder} cannot be listed ({error.strerror}); check its rights."
         ) from None
-    for entry in listed:
-        if entry.name.startswith("."):
+    for child in children:
+        if child.name.startswith("."):
             continue
-        path = Path(entry.path)
+        path = Path(child.path)
         try:
-            if entry.is_dir():
+            if child.is_dir():
                 if deep:
                     yield from _walk(root, path, deep, visited)
                 continue
-            size = entry.stat().st_size
+            size = child.stat().st_size
         except OSError:
-            size = 0  # a link to nothing or to itself: the reader of the file will say so
+            size = 0  # a link to nothing or to itself: whoever reads the file reports it
         yield Entry(path.relative_to(root).as_posix(), size)
 
 
 @lru_cache(maxsize=16)
-def _file_system(scheme: str, bucket: str, query: str) -> fs.FileSystem:
+def _open_filesystem(scheme: str, bucket: str, query: str) -> fs.FileSystem:
     uri = f"{scheme}://{bucket}" + (f"?{query}" if query else "")
     try:
         return fs.FileSystem.from_uri(uri)[0]
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(
-            f"{uri} cannot be opened ({_brief(error)}); paths and URIs such as s3://bucket/folder or "
-            f"gs://bucket/folder are accepted."
+            f"{uri} cannot be opened ({describe_error(error)}); paths and URIs such as "
+            "s3://bucket/folder or gs://bucket/folder are accepted."
         ) from None
-
-
-def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__

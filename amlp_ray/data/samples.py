@@ -1,4 +1,4 @@
-"""Samples of a patch dataset one by one, as a sequence."""
+"""Read the samples of a patch dataset one by one, as a sequence."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import NamedTuple, overload
 
 import numpy as np
 
+from amlp_ray.data.manifest import Manifest, Part
 from amlp_ray.data.parquet import images_of, masks_of, read_part
+from amlp_ray.data.path import DataPath
 
-if TYPE_CHECKING:
-    from amlp_ray.data.dataset import PatchDataset
-
-GROUPS_KEPT = (
-    4  # row groups held, at most 16 MiB each: neighbours come from memory, and a shuffle reads on
-)
+# Row groups in memory, at most 16 MiB each: neighbors come from memory, and a shuffle still moves.
+CACHED_GROUPS = 4
 
 
 class Sample(NamedTuple):
@@ -27,22 +25,37 @@ class Sample(NamedTuple):
     group: str
     split: str
     image: np.ndarray  # (C, H, W), as stored, read-only
-    mask: np.ndarray | None  # (H, W) uint8 of 0 and 1; None: unlabelled
+    mask: np.ndarray | None  # (H, W) uint8 of 0 and 1; None: unlabeled
+
+
+class _RowGroup(NamedTuple):
+    """Decoded columns of one row group; row i of each is image i."""
+
+    ids: list[str]
+    groups: list[str]
+    images: np.ndarray  # (N, C, H, W)
+    masks: np.ndarray  # (N, H, W)
+    labeled: np.ndarray  # (N,) bool
 
 
 class Samples(Sequence[Sample]):
-    """The samples of some splits, in order. Reads a row group at a time and keeps the last few."""
+    """The samples of some splits, in order. Reads a row group at a time and caches the last few."""
 
-    def __init__(self, dataset: PatchDataset, splits: Sequence[str]) -> None:
-        self.dataset = dataset
-        self._per_group = dataset.manifest.group_rows
-        self._parts = [
-            (split, file, part)
-            for split in splits
-            for file, part in zip(dataset.files(split), dataset.manifest.parts[split], strict=True)
-        ]
-        self._ends = list(accumulate(part.rows for _, _, part in self._parts))
-        self._kept: OrderedDict[tuple[int, int], Any] = OrderedDict()
+    def __init__(self, manifest: Manifest, root: DataPath, splits: Sequence[str]) -> None:
+        """Prepare to read; no part is opened yet.
+
+        Args:
+            manifest: of the dataset.
+            root: folder of the dataset.
+            splits: names of splits, in the order in which their samples come.
+        """
+        self.manifest = manifest
+        self.root = root
+        self._parts: list[tuple[str, Part]] = []
+        for split in splits:
+            self._parts += [(split, part) for part in manifest.parts[split]]
+        self._ends = list(accumulate(part.rows for _, part in self._parts))
+        self._cache: OrderedDict[tuple[int, int], _RowGroup] = OrderedDict()
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -57,29 +70,34 @@ class Samples(Sequence[Sample]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"there are {len(self)} samples, so no sample {index}")
         index %= len(self)
-        number = bisect_right(self._ends, index)
-        split, _, part = self._parts[number]
-        group, row = divmod(index - (self._ends[number] - part.rows), self._per_group)
-        ids, groups, images, masks, labeled = self._group(number, group)
-        return Sample(
-            ids[row], groups[row], split, images[row], masks[row] if labeled[row] else None
-        )
+        part_number = bisect_right(self._ends, index)
+        split, part = self._parts[part_number]
+        row_of_part = index - (self._ends[part_number] - part.rows)
+        group_number, row = divmod(row_of_part, self.manifest.group_rows)
+        rows = self._row_group(part_number, group_number)
+        mask = rows.masks[row] if rows.labeled[row] else None
+        return Sample(rows.ids[row], rows.groups[row], split, rows.images[row], mask)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
 
-    def _group(self, number: int, group: int) -> Any:
-        key = number, group
-        if key not in self._kept:
-            table = read_part(self._parts[number][1], ["id", "group", "image", "mask"], group)
-            shape, dtype = self.dataset.shape, self.dataset.manifest.dtype
-            self._kept[key] = (
-                table["id"].to_pylist(),
-                table["group"].to_pylist(),
-                images_of(table["image"], shape, dtype),
-                *masks_of(table["mask"], shape),
-            )
-            while len(self._kept) > GROUPS_KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
+    def _row_group(self, part_number: int, group_number: int) -> _RowGroup:
+        key = part_number, group_number
+        if key not in self._cache:
+            self._cache[key] = self._read_row_group(part_number, group_number)
+            while len(self._cache) > CACHED_GROUPS:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(key)
+        return self._cache[key]
+
+    def _read_row_group(self, part_number: int, group_number: int) -> _RowGroup:
+        file = self.root / self._parts[part_number][1].file
+        table = read_part(file, ["id", "group", "image", "mask"], group_number)
+        masks, labeled = masks_of(table["mask"], self.manifest.shape)
+        return _RowGroup(
+            ids=table["id"].to_pylist(),
+            groups=table["group"].to_pylist(),
+            images=images_of(table["image"], self.manifest.shape, self.manifest.dtype),
+            masks=masks,
+            labeled=labeled,
+        )

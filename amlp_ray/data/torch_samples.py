@@ -1,4 +1,4 @@
-"""Samples of a patch dataset for torch. Apart from `samples`, so that preparing loads no torch."""
+"""Samples of a patch dataset as a torch dataset. In a module of its own: preparing loads no torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from amlp_ray.data.samples import Samples
 
 
 class TorchSamples(torch.utils.data.Dataset[dict[str, Any]]):
-    """Samples as a map-style torch dataset; an unlabelled image has a mask of zeros and `labelled` False.
+    """Samples as a map-style torch dataset of dicts: `id`, `image`, `mask` and `labeled`.
 
-    A row group is read at a time, so a shuffle reads most images many times over: for training on a set that is not
-    small, `load` it or use `open_batches`.
+    An unlabeled image has a mask of zeros, and `labeled` is False. A shuffle reads most images
+    many times, since a row group is read at a time: to train on a large set, call
+    `PatchDataset.load` or `open_batches`.
     """
 
     def __init__(self, samples: Samples) -> None:
@@ -25,12 +26,9 @@ class TorchSamples(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = self.samples[index]
-        image, mask = torch.from_numpy(sample.image.copy()), sample.mask
-        return {
-            "id": sample.id,
-            "image": image,
-            "mask": torch.zeros(image.shape[1:], dtype=torch.uint8)
-            if mask is None
-            else torch.from_numpy(mask.copy()),
-            "labeled": mask is not None,
-        }
+        image = torch.from_numpy(sample.image.copy())
+        if sample.mask is None:
+            mask = torch.zeros(image.shape[1:], dtype=torch.uint8)
+        else:
+            mask = torch.from_numpy(sample.mask.copy())
+        return {"id": sample.id, "image": image, "mask": mask, "labeled": sample.mask is not None}

@@ -13,7 +13,6 @@ images were; what comes out is brought back to the size, place and axes of the f
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,6 +32,7 @@ from amlp_ray.errors import DataError
 from amlp_ray.evaluation.segmenter import WEIGHTS
 from amlp_ray.inference.engine import Inference, as_trained, lesion_probabilities, load_inference
 from amlp_ray.inference.geometry import overlay, png_bytes, volume_bytes
+from amlp_ray.utils.run_dir import OtherRunError, RunDir
 
 MARKER = "predict.json"  # in the folder of masks: what they are of
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -81,11 +81,11 @@ def predict(
     _check_apart(source, out)
     trial_spec = load_inference(Path(segmenter), config, device, say)
     listing = find_items(trial_spec.decoding, source)
-    if listing.why:
-        say(listing.why)
+    if listing.summary:
+        say(listing.summary)
     _begin(out, _identity(source, Path(segmenter), config), overwrite)
     rejects = Rejects(out, strict=False)
-    rejects.add(fault._replace(file=str(source / fault.file)) for fault in listing.faults)
+    rejects.add(fault._replace(file=str(source / fault.file)) for fault in listing.rejected)
     predicted = before = 0
     taken: dict[str, str] = {}
     try:
@@ -104,7 +104,7 @@ def predict(
                 continue
             rejects.add(RejectedFile(item.images[0], "repaired", note) for note in notes)
             for file in files:
-                file.place.write_whole(file.content)
+                file.place.atomic_write(file.content)
             predicted += 1
         progress(len(listing.items), len(listing.items))
         rejects.write()
@@ -235,25 +235,20 @@ def _identity(source: DataPath, segmenter: Path, config: PredictConfig) -> dict[
 
 def _begin(out: DataPath, identity: dict[str, Any], overwrite: bool) -> None:
     """Make `out` this run's: it is new, empty, of an earlier run of the same, or replaced."""
-    marker = out / MARKER
-    if marker.is_file():
-        if not overwrite:
-            try:
-                same = json.loads(marker.read_bytes()) == identity
-            except ValueError:
-                same = False
-            if not same:
-                raise DataError(
-                    f"{out} holds predictions of other images, another segmenter or other settings; give another "
-                    f"--out, or --overwrite to replace them."
-                )
-            return
+    run_dir = RunDir(out, MARKER, write=DataPath.atomic_write)
+    if run_dir.read_identity() is None:
+        if out.is_file() or (out.is_folder() and not out.is_empty()):
+            raise DataError(f"{out} holds something else than predictions; give another --out.")
+    elif overwrite:
         for place in (out, _beside(out, "probability"), _beside(out, "overlay")):
             place.delete()
-    elif out.is_file() or (out.is_folder() and not out.is_empty()):
-        raise DataError(f"{out} holds something else than predictions; give another --out.")
     try:
-        marker.write_whole(json.dumps(identity, indent=1) + "\n")
+        run_dir.claim(identity)
+    except OtherRunError:
+        raise DataError(
+            f"{out} holds predictions of other images, another segmenter or other settings; give "
+            f"another --out, or --overwrite to replace them."
+        ) from None
     except OSError as error:
         raise DataError(
             f"{out} cannot be written ({error.strerror or error}); check the path, space and rights."

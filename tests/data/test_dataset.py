@@ -12,7 +12,8 @@ import torch
 import torch.utils.data
 from helpers.datasets import made_dataset
 
-from amlp_ray.data.dataset import SPLITS, Counts, Manifest, Part, PatchDataset
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.data.manifest import SPLITS, Counts, Manifest, Part
 from amlp_ray.data.parquet import (
     COLUMNS,
     images_of,
@@ -100,15 +101,29 @@ def test_manifest_that_is_none_is_named(content: str, copied: Path) -> None:
         PatchDataset.open(copied)
 
 
-def test_newer_format_and_wrong_values_are_named(copied: Path) -> None:
+def test_wrong_values_are_named(copied: Path) -> None:
     values = json.loads((copied / "manifest.json").read_text())
     (copied / "manifest.json").write_text(json.dumps(values | {"dtype": "int8"}))
     with pytest.raises(DataError, match=r"manifest\.json: dtype is 'int8'"):
         PatchDataset.open(copied)
-    (copied / "manifest.json").write_text(
-        json.dumps(values | {"format_version": 3, "future": True})
-    )
-    with pytest.raises(DataError, match=r"has format version 3, but this amlp_ray reads 2; update"):
+
+
+def test_a_newer_format_asks_for_an_update(copied: Path) -> None:
+    values = json.loads((copied / "manifest.json").read_text())
+    newer = values | {"format_version": 4, "future": True}
+    (copied / "manifest.json").write_text(json.dumps(newer))
+    expected = r"has format version 4, but this amlp_ray reads 3; update amlp_ray\.$"
+    with pytest.raises(DataError, match=expected):
+        PatchDataset.open(copied)
+
+
+@pytest.mark.parametrize("version", [1, 2, "2"])
+def test_an_older_format_asks_to_prepare_again(version: object, copied: Path) -> None:
+    values = json.loads((copied / "manifest.json").read_text())
+    older = values | {"format_version": version, "labelled": 0}
+    (copied / "manifest.json").write_text(json.dumps(older))
+    expected = rf"has format version {version}, but this amlp_ray reads 3; prepare the dataset"
+    with pytest.raises(DataError, match=expected):
         PatchDataset.open(copied)
 
 
@@ -247,7 +262,7 @@ def test_rows_are_loaded_without_the_rest(
         np.testing.assert_array_equal(part.masks, whole.masks[rows])
         np.testing.assert_array_equal(part.keys, whole.keys[rows])
         assert part.ids == [whole.ids[i] for i in rows]
-    (small.place / "train/part-00002.parquet").delete()
+    (small.root / "train/part-00002.parquet").delete()
     assert small.load("train", np.array([0, 9])).ids == ["image 0", "image 9"]
 
 
@@ -275,8 +290,8 @@ def test_a_dataset_in_an_object_store_reads_like_one_here(
     small: PatchDataset, s3_bucket: str
 ) -> None:
     there = DataPath(s3_bucket) / "copy"
-    for entry in small.place.entries():
-        (there / entry.name).write_whole((small.place / entry.name).read_bytes())
+    for entry in small.root.entries():
+        (there / entry.name).atomic_write((small.root / entry.name).read_bytes())
     again = PatchDataset.open(there)
     assert again.path.startswith("s3://")
     np.testing.assert_array_equal(again.load("val").images, small.load("val").images)

@@ -250,7 +250,7 @@ class TestIsVal(PatchDataset):
 def test_heads_that_are_scored_on_test_are_those_that_are_scored_on_val(
     phantom_dataset: PatchDataset,
 ) -> None:
-    dataset = TestIsVal(phantom_dataset.place, phantom_dataset.manifest)
+    dataset = TestIsVal(phantom_dataset.root, phantom_dataset.manifest)
     probe = Probe(dataset, ProbeConfig.model_validate(FEW | {"scoring": "val"}), 8)
     encoder = model_of(phantom_dataset).encoder
     val, test = probe.score(encoder), probe.score(encoder, "test")
@@ -287,7 +287,7 @@ def test_a_test_split_without_a_lesion_is_refused(phantom_dataset: PatchDataset)
             found = super().table(*splits, columns=columns)
             return found.assign(lesion=0.0) if splits == ("test",) else found
 
-    dataset = Healthy(phantom_dataset.place, phantom_dataset.manifest)
+    dataset = Healthy(phantom_dataset.root, phantom_dataset.manifest)
     probe = Probe(dataset, ProbeConfig.model_validate(FEW | {"scoring": "val"}), 8)
     with pytest.raises(DataError, match="no labelled test image with a lesion"):
         probe.score(model_of(phantom_dataset).encoder, "test")

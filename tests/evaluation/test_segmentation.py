@@ -211,7 +211,7 @@ def test_a_segmenter_of_other_images_or_none_is_refused(dataset: Guarded, tmp_pa
     run(dataset, tmp_path, epochs=1)
     spec = dataset.manifest.model_copy(update={"height": 32})
     with pytest.raises(ConfigError, match=r"out was trained on 1x64x64 .* holds 1x32x64"):
-        score_segmenter(Guarded(dataset.place, spec), tmp_path / "out", "val")
+        score_segmenter(Guarded(dataset.root, spec), tmp_path / "out", "val")
     (tmp_path / "out" / "segmenter.safetensors").write_bytes(b"cut short")
     with pytest.raises(
         CheckpointError, match=r"segmenter\.safetensors cannot be read as a segmenter"

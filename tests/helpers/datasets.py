@@ -9,15 +9,8 @@ from typing import Any
 import numpy as np
 
 from amlp_ray.config import PrepareConfig
-from amlp_ray.data.dataset import (
-    FORMAT_VERSION,
-    MANIFEST,
-    SPLITS,
-    Counts,
-    Manifest,
-    Part,
-    PatchDataset,
-)
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.data.manifest import FORMAT_VERSION, MANIFEST, SPLITS, Counts, Manifest, Part
 from amlp_ray.data.parquet import group_rows, image_bytes, part_rows, write_part
 from amlp_ray.data.path import DataPath
 from amlp_ray.data.prepare.crop import background_of

@@ -70,7 +70,7 @@ class Guarded(PatchDataset):
     def of(
         cls, dataset: PatchDataset, change: Callable[[str, Split], Split] | None = None
     ) -> Guarded:
-        out = cls(dataset.place, dataset.manifest)
+        out = cls(dataset.root, dataset.manifest)
         if change:
             out.change = change  # type: ignore[method-assign]
         return out

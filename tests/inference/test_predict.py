@@ -265,7 +265,7 @@ def test_other_channels_than_those_of_training_are_refused(bench: Bench) -> None
 def test_a_run_goes_on_where_it_stopped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in "abc":
         write(bench.images / f"{name}.png")
-    whole, written = DataPath.write_whole, 0
+    whole, written = DataPath.atomic_write, 0
 
     def full(self: DataPath, content: str | bytes) -> None:
         nonlocal written
@@ -275,7 +275,7 @@ def test_a_run_goes_on_where_it_stopped(bench: Bench, monkeypatch: pytest.Monkey
         whole(self, content)
 
     with monkeypatch.context() as patched:
-        patched.setattr(DataPath, "write_whole", full)
+        patched.setattr(DataPath, "atomic_write", full)
         with pytest.raises(
             DataError, match=r"masks cannot be written \(No space left on device\); .* to go on"
         ):
@@ -290,9 +290,9 @@ def test_a_run_goes_on_where_it_stopped(bench: Bench, monkeypatch: pytest.Monkey
 
 def test_images_and_masks_may_lie_in_an_object_store(bench: Bench, s3_bucket: str) -> None:
     write(bench.images / "a.png")
-    (DataPath(s3_bucket) / "scans" / "a.png").write_whole((bench.images / "a.png").read_bytes())
+    (DataPath(s3_bucket) / "scans" / "a.png").atomic_write((bench.images / "a.png").read_bytes())
     save(dicom(np.full((20, 20), 300, np.int16)), bench.images / "b.dcm")
-    (DataPath(s3_bucket) / "series" / "x" / "b.dcm").write_whole(
+    (DataPath(s3_bucket) / "series" / "x" / "b.dcm").atomic_write(
         (bench.images / "b.dcm").read_bytes()
     )
     bench.train(fit="tiles")
@@ -452,7 +452,7 @@ def tuned(phantom_dataset: PatchDataset, tmp_path_factory: pytest.TempPathFactor
 def test_files_are_predicted_as_images_of_the_dataset_are(
     tuned: Path, phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    source = phantom_dataset.place.parent / "source"
+    source = phantom_dataset.root.parent / "source"
     config = PredictConfig(probability=True)
     assert predict(source, tuned, tmp_path / "masks", config).predicted == len(phantom_dataset)
     loaded, val = load_segmenter(tuned), phantom_dataset.load("val")
@@ -472,7 +472,7 @@ def test_files_are_predicted_as_images_of_the_dataset_are(
 def test_a_tile_that_is_the_whole_image_gives_what_the_whole_image_does(
     tuned: Path, phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    source = phantom_dataset.place.parent / "source"
+    source = phantom_dataset.root.parent / "source"
     found = []
     for tiling in ("on", "off"):
         config = PredictConfig.model_validate({"probability": True, "tiling": tiling})

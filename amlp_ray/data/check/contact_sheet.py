@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from amlp_ray.data.check.finding import EXAMPLES, Example, Finding, Shown
-from amlp_ray.utils.files import write_whole
+from amlp_ray.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from amlp_ray.data.check.report import Report
@@ -122,7 +122,7 @@ def write_sheet(report: Report, pictures: Pictures, file: Path) -> Path:
         y += tallest + 2 * LINE + MARGIN + 2
     buffer = io.BytesIO()
     sheet.crop((0, 0, width, max(y, 120))).save(buffer, "PNG")
-    write_whole(file, buffer.getvalue())
+    atomic_write(file, buffer.getvalue())
     return file
 
 

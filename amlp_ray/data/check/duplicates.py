@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from amlp_ray.data.check.finding import EXAMPLES, Example, Finding, Shown, counted, found, shown
-from amlp_ray.data.dataset import SPLITS, PatchDataset
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.data.manifest import SPLITS
 from amlp_ray.data.prepare.near_duplicates import FLAT, SAME, chains, near_pairs
 
 CHAIN_SHARE, CHAIN_LEAST = (

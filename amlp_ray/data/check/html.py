@@ -13,8 +13,8 @@ from markupsafe import Markup
 
 from amlp_ray.data.check.contact_sheet import Pictures
 from amlp_ray.data.check.finding import SEVERITIES, Shown
-from amlp_ray.data.dataset import SPLITS
-from amlp_ray.utils.files import write_whole
+from amlp_ray.data.manifest import SPLITS
+from amlp_ray.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from amlp_ray.data.check.report import Report
@@ -36,7 +36,7 @@ def write_page(report: Report, pictures: Pictures, file: Path) -> Path:
         pictures={_key(shown): _uri(picture) for shown, picture in pictures.items()},
         key=_key,
     )
-    write_whole(file, text)
+    atomic_write(file, text)
     return file
 
 

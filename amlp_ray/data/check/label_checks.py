@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from amlp_ray.data.check.finding import Finding, counted, found
-from amlp_ray.data.dataset import SPLITS, PatchDataset
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.data.manifest import SPLITS
 
 TINY = 8 * 8  # pixels: a patch of the usual 8 x 8
 COVERED = 0.6  # of the image

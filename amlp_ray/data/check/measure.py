@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from amlp_ray.data.check.burned_in_text import LEAST_SIDE, text_scores
-from amlp_ray.data.dataset import SPLITS, PatchDataset
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.data.manifest import SPLITS
 from amlp_ray.data.parquet import Shape, images_of, masks_of, read_part
 from amlp_ray.data.path import DataPath
 

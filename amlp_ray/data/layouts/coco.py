@@ -1,9 +1,9 @@
-"""Pictures with lesions outlined in COCO files.
+"""Read pictures with lesions outlined in COCO files.
 
     annotations/instances_train.json   images/0001.jpg   ...
 
-A picture without annotations is labelled: it has no lesion. `lesion_labels` are category ids. An id is the picture's
-path without suffix, relative to the folder.
+A picture without annotations is labeled: it has no lesion. `lesion_labels` are category ids. An id
+is the picture's path without suffix, relative to the folder.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from amlp_ray.config import PrepareConfig
-from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage
-from amlp_ray.data.layouts.listing import Name, parts_of, pictures_in
+from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage, rejected, repaired
+from amlp_ray.data.layouts.listing import FileName, list_pictures, picture_item, split_name
 from amlp_ray.data.path import DataPath
 
 USUAL_NAME = re.compile(r"(instances|_?annotations)[^/]*\.json", re.IGNORECASE)
@@ -24,158 +24,163 @@ USUAL_NAME = re.compile(r"(instances|_?annotations)[^/]*\.json", re.IGNORECASE)
 class _Drawing(NamedTuple):
     """What the annotation files say of a picture."""
 
-    picture: Name
+    picture: FileName
     size: tuple[int | None, int | None]  # height and width
     segmentations: list[Any]
-    complete: bool  # no lesion is known by its box alone
+    is_complete: bool  # every lesion has an outline, and not only a box
+
+    def merge(self, other: _Drawing) -> _Drawing:
+        """Add what another file says of the picture, such as one per kind of lesion."""
+        return self._replace(
+            segmentations=self.segmentations + other.segmentations,
+            is_complete=self.is_complete and other.is_complete,
+        )
 
 
-def find_coco(place: DataPath, config: PrepareConfig) -> Listing:
-    """List the pictures that the annotation files below a folder name; missing or unnamed pictures are faults."""
-    pictures = pictures_in(place)
-    by_base: dict[str, list[Name]] = {}
+def find_coco(root: DataPath, config: PrepareConfig) -> Listing:
+    """List the pictures that the annotation files below a folder name.
+
+    Missing pictures are rejected, and so are those that no file names.
+    """
+    pictures = list_pictures(root)
+    pictures_by_base: dict[str, list[FileName]] = {}
     for picture in pictures:
-        by_base.setdefault(picture.full.rpartition("/")[2], []).append(picture)
-    faults: list[RejectedFile] = []
+        pictures_by_base.setdefault(picture.base, []).append(picture)
+    rejects: list[RejectedFile] = []
     drawings: dict[str, _Drawing] = {}
-    for file in annotation_files(place):
-        document = _document(place, file, faults)
-        for drawing in (
-            _drawings(file, document, by_base, config.lesion_labels, faults) if document else ()
-        ):
-            before = drawings.get(drawing.picture.full, drawing)
-            if before is not drawing:  # in several files, such as one per kind of lesion
-                complete = before.complete and drawing.complete
-                both = before.segmentations + drawing.segmentations
-                drawing = _Drawing(drawing.picture, before.size, both, complete)
-            drawings[drawing.picture.full] = drawing
+    for file in annotation_files(root):
+        document = _read_document(root, file, rejects)
+        if document is None:
+            continue
+        reader = _DocumentReader(file, document, config.lesion_labels, rejects)
+        for drawing in reader.drawings(pictures_by_base):
+            name = drawing.picture.full
+            drawings[name] = drawings[name].merge(drawing) if name in drawings else drawing
     if drawings:
-        reason = "is named in no annotation file, so nothing is known of its lesions; add it there, or use layout flat"
-        faults += [
-            RejectedFile(picture.full, "rejected", reason)
-            for picture in pictures
-            if picture.full not in drawings
-        ]
-    reason = "has a box without an outline: taken as unlabelled"
-    faults += [
-        RejectedFile(name, "repaired", reason)
-        for name, drawing in drawings.items()
-        if not drawing.complete
-    ]
-    return Listing([_item(place, drawing) for drawing in drawings.values()], faults)
+        reason = (
+            "is named in no annotation file, so nothing is known of its lesions; "
+            "add it there, or use layout flat"
+        )
+        rejects += [rejected(p.full, reason) for p in pictures if p.full not in drawings]
+    for name, drawing in drawings.items():
+        if not drawing.is_complete:
+            rejects.append(repaired(name, "has a box without an outline: taken as unlabelled"))
+    return Listing([_to_item(root, drawing) for drawing in drawings.values()], rejects)
 
 
-def _item(place: DataPath, drawing: _Drawing) -> SourceImage:
+def _to_item(root: DataPath, drawing: _Drawing) -> SourceImage:
+    if not drawing.is_complete:
+        return picture_item(root, drawing.picture)
     height, width = drawing.size
     outlines = {"height": height, "width": width, "segmentations": drawing.segmentations}
-    return SourceImage(
-        id=drawing.picture.path,
-        format="picture",
-        images=(str(place / drawing.picture.full),),
-        masks=(),
-        source=drawing.picture.full,
-        outlines=json.dumps(outlines) if drawing.complete else "",
-    )
+    return picture_item(root, drawing.picture, outlines=json.dumps(outlines))
 
 
-def annotation_files(place: DataPath) -> list[str]:
-    """Names that may be COCO files: the usual ones at any depth, else all JSON at the top."""
-    names = sorted(entry.name for entry in place.entries() if entry.name.lower().endswith(".json"))
+def annotation_files(root: DataPath) -> list[str]:
+    """Return names that may be COCO files: the usual ones at any depth, else all JSON at the top."""
+    names = sorted(entry.name for entry in root.entries() if entry.name.lower().endswith(".json"))
     usual = [name for name in names if USUAL_NAME.fullmatch(name.rpartition("/")[2])]
     return usual or [name for name in names if "/" not in name]
 
 
-def _document(place: DataPath, file: str, faults: list[RejectedFile]) -> dict[str, Any] | None:
+def _read_document(root: DataPath, file: str, rejects: list[RejectedFile]) -> dict[str, Any] | None:
+    """Return the content of a COCO file; None if it is none, which is added to `rejects`."""
     try:
-        document = json.loads((place / file).read_bytes())
+        document = json.loads((root / file).read_bytes())
     except OSError as error:
-        faults.append(RejectedFile(file, "rejected", f"cannot be read ({error.strerror or error})"))
+        rejects.append(rejected(file, f"cannot be read ({error.strerror or error})"))
         return None
     except ValueError as error:  # damaged JSON, or not UTF-8
-        faults.append(
-            RejectedFile(file, "rejected", f"is no valid JSON ({error}); export it again")
-        )
+        rejects.append(rejected(file, f"is no valid JSON ({error}); export it again"))
         return None
-    if isinstance(document, dict) and all(
-        isinstance(document.get(key), list) for key in ("images", "annotations")
-    ):
-        return document
-    faults.append(
-        RejectedFile(file, "rejected", "has no lists images and annotations, as a COCO file has")
-    )
+    if isinstance(document, dict):
+        lists = [document.get("images"), document.get("annotations")]
+        if all(isinstance(value, list) for value in lists):
+            return document
+    rejects.append(rejected(file, "has no lists images and annotations, as a COCO file has"))
     return None
 
 
-def _drawings(
-    file: str,
-    document: dict[str, Any],
-    by_base: dict[str, list[Name]],
-    wanted: tuple[int, ...],
-    faults: list[RejectedFile],
-) -> Iterator[_Drawing]:
-    """What one COCO file says of each picture; what is wrong with the file is added to `faults`."""
-    segmentations: dict[Any, list[Any]] = {}
-    boxes = set()  # ids of images with a lesion of unknown outline
-    for entry in document["images"]:
-        if isinstance(entry, dict) and isinstance(entry.get("id"), int | str):
-            segmentations[entry["id"]] = []
-    strays = 0
-    for annotation in document["annotations"]:
-        image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
-        if not isinstance(image_id, int | str) or image_id not in segmentations:
-            strays += 1
-        elif not wanted or annotation.get("category_id") in wanted:
-            drawn = annotation.get("segmentation")
-            if not drawn:
-                boxes.add(image_id)
-            else:  # one polygon is sometimes written without the list around it
-                plain = isinstance(drawn, list) and isinstance(drawn[0], int | float)
-                segmentations[image_id].append([drawn] if plain else drawn)
-    if strays:
-        faults.append(
-            RejectedFile(
-                file,
-                "repaired",
-                f"has {strays} annotations of images that it does not list: left out",
+class _DocumentReader:
+    """Reads one COCO file. What is wrong with it is added to `rejects`."""
+
+    def __init__(
+        self,
+        file: str,
+        document: dict[str, Any],
+        lesion_labels: tuple[int, ...],
+        rejects: list[RejectedFile],
+    ) -> None:
+        self.file = file
+        self.document = document
+        self.rejects = rejects
+        self._segmentations: dict[Any, list[Any]] = {}  # by image id
+        self._ids_with_boxes: set[Any] = set()  # images with a lesion of unknown outline
+        for entry in document["images"]:
+            if isinstance(entry, dict) and isinstance(entry.get("id"), int | str):
+                self._segmentations[entry["id"]] = []
+        stray_count = 0
+        for annotation in document["annotations"]:
+            image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
+            if not isinstance(image_id, int | str) or image_id not in self._segmentations:
+                stray_count += 1
+            elif not lesion_labels or annotation.get("category_id") in lesion_labels:
+                self._add(image_id, annotation.get("segmentation"))
+        if stray_count:
+            reason = f"has {stray_count} annotations of images that it does not list: left out"
+            rejects.append(repaired(file, reason))
+
+    def _add(self, image_id: int | str, segmentation: Any) -> None:
+        if not segmentation:
+            self._ids_with_boxes.add(image_id)
+            return
+        # One polygon is sometimes written without the list around it.
+        is_polygon = isinstance(segmentation, list) and isinstance(segmentation[0], int | float)
+        self._segmentations[image_id].append([segmentation] if is_polygon else segmentation)
+
+    def drawings(self, pictures_by_base: dict[str, list[FileName]]) -> Iterator[_Drawing]:
+        """Yield what the file says of each picture that it names."""
+        for entry in self.document["images"]:
+            name = entry.get("file_name") if isinstance(entry, dict) else None
+            if not isinstance(name, str) or entry.get("id") not in self._segmentations:
+                reason = f"has an image without id or file_name: {str(entry)[:80]}"
+                self.rejects.append(rejected(self.file, reason))
+                continue
+            matches = self._match(name, pictures_by_base)
+            if len(matches) != 1:
+                reason = f"is named in {self.file}, but {_why_not_one(matches)}"
+                self.rejects.append(rejected(name, reason))
+                continue
+            yield _Drawing(
+                picture=matches[0],
+                size=(entry.get("height"), entry.get("width")),
+                segmentations=self._segmentations[entry["id"]],
+                is_complete=entry["id"] not in self._ids_with_boxes,
             )
-        )
-    for entry in document["images"]:
-        name = entry.get("file_name") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or entry.get("id") not in segmentations:
-            faults.append(
-                RejectedFile(
-                    file, "rejected", f"has an image without id or file_name: {str(entry)[:80]}"
-                )
-            )
-            continue
-        picture = _picture_of(name, file, by_base)
-        if isinstance(picture, str):
-            faults.append(RejectedFile(name, "rejected", f"is named in {file}, but {picture}"))
-            continue
-        size = (entry.get("height"), entry.get("width"))
-        yield _Drawing(picture, size, segmentations[entry["id"]], entry["id"] not in boxes)
+
+    def _match(self, file_name: str, pictures_by_base: dict[str, list[FileName]]) -> list[FileName]:
+        """Return the pictures that a `file_name` may mean."""
+        name = file_name.replace("\\", "/")
+        matches = pictures_by_base.get(name.rpartition("/")[2], [])
+        # Some tools write the path on the machine where the picture was annotated. Then only its
+        # last part says anything. Of other paths one must be the end of the other, since
+        # train/1.png is not val/1.png.
+        is_absolute = name.startswith("/") or name[1:2] == ":"
+        if not is_absolute:
+            matches = [picture for picture in matches if _is_end_of_other(picture.full, name)]
+        name_beside_file = f"{split_name(self.file).folder}/{name}".lstrip("/")
+        beside = [picture for picture in matches if picture.full == name_beside_file]
+        return beside or matches
 
 
-def _picture_of(file_name: str, file: str, by_base: dict[str, list[Name]]) -> Name | str:
-    """The picture that an annotation file means, or why it cannot be told."""
-    name = file_name.replace("\\", "/")
-    found = by_base.get(name.rpartition("/")[2], [])
-    # Some tools write the path on the machine where the picture was annotated; then only its last part is known. Of
-    # other paths one must be the end of the other, for train/1.png is not val/1.png.
-    if not name.startswith("/") and name[1:2] != ":":
-        found = [
-            p
-            for p in found
-            if f"/{p.full}".endswith(f"/{name}") or f"/{name}".endswith(f"/{p.full}")
-        ]
-    beside = [
-        picture
-        for picture in found
-        if picture.full == f"{parts_of(file).folder}/{name}".lstrip("/")
-    ]
-    found = beside or found
-    if not found:
+def _is_end_of_other(first: str, second: str) -> bool:
+    return f"/{first}".endswith(f"/{second}") or f"/{second}".endswith(f"/{first}")
+
+
+def _why_not_one(matches: list[FileName]) -> str:
+    if not matches:
         return "there is no such picture below the folder"
-    if len(found) > 1:
-        return f"there are {len(found)} of this name, such as {found[0].full} and {found[1].full}; rename them apart"
-    return found[0]
+    return (
+        f"there are {len(matches)} of this name, such as {matches[0].full} and "
+        f"{matches[1].full}; rename them apart"
+    )

@@ -1,6 +1,9 @@
-"""NIfTI volumes listed in a dataset.json, as the Medical Segmentation Decathlon, MONAI and nnU-Net (first version) do.
+"""Read NIfTI volumes listed in a dataset.json.
 
-{"training": [{"image": "./imagesTr/la_003.nii.gz", "label": "./labelsTr/la_003.nii.gz"}], "test": ["./imagesTs/..."]}
+The Medical Segmentation Decathlon, MONAI and the first version of nnU-Net write such files:
+
+    {"training": [{"image": "./imagesTr/la_003.nii.gz", "label": "./labelsTr/la_003.nii.gz"}],
+     "test": ["./imagesTs/..."]}
 """
 
 from __future__ import annotations
@@ -10,65 +13,70 @@ from posixpath import normpath
 from typing import Any
 
 from amlp_ray.config import PrepareConfig
-from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage, natural_key
+from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage, natural_key, rejected
 from amlp_ray.data.layouts.nifti_names import nifti_stem
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
 
 INDEX = "dataset.json"
-PARTS = ("training", "validation", "test")
-MOST_CHANNELS = 16
+SECTIONS = ("training", "validation", "test")
+MAX_CHANNELS = 16
 
 
-def find_decathlon(place: DataPath, config: PrepareConfig) -> Listing:
-    """List the volumes that dataset.json names; an id is a file name without ending, and so is a group.
+def find_decathlon(root: DataPath, config: PrepareConfig) -> Listing:
+    """List the volumes that dataset.json names. An id is a file name without ending; so is a group.
 
-    Test volumes are unlabelled. Where a named image is missing, nnU-Net's channels (`_0000`, `_0001`, ...) of it are.
-    Volumes that are missing or named twice are faults, and so are those outside of the folder.
+    Test volumes are unlabeled. If a named image is missing, its nnU-Net channels (`_0000`,
+    `_0001`, ...) are read. Rejected are volumes that are missing, named twice, or outside the
+    folder.
 
     Raises:
-        DataError: dataset.json is missing or damaged, or names no volume that is there.
+        DataError: dataset.json is missing or damaged, or names no volume that exists.
     """
-    content = _index(place)
-    there = {entry.name for entry in place.entries()}
+    index = _read_index(root)
+    file_names = {entry.name for entry in root.entries()}
     items: dict[str, SourceImage] = {}
-    faults: list[RejectedFile] = []
-    entries = [(part, entry) for part in PARTS for entry in content.get(part) or ()]
-    for part, entry in entries:
-        found = _item(place, entry, part, there)
-        if isinstance(found, RejectedFile):
-            faults.append(found)
-        elif found.id in items:
-            faults.append(
-                RejectedFile(
-                    found.source, "rejected", f"is named twice in {INDEX}, or like another volume"
-                )
-            )
-        else:
-            items[found.id] = found
+    rejects: list[RejectedFile] = []
+    for section in SECTIONS:
+        for entry in index.get(section) or ():
+            item = _read_entry(root, entry, section, file_names)
+            if isinstance(item, RejectedFile):
+                rejects.append(item)
+            elif item.id in items:
+                reason = f"is named twice in {INDEX}, or like another volume"
+                rejects.append(rejected(item.source, reason))
+            else:
+                items[item.id] = item
     if not items:
-        first = f" (such as {faults[0].file}, which {faults[0].reason})" if faults else ""
+        example = f" (such as {rejects[0].file}, which {rejects[0].reason})" if rejects else ""
         raise DataError(
-            f"{place / INDEX} names no volume that is there{first}, but lists {', '.join(PARTS)} of image and label "
-            f"files are accepted; give the folder its paths start from, or use layout nifti."
+            f"{root / INDEX} names no volume that is there{example}, but lists "
+            f"{', '.join(SECTIONS)} of image and label files are accepted; give the folder its "
+            "paths start from, or use layout nifti."
         )
-    listed = sorted(items.values(), key=lambda item: natural_key(item.id))
-    labeled = sum(bool(item.masks) for item in listed)
-    modalities = _modalities(content)
-    why = f"{INDEX} names {len(listed)} volumes, {labeled} with labels" + (
-        f", of {modalities}" if modalities else ""
-    )
-    return Listing(listed, sorted(faults), why)
+    volumes = sorted(items.values(), key=lambda item: natural_key(item.id))
+    return Listing(volumes, sorted(rejects), _summarize(volumes, index))
 
 
-def _index(place: DataPath) -> dict[str, Any]:
-    path = place / INDEX
+def _summarize(volumes: list[SourceImage], index: dict[str, Any]) -> str:
+    labeled = sum(bool(item.masks) for item in volumes)
+    text = f"{INDEX} names {len(volumes)} volumes, {labeled} with labels"
+    modalities = index.get("modality") or index.get("channel_names") or []
+    if isinstance(modalities, dict):
+        modalities = list(modalities.values())
+    if not isinstance(modalities, str):
+        modalities = ", ".join(map(str, modalities))
+    return f"{text}, of {modalities}" if modalities else text
+
+
+def _read_index(root: DataPath) -> dict[str, Any]:
+    path = root / INDEX
     try:
-        content = json.loads(path.read_bytes())
+        index = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DataError(
-            f"{place} holds no {INDEX}, which the decathlon layout needs; give the folder that contains it, or use "
-            f"layout nifti."
+            f"{root} holds no {INDEX}, which the decathlon layout needs; "
+            "give the folder that contains it, or use layout nifti."
         ) from None
     except OSError as error:
         raise DataError(
@@ -78,73 +86,71 @@ def _index(place: DataPath) -> dict[str, Any]:
         raise DataError(
             f"{path} is no JSON file ({error}); repair it, or use layout nifti."
         ) from None
-    if not isinstance(content, dict) or not any(
-        isinstance(content.get(part), list) for part in PARTS
-    ):
-        raise DataError(
-            f"{path} has none of the lists {', '.join(PARTS)}, which the decathlon layout needs; that of newer nnU-Net "
-            f"has none, so use layout nifti for it."
-        )
-    return content
-
-
-def _item(place: DataPath, entry: Any, part: str, there: set[str]) -> SourceImage | RejectedFile:
-    image = entry.get("image") if isinstance(entry, dict) else entry
-    label = entry.get("label") if isinstance(entry, dict) else None
-    images = [_clean(name) for name in (image if isinstance(image, list) else [image])]
-    labels = (
-        []
-        if label is None
-        else [_clean(name) for name in (label if isinstance(label, list) else [label])]
+    if isinstance(index, dict):
+        sections = [index.get(section) for section in SECTIONS]
+        if any(isinstance(section, list) for section in sections):
+            return index
+    raise DataError(
+        f"{path} has none of the lists {', '.join(SECTIONS)}, which the decathlon layout needs; "
+        "that of newer nnU-Net has none, so use layout nifti for it."
     )
-    if None in images or None in labels or not images:
-        return RejectedFile(
-            INDEX, "rejected", f"has an entry in {part} that names no files: {str(entry)[:80]!r}"
-        )
-    names = [name for name in images if name is not None]
-    masks = [name for name in labels if name is not None]
-    for name in (*names, *masks):
+
+
+def _read_entry(
+    root: DataPath, entry: Any, section: str, file_names: set[str]
+) -> SourceImage | RejectedFile:
+    """Turn an entry of dataset.json into an item, or say why it cannot be used."""
+    is_mapping = isinstance(entry, dict)
+    images = _clean_names(entry.get("image") if is_mapping else entry)
+    masks = _clean_names(entry.get("label") if is_mapping else None, is_optional=True)
+    if not images or masks is None:
+        reason = f"has an entry in {section} that names no files: {str(entry)[:80]!r}"
+        return rejected(INDEX, reason)
+    for name in (*images, *masks):
         if name.startswith(("/", "../")) or "://" in name:
-            return RejectedFile(name, "rejected", "lies outside of the folder; move it inside")
+            return rejected(name, "lies outside of the folder; move it inside")
         if nifti_stem(name) is None:
-            return RejectedFile(name, "rejected", "is no NIfTI volume (.nii, .nii.gz)")
-    stem = nifti_stem(names[0])
+            return rejected(name, "is no NIfTI volume (.nii, .nii.gz)")
+    stem = nifti_stem(images[0])
     assert stem is not None
-    if len(names) == 1 and names[0] not in there:
-        names = _channels(names[0], stem, there) or names
-    for name in (*names, *masks):
-        if name not in there:
-            return RejectedFile(name, "rejected", f"is named in {INDEX} and not there")
+    if len(images) == 1 and images[0] not in file_names:
+        images = _find_channels(images[0], stem, file_names) or images
+    for name in (*images, *masks):
+        if name not in file_names:
+            return rejected(name, f"is named in {INDEX} and not there")
     return SourceImage(
         id=stem,
         format="nifti",
-        images=tuple(str(place / name) for name in names),
-        masks=tuple(str(place / name) for name in masks),
-        source=names[0],
+        images=tuple(str(root / name) for name in images),
+        masks=tuple(str(root / name) for name in masks),
+        source=images[0],
         group=stem,
     )
 
 
-def _channels(name: str, stem: str, there: set[str]) -> list[str]:
-    """Return the files of nnU-Net's channels of an image, from 0000 on as far as they go."""
+def _clean_names(value: Any, *, is_optional: bool = False) -> list[str] | None:
+    """Return one or more paths as the listing has them; None if one is no path.
+
+    They have no leading ./ and forward slashes. A missing optional value gives no paths.
+    """
+    if value is None and is_optional:
+        return []
+    names = []
+    for name in value if isinstance(value, list) else [value]:
+        if not isinstance(name, str) or not name.strip():
+            return None
+        names.append(normpath(name.replace("\\", "/")))
+    return names
+
+
+def _find_channels(name: str, stem: str, file_names: set[str]) -> list[str]:
+    """Return the files of nnU-Net's channels of an image, from 0000 on without gaps."""
     folder, slash, base = name.rpartition("/")
     ending = base[len(stem) :]
-    found: list[str] = []
-    while len(found) < MOST_CHANNELS:
-        channel = f"{folder}{slash}{stem}_{len(found):04d}{ending}"
-        if channel not in there:
+    channels: list[str] = []
+    while len(channels) < MAX_CHANNELS:
+        channel = f"{folder}{slash}{stem}_{len(channels):04d}{ending}"
+        if channel not in file_names:
             break
-        found.append(channel)
-    return found
-
-
-def _clean(name: Any) -> str | None:
-    """Return a path as the listing has it, without a leading ./ and with forward slashes."""
-    return normpath(name.replace("\\", "/")) if isinstance(name, str) and name.strip() else None
-
-
-def _modalities(content: dict[str, Any]) -> str:
-    named = content.get("modality") or content.get("channel_names") or {}
-    if isinstance(named, str):
-        return named
-    return ", ".join(map(str, named.values() if isinstance(named, dict) else named))
+        channels.append(channel)
+    return channels

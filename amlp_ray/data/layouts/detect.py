@@ -1,101 +1,111 @@
-"""Which layout a folder has, told from the names of its files and the first bytes of a few."""
+"""Recognize the layout of a folder from the names of its files and the first bytes of a few."""
 
 from __future__ import annotations
 
 import json
 import re
 
-from amlp_ray.data.layouts.busi import CLASSES, split_busi
+from amlp_ray.data.layouts.busi import CLASSES, class_of, pair_busi
 from amlp_ray.data.layouts.coco import annotation_files
-from amlp_ray.data.layouts.lgg import split_lgg
-from amlp_ray.data.layouts.listing import Name, contents_of, parts_of, pictures_in, printable, same
-from amlp_ray.data.layouts.paired import pair
+from amlp_ray.data.layouts.lgg import pair_lgg
+from amlp_ray.data.layouts.listing import (
+    FileName,
+    describe_contents,
+    list_pictures,
+    printable,
+    split_name,
+    such_as,
+)
+from amlp_ray.data.layouts.paired import pair_by_name
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
 
-PROBED = 16  # files whose first bytes are read
-HEAD = 1 << 16  # bytes of them
+MAX_PROBED = 16  # files whose first bytes are read
+HEAD_BYTES = 1 << 16
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 COCO_KEYS = re.compile(rb'"(images|annotations)"\s*:\s*\[')
 
 
-def recognize(place: DataPath) -> tuple[str, str]:
-    """Name the layout of a folder, and say in a sentence by what it was recognised.
+def recognize(root: DataPath) -> tuple[str, str]:
+    """Name the layout of a folder, and say in a sentence by what it was recognized.
 
     Raises:
         DataError: the folder fits several layouts, or none.
     """
-    names = [parts_of(entry.name) for entry in place.entries()]
-    pictures = pictures_in(place)
+    names = [split_name(entry.name) for entry in root.entries()]
+    pictures = list_pictures(root)
+    decathlon = _recognize_decathlon(root, names)
     reasons = {
-        "decathlon": _decathlon(place, names),
-        "nifti": _nifti(names),
-        "dicom": _dicom(place, names),
-        "coco": _coco(place),
-    } | _masked(pictures)
-    if reasons["decathlon"]:
-        reasons["nifti"] = ""  # its volumes
+        "decathlon": decathlon,
+        "nifti": "" if decathlon else _recognize_nifti(names),
+        "dicom": _recognize_dicom(root, names),
+        "coco": _recognize_coco(root),
+        **_recognize_masked(pictures),
+    }
     fitting = {layout: f"{layout}: {reason}" for layout, reason in reasons.items() if reason}
     if len(fitting) > 1:
         raise DataError(
-            f"{place} fits several layouts ({'; '.join(fitting.values())}); say which is meant with --layout, or "
-            f"give a folder that holds one of them."
+            f"{root} fits several layouts ({'; '.join(fitting.values())}); say which is meant "
+            "with --layout, or give a folder that holds one of them."
         )
     if fitting:
         return next(iter(fitting.items()))
     if pictures:
+        example = such_as(pictures[0].full)
         return (
             "flat",
-            f"flat: {len(pictures)} pictures {_such_as(pictures[0])}, and no masks of any known layout",
+            f"flat: {len(pictures)} pictures {example}, and no masks of any known layout",
         )
     raise DataError(
-        f"{place} holds {contents_of(place)}, but no layout fits: pictures (.png, .jpg, .tif, .npy, ...), DICOM "
-        f"files or NIfTI volumes are needed; give the folder that holds these, or unpack archives first."
+        f"{root} holds {describe_contents(root)}, but no layout fits: pictures (.png, .jpg, .tif, "
+        ".npy, ...), DICOM files or NIfTI volumes are needed; give the folder that holds these, "
+        "or unpack archives first."
     )
 
 
-def _masked(pictures: list[Name]) -> dict[str, str]:
-    """Reasons for the layouts of pictures with masks; the more special ones come before masks beside any picture."""
-    images, busi_masks = split_busi(pictures)
-    busi = [busi_masks[same(image.path)][0] for image in images if same(image.path) in busi_masks]
-    slices, lgg_masks = split_lgg(pictures)
-    lgg = (
-        [lgg_masks[same(i.path)] for i in slices if i.folder and same(i.path) in lgg_masks]
-        if not busi
-        else []
-    )
-    pairs = pair(pictures)
-    # Masks in a folder of their own whose names fit no image are a paired set gone wrong: to train on them as if they
-    # were images would be worse than to say so.
-    paired = (
-        [mask for masks in pairs.masks.values() for mask in masks]
-        or (pairs.by_folders and pairs.strays)
-        or []
-    )
-    if not pairs.by_folders and (busi or lgg):
-        paired = []
-    folders = sorted(
-        {mask.folder.rpartition("/")[2] for mask in busi}, key=lambda name: (len(name), name)
-    )
-    reasons = {"busi": "", "lgg": "", "paired": ""}
-    if busi:
-        reasons["busi"] = (
-            f"folders {', '.join(folders)} (of {', '.join(CLASSES)}) with masks {_such_as(busi[0])}"
-        )
-    if lgg:
-        patients = len({mask.folder for mask in lgg})
-        reasons["lgg"] = f"{patients} folders of TIFF slices with masks {_such_as(lgg[0])}"
-    if paired:
-        where = "in a folder of their own" if pairs.by_folders else "beside their images"
-        reasons["paired"] = f"masks {where} {_such_as(paired[0])}"
-    return reasons
+def _recognize_masked(pictures: list[FileName]) -> dict[str, str]:
+    """Return reasons for the layouts of pictures with masks.
+
+    The more special ones come before masks beside any picture.
+    """
+    busi_masks = pair_busi(pictures).all_masks()
+    if busi_masks:
+        folders = {class_of(mask.folder) for mask in busi_masks}
+        names = ", ".join(sorted(folders, key=lambda name: (len(name), name)))
+        example = such_as(busi_masks[0].full)
+        busi = f"folders {names} (of {', '.join(CLASSES)}) with masks {example}"
+        lgg = ""
+    else:
+        busi = ""
+        lgg = _recognize_lgg(pictures)
+    pairs, has_mask_folder = pair_by_name(pictures)
+    masks = pairs.all_masks()
+    # Masks in a folder of their own whose names fit no image are a paired set gone wrong. To train
+    # on them as if they were images would be worse than to say so.
+    if has_mask_folder:
+        masks = masks or pairs.strays
+    elif busi or lgg:
+        masks = []
+    paired = ""
+    if masks:
+        where = "in a folder of their own" if has_mask_folder else "beside their images"
+        paired = f"masks {where} {such_as(masks[0].full)}"
+    return {"busi": busi, "lgg": lgg, "paired": paired}
 
 
-def _decathlon(place: DataPath, names: list[Name]) -> str:
+def _recognize_lgg(pictures: list[FileName]) -> str:
+    masks = [mask for mask in pair_lgg(pictures).all_masks() if mask.folder]
+    if not masks:
+        return ""
+    patients = len({mask.folder for mask in masks})
+    return f"{patients} folders of TIFF slices with masks {such_as(masks[0].full)}"
+
+
+def _recognize_decathlon(root: DataPath, names: list[FileName]) -> str:
     if not any(name.full == "dataset.json" for name in names):
         return ""
     try:
-        document = json.loads((place / "dataset.json").read_bytes())
+        document = json.loads((root / "dataset.json").read_bytes())
     except (OSError, ValueError):
         return ""
     if isinstance(document, dict) and {"training", "labels"} <= document.keys():
@@ -103,37 +113,34 @@ def _decathlon(place: DataPath, names: list[Name]) -> str:
     return ""
 
 
-def _nifti(names: list[Name]) -> str:
+def _recognize_nifti(names: list[FileName]) -> str:
     volumes = [name for name in names if name.full.lower().endswith((".nii", ".nii.gz"))]
-    return f"{len(volumes)} NIfTI volumes {_such_as(volumes[0])}" if volumes else ""
+    return f"{len(volumes)} NIfTI volumes {such_as(volumes[0].full)}" if volumes else ""
 
 
-def _dicom(place: DataPath, names: list[Name]) -> str:
+def _recognize_dicom(root: DataPath, names: list[FileName]) -> str:
     files = [name for name in names if name.suffix in DICOM_SUFFIXES]
     if files:
-        return f"{len(files)} DICOM files {_such_as(files[0])}"
+        return f"{len(files)} DICOM files {such_as(files[0].full)}"
     # Scanners name files IM0001, or by a UID, whose last number is no suffix.
     bare = [name for name in names if not name.suffix or name.suffix[1:].isdigit()]
-    for name in bare[:: max(1, len(bare) // PROBED)][:PROBED]:
-        if _head(place / name.full)[128:132] == b"DICM":
-            return f"files {_such_as(name)} with DICM at byte 128"
+    step = max(1, len(bare) // MAX_PROBED)
+    for name in bare[::step][:MAX_PROBED]:
+        if _read_head(root / name.full)[128:132] == b"DICM":
+            return f"files {such_as(name.full)} with DICM at byte 128"
     return ""
 
 
-def _coco(place: DataPath) -> str:
-    for name in annotation_files(place)[:PROBED]:
-        if COCO_KEYS.search(_head(place / name)):
+def _recognize_coco(root: DataPath) -> str:
+    for name in annotation_files(root)[:MAX_PROBED]:
+        if COCO_KEYS.search(_read_head(root / name)):
             return f"an annotation file {printable(name)!r} with the keys of COCO"
     return ""
 
 
-def _head(file: DataPath) -> bytes:
+def _read_head(file: DataPath) -> bytes:
     try:
         with file.filesystem.open_input_file(file.path) as stream:
-            return bytes(stream.read(HEAD))
+            return bytes(stream.read(HEAD_BYTES))
     except OSError:
         return b""
-
-
-def _such_as(name: Name) -> str:
-    return f"such as {printable(name.full)!r}"

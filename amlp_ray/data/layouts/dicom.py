@@ -1,184 +1,220 @@
-"""A folder of DICOM files, sorted by their headers into series: names and folders of exports mean nothing.
+"""Sort a folder of DICOM files into series by their headers: file names of exports mean nothing.
 
-Nothing that names a patient leaves this module but the paths needed for reading: ids, sources and groups are pseudonyms
-(see `privacy`), since UIDs lead back to a patient in the archive they came from.
+Nothing that names a patient leaves this module but the paths needed for reading. Ids, sources and
+groups are pseudonyms (see `pseudonyms`), since UIDs lead back to a patient in the archive they came
+from.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from amlp_ray.config import PrepareConfig
-from amlp_ray.data.layouts.dicom_headers import Found, Other, Segmentation, Slice, read_headers
-from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage, natural_key
+from amlp_ray.data.layouts.dicom_headers import (
+    Other,
+    ParsedFile,
+    Segmentation,
+    Slice,
+    read_headers,
+)
+from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage, natural_key, rejected
 from amlp_ray.data.path import DataPath
 from amlp_ray.data.pseudonyms import pseudonym, salt
 from amlp_ray.errors import DataError
 
-TURN = 0.01  # two slices whose direction cosines differ by less are parallel: scanners round them
-NAMED = 5  # kinds of other objects that are named
+# Two slices whose direction cosines differ by less are parallel: scanners round them.
+DIRECTION_TOLERANCE = 0.01
+MAX_NAMED = 5  # kinds of other objects that the summary names
 
 
-def find_dicom(place: DataPath, config: PrepareConfig) -> Listing:
-    """List the series below a folder. Only headers are read: 200 000 files take minutes, and some 300 MB of memory.
+def find_dicom(root: DataPath, config: PrepareConfig) -> Listing:
+    """List the series below a folder.
 
-    Slices of one series lie in one item, in order of position along their normal (else of instance number, else of
-    name), slices of another shape or direction in an item of their own, as localisers are; so does each object of
-    several frames. SEG objects are masks of all items they refer to.
+    Only headers are read: 200 000 files take minutes, and some 300 MB of memory. The slices of a
+    series lie in one item, in order of position along their normal, else of instance number, else
+    of name. Slices of another shape or direction lie in an item of their own, as localizers do. So
+    does each object of several frames. SEG objects are masks of all items they refer to.
 
     Raises:
-        DataError: there is no folder, or no image in it.
+        DataError: the folder does not exist, or holds no image.
     """
     secret = salt()
-    entries = sorted(place.entries(), key=lambda entry: natural_key(entry.name))
-    slices, segmentations, faults, kinds = _sort(read_headers(place, entries))
-    items, members = [], {}
-    for series, parts in _series(slices):
-        for number, part in enumerate(parts, 1):
-            name = pseudonym(series, secret) + (f"-{number}" if len(parts) > 1 else "")
-            members[name] = part
-            items.append(
-                SourceImage(
-                    id=name,
-                    format="dicom",
-                    images=tuple(str(place / of.name) for of in part),
-                    masks=(),
-                    source=name,
-                    group=pseudonym(part[0].patient, secret),
-                    stratum=part[0].modality,
-                )
-            )
+    entries = sorted(root.entries(), key=lambda entry: natural_key(entry.name))
+    files = _sort_files(read_headers(root, entries))
+    items = []
+    slices_by_item: dict[str, list[Slice]] = {}
+    for series, stacks in _split_series(files.slices):
+        for number, stack in enumerate(stacks, 1):
+            name = pseudonym(series, secret)
+            if len(stacks) > 1:
+                name += f"-{number}"
+            slices_by_item[name] = stack
+            items.append(_to_item(root, name, stack, secret))
     if not items:
-        rejected = (
-            f", {len(faults)} of them rejected: {faults[0].file} {faults[0].reason}"
-            if faults
-            else ""
-        )
+        example = ""
+        if files.rejects:
+            first = files.rejects[0]
+            example = f", {len(files.rejects)} of them rejected: {first.file} {first.reason}"
         raise DataError(
-            f"{place} holds no DICOM image ({len(entries)} files were looked at{rejected}); give the folder that "
-            f"contains the images, or use another layout."
+            f"{root} holds no DICOM image ({len(entries)} files were looked at{example}); "
+            "give the folder that contains the images, or use another layout."
         )
-    masks, stray = _masks(segmentations, members)
-    items = [
-        replace(item, masks=tuple(str(place / name) for name in masks.get(item.id, ())))
-        for item in items
-    ]
-    return Listing(items, sorted([*faults, *stray]), _why(items, len(segmentations), kinds))
+    masks = _assign_masks(files.segmentations, slices_by_item)
+    used = {name for names in masks.values() for name in names}
+    for segmentation in files.segmentations:
+        if segmentation.name not in used:
+            reason = "is a segmentation that refers to a series that is not here"
+            files.rejects.append(rejected(segmentation.name, reason))
+    labeled = []
+    for item in items:
+        mask_paths = tuple(str(root / name) for name in masks.get(item.id, ()))
+        labeled.append(replace(item, masks=mask_paths))
+    return Listing(labeled, sorted(files.rejects), _summarize(labeled, files))
 
 
-def _sort(
-    found: Iterable[Found],
-) -> tuple[list[Slice], list[Segmentation], list[RejectedFile], Counter[str]]:
-    """Part the files by what they are, without the second one of each SOP instance."""
-    slices, segmentations, faults = [], [], []
-    kinds: Counter[str] = Counter()
-    first_of: dict[str, str] = {}  # file by SOP instance
-    for of in found:
-        if isinstance(of, Slice):
-            first = first_of.setdefault(of.instance, of.name)
-            if first != of.name:
-                faults.append(
-                    RejectedFile(of.name, "rejected", f"is a second copy of {first}, which is kept")
-                )
-                continue
-            slices.append(of)
-        elif isinstance(of, Segmentation):
-            segmentations.append(of)
-        elif isinstance(of, RejectedFile):
-            faults.append(of)
-        elif isinstance(of, Other):
-            kinds[of.kind] += 1
-    return slices, segmentations, faults, kinds
+def _to_item(root: DataPath, name: str, stack: list[Slice], secret: bytes) -> SourceImage:
+    return SourceImage(
+        id=name,
+        format="dicom",
+        images=tuple(str(root / file.name) for file in stack),
+        masks=(),
+        source=name,
+        group=pseudonym(stack[0].patient, secret),
+        stratum=stack[0].modality,
+    )
 
 
-def _series(slices: list[Slice]) -> Iterator[tuple[str, list[list[Slice]]]]:
-    """Yield each series with its parts, in an order that file names do not change."""
-    by_series: dict[str, list[Slice]] = defaultdict(list)
-    for of in slices:
-        by_series[of.series].append(of)
-    for series in sorted(by_series):
-        parts: list[list[Slice]] = []
-        for of in by_series[series]:
-            # Few parts, so comparing with the first of each is quick; rounding instead would part equal directions.
-            same = next((part for part in parts if of.frames == 1 and _fit(part[0], of)), None)
-            if same is None:
-                parts.append([of])
+@dataclass
+class _SortedFiles:
+    """The files of a folder by what they are."""
+
+    slices: list[Slice] = field(default_factory=list)
+    segmentations: list[Segmentation] = field(default_factory=list)
+    rejects: list[RejectedFile] = field(default_factory=list)
+    other_kinds: Counter[str] = field(default_factory=Counter)
+
+
+def _sort_files(parsed_files: Iterable[ParsedFile]) -> _SortedFiles:
+    """Sort the files by what they are, and reject the second copy of each SOP instance."""
+    files = _SortedFiles()
+    first_names: dict[str, str] = {}  # file by SOP instance
+    for file in parsed_files:
+        if isinstance(file, Slice):
+            first = first_names.setdefault(file.instance, file.name)
+            if first == file.name:
+                files.slices.append(file)
             else:
-                same.append(of)
-        ordered = [sorted(part, key=_order(part)) for part in parts]
-        yield (
-            series,
-            sorted(
-                ordered,
-                key=lambda part: (part[0].number is None, part[0].number or 0, part[0].instance),
-            ),
-        )
+                reason = f"is a second copy of {first}, which is kept"
+                files.rejects.append(rejected(file.name, reason))
+        elif isinstance(file, Segmentation):
+            files.segmentations.append(file)
+        elif isinstance(file, RejectedFile):
+            files.rejects.append(file)
+        elif isinstance(file, Other):
+            files.other_kinds[file.kind] += 1
+    return files
 
 
-def _fit(first: Slice, other: Slice) -> bool:
-    if (
-        first.frames > 1
-        or first.shape != other.shape
-        or (first.orientation is None) != (other.orientation is None)
-    ):
+def _split_series(slices: list[Slice]) -> Iterator[tuple[str, list[list[Slice]]]]:
+    """Yield each series with its stacks of parallel slices, in an order that ignores file names."""
+    by_series: dict[str, list[Slice]] = defaultdict(list)
+    for one in slices:
+        by_series[one.series].append(one)
+    for series in sorted(by_series):
+        stacks: list[list[Slice]] = []
+        for one in by_series[series]:
+            # There are few stacks, so it is quick to compare with the first slice of each.
+            # Rounding instead would part equal directions.
+            for stack in stacks:
+                if _belong_together(stack[0], one):
+                    stack.append(one)
+                    break
+            else:
+                stacks.append([one])
+        stacks = [sorted(stack, key=_slice_order(stack)) for stack in stacks]
+        yield series, sorted(stacks, key=_stack_order)
+
+
+def _stack_order(stack: list[Slice]) -> tuple[bool, int, str]:
+    first = stack[0]
+    return first.number is None, first.number or 0, first.instance
+
+
+def _belong_together(first: Slice, other: Slice) -> bool:
+    """Return whether two slices of a series have one shape and direction."""
+    if first.frames > 1 or other.frames != 1 or first.shape != other.shape:
         return False
     if first.orientation is None or other.orientation is None:
-        return True
-    return all(abs(a - b) < TURN for a, b in zip(first.orientation, other.orientation, strict=True))
+        return first.orientation is None and other.orientation is None
+    pairs = zip(first.orientation, other.orientation, strict=True)
+    return all(abs(a - b) < DIRECTION_TOLERANCE for a, b in pairs)
 
 
-def _order(part: list[Slice]) -> Any:
-    """Sort key of the slices of a part. Volumes repeated in time lie in one series: place first, then number."""
-    first = part[0].orientation
-    if first is not None and all(of.position is not None for of in part):
-        (a, b, c), (d, e, f) = first[:3], first[3:]
-        normal = (b * f - c * e, c * d - a * f, a * e - b * d)
-        return lambda of: (
-            round(sum(n * p for n, p in zip(normal, of.position, strict=True)), 3),
-            of.number or 0,
-            natural_key(of.name),
-        )
-    if all(of.number is not None for of in part):
-        return lambda of: (of.number, natural_key(of.name))
-    return lambda of: natural_key(of.name)
+def _slice_order(stack: list[Slice]) -> Callable[[Slice], Any]:
+    """Return the sort key of the slices of a stack.
+
+    Volumes repeated in time lie in one series, so place comes before number.
+    """
+    orientation = stack[0].orientation
+    if orientation is not None and all(one.position is not None for one in stack):
+        normal = _cross(orientation[:3], orientation[3:])
+
+        def by_place(one: Slice) -> Any:
+            assert one.position is not None
+            distance = sum(n * p for n, p in zip(normal, one.position, strict=True))
+            return round(distance, 3), one.number or 0, natural_key(one.name)
+
+        return by_place
+    if all(one.number is not None for one in stack):
+        return lambda one: (one.number, natural_key(one.name))
+    return lambda one: natural_key(one.name)
 
 
-def _masks(
-    segmentations: list[Segmentation], members: dict[str, list[Slice]]
-) -> tuple[dict[str, list[str]], list[RejectedFile]]:
-    """Return the names of the SEG objects of each item, and faults for those that belong to none."""
+def _cross(first: tuple[float, ...], second: tuple[float, ...]) -> tuple[float, float, float]:
+    a, b, c = first
+    d, e, f = second
+    return b * f - c * e, c * d - a * f, a * e - b * d
+
+
+def _assign_masks(
+    segmentations: list[Segmentation], slices_by_item: dict[str, list[Slice]]
+) -> dict[str, list[str]]:
+    """Return the names of the SEG objects that refer to each item."""
     by_instance: dict[str, list[str]] = defaultdict(list)
     by_series: dict[str, list[str]] = defaultdict(list)
-    for seg in segmentations:
-        for uid in seg.instances:
-            by_instance[uid].append(seg.name)
-        for uid in () if seg.instances else seg.series:
-            by_series[uid].append(seg.name)
-    masks: dict[str, dict[str, None]] = {}
-    for item, part in members.items():
-        for of in part if segmentations else ():
-            for name in (*by_instance.get(of.instance, ()), *by_series.get(of.series, ())):
-                masks.setdefault(item, {})[name] = None
-    used = {name for names in masks.values() for name in names}
-    stray = [
-        RejectedFile(
-            seg.name, "rejected", "is a segmentation that refers to a series that is not here"
-        )
-        for seg in segmentations
-        if seg.name not in used
-    ]
-    return {item: sorted(names, key=natural_key) for item, names in masks.items()}, stray
+    for segmentation in segmentations:
+        for uid in segmentation.instances:
+            by_instance[uid].append(segmentation.name)
+        if not segmentation.instances:
+            for uid in segmentation.series:
+                by_series[uid].append(segmentation.name)
+    masks: dict[str, list[str]] = {}
+    for item, stack in slices_by_item.items():
+        names: set[str] = set()
+        for one in stack:
+            names.update(by_instance.get(one.instance, ()))
+            names.update(by_series.get(one.series, ()))
+        if names:
+            masks[item] = sorted(names, key=natural_key)
+    return masks
 
 
-def _why(items: list[SourceImage], segmentations: int, kinds: Counter[str]) -> str:
+def _summarize(items: list[SourceImage], files: _SortedFiles) -> str:
     modalities = Counter(item.stratum or "unknown" for item in items)
-    text = f"{len(items)} DICOM series ({', '.join(f'{n} {name}' for name, n in modalities.most_common())})"
-    if segmentations:
-        text += f", {segmentations} segmentation{'s' if segmentations > 1 else ''}"
+    text = f"{len(items)} DICOM series ({_list_counts(modalities)})"
+    count = len(files.segmentations)
+    if count:
+        text += f", {count} segmentation{'s' if count > 1 else ''}"
+    kinds = files.other_kinds
     if kinds:
-        named = ", ".join(f"{n} {name}" for name, n in kinds.most_common(NAMED))
-        text += f"; {sum(kinds.values())} other objects left out ({named}{', ...' if len(kinds) > NAMED else ''})"
+        more = ", ..." if len(kinds) > MAX_NAMED else ""
+        named = _list_counts(kinds, MAX_NAMED)
+        text += f"; {kinds.total()} other objects left out ({named}{more})"
     return text
+
+
+def _list_counts(counts: Counter[str], limit: int | None = None) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common(limit))

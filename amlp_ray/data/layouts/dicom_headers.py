@@ -1,4 +1,4 @@
-"""The headers of DICOM files: what the sorting into series needs of each, read by many threads at once."""
+"""Read from DICOM headers what sorting into series needs, in many threads."""
 
 from __future__ import annotations
 
@@ -9,45 +9,49 @@ from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from amlp_ray.data.layouts.item import RejectedFile
+from amlp_ray.data.layouts.item import RejectedFile, rejected
 from amlp_ray.data.path import DataPath, Entry
+from amlp_ray.errors import describe_error
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-SUFFIXES = (
-    ".dcm",
-    ".dicom",
-    ".ima",
-    ".dc3",
-    ".dic",
-)  # other files are DICOM if they say so in their first bytes
+# Other files are DICOM if they say so in their first bytes.
+SUFFIXES = (".dcm", ".dicom", ".ima", ".dc3", ".dic")
 TAGS = [
-    *(
-        "SpecificCharacterSet",
-        "SOPClassUID",
-        "SOPInstanceUID",
-        "SeriesInstanceUID",
-        "StudyInstanceUID",
-        "PatientID",
-    ),
-    *("Modality", "Rows", "Columns", "SamplesPerPixel", "NumberOfFrames", "InstanceNumber"),
-    *("ImagePositionPatient", "ImageOrientationPatient", "ReferencedSeriesSequence"),
+    "SpecificCharacterSet",
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "SeriesInstanceUID",
+    "StudyInstanceUID",
+    "PatientID",
+    "Modality",
+    "Rows",
+    "Columns",
+    "SamplesPerPixel",
+    "NumberOfFrames",
+    "InstanceNumber",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "ReferencedSeriesSequence",
 ]
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 DOSE = "1.2.840.10008.5.1.4.1.1.481.2"  # has rows and pixels, and shows no patient
 DIRECTORY = "1.2.840.10008.1.3.10"
-HEAD_HERE, HEAD_THERE = (
-    1 << 16,
-    1 << 18,
-)  # bytes fetched of a local and a remote file at first; few headers are longer
-BATCH = 4096  # headers under way at once
+DEFLATED = "1.2.840.10008.1.2.1.99"
+# Bytes read at first; few headers are longer.
+LOCAL_HEAD_BYTES = 1 << 16
+REMOTE_HEAD_BYTES = 1 << 18
+LOCAL_THREADS = 4
+REMOTE_THREADS = 32
+BATCH = 4096  # headers that are read at once
+MAX_COORDINATE = 1e6  # mm; larger ones are nonsense
 
 
 class Slice(NamedTuple):
-    """What is kept of an image file until the series are sorted."""
+    """What sorting needs of an image file."""
 
-    name: str  # relative to the place
+    name: str  # relative to the folder
     series: str
     instance: str
     patient: str
@@ -64,147 +68,158 @@ class Segmentation(NamedTuple):
 
     name: str
     instances: frozenset[str]
-    series: frozenset[str]  # used where no instances are given
+    series: frozenset[str]  # used if no instances are given
 
 
 class Other(NamedTuple):
-    """An object that holds no picture, such as a report; the name of its kind."""
+    """An object that holds no picture, such as a report."""
 
     kind: str
 
 
-Found = Slice | Segmentation | Other | RejectedFile | None
+ParsedFile = Slice | Segmentation | Other | RejectedFile | None  # None: not DICOM
 
 
-def read_headers(place: DataPath, entries: list[Entry]) -> Iterator[Found]:
-    """Yield what each file is, in the order of `entries`, None if not DICOM. No file makes it raise."""
-    with warnings.catch_warnings(), ThreadPoolExecutor(4 if place.is_local else 32) as pool:
-        warnings.simplefilter(
-            "ignore"
-        )  # pydicom warns of every odd value, most of which do not matter here
+def read_headers(root: DataPath, entries: list[Entry]) -> Iterator[ParsedFile]:
+    """Yield what each file is, in the order of `entries`. No file makes it raise."""
+    threads = LOCAL_THREADS if root.is_local else REMOTE_THREADS
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+        # pydicom warns of every odd value, and most of them do not matter here.
+        warnings.simplefilter("ignore")
         for start in range(0, len(entries), BATCH):
-            yield from pool.map(lambda entry: _look(place, entry), entries[start : start + BATCH])
+            batch = entries[start : start + BATCH]
+            yield from pool.map(lambda entry: _parse_file(root, entry), batch)
 
 
-def _look(place: DataPath, entry: Entry) -> Found:
+def _parse_file(root: DataPath, entry: Entry) -> ParsedFile:
     """Read one header. Never raises: a damaged file must not end the listing of the others."""
-    base = entry.name.rpartition("/")[2]
+    name = entry.name
+    base = name.rpartition("/")[2]
     if base.upper() == "DICOMDIR":
         return None
-    named_so = base.lower().endswith(SUFFIXES)
+    has_suffix = base.lower().endswith(SUFFIXES)
     try:
-        header, has_more = _read_header(place / entry.name, entry.size, named_so)
+        header, has_pixels = _read_header(root / name, entry.size, has_suffix)
     except OSError as error:
-        return RejectedFile(
-            entry.name, "rejected", f"cannot be opened ({error.strerror or 'read error'})"
-        )
+        return rejected(name, f"cannot be opened ({error.strerror or 'read error'})")
     except Exception as error:  # pydicom raises many types on damaged files
-        reason = " ".join(str(error).split()).rstrip(".")[:120] or type(error).__name__
-        return RejectedFile(entry.name, "rejected", f"has a damaged DICOM header ({reason})")
+        return rejected(name, f"has a damaged DICOM header ({describe_error(error, 120)})")
     if header is None:
-        if named_so:
-            return RejectedFile(entry.name, "rejected", "is named like a DICOM file and is none")
+        if has_suffix:
+            return rejected(name, "is named like a DICOM file and is none")
         return None
     try:
-        return _what(entry.name, header, has_more, place / entry.name)
+        return _classify(name, header, has_pixels, root / name)
     except Exception as error:
-        return RejectedFile(
-            entry.name, "rejected", f"has a header that makes no sense ({type(error).__name__})"
-        )
+        return rejected(name, f"has a header that makes no sense ({type(error).__name__})")
 
 
-def _read_header(place: DataPath, size: int, force: bool) -> tuple[Dataset | None, bool]:
-    """Return the header, None where the file is not DICOM, and whether pixels follow."""
-    if place.is_local:
-        with place.local.open("rb", buffering=0) as file:
-            head = BytesIO(file.read(HEAD_HERE))  # parsing from memory takes half the time
+def _read_header(file: DataPath, size: int, force: bool) -> tuple[Dataset | None, bool]:
+    """Return the header, None if the file is not DICOM, and whether pixels follow."""
+    if file.is_local:
+        with file.local.open("rb", buffering=0) as local:
+            head = BytesIO(local.read(LOCAL_HEAD_BYTES))  # parsing from memory takes half the time
     else:
-        with place.filesystem.open_input_file(place.path) as remote:
-            head = BytesIO(bytes(remote.read(HEAD_THERE)))
-    if size <= head.getbuffer().nbytes or not (force or _has_prefix(head)):
+        with file.filesystem.open_input_file(file.path) as remote:
+            head = BytesIO(bytes(remote.read(REMOTE_HEAD_BYTES)))
+    is_whole_file = size <= head.getbuffer().nbytes
+    if is_whole_file or not (force or _has_prefix(head)):
         return _parse(head, force)
     try:
-        header, has_more = _parse(head, force)
+        header, has_pixels = _parse(head, force)
     except Exception:
-        has_more = False
-    if has_more:  # else the header goes on after what was fetched, or is compressed
+        has_pixels = False
+    if has_pixels:
         return header, True
-    if place.is_local:
-        with place.local.open("rb") as whole:
+    # The header is compressed, or goes on after what was read.
+    if file.is_local:
+        with file.local.open("rb") as whole:
             return _parse(whole, force)
-    return _parse(BytesIO(place.read_bytes()), force)
+    return _parse(BytesIO(file.read_bytes()), force)
 
 
 def _parse(file: BinaryIO, force: bool) -> tuple[Dataset | None, bool]:
     from pydicom import dcmread
 
-    if not _has_prefix(file):
-        if not force:
-            return None, False
-        header = dcmread(file, stop_before_pixels=True, specific_tags=TAGS, force=True)
-        return (header, bool(file.read(1))) if header.get("SOPClassUID") else (None, False)
-    header = dcmread(file, stop_before_pixels=True, specific_tags=TAGS)
-    deflated = (
-        header.file_meta.get("TransferSyntaxUID") == "1.2.840.10008.1.2.1.99"
-    )  # inflated whole: nothing is left
-    return header, deflated or bool(file.read(1))
+    if _has_prefix(file):
+        header = dcmread(file, stop_before_pixels=True, specific_tags=TAGS)
+        # A deflated file is inflated whole, so nothing is left to read.
+        is_deflated = header.file_meta.get("TransferSyntaxUID") == DEFLATED
+        return header, is_deflated or bool(file.read(1))
+    if not force:
+        return None, False
+    header = dcmread(file, stop_before_pixels=True, specific_tags=TAGS, force=True)
+    if not header.get("SOPClassUID"):
+        return None, False
+    return header, bool(file.read(1))
 
 
 def _has_prefix(file: BinaryIO) -> bool:
     file.seek(128)
-    found = file.read(4) == b"DICM"
+    prefix = file.read(4)
     file.seek(0)
-    return found
+    return prefix == b"DICM"
 
 
-def _what(name: str, header: Dataset, has_more: bool, place: DataPath) -> Found:
+def _classify(name: str, header: Dataset, has_pixels: bool, file: DataPath) -> ParsedFile:
+    """Return what a DICOM file is, by its SOP class and its claims."""
     from pydicom.uid import UID
 
-    kind = UID(
-        _text(header, "SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or ""
-    )
-    if kind == DIRECTORY:
+    media_class = header.file_meta.get("MediaStorageSOPClassUID")
+    sop_class = UID(_text(header, "SOPClassUID") or media_class or "")
+    has_known_name = sop_class.name != sop_class
+    if sop_class == DIRECTORY:
         return None
-    if kind in SEGMENTATIONS:
-        if not has_more:
-            return RejectedFile(name, "rejected", "is a segmentation and holds no pixels")
-        return _references(name, header, place)
-    rows, columns = (int(header.get(tag) or 0) for tag in ("Rows", "Columns"))
-    claims = rows > 0 and columns > 0
-    if kind == DOSE or not (claims or "Image Storage" in kind.name):
-        return Other(kind.name if kind and kind.name != kind else "of unknown kind")
-    if not has_more or not claims:
-        what = kind.name.removesuffix(" Storage") if kind.name != kind else "image"
-        return RejectedFile(name, "rejected", f"claims to be a {what} and holds no pixels")
+    if sop_class in SEGMENTATIONS:
+        if not has_pixels:
+            return rejected(name, "is a segmentation and holds no pixels")
+        return _read_references(name, header, file)
+    rows = int(header.get("Rows") or 0)
+    columns = int(header.get("Columns") or 0)
+    claims_pixels = rows > 0 and columns > 0
+    is_image = claims_pixels or "Image Storage" in sop_class.name
+    if sop_class == DOSE or not is_image:
+        return Other(sop_class.name if sop_class and has_known_name else "of unknown kind")
+    if not has_pixels or not claims_pixels:
+        kind = sop_class.name.removesuffix(" Storage") if has_known_name else "image"
+        return rejected(name, f"claims to be a {kind} and holds no pixels")
+    samples = int(header.get("SamplesPerPixel") or 1)
+    return _to_slice(name, header, (rows, columns, samples))
+
+
+def _to_slice(name: str, header: Dataset, shape: tuple[int, int, int]) -> Slice:
     instance = _text(header, "SOPInstanceUID") or name
     series = _text(header, "SeriesInstanceUID") or instance
+    patient = _text(header, "PatientID") or _text(header, "StudyInstanceUID") or series
     return Slice(
         name=name,
         series=sys.intern(series),
         instance=instance,
-        patient=sys.intern(
-            _text(header, "PatientID") or _text(header, "StudyInstanceUID") or series
-        ),
+        patient=sys.intern(patient),
         modality=sys.intern(_text(header, "Modality")),
-        shape=(rows, columns, int(header.get("SamplesPerPixel") or 1)),
+        shape=shape,
         frames=int(header.get("NumberOfFrames") or 1),
         number=_number(header.get("InstanceNumber")),
-        position=_floats(header.get("ImagePositionPatient"), 3),
-        orientation=_floats(header.get("ImageOrientationPatient"), 6),
+        position=_coordinates(header.get("ImagePositionPatient"), 3),
+        orientation=_coordinates(header.get("ImageOrientationPatient"), 6),
     )
 
 
-def _references(name: str, header: Dataset, place: DataPath) -> Segmentation:
-    instances, series = set(), set()
-    for of in header.get("ReferencedSeriesSequence") or ():
-        series.add(_text(of, "SeriesInstanceUID"))
-        for instance in of.get("ReferencedInstanceSequence") or ():
+def _read_references(name: str, header: Dataset, file: DataPath) -> Segmentation:
+    """Return which images and series a SEG object refers to."""
+    instances = set()
+    series = set()
+    for reference in header.get("ReferencedSeriesSequence") or ():
+        series.add(_text(reference, "SeriesInstanceUID"))
+        for instance in reference.get("ReferencedInstanceSequence") or ():
             instances.add(_text(instance, "ReferencedSOPInstanceUID"))
-    if not instances:  # older writers name the images with each frame only; there are few of these, so read them again
+    if not instances:
+        # Older writers name the images with each frame only. There are few such files, so they
+        # are read again.
         from pydicom import dcmread
 
-        whole = dcmread(BytesIO(place.read_bytes()), stop_before_pixels=True, force=True)
-        for element in whole.iterall():
+        dataset = dcmread(BytesIO(file.read_bytes()), stop_before_pixels=True, force=True)
+        for element in dataset.iterall():
             if element.keyword == "ReferencedSOPInstanceUID":
                 instances.add(str(element.value))
     return Segmentation(name, frozenset(instances - {""}), frozenset(series - {""}))
@@ -222,10 +237,11 @@ def _number(value: object) -> int | None:
         return None
 
 
-def _floats(value: Any, count: int) -> tuple[float, ...] | None:
-    """Return numbers of a header, None where they are missing or none; such slices are sorted by their number."""
+def _coordinates(value: Any, count: int) -> tuple[float, ...] | None:
+    """Return numbers of a header, or None; slices without are sorted by their number."""
     try:
-        numbers = tuple(float(one) for one in value)
+        numbers = tuple(map(float, value))
     except (TypeError, ValueError):
         return None
-    return numbers if len(numbers) == count and all(abs(one) < 1e6 for one in numbers) else None
+    is_valid = len(numbers) == count and all(abs(one) < MAX_COORDINATE for one in numbers)
+    return numbers if is_valid else None

@@ -1,83 +1,78 @@
-"""Unlabelled pictures in folders of any depth, or those that a text file names.
+"""Read unlabeled pictures in folders of any depth, or those that a text file names.
 
-An id is the path without suffix, relative to the folder; the folder a picture lies in is its stratum. Files that do not
-claim to be pictures by their suffix are passed over.
+An id is the path without suffix, relative to the folder. The folder that a picture lies in is its
+stratum. Files that do not claim to be pictures by their suffix are skipped.
 """
 
 from __future__ import annotations
 
 import posixpath
+from dataclasses import replace
 
 from amlp_ray.config import PrepareConfig
-from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage
-from amlp_ray.data.layouts.listing import Name, parts_of, pictures_in
+from amlp_ray.data.layouts.item import Listing, rejected, repaired
+from amlp_ray.data.layouts.listing import list_pictures, picture_item, split_name
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
 
 
-def find_flat(place: DataPath, config: PrepareConfig) -> Listing:
-    """List all pictures below a folder, or those of `settings.file_list`.
+def find_flat(root: DataPath, config: PrepareConfig) -> Listing:
+    """List all pictures below a folder, or those of `config.file_list`.
 
     Raises:
         DataError: the file list cannot be read or names nothing.
     """
     if config.file_list:
-        return _of_list(place, config.file_list)
-    return Listing([_item(str(place / name.full), name) for name in pictures_in(place)], [])
+        return _find_listed(root, config.file_list)
+    pictures = list_pictures(root)
+    return Listing([picture_item(root, name, stratum=name.folder) for name in pictures], [])
 
 
-def _of_list(place: DataPath, file_list: str) -> Listing:
-    """The pictures that a text file names, one path a line: relative to `place`, absolute or a URI; `#` comments."""
-    known = {entry.name for entry in place.entries()}
-    items, faults, taken = [], [], set()
-    for line in _lines(file_list):
+def _find_listed(root: DataPath, file_list: str) -> Listing:
+    """List the pictures that a text file names."""
+    entry_names = {entry.name for entry in root.entries()}
+    items = []
+    rejects = []
+    listed_names = set()
+    for line in _read_file_list(file_list):
         if "://" in line or line.startswith("/"):
             file = DataPath(line)
-            name = str(file).removeprefix(f"{place}/")
+            name = str(file).removeprefix(f"{root}/")
         else:
             name = posixpath.normpath(line)
-            file = place / name
-        if name in taken:
-            faults.append(
-                RejectedFile(name, "repaired", f"is listed twice in {file_list}: taken once")
-            )
-        elif (
-            name in known or file.is_file()
-        ):  # only files outside, or hidden ones, are asked for one by one
-            taken.add(name)
-            items.append(_item(str(file), parts_of(name)))
+            file = root / name
+        if name in listed_names:
+            rejects.append(repaired(name, f"is listed twice in {file_list}: taken once"))
+        # Only files outside the folder, or hidden ones, are looked up one by one.
+        elif name in entry_names or file.is_file():
+            listed_names.add(name)
+            item = picture_item(root, split_name(name), stratum=split_name(name).folder)
+            items.append(replace(item, images=(str(file),)))
         else:
-            reason = f"is listed in {file_list}, but there is no such file; paths are relative to {place} or absolute"
-            faults.append(RejectedFile(name, "rejected", reason))
-    return Listing(items, faults)
+            reason = (
+                f"is listed in {file_list}, but there is no such file; "
+                f"paths are relative to {root} or absolute"
+            )
+            rejects.append(rejected(name, reason))
+    return Listing(items, rejects)
 
 
-def _lines(file_list: str) -> list[str]:
+def _read_file_list(file_list: str) -> list[str]:
+    """Return the paths of a text file, one a line: relative, absolute or URIs; `#` comments."""
     try:
         text = DataPath(file_list).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise DataError(
-            f"The file list {file_list} cannot be read ({error.strerror or error}); give a text file with one path a "
-            f"line."
+            f"The file list {file_list} cannot be read ({error.strerror or error}); "
+            "give a text file with one path a line."
         ) from None
     except UnicodeDecodeError:
         raise DataError(
             f"The file list {file_list} is not UTF-8 text; save it as such, one path a line."
         ) from None
     # splitlines would also cut at characters that may stand in names.
-    lines = (line.strip() for line in text.split("\n"))
-    named = [line for line in lines if line and not line.startswith("#")]
-    if not named:
+    lines = [line.strip() for line in text.split("\n")]
+    paths = [line for line in lines if line and not line.startswith("#")]
+    if not paths:
         raise DataError(f"The file list {file_list} names no file; write one path a line.")
-    return named
-
-
-def _item(path: str, name: Name) -> SourceImage:
-    return SourceImage(
-        id=name.path,
-        format="picture",
-        images=(path,),
-        masks=(),
-        source=name.full,
-        stratum=name.folder,
-    )
+    return paths

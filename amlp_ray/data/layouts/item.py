@@ -1,4 +1,4 @@
-"""What a source reader returns, and what all readers share."""
+"""What a layout's reader returns: source images, rejected files and their listing."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ Format = Literal["picture", "dicom", "nifti"]
 
 @dataclass(frozen=True, slots=True)
 class SourceImage:
-    """What is read in one go: a picture, a DICOM series or multi-frame object, a volume of one or more modalities.
+    """What is decoded in one go: a picture, a DICOM series or multi-frame object, or a volume.
 
-    No mask means unlabelled; an all-zero mask means labelled, without a lesion.
+    No mask means unlabeled. An all-zero mask means labeled and without a lesion.
     """
 
     id: str  # unique in the set
-    format: Format  # who decodes it
-    images: tuple[
-        str, ...
-    ]  # paths or URIs: one picture, the slices of a series in order, or a volume per modality
+    format: Format  # chooses the decoder
+    # Paths or URIs: one picture, the slices of a series in order, or a volume per modality.
+    images: tuple[str, ...]
     masks: tuple[str, ...]  # paths or URIs; several are united
     source: str  # name shown to people: path relative to the folder, with forward slashes
-    group: str = ""  # patient or volume, never cut by a split; empty where the layout knows none
+    group: str = ""  # patient or volume, never cut by a split; empty if the layout knows none
     stratum: str = ""  # class, shared evenly by the splits
-    outlines: str = ""  # lesions drawn in an annotation file, as JSON: {"height", "width", "segmentations": [COCO]}
+    # Lesions drawn in an annotation file, as JSON: {"height", "width", "segmentations": [COCO]}.
+    outlines: str = ""
 
 
 class RejectedFile(NamedTuple):
-    """A file that was found and cannot be used, or was used after a repair; a line of rejects.csv."""
+    """A file that cannot be used, or that was used after a repair; a line of rejects.csv."""
 
     file: str
     action: Literal["rejected", "repaired"]
@@ -39,24 +39,38 @@ class RejectedFile(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """What a reader found in a folder."""
+    """Images and rejected files of a folder."""
 
     items: list[SourceImage]
-    faults: list[RejectedFile]  # such as a mask without an image; the rest of the set survives
-    why: str = ""  # how `auto` recognised the layout, and what else was seen
-    layout: str = ""  # as given or recognised
+    rejected: list[RejectedFile]  # such as a mask without an image; the rest of the set survives
+    summary: str = ""  # how `auto` recognized the layout, and what else was seen
+    layout: str = ""  # as given or recognized
+
+
+def rejected(file: str, reason: str) -> RejectedFile:
+    """Describe a file that cannot be used; `reason` is a sentence without its name."""
+    return RejectedFile(file, "rejected", reason)
+
+
+def repaired(file: str, reason: str) -> RejectedFile:
+    """Describe a file that is used after a repair; `reason` is a sentence without its name."""
+    return RejectedFile(file, "repaired", reason)
 
 
 def natural_key(text: str) -> tuple[list[tuple[bool, int, str]], str]:
-    """Sort key under which `benign (9)` comes before `benign (10)`, and digits before letters.
+    """Return a sort key that puts `benign (9)` before `benign (10)`, and digits before letters.
 
     >>> sorted(["a10", "a9", "a", "7"], key=natural_key)
     ['7', 'a', 'a9', 'a10']
     """
-    # A number is compared by its length without zeros, then its digits: no number is too long for that.
-    parts = [part for part in re.split(r"([0-9]+)", text) if part]
-    key = [
-        (False, len(part.lstrip("0")), part.lstrip("0")) if part[0] in DIGITS else (True, 0, part)
-        for part in parts
-    ]
+    key = []
+    for part in re.split(r"([0-9]+)", text):
+        if not part:
+            continue
+        if part[0] in DIGITS:
+            # Compare by length without zeros, then digits: no number is too long for that.
+            number = part.lstrip("0")
+            key.append((False, len(number), number))
+        else:
+            key.append((True, 0, part))
     return key, text

@@ -1,23 +1,27 @@
-"""What the layouts of pictures share: a folder whose files are listed once, and which of them are pictures."""
+"""What the layouts share: a folder that is listed once, its pictures, and names in messages."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import NamedTuple
 
+from amlp_ray.data.layouts.item import SourceImage
 from amlp_ray.data.path import DataPath, Entry
 
-# What claims to be a picture; the decoder says so where it is none, or one that cannot be read, such as HEIC.
+# Suffixes that claim a picture. The decoder reports those that are none, or cannot be read as HEIC.
 CLAIMS = "png jpg jpeg jpe jfif tif tiff bmp gif webp npy pgm ppm pnm pbm jp2 j2k heic heif"
 PICTURE_SUFFIXES = frozenset(f".{suffix}" for suffix in CLAIMS.split())
-LISTED = 5  # names in a message
+MAX_NAMED = 5  # names in a message
 
 
 class CachedListing(DataPath):
-    """A place whose files are listed once: recognising a layout and reading it both ask, and buckets are slow."""
+    """A folder that is listed once. Detecting and reading a layout both list, and buckets are slow.
+
+    Listing comes sorted by name.
+    """
 
     @cached_property
     def _entries(self) -> list[Entry]:
@@ -27,61 +31,93 @@ class CachedListing(DataPath):
         return (entry for entry in self._entries if deep or "/" not in entry.name)
 
 
-class Name(NamedTuple):
-    """The name of a file, in parts.
+class FileName(NamedTuple):
+    """A file's name relative to the listed folder, in parts.
 
-    >>> parts_of("benign/case.1.png")
-    Name(full='benign/case.1.png', folder='benign', stem='case.1', suffix='.png')
+    >>> split_name("benign/case.1.png")
+    FileName(full='benign/case.1.png', folder='benign', stem='case.1', suffix='.png')
     """
 
-    full: str  # relative to the place
+    full: str
     folder: str  # empty at the top
     stem: str
     suffix: str  # with its dot, lower case
 
     @property
-    def path(self) -> str:
-        """The whole name without suffix."""
+    def base(self) -> str:
+        """The last part, with its suffix."""
+        return self.full.rpartition("/")[2]
+
+    @property
+    def without_suffix(self) -> str:
         return f"{self.folder}/{self.stem}" if self.folder else self.stem
 
 
-def parts_of(name: str) -> Name:
-    """Split the name of a file."""
+def split_name(name: str) -> FileName:
+    """Split the name of a file into its parts."""
     folder, _, base = name.rpartition("/")
     stem, dot, suffix = base.rpartition(".")
-    return Name(name, folder, stem, f".{suffix.lower()}") if dot else Name(name, folder, base, "")
+    if not dot:
+        return FileName(name, folder, base, "")
+    return FileName(name, folder, stem, f".{suffix.lower()}")
 
 
-def pictures_in(place: DataPath) -> list[Name]:
-    """The files of a place that claim to be pictures, sorted."""
-    names = map(parts_of, sorted(entry.name for entry in place.entries()))
+def list_pictures(root: DataPath) -> list[FileName]:
+    """Return the files of a folder that claim to be pictures, sorted."""
+    names = map(split_name, sorted(entry.name for entry in root.entries()))
     return [name for name in names if name.suffix in PICTURE_SUFFIXES]
 
 
-def same(name: str) -> str:
-    """A name as it is compared: macOS writes é as two characters, others as one."""
+def picture_item(
+    root: DataPath,
+    picture: FileName,
+    masks: Iterable[FileName] = (),
+    *,
+    id: str = "",
+    group: str = "",
+    stratum: str = "",
+    outlines: str = "",
+) -> SourceImage:
+    """Describe a picture below a folder; its id is its name without suffix unless given."""
+    return SourceImage(
+        id=id or picture.without_suffix,
+        format="picture",
+        images=(str(root / picture.full),),
+        masks=tuple(str(root / mask.full) for mask in masks),
+        source=picture.full,
+        group=group,
+        stratum=stratum,
+        outlines=outlines,
+    )
+
+
+def normalize(name: str) -> str:
+    """Return a name as it is compared: macOS writes é as two characters, others as one."""
     return unicodedata.normalize("NFC", name)
 
 
 def printable(name: str) -> str:
-    """A name that can be written as UTF-8: bytes of other encodings become `\\udcXX`."""
+    """Return a name that UTF-8 can hold: bytes of other encodings become `\\udcXX`."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def contents_of(place: DataPath) -> str:
-    """What is in a place, for a message: its folders and the suffixes of the files below."""
-    folders = place.folders()
-    suffixes = Counter(parts_of(entry.name).suffix for entry in place.entries())
+def such_as(name: str) -> str:
+    """Name an example in a message."""
+    return f"such as {printable(name)!r}"
+
+
+def describe_contents(root: DataPath) -> str:
+    """Say what a folder holds, for a message: its folders, and the suffixes of all files below."""
     parts = []
+    folders = root.folders()
     if folders:
-        more = ", ..." if len(folders) > LISTED else ""
-        parts.append(
-            "the folders " + ", ".join(f"{printable(name)}/" for name in folders[:LISTED]) + more
-        )
+        names = ", ".join(f"{printable(name)}/" for name in folders[:MAX_NAMED])
+        more = ", ..." if len(folders) > MAX_NAMED else ""
+        parts.append(f"the folders {names}{more}")
+    suffixes = Counter(split_name(entry.name).suffix for entry in root.entries())
     if suffixes:
-        counts = [
-            f"{count} {suffix or 'without suffix'}"
-            for suffix, count in suffixes.most_common(LISTED)
-        ]
-        parts.append(f"{suffixes.total()} files ({', '.join(map(printable, counts))})")
+        counts = []
+        for suffix, count in suffixes.most_common(MAX_NAMED):
+            counts.append(printable(f"{count} {suffix or 'without suffix'}"))
+        parts.append(f"{suffixes.total()} files ({', '.join(counts)})")
     return " and ".join(parts) or "nothing"

@@ -1,12 +1,13 @@
-"""A folder of NIfTI volumes: flat, a folder per case, BIDS, BraTS, or imagesTr and labelsTr of MSD and nnU-Net.
+"""Read a folder of NIfTI volumes, with or without labels.
 
     imagesTr/la_003.nii.gz            labelsTr/la_003.nii.gz              MSD
-    imagesTr/case_0000.nii.gz ..._0001.nii.gz   labelsTr/case.nii.gz      nnU-Net: endings are channels
-    BraTS_7/BraTS_7_t1.nii.gz ..._t1ce ..._t2 ..._flair   BraTS_7_seg     BraTS: endings are channels
-    sub-01/anat/sub-01_T1w.nii.gz     sub-01/anat/sub-01_T1w_label-lesion_mask.nii.gz   BIDS: one item per volume
+    imagesTr/case_0000.nii.gz ..._0001.nii.gz   labelsTr/case.nii.gz      nnU-Net: channels
+    BraTS_7/BraTS_7_t1.nii.gz ..._t1ce ..._t2 ..._flair   BraTS_7_seg     BraTS: channels
+    sub-01/anat/sub-01_T1w.nii.gz     ..._T1w_label-lesion_mask.nii.gz    BIDS: an item per volume
     t2/t2.nii.gz                      t2/t2_seg-manual.nii.gz             flat or in folders
 
-Labels are known by their folder or by their name (`nifti_names`). All slices of a patient share a group.
+Labels are known by their folder or by their name (`nifti_names`). All slices of a patient share a
+group.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from amlp_ray.config import PrepareConfig
-from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage, natural_key
+from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage, natural_key, rejected
 from amlp_ray.data.layouts.nifti_names import (
     Volume,
     groups_of,
@@ -29,18 +30,27 @@ from amlp_ray.data.layouts.nifti_names import (
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
 
-# Order of the channels of a BraTS case; each by all its names: of 2012-2021, of 2023 and later, and of MSD.
+# Channels of a BraTS case by all their names: of 2012-2021, of 2023 and later, and of MSD.
 MODALITIES = {
-    "t1": "t1", "t1n": "t1", "t1ce": "t1ce", "t1gd": "t1ce", "t1c": "t1ce",
-    "t2": "t2", "t2w": "t2", "flair": "flair", "t2f": "flair",
-}  # fmt: skip
-ORDER = ("t1", "t1ce", "t2", "flair")
-BRATS = re.compile(
-    rf"(?P<case>.+)[_-](?P<channel>{'|'.join(sorted(MODALITIES, key=len, reverse=True))})",
-    re.IGNORECASE,
-)
+    "t1": "t1",
+    "t1n": "t1",
+    "t1ce": "t1ce",
+    "t1gd": "t1ce",
+    "t1c": "t1ce",
+    "t2": "t2",
+    "t2w": "t2",
+    "flair": "flair",
+    "t2f": "flair",
+}
+MODALITY_ORDER = ("t1", "t1ce", "t2", "flair")
+_NAMES = "|".join(sorted(MODALITIES, key=len, reverse=True))
+BRATS = re.compile(rf"(?P<case>.+)[_-](?P<channel>{_NAMES})", re.IGNORECASE)
 NNUNET = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
-MOST_CHANNELS = 16  # more numbered volumes of one name are no channels
+MAX_CHANNELS = 16  # more numbered volumes of one name are no channels
+
+Folder = tuple[str, ...]
+# Volumes by channel, for each folder and case.
+Scans = dict[tuple[Folder, str], dict[str, list[Volume]]]
 
 
 @dataclass
@@ -52,192 +62,228 @@ class _Case:
     masks: list[str] = field(default_factory=list)
     is_stacked: bool = False
 
+    def names(self) -> set[str]:
+        """Return the names that a label may refer to, in lower case."""
+        return {self.name.lower(), *(volume.stem.lower() for volume in self.volumes)}
 
-def find_nifti(place: DataPath, config: PrepareConfig) -> Listing:
-    """List the volumes below a folder, without opening one. A case that lacks a channel most cases have is rejected.
 
-    Several label volumes of one image are united. Brain masks are no lesions and left out.
+def find_nifti(root: DataPath, config: PrepareConfig) -> Listing:
+    """List the volumes below a folder, without opening one.
+
+    A case that lacks a channel most cases have is rejected. Several label volumes of one image are
+    united. Brain masks are no lesions and left out.
 
     Raises:
-        DataError: there is no folder, or no volume in it.
+        DataError: the folder does not exist, or holds no volume.
     """
-    names = sorted((entry.name for entry in place.entries()), key=natural_key)
+    names = sorted((entry.name for entry in root.entries()), key=natural_key)
     volumes = [parse(name) for name in names if nifti_stem(name) is not None]
-    brains = [of for of in volumes if is_brain_mask(of.stem)]
-    volumes = [of for of in volumes if not is_brain_mask(of.stem)]
-    images = [of for of in volumes if not of.is_label]
-    faults = _pairs(names)
+    brain_masks = [volume for volume in volumes if is_brain_mask(volume.stem)]
+    volumes = [volume for volume in volumes if not is_brain_mask(volume.stem)]
+    images = [volume for volume in volumes if not volume.is_label]
+    labels = [volume for volume in volumes if volume.is_label]
     if not images:
-        found = (
-            f"{len(volumes)} label volumes"
-            if volumes
-            else f"{len(names)} files, none of them NIfTI"
-        )
+        contents = f"{len(names)} files, none of them NIfTI"
+        if labels:
+            contents = f"{len(labels)} label volumes"
         raise DataError(
-            f"{place} holds {found}, but the nifti layout needs image volumes (.nii, .nii.gz); give the folder that "
-            f"contains these, or use another layout."
+            f"{root} holds {contents}, but the nifti layout needs image volumes (.nii, .nii.gz); "
+            "give the folder that contains these, or use another layout."
         )
-    cases, incomplete = stack(images)
-    rejected = {fault.file for fault in incomplete}
-    of_rejected = [of for of in images if of.name in rejected]
-    for label in _attach(cases, [of for of in volumes if of.is_label]):
-        starts = tuple(
-            base for base in (label.stem.lower(), *mask_bases(label.stem.lower())) if base
-        )
-        lost = any(
-            of.folder == label.folder and of.stem.lower().startswith(starts) for of in of_rejected
-        )
-        reason = (
-            "belongs to a case that is rejected" if lost else "is a label volume without an image"
-        )
-        faults.append(RejectedFile(label.name, "rejected", reason))
-    faults += incomplete
-    return Listing(to_items(place, cases), sorted(faults), _why(cases, len(brains)))
+    cases, rejects = stack(images)
+    rejected_names = {file.file for file in rejects}
+    rejected_images = [volume for volume in images if volume.name in rejected_names]
+    for label in _attach_labels(cases, labels):
+        reason = "is a label volume without an image"
+        if _belongs_to_any(label, rejected_images):
+            reason = "belongs to a case that is rejected"
+        rejects.append(rejected(label.name, reason))
+    rejects += _reject_pairs(names)
+    return Listing(to_items(root, cases), sorted(rejects), _summarize(cases, len(brain_masks)))
 
 
 def stack(images: list[Volume]) -> tuple[list[_Case], list[RejectedFile]]:
-    """Put the channels of each case together; what is no channel is a case of its own.
+    """Put the channels of each case together. A volume that is no channel is a case of its own.
 
-    >>> cases, _ = stack([parse(f"c{i}/c{i}_{name}.nii") for i in (1, 2) for name in ("flair", "T1", "t1gd", "t2w")])
-    >>> [[volume.stem for volume in case.volumes] for case in cases]
-    [['c1_T1', 'c1_t1gd', 'c1_t2w', 'c1_flair'], ['c2_T1', 'c2_t1gd', 'c2_t2w', 'c2_flair']]
+    >>> names = [f"c{i}/c{i}_{name}.nii" for i in (1, 2) for name in ("flair", "T1", "t1gd", "t2w")]
+    >>> cases, _ = stack([parse(name) for name in names])
+    >>> [volume.stem for volume in cases[0].volumes]
+    ['c1_T1', 'c1_t1gd', 'c1_t2w', 'c1_flair']
     """
-    numbered = _numbered(images)
-    scans: dict[tuple[tuple[str, ...], str], dict[str, list[Volume]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
-    for of in images:
-        match = BRATS.fullmatch(of.stem)
+    numbered = _find_numbered(images)
+    brats: Scans = defaultdict(lambda: defaultdict(list))
+    nnunet: dict[Folder, Scans] = {}
+    for volume in images:
+        if volume.name in numbered:
+            scans = nnunet.setdefault(volume.folder, defaultdict(lambda: defaultdict(list)))
+            case, channel = volume.stem[:-5], volume.stem[-4:]
+            scans[volume.folder, case][channel].append(volume)
+            continue
+        match = BRATS.fullmatch(volume.stem)
         # Scans of a BIDS subject lie on grids of their own, so they are no channels.
-        if of.name not in numbered and match and not of.stem.lower().startswith("sub-"):
-            scans[of.folder, match["case"]][MODALITIES[match["channel"].lower()]].append(of)
-    cases, faults = _complete(scans, ORDER)
-    for folder in sorted({folder for folder, _ in numbered.values()}):
-        own: dict[tuple[tuple[str, ...], str], dict[str, list[Volume]]] = defaultdict(
-            lambda: defaultdict(list)
-        )
-        for of in images:
-            if of.name in numbered and numbered[of.name][0] == folder:
-                own[of.folder, numbered[of.name][1]][of.stem[-4:]].append(of)
-        more, missing = _complete(
-            own, sorted({channel for channels in own.values() for channel in channels}), least=1
-        )
-        cases += more
-        faults += missing
-    taken = {of.name for case in cases for of in case.volumes} | {fault.file for fault in faults}
-    cases += [_Case(of.stem, [of]) for of in images if of.name not in taken]
-    return sorted(cases, key=lambda case: natural_key(case.volumes[0].name)), faults
+        if match and not volume.stem.lower().startswith("sub-"):
+            modality = MODALITIES[match["channel"].lower()]
+            brats[volume.folder, match["case"]][modality].append(volume)
+    cases, rejects = _keep_complete(brats, MODALITY_ORDER, min_channels=2)
+    for folder in sorted(nnunet):
+        channels = {channel for scan in nnunet[folder].values() for channel in scan}
+        more_cases, more_rejects = _keep_complete(nnunet[folder], sorted(channels), min_channels=1)
+        cases += more_cases
+        rejects += more_rejects
+    used_names = {file.file for file in rejects}
+    for case in cases:
+        used_names.update(volume.name for volume in case.volumes)
+    cases += [_Case(volume.stem, [volume]) for volume in images if volume.name not in used_names]
+    return sorted(cases, key=lambda case: natural_key(case.volumes[0].name)), rejects
 
 
-def _numbered(images: list[Volume]) -> dict[str, tuple[tuple[str, ...], str]]:
-    """Return folder and case of the files with nnU-Net's channel numbers: all of a folder are so, from 0000."""
-    folders: dict[tuple[str, ...], list[Volume]] = defaultdict(list)
-    for of in images:
-        if of.is_in_images:
-            folders[of.folder].append(of)
-    found = {}
-    for folder, volumes in folders.items():
-        matches = [NNUNET.fullmatch(of.stem) for of in volumes]
-        cases = Counter(match["case"] for match in matches if match)
-        starts = {match["case"] for match in matches if match and match["channel"] == "0000"}
-        if None not in matches and starts == set(cases) and max(cases.values()) <= MOST_CHANNELS:
-            found.update({of.name: (folder, of.stem[:-5]) for of in volumes})
-    return found
+def _find_numbered(images: list[Volume]) -> set[str]:
+    """Return the names of volumes with nnU-Net's channel numbers.
+
+    All volumes of a folder have them, and each case starts from 0000.
+    """
+    by_folder: dict[Folder, list[Volume]] = defaultdict(list)
+    for volume in images:
+        if volume.is_in_images:
+            by_folder[volume.folder].append(volume)
+    names: set[str] = set()
+    for volumes in by_folder.values():
+        if _are_numbered(volumes):
+            names.update(volume.name for volume in volumes)
+    return names
 
 
-def _complete(
-    scans: dict[tuple[tuple[str, ...], str], dict[str, list[Volume]]],
-    order: Iterable[str],
-    least: int = 2,
+def _are_numbered(volumes: list[Volume]) -> bool:
+    counts: Counter[str] = Counter()
+    first_channels = set()
+    for volume in volumes:
+        match = NNUNET.fullmatch(volume.stem)
+        if match is None:
+            return False
+        counts[match["case"]] += 1
+        if match["channel"] == "0000":
+            first_channels.add(match["case"])
+    return first_channels == set(counts) and max(counts.values()) <= MAX_CHANNELS
+
+
+def _keep_complete(
+    scans: Scans, order: Iterable[str], *, min_channels: int
 ) -> tuple[list[_Case], list[RejectedFile]]:
-    """Return the cases that have the channels most cases have, in order; faults for other cases and for channels too
-    many. Nothing if most cases have fewer than `least` channels."""
+    """Return the cases that have the channels most cases have, in order.
+
+    Rejected are the volumes of other cases, and channels too many. If most cases have fewer than
+    `min_channels` channels, nothing is returned and nothing rejected.
+    """
     counts = Counter(channel for channels in scans.values() for channel in channels)
     expected = [channel for channel in order if 2 * counts[channel] > len(scans)]
+    if len(expected) < min_channels:
+        return [], []
     cases: list[_Case] = []
-    faults: list[RejectedFile] = []
-    for (_, name), channels in scans.items() if len(expected) >= least else ():
-        lacking = [channel for channel in expected if channel not in channels]
+    rejects: list[RejectedFile] = []
+    for (_, name), channels in scans.items():
+        missing = [channel for channel in expected if channel not in channels]
+        if not missing:
+            volumes = [channels[channel][0] for channel in expected]
+            cases.append(_Case(name, volumes, is_stacked=True))
         for channel, volumes in channels.items():
-            for of in volumes if lacking else volumes[1:] if channel in expected else volumes:
-                if lacking:
-                    reason = (
-                        f"belongs to a case that lacks {', '.join(lacking)}, which most cases have"
-                    )
-                elif channel in expected:
-                    reason = f"is a second {channel} volume of its case; the first is used"
-                else:
-                    reason = f"is a {channel} volume, which most cases lack"
-                faults.append(RejectedFile(of.name, "rejected", reason))
-        if not lacking:
-            cases.append(
-                _Case(name, [channels[channel][0] for channel in expected], is_stacked=True)
-            )
-    return cases, faults
+            surplus = volumes
+            if missing:
+                reason = f"belongs to a case that lacks {', '.join(missing)}, which most cases have"
+            elif channel in expected:
+                surplus = volumes[1:]
+                reason = f"is a second {channel} volume of its case; the first is used"
+            else:
+                reason = f"is a {channel} volume, which most cases lack"
+            rejects += [rejected(volume.name, reason) for volume in surplus]
+    return cases, rejects
 
 
-def _attach(cases: list[_Case], labels: list[Volume]) -> list[Volume]:
-    """Give each label volume to its case; return those that have none."""
-    by_folder: dict[tuple[str, ...], list[_Case]] = defaultdict(list)
+def _attach_labels(cases: list[_Case], labels: list[Volume]) -> list[Volume]:
+    """Give each label volume to its case; return those without a case."""
+    by_folder: dict[Folder, list[_Case]] = defaultdict(list)
     by_name: dict[str, list[_Case]] = defaultdict(list)
     for case in cases:
         by_folder[case.volumes[0].folder].append(case)
-        for name in _names(case):
+        for name in case.names():
             by_name[name].append(case)
-    stray: list[Volume] = []
+    strays: list[Volume] = []
     for label in labels:
-        found = _case_of(label, by_folder[label.folder], by_name)
-        if found is None:
-            stray.append(label)
+        label_case = _find_case(label, by_folder[label.folder], by_name)
+        if label_case is None:
+            strays.append(label)
         else:
-            found.masks.append(label.name)
-    return stray
+            label_case.masks.append(label.name)
+    return strays
 
 
-def _case_of(label: Volume, near: list[_Case], by_name: dict[str, list[_Case]]) -> _Case | None:
-    """Find a label's case: by name in its folder, by the start of its name, as the only one there, by name anywhere."""
+def _find_case(
+    label: Volume, neighbors: list[_Case], by_name: dict[str, list[_Case]]
+) -> _Case | None:
+    """Find the case of a label.
+
+    Tried in turn: by name in its folder, by the start of its name, as the only one in its folder,
+    by name anywhere.
+    """
     stem = label.stem.lower()
-    bases = [*([stem] if label.is_in_labels else []), *mask_bases(stem)]
+    bases = mask_bases(stem)
+    if label.is_in_labels:
+        bases = [stem, *bases]
     for base in bases:
-        named = [case for case in near if base in _names(case)]
-        if len(named) == 1:
-            return named[0]
-    starts = [
-        (len(name), i)
-        for i, case in enumerate(near)
-        for name in _names(case)
-        if re.match(rf"{re.escape(name)}[_\-.]", stem)
-    ]
-    if starts:
-        return near[max(starts)[1]]
-    if len(near) == 1 and not (label.is_in_labels and near[0].volumes[0].is_in_images):
-        return near[
-            0
-        ]  # case_07/imaging.nii.gz and case_07/segmentation.nii.gz; not so where names must agree
+        matches = [case for case in neighbors if base in case.names()]
+        if len(matches) == 1:
+            return matches[0]
+    best = _longest_start(stem, neighbors)
+    if best is not None:
+        return best
+    if len(neighbors) == 1:
+        # As case_07/imaging.nii.gz and case_07/segmentation.nii.gz. Not so in images and labels
+        # folders, where names must agree.
+        has_own_folder = label.is_in_labels and neighbors[0].volumes[0].is_in_images
+        if not has_own_folder:
+            return neighbors[0]
     for base in bases:
         if len(by_name.get(base, ())) == 1:
             return by_name[base][0]
     return None
 
 
-def _names(case: _Case) -> set[str]:
-    return {case.name.lower(), *(of.stem.lower() for of in case.volumes)}
+def _longest_start(stem: str, cases: list[_Case]) -> _Case | None:
+    """Return the case with the longest name that a label's name starts with; the last of equals."""
+    best = None
+    best_length = 0
+    for case in cases:
+        for name in case.names():
+            is_start = re.match(rf"{re.escape(name)}[_\-.]", stem)
+            if is_start and len(name) >= best_length:
+                best = case
+                best_length = len(name)
+    return best
 
 
-def to_items(place: DataPath, cases: list[_Case]) -> list[SourceImage]:
-    """Name the cases: by file or case name where these differ, else by their path."""
+def _belongs_to_any(label: Volume, images: list[Volume]) -> bool:
+    """Return whether a label is named like an image of its folder."""
+    stem = label.stem.lower()
+    starts = tuple(base for base in (stem, *mask_bases(stem)) if base)
+    for image in images:
+        if image.folder == label.folder and image.stem.lower().startswith(starts):
+            return True
+    return False
+
+
+def to_items(root: DataPath, cases: list[_Case]) -> list[SourceImage]:
+    """Name the cases: by file or case name if all differ, else by their path."""
     groups = groups_of([(case.name, case.volumes[0], case.is_stacked) for case in cases])
-    differ = len({case.name for case in cases}) == len(cases)
+    has_unique_names = len({case.name for case in cases}) == len(cases)
     items = []
     for case, group in zip(cases, groups, strict=True):
         first = case.volumes[0].name
         folder = first.rpartition("/")[0]
         items.append(
             SourceImage(
-                id=case.name if differ or not folder else f"{folder}/{case.name}",
+                id=case.name if has_unique_names or not folder else f"{folder}/{case.name}",
                 format="nifti",
-                images=tuple(str(place / of.name) for of in case.volumes),
-                masks=tuple(str(place / name) for name in case.masks),
+                images=tuple(str(root / volume.name) for volume in case.volumes),
+                masks=tuple(str(root / name) for name in case.masks),
                 source=first,
                 group=group,
             )
@@ -245,25 +291,23 @@ def to_items(place: DataPath, cases: list[_Case]) -> list[SourceImage]:
     return items
 
 
-def _pairs(names: list[str]) -> list[RejectedFile]:
+def _reject_pairs(names: list[str]) -> list[RejectedFile]:
     headers = {name[:-4] for name in names if name.lower().endswith(".hdr")}
-    return [
-        RejectedFile(
-            name,
-            "rejected",
-            "is one half of a pair (.hdr and .img); single .nii or .nii.gz files are accepted",
-        )
-        for name in names
-        if name.lower().endswith(".img") and name[:-4] in headers
-    ]
+    reason = "is one half of a pair (.hdr and .img); single .nii or .nii.gz files are accepted"
+    rejects = []
+    for name in names:
+        if name.lower().endswith(".img") and name[:-4] in headers:
+            rejects.append(rejected(name, reason))
+    return rejects
 
 
-def _why(cases: list[_Case], brains: int) -> str:
-    stacked = [case for case in cases if case.is_stacked and len(case.volumes) > 1]
+def _summarize(cases: list[_Case], brain_mask_count: int) -> str:
     text = f"{len(cases)} NIfTI volumes"
+    stacked = [case for case in cases if case.is_stacked and len(case.volumes) > 1]
     if stacked:
-        channels = ", ".join(
-            of.stem.removeprefix(stacked[0].name).lstrip("_-") for of in stacked[0].volumes
-        )
-        text += f", {len(stacked)} of them with the channels {channels}"
-    return text + (f"; {brains} brain masks left out" if brains else "")
+        first = stacked[0]
+        channels = [v.stem.removeprefix(first.name).lstrip("_-") for v in first.volumes]
+        text += f", {len(stacked)} of them with the channels {', '.join(channels)}"
+    if brain_mask_count:
+        text += f"; {brain_mask_count} brain masks left out"
+    return text

@@ -1,8 +1,8 @@
-"""Reading a patch dataset by Ray Data, in an order that repeats. Imported where Ray is used.
+"""Stream the images of a split with Ray Data, in a repeatable order. Imported where Ray is used.
 
-Training reads through `Stream`: one Ray Data execution over many epochs, whose tasks read an epoch each, one after the
-other, in the order of `order.py`. Starting an execution takes a second and more; a next epoch takes none of it, since
-its task starts while the last batches of the one before wait.
+One Ray Data execution serves many epochs. Its tasks read an epoch each, one after the other.
+Starting an execution takes a second and more. The next epoch takes none of it, because its task
+starts while the last batches of the epoch before still wait.
 """
 
 from __future__ import annotations
@@ -10,66 +10,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
 import ray.exceptions
-from ray.data.extensions import ArrowTensorArray
 
-from amlp_ray.data.loading.shuffle import Order, ahead
-from amlp_ray.data.parquet import Shape, image_bytes, images_of, masks_of, read_part, schema
+from amlp_ray.data.loading.shuffle import Order, reads_to_start
+from amlp_ray.data.parquet import Shape, image_bytes, images_of, keys_of, read_part
 from amlp_ray.data.path import DataPath
-from amlp_ray.data.ray_silence import quieten
+from amlp_ray.data.ray_silence import silence_ray_data
 from amlp_ray.errors import AmlpError, DataError
 
-if TYPE_CHECKING:
-    from amlp_ray.data.dataset import PatchDataset
-
 BLOCK_BYTES = 16 << 20  # a task hands images over in blocks of this size
-AHEAD = 4  # blocks on their way to the trainer, and as many behind them
-EPOCHS = 256  # of one execution: planning them takes time
-READERS = 2  # threads of a task that read from a disk
-REMOTE_READERS = 8  # an object store answers late, but many at once
-
-
-def read_rows(
-    dataset: PatchDataset, split: str, columns: Sequence[str] | None = None
-) -> ray.data.Dataset:
-    """A split's rows as a Ray dataset in order, `image` (C, H, W) and `mask` (H, W) as arrays; all columns if None.
-
-    A mask comes with `labelled`: an unlabelled image has a mask of zeros and False.
-    """
-    quieten()
-    files = dataset.files(split)
-    if not files:
-        empty = schema(dataset.shape, dataset.manifest.dtype).empty_table()
-        return ray.data.from_arrow(empty.select(list(columns or empty.column_names)))
-    rows = ray.data.read_parquet([file.path for file in files], filesystem=files[0].filesystem)
-    if columns:
-        rows = rows.select_columns(list(columns))  # Ray reads no others then
-    rows = rows.map_batches(
-        _arrays,
-        batch_format="pyarrow",
-        batch_size=None,
-        fn_kwargs={"shape": dataset.shape, "dtype": dataset.manifest.dtype},
-    )
-    rows.context.execution_options.preserve_order = (
-        True  # else blocks come in the order their tasks end
-    )
-    return rows
-
-
-def _arrays(table: pa.Table, shape: Shape, dtype: str) -> pa.Table:
-    out = {name: table[name] for name in table.column_names if name not in ("image", "mask")}
-    if "image" in table.column_names:
-        out["image"] = ArrowTensorArray.from_numpy(images_of(table["image"], shape, dtype))
-    if "mask" in table.column_names:
-        masks, labeled = masks_of(table["mask"], shape)
-        out |= {"mask": ArrowTensorArray.from_numpy(masks), "labeled": pa.array(labeled)}
-    return pa.table(out)
+BLOCKS_AHEAD = 4  # blocks on their way to the trainer, and as many behind them
+EPOCHS_PER_EXECUTION = 256  # planning each of them takes time
+LOCAL_THREADS = 2  # of a task that reads from a disk
+REMOTE_THREADS = 8  # an object store is slow to answer, but answers many at once
 
 
 @dataclass(frozen=True)
@@ -85,73 +44,84 @@ class SplitSource:
 
     @property
     def image_bytes(self) -> int:
+        """Bytes of one image as stored."""
         return image_bytes(self.shape, self.dtype)
 
 
-def read_epoch(source: SplitSource, epoch: int) -> Iterator[pa.Table]:
-    """Yield one worker's images of an epoch, in order, as tables of `image` and `key` of about `source.block_bytes`.
+class _GroupContent(NamedTuple):
+    """The images of a row group."""
 
-    Holds the row groups that the next images lie in, and no others: each is read once, shortly before its first image
-    is due, and let go after its last.
+    images: np.ndarray  # (N, image_bytes) uint8
+    keys: np.ndarray  # (N,) int64
+
+
+def read_epoch(source: SplitSource, epoch: int) -> Iterator[pa.Table]:
+    """Yield one worker's images of an epoch, in order.
+
+    Each row group is read once, shortly before its first image is due, and dropped after its last.
+
+    Yields:
+        Tables of `image` and `key` with images of about `source.block_bytes`.
 
     Raises:
         DataError: a part is missing or damaged.
     """
     order = source.order
-    rows = order.share(epoch, source.rank).ravel()
-    size = max(1, source.block_bytes // source.image_bytes)
-    unit, starts = order.unit_of(rows), np.array([u.start for u in order.units])
-    needed, first, last = order.uses(unit, size)
-    places = [DataPath(file) for file in source.files]
-    threads = READERS if all(place.is_local for place in places) else REMOTE_READERS
-    blocks = range(0, len(rows), size)
-    waiting: dict[int, Future[tuple[np.ndarray, np.ndarray]]] = {}
-    held: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    until = dict(zip(needed.tolist(), last.tolist(), strict=True))
+    rows = order.worker_rows(epoch, source.rank).ravel()
+    row_group = order.group_of(rows)
+    block_rows = max(1, source.block_bytes // source.image_bytes)
+    num_blocks = -(-len(rows) // block_rows)
+    plan = order.plan_reads(row_group, block_rows)
+    last_block = dict(zip(plan.groups.tolist(), plan.last_block.tolist(), strict=True))
+    paths = [DataPath(file) for file in source.files]
+    threads = LOCAL_THREADS if all(path.is_local for path in paths) else REMOTE_THREADS
+    pending: dict[int, Future[_GroupContent]] = {}
+    loaded: dict[int, _GroupContent] = {}
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for number, (begin, coming) in enumerate(
-                zip(blocks, ahead(first, len(blocks), threads), strict=True)
-            ):
-                for u in needed[coming].tolist():
-                    waiting[u] = pool.submit(_read_unit, source, places, u)
-                units, local = unit[begin : begin + size], rows[begin : begin + size]
-                images = np.empty((len(local), source.image_bytes), np.uint8)
-                keys = np.empty(len(local), np.int64)
-                for u in np.unique(units).tolist():
-                    if u not in held:
-                        held[u] = waiting.pop(u).result()
-                    mine = np.flatnonzero(units == u)
-                    at = local[mine] - starts[u]
-                    images[mine], keys[mine] = held[u][0][at], held[u][1][at]
-                    if until[u] == number:
-                        del held[u]
-                yield pa.table(
-                    {
-                        "image": pa.FixedSizeBinaryArray.from_buffers(
-                            pa.binary(source.image_bytes), len(keys), [None, pa.py_buffer(images)]
-                        ),
-                        "key": pa.array(keys),
-                    }
-                )
+            upcoming = reads_to_start(plan.first_block, num_blocks, threads)
+            for block, positions in enumerate(upcoming):
+                for group in plan.groups[positions].tolist():
+                    pending[group] = pool.submit(_read_row_group, source, paths, group)
+                in_block = slice(block * block_rows, (block + 1) * block_rows)
+                block_groups = row_group[in_block]
+                images = np.empty((len(block_groups), source.image_bytes), np.uint8)
+                keys = np.empty(len(block_groups), np.int64)
+                for group in np.unique(block_groups).tolist():
+                    if group not in loaded:
+                        loaded[group] = pending.pop(group).result()
+                    targets = np.flatnonzero(block_groups == group)
+                    sources = rows[in_block][targets] - order.row_groups[group].start
+                    images[targets] = loaded[group].images[sources]
+                    keys[targets] = loaded[group].keys[sources]
+                    if last_block[group] == block:
+                        del loaded[group]
+                yield _to_table(images, keys)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _read_unit(
-    source: SplitSource, places: Sequence[DataPath], number: int
-) -> tuple[np.ndarray, np.ndarray]:
-    from amlp_ray.data.parquet import keys_of
+def _to_table(images: np.ndarray, keys: np.ndarray) -> pa.Table:
+    """Wrap images (N, bytes) and keys (N,) without a copy."""
+    count, size = images.shape
+    column = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(size), count, [None, pa.py_buffer(images)]
+    )
+    return pa.table({"image": column, "key": pa.array(keys)})
 
-    unit = source.order.units[number]
-    table = read_part(places[unit.part], ["id", "image"], unit.group)
-    if len(table) != unit.rows:
+
+def _read_row_group(source: SplitSource, paths: Sequence[DataPath], number: int) -> _GroupContent:
+    group = source.order.row_groups[number]
+    path = paths[group.part]
+    table = read_part(path, ["id", "image"], group.number)
+    if len(table) != group.rows:
         raise DataError(
-            f"{places[unit.part]} is damaged: row group {unit.group} has {len(table)} rows instead of {unit.rows}; "
-            f"prepare the dataset again."
+            f"{path} is damaged: row group {group.number} has {len(table)} rows instead of "
+            f"{group.rows}; prepare the dataset again."
         )
     images = images_of(table["image"], source.shape, source.dtype).view(np.uint8)
-    return images.reshape(unit.rows, source.image_bytes), keys_of(table["id"].to_pylist())
+    keys = keys_of(table["id"].to_pylist())
+    return _GroupContent(images.reshape(group.rows, source.image_bytes), keys)
 
 
 def _read_epochs(epochs: pa.Table, source: SplitSource) -> Iterator[pa.Table]:
@@ -160,36 +130,40 @@ def _read_epochs(epochs: pa.Table, source: SplitSource) -> Iterator[pa.Table]:
 
 
 def stream_tables(source: SplitSource, epochs: range) -> Iterator[pa.Table]:
-    """Yield the tables of `read_epoch`, one epoch after the other, read ahead by Ray tasks on this node."""
-    quieten()
-    # Items, since `range` and `from_arrow` start tasks of their own, which wait for a whole CPU.
-    rows = ray.data.from_items(
-        [{"epoch": epoch} for epoch in epochs], override_num_blocks=len(epochs)
-    ).map_batches(
+    """Yield the tables of `read_epoch`, epoch by epoch, read ahead by Ray tasks on this node.
+
+    Raises:
+        DataError: a part is missing or damaged.
+    """
+    silence_ray_data()
+    # From items: `range` and `from_arrow` start tasks of their own, which wait for a whole CPU.
+    items = [{"epoch": epoch} for epoch in epochs]
+    tables = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _read_epochs,
         batch_size=1,
         batch_format="pyarrow",
         fn_kwargs={"source": source},
-        # One task at a time: the next epoch's begins when this one's has handed over its last blocks, which are still
-        # waiting then. A second one was no faster and took as much memory again.
+        # One task at a time. The next epoch's task begins when this one has handed over its last
+        # blocks, which still wait then. A second task was no faster and took as much memory again.
         compute=ray.data.TaskPoolStrategy(size=1),
-        num_cpus=0,  # a fraction would wait where workers hold every CPU, and no batch would ever come
+        # Any fraction of a CPU would wait forever on a node whose workers hold every CPU.
+        num_cpus=0,
         label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
     )
-    rows.context.execution_options.preserve_order = True
-    # Below what tasks yield, so that Ray leaves blocks as they are.
-    rows.context.target_max_block_size = source.block_bytes * 3 // 4
-    # Else a reader that is faster than the trainer fills half of Ray's memory.
-    rows.context.execution_options.resource_limits = ray.data.ExecutionResources(
-        object_store_memory=2 * AHEAD * source.block_bytes
+    options = tables.context.execution_options
+    options.preserve_order = True
+    # Without a limit, a reader that is faster than the trainer fills half of Ray's memory.
+    options.resource_limits = ray.data.ExecutionResources(
+        object_store_memory=2 * BLOCKS_AHEAD * source.block_bytes
     )
+    # Below the size that tasks yield, so that Ray leaves blocks as they are.
+    tables.context.target_max_block_size = source.block_bytes * 3 // 4
     try:
-        yield from rows.iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=AHEAD
+        yield from tables.iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=BLOCKS_AHEAD
         )
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, AmlpError):
-            raise type(error.cause)(
-                str(error.cause).splitlines()[0]
-            ) from None  # Ray adds lines of its own
+            # Ray appends lines of its own to the message.
+            raise type(error.cause)(str(error.cause).splitlines()[0]) from None
         raise

@@ -12,8 +12,8 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 from amlp_ray.config import PrepareConfig
-from amlp_ray.data.dataset import SPLITS
 from amlp_ray.data.layouts import SourceImage
+from amlp_ray.data.manifest import SPLITS
 from amlp_ray.data.prepare.near_duplicates import near_duplicate_groups, read_group_file
 from amlp_ray.data.prepare.scan import ImageScan
 from amlp_ray.data.prepare.splits import groups_cut, read_split_file, split_by_group

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from amlp_ray.config import PrepareConfig
-from amlp_ray.data.dataset import MANIFEST, SPLITS, UNFINISHED, Counts, Manifest, Part, PatchDataset
+from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.layouts import RejectedFile, SourceImage, find_items
+from amlp_ray.data.manifest import MANIFEST, SPLITS, UNFINISHED, Counts, Manifest, Part
 from amlp_ray.data.parquet import Shape, group_rows, part_rows
 from amlp_ray.data.path import DataPath
 from amlp_ray.data.prepare.assign import FILES, Given, assign, file_digests, group_rule, split_rule
@@ -69,10 +70,10 @@ def prepare(
     source, out = DataPath(source), DataPath(out)
     existing = _existing(out)
     listing = find_items(config, source)
-    if listing.why:
-        told.say(listing.why)
+    if listing.summary:
+        told.say(listing.summary)
     rejects = Rejects(out, strict)
-    rejects.add(fault._replace(file=_absolute(fault.file, source)) for fault in listing.faults)
+    rejects.add(fault._replace(file=_absolute(fault.file, source)) for fault in listing.rejected)
     config = config.model_copy(update={"layout": listing.layout})
     given = Given.read(config, listing.items)
     items = [item for item in listing.items if given.lists(item)]
@@ -103,7 +104,7 @@ def prepare(
         with state.lock():
             manifest = _prepare(items, given, config, state, rejects, told)
             manifest = manifest.model_copy(update={"name": out.name, "left_out": left_out})
-            (out / MANIFEST).write_whole(
+            (out / MANIFEST).atomic_write(
                 json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n"
             )
             rejects.write()

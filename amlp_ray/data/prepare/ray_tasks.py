@@ -24,9 +24,9 @@ def run_jobs(
         return
     import ray.data
 
-    from amlp_ray.data.ray_silence import quieten
+    from amlp_ray.data.ray_silence import silence_ray_data
 
-    quieten()
+    silence_ray_data()
     rows = [{"number": number, "job": json.dumps(run_spec)} for number, run_spec in jobs]
     tasks = min(MAX_TASKS, math.ceil(len(rows) / per_task))
     dataset = ray.data.from_items(rows, override_num_blocks=tasks).map(

@@ -55,4 +55,4 @@ class Rejects:
         table = csv.writer(text)
         table.writerow(RejectedFile._fields)
         table.writerows(sorted(set(self._faults)))
-        self.place.write_whole(text.getvalue())
+        self.place.atomic_write(text.getvalue())

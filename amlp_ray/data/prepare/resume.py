@@ -7,15 +7,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from amlp_ray.data.dataset import MANIFEST, SPLITS, UNFINISHED
+from amlp_ray.data.manifest import MANIFEST, SPLITS, UNFINISHED
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
+from amlp_ray.utils.locks import acquire_lock
+from amlp_ray.utils.run_dir import OtherRunError, RunDir
 
 FLUSH_JOBS = 32  # results of pass 1 written at a time: a killed run looks again at what came after
 
@@ -39,15 +40,16 @@ class Unfinished:
         Raises:
             DataError: the place holds an unfinished preparation of other files or settings.
         """
-        plan = self.place / "plan.json"
-        if not plan.is_file():
-            plan.write_whole(json.dumps({"key": self.key}))
-            return {}
-        if _read(plan).get("key") != self.key:
+        run_dir = RunDir(self.place, "plan.json", write=DataPath.atomic_write)
+        try:
+            is_resumed = run_dir.claim({"key": self.key})
+        except OtherRunError:
             raise DataError(
-                f"{self.out} holds an unfinished dataset of other files or settings; delete it or choose another "
-                f"folder."
-            )
+                f"{self.out} holds an unfinished dataset of other files or settings; delete it or "
+                f"choose another folder."
+            ) from None
+        if not is_resumed:
+            return {}
         looked: dict[int, Any] = {}
         for name in sorted(
             entry.name for entry in self.place.entries() if entry.name.startswith("looked-")
@@ -63,13 +65,13 @@ class Unfinished:
             yield
             return
         self.place.local.mkdir(parents=True, exist_ok=True)
-        with (self.place.local / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(
-                    f"{self.out} is being prepared by another process; wait for it or stop it."
-                ) from None
+        try:
+            lock = acquire_lock(self.place.local / ".lock")
+        except BlockingIOError:
+            raise DataError(
+                f"{self.out} is being prepared by another process; wait for it or stop it."
+            ) from None
+        with lock:
             if (self.out / MANIFEST).is_file():  # it ended between our look and our lock
                 self._clear()
                 raise ResumableError(
@@ -85,7 +87,7 @@ class Unfinished:
 
     def flush(self) -> None:
         if self._pending:
-            (self.place / f"looked-{self._files:05d}.json").write_whole(json.dumps(self._pending))
+            (self.place / f"looked-{self._files:05d}.json").atomic_write(json.dumps(self._pending))
             self._files, self._pending = self._files + 1, {}
 
     def part(self, name: str) -> dict[str, Any] | None:
@@ -98,7 +100,7 @@ class Unfinished:
         return known if file.size == known.get("bytes") else None
 
     def add_part(self, name: str, known: dict[str, Any]) -> None:
-        (self.place / f"{name}.json").write_whole(json.dumps(known))
+        (self.place / f"{name}.json").atomic_write(json.dumps(known))
 
     def discard(self) -> None:
         """Forget all, parts included: the files have changed or cannot be used. Nothing else is deleted."""

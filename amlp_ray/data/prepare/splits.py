@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from amlp_ray.data.dataset import SPLITS
+from amlp_ray.data.manifest import SPLITS
 from amlp_ray.errors import DataError
 
 

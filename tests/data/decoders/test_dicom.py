@@ -150,7 +150,7 @@ def test_shared_images_are_read_pixel_by_pixel(name: str, real_data: Path) -> No
 def test_shared_folder_lists_two_series_and_tells_why_not_more(real_data: Path) -> None:
     listing = find(real_data / "dicom")
     assert sorted(item.stratum for item in listing.items) == ["CT", "MR"]
-    assert {fault.file: fault.reason for fault in listing.faults} == {
+    assert {fault.file: fault.reason for fault in listing.rejected} == {
         "MR_small_RLE.dcm": "is a second copy of MR_small.dcm, which is kept",
         "liver_1frame.dcm": "is a segmentation that refers to a series that is not here",
     }
@@ -252,9 +252,9 @@ def test_other_objects_are_counted_and_other_files_ignored(tmp_path: Path) -> No
     (tmp_path / "notes.dcm").write_text("named like one")
     listing = find(tmp_path)
     assert len(listing.items) == 1
-    assert listing.faults == [("notes.dcm", "rejected", "is named like a DICOM file and is none")]
-    assert "4 other objects left out" in listing.why
-    assert "1 RT Plan Storage" in listing.why
+    assert listing.rejected == [("notes.dcm", "rejected", "is named like a DICOM file and is none")]
+    assert "4 other objects left out" in listing.summary
+    assert "1 RT Plan Storage" in listing.summary
 
 
 def test_file_without_preamble_is_read_where_its_name_says_dicom(tmp_path: Path) -> None:
@@ -624,11 +624,11 @@ def test_series_in_an_object_store_are_read_like_those_here(s3_bucket: str, tmp_
     (tmp_path / "README").write_text("x" * (1 << 19))
     there = DataPath(s3_bucket) / "series"
     for path in tmp_path.iterdir():
-        (there / path.name).write_whole(path.read_bytes())
+        (there / path.name).atomic_write(path.read_bytes())
     local, remote = find(tmp_path), find_dicom(there, KEEP)
     assert [item.id for item in remote.items] == [item.id for item in local.items]
-    assert remote.faults == local.faults
-    assert [fault.file for fault in local.faults] == ["bare.dcm"]
+    assert remote.rejected == local.rejected
+    assert [fault.file for fault in local.rejected] == ["bare.dcm"]
     for mine, theirs in zip(local.items, remote.items, strict=True):
         for here, other in zip(frames_of(mine), frames_of(theirs), strict=True):
             np.testing.assert_array_equal(here.image, other.image)
@@ -665,7 +665,7 @@ def test_headers_that_cannot_be_used_are_faults_and_the_rest_is_kept(tmp_path: P
     save(seg, tmp_path / "seg")
     listing = find(tmp_path)
     assert [len(item.images) for item in listing.items] == [2]
-    reasons = {fault.file: fault.reason for fault in listing.faults}
+    reasons = {fault.file: fault.reason for fault in listing.rejected}
     assert reasons["bare.dcm"] == "claims to be a CT Image and holds no pixels"
     assert "cut.dcm" in reasons
     assert reasons["seg"] == "is a segmentation that refers to a series that is not here"

@@ -121,7 +121,7 @@ def test_shared_folder_is_listed_with_its_labels(real_data: Path) -> None:
     assert found == {
         f"{image}.nii.gz": [f"{label}.nii.gz"] if label else [] for image, label in SHARED.items()
     }
-    assert listing.faults == []
+    assert listing.rejected == []
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LAS", "LPS", "PSR", "IAL", "SRP"])
@@ -440,11 +440,11 @@ def test_flat_folder_matches_labels_by_their_ending(tmp_path: Path) -> None:
             for i, ending in enumerate(endings)
         },
     }
-    assert [(fault.file, fault.reason.split(";")[0]) for fault in listing.faults] == [
+    assert [(fault.file, fault.reason.split(";")[0]) for fault in listing.rejected] == [
         ("stray_seg.nii", "is a label volume without an image"),
         ("x.img", "is one half of a pair (.hdr and .img)"),
     ]
-    assert "1 brain masks left out" in listing.why
+    assert "1 brain masks left out" in listing.summary
 
 
 def test_longer_names_keep_their_labels(tmp_path: Path) -> None:
@@ -471,7 +471,7 @@ def test_labels_in_a_folder_of_their_own_are_named_like_images(
     assert found["a_1"][1] == [f"{labels}/a_1.nii.gz"]
     assert found["a_2"][1] == []
     assert "a_9" in found
-    assert [fault.file for fault in listing.faults] == [f"{labels}/b.nii.gz"]
+    assert [fault.file for fault in listing.rejected] == [f"{labels}/b.nii.gz"]
 
 
 def test_nnunet_endings_are_channels(tmp_path: Path) -> None:
@@ -489,13 +489,13 @@ def test_nnunet_endings_are_channels(tmp_path: Path) -> None:
         ["labelsTr/case_1.nii.gz"],
         "case_1",
     )
-    assert [fault.file for fault in listing.faults] == [
+    assert [fault.file for fault in listing.rejected] == [
         "imagesTr/case_2_0000.nii.gz",
         "imagesTr/case_2_0002.nii.gz",
         "labelsTr/case_2.nii.gz",
     ]
-    assert "lacks 0001" in listing.faults[0].reason
-    assert "belongs to a case that is rejected" in listing.faults[2].reason
+    assert "lacks 0001" in listing.rejected[0].reason
+    assert "belongs to a case that is rejected" in listing.rejected[2].reason
 
 
 def test_numbers_that_are_no_channels_stay_names(tmp_path: Path) -> None:
@@ -532,8 +532,8 @@ def test_brats_modalities_are_channels_in_one_order(tmp_path: Path) -> None:
     ]
     assert masks == [f"{new[0]}/{new[0]}-seg.nii.gz"]
     assert found[new[1]][2] == group == "BraTS-GLI-00005"  # two times of one patient
-    assert [fault.file for fault in listing.faults] == sorted(lacking)
-    assert "lacks t1ce, flair, which most cases have" in listing.faults[1].reason
+    assert [fault.file for fault in listing.rejected] == sorted(lacking)
+    assert "lacks t1ce, flair, which most cases have" in listing.rejected[1].reason
 
 
 def test_sessions_of_a_bids_subject_share_a_group(tmp_path: Path) -> None:
@@ -552,7 +552,7 @@ def test_sessions_of_a_bids_subject_share_a_group(tmp_path: Path) -> None:
         names[8].replace("FLAIR.nii", "FLAIR_label-lesion_mask.nii")
     ]
     assert found["sub-01_ses-1_T1w"][1] == [derived]
-    assert listing.faults == []
+    assert listing.rejected == []
 
 
 def test_case_folders_give_ids_and_groups(tmp_path: Path) -> None:
@@ -614,7 +614,7 @@ def test_decathlon_lists_what_its_index_names(tmp_path: Path) -> None:
         "la_009": (["imagesTs/la_009.nii.gz"], [], "la_009"),
         "n": (["imagesTr/n_0000.nii.gz", "imagesTr/n_0001.nii.gz"], ["labelsTr/n.nii.gz"], "n"),
     }
-    reasons = sorted((fault.file, fault.reason) for fault in listing.faults)
+    reasons = sorted((fault.file, fault.reason) for fault in listing.rejected)
     assert [file for file, _ in reasons] == [
         "../elsewhere.nii.gz",
         "dataset.json",
@@ -625,8 +625,8 @@ def test_decathlon_lists_what_its_index_names(tmp_path: Path) -> None:
         "x.mha",
     ]
     assert reasons[3][1] == "is named in dataset.json and not there"
-    assert "of FLAIR, T1w" in listing.why
-    assert "3 volumes, 2 with labels" in listing.why
+    assert "of FLAIR, T1w" in listing.summary
+    assert "3 volumes, 2 with labels" in listing.summary
 
 
 @pytest.mark.parametrize(

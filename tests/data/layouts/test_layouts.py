@@ -63,7 +63,7 @@ def test_hidden_twins_and_other_files_are_passed_over(paired_folder: Path) -> No
     (paired_folder / "images" / "notes.txt").write_text("x")
     listing = find(paired_folder, "paired")
     assert len(listing.items) == 6
-    assert listing.faults == []
+    assert listing.rejected == []
 
 
 @pytest.mark.parametrize("layout", ["auto", "busi", "paired", "flat", "lgg", "coco"])
@@ -125,10 +125,10 @@ def test_odd_names_survive_in_every_layout(name: str, tmp_path: Path) -> None:
         (lgg, "lgg", 1),
     ):
         listing = find(folder)
-        assert listing.why.startswith(f"{layout}: ")
+        assert listing.summary.startswith(f"{layout}: ")
         assert [item.id for item in listing.items] == [name]
         assert len(listing.items[0].masks) == masks
-        assert listing.faults == []
+        assert listing.rejected == []
     listing = find(flat)
     assert [item.id for item in listing.items] == [f"{name}/{name}"]
     assert all(Path(path).is_file() for item in listing.items for path in item.images)
@@ -137,9 +137,9 @@ def test_odd_names_survive_in_every_layout(name: str, tmp_path: Path) -> None:
 def test_a_bucket_is_read_as_a_folder_is(s3_bucket: str, paired_folder: Path) -> None:
     place = DataPath(s3_bucket) / "set [1]"
     for path in paired_folder.rglob("*.png"):
-        (place / path.relative_to(paired_folder).as_posix()).write_whole(path.read_bytes())
+        (place / path.relative_to(paired_folder).as_posix()).atomic_write(path.read_bytes())
     local, there = find(paired_folder), find_items(PrepareConfig(), place)
-    assert there.why == local.why
+    assert there.summary == local.summary
     assert masks_of(there).keys() == masks_of(local).keys()
     for item, other in zip(local.items, there.items, strict=True):
         assert other.images[0].startswith("s3://")
@@ -165,7 +165,7 @@ def test_a_name_that_is_no_utf8_is_a_fault_and_the_rest_survives(tmp_path: Path)
         pytest.skip("the file system takes UTF-8 names only")
     listing = find(tmp_path, "flat")
     assert [item.id for item in listing.items] == ["a"]
-    assert listing.faults == [
+    assert listing.rejected == [
         ("b\\udcff.png", "rejected", "has a name that is not UTF-8; rename it")
     ]
 
@@ -174,7 +174,7 @@ def test_of_two_images_with_one_id_the_first_is_kept(paired_folder: Path) -> Non
     save(paired_folder / "images" / "case_3.jpg")
     listing = find(paired_folder, "paired")
     assert [item.source for item in listing.items if item.id == "case_3"] == ["images/case_3.jpg"]
-    (fault,) = listing.faults
+    (fault,) = listing.rejected
     assert fault.file == "images/case_3.png"
     assert fault.action == "rejected"
     assert fault.reason.startswith("has the id 'case_3', as images/case_3.jpg has, but")
@@ -233,7 +233,7 @@ def test_busi_lists_images_with_all_their_masks(busi_folder: Path) -> None:
         "",
     )
     assert all(Path(path).is_absolute() for item in items for path in (*item.images, *item.masks))
-    assert listing.faults == []
+    assert listing.rejected == []
 
 
 def test_busi_image_without_mask_is_unlabeled(busi_folder: Path) -> None:
@@ -245,7 +245,7 @@ def test_busi_mask_without_image_is_a_fault_and_the_rest_survives(busi_folder: P
     (busi_folder / "malignant" / "malignant (3).png").unlink()
     listing = find(busi_folder, "busi")
     assert len(listing.items) == 17
-    (fault,) = listing.faults
+    (fault,) = listing.rejected
     assert fault.file == "malignant/malignant (3)_mask.png"
     assert fault.reason.startswith(
         "is a mask without an image; an image named 'malignant (3)' must stand beside it"
@@ -262,17 +262,17 @@ def test_busi_is_found_in_the_folder_of_its_archive(busi_folder: Path) -> None:
 )
 def test_real_busi_is_recognized(folder: str, images: int, masks: int, real_data: Path) -> None:
     listing = find(real_data / folder)
-    assert listing.why.startswith("busi: folders ")
+    assert listing.summary.startswith("busi: folders ")
     assert len(listing.items) == images
     assert sum(len(item.masks) for item in listing.items) == masks
-    assert listing.faults == []
+    assert listing.rejected == []
 
 
 @pytest.mark.real
 def test_real_isic_is_recognized(real_data: Path) -> None:
     listing = find(real_data / "isic2017")
     assert (
-        listing.why
+        listing.summary
         == "paired: masks in a folder of their own such as 'masks/ISIC_0001769_segmentation.png'"
     )
     assert len(listing.items) == 63
@@ -300,8 +300,8 @@ def test_paired_mask_without_image_is_a_fault_and_the_rest_survives(paired_folde
     (paired_folder / "images" / "case_1.png").unlink()
     listing = find(paired_folder, "paired")
     assert len(listing.items) == 5
-    assert [fault.file for fault in listing.faults] == ["masks/case_1_segmentation.png"]
-    assert listing.faults[0].reason.startswith(
+    assert [fault.file for fault in listing.rejected] == ["masks/case_1_segmentation.png"]
+    assert listing.rejected[0].reason.startswith(
         "is a mask without an image; it must be named like an image"
     )
 
@@ -328,9 +328,9 @@ def test_paired_masks_may_stand_beside_images(tmp_path: Path) -> None:
     for name in ("a.jpg", "a_mask.png", "a_mask_2.png", "b.png", "c_gt.png"):
         save(tmp_path / name)
     listing = find(tmp_path)
-    assert listing.why.startswith("paired: masks beside their images")
+    assert listing.summary.startswith("paired: masks beside their images")
     assert masks_of(listing) == {"a": ["a_mask.png", "a_mask_2.png"], "b": []}
-    assert [fault.file for fault in listing.faults] == ["c_gt.png"]
+    assert [fault.file for fault in listing.rejected] == ["c_gt.png"]
 
 
 def test_images_may_lie_loose_beside_a_folder_of_masks(tmp_path: Path) -> None:
@@ -356,8 +356,8 @@ def test_flat_lists_pictures_at_any_depth(tmp_path: Path) -> None:
         ("x/y/a", "x/y"),
     ]
     assert all(item.masks == () and item.outlines == "" for item in listing.items)
-    assert listing.faults == []
-    assert listing.why == "flat: 4 pictures such as 'a10.png', and no masks of any known layout"
+    assert listing.rejected == []
+    assert listing.summary == "flat: 4 pictures such as 'a10.png', and no masks of any known layout"
 
 
 def test_two_suffixes_of_one_stem_are_a_fault(tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_two_suffixes_of_one_stem_are_a_fault(tmp_path: Path) -> None:
     save(tmp_path / "x" / "a.bmp")
     listing = find(tmp_path)
     assert [item.source for item in listing.items] == ["x/a.bmp"]
-    assert [fault.file for fault in listing.faults] == ["x/a.png"]
+    assert [fault.file for fault in listing.rejected] == ["x/a.png"]
 
 
 def test_a_file_list_names_files_relative_or_absolute(tmp_path: Path) -> None:
@@ -393,11 +393,11 @@ def test_a_file_list_names_files_relative_or_absolute(tmp_path: Path) -> None:
         ".hidden",
     }
     assert all(Path(item.images[0]).is_file() for item in listing.items)
-    assert [(fault.file, fault.action) for fault in listing.faults] == [
+    assert [(fault.file, fault.action) for fault in listing.rejected] == [
         ("a.png", "repaired"),
         ("gone.png", "rejected"),
     ]
-    assert f"is listed in {file_list}, but there is no such file" in listing.faults[1].reason
+    assert f"is listed in {file_list}, but there is no such file" in listing.rejected[1].reason
 
 
 def test_a_file_list_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -423,7 +423,7 @@ def test_lgg_groups_by_patient(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text("Patient\n")
     listing = find(tmp_path)
     assert (
-        listing.why == "lgg: 2 folders of TIFF slices with masks such as 'TCGA_1/TCGA_1_1_mask.tif'"
+        listing.summary == "lgg: 2 folders of TIFF slices with masks such as 'TCGA_1/TCGA_1_1_mask.tif'"
     )
     assert [item.id for item in listing.items][:4] == [
         "TCGA_1_1",
@@ -434,7 +434,7 @@ def test_lgg_groups_by_patient(tmp_path: Path) -> None:
     assert {item.group for item in listing.items} == {"TCGA_1", "TCGA_2", "TCGA_3"}
     assert listing.items[-1].id == "TCGA_3/1"
     assert [len(item.masks) for item in listing.items] == [1] * 6 + [0]
-    assert [fault.file for fault in listing.faults] == ["TCGA_2/TCGA_2_11_mask.tif"]
+    assert [fault.file for fault in listing.rejected] == ["TCGA_2/TCGA_2_11_mask.tif"]
 
 
 # COCO
@@ -475,11 +475,11 @@ def test_coco_lists_outlines_and_images_without_any(tmp_path: Path) -> None:
     )
     listing = find(tmp_path, lesion_labels=(1, 2))
     assert (
-        listing.why
+        listing.summary
         == "coco: an annotation file 'annotations/instances_train.json' with the keys of COCO"
     )
     assert segmentations(listing) == {"images/a": [TRIANGLE, TRIANGLE], "images/b": []}
-    assert [(fault.file, fault.action) for fault in listing.faults] == [
+    assert [(fault.file, fault.action) for fault in listing.rejected] == [
         ("annotations/instances_train.json", "repaired"),
         ("gone.png", "rejected"),
         ("images/unnamed.png", "rejected"),
@@ -496,7 +496,7 @@ def test_coco_box_without_outline_is_unlabeled(tmp_path: Path) -> None:
     )
     listing = find(tmp_path)
     assert segmentations(listing) == {"a": None}
-    assert listing.faults == [
+    assert listing.rejected == [
         ("a.png", "repaired", "has a box without an outline: taken as unlabelled")
     ]
 
@@ -518,7 +518,7 @@ def test_coco_knows_paths_of_other_machines_but_not_of_other_folders(tmp_path: P
     coco(tmp_path / "instances.json", ["C:\\scans\\a.png", "/home/me/b.png", "train/c.png"], [])
     listing = find(tmp_path)
     assert set(segmentations(listing)) == {"a", "b"}
-    assert listing.faults[0] == (
+    assert listing.rejected[0] == (
         "train/c.png",
         "rejected",
         "is named in instances.json, but there is no such picture below the folder",
@@ -546,7 +546,7 @@ def test_damaged_coco_is_named(tmp_path: Path) -> None:
 
 
 def test_busi_says_by_what_it_was_recognized(busi_folder: Path) -> None:
-    assert find(busi_folder).why == (
+    assert find(busi_folder).summary == (
         "busi: folders benign, normal, malignant (of benign, malignant, normal) with masks such as "
         "'benign/benign (1)_mask.png'"
     )
@@ -570,8 +570,8 @@ def test_masks_that_fit_no_image_are_not_taken_for_images(tmp_path: Path) -> Non
     save(tmp_path / "images" / "a.png")
     save(tmp_path / "masks" / "b.png")
     listing = find(tmp_path)
-    assert listing.why.startswith("paired")
-    assert [fault.file for fault in listing.faults] == ["masks/b.png"]
+    assert listing.summary.startswith("paired")
+    assert [fault.file for fault in listing.rejected] == ["masks/b.png"]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from helpers.volumes import dicom, write_nifti
 from PIL import Image
 
 from amlp_ray.config import PrepareConfig
-from amlp_ray.data.dataset import SPLITS, PatchDataset
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.data.manifest import SPLITS
 from amlp_ray.data.prepare.pipeline import prepare
 from amlp_ray.errors import AmlpError, DataError
 
@@ -633,7 +634,7 @@ def _file_list(content: str) -> Callable[[Path], None]:
 def _with_manifest(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Path], None]:
     def run(folder: Path) -> None:
         dataset = _prepare(_good_folder(folder / "in"), folder / "out")
-        manifest = dataset.place.local / "manifest.json"
+        manifest = dataset.root.local / "manifest.json"
         manifest.write_text(json.dumps(change(json.loads(manifest.read_text()))))
         PatchDataset.open(folder / "out")
 

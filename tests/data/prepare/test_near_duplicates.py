@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import amlp_ray.data.prepare.near_duplicates as grouping
-from amlp_ray.data.dataset import SPLITS
+from amlp_ray.data.manifest import SPLITS
 from amlp_ray.data.prepare.near_duplicates import (
     FLAT,
     SAME,

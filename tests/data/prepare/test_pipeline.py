@@ -19,8 +19,9 @@ from PIL import Image
 
 import amlp_ray.data.parquet as parts
 from amlp_ray.config import PrepareConfig
-from amlp_ray.data.dataset import SPLITS, PatchDataset
+from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.layouts import natural_key
+from amlp_ray.data.manifest import SPLITS
 from amlp_ray.data.path import DataPath
 from amlp_ray.data.prepare.pipeline import Told, prepare
 from amlp_ray.errors import DataError
@@ -376,8 +377,8 @@ def test_from_and_to_an_object_store(busi_folder: Path, tmp_path: Path, s3_bucke
     here = prepare(busi_folder, tmp_path / "out", _settings("busi"))
     source, out = DataPath(s3_bucket) / "source", DataPath(s3_bucket) / "sets" / "out"
     for entry in DataPath(busi_folder).entries():
-        (source / entry.name).write_whole((busi_folder / entry.name).read_bytes())
-    (source / "benign/benign (99).png").write_whole(b"not a picture")
+        (source / entry.name).atomic_write((busi_folder / entry.name).read_bytes())
+    (source / "benign/benign (99).png").atomic_write(b"not a picture")
     there = prepare(source, out, _settings("busi"))
     assert {
         e.name: (out / e.name).read_bytes() for e in out.entries() if e.name != "manifest.json"

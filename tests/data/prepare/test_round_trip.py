@@ -19,7 +19,8 @@ from PIL import Image
 from pydicom.pixels import apply_rescale
 
 from amlp_ray.config import PrepareConfig
-from amlp_ray.data.dataset import SPLITS, PatchDataset
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.data.manifest import SPLITS
 from amlp_ray.data.prepare.pipeline import prepare
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(180)]

@@ -1,1 +1,1 @@
-"""From a patch dataset to the batches of a training loop: resident, mapped or streamed, in one order."""
+"""Turn a patch dataset into the batches of a training loop: mapped or streamed, in one order."""

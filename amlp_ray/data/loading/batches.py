@@ -1,8 +1,7 @@
-"""Batches for training, from images that are resident, mapped or streamed. All speak `Batches`, in the same order.
+"""Yield the batches of a training loop, from a mapped cache file or from a Ray Data stream.
 
-Batches stay on the CPU and as stored (uint8 goes to the device at a quarter of the cost of float); normalising and
-cropping are the trainer's, on the device. `order.py` says which image comes when, `cache.py` keeps images for all
-processes of a node, `ray_data.py` reads ahead what is too large to keep.
+Batches stay on the CPU with pixels as stored, because uint8 goes to the device at a quarter of the
+cost of float. The trainer normalizes and crops on the device.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import torch
 
 from amlp_ray.config import ImageSpec
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.loading.image_cache import Store, fits, has_store, open_store
-from amlp_ray.data.loading.shuffle import Order, ahead, share_of
+from amlp_ray.data.loading.image_cache import CachedSplit, has_room, is_cached, open_cached_split
+from amlp_ray.data.loading.shuffle import Order, reads_to_start, worker_share
 from amlp_ray.data.parquet import images_of
 from amlp_ray.errors import ConfigError, DataError
 
@@ -25,16 +24,15 @@ if TYPE_CHECKING:
 
     from amlp_ray.data.loading.ray_stream import SplitSource
 
-Mode = Literal["auto", "resident", "mapped", "stream"]
-MAPPED_AHEAD = 16  # row groups that a disk is told of before they are needed
+Mode = Literal["auto", "mapped", "stream"]
+GROUPS_AHEAD = 16  # row groups that the disk is asked for before they are needed
 
 
 class Batch(NamedTuple):
     """One worker's share of a global batch."""
 
-    images: (
-        torch.Tensor
-    )  # (B, C, H, W) as stored; on the CPU, pinned where CUDA is available, or on the device
+    # (B, C, H, W) as stored; on the CPU, pinned if CUDA is available, or on the device
+    images: torch.Tensor
     keys: torch.Tensor  # (B,) int64, identity of each image; on the CPU
 
 
@@ -45,7 +43,7 @@ class Batches(Protocol):
     steps_per_epoch: int
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield `steps_per_epoch` batches; `epoch` is 1-based, and the same number gives the same batches."""
+        """Yield the `steps_per_epoch` batches of an epoch, from 1; the same for the same number."""
         ...
 
 
@@ -60,102 +58,102 @@ def open_batches(
     world: int = 1,
     epochs: int | None = None,
 ) -> Batches:
-    """Open one worker's batches of a split. All modes and numbers of workers give the same images in the same order.
+    """Open one worker's batches of a split.
+
+    All modes and any number of workers give the same images in the same order.
 
     Args:
         dataset: the patch dataset.
         split: train, val or test.
         batch_size: images per step over all workers.
-        seed: of the order of images.
-        mode: see `resolved`; `stream` needs Ray to be initialised.
-        rank: this worker, from 0.
+        seed: seed of the order of images.
+        mode: see `resolve_mode`; `stream` needs Ray to be initialized.
+        rank: number of this worker, from 0.
         world: number of workers.
-        epochs: the last epoch that will be asked for, so that a stream reads nothing beyond it.
+        epochs: the last epoch that will be read; a stream reads nothing beyond it.
 
     Raises:
         ConfigError: `world` exceeds `batch_size`.
-        DataError: the split is empty or damaged, or has no room in the cache folder.
+        DataError: the split is empty or damaged, or the cache folder has no room for it.
     """
     if batch_size < world:
         raise ConfigError(
             f"batch_size {batch_size} cannot be shared by {world} workers; raise it, or use fewer."
         )
-    if dataset.count(split) == 0:
-        raise DataError(
-            f"The split {split!r} of {dataset.path} has no images; prepare it with a larger fraction."
-        )
-    order = Order.of(dataset, split, batch_size=batch_size, seed=seed, world=world)
-    chosen = resolved(dataset, split, mode)
-    if chosen == "stream":
+    _check_not_empty(dataset, split)
+    order = Order.from_manifest(
+        dataset.manifest, split, batch_size=batch_size, seed=seed, world=world
+    )
+    if is_streamed(dataset, split, mode):
         return StreamBatches(dataset, split, order, rank=rank, epochs=epochs)
-    return StoredBatches(open_store(dataset, split, chosen), dataset.spec, order, rank=rank)
+    return MappedBatches(open_cached_split(dataset, split), dataset.spec, order, rank=rank)
 
 
-def resolved(
-    dataset: PatchDataset, split: str, mode: Mode
-) -> Literal["resident", "mapped", "stream"]:
-    """What `auto` means here: resident if half of the free memory holds the split, mapped if the cache's disk does.
+def resolve_mode(dataset: PatchDataset, split: str, mode: Mode) -> Literal["mapped", "stream"]:
+    """Return what `auto` means on this machine.
 
-    A store that this node has already costs nothing more, and is taken.
+    It is `mapped` if the cache holds the split already or its disk has room for it.
     """
     if mode != "auto":
         return mode
-    for kind in ("resident", "mapped"):
-        if has_store(dataset, split, kind) or fits(dataset, split, kind):
-            return kind
-    return "stream"
+    can_map = is_cached(dataset, split) or has_room(dataset, split)
+    return "mapped" if can_map else "stream"
 
 
 def is_streamed(dataset: PatchDataset, split: str, mode: Mode) -> bool:
-    """Whether batches of a split come from a Ray Data stream."""
-    return resolved(dataset, split, mode) == "stream"
+    """Return whether batches of a split come from a Ray Data stream."""
+    return resolve_mode(dataset, split, mode) == "stream"
 
 
 class ExampleBatches:
-    """The first images of a split, again and again: for timing a step without opening all data."""
+    """Repeat the first images of a split, to time a step without opening all data."""
 
     steps_per_epoch = 1
 
     def __init__(self, dataset: PatchDataset, split: str = "train", *, batch_size: int) -> None:
-        if dataset.count(split) == 0:
-            raise DataError(
-                f"The split {split!r} of {dataset.path} has no images; prepare it with a larger fraction."
-            )
+        """Read up to `batch_size` images, and repeat them if the split has fewer."""
+        _check_not_empty(dataset, split)
         self.spec = dataset.spec
-        some = dataset.load(split, np.arange(min(batch_size, dataset.count(split))))
-        self._batch = _batch(some.images, some.keys, np.resize(np.arange(len(some)), batch_size))
+        count = min(batch_size, dataset.count(split))
+        examples = dataset.load(split, np.arange(count))
+        self._batch = _gather(examples.images, examples.keys, np.arange(batch_size) % count)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Yield the one batch."""
         yield self._batch
 
 
-class StoredBatches:
-    """Batches of a split that is resident or mapped."""
+class MappedBatches:
+    """Gather batches from a mapped cache file."""
 
-    def __init__(self, store: Store, spec: ImageSpec, order: Order, *, rank: int = 0) -> None:
+    def __init__(
+        self, cached: CachedSplit, spec: ImageSpec, order: Order, *, rank: int = 0
+    ) -> None:
+        """Read worker `rank`'s share of `order`."""
         self.spec = spec
         self.steps_per_epoch = order.steps
-        self._store, self._order, self._rank = store, order, rank
+        self._cached = cached
+        self._order = order
+        self._rank = rank
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        shares = self._order.share(epoch, self._rank)
-        images, keys = self._store.images, self._store.keys
-        if not self._store.on_disk:
-            for rows in shares:
-                yield _batch(images, keys, rows)
-            return
-        each, units = shares.shape[1], self._order.units
-        needed, first, _ = self._order.uses(self._order.unit_of(shares.ravel()), each)
-        for rows, coming in zip(shares, ahead(first, len(shares), MAPPED_AHEAD), strict=True):
-            for unit in needed[coming]:
-                self._store.will_need(units[unit].start, units[unit].rows)
-            yield _batch(images, keys, rows)
+        """Yield the batches of an epoch, and have the disk read row groups ahead of use."""
+        batches = self._order.worker_rows(epoch, self._rank)
+        steps, share = batches.shape
+        plan = self._order.plan_reads(self._order.group_of(batches.ravel()), share)
+        upcoming = reads_to_start(plan.first_block, steps, GROUPS_AHEAD)
+        for rows, positions in zip(batches, upcoming, strict=True):
+            for number in plan.groups[positions]:
+                group = self._order.row_groups[number]
+                self._cached.prefetch(group.start, group.rows)
+            yield _gather(self._cached.images, self._cached.keys, rows)
 
 
 class StreamBatches:
-    """Batches of a split that Ray Data reads while the trainer works.
+    """Take batches from a Ray Data execution that reads while the trainer works.
 
-    Epochs asked for one after the other come from one execution; another epoch starts a new one.
+    Epochs that are read one after the other come from one execution. Any other epoch starts a new
+    one.
     """
 
     def __init__(
@@ -167,85 +165,115 @@ class StreamBatches:
         rank: int = 0,
         epochs: int | None = None,
     ) -> None:
+        """Describe the stream; reading starts with the first epoch.
+
+        Args:
+            dataset: the patch dataset.
+            split: train, val or test.
+            order: the order of the images.
+            rank: number of this worker, from 0.
+            epochs: the last epoch that will be read.
+        """
         from amlp_ray.data.loading.ray_stream import BLOCK_BYTES, SplitSource
 
         self.spec = dataset.spec
         self.steps_per_epoch = order.steps
-        self._last = epochs
+        self._last_epoch = epochs
         files = tuple(str(file) for file in dataset.files(split))
         self._source = SplitSource(
             files, dataset.shape, dataset.manifest.dtype, order, rank, BLOCK_BYTES
         )
-        self._running: tuple[int, Generator[Batch]] | None = (
-            None  # the epoch whose first batch comes next
-        )
+        # A running execution, and the epoch whose first batch it yields next.
+        self._running: tuple[int, Generator[Batch]] | None = None
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        running, self._running = self._running, None
-        batches = (
-            running[1]
-            if running and running[0] == epoch
-            else _streamed(self._source, epoch, self._last)
-        )
-        for number, batch in enumerate(batches, 1):
-            if number == self.steps_per_epoch:
-                if epoch == self._last:
-                    batches.close()  # ends Ray's tasks
-                else:
-                    self._running = epoch + 1, batches
+        """Yield the batches of an epoch.
+
+        Raises:
+            DataError: a part is damaged.
+        """
+        running = self._running
+        self._running = None
+        if running is not None and running[0] == epoch:
+            batches = running[1]
+        else:
+            batches = _stream_batches(self._source, epoch, self._last_epoch)
+        for step, batch in enumerate(batches, 1):
+            is_last = step == self.steps_per_epoch
+            if is_last and epoch == self._last_epoch:
+                batches.close()  # ends Ray's tasks
+            elif is_last:
+                self._running = epoch + 1, batches
             yield batch
-            if number == self.steps_per_epoch:
+            if is_last:
                 return
         raise DataError(
-            f"{self._source.files[0]} and its neighbours gave fewer images than the manifest says."
+            f"{self._source.files[0]} and the files beside it hold fewer images than the manifest "
+            f"says; prepare the dataset again."
         )
 
 
-# Functions, not methods: a generator that knew its `StreamBatches` would live, and read on, until memory is collected.
+# Functions and not methods: a generator that referred to its `StreamBatches` would keep it alive,
+# and so read on, until the garbage collector finds the cycle.
 
 
-def _streamed(source: SplitSource, epoch: int, last: int | None) -> Generator[Batch]:
-    """Yield the batches of an epoch and all later ones, up to the last."""
-    from amlp_ray.data.loading.ray_stream import EPOCHS, stream_tables
+def _stream_batches(source: SplitSource, epoch: int, last_epoch: int | None) -> Generator[Batch]:
+    """Yield the batches of an epoch and of all later ones."""
+    from amlp_ray.data.loading.ray_stream import EPOCHS_PER_EXECUTION, stream_tables
 
-    while last is None or epoch <= last:
-        until = epoch + EPOCHS if last is None else min(epoch + EPOCHS, last + 1)
-        yield from _sliced(source, stream_tables(source, range(epoch, until)))
-        epoch = until
+    while last_epoch is None or epoch <= last_epoch:
+        end = epoch + EPOCHS_PER_EXECUTION
+        if last_epoch is not None:
+            end = min(end, last_epoch + 1)
+        yield from _cut_into_batches(source, stream_tables(source, range(epoch, end)))
+        epoch = end
 
 
-def _sliced(source: SplitSource, tables: Iterable[pa.Table]) -> Generator[Batch]:
-    """Cut tables of any length into batches."""
-    mine = share_of(source.order.batch_size, source.rank, source.order.world)
-    size, dtype = mine.stop - mine.start, np.dtype(source.dtype)
-    batch, filled = _empty(size, source.shape, dtype), 0
+def _cut_into_batches(source: SplitSource, tables: Iterable[pa.Table]) -> Generator[Batch]:
+    """Yield batches from tables of any length."""
+    share = worker_share(source.order.batch_size, source.rank, source.order.world)
+    size = share.stop - share.start
+    dtype = np.dtype(source.dtype)
+    batch = _empty_batch(size, source.shape, dtype)
+    filled = 0
     for table in tables:
         images = images_of(table["image"], source.shape, source.dtype)
         keys = table["key"].to_numpy()
-        taken = 0
-        while taken < len(keys):
-            some = min(size - filled, len(keys) - taken)
-            batch.images.numpy()[filled : filled + some] = images[taken : taken + some]
-            batch.keys.numpy()[filled : filled + some] = keys[taken : taken + some]
-            filled, taken = filled + some, taken + some
+        start = 0
+        while start < len(keys):
+            end = min(len(keys), start + size - filled)
+            target = slice(filled, filled + end - start)
+            batch.images.numpy()[target] = images[start:end]
+            batch.keys.numpy()[target] = keys[start:end]
+            filled = target.stop
+            start = end
             if filled == size:
                 yield batch
-                batch, filled = _empty(size, source.shape, dtype), 0
+                batch = _empty_batch(size, source.shape, dtype)
+                filled = 0
 
 
-def _batch(images: np.ndarray, keys: np.ndarray, rows: np.ndarray) -> Batch:
-    """Gather rows straight into (pinned) tensors: one copy, which read-only memory needs anyway."""
-    out = _empty(len(rows), images.shape[1:], images.dtype)
-    # mode="clip" lets numpy write into `out`; the default first fills a buffer. Rows are always in range.
-    np.take(images, rows, axis=0, out=out.images.numpy(), mode="clip")
-    np.take(keys, rows, axis=0, out=out.keys.numpy(), mode="clip")
-    return out
+def _gather(images: np.ndarray, keys: np.ndarray, rows: np.ndarray) -> Batch:
+    """Copy rows into new (pinned) tensors; torch needs a copy of read-only memory anyway."""
+    batch = _empty_batch(len(rows), images.shape[1:], images.dtype)
+    # mode="clip" lets numpy write into `out`; the default fills a buffer first. Rows are in range.
+    np.take(images, rows, axis=0, out=batch.images.numpy(), mode="clip")
+    np.take(keys, rows, axis=0, out=batch.keys.numpy(), mode="clip")
+    return batch
 
 
-def _empty(size: int, shape: tuple[int, ...], dtype: np.dtype) -> Batch:
-    pinned = torch.cuda.is_available()
-    kind = getattr(torch, dtype.name)
+def _empty_batch(size: int, shape: tuple[int, ...], dtype: np.dtype) -> Batch:
+    is_pinned = torch.cuda.is_available()
+    torch_dtype = getattr(torch, dtype.name)
     return Batch(
-        torch.empty((size, *shape), dtype=kind, pin_memory=pinned),
-        torch.empty(size, dtype=torch.int64, pin_memory=pinned),
+        torch.empty((size, *shape), dtype=torch_dtype, pin_memory=is_pinned),
+        torch.empty(size, dtype=torch.int64, pin_memory=is_pinned),
     )
+
+
+def _check_not_empty(dataset: PatchDataset, split: str) -> None:
+    if dataset.count(split) == 0:
+        raise DataError(
+            f"The split {split!r} of {dataset.path} has no images; prepare it with a larger "
+            f"fraction."
+        )

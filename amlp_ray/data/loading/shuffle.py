@@ -1,17 +1,20 @@
-"""The order in which an epoch gives a split's images: one definition, whether they are resident, mapped or streamed.
+"""Define the order in which an epoch gives the images of a split.
+
+The order is the same for mapped and streamed images, and for any number of workers.
 
 A split of up to `WINDOW` bytes is permuted as a whole.
 
-Of a larger one, row groups are permuted, since a group is what can be read at once, and their rows written one after
-another. The rows are cut into L equal lanes, each lane is shuffled among windows of its share of `WINDOW`, and global
-batch b is the b-th piece of every lane, so it holds images from L distant places. L is the largest divisor of the batch
-size up to `LANES`.
+In a larger split, row groups are permuted, because a row group is what can be read at once. Their
+rows are laid end to end and cut into L equal lanes. Each lane is shuffled within windows of its
+share of `WINDOW`. Global batch b is the b-th piece of every lane, so it holds images from L distant
+places. L is the largest divisor of the batch size up to `LANES`.
 
-Nothing of this depends on the number of workers: worker r of w takes the r-th of w pieces of each global batch, as
-equal as can be. Where w divides L, it reads the row groups of its own lanes only; else neighbours read some twice.
+Worker r of w takes the r-th of w pieces of each global batch; pieces differ by one image at most.
+If w divides L, a worker reads the row groups of its own lanes only. Otherwise neighbors both read
+some row groups.
 
-The last incomplete batch is dropped, so an image comes once in an epoch or not at all; only a split smaller than a
-batch repeats, so that there is always a step.
+The last incomplete batch is dropped, so an image comes once in an epoch or not at all. Only a split
+smaller than a batch repeats images, so that there is always a step.
 """
 
 from __future__ import annotations
@@ -20,131 +23,145 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from amlp_ray.data.parquet import image_bytes
+from amlp_ray.data.manifest import Manifest
 
-if TYPE_CHECKING:
-    from amlp_ray.data.dataset import PatchDataset
-
-WINDOW = 256 << 20  # bytes of images that one worker shuffles among, and so has to hold
+WINDOW = 256 << 20  # bytes of images that one worker shuffles among, and so holds in memory
 LANES = 8
 
 
-class Unit(NamedTuple):
-    """A row group: which of which part, and its rows in the split."""
+class RowGroup(NamedTuple):
+    """A row group of a split."""
 
-    part: int
-    group: int
-    start: int
+    part: int  # which Parquet file of the split
+    number: int  # which row group of the file
+    start: int  # its first row, counted over the split
     rows: int
 
 
-def units_of(dataset: PatchDataset, split: str) -> list[Unit]:
-    """The row groups of a split, in order, from the manifest alone."""
-    each = dataset.manifest.group_rows
-    units, start = [], 0
-    for number, part in enumerate(dataset.manifest.parts[split]):
-        for group, first in enumerate(range(0, part.rows, each)):
-            rows = min(each, part.rows - first)
-            units.append(Unit(number, group, start, rows))
+def row_groups_of(manifest: Manifest, split: str) -> list[RowGroup]:
+    """List the row groups of a split in stored order."""
+    groups = []
+    start = 0
+    for part_number, part in enumerate(manifest.parts[split]):
+        for number, first_row in enumerate(range(0, part.rows, manifest.group_rows)):
+            rows = min(manifest.group_rows, part.rows - first_row)
+            groups.append(RowGroup(part_number, number, start, rows))
             start += rows
-    return units
+    return groups
 
 
-def lanes_for(batch_size: int) -> int:
-    """How many lanes a large split is cut into.
+def num_lanes(batch_size: int) -> int:
+    """Return how many lanes a large split is cut into.
 
-    >>> lanes_for(256), lanes_for(12), lanes_for(7), lanes_for(11)
+    >>> num_lanes(256), num_lanes(12), num_lanes(7), num_lanes(11)
     (8, 6, 7, 1)
     """
-    return max(lanes for lanes in range(1, min(LANES, batch_size) + 1) if batch_size % lanes == 0)
+    most = min(LANES, batch_size)
+    return max(lanes for lanes in range(1, most + 1) if batch_size % lanes == 0)
 
 
-def share_of(batch_size: int, rank: int, world: int) -> slice:
-    """Which images of a global batch are worker `rank`'s, of `world`.
+def worker_share(batch_size: int, rank: int, world: int) -> slice:
+    """Return which images of a global batch worker `rank` of `world` takes.
 
-    >>> [share_of(16, rank, 3) for rank in range(3)]
+    >>> [worker_share(16, rank, 3) for rank in range(3)]
     [slice(0, 5, None), slice(5, 10, None), slice(10, 16, None)]
     """
     return slice(rank * batch_size // world, (rank + 1) * batch_size // world)
 
 
 def epoch_order(
-    unit_rows: np.ndarray, *, batch_size: int, lanes: int, window: int, seed: int, epoch: int
+    group_rows: np.ndarray, *, batch_size: int, lanes: int, window: int, seed: int, epoch: int
 ) -> np.ndarray:
-    """The rows of an epoch's global batches, (steps, batch_size) int64.
+    """Draw the rows of the global batches of an epoch.
 
     Args:
-        unit_rows: rows of each unit of the split, in stored order.
+        group_rows: (G,) rows of each row group, in stored order.
         batch_size: images of a global batch.
         lanes: a divisor of `batch_size`; 0 permutes the split as a whole.
         window: rows of a lane that are shuffled among each other.
-        seed: of the run.
-        epoch: from 1.
+        seed: seed of the run.
+        epoch: number of the epoch, from 1.
+
+    Returns:
+        (steps, batch_size) int64.
     """
-    draw = np.random.default_rng([seed, epoch])
-    count = int(unit_rows.sum())
+    rng = np.random.default_rng([seed, epoch])
+    count = int(group_rows.sum())
     steps = max(1, count // batch_size)
     if not lanes:
-        order = draw.permutation(count)
-        order = np.resize(
-            order, max(count, batch_size)
-        )  # repeats only where the split is below a batch
+        order = rng.permutation(count)
+        # Repeats rows only if the split is smaller than a batch.
+        order = np.resize(order, max(count, batch_size))
         return order[: steps * batch_size].reshape(steps, batch_size)
-    starts = np.cumsum(unit_rows) - unit_rows
-    chosen = draw.permutation(len(unit_rows))
-    sizes = unit_rows[chosen]
-    # Row numbers of the chosen units one after another: each unit's start, and how far into the unit.
-    order = np.arange(count) + np.repeat(starts[chosen] - (np.cumsum(sizes) - sizes), sizes)
-    each = batch_size // lanes
-    laid = order[: steps * batch_size].reshape(lanes, steps * each)
-    for lane, rows in enumerate(laid):
-        # Lanes turn to their next window one after another: a reader reads all the time instead of all at once.
+    starts = np.cumsum(group_rows) - group_rows
+    permuted = rng.permutation(len(group_rows))
+    sizes = group_rows[permuted]
+    # Rows of the permuted groups, end to end: the start of each row's group plus its offset there.
+    group_offsets = np.cumsum(sizes) - sizes
+    order = np.arange(count) + np.repeat(starts[permuted] - group_offsets, sizes)
+    piece = batch_size // lanes
+    lane_rows = order[: steps * batch_size].reshape(lanes, steps * piece)
+    for lane, rows in enumerate(lane_rows):
+        # Lanes reach their next window one after another, so a reader reads at an even pace.
         edges = range(window * (lane + 1) // lanes, len(rows), window)
         for begin, end in pairwise([0, *edges, len(rows)]):
-            draw.shuffle(rows[begin:end])
-    return laid.reshape(lanes, steps, each).transpose(1, 0, 2).reshape(steps, batch_size)
+            rng.shuffle(rows[begin:end])
+    pieces = lane_rows.reshape(lanes, steps, piece)
+    return pieces.transpose(1, 0, 2).reshape(steps, batch_size)
+
+
+class ReadPlan(NamedTuple):
+    """When each row group is needed by images that are taken in blocks."""
+
+    groups: np.ndarray  # (U,) row groups in the order of their first use
+    first_block: np.ndarray  # (U,) block that needs each group first, ascending
+    last_block: np.ndarray  # (U,) block that needs each group last
 
 
 @dataclass(frozen=True)
 class Order:
-    """The order of one split for one batch size and seed, and how many workers share it; small, so that it travels."""
+    """Order of the images of one split for one batch size and seed.
 
-    units: tuple[Unit, ...]
+    It is small, so it can be sent to other processes.
+    """
+
+    row_groups: tuple[RowGroup, ...]
     batch_size: int
-    world: int
-    lanes: int  # 0: permuted as a whole
-    window: int  # rows, of a lane
+    world: int  # number of workers that share each batch
+    lanes: int  # 0: the split is permuted as a whole
+    window: int  # rows of a lane that are shuffled among each other
     seed: int
 
     @classmethod
-    def of(
-        cls, dataset: PatchDataset, split: str, *, batch_size: int, seed: int, world: int = 1
+    def from_manifest(
+        cls, manifest: Manifest, split: str, *, batch_size: int, seed: int, world: int = 1
     ) -> Order:
-        """The order of a dataset's split; `world` is at most `batch_size`."""
-        image = image_bytes(dataset.shape, dataset.manifest.dtype)
-        whole = dataset.bytes(split) <= WINDOW or dataset.count(split) <= batch_size
-        lanes = 0 if whole else lanes_for(batch_size)
-        window = max(1, WINDOW // lanes_for(batch_size) // image)
-        return cls(tuple(units_of(dataset, split)), batch_size, world, lanes, window, seed)
+        """Create the order of a split; `world` is at most `batch_size`."""
+        count = manifest.counts[split].images
+        is_small = count * manifest.image_bytes <= WINDOW or count <= batch_size
+        lanes = num_lanes(batch_size)
+        window = max(1, WINDOW // lanes // manifest.image_bytes)
+        groups = tuple(row_groups_of(manifest, split))
+        return cls(groups, batch_size, world, 0 if is_small else lanes, window, seed)
 
     @cached_property
-    def unit_rows(self) -> np.ndarray:
-        """(units,) rows of each unit."""
-        return np.array([unit.rows for unit in self.units], np.int64)
+    def group_rows(self) -> np.ndarray:
+        """(G,) rows of each row group."""
+        return np.array([group.rows for group in self.row_groups], np.int64)
 
     @property
     def steps(self) -> int:
         """Global batches of an epoch."""
-        return max(1, int(self.unit_rows.sum()) // self.batch_size)
+        return max(1, int(self.group_rows.sum()) // self.batch_size)
 
-    def epoch(self, epoch: int) -> np.ndarray:
-        """Rows of the global batches, (steps, batch_size) int64; `epoch` is 1-based."""
+    def epoch_rows(self, epoch: int) -> np.ndarray:
+        """Return the rows of the global batches of an epoch, from 1: (steps, batch_size) int64."""
         return epoch_order(
-            self.unit_rows,
+            self.group_rows,
             batch_size=self.batch_size,
             lanes=self.lanes,
             window=self.window,
@@ -152,33 +169,42 @@ class Order:
             epoch=epoch,
         )
 
-    def share(self, epoch: int, rank: int) -> np.ndarray:
-        """What one worker takes of them, (steps, its share of a batch)."""
-        return self.epoch(epoch)[:, share_of(self.batch_size, rank, self.world)]
+    def worker_rows(self, epoch: int, rank: int) -> np.ndarray:
+        """Return the rows that one worker takes of each batch: (steps, its share of a batch)."""
+        return self.epoch_rows(epoch)[:, worker_share(self.batch_size, rank, self.world)]
 
-    def uses(self, unit: np.ndarray, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """When each unit is needed, by rows whose units are `unit` (N,) and which are taken `piece` at a time.
+    def group_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the number of the row group that holds each row."""
+        return np.searchsorted(np.cumsum(self.group_rows), rows, side="right")
 
-        Returns:
-            units (U,) by first use, the piece that needs each first (U,), and last (U,).
+    def plan_reads(self, row_group: np.ndarray, block_rows: int) -> ReadPlan:
+        """Find when each row group is needed.
+
+        Args:
+            row_group: (N,) row group of each image, in the order of use.
+            block_rows: images that are taken at a time.
         """
-        pieces = np.arange(len(unit)) // piece
-        first = np.full(len(self.units), len(unit))
-        last = np.full(len(self.units), -1)
-        np.minimum.at(first, unit, pieces)
-        np.maximum.at(last, unit, pieces)
-        used = np.argsort(first, kind="stable")[: int((last >= 0).sum())]
-        return used, first[used], last[used]
-
-    def unit_of(self, rows: np.ndarray) -> np.ndarray:
-        """The number of the unit that each row lies in."""
-        return np.searchsorted(np.cumsum(self.unit_rows), rows, side="right")
+        block = np.arange(len(row_group)) // block_rows
+        first = np.full(len(self.row_groups), len(row_group))
+        last = np.full(len(self.row_groups), -1)
+        np.minimum.at(first, row_group, block)
+        np.maximum.at(last, row_group, block)
+        num_used = int((last >= 0).sum())
+        used = np.argsort(first, kind="stable")[:num_used]
+        return ReadPlan(used, first[used], last[used])
 
 
-def ahead(needed: np.ndarray, steps: int, distance: int) -> Iterator[slice]:
-    """For each step, which units (positions in `needed`, ascending) to begin reading, `distance` units ahead of use."""
-    seen = 0
-    for step in range(steps):
-        until = min(len(needed), int(np.searchsorted(needed, step, side="right")) + distance)
-        yield slice(seen, max(seen, until))
-        seen = max(seen, until)
+def reads_to_start(first_block: np.ndarray, blocks: int, distance: int) -> Iterator[slice]:
+    """Yield for each block which positions of a `ReadPlan` to start reading before it.
+
+    Args:
+        first_block: (U,) block that needs each row group first, ascending.
+        blocks: number of blocks.
+        distance: row groups that are read ahead of use.
+    """
+    started = 0
+    for block in range(blocks):
+        needed = int(np.searchsorted(first_block, block, side="right"))
+        until = max(started, min(len(first_block), needed + distance))
+        yield slice(started, until)
+        started = until

@@ -1,4 +1,4 @@
-"""How fast batches come, whoever eats them."""
+"""Measure how fast batches come."""
 
 from __future__ import annotations
 
@@ -13,54 +13,54 @@ from amlp_ray.data.loading.prefetch import prefetched
 
 
 @dataclass(frozen=True)
-class Pace:
-    """What was measured of one way to read."""
+class Throughput:
+    """Figures of one way to read."""
 
-    first_batch_seconds: float  # from opening on: decoding into a store, or starting a stream
+    first_batch_seconds: float  # from opening on: filling the cache, or starting a stream
     images_per_second: float  # after the first batch
-    restart_seconds: (
-        float | None
-    )  # from asking for a next epoch to its first batch; None: the time ended before one
+    # From the start of a next epoch to its first batch; None: the time ended before one.
+    restart_seconds: float | None
 
 
-def measure_pace(
-    opened: Callable[[], Batches], *, seconds: float, device: str = "cpu", epochs: int = 10_000
-) -> Pace:
-    """Open batches and take them, one epoch after the other, for about `seconds`.
+def measure_throughput(
+    open_source: Callable[[], Batches], *, seconds: float, device: str = "cpu", epochs: int = 10_000
+) -> Throughput:
+    """Open batches and take them, one epoch after the other.
 
     Args:
-        opened: opens the batches.
-        seconds: to go on for after the first batch.
-        device: where images go.
-        epochs: to stop after, at the latest.
+        open_source: opens the batches.
+        seconds: how long to go on after the first batch.
+        device: where images go, such as `cpu` or `cuda:0`.
+        epochs: most epochs to read.
     """
     started = time.perf_counter()
-    batches = opened()
-    images, restarts = 0, []
-    first: float | None = None
+    batches = open_source()
+    images = 0
+    restarts = []
+    first: float | None = None  # when the first batch came
     for epoch in range(1, epochs + 1):
-        asked, new = time.perf_counter(), True
+        epoch_started = time.perf_counter()
         with closing(prefetched(batches.epoch(epoch), device)) as source:
-            for batch in source:
+            for step, batch in enumerate(source):
                 now = time.perf_counter()
                 if first is None:
                     first = now
                 else:
                     images += len(batch.keys)
-                    if new:
-                        restarts.append(now - asked)
-                new = False
+                    if step == 0:
+                        restarts.append(now - epoch_started)
                 if now - first > seconds:
                     break
         if first is None or time.perf_counter() - first > seconds:
             break
     assert first is not None, "an epoch has at least one batch"
-    _wait(device)
-    spent = max(1e-9, time.perf_counter() - first)
-    return Pace(first - started, images / spent, statistics.median(restarts) if restarts else None)
+    _wait_for_device(device)
+    elapsed = max(1e-9, time.perf_counter() - first)
+    restart = statistics.median(restarts) if restarts else None
+    return Throughput(first - started, images / elapsed, restart)
 
 
-def _wait(device: str) -> None:
+def _wait_for_device(device: str) -> None:
     if device.startswith("cuda"):
         import torch
 

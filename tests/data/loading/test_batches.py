@@ -14,33 +14,33 @@ import pytest
 import torch
 from helpers.noise_images import noise_dataset
 
-import amlp_ray.data.loading.batches as stream
 import amlp_ray.data.loading.image_cache as cache
 import amlp_ray.data.loading.shuffle as order
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.loading.batches import (
     Batch,
     ExampleBatches,
-    StoredBatches,
+    MappedBatches,
+    Mode,
     StreamBatches,
+    is_streamed,
     open_batches,
+    resolve_mode,
 )
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import ConfigError, DataError
 
-MODES = ("resident", "mapped", "stream")
+MODES: tuple[Mode, ...] = ("mapped", "stream")
 
 
 @pytest.fixture(autouse=True)
-def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AMLP_RAY_CACHE", str(tmp_path / "cache"))
-    yield
-    cache.release()
 
 
 @pytest.fixture
 def lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Splits of more than 1000 bytes are large, and windows of the lanes together hold 15 images of 64 bytes."""
+    """Make splits of more than 1000 bytes large; windows of all lanes hold 15 images of 64 bytes."""
     monkeypatch.setattr(order, "WINDOW", 1000)
 
 
@@ -101,7 +101,7 @@ def test_the_order_of_a_small_split_is_what_it_always_was(tmp_path: Path) -> Non
 @pytest.mark.ray
 @pytest.mark.parametrize("mode", MODES)
 def test_a_split_smaller_than_a_batch_has_a_step(
-    parted: PatchDataset, tmp_path: Path, mode: stream.Mode
+    parted: PatchDataset, tmp_path: Path, mode: Mode
 ) -> None:
     small = noise_dataset(tmp_path / "set", 3)
     batches = open_batches(small, batch_size=8, seed=0, mode=mode, epochs=2)
@@ -119,17 +119,17 @@ def test_all_modes_give_the_same_bytes(
 ) -> None:
     if large:
         request.getfixturevalue("lanes")
-    told = {}
+    digests = {}
     for mode in MODES:
         for rank in range(world):
             batches = open_batches(
                 parted, batch_size=16, seed=4, mode=mode, rank=rank, world=world, epochs=3
             )
-            assert isinstance(batches, StreamBatches if mode == "stream" else StoredBatches)
-            told[mode, rank] = [_digest(batches.epoch(epoch)) for epoch in (1, 2, 3)]
+            assert isinstance(batches, StreamBatches if mode == "stream" else MappedBatches)
+            digests[mode, rank] = [_digest(batches.epoch(epoch)) for epoch in (1, 2, 3)]
     for rank in range(world):
-        assert told["resident", rank] == told["mapped", rank] == told["stream", rank]
-    assert len({digest for some in told.values() for digest in some}) == 3 * world
+        assert digests["mapped", rank] == digests["stream", rank]
+    assert len(set(chain(*digests.values()))) == 3 * world
 
 
 @pytest.mark.usefixtures("lanes")
@@ -151,25 +151,25 @@ def test_epochs_in_sequence_come_from_one_execution(
 ) -> None:
     import amlp_ray.data.loading.ray_stream as ray_data
 
-    asked: list[range] = []
+    requested: list[range] = []
     begin = ray_data.stream_tables
 
-    def counted(source: ray_data.Source, epochs: range) -> Iterator[object]:
-        asked.append(epochs)
+    def counted(source: ray_data.SplitSource, epochs: range) -> Iterator[object]:
+        requested.append(epochs)
         return begin(source, epochs)
 
     monkeypatch.setattr(ray_data, "stream_tables", counted)
-    monkeypatch.setattr(ray_data, "EPOCHS", 3)
-    expected = open_batches(parted, batch_size=64, seed=0, mode="resident")
+    monkeypatch.setattr(ray_data, "EPOCHS_PER_EXECUTION", 3)
+    expected = open_batches(parted, batch_size=64, seed=0, mode="mapped")
     streamed = open_batches(parted, batch_size=64, seed=0, mode="stream", epochs=8)
     for epoch in (1, 2, 3, 4):
         assert _digest(streamed.epoch(epoch)) == _digest(expected.epoch(epoch))
-    assert asked == [range(1, 4), range(4, 7)]
+    assert requested == [range(1, 4), range(4, 7)]
     assert len(list(islice(streamed.epoch(5), 2))) == 2  # left early
     assert _digest(streamed.epoch(7)) == _digest(expected.epoch(7))  # as after a resume
     assert _digest(streamed.epoch(8)) == _digest(expected.epoch(8))
     assert _digest(streamed.epoch(2)) == _digest(expected.epoch(2))
-    assert asked == [range(1, 4), range(4, 7), range(7, 9), range(2, 5)]
+    assert requested == [range(1, 4), range(4, 7), range(7, 9), range(2, 5)]
 
 
 @pytest.mark.ray
@@ -183,7 +183,7 @@ def test_a_reader_that_dies_is_replaced_and_the_order_stays(
     monkeypatch.setattr(
         ray_data, "BLOCK_BYTES", 1000
     )  # so that the reader has most of its way before it
-    expected = _digest(open_batches(dataset, batch_size=8, seed=0, mode="resident").epoch(1))
+    expected = _digest(open_batches(dataset, batch_size=8, seed=0, mode="mapped").epoch(1))
     batches = open_batches(dataset, batch_size=8, seed=0, mode="stream", epochs=1).epoch(1)
     first = next(batches)
     readers = [
@@ -227,10 +227,10 @@ def test_a_dataset_in_an_object_store_gives_the_same_bytes(
     parted: PatchDataset, s3_bucket: str
 ) -> None:
     there = DataPath(s3_bucket) / "streamed"
-    for entry in parted.place.entries():
-        (there / entry.name).write_whole((parted.place / entry.name).read_bytes())
+    for entry in parted.root.entries():
+        (there / entry.name).atomic_write((parted.root / entry.name).read_bytes())
     remote = PatchDataset.open(there)
-    expected = _digest(open_batches(parted, batch_size=50, seed=0, mode="resident").epoch(1))
+    expected = _digest(open_batches(parted, batch_size=50, seed=0, mode="mapped").epoch(1))
     for mode in MODES:
         assert (
             _digest(open_batches(remote, batch_size=50, seed=0, mode=mode, epochs=1).epoch(1))
@@ -253,7 +253,10 @@ def test_reading_tasks_load_no_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, amlp_ray.data.loading.ray_stream, amlp_ray.data.dataset; print('torch' in sys.modules)"
+    code = (
+        "import sys, amlp_ray.data.loading.ray_stream, amlp_ray.data.dataset\n"
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
     )
@@ -268,22 +271,18 @@ def test_wrong_requests_say_what_to_do(tmp_path: Path) -> None:
         open_batches(dataset, split="val", batch_size=4, seed=0)
 
 
-def test_auto_takes_the_first_that_has_room(
+def test_auto_maps_if_the_disk_has_room_or_the_cache_holds_the_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = noise_dataset(tmp_path / "set", 20)
-    assert stream.resolved(dataset, "train", "auto") == "resident"
-    monkeypatch.setattr(cache, "free_memory", lambda: 1000)
-    assert stream.resolved(dataset, "train", "auto") == "mapped"
-    held = open_batches(dataset, batch_size=4, seed=0, mode="resident")
-    assert stream.resolved(dataset, "train", "auto") == "resident"  # there already
-    del held
-    cache.release()
-    assert stream.resolved(dataset, "train", "auto") == "mapped"
-    monkeypatch.setattr(cache, "MAPPED_SHARE", 0.0)
-    assert stream.resolved(dataset, "train", "auto") == "stream"
-    assert stream.resolved(dataset, "train", "mapped") == "mapped"
-    assert stream.is_streamed(dataset, "train", "auto")
+    assert resolve_mode(dataset, "train", "auto") == "mapped"
+    monkeypatch.setattr(cache, "MAX_DISK_SHARE", 0.0)
+    assert resolve_mode(dataset, "train", "auto") == "stream"
+    assert resolve_mode(dataset, "train", "mapped") == "mapped"
+    assert is_streamed(dataset, "train", "auto")
+    open_batches(dataset, batch_size=4, seed=0, mode="mapped")
+    assert resolve_mode(dataset, "train", "auto") == "mapped"
+    assert not is_streamed(dataset, "train", "auto")
 
 
 def test_example_batches_open_nothing(tmp_path: Path) -> None:

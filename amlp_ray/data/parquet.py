@@ -7,7 +7,6 @@ times the space and decode ten times slower.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError, describe_error
+from amlp_ray.utils.files import atomic_path
 
 PART_ROWS = 1024
 # A part of large images holds fewer: a killed run writes its last part again.
@@ -105,14 +105,8 @@ def write_part(file: DataPath, rows: Iterable[dict[str, Any]], shape: Shape, dty
     if not file.is_local:
         return _write(file.path, file.filesystem, rows, shape, dtype)
     file.local.parent.mkdir(parents=True, exist_ok=True)
-    # A name per process: a worker of a killed run may still be writing the same part.
-    partial = file.local.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        written = _write(str(partial), file.filesystem, rows, shape, dtype)
-        partial.replace(file.local)
-    finally:
-        partial.unlink(missing_ok=True)
-    return written
+    with atomic_path(file.local) as partial:
+        return _write(str(partial), file.filesystem, rows, shape, dtype)
 
 
 def _write(

@@ -17,6 +17,7 @@ from pyarrow import fs
 
 from amlp_ray.errors import DataError, describe_error
 from amlp_ray.utils.files import atomic_write
+from amlp_ray.utils.files import atomic_write
 
 READ_ATTEMPTS = 3  # an object store drops a request now and then
 

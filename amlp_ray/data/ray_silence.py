@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from ray.data import DataContext
+from ray.util.debug import log_once
 
 
 def silence_ray_data() -> None:
@@ -16,5 +17,5 @@ def silence_ray_data() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # Warns that the bars are off.
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    # Ray Data warns once that the bars are off; this marks the warning as given.
+    log_once("ray_data_progress_manager_disabled")

@@ -1,4 +1,4 @@
-"""Samples of a patch dataset as a torch dataset. In a module of its own: preparing loads no torch."""
+"""Samples of a patch dataset as a torch dataset. A module of its own: preparing loads no torch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""One frame of a DICOM file in the units its header means, as numbers with what else is needed to show them."""
+"""Decode one frame of a DICOM file to the units that its header means."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from io import BytesIO
 from typing import Any, NamedTuple
@@ -13,140 +12,163 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, get_decoder
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from amlp_ray.data.decoders.dicom_geometry import (
+    Geometry,
+    first_item,
+    frame_geometry,
+    shared_groups,
+    to_floats,
+)
 from amlp_ray.data.decoders.dicom_jpeg import decode_jpeg_12, is_jpeg_12
-from amlp_ray.data.decoders.dicom_seg import floats, geometry, group
+from amlp_ray.data.decoders.frame import ReadFile, read_content
 from amlp_ray.data.decoders.intensity import to_bytes
-from amlp_ray.errors import DataError
+from amlp_ray.errors import DataError, describe_error
 
-with suppress(
-    ImportError
-):  # its C++ side writes to stderr past Python; what it complains of is raised as well
+# gdcm's C++ side writes to stderr past Python; what it complains of is raised as well.
+with suppress(ImportError):
     import gdcm  # type: ignore[import-untyped]
 
     gdcm.Trace.WarningOff()
     gdcm.Trace.ErrorOff()
     gdcm.Trace.DebugOff()
 
-GREY = ("MONOCHROME1", "MONOCHROME2")
-EXACT = 1 << 24  # whole numbers up to this are exact in float32
+GRAY = ("MONOCHROME1", "MONOCHROME2")
+RGB = ("RGB", "YBR_RCT", "YBR_ICT")  # the JPEG 2000 kinds are RGB once decoded
+PIXEL_TAGS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+SPACING_TAGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
+MAX_EXACT = 1 << 24  # whole numbers up to this are exact in float32
 
 
 class Pixels(NamedTuple):
-    """A decoded frame; grey in its rescaled units, or colours of 8 bits and more."""
+    """A decoded frame: gray in its rescaled units, or colors of 8 bits and more."""
 
     values: np.ndarray  # (H, W) whole numbers or float64, or (H, W, 3) RGB
-    low: float  # range the header allows, of grey in rescaled units
+    low: float  # range that the header allows, of gray in rescaled units
     high: float
-    padding: np.ndarray | None  # (H, W) bool: outside of what was scanned
-    is_inverted: bool  # the lowest value is meant to be shown white
-    is_color: bool
+    padding: np.ndarray | None = None  # (H, W) bool: outside of what was scanned
+    is_inverted: bool = False  # the lowest value is meant to be shown white
+    is_color: bool = False
 
 
 class Header(NamedTuple):
-    """What a frame's values and place mean: from the object, or from the functional groups of this frame."""
+    """What a frame's values and place mean, by its functional groups or else by the object."""
 
     slope: float
     intercept: float
     voi: Dataset  # holds window or look-up table, if any
-    position: Any
-    orientation: Any
-    spacing: tuple[float, float] | None  # mm, down and across
+    geometry: Geometry
 
 
-def load(path: str, read: Callable[[str], bytes]) -> Dataset:
-    """Read and parse a file whole. Raises DataError where it cannot be opened, is damaged or holds no pixels."""
-    try:
-        content = read(path)
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror or error}); check that it is there and yours."
-        ) from None
+def load(path: str, read: ReadFile) -> Dataset:
+    """Read and parse a whole file.
+
+    Raises:
+        DataError: the file cannot be opened, is damaged or holds no pixels.
+    """
+    content = read_content(path, read)
     try:
         dataset = dcmread(BytesIO(content), force=content[128:132] != b"DICM")
-        rows, columns, frames = (
-            int(dataset.get(tag) or 0) for tag in ("Rows", "Columns", "NumberOfFrames")
-        )
+        rows = int(dataset.get("Rows") or 0)
+        columns = int(dataset.get("Columns") or 0)
+        frames = int(dataset.get("NumberOfFrames") or 0)
     except Exception as error:  # pydicom raises many types on damaged files
         raise DataError(
-            f"{path} cannot be read as DICOM ({brief(error)}); export it again or remove it."
+            f"{path} cannot be read as DICOM ({describe_error(error)}); "
+            "export it again or remove it."
         ) from None
-    if not any(tag in dataset for tag in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+    if not any(tag in dataset for tag in PIXEL_TAGS):
         raise DataError(
             f"{path} holds no pixels, or ends before they do; export it again or remove it."
         )
     if rows < 1 or columns < 1 or frames < 0:
         raise DataError(
-            f"{path} claims {columns}x{rows} pixels, but an image has some; export it again or remove it."
+            f"{path} claims {columns}x{rows} pixels, but an image has some; "
+            "export it again or remove it."
         )
     if not hasattr(dataset, "file_meta"):
         dataset.file_meta = FileMetaDataset()
-    if not dataset.file_meta.get(
-        "TransferSyntaxUID"
-    ):  # cut out of a transfer: how it was parsed says how it is written
-        implicit, little = dataset.original_encoding
-        explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
+    if not dataset.file_meta.get("TransferSyntaxUID"):
+        # Cut out of a transfer: how it was parsed says how it is written.
+        is_implicit, is_little_endian = dataset.original_encoding
+        explicit = ExplicitVRLittleEndian if is_little_endian else ExplicitVRBigEndian
+        syntax = ImplicitVRLittleEndian if is_implicit else explicit
+        dataset.file_meta.TransferSyntaxUID = syntax
     return dataset
 
 
 def frame_count(dataset: Dataset) -> int:
+    """Return the number of frames of a file."""
     return int(dataset.get("NumberOfFrames") or 1)
 
 
-def header_of(dataset: Dataset, index: int) -> Header:
-    """Return what the header says of frame `index`. Raises ValueError or TypeError where it says nonsense."""
+def read_header(dataset: Dataset, index: int) -> Header:
+    """Return what the header says of frame `index`. Raises ValueError or TypeError on nonsense."""
     frames = dataset.get("PerFrameFunctionalGroupsSequence") or ()
     frame = frames[index] if index < len(frames) else Dataset()
-    shared = (dataset.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
-    rescale = next(iter(group(frame, shared, "PixelValueTransformationSequence")), dataset)
-    voi = next(iter(group(frame, shared, "FrameVOILUTSequence")), dataset)
-    place = geometry(frame, shared)
-    own = (
-        floats(dataset.get(name), 2)
-        for name in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
-    )
-    spacings = [spacing for spacing in (place["spacing"], *own) if spacing and min(spacing) > 0]
+    shared = shared_groups(dataset)
+    rescale = first_item(frame, shared, "PixelValueTransformationSequence")
+    if rescale is None:
+        rescale = dataset
+    voi = first_item(frame, shared, "FrameVOILUTSequence")
     slope = rescale.get("RescaleSlope")
     return Header(
         slope=1.0 if slope is None or slope == "" else float(slope),
         intercept=float(rescale.get("RescaleIntercept") or 0),
-        voi=voi,
-        position=place["position"] or floats(dataset.get("ImagePositionPatient"), 3),
-        orientation=place["orientation"] or floats(dataset.get("ImageOrientationPatient"), 6),
+        voi=dataset if voi is None else voi,
+        geometry=_read_geometry(dataset, frame, shared),
+    )
+
+
+def _read_geometry(dataset: Dataset, frame: Dataset, shared: Dataset) -> Geometry:
+    """Return where a frame lies, by its functional groups or else by the object."""
+    geometry = frame_geometry(frame, shared)
+    candidates = [geometry.spacing]
+    candidates += [to_floats(dataset.get(tag), 2) for tag in SPACING_TAGS]
+    spacings = [spacing for spacing in candidates if spacing and min(spacing) > 0]
+    position = to_floats(dataset.get("ImagePositionPatient"), 3)
+    orientation = to_floats(dataset.get("ImageOrientationPatient"), 6)
+    return Geometry(
+        position=geometry.position or position,
+        orientation=geometry.orientation or orientation,
         spacing=spacings[0] if spacings else None,
     )
 
 
 def decode(dataset: Dataset, index: int, header: Header) -> Pixels:
-    """Decode frame `index`. Raises many types, with a reason as text, where it is damaged or of no accepted kind."""
+    """Decode frame `index`.
+
+    Raises:
+        Exception: of many types, with a reason as text, if the frame is damaged or of no accepted
+            kind.
+    """
     if is_jpeg_12(dataset):
-        stored, photometric = (
-            decode_jpeg_12(dataset, index),
-            str(dataset.get("PhotometricInterpretation")),
-        )
+        stored = decode_jpeg_12(dataset, index)
+        photometric = str(dataset.get("PhotometricInterpretation"))
     else:
-        stored, meta = get_decoder(dataset.file_meta.TransferSyntaxUID).as_array(
-            dataset, index=index
-        )
+        decoder = get_decoder(dataset.file_meta.TransferSyntaxUID)
+        stored, meta = decoder.as_array(dataset, index=index)
         photometric = str(meta["photometric_interpretation"])
     bits = int(dataset.get("BitsStored") or stored.dtype.itemsize * 8)
     if photometric == "PALETTE COLOR":
-        return Pixels(_bytes_of(apply_color_lut(stored, dataset)), 0, 255, None, False, True)
-    if (
-        photometric in ("RGB", "YBR_RCT", "YBR_ICT") and stored.ndim == 3
-    ):  # the JPEG 2000 kinds are RGB by now
-        return Pixels(stored, 0, 2**bits - 1, None, False, True)
-    if photometric not in GREY or stored.ndim != 2:
-        raise ValueError(
-            f"its colours are of kind {photometric or 'unknown'}, which is not supported"
-        )
-    low, high = _stored_range(dataset, stored, bits)
-    values, low, high = _rescale(dataset, stored, low, high, header)
-    return Pixels(values, low, high, _padding(dataset, stored), photometric == "MONOCHROME1", False)
+        colors = _palette_to_bytes(apply_color_lut(stored, dataset))
+        return Pixels(colors, 0, 255, is_color=True)
+    if photometric in RGB and stored.ndim == 3:
+        return Pixels(stored, 0, 2**bits - 1, is_color=True)
+    if photometric not in GRAY or stored.ndim != 2:
+        kind = photometric or "unknown"
+        raise ValueError(f"its colours are of kind {kind}, which is not supported")
+    values, low, high = _rescale(dataset, stored, bits, header)
+    return Pixels(
+        values=values,
+        low=low,
+        high=high,
+        padding=_find_padding(dataset, stored),
+        is_inverted=photometric == "MONOCHROME1",
+    )
 
 
-def window_of(values: np.ndarray, header: Header, path: str) -> np.ndarray:
-    """Map grey values to 0-255 as the header asks: by its look-up table, else its first window.
+def apply_window(values: np.ndarray, header: Header, path: str) -> np.ndarray:
+    """Map gray values to 0-255 by the header's look-up table, else by its first window.
 
     Raises:
         DataError: the header has neither.
@@ -154,12 +176,14 @@ def window_of(values: np.ndarray, header: Header, path: str) -> np.ndarray:
     voi = header.voi
     if voi.get("VOILUTSequence"):
         bits = int(voi.VOILUTSequence[0].LUTDescriptor[2])
-        return to_bytes(apply_voi(np.rint(values).astype(np.int64), voi, 0), 0, 2**bits - 1)
-    center, width = (_first(voi.get(tag)) for tag in ("WindowCenter", "WindowWidth"))
+        looked_up = apply_voi(np.rint(values).astype(np.int64), voi, 0)
+        return to_bytes(looked_up, 0, 2**bits - 1)
+    center = _first_number(voi.get("WindowCenter"))
+    width = _first_number(voi.get("WindowWidth"))
     if center is None or width is None or width <= 0:
         raise DataError(
-            f"{path} names no window in its header, so values=window needs one to be given: add --window LOW,HIGH in "
-            f"the units of the images, or take values=percentile."
+            f"{path} names no window in its header, so values=window needs one to be given: "
+            "add --window LOW,HIGH in the units of the images, or take values=percentile."
         )
     function = str(voi.get("VOILUTFunction") or "LINEAR")
     if function == "SIGMOID":
@@ -167,16 +191,12 @@ def window_of(values: np.ndarray, header: Header, path: str) -> np.ndarray:
             return to_bytes(1 / (1 + np.exp(-4 * (values - center) / width)), 0, 1)
     if function == "LINEAR_EXACT":
         return to_bytes(values, center - width / 2, center + width / 2)
-    # DICOM PS3.3 C.11.2.1.2.1: half a unit to the left, and one narrower
+    # DICOM PS3.3 C.11.2.1.2.1: half a unit to the left, and one narrower.
     return to_bytes(values, center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2)
 
 
-def brief(error: BaseException) -> str:
-    """The text of an error in one line."""
-    return " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
-
-
 def _stored_range(dataset: Dataset, stored: np.ndarray, bits: int) -> tuple[float, float]:
+    """Return the least and greatest value that the stored type allows."""
     if stored.dtype.kind == "f":
         return float(stored.min()), float(stored.max())
     if dataset.get("PixelRepresentation"):
@@ -185,53 +205,64 @@ def _stored_range(dataset: Dataset, stored: np.ndarray, bits: int) -> tuple[floa
 
 
 def _rescale(
-    dataset: Dataset, stored: np.ndarray, low: float, high: float, header: Header
+    dataset: Dataset, stored: np.ndarray, bits: int, header: Header
 ) -> tuple[np.ndarray, float, float]:
-    """Apply look-up table, or slope and intercept; whole numbers stay whole where these are."""
+    """Apply look-up table, or slope and intercept, to stored values of `bits` bits.
+
+    Whole numbers stay whole if slope and intercept are.
+
+    Returns:
+        The values, and the least and greatest value that the header allows.
+    """
     if dataset.get("ModalityLUTSequence"):
-        table = dataset.ModalityLUTSequence[0]
+        table_bits = int(dataset.ModalityLUTSequence[0].LUTDescriptor[2])
         values = apply_modality_lut(stored, dataset)
-        bits = int(table.LUTDescriptor[2])
-        return values.astype(np.int64), 0, 2**bits - 1
-    slope, intercept = header.slope, header.intercept
+        return values.astype(np.int64), 0, 2**table_bits - 1
+    slope = header.slope
+    intercept = header.intercept
     if not np.isfinite((slope, intercept)).all() or slope == 0:
         raise ValueError(f"its rescale slope is {slope} and its intercept {intercept}")
     if stored.dtype.kind == "f" or slope != int(slope) or intercept != int(intercept):
         values = stored.astype(np.float64) * slope + intercept
     else:
-        slope, intercept = int(slope), int(intercept)
+        slope = int(slope)
+        intercept = int(intercept)
         values = stored.astype(np.int64) * slope + intercept
-    ends = sorted((low * slope + intercept, high * slope + intercept))
-    return values, ends[0], ends[1]
+    ends = [end * slope + intercept for end in _stored_range(dataset, stored, bits)]
+    return values, min(ends), max(ends)
 
 
-def _padding(dataset: Dataset, stored: np.ndarray) -> np.ndarray | None:
+def _find_padding(dataset: Dataset, stored: np.ndarray) -> np.ndarray | None:
+    """Return which pixels (H, W) lie outside of what was scanned; None if none or all do."""
     value = dataset.get("PixelPaddingValue")
     if value is None or value == "":
         return None
     limit = dataset.get("PixelPaddingRangeLimit")
     ends = [int(value), int(value if limit is None or limit == "" else limit)]
-    if stored.dtype.kind == "i":  # some writers store the value of signed pixels without its sign
+    if stored.dtype.kind == "i":
+        # Some writers store the value of signed pixels without its sign.
         half = 1 << (8 * stored.dtype.itemsize - 1)
         ends = [end - 2 * half if end >= half else end for end in ends]
     padding = (stored >= min(ends)) & (stored <= max(ends))
     return padding if padding.any() and not padding.all() else None
 
 
-def _bytes_of(colors: np.ndarray) -> np.ndarray:
-    """Colours of a palette as uint8. Most palettes of 16 bits hold 8 in the upper byte, a few in the lower."""
+def _palette_to_bytes(colors: np.ndarray) -> np.ndarray:
+    """Return the colors of a palette as uint8.
+
+    Most palettes of 16 bits hold 8 in the upper byte, a few in the lower.
+    """
     if colors.dtype == np.uint8:
         return colors
     return (colors >> 8 if colors.max() > 255 else colors).astype(np.uint8)
 
 
-def _first(value: Any) -> float | None:
-    """Return a number, or the first of several, None where there is none."""
+def _first_number(value: Any) -> float | None:
+    """Return a number, or the first of several; None if there is none."""
     if value is None or value == "":
         return None
+    is_sequence = hasattr(value, "__getitem__") and not isinstance(value, str)
     try:
-        return float(
-            value[0] if hasattr(value, "__getitem__") and not isinstance(value, str) else value
-        )
+        return float(value[0] if is_sequence else value)
     except (TypeError, ValueError, IndexError):
         return None

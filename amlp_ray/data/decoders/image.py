@@ -1,12 +1,12 @@
-"""Pictures (PNG, JPEG, TIFF, .npy, ...) with masks or outlines -> one frame each.
+"""Decode pictures (PNG, JPEG, TIFF, .npy, ...) with masks or outlines to one frame each.
 
-Images come as (H, W, C) in the values of the file: uint8, uint16, int16 or float32; masks as (H, W) uint8 of 0 and 1.
-Orientation tags are not applied, so that an image fits its mask pixel by pixel.
+Images come as (H, W, C) in the values of the file: uint8, uint16, int16 or float32. Masks come as
+(H, W) uint8 of 0 and 1. Orientation tags are not applied, so an image fits its mask pixel by pixel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -14,67 +14,73 @@ from PIL import Image
 
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders.coco_polygons import draw_outlines
-from amlp_ray.data.decoders.frame import DTYPES, Frame
-from amlp_ray.data.decoders.image_file import Raster, read_raster
-from amlp_ray.data.decoders.intensity import percentile_range, to_bytes
-from amlp_ray.data.decoders.masks import lesion_of
+from amlp_ray.data.decoders.frame import DTYPES, Frame, ReadFile
+from amlp_ray.data.decoders.image_file import DecodedImage, decode_image_file
+from amlp_ray.data.decoders.intensity import percentile_range, smallest_exact, to_bytes
+from amlp_ray.data.decoders.masks import select_lesion
 from amlp_ray.data.layouts.item import SourceImage
 from amlp_ray.errors import DataError
 
-COLOURED = (
-    32 / 255
-)  # a pixel whose channels differ by a larger share of the range has a colour; JPEG stays below
-GREY_SHARE = 0.01  # coloured share up to which an image is grey: exported ultrasound has coloured callipers and logos
-EXACT = 2**24  # up to here a float32 holds every whole number
-LUMA = (0.299, 0.587, 0.114)  # what Pillow weighs red, green and blue with
+# A pixel has a color if its channels differ by a larger share of the range; JPEG stays below.
+COLORED = 32 / 255
+# Share of colored pixels up to which an image is gray: exported ultrasound has calipers and logos.
+GRAY_SHARE = 0.01
+MAX_EXACT = 2**24  # up to here a float32 holds every whole number
+LUMA = (0.299, 0.587, 0.114)  # Pillow's weights of red, green and blue
 JPEGS = ("JPEG", "MPO")
 
 
-def read_picture(
-    item: SourceImage, config: PrepareConfig, read: Callable[[str], bytes]
-) -> Iterator[Frame]:
-    """Yield the one frame of a picture with the union of its masks and outlines; no mask where it has neither.
+def read_image(item: SourceImage, config: PrepareConfig, read: ReadFile) -> Iterator[Frame]:
+    """Yield the one frame of a picture, with the union of its masks and outlines.
+
+    Without these there is no mask.
 
     Raises:
         DataError: the image or a mask cannot be read, or they differ in size.
     """
     path = item.images[0]
-    raster = read_raster(path, read)
-    image, notes = _in_stored_type(path, raster.pixels), list(raster.notes)
+    decoded = decode_image_file(path, read)
+    image = _to_stored_dtype(path, decoded.pixels)
+    notes = list(decoded.notes)
     shape = (image.shape[0], image.shape[1])
-    mask: np.ndarray | None = None
+    mask = None
     if item.masks or item.outlines:
         mask = np.zeros(shape, np.uint8)
-    for mask_path in item.masks:
-        lesion, mask_notes = _read_mask(mask_path, shape, config.lesion_labels, read)
-        mask |= lesion
-        notes += [f"its mask {PurePosixPath(mask_path).name} {note}" for note in mask_notes]
-    if item.outlines:
-        mask |= draw_outlines(item.outlines, shape, path)
-    yield Frame(_valued(path, image, config), mask, notes=tuple(notes))
+        for mask_path in item.masks:
+            lesion, mask_notes = _read_mask(mask_path, shape, config.lesion_labels, read)
+            mask |= lesion
+            mask_name = PurePosixPath(mask_path).name
+            notes += [f"its mask {mask_name} {note}" for note in mask_notes]
+        if item.outlines:
+            mask |= draw_outlines(item.outlines, shape, path)
+    yield Frame(_map_values(path, image, config), mask, notes=tuple(notes))
 
 
 def is_gray(image: np.ndarray) -> bool:
-    """Say whether an (H, W, C) image is grey, up to a share `GREY_SHARE` of coloured pixels such as callipers.
+    """Return whether an image (H, W, C) is gray, but for a few pixels such as calipers.
 
-    Only three channels can be colours: any other number but one is not grey.
+    Only three channels can be colors: any other number but one is not gray.
     """
     if image.shape[2] != 3:
         return image.shape[2] == 1
-    highest, lowest = image.max(axis=2), image.min(axis=2)
+    highest = image.max(axis=2)
+    lowest = image.min(axis=2)
     if image.dtype == np.uint8:
-        spread, full = highest - lowest, 255.0
+        spread = highest - lowest
+        value_range = 255.0
     else:
         spread = highest.astype(np.float32) - lowest.astype(np.float32)
-        full = float(highest.max()) - float(lowest.min())
-    return float((spread > COLOURED * full).mean()) <= GREY_SHARE
+        value_range = float(highest.max()) - float(lowest.min())
+    return float((spread > COLORED * value_range).mean()) <= GRAY_SHARE
 
 
 def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
-    """Bring an (H, W, C) image to another number of channels, keeping its type: 3 to 1 by luma, 1 to 3 by copies.
+    """Bring an image (H, W, C) to another number of channels, keeping its type.
+
+    Three become one by luma, and one becomes three by copies.
 
     Raises:
-        DataError: any other change; the sentence does not know the file.
+        DataError: any other change; the sentence does not name the file.
     """
     if image.shape[2] == channels:
         return image
@@ -82,67 +88,84 @@ def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
         return np.repeat(image, 3, axis=2)
     if (image.shape[2], channels) != (3, 1):
         raise DataError(
-            f"An image of {image.shape[2]} channels cannot become one of {channels}: only 1 to 3 and 3 to 1 can; set "
-            f"channels={image.shape[2]} or convert it."
+            f"An image of {image.shape[2]} channels cannot become one of {channels}: only 1 to 3 "
+            f"and 3 to 1 can; set channels={image.shape[2]} or convert it."
         )
     if image.dtype == np.uint8:
         return np.asarray(Image.fromarray(image).convert("L"))[:, :, None]
     luma = image.astype(np.float64) @ np.array(LUMA)
-    return (luma if image.dtype.kind == "f" else np.rint(luma)).astype(image.dtype)[:, :, None]
+    if image.dtype.kind != "f":
+        luma = np.rint(luma)
+    return luma.astype(image.dtype)[:, :, None]
 
 
-def _valued(path: str, image: np.ndarray, config: PrepareConfig) -> np.ndarray:
-    """Bring values to 0-255 where asked: one range for all channels of a colour, a range for each of any others."""
+def _map_values(path: str, image: np.ndarray, config: PrepareConfig) -> np.ndarray:
+    """Bring values to 0-255 if the config says so.
+
+    Colors get one range for all channels, other images a range per channel.
+    """
     if config.values == "keep":
         return image
     if config.values == "window":
         if config.window is None:
             raise DataError(
-                f"{path} is a picture, which names no window, so values=window needs one to be given: add --window "
-                f"LOW,HIGH in the values of the pictures, or take values=percentile."
+                f"{path} is a picture, which names no window, so values=window needs one to be "
+                "given: add --window LOW,HIGH in the values of the pictures, or take "
+                "values=percentile."
             )
         return to_bytes(image, *config.window)
     if image.shape[2] == 3:
         return to_bytes(image, *percentile_range(image))
-    planes = [image[..., c] for c in range(image.shape[2])]
+    planes = np.moveaxis(image, -1, 0)
     return np.stack([to_bytes(plane, *percentile_range(plane)) for plane in planes], axis=-1)
 
 
-def _in_stored_type(path: str, pixels: np.ndarray) -> np.ndarray:
+def _to_stored_dtype(path: str, pixels: np.ndarray) -> np.ndarray:
     """Bring pixels to one of DTYPES: as they are, or the smallest that holds all values exactly."""
     if pixels.dtype.kind == "f":
         with np.errstate(over="ignore"):  # what overflows is infinite, and refused below
             pixels = pixels.astype(np.float32, copy=False)
-        bad = int((~np.isfinite(pixels)).any(axis=2).sum())
-        if bad:
+        bad_pixels = int((~np.isfinite(pixels)).any(axis=2).sum())
+        if bad_pixels:
+            total = pixels.shape[0] * pixels.shape[1]
             raise DataError(
-                f"{path} has NaN or infinite values in {bad} of {pixels.shape[0] * pixels.shape[1]} pixels, but all "
-                f"must be finite; replace the values or remove the file."
+                f"{path} has NaN or infinite values in {bad_pixels} of {total} pixels, but all "
+                "must be finite; replace the values or remove the file."
             )
         return pixels
     if pixels.dtype.name in DTYPES:
         return pixels
-    lowest, highest = int(pixels.min()), int(pixels.max())
-    for name in ("uint8", "uint16", "int16"):
-        if np.iinfo(name).min <= lowest and highest <= np.iinfo(name).max:
-            return pixels.astype(name)
-    if max(-lowest, highest) <= EXACT:
-        return pixels.astype(np.float32)
+    lowest = int(pixels.min())
+    highest = int(pixels.max())
+    small = smallest_exact(pixels, lowest, highest)
+    if small.dtype.kind != "f" or max(-lowest, highest) <= MAX_EXACT:
+        return small
     raise DataError(
-        f"{path} holds whole numbers from {lowest} to {highest}, but at most {EXACT} can be stored exactly; scale them."
+        f"{path} holds whole numbers from {lowest} to {highest}, but at most {MAX_EXACT} can be "
+        "stored exactly; scale them."
     )
 
 
 def _read_mask(
-    path: str, shape: tuple[int, int], wanted: tuple[int, ...], read: Callable[[str], bytes]
+    path: str, shape: tuple[int, int], lesion_labels: tuple[int, ...], read: ReadFile
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Read a mask of an image of `shape` (H, W): 1 where any colour channel is above zero (above half in a JPEG), or
-    has a wanted value; with notes.
+    """Read a mask.
 
-    Alpha is ignored: RGBA masks are opaque everywhere, so counting it would mark the whole image.
+    A pixel is lesion if any color channel is above zero, above half in a JPEG, or has one of
+    `lesion_labels`. Alpha is ignored: RGBA masks are opaque everywhere, so counting it would mark
+    the whole image.
+
+    Args:
+        path: of the mask.
+        shape: height and width of its image.
+        lesion_labels: values that are lesion; none takes all above zero.
+        read: returns the content of a file.
+
+    Returns:
+        Mask (H, W) uint8 of 0 and 1, and notes.
     """
-    raster = read_raster(path, read, labels=bool(wanted))
-    labels = raster.pixels
+    decoded = decode_image_file(path, read, is_mask=bool(lesion_labels))
+    labels = decoded.pixels
     if labels.shape[:2] != shape:
         raise DataError(
             f"{path} is a mask of {labels.shape[1]}x{labels.shape[0]} pixels, but its image has "
@@ -150,29 +173,34 @@ def _read_mask(
         )
     if labels.dtype.kind == "f" and not np.isfinite(labels).all():
         raise DataError(
-            f"{path} is a mask with NaN or infinite values, but labels are numbers; export it again."
+            f"{path} is a mask with NaN or infinite values, but labels are numbers; "
+            "export it again."
         )
-    if raster.kind in JPEGS:
-        if wanted not in ((), (255,)):
+    if decoded.file_format in JPEGS:
+        if lesion_labels not in ((), (255,)):
             raise DataError(
-                f"{path} is a JPEG, which blurs label values, so lesion_labels {', '.join(map(str, wanted))} cannot be "
-                f"told apart; export the mask as PNG."
+                f"{path} is a JPEG, which blurs label values, so lesion_labels "
+                f"{', '.join(map(str, lesion_labels))} cannot be told apart; "
+                "export the mask as PNG."
             )
-        # Masks of 0 and 1 exist, so anything counts; but JPEG leaves faint noise around and in empty masks.
-        return np.asarray((labels > 127).any(axis=2), np.uint8), raster.notes
-    if not wanted:
-        return np.asarray((labels > 0).any(axis=2), np.uint8), raster.notes
-    lesion, more = lesion_of(_one_channel(path, raster, wanted), wanted)
-    return lesion, raster.notes + more
+        # Masks of 0 and 1 exist, so anything counts. But JPEG leaves faint noise in empty masks.
+        return np.asarray((labels > 127).any(axis=2), np.uint8), decoded.notes
+    if not lesion_labels:
+        return np.asarray((labels > 0).any(axis=2), np.uint8), decoded.notes
+    lesion, label_notes = select_lesion(_labels_of(path, decoded, lesion_labels), lesion_labels)
+    return lesion, decoded.notes + label_notes
 
 
-def _one_channel(path: str, raster: Raster, wanted: tuple[int, ...]) -> np.ndarray:
-    """The labels (H, W) of a mask whose colour channels are equal."""
-    labels = raster.pixels[:, :, 0]
-    if not (raster.pixels == labels[:, :, None]).all():
+def _labels_of(path: str, decoded: DecodedImage, lesion_labels: tuple[int, ...]) -> np.ndarray:
+    """Return the labels (H, W) of a mask whose color channels are equal."""
+    labels = decoded.pixels[:, :, 0]
+    if not (decoded.pixels == labels[:, :, None]).all():
         raise DataError(
-            f"{path} is a mask in colours, but lesion_labels need one value a pixel; export it as grey or with a "
-            f"palette."
+            f"{path} is a mask in colours, but lesion_labels need one value a pixel; "
+            "export it as grey or with a palette."
         )
-    # What is set in a 1-bit mask is 1 in arrays and 255 in viewers, and BUSI mixes such with 8-bit masks.
-    return labels * np.uint8(255) if raster.is_bit and 255 in wanted and 1 not in wanted else labels
+    # What is set in a 1-bit mask is 1 in arrays and 255 in viewers, and BUSI mixes such masks with
+    # 8-bit ones.
+    if decoded.is_one_bit and 255 in lesion_labels and 1 not in lesion_labels:
+        return labels * np.uint8(255)
+    return labels

@@ -77,7 +77,7 @@ def _to_item(root: DataPath, drawing: _Drawing) -> SourceImage:
 
 
 def annotation_files(root: DataPath) -> list[str]:
-    """Return names that may be COCO files: the usual ones at any depth, else all JSON at the top."""
+    """Return possible COCO files: those of usual names at any depth, else all JSON at the top."""
     names = sorted(entry.name for entry in root.entries() if entry.name.lower().endswith(".json"))
     usual = [name for name in names if USUAL_NAME.fullmatch(name.rpartition("/")[2])]
     return usual or [name for name in names if "/" not in name]

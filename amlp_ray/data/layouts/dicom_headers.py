@@ -103,7 +103,7 @@ def _parse_file(root: DataPath, entry: Entry) -> ParsedFile:
     except OSError as error:
         return rejected(name, f"cannot be opened ({error.strerror or 'read error'})")
     except Exception as error:  # pydicom raises many types on damaged files
-        return rejected(name, f"has a damaged DICOM header ({describe_error(error, 120)})")
+        return rejected(name, f"has a damaged DICOM header ({describe_error(error)})")
     if header is None:
         if has_suffix:
             return rejected(name, "is named like a DICOM file and is none")

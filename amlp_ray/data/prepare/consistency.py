@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 from amlp_ray.config import PrepareConfig
-from amlp_ray.data.decoders import DTYPES, holding_all
+from amlp_ray.data.decoders import DTYPES, common_dtype
 from amlp_ray.data.layouts import RejectedFile, SourceImage
 from amlp_ray.data.layouts.item import Format
 from amlp_ray.data.prepare.scan import ImageScan
@@ -69,7 +69,7 @@ def agree(
         at,
     )
     if not is_picture:
-        dtype = holding_all({looks[i].dtype for i in at} or {DTYPES[0]})
+        dtype = common_dtype({looks[i].dtype for i in at} or {DTYPES[0]})
     return Kind(dtype, channels), at, faults
 
 

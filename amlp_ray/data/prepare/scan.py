@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from amlp_ray.config import PrepareConfig
-from amlp_ray.data.decoders import holding_all, read_frames
+from amlp_ray.data.decoders import common_dtype, read_frames
 from amlp_ray.data.decoders.image import is_gray
 from amlp_ray.data.layouts import SourceImage
 from amlp_ray.data.path import read_bytes
@@ -106,7 +106,7 @@ def analyze(item: SourceImage, config: PrepareConfig) -> ImageScan:
         return ImageScan(
             fault=f"{item.images[0]} and what belongs to it hold images of {found} channels; keep one kind."
         )
-    dtype = holding_all(
+    dtype = common_dtype(
         {of[0] for of in kinds}
     )  # one slice of a series may need more bits than the others
     return ImageScan(

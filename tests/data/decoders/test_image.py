@@ -17,7 +17,7 @@ from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders import Frame, read_frames
 from amlp_ray.data.decoders.image import is_gray, to_channels
 from amlp_ray.data.decoders.image_file import MAX_PIXELS
-from amlp_ray.data.decoders.masks import lesion_of
+from amlp_ray.data.decoders.masks import select_lesion
 from amlp_ray.data.layouts import SourceImage, find_items
 from amlp_ray.errors import DataError
 
@@ -339,10 +339,10 @@ def test_a_1_bit_mask_is_1_or_255(label: int, tmp_path: Path) -> None:
 
 def test_labels_are_all_above_zero_or_the_wanted() -> None:
     labels = np.array([[-1, 0], [2, 7]], np.int32)
-    assert lesion_of(labels, ())[0].tolist() == [[0, 0], [1, 1]]
-    assert lesion_of(labels, (7,))[0].tolist() == [[0, 0], [0, 1]]
-    assert lesion_of(np.zeros((2, 2)), (7,))[1] == ()
-    assert lesion_of(np.arange(20), (99,))[1][0].startswith(
+    assert select_lesion(labels, ())[0].tolist() == [[0, 0], [1, 1]]
+    assert select_lesion(labels, (7,))[0].tolist() == [[0, 0], [0, 1]]
+    assert select_lesion(np.zeros((2, 2)), (7,))[1] == ()
+    assert select_lesion(np.arange(20), (99,))[1][0].startswith(
         "has the values 1, 2, 3, 4, 5, 6, 7, 8 and 11 more but"
     )
 

@@ -407,7 +407,7 @@ def take_away(place: Place, run: Run, process: subprocess.Popen[bytes], seconds:
 def die_while_writing(number: str, *command: str) -> int:
     """Be a driver that is killed within its n-th write: half a line in a journal; in a database, before the answer."""
     from amlp_ray.cli import main as command_line
-    from amlp_ray.study import storage
+    from amlp_ray.study.storage import optuna_storage as storage
 
     left = int(number)
 
@@ -416,11 +416,11 @@ def die_while_writing(number: str, *command: str) -> int:
         left -= 1
         return left == 0
 
-    append, ask = storage.Journal.append_logs, storage.RetryingStorage._patiently
+    append, ask = storage.Journal.append_logs, storage.RetryingStorage.retry
 
     def append_half(self: Any, logs: list[dict[str, Any]]) -> None:
         if last():
-            with self._held(), self._path.open("ab") as file:
+            with self.lock(), self.path.open("ab") as file:
                 file.write(json.dumps(logs[0])[: 5 + 7 * int(number)].encode())
                 file.flush()
                 os.fsync(file.fileno())
@@ -431,14 +431,14 @@ def die_while_writing(number: str, *command: str) -> int:
         answer = ask(self, name, *args, **named)
         if (
             name.startswith(("create_", "set_"))
-            and isinstance(self._inner, optuna.storages._CachedStorage)
+            and isinstance(self.inner, optuna.storages._CachedStorage)
             and last()
         ):
             os.kill(os.getpid(), signal.SIGKILL)
         return answer
 
     storage.Journal.append_logs = append_half  # type: ignore[method-assign]
-    storage.RetryingStorage._patiently = ask_and_die  # type: ignore[method-assign]
+    storage.RetryingStorage.retry = ask_and_die  # type: ignore[method-assign]
     sys.argv = ["amlp-ray", *command]
     command_line()
     return 0

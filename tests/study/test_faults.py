@@ -1,8 +1,9 @@
-"""What a study bears: its database gone, its disk full, its processes killed, its lease taken, a second driver."""
+"""What a study survives: lost database, full disk, killed processes, lost lease, second driver."""
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from optuna.trial import TrialState
 from amlp_ray.config import SegmentConfig, StudyConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import StudyError
+from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.study.storage.optuna_storage import open_journal
 from amlp_ray.study.storage.study_store import StudyStore, read_metrics
 
@@ -32,7 +34,7 @@ DEADLINE_S = 240  # seconds suffice where nobody else uses the machine
 
 
 class Driver:
-    """A study's process on the Ray of the tests: it starts in seconds, and what it leaves there would show."""
+    """A study's process on the Ray of the tests: it starts in seconds, and leftovers would show."""
 
     def __init__(
         self, folder: Path, data: PatchDataset, *, epochs: int = 40, **changes: Any
@@ -117,7 +119,7 @@ def dying(self, logs):
     global writes
     writes += 1
     if writes == last:
-        with self._held(), open(journal, "ab") as file:
+        with self.lock(), open(journal, "ab") as file:
             file.write(json.dumps(logs[0]).encode()[: 3 + 11 * last])
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -162,9 +164,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_a_full_disk_is_waited_for_and_leaves_no_half_line(small_disk: Path) -> None:
-    lines: list[str] = []
-    storage = open_journal(small_disk / "study.journal", 60, lines.append)
+def test_a_full_disk_is_waited_for_and_leaves_no_half_line(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "amlp_ray")
+    storage = open_journal(small_disk / "study.journal", 60)
     study = optuna.create_study(study_name="s", storage=storage)
     filler = small_disk / "filler"
     with filler.open("wb", buffering=0) as file, suppress(OSError):  # no space left
@@ -182,8 +186,9 @@ def test_a_full_disk_is_waited_for_and_leaves_no_half_line(small_disk: Path) -> 
     threading.Timer(2, make_room).start()
     study.set_user_attr("second", "y" * 9000)
     assert seen == [before], "half a line was left on the full disk"
-    assert lines == [
-        "the study's storage cannot be reached (No space left on device); waiting, trials train on",
+    assert caplog.messages == [
+        "the study's storage cannot be reached (No space left on device); "
+        "retrying while trials train",
         "the study's storage is back",
     ]
     attributes = optuna.load_study(
@@ -307,7 +312,7 @@ def test_a_driver_whose_lease_was_taken_over_stops_and_writes_no_more(
         "pid": 1,
         "at": time.time(),
     }
-    run.store.search().set_user_attr("lease", other | {"seconds": 0.0, "ratio_over": False})
+    run.store.search().set_user_attr("lease", other | {"seconds": 0.0, "over": False})
     journal = (run.store.folder / "study.journal").read_bytes()
     assert process.wait(DEADLINE_S) == 2, run.said()
     assert "was taken over by another process" in run.last_line()
@@ -335,29 +340,28 @@ def test_a_trial_whose_driver_died_before_it_was_pruned_is_not_trained_on(
 
     def prune(result: dict[str, Any]) -> None:
         told.append(result["epoch"])
-        ray.get(stop_flags.ask.remote(str(tmp_path / "trial"), "now"))
+        ray.get(stop_flags.request.remote(str(tmp_path / "trial"), "now"))
 
     config = StudyConfig.model_validate(TINY)
     told: list[int] = []
     stop_flags = ray.remote(StopFlags).options(num_cpus=0).remote()
-    trial_spec = TrialSpec(
+    run = RunSpec(
         study="tiny",
-        kind="search",
-        number=0,
         label="trial 0",
-        folder=str(tmp_path / "trial"),
-        data=str(phantom_dataset.path),
+        folder=tmp_path / "trial",
+        data=phantom_dataset.path,
         config=config.trial({}, seed=1),
         probe=config.probe,
         resources=config.resources,
         rungs=(2, 3, 4),
     )
-    config = {"trial_spec": trial_spec.as_config(), "stop_flags": stop_flags}
+    trial_spec = TrialSpec(kind="search", number=0, run=run).model_dump(mode="json")
+    tune_config = {"trial_spec": trial_spec, "stop_flags": stop_flags}
     monkeypatch.setattr("ray.tune.report", die)
     with pytest.raises(DriverDied):
-        amlp_trial(config)
+        amlp_trial(tune_config)
     monkeypatch.setattr("ray.tune.report", prune)
-    assert amlp_trial(config)["epochs"] == 2
+    assert amlp_trial(tune_config)["epochs"] == 2
     assert told == [2], "rung 3 would have been another result than that of an undisturbed trial"
     assert (tmp_path / "trial" / "encoder.safetensors").is_file()
     ray.kill(stop_flags)
@@ -375,31 +379,29 @@ def test_a_paused_confirmation_run_is_fine_tuned_only_when_it_was_trained_to_its
 
     folder = tmp_path / "run"
     config = StudyConfig.model_validate(TINY)
-    boards = [ray.remote(StopFlags).options(num_cpus=0).remote() for _ in range(2)]
-    ray.get(boards[0].ask.remote(str(folder), "now"))
-    trial_spec = TrialSpec(
+    stop_flags = [ray.remote(StopFlags).options(num_cpus=0).remote() for _ in range(2)]
+    ray.get(stop_flags[0].request.remote(str(folder), "now"))
+    run = RunSpec(
         study="tiny",
-        kind="confirm",
-        number=0,
         label="confirm mae-0",
-        folder=str(folder),
-        data=str(phantom_dataset.path),
+        folder=folder,
+        data=phantom_dataset.path,
         config=config.trial({}, seed=1),
         probe=config.probe,
         resources=config.resources,
         rungs=(4,),
-        finetune=SegmentConfig(epochs=1),
     )
+    finetune = SegmentConfig(epochs=1)
+    trial_spec = TrialSpec(kind="confirm", number=0, run=run, finetune=finetune)
+    plain_spec = trial_spec.model_dump(mode="json")
     monkeypatch.setattr("ray.tune.report", lambda result: None)
-    assert (
-        amlp_trial({"trial_spec": trial_spec.as_config(), "stop_flags": boards[0]})["epochs"] == 1
-    )
+    result = amlp_trial({"trial_spec": plain_spec, "stop_flags": stop_flags[0]})
+    assert result["epochs"] == 1
     assert not (folder / "finetune.json").exists(), (
         "an encoder of one epoch is not what is confirmed"
     )
-    assert (
-        amlp_trial({"trial_spec": trial_spec.as_config(), "stop_flags": boards[1]})["epochs"] == 4
-    )
+    result = amlp_trial({"trial_spec": plain_spec, "stop_flags": stop_flags[1]})
+    assert result["epochs"] == 4
     assert (folder / "finetune.json").is_file()
-    for stop_flags in boards:
-        ray.kill(stop_flags)
+    for actor in stop_flags:
+        ray.kill(actor)

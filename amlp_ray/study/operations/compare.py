@@ -10,12 +10,12 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from amlp_ray.config import StudyConfig
-from amlp_ray.config.overrides import flat
+from amlp_ray.config.overrides import flatten
 from amlp_ray.errors import ConfigError
 from amlp_ray.study.operations.status import spent_by
-from amlp_ray.study.storage.best_trials import best_trial, front
-from amlp_ray.study.storage.budget import counts_in_budget
+from amlp_ray.study.storage.best_trials import best_trial, pareto_front
 from amlp_ray.study.storage.study_store import StudyStore
+from amlp_ray.study.storage.trial_record import TrialRecord, trial_records
 
 ASIDE = (
     "name",
@@ -69,9 +69,9 @@ def compare(stores: Sequence[StudyStore]) -> dict[str, Any]:
 
 def _row(store: StudyStore, config: StudyConfig, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
     done = [
-        trial for trial in trials if trial.state == TrialState.COMPLETE and counts_in_budget(trial)
+        trial for trial in trials if trial.state == TrialState.COMPLETE and TrialRecord(trial).counts_in_budget
     ]
-    best = best_trial(store, config) if front(trials, config) else None
+    best = best_trial(store, config) if pareto_front(trial_records(store.search()), config) else None
     place = (
         list(config.objectives).index(config.metric) if config.metric in config.objectives else 0
     )
@@ -142,7 +142,7 @@ def _verdict(
 
 
 def _differing(config: Sequence[StudyConfig]) -> list[dict[str, Any]]:
-    tables = [flat(own) for own in config]
+    tables = [flatten(own) for own in config]
     names = dict.fromkeys(name for table in tables for name in table)
     return [
         {
@@ -185,5 +185,5 @@ def _by_params(config: StudyConfig, trials: Sequence[FrozenTrial]) -> dict[tuple
             place
         ]
         for trial in trials
-        if trial.state == TrialState.COMPLETE and counts_in_budget(trial) and trial.params
+        if trial.state == TrialState.COMPLETE and TrialRecord(trial).counts_in_budget and trial.params
     }

@@ -14,10 +14,11 @@ from optuna.trial import FrozenTrial, TrialState
 from amlp_ray.config import BudgetConfig, StudyConfig
 from amlp_ray.errors import AmlpError
 from amlp_ray.study.operations.trials import STATES, folder_of, state_of, time_of
-from amlp_ray.study.storage.best_trials import front
-from amlp_ray.study.storage.budget import BudgetTracker, Usage, counts_in_budget
-from amlp_ray.study.storage.snapshot import StudySnapshot
+from amlp_ray.study.storage.best_trials import pareto_front
+from amlp_ray.study.storage.budget import BudgetTracker, Usage
+from amlp_ray.study.storage.lease import lease_seconds
 from amlp_ray.study.storage.study_store import StudyStore
+from amlp_ray.study.storage.trial_record import TrialRecord, trial_records
 from amlp_ray.training.loggers.metrics_file import read_rows
 
 
@@ -26,7 +27,7 @@ def status(store: StudyStore, config: StudyConfig | None = None) -> dict[str, An
 
     A RUNNING trial of a study that nobody runs is INTERRUPTED: the next run takes it over.
     """
-    config, store = config or store.config(), StudySnapshot.at(store)
+    config = config or store.config()
     search, baselines, confirmation = store.search(), store.baselines(), store.confirmation()
     trials = search.get_trials(deepcopy=False)
     holder, about = store.holder(), search.user_attrs
@@ -55,7 +56,7 @@ def status(store: StudyStore, config: StudyConfig | None = None) -> dict[str, An
             for name, used in spent.as_dict().items()
         },
         "objectives": dict(config.objectives),
-        "best": [_summary(trial, config) for trial in front(trials, config)],
+        "best": [_summary(trial, config) for trial in pareto_front(trial_records(search), config)],
         "baselines": _arms(arm_trials, config),
         "confirmed": repeats,
         "changed": _changed([*trials, *confirmed]),
@@ -117,18 +118,16 @@ def _last_line(store: StudyStore, trial: FrozenTrial) -> dict[str, Any]:
 
 def spent_by(store: StudyStore, trials: Sequence[FrozenTrial], config: StudyConfig) -> Usage:
     """What a study has used of its budget; of running trials the epochs, and of these what a fork inherited too."""
-    every = [*trials, *store.baselines().get_trials(deepcopy=False)]
-    budget_tracker = BudgetTracker.of(every)
+    records = [TrialRecord.from_frozen(trial) for trial in trials]
+    every = [*records, *trial_records(store.baselines())]
+    tracker = BudgetTracker.from_trials(every)
     for trial in every:
         if trial.state == TrialState.RUNNING:
-            budget_tracker.report(
-                str(trial._trial_id),
-                epochs=_last_line(store, trial).get("epoch", 0),
-                gpu_seconds=0.0,
-            )
-    lease = store.search().user_attrs.get("lease") or {}
-    return budget_tracker.spent(
-        trials=sum(map(counts_in_budget, trials)), seconds=float(lease.get("seconds", 0.0))
+            epochs = _last_line(store, trial.frozen).get("epoch", 0)
+            tracker.report(str(trial.folder), epochs=epochs, gpu_seconds=0.0)
+    return tracker.usage(
+        trials=sum(trial.counts_in_budget for trial in records),
+        seconds=lease_seconds(store.search()),
     )
 
 
@@ -162,10 +161,10 @@ def _state(
     return {"stop": "stopped", "cancel": "cancelled", "pause": "paused"}.get(str(verb), "ended")
 
 
-def _summary(trial: FrozenTrial, config: StudyConfig) -> dict[str, Any]:
+def _summary(trial: TrialRecord, config: StudyConfig) -> dict[str, Any]:
     return {
         "trial": trial.number,
-        **dict(zip(config.objectives, trial.values, strict=True)),
+        **trial.objective_values(config),
         "params": dict(trial.params),
     }
 

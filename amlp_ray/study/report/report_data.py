@@ -1,8 +1,7 @@
-"""What a report is about, gathered once from the study store. Nothing here draws or judges."""
+"""Collect what a report shows from the study store. Nothing here draws or judges."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,20 +10,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.trial import FrozenTrial
 
 from amlp_ray.config import Choice, Parameter, PretrainConfig, Range, StudyConfig
 from amlp_ray.study.operations.status import spent_by
-from amlp_ray.study.operations.trials import STATES, note_of, state_of
+from amlp_ray.study.operations.trials import STATES
 from amlp_ray.study.report.importance import Importance, importance
-from amlp_ray.study.storage.best_trials import front, keeps_limits
+from amlp_ray.study.storage.best_trials import keeps_limits, pareto_front
 from amlp_ray.study.storage.budget import Usage
 from amlp_ray.study.storage.study_store import StudyStore
+from amlp_ray.study.storage.trial_record import TrialRecord, finite
 from amlp_ray.training.loggers.metrics_file import read_rows
 from amlp_ray.utils.files import read_json
 
-TITLES = {  # of objectives and other measures
+# Titles of objectives and other measures.
+TITLES = {
     "dsc": "DSC",
     "ap": "Patch AP",
     "ppv": "PPV",
@@ -39,323 +45,293 @@ TITLES = {  # of objectives and other measures
 
 
 @dataclass(frozen=True)
-class ReportedTrial:
-    """One trial of the search, or one repeat of a baseline."""
+class ReportedTrial(TrialRecord):
+    """A trial of the search, or a run of a baseline or of the confirmation, as a report shows it.
 
-    number: int  # Optuna's, within the search or within the baselines
-    state: str  # as people are told it: RUNNING is INTERRUPTED where no process runs the study
-    value: (
-        float | None
-    )  # by `StudyConfig.metric`; at the last rung so far where the run was pruned or is not over
-    dsc: float | None  # the same where the metric is DSC
-    values: dict[str, float]  # by objective, of a complete run
-    rungs: dict[int, float]  # the metric by epoch
-    params: dict[str, Any]
-    folder: Path
-    attributes: dict[str, Any]
-    feasible: bool  # it keeps `limits`, as far as it measured what they are of
-    note: str | None  # where it comes from, where it is not simply proposed and trained
-    started: datetime | None
-    ended: datetime | None
+    Attributes:
+        config: of the study.
+        state_name: RUNNING is INTERRUPTED where no process runs the study.
+        path: absolute path of its folder, always inside of the study's.
+        is_feasible: whether it keeps `limits`, as far as it measured what they are of.
+    """
 
-    @property
-    def baseline(self) -> str | None:
-        return self.attributes.get("baseline")
-
-    @property
-    def diagnosis(self) -> bool:
-        """A baseline that sees true masks: shown, and compared with nothing."""
-        return bool(self.attributes.get("uses_ground_truth"))
+    config: StudyConfig
+    state_name: str
+    path: Path
+    is_feasible: bool
 
     @property
     def name(self) -> str:
-        group = self.baseline or self.attributes.get("candidate")  # of a confirmation
-        return (
-            f"{group}-{self.attributes.get('repeat', self.number)}"
-            if group
-            else f"trial {self.number}"
-        )
+        """Return `trial 7` of the search, `mae-0` of a baseline or a confirmation."""
+        group = self.baseline or self.candidate
+        return f"{group}-{self.repeat}" if group else f"trial {self.number}"
+
+    @property
+    def is_full_length(self) -> bool:
+        """Return whether it ran its full budget and has a score."""
+        return self.is_complete and self.metric_value is not None and self.dsc is not None
+
+    @cached_property
+    def rungs(self) -> dict[int, float]:
+        """The study's metric by epoch, where it is finite."""
+        rungs = {}
+        for epoch, value in sorted(super().rungs.items()):
+            if (number := finite(value)) is not None:
+                rungs[epoch] = number
+        return rungs
+
+    @cached_property
+    def metric_value(self) -> float | None:
+        """The study's metric, at the last rung so far where the run was pruned or is not over."""
+        return self.score(self.config)
+
+    @property
+    def sort_value(self) -> float:
+        """Return the metric to rank trials by, with 0 for one that has none."""
+        return self.metric_value or 0.0
+
+    @property
+    def dsc(self) -> float | None:
+        """Return the DSC, which is the metric unless the study has another."""
+        if self.config.metric == "dsc":
+            return self.metric_value
+        return finite({**self.measured, **self.objectives}.get("dsc"))
+
+    @cached_property
+    def objectives(self) -> dict[str, float]:
+        """Finite values by objective, of a complete run."""
+        objectives = {}
+        for name, value in self.objective_values(self.config).items():
+            if (number := finite(value)) is not None:
+                objectives[name] = number
+        return objectives
 
     @property
     def epochs(self) -> int | None:
-        """Epochs run, as the run says at its end or as its rungs show."""
-        said = self.cost("epochs")
-        return max(self.rungs, default=None) if said is None else int(said)
+        """Return the epochs run, as stored at its end or as its rungs show."""
+        epochs = self.cost("epochs")
+        return max(self.rungs, default=None) if epochs is None else int(epochs)
 
     @property
-    def until(self) -> datetime | None:
-        """When it ended, or was last seen to live."""
+    def last_seen(self) -> datetime | None:
+        """Return when it ended, or when it was last known to run."""
         if self.ended or self.started is None:
             return self.ended
-        if self.state == "RUNNING":
+        if self.state_name == "RUNNING":
             return datetime.now()
-        metrics = self.folder / "metrics.jsonl"
-        return (
-            max(self.started, datetime.fromtimestamp(metrics.stat().st_mtime))
-            if metrics.is_file()
-            else self.started
-        )
-
-    @property
-    def finished(self) -> bool:
-        return self.state == "COMPLETE" and self.value is not None and self.dsc is not None
-
-    def cost(self, key: str) -> float | None:
-        """What the run took: seconds, gpu_seconds, memory, epochs; None before its end."""
-        return finite(self._ended_with.get(key))
+        metrics = self.path / "metrics.jsonl"
+        if not metrics.is_file():
+            return self.started
+        return max(self.started, datetime.fromtimestamp(metrics.stat().st_mtime))
 
     def measure(self, key: str) -> float | None:
-        """Return a number of its last scoring, None where it is missing, null or not finite."""
-        scores = self._ended_with.get("scores")
-        if isinstance(scores, dict) and key in scores:  # no file is opened for what the store knows
-            return finite(scores[key])
-        return finite(self.score.get(key))
+        """Return a number of its last scoring; None where it is missing or not finite."""
+        if key in self.measured:  # no file is opened for what the store holds
+            return finite(self.measured[key])
+        return finite(self.score_file.get(key))
 
     @cached_property
-    def score(self) -> dict[str, Any]:
+    def score_file(self) -> dict[str, Any]:
         """`score.json` without its per-image values, which are many; empty where there is none."""
-        score = read_json(self.folder / "score.json") or {}
-        return {key: item for key, item in score.items() if key != "per_image"}
+        score = read_json(self.path / "score.json") or {}
+        score.pop("per_image", None)
+        return score
 
     def per_image(self) -> dict[str, float]:
         """Read the DSC of every scored image; empty where there is no score."""
-        values = (read_json(self.folder / "score.json") or {}).get("per_image")
-        if not isinstance(values, dict):
-            return {}
-        return {
-            key: number for key, value in values.items() if (number := finite(value)) is not None
-        }
-
-    @property
-    def _ended_with(self) -> dict[str, Any]:
-        facts = self.attributes.get("stats")
-        return facts if isinstance(facts, dict) else {}
+        values = (read_json(self.path / "score.json") or {}).get("per_image")
+        scores = {}
+        for image, value in values.items() if isinstance(values, dict) else ():
+            if (number := finite(value)) is not None:
+                scores[image] = number
+        return scores
 
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything a report shows, but for curves, per-image scores and pictures, which are read when they are drawn."""
+    """Everything a report shows, but for curves, per-image scores and pictures.
+
+    These are read when they are drawn.
+
+    Attributes:
+        name: of the study.
+        folder: of the study.
+        config: of the study.
+        search: trials that the study trained.
+        copies: trials of the search that were answered from the store.
+        imported: trials of elsewhere, which the sampler learns from and which are no result.
+        front: complete trials within `limits` that none beats in every objective; with one
+            objective, the best.
+        baselines: runs of baselines.
+        confirmation: runs of the confirmation.
+        usage: what was spent of the budget.
+        space: as declared; of a Python function, as the trials' distributions show it.
+        environments: one for each time the study was run.
+        importances: by objective.
+    """
 
     name: str
     folder: Path
     config: StudyConfig
-    search: list[ReportedTrial]  # trials that the study trained
-    trials: list[FrozenTrial]  # the same, as stored
-    copies: list[
-        ReportedTrial
-    ]  # numbers of the search that were answered from the store (`copy_of`)
-    imported: list[
-        ReportedTrial
-    ]  # trials of elsewhere (`source`): they teach the sampler, and are no result of this study
-    front: list[
-        ReportedTrial
-    ]  # complete trials within `limits` that none beats in every objective; of one objective, the best
+    search: list[ReportedTrial]
+    copies: list[ReportedTrial]
+    imported: list[ReportedTrial]
+    front: list[ReportedTrial]
     baselines: list[ReportedTrial]
     confirmation: list[ReportedTrial]
-    driven: bool  # whether a process runs the study at this moment
-    spent: Usage
-    space: dict[
-        str, Parameter
-    ]  # as declared; of a Python function, as the trials' distributions show it
-    environments: list[dict[str, Any]]  # one for each time the study was run
-    importances: dict[str, Importance]  # by objective
+    usage: Usage
+    space: dict[str, Parameter]
+    environments: list[dict[str, Any]]
+    importances: dict[str, Importance]
 
     @property
     def best(self) -> ReportedTrial | None:
-        """The best by the metric among complete trials within `limits`; with several objectives, on their front.
+        """Return the best complete trial by the metric; with several objectives, on their front.
 
-        Of a population, the best of its latest generation: earlier ones are parts of a training.
+        Of population-based training, the best of its latest generation: earlier steps are parts of
+        a training.
         """
-        return max(self.front, key=lambda run: run.value or 0.0, default=None)
+        return max(self.front, key=lambda trial: trial.sort_value, default=None)
 
     @property
-    def running(self) -> bool:
-        return any(
-            run.state in ("RUNNING", "INTERRUPTED", "WAITING")
-            for run in [*self.search, *self.baselines]
-        )
+    def has_open_trials(self) -> bool:
+        """Return whether trials run or wait, so that numbers can change."""
+        open_states = ("RUNNING", "INTERRUPTED", "WAITING")
+        return any(trial.state_name in open_states for trial in [*self.search, *self.baselines])
 
     @property
     def metric(self) -> str:
-        """Title of the score that trials are ranked by."""
+        """Return the title of the score that trials are ranked by."""
         return TITLES[self.config.metric]
 
     @property
     def environment(self) -> dict[str, Any]:
-        """That of the latest run of the study."""
+        """Return the environment of the latest run of the study."""
         return self.environments[-1] if self.environments else {}
 
-    @property
-    def dataset(self) -> dict[str, Any]:
-        return self._described("dataset")
+    def dataset(self, name: str) -> dict[str, Any]:
+        """Return what the environment says of `dataset` or `eval_data`; empty where it does not."""
+        description = self.environment.get(name)
+        return description if isinstance(description, dict) else {}
 
-    @property
-    def eval_data(self) -> dict[str, Any]:
-        """The labelled data set, where it is one apart."""
-        return self._described("eval_data")
+    def parameter_names(self) -> list[str]:
+        """Return names of searched parameters: as declared, then those that only trials have."""
+        names = []
+        for name, parameter in self.space.items():
+            if isinstance(parameter, Range | Choice):
+                names.append(name)
+        for trial in self.search:
+            names += trial.params
+        return list(dict.fromkeys(names))
 
-    def _described(self, name: str) -> dict[str, Any]:
-        about = self.environment.get(name)
-        return about if isinstance(about, dict) else {}
+    def full_length(self, trial: ReportedTrial) -> int:
+        """Return the epochs of a trial that nothing stops early."""
+        epochs = trial.params.get("epochs", self.config.pretrain.get("epochs"))
+        return int(epochs or PretrainConfig.model_fields["epochs"].default)
 
-    def parameters(self) -> list[str]:
-        """Names of the searched parameters: as declared, then those that only trials know (an older space)."""
-        declared = [
-            name for name, parameter in self.space.items() if isinstance(parameter, Range | Choice)
-        ]
-        return list(
-            dict.fromkeys([*declared, *(name for run in self.search for name in run.params)])
-        )
+    def is_prunable(self, trial: ReportedTrial, epoch: int) -> bool:
+        """Return whether a pruner may act at an epoch; True where the steps are unknown."""
+        steps = self.steps_per_epoch(trial)
+        return steps is None or epoch * steps >= self.config.pruner.min_steps
 
-    def full_length(self, run: ReportedTrial) -> int:
-        """Epochs of a run that nothing stops early."""
-        given = run.params.get("epochs", self.config.pretrain.get("epochs"))
-        return int(given or PretrainConfig.model_fields["epochs"].default)
-
-    def steps_per_epoch(self, run: ReportedTrial) -> int | None:
-        """Optimiser steps of one epoch, None where the environment does not say how many images there are."""
-        counts = self.dataset.get("counts")
-        train = counts.get("train") if isinstance(counts, dict) else None
-        images = train.get("images") if isinstance(train, dict) else train
+    def steps_per_epoch(self, trial: ReportedTrial) -> int | None:
+        """Return the optimizer steps of an epoch; None where the number of images is unknown."""
+        counts = self.dataset("dataset").get("counts")
+        images = counts.get("train") if isinstance(counts, dict) else None
+        if isinstance(images, dict):
+            images = images.get("images")
         if not isinstance(images, int):
             return None
-        default = self.config.pretrain.get(
-            "batch_size", PretrainConfig.model_fields["batch_size"].default
-        )
-        return max(1, images // int(run.params.get("batch_size", default)))
+        default = PretrainConfig.model_fields["batch_size"].default
+        shared = self.config.pretrain.get("batch_size", default)
+        return max(1, images // int(trial.params.get("batch_size", shared)))
 
 
 def collect(store: StudyStore) -> ReportData:
-    """Read the facts of a study. Missing or half-written files of trials are taken as absent."""
-    config, driven = store.config(), store.is_run()
-    studies = (store.search(), store.baselines(), store.confirmation())
-    trials, baselines, confirmation = (study.get_trials(deepcopy=False) for study in studies)
-    runs, arm_runs, confirm_runs = (
-        [_run(store, config, trial, driven) for trial in group]
-        for group in (trials, baselines, confirmation)
-    )
-    imported = [run for run in runs if "source" in run.attributes]
-    copies = [run for run in runs if "copy_of" in run.attributes and "source" not in run.attributes]
-    other = {run.number for run in [*imported, *copies]}
-    own = [trial for trial in trials if trial.number not in other]
+    """Collect the data of a report; missing or half-written files of trials count as absent."""
+    config = store.config()
+    is_running = store.is_run()
+    stored = store.search().get_trials(deepcopy=False)
+    trials = _reported_trials(store, config, stored, is_running)
+    search = [trial for trial in trials if not trial.is_imported and not trial.is_copy]
+    frozen = [trial.frozen for trial in search]
+    baselines = store.baselines().get_trials(deepcopy=False)
+    confirmation = store.confirmation().get_trials(deepcopy=False)
+    environments = read_rows(store.folder / "environments.jsonl")
     return ReportData(
         name=store.name,
         folder=store.folder,
         config=config,
-        search=[run for run in runs if run.number not in other],
-        trials=own,
-        copies=copies,
-        imported=imported,
-        front=_front(config, own, runs),
-        baselines=arm_runs,
-        confirmation=confirm_runs,
-        driven=driven,
-        spent=spent_by(store, trials, config),
-        space=config.space if isinstance(config.space, dict) else _observed(own),
-        environments=[
-            row for row in read_rows(store.folder / "environments.jsonl") if isinstance(row, dict)
-        ],
-        importances=importance(own, config.objectives),
+        search=search,
+        copies=[trial for trial in trials if trial.is_copy and not trial.is_imported],
+        imported=[trial for trial in trials if trial.is_imported],
+        front=_front(config, search),
+        baselines=_reported_trials(store, config, baselines, is_running),
+        confirmation=_reported_trials(store, config, confirmation, is_running),
+        usage=spent_by(store, stored, config),
+        space=config.space if isinstance(config.space, dict) else _observed_space(search),
+        environments=[row for row in environments if isinstance(row, dict)],
+        importances=importance(frozen, config.objectives),
     )
 
 
-def count_states(runs: Iterable[ReportedTrial]) -> dict[str, int]:
-    """Count runs by state, in the order of a trial's life."""
-    counts = Counter(run.state for run in runs)
+def count_states(trials: Iterable[ReportedTrial]) -> dict[str, int]:
+    """Count trials by state, in the order of STATES."""
+    counts = Counter(trial.state_name for trial in trials)
     return {state: counts[state] for state in STATES if counts[state]}
 
 
-def finite(value: Any) -> float | None:
-    """Return `value` as a float, None where it is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def _run(store: StudyStore, config: StudyConfig, trial: FrozenTrial, driven: bool) -> ReportedTrial:
-    rungs = {
-        epoch: value
-        for epoch, value in sorted(trial.intermediate_values.items())
-        if math.isfinite(value)
-    }
-    state, metric = trial.state.name, config.metric
-    values = {}
-    if (
-        state == "COMPLETE" and trial.values
-    ):  # one per objective; a baseline has that of the metric alone
-        names = config.objectives if len(trial.values) == len(config.objectives) else (metric,)
-        named = zip(names, trial.values, strict=False)
-        values = {name: value for name, given in named if (value := finite(given)) is not None}
-    facts = trial.user_attrs.get("stats")
-    scores = facts.get("scores") if isinstance(facts, dict) else None
-    known = {**(scores if isinstance(scores, dict) else {}), **values}
-    last = rungs[max(rungs)] if rungs and state != "FAIL" else None
-    value = finite(known.get(metric)) if state in ("COMPLETE", "PRUNED") else None
-    value = last if value is None else value
-    return ReportedTrial(
-        number=trial.number,
-        state=state_of(trial, running=driven),
-        feasible=keeps_limits(trial, config),
-        note=note_of(trial),
-        value=value,
-        dsc=value if metric == "dsc" else finite(known.get("dsc")),
-        values=values,
-        rungs=rungs,
-        params=trial.params,
-        folder=_folder(store, trial),
-        attributes=trial.user_attrs,
-        started=trial.datetime_start,
-        ended=trial.datetime_complete,
-    )
-
-
-def _folder(store: StudyStore, trial: FrozenTrial) -> Path:
-    path, baseline = trial.user_attrs.get("path"), trial.user_attrs.get("baseline")
-    if isinstance(path, str):
-        folder = (store.folder / path).resolve()
-        if folder.is_relative_to(
-            store.folder.resolve()
-        ):  # a report shows nothing from outside of its study
-            return store.folder / path
-    if baseline:
-        return store.baseline_folder(str(baseline), trial.user_attrs.get("repeat", trial.number))
-    return store.trial_folder(trial.number)
-
-
-def _front(
-    config: StudyConfig, trials: Sequence[FrozenTrial], runs: Sequence[ReportedTrial]
+def _reported_trials(
+    store: StudyStore, config: StudyConfig, trials: Sequence[FrozenTrial], is_running: bool
 ) -> list[ReportedTrial]:
-    by_number = {run.number: run for run in runs}
-    candidates = [trial for trial in trials if by_number[trial.number].finished]
+    reported = []
+    for trial in trials:
+        record = TrialRecord(trial)
+        reported.append(
+            ReportedTrial(
+                frozen=trial,
+                config=config,
+                state_name=record.status(is_running=is_running),
+                path=store.folder_of(record),
+                is_feasible=keeps_limits(record, config),
+            )
+        )
+    return reported
+
+
+def _front(config: StudyConfig, search: Sequence[ReportedTrial]) -> list[ReportedTrial]:
+    candidates = [trial for trial in search if trial.is_full_length]
     if config.sampler.name == "pbt":
-        latest = max((trial.user_attrs.get("generation", 0) for trial in candidates), default=0)
-        candidates = [
-            trial for trial in candidates if trial.user_attrs.get("generation", 0) == latest
-        ]
-    return [by_number[trial.number] for trial in front(candidates, config)]
+        latest = max((trial.generation for trial in candidates), default=0)
+        candidates = [trial for trial in candidates if trial.generation == latest]
+    by_number = {trial.number: trial for trial in candidates}
+    best = pareto_front(candidates, config)
+    return [by_number[trial.number] for trial in best]
 
 
-def _observed(trials: Sequence[FrozenTrial]) -> dict[str, Parameter]:
-    """Return a space that is a Python function, as the trials were drawn from it."""
+def _observed_space(trials: Sequence[ReportedTrial]) -> dict[str, Parameter]:
+    """Return a space that is a Python function, as the trials were sampled from it."""
     space: dict[str, Parameter] = {}
     for trial in trials:
-        for name, drawn in trial.distributions.items():
-            if name in space:
-                continue
-            if isinstance(drawn, optuna.distributions.CategoricalDistribution):
-                space[name] = Choice.model_construct(
-                    choices=list(drawn.choices), default=None, when=None
-                )
-            elif isinstance(
-                drawn, optuna.distributions.FloatDistribution | optuna.distributions.IntDistribution
-            ):
-                step = None if drawn.step == 1 and isinstance(drawn.low, int) else drawn.step
-                space[name] = Range.model_construct(
-                    low=drawn.low,
-                    high=drawn.high,
-                    log=drawn.log,
-                    step=step,
-                    default=None,
-                    when=None,
-                )
+        for name, distribution in trial.distributions.items():
+            parameter = None if name in space else _parameter(distribution)
+            if parameter is not None:
+                space[name] = parameter
     return space
+
+
+def _parameter(distribution: BaseDistribution) -> Parameter | None:
+    if isinstance(distribution, CategoricalDistribution):
+        choices = list(distribution.choices)
+        return Choice.model_construct(choices=choices, default=None, when=None)
+    if not isinstance(distribution, FloatDistribution | IntDistribution):
+        return None
+    is_plain_integer = distribution.step == 1 and isinstance(distribution.low, int)
+    return Range.model_construct(
+        low=distribution.low,
+        high=distribution.high,
+        log=distribution.log,
+        step=None if is_plain_integer else distribution.step,
+        default=None,
+        when=None,
+    )

@@ -1,66 +1,74 @@
-"""Which trials of a search are its best."""
+"""Find the best trials of a search."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from optuna.trial import FrozenTrial, TrialState
-
 from amlp_ray.config import StudyConfig
 from amlp_ray.errors import StudyError
-from amlp_ray.study.storage.budget import counts_in_budget
 from amlp_ray.study.storage.study_store import StudyStore
+from amlp_ray.study.storage.trial_record import TrialRecord, trial_records
 
 
-def front(trials: Sequence[FrozenTrial], config: StudyConfig) -> list[FrozenTrial]:
-    """The best COMPLETE trials of the search: one, or the Pareto front of several objectives; none where none is done.
+def pareto_front(trials: Sequence[TrialRecord], config: StudyConfig) -> list[TrialRecord]:
+    """Return the best COMPLETE trials of the search.
 
-    What was imported is no result of this study, and a trial beyond `limits` counts only where every one is. Of equals
-    the first stands for all; a front goes from the best value of the first objective down.
+    Imported trials are no result of this study. A trial beyond `limits` counts only if every one
+    is. Of trials with equal values the first is returned.
+
+    Args:
+        trials: of the search.
+        config: of the study.
+
+    Returns:
+        One trial, or the Pareto front of several objectives from the best value of the first
+        objective down. Empty if no trial is complete.
     """
     signs = [-1 if direction == "maximize" else 1 for direction in config.objectives.values()]
-    done = [
-        t
-        for t in trials
-        if t.state == TrialState.COMPLETE and counts_in_budget(t) and len(t.values) == len(signs)
-    ]
-    done = [t for t in done if keeps_limits(t, config)] or done
-    if not done or len(signs) == 1:
-        return sorted(done, key=lambda t: (signs[0] * t.values[0], t.number))[:1]
-    costs = {
-        t.number: tuple(s * value for s, value in zip(signs, t.values, strict=True)) for t in done
-    }
-    kept: list[FrozenTrial] = []
-    for trial in sorted(
-        done, key=lambda t: (costs[t.number], t.number)
-    ):  # who comes later beats none of those before
+    complete = []
+    for trial in trials:
+        has_all = len(trial.values or ()) == len(signs)
+        if trial.is_complete and trial.counts_in_budget and has_all:
+            complete.append(trial)
+    candidates = [trial for trial in complete if keeps_limits(trial, config)] or complete
+    costs = {}
+    for trial in candidates:
+        values = zip(signs, trial.values or (), strict=True)
+        costs[trial.number] = tuple(sign * value for sign, value in values)
+    best: list[TrialRecord] = []
+    # In this order no trial is beaten by a later one.
+    for trial in sorted(candidates, key=lambda trial: (costs[trial.number], trial.number)):
         cost = costs[trial.number]
-        if not any(
-            all(a <= b for a, b in zip(costs[other.number], cost, strict=True)) for other in kept
-        ):
-            kept.append(trial)
-    return kept
+        if not any(_is_as_good(costs[other.number], cost) for other in best):
+            best.append(trial)
+    return best
 
 
-def keeps_limits(trial: FrozenTrial, config: StudyConfig) -> bool:
-    """Whether a trial keeps `limits`; one that did not measure a cost is taken to."""
-    facts = trial.user_attrs.get("stats") or {}
-    return all((facts.get(name) or 0.0) <= limit for name, limit in config.limits.items())
+def _is_as_good(cost: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return all(a <= b for a, b in zip(cost, other, strict=True))
 
 
-def best_trial(store: StudyStore, config: StudyConfig | None = None) -> FrozenTrial:
-    """The COMPLETE trial with the best value of the study's metric; with several objectives, of those on their front.
+def keeps_limits(trial: TrialRecord, config: StudyConfig) -> bool:
+    """Return whether a trial keeps `limits`; a cost that was not measured counts as kept."""
+    return all((trial.stats.get(name) or 0.0) <= limit for name, limit in config.limits.items())
+
+
+def best_trial(store: StudyStore, config: StudyConfig | None = None) -> TrialRecord:
+    """Return the COMPLETE trial with the best value of the study's metric.
+
+    With several objectives it is chosen from their front.
 
     Raises:
-        StudyError: where none is complete.
+        StudyError: no trial is complete.
     """
     config = config or store.config()
-    best = front(store.search().get_trials(deepcopy=False), config)
+    best = pareto_front(trial_records(store.search()), config)
     if not best:
         raise StudyError(
             f"Study {config.name!r} has no complete trial yet; see `amlp-ray study status`."
         )
     if config.metric not in config.objectives:
         return best[0]
-    place = list(config.objectives).index(config.metric)
-    return max(best, key=lambda trial: (trial.values[place], -trial.number))
+    return max(
+        best, key=lambda trial: (trial.objective_values(config)[config.metric], -trial.number)
+    )

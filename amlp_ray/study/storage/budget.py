@@ -1,25 +1,24 @@
-"""What a study has spent and which limit it has reached; all of it follows from the stored trials and the lease."""
+"""Add up what a study has used and find the limit that it has reached."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
-
-from optuna.trial import FrozenTrial, TrialState
 
 from amlp_ray.config import BudgetConfig
-
-
-def counts_in_budget(trial: FrozenTrial) -> bool:
-    """Whether a trial of the search uses up `budget.trials`: one imported, or answered from the store, does not."""
-    known = "source" in trial.user_attrs or "copy_of" in trial.user_attrs
-    return trial.state != TrialState.WAITING and not known
+from amlp_ray.study.storage.trial_record import TrialRecord, TrialStats
 
 
 @dataclass
 class Usage:
-    """Trials begun, seconds run, GPU-seconds held, epochs trained."""
+    """What a study or a trial has used.
+
+    Args:
+        trials: begun.
+        seconds: of running the study.
+        gpu_seconds: for which GPUs were held, over all GPUs.
+        epochs: trained.
+    """
 
     trials: int = 0
     seconds: float = 0.0
@@ -27,6 +26,7 @@ class Usage:
     epochs: int = 0
 
     def as_dict(self) -> dict[str, float]:
+        """Return the usage by the names of the budget's limits."""
         return {
             "trials": self.trials,
             "hours": self.seconds / 3600,
@@ -35,50 +35,63 @@ class Usage:
         }
 
     def reached(self, budget: BudgetConfig, *, but_trials: bool = False) -> str | None:
-        """Which limit is reached, as `epochs 500 of 500`; None while there is budget left."""
+        """Return the limit that is reached, such as `epochs 500 of 500`; None if there is none.
+
+        Args:
+            budget: of the study.
+            but_trials: whether the number of trials is left out.
+        """
         limits = budget.model_dump()
         for name, used in self.as_dict().items():
             limit = limits[name]
-            if limit is not None and used >= limit and not (but_trials and name == "trials"):
+            if limit is None or (but_trials and name == "trials"):
+                continue
+            if used >= limit:
                 return f"{name.replace('_', '-')} {used:.4g} of {limit:g}"
         return None
 
 
 @dataclass
 class BudgetTracker:
-    """`Spent` of a study that runs: trials that ended, once, and what the running ones have reported so far."""
+    """Usage of a study that runs: its ended trials, and what the running ones have reported."""
 
     ended: Usage = field(default_factory=Usage)
-    running: dict[str, Usage] = field(default_factory=dict)  # by Tune's trial id
+    running: dict[str, Usage] = field(default_factory=dict)  # by a key of the caller's
 
     @classmethod
-    def of(cls, trials: Iterable[FrozenTrial]) -> BudgetTracker:
-        """Of trials as stored."""
-        budget_tracker = cls()
+    def from_trials(cls, trials: Iterable[TrialRecord]) -> BudgetTracker:
+        """Add up stored trials."""
+        tracker = cls()
         for trial in trials:
-            budget_tracker.end(None, trial.user_attrs.get("stats") or {})
-        return budget_tracker
+            tracker.end(None, trial.stats)
+        return tracker
 
     def report(self, key: str, *, epochs: int, gpu_seconds: float) -> None:
-        """Note how far a running trial is, over all its lives."""
+        """Note how far a running trial is, over all its processes."""
         self.running[key] = Usage(gpu_seconds=gpu_seconds, epochs=epochs)
 
-    def end(self, key: str | None, facts: Mapping[str, Any]) -> None:
-        """Note what a trial has spent in the end."""
+    def end(self, key: str | None, stats: TrialStats) -> None:
+        """Note what a trial has used in the end."""
         if key is not None:
-            self.running.pop(key, None)
-        self.ended.gpu_seconds += facts.get("gpu_seconds") or 0.0
-        self.ended.epochs += facts.get("epochs") or 0
+            self.drop(key)
+        self.ended.gpu_seconds += stats.get("gpu_seconds") or 0.0
+        self.ended.epochs += stats.get("epochs") or 0
 
     def drop(self, key: str) -> None:
-        """Forget a running trial that will go on later; what it has spent is told when it ends."""
+        """Forget a running trial that resumes later; what it used is added when it ends."""
         self.running.pop(key, None)
 
-    def spent(self, *, trials: int, seconds: float) -> Usage:
+    def usage(self, *, trials: int, seconds: float) -> Usage:
+        """Return what the study has used.
+
+        Args:
+            trials: how many have begun.
+            seconds: for how long the study has been run.
+        """
+        usages = [self.ended, *self.running.values()]
         return Usage(
             trials=trials,
             seconds=seconds,
-            gpu_seconds=self.ended.gpu_seconds
-            + sum(part.gpu_seconds for part in self.running.values()),
-            epochs=self.ended.epochs + sum(part.epochs for part in self.running.values()),
+            gpu_seconds=sum(usage.gpu_seconds for usage in usages),
+            epochs=sum(usage.epochs for usage in usages),
         )

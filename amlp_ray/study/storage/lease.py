@@ -1,7 +1,7 @@
-"""A lease on a study, kept in its storage: who runs it, since when, and for how long in all.
+"""Hold a lease on a study in its storage: who runs it, since when, and for how long in all.
 
-The folder's lock tells processes of one machine apart. Machines that share only a database tell each other by a lease
-that is renewed every few seconds and taken over when it has not been for a minute.
+The folder's lock covers processes of one machine. Machines that share only a database see each
+other's lease, which is renewed every few seconds and is free when it has not been for a minute.
 """
 
 from __future__ import annotations
@@ -17,62 +17,75 @@ import optuna
 from amlp_ray.errors import StudyError
 
 RENEW_S = 10.0
-EXPIRES_S = (
-    60.0  # of a driver that we cannot see: its machine may be gone, or its clock differ by seconds
-)
-SETTLE_S = 1.0  # two who take a free lease at once both wrote it by then; the later one has it
+# The machine of a driver may be gone, or its clock differ by seconds.
+EXPIRES_S = 60.0
+# Two processes that take a free lease at once have both written it by then; the later one has it.
+SETTLE_S = 1.0
 
 
 def here() -> str:
+    """Return the name of this process, such as `process 12 on host`."""
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 class Lease:
-    """Taken when it is made; `renew` tells whether it still stands.
-
-    `seconds` is how long the study has been run, all runs together: what a budget of hours is measured by.
-    """
+    """A lease that is taken when it is made."""
 
     def __init__(self, study: optuna.Study, *, wait: bool, counted: bool = True) -> None:
-        """Args: wait: whether other machines may take it at this moment, so that who wrote last must be seen.
+        """Take the lease.
+
+        Args:
+            study: the Optuna study of the search.
+            wait: whether other machines may take it at this moment, so that the last write counts.
+            counted: whether the time until its release counts in `budget.hours`.
 
         Raises:
-            StudyError: naming the holder, where somebody else has it.
+            StudyError: another process has it; the message names it.
         """
         if holder := read_lease(study):
             raise StudyError(
-                f"Study {study.study_name!r} is already run by {holder}; wait for it, or end it, before running the "
-                f"study again. The lease of one that died passes after {EXPIRES_S:g} s."
+                f"Study {study.study_name!r} is already run by {holder}; wait for it, or end it, "
+                f"before running the study again. The lease of a process that died expires after "
+                f"{EXPIRES_S:g} s."
             )
-        self._study, self._id, self._counted = study, uuid.uuid4().hex, counted
-        self._before = float((study.user_attrs.get("lease") or {}).get("seconds", 0.0))
+        self._study = study
+        self._id = uuid.uuid4().hex
+        self._counted = counted
+        self._seconds_before = lease_seconds(study)
         self._started = time.monotonic()
         self._write()
         if wait:
             time.sleep(SETTLE_S)
-            if not self._stands():
+            if not self._is_valid():
                 raise StudyError(
                     f"Study {study.study_name!r} was taken by {read_lease(study)} at this moment."
                 )
 
     @property
     def seconds(self) -> float:
-        return self._before + (time.monotonic() - self._started if self._counted else 0.0)
+        """Return for how long the study has been run, all runs together."""
+        if not self._counted:
+            return self._seconds_before
+        return self._seconds_before + time.monotonic() - self._started
 
     def renew(self) -> bool:
-        """Write that we live. False: somebody took the study over while we could not; nothing is written."""
-        if not self._stands():
+        """Write that this process lives.
+
+        Returns:
+            False, and nothing is written, if another process took the study over meanwhile.
+        """
+        if not self._is_valid():
             return False
         self._write()
         return True
 
     def release(self) -> None:
-        """Leave the study to whoever comes next, at once."""
-        if self._stands():
+        """Free the study at once."""
+        if self._is_valid():
             self._write(over=True)
 
-    def _stands(self) -> bool:
-        return (self._study.user_attrs.get("lease") or {}).get("id") == self._id
+    def _is_valid(self) -> bool:
+        return _stored(self._study).get("id") == self._id
 
     def _write(self, *, over: bool = False) -> None:
         lease = {
@@ -88,18 +101,26 @@ class Lease:
 
 
 def read_lease(study: optuna.Study) -> str | None:
-    """Who holds the lease of a study; None where nobody does, or the holder is dead."""
-    lease: dict[str, Any] = study.user_attrs.get("lease") or {}
+    """Return who holds the lease of a study; None if nobody does, or the holder is dead."""
+    lease = _stored(study)
     if not lease or lease["over"] or abs(time.time() - lease["at"]) > EXPIRES_S:
         return None
-    if lease["host"] == socket.gethostname() and (
-        lease["pid"] == os.getpid() or not _lives(lease["pid"])
-    ):
+    is_here = lease["host"] == socket.gethostname()
+    if is_here and (lease["pid"] == os.getpid() or not _is_alive(lease["pid"])):
         return None
     return str(lease["holder"])
 
 
-def _lives(pid: int) -> bool:
+def lease_seconds(study: optuna.Study) -> float:
+    """Return for how long a study has been run, all runs together, as it was last stored."""
+    return float(_stored(study).get("seconds", 0.0))
+
+
+def _stored(study: optuna.Study) -> dict[str, Any]:
+    return study.user_attrs.get("lease") or {}
+
+
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

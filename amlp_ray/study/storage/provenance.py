@@ -11,16 +11,14 @@ import platform
 import subprocess
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from amlp_ray.config import StudyConfig
 from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.runtime.resources import Cluster
 from amlp_ray.training.loggers.metrics_file import own_rows, read_rows
-from amlp_ray.utils.files import read_json, write_whole
-
-if TYPE_CHECKING:
-    from amlp_ray.study.trial_spec import TrialSpec
+from amlp_ray.utils.files import atomic_write, read_json
 
 PACKAGES = (
     "amlp-ray",
@@ -63,31 +61,31 @@ def environment(
     }
 
 
-def write_provenance(trial_spec: TrialSpec) -> None:
+def write_provenance(run: RunSpec) -> None:
     """Keep what a trial is trained with, in its folder's provenance.json; called by its own process, before it trains.
 
     Of a trial that goes on in another process, `continued` tells from which epoch on, and what is not as it was.
     """
     import torch
 
-    folder = Path(trial_spec.folder)
-    group = not trial_spec.resources.alone
-    cuda = trial_spec.gpus > 0 if group else torch.cuda.is_available()
-    threads = max(1, int(trial_spec.resources.cpus_per_worker))
+    folder = run.folder
+    group = not run.resources.is_single_worker
+    cuda = run.gpus > 0 if group else torch.cuda.is_available()
+    threads = run.threads
     found = {
         "at": _now(),
         **_code(folder.parents[1]),
         # Sums over threads and workers depend on their number.
         "hardware": hardware("cuda" if cuda else "cpu")
-        | {"threads": threads, "workers": trial_spec.resources.workers},
-        "dataset": _described(PatchDataset.open(trial_spec.data)),
+        | {"threads": threads, "workers": run.resources.workers},
+        "dataset": _described(PatchDataset.open(run.data)),
         "eval_data": None
-        if trial_spec.eval_data is None
-        else _described(PatchDataset.open(trial_spec.eval_data)),
-        "seed": trial_spec.config.seed,
-        "rungs": list(trial_spec.rungs),
-        "probe": trial_spec.probe.model_dump(mode="json"),
-        "config": trial_spec.config.model_dump(mode="json"),
+        if run.eval_data is None
+        else _described(PatchDataset.open(run.eval_data)),
+        "seed": run.config.seed,
+        "rungs": list(run.rungs),
+        "probe": None if run.probe is None else run.probe.model_dump(mode="json"),
+        "config": run.config.model_dump(mode="json"),
     }
     held = read_provenance(folder)
     done = max((row["epoch"] for row in own_rows(read_rows(folder / "metrics.jsonl"))), default=0)
@@ -103,7 +101,7 @@ def write_provenance(trial_spec: TrialSpec) -> None:
             "continued": [*held["continued"], {"epoch": done, "at": found["at"], **other}]
         }
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "provenance.json", json.dumps(kept, indent=1))
+    atomic_write(folder / "provenance.json", json.dumps(kept, indent=1))
 
 
 def read_provenance(folder: Path) -> dict[str, Any] | None:
@@ -180,7 +178,7 @@ def _keep_patch(study: Path) -> str | None:
     name = patch_name()
     if name and not (study / name).exists():
         study.mkdir(parents=True, exist_ok=True)
-        write_whole(study / name, _dirty())
+        atomic_write(study / name, _dirty())
     return name
 
 

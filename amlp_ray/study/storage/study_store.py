@@ -23,7 +23,7 @@ they would blind multivariate TPE, and could come out as its best trial.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -133,22 +133,19 @@ class StudyStore:
 
     # Optuna
 
-    def storage(
-        self, *, patience: float | None = None, notify: Callable[[str], None] = lambda line: None
-    ) -> BaseStorage:
+    def storage(self, *, retry_seconds: float | None = None) -> BaseStorage:
         """Return the storage of all three studies, opened once.
 
         Args:
-            patience: seconds to retry while it cannot be reached. Given by the process that runs
-                the study, before anything else is read.
-            notify: gets a line when it cannot be reached and when it is back.
+            retry_seconds: how long to retry while it cannot be reached. Given by the process that
+                runs the study, before anything else is read.
         """
-        if self._storage is None or patience is not None:
-            seconds = READ_RETRY_S if patience is None else patience
+        if self._storage is None or retry_seconds is not None:
+            seconds = READ_RETRY_S if retry_seconds is None else retry_seconds
             if self._url:
-                self._storage = open_database(self._url, seconds, notify)
+                self._storage = open_database(self._url, seconds)
             else:
-                self._storage = open_journal(self.folder / "study.journal", seconds, notify)
+                self._storage = open_journal(self.folder / "study.journal", seconds)
         return self._storage
 
     def search(
@@ -199,6 +196,7 @@ class StudyStore:
         """Refuse a database that holds a study of the same name from another folder."""
         id_file = self.folder / "id"
         if not id_file.is_file():
+            atomic_write(self.folder / "format", str(FORMAT))
             atomic_write(id_file, uuid.uuid4().hex)
         folder_id = id_file.read_text()
         name = self.search_name()

@@ -14,8 +14,9 @@ from optuna.trial import TrialState
 from amlp_ray.errors import StudyError
 from amlp_ray.study.operations.edit import enqueue
 from amlp_ray.study.operations.status import list_studies, running_rows, status
-from amlp_ray.study.storage.best_trials import best_trial, front
+from amlp_ray.study.storage.best_trials import best_trial, pareto_front
 from amlp_ray.study.storage.study_store import StudyStore
+from amlp_ray.study.storage.trial_record import trial_records
 
 
 def test_a_status_tells_states_budget_best_arms_and_confirmation(tmp_path: Path) -> None:
@@ -105,7 +106,7 @@ def test_of_several_objectives_the_front_is_best_and_costs_count_downwards(tmp_p
     for values in ([0.5, 20.0], [0.6, 30.0], [0.55, 35.0], [0.4, 10.0], [0.6, 30.0]):
         add(store, values=values)
     config = store.config()
-    assert [t.number for t in front(store.search().trials, config)] == [1, 0, 3]
+    assert [t.number for t in pareto_front(trial_records(store.search()), config)] == [1, 0, 3]
     assert best_trial(store).number == 1
     assert [row["trial"] for row in status(store)["best"]] == [1, 0, 3]
 
@@ -156,7 +157,7 @@ def test_a_status_imports_nothing_heavy(tmp_path: Path) -> None:
     store = make_store(tmp_path)
     add(store)
     code = (
-        "import sys; from pathlib import Path; from amlp_ray.cli.study_look import status, trials\n"
+        "import sys; from pathlib import Path; from amlp_ray.cli.study_inspect import status, trials\n"
         f"status('tiny', Path({str(tmp_path)!r}), True)\n"
         "heavy = ('torch', 'ray', 'pandas', 'pyarrow', 'sklearn', 'scipy', 'plotly', 'sqlalchemy')\n"
         "print([m for m in heavy if m in sys.modules], file=sys.stderr)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -11,13 +12,14 @@ from typing import Any
 import optuna
 import pytest
 from helpers.database import Postgres
+from optuna.testing.pytest_storages import StorageTestCase
 from optuna.trial import TrialState
 
 from amlp_ray.errors import StudyError
 from amlp_ray.study.storage.optuna_storage import (
     Journal,
     RetryingStorage,
-    expanded,
+    expand_variables,
     open_database,
     open_journal,
     without_secrets,
@@ -129,7 +131,7 @@ class Flaky:
 def test_a_call_whose_answer_is_lost_is_made_once(name: str, done: bool) -> None:
     inner = optuna.storages.InMemoryStorage()
     flaky = Flaky(inner, name, done=done)
-    storage = RetryingStorage(flaky, patience=5)  # type: ignore[arg-type]
+    storage = RetryingStorage(flaky, 5)  # type: ignore[arg-type]
     study = optuna.create_study(storage=storage)
     trial_id = storage.create_new_trial(study._study_id, new_trial())
     storage.set_trial_user_attr(trial_id, "a", 1)
@@ -140,7 +142,7 @@ def test_a_call_whose_answer_is_lost_is_made_once(name: str, done: bool) -> None
 
 
 def test_a_trial_is_not_told_twice_by_mistake() -> None:
-    storage = RetryingStorage(optuna.storages.InMemoryStorage(), patience=5)
+    storage = RetryingStorage(optuna.storages.InMemoryStorage(), 5)
     study = optuna.create_study(storage=storage)
     trial_id = storage.create_new_trial(study._study_id, new_trial())
     storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.5])
@@ -148,7 +150,7 @@ def test_a_trial_is_not_told_twice_by_mistake() -> None:
         storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.6])
 
 
-def test_patience_ends_with_a_sentence() -> None:
+def test_retrying_ends_with_a_sentence() -> None:
     class Gone:
         def get_all_studies(self) -> None:
             raise ConnectionRefusedError(111, "Connection refused")
@@ -156,20 +158,20 @@ def test_patience_ends_with_a_sentence() -> None:
     with pytest.raises(
         StudyError, match=r"cannot be reached for 0\.3 s \(Connection refused\); check it"
     ):
-        RetryingStorage(Gone(), patience=0.3).get_all_studies()  # type: ignore[arg-type]
+        RetryingStorage(Gone(), 0.3).get_all_studies()  # type: ignore[arg-type]
 
 
 def test_an_error_that_will_not_pass_is_not_waited_for() -> None:
     with pytest.raises(KeyError):
-        RetryingStorage(optuna.storages.InMemoryStorage(), patience=60).get_study_id_from_name(
-            "none"
-        )
+        RetryingStorage(optuna.storages.InMemoryStorage(), 60).get_study_id_from_name("none")
 
 
 @pytest.mark.timeout(120)
-def test_a_database_that_is_restarted_is_waited_for(server: Postgres) -> None:
-    lines: list[str] = []
-    storage = open_database(server.url, patience=60, notify=lines.append)
+def test_a_database_that_is_restarted_is_waited_for(
+    server: Postgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "amlp_ray")
+    storage = open_database(server.url, retry_seconds=60)
     study = optuna.create_study(study_name=f"s{time.time_ns()}", storage=storage)
     trial_id = storage.create_new_trial(study._study_id, new_trial())
     server.stop()
@@ -177,9 +179,10 @@ def test_a_database_that_is_restarted_is_waited_for(server: Postgres) -> None:
     storage.set_trial_intermediate_value(trial_id, 1, 0.25)
     storage.create_new_trial(study._study_id, new_trial())
     assert [t.intermediate_values for t in study.trials] == [{1: 0.25}, {}]
+    lines = caplog.messages
     assert lines[0].startswith("the study's storage cannot be reached")
     assert lines[-1] == "the study's storage is back"
-    assert "secret" not in "".join(lines)
+    assert Postgres.password not in "".join(lines)
 
 
 def test_a_password_shows_in_no_message(server: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +225,15 @@ def test_a_short_write_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.M
 
 def test_values_of_the_environment_are_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORD", "a/b@c:d e")
-    assert (
-        expanded("postgresql://me:${WORD}@host/db") == "postgresql://me:a%2Fb%40c%3Ad%20e@host/db"
-    )
-    assert without_secrets("mysql+pymysql://me:${WORD}@host:3306/db?ssl=1") == "mysql+pymysql://host:3306/db"
+    url = expand_variables("postgresql://me:${WORD}@host/db")
+    assert url == "postgresql://me:a%2Fb%40c%3Ad%20e@host/db"
+    url = without_secrets("mysql+pymysql://me:${WORD}@host:3306/db?ssl=1")
+    assert url == "mysql+pymysql://host:3306/db"
+
+
+class TestJournalAsOptunaRequires(StorageTestCase):
+    """Optuna's own tests of a storage, on our journal."""
+
+    @pytest.fixture
+    def storage(self, tmp_path: Path) -> optuna.storages.BaseStorage:
+        return optuna.storages.JournalStorage(Journal(tmp_path / "study.journal"))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.studies import task_of
+from helpers.studies import run_spec_of
 
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.study.storage import provenance
@@ -24,12 +24,12 @@ from amlp_ray.study.storage.provenance import (
 def test_a_trial_keeps_code_versions_hardware_data_settings_and_seed(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    trial_spec = task_of(tmp_path, phantom_dataset, cpus=2)
-    write_provenance(trial_spec)
+    run_spec = run_spec_of(tmp_path, phantom_dataset, cpus=2)
+    write_provenance(run_spec)
     found = read_provenance(tmp_path / "trials" / "0")
     assert found is not None
     assert found["seed"] == 5
-    assert found["config"] == trial_spec.config.model_dump(mode="json")
+    assert found["config"] == run_spec.config.model_dump(mode="json")
     assert found["dataset"]["fingerprint"] == phantom_dataset.manifest.fingerprint
     assert found["eval_data"] is None
     assert (found["hardware"]["threads"], found["hardware"]["workers"]) == (2, 1)
@@ -41,14 +41,14 @@ def test_a_trial_keeps_code_versions_hardware_data_settings_and_seed(
 def test_a_trial_that_goes_on_elsewhere_says_from_which_epoch_and_what_is_other(
     phantom_dataset: PatchDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trial_spec = task_of(tmp_path, phantom_dataset)
+    run_spec = run_spec_of(tmp_path, phantom_dataset)
     folder = tmp_path / "trials" / "0"
-    write_provenance(trial_spec)
+    write_provenance(run_spec)
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"epoch": e}) + "\n" for e in (1, 2)))
-    write_provenance(trial_spec)
+    write_provenance(run_spec)
     there = {**hardware(), "processor": "another"}
     monkeypatch.setattr(provenance, "hardware", lambda device="cpu": dict(there))
-    write_provenance(trial_spec)
+    write_provenance(run_spec)
     found = read_provenance(folder)
     assert found is not None
     assert found["hardware"]["processor"] != "another"
@@ -60,8 +60,8 @@ def test_a_trial_that_goes_on_elsewhere_says_from_which_epoch_and_what_is_other(
 def test_a_trial_that_had_trained_nothing_begins_anew(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    write_provenance(task_of(tmp_path, phantom_dataset, seed=5))
-    write_provenance(task_of(tmp_path, phantom_dataset, seed=6))
+    write_provenance(run_spec_of(tmp_path, phantom_dataset, seed=5))
+    write_provenance(run_spec_of(tmp_path, phantom_dataset, seed=6))
     found = read_provenance(tmp_path / "trials" / "0")
     assert found is not None
     assert (found["seed"], found["continued"]) == (6, [])
@@ -93,7 +93,7 @@ def test_code_as_committed_needs_no_patch(
     checkout: Path, phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
     (checkout.parent / "README.md").write_text("not code\n")
-    write_provenance(task_of(tmp_path / "study", phantom_dataset))
+    write_provenance(run_spec_of(tmp_path / "study", phantom_dataset))
     found = read_provenance(tmp_path / "study" / "trials" / "0")
     assert found is not None
     assert found["patch"] is None
@@ -106,7 +106,7 @@ def test_changed_code_is_kept_once_as_a_patch_that_gives_it_back(
     (checkout / "__init__.py").write_text("one = 2\n")
     (checkout / "new.py").write_text("two = 2\n")
     for _ in range(2):
-        write_provenance(task_of(tmp_path / "study", phantom_dataset))
+        write_provenance(run_spec_of(tmp_path / "study", phantom_dataset))
     found = read_provenance(tmp_path / "study" / "trials" / "0")
     assert found is not None
     assert found["commit"].endswith("+changes")

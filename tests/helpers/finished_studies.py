@@ -149,7 +149,7 @@ def add_trial(
     return folder
 
 
-def add_arm(
+def add_baseline(
     store: StudyStore, baseline: str, repeat: int, dsc: float, *, state: str = "COMPLETE", **files
 ) -> Path:
     epochs = files.pop("epochs", 0 if baseline == "scratch" else 100)
@@ -159,7 +159,10 @@ def add_arm(
         "path": f"baselines/{baseline}-{repeat}",
         "seed": repeat,
     }
-    attributes |= {"uses_ground_truth": files.pop("diagnosis", False), "stats": {"epochs": epochs}}
+    attributes |= {
+        "uses_ground_truth": files.pop("uses_ground_truth", False),
+        "stats": {"epochs": epochs},
+    }
     value = dsc if state == "COMPLETE" else None
     store.baselines(create=True).add_trial(
         create_trial(state=TrialState[state], value=value, user_attrs=attributes)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from amlp_ray.config import (
+    ABLATION_STEPS,
     ABLATIONS,
-    ABOUT,
-    GROUPS,
-    STEPS,
+    BASELINE_DESCRIPTIONS,
+    BASELINE_GROUPS,
     VARIANTS,
     PretrainConfig,
     PrunerConfig,
@@ -139,19 +139,19 @@ def test_arms_come_in_order_each_once_groups_spelt_out() -> None:
     )
     names = [plan.name for plan in plans]
     assert names[0] == "scratch"
-    assert names[1:6] == list(GROUPS["leave-one-out"])
-    assert names[6:-1] == [name for name in GROUPS["ladder"] if name not in names[:6]]
+    assert names[1:6] == list(BASELINE_GROUPS["leave-one-out"])
+    assert names[6:-1] == [name for name in BASELINE_GROUPS["ladder"] if name not in names[:6]]
     assert names[-1] == "mine"
     assert len(set(names)) == len(names)
 
 
 def test_every_arm_that_has_a_name_can_be_had_and_says_what_it_is() -> None:
-    names = [*VARIANTS, *ABLATIONS, *STEPS]
+    names = [*VARIANTS, *ABLATIONS, *ABLATION_STEPS]
     plans = baseline_plans(with_arms(*names, epochs=5))
     assert [plan.name for plan in plans] == names
     assert all(plan.config(4).seed == 4 and plan.config(4).epochs == 5 for plan in plans)
-    assert [plan.name for plan in plans if plan.diagnosis] == ["oracle"]
-    assert {plan.name for plan in plans if plan.about} == set(names) == ABOUT.keys()
+    assert [plan.name for plan in plans if plan.uses_ground_truth] == ["oracle"]
+    assert {plan.name for plan in plans if plan.description} == set(names) == BASELINE_DESCRIPTIONS.keys()
 
 
 def test_the_ladder_leads_from_mae_to_amlp_one_part_at_a_time() -> None:
@@ -198,12 +198,12 @@ def test_settings_of_ones_own_lie_over_the_study_s_model_and_no_method() -> None
     found = plan.config(2)
     assert (found.variant, found.selection.mode, found.ratio.start) == ("mae", "random", 0.4)
     assert (found.epochs, found.model.width, found.model.depth, found.seed) == (6, 48, 2, 2)
-    assert not plan.diagnosis
+    assert not plan.uses_ground_truth
 
 
-def test_an_oracle_of_ones_own_is_a_diagnosis_too() -> None:
+def test_an_oracle_of_ones_own_uses_ground_truth_too() -> None:
     (plan,) = baseline_plans(with_arms({"mine": {"selection": {"rule": "oracle"}}}))
-    assert plan.diagnosis
+    assert plan.uses_ground_truth
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_random_cluster_and_oracle_change_which_cluster_is_the_lesion_alone() ->
         {"mode": "random"},
     ):
         oracle = ablated_config(amlp(selection=mode), "oracle", "s")
-        assert oracle.selection.uses_truth
+        assert oracle.selection.uses_ground_truth
         assert not oracle.uses_feedback  # else the aim were not the oracle's alone
 
 
@@ -345,7 +345,7 @@ def test_an_oracle_over_images_without_masks_is_refused_before_it_runs(
         "train": counts["train"].model_copy(update={"labeled": counts["train"].images - 3})
     }
     lacking = PatchDataset(
-        phantom_dataset.place, phantom_dataset.manifest.model_copy(update={"counts": fewer})
+        phantom_dataset.root, phantom_dataset.manifest.model_copy(update={"counts": fewer})
     )
     with pytest.raises(
         ConfigError, match=r"baseline oracle aims by true lesions, but 3 of 36 training images"

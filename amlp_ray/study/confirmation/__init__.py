@@ -1,1 +1,1 @@
-"""The best trials and all baselines again: repeats, both protocols, the test images, statistics."""
+"""Repeated runs of the best trials and the baselines, the test images, and statistics."""

@@ -31,7 +31,7 @@ from amlp_ray.study.confirmation.statistics import (
     seed_noise,
 )
 from amlp_ray.study.storage.study_store import StudyStore
-from amlp_ray.study.storage.trial_record import trial_records
+from amlp_ray.study.storage.trial_record import TrialRecord, trial_records
 from amlp_ray.utils.files import read_json
 
 Protocol = Literal["finetune", "probe"]
@@ -152,7 +152,7 @@ class Confirmation:
 
     @cached_property
     def chosen(self) -> ConfirmedCandidate | None:
-        """The trial that is judged: the best over these seeds by the probe on val, never by test."""
+        """The trial that is judged: the best over these seeds by the probe on val, not by test."""
         best: ConfirmedCandidate | None = None
         best_score = -np.inf
         for candidate in self.candidates:
@@ -275,7 +275,7 @@ def read_confirmation(store: StudyStore) -> Confirmation | None:
         return None
     test_unlock = study.user_attrs.get(TEST_UNLOCKED)
     runs: dict[str, list[ConfirmationRun]] = {}
-    first_records = {}
+    first_records: dict[str, TrialRecord] = {}
     failed = {}
     for record in records:
         name = record.attributes["candidate"]

@@ -1,17 +1,17 @@
-"""Numbers behind the verdict: baselines, differences, paired intervals, and whether early scores rank trials."""
+"""Compare the best trial of a search with the baselines that were trained beside it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Literal
 
 import numpy as np
 
 from amlp_ray.config import baseline_names
-from amlp_ray.study.confirmation.statistics import MIN_RANKED, RESAMPLES, spearman
-from amlp_ray.study.report.report_data import ReportData, ReportedTrial, finite
-from amlp_ray.study.storage.study_store import read_metrics
+from amlp_ray.study.confirmation.comparison import Comparison, read_size
+from amlp_ray.study.confirmation.statistics import Difference, Interval, image_interval
+from amlp_ray.study.report.report_data import ReportData, ReportedTrial
 
 
 @dataclass(frozen=True)
@@ -22,133 +22,100 @@ class Baseline:
     runs: tuple[ReportedTrial, ...]
 
     @property
+    def uses_ground_truth(self) -> bool:
+        """Return whether it sees true masks, so that nothing is compared with it."""
+        return any(run.uses_ground_truth for run in self.runs)
+
+    @property
     def values(self) -> list[float]:
+        """Return the DSC of each repeat."""
         return [run.dsc for run in self.runs if run.dsc is not None]
 
     @property
     def dsc(self) -> float:
+        """Return the mean DSC over repeats."""
         return fmean(self.values)
 
     @property
-    def sd(self) -> float | None:
-        """SD over repeats; None below three, where the range says all there is to say."""
-        return stdev(self.values) if len(self.values) > 2 else None
+    def spread(self) -> str:
+        """Say how far the repeats lie apart; an SD only from three on."""
+        if len(self.runs) == 1:
+            return "one run"
+        sd = f"SD {stdev(self.values):.3f}, " if len(self.values) > 2 else ""
+        ends = f"range {min(self.values):.3f} to {max(self.values):.3f}"
+        return f"mean of {len(self.runs)} runs, {sd}{ends}"
 
     def measure(self, key: str) -> float | None:
-        """Mean of a number of score.json over the repeats that have it."""
-        values = [value for run in self.runs if (value := run.measure(key)) is not None]
+        """Return the mean of a number of score.json over the repeats that have it."""
+        measures = [run.measure(key) for run in self.runs]
+        values = [value for value in measures if value is not None]
         return fmean(values) if values else None
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The best trial against one baseline; positive differences are in favour of the trial."""
-
-    baseline: Baseline
-    difference: float
-    reading: Literal["better", "equivalence_margin", "worse"]
-    interval: tuple[float, float] | None  # 95 %, paired over images; None without per-image scores
-    images: int  # that both have scored
-
-    @property
-    def clear(self) -> bool:
-        """The interval leaves out zero."""
-        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Spearman correlations over complete trials between the first prunable rung and the last one."""
-
-    trials: int
-    epochs: tuple[int, ...]  # of that first rung; more than one where the batch size was searched
-    dsc: float | None
-    ap: float | None
-    prunable: bool  # False: steps are unknown, and the first rung of all stands in
-
-
-def finished_baselines(facts: ReportData) -> list[Baseline]:
+def finished_baselines(data: ReportData) -> list[Baseline]:
     """Return the baselines that have a finished repeat, in the order of the settings."""
-    order = dict.fromkeys(
-        [
-            *baseline_names(facts.config.baselines),
-            *(run.baseline for run in facts.baselines if run.baseline),
-        ]
-    )
-    grouped = {
-        name: tuple(run for run in facts.baselines if run.baseline == name and run.finished)
-        for name in order
-    }
-    return [Baseline(name, runs) for name, runs in grouped.items() if runs]
+    names = list(baseline_names(data.config.baselines))
+    names += [run.baseline for run in data.baselines if run.baseline]
+    baselines = []
+    for name in dict.fromkeys(names):
+        runs = [run for run in data.baselines if run.baseline == name and run.is_full_length]
+        if runs:
+            baselines.append(Baseline(name, tuple(runs)))
+    return baselines
 
 
-def compare(best: ReportedTrial, baseline: Baseline, equivalence_margin: float) -> Comparison:
-    difference = round(
-        (best.dsc or 0.0) - baseline.dsc, 6
-    )  # 0.42 - 0.40 must not fall below a tie of 0.02
+def compare_with_baselines(data: ReportData, baselines: Sequence[Baseline]) -> list[Comparison]:
+    """Compare the best trial with every baseline; none before there is a best trial.
+
+    Baselines that see true masks are left out.
+    """
+    best = data.best
+    if best is None:
+        return []
+    compared = [baseline for baseline in baselines if not baseline.uses_ground_truth]
+    margin = data.config.equivalence_margin
+    return [compare_with_baseline(best, baseline, margin) for baseline in compared]
+
+
+def compare_with_baseline(
+    best: ReportedTrial, baseline: Baseline, equivalence_margin: float
+) -> Comparison:
+    """Compare the best trial, which is one run, with the mean of a baseline's repeats.
+
+    There is no p-value: the best trial was chosen by the same scores.
+    """
     interval, images = paired_interval(best.per_image(), [run.per_image() for run in baseline.runs])
-    return Comparison(baseline, difference, read(difference, equivalence_margin), interval, images)
-
-
-def read(
-    difference: float, equivalence_margin: float
-) -> Literal["better", "equivalence_margin", "worse"]:
-    if abs(difference) < equivalence_margin or difference == 0:
-        return "equivalence_margin"
-    return "better" if difference > 0 else "worse"
+    best_dsc = best.dsc or 0.0
+    # Rounded so that 0.42 - 0.40 does not fall below a margin of 0.02.
+    mean = round(best_dsc - baseline.dsc, 6)
+    difference = Difference(mean, interval, None, None, None, seeds=1, images=images)
+    return Comparison(
+        candidate=best.name,
+        baseline=baseline.name,
+        candidate_mean=best_dsc,
+        baseline_mean=baseline.dsc,
+        difference=difference,
+        p=None,
+        reading=read_size(mean, equivalence_margin),
+    )
 
 
 def paired_interval(
     best: dict[str, float], repeats: list[dict[str, float]]
-) -> tuple[tuple[float, float] | None, int]:
-    """Bootstrap the mean difference over images that all runs scored; return its 95 % interval and their number.
+) -> tuple[Interval | None, int]:
+    """Bootstrap the mean difference over the images that all runs scored.
 
-    The repeats of a baseline are averaged per image first. The interval covers the choice of images, not the seeds.
+    Args:
+        best: DSC by image.
+        repeats: the same of each repeat of a baseline; they are averaged per image first.
+
+    Returns:
+        The 95 % interval, which is None below two images, and the number of images.
     """
-    common = sorted(set(best).intersection(*repeats))
-    if len(common) < 2:
-        return None, len(common)
-    differences = np.array([best[key] - fmean(values[key] for values in repeats) for key in common])
-    rng = np.random.default_rng(0)  # the same study gives the same report
-    means = np.concatenate([  # in parts, so that memory does not grow with images times resamples
-        differences[rng.integers(0, len(common), (RESAMPLES // 20, len(common)))].mean(axis=1) for _ in range(20)
-    ])  # fmt: skip
-    low, high = np.percentile(means, [2.5, 97.5])
-    return (float(low), float(high)), len(common)
-
-
-def rank_agreement(facts: ReportData) -> Agreement:
-    """Correlate scores at the first rung that may prune with scores of the last rung, over complete trials."""
-    rows, epochs, known = [], set(), True
-    for run in facts.search:
-        steps = facts.steps_per_epoch(run)
-        known = known and steps is not None
-        early = [
-            epoch
-            for epoch in run.rungs
-            if steps is None or epoch * steps >= facts.config.pruner.min_steps
-        ]
-        if not run.finished or len(run.rungs) < 2 or not early or min(early) == max(run.rungs):
-            continue
-        first, last = min(early), max(run.rungs)
-        ap = {
-            row.get("epoch"): finite(row.get("ap"))
-            for row in read_metrics(run.folder)
-            if row.get("ap") is not None
-        }
-        rows.append((run.rungs[first], run.rungs[last], ap.get(first), ap.get(last)))
-        epochs.add(first)
-    return Agreement(
-        trials=len(rows),
-        epochs=tuple(sorted(epochs)),
-        dsc=_spearman([(a, b) for a, b, _, _ in rows]),
-        ap=_spearman([(a, b) for _, _, a, b in rows if a is not None and b is not None]),
-        prunable=known,
-    )
-
-
-def _spearman(pairs: list[tuple[float, float]]) -> float | None:
-    """Return the rank correlation; None for too few pairs, or where one side does not vary."""
-    if len(pairs) < MIN_RANKED or any(len(set(side)) == 1 for side in zip(*pairs, strict=True)):
-        return None
-    return float(spearman(np.array(pairs)))
+    images = sorted(set(best).intersection(*repeats))
+    if len(images) < 2:
+        return None, len(images)
+    differences = []
+    for image in images:
+        differences.append(best[image] - fmean(scores[image] for scores in repeats))
+    return image_interval(np.array(differences)), len(images)

@@ -1,321 +1,412 @@
-"""What a confirmation shows, in words that can be "no difference shown", and its table."""
+"""Say what a confirmation shows, in words that can be "no difference shown", and tabulate it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from amlp_ray.study.confirmation.comparison import (
+    FEW_IMAGES,
+    Comparison,
+    VerdictKind,
+    few_images_caution,
+    unequal_budget_caution,
+    verdict_kind,
+)
 from amlp_ray.study.confirmation.results import (
     PROTOCOLS,
-    Against,
     Confirmation,
-    Confirmed,
+    ConfirmedCandidate,
     Protocol,
-    unequal,
+    unequal_budgets,
 )
 from amlp_ray.study.confirmation.statistics import Correlation, effect_words
-from amlp_ray.study.report.summary import FEW_IMAGES, Verdict
-from amlp_ray.study.report.tables import MISSING, Cell, Table
+from amlp_ray.study.report.summary import Verdict
+from amlp_ray.study.report.tables import (
+    MISSING,
+    SIZES,
+    Table,
+    interval_text,
+    text_table,
+    three_digits,
+    without_empty_rows,
+)
 
-FEW_SEEDS = 5  # below it, the spread of seeds is a guess
-NAMES: dict[Protocol, str] = {"finetune": "fine-tuning", "probe": "probe"}
-SHOWN = {
-    "better": "better",
-    "worse": "worse",
-    "equivalence_margin": "a tie",
-    "not known": "not known",
-}
+# Below it, the spread of seeds is a guess.
+FEW_SEEDS = 5
+PROTOCOL_NAMES: dict[Protocol, str] = {"finetune": "fine-tuning", "probe": "probe"}
+# The comparisons that decide a verdict.
+DECISIVE = ("mae", "scratch")
 
 
 @dataclass(frozen=True)
-class Section:
-    """The report's section of the confirmation."""
+class ConfirmationSection:
+    """The report's section of the confirmation.
 
-    state: str  # how far it is, and what the numbers below are of
-    sentences: list[str]  # a comparison each, by fine-tuning; none where they stand in the verdict
-    beside: list[str]  # the same by the probe
-    protocols: list[str]  # noise, agreement, ties
+    Attributes:
+        state: how far it is, and what the numbers below are of.
+        sentences: a comparison each, by fine-tuning; none where they stand in the verdict.
+        probe_sentences: the same by the probe.
+        protocols: noise, agreement and ties.
+        method: how intervals and p-values are computed.
+        table: all candidates.
+        sizes: DSC by size of the lesion.
+        failed: a sentence per run that failed.
+    """
+
+    state: str
+    sentences: list[str]
+    probe_sentences: list[str]
+    protocols: list[str]
     method: str
     table: Table
     sizes: Table
     failed: list[str]
 
 
-def section(found: Confirmation) -> Section:
-    against = found.against_arms["finetune"]
-    return Section(
-        state=_state(found),
-        sentences=[_sentence(found, item, "finetune") for item in against if not found.opened],
-        beside=[_sentence(found, item, "probe") for item in found.against_arms["probe"]],
+def confirmation_section(confirmation: Confirmation) -> ConfirmationSection:
+    """Word and tabulate a confirmation for the report."""
+    by_finetuning = confirmation.against_baselines["finetune"]
+    if confirmation.test_unlock:
+        by_finetuning = []
+    by_probe = confirmation.against_baselines["probe"]
+    return ConfirmationSection(
+        state=_state(confirmation),
+        sentences=_sentences(confirmation, by_finetuning, "finetune"),
+        probe_sentences=_sentences(confirmation, by_probe, "probe"),
         protocols=[
-            _noise(found),
-            _agreement(found),
-            *(_ties(found, protocol) for protocol in PROTOCOLS),
+            _noise(confirmation),
+            _agreement(confirmation),
+            *(_ties(confirmation, protocol) for protocol in PROTOCOLS),
         ],
         method=(
-            "Every candidate was trained anew with the same seeds. Intervals are 95 % and cover seeds and images: a "
-            "hierarchical bootstrap of paired differences, widened as few seeds require. p is the larger of "
-            "Wilcoxon's over images and of a t-test over seeds and images, after Holm's correction for the "
-            "comparisons of one list. A difference is shown where p is below 0.05 and the interval leaves out zero; "
-            f"one that is shown and below {found.equivalence_margin:g} is a tie."
+            f"Every candidate was trained anew with the same seeds. Intervals are 95 % and cover "
+            f"seeds and images: a hierarchical bootstrap of paired differences, widened as few "
+            f"seeds require. p is the larger of Wilcoxon's over images and of a t-test over seeds "
+            f"and images, after Holm's correction for the comparisons of one list. A difference "
+            f"is shown where p is below 0.05 and the interval leaves out zero; one that is shown "
+            f"and below {confirmation.equivalence_margin:g} is a tie."
         ),
-        table=_table(found),
-        sizes=_sizes(found),
-        failed=[f"{name} failed: {reason}" for name, reason in found.failed.items()],
+        table=_table(confirmation),
+        sizes=_sizes(confirmation),
+        failed=[f"{run} failed: {reason}" for run, reason in confirmation.failed.items()],
     )
 
 
-def in_words(found: Confirmation) -> list[str]:
-    """The comparisons by fine-tuning, what the two protocols agree on, and cautions, a sentence each."""
-    compared = [_sentence(found, item, "finetune") for item in found.against_arms["finetune"]]
-    return [_state(found), *compared, _noise(found), _agreement(found), *_cautions(found)]
+def confirmation_sentences(confirmation: Confirmation) -> list[str]:
+    """Word the comparisons by fine-tuning, the agreement of protocols, and cautions."""
+    comparisons = confirmation.against_baselines["finetune"]
+    return [
+        _state(confirmation),
+        *_sentences(confirmation, comparisons, "finetune"),
+        _noise(confirmation),
+        _agreement(confirmation),
+        *_cautions(confirmation, confirmation.chosen),
+    ]
 
 
-def with_confirmation(searched: Verdict, found: Confirmation | None) -> Verdict:
-    """The verdict of a study: that of the confirmation, once test images were opened, and of the search until then."""
-    if found is None or not found.opened or found.chosen is None:
-        return searched
-    items = {item.theirs: item for item in found.against_arms["finetune"]}
-    first = [items[name] for name in ("mae", "scratch") if name in items]
-    rest = [item for item in items.values() if item not in first]
-    beside = [item for item in found.against_arms["probe"] if item.theirs in ("mae", "scratch")]
-    shown = first or rest[:1]
-    told = [_sentence(found, item, "finetune", whole=item is shown[0]) for item in shown]
-    if not told:
-        told = [
-            f"{_capital(found.chosen.title)} was confirmed, and no baseline to compare it with."
-        ]
+def with_confirmation(search_verdict: Verdict, confirmation: Confirmation | None) -> Verdict:
+    """Return the verdict of the confirmation once test images were opened, else the search's."""
+    if confirmation is None or not confirmation.test_unlock or confirmation.chosen is None:
+        return search_verdict
+    chosen = confirmation.chosen
+    by_name = {item.baseline: item for item in confirmation.against_baselines["finetune"]}
+    by_probe = [item for item in confirmation.against_baselines["probe"] if _is_decisive(item)]
+    leading = [by_name[name] for name in DECISIVE if name in by_name]
+    others = [item for item in by_name.values() if not _is_decisive(item)]
+    if not leading:
+        leading, others = others[:1], others[1:]
+    headline = f"{_capitalize(chosen.title)} was confirmed, and no baseline to compare it with."
+    if leading:
+        headline = _sentence(confirmation, leading[0], "finetune", is_first=True)
+        for item in leading[1:]:
+            headline += " " + _sentence(confirmation, item, "finetune")
     return replace(
-        searched,
-        kind=_kind(items),
-        headline=" ".join(told),
+        search_verdict,
+        kind=_kind(by_name),
+        headline=headline,
         comparisons=[
-            *(_sentence(found, item, "finetune") for item in rest if item not in shown),
-            *(_sentence(found, item, "probe") for item in beside),
-            f"In the search before, on val: {searched.headline}",
+            *_sentences(confirmation, others, "finetune"),
+            *_sentences(confirmation, by_probe, "probe"),
+            f"In the search before, on val: {search_verdict.headline}",
         ],
-        cautions=_cautions(found),
+        cautions=_cautions(confirmation, chosen),
     )
 
 
-def _kind(items: dict[str, Against]) -> Literal["better", "equivalence_margin", "worse", "open"]:
-    readings = [items[name].reading for name in ("mae", "scratch") if name in items]
-    if "mae" not in items or "not known" in readings:
+# Sentences
+
+
+def _is_decisive(item: Comparison) -> bool:
+    return item.baseline in DECISIVE
+
+
+def _kind(by_name: Mapping[str, Comparison]) -> VerdictKind:
+    readings = [by_name[name].reading for name in DECISIVE if name in by_name]
+    if "mae" not in by_name or "not known" in readings:
         return "open"
-    if "worse" in readings:
-        return "worse"
-    return "better" if set(readings) == {"better"} else "equivalence_margin"
+    return verdict_kind(readings)
+
+
+def _sentences(
+    confirmation: Confirmation, items: Iterable[Comparison], protocol: Protocol
+) -> list[str]:
+    return [_sentence(confirmation, item, protocol) for item in items]
 
 
 def _sentence(
-    found: Confirmation, item: Against, protocol: Protocol, *, whole: bool = False
+    confirmation: Confirmation,
+    item: Comparison,
+    protocol: Protocol,
+    *,
+    is_first: bool = False,
 ) -> str:
-    """Such as: Against baseline mae (plain MAE), 0.608: +0.004 [-0.012, +0.019], p 0.55 after Holm: no difference shown.
+    """Word a comparison.
 
-    Args:
-        whole: begin with who is compared, over what: Over 3 seeds and 87 test images, trial 7 scores 0.612 DSC ...
+    Such as "Against baseline mae (plain MAE), 0.608: +0.004 [-0.012, +0.019], p 0.55 after Holm:
+    no difference shown." The first one begins with what is compared, over what: "Over 3 seeds and
+    87 test images, trial 7 scores 0.612 DSC".
     """
-    by_name = {candidate.name: candidate for candidate in found.candidates}
-    ours, theirs, d = by_name[item.ours], by_name[item.theirs], item.difference
-    named = (
-        f"{theirs.title} ({theirs.about})" if theirs.about and not theirs.control else theirs.title
-    )
-    if whole:
-        text = (
-            f"Over {d.seeds} {'seed' if d.seeds == 1 else 'seeds'} and {d.images} {found.split} images, {ours.title} "
-            f"scores {item.our_mean:.3f} DSC ({NAMES[protocol]}), {named} {item.their_mean:.3f}: {d.mean:+.3f}"
-        )
+    by_name = {candidate.name: candidate for candidate in confirmation.candidates}
+    candidate = by_name[item.candidate]
+    baseline = by_name[item.baseline]
+    difference = item.difference
+    title = baseline.title
+    if baseline.description and not baseline.ablation:
+        title += f" ({baseline.description})"
+    if is_first:
+        text = _first_words(confirmation, item, candidate, protocol) + f", {title} "
     else:
-        who = "against" if ours is found.chosen else f"{ours.title} against"
-        text = f"{who} {named}, {item.their_mean:.3f}: {d.mean:+.3f}"
-        text = f"By the probe, {text}" if protocol == "probe" else _capital(text)
-    if d.interval is not None:
-        text += f" [{d.interval[0]:+.3f}, {d.interval[1]:+.3f}]"
-    asked = f" {_capital(theirs.about)}" if theirs.control else ""
-    if theirs.diagnosis:
-        return text + f". It sees true masks: a diagnosis, and no part of the verdict.{asked}"
+        is_chosen = candidate is confirmation.chosen
+        text = f"against {title}, " if is_chosen else f"{candidate.title} against {title}, "
+        text = f"By the probe, {text}" if protocol == "probe" else _capitalize(text)
+    text += f"{item.baseline_mean:.3f}: {difference.mean:+.3f}"
+    if difference.interval is not None:
+        text += f" [{difference.interval[0]:+.3f}, {difference.interval[1]:+.3f}]"
+    text += _conclusion(confirmation, item, baseline)
+    return f"{text} {_capitalize(baseline.description)}" if baseline.ablation else text
+
+
+def _first_words(
+    confirmation: Confirmation,
+    item: Comparison,
+    candidate: ConfirmedCandidate,
+    protocol: Protocol,
+) -> str:
+    difference = item.difference
+    seeds = "1 seed" if difference.seeds == 1 else f"{difference.seeds} seeds"
+    return (
+        f"Over {seeds} and {difference.images} {confirmation.split} images, {candidate.title} "
+        f"scores {item.candidate_mean:.3f} DSC ({PROTOCOL_NAMES[protocol]})"
+    )
+
+
+def _conclusion(confirmation: Confirmation, item: Comparison, baseline: ConfirmedCandidate) -> str:
+    if baseline.uses_ground_truth:
+        return ". It sees true masks, so it is no part of the verdict."
     if item.reading == "not known":
+        return ". One seed says nothing of the noise, so this is not known to be more than chance."
+    effect = ""
+    if item.difference.effect is not None:
+        size = effect_words(item.difference.effect)
+        effect = f", effect {item.difference.effect:.2f} ({size})"
+    reading: str = item.reading
+    if reading == "tie":
+        reading = f"shown, but under {confirmation.equivalence_margin:g}, a tie"
+    return f", p {_p_text(item.p)} after Holm{effect}: {reading}."
+
+
+def _state(confirmation: Confirmation) -> str:
+    counts = ", ".join(f"{count} {state}" for state, count in confirmation.states.items())
+    unlock = confirmation.test_unlock
+    if unlock:
         return (
-            text
-            + ". One seed says nothing of the noise, so this is not known to be more than chance."
-            + asked
-        )
-    effect = f", effect {d.effect:.2f} ({effect_words(d.effect)})" if d.effect is not None else ""
-    return text + f", p {_p(item.p)} after Holm{effect}: {_reading(found, item)}.{asked}"
-
-
-def _reading(found: Confirmation, item: Against) -> str:
-    if item.reading == "equivalence_margin":
-        return f"shown, but under {found.equivalence_margin:g}, a tie"
-    return SHOWN.get(item.reading, item.reading)
-
-
-def _state(found: Confirmation) -> str:
-    told = ", ".join(f"{count} {state}" for state, count in found.states.items())
-    if found.opened:
-        return (
-            f"Runs: {told}. The test images were opened once, on {found.opened['when']}, at commit "
-            f"{found.opened['commit'] or 'unknown'}, when these candidates were settled; nobody else is scored on them."
+            f"Runs: {counts}. The test images were opened once, on {unlock['when']}, at commit "
+            f"{unlock['commit'] or 'unknown'}, when these candidates were settled; nobody else is "
+            f"scored on them."
         )
     return (
-        f"Runs: {told}. The test images have not been opened: numbers are of val, by which trials were chosen, and are "
-        f"optimistic for these."
+        f"Runs: {counts}. The test images have not been opened: numbers are of val, by which "
+        f"trials were chosen, and are optimistic for these."
     )
 
 
-def _noise(found: Confirmation) -> str:
+def _noise(confirmation: Confirmation) -> str:
     parts = []
     for protocol in PROTOCOLS:
-        sd = found.noise(protocol)
-        parts.append(f"{NAMES[protocol]} {'not known' if sd is None else f'{sd:.3f}'}")
+        sd = confirmation.noise(protocol)
+        parts.append(f"{PROTOCOL_NAMES[protocol]} {'not known' if sd is None else f'{sd:.3f}'}")
     return f"Noise, as SD of one candidate's DSC over seeds: {', '.join(parts)}."
 
 
-def _agreement(found: Confirmation) -> str:
-    every, without = found.agreement(), found.agreement(without="scratch")
-    if every.value is None:
-        return f"Whether probe and fine-tuning agree is not known: {every.n} runs are too few, or all score alike."
-    text = f"Probe and fine-tuning agree by a rank correlation of {_rho(every)} over {every.n} runs ({found.split})"
-    if without.n < every.n and without.value is not None:
-        text += f"; {_rho(without)} over {without.n} without the random encoder"
-    low, high = every.interval or (-1.0, 1.0)
+def _agreement(confirmation: Confirmation) -> str:
+    of_all = confirmation.agreement()
+    if of_all.value is None:
+        return (
+            f"Whether probe and fine-tuning agree is not known: {of_all.n} runs are too few, or "
+            f"all score alike."
+        )
+    text = (
+        f"Probe and fine-tuning agree by a rank correlation of {_correlation_text(of_all)} over "
+        f"{of_all.n} runs ({confirmation.split})"
+    )
+    without = confirmation.agreement(without="scratch")
+    if without.n < of_all.n and without.value is not None:
+        text += f"; {_correlation_text(without)} over {without.n} without the random encoder"
+    low, high = of_all.interval or (-1.0, 1.0)
     if high < 0:
         return (
-            text
-            + ": they rank the other way round, so the search chose by what is worse in the end."
+            f"{text}: they rank the other way round, so the search chose by what is worse in the "
+            f"end."
         )
     if low > 0.5:
-        return text + ": the search's score ranks as fine-tuning does."
+        return f"{text}: the search's score ranks as fine-tuning does."
     if low > 0:
-        return text + ": they agree, how well is open."
+        return f"{text}: they agree, how well is open."
     return (
-        text
-        + ": that they agree is not shown, so the search may have chosen by what does not matter in the end."
+        f"{text}: that they agree is not shown, so the search may have chosen by what does not "
+        f"matter in the end."
     )
 
 
-def _rho(found: Correlation) -> str:
-    if found.interval is None:
-        return f"{found.value:+.2f} (too few candidates for an interval)"
-    return f"{found.value:+.2f} [{found.interval[0]:+.2f}, {found.interval[1]:+.2f}]"
+def _correlation_text(correlation: Correlation) -> str:
+    if correlation.interval is None:
+        return f"{correlation.value:+.2f} (too few candidates for an interval)"
+    low, high = correlation.interval
+    return f"{correlation.value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-def _ties(found: Confirmation, protocol: Protocol) -> str:
-    titles = {candidate.name: candidate.title for candidate in found.candidates}
-    items = [*found.against_trials[protocol], *found.against_arms[protocol]]
-    tied = [item for item in items if item.reading in ("equivalence_margin", "no difference shown")]
-    pairs = "; ".join(
-        f"{titles[item.ours]} and {titles[item.theirs]} ({item.difference.mean:+.3f})"
-        for item in tied
+def _ties(confirmation: Confirmation, protocol: Protocol) -> str:
+    titles = {candidate.name: candidate.title for candidate in confirmation.candidates}
+    pairs = []
+    for item in [
+        *confirmation.against_trials[protocol],
+        *confirmation.against_baselines[protocol],
+    ]:
+        if item.reading in ("tie", "no difference shown"):
+            names = f"{titles[item.candidate]} and {titles[item.baseline]}"
+            pairs.append(f"{names} ({item.difference.mean:+.3f})")
+    return (
+        f"Ties by {PROTOCOL_NAMES[protocol]} (no difference shown, or one under "
+        f"{confirmation.equivalence_margin:g}): {'; '.join(pairs) or 'none'}."
     )
-    return f"Ties by {NAMES[protocol]} (no difference shown, or one under {found.equivalence_margin:g}): {pairs or 'none'}."
 
 
-def _cautions(found: Confirmation) -> list[str]:
-    chosen = found.chosen
-    assert chosen is not None
+def _cautions(confirmation: Confirmation, chosen: ConfirmedCandidate | None) -> list[str]:
+    if chosen is None:
+        return []
     cautions = [
-        f"{_capital(chosen.title)} was chosen among the confirmed trials by the probe on val; the test chose nothing."
+        f"{_capitalize(chosen.title)} was chosen among the confirmed trials by the probe on val; "
+        f"the test chose nothing."
     ]
-    seeds = min((len(c.runs) for c in found.candidates if not c.diagnosis), default=0)
+    counted = [len(c.runs) for c in confirmation.candidates if not c.uses_ground_truth]
+    seeds = min(counted, default=0)
     if seeds < FEW_SEEDS:
         cautions.append(
-            f"{seeds} {'seed is' if seeds == 1 else 'seeds are'} few: how far seeds lie apart is a guess itself, and "
-            f"only large differences can be shown. confirm.seeds={FEW_SEEDS} would say more."
+            f"{seeds} {'seed is' if seeds == 1 else 'seeds are'} few: how far seeds lie apart is "
+            f"a guess itself, and only large differences can be shown. "
+            f"confirm.seeds={FEW_SEEDS} would say more."
         )
-    images = {item.difference.images for item in found.against_arms["finetune"]}
+    images = [item.difference.images for item in confirmation.against_baselines["finetune"]]
     if images and min(images) < FEW_IMAGES:
+        cautions.append(few_images_caution(min(images), "test images"))
+    if confirmation.failed:
+        failed = ", ".join(confirmation.failed)
+        cautions.append(f"Runs that failed are left out, in pairs: {failed}.")
+    if names := unequal_budgets(confirmation):
+        titles = [c.title for c in confirmation.candidates if c.name in names]
         cautions.append(
-            f"Only {min(images)} test images with a lesion are scored; each of them weighs heavily."
-        )
-    if found.failed:
-        cautions.append(f"Runs that failed are left out, in pairs: {', '.join(found.failed)}.")
-    if others := unequal(found):
-        titles = {c.name: c.title for c in found.candidates}
-        cautions.append(
-            f"{_capital(chosen.title)} and {', '.join(titles[name] for name in others)} differ in epochs or batch "
-            f"size: not the same budget."
+            unequal_budget_caution(
+                _capitalize(chosen.title), titles, "differ in epochs or batch size"
+            )
         )
     return cautions
 
 
-def _table(found: Confirmation) -> Table:
-    """All candidates, the chosen one first; differences are the chosen trial (or a control's own trial) minus this."""
+# Tables
+
+
+def _table(confirmation: Confirmation) -> Table:
+    """Tabulate all candidates, the chosen one first.
+
+    Differences are the chosen trial, or an ablation's own trial, minus the row.
+    """
     columns = ["", "Seeds"]
     for protocol in PROTOCOLS:
         columns += [
-            f"DSC, {NAMES[protocol]}",
+            f"DSC, {PROTOCOL_NAMES[protocol]}",
             "SD over seeds",
             "Difference",
             "95 % interval",
             "p, Holm",
             "Reading",
         ]
-    items = {
-        p: {a.theirs: a for a in [*found.against_trials[p], *found.against_arms[p]]}
-        for p in PROTOCOLS
-    }
     rows = []
-    for candidate in _ordered(found):
-        row = [_named(found, candidate), str(len(candidate.runs))]
+    for candidate in _ordered(confirmation):
+        row = [_row_title(confirmation, candidate), str(len(candidate.runs))]
         for protocol in PROTOCOLS:
             row += [
-                _three(candidate.mean(protocol, found.split)),
-                _three(candidate.sd(protocol, found.split)),
+                three_digits(candidate.mean(protocol, confirmation.split)),
+                three_digits(candidate.sd(protocol, confirmation.split)),
+                *_comparison_cells(confirmation, candidate, protocol),
             ]
-            row += _compared(items[protocol].get(candidate.name))
-        rows.append([Cell(text) for text in row])
-    return Table(columns, rows)
+        rows.append(row)
+    return text_table(columns, rows)
 
 
-def _compared(item: Against | None) -> list[str]:
-    if item is None:
-        return [MISSING] * 4
-    low, high = item.difference.interval or (None, None)
-    interval = MISSING if low is None or high is None else f"{low:+.3f} to {high:+.3f}"
-    p = MISSING if item.p is None else _p(item.p)
-    return [
-        f"{item.difference.mean:+.3f}",
-        interval,
-        p,
-        MISSING if item.p is None else item.reading,
-    ]
+def _comparison_cells(
+    confirmation: Confirmation, candidate: ConfirmedCandidate, protocol: Protocol
+) -> list[str]:
+    for item in [
+        *confirmation.against_baselines[protocol],
+        *confirmation.against_trials[protocol],
+    ]:
+        if item.baseline == candidate.name:
+            return [
+                f"{item.difference.mean:+.3f}",
+                interval_text(item.difference.interval),
+                MISSING if item.p is None else _p_text(item.p),
+                MISSING if item.p is None else item.reading,
+            ]
+    return [MISSING] * 4
 
 
-def _sizes(found: Confirmation) -> Table:
-    """DSC of fine-tuning by size of the lesion."""
-    keys = ("dsc_small", "dsc_medium", "dsc_large")
-    rows = [
-        [_named(found, c), *(_three(c.mean("finetune", found.split, key)) for key in keys)]
-        for c in _ordered(found)
-    ]
-    known = [row for row in rows if set(row[1:]) != {MISSING}]
-    return Table(
-        ["", "Small lesions", "Medium", "Large"], [[Cell(text) for text in row] for row in known]
-    )
+def _sizes(confirmation: Confirmation) -> Table:
+    """Tabulate DSC of fine-tuning by size of the lesion."""
+    rows = []
+    for candidate in _ordered(confirmation):
+        means = [candidate.mean("finetune", confirmation.split, key) for key in SIZES]
+        title = _row_title(confirmation, candidate)
+        rows.append([title, *(three_digits(mean) for mean in means)])
+    return text_table(["", "Small lesions", "Medium", "Large"], without_empty_rows(rows))
 
 
-def _ordered(found: Confirmation) -> list[Confirmed]:
-    return sorted(
-        found.candidates, key=lambda c: (c is not found.chosen, not c.is_trial, c.diagnosis)
-    )
+def _ordered(confirmation: Confirmation) -> list[ConfirmedCandidate]:
+    """Sort candidates: the chosen trial, other trials, baselines, those that see true masks."""
+
+    def rank(candidate: ConfirmedCandidate) -> tuple[bool, bool, bool]:
+        is_chosen = candidate is confirmation.chosen
+        return not is_chosen, not candidate.is_trial, candidate.uses_ground_truth
+
+    return sorted(confirmation.candidates, key=rank)
 
 
-def _named(found: Confirmation, candidate: Confirmed) -> str:
-    if candidate is found.chosen:
+def _row_title(confirmation: Confirmation, candidate: ConfirmedCandidate) -> str:
+    if candidate is confirmation.chosen:
         return f"{candidate.title} (chosen)"
-    return f"{candidate.title} (diagnosis)" if candidate.diagnosis else candidate.title
+    if candidate.uses_ground_truth:
+        return f"{candidate.title} (uses true masks)"
+    return candidate.title
 
 
-def _three(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.3f}"
-
-
-def _p(value: float | None) -> str:
-    if value is None:
+def _p_text(p: float | None) -> str:
+    if p is None:
         return MISSING
-    return "< 0.001" if value < 0.001 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+    if p < 0.001:
+        return "< 0.001"
+    return f"{p:.2f}" if p >= 0.1 else f"{p:.3f}"
 
 
-def _capital(text: str) -> str:
+def _capitalize(text: str) -> str:
+    """Capitalize the first letter and leave the others, as `str.capitalize` does not."""
     return text[0].upper() + text[1:]

@@ -1,124 +1,134 @@
-"""Where a study ran: every run of it, and trials that ran with other code than the rest."""
+"""Show where a study ran: each time it was run, and trials that ran with other code."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from amlp_ray.config.overrides import flat
+from amlp_ray.config.overrides import flatten
 from amlp_ray.study.report.report_data import ReportData, ReportedTrial
-from amlp_ray.study.report.tables import Cell, Table, show
-from amlp_ray.utils.files import read_json
+from amlp_ray.study.report.tables import Table, show, text_table
+from amlp_ray.study.storage.provenance import read_provenance
 
-MAX_RUNS = 50  # of the study; the rest is in environments.jsonl
-MAX_CHANGES = 6  # told of one run
+# Runs of the study that are listed; the rest is in environments.jsonl.
+MAX_RUNS = 50
+# Changes that are listed of one run.
+MAX_CHANGES = 6
+# Names or ranges of trials in one sentence.
+MAX_NAMES = 8
+# Characters of a value that is not a commit.
+MAX_VALUE = 40
 
 
-def runs(facts: ReportData) -> Table:
-    """Each time that the study was run, and what had changed since the time before."""
-    rows, before = [], None
-    for environment in facts.environments:
-        now = {key: value for key, value in flat(environment).items() if key != "started"}
+def runs(data: ReportData) -> Table:
+    """List each time the study was run, and what had changed since the time before."""
+    rows = []
+    previous = None
+    for environment in data.environments:
+        current = flatten(environment)
+        current.pop("started", None)
         started = show(environment.get("started")).replace("T", " ").replace("+00:00", " UTC")
-        rows.append([started, _short(environment.get("commit")), _changes(before, now)])
-        before = now
-    return Table(
-        ["Started", "Commit", "Changed since"],
-        [[Cell(text) for text in row] for row in rows[-MAX_RUNS:]],
-    )
+        rows.append([started, _short(environment.get("commit")), _changes(previous, current)])
+        previous = current
+    return text_table(["Started", "Commit", "Changed since"], rows[-MAX_RUNS:])
 
 
-def latest(facts: ReportData) -> Table:
-    """Everything that is known of the latest run by its dotted name, after the seeds that the settings hold."""
-    config = facts.config
-    rows = [
-        ("seed of the study", config.seed),
-        ("seed of the probe's label subsets and folds", config.probe.seed),
-        (
-            "seeds of the baselines",
-            sorted(
-                {run.attributes["seed"] for run in facts.baselines if "seed" in run.attributes},
-                key=str,
-            ),
-        ),
-        *flat(facts.environment).items(),
-    ]
-    return Table(["", ""], [[Cell(name), Cell(show(value))] for name, value in rows])
+def latest(data: ReportData) -> Table:
+    """List all that is known of the latest run by its dotted name, after the seeds."""
+    seeds = {run.attributes["seed"] for run in data.baselines if "seed" in run.attributes}
+    rows = {
+        "seed of the study": data.config.seed,
+        "seed of the probe's label subsets and folds": data.config.probe.seed,
+        "seeds of the baselines": sorted(seeds, key=str),
+        **flatten(data.environment),
+    }
+    return text_table(["", ""], [[name, show(value)] for name, value in rows.items()])
 
 
-def commits(facts: ReportData) -> str | None:
-    """Say which runs were made by which code; None where all were made by the same, or none says."""
-    groups: dict[str, list[ReportedTrial]] = {}
+def commits(data: ReportData) -> str | None:
+    """Say which trials were made by which code; None where all were made by the same."""
+    by_code: dict[str, list[ReportedTrial]] = {}
     changed = []
-    for run in (*facts.search, *facts.baselines, *facts.confirmation):
-        origin = read_json(run.folder / "provenance.json") or {}
-        if origin.get("commit") is not None:
-            groups.setdefault(_code(origin), []).append(run)
-        later = origin.get("continued")
-        if any(
-            key in part
-            for part in (later if isinstance(later, list) else [])
-            for key in ("commit", "patch")
-        ):
-            changed.append(run)
+    for trial in (*data.search, *data.baselines, *data.confirmation):
+        provenance = read_provenance(trial.path) or {}
+        if provenance.get("commit") is not None:
+            by_code.setdefault(_code(provenance), []).append(trial)
+        if _has_changed_code(provenance):
+            changed.append(trial)
     sentences = []
-    if len(groups) > 1:
-        told = "; ".join(f"{code}: {_named(members)}" for code, members in groups.items())
+    if len(by_code) > 1:
+        groups = "; ".join(f"{code}: {_names(trials)}" for code, trials in by_code.items())
         sentences.append(
-            f"Runs were made by {len(groups)} states of the code, so scores may differ for that reason alone. {told}."
+            f"Runs were made by {len(by_code)} states of the code, so scores may differ for that "
+            f"reason alone. {groups}."
         )
     if changed:
         sentences.append(
-            f"Begun by one state of the code and continued by another: {_named(changed)}."
+            f"Begun by one state of the code and continued by another: {_names(changed)}."
         )
     return " ".join(sentences) or None
 
 
-def _code(origin: dict[str, Any]) -> str:
-    return _short(origin.get("commit")) + (
-        f" with {origin['patch']}" if origin.get("patch") else ""
-    )
+def _has_changed_code(provenance: dict[str, Any]) -> bool:
+    continued = provenance.get("continued")
+    if not isinstance(continued, list):
+        return False
+    return any("commit" in part or "patch" in part for part in continued)
 
 
-def _changes(before: dict[str, Any] | None, now: dict[str, Any]) -> str:
-    if before is None:
+def _code(provenance: dict[str, Any]) -> str:
+    code = _short(provenance.get("commit"))
+    return f"{code} with {provenance['patch']}" if provenance.get("patch") else code
+
+
+def _changes(previous: dict[str, Any] | None, current: dict[str, Any]) -> str:
+    if previous is None:
         return "the first run"
-    changed = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
-    told = [
-        f"{key}: {_short(before.get(key))} \u2192 {_short(now.get(key))}"
-        for key in changed[:MAX_CHANGES]
-    ]
-    more = [f"{len(changed) - MAX_CHANGES} more"] if len(changed) > MAX_CHANGES else []
-    return "; ".join(told + more) or "nothing"
+    changes = []
+    for key in dict.fromkeys([*previous, *current]):
+        before, after = previous.get(key), current.get(key)
+        if before != after:
+            changes.append(f"{key}: {_short(before)} \u2192 {_short(after)}")
+    if len(changes) > MAX_CHANGES:
+        changes[MAX_CHANGES:] = [f"{len(changes) - MAX_CHANGES} more"]
+    return "; ".join(changes) or "nothing"
 
 
 def _short(value: Any) -> str:
-    """Show a commit by its first digits, and anything else as it is, cut where it is long."""
+    """Show a commit by its first digits, and any other value cut where it is long."""
     text = show(value)
     commit, plus, changes = text.partition("+")
     if len(commit) == 40 and all(digit in "0123456789abcdef" for digit in commit):
         return commit[:10] + plus + changes
-    return text if len(text) <= 40 else text[:39] + "\u2026"
+    return text if len(text) <= MAX_VALUE else text[: MAX_VALUE - 1] + "\u2026"
 
 
-def _named(members: Sequence[ReportedTrial]) -> str:
-    """Name runs, neighbouring trial numbers as ranges."""
-    numbers = sorted(run.number for run in members if run.name.startswith("trial "))
+def _names(trials: Sequence[ReportedTrial]) -> str:
+    """Name trials, neighboring numbers as ranges, then runs of baselines or the confirmation."""
+    numbers = []
+    others = []
+    for trial in trials:
+        if trial.name.startswith("trial "):
+            numbers.append(trial.number)
+        else:
+            others.append(trial.name)
+    parts = []
+    if numbers:
+        ranges = _ranges(sorted(numbers))
+        listed = ", ".join(ranges[:MAX_NAMES])
+        if len(ranges) > MAX_NAMES:
+            listed += f" and {len(ranges) - MAX_NAMES} more ranges"
+        parts.append(f"trials {listed}")
+    if len(others) > MAX_NAMES:
+        others = [f"{len(others)} runs of baselines or of the confirmation"]
+    return ", ".join(parts + others)
+
+
+def _ranges(numbers: list[int]) -> list[str]:
     ranges: list[list[int]] = []
     for number in numbers:
         if ranges and number == ranges[-1][1] + 1:
             ranges[-1][1] = number
         else:
             ranges.append([number, number])
-    told = [f"{low}" if low == high else f"{low}\u2013{high}" for low, high in ranges]
-    shown = ", ".join(told[:8]) + (f" and {len(told) - 8} more ranges" if len(told) > 8 else "")
-    others = [run.name for run in members if not run.name.startswith("trial ")]
-    parts = [f"trials {shown}"] if told else []
-    return ", ".join(
-        parts
-        + (
-            others
-            if len(others) <= 8
-            else [f"{len(others)} runs of baselines or of the confirmation"]
-        )
-    )
+    return [f"{low}" if low == high else f"{low}\u2013{high}" for low, high in ranges]

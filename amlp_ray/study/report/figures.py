@@ -1,8 +1,9 @@
-"""Figures of what was found: history, Pareto front, importances, settings."""
+"""Draw what was found: history, Pareto fronts, importances and parallel coordinates."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from html import escape
 from itertools import accumulate
 from typing import Any
@@ -13,225 +14,279 @@ from amlp_ray.config import Range
 from amlp_ray.study.report.comparison import Baseline
 from amlp_ray.study.report.plotting import (
     ACCENT,
-    ARM_COLOURS,
+    BASELINE_COLORS,
     BLUE,
     PALE,
     SCALE,
     Figure,
-    empty,
-    hover,
-    layout,
+    base_layout,
+    empty_figure,
+    hover_text,
 )
-from amlp_ray.study.report.report_data import TITLES, ReportData, ReportedTrial, finite
+from amlp_ray.study.report.report_data import TITLES, ReportData, ReportedTrial
+from amlp_ray.study.storage.trial_record import finite
 
-MANY = 1000  # trials; above, the text under the pointer leaves parameters out, which would be most of the file
-UNUSED = "\u2013"  # tick of a parameter that a trial did not have
+# Of more trials, the text under the pointer leaves parameters out: they would be most of the file.
+MANY_TRIALS = 1000
+# Tick of a parameter that a trial did not have.
+UNUSED = "\u2013"
 
 
-def history(facts: ReportData, baselines: list[Baseline]) -> Figure:
-    title = "Optimisation history"
+# History
+
+
+def history(data: ReportData, baselines: Sequence[Baseline]) -> Figure:
+    """Draw the score of every trial, the best so far and the baselines' means."""
+    title = "Optimization history"
     caption = (
-        "Each mark is a trial in the order of asking; the line is the best complete trial so far, and dashes are means "
-        "of baselines. Pruned trials stand at their last score, which is not comparable with full length."
+        "Each mark is a trial in the order of its number; the line is the best complete trial so "
+        "far, and dashes are means of baselines. Pruned trials stand at their last score, which "
+        "is not comparable with full length."
     )
-    scored = [
-        run for run in facts.search if run.value is not None and run.state in ("COMPLETE", "PRUNED")
-    ]
+    scored = []
+    for trial in data.search:
+        if trial.metric_value is not None and trial.state_name in ("COMPLETE", "PRUNED"):
+            scored.append(trial)
     if not scored:
         return Figure("history", title, caption, gap="No trial has been scored yet.")
-    figure = empty("trial", facts.metric)
-    for state, symbol, color in (("PRUNED", "x-thin-open", PALE), ("COMPLETE", "circle", BLUE)):
-        runs = [run for run in scored if run.state == state]
-        if runs:
+    figure = empty_figure("trial", data.metric)
+    size = 9 if len(scored) < MANY_TRIALS else 5
+    cross = {"symbol": "x-thin-open", "size": size, "color": PALE}
+    cross["line"] = {"width": 2, "color": PALE}
+    circle = {"symbol": "circle", "size": size, "color": BLUE, "line": {"width": 0, "color": BLUE}}
+    for state, marker in (("PRUNED", cross), ("COMPLETE", circle)):
+        trials = [trial for trial in scored if trial.state_name == state]
+        if trials:
             figure.add_scatter(
-                x=[run.number for run in runs],
-                y=[run.value for run in runs],
+                x=[trial.number for trial in trials],
+                y=[trial.metric_value for trial in trials],
                 mode="markers",
                 name=state.lower(),
-                marker={
-                    "symbol": symbol, "size": 9 if len(scored) < MANY else 5, "color": color,
-                    "line": {"width": 2 if state == "PRUNED" else 0, "color": color},
-                },
-                text=[hover(run, short=len(scored) > MANY) for run in runs],
+                marker=marker,
+                text=_hover_texts(trials, len(scored)),
                 hovertemplate="%{text}<extra></extra>",
-            )  # fmt: skip
-    complete = [run for run in scored if run.state == "COMPLETE" and run.feasible]
-    running = list(accumulate((run.value or 0.0 for run in complete), max))
+            )
+    complete = [trial for trial in scored if trial.is_complete and trial.is_feasible]
     if complete:
         figure.add_scatter(
-            x=[run.number for run in complete],
-            y=running,
+            x=[trial.number for trial in complete],
+            y=list(accumulate((trial.sort_value for trial in complete), max)),
             mode="lines",
             name="best so far",
             line={"shape": "hv", "color": ACCENT},
             hoverinfo="skip",
         )
-    ends = [min(run.number for run in scored) - 0.5, max(run.number for run in scored) + 0.5]
-    for i, baseline in enumerate(baselines if facts.config.metric == "dsc" else []):
-        line = {"dash": "dash", "width": 1.5, "color": ARM_COLOURS[i % len(ARM_COLOURS)]}
+    if data.config.metric == "dsc":
+        numbers = [trial.number for trial in scored]
+        _add_baselines(figure, baselines, [min(numbers) - 0.5, max(numbers) + 0.5])
+    return Figure("history", title, caption, figure)
+
+
+def _add_baselines(figure: go.Figure, baselines: Sequence[Baseline], ends: list[float]) -> None:
+    for index, baseline in enumerate(baselines):
+        color = BASELINE_COLORS[index % len(BASELINE_COLORS)]
         figure.add_scatter(
             x=ends,
             y=[baseline.dsc] * 2,
             mode="lines",
             name=f"baseline {escape(baseline.name)}",
-            line=line,
+            line={"dash": "dash", "width": 1.5, "color": color},
         )
-    return Figure("history", title, caption, figure)
 
 
-def fronts(facts: ReportData) -> list[Figure]:
+# Pareto fronts
+
+
+def fronts(data: ReportData) -> list[Figure]:
     """Draw the metric against every other objective; nothing for a study of one objective."""
-    names = list(facts.config.objectives)
+    names = list(data.config.objectives)
     if len(names) < 2:
         return []
-    first = facts.config.metric if facts.config.metric in names else names[0]
-    return [_against(facts, other, first) for other in names if other != first]
+    y_name = data.config.metric if data.config.metric in names else names[0]
+    return [_front(data, x_name, y_name) for x_name in names if x_name != y_name]
 
 
-def _against(facts: ReportData, x: str, y: str) -> Figure:
-    key, title = f"front_{x}", f"{TITLES[y]} against {TITLES[x]}"
-    two = len(facts.config.objectives) == 2
+def _front(data: ReportData, x_name: str, y_name: str) -> Figure:
+    has_two_objectives = len(data.config.objectives) == 2
+    key = f"front_{x_name}"
+    title = f"{TITLES[y_name]} against {TITLES[x_name]}"
+    joined = " and joined" if has_two_objectives else ""
+    broken = ", and trials that break a limit are crosses" if data.config.limits else ""
     caption = (
-        "Each mark is a complete trial; those of the Pareto front, which no other beats in every objective, are red"
-        + (" and joined" if two else "")
-        + (", and trials that break a limit are crosses." if facts.config.limits else ".")
+        f"Each mark is a complete trial; those of the Pareto front, which no other beats in every "
+        f"objective, are red{joined}{broken}."
     )
-    runs = [run for run in facts.search if run.state == "COMPLETE" and {x, y} <= run.values.keys()]
-    if not runs:
+    trials = []
+    for trial in data.search:
+        if trial.is_complete and {x_name, y_name} <= trial.objectives.keys():
+            trials.append(trial)
+    if not trials:
         return Figure(key, title, caption, gap="No complete trial has all objectives yet.")
-    figure = empty(TITLES[x], TITLES[y])
-    members = {run.number for run in facts.front}
-    kept = [run for run in runs if run.number not in members and run.feasible]
-    broken = [run for run in runs if not run.feasible]
+    on_front = {trial.number for trial in data.front}
+    behind = [trial for trial in trials if trial.is_feasible and trial.number not in on_front]
+    infeasible = [trial for trial in trials if not trial.is_feasible]
+    front = sorted(data.front, key=lambda trial: trial.objectives[x_name])
+    cross = {"symbol": "x-thin-open", "size": 8, "color": PALE, "line": {"width": 2}}
+    figure = empty_figure(TITLES[x_name], TITLES[y_name])
     for name, group, marker in (
-        (
-            "breaks a limit",
-            broken,
-            {"symbol": "x-thin-open", "size": 8, "color": PALE, "line": {"width": 2}},
-        ),
-        ("complete", kept, {"size": 7, "color": BLUE}),
-        (
-            "Pareto front",
-            sorted(facts.front, key=lambda run: run.values[x]),
-            {"size": 10, "color": ACCENT},
-        ),
+        ("breaks a limit", infeasible, cross),
+        ("complete", behind, {"size": 7, "color": BLUE}),
+        ("Pareto front", front, {"size": 10, "color": ACCENT}),
     ):
-        if group:
-            figure.add_scatter(
-                x=[run.values[x] for run in group],
-                y=[run.values[y] for run in group],
-                mode="lines+markers" if two and name == "Pareto front" else "markers",
-                line={"color": ACCENT, "width": 1.5, "shape": _corner(facts, x, y)},
-                name=name,
-                marker=marker,
-                text=[hover(run, short=len(runs) > MANY) for run in group],
-                hovertemplate="%{text}<br>%{x:.4g}<extra></extra>",
-            )
+        if not group:
+            continue
+        is_joined = has_two_objectives and name == "Pareto front"
+        figure.add_scatter(
+            x=[trial.objectives[x_name] for trial in group],
+            y=[trial.objectives[y_name] for trial in group],
+            mode="lines+markers" if is_joined else "markers",
+            line={"color": ACCENT, "width": 1.5, "shape": _line_shape(data, x_name, y_name)},
+            name=name,
+            marker=marker,
+            text=_hover_texts(group, len(trials)),
+            hovertemplate="%{text}<br>%{x:.4g}<extra></extra>",
+        )
     return Figure(key, title, caption, figure)
 
 
-def _corner(facts: ReportData, x: str, y: str) -> str:
-    """Shape of a line along a front: steps on the side that no trial has reached."""
-    directions = {str(name): direction for name, direction in facts.config.objectives.items()}
-    return "hv" if (directions[x] == "minimize") == (directions[y] == "maximize") else "vh"
+def _line_shape(data: ReportData, x_name: str, y_name: str) -> str:
+    """Return plotly's shape of a front: steps on the side that no trial has reached."""
+    directions = {str(name): direction for name, direction in data.config.objectives.items()}
+    x_falls = directions[x_name] == "minimize"
+    y_rises = directions[y_name] == "maximize"
+    return "hv" if x_falls == y_rises else "vh"
 
 
-def importances(facts: ReportData) -> list[Figure]:
+# Importances
+
+
+def importances(data: ReportData) -> list[Figure]:
     """Draw the importances for each objective."""
-    several = len(facts.importances) > 1
-    return [_importance(facts, name, several) for name in facts.importances]
+    return [_importance(data, name) for name in data.importances]
 
 
-def _importance(facts: ReportData, name: str, several: bool) -> Figure:
-    key = f"importances_{name}" if several else "importances"
-    title = "Importances" + (f" for {TITLES[name]}" if several else "")
+def _importance(data: ReportData, name: str) -> Figure:
+    key, title = "importances", "Importances"
+    if len(data.importances) > 1:
+        key, title = f"importances_{name}", f"Importances for {TITLES[name]}"
     caption = (
-        "The longer the bar, the more the best trials differ from all in this parameter (PED-ANOVA, shares of 1); the "
-        "bars say nothing about direction, and with tens of trials they are rough."
+        "The longer the bar, the more the best trials differ from all in this parameter "
+        "(PED-ANOVA, shares of 1); the bars say nothing about direction, and with tens of trials "
+        "they are rough."
     )
-    found = facts.importances[name]
-    if not found.shares:
-        return Figure(key, title, caption, gap=found.gap or "")
-    names = list(found.shares)[::-1]
-    figure = empty("share", "")
+    importance = data.importances[name]
+    if not importance.shares:
+        return Figure(key, title, caption, gap=importance.gap or "")
+    shares = dict(reversed(importance.shares.items()))
+    figure = empty_figure("share", "")
     figure.add_bar(
-        x=[found.shares[name] for name in names],
-        y=[escape(name) for name in names],
+        x=list(shares.values()),
+        y=[escape(parameter) for parameter in shares],
         orientation="h",
         marker_color=BLUE,
         hovertemplate="%{y}: %{x:.2f}<extra></extra>",
     )
     figure.update_yaxes(automargin=True, showgrid=False)
     figure.update_layout(bargap=0.4)
-    return Figure(key, title, caption, figure, height=110 + 32 * len(names))
+    return Figure(key, title, caption, figure, height=110 + 32 * len(shares))
 
 
-def parallel(facts: ReportData) -> Figure:
+# Parallel coordinates
+
+
+def parallel(data: ReportData) -> Figure:
+    """Draw every complete trial as a line through its parameters and its score."""
     title = "Parallel coordinates"
     caption = (
-        f"Each line is a complete trial, darker for a higher {facts.metric}; drag along an axis to pick lines; the "
-        f"tick {UNUSED} holds trials in which a parameter had no effect and was not asked for."
+        f"Each line is a complete trial, darker for a higher {data.metric}; drag along an axis to "
+        f"pick lines; the tick {UNUSED} holds trials in which a parameter had no effect and was "
+        f"not sampled."
     )
-    complete = sorted((run for run in facts.search if run.finished), key=_value)[
-        -MANY:
-    ]  # good ones lie on top
-    if sum(run.finished for run in facts.search) > MANY:
-        caption += f" Only the best {MANY} trials are drawn."
-    names = [name for name in facts.parameters() if any(name in run.params for run in complete)]
+    complete = [trial for trial in data.search if trial.is_full_length]
+    if len(complete) > MANY_TRIALS:
+        caption += f" Only the best {MANY_TRIALS} trials are drawn."
+    complete.sort(key=lambda trial: trial.sort_value)  # good ones lie on top
+    complete = complete[-MANY_TRIALS:]
+    searched = {name for trial in complete for name in trial.params}
+    names = [name for name in data.parameter_names() if name in searched]
     if not names:
-        return Figure(
-            "parallel", title, caption, gap="No complete trial with a searched parameter yet."
-        )
-    values = [run.value for run in complete]
-    axes = [_axis(facts, name, [run.params.get(name) for run in complete]) for name in names]
-    figure = go.Figure(layout=layout())
+        gap = "No complete trial with a searched parameter yet."
+        return Figure("parallel", title, caption, gap=gap)
+    values = [trial.metric_value for trial in complete]
+    dimensions = [_dimension(data, data.metric, values)]
+    for name in names:
+        dimensions.append(_dimension(data, name, [trial.params.get(name) for trial in complete]))
+    figure = go.Figure(layout=base_layout())
     figure.add_parcoords(
-        dimensions=[_axis(facts, facts.metric, list(values)), *axes],
+        dimensions=dimensions,
         line={
             "color": values,
             "colorscale": SCALE,
             "showscale": True,
-            "colorbar": {"title": {"text": facts.metric}},
+            "colorbar": {"title": {"text": data.metric}},
         },
         labelangle=-15,
     )
     figure.update_layout(margin={"l": 60, "r": 20, "t": 90, "b": 20})
-    return Figure("parallel", title, caption, figure, height=460, width=160 + 85 * len(names))
+    min_width = 160 + 85 * len(names)
+    return Figure("parallel", title, caption, figure, height=460, min_width=min_width)
 
 
-def _value(run: ReportedTrial) -> float:
-    return run.value or 0.0
+def _dimension(data: ReportData, name: str, values: Sequence[Any]) -> dict[str, Any]:
+    """Return one axis of parallel coordinates; None stands for a trial without the parameter."""
+    declared = data.space.get(name)
+    present = [value for value in values if value is not None]
+    numbers = [number for value in present if (number := finite(value)) is not None]
+    is_numeric = bool(numbers) and len(numbers) == len(present)
+    if is_numeric and (declared is None or isinstance(declared, Range)):
+        axis = _numeric_axis(declared, values, numbers)
+    else:
+        axis = _categorical_axis(values)
+    return {"label": escape(name), **axis}
 
 
-def _axis(facts: ReportData, name: str, values: list[Any]) -> dict[str, Any]:
-    """One axis: numbers as they are or as logarithms, choices as ticks, and a lowest tick for absence."""
-    absent = None in values
-    numbers = [finite(value) for value in values if value is not None]
-    declared = facts.space.get(name)
-    if not numbers or None in numbers or not (declared is None or isinstance(declared, Range)):
-        choices = sorted({str(value) for value in values if value is not None})
-        ticks = [UNUSED, *choices] if absent else choices
-        coded = [ticks.index(UNUSED if value is None else str(value)) for value in values]
-        return {
-            "label": escape(name),
-            "values": coded,
-            "range": [-0.2, len(ticks) - 0.8],
-            "tickvals": list(range(len(ticks))),
-            "ticktext": ticks,
-        }
-    log = isinstance(declared, Range) and declared.log
-    known = [number for number in numbers if number is not None]
-    ends = [*known, declared.low, declared.high] if isinstance(declared, Range) else known
-    low, high = (math.log10(end) if log else end for end in (min(ends), max(ends)))
-    low, high = (low, high) if low < high else (low - 0.5, high + 0.5)
-    below = low - 0.12 * (high - low)
-    marks = [low + (high - low) * i / 4 for i in range(5)]
-    shown = [f"{10**mark if log else mark:.3g}" for mark in marks]
-    places = [below if v is None else math.log10(v) if log else v for v in values]
+def _categorical_axis(values: Sequence[Any]) -> dict[str, Any]:
+    """Return an axis with a tick per choice, below them one for absence."""
+    ticks = sorted({str(value) for value in values if value is not None})
+    if None in values:
+        ticks.insert(0, UNUSED)
     return {
-        "label": escape(name),
-        "values": places,
-        "range": [below if absent else low, high],
-        "tickvals": [below, *marks] if absent else marks,
-        "ticktext": [UNUSED, *shown] if absent else shown,
+        "values": [ticks.index(UNUSED if value is None else str(value)) for value in values],
+        "range": [-0.2, len(ticks) - 0.8],
+        "tickvals": list(range(len(ticks))),
+        "ticktext": ticks,
     }
+
+
+def _numeric_axis(
+    declared: Range | None, values: Sequence[Any], numbers: list[float]
+) -> dict[str, Any]:
+    """Return an axis over the declared range, linear or logarithmic, with a tick for absence."""
+    is_log = declared is not None and declared.log
+    ends = list(numbers)
+    if declared is not None:
+        ends += [declared.low, declared.high]
+    low, high = min(ends), max(ends)
+    if is_log:
+        low, high = math.log10(low), math.log10(high)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    unused = low - 0.12 * (high - low)
+    positions = []
+    for value in values:
+        if value is None:
+            positions.append(unused)
+        else:
+            positions.append(math.log10(value) if is_log else value)
+    marks = [low + (high - low) * quarter / 4 for quarter in range(5)]
+    texts = [f"{10**mark if is_log else mark:.3g}" for mark in marks]
+    if None in values:
+        low = unused
+        marks.insert(0, unused)
+        texts.insert(0, UNUSED)
+    return {"values": positions, "range": [low, high], "tickvals": marks, "ticktext": texts}
+
+
+def _hover_texts(trials: Sequence[ReportedTrial], drawn: int) -> list[str]:
+    with_params = drawn <= MANY_TRIALS
+    return [hover_text(trial, with_params=with_params) for trial in trials]

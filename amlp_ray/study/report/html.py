@@ -1,12 +1,10 @@
-"""Putting a report together and writing it."""
+"""Render a report as one HTML page and write it."""
 
 from __future__ import annotations
 
 import base64
 import json
-import os
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from amlp_ray.study.confirmation.results import Confirmation, confirmation_of
+from amlp_ray.study.confirmation.results import Confirmation, read_confirmation
 from amlp_ray.study.report import (
-    confirmation,
     environment,
     figures,
     progress,
@@ -25,153 +22,161 @@ from amlp_ray.study.report import (
     search_space,
     tables,
 )
-from amlp_ray.study.report.comparison import Baseline, compare, finished_baselines, rank_agreement
+from amlp_ray.study.report.comparison import (
+    Baseline,
+    compare_with_baselines,
+    finished_baselines,
+)
+from amlp_ray.study.report.confirmation import confirmation_section, with_confirmation
 from amlp_ray.study.report.curves import curves
 from amlp_ray.study.report.lineage import lineage_figure, lineage_rows
 from amlp_ray.study.report.plotting import Figure
+from amlp_ray.study.report.progress import Timeline
 from amlp_ray.study.report.report_data import ReportData, ReportedTrial, collect, count_states
+from amlp_ray.study.report.rung_correlation import RungCorrelations
 from amlp_ray.study.report.summary import summarize_search
 from amlp_ray.study.storage.study_store import StudyStore
+from amlp_ray.utils.files import atomic_write
 
 HERE = Path(__file__).parent
 
 
 def write(store: StudyStore) -> Path:
-    text = _render(collect(store), confirmation_of(store))
+    """Write the report of a study and return its path."""
     path = store.folder / "report.html"
-    handle, name = tempfile.mkstemp(prefix=".report-", suffix=".html", dir=store.folder)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).chmod(0o644)  # mkstemp makes it private; a report is there to be passed on
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    atomic_write(path, _render(collect(store), read_confirmation(store)))
     return path
 
 
-def _render(facts: ReportData, found: Confirmation | None) -> str:
-    # Everything is escaped but the style sheet, plotly.js, and plotly's own HTML, which escapes `<`, `>` and `/` inside
-    # its JSON.
+def _render(data: ReportData, confirmation: Confirmation | None) -> str:
+    # Everything is escaped but the style sheet, plotly.js, and plotly's own HTML, which escapes
+    # `<`, `>` and `/` inside its JSON.
     jinja = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
-    baselines = finished_baselines(facts)
-    best = facts.best
-    compared = [
-        baseline for baseline in baselines if not any(run.diagnosis for run in baseline.runs)
-    ]
-    comparisons = (
-        [compare(best, baseline, facts.config.equivalence_margin) for baseline in compared]
-        if best
-        else []
-    )
-    told = progress.timeline(facts)
-    rungs, by_epoch = curves(facts)
-    early = rung_correlation.ranks(facts)
-    figure_groups = {
-        "front": figures.fronts(facts),
-        "search": [figures.history(facts, compared), progress.efficiency(facts)],
-        "settings": [*figures.importances(facts), figures.parallel(facts)],
-        "lineage": [lineage_figure(facts.config, facts.trials)]
-        if facts.config.sampler.name == "pbt"
-        else [],
-        "ranks": [rung_correlation.figure(facts, early)]
-        if facts.config.sampler.name != "pbt"
-        else [],
-        "rungs": [rungs],
-        "time": [progress.gantt(told)],
-        "training": by_epoch,
-    }
+    best = data.best
+    baselines = finished_baselines(data)
+    comparisons = compare_with_baselines(data, baselines)
+    first_rung = rung_correlation.first_rung_correlation(data)
+    search_verdict = summarize_search(data, baselines, comparisons, first_rung)
+    timeline = progress.timeline(data)
+    correlations = rung_correlation.rung_correlations(data)
+    groups = _figure_groups(data, baselines, timeline, correlations)
+    has_figures = any(figure.figure for group in groups.values() for figure in group)
     return jinja.get_template("report.html").render(
         css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
-        plotly=Markup(get_plotlyjs())
-        if any(item.figure for group in figure_groups.values() for item in group)
-        else None,
-        facts=facts,
-        header=_header(facts, told),
-        verdict=confirmation.with_confirmation(
-            summarize_search(facts, baselines, comparisons, rank_agreement(facts)), found
-        ),
-        confirm=confirmation.section(found) if found else None,
-        scores=tables.scores(facts, baselines, comparisons),
-        sizes=tables.sizes(facts, baselines),
+        plotly=Markup(get_plotlyjs()) if has_figures else None,
+        data=data,
+        header=_header(data, timeline),
+        verdict=with_confirmation(search_verdict, confirmation),
+        confirmation=confirmation_section(confirmation) if confirmation else None,
+        scores=tables.scores(data, baselines, comparisons),
+        sizes=tables.sizes(data, baselines),
         best=best,
         best_parameters=tables.parameters(best) if best else None,
-        best_settings=_text(best.folder / "config.yaml") if best else None,
-        load=_loading(best) if best else None,
-        front=tables.front(facts),
-        space=search_space.space(facts),
-        rules=search_space.rules(facts),
-        fixed=search_space.fixed(facts),
-        lineage=tables.lineage(
-            lineage_rows(facts.config, facts.trials) if figure_groups["lineage"] else []
-        ),
-        outcome=progress.outcome(facts),
-        meaning=rung_correlation.meaning(facts, early),
-        ranks=rung_correlation.table(early),
-        budget=progress.budget(facts),
-        figures={key: _drawn(group) for key, group in figure_groups.items()},
+        best_config=_text(best.path / "config.yaml") if best else None,
+        load_example=_load_example(best) if best else None,
+        front=tables.front(data),
+        space=search_space.space(data),
+        rules=search_space.rules(data),
+        fixed=search_space.fixed(data),
+        lineage=_lineage_table(data),
+        outcome=progress.outcome(data),
+        meaning=rung_correlation.meaning(data, correlations),
+        ranks=rung_correlation.table(correlations),
+        budget=progress.budget(data),
+        figures={key: _with_html(group) for key, group in groups.items()},
         galleries=_galleries(best, baselines),
-        trials=tables.trials(facts),
-        left_out=tables.left_out(facts),
-        environment=environment.latest(facts),
-        runs=environment.runs(facts),
-        commits=environment.commits(facts),
+        trials=tables.trials(data),
+        left_out=tables.left_out(data),
+        environment=environment.latest(data),
+        runs=environment.runs(data),
+        commits=environment.commits(data),
     )
 
 
-def _drawn(figures: Iterable[Figure]) -> list[tuple[Figure, Markup]]:
+def _figure_groups(
+    data: ReportData,
+    baselines: Sequence[Baseline],
+    timeline: Timeline | None,
+    correlations: RungCorrelations,
+) -> dict[str, list[Figure]]:
+    """Draw the figures of each section."""
+    compared = [baseline for baseline in baselines if not baseline.uses_ground_truth]
+    rungs, by_epoch = curves(data)
+    lineage = []
+    ranks = []
+    if data.config.sampler.name == "pbt":
+        lineage.append(lineage_figure(data.config, [trial.frozen for trial in data.search]))
+    else:
+        ranks.append(rung_correlation.figure(data, correlations))
+    return {
+        "front": figures.fronts(data),
+        "search": [figures.history(data, compared), progress.efficiency(data)],
+        "settings": [*figures.importances(data), figures.parallel(data)],
+        "lineage": lineage,
+        "ranks": ranks,
+        "rungs": [rungs],
+        "time": [progress.gantt(timeline)],
+        "training": by_epoch,
+    }
+
+
+def _with_html(figures: Iterable[Figure]) -> list[tuple[Figure, Markup]]:
     return [(figure, Markup(figure.html)) for figure in figures]
 
 
-def _header(facts: ReportData, told: progress.Timeline | None) -> list[tuple[str, str]]:
-    """Facts of the study for its head: name and text."""
-    rows = [("Data set", _dataset(facts.dataset, facts.config.data))]
-    if facts.config.eval_data:
-        rows.append(("Labelled images", _dataset(facts.eval_data, facts.config.eval_data)))
-    for title, runs in (
-        ("Trials", facts.search),
-        ("Baseline runs", facts.baselines),
-        ("Confirmation", facts.confirmation),
-    ):
-        states = count_states(runs)
-        counted = ", ".join(f"{count} {state}" for state, count in states.items())
-        if title == "Trials":
-            apart = (
-                (len(facts.copies), "answered from the store"),
-                (len(facts.imported), "imported"),
-            )
-            counted += "".join(f"; {count} {what}" for count, what in apart if count)
-        if title != "Confirmation" or runs:
-            rows.append((title, f"{len(runs)}: {counted}" if counted else "none yet"))
-    if told is not None:
-        rows.append(
-            (
-                "Wall time",
-                f"{tables.duration(told.end - told.start)} from the first start to the last end",
-            )
-        )
+def _lineage_table(data: ReportData) -> tables.Table:
+    if data.config.sampler.name != "pbt":
+        return tables.lineage([])
+    return tables.lineage(lineage_rows(data.config, [trial.frozen for trial in data.search]))
+
+
+def _header(data: ReportData, timeline: Timeline | None) -> list[tuple[str, str]]:
+    """Return what the head of the page says of the study: title and text of each row."""
+    rows = [("Data set", _dataset_text(data.dataset("dataset"), data.config.data))]
+    if data.config.eval_data:
+        text = _dataset_text(data.dataset("eval_data"), data.config.eval_data)
+        rows.append(("Labelled images", text))
+    trials = _count_text(data.search)
+    if data.copies:
+        trials += f"; {len(data.copies)} answered from the store"
+    if data.imported:
+        trials += f"; {len(data.imported)} imported"
+    rows.append(("Trials", trials))
+    rows.append(("Baseline runs", _count_text(data.baselines)))
+    if data.confirmation:
+        rows.append(("Confirmation", _count_text(data.confirmation)))
+    if timeline is not None:
+        wall_time = tables.duration(timeline.duration)
+        rows.append(("Wall time", f"{wall_time} from the first start to the last end"))
     rows.append(("Written", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")))
     return rows
 
 
-def _dataset(about: dict[str, Any], path: str | None) -> str:
-    """Name, size and counts by split; the table of the environment has the rest."""
-    told = [str(about.get("name") or path or "not recorded")]
-    sizes = [key for key in ("size", "channels", "height", "width") if key in about]
-    told += [f"{key} {tables.show(about[key])}" for key in sizes]
-    counts = about.get("counts")
+def _count_text(trials: Sequence[ReportedTrial]) -> str:
+    states = count_states(trials)
+    if not states:
+        return "none yet"
+    counts = ", ".join(f"{count} {state}" for state, count in states.items())
+    return f"{len(trials)}: {counts}"
+
+
+def _dataset_text(description: dict[str, Any], path: str | None) -> str:
+    """Return name, size and counts by split; the table of the environment has the rest."""
+    parts = [str(description.get("name") or path or "not recorded")]
+    for key in ("size", "channels", "height", "width"):
+        if key in description:
+            parts.append(f"{key} {tables.show(description[key])}")
+    counts = description.get("counts")
     for split, count in counts.items() if isinstance(counts, dict) else ():
-        parts = count.items() if isinstance(count, dict) else [("images", count)]
-        told.append(
-            f"{split} " + ", ".join(f"{tables.show(number)} {what}" for what, number in parts)
-        )
-    return "; ".join(told)
+        numbers = count if isinstance(count, dict) else {"images": count}
+        texts = [f"{tables.show(number)} {what}" for what, number in numbers.items()]
+        parts.append(f"{split} {', '.join(texts)}")
+    return "; ".join(parts)
 
 
-def _loading(best: ReportedTrial) -> str | None:
-    """Return the Python lines that load the best encoder, None where it was not kept."""
-    path = best.folder / "encoder.safetensors"
+def _load_example(best: ReportedTrial) -> str | None:
+    """Return the Python lines that load the best encoder; None where it was not kept."""
+    path = best.path / "encoder.safetensors"
     if not path.is_file():
         return None
     quoted = json.dumps(str(path), ensure_ascii=False)
@@ -185,24 +190,24 @@ def _text(path: Path) -> str | None:
         return None
 
 
-def _galleries(best: ReportedTrial | None, baselines: list[Baseline]) -> list[dict[str, Any]]:
-    """Pictures of the best trial and of the first run of baseline mae, as data URIs with captions."""
-    runs = [(f"Best trial ({best.number})", best)] if best else []
-    runs += [
-        (f"Plain MAE (baseline {baseline.name}, first run)", baseline.runs[0])
-        for baseline in baselines
-        if baseline.name == "mae"
-    ]
+def _galleries(best: ReportedTrial | None, baselines: Iterable[Baseline]) -> list[dict[str, Any]]:
+    """Return the pictures of the best trial and of the first run of baseline mae."""
     galleries = []
-    for title, run in runs:
-        files = sorted((run.folder / "pictures").glob("*.png"))
-        pictures = [
-            {
-                "caption": file.stem.replace("_", " ").replace("-", " "),
-                "uri": "data:image/png;base64,"
-                + base64.b64encode(file.read_bytes()).decode("ascii"),
-            }
-            for file in files
-        ]
-        galleries.append({"title": title, "pictures": pictures})
+    if best:
+        title = f"Best trial ({best.number})"
+        galleries.append({"title": title, "pictures": _pictures(best)})
+    for baseline in baselines:
+        if baseline.name == "mae":
+            title = "Plain MAE (baseline mae, first run)"
+            galleries.append({"title": title, "pictures": _pictures(baseline.runs[0])})
     return galleries
+
+
+def _pictures(trial: ReportedTrial) -> list[dict[str, str]]:
+    """Return the pictures of a trial as data URIs with captions."""
+    pictures = []
+    for file in sorted((trial.path / "pictures").glob("*.png")):
+        encoded = base64.b64encode(file.read_bytes()).decode("ascii")
+        caption = file.stem.replace("_", " ").replace("-", " ")
+        pictures.append({"caption": caption, "uri": f"data:image/png;base64,{encoded}"})
+    return pictures

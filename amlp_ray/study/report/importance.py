@@ -1,4 +1,4 @@
-"""Which parameters explain the difference between the best trials and the rest."""
+"""Work out which parameters explain the difference between the best trials and the rest."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-MIN_TRIALS = 10  # PED-ANOVA compares the top trials with all; a top of under 5 says nothing
+# PED-ANOVA compares the top trials with all; a top of under 5 says nothing.
+MIN_TRIALS = 10
 
 
 @dataclass(frozen=True)
 class Importance:
-    shares: dict[str, float]  # by parameter: sum 1, largest first; empty where `gap` says why
+    """Importances for one objective.
+
+    Attributes:
+        shares: by parameter, largest first, with sum 1; empty where `gap` says why.
+        gap: why there are none.
+    """
+
+    shares: dict[str, float]
     gap: str | None = None
 
 
@@ -24,48 +32,46 @@ def importance(
     """Work out importances for each objective by PED-ANOVA, over complete trials.
 
     Args:
-        objectives: directions (`maximize`, `minimize`) by name, in the order of the trials' values.
+        trials: of the search.
+        objectives: directions (`maximize`, `minimize`) by name, in the order of the values.
     """
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE and trial.values]
-    return {
-        name: _importance(
-            [trial for trial in complete if len(trial.values) > i], i, direction == "maximize"
-        )
-        for i, (name, direction) in enumerate(objectives.items())
-    }
+    importances = {}
+    for index, (name, direction) in enumerate(objectives.items()):
+        scored = [trial for trial in complete if len(trial.values) > index]
+        importances[name] = _importance(scored, index, direction == "maximize")
+    return importances
 
 
 def _importance(complete: list[FrozenTrial], index: int, maximize: bool) -> Importance:
     if len(complete) < MIN_TRIALS:
-        few = f"{len(complete)} complete trials are too few"
-        return Importance({}, f"{few}: importances are worked out from {MIN_TRIALS} on.")
+        return Importance(
+            {},
+            f"{len(complete)} complete trials are too few: importances are worked out from "
+            f"{MIN_TRIALS} on.",
+        )
     if not any(trial.params for trial in complete):
         return Importance({}, "No parameter was searched.")
     if len({trial.values[index] for trial in complete}) == 1:
-        return Importance(
-            {}, "All complete trials score the same, so no parameter explains a difference."
+        gap = "All complete trials score the same, so no parameter explains a difference."
+        return Importance({}, gap)
+    quantile = min(0.5, max(0.1, 5 / len(complete)))
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile)
+    # A study of these trials alone: imported ones are no result.
+    study = optuna.create_study()
+    sign = -1 if maximize else 1  # the evaluator looks for low values
+    for trial in complete:
+        value = sign * trial.values[index]
+        study.add_trial(
+            optuna.trial.create_trial(
+                params=trial.params, distributions=trial.distributions, value=value
+            )
         )
-    sign = -1 if maximize else 1  # the evaluator looks for low values of a target
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator(
-        target_quantile=min(0.5, max(0.1, 5 / len(complete)))
-    )
-    study = (
-        optuna.create_study()
-    )  # of these trials alone: imported ones are no result of this study
-    study.add_trials(
-        optuna.trial.create_trial(
-            params=trial.params, distributions=trial.distributions, value=sign * trial.values[index]
-        )
-        for trial in complete
-    )
     try:
         shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
-    except (
-        ValueError,
-        RuntimeError,
-        AssertionError,
-    ) as error:  # Optuna's ways of refusing a set of trials
+    except (ValueError, RuntimeError, AssertionError) as error:
         return Importance({}, f"Optuna could not work out importances: {error}")
-    if len(set(shares.values())) == 1 and len(shares) > 1:
-        return Importance({}, "The best trials do not differ from the rest in any one parameter.")
+    if len(shares) > 1 and len(set(shares.values())) == 1:
+        gap = "The best trials do not differ from the rest in any one parameter."
+        return Importance({}, gap)
     return Importance(shares)

@@ -1,24 +1,30 @@
-"""What all figures of a report share: how they look, and what is known of each."""
+"""Style and building blocks shared by the figures of a report.
+
+Drawn with plotly and not by `optuna.visualization`. Its plots number trials anew where imported
+ones are left out. They show neither pruned trials nor baselines in the history, neither limits nor
+names on a Pareto front, and no color by score at rungs, and parallel lines cannot be picked.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
 from plotly.io import to_html
 
 from amlp_ray.study.report.report_data import ReportedTrial
 
-SCALE = [
-    [0.0, "#b5dcc6"],
-    [0.5, "#3a8fb7"],
-    [1.0, "#35155d"],
-]  # low to high; all of it readable on white
-ACCENT, PALE, BLUE = "#d1495b", "#9aa5b1", "#3a8fb7"
-ARM_COLOURS = ["#e09f3e", "#3d5a80", "#6a994e", "#9c6644", "#7b2d8b"]
-STATE_COLOURS = {
+ACCENT = "#d1495b"
+PALE = "#9aa5b1"
+BLUE = "#3a8fb7"
+# From low to high scores; all of it readable on white.
+SCALE = [[0.0, "#b5dcc6"], [0.5, BLUE], [1.0, "#35155d"]]
+BASELINE_COLORS = ["#e09f3e", "#3d5a80", "#6a994e", "#9c6644", "#7b2d8b"]
+STATE_COLORS = {
     "COMPLETE": BLUE,
     "PRUNED": "#b8c4d0",
     "FAIL": ACCENT,
@@ -28,8 +34,8 @@ STATE_COLOURS = {
     "baseline": "#3d5a80",
     "confirmation": "#7b2d8b",
 }
-# plotly.js 4 offers to upload a figure to a cloud; figures of medical data stay where they are
-CONFIG = {
+# plotly.js 4 offers to upload a figure to a cloud; figures of medical data stay where they are.
+PLOTLY_CONFIG = {
     "responsive": True,
     "displaylogo": False,
     "showSendToCloud": False,
@@ -41,7 +47,17 @@ CONFIG = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the report; `gap` stands in its place where there is nothing to draw."""
+    """A figure of the report.
+
+    Attributes:
+        key: part of its HTML id.
+        title: above it.
+        caption: below it.
+        figure: None where there is nothing to draw.
+        gap: text in its place then.
+        height: in pixels.
+        min_width: in pixels; a narrower window scrolls.
+    """
 
     key: str
     title: str
@@ -49,40 +65,47 @@ class Figure:
     figure: go.Figure | None = None
     gap: str = ""
     height: int = 420
-    width: int = 0  # at least, in pixels; a narrower window scrolls
+    min_width: int = 0
 
     @property
     def html(self) -> str:
-        """Its HTML, which needs plotly.js to be in the page already; empty where there is a gap."""
+        """Return its HTML, which needs plotly.js in the page; empty where there is a gap."""
         if self.figure is None:
             return ""
-        return str(
-            to_html(
-                self.figure, full_html=False, include_plotlyjs=False, div_id=f"plot-{self.key}", default_width="100%",
-                default_height=f"{self.height}px", config=CONFIG,
-            )
-        )  # fmt: skip
+        html = to_html(
+            self.figure,
+            full_html=False,
+            include_plotlyjs=False,
+            div_id=f"plot-{self.key}",
+            default_width="100%",
+            default_height=f"{self.height}px",
+            config=PLOTLY_CONFIG,
+        )
+        return str(html)
 
 
-def hover(run: ReportedTrial, *, short: bool = False) -> str:
-    """Text of a run under the pointer: its state and score, and its parameters unless `short`."""
-    lines = [f"{run.name}, {run.state}" + ("" if run.value is None else f", {run.value:.3f}")]
-    if not short:
-        lines += [
-            f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}"
-            for name, value in run.params.items()
-        ]
+def hover_text(trial: ReportedTrial, *, with_params: bool = True) -> str:
+    """Return the text of a trial under the pointer: state, score and parameters."""
+    title = f"{trial.name}, {trial.state_name}"
+    if trial.metric_value is not None:
+        title += f", {trial.metric_value:.3f}"
+    lines = [title]
+    for name, value in trial.params.items() if with_params else ():
+        lines.append(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
     return "<br>".join(escape(line) for line in lines)
 
 
-def empty(x: str, y: str) -> go.Figure:
-    figure = go.Figure(layout=layout())
-    figure.update_xaxes(title_text=x, gridcolor="#eceff3", zeroline=False, linecolor="#c8d0d9")
-    figure.update_yaxes(title_text=y, gridcolor="#eceff3", zeroline=False, linecolor="#c8d0d9")
+def empty_figure(x_title: str, y_title: str) -> go.Figure:
+    """Return a figure in the report's style, with titles of its axes and nothing drawn."""
+    figure = go.Figure(layout=base_layout())
+    style = {"gridcolor": "#eceff3", "zeroline": False, "linecolor": "#c8d0d9"}
+    figure.update_xaxes(title_text=x_title, **style)
+    figure.update_yaxes(title_text=y_title, **style)
     return figure
 
 
-def layout() -> dict[str, Any]:
+def base_layout() -> dict[str, Any]:
+    """Return the layout that all figures share."""
     return {
         "template": None,
         "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#1f2933"},
@@ -92,3 +115,28 @@ def layout() -> dict[str, Any]:
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
         "hovermode": "closest",
     }
+
+
+def color_of(value: float, values: Sequence[float]) -> str:
+    """Return the color of a score among others, darker for a higher one."""
+    low, high = min(values), max(values)
+    position = (value - low) / (high - low) if high > low else 1.0
+    return str(sample_colorscale(SCALE, [position])[0])
+
+
+def add_color_bar(figure: go.Figure, values: Sequence[float], title: str) -> None:
+    """Add a color bar of scores and hide the legend.
+
+    plotly draws a color bar for markers only, so an unseen one carries it.
+    """
+    if values and max(values) > min(values):
+        marker: Mapping[str, Any] = {
+            "color": [min(values)],
+            "cmin": min(values),
+            "cmax": max(values),
+            "colorscale": SCALE,
+            "showscale": True,
+            "colorbar": {"title": {"text": title}, "thickness": 14},
+        }
+        figure.add_scatter(x=[None], y=[None], mode="markers", marker=marker, hoverinfo="skip")
+    figure.update_layout(showlegend=False)

@@ -1,239 +1,354 @@
-"""How a search went: what it spent against what it may, what it saved, and when its slots stood idle."""
+"""Show how a search went: what it spent, what pruning saved, and when nothing ran."""
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from html import escape
 
-from amlp_ray.study.report.plotting import ACCENT, PALE, STATE_COLOURS, Figure, empty, hover
-from amlp_ray.study.report.report_data import STATES, ReportData, ReportedTrial
-from amlp_ray.study.report.tables import Cell, Table, counted, duration
+from amlp_ray.study.operations.trials import STATES
+from amlp_ray.study.report.plotting import (
+    ACCENT,
+    PALE,
+    STATE_COLORS,
+    Figure,
+    empty_figure,
+    hover_text,
+)
+from amlp_ray.study.report.report_data import ReportData, ReportedTrial
+from amlp_ray.study.report.tables import Table, count_words, duration, text_table
+
+LIMIT_TITLES = {
+    "trials": "Trials of the search",
+    "hours": "Hours run",
+    "gpu_hours": "GPU-hours",
+    "epochs": "Epochs",
+}
+# Rows of slots that make the timeline taller.
+MAX_SLOT_ROWS = 16
+# White edges of more bars would look like idle time.
+MAX_EDGED_BARS = 500
+
+
+@dataclass(frozen=True)
+class TimelineBar:
+    """A trial in the slot that it took, from `start` to `end`."""
+
+    trial: ReportedTrial
+    slot: int
+    start: datetime
+    end: datetime
+
+    @property
+    def kind(self) -> str:
+        """Return the state of a trial of the search, else `baseline` or `confirmation`."""
+        if self.trial.baseline:
+            return "baseline"
+        return "confirmation" if self.trial.candidate else self.trial.state_name
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """Runs in the slots that they must have had: the fewest in which no two overlap."""
+    """Trials in the fewest slots in which no two overlap.
 
-    runs: list[ReportedTrial]  # by start
-    slots: list[int]  # of each run, from 0
+    Attributes:
+        bars: by start.
+        slots: number of slots.
+        start: of the first trial.
+        end: of the last trial.
+        busy: share of slots times time in which a trial ran.
+        idle: time in which nothing ran.
+    """
+
+    bars: list[TimelineBar]
+    slots: int
     start: datetime
     end: datetime
-    busy: float  # share of slots times time in which a run was going on
-    idle: timedelta  # in which nothing ran
+    busy: float
+    idle: timedelta
 
     @property
-    def count(self) -> int:
-        return max(self.slots) + 1
+    def duration(self) -> timedelta:
+        """Return the time from the first start to the last end."""
+        return self.end - self.start
 
 
-def timeline(facts: ReportData) -> Timeline | None:
-    """Lay all runs out in time; None before the first start."""
-    spans = [
-        (run.started, run.until, run)
-        for run in (*facts.search, *facts.baselines, *facts.confirmation)
-        if run.started and run.until
-    ]
+def timeline(data: ReportData) -> Timeline | None:
+    """Lay all trials out in time; None before the first start."""
+    spans = []
+    for trial in (*data.search, *data.baselines, *data.confirmation):
+        if trial.started and trial.last_seen:
+            spans.append((trial.started, trial.last_seen, trial))
     if not spans:
         return None
-    spans.sort(key=lambda item: (item[0], item[2].name))
-    free: list[int] = []  # slots, lowest first
-    taken: list[tuple[datetime, int]] = []
-    slots, count = [], 0
-    covered, reached = timedelta(), spans[0][0]
-    for start, end, _ in spans:
+    spans.sort(key=lambda span: (span[0], span[2].name))
+    free_slots: list[int] = []
+    taken: list[tuple[datetime, int]] = []  # by the end of each
+    bars = []
+    count = 0
+    covered = timedelta()
+    reached = spans[0][0]
+    for start, end, trial in spans:
         while taken and taken[0][0] <= start:
-            heapq.heappush(free, heapq.heappop(taken)[1])
-        slot = heapq.heappop(free) if free else count
+            heapq.heappush(free_slots, heapq.heappop(taken)[1])
+        slot = heapq.heappop(free_slots) if free_slots else count
         count = max(count, slot + 1)
         heapq.heappush(taken, (end, slot))
-        slots.append(slot)
+        bars.append(TimelineBar(trial, slot, start, end))
         covered += max(timedelta(), end - max(start, reached))
         reached = max(reached, end)
-    first, last = spans[0][0], reached
-    held = sum(((end - start) for start, end, _ in spans), timedelta())
-    share = held / ((last - first) * count) if last > first else 1.0
-    return Timeline([run for _, _, run in spans], slots, first, last, share, last - first - covered)
+    total = reached - spans[0][0]
+    held = sum((bar.end - bar.start for bar in bars), timedelta())
+    busy = held / (total * count) if total else 1.0
+    return Timeline(bars, count, spans[0][0], reached, busy, total - covered)
 
 
-def gantt(told: Timeline | None) -> Figure:
+def gantt(timeline: Timeline | None) -> Figure:
+    """Draw when trials ran, a bar each."""
     title = "When trials ran"
-    if told is None:
+    if timeline is None:
         return Figure("timeline", title, "", gap="No trial has started yet.")
-    slots = (
-        "One trial ran at a time"
-        if told.count == 1
-        else f"Up to {told.count} trials ran side by side"
-    )
-    idle = f"; nothing ran at all for {duration(told.idle)}, pauses between two runs of the study included"
-    caption = (
-        f"Each bar is a run, in the slot that it took; white is idle. {slots}. From the first start to the last end, "
-        f"{duration(told.end - told.start)}, slots were busy for {100 * told.busy:.0f} % of the time"
-        + (idle if told.idle.total_seconds() >= 1 else "")
-        + ". A trial that was taken over is drawn from its first start on."
-    )
-    unit, seconds = (
-        ("hours", 3600.0) if told.end - told.start > timedelta(hours=3) else ("minutes", 60.0)
-    )
-    figure = empty(f"{unit} since the first start", "slot")
-    edge = 0.5 if len(told.runs) < 500 else 0  # white edges of many bars would look like idle time
-    groups: dict[str, list[int]] = {}
-    for i, run in enumerate(told.runs):
-        kind = (
-            "baseline"
-            if run.baseline
-            else "confirmation"
-            if "candidate" in run.attributes
-            else run.state
-        )
-        groups.setdefault(kind, []).append(i)
+    unit, seconds = "minutes", 60.0
+    if timeline.duration > timedelta(hours=3):
+        unit, seconds = "hours", 3600.0
+
+    def since_start(moment: datetime) -> float:
+        return round((moment - timeline.start).total_seconds() / seconds, 4)
+
+    figure = empty_figure(f"{unit} since the first start", "slot")
+    edge = 0.5 if len(timeline.bars) < MAX_EDGED_BARS else 0
     for kind in (*STATES, "baseline", "confirmation"):
-        places = groups.get(kind, [])
-        if not places:
+        bars = [bar for bar in timeline.bars if bar.kind == kind]
+        if not bars:
             continue
-        runs = [told.runs[i] for i in places]
         figure.add_bar(
-            base=[_since(run.started, told, seconds) for run in runs],
-            x=[
-                _since(run.until, told, seconds) - _since(run.started, told, seconds)
-                for run in runs
-            ],
-            y=[told.slots[i] + 1 for i in places],
+            base=[since_start(bar.start) for bar in bars],
+            x=[since_start(bar.end) - since_start(bar.start) for bar in bars],
+            y=[bar.slot + 1 for bar in bars],
             orientation="h",
             width=0.8,
             name=kind.lower(),
-            marker={"color": STATE_COLOURS[kind], "line": {"width": edge, "color": "white"}},
-            text=[hover(run, short=True) for run in runs],
+            marker={"color": STATE_COLORS[kind], "line": {"width": edge, "color": "white"}},
+            text=[hover_text(bar.trial, with_params=False) for bar in bars],
             textposition="none",
             hovertemplate=f"%{{text}}<br>%{{x:.2f}} {unit}<extra></extra>",
         )
     figure.update_layout(barmode="overlay")
-    figure.update_yaxes(dtick=1 if told.count <= 16 else None, autorange="reversed", showgrid=False)
-    return Figure("timeline", title, caption, figure, height=170 + 26 * min(told.count, 16))
+    rows = min(timeline.slots, MAX_SLOT_ROWS)
+    has_row_each = timeline.slots <= MAX_SLOT_ROWS
+    figure.update_yaxes(dtick=1 if has_row_each else None, autorange="reversed", showgrid=False)
+    return Figure("timeline", title, _gantt_caption(timeline), figure, height=170 + 26 * rows)
 
 
-def _since(moment: datetime | None, told: Timeline, seconds: float) -> float:
-    return 0.0 if moment is None else round((moment - told.start).total_seconds() / seconds, 4)
+def _gantt_caption(timeline: Timeline) -> str:
+    slots = "One trial ran at a time"
+    if timeline.slots > 1:
+        slots = f"Up to {timeline.slots} trials ran side by side"
+    idle = ""
+    if timeline.idle.total_seconds() >= 1:
+        idle = (
+            f"; nothing ran at all for {duration(timeline.idle)}, pauses between two runs of the "
+            f"study included"
+        )
+    return (
+        f"Each bar is a run, in the slot that it took; white is idle. {slots}. From the first "
+        f"start to the last end, {duration(timeline.duration)}, slots were busy for "
+        f"{100 * timeline.busy:.0f} % of the time{idle}. A trial that was taken over is drawn "
+        f"from its first start on."
+    )
 
 
-def budget(facts: ReportData) -> Table:
-    """What was spent of each limit. Epochs of running trials count up to their last rung."""
-    used, allowed = facts.spent.as_dict(), facts.config.budget.model_dump()
-    names = {
-        "trials": "Trials of the search",
-        "hours": "Hours run",
-        "gpu_hours": "GPU-hours",
-        "epochs": "Epochs",
-    }
+def budget(data: ReportData) -> Table:
+    """Show what was spent of each limit; epochs of running trials count up to their last rung."""
+    used = data.usage.as_dict()
+    allowed = data.config.budget.model_dump()
     rows = []
-    for key, title in names.items():
+    for key, title in LIMIT_TITLES.items():
         limit, spent = allowed[key], used[key]
         if limit is None and not spent:
             continue
-        shown = f"{spent:,.0f}" if key in ("trials", "epochs") else f"{spent:.2f}"
+        spent_text = f"{spent:,.0f}" if key in ("trials", "epochs") else f"{spent:.2f}"
+        limit_text = "no limit" if limit is None else f"{limit:,g}"
         share = f"{100 * spent / limit:.0f} %" if limit else "\u2013"
-        rows.append([title, shown, "no limit" if limit is None else f"{limit:,g}", share])
-    return Table(["", "Used", "Allowed", "Share"], [[Cell(text) for text in row] for row in rows])
+        rows.append([title, spent_text, limit_text, share])
+    return text_table(["", "Used", "Allowed", "Share"], rows)
 
 
-def outcome(facts: ReportData) -> Table:
-    """What became of the trials, and what pruning and the store saved."""
-    counts, rows = Counter(run.state for run in facts.search), []
-    begun = sum(number for state, number in counts.items() if state != "WAITING")
-    ended = [run for run in facts.search if run.state in ("COMPLETE", "PRUNED")]
-    if ended:
-        whole = (
-            "Segments of a population"
-            if facts.config.sampler.name == "pbt"
-            else "Run to full length"
-        )
-        rows.append((whole, f"{counts['COMPLETE']:,} of {begun:,}"))
-        spent = sum(run.epochs or 0 for run in ended)
-        full = sum(
-            facts.full_length(run) if run.state == "PRUNED" else run.epochs or 0 for run in ended
-        )
-        saved = f"{counts['PRUNED']:,} ({100 * counts['PRUNED'] / begun:.0f} %)"
-        if full > spent:
-            saved += f", which saved {full - spent:,} of {full:,} epochs ({100 * (full - spent) / full:.0f} %)"
-        if counts["PRUNED"] or facts.config.pruner.name != "none":
-            rows.append(("Pruned", saved))
-    if facts.copies:
-        epochs = sum(facts.full_length(run) for run in facts.copies)
-        rows.append(
-            (
-                "Answered from the store",
-                f"{counted(len(facts.copies), 'trial')} of known settings, {counted(epochs, 'epoch')} not trained",
-            )
-        )
-    retried = sum("retry_of" in run.attributes for run in facts.search)
-    if counts["FAIL"] or retried:
-        told = f"; {counted(retried, 'trial')} tried again what had failed" if retried else ""
-        rows.append(("Failed", f"{counts['FAIL']}{told}"))
-    lost = [
-        int(run.attributes["lost"])
-        for run in (*facts.search, *facts.baselines)
-        if run.attributes.get("lost")
+def outcome(data: ReportData) -> Table:
+    """Show how the trials ended, and what pruning and the store saved."""
+    rows: list[tuple[str, str]] = []
+    row_makers: list[tuple[str, Callable[[ReportData], str | None]]] = [
+        ("Run to full length", _full_length_words),
+        ("Pruned", _pruned_words),
+        ("Answered from the store", _copied_words),
+        ("Failed", _failed_words),
+        ("Processes lost", _lost_words),
+        ("Interrupted", _interrupted_words),
+        ("Imported", _imported_words),
     ]
-    if lost:
-        told = f"{sum(lost)}, of {counted(len(lost), 'trial')}: these are no failures, and go on from their checkpoints"
-        rows.append(("Processes lost", told))
-    if counts["INTERRUPTED"]:
-        told = (
-            f"{counts['INTERRUPTED']}; no process runs the study now, the next run takes them over"
-        )
-        rows.append(("Interrupted", told))
-    if facts.imported:
-        sources = Counter(
-            str(run.attributes["source"]).partition(" trial ")[0].removeprefix("import ")
-            for run in facts.imported
-        )
-        told = ", ".join(f"{count} from {source}" for source, count in sources.most_common(5))
-        rows.append(("Imported", f"{told}: they teach the sampler, and count in nothing else here"))
-    return Table(["", ""], [[Cell(text) for text in row] for row in rows])
+    for title, words_of in row_makers:
+        words = words_of(data)
+        if title == "Run to full length" and data.config.sampler.name == "pbt":
+            title = "Steps of a population"
+        if words is not None:
+            rows.append((title, words))
+    return text_table(["", ""], rows)
 
 
-def efficiency(facts: ReportData) -> Figure:
-    """Best value so far against epochs spent."""
+def _count(data: ReportData, state: str) -> int:
+    return sum(trial.state_name == state for trial in data.search)
+
+
+def _begun(data: ReportData) -> int:
+    return len(data.search) - _count(data, "WAITING")
+
+
+def _ended(data: ReportData) -> list[ReportedTrial]:
+    return [trial for trial in data.search if trial.state_name in ("COMPLETE", "PRUNED")]
+
+
+def _full_length_words(data: ReportData) -> str | None:
+    if not _ended(data):
+        return None
+    return f"{_count(data, 'COMPLETE'):,} of {_begun(data):,}"
+
+
+def _pruned_words(data: ReportData) -> str | None:
+    pruned = _count(data, "PRUNED")
+    ended = _ended(data)
+    if not ended or (not pruned and data.config.pruner.name == "none"):
+        return None
+    words = f"{pruned:,} ({100 * pruned / _begun(data):.0f} %)"
+    spent = sum(trial.epochs or 0 for trial in ended)
+    full = sum(_unpruned_epochs(data, trial) for trial in ended)
+    if full <= spent:
+        return words
+    saved = full - spent
+    return f"{words}, which saved {saved:,} of {full:,} epochs ({100 * saved / full:.0f} %)"
+
+
+def _copied_words(data: ReportData) -> str | None:
+    if not data.copies:
+        return None
+    epochs = sum(data.full_length(trial) for trial in data.copies)
+    trials = count_words(len(data.copies), "trial")
+    return f"{trials} of known settings, {count_words(epochs, 'epoch')} not trained"
+
+
+def _failed_words(data: ReportData) -> str | None:
+    failed = _count(data, "FAIL")
+    retried = sum(trial.retry_of is not None for trial in data.search)
+    if retried:
+        return f"{failed}; {count_words(retried, 'trial')} tried again what had failed"
+    return str(failed) if failed else None
+
+
+def _lost_words(data: ReportData) -> str | None:
+    lost = [trial.lost for trial in (*data.search, *data.baselines) if trial.lost]
+    if not lost:
+        return None
+    return (
+        f"{sum(lost)}, of {count_words(len(lost), 'trial')}: these are no failures, and resume "
+        f"from their checkpoints"
+    )
+
+
+def _interrupted_words(data: ReportData) -> str | None:
+    interrupted = _count(data, "INTERRUPTED")
+    if not interrupted:
+        return None
+    return f"{interrupted}; no process runs the study now, the next run takes them over"
+
+
+def _imported_words(data: ReportData) -> str | None:
+    if not data.imported:
+        return None
+    sources: Counter[str] = Counter()
+    for trial in data.imported:
+        sources[str(trial.source).partition(" trial ")[0].removeprefix("import ")] += 1
+    counts = ", ".join(f"{count} from {source}" for source, count in sources.most_common(5))
+    return f"{counts}: the sampler learns from them, and they count in nothing else here"
+
+
+def _unpruned_epochs(data: ReportData, trial: ReportedTrial) -> int:
+    """Return the epochs that a trial would have run without a pruner."""
+    return data.full_length(trial) if trial.state_name == "PRUNED" else trial.epochs or 0
+
+
+@dataclass(frozen=True)
+class _Improvement:
+    """A trial that was better than all before it, and the epochs spent when it ended."""
+
+    trial: ReportedTrial
+    spent: int
+    unpruned: int
+
+
+def efficiency(data: ReportData) -> Figure:
+    """Draw the best score so far against the epochs spent."""
     title = "Best score against epochs spent"
     caption = (
-        f"{facts.metric} of the best complete trial so far, against the epochs that all trials of the search had run "
-        f"by then, in the order in which they ended."
+        f"{data.metric} of the best complete trial so far, against the epochs that all trials of "
+        f"the search had run by then, in the order in which they ended."
     )
-    ended = [
-        run for run in facts.search if run.state in ("COMPLETE", "PRUNED", "FAIL") and run.ended
-    ]
-    ended.sort(key=lambda run: (run.ended or datetime.max, run.number))
-    if not any(run.finished for run in ended):
-        return Figure("efficiency", title, caption, gap="No trial has run to full length yet.")
-    spent, unpruned, best = 0, 0, None
-    steps: list[tuple[int, int, float, ReportedTrial]] = []
-    for run in ended:
-        spent += run.epochs or 0
-        unpruned += facts.full_length(run) if run.state == "PRUNED" else run.epochs or 0
-        if run.finished and run.feasible and (best is None or (run.value or 0.0) > best):
-            best = run.value or 0.0
-            steps.append((spent, unpruned, best, run))
-    if best is None:
+    ended = _ended_in_order(data)
+    if not any(trial.is_full_length for trial in ended):
+        gap = "No trial has run to full length yet."
+        return Figure("efficiency", title, caption, gap=gap)
+    improvements = list(_improvements(data, ended))
+    if not improvements:
         return Figure("efficiency", title, caption, gap="No complete trial keeps the limits.")
-    figure = empty("epochs spent", facts.metric)
-    values = [value for _, _, value, _ in steps] + [best]
+    spent = sum(trial.epochs or 0 for trial in ended)
+    unpruned = sum(_unpruned_epochs(data, trial) for trial in ended)
+    figure = empty_figure("epochs spent", data.metric)
+    values = [item.trial.sort_value for item in improvements]
+    values.append(values[-1])
     if unpruned > spent:
         caption += " The dashed line is the same search with each pruned trial at its full length."
         figure.add_scatter(
-            x=[at for _, at, _, _ in steps] + [unpruned], y=values, mode="lines", name="without pruning",
-            line={"shape": "hv", "color": PALE, "dash": "dash"}, hoverinfo="skip",
-        )  # fmt: skip
+            x=[*(item.unpruned for item in improvements), unpruned],
+            y=values,
+            mode="lines",
+            name="without pruning",
+            line={"shape": "hv", "color": PALE, "dash": "dash"},
+            hoverinfo="skip",
+        )
     figure.add_scatter(
-        x=[at for at, _, _, _ in steps] + [spent],
+        x=[*(item.spent for item in improvements), spent],
         y=values,
         mode="lines+markers",
         name="best so far",
         line={"shape": "hv", "color": ACCENT},
-        marker={"size": [7] * len(steps) + [0]},
-        text=[hover(run) for *_, run in steps] + [escape(f"{len(ended)} trials ended")],
+        marker={"size": [7] * len(improvements) + [0]},
+        text=[
+            *(hover_text(item.trial) for item in improvements),
+            escape(f"{len(ended)} trials ended"),
+        ],
         hovertemplate="%{x} epochs: %{y:.3f}<br>%{text}<extra></extra>",
     )
     figure.update_xaxes(rangemode="tozero")
     return Figure("efficiency", title, caption, figure)
+
+
+def _ended_in_order(data: ReportData) -> list[ReportedTrial]:
+    ended = []
+    for trial in data.search:
+        if trial.state_name in ("COMPLETE", "PRUNED", "FAIL") and trial.ended:
+            ended.append(trial)
+    return sorted(ended, key=lambda trial: (trial.ended or datetime.max, trial.number))
+
+
+def _improvements(data: ReportData, ended: list[ReportedTrial]) -> Iterator[_Improvement]:
+    best: float | None = None
+    spent = 0
+    unpruned = 0
+    for trial in ended:
+        spent += trial.epochs or 0
+        unpruned += _unpruned_epochs(data, trial)
+        is_better = best is None or trial.sort_value > best
+        if trial.is_full_length and trial.is_feasible and is_better:
+            best = trial.sort_value
+            yield _Improvement(trial, spent, unpruned)

@@ -1,4 +1,4 @@
-"""Do early scores rank trials as the last one does? What that means for pruning."""
+"""Correlate early scores with final ones, and say what that means for pruning."""
 
 from __future__ import annotations
 
@@ -8,178 +8,295 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata
 
-from amlp_ray.study.confirmation.statistics import MIN_RANKED, spearman
-from amlp_ray.study.report.plotting import ACCENT, PALE, Figure, empty
-from amlp_ray.study.report.report_data import ReportData
-from amlp_ray.study.report.tables import Cell, Table
+from amlp_ray.study.confirmation.statistics import FloatArray, Interval, rank_correlation
+from amlp_ray.study.report.plotting import ACCENT, BLUE, PALE, Figure, empty_figure
+from amlp_ray.study.report.report_data import ReportData, ReportedTrial
+from amlp_ray.study.report.tables import Table, text_table
+from amlp_ray.study.storage.study_store import read_metrics
+from amlp_ray.study.storage.trial_record import finite
 
-WEAK = 0.5  # below it, a rung explains less than a quarter of the variance of final ranks
-VALUES = 500_000  # drawn at a rung: fewer resamples of many trials, whose interval is narrow
+# Below it, a rung explains less than a quarter of the variance of final ranks.
+WEAK = 0.5
 
 
 @dataclass(frozen=True)
-class Rung:
-    """How the scores at one rung go with the final ones, over complete trials."""
+class RungCorrelation:
+    """How the scores at one rung rank complete trials, compared with their final scores.
 
-    at: int  # epoch, or percent of the length where trials differ in it
+    Attributes:
+        position: epoch, or percent of the length where trials differ in it.
+        trials: number of trials.
+        correlation: Spearman's.
+        interval: 95 %, bootstrap over trials.
+        best_fifth_kept: share of the final best fifth that is in the better half here.
+        is_prunable: whether the study lets a pruner act here.
+    """
+
+    position: int
     trials: int
-    rho: float  # Spearman
-    interval: tuple[float, float]  # 95 %, bootstrap over trials
-    kept: float  # share of the final best fifth that is in the better half here
-    prunable: bool  # whether the study lets a pruner act here
+    correlation: float
+    interval: Interval
+    best_fifth_kept: float
+    is_prunable: bool
 
 
 @dataclass(frozen=True)
-class Ranks:
-    rungs: list[Rung]
-    percent: bool  # `at` is no epoch
-    trials: int  # complete ones with more than one rung
+class RungCorrelations:
+    """Correlations of all rungs.
 
-    def label(self, rungs: Sequence[Rung]) -> str:
-        """Name some of the rungs: `epochs 3, 6 and 9`, or `epochs 3 to 15` where they are neighbours."""
-        told = [str(rung.at) for rung in rungs]
+    Attributes:
+        rungs: those at which enough trials were scored.
+        in_percent: whether positions are percent of the length.
+        trials: number of complete trials with more than one rung.
+    """
+
+    rungs: list[RungCorrelation]
+    in_percent: bool
+    trials: int
+
+    def label(self, rungs: Sequence[RungCorrelation]) -> str:
+        """Name some rungs: `epochs 3, 6 and 9`, or `epochs 3 to 15` for neighbors."""
+        positions = [str(rung.position) for rung in rungs]
         first = self.rungs.index(rungs[0])
-        if len(told) > 2 and list(rungs) == self.rungs[first : first + len(rungs)]:
-            listed = f"{told[0]} to {told[-1]}"
+        if len(positions) == 1:
+            listed = positions[0]
+        elif len(positions) > 2 and list(rungs) == self.rungs[first : first + len(rungs)]:
+            listed = f"{positions[0]} to {positions[-1]}"
         else:
-            listed = told[0] if len(told) == 1 else f"{', '.join(told[:-1])} and {told[-1]}"
-        return (
-            f"{listed} % of the length"
-            if self.percent
-            else f"epoch{'s' if len(told) > 1 else ''} {listed}"
-        )
+            listed = f"{', '.join(positions[:-1])} and {positions[-1]}"
+        if self.in_percent:
+            return f"{listed} % of the length"
+        return f"epoch{'s' if len(positions) > 1 else ''} {listed}"
 
 
-def ranks(facts: ReportData) -> Ranks:
-    """Correlate the metric at every rung with that at the last one; pruned trials have none, and are left out."""
-    whole = facts.config.sampler.name != "pbt"  # whose trials are parts of a training
-    runs = [run for run in facts.search if whole and run.finished and len(run.rungs) > 1]
-    lengths = {max(run.rungs) for run in runs}
-    percent = len(lengths) > 1
+@dataclass(frozen=True)
+class FirstRungCorrelation:
+    """Spearman correlations between the first prunable rung and the last one.
+
+    Attributes:
+        trials: number of complete trials.
+        epochs: of that first rung; more than one where the batch size was searched.
+        dsc: of the study's metric; None where too few trials differ.
+        ap: of patch AP.
+        is_prunable: False where steps are unknown, and the first rung of all stands in.
+    """
+
+    trials: int
+    epochs: tuple[int, ...]
+    dsc: float | None
+    ap: float | None
+    is_prunable: bool
+
+
+def rung_correlations(data: ReportData) -> RungCorrelations:
+    """Correlate the metric at every rung with that at the last one, over complete trials.
+
+    Pruned trials have no last one. Steps of population-based training are parts of a training, and
+    are not ranked either.
+    """
+    is_pbt = data.config.sampler.name == "pbt"
+    trials = []
+    for trial in data.search:
+        if not is_pbt and trial.is_full_length and len(trial.rungs) > 1:
+            trials.append(trial)
+    in_percent = len({max(trial.rungs) for trial in trials}) > 1
     pairs: dict[int, list[tuple[float, float]]] = {}
     prunable: set[int] = set()
-    for run in runs:
-        last, steps = max(run.rungs), facts.steps_per_epoch(run)
-        for epoch, value in run.rungs.items():
-            if epoch < last:
-                at = round(100 * epoch / last) if percent else epoch
-                pairs.setdefault(at, []).append((value, run.rungs[last]))
-                if steps is None or epoch * steps >= facts.config.pruner.min_steps:
-                    prunable.add(at)
-    rungs = [
-        _rung(at, np.array(pairs[at]), at in prunable) for at in sorted(pairs) if _varies(pairs[at])
-    ]
-    return Ranks(rungs, percent, len(runs))
+    for trial in trials:
+        last = max(trial.rungs)
+        for epoch, value in trial.rungs.items():
+            if epoch == last:
+                continue
+            position = round(100 * epoch / last) if in_percent else epoch
+            pairs.setdefault(position, []).append((value, trial.rungs[last]))
+            if data.is_prunable(trial, epoch):
+                prunable.add(position)
+    rungs = []
+    for position in sorted(pairs):
+        rung = _rung_correlation(position, np.array(pairs[position]), position in prunable)
+        if rung is not None:
+            rungs.append(rung)
+    return RungCorrelations(rungs, in_percent, len(trials))
 
 
-def _varies(pairs: list[tuple[float, float]]) -> bool:
-    return len(pairs) >= MIN_RANKED and all(len(set(side)) > 1 for side in zip(*pairs, strict=True))
-
-
-def _rung(at: int, pairs: np.ndarray, prunable: bool) -> Rung:
-    count = len(pairs)
-    draws = np.random.default_rng(0).integers(
-        0, count, (max(200, min(1000, VALUES // count)), count)
+def first_rung_correlation(data: ReportData) -> FirstRungCorrelation:
+    """Correlate scores at the first rung that may prune with the final ones."""
+    trials: list[tuple[ReportedTrial, int]] = []
+    steps_known = True
+    for trial in data.search:
+        steps_known = steps_known and data.steps_per_epoch(trial) is not None
+        early = [epoch for epoch in trial.rungs if data.is_prunable(trial, epoch)]
+        if not trial.is_full_length or not early:
+            continue
+        if min(early) != max(trial.rungs):
+            trials.append((trial, min(early)))
+    dsc_pairs = []
+    ap_pairs = []
+    for trial, first in trials:
+        last = max(trial.rungs)
+        dsc_pairs.append((trial.rungs[first], trial.rungs[last]))
+        ap = _ap_by_epoch(trial)
+        if first in ap and last in ap:
+            ap_pairs.append((ap[first], ap[last]))
+    return FirstRungCorrelation(
+        trials=len(trials),
+        epochs=tuple(sorted({first for _, first in trials})),
+        dsc=_correlation(dsc_pairs),
+        ap=_correlation(ap_pairs),
+        is_prunable=steps_known,
     )
-    rhos = spearman(pairs[draws])
-    low, high = np.percentile(rhos[np.isfinite(rhos)], [2.5, 97.5])
-    early, final = rankdata(pairs, axis=0).T
-    best = np.argsort(final)[-max(1, round(count / 5)) :]
-    kept = float((early[best] > (count + 1) / 2).mean())
-    return Rung(at, count, float(spearman(pairs)), (float(low), float(high)), kept, prunable)
 
 
-def figure(facts: ReportData, told: Ranks) -> Figure:
+def figure(data: ReportData, correlations: RungCorrelations) -> Figure:
+    """Draw the correlation of every rung with the final score."""
+    rungs = correlations.rungs
     title = "Rank correlation of each rung with the final score"
     caption = (
-        f"Spearman correlation between {facts.metric} at a rung and at the end over {told.trials} complete trials; "
-        f"bars are 95 % intervals (bootstrap over trials), the dashed line is {WEAK}. Pruned trials have no final "
-        f"score and are left out, which usually lowers it."
+        f"Spearman correlation between {data.metric} at a rung and at the end over "
+        f"{correlations.trials} complete trials; bars are 95 % intervals (bootstrap over trials), "
+        f"the dashed line is {WEAK}. Pruned trials have no final score and are left out, which "
+        f"usually lowers it."
     )
-    if not told.rungs:
-        few = f"{told.trials} complete trials have been scored at more than one rung; {MIN_RANKED} that differ are needed"
-        return Figure("ranks", title, caption, gap=f"Not known yet: {few}.")
-    drawn = empty("percent of the length" if told.percent else "epoch", "rank correlation")
-    drawn.add_hline(y=WEAK, line={"dash": "dash", "color": PALE})
-    drawn.add_scatter(
-        x=[rung.at for rung in told.rungs],
-        y=[round(rung.rho, 3) for rung in told.rungs],
+    if not rungs:
+        gap = (
+            f"Not known yet: {correlations.trials} complete trials have been scored at more than "
+            f"one rung; 5 that differ are needed."
+        )
+        return Figure("ranks", title, caption, gap=gap)
+    x_title = "percent of the length" if correlations.in_percent else "epoch"
+    plot = empty_figure(x_title, "rank correlation")
+    plot.add_hline(y=WEAK, line={"dash": "dash", "color": PALE})
+    plot.add_scatter(
+        x=[rung.position for rung in rungs],
+        y=[round(rung.correlation, 3) for rung in rungs],
         error_y={
-            "type": "data", "symmetric": False, "thickness": 1.5, "color": "#3a8fb7",
-            "array": [max(0.0, rung.interval[1] - rung.rho) for rung in told.rungs],
-            "arrayminus": [max(0.0, rung.rho - rung.interval[0]) for rung in told.rungs],
+            "type": "data",
+            "symmetric": False,
+            "thickness": 1.5,
+            "color": BLUE,
+            "array": [max(0.0, rung.interval[1] - rung.correlation) for rung in rungs],
+            "arrayminus": [max(0.0, rung.correlation - rung.interval[0]) for rung in rungs],
         },
         mode="lines+markers",
-        line={"color": "#3a8fb7"},
-        marker={"size": 8, "color": ["#3a8fb7" if rung.rho >= WEAK else ACCENT for rung in told.rungs]},
-        text=[f"n {rung.trials}" for rung in told.rungs],
+        line={"color": BLUE},
+        marker={
+            "size": 8,
+            "color": [BLUE if rung.correlation >= WEAK else ACCENT for rung in rungs],
+        },
+        text=[f"n {rung.trials}" for rung in rungs],
         hovertemplate="%{x}: %{y:.2f}, %{text}<extra></extra>",
-    )  # fmt: skip
-    low = min(0.0, *(rung.interval[0] for rung in told.rungs))
-    drawn.update_yaxes(range=[max(-1.0, low - 0.05), 1.03])
-    drawn.update_xaxes(rangemode="tozero")
-    return Figure("ranks", title, caption, drawn, height=340)
+    )
+    low = min(0.0, *(rung.interval[0] for rung in rungs))
+    plot.update_yaxes(range=[max(-1.0, low - 0.05), 1.03])
+    plot.update_xaxes(rangemode="tozero")
+    return Figure("ranks", title, caption, plot, height=340)
 
 
-def table(told: Ranks) -> Table:
-    columns = ["% of length" if told.percent else "Epoch", "Trials", "Correlation", "95 % interval"]
-    columns += ["Best fifth in the better half", "Pruner may act", "Pruning here"]
+def table(correlations: RungCorrelations) -> Table:
+    """List every rung in numbers."""
+    columns = [
+        "% of length" if correlations.in_percent else "Epoch",
+        "Trials",
+        "Correlation",
+        "95 % interval",
+        "Best fifth in the better half",
+        "Pruner may act",
+        "Pruning here",
+    ]
     rows = []
-    for rung in told.rungs:
+    for rung in correlations.rungs:
         low, high = rung.interval
-        rows.append([
-            str(rung.at), str(rung.trials), f"{rung.rho:+.2f}", f"{low:+.2f} to {high:+.2f}",
-            f"{100 * rung.kept:.0f} %",
-            "yes" if rung.prunable else "no, too few steps",
-            "close to chance" if rung.rho < WEAK else "follows the final order",
-        ])  # fmt: skip
-    return Table(columns, [[Cell(text) for text in row] for row in rows])
+        rows.append(
+            [
+                str(rung.position),
+                str(rung.trials),
+                f"{rung.correlation:+.2f}",
+                f"{low:+.2f} to {high:+.2f}",
+                f"{100 * rung.best_fifth_kept:.0f} %",
+                "yes" if rung.is_prunable else "no, too few steps",
+                "close to chance" if rung.correlation < WEAK else "follows the final order",
+            ]
+        )
+    return text_table(columns, rows)
 
 
-def meaning(facts: ReportData, told: Ranks) -> list[str]:
-    """Say what the correlations mean for pruning in this study, and how it treats the ratio's schedule."""
-    weak = [rung for rung in told.rungs if rung.rho < WEAK]
-    firm = [rung for rung in told.rungs if rung.rho >= WEAK]
-    sentences = []
-    if facts.config.sampler.name == "pbt":
+def meaning(data: ReportData, correlations: RungCorrelations) -> list[str]:
+    """Say what the correlations mean for pruning, and how rungs see the ratio's schedule."""
+    if data.config.sampler.name == "pbt":
         return [
-            "Members of a population are compared after every segment; none is pruned, so this is not asked here."
+            "Members of a population are compared after every step; none is pruned, so this is "
+            "not asked here."
         ]
+    weak = [rung for rung in correlations.rungs if rung.correlation < WEAK]
+    strong = [rung for rung in correlations.rungs if rung.correlation >= WEAK]
+    sentences = []
     if weak:
         sentences.append(
-            f"At {told.label(weak)} the rank correlation with the final score is below {WEAK}: pruning there picks "
-            f"little better than chance. Stopping the worse half would have kept {_kept(weak)} of the trials that end "
-            f"in the best fifth; chance keeps 50 %."
+            f"At {correlations.label(weak)} the rank correlation with the final score is below "
+            f"{WEAK}: pruning there picks little better than chance. Stopping the worse half "
+            f"would have kept {_share_kept(weak)} of the trials that end in the best fifth; "
+            f"chance keeps 50 %."
         )
-    if firm:
+    if strong:
+        subject = "it" if weak else "the rank correlation with the final score"
         sentences.append(
-            f"At {told.label(firm)} {'it' if weak else 'the rank correlation with the final score'} is {WEAK} or more: "
-            f"early scores rank trials, the better the higher it is. Stopping the worse half would have kept "
-            f"{_kept(firm)} of the trials that end in the best fifth."
+            f"At {correlations.label(strong)} {subject} is {WEAK} or more: early scores rank "
+            f"trials, the better the higher it is. Stopping the worse half would have kept "
+            f"{_share_kept(strong)} of the trials that end in the best fifth."
         )
-    acted = [rung for rung in weak if rung.prunable]
-    if facts.config.pruner.name == "none":
+    prunable = [rung for rung in weak if rung.is_prunable]
+    if data.config.pruner.name == "none":
         sentences.append("This study prunes nothing.")
-    elif acted:
+    elif prunable:
         sentences.append(
-            f"The pruner {facts.config.pruner.name} may act at {told.label(acted)} all the same; a larger "
-            f"pruner.min_steps would keep it from that."
+            f"The pruner {data.config.pruner.name} may act at {correlations.label(prunable)} all "
+            f"the same; a larger pruner.min_steps would keep it from that."
         )
-    return [*sentences, schedule(facts)]
+    return [*sentences, _schedule_sentence(data)]
 
 
-def _kept(rungs: list[Rung]) -> str:
-    low, high = (round(100 * end(rung.kept for rung in rungs)) for end in (min, max))
+def _rung_correlation(
+    position: int, pairs: FloatArray, is_prunable: bool
+) -> RungCorrelation | None:
+    """Return the correlation at one rung; None where too few trials differ."""
+    correlation = rank_correlation(*pairs.T.tolist())
+    if correlation.value is None or correlation.interval is None:
+        return None
+    count = len(pairs)
+    early, final = rankdata(pairs, axis=0).T
+    best_fifth = np.argsort(final)[-max(1, round(count / 5)) :]
+    kept = float((early[best_fifth] > (count + 1) / 2).mean())
+    return RungCorrelation(
+        position, count, correlation.value, correlation.interval, kept, is_prunable
+    )
+
+
+def _ap_by_epoch(trial: ReportedTrial) -> dict[int, float]:
+    values = {}
+    for row in read_metrics(trial.path):
+        if (value := finite(row.get("ap"))) is not None:
+            values[row["epoch"]] = value
+    return values
+
+
+def _correlation(pairs: list[tuple[float, float]]) -> float | None:
+    return rank_correlation([early for early, _ in pairs], [last for _, last in pairs]).value
+
+
+def _share_kept(rungs: list[RungCorrelation]) -> str:
+    shares = [rung.best_fifth_kept for rung in rungs]
+    low, high = round(100 * min(shares)), round(100 * max(shares))
     return f"{low} %" if low == high else f"{low} to {high} %"
 
 
-def schedule(facts: ReportData) -> str:
-    if facts.config.pruner.schedule == "compress":
+def _schedule_sentence(data: ReportData) -> str:
+    if data.config.pruner.schedule == "compress":
         return (
-            "Each rung has seen the whole masking-ratio schedule, which is run in full up to it (pruner.schedule: "
-            "compress), so rungs of different trials are comparable and rungs of one trial are of different speeds."
+            "Each rung has seen the whole masking-ratio schedule, which is run in full up to it "
+            "(pruner.schedule: compress), so rungs of different trials are comparable and rungs of "
+            "one trial are of different speeds."
         )
     return (
-        "The masking-ratio schedule spans all epochs (pruner.schedule: fixed), so an early rung has seen the start of "
-        "it only, and a ratio that rises late is judged by its low values."
+        "The masking-ratio schedule spans all epochs (pruner.schedule: fixed), so an early rung "
+        "has seen the start of it only, and a ratio that rises late is judged by its low values."
     )

@@ -1,72 +1,79 @@
-"""What was searched, what was set, and by which rules."""
+"""Show what was searched, what was fixed, and by which rules."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from amlp_ray.config import Choice, Derived, Fixed, Parameter, PretrainConfig, Range
-from amlp_ray.config.overrides import flat
+from amlp_ray.config.overrides import flatten
 from amlp_ray.study.report.report_data import TITLES, ReportData
-from amlp_ray.study.report.tables import MISSING, Cell, Table, show
+from amlp_ray.study.report.tables import MISSING, Table, show, text_table
+
+COLUMNS = ["Parameter", "Is", "Values", "Default", "Only where"]
+# A column that says this alone says nothing, and is left out.
+PLAIN_VALUES = {"Is": "searched", "Default": MISSING}
 
 
-def space(facts: ReportData) -> Table:
-    """Parameters as declared; those that only old trials have are named as such."""
+def space(data: ReportData) -> Table:
+    """List parameters as declared; those that only old trials have are named as such."""
     rows = []
-    for name in dict.fromkeys([*facts.space, *facts.parameters()]):
-        parameter = facts.space.get(name)
+    for name in dict.fromkeys([*data.space, *data.parameter_names()]):
+        parameter = data.space.get(name)
         if parameter is None:
             rows.append([name, "no longer searched", "earlier trials have it", MISSING, MISSING])
             continue
         default = show(parameter.default) if isinstance(parameter, Range | Choice) else MISSING
-        rows.append(
-            [name, _kind(name, parameter), _values(parameter), default, _condition(parameter.when)]
-        )
-    columns = ["Parameter", "Is", "Values", "Default", "Only where"]
-    plain = {"Is": "searched", "Default": MISSING}  # a column that says this alone says nothing
-    shown = [
-        i for i, column in enumerate(columns) if any(row[i] != plain.get(column) for row in rows)
-    ]
-    return Table([columns[i] for i in shown], [[Cell(row[i]) for i in shown] for row in rows])
+        kind = _kind(name, parameter)
+        rows.append([name, kind, _values(parameter), default, _condition(parameter.when)])
+    shown = []
+    for index, column in enumerate(COLUMNS):
+        if any(row[index] != PLAIN_VALUES.get(column) for row in rows):
+            shown.append(index)
+    columns = [COLUMNS[index] for index in shown]
+    return text_table(columns, [[row[index] for index in shown] for row in rows])
 
 
-def fixed(facts: ReportData) -> Table:
-    """What the study sets for all of its trials and does not search."""
-    rows = [
-        (name, value)
-        for name, value in flat(facts.config.pretrain).items()
-        if name not in facts.space
-    ]
-    return Table(["Setting", "Value"], [[Cell(name), Cell(show(value))] for name, value in rows])
+def fixed(data: ReportData) -> Table:
+    """List what the study sets for all of its trials and does not search."""
+    rows = []
+    for name, value in flatten(data.config.pretrain).items():
+        if name not in data.space:
+            rows.append([name, show(value)])
+    return text_table(["Setting", "Value"], rows)
 
 
-def rules(facts: ReportData) -> list[str]:
-    """Sentences on where the space comes from, what trials strive for, and how they are proposed and stopped."""
-    config, sentences = facts.config, []
+def rules(data: ReportData) -> list[str]:
+    """Say where the space comes from, what is optimized, and how trials are sampled and pruned."""
+    config = data.config
+    sentences = []
     if isinstance(config.space, str):
         sentences.append(
-            f"The space is the Python function {config.space}; the table shows what trials were drawn from so far."
+            f"The space is the Python function {config.space}; "
+            f"the table shows what trials were sampled from so far."
         )
     if config.require:
         sentences.append("Required of every trial: " + "; ".join(config.require) + ".")
-    goals = ", ".join(
-        f"{TITLES[name]} ({direction})" for name, direction in config.objectives.items()
-    )
-    sentences.append(f"Objective{'s' if len(config.objectives) > 1 else ''}: {goals}.")
+    goals = [f"{TITLES[name]} ({direction})" for name, direction in config.objectives.items()]
+    sentences.append(f"Objective{'s' if len(goals) > 1 else ''}: {', '.join(goals)}.")
     if config.limits:
-        told = ", ".join(
-            f"{TITLES[name]} at most {limit:g}" for name, limit in config.limits.items()
-        )
+        limits = [f"{TITLES[name]} at most {limit:g}" for name, limit in config.limits.items()]
         sentences.append(
-            f"Limits: {told}. A trial beyond them is not chosen as the best while one within them is there."
+            f"Limits: {', '.join(limits)}. A trial beyond them is not chosen as the best while "
+            f"one within them is there."
         )
-    pruner, rungs = config.pruner, f"{config.pruner.rungs} rungs"
-    spacing = ", spaced geometrically" if pruner.spacing == "geometric" else ""
-    prunes = f"scored at {rungs}{spacing}, nothing is pruned" if pruner.name == "none" else (
-        f"pruner {pruner.name} at {rungs}{spacing}, after {pruner.min_steps} steps at the earliest"
-    )  # fmt: skip
-    sentences.append(f"Sampler {config.sampler.name}; {prunes}; seed {config.seed}.")
+    sampler = f"Sampler {config.sampler.name}"
+    sentences.append(f"{sampler}; {_pruning_words(data)}; seed {config.seed}.")
     return sentences
+
+
+def _pruning_words(data: ReportData) -> str:
+    pruner = data.config.pruner
+    rungs = f"{pruner.rungs} rungs"
+    if pruner.spacing == "geometric":
+        rungs += ", spaced geometrically"
+    if pruner.name == "none":
+        return f"scored at {rungs}, nothing is pruned"
+    return f"pruner {pruner.name} at {rungs}, after {pruner.min_steps} steps at the earliest"
 
 
 def _kind(name: str, parameter: Parameter) -> str:
@@ -74,9 +81,8 @@ def _kind(name: str, parameter: Parameter) -> str:
         return "fixed"
     if isinstance(parameter, Derived):
         return "derived"
-    return (
-        "searched" if name in flat(PretrainConfig()) else "searched, a helper"
-    )  # other expressions use it
+    is_setting = name in flatten(PretrainConfig())
+    return "searched" if is_setting else "searched, a helper"
 
 
 def _values(parameter: Parameter) -> str:
@@ -87,14 +93,16 @@ def _values(parameter: Parameter) -> str:
     if isinstance(parameter, Choice):
         return ", ".join(show(choice) for choice in parameter.choices)
     values = f"{parameter.low:g} to {parameter.high:g}"
-    values += f", step {parameter.step:g}" if parameter.step else ""
+    if parameter.step:
+        values += f", step {parameter.step:g}"
     return values + (", logarithmic" if parameter.log else "")
 
 
 def _condition(when: dict[str, Any] | None) -> str:
     if not when:
         return "always"
-    return " and ".join(
-        f"{name} is {' or '.join(map(show, value)) if isinstance(value, list) else show(value)}"
-        for name, value in when.items()
-    )
+    parts = []
+    for name, value in when.items():
+        choices = value if isinstance(value, list) else [value]
+        parts.append(f"{name} is {' or '.join(show(choice) for choice in choices)}")
+    return " and ".join(parts)

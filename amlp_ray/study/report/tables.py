@@ -1,228 +1,237 @@
-"""The tables of a report: rows of texts, and of numbers to sort them by."""
+"""Build the tables of a report: rows of texts, with numbers to sort them by."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from amlp_ray.study.report.comparison import Baseline, Comparison, read
-from amlp_ray.study.report.report_data import TITLES, ReportData, ReportedTrial, finite
-from amlp_ray.study.report.summary import spread
+from amlp_ray.study.confirmation.comparison import Comparison, read_size
+from amlp_ray.study.report.comparison import Baseline
+from amlp_ray.study.report.report_data import TITLES, ReportData, ReportedTrial
+from amlp_ray.study.storage.trial_record import finite
 
 MISSING = "\u2013"
-MAX_ROWS = 500  # of each kind of run; a browser sorts more only slowly
+# Of each kind of trial; a browser sorts more only slowly.
+MAX_ROWS = 500
 MAX_FRONT = 100
-MEASURES = (("ppv", "PPV"), ("sensitivity", "Sensitivity"), ("ap", "Patch AP"))
+MEASURES = {"ppv": "PPV", "sensitivity": "Sensitivity", "ap": "Patch AP"}
+SIZES = ("dsc_small", "dsc_medium", "dsc_large")
 
 
 @dataclass(frozen=True)
 class Cell:
+    """A cell of a table; `order` sorts it where the text would not."""
+
     text: str
-    order: float | None = None  # sorts before the text does
+    order: float | None = None
 
 
 @dataclass(frozen=True)
 class Table:
+    """A table with titles of its columns."""
+
     columns: list[str]
     rows: list[list[Cell]]
 
 
-def scores(facts: ReportData, baselines: list[Baseline], comparisons: list[Comparison]) -> Table:
-    """Best trial, baselines and floors side by side."""
-    columns = ["", "DSC", "Spread", *(title for _, title in MEASURES), "Empties correct"]
-    columns += ["Best minus this", "95 % interval", "Best is"]
-    rows, best, compared = [], facts.best, {item.baseline.name: item for item in comparisons}
+def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Return a table of texts alone."""
+    return Table(list(columns), [[Cell(text) for text in row] for row in rows])
+
+
+# Tables
+
+
+def scores(
+    data: ReportData, baselines: Sequence[Baseline], comparisons: Sequence[Comparison]
+) -> Table:
+    """Show the best trial, baselines and floors side by side."""
+    columns = [
+        "",
+        "DSC",
+        "Spread",
+        *MEASURES.values(),
+        "Empties correct",
+        "Best minus this",
+        "95 % interval",
+        "Best is",
+    ]
+    rows = []
+    best = data.best
     if best is not None:
         subsets = best.measure("dsc_sd")
-        noise = "one run" + ("" if subsets is None else f", SD {subsets:.3f} over label subsets")
-        rows.append(
-            [
-                f"Best trial ({best.number})",
-                _three(best.dsc),
-                noise,
-                *_measured(best),
-                *[MISSING] * 3,
-            ]
-        )
+        spread = "one run"
+        if subsets is not None:
+            spread += f", SD {subsets:.3f} over label subsets"
+        title = f"Best trial ({best.number})"
+        rows.append([title, three_digits(best.dsc), spread, *_measures(best), *[MISSING] * 3])
+    by_name = {item.baseline: item for item in comparisons}
     for baseline in baselines:
-        item = compared.get(baseline.name)
-        interval = (
-            f"{item.interval[0]:+.3f} to {item.interval[1]:+.3f}"
-            if item and item.interval
-            else MISSING
-        )
-        versus = [f"{item.difference:+.3f}", interval, item.reading] if item else [MISSING] * 3
         rows.append(
             [
-                _arm_title(baseline),
+                _baseline_title(baseline),
                 f"{baseline.dsc:.3f}",
-                spread(baseline),
-                *_measured(baseline),
-                *versus,
+                baseline.spread,
+                *_measures(baseline),
+                *_comparison_cells(by_name.get(baseline.name)),
             ]
         )
-    scored = [*([best] if best else []), *(run for baseline in baselines for run in baseline.runs)]
-    floor = next(
-        (value for run in scored if (value := run.measure("mean_mask_dsc")) is not None), None
-    )
-    if floor is not None:
+    if (floor := _mean_mask_dsc(data, baselines)) is not None:
         versus = [MISSING] * 3
         if best and best.dsc is not None:
             difference = round(best.dsc - floor, 6)
-            versus = [
-                f"{difference:+.3f}",
-                MISSING,
-                read(difference, facts.config.equivalence_margin),
-            ]
-        rows.append(["mean training mask on every image", _three(floor), *[MISSING] * 5, *versus])
-    return Table(columns, [[Cell(text) for text in row] for row in rows])
+            reading = read_size(difference, data.config.equivalence_margin)
+            versus = [f"{difference:+.3f}", MISSING, reading]
+        title = "mean training mask on every image"
+        rows.append([title, three_digits(floor), *[MISSING] * 5, *versus])
+    return text_table(columns, rows)
 
 
-def sizes(facts: ReportData, baselines: list[Baseline]) -> Table:
-    """DSC by size of the lesion, for the best trial and the baselines; no rows where no run has been scored by size."""
-    low, high = (f"{100 * share:g} %" for share in facts.config.probe.sizes)
+def sizes(data: ReportData, baselines: Sequence[Baseline]) -> Table:
+    """Show DSC by size of the lesion; no rows where no run has been scored by size."""
+    low, high = (f"{100 * share:g} %" for share in data.config.probe.sizes)
     columns = [
         "",
         f"Small (below {low} of the image)",
         f"Medium ({low} to {high})",
         f"Large (above {high})",
     ]
-    scored: list[tuple[str, ReportedTrial | Baseline]] = [
-        (_arm_title(baseline), baseline) for baseline in baselines
-    ]
-    if facts.best:
-        scored.insert(0, (f"Best trial ({facts.best.number})", facts.best))
-    rows = [
-        [name, *(_three(item.measure(key)) for key in ("dsc_small", "dsc_medium", "dsc_large"))]
-        for name, item in scored
-    ]
-    return Table(
-        columns, [[Cell(text) for text in row] for row in rows if set(row[1:]) != {MISSING}]
-    )
+    scored: list[tuple[str, ReportedTrial | Baseline]] = []
+    if data.best:
+        scored.append((f"Best trial ({data.best.number})", data.best))
+    for baseline in baselines:
+        scored.append((_baseline_title(baseline), baseline))
+    rows = [[title, *(three_digits(item.measure(key)) for key in SIZES)] for title, item in scored]
+    return text_table(columns, without_empty_rows(rows))
 
 
-def front(facts: ReportData) -> Table:
-    """The Pareto front, the best by the metric first; no rows for a study of one objective."""
-    if len(facts.config.objectives) < 2:
+def front(data: ReportData) -> Table:
+    """Show the Pareto front, the best by the metric first; no rows for one objective."""
+    objectives = list(data.config.objectives)
+    if len(objectives) < 2:
         return Table([], [])
-    objectives, names = list(facts.config.objectives), facts.parameters()
+    names = data.parameter_names()
+    ranked = sorted(data.front, key=lambda trial: (-trial.sort_value, trial.number))
     rows = []
-    members = sorted(facts.front, key=lambda run: (-(run.value or 0.0), run.number))
-    for place, run in enumerate(members[:MAX_FRONT]):
-        rows.append([
-            Cell(run.name, place),
-            *(_value(run.values[name]) for name in objectives),
-            *(_value(run.params[name]) if name in run.params else Cell(MISSING) for name in names),
-        ])  # fmt: skip
+    for position, trial in enumerate(ranked[:MAX_FRONT]):
+        row = [Cell(trial.name, position)]
+        row += [_value_cell(trial.objectives[name]) for name in objectives]
+        row += _parameter_cells(trial, names)
+        rows.append(row)
     return Table(["Run", *(TITLES[name] for name in objectives), *names], rows)
 
 
-def lineage(rows: list[dict[str, Any]]) -> Table:
-    """The segments of a population."""
-    shown = rows[:MAX_ROWS]
+def lineage(rows: Sequence[dict[str, Any]]) -> Table:
+    """Show the steps of population-based training."""
     columns = [
         "Trial",
         "Generation",
         "Member",
-        "Goes on from",
+        "Continues",
         "Epochs",
         "Ratio",
         "Score",
         "State",
-        "Learnt schedule",
+        "Learned schedule",
     ]
-    return Table(columns, [
-        [
-            *(_value(row[key]) for key in ("trial", "generation", "member", "parent")),
+    table_rows = []
+    for row in rows[:MAX_ROWS]:
+        cells = [_value_cell(row[key]) for key in ("trial", "generation", "member", "parent")]
+        cells += [
             Cell(f"{row['from_epoch']} to {row['to_epoch']}", row["to_epoch"]),
             Cell(f"{row['ratio_from']:.3f} to {row['ratio_to']:.3f}", row["ratio_to"]),
-            Cell(_three(row["score"]), row["score"]),
+            Cell(three_digits(row["score"]), row["score"]),
             Cell(row["state"]),
             Cell("yes" if row["best"] else MISSING),
         ]
-        for row in shown
-    ])  # fmt: skip
+        table_rows.append(cells)
+    return Table(columns, table_rows)
 
 
-def trials(facts: ReportData) -> Table:
-    """Trials of the search, then runs of the baselines, then what was imported; the best of each where they are many."""
-    names, metric = facts.parameters(), facts.config.metric
-    objectives = [name for name in facts.config.objectives if name != metric]
-    measures = [(key, title) for key, title in MEASURES if key not in (metric, *objectives)]
+def trials(data: ReportData) -> Table:
+    """Show trials of the search, then baselines, then imported trials; the best where many."""
+    names = data.parameter_names()
+    metric = data.config.metric
+    objectives = [name for name in data.config.objectives if name != metric]
+    measures = [key for key in MEASURES if key not in (metric, *objectives)]
     columns = [
         "Run",
         "State",
-        facts.metric,
+        data.metric,
         *(TITLES[name] for name in objectives),
-        *(title for _, title in measures),
+        *(MEASURES[key] for key in measures),
+        *names,
+        "Epochs",
+        "Seconds",
+        "Seed",
+        "Notes",
     ]
-    columns += [*names, "Epochs", "Seconds", "Seed", "Notes"]
-    own = sorted([*facts.search, *facts.copies], key=lambda run: run.number)
+    shown = []
+    for group in _trial_groups(data):
+        shown += _best_of(group)
     rows = []
-    for place, run in enumerate([*_kept(own), *_kept(facts.baselines), *_kept(facts.imported)]):
-        seconds = run.cost("seconds")
-        rows.append([
-            Cell(run.name, place),
-            Cell("imported" if "source" in run.attributes else run.state),
-            Cell(_three(run.value), run.value),
-            *(_value(run.values.get(name)) for name in objectives),
-            *(Cell(_three(run.measure(key)), run.measure(key)) for key, _ in measures),
-            *(_value(run.params[name]) if name in run.params else Cell(MISSING) for name in names),
-            Cell(show(run.epochs), run.epochs),
+    for position, trial in enumerate(shown):
+        seconds = trial.cost("seconds")
+        row = [
+            Cell(trial.name, position),
+            Cell("imported" if trial.is_imported else trial.state_name),
+            Cell(three_digits(trial.metric_value), trial.metric_value),
+        ]
+        row += [_value_cell(trial.objectives.get(name)) for name in objectives]
+        for key in measures:
+            row.append(Cell(three_digits(trial.measure(key)), trial.measure(key)))
+        row += _parameter_cells(trial, names)
+        row += [
+            Cell(show(trial.epochs), trial.epochs),
             Cell(MISSING if seconds is None else f"{seconds:.0f}", seconds),
-            _value(run.attributes.get("seed")),
-            Cell(notes(facts, run)),
-        ])  # fmt: skip
+            _value_cell(trial.attributes.get("seed")),
+            Cell(notes(trial)),
+        ]
+        rows.append(row)
     return Table(columns, rows)
 
 
-def left_out(facts: ReportData) -> int:
-    """Count the runs that the table of all trials leaves out."""
-    groups = [[*facts.search, *facts.copies], facts.baselines, facts.imported]
-    return sum(max(0, len(group) - MAX_ROWS) for group in groups)
+def left_out(data: ReportData) -> int:
+    """Count the trials that the table of all trials leaves out."""
+    return sum(max(0, len(group) - MAX_ROWS) for group in _trial_groups(data))
 
 
-def _kept(runs: list[ReportedTrial]) -> list[ReportedTrial]:
-    if len(runs) <= MAX_ROWS:
-        return runs
-    best = sorted(
-        runs, key=lambda run: (run.state != "COMPLETE", run.value is None, -(run.value or 0.0))
-    )
-    return sorted(best[:MAX_ROWS], key=lambda run: run.number)
+def parameters(trial: ReportedTrial) -> Table:
+    """Show the parameters of one trial."""
+    rows = [[name, show(value)] for name, value in trial.params.items()]
+    return text_table(["Parameter", "Value"], rows)
 
 
-def notes(facts: ReportData, run: ReportedTrial) -> str:
-    """Say where a run comes from, what happened to it, and why it failed."""
-    about = run.attributes
-    told = [
-        show(about.get("reason"))
-        if about.get("reason") and run.state in ("FAIL", "PRUNED")
-        else None,
-        run.note,
-        f"its process was lost {_times(about['lost'])}" if about.get("lost") else None,
-        "diagnosis: sees true masks, compared with nothing" if run.diagnosis else None,
-        "beyond the limits" if run.finished and not run.feasible else None,
-    ]
-    return "; ".join(filter(None, told)) or MISSING
+# Texts
 
 
-def counted(count: int, thing: str) -> str:
-    return f"{count:,} {thing}" + ("" if count == 1 else "s")
+def notes(trial: ReportedTrial) -> str:
+    """Say where a trial comes from, what happened to it, and why it failed."""
+    parts = []
+    if trial.reason and trial.state_name in ("FAIL", "PRUNED"):
+        parts.append(show(trial.reason))
+    if trial.note:
+        parts.append(trial.note)
+    if trial.lost:
+        times = {1: "once", 2: "twice"}.get(trial.lost, f"{trial.lost} times")
+        parts.append(f"its process was lost {times}")
+    if trial.uses_ground_truth:
+        parts.append("uses true masks, compared with nothing")
+    if trial.is_full_length and not trial.is_feasible:
+        parts.append("beyond the limits")
+    return "; ".join(parts) or MISSING
 
 
-def _times(count: int) -> str:
-    return {1: "once", 2: "twice"}.get(count, f"{count} times")
-
-
-def parameters(run: ReportedTrial) -> Table:
-    rows = [[Cell(name), Cell(show(value))] for name, value in run.params.items()]
-    return Table(["Parameter", "Value"], rows)
+def count_words(count: int, noun: str) -> str:
+    """Return a count with its noun, in the plural unless it is one."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def duration(time: timedelta) -> str:
+    """Return a time in hours and minutes, or in minutes and seconds."""
     minutes, seconds = divmod(round(time.total_seconds()), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -245,30 +254,74 @@ def show(value: Any) -> str:
     return str(value)
 
 
-def _value(value: Any) -> Cell:
-    return Cell(show(value), finite(value))
-
-
-def _arm_title(baseline: Baseline) -> str:
-    if any(run.diagnosis for run in baseline.runs):
-        return f"baseline {baseline.name} (diagnosis: sees true masks, compared with nothing)"
-    return (
-        "baseline scratch (random frozen encoder)"
-        if baseline.name == "scratch"
-        else f"baseline {baseline.name}"
-    )
-
-
-def _measured(scored: ReportedTrial | Baseline) -> list[str]:
-    return [
-        *(_three(scored.measure(key)) for key, _ in MEASURES),
-        _share(scored.measure("empty_correct")),
-    ]
-
-
-def _three(value: float | None) -> str:
+def three_digits(value: float | None) -> str:
+    """Show a score with three digits."""
     return MISSING if value is None else f"{value:.3f}"
 
 
-def _share(value: float | None) -> str:
-    return MISSING if value is None else f"{100 * value:.0f} %"
+def interval_text(interval: tuple[float, float] | None) -> str:
+    """Show an interval of differences."""
+    return MISSING if interval is None else f"{interval[0]:+.3f} to {interval[1]:+.3f}"
+
+
+def without_empty_rows(rows: Iterable[list[str]]) -> list[list[str]]:
+    """Leave out rows that have a title and no value."""
+    return [row for row in rows if set(row[1:]) != {MISSING}]
+
+
+def _trial_groups(data: ReportData) -> list[list[ReportedTrial]]:
+    own = sorted([*data.search, *data.copies], key=lambda trial: trial.number)
+    return [own, data.baselines, data.imported]
+
+
+def _best_of(trials: list[ReportedTrial]) -> list[ReportedTrial]:
+    """Return the best trials in the order of their numbers, at most MAX_ROWS."""
+    if len(trials) <= MAX_ROWS:
+        return trials
+
+    def rank(trial: ReportedTrial) -> tuple[bool, bool, float]:
+        return not trial.is_complete, trial.metric_value is None, -trial.sort_value
+
+    return sorted(sorted(trials, key=rank)[:MAX_ROWS], key=lambda trial: trial.number)
+
+
+def _mean_mask_dsc(data: ReportData, baselines: Sequence[Baseline]) -> float | None:
+    """Return the DSC of the mean training mask, which any scored run holds."""
+    scored = [data.best] if data.best else []
+    for baseline in baselines:
+        scored += baseline.runs
+    for trial in scored:
+        if (value := trial.measure("mean_mask_dsc")) is not None:
+            return value
+    return None
+
+
+def _comparison_cells(item: Comparison | None) -> list[str]:
+    if item is None:
+        return [MISSING] * 3
+    difference = item.difference
+    return [f"{difference.mean:+.3f}", interval_text(difference.interval), item.reading]
+
+
+def _parameter_cells(trial: ReportedTrial, names: Iterable[str]) -> list[Cell]:
+    params = trial.params
+    return [_value_cell(params[name]) if name in params else Cell(MISSING) for name in names]
+
+
+def _value_cell(value: Any) -> Cell:
+    return Cell(show(value), finite(value))
+
+
+def _baseline_title(baseline: Baseline) -> str:
+    if baseline.uses_ground_truth:
+        return f"baseline {baseline.name} (uses true masks, compared with nothing)"
+    if baseline.name == "scratch":
+        return "baseline scratch (random frozen encoder)"
+    return f"baseline {baseline.name}"
+
+
+def _measures(scored: ReportedTrial | Baseline) -> list[str]:
+    texts = [three_digits(scored.measure(key)) for key in MEASURES]
+    empty_correct = scored.measure("empty_correct")
+    texts.append(MISSING if empty_correct is None else f"{100 * empty_correct:.0f} %")
+    return texts

@@ -12,12 +12,13 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from amlp_ray.config import PretrainConfig, StudyConfig
-from amlp_ray.config.overrides import merged
+from amlp_ray.config.overrides import merge
 from amlp_ray.config.yaml_file import write_yaml
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import DataError, StudyError
 from amlp_ray.evaluation.confirmation_run import finish_confirmation_run
-from amlp_ray.launch.job import RunSpec, run_job
+from amlp_ray.launch.job import run_job
+from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.study.confirmation.confirm import (
     confirm_seed,
     confirmation_notes,
@@ -27,7 +28,7 @@ from amlp_ray.study.confirmation.confirm import (
     open_test,
     top_trials,
 )
-from amlp_ray.study.confirmation.results import confirmation_of
+from amlp_ray.study.confirmation.results import read_confirmation
 from amlp_ray.study.report import write_report
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.training.pretrain import Hooks
@@ -37,8 +38,8 @@ CONFIRM = {"top": 2, "seeds": 2, "finetune": {"epochs": 1, "batch_size": 12, "de
 
 
 def new_study(folder: Path, **changes: Any) -> tuple[StudyStore, StudyConfig]:
-    changes["confirm"] = merged(CONFIRM, changes.get("confirm", {}))
-    given = merged(TINY, {"name": folder.name, "baselines": ["scratch", "mae"], **changes})
+    changes["confirm"] = merge(CONFIRM, changes.get("confirm", {}))
+    given = merge(TINY, {"name": folder.name, "baselines": ["scratch", "mae"], **changes})
     config = StudyConfig.model_validate({**given, "space": SPACE})
     folder.mkdir(parents=True)
     write_yaml(config, folder / "study.yaml")
@@ -95,7 +96,7 @@ def names(store: StudyStore) -> list[str]:
 # Choosing
 
 
-def test_the_best_trials_and_all_arms_are_confirmed_in_order(tmp_path: Path) -> None:
+def test_the_best_trials_and_all_baselines_are_confirmed_in_order(tmp_path: Path) -> None:
     store, config = new_study(tmp_path / "s", baselines=["scratch", "leave-one-out", "mae"])
     for start, dsc in ((0.2, 0.4), (0.3, 0.6), (0.4, 0.5)):
         add_trial(store, start, dsc)
@@ -159,7 +160,7 @@ def test_without_a_whole_trial_there_is_nothing_to_confirm(tmp_path: Path) -> No
         confirmation_plan(store, config)
 
 
-def test_controls_change_the_best_trial_and_one_that_would_change_nothing_is_left_out(
+def test_ablations_change_the_best_trial_and_one_that_would_change_nothing_is_left_out(
     tmp_path: Path,
 ) -> None:
     store, config = new_study(tmp_path / "s", baselines=["equal-mean", "random-cluster", "oracle"])
@@ -173,7 +174,7 @@ def test_controls_change_the_best_trial_and_one_that_would_change_nothing_is_lef
     assert names(store) == ["trial-0", "equal-mean-of-trial-0", "oracle-of-trial-0"]
     _, mean, oracle = confirmation_plan(store, config)
     assert mean.config(3).ratio.start == pytest.approx(0.3)
-    assert (mean.diagnosis, oracle.diagnosis) == (False, True)
+    assert (mean.uses_ground_truth, oracle.uses_ground_truth) == (False, True)
     (note,) = confirmation_notes(store, config)
     assert note.startswith(
         "random-cluster-of-trial-0 is left out: s, baseline random-cluster is about which cluster"
@@ -196,7 +197,7 @@ def test_what_was_begun_stays_and_a_better_trial_joins_until_the_test_is_opened(
         "equal-mean-of-trial-1",
     ]
     record = {"when": "2026-01-01", "commit": None, "candidates": ["trial-0", "mae"], "runs": {}}
-    store.confirmation(create=True).set_user_attr("test_opened", record)
+    store.confirmation(create=True).set_user_attr("test_unlocked", record)
     assert names(store) == ["trial-0", "mae"]
 
 
@@ -221,7 +222,12 @@ def train(store: StudyStore, dataset: PatchDataset) -> None:
             folder = store.confirm_folder(candidate.name, repeat)
             given = candidate.config(confirm_seed(config, repeat))
             rungs = (0,) if given.objective == "none" else (given.epochs,)
-            run_job(RunSpec(given, dataset.path, folder, config.probe, rungs), Hooks())
+            run_job(
+                RunSpec(
+                    config=given, data=dataset.path, folder=folder, probe=config.probe, rungs=rungs
+                ),
+                Hooks(),
+            )
             finish_confirmation_run(
                 folder, dataset, finetuning(config, repeat), sizes=config.probe.sizes
             )
@@ -229,7 +235,7 @@ def train(store: StudyStore, dataset: PatchDataset) -> None:
                 store,
                 candidate.name,
                 repeat,
-                diagnosis=candidate.diagnosis,
+                uses_ground_truth=candidate.uses_ground_truth,
                 params=dict(candidate.params),
             )
 
@@ -297,7 +303,7 @@ def test_a_data_set_without_test_lesions_is_refused_and_nothing_is_recorded(
     counts = phantom_dataset.manifest.counts
     none = counts | {"test": counts["test"].model_copy(update={"lesions": 0})}
     without = PatchDataset(
-        phantom_dataset.place, phantom_dataset.manifest.model_copy(update={"counts": none})
+        phantom_dataset.root, phantom_dataset.manifest.model_copy(update={"counts": none})
     )
     with pytest.raises(DataError, match="no labelled test image with a lesion"):
         open_test(trained, trained.config(), without)
@@ -333,16 +339,17 @@ class Watched(PatchDataset):
 
 
 def test_test_images_are_opened_once_for_those_who_were_confirmed_and_the_report_says_what_they_show(
-    trained: StudyStore, phantom_dataset: PatchDataset
+    trained: StudyStore, phantom_dataset: PatchDataset, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", logger="amlp_ray")
     config = trained.config()
-    watched = Watched(phantom_dataset.place, phantom_dataset.manifest)
+    watched = Watched(phantom_dataset.root, phantom_dataset.manifest)
     watched.store, watched.recorded = trained, []
     before = write_report(trained).read_text()
     assert "The test images have not been opened: numbers are of val" in before
 
     first = open_test(trained, config, watched)
-    assert first.now
+    assert first.is_new
     assert first.candidates == ("trial-0", "scratch", "mae", "oracle-of-trial-0")
     assert set(first.runs) == {f"{name}-{repeat}" for name in first.candidates for repeat in (0, 1)}
     assert watched.recorded
@@ -364,20 +371,21 @@ def test_test_images_are_opened_once_for_those_who_were_confirmed_and_the_report
     mae.unlink()
     add_trial(trained, 0.6, 0.9)
     end_run(trained, "trial-1", 0)
-    lines: list[str] = []
-    again = open_test(trained, config, phantom_dataset, notify=lines.append)
-    assert (again.now, again.runs, again.when) == (False, first.runs, first.when)
+    caplog.clear()
+    again = open_test(trained, config, phantom_dataset)
+    lines = [record.getMessage() for record in caplog.records]
+    assert (again.is_new, again.runs, again.when) == (False, first.runs, first.when)
     assert "nobody else is scored on them" in lines[0]
     assert lines[1:] == ["mae-0: scored on test"]
     assert mae.read_text() == kept
     assert names(trained) == list(first.candidates)
 
-    found = confirmation_of(trained)
+    found = read_confirmation(trained)
     assert found is not None
     assert [c.name for c in found.candidates] == list(first.candidates)
-    items = {item.theirs: item for item in found.against_arms["finetune"]}
+    items = {item.baseline: item for item in found.against_baselines["finetune"]}
     of_trial, oracle = items["mae"], items["oracle-of-trial-0"]
-    assert (of_trial.ours, of_trial.difference.seeds, of_trial.difference.images) == (
+    assert (of_trial.candidate, of_trial.difference.seeds, of_trial.difference.images) == (
         "trial-0",
         2,
         len(lesions),
@@ -387,7 +395,7 @@ def test_test_images_are_opened_once_for_those_who_were_confirmed_and_the_report
     page = write_report(trained).read_text()
     assert f"Over 2 seeds and {len(lesions)} test images, trial 0 scores" in page
     assert "after Holm" in page
-    assert "a diagnosis, and no part of the verdict" in page
+    assert "It sees true masks, so it is no part of the verdict" in page
     assert f"The test images were opened once, on {first.when}" in page
 
 
@@ -410,9 +418,9 @@ def test_a_failed_run_is_left_out_and_the_test_is_opened_all_the_same(
         "trial-0-1",
         "mae-0",
     }
-    found = confirmation_of(store)
+    found = read_confirmation(store)
     assert found is not None
     assert found.failed == {"mae-1": "node lost"}
-    (item,) = found.against_arms["finetune"]
+    (item,) = found.against_baselines["finetune"]
     assert item.difference.seeds == 1
     assert item.reading == "not known"  # one pair of seeds says nothing of the noise

@@ -12,9 +12,10 @@ from optuna.trial import TrialState, create_trial
 
 from amlp_ray.config import StudyConfig
 from amlp_ray.config.yaml_file import write_yaml
-from amlp_ray.study.confirmation.results import Confirmation, confirmation_of, read, unequal
+from amlp_ray.study.confirmation.comparison import read_difference
+from amlp_ray.study.confirmation.results import Confirmation, read_confirmation, unequal_budgets
 from amlp_ray.study.confirmation.statistics import Difference
-from amlp_ray.study.report.confirmation import section, with_confirmation
+from amlp_ray.study.report.confirmation import confirmation_section, with_confirmation
 from amlp_ray.study.report.summary import Verdict
 from amlp_ray.study.storage.study_store import StudyStore
 
@@ -22,7 +23,7 @@ SEARCHED = Verdict("better", "The search says so.", ["of the search"], ["care"],
 IMAGES = 60
 
 
-class DeclaredSpace:
+class WrittenConfirmation:
     """A study folder whose confirmation is written by hand: per-image scores around given means."""
 
     def __init__(self, folder: Path, **config: Any) -> None:
@@ -45,7 +46,7 @@ class DeclaredSpace:
         noise: float = 0.01,
         failed: tuple[int, ...] = (),
         epochs: int = 10,
-        diagnosis: bool = False,
+        uses_ground_truth: bool = False,
     ) -> None:
         """A candidate with mean DSC `test` (fine-tuning, test), `val` (probe, val) and `probe` (probe, test)."""
         self.names.append(name)
@@ -82,7 +83,7 @@ class DeclaredSpace:
                     user_attrs={
                         "candidate": name,
                         "repeat": repeat,
-                        "uses_ground_truth": diagnosis,
+                        "uses_ground_truth": uses_ground_truth,
                         "reason": "node lost",
                     },
                 )
@@ -95,29 +96,29 @@ class DeclaredSpace:
             "candidates": self.names,
             "runs": {},
         }
-        self.store.confirmation(create=True).set_user_attr("test_opened", record)
+        self.store.confirmation(create=True).set_user_attr("test_unlocked", record)
         return self.found()
 
     def found(self) -> Confirmation:
-        found = confirmation_of(self.store)
+        found = read_confirmation(self.store)
         assert found is not None
         return found
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> DeclaredSpace:
-    return DeclaredSpace(tmp_path / "s")
+def written(tmp_path: Path) -> WrittenConfirmation:
+    return WrittenConfirmation(tmp_path / "s")
 
 
 def test_a_confirmation_that_was_not_begun_is_none_and_changes_no_verdict(
-    written: DeclaredSpace,
+    written: WrittenConfirmation,
 ) -> None:
-    assert confirmation_of(written.store) is None
+    assert read_confirmation(written.store) is None
     assert with_confirmation(SEARCHED, None) == SEARCHED
 
 
 def test_the_trial_that_is_judged_is_the_best_on_val_and_not_on_test(
-    written: DeclaredSpace,
+    written: WrittenConfirmation,
 ) -> None:
     written.add("trial-3", 0.70, val=0.50)
     written.add("trial-8", 0.60, val=0.60)
@@ -135,12 +136,12 @@ def test_the_trial_that_is_judged_is_the_best_on_val_and_not_on_test(
     [
         (0.50, 0.02, "better", ": better."),
         (0.70, 0.02, "worse", ": worse."),
-        (0.595, 0.001, "equivalence_margin", "shown, but under 0.02, a tie."),
-        (0.60, 0.3, "equivalence_margin", ": no difference shown."),
+        (0.595, 0.001, "tie", "shown, but under 0.02, a tie."),
+        (0.60, 0.3, "tie", ": no difference shown."),
     ],
 )
 def test_a_verdict_can_be_each_of_four(
-    written: DeclaredSpace, mae: float, noise: float, kind: str, words: str
+    written: WrittenConfirmation, mae: float, noise: float, kind: str, words: str
 ) -> None:
     written.add("trial-1", 0.6, noise=noise)
     written.add("mae", mae, noise=noise)
@@ -152,54 +153,54 @@ def test_a_verdict_can_be_each_of_four(
 
 
 def test_better_than_mae_and_no_better_than_a_random_encoder_is_no_success(
-    written: DeclaredSpace,
+    written: WrittenConfirmation,
 ) -> None:
     written.add("trial-1", 0.6)
     written.add("mae", 0.5)
     written.add("scratch", 0.6, noise=0.3)
     verdict = with_confirmation(SEARCHED, written.open())
-    assert verdict.kind == "equivalence_margin"
+    assert verdict.kind == "tie"
     assert "Against baseline scratch (a random encoder)" in verdict.headline
 
 
 def test_until_the_test_is_opened_the_search_has_the_verdict_and_numbers_are_of_val(
-    written: DeclaredSpace,
+    written: WrittenConfirmation,
 ) -> None:
     written.add("trial-1", 0.6, val=0.8)
     written.add("mae", 0.5)
     assert with_confirmation(SEARCHED, written.found()) == SEARCHED
-    shown = section(written.found())
+    shown = confirmation_section(written.found())
     assert "The test images have not been opened: numbers are of val" in shown.state
     assert shown.sentences
     assert written.found().split == "val"
 
 
-def test_a_control_is_compared_with_its_own_trial_whichever_was_chosen(
-    written: DeclaredSpace,
+def test_an_ablation_is_compared_with_its_own_trial_whichever_was_chosen(
+    written: WrittenConfirmation,
 ) -> None:
     written.add("trial-1", 0.60, val=0.5)
     written.add("trial-2", 0.70, val=0.6)
     written.add("equal-mean-of-trial-1", 0.60)
     written.add("mae", 0.5)
     found = written.open()
-    ours = {item.theirs: item.ours for item in found.against_arms["finetune"]}
-    assert ours == {"equal-mean-of-trial-1": "trial-1", "mae": "trial-2"}
+    candidate = {item.baseline: item.candidate for item in found.against_baselines["finetune"]}
+    assert candidate == {"equal-mean-of-trial-1": "trial-1", "mae": "trial-2"}
     told = " ".join(with_confirmation(SEARCHED, found).comparisons)
     assert "Trial 1 against equal-mean of trial 1" in told
     assert "Does the ratio have to change, or is its mean enough?" in told
 
 
-def test_a_diagnosis_is_shown_and_counts_neither_in_the_correction_nor_in_the_verdict(
+def test_a_candidate_that_sees_true_masks_is_shown_and_counts_neither_in_the_correction_nor_in_the_verdict(
     tmp_path: Path,
 ) -> None:
-    with_it, without = DeclaredSpace(tmp_path / "a"), DeclaredSpace(tmp_path / "b")
+    with_it, without = WrittenConfirmation(tmp_path / "a"), WrittenConfirmation(tmp_path / "b")
     for written in (with_it, without):
         written.add("trial-1", 0.6, noise=0.2)
         written.add("mae", 0.55, noise=0.2)
-    with_it.add("oracle-of-trial-1", 0.9, diagnosis=True)
+    with_it.add("oracle-of-trial-1", 0.9, uses_ground_truth=True)
     (mae, oracle), (alone,) = (
-        with_it.open().against_arms["finetune"],
-        without.open().against_arms["finetune"],
+        with_it.open().against_baselines["finetune"],
+        without.open().against_baselines["finetune"],
     )
     assert mae.p == alone.p
     assert (oracle.p, oracle.reading) == (None, "not known")
@@ -208,34 +209,34 @@ def test_a_diagnosis_is_shown_and_counts_neither_in_the_correction_nor_in_the_ve
         == with_confirmation(SEARCHED, without.found()).kind
     )
     assert any(
-        "a diagnosis, and no part of the verdict" in text
+        "It sees true masks, so it is no part of the verdict" in text
         for text in with_confirmation(SEARCHED, with_it.found()).comparisons
     )
 
 
-def test_p_values_of_one_list_are_corrected_together(written: DeclaredSpace) -> None:
+def test_p_values_of_one_list_are_corrected_together(written: WrittenConfirmation) -> None:
     written.add("trial-1", 0.6, noise=0.2)
     for name in ("mae", "scratch", "amlp"):
         written.add(name, 0.57, noise=0.2)
-    items = written.open().against_arms["finetune"]
+    items = written.open().against_baselines["finetune"]
     raw = sorted(item.difference.p for item in items if item.difference.p is not None)
     assert min(item.p for item in items if item.p is not None) == pytest.approx(min(1, 3 * raw[0]))
 
 
-def test_failed_runs_leave_pairs_and_are_named(written: DeclaredSpace) -> None:
+def test_failed_runs_leave_pairs_and_are_named(written: WrittenConfirmation) -> None:
     written.add("trial-1", 0.6)
     written.add("mae", 0.5, failed=(1,))
     found = written.open()
-    (item,) = found.against_arms["finetune"]
+    (item,) = found.against_baselines["finetune"]
     assert item.difference.seeds == 2
     assert any(
         "Runs that failed are left out, in pairs: mae-1." in text
         for text in with_confirmation(SEARCHED, found).cautions
     )
-    assert section(found).failed == ["mae-1 failed: node lost"]
+    assert confirmation_section(found).failed == ["mae-1 failed: node lost"]
 
 
-def test_one_pair_of_seeds_is_never_a_verdict(written: DeclaredSpace) -> None:
+def test_one_pair_of_seeds_is_never_a_verdict(written: WrittenConfirmation) -> None:
     written.add("trial-1", 0.9)
     written.add("mae", 0.1, failed=(0, 2))
     verdict = with_confirmation(SEARCHED, written.open())
@@ -244,12 +245,12 @@ def test_one_pair_of_seeds_is_never_a_verdict(written: DeclaredSpace) -> None:
 
 
 def test_few_seeds_few_images_and_unequal_lengths_are_cautioned_about(
-    written: DeclaredSpace,
+    written: WrittenConfirmation,
 ) -> None:
     written.add("trial-1", 0.6)
     written.add("mae", 0.5, epochs=5)
     found = written.open()
-    assert unequal(found) == ["mae"]
+    assert unequal_budgets(found) == ["mae"]
     cautions = " ".join(with_confirmation(SEARCHED, found).cautions)
     assert "3 seeds are few" in cautions
     assert (
@@ -258,17 +259,17 @@ def test_few_seeds_few_images_and_unequal_lengths_are_cautioned_about(
     assert "test images with a lesion" not in cautions
 
 
-def test_five_seeds_of_equal_length_need_no_such_caution(written: DeclaredSpace) -> None:
+def test_five_seeds_of_equal_length_need_no_such_caution(written: WrittenConfirmation) -> None:
     written.add("trial-1", 0.6, seeds=5)
     written.add("mae", 0.5, seeds=5)
     assert len(with_confirmation(SEARCHED, written.open()).cautions) == 1
 
 
-def test_noise_agreement_and_ties_of_protocols_are_told(written: DeclaredSpace) -> None:
+def test_noise_agreement_and_ties_of_protocols_are_told(written: WrittenConfirmation) -> None:
     for i, dsc in enumerate((0.60, 0.61, 0.5, 0.4)):
         written.add(f"trial-{i}", dsc, probe=dsc - 0.2)
     written.add("mae", 0.3, probe=0.1)
-    noise, agreement, tuned, probed = section(written.open()).protocols
+    noise, agreement, tuned, probed = confirmation_section(written.open()).protocols
     assert "fine-tuning 0.00" in noise
     assert "by a rank correlation of +0.9" in agreement
     assert "over 15 runs (test)" in agreement
@@ -278,25 +279,25 @@ def test_noise_agreement_and_ties_of_protocols_are_told(written: DeclaredSpace) 
     assert "mae" not in tuned + probed
 
 
-def test_protocols_that_disagree_are_not_said_to_agree(written: DeclaredSpace) -> None:
+def test_protocols_that_disagree_are_not_said_to_agree(written: WrittenConfirmation) -> None:
     for i, dsc in enumerate((0.60, 0.55, 0.5, 0.45, 0.4)):
         written.add(f"trial-{i}", dsc, probe=1 - dsc)
-    assert "they rank the other way round" in section(written.open()).protocols[1]
+    assert "they rank the other way round" in confirmation_section(written.open()).protocols[1]
 
 
-def test_two_runs_are_too_few_to_agree(written: DeclaredSpace) -> None:
+def test_two_runs_are_too_few_to_agree(written: WrittenConfirmation) -> None:
     written.add("trial-1", 0.6, seeds=2)
-    assert "2 runs are too few" in section(written.open()).protocols[1]
+    assert "2 runs are too few" in confirmation_section(written.open()).protocols[1]
     assert "no baseline to compare it with" in with_confirmation(SEARCHED, written.found()).headline
 
 
-def test_plain_values_survive_json(written: DeclaredSpace) -> None:
+def test_plain_values_survive_json(written: WrittenConfirmation) -> None:
     written.add("trial-1", 0.6)
     written.add("mae", 0.5)
     found = json.loads(json.dumps(written.open().as_dict()))
     assert found["chosen"] == "trial-1"
     assert [row["candidate"] for row in found["candidates"]] == ["trial-1", "mae"]
-    assert found["against_arms"]["finetune"][0]["reading"] == "better"
+    assert found["against_baselines"]["finetune"][0]["reading"] == "better"
 
 
 @pytest.mark.parametrize(
@@ -304,7 +305,7 @@ def test_plain_values_survive_json(written: DeclaredSpace) -> None:
     [
         (0.05, (0.01, 0.09), 0.01, "better"),
         (-0.05, (-0.09, -0.01), 0.01, "worse"),
-        (0.01, (0.005, 0.015), 0.001, "equivalence_margin"),
+        (0.01, (0.005, 0.015), 0.001, "tie"),
         (0.02, (0.01, 0.03), 0.001, "better"),
         (0.05, (0.01, 0.09), 0.05, "no difference shown"),
         (0.05, (-0.01, 0.09), 0.01, "no difference shown"),
@@ -316,5 +317,6 @@ def test_readings(
     mean: float, interval: tuple[float, float] | None, p: float | None, reading: str
 ) -> None:
     assert (
-        read(Difference(mean, interval, p, p, None, 3, 50), p, equivalence_margin=0.02) == reading
+        read_difference(Difference(mean, interval, p, p, None, 3, 50), p, equivalence_margin=0.02)
+        == reading
     )

@@ -82,19 +82,21 @@ def test_a_true_difference_of_005_is_found() -> None:
 
 def test_without_seed_noise_an_interval_equals_that_of_a_t_test_over_images() -> None:
     rng = np.random.default_rng(1)
-    ours, theirs = scores(rng, 1, 200, true=0.02, of_seeds=0.0, of_images=0.1, rest=0.0)
-    d = compare(ours, theirs)
-    by_t = stats.ttest_1samp((ours - theirs)[0], 0).confidence_interval()
+    candidate, baseline = scores(rng, 1, 200, true=0.02, of_seeds=0.0, of_images=0.1, rest=0.0)
+    d = compare(candidate, baseline)
+    by_t = stats.ttest_1samp((candidate - baseline)[0], 0).confidence_interval()
     assert d.interval == pytest.approx(tuple(by_t), abs=0.002)
-    assert d.p_images == stats.wilcoxon((ours - theirs)[0]).pvalue
-    assert d.effect == pytest.approx((ours - theirs).mean() / (ours - theirs).std(ddof=1))
+    assert d.p_images == stats.wilcoxon((candidate - baseline)[0]).pvalue
+    assert d.effect == pytest.approx(
+        (candidate - baseline).mean() / (candidate - baseline).std(ddof=1)
+    )
     assert (d.seeds, d.images) == (1, 200)
 
 
 def test_seeds_that_disagree_widen_the_interval_and_images_that_agree_do_not_narrow_it() -> None:
     by_seed = np.array([[0.00], [0.04], [0.08]])
-    ours, theirs = by_seed + np.zeros((3, 400)), np.zeros((3, 400))
-    d = compare(ours + np.random.default_rng(0).normal(0, 1e-6, ours.shape), theirs)
+    candidate, baseline = by_seed + np.zeros((3, 400)), np.zeros((3, 400))
+    d = compare(candidate + np.random.default_rng(0).normal(0, 1e-6, candidate.shape), baseline)
     low, high = stats.ttest_1samp(by_seed[:, 0], 0).confidence_interval()
     assert d.mean == pytest.approx(0.04, abs=1e-6)
     assert d.interval is not None
@@ -106,10 +108,14 @@ def test_seeds_that_disagree_widen_the_interval_and_images_that_agree_do_not_nar
 
 
 def test_a_comparison_repeats_exactly_and_turns_with_its_sides() -> None:
-    ours, theirs = scores(
+    candidate, baseline = scores(
         np.random.default_rng(2), 3, 40, true=0.03, of_seeds=0.01, of_images=0.1, rest=0.05
     )
-    d, again, turned = compare(ours, theirs), compare(ours, theirs), compare(theirs, ours)
+    d, again, turned = (
+        compare(candidate, baseline),
+        compare(candidate, baseline),
+        compare(baseline, candidate),
+    )
     assert d == again
     assert turned.mean == -d.mean
     assert turned.p == pytest.approx(d.p)
@@ -118,21 +124,21 @@ def test_a_comparison_repeats_exactly_and_turns_with_its_sides() -> None:
 
 
 def test_pairs_are_kept_so_a_constant_gain_on_hard_and_easy_images_has_no_spread() -> None:
-    theirs = np.random.default_rng(0).uniform(0, 0.9, (3, 50))
-    d = compare(theirs + 0.03, theirs)
+    baseline = np.random.default_rng(0).uniform(0, 0.9, (3, 50))
+    d = compare(baseline + 0.03, baseline)
     assert d.interval == pytest.approx((0.03, 0.03))
     assert d.p is not None
     assert d.p < 1e-6
 
 
 def test_an_image_that_one_run_did_not_score_is_left_out_for_all() -> None:
-    ours, theirs = scores(
+    candidate, baseline = scores(
         np.random.default_rng(3), 2, 30, true=0.1, of_seeds=0.01, of_images=0.1, rest=0.05
     )
-    lacking = ours.copy()
+    lacking = candidate.copy()
     lacking[1, 4] = math.nan
     kept = np.delete(np.arange(30), 4)
-    assert compare(lacking, theirs) == compare(ours[:, kept], theirs[:, kept])
+    assert compare(lacking, baseline) == compare(candidate[:, kept], baseline[:, kept])
 
 
 @pytest.mark.parametrize(("seeds", "images"), [(0, 10), (3, 0), (3, 1), (1, 1)])

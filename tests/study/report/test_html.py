@@ -7,7 +7,14 @@ from pathlib import Path
 
 import optuna
 import pytest
-from helpers.finished_studies import SPACE, add_arm, add_picture, add_trial, new_study, write_files
+from helpers.finished_studies import (
+    SPACE,
+    add_baseline,
+    add_picture,
+    add_trial,
+    new_study,
+    write_files,
+)
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -35,8 +42,8 @@ def full_study(folder: Path, **config) -> StudyStore:
     add_trial(store, 0.0, state="FAIL")
     add_trial(store, 0.47, state="RUNNING")
     for repeat, dsc in enumerate((0.455, 0.47)):
-        add_arm(store, "mae", repeat, dsc)
-        add_arm(store, "scratch", repeat, dsc - 0.04)
+        add_baseline(store, "mae", repeat, dsc)
+        add_baseline(store, "scratch", repeat, dsc - 0.04)
     add_picture(store.trial_folder(13), "case_0.png")
     add_picture(store.baseline_folder("mae", 0), "case_0.png")
     return store
@@ -57,26 +64,26 @@ def page(full: StudyStore) -> str:
 
 
 def test_facts_are_those_of_the_store(full: StudyStore) -> None:
-    facts = collect(full)
-    assert count_states(facts.search) == {
+    data = collect(full)
+    assert count_states(data.search) == {
         "COMPLETE": 14,
         "PRUNED": 5,
         "FAIL": 1,
         "INTERRUPTED": 1,
     }  # nobody runs it
-    assert facts.best is not None
-    assert facts.best.number == 13
-    assert facts.best.measure("ppv") == 0.55
-    assert facts.best.measure("empty_correct") is None
-    assert len(facts.best.per_image()) == 60
-    assert facts.parameters() == list(SPACE)
-    assert facts.steps_per_epoch(facts.best) == 104 // 16
-    assert facts.search[14].dsc == pytest.approx(0.35)  # pruned: its last rung
-    assert facts.search[19].dsc is None  # failed
-    assert facts.search[20].dsc == pytest.approx(0.395)  # running: its only rung
-    assert sum(facts.importances["dsc"].shares.values()) == pytest.approx(1)
+    assert data.best is not None
+    assert data.best.number == 13
+    assert data.best.measure("ppv") == 0.55
+    assert data.best.measure("empty_correct") is None
+    assert len(data.best.per_image()) == 60
+    assert data.parameter_names() == list(SPACE)
+    assert data.steps_per_epoch(data.best) == 104 // 16
+    assert data.search[14].dsc == pytest.approx(0.35)  # pruned: its last rung
+    assert data.search[19].dsc is None  # failed
+    assert data.search[20].dsc == pytest.approx(0.395)  # running: its only rung
+    assert sum(data.importances["dsc"].shares.values()) == pytest.approx(1)
     assert (
-        "ratio.power" in facts.importances["dsc"].shares
+        "ratio.power" in data.importances["dsc"].shares
     )  # conditional parameters are assessed too
 
 
@@ -166,7 +173,7 @@ def test_missing_and_broken_files_are_taken_as_absent(tmp_path: Path) -> None:
     broken.joinpath("score.json").write_text('{"dsc": 0.6, "ppv"')
     broken.joinpath("metrics.jsonl").write_text('{"epoch": 1, "loss": NaN, "ratio": 0.3}\n{"epo')
     store.folder.joinpath("environments.jsonl").write_text("[]")
-    add_arm(store, "mae", 0, 0.5).joinpath("config.yaml").unlink()
+    add_baseline(store, "mae", 0, 0.5).joinpath("config.yaml").unlink()
     page = write_report(store).read_text()
     assert "Trial 1, DSC 0.600" in page
     assert "there is no interval" in page
@@ -180,7 +187,7 @@ def test_path_outside_of_the_study_is_not_read(tmp_path: Path) -> None:
         state=TrialState.COMPLETE, value=0.6, user_attrs={"path": "../elsewhere"}
     )
     store.search(create=True).add_trial(trial)
-    assert collect(store).search[1].folder == store.trial_folder(1)
+    assert collect(store).search[1].path == store.trial_folder(1)
 
 
 def test_texts_of_the_store_cannot_become_markup(tmp_path: Path) -> None:

@@ -77,11 +77,11 @@ def test_the_figure_draws_every_segment_every_jump_and_the_best_lineage_thick_an
         *(f"trial {i}" for i in range(6)),
         "trial 1 to 0",
         "trial 2 to 3",
-        "learnt schedule",
+        "learned schedule",
     }
     assert list(by_name["trial 1 to 0"].x) == [2, 2]
     assert list(by_name["trial 1 to 0"].y) == [0.7, 0.3]
-    best = by_name["learnt schedule"]
+    best = by_name["learned schedule"]
     assert (list(best.x), list(best.y)) == ([0, 2, 4, 6], [0.3, 0.3, 0.28, 0.3])
     assert best.line.width == max(trace.line.width or 0 for trace in by_name.values())
     assert by_name["trial 5"].line.dash == "dash"  # runs

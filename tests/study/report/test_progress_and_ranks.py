@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
-from helpers.finished_studies import add_arm, add_trial, new_study
+from helpers.finished_studies import add_baseline, add_trial, new_study
 from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from scipy.stats import spearmanr
@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 from amlp_ray.study.report import write_report
 from amlp_ray.study.report.progress import budget, efficiency, gantt, outcome, timeline
 from amlp_ray.study.report.report_data import collect
-from amlp_ray.study.report.rung_correlation import meaning, ranks, table
+from amlp_ray.study.report.rung_correlation import meaning, rung_correlations, table
 from amlp_ray.study.report.tables import Table
 from amlp_ray.study.storage.study_store import StudyStore
 
@@ -70,43 +70,48 @@ def study_with_ranks(folder: Path, **config) -> StudyStore:
 
 
 def test_every_rung_is_correlated_with_the_final_score(tmp_path: Path) -> None:
-    facts = collect(study_with_ranks(tmp_path / "s"))
-    found = ranks(facts)
-    assert [rung.at for rung in found.rungs] == [10, 20]
+    data = collect(study_with_ranks(tmp_path / "s"))
+    found = rung_correlations(data)
+    assert [rung.position for rung in found.rungs] == [10, 20]
     assert found.trials == 40
     for rung in found.rungs:
-        pairs = [(run.rungs[rung.at], run.rungs[30]) for run in facts.search]
-        assert rung.rho == pytest.approx(spearmanr(pairs).statistic)
-        assert rung.interval[0] < rung.rho < rung.interval[1]
+        pairs = [(run.rungs[rung.position], run.rungs[30]) for run in data.search]
+        assert rung.correlation == pytest.approx(spearmanr(pairs).statistic)
+        assert rung.interval[0] < rung.correlation < rung.interval[1]
     assert found.rungs[1].interval[0] > 0.8
-    assert found.rungs[1].kept == 1.0
+    assert found.rungs[1].best_fifth_kept == 1.0
 
 
 def test_pruning_at_a_rung_that_does_not_rank_is_called_chance(tmp_path: Path) -> None:
     config = {
         "pruner": {"name": "median", "min_steps": 60}
     }  # 6 steps per epoch, so from epoch 10 on
-    facts = collect(study_with_ranks(tmp_path / "s", **config))
-    said = meaning(facts, ranks(facts))
+    data = collect(study_with_ranks(tmp_path / "s", **config))
+    said = meaning(data, rung_correlations(data))
     assert said[0].startswith("At epoch 10 the rank correlation with the final score is below 0.5")
     assert said[1].startswith("At epoch 20 it is 0.5 or more")
     assert said[2].startswith("The pruner median may act at epoch 10 all the same")
     assert "pruner.schedule: fixed" in said[3]
-    assert [row[-2:] for row in rows(table(ranks(facts))).values()] == [
+    assert [row[-2:] for row in rows(table(rung_correlations(data))).values()] == [
         ["yes", "close to chance"],
         ["yes", "follows the final order"],
     ]
 
 
 def test_rungs_before_the_least_steps_are_known_not_to_prune(tmp_path: Path) -> None:
-    facts = collect(study_with_ranks(tmp_path / "s", pruner={"name": "median", "min_steps": 70}))
-    assert [rung.prunable for rung in ranks(facts).rungs] == [False, True]
-    assert not any("all the same" in sentence for sentence in meaning(facts, ranks(facts)))
+    data = collect(study_with_ranks(tmp_path / "s", pruner={"name": "median", "min_steps": 70}))
+    assert [rung.is_prunable for rung in rung_correlations(data).rungs] == [False, True]
+    assert not any(
+        "all the same" in sentence for sentence in meaning(data, rung_correlations(data))
+    )
 
 
 def test_a_compressed_schedule_is_said_to_be_seen_whole_by_every_rung(tmp_path: Path) -> None:
-    facts = collect(new_study(tmp_path / "s", pruner={"schedule": "compress"}))
-    assert "Each rung has seen the whole masking-ratio schedule" in meaning(facts, ranks(facts))[-1]
+    data = collect(new_study(tmp_path / "s", pruner={"schedule": "compress"}))
+    assert (
+        "Each rung has seen the whole masking-ratio schedule"
+        in meaning(data, rung_correlations(data))[-1]
+    )
 
 
 def test_rungs_of_trials_of_other_lengths_are_compared_at_shares_of_the_length(
@@ -116,8 +121,8 @@ def test_rungs_of_trials_of_other_lengths_are_compared_at_shares_of_the_length(
     for i in range(6):
         length = 20 if i % 2 else 40
         add_scored(store, {length // 2: 0.3 + 0.01 * i, length: 0.4 + 0.01 * i})
-    found = ranks(collect(store))
-    assert [(rung.at, rung.trials, rung.rho) for rung in found.rungs] == [
+    found = rung_correlations(collect(store))
+    assert [(rung.position, rung.trials, rung.correlation) for rung in found.rungs] == [
         (50, 6, pytest.approx(1.0))
     ]
     assert found.label(found.rungs) == "50 % of the length"
@@ -128,7 +133,7 @@ def test_few_complete_trials_rank_nothing(tmp_path: Path, trials: int) -> None:
     store = new_study(tmp_path / "s")
     for i in range(trials):
         add_scored(store, {5: 0.3 + 0.01 * i, 10: 0.4 + 0.01 * i})
-    assert ranks(collect(store)).rungs == []
+    assert rung_correlations(collect(store)).rungs == []
     assert f"Not known yet: {trials} complete trials" in write_report(store).read_text()
 
 
@@ -138,7 +143,7 @@ def test_imported_trials_and_copies_rank_nothing(tmp_path: Path) -> None:
         add_trial(
             store, 0.4 + 0.01 * i, about={"source": "import a.csv"} if i < 5 else {"copy_of": 0}
         )
-    assert ranks(collect(store)).trials == 0
+    assert rung_correlations(collect(store)).trials == 0
 
 
 def test_pruning_saves_the_epochs_up_to_full_length(tmp_path: Path) -> None:
@@ -168,7 +173,7 @@ def test_best_so_far_is_drawn_against_the_epochs_of_all_trials_that_had_ended(
 def test_budget_is_told_as_used_of_allowed(tmp_path: Path) -> None:
     store = new_study(tmp_path / "s", budget={"trials": 4, "gpu_hours": 2.0})
     add_trial(store, 0.5, about={"stats": {"gpu_seconds": 1800.0}})
-    add_arm(store, "mae", 0, 0.4)
+    add_baseline(store, "mae", 0, 0.4)
     told = rows(budget(collect(store)))
     assert told["Trials of the search"] == ["1", "4", "25 %"]
     assert told["GPU-hours"] == ["0.50", "2", "25 %"]
@@ -185,8 +190,8 @@ def test_timeline_puts_overlapping_trials_in_slots_and_counts_idle_time(tmp_path
     add_timed(study, 15, 5)
     told = timeline(collect(store))
     assert told is not None
-    assert told.count == 2
-    assert told.slots == [0, 1, 1, 0]
+    assert told.slots == 2
+    assert [bar.slot for bar in told.bars] == [0, 1, 1, 0]
     assert told.busy == pytest.approx(25 / 40)
     assert told.idle == timedelta(minutes=5)
     figure = gantt(told)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.finished_studies import SPACE, add_arm, add_picture, add_trial, new_study
+from helpers.finished_studies import SPACE, add_baseline, add_picture, add_trial, new_study
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
@@ -38,23 +38,23 @@ def study_of_two_objectives(folder: Path, **config) -> StudyStore:
 def test_front_holds_trials_that_none_beats_and_the_best_is_the_best_by_the_metric_on_it(
     tmp_path: Path,
 ) -> None:
-    facts = collect(study_of_two_objectives(tmp_path / "s"))
-    assert {run.number for run in facts.front} == {0, 1, 2}
-    assert facts.best is not None
-    assert facts.best.number == 1
-    assert facts.best.dsc == 0.5  # the second objective
-    assert [row[0] for row in texts(front(facts))] == ["trial 1", "trial 2", "trial 0"]
-    assert set(facts.importances) == {"gpu_seconds", "dsc"}
+    data = collect(study_of_two_objectives(tmp_path / "s"))
+    assert {run.number for run in data.front} == {0, 1, 2}
+    assert data.best is not None
+    assert data.best.number == 1
+    assert data.best.dsc == 0.5  # the second objective
+    assert [row[0] for row in texts(front(data))] == ["trial 1", "trial 2", "trial 0"]
+    assert set(data.importances) == {"gpu_seconds", "dsc"}
 
 
 def test_trials_beyond_the_limits_are_neither_best_nor_on_the_front(tmp_path: Path) -> None:
     store = study_of_two_objectives(tmp_path / "s", limits={"gpu_seconds": 22.0})
-    facts = collect(store)
-    assert {run.number for run in facts.front} == {0, 2}
-    assert facts.best is not None
-    assert facts.best.number == 2
-    assert notes(facts, facts.search[1]) == "beyond the limits"
-    drawn = fronts(facts)[0].figure
+    data = collect(store)
+    assert {run.number for run in data.front} == {0, 2}
+    assert data.best is not None
+    assert data.best.number == 2
+    assert notes(data.search[1]) == "beyond the limits"
+    drawn = fronts(data)[0].figure
     assert drawn is not None
     assert {trace.name: list(trace.x) for trace in drawn.data} == {
         "breaks a limit": [30.0, 25.0],
@@ -83,14 +83,14 @@ def test_pruned_trial_of_several_objectives_stands_at_its_last_rung(tmp_path: Pa
     store.search().add_trial(
         create_trial(state=TrialState.PRUNED, intermediate_values={5: 0.3, 10: 0.4})
     )
-    assert collect(store).search[0].value == 0.4
+    assert collect(store).search[0].metric_value == 0.4
 
 
-def test_arm_of_a_study_of_several_objectives_has_its_metric_as_its_only_value(
+def test_baseline_of_a_study_of_several_objectives_has_its_metric_as_its_only_value(
     tmp_path: Path,
 ) -> None:
     store = study_of_two_objectives(tmp_path / "s")
-    add_arm(store, "mae", 0, 0.45)
+    add_baseline(store, "mae", 0, 0.45)
     assert collect(store).baselines[0].dsc == 0.45
 
 
@@ -100,7 +100,7 @@ def test_metric_other_than_dsc_ranks_trials_and_dsc_is_still_known(tmp_path: Pat
     add_trial(store, 0.5, about={"stats": {"scores": {"ap": 0.5, "dsc": 0.45}}})
     best = collect(store).best
     assert best is not None
-    assert (best.number, best.value, best.dsc) == (0, 0.6, 0.41)
+    assert (best.number, best.metric_value, best.dsc) == (0, 0.6, 0.41)
     assert "Trial 0, Patch AP 0.600, after 100 epochs." in write_report(store).read_text()
 
 
@@ -109,28 +109,28 @@ def test_imported_trials_and_copies_are_shown_and_never_counted_or_best(tmp_path
     add_trial(store, 0.5)
     add_trial(store, 0.9, about={"source": "import old.csv"})
     add_trial(store, 0.5, about={"copy_of": 0})
-    facts = collect(store)
+    data = collect(store)
     assert [
-        [run.number for run in group] for group in (facts.search, facts.imported, facts.copies)
+        [run.number for run in group] for group in (data.search, data.imported, data.copies)
     ] == [[0], [1], [2]]
-    assert facts.best is not None
-    assert facts.best.number == 0
-    assert facts.spent.trials == 1
+    assert data.best is not None
+    assert data.best.number == 0
+    assert data.usage.trials == 1
     page = write_report(store).read_text()
     assert "1: 1 COMPLETE; 1 answered from the store; 1 imported" in page
     assert ">same as trial 0</td>" in page
     assert ">from import old.csv</td>" in page
-    assert "1 from old.csv: they teach the sampler" in page
+    assert "1 from old.csv: the sampler learns from them" in page
     assert "1 trial of known settings, 100 epochs not trained" in page
 
 
 def test_running_trials_are_interrupted_only_where_nobody_runs_the_study(tmp_path: Path) -> None:
     store = new_study(tmp_path / "s")
     add_trial(store, 0.5, state="RUNNING")
-    assert collect(store).search[0].state == "INTERRUPTED"
+    assert collect(store).search[0].state_name == "INTERRUPTED"
     assert "no process runs the study now" in write_report(store).read_text()
     with store.lock():
-        assert collect(StudyStore(store.folder)).search[0].state == "RUNNING"
+        assert collect(StudyStore(store.folder)).search[0].state_name == "RUNNING"
 
 
 def test_scores_that_were_stored_while_a_trial_ran_are_its_rungs(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_scores_that_were_stored_while_a_trial_ran_are_its_rungs(tmp_path: Path)
     trial.report(0.3, 10)
     trial.report(0.4, 20)
     run = collect(StudyStore(store.folder)).search[0]
-    assert (run.rungs, run.value, run.epochs) == ({10: 0.3, 20: 0.4}, 0.4, 20)
+    assert (run.rungs, run.metric_value, run.epochs) == ({10: 0.3, 20: 0.4}, 0.4, 20)
 
 
 def test_retries_and_lost_processes_are_noted(tmp_path: Path) -> None:
@@ -166,19 +166,19 @@ def test_dsc_by_size_is_shown_where_it_was_measured(tmp_path: Path) -> None:
         0.5,
         about={"stats": {"scores": {"dsc_small": 0.2, "dsc_medium": 0.5, "dsc_large": None}}},
     )
-    add_arm(store, "mae", 0, 0.4)
+    add_baseline(store, "mae", 0, 0.4)
     assert texts(sizes(collect(store), [])) == [["Best trial (0)", "0.200", "0.500", "\u2013"]]
     assert "Small (below 2 % of the image)" in write_report(store).read_text()
     assert "By size of the lesion" not in write_report(new_study(tmp_path / "t")).read_text()
 
 
-def test_diagnosis_arm_is_marked_and_compared_with_nothing(tmp_path: Path) -> None:
+def test_baseline_that_sees_true_masks_is_marked_and_compared_with_nothing(tmp_path: Path) -> None:
     store = new_study(tmp_path / "s", baselines=("mae", "oracle"))
     add_trial(store, 0.5)
-    add_arm(store, "mae", 0, 0.4)
-    add_arm(store, "oracle", 0, 0.7, diagnosis=True)
+    add_baseline(store, "mae", 0, 0.4)
+    add_baseline(store, "oracle", 0, 0.7, uses_ground_truth=True)
     page = write_report(store).read_text()
-    row = page[page.index("baseline oracle (diagnosis: sees true masks, compared with nothing)") :]
+    row = page[page.index("baseline oracle (uses true masks, compared with nothing)") :]
     assert row[: row.index("</tr>")].count("<td>\u2013</td>") >= 3  # difference, interval, reading
     assert "\u20130.200" not in page
     assert "-0.200" not in page
@@ -192,16 +192,16 @@ def test_space_says_what_is_searched_fixed_derived_or_a_helper(tmp_path: Path) -
         "ratio.shape": Choice(choices=["linear", "power"]),
         "ratio.power": Fixed(value=2.0, when={"ratio.shape": "power"}),
     }
-    facts = collect(new_study(tmp_path / "s", space=declared, require=["ratio.end <= 0.8"]))
-    assert texts(space(facts)) == [
+    data = collect(new_study(tmp_path / "s", space=declared, require=["ratio.end <= 0.8"]))
+    assert texts(space(data)) == [
         ["ratio.start", "searched", "0.1 to 0.6", "0.3", "always"],
         ["delta", "searched, a helper", "0 to 0.3", "\u2013", "always"],
         ["ratio.end", "derived", "= ratio.start + delta", "\u2013", "always"],
         ["ratio.shape", "searched", "linear, power", "\u2013", "always"],
         ["ratio.power", "fixed", "2", "\u2013", "ratio.shape is power"],
     ]
-    assert "Required of every trial: ratio.end <= 0.8." in rules(facts)
-    assert facts.parameters() == ["ratio.start", "delta", "ratio.shape"]
+    assert "Required of every trial: ratio.end <= 0.8." in rules(data)
+    assert data.parameter_names() == ["ratio.start", "delta", "ratio.shape"]
 
 
 def test_space_of_a_python_function_is_shown_as_trials_were_drawn_from_it(tmp_path: Path) -> None:
@@ -213,13 +213,13 @@ def test_space_of_a_python_function_is_shown_as_trials_were_drawn_from_it(tmp_pa
     }
     params = {"lr": 1e-3, "selection.clusters": 3, "ratio.shape": "power"}
     store.search().add_trial(create_trial(value=0.5, params=params, distributions=distributions))
-    facts = collect(store)
-    assert [row[:2] for row in texts(space(facts))] == [
+    data = collect(store)
+    assert [row[:2] for row in texts(space(data))] == [
         ["lr", "1e-05 to 0.01, logarithmic"],
         ["selection.clusters", "2 to 8"],
         ["ratio.shape", "linear, power"],
     ]
-    assert "The space is the Python function my_spaces:space" in rules(facts)[0]
+    assert "The space is the Python function my_spaces:space" in rules(data)[0]
     write_report(store)
 
 
@@ -274,7 +274,7 @@ def test_population_has_its_lineage_and_the_best_of_its_latest_generation(tmp_pa
     page = write_report(store).read_text()
     assert "<h2>Population</h2>" in page
     assert 'id="plot-lineage"' in page
-    assert ">a segment, goes on from trial 0</td>" in page
+    assert ">continues trial 0</td>" in page
     assert "none is pruned, so this is not asked here" in page
 
 
@@ -298,6 +298,6 @@ def test_pictures_of_the_best_trial_are_inside_the_page(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["none", "median"])
 def test_rules_say_whether_trials_are_pruned(tmp_path: Path, name: str) -> None:
-    facts = collect(new_study(tmp_path / "s", pruner={"name": name}))
-    said = " ".join(rules(facts))
+    data = collect(new_study(tmp_path / "s", pruner={"name": name}))
+    said = " ".join(rules(data))
     assert ("nothing is pruned" in said) == (name == "none")

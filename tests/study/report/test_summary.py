@@ -2,29 +2,24 @@ from pathlib import Path
 
 import optuna
 import pytest
-from helpers.finished_studies import add_arm, add_trial, new_study
+from helpers.finished_studies import add_baseline, add_trial, new_study
 
-from amlp_ray.study.report.comparison import (
-    Agreement,
-    compare,
-    finished_baselines,
-    rank_agreement,
-    read,
-)
+from amlp_ray.study.confirmation.comparison import read_size
+from amlp_ray.study.report.comparison import compare_with_baselines, finished_baselines
 from amlp_ray.study.report.report_data import collect
+from amlp_ray.study.report.rung_correlation import (
+    FirstRungCorrelation,
+    first_rung_correlation,
+)
 from amlp_ray.study.report.summary import Verdict, summarize_search
 from amlp_ray.study.storage.study_store import StudyStore
 
 
 def verdict_of(store: StudyStore) -> Verdict:
-    facts = collect(store)
-    baselines = finished_baselines(facts)
-    comparisons = (
-        [compare(facts.best, baseline, facts.config.equivalence_margin) for baseline in baselines]
-        if facts.best
-        else []
-    )
-    return summarize_search(facts, baselines, comparisons, rank_agreement(facts))
+    data = collect(store)
+    baselines = finished_baselines(data)
+    comparisons = compare_with_baselines(data, baselines)
+    return summarize_search(data, baselines, comparisons, first_rung_correlation(data))
 
 
 def study_with(folder: Path, best: float, **baselines: tuple[float, ...]) -> StudyStore:
@@ -33,7 +28,7 @@ def study_with(folder: Path, best: float, **baselines: tuple[float, ...]) -> Stu
     add_trial(store, best)
     for baseline, values in baselines.items():
         for repeat, dsc in enumerate(values):
-            add_arm(store, baseline, repeat, dsc)
+            add_baseline(store, baseline, repeat, dsc)
     return store
 
 
@@ -62,7 +57,7 @@ def test_three_repeats_have_an_sd(tmp_path: Path) -> None:
 def test_better_is_not_claimed_where_the_interval_includes_zero(tmp_path: Path) -> None:
     store = new_study(tmp_path / "s")
     add_trial(store, 0.50, images=12, noise=0.2)
-    add_arm(store, "mae", 0, 0.47, images=12, noise=0.2)
+    add_baseline(store, "mae", 0, 0.47, images=12, noise=0.2)
     verdict = verdict_of(store)
     assert verdict.kind == "open"
     assert "includes zero, so this is not shown to be more than chance" in verdict.headline
@@ -73,21 +68,21 @@ def test_better_is_not_claimed_where_the_interval_includes_zero(tmp_path: Path) 
 def test_difference_under_the_limit_is_a_tie_in_both_directions(tmp_path: Path) -> None:
     for name, mae in (("above", 0.515), ("below", 0.535)):
         verdict = verdict_of(study_with(tmp_path / name, 0.52, mae=(mae, mae)))
-        assert verdict.kind == "equivalence_margin"
+        assert verdict.kind == "tie"
         assert "AMLP is not better than plain MAE here" in verdict.headline
         assert "is a tie" in verdict.headline
         assert any("a tie (under 0.02 counts as noise)" in text for text in verdict.comparisons)
 
 
 def test_limit_of_a_tie_is_that_of_the_settings(tmp_path: Path) -> None:
-    assert read(round(0.42 - 0.40, 6), 0.02) == "better"
-    assert read(0.0199, 0.02) == "equivalence_margin"
-    assert read(-0.02, 0.02) == "worse"
-    assert read(0.0, 0.0) == "equivalence_margin"
+    assert read_size(round(0.42 - 0.40, 6), 0.02) == "better"
+    assert read_size(0.0199, 0.02) == "tie"
+    assert read_size(-0.02, 0.02) == "worse"
+    assert read_size(0.0, 0.0) == "tie"
     store = new_study(tmp_path / "s", equivalence_margin=0.1)
     add_trial(store, 0.52)
-    add_arm(store, "mae", 0, 0.45)
-    assert verdict_of(store).kind == "equivalence_margin"
+    add_baseline(store, "mae", 0, 0.45)
+    assert verdict_of(store).kind == "tie"
 
 
 def test_worse_than_mae_and_scratch_is_said_plainly(tmp_path: Path) -> None:
@@ -103,20 +98,20 @@ def test_worse_than_mae_and_scratch_is_said_plainly(tmp_path: Path) -> None:
 
 def test_better_than_mae_but_no_better_than_scratch_is_no_success(tmp_path: Path) -> None:
     verdict = verdict_of(study_with(tmp_path / "s", 0.52, mae=(0.47, 0.48), scratch=(0.51, 0.52)))
-    assert verdict.kind == "equivalence_margin"
+    assert verdict.kind == "tie"
     assert "no use of this pretraining is shown" in verdict.headline
 
 
-def test_without_arms_there_is_nothing_to_compare(tmp_path: Path) -> None:
+def test_without_baselines_there_is_nothing_to_compare(tmp_path: Path) -> None:
     verdict = verdict_of(study_with(tmp_path / "s", 0.52))
     assert verdict.kind == "open"
     assert "No baseline has finished" in verdict.headline
     assert "Baseline mae has no finished run (none started)." in verdict.comparisons
 
 
-def test_failed_arm_is_named_and_not_averaged(tmp_path: Path) -> None:
+def test_failed_baseline_is_named_and_not_averaged(tmp_path: Path) -> None:
     store = study_with(tmp_path / "s", 0.52, scratch=(0.40,))
-    add_arm(store, "mae", 0, 0.5, state="FAIL")
+    add_baseline(store, "mae", 0, 0.5, state="FAIL")
     verdict = verdict_of(store)
     assert "cannot say whether aimed masks help" in verdict.headline
     assert "Baseline mae has no finished run (1 FAIL)." in verdict.comparisons
@@ -144,7 +139,7 @@ def test_choosing_and_single_seeds_are_cautioned_about(tmp_path: Path) -> None:
     assert "neither seeds nor the choice of the best" in cautions
     alone = new_study(tmp_path / "alone")
     add_trial(alone, 0.5)
-    assert "optimiztic" not in " ".join(verdict_of(alone).cautions)
+    assert "optimistic" not in " ".join(verdict_of(alone).cautions)
 
 
 def test_unequal_budgets_and_random_masks_are_cautioned_about(tmp_path: Path) -> None:
@@ -154,10 +149,10 @@ def test_unequal_budgets_and_random_masks_are_cautioned_about(tmp_path: Path) ->
     store.baselines(create=True).add_trial(
         store.search().trials[0]
     )  # carries no baseline: not counted as one
-    add_arm(store, "mae", 0, 0.45)
+    add_baseline(store, "mae", 0, 0.45)
     assert "different numbers of epochs" not in " ".join(verdict_of(store).cautions)
     assert any("masks at random, as MAE does" in text for text in verdict_of(store).cautions)
-    add_arm(store, "amlp", 0, 0.45, epochs=50)
+    add_baseline(store, "amlp", 0, 0.45, epochs=50)
     assert (
         "The best trial and amlp ran different numbers of epochs: not the same budget."
         in verdict_of(store).cautions
@@ -187,7 +182,7 @@ def test_agreement_of_rungs_is_worded(
         store.search(create=True).add_trial(
             optuna.create_trial(value=late, intermediate_values=rungs)
         )
-    agreement = rank_agreement(collect(store))
+    agreement = first_rung_correlation(collect(store))
     assert agreement.trials == 5
     assert agreement.epochs == (75,)
     assert agreement.ap is None  # no metrics.jsonl
@@ -199,8 +194,8 @@ def test_agreement_of_rungs_is_worded(
 
 def test_agreement_needs_five_trials(tmp_path: Path) -> None:
     store = study_with(tmp_path / "s", 0.5)
-    assert rank_agreement(collect(store)) == Agreement(
-        trials=2, epochs=(75,), dsc=None, ap=None, prunable=True
+    assert first_rung_correlation(collect(store)) == FirstRungCorrelation(
+        trials=2, epochs=(75,), dsc=None, ap=None, is_prunable=True
     )
     assert "Not known: 2 complete trials" in verdict_of(store).pruning
 
@@ -212,8 +207,8 @@ def test_agreement_covers_average_precision_and_names_the_rung_where_steps_are_u
     for i in range(5):
         add_trial(store, 0.4 + 0.02 * i)
     store.folder.joinpath("environments.jsonl").unlink()  # so nobody knows the number of images
-    agreement = rank_agreement(collect(store))
+    agreement = first_rung_correlation(collect(store))
     assert agreement.epochs == (25,)
     assert agreement.ap == pytest.approx(1)
-    assert not agreement.prunable
+    assert not agreement.is_prunable
     assert "between the first rung (epoch 25)" in verdict_of(store).pruning

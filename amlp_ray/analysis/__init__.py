@@ -1,1 +1,1 @@
-"""What a run and its masks look like: pictures, diagnosis after every epoch, and how rules and readers compare."""
+"""Analysis of runs and datasets: inspection, localization of lesions by rules, throughput."""

@@ -1,4 +1,4 @@
-"""What a run looks like: held-out images as its model aims at, masks and rebuilds them, and the figures of each."""
+"""Inspect a run: held-out images as its model masks and reconstructs them, and their figures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,25 +16,95 @@ from torch import Tensor
 from amlp_ray.config import ImageSpec, PretrainConfig
 from amlp_ray.data.dataset import PatchDataset, Split
 from amlp_ray.errors import CheckpointError, ConfigError
-from amlp_ray.evaluation.diagnostics import held_out, lesion_shares
+from amlp_ray.evaluation.diagnostics import held_out
 from amlp_ray.evaluation.labels import check_fits
-from amlp_ray.method.cluster_rules import truth_patches
-from amlp_ray.method.visualization import ImageAnalysis, analyze, panels, sheet, strip
-from amlp_ray.training.checkpoint.restore import load_model, run_settings
+from amlp_ray.method.cluster_rules import true_lesion_patches
+from amlp_ray.method.patches import lesion_shares
+from amlp_ray.method.visualization import (
+    ImageAnalysis,
+    analyze,
+    draw_panels,
+    draw_sheet,
+    draw_strip,
+)
+from amlp_ray.training.checkpoint.restore import load_model, read_run_config
 from amlp_ray.training.loggers.metrics_file import read_rows
-from amlp_ray.utils.files import write_whole
+from amlp_ray.utils.files import atomic_write
 
-MOST = 64  # images: a sheet of more is no longer looked at
+MAX_IMAGES = 64  # nobody looks through a sheet of more
 SUMMARY = "inspection.json"
-OWN = ("path", "fingerprint")  # of `data.json`
+SHEET = "sheet.png"
 FIGURES = (
-    "true_lesion_share", "lesion_share", "precision", "recall", "true_lesion_masked", "error", "error_inside",
+    "true_lesion_share",
+    "lesion_share",
+    "precision",
+    "recall",
+    "true_lesion_masked",
+    "error",
+    "error_inside",
     "error_outside",
-)  # fmt: skip
-FOLLOWED = (
-    "loss", "loss_reference", "agreement", "effective_patches", "aim_precision", "aim_recall", "aim_recall_small",
-    "aim_recall_large", "true_lesion_masked", "dsc",
-)  # fmt: skip
+)
+REPORTED_METRICS = (
+    "loss",
+    "loss_reference",
+    "agreement",
+    "effective_patches",
+    "aim_precision",
+    "aim_recall",
+    "aim_recall_small",
+    "aim_recall_large",
+    "true_lesion_masked",
+    "dsc",
+)
+CAPTIONS = {
+    "lesion_share": "probable lesion {:.0%} of the patches",
+    "precision": "precision {:.2f}",
+    "recall": "recall {:.2f}",
+    "true_lesion_masked": "{:.0%} of the true lesion masked",
+    "error_inside": "error {:.3g} inside it",
+    "error_outside": "{:.3g} outside",
+}
+
+Figures = dict[str, float | None]
+
+
+class TrainingData(NamedTuple):
+    """The data that a run was trained on, as its `data.json` says.
+
+    Attributes:
+        path: of the labeled dataset where there is one apart from the pretraining one.
+        fingerprints: of all datasets of the run.
+        image: of the pretraining images; None in the files of some runs.
+    """
+
+    path: str
+    fingerprints: list[str]
+    image: ImageSpec | None
+
+    @classmethod
+    def from_run(cls, run: Path) -> TrainingData:
+        """Read `data.json` of a run's folder.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        path = run / "data.json"
+        try:
+            stored = json.loads(path.read_text())
+            datasets = [stored]
+            if "eval_data" in stored:
+                datasets.append(stored["eval_data"])
+            paths = [dataset["path"] for dataset in datasets]
+            fingerprints = [dataset["fingerprint"] for dataset in datasets]
+            is_valid = all(isinstance(value, str) for value in (*paths, *fingerprints))
+        except (OSError, ValueError, KeyError, TypeError):
+            is_valid = False
+        if not is_valid:
+            raise CheckpointError(
+                f"{path} does not say what data the run was trained on; train the run again."
+            )
+        image = ImageSpec.model_validate(stored["image"]) if "image" in stored else None
+        return cls(paths[-1], fingerprints, image)
 
 
 def inspect_run(
@@ -47,162 +117,166 @@ def inspect_run(
     seed: int | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Draw held-out images as the latest model of a run, or of one trial of a study, meets them.
+    """Draw held-out images with the latest model of a run, or of one trial of a study.
 
-    Writes one strip per image, `sheet.png` with all of them, and `inspection.json`, which is also returned:
+    Writes one strip per image, `sheet.png` with all of them, and `inspection.json`, which is also
+    returned:
 
-    - `images`: of each its `id`, `picture` and figures; None where a figure does not apply. Shares are of all patches
-      (`lesion_share`, `true_lesion_share`) or of the true lesion's (`true_lesion_masked`); `precision` and `recall` are
-      those of the probable lesion; `error` is the mean squared error of masked tissue patches in the image's scale,
-      `error_inside` and `error_outside` the true lesion.
-    - `mean`: of each figure, over the images that have it. `metrics`: first and last of what the run told of itself.
+    - `images`: `id`, `picture` and figures of each image; None where a figure does not apply.
+      `lesion_share` and `true_lesion_share` are shares of all patches, `true_lesion_masked` is a
+      share of the true lesion's. `precision` and `recall` are those of the probable lesion.
+      `error` is the mean squared error of masked tissue patches in the image's scale,
+      `error_inside` and `error_outside` that inside and outside the true lesion.
+    - `mean`: of each figure, over the images that have it.
+    - `metrics`: first and last value of the run's metrics.
 
     Args:
-        data: patch dataset, by path or URI; the run's own where not given: its labelled one, where that is apart.
-            Images are of val (of train, where val is empty), not test, and normalised as in training.
-        count: at most so many images.
-        epoch: whose masks and ratio are shown, with the weights of the latest; by default the latest.
-        out: folder for the pictures, `inspect` in the run's by default; those of an earlier inspection are replaced.
-        seed: of the masks and clusters; by default the run's own.
+        data: patch dataset, by path or URI. By default the run's labeled one. Images are of val
+            (of train, where val is empty), not test, and normalized as in training.
+        count: maximum number of images.
+        epoch: whose masks and ratio are drawn, with the weights of the latest. By default the
+            latest.
+        out: folder for the pictures, by default `inspect` in the run's. Pictures of an earlier
+            inspection are replaced.
+        seed: of the masks and clusters. By default the run's own.
 
     Raises:
-        ConfigError, CheckpointError, DataError: in one sentence each; nothing is written.
+        ConfigError, CheckpointError, DataError: the arguments or the run are unusable. Nothing is
+            written.
     """
     run = Path(run).absolute()
-    config = run_settings(run)
+    out = Path(out).absolute() if out else run / "inspect"
+    config = read_run_config(run)
+    _check_arguments(run, config, count, epoch, seed, out)
+    trained_on = TrainingData.from_run(run)
+    dataset = PatchDataset.open(data or trained_on.path)
+    config.check_image(dataset.spec)
+    spec = trained_on.image or dataset.spec
+    check_fits(dataset, spec, f"{run} was trained on")
+    model, latest_epoch = load_model(run, config, spec)
+    if seed is not None:
+        config = config.model_copy(update={"seed": seed})
+    epoch = epoch or latest_epoch
+
+    split = held_out(dataset, count)
+    masks = split.masks if split.labeled.all() else None
+    images = torch.from_numpy(split.images)
+    keys = torch.from_numpy(split.keys)
+    analysis = analyze(model.to(device), images, keys, masks, config, epoch)
+    panels = draw_panels(analysis, model, masks, config)
+    figures = _figures(analysis, split, config)
+    summary = {
+        "run": str(run),
+        "data": dataset.path,
+        "own_data": dataset.manifest.fingerprint in trained_on.fingerprints,
+        "split": "val" if dataset.count("val") else "train",
+        "variant": config.variant,
+        "epoch": epoch,
+        "weights_of_epoch": latest_epoch,
+        "ratio": analysis.ratio,
+        "images": _image_rows(split.ids, figures),
+        "mean": {name: _mean_of_column(figures, name) for name in FIGURES},
+        "metrics": _first_and_last_metrics(run),
+    }
+    _write(out, summary, [draw_strip(image_panels) for image_panels in panels])
+    return summary
+
+
+def _check_arguments(
+    run: Path,
+    config: PretrainConfig,
+    count: int,
+    epoch: int | None,
+    seed: int | None,
+    out: Path,
+) -> None:
     if config.objective != "reconstruction":
         raise ConfigError(
-            f"{run} holds a run of variant {config.variant}: it reconstructs nothing to look at."
+            f"{run} holds a run of variant {config.variant}: it reconstructs nothing to inspect."
         )
-    if not 1 <= count <= MOST:
-        raise ConfigError(f"count is {count}, but must be from 1 to {MOST}.")
+    if not 1 <= count <= MAX_IMAGES:
+        raise ConfigError(f"count is {count}, but must be from 1 to {MAX_IMAGES}.")
     if epoch is not None and not 1 <= epoch <= config.epochs:
         raise ConfigError(f"epoch is {epoch}, but the run has epochs 1 to {config.epochs}.")
     if seed is not None and not 0 <= seed < 2**63:
         raise ConfigError(f"seed is {seed}, but must be from 0 to 2**63 - 1.")
-    folder = Path(out).absolute() if out else run / "inspect"
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; give a folder for the pictures.")
-    own = _own_data(run)
-    sets = [own, *([own["eval_data"]] if "eval_data" in own else [])]
-    dataset = PatchDataset.open(data or sets[-1]["path"])
-    config.check_image(dataset.spec)
-    spec = ImageSpec.model_validate(own["image"]) if "image" in own else dataset.spec
-    check_fits(dataset, spec, f"{run} was trained on")
-    model, latest = load_model(run, config, spec)
-    if seed is not None:
-        config = config.model_copy(update={"seed": seed})
-    split, at = held_out(dataset, count), epoch or latest
-    masks = split.masks if split.labeled.all() else None
-    images, keys = torch.from_numpy(split.images), torch.from_numpy(split.keys)
-    seen = analyze(model.to(device), images, keys, masks, config, at)
-    strips = [strip(each) for each in panels(seen, model, masks, config)]
-    figures = _figures(seen, split, config)
-    rows = [
-        {"id": name, "picture": f"{i}-{re.sub(r'[^A-Za-z0-9.-]+', '_', name)}.png", **row}
-        for i, (name, row) in enumerate(zip(split.ids, figures, strict=True))
-    ]
-    found = {
-        "run": str(run),
-        "data": dataset.path,
-        "own_data": dataset.manifest.fingerprint in [each["fingerprint"] for each in sets],
-        "split": "val" if dataset.count("val") else "train",
-        "variant": config.variant,
-        "epoch": at,
-        "weights_of_epoch": latest,
-        "ratio": seen.ratio,
-        "images": rows,
-        "mean": {name: _mean([row[name] for row in figures]) for name in FIGURES},
-        "metrics": _followed(run),
-    }
-    _write(folder, found, strips)
-    return found
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; give a folder for the pictures.")
 
 
-def _own_data(run: Path) -> dict[str, Any]:
-    """What `job.claim` wrote of the data that the run was trained on, path and fingerprint for certain."""
-    path = run / "data.json"
-    try:
-        about: dict[str, Any] = json.loads(path.read_text())
-        if all(
-            isinstance(part[name], str)
-            for part in (about, about.get("eval_data", about))
-            for name in OWN
-        ):
-            return about
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise CheckpointError(
-        f"{path} does not say what data the run was trained on; train the run again."
-    )
-
-
-def _figures(
-    seen: ImageAnalysis, split: Split, config: PretrainConfig
-) -> list[dict[str, float | None]]:
-    """`FIGURES` of every image."""
-    masked, tissue, lesion = (
-        x.cpu() for x in (seen.masked, seen.chosen.tissue, seen.chosen.lesion)
-    )
-    aimed, error = config.selection.names_lesion, seen.error.cpu()
-    share = lesion_shares(split.masks, config.model.patch_size)
-    truth, known = truth_patches(share), split.labeled & split.masks.any((1, 2))
+def _figures(analysis: ImageAnalysis, split: Split, config: PretrainConfig) -> list[Figures]:
+    """Compute `FIGURES` of every image; None where one does not apply."""
+    error = analysis.error.cpu()
+    masked = analysis.masked.cpu()
+    tissue = analysis.selection.tissue.cpu()
+    lesion = analysis.selection.lesion.cpu()
+    truth = true_lesion_patches(lesion_shares(split.masks, config.model.patch_size))
     rows = []
-    for i, labeled in enumerate(known):
-        true, found, hidden = truth[i], lesion[i], masked[i]
-        judged = aimed and labeled
-        rows.append(
-            {
-                "true_lesion_share": float(true.float().mean()) if split.labeled[i] else None,
-                "lesion_share": float(found.float().mean()) if aimed else None,
-                "precision": _mean_of(true.float(), found) if judged else None,
-                "recall": _mean_of(found.float(), true) if judged else None,
-                "true_lesion_masked": _mean_of(hidden.float(), true) if labeled else None,
-                "error": _mean_of(error[i], hidden & tissue[i]),
-                "error_inside": _mean_of(error[i], hidden & true) if labeled else None,
-                "error_outside": _mean_of(error[i], hidden & tissue[i] & ~true)
-                if labeled
-                else None,
-            }
-        )
+    for i, is_labeled in enumerate(split.labeled):
+        row: Figures = dict.fromkeys(FIGURES)
+        row["error"] = _mean_where(error[i], masked[i] & tissue[i])
+        if config.selection.names_lesion:
+            row["lesion_share"] = float(lesion[i].float().mean())
+        if is_labeled:
+            row["true_lesion_share"] = float(truth[i].float().mean())
+        if is_labeled and split.masks[i].any():
+            outside = tissue[i] & ~truth[i]
+            row["true_lesion_masked"] = _mean_where(masked[i].float(), truth[i])
+            row["error_inside"] = _mean_where(error[i], masked[i] & truth[i])
+            row["error_outside"] = _mean_where(error[i], masked[i] & outside)
+            if config.selection.names_lesion:
+                row["precision"] = _mean_where(truth[i].float(), lesion[i])
+                row["recall"] = _mean_where(lesion[i].float(), truth[i])
+        rows.append(row)
     return rows
 
 
-def _mean_of(values: Tensor, where: Tensor) -> float | None:
-    """Mean of values (N,) over `where` (N,) bool; None where that is empty."""
+def _mean_where(values: Tensor, where: Tensor) -> float | None:
+    """Return the mean of values (N,) over `where` (N,) bool; None where that is empty."""
     return float(values[where].mean()) if bool(where.any()) else None
 
 
-def _mean(values: list[float | None]) -> float | None:
-    there = [value for value in values if value is not None]
-    return float(np.mean(there)) if there else None
+def _mean_of_column(rows: list[Figures], name: str) -> float | None:
+    values = [row[name] for row in rows if row[name] is not None]
+    return float(np.mean(values)) if values else None
 
 
-def _followed(run: Path) -> dict[str, dict[str, float]]:
-    """First and last of every figure of `FOLLOWED` that the run's metrics hold."""
+def _image_rows(ids: list[str], figures: list[Figures]) -> list[dict[str, Any]]:
+    rows = []
+    for i, (image_id, row) in enumerate(zip(ids, figures, strict=True)):
+        file_name = re.sub(r"[^A-Za-z0-9.-]+", "_", image_id)
+        rows.append({"id": image_id, "picture": f"{i}-{file_name}.png", **row})
+    return rows
+
+
+def _first_and_last_metrics(run: Path) -> dict[str, dict[str, float]]:
+    """Return first and last value of every metric of `REPORTED_METRICS` that the run has."""
     rows = read_rows(run / "metrics.jsonl")
-    told = {name: [row[name] for row in rows if name in row] for name in FOLLOWED}
-    return {
-        name: {"first": values[0], "last": values[-1]} for name, values in told.items() if values
-    }
+    metrics = {}
+    for name in REPORTED_METRICS:
+        values = [row[name] for row in rows if name in row]
+        if values:
+            metrics[name] = {"first": values[0], "last": values[-1]}
+    return metrics
 
 
-def _write(out: Path, found: dict[str, Any], strips: list[Image.Image]) -> None:
+def _write(out: Path, summary: dict[str, Any], strips: list[Image.Image]) -> None:
     """Write pictures and figures into `out`, in place of those of an earlier inspection."""
-    pictures = {row["picture"]: each for row, each in zip(found["images"], strips, strict=True)}
-    pictures["sheet.png"] = sheet(strips, [_caption(row) for row in found["images"]])
+    rows = summary["images"]
+    pictures = {row["picture"]: strip for row, strip in zip(rows, strips, strict=True)}
+    pictures[SHEET] = draw_sheet(strips, [_caption(row) for row in rows])
     out.mkdir(parents=True, exist_ok=True)
     for name in _earlier_pictures(out / SUMMARY):
         (out / name).unlink(missing_ok=True)
     for name, picture in pictures.items():
         png = io.BytesIO()
         picture.save(png, "png")
-        write_whole(out / name, png.getvalue())
-    write_whole(out / SUMMARY, json.dumps(found, indent=1))
+        atomic_write(out / name, png.getvalue())
+    atomic_write(out / SUMMARY, json.dumps(summary, indent=1))
 
 
 def _earlier_pictures(summary: Path) -> list[str]:
-    """Names of the pictures of an earlier inspection; none where its summary is missing or is something else."""
+    """Return the pictures of an earlier inspection; none where its summary is unreadable."""
     try:
         return [Path(row["picture"]).name for row in json.loads(summary.read_text())["images"]]
     except (OSError, ValueError, KeyError, TypeError):
@@ -210,14 +284,5 @@ def _earlier_pictures(summary: Path) -> list[str]:
 
 
 def _caption(row: dict[str, Any]) -> str:
-    wordings = {
-        "lesion_share": "probable lesion {:.0%} of the patches",
-        "precision": "precision {:.2f}",
-        "recall": "recall {:.2f}",
-        "true_lesion_masked": "{:.0%} of the true lesion masked",
-        "error_inside": "error {:.3g} inside it",
-        "error_outside": "{:.3g} outside",
-    }
-    return f"{row['id']}:  " + ",  ".join(
-        text.format(row[name]) for name, text in wordings.items() if row[name] is not None
-    )
+    parts = [text.format(row[name]) for name, text in CAPTIONS.items() if row[name] is not None]
+    return f"{row['id']}:  " + ",  ".join(parts)

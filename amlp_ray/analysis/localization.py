@@ -1,8 +1,11 @@
-"""How well each rule and score finds lesions, before anything is trained.
+"""Measure how well each rule and score finds lesions, before anything is trained.
 
-Every candidate looks at whole images as training does, and what it calls the probable lesion is compared with the true
-lesion patches. Labels *describe* the candidates; they choose none. Who takes the best row of their own val or test
-images has tuned on labels, and who takes that of train has used train's labels and must say so.
+Every candidate analyzes whole images as training does, and its probable lesion is compared with the
+true lesion patches. Labels describe the candidates, they choose none. Whoever takes the best row of
+their own val or test images has tuned on labels. Whoever takes that of train has used train's
+labels and must say so.
+
+Shapes: B images, N patches, P values per patch.
 """
 
 from __future__ import annotations
@@ -19,41 +22,44 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
-from amlp_ray.analysis.localization_candidates import RANDOM, Candidate, candidates
+from amlp_ray.analysis.localization_candidates import RANDOM, Candidate, all_candidates
 from amlp_ray.config import ImageSpec, PretrainConfig, SelectionConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import CheckpointError, ConfigError, DataError
-from amlp_ray.evaluation.diagnostics import lesion_shares
 from amlp_ray.evaluation.labels import Rows, by_part, check_fits, lesion_pixels, spread
 from amlp_ray.method import counter_rng
 from amlp_ray.method.augment import normalize
 from amlp_ray.method.autoencoder import MaskedAutoencoder
-from amlp_ray.method.cluster_rules import truth_patches
+from amlp_ray.method.cluster_rules import true_lesion_patches
 from amlp_ray.method.ema_teacher import teacher_view
 from amlp_ray.method.kmeans import DatasetClusters
 from amlp_ray.method.lesion_map import LesionMap, TeacherView, locate_lesion
-from amlp_ray.method.patch_features import center_distance, cluster_features, tissue_of
+from amlp_ray.method.patch_features import center_distance, cluster_features, tissue_mask
 from amlp_ray.method.patch_scores import PATCH_SCORES
-from amlp_ray.method.patches import patchify
+from amlp_ray.method.patches import lesion_shares, patchify
 from amlp_ray.training.checkpoint.export import load_encoder, read_encoder_header
-from amlp_ray.training.checkpoint.restore import load_model, run_settings
+from amlp_ray.training.checkpoint.restore import load_model, read_run_config
 
-BATCH = 64  # images; k-means over more is no faster
-MOST = 4096  # images in memory as float32: a GB at 256 pixels a side. More tell no truer: the standard error is 0.005
-TOP = 0.10  # share of the patches whose precision and recall are told beside `share`
+BATCH_SIZE = 64  # k-means over more images is no faster
+# Images in memory as float32: a GB at 256 pixels a side. The standard error is 0.005 with as many.
+MAX_IMAGES = 4096
+TOP_SHARE = 0.10  # of the patches, whose precision and recall are reported beside `share`
 
 Row = dict[str, Any]
 
 
 class Teacher(NamedTuple):
-    """A trained model that is asked as a run's teacher is; `rebuilds` where its decoder is trained too."""
+    """A trained model that is evaluated as a run's teacher is.
+
+    `has_decoder` is false for an encoder alone.
+    """
 
     model: MaskedAutoencoder
     config: PretrainConfig
-    rebuilds: bool
+    has_decoder: bool
 
 
-class Batch(NamedTuple):
+class ImageBatch(NamedTuple):
     """Whole images: patches (B, N, P), keys (B,), lesion share of every patch (B, N)."""
 
     patches: Tensor
@@ -70,29 +76,35 @@ def bench_rules(
     share: float = 0.15,
     seeds: int = 3,
     teacher: Path | None = None,
-    wanted: Sequence[Candidate] | None = None,
+    candidates: Sequence[Candidate] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Row]:
-    """Measure every candidate on the images with a lesion, uncropped; one row each, ready for pandas.
+    """Measure every candidate on the images with a lesion, uncropped.
 
-    - `precision`, `recall`, `f1` of the probable lesion, means over images; 0 where nothing was found (`fallback` is
-      the share of such images). `size` is its share of the tissue. A score's probable lesion lies 1 SD above the mean.
-    - Scores also: `auc`, `ap`, and precision, recall and F1 of the top tenth (`_top`) and of the top `share`
-      (`_share`); equal scores come in random order, as in masking.
-    - `_se` is the standard error over images; `_small` and `_large` the means over the halves by lesion area.
-    - `ms` per image in batches of 64, after a warm-up; what a teacher is asked is counted.
+    Returns one row per candidate, ready for pandas:
+
+    - `precision`, `recall`, `f1` of the probable lesion, means over images; 0 where nothing was
+      found. `fallback` is the share of such images, `size` the share of the tissue in the probable
+      lesion. A score's probable lesion lies 1 SD above the mean.
+    - Scores also have `auc`, `ap`, and precision, recall and F1 of the top tenth (`_top`) and of
+      the top `share` (`_share`). Equal scores come in random order, as in masking.
+    - `_se` is the standard error over images. `_small` and `_large` are the means over the halves
+      by lesion area.
+    - `ms` is the time per image in batches of 64 after a warm-up, with that of the teacher.
 
     Args:
-        images: at most so many, spread evenly; 4096 where not given. Centroids of the data set learn from all images
-            of the split, lesion or not, up to as many.
+        images: maximum number of images, spread evenly; 4096 by default. Centroids of the data set
+            learn from all images of the split, lesion or not, up to 4096.
         seeds: repeats of what is random (k-means, teacher), averaged per image.
-        teacher: a run's folder, or an encoder.safetensors, for rows that ask one. It may be of another data set of the
-            same shape and scale, whose mean and SD then normalise.
-        wanted: what to compare; all `candidates` where none are given.
+        teacher: a run's folder, or an encoder.safetensors, for candidates that use one. It may be
+            of another data set of the same shape and scale, whose mean and SD then normalize.
+        candidates: by default `all_candidates`.
+        progress: called with the number of finished candidates and of all.
 
     Raises:
-        ConfigError, DataError, CheckpointError: for test images, a patch size that does not divide, no masks, or a
-            teacher of other images.
+        ConfigError: test images, or a patch size that does not divide the images.
+        DataError: no image has a lesion mask.
+        CheckpointError: the teacher is unusable, or of other images.
     """
     if split == "test":
         raise ConfigError("--split test: test images are for the last look; use train or val.")
@@ -101,26 +113,30 @@ def bench_rules(
         raise ConfigError(
             f"--patch-size {patch_size} does not divide the images of {spec.height}x{spec.width}."
         )
-    asked = read_teacher(teacher, dataset, patch_size) if teacher else None
-    spec = asked.model.spec if asked else spec
-    every, scored = _load(dataset, spec, split, images, patch_size)
-    bench = _Bench(spec, patch_size, share, every, scored, asked)
-    area = torch.cat([batch.share for batch in scored]).sum(1)
-    small = (area <= area.median()).numpy()
-    about = {
-        "data": dataset.name,
-        "split": split,
-        "images": len(area),
-        "base_rate": bench.base_rate,
-    }
-    if wanted is None:
-        wanted = candidates(encoder=asked is not None, decoder=asked is not None and asked.rebuilds)
+    loaded_teacher = read_teacher(teacher, dataset, patch_size) if teacher else None
+    if loaded_teacher:
+        spec = loaded_teacher.model.spec
+    if candidates is None:
+        has_decoder = loaded_teacher is not None and loaded_teacher.has_decoder
+        candidates = all_candidates(encoder=loaded_teacher is not None, decoder=has_decoder)
+    lesion_rows = _rows_with_lesion(dataset, split)
+    all_rows = np.arange(dataset.count(split))
+    benchmark = _Benchmark(
+        spec,
+        patch_size,
+        share,
+        _load(dataset, split, spread(all_rows, MAX_IMAGES), spec, patch_size),
+        _load(dataset, split, spread(lesion_rows, images or MAX_IMAGES), spec, patch_size),
+        loaded_teacher,
+    )
     rows = []
-    for done, candidate in enumerate(wanted):
-        progress(done, len(wanted))
-        values, seconds = bench.measure(candidate, seeds)
+    for done, candidate in enumerate(candidates):
+        progress(done, len(candidates))
         rows.append(
-            about | _described(candidate) | _summary(values, small) | {"ms": 1000 * seconds}
+            {"data": dataset.name, "split": split}
+            | benchmark.describe_images()
+            | _describe(candidate)
+            | benchmark.measure(candidate, seeds)
         )
     return rows
 
@@ -129,236 +145,300 @@ def read_teacher(path: Path, dataset: PatchDataset, patch_size: int) -> Teacher:
     """Load the model of a finished run's folder, or an encoder alone.
 
     Raises:
-        CheckpointError: where there is none. ConfigError: it was trained on images of another shape or scale.
+        CheckpointError: there is none.
+        ConfigError: it was trained on images of another shape or scale.
     """
-    file = path / "encoder.safetensors" if path.is_dir() else path
-    sizes, spec = read_encoder_header(file)
+    is_run = path.is_dir()
+    model_config, spec = read_encoder_header(path / "encoder.safetensors" if is_run else path)
     check_fits(dataset, spec, f"{path} was trained on")
-    if sizes.patch_size != patch_size:
+    if model_config.patch_size != patch_size:
         raise CheckpointError(
-            f"{path} has patches of {sizes.patch_size} pixels; use --patch-size {sizes.patch_size}."
+            f"{path} has patches of {model_config.patch_size} pixels; "
+            f"use --patch-size {model_config.patch_size}."
         )
-    if path.is_dir():
-        config = run_settings(path)
+    if is_run:
+        config = read_run_config(path)
         if config.objective != "reconstruction":
             raise CheckpointError(
                 f"{path} holds a run that rebuilds no images; give its encoder.safetensors alone."
             )
         model, _ = load_model(path, config, spec)
     else:
-        config, model = PretrainConfig(model=sizes), MaskedAutoencoder(sizes, spec)
+        config = PretrainConfig(model=model_config)
+        model = MaskedAutoencoder(model_config, spec)
         model.encoder = load_encoder(path)
     if model.teacher is None:
         model.teacher = deepcopy(model)
-    # Difficulty is what two masked passes miss, in the image's scale, whatever the run itself was trained with.
+    # Difficulty is the error of two masked passes in the image's scale, whatever the run was
+    # trained with.
     loss = config.loss.model_copy(update={"difficulty": "raw", "ranking_weight": 0.0})
-    return Teacher(model.eval(), config.model_copy(update={"loss": loss}), path.is_dir())
+    return Teacher(model.eval(), config.model_copy(update={"loss": loss}), is_run)
+
+
+def _rows_with_lesion(dataset: PatchDataset, split: str) -> Rows:
+    rows = np.flatnonzero(lesion_pixels(dataset, split) > 0)
+    if not len(rows):
+        raise DataError(
+            f"No image of {split} in {dataset.path} has a lesion mask; "
+            f"rules are compared with true masks."
+        )
+    return rows
 
 
 def _load(
-    dataset: PatchDataset, spec: ImageSpec, split: str, images: int | None, patch_size: int
-) -> tuple[list[Batch], list[Batch]]:
-    """Images of a split to learn centroids from, and those to score."""
-    lesion = np.flatnonzero(lesion_pixels(dataset, split) > 0)
-    if not len(lesion):
-        raise DataError(
-            f"No image of {split} in {dataset.path} has a lesion mask; rules are compared with true masks."
-        )
-
-    def batches(rows: Rows) -> list[Batch]:
-        patches, keys, shares = [], [], []
-        for some in by_part(dataset, split, rows):
-            part = dataset.load(split, some)
-            patches.append(patchify(normalize(torch.from_numpy(part.images), spec), patch_size))
-            keys.append(torch.from_numpy(part.keys))
-            shares.append(lesion_shares(part.masks, patch_size))
-        columns = (torch.cat(column).split(BATCH) for column in (patches, keys, shares))
-        return [Batch(*each) for each in zip(*columns, strict=True)]
-
-    return batches(spread(np.arange(dataset.count(split)), MOST)), batches(
-        spread(lesion, images or MOST)
-    )
+    dataset: PatchDataset, split: str, rows: Rows, spec: ImageSpec, patch_size: int
+) -> list[ImageBatch]:
+    """Load rows of a split as batches."""
+    patches = []
+    keys = []
+    shares = []
+    for part_rows in by_part(dataset, split, rows):
+        part = dataset.load(split, part_rows)
+        patches.append(patchify(normalize(torch.from_numpy(part.images), spec), patch_size))
+        keys.append(torch.from_numpy(part.keys))
+        shares.append(lesion_shares(part.masks, patch_size))
+    columns = [torch.cat(column).split(BATCH_SIZE) for column in (patches, keys, shares)]
+    return [ImageBatch(*values) for values in zip(*columns, strict=True)]
 
 
-class _Bench:
-    """The images, and how a candidate is measured on them."""
+class _Benchmark:
+    """Images on which candidates are measured."""
 
     def __init__(
         self,
         spec: ImageSpec,
         patch_size: int,
         share: float,
-        every: list[Batch],
-        scored: list[Batch],
+        all_batches: list[ImageBatch],
+        lesion_batches: list[ImageBatch],
         teacher: Teacher | None,
     ) -> None:
+        """Describe the images.
+
+        Args:
+            all_batches: images from which centroids of the data set learn.
+            lesion_batches: images with a lesion, which are scored.
+        """
         self.grid = (spec.height // patch_size, spec.width // patch_size)
-        self.channels, self.share = spec.channels, share
-        self.every, self.scored, self.teacher = every, scored, teacher
-        self._told: dict[tuple[object, ...], tuple[TeacherView, float]] = {}
-        self.base_rate = float(
-            torch.cat([truth_patches(batch.share) for batch in scored]).float().mean()
-        )
+        self.channels = spec.channels
+        self.share = share
+        self.all_batches = all_batches
+        self.lesion_batches = lesion_batches
+        self.teacher = teacher
+        self.true_share = torch.cat([batch.share for batch in lesion_batches])
+        area = self.true_share.sum(1)
+        self.is_small = (area <= area.median()).numpy()
+        self._teacher_views: dict[tuple[object, ...], tuple[TeacherView, float]] = {}
+
+    def describe_images(self) -> Row:
+        """Return number of images and share of lesion patches."""
+        base_rate = true_lesion_patches(self.true_share).float().mean()
+        return {"images": len(self.true_share), "base_rate": float(base_rate)}
 
     @torch.inference_mode()
-    def measure(self, candidate: Candidate, seeds: int) -> tuple[dict[str, np.ndarray], float]:
-        """Every measure by image, (images,), averaged over seeds, and the median seconds per image."""
-        by_seed: dict[str, list[np.ndarray]] = defaultdict(list)
+    def measure(self, candidate: Candidate, seeds: int) -> Row:
+        """Return all measures of a candidate, averaged over seeds, and its time per image."""
+        values_by_seed: dict[str, list[np.ndarray]] = defaultdict(list)
         seconds: list[float] = []
-        chance = (
-            candidate.selection is None
-            or candidate.selection.uses_clusters
-            or "difficulty" in candidate.name
-        )
-        for seed in range(seeds if chance else 1):
-            centroids = self._learnt(candidate, seed)
-            self._look(candidate, self.scored[0], seed, centroids)  # warm-up
-            by_batch: dict[str, list[Tensor]] = defaultdict(list)
-            for batch in self.scored:
-                asking = self._asked(candidate, batch, seed)[1]
+        for seed in range(seeds if candidate.is_random else 1):
+            centroids = self._learn_centroids(candidate, seed)
+            self._locate(candidate, self.lesion_batches[0], seed, centroids)  # warm-up
+            values: dict[str, list[Tensor]] = defaultdict(list)
+            for batch in self.lesion_batches:
+                _, teacher_seconds = self._teacher_view(candidate, batch, seed)
                 started = time.perf_counter()
-                aim = self._look(candidate, batch, seed, centroids)
-                seconds.append((asking + time.perf_counter() - started) / len(batch.keys))
-                for name, value in self._compared(candidate, aim, batch).items():
-                    by_batch[name].append(value)
-            for name, parts in by_batch.items():
-                by_seed[name].append(torch.cat(parts).double().numpy())
-        return {name: np.mean(values, 0) for name, values in by_seed.items()}, float(
-            np.median(seconds)
-        )
+                lesion_map = self._locate(candidate, batch, seed, centroids)
+                batch_seconds = teacher_seconds + time.perf_counter() - started
+                seconds.append(batch_seconds / len(batch.keys))
+                for name, value in self._compare(candidate, lesion_map, batch).items():
+                    values[name].append(value)
+            for name, batch_values in values.items():
+                values_by_seed[name].append(torch.cat(batch_values).double().numpy())
+        row: Row = {}
+        for name, seed_values in values_by_seed.items():
+            row |= _summarize(name, np.mean(seed_values, 0), self.is_small)
+        row["ms"] = 1000 * float(np.median(seconds))
+        return row
 
-    def _learnt(self, candidate: Candidate, seed: int) -> DatasetClusters | None:
-        """Centroids of the data set after one pass over all images, which seeds and moves them."""
-        s = candidate.selection
-        if s is None or s.scope == "image":
+    def _learn_centroids(self, candidate: Candidate, seed: int) -> DatasetClusters | None:
+        """Return centroids of the data set after one pass over all images."""
+        selection = candidate.selection
+        if selection is None or selection.scope == "image":
             return None
-        first = self.every[0]
-        view, _ = self._asked(candidate, first, seed)
-        tissue = tissue_of(first.patches, s)
+        first = self.all_batches[0]
+        view, _ = self._teacher_view(candidate, first, seed)
+        tissue = tissue_mask(first.patches, selection)
         x = cluster_features(
-            first.patches, tissue, self.grid, self.channels, s.features, view.tokens
+            first.patches, tissue, self.grid, self.channels, selection.features, view.tokens
         )
-        centroids = DatasetClusters(s.clusters, x.shape[-1])
-        for batch in self.every:
-            self._look(candidate, batch, seed, centroids, learn=True)
+        centroids = DatasetClusters(selection.clusters, x.shape[-1])
+        for batch in self.all_batches:
+            self._locate(candidate, batch, seed, centroids, learn=True)
         centroids.commit()
         return centroids
 
-    def _asked(self, candidate: Candidate, batch: Batch, seed: int) -> tuple[TeacherView, float]:
-        """What the teacher says of a batch, where the candidate asks it, and in how many seconds; kept for others."""
-        s = candidate.selection
-        if self.teacher is None or s is None:
+    def _teacher_view(
+        self, candidate: Candidate, batch: ImageBatch, seed: int
+    ) -> tuple[TeacherView, float]:
+        """Evaluate the teacher where the candidate uses it; return its outputs and the seconds.
+
+        Cached, since many candidates use the same outputs.
+        """
+        selection = candidate.selection
+        if self.teacher is None or selection is None:
             return TeacherView(), 0.0
-        config = self.teacher.config.model_copy(update={"selection": s, "seed": seed})
+        config = self.teacher.config.model_copy(update={"selection": selection, "seed": seed})
         if not config.needs_teacher:
             return TeacherView(), 0.0
-        error = s.rule == "hardest" or s.score == "difficulty"  # the one answer that is random
+        # The one output that is random.
+        uses_difficulty = selection.rule == "hardest" or selection.score == "difficulty"
         key = (
             id(batch.patches),
-            s.features == "tokens",
-            s.score == "attention",
-            error,
-            seed if error else 0,
+            selection.features == "tokens",
+            selection.score == "attention",
+            uses_difficulty,
+            seed if uses_difficulty else 0,
         )
-        if key not in self._told:
+        if key not in self._teacher_views:
             started = time.perf_counter()
             view = teacher_view(self.teacher.model, batch.patches, batch.keys, config, 1)
-            self._told[key] = view, time.perf_counter() - started
-        view, seconds = self._told[key]
+            self._teacher_views[key] = view, time.perf_counter() - started
+        view, seconds = self._teacher_views[key]
         if candidate.per_variance and view.difficulty is not None:
             view = view._replace(difficulty=view.difficulty / (batch.patches.var(-1) + 1e-6))
         return view, seconds
 
-    def _look(
+    def _locate(
         self,
         candidate: Candidate,
-        batch: Batch,
+        batch: ImageBatch,
         seed: int,
         centroids: DatasetClusters | None,
         *,
         learn: bool = False,
     ) -> LesionMap:
-        s = candidate.selection
-        if s is None:
-            noise = counter_rng.uniform(
-                batch.keys, batch.share.shape[1], seed=seed, epoch=1, stream=counter_rng.MASK
-            )
-            near = -center_distance(self.grid, noise.device).expand_as(noise)
-            score = noise if candidate.name == RANDOM else near
-            return LesionMap(_top(score, self.share, batch.keys).float(), score, score)
+        selection = candidate.selection
+        if selection is None:
+            score = self._reference_score(candidate, batch, seed)
+            lesion = _top_patches(score, self.share, batch.keys).float()
+            return LesionMap(lesion, score, score)
+        view, _ = self._teacher_view(candidate, batch, seed)
         return locate_lesion(
             batch.patches,
             batch.keys,
             self.grid,
             self.channels,
-            s,
+            selection,
             seed=seed,
             epoch=1,
-            teacher=self._asked(candidate, batch, seed)[0],
-            truth=batch.share if s.uses_truth else None,
+            teacher=view,
+            truth=batch.share if selection.uses_ground_truth else None,
             centroids=centroids,
             learn=learn,
         )
 
-    def _compared(self, candidate: Candidate, aim: LesionMap, batch: Batch) -> dict[str, Tensor]:
-        truth, lesion = truth_patches(batch.share), aim.lesion > 0.5
-        tissue = tissue_of(batch.patches, candidate.selection or SelectionConfig())
-        found = _agreement(lesion, truth, "")
-        found["size"] = lesion.sum(1) / tissue.sum(1).clamp_min(1)
-        found["fallback"] = ~lesion.any(1)
+    def _reference_score(self, candidate: Candidate, batch: ImageBatch, seed: int) -> Tensor:
+        """Return noise, or nearness to the center, (B, N)."""
+        patches = batch.share.shape[1]
+        noise = counter_rng.uniform(
+            batch.keys, patches, seed=seed, epoch=1, stream=counter_rng.MASK
+        )
+        if candidate.name == RANDOM:
+            return noise
+        return -center_distance(self.grid, noise.device).expand_as(noise)
+
+    def _compare(
+        self, candidate: Candidate, lesion_map: LesionMap, batch: ImageBatch
+    ) -> dict[str, Tensor]:
+        """Return every measure by image, (B,)."""
+        selection = candidate.selection or SelectionConfig()
+        truth = true_lesion_patches(batch.share)
+        lesion = lesion_map.lesion > 0.5
+        tissue = tissue_mask(batch.patches, selection)
+        values = _overlap(lesion, truth)
+        values["size"] = lesion.sum(1) / tissue.sum(1).clamp_min(1)
+        values["fallback"] = ~lesion.any(1)
         if candidate.selection is None or not candidate.selection.uses_clusters:
-            found |= _agreement(_top(aim.score, TOP, batch.keys), truth, "_top")
-            found |= _agreement(_top(aim.score, self.share, batch.keys), truth, "_share")
-            for name, measure in (("auc", roc_auc_score), ("ap", average_precision_score)):
-                pairs = zip(truth.numpy(), aim.score.numpy(), strict=True)
-                # An image that is all lesion ranks nothing.
-                found[name] = torch.tensor([np.nan if t.all() else measure(t, s) for t, s in pairs])
-        return found
+            for suffix, share in (("_top", TOP_SHARE), ("_share", self.share)):
+                top = _top_patches(lesion_map.score, share, batch.keys)
+                for name, value in _overlap(top, truth).items():
+                    values[name + suffix] = value
+            values["auc"] = _per_image(roc_auc_score, truth, lesion_map.score)
+            values["ap"] = _per_image(average_precision_score, truth, lesion_map.score)
+        return values
 
 
-def _top(score: Tensor, share: float, keys: Tensor) -> Tensor:
-    """The `share` of patches with the highest score, (B, N) bool; equal ones in random order."""
+def _top_patches(score: Tensor, share: float, keys: Tensor) -> Tensor:
+    """Return the `share` of patches of highest score, (B, N) bool; equal ones in random order."""
     noise = counter_rng.uniform(keys, score.shape[1], seed=0, epoch=0, stream=counter_rng.HINT)
     order = noise.argsort(1)
-    order = order.gather(1, score.gather(1, order).argsort(stable=True, dim=1, descending=True))
+    by_score = score.gather(1, order).argsort(stable=True, dim=1, descending=True)
+    order = order.gather(1, by_score)
     count = max(1, round(share * score.shape[1]))
     return torch.zeros_like(score, dtype=torch.bool).scatter(1, order[:, :count], True)
 
 
-def _agreement(lesion: Tensor, truth: Tensor, ending: str) -> dict[str, Tensor]:
-    """Precision, recall and F1 (B,) of lesion against truth (B, N)."""
-    hit, found, true = (lesion & truth).sum(1), lesion.sum(1), truth.sum(1)
+def _overlap(lesion: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """Return precision, recall and F1 (B,) of lesion against truth, (B, N) bool each."""
+    hits = (lesion & truth).sum(1)
+    found = lesion.sum(1)
+    true = truth.sum(1)
     return {
-        f"precision{ending}": hit / found.clamp_min(1),
-        f"recall{ending}": hit / true.clamp_min(1),
-        f"f1{ending}": 2 * hit / (found + true).clamp_min(1),
+        "precision": hits / found.clamp_min(1),
+        "recall": hits / true.clamp_min(1),
+        "f1": 2 * hits / (found + true).clamp_min(1),
     }
 
 
-def _described(candidate: Candidate) -> Row:
-    """Block, name, and the settings that the candidate uses; None for the others."""
-    s = candidate.selection
-    cluster = s if s is not None and s.uses_clusters else None
-    scored = s if s is not None and s.uses_score else None
-    signed = s if s is not None and (s.uses_score or s.rule in PATCH_SCORES) else None
-    return {
-        "block": candidate.block,
-        "name": candidate.name,
-        **{n: getattr(cluster, n, None) for n in ("features", "clusters", "scope", "rule")},
-        "score": scored.score if scored else None,
-        **{n: getattr(signed, n, None) for n in ("lesion_sign", "center_prior")},
-    }
+def _per_image(measure: Callable[..., float], truth: Tensor, score: Tensor) -> Tensor:
+    """Compute a ranking measure of every image, (B,); NaN where all patches are lesion."""
+    values = []
+    for image_truth, image_score in zip(truth.numpy(), score.numpy(), strict=True):
+        is_all_lesion = image_truth.all()
+        values.append(np.nan if is_all_lesion else measure(image_truth, image_score))
+    return torch.tensor(values)
 
 
-def _summary(values: dict[str, np.ndarray], small: np.ndarray) -> Row:
-    """Mean, standard error, and means of both halves by lesion size, of every measure."""
-    row: Row = {}
-    for name, value in values.items():
-        row[name] = float(np.nanmean(value))
-        if name in ("size", "fallback"):
-            continue
-        count = int(np.isfinite(value).sum())
-        row[f"{name}_se"] = float(np.nanstd(value, ddof=1) / count**0.5) if count > 1 else None
-        row[f"{name}_small"] = float(np.nanmean(value[small]))
-        row[f"{name}_large"] = float(np.nanmean(value[~small])) if not small.all() else None
+def _describe(candidate: Candidate) -> Row:
+    """Return block, name, and the settings that the candidate uses; None for the others."""
+    row: Row = dict.fromkeys(
+        (
+            "block",
+            "name",
+            "features",
+            "clusters",
+            "scope",
+            "rule",
+            "score",
+            "lesion_sign",
+            "center_prior",
+        )
+    )
+    row["block"] = candidate.block
+    row["name"] = candidate.name
+    selection = candidate.selection
+    if selection is None:
+        return row
+    if selection.uses_clusters:
+        row["features"] = selection.features
+        row["clusters"] = selection.clusters
+        row["scope"] = selection.scope
+        row["rule"] = selection.rule
+    if selection.uses_score:
+        row["score"] = selection.score
+    if selection.uses_score or selection.rule in PATCH_SCORES:
+        row["lesion_sign"] = selection.lesion_sign
+        row["center_prior"] = selection.center_prior
+    return row
+
+
+def _summarize(name: str, values: np.ndarray, is_small: np.ndarray) -> Row:
+    """Return mean, standard error, and the means of both halves by lesion size, of a measure."""
+    row: Row = {name: float(np.nanmean(values))}
+    if name in ("size", "fallback"):
+        return row
+    count = int(np.isfinite(values).sum())
+    row[f"{name}_se"] = float(np.nanstd(values, ddof=1) / count**0.5) if count > 1 else None
+    row[f"{name}_small"] = float(np.nanmean(values[is_small]))
+    row[f"{name}_large"] = float(np.nanmean(values[~is_small])) if not is_small.all() else None
     return row

@@ -1,4 +1,4 @@
-"""The ways to find lesions that the localisation bench compares: a name, a block of the table, and settings."""
+"""The candidates that the localization benchmark compares: name, block of the table, settings."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ from typing import Any, NamedTuple
 from amlp_ray.config import SelectionConfig
 from amlp_ray.method.patch_scores import PATCH_SCORES
 
-RANDOM, CENTER = "random patches", "nearness to the centre"
+RANDOM = "random patches"
+CENTER = "nearness to the centre"
 CLUSTERS = (2, 3, 4, 6, 8)
-# Against which the rest is read: the rule nearest to the paper, a random cluster of the same sizes, and patch SD, which
-# difficulty must beat, since a teacher errs where patches vary.
-REFERENCES = ("raw, 3, smallest", "raw, 3, random", "texture")
+DATASET_CLUSTERS = (3, 8)
+SCORES = ("row_contrast", "blob", "border_saliency", "geodesic", "texture", "combined")
 SIGNED = ("row_contrast", "blob", "combined")  # scores that a lesion's sign changes
+# What the others are compared with: the rule nearest to the paper, a random cluster of the same
+# sizes, and patch SD, which difficulty must beat, since a teacher errs where patches vary.
+REFERENCES = ("raw, 3, smallest", "raw, 3, random", "texture")
 
 
 class Candidate(NamedTuple):
-    """A way to find lesions: settings of the aim, or none for `RANDOM` and `CENTRE`.
+    """A way to find lesions.
 
-    `per_variance` divides the teacher's difficulty by the patch's variance, as standardised targets do.
+    Attributes:
+        block: heading of the table.
+        name: row of the table.
+        selection: settings of the lesion map; None for `RANDOM` and `CENTER`.
+        per_variance: divide the teacher's difficulty by the patch's variance, as standardized
+            targets do.
     """
 
     block: str
@@ -27,82 +35,100 @@ class Candidate(NamedTuple):
     selection: SelectionConfig | None = None
     per_variance: bool = False
 
+    @property
+    def is_random(self) -> bool:
+        """Whether the result depends on the seed."""
+        if self.selection is None or self.selection.uses_clusters:
+            return True
+        return "difficulty" in self.name
 
-def candidates(*, encoder: bool = False, decoder: bool = False) -> list[Candidate]:
-    """All rows of the bench; those that ask a trained encoder, or its decoder, only where there is one."""
-    found = [Candidate("reference", RANDOM), Candidate("reference", CENTER)]
-    features = ("raw", "stats", "context") + (("tokens",) if encoder else ())
-    found += [
-        _clusters(f, k, "image", **rule) for f in features for k in CLUSTERS for rule in _rules(k)
-    ]
-    found += [
-        _clusters(f, k, "dataset", **rule) for f in features for k in (3, 8) for rule in _rules(k)
-    ]
-    for score in ("row_contrast", "blob", "border_saliency", "geodesic", "texture", "combined"):
-        for sign in ("dark", "free") if score in SIGNED else ("free",):
-            found += [_score(score, sign, prior) for prior in (0.0, 0.8)]
+
+def all_candidates(*, encoder: bool = False, decoder: bool = False) -> list[Candidate]:
+    """Return all candidates.
+
+    Args:
+        encoder: include those that need a trained encoder.
+        decoder: include those that need a trained decoder.
+    """
+    features = ["raw", "stats", "context"]
     if encoder:
-        found.append(_score("attention"))
+        features.append("tokens")
+    result = [Candidate("reference", RANDOM), Candidate("reference", CENTER)]
+    for scope, cluster_counts in (("image", CLUSTERS), ("dataset", DATASET_CLUSTERS)):
+        for feature in features:
+            for clusters in cluster_counts:
+                for rule in _rules(clusters):
+                    result.append(_cluster_candidate(feature, clusters, scope, **rule))
+    for score in SCORES:
+        for sign in ("dark", "free") if score in SIGNED else ("free",):
+            for center_prior in (0.0, 0.8):
+                result.append(_score_candidate(score, sign, center_prior))
+    if encoder:
+        result.append(_score_candidate("attention"))
     if decoder:
-        found += [_clusters(f, k, "image", rule="hardest") for f in features for k in CLUSTERS[1:]]
-        found += [_score("difficulty"), _score("difficulty", per_variance=True)]
-    return found
+        for feature in features:
+            for clusters in CLUSTERS[1:]:
+                result.append(_cluster_candidate(feature, clusters, "image", rule="hardest"))
+        result.append(_score_candidate("difficulty"))
+        result.append(_score_candidate("difficulty", per_variance=True))
+    return result
 
 
 def _rules(clusters: int) -> Iterator[dict[str, Any]]:
     yield {"rule": "smallest"}
     if clusters == 2:
-        return  # the larger of two is above `max_share`, so that every rule names the smaller
+        # The larger of two is above `max_share`, so every rule chooses the smaller.
+        return
     for rule in ("distinct", "most_central", "darkest", "brightest", "random", "oracle"):
         yield {"rule": rule}
-    for sign, prior in (
-        ("dark", 0.0),
-        ("bright", 0.0),
-        ("free", 0.0),
-        ("dark", 0.8),
-        ("free", 0.8),
-    ):
-        yield {"rule": "combined", "lesion_sign": sign, "center_prior": prior}
+    for sign in ("dark", "bright", "free"):
+        yield {"rule": "combined", "lesion_sign": sign, "center_prior": 0.0}
+    for sign in ("dark", "free"):
+        yield {"rule": "combined", "lesion_sign": sign, "center_prior": 0.8}
     yield {"rule": "geodesic"}
 
 
-def _clusters(features: str, clusters: int, scope: str, **rule: Any) -> Candidate:
-    given = {"mode": "hard", "features": features, "clusters": clusters, "scope": scope, **rule}
-    selection = SelectionConfig.model_validate(given)
-    named = (
-        f"by {_score_name(selection, selection.rule)}"
-        if selection.rule in PATCH_SCORES
-        else selection.rule
+def _cluster_candidate(features: str, clusters: int, scope: str, **rule: Any) -> Candidate:
+    selection = SelectionConfig.model_validate(
+        {"mode": "hard", "features": features, "clusters": clusters, "scope": scope, **rule}
     )
-    of = "clusters of the data set" if scope == "dataset" else "clusters of an image"
-    block = of
+    rule_name: str = selection.rule
+    if selection.rule in PATCH_SCORES:
+        rule_name = f"by {_score_name(selection, selection.rule)}"
+    name = f"{features}, {clusters}, {rule_name}"
+    block = "clusters of an image"
+    if scope == "dataset":
+        name += ", data set"
+        block = "clusters of the data set"
     if selection.rule == "oracle":
-        block = f"best {of} (labels)"
+        block = f"best {block} (labels)"
     elif features == "tokens" or selection.rule == "hardest":
-        block = f"teacher's {of}"
-    return _placed(
-        block,
-        f"{features}, {clusters}, {named}" + (", data set" if scope == "dataset" else ""),
-        selection,
-    )
+        block = f"teacher's {block}"
+    return _with_block(block, name, selection)
 
 
-def _score(
-    score: str, sign: str = "free", prior: float = 0.0, *, per_variance: bool = False
+def _score_candidate(
+    score: str, sign: str = "free", center_prior: float = 0.0, *, per_variance: bool = False
 ) -> Candidate:
-    given = {"mode": "soft", "score": score, "lesion_sign": sign, "center_prior": prior}
-    selection = SelectionConfig.model_validate(given)
+    selection = SelectionConfig.model_validate(
+        {"mode": "soft", "score": score, "lesion_sign": sign, "center_prior": center_prior}
+    )
     block = "teacher's scores" if score in ("attention", "difficulty") else "scores"
-    name = _score_name(selection, selection.score) + (" / patch variance" if per_variance else "")
-    return _placed(block, name, selection)._replace(per_variance=per_variance)
+    name = _score_name(selection, score)
+    if per_variance:
+        name += " / patch variance"
+    return _with_block(block, name, selection)._replace(per_variance=per_variance)
 
 
-def _placed(block: str, name: str, selection: SelectionConfig) -> Candidate:
+def _with_block(block: str, name: str, selection: SelectionConfig) -> Candidate:
+    """Create a candidate; references stand in a block of their own."""
     return Candidate("reference" if name in REFERENCES else block, name, selection)
 
 
 def _score_name(selection: SelectionConfig, score: str) -> str:
-    parts = [score, selection.lesion_sign if score in SIGNED else ""]
-    return " ".join(part for part in parts if part) + (
-        " x centre" if selection.center_prior else ""
-    )
+    name = score
+    if score in SIGNED:
+        name += f" {selection.lesion_sign}"
+    if selection.center_prior:
+        name += " x centre"
+    return name

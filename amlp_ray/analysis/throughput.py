@@ -1,4 +1,4 @@
-"""Whether a model would wait for its data: images per second of each way to read, against the model's own."""
+"""Measure whether a model would wait for its data: images per second of each way to read."""
 
 from __future__ import annotations
 
@@ -9,21 +9,26 @@ import torch
 
 from amlp_ray.config import PretrainConfig
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.loading import image_cache
-from amlp_ray.data.loading.batches import ExampleBatches, Mode, open_batches, resolved
-from amlp_ray.data.loading.throughput import measure_pace
+from amlp_ray.data.loading.batches import (
+    Batches,
+    ExampleBatches,
+    Mode,
+    open_batches,
+    resolve_mode,
+)
+from amlp_ray.data.loading.throughput import Throughput, measure_throughput
 from amlp_ray.errors import ConfigError, DataError
 from amlp_ray.runtime.session import ray_session
 from amlp_ray.training.objectives import make_objective
 from amlp_ray.training.pretrain import train_epoch
 from amlp_ray.training.train_state import TrainState
 
-MODES: tuple[Mode, ...] = ("resident", "mapped", "stream")
+MODES: tuple[Mode, ...] = ("mapped", "stream")
 STREAM_EPOCHS = 100  # read ahead at most
 Row = dict[str, Any]
 
 
-def bench(
+def bench_reading(
     dataset: PatchDataset,
     config: PretrainConfig,
     *,
@@ -32,45 +37,52 @@ def bench(
     device: str | None = None,
     modes: tuple[Mode, ...] = MODES,
 ) -> list[Row]:
-    """Measure each way to read the training images, and the model of `settings` on images that are there already.
+    """Measure each way to read the training images against the model's own speed.
 
-    A row has `mode`, `auto` (whether data=auto takes it here), `first_batch_seconds`, `images_per_second`,
-    `restart_seconds`, `model_images_per_second` and `waiting`: the share of its time that the model would wait.
+    A row has `mode`, `auto` ("x" where data=auto chooses this mode), `first_batch_seconds`,
+    `images_per_second`, `restart_seconds`, `model_images_per_second`, `waiting` (the share of its
+    time that the model would wait) and `failed` (the reason, or None).
 
     Args:
-        batch_size: in place of the settings'.
-        seconds: to measure each for.
-        device: `cpu` or `cuda`; none: a GPU where there is one.
+        batch_size: overrides that of `config`.
+        seconds: duration of each measurement.
+        device: `cpu` or `cuda`; by default a GPU where there is one.
+
+    Raises:
+        ConfigError: there is no GPU for `device`.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device is {device!r}, but no GPU is seen here; use cpu.")
-    config = config if batch_size is None else config.model_copy(update={"batch_size": batch_size})
-    eaten = model_pace(dataset, config, seconds=seconds, device=device)
-    auto, rows = resolved(dataset, "train", "auto"), []
+    if batch_size is not None:
+        config = config.model_copy(update={"batch_size": batch_size})
+    model_speed = measure_model(dataset, config, seconds=seconds, device=device)
+    auto_mode = resolve_mode(dataset, "train", "auto")
+    rows = []
     for mode in modes:
         row: Row = {
             "mode": mode,
-            "auto": "x" if mode == auto else "",
-            "model_images_per_second": eaten,
+            "auto": "x" if mode == auto_mode else "",
+            "model_images_per_second": model_speed,
         }
         try:
-            rows.append(row | _pace(dataset, config, mode, seconds, device, eaten))
+            throughput = _measure_mode(dataset, config, mode, seconds, device)
         except DataError as error:
-            rows.append(row | {"failed": str(error)})
-        image_cache.release()
+            row["failed"] = str(error)
+        else:
+            row["first_batch_seconds"] = throughput.first_batch_seconds
+            row["images_per_second"] = throughput.images_per_second
+            row["restart_seconds"] = throughput.restart_seconds
+            row["waiting"] = _waiting_share(throughput.images_per_second, model_speed, device)
+            row["failed"] = None
+        rows.append(row)
     return rows
 
 
-def _pace(
-    dataset: PatchDataset,
-    config: PretrainConfig,
-    mode: Mode,
-    seconds: float,
-    device: str,
-    eaten: float,
-) -> Row:
-    def opened() -> Any:
+def _measure_mode(
+    dataset: PatchDataset, config: PretrainConfig, mode: Mode, seconds: float, device: str
+) -> Throughput:
+    def open_source() -> Batches:
         return open_batches(
             dataset,
             batch_size=config.batch_size,
@@ -79,27 +91,25 @@ def _pace(
             epochs=STREAM_EPOCHS,
         )
 
-    if mode == "stream":
-        with ray_session():
-            pace = measure_pace(opened, seconds=seconds, device=device, epochs=STREAM_EPOCHS)
-    else:
-        pace = measure_pace(opened, seconds=seconds, device=device)
-    given = pace.images_per_second
-    # A GPU computes while batches are gathered; on a CPU they take turns, also with what a stream reads beside them.
-    waiting = max(0.0, 1 - given / eaten) if device != "cpu" else eaten / (eaten + given)
-    return {
-        "first_batch_seconds": pace.first_batch_seconds,
-        "images_per_second": given,
-        "restart_seconds": pace.restart_seconds,
-        "waiting": waiting,
-        "failed": None,
-    }
+    if mode != "stream":
+        return measure_throughput(open_source, seconds=seconds, device=device)
+    with ray_session():
+        return measure_throughput(open_source, seconds=seconds, device=device, epochs=STREAM_EPOCHS)
 
 
-def model_pace(
+def _waiting_share(read_speed: float, model_speed: float, device: str) -> float:
+    """Return the share of its time that the model waits, from images per second of both."""
+    if device == "cpu":
+        # Reading and training take turns, also with what a stream reads beside them.
+        return model_speed / (model_speed + read_speed)
+    # A GPU computes while batches are gathered.
+    return max(0.0, 1 - read_speed / model_speed)
+
+
+def measure_model(
     dataset: PatchDataset, config: PretrainConfig, *, seconds: float, device: str
 ) -> float:
-    """Images per second of training steps on one batch, again and again: what the model eats if it never waits."""
+    """Return images per second of training steps on one batch that is in memory."""
     batches = ExampleBatches(dataset, batch_size=config.batch_size)
     train_state = TrainState(config, batches.spec, device)
     objective = make_objective(train_state.model, config, None)
@@ -107,8 +117,9 @@ def model_pace(
     def step() -> None:
         train_epoch(train_state.model, train_state, objective, batches, 1)
 
-    step()  # a warm-up
-    steps, started = 0, time.perf_counter()
+    step()  # warm-up
+    steps = 0
+    started = time.perf_counter()
     while steps == 0 or time.perf_counter() - started < seconds:
         step()
         steps += 1

@@ -8,9 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from amlp_ray.cli.output import Json, print_json, print_table
-from amlp_ray.config import PretrainConfig
-from amlp_ray.config.overrides import build_with_overrides
-from amlp_ray.config.yaml_file import read_yaml
+from amlp_ray.cli.run_options import Set
+
+COLUMNS = (
+    "mode",
+    "auto",
+    "images_per_second",
+    "model_images_per_second",
+    "waiting",
+    "restart_seconds",
+    "first_batch_seconds",
+    "failed",
+)
 
 
 def bench(
@@ -19,44 +28,41 @@ def bench(
         Path | None,
         typer.Option("--config", help="YAML file of pretraining settings: the model to feed."),
     ] = None,
-    assign: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="name=value, such as model.width=384; repeatable."),
-    ] = None,
+    assign: Set = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images per step; none: as the settings say.")
+        int | None, typer.Option(min=1, help="Images per step; none: as in the settings.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Time to measure each way for.")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Duration of each measurement.")] = 5.0,
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda; none: a GPU where there is one.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure images per second of each way to read a dataset, and the share of its time that a model would wait."""
-    from amlp_ray.analysis.throughput import bench as measured
+    """Measure how fast each way to read a dataset is, and whether a model would wait for it."""
+    from amlp_ray.analysis.throughput import bench_reading
+    from amlp_ray.config import PretrainConfig
+    from amlp_ray.config.overrides import build_with_overrides
+    from amlp_ray.config.yaml_file import read_yaml
     from amlp_ray.data.dataset import PatchDataset
 
-    config = build_with_overrides(
-        PretrainConfig, read_yaml(config_file) if config_file else {}, assign or []
-    )
-    opened = PatchDataset.open(dataset)
-    config.check_image(opened.spec)
-    rows = measured(opened, config, batch_size=batch_size, seconds=seconds, device=device)
+    values = read_yaml(config_file) if config_file else {}
+    config = build_with_overrides(PretrainConfig, values, assign or [])
+    patches = PatchDataset.open(dataset)
+    config.check_image(patches.spec)
+    rows = bench_reading(patches, config, batch_size=batch_size, seconds=seconds, device=device)
     if as_json:
         print_json(rows)
         return
-    print_table([_shown(row) for row in rows])
-    typer.echo(
-        "x: what data=auto takes here. The model's own pace is on images that are in memory already."
-    )
+    print_table([_table_row(row) for row in rows])
+    typer.echo("x: the way that data=auto chooses here.")
+    typer.echo("The model's own speed is measured on images that are in memory already.")
 
 
-def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    names = ("mode", "auto", "images_per_second", "model_images_per_second", "waiting")
-    shown = {
-        name: row.get(name) for name in (*names, "restart_seconds", "first_batch_seconds", "failed")
-    }
+def _table_row(row: dict[str, Any]) -> dict[str, Any]:
+    cells = {name: row.get(name) for name in COLUMNS}
     for name in ("images_per_second", "model_images_per_second"):
-        shown[name] = None if shown[name] is None else f"{shown[name]:,.0f}"
-    shown["waiting"] = None if shown["waiting"] is None else f"{shown['waiting']:.1%}"
-    return shown
+        if cells[name] is not None:
+            cells[name] = f"{cells[name]:,.0f}"
+    if cells["waiting"] is not None:
+        cells["waiting"] = f"{cells['waiting']:.1%}"
+    return cells

@@ -1,8 +1,12 @@
-"""The probability of lesion in frames as they were read: brought to the network's input, and back from its output."""
+"""Compute lesion probabilities of frames: to the network's input, and back from its output.
+
+Shapes: B images, C channels, H x W pixels of a frame, S x S of the network's input.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +20,19 @@ from amlp_ray.data.decoders.image import to_channels
 from amlp_ray.data.layouts import SourceImage
 from amlp_ray.errors import CheckpointError, ConfigError, DataError
 from amlp_ray.evaluation.segmenter import LoadedSegmenter, load_segmenter
-from amlp_ray.inference.geometry import Fitted, fitted, restored
+from amlp_ray.inference.geometry import NetworkInput, fit_frame, restore
 from amlp_ray.method.augment import normalize
 
-FAR = 10  # SDs between the mean of a frame and that of the training images, beyond which the scale must be another
+logger = logging.getLogger(__name__)
+
+# SDs between the mean of a frame and that of the training images, beyond which the scale must be
+# another.
+MAX_MEAN_SDS = 10
 
 
 @dataclass(frozen=True)
 class Inference:
-    """A segmenter, and how images come to it and are read: what all images of a run have in common."""
+    """A segmenter and how images are read and brought to it."""
 
     segmenter: LoadedSegmenter  # its model on `device`
     decoding: PrepareConfig
@@ -32,118 +40,129 @@ class Inference:
     config: PredictConfig
     device: str
 
+    def convert(self, item: SourceImage, frame: Frame) -> np.ndarray:
+        """Return the image of a frame with the channels of the training images, (H, W, C).
 
-def load_inference(
-    folder: Path, config: PredictConfig, device: str, say: Callable[[str], None]
-) -> Inference:
+        Raises:
+            DataError: it has other channels, or values of another scale.
+        """
+        spec = self.segmenter.spec
+        path = item.images[0]
+        channels = frame.image.shape[2]
+        is_gray_or_color = item.format != "nifti" and {channels, spec.channels} == {1, 3}
+        if channels != spec.channels and not is_gray_or_color:
+            raise DataError(
+                f"{path} has {channels} channels, but the segmenter was trained on "
+                f"{spec.channels}; give the same channels or modalities."
+            )
+        image = to_channels(frame.image, spec.channels)
+        mean = np.array(spec.mean)
+        std = np.array(spec.std)
+        image_mean = image.mean(axis=(0, 1), dtype=np.float64)
+        distance = np.abs(image_mean - mean)
+        if (distance > MAX_MEAN_SDS * std).any():
+            worst = int((distance / std).argmax())
+            raise DataError(
+                f"{path} has the mean value {image_mean[worst]:.4g}, but the segmenter is made for "
+                f"images of mean {mean[worst]:.4g} and standard deviation {std[worst]:.4g}, so "
+                f"this one is of another scale; convert it, such as from 16 bits to 8, or train on "
+                f"a dataset prepared with values=percentile."
+            )
+        return image
+
+    def lesion_probabilities(self, images: list[np.ndarray]) -> Iterator[np.ndarray]:
+        """Return the lesion probability (H, W) of each image (H, W, C)."""
+        inputs = [fit_frame(image, self.fitting) for image in images]
+        outputs: Iterable[np.ndarray]
+        if self.fitting.fit == "tiles":
+            outputs = (self._slide(network_input.image) for network_input in inputs)
+        else:
+            outputs = self._predict_whole(inputs)
+        for image, network_input, output in zip(images, inputs, outputs, strict=True):
+            yield restore(output, network_input, *image.shape[:2])
+
+    @torch.inference_mode()
+    def _predict_whole(self, inputs: list[NetworkInput]) -> np.ndarray:
+        """Return probabilities (B, S, S) of whole images."""
+        images = np.stack([each.image.astype(np.float32) for each in inputs])
+        batch = normalize(torch.from_numpy(images).to(self.device), self.segmenter.spec)
+        return np.asarray(self._forward(batch)[:, 0].cpu())
+
+    @torch.inference_mode()
+    def _slide(self, image: np.ndarray) -> np.ndarray:
+        """Slide a window of S x S over an image (C, H', W'); return probabilities (H', W').
+
+        The image stays on the CPU, where memory is larger.
+        """
+        from monai.inferers import sliding_window_inference  # takes seconds to import
+
+        batch = torch.from_numpy(image[None].astype(np.float32))
+        probability: Tensor = sliding_window_inference(
+            normalize(batch, self.segmenter.spec),
+            self.fitting.size,
+            self.config.batch_size,
+            self._forward,
+            overlap=self.config.overlap,
+            mode="gaussian",
+            sw_device=self.device,
+            device="cpu",
+        )
+        return np.asarray(probability[0, 0])
+
+    def _forward(self, batch: Tensor) -> Tensor:
+        """Return probabilities (B, 1, S, S) of normalized inputs (B, C, S, S)."""
+        model = self.segmenter.model
+        probability: Tensor = model(batch).sigmoid()
+        if self.config.flip_tta:
+            flipped: Tensor = model(batch.flip(-1)).sigmoid()
+            probability = (probability + flipped.flip(-1)) / 2
+        return probability
+
+
+def load_inference(folder: Path, config: PredictConfig, device: str) -> Inference:
     """Load a segmenter for images in files.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of images that came from no files. ConfigError: `scale` would
-        have no effect.
+        CheckpointError: it is missing, damaged, or of images that came from no files.
+        ConfigError: `scale` would have no effect.
     """
-    loaded = load_segmenter(folder)
-    prepare = loaded.prepare
+    segmenter = load_segmenter(folder)
+    prepare = segmenter.prepare
     if prepare is None:
         raise CheckpointError(
-            f"{folder} does not say how its training images were prepared, so new ones cannot be made alike; run "
-            f"`segment` again, on a dataset of `amlp-ray data prepare`."
+            f"{folder} does not say how its training images were prepared, so new ones cannot be "
+            f"made alike; run `segment` again, on a dataset of `amlp-ray data prepare`."
         )
-    fitting = fitting_of(prepare, config)
+    fitting = choose_fitting(prepare, config)
     if config.scale and fitting.fit != "tiles":
         raise ConfigError(
-            f"scale is {config.scale:g}, but images are taken whole here; add tiling=on, or leave it."
+            f"scale is {config.scale:g}, but images are taken whole here; "
+            f"add tiling=on, or leave it."
         )
     if fitting.fit == "tiles" != prepare.fit:
-        say(
-            f"{folder} was trained on whole images ({prepare.fit}): tiles suit it only where a tile of {prepare.size} "
-            f"pixels shows as much as one of those did."
+        logger.warning(
+            "%s was trained on whole images (%s): tiles suit it only where a tile of %s pixels "
+            "shows as much as one of those did.",
+            folder,
+            prepare.fit,
+            prepare.size,
         )
-    loaded.model.to(device).eval()
+    segmenter.model.to(device).eval()
     decoding = prepare.model_copy(
         update={"layout": config.layout, "file_list": None, "lesion_labels": ()}
     )
-    return Inference(loaded, decoding, fitting, config, device)
+    return Inference(segmenter, decoding, fitting, config, device)
 
 
-def fitting_of(prepare: PrepareConfig, config: PredictConfig) -> PrepareConfig:
-    """How frames are brought to the network: as its training images were, unless `tiling` says otherwise."""
-    fit = {
-        "auto": prepare.fit,
-        "on": "tiles",
-        "off": "pad" if prepare.fit == "tiles" else prepare.fit,
-    }[config.tiling]
+def choose_fitting(prepare: PrepareConfig, config: PredictConfig) -> PrepareConfig:
+    """Choose how frames are brought to the network's size.
+
+    As its training images were, unless `tiling` says otherwise.
+    """
+    fit = prepare.fit
+    if config.tiling == "on":
+        fit = "tiles"
+    elif config.tiling == "off" and fit == "tiles":
+        fit = "pad"
     scale = (config.scale or prepare.scale) if fit == "tiles" else 1.0
     return prepare.model_copy(update={"fit": fit, "scale": scale})
-
-
-def as_trained(item: SourceImage, frame: Frame, trial_spec: Inference) -> np.ndarray:
-    """The image of a frame with the channels of the training images. Raises DataError where it is unlike them."""
-    spec, image, path = trial_spec.segmenter.spec, frame.image, item.images[0]
-    if image.shape[2] != spec.channels and (
-        item.format == "nifti" or {image.shape[2], spec.channels} != {1, 3}
-    ):
-        raise DataError(
-            f"{path} has {image.shape[2]} channels, but the segmenter was trained on {spec.channels}; give the same "
-            f"channels or modalities."
-        )
-    image = to_channels(image, spec.channels)
-    mean, std = np.array(spec.mean), np.array(spec.std)
-    found = image.mean(axis=(0, 1), dtype=np.float64)
-    if (np.abs(found - mean) > FAR * std).any():
-        worst = int((np.abs(found - mean) / std).argmax())
-        raise DataError(
-            f"{path} has the mean value {found[worst]:.4g}, but the segmenter is made for images of mean "
-            f"{mean[worst]:.4g} and standard deviation {std[worst]:.4g}, so this one is of another scale; convert it, "
-            f"such as from 16 bits to 8, or train on a dataset prepared with values=percentile."
-        )
-    return image
-
-
-def lesion_probabilities(images: list[np.ndarray], trial_spec: Inference) -> Iterator[np.ndarray]:
-    """The probability of lesion (H, W) in each image (H, W, C)."""
-    fits = [fitted(image, trial_spec.fitting) for image in images]
-    found: Iterable[np.ndarray]
-    if trial_spec.fitting.fit == "tiles":
-        found = (_sliding(fit, trial_spec) for fit in fits)
-    else:
-        found = _looked(np.stack([fit.image.astype(np.float32) for fit in fits]), trial_spec)
-    for image, fit, values in zip(images, fits, found, strict=True):
-        yield restored(values, fit, *image.shape[:2])
-
-
-@torch.inference_mode()
-def _looked(images: np.ndarray, trial_spec: Inference) -> np.ndarray:
-    """Whole inputs (B, C, S, S) as they are stored -> (B, S, S)."""
-    batch = normalize(torch.from_numpy(images).to(trial_spec.device), trial_spec.segmenter.spec)
-    return np.asarray(_forward(batch, trial_spec)[:, 0].cpu())
-
-
-@torch.inference_mode()
-def _sliding(fit: Fitted, trial_spec: Inference) -> np.ndarray:
-    """A window of the network's size, slid over (C, H', W') -> (H', W'). The image stays where memory is larger."""
-    from monai.inferers import sliding_window_inference  # takes seconds to import
-
-    image = normalize(
-        torch.from_numpy(fit.image[None].astype(np.float32)), trial_spec.segmenter.spec
-    )
-    found: Tensor = sliding_window_inference(
-        image,
-        trial_spec.fitting.size,
-        trial_spec.config.batch_size,
-        lambda tiles: _forward(tiles, trial_spec),
-        overlap=trial_spec.config.overlap,
-        mode="gaussian",
-        sw_device=trial_spec.device,
-        device="cpu",
-    )
-    return np.asarray(found[0, 0])
-
-
-def _forward(batch: Tensor, trial_spec: Inference) -> Tensor:
-    """Normalised inputs (B, C, S, S) -> probabilities (B, 1, S, S)."""
-    model = trial_spec.segmenter.model
-    probability: Tensor = model(batch).sigmoid()
-    if trial_spec.config.flip_tta:
-        probability = (probability + model(batch.flip(-1)).sigmoid().flip(-1)) / 2
-    return probability

@@ -1,7 +1,8 @@
-"""`predict`: a segmenter's masks of new images, in the geometry of their files.
+"""Predict masks of new images with a segmenter, in the geometry of their files.
 
-Images are listed and decoded by the code that prepares datasets, and brought to the network's input as its training
-images were; what comes out is brought back to the size, place and axes of the file. Masks in the folder are ignored.
+Images are listed and decoded by the code that prepares datasets, and brought to the network's input
+as its training images were. The output is brought back to the size, position and axes of the file.
+Masks in the folder are ignored.
 
     a.jpg, wards/b.png           a.png, wards/b.png: 0 and 255, of the same height and width
     case_7.nii                   case_7.nii.gz: 0 and 1, of the same shape, affine and voxel sizes
@@ -13,8 +14,9 @@ images were; what comes out is brought back to the size, place and axes of the f
 from __future__ import annotations
 
 import hashlib
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -23,33 +25,45 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from amlp_ray.config import PredictConfig
-from amlp_ray.data.decoders import read_frames
+from amlp_ray.data.decoders import Frame, read_frames
 from amlp_ray.data.layouts import RejectedFile, SourceImage, find_items
 from amlp_ray.data.layouts.nifti_names import nifti_stem
 from amlp_ray.data.path import DataPath, read_bytes
 from amlp_ray.data.prepare.rejects import Rejects
 from amlp_ray.errors import DataError
 from amlp_ray.evaluation.segmenter import WEIGHTS
-from amlp_ray.inference.engine import Inference, as_trained, lesion_probabilities, load_inference
-from amlp_ray.inference.geometry import overlay, png_bytes, volume_bytes
+from amlp_ray.inference.engine import Inference, load_inference
+from amlp_ray.inference.geometry import draw_overlay, encode_png, encode_volume
 from amlp_ray.utils.run_dir import OtherRunError, RunDir
 
-MARKER = "predict.json"  # in the folder of masks: what they are of
+IDENTITY_FILE = "predict.json"  # in the folder of masks
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+
+logger = logging.getLogger(__name__)
 
 
 class Predictions(NamedTuple):
-    """What a run left: `out` holds the masks, and `rejects` lists what could not be used, if anything."""
+    """Result of a run.
+
+    Attributes:
+        out: folder of the masks.
+        predicted: number of items: pictures, DICOM series, volumes.
+        before: number of items that an earlier run predicted.
+        rejected: number of files that cannot be used.
+        rejects: the file that lists them; missing where there are none.
+    """
 
     out: str
-    predicted: int  # items: pictures, DICOM series, volumes
-    before: int  # by an earlier run
-    rejected: int  # files
+    predicted: int
+    before: int
+    rejected: int
     rejects: str
 
 
-class _File(NamedTuple):
-    place: DataPath
+class OutputFile(NamedTuple):
+    """A file to write."""
+
+    path: DataPath
     content: bytes
 
 
@@ -61,68 +75,91 @@ def predict(
     *,
     overwrite: bool = False,
     device: str = "cpu",
-    say: Callable[[str], None] = lambda sentence: None,
-    progress: Callable[[int, int], None] = lambda done, of: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Predictions:
     """Write a mask for each image of a folder. Images of an earlier run of the same are skipped.
 
     Args:
         images: folder or URI, in any layout that can be prepared.
-        segmenter: folder that `segment` made.
-        out: folder or URI of the masks. Beside it lie `<out>.probability` and `<out>.overlay`, where the settings ask
-            for them, and `<out>.rejects.csv`, which lists the files that cannot be used.
+        segmenter: folder that `segment` wrote.
+        out: folder or URI of the masks. Beside it lie `<out>.probability` and `<out>.overlay`,
+            where the config turns them on, and `<out>.rejects.csv`, which lists the files that
+            cannot be used.
         overwrite: replace what another run left in `out`.
+        progress: called with the number of finished items and of all.
 
     Raises:
-        DataError: nothing can be used, or `out` is taken or cannot be written.
+        DataError: no image can be used, or `out` is taken or cannot be written.
         CheckpointError: the segmenter is missing or damaged.
     """
-    config, source, out = config or PredictConfig(), DataPath(images), DataPath(out)
-    _check_apart(source, out)
-    trial_spec = load_inference(Path(segmenter), config, device, say)
-    listing = find_items(trial_spec.decoding, source)
+    config = config or PredictConfig()
+    source = DataPath(images)
+    out = DataPath(out)
+    _check_separate(source, out)
+    inference = load_inference(Path(segmenter), config, device)
+    listing = find_items(inference.decoding, source)
     if listing.summary:
-        say(listing.summary)
-    _begin(out, _identity(source, Path(segmenter), config), overwrite)
+        logger.info(listing.summary)
+    _claim(out, _identity(source, Path(segmenter), config), overwrite)
     rejects = Rejects(out, strict=False)
-    rejects.add(fault._replace(file=str(source / fault.file)) for fault in listing.rejected)
-    predicted = before = 0
-    taken: dict[str, str] = {}
+    rejects.add(
+        rejected._replace(file=str(source / rejected.file)) for rejected in listing.rejected
+    )
     try:
-        for done, item in enumerate(listing.items):
-            progress(done, len(listing.items))
-            item = replace(item, masks=(), outlines="")
-            try:
-                names = names_of(item, source)
-                _check_free(item, names, taken)
-                if _is_done(item, names, out):
-                    before += 1
-                    continue
-                files, notes = _predicted(item, names, out, trial_spec)
-            except (DataError, OSError, MemoryError) as error:
-                rejects.add([_fault(item, error)])
-                continue
-            rejects.add(RejectedFile(item.images[0], "repaired", note) for note in notes)
-            for file in files:
-                file.place.atomic_write(file.content)
-            predicted += 1
-        progress(len(listing.items), len(listing.items))
+        predicted, before = _predict_items(listing.items, source, out, inference, rejects, progress)
         rejects.write()
     except OSError as error:
         raise DataError(
-            f"{out} cannot be written ({error.strerror or error}); check the path, space and rights, and run the same "
-            f"command again to go on."
+            f"{out} cannot be written ({error.strerror or error}); check the path, space and "
+            f"rights, and run the same command again to go on."
         ) from None
     if not predicted and not before:
-        (out / MARKER).delete()  # so that the next try may have other settings
+        (out / IDENTITY_FILE).delete()  # so that the next try may have other settings
         raise DataError(
             f"None of {len(listing.items)} images can be used. The first: {rejects.first()}"
         )
     return Predictions(str(out), predicted, before, rejects.rejected, str(rejects.place))
 
 
-def names_of(item: SourceImage, source: DataPath) -> list[str]:
-    """The masks of an item, relative to their folder: one per frame, or one for a volume.
+def _predict_items(
+    items: list[SourceImage],
+    source: DataPath,
+    out: DataPath,
+    inference: Inference,
+    rejects: Rejects,
+    progress: Callable[[int, int], None],
+) -> tuple[int, int]:
+    """Predict and write all items that are not done.
+
+    Returns:
+        How many were predicted, and how many an earlier run had predicted.
+    """
+    predicted = 0
+    before = 0
+    used_names: dict[str, str] = {}
+    for done, item in enumerate(items):
+        progress(done, len(items))
+        item = replace(item, masks=(), outlines="")
+        try:
+            names = mask_names(item, source)
+            _check_unused(item, names, used_names)
+            if _is_done(item, names, out):
+                before += 1
+                continue
+            files, notes = _predict_item(item, names, out, inference)
+        except (DataError, OSError, MemoryError) as error:
+            rejects.add([_rejected(item, error)])
+            continue
+        rejects.add(RejectedFile(item.images[0], "repaired", note) for note in notes)
+        for file in files:
+            file.path.atomic_write(file.content)
+        predicted += 1
+    progress(len(items), len(items))
+    return predicted, before
+
+
+def mask_names(item: SourceImage, source: DataPath) -> list[str]:
+    """Return the masks of an item, relative to their folder: one per frame, or one per volume.
 
     Raises:
         DataError: a DICOM object, whose frames are counted, cannot be read.
@@ -134,98 +171,113 @@ def names_of(item: SourceImage, source: DataPath) -> list[str]:
         stem = nifti_stem(name) if len(item.images) == 1 else item.id.rpartition("/")[2]
         return [f"{folder}{slash}{stem}.nii.gz"]
     files = [DataPath(path).path.removeprefix(f"{source.path}/") for path in item.images]
-    stems = [_without(name, DICOM_SUFFIXES) for name in files]
-    count = (
-        1 if len(stems) > 1 else _frame_count(item.images[0])
-    )  # what has several frames is an item of its own
+    stems = [_without_dicom_suffix(name) for name in files]
+    # A file with several frames is an item of its own.
+    count = 1 if len(stems) > 1 else _frame_count(item.images[0])
     if count == 1:
         return [f"{stem}.png" for stem in stems]
     return [f"{stems[0]}/{number:04d}.png" for number in range(count)]
 
 
 def _frame_count(path: str) -> int:
-    from amlp_ray.data.decoders.dicom_pixels import (  # brings packages that no other format needs
-        frame_count,
-        load,
-    )
+    # Imports packages that no other format needs.
+    from amlp_ray.data.decoders.dicom_pixels import frame_count, load
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # every odd value in a header gives one
         return frame_count(load(path, read_bytes))
 
 
-def _without(name: str, suffixes: tuple[str, ...]) -> str:
-    """A name without one of the suffixes; the last number of a UID is none."""
+def _without_dicom_suffix(name: str) -> str:
+    """Return a name without its suffix; the last number of a UID is none."""
     path = PurePosixPath(name)
-    return str(path.with_suffix("")) if path.suffix.lower() in suffixes else name
+    return str(path.with_suffix("")) if path.suffix.lower() in DICOM_SUFFIXES else name
 
 
-def _predicted(
-    item: SourceImage, names: list[str], out: DataPath, trial_spec: Inference
-) -> tuple[list[_File], list[str]]:
-    """All files of an item, its masks last, since they tell a later run that it is done; and notes of repairs.
+def _predict_item(
+    item: SourceImage, names: list[str], out: DataPath, inference: Inference
+) -> tuple[list[OutputFile], list[str]]:
+    """Predict all frames of an item.
+
+    Returns:
+        Its files, the masks last, because a later run takes an item with masks as done. And notes
+        of repairs.
 
     Raises:
-        DataError: the item cannot be used; the sentence names the file. OSError, MemoryError: it cannot be read.
+        DataError: the item cannot be used; the message names the file.
+        OSError, MemoryError: it cannot be read.
     """
-    config, is_volume = trial_spec.config, item.format == "nifti"
+    config = inference.config
     masks: list[np.ndarray] = []
     probabilities: list[np.ndarray] = []
-    drawn: list[_File] = []
+    files: list[OutputFile] = []
     notes: dict[str, None] = {}
-    frames = read_frames(item, trial_spec.decoding)
-    while batch := list(islice(frames, config.batch_size)):
-        images = [as_trained(item, frame, trial_spec) for frame in batch]
-        for frame, probability in zip(batch, lesion_probabilities(images, trial_spec), strict=True):
-            mask = (probability > config.threshold).astype(np.uint8)
-            masks.append(mask)
-            if config.probability:
-                probabilities.append(probability)
-            if config.overlay:
-                name = (
-                    f"{_stem(names[0])}/{frame.number:04d}.png"
-                    if is_volume
-                    else names[frame.number]
-                )
-                drawn.append(
-                    _File(_beside(out, "overlay") / name, png_bytes(overlay(frame.image, mask)))
-                )
-            notes |= dict.fromkeys(frame.notes)
-    if is_volume:
-        encoded = [volume_bytes(masks, trial_spec.decoding.axis, item.images[0])]
-        shares = (
-            [volume_bytes(probabilities, trial_spec.decoding.axis, item.images[0])]
-            if probabilities
-            else []
-        )
+    for frame, probability in _predict_frames(item, inference):
+        mask = (probability > config.threshold).astype(np.uint8)
+        masks.append(mask)
+        if config.probability:
+            probabilities.append(probability)
+        if config.overlay:
+            path = _sibling(out, "overlay") / _overlay_name(item, names, frame.number)
+            files.append(OutputFile(path, encode_png(draw_overlay(frame.image, mask))))
+        notes |= dict.fromkeys(frame.notes)
+    axis = inference.decoding.axis
+    if item.format == "nifti":
+        mask_contents = [encode_volume(masks, axis, item.images[0])]
     else:
-        encoded = [png_bytes(mask * np.uint8(255)) for mask in masks]
-        shares = [png_bytes(np.rint(one * 65535).astype(np.uint16)) for one in probabilities]
-    beside = [
-        _File(_beside(out, "probability") / name, content)
-        for name, content in zip(names, shares, strict=False)
-    ]
-    return [
-        *drawn,
-        *beside,
-        *(_File(out / n, content) for n, content in zip(names, encoded, strict=True)),
-    ], list(notes)
+        mask_contents = [encode_png(mask * np.uint8(255)) for mask in masks]
+    if config.probability:
+        if item.format == "nifti":
+            contents = [encode_volume(probabilities, axis, item.images[0])]
+        else:
+            contents = [_encode_probability(probability) for probability in probabilities]
+        for name, content in zip(names, contents, strict=True):
+            files.append(OutputFile(_sibling(out, "probability") / name, content))
+    for name, content in zip(names, mask_contents, strict=True):
+        files.append(OutputFile(out / name, content))
+    return files, list(notes)
 
 
-def _check_apart(source: DataPath, out: DataPath) -> None:
-    """Masks among the images would be taken for images, or in their place."""
-    paths = [
-        PurePosixPath(place.local.resolve() if place.is_local else str(place))
-        for place in (source, out)
-    ]
-    if paths[1].is_relative_to(paths[0]) or paths[0].is_relative_to(paths[1]):
+def _predict_frames(item: SourceImage, inference: Inference) -> Iterator[tuple[Frame, np.ndarray]]:
+    """Yield every frame of an item and its lesion probability (H, W)."""
+    frames = read_frames(item, inference.decoding)
+    while batch := list(islice(frames, inference.config.batch_size)):
+        images = [inference.convert(item, frame) for frame in batch]
+        yield from zip(batch, inference.lesion_probabilities(images), strict=True)
+
+
+def _overlay_name(item: SourceImage, names: list[str], number: int) -> str:
+    """Return the overlay of a frame, relative to its folder: a volume has one per slice."""
+    if item.format == "nifti":
+        return f"{names[0].removesuffix('.nii.gz')}/{number:04d}.png"
+    return names[number]
+
+
+def _encode_probability(probability: np.ndarray) -> bytes:
+    return encode_png(np.rint(probability * 65535).astype(np.uint16))
+
+
+def _sibling(out: DataPath, suffix: str) -> DataPath:
+    return out.parent / f"{out.name}.{suffix}"
+
+
+def _check_separate(source: DataPath, out: DataPath) -> None:
+    """Refuse masks among the images: they would be taken for images, or replace them."""
+    source_path = _resolved(source)
+    out_path = _resolved(out)
+    if out_path.is_relative_to(source_path) or source_path.is_relative_to(out_path):
         raise DataError(
-            f"{out} lies among the images of {source}, or holds them; give masks a folder of their own."
+            f"{out} lies among the images of {source}, or holds them; "
+            f"give masks a folder of their own."
         )
+
+
+def _resolved(path: DataPath) -> PurePosixPath:
+    return PurePosixPath(path.local.resolve() if path.is_local else str(path))
 
 
 def _identity(source: DataPath, segmenter: Path, config: PredictConfig) -> dict[str, Any]:
-    """What a run's masks follow from, but for the images themselves."""
+    """Describe what a run's masks follow from, apart from the images themselves."""
     return {
         "images": str(source),
         "segmenter": hashlib.sha256((segmenter / WEIGHTS).read_bytes()).hexdigest(),
@@ -233,15 +285,19 @@ def _identity(source: DataPath, segmenter: Path, config: PredictConfig) -> dict[
     }
 
 
-def _begin(out: DataPath, identity: dict[str, Any], overwrite: bool) -> None:
-    """Make `out` this run's: it is new, empty, of an earlier run of the same, or replaced."""
-    run_dir = RunDir(out, MARKER, write=DataPath.atomic_write)
+def _claim(out: DataPath, identity: dict[str, Any], overwrite: bool) -> None:
+    """Take `out` for this run: it is new, empty, of an earlier run of the same, or replaced.
+
+    Raises:
+        DataError: it is something else, or cannot be written.
+    """
+    run_dir = RunDir(out, IDENTITY_FILE, write=DataPath.atomic_write)
     if run_dir.read_identity() is None:
         if out.is_file() or (out.is_folder() and not out.is_empty()):
             raise DataError(f"{out} holds something else than predictions; give another --out.")
     elif overwrite:
-        for place in (out, _beside(out, "probability"), _beside(out, "overlay")):
-            place.delete()
+        for folder in (out, _sibling(out, "probability"), _sibling(out, "overlay")):
+            folder.delete()
     try:
         run_dir.claim(identity)
     except OtherRunError:
@@ -251,41 +307,37 @@ def _begin(out: DataPath, identity: dict[str, Any], overwrite: bool) -> None:
         ) from None
     except OSError as error:
         raise DataError(
-            f"{out} cannot be written ({error.strerror or error}); check the path, space and rights."
+            f"{out} cannot be written ({error.strerror or error}); "
+            f"check the path, space and rights."
         ) from None
 
 
-def _check_free(item: SourceImage, names: list[str], taken: dict[str, str]) -> None:
+def _check_unused(item: SourceImage, names: list[str], used_names: dict[str, str]) -> None:
+    """Raise DataError if another item has a mask of the same name."""
+    path = item.images[0]
     for name in names:
-        first = taken.setdefault(name, item.images[0])
-        if first != item.images[0]:
+        first = used_names.setdefault(name, path)
+        if first != path:
             raise DataError(
-                f"{item.images[0]} would get the mask {name}, which is that of {first}; rename one."
+                f"{path} would get the mask {name}, which is that of {first}; rename one."
             )
 
 
 def _is_done(item: SourceImage, names: list[str], out: DataPath) -> bool:
-    """Whether all masks are there, and none of the item's files has changed since."""
+    """Return whether all masks exist and none of the item's files has changed since."""
     written = [(out / name).info().mtime_ns for name in names]
     read = [DataPath(path).info().mtime_ns for path in item.images]
     return None not in written and None not in read and min(written) >= max(read)
 
 
-def _beside(out: DataPath, what: str) -> DataPath:
-    return out.parent / f"{out.name}.{what}"
-
-
-def _stem(name: str) -> str:
-    return name.removesuffix(".nii.gz")
-
-
-def _fault(item: SourceImage, error: Exception) -> RejectedFile:
-    """Why an item is left out, as a line of the list, which has the file's name apart."""
+def _rejected(item: SourceImage, error: Exception) -> RejectedFile:
+    """Describe why an item cannot be used, as a line of the list."""
     path = item.images[0]
     if isinstance(error, MemoryError):
         reason = "does not fit in memory; cut it in pieces"
     elif isinstance(error, OSError):
         reason = f"cannot be read ({error.strerror or error}); check that it is there and yours"
     else:
+        # The list has the file's name in a column of its own.
         reason = str(error).removeprefix(f"{path} ")
     return RejectedFile(path, "rejected", reason)

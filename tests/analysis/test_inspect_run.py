@@ -14,11 +14,12 @@ from amlp_ray.analysis.inspect_run import FIGURES, inspect_run
 from amlp_ray.config import PretrainConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import AmlpError, CheckpointError, ConfigError, DataError
-from amlp_ray.launch.job import RunSpec, run_job
+from amlp_ray.launch.job import run_job
+from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.method.augment import normalize
 from amlp_ray.method.masking import Masking, TrainingStep
 from amlp_ray.training.checkpoint.manager import checkpoints, read_checkpoint
-from amlp_ray.training.checkpoint.restore import load_model, run_settings
+from amlp_ray.training.checkpoint.restore import load_model, read_run_config
 from amlp_ray.training.pretrain import Hooks
 
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16}
@@ -26,7 +27,7 @@ TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16}
 
 def trained(dataset: PatchDataset, folder: Path, **given: Any) -> Path:
     config = PretrainConfig.model_validate({"epochs": 2, "batch_size": 12, "model": TINY, **given})
-    run_job(RunSpec(config, str(dataset.path), folder), Hooks())
+    run_job(RunSpec(config=config, data=str(dataset.path), folder=folder), Hooks())
     return folder
 
 
@@ -69,13 +70,13 @@ def test_figures_are_those_of_the_run_s_own_masks(
 ) -> None:
     """Computed again patch by patch in numpy."""
     found = inspect_run(amlp, count=4, out=tmp_path)
-    val, config = phantom_dataset.load("val"), run_settings(amlp)
+    val, config = phantom_dataset.load("val"), read_run_config(amlp)
     model, _ = load_model(amlp, config, phantom_dataset.spec)
     for row in found["images"]:
         i = val.ids.index(row["id"])
         image, key = torch.from_numpy(val.images[i : i + 1]), torch.from_numpy(val.keys[i : i + 1])
         with torch.inference_mode():
-            patches, aim, chosen = Masking(model, config).whole(
+            patches, aim, chosen = Masking(model, config).mask_whole_images(
                 normalize(image, model.spec), key, TrainingStep(2)
             )
             rebuilt = model(patches, chosen.visible, chosen.masked).pixels[0].numpy()
@@ -106,7 +107,7 @@ def test_the_latest_model_is_loaded_with_its_teacher_and_centroids(
     run = trained(
         phantom_dataset, tmp_path, selection=selection, loss={"warmup": 0.0}, teacher_momentum=0.5
     )
-    model, epoch = load_model(run, run_settings(run), phantom_dataset.spec)
+    model, epoch = load_model(run, read_run_config(run), phantom_dataset.spec)
     saved = read_checkpoint(checkpoints(run)[0])["model"]
     assert epoch == 2
     assert any(name.startswith("teacher.") for name in saved)
@@ -223,8 +224,8 @@ def bad_input(
     [
         ("missing folder", CheckpointError, "none does not exist"),
         ("no run", CheckpointError, "has no config.yaml"),
-        ("no checkpoint", CheckpointError, "has no checkpoint: the run has not ended an epoch yet"),
-        ("damaged checkpoint", CheckpointError, "holds no whole checkpoint"),
+        ("no checkpoint", CheckpointError, "has no checkpoint: the run has not finished an epoch yet"),
+        ("damaged checkpoint", CheckpointError, "are damaged"),
         ("no data.json", CheckpointError, "data.json does not say"),
         ("data gone", DataError, "There is no patch dataset"),
         ("patches do not divide", ConfigError, "patch_size 8 does not divide"),

@@ -13,14 +13,14 @@ from helpers.datasets import made_dataset
 from sklearn.metrics import roc_auc_score
 
 from amlp_ray.analysis.localization import bench_rules
-from amlp_ray.analysis.localization_candidates import CENTER, RANDOM, Candidate, candidates
+from amlp_ray.analysis.localization_candidates import CENTER, RANDOM, Candidate, all_candidates
 from amlp_ray.config import PretrainConfig, SelectionConfig
 from amlp_ray.config.yaml_file import write_yaml
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import CheckpointError, ConfigError, DataError
 from amlp_ray.method.augment import normalize
 from amlp_ray.method.autoencoder import MaskedAutoencoder, build_autoencoder
-from amlp_ray.method.ema_teacher import masked_once
+from amlp_ray.method.ema_teacher import predict_complementary_halves
 from amlp_ray.method.lesion_map import locate_lesion
 from amlp_ray.method.patches import patchify
 from amlp_ray.training.checkpoint.export import export_encoder
@@ -65,14 +65,14 @@ def discs(
 
 def named(*names: str) -> list[Candidate]:
     """Some of the candidates: all of them take seconds."""
-    known = {c.name: c for c in candidates(encoder=True, decoder=True)}
+    known = {c.name: c for c in all_candidates(encoder=True, decoder=True)}
     return [known[name] for name in names]
 
 
 def rows_of(dataset: PatchDataset, *names: str, **given: Any) -> dict[str, dict[str, Any]]:
     return {
         row["name"]: row
-        for row in bench_rules(dataset, **{"seeds": 1, "wanted": named(*names), **given})
+        for row in bench_rules(dataset, **{"seeds": 1, "candidates": named(*names), **given})
     }
 
 
@@ -135,11 +135,11 @@ def test_figures_of_a_rule_are_those_of_the_aim_counted_by_hand(stored: Stored) 
 
 def test_labels_change_no_aim_but_the_oracles(stored: Stored) -> None:
     images, masks = discs()
-    once = [c for c in candidates() if c.selection is None or c.selection.features == "raw"]
+    once = [c for c in all_candidates() if c.selection is None or c.selection.features == "raw"]
     true, false = (
         {
             row["name"]: row["size"]
-            for row in bench_rules(stored(images[:4], m), seeds=1, wanted=once)
+            for row in bench_rules(stored(images[:4], m), seeds=1, candidates=once)
         }
         for m in (masks[:4], np.roll(masks[:4], 20, 2))
     )
@@ -202,7 +202,7 @@ def test_a_run_adds_what_its_model_finds_hard_raw_and_per_variance(
     rows = rows_of(data, *asked, teacher=folder)
     patches = patchify(normalize(torch.from_numpy(images), data.spec), 8)
     with torch.inference_mode():
-        error, _ = masked_once(model, patches, torch.from_numpy(data.load("train").keys), config, 1)
+        error, _ = predict_complementary_halves(model, patches, torch.from_numpy(data.load("train").keys), config, 1)
     truth = masks.reshape(-1, 6, 8, 6, 8).mean((2, 4)).reshape(-1, 36) >= 0.25
     for name, value in (
         ("difficulty", error),
@@ -226,9 +226,9 @@ def test_an_encoder_alone_finds_what_the_whole_run_finds_with_it(
 
 def test_rows_that_ask_a_model_are_there_only_with_one_and_every_name_occurs_once() -> None:
     without, encoder, whole = (
-        candidates(),
-        candidates(encoder=True),
-        candidates(encoder=True, decoder=True),
+        all_candidates(),
+        all_candidates(encoder=True),
+        all_candidates(encoder=True, decoder=True),
     )
     names = [c.name for c in whole]
     assert len(set(names)) == len(names)
@@ -256,7 +256,7 @@ def test_a_teacher_of_other_patches_other_images_or_nowhere_is_refused(
     with pytest.raises(ConfigError, match="trained on values around 1 "):
         bench_rules(data, teacher=tmp_path / "other.safetensors")
     checkpoints(folder)[0].write_bytes(b"damaged")
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="All checkpoints in .* are damaged"):
         bench_rules(data, teacher=folder)
     write_yaml(
         PretrainConfig.model_validate({"variant": "scratch", "model": TINY}),

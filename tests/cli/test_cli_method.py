@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from helpers.datasets import made_dataset
 
-from amlp_ray.analysis.localization_candidates import candidates
+from amlp_ray.analysis.localization_candidates import all_candidates
 from amlp_ray.cli import main
 from amlp_ray.data.phantoms import draw_phantom
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A patch dataset of 6 ultrasound phantoms of 32 pixels with lesions, written without Ray; all are in train."""
+    """6 ultrasound phantoms of 32 pixels with lesions, all in train, written without Ray."""
     drawn = [
         draw_phantom("ultrasound", 32, np.random.default_rng(i), lesion=True) for i in range(6)
     ]
@@ -47,11 +47,11 @@ def test_the_table_is_sorted_by_f1_in_each_block_and_csv_and_json_hold_every_row
 ) -> None:
     few = [
         c
-        for c in candidates()
+        for c in all_candidates()
         if c.selection is None or (c.selection.features, c.selection.clusters) == ("raw", 3)
     ]
     monkeypatch.setattr(
-        "amlp_ray.analysis.localization.candidates", lambda **_: few
+        "amlp_ray.analysis.localization.all_candidates", lambda **_: few
     )  # all of them take seconds
     file = tmp_path / "all.csv"
     code, out, err = run(capsys, monkeypatch, prepared, "--seeds", 1, "--top", 3, "--out", file)

@@ -16,7 +16,7 @@ from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders import read_frames
 from amlp_ray.data.layouts import SourceImage
 from amlp_ray.data.prepare.crop import cut
-from amlp_ray.inference.geometry import OUTLINE, fitted, overlay, png_bytes, restored, volume_bytes
+from amlp_ray.inference.geometry import OUTLINE, fit_frame, draw_overlay, encode_png, restore, encode_volume
 
 SIZES = [(181, 97), (97, 181), (63, 40), (300, 257), (32, 64), (64, 64)]
 
@@ -38,8 +38,8 @@ def test_what_is_found_in_an_input_lies_where_it_was_in_the_frame(
 ) -> None:
     config = PrepareConfig.model_validate({"fit": fit, "size": 64})
     lesion = blob(height, width)
-    there = fitted((lesion * 200).astype(np.uint8)[..., None], config)
-    back = restored(there.image[0] > 100, there, height, width)
+    there = fit_frame((lesion * 200).astype(np.uint8)[..., None], config)
+    back = restore(there.image[0] > 100, there, height, width)
     assert back.shape == (height, width)
     assert dsc(back > 0.5, lesion) > 0.97
     assert np.array_equal(back > 0.5, lesion) or fit != "tiles", "nothing is resized"
@@ -51,21 +51,21 @@ def test_a_mask_that_was_prepared_comes_back_too(height: int, width: int) -> Non
     image, lesion = np.zeros((height, width, 1), np.uint8), blob(height, width)
     _, prepared = cut(image, lesion.astype(np.uint8), 0, 0, config)
     assert prepared is not None
-    assert dsc(restored(prepared, fitted(image, config), height, width) > 0.5, lesion) > 0.97
+    assert dsc(restore(prepared, fit_frame(image, config), height, width) > 0.5, lesion) > 0.97
 
 
 def test_a_frame_lies_in_the_middle_of_a_padded_input() -> None:
-    there = fitted(np.full((20, 64, 1), 9, np.uint8), PrepareConfig(fit="pad", size=64))
+    there = fit_frame(np.full((20, 64, 1), 9, np.uint8), PrepareConfig(fit="pad", size=64))
     assert there[1:] == (22, 0, 20, 64)
     values = np.zeros((64, 64))
     values[22, 0], values[41, 63] = 1, 2
-    back = restored(values, there, 20, 64)
+    back = restore(values, there, 20, 64)
     assert (back[0, 0], back[-1, -1], back.sum()) == (1, 2, 3)
 
 
 def test_a_frame_smaller_than_a_tile_is_padded_with_its_least_value_at_the_lower_right() -> None:
     image = np.arange(20 * 100 * 2, dtype=np.uint16).reshape(20, 100, 2) + 5
-    there = fitted(image, PrepareConfig(fit="tiles", size=64))
+    there = fit_frame(image, PrepareConfig(fit="tiles", size=64))
     assert there.image.shape == (2, 64, 100)
     assert there[1:] == (0, 0, 20, 100)
     assert np.array_equal(there.image[:, :20], image.transpose(2, 0, 1))
@@ -75,11 +75,11 @@ def test_a_frame_smaller_than_a_tile_is_padded_with_its_least_value_at_the_lower
 
 def test_tiles_are_cut_at_the_scale_of_training() -> None:
     lesion = blob(121, 200)
-    there = fitted(
+    there = fit_frame(
         (lesion * 200).astype(np.uint8)[..., None], PrepareConfig(fit="tiles", size=32, scale=0.5)
     )
     assert there.image.shape == (1, 60, 100)
-    assert dsc(restored(there.image[0], there, 121, 200) > 100, lesion) > 0.97
+    assert dsc(restore(there.image[0], there, 121, 200) > 100, lesion) > 0.97
 
 
 @pytest.mark.parametrize("axis", ["axial", "coronal", "sagittal"])
@@ -100,7 +100,7 @@ def test_slices_become_the_volume_that_they_were_cut_from(
         f.image[..., 0]
         for f in read_frames(SourceImage("a", "nifti", (str(path),), (), "a"), config)
     ]
-    (tmp_path / "b.nii.gz").write_bytes(volume_bytes(planes, axis, str(path)))
+    (tmp_path / "b.nii.gz").write_bytes(encode_volume(planes, axis, str(path)))
     source, made = nib.load(path), nib.load(tmp_path / "b.nii.gz")
     assert np.array_equal(np.asarray(made.dataobj), values)
     assert made.get_data_dtype() == np.uint8
@@ -119,7 +119,7 @@ def test_units_and_a_fourth_axis_of_one_are_kept_and_channels_are_not(tmp_path: 
         nib.save(image, tmp_path / f"{name}.nii")
         planes = [np.full((5, 4), i, np.float32) for i in range(6)]
         made = nib.Nifti1Image.from_bytes(
-            gzip.decompress(volume_bytes(planes, "axial", str(tmp_path / f"{name}.nii")))
+            gzip.decompress(encode_volume(planes, "axial", str(tmp_path / f"{name}.nii")))
         )
         assert made.shape == shape
         assert made.header.get_xyzt_units()[0] == "micron"
@@ -130,17 +130,17 @@ def test_units_and_a_fourth_axis_of_one_are_kept_and_channels_are_not(tmp_path: 
 def test_an_outline_runs_around_the_mask_and_hides_nothing_of_it() -> None:
     image = np.random.default_rng(0).integers(-500, 500, (50, 70, 1)).astype(np.int16)
     mask = blob(50, 70).astype(np.uint8)
-    drawn = overlay(image, mask)
+    drawn = draw_overlay(image, mask)
     assert drawn.shape == (50, 70, 3)
     ring = (drawn == OUTLINE).all(2)
     assert ring.any()
     assert not (ring & (mask > 0)).any()
     assert np.ptp(drawn[~ring], axis=1).max() == 0, "grey elsewhere"
     assert np.array_equal(
-        overlay(np.full((9, 9, 3), 7, np.uint8), np.zeros((9, 9), np.uint8)), np.full((9, 9, 3), 7)
+        draw_overlay(np.full((9, 9, 3), 7, np.uint8), np.zeros((9, 9), np.uint8)), np.full((9, 9, 3), 7)
     )
 
 
 def test_png_keeps_sixteen_bits() -> None:
     pixels = np.arange(0, 65536, 97, dtype=np.uint16).reshape(26, 26)
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(png_bytes(pixels)))), pixels)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_png(pixels)))), pixels)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from amlp_ray.analysis.inspect_run import inspect_run
 from amlp_ray.analysis.localization import bench_rules
-from amlp_ray.analysis.localization_candidates import candidates
+from amlp_ray.analysis.localization_candidates import all_candidates
 from amlp_ray.config import PretrainConfig, ProbeConfig, SegmentConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.evaluation.linear_probe import Probe
@@ -101,10 +101,10 @@ def test_a_segmenter_is_trained_with_all_augmentation(
 
 
 def test_a_dark_disc_is_found_in_any_scale(dataset: PatchDataset) -> None:
-    wanted = [
-        c for c in candidates() if c.name in ("combined dark", "raw, 3, darkest", "random patches")
+    candidates = [
+        c for c in all_candidates() if c.name in ("combined dark", "raw, 3, darkest", "random patches")
     ]
-    rows = {row["name"]: row for row in bench_rules(dataset, wanted=wanted, seeds=1, patch_size=4)}
+    rows = {row["name"]: row for row in bench_rules(dataset, candidates=candidates, seeds=1, patch_size=4)}
     assert rows["combined dark"]["auc"] > 0.8
     assert rows["raw, 3, darkest"]["f1"] > 2 * rows["random patches"]["f1"]
 

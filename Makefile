@@ -52,6 +52,7 @@ format: install
 
 docs: install
 	$(BIN)/amlp-ray settings pretrain variants study segment prepare predict --markdown > docs/settings.md
+	$(BIN)/python docs/api.py > docs/api.md
 
 clean:
 	rm -rf .venv runs build *.egg-info

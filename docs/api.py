@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from types import NoneType
 from typing import Any
 
 import amlp_ray
@@ -63,21 +64,39 @@ def _class(name: str, item: type) -> Iterator[str]:
 def _signature(name: str, function: Any) -> str:
     """Format a signature, one parameter a line where it would be longer than a line."""
     signature = inspect.signature(function)
-    text = f"{name}{signature}".replace("'", "")
+    parameters = list(_parameters(signature))
+    returns = f" -> {signature.return_annotation}"
+    if signature.return_annotation is signature.empty:
+        returns = ""
+    text = f"{name}({', '.join(parameters)}){returns}"
     if len(text) <= 80:
         return text
-    parameters = [f"    {parameter}," for parameter in _parameters(signature)]
-    returns = inspect.formatannotation(signature.return_annotation).replace("'", "")
-    return "\n".join([f"{name}(", *parameters, f") -> {returns}"])
+    lines = [f"    {parameter}," for parameter in parameters]
+    return "\n".join([f"{name}(", *lines, f"){returns}"])
 
 
 def _parameters(signature: inspect.Signature) -> Iterator[str]:
-    keyword_only = False
+    """Yield the parameters as written, without `self`; annotations are strings here."""
+    separated = False  # a star stands before the keyword-only parameters
     for parameter in signature.parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
-            keyword_only = True
+        if parameter.name == "self":
+            continue
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            separated = True
+        if parameter.kind is parameter.KEYWORD_ONLY and not separated:
+            separated = True
             yield "*"
-        yield str(parameter).replace("'", "")
+        yield _parameter(parameter)
+
+
+def _parameter(parameter: inspect.Parameter) -> str:
+    stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    text = f"{stars}{parameter.name}: {parameter.annotation}"
+    if parameter.default is parameter.empty:
+        return text
+    default = parameter.default
+    shown = default if isinstance(default, bool | int | float | str | tuple | NoneType) else "..."
+    return f"{text} = {shown!r}" if shown != "..." else f"{text} = ..."
 
 
 def _summary(item: type) -> str:

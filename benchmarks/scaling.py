@@ -29,7 +29,7 @@ import torch
 from amlp_ray.config import PretrainConfig, ResourceConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.loading.batches import open_batches
-from amlp_ray.launch.job import RunSpec
+from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.launch.launcher import run_on_ray
 from amlp_ray.runtime.session import ray_session
 from amlp_ray.training.loggers.metrics_file import read_rows
@@ -238,7 +238,7 @@ def _bare(config: PretrainConfig, data: str, args: argparse.Namespace) -> float:
 
 def _on_ray(config: PretrainConfig, data: str, out: Path, resources: ResourceConfig) -> float:
     """Images per second of a whole run on Ray Train: the median over epochs."""
-    run_on_ray(RunSpec(config, data, out, resources=resources), name=out.name)
+    run_on_ray(RunSpec(config=config, data=data, folder=out, resources=resources), name=out.name)
     return statistics.median(
         [row["images_per_second"] for row in read_rows(out / "metrics.jsonl")][WARM:]
     )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import secrets
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -15,11 +19,16 @@ from amlp_ray.runtime.session import ENVIRONMENT
 
 # Read when Ray is imported, so set before any test module imports it.
 os.environ.update(ENVIRONMENT)
-os.environ["RAY_AUTH_MODE"] = "disabled"
+# Ray asks for a token, as it does of users whose machine has one.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 # Of the local S3 server; here, so that Ray's workers have them too.
 os.environ.update(
     AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", AWS_DEFAULT_REGION="us-east-1"
 )
+
+os.environ["AMLP_RAY_CACHE"] = tempfile.mkdtemp(prefix="amlp-ray-tests-")
+atexit.register(shutil.rmtree, os.environ["AMLP_RAY_CACHE"], ignore_errors=True)
 
 if TYPE_CHECKING:
     from amlp_ray.data.dataset import PatchDataset

@@ -1,7 +1,4 @@
-"""One pretraining job: what a runner starts, in a process of its own or on several workers.
-
-A job is plain values, so that it travels to a Ray worker as it is.
-"""
+"""Run one pretraining as one worker of a group, or alone: train, score at rungs, draw pictures."""
 
 from __future__ import annotations
 
@@ -10,22 +7,15 @@ import logging
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from amlp_ray.config import (
-    FaultToleranceConfig,
-    PretrainConfig,
-    ProbeConfig,
-    ResourceConfig,
-    TrackingConfig,
-)
+from amlp_ray.config import PretrainConfig
 from amlp_ray.config.base import build
-from amlp_ray.config.overrides import flat
+from amlp_ray.config.overrides import flatten
 from amlp_ray.config.yaml_file import read_yaml, write_yaml
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.loading.batches import open_batches
@@ -33,6 +23,7 @@ from amlp_ray.errors import CheckpointError
 from amlp_ray.evaluation.diagnostics import Diagnostics, held_out, true_lesions
 from amlp_ray.evaluation.labels import check_fits
 from amlp_ray.evaluation.metrics import ProbeScore
+from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.method.autoencoder import MaskedAutoencoder
 from amlp_ray.method.visualization import picture_strips
 from amlp_ray.runtime.worker_group import SINGLE_WORKER, WorkerContext
@@ -44,249 +35,280 @@ from amlp_ray.training.loggers.loggers import Logger, check_tracking, open_track
 from amlp_ray.training.objectives import Model
 from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult, pretrain
 from amlp_ray.training.train_state import new_model
-from amlp_ray.utils.event_log import EventLog
-from amlp_ray.utils.files import write_whole
+from amlp_ray.utils.distributed import broadcast_from_rank0
+from amlp_ray.utils.files import atomic_write
 from amlp_ray.utils.retry import RetryPolicy
 
-IN_METRICS = ("dsc", "ppv", "sensitivity", "ap", "dsc_small", "dsc_medium", "dsc_large")
-PICTURES = "pictures"  # folder of a run's strips, in the folder of the run
-STRIPS = 4  # per run: enough to judge by, small enough to keep for every trial
+SCORES_IN_METRICS = (
+    "dsc",
+    "ppv",
+    "sensitivity",
+    "ap",
+    "dsc_small",
+    "dsc_medium",
+    "dsc_large",
+)
+PICTURES = "pictures"  # folder inside the run's folder
+NUM_PICTURES = 4  # enough to judge by, small enough to keep for every trial
 
-
-@dataclass(frozen=True)
-class RunSpec:
-    """Settings, the patch dataset's path or URI, the run's folder, and at which epochs (`rungs`) the probe scores it.
-
-    `labels` is a data set apart, whose images the probe, the diagnosis and the pictures show instead. A segment of a
-    longer run returns after epoch `until`, and goes on from the run in folder `fork` until it has a checkpoint itself.
-    """
-
-    config: PretrainConfig
-    data: str
-    folder: Path
-    probe: ProbeConfig | None = None
-    rungs: tuple[int, ...] = ()
-    resources: ResourceConfig = field(default_factory=ResourceConfig)
-    fault_tolerance: FaultToleranceConfig = field(default_factory=FaultToleranceConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    study: str = ""  # names of study and trial, for metrics and logs
-    label: str = ""
-    eval_data: str | None = None
-    until: int | None = None
-    fork: Path | None = None
-
-    @property
-    def threads(self) -> int:
-        """CPU threads of each worker."""
-        return max(1, int(self.resources.cpus_per_worker))
-
-    def open_labels(self, dataset: PatchDataset) -> PatchDataset:
-        """The labelled data set, which is `dataset` where there is none apart.
-
-        Raises:
-            DataError: there is none. ConfigError: its images differ in shape or scale.
-        """
-        if self.eval_data is None:
-            return dataset
-        eval_data = PatchDataset.open(self.eval_data)
-        check_fits(eval_data, dataset.spec, f"{dataset.path} holds")
-        return eval_data
+logger = logging.getLogger(__name__)
 
 
 def run_job(
-    run_spec: RunSpec, hooks: Hooks, member: WorkerContext = SINGLE_WORKER
+    run_spec: RunSpec, hooks: Hooks, worker: WorkerContext = SINGLE_WORKER
 ) -> PretrainResult:
-    """Run a job as this member of its group, or go on where its folder says it stopped.
+    """Run a pretraining as this worker, or resume it where its folder says it stopped.
+
+    Args:
+        run_spec: what to run.
+        hooks: `report` and `should_stop` of the caller; `evaluate` is replaced.
+        worker: this worker's rank, the number of workers, and its device.
 
     Raises:
-        CheckpointError: where the folder holds a run of other settings.
+        CheckpointError: the folder holds a run of another config or on other data.
     """
     torch.set_num_threads(run_spec.threads)
     dataset = PatchDataset.open(run_spec.data)
-    eval_data = run_spec.open_labels(dataset)
+    eval_data = open_eval_data(run_spec, dataset)
     if run_spec.config.objective == "none":
-        return _score_untrained(run_spec, hooks, dataset, eval_data, is_first=member.is_first)
+        return _score_untrained(run_spec, hooks, dataset, eval_data, is_first=worker.is_first)
     batches = open_batches(
         dataset,
         batch_size=run_spec.config.batch_size,
         seed=run_spec.config.seed,
         mode=run_spec.config.data,
-        rank=member.rank,
-        world=member.world,
-        epochs=run_spec.config.epochs if run_spec.until is None else run_spec.until,
+        rank=worker.rank,
+        world=worker.world,
+        epochs=run_spec.last_epoch,
     )
-    truth = true_lesions(dataset, run_spec.config)
-    tracked = _Tracked(run_spec, hooks.report)
-    if member.is_first:
-        claim(run_spec, dataset, eval_data)
-        if not is_finished(run_spec):
-            _drop_ends(run_spec.folder)
-        if run_spec.fork is not None and not checkpoints(run_spec.folder):
-            fork_checkpoint(run_spec.fork, run_spec.folder, run_spec.config)
-        hooks = replace(hooks, evaluate=_evaluation(run_spec, dataset, eval_data), report=tracked)
-    if run_spec.fork is not None and member.world > 1:
-        dist.barrier()  # the others load what the first has copied
+    report = _TrackedReport(run_spec, hooks.report)
+    if worker.is_first:
+        _prepare_folder(run_spec, dataset, eval_data)
+        evaluate = _make_evaluate(run_spec, dataset, eval_data)
+        hooks = replace(hooks, evaluate=evaluate, report=report)
+    if run_spec.fork is not None and worker.world > 1:
+        # The others load what the first worker has copied, so they wait for it.
+        broadcast_from_rank0(0, worker.device)
     try:
         result = pretrain(
             run_spec.config,
             batches,
             run_spec.folder,
             hooks=hooks,
-            device=member.device,
-            truth=truth,
+            device=worker.device,
+            truth=true_lesions(dataset, run_spec.config),
             until=run_spec.until,
             resources=run_spec.resources,
             fault_tolerance=run_spec.fault_tolerance,
         )
     except BaseException:
-        tracked.close(failed=True)
+        report.close(failed=True)
         raise
-    tracked.close()
-    if member.is_first and isinstance(result.model, MaskedAutoencoder):
-        _draw(run_spec, eval_data, result.model, max(1, result.epochs))
+    report.close()
+    if worker.is_first and isinstance(result.model, MaskedAutoencoder):
+        _draw_pictures(run_spec, eval_data, result.model, max(1, result.epochs))
     return result
 
 
-logger = logging.getLogger("amlp_ray")
+def open_eval_data(run_spec: RunSpec, dataset: PatchDataset) -> PatchDataset:
+    """Open the dataset that scores the run; without `eval_data` it is `dataset`.
+
+    Raises:
+        DataError: there is no such dataset. ConfigError: its images differ in shape or scale.
+    """
+    if run_spec.eval_data is None:
+        return dataset
+    eval_data = PatchDataset.open(run_spec.eval_data)
+    check_fits(eval_data, dataset.spec, f"{dataset.path} holds")
+    return eval_data
 
 
-class _Tracked:
-    """Tells trackers of each epoch, then the runner. They are opened with the first, whose number is known then."""
+def _prepare_folder(run_spec: RunSpec, dataset: PatchDataset, eval_data: PatchDataset) -> None:
+    claim(run_spec, dataset, eval_data)
+    if not is_finished(run_spec):
+        _remove_final_files(run_spec.folder)
+    if run_spec.fork is not None and not checkpoints(run_spec.folder):
+        fork_checkpoint(run_spec.fork, run_spec.folder, run_spec.config)
+
+
+class _TrackedReport:
+    """Log each epoch to the trackers, then report it.
+
+    Trackers are opened with the first epoch, because only then its number is known.
+    """
 
     def __init__(self, run_spec: RunSpec, report: Callable[[Metrics], None]) -> None:
         check_tracking(run_spec.tracking)
-        self.run_spec, self.report = run_spec, report
-        self.tracker: Logger | None = None
+        self._run_spec = run_spec
+        self._report = report
+        self._tracker: Logger | None = None
 
     def __call__(self, metrics: Metrics) -> None:
-        if self.tracker is None:
-            self.tracker = open_trackers(
-                self.run_spec.folder,
-                self.run_spec.tracking,
-                name=self.run_spec.label or self.run_spec.folder.name,
-                parameters=_parameters(self.run_spec.config),
-                group=self.run_spec.study,
-                resumed_epoch=max(0, metrics["epoch"] - 1),
-                say=logger.warning,
-            )
-        self.tracker.log(metrics)
-        self.report(metrics)
+        if self._tracker is None:
+            self._tracker = self._open(max(0, metrics["epoch"] - 1))
+        self._tracker.log(metrics)
+        self._report(metrics)
 
     def close(self, failed: bool = False) -> None:
-        if self.tracker is not None:
-            self.tracker.close(failed)
+        """Close the trackers, if any were opened."""
+        if self._tracker is not None:
+            self._tracker.close(failed)
+
+    def _open(self, resumed_epoch: int) -> Logger:
+        run_spec = self._run_spec
+        return open_trackers(
+            run_spec.folder,
+            run_spec.tracking,
+            name=run_spec.label or run_spec.folder.name,
+            parameters=_logged_parameters(run_spec.config),
+            group=run_spec.study,
+            resumed_epoch=resumed_epoch,
+            say=logger.warning,
+        )
 
 
-def _parameters(config: PretrainConfig) -> dict[str, Any]:
-    """Settings by dotted name, for servers; of a file of weights its name alone, since paths may tell of patients."""
-    values = flat(config.model_dump(mode="json"))
+def _logged_parameters(config: PretrainConfig) -> dict[str, Any]:
+    """Return settings by dotted name for servers; of a weights file only its name.
+
+    Folder names may tell of patients.
+    """
+    values = flatten(config.model_dump(mode="json"))
     if config.weights is not None and not config.weights.startswith(ONLINE):
         values["weights"] = Path(config.weights).name
     return values
 
 
 def claim(run_spec: RunSpec, dataset: PatchDataset, eval_data: PatchDataset | None = None) -> None:
-    """Write the resolved settings and what data they apply to; refuse a folder that holds a run of others.
+    """Write the config and what data it applies to; refuse a folder that holds another run.
 
-    A run that never came to its first epoch, such as for want of weights, holds nothing: its settings are replaced.
+    A run that never reached its first epoch, for instance because its weights were missing, has
+    produced nothing. Its config is replaced.
 
     Args:
-        labels: where they are a data set apart.
+        run_spec: the run that wants the folder.
+        dataset: the data it trains on.
+        eval_data: the data that scores it.
 
     Raises:
-        CheckpointError: the folder's run has other settings or other data.
+        CheckpointError: the folder's run has another config or other data.
     """
-    run_spec.folder.mkdir(parents=True, exist_ok=True)
-    path, about = run_spec.folder / "config.yaml", run_spec.folder / "data.json"
-    begun = checkpoints(run_spec.folder) or any(
-        (run_spec.folder / name).is_file() for name in ("metrics.jsonl", ENCODER)
-    )
-    if (
-        begun
-        and path.is_file()
-        and _decisive(build(PretrainConfig, read_yaml(path), str(path)))
-        != _decisive(run_spec.config)
-    ):
-        raise CheckpointError(
-            f"{run_spec.folder} holds a run with other settings (see its config.yaml); use another folder or delete it."
-        )
-    data = _described(dataset) | {"image": dataset.spec.model_dump()}
+    folder = run_spec.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    config_file = folder / "config.yaml"
+    data_file = folder / "data.json"
+    data = _describe(dataset) | {"image": dataset.spec.model_dump()}
     if eval_data is not None and eval_data is not dataset:
-        data["eval_data"] = _described(eval_data)
-    if begun and about.is_file():
-        held = json.loads(about.read_text())
-        # One of them may be missing in the other: a run scored by labels of its own is not one that was not.
-        for ours, theirs in ((data, held), (data.get("eval_data", {}), held.get("eval_data", {}))):
-            if ours.get("fingerprint") != theirs.get("fingerprint"):
-                raise CheckpointError(
-                    f"{run_spec.folder} holds a run on other data ({theirs.get('path', 'no labels apart')}, prepared "
-                    f"differently); use another folder."
-                )
-    write_yaml(run_spec.config, path)
-    write_whole(about, json.dumps(data, indent=1))
+        data["eval_data"] = _describe(eval_data)
+    if _has_begun(folder):
+        if config_file.is_file():
+            _check_same_config(run_spec, config_file)
+        if data_file.is_file():
+            stored = json.loads(data_file.read_text())
+            _check_same_data(folder, data, stored)
+            # Either may lack it: a run scored by other images is not the run that was not.
+            _check_same_data(folder, data.get("eval_data", {}), stored.get("eval_data", {}))
+    write_yaml(run_spec.config, config_file)
+    atomic_write(data_file, json.dumps(data, indent=1))
+
+
+def _has_begun(folder: Path) -> bool:
+    files = (folder / "metrics.jsonl", folder / ENCODER)
+    return bool(checkpoints(folder)) or any(file.is_file() for file in files)
+
+
+def _check_same_config(run_spec: RunSpec, config_file: Path) -> None:
+    stored = build(PretrainConfig, read_yaml(config_file), str(config_file))
+    # How images are read does not change the result, and a smaller machine may read otherwise.
+    ignored = {"data": "auto"}
+    if stored.model_copy(update=ignored) != run_spec.config.model_copy(update=ignored):
+        raise CheckpointError(
+            f"{run_spec.folder} holds a run with other settings (see its config.yaml); "
+            f"use another folder or delete it."
+        )
+
+
+def _check_same_data(folder: Path, data: dict[str, Any], stored: dict[str, Any]) -> None:
+    if data.get("fingerprint") != stored.get("fingerprint"):
+        raise CheckpointError(
+            f"{folder} holds a run on other data ({stored.get('path', 'no labels apart')}, "
+            f"prepared differently); use another folder."
+        )
+
+
+def _describe(dataset: PatchDataset) -> dict[str, Any]:
+    return {
+        "name": dataset.name,
+        "path": dataset.path,
+        "fingerprint": dataset.manifest.fingerprint,
+    }
 
 
 def is_finished(run_spec: RunSpec) -> bool:
-    """Whether the folder of the job holds all that it makes; in doubt, no."""
-    objective, found = run_spec.config.objective, checkpoints(run_spec.folder)
-    last = run_spec.config.epochs if run_spec.until is None else run_spec.until
-    trained = objective == "none" or (bool(found) and epoch_of(found[0]) == last)
-    drawn = objective != "reconstruction" or (run_spec.folder / PICTURES).is_dir()
-    return trained and drawn and is_encoder(run_spec.folder / ENCODER)
+    """Whether the run's folder holds everything that the run makes; in doubt, no."""
+    folder = run_spec.folder
+    if not is_encoder(folder / ENCODER):
+        return False
+    objective = run_spec.config.objective
+    if objective == "none":
+        return True
+    newest = next(iter(checkpoints(folder)), None)
+    if newest is None or epoch_of(newest) != run_spec.last_epoch:
+        return False
+    return objective != "reconstruction" or (folder / PICTURES).is_dir()
 
 
-def _drop_ends(folder: Path) -> None:
-    """Drop what a run made as it stopped early: killed after its last epoch, it would pass for what it has learnt."""
+def _remove_final_files(folder: Path) -> None:
+    """Remove what a run exported when it was stopped early.
+
+    If the run is killed right after its last epoch, these files would pass for its results.
+    """
     (folder / ENCODER).unlink(missing_ok=True)
     shutil.rmtree(folder / PICTURES, ignore_errors=True)
 
 
-def _decisive(config: PretrainConfig) -> PretrainConfig:
-    """What a run's result follows from: not how its images are read, which a smaller machine may do in another way."""
-    return config.model_copy(update={"data": "auto"})
-
-
-def _described(dataset: PatchDataset) -> dict[str, Any]:
-    return {"name": dataset.name, "path": dataset.path, "fingerprint": dataset.manifest.fingerprint}
-
-
-def _evaluation(
+def _make_evaluate(
     run_spec: RunSpec, dataset: PatchDataset, eval_data: PatchDataset
 ) -> Callable[[Model, int], Metrics]:
-    """Diagnosis after every epoch and, at rungs, the probe's score."""
-    patience = RetryPolicy.of(run_spec.folder, run_spec.fault_tolerance, EventLog(run_spec.folder))
-    diagnosis = Diagnostics(eval_data, run_spec.config)
+    """Return a function that computes diagnostics every epoch and the probe's score at rungs."""
+    minutes = run_spec.fault_tolerance.storage_minutes
+    retries = RetryPolicy(run_spec.folder, minutes=minutes)
+    diagnostics = Diagnostics(eval_data, run_spec.config)
     probe = None
     if run_spec.probe:
-        from amlp_ray.evaluation.linear_probe import (
-            Probe,  # takes a second to import, of which most runs have no use
-        )
+        # Importing it takes a second, and most runs have no probe.
+        from amlp_ray.evaluation.linear_probe import Probe
 
         probe = Probe(eval_data, run_spec.probe, run_spec.config.model.patch_size, dataset.spec)
 
     def evaluate(model: Model, epoch: int) -> Metrics:
-        seen = diagnosis(model, epoch) if epoch else {}
+        metrics = diagnostics(model, epoch) if epoch else {}
         if probe is None or epoch not in run_spec.rungs:
-            return seen
+            return metrics
         score = probe.score(model.encoder)
-        return seen | patience(
-            lambda: _keep(run_spec.folder, score, epoch), f"the score of epoch {epoch}"
+        retries.run(
+            lambda: _write_score(run_spec.folder, score, epoch), f"the score of epoch {epoch}"
         )
+        return metrics | _score_metrics(score)
 
     return evaluate
 
 
-def _keep(folder: Path, score: ProbeScore, epoch: int) -> Metrics:
-    """Write `rungs/<epoch>.json` and, the same, `score.json`; return what of it goes into the epoch's metrics.
-
-    A size of lesions that no scored image has is left out there.
-    """
+def _write_score(folder: Path, score: ProbeScore, epoch: int) -> None:
+    """Write the score to `rungs/<epoch>.json` and to `score.json`."""
     text = json.dumps({"epoch": epoch, **score.as_dict()})
     (folder / "rungs").mkdir(exist_ok=True)
-    write_whole(folder / "rungs" / f"{epoch}.json", text)
-    write_whole(folder / "score.json", text)
-    values = {name: getattr(score, name) for name in IN_METRICS}
-    return {name: value for name, value in values.items() if value is not None}
+    atomic_write(folder / "rungs" / f"{epoch}.json", text)
+    atomic_write(folder / "score.json", text)
+
+
+def _score_metrics(score: ProbeScore) -> Metrics:
+    """Return the scores that are logged; sizes of lesions that no image has are left out."""
+    metrics: Metrics = {}
+    for name in SCORES_IN_METRICS:
+        value = getattr(score, name)
+        if value is not None:
+            metrics[name] = value
+    return metrics
 
 
 def _score_untrained(
@@ -297,38 +319,44 @@ def _score_untrained(
     *,
     is_first: bool,
 ) -> PretrainResult:
-    """The variant `scratch`: reported once, as epoch 0. With `weights`, it is these that nothing was added to."""
+    """Score the variant `scratch`, which is reported once, as epoch 0.
+
+    With `weights` these are scored as they are.
+    """
     model = new_model(run_spec.config, dataset.spec)[0].eval()
-    encoder = run_spec.folder / ENCODER
+    encoder_file = run_spec.folder / ENCODER
     metrics: Metrics = {"epoch": 0}
     if is_first:
         claim(run_spec, dataset, eval_data)
-        metrics |= _evaluation(run_spec, dataset, eval_data)(model, 0)
-        export_encoder(model.encoder, encoder, run_spec.config.model, dataset.spec)
+        metrics |= _make_evaluate(run_spec, dataset, eval_data)(model, 0)
+        export_encoder(model.encoder, encoder_file, run_spec.config.model, dataset.spec)
     hooks.report(metrics)
-    return PretrainResult(0, False, metrics, model, encoder)
+    return PretrainResult(0, False, metrics, model, encoder_file)
 
 
-def _draw(run_spec: RunSpec, dataset: PatchDataset, model: MaskedAutoencoder, epoch: int) -> None:
-    """Draw images the model has not been trained on, with lesions where masks are known."""
-    chosen = held_out(dataset, STRIPS)
+def _draw_pictures(
+    run_spec: RunSpec, dataset: PatchDataset, model: MaskedAutoencoder, epoch: int
+) -> None:
+    """Draw images that the model was not trained on, with lesions where masks are known."""
+    images = held_out(dataset, NUM_PICTURES)
     strips = picture_strips(
         model,
-        torch.from_numpy(chosen.images),
-        torch.from_numpy(chosen.keys),
-        chosen.masks if chosen.labeled.all() else None,
+        torch.from_numpy(images.images),
+        torch.from_numpy(images.keys),
+        images.masks if images.labeled.all() else None,
         run_spec.config,
         epoch,
     )
-    partial, folder = run_spec.folder / f"{PICTURES}.partial", run_spec.folder / PICTURES
+    folder = run_spec.folder / PICTURES
+    partial = run_spec.folder / f"{PICTURES}.partial"
 
     def write() -> None:
         partial.mkdir(exist_ok=True)
-        for i, (name, strip) in enumerate(zip(chosen.ids, strips, strict=True)):
-            strip.save(partial / f"{i}-{re.sub(r'[^A-Za-z0-9.-]+', '_', name)}.png")
+        for i, (name, strip) in enumerate(zip(images.ids, strips, strict=True)):
+            file_name = re.sub(r"[^A-Za-z0-9.-]+", "_", name)
+            strip.save(partial / f"{i}-{file_name}.png")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 
-    RetryPolicy.of(run_spec.folder, run_spec.fault_tolerance, EventLog(run_spec.folder))(
-        write, "pictures"
-    )
+    minutes = run_spec.fault_tolerance.storage_minutes
+    RetryPolicy(run_spec.folder, minutes=minutes).run(write, "pictures")

@@ -1,32 +1,32 @@
-"""Where a pretraining runs: in this process, or on the workers of a Ray Train group. Both run the same `run_job`."""
+"""Start a pretraining in this process, or on the workers of a Ray Train group."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from amlp_ray.config import FaultToleranceConfig, PretrainConfig, ResourceConfig, TrackingConfig
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.loading import image_cache
 from amlp_ray.data.loading.batches import is_streamed
 from amlp_ray.data.path import DataPath
-from amlp_ray.launch.job import RunSpec, claim, is_finished, run_job
+from amlp_ray.launch.job import claim, is_finished, open_eval_data, run_job
+from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.runtime.resources import cluster_resources, jobs_side_by_side, machine_resources
 from amlp_ray.runtime.session import is_joined, ray_session
-from amlp_ray.runtime.worker_group import WorkerContext, alone, run_group
+from amlp_ray.runtime.worker_group import WorkerContext, run_group, this_process
 from amlp_ray.training.checkpoint.export import ENCODER
 from amlp_ray.training.checkpoint.manager import checkpoints
-from amlp_ray.training.checkpoint.pretrained import located, starting_model
+from amlp_ray.training.checkpoint.pretrained import read_pretrained_config, resolve_weights
 from amlp_ray.training.loggers.loggers import check_tracking
 from amlp_ray.training.loggers.metrics_file import NewRows
 from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult
-from amlp_ray.utils.locks import only_writer
+from amlp_ray.utils.run_dir import RunDir
 
 ShouldStop = Callable[[], bool]
-PATIENCE_S = 5.0  # with another process that writes into the folder: one that was just killed is gone by then
+LOCK_WAIT_S = 5.0  # a process that was just killed has released the folder by then
 
 
 def pretrain_dataset(
@@ -41,74 +41,87 @@ def pretrain_dataset(
     address: str | None = None,
     report: Callable[[Metrics], None] = lambda metrics: None,
 ) -> Path:
-    """Pretrain on a patch dataset's training images, without labels; return the path of the exported encoder.
+    """Pretrain on a patch dataset's training images, without labels.
 
-    A folder `out` that holds a run of the same settings is resumed, whatever workers it had; a finished one is left as
-    it is.
+    A folder `out` that holds a run of the same config is resumed, whatever workers it had. A
+    finished run is left as it is.
 
     Args:
-        labels: another dataset of the same shape, with masks, whose images pictures and diagnosis
-            show; it is not trained on.
-        resources: one worker (the default, with all cores) trains in this process; more on Ray Train.
-        faults: what the run bears before it gives up.
+        data: path or URI of the patch dataset.
+        out: the run's folder.
+        config: settings of model and training.
+        eval_data: another dataset of the same shape, with masks. Pictures and diagnostics show its
+            images; it is not trained on.
+        resources: one worker, the default, trains in this process with all cores. Several workers
+            train on Ray.
+        fault_tolerance: losses and outages that the run survives.
         tracking: where metrics go besides `metrics.jsonl` and TensorBoard.
-        address: of the Ray cluster to run on, with one worker too; without one, several workers start Ray here.
+        address: of a Ray cluster to run on, with one worker too. Without it, several workers start
+            Ray on this machine.
         report: called with the metrics of every epoch.
 
+    Returns:
+        The path of the exported encoder.
+
     Raises:
-        ConfigError, DataError, CheckpointError, ResourceError: in one sentence each. NonFiniteLossError: training
-        diverged. WorkerLostError, StorageError: more went wrong than `faults` bears; run it again.
+        ConfigError, DataError, CheckpointError, ResourceError: the run cannot start, and why.
+        NonFiniteLossError: training diverged.
+        WorkerLostError, StorageError: more went wrong than `fault_tolerance` allows; run it again.
     """
-    config, out = config or PretrainConfig(), Path(out).absolute()
+    out = Path(out).absolute()
+    config = config or PretrainConfig()
     if config.weights is not None:
-        config = config.model_copy(update={"weights": located(config.weights)})
-    resources = resources or ResourceConfig(cpus_per_worker=os.cpu_count() or 1)
+        config = config.model_copy(update={"weights": resolve_weights(config.weights)})
     dataset = PatchDataset.open(data)
-    config.check_image(dataset.spec)
-    config.check_workers(resources)
-    check_tracking(tracking or TrackingConfig())
-    if address is None and (resources.alone or not is_joined()):
-        jobs_side_by_side(resources, machine_resources())
-    if config.weights is not None and not checkpoints(out):
-        starting_model(config.weights, config.model.encoder)
     run_spec = RunSpec(
-        config,
-        dataset.path,
-        out,
-        resources=resources,
+        config=config,
+        data=dataset.path,
+        folder=out,
+        resources=resources or ResourceConfig(cpus_per_worker=os.cpu_count() or 1),
         fault_tolerance=fault_tolerance or FaultToleranceConfig(),
         tracking=tracking or TrackingConfig(),
         label=out.name,
         eval_data=None if eval_data is None else str(DataPath(eval_data)),
     )
-    labeled = run_spec.open_labels(
-        dataset
-    )  # a set that does not fit is told before anything starts
-    with only_writer(out, wait_s=PATIENCE_S):
-        claim(
-            run_spec, dataset, labeled
-        )  # before Ray is started: a folder of another run is told at once
-        if resources.alone and address is None:
-            # A stream needs a Ray of its own here; its tasks and this process share the machine's cores unasked.
-            try:
-                with (
-                    ray_session(address)
-                    if is_streamed(dataset, "train", config.data)
-                    else nullcontext()
-                ):
-                    run_here(run_spec, Hooks(report=report))
-            finally:
-                image_cache.release()  # a notebook gets its memory back
-        elif not is_finished(run_spec):  # starting Ray takes long
-            with image_cache.swept(), ray_session(address):
-                jobs_side_by_side(resources, cluster_resources())
+    _check(run_spec, dataset, address)
+    opened_eval_data = open_eval_data(run_spec, dataset)
+    with RunDir(out).lock(wait_s=LOCK_WAIT_S):
+        # Before Ray starts, so that a folder of another run is refused at once.
+        claim(run_spec, dataset, opened_eval_data)
+        if run_spec.resources.is_single_worker and address is None:
+            _run_in_this_process(run_spec, dataset, report)
+        elif not is_finished(run_spec):
+            with ray_session(address):
+                jobs_side_by_side(run_spec.resources, cluster_resources())
                 run_on_ray(run_spec, name=f"pretrain-{out.name}", report=report)
     return out / ENCODER
 
 
+def _check(run_spec: RunSpec, dataset: PatchDataset, address: str | None) -> None:
+    """Raise for what would fail only later: image size, workers, trackers, weights, room."""
+    config = run_spec.config
+    resources = run_spec.resources
+    config.check_image(dataset.spec)
+    config.check_workers(resources)
+    check_tracking(run_spec.tracking)
+    if address is None and (resources.is_single_worker or not is_joined()):
+        jobs_side_by_side(resources, machine_resources())
+    if config.weights is not None and not checkpoints(run_spec.folder):
+        read_pretrained_config(config.weights, config.model.encoder)
+
+
+def _run_in_this_process(
+    run_spec: RunSpec, dataset: PatchDataset, report: Callable[[Metrics], None]
+) -> None:
+    # A stream needs Ray. Its reading tasks share the machine's cores with this process.
+    is_stream = is_streamed(dataset, "train", run_spec.config.data)
+    with ray_session() if is_stream else nullcontext():
+        run_here(run_spec, Hooks(report=report))
+
+
 def run_here(run_spec: RunSpec, hooks: Hooks | None = None) -> PretrainResult:
-    """Run a job in this process, on its GPU if it sees one."""
-    return run_job(run_spec, hooks or Hooks(), alone())
+    """Run a pretraining in this process, on its GPU if it has one."""
+    return run_job(run_spec, hooks or Hooks(), this_process())
 
 
 def run_on_ray(
@@ -118,19 +131,22 @@ def run_on_ray(
     should_stop: ShouldStop | None = None,
     report: Callable[[Metrics], None] = lambda metrics: None,
 ) -> None:
-    """Run a job on Ray Train workers that share each batch; Ray must be initialised.
+    """Run a pretraining on Ray Train workers that share each batch; Ray must be initialized.
 
-    The job's folder must be seen by all nodes. The same folder resumes. A worker that dies restarts the group, which
-    goes on from the folder's checkpoint.
+    All nodes must see the run's folder. The same folder resumes. A worker that dies restarts the
+    group, which continues from the folder's checkpoint.
 
     Args:
+        run_spec: what to run.
+        name: of the group, for Ray's dashboard.
         should_stop: asked by the first worker after each epoch; must be picklable.
         report: called in this thread with the metrics of every new epoch, shortly after it ended.
     """
-    # Ray Train could forward reports itself, but into a trial's queue of one from two threads, which can block.
+    # Ray Train could forward reports itself, but into a trial's queue of one from two threads,
+    # which can block.
     rows = NewRows(run_spec.folder / "metrics.jsonl", report)
     run_group(
-        _Work(run_spec, should_stop),
+        partial(_run_worker, run_spec, should_stop),
         run_spec.resources,
         run_spec.fault_tolerance,
         name=name,
@@ -140,23 +156,14 @@ def run_on_ray(
     )
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What each worker of a group does."""
+def _run_worker(run_spec: RunSpec, should_stop: ShouldStop | None, worker: WorkerContext) -> None:
+    """Run one worker's part; the first worker shows its metrics in Ray's dashboard."""
+    from amlp_ray.runtime.dashboard_metrics import TrialGauges
 
-    run_spec: RunSpec
-    should_stop: ShouldStop | None
-
-    def __call__(self, member: WorkerContext) -> None:
-        from amlp_ray.runtime.dashboard_metrics import TrialGauges
-
-        gauges = TrialGauges(self.run_spec.study, self.run_spec.label) if member.is_first else None
-        hooks = Hooks(
-            report=gauges.update if gauges else lambda metrics: None,
-            should_stop=self.should_stop or (lambda: False),
-        )
-        try:
-            run_job(self.run_spec, hooks, member)
-        finally:
-            if gauges:
-                gauges.close()
+    hooks = Hooks(should_stop=should_stop) if should_stop else Hooks()
+    if not worker.is_first:
+        run_job(run_spec, hooks, worker)
+        return
+    with TrialGauges(run_spec.study, run_spec.label) as gauges:
+        hooks = Hooks(report=gauges.update, should_stop=hooks.should_stop)
+        run_job(run_spec, hooks, worker)

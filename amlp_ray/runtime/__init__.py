@@ -1,1 +1,1 @@
-"""The Ray side of running: sessions, metrics. Everything that must be set before `import ray` is set in one place."""
+"""The Ray side of running: sessions, resources, groups of workers, dashboard metrics."""

@@ -1,4 +1,4 @@
-"""A trial's main figures as Ray metrics, for the cluster's dashboard, Prometheus and Grafana."""
+"""A trial's main metrics as Ray metrics, for the cluster's dashboard, Prometheus and Grafana."""
 
 from __future__ import annotations
 
@@ -23,27 +23,36 @@ GAUGES = {
 
 
 class TrialGauges:
-    """Gauges `amlp_loss`, `amlp_ratio`, ... tagged by study and trial, kept alive until `close`."""
+    """Export gauges `amlp_loss`, `amlp_ratio`, ... with tags for study and trial.
+
+    A thread sets them again every few seconds until `close`.
+    """
 
     def __init__(self, study: str, trial: str) -> None:
         from ray.util.metrics import Gauge
 
         tags = {"study": study, "trial": trial}
-        self._gauges = {
-            name: Gauge(f"amlp_{name}", text, tag_keys=tuple(tags)) for name, text in GAUGES.items()
-        }
-        for gauge in self._gauges.values():
+        self._gauges = {}
+        for name, description in GAUGES.items():
+            gauge = Gauge(f"amlp_{name}", description, tag_keys=tuple(tags))
             gauge.set_default_tags(tags)
+            self._gauges[name] = gauge
         self._values: dict[str, float] = {}
         self._closed = threading.Event()
         threading.Thread(target=self._refresh, name="amlp-gauges", daemon=True).start()
 
+    def __enter__(self) -> TrialGauges:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def update(self, metrics: Mapping[str, Any]) -> None:
-        """Show an epoch's metrics; those without a gauge, and those that are not known, are left out."""
-        self._values |= {
-            name: float(metrics[name]) for name in self._gauges if metrics.get(name) is not None
-        }
-        self._set()
+        """Show an epoch's metrics; those without a gauge or a value are skipped."""
+        for name in self._gauges:
+            if metrics.get(name) is not None:
+                self._values[name] = float(metrics[name])
+        self._set_gauges()
 
     def close(self) -> None:
         """Let the gauges vanish."""
@@ -51,8 +60,8 @@ class TrialGauges:
 
     def _refresh(self) -> None:
         while not self._closed.wait(REFRESH_S):
-            self._set()
+            self._set_gauges()
 
-    def _set(self) -> None:
+    def _set_gauges(self) -> None:
         for name, value in list(self._values.items()):
             self._gauges[name].set(value)

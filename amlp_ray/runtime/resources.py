@@ -1,4 +1,7 @@
-"""What a cluster holds and what fits into it: Ray waits for ever for what does not fit, so we ask first."""
+"""Compare what a run asks for with what the cluster holds.
+
+Ray waits forever for resources that no node has, so this is checked before anything starts.
+"""
 
 from __future__ import annotations
 
@@ -10,72 +13,73 @@ from dataclasses import dataclass
 
 from amlp_ray.config import ResourceConfig
 from amlp_ray.errors import ResourceError
+from amlp_ray.runtime.ray_internals import draining_nodes
 
 DRIVER_CPU = 0.01  # of a trial that only drives a group of workers; Ray refuses zero
 GB = 1e9
-ANSWER_S = 30.0  # that a node may take to answer; Ray gives up one that is gone after about 20
-ENOUGH = 10_000  # trials side by side, at most: more than any cluster holds
+ANSWER_S = 30.0  # for a node to answer; Ray gives up one that is gone after about 20
+MAX_CONCURRENT = 10_000  # more than any cluster holds
+RAY_MEMORY_SHARE = 0.7  # Ray keeps 30 % for its object store
+ROUNDING = 1e-9
 
-ACCELERATOR = "accelerator_type:"  # before the name of a node's kind of GPU, in Ray's resources
+ACCELERATOR = "accelerator_type:"  # before the name of a GPU model, in Ray's resources
 
-Node = dict[
-    str, float
-]  # `CPU`, `GPU`, `memory` in bytes, and `accelerator_type:A100` where it has such
+# `CPU`, `GPU`, `memory` in bytes, and `accelerator_type:A100` where a node has such GPUs
+Node = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What each node holds, in Ray's units; `total` sums it."""
+    """Resources of each node, in Ray's units."""
 
     nodes: tuple[Node, ...]
 
     def total(self, kind: str) -> float:
+        """Return the sum of a resource over all nodes."""
         return sum(node.get(kind, 0.0) for node in self.nodes)
 
     def largest(self, kind: str) -> float:
+        """Return the most of a resource that one node has."""
         return max((node.get(kind, 0.0) for node in self.nodes), default=0.0)
 
 
 def cluster_resources() -> Cluster:
-    """What the nodes of the cluster we are joined to hold, whoever uses it at this moment."""
+    """Return what the nodes of the joined cluster hold, whoever uses it at the moment."""
     import ray
 
-    return Cluster(tuple(_kinds(node["Resources"]) for node in ray.nodes() if node["Alive"]))
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return Cluster(tuple(_as_node(node["Resources"]) for node in alive))
 
 
-def free_resources() -> Cluster:
-    """The same, of what nobody uses now."""
-    from ray._private.state import available_resources_per_node
+def free_resources() -> dict[str, float]:
+    """Return what nobody uses at the moment, summed over the joined cluster."""
+    import ray
 
-    return Cluster(tuple(_kinds(node) for node in available_resources_per_node().values()))
+    return dict(ray.available_resources())
 
 
 def answering_nodes() -> set[str]:
-    """Ids of the nodes that take work now. A node that has just died is believed alive for some seconds more.
+    """Return ids of the nodes that take work now.
 
-    A group that is placed on such a node waits a minute before it is placed anew, so we wait here, for seconds.
+    Ray believes a node that has just died alive for some seconds. A group that is placed on it
+    waits a minute before it is placed anew, so a few seconds are spent here instead.
     """
     import ray
-    from ray._private.state import state
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    leaving = set(state.get_draining_nodes())  # take no work
-    nodes = [
-        node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving
-    ]
-    answer = ray.remote(num_cpus=0, max_retries=0)(_node_id)
-    asked = [
-        answer.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-        ).remote()
-        for node in nodes
-    ]
-    done, _ = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)
-    found = set()
-    for reference in done:
-        with suppress(ray.exceptions.RayError):  # dead by now
-            found.add(ray.get(reference))
-    return found
+    draining = draining_nodes()
+    task = ray.remote(num_cpus=0, max_retries=0)(_node_id)
+    pending = []
+    for node in ray.nodes():
+        if node["Alive"] and node["NodeID"] not in draining:
+            on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            pending.append(task.options(scheduling_strategy=on_node).remote())
+    finished, _ = ray.wait(pending, num_returns=len(pending), timeout=ANSWER_S)
+    answered = set()
+    for reference in finished:
+        with suppress(ray.exceptions.RayError):  # the node has died
+            answered.add(ray.get(reference))
+    return answered
 
 
 def _node_id() -> str:
@@ -85,140 +89,174 @@ def _node_id() -> str:
 
 
 def machine_resources() -> Cluster:
-    """What this machine alone holds, without starting Ray."""
+    """Return what this machine holds, without starting Ray."""
     import torch
 
-    memory = (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 0.7
-    )  # Ray keeps 30 % for its object store
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * RAY_MEMORY_SHARE
     gpus = torch.cuda.device_count()
-    kinds = {f"{ACCELERATOR}{_kind_of(torch.cuda.get_device_name(i))}": 1.0 for i in range(gpus)}
-    return Cluster(
-        ({"CPU": float(os.cpu_count() or 1), "GPU": float(gpus), "memory": memory, **kinds},)
-    )
+    node: Node = {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus), "memory": memory}
+    for i in range(gpus):
+        node[f"{ACCELERATOR}{_accelerator_name(torch.cuda.get_device_name(i))}"] = 1.0
+    return Cluster((node,))
 
 
-def _kind_of(device: str) -> str:
-    """As Ray names a GPU: `NVIDIA A100-SXM4-80GB` is an `A100`, `Tesla V100-PCIE` a `V100`."""
-    found = re.match(r"\w+\s+([A-Z0-9]+)", device)
-    return found[1] if found else device
+def _accelerator_name(device: str) -> str:
+    """Return Ray's name of a GPU model: `A100` for `NVIDIA A100-SXM4-80GB`."""
+    match = re.match(r"\w+\s+([A-Z0-9]+)", device)
+    return match[1] if match else device
 
 
-def _kinds(node: Mapping[str, float]) -> Node:
-    counted = {kind: float(node.get(kind, 0.0)) for kind in ("CPU", "GPU", "memory")}
-    return counted | {
-        kind: float(amount) for kind, amount in node.items() if kind.startswith(ACCELERATOR)
-    }
+def _as_node(resources: Mapping[str, float]) -> Node:
+    node = {kind: float(resources.get(kind, 0.0)) for kind in ("CPU", "GPU", "memory")}
+    for kind, amount in resources.items():
+        if kind.startswith(ACCELERATOR):
+            node[kind] = float(amount)
+    return node
 
 
 def worker_bundle(resources: ResourceConfig) -> dict[str, float]:
-    """Resources of one worker, as Ray names them."""
+    """Return the resources of one worker, by Ray's names."""
     bundle = {"CPU": float(resources.cpus_per_worker)}
     if resources.gpus_per_worker:
         bundle["GPU"] = float(resources.gpus_per_worker)
     if resources.memory_per_worker:
         bundle["memory"] = float(int(resources.memory_per_worker * GB))
     if resources.accelerator:
-        bundle[f"{ACCELERATOR}{resources.accelerator}"] = (
-            0.001  # each node of that kind has 1: it tells, not counts
-        )
+        # Each node of that model has 1. A small part selects the node without limiting workers.
+        bundle[f"{ACCELERATOR}{resources.accelerator}"] = 0.001
     return bundle
 
 
 def job_bundles(resources: ResourceConfig) -> list[dict[str, float]]:
-    """What one job (trial, pretraining run) asks of the cluster; each bundle lies on one node."""
-    workers = [worker_bundle(resources)] * resources.least_workers
+    """Return what one run asks of the cluster; each bundle lies on one node."""
+    workers = [worker_bundle(resources)] * resources.min_workers
     if resources.placement == "strict-pack":
         workers = [{kind: amount * len(workers) for kind, amount in workers[0].items()}]
-    return workers if resources.alone else [{"CPU": DRIVER_CPU}, *workers]
+    if resources.is_single_worker:
+        return workers
+    return [{"CPU": DRIVER_CPU}, *workers]
 
 
 def jobs_side_by_side(resources: ResourceConfig, cluster: Cluster) -> int:
-    """How many jobs fit side by side, at most `resources.concurrency`: jobs are put on nodes until one finds no room.
+    """Count how many runs fit at the same time, at most `resources.concurrency`.
 
-    A stream's reading tasks count nothing: they ask Ray for no CPU, so they start where workers hold all of them.
+    Runs are put on nodes one by one until one finds no room. Reading tasks of a stream are not
+    counted: they ask Ray for no CPU, so they start even where workers hold all CPUs.
 
     Raises:
-        ResourceError: where not even one fits: Ray would wait for it for ever.
+        ResourceError: not even one run fits.
     """
-    config = {"CPU": "cpus_per_worker", "GPU": "gpus_per_worker", "memory": "memory_per_worker"}
-    workers = resources.least_workers
     _check_accelerator(resources, cluster)
-    for kind, wanted in worker_bundle(resources).items():
-        if kind not in config:
-            continue
-        scale, unit = (GB, " GB of memory") if kind == "memory" else (1, f" {kind}s")
-        if wanted > cluster.largest(kind):
-            raise ResourceError(
-                f"resources.{config[kind]}={wanted / scale:g}, but the largest node has "
-                f"{cluster.largest(kind) / scale:.3g}{unit}; lower it or join a larger cluster with --address."
-            )
-        if wanted * workers > cluster.total(kind) * (1 + 1e-9):
-            raise ResourceError(
-                f"resources.workers={workers} with {wanted / scale:g}{unit} each is more than the "
-                f"cluster's {cluster.total(kind) / scale:.3g}{unit}; lower resources.workers or "
-                f"resources.{config[kind]}."
-            )
-    apart = resources.placement == "strict-spread" and not resources.alone
-    fit = _fit(job_bundles(resources), cluster.nodes, resources.concurrency or ENOUGH, apart=apart)
+    for kind, amount in worker_bundle(resources).items():
+        if not kind.startswith(ACCELERATOR):
+            _check_amount(kind, amount, resources, cluster)
+    fit = _count_fitting(
+        job_bundles(resources),
+        cluster.nodes,
+        resources.concurrency or MAX_CONCURRENT,
+        spread=_is_strictly_spread(resources),
+    )
     if fit < 1:
-        nodes = ", ".join(
-            f"{node['CPU']:g} CPUs and {node['GPU']:g} GPUs" for node in cluster.nodes
-        )
-        if resources.placement.startswith("strict"):
-            where = "nodes of their own" if apart else "one node"
-            raise ResourceError(
-                f"resources.placement={resources.placement} wants {workers} workers of {resources.cpus_per_worker:g} "
-                f"CPUs and {resources.gpus_per_worker:g} GPUs on {where}, but there are nodes of {nodes}; use fewer "
-                f"workers, or resources.placement={resources.placement.removeprefix('strict-')}."
-            )
-        raise ResourceError(
-            f"One run needs {workers} workers of {resources.cpus_per_worker:g} CPUs and "
-            f"{resources.gpus_per_worker:g} GPUs and {DRIVER_CPU} CPUs for its driver, which do not fit on nodes of "
-            f"{nodes}; set resources.cpus_per_worker to {0.9 * cluster.total('CPU') / workers:g}, or use "
-            f"fewer workers."
-        )
+        raise _no_room(resources, cluster)
     return fit
+
+
+def _is_strictly_spread(resources: ResourceConfig) -> bool:
+    return resources.placement == "strict-spread" and not resources.is_single_worker
+
+
+def _check_amount(kind: str, amount: float, resources: ResourceConfig, cluster: Cluster) -> None:
+    """Raise ResourceError if a worker needs more than a node has, or all workers more than all."""
+    setting = {"CPU": "cpus_per_worker", "GPU": "gpus_per_worker", "memory": "memory_per_worker"}
+    scale, unit = (GB, " GB of memory") if kind == "memory" else (1, f" {kind}s")
+    workers = resources.min_workers
+    largest = cluster.largest(kind)
+    total = cluster.total(kind)
+    if amount > largest:
+        raise ResourceError(
+            f"resources.{setting[kind]}={amount / scale:g}, but the largest node has "
+            f"{largest / scale:.3g}{unit}; lower it or join a larger cluster with --address."
+        )
+    if amount * workers > total * (1 + ROUNDING):
+        raise ResourceError(
+            f"resources.workers={workers} with {amount / scale:g}{unit} each is more than the "
+            f"cluster's {total / scale:.3g}{unit}; lower resources.workers or "
+            f"resources.{setting[kind]}."
+        )
+
+
+def _no_room(resources: ResourceConfig, cluster: Cluster) -> ResourceError:
+    """Describe why a run does not fit on the nodes, although their sum would suffice."""
+    workers = resources.min_workers
+    nodes = ", ".join(f"{node['CPU']:g} CPUs and {node['GPU']:g} GPUs" for node in cluster.nodes)
+    each = f"{resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
+    placement = resources.placement
+    if placement.startswith("strict"):
+        where = "nodes of their own" if _is_strictly_spread(resources) else "one node"
+        return ResourceError(
+            f"resources.placement={placement} wants {workers} workers of {each} on {where}, but "
+            f"there are nodes of {nodes}; use fewer workers, or "
+            f"resources.placement={placement.removeprefix('strict-')}."
+        )
+    return ResourceError(
+        f"One run needs {workers} workers of {each} and {DRIVER_CPU} CPUs for its driver, which "
+        f"do not fit on nodes of {nodes}; set resources.cpus_per_worker to "
+        f"{0.9 * cluster.total('CPU') / workers:g}, or use fewer workers."
+    )
 
 
 def _check_accelerator(resources: ResourceConfig, cluster: Cluster) -> None:
     if not resources.accelerator:
         return
-    there = sorted(
-        {
-            kind.removeprefix(ACCELERATOR)
-            for node in cluster.nodes
-            for kind in node
-            if ACCELERATOR in kind
-        }
-    )
-    if resources.accelerator not in there:
+    models: set[str] = set()
+    for node in cluster.nodes:
+        models |= {kind.removeprefix(ACCELERATOR) for kind in node if ACCELERATOR in kind}
+    if resources.accelerator not in models:
         raise ResourceError(
-            f"resources.accelerator={resources.accelerator}, but nodes have {' and '.join(there) or 'no GPU'}; leave "
-            f"it out, or join another cluster with --address."
+            f"resources.accelerator={resources.accelerator}, but nodes have "
+            f"{' and '.join(sorted(models)) or 'no GPU'}; leave it out, or join another cluster "
+            f"with --address."
         )
 
 
-def _fit(
-    bundles: Sequence[Mapping[str, float]], nodes: Sequence[Node], most: int, *, apart: bool = False
+def _count_fitting(
+    bundles: Sequence[Mapping[str, float]],
+    nodes: Sequence[Node],
+    limit: int,
+    *,
+    spread: bool = False,
 ) -> int:
-    """How many times all bundles fit; where `apart`, those of one time lie on different nodes but for the driver's."""
-    left = [dict(node) for node in nodes]
+    """Count how many times all bundles fit on the nodes.
+
+    Args:
+        bundles: of one run; the first is the driver's.
+        nodes: resources of each node.
+        limit: where to stop counting.
+        spread: whether the bundles of one run, except the driver's, need different nodes.
+    """
+    free = [dict(node) for node in nodes]
     largest_first = sorted(bundles, key=lambda bundle: -sum(bundle.values()))
-    for count in range(most):
-        taken: list[int] = []
+    for count in range(limit):
+        used: list[int] = []
         for bundle in largest_first:
-            held = taken if apart and bundle is not bundles[0] else []
-            room = next(
-                (n for n, node in enumerate(left) if n not in held and _holds(node, bundle)), None
-            )
-            if room is None:
+            excluded = used if spread and bundle is not bundles[0] else []
+            index = _first_with_room(free, bundle, excluded)
+            if index is None:
                 return count
-            taken.append(room)
+            used.append(index)
             for kind, amount in bundle.items():
-                left[room][kind] -= amount
-    return most
+                free[index][kind] -= amount
+    return limit
 
 
-def _holds(node: Node, bundle: Mapping[str, float]) -> bool:
-    return all(node.get(kind, 0.0) + 1e-9 >= amount for kind, amount in bundle.items())
+def _first_with_room(
+    free: Sequence[Node], bundle: Mapping[str, float], excluded: Sequence[int]
+) -> int | None:
+    for index, node in enumerate(free):
+        if index not in excluded and _has_room(node, bundle):
+            return index
+    return None
+
+
+def _has_room(node: Node, bundle: Mapping[str, float]) -> bool:
+    return all(node.get(kind, 0.0) + ROUNDING >= amount for kind, amount in bundle.items())

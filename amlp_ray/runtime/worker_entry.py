@@ -1,7 +1,7 @@
-"""What Ray Train starts on each worker of a group.
+"""The function that Ray Train starts on each worker of a group.
 
-Ray Train's controller loads this module too, and has no use for torch models: so the work comes as bytes, which only
-workers unpack, and nothing heavy is imported here. That spares seconds at each start.
+Ray Train's controller imports this module too, and needs no torch. So nothing heavy is imported
+here, and the task comes as bytes that only workers unpickle. That saves seconds at each start.
 """
 
 from __future__ import annotations
@@ -9,11 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 
-def run_member(config: dict[str, Any]) -> None:
-    """Do `config["work"]`, a pickled callable, given this worker's rank, the number of all, and its device."""
+def run_worker(config: dict[str, Any]) -> None:
+    """Unpickle `config["task"]` and call it with this worker's context."""
     from ray import cloudpickle, train
     from ray.train.torch import get_device
 
+    from amlp_ray.runtime.worker_group import WorkerContext, WorkerTask
+
     context = train.get_context()
-    work = cloudpickle.loads(config["work"])
-    work(context.get_world_rank(), context.get_world_size(), str(get_device()))
+    task: WorkerTask = cloudpickle.loads(config["task"])
+    worker = WorkerContext(
+        rank=context.get_world_rank(),
+        world=context.get_world_size(),
+        device=str(get_device()),
+    )
+    task(worker)

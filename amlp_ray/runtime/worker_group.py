@@ -1,7 +1,8 @@
-"""Work on several workers: a Ray Train group, begun again when a worker or a node is lost.
+"""Run a task on several workers: a Ray Train group, started again when a worker or node is lost.
 
-Ray Train would restart a group by itself, but counts an error in the code like a lost node. Here they are told apart:
-what would come again ends the run at once, what was lost is replaced, and each is noted in the run's `events.jsonl`.
+Ray Train would restart a group by itself, but it counts an error in the code like a lost node.
+Here the two are told apart. An error that would come again ends the run at once. What was lost is
+replaced. Each is recorded in the run's `events.jsonl`.
 """
 
 from __future__ import annotations
@@ -20,33 +21,44 @@ import torch
 
 from amlp_ray.config import FaultToleranceConfig, ResourceConfig
 from amlp_ray.errors import AmlpError, NonFiniteLossError, ResourceError, WorkerLostError
+from amlp_ray.runtime.ray_internals import is_startup_error, is_train_error, unwrap_worker_error
 from amlp_ray.runtime.resources import answering_nodes, worker_bundle
-from amlp_ray.runtime.worker_entry import run_member
-from amlp_ray.utils.event_log import EventLog, EventTail, Kind
+from amlp_ray.runtime.worker_entry import run_worker
+from amlp_ray.utils.event_log import EventKind, EventLog, EventTail
 from amlp_ray.utils.retry import RetryPolicy
 
-POLL_S = 0.5  # seconds between looks at a group that works on other processes
+POLL_S = 0.5  # between checks of a group that works in other processes
 START_MINUTES = 1.0  # that Ray Train waits for room before it counts a failure
-EXCHANGE_S = (
-    1800  # that workers wait for each other, as Ray Train has it, while no disk is waited for
-)
+# How long workers wait for each other, besides waiting for a disk; Ray Train's default.
+COLLECTIVE_TIMEOUT_S = 1800
 RECOUNT_S = 20.0  # after which Ray counts nodes anew for elastic groups
-RESIZE_S = 10.0  # seconds between looks at whether nodes have joined an elastic group, which costs a restart
-LOSSES: dict[Kind, str] = {
+RESIZE_S = 10.0  # between checks for new nodes of an elastic group, which cost a restart
+LOSSES: dict[EventKind, str] = {
     "worker lost": "A worker was lost",
     "node lost": "A node was lost",
     "preempted": "A node was taken away",
 }
-MONITORED = "OOM kill reason"  # Ray's, where its own monitor killed; of any killed process it says that it may be OOM
-# What the others meet when one of them is gone, by gloo, NCCL and sockets: told before the lost one is missed.
-COLLATERAL = re.compile(
+# Ray's words for a process that its own memory monitor killed. Of any killed process Ray says that
+# it may have been out of memory.
+KILLED_BY_MONITOR = "OOM kill reason"
+NODE_DIED = "node has died"
+# The errors of gloo, NCCL and sockets on workers whose peer is gone. They often arrive before Ray
+# misses the peer. torch raises most of them as plain RuntimeError, so only the message tells them
+# from a bug, and a worker cannot keep them to itself: the group has to end.
+PEER_LOST = re.compile(
     r"gloo|nccl|connection (closed|reset)|broken pipe|socket|TCPStore|timed out", re.IGNORECASE
 )
 
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """One worker: its place among all, and the device it computes on."""
+    """One worker of a group.
+
+    Args:
+        rank: its index.
+        world: the number of workers.
+        device: what it computes on.
+    """
 
     rank: int = 0
     world: int = 1
@@ -54,19 +66,21 @@ class WorkerContext:
 
     @property
     def is_first(self) -> bool:
+        """Whether this worker writes the run's files."""
         return self.rank == 0
 
 
+WorkerTask = Callable[[WorkerContext], None]  # picklable; called on each worker
 SINGLE_WORKER = WorkerContext()
 
 
-def alone() -> WorkerContext:
-    """This process by itself, with its GPU if it sees one."""
+def this_process() -> WorkerContext:
+    """Return this process as the only worker, with its GPU if it has one."""
     return WorkerContext(device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run_group(
-    work: Callable[[WorkerContext], None],
+    task: WorkerTask,
     resources: ResourceConfig,
     fault_tolerance: FaultToleranceConfig,
     *,
@@ -75,120 +89,141 @@ def run_group(
     progress: Callable[[], int] = lambda: 0,
     poll: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run `work` on `resources.workers` Ray Train workers that torch.distributed connects; Ray must be initialised.
+    """Run `task` on `resources.workers` Ray Train workers; Ray must be initialized.
 
-    It is begun again when a worker or node was lost, and must go on by itself from what it has kept.
+    The workers are connected by torch.distributed. They are started again when a worker or node
+    was lost, and the task must resume from what it has saved.
 
     Args:
-        work: picklable; on each worker.
+        task: called on each worker.
+        resources: number of workers, and what each holds.
+        fault_tolerance: how many losses in a row are tolerated.
         name: of the group, for Ray's dashboard.
-        folder: of the run, seen by all nodes: events are noted there, and Ray Train keeps its books in `ray_train`.
-        progress: what it has ended so far, such as epochs: losses in a row with none in between count together.
+        folder: of the run, seen by all nodes. Events are recorded there, and Ray Train keeps its
+            own files in `ray_train`.
+        progress: a count of what is finished, such as epochs. Losses with no progress in between
+            count together.
         poll: called in this thread every half second while the group works, and once after.
 
     Raises:
-        AmlpError: what a worker raised on purpose. WorkerLostError: more workers or nodes in a row were lost than
-        `fault_tolerance.max_failures`. StorageError: the folder was away for `fault_tolerance.storage_minutes` when it was to be begun again.
-        ResourceError: the cluster had no room for `resources.wait_minutes`. Any error in the code of `work`, as it was.
+        AmlpError: what a worker raised on purpose.
+        WorkerLostError: more losses in a row than `fault_tolerance.max_failures`.
+        StorageError: the folder was unreachable for `fault_tolerance.storage_minutes` when the
+            group was to be started again.
+        ResourceError: the cluster had no room for `resources.wait_minutes`.
+        Exception: any error in the code of `task`, as it was raised.
     """
-    events, news, lost, reached = EventLog(folder, aloud=False), EventTail(folder), 0, progress()
-    patience = RetryPolicy.of(folder, fault_tolerance, events)
-    held = {path.name for path in folder.glob("*")} - {
-        events.path.name
-    }  # which this process writes by itself
+    events = EventLog(folder, log_messages=False)
+    tail = EventTail(folder)
+    retry = RetryPolicy(folder, minutes=fault_tolerance.storage_minutes, events=events)
+    # The event log is written by this process, so it says nothing about the disk.
+    files = {path.name for path in folder.glob("*")} - {events.path.name}
+    trainer_folder = folder / "ray_train"
+    losses = 0
+    reached = progress()
 
-    def look() -> None:
-        news.say()
+    def log_and_poll() -> None:
+        tail.log_new()
         poll()
 
     while True:
         nodes = answering_nodes()
-        failure = _attempt(work, resources, fault_tolerance, name, folder / "ray_train", look)
+        failure = _run_once(
+            task, resources, fault_tolerance, name, trainer_folder, log_and_poll
+        )
         if failure is None:
-            shutil.rmtree(
-                folder / "ray_train", ignore_errors=True
-            )  # Ray Train's books, of no use any more
+            shutil.rmtree(trainer_folder, ignore_errors=True)
             return
-        kind = kind_of(failure)
+        kind = failure_kind(failure)
         if kind == "worker lost" and nodes - answering_nodes():
             kind = "node lost"
             # An elastic group that still counts the node would wait for it for a minute.
-            time.sleep(RECOUNT_S if resources.elastic else 0)
+            time.sleep(RECOUNT_S if resources.is_elastic else 0)
         if kind not in LOSSES:
-            error = own_error(failure)
+            error = original_error(failure)
             if not isinstance(error, ResourceError):
-                events.note(kind, error=" ".join(str(error).split())[:300])
+                events.record(kind, error=" ".join(str(error).split())[:300])
             raise error from failure
         now = progress()
-        lost, reached = (0 if now > reached else lost) + (kind != "preempted"), now
-        told = f"{LOSSES[kind]} ({_told(failure)})"
-        if lost > fault_tolerance.max_failures:
-            events.note(kind, told)
-            raise WorkerLostError(
-                f"{told}, number {lost} without progress, and fault_tolerance.max_failures={fault_tolerance.max_failures} allows no more; look at "
-                f"the nodes' memory and logs and run again: it goes on from its checkpoint."
-            ) from failure
-        events.note(kind, f"{told}; going on from the latest checkpoint.")
-        news.say()
-        patience(partial(_check_there, folder, held), "a new start")
+        if now > reached:
+            losses = 0
+        reached = now
+        losses += kind != "preempted"
+        message = f"{LOSSES[kind]} ({_loss_reason(failure)})"
+        if losses > fault_tolerance.max_failures:
+            events.record(kind, message)
+            raise _too_many_losses(message, losses, fault_tolerance) from failure
+        events.record(kind, f"{message}; resuming from the latest checkpoint.")
+        tail.log_new()
+        retry.run(partial(_check_files, folder, files), "a restart")
         events.flush()
 
 
-def _check_there(folder: Path, held: set[str]) -> None:
-    """Raise OSError where nothing is left of what a run's folder held: a run begun now would not find its checkpoint.
+def _too_many_losses(
+    message: str, losses: int, fault_tolerance: FaultToleranceConfig
+) -> WorkerLostError:
+    return WorkerLostError(
+        f"{message}, number {losses} without progress, and "
+        f"fault_tolerance.max_failures={fault_tolerance.max_failures} allows no more; check the "
+        f"nodes' memory and logs and run again: the run resumes from its checkpoint."
+    )
 
-    A disk that was taken away may leave an empty folder, and to make one anew would hide its return.
+
+def _check_files(folder: Path, files: set[str]) -> None:
+    """Raise OSError if none of the run's files is left.
+
+    A disk that was taken away may leave an empty folder. A run that started there would not find
+    its checkpoint.
     """
-    if held and held.isdisjoint(path.name for path in folder.iterdir()):
-        raise OSError("what it held is gone")
+    if files and files.isdisjoint(path.name for path in folder.iterdir()):
+        raise OSError("its files are gone")
 
 
-def _attempt(
-    work: Callable[[WorkerContext], None],
+def _run_once(
+    task: WorkerTask,
     resources: ResourceConfig,
     fault_tolerance: FaultToleranceConfig,
     name: str,
-    storage: Path,
+    folder: Path,
     poll: Callable[[], None],
 ) -> BaseException | None:
-    """Run one group to its end; return what made it fail."""
-    failure: list[BaseException] = []
-    trainer = _trainer(work, resources, fault_tolerance, name, storage)
+    """Run one group to its end, polling meanwhile; return what made it fail."""
+    trainer = _make_trainer(task, resources, fault_tolerance, name, folder)
+    failures: list[BaseException] = []
 
     def run() -> None:
         try:
             trainer.fit()
-        except BaseException as error:  # handed on below
-            failure.append(error)
+        except BaseException as error:
+            failures.append(error)
 
     thread = threading.Thread(target=run, name="amlp-group", daemon=True)
     thread.start()
     while True:
         thread.join(POLL_S)
-        ended = not thread.is_alive()
+        has_ended = not thread.is_alive()
         poll()
-        if ended:
-            return failure[0] if failure else None
+        if has_ended:
+            return failures[0] if failures else None
 
 
-def _trainer(
-    work: Callable[[WorkerContext], None],
+def _make_trainer(
+    task: WorkerTask,
     resources: ResourceConfig,
     fault_tolerance: FaultToleranceConfig,
     name: str,
-    storage: Path,
+    folder: Path,
 ) -> Any:
     from ray import cloudpickle, train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    elastic = {"elastic_resize_monitor_interval_s": RESIZE_S} if resources.elastic else {}
+    elastic = {"elastic_resize_monitor_interval_s": RESIZE_S} if resources.is_elastic else {}
+    # The first worker may wait for a disk twice, for a checkpoint and for a line of metrics.
+    disk_s = round(2 * 60 * fault_tolerance.storage_minutes)
     return TorchTrainer(
-        run_member,
-        train_loop_config={"work": cloudpickle.dumps(_Work(work))},
-        # The others wait for the first worker, who may wait for a disk: for a checkpoint and then for a line.
-        torch_config=TorchConfig(
-            timeout_s=EXCHANGE_S + round(2 * 60 * fault_tolerance.storage_minutes)
-        ),
+        run_worker,
+        train_loop_config={"task": cloudpickle.dumps(task)},
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S + disk_s),
         scaling_config=train.ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus_per_worker > 0,
@@ -198,7 +233,7 @@ def _trainer(
         ),
         run_config=train.RunConfig(
             name=name,
-            storage_path=str(storage),
+            storage_path=str(folder),
             failure_config=train.FailureConfig(
                 max_failures=0,
                 max_preemption_failures=0,
@@ -208,93 +243,72 @@ def _trainer(
     )
 
 
-@dataclass(frozen=True)
-class _Work:
-    """Work of a member, as a worker calls it."""
-
-    work: Callable[[WorkerContext], None]
-
-    def __call__(self, rank: int, world: int, device: str) -> None:
-        self.work(WorkerContext(rank, world, device))
-
-
-def kind_of(failure: BaseException) -> Kind:
-    """What made a group fail, by what its workers ended with."""
+def failure_kind(failure: BaseException) -> EventKind:
+    """Classify what made a group fail, by the errors of its workers."""
     from ray.exceptions import OutOfMemoryError, RayActorError
     from ray.train import PreemptionError
-    from ray.train.v2._internal.exceptions import (
-        RayTrainError,  # a worker that hangs, or misses an exchange
-    )
 
-    causes = _causes(failure)
-    died = [
-        cause
-        for cause in causes
-        if isinstance(cause, RayActorError | OutOfMemoryError | RayTrainError)
+    errors = _worker_errors(failure)
+    deaths = [
+        error
+        for error in errors
+        if isinstance(error, RayActorError | OutOfMemoryError) or is_train_error(error)
     ]
-    if isinstance(failure, PreemptionError) or any(
-        getattr(cause, "preempted", False) for cause in died
-    ):
+    if isinstance(failure, PreemptionError):
         return "preempted"
-    if any(isinstance(cause, NonFiniteLossError) for cause in causes):
+    if any(getattr(error, "preempted", False) for error in deaths):
+        return "preempted"
+    if any(isinstance(error, NonFiniteLossError) for error in errors):
         return "loss not finite"
-    if any(isinstance(cause, AmlpError) for cause in causes):
+    if any(isinstance(error, AmlpError) for error in errors):
         return "error in code"
-    if died:
-        return (
-            "node lost" if any("node has died" in str(cause) for cause in died) else "worker lost"
-        )
-    return (
-        "worker lost"
-        if causes and all(COLLATERAL.search(str(cause)) for cause in causes)
-        else "error in code"
-    )
+    if any(NODE_DIED in str(error) for error in deaths):
+        return "node lost"
+    if deaths:
+        return "worker lost"
+    if errors and all(PEER_LOST.search(str(error)) for error in errors):
+        return "worker lost"
+    return "error in code"
 
 
-def own_error(failure: BaseException) -> BaseException:
-    """What a worker raised, our own errors first; a sentence where the cluster had no room."""
+def original_error(failure: BaseException) -> BaseException:
+    """Return what a worker raised, preferring our own errors, or that the cluster had no room."""
     from ray.train import ControllerError
-    from ray.train.v2._internal.exceptions import (
-        WorkerGroupStartupFailedError,
-        WorkerGroupStartupTimeoutError,
-    )
 
-    causes = _causes(failure)
-    ours = [cause for cause in causes if isinstance(cause, AmlpError)]
-    others = [cause for cause in causes if not COLLATERAL.search(str(cause))]
     if isinstance(failure, ControllerError):
-        if isinstance(
-            failure.controller_failure,
-            WorkerGroupStartupTimeoutError | WorkerGroupStartupFailedError,
-        ):
+        if is_startup_error(failure.controller_failure):
             return ResourceError(
-                "The cluster had no room for the workers for resources.wait_minutes; free it or ask for less, and run "
-                "again: it goes on from its checkpoint."
+                "The cluster had no room for the workers for resources.wait_minutes; free it or "
+                "ask for less, and run again: the run resumes from its checkpoint."
             )
         return failure.controller_failure
-    return [*ours, *others, failure][0]
+    errors = _worker_errors(failure)
+    for error in errors:
+        if isinstance(error, AmlpError):
+            return error
+    for error in errors:
+        if not PEER_LOST.search(str(error)):
+            return error
+    return failure
 
 
-def _causes(failure: BaseException) -> list[BaseException]:
-    """What each worker ended with, out of Ray Train's wrappings."""
-    found = []
-    for error in getattr(failure, "worker_failures", {}).values():
-        error = getattr(error, "_base_exc", error)  # what user code raised
-        found.append(
-            getattr(error, "health_check_failure", error)
-        )  # a worker that no longer answers
-    return found
+def _worker_errors(failure: BaseException) -> list[BaseException]:
+    """Return the error that each failed worker ended with."""
+    failures = getattr(failure, "worker_failures", {})
+    return [unwrap_worker_error(error) for error in failures.values()]
 
 
-def _told(failure: BaseException) -> str:
-    """A few words of what happened."""
+def _loss_reason(failure: BaseException) -> str:
+    """Describe a loss in a few words."""
     from ray.exceptions import OutOfMemoryError, RayActorError
 
-    causes = _causes(failure)
-    if any(isinstance(cause, OutOfMemoryError) or MONITORED in str(cause) for cause in causes):
+    errors = _worker_errors(failure)
+    if any(
+        isinstance(error, OutOfMemoryError) or KILLED_BY_MONITOR in str(error) for error in errors
+    ):
         return "its node was out of memory"
-    if any(isinstance(cause, RayActorError) for cause in causes):
+    if any(isinstance(error, RayActorError) for error in errors):
         return "its process died"
-    if causes:
+    if errors:
         return "the others lost their connection to it"
     return " ".join(str(failure).split())[:160]

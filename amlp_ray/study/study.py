@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +11,7 @@ from optuna.trial import FrozenTrial
 
 from amlp_ray.config import StudyConfig
 from amlp_ray.config.overrides import merge
-from amlp_ray.config.yaml_file import read_yaml, write_yaml
+from amlp_ray.config.yaml_file import read_yaml
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import StudyError
@@ -26,12 +25,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from amlp_ray.study.execution.plan import Plan
+    from amlp_ray.study.execution.run_study import StudyInputs
     from amlp_ray.study.execution.stop_reason import StopReason
-    from amlp_ray.study.execution.trial_queue import Phase
     from amlp_ray.study.report import Importance
-    from amlp_ray.study.storage.lease import Lease
-
-logger = logging.getLogger(__name__)
 
 
 class Study:
@@ -126,6 +122,9 @@ class Study:
 
         Raises:
             StudyError: there is none.
+
+        >>> Study.open("low").status()["states"]  # doctest: +SKIP
+        {'COMPLETE': 14, 'PRUNED': 2}
         """
         store = StudyStore.open(Path(runs) / name)
         return cls(store.config(), store)
@@ -154,6 +153,9 @@ class Study:
 
         Args:
             address: of the Ray cluster to plan for; by default this machine.
+
+        >>> study.plan().hours  # doctest: +SKIP
+        (2.1, 2.9, 4.0)
         """
         from amlp_ray.runtime.resources import cluster_resources, machine_resources
         from amlp_ray.runtime.session import ray_session
@@ -191,8 +193,14 @@ class Study:
             ResourceError: no node can hold a trial, or no resources came free.
             FailedStudyError: the first trials failed for the same reason.
             InterruptedStudyError: after Ctrl-C.
+
+        >>> study.run().stop_reason  # doctest: +SKIP
+        <StopReason.DONE: 'done'>
         """
-        return self._run("search", address)
+        from amlp_ray.study.execution.run_study import run_study
+
+        self.config, self.stop_reason = run_study(self._inputs(address))
+        return self
 
     resume = run
 
@@ -202,93 +210,26 @@ class Study:
         Both protocols score every run. Test images are opened once, when all runs are finished. A
         second call shows what was found then.
 
+        Args:
+            address: as `run`.
+
         Raises:
             StudyError: no trial is complete, or as `run`.
             ResourceError, FailedStudyError, InterruptedStudyError: as `run`.
+
+        >>> print(*study.confirm().verdict(), sep="\n")  # doctest: +SKIP
         """
-        from amlp_ray.study.confirmation.confirm import (
-            confirmation_notes,
-            find_test_unlock,
-            open_test,
-        )
-        from amlp_ray.study.execution.stop_reason import StopReason
-        from amlp_ray.study.execution.study_log import log_events
+        from amlp_ray.study.execution.run_study import confirm_study
 
-        if find_test_unlock(self.store):
-            # More runs could never be scored on the test images.
-            self.stop_reason = StopReason.DONE
-        else:
-            notes = confirmation_notes(self.store, self.config)  # raises with nothing to confirm
-            with log_events(self.store.folder):
-                for note in notes:
-                    logger.info("note: %s", note)
-            self._run("confirm", address)
-        if self.stop_reason == StopReason.DONE:
-            with log_events(self.store.folder):
-                open_test(self.store, self.config, self.eval_data or self.dataset)
+        self.config, self.stop_reason = confirm_study(self._inputs(address))
         return self
 
-    def _run(self, phase: Phase, address: str | None) -> Study:
-        from amlp_ray.runtime.resources import jobs_side_by_side, machine_resources
-        from amlp_ray.study.execution.preflight import check_unchanged, with_budget
-        from amlp_ray.study.execution.study_log import log_events
+    def _inputs(self, address: str | None) -> StudyInputs:
+        from amlp_ray.study.execution.run_study import StudyInputs
 
-        store = self.store
-        check_unchanged(self.config, store, self.dataset, self.eval_data)
-        if (store.folder / "run.lock").is_file() and (holder := store.holder()):
-            raise StudyError(
-                f"Study {self.config.name!r} is already run by {holder}; wait for it, or end it."
-            )
-        self.validate()
-        if address is None:
-            # Refuse before a cluster is started.
-            jobs_side_by_side(self.config.resources, machine_resources())
-        store.folder.mkdir(parents=True, exist_ok=True)
-        study_file = store.folder / "study.yaml"
-        if not study_file.is_file():
-            write_yaml(self.config, study_file)
-        store.storage(retry_seconds=self.config.fault_tolerance.storage_minutes * 60)
-        with log_events(store.folder), store.lock(counted=phase == "search") as lease:
-            check_unchanged(self.config, store, self.dataset, self.eval_data)
-            self.config = with_budget(self.config, store)
-            write_yaml(self.config, study_file)
-            store.search().set_user_attr("request", None)
-            self._run_locked(phase, address, lease)
-        return self
+        return StudyInputs(self.config, self.store, self.dataset, self.eval_data, address)
 
-    def _run_locked(self, phase: Phase, address: str | None, lease: Lease) -> None:
-        from amlp_ray.runtime.resources import cluster_resources, jobs_side_by_side
-        from amlp_ray.runtime.session import ray_session
-        from amlp_ray.study.execution.driver import run_on_tune
-        from amlp_ray.study.execution.preflight import log_pruning_notes, record_environment
-
-        with ray_session(address) as session:
-            cluster = cluster_resources()
-            side_by_side = jobs_side_by_side(self.config.resources, cluster)
-            record_environment(self.config, self.store, cluster, self.dataset, self.eval_data)
-            logger.info(
-                "study %s: %d trials side by side, folder %s",
-                self.config.name,
-                side_by_side,
-                self.store.folder,
-            )
-            if phase == "search":
-                log_pruning_notes(self.config, self.dataset.count("train"))
-            if session.dashboard:
-                logger.info("Ray dashboard: %s", session.dashboard)
-            self.stop_reason = run_on_tune(
-                self.store,
-                self.config,
-                lease,
-                data=self.dataset.path,
-                eval_data=None if self.eval_data is None else self.eval_data.path,
-                images=self.dataset.count("train"),
-                side_by_side=side_by_side,
-                phase=phase,
-            )
-            logger.info(_END_MESSAGES[self.stop_reason].format(name=self.config.name))
-
-    # Steering, from any process that sees the study
+    # Control, from any process that sees the study
 
     def request(self, verb: Request) -> None:
         """Ask the process that runs the study to pause, stop or cancel; it polls every second."""
@@ -307,7 +248,10 @@ class Study:
         self.request("cancel")
 
     def extend(self, **amounts: Any) -> Study:
-        """Change the budget, such as `trials="+10"` or `hours=8`; see `edit.extend`."""
+        """Change the budget; see `edit.extend`.
+
+        >>> study.extend(trials="+10", hours=8).run()  # doctest: +SKIP
+        """
         self.config = self.config.model_copy(update={"budget": edit.extend(self.store, **amounts)})
         return self
 
@@ -321,7 +265,11 @@ class Study:
         return migration
 
     def enqueue(self, values: Mapping[str, Any]) -> int:
-        """Enqueue a trial with these values, sampling the others; return its number."""
+        """Enqueue a trial with these values, sampling the others; return its number.
+
+        >>> study.enqueue({"ratio.start": 0.4})  # doctest: +SKIP
+        16
+        """
         return edit.enqueue(self.store, self.config, values)
 
     def retry(self, number: int) -> int:
@@ -354,6 +302,9 @@ class Study:
 
         Raises:
             StudyError: no trial is complete.
+
+        >>> study.best_trial.params  # doctest: +SKIP
+        {'ratio.start': 0.31, 'rise': 0.22}
         """
         return best_trials.best_trial(self.store, self.config).frozen
 
@@ -368,7 +319,10 @@ class Study:
         return trials.trial_rows(self.store, self.config)
 
     def trials_dataframe(self) -> pd.DataFrame:
-        """Return all trials: kind, number, state, scores, costs and one column per parameter."""
+        """Return all trials: kind, number, state, scores, costs and one column per parameter.
+
+        >>> study.trials_dataframe().groupby("kind")["dsc"].max()  # doctest: +SKIP
+        """
         import pandas as pd
 
         return pd.DataFrame(self.trials())
@@ -408,16 +362,3 @@ class Study:
         from amlp_ray.study.report import write_report
 
         return write_report(self.store)
-
-
-# By `StopReason`; other reasons to stop raise an error.
-_END_MESSAGES = {
-    "done": "study {name} is done",
-    "budget": "study {name} has used its budget; `amlp-ray study extend {name}` gives it more",
-    "pause": "study {name} is paused; `amlp-ray study resume {name}` resumes it",
-    "stop": "study {name} is stopped; `amlp-ray study resume {name}` resumes it",
-    "cancel": (
-        "study {name} is cancelled; `amlp-ray study resume {name}` resumes it without the trials "
-        "that ran"
-    ),
-}

@@ -2,68 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
-from amlp_ray.config import (
-    FaultToleranceConfig,
-    PretrainConfig,
-    ProbeConfig,
-    ResourceConfig,
-    SegmentConfig,
-    TrackingConfig,
-)
+from amlp_ray.config import SegmentConfig
+from amlp_ray.launch.run_spec import RunSpec
+
+TrialKind = Literal["search", "baseline", "confirm"]
 
 
-@dataclass(frozen=True)
-class TrialSpec:
-    """What a trial is told. `kind` is `search`, `baseline` or `confirm`; `number` is Optuna's, within that kind."""
+class TrialSpec(BaseModel):
+    """Describe one trial; Tune shows and stores it as the plain values of `model_dump`.
 
-    study: str
-    kind: str
+    Args:
+        kind: which of the study's three Optuna studies the trial belongs to.
+        number: Optuna's number, within that study.
+        run: the pretraining; its `label` is a short name such as `trial 7` or `baseline mae-0`.
+        finetune: settings of the second protocol, which a confirmation adds.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: TrialKind
     number: int
-    label: str  # a short name: `trial 7`, `baseline mae-0`, `confirm trial-7-2`
-    folder: str
-    data: str
-    config: PretrainConfig
-    probe: ProbeConfig
-    resources: ResourceConfig
-    rungs: tuple[int, ...]
-    eval_data: str | None = None  # where they are a data set apart
-    until: int | None = None  # of a segment of population-based training: the epoch it ends after
-    fork: str | None = None  # the folder whose checkpoint it begins with
-    fault_tolerance: FaultToleranceConfig = field(default_factory=FaultToleranceConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    finetune: SegmentConfig | None = None  # of a confirmation: the second protocol
-
-    @property
-    def gpus(self) -> float:
-        """GPUs that it holds in all."""
-        return self.resources.gpus_per_worker * self.resources.most_workers
-
-    def as_config(self) -> dict[str, Any]:
-        """Plain values, which is what Tune shows and stores of a trial."""
-        plain = {name: getattr(self, name) for name in _MODELS}
-        return vars(self) | {
-            name: value and value.model_dump(mode="json") for name, value in plain.items()
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> TrialSpec:
-        models = {
-            name: config[name] and model.model_validate(config[name])
-            for name, model in _MODELS.items()
-        }
-        return cls(**config | models | {"rungs": tuple(config["rungs"])})
-
-
-_MODELS: dict[str, type[BaseModel]] = {
-    "config": PretrainConfig,
-    "probe": ProbeConfig,
-    "resources": ResourceConfig,
-    "fault_tolerance": FaultToleranceConfig,
-    "tracking": TrackingConfig,
-    "finetune": SegmentConfig,
-}
+    run: RunSpec
+    finetune: SegmentConfig | None = None

@@ -9,7 +9,8 @@ import pytest
 from amlp_ray.cli import main
 from amlp_ray.config import PretrainConfig
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.launch.job import RunSpec, run_job
+from amlp_ray.launch.job import run_job
+from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.training.pretrain import Hooks
 
 
@@ -19,7 +20,7 @@ def run_folder(phantom_dataset: PatchDataset, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("inspected") / "run"
     model = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16}
     config = PretrainConfig.model_validate({"epochs": 2, "batch_size": 12, "model": model})
-    run_job(RunSpec(config, str(phantom_dataset.path), folder), Hooks())
+    run_job(RunSpec(config=config, data=str(phantom_dataset.path), folder=folder), Hooks())
     return folder
 
 

@@ -1,8 +1,8 @@
-"""A run on three nodes of one machine, of which one is killed and one is added: what `test_nodes.py` starts.
+"""Run on three nodes of one machine, of which one is killed and one is added, for `test_nodes.py`.
 
 Nodes are raylets of their own, so they cannot share the session of the other tests.
 
-    python nodes.py DATA OUT EPOCHS
+    python ray_cluster.py DATA OUT EPOCHS
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from amlp_ray.config import PretrainConfig, ResourceConfig
-from amlp_ray.launch.job import RunSpec
+from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.runtime.session import ENVIRONMENT
 from amlp_ray.training.loggers.metrics_file import read_rows
 from amlp_ray.utils.event_log import read_events
@@ -57,7 +57,10 @@ def run(data: str, out: Path, epochs: int) -> None:
         {"epochs": epochs, "model": {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16}}
     )
     run_spec = RunSpec(
-        config, data, out, resources=ResourceConfig(workers=(1, 3), cpus_per_worker=1)
+        config=config,
+        data=data,
+        folder=out,
+        resources=ResourceConfig(workers=(1, 3), cpus_per_worker=1),
     )
     failure: list[BaseException] = []
 

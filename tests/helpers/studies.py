@@ -16,8 +16,8 @@ from amlp_ray.config import PretrainConfig, ProbeConfig, ResourceConfig, StudyCo
 from amlp_ray.config.base import build
 from amlp_ray.config.yaml_file import write_yaml
 from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.study.storage.study_store import StudyStore
-from amlp_ray.study.trial_spec import TrialSpec
 from helpers.tiny_study import TINY
 
 RATIO = optuna.distributions.FloatDistribution(0.2, 0.5)
@@ -47,7 +47,7 @@ def add(
     distributions: Mapping[str, Any] | None = None,
     **about: Any,
 ) -> int:
-    """Store a trial and return its number; it took ten seconds and four epochs where it is finished."""
+    """Store a trial and return its number; a finished one took ten seconds and four epochs."""
     study = study or store.search()
     params = {"ratio.start": 0.3, "selection.mode": "hard"} if params is None else dict(params)
     known = {"ratio.start": RATIO, "selection.mode": MODE, **(distributions or {})}
@@ -101,7 +101,7 @@ def note_data(store: StudyStore, fingerprint: str) -> None:
     about = {
         "started": "2026-03-01T12:00:00+00:00",
         "dataset": {"fingerprint": fingerprint},
-        "num_labeled": None,
+        "eval_data": None,
     }
     (store.folder / "environment.json").write_text(json.dumps(about))
 
@@ -112,14 +112,14 @@ def write_study(file: Path, **changes: Any) -> Path:
     return file
 
 
-def task_of(folder: Path, dataset: PatchDataset, *, seed: int = 5, cpus: float = 1) -> TrialSpec:
+def run_spec_of(
+    folder: Path, dataset: PatchDataset, *, seed: int = 5, cpus: float = 1
+) -> RunSpec:
     """What a driver tells trial 0 of a study in this folder."""
-    return TrialSpec(
+    return RunSpec(
         study="tiny",
-        kind="search",
-        number=0,
         label="trial 0",
-        folder=str(folder / "trials" / "0"),
+        folder=folder / "trials" / "0",
         data=dataset.path,
         config=PretrainConfig.model_validate({**TINY["pretrain"], "seed": seed}),
         probe=ProbeConfig.model_validate(TINY["probe"]),

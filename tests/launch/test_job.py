@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from amlp_ray.config.base import build
 from amlp_ray.config.yaml_file import read_yaml
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import CheckpointError
-from amlp_ray.launch.job import STRIPS, RunSpec, _parameters, claim, is_finished, run_job
+from amlp_ray.launch.job import NUM_PICTURES, _logged_parameters, claim, is_finished, run_job
+from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.training.checkpoint.export import load_encoder
 from amlp_ray.training.loggers.metrics_file import append_row, drop_after, read_rows
 from amlp_ray.training.pretrain import Hooks
@@ -26,13 +26,13 @@ PROBE = ProbeConfig(num_labeled=8, subsets=1, folds=2)
 
 def job_of(dataset: PatchDataset, folder: Path, **given: Any) -> RunSpec:
     config = PretrainConfig.model_validate({"epochs": 2, "batch_size": 12, "model": TINY, **given})
-    return RunSpec(config, str(dataset.path), folder, probe=PROBE, rungs=(1, 2))
+    return RunSpec(config=config, data=str(dataset.path), folder=folder, probe=PROBE, rungs=(1, 2))
 
 
 def test_a_job_is_scored_at_its_rungs_and_keeps_the_last_score(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    run_spec = replace(job_of(phantom_dataset, tmp_path, epochs=3), rungs=(2, 3))
+    run_spec = job_of(phantom_dataset, tmp_path, epochs=3).model_copy(update={"rungs": (2, 3)})
     result = run_job(run_spec, Hooks())
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [("dsc" in row, "ap" in row) for row in rows] == [
@@ -49,7 +49,9 @@ def test_a_job_is_scored_at_its_rungs_and_keeps_the_last_score(
 def test_every_rung_keeps_its_scores_and_the_last_is_that_of_the_run(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    run_job(replace(job_of(phantom_dataset, tmp_path, epochs=3), rungs=(1, 3)), Hooks())
+    run_job(
+        job_of(phantom_dataset, tmp_path, epochs=3).model_copy(update={"rungs": (1, 3)}), Hooks()
+    )
     rungs = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "rungs").iterdir()}
     assert {name: rung["epoch"] for name, rung in rungs.items()} == {"1": 1, "3": 3}
     assert rungs["1"]["per_image"].keys() == rungs["3"]["per_image"].keys()
@@ -68,7 +70,7 @@ def test_an_oracle_runs_as_a_trial_does_and_is_scored_and_drawn(
     assert result.epochs == 2
     assert 0 <= result.metrics["dsc"] <= 1
     assert "aim_precision" not in result.metrics  # of an oracle it says nothing
-    assert len(list((tmp_path / "pictures").iterdir())) == STRIPS
+    assert len(list((tmp_path / "pictures").iterdir())) == NUM_PICTURES
 
 
 def test_pictures_show_validation_images_with_lesions(
@@ -76,7 +78,7 @@ def test_pictures_show_validation_images_with_lesions(
 ) -> None:
     run_job(job_of(phantom_dataset, tmp_path), Hooks())
     strips = sorted((tmp_path / "pictures").iterdir())
-    assert len(strips) == STRIPS
+    assert len(strips) == NUM_PICTURES
     val = phantom_dataset.load("val")
     lesions = {val.ids[i] for i in range(len(val)) if val.masks[i].any()}
     assert {path.stem.partition("-")[2] for path in strips} <= lesions
@@ -90,7 +92,9 @@ def test_a_random_encoder_is_scored_once_as_epoch_0_and_exported_untrained(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
     reported: list[dict[str, Any]] = []
-    run_spec = replace(job_of(phantom_dataset, tmp_path, variant="scratch"), rungs=(0,))
+    run_spec = job_of(phantom_dataset, tmp_path, variant="scratch").model_copy(
+        update={"rungs": (0,)}
+    )
     result = run_job(run_spec, Hooks(report=reported.append))
     assert [metrics["epoch"] for metrics in reported] == [0]
     assert 0 <= reported[0]["dsc"] <= 1
@@ -99,7 +103,7 @@ def test_a_random_encoder_is_scored_once_as_epoch_0_and_exported_untrained(
         torch.equal(value, exported[key])
         for key, value in result.model.encoder.state_dict().items()
     )
-    again = run_job(replace(run_spec, folder=tmp_path / "again"), Hooks())
+    again = run_job(run_spec.model_copy(update={"folder": tmp_path / "again"}), Hooks())
     assert again.metrics["dsc"] == result.metrics["dsc"]
 
 
@@ -111,7 +115,7 @@ def test_untrained_weights_are_scored_as_they_are(
         phantom_dataset, tmp_path / "run", variant="scratch", weights=str(start.encoder)
     )
     assert not is_finished(run_spec)
-    result = run_job(replace(run_spec, rungs=(0,)), Hooks())
+    result = run_job(run_spec.model_copy(update={"rungs": (0,)}), Hooks())
     given = load_encoder(start.encoder).state_dict()
     assert all(
         torch.equal(value, given[key])
@@ -123,7 +127,9 @@ def test_untrained_weights_are_scored_as_they_are(
 def test_an_encoder_of_a_run_that_stopped_early_never_passes_for_the_last(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    run_spec = replace(job_of(phantom_dataset, tmp_path / "run", variant="mae"), probe=None)
+    run_spec = job_of(phantom_dataset, tmp_path / "run", variant="mae").model_copy(
+        update={"probe": None}
+    )
     early = run_job(run_spec, Hooks(should_stop=lambda: True))
     assert (early.epochs, early.encoder.is_file()) == (1, True)
 
@@ -136,18 +142,18 @@ def test_an_encoder_of_a_run_that_stopped_early_never_passes_for_the_last(
     assert not is_finished(run_spec)
     run_job(run_spec, Hooks())
     assert is_finished(run_spec)
-    whole = run_job(replace(run_spec, folder=tmp_path / "whole"), Hooks())
+    whole = run_job(run_spec.model_copy(update={"folder": tmp_path / "whole"}), Hooks())
     ours, theirs = (load_encoder(path).state_dict() for path in (early.encoder, whole.encoder))
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
 def test_servers_are_told_settings_by_dotted_name_and_no_path() -> None:
-    told = _parameters(PretrainConfig(weights="/data/hospital/encoder.safetensors"))
+    told = _logged_parameters(PretrainConfig(weights="/data/hospital/encoder.safetensors"))
     assert told["model.width"] == PretrainConfig().model.width
     assert told["weights"] == "encoder.safetensors"
     assert "hospital" not in str(told)
     assert (
-        _parameters(PretrainConfig(weights="timm:vit_tiny_patch16_224"))["weights"]
+        _logged_parameters(PretrainConfig(weights="timm:vit_tiny_patch16_224"))["weights"]
         == "timm:vit_tiny_patch16_224"
     )
 
@@ -185,6 +191,6 @@ def test_lines_of_metrics_are_read_up_to_the_first_that_was_cut(tmp_path: Path) 
 def test_a_run_goes_on_with_images_read_in_another_way(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    first = run_job(job_of(phantom_dataset, tmp_path / "run", epochs=1, data="resident"), Hooks())
+    first = run_job(job_of(phantom_dataset, tmp_path / "run", epochs=1, data="mapped"), Hooks())
     again = run_job(job_of(phantom_dataset, tmp_path / "run", epochs=1, data="mapped"), Hooks())
     assert again.metrics == first.metrics

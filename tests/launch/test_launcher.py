@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -17,8 +16,8 @@ from amlp_ray.config import PretrainConfig, ResourceConfig
 from amlp_ray.config.base import build
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import CheckpointError, ConfigError, NonFiniteLossError, ResourceError
-from amlp_ray.launch.job import RunSpec
 from amlp_ray.launch.launcher import run_here, run_on_ray
+from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.training.checkpoint.manager import latest, write_checkpoint
 from amlp_ray.training.loggers.metrics_file import Metrics, read_rows
 from amlp_ray.training.pretrain import Hooks
@@ -60,7 +59,8 @@ def test_a_group_resumes_what_a_process_began(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     amlp_ray.pretrain(phantom_dataset.path, whole, make_config())
     run_here(
-        RunSpec(make_config(), str(phantom_dataset.path), parts), Hooks(should_stop=lambda: True)
+        RunSpec(config=make_config(), data=str(phantom_dataset.path), folder=parts),
+        Hooks(should_stop=lambda: True),
     )
     assert len(read_rows(parts / "metrics.jsonl")) == 1
     reported: list[int] = []
@@ -192,7 +192,7 @@ def test_a_stream_trains_as_images_in_memory_do_though_workers_hold_every_cpu(
     phantom_dataset: PatchDataset, tmp_path: Path, resources: ResourceConfig
 ) -> None:
     amlp_ray.pretrain(
-        phantom_dataset.path, tmp_path / "held", make_config(data="resident", variant="mae")
+        phantom_dataset.path, tmp_path / "held", make_config(data="mapped", variant="mae")
     )
     amlp_ray.pretrain(
         phantom_dataset.path,
@@ -212,12 +212,12 @@ def test_a_killed_worker_is_replaced_and_costs_one_ended_epoch_at_most(
 ) -> None:
     resources = ResourceConfig(workers=2, cpus_per_worker=0.9)
     run_spec = RunSpec(
-        make_config(epochs=8, variant="mae"),
-        phantom_dataset.path,
-        tmp_path / "run",
+        config=make_config(epochs=8, variant="mae"),
+        data=phantom_dataset.path,
+        folder=tmp_path / "run",
         resources=resources,
     )
-    alone = RunSpec(run_spec.config, run_spec.data, tmp_path / "alone")
+    alone = RunSpec(config=run_spec.config, data=run_spec.data, folder=tmp_path / "alone")
     run_here(alone)
     victims: list[int] = []
 
@@ -241,7 +241,7 @@ def test_a_killed_worker_is_replaced_and_costs_one_ended_epoch_at_most(
     assert starts[1]["repeated"] <= 1
     assert count_events(run_spec.folder)["worker lost"] == 1
     (lost,) = [event for event in read_events(run_spec.folder) if event["event"] == "worker lost"]
-    assert lost["text"].startswith("A worker was lost (its process died); going on")
+    assert lost["text"].startswith("A worker was lost (its process died); resuming")
 
 
 @pytest.mark.ray
@@ -250,10 +250,13 @@ def test_a_loss_that_is_not_finite_ends_a_group_at_once(
 ) -> None:
     resources = ResourceConfig(workers=2, cpus_per_worker=0.9)
     run_spec = RunSpec(
-        make_config(variant="mae"), phantom_dataset.path, tmp_path / "run", resources=resources
+        config=make_config(variant="mae"),
+        data=phantom_dataset.path,
+        folder=tmp_path / "run",
+        resources=resources,
     )
-    # A weight is spoiled in the checkpoint that it goes on from: a rate that surely diverges is not known.
-    run_here(replace(run_spec, until=1, resources=ResourceConfig()))
+    # A weight is spoiled in the checkpoint that it resumes from: no learning rate surely diverges.
+    run_here(run_spec.model_copy(update={"until": 1, "resources": ResourceConfig()}))
     found = latest(run_spec.folder)
     assert found is not None
     state, _ = found

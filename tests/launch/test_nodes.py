@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.training.checkpoint.manager import checkpoints, is_whole
+from amlp_ray.training.checkpoint.manager import checkpoints, is_intact
 from amlp_ray.training.loggers.metrics_file import read_rows
 from amlp_ray.utils.event_log import count_events, read_events
 
@@ -42,4 +42,4 @@ def test_a_node_is_killed_and_one_is_added_and_every_epoch_is_done_once(
     assert starts[1]["text"].endswith("with 2 workers instead of 3.")
     assert count_events(out)["node lost"] == 1
     assert checkpoints(out)
-    assert all(map(is_whole, checkpoints(out)))
+    assert all(map(is_intact, checkpoints(out)))

@@ -30,7 +30,7 @@ from amlp_ray.errors import (
     WorkerLostError,
 )
 from amlp_ray.runtime import worker_group
-from amlp_ray.runtime.worker_group import WorkerContext, kind_of, own_error, run_group
+from amlp_ray.runtime.worker_group import WorkerContext, failure_kind, original_error, run_group
 from amlp_ray.utils.event_log import read_events
 
 GLOO = RuntimeError(
@@ -44,9 +44,12 @@ NO_DATA = DataError("part-00001.parquet is gone; prepare the data again.")
 BUG = KeyError("a bug")
 
 
-def died(
-    message: str = "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR",
-) -> Any:
+PROCESS_DIED = (
+    "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR"
+)
+
+
+def died(message: str = PROCESS_DIED) -> Any:
     return ActorDiedError(
         ActorDiedErrorContext(
             class_name="RayTrainWorker", actor_id=b"0" * 16, error_message=message
@@ -68,7 +71,7 @@ PREEMPTION = PreemptionError(
 
 
 def ended(*errors: Exception) -> WorkerGroupError:
-    """A group whose workers ended with these, wrapped as Ray Train does: what code raised, and what Ray found."""
+    """Return the failure of a group whose workers ended with these, wrapped as Ray Train does."""
     wrapped: dict[int, Exception] = {}
     for rank, error in enumerate(errors):
         if isinstance(error, ActorDiedError | OutOfMemoryError):
@@ -114,7 +117,7 @@ KINDS = {
 def test_what_was_lost_is_told_from_what_would_come_again(
     failure: BaseException, kind: str
 ) -> None:
-    assert kind_of(failure) == kind
+    assert failure_kind(failure) == kind
 
 
 OWN = {
@@ -130,14 +133,14 @@ OWN = {
 def test_the_error_of_the_worker_that_made_it_is_raised(
     failure: BaseException, error: BaseException
 ) -> None:
-    assert own_error(failure) is error
+    assert original_error(failure) is error
 
 
 @pytest.mark.parametrize(
     "failure", [WorkerGroupStartupTimeoutError(2), WorkerGroupStartupFailedError("no node")]
 )
 def test_no_room_is_told_in_a_sentence(failure: Exception) -> None:
-    error = own_error(ControllerError(failure))
+    error = original_error(ControllerError(failure))
     assert isinstance(error, ResourceError)
     assert "no room for the workers for resources.wait_minutes" in str(error)
 
@@ -149,7 +152,10 @@ Run = Callable[..., int]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Run a group that fails so, one after another, then ends; the epoch before each; return how often it was begun."""
+    """Return a function that runs a group which fails in the given ways, one after another.
+
+    It takes the epoch reached before each failure, and returns how often the group was started.
+    """
 
     def go(
         failures: list[BaseException], epochs: list[int] | None = None, *, max_failures: int = 2
@@ -162,7 +168,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
             now[0] = next(reached, now[0])
             return next(left, None)
 
-        monkeypatch.setattr(worker_group, "_attempt", attempt)
+        monkeypatch.setattr(worker_group, "_run_once", attempt)
         monkeypatch.setattr(worker_group, "answering_nodes", lambda: {"node"})
         resources, faults = (
             ResourceConfig(workers=2),
@@ -186,16 +192,19 @@ def test_what_was_lost_is_begun_again_and_noted(run: Run, tmp_path: Path) -> Non
     assert kinds(tmp_path) == []
     assert run([ended(died()), ended(NODE)]) == 3
     assert kinds(tmp_path) == ["worker lost", "node lost"]
-    assert "going on from the latest checkpoint" in read_events(tmp_path)[0]["text"]
+    assert "resuming from the latest checkpoint" in read_events(tmp_path)[0]["text"]
 
 
 def test_losses_in_a_row_count_together_up_to_the_retries(run: Run, tmp_path: Path) -> None:
     with pytest.raises(
-        WorkerLostError, match=r"number 3 without progress, and fault_tolerance\.max_failures=2 allows no more"
+        WorkerLostError,
+        match=r"number 3 without progress, and fault_tolerance\.max_failures=2 allows no more",
     ):
         run([ended(died())] * 3)
     assert kinds(tmp_path) == ["worker lost"] * 3
-    with pytest.raises(WorkerLostError, match=r"number 1 without progress, and fault_tolerance\.max_failures=0"):
+    with pytest.raises(
+        WorkerLostError, match=r"number 1 without progress, and fault_tolerance\.max_failures=0"
+    ):
         run([ended(NODE)], max_failures=0)
 
 
@@ -253,7 +262,7 @@ def test_a_group_begins_again_when_its_folder_is_there_again(
         away.rename(folder)
 
     back = threading.Timer(1.0, bring_back)
-    monkeypatch.setattr(worker_group, "_attempt", attempt)
+    monkeypatch.setattr(worker_group, "_run_once", attempt)
     monkeypatch.setattr(worker_group, "answering_nodes", lambda: {"node"})
     run_group(print, ResourceConfig(workers=2), FaultToleranceConfig(), name="x", folder=folder)
     assert begun == [True, True]
@@ -271,9 +280,9 @@ def test_a_folder_that_stays_away_ends_the_run_and_is_not_made_anew(
         shutil.rmtree(folder)
         return ended(died())
 
-    monkeypatch.setattr(worker_group, "_attempt", attempt)
+    monkeypatch.setattr(worker_group, "_run_once", attempt)
     monkeypatch.setattr(worker_group, "answering_nodes", lambda: {"node"})
-    with pytest.raises(StorageError, match=r"took nothing for 0\.01 minutes"):
+    with pytest.raises(StorageError, match=r"for 0\.01 minutes"):
         run_group(
             print,
             ResourceConfig(workers=2),
@@ -304,9 +313,9 @@ def test_a_group_is_polled_in_the_calling_thread_while_it_works_and_once_after(
         polled.append((threading.current_thread() is threading.main_thread(), done.is_set()))
         polled_while_it_works.set()
 
-    monkeypatch.setattr(worker_group, "_trainer", lambda *given: Trainer())
+    monkeypatch.setattr(worker_group, "_make_trainer", lambda *given: Trainer())
     monkeypatch.setattr(worker_group, "POLL_S", 0.01)
-    failure = worker_group._attempt(
+    failure = worker_group._run_once(
         print, ResourceConfig(), FaultToleranceConfig(), "x", tmp_path, poll
     )
     assert failure is (BUG if fails else None)
@@ -314,8 +323,8 @@ def test_a_group_is_polled_in_the_calling_thread_while_it_works_and_once_after(
 
 
 def test_a_process_by_itself_is_the_first_of_one() -> None:
-    assert worker_group.alone() == WorkerContext(
-        rank=0, world=1, device=worker_group.alone().device
+    assert worker_group.this_process() == WorkerContext(
+        rank=0, world=1, device=worker_group.this_process().device
     )
     assert WorkerContext().is_first
     assert not WorkerContext(rank=1, world=2).is_first

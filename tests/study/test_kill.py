@@ -1,4 +1,4 @@
-"""kill -9 of a study's process in the middle, then the same command: nothing lost, doubled, or left running."""
+"""Kill a study's process and run the same command again: nothing lost, doubled, or left running."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_ctrl_c_says_so_and_leaves_trials_to_be_taken_over(
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert "was interrupted; the same command goes on" in log.read_text().splitlines()[-1]
+    assert "was interrupted; the same command resumes it" in log.read_text().splitlines()[-1]
     assert [t.state for t in store.search().trials] == [TrialState.RUNNING]
 
 

@@ -110,9 +110,7 @@ def test_a_study_keeps_to_its_labels(
     unlabeled: PatchDataset, phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
     file = write(tmp_path, baselines=[], budget={"trials": 1}, eval_data=phantom_dataset.path)
-    study = Study.load(file, data=unlabeled.path, runs=tmp_path / "runs").run(
-        notify=lambda line: None
-    )
+    study = Study.load(file, data=unlabeled.path, runs=tmp_path / "runs").run()
 
     trial = study.store.trial_folder(0)
     score = json.loads((trial / "score.json").read_text())
@@ -127,25 +125,23 @@ def test_a_study_keeps_to_its_labels(
         "unlabeled",
         phantom_dataset.name,
     ]
-    assert held["num_labeled"]["fingerprint"] == phantom_dataset.manifest.fingerprint
+    assert held["eval_data"]["fingerprint"] == phantom_dataset.manifest.fingerprint
     assert "Labelled images" in study.report().read_text()
 
     def again(**given: Any) -> None:
-        Study.load(write(tmp_path, **TINY_AGAIN), runs=tmp_path / "runs", **given).run(
-            notify=lambda line: None
-        )
+        Study.load(write(tmp_path, **TINY_AGAIN), runs=tmp_path / "runs", **given).run()
 
     moved = with_manifest(phantom_dataset, tmp_path / "moved")
     again(data=unlabeled.path, eval_data=moved)
     other = with_manifest(phantom_dataset, tmp_path / "other", fingerprint="0" * 64)
     with pytest.raises(
-        StudyError, match=r"begun on other labels than .*other holds now; restore the labels"
+        StudyError, match=r"begun on other eval_data than .*other holds now; restore eval_data"
     ):
         again(data=unlabeled.path, eval_data=other)
     with pytest.raises(StudyError, match="begun on other data than"):
         again(data=other, eval_data=moved)
     with pytest.raises(
-        StudyError, match=r"begun on other labels than .*own has of its own; restore the labels"
+        StudyError, match="begun on other eval_data than the study names now; restore eval_data"
     ):
         again(
             data=with_manifest(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from optuna.trial import TrialState
 
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import ConfigError, DataError, ResourceError, StudyError
+from amlp_ray.study.execution.stop_reason import StopReason
 from amlp_ray.study.storage.study_store import StudyStore, read_metrics
 from amlp_ray.study.study import Study
 
@@ -25,6 +29,19 @@ def write(folder: Path, **changes: Any) -> Path:
     return file
 
 
+@contextmanager
+def listener(notify: Callable[[str], object]) -> Iterator[None]:
+    """Call `notify` with every message that the package logs."""
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: notify(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("amlp_ray")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
 @pytest.fixture(scope="module")
 def finished(
     phantom_dataset: PatchDataset, tmp_path_factory: pytest.TempPathFactory
@@ -33,7 +50,8 @@ def finished(
     folder = tmp_path_factory.mktemp("study")
     lines: list[str] = []
     study = Study.load(write(folder), data=phantom_dataset.path, runs=folder / "runs")
-    study.run(notify=lines.append)
+    with listener(lines.append):
+        study.run()
     return study, lines
 
 
@@ -62,7 +80,7 @@ def test_every_trial_ends_once_and_leaves_its_files(finished: tuple[Study, list[
         assert facts["epochs"] == 4
         assert facts["memory"] > 0
         assert facts["scores"]["dsc"] == trial.value
-    scratch = json.loads((study.store.arm_folder("scratch", 0) / "score.json").read_text())
+    scratch = json.loads((study.store.baseline_folder("scratch", 0) / "score.json").read_text())
     assert scratch["epoch"] == 0
     assert scratch["mean_mask_dsc"] > 0
 
@@ -98,18 +116,18 @@ def test_a_finished_study_runs_no_more_and_an_extended_one_goes_on(
 ) -> None:
     study, _ = finished
     before = [t.params for t in study.store.search().trials]
-    study.run(notify=lambda line: None)
+    study.run()
     assert len(study.store.search().trials) == 3
     runs = study.store.folder.parent
     more = Study.load(write(tmp_path, budget={"trials": 4}), data=phantom_dataset.path, runs=runs)
-    more.run(notify=lambda line: None)
+    more.run()
     after = [t.params for t in more.store.search().trials]
     assert after[:3] == before
     assert len(after) == 4
     assert Study.open("tiny", runs=runs).config.budget.trials == 4
     more.extend(trials="+1")
     again = Study.load(write(tmp_path, budget={"trials": 4}), data=phantom_dataset.path, runs=runs)
-    again.run(notify=lambda line: None)
+    again.run()
     assert len(again.store.search().trials) == 5, (
         "the file that says 4 is no wish for less than was extended to"
     )
@@ -134,10 +152,10 @@ def test_a_trial_that_diverges_fails_with_its_reason_and_the_study_goes_on(
     (study.store.trial_folder(0) / "checkpoint" / f"epoch-1.{0:016x}.pt").write_bytes(
         b"no checkpoint"
     )
-    study.run(notify=lambda line: None)
+    study.run()
     (trial,) = study.store.search().trials
     assert trial.state == TrialState.FAIL
-    assert "holds no whole checkpoint" in trial.user_attrs["reason"]
+    assert "are damaged" in trial.user_attrs["reason"]
     assert "CheckpointError" in (study.store.trial_folder(0) / "error.txt").read_text()
     with pytest.raises(StudyError, match="no complete trial"):
         _ = study.best_trial
@@ -156,7 +174,7 @@ def test_trials_of_two_workers_report_their_rungs_and_may_be_pruned(
         "space": {"lr": {"choices": [1e-3, 1e-7]}},
     }
     study = Study.load(write(tmp_path, **changes), data=phantom_dataset.path, runs=tmp_path)
-    study.run(notify=lambda line: None)
+    study.run()
     for trial in study.store.search().trials:
         rows = read_metrics(study.store.trial_folder(trial.number))
         assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
@@ -188,12 +206,13 @@ def test_a_study_is_paused_by_another_and_goes_on_with_its_trials(
         if sum(" epoch " in said for said in lines) == 1 and " epoch " in line:
             other.pause()
 
-    study.run(notify=notify)
-    assert study.outcome == "paused"
+    with listener(notify):
+        study.run()
+    assert study.stop_reason == StopReason.PAUSE
     assert other.status()["states"]["INTERRUPTED"] >= 1
     assert any("pause was asked for by process" in line for line in lines)
-    other.resume(notify=lines.append)
-    assert other.outcome == "done"
+    other.resume()
+    assert other.stop_reason == StopReason.DONE
     assert {t.state for t in other.store.search().trials} == {TrialState.COMPLETE}
     for trial in other.store.search().trials:
         rows = read_metrics(other.store.trial_folder(trial.number))
@@ -213,7 +232,7 @@ def test_a_population_learns_a_schedule_segment_by_segment(
     study = Study.load(
         write(tmp_path, **changes), data=phantom_dataset.path, runs=tmp_path / "runs"
     )
-    study.run(notify=lambda line: None)
+    study.run()
     trials = study.store.search().trials
     assert [t.state for t in trials] == [TrialState.PRUNED] * 3 + [TrialState.COMPLETE] * 3
     assert [t.user_attrs["stats"]["epochs"] for t in trials] == [2] * 6, (
@@ -234,8 +253,7 @@ def test_a_confirmation_scores_by_both_protocols_and_opens_the_test_images_once(
     study = Study.load(
         tmp_path / "tiny" / "study.yaml", runs=tmp_path, overrides={"confirm": confirm}
     )
-    lines: list[str] = []
-    study.confirm(notify=lines.append)
+    study.confirm()
     trials = study.store.confirmation().trials
     best = f"trial-{study.best_trial.number}"
     assert {(t.user_attrs["candidate"], t.user_attrs["repeat"]) for t in trials} == {
@@ -248,9 +266,11 @@ def test_a_confirmation_scores_by_both_protocols_and_opens_the_test_images_once(
         test = json.loads((folder / "test.json").read_text())
         assert set(test) >= {"probe", "finetune"}
         assert 0 <= test["finetune"]["dsc"] <= 1
-    opened = study.store.confirmation().user_attrs["test_opened"]
-    study.confirm(notify=lines.append)
-    assert study.store.confirmation().user_attrs["test_opened"] == opened
+    opened = study.store.confirmation().user_attrs["test_unlocked"]
+    lines: list[str] = []
+    with listener(lines.append):
+        study.confirm()
+    assert study.store.confirmation().user_attrs["test_unlocked"] == opened
     assert any("test images were opened on" in line for line in lines)
 
 
@@ -343,7 +363,7 @@ def test_a_plan_prices_the_study_without_running_it(
 ) -> None:
     study = Study.load(write(tmp_path), data=phantom_dataset.path, runs=tmp_path / "runs")
     plan = study.plan()
-    assert (plan.trials, plan.arm_runs, plan.rungs, plan.steps_per_trial) == (3, 2, (2, 4), 12)
+    assert (plan.trials, plan.baseline_runs, plan.rungs, plan.steps_per_trial) == (3, 2, (2, 4), 12)
     assert plan.concurrency >= 1
     assert 0 < plan.hours[0] <= plan.hours[1] <= plan.hours[2] < 1
     assert 0 < plan.disk_gb < 1
@@ -372,7 +392,7 @@ def test_a_half_written_last_journal_line_is_cut_and_the_study_goes_on(
     before = study.status()
     with (tmp_path / "tiny" / "study.journal").open("a") as journal:
         journal.write('{"op_code":5,"wor')
-    study.run(notify=lambda line: None)
+    study.run()
     after = study.status()
     for told in (before, after):
         told["budget"].pop("hours")  # of which starting takes some

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from amlp_ray.config import PretrainConfig, ResourceConfig
-from amlp_ray.config.overrides import merged
+from amlp_ray.config.overrides import merge
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import CheckpointError, ConfigError
-from amlp_ray.launch.job import RunSpec, run_job
+from amlp_ray.launch.job import run_job
+from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.training.checkpoint.export import load_encoder
 from amlp_ray.training.checkpoint.manager import checkpoints, latest
 from amlp_ray.training.checkpoint.restore import fork_checkpoint
@@ -41,7 +42,7 @@ def tiny(points: list[list[float]] = POINTS, **given: Any) -> PretrainConfig:
         "model": TINY,
         "ratio": {"shape": "points", "points": points},
     }
-    return PretrainConfig.model_validate(merged(under, given))
+    return PretrainConfig.model_validate(merge(under, given))
 
 
 def go(
@@ -60,7 +61,7 @@ def go(
             raise KeyboardInterrupt
 
     return run_job(
-        RunSpec(config, str(dataset.path), folder, until=until, fork=fork), Hooks(report=report)
+        RunSpec(config=config, data=str(dataset.path), folder=folder, until=until, fork=fork), Hooks(report=report)
     )
 
 
@@ -145,7 +146,7 @@ def test_a_fork_trains_on_with_its_changed_value_and_a_kill_inside_it_changes_no
     mode = "soft" if "strength" in change.get("selection", {}) else "hard"
     base: dict[str, Any] = {"selection": {**LOOKS, "mode": mode}, "loss": {"warmup": 0.0}}
     go(phantom_dataset, tmp_path / "parent", tiny(**base), until=2)
-    changed = tiny(**merged(base, change))
+    changed = tiny(**merge(base, change))
     go(phantom_dataset, tmp_path / "kept", tiny(**base), fork=tmp_path / "parent", until=5)
     go(phantom_dataset, tmp_path / "changed", changed, fork=tmp_path / "parent", until=5)
     with pytest.raises(KeyboardInterrupt):
@@ -187,7 +188,7 @@ def test_a_fork_of_what_no_running_model_can_change_is_refused_by_name_and_leave
     go(phantom_dataset, tmp_path / "parent", tiny(), until=1)
     name = request.node.callspec.id
     with pytest.raises(
-        CheckpointError, match=rf"cannot go on with another {name}[:,] .*run of its own"
+        CheckpointError, match=rf"cannot continue with another {name}[:,] .*run of its own"
     ):
         fork_checkpoint(tmp_path / "parent", tmp_path / "child", tiny(**change))
     assert not (tmp_path / "child").exists()
@@ -237,7 +238,7 @@ def test_a_parent_that_is_gone_is_asked_for_only_where_the_fork_has_no_checkpoin
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        CheckpointError, match=r"parent has no checkpoint to go on from; run it before"
+        CheckpointError, match=r"parent has no checkpoint to fork; run it first"
     ):
         go(phantom_dataset, tmp_path / "child", tiny(), fork=tmp_path / "parent")
     go(phantom_dataset, tmp_path / "parent", tiny(), until=2)
@@ -264,7 +265,7 @@ def test_a_damaged_parent_is_refused_in_one_sentence(
     go(phantom_dataset, tmp_path / "parent", tiny(), until=1)
     damage(checkpoints(tmp_path / "parent")[0])
     with pytest.raises(
-        CheckpointError, match=r"parent/checkpoint holds no whole checkpoint .*; delete it"
+        CheckpointError, match=r"All checkpoints in .*parent/checkpoint are damaged .*; delete the folder"
     ):
         go(phantom_dataset, tmp_path / "child", tiny(), fork=tmp_path / "parent")
 
@@ -296,7 +297,7 @@ def test_a_folder_that_is_beyond_the_end_already_is_refused(
 def test_a_segment_that_is_asked_to_return_says_so_and_goes_on(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    run_spec = RunSpec(tiny(), str(phantom_dataset.path), tmp_path / "cut", until=3)
+    run_spec = RunSpec(config=tiny(), data=str(phantom_dataset.path), folder=tmp_path / "cut", until=3)
     part = run_job(run_spec, Hooks(should_stop=lambda: True))
     assert (part.epochs, part.stopped_early) == (1, True)
     whole = go(phantom_dataset, tmp_path / "whole", tiny(), until=3)
@@ -315,9 +316,9 @@ def test_a_group_of_workers_goes_on_from_a_parent_and_reports_its_own_epochs(
     go(phantom_dataset, tmp_path / "alone", tiny(), fork=tmp_path / "parent", until=4)
     resources = ResourceConfig(workers=2, cpus_per_worker=0.9)
     run_spec = RunSpec(
-        tiny(),
-        str(phantom_dataset.path),
-        tmp_path / "group",
+        config=tiny(),
+        data=str(phantom_dataset.path),
+        folder=tmp_path / "group",
         resources=resources,
         until=4,
         fork=tmp_path / "parent",

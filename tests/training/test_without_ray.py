@@ -35,7 +35,7 @@ from amlp_ray.config import ProbeConfig
 from amlp_ray.config.base import build
 from amlp_ray.config.overrides import nested
 from amlp_ray.config import PretrainConfig, SegmentConfig
-from amlp_ray.launch.job import RunSpec
+from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.launch.launcher import run_here
 from amlp_ray.evaluation.segmentation import segment
 from amlp_ray.data.dataset import PatchDataset
@@ -44,7 +44,8 @@ from pathlib import Path
 data, out = sys.argv[1:]
 tiny = {"epochs": 1, "batch_size": 12, "model.width": 24, "model.depth": 1, "model.heads": 2, "model.decoder_width": 16}
 settings = build(PretrainConfig, nested(tiny), "test")
-job = RunSpec(settings, data, Path(out), probe=ProbeConfig(num_labeled=8, subsets=1, folds=2), rungs=(1,))
+job = RunSpec(config=settings, data=data, folder=Path(out), rungs=(1,),
+              probe=ProbeConfig(num_labeled=8, subsets=1, folds=2))
 result = run_here(job)
 tuned = segment(PatchDataset.open(data), result.encoder, Path(out) / "tuned", SegmentConfig(epochs=1, num_labeled=4))
 loaded = sorted({name.partition(".")[0] for name in sys.modules} & {"ray", "optuna"})

@@ -1,1 +1,1 @@
-"""A study at work: its plan, its queue, Tune's searcher, the driver and one trial."""
+"""Running a study: driver, monitor, Tune searcher, trial queue, one trial, plan, preflight."""

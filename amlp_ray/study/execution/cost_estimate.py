@@ -1,4 +1,4 @@
-"""What a step, a look and a probe take on this machine, measured by making a few."""
+"""Measure what a training step and a probe take on this machine, by running a few."""
 
 from __future__ import annotations
 
@@ -14,75 +14,96 @@ from amlp_ray.evaluation.linear_probe import Probe
 from amlp_ray.study.rungs import schedule
 from amlp_ray.study.search_space.validate import drawn_settings
 
-TIMED_STEPS = 2  # per ratio, after one that warms up
+TIMED_STEPS = 2  # per masking ratio, after one that warms up
+BYTES_PER_VALUE = 4
 
 
 @dataclass(frozen=True)
-class Price:
-    """Of one set of settings, in seconds and megabytes."""
+class TrialCost:
+    """What one config costs.
+
+    Args:
+        config: of the trial.
+        step: seconds of one training step.
+        probe: seconds of one probe.
+        checkpoint_mb: megabytes of a checkpoint and the exported encoder.
+    """
 
     config: PretrainConfig
     step: float
     probe: float
     checkpoint_mb: float
 
-    def trial(self, images: int, rungs: int, workers: int) -> float:
-        """Seconds of a whole trial. A look at an image costs about a step on it (benchmarks/step.py)."""
-        s = self.config
-        steps = s.epochs * max(1, images // s.batch_size)
-        looks = (
-            steps / s.selection.analysis_interval
-            if s.selection.mode != "random" and s.selection.analysis_interval
-            else 0.0
-        )
-        return (steps + looks) * self.step / workers + rungs * self.probe
+    def seconds(self, images: int, rungs: int, workers: int) -> float:
+        """Return the seconds of a whole trial.
+
+        An analysis of the images costs about as much as a step on them (benchmarks/step.py).
+
+        Args:
+            images: number of images that it trains on.
+            rungs: how often it is probed.
+            workers: how many share each batch.
+        """
+        config = self.config
+        steps = float(config.epochs * max(1, images // config.batch_size))
+        interval = config.selection.analysis_interval
+        if config.selection.mode != "random" and interval:
+            steps += steps / interval
+        return steps * self.step / workers + rungs * self.probe
 
 
-def dearest_and_cheapest(config: StudyConfig) -> list[PretrainConfig]:
-    """The study's own settings, and of its space those that should take most and least: by epochs, size and ratio."""
-    drawn = sorted(drawn_settings(config), key=_work)
-    return (
-        [config.trial({}, seed=0), drawn[0], drawn[-1]]
-        if config.space
-        else [config.trial({}, seed=0)]
-    )
+def cost_extremes(config: StudyConfig) -> list[PretrainConfig]:
+    """Return the study's own settings, and those of its space that should cost least and most."""
+    base = config.trial({}, seed=0)
+    if not config.space:
+        return [base]
+    drawn = sorted(drawn_settings(config), key=_relative_work)
+    return [base, drawn[0], drawn[-1]]
 
 
-def _work(config: PretrainConfig) -> float:
+def _relative_work(config: PretrainConfig) -> float:
+    """Estimate the work of a config by its epochs, model and masking ratios."""
     ratios = schedule(config)
     visible = 1 - sum(ratios) / len(ratios)
-    m = config.model
-    return (
-        config.epochs
-        * (m.depth * m.width**2 * visible + m.decoder_depth * m.decoder_width**2)
-        / m.patch_size**2
-    )
+    model = config.model
+    encoder = model.depth * model.width**2 * visible
+    decoder = model.decoder_depth * model.decoder_width**2
+    return config.epochs * (encoder + decoder) / model.patch_size**2
 
 
-def price(
+def measure_costs(
     config: StudyConfig,
     dataset: PatchDataset,
     runs: Sequence[PretrainConfig],
     eval_data: PatchDataset | None = None,
-) -> list[Price]:
-    """Time one probe, and a few steps of every one of `runs` over the ratios of its schedule."""
+) -> list[TrialCost]:
+    """Time one probe, and a few steps of each config over the ratios of its schedule.
+
+    Args:
+        config: of the study.
+        dataset: that trials train on.
+        runs: configs to time.
+        eval_data: that scores them, if not `dataset`.
+    """
     from amlp_ray.method.encoder import build_encoder
 
     device = _device(config)
-    with _threads(config):
-        scored = Probe(
-            dataset if eval_data is None else eval_data, config.probe, runs[0].model.patch_size
-        )
+    with _threads_of_a_worker(config):
+        patch_size = runs[0].model.patch_size
+        probe = Probe(dataset if eval_data is None else eval_data, config.probe, patch_size)
         encoder = build_encoder(runs[0].model, dataset.spec).to(device)
         started = time.perf_counter()
-        scored.score(encoder)
-        probe = time.perf_counter() - started
-        timed = [(run, _timed(run, dataset, device)) for run in runs]
-    return [Price(run, step, probe, megabytes) for run, (step, megabytes) in timed]
+        probe.score(encoder)
+        probe_seconds = time.perf_counter() - started
+        costs = []
+        for run in runs:
+            step_seconds, megabytes = _time_steps(run, dataset, device)
+            costs.append(TrialCost(run, step_seconds, probe_seconds, megabytes))
+    return costs
 
 
-def _timed(run: PretrainConfig, dataset: PatchDataset, device: str) -> tuple[float, float]:
-    """Seconds per optimiser step, averaged over the schedule's ratios, and megabytes of a checkpoint and encoder."""
+def _time_steps(run: PretrainConfig, dataset: PatchDataset, device: str) -> tuple[float, float]:
+    """Return seconds per step, averaged over the schedule's ratios, and megabytes of the files."""
     import torch
 
     from amlp_ray.method.masking import TrainingStep
@@ -95,7 +116,7 @@ def _timed(run: PretrainConfig, dataset: PatchDataset, device: str) -> tuple[flo
     model = train_state.model
     batch = next(iter(batches.epoch(1)))
     objective = make_objective(model, run, None)
-    spent = []
+    seconds = []
     for epoch in sorted({1, (run.epochs + 1) // 2, run.epochs}):
         for attempt in range(TIMED_STEPS + 1):
             started = time.perf_counter()
@@ -104,13 +125,11 @@ def _timed(run: PretrainConfig, dataset: PatchDataset, device: str) -> tuple[flo
             if device == "cuda":
                 torch.cuda.synchronize()
             if attempt:
-                spent.append(time.perf_counter() - started)
-    values = sum(p.numel() for p in model.state_dict().values()) + 3 * sum(
-        p.numel() for p in model.parameters()
-    )
-    return sum(spent) / len(
-        spent
-    ), values * 4 / 1e6  # weights, two moments, and the exported encoder
+                seconds.append(time.perf_counter() - started)
+    # Weights and two moments in the checkpoint, and the exported encoder.
+    values = sum(tensor.numel() for tensor in model.state_dict().values())
+    values += 3 * sum(parameter.numel() for parameter in model.parameters())
+    return sum(seconds) / len(seconds), values * BYTES_PER_VALUE / 1e6
 
 
 def _device(config: StudyConfig) -> str:
@@ -120,13 +139,12 @@ def _device(config: StudyConfig) -> str:
 
 
 @contextmanager
-def _threads(config: StudyConfig) -> Iterator[None]:
-    """As many CPU threads as a trial will have."""
+def _threads_of_a_worker(config: StudyConfig) -> Iterator[None]:
     import torch
 
-    before = torch.get_num_threads()
+    previous = torch.get_num_threads()
     torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous)

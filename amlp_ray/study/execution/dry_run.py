@@ -1,4 +1,4 @@
-"""Two steps and a probe of one trial, on the cluster: what is wrong with a worker shows before a study is begun."""
+"""Run two steps and a probe of one trial on the cluster, to find faults of workers early."""
 
 from __future__ import annotations
 
@@ -9,49 +9,51 @@ from amlp_ray.config import PretrainConfig, ProbeConfig, StudyConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.runtime.resources import worker_bundle
 
-STEPS = 2
+NUM_STEPS = 2
 WAIT_S = 300.0
 
 
 def dry_run(
     config: StudyConfig, dataset: PatchDataset, eval_data: PatchDataset | None
 ) -> dict[str, Any]:
-    """Run two optimiser steps and one probe in a worker process of the cluster that Ray is joined to; keep nothing.
+    """Run two optimizer steps and one probe in a worker process of the joined cluster.
+
+    Nothing is written.
 
     Returns:
         node, device, loss of the steps, DSC of the untrained encoder, and seconds.
 
     Raises:
-        ray.exceptions.RayTaskError: whatever went wrong there. ray.exceptions.GetTimeoutError: no room in five minutes.
+        ray.exceptions.RayTaskError: whatever went wrong there.
+        ray.exceptions.GetTimeoutError: no room in five minutes.
     """
     import ray
 
     bundle = worker_bundle(config.resources)
-    trial_spec = ray.remote(two_steps).options(
+    task = ray.remote(run_two_steps).options(
         num_cpus=bundle["CPU"],
         num_gpus=bundle.get("GPU", 0),
         memory=bundle.get("memory"),
         accelerator_type=config.resources.accelerator,
         max_retries=0,
     )
-    run = config.trial({}, seed=0)
-    answer: dict[str, Any] = ray.get(
-        trial_spec.remote(
-            run.model_dump(mode="json"),
-            config.probe.model_dump(mode="json"),
+    result: dict[str, Any] = ray.get(
+        task.remote(
+            config.trial({}, seed=0),
+            config.probe,
             dataset.path,
             None if eval_data is None else eval_data.path,
             max(1, int(config.resources.cpus_per_worker)),
         ),
         timeout=WAIT_S,
     )
-    return answer
+    return result
 
 
-def two_steps(
-    config: dict[str, Any], probe: dict[str, Any], data: str, eval_data: str | None, threads: int
+def run_two_steps(
+    config: PretrainConfig, probe: ProbeConfig, data: str, eval_data: str | None, threads: int
 ) -> dict[str, Any]:
-    """What the worker does, from plain values."""
+    """Run the worker's part of a dry run."""
     import platform
 
     import torch
@@ -65,29 +67,25 @@ def two_steps(
 
     started = time.perf_counter()
     torch.set_num_threads(threads)
-    run = PretrainConfig.model_validate(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dataset = PatchDataset.open(data)
-    batches = ExampleBatches(dataset, batch_size=run.batch_size)
-    train_state = TrainState(run, batches.spec, device)
-    objective, losses = make_objective(train_state.model, run, None), []
+    batches = ExampleBatches(dataset, batch_size=config.batch_size)
+    train_state = TrainState(config, batches.spec, device)
+    model = train_state.model
+    objective = make_objective(model, config, None)
+    losses = []
     batch = next(iter(batches.epoch(1)))
-    for step in range(STEPS):
-        told = take_gradient(
-            train_state.model, train_state, objective, batch, TrainingStep(1, step, STEPS)
-        )
+    for step in range(NUM_STEPS):
+        training_step = TrainingStep(1, step, NUM_STEPS)
+        metrics = take_gradient(model, train_state, objective, batch, training_step)
         train_state.step()
-        losses.append(float(told["loss"]))
-    scored = Probe(
-        dataset if eval_data is None else PatchDataset.open(eval_data),
-        ProbeConfig.model_validate(probe),
-        run.model.patch_size,
-        dataset.spec,
-    ).score(train_state.model.eval().encoder)
+        losses.append(float(metrics["loss"]))
+    scored = dataset if eval_data is None else PatchDataset.open(eval_data)
+    score = Probe(scored, probe, config.model.patch_size, dataset.spec).score(model.eval().encoder)
     return {
         "node": platform.node(),
         "device": device if device == "cpu" else torch.cuda.get_device_name(),
         "loss": losses,
-        "dsc": scored.dsc,
+        "dsc": score.dsc,
         "seconds": time.perf_counter() - started,
     }

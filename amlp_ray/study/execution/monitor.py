@@ -1,50 +1,37 @@
-"""Watch a running study: lease, requests from other shells, budget, trials that wait for resources."""
+"""Watch a running study: lease, requests from other shells, budget, trials that wait for room."""
 
 from __future__ import annotations
 
-import os
-import signal
+import logging
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Mapping
 from datetime import datetime
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from amlp_ray.config import BudgetConfig, StudyConfig
 from amlp_ray.config.base import build
 from amlp_ray.errors import ResourceError, StudyError
 from amlp_ray.runtime.resources import ACCELERATOR, free_resources, worker_bundle
-from amlp_ray.study.execution.tune_searcher import StudySearcher
+from amlp_ray.study.execution.stop_reason import StopReason
+from amlp_ray.study.execution.tune_searcher import InterruptTune, StudySearcher
 from amlp_ray.study.storage.lease import RENEW_S, Lease
 from amlp_ray.study.storage.study_store import StudyStore
 
-LOOK_S = 1.0  # between looks at the store for requests
+POLL_S = 1.0  # between reads of the store for requests
+# How long a trial waits for resources before it is reported: starting a process takes seconds.
+REPORT_WAITING_S = 30.0
 
-
-TELL_WAIT_S = 30.0  # that a trial waits for resources before somebody is told: starting a process takes seconds
-
-
-class EventLog:
-    """Prints a line per change and keeps it, with its time, in `events.log`."""
-
-    def __init__(self, folder: Path, notify: Callable[[str], None]) -> None:
-        self._file, self._notify = folder / "events.log", notify
-
-    def __call__(self, line: str) -> None:
-        with (
-            suppress(OSError),
-            self._file.open("a") as file,
-        ):  # a full disk is told of, and waited for, by the storage
-            file.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
-        self._notify(line)
+logger = logging.getLogger(__name__)
 
 
 class StudyMonitor(threading.Thread):
-    """Renews the lease, looks for requests and budgets, and tells of trials that wait for resources.
+    """Renews the lease, obeys requests and budgets, and reports trials that wait for resources.
 
-    Ends the searcher where something calls for it; what Tune cannot be asked for, it interrupts as Ctrl-C would.
+    It tells the searcher to stop. Where running trials cannot be waited for, it interrupts Tune.
+
+    Attributes:
+        failure: why the run has to end with an error; None while it need not.
     """
 
     def __init__(
@@ -52,98 +39,119 @@ class StudyMonitor(threading.Thread):
         store: StudyStore,
         config: StudyConfig,
         searcher: StudySearcher,
+        interrupt: InterruptTune,
         stop_flags: Any,
         lease: Lease,
-        log: EventLog,
     ) -> None:
-        super().__init__(name="amlp-study-watch", daemon=True)
-        self._store, self._settings, self._searcher = store, config, searcher
-        self._board, self._lease, self._log = stop_flags, lease, log
-        self._over = threading.Event()
-        self._told_waiting = False
+        """Set up the thread; `start` begins to watch.
+
+        Args:
+            store: of the study.
+            config: of the study.
+            searcher: what Tune asks for trials.
+            interrupt: makes Tune return.
+            stop_flags: actor handle of the trials' `StopFlags`.
+            lease: held by this process.
+        """
+        super().__init__(name="amlp-study-monitor", daemon=True)
+        self._store = store
+        self._config = config
+        self._searcher = searcher
+        self._interrupt = interrupt
+        self._stop_flags = stop_flags
+        self._lease = lease
+        self._closed = threading.Event()
+        self._has_reported_waiting = False
         self.failure: BaseException | None = None
 
     def run(self) -> None:
+        """Poll until `close`, or until the lease or the storage is lost."""
         renewed = time.monotonic()
-        while not self._over.wait(LOOK_S):
+        while not self._closed.wait(POLL_S):
             try:
                 if time.monotonic() - renewed > RENEW_S:
                     renewed = time.monotonic()
                     if not self._lease.renew():
-                        error = StudyError(
-                            f"Study {self._store.name!r} was taken over by another process."
-                        )
-                        self._give_up("lease", error)
-                        return
-                self._look()
+                        message = f"Study {self._store.name!r} was taken over by another process."
+                        raise StudyError(message)
+                self._poll_store()
                 self._searcher.check_budget()
-                self._look_for_waiting()
-            except Exception as error:  # the storage is gone for longer than the study bears
-                self._give_up("lease", error)
+                self._check_waiting()
+            except Exception as error:  # the lease is lost, or the storage for too long
+                self._give_up(StopReason.LEASE_LOST, error)
                 return
 
     def close(self) -> None:
-        self._over.set()
+        """Stop the thread and wait for it."""
+        self._closed.set()
         self.join()
 
-    def _look(self) -> None:
+    def _poll_store(self) -> None:
         attributes = self._store.search().user_attrs
-        if (given := attributes.get("budget")) and given != self._settings.budget.model_dump(
-            mode="json"
-        ):
-            budget = build(BudgetConfig, given, "budget")
-            self._settings = self._settings.model_copy(update={"budget": budget})
-            self._searcher.change_budget(self._settings)
-            self._log(
-                "budget is now "
-                + ", ".join(f"{k} {v:g}" for k, v in given.items() if v is not None)
-            )
+        budget = attributes.get("budget")
+        if budget and budget != self._config.budget.model_dump(mode="json"):
+            self._change_budget(budget)
         request = attributes.get("request")
         if request and "answer" not in request:
-            self._searcher.end(request["verb"])
-            self._log(f"{request['verb']} was asked for by {request['by']}")
-            answer = request | {"answer": datetime.now().isoformat(timespec="seconds")}
-            self._store.search().set_user_attr("request", answer)
-            if request["verb"] == "cancel":
-                self._interrupt()
+            self._obey(request)
 
-    def _look_for_waiting(self) -> None:
+    def _change_budget(self, values: Mapping[str, Any]) -> None:
+        budget = build(BudgetConfig, values, "budget")
+        self._config = self._config.model_copy(update={"budget": budget})
+        self._searcher.change_budget(self._config)
+        logger.info("budget is now %s", limits_text(values))
+
+    def _obey(self, request: Mapping[str, Any]) -> None:
+        reason = StopReason(request["verb"])
+        self._searcher.stop(reason)
+        logger.info("%s was asked for by %s", request["verb"], request["by"])
+        answer = {**request, "answer": datetime.now().isoformat(timespec="seconds")}
+        self._store.search().set_user_attr("request", answer)
+        if reason == StopReason.CANCEL:
+            self._interrupt.request()
+
+    def _check_waiting(self) -> None:
+        """Report trials that wait for resources; give up if all of them have waited too long."""
         import ray
 
-        given = self._searcher.waiting()
-        late = [folder for folder, seconds in given if seconds > TELL_WAIT_S]
+        seconds = dict(self._searcher.active_trials())
+        late = [folder for folder, waited in seconds.items() if waited > REPORT_WAITING_S]
         if not late:
             return
-        waiting = ray.get(self._board.waiting.remote(late))
+        waiting = ray.get(self._stop_flags.waiting.remote(late))
         if not waiting:
-            self._told_waiting = False
+            self._has_reported_waiting = False
             return
-        bundle = worker_bundle(self._settings.resources)
-        wanted = ", ".join(
+        bundle = worker_bundle(self._config.resources)
+        needed = ", ".join(
             f"{amount:g} {kind}" for kind, amount in bundle.items() if ACCELERATOR not in kind
         )
-        free = ", ".join(f"{free_resources().total(kind):g} {kind}" for kind in ("CPU", "GPU"))
-        if not self._told_waiting:
-            self._told_waiting = True
-            self._log(
-                f"{len(waiting)} trials wait for {wanted} a worker; free in the cluster: {free}"
+        free = free_resources()
+        free_text = ", ".join(f"{free.get(kind, 0.0):g} {kind}" for kind in ("CPU", "GPU"))
+        if not self._has_reported_waiting:
+            self._has_reported_waiting = True
+            logger.info(
+                "%d trials wait for %s a worker; free in the cluster: %s",
+                len(waiting),
+                needed,
+                free_text,
             )
-        longest = max(seconds for folder, seconds in given if folder in waiting)
-        if len(waiting) == len(given) and longest > self._settings.resources.wait_minutes * 60:
+        longest = max(seconds[folder] for folder in waiting)
+        minutes = self._config.resources.wait_minutes
+        if len(waiting) == len(seconds) and longest > minutes * 60:
             error = ResourceError(
-                f"No trial found {wanted} a worker within {self._settings.resources.wait_minutes:g} minutes "
-                f"(free: {free}); others hold the cluster. Run the study again later, or raise resources.wait_minutes."
+                f"No trial found {needed} a worker within {minutes:g} minutes (free: {free_text}); "
+                f"others hold the cluster. Run the study again later, or raise "
+                f"resources.wait_minutes."
             )
-            self._give_up("resources", error)
+            self._give_up(StopReason.NO_RESOURCES, error)
 
-    def _give_up(self, why: Literal["lease", "resources"], error: BaseException) -> None:
+    def _give_up(self, reason: StopReason, error: BaseException) -> None:
         self.failure = error
-        self._searcher.end(why)
-        self._interrupt()
+        self._searcher.stop(reason)
+        self._interrupt.request()
 
-    def _interrupt(self) -> None:
-        """Make Tune return: it has no other way in than the signal of Ctrl-C, which only the main thread hears."""
-        if (
-            not self._over.is_set()
-        ):  # else it has returned, and the signal would hit what comes after
-            os.kill(os.getpid(), signal.SIGINT)
+
+def limits_text(budget: Mapping[str, Any]) -> str:
+    """Describe the limits of a budget, such as `trials 20, hours 8`."""
+    return ", ".join(f"{name} {limit:g}" for name, limit in budget.items() if limit is not None)

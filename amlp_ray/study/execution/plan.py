@@ -1,10 +1,9 @@
-"""Say before you spend: check a study and price it before its first trial."""
+"""Check a study and estimate its cost before its first trial."""
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -19,101 +18,136 @@ from amlp_ray.evaluation.labels import check_fits
 from amlp_ray.evaluation.linear_probe import Probe
 from amlp_ray.runtime.resources import Cluster, jobs_side_by_side
 from amlp_ray.study.baselines import baseline_plans, check_baselines
-from amlp_ray.study.execution.cost_estimate import Price, dearest_and_cheapest, price
+from amlp_ray.study.execution.cost_estimate import cost_extremes, measure_costs
 from amlp_ray.study.rungs import prunable_rungs, rung_epochs
 from amlp_ray.study.search.samplers import check_sampler
 from amlp_ray.study.search_space.validate import check_space, drawn_settings
 from amlp_ray.study.storage.study_store import StudyStore
+from amlp_ray.study.storage.trial_record import trial_records
 
-KEPT_MB = 2.0  # a trial's pictures, metrics and scores, at most
+OTHER_FILES_MB = 2.0  # a trial's pictures, metrics and scores, at most
+MIN_PAST_TRIALS = 3  # for an estimate from the study's own trials
+
+Range3 = tuple[float, float, float]  # least, expected, most
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study will take, each a range: least where half is pruned and trials are as cheap as the space has them,
-    most where nothing is pruned and all are as dear. Hours are wall hours.
+    """What a study will take.
+
+    A range is least, expected, most. The least is if half is pruned and trials are as cheap as the
+    space allows. The most is if nothing is pruned and all are as expensive.
+
+    Args:
+        study: its name.
+        trials: of the search.
+        baseline_runs: baselines times their seeds.
+        epochs: of a full trial.
+        steps_per_trial: optimizer steps of a full trial.
+        rungs: epochs at which a trial is scored.
+        prunable_rungs: those at which it may be pruned. None are: too short for pruner.min_steps.
+        workers: of a trial.
+        cpus_per_trial: of all workers.
+        gpus_per_trial: of all workers.
+        concurrency: trials at the same time.
+        estimated_from: steps run now, or the study's own trials.
+        seconds_per_trial: a range.
+        seconds_per_probe: of one scoring.
+        hours: wall hours of the search, a range.
+        gpu_hours: a range.
+        confirm_pretrain_hours: of `study confirm`. Its fine-tuning comes on top, often as much.
+        disk_gb: of all trials and the confirmation.
+        disk_free_gb: where the study lies.
     """
 
     study: str
     trials: int
-    arm_runs: int
+    baseline_runs: int
     epochs: int
     steps_per_trial: int
     rungs: tuple[int, ...]
-    prunable_rungs: tuple[
-        int, ...
-    ]  # those at which a trial may be pruned; none: too short for pruner.min_steps
+    prunable_rungs: tuple[int, ...]
     workers: int
     cpus_per_trial: float
     gpus_per_trial: float
     concurrency: int
-    priced_by: str
-    seconds_per_trial: tuple[float, float, float]  # least, mean, most
+    estimated_from: str
+    seconds_per_trial: Range3
     seconds_per_probe: float
-    hours: tuple[float, float, float]
-    gpu_hours: tuple[float, float, float]
-    confirm_pretrain_hours: (
-        float  # of `study confirm`; its fine-tuning comes on top, often as much again
-    )
+    hours: Range3
+    gpu_hours: Range3
+    confirm_pretrain_hours: float
     disk_gb: float
     disk_free_gb: float
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the plan as plain values."""
         return asdict(self)
 
 
 def check_study(
     config: StudyConfig, dataset: PatchDataset, eval_data: PatchDataset | None = None
 ) -> None:
-    """Raise ConfigError or DataError for what would fail only after hours: space, patch size, labels, batch.
+    """Raise ConfigError or DataError for what would fail only after hours.
+
+    Space, baselines, patch size, labels and batch size are checked.
 
     Args:
-        labels: where they are a data set apart.
+        config: of the study.
+        dataset: that trials train on.
+        eval_data: that scores them, if not `dataset`.
     """
     check_sampler(config)
     if config.sampler.name != "pbt":
         check_space(config)
     if eval_data is not None:
         check_fits(eval_data, dataset.spec, f"{dataset.path} holds")
-    base = config.trial({}, seed=0)
-    drawn = [base, *drawn_settings(config)]
+    drawn = [config.trial({}, seed=0), *drawn_settings(config)]
     check_baselines(config, dataset)
-    for trial in [*drawn, *(plan.config(0) for plan in baseline_plans(config))]:
+    baselines = [plan.config(0) for plan in baseline_plans(config)]
+    for trial in [*drawn, *baselines]:
         trial.check_image(dataset.spec)
         trial.check_workers(config.resources)
         config.confirm.finetune.check_patch_size(trial.model.patch_size)
-    if _searches_truth(config) or any(trial.selection.uses_truth for trial in drawn):
+    if _searches_oracle(config) or any(trial.selection.uses_ground_truth for trial in drawn):
         raise ConfigError(
-            f"{config.name}: an oracle aims by true lesions, so no study may search it; take oracle out of "
-            f"selection.rule and selection.score. Baseline oracle runs it, for diagnosis."
+            f"{config.name}: an oracle aims by true lesions, so no study may search it; take "
+            f"oracle out of selection.rule and selection.score. Baseline oracle runs it, for "
+            f"diagnosis."
         )
-    if "memory" in {*config.limits, *config.objectives} and not config.resources.alone:
+    needs_memory = "memory" in {*config.limits, *config.objectives}
+    if needs_memory and not config.resources.is_single_worker:
         raise ConfigError(
-            "memory, in limits or objectives, is known of trials with one worker only; drop it, or set "
-            "resources.workers=1."
+            "memory, in limits or objectives, is known of trials with one worker only; drop it, "
+            "or set resources.workers=1."
         )
     scored = dataset if eval_data is None else eval_data
     for patch_size in sorted({trial.model.patch_size for trial in drawn}):
-        probe = Probe(
-            scored, config.probe, patch_size
-        )  # tells of labels, groups and folds that score nothing
-        _check_sizes(config, probe)
+        # Raises for labels, groups and folds that score nothing.
+        probe = Probe(scored, config.probe, patch_size)
+        _check_lesion_sizes(config, probe)
 
 
-def _check_sizes(config: StudyConfig, probe: Probe) -> None:
-    """Refuse to strive for the score of lesions that no scored image has."""
-    wanted = {
-        name.removeprefix("dsc_")
-        for name in (*config.objectives, config.metric)
-        if name.startswith("dsc_")
-    }
-    if missing := [
-        size for size, images in probe.images_by_size().items() if size in wanted and not images
-    ]:
-        raise ConfigError(
-            f"objectives: no scored image has a {missing[0]} lesion by probe.sizes={list(config.probe.sizes)}; "
-            f"change probe.sizes, or name another objective than dsc_{missing[0]}."
-        )
+def _searches_oracle(config: StudyConfig) -> bool:
+    if isinstance(config.space, str):
+        return False
+    for parameter in config.space.values():
+        if isinstance(parameter, Choice) and "oracle" in parameter.choices:
+            return True
+    return False
+
+
+def _check_lesion_sizes(config: StudyConfig, probe: Probe) -> None:
+    """Refuse an objective for a size of lesions that no scored image has."""
+    counts = probe.images_by_size()
+    objectives = {*config.objectives, config.metric}
+    for size, images in counts.items():
+        if f"dsc_{size}" in objectives and not images:
+            raise ConfigError(
+                f"objectives: no scored image has a {size} lesion by "
+                f"probe.sizes={list(config.probe.sizes)}; change probe.sizes, or name another "
+                f"objective than dsc_{size}."
+            )
 
 
 def make_plan(
@@ -123,48 +157,41 @@ def make_plan(
     eval_data: PatchDataset | None = None,
     store: StudyStore | None = None,
 ) -> Plan:
-    """Check the study and price it: by its own finished trials where there are enough, else by a few steps made here.
+    """Check a study and estimate what it takes.
+
+    The estimate is from its own finished trials if there are enough, else from a few steps that
+    are run here.
 
     Args:
-        store: of the study, where it was begun.
+        config: of the study.
+        dataset: that trials train on.
+        cluster: that they will run on.
+        eval_data: that scores them, if not `dataset`.
+        store: of the study, if it was begun.
     """
     check_study(config, dataset, eval_data)
     base = config.trial({}, seed=0)
     side_by_side = jobs_side_by_side(config.resources, cluster)
-    images, workers = dataset.count("train"), config.resources.most_workers
-    rungs = rung_epochs(base.epochs, config.pruner)
-    if config.sampler.name == "pbt":
-        every = config.sampler.interval
-        rungs = tuple(min(base.epochs, epoch + every) for epoch in range(0, base.epochs, every))
-    priced = price(config, dataset, dearest_and_cheapest(config), eval_data)
-    seconds, how = _seconds_of_past(store) or (
-        _range(priced, base, images, len(rungs), workers),
-        "steps made now",
-    )
+    images = dataset.count("train")
+    workers = config.resources.max_workers
+    gpus = config.resources.gpus_per_worker * workers
+    rungs = _rungs(config, base)
+    costs = measure_costs(config, dataset, cost_extremes(config), eval_data)
+    past_seconds = _past_seconds(store)
+    measured_seconds = [cost.seconds(images, len(rungs), workers) for cost in costs]
+    seconds = _range(past_seconds or measured_seconds)
     baselines = [plan.config(0) for plan in baseline_plans(config)]
     trained = sum(baseline.objective != "none" for baseline in baselines)
-
+    baseline_runs = len(baselines) * config.baseline_seeds
+    confirm_runs = config.confirm.seeds * (config.confirm.top + trained)
     prunable = prunable_rungs(base, config.pruner, images)
-    kept = 0.5 + 0.5 * prunable[0] / base.epochs if prunable else 1.0
-    if config.sampler.name == "pbt":
-        kept = config.sampler.interval / base.epochs  # a trial is a segment
-    limit = config.budget.hours or math.inf
-
-    def hours(per_trial: float, share: float) -> float:
-        work = (
-            config.budget.trials * share * per_trial + config.baseline_seeds * trained * per_trial
-        )
-        return min(work / side_by_side / 3600, limit)
-
-    most = kept if config.sampler.name == "pbt" else 1.0
-    wall = (hours(seconds[0], kept), hours(seconds[1], (kept + most) / 2), hours(seconds[2], most))
-    gpus = config.resources.gpus_per_worker * workers
-    runs = config.budget.trials + len(baselines) * config.baseline_seeds
-    again = config.confirm.seeds * (config.confirm.top + trained)
+    hours = _hours(config, seconds, _trained_shares(config, base, prunable), trained, side_by_side)
+    checkpoint_mb = max(cost.checkpoint_mb for cost in costs)
+    runs = config.budget.trials + baseline_runs + confirm_runs
     return Plan(
         study=config.name,
         trials=config.budget.trials,
-        arm_runs=len(baselines) * config.baseline_seeds,
+        baseline_runs=baseline_runs,
         epochs=base.epochs,
         steps_per_trial=base.epochs * max(1, images // base.batch_size),
         rungs=rungs,
@@ -173,52 +200,75 @@ def make_plan(
         cpus_per_trial=config.resources.cpus_per_worker * workers,
         gpus_per_trial=gpus,
         concurrency=side_by_side,
-        priced_by=how,
-        seconds_per_trial=seconds,
-        seconds_per_probe=priced[0].probe,
-        hours=wall,
-        gpu_hours=(
-            wall[0] * side_by_side * gpus,
-            wall[1] * side_by_side * gpus,
-            wall[2] * side_by_side * gpus,
+        estimated_from=(
+            f"{len(past_seconds)} trials of this study" if past_seconds else "steps run now"
         ),
-        confirm_pretrain_hours=again * seconds[1] / side_by_side / 3600,
-        disk_gb=(runs + again) * (max(p.checkpoint_mb for p in priced) + KEPT_MB) / 1000,
-        disk_free_gb=shutil.disk_usage(_there(store.folder if store else Path())).free / 1e9,
+        seconds_per_trial=seconds,
+        seconds_per_probe=costs[0].probe,
+        hours=hours,
+        gpu_hours=(
+            hours[0] * side_by_side * gpus,
+            hours[1] * side_by_side * gpus,
+            hours[2] * side_by_side * gpus,
+        ),
+        confirm_pretrain_hours=confirm_runs * seconds[1] / side_by_side / 3600,
+        disk_gb=runs * (checkpoint_mb + OTHER_FILES_MB) / 1000,
+        disk_free_gb=_free_gb(store.folder if store else Path()),
     )
 
 
-def _searches_truth(config: StudyConfig) -> bool:
-    space = {} if isinstance(config.space, str) else config.space
-    return any(
-        "oracle" in parameter.choices
-        for parameter in space.values()
-        if isinstance(parameter, Choice)
+def _rungs(config: StudyConfig, base: PretrainConfig) -> tuple[int, ...]:
+    if config.sampler.name != "pbt":
+        return rung_epochs(base.epochs, config.pruner)
+    starts = range(0, base.epochs, config.sampler.interval)
+    return tuple(min(base.epochs, start + config.sampler.interval) for start in starts)
+
+
+def _trained_shares(config: StudyConfig, base: PretrainConfig, prunable: tuple[int, ...]) -> Range3:
+    """Return what share of a full trial is trained on average: least, expected, most."""
+    if config.sampler.name == "pbt":
+        share = config.sampler.interval / base.epochs  # a trial is one step of a member
+        return share, share, share
+    least = 0.5 + 0.5 * prunable[0] / base.epochs if prunable else 1.0
+    return least, (least + 1.0) / 2, 1.0
+
+
+def _hours(
+    config: StudyConfig, seconds: Range3, shares: Range3, trained: int, side_by_side: int
+) -> Range3:
+    """Return the wall hours of search and baselines, within `budget.hours`."""
+    limit = config.budget.hours or math.inf
+
+    def hours(per_trial: float, share: float) -> float:
+        search = config.budget.trials * share * per_trial
+        baselines = config.baseline_seeds * trained * per_trial
+        return min((search + baselines) / side_by_side / 3600, limit)
+
+    return (
+        hours(seconds[0], shares[0]),
+        hours(seconds[1], shares[1]),
+        hours(seconds[2], shares[2]),
     )
 
 
-def _range(
-    priced: Sequence[Price], base: PretrainConfig, images: int, rungs: int, workers: int
-) -> tuple[float, float, float]:
-    """Least, mean and most seconds of a trial over the settings that were timed."""
-    each = [p.trial(images, rungs, workers) for p in priced]
-    return min(each), fmean(each), max(each)
-
-
-def _seconds_of_past(
-    store: StudyStore | None, enough: int = 3
-) -> tuple[tuple[float, float, float], str] | None:
-    """What complete trials of this study took."""
+def _past_seconds(store: StudyStore | None) -> list[float]:
+    """Return the seconds of this study's complete trials; none if there are too few."""
     if store is None:
-        return None
-    done = store.search().get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    took = [t.user_attrs["stats"]["seconds"] for t in done if "stats" in t.user_attrs]
-    if len(took) < enough:
-        return None
-    return (min(took), fmean(took), max(took)), f"{len(took)} trials of this study"
+        return []
+    seconds = []
+    for record in trial_records(store.search(), (TrialState.COMPLETE,)):
+        if "seconds" in record.stats:
+            seconds.append(record.stats["seconds"])
+    return seconds if len(seconds) >= MIN_PAST_TRIALS else []
 
 
-def _there(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
+def _range(values: list[float]) -> Range3:
+    return min(values), fmean(values), max(values)
+
+
+def _free_gb(folder: Path) -> float:
+    """Return the free disk space at a folder, or at the nearest one above that exists."""
     folder = folder.absolute()
-    return folder if folder.is_dir() else _there(folder.parent)
+    while not folder.is_dir():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free / 1e9

@@ -4,31 +4,38 @@ from __future__ import annotations
 
 from typing import Literal
 
-When = Literal["now", "rung"]
+StopWhen = Literal["now", "rung"]
 
 
 class StopFlags:
-    """Where the searcher leaves word that a trial should return; an actor of its own.
+    """Stop requests that the searcher leaves and trials read.
 
-    Tune would end a trial by killing its process, and a killed process leaks the placement group of an inner Train run
-    until the cluster is full. A trial that is asked returns by itself, with everything saved.
+    Tune would stop a trial by killing its process, and a killed process leaks the placement group
+    of an inner Train run until the cluster is full. A trial that is asked returns by itself, with
+    everything saved.
     """
 
     def __init__(self) -> None:
-        self._asked: dict[str, When] = {}
-        self._begun: set[str] = set()
+        self._requests: dict[str, StopWhen] = {}
+        self._started: set[str] = set()
 
-    def ask(self, folder: str, when: When) -> None:
-        """Ask the trial that writes into `folder` to return after this epoch (`now`) or its next rung."""
-        self._asked[folder] = when
+    def request(self, folder: str, when: StopWhen) -> None:
+        """Ask a trial to return.
 
-    def asked(self, folder: str) -> When | None:
-        return self._asked.get(folder)
+        Args:
+            folder: of the trial.
+            when: `now` is after its current epoch, `rung` after its next rung.
+        """
+        self._requests[folder] = when
 
-    def begin(self, folder: str) -> None:
-        """A trial has what it needs and runs."""
-        self._begun.add(folder)
+    def requested(self, folder: str) -> StopWhen | None:
+        """Return when a trial was asked to return; None if it was not."""
+        return self._requests.get(folder)
+
+    def mark_started(self, folder: str) -> None:
+        """Record that a trial has its resources and runs."""
+        self._started.add(folder)
 
     def waiting(self, folders: list[str]) -> list[str]:
-        """Those that have not begun: the cluster has no room for them."""
-        return [folder for folder in folders if folder not in self._begun]
+        """Return the folders of the trials that have not started: the cluster has no room."""
+        return [folder for folder in folders if folder not in self._started]

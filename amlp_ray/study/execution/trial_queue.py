@@ -1,52 +1,74 @@
-"""What a study does next: trials to take over, baseline baselines, then the search; or a confirmation.
+"""Decide what a study runs next: trials to resume, baselines, then the search; or a confirmation.
 
-All of it follows from the stored trials, so a study that was killed goes on where it stopped. A trial is stored in one
-step, with its settings: there is no moment in which it has a number and no settings.
+All of it follows from the stored trials, so a study that was killed continues where it stopped. A
+trial is stored in one step with its parameters. No trial ever has a number and no parameters.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from amlp_ray.config import PretrainConfig, StudyConfig
+from amlp_ray.config import PretrainConfig, SegmentConfig, StudyConfig
 from amlp_ray.errors import ConfigError
+from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.study.baselines import BaselinePlan, baseline_plans
 from amlp_ray.study.confirmation.confirm import confirm_seed, confirmation_plan, finetuning
 from amlp_ray.study.rungs import rung_epochs, with_schedule
 from amlp_ray.study.search.in_memory_study import TrialDelta
-from amlp_ray.study.search.pbt import WAIT, PbtStep, Population
+from amlp_ray.study.search.pbt import WAIT, Population
 from amlp_ray.study.search.suggester import Duplicate, Suggester, Suggestion
 from amlp_ray.study.seeds import derived_seed
-from amlp_ray.study.storage.budget import counts_in_budget
 from amlp_ray.study.storage.study_store import StudyStore
-from amlp_ray.study.trial_spec import TrialSpec
+from amlp_ray.study.storage.trial_record import (
+    TrialAttributes,
+    TrialRecord,
+    baseline_path,
+    confirm_path,
+    trial_records,
+)
+from amlp_ray.study.trial_spec import TrialKind, TrialSpec
 
 Phase = Literal["search", "confirm"]
 Wait = Literal["wait"]
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class QueuedTrial:
-    """A stored trial that is to be run."""
+    """A stored trial that is to be run.
 
-    study: optuna.Study  # one of the three
-    trial_id: int
+    Args:
+        study: its Optuna study, one of the three.
+        number: Optuna's, within that study.
+        trial_spec: what the trial's process is told.
+        params: searched parameters, to show.
+        is_resumed: whether it ran before, in a process that died or stopped.
+    """
+
+    study: optuna.Study
     number: int
     trial_spec: TrialSpec
-    params: Mapping[str, Any]  # for a person
-    resumed: bool = False
+    params: Mapping[str, Any]
+    is_resumed: bool = False
 
 
 class TrialQueue:
-    """Hands out work; `busy` says which trials of the store are being run, as (Optuna study, number)."""
+    """Hands out the trials of a study, one by one.
+
+    Attributes:
+        search, baselines, confirmation: the Optuna studies; no confirmation in a search.
+        busy: the trials that are being run, as (name of the Optuna study, number).
+    """
 
     def __init__(
         self,
@@ -57,340 +79,380 @@ class TrialQueue:
         eval_data: str | None,
         suggest_ahead: int,
         phase: Phase = "search",
-        notify: Callable[[str], None],
     ) -> None:
-        self._store, self._settings, self._notify = store, config, notify
-        self._data, self._labels = data, eval_data
-        self.search, self.baselines = store.search(), store.baselines(create=True)
+        """Read what is stored; nothing is written yet.
+
+        Args:
+            store: of the study.
+            config: of the study.
+            data: patch dataset that trials train on.
+            eval_data: another one that scores them.
+            suggest_ahead: how many suggestions are made while trials run.
+            phase: what to run.
+        """
+        self._store = store
+        self._config = config
+        self._data = data
+        self._eval_data = eval_data
+        self.search = store.search()
+        self.baselines = store.baselines(create=True)
         self.confirmation = store.confirmation(create=True) if phase == "confirm" else None
-        self._proposer = Suggester(config, self.search.directions)
-        self._news, self._begun = (
-            TrialDelta(),
-            0,
-        )  # what may have changed in the search; trials of it that count and ended
-        self._arms_left = self._missing_arms() if phase == "search" else []
+        self._suggester = Suggester(config, self.search.directions)
         self._population = Population(config) if config.sampler.name == "pbt" else None
+        # Trials of the search that may have changed, and how many that ended use up budget.
+        self._delta = TrialDelta()
+        self._n_ended = 0
+        self._baselines_left = self._missing_baselines() if phase == "search" else []
         self._suggest_ahead = suggest_ahead
-        self._thread = ThreadPoolExecutor(1, "amlp-sampler")
-        self._suggestions: list[
-            tuple[int, Future[Suggestion | None]]
-        ] = []  # by the number they were made for
+        self._sampler_thread = ThreadPoolExecutor(1, "amlp-sampler")
+        # Suggestions made ahead, each with the trial number that it was made for.
+        self._suggestions: list[tuple[int, Future[Suggestion | None]]] = []
         self.busy: set[tuple[str, int]] = set()
-        self._left = [
-            (s, t) for s in self.studies for t in s.get_trials(states=(TrialState.RUNNING,))
-        ]
+        self._interrupted: list[tuple[optuna.Study, TrialRecord]] = []
+        for study in self.studies:
+            for record in trial_records(study, (TrialState.RUNNING,)):
+                self._interrupted.append((study, record))
 
     @property
     def studies(self) -> list[optuna.Study]:
+        """The Optuna studies that the queue serves."""
         return [self.baselines, self.search] if self.confirmation is None else [self.confirmation]
 
-    def lost(self, study: optuna.Study, number: int) -> None:
-        """Take back a trial whose process died: it goes on from its checkpoint."""
+    def requeue(self, study: optuna.Study, number: int) -> None:
+        """Take back a trial whose process died; it will resume from its checkpoint."""
+        self.release(study, number)
+        self._interrupted.append((study, self._store.trial(study, number)))
+
+    def release(self, study: optuna.Study, number: int) -> None:
+        """Mark a trial as no longer run."""
         self.busy.discard((study.study_name, number))
-        self._left.append((study, study.get_trials(deepcopy=False)[number]))
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Stop making suggestions ahead."""
+        self._sampler_thread.shutdown(wait=False, cancel_futures=True)
 
-    def next(self, trials_left: Callable[[int], bool]) -> QueuedTrial | Wait | None:
-        """The next work; `wait` while it depends on trials that run; None where nothing is left to do.
+    def next(self, has_room: Callable[[int], bool]) -> QueuedTrial | Wait | None:
+        """Return the next trial to run.
 
         Args:
-            trials_left: whether the budget has room for one more, given how many trials of the search were begun.
+            has_room: whether the budget allows one more trial, given how many trials of the
+                search have been started.
+
+        Returns:
+            `wait` while it depends on trials that run; None if nothing is left to do.
         """
-        while self._left:  # of a driver or a process that died: same number, from its checkpoint
-            study, trial = self._left.pop(0)
-            if work := self._work(study, trial._trial_id, trial, resumed=True):
-                return work
+        while self._interrupted:
+            study, record = self._interrupted.pop(0)
+            if queued := self._queue(study, record, is_resumed=True):
+                return queued
         if self.confirmation is not None:
             return self._next_confirmation(self.confirmation)
-        return self._next_arm() or self._next_trial(trials_left)
+        return self._next_baseline() or self._next_of_search(has_room)
 
     # Baselines and confirmation
 
-    def _missing_arms(self) -> list[tuple[BaselinePlan, int]]:
-        there = {
-            (t.user_attrs["baseline"], t.user_attrs["repeat"])
-            for t in self.baselines.get_trials(deepcopy=False)
-        }
-        plans, repeats = baseline_plans(self._settings), range(self._settings.baseline_seeds)
-        return [
-            (plan, repeat)
-            for repeat in repeats
-            for plan in plans
-            if (plan.name, repeat) not in there
-        ]
+    def _missing_baselines(self) -> list[tuple[BaselinePlan, int]]:
+        records = trial_records(self.baselines)
+        stored = {(record.baseline, record.repeat) for record in records}
+        plans = baseline_plans(self._config)
+        missing = []
+        for repeat in range(self._config.baseline_seeds):
+            for plan in plans:
+                if (plan.name, repeat) not in stored:
+                    missing.append((plan, repeat))
+        return missing
 
-    def _next_arm(self) -> QueuedTrial | None:
-        while self._arms_left:
-            plan, repeat = self._arms_left.pop(0)
-            about = {"baseline": plan.name, "repeat": repeat, "uses_ground_truth": plan.diagnosis}
-            path = self._relative(self._store.baseline_folder(plan.name, repeat))
-            if work := self._begin(self.baselines, attributes=about | {"path": path}):
-                return work
+    def _next_baseline(self) -> QueuedTrial | None:
+        while self._baselines_left:
+            plan, repeat = self._baselines_left.pop(0)
+            attributes = TrialAttributes(
+                baseline=plan.name,
+                repeat=repeat,
+                uses_ground_truth=plan.uses_ground_truth,
+                path=str(baseline_path(plan.name, repeat)),
+            )
+            if queued := self._start(self.baselines, attributes=attributes):
+                return queued
         return None
 
     def _next_confirmation(self, study: optuna.Study) -> QueuedTrial | None:
-        there = {
-            (t.user_attrs["candidate"], t.user_attrs["repeat"])
-            for t in study.get_trials(deepcopy=False)
-        }
-        for repeat in range(self._settings.confirm.seeds):
-            for candidate in confirmation_plan(self._store, self._settings):
-                if (candidate.name, repeat) not in there:
-                    path = self._relative(self._store.confirm_folder(candidate.name, repeat))
-                    about = {
-                        "candidate": candidate.name,
-                        "repeat": repeat,
-                        "uses_ground_truth": candidate.diagnosis,
-                        "params": dict(candidate.params),
-                        "path": path,
-                    }
-                    if work := self._begin(study, attributes=about):
-                        return work
+        records = trial_records(study)
+        stored = {(record.candidate, record.repeat) for record in records}
+        for repeat in range(self._config.confirm.seeds):
+            for candidate in confirmation_plan(self._store, self._config):
+                if (candidate.name, repeat) in stored:
+                    continue
+                attributes = TrialAttributes(
+                    candidate=candidate.name,
+                    repeat=repeat,
+                    uses_ground_truth=candidate.uses_ground_truth,
+                    params=dict(candidate.params),
+                    path=str(confirm_path(candidate.name, repeat)),
+                )
+                if queued := self._start(study, attributes=attributes):
+                    return queued
         return None
 
     # Search
 
-    def _next_trial(self, trials_left: Callable[[int], bool]) -> QueuedTrial | Wait | None:
+    def _next_of_search(self, has_room: Callable[[int], bool]) -> QueuedTrial | Wait | None:
         while True:
             trials = self.search.get_trials(deepcopy=False)
-            news = self._news.of(trials)
-            self._begun += sum(counts_in_budget(t) for t in news if t.state.is_finished())
-            if not trials_left(
-                self._begun + sum(counts_in_budget(t) for t in news if not t.state.is_finished())
-            ):
+            changed = [TrialRecord.from_frozen(trial) for trial in self._delta.of(trials)]
+            if not has_room(self._count_started(changed)):
                 return None
             if self._population is not None:
-                segment = self._population.next(trials)
-                if segment is None or segment is WAIT:
-                    return None if segment is None else "wait"
-                if work := self._begin_segment(segment):
-                    return work
-                continue
-            waiting = next((t for t in news if t.state == TrialState.WAITING), None)
-            if waiting is not None:
-                if work := self._begin_enqueued(waiting, trials):
-                    return work
-                continue
-            proposal = self._suggestion(trials)
-            if proposal == "wait":
-                return "wait"
-            if proposal is None:
-                if self.busy:
-                    return "wait"  # what runs now may fail, and its settings be free again
-                self._notify("every combination of the search space was tried")
-                return None
-            work = self._begin(
-                self.search,
-                params=proposal.params,
-                distributions=proposal.distributions,
-                system=proposal.system_attrs,
-            )
-            if work is not None:
-                return work
+                step = self._population.next(trials)
+                if step is None:
+                    return None
+                if step is WAIT:
+                    return "wait"
+                queued = self._start(
+                    self.search,
+                    params=step.params,
+                    distributions=step.distributions,
+                    attributes=TrialAttributes(
+                        generation=step.generation, member=step.member, parent=step.parent
+                    ),
+                )
+            elif enqueued := _first_waiting(changed):
+                queued = self._start_enqueued(enqueued, trials)
+            else:
+                suggestion = self._next_suggestion(trials)
+                if suggestion == "wait":
+                    return "wait"
+                if suggestion is None:
+                    if self.busy:
+                        return "wait"  # what runs now may fail, which frees its parameters
+                    logger.info("every combination of the search space was tried")
+                    return None
+                queued = self._start(
+                    self.search,
+                    params=suggestion.params,
+                    distributions=suggestion.distributions,
+                    system_attrs=suggestion.system_attrs,
+                )
+            if queued is not None:
+                return queued
 
-    def _suggestion(self, trials: list[FrozenTrial]) -> Suggestion | Wait | None:
-        """The next suggestion, made beforehand where it may be: see `sampler.suggest_ahead`."""
+    def _count_started(self, changed: list[TrialRecord]) -> int:
+        """Count the trials that use up the budget, from those that may have changed."""
+        running = 0
+        for record in changed:
+            if not record.counts_in_budget:
+                continue
+            if record.is_finished:
+                self._n_ended += 1
+            else:
+                running += 1
+        return self._n_ended + running
+
+    def _next_suggestion(self, trials: list[FrozenTrial]) -> Suggestion | Wait | None:
+        """Return the next suggestion, made ahead if `sampler.suggest_ahead` allows it."""
         number = len(trials)
         if not self._suggest_ahead:
-            return self._propose(number, trials)
-        if (
-            self._suggestions and self._suggestions[0][0] != number
-        ):  # somebody enqueued a trial meanwhile
-            for made_for, made in self._suggestions:
-                made.result()
-                self._proposer.forget(made_for)
+            return self._suggest(number, trials)
+        if self._suggestions and self._suggestions[0][0] != number:
+            # A trial was enqueued meanwhile, so these were made for numbers that are taken.
+            for made_for, future in self._suggestions:
+                future.result()
+                self._suggester.forget(made_for)
             self._suggestions.clear()
         if not self._suggestions:
-            self._suggest(number, trials)
-        _, made = self._suggestions[0]
-        if not made.done() and self.busy:
-            return "wait"  # never stand in the way of trials that report
-        proposal = made.result()
+            self._suggest_in_thread(number, trials)
+        _, future = self._suggestions[0]
+        if not future.done() and self.busy:
+            return "wait"  # trials that report must not wait for a suggestion
+        suggestion = future.result()
         self._suggestions.pop(0)
         while len(self._suggestions) < self._suggest_ahead:
-            self._suggest(number + 1 + len(self._suggestions), trials)
-        return proposal
+            self._suggest_in_thread(number + 1 + len(self._suggestions), trials)
+        return suggestion
 
-    def _suggest(self, number: int, trials: list[FrozenTrial]) -> None:
-        self._suggestions.append((number, self._thread.submit(self._propose, number, trials)))
+    def _suggest_in_thread(self, number: int, trials: list[FrozenTrial]) -> None:
+        future = self._sampler_thread.submit(self._suggest, number, trials)
+        self._suggestions.append((number, future))
 
-    def _propose(self, number: int, trials: list[FrozenTrial]) -> Suggestion | None:
-        self._proposer.sync(trials)
-        proposal = self._proposer.propose(number)
-        return (
-            proposal if isinstance(proposal, Suggestion) else None
-        )  # duplicates come of enqueued values only
+    def _suggest(self, number: int, trials: list[FrozenTrial]) -> Suggestion | None:
+        self._suggester.sync(trials)
+        suggestion = self._suggester.propose(number)
+        # Only enqueued values lead to duplicates.
+        return suggestion if isinstance(suggestion, Suggestion) else None
 
-    def _begin_enqueued(
-        self, waiting: FrozenTrial, trials: list[FrozenTrial]
+    def _start_enqueued(
+        self, enqueued: TrialRecord, trials: list[FrozenTrial]
     ) -> QueuedTrial | None:
-        """A trial that a user asked for: what it leaves open is sampled; what was run before is answered by that."""
-        storage, trial_id = self._store.storage(), waiting._trial_id
-        self._proposer.sync(trials)
-        try:
-            found = self._proposer.propose(
-                waiting.number, fixed=waiting.system_attrs.get("fixed_params", {})
-            )
-        except ConfigError as error:
-            self.fail(self.search, trial_id, str(error))
-            return None
-        known = trials[found.number] if isinstance(found, Duplicate) else None
-        asked = found if isinstance(found, Suggestion) else known
-        if asked is None:
-            self.fail(self.search, trial_id, "what was enqueued leaves nothing of the space to try")
-            return None
-        for name, distribution in asked.distributions.items():
-            storage.set_trial_param(
-                trial_id, name, distribution.to_internal_repr(asked.params[name]), distribution
-            )
-        if known is not None and "retry_of" not in waiting.user_attrs:
-            for epoch, value in known.intermediate_values.items():
-                storage.set_trial_intermediate_value(trial_id, epoch, value)
-            storage.set_trial_user_attr(trial_id, "copy_of", known.number)
-            storage.set_trial_state_values(trial_id, known.state, known.values)
-            self._notify(
-                f"trial {waiting.number} has the settings of trial {known.number}; answered from the store"
-            )
-            return None
-        storage.set_trial_state_values(trial_id, TrialState.RUNNING)
-        return self._work(self.search, trial_id, storage.get_trial(trial_id))
+        """Start a trial that a user enqueued.
 
-    def _begin_segment(self, segment: PbtStep) -> QueuedTrial | None:
-        return self._begin(
-            self.search,
-            params=segment.params,
-            distributions=segment.distributions,
-            attributes=segment.user_attrs,
+        What it leaves open is sampled. One that was run before is answered from the store.
+        """
+        number = enqueued.number
+        self._suggester.sync(trials)
+        try:
+            suggestion = self._suggester.propose(number, fixed=enqueued.fixed_params)
+        except ConfigError as error:
+            self._fail(self.search, number, str(error))
+            return None
+        if suggestion is None:
+            reason = "what was enqueued leaves nothing of the space to try"
+            self._fail(self.search, number, reason)
+            return None
+        if isinstance(suggestion, Duplicate):
+            original = TrialRecord.from_frozen(trials[suggestion.number])
+            if enqueued.retry_of is None:
+                self._copy_result(number, original)
+                return None
+            params, distributions = original.params, original.distributions
+        else:
+            params, distributions = suggestion.params, suggestion.distributions
+        record = self._store.start_enqueued(self.search, number, params, distributions)
+        return self._queue(self.search, record)
+
+    def _copy_result(self, number: int, original: TrialRecord) -> None:
+        """Give an enqueued trial the stored scores of a trial with the same parameters."""
+        study = self.search
+        self._store.set_params(study, number, original.params, original.distributions)
+        for epoch, value in original.rungs.items():
+            self._store.report(study, number, epoch, value)
+        self._store.set_attrs(study, number, copy_of=original.number)
+        self._store.finish(study, number, original.state, original.values)
+        logger.info(
+            "trial %d has the settings of trial %d; answered from the store",
+            number,
+            original.number,
         )
 
     # Storing
 
-    def _begin(
+    def _start(
         self,
         study: optuna.Study,
         *,
         params: Mapping[str, Any] | None = None,
-        distributions: Mapping[str, Any] | None = None,
-        attributes: Mapping[str, Any] | None = None,
-        system: Mapping[str, Any] | None = None,
+        distributions: Mapping[str, BaseDistribution] | None = None,
+        attributes: TrialAttributes | None = None,
+        system_attrs: Mapping[str, Any] | None = None,
     ) -> QueuedTrial | None:
-        storage = self._store.storage()
-        template = _template(params or {}, distributions or {}, attributes or {}, system or {})
-        trial_id = storage.create_new_trial(study._study_id, template)
-        return self._work(study, trial_id, storage.get_trial(trial_id))
+        """Store a new trial as RUNNING and queue it."""
+        trial = create_trial(
+            state=TrialState.RUNNING,
+            params=dict(params or {}),
+            distributions=dict(distributions or {}),
+            user_attrs=dict(attributes or {}),
+            system_attrs=dict(system_attrs or {}),
+        )
+        return self._queue(study, self._store.add_trial(study, trial))
 
-    def _work(
-        self, study: optuna.Study, trial_id: int, trial: FrozenTrial, *, resumed: bool = False
+    def _queue(
+        self, study: optuna.Study, record: TrialRecord, *, is_resumed: bool = False
     ) -> QueuedTrial | None:
         try:
-            trial_spec = self._task(study, trial)
-        except ConfigError as error:  # one combination in many; the study goes on without it
-            self.fail(study, trial_id, str(error))
+            trial_spec = self._trial_spec(study, record)
+        except ConfigError as error:
+            # One combination of many is not allowed; the study continues without it.
+            self._fail(study, record.number, str(error))
             return None
-        self.busy.add((study.study_name, trial.number))
-        return QueuedTrial(study, trial_id, trial.number, trial_spec, trial.params, resumed)
+        self.busy.add((study.study_name, record.number))
+        return QueuedTrial(study, record.number, trial_spec, record.params, is_resumed)
 
-    def fail(self, study: optuna.Study, trial_id: int, reason: str) -> None:
-        """Tell that a trial failed, and why."""
-        storage = self._store.storage()
-        storage.set_trial_user_attr(trial_id, "reason", reason)
-        storage.set_trial_state_values(trial_id, TrialState.FAIL)
-        self._notify(f"trial {storage.get_trial(trial_id).number} failed: {reason}")
+    def _fail(self, study: optuna.Study, number: int, reason: str) -> None:
+        self._store.set_attrs(study, number, reason=reason)
+        self._store.finish(study, number, TrialState.FAIL)
+        logger.info("trial %d failed: %s", number, reason)
 
-    def _relative(self, folder: Path) -> str:
-        return str(folder.relative_to(self._store.folder))
+    # Specifications; for a resumed trial they come out the same
 
-    def _task(self, study: optuna.Study, trial: FrozenTrial) -> TrialSpec:
-        """What the trial is told; worked out again, to the same, for one that is taken over."""
-        s, about = self._settings, trial.user_attrs
-        until, fork = None, None
+    def _trial_spec(self, study: optuna.Study, record: TrialRecord) -> TrialSpec:
         if study is self.baselines:
-            plan = next(
-                (plan for plan in baseline_plans(s) if plan.name == about["baseline"]), None
+            return self._baseline_spec(record)
+        if study is self.confirmation:
+            return self._confirmation_spec(record)
+        return self._search_spec(record)
+
+    def _baseline_spec(self, record: TrialRecord) -> TrialSpec:
+        plans = {plan.name: plan for plan in baseline_plans(self._config)}
+        plan = plans.get(record.baseline or "")
+        if plan is None:
+            raise ConfigError(
+                f"it was interrupted, and baselines does not name {record.baseline} any more."
             )
-            if plan is None:
-                raise ConfigError(
-                    f"it was interrupted, and baselines does not name {about['baseline']} any more."
-                )
-            label, kind = f"baseline {about['baseline']}-{about['repeat']}", "baseline"
-            folder = self._store.baseline_folder(about["baseline"], about["repeat"])
-            # Repeats share seeds across baselines, so that baselines are compared in pairs.
-            config = plan.config(derived_seed(s.seed, "baseline", about["repeat"]))
-        elif study is self.confirmation:
-            plan_of = {c.name: c for c in confirmation_plan(self._store, s)}
-            if about["candidate"] not in plan_of:
-                raise ConfigError(
-                    f"it was interrupted, and {about['candidate']} is not confirmed any more."
-                )
-            label, kind = f"confirm {about['candidate']}-{about['repeat']}", "confirm"
-            folder = self._store.confirm_folder(about["candidate"], about["repeat"])
-            config = plan_of[about["candidate"]].config(confirm_seed(s, about["repeat"]))
+        # Repeats share seeds across baselines, so that baselines are compared in pairs.
+        config = plan.config(derived_seed(self._config.seed, "baseline", record.repeat))
+        label = f"baseline {record.baseline}-{record.repeat}"
+        return self._make_spec("baseline", record, label, config)
+
+    def _confirmation_spec(self, record: TrialRecord) -> TrialSpec:
+        candidates = {
+            candidate.name: candidate for candidate in confirmation_plan(self._store, self._config)
+        }
+        candidate = candidates.get(record.candidate or "")
+        if candidate is None:
+            raise ConfigError(
+                f"it was interrupted, and {record.candidate} is not confirmed any more."
+            )
+        return self._make_spec(
+            "confirm",
+            record,
+            f"confirm {record.candidate}-{record.repeat}",
+            candidate.config(confirm_seed(self._config, record.repeat)),
+            finetune=finetuning(self._config, record.repeat),
+        )
+
+    def _search_spec(self, record: TrialRecord) -> TrialSpec:
+        number = record.number
+        until = None
+        fork = None
+        if self._population is not None:
+            step = self._population.segment(self.search.get_trials(deepcopy=False), number)
+            values = step.values
+            seed = step.seed
+            until = step.until
+            if step.parent is not None:
+                fork = self._store.trial_folder(step.parent)
         else:
-            label, kind, folder = (
-                f"trial {trial.number}",
-                "search",
-                self._store.trial_folder(trial.number),
-            )
-            if self._population is not None:
-                segment = self._population.segment(
-                    self.search.get_trials(deepcopy=False), trial.number
-                )
-                values, until, seed = segment.values, segment.until, segment.seed
-                fork = (
-                    None
-                    if segment.parent is None
-                    else str(self._store.trial_folder(segment.parent))
-                )
-            else:
-                values = self._proposer.values(trial.params)
-                seed = derived_seed(s.seed, "trial", trial.number)
-            config = with_schedule(s.trial(values, seed=seed), s.pruner)
-        return TrialSpec(
-            study=s.name,
-            kind=kind,
-            number=trial.number,
-            label=label,
-            folder=str(folder),
-            data=self._data,
-            eval_data=self._labels,
+            values = self._suggester.values(record.params)
+            seed = derived_seed(self._config.seed, "trial", number)
+        config = with_schedule(self._config.trial(values, seed=seed), self._config.pruner)
+        return self._make_spec("search", record, f"trial {number}", config, until=until, fork=fork)
+
+    def _make_spec(
+        self,
+        kind: TrialKind,
+        record: TrialRecord,
+        label: str,
+        config: PretrainConfig,
+        *,
+        until: int | None = None,
+        fork: Path | None = None,
+        finetune: SegmentConfig | None = None,
+    ) -> TrialSpec:
+        run = RunSpec(
             config=config,
-            probe=s.probe,
-            resources=s.resources,
-            fault_tolerance=s.fault_tolerance.for_trial(),
-            tracking=s.tracking,
+            data=self._data,
+            folder=self._store.folder_of(record),
+            probe=self._config.probe,
             rungs=self._rungs(config, until),
+            resources=self._config.resources,
+            fault_tolerance=self._config.fault_tolerance.for_trial(),
+            tracking=self._config.tracking,
+            study=self._config.name,
+            label=label,
+            eval_data=self._eval_data,
             until=until,
             fork=fork,
-            finetune=finetuning(s, about["repeat"]) if kind == "confirm" else None,
         )
+        return TrialSpec(kind=kind, number=record.number, run=run, finetune=finetune)
 
     def _rungs(self, config: PretrainConfig, until: int | None) -> tuple[int, ...]:
         if config.objective == "none":
             return (0,)
         if until is not None:
             return (until,)
-        return rung_epochs(config.epochs, self._settings.pruner)
+        return rung_epochs(config.epochs, self._config.pruner)
 
 
-def _template(
-    params: Mapping[str, Any],
-    distributions: Mapping[str, Any],
-    attributes: Mapping[str, Any],
-    system: Mapping[str, Any],
-) -> FrozenTrial:
-    """A running trial, as it is to be stored; the storage gives it a number."""
-    return FrozenTrial(
-        number=-1,
-        trial_id=-1,
-        state=TrialState.RUNNING,
-        value=None,
-        datetime_start=datetime.now(),
-        datetime_complete=None,
-        params=dict(params),
-        distributions=dict(distributions),
-        user_attrs=dict(attributes),
-        system_attrs=dict(system),
-        intermediate_values={},
-    )
+def _first_waiting(records: list[TrialRecord]) -> TrialRecord | None:
+    for record in records:
+        if record.state == TrialState.WAITING:
+            return record
+    return None

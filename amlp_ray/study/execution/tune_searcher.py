@@ -1,12 +1,15 @@
-"""The bridge between Tune and Optuna: Optuna decides, Tune executes.
+"""Connect Tune and Optuna: Optuna decides, Tune executes.
 
-A Tune searcher over a study's queue: hands out work, passes on what trials report, lets the pruner decide and tells
-each trial's end truthfully. It keeps no state that matters: all of it is in the store, so a new searcher on the same
-store goes on where a killed one stopped.
+A Tune searcher hands out the trials of a study's queue, passes on what they report, lets the
+pruner decide, and stores how each trial ended. It keeps no state that matters. A new searcher on
+the same store continues where a killed one stopped.
+
+All knowledge of Tune stands here and in the driver.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import threading
@@ -14,33 +17,56 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
 from optuna.trial import TrialState
+from ray.tune import Stopper
 from ray.tune.search import Searcher
 
-from amlp_ray.config import COSTS, StudyConfig
+from amlp_ray.config import COST_OBJECTIVES, StudyConfig
 from amlp_ray.errors import AmlpError
-from amlp_ray.study.execution.trial import SCORES, spent_so_far
+from amlp_ray.launch.run_spec import RunSpec
+from amlp_ray.study.execution.stop_flags import StopWhen
+from amlp_ray.study.execution.stop_reason import FINAL, RESUMABLE, StopReason
+from amlp_ray.study.execution.trial import SCORES, usage_so_far
 from amlp_ray.study.execution.trial_queue import QueuedTrial, TrialQueue
 from amlp_ray.study.search.pruning import Pruning
 from amlp_ray.study.storage.budget import BudgetTracker, Usage
 from amlp_ray.study.storage.study_store import StudyStore
+from amlp_ray.study.storage.trial_record import TrialStats, finite, trial_records
 
-Notify = Callable[[str], None]
-Ending = Literal[
-    "pause", "stop", "cancel", "budget", "max_identical_failures", "lease", "resources"
-]
+logger = logging.getLogger(__name__)
 
 
-def _noted(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep an error of ours for the driver."""
+class InterruptTune(Stopper):
+    """Make Tune return after its current step, whatever still runs.
+
+    Tune asks `stop_all` in every step of its loop. Trials that still run are killed.
+    """
+
+    def __init__(self) -> None:
+        self._is_requested = False
+
+    def request(self) -> None:
+        """Ask Tune to return; callable from any thread."""
+        self._is_requested = True
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Never stop a single trial: it is asked by its stop flag."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Return whether Tune should return."""
+        return self._is_requested
+
+
+def _keep_error(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep an error of this package in `failure`, because Tune raises another in its place."""
 
     @wraps(method)
-    def call(self: StudySearcher, *args: Any, **named: Any) -> Any:
+    def call(self: StudySearcher, *args: Any, **kwargs: Any) -> Any:
         try:
-            return method(self, *args, **named)
+            return method(self, *args, **kwargs)
         except AmlpError as error:
             self.failure = self.failure or error
             raise
@@ -50,21 +76,41 @@ def _noted(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass
 class ActiveTrial:
-    """Work that Tune runs."""
+    """A trial that Tune runs.
 
-    work: QueuedTrial
-    started: float  # monotonic
-    epoch: int = 0  # of the last rung
+    Args:
+        tune_id: Tune's name of it.
+        queued: the stored trial.
+        started: when Tune got it, in seconds of the monotonic clock.
+    """
 
-    def spent(self) -> dict[str, Any]:
-        """What it has taken by its own files, take-overs included, where it cannot say so itself."""
-        return spent_so_far(Path(self.work.trial_spec.folder), time.monotonic() - self.started)
+    tune_id: str
+    queued: QueuedTrial
+    started: float
+
+    @property
+    def run(self) -> RunSpec:
+        return self.queued.trial_spec.run
+
+    @property
+    def is_search(self) -> bool:
+        return self.queued.trial_spec.kind == "search"
+
+    def usage(self) -> dict[str, Any]:
+        """Return what it has taken by its own files, for a trial that cannot report it."""
+        return usage_so_far(self.run.folder, time.monotonic() - self.started)
 
 
 class StudySearcher(Searcher):
-    """Serves a study's queue until its budget is used, or somebody ends it.
+    """Serves a study's queue until its budget is used or somebody stops it.
 
-    Tune calls it from its own loop; the driver's thread calls `end` and the like, so both hold `self._lock`.
+    Tune calls it from its own loop, and the monitor's thread calls `stop` and the like. Both hold
+    the lock.
+
+    Attributes:
+        stop_reason: why no more trials are started; None while they are.
+        stop_details: more about it, such as which budget is used.
+        failure: an error of this package that ended Tune's loop.
     """
 
     def __init__(
@@ -76,315 +122,332 @@ class StudySearcher(Searcher):
         images: int,
         stop_flags: Any,
         seconds: Callable[[], float],
-        notify: Notify,
     ) -> None:
-        """Args: seconds: how long the study has been run, all runs together. board: the trials' StopFlags."""
+        """Read what the stored trials have used.
+
+        Args:
+            store: of the study.
+            config: of the study.
+            queue: hands out trials.
+            images: number of images that a trial trains on.
+            stop_flags: actor handle of the trials' `StopFlags`.
+            seconds: returns how long the study has been run, all runs together.
+        """
         super().__init__(metric=config.metric, mode="max")
-        self._store, self._settings, self._queue = store, config, queue
-        self._board, self._seconds, self._notify = stop_flags, seconds, notify
+        self._store = store
+        self._config = config
+        self._queue = queue
+        self._stop_flags = stop_flags
+        self._seconds = seconds
         self._pruning = Pruning(queue.search, config, images, store.trial_folder)
-        stored = [t for study in queue.studies for t in study.get_trials(deepcopy=False)]
-        self._ledger = BudgetTracker.of(
-            t for t in stored if t.state.is_finished()
-        )  # others are counted when they end
-        self._running: dict[str, ActiveTrial] = {}
-        self._first_ends: list[
-            str | None
-        ] = []  # the reason of each that failed, None of one that did not
+        stored = []
+        for study in queue.studies:
+            stored += trial_records(study)
+        # Others are counted when they end.
+        self._budget = BudgetTracker.from_trials(trial for trial in stored if trial.is_finished)
+        self._active: dict[str, ActiveTrial] = {}
+        # Of each trial that ended: the reason if it failed, None if it did not.
+        self._failures: list[str | None] = []
         self._lock = threading.RLock()
-        self.ending: Ending | None = None
-        self.ending_reason = ""
-        self.failure: AmlpError | None = None  # why Tune's loop had to end
+        self.stop_reason: StopReason | None = None
+        self.stop_details = ""
+        self.failure: AmlpError | None = None
 
-    # Tune's side
+    # Called by Tune
 
-    @_noted
+    @_keep_error
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """What to run next; None: nothing now; FINISHED where nothing is left and nothing runs that could come back."""
-        with self._lock:
-            work = None if self.ending else self._queue.next(self._room)
-            if work is None or work == "wait":
-                return None if self._running or work == "wait" else Searcher.FINISHED
-            self._running[trial_id] = ActiveTrial(work, time.monotonic())
-            shown = ", ".join(f"{name}={_short(value)}" for name, value in work.params.items())
-            verb = "continues" if work.resumed else "starts"
-            self._notify(f"{work.trial_spec.label} {verb}" + (f": {shown}" if shown else ""))
-            return {"trial_spec": work.trial_spec.as_config(), "stop_flags": self._board}
+        """Return the next trial; None for none now; FINISHED if nothing is left.
 
-    @_noted
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Store a rung's score and, where the pruner says so, ask the trial to return."""
+        While trials run, nothing is final: a lost process brings its trial back.
+        """
         with self._lock:
-            running = self._running.get(trial_id)
-            if running is None or "epoch" not in result or "ended" in result or "failed" in result:
+            queued = None if self.stop_reason else self._queue.next(self._has_room)
+            if queued == "wait":
+                return None
+            if queued is None:
+                return None if self._active else Searcher.FINISHED
+            self._active[trial_id] = ActiveTrial(trial_id, queued, time.monotonic())
+            _log_start(queued)
+            return {
+                "trial_spec": queued.trial_spec.model_dump(mode="json"),
+                "stop_flags": self._stop_flags,
+            }
+
+    @_keep_error
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Store a rung's score and, if the pruner says so, ask the trial to return."""
+        with self._lock:
+            active = self._active.get(trial_id)
+            is_rung = "epoch" in result and "ended" not in result and "failed" not in result
+            # After a lost lease the next driver will read and store what the trial reports.
+            if active is None or not is_rung or self.stop_reason == StopReason.LEASE_LOST:
                 return
-            if (
-                self.ending == "lease"
-            ):  # what it says now is for the next driver to hear, and to store
-                return
-            trial_spec, epoch, value = (
-                running.work.trial_spec,
-                int(result["epoch"]),
-                result.get(self._settings.metric, math.nan),
-            )
-            running.epoch = epoch
-            self._ledger.report(
+            run = active.run
+            queued = active.queued
+            epoch = int(result["epoch"])
+            value = result.get(self._config.metric, math.nan)
+            self._budget.report(
                 trial_id,
                 epochs=result.get("epochs", epoch),
-                gpu_seconds=result.get("seconds", 0.0) * trial_spec.gpus,
+                gpu_seconds=result.get("seconds", 0.0) * run.gpus,
             )
-            if self._pruning.report(running.work.study, running.work.number, epoch, value):
-                self._notify(
-                    f"{trial_spec.label} epoch {epoch}: {_name(self._settings.metric)} {value:.3f}"
-                )
-            if epoch >= max(trial_spec.rungs):
+            if self._pruning.report(queued.study, queued.number, epoch, value):
+                metric = _metric_name(self._config.metric)
+                logger.info("%s epoch %d: %s %.3f", run.label, epoch, metric, value)
+            if epoch >= max(run.rungs):
                 return
-            if trial_spec.kind == "search" and self._pruning.should_prune(
-                running.work.number, epoch
-            ):
-                self._ask(trial_spec.folder, "now")
+            if active.is_search and self._pruning.should_prune(queued.number, epoch):
+                self._ask_to_return(active, "now")
             self.check_budget()
 
-    @_noted
+    @_keep_error
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tell how the trial ended. One that was merely interrupted stays RUNNING, to be taken over."""
+        """Store how a trial ended. One that was only interrupted stays RUNNING and is resumed."""
         with self._lock:
-            running = self._running.pop(trial_id, None)
-            if running is None:
+            active = self._active.pop(trial_id, None)
+            if active is None:
                 return
             result = result or {}
-            if (
-                self.ending == "lease"
-            ):  # the store is another driver's, or gone; the next one takes the trial over
-                self._ledger.drop(trial_id)
+            if self.stop_reason == StopReason.LEASE_LOST:
+                # The store belongs to another driver or is gone.
+                self._budget.drop(trial_id)
             elif error:
-                self._lost(trial_id, running)
+                self._process_died(active)
             elif "failed" in result:
-                self._fail(trial_id, running, result["failed"], result)
+                self._fail(active, result["failed"], result)
             elif "ended" in result:
-                self._end(trial_id, running, result)
+                self._end(active, result)
             else:  # interrupted by Tune
-                self._ledger.drop(trial_id)
+                self._budget.drop(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to save: the store is the only truth."""
+        """Save nothing: the store is the only truth."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing to restore: a study is continued by a new searcher on its store."""
+        """Restore nothing: a study is resumed by a new searcher on its store."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing either for Tune's own records, which pickle a searcher whether it likes that or not."""
+        """Pickle nothing; Tune's own records pickle every searcher."""
         return {}
 
-    # The driver's side
+    # Called by the monitor
 
-    def end(self, ending: Ending, reason: str = "") -> None:
-        """Begin no more trials; what happens to those that run depends on why.
+    def stop(self, reason: StopReason, details: str = "") -> None:
+        """Start no more trials; `StopReason` says what happens to those that run.
 
-        - `stop`: they finish.
-        - `pause`, `lease`, `resources`: they return after their epoch, are not told, and are continued later.
-        - `budget`: they return after their rung, told PRUNED.
-        - `cancel`: they are told FAIL at once; baselines and confirmation runs, which nothing replaces, are not told.
-        - `alike`: they return, told as what they are.
+        Args:
+            reason: why.
+            details: such as which budget is used.
         """
         with self._lock:
-            if self.ending == ending or (
-                self.ending in ("cancel", "max_identical_failures")
-                and ending not in ("cancel", "lease")
-            ):
+            if not self._replaces(reason):
                 return
-            if (
-                ending == "stop" and self.ending is not None
-            ):  # running trials were asked to return already
-                return
-            self.ending, self.ending_reason = ending, reason
-            for running in list(self._running.values()):
-                if ending == "budget":
-                    self._ask(running.work.trial_spec.folder, "rung")
-                elif ending != "stop":
-                    self._ask(running.work.trial_spec.folder, "now")
-            if ending == "cancel":
-                for trial_id, running in list(self._running.items()):
-                    del self._running[trial_id]
-                    if running.work.trial_spec.kind == "search":
-                        self._fail(trial_id, running, "cancelled", running.spent())
+            self.stop_reason = reason
+            self.stop_details = details
+            active_trials = list(self._active.values())
+            if reason != StopReason.STOP:
+                when: StopWhen = "rung" if reason == StopReason.BUDGET else "now"
+                for active in active_trials:
+                    self._ask_to_return(active, when)
+            if reason == StopReason.CANCEL:
+                self._active.clear()
+                for active in active_trials:
+                    if active.is_search:
+                        self._fail(active, "cancelled", active.usage())
                     else:
-                        self._ledger.drop(trial_id)
+                        self._budget.drop(active.tune_id)
+
+    def _replaces(self, reason: StopReason) -> bool:
+        """Return whether a new reason to stop takes the place of the one there is."""
+        if self.stop_reason is None:
+            return True
+        if reason in (self.stop_reason, StopReason.STOP):
+            return False  # running trials were asked to return already
+        if self.stop_reason in FINAL:
+            return reason in (StopReason.CANCEL, StopReason.LEASE_LOST)
+        return True
 
     def check_budget(self) -> None:
-        """End where a limit other than the number of trials is reached: that one ends by itself.
+        """Stop if a budget other than the number of trials is used; that one ends by itself.
 
-        A confirmation has no budget: it is asked for, and has an end.
+        A confirmation has no budget.
         """
         with self._lock:
-            if self.ending is not None or self._queue.confirmation is not None:
+            if self.stop_reason is not None or self._queue.confirmation is not None:
                 return
-            if reached := self._spent(0).reached(self._settings.budget, but_trials=True):
-                self._notify(f"budget used: {reached}; running trials end at their next rung")
-                self.end("budget", reached)
+            used_up = self._usage(0).reached(self._config.budget, but_trials=True)
+            if used_up:
+                logger.info("budget used: %s; running trials end at their next rung", used_up)
+                self.stop(StopReason.BUDGET, used_up)
 
     def change_budget(self, config: StudyConfig) -> None:
+        """Use the budget of another config from now on."""
         with self._lock:
-            self._settings = config
+            self._config = config
 
-    def waiting(self) -> list[tuple[str, float]]:
-        """Labels of what Tune was given, and for how many seconds."""
+    def active_trials(self) -> list[tuple[str, float]]:
+        """Return the folders of the trials that Tune has, and for how many seconds."""
         now = time.monotonic()
         with self._lock:
-            return [(r.work.trial_spec.folder, now - r.started) for r in self._running.values()]
+            return [(str(a.run.folder), now - a.started) for a in self._active.values()]
 
-    def unfinished(self) -> bool:
-        """Whether trials are left that nobody runs any more."""
-        return any(
-            s.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) for s in self._queue.studies
-        )
+    def has_unfinished_trials(self) -> bool:
+        """Return whether trials are left that nobody runs any more."""
+        return any(trial_records(study, (TrialState.RUNNING,)) for study in self._queue.studies)
 
-    # Ends
+    # Budget and stop requests
 
-    def _room(self, begun: int) -> bool:
-        return self._spent(begun).reached(self._settings.budget) is None
+    def _has_room(self, started: int) -> bool:
+        return self._usage(started).reached(self._config.budget) is None
 
-    def _spent(self, begun: int) -> Usage:
-        return self._ledger.spent(trials=begun, seconds=self._seconds())
+    def _usage(self, started: int) -> Usage:
+        return self._budget.usage(trials=started, seconds=self._seconds())
 
-    def _ask(self, folder: str, when: Literal["now", "rung"]) -> None:
+    def _ask_to_return(self, active: ActiveTrial, when: StopWhen) -> None:
         import ray
 
-        ray.get(self._board.ask.remote(folder, when))
+        ray.get(self._stop_flags.request.remote(str(active.run.folder), when))
 
-    def _lost(self, trial_id: str, running: ActiveTrial) -> None:
-        """A process or a node died: not the settings' fault, so the trial goes on from its checkpoint."""
-        work, storage = running.work, self._store.storage()
-        lost = storage.get_trial(work.trial_id).user_attrs.get("lost", 0) + 1
-        storage.set_trial_user_attr(work.trial_id, "lost", lost)
-        max_failures = self._settings.fault_tolerance.max_failures
+    # How trials end
+
+    def _process_died(self, active: ActiveTrial) -> None:
+        """Resume a trial whose process or node died: its parameters are not at fault."""
+        queued = active.queued
+        lost = self._store.trial(queued.study, queued.number).lost + 1
+        self._store.set_attrs(queued.study, queued.number, lost=lost)
+        max_failures = self._config.fault_tolerance.max_failures
         if lost > max_failures:
-            why = f"its process died {lost} times (fault_tolerance.max_failures={max_failures})"
-            self._fail(trial_id, running, why, running.spent())
+            reason = f"its process died {lost} times (fault_tolerance.max_failures={max_failures})"
+            self._fail(active, reason, active.usage())
             return
-        self._ledger.drop(trial_id)
-        self._queue.lost(work.study, work.number)
-        self._notify(f"{work.trial_spec.label} lost its process ({lost} of {max_failures} retries)")
+        self._budget.drop(active.tune_id)
+        self._queue.requeue(queued.study, queued.number)
+        label = active.run.label
+        logger.info("%s lost its process (%d of %d retries)", label, lost, max_failures)
 
-    def _end(self, trial_id: str, running: ActiveTrial, result: dict[str, Any]) -> None:
-        work, trial_spec = running.work, running.work.trial_spec
-        scores = self._store.storage().get_trial(work.trial_id).intermediate_values
-        last = max(scores, default=None)
-        full = last is not None and last >= max(trial_spec.rungs)
-        if not full and self.ending in ("pause", "lease", "resources"):
-            self._ledger.drop(trial_id)
-            self._free(work)
-            self._notify(f"{trial_spec.label} paused after epoch {result.get('epochs', 0)}")
+    def _end(self, active: ActiveTrial, result: dict[str, Any]) -> None:
+        """Store a trial that returned by itself: at its end, pruned, or asked to."""
+        run = active.run
+        queued = active.queued
+        scores = self._store.trial(queued.study, queued.number).rungs
+        last_rung = max(scores, default=None)
+        has_all_rungs = last_rung is not None and last_rung >= max(run.rungs)
+        if not has_all_rungs and self.stop_reason in RESUMABLE:
+            self._budget.drop(active.tune_id)
+            self._queue.release(queued.study, queued.number)
+            logger.info("%s paused after epoch %d", run.label, result.get("epochs", 0))
             return
-        if last is None:
-            why = (
-                f"budget used before its first rung: {self.ending_reason}"
-                if self.ending == "budget"
-                else ""
-            )
-            self._fail(
-                trial_id,
-                running,
-                why or f"no rung gave a finite {_name(self._settings.metric)}",
-                result,
-            )
+        if last_rung is None:
+            self._fail(active, self._no_score_reason(), result)
             return
-        value = scores[last]
-        facts = self._describe(trial_id, running, result)
-        complete = full and (
-            trial_spec.until is None or trial_spec.until >= trial_spec.config.epochs
-        )
-        values = self._values(work, facts, value) if complete else None
-        if complete and values is None:
-            self._tell_failed(work, "an objective is missing or not finite")
+        stats = self._store_stats(active, result)
+        score = scores[last_rung]
+        if has_all_rungs and run.last_epoch >= run.config.epochs:
+            values = self._objective_values(active, stats, score)
+            if values is None:
+                self._store_failure(active, "an objective is missing or not finite")
+                return
+            self._finish(active, TrialState.COMPLETE, values, "complete", score)
             return
-        if not complete:
-            if self.ending == "budget":
-                self._store.storage().set_trial_user_attr(
-                    work.trial_id, "reason", f"budget: {self.ending_reason}"
-                )
-            # Of several objectives, those that a part of a training has are no values of the whole.
-            values = [value] if len(work.study.directions) == 1 else None
-        state = TrialState.COMPLETE if complete else TrialState.PRUNED
-        self._store.storage().set_trial_state_values(work.trial_id, state, values)
-        self._free(work)
-        self._first_ends.append(None)
-        word = (
-            "complete"
-            if complete
-            else ("ends its segment" if full else "pruned") + f" at epoch {last}"
-        )
-        self._notify(f"{trial_spec.label} {word}: {_name(self._settings.metric)} {value:.3f}")
+        if self.stop_reason == StopReason.BUDGET:
+            reason = f"budget: {self.stop_details}"
+            self._store.set_attrs(queued.study, queued.number, reason=reason)
+        # Of several objectives, those of a part of a training are no values of the whole.
+        partial_values = [score] if len(queued.study.directions) == 1 else None
+        word = "ends its segment" if has_all_rungs else "pruned"
+        message = f"{word} at epoch {last_rung}"
+        self._finish(active, TrialState.PRUNED, partial_values, message, score)
 
-    def _values(self, work: QueuedTrial, facts: dict[str, Any], value: float) -> list[float] | None:
-        """One value per objective; None where one is missing. Baselines and confirmations have the metric alone."""
-        if work.trial_spec.kind != "search":
-            return [value]
-        values = [
-            facts.get(n) if n in COSTS else facts["scores"].get(n)
-            for n in self._settings.objectives
-        ]
-        known = [float(v) for v in values if v is not None and math.isfinite(v)]
-        return known if len(known) == len(values) else None
-
-    def _fail(
-        self, trial_id: str, running: ActiveTrial, reason: str, result: dict[str, Any]
+    def _finish(
+        self,
+        active: ActiveTrial,
+        state: TrialState,
+        values: list[float] | None,
+        message: str,
+        score: float,
     ) -> None:
-        self._describe(trial_id, running, result)
-        self._tell_failed(running.work, reason)
+        queued = active.queued
+        self._store.finish(queued.study, queued.number, state, values)
+        self._queue.release(queued.study, queued.number)
+        self._failures.append(None)
+        metric = _metric_name(self._config.metric)
+        logger.info("%s %s: %s %.3f", active.run.label, message, metric, score)
 
-    def _tell_failed(self, work: QueuedTrial, reason: str) -> None:
-        storage = self._store.storage()
-        storage.set_trial_user_attr(work.trial_id, "reason", reason)
-        storage.set_trial_state_values(work.trial_id, TrialState.FAIL)
-        self._free(work)
-        self._notify(f"{work.trial_spec.label} failed: {reason}")
-        self._first_ends.append(re.sub(r"\d+", "#", reason))
-        first = self._first_ends[: self._settings.fault_tolerance.max_identical_failures]
-        if (
-            len(first)
-            == len(self._first_ends)
-            == self._settings.fault_tolerance.max_identical_failures
-            and len(set(first)) == 1
-            and first[0]
-        ):
-            self.end("max_identical_failures", reason)
+    def _no_score_reason(self) -> str:
+        if self.stop_reason == StopReason.BUDGET:
+            return f"budget used before its first rung: {self.stop_details}"
+        return f"no rung gave a finite {_metric_name(self._config.metric)}"
 
-    def _free(self, work: QueuedTrial) -> None:
-        self._queue.busy.discard((work.study.study_name, work.number))
+    def _objective_values(
+        self, active: ActiveTrial, stats: dict[str, Any], score: float
+    ) -> list[float] | None:
+        """Return one value per objective; None if one is missing or not finite.
 
-    def _describe(
-        self, trial_id: str, running: ActiveTrial, result: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Store what the trial took and scored, in one attribute: a journal grows by a line for each."""
-        work = running.work
-        seconds = float(result.get("seconds", time.monotonic() - running.started))
-        facts: dict[str, Any] = {
+        Baselines and confirmation runs have the study's metric alone.
+        """
+        if not active.is_search:
+            return [score]
+        values = []
+        for name in self._config.objectives:
+            source = stats if name in COST_OBJECTIVES else stats["scores"]
+            value = finite(source.get(name))
+            if value is None:
+                return None
+            values.append(value)
+        return values
+
+    def _fail(self, active: ActiveTrial, reason: str, result: dict[str, Any]) -> None:
+        self._store_stats(active, result)
+        self._store_failure(active, reason)
+
+    def _store_failure(self, active: ActiveTrial, reason: str) -> None:
+        """Store a trial as failed; stop the study if all of its first trials failed alike."""
+        queued = active.queued
+        self._store.set_attrs(queued.study, queued.number, reason=reason)
+        self._store.finish(queued.study, queued.number, TrialState.FAIL)
+        self._queue.release(queued.study, queued.number)
+        logger.info("%s failed: %s", active.run.label, reason)
+        # Reasons that differ in numbers only, such as the epoch, are the same.
+        self._failures.append(re.sub(r"\d+", "#", reason))
+        limit = self._config.fault_tolerance.max_identical_failures
+        if len(self._failures) == limit and self._failures[0] and len(set(self._failures)) == 1:
+            self.stop(StopReason.IDENTICAL_FAILURES, reason)
+
+    def _store_stats(self, active: ActiveTrial, result: dict[str, Any]) -> dict[str, Any]:
+        """Store what a trial took and scored, in one attribute: each adds a line to a journal."""
+        queued = active.queued
+        seconds = float(result.get("seconds", time.monotonic() - active.started))
+        stats: dict[str, Any] = {
             "seconds": round(seconds, 2),
-            "gpu_seconds": round(seconds * work.trial_spec.gpus, 2),
-            **{
-                name: result[name]
-                for name in ("memory", "epochs", "images_per_second")
-                if name in result
-            },
-            "scores": {name: result[name] for name in SCORES if name in result},
+            "gpu_seconds": round(seconds * active.run.gpus, 2),
         }
-        self._ledger.end(trial_id, facts)
-        storage = self._store.storage()
-        storage.set_trial_user_attr(work.trial_id, "stats", facts)
-        if limits := self._settings.limits:
-            over = [
-                facts[name] - limit for name, limit in limits.items() if facts.get(name) is not None
-            ]
-            storage.set_trial_system_attr(
-                work.trial_id, "constraints", over
-            )  # Optuna's own name: dashboards show it
-        return facts
+        for name in ("memory", "epochs", "images_per_second"):
+            if name in result:
+                stats[name] = result[name]
+        stats["scores"] = {name: result[name] for name in SCORES if name in result}
+        trial_stats = cast("TrialStats", stats)
+        self._budget.end(active.tune_id, trial_stats)
+        self._store.set_attrs(queued.study, queued.number, stats=trial_stats)
+        if self._config.limits:
+            excess = []
+            for name, limit in self._config.limits.items():
+                if stats.get(name) is not None:
+                    excess.append(stats[name] - limit)
+            self._store.set_constraints(queued.study, queued.number, excess)
+        return stats
 
 
-def _name(metric: str) -> str:
+def _log_start(queued: QueuedTrial) -> None:
+    verb = "continues" if queued.is_resumed else "starts"
+    params = ", ".join(f"{name}={_short(value)}" for name, value in queued.params.items())
+    label = queued.trial_spec.run.label
+    logger.info("%s", f"{label} {verb}: {params}" if params else f"{label} {verb}")
+
+
+def _metric_name(metric: str) -> str:
     return metric.upper() if metric in ("dsc", "ap", "ppv") else metric
 
 

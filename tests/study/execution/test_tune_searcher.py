@@ -15,6 +15,7 @@ from amlp_ray.config import StudyConfig
 from amlp_ray.config.base import build
 from amlp_ray.config.yaml_file import write_yaml
 from amlp_ray.study.execution.stop_flags import StopFlags
+from amlp_ray.study.execution.stop_reason import StopReason
 from amlp_ray.study.rungs import first_prunable_epoch, rung_epochs
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.trial_spec import TrialSpec
@@ -22,6 +23,7 @@ from amlp_ray.study.trial_spec import TrialSpec
 pytestmark = pytest.mark.ray
 
 IMAGES = 320
+Messages = Callable[[], list[str]]
 
 
 def make_config(**changes: Any) -> StudyConfig:
@@ -46,6 +48,13 @@ def stop_flags(ray_session: None) -> Any:
 
 
 @pytest.fixture
+def messages(caplog: pytest.LogCaptureFixture) -> Messages:
+    """Return what was logged so far when it is called."""
+    caplog.set_level("INFO", logger="amlp_ray")
+    return lambda: caplog.messages
+
+
+@pytest.fixture
 def store(tmp_path: Path) -> StudyStore:
     (tmp_path / "s").mkdir()
     return StudyStore(tmp_path / "s")
@@ -55,29 +64,25 @@ def searcher(
     store: StudyStore,
     stop_flags: Any,
     chosen: StudyConfig,
-    lines: list[str] | None = None,
     *,
     seconds: Callable[[], float] = lambda: 0.0,
-    ahead: int = 0,
+    suggest_ahead: int = 0,
 ) -> Any:
     from amlp_ray.study.execution.trial_queue import TrialQueue
     from amlp_ray.study.execution.tune_searcher import StudySearcher
 
-    notify = lines.append if lines is not None else (lambda line: None)
     write_yaml(chosen, store.folder / "study.yaml")
     store.search(create=True, directions=list(chosen.objectives.values()))
-    queue = TrialQueue(
-        store, chosen, data="data", eval_data=None, suggest_ahead=ahead, notify=notify
-    )
+    queue = TrialQueue(store, chosen, data="data", eval_data=None, suggest_ahead=suggest_ahead)
     return StudySearcher(
-        store, chosen, queue, images=IMAGES, stop_flags=stop_flags, seconds=seconds, notify=notify
+        store, chosen, queue, images=IMAGES, stop_flags=stop_flags, seconds=seconds
     )
 
 
 def asked(stop_flags: Any, config: dict[str, Any]) -> str | None:
     import ray
 
-    return ray.get(stop_flags.asked.remote(config["trial_spec"]["folder"]))
+    return ray.get(stop_flags.requested.remote(config["trial_spec"]["run"]["folder"]))
 
 
 def run_trial(
@@ -85,7 +90,7 @@ def run_trial(
 ) -> dict[str, Any]:
     """Report one DSC per rung until asked to stop, as a trial does."""
     config = search.suggest(tune_id)
-    rungs = TrialSpec.from_config(config["trial_spec"]).rungs
+    rungs = TrialSpec.model_validate(config["trial_spec"]).run.rungs
     epoch, value = 0, 0.0
     for epoch, value in zip(rungs, dsc, strict=False):
         search.on_trial_result(
@@ -171,10 +176,9 @@ def test_a_failure_is_told_with_its_reason(store: StudyStore, stop_flags: Any) -
 
 
 def test_a_lost_process_is_no_failure_until_it_was_lost_too_often(
-    store: StudyStore, stop_flags: Any
+    store: StudyStore, stop_flags: Any, messages: Messages
 ) -> None:
-    lines: list[str] = []
-    search = searcher(store, stop_flags, make_config(fault_tolerance={"max_failures": 2}), lines)
+    search = searcher(store, stop_flags, make_config(fault_tolerance={"max_failures": 2}))
     first = search.suggest("a")
     for tune_id, following in (("a", "b"), ("b", "c")):
         search.on_trial_complete(tune_id, None, error=True)
@@ -187,20 +191,25 @@ def test_a_lost_process_is_no_failure_until_it_was_lost_too_often(
     assert trial.state == TrialState.FAIL
     assert trial.user_attrs["lost"] == 3
     assert trial.user_attrs["reason"] == "its process died 3 times (fault_tolerance.max_failures=2)"
-    assert "trial 0 lost its process (1 of 2 retries)" in lines
+    assert "trial 0 lost its process (1 of 2 retries)" in messages()
 
 
 def test_first_trials_that_fail_alike_end_the_study(store: StudyStore, stop_flags: Any) -> None:
     from ray.tune.search import Searcher
 
     search = searcher(
-        store, stop_flags, make_config(budget={"trials": 10}, fault_tolerance={"max_identical_failures": 3})
+        store,
+        stop_flags,
+        make_config(budget={"trials": 10}, fault_tolerance={"max_identical_failures": 3}),
     )
     for i in range(3):
-        assert search.ending is None
+        assert search.stop_reason is None
         search.suggest(f"t{i}")
         search.on_trial_complete(f"t{i}", {"failed": f"No space left at {i}"})
-    assert (search.ending, search.ending_reason) == ("max_identical_failures", "No space left at 2")
+    assert (search.stop_reason, search.stop_details) == (
+        StopReason.IDENTICAL_FAILURES,
+        "No space left at 2",
+    )
     assert search.suggest("more") == Searcher.FINISHED
     assert len(store.search().trials) == 3
 
@@ -209,13 +218,15 @@ def test_one_trial_that_does_not_fail_lets_the_study_go_on(
     store: StudyStore, stop_flags: Any
 ) -> None:
     search = searcher(
-        store, stop_flags, make_config(budget={"trials": 10}, fault_tolerance={"max_identical_failures": 2})
+        store,
+        stop_flags,
+        make_config(budget={"trials": 10}, fault_tolerance={"max_identical_failures": 2}),
     )
     run_trial(search, "good", [0.4, 0.45, 0.5, 0.5], stop_flags)
     for i in range(4):
         search.suggest(f"t{i}")
         search.on_trial_complete(f"t{i}", {"failed": "x"})
-    assert search.ending is None
+    assert search.stop_reason is None
 
 
 @pytest.mark.parametrize(
@@ -268,7 +279,7 @@ def test_stop_lets_running_trials_finish_and_begins_none(
 
     search = searcher(store, stop_flags, make_config())
     config = search.suggest("a")
-    search.end("stop")
+    search.stop(StopReason.STOP)
     assert asked(stop_flags, config) is None
     assert search.suggest("b") is None, "nothing now: a lost process could come back"
     for epoch in rung_epochs(40, make_config().pruner):
@@ -282,7 +293,7 @@ def test_pause_keeps_running_trials_for_later(store: StudyStore, stop_flags: Any
     search = searcher(store, stop_flags, make_config())
     config = search.suggest("a")
     search.on_trial_result("a", {"epoch": 10, "dsc": 0.4})
-    search.end("pause")
+    search.stop(StopReason.PAUSE)
     assert asked(stop_flags, config) == "now"
     search.on_trial_complete("a", {"ended": True, "epochs": 13, "seconds": 1.0, "dsc": 0.4})
     (trial,) = store.search().trials
@@ -296,8 +307,8 @@ def test_pause_keeps_running_trials_for_later(store: StudyStore, stop_flags: Any
 def test_stop_after_pause_still_keeps_what_was_paused(store: StudyStore, stop_flags: Any) -> None:
     search = searcher(store, stop_flags, make_config())
     search.suggest("a")
-    search.end("pause")
-    search.end("stop")
+    search.stop(StopReason.PAUSE)
+    search.stop(StopReason.STOP)
     search.on_trial_complete("a", {"ended": True, "epochs": 3, "seconds": 1.0})
     assert [t.state for t in store.search().trials] == [TrialState.RUNNING]
 
@@ -306,10 +317,10 @@ def test_an_interrupted_arm_that_is_named_no_more_fails_and_the_study_goes_on(
     store: StudyStore, stop_flags: Any
 ) -> None:
     searcher(store, stop_flags, make_config(baselines=["mae"], baseline_seeds=1)).suggest("a")
-    trial_spec = TrialSpec.from_config(
+    trial_spec = TrialSpec.model_validate(
         searcher(store, stop_flags, make_config(baselines=[])).suggest("b")["trial_spec"]
     )
-    assert trial_spec.label == "trial 0"
+    assert trial_spec.run.label == "trial 0"
     (baseline,) = store.baselines().trials
     assert (baseline.state, baseline.user_attrs["reason"]) == (
         TrialState.FAIL,
@@ -320,11 +331,11 @@ def test_an_interrupted_arm_that_is_named_no_more_fails_and_the_study_goes_on(
 def test_cancel_ends_running_trials_at_once(store: StudyStore, stop_flags: Any) -> None:
     search = searcher(store, stop_flags, make_config())
     search.suggest("a")
-    search.end("cancel")
+    search.stop(StopReason.CANCEL)
     (trial,) = store.search().trials
     assert (trial.state, trial.user_attrs["reason"]) == (TrialState.FAIL, "cancelled")
     search.on_trial_complete("a", {"ended": True})  # Tune, afterwards
-    assert not search.unfinished()
+    assert not search.has_unfinished_trials()
 
 
 def test_several_objectives_have_a_value_each_and_one_is_compared_at_rungs(
@@ -367,14 +378,14 @@ def test_an_enqueued_trial_comes_first_and_a_known_one_is_answered_from_the_stor
     enqueue(store, make_config(), known)
     enqueue(store, make_config(), {"ratio.start": 0.2})
     config = search.suggest("b")
-    assert config["trial_spec"]["config"]["ratio"]["start"] == 0.2
+    assert config["trial_spec"]["run"]["config"]["ratio"]["start"] == 0.2
     copy, asked_for = store.search().trials[1:]
     assert (copy.state, copy.value, copy.user_attrs["copy_of"]) == (TrialState.COMPLETE, 0.5, 0)
     assert asked_for.number == 2
     retry(store, make_config(), 0)
     trial_spec = search.suggest("c")["trial_spec"]
-    assert trial_spec["config"]["ratio"]["start"] == known["ratio.start"]
-    assert trial_spec["config"]["seed"] != config["trial_spec"]["config"]["seed"]
+    assert trial_spec["run"]["config"]["ratio"]["start"] == known["ratio.start"]
+    assert trial_spec["run"]["config"]["seed"] != config["trial_spec"]["run"]["config"]["seed"]
     assert store.search().trials[3].user_attrs["retry_of"] == 0
 
 
@@ -403,18 +414,18 @@ def test_arms_come_first_share_seeds_and_stay_out_of_the_search(
         pretrain={"epochs": 40, "ratio": {"start": 0.1}},
     )
     search = searcher(store, stop_flags, chosen)
-    tasks = [TrialSpec.from_config(search.suggest(f"t{i}")["trial_spec"]) for i in range(5)]
-    assert [t.label for t in tasks] == [
+    tasks = [TrialSpec.model_validate(search.suggest(f"t{i}")["trial_spec"]) for i in range(5)]
+    assert [t.run.label for t in tasks] == [
         "baseline scratch-0",
         "baseline mae-0",
         "baseline scratch-1",
         "baseline mae-1",
         "trial 0",
     ]
-    assert tasks[0].config.objective == "none"
-    assert tasks[0].rungs == (0,)
-    assert tasks[0].config.seed == tasks[1].config.seed != tasks[2].config.seed
-    assert tasks[1].config.ratio.start == 0.75, (
+    assert tasks[0].run.config.objective == "none"
+    assert tasks[0].run.rungs == (0,)
+    assert tasks[0].run.config.seed == tasks[1].run.config.seed != tasks[2].run.config.seed
+    assert tasks[1].run.config.ratio.start == 0.75, (
         "what the study fixes of the method must not change what mae means"
     )
     assert len(store.search().trials) == 1
@@ -427,17 +438,17 @@ def test_arms_come_first_share_seeds_and_stay_out_of_the_search(
 
 
 def test_trials_of_a_dead_driver_are_taken_over_with_number_and_settings(
-    store: StudyStore, stop_flags: Any
+    store: StudyStore, stop_flags: Any, messages: Messages
 ) -> None:
     first = searcher(store, stop_flags, make_config())
     configs = [first.suggest("a"), first.suggest("b")]
     first.on_trial_result("b", {"epoch": 10, "dsc": 0.3})
     # The driver dies here: nobody tells how the trials ended.
-    lines: list[str] = []
-    second = searcher(store, stop_flags, make_config(), lines)
+    before = len(messages())
+    second = searcher(store, stop_flags, make_config())
     again = [second.suggest("x"), second.suggest("y")]
     assert [c["trial_spec"] for c in again] == [c["trial_spec"] for c in configs]
-    assert all("continues" in line for line in lines)
+    assert all("continues" in message for message in messages()[before:])
     second.on_trial_result(
         "y", {"epoch": 10, "dsc": 0.3}
     )  # reported again from the trial's own file
@@ -470,7 +481,7 @@ def test_suggestions_made_ahead_use_up_no_number_and_stay_within_the_budget(
 
     search = searcher(store, stop_flags, make_config(budget={"trials": 5}), suggest_ahead=3)
     begun = [suggested(search, f"t{i}") for i in range(2)]
-    assert [TrialSpec.from_config(config["trial_spec"]).number for config in begun] == [0, 1]
+    assert [TrialSpec.model_validate(config["trial_spec"]).number for config in begun] == [0, 1]
     assert len(store.search().trials) == 2
     for i, reason in enumerate(("one", "two", "three"), 2):  # not alike, which would end the study
         search.on_trial_complete(f"t{i - 2}", {"failed": reason})
@@ -500,17 +511,16 @@ def test_plain_optuna_reads_the_study(store: StudyStore, stop_flags: Any) -> Non
 
 
 def test_a_combination_that_a_setting_refuses_is_not_suggested(
-    store: StudyStore, stop_flags: Any
+    store: StudyStore, stop_flags: Any, messages: Messages
 ) -> None:
     space = {
         "model.width": {"choices": [32]},
         "model.heads": {"choices": [2, 3]},
     }  # unchecked: the searcher must cope
-    lines: list[str] = []
-    search = searcher(store, stop_flags, make_config(space=space, budget={"trials": 8}), lines)
+    search = searcher(store, stop_flags, make_config(space=space, budget={"trials": 8}))
     from ray.tune.search import Searcher
 
     run_trial(search, "only", [0.4] * 4, stop_flags)
     assert search.suggest("more") == Searcher.FINISHED
     assert [t.params["model.heads"] for t in store.search().trials] == [2]
-    assert lines[-1] == "every combination of the search space was tried"
+    assert messages()[-1] == "every combination of the search space was tried"

@@ -8,18 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.studies import add, make_store, task_of
+from helpers.studies import add, make_store, run_spec_of
 from optuna.trial import TrialState
 
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import StudyError
-from amlp_ray.launch.job import RunSpec
 from amlp_ray.launch.launcher import run_here
 from amlp_ray.study.operations.replay import replay
 from amlp_ray.study.storage.provenance import write_provenance
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.training.loggers.metrics_file import read_rows
-from amlp_ray.training.pretrain import Hooks
 
 
 @pytest.fixture(scope="module")
@@ -27,21 +25,12 @@ def trained(phantom_dataset: PatchDataset, tmp_path_factory: pytest.TempPathFact
     """Runs with one study of one trial, trained in this process as a driver would have it."""
     runs = tmp_path_factory.mktemp("replay")
     store = make_store(runs, data=phantom_dataset.path)
-    trial_spec = task_of(store.folder, phantom_dataset)
-    write_provenance(trial_spec)
-    run_here(
-        RunSpec(
-            trial_spec.config,
-            trial_spec.data,
-            Path(trial_spec.folder),
-            trial_spec.probe,
-            trial_spec.rungs,
-        ),
-        Hooks(),
-    )
+    run_spec = run_spec_of(store.folder, phantom_dataset)
+    write_provenance(run_spec)
+    run_here(run_spec)
     scores = {
         row["epoch"]: row["dsc"]
-        for row in read_rows(Path(trial_spec.folder) / "metrics.jsonl")
+        for row in read_rows(run_spec.folder / "metrics.jsonl")
         if "dsc" in row
     }
     add(

@@ -17,10 +17,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from amlp_ray.config import StudyConfig
 from amlp_ray.config.base import build
-from amlp_ray.config.overrides import merged
+from amlp_ray.config.overrides import merge
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import ConfigError
-from amlp_ray.launch.job import RunSpec, run_job
+from amlp_ray.launch.job import run_job
+from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.method.masking_ratio import masking_ratio
 from amlp_ray.study.search.pbt import (
     WAIT,
@@ -63,7 +64,7 @@ Score = Callable[[list[PbtStep]], float | None]  # of a lineage; None fails
 
 
 def study(**given: Any) -> StudyConfig:
-    return build(StudyConfig, merged(PBT, given), "test")
+    return build(StudyConfig, merge(PBT, given), "test")
 
 
 def memory() -> optuna.Study:
@@ -432,7 +433,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("given", "said"), FAULTS, ids=[said[:25] for _, said in FAULTS])
 def test_a_study_that_pbt_cannot_run_is_refused(given: dict[str, Any], said: str) -> None:
-    config = merged(PBT, given)
+    config = merge(PBT, given)
     if "objectives" in given:
         config["objectives"] = given["objectives"]
     with pytest.raises(ConfigError, match=said):
@@ -500,7 +501,7 @@ def test_segments_of_a_population_train_as_one_run_of_the_learnt_schedule_to_the
 
     def run_spec(segment: PbtStep, folder: Path, fork: Path | None) -> RunSpec:
         pretrain = config.trial(segment.values, seed=segment.seed)
-        return RunSpec(pretrain, str(phantom_dataset.path), folder, until=segment.until, fork=fork)
+        return RunSpec(config=pretrain, data=str(phantom_dataset.path), folder=folder, until=segment.until, fork=fork)
 
     while isinstance(segment := population.next(store.get_trials()), PbtStep):
         number = begin(store, segment)

@@ -1,4 +1,4 @@
-"""Fixtures for all rooms: one Ray session, one small dataset of phantoms, and the real images where there are any."""
+"""Fixtures for all tests: one Ray session, one small dataset of phantoms, and the real images."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ REAL_DATA = os.environ.get("AMLP_RAY_DATA", str(Path(__file__).parents[1] / "../
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Tests' tensors are too small for more threads, and those beyond the free cores wait for each other."""
+    """Use one thread: tensors of tests are too small for more, which would wait for each other."""
     import torch
 
     before = torch.get_num_threads()
@@ -51,7 +51,10 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """One local Ray for the whole run: starting one takes seconds. Ray Train asks its dashboard as each group ends."""
+    """Start one local Ray for the whole run, because starting one takes seconds.
+
+    Ray Train asks its dashboard as each group ends.
+    """
     import ray
 
     ray.init(
@@ -67,7 +70,7 @@ def ray_session() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder with busi, busi_large, isic2017 and splits; tests that ask for it are skipped without."""
+    """Return the folder with busi, busi_large, isic2017 and splits; skip the test without it."""
     path = Path(REAL_DATA).resolve()
     if not (path / "busi").is_dir():
         pytest.skip(f"no real images at {path}; set AMLP_RAY_DATA to their folder")
@@ -76,7 +79,10 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def phantom_dataset(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> PatchDataset:
-    """60 ultrasound phantoms of 64x64 pixels, split 0.6/0.2/0.2 image by image. Read-only: all rooms share it."""
+    """Prepare 60 ultrasound phantoms of 64x64 pixels, split 0.6/0.2/0.2 by image.
+
+    All tests share the dataset, so none may change it.
+    """
     from amlp_ray.config import PrepareConfig
     from amlp_ray.data.phantoms import write_phantoms
     from amlp_ray.data.prepare.pipeline import prepare

@@ -219,14 +219,23 @@ def test_values_on_another_scale_are_told_with_both(
 
 def run_spec(unlabeled: PatchDataset, labels: PatchDataset | None, folder: Path) -> RunSpec:
     apart = labels.path if labels else None
-    return RunSpec(config=SETTINGS, data=unlabeled.path, folder=folder, probe=FEW, rungs=(1,), eval_data=apart)
+    return RunSpec(
+        config=SETTINGS, data=unlabeled.path, folder=folder, probe=FEW, rungs=(1,), eval_data=apart
+    )
 
 
 def test_labels_apart_are_scored_and_drawn_in_the_scale_of_the_images_trained_on(
     unlabeled: PatchDataset, labels: PatchDataset, tmp_path: Path
 ) -> None:
     result = run_job(
-        RunSpec(config=SETTINGS, data=unlabeled.path, folder=tmp_path, probe=FEW, rungs=(1,), eval_data=labels.path),
+        RunSpec(
+            config=SETTINGS,
+            data=unlabeled.path,
+            folder=tmp_path,
+            probe=FEW,
+            rungs=(1,),
+            eval_data=labels.path,
+        ),
         Hooks(),
     )
     assert {"dsc", "loss_reference", "true_lesion_masked"} <= result.metrics.keys(), (
@@ -264,7 +273,14 @@ def test_the_same_data_set_as_labels_apart_scores_the_same(
 ) -> None:
     own, apart = (
         run_job(
-            RunSpec(config=SETTINGS, data=labels.path, folder=tmp_path / str(i), probe=FEW, rungs=(1,), eval_data=given),
+            RunSpec(
+                config=SETTINGS,
+                data=labels.path,
+                folder=tmp_path / str(i),
+                probe=FEW,
+                rungs=(1,),
+                eval_data=given,
+            ),
             Hooks(),
         ).metrics
         for i, given in enumerate((None, labels.path))
@@ -276,7 +292,9 @@ def test_the_same_data_set_as_labels_apart_scores_the_same(
 def test_a_folder_is_claimed_with_its_labels(
     unlabeled: PatchDataset, labels: PatchDataset, tmp_path: Path
 ) -> None:
-    run = RunSpec(config=SETTINGS, data=unlabeled.path, folder=tmp_path / "run", eval_data=labels.path)
+    run = RunSpec(
+        config=SETTINGS, data=unlabeled.path, folder=tmp_path / "run", eval_data=labels.path
+    )
     claim(run, unlabeled, labels)
     append_row(tmp_path / "run" / "metrics.jsonl", {"epoch": 1})
     moved = changed(labels, tmp_path / "moved")
@@ -311,7 +329,14 @@ def test_labels_that_do_not_fit_or_are_gone_are_told_before_training(
     )
     with pytest.raises(error, match="same `values`" if manifest else "There is no patch dataset"):
         run_job(
-            RunSpec(config=SETTINGS, data=unlabeled.path, folder=tmp_path / "run", probe=FEW, rungs=(1,), eval_data=path),
+            RunSpec(
+                config=SETTINGS,
+                data=unlabeled.path,
+                folder=tmp_path / "run",
+                probe=FEW,
+                rungs=(1,),
+                eval_data=path,
+            ),
             Hooks(),
         )
     assert not (tmp_path / "run").exists()
@@ -320,7 +345,12 @@ def test_labels_that_do_not_fit_or_are_gone_are_told_before_training(
 def test_an_inspection_shows_the_labels_apart_in_the_scale_of_the_run(
     unlabeled: PatchDataset, labels: PatchDataset, tmp_path: Path
 ) -> None:
-    run_job(RunSpec(config=SETTINGS, data=unlabeled.path, folder=tmp_path / "run", eval_data=labels.path), Hooks())
+    run_job(
+        RunSpec(
+            config=SETTINGS, data=unlabeled.path, folder=tmp_path / "run", eval_data=labels.path
+        ),
+        Hooks(),
+    )
     own = inspect_run(tmp_path / "run", count=2)
     assert (own["data"], own["own_data"], own["split"]) == (labels.path, True, "val")
     assert own["mean"]["true_lesion_masked"] is not None
@@ -337,7 +367,9 @@ def test_an_inspection_shows_the_labels_apart_in_the_scale_of_the_run(
 def test_an_encoder_pretrained_on_one_set_segments_another(
     unlabeled: PatchDataset, labels: PatchDataset, tmp_path: Path
 ) -> None:
-    encoder = run_job(RunSpec(config=SETTINGS, data=unlabeled.path, folder=tmp_path / "run"), Hooks()).encoder
+    encoder = run_job(
+        RunSpec(config=SETTINGS, data=unlabeled.path, folder=tmp_path / "run"), Hooks()
+    ).encoder
     config = SegmentConfig.model_validate({"epochs": 2, "batch_size": 6, "decoder_width": 8})
     score = segment(labels, encoder, tmp_path / "out", config)
     train = labels.load("train")
@@ -356,7 +388,15 @@ def test_labels_in_an_object_store_are_named_by_their_uri(
         (there / file.relative_to(labels.path).as_posix()).atomic_write(file.read_bytes())
     run = tmp_path / "run"
     encoder = run_job(
-        RunSpec(config=SETTINGS, data=unlabeled.path, folder=run, probe=FEW, rungs=(1,), eval_data=str(there)), Hooks()
+        RunSpec(
+            config=SETTINGS,
+            data=unlabeled.path,
+            folder=run,
+            probe=FEW,
+            rungs=(1,),
+            eval_data=str(there),
+        ),
+        Hooks(),
     ).encoder
     assert json.loads((run / "data.json").read_text())["eval_data"]["path"] == str(there)
     assert inspect_run(run, count=1)["data"] == str(there)

@@ -57,7 +57,13 @@ def run(dataset: PatchDataset, tmp_path_factory: pytest.TempPathFactory) -> Path
         "model": MODEL,
     }
     run_job(
-        RunSpec(config=PretrainConfig.model_validate(given), data=dataset.path, folder=folder, probe=FEW, rungs=(2,)),
+        RunSpec(
+            config=PretrainConfig.model_validate(given),
+            data=dataset.path,
+            folder=folder,
+            probe=FEW,
+            rungs=(2,),
+        ),
         Hooks(),
     )
     return folder

@@ -61,7 +61,8 @@ def go(
             raise KeyboardInterrupt
 
     return run_job(
-        RunSpec(config=config, data=str(dataset.path), folder=folder, until=until, fork=fork), Hooks(report=report)
+        RunSpec(config=config, data=str(dataset.path), folder=folder, until=until, fork=fork),
+        Hooks(report=report),
     )
 
 
@@ -297,7 +298,9 @@ def test_a_folder_that_is_beyond_the_end_already_is_refused(
 def test_a_segment_that_is_asked_to_return_says_so_and_goes_on(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    run_spec = RunSpec(config=tiny(), data=str(phantom_dataset.path), folder=tmp_path / "cut", until=3)
+    run_spec = RunSpec(
+        config=tiny(), data=str(phantom_dataset.path), folder=tmp_path / "cut", until=3
+    )
     part = run_job(run_spec, Hooks(should_stop=lambda: True))
     assert (part.epochs, part.stopped_early) == (1, True)
     whole = go(phantom_dataset, tmp_path / "whole", tiny(), until=3)

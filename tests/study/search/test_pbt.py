@@ -501,7 +501,13 @@ def test_segments_of_a_population_train_as_one_run_of_the_learnt_schedule_to_the
 
     def run_spec(segment: PbtStep, folder: Path, fork: Path | None) -> RunSpec:
         pretrain = config.trial(segment.values, seed=segment.seed)
-        return RunSpec(config=pretrain, data=str(phantom_dataset.path), folder=folder, until=segment.until, fork=fork)
+        return RunSpec(
+            config=pretrain,
+            data=str(phantom_dataset.path),
+            folder=folder,
+            until=segment.until,
+            fork=fork,
+        )
 
     while isinstance(segment := population.next(store.get_trials()), PbtStep):
         number = begin(store, segment)

@@ -1,1 +1,1 @@
-"""Folders of images -> a patch dataset -> batches. Import from the modules; nothing is loaded from here."""
+"""From folders of images to a patch dataset to batches. Import from the modules."""

@@ -7,7 +7,7 @@ credentials come from the environment.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -16,7 +16,6 @@ import pyarrow as pa
 from pyarrow import fs
 
 from amlp_ray.errors import DataError, describe_error
-from amlp_ray.utils.files import atomic_write
 from amlp_ray.utils.files import atomic_write
 
 READ_ATTEMPTS = 3  # an object store drops a request now and then
@@ -193,6 +192,14 @@ class DataPath:
             is_hidden = name.startswith(".") or "/." in name
             if info.type == fs.FileType.File and not is_hidden:
                 yield Entry(name, info.size)
+
+    def names(self) -> list[str]:
+        """Return the names of all files below, sorted. Raises DataError as `entries` does."""
+        return sorted(entry.name for entry in self.entries())
+
+    def join(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Return the paths or URIs of files inside."""
+        return tuple(str(self / name) for name in names)
 
     def folders(self) -> list[str]:
         """Return the names of the folders directly inside, sorted, without hidden ones."""

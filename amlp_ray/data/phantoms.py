@@ -218,15 +218,9 @@ def _lesion_mask(
     flatness: tuple[float, float],
     inside: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Draw a lobed ellipse of random area.
+    """Draw a lobed ellipse of random area within `inside` (size, size) bool.
 
-    Args:
-        size: height and width of the image.
-        rng: random numbers.
-        x_range: range of its center, from 0 at the left to 1.
-        y_range: range of its center, from 0 at the top to 1.
-        flatness: range of its height over its width.
-        inside: (size, size) bool that it stays within; None: anywhere.
+    Its center lies in `x_range` and `y_range`, and its height over its width in `flatness`.
     """
     y, x = _grid(size)
     tilt = rng.uniform(-0.4, 0.4)
@@ -266,13 +260,7 @@ def _waves(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _blotches(
     size: int, rng: np.random.Generator, width: float | tuple[float, float]
 ) -> np.ndarray:
-    """Draw smooth noise of mean 0 and SD 1.
-
-    Args:
-        size: height and width.
-        rng: random numbers.
-        width: of the blotches, a share of the image (down, across).
-    """
+    """Draw smooth noise of mean 0 and SD 1; `width` is a share of the image (down, across)."""
     noise = rng.standard_normal((size, size))
     field = ndimage.gaussian_filter(noise, np.multiply(width, size), mode="reflect")
     return (field - field.mean()) / field.std()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage, natural_key, rejected
@@ -67,7 +68,7 @@ def find_items(config: PrepareConfig, source: str | Path | DataPath) -> Listing:
     remarks = [reason, listing.summary]
     if items[0].format == "picture" and not config.file_list:
         remarks.append(_describe_leftovers(root, items, listing))
-    summary = "; ".join(remark for remark in remarks if remark)
+    summary = "; ".join(filter(None, remarks))
     return Listing(items, rejects, summary, layout)
 
 
@@ -91,7 +92,9 @@ def _find(root: DataPath, layout: str, config: PrepareConfig) -> Listing:
 
 def _describe_leftovers(root: DataPath, items: list[SourceImage], listing: Listing) -> str:
     """Count the pictures that the layout has no place for; empty if there are none."""
-    used_paths = {path for item in items for path in (*item.images, *item.masks)}
+    used_paths: set[str] = set()
+    for item in items:
+        used_paths.update(item.images, item.masks)
     listed_names = {file.file for file in listing.rejected}
     listed_names.update(item.source for item in listing.items)
     leftovers = []
@@ -123,5 +126,5 @@ def _drop_repeated(listing: Listing) -> tuple[list[SourceImage], list[RejectedFi
     return items, rejects
 
 
-def _sort_key(item: SourceImage) -> object:
+def _sort_key(item: SourceImage) -> Any:
     return natural_key(item.id), natural_key(item.source)

@@ -65,7 +65,8 @@ def find_coco(root: DataPath, config: PrepareConfig) -> Listing:
     for name, drawing in drawings.items():
         if not drawing.is_complete:
             rejects.append(repaired(name, "has a box without an outline: taken as unlabelled"))
-    return Listing([_to_item(root, drawing) for drawing in drawings.values()], rejects)
+    items = [_to_item(root, drawing) for drawing in drawings.values()]
+    return Listing(items, rejects)
 
 
 def _to_item(root: DataPath, drawing: _Drawing) -> SourceImage:
@@ -78,7 +79,7 @@ def _to_item(root: DataPath, drawing: _Drawing) -> SourceImage:
 
 def annotation_files(root: DataPath) -> list[str]:
     """Return possible COCO files: those of usual names at any depth, else all JSON at the top."""
-    names = sorted(entry.name for entry in root.entries() if entry.name.lower().endswith(".json"))
+    names = [name for name in root.names() if name.lower().endswith(".json")]
     usual = [name for name in names if USUAL_NAME.fullmatch(name.rpartition("/")[2])]
     return usual or [name for name in names if "/" not in name]
 
@@ -94,8 +95,9 @@ def _read_document(root: DataPath, file: str, rejects: list[RejectedFile]) -> di
         rejects.append(rejected(file, f"is no valid JSON ({error}); export it again"))
         return None
     if isinstance(document, dict):
-        lists = [document.get("images"), document.get("annotations")]
-        if all(isinstance(value, list) for value in lists):
+        images = document.get("images")
+        annotations = document.get("annotations")
+        if isinstance(images, list) and isinstance(annotations, list):
             return document
     rejects.append(rejected(file, "has no lists images and annotations, as a COCO file has"))
     return None

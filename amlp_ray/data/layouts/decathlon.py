@@ -34,7 +34,7 @@ def find_decathlon(root: DataPath, config: PrepareConfig) -> Listing:
         DataError: dataset.json is missing or damaged, or names no volume that exists.
     """
     index = _read_index(root)
-    file_names = {entry.name for entry in root.entries()}
+    file_names = set(root.names())
     items: dict[str, SourceImage] = {}
     rejects: list[RejectedFile] = []
     for section in SECTIONS:
@@ -87,9 +87,9 @@ def _read_index(root: DataPath) -> dict[str, Any]:
             f"{path} is no JSON file ({error}); repair it, or use layout nifti."
         ) from None
     if isinstance(index, dict):
-        sections = [index.get(section) for section in SECTIONS]
-        if any(isinstance(section, list) for section in sections):
-            return index
+        for section in SECTIONS:
+            if isinstance(index.get(section), list):
+                return index
     raise DataError(
         f"{path} has none of the lists {', '.join(SECTIONS)}, which the decathlon layout needs; "
         "that of newer nnU-Net has none, so use layout nifti for it."
@@ -121,8 +121,8 @@ def _read_entry(
     return SourceImage(
         id=stem,
         format="nifti",
-        images=tuple(str(root / name) for name in images),
-        masks=tuple(str(root / name) for name in masks),
+        images=root.join(images),
+        masks=root.join(masks),
         source=images[0],
         group=stem,
     )

@@ -32,7 +32,7 @@ def recognize(root: DataPath) -> tuple[str, str]:
     Raises:
         DataError: the folder fits several layouts, or none.
     """
-    names = [split_name(entry.name) for entry in root.entries()]
+    names = [split_name(name) for name in root.names()]
     pictures = list_pictures(root)
     decathlon = _recognize_decathlon(root, names)
     reasons = {

@@ -63,15 +63,14 @@ def find_dicom(root: DataPath, config: PrepareConfig) -> Listing:
             "give the folder that contains the images, or use another layout."
         )
     masks = _assign_masks(files.segmentations, slices_by_item)
-    used = {name for names in masks.values() for name in names}
+    used = set().union(*masks.values())
     for segmentation in files.segmentations:
         if segmentation.name not in used:
             reason = "is a segmentation that refers to a series that is not here"
             files.rejects.append(rejected(segmentation.name, reason))
     labeled = []
     for item in items:
-        mask_paths = tuple(str(root / name) for name in masks.get(item.id, ()))
-        labeled.append(replace(item, masks=mask_paths))
+        labeled.append(replace(item, masks=root.join(masks.get(item.id, ()))))
     return Listing(labeled, sorted(files.rejects), _summarize(labeled, files))
 
 
@@ -79,7 +78,7 @@ def _to_item(root: DataPath, name: str, stack: list[Slice], secret: bytes) -> So
     return SourceImage(
         id=name,
         format="dicom",
-        images=tuple(str(root / file.name) for file in stack),
+        images=root.join(one.name for one in stack),
         masks=(),
         source=name,
         group=pseudonym(stack[0].patient, secret),

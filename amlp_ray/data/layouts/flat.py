@@ -30,7 +30,7 @@ def find_flat(root: DataPath, config: PrepareConfig) -> Listing:
 
 def _find_listed(root: DataPath, file_list: str) -> Listing:
     """List the pictures that a text file names."""
-    entry_names = {entry.name for entry in root.entries()}
+    entry_names = set(root.names())
     items = []
     rejects = []
     listed_names = set()
@@ -71,7 +71,7 @@ def _read_file_list(file_list: str) -> list[str]:
             f"The file list {file_list} is not UTF-8 text; save it as such, one path a line."
         ) from None
     # splitlines would also cut at characters that may stand in names.
-    lines = [line.strip() for line in text.split("\n")]
+    lines = map(str.strip, text.split("\n"))
     paths = [line for line in lines if line and not line.startswith("#")]
     if not paths:
         raise DataError(f"The file list {file_list} names no file; write one path a line.")

@@ -64,8 +64,7 @@ def split_name(name: str) -> FileName:
 
 def list_pictures(root: DataPath) -> list[FileName]:
     """Return the files of a folder that claim to be pictures, sorted."""
-    names = map(split_name, sorted(entry.name for entry in root.entries()))
-    return [name for name in names if name.suffix in PICTURE_SUFFIXES]
+    return [name for name in map(split_name, root.names()) if name.suffix in PICTURE_SUFFIXES]
 
 
 def picture_item(
@@ -83,7 +82,7 @@ def picture_item(
         id=id or picture.without_suffix,
         format="picture",
         images=(str(root / picture.full),),
-        masks=tuple(str(root / mask.full) for mask in masks),
+        masks=root.join(mask.full for mask in masks),
         source=picture.full,
         group=group,
         stratum=stratum,
@@ -114,7 +113,7 @@ def describe_contents(root: DataPath) -> str:
         names = ", ".join(f"{printable(name)}/" for name in folders[:MAX_NAMED])
         more = ", ..." if len(folders) > MAX_NAMED else ""
         parts.append(f"the folders {names}{more}")
-    suffixes = Counter(split_name(entry.name).suffix for entry in root.entries())
+    suffixes = Counter(split_name(name).suffix for name in root.names())
     if suffixes:
         counts = []
         for suffix, count in suffixes.most_common(MAX_NAMED):

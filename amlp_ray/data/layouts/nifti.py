@@ -76,12 +76,21 @@ def find_nifti(root: DataPath, config: PrepareConfig) -> Listing:
     Raises:
         DataError: the folder does not exist, or holds no volume.
     """
-    names = sorted((entry.name for entry in root.entries()), key=natural_key)
-    volumes = [parse(name) for name in names if nifti_stem(name) is not None]
-    brain_masks = [volume for volume in volumes if is_brain_mask(volume.stem)]
-    volumes = [volume for volume in volumes if not is_brain_mask(volume.stem)]
-    images = [volume for volume in volumes if not volume.is_label]
-    labels = [volume for volume in volumes if volume.is_label]
+    names = sorted(root.names(), key=natural_key)
+    images: list[Volume] = []
+    labels: list[Volume] = []
+    brain_mask_count = 0
+    for name in names:
+        stem = nifti_stem(name)
+        if stem is None:
+            continue
+        volume = parse(name)
+        if is_brain_mask(stem):
+            brain_mask_count += 1
+        elif volume.is_label:
+            labels.append(volume)
+        else:
+            images.append(volume)
     if not images:
         contents = f"{len(names)} files, none of them NIfTI"
         if labels:
@@ -99,7 +108,7 @@ def find_nifti(root: DataPath, config: PrepareConfig) -> Listing:
             reason = "belongs to a case that is rejected"
         rejects.append(rejected(label.name, reason))
     rejects += _reject_pairs(names)
-    return Listing(to_items(root, cases), sorted(rejects), _summarize(cases, len(brain_masks)))
+    return Listing(to_items(root, cases), sorted(rejects), _summarize(cases, brain_mask_count))
 
 
 def stack(images: list[Volume]) -> tuple[list[_Case], list[RejectedFile]]:
@@ -131,9 +140,11 @@ def stack(images: list[Volume]) -> tuple[list[_Case], list[RejectedFile]]:
         cases += more_cases
         rejects += more_rejects
     used_names = {file.file for file in rejects}
-    for case in cases:
-        used_names.update(volume.name for volume in case.volumes)
-    cases += [_Case(volume.stem, [volume]) for volume in images if volume.name not in used_names]
+    for stacked in cases:
+        used_names.update(volume.name for volume in stacked.volumes)
+    for volume in images:
+        if volume.name not in used_names:
+            cases.append(_Case(volume.stem, [volume]))
     return sorted(cases, key=lambda case: natural_key(case.volumes[0].name)), rejects
 
 
@@ -282,8 +293,8 @@ def to_items(root: DataPath, cases: list[_Case]) -> list[SourceImage]:
             SourceImage(
                 id=case.name if has_unique_names or not folder else f"{folder}/{case.name}",
                 format="nifti",
-                images=tuple(str(root / volume.name) for volume in case.volumes),
-                masks=tuple(str(root / name) for name in case.masks),
+                images=root.join(volume.name for volume in case.volumes),
+                masks=root.join(case.masks),
                 source=first,
                 group=group,
             )
@@ -292,13 +303,10 @@ def to_items(root: DataPath, cases: list[_Case]) -> list[SourceImage]:
 
 
 def _reject_pairs(names: list[str]) -> list[RejectedFile]:
-    headers = {name[:-4] for name in names if name.lower().endswith(".hdr")}
     reason = "is one half of a pair (.hdr and .img); single .nii or .nii.gz files are accepted"
-    rejects = []
-    for name in names:
-        if name.lower().endswith(".img") and name[:-4] in headers:
-            rejects.append(rejected(name, reason))
-    return rejects
+    headers = {name[:-4] for name in names if name.lower().endswith(".hdr")}
+    images = [name for name in names if name.lower().endswith(".img")]
+    return [rejected(name, reason) for name in images if name[:-4] in headers]
 
 
 def _summarize(cases: list[_Case], brain_mask_count: int) -> str:

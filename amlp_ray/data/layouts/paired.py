@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 from amlp_ray.config import PrepareConfig
@@ -100,23 +101,22 @@ def pair_by_name(pictures: list[FileName]) -> tuple[Pairs, bool]:
     Returns:
         The pairs, and whether the masks stand in a folder of their own.
     """
-    homes = {folder: _home_of(folder) for folder in {picture.folder for picture in pictures}}
     by_kind: dict[str, list[FileName]] = {"image": [], "mask": [], "": []}
     for picture in pictures:
-        kind, _ = homes[picture.folder]
+        kind, _ = _home_of(picture.folder)
         by_kind[kind].append(picture)
     # Where a folder is named for images, pictures elsewhere are something else, such as an
     # overview.
     candidates = by_kind["image"] or by_kind[""]
 
     def name_of(picture: FileName) -> str:
-        _, folder = homes[picture.folder]
+        _, folder = _home_of(picture.folder)
         return f"{folder}/{picture.stem}" if folder else picture.stem
 
     if not by_kind["mask"]:
         return pair_beside(candidates, MASK_NAME, name_of), False
     images = [(name_of(picture), picture) for picture in candidates]
-    image_names = {normalize(name) for name, _ in images}
+    image_names = _normalized_names(images)
     masks = []
     for mask in by_kind["mask"]:
         name = normalize(name_of(mask))
@@ -129,7 +129,7 @@ def pair_by_name(pictures: list[FileName]) -> tuple[Pairs, bool]:
 
 def _assign(images: list[tuple[str, FileName]], masks: list[tuple[str, FileName]]) -> Pairs:
     """Give each mask to the image that it names."""
-    image_names = {normalize(name) for name, _ in images}
+    image_names = _normalized_names(images)
     masks_by_image: dict[str, list[FileName]] = {}
     strays = []
     for name, mask in masks:
@@ -140,6 +140,11 @@ def _assign(images: list[tuple[str, FileName]], masks: list[tuple[str, FileName]
     return Pairs(images, masks_by_image, strays)
 
 
+def _normalized_names(images: list[tuple[str, FileName]]) -> set[str]:
+    return {normalize(name) for name, _ in images}
+
+
+@lru_cache(maxsize=1024)
 def _home_of(folder: str) -> tuple[str, str]:
     """Return whether a folder is named for images, masks or neither, and its path without that."""
     parts = folder.split("/")

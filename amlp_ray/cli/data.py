@@ -2,187 +2,180 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from amlp_ray.cli.data_bench import bench
 from amlp_ray.cli.data_check import check
-from amlp_ray.cli.output import Json, print_facts, print_json, print_table
-from amlp_ray.config import PrepareConfig
-from amlp_ray.config.base import build
+from amlp_ray.cli.output import Json, print_fields, print_json, print_table
+from amlp_ray.cli.run_options import Address
 from amlp_ray.errors import ConfigError, DataError
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
+logger = logging.getLogger(__name__)
 
 app = typer.Typer(help="Make and inspect patch datasets.", no_args_is_help=True)
 app.command()(check)
 app.command()(bench)
 
+Source = Annotated[str, typer.Argument(help="Folder or URI of images, with or without masks.")]
+Out = Annotated[str, typer.Argument(help="Folder or URI of the patch dataset to write.")]
+Layout = Annotated[
+    str,
+    typer.Option(
+        help="auto, busi, paired, flat, lgg, dicom, nifti, decathlon or coco. auto prints what it "
+        "detected."
+    ),
+]
+FileList = Annotated[
+    str | None, typer.Option(help="Text file with one image per line; layout flat.")
+]
+Size = Annotated[int, typer.Option(help="Side of the stored images in pixels.")]
+Fit = Annotated[
+    str, typer.Option(help="stretch to a square, pad to keep the aspect ratio, or cut tiles.")
+]
+Overlap = Annotated[float, typer.Option(help="Share of a tile that its neighbour repeats.")]
+Scale = Annotated[float, typer.Option(help="Shrink images by this factor before tiles are cut.")]
+MinForeground = Annotated[
+    float, typer.Option(help="Least share of tissue in a tile or slice without a lesion.")
+]
+Channels = Annotated[
+    str, typer.Option(help="auto, or a number; auto stores grey images with one channel.")
+]
+Values = Annotated[
+    str, typer.Option(help="keep, window or percentile: how pixel values are scaled.")
+]
+Window = Annotated[
+    str | None, typer.Option(help="LOW,HIGH kept by values=window; none: DICOM's own.")
+]
+Axis = Annotated[str, typer.Option(help="axial, coronal or sagittal slices of NIfTI volumes.")]
+LesionLabels = Annotated[
+    str | None, typer.Option(help="Mask values that are lesion, such as 1,4; none: all above 0.")
+]
+GroupBy = Annotated[
+    str, typer.Option(help="auto, patient, near-duplicates or image: what stays in one split.")
+]
+GroupFile = Annotated[str | None, typer.Option(help="CSV with a column id and one of groups.")]
+GroupColumn = Annotated[str, typer.Option(help="The column of group_file, such as patient.")]
+SplitFile = Annotated[str | None, typer.Option(help="JSON with lists of ids: train, val, test.")]
+Fractions = Annotated[str, typer.Option(help="Shares of train, val and test.")]
+HashNames = Annotated[bool, typer.Option(help="Store salted hashes of names; always so for DICOM.")]
+Seed = Annotated[int, typer.Option(help="Seed of the split.")]
+Strict = Annotated[bool, typer.Option(help="Stop at the first file that cannot be used as it is.")]
+
 
 @app.command()
 def prepare(
-    source: Annotated[
-        str, typer.Argument(help="Folder or URI of images, with masks where there are any.")
-    ],
-    out: Annotated[str, typer.Argument(help="Folder or URI of the patch dataset to write.")],
-    layout: Annotated[
-        str,
-        typer.Option(
-            help="auto, busi, paired, flat, lgg, dicom, nifti, decathlon or coco; auto says what it saw."
-        ),
-    ] = "auto",
-    file_list: Annotated[
-        str | None, typer.Option(help="Text file, one image a line; layout flat.")
-    ] = None,
-    size: Annotated[int, typer.Option(help="Pixels a side of the stored images.")] = 96,
-    fit: Annotated[
-        str, typer.Option(help="stretch to a square, pad to keep the aspect, or cut tiles.")
-    ] = "stretch",
-    overlap: Annotated[
-        float, typer.Option(help="Share of a tile that its neighbour repeats.")
-    ] = 0.0,
-    scale: Annotated[float, typer.Option(help="Shrink images by this before tiles are cut.")] = 1.0,
-    min_foreground: Annotated[
-        float, typer.Option(help="Least tissue of a tile or slice without a lesion.")
-    ] = 0.1,
-    channels: Annotated[
-        str, typer.Option(help="auto, or a number; auto stores grey pictures with one.")
-    ] = "auto",
-    values: Annotated[
-        str, typer.Option(help="keep, window or percentile: what becomes of pixel values.")
-    ] = "keep",
-    window: Annotated[
-        str | None, typer.Option(help="LOW,HIGH kept by values=window; none: DICOM's own.")
-    ] = None,
-    axis: Annotated[
-        str, typer.Option(help="axial, coronal or sagittal slices of NIfTI volumes.")
-    ] = "axial",
-    lesion_labels: Annotated[
-        str | None, typer.Option(help="Mask values that are lesion, such as 1,4.")
-    ] = None,
-    group_by: Annotated[
-        str, typer.Option(help="auto, patient, near-duplicates or image: what stays together.")
-    ] = "auto",
-    group_file: Annotated[
-        str | None, typer.Option(help="CSV with a column id and one of groups.")
-    ] = None,
-    group_column: Annotated[
-        str, typer.Option(help="The column of group_file, such as patient.")
-    ] = "group",
-    split_file: Annotated[
-        str | None, typer.Option(help="JSON with lists of ids: train, val, test.")
-    ] = None,
-    fractions: Annotated[str, typer.Option(help="Shares of train, val and test.")] = "0.7,0.1,0.2",
-    hash_names: Annotated[
-        bool, typer.Option(help="Store salted hashes for names; always so for DICOM.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
-    strict: Annotated[
-        bool, typer.Option(help="Stop at the first file that cannot be used as it is.")
-    ] = False,
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster to join; none: start Ray here.")
-    ] = None,
+    source: Source,
+    out: Out,
+    layout: Layout = "auto",
+    file_list: FileList = None,
+    size: Size = 96,
+    fit: Fit = "stretch",
+    overlap: Overlap = 0.0,
+    scale: Scale = 1.0,
+    min_foreground: MinForeground = 0.1,
+    channels: Channels = "auto",
+    values: Values = "keep",
+    window: Window = None,
+    axis: Axis = "axial",
+    lesion_labels: LesionLabels = None,
+    group_by: GroupBy = "auto",
+    group_file: GroupFile = None,
+    group_column: GroupColumn = "group",
+    split_file: SplitFile = None,
+    fractions: Fractions = "0.7,0.1,0.2",
+    hash_names: HashNames = False,
+    seed: Seed = 0,
+    strict: Strict = False,
+    address: Address = None,
 ) -> None:
     """Write a patch dataset: Parquet files, a manifest, a split by group, and statistics.
 
-    Killed, it goes on where it stopped when run again. Files that cannot be used are listed in OUT.rejects.csv.
+    The same command resumes after an interruption. Files that cannot be used are listed in
+    OUT.rejects.csv.
     """
-    config = build(
-        PrepareConfig,
-        {
-            "layout": layout,
-            "file_list": file_list,
-            "size": size,
-            "fit": fit,
-            "overlap": overlap,
-            "scale": scale,
-            "min_foreground": min_foreground,
-            "channels": channels
-            if channels == "auto"
-            else _numbers(channels, "--channels", int, 1)[0],
-            "values": values,
-            "window": _numbers(window, "--window", float, 2) if window else None,
-            "axis": axis,
-            "lesion_labels": _numbers(lesion_labels, "--lesion-labels", int)
-            if lesion_labels
-            else (),
-            "group_by": group_by,
-            "group_file": group_file,
-            "group_column": group_column,
-            "split_file": split_file,
-            "fractions": _numbers(fractions, "--fractions", float, 3),
-            "hash_names": hash_names,
-            "seed": seed,
-        },
-        "data prepare",
-    )
+    options = {
+        "layout": layout,
+        "file_list": file_list,
+        "size": size,
+        "fit": fit,
+        "overlap": overlap,
+        "scale": scale,
+        "min_foreground": min_foreground,
+        "channels": channels,
+        "values": values,
+        "window": window,
+        "axis": axis,
+        "lesion_labels": lesion_labels,
+        "group_by": group_by,
+        "group_file": group_file,
+        "group_column": group_column,
+        "split_file": split_file,
+        "fractions": fractions,
+        "hash_names": hash_names,
+        "seed": seed,
+    }
+    _prepare(source, out, options, strict=strict, address=address)
+
+
+def _prepare(
+    source: str, out: str, options: dict[str, Any], *, strict: bool, address: str | None
+) -> None:
+    """Parse the options that hold numbers, and prepare the dataset with a progress bar."""
+    from amlp_ray.config import PrepareConfig
+    from amlp_ray.config.base import build
     from amlp_ray.data.path import DataPath
 
-    if not DataPath(source).is_folder():  # told at once, not after Ray has started
+    if options["channels"] != "auto":
+        options["channels"] = _parse_numbers(options["channels"], "--channels", int, 1)[0]
+    window = options["window"]
+    options["window"] = _parse_numbers(window, "--window", float, 2) if window else None
+    labels = options["lesion_labels"]
+    options["lesion_labels"] = _parse_numbers(labels, "--lesion-labels", int) if labels else ()
+    options["fractions"] = _parse_numbers(options["fractions"], "--fractions", float, 3)
+    config = build(PrepareConfig, options, "data prepare")
+    # Checked here, before Ray starts.
+    if not DataPath(source).is_folder():
         raise DataError(f"There is no folder {source}; check the path.")
 
-    from amlp_ray.data.prepare.pipeline import Told
-    from amlp_ray.data.prepare.pipeline import prepare as run
+    from amlp_ray.cli.progress import count_progress
+    from amlp_ray.data.prepare.pipeline import Told, prepare
     from amlp_ray.runtime.session import ray_session
 
-    with ray_session(address), _Bar() as bar:
-        dataset = run(source, out, config, strict=strict, told=Told(bar.say, bar))
+    with ray_session(address), count_progress() as update:
+        dataset = prepare(source, out, config, strict=strict, told=Told(logger.info, update))
     _print_summary(dataset.summary())
 
 
-class _Bar:
-    """A progress bar per stage; sentences are printed above it."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm | None = None
-        self._what = ""
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._close()
-
-    def __call__(self, what: str, done: int, of: int) -> None:
-        from tqdm import tqdm
-
-        if self._bar is None or self._what != what:
-            self._close()
-            self._what = what
-            self._bar = tqdm(
-                total=of, desc=what, dynamic_ncols=True, leave=False, disable=None
-            )  # none in a pipe
-        self._bar.update(done - self._bar.n)
-
-    def say(self, sentence: str) -> None:
-        self._close()
-        typer.echo(sentence)
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-
-def _numbers(
-    text: str, option: str, kind: Callable[[str], Any], count: int | None = None
+def _parse_numbers(
+    text: str, option: str, number_type: Callable[[str], Any], count: int | None = None
 ) -> tuple[Any, ...]:
-    """Read numbers between commas, `count` of them if given."""
-    wanted = {None: "numbers between commas, such as 1,4,", 1: "one number"}.get(
-        count, f"{count} numbers between commas"
-    )
+    """Parse numbers between commas.
+
+    Args:
+        text: such as `0.7,0.1,0.2`.
+        option: name of the option, for messages.
+        number_type: int or float.
+        count: how many numbers are required; any if None.
+
+    Raises:
+        ConfigError: a number cannot be read, or there are too few or too many.
+    """
     try:
-        numbers = tuple(kind(part) for part in text.split(","))
+        numbers = tuple(number_type(part) for part in text.split(","))
     except ValueError:
         numbers = ()
-    if not numbers or count not in (None, len(numbers)):
-        raise ConfigError(f"{option} is {text!r}, but {wanted} must be given.")
-    return numbers
+    if numbers and count in (None, len(numbers)):
+        return numbers
+    if count is None:
+        expected = "numbers between commas, such as 1,4,"
+    else:
+        expected = "one number" if count == 1 else f"{count} numbers between commas"
+    raise ConfigError(f"{option} is {text!r}, but {expected} must be given.")
 
 
 @app.command()
@@ -203,27 +196,30 @@ def phantoms(
         Literal["ultrasound", "mri", "pet"], typer.Option(help="What they look like.")
     ] = "ultrasound",
     count: Annotated[int, typer.Option(help="Number of images.")] = 240,
-    size: Annotated[int, typer.Option(help="Pixels a side.")] = 128,
+    size: Annotated[int, typer.Option(help="Side of an image in pixels.")] = 128,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal images.")] = 0,
 ) -> None:
-    """Generate images with lesions and their masks, for trying things out without data."""
+    """Generate images with lesions and their masks, to try things out without data."""
     from amlp_ray.data.phantoms import write_phantoms
 
-    typer.echo(
-        f"{count} {kind} phantoms in {write_phantoms(out, kind=kind, count=count, size=size, seed=seed)}"
-    )
+    folder = write_phantoms(out, kind=kind, count=count, size=size, seed=seed)
+    typer.echo(f"{count} {kind} phantoms in {folder}")
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
-    print_facts({name: value for name, value in summary.items() if name != "splits"})
+    print_fields({name: value for name, value in summary.items() if name != "splits"})
     rows = []
     for split, counts in summary["splits"].items():
         area = counts["lesion_area_percent"] or {}
         rows.append(
             {
                 "split": split,
-                **{name: counts[name] for name in ("images", "labeled", "lesions")},
-                **{f"lesion area % {p}": area.get(p) for p in ("p10", "p50", "p90")},
+                "images": counts["images"],
+                "labeled": counts["labeled"],
+                "lesions": counts["lesions"],
+                "lesion area % p10": area.get("p10"),
+                "lesion area % p50": area.get("p50"),
+                "lesion area % p90": area.get("p90"),
                 "background": counts["background"],
             }
         )

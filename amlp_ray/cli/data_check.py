@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,13 +14,15 @@ from amlp_ray.cli.output import Json, print_json, print_table
 if TYPE_CHECKING:
     from amlp_ray.data.check import Report
 
+logger = logging.getLogger(__name__)
+
 
 def check(
     dataset: Annotated[str, typer.Argument(help="Patch dataset, a folder or URI.")],
     against: Annotated[
         str | None,
         typer.Option(
-            help="Another patch dataset, such as the one pretrained on: tells images in both."
+            help="Another patch dataset, such as the one pretrained on: finds images in both."
         ),
     ] = None,
     out: Annotated[
@@ -26,50 +30,52 @@ def check(
         typer.Option(help="Folder for check.html and check.png; none: <dataset>.check beside it."),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Leave with 1 if there is a leak or a warning.")
+        bool, typer.Option("--strict", help="Exit with 1 if there is a leak or a warning.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Look for leaks, doubtful labels and images, burnt-in text and uneven splits; show examples."""
+    """Look for leaks, doubtful labels and images, burnt-in text and uneven splits."""
     from amlp_ray.data.check import check_dataset
 
-    report = check_dataset(
-        dataset, against=against, progress=lambda sentence: typer.echo(sentence, err=True)
-    )
-    folder = out or _beside(report)
+    report = check_dataset(dataset, against=against, progress=logger.info)
+    folder = out or _default_folder(report)
     files = [] if folder is None else [str(file) for file in report.write(folder)]
-    print_json({**report.as_dict(), "files": files}) if as_json else _print(report, files)
+    if as_json:
+        print_json({**report.as_dict(), "files": files})
+    else:
+        _print_report(report, files)
     if strict and not report.clean:
         raise typer.Exit(1)
 
 
-def _beside(report: Report) -> Path | None:
-    """The folder beside a dataset on this machine; None for one in an object store."""
-    place = report.dataset.place
-    return place.local.with_name(f"{place.name}.check") if place.is_local else None
+def _default_folder(report: Report) -> Path | None:
+    """Return the folder beside a dataset on this machine; None for one in an object store."""
+    root = report.dataset.root
+    return root.local.with_name(f"{root.name}.check") if root.is_local else None
 
 
-def _print(report: Report, files: list[str]) -> None:
-    rows: list[dict[str, Any]] = [
-        {
-            "kind": finding.severity,
-            "finding": finding.title,
-            "count": f"{finding.count} of {finding.of} {finding.what}",
-            "examples": ", ".join(example.image.id for example in finding.examples[:2]) or None,
-            "what_to_do": finding.todo,
-        }
-        for finding in report.findings
-    ]
+def _print_report(report: Report, files: Sequence[str]) -> None:
+    rows: list[dict[str, Any]] = []
+    for finding in report.findings:
+        examples = [example.image.id for example in finding.examples[:2]]
+        rows.append(
+            {
+                "kind": finding.severity,
+                "finding": finding.title,
+                "count": f"{finding.count} of {finding.of} {finding.what}",
+                "examples": ", ".join(examples) or None,
+                "what_to_do": finding.todo,
+            }
+        )
     if rows:
         print_table(rows)
     else:
         typer.echo("Nothing was found.")
-    typer.echo(
-        f"\nLooked for and not found: {', '.join(f.title.lower() for f in report.clear) or 'nothing'}."
-    )
+    clear = ", ".join(finding.title.lower() for finding in report.clear)
+    typer.echo(f"\nLooked for and not found: {clear or 'nothing'}.")
     for finding in report.gaps:
         typer.echo(f"Not looked for: {finding.title.lower()}, since {finding.gap}.")
     if files:
         typer.echo(f"See {files[0]} and {files[1]}; they hold images of the dataset.")
     else:
-        typer.echo("Pictures and a page are written with --out FOLDER.")
+        typer.echo("Give --out FOLDER to write pictures and a page.")

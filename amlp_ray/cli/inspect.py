@@ -1,4 +1,4 @@
-"""amlp-ray inspect: what a run aims at, masks and rebuilds."""
+"""amlp-ray inspect: which patches a run selects, masks and reconstructs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from amlp_ray.cli.output import Json, print_facts, print_json, print_table
+from amlp_ray.cli.output import Json, print_fields, print_json, print_table
 
 
 def inspect(
@@ -19,33 +19,36 @@ def inspect(
     ] = None,
     count: Annotated[int, typer.Option(help="Images of val; test is never read.")] = 8,
     epoch: Annotated[
-        int | None, typer.Option(help="Whose masks and ratio; none: the latest, as the weights.")
+        int | None, typer.Option(help="Epoch of masks and ratio; none: the latest, as the weights.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the pictures; none: inspect/ in the run's.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of masks and clusters; none: the run's own.")
+        int | None, typer.Option(help="Seed of masks and clusters; none: the run's own.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw held-out images as a run aims at, masks and rebuilds them, and tell how well."""
+    """Draw held-out images with a run's masks and reconstructions, and measure both."""
     from amlp_ray.analysis.inspect_run import FIGURES, inspect_run
 
-    found = inspect_run(run, data=data, count=count, epoch=epoch, out=out, seed=seed)
-    folder = out or run / "inspect"
+    inspection = inspect_run(run, data=data, count=count, epoch=epoch, out=out, seed=seed)
+    sheet = (out or run / "inspect") / "sheet.png"
     if as_json:
-        print_json(found | {"sheet": str(folder / "sheet.png")})
+        print_json(inspection | {"sheet": str(sheet)})
         return
-    print_facts({name: found[name] for name in ("variant", "data", "split", "epoch", "ratio")})
-    if not found["own_data"]:
+    header = ("variant", "data", "split", "epoch", "ratio")
+    print_fields({name: inspection[name] for name in header})
+    if not inspection["own_data"]:
         typer.echo("not the data of the run: it may have been trained on some of these images")
-    rows = [
-        {"image": row["id"], **{name: row[name] for name in FIGURES}} for row in found["images"]
-    ]
+    rows = []
+    for image in inspection["images"]:
+        rows.append({"image": image["id"]} | {name: image[name] for name in FIGURES})
+    rows.append({"image": "mean"} | inspection["mean"])
     typer.echo()
-    print_table([*rows, {"image": "mean", **found["mean"]}])
-    if found["metrics"]:
+    print_table(rows)
+    if inspection["metrics"]:
         typer.echo()
-        print_table([{"metric": name, **values} for name, values in found["metrics"].items()])
-    typer.echo(f"\npictures: {folder / 'sheet.png'}")
+        metrics = inspection["metrics"].items()
+        print_table([{"metric": name} | values for name, values in metrics])
+    typer.echo(f"\npictures: {sheet}")

@@ -1,73 +1,118 @@
-"""Answers of the command line: tables for people, JSON for programs."""
+"""Output of the command line: tables for people, JSON for programs, log messages on stderr."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+# Width of a table that is not printed on a terminal.
+PIPE_WIDTH = 200
+
+
+class StderrHandler(logging.Handler):
+    """Print messages on the current `sys.stderr`, which a progress bar replaces while drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """Print what this package logs, INFO and above, as bare text on stderr."""
+    logger = logging.getLogger("amlp_ray")
+    previous = logger.level, logger.propagate
+    handler = StderrHandler()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = previous
+
 
 def print_json(value: Any) -> None:
-    """Print JSON; NaN, which JSON does not have, becomes null."""
-    typer.echo(json.dumps(_plain(value), indent=1))
+    """Print JSON; NaN and infinity, which JSON does not have, become null."""
+    typer.echo(json.dumps(_to_json(value), indent=1))
 
 
-def print_facts(facts: Mapping[str, Any]) -> None:
-    """Print one `name: value` line per fact."""
-    width = max(map(len, facts), default=0)
-    for name, value in facts.items():
-        typer.echo(f"{name.replace('_', ' '):<{width}}  {text_of(value)}")
+def print_fields(fields: Mapping[str, Any]) -> None:
+    """Print one `name: value` line per field."""
+    width = max(map(len, fields), default=0)
+    for name, value in fields.items():
+        typer.echo(f"{name.replace('_', ' '):<{width}}  {format_value(value)}")
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows with equal keys as a table; columns that are empty in every row are left out."""
+    """Print rows with equal keys as a table, without columns that are empty in every row."""
+    make_console(PIPE_WIDTH).print(make_table(rows))
+
+
+def make_console(pipe_width: int) -> Console:
+    """Return a console that prints text as it is: [number] is no style.
+
+    Args:
+        pipe_width: columns where stdout is no terminal.
+    """
     from rich.console import Console
 
-    console = Console(
-        markup=False, emoji=False
-    )  # values are shown as they are: [number] is no style
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(markup=False, emoji=False, width=200)  # a pipe has no width to fit into
-    console.print(table_of(rows))
+        console.width = pipe_width
+    return console
 
 
-def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The same as something that rich draws."""
+def make_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table that `print_table` prints."""
     from rich.table import Table
 
-    columns = [c for c in (rows[0] if rows else {}) if any(row[c] is not None for row in rows)]
-    table = Table(*[c.replace("_", " ") for c in columns], box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    columns = []
+    for name in rows[0] if rows else ():
+        if any(row[name] is not None for row in rows):
+            columns.append(name)
+            table.add_column(name.replace("_", " "))
     for row in rows:
-        table.add_row(*[text_of(row[c]) for c in columns])
+        table.add_row(*[format_value(row[name]) for name in columns])
     return table
 
 
-def text_of(value: Any) -> str:
-    """A value as people read it."""
+def format_value(value: Any) -> str:
+    """Format a value for people.
+
+    >>> format_value({"dsc": 0.71234, "rungs": [1, 2], "note": None})
+    'dsc 0.7123, rungs 1, 2, note -'
+    """
     if value is None:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{k} {text_of(v)}" for k, v in value.items())
+        return ", ".join(f"{key} {format_value(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(text_of, value)) or "none"
+        return ", ".join(map(format_value, value)) or "none"
     return str(value)
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(key): _to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [_to_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -1,208 +1,185 @@
-"""The line that a training draws: what a person wants to know of the last epoch, and how long the rest will take.
-
-On a terminal it is one line that changes, without those figures for which it is too narrow; elsewhere a plain line for
-an epoch, seconds apart at least, so that a log stays readable.
-"""
+"""Progress on stderr: a line about the latest epoch of a training, and bars for counted work."""
 
 from __future__ import annotations
 
-import logging
 import math
-import shutil
 import statistics
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any
 
 import typer
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
-
-PLAIN_S = 5.0  # between plain lines
-RECENT = 10  # epochs by which the rest is judged: a rising masking ratio makes later ones faster
-
-# What is told, in the order of the line: the metric, what it is called when it is left out, and how it is written.
-FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("loss", "loss", lambda x: f"loss {x:.4f}"),
-    (
-        "loss_reference",
-        "reference loss",
-        lambda x: f"reference {x:.4f}",
-    ),  # under a mask that never changes
-    ("ratio", "masking ratio", lambda x: f"ratio {x:.2f}"),
-    ("lesion_cluster_share", "lesion share", lambda x: f"lesion {x:.1%}"),
-    ("lr", "learning rate", lambda x: f"lr {x:.1e}"),
-    ("grad_norm", "gradient norm", lambda x: f"grad {x:.2g}"),
-    ("images_per_second", "images per second", lambda x: f"{_count(x)} img/s"),
-    ("images_per_second_per_worker", "those per worker", lambda x: f"{_count(x)} per worker"),
-    ("mfu", "MFU", lambda x: f"MFU {x:.0%}"),
-    ("memory", "memory", lambda x: f"{x:.1f} GB"),
-    ("wait_share", "waiting", lambda x: f"waiting {x:.0%}"),
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
 )
-# Left out where the line is too long, the first of these first. Epoch, loss and time left always stand there.
-SPARED = (
-    "gradient norm",
-    "learning rate",
-    "memory",
-    "those per worker",
-    "lesion share",
-    "masking ratio",
-    "MFU",
-    "waiting",
-    "reference loss",
-    "images per second",
-)
+from rich.table import Column
+
+# Seconds between lines where stderr is no terminal.
+LOG_INTERVAL_S = 5.0
+# Epochs that the time left is estimated from: a rising masking ratio makes later ones faster.
+RECENT_EPOCHS = 10
+
+# Metrics and their formats, the most important first: a narrow terminal cuts the end of the line.
+FIGURES = {
+    "loss": "loss {:.4f}",
+    "images_per_second": "{:,.1f} img/s",
+    # Loss under a mask that never changes.
+    "loss_reference": "reference {:.4f}",
+    "wait_share": "waiting {:.0%}",
+    "mfu": "MFU {:.0%}",
+    "ratio": "ratio {:.2f}",
+    "lesion_cluster_share": "lesion {:.1%}",
+    "images_per_second_per_worker": "{:,.1f} per worker",
+    "memory": "{:.1f} GB",
+    "lr": "lr {:.1e}",
+    "grad_norm": "grad {:.2g}",
+}
 
 
-class Progress:
-    """Told of every epoch; drawn on stderr with the first one, so that an error before it stands alone."""
+class EpochProgress:
+    """Line about the latest epoch of a run.
 
-    def __init__(self, total: int, stream: TextIO | None = None) -> None:
-        """Args: total: epochs of the whole run."""
-        self._total, self._stream = total, stream or sys.stderr
-        self._bar: tqdm[Any] | None = None
-        self._recent: deque[float] = deque(maxlen=RECENT)
-        self._told_of_width = False
-        self._printed_at, self._unprinted = -math.inf, ""
+    On a terminal it is one line that changes; elsewhere a line per epoch, at most one every
+    `LOG_INTERVAL_S`. Nothing is drawn before the first epoch, so that an error stands alone.
+    """
 
-    @property
-    def drawn(self) -> bool:
-        """Whether there was any epoch."""
-        return bool(self._recent)
+    def __init__(self, epochs: int, console: Console | None = None) -> None:
+        """Create the progress of a run.
+
+        Args:
+            epochs: of the whole run.
+            console: where to draw; stderr if None.
+        """
+        self.was_updated = False
+        self._epochs = epochs
+        self._console = console or Console(stderr=True)
+        self._recent_seconds: deque[float] = deque(maxlen=RECENT_EPOCHS)
+        self._bar: Progress | None = None
+        self._logged_at = -math.inf
+        self._pending = ""
+
+    def __enter__(self) -> EpochProgress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leave the last line on the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+        if self._pending:
+            self._log(self._pending, is_last=True)
 
     def update(self, metrics: Mapping[str, Any]) -> None:
-        """Show an epoch's metrics; those that are missing are left out."""
-        if not metrics["epoch"]:  # the random encoder of variant=scratch, which is not trained
+        """Show the metrics of an epoch; epoch 0 is the random encoder, which is not trained."""
+        self.was_updated = True
+        epoch = metrics["epoch"]
+        if epoch == 0:
             return
-        self._recent.append(metrics["seconds"] + metrics.get("evaluate_seconds", 0.0))
-        left = statistics.median(self._recent) * (self._total - metrics["epoch"])
-        parts = told(metrics, self._total, left)
-        if self._stream.isatty():
-            self._draw(parts, metrics["epoch"])
+        self._recent_seconds.append(metrics["seconds"] + metrics.get("evaluate_seconds", 0.0))
+        seconds_left = statistics.median(self._recent_seconds) * (self._epochs - epoch)
+        line = format_epoch(metrics, self._epochs, seconds_left)
+        if self._console.is_interactive:
+            self._draw(line, epoch)
         else:
-            self._print(", ".join(parts.values()), last=metrics["epoch"] >= self._total)
+            self._log(line, is_last=epoch >= self._epochs)
 
-    def note(self, text: str) -> None:
-        """Print a sentence above the line."""
+    def _draw(self, line: str, epoch: int) -> None:
         if self._bar is None:
-            print(text, file=self._stream, flush=True)
-        else:
-            self._bar.write(text, file=self._stream)
-
-    def close(self) -> None:
-        """Leave the last line as it is."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-        if self._unprinted:
-            self._print(self._unprinted, last=True)
-
-    def _draw(self, parts: dict[str, str], epoch: int) -> None:
-        from tqdm import tqdm
-
-        if self._bar is None:
-            self._bar = tqdm(
-                total=self._total,
-                bar_format="{bar:8} {desc}",
-                file=self._stream,
-                dynamic_ncols=True,
-                miniters=1,
+            rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+            self._bar = Progress(
+                BarColumn(8),
+                TextColumn("{task.description}", markup=False, table_column=rest),
+                console=self._console,
+                auto_refresh=False,
+                redirect_stdout=False,
+                expand=True,
             )
-        width = (
-            shutil.get_terminal_size().columns - 10
-        )  # the bar, and the column that a terminal wraps at
-        line, without = fitted(parts, width)
-        if without and not self._told_of_width:
-            self._told_of_width = True
-            self.note(
-                f"This terminal is too narrow for {', '.join(without)}; metrics.jsonl has all of them."
-            )
-        self._bar.set_description_str(line, refresh=False)
-        self._bar.n = epoch
-        self._bar.refresh()
+            self._bar.add_task("", total=self._epochs)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], description=line, completed=epoch, refresh=True)
 
-    def _print(self, line: str, *, last: bool) -> None:
+    def _log(self, line: str, *, is_last: bool) -> None:
         now = time.monotonic()
-        if last or now - self._printed_at >= PLAIN_S:
-            print(line, file=self._stream, flush=True)
-            self._printed_at, self._unprinted = now, ""
+        if is_last or now - self._logged_at >= LOG_INTERVAL_S:
+            self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+            self._logged_at = now
+            self._pending = ""
         else:
-            self._unprinted = line
+            self._pending = line
 
 
 @contextmanager
-def resumable(out: Path) -> Iterator[None]:
-    """Say how to go on where Ctrl-C or a scheduler's SIGTERM ends what is done in here."""
+def count_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield `update(stage, done, total)`, which draws a bar on terminals from its first call on."""
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        redirect_stdout=False,
+    )
+
+    def update(stage: str, done: int, total: int) -> None:
+        if not console.is_interactive:
+            return
+        if not bar.tasks:
+            bar.add_task(stage, total=total)
+            bar.start()
+        task = bar.tasks[0]
+        if task.description != stage:
+            bar.reset(task.id, description=stage)
+        bar.update(task.id, completed=done, total=total)
+
+    try:
+        yield update
+    finally:
+        if bar.tasks:
+            bar.stop()
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Say how to resume a run where Ctrl-C or a scheduler's SIGTERM interrupts it."""
     try:
         yield
     except KeyboardInterrupt:
         typer.echo(
-            f"amlp-ray: {out} was interrupted; the same command goes on from its checkpoint.",
+            f"amlp-ray: {folder} was interrupted; run the same command to resume from its "
+            f"checkpoint.",
             err=True,
         )
         raise typer.Exit(130) from None
 
 
-@contextmanager
-def noted(logger: logging.Logger, progress: Progress) -> Iterator[None]:
-    """Show what `logger` warns of meanwhile as notes, between the figures."""
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: progress.note(record.getMessage())  # type: ignore[method-assign]
-    before, logger.propagate = logger.propagate, False
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = before
+def format_epoch(metrics: Mapping[str, Any], epochs: int, seconds_left: float) -> str:
+    """Format the metrics of an epoch as one line; missing ones are skipped."""
+    parts = [f"epoch {metrics['epoch']}/{epochs}", f"{format_duration(seconds_left)} left"]
+    for name, template in FIGURES.items():
+        value = metrics.get(name)
+        repeats_total = name == "images_per_second_per_worker" and metrics.get("workers", 1) == 1
+        if value is not None and not repeats_total:
+            parts.append(template.format(value))
+    return ", ".join(parts)
 
 
-def told(metrics: Mapping[str, Any], total: int, left: float) -> dict[str, str]:
-    """The parts of a line by what they are called; `left` seconds remain."""
-    parts = {"epoch": f"epoch {metrics['epoch']}/{total}"}
-    for key, name, written in FIGURES:
-        value = metrics.get(key)
-        if value is None or (
-            key == "images_per_second_per_worker" and metrics.get("workers", 1) == 1
-        ):
-            continue
-        parts[name] = written(value)
-    return parts | {"time left": f"{duration(left)} left"}
+def format_duration(seconds: float) -> str:
+    """Format seconds for people.
 
-
-def fitted(parts: Mapping[str, str], width: int) -> tuple[str, list[str]]:
-    """A line of at most `width` characters as far as that is possible, and what was left out of it."""
-    kept, without = dict(parts), []
-    for name in SPARED:
-        if len(", ".join(kept.values())) <= width:
-            break
-        if name in kept:
-            del kept[name]
-            without.append(name)
-    return ", ".join(kept.values()), without
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them.
-
-    >>> [duration(s) for s in (0.4, 75, 3700, 200_000)]
+    >>> [format_duration(s) for s in (0.4, 75, 3700, 200_000)]
     ['0s', '1m 15s', '1h 01m', '2d 07h']
     """
     whole = round(seconds)
-    for size, small, big, unit in (
-        (86400, 3600, "d", "h"),
-        (3600, 60, "h", "m"),
-        (60, 1, "m", "s"),
-    ):
+    for size, part_size, units in ((86400, 3600, "dh"), (3600, 60, "hm"), (60, 1, "ms")):
         if whole >= size:
-            return f"{whole // size}{big} {whole % size // small:02d}{unit}"
+            return f"{whole // size}{units[0]} {whole % size // part_size:02d}{units[1]}"
     return f"{whole}s"
-
-
-def _count(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"

@@ -2,68 +2,74 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from amlp_ray.cli.output import Json, print_facts, print_json
-from amlp_ray.cli.pretrain import Set
-from amlp_ray.cli.resources import (
+from amlp_ray.cli.output import Json, print_fields, print_json
+from amlp_ray.cli.run_options import (
+    DEFAULT_MAX_FAILURES,
     Accelerator,
     Address,
     CpusPerWorker,
     GpusPerWorker,
+    MaxFailures,
     Placement,
-    Retries,
+    Set,
     Workers,
-    fault_tolerance_from,
-    resources_of,
+    build_fault_tolerance,
+    build_resources,
 )
-from amlp_ray.config import FaultToleranceConfig, SegmentConfig
-from amlp_ray.config.overrides import build_with_overrides
+
+Data = Annotated[
+    str,
+    typer.Argument(help="Patch dataset with masks, by path or URI; any of the encoder's shape."),
+]
+Encoder = Annotated[
+    str,
+    typer.Option(
+        help="encoder.safetensors of a run, a timm checkpoint, or timm:NAME from the internet."
+    ),
+]
+Out = Annotated[
+    Path, typer.Option(help="Folder of the segmenter; one of equal settings is resumed.")
+]
+EncoderName = Annotated[
+    str | None,
+    typer.Option(help="The timm ViT of a timm checkpoint, such as vit_small_patch16_224."),
+]
+FromScratch = Annotated[
+    bool, typer.Option(help="The encoder's shape with random weights: the baseline.")
+]
 
 
 def segment(
-    data: Annotated[
-        str,
-        typer.Argument(
-            help="Patch dataset with masks, by path or URI; any of the encoder's shape."
-        ),
-    ],
-    encoder: Annotated[
-        str,
-        typer.Option(
-            help="encoder.safetensors of a run, a timm checkpoint, or timm:NAME from the internet."
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Option(help="Folder for the segmenter; one of the same settings is resumed.")
-    ],
-    encoder_name: Annotated[
-        str | None,
-        typer.Option(help="The timm ViT of a timm checkpoint, such as vit_small_patch16_224."),
-    ] = None,
-    from_scratch: Annotated[
-        bool, typer.Option(help="The encoder's shape with random weights: the baseline.")
-    ] = False,
+    data: Data,
+    encoder: Encoder,
+    out: Out,
+    encoder_name: EncoderName = None,
+    from_scratch: FromScratch = False,
     assign: Set = None,
     workers: Workers = "1",
     cpus_per_worker: CpusPerWorker = None,
     gpus_per_worker: GpusPerWorker = 0,
     accelerator: Accelerator = None,
     placement: Placement = "pack",
-    max_failures: Retries = FaultToleranceConfig().max_failures,
+    max_failures: MaxFailures = DEFAULT_MAX_FAILURES,
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a segmenter on labelled training images and score it on validation: DSC, IoU, HD95 and more.
+    """Fine-tune a segmenter on labelled training images and score it on validation images.
 
-    The encoder may be pretrained on another dataset; `amlp-ray data check A --against B` tells of images in both.
+    Scores are DSC, IoU, HD95 and more. The encoder may be pretrained on another dataset;
+    `amlp-ray data check A --against B` finds images that are in both.
     """
+    from amlp_ray.config import SegmentConfig
+    from amlp_ray.config.overrides import build_with_overrides
+
     config = build_with_overrides(SegmentConfig, {}, assign or [])
-    resources = resources_of(
+    resources = build_resources(
         workers,
         cpus_per_worker,
         gpus_per_worker,
@@ -71,16 +77,16 @@ def segment(
         placement=placement,
         address=address,
     )
+    fault_tolerance = build_fault_tolerance(max_failures)
 
     import torch
 
-    from amlp_ray.cli.progress import Progress, noted, resumable
+    from amlp_ray.cli.progress import EpochProgress, resumable
     from amlp_ray.data.dataset import PatchDataset
     from amlp_ray.evaluation.segmentation import segment as run
 
-    progress = Progress(config.epochs)
-    with resumable(out), noted(logging.getLogger("amlp_ray"), progress):
-        score = run(
+    with resumable(out), EpochProgress(config.epochs) as progress:
+        scores = run(
             PatchDataset.open(data),
             encoder,
             out,
@@ -88,13 +94,15 @@ def segment(
             name=encoder_name,
             from_scratch=from_scratch,
             resources=resources,
-            fault_tolerance=fault_tolerance_from(max_failures),
+            fault_tolerance=fault_tolerance,
             address=address,
             progress=progress.update,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
-    progress.close()
-    if not progress.drawn:
+    if not progress.was_updated:
         typer.echo(f"{out} was finished before: {config.epochs} epochs.", err=True)
-    shown = {name: value for name, value in score.items() if name not in ("per_image", "per_group")}
-    print_json(score) if as_json else print_facts(shown)
+    if as_json:
+        print_json(scores)
+    else:
+        details = ("per_image", "per_group")
+        print_fields({name: value for name, value in scores.items() if name not in details})

@@ -1,81 +1,81 @@
-"""amlp-ray study pause, stop, cancel, extend, enqueue, delete: from any shell that sees the study."""
+"""amlp-ray study pause, stop, cancel, extend, enqueue, delete: change a study from any shell."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from amlp_ray.cli.output import Json, print_facts, print_json
-from amlp_ray.cli.study_options import File, Name, Runs, begun_or_not, opened
+from amlp_ray.cli.output import Json, print_fields, print_json
+from amlp_ray.cli.study_options import DEFAULT_RUNS, File, Name, Runs, find_study, open_store
 from amlp_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from amlp_ray.study.storage.study_store import Request, StudyStore
 
 NoWait = Annotated[
-    bool, typer.Option("--no-wait", help="Do not wait until the study has heard it.")
+    bool, typer.Option("--no-wait", help="Do not wait until the study has received it.")
 ]
-LOOK_S = 0.5
-MEANS = {
-    "pause": "running trials return after their epoch and are kept; `amlp-ray study resume {name}` goes on",
-    "stop": "no new trials begin, and running ones finish",
+POLL_INTERVAL_S = 0.5
+EFFECTS = {
+    "pause": (
+        "running trials stop after the current epoch and are kept; "
+        "`amlp-ray study resume {name}` resumes them"
+    ),
+    "stop": "no new trials start, and running ones finish",
     "cancel": "running trials end now, as failed",
 }
 
 
-def pause(name: Name, runs: Runs = Path("runs"), no_wait: NoWait = False) -> None:
-    """Pause a study: running trials return after their epoch and are kept, to be continued by `resume`."""
-    _ask(opened(name, runs), "pause", no_wait)
+def pause(name: Name, runs: Runs = DEFAULT_RUNS, no_wait: NoWait = False) -> None:
+    """Pause a study: running trials stop after the current epoch; `resume` continues them."""
+    _request(open_store(name, runs), "pause", no_wait)
 
 
-def stop(name: Name, runs: Runs = Path("runs"), no_wait: NoWait = False) -> None:
-    """Stop a study: no new trials begin, running ones finish."""
-    _ask(opened(name, runs), "stop", no_wait)
+def stop(name: Name, runs: Runs = DEFAULT_RUNS, no_wait: NoWait = False) -> None:
+    """Stop a study: no new trials start, running ones finish."""
+    _request(open_store(name, runs), "stop", no_wait)
 
 
-def cancel(name: Name, runs: Runs = Path("runs"), no_wait: NoWait = False) -> None:
+def cancel(name: Name, runs: Runs = DEFAULT_RUNS, no_wait: NoWait = False) -> None:
     """Cancel a study: running trials end now, as failed."""
-    _ask(opened(name, runs), "cancel", no_wait)
+    _request(open_store(name, runs), "cancel", no_wait)
 
 
-def _ask(store: StudyStore, verb: Request, no_wait: bool) -> None:
-    """Leave word for whoever runs the study. Where nobody does, what is asked for is so already."""
+def _request(store: StudyStore, verb: Request, no_wait: bool) -> None:
+    """Send a request to the process that runs the study, and wait for its answer."""
     holder = store.holder()
     if holder is None:
-        typer.echo(f"Study {store.name!r} is run by nobody; there is nothing to {verb}.")
+        # A stored request would be obeyed by the next run at once.
+        typer.echo(f"Study {store.name!r} is not running; there is nothing to {verb}.")
         return
     store.request(verb)
-    means = MEANS[verb].format(name=store.name)
+    effect = EFFECTS[verb].format(name=store.name)
     if no_wait:
-        typer.echo(f"asked {holder} to {verb} {store.name!r}: {means}")
+        typer.echo(f"asked {holder} to {verb} {store.name!r}: {effect}")
         return
     typer.echo(f"asked {holder} to {verb} {store.name!r}, waiting for its answer")
     while "answer" not in (store.last_request() or {"answer": None}):
         if store.holder() is None:
-            typer.echo(
-                f"{holder} ended before it answered; study {store.name!r} is run by nobody now."
-            )
+            typer.echo(f"{holder} ended before it answered; study {store.name!r} is not running.")
             return
-        time.sleep(LOOK_S)
-    typer.echo(f"heard: {means}")
+        time.sleep(POLL_INTERVAL_S)
+    typer.echo(f"received: {effect}")
 
 
 def extend(
     name: Name,
-    runs: Runs = Path("runs"),
+    runs: Runs = DEFAULT_RUNS,
     trials: Annotated[
         str | None, typer.Option(help="+10 for ten more, 40 for forty in all.")
     ] = None,
-    hours: Annotated[str | None, typer.Option(help="Of running, likewise.")] = None,
-    gpu_hours: Annotated[str | None, typer.Option(help="Held by trials, likewise.")] = None,
-    epochs: Annotated[
-        str | None, typer.Option(help="Trained by all trials together, likewise.")
-    ] = None,
+    hours: Annotated[str | None, typer.Option(help="Hours of running, likewise.")] = None,
+    gpu_hours: Annotated[str | None, typer.Option(help="Hours of GPUs, likewise.")] = None,
+    epochs: Annotated[str | None, typer.Option(help="Epochs of all trials, likewise.")] = None,
     space: Annotated[
-        Path | None, typer.Option(help="Study file whose space and requirements take the place.")
+        Path | None, typer.Option(help="Study file with the new space and requirements.")
     ] = None,
     mapping: Annotated[
         list[str] | None,
@@ -91,81 +91,86 @@ def extend(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Give a study more budget, also after its end and while it runs; or another space, while nobody runs it."""
-    store = opened(name, runs)
-    facts: dict[str, object] = {"study": store.name}
+    """Extend a study's budget, at any time; or change its space, while it does not run."""
+    store = open_store(name, runs)
+    result: dict[str, Any] = {"study": store.name}
     if space is not None:
-        from amlp_ray.config.yaml_file import read_yaml
-        from amlp_ray.study.operations.change_space import change_of, migrate
-        from amlp_ray.study.search_space.validate import build_study
-
-        change = change_of(mapping or [], fill or [], drop or [])
-        facts |= vars(migrate(store, build_study(read_yaml(space), str(space)), change))
+        result |= _change_space(store, space, mapping or [], fill or [], drop or [])
     elif mapping or fill or drop:
         raise ConfigError(
-            "--map, --fill and --drop say what becomes of a changed space; give it with --space FILE."
+            "--map, --fill and --drop say what becomes of a changed space; give it with "
+            "--space FILE."
         )
     if space is None or any((trials, hours, gpu_hours, epochs)):
         from amlp_ray.study.operations.edit import extend
 
         budget = extend(store, trials=trials, hours=hours, gpu_hours=gpu_hours, epochs=epochs)
-        facts["budget"] = {
-            key: value for key, value in budget.model_dump().items() if value is not None
-        }
+        result["budget"] = budget.model_dump(exclude_none=True)
     if as_json:
-        print_json(facts)
+        print_json(result)
         return
-    print_facts(facts)
+    print_fields(result)
     if store.holder() is None:
-        typer.echo(f"`amlp-ray study resume {store.name}` goes on")
+        typer.echo(f"`amlp-ray study resume {store.name}` resumes it")
+
+
+def _change_space(
+    store: StudyStore, file: Path, mapping: list[str], fill: list[str], drop: list[str]
+) -> dict[str, Any]:
+    from amlp_ray.config.yaml_file import read_yaml
+    from amlp_ray.study.operations.change_space import change_of, migrate
+    from amlp_ray.study.search_space.validate import build_study
+
+    change = change_of(mapping, fill, drop)
+    return vars(migrate(store, build_study(read_yaml(file), str(file)), change))
 
 
 def enqueue(
     file: File,
     values: Annotated[
-        list[str], typer.Argument(help="name=value of the space; what is left open is sampled.")
+        list[str], typer.Argument(help="name=value of the space; the others are sampled.")
     ],
-    runs: Runs = Path("runs"),
+    runs: Runs = DEFAULT_RUNS,
     as_json: Json = False,
 ) -> None:
-    """Give a study a trial to run before those of its sampler; also while it runs, or before it ever did."""
+    """Enqueue a trial that is run before those of the sampler, at any time, even before a run."""
     from amlp_ray.config.overrides import flatten, parse_overrides
     from amlp_ray.study.operations.edit import enqueue
 
-    store, config = begun_or_not(file, runs)
+    store, config = find_study(file, runs)
     number = enqueue(store, config, flatten(parse_overrides(values, "enqueue")))
     if as_json:
         print_json({"study": config.name, "number": number})
         return
     typer.echo(f"trial {number} of {config.name!r} waits to be run")
-    note_used_budget(store)
+    warn_used_budget(store)
 
 
-def note_used_budget(store: StudyStore) -> None:
-    """Say where a waiting trial would wait in vain."""
-    from amlp_ray.study.operations.status import spent_by
+def warn_used_budget(store: StudyStore) -> None:
+    """Say so if the budget is used, because an enqueued trial is not run then."""
+    from amlp_ray.study.operations.status import study_usage
+    from amlp_ray.study.storage.trial_record import trial_records
 
     config = store.config()
-    spent = spent_by(store, store.search().get_trials(deepcopy=False), config)
-    if reached := spent.reached(config.budget):
+    usage = study_usage(store, trial_records(store.search()))
+    if limit := usage.reached(config.budget):
         typer.echo(
-            f"note: the budget is used ({reached}); `amlp-ray study extend {store.name}` gives it more"
+            f"note: the budget is used ({limit}); `amlp-ray study extend {store.name}` extends it"
         )
 
 
 def delete(
     name: Name,
-    runs: Runs = Path("runs"),
+    runs: Runs = DEFAULT_RUNS,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Delete a study: its folder, and what a database holds of it."""
+    """Delete a study: its folder, and its trials in a database."""
     from amlp_ray.study.operations.edit import delete
 
-    store = opened(name, runs)
+    store = open_store(name, runs)
     count = len(store.search().get_trials(deepcopy=False))
-    if not yes and not typer.confirm(
-        f"Delete {store.folder} with {count} trials and their encoders?"
-    ):
+    question = f"Delete {store.folder} with {count} trials and their encoders?"
+    if not yes and not typer.confirm(question):
         typer.echo("nothing was deleted")
         return
     delete(store)

@@ -191,7 +191,7 @@ class SelectionConfig(Config):
     features: Literal["raw", "stats", "context", "tokens"] = "context"
     """What is clustered. tokens: the teacher's, and raw until warm-up ends."""
     clusters: int = Field(6, ge=2, le=16)
-    """Number of clusters. 2 or 3 split tissue from shadow; docs/localisation.md compares context,
+    """Number of clusters. 2 or 3 split tissue from shadow; docs/localization.md compares context,
     6, geodesic with others."""
     scope: Literal["image", "dataset"] = "image"
     """dataset: centroids are shared and updated over all images."""

@@ -1,10 +1,13 @@
-"""The command line: every bad input gets one sentence and exit code 2, and help costs no heavy import."""
+"""The command line: bad input gets one sentence and exit code 2, and help imports nothing heavy."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,10 @@ import pytest
 from PIL import Image
 
 from amlp_ray.cli import main
+from amlp_ray.cli.data import prepare
+from amlp_ray.cli.output import log_to_stderr
+from amlp_ray.cli.run_options import DEFAULT_MAX_FAILURES
+from amlp_ray.config import FaultToleranceConfig, PrepareConfig
 from amlp_ray.data.dataset import PatchDataset
 
 
@@ -80,10 +87,9 @@ def test_bad_images_get_one_sentence_and_nothing_is_written(
     spoil: object,
 ) -> None:
     source, named = spoil(paired)  # type: ignore[operator]
-    code, _, err = run(
-        capsys, monkeypatch, "data", "prepare", source, tmp_path / "out", "--layout", "paired", "--size", 32,
-        "--group-by", "image", "--fractions", "0.5,0.5,0", "--strict",
-    )  # fmt: skip
+    arguments = (source, tmp_path / "out", "--layout", "paired", "--size", 32)
+    splits = ("--group-by", "image", "--fractions", "0.5,0.5,0", "--strict")
+    code, _, err = run(capsys, monkeypatch, "data", "prepare", *arguments, *splits)
     assert code == 2, err
     assert err.startswith("amlp-ray: ")
     assert err.count("\n") == 1, "one sentence on one line"
@@ -102,21 +108,11 @@ def test_without_strict_the_rest_is_prepared_and_the_list_is_named(
     spoil: object,
 ) -> None:
     source, named = spoil(paired)  # type: ignore[operator]
-    code, out, _ = run(
-        capsys,
-        monkeypatch,
-        "data",
-        "prepare",
-        source,
-        tmp_path / "out",
-        "--size",
-        32,
-        "--fractions",
-        "1,0,0",
-    )
+    arguments = (source, tmp_path / "out", "--size", 32, "--fractions", "1,0,0")
+    code, _, err = run(capsys, monkeypatch, "data", "prepare", *arguments)
     assert code == 0
-    assert "paired: " in out  # recognised, and said
-    assert f"1 files rejected and 0 repaired, see {tmp_path}/out.rejects.csv" in out
+    assert "paired: " in err, "the detected layout"
+    assert f"1 files rejected and 0 repaired, see {tmp_path}/out.rejects.csv" in err
     assert named in (tmp_path / "out.rejects.csv").read_text()
     assert PatchDataset.open(tmp_path / "out").load("train").ids == ["b"]
 
@@ -255,12 +251,40 @@ def test_the_main_job_from_the_command_line(
         assert (tmp_path / name / "segmenter.safetensors").is_file()
 
 
+def test_the_version_is_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(capsys, monkeypatch, "--version") == (0, f"amlp-ray {version('amlp-ray')}\n", "")
+
+
+def test_defaults_of_options_are_those_of_the_settings() -> None:
+    assert FaultToleranceConfig().max_failures == DEFAULT_MAX_FAILURES
+    defaults = {name: p.default for name, p in inspect.signature(prepare).parameters.items()}
+    config = PrepareConfig().model_dump()
+    assert {name: defaults[name] for name in config} == config | {
+        "fractions": ",".join(map(str, config["fractions"])),
+        "lesion_labels": None,
+    }
+
+
+def test_messages_are_printed_on_stderr_as_bare_text_while_a_command_runs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logger = logging.getLogger("amlp_ray.some.module")
+    with log_to_stderr():
+        logger.debug("nothing for users")
+        logger.info("Found 3 images.")
+        logger.warning("One is damaged.")
+    logger.info("nobody listens")
+    assert capsys.readouterr() == ("", "Found 3 images.\nOne is damaged.\n")
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from amlp_ray.cli import app\n"
         "for words in ([], ['study'], ['data', 'prepare'], ['pretrain'], ['segment']):\n"
         "    assert CliRunner().invoke(app, [*words, '--help']).exit_code == 0\n"
-        "heavy = ('torch', 'ray', 'optuna', 'monai', 'timm', 'pandas', 'plotly', 'sklearn')\n"
+        "heavy = 'torch ray optuna monai timm pandas plotly sklearn yaml'.split()\n"
         "print([m for m in heavy if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
-from helpers.datasets import made_dataset
+from helpers.datasets import write_dataset
 from PIL import Image
 
 from amlp_ray.cli.data_check import check
@@ -28,7 +28,7 @@ def dataset(folder: Path, *, leak: bool = False, unlabeled: bool = False) -> Pat
     if leak:
         images[-1] = images[0] // 2 + 60
     masks = [None if unlabeled else mask] * 40
-    return made_dataset(
+    return write_dataset(
         folder, images[:, None], masks, split=["train"] * 28 + ["test"] * 12, background=0.0
     )
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in the middle of a run: one sentence, an exit code, and the same command goes on."""
+"""Ctrl-C and SIGTERM in the middle of a run: one sentence, an exit code, and a resumable run."""
 
 from __future__ import annotations
 
@@ -69,5 +69,5 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert process.returncode == code, said[-2000:]
     assert (
         said.splitlines()[-1]
-        == f"amlp-ray: {out} was interrupted; the same command goes on from its checkpoint."
+        == f"amlp-ray: {out} was interrupted; run the same command to resume from its checkpoint."
     )

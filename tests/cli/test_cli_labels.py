@@ -1,4 +1,4 @@
-"""`--data` and `--labels` of the command line: paths and URIs, one sentence for what does not fit."""
+"""`--data` and `--eval-data`: paths and URIs, one sentence for what does not fit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers.datasets import made_dataset
+from helpers.datasets import write_dataset
 
 from amlp_ray.cli import main
 from amlp_ray.data.dataset import PatchDataset
@@ -30,7 +30,7 @@ TINY = {
 
 @pytest.fixture
 def unlabeled(phantom_dataset: PatchDataset, tmp_path: Path) -> PatchDataset:
-    return made_dataset(tmp_path / "unlabeled", phantom_dataset.load("train").images)
+    return write_dataset(tmp_path / "unlabeled", phantom_dataset.load("train").images)
 
 
 def run(
@@ -88,7 +88,7 @@ def test_labels_of_another_shape_are_refused_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    other = made_dataset(
+    other = write_dataset(
         tmp_path / "other",
         np.zeros((3, 2, 64, 64), np.uint8) + np.arange(3, dtype=np.uint8)[:, None, None, None],
     )

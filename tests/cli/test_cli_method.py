@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.datasets import made_dataset
+from helpers.datasets import write_dataset
 
 from amlp_ray.analysis.localization_candidates import all_candidates
 from amlp_ray.cli import main
@@ -24,7 +24,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     images = np.stack([image for image, _ in drawn]).astype(np.uint8)[:, None]
     folder = tmp_path_factory.mktemp("prepared") / "phantoms"
-    made_dataset(folder, images, [mask > 0 for _, mask in drawn])
+    write_dataset(folder, images, [mask > 0 for _, mask in drawn])
     return folder
 
 

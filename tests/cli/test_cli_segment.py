@@ -1,4 +1,4 @@
-"""`amlp-ray segment` beyond the main job of `test_cli`: where it starts from, and where it goes on."""
+"""`amlp-ray segment` from a timm checkpoint, and on a folder that is finished."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_timm_checkpoint_is_fine_tuned_once_and_then_told_to_be_finished(
         command += ["--set", setting]
     code, first, err = run(capsys, monkeypatch, *command)
     assert code == 0, err
-    assert "epoch 1/1, loss" in err
+    assert "epoch 1/1, 0s left, loss" in err
     assert "finished before" not in err
     score = json.loads(first)
     assert {

@@ -1,4 +1,4 @@
-"""The study commands that need no cluster: from another shell, on studies as a driver leaves them."""
+"""The study commands that need no cluster, run on studies as a driver leaves them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Exit code, standard output, and standard error of a study command, with the studies of this test."""
+    """Exit code, stdout and stderr of a study command on the studies of this test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("AMLP_RAY_RUNS", str(tmp_path / "runs"))
 
@@ -225,8 +225,8 @@ def test_trials_leave_and_enter_by_files(run: Run, store: StudyStore, tmp_path: 
     file = write_study(tmp_path / "new.yaml", name="new")
     code, out, _ = run("import", file, "all.csv")
     assert code == 0
-    assert "2 trials taken into 'new', 0 known already" in out
-    assert "left out line 4: " in out
+    assert "2 trials imported into 'new', 0 known already" in out
+    assert "skipped line 4: " in out
     assert answer(run, "import", "new", "tiny")["known"] == 2
     assert run("export", "tiny", "--out", "all.txt")[0] == 2
     assert run("import", "new", "nothing")[0] == 2
@@ -272,7 +272,7 @@ def driven(store: StudyStore) -> Iterator[list[str]]:
 @pytest.mark.parametrize(
     ("verb", "means", "state"),
     [
-        ("pause", "`amlp-ray study resume tiny` goes on", "pausing"),
+        ("pause", "`amlp-ray study resume tiny` resumes them", "pausing"),
         ("stop", "running ones finish", "stopping"),
         ("cancel", "end now, as failed", "cancelling"),
     ],
@@ -307,7 +307,7 @@ def test_of_a_study_that_nobody_runs_nothing_is_asked(
     run: Run, store: StudyStore, verb: str
 ) -> None:
     code, out, _ = run(verb, "tiny")
-    assert (code, out) == (0, f"Study 'tiny' is run by nobody; there is nothing to {verb}.\n")
+    assert (code, out) == (0, f"Study 'tiny' is not running; there is nothing to {verb}.\n")
     assert StudyStore.open(store.folder).last_request() is None, "the next run would obey at once"
 
 
@@ -358,8 +358,8 @@ def test_every_verb_says_what_it_is_for() -> None:
 
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     wanted = (
-        "init validate plan run status watch logs pause resume stop cancel extend enqueue trials best compare "
-        "importance report confirm export import list delete trial"
+        "init validate plan run status watch logs pause resume stop cancel extend enqueue trials "
+        "best compare importance report confirm export import list delete trial"
     )
     assert set(commands) == set(wanted.split())
     assert set(commands["trial"].commands) == {"show", "replay", "retry"}

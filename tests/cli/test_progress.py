@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import io
-import os
+import logging
 import re
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from amlp_ray.cli import progress
-from amlp_ray.cli.progress import Progress, fitted, told
+from amlp_ray.cli.output import log_to_stderr
+from amlp_ray.cli.progress import EpochProgress, count_progress, format_epoch
 
-FULL = {
+METRICS = {
     "epoch": 12,
     "loss": 0.21341,
     "loss_reference": 0.30214,
@@ -29,32 +31,43 @@ FULL = {
     "seconds": 8.0,
     "evaluate_seconds": 2.0,
 }
+WHOLE_LINE = (
+    "epoch 12/100, 14m 40s left, loss 0.2134, 4,130.2 img/s, reference 0.3021, waiting 2%, "
+    "MFU 34%, ratio 0.41, lesion 6.1%, 2,065.1 per worker, 1.2 GB, lr 8.1e-04, grad 0.31"
+)
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-    def last_line(self) -> str:
-        """What stands in the last line that is not empty."""
-        return re.split(r"[\r\n]+", self.getvalue().rstrip())[-1].rstrip()
-
-
-def of_width(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
-    monkeypatch.setattr(
-        progress.shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24))
+def terminal(columns: int) -> Console:
+    return Console(
+        file=io.StringIO(),
+        force_terminal=True,
+        force_interactive=True,
+        color_system=None,
+        width=columns,
     )
+
+
+def pipe() -> Console:
+    return Console(file=io.StringIO(), force_terminal=False)
+
+
+def text_of(console: Console) -> str:
+    """What was drawn, without the codes that move the cursor."""
+    assert isinstance(console.file, io.StringIO)
+    return re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", console.file.getvalue())
+
+
+def lines_of(console: Console) -> list[str]:
+    lines = re.split(r"[\r\n]+", text_of(console))
+    return [line.rstrip() for line in lines if line.strip()]
 
 
 def after(epoch: int, **more: Any) -> dict[str, Any]:
-    return FULL | {"epoch": epoch} | more
+    return METRICS | {"epoch": epoch} | more
 
 
 def test_every_figure_stands_in_a_line_that_has_room() -> None:
-    assert ", ".join(told(FULL, 100, 880.0).values()) == (
-        "epoch 12/100, loss 0.2134, reference 0.3021, ratio 0.41, lesion 6.1%, lr 8.1e-04, grad 0.31, 4,130 img/s, "
-        "2,065 per worker, MFU 34%, 1.2 GB, waiting 2%, 14m 40s left"
-    )
+    assert format_epoch(METRICS, 100, 880.0) == WHOLE_LINE
 
 
 def test_what_is_missing_is_left_out() -> None:
@@ -66,49 +79,47 @@ def test_what_is_missing_is_left_out() -> None:
         "mfu": None,
         "seconds": 1.0,
     }
-    assert (
-        ", ".join(told(simsiam, 2, 1.0).values())
-        == "epoch 1/2, loss -0.5000, ratio 0.00, 10.0 img/s, 1s left"
-    )
+    line = format_epoch(simsiam, 2, 1.0)
+    assert line == "epoch 1/2, 1s left, loss -0.5000, 10.0 img/s, ratio 0.00"
 
 
-def test_one_worker_is_not_told_twice() -> None:
-    assert "per worker" not in ", ".join(told(FULL | {"workers": 1}, 100, 0.0).values())
+def test_one_worker_is_not_shown_twice() -> None:
+    assert "per worker" not in format_epoch(METRICS | {"workers": 1}, 100, 0.0)
 
 
 @pytest.mark.parametrize("columns", [60, 80, 100, 120, 160, 200])
-def test_a_line_fits_the_terminal_and_says_what_it_leaves_out(
-    monkeypatch: pytest.MonkeyPatch, columns: int
-) -> None:
-    of_width(monkeypatch, columns)
-    stream = Terminal()
-    shown = Progress(100, stream)
-    shown.update(FULL)
-    shown.update(after(13))
-    line = stream.last_line()
-    assert len(line) < columns
-    assert "epoch 13/100, loss 0.2134" in line
-    assert line.endswith("14m 30s left")
-    left_out = fitted(told(FULL, 100, 880.0), columns - 10)[1]
-    assert stream.getvalue().count("too narrow for") == bool(left_out)
-    assert ("img/s" in line) == ("images per second" not in left_out)
+def test_a_line_fits_the_terminal_and_is_cut_at_its_end(columns: int) -> None:
+    console = terminal(columns)
+    with EpochProgress(100, console) as shown:
+        shown.update(METRICS)
+    line = lines_of(console)[-1]
+    assert len(line) <= columns
+    _, _, figures = line.partition(" epoch")
+    kept = f"epoch{figures}"
+    assert kept.startswith("epoch 12/100, 14m 40s left, loss 0.2134, 4,130.2")
+    is_cut = columns < len(WHOLE_LINE) + 9
+    assert WHOLE_LINE.startswith(kept.removesuffix("…"))
+    assert kept.endswith("…") == is_cut
+    assert (kept == WHOLE_LINE) != is_cut
 
 
-def test_eighty_columns_hold_what_matters_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    of_width(monkeypatch, 80)
-    line, _ = fitted(told(FULL, 100, 880.0), 70)
-    assert line == "epoch 12/100, loss 0.2134, reference 0.3021, 4,130 img/s, 14m 40s left"
+def test_a_line_changes_in_its_place() -> None:
+    console = terminal(80)
+    with EpochProgress(100, console) as shown:
+        shown.update(METRICS)
+        shown.update(after(13))
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().count("\n") == 1, "one line, ended when the run ends"
+    assert "epoch 13/100" in lines_of(console)[-1]
 
 
-def test_the_rest_is_judged_by_the_median_of_recent_epochs() -> None:
-    stream = io.StringIO()
-    shown = Progress(100, stream)
-    for number in range(1, 20):  # the first compiles; one waits for a disk
-        shown.update(
-            after(number, seconds=60.0 if number in (1, 15) else 4.0, evaluate_seconds=1.0)
-        )
-    shown.close()
-    assert stream.getvalue().rstrip().endswith("6m 45s left")  # 81 epochs of 5 s
+def test_the_time_left_follows_from_the_median_of_recent_epochs() -> None:
+    console = pipe()
+    with EpochProgress(100, console) as shown:
+        for number in range(1, 20):  # the first compiles; one waits for a disk
+            seconds = 60.0 if number in (1, 15) else 4.0
+            shown.update(after(number, seconds=seconds, evaluate_seconds=1.0))
+    assert "epoch 19/100, 6m 45s left" in lines_of(console)[-1]  # 81 epochs of 5 s
 
 
 def test_a_log_gets_a_line_every_few_seconds_and_the_last_one(
@@ -116,40 +127,54 @@ def test_a_log_gets_a_line_every_few_seconds_and_the_last_one(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    stream = io.StringIO()
-    shown = Progress(30, stream)
-    for number in range(1, 24):
-        shown.update(after(number))
-        now[0] += 1.0
-    shown.close()
-    epochs = [int(found) for found in re.findall(r"epoch (\d+)/30", stream.getvalue())]
+    console = pipe()
+    with EpochProgress(30, console) as shown:
+        for number in range(1, 24):
+            shown.update(after(number))
+            now[0] += 1.0
+    epochs = [int(found) for found in re.findall(r"epoch (\d+)/30", text_of(console))]
     assert epochs == [1, 6, 11, 16, 21, 23]
-    assert "\r" not in stream.getvalue()
-    assert "grad" in stream.getvalue()  # a log is as wide as need be
+    assert "\r" not in text_of(console)
+    assert all(line.endswith("grad 0.31") for line in lines_of(console)), "as wide as need be"
 
 
-@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "log"])
-def test_a_sentence_stands_in_a_line_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, stream: io.StringIO
+@pytest.mark.parametrize("is_terminal", [True, False], ids=["terminal", "log"])
+def test_a_message_stands_in_a_line_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool
 ) -> None:
-    of_width(monkeypatch, 200)
-    shown = Progress(3, stream)
-    shown.note("before the first epoch")
-    shown.update(after(1))
-    shown.note("checkpoint of epoch 7 is damaged; going on from 6")
-    shown.update(after(3))
-    shown.close()
-    lines = re.split(r"[\r\n]+", stream.getvalue())
+    console = terminal(200) if is_terminal else pipe()
+    monkeypatch.setattr("sys.stderr", console.file)
+    logger = logging.getLogger("amlp_ray.training")
+    with log_to_stderr(), EpochProgress(3, console) as shown:
+        logger.info("before the first epoch")
+        shown.update(after(1))
+        logger.warning("checkpoint of epoch 7 is damaged; resuming from 6")
+        shown.update(after(3))
+    lines = lines_of(console)
     assert "before the first epoch" in lines
-    assert "checkpoint of epoch 7 is damaged; going on from 6" in lines
-    assert "epoch 3/3" in lines[-2]
-    assert lines[-1] == ""
+    assert "checkpoint of epoch 7 is damaged; resuming from 6" in lines
+    assert "epoch 3/3" in lines[-1]
+    assert text_of(console).endswith("\n")
 
 
 def test_nothing_is_drawn_of_a_run_that_trains_nothing() -> None:
-    stream = Terminal()
-    shown = Progress(3, stream)
-    shown.update({"epoch": 0, "dsc": 0.5})
-    shown.close()
-    assert stream.getvalue() == ""
-    assert not shown.drawn
+    console = terminal(80)
+    with EpochProgress(3, console) as shown:
+        assert not shown.was_updated
+        shown.update({"epoch": 0, "dsc": 0.5})
+    assert text_of(console) == ""
+    assert shown.was_updated
+
+
+def test_counted_work_is_drawn_on_terminals_only_and_not_before_it_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for console, is_drawn in ((terminal(80), True), (pipe(), False)):
+        monkeypatch.setattr(progress, "Console", lambda console=console, **_: console)
+        with count_progress() as update:
+            assert text_of(console) == ""
+            update("decoding", 1, 4)
+            update("writing", 2, 3)
+        assert ("decoding" in text_of(console)) == is_drawn
+        assert ("writing" in text_of(console)) == is_drawn
+        assert ("2/3" in text_of(console)) == is_drawn

@@ -1,0 +1,103 @@
+"""Options that `pretrain` and `segment` share: settings, resources and fault tolerance."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from amlp_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from amlp_ray.config import FaultToleranceConfig, ResourceConfig
+
+# Written out, so that --help need not import the configs.
+DEFAULT_MAX_FAILURES = 3
+
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="name=value, such as ratio.start=0.3; repeatable.")
+]
+Workers = Annotated[
+    str,
+    typer.Option(
+        help="Ray Train workers, such as 4. 2-8 follows nodes that join and leave. "
+        "1 runs in this process."
+    ),
+]
+CpusPerWorker = Annotated[
+    float | None, typer.Option(help="None: all cores, shared by the workers.")
+]
+GpusPerWorker = Annotated[
+    float,
+    typer.Option(help="With several workers or --address; otherwise a visible GPU is used."),
+]
+Accelerator = Annotated[
+    str | None, typer.Option(help="Type of GPU, by Ray's name: A100, H100, ...")
+]
+Placement = Annotated[
+    str, typer.Option(help="Workers on nodes: pack, spread, strict-pack, strict-spread.")
+]
+MicroBatch = Annotated[
+    int | None, typer.Option(help="Images a worker processes at once; gradients are summed.")
+]
+Sharding = Annotated[
+    str, typer.Option(help="Several workers: ddp, fsdp; auto: fsdp from ViT-L on.")
+]
+MaxFailures = Annotated[
+    int, typer.Option(help="Lost workers or nodes in a row, without an epoch in between.")
+]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster to run on, such as auto; none: this machine.")
+]
+
+
+def parse_workers(text: str) -> int | list[int]:
+    """Parse `4` or `2-8`. Raises ConfigError for anything else."""
+    parts = text.split("-")
+    if len(parts) > 2 or not all(part.isdigit() for part in parts):
+        raise ConfigError(
+            f"--workers {text!r} is neither a number, such as 4, nor a range, such as 2-8."
+        )
+    return int(parts[0]) if len(parts) == 1 else [int(part) for part in parts]
+
+
+def build_resources(
+    workers: str,
+    cpus_per_worker: float | None,
+    gpus_per_worker: float,
+    *,
+    accelerator: str | None,
+    placement: str,
+    address: str | None,
+    micro_batch: int | None = None,
+    sharding: str = "auto",
+) -> ResourceConfig:
+    """Build the resources from options; `cpus_per_worker` None shares this machine's cores."""
+    from amlp_ray.config import ResourceConfig
+    from amlp_ray.config.base import build
+
+    number = parse_workers(workers)
+    if cpus_per_worker is None:
+        cores = os.cpu_count() or 1
+        max_workers = max(1, number if isinstance(number, int) else number[-1])
+        is_single_process = max_workers == 1 and address is None
+        # A group gets less than whole cores, because its controller needs a fraction too.
+        cpus_per_worker = cores if is_single_process else 0.9 * cores / max_workers
+    values = {
+        "workers": number,
+        "cpus_per_worker": cpus_per_worker,
+        "gpus_per_worker": gpus_per_worker,
+        "accelerator": accelerator,
+        "placement": placement,
+        "micro_batch": micro_batch,
+        "sharding": sharding,
+    }
+    return build(ResourceConfig, values, "options")
+
+
+def build_fault_tolerance(max_failures: int) -> FaultToleranceConfig:
+    from amlp_ray.config import FaultToleranceConfig
+    from amlp_ray.config.base import build
+
+    return build(FaultToleranceConfig, {"max_failures": max_failures}, "options")

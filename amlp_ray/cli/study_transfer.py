@@ -1,0 +1,53 @@
+"""amlp-ray study export, import: copy trials out of a study, and into one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from amlp_ray.cli.output import Json, print_json
+from amlp_ray.cli.study_options import DEFAULT_RUNS, File, Name, Runs, find_study, open_store
+
+
+def export(
+    name: Name,
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    format: Annotated[
+        str | None, typer.Option(help="csv, parquet or json; none: by the file's suffix.")
+    ] = None,
+    runs: Runs = DEFAULT_RUNS,
+) -> None:
+    """Write all trials with parameters, scores at rungs, figures and provenance to a file."""
+    from amlp_ray.study.operations.transfer import export_trials
+
+    count = export_trials(open_store(name, runs), out, format)
+    typer.echo(f"{count} trials: {out}")
+
+
+def import_(
+    file: File,
+    source: Annotated[str, typer.Argument(help="CSV file, or the name or folder of a study.")],
+    runs: Runs = DEFAULT_RUNS,
+    as_json: Json = False,
+) -> None:
+    """Import trials as prior knowledge; they count neither in the budget nor as best."""
+    from amlp_ray.study.operations.transfer import import_trials
+
+    store, config = find_study(file, runs)
+    imported = import_trials(store, config, source, runs=runs)
+    if as_json:
+        print_json(vars(imported))
+        return
+    typer.echo(
+        f"{len(imported.taken)} trials imported into {config.name!r}, {imported.known} known "
+        f"already"
+    )
+    for reason, count in Counter(imported.left_out.values()).most_common():
+        first = next(name for name, text in imported.left_out.items() if text == reason)
+        others = f" and {count - 1} more" if count > 1 else ""
+        typer.echo(f"skipped {first}{others}: {reason}")
+    for note in imported.notes:
+        typer.echo(f"note: {note}")

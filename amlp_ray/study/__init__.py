@@ -1,5 +1,6 @@
-"""Searching: `study.py` is the way in; each folder is a room with one job, `design.py` what all of them share."""
+"""Studies: search settings, confirm the best, report. `study.py` is the way in."""
 
 import optuna
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line per state change is ours to print
+# The package logs each change of a trial's state itself.
+optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -8,5 +8,6 @@ from typing import Any
 
 
 def derived_seed(*parts: Any) -> int:
-    """A 31-bit seed that follows from its parts, such as (study seed, trial number)."""
-    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big") >> 1
+    """Derive a 31-bit seed from plain values, such as (study seed, trial number)."""
+    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1

@@ -329,7 +329,7 @@ class Study:
 
     def trial(self, number: int) -> dict[str, Any]:
         """Return everything about one trial: settings, rungs, costs, provenance, files."""
-        return trials.trial_facts(self.store, number)
+        return trials.trial_details(self.store, number)
 
     def status(self) -> dict[str, Any]:
         """Return who runs the study, trials by state, budget, best trials and confirmation."""

@@ -26,7 +26,7 @@ from amlp_ray.errors import ConfigError, DataError, StudyError
 from amlp_ray.evaluation.confirmation_run import SEGMENTER
 from amlp_ray.study.baselines import BySeed, baseline_plan
 from amlp_ray.study.rungs import with_schedule
-from amlp_ray.study.search_space.values import config_of_trial
+from amlp_ray.study.search_space.space import SearchSpace
 from amlp_ray.study.seeds import derived_seed
 from amlp_ray.study.storage.best_trials import keeps_limits
 from amlp_ray.study.storage.provenance import commit
@@ -169,8 +169,8 @@ def _trial_config(store: StudyStore, config: StudyConfig, record: TrialRecord) -
     if path.is_file():
         trial_config = build(PretrainConfig, read_yaml(path), str(path))
     else:
-        params = config_of_trial(record.params, config)
-        trial_config = with_schedule(config.trial(params, seed=0), config.pruner)
+        settings = SearchSpace(config).config_of(record.params)
+        trial_config = with_schedule(config.trial(settings, seed=0), config.pruner)
     return lambda seed: trial_config.model_copy(update={"seed": seed})
 
 

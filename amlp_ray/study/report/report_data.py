@@ -10,22 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
-from optuna.trial import FrozenTrial
-
 from amlp_ray.config import Choice, Parameter, PretrainConfig, Range, StudyConfig
-from amlp_ray.study.operations.status import spent_by
+from amlp_ray.study.operations.status import study_usage
 from amlp_ray.study.operations.trials import STATES
 from amlp_ray.study.report.importance import Importance, importance
+from amlp_ray.study.search_space.space import as_parameter
 from amlp_ray.study.storage.best_trials import keeps_limits, pareto_front
 from amlp_ray.study.storage.budget import Usage
 from amlp_ray.study.storage.study_store import StudyStore
-from amlp_ray.study.storage.trial_record import TrialRecord, finite
+from amlp_ray.study.storage.trial_record import TrialRecord, finite, trial_records
 from amlp_ray.training.loggers.metrics_file import read_rows
 from amlp_ray.utils.files import read_json
 
@@ -251,12 +244,11 @@ def collect(store: StudyStore) -> ReportData:
     """Collect the data of a report; missing or half-written files of trials count as absent."""
     config = store.config()
     is_running = store.is_run()
-    stored = store.search().get_trials(deepcopy=False)
-    trials = _reported_trials(store, config, stored, is_running)
+    records = trial_records(store.search())
+    baselines = trial_records(store.baselines())
+    confirmation = trial_records(store.confirmation())
+    trials = _reported_trials(store, config, records, is_running)
     search = [trial for trial in trials if not trial.is_imported and not trial.is_copy]
-    frozen = [trial.frozen for trial in search]
-    baselines = store.baselines().get_trials(deepcopy=False)
-    confirmation = store.confirmation().get_trials(deepcopy=False)
     environments = read_rows(store.folder / "environments.jsonl")
     return ReportData(
         name=store.name,
@@ -268,10 +260,10 @@ def collect(store: StudyStore) -> ReportData:
         front=_front(config, search),
         baselines=_reported_trials(store, config, baselines, is_running),
         confirmation=_reported_trials(store, config, confirmation, is_running),
-        usage=spent_by(store, stored, config),
+        usage=study_usage(store, records),
         space=config.space if isinstance(config.space, dict) else _observed_space(search),
         environments=[row for row in environments if isinstance(row, dict)],
-        importances=importance(frozen, config.objectives),
+        importances=importance([trial.frozen for trial in search], config.objectives),
     )
 
 
@@ -282,21 +274,20 @@ def count_states(trials: Iterable[ReportedTrial]) -> dict[str, int]:
 
 
 def _reported_trials(
-    store: StudyStore, config: StudyConfig, trials: Sequence[FrozenTrial], is_running: bool
+    store: StudyStore, config: StudyConfig, records: Sequence[TrialRecord], is_running: bool
 ) -> list[ReportedTrial]:
-    reported = []
-    for trial in trials:
-        record = TrialRecord(trial)
-        reported.append(
+    trials = []
+    for record in records:
+        trials.append(
             ReportedTrial(
-                frozen=trial,
+                frozen=record.frozen,
                 config=config,
                 state_name=record.status(is_running=is_running),
                 path=store.folder_of(record),
                 is_feasible=keeps_limits(record, config),
             )
         )
-    return reported
+    return trials
 
 
 def _front(config: StudyConfig, search: Sequence[ReportedTrial]) -> list[ReportedTrial]:
@@ -314,24 +305,6 @@ def _observed_space(trials: Sequence[ReportedTrial]) -> dict[str, Parameter]:
     space: dict[str, Parameter] = {}
     for trial in trials:
         for name, distribution in trial.distributions.items():
-            parameter = None if name in space else _parameter(distribution)
-            if parameter is not None:
-                space[name] = parameter
+            if name not in space:
+                space[name] = as_parameter(distribution)
     return space
-
-
-def _parameter(distribution: BaseDistribution) -> Parameter | None:
-    if isinstance(distribution, CategoricalDistribution):
-        choices = list(distribution.choices)
-        return Choice.model_construct(choices=choices, default=None, when=None)
-    if not isinstance(distribution, FloatDistribution | IntDistribution):
-        return None
-    is_plain_integer = distribution.step == 1 and isinstance(distribution.low, int)
-    return Range.model_construct(
-        low=distribution.low,
-        high=distribution.high,
-        log=distribution.log,
-        step=None if is_plain_integer else distribution.step,
-        default=None,
-        when=None,
-    )

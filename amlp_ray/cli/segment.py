@@ -77,7 +77,6 @@ def segment(
         placement=placement,
         address=address,
     )
-    fault_tolerance = build_fault_tolerance(max_failures)
 
     import torch
 
@@ -94,7 +93,7 @@ def segment(
             name=encoder_name,
             from_scratch=from_scratch,
             resources=resources,
-            fault_tolerance=fault_tolerance,
+            fault_tolerance=build_fault_tolerance(max_failures),
             address=address,
             progress=progress.update,
             device="cuda" if torch.cuda.is_available() else "cpu",

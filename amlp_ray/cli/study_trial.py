@@ -64,14 +64,7 @@ def replay(
     from amlp_ray.study.operations.replay import replay
 
     store = open_store(name, runs)
-    result = replay(
-        store,
-        store.config(),
-        number,
-        data=data,
-        eval_data=eval_data,
-        notify=lambda line: typer.echo(line, err=as_json),
-    )
+    result = replay(store, store.config(), number, data=data, eval_data=eval_data)
     if as_json:
         print_json(result)
     else:

@@ -96,7 +96,7 @@ BASELINE_DESCRIPTIONS = {
     "semmae": "masks by parts",
     "simsiam": "SimSiam",
     "scratch": "a random encoder",
-    "mae+mps": "MAE with aimed masks",
+    "mae+mps": "MAE with lesion masks",
     "mae+amr": "MAE with a rising ratio",
     "mae+rrl": "MAE with weighted hard patches",
     "mae+mps+amr": "AMLP with the plain loss",

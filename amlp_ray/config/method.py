@@ -235,9 +235,9 @@ class SelectionConfig(Config):
     """soft: 0 is random masking; above 1.5 nearly every lesion is masked."""
     temperature: float = Field(1.0, ge=1e-3)
     """score=cluster: temperature of the softmax over clusters, in units of their spread."""
-    aim_start: Share = 0.0
+    score_share_start: Share = 0.0
     """ranked: share of the masked patches that the score selects at the start, not chance."""
-    aim_end: Share = 0.5
+    score_share_end: Share = 0.5
     """ranked: the same share at the end. 0.5 is HPM's; above it the feedback of difficulty on masks
     runs away."""
 

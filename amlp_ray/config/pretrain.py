@@ -42,8 +42,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "selection": {
             "mode": "ranked",
             "score": "difficulty",
-            "aim_start": 0.0,
-            "aim_end": 0.5,
+            "score_share_start": 0.0,
+            "score_share_end": 0.5,
             "analysis_interval": 0,
         },
         "ratio": _MAE_RATIO,
@@ -53,8 +53,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "selection": {
             "mode": "ranked",
             "score": "attention",
-            "aim_start": 1.0,
-            "aim_end": 1.0,
+            "score_share_start": 1.0,
+            "score_share_end": 1.0,
             "lesion_share": 0.7,
         },
         "ratio": {"start": 0.1, "end": 0.5, "shape": "random", "update_per": "step"},

@@ -4,6 +4,9 @@ Every mode computes one priority per patch; the m patches of highest priority ar
 masking has uniform noise as priority, so a neutral setting of any mode gives the masks of plain MAE
 to the bit.
 
+Source: published is that probable lesions are masked first; the priorities of `hard` and `soft` are
+our reconstruction.
+
 Shapes: B images, N patches, m masked patches.
 """
 
@@ -59,8 +62,8 @@ def select_patches(
     """Choose exactly `count` patches per image to mask.
 
     - `hard`: lesion first, then other tissue, then border.
-    - `soft`: Gumbel-top-m on strength * score, which samples without replacement with
-      probabilities proportional to exp(strength * score).
+    - `soft`: sampled without replacement with probabilities proportional to
+      exp(strength * score), by Gumbel-top-m (Kool et al. 2019).
     - `ranked`: the top scores first, the rest at random (HPM, AttMask).
     - `parts`: from a share of every cluster to whole clusters (SemMAE).
     - `random`: uniform (MAE).
@@ -71,9 +74,6 @@ def select_patches(
             alone.
         progress: share of training done, 0-1, for modes that change over it.
         ratio_over: `tissue` masks the same share of tissue as of border.
-
-    Source: published is that probable lesions are masked first; the priorities of `hard` and `soft`
-    are our reconstruction. Gumbel-top-m: Kool et al. 2019.
     """
     b, n = tissue.shape
     noise = counter_rng.uniform(keys, n, seed=seed, epoch=epoch, stream=counter_rng.MASK)
@@ -90,7 +90,8 @@ def select_patches(
         priority = config.strength * lesion_map.score - gumbel
     elif config.mode == "ranked":
         fallback = _is_constant(lesion_map.score)
-        share = config.aim_start + (config.aim_end - config.aim_start) * progress
+        start = config.score_share_start
+        share = start + (config.score_share_end - start) * progress
         hint_noise = counter_rng.uniform(keys, n, seed=seed, epoch=epoch, stream=counter_rng.HINT)
         priority = _top_scores_first(
             lesion_map.score, noise, hint_noise, count, share, config.lesion_share

@@ -70,7 +70,7 @@ def refused(values: dict[str, Any], model: Any = PretrainConfig) -> str:
         ("selection.n_init", 33, "less than or equal to 32"),
         ("selection.dilate", 5, "less than or equal to 4"),
         ("selection.feedback", 1.1, "less than or equal to 1"),
-        ("selection.aim_end", -0.1, "greater than or equal to 0"),
+        ("selection.score_share_end", -0.1, "greater than or equal to 0"),
         ("selection.rule", "cluster", "'smallest', 'distinct'"),
         ("selection.score", "random", "'row_contrast', 'blob'"),
         ("model.register_tokens", 17, "less than or equal to 16"),

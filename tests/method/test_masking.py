@@ -92,7 +92,7 @@ any_selection = st.fixed_dictionaries(
         "dilate": st.sampled_from([0, 1]),
         "strength": st.sampled_from([0.0, 1.0, 50.0]),
         "lesion_share": st.sampled_from([0.3, 1.0]),
-        "aim_end": st.sampled_from([0.0, 0.5, 1.0]),
+        "score_share_end": st.sampled_from([0.0, 0.5, 1.0]),
     }
 )
 any_loss = st.fixed_dictionaries(

@@ -20,9 +20,23 @@ NEUTRAL: list[dict[str, Any]] = [
     {"selection": {"mode": "soft", "strength": 0}},
     {"selection": {"mode": "soft", "score": "cluster", "strength": 0}},
     {"selection": {"mode": "soft", "strength": 0, "analysis_interval": 0}},
-    {"selection": {"mode": "ranked", "aim_start": 0, "aim_end": 0}},
-    {"selection": {"mode": "ranked", "score": "attention", "aim_start": 0, "aim_end": 0}},
-    {"selection": {"mode": "ranked", "score": "difficulty", "aim_start": 0, "aim_end": 0}},
+    {"selection": {"mode": "ranked", "score_share_start": 0, "score_share_end": 0}},
+    {
+        "selection": {
+            "mode": "ranked",
+            "score": "attention",
+            "score_share_start": 0,
+            "score_share_end": 0,
+        }
+    },
+    {
+        "selection": {
+            "mode": "ranked",
+            "score": "difficulty",
+            "score_share_start": 0,
+            "score_share_end": 0,
+        }
+    },
     {"selection": {"mode": "hard", "min_patches": 64}},
     {"selection": {"mode": "hard", "max_share": 0.001, "analysis_interval": 0}},
     {
@@ -132,7 +146,7 @@ def test_a_neutral_switch_of_hard_masking_is_hard_masking_to_the_bit(
     "given",
     [
         {"selection": {"mode": "soft", "strength": 1}},
-        {"selection": {"mode": "ranked", "aim_end": 0.5}},
+        {"selection": {"mode": "ranked", "score_share_end": 0.5}},
         {"selection": {"mode": "hard"}},
         {"selection": {"mode": "parts"}},
         {

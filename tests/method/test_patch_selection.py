@@ -82,8 +82,8 @@ any_settings = st.builds(
     lesion_sign=st.sampled_from(["dark", "bright", "free"]),
     center_prior=st.sampled_from([0.0, 0.3, 0.8]),
     strength=st.sampled_from([0.0, 0.5, 50.0]),
-    aim_start=st.floats(0, 1),
-    aim_end=st.floats(0, 1),
+    score_share_start=st.floats(0, 1),
+    score_share_end=st.floats(0, 1),
     background_filter=st.booleans(),
 )
 
@@ -119,7 +119,7 @@ def test_any_image_has_exactly_m_masked_and_all_other_patches_visible(
     "neutral",
     [
         {"mode": "soft", "strength": 0},
-        {"mode": "ranked", "aim_start": 0, "aim_end": 0},
+        {"mode": "ranked", "score_share_start": 0, "score_share_end": 0},
         {"mode": "hard", "min_patches": 64},
     ],
     ids=str,
@@ -139,9 +139,9 @@ def test_neutral_settings_of_any_mode_are_random_masking_to_the_bit(
 def test_a_score_that_says_nothing_masks_at_random(mode: str) -> None:
     random = select_at(aimed(), 30, mode="random")
     assert torch.equal(
-        select_at(aimed(), 30, mode=mode, strength=7, aim_end=0.0).masked, random.masked
+        select_at(aimed(), 30, mode=mode, strength=7, score_share_end=0.0).masked, random.masked
     )
-    same = select_at(aimed(), 30, mode=mode, strength=7, aim_start=1, aim_end=1)
+    same = select_at(aimed(), 30, mode=mode, strength=7, score_share_start=1, score_share_end=1)
     assert torch.equal(hidden(same), hidden(random))
 
 
@@ -295,7 +295,12 @@ def test_ranked_takes_a_share_of_the_mask_from_the_top_and_the_rest_at_random(
 ) -> None:
     score, count = some(), 30
     found = select_at(
-        aimed(score=score), count, mode="ranked", aim_start=0.2, aim_end=0.8, progress=progress
+        aimed(score=score),
+        count,
+        mode="ranked",
+        score_share_start=0.2,
+        score_share_end=0.8,
+        progress=progress,
     )
     top = int((0.2 + 0.6 * progress) * count)
     best = score.argsort(1, descending=True)[:, :top]
@@ -309,8 +314,8 @@ def test_ranked_takes_a_share_of_the_mask_from_the_top_and_the_rest_at_random(
             aimed(score=score),
             count,
             mode="ranked",
-            aim_start=0.2,
-            aim_end=0.8,
+            score_share_start=0.2,
+            score_share_end=0.8,
             progress=progress,
             epoch=2,
         )
@@ -320,8 +325,12 @@ def test_ranked_takes_a_share_of_the_mask_from_the_top_and_the_rest_at_random(
 def test_ranked_with_all_of_the_mask_aimed_takes_the_top_and_may_fall_instead_of_rise() -> None:
     score = some()
     top = {tuple(sorted(row)) for row in score.topk(20).indices.tolist()}
-    rising = select_at(aimed(score=score), 20, mode="ranked", aim_start=0, aim_end=1, progress=1.0)
-    falling = select_at(aimed(score=score), 20, mode="ranked", aim_start=1, aim_end=0, progress=0.0)
+    rising = select_at(
+        aimed(score=score), 20, mode="ranked", score_share_start=0, score_share_end=1, progress=1.0
+    )
+    falling = select_at(
+        aimed(score=score), 20, mode="ranked", score_share_start=1, score_share_end=0, progress=0.0
+    )
     for found in (rising, falling):
         assert {tuple(sorted(row)) for row in found.masked.tolist()} == top
 
@@ -329,7 +338,12 @@ def test_ranked_with_all_of_the_mask_aimed_takes_the_top_and_may_fall_instead_of
 def test_hints_are_shown_out_of_the_very_top_alone_in_the_share_asked_for() -> None:
     score = some(400)
     found = select_at(
-        aimed(400, score=score), 32, mode="ranked", aim_start=1, aim_end=1, lesion_share=0.7
+        aimed(400, score=score),
+        32,
+        mode="ranked",
+        score_share_start=1,
+        score_share_end=1,
+        lesion_share=0.7,
     )
     shown = ~hidden(found)
     rank = score.argsort(1, descending=True).argsort(1)
@@ -338,7 +352,7 @@ def test_hints_are_shown_out_of_the_very_top_alone_in_the_share_asked_for() -> N
     aimed_at = (rank < 32) & ~very_top
     assert not (shown & aimed_at).any()
     assert select_at(
-        aimed(400, score=score), 32, mode="ranked", aim_start=1, aim_end=1
+        aimed(400, score=score), 32, mode="ranked", score_share_start=1, score_share_end=1
     ).masked.shape == (400, 32)
 
 

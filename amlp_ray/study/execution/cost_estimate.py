@@ -12,7 +12,7 @@ from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.loading.batches import ExampleBatches
 from amlp_ray.evaluation.linear_probe import Probe
 from amlp_ray.study.rungs import schedule
-from amlp_ray.study.search_space.validate import drawn_settings
+from amlp_ray.study.search_space.validate import sample_configs
 
 TIMED_STEPS = 2  # per masking ratio, after one that warms up
 BYTES_PER_VALUE = 4
@@ -57,7 +57,7 @@ def cost_extremes(config: StudyConfig) -> list[PretrainConfig]:
     base = config.trial({}, seed=0)
     if not config.space:
         return [base]
-    drawn = sorted(drawn_settings(config), key=_relative_work)
+    drawn = sorted(sample_configs(config), key=_relative_work)
     return [base, drawn[0], drawn[-1]]
 
 

@@ -21,7 +21,7 @@ from amlp_ray.study.baselines import baseline_plans, check_baselines
 from amlp_ray.study.execution.cost_estimate import cost_extremes, measure_costs
 from amlp_ray.study.rungs import prunable_rungs, rung_epochs
 from amlp_ray.study.search.samplers import check_sampler
-from amlp_ray.study.search_space.validate import check_space, drawn_settings
+from amlp_ray.study.search_space.validate import check_space, sample_configs
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import trial_records
 
@@ -102,7 +102,7 @@ def check_study(
         check_space(config)
     if eval_data is not None:
         check_fits(eval_data, dataset.spec, f"{dataset.path} holds")
-    drawn = [config.trial({}, seed=0), *drawn_settings(config)]
+    drawn = [config.trial({}, seed=0), *sample_configs(config)]
     check_baselines(config, dataset)
     baselines = [plan.config(0) for plan in baseline_plans(config)]
     for trial in [*drawn, *baselines]:

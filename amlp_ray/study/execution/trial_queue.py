@@ -24,7 +24,7 @@ from amlp_ray.study.baselines import BaselinePlan, baseline_plans
 from amlp_ray.study.confirmation.confirm import confirm_seed, confirmation_plan, finetuning
 from amlp_ray.study.rungs import rung_epochs, with_schedule
 from amlp_ray.study.search.in_memory_study import TrialDelta
-from amlp_ray.study.search.pbt import WAIT, Population
+from amlp_ray.study.search.pbt import Population
 from amlp_ray.study.search.suggester import Duplicate, Suggester, Suggestion
 from amlp_ray.study.seeds import derived_seed
 from amlp_ray.study.storage.study_store import StudyStore
@@ -198,14 +198,14 @@ class TrialQueue:
     def _next_of_search(self, has_room: Callable[[int], bool]) -> QueuedTrial | Wait | None:
         while True:
             trials = self.search.get_trials(deepcopy=False)
-            changed = [TrialRecord.from_frozen(trial) for trial in self._delta.of(trials)]
+            changed = [TrialRecord.from_frozen(trial) for trial in self._delta.update(trials)]
             if not has_room(self._count_started(changed)):
                 return None
             if self._population is not None:
-                step = self._population.next(trials)
+                step = self._population.next_step(trials)
                 if step is None:
                     return None
-                if step is WAIT:
+                if step == "wait":
                     return "wait"
                 queued = self._start(
                     self.search,
@@ -256,7 +256,7 @@ class TrialQueue:
             # A trial was enqueued meanwhile, so these were made for numbers that are taken.
             for made_for, future in self._suggestions:
                 future.result()
-                self._suggester.forget(made_for)
+                self._suggester.discard(made_for)
             self._suggestions.clear()
         if not self._suggestions:
             self._suggest_in_thread(number, trials)
@@ -274,8 +274,8 @@ class TrialQueue:
         self._suggestions.append((number, future))
 
     def _suggest(self, number: int, trials: list[FrozenTrial]) -> Suggestion | None:
-        self._suggester.sync(trials)
-        suggestion = self._suggester.propose(number)
+        self._suggester.update(trials)
+        suggestion = self._suggester.suggest(number)
         # Only enqueued values lead to duplicates.
         return suggestion if isinstance(suggestion, Suggestion) else None
 
@@ -287,9 +287,9 @@ class TrialQueue:
         What it leaves open is sampled. One that was run before is answered from the store.
         """
         number = enqueued.number
-        self._suggester.sync(trials)
+        self._suggester.update(trials)
         try:
-            suggestion = self._suggester.propose(number, fixed=enqueued.fixed_params)
+            suggestion = self._suggester.suggest(number, fixed=enqueued.fixed_params)
         except ConfigError as error:
             self._fail(self.search, number, str(error))
             return None
@@ -403,14 +403,14 @@ class TrialQueue:
         until = None
         fork = None
         if self._population is not None:
-            step = self._population.segment(self.search.get_trials(deepcopy=False), number)
+            step = self._population.step_of(self.search.get_trials(deepcopy=False), number)
             values = step.values
             seed = step.seed
             until = step.until
             if step.parent is not None:
                 fork = self._store.trial_folder(step.parent)
         else:
-            values = self._suggester.values(record.params)
+            values = self._suggester.config_of(record.params)
             seed = derived_seed(self._config.seed, "trial", number)
         config = with_schedule(self._config.trial(values, seed=seed), self._config.pruner)
         return self._make_spec("search", record, f"trial {number}", config, until=until, fork=fork)

@@ -192,7 +192,7 @@ class StudySearcher(Searcher):
                 epochs=result.get("epochs", epoch),
                 gpu_seconds=result.get("seconds", 0.0) * run.gpus,
             )
-            if self._pruning.report(queued.study, queued.number, epoch, value):
+            if self._store.report(queued.study, queued.number, epoch, value):
                 metric = _metric_name(self._config.metric)
                 logger.info("%s epoch %d: %s %.3f", run.label, epoch, metric, value)
             if epoch >= max(run.rungs):

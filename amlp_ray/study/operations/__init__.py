@@ -1,1 +1,1 @@
-"""What people do to a study from any shell: look, change, exchange, compare, repeat."""
+"""Read and change a study from any shell: status, trials, edit, transfer, replay, compare."""

@@ -1,11 +1,13 @@
-"""A study whose space changes: its trials are carried into a new Optuna study that takes the old one's place.
+"""Change the search space of a study: its trials are copied into a new Optuna study.
 
-Optuna refuses other choices under an old name, and its samplers leave out of their model what has changed its range. So
-all trials are stored anew, in their order and with their numbers, by the distributions that they would have now. The
-old Optuna study stays in the storage; the file `search` in the study's folder names the one that counts.
+Optuna refuses other choices under an old name, and its samplers ignore parameters whose range has
+changed. So all trials are stored anew, in order and with their numbers, by the distributions that
+they would have now. The old Optuna study stays in the storage. The file `search` in the study's
+folder names the one that counts.
 
-A trial belongs to the new space where it would be given the same settings there. Any other is marked with the attribute
-`outside`, which says why: it counts in the budget and may be the best as before, but no sampler learns from it.
+A trial belongs to the new space if it would be given the same settings there. Any other is marked
+with the attribute `outside`, which says why. It counts in the budget and may be the best as
+before, but no sampler learns from it.
 """
 
 from __future__ import annotations
@@ -20,238 +22,273 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from amlp_ray.config import StudyConfig
-from amlp_ray.config.overrides import flat, parse_overrides
+from amlp_ray.config.overrides import flatten, parse_overrides
 from amlp_ray.config.yaml_file import write_yaml
 from amlp_ray.errors import ConfigError, StudyError
 from amlp_ray.study.operations.edit import begin
-from amlp_ray.study.search_space.validate import check_space, searched
-from amlp_ray.study.search_space.values import (
-    FittedParams,
-    OutOfSpaceError,
-    check_given,
-    config_of_trial,
-    fit,
-)
+from amlp_ray.study.search_space.given_trial import OutOfSpaceError
+from amlp_ray.study.search_space.space import FittedParams, SearchSpace
+from amlp_ray.study.search_space.validate import check_space
 from amlp_ray.study.storage.study_store import StudyStore
-from amlp_ray.utils.files import write_whole
+from amlp_ray.study.storage.trial_record import TrialRecord, trial_records
+from amlp_ray.utils.files import atomic_write
 
 
 @dataclass(frozen=True)
 class Change:
-    """How a new space differs from the one a study has, and what becomes of old names."""
+    """What becomes of names that only one of two spaces has.
 
-    renamed: Mapping[str, str] = field(default_factory=dict)  # old name: new name
-    filled: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # what old trials had of names that are searched now
-    dropped: Sequence[str] = ()  # names that are searched no more, whatever old trials had of them
+    Args:
+        renamed: new names by old ones.
+        filled: what old trials had of names that are searched now.
+        dropped: names that are no longer searched, whatever old trials had of them.
+    """
+
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    filled: Mapping[str, Any] = field(default_factory=dict)
+    dropped: Sequence[str] = ()
+
+    def apply(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return an old trial's parameters by the new names."""
+        changed = dict(self.filled)
+        for name, value in params.items():
+            if name not in self.dropped:
+                changed[self.renamed.get(name, name)] = value
+        return changed
 
 
 @dataclass(frozen=True)
 class Migration:
-    """What became of the trials; `reasons` counts those outside of the new space by why they are."""
+    """What became of the trials.
+
+    Args:
+        kept: how many belong to the new space.
+        outside: how many do not.
+        reasons: how many are outside for each reason.
+        version: name of the new Optuna study.
+    """
 
     kept: int
     outside: int
     reasons: dict[str, int]
-    version: str  # name of the new Optuna study
+    version: str
 
 
 def change_of(mapped: Sequence[str], filled: Sequence[str], dropped: Sequence[str]) -> Change:
-    """Read a change from texts: `old=new`, `name=value` and names.
+    """Read a change from texts.
+
+    Args:
+        mapped: `old=new` each.
+        filled: `name=value` each.
+        dropped: names.
 
     Raises:
-        ConfigError: one is not of that form.
+        ConfigError: a text has another form.
     """
-    pairs = [text.partition("=") for text in mapped]
-    for text, (old, equals, new) in zip(mapped, pairs, strict=True):
-        if not (old and equals and new):
+    renamed = {}
+    for text in mapped:
+        old, _, new = text.partition("=")
+        if not (old and new):
             raise ConfigError(f"--map {text!r} is not of the form old=new.")
-    return Change(
-        {old: new for old, _, new in pairs}, flat(parse_overrides(filled, "--fill")), list(dropped)
-    )
+        renamed[old] = new
+    return Change(renamed, flatten(parse_overrides(filled, "--fill")), list(dropped))
 
 
 def migrate(store: StudyStore, new: StudyConfig, change: Change) -> Migration:
-    """Give a study the space and requirements of `new`, and carry its trials over. Nothing else of `new` is taken.
+    """Give a study the space and requirements of another config, and copy its trials.
+
+    Args:
+        store: of the study.
+        new: config whose space and requirements are taken, and nothing else.
+        change: what becomes of names that only one of the spaces has.
 
     Raises:
-        StudyError: somebody runs the study. ConfigError: the new space is bad, or it differs in names that `change`
-            does not speak of; the message lists the difference.
+        StudyError: somebody runs the study.
+        ConfigError: the new space is bad, or `change` says nothing of a name that only one space
+            has; the message lists these names.
     """
     old = store.config()
     if holder := store.holder():
         raise StudyError(
-            f"Study {store.name!r} is run by {holder}; its space can change when nobody runs it: pause it before."
+            f"Study {store.name!r} is run by {holder}; its space can change when nobody runs it: "
+            f"pause it before."
         )
     if old.sampler.name == "pbt":
         raise StudyError(
-            f"The space of {store.name!r} cannot change: its members go on from each other (sampler pbt)."
+            f"The space of {store.name!r} cannot change: its members go on from each other "
+            f"(sampler pbt)."
         )
     config = old.model_copy(update={"space": new.space, "require": new.require})
     check_space(config)
-    _check_spoken_of(old, config, change)
-    if not (store.folder / "study.yaml").is_file() or not store.search().get_trials(deepcopy=False):
+    _check_change(old, config, change)
+    study_file = store.folder / "study.yaml"
+    if not study_file.is_file() or not trial_records(store.search()):
         begin(store, config)
-        write_yaml(config, store.folder / "study.yaml")
+        write_yaml(config, study_file)
         return Migration(0, 0, {}, store.search_name())
     with store.lock():
         study = store.search()
-        trials = [
-            _carried(trial, old, config, change) for trial in study.get_trials(deepcopy=False)
-        ]
+        copier = _TrialCopier(old, config, change)
+        copies = [copier.copy(record) for record in trial_records(study)]
         name = _next_name(store)
-        _store(store, study, name, trials)
-        write_whole(store.folder / "search", name)
-        write_yaml(config, store.folder / "study.yaml")
-    reasons = Counter(
-        trial.user_attrs["outside"] for trial in trials if "outside" in trial.user_attrs
-    )
-    outside = reasons.total()
-    return Migration(len(trials) - outside, outside, dict(reasons), name)
+        _store_copies(store, study, name, copies)
+        atomic_write(store.folder / "search", name)
+        write_yaml(config, study_file)
+    reasons: Counter[str] = Counter()
+    for copy in copies:
+        if outside := TrialRecord.from_frozen(copy).outside:
+            reasons[outside] += 1
+    n_outside = reasons.total()
+    return Migration(len(copies) - n_outside, n_outside, dict(reasons), name)
 
 
 def differences(old: StudyConfig, new: StudyConfig) -> dict[str, list[str]]:
-    """Names that a new space adds, removes, and has otherwise than before."""
-    before, after = searched(old), searched(new)
+    """List the names that a new space adds, removes and changes."""
+    before = SearchSpace(old).parameters
+    after = SearchSpace(new).parameters
+    common = sorted(before.keys() & after.keys())
     return {
         "added": sorted(after.keys() - before.keys()),
         "removed": sorted(before.keys() - after.keys()),
-        "changed": sorted(
-            name for name in before.keys() & after.keys() if before[name] != after[name]
-        ),
+        "changed": [name for name in common if before[name] != after[name]],
     }
 
 
-def _check_spoken_of(old: StudyConfig, new: StudyConfig, change: Change) -> None:
-    found = differences(old, new)
-    added = [
-        name for name in found["added"] if name not in {*change.filled, *change.renamed.values()}
-    ]
-    removed = [name for name in found["removed"] if name not in {*change.dropped, *change.renamed}]
-    base = flat(old.trial({}, seed=0))
-    faults = [
-        f"{name} is new: --fill {name}={base.get(name, 'VALUE')} (what old trials had) or --map OLD={name}"
-        for name in added
-    ]
-    faults += [
-        f"{name} is gone: --map {name}=NEW, or --drop {name} (old trials count whatever they had)"
-        for name in removed
-    ]
-    if faults:
+def _check_change(old: StudyConfig, new: StudyConfig, change: Change) -> None:
+    """Raise ConfigError if a change leaves out a name, or names one that both spaces have."""
+    names = differences(old, new)
+    given_new = {*change.filled, *change.renamed.values()}
+    given_old = {*change.dropped, *change.renamed}
+    base = flatten(old.trial({}, seed=0))
+    missing = []
+    for name in names["added"]:
+        if name not in given_new:
+            missing.append(
+                f"{name} is new: --fill {name}={base.get(name, 'VALUE')} (what old trials had) or "
+                f"--map OLD={name}"
+            )
+    for name in names["removed"]:
+        if name not in given_old:
+            missing.append(
+                f"{name} is gone: --map {name}=NEW, or --drop {name} (old trials count whatever "
+                f"they had)"
+            )
+    if missing:
         raise ConfigError(
-            f"The new space of {old.name!r} has other names than the old one, and old trials need to be told what "
-            f"becomes of them: {'; '.join(faults)}."
+            f"The new space of {old.name!r} has other names than the old one, and old trials need "
+            f"to be told what becomes of them: {'; '.join(missing)}."
         )
-    unknown = sorted(
-        {*change.renamed, *change.dropped} - set(found["removed"])
-        | ({*change.filled, *change.renamed.values()} - set(found["added"]))
-    )
+    unknown = sorted((given_old - set(names["removed"])) | (given_new - set(names["added"])))
     if unknown:
         raise ConfigError(
             f"{unknown[0]} is neither new nor gone in the space of {old.name!r} (new: "
-            f"{', '.join(found['added']) or 'none'}; gone: {', '.join(found['removed']) or 'none'}); leave it out."
+            f"{', '.join(names['added']) or 'none'}; gone: "
+            f"{', '.join(names['removed']) or 'none'}); leave it out."
         )
 
 
-def _carried(trial: FrozenTrial, old: StudyConfig, new: StudyConfig, change: Change) -> FrozenTrial:
-    """A trial as the new study has it."""
-    attributes = {name: value for name, value in trial.user_attrs.items() if name != "outside"}
-    fixed = trial.system_attrs.get("fixed_params")
-    given = trial.params if trial.state != TrialState.WAITING else fixed or {}
-    params = {
-        change.renamed.get(name, name): value
-        for name, value in given.items()
-        if name not in change.dropped
-    }
-    system = {name: value for name, value in trial.system_attrs.items() if name != "fixed_params"}
-    if trial.state == TrialState.WAITING:
-        return _carried_waiting(trial, {**change.filled, **params}, new, attributes, system)
-    try:
-        fits = fit({**change.filled, **params}, new)
-        _check_same(trial, fits, old, new, change)
-    except OutOfSpaceError as misfit:
-        state = TrialState.FAIL if trial.state == TrialState.RUNNING else trial.state
-        why = {"outside": str(misfit)}
-        if state != trial.state:
-            why["reason"] = f"its settings are no longer in the space: {misfit}"
-        return _copy(
-            trial, dict(trial.params), dict(trial.distributions), attributes | why, system, state
-        )
-    return _copy(trial, fits.params, fits.distributions, attributes, system, trial.state)
+class _TrialCopier:
+    """Copies stored trials of an old space as the new space has them."""
+
+    def __init__(self, old: StudyConfig, new: StudyConfig, change: Change) -> None:
+        self._old = old
+        self._new = new
+        self._old_space = SearchSpace(old)
+        self._new_space = SearchSpace(new)
+        self._change = change
+
+    def copy(self, record: TrialRecord) -> FrozenTrial:
+        """Return a trial for the new Optuna study."""
+        attributes = dict(record.attributes)
+        attributes.pop("outside", None)
+        system_attrs = dict(record.frozen.system_attrs)
+        fixed_params = system_attrs.pop("fixed_params", {})
+        if record.state == TrialState.WAITING:
+            return self._copy_waiting(record, fixed_params, attributes, system_attrs)
+        state = record.state
+        try:
+            fitted = self._new_space.fit(self._change.apply(record.params))
+            self._check_same_settings(record, fitted)
+        except OutOfSpaceError as error:
+            attributes["outside"] = str(error)
+            if state == TrialState.RUNNING:
+                state = TrialState.FAIL
+                attributes["reason"] = f"its settings are no longer in the space: {error}"
+            fitted = FittedParams(record.params, record.distributions, {})
+        return _with(record, fitted.params, fitted.distributions, attributes, system_attrs, state)
+
+    def _copy_waiting(
+        self,
+        record: TrialRecord,
+        fixed_params: Mapping[str, Any],
+        attributes: dict[str, Any],
+        system_attrs: dict[str, Any],
+    ) -> FrozenTrial:
+        state = TrialState.WAITING
+        try:
+            given = self._change.apply(fixed_params)
+            system_attrs["fixed_params"] = self._new_space.fit_some(given)
+        except OutOfSpaceError as error:
+            state = TrialState.FAIL
+            attributes["outside"] = str(error)
+            attributes["reason"] = f"what was enqueued is no longer in the space: {error}"
+        return _with(record, {}, {}, attributes, system_attrs, state)
+
+    def _check_same_settings(self, record: TrialRecord, fitted: FittedParams) -> None:
+        """Raise OutOfSpaceError if the new space gives a trial other settings than it had."""
+        old_values = self._old_space.config_of(record.params)
+        before = flatten(self._old.trial(old_values, seed=0))
+        after = flatten(self._new.trial(fitted.values, seed=0))
+        for name, value in after.items():
+            if before.get(name) != value and name not in self._change.dropped:
+                raise OutOfSpaceError(
+                    f"{name} was {before.get(name)}, and the new space gives {value}."
+                )
 
 
-def _carried_waiting(
-    trial: FrozenTrial,
-    params: Mapping[str, Any],
-    new: StudyConfig,
-    attributes: Mapping[str, Any],
-    system: Mapping[str, Any],
-) -> FrozenTrial:
-    try:
-        fixed = check_given(params, new)
-    except OutOfSpaceError as misfit:
-        why = {
-            "outside": str(misfit),
-            "reason": f"what was enqueued is no longer in the space: {misfit}",
-        }
-        return _copy(trial, {}, {}, {**attributes, **why}, system, TrialState.FAIL)
-    return _copy(trial, {}, {}, attributes, {**system, "fixed_params": fixed}, TrialState.WAITING)
-
-
-def _check_same(
-    trial: FrozenTrial, fits: FittedParams, old: StudyConfig, new: StudyConfig, change: Change
-) -> None:
-    """Raise Misfit where the trial was trained with other settings than the new space gives its parameters."""
-    before = flat(old.trial(config_of_trial(trial.params, old), seed=0))
-    after = flat(new.trial(fits.values, seed=0))
-    differing = [n for n in after if before.get(n) != after[n] and n not in change.dropped]
-    if differing:
-        name = differing[0]
-        raise OutOfSpaceError(
-            f"{name} was {before.get(name)}, and the new space gives {after[name]}."
-        )
-
-
-def _copy(
-    trial: FrozenTrial,
+def _with(
+    record: TrialRecord,
     params: Mapping[str, Any],
     distributions: Mapping[str, Any],
     attributes: Mapping[str, Any],
-    system: Mapping[str, Any],
+    system_attrs: Mapping[str, Any],
     state: TrialState,
 ) -> FrozenTrial:
-    ended = trial.datetime_complete
+    """Return a copy of a trial with other parameters, attributes and state."""
+    ended = record.ended
     if state.is_finished() and ended is None:
         ended = datetime.now()
     return FrozenTrial(
-        number=trial.number,
+        number=record.number,
         trial_id=-1,
         state=state,
         value=None,
-        values=None if trial.values is None else list(trial.values),
-        datetime_start=trial.datetime_start,
+        values=None if record.values is None else list(record.values),
+        datetime_start=record.started,
         datetime_complete=ended,
         params=dict(params),
         distributions=dict(distributions),
         user_attrs=dict(attributes),
-        system_attrs=dict(system),
-        intermediate_values=dict(trial.intermediate_values),
+        system_attrs=dict(system_attrs),
+        intermediate_values=dict(record.rungs),
     )
 
 
 def _next_name(store: StudyStore) -> str:
-    """Of the new Optuna study; one that a killed migration left half-written is passed over."""
-    there = {study.study_name for study in store.storage().get_all_studies()}
-    return next(
-        name for n in range(2, len(there) + 3) if (name := f"{store.name}.v{n}") not in there
-    )
+    """Return a free name for the new Optuna study; a killed migration may have left one."""
+    names = {study.study_name for study in store.storage().get_all_studies()}
+    version = 2
+    while f"{store.name}.v{version}" in names:
+        version += 1
+    return f"{store.name}.v{version}"
 
 
-def _store(store: StudyStore, old: optuna.Study, name: str, trials: Sequence[FrozenTrial]) -> None:
-    storage = store.storage()
-    study = optuna.create_study(study_name=name, storage=storage, directions=old.directions)
+def _store_copies(
+    store: StudyStore, old: optuna.Study, name: str, copies: Sequence[FrozenTrial]
+) -> None:
+    study = optuna.create_study(study_name=name, storage=store.storage(), directions=old.directions)
     for key, value in old.user_attrs.items():
+        # The new study's lease is free: this process holds the old one's.
         study.set_user_attr(key, value | {"over": True} if key == "lease" else value)
-    for trial in trials:
-        storage.create_new_trial(study._study_id, trial)
+    for copy in copies:
+        store.add_trial(study, copy)

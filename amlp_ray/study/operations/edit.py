@@ -1,6 +1,6 @@
-"""Changing a study from outside: more budget, trials of one's own, a trial again, and its end. Works while it is run.
+"""Change a study from outside, also while it is run: budget, enqueued trials, retries, deletion.
 
-A changed space is in `migrate.py`.
+A changed search space is in `change_space.py`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ from amlp_ray.config.base import build
 from amlp_ray.config.yaml_file import write_yaml
 from amlp_ray.errors import ConfigError, StudyError
 from amlp_ray.study.operations.trials import find_trial
-from amlp_ray.study.search_space.values import check_given
+from amlp_ray.study.search_space.space import SearchSpace
 from amlp_ray.study.storage.study_store import StudyStore
+from amlp_ray.study.storage.trial_record import TrialAttributes
 
-Amount = str | float | None  # `+10` is added to what is allowed now, `10` takes its place
+Amount = str | float | None  # `+10` is added to the current limit, `10` replaces it
 
 
 def begin(store: StudyStore, config: StudyConfig) -> optuna.Study:
-    """Return the search's Optuna study; one that was never run is begun, so that it can be given trials beforehand."""
+    """Return the search's Optuna study; create a study that was never run.
+
+    So trials can be enqueued before the first run.
+    """
     if not (store.folder / "study.yaml").is_file():
         store.folder.mkdir(parents=True, exist_ok=True)
         write_yaml(config, store.folder / "study.yaml")
@@ -41,41 +45,41 @@ def extend(
     gpu_hours: Amount = None,
     epochs: Amount = None,
 ) -> BudgetConfig:
-    """Change the budget of a study that was begun, also after its end, and while another process or machine runs it.
+    """Change the budget of a study, also after its end or while another machine runs it.
 
-    It is kept in study.yaml, and in the store, where a running driver looks.
+    The budget is written to study.yaml, and to the storage, which a running driver polls.
 
     Raises:
-        ConfigError: for no amount, one that cannot be read, or one on top of no limit.
+        ConfigError: no amount is given, one cannot be read, or one is added to no limit.
     """
     config = store.config()
-    given = {"trials": trials, "hours": hours, "gpu_hours": gpu_hours, "epochs": epochs}
-    changes = {
-        name: _amount(name, amount, getattr(config.budget, name))
-        for name, amount in given.items()
-        if amount is not None
-    }
+    amounts = {"trials": trials, "hours": hours, "gpu_hours": gpu_hours, "epochs": epochs}
+    changes = {}
+    for name, amount in amounts.items():
+        if amount is not None:
+            changes[name] = _new_limit(name, amount, getattr(config.budget, name))
     if trials is not None and config.sampler.name == "pbt":
         raise ConfigError(
             "sampler pbt runs whole generations: its trials follow from members and epochs."
         )
     if not changes:
         raise ConfigError(
-            "extend needs an amount, such as --trials +10 or --hours 8, or a changed space (--space)."
+            "extend needs an amount, such as --trials +10 or --hours 8, or a changed space "
+            "(--space)."
         )
     budget = build(BudgetConfig, config.budget.model_dump() | changes, "extend")
     search = begin(store, config)
-    # A study file that says what it said before is no wish for less: see `Study.run`.
-    first = (search.user_attrs.get("extended") or {}).get("from") or config.budget.model_dump(
-        mode="json"
-    )
-    search.set_user_attr("extended", {"from": first, "to": budget.model_dump(mode="json")})
-    search.set_user_attr("budget", budget.model_dump(mode="json"))
+    # `from` is what the study's file says. While it still says so, a later run keeps `to`.
+    extended = search.user_attrs.get("extended") or {}
+    original = extended.get("from") or config.budget.model_dump(mode="json")
+    limits = budget.model_dump(mode="json")
+    search.set_user_attr("extended", {"from": original, "to": limits})
+    search.set_user_attr("budget", limits)
     write_yaml(config.model_copy(update={"budget": budget}), store.folder / "study.yaml")
     return budget
 
 
-def _amount(name: str, amount: str | float, now: float | None) -> float:
+def _new_limit(name: str, amount: str | float, limit: float | None) -> float:
     text = str(amount).strip()
     try:
         number = float(text)
@@ -85,11 +89,12 @@ def _amount(name: str, amount: str | float, now: float | None) -> float:
         ) from None
     if not text.startswith("+"):
         return number
-    if now is None:
+    if limit is None:
         raise ConfigError(
-            f"extend: {name} has no limit so far that {text} could be added to; give the limit itself."
+            f"extend: {name} has no limit so far that {text} could be added to; give the limit "
+            f"itself."
         )
-    return now + number
+    return limit + number
 
 
 def enqueue(
@@ -97,54 +102,68 @@ def enqueue(
     config: StudyConfig,
     params: Mapping[str, Any],
     *,
-    about: Mapping[str, Any] | None = None,
+    retry_of: int | None = None,
 ) -> int:
-    """Store a trial that is run before the sampler's; what `params` leave open is sampled. Returns its number.
+    """Store a trial that runs before those of the sampler.
 
     Args:
-        params: by the space's names.
-        about: user attributes.
+        store: of the study.
+        config: of the study.
+        params: by the space's names; the sampler chooses the others.
+        retry_of: number of the trial that it runs again.
+
+    Returns:
+        Its number.
 
     Raises:
-        ConfigError: where the space does not have these values.
+        ConfigError: the space does not have these values.
     """
     if not params:
         raise ConfigError(
-            "enqueue needs values, such as ratio.start=0.3; without any the sampler proposes by itself."
+            "enqueue needs values, such as ratio.start=0.3; without any the sampler proposes by "
+            "itself."
         )
     if config.sampler.name == "pbt":
         raise ConfigError(
             "A study of sampler.name=pbt cannot take trials: its members go on from each other."
         )
-    fixed = check_given(params, config)
-    study = begin(store, config)
-    waiting = create_trial(
-        state=TrialState.WAITING, system_attrs={"fixed_params": fixed}, user_attrs=dict(about or {})
-    )  # as Optuna's own enqueue_trial stores it, which does not tell the number
-    storage = study._storage
-    return storage.get_trial(storage.create_new_trial(study._study_id, waiting)).number
+    attributes = TrialAttributes()
+    if retry_of is not None:
+        attributes["retry_of"] = retry_of
+    # As Optuna's own `enqueue_trial` stores it, which does not return the number.
+    trial = create_trial(
+        state=TrialState.WAITING,
+        system_attrs={"fixed_params": SearchSpace(config).fit_some(params)},
+        user_attrs=dict(attributes),
+    )
+    return store.add_trial(begin(store, config), trial).number
 
 
 def retry(store: StudyStore, config: StudyConfig, number: int) -> int:
-    """Enqueue a finished trial's parameters once more, as a new trial with a seed of its own. Returns its number.
+    """Enqueue a finished trial's parameters as a new trial with its own seed.
+
+    Returns:
+        The new trial's number.
 
     Raises:
-        StudyError: there is no such trial, or it has not ended. ConfigError: the space has changed since.
+        StudyError: there is no such trial, or it has not ended.
+        ConfigError: the space has changed since.
     """
-    trial = find_trial(store, number)
-    if not trial.state.is_finished():
+    record = find_trial(store, number)
+    if not record.is_finished:
         raise StudyError(
-            f"Trial {number} of {store.name!r} has not ended ({trial.state.name}); it needs no retry."
+            f"Trial {number} of {store.name!r} has not ended ({record.state.name}); it needs no "
+            f"retry."
         )
-    if not trial.params:
+    if not record.params:
         raise StudyError(
             f"Trial {number} of {store.name!r} has no parameters that could be tried again."
         )
-    return enqueue(store, config, trial.params, about={"retry_of": number})
+    return enqueue(store, config, record.params, retry_of=number)
 
 
 def delete(store: StudyStore) -> None:
-    """Delete a study: its folder and, where it is in a database, its Optuna studies there, older versions included.
+    """Delete a study's folder and, in a database, its Optuna studies with their older versions.
 
     Raises:
         StudyError: somebody runs it.
@@ -159,21 +178,20 @@ def delete(store: StudyStore) -> None:
 
 
 def _delete_from_database(store: StudyStore) -> None:
-    mark = store.folder / "id"
-    ours = mark.read_text() if mark.is_file() else None
-    search, storage = store.search_name(), store.storage()
-    there = {
-        study.study_name: study.user_attrs.get("folder", ours)
-        for study in storage.get_all_studies()
-    }
-    if there.get(search, ours) != ours:
+    id_file = store.folder / "id"
+    folder_id = id_file.read_text() if id_file.is_file() else None
+    storage = store.storage()
+    folders = {}
+    for study in storage.get_all_studies():
+        folders[study.study_name] = study.user_attrs.get("folder", folder_id)
+    if folders.get(store.search_name(), folder_id) != folder_id:
         raise StudyError(
-            f"The database holds a study {store.name!r} of another folder than {store.folder}, which is not ours to "
-            f"delete; delete this folder by hand."
+            f"The database holds a study {store.name!r} of another folder than {store.folder}, "
+            f"which is not ours to delete; delete this folder by hand."
         )
+    own_names = (store.name, f"{store.name}.baselines", f"{store.name}.confirm")
     version = re.compile(rf"{re.escape(store.name)}\.v\d+")
-    for name, folder in there.items():
-        own = name in (store.name, f"{store.name}.baselines", f"{store.name}.confirm")
-        if own or (version.fullmatch(name) and folder == ours):
-            with suppress(KeyError):  # deleted by another at this moment
+    for name, folder in folders.items():
+        if name in own_names or (version.fullmatch(name) and folder == folder_id):
+            with suppress(KeyError):  # somebody else deletes it at the same time
                 optuna.delete_study(study_name=name, storage=storage)

@@ -1,4 +1,4 @@
-"""The beginning of a study: a commented file to change, and a look at whether it is right."""
+"""Start a study from a commented file, and check a study file."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from amlp_ray.config import Choice, Derived, Fixed, Range
+from amlp_ray.config import Choice, Range
 from amlp_ray.config.yaml_file import read_yaml
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import ConfigError
 from amlp_ray.study.baselines import baseline_plans
 from amlp_ray.study.rungs import rung_epochs
 from amlp_ray.study.search.samplers import check_sampler
+from amlp_ray.study.search_space.parameters import describe_parameter
 from amlp_ray.study.search_space.validate import build_study
-from amlp_ray.study.search_space.values import range_words
-
 
 GENERAL = """\
 # What does this study ask? What does it cost? Say so here, for whoever reads it next year.
@@ -34,25 +33,31 @@ space: # what is searched; any setting of `pretrain` by its dotted name
   ratio.start: {low: 0.15, high: 0.75}
   ratio.end: {low: 0.3, high: 0.85}
   selection.mode: {choices: [hard, soft]}
-  selection.strength: {low: 0.3, high: 2.0, when: {selection.mode: soft}} # only asked for where that holds
+  selection.strength: {low: 0.3, high: 2.0, when: {selection.mode: soft}} # only then
 # require: ["ratio.start <= ratio.end"] # what holds in every trial
 pruner: {name: median, rungs: 4, min_steps: 400} # scored four times; poor ones end early
 budget: {trials: 16} # or hours, gpu_hours, epochs: the first one reached ends the study
 # resources: {cpus_per_worker: 1, gpus_per_worker: 0.5} # two trials on each GPU
 baselines: [scratch, mae] # what the best trial has to beat, in the same budget
 baseline_seeds: 2
-confirm: {top: 3, seeds: 5} # `amlp-ray study confirm`: the best and the baselines again, and one look at the test images
+confirm: {top: 3, seeds: 5} # `amlp-ray study confirm`: repeats, then the test images once
 """
 
 
 def init_study(name: str, *, template: str | None = None, folder: str | Path = ".") -> Path:
-    """Write `<folder>/<name>.yaml`, a commented study file to change, and return its path.
+    """Write `<folder>/<name>.yaml`, a commented study file to change.
 
     Args:
-        template: a ready study's name, such as `masking_ratio`, or a study file; none: a small general one.
+        name: of the study.
+        template: a ready study's name, such as `masking_ratio`, or a study file. By default a small
+            general one.
+        folder: where the file is written.
+
+    Returns:
+        The file's path.
 
     Raises:
-        ConfigError: the file exists, there is no such template, or the name cannot be one.
+        ConfigError: the file exists, there is no such template, or the name is not allowed.
     """
     file = Path(folder) / f"{name}.yaml"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
@@ -70,7 +75,7 @@ def init_study(name: str, *, template: str | None = None, folder: str | Path = "
 
 
 def _studies_folder() -> Path:
-    """Return the folder of ready studies: inside an installed package, beside that of a checkout."""
+    """Return the folder of ready studies, which lies beside the package in a checkout."""
     package = Path(str(files("amlp_ray")))
     installed = package / "studies"
     return installed if installed.is_dir() else package.parent / "studies"
@@ -87,26 +92,25 @@ def _template(name: str) -> str:
     if Path(name).is_file():
         return Path(name).read_text()
     near = difflib.get_close_matches(name, ready_studies(), n=1, cutoff=0.5)
-    raise ConfigError(
-        f"There is no ready study or file {name!r}; "
-        + (
-            f"did you mean {near[0]}?"
-            if near
-            else f"ready are {', '.join(ready_studies()) or 'none here'}."
-        )
-    )
+    advice = f"ready are {', '.join(ready_studies()) or 'none here'}."
+    if near:
+        advice = f"did you mean {near[0]}?"
+    raise ConfigError(f"There is no ready study or file {name!r}; {advice}")
 
 
 def validate(
     file: str | Path, *, data: str | None = None, eval_data: str | None = None
 ) -> dict[str, Any]:
-    """Check a study file, with all its faults in one list, and say in short what the study is.
+    """Check a study file and summarize what the study is.
 
     Args:
-        data, labels: patch datasets to check it against as well: shapes, labels, batches.
+        file: the study file.
+        data: a patch dataset to check shapes, labels and batches against.
+        eval_data: another one that scores the encoders.
 
     Raises:
-        ConfigError: one sentence per fault, with the line. DataError: it does not go with the data.
+        ConfigError: the file has mistakes; each is a sentence with its line.
+        DataError: the file does not fit the data.
     """
     config = build_study(read_yaml(file), str(file))
     check_sampler(config)
@@ -114,28 +118,23 @@ def validate(
     if data is not None:
         from amlp_ray.study.execution.plan import check_study
 
-        check_study(
-            config,
-            PatchDataset.open(data),
-            None if eval_data is None else PatchDataset.open(eval_data),
-        )
+        scored = None if eval_data is None else PatchDataset.open(eval_data)
+        check_study(config, PatchDataset.open(data), scored)
     epochs = config.trial({}, seed=0).epochs
     space = config.space if isinstance(config.space, dict) else {}
+    ranges = {name: describe_parameter(parameter) for name, parameter in space.items()}
+    searched = [p for p in space.values() if isinstance(p, Range | Choice)]
     return {
         "study": config.name,
-        "space": {name: range_words(p) for name, p in space.items()}
-        or config.space
-        or "nothing is searched",
+        "space": ranges or config.space or "nothing is searched",
         "objectives": dict(config.objectives),
         "sampler": config.sampler.name,
         "pruner": config.pruner.name,
         "rungs": list(rung_epochs(epochs, config.pruner)),
-        "budget": {
-            name: limit for name, limit in config.budget.model_dump().items() if limit is not None
-        },
+        "budget": config.budget.model_dump(exclude_none=True),
         "baselines": [plan.name for plan in baselines],
-        "arm_runs": len(baselines) * config.baseline_seeds,
-        "searched": sum(isinstance(p, Range | Choice) for p in space.values()),
-        "set": sum(isinstance(p, Fixed | Derived) for p in space.values()),
+        "baseline_runs": len(baselines) * config.baseline_seeds,
+        "searched": len(searched),
+        "set": len(space) - len(searched),
         "checked_against": data,
     }

@@ -1,4 +1,4 @@
-"""Trials out of a study, as tables for other programs, and into one, as prior knowledge."""
+"""Export trials of a study as tables, and import trials as prior knowledge."""
 
 from __future__ import annotations
 
@@ -12,102 +12,187 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState, create_trial
 
 from amlp_ray.config import PretrainConfig, StudyConfig
-from amlp_ray.config.overrides import flat
+from amlp_ray.config.overrides import flatten
 from amlp_ray.errors import ConfigError, StudyError
 from amlp_ray.study.operations.edit import begin
-from amlp_ray.study.operations.trials import folder_of, note_of, state_of
-from amlp_ray.study.search_space.values import OutOfSpaceError, config_of_trial, fit
+from amlp_ray.study.search_space.given_trial import OutOfSpaceError
+from amlp_ray.study.search_space.space import SearchSpace
 from amlp_ray.study.storage.provenance import read_provenance
 from amlp_ray.study.storage.study_store import StudyStore
-from amlp_ray.utils.files import write_whole
+from amlp_ray.study.storage.trial_record import TrialRecord, finite, trial_records
+from amlp_ray.utils.files import atomic_path, atomic_write
 
 FORMATS = ("csv", "parquet", "json")
+# Settings that a score does not follow from, or that are compared otherwise.
+IGNORED_SETTINGS = ("seed", "data", "epochs", "compile", "precision", "variant")
+
+
+# Export
 
 
 def export_trials(store: StudyStore, out: Path, format: str | None = None) -> int:
-    """Write every trial with parameters, rungs, facts and provenance to a file; return how many.
+    """Write every trial with parameters, rungs, stats and provenance to a file.
 
-    In JSON they are nested; in CSV and Parquet columns are dotted: `params.ratio.start`, `rungs.18`, `facts.seconds`.
+    JSON is nested. CSV and Parquet have dotted columns: `params.ratio.start`, `rungs.18`,
+    `stats.seconds`.
 
     Args:
-        format: csv, parquet or json; none: by the file's ending.
+        store: of the study.
+        out: the file.
+        format: csv, parquet or json; by default the file's ending.
+
+    Returns:
+        How many trials were written.
 
     Raises:
-        ConfigError: for another format.
+        ConfigError: the format is another.
     """
     chosen = format or out.suffix.lstrip(".").lower()
     if chosen not in FORMATS:
         raise ConfigError(
             f"{out}: the format is {chosen or 'not given'!r}, but must be {', '.join(FORMATS)}."
         )
-    rows = list(exported(store))
+    rows = list(exported_rows(store))
     out.parent.mkdir(parents=True, exist_ok=True)
     if chosen == "json":
-        write_whole(out, json.dumps([_finite(row) for row in rows], indent=1))
+        atomic_write(out, json.dumps([_without_nan(row) for row in rows], indent=1))
         return len(rows)
-    table = [flat(row) for row in rows]
-    columns = list(dict.fromkeys(name for row in table for name in row))
+    table = [flatten(row) for row in rows]
+    columns: dict[str, None] = {}
+    for row in table:
+        columns |= dict.fromkeys(row)
     if chosen == "csv":
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(
-            {k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()}
-            for row in table
-        )
-        write_whole(out, text.getvalue())
+        _write_csv(out, list(columns), table)
     else:
-        _write_parquet(out, columns, table)
+        _write_parquet(out, list(columns), table)
     return len(rows)
 
 
-def exported(store: StudyStore) -> Iterator[dict[str, Any]]:
-    """Every trial of the search, the baselines and the confirmation as nested plain values."""
-    config, running = store.config(), store.is_run()
-    for kind, study in (
-        ("search", store.search()),
-        ("baseline", store.baselines()),
-        ("confirm", store.confirmation()),
-    ):
-        for trial in study.get_trials(deepcopy=False):
-            about = dict(trial.user_attrs)
-            facts = about.pop("stats", None) or {}
-            names = list(config.objectives) if kind == "search" else [config.metric]
-            values = (
-                trial.values
-                if trial.state == TrialState.COMPLETE and trial.values
-                else [None] * len(names)
-            )
+def exported_rows(store: StudyStore) -> Iterator[dict[str, Any]]:
+    """Yield every trial of search, baselines and confirmation as nested plain values."""
+    config = store.config()
+    is_running = store.is_run()
+    studies = {
+        "search": store.search(),
+        "baseline": store.baselines(),
+        "confirm": store.confirmation(),
+    }
+    for kind, study in studies.items():
+        objectives = list(config.objectives) if kind == "search" else [config.metric]
+        for record in trial_records(study):
             yield {
                 "study": config.name,
                 "kind": kind,
-                "number": trial.number,
-                "state": state_of(trial, running=running),
-                "values": dict(zip(names, values, strict=False)),
-                "params": dict(trial.params),
-                "rungs": {
-                    str(epoch): value for epoch, value in sorted(trial.intermediate_values.items())
-                },
-                "stats": facts,
-                "note": note_of(trial),
-                "attributes": about,
-                "started": _time(trial.datetime_start),
-                "ended": _time(trial.datetime_complete),
-                "provenance": _short(read_provenance(folder_of(store, trial))),
+                "number": record.number,
+                "state": record.status(is_running=is_running),
+                "values": _exported_values(record, objectives),
+                "params": dict(record.params),
+                "rungs": {str(epoch): value for epoch, value in sorted(record.rungs.items())},
+                "stats": record.stats,
+                "note": record.note,
+                "attributes": {k: v for k, v in record.attributes.items() if k != "stats"},
+                "started": _time_text(record.started),
+                "ended": _time_text(record.ended),
+                "provenance": _exported_provenance(read_provenance(store.folder_of(record))),
             }
+
+
+def _exported_values(record: TrialRecord, objectives: Sequence[str]) -> dict[str, float | None]:
+    if not record.is_complete or not record.values:
+        return dict.fromkeys(objectives)
+    return dict(zip(objectives, record.values, strict=False))
+
+
+def _exported_provenance(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the parts of a provenance by which a table of trials is sorted and checked."""
+    if provenance is None:
+        return {}
+    exported = {name: provenance.get(name) for name in ("commit", "patch", "seed")}
+    exported["dataset"] = (provenance.get("dataset") or {}).get("fingerprint")
+    exported["versions"] = provenance.get("versions")
+    exported["hardware"] = provenance.get("hardware")
+    return exported
+
+
+def _time_text(time: datetime | None) -> str | None:
+    return None if time is None else time.isoformat(timespec="seconds")
+
+
+def _without_nan(value: Any) -> Any:
+    """Replace numbers that JSON does not have by None."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_csv(out: Path, columns: list[str], table: Sequence[Mapping[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in table:
+        writer.writerow({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()})
+    atomic_write(out, text.getvalue())
+
+
+def _write_parquet(out: Path, columns: list[str], table: Sequence[Mapping[str, Any]]) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    arrays = {}
+    for column in columns:
+        values = [row.get(column) for row in table]
+        types = {type(value) for value in values if value is not None}
+        if types == {int, float}:
+            values = [None if value is None else float(value) for value in values]
+        elif len(types) > 1:  # a choice of numbers and words
+            values = [None if value is None else str(value) for value in values]
+        arrays[column] = pa.array(values)
+    with atomic_path(out) as partial:
+        parquet.write_table(pa.table(arrays), partial)
+
+
+# Import
 
 
 @dataclass
 class Imported:
-    """What an import did. `left_out` says of each trial that was not taken why, by what it is called there."""
+    """What an import did.
 
-    taken: list[int] = field(default_factory=list)  # their numbers here
-    known: int = 0  # that the study has already
+    Args:
+        taken: numbers of the stored trials.
+        known: how many the study has already.
+        left_out: why each of the others was not taken, by its name in the source.
+        notes: what differs between source and study.
+    """
+
+    taken: list[int] = field(default_factory=list)
+    known: int = 0
     left_out: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _ImportedTrial:
+    """A complete trial of the source.
+
+    Args:
+        name: in the source, for messages.
+        source: attribute of the stored trial.
+        values: settings and parameters by name.
+        scores: every number that it has, by name.
+        reason: why it cannot be taken; empty if it can.
+    """
+
+    name: str
+    source: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    reason: str = ""
 
 
 def import_trials(
@@ -117,104 +202,98 @@ def import_trials(
     *,
     runs: str | Path | None = None,
 ) -> Imported:
-    """Give a study the complete trials of another, or of a CSV file, as prior knowledge; it may be begun or not.
+    """Import the complete trials of another study or a CSV file as prior knowledge.
 
-    They are stored COMPLETE with the attribute `source`: the sampler learns from them, and they count neither in the
-    budget nor as best. What is there already is not stored again.
+    They are stored as COMPLETE with the attribute `source`. The sampler learns from them, and they
+    count neither in the budget nor as best. Trials that the study has already are not stored again.
 
     Args:
-        source: a CSV file with a column per parameter and per objective (an export of ours is one), or the name or
-            folder of a study.
-        runs: folder of all studies; none: the one that this study lies in.
+        store: of the study, which may be begun or not.
+        config: of the study.
+        source: a CSV file with a column per parameter and per objective, such as an export; or the
+            name or folder of a study.
+        runs: folder of all studies; by default the one that this study lies in.
 
     Raises:
-        ConfigError: the file cannot be read or has no column for an objective. StudyError: there is no such study.
+        ConfigError: the file cannot be read or has no column for an objective.
+        StudyError: there is no such study.
     """
-    found, path = Imported(), Path(source)
+    imported = Imported()
+    path = Path(source)
     if path.suffix.lower() == ".csv" or path.is_file():
-        given = _of_file(path, config)
+        trials = _trials_of_file(path, config)
     else:
-        folder = (
-            path if (path / "study.yaml").is_file() else Path(runs or store.folder.parent) / source
-        )
-        given = _of_study(StudyStore.open(folder), store, config, found)
+        folder = path
+        if not (path / "study.yaml").is_file():
+            folder = Path(runs or store.folder.parent) / source
+        other = StudyStore.open(folder)
+        if other.folder == store.folder:
+            raise StudyError(f"Study {store.name!r} cannot be imported into itself.")
+        imported.notes = _different_settings(other.config(), config)
+        trials = _trials_of_study(other)
     study = begin(store, config)
-    there = {
-        _key(trial)
-        for trial in study.get_trials(deepcopy=False)
-        if trial.state == TrialState.COMPLETE
-    }
-    for name, origin, values, scores in given:
+    space = SearchSpace(config)
+    known = {_key(r.params, r.values) for r in trial_records(study, (TrialState.COMPLETE,))}
+    for trial in trials:
         try:
-            if isinstance(scores, str):
-                raise OutOfSpaceError(scores)
-            asked = fit(values, config)
-            _check_set_alike(values, asked.values, config)
-        except OutOfSpaceError as misfit:
-            found.left_out[name] = str(misfit)
+            values = _objective_values(trial, config)
+            fitted = space.fit(trial.values)
+            _check_same_settings(trial.values, fitted.values, config)
+        except OutOfSpaceError as error:
+            imported.left_out[trial.name] = str(error)
             continue
-        trial = _prior(asked.params, asked.distributions, scores, origin)
-        if _key(trial) in there:
-            found.known += 1
+        key = _key(fitted.params, values)
+        if key in known:
+            imported.known += 1
             continue
-        there.add(_key(trial))
-        storage = study._storage
-        found.taken.append(
-            storage.get_trial(storage.create_new_trial(study._study_id, trial)).number
+        known.add(key)
+        stored = create_trial(
+            values=values,
+            params=fitted.params,
+            distributions=fitted.distributions,
+            user_attrs={"source": trial.source},
         )
-    return found
+        imported.taken.append(store.add_trial(study, stored).number)
+    return imported
 
 
-# name there, source attribute, settings and parameters by name, values of the objectives or why there are none
-Given = tuple[str, str, dict[str, Any], list[float] | str]
-
-
-def _of_study(
-    other: StudyStore, store: StudyStore, config: StudyConfig, found: Imported
-) -> Iterator[Given]:
-    theirs = other.config()
-    if other.folder == store.folder:
-        raise StudyError(f"Study {store.name!r} cannot be imported into itself.")
-    for what, ours in (
-        ("data", config.data),
-        ("probe", config.probe),
-        ("epochs", config.pretrain.get("epochs")),
-    ):
-        if ours != (theirs.pretrain.get("epochs") if what == "epochs" else getattr(theirs, what)):
-            found.notes.append(
-                f"{theirs.name} has other {what}: its scores may be higher or lower by that alone"
+def _different_settings(other: StudyConfig, config: StudyConfig) -> list[str]:
+    """Say what of another study makes its scores higher or lower."""
+    pairs = {
+        "data": (config.data, other.data),
+        "probe": (config.probe, other.probe),
+        "epochs": (config.pretrain.get("epochs"), other.pretrain.get("epochs")),
+    }
+    notes = []
+    for name, (own, others) in pairs.items():
+        if own != others:
+            notes.append(
+                f"{other.name} has other {name}: its scores may be higher or lower by that alone"
             )
-    for trial in other.search().get_trials(deepcopy=False):
-        name = f"trial {trial.number}"
-        if trial.state != TrialState.COMPLETE:
-            yield name, "", {}, f"it is {trial.state.name} and not COMPLETE."
+    return notes
+
+
+def _trials_of_study(other: StudyStore) -> Iterator[_ImportedTrial]:
+    config = other.config()
+    space = SearchSpace(config)
+    for record in trial_records(other.search()):
+        name = f"trial {record.number}"
+        if not record.is_complete:
+            yield _ImportedTrial(name, reason=f"it is {record.state.name} and not COMPLETE.")
             continue
+        values = dict(record.params)
         try:
-            values = {
-                **flat(theirs.trial(config_of_trial(trial.params, theirs), seed=0)),
-                **trial.params,
-            }
+            settings = flatten(config.trial(space.config_of(record.params), seed=0))
         except OutOfSpaceError:
-            values = dict(trial.params)  # of an older space there
-        yield (
-            name,
-            f"study {theirs.name} trial {trial.number}",
-            values,
-            _scores(trial, theirs, config),
-        )
+            pass  # a trial of an older space of that study
+        else:
+            values = settings | values
+        source = f"study {config.name} trial {record.number}"
+        scores = {**record.measured, **record.stats, **record.objective_values(config)}
+        yield _ImportedTrial(name, source, values, scores)
 
 
-def _scores(trial: FrozenTrial, theirs: StudyConfig, config: StudyConfig) -> list[float] | str:
-    facts = trial.user_attrs.get("stats") or {}
-    known = {
-        **(facts.get("scores") or {}),
-        **{k: v for k, v in facts.items() if isinstance(v, int | float)},
-    }
-    known |= dict(zip(theirs.objectives, trial.values, strict=False))
-    return _objectives(known, config)
-
-
-def _of_file(path: Path, config: StudyConfig) -> Iterator[Given]:
+def _trials_of_file(path: Path, config: StudyConfig) -> Iterator[_ImportedTrial]:
     if not path.is_file():
         raise ConfigError(f"There is no file {path}; check the path.")
     try:
@@ -233,150 +312,61 @@ def _of_file(path: Path, config: StudyConfig) -> Iterator[Given]:
             )
     for line, row in enumerate(rows, start=2):
         name = f"line {line}"
-        if row.get("state") not in (None, "", "COMPLETE") or row.get("kind") not in (
-            None,
-            "",
-            "search",
-        ):
-            own = row.get("kind") in (None, "", "search")
-            why = (
-                f"it is {row['state']} and not COMPLETE."
-                if own
-                else f"it is run {row['kind']}, and no trial of a search."
-            )
-            yield name, "", {}, why
-            continue
-        ours = {
-            column.removeprefix("params."): _read(text)
-            for column, text in row.items()
-            if column and text
-        }
-        known = {
-            column.removeprefix("values."): _read(text)
-            for column, text in row.items()
-            if column and text
-        }
-        numbers = {
-            k: v for k, v in known.items() if isinstance(v, int | float) and not isinstance(v, bool)
-        }
-        yield name, f"import {path.name}", ours, _objectives(numbers, config)
+        if row.get("kind") not in (None, "", "search"):
+            reason = f"it is run {row['kind']}, and no trial of a search."
+            yield _ImportedTrial(name, reason=reason)
+        elif row.get("state") not in (None, "", "COMPLETE"):
+            yield _ImportedTrial(name, reason=f"it is {row['state']} and not COMPLETE.")
+        else:
+            cells = {column: _parse(text) for column, text in row.items() if column and text}
+            values = {column.removeprefix("params."): value for column, value in cells.items()}
+            scores = {column.removeprefix("values."): value for column, value in cells.items()}
+            yield _ImportedTrial(name, f"import {path.name}", values, scores)
 
 
-def _objectives(known: Mapping[str, Any], config: StudyConfig) -> list[float] | str:
-    missing = [name for name in config.objectives if not _is_number(known.get(name))]
-    return (
-        f"it has no {missing[0]}."
-        if missing
-        else [float(known[name]) for name in config.objectives]
-    )
-
-
-def _read(text: str) -> Any:
-    """A value as YAML would read it: `0.3`, `true`, `hard`."""
+def _parse(text: str) -> Any:
+    """Parse a cell as YAML would: `0.3`, `true`, `hard`."""
     try:
         return json.loads(text)
     except ValueError:
         return {"True": True, "False": False}.get(text, text)
 
 
-def _check_set_alike(
+def _objective_values(trial: _ImportedTrial, config: StudyConfig) -> list[float]:
+    """Return a value per objective; raise OutOfSpaceError if the trial cannot be taken."""
+    if trial.reason:
+        raise OutOfSpaceError(trial.reason)
+    values = []
+    for name in config.objectives:
+        value = finite(trial.scores.get(name))
+        if value is None:
+            raise OutOfSpaceError(f"it has no {name}.")
+        values.append(value)
+    return values
+
+
+def _check_same_settings(
     given: Mapping[str, Any], values: Mapping[str, Any], config: StudyConfig
 ) -> None:
-    """Raise Misfit where what is known of the trial differs from what the study sets for all of its trials."""
-    ours = flat(config.trial(values, seed=0))
-    for name in _method_names():
-        if (
-            name in given
-            and name in ours
-            and given[name] != ours[name]
-            and not _close(given[name], ours[name])
-        ):
-            raise OutOfSpaceError(f"{name} is {given[name]} there and {ours[name]} here.")
+    """Raise OutOfSpaceError if a trial has other settings than the study gives all its trials."""
+    settings = flatten(config.trial(values, seed=0))
+    for name in flatten(PretrainConfig()):
+        if name in IGNORED_SETTINGS or name not in given or name not in settings:
+            continue
+        if not _is_same(given[name], settings[name]):
+            raise OutOfSpaceError(f"{name} is {given[name]} there and {settings[name]} here.")
 
 
-def _method_names() -> list[str]:
-    """Settings that a score follows from; how images are read and how long a trial is are told as notes."""
-    return [
-        name
-        for name in flat(PretrainConfig())
-        if name not in ("seed", "data", "epochs", "compile", "precision", "variant")
-    ]
+def _is_same(value: Any, other: Any) -> bool:
+    if value == other:
+        return True
+    number, other_number = finite(value), finite(other)
+    if number is None or other_number is None:
+        return False
+    return math.isclose(number, other_number, rel_tol=1e-9)
 
 
-def _close(a: Any, b: Any) -> bool:
-    return _is_number(a) and _is_number(b) and math.isclose(a, b, rel_tol=1e-9)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _prior(
-    params: Mapping[str, Any],
-    distributions: Mapping[str, Any],
-    values: Sequence[float],
-    source: str,
-) -> FrozenTrial:
-    now = datetime.now()
-    return FrozenTrial(
-        number=-1,
-        trial_id=-1,
-        state=TrialState.COMPLETE,
-        value=None,
-        values=list(values),
-        datetime_start=now,
-        datetime_complete=now,
-        params=dict(params),
-        distributions=dict(distributions),
-        user_attrs={"source": source},
-        system_attrs={},
-        intermediate_values={},
-    )
-
-
-def _key(trial: FrozenTrial) -> tuple[Any, ...]:
-    """What makes two complete trials the same knowledge."""
-    return (
-        *sorted((name, repr(value)) for name, value in trial.params.items()),
-        *map(repr, trial.values),
-    )
-
-
-def _short(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Of a trial's provenance, what a table of trials is sorted and checked by."""
-    if provenance is None:
-        return {}
-    kept = {name: provenance.get(name) for name in ("commit", "patch", "seed")}
-    kept |= {"dataset": (provenance.get("dataset") or {}).get("fingerprint")}
-    return kept | {name: provenance.get(name) for name in ("versions", "hardware")}
-
-
-def _time(time: datetime | None) -> str | None:
-    return None if time is None else time.isoformat(timespec="seconds")
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_parquet(out: Path, columns: Sequence[str], table: Sequence[Mapping[str, Any]]) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    arrays = {}
-    for column in columns:
-        values = [row.get(column) for row in table]
-        kinds = {type(value) for value in values if value is not None}
-        if len(kinds) > 1 and not kinds <= {int, float}:  # a choice of numbers and words
-            values = [None if value is None else str(value) for value in values]
-        elif kinds == {int, float}:
-            values = [None if value is None else float(value) for value in values]
-        arrays[column] = pa.array(values)
-    partial = out.with_name(f".{out.name}.partial")
-    parquet.write_table(pa.table(arrays), partial)
-    partial.replace(out)
+def _key(params: Mapping[str, Any], values: Sequence[float] | None) -> tuple[Any, ...]:
+    """Return what makes two complete trials the same knowledge."""
+    named = sorted((name, repr(value)) for name, value in params.items())
+    return (*named, *map(repr, values or ()))

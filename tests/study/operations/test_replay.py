@@ -49,13 +49,18 @@ def store(trained: Path, tmp_path: Path) -> StudyStore:
     return StudyStore.open(tmp_path / "tiny")
 
 
-def test_a_replay_gives_the_same_scores_to_the_digit(store: StudyStore) -> None:
-    lines: list[str] = []
-    found = replay(store, store.config(), 0, notify=lines.append)
+def test_a_replay_gives_the_same_scores_to_the_digit(
+    store: StudyStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="amlp_ray")
+    found = replay(store, store.config(), 0)
     assert [rung["epoch"] for rung in found["rungs"]] == [2, 4]
     assert found["same"], found
     assert found["differs"] == []
-    assert len(lines) == 4
+    epochs = [message for message in caplog.messages if message.startswith("epoch ")]
+    assert [message.split(",")[0] for message in epochs] == [
+        f"epoch {n} of 4" for n in (1, 2, 3, 4)
+    ]
     assert Path(found["folder"]) == store.folder / "replays" / "0-0"
     assert not torch.are_deterministic_algorithms_enabled(), "as it was before"
     assert replay(store, store.config(), 0)["folder"].endswith("0-1")
@@ -87,7 +92,7 @@ def test_other_scores_are_told_with_what_is_not_as_it_was(store: StudyStore) -> 
     told = "; ".join(found["differs"])
     assert "torch: 1.0 then" in told
     assert "processor: an abacus then" in told
-    assert "went on after epoch 1 with other hardware" in told
+    assert "resumed after epoch 1 with other hardware" in told
 
 
 def test_other_data_are_refused(store: StudyStore, trained: Path) -> None:

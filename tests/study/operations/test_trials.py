@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from amlp_ray.errors import ConfigError, StudyError
 from amlp_ray.study.operations.edit import enqueue
-from amlp_ray.study.operations.trials import chosen_rows, trial_facts, trial_rows
+from amlp_ray.study.operations.trials import select_rows, trial_details, trial_rows
 from amlp_ray.study.storage.study_store import StudyStore
 
 
@@ -50,10 +50,10 @@ def test_rows_are_of_the_search_then_arms_then_the_confirmation(store: StudyStor
 
 def test_rows_are_chosen_sorted_and_cut(store: StudyStore) -> None:
     rows = trial_rows(store)
-    best = chosen_rows(rows, states=["complete"], sort="-dsc", columns=["number", "dsc"], limit=2)
+    best = select_rows(rows, states=["complete"], sort="-dsc", columns=["number", "dsc"], limit=2)
     assert best == [{"number": 1, "dsc": 0.7}, {"number": 2, "dsc": 0.65}]
-    assert chosen_rows(rows, sort="dsc")[-1]["dsc"] is None, "those without a score come last"
-    assert [r["selection.mode"] for r in chosen_rows(rows, sort="selection.mode")][:2] == [
+    assert select_rows(rows, sort="dsc")[-1]["dsc"] is None, "those without a score come last"
+    assert [r["selection.mode"] for r in select_rows(rows, sort="selection.mode")][:2] == [
         "hard",
         "hard",
     ]
@@ -61,9 +61,9 @@ def test_rows_are_chosen_sorted_and_cut(store: StudyStore) -> None:
 
 def test_an_unknown_column_or_state_is_named(store: StudyStore) -> None:
     with pytest.raises(ConfigError, match="no column 'dcs'"):
-        chosen_rows(trial_rows(store), sort="-dcs")
+        select_rows(trial_rows(store), sort="-dcs")
     with pytest.raises(ConfigError, match="no state 'DONE'"):
-        chosen_rows(trial_rows(store), states=["done"])
+        select_rows(trial_rows(store), states=["done"])
 
 
 def test_several_objectives_have_a_column_each(tmp_path: Path) -> None:
@@ -78,15 +78,15 @@ def test_a_trial_is_shown_with_its_files_and_provenance(store: StudyStore) -> No
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("epochs: 4\n")
     (folder / "provenance.json").write_text(json.dumps({"commit": "abc", "config": {"epochs": 4}}))
-    facts = trial_facts(store, 0)
+    facts = trial_details(store, 0)
     assert facts["values"] == {"dsc": 0.5}
     assert facts["rungs"] == {2: 0.4, 4: 0.5}
     assert facts["config"] == {"epochs": 4}
     assert facts["provenance"] == {"commit": "abc"}
     assert facts["files"] == ["config.yaml", "provenance.json"]
-    assert trial_facts(store, 5)["params"] == {"ratio.start": 0.3}, (
+    assert trial_details(store, 5)["params"] == {"ratio.start": 0.3}, (
         "what was asked for, before it runs"
     )
-    assert trial_facts(store, 2)["reason"] == "no luck"
+    assert trial_details(store, 2)["reason"] == "no luck"
     with pytest.raises(StudyError, match="has no trial 9"):
-        trial_facts(store, 9)
+        trial_details(store, 9)

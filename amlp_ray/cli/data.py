@@ -143,11 +143,11 @@ def _prepare(
         raise DataError(f"There is no folder {source}; check the path.")
 
     from amlp_ray.cli.progress import count_progress
-    from amlp_ray.data.prepare.pipeline import Told, prepare
+    from amlp_ray.data.prepare.pipeline import prepare
     from amlp_ray.runtime.session import ray_session
 
     with ray_session(address), count_progress() as update:
-        dataset = prepare(source, out, config, strict=strict, told=Told(logger.info, update))
+        dataset = prepare(source, out, config, strict=strict, progress=update)
     _print_summary(dataset.summary())
 
 

@@ -118,7 +118,7 @@ def predict(
         raise DataError(
             f"None of {len(listing.items)} images can be used. The first: {rejects.first()}"
         )
-    return Predictions(str(out), predicted, before, rejects.rejected, str(rejects.place))
+    return Predictions(str(out), predicted, before, rejects.num_rejected, str(rejects.path))
 
 
 def _predict_items(

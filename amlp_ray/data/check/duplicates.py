@@ -11,7 +11,12 @@ import pandas as pd
 from amlp_ray.data.check.finding import EXAMPLES, Example, Finding, Shown, counted, found, shown
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.manifest import SPLITS
-from amlp_ray.data.prepare.near_duplicates import FLAT, SAME, chains, near_pairs
+from amlp_ray.data.prepare.near_duplicates import (
+    FLAT,
+    MAX_DISTANCE,
+    find_chains,
+    near_pairs,
+)
 
 CHAIN_SHARE, CHAIN_LEAST = (
     0.1,
@@ -82,7 +87,7 @@ def findings(table: pd.DataFrame, against: PatchDataset | None = None) -> Iterat
     if against is not None:
         yield from _against(table, hashes, against)
     yield _exact(table)
-    chain = chains(hashes)
+    chain = find_chains(hashes)
     yield _effective(table, hashes, chain)
     yield _chain(table, chain)
 
@@ -200,7 +205,7 @@ def _linked(hashes: np.ndarray, codes: np.ndarray, other: np.ndarray | None = No
     if other is None:
         linked |= present
         linked[values == FLAT] = False
-    for a, b in near_pairs(values, SAME, None if other is None else theirs):
+    for a, b in near_pairs(values, MAX_DISTANCE, None if other is None else theirs):
         for number in range(len(SPLITS)):
             linked[a[present[b, number]], number] = True
             if other is None:

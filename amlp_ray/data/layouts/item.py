@@ -29,6 +29,11 @@ class SourceImage:
     # Lesions drawn in an annotation file, as JSON: {"height", "width", "segmentations": [COCO]}.
     outlines: str = ""
 
+    @property
+    def is_labeled(self) -> bool:
+        """Whether there is a mask or an outline, which may be empty."""
+        return bool(self.masks or self.outlines)
+
 
 class RejectedFile(NamedTuple):
     """A file that cannot be used, or that was used after a repair; a line of rejects.csv."""

@@ -1,1 +1,1 @@
-"""From a folder of images to a patch dataset: look at everything, decide, write everything."""
+"""Turn a folder of images into a patch dataset: scan, assign splits, write."""

@@ -1,164 +1,201 @@
-"""Which group and which split every item goes to, by what the layout knows, by pictures, or by files that say so."""
+"""Assign every item to a group and a split: by layout, near-duplicates or files of the user."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import sparse
-from scipy.sparse.csgraph import connected_components
 
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.layouts import SourceImage
 from amlp_ray.data.manifest import SPLITS
-from amlp_ray.data.prepare.near_duplicates import near_duplicate_groups, read_group_file
-from amlp_ray.data.prepare.scan import ImageScan
-from amlp_ray.data.prepare.splits import groups_cut, read_split_file, split_by_group
+from amlp_ray.data.prepare.near_duplicates import (
+    connect,
+    near_duplicate_groups,
+    read_group_file,
+)
+from amlp_ray.data.prepare.scan import ItemScan
+from amlp_ray.data.prepare.splits import find_cut_groups, read_split_file, split_by_group
 from amlp_ray.data.pseudonyms import pseudonym, salt
 from amlp_ray.errors import DataError
 
-FILES = ("split_file", "group_file", "file_list")  # settings that name a file of the user's
+logger = logging.getLogger(__name__)
+
+FILE_FIELDS = ("split_file", "group_file", "file_list")  # fields that name a file of the user's
 
 
 @dataclass(frozen=True)
-class Given:
-    """What the user's files say, by item id; None where there is no such file."""
+class UserFiles:
+    """What the user's files say, by item id; None if there is no such file."""
 
     split_of: dict[str, str] | None
     group_of: dict[str, str] | None
 
     @classmethod
-    def read(cls, config: PrepareConfig, items: Sequence[SourceImage]) -> Given:
-        """Read split and group file. Raises DataError where one is missing, malformed, or leaves an image out."""
+    def from_config(cls, config: PrepareConfig, items: Sequence[SourceImage]) -> UserFiles:
+        """Read split and group file.
+
+        Raises:
+            DataError: a file is missing or malformed, or the group file leaves an image out.
+        """
         ids = [item.id for item in items]
         split_of = read_split_file(config.split_file, ids) if config.split_file else None
         if not config.group_file:
             return cls(split_of, None)
-        named = read_group_file(config.group_file, config.group_column)
+        groups = read_group_file(config.group_file, config.group_column)
         if items[0].format == "dicom":
-            # Ids and patients are hashes, but the file names patients as the hospital does.
-            secret = salt()
-            hidden = {name: pseudonym(group, secret) for name, group in named.items()}
-            named = {pseudonym(name, secret): group for name, group in hidden.items()} | hidden
+            groups = _hide_names(groups)
+        group_of: dict[str, str] = {}
+        missing = []
         listed = [item for item in items if split_of is None or item.id in split_of]
-        found = {item.id: named.get(item.id) or named.get(item.group) for item in listed}
-        missing = [name for name, group in found.items() if group is None]
+        for item in listed:
+            # The file may name images, or the patients that the layout knows.
+            group = groups.get(item.id) or groups.get(item.group)
+            if group is None:
+                missing.append(item.id)
+            else:
+                group_of[item.id] = group
         if missing:
             raise DataError(
-                f"{config.group_file} has no {config.group_column} for {len(missing)} of {len(listed)} images, "
-                f"such as {missing[0]!r}; add a line for each."
+                f"{config.group_file} has no {config.group_column} for {len(missing)} of "
+                f"{len(listed)} images, such as {missing[0]!r}; add a line for each."
             )
-        return cls(split_of, {name: group for name, group in found.items() if group is not None})
+        return cls(split_of, group_of)
 
     def lists(self, item: SourceImage) -> bool:
+        """Return whether the item is to be used."""
         return self.split_of is None or item.id in self.split_of
+
+
+def _hide_names(groups: dict[str, str]) -> dict[str, str]:
+    """Hash groups, and ids as well: of DICOM, items are hashed, but the file has plain names."""
+    secret = salt()
+    by_plain_name = {name: pseudonym(group, secret) for name, group in groups.items()}
+    by_hash = {pseudonym(name, secret): group for name, group in by_plain_name.items()}
+    return by_hash | by_plain_name
 
 
 def assign(
     items: Sequence[SourceImage],
-    looks: Sequence[ImageScan],
-    given: Given,
+    scans: Sequence[ItemScan],
+    user_files: UserFiles,
     config: PrepareConfig,
-    say: Callable[[str], None],
 ) -> tuple[list[str], list[str]]:
-    """Name the group and the split of every item. No split cuts a group, unless a split file does; then it is said.
+    """Name the group and the split of every item.
+
+    No split cuts a group, unless a split file does. Cut groups that were guessed are logged.
 
     Raises:
-        DataError: groups cannot be told, are cut by the user's own split file, or leave a split empty.
+        DataError: groups are unknown, are cut by the user's own split file, or leave a split empty.
     """
-    groups = _groups(items, looks, given, config)
-    if given.split_of is None:
-        strata = [
-            f"{item.stratum} {bool(item.masks or item.outlines)} {look.lesion}"
-            for item, look in zip(items, looks, strict=True)
-        ]
-        images = [sum(len(frame.cuttings) for frame in look.frames) for look in looks]
-        splits = split_by_group(groups, strata, config.fractions, config.seed, images)
-        empty = [
-            name
-            for name, part in zip(SPLITS, config.fractions, strict=True)
-            if part and name not in splits
-        ]
-        if empty:
-            say(
-                f"{' and '.join(empty)} stays empty: {len(set(groups))} groups are too few; give other fractions."
-            )
-        return groups, splits
-    cut = groups_cut(given.split_of, dict(zip((item.id for item in items), groups, strict=True)))
+    groups = _groups(items, scans, user_files, config)
+    if user_files.split_of is None:
+        return groups, _draw_splits(items, scans, groups, config)
+    ids = [item.id for item in items]
+    cut = find_cut_groups(user_files.split_of, dict(zip(ids, groups, strict=True)))
     if cut and config.group_file:
-        group, where = next(iter(cut.items()))
+        group, splits = next(iter(cut.items()))
         raise DataError(
-            f"{config.split_file} puts group {group!r} of {config.group_file} into {' and '.join(where)}; "
-            f"a group must stay in one split, so move its images together."
+            f"{config.split_file} puts group {group!r} of {config.group_file} into "
+            f"{' and '.join(splits)}; a group must stay in one split, so move its images together."
         )
-    if cut:  # our own guess at groups is no reason to refuse a published split, but one to speak up
-        say(
-            f"{len(cut)} groups of {group_rule(items, config)}, such as that of {next(iter(cut))!r}, lie in several "
-            f"splits of {config.split_file}."
+    if cut:  # a guess at groups is no reason to refuse a published split, but one to speak up
+        logger.info(
+            "%d groups of %s, such as that of %r, lie in several splits of %s.",
+            len(cut),
+            group_rule(items, config),
+            next(iter(cut)),
+            config.split_file,
         )
-    return groups, [given.split_of[item.id] for item in items]
+    return groups, [user_files.split_of[name] for name in ids]
+
+
+def _draw_splits(
+    items: Sequence[SourceImage],
+    scans: Sequence[ItemScan],
+    groups: Sequence[str],
+    config: PrepareConfig,
+) -> list[str]:
+    strata = [
+        f"{item.stratum} {item.is_labeled} {scan.lesion}"
+        for item, scan in zip(items, scans, strict=True)
+    ]
+    images = [sum(len(frame.crops) for frame in scan.frames) for scan in scans]
+    splits = split_by_group(groups, strata, config.fractions, config.seed, images)
+    wanted = zip(SPLITS, config.fractions, strict=True)
+    empty = [split for split, fraction in wanted if fraction and split not in splits]
+    if empty:
+        logger.info(
+            "%s stays empty: %d groups are too few; give other fractions.",
+            " and ".join(empty),
+            len(set(groups)),
+        )
+    return splits
 
 
 def _groups(
-    items: Sequence[SourceImage], looks: Sequence[ImageScan], given: Given, config: PrepareConfig
+    items: Sequence[SourceImage],
+    scans: Sequence[ItemScan],
+    user_files: UserFiles,
+    config: PrepareConfig,
 ) -> list[str]:
-    rule = _rule(items, config)
-    if given.group_of is not None:
-        return [given.group_of[item.id] for item in items]
-    own = [item.group or item.id for item in items]
-    if rule == "patient":
-        if not any(item.group for item in items):
-            raise DataError(
-                f"The layout {config.layout} knows no patients, so group_by=patient has nothing to go by; give a "
-                f"group_file with columns id and {config.group_column}, or group_by near-duplicates."
-            )
-        return own
+    if user_files.group_of is not None:
+        return [user_files.group_of[item.id] for item in items]
+    rule = _resolve_rule(items, config)
     if rule == "image":
         return [item.id for item in items]
-    return _linked(items, looks, own)
+    layout_groups = [item.group or item.id for item in items]
+    if rule == "near-duplicates":
+        return _join_near_duplicates(scans, layout_groups)
+    if not any(item.group for item in items):
+        raise DataError(
+            f"The layout {config.layout} knows no patients, so group_by=patient has nothing to go "
+            f"by; give a group_file with columns id and {config.group_column}, or group_by "
+            f"near-duplicates."
+        )
+    return layout_groups
 
 
-def _linked(items: Sequence[SourceImage], looks: Sequence[ImageScan], own: list[str]) -> list[str]:
-    """Groups of items that share a patient or near-copies of a frame, named by the first of each."""
-    owner = [i for i, look in enumerate(looks) for _ in look.frames]
-    hashes = np.array([frame.hash for look in looks for frame in look.frames], np.uint64)
-    max_identical_failures = near_duplicate_groups([str(i) for i in range(len(owner))], hashes)
-    first = {name: i for i, name in reversed(list(enumerate(own)))}
-    # An item is linked to the owner of the frame that its frames resemble, and to the first item of its patient.
-    ends = (
-        owner + list(range(len(items))),
-        [owner[int(a)] for a in max_identical_failures] + [first[name] for name in own],
-    )
-    graph = sparse.coo_matrix(
-        (np.ones(len(ends[0]), np.int8), ends), shape=(len(items), len(items))
-    )
-    _, labels = connected_components(graph, directed=False)
-    _, firsts, inverse = np.unique(labels, return_index=True, return_inverse=True)
-    return [own[i] for i in firsts[inverse].tolist()]
+def _join_near_duplicates(scans: Sequence[ItemScan], layout_groups: list[str]) -> list[str]:
+    """Join items that share a group or near-copies of a frame; the first item names the group."""
+    owner = [i for i, scan in enumerate(scans) for _ in scan.frames]  # item of each frame
+    hashes = np.array([frame.hash for scan in scans for frame in scan.frames], np.uint64)
+    frame_names = [str(frame) for frame in range(len(owner))]
+    first_frame = near_duplicate_groups(frame_names, hashes)
+    first_item: dict[str, int] = {}
+    for i, group in enumerate(layout_groups):
+        first_item.setdefault(group, i)
+    # Link an item to the owners of frames that its frames resemble, and to the first of its group.
+    left = owner + list(range(len(layout_groups)))
+    right = [owner[int(frame)] for frame in first_frame]
+    right += [first_item[group] for group in layout_groups]
+    first = connect(np.array(left), np.array(right), len(layout_groups))
+    return [layout_groups[i] for i in first.tolist()]
 
 
-def _rule(items: Sequence[SourceImage], config: PrepareConfig) -> str:
+def _resolve_rule(items: Sequence[SourceImage], config: PrepareConfig) -> str:
     if config.group_by != "auto":
         return config.group_by
     return "patient" if any(item.group for item in items) else "near-duplicates"
 
 
 def group_rule(items: Sequence[SourceImage], config: PrepareConfig) -> str:
-    """What keeps images together, in words."""
+    """Describe what keeps images together."""
     if config.group_file:
         return f"column {config.group_column} of {Path(config.group_file).name}"
     return {
         "patient": "patient, as the layout tells",
         "near-duplicates": "near-duplicates by perceptual hash",
         "image": "every image by itself",
-    }[_rule(items, config)]
+    }[_resolve_rule(items, config)]
 
 
 def split_rule(config: PrepareConfig) -> str:
-    """What decides the split, in words."""
+    """Describe what decides the split."""
     if config.split_file:
         return f"as {Path(config.split_file).name} says; images it does not list are left out"
     fractions = "/".join(f"{fraction:g}" for fraction in config.fractions)
@@ -166,9 +203,10 @@ def split_rule(config: PrepareConfig) -> str:
 
 
 def file_digests(config: PrepareConfig) -> dict[str, str]:
-    """The user's files by what they say, not by where they lie: SHA-256 by setting."""
-    return {
-        name: hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        for name in FILES
-        if (path := getattr(config, name))
-    }
+    """Hash the contents of the user's files, by field: their paths do not matter."""
+    digests = {}
+    for name in FILE_FIELDS:
+        path = getattr(config, name)
+        if path:
+            digests[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return digests

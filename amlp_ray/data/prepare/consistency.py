@@ -1,4 +1,4 @@
-"""What all images of a dataset have in common: one type of value and one number of channels."""
+"""Choose what all images of a dataset have in common: one value type and one number of channels."""
 
 from __future__ import annotations
 
@@ -9,97 +9,105 @@ from typing import NamedTuple, TypeVar
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders import DTYPES, common_dtype
 from amlp_ray.data.layouts import RejectedFile, SourceImage
-from amlp_ray.data.layouts.item import Format
-from amlp_ray.data.prepare.scan import ImageScan
+from amlp_ray.data.layouts.item import Format, rejected
+from amlp_ray.data.prepare.scan import ItemScan
 
-CONVERTED = (1, 3)  # grey and colour become each other; other channels mean something of their own
-
+# Gray and color become each other; other channels have meanings of their own.
+GRAY_AND_COLOR = (1, 3)
 
 T = TypeVar("T")
 
 
-class Kind(NamedTuple):
+class PixelFormat(NamedTuple):
     """How images are stored."""
 
     dtype: str
     channels: int
 
 
-def agree(
-    items: Sequence[SourceImage], looks: Sequence[ImageScan], config: PrepareConfig
-) -> tuple[Kind, list[int], list[RejectedFile]]:
-    """Choose type and channels; return them, the positions of the items that fit, and a fault for each that does not.
+def choose_format(
+    items: Sequence[SourceImage], scans: Sequence[ItemScan], config: PrepareConfig
+) -> tuple[PixelFormat, list[int], list[RejectedFile]]:
+    """Choose value type and channels, and find the items that fit them.
 
-    - Type: of pictures the most common, since 8 and 16 bits have two scales; of volumes and DICOM, whose values have
-      units, the smallest that holds all of them exactly.
-    - Channels: of pictures, grey and colour become one kind, grey if all are, see `is_grey`. Otherwise the most common
-      count, since a screenshot among slices is none of them; DICOM in colours that are all grey becomes grey.
+    - Type: for pictures the most common one, because 8 and 16 bits have two scales. For volumes and
+      DICOM, whose values have units, the smallest that holds all of them exactly.
+    - Channels: gray and color pictures become one kind, which is gray if all are, see `is_gray`.
+      Otherwise the most common number, because a screenshot among slices is none of them. DICOM in
+      colors that are all gray becomes gray.
 
-    `looks` have no faults, and there is at least one. There may be no position, where `channels` was given.
+    Args:
+        items: at least one item.
+        scans: the scan of each item, without faults.
+        config: may give the number of channels.
+
+    Returns:
+        The format, the positions of the items that fit (none may, if `config` gives channels), and
+        a rejected file for each of the others.
     """
-    faults: list[RejectedFile] = []
+    misfits: list[RejectedFile] = []
 
-    def only(
-        fits: Callable[[ImageScan], bool], why: Callable[[ImageScan], str], at: list[int]
+    def keep(
+        positions: list[int], fits: Callable[[ItemScan], bool], reason: Callable[[ItemScan], str]
     ) -> list[int]:
-        faults.extend(
-            RejectedFile(items[i].images[0], "rejected", why(looks[i]))
-            for i in at
-            if not fits(looks[i])
-        )
-        return [i for i in at if fits(looks[i])]
+        fitting = []
+        for i in positions:
+            if fits(scans[i]):
+                fitting.append(i)
+            else:
+                misfits.append(rejected(items[i].images[0], reason(scans[i])))
+        return fitting
 
-    at = list(range(len(items)))
+    positions = list(range(len(items)))
     is_picture = items[0].format == "picture"
     if is_picture:
-        dtype = _most_common([look.dtype for look in looks], DTYPES)
-        at = only(
-            lambda look: look.dtype == dtype,
-            lambda look: (
-                f"is {look.dtype}, but most pictures are {dtype}, and two depths have two scales; convert one kind"
+        dtype = _most_common([scan.dtype for scan in scans], DTYPES)
+        positions = keep(
+            positions,
+            lambda scan: scan.dtype == dtype,
+            lambda scan: (
+                f"is {scan.dtype}, but most pictures are {dtype}, and two depths have two scales; "
+                f"convert one kind"
             ),
-            at,
         )
-    channels, accepted = _channels([looks[i] for i in at], config, items[0].format)
-    at = only(
-        lambda look: look.channels in accepted,
-        lambda look: (
-            f"has {look.channels} channels, but the dataset has {channels}; convert it or give --channels"
+    fitting_scans = [scans[i] for i in positions]
+    channels, accepted = _choose_channels(fitting_scans, config, items[0].format)
+    positions = keep(
+        positions,
+        lambda scan: scan.channels in accepted,
+        lambda scan: (
+            f"has {scan.channels} channels, but the dataset has {channels}; convert it or give "
+            f"--channels"
         ),
-        at,
     )
     if not is_picture:
-        dtype = common_dtype({looks[i].dtype for i in at} or {DTYPES[0]})
-    return Kind(dtype, channels), at, faults
+        dtype = common_dtype({scans[i].dtype for i in positions} or {DTYPES[0]})
+    return PixelFormat(dtype, channels), positions, misfits
 
 
-def _channels(
-    looks: Sequence[ImageScan], config: PrepareConfig, form: Format
+def _choose_channels(
+    scans: Sequence[ItemScan], config: PrepareConfig, item_format: Format
 ) -> tuple[int, set[int]]:
-    """The number of channels that is stored, and those that become it."""
+    """Return the number of channels that is stored, and the numbers that become it."""
+    gray_and_color = set(GRAY_AND_COLOR)
     if config.channels != "auto":
-        # Three channels of a NIfTI case are modalities and no colours.
-        becomes = form != "nifti" and config.channels in CONVERTED
-        return config.channels, {config.channels, *(CONVERTED if becomes else ())}
-    # By images: one series of slices weighs more than two screenshots.
-    counts = [look.channels for look in looks for _ in look.frames] or [
-        look.channels for look in looks
-    ]
+        # Three channels of a NIfTI case are modalities and no colors.
+        is_converted = item_format != "nifti" and config.channels in gray_and_color
+        return config.channels, gray_and_color if is_converted else {config.channels}
+    # Count images and not items: one series of slices outweighs two screenshots.
+    counts = [scan.channels for scan in scans for _ in scan.frames]
+    counts = counts or [scan.channels for scan in scans]
     common = _most_common(counts, sorted(set(counts)))
-    if form == "picture" and common in CONVERTED:
-        return (1 if all(look.gray for look in looks if look.channels in CONVERTED) else 3), set(
-            CONVERTED
-        )
-    if (
-        form == "dicom"
-        and common == 3
-        and all(look.gray for look in looks if look.channels == common)
-    ):
-        return 1, {1, 3}
+    if item_format == "picture" and common in gray_and_color:
+        is_all_gray = all(scan.gray for scan in scans if scan.channels in gray_and_color)
+        return 1 if is_all_gray else 3, gray_and_color
+    color_scans = [scan for scan in scans if scan.channels == 3]
+    if item_format == "dicom" and common == 3 and all(scan.gray for scan in color_scans):
+        return 1, gray_and_color
     return common, {common}
 
 
 def _most_common(values: Sequence[T], order: Sequence[T]) -> T:
-    """The most common value; among equals, the first in `order`."""
+    """Return the most common value; among equals, the first in `order`."""
     counts = Counter(values)
     return max(order, key=lambda value: counts[value])

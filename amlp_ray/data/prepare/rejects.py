@@ -1,6 +1,6 @@
-"""What a preparation could not use, or used after a repair: `<name>.rejects.csv` beside the dataset.
+"""List files that could not be used, or were used after a repair: `<name>.rejects.csv`.
 
-Beside and not inside, since names of files may name patients.
+The list lies beside the dataset and not inside, because names of files may name patients.
 """
 
 from __future__ import annotations
@@ -15,44 +15,48 @@ from amlp_ray.errors import DataError
 
 
 class Rejects:
-    """Collects faults, or stops at the first if `strict`."""
+    """Collect rejected and repaired files."""
 
     def __init__(self, out: DataPath, strict: bool) -> None:
-        self.place = out.parent / f"{out.name}.rejects.csv"
+        """Start an empty list; `strict` makes the first file an error."""
+        self.path = out.parent / f"{out.name}.rejects.csv"
         self.strict = strict
-        self._faults: list[RejectedFile] = []
+        self._files: list[RejectedFile] = []
 
     @property
-    def rejected(self) -> int:
-        return sum(fault.action == "rejected" for fault in self._faults)
+    def num_rejected(self) -> int:
+        """Number of files that could not be used."""
+        return sum(file.action == "rejected" for file in self._files)
 
     @property
-    def repaired(self) -> int:
-        return len(self._faults) - self.rejected
+    def num_repaired(self) -> int:
+        """Number of files that were used after a repair."""
+        return len(self._files) - self.num_rejected
 
-    def add(self, faults: Iterable[RejectedFile]) -> None:
-        """Take faults over. Raises DataError with the first if `strict`."""
-        for fault in faults:
-            self._faults.append(fault)
+    def add(self, files: Iterable[RejectedFile]) -> None:
+        """Add files to the list. Raises DataError at the first if strict."""
+        for file in files:
+            self._files.append(file)
             if self.strict:
                 raise DataError(
-                    f"{self.first()} No dataset was made, since --strict stops at the first such file."
+                    f"{self.first()} No dataset was made, since --strict stops at the first such "
+                    f"file."
                 )
 
     def first(self) -> str:
-        """The first fault as a sentence."""
-        fault = self._faults[0]
-        names_another = "/" in fault.reason.partition(" ")[0]
-        sentence = fault.reason if names_another else f"{fault.file} {fault.reason}"
+        """Return the first file and its reason as a sentence."""
+        file = self._files[0]
+        names_another_file = "/" in file.reason.partition(" ")[0]
+        sentence = file.reason if names_another_file else f"{file.file} {file.reason}"
         return sentence if sentence.endswith(".") else f"{sentence}."
 
     def write(self) -> None:
-        """Write the list, sorted by file, or take an older one away if there is nothing to list. Raises OSError."""
-        if not self._faults:
-            self.place.delete()
+        """Write the list sorted by file, or delete an older one if it is empty. Raises OSError."""
+        if not self._files:
+            self.path.delete()
             return
         text = io.StringIO(newline="")
         table = csv.writer(text)
         table.writerow(RejectedFile._fields)
-        table.writerows(sorted(set(self._faults)))
-        self.place.atomic_write(text.getvalue())
+        table.writerows(sorted(set(self._files)))
+        self.path.atomic_write(text.getvalue())

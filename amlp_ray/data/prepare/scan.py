@@ -1,6 +1,7 @@
-"""Pass 1 of preparing: decode every item once, to find its faults and what will be cut from it. Nothing is written.
+"""Pass 1 of preparing: decode every item to find its faults and what will be cut from it.
 
-Runs in Ray Data workers. A fault comes back as a sentence, since an exception would reach the user as Ray's.
+Nothing is written. Ray Data workers run it. A fault comes back as a sentence, because an exception
+would reach the user as Ray's.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from typing import Any, NamedTuple
 
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders import common_dtype, read_frames
+from amlp_ray.data.decoders.frame import Frame
 from amlp_ray.data.decoders.image import is_gray
 from amlp_ray.data.layouts import SourceImage
 from amlp_ray.data.path import read_bytes
-from amlp_ray.data.prepare.crop import Cutting, cuttings, scaled
+from amlp_ray.data.prepare.crop import Crop, iter_crops, scaled
 from amlp_ray.data.prepare.near_duplicates import perceptual_hash
 from amlp_ray.errors import DataError
 
@@ -22,18 +24,18 @@ ITEM_FIELDS = tuple(SourceImage.__dataclass_fields__)
 
 
 class FrameScan(NamedTuple):
-    """What pass 1 learns of one frame."""
+    """Result of pass 1 for one frame."""
 
     number: int
     height: int
     width: int
-    spacing: tuple[float, float] | None
-    hash: int
-    cuttings: tuple[Cutting, ...]  # those kept
+    spacing: tuple[float, float] | None  # millimeters of a pixel, down and across
+    hash: int  # see `perceptual_hash`
+    crops: tuple[Crop, ...]  # those worth storing
 
 
-class ImageScan(NamedTuple):
-    """What pass 1 learns of one item; a `fault` leaves the rest empty."""
+class ItemScan(NamedTuple):
+    """Result of pass 1 for one item; a `fault` leaves the rest empty."""
 
     fault: str = ""
     notes: tuple[str, ...] = ()  # repairs
@@ -46,106 +48,121 @@ class ImageScan(NamedTuple):
 
     @property
     def lesion(self) -> bool:
-        """Whether anything kept holds a lesion; False as well where unlabelled."""
-        return any(cutting.lesion for frame in self.frames for cutting in frame.cuttings)
+        """Whether a stored image holds a lesion; False if unlabeled."""
+        return any(crop.lesion for frame in self.frames for crop in frame.crops)
 
 
-class Reader:
-    """Reads files and hashes what it reads, in the order it is asked."""
+class HashingReader:
+    """Read files, and hash their contents in the order of reading."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
 
     def __call__(self, path: str) -> bytes:
+        """Return the content of a file. Raises OSError."""
         content = read_bytes(path)
         self._hash.update(hashlib.sha256(content).digest())
         return content
 
     @property
     def digest(self) -> str:
+        """Hash of all contents so far."""
         return self._hash.hexdigest()
 
 
-def analyze(item: SourceImage, config: PrepareConfig) -> ImageScan:
-    """Decode an item, and say what of it is kept."""
-    read, frames, notes, kinds, dropped = Reader(), [], [], set(), 0
+def scan_item(item: SourceImage, config: PrepareConfig) -> ItemScan:
+    """Decode an item, and find what of it is worth storing."""
+    reader = HashingReader()
+    frames: list[FrameScan] = []
+    notes: dict[str, None] = {}  # without repetitions, in order
+    dtypes: set[str] = set()
+    channels: set[int] = set()
     gray = True
+    dropped = 0
     try:
-        for frame in read_frames(item, config, read):
-            image, mask = scaled(frame.image, frame.mask, config)
-            every = list(cuttings(image, mask, config))
-            kept = tuple(cutting for cutting in every if keeps(item, cutting, config))
-            dropped += len(every) - len(kept)
-            kinds.add((frame.image.dtype.name, frame.image.shape[2]))
+        for frame in read_frames(item, config, reader):
+            notes |= dict.fromkeys(frame.notes)
+            dtypes.add(frame.image.dtype.name)
+            channels.add(frame.image.shape[2])
             gray = gray and is_gray(frame.image)
-            notes += [note for note in frame.notes if note not in notes]
-            height, width = frame.image.shape[:2]
-            if kept:
+            crops, dropped_crops = _choose_crops(item, frame, config)
+            dropped += dropped_crops
+            if crops:
+                height, width = frame.image.shape[:2]
+                image_hash = perceptual_hash(frame.image)
                 frames.append(
-                    FrameScan(
-                        frame.number,
-                        height,
-                        width,
-                        frame.spacing,
-                        perceptual_hash(frame.image),
-                        kept,
-                    )
+                    FrameScan(frame.number, height, width, frame.spacing, image_hash, crops)
                 )
     except DataError as error:
-        return ImageScan(fault=str(error))
+        return ItemScan(fault=str(error))
     except OSError as error:
         path = error.filename or item.images[0]
-        return ImageScan(
-            fault=f"{path} cannot be read ({error.strerror or error}); check its rights and that every node sees it."
+        return ItemScan(
+            fault=f"{path} cannot be read ({error.strerror or error}); check its rights and that "
+            f"every node sees it."
         )
     except MemoryError:
-        return ImageScan(fault=f"{item.images[0]} does not fit in memory; cut it in pieces.")
-    channels = {of[1] for of in kinds}
+        return ItemScan(fault=f"{item.images[0]} does not fit in memory; cut it in pieces.")
     if len(channels) != 1:
-        found = " and ".join(map(str, sorted(channels))) or "no"
-        return ImageScan(
-            fault=f"{item.images[0]} and what belongs to it hold images of {found} channels; keep one kind."
+        counts = " and ".join(str(count) for count in sorted(channels)) or "no"
+        return ItemScan(
+            fault=f"{item.images[0]} and what belongs to it hold images of {counts} channels; "
+            f"keep one kind."
         )
-    dtype = common_dtype(
-        {of[0] for of in kinds}
-    )  # one slice of a series may need more bits than the others
-    return ImageScan(
-        "", tuple(notes), read.digest, dtype, channels.pop(), gray, tuple(frames), dropped
+    return ItemScan(
+        notes=tuple(notes),
+        digest=reader.digest,
+        dtype=common_dtype(dtypes),  # one slice of a series may need more bits than the others
+        channels=channels.pop(),
+        gray=gray,
+        frames=tuple(frames),
+        dropped=dropped,
     )
 
 
-def keeps(item: SourceImage, cutting: Cutting, config: PrepareConfig) -> bool:
-    """Whether an image is worth storing: whole pictures always; tiles and slices with tissue or a lesion."""
-    whole_picture = item.format == "picture" and config.fit != "tiles"
-    return whole_picture or cutting.lesion or cutting.foreground >= config.min_foreground
+def _choose_crops(
+    item: SourceImage, frame: Frame, config: PrepareConfig
+) -> tuple[tuple[Crop, ...], int]:
+    """Return the crops of a frame that are worth storing, and the number of the others."""
+    image, mask = scaled(frame.image, frame.mask, config)
+    crops = list(iter_crops(image, mask, config))
+    stored = tuple(crop for crop in crops if _is_worth_storing(item, crop, config))
+    return stored, len(crops) - len(stored)
 
 
-def look_job(run_spec: dict[str, Any]) -> list[Any]:
-    """Look at the items of a job, in a worker; both are plain values."""
-    config = PrepareConfig.model_validate(run_spec["config"])
-    return [analyze(item_of(row), config) for row in run_spec["items"]]
+def _is_worth_storing(item: SourceImage, crop: Crop, config: PrepareConfig) -> bool:
+    """Take whole pictures always, and tiles and slices that hold tissue or a lesion."""
+    is_whole_picture = item.format == "picture" and config.fit != "tiles"
+    return is_whole_picture or crop.lesion or crop.foreground >= config.min_foreground
 
 
-def item_row(item: SourceImage) -> list[Any]:
-    """An item as plain values, the inverse of `item_of`."""
+def scan_job(job: dict[str, Any]) -> list[Any]:
+    """Scan the items of a job, in a worker; job and results are plain values."""
+    config = PrepareConfig.model_validate(job["config"])
+    return [scan_item(item_from_row(row), config) for row in job["items"]]
+
+
+def item_to_row(item: SourceImage) -> list[Any]:
+    """Turn an item into plain values."""
     return [getattr(item, name) for name in ITEM_FIELDS]
 
 
-def item_of(row: Sequence[Any]) -> SourceImage:
+def item_from_row(row: Sequence[Any]) -> SourceImage:
+    """Restore an item from `item_to_row`, also after JSON."""
     values = dict(zip(ITEM_FIELDS, row, strict=True))
-    return SourceImage(
-        **values | {"images": tuple(values["images"]), "masks": tuple(values["masks"])}
-    )
+    values["images"] = tuple(values["images"])
+    values["masks"] = tuple(values["masks"])
+    return SourceImage(**values)
 
 
-def look_of(row: Sequence[Any]) -> ImageScan:
-    """A look from plain values, as JSON gives back what `look_job` returned."""
-    look = ImageScan(*row)
-    frames = tuple(
-        FrameScan(*frame)._replace(
-            spacing=None if frame[3] is None else (frame[3][0], frame[3][1]),
-            cuttings=tuple(Cutting(*cutting) for cutting in frame[5]),
-        )
-        for frame in look.frames
-    )
-    return look._replace(notes=tuple(look.notes), frames=frames)
+def scan_from_row(row: Sequence[Any]) -> ItemScan:
+    """Restore a scan from the plain values that JSON makes of it."""
+    scan = ItemScan(*row)
+    frames = tuple(_frame_from_row(frame) for frame in scan.frames)
+    return scan._replace(notes=tuple(scan.notes), frames=frames)
+
+
+def _frame_from_row(row: Sequence[Any]) -> FrameScan:
+    frame = FrameScan(*row)
+    spacing = None if frame.spacing is None else (frame.spacing[0], frame.spacing[1])
+    return frame._replace(spacing=spacing, crops=tuple(Crop(*crop) for crop in frame.crops))

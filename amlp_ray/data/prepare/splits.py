@@ -1,4 +1,4 @@
-"""Which image goes to train, val and test: whole groups by fractions and seed, or as a file says."""
+"""Assign images to train, val and test: whole groups by fractions and seed, or as a file says."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import numpy as np
 from amlp_ray.data.manifest import SPLITS
 from amlp_ray.errors import DataError
 
+SPLIT_FILE_FORM = '{"train": [ids], "val": [ids], "test": [ids]}'
+
 
 def split_by_group(
     groups: Sequence[str],
@@ -20,17 +22,23 @@ def split_by_group(
     seed: int,
     images: Sequence[int] | None = None,
 ) -> list[str]:
-    """Name the split of each item so that no group is cut and fractions are met as closely as groups allow.
+    """Name the split of each item; cut no group, and meet fractions as closely as groups allow.
 
-    One stratum (class, with or without lesion) after the other, its groups go, largest first, to the split that lacks
-    most images. So each stratum is shared by the fractions too. A group counts to the stratum of its first item.
-    A split that would stay empty gets the smallest group of the split that has most of them, if that has two.
+    Strata are served one after the other. The groups of a stratum go, largest first, to the split
+    that lacks most images. So each stratum is shared by the fractions too. A group belongs to the
+    stratum of its first item. A split that would stay empty gets the smallest group of the split
+    that has most groups, if that has two.
 
     Args:
-        images: of each item, such as its slices; None: one.
+        groups: group of each item.
+        strata: stratum of each item, such as its class and whether it has a lesion.
+        fractions: shares of train, val and test.
+        seed: decides among groups of one size.
+        images: number of images of each item, such as its slices; None: one.
 
     Raises:
-        DataError: nothing is left for train, or one group holds over half of all images and another split has none.
+        DataError: nothing is left for train, or one group holds over half of all images and another
+            split has none.
     """
     sizes: Counter[str] = Counter()
     for group, count in zip(groups, images or [1] * len(groups), strict=True):
@@ -42,93 +50,104 @@ def split_by_group(
     names = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
     names.sort(key=lambda name: -sizes[name])  # stable: the seed decides among equals
 
-    share = np.array(fractions)
-    lack = np.where(
-        share > 0, 0.0, -np.inf
-    )  # images each split lacks so far; never any for a split of share 0
-    assigned: dict[str, str] = {}
+    shares = np.array(fractions)
+    # Images that each split lacks so far; a split of share 0 never lacks any.
+    lacking = np.where(shares > 0, 0.0, -np.inf)
+    split_of: dict[str, str] = {}
     for stratum in sorted(set(strata)):
         members = [name for name in names if stratum_of[name] == stratum]
-        lack += share * sum(sizes[name] for name in members)
+        lacking += shares * sum(sizes[name] for name in members)
         for name in members:
-            to = int(np.argmax(lack))
-            lack[to] -= sizes[name]
-            assigned[name] = SPLITS[to]
+            neediest = int(np.argmax(lacking))
+            lacking[neediest] -= sizes[name]
+            split_of[name] = SPLITS[neediest]
 
-    _fill(assigned, sizes, [name for name, part in zip(SPLITS, share, strict=True) if part > 0])
-    largest, size = max(sizes.items(), key=lambda item: item[1])
-    empty = [
-        name
-        for name, part in zip(SPLITS, share, strict=True)
-        if part > 0 and name not in assigned.values()
-    ]
-    if "train" in empty or (empty and 2 * size > sizes.total() > 2):
-        raise DataError(
-            f"No images are left for {' and '.join(empty)}, since the group of {largest!r} holds {size} of "
-            f"{sizes.total()} images and may not be cut; give other fractions or a group_file, or set group_by to "
-            f"image if these are not copies."
-        )
-    return [assigned[group] for group in groups]
+    wanted = [split for split, share in zip(SPLITS, shares, strict=True) if share > 0]
+    _fill_empty_splits(split_of, sizes, wanted)
+    _check_filled(split_of, sizes, wanted)
+    return [split_of[group] for group in groups]
 
 
-def _fill(assigned: dict[str, str], sizes: Counter[str], wanted: Sequence[str]) -> None:
-    """Give each wanted split that has no group one of another's, as long as no other is emptied by that."""
+def _fill_empty_splits(
+    split_of: dict[str, str], sizes: Counter[str], wanted: Sequence[str]
+) -> None:
+    """Give each wanted split without a group one of another's, unless that would be emptied."""
     for split in wanted:
-        counts = Counter(assigned.values())
-        richest = max(wanted, key=lambda name: counts[name])
-        if counts[split] == 0 and counts[richest] > 1:
-            smallest = min(
-                (name for name in assigned if assigned[name] == richest),
-                key=lambda name: sizes[name],
-            )
-            assigned[smallest] = split
+        counts = Counter(split_of.values())
+        largest = max(wanted, key=lambda name: counts[name])
+        if counts[split] == 0 and counts[largest] > 1:
+            members = [group for group in split_of if split_of[group] == largest]
+            smallest = min(members, key=lambda group: sizes[group])
+            split_of[smallest] = split
 
 
-def read_split_file(path: str | Path, known: Sequence[str]) -> dict[str, str]:
-    """Read {"train": [ids], "val": [ids], "test": [ids]} as the split of each listed id; val and test may be left out.
+def _check_filled(split_of: dict[str, str], sizes: Counter[str], wanted: Sequence[str]) -> None:
+    empty = [split for split in wanted if split not in split_of.values()]
+    largest, size = max(sizes.items(), key=lambda item: item[1])
+    total = sizes.total()
+    if "train" in empty or (empty and 2 * size > total > 2):
+        raise DataError(
+            f"No images are left for {' and '.join(empty)}, since the group of {largest!r} holds "
+            f"{size} of {total} images and may not be cut; give other fractions or a group_file, "
+            f"or set group_by to image if these are not copies."
+        )
+
+
+def read_split_file(path: str | Path, ids: Sequence[str]) -> dict[str, str]:
+    """Read the split of each listed id from a JSON file; see `SPLIT_FILE_FORM`.
+
+    Args:
+        path: the file; val and test may be left out of it.
+        ids: ids of all images in the source.
 
     Raises:
-        DataError: the file is missing or no such JSON, lists an id twice, none for train, or one that is not `known`.
+        DataError: the file is missing or no such JSON, lists an id twice, none for train, or one
+            that the source does not have.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"There is no split file {path}; check the path.")
-    form = '{"train": [ids], "val": [ids], "test": [ids]}'
     try:
-        given = json.loads(path.read_text())
+        splits = json.loads(path.read_text())
     except ValueError as error:
-        raise DataError(f"{path} is not valid JSON ({error}); it must hold {form}.") from None
-    if not isinstance(given, dict) or not all(isinstance(ids, list) for ids in given.values()):
-        raise DataError(f"{path} must hold {form}; rewrite it in that form.")
-    odd = sorted(given.keys() - set(SPLITS))
-    if odd:
         raise DataError(
-            f"{path} has a split named {odd[0]!r}, but splits are {', '.join(SPLITS)}; rename it."
+            f"{path} is not valid JSON ({error}); it must hold {SPLIT_FILE_FORM}."
+        ) from None
+    if not isinstance(splits, dict) or not all(isinstance(x, list) for x in splits.values()):
+        raise DataError(f"{path} must hold {SPLIT_FILE_FORM}; rewrite it in that form.")
+    unknown_splits = sorted(splits.keys() - set(SPLITS))
+    if unknown_splits:
+        raise DataError(
+            f"{path} has a split named {unknown_splits[0]!r}, but splits are {', '.join(SPLITS)}; "
+            f"rename it."
         )
-    if not given.get("train"):
+    if not splits.get("train"):
         raise DataError(f"{path} lists no images for train, but some are needed; add them.")
     split_of: dict[str, str] = {}
-    for split, ids in given.items():
-        for name in map(str, ids):
+    for split, names in splits.items():
+        for name in map(str, names):
             if name in split_of:
                 raise DataError(
                     f"{path} lists {name!r} in {split_of[name]} and in {split}; keep one."
                 )
             split_of[name] = split
-    unknown = sorted(split_of.keys() - set(known))
+    unknown = sorted(split_of.keys() - set(ids))
     if unknown:
         raise DataError(
-            f"{path} lists {len(unknown)} images that the source does not have, such as {unknown[0]!r}; ids are file "
-            f"names without suffix, such as {known[0]!r}, so correct or remove them."
+            f"{path} lists {len(unknown)} images that the source does not have, such as "
+            f"{unknown[0]!r}; ids are file names without suffix, such as {ids[0]!r}, so correct or "
+            f"remove them."
         )
     return split_of
 
 
-def groups_cut(split_of: Mapping[str, str], groups: Mapping[str, str]) -> dict[str, list[str]]:
+def find_cut_groups(split_of: Mapping[str, str], groups: Mapping[str, str]) -> dict[str, list[str]]:
     """Return the splits of every group that lies in more than one; both arguments are by id."""
     splits: dict[str, set[str]] = {}
     for name, group in groups.items():
         splits.setdefault(group, set()).add(split_of[name])
-    return {
-        group: sorted(where, key=SPLITS.index) for group, where in splits.items() if len(where) > 1
-    }
+    cut = {}
+    for group, names in splits.items():
+        if len(names) > 1:
+            cut[group] = sorted(names, key=SPLITS.index)
+    return cut

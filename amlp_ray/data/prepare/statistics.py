@@ -1,4 +1,4 @@
-"""Mean and SD per channel, summed up in parts: the same whatever runs where, and right for values far from zero."""
+"""Sum up mean and standard deviation per channel, the same in any order of the parts."""
 
 from __future__ import annotations
 
@@ -10,65 +10,69 @@ import numpy as np
 
 
 class Statistics:
-    """Of integers the exact sums of values and squares; of floats pixel count, mean and squared deviations from it.
+    """Running statistics of images, per channel.
 
-    Squares of floats far from zero would lose a small spread (Chan, Golub and LeVeque 1983).
+    Integers: pixel count and the exact sums of values and of squares. Floats: pixel count, mean and
+    sum of squared deviations from it, because squares of floats far from zero would lose a small
+    spread (Chan, Golub and LeVeque 1983).
     """
 
     def __init__(self, channels: int, dtype: str) -> None:
-        self.exact = dtype != "float32"
-        self._rows: np.ndarray = np.zeros((3, channels), dtype=object if self.exact else np.float64)
+        """Start without images."""
+        self.is_exact = dtype != "float32"
+        # (3, channels): the rows named above
+        self._rows: np.ndarray = np.zeros((3, channels), object if self.is_exact else np.float64)
 
     def add(self, image: np.ndarray) -> None:
-        """Take an image (C, H, W) in."""
+        """Add an image (C, H, W)."""
         flat = image.reshape(len(image), -1)
-        pixels = flat.shape[1]
-        if not self.exact:
-            mean = flat.mean(axis=1, dtype=np.float64)
-            deviations = ((flat - mean[:, None]) ** 2).sum(axis=1)
-            self._merge(np.stack([np.full(len(flat), float(pixels)), mean, deviations]))
+        channels, pixels = flat.shape
+        if self.is_exact:
+            values = flat.astype(np.int64)  # below 2^63 for up to 2^31 pixels of 16 bits
+            sums = values.sum(axis=1).tolist()
+            squares = (values * values).sum(axis=1).tolist()
+            self.add_rows([[pixels] * channels, sums, squares])
             return
-        integers = flat.astype(np.int64)  # below 2^63 for images of up to 2^31 pixels of 16 bits
-        squares = (integers * integers).sum(axis=1)
-        self._merge(
-            np.array(
-                [[pixels] * len(flat), integers.sum(axis=1).tolist(), squares.tolist()],
-                dtype=object,
-            )
-        )
+        mean = flat.mean(axis=1, dtype=np.float64)
+        deviations = ((flat - mean[:, None]) ** 2).sum(axis=1)
+        self._merge(np.stack([np.full(channels, float(pixels)), mean, deviations]))
 
-    def add_plain(self, rows: Sequence[Sequence[Any]]) -> None:
-        """Take in what `plain` gave elsewhere."""
+    def add_rows(self, rows: Sequence[Sequence[Any]]) -> None:
+        """Add what `to_rows` of other statistics returned."""
         self._merge(np.array(rows, dtype=self._rows.dtype))
 
-    def plain(self) -> list[list[Any]]:
-        """As plain values, which JSON keeps to the last digit."""
+    def to_rows(self) -> list[list[Any]]:
+        """Return plain values, which JSON keeps to the last digit."""
         return [list(row) for row in self._rows.tolist()]
 
-    def mean_and_sd(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Per channel; a flat channel gets SD 1, to become 0 and not NaN when it is normalised."""
+    def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return both per channel. A flat channel has std 1, so that normalizing gives 0."""
         columns: Iterable[Any] = self._rows.T
-        if self.exact:
-            pairs = [
-                (total / n, (n * square - total * total) / n**2) for n, total, square in columns
-            ]
-        else:
-            pairs = [(float(mean), float(deviations / n)) for n, mean, deviations in columns]
-        return tuple(mean for mean, _ in pairs), tuple(
-            math.sqrt(variance) or 1.0 for _, variance in pairs
-        )
+        means = []
+        stds = []
+        for count, first, second in columns:
+            if self.is_exact:
+                mean = first / count
+                variance = (count * second - first * first) / count**2
+            else:
+                mean = float(first)
+                variance = float(second / count)
+            means.append(mean)
+            stds.append(math.sqrt(variance) or 1.0)
+        return tuple(means), tuple(stds)
 
     def _merge(self, other: np.ndarray) -> None:
-        if self.exact:
+        if self.is_exact:
             self._rows = self._rows + other
             return
-        (n, mean, deviations), (m, other_mean, other_deviations) = self._rows, other
-        apart = other_mean - mean
-        together = n + m
+        count, mean, deviations = self._rows
+        other_count, other_mean, other_deviations = other
+        difference = other_mean - mean
+        total = count + other_count
         self._rows = np.stack(
             [
-                together,
-                mean + apart * (m / together),
-                deviations + other_deviations + apart**2 * (n * m / together),
+                total,
+                mean + difference * (other_count / total),
+                deviations + other_deviations + difference**2 * (count * other_count / total),
             ]
         )

@@ -1,6 +1,6 @@
-"""Pass 2 of preparing: decode again, cut, and write every part; sum up the statistics on the way.
+"""Pass 2 of preparing: decode again, cut, write every part, and sum up its statistics.
 
-Runs in Ray Data workers, one part each. A fault comes back as a sentence, as in pass 1.
+Ray Data workers run it, one part each. A fault comes back as a sentence, as in pass 1.
 """
 
 from __future__ import annotations
@@ -9,45 +9,46 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders import read_frames
 from amlp_ray.data.decoders.image import to_channels
 from amlp_ray.data.layouts import SourceImage
 from amlp_ray.data.parquet import Shape, write_part
 from amlp_ray.data.path import DataPath
-from amlp_ray.data.prepare.crop import Cutting, cut, pixel_spacing, scaled
-from amlp_ray.data.prepare.scan import FrameScan, Reader, item_of, item_row
+from amlp_ray.data.prepare.crop import Crop, cut, pixel_spacing, scaled
+from amlp_ray.data.prepare.scan import FrameScan, HashingReader, item_from_row, item_to_row
 from amlp_ray.data.prepare.statistics import Statistics
-from amlp_ray.errors import DataError
+from amlp_ray.errors import DataError, describe_error
 
 
 class Row(NamedTuple):
-    """An image to be written: what is cut from which frame of which item, and the names it gets."""
+    """An image to be written: what is cut from which frame of which item, and its names."""
 
     item: SourceImage
-    digest: str  # of the item's files when they were looked at
+    digest: str  # of the item's files when they were scanned
     frame: FrameScan
-    cutting: Cutting
+    crop: Crop
     id: str
     group: str
     source: str
 
 
 def part_job(
-    place: DataPath, rows: list[Row], config: PrepareConfig, shape: Shape, dtype: str
+    path: DataPath, rows: list[Row], config: PrepareConfig, shape: Shape, dtype: str
 ) -> dict[str, Any]:
-    """Plain values that `write_job` makes a part of; rows of one item stand together."""
+    """Describe a part as plain values for `write_job`. Rows of one item are neighbors."""
     items = []
-    for _, same in groupby(rows, key=lambda row: id(row.item)):
-        of_item = list(same)
-        first = of_item[0]
-        images = [
-            [r.frame.number, r.frame.hash, r.cutting.y, r.cutting.x, r.cutting.background, r.id]
-            for r in of_item
-        ]
-        items.append([item_row(first.item), first.digest, first.group, first.source, images])
+    for _, item_rows in groupby(rows, key=lambda row: id(row.item)):
+        images = []
+        for row in item_rows:
+            frame = row.frame
+            crop = row.crop
+            images.append([frame.number, frame.hash, crop.y, crop.x, crop.background, row.id])
+        items.append([item_to_row(row.item), row.digest, row.group, row.source, images])
     return {
-        "place": str(place),
+        "path": str(path),
         "config": config.model_dump(mode="json"),
         "shape": list(shape),
         "dtype": dtype,
@@ -55,46 +56,53 @@ def part_job(
     }
 
 
-def write_job(run_spec: dict[str, Any]) -> dict[str, Any]:
-    """Write one part, in a worker: {"rows", "bytes", "statistics"}, or {"fault"}, and whether it may go on."""
-    place, shape = DataPath(run_spec["place"]), tuple(run_spec["shape"])
-    statistics = Statistics(shape[0], run_spec["dtype"])
+def write_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Write one part, in a worker.
+
+    Returns:
+        "rows", "bytes" and "statistics" of the part; or a "fault", and whether it is "resumable".
+    """
+    path = DataPath(job["path"])
+    channels, height, width = job["shape"]
+    statistics = Statistics(channels, job["dtype"])
     try:
-        rows = write_part(place, _encoded(run_spec, statistics), shape, run_spec["dtype"])
-        return {"rows": rows, "bytes": place.info().size, "statistics": statistics.plain()}
+        rows = write_part(path, _columns(job, statistics), (channels, height, width), job["dtype"])
+        return {"rows": rows, "bytes": path.info().size, "statistics": statistics.to_rows()}
     except DataError as error:
         return {"fault": str(error), "resumable": False}
     except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())[:200]
-        return {
-            "fault": f"{place} cannot be written ({reason}); check space and rights, and run the same command again "
-            f"to go on.",
-            "resumable": True,
-        }
+        reason = error.strerror or describe_error(error)
+        fault = (
+            f"{path} cannot be written ({reason}); check space and rights, and run the "
+            f"same command again to go on."
+        )
+        return {"fault": fault, "resumable": True}
 
 
-def _encoded(run_spec: dict[str, Any], statistics: Statistics) -> Iterator[dict[str, Any]]:
+def _columns(job: dict[str, Any], statistics: Statistics) -> Iterator[dict[str, Any]]:
     """Yield the columns of each image, and add its values to `statistics`."""
-    config = PrepareConfig.model_validate(run_spec["config"])
-    for row, digest, group, source, images in run_spec["items"]:
-        item, read = item_of(row), Reader()
-        wanted = {
+    config = PrepareConfig.model_validate(job["config"])
+    for row, digest, group, source, images in job["items"]:
+        item = item_from_row(row)
+        reader = HashingReader()
+        images_of_frame = {
             number: list(same) for number, same in groupby(images, key=lambda image: image[0])
         }
-        for frame in read_frames(item, config, read):
-            if frame.number not in wanted:
+        for frame in read_frames(item, config, reader):
+            if frame.number not in images_of_frame:
                 continue
             height, width = frame.image.shape[:2]
             spacing = pixel_spacing(frame.spacing, height, width, config)
-            whole = scaled(to_channels(frame.image, run_spec["shape"][0]), frame.mask, config)
-            for _, hashed, y, x, background, name in wanted[frame.number]:
-                image, mask = cut(*whole, y, x, config)
-                stored = image.astype(run_spec["dtype"], copy=False)
-                statistics.add(stored)
+            pixels = to_channels(frame.image, job["shape"][0])
+            whole, whole_mask = scaled(pixels, frame.mask, config)
+            for _, image_hash, y, x, background, name in images_of_frame[frame.number]:
+                image, mask = cut(whole, whole_mask, y, x, config)
+                image = image.astype(job["dtype"], copy=False)
+                statistics.add(image)
                 yield {
                     "id": name,
                     "group": group,
-                    "image": stored.astype(stored.dtype.newbyteorder("<"), copy=False).tobytes(),
+                    "image": _to_bytes(image),
                     "mask": None if mask is None else mask.tobytes(),
                     "lesion": None if mask is None else int(mask.sum()),
                     "background": background,
@@ -105,10 +113,15 @@ def _encoded(run_spec: dict[str, Any], statistics: Statistics) -> Iterator[dict[
                     "frame": frame.number,
                     "spacing_y": spacing and spacing[0],
                     "spacing_x": spacing and spacing[1],
-                    "hash": hashed,
+                    "hash": image_hash,
                     "source": source,
                 }
-        if read.digest != digest:
+        if reader.digest != digest:
             raise DataError(
-                f"{item.images[0]} changed while the dataset was prepared; run the same command again."
+                f"{item.images[0]} changed while the dataset was prepared; run the same command "
+                f"again."
             )
+
+
+def _to_bytes(image: np.ndarray) -> bytes:
+    return image.astype(image.dtype.newbyteorder("<"), copy=False).tobytes()

@@ -736,11 +736,14 @@ def test_a_file_without_rights_is_told(tmp_path: Path) -> None:
         if Path(tempfile.gettempdir()) in folder.parents:
             folder.chmod(0o755)
     code = (
-        "import os, sys; from amlp_ray.data.prepare.scan import analyze; from amlp_ray.data.layouts import Item\n"
+        "import os, sys\n"
+        "from amlp_ray.data.prepare.scan import scan_item\n"
+        "from amlp_ray.data.layouts import SourceImage\n"
         "from amlp_ray.config import PrepareConfig\n"
         "def told(name):\n"
         "    path = f'{sys.argv[1]}/{name}.png'\n"
-        "    return analyze(Item(name, 'picture', (path,), (), path), PrepareConfig()).fault\n"
+        "    item = SourceImage(name, 'picture', (path,), (), path)\n"
+        "    return scan_item(item, PrepareConfig()).fault\n"
         "told('0')\n"  # so that all is imported: the other user may not see where we are installed
         "os.setuid(65534)\n"
         "print(told('0')); print(told('1'))\n"

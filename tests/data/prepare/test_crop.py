@@ -10,7 +10,7 @@ from amlp_ray.config import PrepareConfig
 from amlp_ray.data.prepare.crop import (
     background_of,
     cut,
-    cuttings,
+    iter_crops,
     origins,
     pixel_spacing,
     resize_image,
@@ -61,7 +61,7 @@ def test_tiles_put_together_are_the_image_to_the_bit(dtype: str, overlap: float)
     lesion = (_noise(75, 100)[..., 0] > 200).astype(np.uint8)
     config = _settings(fit="tiles", overlap=overlap)
     whole, whole_mask = np.full_like(image, 1), np.full_like(lesion, 7)
-    for place in cuttings(image, lesion, config):
+    for place in iter_crops(image, lesion, config):
         stored, mask = cut(image, lesion, place.y, place.x, config)
         assert stored.dtype == image.dtype
         assert stored.shape == (2, 32, 32)
@@ -75,7 +75,7 @@ def test_tiles_put_together_are_the_image_to_the_bit(dtype: str, overlap: float)
 
 def test_a_frame_smaller_than_a_tile_is_padded_at_its_lower_right() -> None:
     image = _noise(20, 10, dtype="int16") - 1000
-    (place,) = cuttings(image, None, _settings(fit="tiles"))
+    (place,) = iter_crops(image, None, _settings(fit="tiles"))
     stored, _ = cut(image, None, place.y, place.x, _settings(fit="tiles"))
     np.testing.assert_array_equal(stored[0, :20, :10], image[..., 0])
     assert (stored[0, 20:] == image.min()).all()

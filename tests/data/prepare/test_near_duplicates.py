@@ -18,13 +18,13 @@ import amlp_ray.data.prepare.near_duplicates as grouping
 from amlp_ray.data.manifest import SPLITS
 from amlp_ray.data.prepare.near_duplicates import (
     FLAT,
-    SAME,
+    MAX_DISTANCE,
     near_duplicate_groups,
     near_pairs,
     perceptual_hash,
     read_group_file,
 )
-from amlp_ray.data.prepare.splits import groups_cut, read_split_file, split_by_group
+from amlp_ray.data.prepare.splits import find_cut_groups, read_split_file, split_by_group
 from amlp_ray.errors import DataError
 
 
@@ -64,13 +64,13 @@ def test_a_hash_survives_what_a_copy_goes_through(
     image = tissue(seed)
     assert (
         bits(perceptual_hash(image[..., None]), perceptual_hash(changed(image)[..., None]))
-        <= SAME - 2
+        <= MAX_DISTANCE - 2
     )
 
 
 def test_different_images_have_distant_hashes() -> None:
     hashes = np.array([perceptual_hash(tissue(seed)[..., None]) for seed in range(150)], np.uint64)
-    assert not list(near_pairs(hashes, SAME))
+    assert not list(near_pairs(hashes, MAX_DISTANCE))
     assert len(set(near_duplicate_groups([str(i) for i in range(150)], hashes))) == 150
 
 
@@ -93,7 +93,7 @@ def test_what_is_no_number_does_not_break_a_hash() -> None:
     image = (tissue(1) / 255).astype(np.float32)[..., None]
     holed = image.copy()
     holed[5:9, 5:9] = np.nan
-    assert bits(perceptual_hash(image), perceptual_hash(holed)) <= SAME
+    assert bits(perceptual_hash(image), perceptual_hash(holed)) <= MAX_DISTANCE
     assert perceptual_hash(np.full((20, 20, 1), np.nan, np.float32)) == FLAT
 
 
@@ -168,17 +168,17 @@ def test_bands_and_all_comparisons_agree(monkeypatch: pytest.MonkeyPatch) -> Non
     rng = np.random.default_rng(2)
     hashes = np.concatenate([rng.integers(0, 2**64, 3000, dtype=np.uint64), some_hashes(300)])
     assert len(grouping._bands(hashes, hashes, 8)) == 9
-    banded = grouping.chains(hashes)
+    banded = grouping.find_chains(hashes)
     monkeypatch.setattr(grouping, "_bands", lambda *_: [np.uint64(0)])
     monkeypatch.setattr(grouping, "MERGE_PAIRS", 10)
-    assert np.array_equal(grouping.chains(hashes), banded)
+    assert np.array_equal(grouping.find_chains(hashes), banded)
 
 
 def test_a_hundred_thousand_hashes_take_seconds() -> None:
     hashes = np.random.default_rng(0).integers(0, 2**64, 100_000, dtype=np.uint64)
     hashes[50_000:50_100] = hashes[:100] ^ np.uint64(0b10110)
     start = time.process_time()
-    first = grouping.chains(hashes)
+    first = grouping.find_chains(hashes)
     assert time.process_time() - start < 30  # measured: 3; all with all: 15
     assert np.array_equal(first[50_000:50_100], first[:100])
     assert 99_800 < len(np.unique(first)) <= 99_900  # 1.4 links by chance
@@ -208,7 +208,7 @@ def test_no_group_is_ever_cut(
         assert largest * 2 > len(groups) or len(groups) * fractions[0] < largest
         return
     assert splits == split_by_group(groups, strata, fractions, seed)
-    assert not groups_cut(dict(enumerate(splits)), dict(enumerate(groups)))
+    assert not find_cut_groups(dict(enumerate(splits)), dict(enumerate(groups)))
     largest = Counter(groups).most_common(1)[0][1]
     for split, fraction in zip(SPLITS, fractions, strict=True):
         found = splits.count(split)
@@ -348,7 +348,7 @@ def test_shared_splits_cut_no_shared_group(name: str, real_data: Path) -> None:
         for image in ids
     }
     named = read_group_file(real_data / name / "groups.csv")
-    assert not groups_cut(split_of, {image: named[image] for image in split_of})
+    assert not find_cut_groups(split_of, {image: named[image] for image in split_of})
 
 
 @pytest.mark.real
@@ -362,7 +362,7 @@ def test_near_copies_of_real_ultrasound_are_those_that_thumbnails_show(real_data
     )
     pairs = [
         pair
-        for a, b in near_pairs(hashes, SAME)
+        for a, b in near_pairs(hashes, MAX_DISTANCE)
         for pair in zip(a.tolist(), b.tolist(), strict=True)
     ]
     agreeing = sum(groups[a] == groups[b] for a, b in pairs)

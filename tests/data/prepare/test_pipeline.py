@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 import os
 import re
 import signal
@@ -23,10 +24,16 @@ from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.layouts import natural_key
 from amlp_ray.data.manifest import SPLITS
 from amlp_ray.data.path import DataPath
-from amlp_ray.data.prepare.pipeline import Told, prepare
+from amlp_ray.data.prepare.pipeline import prepare
 from amlp_ray.errors import DataError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+
+@pytest.fixture
+def messages(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, logger="amlp_ray.data.prepare")
+    return caplog
 
 
 def _settings(layout: str, **values: Any) -> PrepareConfig:
@@ -63,9 +70,10 @@ def _everything(dataset: PatchDataset) -> dict[str, tuple[np.ndarray, np.ndarray
     }
 
 
-def test_busi_images_and_masks_are_what_pillow_reads(busi_folder: Path, tmp_path: Path) -> None:
-    said: list[str] = []
-    dataset = prepare(busi_folder, tmp_path / "out", _settings("busi"), told=Told(said.append))
+def test_busi_images_and_masks_are_what_pillow_reads(
+    busi_folder: Path, tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    dataset = prepare(busi_folder, tmp_path / "out", _settings("busi"))
     found = _everything(dataset)
     assert len(found) == 18
     assert dataset.shape == (1, 32, 32)
@@ -85,7 +93,7 @@ def test_busi_images_and_masks_are_what_pillow_reads(busi_folder: Path, tmp_path
     lower = found["benign (1)"][1][20:]  # the second and third mask lie there
     assert lower[:, :12].any()
     assert lower[:, 20:].any()
-    assert any("18 images" in sentence for sentence in said)
+    assert any("18 images" in sentence for sentence in messages.messages)
 
 
 def test_columns_order_statistics_and_counts(
@@ -114,17 +122,13 @@ def test_columns_order_statistics_and_counts(
 
 
 def test_same_input_gives_same_bytes_and_is_not_prepared_twice(
-    busi_folder: Path, tmp_path: Path
+    busi_folder: Path, tmp_path: Path, messages: pytest.LogCaptureFixture
 ) -> None:
     first = prepare(busi_folder, tmp_path / "a" / "out", _settings("busi"))
     second = prepare(busi_folder, tmp_path / "b" / "out", _settings("busi"))
     assert _hashes(first.path) == _hashes(second.path)
-    said: list[str] = []
-    assert (
-        prepare(busi_folder, first.path, _settings("busi"), told=Told(said.append)).manifest
-        == first.manifest
-    )
-    assert "already prepared" in said[-1]
+    assert prepare(busi_folder, first.path, _settings("busi")).manifest == first.manifest
+    assert "already prepared" in messages.messages[-1]
     with pytest.raises(
         DataError, match=r"out is a patch dataset made from other files or settings; delete it"
     ):
@@ -173,7 +177,9 @@ def test_16_bit_images_stay_16_bit(tmp_path: Path) -> None:
     assert reason.startswith("is uint8, but most pictures are uint16")
 
 
-def test_split_and_group_files_rule(busi_folder: Path, tmp_path: Path) -> None:
+def test_split_and_group_files_rule(
+    busi_folder: Path, tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
     splits = {
         "train": [f"benign ({i})" for i in range(1, 7)],
         "val": ["normal (1)"],
@@ -190,14 +196,11 @@ def test_split_and_group_files_rule(busi_folder: Path, tmp_path: Path) -> None:
         "split_file": str(tmp_path / "splits.json"),
         "group_file": str(tmp_path / "groups.csv"),
     }
-    said: list[str] = []
-    dataset = prepare(
-        busi_folder, tmp_path / "out", _settings("busi", **given), told=Told(said.append)
-    )
+    dataset = prepare(busi_folder, tmp_path / "out", _settings("busi", **given))
     assert {split: dataset.load(split).ids for split in SPLITS} == splits
     assert set(dataset.load("train").groups) == {"a"}
     assert dataset.manifest.left_out == 10
-    assert "10 left out" in said[-1]
+    assert "10 left out" in messages.messages[-1]
 
     (tmp_path / "groups.csv").write_text(
         "\n".join(lines).replace("malignant (2),malignant (2)", "malignant (2),a")
@@ -222,18 +225,19 @@ def test_near_copies_never_lie_in_two_splits(busi_folder: Path, tmp_path: Path) 
     assert all(group_of[f"benign ({20 + i})"] == f"benign ({i})" for i in range(1, 5))
 
 
-def test_faults_are_listed_and_the_rest_survives(busi_folder: Path, tmp_path: Path) -> None:
+def test_faults_are_listed_and_the_rest_survives(
+    busi_folder: Path, tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
     (busi_folder / "benign" / "benign (3).png").write_bytes(b"\x89PNG\r\n\x1a\n")
     Image.new("L", (5, 5)).save(busi_folder / "normal" / "normal (2)_mask.png")
-    said: list[str] = []
-    dataset = prepare(busi_folder, tmp_path / "out", _settings("busi"), told=Told(said.append))
+    dataset = prepare(busi_folder, tmp_path / "out", _settings("busi"))
     assert sorted(_everything(dataset), key=natural_key) == [
         *(f"benign ({i})" for i in range(1, 9) if i != 3),
         *(f"malignant ({i})" for i in range(1, 7)),
         *(f"normal ({i})" for i in (1, 3, 4)),
     ]
     assert dataset.manifest.rejected == 2
-    assert said[-1].startswith("2 files rejected and 0 repaired, see ")
+    assert messages.messages[-1].startswith("2 files rejected and 0 repaired, see ")
     found = _rejects(tmp_path / "out")
     assert set(found) == {"benign (3).png", "normal (2).png"}
     assert "mask of 5x5 pixels" in found["normal (2).png"][1]
@@ -318,7 +322,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     out = tmp_path / "killed"
     command = [sys.executable, "-c", KILLED, str(tmp_path / "in"), str(out)]
     for pattern, least in (
-        ("looked-*.json", 2),
+        ("scanned-*.json", 2),
         ("train-*.json", 3),
     ):  # in the middle of pass 1, then of pass 2
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -342,10 +346,10 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
 
 
 def test_two_preparations_of_one_folder_do_not_meet(busi_folder: Path, tmp_path: Path) -> None:
-    from amlp_ray.data.prepare.resume import Unfinished
+    from amlp_ray.data.prepare.resume import PreparationState
 
     with (
-        Unfinished(DataPath(tmp_path / "out"), "x").lock(),
+        PreparationState(DataPath(tmp_path / "out"), "x").lock(),
         pytest.raises(
             DataError, match="out is being prepared by another process; wait for it or stop it"
         ),
@@ -631,17 +635,17 @@ def test_padding_does_not_make_a_small_picture_air(tmp_path: Path) -> None:
 
 
 def test_pictures_that_a_layout_has_no_place_for_are_told(
-    paired_folder: Path, tmp_path: Path
+    paired_folder: Path, tmp_path: Path, messages: pytest.LogCaptureFixture
 ) -> None:
     Image.new("L", (50, 40)).save(paired_folder / "stray.png")
-    said: list[str] = []
     prepare(
         paired_folder,
         tmp_path / "out",
         _settings("auto", fractions=(1, 0, 0)),
-        told=Told(said.append),
     )
-    assert said[0].endswith("1 pictures have no place in it and are left out, such as 'stray.png'")
+    assert messages.messages[0].endswith(
+        "1 pictures have no place in it and are left out, such as 'stray.png'"
+    )
 
 
 def test_the_list_of_rejects_comes_back_when_it_is_lost(busi_folder: Path, tmp_path: Path) -> None:
@@ -655,12 +659,13 @@ def test_the_list_of_rejects_comes_back_when_it_is_lost(busi_folder: Path, tmp_p
     assert (tmp_path / "out.rejects.csv").read_text() == before
 
 
-def test_small_splits_are_filled_and_empty_ones_told(tmp_path: Path) -> None:
+def test_small_splits_are_filled_and_empty_ones_told(
+    tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "in").mkdir()
-    said: list[str] = []
     for i in range(2):
         blocks = Image.fromarray(np.random.default_rng(i).integers(0, 256, (6, 6), dtype=np.uint8))
         blocks.resize((40, 40)).save(tmp_path / "in" / f"{i}.png")
     config = _settings("flat", fractions=(0.7, 0.1, 0.2))
-    prepare(tmp_path / "in", tmp_path / "out", config, told=Told(said.append))
-    assert any("stays empty: 2 groups are too few" in sentence for sentence in said)
+    prepare(tmp_path / "in", tmp_path / "out", config)
+    assert any("stays empty: 2 groups are too few" in sentence for sentence in messages.messages)

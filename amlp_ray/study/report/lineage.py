@@ -17,7 +17,7 @@ from amlp_ray.study.report.plotting import (
     color_of,
     empty_figure,
 )
-from amlp_ray.study.search.pbt import Population, leader, lineage, members, score_of
+from amlp_ray.study.search.pbt import Population, leader, lineage, members
 from amlp_ray.study.search_space.validate import PBT_RATIO
 
 KEY = "lineage"
@@ -43,12 +43,12 @@ def lineage_rows(config: StudyConfig, trials: Sequence[FrozenTrial]) -> list[dic
     trial_of_member: dict[tuple[int, int], int] = {}
     rows = []
     for trial in members(trials):
-        generation = trial.user_attrs["generation"]
-        member = trial.user_attrs["member"]
-        parent = trial.user_attrs["parent"]
+        generation = trial.generation
+        member = trial.member
+        parent = trial.parent
         previous = trial_of_member.get((generation - 1, member))
         trial_of_member[generation, member] = trial.number
-        points = population.segment(trials, trial.number).values[PBT_RATIO]
+        points = population.step_of(trials, trial.number).values[PBT_RATIO]
         rows.append(
             {
                 "trial": trial.number,
@@ -56,12 +56,12 @@ def lineage_rows(config: StudyConfig, trials: Sequence[FrozenTrial]) -> list[dic
                 "member": member,
                 "parent": parent,
                 "left": previous if previous != parent else None,
-                "from_epoch": population.until(generation - 1) if generation else 0,
-                "to_epoch": population.until(generation),
+                "from_epoch": population.last_epoch(generation - 1) if generation else 0,
+                "to_epoch": population.last_epoch(generation),
                 "ratio_from": points[-2][1],
                 "ratio_to": points[-1][1],
                 "state": trial.state.name,
-                "score": score_of(trial),
+                "score": trial.value,
                 "best": trial.number in best_line,
             }
         )

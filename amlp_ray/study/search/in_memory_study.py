@@ -1,4 +1,4 @@
-"""An Optuna study in memory that repeats a stored one: samplers and pruners look at it, and write into it freely."""
+"""A copy of a stored Optuna study in memory, which samplers and pruners may write into."""
 
 from __future__ import annotations
 
@@ -8,38 +8,47 @@ from typing import Any, TypeVar
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
-from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-Answer = TypeVar("Answer")
+from amlp_ray.study.storage.optuna_internals import FixedStudy, TrialTable
+
+T = TypeVar("T")
 
 
 class TrialDelta:
-    """Picks from a stored study's trials those that may have changed since the last time: an ended one never does."""
+    """Selects the trials of a study that may have changed since the last call.
+
+    A trial that has ended never changes.
+    """
 
     def __init__(self) -> None:
-        self._seen = 0
-        self._open: list[int] = []  # numbers of those that had not ended
+        self._n_seen = 0
+        self._unfinished: list[int] = []  # numbers of trials that had not ended
 
-    def of(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    def update(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         """Return the trials that are new or had not ended at the last call.
 
         Args:
-            trials: all of a study, in their order; what was read earlier than at the last call takes nothing back.
+            trials: of the study, in order. A list that was read before the last call's is allowed
+                and takes nothing back.
         """
-        news = [trials[n] for n in self._open if n < len(trials)] + list(trials[self._seen :])
-        later = [n for n in self._open if n >= len(trials)]
-        self._open = [t.number for t in news if not t.state.is_finished()] + later
-        self._seen = max(self._seen, len(trials))
-        return news
+        known = [number for number in self._unfinished if number < len(trials)]
+        missing = [number for number in self._unfinished if number >= len(trials)]
+        changed = [trials[number] for number in known] + list(trials[self._n_seen :])
+        running = [trial.number for trial in changed if not trial.state.is_finished()]
+        self._unfinished = running + missing
+        self._n_seen = max(self._n_seen, len(trials))
+        return changed
 
 
 class ObservedTrial(FrozenTrial):
-    """A trial as samplers see it: without attributes of users and dates, and with its parameters sorted.
+    """A trial as samplers and pruners see it: without user attributes and dates.
 
-    Sorted, since each storage has an order of its own. `internal` holds parameters as Optuna computes with them,
-    worked out once.
+    Its parameters are sorted, because each storage has another order.
+
+    Attributes:
+        internal_params: parameters by name as Optuna computes with them.
     """
 
     def __init__(
@@ -54,7 +63,8 @@ class ObservedTrial(FrozenTrial):
         system_attrs: Mapping[str, Any] | None = None,
         constraints: Mapping[str, float] | None = None,
     ) -> None:
-        names, of = sorted(params or {}), distributions or {}
+        params = params or {}
+        distributions = distributions or {}
         super().__init__(
             number=number,
             state=state,
@@ -62,96 +72,90 @@ class ObservedTrial(FrozenTrial):
             values=values,
             datetime_start=None,
             datetime_complete=None,
-            params={name: (params or {})[name] for name in names},
-            distributions={name: of[name] for name in names},
+            params={name: params[name] for name in sorted(params)},
+            distributions={name: distributions[name] for name in sorted(params)},
             user_attrs={},
             system_attrs=dict(system_attrs or {}),
             intermediate_values=dict(intermediate_values or {}),
             trial_id=number,
         )
-        self.internal = {
-            name: d.to_internal_repr(self.params[name]) for name, d in self.distributions.items()
+        self.internal_params = {
+            name: distribution.to_internal_repr(self.params[name])
+            for name, distribution in self.distributions.items()
         }
-        self._constraints = dict(constraints or {})
+        self._limit_excess = dict(constraints or {})
 
     @property
     def constraints(self) -> dict[str, float]:
-        """Limits by name, at most 0 where kept."""
-        return self._constraints
-
-
-class _Moment(optuna.Study):
-    """A study that picks trials by state once: samplers ask for the same ones for each parameter."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._picked: dict[Any, list[FrozenTrial]] = {}
-
-    def _get_trials(
-        self, deepcopy: bool = True, states: Any = None, use_cache: bool = False
-    ) -> list[
-        FrozenTrial
-    ]:  # Optuna's signature; what is picked is never copied, and the list may be changed
-        key = None if states is None else tuple(states)
-        if key not in self._picked:
-            self._picked[key] = self._storage.get_all_trials(
-                self._study_id, deepcopy=False, states=key
-            )
-        return list(self._picked[key])
+        """Return by how much the trial exceeds each limit; at most 0 if it keeps it."""
+        return self._limit_excess
 
 
 class InMemoryStudy:
-    """Trials by their numbers in the stored study; a number that is not known yet is a gap, which nothing looks at."""
+    """Trials by their numbers in the stored study; samplers ignore numbers without a trial."""
 
     def __init__(self, name: str, directions: Sequence[str]) -> None:
-        """Args: directions: `maximize` or `minimize`, one per objective."""
+        """Create an empty study.
+
+        Args:
+            name: of the study; Hyperband assigns brackets by it.
+            directions: `maximize` or `minimize` for each objective.
+        """
         self.name = name
-        self.storage = InMemoryStorage()
-        self.id = self.storage.create_new_study(
-            [StudyDirection[d.upper()] for d in directions], name
-        )
+        self._table = TrialTable()
+        study_directions = [StudyDirection[direction.upper()] for direction in directions]
+        self._study_id = self._table.create_new_study(study_directions, name)
         self._length = 0
 
     def put(self, trial: ObservedTrial) -> None:
-        """Know a trial, in the place of what was known under its number."""
+        """Add a trial, or replace the one with its number."""
         while self._length <= trial.number:
-            self.storage.create_new_trial(self.id, ObservedTrial(self._length, TrialState.FAIL))
+            unused = ObservedTrial(self._length, TrialState.FAIL)
+            self._table.create_new_trial(self._study_id, unused)
             self._length += 1
-        self.storage._set_trial(trial.number, trial)
+        self._table.replace_trial(trial)
 
     def drop(self, number: int) -> None:
-        """Know nothing of a number."""
+        """Remove a trial."""
         if number < self._length:
             self.put(ObservedTrial(number, TrialState.FAIL))
 
     def study(self, sampler: BaseSampler | None = None) -> optuna.Study:
-        """Return the Optuna study as it is at this moment, for one suggestion or one decision."""
-        return _Moment(
-            self.name, self.storage, sampler or RandomSampler(0), optuna.pruners.NopPruner()
-        )
+        """Return the Optuna study as it is now, for one suggestion or one decision."""
+        return FixedStudy(self.name, self._table, sampler or RandomSampler(0))
 
-    def draw(
+    @property
+    def system_attrs(self) -> dict[str, Any]:
+        """Return what samplers have stored with the study."""
+        return self._table.get_study_system_attrs(self._study_id)
+
+    def set_system_attr(self, name: str, value: Any) -> None:
+        """Store something with the study for samplers."""
+        self._table.set_study_system_attr(self._study_id, name, value)
+
+    def sample(
         self,
         number: int,
         sampler: BaseSampler,
-        ask: Callable[[Trial], Answer],
+        suggest: Callable[[Trial], T],
         *,
         fixed: Mapping[str, Any] | None = None,
-    ) -> tuple[Answer, FrozenTrial]:
-        """Let a sampler fill a trial; return what `ask` does and what Optuna noted. The number is a gap again after.
+    ) -> tuple[T, FrozenTrial]:
+        """Let a sampler fill a trial, which is removed again.
 
         Args:
-            ask: asks a trial for every parameter of a space.
-            fixed: parameters that are not asked of the sampler.
+            number: of the trial.
+            sampler: asked for its parameters.
+            suggest: asks the trial for every parameter of a space.
+            fixed: parameters that the sampler is not asked for.
+
+        Returns:
+            What `suggest` returned, and the trial with its parameters and system attributes.
         """
-        self.put(
-            ObservedTrial(
-                number,
-                TrialState.RUNNING,
-                system_attrs={"fixed_params": dict(fixed)} if fixed else None,
-            )
-        )
+        attributes = {"fixed_params": dict(fixed)} if fixed else None
+        self.put(ObservedTrial(number, TrialState.RUNNING, system_attrs=attributes))
         try:
-            return ask(Trial(self.study(sampler), number)), self.storage.get_trial(number)
+            result = suggest(Trial(self.study(sampler), number))
+            return result, self._table.get_trial(number)
         finally:
             self.drop(number)

@@ -1,17 +1,20 @@
-"""Population-based training of the masking-ratio schedule: members train side by side, the poor go on from the good.
+"""Population-based training of the masking-ratio schedule.
 
-What is learned is the schedule itself. A trial of Optuna is one segment of one member: `sampler.interval` epochs that
-go on from the checkpoint of the trial named by its user attribute `parent`. Generations are synchronous: the next one
-begins when all members have ended, so what it does follows from their scores and from nothing that depends on which
-member was faster. Everything is read from the stored trials, and every draw from the study's seed.
+Members train side by side, and poor ones continue from the checkpoints of good ones. What is
+learned is the schedule itself. A trial of Optuna is one step of one member: it trains for
+`sampler.interval` epochs from the checkpoint of the trial named by its attribute `parent`.
+Generations are synchronous. The next one begins when all members have ended, so it follows from
+their scores and not from which member was faster. Everything is read from the stored trials, and
+every random number follows from the study's seed.
 
-After Jaderberg et al. 2017 (arXiv 1711.09846), with one change. There, only a member that was replaced changes its
-values; a member that does well keeps them. A ratio that is kept cannot rise, and a schedule consists of its changes: so
-the ratio of every member moves on in every segment, by a random step from the level it has reached, and the schedules
-whose steps were good are the ones that are copied. All other values change as published, on replacement only.
+After Jaderberg et al. 2017 (arXiv 1711.09846), with one change. There, only a member that was
+replaced changes its values. A ratio that is kept cannot rise, and a schedule consists of its
+changes. So the ratio of every member takes a random move in every step, and the schedules whose
+moves were good are the ones that are copied. All other values change as published, on replacement.
 
-Members share one seed, so they differ in their values alone: what wins is a schedule, not a lucky start. And where only
-the ratio is searched, one run of the learnt schedule with that seed is the whole lineage again, to the bit.
+Members share one seed, so they differ in their values alone: what wins is a schedule, not a lucky
+initialization. If only the ratio is searched, one run of the learned schedule with that seed is the
+whole lineage again, to the bit.
 """
 
 from __future__ import annotations
@@ -20,36 +23,37 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any, Final
+from typing import Any, Literal
 
-from optuna.distributions import BaseDistribution
-from optuna.trial import FixedTrial, FrozenTrial, TrialState
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.trial import FrozenTrial
 
 from amlp_ray.config import Choice, Parameter, Range, StudyConfig
 from amlp_ray.config.base import ConfigIssue
 from amlp_ray.config.search_space import Fixed, Scalar
-from amlp_ray.config.study import COSTS
+from amlp_ray.config.study import COST_OBJECTIVES
 from amlp_ray.errors import ConfigError
-from amlp_ray.study.search_space.validate import PBT_RATIO, check_space, searched, suggest
+from amlp_ray.study.search_space.given_trial import GivenTrial
+from amlp_ray.study.search_space.space import SearchSpace
+from amlp_ray.study.search_space.validate import PBT_RATIO, check_space
 from amlp_ray.study.seeds import derived_seed
-from amlp_ray.training.checkpoint.restore import HEADED, PERTURBABLE
-
-
-class Wait(Enum):
-    """A generation is not over, so the next cannot begin."""
-
-    WAIT = "wait"
-
-
-WAIT: Final = Wait.WAIT
+from amlp_ray.study.storage.trial_record import TrialAttributes, TrialRecord
+from amlp_ray.training.checkpoint.restore import HEAD_WEIGHTS, PERTURBABLE
 
 
 @dataclass(frozen=True)
 class PbtStep:
-    """What one trial does: from the checkpoint of trial `parent` (none: from the seed) up to epoch `until`.
+    """What one trial does.
 
-    `params` and `distributions` are what Optuna stores, `values` are dotted settings for `StudyConfig.trial`.
+    Args:
+        generation: from 0.
+        member: of the population, from 0.
+        parent: number of the trial whose checkpoint it continues from; None begins from the seed.
+        params: as Optuna stores them.
+        distributions: what each parameter was sampled from.
+        values: settings by dotted name, for `StudyConfig.trial`.
+        seed: of the training, the same for all members.
+        until: epoch after which it ends.
     """
 
     generation: int
@@ -62,65 +66,77 @@ class PbtStep:
     until: int
 
     @property
-    def user_attrs(self) -> dict[str, Any]:
-        """What the trial is stored with, and all that is needed to go on with the study."""
+    def attributes(self) -> TrialAttributes:
+        """Return what is stored with the trial, from which the study continues."""
         return {"generation": self.generation, "member": self.member, "parent": self.parent}
 
 
 class Population:
-    """Decides segments from stored trials. Trials without the attributes of a segment are no members."""
+    """Decides steps from stored trials; those that are no steps are ignored."""
 
     def __init__(self, config: StudyConfig) -> None:
-        self.config, self.sampler = config, config.sampler
+        """Set up a population.
+
+        Args:
+            config: of a study that `check_population` accepts.
+        """
+        self.config = config
+        self.sampler = config.sampler
         ratio = config.space[PBT_RATIO]  # type: ignore[index]  # declared: see `check_population`
         assert isinstance(ratio, Range)
-        self.ratio = ratio
-        self.space: dict[str, Range | Choice] = {
+        self._search_space = SearchSpace(without_ratio(config))
+        self._ranges: dict[str, Range | Choice] = {
             PBT_RATIO: ratio,
-            **searched(without_ratio(config)),
+            **self._search_space.parameters,
         }
+        self._ratio = FloatDistribution(ratio.low, ratio.high, log=ratio.log, step=ratio.step)
         self.epochs = config.trial({}, seed=0).epochs
         self.generations = math.ceil(self.epochs / self.sampler.interval)
 
-    def next(self, trials: Sequence[FrozenTrial]) -> PbtStep | Wait | None:
-        """Return the next segment to begin, WAIT until the generation has ended, or None where none is left to begin.
+    def next_step(self, trials: Sequence[FrozenTrial]) -> PbtStep | Literal["wait"] | None:
+        """Return the next step to begin.
 
-        None also where a whole generation failed, for there is nothing to go on from. A trial that runs or waits has
-        begun; where a member has several trials of a generation, the last counts.
+        A trial that runs or waits has begun. If a member has several trials of a generation, the
+        last one counts.
+
+        Args:
+            trials: of the search.
+
+        Returns:
+            `wait` until the generation has ended. None if no step is left, or if a whole
+            generation failed, because there is nothing to continue from.
         """
-        begun = _by_place(trials)
+        begun = _by_member(trials)
+        members = range(self.sampler.population_size)
         for generation in range(self.generations):
-            missing = [
-                m for m in range(self.sampler.population_size) if (generation, m) not in begun
-            ]
+            missing = [member for member in members if (generation, member) not in begun]
             if not missing:
                 continue
-            before = (
-                [begun[generation - 1, m] for m in range(self.sampler.population_size)]
-                if generation
-                else []
-            )
-            if not all(trial.state.is_finished() for trial in before):
-                return WAIT
-            if generation and all(score_of(trial) is None for trial in before):
+            previous = []
+            if generation:
+                previous = [begun[generation - 1, member] for member in members]
+            if not all(trial.is_finished for trial in previous):
+                return "wait"
+            if generation and all(trial.value is None for trial in previous):
                 return None
-            return self._begin(trials, generation, missing[0], before)
+            return self._begin(trials, generation, missing[0], previous)
         return None
 
-    def segment(self, trials: Sequence[FrozenTrial], number: int) -> PbtStep:
-        """Return what trial `number` does, from its stored values: to take it over, to repeat it, or to confirm it.
+    def step_of(self, trials: Sequence[FrozenTrial], number: int) -> PbtStep:
+        """Return what a trial does, from its stored values, to resume, repeat or confirm it.
 
-        Run without the parent, its values give the whole lineage in one go: the learnt schedule, and of other
-        parameters the last values.
+        Run without the parent, its values give the whole lineage at once: the learned schedule,
+        and the last values of other parameters.
+
+        Args:
+            trials: of the search.
+            number: of the trial.
         """
-        trial = _numbered(trials)[number]
-        attrs = trial.user_attrs
-        return self._segment(
-            trials, attrs["generation"], attrs["member"], attrs["parent"], trial.params
-        )
+        trial = _by_number(trials)[number]
+        return self._step(trials, trial.generation, trial.member, trial.parent, trial.params)
 
-    def until(self, generation: int) -> int:
-        """Epoch after which the segments of a generation end."""
+    def last_epoch(self, generation: int) -> int:
+        """Return the epoch after which the steps of a generation end."""
         return min(self.epochs, (generation + 1) * self.sampler.interval)
 
     def _begin(
@@ -128,45 +144,52 @@ class Population:
         trials: Sequence[FrozenTrial],
         generation: int,
         member: int,
-        before: Sequence[FrozenTrial],
+        previous: Sequence[TrialRecord],
     ) -> PbtStep:
-        draw = random.Random(derived_seed(self.config.seed, "pbt", generation, member))
+        rng = random.Random(derived_seed(self.config.seed, "pbt", generation, member))
         if generation == 0:
-            return self._segment(trials, 0, member, None, self._first_values(member, draw))
-        top, replaced = self._judged(before)
-        own = before[member]
-        parent = draw.choice(top) if own.number in replaced else own
-        moved = {
-            name: _moved(parameter, parent.params[name], self.sampler.perturb, draw)
-            for name, parameter in self.space.items()
-            if name == PBT_RATIO or own.number in replaced
-        }
-        return self._segment(trials, generation, member, parent.number, {**parent.params, **moved})
+            return self._step(trials, 0, member, None, self._first_params(member, rng))
+        best, replaced = self._rank(previous)
+        own = previous[member]
+        is_replaced = own.number in replaced
+        parent = rng.choice(best) if is_replaced else own
+        params = dict(parent.params)
+        for name, parameter in self._ranges.items():
+            if name == PBT_RATIO or is_replaced:
+                params[name] = _perturb(parameter, params[name], self.sampler.perturb, rng)
+        return self._step(trials, generation, member, parent.number, params)
 
-    def _judged(self, ended: Sequence[FrozenTrial]) -> tuple[list[FrozenTrial], set[int]]:
-        """Members to be copied, best first, and numbers of those replaced: failed ones first, as many as are copied."""
-        scored = [trial for trial in ended if score_of(trial) is not None]
-        ranked = sorted(
-            scored, key=lambda trial: (-(score_of(trial) or 0.0), trial.user_attrs["member"])
-        )
-        share = max(
-            1, math.floor(self.sampler.exploit * len(ended) + 1e-9)
-        )  # 1e-9: 0.29 * 100 is 28.999...
-        top, rest = ranked[:share], ranked[share:]
+    def _rank(self, ended: Sequence[TrialRecord]) -> tuple[list[TrialRecord], set[int]]:
+        """Rank the members of a generation.
+
+        Returns:
+            The members to be copied, best first, and the numbers of those that are replaced:
+            failed ones first, as many as are copied.
+        """
+        scored = [trial for trial in ended if trial.value is not None]
+        ranked = sorted(scored, key=lambda trial: (-(trial.value or 0.0), trial.member))
+        # 0.29 * 100 is 28.999...
+        n_copied = max(1, math.floor(self.sampler.exploit * len(ended) + 1e-9))
+        best = ranked[:n_copied]
+        others = ranked[n_copied:]
         failed = {trial.number for trial in ended} - {trial.number for trial in ranked}
-        poor = rest[max(0, len(rest) - max(0, share - len(failed))) :]
-        return top, failed | {trial.number for trial in poor}
+        n_poor = max(0, n_copied - len(failed))
+        poor = others[max(0, len(others) - n_poor) :]
+        return best, failed | {trial.number for trial in poor}
 
-    def _first_values(self, member: int, draw: random.Random) -> dict[str, Any]:
-        """First ratios are spread over their range, one member in each of as many equal parts; others are drawn."""
-        defaults = {name: parameter.default for name, parameter in self.space.items()}
+    def _first_params(self, member: int, rng: random.Random) -> dict[str, Any]:
+        """Sample the first values of a member.
+
+        First ratios are spread over their range, one member in each of as many equal parts.
+        """
+        defaults = {name: parameter.default for name, parameter in self._ranges.items()}
         if member == 0 and all(value is not None for value in defaults.values()):
             return defaults
-        places = {name: draw.random() for name in self.space}
-        places[PBT_RATIO] = (member + places[PBT_RATIO]) / self.sampler.population_size
-        return {name: _value_at(parameter, places[name]) for name, parameter in self.space.items()}
+        positions = {name: rng.random() for name in self._ranges}
+        positions[PBT_RATIO] = (member + positions[PBT_RATIO]) / self.sampler.population_size
+        return {name: _value_at(p, positions[name]) for name, p in self._ranges.items()}
 
-    def _segment(
+    def _step(
         self,
         trials: Sequence[FrozenTrial],
         generation: int,
@@ -174,177 +197,170 @@ class Population:
         parent: int | None,
         params: Mapping[str, Any],
     ) -> PbtStep:
-        numbered = _numbered(trials)
-        before = [] if parent is None else lineage(trials, parent)
-        levels = [*(numbered[number].params[PBT_RATIO] for number in before), params[PBT_RATIO]]
-        # A segment covers the shares of training between the ends of its parent's and its own. Later points change
-        # nothing before their own segment, so segments one after another equal one run of the last schedule.
-        ends = [[self.until(i) / self.epochs, level] for i, level in enumerate(levels)]
-        others = FixedTrial({name: value for name, value in params.items() if name != PBT_RATIO})
-        values = suggest(others, without_ratio(self.config))  # type: ignore[arg-type]  # asks the same questions
-        level = FixedTrial({PBT_RATIO: params[PBT_RATIO]})
-        level.suggest_float(
-            PBT_RATIO, self.ratio.low, self.ratio.high, log=self.ratio.log, step=self.ratio.step
-        )
+        numbered = _by_number(trials)
+        ancestors = [] if parent is None else lineage(trials, parent)
+        levels = [numbered[number].params[PBT_RATIO] for number in ancestors]
+        levels.append(params[PBT_RATIO])
+        # A step covers the shares of training between its parent's end and its own. Later points
+        # change nothing before, so steps one after another equal one run of the last schedule.
+        points = [[0.0, levels[0]]]
+        for i, level in enumerate(levels):
+            points.append([self.last_epoch(i) / self.epochs, level])
+        others = {name: value for name, value in params.items() if name != PBT_RATIO}
+        trial = GivenTrial(others, check=False)
+        suggestion = self._search_space.suggest(trial)
+        if suggestion.invalid:
+            raise ConfigError(f"space: {suggestion.invalid[0]}.")
         return PbtStep(
             generation=generation,
             member=member,
             parent=parent,
             params=dict(params),
-            distributions={**level.distributions, **others.distributions},
-            values={**values, "ratio.shape": "points", PBT_RATIO: [[0.0, levels[0]], *ends]},
+            distributions={PBT_RATIO: self._ratio, **trial.distributions},
+            values={**suggestion.values, "ratio.shape": "points", PBT_RATIO: points},
             seed=derived_seed(self.config.seed, "pbt"),
-            until=self.until(generation),
+            until=self.last_epoch(generation),
         )
 
 
 def lineage(trials: Sequence[FrozenTrial], number: int) -> list[int]:
-    """Numbers of the trials that trial `number` went through, from the first segment to itself."""
-    numbered, line = _numbered(trials), [number]
-    while (parent := numbered[line[0]].user_attrs["parent"]) is not None:
+    """Return the numbers of the trials that a trial went through, itself last."""
+    numbered = _by_number(trials)
+    line = [number]
+    while (parent := numbered[line[0]].parent) is not None:
         line.insert(0, parent)
     return line
 
 
-def learnt_schedule(
+def learned_schedule(
     config: StudyConfig, trials: Sequence[FrozenTrial], number: int
 ) -> tuple[tuple[float, float], ...]:
-    """The schedule that trial `number` has run: (share of training, masking ratio), for `ratio.points`."""
-    return tuple(
-        (share, level)
-        for share, level in Population(config).segment(trials, number).values[PBT_RATIO]
-    )
+    """Return the schedule that a trial has run, for `ratio.points`.
+
+    Returns:
+        Points (share of training, masking ratio).
+    """
+    points = Population(config).step_of(trials, number).values[PBT_RATIO]
+    return tuple((share, level) for share, level in points)
 
 
-def leader(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
-    """The best of the latest generation that has a score: the best of all where the population has ended."""
-    scored = [trial for trial in members(trials) if score_of(trial) is not None]
-    return max(
-        scored,
-        key=lambda t: (t.user_attrs["generation"], score_of(t), -t.user_attrs["member"]),
-        default=None,
-    )
+def leader(trials: Sequence[FrozenTrial]) -> TrialRecord | None:
+    """Return the best trial of the latest generation that has a score."""
+    scored = [trial for trial in members(trials) if trial.value is not None]
+    return max(scored, key=lambda t: (t.generation, t.value, -t.member), default=None)
 
 
-def members(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The trials that are segments of a population; enqueued and imported ones are not."""
-    return [trial for trial in trials if "generation" in trial.user_attrs]
-
-
-def score_of(trial: FrozenTrial) -> float | None:
-    """Score at the end of a segment; None where it failed, still runs, or ended without one."""
-    if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
-        return None
-    value = (
-        trial.value
-        if trial.value is not None
-        else trial.intermediate_values.get(trial.last_step or 0)
-    )
-    return value if value is not None and math.isfinite(value) else None
+def members(trials: Sequence[FrozenTrial]) -> list[TrialRecord]:
+    """Return the trials that are steps of a population."""
+    records = [TrialRecord.from_frozen(trial) for trial in trials]
+    return [record for record in records if record.is_pbt_step]
 
 
 def without_ratio(config: StudyConfig) -> StudyConfig:
-    """The study without the schedule, whose space is one of settings like any other."""
+    """Return the study without the schedule, so that its space has settings only."""
     space = config.space if isinstance(config.space, dict) else {}
-    return config.model_copy(
-        update={"space": {name: p for name, p in space.items() if name != PBT_RATIO}}
-    )
+    settings = {name: parameter for name, parameter in space.items() if name != PBT_RATIO}
+    return config.model_copy(update={"space": settings})
 
 
 def check_population(config: StudyConfig) -> None:
     """Check a study of population-based training, its space included.
 
     Raises:
-        ConfigError: with a sentence for each fault.
+        ConfigError: with a sentence for each mistake.
     """
     if isinstance(config.space, str):
         raise ConfigError(
             "space: sampler pbt needs a declared space, not a function; write its ranges out.",
             keys=["space"],
         )
-    faults = [*_faults_of_space(config.space), *_faults_of_study(config)]
-    if faults:
-        raise ConfigError(*[fault.text for fault in faults], keys=[fault.key for fault in faults])
+    issues = [*_space_issues(config.space), *_study_issues(config)]
+    if issues:
+        raise ConfigError(*[issue.text for issue in issues], keys=[issue.key for issue in issues])
     check_space(without_ratio(config))
 
 
-def _faults_of_space(space: Mapping[str, Parameter]) -> Iterator[ConfigIssue]:
+def _space_issues(space: Mapping[str, Parameter]) -> Iterator[ConfigIssue]:
     ratio = space.get(PBT_RATIO)
     if not isinstance(ratio, Range) or not 0 < ratio.low < ratio.high < 1:
-        found = "is missing" if ratio is None else "is no range within 0-1"
+        problem = "is missing" if ratio is None else "is no range within 0-1"
         yield ConfigIssue(
             f"space.{PBT_RATIO}",
-            f"space: {PBT_RATIO}, the masking ratio that a segment of pbt moves to, {found}; give low and high, "
-            f"such as {{low: 0.2, high: 0.8}}.",
+            f"space: {PBT_RATIO}, the masking ratio that a segment of pbt moves to, {problem}; "
+            f"give low and high, such as {{low: 0.2, high: 0.8}}.",
         )
     for name, parameter in space.items():
         if isinstance(parameter, Fixed):
             continue
         if name != PBT_RATIO and name not in PERTURBABLE:
-            told = (
-                f"sampler pbt cannot change {name} in a running model; fix it in pretrain, or search {PBT_RATIO} "
-                f"and any of {', '.join(PERTURBABLE)}."
+            text = (
+                f"sampler pbt cannot change {name} in a running model; fix it in pretrain, or "
+                f"search {PBT_RATIO} and any of {', '.join(PERTURBABLE)}."
             )
         elif parameter.when:
-            told = (
+            text = (
                 f"{name} has a condition, but with sampler pbt every segment needs it; drop `when`."
             )
-        elif name in HEADED and _lowest(parameter) <= 0:
-            told = f"{name} reaches 0 with sampler pbt, where the model loses a part; stay above 0."
+        elif name in HEAD_WEIGHTS and _lowest(parameter) <= 0:
+            text = f"{name} reaches 0 with sampler pbt, where the model loses a part; stay above 0."
         else:
             continue
-        yield ConfigIssue(f"space.{name}", f"space: {told}")
+        yield ConfigIssue(f"space.{name}", f"space: {text}")
 
 
-def _faults_of_study(config: StudyConfig) -> Iterator[ConfigIssue]:
-    sampler, pretrain = config.sampler, config.trial({}, seed=0)
+def _study_issues(config: StudyConfig) -> Iterator[ConfigIssue]:
+    sampler = config.sampler
+    pretrain = config.trial({}, seed=0)
     if pretrain.objective != "reconstruction":
         yield ConfigIssue(
             "pretrain",
-            f"pretrain.objective {pretrain.objective} masks nothing that sampler pbt could schedule.",
+            f"pretrain.objective {pretrain.objective} masks nothing that sampler pbt could "
+            f"schedule.",
         )
     if sampler.interval >= pretrain.epochs:
         yield ConfigIssue(
             "sampler.interval",
-            f"sampler.interval {sampler.interval} leaves one generation of the {pretrain.epochs} epochs; lower it.",
+            f"sampler.interval {sampler.interval} leaves one generation of the {pretrain.epochs} "
+            f"epochs; lower it.",
         )
     if config.pruner.name != "none":
         yield ConfigIssue(
             "pruner.name",
-            f"pruner.name {config.pruner.name} does nothing for sampler pbt, whose poor members go on from "
-            f"good ones; set it to none.",
+            f"pruner.name {config.pruner.name} does nothing for sampler pbt, whose poor members "
+            f"go on from good ones; set it to none.",
         )
     for name in ("require", "limits"):
         if getattr(config, name):
-            yield ConfigIssue(
-                name, f"{name} is not kept by sampler pbt; drop it, and narrow the ranges instead."
-            )
+            text = f"{name} is not kept by sampler pbt; drop it, and narrow the ranges instead."
+            yield ConfigIssue(name, text)
     objective = next(iter(config.objectives))
-    if objective in COSTS:
+    if objective in COST_OBJECTIVES:
         yield ConfigIssue(
             "objectives",
             f"objectives: sampler pbt compares members by a score, not by {objective}; name dsc.",
         )
     generations = math.ceil(pretrain.epochs / sampler.interval)
-    needed = sampler.population_size * generations
-    if config.budget.trials != needed:
+    n_trials = sampler.population_size * generations
+    if config.budget.trials != n_trials:
         yield ConfigIssue(
             "budget.trials",
-            f"budget.trials is {config.budget.trials}, but sampler pbt runs {sampler.population_size} members x "
-            f"{generations} generations of {sampler.interval} epochs; set it to {needed}.",
+            f"budget.trials is {config.budget.trials}, but sampler pbt runs "
+            f"{sampler.population_size} members x {generations} generations of "
+            f"{sampler.interval} epochs; set it to {n_trials}.",
         )
 
 
-def _by_place(trials: Sequence[FrozenTrial]) -> dict[tuple[int, int], FrozenTrial]:
-    own = sorted(members(trials), key=lambda trial: trial.number)
-    return {(trial.user_attrs["generation"], trial.user_attrs["member"]): trial for trial in own}
+def _by_member(trials: Sequence[FrozenTrial]) -> dict[tuple[int, int], TrialRecord]:
+    steps = sorted(members(trials), key=lambda trial: trial.number)
+    return {(trial.generation, trial.member): trial for trial in steps}
 
 
-def _numbered(trials: Sequence[FrozenTrial]) -> dict[int, FrozenTrial]:
-    return {trial.number: trial for trial in trials}
+def _by_number(trials: Sequence[FrozenTrial]) -> dict[int, TrialRecord]:
+    return {trial.number: TrialRecord.from_frozen(trial) for trial in trials}
 
 
-# A value's place in its range is 0 to 1, on a log scale where it is declared; grid values and choices have equal parts.
+# The position of a value in its range is from 0 to 1, on a logarithmic scale if it is declared.
+# The values of a grid and choices have equal parts.
 
 
 def _grid(parameter: Range | Choice) -> list[Any]:
@@ -356,40 +372,47 @@ def _grid(parameter: Range | Choice) -> list[Any]:
     return [parameter.low + i * parameter.step for i in range(count)]
 
 
-def _value_at(parameter: Range | Choice, place: float) -> Scalar:
+def _value_at(parameter: Range | Choice, position: float) -> Scalar:
     if grid := _grid(parameter):
-        value: Scalar = grid[min(int(place * len(grid)), len(grid) - 1)]
+        value: Scalar = grid[min(int(position * len(grid)), len(grid) - 1)]
         return value
     assert isinstance(parameter, Range)
-    low, high = parameter.low, parameter.high
-    value = low * (high / low) ** place if parameter.log else low + place * (high - low)
+    low = parameter.low
+    high = parameter.high
+    value = low * (high / low) ** position if parameter.log else low + position * (high - low)
     return min(max(value, low), high)
 
 
-def _place_of(parameter: Range | Choice, value: Any) -> float:
+def _position_of(parameter: Range | Choice, value: Any) -> float:
     if grid := _grid(parameter):
-        return (min(range(len(grid)), key=lambda i: abs(grid[i] - value)) + 0.5) / len(grid)
+        nearest = min(range(len(grid)), key=lambda i: abs(grid[i] - value))
+        return (nearest + 0.5) / len(grid)
     assert isinstance(parameter, Range)
-    low, high = parameter.low, parameter.high
-    return (
-        math.log(value / low) / math.log(high / low)
-        if parameter.log
-        else (value - low) / (high - low)
-    )
+    low = parameter.low
+    high = parameter.high
+    if parameter.log:
+        return math.log(value / low) / math.log(high / low)
+    return (value - low) / (high - low)
 
 
-def _moved(parameter: Range | Choice, value: Any, perturb: float, draw: random.Random) -> Scalar:
-    """Move a value by at most `perturb` of its range; on a grid so far at least that both neighbours can be met."""
+def _perturb(parameter: Range | Choice, value: Any, distance: float, rng: random.Random) -> Scalar:
+    """Move a value at random.
+
+    Args:
+        parameter: its range.
+        value: before.
+        distance: share of the range that it moves at most. On a grid it moves at least so far that
+            both neighbors can be reached.
+        rng: source of randomness.
+    """
     grid = _grid(parameter)
-    reach = max(perturb, 1.5 / len(grid)) if grid else perturb
-    place = _place_of(parameter, value) + draw.uniform(-reach, reach)
-    return _value_at(parameter, min(max(place, 0.0), 1.0))
+    reach = max(distance, 1.5 / len(grid)) if grid else distance
+    position = _position_of(parameter, value) + rng.uniform(-reach, reach)
+    return _value_at(parameter, min(max(position, 0.0), 1.0))
 
 
 def _lowest(parameter: Parameter) -> float:
-    values = (
-        parameter.choices
-        if isinstance(parameter, Choice)
-        else [getattr(parameter, "low", math.inf)]
-    )
+    values: list[Any] = [getattr(parameter, "low", math.inf)]
+    if isinstance(parameter, Choice):
+        values = parameter.choices
     return min((value for value in values if isinstance(value, int | float)), default=math.inf)

@@ -1,8 +1,8 @@
-"""What stops poor trials early: Optuna's pruners, asked at our rungs.
+"""Stop poor trials early with Optuna's pruners, which are asked at rungs.
 
-Pruners look at a study in memory that follows from the stored scores alone, so nothing of a pruner is stored and a new
-driver decides as the last one would have. There, a rung is known by its place among the rungs, not by its epoch: ours
-may be evenly apart, while successive halving counts resources that multiply.
+Pruners see a study in memory that follows from the stored scores alone. Nothing of a pruner is
+stored, and a new driver decides as the last one would have. A step is the index of a rung there,
+not its epoch: rungs may be evenly spaced, while successive halving counts resources that multiply.
 """
 
 from __future__ import annotations
@@ -24,33 +24,35 @@ from optuna.pruners import (
     SuccessiveHalvingPruner,
     WilcoxonPruner,
 )
-from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from amlp_ray.config import PrunerConfig, StudyConfig
 from amlp_ray.study.rungs import first_prunable_epoch, rung_epochs
 from amlp_ray.study.search.in_memory_study import InMemoryStudy, ObservedTrial, TrialDelta
-from amlp_ray.study.search_space.validate import suggest
+from amlp_ray.study.search_space.space import SearchSpace
+from amlp_ray.study.storage.trial_record import TrialRecord, finite
 
 _HALVINGS = ("halving", "hyperband")
 
 
 def make_pruner(config: PrunerConfig) -> BasePruner:
-    """Build the named Optuna pruner for steps as `Pruning` gives them; when it may act at all is decided there.
+    """Build the named Optuna pruner; `Pruning` decides when it may act.
 
-    Hyperband is halving whose trials are dealt into brackets, each of which spares its trials the first so many rungs;
-    one halving pruner serves them all, since each sees the trials of one bracket only.
+    Hyperband is successive halving whose trials are assigned to brackets, each of which exempts its
+    trials from some first rungs. One halving pruner serves all brackets, because each has a study
+    of its own. Optuna's HyperbandPruner assigns every trial anew at each decision.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # chosen knowingly
+        # Experimental pruners are chosen on purpose.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         match config.name:
             case "median":
                 return PercentilePruner(50.0, n_startup_trials=0)
             case "percentile":
                 return PercentilePruner(config.percentile, n_startup_trials=0)
             case "halving" | "hyperband":
-                return SuccessiveHalvingPruner(
-                    min_resource=1, reduction_factor=config.reduction_factor
-                )
+                factor = config.reduction_factor
+                return SuccessiveHalvingPruner(min_resource=1, reduction_factor=factor)
             case "patient":
                 return PatientPruner(None, patience=config.patience, min_delta=config.min_delta)
             case "wilcoxon":
@@ -59,214 +61,243 @@ def make_pruner(config: PrunerConfig) -> BasePruner:
 
 
 class Pruning:
-    """Stores the scores of rungs and says which trials are not worth going on with.
+    """Decides which trials of the search are stopped.
 
-    No trial is pruned before `min_steps` optimiser steps, at its last rung, or before `startup` trials are complete.
-    Scores of rungs before `min_steps` rank nothing, so median, percentile and halving leave them out; patient, which
-    compares a trial with itself, does not.
-
-    A score that is missing, NaN or infinite is not stored, and a trial without a score at a rung is not pruned there.
-    Others without one at that rung are passed over; with none left to compare with, nothing is pruned. Trials answered
-    from the store (`copy_of`) do not count again.
+    - No trial is pruned before `min_steps` optimizer steps, at its last rung, or before
+      `n_startup_trials` trials are complete.
+    - Median, percentile and halving ignore rungs before `min_steps`, whose scores rank nothing.
+      Patient does not, because it compares a trial with itself.
+    - A trial without a finite score at a rung is not pruned there. Other trials without one there
+      are ignored; without any other trial nothing is pruned.
+    - Trials that were answered from the store (`copy_of`) do not count again.
     """
 
     def __init__(
         self,
-        study: optuna.Study,
+        search: optuna.Study,
         config: StudyConfig,
         images: int,
-        folder: Callable[[int], Path],
+        trial_folder: Callable[[int], Path],
     ) -> None:
-        """Args: images: that a trial trains on. folder: of a trial, by number."""
-        self._study, self._settings, self._images, self._folder = study, config, images, folder
-        self._rules = config.pruner
-        self._pruner = make_pruner(config.pruner)
-        self._direction = config.objectives.get(config.metric, "maximize")  # type: ignore[call-overload]
-        self._full = config.trial({}, seed=0).epochs
-        self._mirrors: dict[int, InMemoryStudy] = {}  # by bracket
-        self._news = TrialDelta()
-        self._complete: list[FrozenTrial] = []
-        self._limits: dict[
-            int, tuple[tuple[int, ...], int]
-        ] = {}  # of trials that run: see `_rungs_of`
+        """Set up pruning of a study.
 
-    def report(self, study: optuna.Study, number: int, epoch: int, value: float | None) -> bool:
-        """Store a rung's score; whether there was one and it is new. Trials of several objectives have them too."""
-        if value is None or not math.isfinite(value):
-            return False
-        storage = study._storage
-        trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
-        if epoch in storage.get_trial(trial_id).intermediate_values:
-            return False
-        storage.set_trial_intermediate_value(trial_id, epoch, float(value))
-        return True
+        Args:
+            search: Optuna study of the search.
+            config: of the study.
+            images: number of training images.
+            trial_folder: gives the folder of a trial by its number.
+        """
+        self._search = search
+        self._trial_folder = trial_folder
+        self._config = config
+        self._pruner_config = config.pruner
+        self._images = images
+        self._pruner = make_pruner(config.pruner)
+        self._space = SearchSpace(config)
+        self._direction: str = "maximize"
+        for objective, direction in config.objectives.items():
+            if objective == config.metric:
+                self._direction = direction
+        self._default_epochs = config.trial({}, seed=0).epochs
+        self._studies: dict[int, InMemoryStudy] = {}  # by bracket
+        self._delta = TrialDelta()
+        self._complete: list[TrialRecord] = []
+        # Of running trials: epochs of the rungs, and the first epoch at which they may be pruned.
+        self._limits: dict[int, tuple[tuple[int, ...], int]] = {}
 
     def should_prune(self, number: int, epoch: int) -> bool:
-        """Whether to stop a trial of the search, after its score at this epoch was reported."""
-        if self._rules.name == "none":
-            return False
-        trials = self._study.get_trials(deepcopy=False)
-        trial = trials[number]
-        rungs, first = self._rungs_of(trial)
-        if (
-            epoch not in trial.intermediate_values
-            or not first <= epoch < rungs[-1]
-            or epoch not in rungs
-        ):
-            return False
-        beside = self._take_in(trials)
-        if len(self._complete) < self._rules.n_startup_trials:
-            return False
-        scores = {
-            at: value
-            for at, value in trial.intermediate_values.items()
-            if at in rungs and at <= epoch
-        }
-        if self._rules.name == "wilcoxon":
-            return self._is_worse_on_images(number, rungs.index(epoch), epoch)
-        if self._rules.name != "patient":
-            scores = {at: value for at, value in scores.items() if at >= first}
-        for other in (
-            beside if self._rules.name in _HALVINGS else ()
-        ):  # which rank those that run too
-            if other.number != number:
-                self._show(other)
-        return self._ask(number, {rungs.index(at): value for at, value in scores.items()})
+        """Return whether to stop a trial of the search, after its score was reported.
 
-    def _ask(self, number: int, scores: Mapping[int, float]) -> bool:
-        """Let the pruner judge a trial by its scores, by place of the rung; the last of them is the one in question."""
+        Args:
+            number: of the trial.
+            epoch: of the rung.
+        """
+        name = self._pruner_config.name
+        if name == "none":
+            return False
+        trials = self._search.get_trials(deepcopy=False)
+        trial = TrialRecord.from_frozen(trials[number])
+        rungs, first = self._rungs_of(trial)
+        is_prunable = epoch in rungs and first <= epoch < rungs[-1]
+        if epoch not in trial.rungs or not is_prunable:
+            return False
+        running = self._read_ended(trials)
+        if len(self._complete) < self._pruner_config.n_startup_trials:
+            return False
+        if name == "wilcoxon":
+            return self._is_worse_on_images(number, rungs.index(epoch), epoch)
+        if name in _HALVINGS:  # these rank running trials too
+            for other in running:
+                if other.number != number:
+                    self._show(other)
+        start = 0 if name == "patient" else first
+        scores = {}
+        for rung, value in trial.rungs.items():
+            if rung in rungs and start <= rung <= epoch:
+                scores[rungs.index(rung)] = value
+        return self._ask_pruner(number, scores)
+
+    def _ask_pruner(self, number: int, scores: Mapping[int, float]) -> bool:
+        """Let the pruner judge a trial by its scores.
+
+        Args:
+            number: of the trial.
+            scores: by index of the rung, the last of which is judged.
+        """
         bracket = self._bracket(number)
-        if max(scores) < bracket:  # hyperband spares this bracket
+        last = max(scores)
+        if last < bracket:  # the bracket exempts the rung
             return False
         trial = ObservedTrial(
-            number, TrialState.RUNNING, intermediate_values=self._steps(scores, bracket)
+            number,
+            TrialState.RUNNING,
+            intermediate_values=self._steps(scores, bracket),
+            # The trial was judged at all rungs before this one.
+            system_attrs={_completed_rung(rung): 0.0 for rung in range(last - bracket)},
         )
-        trial.system_attrs = {
-            _passed(at): 0.0 for at in range(max(scores) - bracket)
-        }  # judged there before
-        mirror = self._mirror(bracket)
-        mirror.put(trial)
+        study = self._study(bracket)
+        study.put(trial)
         try:
-            return bool(self._pruner.prune(mirror.study(), trial))
+            return bool(self._pruner.prune(study.study(), trial))
         finally:
-            mirror.drop(number)
+            study.drop(number)
 
-    def _rungs_of(self, trial: FrozenTrial) -> tuple[tuple[int, ...], int]:
-        """Epochs of its rungs, and the first epoch at which it may be pruned."""
+    def _rungs_of(self, trial: TrialRecord) -> tuple[tuple[int, ...], int]:
+        """Return the epochs of a trial's rungs, and the first at which it may be pruned."""
         if trial.number not in self._limits:
-            values = suggest(FixedTrial(dict(trial.params)), self._settings)  # type: ignore[arg-type]  # asks the same
-            own = self._settings.trial(values, seed=0)
-            first = first_prunable_epoch(own, self._rules, self._images)
-            self._limits[trial.number] = rung_epochs(own.epochs, self._rules), first
+            values = self._space.config_of(trial.params)
+            config = self._config.trial(values, seed=0)
+            first = first_prunable_epoch(config, self._pruner_config, self._images)
+            rungs = rung_epochs(config.epochs, self._pruner_config)
+            self._limits[trial.number] = rungs, first
         return self._limits[trial.number]
 
-    def _take_in(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
-        """Know the trials that ended since the last time; return those that run."""
-        news = self._news.of(trials)
-        for trial in news:
-            if trial.state.is_finished() and "copy_of" not in trial.user_attrs:
-                self._show(trial)
-                if trial.state == TrialState.COMPLETE:
-                    self._complete.append(trial)
-            if trial.state.is_finished():
-                self._limits.pop(trial.number, None)
-        return [trial for trial in news if trial.state == TrialState.RUNNING]
+    def _scores_by_rung(self, trial: TrialRecord) -> dict[int, float]:
+        """Return the scores of a trial by index of the rung."""
+        rungs = self._rungs_by_params(trial)
+        return {rungs.index(epoch): v for epoch, v in trial.rungs.items() if epoch in rungs}
 
-    def _show(self, trial: FrozenTrial) -> None:
-        rungs = rung_epochs(int(trial.params.get("epochs", self._full)), self._rules)
-        scores = {rungs.index(at): v for at, v in trial.intermediate_values.items() if at in rungs}
+    def _rungs_by_params(self, trial: TrialRecord) -> tuple[int, ...]:
+        epochs = int(trial.params.get("epochs", self._default_epochs))
+        return rung_epochs(epochs, self._pruner_config)
+
+    def _read_ended(self, trials: list[FrozenTrial]) -> list[TrialRecord]:
+        """Read the trials that have ended since the last call; return those that run."""
+        running = []
+        for frozen in self._delta.update(trials):
+            trial = TrialRecord.from_frozen(frozen)
+            if trial.state == TrialState.RUNNING:
+                running.append(trial)
+            if not trial.is_finished:
+                continue
+            self._limits.pop(trial.number, None)
+            if trial.is_copy:
+                continue
+            self._show(trial)
+            if trial.is_complete:
+                self._complete.append(trial)
+        return running
+
+    def _show(self, trial: TrialRecord) -> None:
+        """Let the pruner compare others with a trial."""
         bracket = self._bracket(trial.number)
-        known = ObservedTrial(
+        scores = self._scores_by_rung(trial)
+        completed = {}
+        for rung, value in scores.items():
+            if rung >= bracket:
+                completed[_completed_rung(rung - bracket)] = value
+        observed = ObservedTrial(
             trial.number,
             trial.state,
-            values=[0.0] if trial.state == TrialState.COMPLETE else None,  # no pruner here reads it
+            values=[0.0] if trial.is_complete else None,  # no pruner reads it
             intermediate_values=self._steps(scores, bracket),
-            system_attrs={
-                _passed(at - bracket): value for at, value in scores.items() if at >= bracket
-            },
+            system_attrs=completed,
         )
-        self._mirror(bracket).put(known)
+        self._study(bracket).put(observed)
 
     def _steps(self, scores: Mapping[int, float], bracket: int) -> dict[int, float]:
-        """Scores by step: halving asks at steps 1, r, r^2, ..., which makes each rung one halving."""
-        if self._rules.name in _HALVINGS:
-            return {
-                self._rules.reduction_factor ** (at - bracket): v
-                for at, v in scores.items()
-                if at >= bracket
-            }
-        return dict(scores)
+        """Return scores by Optuna's step.
 
-    def _mirror(self, bracket: int) -> InMemoryStudy:
-        return self._mirrors.setdefault(
-            bracket, InMemoryStudy(self._settings.name, [self._direction])
-        )
+        Halving judges at steps 1, r, r^2, ..., so each rung is one halving.
+        """
+        if self._pruner_config.name not in _HALVINGS:
+            return dict(scores)
+        factor = self._pruner_config.reduction_factor
+        return {factor ** (rung - bracket): v for rung, v in scores.items() if rung >= bracket}
+
+    def _study(self, bracket: int) -> InMemoryStudy:
+        if bracket not in self._studies:
+            self._studies[bracket] = InMemoryStudy(self._config.name, [self._direction])
+        return self._studies[bracket]
 
     def _bracket(self, number: int) -> int:
-        if self._rules.name != "hyperband":
+        config = self._pruner_config
+        if config.name != "hyperband":
             return 0
-        return bracket(self._settings.name, number, self._rules.rungs, self._rules.reduction_factor)
+        return hyperband_bracket(
+            self._config.name, number, n_rungs=config.rungs, factor=config.reduction_factor
+        )
 
     # Wilcoxon
 
-    def _is_worse_on_images(self, number: int, place: int, epoch: int) -> bool:
-        """Signed-rank test against the best complete trial, on the images that both have at the same rung."""
-        own = self._per_image(number, epoch)
+    def _is_worse_on_images(self, number: int, rung: int, epoch: int) -> bool:
+        """Compare a trial with the best complete one, on the images that both have at a rung."""
+        scores = self._scores_by_image(number, epoch)
         for best in self._best_first():
-            rungs = rung_epochs(int(best.params.get("epochs", self._full)), self._rules)
-            theirs = self._per_image(best.number, rungs[place]) if place < len(rungs) else {}
-            images = sorted(own.keys() & theirs.keys())
+            rungs = self._rungs_by_params(best)
+            best_scores = {}
+            if rung < len(rungs):
+                best_scores = self._scores_by_image(best.number, rungs[rung])
+            images = sorted(scores.keys() & best_scores.keys())
             if images:
                 break
         else:
             return False
         study = optuna.create_study(direction="maximize")  # DSC of images, whatever the metric is
-        scores = [theirs[image] for image in images]
-        study.add_trial(
-            create_trial(
-                value=sum(scores) / len(scores), intermediate_values=dict(enumerate(scores))
-            )
-        )
-        trial = ObservedTrial(
-            1,
-            TrialState.RUNNING,
-            intermediate_values={i: own[image] for i, image in enumerate(images)},
-        )
+        reference = [best_scores[image] for image in images]
+        mean = sum(reference) / len(reference)
+        study.add_trial(create_trial(value=mean, intermediate_values=dict(enumerate(reference))))
+        own = [scores[image] for image in images]
+        trial = ObservedTrial(1, TrialState.RUNNING, intermediate_values=dict(enumerate(own)))
         return bool(self._pruner.prune(study, trial))
 
-    def _best_first(self) -> list[FrozenTrial]:
-        """Complete trials by their last score, best first; an imported one has no images and is passed over."""
-        scored = [t for t in self._complete if t.intermediate_values]
-        last = {t.number: t.intermediate_values[max(t.intermediate_values)] for t in scored}
-        return sorted(scored, key=lambda t: last[t.number], reverse=self._direction == "maximize")
+    def _best_first(self) -> list[TrialRecord]:
+        """Return the complete trials that have rungs, sorted by their last score."""
+        scored = [trial for trial in self._complete if trial.last_score is not None]
+        is_reversed = self._direction == "maximize"
+        return sorted(scored, key=lambda trial: trial.last_score or 0.0, reverse=is_reversed)
 
-    def _per_image(self, number: int, epoch: int) -> dict[str, float]:
-        """DSC by image at a rung; empty where the file is missing. Images without a finite one are left out."""
+    def _scores_by_image(self, number: int, epoch: int) -> dict[str, float]:
+        """Read the finite DSC by image of a rung; empty if the file is missing or damaged."""
+        file = self._trial_folder(number) / "rungs" / f"{epoch}.json"
         try:
-            given: dict[str, Any] = json.loads(
-                (self._folder(number) / "rungs" / f"{epoch}.json").read_text()
-            )
+            rung: dict[str, Any] = json.loads(file.read_text())
         except (OSError, json.JSONDecodeError):
             return {}
-        scores = given.get("per_image") or {}
-        return {
-            image: float(v) for image, v in scores.items() if v is not None and math.isfinite(v)
-        }
+        scores = {image: finite(value) for image, value in (rung.get("per_image") or {}).items()}
+        return {image: score for image, score in scores.items() if score is not None}
 
 
-def bracket(study: str, number: int, rungs: int, reduction: int) -> int:
-    """Return how many first rungs Hyperband spares a trial: by its number, in Optuna's own proportions.
+def hyperband_bracket(study: str, number: int, *, n_rungs: int, factor: int) -> int:
+    """Return how many first rungs Hyperband exempts a trial from, as Optuna's own assigns it.
 
-    A study of r rungs has r brackets, the last of which is never pruned.
+    Args:
+        study: name of the study.
+        number: of the trial.
+        n_rungs: number of rungs, which is the number of brackets. The last one is never pruned.
+        factor: reduction factor of the halvings.
     """
-    shares = [math.ceil(rungs * reduction**left / (left + 1)) for left in reversed(range(rungs))]
+    shares = []
+    for left in reversed(range(n_rungs)):
+        shares.append(math.ceil(n_rungs * factor**left / (left + 1)))
     draw = zlib.crc32(f"{study}_{number}".encode()) % sum(shares)
-    for at, share in enumerate(shares):
+    for bracket, share in enumerate(shares):
         draw -= share
         if draw < 0:
-            return at
+            return bracket
     raise AssertionError("shares add up to more than any draw")
 
 
-def _passed(rung: int) -> str:
-    return f"completed_rung_{rung}"  # Optuna's name for the score with which a trial stood at a halving
+def _completed_rung(rung: int) -> str:
+    """Return Optuna's name of the score that a trial had at a halving."""
+    return f"completed_rung_{rung}"

@@ -1,17 +1,16 @@
-"""Samplers by name. Each is built anew for every trial, so that what it suggests follows from the trials told alone.
+"""Build samplers by name, a new one for every trial.
 
-That is what lets a study go on after a crash as if nothing had been: nothing of a sampler is stored but plain numbers
-among a trial's system attributes (its generation, its point of a sequence), and no pickle.
+What a sampler suggests therefore follows from the stored trials alone, and a study continues after
+a crash as if nothing had happened. Of a sampler nothing is stored but plain numbers among a trial's
+system attributes, such as its generation. Nothing is pickled.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from operator import attrgetter, itemgetter
 from typing import Any
 
 import numpy as np
@@ -23,203 +22,137 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.samplers import BaseSampler, RandomSampler
-from optuna.samplers._tpe.sampler import _split_trials, default_gamma, default_gamma_multiobjective
-from optuna.search_space.group_decomposed import _GroupDecomposedSearchSpace
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from amlp_ray.config import SamplerConfig, StudyConfig
 from amlp_ray.errors import ConfigError
 from amlp_ray.study.search.in_memory_study import InMemoryStudy
-from amlp_ray.study.search_space.space import space_of
+from amlp_ray.study.search_space.space import SearchSpace
+from amlp_ray.study.storage.optuna_internals import FastTPESampler
 
-LARGEST_GRID = (
-    10_000  # combinations; nobody trains more, and looking for them takes a second per few thousand
-)
-GENERATION, POINT = "cma:generation", "qmc:point"  # system attributes of a trial
+# Nobody trains more combinations, and enumerating a few thousand takes a second.
+MAX_GRID = 10_000
+# System attributes of a trial.
+GENERATION = "cma:generation"
+POINT = "qmc:point"
 
-INTERNAL, CONSTRAINTS = (
-    attrgetter("internal"),
-    attrgetter("constraints"),
-)  # asked of thousands of trials at a time
-
-Space = Mapping[str, BaseDistribution]
+Distributions = Mapping[str, BaseDistribution]
 
 
-class UnlimitedError(Exception):
-    """A space cannot be walked to its end; the message names the parameter that is in the way."""
+class InfiniteSpaceError(Exception):
+    """The combinations of a space cannot be enumerated; the message names the reason."""
 
 
 def make_sampler(
-    config: SamplerConfig, seed: int, *, space: Space, series: int = 0, point: int = 0
+    config: SamplerConfig, seed: int, *, space: Distributions, series: int = 0, point: int = 0
 ) -> BaseSampler:
     """Build the named sampler for one trial.
 
-    Limits of a study count for tpe, gp, nsga2 and nsga3, which read them from the trials; the others draw without.
-    `grid` is walked by the proposer: what an enqueued trial leaves open is drawn at random.
+    Limits of a study count for tpe, gp, nsga2 and nsga3, which read them from the trials. `grid` is
+    enumerated by the suggester; what an enqueued trial leaves open is sampled at random.
 
     Args:
+        config: names the sampler.
         seed: of this trial.
         space: parameters that every trial has, for cmaes, or any trial, for qmc.
-        series: seed of the study's sequence of even points, the same for all its trials; for qmc.
-        point: place in that sequence.
+        series: seed of the study's sequence of even points, the same for all trials.
+        point: index in that sequence.
 
     Raises:
-        ValueError: for pbt, which is no sampler but changes trials as they run.
+        ValueError: for pbt, which changes trials as they run.
     """
+    startup = config.n_startup_trials
+    population = config.population_size
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # chosen knowingly
+        # Experimental samplers are chosen on purpose.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         match config.name:
             case "tpe":
-                return Tpe(config, seed)
+                return FastTPESampler(
+                    seed=seed,
+                    n_startup_trials=startup,
+                    multivariate=config.multivariate,
+                    group=config.group and config.multivariate,
+                )
             case "gp":
                 return optuna.samplers.GPSampler(
-                    seed=seed,
-                    n_startup_trials=config.n_startup_trials,
-                    warn_independent_sampling=False,
+                    seed=seed, n_startup_trials=startup, warn_independent_sampling=False
                 )
             case "cmaes":
-                return CmaEs(
-                    space,
-                    population_size=config.population_size,
-                    n_startup_trials=config.n_startup_trials,
-                    seed=seed,
+                return CmaEsSampler(
+                    space, population_size=population, n_startup_trials=startup, seed=seed
                 )
             case "qmc":
-                return EvenPoints(space, series=series, point=point, seed=seed)
+                return EvenPointsSampler(space, series=series, point=point, seed=seed)
             case "nsga2":
-                return optuna.samplers.NSGAIISampler(
-                    population_size=config.population_size, seed=seed
-                )
+                return optuna.samplers.NSGAIISampler(population_size=population, seed=seed)
             case "nsga3":
-                return optuna.samplers.NSGAIIISampler(
-                    population_size=config.population_size, seed=seed
-                )
+                return optuna.samplers.NSGAIIISampler(population_size=population, seed=seed)
             case "random" | "grid":
                 return RandomSampler(seed)
     raise ValueError(f"{config.name} is no sampler of single trials")
 
 
-class Tpe(optuna.samplers.TPESampler):
-    """Optuna's multivariate TPE with running trials as poor ones, so that parallel ones spread out.
+class _RelativeSampler(BaseSampler):
+    """A sampler of some parameters together; the others are sampled at random.
 
-    It suggests what Optuna's own does, to the digit, in half the time at 10,000 trials: these are sorted into
-    good and poor once per suggestion instead of once per group of parameters, and each is converted once for all.
-    Mirrored trials only (see `Known`).
+    Attributes:
+        attributes: system attributes to store with the trial that was sampled last.
     """
 
-    def __init__(self, config: SamplerConfig, seed: int) -> None:
-        super().__init__(
-            seed=seed,
-            n_startup_trials=config.n_startup_trials,
-            multivariate=config.multivariate,
-            group=config.group and config.multivariate,
-            constant_liar=True,
-        )
-        self._split: tuple[list[FrozenTrial], list[FrozenTrial]] | None = None
-        if self._group:
-            self._group_decomposed_search_space = _Groups(True)
-
-    def _sample(self, study: Study, trial: FrozenTrial, search_space: Any) -> dict[str, Any]:
-        if self._split is None:
-            states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-            trials = [
-                t
-                for t in study.get_trials(deepcopy=False, states=states)
-                if t.number != trial.number
-            ]
-            good = default_gamma_multiobjective if len(study.directions) > 1 else default_gamma
-            self._split = _good_and_poor(
-                study, trials, good(sum(t.state is not TrialState.RUNNING for t in trials))
-            )
-        below, above = (
-            self._build_parzen_estimator(study, search_space, trials, handle_below=i == 0)
-            for i, trials in enumerate(self._split)
-        )
-        samples = below.sample(self._rng.rng, self._n_ei_candidates)
-        best = self._compare(samples, self._compute_acquisition_func(samples, below, above))
-        return {name: d.to_external_repr(best[name]) for name, d in search_space.items()}
-
-    def _get_internal_repr(
-        self, trials: Any, search_space: Any, study: Study
-    ) -> dict[str, np.ndarray]:
-        names = list(search_space)
-        of, first, needed = itemgetter(*names), names[0], search_space.keys()
-        rows = [
-            of(known)
-            for known in map(INTERNAL, trials)
-            if first in known and needed <= known.keys()
-        ]
-        columns = np.array(rows, dtype=float).reshape(len(rows), len(names))
-        return {name: columns[:, i] for i, name in enumerate(names)}
-
-
-def _good_and_poor(
-    study: Study, trials: list[FrozenTrial], good: int
-) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
-    """Trials in Optuna's own two parts, without its sorting of pruned ones where enough complete ones are good."""
-    complete = [t for t in trials if t.state is TrialState.COMPLETE]
-    if len(study.directions) > 1 or len(complete) < good or any(map(CONSTRAINTS, trials)):
-        return _split_trials(study, trials, good)
-    sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
-    best = {id(t) for t in heapq.nsmallest(good, complete, key=lambda t: sign * t.values[0])}
-    return [t for t in complete if id(t) in best], [t for t in trials if id(t) not in best]
-
-
-class _Groups(_GroupDecomposedSearchSpace):
-    """Parameters that always come together; a set of names that was seen before divides them no further."""
-
-    def calculate(self, study: Study, use_cache: bool = False) -> Any:
-        seen: set[tuple[str, ...]] = set()
-        for trial in study._get_trials(False, (TrialState.COMPLETE, TrialState.PRUNED), use_cache):
-            names = tuple(trial.distributions)
-            if names not in seen:
-                seen.add(names)
-                self._search_space.add_distributions(trial.distributions)
-        return self._search_space
-
-
-class CmaEs(BaseSampler):
-    """CMA-ES on the numeric parameters that every trial has; what else a space holds is drawn at random.
-
-    Optuna's own pickles its optimiser into the store. Here it is brought up from nothing at each suggestion, generation
-    after generation, from what trials were told: `cma:generation` of a trial says which it was drawn in. Trials that
-    were pruned count with their last score: they are the poor ones that a generation is to move away from.
-    Takes one objective. Knows no limits.
-    """
-
-    def __init__(
-        self, space: Space, *, population_size: int, n_startup_trials: int, seed: int
-    ) -> None:
-        self._space = {n: d for n, d in sorted(space.items()) if _is_numeric(d)}
-        self._population_size, self._n_startup_trials, self._seed = (
-            population_size,
-            n_startup_trials,
-            seed,
-        )
-        self._rest = RandomSampler(seed)
+    def __init__(self, space: Distributions, seed: int) -> None:
+        self._space = dict(space)
+        self._random = RandomSampler(seed)
+        self.attributes: dict[str, Any] = {}
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
+        """Return the parameters that are sampled together."""
         return self._space
 
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Sample any other parameter."""
+        return self._random.sample_independent(study, trial, param_name, param_distribution)
+
+
+class CmaEsSampler(_RelativeSampler):
+    """CMA-ES on the numeric parameters that every trial has, for one objective.
+
+    Optuna's own pickles its optimizer into the store. This one replays all generations at each
+    suggestion. The attribute `cma:generation` of a trial says in which it was sampled. Pruned
+    trials count with their last score: a generation has to move away from them. Limits are ignored.
+    """
+
+    def __init__(
+        self, space: Distributions, *, population_size: int, n_startup_trials: int, seed: int
+    ) -> None:
+        numeric = {name: space[name] for name in sorted(space) if is_numeric(space[name])}
+        super().__init__(numeric, seed)
+        self._population_size = population_size
+        self._n_startup_trials = n_startup_trials
+        self._seed = seed
+
     def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: Any
+        self, study: Study, trial: FrozenTrial, search_space: Distributions
     ) -> dict[str, Any]:
+        """Sample one point of the current generation."""
         import cmaes
 
-        told = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-        told = [t for t in told if t.value is not None]
-        if len(told) < self._n_startup_trials or not self._space:
+        states = (TrialState.COMPLETE, TrialState.PRUNED)
+        trials = study.get_trials(deepcopy=False, states=states)
+        scored = [trial for trial in trials if trial.value is not None]
+        if len(scored) < self._n_startup_trials or not search_space:
             return {}
-        sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
-        generations: dict[int, list[tuple[np.ndarray, float]]] = defaultdict(list)
-        for t in told:
-            if GENERATION in t.system_attrs and self._space.keys() <= t.params.keys():
-                x = np.array([to_unit(t.params[name], d) for name, d in self._space.items()])
-                generations[t.system_attrs[GENERATION]].append((x, sign * float(t.value or 0.0)))
-        size = len(self._space)
+        generations = self._generations(study, scored, search_space)
+        size = len(search_space)
         optimizer = cmaes.CMA(
             mean=np.full(size, 0.5),
             sigma=1 / 6,
@@ -230,80 +163,85 @@ class CmaEs(BaseSampler):
         while len(batch := generations[optimizer.generation]) >= self._population_size:
             optimizer.tell(batch[: self._population_size])
         optimizer.reseed_rng(self._seed)
-        study._storage.set_trial_system_attr(trial._trial_id, GENERATION, optimizer.generation)
-        return {
-            name: from_unit(u, d)
-            for (name, d), u in zip(self._space.items(), optimizer.ask(), strict=True)
-        }
+        self.attributes = {GENERATION: optimizer.generation}
+        point = zip(search_space.items(), optimizer.ask(), strict=True)
+        return {name: from_unit(position, d) for (name, d), position in point}
 
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: Any
-    ) -> Any:
-        return self._rest.sample_independent(study, trial, param_name, param_distribution)
+    def _generations(
+        self, study: Study, trials: Sequence[FrozenTrial], space: Distributions
+    ) -> dict[int, list[tuple[np.ndarray, float]]]:
+        """Return the points of each generation and their losses."""
+        sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
+        generations: dict[int, list[tuple[np.ndarray, float]]] = defaultdict(list)
+        for trial in trials:
+            if GENERATION in trial.system_attrs and space.keys() <= trial.params.keys():
+                position = [to_unit(trial.params[name], d) for name, d in space.items()]
+                loss = sign * float(trial.value or 0.0)
+                generations[trial.system_attrs[GENERATION]].append((np.array(position), loss))
+        return generations
 
 
-class EvenPoints(BaseSampler):
+class EvenPointsSampler(_RelativeSampler):
     """One point of a scrambled Sobol sequence over all parameters of a space.
 
-    Optuna's own leaves out every parameter that its first trial did not have. Here each has its coordinate, which a
-    trial without it ignores; `qmc:point` of a trial is its place in the sequence.
+    Optuna's own leaves out every parameter that its first trial did not have. Here each has a
+    coordinate, which a trial without it ignores. The attribute `qmc:point` of a trial is its index
+    in the sequence.
     """
 
-    def __init__(self, space: Space, *, series: int, point: int, seed: int) -> None:
-        self._space = {n: d for n, d in sorted(space.items()) if not d.single()}
-        self._series, self._point = series, point
-        self._rest = RandomSampler(seed)
-
-    def infer_relative_search_space(
-        self, study: Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        return self._space
+    def __init__(self, space: Distributions, *, series: int, point: int, seed: int) -> None:
+        ranges = {name: space[name] for name in sorted(space) if not space[name].single()}
+        super().__init__(ranges, seed)
+        self._series = series
+        self._point = point
 
     def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: Any
+        self, study: Study, trial: FrozenTrial, search_space: Distributions
     ) -> dict[str, Any]:
+        """Return the point."""
         from scipy.stats.qmc import Sobol
 
-        if not self._space:
+        if not search_space:
             return {}
-        sequence = Sobol(len(self._space), scramble=True, rng=self._series)
+        sequence = Sobol(len(search_space), scramble=True, rng=self._series)
         if self._point:
             sequence.fast_forward(self._point)
-        study._storage.set_trial_system_attr(trial._trial_id, POINT, self._point)
-        return {
-            n: from_unit(u, d)
-            for (n, d), u in zip(self._space.items(), sequence.random(1)[0], strict=True)
-        }
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: Any
-    ) -> Any:
-        return self._rest.sample_independent(study, trial, param_name, param_distribution)
+        self.attributes = {POINT: self._point}
+        point = zip(search_space.items(), sequence.random(1)[0], strict=True)
+        return {name: from_unit(position, d) for (name, d), position in point}
 
 
-def _is_numeric(d: BaseDistribution) -> bool:
+# A range as the interval from 0 to 1
+
+
+def is_numeric(d: BaseDistribution) -> bool:
+    """Return whether a distribution is a range of numbers, and not of a single one."""
     return isinstance(d, FloatDistribution | IntDistribution) and not d.single()
 
 
-def _edges(d: FloatDistribution | IntDistribution) -> tuple[float, float]:
-    """Ends of a range, on its own scale; half a step wider, so that the outermost values are as likely as others."""
+def _ends(d: FloatDistribution | IntDistribution) -> tuple[float, float]:
+    """Return the ends of a range on its own scale.
+
+    They lie half a step further out, so that the outermost values are as likely as others.
+    """
     half = (d.step or 0) / 2
-    low, high = d.low - half, d.high + half
+    low = d.low - half
+    high = d.high + half
     return (math.log(low), math.log(high)) if d.log else (low, high)
 
 
 def to_unit(value: float, d: Any) -> float:
-    """Return where in its range (0 to 1) a numeric value lies."""
-    low, high = _edges(d)
+    """Return the position of a number in its range, from 0 to 1."""
+    low, high = _ends(d)
     return ((math.log(value) if d.log else value) - low) / (high - low)
 
 
-def from_unit(u: float, d: Any) -> Any:
-    """Return the value at a place in a range, or the choice there."""
+def from_unit(position: float, d: Any) -> Any:
+    """Return the number or the choice at a position from 0 to 1."""
     if isinstance(d, CategoricalDistribution):
-        return d.choices[min(int(u * len(d.choices)), len(d.choices) - 1)]
-    low, high = _edges(d)
-    value = low + float(u) * (high - low)
+        return d.choices[min(int(position * len(d.choices)), len(d.choices) - 1)]
+    low, high = _ends(d)
+    value = low + float(position) * (high - low)
     value = math.exp(value) if d.log else value
     if d.step:
         value = d.low + round((value - d.low) / d.step) * d.step
@@ -311,105 +249,108 @@ def from_unit(u: float, d: Any) -> Any:
     return int(value) if isinstance(d, IntDistribution) else value
 
 
-class Seen:
-    """What random draws of a space show of it: it may be a function, so asking is the only way to know."""
-
-    def __init__(self, config: StudyConfig) -> None:
-        draws = space_of(config).draws
-        found: dict[str, list[BaseDistribution]] = defaultdict(list)
-        for draw in draws:
-            for name, d in draw.distributions.items():
-                if d not in found[name]:
-                    found[name].append(d)
-        # A range that depends on other values has no place of its own in the space.
-        self.all = {name: ds[0] for name, ds in sorted(found.items()) if len(ds) == 1}
-        self.always = {
-            name: d
-            for name, d in self.all.items()
-            if all(name in draw.distributions for draw in draws)
-        }
+# Finite spaces
 
 
-def combinations(config: StudyConfig) -> list[dict[str, Any]]:
+def enumerate_params(space: SearchSpace) -> list[dict[str, Any]]:
     """Return every combination of parameters of a space, conditions followed.
 
+    Optuna's BruteForceSampler does the same with costs that grow with the square of their number:
+    2 s for 1,000 combinations.
+
     Raises:
-        UnlimitedError: where a range has no step, or there are more than 10,000 of them.
+        InfiniteSpaceError: a range has no step, or there are more than 10,000 combinations.
     """
-    mirror, ask = InMemoryStudy("grid", ["maximize"]), space_of(config).ask
-    found: list[dict[str, Any]] = []
-    walk: _Walk | None = _Walk(())
-    while walk is not None:
-        found.append(dict(mirror.draw(0, walk, ask)[1].params))
-        if len(found) > LARGEST_GRID:
-            raise UnlimitedError(f"there are more than {LARGEST_GRID:,} combinations")
-        walk = walk.following()
-    return found
+    study = InMemoryStudy("grid", ["maximize"])
+    combinations: list[dict[str, Any]] = []
+    branch: _BranchSampler | None = _BranchSampler(())
+    while branch is not None:
+        _, trial = study.sample(0, branch, space.suggest)
+        combinations.append(dict(trial.params))
+        if len(combinations) > MAX_GRID:
+            raise InfiniteSpaceError(f"there are more than {MAX_GRID:,} combinations")
+        branch = branch.next()
+    return combinations
 
 
 def check_sampler(config: StudyConfig) -> None:
-    """Raise ConfigError where a study's sampler cannot work on its space, or asks more of it."""
-    if config.sampler.name == "pbt":
+    """Check that a study's sampler can work on its space.
+
+    Raises:
+        ConfigError: it cannot, or it needs other settings.
+    """
+    name = config.sampler.name
+    if name == "pbt":
         from amlp_ray.study.search.pbt import check_population
 
         check_population(config)
-    if config.sampler.name == "grid":
+    if name == "grid":
         try:
-            combinations(config)
-        except UnlimitedError as error:
+            enumerate_params(SearchSpace(config))
+        except InfiniteSpaceError as error:
             raise ConfigError(
-                f"sampler.name: grid tries every combination, but {error}; give choices or steps, or another sampler."
+                f"sampler.name: grid tries every combination, but {error}; give choices or steps, "
+                f"or another sampler."
             ) from None
-    if config.sampler.name == "cmaes" and not any(
-        _is_numeric(d) for d in Seen(config).always.values()
-    ):
-        raise ConfigError(
-            "sampler.name: cmaes needs a range that is searched in every trial, but all are choices or conditional; "
-            "tpe takes those."
-        )
+    if name == "cmaes":
+        ranges = SearchSpace(config).unconditional.values()
+        if not any(is_numeric(distribution) for distribution in ranges):
+            raise ConfigError(
+                "sampler.name: cmaes needs a range that is searched in every trial, but all are "
+                "choices or conditional; tpe takes those."
+            )
 
 
-class _Walk(BaseSampler):
-    """Goes one way through a space: the given turns first, then always the first value."""
+class _BranchSampler(BaseSampler):
+    """Follows one branch of the tree of combinations: the given values first, then the first ones."""
 
-    def __init__(self, turns: Sequence[int]) -> None:
-        self._turns = turns
-        self._taken: list[tuple[int, int]] = []  # which of how many, parameter by parameter
+    def __init__(self, indices: Sequence[int]) -> None:
+        self._indices = indices
+        self._taken: list[tuple[int, int]] = []  # of each parameter: which value of how many
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
+        """Return nothing: parameters are sampled one by one."""
         return {}
 
     def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: Any
+        self, study: Study, trial: FrozenTrial, search_space: Distributions
     ) -> dict[str, Any]:
+        """Sample nothing."""
         return {}
 
     def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: Any
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
     ) -> Any:
+        """Return the next value of the branch."""
         values = list(_values(param_name, param_distribution))
-        at = len(self._taken)
-        which = self._turns[at] if at < len(self._turns) else 0
-        self._taken.append((which, len(values)))
-        return values[which]
+        depth = len(self._taken)
+        index = self._indices[depth] if depth < len(self._indices) else 0
+        self._taken.append((index, len(values)))
+        return values[index]
 
-    def following(self) -> _Walk | None:
-        """Return the next way, or None after the last."""
-        for at in reversed(range(len(self._taken))):
-            which, many = self._taken[at]
-            if which + 1 < many:
-                return _Walk([w for w, _ in self._taken[:at]] + [which + 1])
+    def next(self) -> _BranchSampler | None:
+        """Return the next branch, or None after the last."""
+        for depth in reversed(range(len(self._taken))):
+            index, count = self._taken[depth]
+            if index + 1 < count:
+                return _BranchSampler([i for i, _ in self._taken[:depth]] + [index + 1])
         return None
 
 
 def _values(name: str, d: Any) -> Iterator[Any]:
     if isinstance(d, CategoricalDistribution):
         yield from d.choices
-    elif d.step is None:
-        raise UnlimitedError(f"{name} has no step")
-    elif (many := int((d.high - d.low) / d.step + 1e-9) + 1) > LARGEST_GRID:
-        raise UnlimitedError(f"{name} alone has {many:,} values")
-    else:
-        yield from (d.low + i * d.step for i in range(many))
+        return
+    if d.step is None:
+        raise InfiniteSpaceError(f"{name} has no step")
+    count = int((d.high - d.low) / d.step + 1e-9) + 1
+    if count > MAX_GRID:
+        raise InfiniteSpaceError(f"{name} alone has {count:,} values")
+    for i in range(count):
+        yield d.low + i * d.step

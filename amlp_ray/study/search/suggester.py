@@ -1,22 +1,21 @@
-"""What a search tries next: suggestions of a sampler that looks at a study in memory, not at the store.
+"""Suggest the parameters of trials with the study's sampler.
 
-Sampling is thus as fast as memory, whatever the storage; a suggestion that is refused or was tried before uses up no
-trial number; and nothing that a sampler writes down reaches the store but a few plain numbers (`system_attrs`).
+Samplers work on a copy of the stored study in memory. A suggestion therefore costs a read of
+memory, whatever the storage. One that is refused or was tried before uses up no trial number.
+Nothing that a sampler writes reaches the store, except a few plain numbers (`system_attrs`).
 """
 
 from __future__ import annotations
 
-import math
 import random
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from optuna.distributions import BaseDistribution
 from optuna.study import StudyDirection
-from optuna.trial import FixedTrial, FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from amlp_ray.config import SamplerConfig, StudyConfig
 from amlp_ray.errors import ConfigError
@@ -24,324 +23,368 @@ from amlp_ray.study.search.in_memory_study import InMemoryStudy, ObservedTrial, 
 from amlp_ray.study.search.samplers import (
     GENERATION,
     POINT,
-    Seen,
-    UnlimitedError,
+    InfiniteSpaceError,
     check_sampler,
-    combinations,
+    enumerate_params,
     make_sampler,
 )
-from amlp_ray.study.search_space.validate import defaults, suggest, suggestion
+from amlp_ray.study.search_space.space import SearchSpace
 from amlp_ray.study.seeds import derived_seed
+from amlp_ray.study.storage.optuna_internals import contains
+from amlp_ray.study.storage.trial_record import TrialRecord
 
-TRIES = 200  # suggestions per trial
-# of the sampler, the others being random: one that models scores knows nothing of refusals and may insist; gp: 2,
-# since each takes it a second
-INSISTED = 20
+MAX_ATTEMPTS = 200  # for one trial
+# So many attempts are the sampler's, the others are random. A sampler that models scores knows
+# nothing of refusals and may insist. One of gp takes a second.
+MAX_SAMPLER_ATTEMPTS = 20
+MAX_GP_ATTEMPTS = 2
 
-_KEPT = (
-    GENERATION,
-    POINT,
-    "NSGAIISampler:",
-    "NSGAIIISampler:",
-)  # system attributes that go into the store
+# System attributes that are stored start with these.
+_STORED_PREFIXES = (GENERATION, POINT, "NSGAIISampler:", "NSGAIIISampler:")
 _RANDOM = SamplerConfig(name="random")
-_DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+_SCORED = (TrialState.COMPLETE, TrialState.PRUNED)
 
-Key = tuple[tuple[str, str], ...]
+ParamsKey = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Settings of a new trial, and what the store is to keep of it."""
+    """Parameters of a new trial, and what is stored with it.
 
-    params: dict[str, Any]  # as Optuna names them, names that are no settings included
+    Args:
+        params: by Optuna's names, helpers included.
+        distributions: what each was sampled from.
+        values: settings by dotted name, fixed and derived ones included.
+        system_attrs: plain numbers from which a sampler continues after a restart.
+    """
+
+    params: dict[str, Any]
     distributions: dict[str, BaseDistribution]
-    values: dict[str, Any]  # settings by dotted name, fixed and derived ones included
-    system_attrs: dict[str, Any]  # plain numbers, from which a sampler goes on after a restart
+    values: dict[str, Any]
+    system_attrs: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Duplicate:
-    """Settings that were asked for and that a finished trial has had."""
+    """Enqueued parameters that a finished trial has had.
 
-    number: int  # of that trial
+    Args:
+        number: of that trial.
+    """
+
+    number: int
 
 
 class Suggester:
-    """Proposes trials, one at a time; `sync` and `propose` may be called from different threads.
+    """Suggests trials one at a time; different threads may call it.
 
-    Every proposal follows from the study's settings, the trial's number and the trials known, and from nothing else: a
-    new proposer on the same store goes on as this one would.
+    Every suggestion follows from the study's config, the trial's number and the known trials alone,
+    so a new suggester on the same store continues as this one would.
     """
 
     def __init__(self, config: StudyConfig, directions: Sequence[StudyDirection | str]) -> None:
-        """Raises ConfigError where the sampler cannot work on the space (see `check_sampler`)."""
+        """Set up a suggester that knows no trials yet.
+
+        Raises:
+            ConfigError: the sampler cannot work on the space.
+        """
         check_sampler(config)
-        self._settings, self._sampler = config, config.sampler
+        self._config = config
+        self._space = SearchSpace(config)
+        # With several objectives, or another one than is scored at rungs, a pruned trial has no
+        # value to rank it by.
+        self._has_rung_values = list(config.objectives) == [config.metric]
         names = [d if isinstance(d, str) else d.name.lower() for d in directions]
-        # With several objectives, or another one than is scored at rungs, a pruned trial has no value to go by.
-        self._scored = list(config.objectives) == [config.metric]
-        self._mirror = InMemoryStudy(config.name, names)
+        self._study = InMemoryStudy(config.name, names)
         self._lock = threading.Lock()
         self._stored: Sequence[FrozenTrial] = ()
-        self._news = TrialDelta()
-        self._done: dict[Key, int] = {}  # settings of finished trials
-        self._tried: dict[int, Key] = {}  # of all others: those that run, and those that failed
+        self._delta = TrialDelta()
+        self._finished_params: dict[ParamsKey, int] = {}  # the first trial that had them
+        self._other_params: dict[int, ParamsKey] = {}  # of trials that run or failed
         self._ended: set[int] = set()
-        self._sampled: set[int] = set()  # neither imported nor enqueued
-        self._point = 0  # next place in the sequence of even points
-        self._all: list[dict[str, Any]] | None = None  # combinations of a finite space, shuffled
+        self._sampled: set[int] = set()  # trials that were neither imported nor enqueued
+        self._next_point = 0  # in the sequence of even points
+        self._combinations: list[dict[str, Any]] | None = None  # of a finite space, shuffled
 
-    def sync(self, trials: Sequence[FrozenTrial]) -> None:
-        """Say what the store holds: all trials in their order, taken in by the next `propose`."""
-        self._stored = trials
-
-    def values(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the settings by dotted name of a trial with these parameters."""
-        return suggest(FixedTrial(dict(params)), self._settings)  # type: ignore[arg-type]  # asks the same questions
-
-    def forget(self, number: int) -> None:
-        """Take back a proposal that was not used."""
-        with self._lock:
-            self._drop(number)
-
-    def propose(
-        self, number: int, *, fixed: Mapping[str, Any] | None = None
-    ) -> Suggestion | Duplicate | None:
-        """Propose the trial of this number; until `sync` says otherwise, it runs.
-
-        The first trial of a search tries the defaults of the space, where all parameters have one. A suggestion that
-        `require` or the settings refuse, or that was tried before, is drawn again.
+    def update(self, trials: Sequence[FrozenTrial]) -> None:
+        """Note what the store holds; the next suggestion reads it.
 
         Args:
+            trials: all trials of the search in order.
+        """
+        self._stored = trials
+
+    def config_of(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings by dotted name of a trial with these parameters."""
+        return self._space.config_of(params)
+
+    def discard(self, number: int) -> None:
+        """Take back a suggestion that was not used."""
+        with self._lock:
+            self._remove(number)
+
+    def suggest(
+        self, number: int, *, fixed: Mapping[str, Any] | None = None
+    ) -> Suggestion | Duplicate | None:
+        """Suggest the trial of this number; until `update` says otherwise, it runs.
+
+        The first trial of a search tries the defaults of the space, if it declares them. What
+        `require` or the settings refuse, or what was tried before, is sampled again.
+
+        Args:
+            number: of the trial.
             fixed: parameters of an enqueued trial; those that it leaves open are sampled.
 
         Returns:
-            A duplicate only where `fixed` leaves nothing new; None where the space is used up: every combination of a
-            finite one runs or has run, or 200 suggestions in a row are refused. None too where a trial of this number
-            has ended meanwhile, so that a suggestion made ahead is of no use.
+            A duplicate only if `fixed` leaves nothing new. None if the space is used up: every
+            combination of a finite one runs or has run, or 200 samples in a row are refused. None
+            too if a trial of this number has ended, so a suggestion made ahead is of no use.
 
         Raises:
-            ConfigError: where `fixed` leaves nothing that is allowed.
+            ConfigError: `fixed` leaves nothing that is allowed.
         """
         with self._lock:
-            self._take_in()
+            self._read_stored()
             if number in self._ended:
                 return None
-            self._drop(number)
-            if (
-                fixed is None
-                and not self._sampled
-                and (first := defaults(self._settings)) is not None
-            ):
-                proposal = self._draw(number, 0, first, _RANDOM)
-                if proposal is not None and not self._was_tried(_key(proposal.params)):
-                    return self._begin(number, proposal, sampled=True)
-            if fixed is None and self._sampler.name == "grid":
-                return self._untried(number)
-            return self._search(number, dict(fixed or {}))
+            self._remove(number)
+            if fixed is not None:
+                return self._suggest_fixed(number, dict(fixed))
+            if not self._sampled and (defaults := self._space.defaults()) is not None:
+                suggestion = self._sample(number, 0, defaults, _RANDOM)
+                if suggestion is not None and not self._is_tried(_key(suggestion.params)):
+                    return self._start(number, suggestion, is_sampled=True)
+            if self._config.sampler.name == "grid":
+                return self._suggest_untried(number)
+            return self._suggest_free(number)
 
-    def _search(self, number: int, fixed: dict[str, Any]) -> Suggestion | Duplicate | None:
-        duplicate, insisted = None, 2 if self._sampler.name == "gp" else INSISTED
-        for attempt in range(TRIES):
-            if attempt == insisted and not fixed and self._finite() is not None:
-                break  # what is left of it is looked for instead
-            proposal = self._draw(
-                number, attempt, fixed, self._sampler if attempt < insisted else _RANDOM
-            )
-            if proposal is None:
+    def _suggest_free(self, number: int) -> Suggestion | None:
+        for attempt in range(MAX_ATTEMPTS):
+            # What is left of a finite space is looked up instead.
+            if attempt == self._sampler_attempts and self._finite_space():
+                break
+            suggestion = self._sample_attempt(number, attempt, {})
+            if suggestion is not None and not self._is_tried(_key(suggestion.params)):
+                return self._start(number, suggestion, is_sampled=True)
+        return self._suggest_untried(number)
+
+    def _suggest_fixed(self, number: int, fixed: dict[str, Any]) -> Suggestion | Duplicate | None:
+        if not fixed:
+            return self._suggest_free(number)
+        duplicate = None
+        for attempt in range(MAX_ATTEMPTS):
+            suggestion = self._sample_attempt(number, attempt, fixed)
+            if suggestion is None:
                 continue
-            key = _key(proposal.params)
-            if not self._was_tried(key) or (fixed and key not in self._done):
-                return self._begin(number, proposal, sampled=not fixed)
-            if fixed:
-                duplicate = Duplicate(self._done[key])
-                if proposal.params.keys() <= fixed.keys():
-                    break
-        if fixed and duplicate is None:
+            key = _key(suggestion.params)
+            # What merely runs may still fail, so only a finished trial answers an enqueued one.
+            if key not in self._finished_params:
+                return self._start(number, suggestion, is_sampled=False)
+            duplicate = Duplicate(self._finished_params[key])
+            if suggestion.params.keys() <= fixed.keys():
+                break
+        if duplicate is None:
+            shown = ", ".join(f"{name}={value}" for name, value in fixed.items())
             raise ConfigError(
-                f"trial {number}: what was enqueued ({', '.join(f'{k}={v}' for k, v in fixed.items())}) leaves no "
-                f"combination that `require` and the settings allow; enqueue other values."
+                f"trial {number}: what was enqueued ({shown}) leaves no combination that `require` "
+                f"and the settings allow; enqueue other values."
             )
-        return duplicate or self._untried(number)
+        return duplicate
 
-    def _draw(
-        self, number: int, attempt: int, fixed: Mapping[str, Any], by: SamplerConfig
-    ) -> Suggestion | None:
-        """One suggestion; None where it is refused."""
-        s = self._settings
-        seed = derived_seed(s.seed, "sampler", number, *([attempt] if attempt else []))
-        space = {}
-        if by.name in ("cmaes", "qmc"):
-            space = self._space.always if by.name == "cmaes" else self._space.all
-        series = derived_seed(s.seed, "sampler")
-        sampler = make_sampler(by, seed, space=space, series=series, point=self._point + attempt)
-        asked, trial = self._mirror.draw(
-            number, sampler, lambda trial: suggestion(trial, s), fixed=fixed
-        )
-        if asked.refused:
-            return None
-        try:
-            s.trial(asked.values, seed=0)
-        except ConfigError:
-            return None
-        internal = {
-            name: d.to_internal_repr(trial.params[name]) for name, d in trial.distributions.items()
-        }
-        params = {
-            name: d.to_external_repr(internal[name]) for name, d in trial.distributions.items()
-        }
-        kept = {k: v for k, v in trial.system_attrs.items() if k.startswith(_KEPT)}
-        return Suggestion(
-            params, dict(trial.distributions), asked.values, kept | self._parents(kept)
-        )
-
-    def _begin(self, number: int, proposal: Suggestion, *, sampled: bool) -> Suggestion:
-        self._mirror.put(
-            ObservedTrial(
-                number,
-                TrialState.RUNNING,
-                params=proposal.params,
-                distributions=proposal.distributions,
-                system_attrs=proposal.system_attrs,
-            )
-        )
-        self._tried[number] = _key(proposal.params)
-        self._point = max(self._point, proposal.system_attrs.get(POINT, -1) + 1)
-        if sampled:
-            self._sampled.add(number)
-        return proposal
-
-    def _untried(self, number: int) -> Suggestion | None:
-        """A combination of a finite space that no trial has had; they are in an order of the study's own."""
-        for params in self._finite() or ():
-            key = _key(params)
-            if key in self._done or key in self._tried.values():
+    def _suggest_untried(self, number: int) -> Suggestion | None:
+        """Suggest a combination of a finite space that no trial has had, in the study's order."""
+        tried = set(self._finished_params) | set(self._other_params.values())
+        for params in self._finite_space():
+            if _key(params) in tried:
                 continue
-            if proposal := self._draw(number, 0, params, _RANDOM):
-                return self._begin(number, proposal, sampled=True)
+            if suggestion := self._sample(number, 0, params, _RANDOM):
+                return self._start(number, suggestion, is_sampled=True)
         return None
 
-    def _finite(self) -> list[dict[str, Any]] | None:
-        """Every combination of the space, or None where it has no end."""
-        if self._all is None:
+    def _finite_space(self) -> list[dict[str, Any]]:
+        """Return every combination of the space; empty if there is no end of them."""
+        if self._combinations is None:
             try:
-                self._all = combinations(self._settings)
-            except UnlimitedError:
-                self._all = []
-            random.Random(derived_seed(self._settings.seed, "grid")).shuffle(self._all)
-        return self._all or None
+                self._combinations = enumerate_params(self._space)
+            except InfiniteSpaceError:
+                self._combinations = []
+            random.Random(derived_seed(self._config.seed, "grid")).shuffle(self._combinations)
+        return self._combinations
 
-    @cached_property
-    def _space(self) -> Seen:
-        return Seen(self._settings)
+    # Sampling
 
-    def _was_tried(self, key: Key) -> bool:
-        return key in self._done or key in (
-            k for n, k in self._tried.items() if n not in self._ended
+    @property
+    def _sampler_attempts(self) -> int:
+        return MAX_GP_ATTEMPTS if self._config.sampler.name == "gp" else MAX_SAMPLER_ATTEMPTS
+
+    def _sample_attempt(
+        self, number: int, attempt: int, fixed: Mapping[str, Any]
+    ) -> Suggestion | None:
+        is_samplers = attempt < self._sampler_attempts
+        return self._sample(
+            number, attempt, fixed, self._config.sampler if is_samplers else _RANDOM
         )
+
+    def _sample(
+        self, number: int, attempt: int, fixed: Mapping[str, Any], config: SamplerConfig
+    ) -> Suggestion | None:
+        """Sample a trial once; None if it is refused."""
+        study_seed = self._config.seed
+        seed = derived_seed(study_seed, "sampler", number, *([attempt] if attempt else []))
+        ranges: Mapping[str, BaseDistribution] = {}
+        if config.name == "cmaes":
+            ranges = self._space.unconditional
+        elif config.name == "qmc":
+            ranges = self._space.distributions
+        sampler = make_sampler(
+            config,
+            seed,
+            space=ranges,
+            series=derived_seed(study_seed, "sampler"),
+            point=self._next_point + attempt,
+        )
+        suggested, trial = self._study.sample(number, sampler, self._space.suggest, fixed=fixed)
+        if suggested.refused:
+            return None
+        try:
+            self._config.trial(suggested.values, seed=0)
+        except ConfigError:
+            return None
+        params = {}
+        for name, distribution in trial.distributions.items():
+            internal = distribution.to_internal_repr(trial.params[name])
+            params[name] = distribution.to_external_repr(internal)
+        attributes = _stored_attributes(trial) | getattr(sampler, "attributes", {})
+        system_attrs = attributes | self._parents(attributes)
+        return Suggestion(params, dict(trial.distributions), suggested.values, system_attrs)
+
+    def _start(self, number: int, suggestion: Suggestion, *, is_sampled: bool) -> Suggestion:
+        running = ObservedTrial(
+            number,
+            TrialState.RUNNING,
+            params=suggestion.params,
+            distributions=suggestion.distributions,
+            system_attrs=suggestion.system_attrs,
+        )
+        self._study.put(running)
+        self._other_params[number] = _key(suggestion.params)
+        self._note_point(suggestion.system_attrs)
+        if is_sampled:
+            self._sampled.add(number)
+        return suggestion
+
+    def _note_point(self, system_attrs: Mapping[str, Any]) -> None:
+        self._next_point = max(self._next_point, system_attrs.get(POINT, -1) + 1)
+
+    def _is_tried(self, key: ParamsKey) -> bool:
+        """Return whether a trial runs with these parameters or has finished with them."""
+        if key in self._finished_params:
+            return True
+        return any(
+            other == key and number not in self._ended
+            for number, other in self._other_params.items()
+        )
+
+    def _remove(self, number: int) -> None:
+        if number not in self._ended and self._other_params.pop(number, None) is not None:
+            self._study.drop(number)
+            self._sampled.discard(number)
 
     # What the store holds
 
-    def _take_in(self) -> None:
-        for trial in self._news.of(self._stored):
-            number = trial.number
-            if number in self._ended or trial.state == TrialState.WAITING:
-                continue
-            if {
-                "copy_of",
-                "outside",
-            } & trial.user_attrs.keys():  # counted already, or of a space that was left
-                self._drop(number)
-                self._ended.add(number)
-                continue
-            key = _key(trial.params)
-            if trial.state == TrialState.RUNNING and self._tried.get(number) == key:
-                continue
-            self._drop(number)
-            self._mirror.put(self._known(trial))
-            self._take_in_parents(trial.system_attrs)
-            if "source" not in trial.user_attrs and "fixed_params" not in trial.system_attrs:
-                self._sampled.add(number)
-            self._point = max(self._point, trial.system_attrs.get(POINT, -1) + 1)
-            if (
-                trial.state in _DONE and "source" not in trial.user_attrs
-            ):  # another study's result answers nothing here
-                self._done.setdefault(key, number)
-            else:
-                self._tried[number] = key
-            if trial.state.is_finished():
-                self._ended.add(number)
+    def _read_stored(self) -> None:
+        for frozen in self._delta.update(self._stored):
+            trial = TrialRecord.from_frozen(frozen)
+            if trial.number not in self._ended and trial.state != TrialState.WAITING:
+                self._read_trial(trial)
 
-    def _drop(self, number: int) -> None:
-        if number not in self._ended and self._tried.pop(number, None) is not None:
-            self._mirror.drop(number)
-            self._sampled.discard(number)
+    def _read_trial(self, trial: TrialRecord) -> None:
+        number = trial.number
+        # The original of a copy is known already. No sampler learns from outside of the space.
+        if trial.is_copy or trial.outside is not None:
+            self._remove(number)
+            self._ended.add(number)
+            return
+        key = _key(trial.params)
+        if trial.state == TrialState.RUNNING and self._other_params.get(number) == key:
+            return
+        self._remove(number)
+        self._study.put(self._observed(trial))
+        self._read_parents(trial.frozen.system_attrs)
+        self._note_point(trial.frozen.system_attrs)
+        if not trial.is_imported and not trial.is_enqueued:
+            self._sampled.add(number)
+        # The result of another study answers no enqueued trial.
+        if trial.state in _SCORED and not trial.is_imported:
+            self._finished_params.setdefault(key, number)
+        else:
+            self._other_params[number] = key
+        if trial.is_finished:
+            self._ended.add(number)
 
-    def _known(self, trial: FrozenTrial) -> ObservedTrial:
-        """A stored trial as samplers are to see it.
+    def _observed(self, trial: TrialRecord) -> ObservedTrial:
+        """Return a stored trial as samplers are to see it.
 
-        Its ranges are those of the space as it is now, where it lies in them: samplers leave out parameters whose
-        ranges differ from trial to trial, and TPE would never look at what a wider one has added. A pruned trial of one
-        objective has its last score as value, and gp, which knows complete trials only, gets it as one: it would go on
-        suggesting what was pruned. Limits: what a trial took, less the limit; 0 where it is not known.
+        - Ranges are those of the space as it is now, if the trial lies in them. Samplers ignore
+          parameters whose ranges differ, and TPE would never try what a wider one has added.
+        - A pruned trial of one objective has its last score as value. For gp, which ignores pruned
+          trials and would suggest the same again, it is a complete one.
+        - Limits are seen as the excess over each; 0 if it was not measured.
         """
-        state, values, ranges = trial.state, trial.values, dict(trial.distributions)
-        for name, now in self._space.all.items():
-            if (
-                name in ranges
-                and type(now) is type(ranges[name])
-                and _contains(now, trial.params[name])
-            ):
-                ranges[name] = now
-        rungs = trial.intermediate_values if self._scored else {}
-        if state == TrialState.PRUNED:
-            values = [rungs[max(rungs)]] if rungs else None
-            if values is not None and self._sampler.name == "gp":
+        distributions = dict(trial.distributions)
+        for name, current in self._space.distributions.items():
+            stored = distributions.get(name)
+            if type(current) is type(stored) and contains(current, trial.params[name]):
+                distributions[name] = current
+        rungs = trial.rungs if self._has_rung_values else {}
+        state = trial.state
+        values = trial.values if state == TrialState.COMPLETE else None
+        if state == TrialState.PRUNED and rungs:
+            values = [rungs[max(rungs)]]
+            if self._config.sampler.name == "gp":
                 state = TrialState.COMPLETE
-        facts = trial.user_attrs.get("stats", {})
-        over = {
-            name: facts.get(name, limit) - limit for name, limit in self._settings.limits.items()
-        }
+        excess: dict[str, float] = {}
+        for name, limit in self._config.limits.items() if state in _SCORED else ():
+            cost = trial.cost(name)
+            excess[name] = 0.0 if cost is None else cost - limit
         return ObservedTrial(
             trial.number,
             state,
             params=trial.params,
-            distributions=ranges,
-            values=values if state in _DONE else None,
+            distributions=distributions,
+            values=values,
             intermediate_values=rungs,
-            system_attrs={k: v for k, v in trial.system_attrs.items() if k.startswith(_KEPT)},
-            constraints={n: v if math.isfinite(v) else 0.0 for n, v in over.items()}
-            if state in _DONE
-            else None,
+            system_attrs=_stored_attributes(trial.frozen),
+            constraints=excess,
         )
 
-    # Generations of nsga2 and nsga3 descend from parents that are chosen once; Optuna keeps them with the study
+    # Generations of nsga2 and nsga3 descend from parents that are chosen once. Optuna stores the
+    # choice with the study; here it is stored with each trial of the generation.
 
-    def _parents(self, kept: Mapping[str, Any]) -> dict[str, Any]:
-        """The choice that a suggestion of such a generation goes by, to be stored with its trial."""
-        chosen = self._mirror.storage.get_study_system_attrs(self._mirror.id)
-        names = [
-            k.replace(":generation", f":parent:{v}") for k, v in kept.items() if k != GENERATION
-        ]
-        return {name: list(chosen[name]) for name in names if name in chosen}
+    def _parents(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the choice of parents that a suggestion rests on."""
+        chosen = self._study.system_attrs
+        parents = {}
+        for name, generation in attributes.items():
+            key = name.replace(":generation", f":parent:{generation}")
+            if name != GENERATION and key in chosen:
+                parents[key] = list(chosen[key])
+        return parents
 
-    def _take_in_parents(self, stored: Mapping[str, Any]) -> None:
-        chosen = self._mirror.storage.get_study_system_attrs(self._mirror.id)
+    def _read_parents(self, stored: Mapping[str, Any]) -> None:
         for name, numbers in stored.items():
-            if ":parent:" in name and name not in chosen:
-                self._mirror.storage.set_study_system_attr(self._mirror.id, name, list(numbers))
+            if ":parent:" in name and name not in self._study.system_attrs:
+                self._study.set_system_attr(name, list(numbers))
 
 
-def _contains(distribution: BaseDistribution, value: Any) -> bool:
-    try:
-        return distribution._contains(distribution.to_internal_repr(value))
-    except ValueError:  # a choice that is none any more
-        return False
+def _stored_attributes(trial: FrozenTrial) -> dict[str, Any]:
+    return {k: v for k, v in trial.system_attrs.items() if k.startswith(_STORED_PREFIXES)}
 
 
-def _key(params: Mapping[str, Any]) -> Key:
-    """What tells settings apart: 1 is not True, and 0.1 + 0.2 is 0.3."""
-    return tuple(
-        (k, f"{v:.12g}" if type(v) is float else repr(v)) for k, v in sorted(params.items())
-    )
+def _key(params: Mapping[str, Any]) -> ParamsKey:
+    """Return what identifies parameters: 1 is not True, and 0.1 + 0.2 is 0.3."""
+    key = []
+    for name in sorted(params):
+        value = params[name]
+        key.append((name, f"{value:.12g}" if type(value) is float else repr(value)))
+    return tuple(key)

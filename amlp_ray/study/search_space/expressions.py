@@ -1,7 +1,8 @@
-"""Arithmetic in settings files: `ratio.start + delta`, `ratio.start <= ratio.end`. Nothing of a file is ever run.
+"""Compute expressions of study files, such as `ratio.start + delta` or `ratio.start <= ratio.end`.
 
-An expression has numbers, texts in quotes, dotted names, `+ - * / // % **`, comparisons, `and`, `or`, `not`, and the
-functions `min`, `max`, `round` and `abs`. Python's parser reads it; what it may hold is listed here, and no more.
+An expression has numbers, texts in quotes, dotted names, `+ - * / // % **`, comparisons, `and`,
+`or`, `not`, and the functions `min`, `max`, `round` and `abs`. Python's parser reads it, and nothing
+else is accepted. No code of a file is ever run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-LONGEST = 300  # characters: enough for any rule of settings, too few to exhaust Python's parser
+# Characters of an expression: enough for any rule, too few to exhaust Python's parser.
+MAX_LENGTH = 300
 
 _ARITHMETIC: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -21,9 +23,8 @@ _ARITHMETIC: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
-    ast.Pow: lambda base, exponent: (
-        float(base) ** float(exponent)
-    ),  # whole numbers would grow without end
+    # Powers of integers would grow without end.
+    ast.Pow: lambda base, exponent: float(base) ** float(exponent),
 }
 _COMPARISONS: dict[type[ast.AST], Callable[[Any, Any], bool]] = {
     ast.Lt: operator.lt,
@@ -37,25 +38,27 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {"min": min, "max": max, "round": ro
 
 
 class ExpressionError(ValueError):
-    """An expression cannot be read, or not be computed from the values at hand; the message is half a sentence."""
+    """An expression cannot be read or computed; the message continues a sentence."""
 
 
 class Expression:
-    """One expression, read once and computed as often as wanted.
+    """An expression that is read once and computed often.
 
-    >>> rule = Expression("ratio.start + delta")
-    >>> rule.names
+    >>> total = Expression("ratio.start + delta")
+    >>> total.names
     ('ratio.start', 'delta')
-    >>> rule({"ratio.start": 0.25, "delta": 0.5}.__getitem__)
+    >>> total({"ratio.start": 0.25, "delta": 0.5}.__getitem__)
     0.75
-
-    Raises:
-        ExpressionError: it is no expression, or holds something else than those have.
     """
 
     def __init__(self, text: str) -> None:
-        if len(text) > LONGEST:
-            raise ExpressionError(f"is longer than {LONGEST} characters")
+        """Read an expression.
+
+        Raises:
+            ExpressionError: it cannot be read, or holds something that expressions do not have.
+        """
+        if len(text) > MAX_LENGTH:
+            raise ExpressionError(f"is longer than {MAX_LENGTH} characters")
         try:
             tree = ast.parse(text.strip(), mode="eval")
         except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -69,20 +72,24 @@ class Expression:
         self.names = tuple(names)
 
     @property
-    def decides(self) -> bool:
-        """Whether the answer is yes or no."""
-        return isinstance(self._root, ast.Compare | ast.BoolOp) or (
-            isinstance(self._root, ast.UnaryOp) and isinstance(self._root.op, ast.Not)
-        )
+    def is_condition(self) -> bool:
+        """Return whether the value is true or false."""
+        if isinstance(self._root, ast.UnaryOp):
+            return isinstance(self._root.op, ast.Not)
+        return isinstance(self._root, ast.Compare | ast.BoolOp)
 
-    def __call__(self, look: Callable[[str], Any]) -> Any:
-        """Compute it. `look` gives the value of a name.
+    def __call__(self, value_of: Callable[[str], Any]) -> Any:
+        """Compute the expression.
+
+        Args:
+            value_of: gives the value of a name.
 
         Raises:
-            ExpressionError: the values do not go together, such as text times number, or the result is no number.
+            ExpressionError: the values do not go together, such as text times a number, or the
+                result is not finite.
         """
         try:
-            value = _compute(self._root, look)
+            value = _compute(self._root, value_of)
         except ZeroDivisionError:
             raise ExpressionError(f"{self.text!r} divides by zero") from None
         except (ArithmeticError, TypeError, RecursionError) as error:
@@ -93,7 +100,7 @@ class Expression:
 
 
 def _check(node: ast.AST, names: dict[str, None]) -> None:
-    """Collect the names; refuse what an expression may not hold."""
+    """Collect the names and refuse what an expression may not hold."""
     match node:
         case ast.Constant(value=bool() | int() | float() | str()):
             return
@@ -120,8 +127,8 @@ def _check(node: ast.AST, names: dict[str, None]) -> None:
             parts = [left, *others]
         case _:
             raise ExpressionError(
-                f"{ast.unparse(node)} is not understood; an expression has numbers, names, + - * / // % **, "
-                f"comparisons, and, or, not, min, max, round and abs"
+                f"{ast.unparse(node)} is not understood; an expression has numbers, names, "
+                f"+ - * / // % **, comparisons, and, or, not, min, max, round and abs"
             )
     for part in parts:
         _check(part, names)
@@ -135,38 +142,38 @@ def _dotted(node: ast.AST) -> str:
     raise ExpressionError(f"{ast.unparse(node)} is no name that a dot may follow")
 
 
-def _compute(node: ast.AST, look: Callable[[str], Any]) -> Any:
+def _compute(node: ast.AST, value_of: Callable[[str], Any]) -> Any:
+    def number(operand: ast.AST) -> float | int:
+        value = _compute(operand, value_of)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{value!r} is no number")
+        return value
+
     match node:
         case ast.Constant(value=value):
             return value
         case ast.Name() | ast.Attribute():
-            return look(_dotted(node))
+            return value_of(_dotted(node))
         case ast.Call(func=ast.Name(id=name), args=args):
-            return _FUNCTIONS[name](*[_number(_compute(arg, look)) for arg in args])
+            return _FUNCTIONS[name](*[number(argument) for argument in args])
         case ast.BinOp(left=left, op=op, right=right):
-            return _ARITHMETIC[type(op)](
-                _number(_compute(left, look)), _number(_compute(right, look))
-            )
+            return _ARITHMETIC[type(op)](number(left), number(right))
         case ast.UnaryOp(op=ast.Not(), operand=operand):
-            return not _compute(operand, look)
+            return not _compute(operand, value_of)
         case ast.UnaryOp(op=op, operand=operand):
-            value = _number(_compute(operand, look))
-            return -value if isinstance(op, ast.USub) else value
+            return -number(operand) if isinstance(op, ast.USub) else number(operand)
         case ast.BoolOp(op=op, values=values):
-            found = (bool(_compute(value, look)) for value in values)
-            return all(found) if isinstance(op, ast.And) else any(found)
+            is_all = isinstance(op, ast.And)
+            for part in values:
+                if bool(_compute(part, value_of)) != is_all:
+                    return not is_all
+            return is_all
         case ast.Compare(left=left, ops=ops, comparators=others):
-            below = _compute(left, look)
+            previous = _compute(left, value_of)
             for comparison, other in zip(ops, others, strict=True):
-                above = _compute(other, look)
-                if not _COMPARISONS[type(comparison)](below, above):
+                value = _compute(other, value_of)
+                if not _COMPARISONS[type(comparison)](previous, value):
                     return False
-                below = above
+                previous = value
             return True
-    raise AssertionError(ast.dump(node))  # `_check` lets nothing else through
-
-
-def _number(value: Any) -> float | int:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{value!r} is no number")
-    return value
+    raise AssertionError(ast.dump(node))  # `_check` accepts nothing else

@@ -1,356 +1,429 @@
-"""What a space asks of Optuna in a trial, and the settings that follow: conditions, fixed and derived values, rules.
-
-A space is worked out once per study (`space_of`), since a sampler asks it thousands of times.
-"""
+"""The search space of a study: suggest configs, fit given parameters, and say what is searched."""
 
 from __future__ import annotations
 
-import importlib
-import math
-import sys
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
-from optuna.trial import Trial
-
-from amlp_ray.config import (
-    Choice,
-    Derived,
-    Fixed,
-    Parameter,
-    PretrainConfig,
-    Range,
-    StudyConfig,
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
 )
-from amlp_ray.config.base import field_of
-from amlp_ray.config.overrides import flat
+from optuna.samplers import RandomSampler
+from optuna.trial import BaseTrial
+
+from amlp_ray.config import Choice, Derived, Fixed, Range, StudyConfig
+from amlp_ray.config.overrides import flatten
 from amlp_ray.errors import ConfigError
 from amlp_ray.study.search_space.expressions import Expression, ExpressionError
+from amlp_ray.study.search_space.given_trial import GivenTrial, OutOfSpaceError
+from amlp_ray.study.search_space.parameters import (
+    LAYERS,
+    SETTINGS,
+    annotation,
+    as_list,
+    equals,
+    is_inside,
+    is_integer,
+    sampling_order,
+)
+from amlp_ray.study.search_space.space_function import load_function
 
-DRAWS = 100  # what one in fifty combinations refuses is found with 87 % probability, within a fifth of a second
-SETTINGS: Mapping[str, Any] = flat(
-    PretrainConfig()
-)  # every setting that may be searched, and its default
-LAYERS = ("variant", "model.encoder")  # settings that lay values under others
+# Random trials that a space is checked with. What one in fifty combinations refuses is found with
+# a probability of 87 %, within a fifth of a second.
+N_SAMPLES = 100
 
 
 @dataclass(frozen=True)
 class SuggestedConfig:
-    """What a space made of a trial."""
+    """What a space made of a trial.
 
-    values: dict[
-        str, Any
-    ]  # settings by dotted name, fixed and derived ones included: for `StudyConfig.trial`
-    params: dict[str, Any]  # what Optuna was asked for, helpers included
-    invalid: tuple[
-        str, ...
-    ] = ()  # why they are no settings: expressions that give nothing, a function's refusal
-    broken: str | None = None  # the requirement that they do not keep
+    Args:
+        values: settings by dotted name, fixed and derived ones included, for `StudyConfig.trial`.
+        params: what the trial was asked for, helpers included.
+        invalid: why they are no settings: expressions without a value, a function's refusal.
+        broken: the requirement that they break.
+    """
+
+    values: dict[str, Any]
+    params: dict[str, Any]
+    invalid: tuple[str, ...] = ()
+    broken: str | None = None
 
     @property
     def refused(self) -> str | None:
-        """Why no trial may have them; nothing where one may."""
-        return next(iter(self.invalid), self.broken)
+        """Return why no trial may have them; None if one may."""
+        return self.invalid[0] if self.invalid else self.broken
 
 
 @dataclass(frozen=True)
 class SampledTrial:
-    """A trial drawn at random, to check a space with."""
+    """A trial sampled at random, to check a space with."""
 
     suggestion: SuggestedConfig
     distributions: Mapping[str, BaseDistribution]
 
 
-class SearchSpace:
-    """The space of a study, ready to be asked.
+@dataclass(frozen=True)
+class FittedParams:
+    """Given parameters as Optuna stores them, and the settings that follow from them (`values`)."""
 
-    Raises:
-        ConfigError: a circle, an expression that cannot be read, or a function that cannot be imported.
-    """
+    params: dict[str, Any]
+    distributions: dict[str, BaseDistribution]
+    values: dict[str, Any]
+
+
+class SearchSpace:
+    """The space of a study, declared or a Python function."""
 
     def __init__(self, config: StudyConfig) -> None:
-        self._settings = config
+        """Read the space of a study.
+
+        Raises:
+            ConfigError: parameters need each other in a circle, an expression cannot be read, or
+                the function cannot be imported.
+        """
+        self.config = config
         declared = config.space if isinstance(config.space, dict) else {}
         self.function = load_function(config.space) if isinstance(config.space, str) else None
-        self._rules = {
-            n: _read(n, p.expression) for n, p in declared.items() if isinstance(p, Derived)
-        }
-        self.requirements = tuple(_read("require", text) for text in config.require)
-        self.parameters = {name: declared[name] for name in order_of_asking(declared)}
-        self._bases: dict[tuple[Any, ...], dict[str, Any]] = {}
-
-    def ask(self, trial: Trial) -> SuggestedConfig:
-        """Ask Optuna for every parameter whose condition holds. A trial that was asked before answers the same."""
-        if self.function is not None:
-            return self._ask_function(self.function, trial)
-        return self.walk(lambda name, parameter: _ask(trial, name, parameter))
-
-    def walk(self, answer: Callable[[str, Range | Choice], Any]) -> SuggestedConfig:
-        """Go through a declared space, where `answer` gives the value of a searched parameter."""
-        at_hand: dict[str, Any] = {}
-        params: dict[str, Any] = {}
-        invalid: dict[str, str] = {}
-        for name, parameter in self.parameters.items():
-            if parameter.when and not self._holds(parameter.when, at_hand):
-                continue
+        self.declared = {name: declared[name] for name in sampling_order(declared)}
+        self._expressions = {}
+        for name, parameter in declared.items():
             if isinstance(parameter, Derived):
-                rule = self._rules[name]
-                if invalid.keys() & set(rule.names):
-                    continue  # told of the name that it follows from
-                try:
-                    at_hand[name] = _as_setting(name, rule(lambda n: self._look(n, at_hand)))
-                except ExpressionError as error:
-                    invalid[name] = f"{name}: {error}"
-            elif isinstance(parameter, Fixed):
-                at_hand[name] = parameter.value
+                self._expressions[name] = _read_expression(name, parameter.expression)
+        self._requirements = [_read_expression("require", text) for text in config.require]
+        self._base_settings: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    # Suggestions
+
+    def suggest(self, trial: BaseTrial) -> SuggestedConfig:
+        """Ask a trial for every parameter whose condition holds.
+
+        The same trial, suggested for again, answers the same.
+        """
+        if self.function is not None:
+            return self._suggest_by_function(self.function, trial)
+        return self._collect(lambda name, parameter: _suggest(trial, name, parameter))
+
+    def config_of(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings by dotted name that follow from a stored trial's parameters.
+
+        Raises:
+            OutOfSpaceError: the space asks for a parameter that is missing.
+            ConfigError: an expression has no value, or the function refuses the parameters.
+        """
+        suggestion = self.suggest(GivenTrial(params, check=False))
+        if suggestion.invalid:
+            raise ConfigError(*[f"space: {reason}." for reason in suggestion.invalid])
+        return suggestion.values
+
+    def defaults(self) -> dict[str, Any] | None:
+        """Return the parameters of the first trial, if the space declares defaults.
+
+        A parameter without one has the study's own value.
+
+        Returns:
+            Parameters by name; None if no default is declared.
+
+        Raises:
+            ConfigError: a parameter has neither a default nor a value of the study in its range.
+        """
+        if not any(parameter.default is not None for parameter in self._declared_ranges.values()):
+            return None
+        params: dict[str, Any] = {}
+
+        def default(name: str, parameter: Range | Choice) -> Any:
+            value = parameter.default
+            if value is None:
+                value = self._base(params).get(name)
+                if value is None or not is_inside(parameter, value):
+                    own = ""
+                    if name in SETTINGS:
+                        own = f", and the study's own {value!r} lies outside"
+                    raise ConfigError(
+                        f"space: {name} has no default{own}; the first trial tries defaults, so "
+                        f"give one here too.",
+                        keys=[f"space.{name}"],
+                    )
+            elif isinstance(parameter, Range) and type(SETTINGS.get(name)) is int:
+                value = int(value)
+            params[name] = value
+            return value
+
+        suggestion = self._collect(default)
+        if suggestion.refused:
+            raise ConfigError(
+                f"space: the defaults are refused: {suggestion.refused}.", keys=["space"]
+            )
+        return params
+
+    # Given parameters
+
+    def fit(self, given: Mapping[str, Any]) -> FittedParams:
+        """Fit all parameters of a trial into the space. Those that it does not ask for are left out.
+
+        Raises:
+            OutOfSpaceError: one is missing, lies outside, or they do not go together.
+        """
+        return self._fit(GivenTrial(given))
+
+    def fit_some(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return some parameters of a trial as the space has them; a sampler may add the others.
+
+        Raises:
+            OutOfSpaceError: for an unknown name, a value outside, a condition that the others rule
+                out, or if no combination with them is allowed.
+        """
+        study = optuna.create_study()
+        sampler = RandomSampler(0)
+
+        def sample(name: str, distribution: BaseDistribution) -> Any:
+            frozen = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING)
+            return sampler.sample_independent(study, frozen, name, distribution)
+
+        refusal = None
+        names = set(self.parameters)
+        for _ in range(N_SAMPLES):
+            trial = GivenTrial(given, fill=sample)
+            try:
+                fitted = self._fit(trial)
+            except OutOfSpaceError as error:
+                refusal = refusal or error
             else:
-                at_hand[name] = params[name] = answer(name, parameter)
-        values = {name: value for name, value in at_hand.items() if name in SETTINGS}
-        return SuggestedConfig(
-            values, params, tuple(invalid.values()), self.broken_requirement(at_hand)
+                if given.keys() <= fitted.params.keys():
+                    return {name: fitted.params[name] for name in given}
+            names |= trial.params.keys()
+        if refusal:
+            raise refusal
+        for name in given.keys() - names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            advice = f"searched are {', '.join(sorted(names)) or 'no settings'}."
+            if near:
+                advice = f"did you mean {near[0]}?"
+            raise OutOfSpaceError(f"{name} is not searched by this study; {advice}")
+        raise OutOfSpaceError(
+            f"{', '.join(given)}: no trial has these values together; `when` of the space says "
+            f"what goes with what."
         )
 
-    def broken_requirement(self, at_hand: Mapping[str, Any]) -> str | None:
-        """What the values of a trial, helpers among them, break; nothing where all holds.
+    def _fit(self, trial: GivenTrial) -> FittedParams:
+        suggestion = self.suggest(trial)
+        if suggestion.refused:
+            raise OutOfSpaceError(f"{suggestion.refused}.")
+        try:
+            self.config.trial(suggestion.values, seed=0)
+        except ConfigError as error:
+            raise OutOfSpaceError(str(error).removeprefix(f"{self.config.name}: ")) from None
+        return FittedParams(dict(trial.params), dict(trial.distributions), suggestion.values)
 
-        A requirement of a helper that the trial has not says nothing about the trial.
+    # What is searched
+
+    @cached_property
+    def parameters(self) -> dict[str, Range | Choice]:
+        """Return what trials are asked for in order, helpers included.
+
+        Of a function it is what random samples show.
         """
-        for rule in self.requirements:
-            if not all(name in at_hand or name in SETTINGS for name in rule.names):
+        if self.function is None:
+            return self._declared_ranges
+        return {name: as_parameter(ranges[0]) for name, ranges in self.sampled_ranges.items()}
+
+    @property
+    def _declared_ranges(self) -> dict[str, Range | Choice]:
+        return {n: p for n, p in self.declared.items() if isinstance(p, Range | Choice)}
+
+    @cached_property
+    def samples(self) -> tuple[SampledTrial, ...]:
+        """Return trials sampled at random, the same for the same space."""
+        study = optuna.create_study(sampler=RandomSampler(0))
+        samples = []
+        for _ in range(N_SAMPLES if self.declared or self.function else 1):
+            trial = study.ask()
+            suggestion = self.suggest(trial)
+            samples.append(SampledTrial(suggestion, trial.distributions))
+        return tuple(samples)
+
+    @cached_property
+    def sampled_ranges(self) -> dict[str, list[BaseDistribution]]:
+        """Return the ranges that random samples show, each once, by name in order."""
+        ranges: dict[str, list[BaseDistribution]] = {}
+        for sample in self.samples:
+            for name, distribution in sample.distributions.items():
+                if distribution not in ranges.setdefault(name, []):
+                    ranges[name].append(distribution)
+        return ranges
+
+    @cached_property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Return the range of each parameter by name, sorted.
+
+        A range that depends on other parameters is left out.
+        """
+        ranges = self.sampled_ranges
+        return {name: ranges[name][0] for name in sorted(ranges) if len(ranges[name]) == 1}
+
+    @cached_property
+    def unconditional(self) -> dict[str, BaseDistribution]:
+        """Return the range of each parameter that every trial has."""
+        names = set(self.distributions)
+        for sample in self.samples:
+            names &= sample.distributions.keys()
+        return {name: d for name, d in self.distributions.items() if name in names}
+
+    # How values follow from parameters
+
+    def broken_requirement(self, values: Mapping[str, Any]) -> str | None:
+        """Return the requirement that a trial breaks; None if all hold.
+
+        A requirement of a helper that the trial does not have says nothing about it.
+
+        Args:
+            values: by name, of settings and helpers. Missing settings have the study's own value.
+        """
+        for requirement in self._requirements:
+            if not all(name in values or name in SETTINGS for name in requirement.names):
                 continue
             try:
-                if not rule(lambda n: self._look(n, at_hand)):
-                    return f"require {rule.text!r} does not hold"
+                if not requirement(lambda name: self._value(name, values)):
+                    return f"require {requirement.text!r} does not hold"
             except ExpressionError as error:
                 return f"require: {error}"
         return None
 
-    @cached_property
-    def draws(self) -> tuple[SampledTrial, ...]:
-        """Trials at random, the same for the same space."""
-        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
-        drawn = []
-        for _ in range(DRAWS if self.parameters or self.function else 1):
-            trial = study.ask()
-            suggestion = self.ask(trial)
-            drawn.append(SampledTrial(suggestion, trial.distributions))
-        return tuple(drawn)
+    def _collect(self, answer: Callable[[str, Range | Choice], Any]) -> SuggestedConfig:
+        """Go through a declared space, whose searched parameters `answer` gives."""
+        values: dict[str, Any] = {}
+        params: dict[str, Any] = {}
+        invalid: dict[str, str] = {}
+        for name, parameter in self.declared.items():
+            if parameter.when and not self._holds(parameter.when, values):
+                continue
+            if isinstance(parameter, Fixed):
+                values[name] = parameter.value
+            elif isinstance(parameter, Range | Choice):
+                values[name] = params[name] = answer(name, parameter)
+            else:
+                expression = self._expressions[name]
+                if invalid.keys() & set(expression.names):
+                    continue  # the reason is given for the name that it follows from
+                try:
+                    result = expression(lambda other: self._value(other, values))
+                    values[name] = _as_setting(name, result)
+                except ExpressionError as error:
+                    invalid[name] = f"{name}: {error}"
+        settings = {name: value for name, value in values.items() if name in SETTINGS}
+        broken = self.broken_requirement(values)
+        return SuggestedConfig(settings, params, tuple(invalid.values()), broken)
 
-    def base(self, at_hand: Mapping[str, Any]) -> dict[str, Any]:
-        """All settings of the study as they are before a trial's own, which a searched variant changes."""
-        layers = tuple((name, at_hand[name]) for name in LAYERS if name in at_hand)
-        if layers not in self._bases:
-            self._bases[layers] = flat(self._settings.trial(dict(layers), seed=0))
-        return self._bases[layers]
+    def _base(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the study's own settings, which a searched variant or encoder changes."""
+        layers = tuple((name, values[name]) for name in LAYERS if name in values)
+        if layers not in self._base_settings:
+            self._base_settings[layers] = flatten(self.config.trial(dict(layers), seed=0))
+        return self._base_settings[layers]
 
-    def _look(self, name: str, at_hand: Mapping[str, Any]) -> Any:
-        if name in at_hand:
-            return at_hand[name]
+    def _value(self, name: str, values: Mapping[str, Any]) -> Any:
+        if name in values:
+            return values[name]
         if name not in SETTINGS:
             raise ExpressionError(
                 f"{name} is not asked for in trials that need it; give both the same `when`"
             )
-        return self.base(at_hand)[name]
+        return self._base(values)[name]
 
-    def _holds(self, when: Mapping[str, Any], at_hand: Mapping[str, Any]) -> bool:
-        for on, wanted in when.items():
-            if (
-                on not in at_hand and on not in SETTINGS
-            ):  # a helper that is not asked for in this trial
-                return False
-            value = self._look(on, at_hand)
-            if not any(
-                same(value, one) for one in (wanted if isinstance(wanted, list) else [wanted])
-            ):
+    def _holds(self, when: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+        for name, allowed in when.items():
+            if name not in values and name not in SETTINGS:
+                return False  # a helper that this trial does not have
+            value = self._value(name, values)
+            if not any(equals(value, other) for other in as_list(allowed)):
                 return False
         return True
 
-    def _ask_function(self, function: Callable[[Trial], Any], trial: Trial) -> SuggestedConfig:
+    def _suggest_by_function(
+        self, function: Callable[[Any], Any], trial: BaseTrial
+    ) -> SuggestedConfig:
+        reference = self.config.space
         invalid: tuple[str, ...] = ()
-        more = None
+        returned = None
         try:
-            more = function(trial)
+            returned = function(trial)
         except (optuna.TrialPruned, ExpressionError) as error:
-            invalid = (str(error) or f"{self._settings.space} refuses them",)
+            invalid = (str(error) or f"{reference} refuses them",)
         except ConfigError:
             raise
         except Exception as error:
             raise ConfigError(
-                f"space: {self._settings.space} failed: {type(error).__name__}: {error}."
+                f"space: {reference} failed: {type(error).__name__}: {error}."
             ) from error
-        if not isinstance(more, Mapping | None):
+        if not isinstance(returned, Mapping | None):
             raise ConfigError(
-                f"space: {self._settings.space} returned {type(more).__name__}; it may return nothing, or a mapping of "
-                f"settings by dotted name."
+                f"space: {reference} returned {type(returned).__name__}; it may return nothing, or "
+                f"a mapping of settings by dotted name."
             )
         params = dict(trial.params)
-        at_hand = {**params, **(more or {})}
-        # A dotted name that is no setting is misspelt, and left in for the settings to refuse.
-        values = {
+        values = {**params, **(returned or {})}
+        # A dotted name that is no setting is misspelt, and is left in for the config to refuse.
+        settings = {
             name: value
-            for name, value in at_hand.items()
+            for name, value in values.items()
             if name in SETTINGS or "." in name or name not in params
         }
-        return SuggestedConfig(values, params, invalid, self.broken_requirement(at_hand))
+        return SuggestedConfig(settings, params, invalid, self.broken_requirement(values))
 
 
-class _Same:
-    """A study's settings as a key: these very ones, since mappings inside them have no hash."""
-
-    def __init__(self, config: StudyConfig) -> None:
-        self.config = config
-
-    def __hash__(self) -> int:
-        return id(self.config)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.config is self.config
-
-
-def space_of(config: StudyConfig) -> SearchSpace:
-    """The space of a study, worked out once. Raises ConfigError as `Space` does."""
-    return _space_of(_Same(config))
+def as_parameter(distribution: BaseDistribution) -> Range | Choice:
+    """Return a distribution as the parameter that a study file would declare."""
+    if isinstance(distribution, CategoricalDistribution):
+        return Choice(choices=list(distribution.choices))
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    if distribution.single():
+        return Choice(choices=[distribution.low])
+    step = distribution.step
+    if distribution.log or (isinstance(distribution, IntDistribution) and step == 1):
+        step = None
+    return Range(low=distribution.low, high=distribution.high, log=distribution.log, step=step)
 
 
-@lru_cache(maxsize=16)
-def _space_of(key: _Same) -> SearchSpace:
-    return SearchSpace(key.config)
-
-
-def needs(name: str, parameter: Parameter) -> set[str]:
-    """Names that a parameter's condition or expression reads; ExpressionError where that cannot be read."""
-    names = set(parameter.when or {})
-    if isinstance(parameter, Derived):
-        names |= set(Expression(parameter.expression).names)
-    if names and name != "variant":
-        names |= set(
-            LAYERS[: LAYERS.index(name)] if name in LAYERS else LAYERS
-        )  # what is not searched rests on these
-    return names
-
-
-def order_of_asking(space: Mapping[str, Parameter]) -> list[str]:
-    """Names as they are written, but each after those it needs. Raises ConfigError for a circle."""
-    order, circle = sorted_by_need(
-        {name: needs(name, parameter) for name, parameter in space.items()}
-    )
-    if circle:
-        raise ConfigError(f"space: {circle_told(circle)}", keys=[f"space.{circle[0]}"])
-    return order
-
-
-def circle_told(circle: list[str]) -> str:
-    if len(circle) == 1:
-        return f"{circle[0]} depends on itself."
-    return f"{', '.join(circle)} depend on each other in a circle, by `when` or `expression`."
-
-
-def sorted_by_need(needed: Mapping[str, set[str]]) -> tuple[list[str], list[str]]:
-    """Names in the order given, but each after those it needs; and those that no order suits."""
-    order: list[str] = []
-    left = {name: on & needed.keys() for name, on in needed.items()}
-    while ready := next((name for name, on in left.items() if not on & left.keys()), None):
-        order.append(ready)
-        del left[ready]
-    while loose := [
-        name for name in left if not any(name in on for on in left.values())
-    ]:  # at no circle, but behind one
-        for name in loose:
-            del left[name]
-    return order, list(left)
-
-
-def same(value: Any, wanted: Any) -> bool:
-    """Equality for conditions: steps of 0.1 do not add up to 0.3 exactly."""
-    if isinstance(value, float) and isinstance(wanted, int | float):
-        return math.isclose(value, wanted, rel_tol=1e-9)
-    return bool(value == wanted)
-
-
-def is_whole(name: str) -> bool:
-    """Whether a setting takes whole numbers only; helpers take any."""
-    return name in SETTINGS and field_of(PretrainConfig, name).annotation is int
-
-
-def load_function(reference: str, folder: Path | None = None) -> Callable[[Trial], Any]:
-    """Import `module:function`, from `folder` or the working folder too.
-
-    Raises:
-        ConfigError: there is no such module or function, it fails, or another module of that name is in use.
-    """
-    module_name, _, name = reference.partition(":")
-    folders = [str(place.absolute()) for place in (folder, Path()) if place is not None]
-    before = list(sys.path)
-    sys.path[:0] = folders
-    importlib.invalidate_caches()
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        missing = error.name or module_name
-        where = " or ".join(dict.fromkeys(folders))
-        raise ConfigError(
-            f"space: there is no module {missing!r} in {where} or among those installed; start where it lies, or put "
-            f"its folder on PYTHONPATH."
-        ) from None
-    except Exception as error:
-        raise ConfigError(
-            f"space: module {module_name!r} fails: {type(error).__name__}: {error}."
-        ) from error
-    finally:
-        sys.path[:] = before
-    file = module_name.replace(".", "/") + ".py"
-    if folder is not None and (folder / file).is_file() and not _is_from(module, folder / file):
-        raise ConfigError(
-            f"space: {folder / file} cannot be imported, since a module {module_name!r} is in use already, from "
-            f"{getattr(module, '__file__', None) or 'Python itself'}; give it another name."
-        )
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ConfigError(f"space: module {module_name!r} has no function {name!r}.")
-    return function
-
-
-def _is_from(module: Any, file: Path) -> bool:
-    found = getattr(module, "__file__", None)
-    return found is not None and Path(found).resolve() == file.resolve()
-
-
-def _read(name: str, text: str) -> Expression:
+def _read_expression(name: str, text: str) -> Expression:
     try:
         return Expression(text)
     except ExpressionError as error:
         raise ConfigError(f"space: {name}: {error}.") from None
 
 
-def _ask(trial: Trial, name: str, parameter: Range | Choice) -> Any:
+def _suggest(trial: BaseTrial, name: str, parameter: Range | Choice) -> Any:
     if isinstance(parameter, Choice):
         return trial.suggest_categorical(name, parameter.choices)
-    if is_whole(name):
+    low = parameter.low
+    high = parameter.high
+    if is_integer(name):
         step = int(parameter.step or 1)
-        return trial.suggest_int(
-            name, int(parameter.low), int(parameter.high), log=parameter.log, step=step
-        )
-    return trial.suggest_float(
-        name, parameter.low, parameter.high, log=parameter.log, step=parameter.step
-    )
+        return trial.suggest_int(name, int(low), int(high), log=parameter.log, step=step)
+    return trial.suggest_float(name, low, high, log=parameter.log, step=parameter.step)
 
 
 def _as_setting(name: str, value: Any) -> Any:
-    """A derived value in the type of its setting; 3.9999999 epochs are 4."""
+    """Return a derived value in the type of its setting; 3.9999999999 epochs are 4.
+
+    Raises:
+        ExpressionError: the setting does not take the value.
+    """
     if name not in SETTINGS:
         return value
-    if is_whole(name) and not isinstance(value, bool) and isinstance(value, int | float):
+    if is_integer(name) and not isinstance(value, bool) and isinstance(value, int | float):
         if abs(value - round(value)) > 1e-9:
             raise ExpressionError(
                 f"the expression gives {value:g}, but it is a whole number; use round()"
             )
         return round(value)
-    wanted = field_of(PretrainConfig, name).annotation
-    if (wanted is bool) != isinstance(value, bool):
+    kind = annotation(name)
+    if (kind is bool) != isinstance(value, bool):
         raise ExpressionError(f"the expression gives {value!r}, which is no value of it")
-    return float(value) if wanted is float and isinstance(value, int) else value
+    return float(value) if kind is float and isinstance(value, int) else value

@@ -64,7 +64,9 @@ class FixedStudy(Study):
     milliseconds.
     """
 
-    def __init__(self, name: str, storage: TrialTable, sampler: optuna.samplers.BaseSampler) -> None:
+    def __init__(
+        self, name: str, storage: TrialTable, sampler: optuna.samplers.BaseSampler
+    ) -> None:
         super().__init__(name, storage, sampler, optuna.pruners.NopPruner())
         self._selected: dict[Any, list[FrozenTrial]] = {}
 
@@ -74,7 +76,10 @@ class FixedStudy(Study):
         states: Container[TrialState] | None = None,
         use_cache: bool = False,
     ) -> list[FrozenTrial]:
-        key = None if states is None else tuple(states)  # type: ignore[arg-type]
+        # Optuna passes a sequence, although it declares less.
+        key: tuple[TrialState, ...] | None = None
+        if states is not None:
+            key = tuple(states)  # type: ignore[arg-type]
         if key not in self._selected:
             self._selected[key] = self._storage.get_all_trials(
                 self._study_id, deepcopy=False, states=key

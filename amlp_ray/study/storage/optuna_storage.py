@@ -288,7 +288,9 @@ def expand_variables(url: str) -> str:
     def value(match: re.Match[str]) -> str:
         name = match[1]
         if name not in os.environ:
-            raise StudyError(f"storage names ${{{name}}}, which is not set in the environment; set it.")
+            raise StudyError(
+                f"storage names ${{{name}}}, which is not set in the environment; set it."
+            )
         return quote(os.environ[name], safe="")
 
     return re.sub(r"\$\{(\w+)\}", value, url)

@@ -25,6 +25,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -45,6 +46,7 @@ from amlp_ray.study.storage.trial_record import (
     TrialRecord,
     baseline_path,
     confirm_path,
+    finite,
     trial_path,
 )
 from amlp_ray.training.loggers.metrics_file import Metrics, read_rows
@@ -174,19 +176,19 @@ class StudyStore:
         self, name: str, create: bool, directions: Directions = ("maximize",)
     ) -> optuna.Study:
         journal = self.folder / "study.journal"
-        in_memory = {"study_name": name, "directions": list(directions)}
+        create_study = partial(optuna.create_study, study_name=name, directions=list(directions))
         if not create and self._storage is None and not journal.is_file() and not self._url:
-            return optuna.create_study(**in_memory)  # reading creates no file
+            return create_study()  # in memory: reading creates no file
         storage = self.storage()
         if create:
             self._claim(storage)
-            return optuna.create_study(**in_memory, storage=storage, load_if_exists=True)
+            return create_study(storage=storage, load_if_exists=True)
         try:
             return optuna.load_study(study_name=name, storage=storage)
         except KeyError:
             names = [study.study_name for study in storage.get_all_studies()]
             if self.search_name() in names or not names or self._url:
-                return optuna.create_study(**in_memory)
+                return create_study()
             raise StudyError(
                 f"{self.folder} holds the study {names[0]!r}, not {self.name!r}; "
                 f"set the name in its study.yaml back."
@@ -246,10 +248,24 @@ class StudyStore:
         """Read one trial as it is stored now."""
         return TrialRecord.from_frozen(self.storage().get_trial(self._trial_id(study, number)))
 
-    def report(self, study: optuna.Study, number: int, epoch: int, value: float) -> None:
-        """Store the score of a rung."""
+    def report(self, study: optuna.Study, number: int, epoch: int, value: float | None) -> bool:
+        """Store the score of a rung, unless it is missing, not finite or stored already.
+
+        Args:
+            study: one of the three.
+            number: the trial's.
+            epoch: the rung's.
+            value: the score.
+
+        Returns:
+            Whether it was stored.
+        """
+        score = finite(value)
         trial_id = self._trial_id(study, number)
-        self.storage().set_trial_intermediate_value(trial_id, epoch, float(value))
+        if score is None or epoch in self.storage().get_trial(trial_id).intermediate_values:
+            return False
+        self.storage().set_trial_intermediate_value(trial_id, epoch, score)
+        return True
 
     def finish(
         self,

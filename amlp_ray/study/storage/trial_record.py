@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -191,7 +191,7 @@ class TrialRecord:
     def stats(self) -> TrialStats:
         """Return what the trial took and scored; empty before its end."""
         stats = self.attributes.get("stats")
-        return stats if isinstance(stats, dict) else TrialStats()
+        return cast(TrialStats, stats if isinstance(stats, dict) else {})
 
     @property
     def measured(self) -> Mapping[str, float | None]:

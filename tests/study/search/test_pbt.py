@@ -24,15 +24,14 @@ from amlp_ray.launch.job import run_job
 from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.method.masking_ratio import masking_ratio
 from amlp_ray.study.search.pbt import (
-    WAIT,
     PbtStep,
     Population,
     check_population,
     leader,
-    learnt_schedule,
+    learned_schedule,
     lineage,
-    score_of,
 )
+from amlp_ray.study.storage.trial_record import TrialRecord
 from amlp_ray.training.checkpoint.manager import checkpoints, read_checkpoint
 from amlp_ray.training.pretrain import Hooks
 
@@ -74,7 +73,7 @@ def memory() -> optuna.Study:
 def begin(store: optuna.Study, segment: PbtStep) -> int:
     template = FrozenTrial(
         number=-1, trial_id=-1, state=TrialState.RUNNING, value=None, datetime_start=None, datetime_complete=None,
-        params=segment.params, distributions=segment.distributions, user_attrs=segment.user_attrs, system_attrs={},
+        params=segment.params, distributions=segment.distributions, user_attrs=dict(segment.attributes), system_attrs={},
         intermediate_values={},
     )  # fmt: skip
     trial_id = store._storage.create_new_trial(store._study_id, template_trial=template)
@@ -107,7 +106,7 @@ def play(
     running: dict[int, PbtStep] = {}
     while True:
         trials = store.get_trials(deepcopy=False)
-        following = Population(config).next(
+        following = Population(config).next_step(
             trials
         )  # a new one each time: it has no state of its own
         if isinstance(following, PbtStep) and len(running) < side_by_side:
@@ -117,7 +116,7 @@ def play(
             assert following is None
             return
         number = order.choice(sorted(running))
-        line = [Population(config).segment(trials, n) for n in lineage(trials, number)]
+        line = [Population(config).step_of(trials, n) for n in lineage(trials, number)]
         end(store, number, running.pop(number), score(line))
 
 
@@ -137,7 +136,8 @@ def near_the_wanted(line: list[PbtStep]) -> float:
 
 def asked(store: optuna.Study) -> list[tuple[Any, ...]]:
     return [
-        (t.params, t.user_attrs, t.state, score_of(t)) for t in store.get_trials(deepcopy=False)
+        (t.params, t.user_attrs, t.state, TrialRecord(t).value)
+        for t in store.get_trials(deepcopy=False)
     ]
 
 
@@ -152,7 +152,7 @@ def test_a_study_runs_whole_generations_and_says_pruned_of_all_but_the_last() ->
     )
     assert [t.state for t in trials[-MEMBERS:]] == [TrialState.COMPLETE] * MEMBERS
     assert all(t.user_attrs["parent"] is None for t in trials[:MEMBERS])
-    assert Population(study()).next(trials) is None
+    assert Population(study()).next_step(trials) is None
 
 
 def test_a_rising_schedule_is_learnt_where_a_rising_one_is_best() -> None:
@@ -166,11 +166,11 @@ def test_a_rising_schedule_is_learnt_where_a_rising_one_is_best() -> None:
             trials = store.get_trials(deepcopy=False)
             best = leader(trials)
             assert best is not None
-            line = [Population(config).segment(trials, n) for n in lineage(trials, best.number)]
+            line = [Population(config).step_of(trials, n) for n in lineage(trials, best.number)]
             found.append(near_the_wanted(line))
             if score is near_the_wanted:
                 assert best.value == max(t.value for t in trials[-MEMBERS:] if t.value is not None)
-                schedule = learnt_schedule(config, trials, best.number)
+                schedule = learned_schedule(config, trials, best.number)
                 rises.append(schedule[-1][1] - schedule[0][1])
     assert sum(rises) / 10 > 0.1  # of 0.32 that four steps can reach
     assert min(learnt) > 0.9
@@ -203,18 +203,18 @@ def test_a_study_goes_on_from_its_journal_as_if_it_had_not_been_killed(tmp_path:
         store, begun = opened(), 0
         for trial in store.get_trials(states=(TrialState.RUNNING,)):  # taken over first
             trials = store.get_trials(deepcopy=False)
-            segment = Population(config).segment(trials, trial.number)
-            line = [Population(config).segment(trials, n) for n in lineage(trials, trial.number)]
+            segment = Population(config).step_of(trials, trial.number)
+            line = [Population(config).step_of(trials, n) for n in lineage(trials, trial.number)]
             end(store, trial.number, segment, near_the_wanted(line))
         while isinstance(
-            following := Population(config).next(store.get_trials(deepcopy=False)), PbtStep
+            following := Population(config).next_step(store.get_trials(deepcopy=False)), PbtStep
         ):
             number = begin(store, following)
             if (begun := begun + 1) > killed_after:
                 break
             trials = store.get_trials(deepcopy=False)
-            assert Population(config).segment(trials, number) == following
-            line = [Population(config).segment(trials, n) for n in lineage(trials, number)]
+            assert Population(config).step_of(trials, number) == following
+            line = [Population(config).step_of(trials, n) for n in lineage(trials, number)]
             end(store, number, following, near_the_wanted(line))
     assert asked(opened()) == asked(whole)
 
@@ -224,13 +224,13 @@ def test_a_generation_waits_for_the_last_member_of_the_one_before() -> None:
     population = Population(config)
     running = {}
     for _ in range(MEMBERS):
-        segment = population.next(store.get_trials())
+        segment = population.next_step(store.get_trials())
         assert isinstance(segment, PbtStep)
         running[begin(store, segment)] = segment
     for number, segment in running.items():
-        assert population.next(store.get_trials()) is WAIT
+        assert population.next_step(store.get_trials()) == "wait"
         end(store, number, segment, 0.5)
-    following = population.next(store.get_trials())
+    following = population.next_step(store.get_trials())
     assert isinstance(following, PbtStep)
     assert (following.generation, following.member, following.until) == (1, 0, 8)
 
@@ -243,7 +243,7 @@ def after_one_generation(
     play(study(**config.model_dump(include={"space", "sampler", "seed"})), store, one_only(scores))
     trials = store.get_trials(deepcopy=False)
     second = [
-        Population(config).segment(trials, n) for n in range(MEMBERS, min(2 * MEMBERS, len(trials)))
+        Population(config).step_of(trials, n) for n in range(MEMBERS, min(2 * MEMBERS, len(trials)))
     ]
     return store, second
 
@@ -319,7 +319,7 @@ def test_first_ratios_are_spread_over_their_range_and_defaults_are_tried_first()
     first = [trial.params["ratio.points"] for trial in store.get_trials()[:MEMBERS]]
     assert [int((ratio - 0.1) / 0.1) for ratio in first] == list(range(MEMBERS))
     defaults = study(space={"ratio.points": {"low": 0.1, "high": 0.9, "default": 0.75}})
-    segment = Population(defaults).next([])
+    segment = Population(defaults).next_step([])
     assert isinstance(segment, PbtStep)
     assert segment.params == {"ratio.points": 0.75}
 
@@ -339,23 +339,23 @@ def test_many_failures_are_all_replaced_by_those_that_are_left() -> None:
 def test_a_generation_that_failed_as_a_whole_ends_the_study() -> None:
     store, second = after_one_generation(study(), [None] * MEMBERS)
     assert second == []
-    assert Population(study()).next(store.get_trials()) is None
+    assert Population(study()).next_step(store.get_trials()) is None
 
 
 def test_a_failed_trial_that_was_tried_again_counts_by_its_last_try() -> None:
     config, store = study(), memory()
     population = Population(config)
     for member in range(MEMBERS):
-        segment = population.next(store.get_trials())
+        segment = population.next_step(store.get_trials())
         assert isinstance(segment, PbtStep)
         end(store, begin(store, segment), segment, None if member == 2 else 0.1 * member)
-    again = population.segment(store.get_trials(), 2)
+    again = population.step_of(store.get_trials(), 2)
     number = begin(store, again)
-    assert population.next(store.get_trials()) is WAIT
+    assert population.next_step(store.get_trials()) == "wait"
     end(store, number, again, 0.99)
     second = []
     while (
-        isinstance(segment := population.next(store.get_trials()), PbtStep)
+        isinstance(segment := population.next_step(store.get_trials()), PbtStep)
         and segment.generation == 1
     ):
         second.append(segment)
@@ -386,14 +386,14 @@ def test_a_segment_continues_the_schedule_of_its_parent_and_changes_nothing_befo
     play(config, store, near_the_wanted)
     trials = store.get_trials()
     for trial in trials:
-        segment = Population(config).segment(trials, trial.number)
+        segment = Population(config).step_of(trials, trial.number)
         ours = config.trial(segment.values, seed=segment.seed)
-        assert ours.ratio.points == learnt_schedule(config, trials, trial.number)
+        assert ours.ratio.points == learned_schedule(config, trials, trial.number)
         assert ours.ratio.points[-1] == (segment.until / 18, level(segment))
         if segment.parent is None:
             assert [ratio for _, ratio in ours.ratio.points] == [level(segment)] * 2
             continue
-        before = Population(config).segment(trials, segment.parent)
+        before = Population(config).step_of(trials, segment.parent)
         theirs = config.trial(before.values, seed=before.seed)
         assert ours.ratio.points[:-1] == theirs.ratio.points
         for epoch in range(1, before.until + 1):
@@ -403,12 +403,12 @@ def test_a_segment_continues_the_schedule_of_its_parent_and_changes_nothing_befo
                 ]
                 assert ratios[0] == ratios[1]
     assert trials[-1].user_attrs["generation"] == 4
-    assert Population(config).segment(trials, trials[-1].number).until == 18
+    assert Population(config).step_of(trials, trials[-1].number).until == 18
 
 
 def test_other_values_of_the_space_reach_the_settings_of_a_trial() -> None:
     config = study(space={**MORE, "loss.weighting": {"value": "arl"}})
-    segment = Population(config).next([])
+    segment = Population(config).next_step([])
     assert isinstance(segment, PbtStep)
     trial = config.trial(segment.values, seed=segment.seed)
     assert trial.ratio.shape == "points"
@@ -487,7 +487,7 @@ def test_all_faults_are_told_at_once_and_a_good_study_has_none() -> None:
     assert all(word in str(told.value) for word in ("model.depth", "budget.trials", "require"))
 
 
-def test_segments_of_a_population_train_as_one_run_of_the_learnt_schedule_to_the_bit(
+def test_segments_of_a_population_train_as_one_run_of_the_learned_schedule_to_the_bit(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
     model = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_heads": 2}
@@ -509,7 +509,7 @@ def test_segments_of_a_population_train_as_one_run_of_the_learnt_schedule_to_the
             fork=fork,
         )
 
-    while isinstance(segment := population.next(store.get_trials()), PbtStep):
+    while isinstance(segment := population.next_step(store.get_trials()), PbtStep):
         number = begin(store, segment)
         fork = None if segment.parent is None else tmp_path / str(segment.parent)
         result = run_job(run_spec(segment, tmp_path / str(number), fork), Hooks())
@@ -518,7 +518,7 @@ def test_segments_of_a_population_train_as_one_run_of_the_learnt_schedule_to_the
             store,
             number,
             segment,
-            population.segment(store.get_trials(), number).values["ratio.points"][0][1],
+            population.step_of(store.get_trials(), number).values["ratio.points"][0][1],
             5,
         )
         assert result.epochs == segment.until
@@ -531,7 +531,7 @@ def test_segments_of_a_population_train_as_one_run_of_the_learnt_schedule_to_the
     ]
     last = max(t.number for t in exploited)
     line = lineage(trials, last)
-    alone = population.segment(trials, last)
+    alone = population.step_of(trials, last)
     run_job(run_spec(alone, tmp_path / "alone", None), Hooks())
     states = [read_checkpoint(checkpoints(tmp_path / name)[0]) for name in (str(last), "alone")]
     assert len(line) >= 2

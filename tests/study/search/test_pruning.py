@@ -13,7 +13,8 @@ from optuna.trial import TrialState
 
 from amlp_ray.config import StudyConfig
 from amlp_ray.config.base import build
-from amlp_ray.study.search.pruning import Pruning, bracket
+from amlp_ray.study.search.pruning import Pruning, hyperband_bracket
+from amlp_ray.study.storage.trial_record import finite
 
 IMAGES = 320  # 10 steps per epoch of 32
 RUNGS = (10, 20, 30, 40)
@@ -49,9 +50,14 @@ class Run:
         trial.suggest_float("ratio.start", 0.1, 0.6)
         return trial
 
+    def report(self, trial: optuna.Trial, epoch: int, value: float | None) -> None:
+        """Store a score as the store does: a finite one only."""
+        if finite(value) is not None:
+            trial.report(value or 0.0, epoch)
+
     def score(self, trial: optuna.Trial, epoch: int, value: float | None) -> bool:
         """Report, and say whether the trial is to go on; a new Pruning on the same store must say the same."""
-        self.pruning.report(self.study, trial.number, epoch, value)
+        self.report(trial, epoch, value)
         stop = self.pruning.should_prune(trial.number, epoch)
         assert self.restarted().should_prune(trial.number, epoch) == stop
         return not stop
@@ -98,7 +104,7 @@ def test_each_rung_is_a_halving() -> None:
     reached = [len(going)]
     for epoch in RUNGS[:3]:
         for trial, level in going:
-            run.pruning.report(run.study, trial.number, epoch, level)
+            run.report(trial, epoch, level)
         going = [(t, level) for t, level in going if not run.pruning.should_prune(t.number, epoch)]
         reached.append(len(going))
     assert reached == [8, 4, 2, 1]
@@ -117,7 +123,7 @@ def test_reduction_three_keeps_a_third() -> None:
     run = Run(make_config("halving", pruner={"reduction_factor": 3}))
     going = [(run.begin(), level / 10) for level in range(9)]
     for trial, level in going:
-        run.pruning.report(run.study, trial.number, 10, level)
+        run.report(trial, 10, level)
     assert sum(not run.pruning.should_prune(t.number, 10) for t, _ in going) == 3
 
 
@@ -129,7 +135,7 @@ def test_brackets_of_hyperband_follow_from_the_number_in_optunas_proportions() -
     trial = study.ask()
     trial.report(0.5, 1)
     trial.should_prune()  # works out its brackets
-    dealt = [bracket("s", number, 4, 2) for number in range(200)]
+    dealt = [hyperband_bracket("s", number, n_rungs=4, factor=2) for number in range(200)]
     assert set(dealt) == {0, 1, 2, 3}
     for number in range(200):
         frozen = optuna.trial.create_trial(value=0.0)
@@ -142,7 +148,9 @@ def test_hyperband_spares_a_bracket_its_first_rungs_and_compares_within_it() -> 
     ended: dict[int, set[int]] = {}
     for number in range(60):
         level = 0.5 - number / 1000  # each poorer than all before
-        ended.setdefault(bracket("s", number, 4, 2), set()).add(run.play(*[level] * 4))
+        ended.setdefault(hyperband_bracket("s", number, n_rungs=4, factor=2), set()).add(
+            run.play(*[level] * 4)
+        )
     assert ended == {0: {1, 4}, 1: {2, 4}, 2: {3, 4}, 3: {4}}
 
 
@@ -259,7 +267,7 @@ def test_a_missing_score_is_not_stored_and_prunes_nothing(name: str, missing: fl
     run = Run(make_config(name))
     run.play(*[0.9] * 4)
     trial = run.begin()
-    assert not run.pruning.report(run.study, trial.number, 10, missing)
+    run.report(trial, 10, missing)
     assert not run.pruning.should_prune(trial.number, 10)
     assert run.study.trials[1].intermediate_values == {}
 
@@ -283,16 +291,12 @@ def test_others_without_a_score_at_the_rung_are_passed_over(name: str) -> None:
     assert not run.score(trial, 20, 0.1)
 
 
-def test_a_score_is_stored_once_and_an_epoch_that_is_no_rung_prunes_nothing() -> None:
+def test_an_epoch_that_is_no_rung_prunes_nothing() -> None:
     run = Run(make_config("median"))
     run.play(*[0.9] * 4)
     trial = run.begin()
-    assert run.pruning.report(run.study, trial.number, 10, 0.1)
-    assert not run.pruning.report(run.study, trial.number, 10, 0.2), (
-        "reported again after a take-over"
-    )
-    assert run.study.trials[1].intermediate_values == {10: 0.1}
-    assert run.pruning.report(run.study, trial.number, 15, 0.1)
+    run.report(trial, 10, 0.1)
+    run.report(trial, 15, 0.1)
     assert not run.pruning.should_prune(trial.number, 15)
     assert run.pruning.should_prune(trial.number, 10)
 
@@ -305,7 +309,7 @@ def test_trials_answered_from_the_store_count_once() -> None:
         trial = run.begin()
         trial.set_user_attr("copy_of", 1)
         for epoch in RUNGS:
-            run.pruning.report(run.study, trial.number, epoch, 0.5)
+            run.report(trial, epoch, 0.5)
         run.end(trial, TrialState.COMPLETE, 0.5)
     assert run.play(*[0.3] * 4) == 4
 

@@ -16,15 +16,15 @@ from amlp_ray.errors import ConfigError
 from amlp_ray.study.search.in_memory_study import InMemoryStudy, ObservedTrial
 from amlp_ray.study.search.samplers import (
     GENERATION,
-    Seen,
-    Tpe,
-    UnlimitedError,
+    InfiniteSpaceError,
     check_sampler,
-    combinations,
+    enumerate_params,
     from_unit,
     make_sampler,
     to_unit,
 )
+from amlp_ray.study.search_space.space import SearchSpace
+from amlp_ray.study.storage.optuna_internals import FastTPESampler, contains
 
 RANGES = {
     "a": FloatDistribution(0.0, 1.0),
@@ -57,7 +57,7 @@ def ask(trial: Trial) -> dict[str, Any]:
 def filled(directions: list[str], many: int = 40, *, constrained: bool = False) -> InMemoryStudy:
     mirror, rng = InMemoryStudy("s", directions), np.random.default_rng(1)
     for number in range(many):
-        _, asked = mirror.draw(number, optuna.samplers.RandomSampler(number), ask)
+        _, asked = mirror.sample(number, optuna.samplers.RandomSampler(number), ask)
         state = [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING][
             number % 4
         ]
@@ -91,11 +91,13 @@ def test_our_faster_tpe_suggests_what_optunas_own_does(
     mirror = filled(directions, constrained=constrained)
     for seed in range(5):
         config = SamplerConfig(n_startup_trials=5, group=group)
-        ours = mirror.draw(40, Tpe(config, seed), ask)[1].params
+        sampler = make_sampler(config, seed, space={})
+        assert isinstance(sampler, FastTPESampler)
+        ours = mirror.sample(40, sampler, ask)[1].params
         own = optuna.samplers.TPESampler(
             seed=seed, n_startup_trials=5, multivariate=True, group=group
         )
-        assert ours == mirror.draw(40, own, ask)[1].params
+        assert ours == mirror.sample(40, own, ask)[1].params
 
 
 @pytest.mark.parametrize("name", ["tpe", "gp", "cmaes", "qmc", "nsga2", "nsga3", "random"])
@@ -107,7 +109,7 @@ def test_each_sampler_stays_inside_the_ranges(name: str) -> None:
         sampler = make_sampler(
             SamplerConfig(name=name, n_startup_trials=2), seed, space=space, point=seed
         )
-        params = mirror.draw(12, sampler, ask)[1].params
+        params = mirror.sample(12, sampler, ask)[1].params
         assert 0 <= params["a"] <= 1
         assert params["d"] in ("x", "y", "z")
         assert 1e-3 <= params.get("b", 1.0) <= 1e2
@@ -123,7 +125,7 @@ def test_pbt_is_no_sampler_of_single_trials() -> None:
 def test_a_place_in_a_range_and_its_value_belong_together(name: str) -> None:
     d: Any = RANGES[name]
     values = [from_unit(u, d) for u in np.linspace(0, 1, 400)]
-    assert all(d._contains(d.to_internal_repr(v)) for v in values)
+    assert all(contains(d, v) for v in values)
     if not isinstance(d, CategoricalDistribution):
         assert values == sorted(values)
         assert all(from_unit(to_unit(v, d), d) == pytest.approx(v) for v in values)
@@ -143,7 +145,9 @@ def test_cmaes_closes_in_on_the_best_and_counts_pruned_trials() -> None:
     generations, distances = [], []
     for number in range(96):
         config = SamplerConfig(name="cmaes", n_startup_trials=4, population_size=8)
-        _, asked = mirror.draw(number, make_sampler(config, number, space=space), plain)
+        sampler: Any = make_sampler(config, number, space=space)
+        _, asked = mirror.sample(number, sampler, plain)
+        attributes = dict(sampler.attributes)
         miss = (asked.params["a"] - 0.8) ** 2 + (np.log10(asked.params["b"]) / 5) ** 2
         state = TrialState.PRUNED if number % 2 else TrialState.COMPLETE
         mirror.put(
@@ -153,12 +157,13 @@ def test_cmaes_closes_in_on_the_best_and_counts_pruned_trials() -> None:
                 params=asked.params,
                 distributions=asked.distributions,
                 values=[-miss],
-                system_attrs=asked.system_attrs,
+                system_attrs=attributes,
             )
         )
-        generations.append(asked.system_attrs.get(GENERATION))
+        generations.append(attributes.get(GENERATION))
         distances.append(miss)
-        assert set(asked.system_attrs) <= {GENERATION}, "nothing pickled, even in memory"
+        assert not asked.system_attrs, "nothing pickled, even in memory"
+        assert set(attributes) <= {GENERATION}
     assert generations[:4] == [None] * 4
     assert generations[4:] == [i // 8 for i in range(92)], "pruned trials fill a generation too"
     assert np.median(distances[-16:]) < np.median(distances[4:20]) / 4
@@ -172,7 +177,7 @@ def test_points_of_qmc_are_even_and_conditional_parameters_have_their_coordinate
         sampler = make_sampler(
             SamplerConfig(name="qmc"), number, space=space, series=7, point=number
         )
-        points.append(mirror.draw(number, sampler, ask)[1].params)
+        points.append(mirror.sample(number, sampler, ask)[1].params)
     assert {int(p["a"] * 16) for p in points} == set(range(16)), "each sixteenth is met"
     assert [sum(int(p["a"] * 16) == i for p in points) for i in range(16)] == [2] * 16
     logs = [np.log10(p["b"]) for p in points if "b" in p]
@@ -185,10 +190,10 @@ def test_combinations_follow_conditions_each_once() -> None:
         "ratio.power": {"low": 1.0, "high": 2.0, "step": 0.5, "when": {"ratio.shape": "power"}},
         "selection.clusters": {"low": 2, "high": 4},
     }
-    found = combinations(study_of(space))
+    found = enumerate_params(SearchSpace(study_of(space)))
     assert len(found) == len({str(sorted(f.items())) for f in found}) == 3 + 3 * 3
     assert sum("ratio.power" in f for f in found) == 9
-    assert combinations(study_of({})) == [{}]
+    assert enumerate_params(SearchSpace(study_of({}))) == [{}]
 
 
 @pytest.mark.parametrize(
@@ -211,9 +216,9 @@ def test_combinations_follow_conditions_each_once() -> None:
 def test_a_grid_of_an_endless_space_is_refused_in_one_sentence(
     space: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("amlp_ray.study.search.samplers.LARGEST_GRID", 500)
-    with pytest.raises(UnlimitedError, match=why):
-        combinations(study_of(space))
+    monkeypatch.setattr("amlp_ray.study.search.samplers.MAX_GRID", 500)
+    with pytest.raises(InfiniteSpaceError, match=why):
+        enumerate_params(SearchSpace(study_of(space)))
     with pytest.raises(ConfigError, match=f"grid tries every combination, but .*{why}"):
         check_sampler(study_of(space))
 
@@ -234,6 +239,6 @@ def test_draws_tell_what_every_trial_has() -> None:
         "ratio.shape": {"choices": ["linear", "power"]},
         "ratio.power": {"low": 0.5, "high": 3.0, "when": {"ratio.shape": "power"}},
     }
-    seen = Seen(study_of(space, "tpe"))
-    assert set(seen.all) == set(space)
-    assert set(seen.always) == {"ratio.end", "ratio.shape"}
+    searched = SearchSpace(study_of(space, "tpe"))
+    assert set(searched.distributions) == set(space)
+    assert set(searched.unconditional) == {"ratio.end", "ratio.shape"}

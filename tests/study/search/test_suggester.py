@@ -1,4 +1,4 @@
-"""Proposals from an in-memory mirror of a store, and whether a restart changes them."""
+"""Suggestions from a copy of the store in memory, and whether a restart changes them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def study_of(s: StudyConfig, storage: Any = None) -> optuna.Study:
     )
 
 
-def store(study: optuna.Study, proposal: Suggestion, **attributes: Any) -> int:
+def store(study: optuna.Study, suggestion: Suggestion, **attributes: Any) -> int:
     now = datetime.now()
     template = FrozenTrial(
         number=-1,
@@ -64,10 +64,10 @@ def store(study: optuna.Study, proposal: Suggestion, **attributes: Any) -> int:
         value=None,
         datetime_start=now,
         datetime_complete=None,
-        params=proposal.params,
-        distributions=proposal.distributions,
+        params=suggestion.params,
+        distributions=suggestion.distributions,
         user_attrs=attributes,
-        system_attrs=proposal.system_attrs,
+        system_attrs=suggestion.system_attrs,
         intermediate_values={},
     )
     return study._storage.create_new_trial(study._study_id, template)
@@ -98,16 +98,16 @@ def run(
     s: StudyConfig, many: int, *, restarted: bool, open_storage: Callable[[], Any] = lambda: None
 ) -> list[dict[str, Any]]:
     study = study_of(s, open_storage())
-    proposer, proposed = Suggester(s, study.directions), []
+    suggester, proposed = Suggester(s, study.directions), []
     for number in range(many):
         if restarted:
             if (storage := open_storage()) is not None:
                 study = optuna.load_study(study_name="s", storage=storage)
-            proposer = Suggester(s, study.directions)
-        proposer.sync(study.get_trials(deepcopy=False))
-        proposal = proposer.propose(number)
-        assert isinstance(proposal, Suggestion)
-        proposed.append(proposal.params)
+            suggester = Suggester(s, study.directions)
+        suggester.update(study.get_trials(deepcopy=False))
+        suggestion = suggester.suggest(number)
+        assert isinstance(suggestion, Suggestion)
+        proposed.append(suggestion.params)
         states = [
             TrialState.PRUNED,
             TrialState.COMPLETE,
@@ -115,7 +115,7 @@ def run(
             TrialState.COMPLETE,
             TrialState.FAIL,
         ]
-        end(study, store(study, proposal), score(proposal.params), states[number % 5])
+        end(study, store(study, suggestion), score(suggestion.params), states[number % 5])
     return proposed
 
 
@@ -160,25 +160,25 @@ def test_another_seed_is_another_search() -> None:
 def test_running_trials_are_seen_and_proposals_ahead_of_the_store_are_too() -> None:
     s = make_config("grid", space=FINITE)
     study = study_of(s)
-    proposer = Suggester(s, study.directions)
-    ahead = [proposer.propose(number) for number in range(15)]  # none of them stored yet
+    suggester = Suggester(s, study.directions)
+    ahead = [suggester.suggest(number) for number in range(15)]  # none of them stored yet
     assert len({str(p.params) for p in ahead if isinstance(p, Suggestion)}) == 15
-    assert proposer.propose(15) is None
-    proposer.forget(7)
-    assert proposer.propose(15) == ahead[7]
+    assert suggester.suggest(15) is None
+    suggester.discard(7)
+    assert suggester.suggest(15) == ahead[7]
 
 
 def test_a_proposal_that_was_stored_under_another_number_counts_once() -> None:
     s = make_config("grid", space=FINITE)
     study = study_of(s)
-    proposer = Suggester(s, study.directions)
-    zero, one = proposer.propose(0), proposer.propose(1)
+    suggester = Suggester(s, study.directions)
+    zero, one = suggester.suggest(0), suggester.suggest(1)
     assert isinstance(zero, Suggestion)
     assert isinstance(one, Suggestion)
-    for proposal in (one, zero):
-        end(study, store(study, proposal), 0.5)
-    proposer.sync(study.get_trials(deepcopy=False))
-    rest = [proposer.propose(2 + i) for i in range(14)]
+    for suggestion in (one, zero):
+        end(study, store(study, suggestion), 0.5)
+    suggester.update(study.get_trials(deepcopy=False))
+    rest = [suggester.suggest(2 + i) for i in range(14)]
     assert rest[-1] is None
     assert len({str(p.params) for p in [zero, one, *rest[:-1]]}) == 15  # type: ignore[union-attr]
 
@@ -186,32 +186,34 @@ def test_a_proposal_that_was_stored_under_another_number_counts_once() -> None:
 def test_what_was_made_for_a_number_that_an_enqueued_trial_took_harms_nothing() -> None:
     s = make_config("tpe")
     study = study_of(s)
-    proposer = Suggester(s, study.directions)
+    suggester = Suggester(s, study.directions)
     for number in range(8):
-        made = proposer.propose(number)  # ahead, and then somebody enqueues
-        enqueued = proposer.propose(number, fixed={"ratio.start": 0.2 + number / 100})
+        made = suggester.suggest(number)  # ahead, and then somebody enqueues
+        enqueued = suggester.suggest(number, fixed={"ratio.start": 0.2 + number / 100})
         assert isinstance(enqueued, Suggestion)
         assert enqueued != made
         end(study, store(study, enqueued), score(enqueued.params))
-        proposer.sync(study.get_trials(deepcopy=False))
-        assert proposer.propose(number) is None
-        proposer.forget(number)
+        suggester.update(study.get_trials(deepcopy=False))
+        assert suggester.suggest(number) is None
+        suggester.discard(number)
     other = Suggester(s, study.directions)
-    other.sync(study.get_trials(deepcopy=False))
-    assert proposer.propose(8) == other.propose(8)
+    other.update(study.get_trials(deepcopy=False))
+    assert suggester.suggest(8) == other.suggest(8)
 
 
 @pytest.mark.parametrize("name", ["grid", "random", "tpe", "nsga2", "qmc"])
 def test_a_finite_space_is_used_up_after_each_combination_once(name: str) -> None:
     s = make_config(name, space=FINITE)
     study = study_of(s)
-    proposer, seen = Suggester(s, study.directions), []
-    while (proposal := proposer.propose(len(seen))) is not None:
-        assert isinstance(proposal, Suggestion)
-        seen.append(str(proposal.params))
+    suggester, seen = Suggester(s, study.directions), []
+    while (suggestion := suggester.suggest(len(seen))) is not None:
+        assert isinstance(suggestion, Suggestion)
+        seen.append(str(suggestion.params))
         failed = len(seen) % 4 == 0 and name == "grid"
-        end(study, store(study, proposal), 0.5, TrialState.FAIL if failed else TrialState.COMPLETE)
-        proposer.sync(study.get_trials(deepcopy=False))
+        end(
+            study, store(study, suggestion), 0.5, TrialState.FAIL if failed else TrialState.COMPLETE
+        )
+        suggester.update(study.get_trials(deepcopy=False))
         assert len(seen) <= 15
     assert len(set(seen)) == 15
 
@@ -223,34 +225,34 @@ def test_what_require_refuses_is_drawn_again() -> None:
         assert all(p["ratio.start"] + 0.5 <= p["ratio.end"] for p in proposed)
     grid = {"ratio.start": {"choices": [0.1, 0.6]}, "ratio.end": {"choices": [0.5, 0.9]}}
     s = make_config("grid", space=grid, require=["ratio.start <= ratio.end"])
-    proposer = Suggester(s, ["maximize"])
-    assert [isinstance(proposer.propose(i), Suggestion) for i in range(4)] == [
+    suggester = Suggester(s, ["maximize"])
+    assert [isinstance(suggester.suggest(i), Suggestion) for i in range(4)] == [
         True,
         True,
         True,
         False,
     ]
     never = Suggester(make_config("random", require=["ratio.start > 1"]), ["maximize"])
-    assert never.propose(0) is None
+    assert never.suggest(0) is None
 
 
 def test_settings_that_refuse_each_other_are_drawn_again() -> None:
     space = {"model.width": {"choices": [32]}, "model.heads": {"choices": [2, 3]}}
-    proposer = Suggester(make_config("random", space=space), ["maximize"])
-    first = proposer.propose(0)
+    suggester = Suggester(make_config("random", space=space), ["maximize"])
+    first = suggester.suggest(0)
     assert isinstance(first, Suggestion)
     assert first.params["model.heads"] == 2
-    assert proposer.propose(1) is None
+    assert suggester.suggest(1) is None
 
 
 def test_an_enqueued_trial_keeps_its_values_and_the_rest_is_sampled() -> None:
     for name in SAMPLERS:
-        proposer = Suggester(make_config(name), ["maximize"])
-        proposal = proposer.propose(0, fixed={"ratio.shape": "power", "ratio.power": 1.5})
-        assert isinstance(proposal, Suggestion)
-        assert proposal.params["ratio.shape"] == "power"
-        assert proposal.values["ratio.power"] == 1.5
-        assert proposal.params.keys() > {"ratio.shape", "ratio.power"}
+        suggester = Suggester(make_config(name), ["maximize"])
+        suggestion = suggester.suggest(0, fixed={"ratio.shape": "power", "ratio.power": 1.5})
+        assert isinstance(suggestion, Suggestion)
+        assert suggestion.params["ratio.shape"] == "power"
+        assert suggestion.values["ratio.power"] == 1.5
+        assert suggestion.params.keys() > {"ratio.shape", "ratio.power"}
 
 
 def test_an_enqueued_trial_that_was_run_is_a_duplicate_and_one_that_nothing_allows_is_refused() -> (
@@ -258,25 +260,25 @@ def test_an_enqueued_trial_that_was_run_is_a_duplicate_and_one_that_nothing_allo
 ):
     s = make_config("random", space=FINITE, require=["selection.clusters < 4"])
     study = study_of(s)
-    proposer = Suggester(s, study.directions)
+    suggester = Suggester(s, study.directions)
     known = {"ratio.shape": "cosine", "selection.clusters": 3}
-    proposal = proposer.propose(0, fixed=known)
-    assert isinstance(proposal, Suggestion)
-    trial_id = store(study, proposal)
-    proposer.sync(study.get_trials(deepcopy=False))
-    assert isinstance(proposer.propose(1, fixed=known), Suggestion), (
+    suggestion = suggester.suggest(0, fixed=known)
+    assert isinstance(suggestion, Suggestion)
+    trial_id = store(study, suggestion)
+    suggester.update(study.get_trials(deepcopy=False))
+    assert isinstance(suggester.suggest(1, fixed=known), Suggestion), (
         "what merely runs may still fail"
     )
-    proposer.forget(1)
+    suggester.discard(1)
     end(study, trial_id, 0.4, TrialState.PRUNED)
-    proposer.sync(study.get_trials(deepcopy=False))
-    assert proposer.propose(1, fixed=known) == Duplicate(0)
-    assert isinstance(proposer.propose(1, fixed={"ratio.shape": "cosine"}), Suggestion)
+    suggester.update(study.get_trials(deepcopy=False))
+    assert suggester.suggest(1, fixed=known) == Duplicate(0)
+    assert isinstance(suggester.suggest(1, fixed={"ratio.shape": "cosine"}), Suggestion)
     with pytest.raises(
         ConfigError,
         match=r"trial 2: what was enqueued \(selection.clusters=4\) leaves no combination",
     ):
-        proposer.propose(2, fixed={"selection.clusters": 4})
+        suggester.suggest(2, fixed={"selection.clusters": 4})
 
 
 def test_the_first_trial_tries_the_defaults_once_and_after_imports_too() -> None:
@@ -286,12 +288,12 @@ def test_the_first_trial_tries_the_defaults_once_and_after_imports_too() -> None
     }
     s = make_config("tpe", space=space)
     study = study_of(s)
-    imported = Suggester(make_config("random", space=CONDITIONAL), study.directions).propose(0)
+    imported = Suggester(make_config("random", space=CONDITIONAL), study.directions).suggest(0)
     assert isinstance(imported, Suggestion)
     end(study, store(study, imported, source="import old.csv"), 0.3)
-    proposer = Suggester(s, study.directions)
-    proposer.sync(study.get_trials(deepcopy=False))
-    first, second = proposer.propose(1), proposer.propose(2)
+    suggester = Suggester(s, study.directions)
+    suggester.update(study.get_trials(deepcopy=False))
+    first, second = suggester.suggest(1), suggester.suggest(2)
     assert isinstance(first, Suggestion)
     assert isinstance(second, Suggestion)
     assert first.params == {"ratio.start": 0.25, "ratio.end": 0.75}
@@ -319,14 +321,14 @@ def test_a_wider_range_is_searched_whole() -> None:
     narrow = make_config("tpe", space={"ratio.start": {"low": 0.1, "high": 0.3}})
     wide = make_config("tpe", space={"ratio.start": {"low": 0.1, "high": 0.9}})
     study = study_of(narrow)
-    proposer = Suggester(narrow, study.directions)
+    suggester = Suggester(narrow, study.directions)
     for number in range(10):
-        proposal = proposer.propose(number)
-        assert isinstance(proposal, Suggestion)
-        end(study, store(study, proposal), proposal.params["ratio.start"])
-    proposer = Suggester(wide, study.directions)
-    proposer.sync(study.get_trials(deepcopy=False))
-    more = [proposer.propose(10 + i) for i in range(10)]
+        suggestion = suggester.suggest(number)
+        assert isinstance(suggestion, Suggestion)
+        end(study, store(study, suggestion), suggestion.params["ratio.start"])
+    suggester = Suggester(wide, study.directions)
+    suggester.update(study.get_trials(deepcopy=False))
+    more = [suggester.suggest(10 + i) for i in range(10)]
     assert max(p.params["ratio.start"] for p in more if isinstance(p, Suggestion)) > 0.5
 
 
@@ -334,13 +336,13 @@ def test_limits_turn_a_sampler_away_from_what_breaks_them() -> None:
     def proposed(**more: Any) -> list[float]:
         s = make_config("tpe", space={"ratio.start": {"low": 0.1, "high": 0.9}}, **more)
         study = study_of(s)
-        proposer, starts = Suggester(s, study.directions), []
+        suggester, starts = Suggester(s, study.directions), []
         for number in range(40):
-            proposer.sync(study.get_trials(deepcopy=False))
-            proposal = proposer.propose(number)
-            assert isinstance(proposal, Suggestion)
-            start = proposal.params["ratio.start"]
-            trial_id = store(study, proposal)
+            suggester.update(study.get_trials(deepcopy=False))
+            suggestion = suggester.suggest(number)
+            assert isinstance(suggestion, Suggestion)
+            start = suggestion.params["ratio.start"]
+            trial_id = store(study, suggestion)
             study._storage.set_trial_user_attr(trial_id, "stats", {"seconds": 100 * start})
             study._storage.set_trial_state_values(
                 trial_id, TrialState.COMPLETE, [start]
@@ -360,37 +362,37 @@ def test_gp_learns_from_pruned_trials() -> None:
     study = study_of(s)
     drawn = Suggester(make_config("random", space=s.space), study.directions)
     for number in range(6):
-        proposal = drawn.propose(number)
-        assert isinstance(proposal, Suggestion)
-        end(study, store(study, proposal), score(proposal.params), TrialState.PRUNED)
-    proposer = Suggester(s, study.directions)
-    proposer.sync(study.get_trials(deepcopy=False))
-    modelled = proposer.propose(6)
+        suggestion = drawn.suggest(number)
+        assert isinstance(suggestion, Suggestion)
+        end(study, store(study, suggestion), score(suggestion.params), TrialState.PRUNED)
+    suggester = Suggester(s, study.directions)
+    suggester.update(study.get_trials(deepcopy=False))
+    modelled = suggester.suggest(6)
     assert isinstance(modelled, Suggestion)
-    assert modelled != drawn.propose(6), "with startup 5, six pruned trials are enough to model"
+    assert modelled != drawn.suggest(6), "with startup 5, six pruned trials are enough to model"
 
 
 def test_a_trial_answered_from_the_store_is_no_news() -> None:
     s = make_config("tpe")
     study = study_of(s)
-    proposer = Suggester(s, study.directions)
+    suggester = Suggester(s, study.directions)
     for number in range(8):
-        proposal = proposer.propose(number)
-        assert isinstance(proposal, Suggestion)
-        end(study, store(study, proposal), score(proposal.params))
-        proposer.sync(study.get_trials(deepcopy=False))
-    end(study, store(study, proposal, copy_of=7), score(proposal.params))
-    proposer.sync(study.get_trials(deepcopy=False))
-    with_copy = proposer.propose(9)
+        suggestion = suggester.suggest(number)
+        assert isinstance(suggestion, Suggestion)
+        end(study, store(study, suggestion), score(suggestion.params))
+        suggester.update(study.get_trials(deepcopy=False))
+    end(study, store(study, suggestion, copy_of=7), score(suggestion.params))
+    suggester.update(study.get_trials(deepcopy=False))
+    with_copy = suggester.suggest(9)
     other = Suggester(s, study.directions)
-    other.sync(study.get_trials(deepcopy=False)[:8])
-    assert with_copy == other.propose(9)
+    other.update(study.get_trials(deepcopy=False)[:8])
+    assert with_copy == other.suggest(9)
 
 
 def test_values_of_stored_parameters_are_those_of_the_proposal() -> None:
     s = make_config("random")
-    proposer = Suggester(s, ["maximize"])
+    suggester = Suggester(s, ["maximize"])
     for number in range(5):
-        proposal = proposer.propose(number)
-        assert isinstance(proposal, Suggestion)
-        assert proposer.values(proposal.params) == proposal.values
+        suggestion = suggester.suggest(number)
+        assert isinstance(suggestion, Suggestion)
+        assert suggester.config_of(suggestion.params) == suggestion.values

@@ -466,7 +466,7 @@ def test_every_fault_of_a_file_is_told_with_its_line(name: str, tmp_path: Path) 
     file = written(tmp_path, name)
     with pytest.raises(ConfigError) as caught:
         build_study(read_yaml(file), str(file))
-    expect(list(caught.value.faults), file, FILES[name][1])
+    expect(list(caught.value.messages), file, FILES[name][1])
     assert caught.value.exit_code == 2
 
 

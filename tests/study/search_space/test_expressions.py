@@ -69,10 +69,11 @@ def test_names_stand_in_their_order_and_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "decides"), [("a < b", True), ("not a", True), ("a and b", True), ("a + b", False)]
+    ("text", "is_condition"),
+    [("a < b", True), ("not a", True), ("a and b", True), ("a + b", False)],
 )
-def test_a_condition_is_told_from_a_number(text: str, decides: bool) -> None:
-    assert Expression(text).decides is decides
+def test_a_condition_is_told_from_a_number(text: str, is_condition: bool) -> None:
+    assert Expression(text).is_condition is is_condition
 
 
 @pytest.mark.parametrize(

@@ -9,23 +9,13 @@ import pytest
 from optuna.trial import FixedTrial
 
 from amlp_ray.config import Choice, Derived, Fixed, PretrainConfig, Range, StudyConfig
-from amlp_ray.config.base import build, field_of
-from amlp_ray.config.overrides import flat, nested
+from amlp_ray.config.base import build, find_field
+from amlp_ray.config.overrides import flatten, nest
 from amlp_ray.config.yaml_file import read_yaml, write_yaml
 from amlp_ray.errors import ConfigError
-from amlp_ray.study.search_space.space import LAYERS
-from amlp_ray.study.search_space.validate import (
-    build_study,
-    check_space,
-    defaults,
-    drawn_settings,
-    holds_requirements,
-    order_of_asking,
-    parameters,
-    searched,
-    suggest,
-    suggestion,
-)
+from amlp_ray.study.search_space.parameters import LAYERS, sampling_order
+from amlp_ray.study.search_space.space import SearchSpace
+from amlp_ray.study.search_space.validate import build_study, check_space, sample_configs
 
 
 def study(space: dict[str, Any], **other: Any) -> StudyConfig:
@@ -125,11 +115,11 @@ CONDITIONAL = {
 def test_a_parameter_is_asked_only_where_its_condition_holds() -> None:
     config = study(CONDITIONAL)
     check_space(config)
-    assert order_of_asking(config.space).index("ratio.shape") < order_of_asking(config.space).index(
+    assert sampling_order(config.space).index("ratio.shape") < sampling_order(config.space).index(
         "ratio.power"
     )
     search = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
-    asked = [suggest(search.ask(), config) for _ in range(30)]
+    asked = [SearchSpace(config).suggest(search.ask()).values for _ in range(30)]
     assert {params["ratio.shape"] for params in asked} == {"linear", "power"}
     for params in asked:
         assert ("ratio.power" in params) == (params["ratio.shape"] == "power")
@@ -140,7 +130,7 @@ def test_conditions_may_rest_on_a_fixed_setting() -> None:
     space = {"ratio.power": {"low": 0.5, "high": 3.0, "when": {"ratio.shape": "power"}}}
     config = study(space, pretrain={"ratio": {"shape": "power"}})
     check_space(config)
-    assert "ratio.power" in suggest(optuna.create_study().ask(), config)
+    assert "ratio.power" in SearchSpace(config).suggest(optuna.create_study().ask()).values
 
 
 def test_a_trial_asked_before_gives_the_same_values_again() -> None:
@@ -149,9 +139,9 @@ def test_a_trial_asked_before_gives_the_same_values_again() -> None:
         optuna.create_study(sampler=optuna.samplers.RandomSampler(1)),
     )
     trial = search.ask()
-    first = suggest(trial, config)
+    first = SearchSpace(config).suggest(trial).values
     again = optuna.trial.Trial(search, trial._trial_id)
-    assert suggest(again, config) == first
+    assert SearchSpace(config).suggest(again).values == first
 
 
 def test_a_searched_variant_brings_its_own_settings() -> None:
@@ -178,8 +168,12 @@ def test_fixed_and_derived_values_are_settings_and_helpers_are_not() -> None:
     config = study(DERIVED, require=RISES)
     check_space(config)
     trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(3)).ask()
-    values = suggest(trial, config)
-    assert trial.params.keys() == {"ratio.start", "delta", "half"} == set(parameters(config))
+    values = SearchSpace(config).suggest(trial).values
+    assert (
+        trial.params.keys()
+        == {"ratio.start", "delta", "half"}
+        == set(tuple(SearchSpace(config).parameters))
+    )
     assert values.keys() == DERIVED.keys() - {"delta", "half"}
     assert values["ratio.end"] == trial.params["ratio.start"] + trial.params["delta"]
     assert values["selection.clusters"] == 2 * trial.params["half"]
@@ -190,21 +184,34 @@ def test_fixed_and_derived_values_are_settings_and_helpers_are_not() -> None:
 
 def test_a_requirement_is_told_of_values_and_helpers() -> None:
     config = study(DERIVED, require=["ratio.start <= ratio.end", "delta < 0.3"])
-    assert holds_requirements({"ratio.start": 0.3, "ratio.end": 0.4, "delta": 0.1}, config)
-    assert not holds_requirements({"ratio.start": 0.3, "ratio.end": 0.2, "delta": 0.1}, config)
-    assert not holds_requirements({"ratio.start": 0.3, "ratio.end": 0.65, "delta": 0.35}, config)
-    assert holds_requirements({"ratio.start": 0.3, "ratio.end": 0.65}, config), (
-        "without delta it says nothing"
+    assert (
+        SearchSpace(config).broken_requirement({"ratio.start": 0.3, "ratio.end": 0.4, "delta": 0.1})
+        is None
     )
-    assert not holds_requirements({"ratio.start": 0.9}, config), "the study's own ratio.end is 0.75"
+    assert (
+        SearchSpace(config).broken_requirement({"ratio.start": 0.3, "ratio.end": 0.2, "delta": 0.1})
+        is not None
+    )
+    assert (
+        SearchSpace(config).broken_requirement(
+            {"ratio.start": 0.3, "ratio.end": 0.65, "delta": 0.35}
+        )
+        is not None
+    )
+    assert (
+        SearchSpace(config).broken_requirement({"ratio.start": 0.3, "ratio.end": 0.65}) is None
+    ), "without delta it says nothing"
+    assert SearchSpace(config).broken_requirement({"ratio.start": 0.9}) is not None, (
+        "the study's own ratio.end is 0.75"
+    )
 
 
 def test_drawn_settings_keep_the_requirements_and_are_the_same_every_time() -> None:
     config = study(DERIVED, require=RISES)
-    drawn = drawn_settings(config)
+    drawn = sample_configs(config)
     assert 10 < len(drawn) < 100, "some are refused"
     assert all(trial.ratio.start <= trial.ratio.end for trial in drawn)
-    assert drawn == drawn_settings(study(DERIVED, require=RISES))
+    assert drawn == sample_configs(study(DERIVED, require=RISES))
 
 
 def test_a_suggestion_says_why_no_trial_may_have_it() -> None:
@@ -215,16 +222,16 @@ def test_a_suggestion_says_why_no_trial_may_have_it() -> None:
         },
         require=["ratio.start < 0.4"],
     )
-    kept = suggestion(FixedTrial({"ratio.start": 0.35}), config)
+    kept = SearchSpace(config).suggest(FixedTrial({"ratio.start": 0.35}))
     assert (kept.refused, kept.params) == (None, {"ratio.start": 0.35})
     assert (
-        suggestion(FixedTrial({"ratio.start": 0.5}), config).refused
+        SearchSpace(config).suggest(FixedTrial({"ratio.start": 0.5})).refused
         == "require 'ratio.start < 0.4' does not hold"
     )
     zero = FixedTrial({"ratio.start": 0.3})
-    assert "divides by zero" in (suggestion(zero, config).refused or "")
+    assert "divides by zero" in (SearchSpace(config).suggest(zero).refused or "")
     with pytest.raises(ConfigError, match=r"ratio\.end: .* divides by zero"):
-        suggest(zero, config)
+        SearchSpace(config).config_of(zero.params)
 
 
 def test_a_condition_on_a_step_holds_though_steps_do_not_add_up() -> None:
@@ -234,9 +241,8 @@ def test_a_condition_on_a_step_holds_though_steps_do_not_add_up() -> None:
     }
     config = study(space)
     check_space(config)
-    assert "loss.gamma" in suggest(
-        FixedTrial({"ratio.start": 0.1 + 2 * 0.1, "loss.gamma": 1.5}), config
-    )
+    params = {"ratio.start": 0.1 + 2 * 0.1, "loss.gamma": 1.5}
+    assert "loss.gamma" in SearchSpace(config).config_of(params)
 
 
 def test_a_condition_sees_what_a_searched_variant_brings() -> None:
@@ -246,20 +252,20 @@ def test_a_condition_sees_what_a_searched_variant_brings() -> None:
     }
     config = study(space)
     check_space(config)
-    assert parameters(config) == ("variant", "selection.strength")
-    assert suggest(FixedTrial({"variant": "amlp"}), config) == {"variant": "amlp"}
+    assert tuple(SearchSpace(config).parameters) == ("variant", "selection.strength")
+    assert SearchSpace(config).config_of({"variant": "amlp"}) == {"variant": "amlp"}
     both = {"variant": "amlp-soft", "selection.strength": 1.0}
-    assert suggest(FixedTrial(both), config) == both
+    assert SearchSpace(config).config_of(both) == both
 
 
 def test_no_other_setting_lays_values_under_others() -> None:
-    plain = flat(PretrainConfig())
+    plain = flatten(PretrainConfig())
     for name, value in plain.items():
-        kind = field_of(PretrainConfig, name).annotation
+        kind = find_field(PretrainConfig, name).annotation
         options = get_args(kind) if isinstance(value, str) else ()
         for other in options:
             try:
-                changed = flat(build(PretrainConfig, nested({name: other}), "x"))
+                changed = flatten(build(PretrainConfig, nest({name: other}), "x"))
             except ConfigError:
                 continue
             if name not in LAYERS:
@@ -267,18 +273,18 @@ def test_no_other_setting_lays_values_under_others() -> None:
 
 
 def test_parameters_are_asked_as_written_but_after_what_they_need() -> None:
-    assert order_of_asking(study(CONDITIONAL).space) == [
+    assert sampling_order(study(CONDITIONAL).space) == [
         "ratio.shape",
         "ratio.power",
         "selection.clusters",
     ]
-    assert order_of_asking(study(DERIVED).space) == [
+    assert sampling_order(study(DERIVED).space) == [
         "ratio.start", "delta", "ratio.end", "ratio.shape", "ratio.power", "half", "selection.clusters",
     ]  # fmt: skip
 
 
 def test_without_defaults_no_first_trial_is_given() -> None:
-    assert defaults(study(CONDITIONAL)) is None
+    assert SearchSpace(study(CONDITIONAL)).defaults() is None
 
 
 def test_the_first_trial_tries_the_defaults_and_the_studys_own_values() -> None:
@@ -291,12 +297,12 @@ def test_the_first_trial_tries_the_defaults_and_the_studys_own_values() -> None:
     }
     config = study(space, pretrain={"ratio": {"start": 0.4}})
     check_space(config)
-    first = defaults(config)
+    first = SearchSpace(config).defaults()
     assert first == {
         "selection.mode": "soft", "selection.strength": 1.0, "selection.clusters": 4, "ratio.start": 0.4,
     }  # fmt: skip
     assert type(first["selection.clusters"]) is int
-    assert suggestion(FixedTrial(first), config).params == first
+    assert SearchSpace(config).suggest(FixedTrial(first)).params == first
 
 
 # The same space in YAML, in Python, and as a function
@@ -350,7 +356,7 @@ def told_trials(config: StudyConfig, sampler: optuna.samplers.BaseSampler) -> li
     seen = []
     for _ in range(15):
         trial = search.ask()
-        values = suggest(trial, config)
+        values = SearchSpace(config).suggest(trial).values
         search.tell(trial, values["ratio.end"] - abs(values["lr"] - 3e-3))
         seen.append((trial.params, values))
     return seen
@@ -391,11 +397,11 @@ def test_a_function_is_found_beside_its_study_file(tmp_path: Path) -> None:
     file.write_text(f"name: s\nspace: {space}\n")
     config = build_study(read_yaml(file), str(file))
     assert config.space == "beside:space"
-    assert suggest(FixedTrial({"ratio.start": 0.25}), config) == {
+    assert SearchSpace(config).config_of({"ratio.start": 0.25}) == {
         "ratio.start": 0.25,
         "ratio.end": 0.45,
     }
-    assert searched(config) == {"ratio.start": Range(low=0.1, high=0.5)}
+    assert SearchSpace(config).parameters == {"ratio.start": Range(low=0.1, high=0.5)}
 
 
 def test_a_function_may_refuse_and_ask_for_a_requirement(
@@ -408,9 +414,14 @@ if end < start:
     monkeypatch.chdir(tmp_path)
     config = study(module(tmp_path, body, "refusing"), require=["ratio.end - ratio.start < 0.4"])  # type: ignore[arg-type]
     check_space(config)
-    assert suggestion(FixedTrial({"ratio.start": 0.4, "ratio.end": 0.3}), config).refused == "falls"
-    assert not holds_requirements({"ratio.start": 0.1, "ratio.end": 0.8}, config)
-    assert all(0 <= trial.ratio.end - trial.ratio.start < 0.4 for trial in drawn_settings(config))
+    assert (
+        SearchSpace(config).suggest(FixedTrial({"ratio.start": 0.4, "ratio.end": 0.3})).refused
+        == "falls"
+    )
+    assert (
+        SearchSpace(config).broken_requirement({"ratio.start": 0.1, "ratio.end": 0.8}) is not None
+    )
+    assert all(0 <= trial.ratio.end - trial.ratio.start < 0.4 for trial in sample_configs(config))
 
 
 BAD_FUNCTIONS = {
@@ -461,8 +472,8 @@ def test_a_function_is_checked_by_drawing(
     }
     with pytest.raises(ConfigError) as caught:
         build_study(values, "study.yaml")
-    assert len(caught.value.faults) == len(told), caught.value.faults
-    for fault, words in zip(caught.value.faults, told, strict=True):
+    assert len(caught.value.messages) == len(told), caught.value.messages
+    for fault, words in zip(caught.value.messages, told, strict=True):
         assert words in fault
 
 
@@ -486,11 +497,11 @@ def test_the_ratio_of_population_based_training_is_left_to_its_own_check() -> No
     values = {"name": "s", "space": space, "sampler": {"name": "pbt"}}
     with pytest.raises(ConfigError) as caught:
         build_study(values, "study.yaml")
-    assert caught.value.faults == (
+    assert caught.value.messages == (
         "study.yaml: space: lr is 2.0, but must be less than or equal to 1.",
     )
     ranges = {"ratio.points": {"low": 0.2, "high": 0.8}, "lr": {"low": 1e-4, "high": 0.1}}
     config = build_study({**values, "space": ranges}, "study.yaml")
     assert all(
-        trial.ratio.points == () and 1e-4 <= trial.lr <= 0.1 for trial in drawn_settings(config)
+        trial.ratio.points == () and 1e-4 <= trial.lr <= 0.1 for trial in sample_configs(config)
     )

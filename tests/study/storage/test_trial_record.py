@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.studies import make_store
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
@@ -14,7 +15,6 @@ from amlp_ray.config import StudyConfig
 from amlp_ray.config.base import build
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import TrialRecord, trial_records
-from helpers.studies import make_store
 
 RATIO = FloatDistribution(0.2, 0.5)
 
@@ -50,8 +50,9 @@ def test_a_trial_is_ranked_by_its_value_or_its_last_rung(
 
 
 def test_objectives_are_named_and_a_baseline_has_the_metric_alone() -> None:
+    objectives = {"dsc": "maximize", "seconds": "minimize"}
     two = build(
-        StudyConfig, {"name": "s", "objectives": {"dsc": "maximize", "seconds": "minimize"}}, "s"
+        StudyConfig, {"name": "s", "objectives": objectives, "pruner": {"name": "none"}}, "s"
     )
     assert record(values=[0.4, 9.0]).objective_values(two) == {"dsc": 0.4, "seconds": 9.0}
     assert record(value=0.4).objective_values(two) == {"dsc": 0.4}
@@ -141,3 +142,15 @@ def test_a_waiting_trial_starts_with_its_parameters(store: StudyStore) -> None:
     started = store.start_enqueued(study, number, {"ratio.start": 0.4}, {"ratio.start": RATIO})
     assert (started.state, started.params) == (TrialState.RUNNING, {"ratio.start": 0.4})
     assert started.started is not None
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, math.inf, -math.inf])
+def test_a_score_is_stored_once_and_only_if_it_is_finite(
+    store: StudyStore, missing: float | None
+) -> None:
+    study = store.search()
+    number = store.add_trial(study, create_trial(state=TrialState.RUNNING)).number
+    assert not store.report(study, number, 10, missing)
+    assert store.report(study, number, 10, 0.1)
+    assert not store.report(study, number, 10, 0.2), "reported again after a take-over"
+    assert store.trial(study, number).rungs == {10: 0.1}

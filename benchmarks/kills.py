@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import psutil
 
-from amlp_ray.training.checkpoint.manager import checkpoints, is_whole
+from amlp_ray.training.checkpoint.manager import checkpoints, is_intact
 from amlp_ray.training.loggers.metrics_file import read_rows
 from amlp_ray.utils.event_log import read_events
 
@@ -214,7 +214,7 @@ def _check(driver: subprocess.Popen[bytes], deadline: float) -> None:
 
 
 def _damaged(out: Path) -> list[str]:
-    return [path.name for path in checkpoints(out) if path.exists() and not is_whole(path)]
+    return [path.name for path in checkpoints(out) if path.exists() and not is_intact(path)]
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What an encoder is worth, by labels: the probe of a search, fine-tuning that confirms, and predictions."""
+"""Evaluate an encoder with labels: linear probe, fine-tuning, metrics and diagnostics."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from amlp_ray.config import SegmentConfig
 from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.training.checkpoint.export import ENCODER
 from amlp_ray.utils.files import atomic_write
 
 SEGMENTER = "segmenter"  # folder of a run's fine-tuned segmenter
@@ -15,28 +16,36 @@ SEGMENTER = "segmenter"  # folder of a run's fine-tuned segmenter
 
 def finish_confirmation_run(
     folder: Path,
-    labels: PatchDataset,
+    eval_data: PatchDataset,
     finetune: SegmentConfig,
     *,
     sizes: tuple[float, float],
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Fine-tune the encoder of a confirmation run, in its own process, and score it on val; finished once, it is kept.
+    """Fine-tune the encoder of a confirmation run in this process, and score it on val.
+
+    A finished run is not repeated.
 
     Args:
-        labels: the data set that scores, which is the pretraining one where there is none apart.
+        folder: of the run.
+        eval_data: the dataset that scores; the pretraining dataset if there is no other.
+        finetune: config of the fine-tuning.
         sizes: `probe.sizes`.
+        device: to fine-tune on.
 
     Returns:
-        The score, also written to `finetune.json`; the segmenter lies in a folder beside it.
+        The score, also in `finetune.json`; the segmenter lies in a folder beside it.
     """
+    # Imports Ray, which a caller that only needs SEGMENTER does without.
     from amlp_ray.evaluation.segmentation import segment
 
-    done = folder / "finetune.json"
-    if done.is_file():
-        found: dict[str, Any] = json.loads(done.read_text())
-        return found
-    encoder = folder / "encoder.safetensors"
-    score = segment(labels, encoder, folder / SEGMENTER, finetune, sizes=sizes, device=device)
-    atomic_write(done, json.dumps(score | {"encoder": encoder.name}, indent=1))
+    path = folder / "finetune.json"
+    if path.is_file():
+        finished: dict[str, Any] = json.loads(path.read_text())
+        return finished
+    score = segment(
+        eval_data, folder / ENCODER, folder / SEGMENTER, finetune, sizes=sizes, device=device
+    )
+    score |= {"encoder": ENCODER}
+    atomic_write(path, json.dumps(score, indent=1))
     return score

@@ -1,4 +1,4 @@
-"""Score a segmenter on the labelled images of a split: as fine-tuning ends, or as `segment` left it in a folder."""
+"""Score a segmenter on the labelled images of a split."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pandas as pd
 import torch
 
 from amlp_ray.config import ImageSpec, ProbeConfig
-from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.data.dataset import PatchDataset, Split
 from amlp_ray.evaluation.labels import Rows, by_part, check_fits, labeled_rows, train_rows
-from amlp_ray.evaluation.metrics import hausdorff95, mean_mask, score_images, summary
+from amlp_ray.evaluation.metrics import hausdorff95, mean_mask, score_images, summarize_scores
 from amlp_ray.evaluation.segmenter import Segmenter, load_segmenter
 from amlp_ray.method.augment import normalize
 
 SIZES = ProbeConfig().sizes
-CHUNK = 32  # images that are scored at once
+BATCH_SIZE = 32
 
 
 def score_segmenter(
@@ -28,19 +28,27 @@ def score_segmenter(
     sizes: tuple[float, float] = SIZES,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Score a segmenter that `segment` left in `folder`, on the labelled images of a split; nothing is trained.
+    """Score a segmenter that `segment` left in `folder`; nothing is trained.
+
+    Args:
+        dataset: with the images to score.
+        folder: of the segmenter.
+        split: whose labelled images are scored.
+        sizes: what is a small and a large lesion, see `probe.sizes`.
+        device: to compute on.
 
     Raises:
-        DataError: the split has no lesion. CheckpointError: the segmenter is missing or damaged. ConfigError: it is
-        made for other images.
+        DataError: the split has no lesion.
+        CheckpointError: the segmenter is missing or damaged.
+        ConfigError: it was made for other images.
     """
     loaded = load_segmenter(folder)
     check_fits(dataset, loaded.spec, f"{folder} was trained on")
     rows = labeled_rows(dataset, split)
     floor = mean_mask(dataset.load("train", train_rows(dataset, loaded.config)).masks)
-    return evaluate(
-        loaded.model.to(device), dataset, split, rows, floor, loaded.spec, sizes, device
-    )[0]
+    model = loaded.model.to(device)
+    score, _ = evaluate(model, dataset, split, rows, floor, loaded.spec, sizes, device)
+    return score
 
 
 @torch.inference_mode()
@@ -54,47 +62,65 @@ def evaluate(
     sizes: tuple[float, float],
     device: str,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Score images of a split by row, in float32; return the score, and a table with a row per image.
+    """Score images of a split, in float32.
 
     Args:
-        floor: (H, W) bool, what the score of no image at all is measured with, see `mean_mask`.
+        rows: of the images, sorted.
+        floor: (H, W) bool, predicted for every image to score without any image; see `mean_mask`.
+        spec: how images are normalized.
+        sizes: what is a small and a large lesion, see `probe.sizes`.
+
+    Returns:
+        The score, and a table with a row per image.
     """
     model.eval()
-    spacing = dataset.table(split, columns=["spacing_y", "spacing_x"])[
-        ["spacing_y", "spacing_x"]
-    ].to_numpy(float)
-    in_mm = bool(
-        np.isfinite(spacing[rows]).all()
-    )  # where it is not known of all, their mean would have no unit
-    parts, floors = [], []
-    for some in by_part(dataset, split, rows):
-        part = dataset.load(split, some)
-        chunks = torch.from_numpy(part.images).split(CHUNK)
-        logits = torch.cat([model(normalize(chunk.to(device), spec)).cpu() for chunk in chunks])
-        said, there = (logits[:, 0] > 0).numpy(), part.masks > 0
-        s = score_images(said, there)
-        parts.append(
-            pd.DataFrame(
-                {
-                    "id": part.ids,
-                    "group": part.groups,
-                    "dsc": s.dsc,
-                    "ppv": s.ppv,
-                    "sensitivity": s.sensitivity,
-                    "iou": s.iou,
-                    "hd95": hausdorff95(said, there, spacing[some] if in_mm else None),
-                    "empty_correct": s.empty_correct,
-                    "lesion_pixels": there.sum((1, 2)),
-                    "predicted_pixels": said.sum((1, 2)),
-                }
-            )
-        )
-        floors.append(score_images(np.broadcast_to(floor, there.shape), there).dsc)
-    table = pd.concat(parts, ignore_index=True)
+    columns = ["spacing_y", "spacing_x"]
+    spacing = dataset.table(split, columns=columns)[columns].to_numpy(float)
+    # Unless it is known for all images, their mean would have no unit.
+    in_mm = bool(np.isfinite(spacing[rows]).all())
+    tables = []
+    floors = []
+    for part_rows in by_part(dataset, split, rows):
+        part = dataset.load(split, part_rows)
+        predicted = _predict(model, part.images, spec, device)
+        part_spacing = spacing[part_rows] if in_mm else None
+        tables.append(_score_table(part, predicted, part_spacing))
+        truth = part.masks > 0
+        floors.append(score_images(np.broadcast_to(floor, truth.shape), truth).dsc)
+    table = pd.concat(tables, ignore_index=True)
     table["missed"] = (table["lesion_pixels"] > 0) & (table["predicted_pixels"] == 0)
     shares = table.assign(share=table["lesion_pixels"] / (spec.height * spec.width))
-    score = summary(shares, sizes) | {
+    score = summarize_scores(shares, sizes) | {
         "hd95_unit": "mm" if in_mm else "pixels",
         "mean_mask_dsc": float(np.nanmean(np.concatenate(floors))),
     }
     return score, table
+
+
+def _predict(model: Segmenter, images: np.ndarray, spec: ImageSpec, device: str) -> np.ndarray:
+    """Predict masks (n, H, W) bool of images (n, C, H, W), at the threshold 0.5."""
+    logits = [
+        model(normalize(batch.to(device), spec)).cpu()
+        for batch in torch.from_numpy(images).split(BATCH_SIZE)
+    ]
+    return (torch.cat(logits)[:, 0] > 0).numpy()
+
+
+def _score_table(part: Split, predicted: np.ndarray, spacing: np.ndarray | None) -> pd.DataFrame:
+    """Score predicted masks (n, H, W) in a table with a row per image."""
+    truth = part.masks > 0
+    scores = score_images(predicted, truth)
+    return pd.DataFrame(
+        {
+            "id": part.ids,
+            "group": part.groups,
+            "dsc": scores.dsc,
+            "ppv": scores.ppv,
+            "sensitivity": scores.sensitivity,
+            "iou": scores.iou,
+            "hd95": hausdorff95(predicted, truth, spacing),
+            "empty_correct": scores.empty_correct,
+            "lesion_pixels": truth.sum((1, 2)),
+            "predicted_pixels": predicted.sum((1, 2)),
+        }
+    )

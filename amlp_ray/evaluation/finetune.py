@@ -1,8 +1,9 @@
-"""The loop that fine-tunes a segmenter: alone, or as one of several workers that share each batch.
+"""Fine-tune a segmenter in this process, or as one of several workers that share each batch.
 
-The loss is of the global batch: Dice is no mean over images, so that every worker sees all logits, and computes the
-gradient of its own. It goes on from its folder's checkpoint and ends as if it had not been interrupted, on any number
-of workers: order, crops and flips follow from (seed, epoch, image), and no generator has a state.
+The loss is of the global batch. Dice is no mean over images, so every worker sees all logits and
+computes the gradient of its own. A run resumes from its checkpoint and ends as if it had not been
+interrupted, on any number of workers: order, crops and flips follow from (seed, epoch, image), and
+no generator has a state.
 """
 
 from __future__ import annotations
@@ -10,13 +11,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
@@ -28,13 +27,12 @@ from amlp_ray.method.augment import augment, normalize
 from amlp_ray.method.encoder import use_fused_attention
 from amlp_ray.method.precision import autocast, autocast_type
 from amlp_ray.runtime.worker_group import WorkerContext
-from amlp_ray.training.checkpoint.manager import CheckpointManager
-from amlp_ray.training.checkpoint.restore import agreed_checkpoint
-from amlp_ray.training.loggers.metrics_file import Metrics, append_row, drop_after
+from amlp_ray.training.checkpoint.restore import load_latest_on_all
+from amlp_ray.training.loggers.metrics_file import Metrics, read_rows
 from amlp_ray.training.lr_schedule import learning_rate
+from amlp_ray.training.run_recorder import METRICS_FILE, RunRecorder
 from amlp_ray.utils import distributed
 from amlp_ray.utils.event_log import EventLog
-from amlp_ray.utils.retry import RetryPolicy
 
 
 def finetune(
@@ -44,49 +42,51 @@ def finetune(
     config: SegmentConfig,
     out: Path,
     *,
-    member: WorkerContext,
+    worker: WorkerContext,
     fault_tolerance: FaultToleranceConfig,
     progress: Callable[[Metrics], None] = lambda metrics: None,
 ) -> list[Metrics]:
-    """Train to the last epoch, or go on from the checkpoint in `out`; the first worker returns all epochs' metrics.
+    """Train to the last epoch, or resume from the checkpoint in `out`.
+
+    Args:
+        model: trained in place.
+        train: labelled images with a lesion.
+        spec: how they are normalized.
+        config: of the fine-tuning.
+        out: folder of the run.
+        worker: this process's place in its group.
+        fault_tolerance: how long a full or unreachable folder is retried.
+        progress: takes the metrics of every epoch, on the first worker.
+
+    Returns:
+        The metrics of all epochs on the first worker, [] on others.
 
     Raises:
-        NonFiniteLossError: naming the epoch. CheckpointError: of another segmenter, or none that is whole.
-        StorageError: `out` took nothing for `fault_tolerance.storage_minutes`.
+        NonFiniteLossError: naming the epoch.
+        CheckpointError: `out` holds a checkpoint of another segmenter, or only damaged ones.
+        StorageError: `out` could not be written for `fault_tolerance.storage_minutes`.
     """
-    device, events = member.device, EventLog(out, log_messages=member.world == 1)
+    device = worker.device
+    events = EventLog(out, log_messages=worker.world == 1)
     model.encoder.requires_grad_(not config.freeze)
     model.encoder.pos_embed.requires_grad_(False)
     use_fused_attention(model, device != "cpu" or autocast_type(config, device) is None)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.lr)
-    done = _resume(out, model, optimizer, events, device)
+    resumed_epoch = _resume(out, model, optimizer, events, device)
+    epochs = range(resumed_epoch + 1, config.epochs + 1)
     network = distributed.wrap_ddp(model)
-    rows: list[Metrics] = []
-    if member.is_first:
-        rows, dropped = drop_after(out / "metrics.jsonl", done)
-        events.record("started", workers=member.world, epoch=done, repeated=len(dropped))
-    patience = RetryPolicy(out, minutes=fault_tolerance.storage_minutes, events=events)
-    checkpoint_manager = CheckpointManager(out, patience, keep=fault_tolerance.checkpoints)
     model.train()
-    try:
-        for epoch in range(done + 1, config.epochs + 1):
-            metrics = train_epoch(network, optimizer, train, spec, config, epoch, member)
-            if not member.is_first:
-                continue
-            checkpoint_manager.wait()  # as in pretraining: the last checkpoint is safe before a line follows it
-            patience.run(
-                partial(append_row, out / "metrics.jsonl", metrics), f"the line of epoch {epoch}"
-            )
-            checkpoint_manager.save(
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch},
-                epoch,
-            )
-            rows.append(metrics)
-            progress(metrics)
-        checkpoint_manager.wait()
-    finally:
-        checkpoint_manager.close()
-    return rows
+    with RunRecorder(out, fault_tolerance, events) as recorder:
+        if worker.is_first:
+            recorder.begin(epochs)
+        for epoch in epochs:
+            metrics = train_epoch(network, optimizer, train, spec, config, epoch, worker)
+            if worker.is_first:
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                recorder.record_epoch(metrics, {**state, "epoch": epoch})
+                progress(metrics)
+        recorder.wait()
+    return read_rows(out / METRICS_FILE) if worker.is_first else []
 
 
 def train_epoch(
@@ -96,86 +96,86 @@ def train_epoch(
     spec: ImageSpec,
     config: SegmentConfig,
     epoch: int,
-    member: WorkerContext,
+    worker: WorkerContext,
 ) -> Metrics:
-    """Run one epoch and return its metrics, the same on every worker."""
-    from monai.losses import (
-        DiceCELoss,  # takes seconds to import; pretraining and the probe do without
-    )
+    """Train one epoch; return its metrics, the same on every worker."""
+    # Takes seconds to import; pretraining and the probe do without.
+    from monai.losses import DiceCELoss
 
-    loss_of, device = DiceCELoss(sigmoid=True, batch=True), member.device
-    images, masks, keys = (torch.from_numpy(x) for x in (train.images, train.masks, train.keys))
+    compute_loss = DiceCELoss(sigmoid=True, batch=True)
     steps = max(1, len(train) // config.batch_size)
     order = np.random.default_rng([config.seed, epoch]).permutation(len(train))
-    losses, norms, started = [], [], time.perf_counter()
+    losses = []
+    norms = []
+    started = time.perf_counter()
     for step in range(steps):
         lr = learning_rate(config, (epoch - 1) * steps + step, config.epochs * steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         batch = order[step * config.batch_size : (step + 1) * config.batch_size]
-        # Filled up with its own first images, so that shares are equal; what is filled up does not count.
-        rows = np.resize(batch, math.ceil(len(batch) / member.world) * member.world)[
-            member.rank :: member.world
-        ]
-        x, y = augment(
-            normalize(images[rows].to(device), spec),
-            masks[rows].to(device),
-            keys[rows].to(device),
-            min_crop_area=config.min_crop_area,
-            flip=config.flip,
-            flip_vertical=config.flip_vertical,
-            intensity_jitter=config.intensity_jitter,
-            seed=config.seed,
-            epoch=epoch,
-        )
-        with autocast(config, device):
-            logits = network(x)
-        loss = loss_of(
-            *(
-                whole_batch(part, len(batch), member)
-                for part in (logits.float(), y[:, None].float())
-            )
+        # Padded with its own first images, so that shares are equal; padding does not count.
+        padded = np.resize(batch, math.ceil(len(batch) / worker.world) * worker.world)
+        rows = padded[worker.rank :: worker.world]
+        images, masks = _load_augmented(train, rows, spec, config, epoch, worker.device)
+        with autocast(config, worker.device):
+            logits = network(images)
+        loss = compute_loss(
+            distributed.gather_batch(logits.float(), len(batch)),
+            distributed.gather_batch(masks[:, None].float(), len(batch)),
         )
         optimizer.zero_grad(set_to_none=True)
-        # Of the loss over all workers' images, each has the gradient of its own; their average is the sum over `world`.
-        (loss * member.world).backward()
+        # Each worker has the gradient of its own images, and DDP averages: hence times `world`.
+        (loss * worker.world).backward()
         norms.append(nn.utils.clip_grad_norm_(network.parameters(), config.clip_grad))
         optimizer.step()
         losses.append(loss.detach())
-    mean, norm = (torch.stack(values).mean().item() for values in (losses, norms))
-    if not (np.isfinite(mean) and np.isfinite(norm)):
+    mean_loss = torch.stack(losses).mean().item()
+    mean_norm = torch.stack(norms).mean().item()
+    if not (np.isfinite(mean_loss) and np.isfinite(mean_norm)):
         raise NonFiniteLossError(
             f"The fine-tuning loss or its gradient is not finite at epoch {epoch}; lower lr."
         )
     seconds = time.perf_counter() - started
-    speed = steps * len(batch) / seconds
+    images_per_second = steps * len(batch) / seconds
     return {
         "epoch": epoch,
-        "loss": mean,
-        "grad_norm": norm,
+        "loss": mean_loss,
+        "grad_norm": mean_norm,
         "lr": lr,
-        "images_per_second": speed,
-        "images_per_second_per_worker": speed / member.world,
-        "workers": member.world,
+        "images_per_second": images_per_second,
+        "images_per_second_per_worker": images_per_second / worker.world,
+        "workers": worker.world,
         "seconds": seconds,
     }
 
 
-def whole_batch(share: Tensor, count: int, member: WorkerContext) -> Tensor:
-    """The `count` rows of a batch out of all workers' shares, rows rank::world of it, in its own order.
-
-    The loss is of the batch and no mean over images (Dice), so all of it must be seen. Gradients flow to the own share.
-    """
-    if member.world == 1:
-        return share
-    parts = [torch.empty_like(share) for _ in range(member.world)]
-    dist.all_gather(parts, share.detach().contiguous())
-    parts[member.rank] = share
-    return torch.stack(parts, 1).flatten(0, 1)[:count]
+def _load_augmented(
+    train: Split,
+    rows: np.ndarray,
+    spec: ImageSpec,
+    config: SegmentConfig,
+    epoch: int,
+    device: str,
+) -> tuple[Tensor, Tensor]:
+    """Return augmented images (n, C, H, W) and masks (n, H, W) of some rows."""
+    images = torch.from_numpy(train.images)[rows].to(device)
+    masks = torch.from_numpy(train.masks)[rows].to(device)
+    keys = torch.from_numpy(train.keys)[rows].to(device)
+    return augment(
+        normalize(images, spec),
+        masks,
+        keys,
+        min_crop_area=config.min_crop_area,
+        flip=config.flip,
+        flip_vertical=config.flip_vertical,
+        intensity_jitter=config.intensity_jitter,
+        seed=config.seed,
+        epoch=epoch,
+    )
 
 
 def parameter_groups(model: Segmenter, config: SegmentConfig) -> list[dict[str, Any]]:
-    """The optimiser's groups, with the `lr_scale` that `layer_decay` gives each; the decoder's is 1."""
+    """Return the optimizer's groups, each with the `lr_scale` that `layer_decay` gives it."""
     decoder = {
         "params": list(model.decoder.parameters()),
         "lr_scale": 1.0,
@@ -189,9 +189,8 @@ def parameter_groups(model: Segmenter, config: SegmentConfig) -> list[dict[str, 
         weight_decay_exclude_1d=False,
         layer_decay=config.layer_decay,
     )
-    for (
-        layer
-    ) in layers:  # timm counts from the last block; the decoder stands above it, as a head does
+    # timm counts from the last block; the decoder stands above it, as a head does.
+    for layer in layers:
         layer["lr_scale"] *= config.layer_decay
     return [*layers, decoder]
 
@@ -199,16 +198,17 @@ def parameter_groups(model: Segmenter, config: SegmentConfig) -> list[dict[str, 
 def _resume(
     out: Path, model: Segmenter, optimizer: torch.optim.Optimizer, events: EventLog, device: str
 ) -> int:
-    """Restore model and optimiser from the folder's latest checkpoint; return the epoch it was written after, or 0."""
-    found = agreed_checkpoint(out, events, device)
-    if found is None:
+    """Load the latest checkpoint into model and optimizer; return its epoch, or 0 without one."""
+    checkpoint = load_latest_on_all(out, events, device)
+    if checkpoint is None:
         return 0
-    state, path = found
+    state, path = checkpoint
     try:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         return int(state["epoch"])
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is no checkpoint of this segmenter ({type(error).__name__}); delete {path.parent} to start again."
+            f"{path} is no checkpoint of this segmenter ({type(error).__name__}); delete "
+            f"{path.parent} to start again."
         ) from None

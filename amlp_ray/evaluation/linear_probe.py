@@ -1,15 +1,16 @@
-"""`probe`: how well a linear head on frozen patch tokens finds lesions from few labels. What a search maximises.
+"""Linear probe: how well a linear head on frozen patch tokens finds lesions from few labels.
 
-Per label subset: a logistic regression from token to lesion share of the patch, L2 and threshold chosen by
-cross-validation inside the labelled images, logits upsampled to pixels, DSC averaged over images. The mean over fixed
-subsets is the score; subsets and folds are the same for all trials. Test images are read where a confirmation asks for
-them by name, and nowhere else: the same heads are then scored on them.
+This is what a search maximizes. For each label subset, a logistic regression maps tokens to the
+lesion share of their patch. L2 and threshold are chosen by cross-validation within the subset, the
+logits are upsampled to pixels, and the DSC is averaged over images. The score is the mean over
+fixed subsets; subsets and folds are the same for all trials. Test images are read only where a
+confirmation asks for them by name; the same heads are then scored on them.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -29,63 +30,99 @@ from amlp_ray.errors import DataError
 from amlp_ray.evaluation.labels import lesion_pixels, spread
 from amlp_ray.evaluation.metrics import (
     THRESHOLDS,
+    BoolArray,
     FloatArray,
     ProbeScore,
     best_threshold,
-    by_size,
+    dsc_by_size,
     mean_mask_floor,
     score_images,
-    sizes_of,
+    size_classes,
 )
 from amlp_ray.method.augment import normalize
 from amlp_ray.method.encoder import encoder_tokens
 from amlp_ray.method.patches import patchify
 
-INVERSE_L2 = (
-    0.01,
-    0.1,
-    1.0,
-)  # scikit-learn's C; from clearly too stiff to clearly too loose for 24 images
-MIN_VAL_IMAGES = 40  # below this the SD over images (0.22 DSC) leaves a standard error above 0.035
+# scikit-learn's C; from clearly too stiff to clearly too loose for 24 images.
+INVERSE_L2 = (0.01, 0.1, 1.0)
+# Below this, the SD over images (0.22 DSC) leaves a standard error above 0.035.
+MIN_VAL_IMAGES = 40
 INNER_FOLDS = 3
+BATCH_SIZE = 64
 
 Indices = NDArray[np.intp]
 Tokens = Callable[[torch.Tensor], torch.Tensor]
 
 
 def require_labels(dataset: PatchDataset, config: ProbeConfig) -> None:
-    """Raise DataError where the training split has too few labelled images with a lesion."""
+    """Raise DataError if the training split has too few labelled images with a lesion."""
     lesions = dataset.manifest.counts["train"].lesions
     if lesions < config.num_labeled:
         raise DataError(
-            f"{dataset.path} has {lesions} labelled training images with a lesion, but the probe needs "
-            f"probe.num_labeled={config.num_labeled}; lower probe.num_labeled, add masks, or name a data set with masks by `eval_data`."
+            f"{dataset.path} has {lesions} labelled training images with a lesion, but the probe "
+            f"needs probe.num_labeled={config.num_labeled}; lower probe.num_labeled, add masks, or "
+            f"name a data set with masks by `eval_data`."
         )
 
 
 class LabeledIndex(NamedTuple):
-    """Labelled images, those of train first, that are not read yet."""
+    """Labelled images of train, then of val, before their pixels are read.
 
-    rows: Indices  # (n,) in their split, rising
-    groups: NDArray[np.str_]  # (n,)
-    lesion: NDArray[np.bool_]  # (n,)
-    train: int  # how many of them are of train
+    Args:
+        rows: (n,) in their split, rising.
+        groups: (n,).
+        has_lesion: (n,).
+        n_train: how many of them are in train.
+    """
+
+    rows: Indices
+    groups: NDArray[np.str_]
+    has_lesion: BoolArray
+    n_train: int
 
 
 class LabeledImages(NamedTuple):
-    """Labelled images, read, and the lesion share of their patches."""
+    """Labelled images with their pixels.
+
+    Args:
+        split: the images.
+        share: lesion share of their patches, (n, N).
+    """
 
     split: Split
-    share: FloatArray  # (n, N)
+    share: FloatArray
 
-    @classmethod
-    def of(cls, split: Split, patch_size: int) -> LabeledImages:
-        share = F.avg_pool2d(torch.from_numpy(split.masks).float()[:, None], patch_size)[:, 0]
-        return cls(split, share.flatten(1).numpy())
+
+class Fold(NamedTuple):
+    """Indices of images: the label subsets that are fitted, and the images they are scored on."""
+
+    subsets: list[Indices]
+    scored: Indices
+
+
+class HeadScores(NamedTuple):
+    """Scores of a head that was fitted on one subset.
+
+    Args:
+        per_image: DSC, PPV, sensitivity and empty_correct, (4, n).
+        logits: of the patches, (n, N).
+        floor: DSC of the subset's mean mask, (n,).
+    """
+
+    per_image: FloatArray
+    logits: FloatArray
+    floor: FloatArray
 
 
 class Probe:
-    """The labelled images that a score needs, read once, and the fixed subsets on which every encoder is scored."""
+    """The labelled images that a score needs, read once, and the subsets for every encoder.
+
+    Attributes:
+        data: the images that are fitted or scored, those of train first.
+        share: lesion share of their patches, (n, N).
+        plan: which of them are fitted and scored.
+        scoring: `val` or `cross-validation`.
+    """
 
     def __init__(
         self,
@@ -94,120 +131,63 @@ class Probe:
         patch_size: int,
         spec: ImageSpec | None = None,
     ) -> None:
-        """Read of train and val what is fitted or scored.
+        """Choose and read the images of train and val.
 
         Args:
-            spec: of the images that encoders are pretrained on, where these are others: see `labelled.check_fits`.
+            dataset: with labels.
+            config: of the probe.
+            patch_size: of the encoders.
+            spec: of the images that encoders are pretrained on, if they are others (see
+                `labels.check_fits`).
 
         Raises:
-            DataError: where there are too few labelled images with a lesion, or too few groups of them.
+            DataError: there are too few labelled images with a lesion, or too few groups of them.
         """
         require_labels(dataset, config)
         self.dataset = dataset
         self.config = config
         self.spec = spec or dataset.spec
         self.patch_size = patch_size
-        known = _known(dataset)
-        val_lesions = int(known.lesion[known.train :].sum())
-        self.scoring = config.scoring
-        if config.scoring == "auto":
-            self.scoring = "val" if val_lesions >= MIN_VAL_IMAGES else "cross-validation"
-        if self.scoring == "val" and val_lesions == 0:
-            raise DataError(
-                f"{dataset.path} has no val image with a lesion; use probe.scoring=cross-validation."
-            )
-        groups = len(np.unique(known.groups))
-        if self.scoring == "cross-validation" and groups < config.folds:
-            raise DataError(
-                f"{dataset.path} has labelled images of {groups} groups, but cross-validation over "
-                f"probe.folds={config.folds} needs as many; lower probe.folds or label images of more groups."
-            )
-        plan = self._plan(known)
-        if any(
-            len(np.unique(known.groups[subset])) < 2 for subsets, _ in plan for subset in subsets
-        ):
-            raise DataError(
-                f"{dataset.path} has labels that come from a single group, but the probe chooses its threshold across "
-                f"groups; label images of more groups."
-            )
-        used = np.unique(
-            np.concatenate([rows for subsets, scored in plan for rows in (*subsets, scored)])
-        )
-        train, val = used[used < known.train], used[used >= known.train]
-        data = dataset.load("train", known.rows[train]).concat(dataset.load("val", known.rows[val]))
-        self.own = LabeledImages.of(data, patch_size)
-        self.plan = [
-            ([np.searchsorted(used, s) for s in subsets], np.searchsorted(used, r))
-            for subsets, r in plan
-        ]
         self.grid = (self.spec.height // patch_size, self.spec.width // patch_size)
-
-    @property
-    def data(self) -> Split:
-        """The images that are fitted or scored, those of train first."""
-        return self.own.split
-
-    @property
-    def share(self) -> FloatArray:
-        """Lesion share of their patches, (n, N)."""
-        return self.own.share
+        index = _index_labels(dataset)
+        self.scoring = _choose_scoring(dataset, config, index)
+        plan = _plan_folds(config, self.scoring, index)
+        _check_groups(dataset, plan, index)
+        used = np.unique(
+            np.concatenate([rows for fold in plan for rows in (*fold.subsets, fold.scored)])
+        )
+        train = used[used < index.n_train]
+        val = used[used >= index.n_train]
+        data = dataset.load("train", index.rows[train])
+        images = _with_shares(data.concat(dataset.load("val", index.rows[val])), patch_size)
+        self.data = images.split
+        self.share = images.share
+        self.plan = [
+            Fold(
+                [np.searchsorted(used, subset) for subset in fold.subsets],
+                np.searchsorted(used, fold.scored),
+            )
+            for fold in plan
+        ]
 
     def images_by_size(self) -> dict[str, int]:
-        """How many of the scored images have a small, a medium and a large lesion."""
-        scored = np.concatenate([rows for _, rows in self.plan])
-        sizes = sizes_of(self.data.masks[scored].mean((1, 2)), self.config.sizes)
-        return {name: int(chosen.sum()) for name, chosen in sizes.items()}
+        """Count the scored images with a small, a medium and a large lesion."""
+        scored = np.concatenate([fold.scored for fold in self.plan])
+        classes = size_classes(self.data.masks[scored].mean((1, 2)), self.config.sizes)
+        return {name: int(selected.sum()) for name, selected in classes.items()}
 
     @cached_property
-    def _test(self) -> LabeledImages:
-        """Labelled test images; read for a confirmation, once."""
+    def _test_images(self) -> LabeledImages:
+        """Labelled test images, read once for a confirmation."""
         pixels = lesion_pixels(self.dataset, "test")
-        rows = np.flatnonzero(np.isfinite(pixels))
         if not (pixels > 0).any():
             raise DataError(
-                f"{self.dataset.path} has no labelled test image with a lesion; there is nothing to confirm."
+                f"{self.dataset.path} has no labelled test image with a lesion; there is nothing "
+                f"to confirm."
             )
-        return LabeledImages.of(
-            self.dataset.load("test", self._enough(rows, pixels[rows] > 0)), self.patch_size
-        )
-
-    def _plan(self, known: LabeledIndex) -> list[tuple[list[Indices], Indices]]:
-        """(label subsets, images to score) per fold; one fold of val, or folds by group over train and val."""
-        rng = np.random.default_rng(self.config.seed)
-        everything = np.arange(len(known.rows))
-        if self.scoring == "val":
-            pool = everything[: known.train][known.lesion[: known.train]]
-            subsets = [self._subset(pool, known, rng) for _ in range(self.config.subsets)]
-            return [(subsets, self._enough(everything[known.train :], known.lesion[known.train :]))]
-        folds = GroupKFold(self.config.folds, shuffle=True, random_state=self.config.seed)
-        chosen = self._enough(everything, known.lesion)
-        plan = []
-        for rest, scored in folds.split(chosen, groups=known.groups[chosen]):
-            pool = chosen[rest][known.lesion[chosen[rest]]]
-            # Half as many subsets per fold: the folds average label noise as well.
-            subsets = [
-                self._subset(pool, known, rng) for _ in range(max(1, self.config.subsets // 2))
-            ]
-            plan.append((subsets, chosen[scored]))
-        return plan
-
-    def _enough(self, rows: Indices, lesion: NDArray[np.bool_]) -> Indices:
-        """Of the rows (n,) with a lesion, and of those without, as many as `images` says, spread evenly."""
-        return np.sort(
-            np.concatenate([spread(rows[side], self.config.images) for side in (lesion, ~lesion)])
-        )
-
-    def _subset(self, pool: Indices, known: LabeledIndex, rng: np.random.Generator) -> Indices:
-        """`labels` images, from different groups while there are any left: near-copies teach nothing new."""
-        if len(pool) < self.config.num_labeled:
-            raise DataError(
-                f"A cross-validation fold leaves {len(pool)} labelled images with a lesion for fitting, but the probe "
-                f"needs probe.num_labeled={self.config.num_labeled}; lower probe.num_labeled or raise probe.folds."
-            )
-        shuffled = rng.permutation(pool)
-        _, firsts = np.unique(known.groups[shuffled], return_index=True)
-        order = np.concatenate([shuffled[np.sort(firsts)], np.delete(shuffled, firsts)])
-        return order[: self.config.num_labeled]
+        rows = np.flatnonzero(np.isfinite(pixels))
+        rows = _limit(rows, pixels[rows] > 0, self.config.images)
+        return _with_shares(self.dataset.load("test", rows), self.patch_size)
 
     def score(
         self, encoder: VisionTransformer, split: Literal["val", "test"] = "val"
@@ -215,9 +195,10 @@ class Probe:
         """Score an encoder by its patch tokens, on val (or by cross-validation) or on test.
 
         Raises:
-            DataError: test holds no lesion.
+            DataError: test has no lesion.
         """
-        prefix, device = encoder.num_prefix_tokens, encoder.patch_embed.proj.weight.device
+        prefix = encoder.num_prefix_tokens
+        device = encoder.patch_embed.proj.weight.device
         return self.score_tokens(
             lambda patches: encoder_tokens(encoder, patches)[:, prefix:], device, split
         )
@@ -229,143 +210,267 @@ class Probe:
         device: torch.device | str = "cpu",
         split: Literal["val", "test"] = "val",
     ) -> ProbeScore:
-        """Score a function from normalised patches (B, N, P) to tokens (B, N, D).
+        """Score a function from normalized patches (B, N, P) to tokens (B, N, D).
 
-        On test, every head of every subset scores every image: heads are those that a score on val comes from.
+        On test, each head of each subset scores all images; these are the heads of a score on val.
         """
-        x = self._features(self.own, tokens, device)
-        # Over all images of the probe, scored ones included: no label is involved, and every encoder is treated alike.
-        mean, sd = x.mean((0, 1)), x.std((0, 1)) + 1e-6
-        x = (x - mean) / sd
-        shown, y, plan = self.own, x, self.plan
+        fitted = self._features(self.data, tokens, device)
+        # Over all images of the probe, scored ones included. It involves no label, and is the same
+        # for every encoder.
+        mean = fitted.mean((0, 1))
+        sd = fitted.std((0, 1)) + 1e-6
+        fitted = (fitted - mean) / sd
+        images = LabeledImages(self.data, self.share)
+        scored = fitted
+        plan = self.plan
+        scoring: str = self.scoring
         if split == "test":
-            shown = self._test
-            y = (self._features(shown, tokens, device) - mean) / sd
-            plan = [([s for subsets, _ in self.plan for s in subsets], np.arange(len(shown.split)))]
-        # NumPy's BLAS would take every core and wait in a spin for those that other trials hold: 7x slower (measured).
+            images = self._test_images
+            scored = (self._features(images.split, tokens, device) - mean) / sd
+            subsets = [subset for fold in self.plan for subset in fold.subsets]
+            plan = [Fold(subsets, np.arange(len(images.split)))]
+            scoring = "test"
+        heads = []
+        # NumPy's BLAS would take every core, and spin while other trials hold them: 7x slower
+        # (measured).
         with threadpool_limits(torch.get_num_threads(), "blas"):
-            fits = [
-                (rows, [self._fit(x, s, shown, y, rows) for s in subsets]) for subsets, rows in plan
-            ]
-        return self._summary(fits, shown, self.scoring if split == "val" else split)
+            for fold in plan:
+                heads.append(
+                    [
+                        self._score_head(fitted, subset, images.split, scored, fold.scored)
+                        for subset in fold.subsets
+                    ]
+                )
+        return self._summarize(plan, heads, images, scoring)
 
-    def _features(
-        self, shown: LabeledImages, tokens: Tokens, device: torch.device | str
-    ) -> FloatArray:
+    def _features(self, split: Split, tokens: Tokens, device: torch.device | str) -> FloatArray:
+        """Compute the tokens (n, N, D) of images."""
         features = []
-        for chunk in torch.from_numpy(shown.split.images).split(64):
-            patches = patchify(normalize(chunk.to(device), self.spec), self.patch_size)
+        for images in torch.from_numpy(split.images).split(BATCH_SIZE):
+            patches = patchify(normalize(images.to(device), self.spec), self.patch_size)
             features.append(tokens(patches).float().cpu().numpy())
         return np.concatenate(features)
 
-    def _fit(
-        self, x: FloatArray, subset: Indices, shown: LabeledImages, y: FloatArray, rows: Indices
-    ) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Fit on one subset of x; per-image scores (4, n), patch logits (n, N), mean-mask DSC (n,) of rows of y."""
-        inverse_l2, threshold = self._choose(x, subset)
-        logits = _logits(_regression(x[subset], self.share[subset], inverse_l2), y[rows])
-        masks = shown.split.masks[rows]
-        s = score_images(self._pixels(logits) > threshold, masks > 0)
-        floor = mean_mask_floor(self.data.masks[subset], masks)
-        return np.stack([s.dsc, s.ppv, s.sensitivity, s.empty_correct]), logits, floor
+    def _score_head(
+        self,
+        fitted: FloatArray,
+        subset: Indices,
+        split: Split,
+        scored: FloatArray,
+        rows: Indices,
+    ) -> HeadScores:
+        """Fit a head on a subset, and score it on other images.
 
-    def _choose(self, x: FloatArray, subset: Indices) -> tuple[float, float]:
-        """L2 strength and threshold with the best cross-validated DSC inside the labelled subset."""
+        Args:
+            fitted: tokens of the probe's images, (n, N, D).
+            subset: indices of the images to fit.
+            split: the images that are scored.
+            scored: their tokens, (m, N, D).
+            rows: indices of those to score.
+        """
+        inverse_l2, threshold = self._tune(fitted, subset)
+        head = _fit_regression(fitted[subset], self.share[subset], inverse_l2)
+        logits = _predict_logits(head, scored[rows])
+        masks = split.masks[rows]
+        scores = score_images(self._upsample(logits) > threshold, masks > 0)
+        per_image = np.stack([scores.dsc, scores.ppv, scores.sensitivity, scores.empty_correct])
+        return HeadScores(per_image, logits, mean_mask_floor(self.data.masks[subset], masks))
+
+    def _tune(self, x: FloatArray, subset: Indices) -> tuple[float, float]:
+        """Choose the L2 strength and threshold with the best cross-validated DSC in a subset."""
         groups = self.data.groups[subset]
         folds = GroupKFold(min(INNER_FOLDS, len(np.unique(groups))))
         best = (-1.0, 0.0, 0.0)
         for inverse_l2 in INVERSE_L2:
             logits = np.zeros((len(subset), x.shape[1]))
-            for fit, held in folds.split(subset, groups=groups):
-                model = _regression(x[subset[fit]], self.share[subset[fit]], inverse_l2)
-                logits[held] = _logits(model, x[subset[held]])
-            threshold, dsc = best_threshold(
-                self._pixels(logits), self.data.masks[subset] > 0, THRESHOLDS
-            )
+            for train, test in folds.split(subset, groups=groups):
+                head = _fit_regression(x[subset[train]], self.share[subset[train]], inverse_l2)
+                logits[test] = _predict_logits(head, x[subset[test]])
+            truth = self.data.masks[subset] > 0
+            threshold, dsc = best_threshold(self._upsample(logits), truth, THRESHOLDS)
             best = max(best, (dsc, inverse_l2, threshold))
         return best[1], best[2]
 
-    def _pixels(self, logits: FloatArray) -> FloatArray:
-        """Probabilities (n, H, W) from patch logits (n, N)."""
+    def _upsample(self, logits: FloatArray) -> FloatArray:
+        """Compute probabilities (n, H, W) from patch logits (n, N)."""
         grid = torch.from_numpy(logits).reshape(-1, 1, *self.grid).float()
         size = (self.spec.height, self.spec.width)
-        return (
-            F.interpolate(grid, size, mode="bilinear", align_corners=False)[:, 0].sigmoid().numpy()
-        )
+        pixels = F.interpolate(grid, size, mode="bilinear", align_corners=False)
+        return pixels[:, 0].sigmoid().numpy()
 
-    def _summary(
+    def _summarize(
         self,
-        folds: list[tuple[Indices, list[tuple[FloatArray, FloatArray, FloatArray]]]],
-        shown: LabeledImages,
+        plan: Sequence[Fold],
+        heads: Sequence[Sequence[HeadScores]],
+        images: LabeledImages,
         scoring: str,
     ) -> ProbeScore:
-        data = shown.split
+        """Average over subsets, then over images.
+
+        Args:
+            plan: the folds.
+            heads: the scores of each fold's subsets.
+            images: that were scored.
+            scoring: how.
+        """
+        data = images.split
         per_image = np.full((4, len(data)), np.nan)
-        floors, aps, subset_dsc = [], [], []
-        for scored, fits in folds:
-            per_image[:, scored] = np.mean([scores for scores, _, _ in fits], 0)
-            positive = (shown.share[scored] > 0.5).ravel()
-            if positive.any():
-                aps.append(
-                    np.mean(
-                        [average_precision_score(positive, logits.ravel()) for _, logits, _ in fits]
-                    )
-                )
-            floors.append(np.mean([floor for _, _, floor in fits], 0))
-            subset_dsc.append([float(np.nanmean(scores[0])) for scores, _, _ in fits])
-        dsc, ppv, sensitivity, empty = per_image
+        floors = []
+        precisions = []
+        subset_dsc = []
+        for fold, scores in zip(plan, heads, strict=True):
+            per_image[:, fold.scored] = np.mean([head.per_image for head in scores], 0)
+            floors.append(np.mean([head.floor for head in scores], 0))
+            subset_dsc.append([float(np.nanmean(head.per_image[0])) for head in scores])
+            is_lesion = (images.share[fold.scored] > 0.5).ravel()
+            if is_lesion.any():
+                fold_precisions = [
+                    average_precision_score(is_lesion, head.logits.ravel()) for head in scores
+                ]
+                precisions.append(np.mean(fold_precisions))
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", RuntimeWarning
-            )  # the mean over no image is NaN, and meant
-            means = [float(np.nanmean(v)) for v in (dsc, ppv, sensitivity, empty)]
-        spread = (
-            np.nanmean(np.std(np.asarray(subset_dsc), axis=1, ddof=1))
-            if len(subset_dsc[0]) > 1
-            else 0.0
-        )
+            # The mean over no image is NaN, as it should be.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            dsc, ppv, sensitivity, empty_correct = (float(np.nanmean(row)) for row in per_image)
+        dsc_sd = 0.0
+        if len(subset_dsc[0]) > 1:
+            dsc_sd = float(np.nanmean(np.std(np.asarray(subset_dsc), axis=1, ddof=1)))
+        image_dsc = per_image[0]
+        with_lesion = np.flatnonzero(np.isfinite(image_dsc))
         return ProbeScore(
-            dsc=means[0],
-            ppv=means[1],
-            sensitivity=means[2],
-            ap=float(np.mean(aps)) if aps else float("nan"),
-            dsc_sd=float(spread),
-            empty_correct=None if np.isnan(means[3]) else means[3],
-            images=int(np.isfinite(dsc).sum()),
+            dsc=dsc,
+            ppv=ppv,
+            sensitivity=sensitivity,
+            ap=float(np.mean(precisions)) if precisions else float("nan"),
+            dsc_sd=dsc_sd,
+            empty_correct=None if np.isnan(empty_correct) else empty_correct,
+            images=len(with_lesion),
             scoring=scoring,
             mean_mask_dsc=float(np.nanmean(np.concatenate(floors))),
-            **by_size(dsc, data.masks.mean((1, 2)), self.config.sizes),
-            per_image={
-                data.ids[i]: round(float(dsc[i]), 6) for i in np.flatnonzero(np.isfinite(dsc))
-            },
+            **dsc_by_size(image_dsc, data.masks.mean((1, 2)), self.config.sizes),
+            per_image={data.ids[i]: round(float(image_dsc[i]), 6) for i in with_lesion},
         )
 
 
-def _known(dataset: PatchDataset) -> LabeledIndex:
-    rows, groups, lesion = [], [], []
+def _index_labels(dataset: PatchDataset) -> LabeledIndex:
+    """List the labelled images of train and val."""
+    rows = []
+    groups = []
+    has_lesion = []
     for split in ("train", "val"):
         table = dataset.table(split, columns=["group", "lesion"])
         pixels = table["lesion"].to_numpy(np.float64)
         labeled = np.flatnonzero(np.isfinite(pixels))
         rows.append(labeled)
         groups.append(table["group"].to_numpy()[labeled].astype(str))
-        lesion.append(pixels[labeled] > 0)
+        has_lesion.append(pixels[labeled] > 0)
     return LabeledIndex(
-        np.concatenate(rows), np.concatenate(groups), np.concatenate(lesion), len(rows[0])
+        np.concatenate(rows),
+        np.concatenate(groups),
+        np.concatenate(has_lesion),
+        n_train=len(rows[0]),
     )
 
 
-def _regression(x: FloatArray, share: FloatArray, inverse_l2: float) -> LogisticRegression:
-    """Fit patches (n, N, D) to lesion shares (n, N): each patch counts once as lesion, once not, by its share."""
-    flat, y = x.reshape(-1, x.shape[-1]), share.ravel()
-    lesion, rest = np.flatnonzero(y > 0), np.flatnonzero(y < 1)
+def _choose_scoring(
+    dataset: PatchDataset, config: ProbeConfig, index: LabeledIndex
+) -> Literal["val", "cross-validation"]:
+    """Decide how to score, and check that there are enough images for it."""
+    val_lesions = int(index.has_lesion[index.n_train :].sum())
+    scoring = config.scoring
+    if scoring == "auto":
+        scoring = "val" if val_lesions >= MIN_VAL_IMAGES else "cross-validation"
+    if scoring == "val" and val_lesions == 0:
+        raise DataError(
+            f"{dataset.path} has no val image with a lesion; use probe.scoring=cross-validation."
+        )
+    groups = len(np.unique(index.groups))
+    if scoring == "cross-validation" and groups < config.folds:
+        raise DataError(
+            f"{dataset.path} has labelled images of {groups} groups, but cross-validation over "
+            f"probe.folds={config.folds} needs as many; lower probe.folds or label images of more "
+            f"groups."
+        )
+    return scoring
+
+
+def _plan_folds(config: ProbeConfig, scoring: str, index: LabeledIndex) -> list[Fold]:
+    """Choose label subsets and scored images: one fold of val, or folds by group over both."""
+    rng = np.random.default_rng(config.seed)
+    everything = np.arange(len(index.rows))
+    if scoring == "val":
+        train, val = np.split(everything, [index.n_train])
+        pool = train[index.has_lesion[train]]
+        subsets = [_sample_subset(pool, index, config, rng) for _ in range(config.subsets)]
+        return [Fold(subsets, _limit(val, index.has_lesion[val], config.images))]
+    images = _limit(everything, index.has_lesion, config.images)
+    folds = GroupKFold(config.folds, shuffle=True, random_state=config.seed)
+    # Half as many subsets per fold: the folds average label noise as well.
+    n_subsets = max(1, config.subsets // 2)
+    plan = []
+    for train, test in folds.split(images, groups=index.groups[images]):
+        pool = images[train][index.has_lesion[images[train]]]
+        subsets = [_sample_subset(pool, index, config, rng) for _ in range(n_subsets)]
+        plan.append(Fold(subsets, images[test]))
+    return plan
+
+
+def _limit(rows: Indices, has_lesion: BoolArray, count: int) -> Indices:
+    """Choose at most `count` rows with a lesion and `count` without, evenly spaced."""
+    return np.sort(
+        np.concatenate([spread(rows[has_lesion], count), spread(rows[~has_lesion], count)])
+    )
+
+
+def _sample_subset(
+    pool: Indices, index: LabeledIndex, config: ProbeConfig, rng: np.random.Generator
+) -> Indices:
+    """Sample `num_labeled` images, of different groups first: near-copies add little."""
+    if len(pool) < config.num_labeled:
+        raise DataError(
+            f"A cross-validation fold leaves {len(pool)} labelled images with a lesion for "
+            f"fitting, but the probe needs probe.num_labeled={config.num_labeled}; lower "
+            f"probe.num_labeled or raise probe.folds."
+        )
+    shuffled = rng.permutation(pool)
+    _, firsts = np.unique(index.groups[shuffled], return_index=True)
+    order = np.concatenate([shuffled[np.sort(firsts)], np.delete(shuffled, firsts)])
+    return order[: config.num_labeled]
+
+
+def _check_groups(dataset: PatchDataset, plan: Sequence[Fold], index: LabeledIndex) -> None:
+    for fold in plan:
+        for subset in fold.subsets:
+            if len(np.unique(index.groups[subset])) < 2:
+                raise DataError(
+                    f"{dataset.path} has labels that come from a single group, but the probe "
+                    f"chooses its threshold across groups; label images of more groups."
+                )
+
+
+def _with_shares(split: Split, patch_size: int) -> LabeledImages:
+    """Compute the lesion shares of the patches of images."""
+    share = F.avg_pool2d(torch.from_numpy(split.masks).float()[:, None], patch_size)[:, 0]
+    return LabeledImages(split, share.flatten(1).numpy())
+
+
+def _fit_regression(x: FloatArray, share: FloatArray, inverse_l2: float) -> LogisticRegression:
+    """Fit tokens (n, N, D) to lesion shares (n, N).
+
+    A patch counts as lesion with the weight of its share, and as no lesion with the rest.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    weight = share.ravel()
+    lesion = np.flatnonzero(weight > 0)
+    rest = np.flatnonzero(weight < 1)
     model = LogisticRegression(C=inverse_l2, solver="newton-cholesky")
     return model.fit(
-        np.concatenate([flat[lesion], flat[rest]]),
+        np.concatenate([tokens[lesion], tokens[rest]]),
         np.concatenate([np.ones(len(lesion), int), np.zeros(len(rest), int)]),
-        sample_weight=np.concatenate([y[lesion], 1 - y[rest]]),
+        sample_weight=np.concatenate([weight[lesion], 1 - weight[rest]]),
     )
 
 
-def _logits(model: LogisticRegression, x: FloatArray) -> FloatArray:
+def _predict_logits(model: LogisticRegression, x: FloatArray) -> FloatArray:
+    """Compute the logits (n, N) of tokens (n, N, D)."""
     return model.decision_function(x.reshape(-1, x.shape[-1])).reshape(x.shape[:2])

@@ -1,13 +1,15 @@
-"""Segmentation scores of single images: DSC, PPV, sensitivity, IoU, HD95, and the rule for empty masks.
+"""Segmentation metrics of single images: DSC, PPV, sensitivity, IoU, HD95, and empty masks.
 
-An image with a lesion is scored by DSC = 2TP / (2TP + FP + FN), PPV = TP / (TP + FP), sensitivity = TP / (TP + FN),
-IoU = TP / (TP + FP + FN), and HD95, the 95th percentile of the distances between the outlines, the larger of the two
-ways. The rule for empty masks:
+An image with a lesion is scored by DSC = 2TP / (2TP + FP + FN), PPV = TP / (TP + FP), sensitivity =
+TP / (TP + FN), IoU = TP / (TP + FP + FN), and HD95, the 95th percentile of the distances between
+the outlines, the larger of both directions. The rules for empty masks:
 
-- Nothing is predicted where there is a lesion: it is missed. DSC, PPV, sensitivity and IoU are 0, and HD95, which has
-  no outline to go to, is the diagonal of the image, the most it can be: predicting nothing never pays.
-- There is no lesion: none of the five is defined, and the image counts in none of their means. Averaged in, each would
-  count 0 or 1 and drown the rest. For such images only the share with an empty prediction is reported.
+- Nothing is predicted where there is a lesion: it is missed. DSC, PPV, sensitivity and IoU are 0.
+  HD95 lacks an outline and is the diagonal of the image, the most it can be: predicting nothing
+  never pays.
+- There is no lesion: none of the five is defined, and the image counts in none of their means. It
+  would count 0 or 1 and drown the rest. Only the share of such images with an empty prediction is
+  reported.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 METRICS = ("dsc", "ppv", "sensitivity", "iou", "hd95")
+THRESHOLDS = np.linspace(0.05, 0.95, 19)
 
 FloatArray = NDArray[np.floating[Any]]
 BoolArray = NDArray[np.bool_]
@@ -31,79 +34,92 @@ BoolArray = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class ImageScores:
-    """Scores of n images, each (n,) float; NaN where the true mask is empty."""
+    """Scores of n images, each (n,) float; NaN if the true mask is empty.
+
+    `empty_correct` is 1 or 0 if the true mask is empty, else NaN.
+    """
 
     dsc: FloatArray
     ppv: FloatArray
     sensitivity: FloatArray
     iou: FloatArray
-    empty_correct: FloatArray  # 1 or 0 where the true mask is empty, else NaN
+    empty_correct: FloatArray
 
 
 def score_images(predicted: BoolArray, truth: BoolArray) -> ImageScores:
     """Score predicted masks (n, H, W) against true ones (n, H, W), image by image."""
     axes = (1, 2)
-    hit = (predicted & truth).sum(axes).astype(float)
-    said, there = predicted.sum(axes).astype(float), truth.sum(axes).astype(float)
-    lesion = there > 0
-    none = np.full(len(hit), np.nan)
+    hits = (predicted & truth).sum(axes).astype(float)
+    n_predicted = predicted.sum(axes).astype(float)
+    n_true = truth.sum(axes).astype(float)
+    has_lesion = n_true > 0
+    undefined = np.full(len(hits), np.nan)
+    # A denominator of 0 comes with 0 hits.
     return ImageScores(
-        dsc=np.where(lesion, 2 * hit / np.maximum(said + there, 1), none),
-        ppv=np.where(lesion, hit / np.maximum(said, 1), none),
-        sensitivity=np.where(lesion, hit / np.maximum(there, 1), none),
-        iou=np.where(lesion, hit / np.maximum(said + there - hit, 1), none),
-        empty_correct=np.where(lesion, none, said == 0),
+        dsc=np.where(has_lesion, 2 * hits / np.maximum(n_predicted + n_true, 1), undefined),
+        ppv=np.where(has_lesion, hits / np.maximum(n_predicted, 1), undefined),
+        sensitivity=np.where(has_lesion, hits / np.maximum(n_true, 1), undefined),
+        iou=np.where(has_lesion, hits / np.maximum(n_predicted + n_true - hits, 1), undefined),
+        empty_correct=np.where(has_lesion, undefined, n_predicted == 0),
     )
 
 
 def hausdorff95(
     predicted: BoolArray, truth: BoolArray, spacing: FloatArray | None = None
 ) -> FloatArray:
-    """HD95 (n,) of predicted masks (n, H, W) against true ones; NaN where the true mask is empty.
+    """Compute the HD95 (n,) of predicted masks (n, H, W); NaN if the true mask is empty.
 
     Args:
-        spacing: (n, 2) millimetres of a pixel, down and across, for distances in millimetres; None: in pixels.
+        predicted: masks (n, H, W).
+        truth: true masks (n, H, W).
+        spacing: (n, 2) millimetres per pixel, down and across; None: distances in pixels.
     """
     from monai.metrics import compute_hausdorff_distance  # takes seconds to import
 
-    each = np.ones((len(truth), 2)) if spacing is None else spacing
-    lesion, said = truth.any((1, 2)), predicted.any((1, 2))
-    found = np.where(lesion, np.hypot(*(each * truth.shape[1:]).T), np.nan)  # the diagonal
-    both = np.flatnonzero(lesion & said)
+    if spacing is None:
+        spacing = np.ones((len(truth), 2))
+    has_lesion = truth.any((1, 2))
+    diagonal = np.hypot(*(spacing * truth.shape[1:]).T)
+    distances = np.where(has_lesion, diagonal, np.nan)
+    both = np.flatnonzero(has_lesion & predicted.any((1, 2)))
     if len(both):
-        masks = (torch.from_numpy(m[both][:, None]) for m in (predicted, truth))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of MONAI's about a call of its own
-            distances = compute_hausdorff_distance(
-                *masks,
+            measured = compute_hausdorff_distance(
+                torch.from_numpy(predicted[both][:, None]),
+                torch.from_numpy(truth[both][:, None]),
                 include_background=True,
                 percentile=95,
-                spacing=[tuple(row) for row in each[both].tolist()],
+                spacing=[tuple(row) for row in spacing[both].tolist()],
             )
-        found[both] = distances[:, 0].numpy()
-    return found
+        distances[both] = measured[:, 0].numpy()
+    return distances
 
 
-def summary(table: pd.DataFrame, sizes: tuple[float, float]) -> dict[str, Any]:
-    """Scores of a split by its images, a row each: means over images with a lesion, and over groups (patients).
+def summarize_scores(table: pd.DataFrame, sizes: tuple[float, float]) -> dict[str, Any]:
+    """Average the scores of a split over its images with a lesion, and over groups (patients).
 
-    A group's score is the mean over its images with a lesion, so that a patient with many images counts once.
+    A group's score is the mean over its images with a lesion, so a patient with many images counts
+    once.
 
     Args:
-        table: columns id, group, share (of the lesion in the image), missed, and those of `METRICS` and
-            `empty_correct`, NaN where they are not defined.
+        table: a row per image, with columns id, group, share (of the lesion in the image), missed,
+            those of `METRICS` and `empty_correct`, NaN if they are not defined.
+        sizes: what is a small and a large lesion, see `size_classes`.
     """
     lesion = table[table["dsc"].notna()]
     groups = lesion.groupby("group")[list(METRICS)].mean()
     empty = table["empty_correct"].dropna()
+    image_means = {name: float(lesion[name].mean()) for name in METRICS}
+    group_means = {f"{name}_per_group": float(groups[name].mean()) for name in METRICS}
     return {
-        **{name: float(lesion[name].mean()) for name in METRICS},
+        **image_means,
         "missed": int(lesion["missed"].sum()),
         "empty_correct": float(empty.mean()) if len(empty) else None,
         "images": len(lesion),
         "groups": len(groups),
-        **{f"{name}_per_group": float(groups[name].mean()) for name in METRICS},
-        **by_size(lesion["dsc"].to_numpy(), lesion["share"].to_numpy(), sizes),
+        **group_means,
+        **dsc_by_size(lesion["dsc"].to_numpy(), lesion["share"].to_numpy(), sizes),
         "per_image": dict(zip(lesion["id"], lesion["dsc"].round(6).tolist(), strict=True)),
         "per_group": dict(zip(groups.index, groups["dsc"].round(6).tolist(), strict=True)),
     }
@@ -112,74 +128,100 @@ def summary(table: pd.DataFrame, sizes: tuple[float, float]) -> dict[str, Any]:
 def best_threshold(
     probability: FloatArray, truth: BoolArray, candidates: FloatArray
 ) -> tuple[float, float]:
-    """Threshold with the highest mean DSC over images with a lesion, and that DSC; use training labels only."""
-    means = [float(np.nanmean(score_images(probability > t, truth).dsc)) for t in candidates]
+    """Find the threshold with the highest mean DSC over images with a lesion; return both.
+
+    Use training labels only.
+
+    Args:
+        probability: (n, H, W) of a lesion.
+        truth: true masks (n, H, W).
+        candidates: thresholds to try.
+    """
+    means = []
+    for threshold in candidates:
+        dsc = score_images(probability > threshold, truth).dsc
+        means.append(float(np.nanmean(dsc)))
     best = int(np.argmax(means))
     return float(candidates[best]), means[best]
 
 
-THRESHOLDS = np.linspace(0.05, 0.95, 19)
-
-
 def mean_mask(train: NDArray[np.uint8]) -> BoolArray:
-    """Where the mean of training masks (N, H, W) exceeds the threshold that is best on those masks, (H, W)."""
+    """Compute where the mean of masks (N, H, W) exceeds its best threshold on them: (H, W)."""
     mean = train.mean(0, keepdims=True)
     threshold, _ = best_threshold(np.broadcast_to(mean, train.shape), train > 0, THRESHOLDS)
     return np.asarray(mean[0] > threshold)
 
 
 def mean_mask_floor(train: NDArray[np.uint8], scored: NDArray[np.uint8]) -> FloatArray:
-    """DSC (n,) of predicting the mean training mask for every image: what a score is worth without any image."""
+    """Compute the DSC (n,) of predicting the mean training mask: a score without any image."""
     return score_images(np.broadcast_to(mean_mask(train), scored.shape), scored > 0).dsc
 
 
-def by_size(
+def dsc_by_size(
     dsc: FloatArray, share: FloatArray, sizes: tuple[float, float]
 ) -> dict[str, float | None]:
-    """Mean DSC by how large lesions are, see `sizes_of`; None where no image has one of that size.
+    """Average the DSC by size of lesion, see `size_classes`; None without images of a size.
 
     Args:
-        dsc: (n,), NaN where there is no lesion, which counts nowhere.
+        dsc: (n,), NaN without a lesion.
+        share: (n,) of the lesion in the image.
+        sizes: bounds of the classes.
     """
-    found: dict[str, float | None] = {}
-    for name, chosen in sizes_of(share, sizes).items():
-        values = dsc[chosen & np.isfinite(dsc)]
-        found[f"dsc_{name}"] = float(values.mean()) if len(values) else None
-    return found
+    means: dict[str, float | None] = {}
+    for name, selected in size_classes(share, sizes).items():
+        values = dsc[selected & np.isfinite(dsc)]
+        means[f"dsc_{name}"] = float(values.mean()) if len(values) else None
+    return means
 
 
-def sizes_of(share: FloatArray, sizes: tuple[float, float]) -> dict[str, BoolArray]:
-    """Which images (n,) have a small, a medium and a large lesion, by its share (n,) of the image.
+def size_classes(share: FloatArray, sizes: tuple[float, float]) -> dict[str, BoolArray]:
+    """Return which images (n,) have a small, a medium and a large lesion.
 
-    >>> {name: int(chosen.sum()) for name, chosen in sizes_of(np.array([0.0, 0.01, 0.1, 0.2]), (0.02, 0.1)).items()}
+    Args:
+        share: (n,) of the lesion in the image.
+        sizes: shares below the first are small, above the second large.
+
+    >>> classes = size_classes(np.array([0.0, 0.01, 0.1, 0.2]), (0.02, 0.1))
+    >>> {name: int(selected.sum()) for name, selected in classes.items()}
     {'small': 1, 'medium': 1, 'large': 1}
     """
     low, high = sizes
-    small, large = (share > 0) & (share < low), share > high
+    small = (share > 0) & (share < low)
+    large = share > high
     return {"small": small, "medium": (share > 0) & ~small & ~large, "large": large}
 
 
 @dataclass(frozen=True)
 class ProbeScore:
-    """Segmentation score of an encoder. All but `mean_mask_dsc`, a floor, and counts are means over images."""
+    """Segmentation score of an encoder. Scores are means over images.
+
+    Args:
+        ap: average precision of the patch logits over all scored patches; a patch is positive if
+            more than half of it is lesion.
+        dsc_sd: SD of the DSC over label subsets; 0 with one subset.
+        empty_correct: share of images without a lesion for which none is predicted; None without
+            such images.
+        images: number of scored images with a lesion.
+        scoring: `val`, `cross-validation` or `test`.
+        mean_mask_dsc: floor: DSC of the mean training mask, predicted for every image.
+        dsc_small: of images with a small lesion, see `probe.sizes`; None without such images.
+        per_image: DSC by image id, for paired comparison.
+    """
 
     dsc: float
     ppv: float
     sensitivity: float
-    ap: float  # average precision of the patch logits over all scored patches; positive: more than half lesion
-    dsc_sd: float  # over label subsets; 0 with one
-    empty_correct: (
-        float | None
-    )  # share of images without a lesion where none is predicted; None without such images
-    images: int  # scored images with a lesion
+    ap: float
+    dsc_sd: float
+    empty_correct: float | None
+    images: int
     scoring: str
-    mean_mask_dsc: float  # floor: the mean training mask predicted for every image
-    dsc_small: (
-        float | None
-    )  # of images with a small lesion, see `probe.sizes`; None without such images
+    mean_mask_dsc: float
+    dsc_small: float | None
     dsc_medium: float | None
     dsc_large: float | None
-    per_image: dict[str, float]  # DSC by image id, for paired comparison
+    per_image: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
+        """Return all fields, for JSON."""
         return asdict(self)

@@ -1,15 +1,17 @@
-"""The segmenter: a ViT encoder and a decoder, chosen by name, from its tokens to the pixels; and its file.
+"""The segmenter: a ViT encoder, a decoder from its tokens to pixels, and its file.
 
 Shapes: B images, C channels, H x W pixels, h x w patches, D the encoder's width, E `decoder_width`.
 
-- `linear`: a logit per token of the last depth, drawn large. Nothing but the encoder's own knowledge, at the
-  resolution of its patches.
-- `conv`: the tokens of four depths, projected and summed, doubled to half resolution, and joined with features of the
-  image itself.
-- `unetr`: after UNETR (Hatamizadeh et al. 2022, arXiv 2103.10504), of MONAI's own blocks. Tokens of ever earlier depths
-  are brought to ever higher resolution and joined on the way up, the image last.
-- `dpt`: after DPT (Ranftl et al. 2021, arXiv 2103.13413). Tokens of four depths are reassembled at four scales, which
-  residual units fuse from the coarsest on; without its batch norm, which would depend on the batch's size.
+- `linear`: a logit per token of the last depth, upsampled. It adds nothing to what the encoder
+  knows, at the resolution of its patches.
+- `conv`: the tokens of four depths are projected and summed, doubled up to half resolution, and
+  joined with features of the image itself.
+- `unetr`: after UNETR (Hatamizadeh et al. 2022, arXiv 2103.10504), built from MONAI's blocks.
+  Tokens of ever earlier depths are upsampled to ever higher resolution and joined on the way up,
+  the image last.
+- `dpt`: after DPT (Ranftl et al. 2021, arXiv 2103.13413). Tokens of four depths are reassembled at
+  four scales, which residual units fuse, the coarsest first. It has no batch norm, which would
+  depend on the batch size.
 """
 
 from __future__ import annotations
@@ -34,157 +36,170 @@ WEIGHTS = "segmenter.safetensors"
 
 
 class Segmenter(nn.Module):
-    """An encoder and the decoder of the settings: from normalised images to the logits of a lesion.
+    """An encoder and the configured decoder, from normalized images to lesion logits.
 
-    Raises ConfigError where the decoder does not go with the encoder's patches.
+    Raises:
+        ConfigError: the decoder does not fit the encoder's patches.
     """
 
     def __init__(self, encoder: VisionTransformer, spec: ImageSpec, config: SegmentConfig) -> None:
         super().__init__()
         self.encoder = encoder
-        depth, patch_size = len(encoder.blocks), encoder.patch_embed.patch_size[0]
+        patch_size = encoder.patch_embed.patch_size[0]
         config.check_patch_size(patch_size)
-        kind: dict[str, type[Decoder]] = {
-            "linear": LinearDecoder,
-            "conv": ConvDecoder,
-            "unetr": UnetrDecoder,
-            "dpt": DptDecoder,
-        }
-        self.decoder: Decoder = kind[config.decoder](
-            depth, encoder.embed_dim, spec.channels, patch_size, config.decoder_width
+        decoder = DECODERS[config.decoder]
+        self.decoder: Decoder = decoder(
+            len(encoder.blocks), encoder.embed_dim, spec.channels, patch_size, config.decoder_width
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return lesion logits (B, 1, H, W) of normalised images (B, C, H, W)."""
-        depths = self.decoder.depths
-        levels = self.encoder.forward_intermediates(
-            images, indices=sorted(set(depths)), norm=True, intermediates_only=True
+        """Compute lesion logits (B, 1, H, W) of normalized images (B, C, H, W)."""
+        # In a shallow encoder, one depth serves several.
+        depths = sorted(set(self.decoder.depths))
+        tokens = self.encoder.forward_intermediates(
+            images, indices=depths, norm=True, intermediates_only=True
         )
-        found = dict(
-            zip(sorted(set(depths)), levels, strict=True)
-        )  # in a shallow encoder, one depth serves several
-        return self.decoder([found[depth] for depth in depths], images)
+        by_depth = dict(zip(depths, tokens, strict=True))
+        return self.decoder([by_depth[depth] for depth in self.decoder.depths], images)
 
 
 class Decoder(nn.Module):
-    """Makes logits (B, 1, H, W) of the images, and of the tokens (B, D, h, w) after each of the blocks `depths`."""
+    """Computes logits (B, 1, H, W) from images and tokens (B, D, h, w) of some depths.
+
+    Args:
+        depth: number of the encoder's blocks.
+        embed_dim: D.
+        channels: C.
+        patch_size: of the encoder.
+        width: E.
+
+    Attributes:
+        depths: the blocks after which tokens are taken.
+    """
 
     depths: list[int]
 
-
-class LinearDecoder(Decoder):
     def __init__(
         self, depth: int, embed_dim: int, channels: int, patch_size: int, width: int
     ) -> None:
         super().__init__()
+
+
+class LinearDecoder(Decoder):
+    """A logit per token, upsampled."""
+
+    def __init__(
+        self, depth: int, embed_dim: int, channels: int, patch_size: int, width: int
+    ) -> None:
+        super().__init__(depth, embed_dim, channels, patch_size, width)
         self.depths = [depth - 1]
         self.head = nn.Conv2d(embed_dim, 1, 1)
 
     def forward(self, levels: list[Tensor], images: Tensor) -> Tensor:
-        return _resized(self.head(levels[0]), images)
+        return _resize(self.head(levels[0]), images)
 
 
 class ConvDecoder(Decoder):
+    """Sums four depths, doubles them to half resolution and joins features of the image."""
+
     def __init__(
         self, depth: int, embed_dim: int, channels: int, patch_size: int, width: int
     ) -> None:
-        super().__init__()
-        self.depths = sorted({round((i + 1) * depth / 4) - 1 for i in range(4)} - {-1})
+        super().__init__(depth, embed_dim, channels, patch_size, width)
+        depths = {round((i + 1) * depth / 4) - 1 for i in range(4)}
+        self.depths = sorted(depths - {-1})
         self.project = nn.ModuleList(nn.Conv2d(embed_dim, width, 1) for _ in self.depths)
         self.image = nn.Sequential(
             nn.Conv2d(channels, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.GELU()
         )
-        self.fuse = _block(width, width)
-        stages, side = [], patch_size
-        while (
-            side > 2
-        ):  # to half resolution; the last step is bilinear, onto the image's own features
-            stages.append(
-                nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), _block(width, width))
-            )
+        self.fuse = _conv_block(width, width)
+        # To half resolution; the last step is bilinear, onto the image's own features.
+        stages: list[nn.Module] = []
+        side = patch_size
+        while side > 2:
+            upsample = nn.Upsample(scale_factor=2, mode="bilinear")
+            stages.append(nn.Sequential(upsample, _conv_block(width, width)))
             side //= 2
         self.up = nn.Sequential(*stages)
-        self.head = nn.Sequential(_block(width + 16, 32), nn.Conv2d(32, 1, 1))
+        self.head = nn.Sequential(_conv_block(width + 16, 32), nn.Conv2d(32, 1, 1))
 
     def forward(self, levels: list[Tensor], images: Tensor) -> Tensor:
-        fused = torch.stack(
-            [project(level) for project, level in zip(self.project, levels, strict=True)]
-        ).sum(0)
-        return self.head(
-            torch.cat([_resized(self.up(self.fuse(fused)), images), self.image(images)], 1)
-        )
+        projected = [project(level) for project, level in zip(self.project, levels, strict=True)]
+        x = self.up(self.fuse(torch.stack(projected).sum(0)))
+        return self.head(torch.cat([_resize(x, images), self.image(images)], 1))
 
 
 class UnetrDecoder(Decoder):
+    """Upsamples tokens of ever earlier depths and joins them on the way up."""
+
     def __init__(
         self, depth: int, embed_dim: int, channels: int, patch_size: int, width: int
     ) -> None:
-        from monai.networks.blocks import (  # takes seconds to import
-            UnetrBasicBlock,
-            UnetrPrUpBlock,
-            UnetrUpBlock,
-        )
+        # Takes seconds to import.
+        from monai.networks.blocks import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
 
-        super().__init__()
-        steps = patch_size.bit_length() - 1  # doublings from tokens to pixels
-        # The deepest tokens go up all the way; those of the depth (steps - k) / steps join them after k doublings.
-        self.depths = [
-            depth - 1,
-            *(max(0, round(depth * (steps - k) / steps) - 1) for k in range(1, steps)),
-        ]
-        widths = [
-            max(8, width >> k) for k in range(steps)
-        ]  # E where it is coarsest, halved with each doubling
+        super().__init__(depth, embed_dim, channels, patch_size, width)
+        doublings = patch_size.bit_length() - 1  # from tokens to pixels
+        # The deepest tokens go up all the way. Those of the depth (doublings - k) / doublings join
+        # them after k doublings.
+        self.depths = [depth - 1]
+        for k in range(1, doublings):
+            self.depths.append(max(0, round(depth * (doublings - k) / doublings) - 1))
+        # E at the coarsest resolution, halved with each doubling.
+        widths = [max(8, width >> k) for k in range(doublings)]
         shared = {"spatial_dims": 2, "kernel_size": 3, "norm_name": "instance", "res_block": True}
         self.skips = nn.ModuleList(
             UnetrPrUpBlock(
-                in_channels=embed_dim, out_channels=wide, num_layer=k, stride=1, upsample_kernel_size=2,
-                conv_block=True, **shared,
+                in_channels=embed_dim,
+                out_channels=out_width,
+                num_layer=k,
+                stride=1,
+                upsample_kernel_size=2,
+                conv_block=True,
+                **shared,
             )
-            for k, wide in enumerate(widths[:-1])
-        )  # fmt: skip
+            for k, out_width in enumerate(widths[:-1])
+        )
         self.image = UnetrBasicBlock(
             in_channels=channels, out_channels=widths[-1], stride=1, **shared
         )
         self.up = nn.ModuleList(
-            UnetrUpBlock(in_channels=below, out_channels=wide, upsample_kernel_size=2, **shared)
-            for below, wide in zip([embed_dim, *widths], widths, strict=False)
+            UnetrUpBlock(
+                in_channels=in_width, out_channels=out_width, upsample_kernel_size=2, **shared
+            )
+            for in_width, out_width in zip([embed_dim, *widths], widths, strict=False)
         )
         self.head = nn.Conv2d(widths[-1], 1, 1)
 
     def forward(self, levels: list[Tensor], images: Tensor) -> Tensor:
-        x, *earlier = levels
-        joined = [
-            *(skip(level) for skip, level in zip(self.skips, earlier, strict=True)),
-            self.image(images),
-        ]
-        for up, other in zip(self.up, joined, strict=True):
-            x = up(x, other)
+        x = levels[0]
+        skips = [skip(level) for skip, level in zip(self.skips, levels[1:], strict=True)]
+        for up, skip in zip(self.up, [*skips, self.image(images)], strict=True):
+            x = up(x, skip)
         return self.head(x)
 
 
 class DptDecoder(Decoder):
+    """Reassembles four depths at four scales, and fuses them, the coarsest first."""
+
     def __init__(
         self, depth: int, embed_dim: int, channels: int, patch_size: int, width: int
     ) -> None:
-        super().__init__()
+        super().__init__(depth, embed_dim, channels, patch_size, width)
         self.depths = [max(0, round((i + 1) * depth / 4) - 1) for i in range(4)]
-        finest = min(
-            4, patch_size
-        )  # times the tokens' grid; DPT's 4 is a quarter of the image at patch 16
+        # Scales of the tokens' grid: DPT's 4 is a quarter of the image at patch size 16.
         self.reassemble = nn.ModuleList(
             [
-                _enlarged(embed_dim, width, finest),
-                _enlarged(embed_dim, width, min(2, patch_size)),
+                _enlarge(embed_dim, width, min(4, patch_size)),
+                _enlarge(embed_dim, width, min(2, patch_size)),
                 nn.Conv2d(embed_dim, width, 1),
                 nn.Sequential(
                     nn.Conv2d(embed_dim, width, 1), nn.Conv2d(width, width, 3, stride=2, padding=1)
                 ),
             ]
         )
-        self.before = nn.ModuleList(
-            _Residual(width) for _ in range(3)
-        )  # of what joins; the coarsest joins nothing
+        # Of what joins; nothing joins at the coarsest scale.
+        self.before = nn.ModuleList(_Residual(width) for _ in range(3))
         self.after = nn.ModuleList(_Residual(width) for _ in range(4))
         self.out = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(4))
         half = max(8, width // 2)
@@ -195,8 +210,17 @@ class DptDecoder(Decoder):
         scales = [part(level) for part, level in zip(self.reassemble, levels, strict=True)]
         x = self.out[3](self.after[3](scales[3]))
         for i in (2, 1, 0):
-            x = self.out[i](self.after[i](_resized(x, scales[i]) + self.before[i](scales[i])))
-        return self.head(_resized(self.narrow(x), images))
+            joined = _resize(x, scales[i]) + self.before[i](scales[i])
+            x = self.out[i](self.after[i](joined))
+        return self.head(_resize(self.narrow(x), images))
+
+
+DECODERS: dict[str, type[Decoder]] = {
+    "linear": LinearDecoder,
+    "conv": ConvDecoder,
+    "unetr": UnetrDecoder,
+    "dpt": DptDecoder,
+}
 
 
 class _Residual(nn.Module):
@@ -213,13 +237,13 @@ class _Residual(nn.Module):
         return x + self.layers(x)
 
 
-def _enlarged(inputs: int, outputs: int, factor: int) -> nn.Sequential:
+def _enlarge(inputs: int, outputs: int, factor: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 1), nn.ConvTranspose2d(outputs, outputs, factor, stride=factor)
     )
 
 
-def _block(inputs: int, outputs: int) -> nn.Sequential:
+def _conv_block(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, padding=1),
         nn.GroupNorm(math.gcd(8, outputs), outputs),
@@ -227,16 +251,19 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
     )
 
 
-def _resized(x: Tensor, like: Tensor) -> Tensor:
+def _resize(x: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)
 
 
 @dataclass(frozen=True)
 class LoadedSegmenter:
-    """A segmenter as its file has it.
+    """A segmenter from its file.
 
-    `model` is in evaluation mode, on the CPU, and takes images normalised by `spec`; `prepare` is how the images that
-    it was fine-tuned on came out of their files, None where that is not known.
+    Args:
+        model: in evaluation mode, on the CPU.
+        spec: how its images are normalized.
+        prepare: how the images that it was fine-tuned on were read; None if that is not known.
+        config: of the fine-tuning.
     """
 
     model: Segmenter
@@ -254,7 +281,12 @@ def save_segmenter(
     prepare: PrepareConfig | None,
     config: SegmentConfig,
 ) -> None:
-    """Write `segmenter.safetensors`: weights, and in the header all that it takes to build the model and to feed it."""
+    """Write `segmenter.safetensors`; its header has all that is needed to build and feed the model.
+
+    Args:
+        encoder: config of the model's encoder.
+        prepare: how the images were read from their files.
+    """
     header = {
         "timm_name": timm_name(encoder),
         "timm_arguments": json.dumps(timm_arguments(encoder, spec)),
@@ -280,20 +312,18 @@ def load_segmenter(folder: Path) -> LoadedSegmenter:
     try:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no dict)
         spec = ImageSpec.model_validate_json(header["image"])
         config = SegmentConfig.model_validate_json(header["segment"])
-        prepare = (
-            PrepareConfig.model_validate_json(header["prepare"]) if "prepare" in header else None
-        )
-        model = Segmenter(
-            create_encoder(header["timm_name"], json.loads(header["timm_arguments"])),
-            spec,
-            config,
-        )
+        prepare = None
+        if "prepare" in header:
+            prepare = PrepareConfig.model_validate_json(header["prepare"])
+        encoder = create_encoder(header["timm_name"], json.loads(header["timm_arguments"]))
+        model = Segmenter(encoder, spec, config)
         model.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(
-            f"{path} cannot be read as a segmenter ({type(error).__name__}); run `amlp-ray segment` again."
+            f"{path} cannot be read as a segmenter ({type(error).__name__}); run "
+            f"`amlp-ray segment` again."
         ) from None
     return LoadedSegmenter(model.eval(), spec, prepare, config)

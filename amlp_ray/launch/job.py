@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -31,11 +30,11 @@ from amlp_ray.training.checkpoint.export import ENCODER, export_encoder, is_enco
 from amlp_ray.training.checkpoint.manager import checkpoints, epoch_of
 from amlp_ray.training.checkpoint.pretrained import ONLINE
 from amlp_ray.training.checkpoint.restore import fork_checkpoint
-from amlp_ray.training.loggers.loggers import Logger, check_tracking, open_trackers
+from amlp_ray.training.loggers.loggers import LoggerGroup, check_tracking, open_loggers
 from amlp_ray.training.objectives import Model
 from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult, pretrain
 from amlp_ray.training.train_state import new_model
-from amlp_ray.utils.distributed import broadcast_from_rank0
+from amlp_ray.utils.distributed import barrier
 from amlp_ray.utils.files import atomic_write
 from amlp_ray.utils.retry import RetryPolicy
 
@@ -50,8 +49,6 @@ SCORES_IN_METRICS = (
 )
 PICTURES = "pictures"  # folder inside the run's folder
 NUM_PICTURES = 4  # enough to judge by, small enough to keep for every trial
-
-logger = logging.getLogger(__name__)
 
 
 def run_job(
@@ -88,7 +85,7 @@ def run_job(
         hooks = replace(hooks, evaluate=evaluate, report=report)
     if run_spec.fork is not None and worker.world > 1:
         # The others load what the first worker has copied, so they wait for it.
-        broadcast_from_rank0(0, worker.device)
+        barrier()
     try:
         result = pretrain(
             run_spec.config,
@@ -141,7 +138,7 @@ class _TrackedReport:
         check_tracking(run_spec.tracking)
         self._run_spec = run_spec
         self._report = report
-        self._tracker: Logger | None = None
+        self._tracker: LoggerGroup | None = None
 
     def __call__(self, metrics: Metrics) -> None:
         if self._tracker is None:
@@ -154,16 +151,15 @@ class _TrackedReport:
         if self._tracker is not None:
             self._tracker.close(failed)
 
-    def _open(self, resumed_epoch: int) -> Logger:
+    def _open(self, resumed_epoch: int) -> LoggerGroup:
         run_spec = self._run_spec
-        return open_trackers(
+        return open_loggers(
             run_spec.folder,
             run_spec.tracking,
             name=run_spec.label or run_spec.folder.name,
             parameters=_logged_parameters(run_spec.config),
             group=run_spec.study,
             resumed_epoch=resumed_epoch,
-            say=logger.warning,
         )
 
 

@@ -21,7 +21,7 @@ from amlp_ray.training.checkpoint.export import ENCODER
 from amlp_ray.training.checkpoint.manager import checkpoints
 from amlp_ray.training.checkpoint.pretrained import read_pretrained_config, resolve_weights
 from amlp_ray.training.loggers.loggers import check_tracking
-from amlp_ray.training.loggers.metrics_file import NewRows
+from amlp_ray.training.loggers.metrics_file import RowTail
 from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult
 from amlp_ray.utils.run_dir import RunDir
 
@@ -144,7 +144,7 @@ def run_on_ray(
     """
     # Ray Train could forward reports itself, but into a trial's queue of one from two threads,
     # which can block.
-    rows = NewRows(run_spec.folder / "metrics.jsonl", report)
+    rows = RowTail(run_spec.folder / "metrics.jsonl", report)
     run_group(
         partial(_run_worker, run_spec, should_stop),
         run_spec.resources,
@@ -152,7 +152,7 @@ def run_on_ray(
         name=name,
         folder=run_spec.folder,
         progress=lambda: rows.epoch,
-        poll=rows.look,
+        poll=rows.poll,
     )
 
 

@@ -1,1 +1,4 @@
-"""Loops and what they keep: pretraining, scoring, fine-tuning, checkpoints. Only `runners` knows Ray."""
+"""The training core: pretraining loop, objectives, training state, checkpoints and loggers.
+
+Nothing here imports Ray.
+"""

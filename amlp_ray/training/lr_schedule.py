@@ -1,4 +1,4 @@
-"""Learning rate by step: linear warm-up, then cosine to zero."""
+"""Compute the learning rate of a step: linear warm-up, then cosine to zero."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from amlp_ray.config import PretrainConfig, SegmentConfig
 
 
 def learning_rate(config: PretrainConfig | SegmentConfig, step: int, steps: int) -> float:
-    """Linear warm-up to the highest rate over the share `warmup` of all steps, then cosine to zero; `step` from 0."""
-    highest = config.scaled_lr if isinstance(config, PretrainConfig) else config.lr
-    warmup = config.warmup * steps
-    if step < warmup:
-        return highest * (step + 1) / (warmup + 1)
-    return highest * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+    """Compute the learning rate: linear warm-up to its peak, then cosine to zero.
+
+    Args:
+        config: with the peak `lr` and `warmup`, its share of all steps.
+        step: counted from 0 over the whole run.
+        steps: of the whole run.
+    """
+    peak = config.scaled_lr if isinstance(config, PretrainConfig) else config.lr
+    warmup_steps = config.warmup * steps
+    if step < warmup_steps:
+        return peak * (step + 1) / (warmup_steps + 1)
+    angle = math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)
+    return peak * (1 + math.cos(angle)) / 2

@@ -1,7 +1,4 @@
-"""What happens in one step of each objective, before the optimiser's: from a batch to its loss.
-
-Nothing here waits for the device.
-"""
+"""Compute the loss of a batch for each pretraining objective, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -27,31 +24,54 @@ from amlp_ray.method.precision import autocast
 from amlp_ray.method.simsiam import SimSiam, two_views
 
 Model = MaskedAutoencoder | SimSiam
-MAX_SHAPES = 8  # torch.compile gives up on a model after as many
-
-
 Values = dict[str, Tensor]
+
+# torch.compile gives up on a model after as many shapes.
+MAX_SHAPES = 8
 
 
 class Objective(Protocol):
-    """Yields the loss of each piece of a batch and what is worth knowing of it, as scalars, and how many images it has.
+    """Computes the loss of a batch, in pieces.
 
-    `loss` carries the gradient, which the caller takes before it asks for the next piece: then only one piece's
-    activations are held. Masks are drawn for the batch as a whole, so they do not depend on the number of pieces.
+    The caller takes the gradient of a piece's `loss` before it asks for the next one, so that only
+    one piece's activations are held. Masks are sampled for the batch as a whole: they do not depend
+    on the number of pieces.
     """
 
     def __call__(
-        self, network: nn.Module, batch: Batch, now: TrainingStep, device: str, pieces: int = 1
-    ) -> Iterator[tuple[Values, int]]: ...
+        self,
+        network: nn.Module,
+        batch: Batch,
+        training_step: TrainingStep,
+        device: str,
+        pieces: int = 1,
+    ) -> Iterator[tuple[Values, int]]:
+        """Yield each piece's metrics, scalars with the `loss` among them, and its number of images.
+
+        Args:
+            network: the model as a step calls it.
+            batch: this worker's share.
+            training_step: where the training is.
+            device: to compute on.
+            pieces: how many to cut the batch into.
+        """
+        ...
 
     def begin_epoch(self, epoch: int, steps: int) -> None:
-        """Told before the batches of an epoch, `steps` of them."""
+        """Prepare for the epoch's batches, `steps` of them."""
         ...
 
 
 def make_objective(
     model: Model, config: PretrainConfig, truth: Mapping[int, Tensor] | None
 ) -> Objective:
+    """Create the objective of a model.
+
+    Args:
+        model: what is trained.
+        config: of the run.
+        truth: lesion share of every patch by image key, for an oracle.
+    """
     if isinstance(model, SimSiam):
         return SimSiamObjective(model, config)
     return ReconstructionObjective(Masking(model, config, truth))
@@ -61,69 +81,77 @@ class ReconstructionObjective:
     """Masked image modelling: crop, mask, reconstruct."""
 
     def __init__(self, masking: Masking) -> None:
-        self.masking, self.config = masking, masking.config
+        self.masking = masking
+        self.config = masking.config
 
     def begin_epoch(self, epoch: int, steps: int) -> None:
-        """Let the teacher catch up where whole images are about to be looked at."""
+        """Update the teacher in the epochs in which it analyzes whole images."""
         if epoch == 1 and self.config.compile:
             self._check_shapes(steps)
         if epoch > 1 and self.masking.analysis_epoch(epoch) == epoch:
-            before, now = (self.masking.analysis_epoch(epoch - 1) - 1) * steps, (epoch - 1) * steps
+            previous_epoch = self.masking.analysis_epoch(epoch - 1)
             update_teacher(
                 self.masking.model,
                 self.config.teacher_momentum,
-                previous_step=before,
-                step=now,
+                previous_step=(previous_epoch - 1) * steps,
+                step=(epoch - 1) * steps,
             )
 
     def _check_shapes(self, steps: int) -> None:
+        """Raise ConfigError if the masking ratio meets more shapes than torch.compile takes."""
+        config = self.config.ratio
         patches = math.prod(self.masking.model.grid)
-        moments = [
-            TrainingStep(e, i, steps)
-            for e in range(1, self.config.epochs + 1)
-            for i in range(steps)
-        ]
-        ratios = {
-            self.masking.ratio(now)
-            for now in (moments if self.config.ratio.update_per == "step" else moments[::steps])
-        }
-        counts = {masked_count(ratio, patches, self.config.ratio.round_to) for ratio in ratios}
+        steps_to_check = range(steps) if config.update_per == "step" else range(1)
+        counts = set()
+        for epoch in range(1, self.config.epochs + 1):
+            for step in steps_to_check:
+                ratio = self.masking.ratio(TrainingStep(epoch, step, steps))
+                counts.add(masked_count(ratio, patches, config.round_to))
         if len(counts) > MAX_SHAPES:
-            enough = math.ceil(
-                (max(counts) - min(counts)) / (MAX_SHAPES - 2)
-            )  # rounding adds one at either end
+            # Rounding adds one count at either end.
+            round_to = math.ceil((max(counts) - min(counts)) / (MAX_SHAPES - 2))
             raise ConfigError(
-                f"compile meets {len(counts)} numbers of masked patches, of which torch keeps {MAX_SHAPES}; "
-                f"set ratio.round_to to {enough} or more."
+                f"compile meets {len(counts)} numbers of masked patches, of which torch keeps "
+                f"{MAX_SHAPES}; set ratio.round_to to {round_to} or more."
             )
 
     def __call__(
-        self, network: nn.Module, batch: Batch, now: TrainingStep, device: str, pieces: int = 1
+        self,
+        network: nn.Module,
+        batch: Batch,
+        training_step: TrainingStep,
+        device: str,
+        pieces: int = 1,
     ) -> Iterator[tuple[Values, int]]:
-        spec = self.masking.model.spec
         keys = batch.keys.to(device, non_blocking=True)
-        images = normalize(batch.images.to(device, non_blocking=True), spec)
-        patches, chosen = self.masking.mask_augmented(images, keys, batch.keys, now)
+        images = normalize(batch.images.to(device, non_blocking=True), self.masking.model.spec)
+        patches, selection = self.masking.mask_augmented(images, keys, batch.keys, training_step)
         for rows in pieces_of(len(patches), pieces):
-            yield (
-                self._of(network, patches[rows], chosen.rows(rows), now, device),
-                rows.stop - rows.start,
-            )
+            values = self._loss(network, patches[rows], selection.rows(rows), training_step, device)
+            yield values, rows.stop - rows.start
 
-    def _of(
-        self, network: nn.Module, patches: Tensor, chosen: Selection, now: TrainingStep, device: str
+    def _loss(
+        self,
+        network: nn.Module,
+        patches: Tensor,
+        selection: Selection,
+        training_step: TrainingStep,
+        device: str,
     ) -> Values:
+        """Compute the loss of a piece, and its metrics."""
         config = self.config
         with autocast(config, device):
-            prediction = network(patches, chosen.visible, chosen.masked)
+            prediction = network(patches, selection.visible, selection.masked)
         losses = pretraining_loss(
             prediction,
-            gather(patches, chosen.masked),
-            gather(chosen.lesion, chosen.masked),
-            gather(chosen.tissue, chosen.masked),
+            gather(patches, selection.masked),
+            gather(selection.lesion, selection.masked),
+            gather(selection.tissue, selection.masked),
             config.loss,
-            warming_up=now.epoch <= config.loss.warmup * config.epochs,
+            warming_up=training_step.epoch <= config.loss.warmup * config.epochs,
         )
+        # Filled on the device: a copy would wait for it.
+        ratio = torch.full((), self.masking.ratio(training_step), device=patches.device)
         return {
             "loss": losses.total,
             "loss_rec": losses.reconstruction,
@@ -131,10 +159,8 @@ class ReconstructionObjective:
             "loss_rank": losses.ranking,
             "effective_patches": losses.effective_patches,
             "agreement": losses.agreement,
-            "ratio": torch.full(
-                (), self.masking.ratio(now), device=patches.device
-            ),  # filled there, not copied
-            **selection_statistics(chosen),
+            "ratio": ratio,
+            **selection_statistics(selection),
         }
 
 
@@ -142,24 +168,32 @@ class SimSiamObjective:
     """SimSiam: two crops of each image."""
 
     def __init__(self, model: SimSiam, config: PretrainConfig) -> None:
-        self.model, self.config = model, config
+        self.model = model
+        self.config = config
 
     def begin_epoch(self, epoch: int, steps: int) -> None:
-        """Nothing to do: there is no mask to aim."""
+        """Do nothing: there are no masks."""
 
     def __call__(
-        self, network: nn.Module, batch: Batch, now: TrainingStep, device: str, pieces: int = 1
+        self,
+        network: nn.Module,
+        batch: Batch,
+        training_step: TrainingStep,
+        device: str,
+        pieces: int = 1,
     ) -> Iterator[tuple[Values, int]]:
         keys = batch.keys.to(device, non_blocking=True)
         images = normalize(batch.images.to(device, non_blocking=True), self.model.spec)
-        one, other = two_views(images, keys, self.config, self.model.patch_size, now.epoch)
+        first, second = two_views(
+            images, keys, self.config, self.model.patch_size, training_step.epoch
+        )
         with autocast(self.config, device):
-            loss, spread = network(one, other)
+            loss, spread = network(first, second)
         yield {"loss": loss, "spread": spread, "ratio": torch.zeros_like(spread)}, len(keys)
 
 
 def pieces_of(count: int, pieces: int) -> Iterator[slice]:
-    """Cut `count` rows into as many pieces, as equal as can be; none is empty unless there are fewer rows.
+    """Cut `count` rows into pieces of nearly equal size; none is empty if there are enough rows.
 
     >>> list(pieces_of(5, 2))
     [slice(0, 2, None), slice(2, 5, None)]

@@ -1,7 +1,8 @@
-"""One model on several workers: whole on each (DDP), or its encoder's blocks cut among them (FSDP2).
+"""Train one model on several workers: replicated (DDP), or with sharded encoder blocks (FSDP2).
 
-What is exchanged, and how a cut model is put together again for checkpoints, which know nothing of it: a run may go on
-with another number of workers, or with another way of cutting. Alone, everything here does nothing.
+This is the only module that imports torch.distributed. In a single process, everything here does
+nothing. Checkpoints know nothing of it: a run may resume with another number of workers or another
+sharding.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-FSDP_FROM = (
-    200e6  # parameters of a model that `sharding: auto` cuts: ViT-L has 300 million, ViT-B 86
-)
+State = dict[str, Any]
+
+# Parameters of a model that `sharding: auto` shards: ViT-L has 300 million, ViT-B 86.
+MIN_SHARDED_PARAMETERS = 200e6
 
 
 def is_distributed() -> bool:
@@ -30,46 +32,72 @@ def is_distributed() -> bool:
 
 
 def world_size() -> int:
+    """Return the number of workers."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """Return the index of this worker."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def barrier() -> None:
+    """Wait for all workers."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# Models
+
+
 def should_shard(sharding: str, model: nn.Module, device: str) -> bool:
-    """Whether `resources.sharding` means that this model is cut."""
+    """Return whether `resources.sharding` means that this model is sharded."""
     if world_size() == 1 or sharding == "ddp":
         return False
-    large = sum(parameter.numel() for parameter in model.parameters()) >= FSDP_FROM
-    return sharding == "fsdp" or (large and device.startswith("cuda"))
+    if sharding == "fsdp":
+        return True
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return parameters >= MIN_SHARDED_PARAMETERS and device.startswith("cuda")
 
 
 def shard_blocks(blocks: Iterable[nn.Module], device: str) -> None:
-    """Cut blocks among the workers; each is put together when it runs, and its gradient is cut again."""
+    """Shard blocks over the workers; each block is gathered while it runs."""
     mesh = init_device_mesh(device.partition(":")[0], (world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh)
 
 
 def is_sharded(model: nn.Module) -> bool:
+    """Return whether a part of the model is sharded."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def wrap_ddp(model: nn.Module) -> nn.Module:
-    """What a step calls: the model itself, or one that averages gradients over workers."""
+    """Return a module that averages gradients over workers; the model itself needs none if alone.
+
+    Sharded blocks average their own, see `average_unsharded_gradients` for the rest.
+    """
     if world_size() == 1 or is_sharded(model):
         return model
-    # Buffers are the same on all workers without an exchange: they hold positions, and sums that are shared already.
+    # Buffers are equal without an exchange: they hold positions, and sums over all workers.
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # its new name is not known to torch 2.8
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.8 does not know the new name
         return DistributedDataParallel(model, broadcast_buffers=False)
+
+
+# Gradients
 
 
 @contextmanager
 def no_grad_sync(network: nn.Module, unless: bool) -> Iterator[None]:
-    """Backward passes in here only add up gradients, so that those of a batch are exchanged once, with its last."""
-    model = getattr(network, "_orig_mod", network)  # of torch.compile, which hides what it compiled
+    """Add up gradients of backward passes in this context without exchanging them.
+
+    Args:
+        network: what `wrap_ddp` returned, compiled or not.
+        unless: exchange after all, with the last backward pass of a batch.
+    """
+    # torch.compile hides the module that it compiled.
+    model = getattr(network, "_orig_mod", network)
     if isinstance(model, DistributedDataParallel) and not unless:
         with model.no_sync():
             yield
@@ -80,37 +108,47 @@ def no_grad_sync(network: nn.Module, unless: bool) -> Iterator[None]:
     yield
 
 
-def average_loose_gradients(model: nn.Module) -> None:
-    """Average over workers the gradients that no block's cutting has averaged; after a batch's last backward."""
+def average_unsharded_gradients(model: nn.Module) -> None:
+    """Average the gradients of a sharded model's other parameters, after the last backward pass."""
     if world_size() == 1 or not is_sharded(model):
         return
-    loose = [
-        p.grad for p in model.parameters() if p.grad is not None and not isinstance(p.grad, DTensor)
-    ]
-    flat = torch.cat([gradient.flatten() for gradient in loose])
+    gradients = [gradient for gradient in _gradients(model) if not isinstance(gradient, DTensor)]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     flat /= world_size()
-    for gradient, mean in zip(loose, flat.split([g.numel() for g in loose]), strict=True):
+    means = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, mean in zip(gradients, means, strict=True):
         gradient.copy_(mean.view_as(gradient))
 
 
-def clip_gradients(model: nn.Module, largest: float) -> Tensor:
-    """Shrink the gradient to a norm of `largest` where it exceeds it; return its norm, the same on all workers."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    if not any(isinstance(gradient, DTensor) for gradient in gradients):
-        return nn.utils.clip_grad_norm_(model.parameters(), largest)
-    kinds = [[g for g in gradients if isinstance(g, DTensor) == cut] for cut in (True, False)]
-    norms = [nn.utils.get_total_norm(kind) for kind in kinds if kind]
-    total = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradient down to a norm of `max_norm`; return its norm before, on all workers."""
+    gradients = _gradients(model)
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    if not sharded:
+        return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norms = [_unshard(nn.utils.get_total_norm(sharded))]
+    unsharded = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    if unsharded:
+        norms.append(nn.utils.get_total_norm(unsharded))
+    norm = torch.stack(norms).norm()
     for gradient in gradients:
-        gradient.mul_((largest / (total + 1e-6)).clamp(max=1.0))
-    return total
+        gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+# State. torch.distributed.checkpoint.state_dict is not used: it gives an optimizer without state a
+# fake step, and refuses the state of one whose parameters have not all had a gradient yet.
 
 
 def gather_state(state: Any) -> Any:
-    """Put cut tensors together, in any nesting of mappings and lists; all workers call this together."""
-    if isinstance(state, DTensor):
-        return state.full_tensor()
+    """Replace sharded tensors in nested mappings and lists; all workers call it together."""
+    if isinstance(state, Tensor):
+        return _unshard(state)
     if isinstance(state, dict):
         return {key: gather_state(value) for key, value in state.items()}
     if isinstance(state, list | tuple):
@@ -118,17 +156,50 @@ def gather_state(state: Any) -> Any:
     return state
 
 
+def _unshard(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def load_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, model_state: State, optimizer_state: State
+) -> None:
+    """Load gathered states, with any number of workers and any sharding.
+
+    Raises:
+        RuntimeError: they belong to a model of another shape.
+        KeyError: the same.
+    """
+    own_state = model.state_dict()
+    model.load_state_dict(
+        {
+            name: shard_like(value, own_state[name]) if name in own_state else value
+            for name, value in model_state.items()
+        }
+    )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {}
+    for number, values in optimizer_state["state"].items():
+        moments[number] = {
+            name: shard_like(value, parameters[number]) if value.dim() else value
+            for name, value in values.items()
+        }
+    optimizer.load_state_dict({**optimizer_state, "state": moments})
+
+
 def shard_like(value: Tensor, model_value: Tensor) -> Tensor:
-    """Cut a whole tensor as one of the model is cut."""
-    if isinstance(model_value, DTensor):
-        return distribute_tensor(
-            value.to(model_value.device), model_value.device_mesh, model_value.placements
-        )
-    return value
+    """Shard a tensor as one of the model is sharded, if it is."""
+    if not isinstance(model_value, DTensor):
+        return value
+    return distribute_tensor(
+        value.to(model_value.device), model_value.device_mesh, model_value.placements
+    )
+
+
+# Values
 
 
 def mean_over_workers(values: Tensor) -> Tensor:
-    """The mean of all workers' values, on each of them."""
+    """Return the mean of all workers' values, on each of them."""
     if world_size() > 1:
         dist.all_reduce(values)
         values /= world_size()
@@ -136,12 +207,12 @@ def mean_over_workers(values: Tensor) -> Tensor:
 
 
 def broadcast_from_rank0(value: int, device: str) -> int:
-    """The first worker's value, on every worker."""
+    """Return the first worker's value, on each of them."""
     if world_size() == 1:
         return value
-    told = torch.tensor(value, device=device)
-    dist.broadcast(told, src=0)
-    return int(told.item())
+    tensor = torch.tensor(value, device=device)
+    dist.broadcast(tensor, src=0)
+    return int(tensor.item())
 
 
 def broadcast_tensors_from_rank0(*tensors: Tensor) -> None:
@@ -168,6 +239,21 @@ def gather_rows(rows: Tensor) -> Tensor:
     parts: list[Tensor] = [rows] * dist.get_world_size()
     dist.all_gather_object(parts, rows.cpu())
     return torch.cat(parts).to(rows.device)
+
+
+def gather_batch(share: Tensor, count: int) -> Tensor:
+    """Return the rows of a batch in its own order; gradients flow to this worker's share.
+
+    Args:
+        share: (n, ...), rows `rank::world_size` of the batch; n is equal on all workers.
+        count: number of rows of the batch. Rows beyond it are padding.
+    """
+    if world_size() == 1:
+        return share
+    parts = [torch.empty_like(share) for _ in range(world_size())]
+    dist.all_gather(parts, share.detach().contiguous())
+    parts[rank()] = share
+    return torch.stack(parts, 1).flatten(0, 1)[:count]
 
 
 def differentiable_sum(x: Tensor) -> Tensor:

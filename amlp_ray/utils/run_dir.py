@@ -127,15 +127,14 @@ class RunDir:
         try:
             lock = acquire_lock(self.path / "lock", wait_s=wait_s)
         except BlockingIOError:
-                raise CheckpointError(
-                    f"{self.path} is written by another process; wait for it or stop it, and run "
-                    f"again."
-                ) from None
+            raise CheckpointError(
+                f"{self.path} is written by another process; wait for it or stop it, and run again."
+            ) from None
         except OSError as error:
             raise CheckpointError(
-                    f"{self.path} is on a file system without locks ({error.strerror}), so two "
-                    f"runs could spoil each other; mount it with locks (Lustre: flock), or choose "
-                    f"another folder."
-                ) from None
+                f"{self.path} is on a file system without locks ({error.strerror}), so two "
+                f"runs could spoil each other; mount it with locks (Lustre: flock), or choose "
+                f"another folder."
+            ) from None
         with lock:
             yield

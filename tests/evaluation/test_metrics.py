@@ -8,11 +8,11 @@ from hypothesis.extra.numpy import arrays
 
 from amlp_ray.evaluation.metrics import (
     best_threshold,
-    by_size,
+    dsc_by_size,
     hausdorff95,
     score_images,
-    sizes_of,
-    summary,
+    size_classes,
+    summarize_scores,
 )
 
 masks = arrays(bool, (4, 5, 6))
@@ -132,7 +132,7 @@ def test_means_over_groups_count_a_patient_once_and_leave_out_images_without_a_l
         empty_correct=[nan, nan, nan, 1.0, 0.0], share=[0.01, 0.05, 0.2, 0, 0],
         missed=[True, False, False, False, False],
     )  # fmt: skip
-    found = summary(table, (0.02, 0.1))
+    found = summarize_scores(table, (0.02, 0.1))
     assert found["dsc"] == pytest.approx(0.5)
     assert found["dsc_per_group"] == pytest.approx((0.3 + 0.9) / 2)
     assert found["hd95_per_group"] == pytest.approx(6)
@@ -145,7 +145,7 @@ def test_means_over_groups_count_a_patient_once_and_leave_out_images_without_a_l
         0.5,
     )
     assert (found["dsc_small"], found["dsc_medium"], found["dsc_large"]) == (0.2, 0.4, 0.9)
-    assert summary(table[:3], (0.02, 0.1))["empty_correct"] is None
+    assert summarize_scores(table[:3], (0.02, 0.1))["empty_correct"] is None
 
 
 def test_best_threshold_is_the_optimum_over_the_candidates() -> None:
@@ -173,13 +173,13 @@ def test_sizes_include_their_limits_in_the_middle_and_leave_out_images_without_a
     share = np.array([0.0, 0.019, 0.02, 0.1, 0.11])
     found = {
         name: np.flatnonzero(chosen).tolist()
-        for name, chosen in sizes_of(share, (0.02, 0.1)).items()
+        for name, chosen in size_classes(share, (0.02, 0.1)).items()
     }
     assert found == {"small": [1], "medium": [2, 3], "large": [4]}
 
 
 def test_scores_by_size_are_means_and_none_where_there_is_no_image() -> None:
     dsc, share = np.array([np.nan, 0.2, 0.4, 0.9]), np.array([0.0, 0.01, 0.015, 0.5])
-    found = by_size(dsc, share, (0.02, 0.1))
+    found = dsc_by_size(dsc, share, (0.02, 0.1))
     assert found == {"dsc_small": pytest.approx(0.3), "dsc_medium": None, "dsc_large": 0.9}
-    assert by_size(np.array([np.nan]), np.array([0.01]), (0.02, 0.1))["dsc_small"] is None
+    assert dsc_by_size(np.array([np.nan]), np.array([0.01]), (0.02, 0.1))["dsc_small"] is None

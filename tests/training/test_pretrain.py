@@ -372,7 +372,7 @@ def test_a_run_without_a_whole_checkpoint_is_refused_in_one_sentence(
     run(phantom_dataset, tmp_path, stop_after=1)
     damage(checkpoints(tmp_path)[0])
     with pytest.raises(
-        CheckpointError, match=r"no whole checkpoint \(epoch-1\.\w+\.pt\); delete it to start again"
+        CheckpointError, match=r"are damaged \(epoch-1\.\w+\.pt\); delete the folder to start again"
     ):
         run(phantom_dataset, tmp_path)
 

@@ -46,11 +46,11 @@ def go(
     *,
     report: Callable[[Metrics], None] = lambda metrics: None,
     stop_after: int | None = None,
-    faults: FaultToleranceConfig | None = None,
+    fault_tolerance: FaultToleranceConfig | None = None,
     **given: Any,
 ) -> PretrainResult:
     config = PretrainConfig.model_validate({"epochs": 4, "batch_size": 10, "model": TINY, **given})
-    batches = open_batches(dataset, batch_size=10, seed=config.seed, mode="resident")
+    batches = open_batches(dataset, batch_size=10, seed=config.seed, mode="mapped")
     reported: list[int] = []
 
     def told(metrics: Metrics) -> None:
@@ -60,7 +60,7 @@ def go(
     hooks = Hooks(
         report=told, should_stop=lambda: stop_after is not None and reported[-1] >= stop_after
     )
-    return pretrain(config, batches, folder, hooks=hooks, fault_tolerance=faults)
+    return pretrain(config, batches, folder, hooks=hooks, fault_tolerance=fault_tolerance)
 
 
 def figures(folder: Path) -> list[Metrics]:
@@ -111,7 +111,8 @@ def test_a_damaged_newest_checkpoint_costs_its_epoch_and_is_told(
         event for event in read_events(tmp_path / "run") if event["event"] == "damaged checkpoint"
     )
     assert (
-        damaged["text"] == f"{newest} is damaged and left out; the one before it is taken, if any."
+        damaged["text"]
+        == f"{newest} is damaged and skipped; the checkpoint before it is used, if any."
     )
     assert [epoch_of(path) for path in checkpoints(tmp_path / "run")] == [4, 3]
 
@@ -176,7 +177,7 @@ def test_a_folder_that_takes_no_checkpoint_ends_the_run_in_a_sentence_and_it_goe
     go(dataset, folder)
     assert_same(folder, tmp_path / "whole")
     (storage,) = (event for event in read_events(folder) if event["event"] == "storage")
-    assert "trying again for 0.001 minutes" in storage["text"]
+    assert "retrying for 0.001 minutes" in storage["text"]
 
 
 def test_what_a_hook_meets_is_not_taken_for_a_full_folder(
@@ -226,7 +227,7 @@ def test_the_average_is_what_is_looked_at_and_exported(
         seen.append({name: value.clone() for name, value in model.state_dict().items()})
         return {}
 
-    batches = open_batches(dataset, batch_size=10, seed=0, mode="resident")
+    batches = open_batches(dataset, batch_size=10, seed=0, mode="mapped")
     result = pretrain(config, batches, tmp_path, hooks=Hooks(evaluate=evaluate))
     found = latest(tmp_path)
     assert found is not None

@@ -46,7 +46,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> PatchDataset:
 
 
 def open_train(dataset: PatchDataset, config: PretrainConfig) -> Batches:
-    return open_batches(dataset, batch_size=config.batch_size, seed=config.seed, mode="resident")
+    return open_batches(dataset, batch_size=config.batch_size, seed=config.seed, mode="mapped")
 
 
 def run(

@@ -10,7 +10,7 @@ import torch
 from amlp_ray.config import ImageSpec, PretrainConfig
 from amlp_ray.errors import CheckpointError, ConfigError
 from amlp_ray.method.autoencoder import MaskedAutoencoder
-from amlp_ray.training.train_state import TrainState, blocks_to_cut, new_model
+from amlp_ray.training.train_state import TrainState, new_model, shardable_blocks
 from amlp_ray.utils import distributed
 
 SPEC = ImageSpec(channels=1, height=32, width=32, mean=(9.0,), std=(3.0,))
@@ -57,7 +57,7 @@ def test_blocks_that_may_be_cut_are_groups_apart_and_every_trained_weight_is_in_
     groups = [group["params"] for group in train_state.optimizer.param_groups]
     trained = {id(p) for p in train_state.model.parameters() if p.requires_grad}
     assert sorted(id(p) for group in groups for p in group) == sorted(trained)
-    blocks = {id(p) for block in blocks_to_cut(train_state.model) for p in block.parameters()}
+    blocks = {id(p) for block in shardable_blocks(train_state.model) for p in block.parameters()}
     assert [{id(p) in blocks for p in group} for group in groups] == [
         {True},
         {True},
@@ -76,7 +76,7 @@ def test_blocks_that_may_be_cut_are_groups_apart_and_every_trained_weight_is_in_
 def test_all_encoder_blocks_but_the_last_may_be_cut() -> None:
     model = learner_of(variant="mae").model
     assert isinstance(model, MaskedAutoencoder)
-    assert blocks_to_cut(model) == [model.encoder.blocks[0], model.encoder.blocks[1]]
+    assert shardable_blocks(model) == [model.encoder.blocks[0], model.encoder.blocks[1]]
 
 
 def test_the_average_is_the_moving_average_of_the_weights_which_forgets_faster_when_young() -> None:
@@ -150,9 +150,9 @@ def test_a_state_of_a_model_of_another_shape_is_refused() -> None:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"variant": "simsiam"}, "fsdp cuts autoencoders only; use ddp"),
-        ({"weight_ema": 0.9}, "goes with neither average nor precision=fp16; use ddp or bf16"),
-        ({"precision": "fp16"}, "goes with neither average nor precision=fp16; use ddp or bf16"),
+        ({"variant": "simsiam"}, "fsdp shards autoencoders only; use ddp"),
+        ({"weight_ema": 0.9}, "supports neither weight_ema nor precision=fp16; use ddp or bf16"),
+        ({"precision": "fp16"}, "supports neither weight_ema nor precision=fp16; use ddp or bf16"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(

@@ -33,7 +33,7 @@ for package in (amlp_ray.method, amlp_ray.training):
 
 from amlp_ray.config import ProbeConfig
 from amlp_ray.config.base import build
-from amlp_ray.config.overrides import nested
+from amlp_ray.config.overrides import nest
 from amlp_ray.config import PretrainConfig, SegmentConfig
 from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.launch.launcher import run_here
@@ -43,7 +43,7 @@ from pathlib import Path
 
 data, out = sys.argv[1:]
 tiny = {"epochs": 1, "batch_size": 12, "model.width": 24, "model.depth": 1, "model.heads": 2, "model.decoder_width": 16}
-settings = build(PretrainConfig, nested(tiny), "test")
+settings = build(PretrainConfig, nest(tiny), "test")
 job = RunSpec(config=settings, data=data, folder=Path(out), rungs=(1,),
               probe=ProbeConfig(num_labeled=8, subsets=1, folds=2))
 result = run_here(job)

@@ -56,7 +56,7 @@ def train(
         dataset,
         batch_size=config.batch_size,
         seed=config.seed,
-        mode="resident",
+        mode="mapped",
         rank=rank,
         world=distributed.world_size(),
     )

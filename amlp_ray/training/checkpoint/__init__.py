@@ -1,1 +1,1 @@
-"""What a run keeps to go on from and to take away, and the weights it may start from."""
+"""Checkpoints of a run, the encoder it exports, and the weights it may start from."""

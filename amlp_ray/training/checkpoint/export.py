@@ -1,4 +1,4 @@
-"""The encoder to take away: safetensors with timm's own keys, and how to build and feed it in the header."""
+"""Export an encoder as safetensors with timm's own keys and a header that describes it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,22 @@ from amlp_ray.method.encoder import create_encoder, timm_arguments, timm_name
 from amlp_ray.utils.files import atomic_write
 
 ENCODER = "encoder.safetensors"  # in the folder of a run
-HEADER = {"timm_name", "timm_arguments", "model", "image"}
+HEADER_KEYS = {"timm_name", "timm_arguments", "model", "image"}
 
 
 def export_encoder(
     encoder: VisionTransformer, path: Path, config: ModelConfig, spec: ImageSpec
 ) -> None:
-    """Write the encoder as safetensors with timm's own keys, and how to build and feed it in the header.
+    """Write an encoder that timm loads with every key matched.
 
-    `timm.create_model(name, checkpoint_path=path, **arguments)` loads it with every key matched; name and arguments
-    are in the header under `timm_name` and `timm_arguments`.
+    `timm.create_model(name, checkpoint_path=path, **arguments)` loads it. Name and arguments are in
+    the header, as `timm_name` and `timm_arguments`.
+
+    Args:
+        encoder: to export.
+        path: of the new file.
+        config: that the encoder was built from.
+        spec: of the images it was trained on.
     """
     header = {
         "timm_name": timm_name(config),
@@ -40,39 +46,46 @@ def export_encoder(
 def write_tensors(
     path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str] | None = None
 ) -> None:
-    """Write tensors as safetensors, whole, and readable for colleagues: the library itself makes private files."""
+    """Write tensors as safetensors atomically.
+
+    The library's own writer makes files that colleagues cannot read.
+    """
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     atomic_write(path, save(plain, metadata=header))
 
 
 def read_encoder_header(path: str | Path) -> tuple[ModelConfig, ImageSpec]:
-    """Return the model settings and image shape an exported encoder was trained with.
+    """Read the model config and the image shape that an exported encoder was trained with.
 
     Raises:
-        CheckpointError: where the file is missing or is no encoder exported here.
+        CheckpointError: the file is missing or is no encoder exported here.
     """
-    header = _header(path)
-    return ModelConfig.model_validate_json(header["model"]), ImageSpec.model_validate_json(
-        header["image"]
-    )
+    header = _read_header(path)
+    model = ModelConfig.model_validate_json(header["model"])
+    return model, ImageSpec.model_validate_json(header["image"])
 
 
 def load_encoder(path: str | Path) -> VisionTransformer:
     """Load an exported encoder as a timm model, in evaluation mode.
 
-    It takes images (B, C, H, W) normalised by the `mean` and `std` of `read_encoder_header`, and `forward_features`
-    gives tokens (B, R + N, D), the R prefix tokens (class token, registers) first.
+    It takes images (B, C, H, W) normalized by the `mean` and `std` of `read_encoder_header`.
+    `forward_features` returns tokens (B, R + N, D): the R prefix tokens (class token, registers)
+    come first.
+
+    Raises:
+        CheckpointError: the file is missing or is no encoder exported here.
     """
-    header = _header(path)
+    header = _read_header(path)
     arguments: dict[str, Any] = json.loads(header["timm_arguments"])
     encoder = create_encoder(header["timm_name"], arguments)
     with safe_open(str(path), framework="pt") as file:
-        encoder.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118  (not a dict)
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no dict)
+    encoder.load_state_dict(tensors)
     return encoder.eval()
 
 
 def is_encoder(path: Path) -> bool:
-    """Whether this is a whole encoder as `export_encoder` writes it, told by its header and its length."""
+    """Return whether a file is a complete encoder exported here, by its header and its length."""
     try:
         read_encoder_header(path)
     except CheckpointError:
@@ -80,7 +93,7 @@ def is_encoder(path: Path) -> bool:
     return True
 
 
-def _header(path: str | Path) -> dict[str, str]:
+def _read_header(path: str | Path) -> dict[str, str]:
     if not Path(path).is_file():
         raise CheckpointError(f"There is no encoder file {path}; check the path.")
     try:
@@ -88,8 +101,9 @@ def _header(path: str | Path) -> dict[str, str]:
             header = file.metadata() or {}
     except SafetensorError:
         header = {}
-    if not header.keys() >= HEADER:
+    if not header.keys() >= HEADER_KEYS:
         raise CheckpointError(
-            f"{path} is cut short, or not an encoder exported by amlp-ray; give the encoder.safetensors of a run."
+            f"{path} is cut short, or not an encoder exported by amlp-ray; give the "
+            f"encoder.safetensors of a run."
         )
     return dict(header)

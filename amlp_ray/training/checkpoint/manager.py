@@ -1,8 +1,9 @@
-"""Checkpoints of a run: written beside the training, whole or not at all, and verified when they are read.
+"""Write checkpoints atomically beside the training, and verify them when they are read.
 
-`checkpoint/epoch-7.3f9c2a….pt`: the name ends with a digest of the content, so a file that was cut short, or changed on
-its disk or on its way, is told from a whole one. The last few are kept: where the newest is damaged, the one before is
-taken. A checkpoint holds tensors and plain values and is loaded with `weights_only`: reading one never runs code.
+`checkpoint/epoch-7.3f9c2a….pt`: the name ends with a digest of the content, so a file that was cut
+short or changed is recognized. The last few are kept: if the newest is damaged, the one before it
+is used. A checkpoint holds tensors and plain values and is loaded with `weights_only`, so reading
+one never runs code.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -19,110 +19,126 @@ import torch
 from torch import Tensor
 
 from amlp_ray.errors import CheckpointError
+from amlp_ray.utils.event_log import EventLog
 from amlp_ray.utils.retry import RetryPolicy
 
+FOLDER = "checkpoint"
 NAME = re.compile(r"epoch-(\d+)\.([0-9a-f]{16})\.pt")
 State = dict[str, Any]
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of the run in `folder`, the newest first, whole or not."""
-    found = [
-        path for path in (folder / "checkpoint").glob("epoch-*.pt") if NAME.fullmatch(path.name)
-    ]
-    return sorted(found, key=epoch_of, reverse=True)
+    """List the checkpoints of the run in `folder`, newest first, damaged ones included."""
+    paths = (folder / FOLDER).glob("epoch-*.pt")
+    return sorted(filter(_is_checkpoint, paths), key=epoch_of, reverse=True)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return NAME.fullmatch(path.name) is not None
 
 
 def epoch_of(path: Path) -> int:
-    """The epoch that a checkpoint was written after, by its name."""
+    """Return the epoch that a checkpoint was written after, by its name."""
     match = NAME.fullmatch(path.name)
     assert match is not None
     return int(match[1])
 
 
-def latest(
-    folder: Path, damaged: Callable[[str], None] = lambda text: None
-) -> tuple[State, Path] | None:
-    """Read the newest whole checkpoint of the run in `folder`; None where there is none at all.
+def latest(folder: Path, events: EventLog | None = None) -> tuple[State, Path] | None:
+    """Read the newest undamaged checkpoint of the run in `folder`.
 
     Args:
-        damaged: told of each newer one that is not whole, in a sentence.
+        folder: of the run.
+        events: where damaged checkpoints are recorded.
+
+    Returns:
+        The state and its file; None if there is no checkpoint at all.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is whole.
+        CheckpointError: there are checkpoints, but all are damaged.
     """
-    found = checkpoints(folder)
-    for path in found:
-        if is_whole(path):
+    paths = checkpoints(folder)
+    for path in paths:
+        if is_intact(path):
             return read_checkpoint(path), path
-        damaged(f"{path} is damaged and left out; the one before it is taken, if any.")
-    if found:
-        names = ", ".join(path.name for path in found)
+        if events is not None:
+            message = f"{path} is damaged and skipped; the checkpoint before it is used, if any."
+            events.record("damaged checkpoint", message)
+    if paths:
+        names = ", ".join(path.name for path in paths)
         raise CheckpointError(
-            f"{found[0].parent} holds no whole checkpoint ({names}); delete it to start again."
+            f"All checkpoints in {paths[0].parent} are damaged ({names}); delete the folder to "
+            f"start again."
         )
     return None
 
 
 def read_checkpoint(path: Path) -> State:
-    """Read a checkpoint that is whole. Raises CheckpointError where it holds anything but tensors and plain values."""
+    """Read a checkpoint.
+
+    Raises:
+        CheckpointError: it holds anything but tensors and plain values.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}); give the folder of a run of amlp-ray, "
-            f"or delete {path.parent} to start from the first epoch."
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}); give the folder of a "
+            f"run of amlp-ray, or delete {path.parent} to start from the first epoch."
         ) from None
 
 
-def is_whole(path: Path) -> bool:
-    """Whether the content of a checkpoint has the digest of its name."""
+def is_intact(path: Path) -> bool:
+    """Return whether the content of a checkpoint has the digest of its name."""
     match = NAME.fullmatch(path.name)
+    if match is None:
+        return False
     try:
         with path.open("rb") as file:
-            return (
-                match is not None
-                and hashlib.file_digest(file, "sha256").hexdigest()[:16] == match[2]
-            )
+            digest = hashlib.file_digest(file, "sha256")
     except OSError:
         return False
+    return digest.hexdigest()[:16] == match[2]
 
 
 def write_checkpoint(folder: Path, state: State, epoch: int, *, keep: int = 1) -> Path:
-    """Write a checkpoint now, and drop all but the `keep` newest. A full disk leaves the older ones and nothing else.
+    """Write a checkpoint now, and delete all but the `keep` newest.
+
+    On a full disk, the older checkpoints stay and nothing else is left.
 
     Raises:
         OSError: it could not be written.
     """
-    place = folder / "checkpoint"
-    place.mkdir(
-        exist_ok=True
-    )  # and not the run's folder: one that is away would be in its own way when it comes back
+    # The run's folder is not created: if it is unreachable, a new one would hide its return.
+    place = folder / FOLDER
+    place.mkdir(exist_ok=True)
     partial = place / f"epoch-{epoch}.partial"
     try:
         with partial.open("wb") as file:
-            hashed = _Hashed(file)
+            hashed = _HashedFile(file)
             torch.save(state, cast(BinaryIO, hashed))
             file.flush()
             os.fsync(file.fileno())
         path = partial.rename(place / f"epoch-{epoch}.{hashed.digest.hexdigest()[:16]}.pt")
     except BaseException as error:
         partial.unlink(missing_ok=True)  # a full disk needs the room
-        # torch wraps what a write raises.
+        # torch wraps the error of a write.
         cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__
         if isinstance(error, RuntimeError) and isinstance(cause, OSError):
             raise cause from None
         raise
-    for old in [other for other in checkpoints(folder) if other != path][keep - 1 :]:
+    others = [other for other in checkpoints(folder) if other != path]
+    for old in others[keep - 1 :]:
         old.unlink(missing_ok=True)
     return path
 
 
-class _Hashed:
-    """A file that computes the digest of what is written to it, which spares reading it again."""
+class _HashedFile:
+    """A file that computes the digest of what is written, so that it need not be read again."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest = file, hashlib.sha256()
+        self.file = file
+        self.digest = hashlib.sha256()
         self.flush = file.flush
 
     def write(self, content: bytes) -> int:
@@ -131,61 +147,65 @@ class _Hashed:
 
 
 class CheckpointManager:
-    """Writes a run's checkpoints in a thread, one at a time, while training goes on.
+    """Writes a run's checkpoints in a thread, one at a time, while training continues.
 
-    Training does not run away from a disk that is full or away: at the end of the next epoch it waits, so that a kill
-    never costs more than the epochs after the last checkpoint, of which one at most was ended.
+    At the end of the next epoch, training waits for a disk that is full or unreachable. So a kill
+    costs the epochs after the last checkpoint, of which at most one was finished.
     """
 
-    def __init__(self, folder: Path, patience: RetryPolicy, *, keep: int = 2) -> None:
-        """For the run in `folder`, of which the `keep` latest are kept."""
-        self.folder, self.patience, self.keep = folder, patience, keep
+    def __init__(self, folder: Path, retries: RetryPolicy, *, keep: int = 2) -> None:
+        """Set up the checkpoints of the run in `folder`, of which the `keep` latest stay."""
+        self.folder = folder
+        self.retries = retries
+        self.keep = keep
         self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._error: BaseException | None = None
 
     def save(self, state: State, epoch: int) -> None:
-        """Copy `state` as it is now and begin to write it; the last write has ended before.
+        """Copy `state` and begin to write it, once the previous write has ended.
 
         Raises:
-            StorageError: the last one could not be written.
+            StorageError: the previous checkpoint could not be written.
         """
         self.wait()
-        # A daemon, so that a process that ends does not wait for a disk; `write_checkpoint` leaves nothing half done.
+        # A daemon: a process that ends does not wait for a disk. A kill leaves no half checkpoint.
         self._thread = threading.Thread(
-            target=self._write, args=(_copied(state), epoch), name="amlp-checkpoint", daemon=True
+            target=self._write, args=(_copy(state), epoch), name="amlp-checkpoint", daemon=True
         )
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when everything that was saved is on its disk. Raises StorageError where it could not be written."""
+        """Return once everything saved is written. Raises StorageError if it could not be."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        error = self._error
+        self._error = None
+        if error is not None:
+            raise error
 
     def close(self) -> None:
-        """End what still writes: a run that failed is begun again, maybe in this process, and must find nobody."""
-        self.patience.cancel()
+        """Stop a write that is being retried, and wait for its thread."""
+        self.retries.cancel()
         if self._thread is not None:
             self._thread.join()
 
     def _write(self, state: State, epoch: int) -> None:
         try:
-            self.patience.run(
+            self.retries.run(
                 lambda: write_checkpoint(self.folder, state, epoch, keep=self.keep),
                 f"the checkpoint of epoch {epoch}",
             )
-        except BaseException as error:  # handed on by `wait`
-            self._failure = error
+        except BaseException as error:  # raised by `wait`
+            self._error = error
 
 
-def _copied(value: Any) -> Any:
+def _copy(value: Any) -> Any:
+    """Copy a nested state to the CPU."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
+        return {key: _copy(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_copied(item) for item in value)
+        return type(value)(_copy(item) for item in value)
     return value

@@ -1,7 +1,8 @@
-"""Encoders to start from: one exported here, a timm checkpoint in a file, or timm's own weights from the internet.
+"""Load pretrained encoders: one exported here, a timm checkpoint file, or timm's own weights.
 
-timm does the adapting, with its own functions: the patch embedding of 3 channels is summed to 1, or repeated and scaled
-to n; positions are resampled (bicubic) to another grid of patches. Weights are tensors alone: no code is loaded.
+timm adapts the weights with its own functions. The patch embedding of 3 channels is summed to 1, or
+repeated and scaled to n; positions are resampled (bicubic) to another grid of patches. Files are
+read as tensors alone, so no code is loaded.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
-from typing import Any
 
 import timm
 from timm.models import adapt_input_conv, load_state_dict
@@ -28,99 +28,132 @@ from amlp_ray.training.checkpoint.export import load_encoder, read_encoder_heade
 
 ONLINE = "timm:"
 ENCODER_FIELDS = ("patch_size", "width", "depth", "heads", "class_token", "register_tokens")
-# What checkpoints hold beside an encoder: classifiers, and the decoders of MAE and its kin.
-BESIDE = ("head", "fc", "decoder", "mask_token", "pre_logits")
+# What a checkpoint may hold beside an encoder: classifiers, and the decoders of MAE and its kin.
+IGNORED_PREFIXES = ("head", "fc", "decoder", "mask_token", "pre_logits")
+PATCH_EMBEDDING = "patch_embed.proj.weight"
+
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Start:
-    """An encoder to train on, in evaluation mode, and the settings it belongs to.
+class PretrainedEncoder:
+    """A pretrained encoder in evaluation mode. Its positions are fixed, as in every encoder here.
 
-    `told` says in a sentence what was loaded and what was adapted. Positions are fixed, as in every encoder here.
+    Args:
+        encoder: the timm model.
+        model: the config that describes it.
+        description: a sentence on what was loaded and what was adapted.
     """
 
     encoder: VisionTransformer
     model: ModelConfig
-    told: str
+    description: str
 
 
-def starting_encoder(
+def load_pretrained_encoder(
     weights: str, spec: ImageSpec, model: ModelConfig | None = None, name: str | None = None
-) -> Start:
-    """Load an encoder for images of `spec`; it equals what `build_encoder` builds from its settings, but for its values.
+) -> PretrainedEncoder:
+    """Load an encoder for images of `spec`; only its values differ from `build_encoder`.
 
     Args:
-        weights: path of an encoder exported here, path of a timm checkpoint (.safetensors, .pth, .bin), or
-            `timm:vit_small_patch16_224`, with a tag or without, for timm's own weights from the internet.
-        model: what the encoder has to be; its decoder's settings are handed on. None: whatever it is.
-        name: which timm ViT a timm checkpoint is of; other weights say it themselves.
+        weights: path of an encoder exported here, path of a timm checkpoint (.safetensors, .pth,
+            .bin), or `timm:vit_small_patch16_224`, with or without a tag, for timm's own weights
+            from the internet.
+        spec: of the images.
+        model: what the encoder must be. It also describes the decoder in the result. None: any.
+        name: the timm ViT of a timm checkpoint; other weights tell it themselves.
 
     Raises:
-        ConfigError: `name` is missing or no ViT that can be used, or its patches do not fit the images.
-        CheckpointError: no such file, a damaged one, one of another architecture, or no internet.
+        ConfigError: `name` is missing or no usable ViT, or its patches do not divide the images.
+        CheckpointError: the file is missing, damaged or of another architecture, or there is no
+            internet.
     """
-    found = starting_model(weights, name)
-    _check_same(weights, found, model)
-    config = found if model is None else model
+    source_model = read_pretrained_config(weights, name)
+    if model is None:
+        model = source_model
+    else:
+        _check_same_encoder(weights, source_model, model)
     if _is_exported(weights):
-        return Start(_own(weights, spec), config, f"encoder of {weights}, exported by amlp-ray")
-    check_patches(found, spec)
-    given = _online(weights.removeprefix(ONLINE)) if weights.startswith(ONLINE) else _read(weights)
-    encoder = create_encoder(timm_name(config), timm_arguments(config, spec))
-    adapted = _fill(encoder, given, f"{weights} as {found.encoder}")
-    encoder.pos_embed.requires_grad_(False)
-    source = "the internet" if weights.startswith(ONLINE) else weights
-    label = weights.removeprefix(ONLINE) if weights.startswith(ONLINE) else found.encoder
-    return Start(
-        encoder.eval(),
-        config,
-        f"{label} from {source}: {', '.join(adapted) or 'nothing adapted'}",
-    )
-
-
-def located(weights: str | Path) -> str:
-    """Weights by a path that holds wherever a worker runs."""
-    return str(weights) if str(weights).startswith(ONLINE) else str(Path(weights).absolute())
-
-
-def starting_model(weights: str, name: str | None = None) -> ModelConfig:
-    """What encoder `weights` are of; nothing is loaded. Arguments and errors as in `starting_encoder`."""
+        encoder = _load_exported(weights, spec)
+        return PretrainedEncoder(encoder, model, f"encoder of {weights}, exported by amlp-ray")
+    check_patches(source_model, spec)
     if weights.startswith(ONLINE):
-        return _settings_of(weights.removeprefix(ONLINE).partition(".")[0], "--encoder")
+        label = weights.removeprefix(ONLINE)
+        source = "the internet"
+        tensors = _download(label)
+    else:
+        label = str(source_model.encoder)
+        source = weights
+        tensors = _read_tensors(weights)
+    encoder = create_encoder(timm_name(model), timm_arguments(model, spec))
+    changes = _load_adapted(encoder, tensors, f"{weights} as {source_model.encoder}")
+    encoder.pos_embed.requires_grad_(False)
+    description = f"{label} from {source}: {', '.join(changes) or 'nothing adapted'}"
+    return PretrainedEncoder(encoder.eval(), model, description)
+
+
+def resolve_weights(weights: str | Path) -> str:
+    """Make the path of weights absolute, so that workers in another folder find them."""
+    if str(weights).startswith(ONLINE):
+        return str(weights)
+    return str(Path(weights).absolute())
+
+
+def read_pretrained_config(weights: str, name: str | None = None) -> ModelConfig:
+    """Return which encoder `weights` belong to, without loading them.
+
+    Arguments and errors are those of `load_pretrained_encoder`.
+    """
+    if weights.startswith(ONLINE):
+        return _timm_config(weights.removeprefix(ONLINE), "--encoder")
     if _is_exported(weights):
         return read_encoder_header(weights)[0]
     if name is None:
         raise ConfigError(
-            f"{weights} is no encoder exported by amlp-ray; if it is a timm checkpoint, say of which ViT, such as "
-            f"vit_small_patch16_224: --encoder-name of segment, model.encoder of pretraining."
+            f"{weights} is no encoder exported by amlp-ray; if it is a timm checkpoint, name its "
+            f"ViT, such as vit_small_patch16_224: --encoder-name of segment, model.encoder of "
+            f"pretraining."
         )
-    return _settings_of(name.partition(".")[0], "--encoder-name")
+    return _timm_config(name, "--encoder-name")
 
 
-def starting_spec(weights: str, own: ImageSpec) -> ImageSpec:
-    """How images are to be normalised for an encoder: as those it was pretrained on, or by `own` for timm's weights.
+def _timm_config(name: str, option: str) -> ModelConfig:
+    architecture = name.partition(".")[0]
+    return build(ModelConfig, {"encoder": architecture}, option)
 
-    timm's were trained with the mean and SD of ImageNet's colours, which say nothing of other channels.
+
+def pretrained_image_spec(weights: str, own: ImageSpec) -> ImageSpec:
+    """Return how images are normalized for an encoder.
+
+    An exported encoder takes images normalized as those it was pretrained on. timm's weights take
+    images normalized by their `own` mean and SD: timm's are those of ImageNet's colours, which do
+    not apply to other channels.
     """
     return read_encoder_header(weights)[1] if _is_exported(weights) else own
 
 
 def check_patches(model: ModelConfig, spec: ImageSpec) -> None:
-    """Raise ConfigError where an encoder's patches do not divide the images."""
+    """Raise ConfigError if an encoder's patches do not divide the images."""
     if spec.height % model.patch_size or spec.width % model.patch_size:
         raise ConfigError(
-            f"The patches of {timm_name(model)} ({model.patch_size} pixels) do not divide images of "
-            f"{spec.height}x{spec.width} pixels; choose another ViT, or prepare the data with another --size."
+            f"The patches of {timm_name(model)} ({model.patch_size} pixels) do not divide images "
+            f"of {spec.height}x{spec.width} pixels; choose another ViT, or prepare the data with "
+            f"another --size."
         )
 
 
 def _is_exported(weights: str) -> bool:
-    """Whether it is a file of an encoder exported here. Raises CheckpointError where there is no file at all."""
+    """Return whether a file holds an encoder exported here.
+
+    Raises:
+        CheckpointError: there is no such file.
+    """
     if weights.startswith(ONLINE):
         return False
     if not Path(weights).is_file():
         raise CheckpointError(
-            f"There is no encoder file {weights}; check the path, or give timm:NAME for weights from the internet."
+            f"There is no encoder file {weights}; check the path, or give timm:NAME for weights "
+            f"from the internet."
         )
     try:
         read_encoder_header(weights)
@@ -129,128 +162,141 @@ def _is_exported(weights: str) -> bool:
     return True
 
 
-def _settings_of(name: str, option: str) -> ModelConfig:
-    return build(ModelConfig, {"encoder": name}, option)
-
-
-def _check_same(weights: str, found: ModelConfig, wanted: ModelConfig | None) -> None:
-    if wanted is None:
-        return
-    pairs = {"encoder": (timm_name(found), timm_name(wanted))}
-    pairs |= {field: (getattr(found, field), getattr(wanted, field)) for field in ENCODER_FIELDS}
-    differing = [
-        f"model.{key} {theirs}, not {ours}"
-        for key, (theirs, ours) in pairs.items()
-        if theirs != ours
-    ]
-    if differing:
+def _check_same_encoder(weights: str, source: ModelConfig, model: ModelConfig) -> None:
+    """Raise CheckpointError if weights of `source` do not fit the encoder of `model`."""
+    differences = []
+    if timm_name(source) != timm_name(model):
+        differences.append(f"model.encoder {timm_name(source)}, not {timm_name(model)}")
+    for name in ENCODER_FIELDS:
+        source_value = getattr(source, name)
+        value = getattr(model, name)
+        if source_value != value:
+            differences.append(f"model.{name} {source_value}, not {value}")
+    if differences:
         raise CheckpointError(
-            f"{weights} is of another architecture than the settings have: {'; '.join(differing)}; "
-            f"change the settings, or give other weights."
+            f"{weights} is of another architecture than the settings have: "
+            f"{'; '.join(differences)}; change the settings, or give other weights."
         )
 
 
-def _own(weights: str, spec: ImageSpec) -> VisionTransformer:
-    made_for = read_encoder_header(weights)[1]
-    theirs, ours = ("x".join(map(str, (s.channels, s.height, s.width))) for s in (made_for, spec))
-    if theirs != ours:
+def _load_exported(weights: str, spec: ImageSpec) -> VisionTransformer:
+    source_shape = _shape_text(read_encoder_header(weights)[1])
+    if source_shape != _shape_text(spec):
         raise CheckpointError(
-            f"{weights} is made for {theirs} images (channels, height, width), not {ours}; prepare the data alike."
+            f"{weights} is made for {source_shape} images (channels, height, width), not "
+            f"{_shape_text(spec)}; prepare the data alike."
         )
     encoder = load_encoder(weights)
     encoder.pos_embed.requires_grad_(False)
     return encoder
 
 
-def _online(name: str) -> dict[str, Tensor]:
-    """Weights as timm gives them, for images as timm trains on."""
-    base = name.partition(".")[0]
-    known = timm.list_pretrained(f"{base}.*")
-    if name not in (base, *known) or not known:
-        raise ConfigError(
-            f"timm has no weights of the name {name!r}; it has "
-            + (", ".join(known) if known else f"none of {base}, only its architecture")
-            + "."
-        )
+def _shape_text(spec: ImageSpec) -> str:
+    return f"{spec.channels}x{spec.height}x{spec.width}"
+
+
+def _download(name: str) -> Tensors:
+    """Download timm's weights of a model name, with or without a tag."""
+    architecture = name.partition(".")[0]
+    names = timm.list_pretrained(f"{architecture}.*")
+    if not names or name not in (architecture, *names):
+        available = ", ".join(names) or f"none of {architecture}, only its architecture"
+        raise ConfigError(f"timm has no weights of the name {name!r}; it has {available}.")
     try:
         return timm.create_model(name, pretrained=True).state_dict()
-    except Exception as error:  # every library on the way has its own
+    except Exception as error:  # each library on the way raises its own
         raise CheckpointError(
-            f"timm:{name} cannot be loaded from the internet ({type(error).__name__}); fetch its file where there is "
-            f"internet, and give --encoder FILE --encoder-name {base}."
+            f"timm:{name} cannot be loaded from the internet ({type(error).__name__}); download "
+            f"its file where there is internet, and give --encoder FILE --encoder-name "
+            f"{architecture}."
         ) from None
 
 
-def _read(weights: str) -> dict[str, Tensor]:
+def _read_tensors(weights: str) -> Tensors:
     try:
-        state: dict[str, Any] = load_state_dict(
-            weights
-        )  # under `model` or `state_dict` too, and by `weights_only`
-        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    except Exception as error:  # whatever else the file is
+        # Unpacks `model` or `state_dict`, and reads with `weights_only`.
+        state = load_state_dict(weights)
+        return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    except Exception as error:  # the file may be anything
         raise CheckpointError(
-            f"{weights} cannot be read as weights ({type(error).__name__}); give a state dict as .safetensors, or as "
-            f"torch.save writes it."
+            f"{weights} cannot be read as weights ({type(error).__name__}); give a state dict as "
+            f".safetensors, or as torch.save writes it."
         ) from None
-    return tensors
 
 
-def _fill(encoder: VisionTransformer, given: dict[str, Tensor], what: str) -> list[str]:
-    """Load a checkpoint's tensors, adapted to the encoder; return what was adapted.
+def _load_adapted(encoder: VisionTransformer, tensors: Tensors, label: str) -> list[str]:
+    """Load a checkpoint's tensors into an encoder of another shape or grid.
 
-    Raises CheckpointError where the encoder would keep a random weight, or lose one of the checkpoint's.
+    Args:
+        encoder: gets the weights.
+        tensors: of the checkpoint, by timm's names.
+        label: names the checkpoint in messages.
+
+    Returns:
+        What was adapted, a phrase each.
+
+    Raises:
+        CheckpointError: the encoder would keep a random weight, or lose one of the checkpoint's.
     """
-    told, grid = [], tuple(encoder.patch_embed.grid_size)
-    source_grid = _grid_of(encoder, given)
+    changes: list[str] = []
+    grid = tuple(encoder.patch_embed.grid_size)
+    source_grid = _source_grid(encoder, tensors)
     try:
-        state = checkpoint_filter_fn(dict(given), encoder)
-        embedding = state.get("patch_embed.proj.weight")
-        channels, source = (
-            encoder.patch_embed.proj.in_channels,
-            embedding.shape[1] if embedding is not None else 0,
-        )
-        if embedding is not None and source != channels:
-            state["patch_embed.proj.weight"] = adapt_input_conv(
-                channels, embedding, base_chans=source
-            )
-            how = "summed to 1" if channels == 1 else f"repeated to {channels} and scaled"
-            told.append(f"patch embedding of {source} channel{'s' * (source > 1)} {how}")
+        state = checkpoint_filter_fn(dict(tensors), encoder)
+        changes += _adapt_channels(encoder, state)
         if "norm.weight" not in state and "fc_norm.weight" in state:  # of ViTs that pool first
-            state |= {
-                key.removeprefix("fc_"): state[key] for key in ("fc_norm.weight", "fc_norm.bias")
-            }
-            told.append("the norm of pooled tokens taken as that of each")
+            for name in ("norm.weight", "norm.bias"):
+                state[name] = state[f"fc_{name}"]
+            changes.append("the norm of pooled tokens taken as that of each")
         if source_grid not in (None, grid):
-            told.append("positions resampled from {}x{} to {}x{}".format(*source_grid, *grid))
+            changes.append("positions resampled from {}x{} to {}x{}".format(*source_grid, *grid))
         result = encoder.load_state_dict(state, strict=False)
     except (RuntimeError, ValueError, AttributeError, KeyError) as error:
         raise CheckpointError(
-            f"{what} cannot be loaded, its tensors are of other shapes ({_first_line(error)}); check the name."
+            f"{label} cannot be loaded, its tensors are of other shapes ({_last_line(error)}); "
+            f"check the name."
         ) from None
-    lost = [key for key in result.unexpected_keys if not key.startswith(BESIDE)]
-    for kind, keys in (("lacks", result.missing_keys), ("has, what the encoder has not,", lost)):
-        if keys:
-            raise CheckpointError(
-                f"{what} {kind} {len(keys)} tensor{'s' * (len(keys) > 1)} such as {keys[0]}; "
-                f"check that the file is of this ViT."
-            )
-    return told
+    unused = [key for key in result.unexpected_keys if not key.startswith(IGNORED_PREFIXES)]
+    _require_none(result.missing_keys, f"{label} lacks")
+    _require_none(unused, f"{label} has, what the encoder has not,")
+    return changes
 
 
-def _grid_of(encoder: VisionTransformer, given: dict[str, Tensor]) -> tuple[int, int] | None:
-    """Rows and columns of the patches that a checkpoint's positions stand for, as timm finds them."""
-    positions = given.get("pos_embed")
+def _require_none(keys: list[str], problem: str) -> None:
+    if keys:
+        tensors = "tensors" if len(keys) > 1 else "tensor"
+        raise CheckpointError(
+            f"{problem} {len(keys)} {tensors} such as {keys[0]}; check that the file is of this "
+            f"ViT."
+        )
+
+
+def _adapt_channels(encoder: VisionTransformer, state: Tensors) -> list[str]:
+    """Adapt the patch embedding in `state` to the encoder's channels; return what was done."""
+    embedding = state.get(PATCH_EMBEDDING)
+    channels = encoder.patch_embed.proj.in_channels
+    if embedding is None or embedding.shape[1] == channels:
+        return []
+    source = embedding.shape[1]
+    state[PATCH_EMBEDDING] = adapt_input_conv(channels, embedding, base_chans=source)
+    how = "summed to 1" if channels == 1 else f"repeated to {channels} and scaled"
+    plural = "s" if source > 1 else ""
+    return [f"patch embedding of {source} channel{plural} {how}"]
+
+
+def _source_grid(encoder: VisionTransformer, tensors: Tensors) -> tuple[int, int] | None:
+    """Return rows and columns of the patches of a checkpoint's positions, as timm finds them."""
+    positions = tensors.get("pos_embed")
     if positions is None:
         return None
     prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
-    count = positions.shape[1] - prefix
-    side = isqrt(max(0, count))
-    return get_pretrained_grid_size(encoder, given.get("patch_embed.proj.weight"), count) or (
-        side,
-        side,
-    )
+    patches = positions.shape[1] - prefix
+    side = isqrt(max(0, patches))
+    grid = get_pretrained_grid_size(encoder, tensors.get(PATCH_EMBEDDING), patches)
+    return grid or (side, side)
 
 
-def _first_line(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__).rstrip(".")[:160]
+    text = lines[-1] if lines else type(error).__name__
+    return text.rstrip(".")[:160]

@@ -1,7 +1,4 @@
-"""From a run's checkpoints: going on, taking the model out, and letting another run fork off.
-
-What they hold is in `state_to_keep`, how they are kept in `keeper.py`.
-"""
+"""Use a run's checkpoints: resume it, load its model, or fork another run from it."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from amlp_ray.training.checkpoint.manager import (
     State,
     checkpoints,
     epoch_of,
-    is_whole,
+    is_intact,
     latest,
     read_checkpoint,
     write_checkpoint,
@@ -29,16 +26,17 @@ from amlp_ray.utils import distributed
 from amlp_ray.utils.event_log import EventLog
 from amlp_ray.utils.files import atomic_write
 
-# What a running model can change, and why: no weight gets another shape, the optimiser keeps no copy of it, and nothing
-# that was done before would have been done at another epoch (as with loss.warmup or selection.analysis_interval).
+# What a running model can change, and why: no weight gets another shape, the optimizer has no copy
+# of it, and nothing that was done before would have been done at another epoch (as with loss.warmup
+# or selection.analysis_interval).
 PERTURBABLE: dict[str, str] = {
     "lr": "every step sets it anew, times warm-up and cosine",
     "clip_grad": "used in a step and forgotten",
     "intensity_jitter": "images are recoloured step by step",
     "selection.strength": "masks are drawn step by step from scores that it does not change",
     "selection.lesion_share": "masks are drawn step by step",
-    "selection.aim_start": "as lesion_share",
-    "selection.aim_end": "as lesion_share",
+    "selection.score_share_start": "as lesion_share",
+    "selection.score_share_end": "as lesion_share",
     "loss.mix": "the loss has no memory",
     "loss.temperature": "as mix",
     "loss.gamma": "as mix",
@@ -48,45 +46,57 @@ PERTURBABLE: dict[str, str] = {
     "loss.ccl_weight": "above 0, where the model has its head",
     "loss.ranking_weight": "above 0, where the model has its decoder",
 }
-HEADED = ("loss.ccl_weight", "loss.ranking_weight")  # 0 is a model without that part
+# Weights of losses that need a part of the model; at 0 the model lacks it.
+HEAD_WEIGHTS = ("loss.ccl_weight", "loss.ranking_weight")
 
 
-def state_to_keep(state: State, epoch: int, config: PretrainConfig) -> State:
-    """What a checkpoint holds of a learner's `state` after `epoch`: nothing random has a state (see `method.noise`)."""
+def checkpoint_state(state: State, epoch: int, config: PretrainConfig) -> State:
+    """Return what a checkpoint holds.
+
+    Random numbers need no state: they follow from seed, epoch and image (see `counter_rng`).
+
+    Args:
+        state: of a `TrainState`.
+        epoch: the last finished one.
+        config: of the run.
+    """
     return {**state, "epoch": epoch, "config": config.model_dump(mode="json")}
 
 
-def agreed_checkpoint(folder: Path, events: EventLog, device: str) -> tuple[State, Path] | None:
-    """The newest whole checkpoint, the same on all workers: the first says which one, and all read it.
+def load_latest_on_all(folder: Path, events: EventLog, device: str) -> tuple[State, Path] | None:
+    """Read the newest undamaged checkpoint, the same on all workers.
+
+    The first worker chooses it, and all read it.
 
     Raises:
-        CheckpointError: none is whole, or a worker does not see it.
+        CheckpointError: all are damaged, or a worker does not see the chosen one.
     """
-    first = distributed.rank() == 0
-    found = latest(folder, lambda text: events.record("damaged checkpoint", text)) if first else None
-    epoch = distributed.broadcast_from_rank0(found[0]["epoch"] if found else 0, device)
-    return found or (_read(folder, epoch) if epoch else None)
-
-
-def _read(folder: Path, epoch: int) -> tuple[State, Path]:
-    path = next(
-        (path for path in checkpoints(folder) if epoch_of(path) == epoch and is_whole(path)), None
+    is_first = distributed.rank() == 0
+    checkpoint = latest(folder, events) if is_first else None
+    epoch = checkpoint[0]["epoch"] if checkpoint else 0
+    epoch = distributed.broadcast_from_rank0(epoch, device)
+    if checkpoint is not None or epoch == 0:
+        return checkpoint
+    for path in checkpoints(folder):
+        if epoch_of(path) == epoch and is_intact(path):
+            return read_checkpoint(path), path
+    raise CheckpointError(
+        f"{folder} has a checkpoint of epoch {epoch} on the first worker's node, but not on this "
+        f"one; put the run into a folder that all nodes see."
     )
-    if path is None:
-        raise CheckpointError(
-            f"{folder} has a checkpoint of epoch {epoch} on the first worker's node, but not on this one; put the run "
-            f"into a folder that all nodes see."
-        )
-    return read_checkpoint(path), path
 
 
-def run_settings(folder: Path) -> PretrainConfig:
-    """Settings of the run in `folder`. Raises CheckpointError where there is none."""
+def read_run_config(folder: Path) -> PretrainConfig:
+    """Read the config of the run in `folder`.
+
+    Raises:
+        CheckpointError: there is no run.
+    """
     path = folder / "config.yaml"
     if not path.is_file():
-        found = "has no config.yaml" if folder.is_dir() else "does not exist"
+        problem = "has no config.yaml" if folder.is_dir() else "does not exist"
         raise CheckpointError(
-            f"{folder} {found}; give the folder of a pretraining run or of one trial of a study."
+            f"{folder} {problem}; give the folder of a pretraining run or of one trial of a study."
         )
     return build(PretrainConfig, read_yaml(path), str(path))
 
@@ -94,66 +104,76 @@ def run_settings(folder: Path) -> PretrainConfig:
 def load_model(
     folder: Path, config: PretrainConfig, spec: ImageSpec
 ) -> tuple[MaskedAutoencoder, int]:
-    """Load a run's latest model, its teacher and centroids with it, and the epoch it was saved after.
+    """Load a run's latest model, with its teacher and centroids.
 
     Args:
-        spec: of the images that it will be shown.
+        folder: of the run.
+        config: of the run.
+        spec: of the images that the model will get.
+
+    Returns:
+        The model in evaluation mode, and the epoch it was saved after.
 
     Raises:
-        CheckpointError: there is no checkpoint, none is whole, or it belongs to images of another shape.
+        CheckpointError: there is no checkpoint, all are damaged, or the latest belongs to images of
+            another shape.
     """
-    found = latest(folder)
-    if found is None:
-        raise CheckpointError(f"{folder} has no checkpoint: the run has not ended an epoch yet.")
-    state, path = found
+    checkpoint = latest(folder)
+    if checkpoint is None:
+        raise CheckpointError(f"{folder} has no checkpoint: the run has not finished an epoch yet.")
+    state, path = checkpoint
     model = build_autoencoder(config, spec)
     try:
         model.load_state_dict(state["weight_ema"] if "weight_ema" in state else state["model"])
     except RuntimeError:
         raise CheckpointError(
-            f"{path} was written for images of another size or number of channels; give the data of the run."
+            f"{path} was written for images of another size or number of channels; give the data "
+            f"of the run."
         ) from None
     return model.eval(), state["epoch"]
 
 
 def fork_checkpoint(source: Path, target: Path, config: PretrainConfig) -> int:
-    """Let a run in folder `target` go on, with `settings`, from where the run in `source` is; return that epoch.
+    """Let a run in `target` continue, with another config, from the run in `source`.
 
-    The checkpoint is copied with the new settings in it, and before it the metrics up to its epoch, marked `inherited`:
-    a kill in between leaves no checkpoint, and the fork is made again. `source` is only read.
+    The checkpoint is copied with the new config in it. The metrics up to its epoch are copied
+    before it, marked `inherited`: a kill in between leaves no checkpoint, and the fork is repeated.
+    `source` is only read.
+
+    Returns:
+        The epoch of the checkpoint.
 
     Raises:
-        CheckpointError: where `source` has no whole checkpoint, or was trained with what no running model can change.
+        CheckpointError: `source` has no undamaged checkpoint, or differs in what no running model
+            can change.
     """
-    found = latest(source)
-    if found is None:
-        raise CheckpointError(f"{source} has no checkpoint to go on from; run it before its fork.")
-    state, path = found
-    theirs, ours = flatten(state["config"]), flatten(config.model_dump(mode="json"))
-    changed = [
-        name
-        for name in ours
-        if theirs.get(name) != ours[name] and not _can_change(name, theirs, ours)
-    ]
-    if changed:
+    checkpoint = latest(source)
+    if checkpoint is None:
+        raise CheckpointError(f"{source} has no checkpoint to fork; run it first.")
+    state, path = checkpoint
+    old = flatten(state["config"])
+    new = flatten(config.model_dump(mode="json"))
+    changed = [name for name in new if old.get(name) != new[name]]
+    refused = [name for name in changed if not _can_change(name, old, new)]
+    if refused:
         raise CheckpointError(
-            f"{path} cannot go on with another {', '.join(changed)}: a running model takes another ratio, "
-            f"{', '.join(PERTURBABLE)}, where a part of it is neither added nor dropped; start a run of its own."
+            f"{path} cannot continue with another {', '.join(refused)}: a running model takes "
+            f"another ratio, {', '.join(PERTURBABLE)}, where a part of it is neither added nor "
+            f"dropped; start a run of its own."
         )
     target.mkdir(parents=True, exist_ok=True)
-    rows = [
-        row | {"inherited": True}
+    lines = [
+        json.dumps(row | {"inherited": True}) + "\n"
         for row in read_rows(source / "metrics.jsonl")
         if row["epoch"] <= state["epoch"]
     ]
-    atomic_write(target / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    atomic_write(target / "metrics.jsonl", "".join(lines))
     write_checkpoint(target, state | {"config": config.model_dump(mode="json")}, state["epoch"])
     return int(state["epoch"])
 
 
-def _can_change(name: str, theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
-    if name in HEADED:
-        return bool(theirs.get(name)) and bool(ours[name])
-    return (
-        name in PERTURBABLE or name.startswith("ratio.") or name == "data"
-    )  # data: how images are read
+def _can_change(name: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    if name in HEAD_WEIGHTS:
+        return bool(old.get(name)) and bool(new[name])
+    # How images are read does not change the result.
+    return name in PERTURBABLE or name.startswith("ratio.") or name == "data"

@@ -1,1 +1,1 @@
-"""What a run tells of itself: figures per epoch, events, arithmetic, and where they are followed."""
+"""Where a run's metrics go: its file, TensorBoard, MLflow and W&B; and what FLOPs and MFU are."""

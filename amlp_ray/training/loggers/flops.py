@@ -1,15 +1,14 @@
-"""How much arithmetic a step requires, how much the device could do, and the share of it that is used (MFU).
+"""Compute the FLOPs that training requires, the peak of a device, and the share used (MFU).
 
-Only required work counts: forward and backward of what is trained. The teacher, clustering, crops and evaluation are
-left out, so that a dearer mask lowers MFU instead of raising it.
+Only required work counts: forward and backward passes of what is trained. The teacher, clustering,
+crops and evaluation are left out, so that a more expensive mask lowers MFU instead of raising it.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import time
-import warnings
-from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,13 @@ from amlp_ray.method.autoencoder import MaskedAutoencoder, build_autoencoder
 from amlp_ray.method.masking_ratio import masked_count
 from amlp_ray.method.simsiam import SimSiam
 
-# Dense peaks in TFLOP/s, by name as CUDA and ROCm tell it: (bfloat16, float16, float32 without TF32); None: the card
-# has no units for it. Half types accumulate in float32. First match counts.
-# From the makers' data sheets, half of what they print "with sparsity": NVIDIA V100, T4, A100, A10, A30, A40, L4, L40S,
-# H100, H200, Blackwell; the white papers of Turing, GA102, Ada and RTX Blackwell; AMD MI200, MI300 and MI350 (matrix
-# units; of MI250 one of its two halves, which is the device that torch sees).
+# Dense peaks in TFLOP/s by the name that CUDA and ROCm report: (bfloat16, float16, float32 without
+# TF32). None: the card has no units for the type. Half types accumulate in float32. The first match
+# counts.
+# Source: the makers' data sheets, half of what they print "with sparsity": NVIDIA V100, T4, A100,
+# A10, A30, A40, L4, L40S, H100, H200, Blackwell; the white papers of Turing, GA102, Ada and RTX
+# Blackwell; AMD MI200, MI300 and MI350 (matrix units; of MI250 one of its two halves, which is the
+# device that torch sees).
 _PEAKS: tuple[tuple[str, tuple[float | None, float, float]], ...] = (
     (r"\bB200\b", (2250, 2250, 75)),
     (r"\bH200\b", (989, 989, 67)),
@@ -55,72 +56,88 @@ _PEAKS: tuple[tuple[str, tuple[float | None, float, float]], ...] = (
 )
 _COLUMNS = (torch.bfloat16, torch.float16, torch.float32)
 
-MEASURE_S = 0.2  # of multiplying matrices on a CPU
-SHORTEST_S = 0.004  # of one product: below it, starting the threads counts
+# Seconds spent on multiplying matrices to measure a CPU.
+MEASURE_S = 0.2
+# Shortest product to measure: below it, starting the threads counts.
+SHORTEST_S = 0.004
+
+logger = logging.getLogger(__name__)
 
 
 def trained_flops(config: PretrainConfig, spec: ImageSpec, ratio: float) -> float:
-    """Floating-point operations that training requires per image, at a masking ratio: matrix products, both ways.
+    """Compute the FLOPs that training requires per image: matrix products, forward and backward.
 
-    A product costs 2 operations per multiply-add, and twice as much again backward; that of pixels, which need no
-    gradient, as much again.
+    A product costs 2 operations per multiply-add, and twice as much again backward. That of pixels,
+    which need no gradient, costs as much again.
+
+    Args:
+        config: of the run.
+        spec: of its images.
+        ratio: masking ratio.
     """
     if config.objective == "none":
         return 0.0
-    model = _shapes(config, spec)
-    p = config.model.patch_size
-    patches = spec.height * spec.width // (p * p)
-    encoder = model.encoder
-    prefix, width = encoder.num_prefix_tokens, encoder.embed_dim
+    model = _meta_model(config, spec)
+    patch_size = config.model.patch_size
+    patches = spec.height * spec.width // (patch_size * patch_size)
     if isinstance(model, SimSiam):
-        view = (
-            _blocks(encoder.blocks, patches + prefix, width)
-            + _entries(model.projector)
-            + _entries(model.predictor)
-        )
-        return 2 * (6 * view + 4 * patches * _entries(encoder.patch_embed))
+        return _simsiam_flops(model, patches)
     masked = masked_count(ratio, patches, config.ratio.round_to)
-    everything = config.model.encode == "all"
-    seen = patches if everything else patches - masked
-    products = _blocks(encoder.blocks, prefix + seen, width)
+    encodes_all = config.model.encode == "all"
+    seen = patches if encodes_all else patches - masked
+    encoder = model.encoder
+    prefix = encoder.num_prefix_tokens
+    products = _block_products(encoder.blocks, prefix + seen, encoder.embed_dim)
     if not model.linear:
-        products += (prefix + seen) * _entries(model.decoder_embed)
+        products += (prefix + seen) * _weights(model.decoder_embed)
     for decoder in (model.decoder, model.ranking):
         if decoder is not None:
-            asked = None if everything else masked
-            products += _blocks(decoder.blocks, prefix + patches, config.model.decoder_width, asked)
-    products += masked * sum(
-        _entries(head) for head in (model.predict, model.category, model.rank) if head is not None
-    )
-    return 6 * products + 4 * seen * _entries(encoder.patch_embed)
+            outputs = None if encodes_all else masked
+            products += _block_products(
+                decoder.blocks, prefix + patches, config.model.decoder_width, outputs
+            )
+    for head in (model.predict, model.category, model.rank):
+        if head is not None:
+            products += masked * _weights(head)
+    return 6 * products + 4 * seen * _weights(encoder.patch_embed)
 
 
-def peak_flops(
-    device: str, dtype: torch.dtype, say: Callable[[str], None] = warnings.warn
-) -> float | None:
-    """Operations per second that a device can do at most: of a GPU by its name, of a CPU as measured now.
+def _simsiam_flops(model: SimSiam, patches: int) -> float:
+    """Compute the FLOPs of both views."""
+    encoder = model.encoder
+    tokens = patches + encoder.num_prefix_tokens
+    products = _block_products(encoder.blocks, tokens, encoder.embed_dim)
+    products += _weights(model.projector) + _weights(model.predictor)
+    return 2 * (6 * products + 4 * patches * _weights(encoder.patch_embed))
+
+
+def peak_flops(device: str, dtype: torch.dtype) -> float | None:
+    """Return the peak FLOP/s of a device: of a GPU by its name, of a CPU as measured now.
 
     Args:
         device: such as `cpu` or `cuda:0`.
-        dtype: in which matrices are multiplied, that of autocast where there is one.
-        say: told once of a GPU that is in no table; then nothing is known, and None returned.
+        dtype: in which matrices are multiplied; that of autocast, if there is one.
+
+    Returns:
+        None for a GPU that is in no table; one warning is logged.
     """
     if device == "cpu":
         return _measured_peak(dtype, torch.get_num_threads())
     name = torch.cuda.get_device_name(device)
     peak = listed_peak(name, dtype)
     if peak is None:
-        _once(say, name, dtype)
+        _warn_unknown(name, dtype)
     return peak
 
 
 def listed_peak(name: str, dtype: torch.dtype) -> float | None:
-    """Dense peak of the GPU of that name, operations per second; None where it, or its peak in a type, is not known.
+    """Return the dense peak FLOP/s of the GPU of that name; None if it is not listed.
 
     >>> listed_peak("NVIDIA A100-SXM4-80GB", torch.bfloat16)
     312000000000000.0
     """
-    if "MIG" in name or "Laptop" in name:  # a part of a card, and a slower card of the same name
+    # A part of a card, and a slower card of the same name.
+    if "MIG" in name or "Laptop" in name:
         return None
     for pattern, peaks in _PEAKS:
         if re.search(pattern, name) and dtype in _COLUMNS:
@@ -130,69 +147,100 @@ def listed_peak(name: str, dtype: torch.dtype) -> float | None:
 
 
 def mfu(images_per_second: float, flops: float, peak: float | None) -> float | None:
-    """Share of a device's peak that one worker's images per second come to, at `flops` each; None without a peak."""
+    """Return the share of a device's peak that one worker uses; None without a peak.
+
+    Args:
+        images_per_second: of the worker.
+        flops: per image.
+        peak: FLOP/s of the device.
+    """
     return images_per_second * flops / peak if peak else None
 
 
 def peak_memory(device: str) -> float:
-    """Most memory that was held so far, in GB: of the GPU by torch's tensors, else by this process; 0: not known."""
+    """Return the peak memory so far in GB; 0 if it is not known.
+
+    It is that of torch's tensors on a GPU, and that of this process on a CPU.
+    """
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")  # Linux
-    lines = status.read_text().splitlines() if status.is_file() else []
-    held = next((line for line in lines if line.startswith("VmHWM:")), "VmHWM: 0 kB")
-    return int(held.split()[1]) * 1024 / 1e9
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e9
+    return 0.0
 
 
 @lru_cache(maxsize=8)
-def _shapes(config: PretrainConfig, spec: ImageSpec) -> MaskedAutoencoder | SimSiam:
-    """The model without its numbers: counted by its own matrices, a timm ViT of unusual parts is counted right."""
+def _meta_model(config: PretrainConfig, spec: ImageSpec) -> MaskedAutoencoder | SimSiam:
+    """Build the model without values.
+
+    Counting its own matrices is right for a timm ViT of unusual parts too.
+    """
     with torch.device("meta"):
         if config.objective == "simsiam":
             return SimSiam(config.model, spec)
         return build_autoencoder(config, spec)
 
 
-def _entries(module: nn.Module) -> int:
-    """Entries of a module's matrices: multiply-adds per token."""
+def _weights(module: nn.Module) -> int:
+    """Count the entries of a module's matrices, which are its multiply-adds per token."""
     return sum(p.numel() for p in module.parameters() if p.dim() > 1)
 
 
-def _blocks(blocks: nn.Module, tokens: int, width: int, asked: int | None = None) -> int:
-    """Multiply-adds of transformer blocks on `tokens`, of which the last block answers for `asked` only."""
+def _block_products(
+    blocks: nn.Module, tokens: int, width: int, last_outputs: int | None = None
+) -> int:
+    """Count the multiply-adds of transformer blocks.
+
+    Args:
+        blocks: timm's.
+        tokens: number of input tokens.
+        width: of a token.
+        last_outputs: number of tokens that the last block computes; None: all.
+    """
     total = 0
-    stack: list[Any] = list(blocks.children())  # timm's blocks, whose parts no stub tells
+    stack: list[Any] = list(blocks.children())
     for block in stack:
-        answered = tokens if asked is None or block is not stack[-1] else asked
-        into = _entries(block.attn.qkv)
-        total += tokens * into + answered * (_entries(block) - into) + 2 * tokens * answered * width
+        is_last = block is stack[-1]
+        outputs = last_outputs if is_last and last_outputs is not None else tokens
+        qkv = _weights(block.attn.qkv)
+        attention = 2 * tokens * outputs * width
+        total += tokens * qkv + outputs * (_weights(block) - qkv) + attention
     return total
 
 
 @cache
-def _once(say: Callable[[str], None], name: str, dtype: torch.dtype) -> None:
-    say(
-        f"The peak of {name} in {str(dtype).removeprefix('torch.')} is not known here, so no MFU is told."
-    )
+def _warn_unknown(name: str, dtype: torch.dtype) -> None:
+    type_name = str(dtype).removeprefix("torch.")
+    logger.warning("The peak of %s in %s is not known, so no MFU is reported.", name, type_name)
 
 
 @cache
 def _measured_peak(dtype: torch.dtype, threads: int) -> float:
-    """The best of square products of this type with `threads` threads; other processes can only make it lower."""
-    size, seconds = 512, 0.0
+    """Measure the best square product of this type; other processes can only make it slower.
+
+    Args:
+        dtype: of the matrices.
+        threads: number of torch's threads, which tells measurements apart.
+    """
+    size = 512
+    seconds = 0.0
     while seconds < SHORTEST_S and size < 8192:
         size *= 2
-        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+        a = torch.randn(size, size).to(dtype)
+        b = torch.randn(size, size).to(dtype)
         out = torch.empty_like(a)
         torch.mm(a, b, out=out)  # libraries choose their kernel at the first call
-        seconds = _seconds(a, b, out)
-    until = time.perf_counter() + MEASURE_S
-    while time.perf_counter() < until:
-        seconds = min(seconds, _seconds(a, b, out))
+        seconds = _time_product(a, b, out)
+    deadline = time.perf_counter() + MEASURE_S
+    while time.perf_counter() < deadline:
+        seconds = min(seconds, _time_product(a, b, out))
     return 2 * size**3 / seconds
 
 
-def _seconds(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> float:
+def _time_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> float:
     started = time.perf_counter()
     torch.mm(a, b, out=out)
     return time.perf_counter() - started

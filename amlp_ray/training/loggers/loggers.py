@@ -1,18 +1,18 @@
-"""A run's figures for TensorBoard, and for MLflow and Weights & Biases where settings ask for them.
+"""Log a run to TensorBoard, and to MLflow and Weights & Biases where configured.
 
-One run there per pretraining, kept up by its first worker. None of them can stop a training or hold it up: files are
-written as far as they can be, and what goes to a server is sent by a thread, which tries again after every epoch.
-`tracking.json` in the run's folder tells which runs they are and up to which epoch they know it, so that a resumed
-pretraining goes on in the same ones.
+Each pretraining has one run there, written by its first worker. No logger can stop a training or
+slow it down: files are written as far as possible, and a thread sends to servers and tries again
+after every epoch. `tracking.json` in the run's folder records the runs and their last epoch, so
+that a resumed pretraining continues them.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
@@ -20,42 +20,52 @@ from typing import Any, Protocol
 
 from amlp_ray.config.tracking import TrackingConfig
 from amlp_ray.errors import ConfigError
-from amlp_ray.training.loggers.remote import LoggerState, MLflow, RemoteLogger, Run, WandB
+from amlp_ray.training.loggers.remote import (
+    LoggerState,
+    MLflowService,
+    RemoteLogger,
+    RunInfo,
+    WandbService,
+)
 
-Say = Callable[[str], None]
-
-# Set before their import. What the user has set himself is left as it is.
+# Set before the packages are imported. What the user has set stays.
 ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # nothing leaves a hospital's network unasked
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the next epoch tries again; seven in a row take minutes
+    # Nothing leaves a hospital's network unasked.
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # The next epoch tries again; seven retries in a row take minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "WANDB_ERROR_REPORTING": "false",
-    "WANDB_SILENT": "true",  # it would draw into the progress line, and ask for a key at a prompt
+    # W&B would draw into the progress line, and ask for a key at a prompt.
+    "WANDB_SILENT": "true",
 }
+
+logger = logging.getLogger(__name__)
 
 
 class Logger(Protocol):
-    """Where a run's figures go."""
+    """Where the metrics of a run go."""
 
-    def log(self, metrics: Mapping[str, Any]) -> None:
-        """An epoch's metrics: those that are finite numbers, at step `metrics["epoch"]`."""
+    def log(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Log the finite metrics of an epoch."""
         ...
 
     def close(self, failed: bool = False) -> None:
-        """The run has ended here; a later one may go on."""
+        """End the run; a later one may resume it."""
         ...
 
 
 def check_tracking(config: TrackingConfig) -> None:
-    """Raise ConfigError where a package that the settings need is not installed."""
+    """Raise ConfigError if a package that the config needs is not installed."""
     for name in ("mlflow", "wandb"):
         if getattr(config, name) is not None and find_spec(name) is None:
             raise ConfigError(
-                f"tracking.{name} is set, but {name} is not installed; pip install 'amlp-ray[{name}]'."
+                f"tracking.{name} is set, but {name} is not installed; "
+                f"pip install 'amlp-ray[{name}]'."
             )
 
 
-def open_trackers(
+def open_loggers(
     folder: Path,
     config: TrackingConfig,
     *,
@@ -63,114 +73,125 @@ def open_trackers(
     parameters: Mapping[str, Any],
     group: str = "",
     resumed_epoch: int = 0,
-    say: Say = warnings.warn,
-) -> Logger:
-    """Begin to follow a run, or go on: TensorBoard always, servers where set.
+) -> LoggerGroup:
+    """Start to log a run, or resume it: always to TensorBoard, and to servers where configured.
+
+    A logger that fails logs one warning.
 
     Args:
         folder: of the run; gets `tensorboard/` and, with servers, `tracking.json` (and `wandb/`).
-        name: of the run. group: of its study, which is W&B's group and a tag in MLflow.
-        parameters: by dotted name, without secrets.
-        resumed_epoch: the last epoch of the checkpoint that the run goes on from.
-        say: told once of each that fails, in one sentence.
+        config: which servers.
+        name: of the run.
+        parameters: the config by dotted name, without secrets.
+        group: name of the study, which is W&B's group and a tag in MLflow.
+        resumed_epoch: the epoch of the checkpoint that the run resumes from.
 
     Raises:
-        ConfigError: a package that the settings need is not installed.
+        ConfigError: a package that the config needs is not installed.
     """
     check_tracking(config)
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    run, kept = Run(name, group, parameters), LoggerState(folder / "tracking.json")
-    following: list[TensorBoard | RemoteLogger] = [
-        TensorBoard(folder / "tensorboard", resumed_epoch, say)
-    ]
+    run = RunInfo(name, group, parameters)
+    state = LoggerState(folder / "tracking.json")
+    loggers: list[Logger] = [TensorBoardLogger(folder / "tensorboard", resumed_epoch)]
     if config.mlflow is not None:
-        following.append(RemoteLogger(MLflow(config.mlflow, config.experiment, run, kept), say))
+        service = MLflowService(config.mlflow, config.experiment, run, state)
+        loggers.append(RemoteLogger(service))
     if config.wandb is not None:
-        following.append(RemoteLogger(WandB(config.wandb, folder, run, kept), say))
-    return LoggerGroup(following)
+        loggers.append(RemoteLogger(WandbService(config.wandb, folder, run, state)))
+    return LoggerGroup(loggers)
 
 
 class LoggerGroup:
-    """TensorBoard and all servers as one tracker."""
+    """All loggers of a run as one."""
 
-    def __init__(self, following: list[TensorBoard | RemoteLogger]) -> None:
-        self._following = following
+    def __init__(self, loggers: Sequence[Logger]) -> None:
+        self._loggers = loggers
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        values = numbers_of(metrics)
-        for one in self._following:
+        """Log an epoch's metrics to all loggers; only finite numbers are logged."""
+        values = finite_numbers(metrics)
+        for one in self._loggers:
             one.log(metrics["epoch"], values)
 
     def close(self, failed: bool = False) -> None:
-        for one in self._following:
+        """Close all loggers."""
+        for one in self._loggers:
             one.close(failed)
 
 
-class TensorBoard:
-    """Event files, one record per epoch.
+class TensorBoardLogger:
+    """Writes event files, one record per epoch.
 
-    TensorBoardX's own `SummaryWriter` hands events to a thread through a queue of ten: where that thread dies of a full
-    disk, the training would wait for ever. So records are written here, with its protocol buffers.
+    Records are written here with tensorboardX's protocol buffers. Its `SummaryWriter` passes events
+    to a thread through a queue of ten: that thread dies of a full disk, and then `add_scalar` waits
+    forever, and the training with it (measured).
     """
 
-    def __init__(self, folder: Path, resumed_epoch: int, say: Say) -> None:
-        import tensorboardX  # noqa: F401  (now: in an epoch it would wait for what the senders' threads import)
+    def __init__(self, folder: Path, resumed_epoch: int) -> None:
+        # Imported now: within an epoch it would wait for what the senders' threads import.
+        import tensorboardX  # noqa: F401
 
-        self._folder, self._say, self._told = folder, say, False
-        self._next = (
-            resumed_epoch + 1 if resumed_epoch else 0
-        )  # 0: the random encoder is reported as such
+        self._folder = folder
         self._file: Any = None
+        self._has_warned = False
+        # 0: the random encoder is reported as that epoch.
+        self._next_epoch = resumed_epoch + 1 if resumed_epoch else 0
 
     def log(self, epoch: int, values: Mapping[str, float]) -> None:
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
 
-        points = [Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
+        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         event = Event(wall_time=time.time(), step=epoch, summary=Summary(value=points))
         try:
             if self._file is None:
-                self._file = self._opened()
+                self._file = self._open_file()
             self._file.write(event.SerializeToString())
             self._file.flush()
         except OSError as error:
-            self._file = None  # a half-written record ends a file: the next epoch begins another
-            if not self._told:
-                self._told = True
-                self._say(
-                    f"TensorBoard's files in {self._folder} cannot be written ({error.strerror}); training on."
+            # A half-written record ends a file; the next epoch begins another.
+            self._file = None
+            if not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "TensorBoard files in %s cannot be written (%s); the training continues.",
+                    self._folder,
+                    error.strerror,
                 )
         else:
-            self._next = epoch + 1
+            self._next_epoch = epoch + 1
 
     def close(self, failed: bool = False) -> None:
-        """Nothing is left to write; a file that is full cannot be closed without an error."""
+        """Drop the file. Records are flushed, and a full file cannot be closed without an error."""
         self._file = None
 
-    def _opened(self) -> Any:
-        """A new file, which says that steps from the next one on in older files are done again."""
+    def _open_file(self) -> Any:
+        """Open a new file. It tells that later steps in older files are repeated."""
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.record_writer import RecordWriter
 
         self._folder.mkdir(parents=True, exist_ok=True)
         now = time.time()  # TensorBoard reads files in the order of their names
         file = RecordWriter(str(self._folder / f"events.out.tfevents.{now:.6f}.{os.getpid()}"))
-        file.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
-        started = SessionLog(status=SessionLog.START)
-        file.write(Event(wall_time=now, step=self._next, session_log=started).SerializeToString())
+        version = Event(wall_time=now, file_version="brain.Event:2")
+        start = SessionLog(status=SessionLog.START)
+        session = Event(wall_time=now, step=self._next_epoch, session_log=start)
+        file.write(version.SerializeToString())
+        file.write(session.SerializeToString())
         return file
 
 
-def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Those of an epoch's metrics that are finite numbers, without the epoch itself.
+def finite_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics that are finite numbers, without the epoch.
 
-    >>> numbers_of({"epoch": 2, "loss": 0.5, "dsc": float("nan"), "note": "x", "resumed": True})
+    >>> finite_numbers({"epoch": 2, "loss": 0.5, "dsc": float("nan"), "note": "x", "resumed": True})
     {'loss': 0.5}
     """
-    plain = {
-        k: v
-        for k, v in metrics.items()
-        if isinstance(v, Real) and not isinstance(v, bool) and k != "epoch"
-    }
-    return {key: float(value) for key, value in plain.items() if math.isfinite(value)}
+    numbers = {}
+    for name, value in metrics.items():
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if name != "epoch" and is_number and math.isfinite(value):
+            numbers[name] = float(value)
+    return numbers

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one line of figures per epoch, readable while it is written and after a kill."""
+"""Write and read `metrics.jsonl`: a row per epoch, readable at any time and after a kill."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Metrics = dict[str, Any]
 
 
 def append_row(path: Path, metrics: Metrics) -> None:
-    """Add an epoch's line."""
+    """Append the row of an epoch."""
     append_line(path, json.dumps(metrics))
 
 
 def read_rows(path: Path) -> list[Metrics]:
-    """Read all whole lines; [] where there is no file. A line cut short by a kill is left out."""
+    """Read all complete rows, without one that a kill cut short; [] if there is no file."""
     if not path.is_file():
         return []
     rows: list[Metrics] = []
@@ -31,41 +31,52 @@ def read_rows(path: Path) -> list[Metrics]:
 
 
 def drop_after(path: Path, epoch: int) -> tuple[list[Metrics], list[Metrics]]:
-    """Drop the lines after `epoch`: these epochs are done again. Return the kept and the dropped ones."""
+    """Drop the rows after `epoch`, whose epochs are repeated; return the others and the dropped."""
     rows = read_rows(path)
-    kept, dropped = (
-        [row for row in rows if (row["epoch"] <= epoch) == keep] for keep in (True, False)
-    )
-    atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept))
-    return kept, dropped
+    remaining = [row for row in rows if row["epoch"] <= epoch]
+    dropped = [row for row in rows if row["epoch"] > epoch]
+    atomic_write(path, "".join(json.dumps(row) + "\n" for row in remaining))
+    return remaining, dropped
 
 
 def own_rows(rows: list[Metrics]) -> list[Metrics]:
-    """Leave out the epochs that another run trained, before this one went on from its checkpoint.
+    """Leave out the epochs of the run that this one was forked from.
 
-    Their lines are there, marked `inherited`, so that a curve is whole; their seconds, epochs and scores are not this
-    run's.
+    Their rows are marked `inherited`, so that a curve is complete. Their seconds, epochs and scores
+    are not this run's.
     """
     return [row for row in rows if not row.get("inherited")]
 
 
-class NewRows:
-    """Hands on the epochs that other processes add to a file, each once. Lines that are there already are old."""
+class RowTail:
+    """Reports each row that other processes append to a file, once.
+
+    Rows that are in the file already are not reported.
+    """
 
     def __init__(self, path: Path, report: Callable[[Metrics], None]) -> None:
-        rows = read_rows(path)
-        self.epoch = rows[-1]["epoch"] if rows else 0  # the last that was handed on
-        self._path, self._report, self._seen = path, report, 0
+        """Start after the last row.
 
-    def look(self) -> None:
+        Args:
+            path: of the metrics file.
+            report: takes the metrics of an epoch.
+        """
+        rows = read_rows(path)
+        self.epoch = rows[-1]["epoch"] if rows else 0  # the last that was reported
+        self._path = path
+        self._report = report
+        self._size = 0
+
+    def poll(self) -> None:
+        """Report what is new; nothing while the file is missing or unreachable."""
         try:
             size = self._path.stat().st_size
-            rows = own_rows(read_rows(self._path)) if size != self._seen else []
-        except (
-            OSError
-        ):  # not there yet, or its disk is away: those who write wait, and so does the reader
+            if size == self._size:
+                return
+            rows = own_rows(read_rows(self._path))
+        except OSError:  # the writers wait for the disk, and so does the reader
             return
-        self._seen = size
+        self._size = size
         for row in rows:
             if row["epoch"] > self.epoch:
                 self._report(row)

@@ -1,6 +1,8 @@
-"""How well a worker is used: model FLOPs utilisation, and the most memory it held."""
+"""Measure how well a worker is used: model FLOPs utilization, and its peak memory."""
 
 from __future__ import annotations
+
+from functools import cached_property
 
 import torch
 
@@ -14,11 +16,21 @@ class MfuMeter:
     """Measures one worker of a run; the first one's figures stand for all."""
 
     def __init__(self, config: PretrainConfig, spec: ImageSpec, device: str) -> None:
-        self.config, self.spec, self.device = config, spec, device
-        self.peak = peak_flops(device, autocast_type(config, device) or torch.float32)
+        self.config = config
+        self.spec = spec
+        self.device = device
 
-    def of(self, metrics: Metrics) -> Metrics:
-        """`mfu` (none where the device's peak is not known) and `memory` in GB, from an epoch's metrics."""
+    @cached_property
+    def peak(self) -> float | None:
+        """Peak FLOP/s of the device; None if it is not known."""
+        return peak_flops(self.device, autocast_type(self.config, self.device) or torch.float32)
+
+    def measure(self, metrics: Metrics) -> Metrics:
+        """Return `mfu` (None if the device's peak is not known) and `memory` in GB.
+
+        Args:
+            metrics: of the epoch.
+        """
         flops = trained_flops(self.config, self.spec, metrics["ratio"])
         used = mfu(metrics["images_per_second_per_worker"], flops, self.peak)
         return {"mfu": used, "memory": round(peak_memory(self.device), 3)}

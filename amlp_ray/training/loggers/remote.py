@@ -1,4 +1,8 @@
-"""Sending a run's figures to MLflow and Weights & Biases, from a thread, whatever becomes of the server."""
+"""Send a run's metrics to MLflow and Weights & Biases from a thread.
+
+MLflow's own asynchronous logging and W&B's do not replace the thread: both block while a run is
+created, and MLflow drops a batch whose request failed.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +13,36 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple, Protocol
 
 from amlp_ray.utils.files import atomic_write, read_json
 
-CLOSE_S = 60.0  # that the end of a run waits for a server; one that answers takes 1 to 3 s on an idle machine
-GONE_S = 5.0  # the same, for a server that could not be reached before
+# How long the end of a run waits for a server; one that answers takes 1 to 3 s.
+CLOSE_S = 60.0
+# The same, for a server that could not be reached before.
+UNREACHABLE_CLOSE_S = 5.0
+
+logger = logging.getLogger(__name__)
 
 
-class Row(NamedTuple):
-    """An epoch's figures by name."""
+class EpochValues(NamedTuple):
+    """An epoch's metrics by name."""
 
     epoch: int
     values: Mapping[str, float]
 
 
-class Run(NamedTuple):
-    """What a server is told of a run: its name, that of its study (or nothing), its settings by dotted name."""
+class RunInfo(NamedTuple):
+    """What a server is told of a run.
+
+    Args:
+        name: of the run.
+        group: name of its study, or empty.
+        parameters: its config by dotted name.
+    """
 
     name: str
     group: str
@@ -36,178 +50,209 @@ class Run(NamedTuple):
 
 
 class LoggerState:
-    """`tracking.json`: by service, where its run is (`at`), which it is (`run`), and the last `epoch` sent to it."""
+    """`tracking.json`: for each service its address, its run and the last epoch sent."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._lock = path, threading.Lock()
+        self._path = path
+        self._lock = threading.Lock()
 
-    def of(self, service: str, at: str) -> dict[str, Any]:
-        """What is known of the run there; {} where it was followed elsewhere before."""
-        found = (read_json(self._path) or {}).get(service, {})
-        return found if found.get("at") == at else {}
+    def read(self, service: str, address: str) -> dict[str, Any]:
+        """Read what is known of the run at a service; {} if it was logged elsewhere before."""
+        state = (read_json(self._path) or {}).get(service, {})
+        return state if state.get("at") == address else {}
 
-    def keep(self, service: str, **known: Any) -> None:
+    def write(self, service: str, *, address: str, run_id: str, epoch: int) -> None:
+        """Record a run and the last epoch sent."""
         with self._lock:
-            everything = read_json(self._path) or {}
-            atomic_write(self._path, json.dumps(everything | {service: known}, indent=1))
+            services = read_json(self._path) or {}
+            services[service] = {"at": address, "run": run_id, "epoch": epoch}
+            atomic_write(self._path, json.dumps(services, indent=1))
 
 
 class Service(Protocol):
-    """A server that runs are sent to, or a library that does so. Any method may raise anything."""
+    """A server that runs are sent to. Any method may raise anything."""
 
     name: str
 
     def open(self) -> None:
-        """Begin a run, or go on with the one that is kept."""
+        """Create a run, or resume the recorded one."""
         ...
 
-    def send(self, epoch: int, values: Mapping[str, float]) -> None: ...
+    def send(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Send the metrics of an epoch."""
+        ...
 
-    def end(self, failed: bool) -> None: ...
+    def end(self, failed: bool) -> None:
+        """End the run."""
+        ...
 
 
 class RemoteLogger:
-    """Sends a run's epochs in order by a thread of its own; what could not be sent is tried again after the next."""
+    """Sends a run's epochs in order from a thread; what failed is sent again later."""
 
-    def __init__(self, service: Service, say: Callable[[str], None]) -> None:
-        self._service, self._say, self._told = service, say, False
-        # an epoch's figures; at the end whether it failed; None: the beginning
-        self._asked: queue.SimpleQueue[Row | bool | None] = queue.SimpleQueue()
-        self._asked.put(None)
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._has_warned = False
+        # Metrics of an epoch, or at the end whether the run failed; None creates the run.
+        self._requests: queue.SimpleQueue[EpochValues | bool | None] = queue.SimpleQueue()
+        self._requests.put(None)
         self._thread = threading.Thread(target=self._work, name=f"amlp-{service.name}", daemon=True)
         self._thread.start()
 
     def log(self, epoch: int, values: Mapping[str, float]) -> None:
-        self._asked.put(Row(epoch, values))
+        """Queue the metrics of an epoch."""
+        self._requests.put(EpochValues(epoch, values))
 
     def close(self, failed: bool = False) -> None:
-        self._asked.put(failed)
+        """End the run, and wait for the server for a while."""
+        self._requests.put(failed)
         started = time.monotonic()
-        while self._thread.is_alive() and time.monotonic() - started < (
-            GONE_S if self._told else CLOSE_S
-        ):
+        while self._thread.is_alive():
+            limit = UNREACHABLE_CLOSE_S if self._has_warned else CLOSE_S
+            if time.monotonic() - started >= limit:
+                return
             self._thread.join(0.1)
 
     def _work(self) -> None:
-        waiting: deque[Row] = deque()
-        opened, failed = False, None
+        unsent: deque[EpochValues] = deque()
+        is_open = False
+        failed: bool | None = None
         while failed is None:
-            for asked in self._taken():
-                if isinstance(asked, Row):
-                    waiting.append(asked)
+            for request in self._next_requests():
+                if isinstance(request, EpochValues):
+                    unsent.append(request)
                 else:
-                    failed = asked
+                    failed = request
             try:
-                if not opened:
+                if not is_open:
                     self._service.open()
-                    opened = True
-                while waiting:
-                    self._service.send(*waiting[0])
-                    waiting.popleft()
+                    is_open = True
+                while unsent:
+                    self._service.send(*unsent[0])
+                    unsent.popleft()
                 if failed is not None:
                     self._service.end(failed)
-            except Exception as error:  # libraries of others: whatever it is, the training goes on
-                if not self._told:
-                    self._told = True
-                    self._say(
-                        f"{self._service.name} cannot be told of this run ({_kind(error)}); training on, and trying "
-                        f"again after each epoch."
-                    )
+            except Exception as error:  # of other libraries: the training continues in any case
+                self._warn(error)
 
-    def _taken(self) -> list[Row | bool | None]:
-        """All that was asked meanwhile, at least one: a server that does not answer is tried once for many epochs."""
-        taken = [self._asked.get()]
-        while not self._asked.empty():
-            taken.append(self._asked.get())
-        return taken
+    def _next_requests(self) -> list[EpochValues | bool | None]:
+        """Wait for a request, and take all: a silent server is tried once for many epochs."""
+        requests = [self._requests.get()]
+        while not self._requests.empty():
+            requests.append(self._requests.get())
+        return requests
+
+    def _warn(self, error: Exception) -> None:
+        if self._has_warned:
+            return
+        self._has_warned = True
+        reason = shorten(f"{type(error).__name__}: {error}", 140, placeholder=" ...")
+        logger.warning(
+            "%s cannot be reached (%s); the training continues, and every epoch tries again.",
+            self._service.name,
+            reason,
+        )
 
 
-class MLflow:
-    """A run in an MLflow experiment, by its client alone: the process's own active run is left as it is."""
+class MLflowService:
+    """A run in an MLflow experiment.
+
+    It is used by its client alone: the active run of the process is left as it is.
+    """
 
     name = "MLflow"
 
-    def __init__(self, uri: str, experiment: str, run: Run, kept: LoggerState) -> None:
-        self._uri, self._experiment, self._run, self._kept = uri, experiment, run, kept
+    def __init__(self, uri: str, experiment: str, run: RunInfo, state: LoggerState) -> None:
+        self._uri = uri
+        self._experiment = experiment
+        self._run = run
+        self._state = state
         self._client: Any = None
-        self._id, self._sent = "", -1
+        self._run_id = ""
+        self._sent_epoch = -1
 
     def open(self) -> None:
         from mlflow import MlflowClient
-        from mlflow.entities import Param
 
-        logging.getLogger("mlflow").setLevel(
-            logging.WARNING
-        )  # it tells of every table of a new database
+        # It logs every table of a new database.
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
         self._client = MlflowClient(tracking_uri=self._uri)
-        known = self._kept.of("mlflow", self._uri)
-        self._id, self._sent = known.get("run", self._id), known.get("epoch", -1)
-        if self._id:
-            self._client.update_run(self._id, status="RUNNING")
+        recorded = self._state.read("mlflow", self._uri)
+        self._run_id = recorded.get("run", self._run_id)
+        self._sent_epoch = recorded.get("epoch", -1)
+        if self._run_id:
+            self._client.update_run(self._run_id, status="RUNNING")
         else:
             tags = {"group": self._run.group} if self._run.group else {}
             run = self._client.create_run(self._experiment_id(), run_name=self._run.name, tags=tags)
-            self._id = run.info.run_id
-            self._remember(-1)
-        if not self._client.get_run(
-            self._id
-        ).data.params:  # they cannot be changed: those of the first start stay
-            parameters = [Param(key, str(value)) for key, value in self._run.parameters.items()]
-            for first in range(0, len(parameters), 100):  # as many as it takes at a time
-                self._client.log_batch(self._id, params=parameters[first : first + 100])
+            self._run_id = run.info.run_id
+            self._record(-1)
+        # Parameters cannot be changed: those of the first start stay.
+        if not self._client.get_run(self._run_id).data.params:
+            self._send_parameters()
+
+    def _send_parameters(self) -> None:
+        from mlflow.entities import Param
+
+        parameters = [Param(key, str(value)) for key, value in self._run.parameters.items()]
+        for first in range(0, len(parameters), 100):  # MLflow takes 100 at a time
+            self._client.log_batch(self._run_id, params=parameters[first : first + 100])
 
     def send(self, epoch: int, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
-        if epoch <= self._sent:  # before a kill; MLflow would keep both
+        if epoch <= self._sent_epoch:  # sent before a kill; MLflow would show both
             return
         now = int(time.time() * 1000)
-        self._client.log_batch(
-            self._id, metrics=[Metric(key, value, now, epoch) for key, value in values.items()]
-        )
-        self._remember(epoch)
+        metrics = [Metric(key, value, now, epoch) for key, value in values.items()]
+        self._client.log_batch(self._run_id, metrics=metrics)
+        self._record(epoch)
 
     def end(self, failed: bool) -> None:
-        self._client.set_terminated(self._id, "FAILED" if failed else "FINISHED")
+        self._client.set_terminated(self._run_id, "FAILED" if failed else "FINISHED")
 
-    def _remember(self, epoch: int) -> None:
-        self._sent = epoch
-        self._kept.keep("mlflow", at=self._uri, run=self._id, epoch=epoch)
+    def _record(self, epoch: int) -> None:
+        self._sent_epoch = epoch
+        self._state.write("mlflow", address=self._uri, run_id=self._run_id, epoch=epoch)
 
     def _experiment_id(self) -> str:
         from mlflow.exceptions import MlflowException
 
-        found = self._client.get_experiment_by_name(self._experiment)
-        if found is None:
+        experiment = self._client.get_experiment_by_name(self._experiment)
+        if experiment is None:
             try:
                 return str(self._client.create_experiment(self._experiment))
-            except MlflowException:  # another trial was faster
-                found = self._client.get_experiment_by_name(self._experiment)
-        return str(found.experiment_id)
+            except MlflowException:  # another trial created it first
+                experiment = self._client.get_experiment_by_name(self._experiment)
+        return str(experiment.experiment_id)
 
 
-class WandB:
-    """A run in a W&B project. It is sent settings and metrics, and nothing of the machine, the code or its output."""
+class WandbService:
+    """A run in a W&B project. It gets config and metrics, nothing of the machine or the code."""
 
     name = "W&B"
 
-    def __init__(self, project: str, folder: Path, run: Run, kept: LoggerState) -> None:
-        self._project, self._folder, self._run, self._kept = project, folder, run, kept
-        self._sent = -1
-        self._id = ""
-        self._open: Any = None
+    def __init__(self, project: str, folder: Path, run: RunInfo, state: LoggerState) -> None:
+        self._project = project
+        self._folder = folder
+        self._run = run
+        self._state = state
+        self._wandb_run: Any = None
+        self._run_id = ""
+        self._sent_epoch = -1
 
     def open(self) -> None:
         import wandb
 
-        known = self._kept.of("wandb", self._project)
-        self._id, self._sent = known.get("run") or uuid.uuid4().hex[:12], known.get("epoch", -1)
-        self._remember(self._sent)  # before it exists there: asked again, it is the same
+        recorded = self._state.read("wandb", self._project)
+        self._run_id = recorded.get("run") or uuid.uuid4().hex[:12]
+        # Recorded before the run exists there: a second try gets the same one.
+        self._record(recorded.get("epoch", -1))
         entity, _, project = self._project.rpartition("/")
-        self._open = wandb.init(
+        self._wandb_run = wandb.init(
             entity=entity or None,
             project=project,
-            id=self._id,
+            id=self._run_id,
             name=self._run.name,
             group=self._run.group or None,
             config=dict(self._run.parameters),
@@ -229,18 +274,13 @@ class WandB:
         )
 
     def send(self, epoch: int, values: Mapping[str, float]) -> None:
-        if epoch > self._sent:  # W&B takes no step twice
-            self._open.log(dict(values), step=epoch, commit=True)
-            self._remember(epoch)
+        if epoch > self._sent_epoch:  # W&B takes no step twice
+            self._wandb_run.log(dict(values), step=epoch, commit=True)
+            self._record(epoch)
 
     def end(self, failed: bool) -> None:
-        self._open.finish(exit_code=int(failed))
+        self._wandb_run.finish(exit_code=int(failed))
 
-    def _remember(self, epoch: int) -> None:
-        self._sent = epoch
-        self._kept.keep("wandb", at=self._project, run=self._id, epoch=epoch)
-
-
-def _kind(error: BaseException) -> str:
-    """What went wrong, in a line."""
-    return shorten(f"{type(error).__name__}: {error}", 140, placeholder=" ...")
+    def _record(self, epoch: int) -> None:
+        self._sent_epoch = epoch
+        self._state.write("wandb", address=self._project, run_id=self._run_id, epoch=epoch)

@@ -22,11 +22,12 @@ from amlp_ray.training.checkpoint.manager import (
     CheckpointManager,
     checkpoints,
     epoch_of,
-    is_whole,
+    is_intact,
     latest,
     read_checkpoint,
     write_checkpoint,
 )
+from amlp_ray.utils.event_log import EventLog, read_events
 from amlp_ray.utils.retry import RetryPolicy
 
 
@@ -121,17 +122,17 @@ def test_a_damaged_newest_is_told_of_and_the_one_before_is_taken(
     for epoch in (1, 2):
         write_checkpoint(tmp_path, state_of(epoch), epoch, keep=2)
     newest, before = checkpoints(tmp_path)
-    assert is_whole(newest)
+    assert is_intact(newest)
     damage(newest)
-    assert not is_whole(newest)
-    told: list[str] = []
-    found = latest(tmp_path, told.append)
+    assert not is_intact(newest)
+    found = latest(tmp_path, EventLog(tmp_path))
     assert found is not None
     assert (found[0]["epoch"], found[1]) == (1, before)
-    assert told == [f"{newest} is damaged and left out; the one before it is taken, if any."]
+    message = f"{newest} is damaged and skipped; the checkpoint before it is used, if any."
+    assert [event["text"] for event in read_events(tmp_path)] == [message]
     damage(before) if damage is not exchange else empty(before)
     with pytest.raises(
-        CheckpointError, match=rf"no whole checkpoint \({newest.name}, {before.name}\); delete it"
+        CheckpointError, match=rf"are damaged \({newest.name}, {before.name}\); delete the folder"
     ):
         latest(tmp_path)
 
@@ -161,7 +162,7 @@ def test_a_checkpoint_never_runs_code(tmp_path: Path) -> None:
             return Path.touch, (tmp_path / "ran",)
 
     path = write_checkpoint(tmp_path, {"epoch": Attack()}, 1)
-    assert is_whole(path)
+    assert is_intact(path)
     for read in (lambda: latest(tmp_path), lambda: read_checkpoint(path)):
         with pytest.raises(
             CheckpointError,
@@ -233,7 +234,7 @@ def test_what_could_not_be_written_is_raised_once_at_the_next_call(
     (tmp_path / "checkpoint").write_text("a file in its place")
     checkpoint_manager = manager_of(tmp_path, seconds=0.1)
     checkpoint_manager.save(state_of(1), 1)
-    with pytest.raises(StorageError, match="the checkpoint of epoch 1 is not written"):
+    with pytest.raises(StorageError, match="Could not write the checkpoint of epoch 1"):
         checkpoint_manager.wait() if ask == "wait" else checkpoint_manager.save(state_of(2), 2)
     checkpoint_manager.wait()
     (tmp_path / "checkpoint").unlink()
@@ -303,7 +304,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole_and_is_written_when_ther
         f"Cannot write the checkpoint of epoch 2 to {tmp_path} (File too large); retrying for 1 "
         f"minutes."
     )
-    assert all(is_whole(path) for path in checkpoints(tmp_path))
+    assert all(is_intact(path) for path in checkpoints(tmp_path))
 
 
 @pytest.fixture
@@ -333,12 +334,12 @@ def test_a_real_full_disk(small_disk: Path, caplog: pytest.LogCaptureFixture) ->
         f"retrying for 1 minutes."
     ]
     (whole,) = checkpoints(small_disk)
-    assert is_whole(whole)
+    assert is_intact(whole)
     assert names(small_disk) == [whole.name]
     (small_disk / "ballast").unlink()
     checkpoint_manager.wait()
     assert epochs(small_disk) == [2, 1]
-    assert all(is_whole(path) for path in checkpoints(small_disk))
+    assert all(is_intact(path) for path in checkpoints(small_disk))
 
 
 def test_a_folder_that_is_away_is_waited_for_and_not_made_anew(
@@ -371,7 +372,7 @@ import json, os, random, signal, sys, time
 from itertools import count
 from pathlib import Path
 import torch
-from amlp_ray.training.checkpoint.manager import checkpoints, epoch_of, is_whole, write_checkpoint
+from amlp_ray.training.checkpoint.manager import checkpoints, epoch_of, is_intact, write_checkpoint
 
 folder, seen, delay = Path(sys.argv[1]), [], random.Random(0)
 torch.set_num_threads(1)
@@ -387,7 +388,7 @@ for _ in range(12):
     os.kill(writer, signal.SIGKILL)
     os.waitpid(writer, 0)
     partial = [path.stat().st_size for path in folder.rglob("*.partial")]
-    seen.append({"whole": [is_whole(path) for path in checkpoints(folder)], "partial": partial})
+    seen.append({"whole": [is_intact(path) for path in checkpoints(folder)], "partial": partial})
 print(json.dumps({"seen": seen, "epoch": epoch_of(checkpoints(folder)[0])}))
 """
 

@@ -21,7 +21,7 @@ from amlp_ray.evaluation.segmenter import load_segmenter
 from amlp_ray.method.encoder import build_encoder
 from amlp_ray.training.checkpoint import pretrained
 from amlp_ray.training.checkpoint.export import export_encoder, load_encoder
-from amlp_ray.training.checkpoint.pretrained import starting_encoder
+from amlp_ray.training.checkpoint.pretrained import load_pretrained_encoder
 
 NAME = "vit_wee_patch16_reg1_gap_256"  # with a register and without a class token; pools before its norm
 TINY = "vit_tiny_patch16_224"
@@ -80,8 +80,8 @@ def files(weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) 
 def test_a_checkpoint_becomes_what_timm_makes_of_it(
     files: dict[str, Path], kind: str, shape: tuple[int, int, int], told: str
 ) -> None:
-    found = starting_encoder(str(files[kind]), spec_of(*shape), name=TINY)
-    assert found.told == f"{TINY} from {files[kind]}: {told}"
+    found = load_pretrained_encoder(str(files[kind]), spec_of(*shape), name=TINY)
+    assert found.description == f"{TINY} from {files[kind]}: {told}"
     overlay = {"file": str(files["pth"])}
     theirs = timm.create_model(
         TINY,
@@ -100,11 +100,11 @@ def test_a_checkpoint_becomes_what_timm_makes_of_it(
 
 def test_a_start_is_exported_as_any_encoder(files: dict[str, Path], tmp_path: Path) -> None:
     spec = spec_of()
-    found = starting_encoder(str(files["pth"]), spec, name=TINY)
+    found = load_pretrained_encoder(str(files["pth"]), spec, name=TINY)
     export_encoder(found.encoder, tmp_path / "e.safetensors", found.model, spec)
-    again = starting_encoder(str(tmp_path / "e.safetensors"), spec, found.model)
+    again = load_pretrained_encoder(str(tmp_path / "e.safetensors"), spec, found.model)
     assert again.model == found.model
-    assert again.told == f"encoder of {tmp_path / 'e.safetensors'}, exported by amlp-ray"
+    assert again.description == f"encoder of {tmp_path / 'e.safetensors'}, exported by amlp-ray"
     images = torch.randn(2, 1, 64, 64)
     with torch.inference_mode():
         ours = found.encoder.forward_features(images)
@@ -116,7 +116,7 @@ def test_a_start_replaces_the_encoder_that_settings_build(tmp_path: Path) -> Non
     torch.manual_seed(0)
     torch.save(timm.create_model(NAME).state_dict(), tmp_path / "w.pth")
     model = ModelConfig.model_validate({"encoder": NAME, "decoder_width": 32, "decoder_heads": 1})
-    found = starting_encoder(str(tmp_path / "w.pth"), spec_of(), model, NAME)
+    found = load_pretrained_encoder(str(tmp_path / "w.pth"), spec_of(), model, NAME)
     assert found.model is model
     built = build_encoder(model, spec_of()).state_dict()
     loaded = found.encoder.state_dict()
@@ -140,8 +140,8 @@ def test_weights_from_the_internet_are_adapted_alike(
         "timm",
         argparse.Namespace(create_model=create, list_pretrained=timm.list_pretrained),
     )
-    found = starting_encoder(f"timm:{TINY}.augreg_in21k", spec_of())
-    assert found.told.startswith(
+    found = load_pretrained_encoder(f"timm:{TINY}.augreg_in21k", spec_of())
+    assert found.description.startswith(
         f"{TINY}.augreg_in21k from the internet: patch embedding of 3 channels summed to 1"
     )
     assert torch.equal(found.encoder.blocks[3].mlp.fc1.weight, weights["blocks.3.mlp.fc1.weight"])
@@ -161,7 +161,7 @@ def test_without_internet_the_way_around_is_told(monkeypatch: pytest.MonkeyPatch
         CheckpointError,
         match=rf"internet \(ConnectionError\); .* --encoder FILE --encoder-name {TINY}",
     ):
-        starting_encoder(f"timm:{TINY}", spec_of())
+        load_pretrained_encoder(f"timm:{TINY}", spec_of())
 
 
 def without(state: dict[str, Tensor], key: str) -> dict[str, Tensor]:
@@ -194,13 +194,13 @@ def test_a_file_of_another_model_is_refused_and_nothing_stays_random(
 ) -> None:
     torch.save(change(weights), tmp_path / "w.pth")
     with pytest.raises(CheckpointError, match=told):
-        starting_encoder(str(tmp_path / "w.pth"), spec_of(), name=TINY)
+        load_pretrained_encoder(str(tmp_path / "w.pth"), spec_of(), name=TINY)
 
 
 def test_a_file_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
     torch.save({"model": ModelConfig()}, tmp_path / "w.pth")
     with pytest.raises(CheckpointError, match="cannot be read as weights"):
-        starting_encoder(str(tmp_path / "w.pth"), spec_of(), name=TINY)
+        load_pretrained_encoder(str(tmp_path / "w.pth"), spec_of(), name=TINY)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_what_cannot_be_started_from_gets_one_sentence(
 ) -> None:
     arguments = {"weights": str(files["pth"]), "spec": spec_of(), "name": TINY} | given
     with pytest.raises(error, match=told) as raised:
-        starting_encoder(**arguments)
+        load_pretrained_encoder(**arguments)
     assert "\n" not in str(raised.value)
 
 
@@ -253,10 +253,10 @@ def test_an_own_encoder_must_be_of_the_same_images_and_architecture(tmp_path: Pa
     path = tmp_path / "e.safetensors"
     export_encoder(build_encoder(model, spec_of()), path, model, spec_of())
     with pytest.raises(CheckpointError, match=r"made for 1x64x64 images .* not 1x96x96"):
-        starting_encoder(str(path), spec_of(1, 96, 96))
+        load_pretrained_encoder(str(path), spec_of(1, 96, 96))
     with pytest.raises(CheckpointError, match=r"model\.depth 1, not 2; change the settings"):
-        starting_encoder(str(path), spec_of(), ModelConfig(width=24, depth=2, heads=2))
-    own = starting_encoder(
+        load_pretrained_encoder(str(path), spec_of(), ModelConfig(width=24, depth=2, heads=2))
+    own = load_pretrained_encoder(
         str(path), spec_of(), ModelConfig(width=24, depth=1, heads=2, decoder_width=16)
     )
     assert own.model.decoder_width == 16
@@ -275,7 +275,7 @@ def test_a_segmenter_is_fine_tuned_from_a_timm_checkpoint(
     assert json.loads((tmp_path / "out" / "score.json").read_text()) == score
     found = load_segmenter(tmp_path / "out")
     assert found.spec == phantom_dataset.spec, "images are normalised by their own mean and SD"
-    given = starting_encoder(str(file), phantom_dataset.spec, name=NAME).encoder.state_dict()
+    given = load_pretrained_encoder(str(file), phantom_dataset.spec, name=NAME).encoder.state_dict()
     assert all(
         torch.equal(value, given[key]) for key, value in found.model.encoder.state_dict().items()
     )  # frozen

@@ -10,7 +10,7 @@ import torch
 from amlp_ray.config import ImageSpec, PretrainConfig
 from amlp_ray.errors import CheckpointError
 from amlp_ray.training.checkpoint.manager import checkpoints, write_checkpoint
-from amlp_ray.training.checkpoint.restore import load_model, state_to_keep
+from amlp_ray.training.checkpoint.restore import checkpoint_state, load_model
 from amlp_ray.training.train_state import State, TrainState
 from amlp_ray.utils import distributed
 from amlp_ray.utils.event_log import EventLog, count_events
@@ -52,7 +52,7 @@ def write(
 ) -> Path:
     folder.mkdir(exist_ok=True)
     return write_checkpoint(
-        folder, state_to_keep(train_state.gather_state(), epoch, config), epoch, keep=keep
+        folder, checkpoint_state(train_state.gather_state(), epoch, config), epoch, keep=keep
     )
 
 
@@ -96,7 +96,7 @@ def test_a_damaged_newest_is_passed_over_and_that_is_noted(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"lr": 0.5}, "lr"), ({"seed": 3, "weight_ema": 0.5}, "average, seed")],
+    [({"lr": 0.5}, "lr"), ({"seed": 3, "weight_ema": 0.5}, "weight_ema, seed")],
     ids=["one", "two"],
 )
 def test_a_checkpoint_of_other_settings_is_refused_by_their_names(
@@ -151,7 +151,7 @@ def test_the_model_that_is_looked_at_is_the_one_that_would_be_exported(
 
 
 def test_a_model_is_taken_out_of_the_newest_that_is_whole(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has no checkpoint: the run has not ended an epoch"):
+    with pytest.raises(CheckpointError, match=r"has no checkpoint: the run has not finished an epoch"):
         load_model(tmp_path, SETTINGS, SPEC)
     for epoch in (1, 2):
         write(tmp_path, learner_of(), epoch)
@@ -160,6 +160,6 @@ def test_a_model_is_taken_out_of_the_newest_that_is_whole(tmp_path: Path) -> Non
     assert load_model(tmp_path, SETTINGS, SPEC)[1] == 1
     before.write_bytes(b"")
     with pytest.raises(
-        CheckpointError, match=rf"no whole checkpoint \({newest.name}, {before.name}\)"
+        CheckpointError, match=rf"are damaged \({newest.name}, {before.name}\)"
     ):
         load_model(tmp_path, SETTINGS, SPEC)

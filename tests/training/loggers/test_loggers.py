@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import struct
 import time
@@ -15,7 +16,7 @@ from amlp_ray.config import TrackingConfig
 from amlp_ray.config.base import build
 from amlp_ray.errors import ConfigError
 from amlp_ray.training.loggers import loggers, remote
-from amlp_ray.training.loggers.loggers import open_trackers
+from amlp_ray.training.loggers.loggers import open_loggers
 from amlp_ray.training.loggers.remote import RemoteLogger
 
 TENSORBOARD_ONLY = TrackingConfig()
@@ -34,22 +35,34 @@ def epoch(number: int, loss: float | None = None) -> dict[str, Any]:
 def follow(
     folder: Path, config: TrackingConfig, epochs: range, *, resumed: int = 0, **more: Any
 ) -> list[str]:
-    """Follow a run over some epochs; what was said meanwhile."""
-    told: list[str] = []
+    """Log some epochs of a run; return the warnings meanwhile."""
+    warnings = WarningList()
+    logging.getLogger("amlp_ray").addHandler(warnings)
     failed = more.pop("failed", False)
-    tracker = open_trackers(
+    tracker = open_loggers(
         folder,
         config,
         name="run-a",
         parameters=PARAMETERS,
         group="study-b",
         resumed_epoch=resumed,
-        say=told.append,
     )
     for number in epochs:
         tracker.log(epoch(number, **more))
     tracker.close(failed)
-    return told
+    logging.getLogger("amlp_ray").removeHandler(warnings)
+    return warnings.messages
+
+
+class WarningList(logging.Handler):
+    """The messages of warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
 
 
 def events(folder: Path) -> Iterator[Any]:
@@ -85,7 +98,7 @@ def test_tensorboard_is_written_unasked_and_nothing_else_is(tmp_path: Path) -> N
 
 
 def test_only_finite_numbers_are_shown(tmp_path: Path) -> None:
-    tracker = open_trackers(tmp_path, TENSORBOARD_ONLY, name="run", parameters={})
+    tracker = open_loggers(tmp_path, TENSORBOARD_ONLY, name="run", parameters={})
     tracker.log(
         {
             "epoch": 1,
@@ -108,17 +121,18 @@ def test_epochs_that_are_done_again_are_not_shown_twice(tmp_path: Path) -> None:
     assert points(tmp_path, "loss") == pytest.approx({1: 1, 2: 1 / 2, 3: 1 / 3, 4: 9, 5: 9, 6: 9})
 
 
-def test_a_disk_that_is_full_is_told_once_and_stops_nothing(tmp_path: Path) -> None:
+def test_a_disk_that_is_full_is_told_once_and_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "tensorboard").write_text("in the way")
-    told: list[str] = []
-    tracker = open_trackers(tmp_path, TENSORBOARD_ONLY, name="run", parameters={}, say=told.append)
+    tracker = open_loggers(tmp_path, TENSORBOARD_ONLY, name="run", parameters={})
     tracker.log(epoch(1))
     tracker.log(epoch(2))
     (tmp_path / "tensorboard").unlink()  # there is room again
     tracker.log(epoch(3))
     tracker.close()
-    assert len(told) == 1
-    assert "cannot be written" in told[0]
+    assert len(caplog.messages) == 1
+    assert "cannot be written" in caplog.messages[0]
     assert list(points(tmp_path, "loss")) == [3]
 
 
@@ -215,7 +229,7 @@ def test_a_server_that_is_gone_stops_nothing_and_is_told_once(tmp_path: Path) ->
     told = follow(tmp_path, TrackingConfig(mlflow="http://127.0.0.1:9"), range(1, 4))
     assert time.monotonic() - started < remote.CLOSE_S
     assert len(told) == 1
-    assert told[0].startswith("MLflow cannot be told of this run (")
+    assert told[0].startswith("MLflow cannot be reached (")
     assert len(points(tmp_path, "loss")) == 3
 
 
@@ -247,10 +261,11 @@ class Shaky:
 
 
 @pytest.mark.parametrize("gone", [set(), {1}, {1, 2}, {2}, {3, 4}, {2, 4, 5}])
-def test_what_could_not_be_sent_is_sent_when_the_server_is_back(gone: set[int]) -> None:
-    told: list[str] = []
+def test_what_could_not_be_sent_is_sent_when_the_server_is_back(
+    gone: set[int], caplog: pytest.LogCaptureFixture
+) -> None:
     service = Shaky(gone)
-    sender = RemoteLogger(service, told.append)
+    sender = RemoteLogger(service)
     for number in range(1, 7):
         before = service.calls
         sender.log(number, {})
@@ -259,7 +274,7 @@ def test_what_could_not_be_sent_is_sent_when_the_server_is_back(gone: set[int]) 
     sender.close()
     assert service.sent == [1, 2, 3, 4, 5, 6]
     assert service.ended is False
-    assert len(told) == bool(gone)
+    assert len(caplog.messages) == bool(gone)
 
 
 def test_a_server_that_does_not_answer_holds_up_neither_an_epoch_nor_the_end(
@@ -271,7 +286,7 @@ def test_a_server_that_does_not_answer_holds_up_neither_an_epoch_nor_the_end(
 
     monkeypatch.setattr(remote, "CLOSE_S", 0.1)
     started = time.monotonic()
-    sender = RemoteLogger(Deaf(set()), print)
+    sender = RemoteLogger(Deaf(set()))
     for number in range(1, 100):
         sender.log(number, {})
     sender.close()
@@ -285,7 +300,7 @@ def test_a_package_that_is_missing_is_told_before_anything_is_written(
     monkeypatch.setattr(loggers, "find_spec", lambda package: None)
     config = TrackingConfig(**{name: "http://server" if name == "mlflow" else "lesions"})
     with pytest.raises(ConfigError) as error:
-        open_trackers(tmp_path, config, name="run", parameters={})
+        open_loggers(tmp_path, config, name="run", parameters={})
     assert (
         str(error.value)
         == f"tracking.{name} is set, but {name} is not installed; pip install 'amlp-ray[{name}]'."

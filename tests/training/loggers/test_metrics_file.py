@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from amlp_ray.training.loggers.metrics_file import (
-    NewRows,
+    RowTail,
     append_row,
     drop_after,
     own_rows,
@@ -52,22 +52,22 @@ def test_inherited_epochs_are_not_a_runs_own(file: Path) -> None:
 
 def test_new_rows_are_handed_on_once_also_where_epochs_are_done_again(file: Path) -> None:
     told: list[int] = []
-    rows = NewRows(file, lambda row: told.append(row["epoch"]))
-    rows.look()
+    rows = RowTail(file, lambda row: told.append(row["epoch"]))
+    rows.poll()
     assert (told, rows.epoch) == ([], 0)
     write(file, 1, 2)
-    rows.look()
-    rows.look()
+    rows.poll()
+    rows.poll()
     assert (told, rows.epoch) == ([1, 2], 2)
     drop_after(file, 1)
     write(file, 2, 3)
-    rows.look()
+    rows.poll()
     assert (told, rows.epoch) == ([1, 2, 3], 3)
 
 
 def test_a_disk_that_is_away_is_no_news(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[int] = []
-    rows = NewRows(file, lambda row: told.append(row["epoch"]))
+    rows = RowTail(file, lambda row: told.append(row["epoch"]))
     write(file, 1)
     stat = Path.stat
 
@@ -75,18 +75,18 @@ def test_a_disk_that_is_away_is_no_news(file: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(errno.ESTALE, "Stale file handle", str(path))
 
     monkeypatch.setattr(Path, "stat", away)
-    rows.look()
+    rows.poll()
     assert told == []
     monkeypatch.setattr(Path, "stat", stat)
-    rows.look()
+    rows.poll()
     assert told == [1]
 
 
 def test_rows_that_were_there_or_are_a_parents_are_not_new(file: Path) -> None:
     write(file, 1)
     told: list[int] = []
-    rows = NewRows(file, lambda row: told.append(row["epoch"]))
+    rows = RowTail(file, lambda row: told.append(row["epoch"]))
     write(file, 2, inherited=True)
     write(file, 3)
-    rows.look()
+    rows.poll()
     assert told == [3]

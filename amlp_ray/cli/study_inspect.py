@@ -85,10 +85,10 @@ def best(name: Name, runs: Runs = DEFAULT_RUNS, as_json: Json = False) -> None:
 
 def _ratio_schedule(store: StudyStore, config: StudyConfig, number: int) -> list[list[float]]:
     """Return the masking ratios that a population has found, as `ratio.points` takes them."""
-    from amlp_ray.study.search.pbt import learnt_schedule
+    from amlp_ray.study.search.pbt import learned_schedule
 
     stored_trials = store.search().get_trials(deepcopy=False)
-    points = learnt_schedule(config, stored_trials, number)
+    points = learned_schedule(config, stored_trials, number)
     return [[share, round(ratio, 4)] for share, ratio in points]
 
 

@@ -39,19 +39,12 @@ TITLES = {
 
 @dataclass(frozen=True)
 class ReportedTrial(TrialRecord):
-    """A trial of the search, or a run of a baseline or of the confirmation, as a report shows it.
-
-    Attributes:
-        config: of the study.
-        state_name: RUNNING is INTERRUPTED where no process runs the study.
-        path: absolute path of its folder, always inside of the study's.
-        is_feasible: whether it keeps `limits`, as far as it measured what they are of.
-    """
+    """A trial of the search, a baseline run or a confirmation run, as a report shows it."""
 
     config: StudyConfig
-    state_name: str
-    path: Path
-    is_feasible: bool
+    state_name: str  # RUNNING is INTERRUPTED where no process runs the study
+    path: Path  # absolute path of its folder, always inside of the study's
+    is_feasible: bool  # whether it keeps `limits`, as far as it measured what they are of
 
     @property
     def name(self) -> str:
@@ -145,37 +138,25 @@ class ReportData:
     """Everything a report shows, but for curves, per-image scores and pictures.
 
     These are read when they are drawn.
-
-    Attributes:
-        name: of the study.
-        folder: of the study.
-        config: of the study.
-        search: trials that the study trained.
-        copies: trials of the search that were answered from the store.
-        imported: trials of elsewhere, which the sampler learns from and which are no result.
-        front: complete trials within `limits` that none beats in every objective; with one
-            objective, the best.
-        baselines: runs of baselines.
-        confirmation: runs of the confirmation.
-        usage: what was spent of the budget.
-        space: as declared; of a Python function, as the trials' distributions show it.
-        environments: one for each time the study was run.
-        importances: by objective.
     """
 
     name: str
     folder: Path
     config: StudyConfig
-    search: list[ReportedTrial]
-    copies: list[ReportedTrial]
+    search: list[ReportedTrial]  # trials that the study trained
+    copies: list[ReportedTrial]  # trials of the search that were answered from the store
+    # Trials of elsewhere, which the sampler learns from and which are no result.
     imported: list[ReportedTrial]
+    # Complete trials within `limits` that none beats in every objective; with one objective, the
+    # best.
     front: list[ReportedTrial]
-    baselines: list[ReportedTrial]
-    confirmation: list[ReportedTrial]
-    usage: Usage
+    baselines: list[ReportedTrial]  # runs of baselines
+    confirmation: list[ReportedTrial]  # runs of the confirmation
+    usage: Usage  # what was spent of the budget
+    # As declared; of a Python function, as the trials' distributions show it.
     space: dict[str, Parameter]
-    environments: list[dict[str, Any]]
-    importances: dict[str, Importance]
+    environments: list[dict[str, Any]]  # one for each time the study was run
+    importances: dict[str, Importance]  # by objective
 
     @property
     def best(self) -> ReportedTrial | None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.datasets import made_dataset
+from helpers.datasets import write_dataset
 from sklearn.metrics import roc_auc_score
 
 from amlp_ray.analysis.localization import bench_rules
@@ -41,7 +41,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
         images: np.ndarray, masks: np.ndarray, labeled: np.ndarray | None = None
     ) -> PatchDataset:
         known = [mask if labeled is None or labeled[i] else None for i, mask in enumerate(masks)]
-        return made_dataset(tmp_path_factory.mktemp("stored"), images, known, rows_per_part=3)
+        return write_dataset(tmp_path_factory.mktemp("stored"), images, known, rows_per_part=3)
 
     return write
 

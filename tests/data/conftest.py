@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def _picture(seed: int, height: int, width: int) -> Image.Image:
-    """A grey RGB image as exported ultrasound is; blocks of noise, so that no two look alike."""
+    """Make a gray RGB image as exported ultrasound is, of noise, so that no two look alike."""
     blocks = np.random.default_rng(seed).integers(0, 256, (6, 6), dtype=np.uint8)
     return Image.fromarray(blocks).resize((width, height), Image.Resampling.BILINEAR).convert("RGB")
 
@@ -22,7 +22,10 @@ def _disc(height: int, width: int, y: float, x: float, r: float) -> np.ndarray:
 
 @pytest.fixture
 def busi_folder(tmp_path: Path) -> Path:
-    """8 benign, 6 malignant, 4 normal images of differing sizes; `benign (1)` has three masks of differing modes."""
+    """Write 8 benign, 6 malignant and 4 normal images of differing sizes.
+
+    `benign (1)` has three masks of differing modes.
+    """
     folder = tmp_path / "busi [copy]"
     seed = 0
     for name, count in (("benign", 8), ("malignant", 6), ("normal", 4)):
@@ -49,7 +52,10 @@ def busi_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def paired_folder(tmp_path: Path) -> Path:
-    """Colour images `case_0` to `case_5`; 0-3 have masks, each named by another rule; 4 and 5 have none."""
+    """Write color images `case_0` to `case_5`.
+
+    0-3 have masks, each named by another rule. 4 and 5 have none.
+    """
     folder = tmp_path / "paired"
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True)

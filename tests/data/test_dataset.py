@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.utils.data
-from helpers.datasets import made_dataset
+from helpers.datasets import write_dataset
 
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.manifest import SPLITS, Counts, Manifest, Part
@@ -211,7 +211,7 @@ def small(tmp_path: Path) -> PatchDataset:
     images = np.random.default_rng(0).integers(-1000, 1000, (21, 2, 16, 16)).astype(np.int16)
     masks = [None if i % 3 == 0 else np.eye(16) * (i % 2) for i in range(21)]
     split = ["train"] * 14 + ["val"] * 7
-    return made_dataset(
+    return write_dataset(
         tmp_path / "small", images, masks, split=split, rows_per_part=5, spacing_y=0.5
     )
 

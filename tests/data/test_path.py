@@ -35,10 +35,10 @@ def test_files_are_written_listed_read_and_deleted(
     )
     odd = "x (1) [a] ü.txt"
     assert not place.is_folder()
-    (place / "a" / odd).write_whole("one")
-    (place / "b.txt").write_whole(b"two2")
-    (place / ".hidden" / "c").write_whole("")
-    (place / "b.txt").write_whole(b"three")
+    (place / "a" / odd).atomic_write("one")
+    (place / "b.txt").atomic_write(b"two2")
+    (place / ".hidden" / "c").atomic_write("")
+    (place / "b.txt").atomic_write(b"three")
     assert place.is_folder()
     assert sorted(place.entries()) == [Entry(f"a/{odd}", 3), Entry("b.txt", 5)]
     assert sorted(place.entries(deep=False)) == [Entry("b.txt", 5)]
@@ -74,12 +74,12 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = DataPath(tmp_path / "x")
-    file.write_whole("old")
+    file.atomic_write("old")
     monkeypatch.setattr(
         Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(OSError, match="No space"):
-        file.write_whole("new")
+        file.atomic_write("new")
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
     assert file.read_bytes() == b"old"
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from amlp_ray.data.dataset import PatchDataset, Split
-from helpers.datasets import made_dataset
+from helpers.datasets import write_dataset
 
 Shape = tuple[int, int, int]
 RANGES = {
@@ -58,7 +58,7 @@ def write(folder: Path, splits: Mapping[str, Rows], *, rows_per_part: int = 5) -
             names.append(split)
             ids.append(f"{folder.name} {split} {i}")
     images = np.concatenate([rows.images for rows in splits.values()])
-    return made_dataset(folder, images, masks, split=names, rows_per_part=rows_per_part, id=ids)
+    return write_dataset(folder, images, masks, split=names, rows_per_part=rows_per_part, id=ids)
 
 
 class Guarded(PatchDataset):

@@ -1,4 +1,4 @@
-"""Small NIfTI volumes, DICOM series and SEG objects for tests, written to files as scanners and tools write them."""
+"""Write small NIfTI volumes, DICOM series and SEG objects as scanners and tools write them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_nifti(
     slope, inter = header.pop("scl_slope", None), header.pop("scl_inter", None)
     if slope is not None:
         image.header.set_slope_inter(slope, inter or 0)
-        # nibabel would divide by the slope while it writes: multiply first, so that `values` are what is stored.
+        # nibabel divides by the slope while it writes. Multiply first, so that `values` are stored.
         image = nib.Nifti1Image(values * slope + (inter or 0), image.affine, image.header)
         image.header.set_data_dtype(values.dtype)
         image.header.set_slope_inter(slope, inter or 0)
@@ -34,7 +34,7 @@ def write_nifti(
 
 
 def turned(values: np.ndarray, affine: np.ndarray, codes: str) -> tuple[np.ndarray, np.ndarray]:
-    """The same volume, of RAS axes, stored along other ones, such as "PSR"; with its affine."""
+    """Return a volume of RAS axes stored along other ones, such as "PSR", with its affine."""
     image = nib.Nifti1Image(values, affine)
     way = nib.orientations.ornt_transform(
         nib.orientations.io_orientation(affine), nib.orientations.axcodes2ornt(tuple(codes))
@@ -44,7 +44,9 @@ def turned(values: np.ndarray, affine: np.ndarray, codes: str) -> tuple[np.ndarr
 
 
 def dicom(pixels: np.ndarray, *, patient: str = "Mustermann^0815", **elements: Any) -> FileDataset:
-    """A CT or secondary capture image in memory, with all that names a patient; `elements` replace or add to it.
+    """Make a CT or secondary capture image in memory, with everything that names a patient.
+
+    `elements` replace or add to it.
 
     `pixels` is (H, W), (H, W, 3) or (F, H, W), of 8, 16 or 32 bits.
     """
@@ -104,7 +106,10 @@ def save(dataset: Dataset, path: Path) -> Path:
 def ct_series(
     folder: Path, volume: np.ndarray, *, names: Sequence[str] | None = None, **elements: Any
 ) -> list[FileDataset]:
-    """Write slices (Z, H, W), 2.5 mm apart and from below upwards, in files named so that sorting by name misleads."""
+    """Write slices (Z, H, W), 2.5 mm apart and from below upwards.
+
+    The files are named so that sorting by name misleads.
+    """
     shared = {"SeriesInstanceUID": generate_uid(), "StudyInstanceUID": generate_uid()} | elements
     slices = []
     for z, pixels in enumerate(volume):
@@ -120,7 +125,7 @@ def ct_series(
 
 
 def segmentation(sources: Sequence[Dataset], masks: np.ndarray, **options: Any) -> Dataset:
-    """A SEG object by highdicom, of masks (Z, H, W) or, with segments, (Z, H, W, S)."""
+    """Make a SEG object by highdicom, of masks (Z, H, W) or, with segments, (Z, H, W, S)."""
     import highdicom as hd
     from pydicom.sr.codedict import codes
 
@@ -135,7 +140,7 @@ def segmentation(sources: Sequence[Dataset], masks: np.ndarray, **options: Any) 
         )
         for number in range(1, count + 1)
     ]
-    given: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "source_images": list(sources),
         "pixel_array": masks,
         "segmentation_type": "BINARY",
@@ -149,4 +154,4 @@ def segmentation(sources: Sequence[Dataset], masks: np.ndarray, **options: Any) 
         "software_versions": "1",
         "device_serial_number": "1",
     }
-    return hd.seg.Segmentation(**(given | options))
+    return hd.seg.Segmentation(**(arguments | options))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers.datasets import made_dataset
+from helpers.datasets import write_dataset
 from helpers.tiny_study import TINY
 
 from amlp_ray.data.dataset import PatchDataset
@@ -30,7 +30,7 @@ def unlabeled(
 ) -> PatchDataset:
     """The training phantoms, a little brighter and without their masks."""
     images = phantom_dataset.load("train").images.astype(int) + 20
-    return made_dataset(
+    return write_dataset(
         tmp_path_factory.mktemp("sets") / "unlabeled", images.clip(0, 255).astype(np.uint8)
     )
 
@@ -92,7 +92,7 @@ def test_an_unlabeled_set_is_searched_by_the_labels_of_another_alone(
 def test_labels_that_cannot_serve_are_refused_before_anything_is_written(
     unlabeled: PatchDataset, phantom_dataset: PatchDataset, tmp_path: Path,
     changes: dict[str, Any] | None, config: dict[str, Any], error: type[Exception], told: str,
-) -> None:  # fmt: skip
+) -> None:
     eval_data = tmp_path / "labels"
     if changes is not None:
         with_manifest(phantom_dataset, eval_data, **changes)

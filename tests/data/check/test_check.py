@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.datasets import made_dataset
+from helpers.datasets import write_dataset
 from PIL import Image, ImageDraw, ImageFont
 
 import amlp_ray.data.check.measure as measure
@@ -52,7 +52,7 @@ class Clean:
         return check_dataset(self.make(folder), **given)
 
     def make(self, folder: Path) -> PatchDataset:
-        return made_dataset(folder, self.images, self.masks, rows_per_part=10, **self.columns)
+        return write_dataset(folder, self.images, self.masks, rows_per_part=10, **self.columns)
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def test_uneven_splits_are_told(clean: Clean, tmp_path: Path) -> None:
 
 def test_an_unlabeled_dataset_of_one_split_and_an_empty_one_can_be_checked(tmp_path: Path) -> None:
     images = np.stack([tissue(i) for i in range(12)])[:, None]
-    report = check_dataset(made_dataset(tmp_path / "u", images, background=0.0))
+    report = check_dataset(write_dataset(tmp_path / "u", images, background=0.0))
     assert keys(report) == ["unlabeled"]
     assert {f.key for f in report.gaps} > {
         "empty-masks",
@@ -267,7 +267,7 @@ def test_an_unlabeled_dataset_of_one_split_and_an_empty_one_can_be_checked(tmp_p
         "large-masks",
         "uneven-lesions",
     }
-    assert keys(check_dataset(made_dataset(tmp_path / "e", images[:0]))) == []
+    assert keys(check_dataset(write_dataset(tmp_path / "e", images[:0]))) == []
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
@@ -281,7 +281,7 @@ def test_every_type_and_number_of_channels_is_measured_and_drawn(
     )
     images = (images * scale).astype(dtype)
     images[1] = images[0]
-    table = measure.measured(data := made_dataset(tmp_path / "d", images))
+    table = measure.measured(data := write_dataset(tmp_path / "d", images))
     assert table["mean"].to_numpy() == pytest.approx(
         images.mean(axis=(1, 2, 3), dtype=float), rel=1e-4
     )
@@ -339,7 +339,7 @@ def test_letters_are_counted_where_there_are_any() -> None:
 def test_burnt_in_text_is_a_warning(tmp_path: Path) -> None:
     images = np.stack([speckle(i) // 3 for i in range(12)])
     images[4] = with_text(images[4], "D O E  J O H N")
-    found = finding(check_dataset(made_dataset(tmp_path / "d", images[:, None])), "burnt-in-text")
+    found = finding(check_dataset(write_dataset(tmp_path / "d", images[:, None])), "burnt-in-text")
     assert (found.severity, found.count, ids(found)) == ("warning", 1, {"image 4"})
 
 

@@ -586,7 +586,8 @@ def _without_segments(seg: Dataset) -> None:
     [
         (
             _moved,
-            r"seg\.dcm is a segmentation that starts elsewhere than the slice .* same place; export it",
+            r"seg\.dcm is a segmentation that starts elsewhere than the slice .* same place; "
+            r"export it",
         ),
         (
             _astray,

@@ -323,7 +323,8 @@ def test_lesion_labels_are_the_values_of_every_kind_of_mask(
     frame = frame_of(image, mask, lesion_labels=(1, 3))
     np.testing.assert_array_equal(frame.mask, np.isin(LABELS, (1, 3)))
     np.testing.assert_array_equal(frame_of(image, mask).mask, LABELS > 0)
-    note = f"its mask {mask.name} has the values 1, 2, 3 but lesion_labels are 7, 9: counted as no lesion"
+    problem = "has the values 1, 2, 3 but lesion_labels are 7, 9: counted as no lesion"
+    note = f"its mask {mask.name} {problem}"
     frame = frame_of(image, mask, lesion_labels=(7, 9))
     assert frame.notes == (note,)
     assert frame.mask is not None

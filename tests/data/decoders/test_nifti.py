@@ -61,14 +61,15 @@ def table(listing: Listing, folder: Path) -> dict[str, tuple[list[str], list[str
 
 
 def looked_up(path: Path, axis: str) -> np.ndarray:
-    """Slices of a file found voxel by voxel: each pixel asks the affine where in the file its place in space is.
+    """Return slices (slices, H, W, C) of a file, looked up voxel by voxel.
 
-    Other than the code under test, which turns arrays. (slices, H, W, C)
+    Each pixel asks the affine where in the file its place in space is. The code under test turns
+    arrays instead.
     """
     image = nib.load(path)
     data = np.asanyarray(image.dataobj)
     data = data.reshape(*data.shape[:3], -1)
-    # Which file axis runs along left-right, posterior-anterior, inferior-superior, and whether upwards.
+    # Which file axis runs along left-right, posterior-anterior, inferior-superior, and which way.
     codes = nib.aff2axcodes(image.affine)
     along = [next(i for i, code in enumerate(codes) if code in pair) for pair in ("LR", "PA", "IS")]
     rising = [codes[i] == up for i, up in zip(along, "RAS", strict=True)]

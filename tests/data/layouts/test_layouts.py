@@ -197,8 +197,9 @@ def test_data_needs_ray_only_for_preparing_and_streaming() -> None:
     code = (
         "import sys; sys.modules['ray'] = None; sys.modules['ray.data'] = None\n"
         "import amlp_ray.data; assert 'numpy' not in sys.modules and 'torch' not in sys.modules\n"
-        "import amlp_ray.data.dataset, amlp_ray.data.loading.batches, amlp_ray.data.phantoms, amlp_ray.data.layouts\n"
-        "import amlp_ray.data.decoders.image, amlp_ray.data.prepare.near_duplicates, amlp_ray.data.prepare.splits\n"
+        "import amlp_ray.data.dataset, amlp_ray.data.loading.batches, amlp_ray.data.phantoms\n"
+        "import amlp_ray.data.layouts, amlp_ray.data.decoders.image\n"
+        "import amlp_ray.data.prepare.near_duplicates, amlp_ray.data.prepare.splits\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -207,8 +208,8 @@ def test_data_needs_ray_only_for_preparing_and_streaming() -> None:
 def test_listing_imports_no_decoder() -> None:
     code = (
         "import sys, amlp_ray.data.layouts.detect\n"
-        "heavy = {'PIL', 'torch', 'pydicom', 'nibabel', 'highdicom', 'pycocotools'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "names = {'PIL', 'torch', 'pydicom', 'nibabel', 'highdicom', 'pycocotools'}\n"
+        "assert not names & set(sys.modules), names & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -422,8 +423,8 @@ def test_lgg_groups_by_patient(tmp_path: Path) -> None:
     save(tmp_path / "TCGA_3" / "1.tif")
     (tmp_path / "data.csv").write_text("Patient\n")
     listing = find(tmp_path)
-    assert (
-        listing.summary == "lgg: 2 folders of TIFF slices with masks such as 'TCGA_1/TCGA_1_1_mask.tif'"
+    assert listing.summary == (
+        "lgg: 2 folders of TIFF slices with masks such as 'TCGA_1/TCGA_1_1_mask.tif'"
     )
     assert [item.id for item in listing.items][:4] == [
         "TCGA_1_1",

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from helpers.noise_images import noise_dataset
+from helpers.datasets import noise_dataset
 
 import amlp_ray.data.loading.image_cache as cache
 import amlp_ray.data.loading.shuffle as order

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.noise_images import noise_dataset
+from helpers.datasets import noise_dataset
 
 import amlp_ray.data.loading.image_cache as cache
 from amlp_ray.data.dataset import PatchDataset

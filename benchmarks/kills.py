@@ -1,12 +1,13 @@
-"""Kills workers of a pretraining at random moments, and its driver, and counts what each kill cost.
+"""Kill workers and the driver of a pretraining at random moments, and count what each kill costs.
 
-    python benchmarks/kills.py                       # 20 kills of 2 workers, every fifth of the driver instead
+    # 20 kills of 2 workers, every fifth of the driver instead
+    python benchmarks/kills.py
     python benchmarks/kills.py --kills 5 --workers 3 --seed 7 --data runs/mine
 
-Each kill is a SIGKILL by pid, at a moment drawn from the seed. After each one the run must go on by itself, or by the
-same command where the driver was killed. Afterwards a run left alone is trained with the same settings and compared.
-Exits with 1 where an epoch is missing or doubled, a kill cost more than one ended epoch, any checkpoint with a final
-name is damaged, or the loss differs.
+Each kill is a SIGKILL by pid, at a moment that follows from the seed. After it, the run must resume
+by itself, or by the same command if the driver was killed. An uninterrupted run of the same config
+is trained afterwards and compared. The exit code is 1 if an epoch is missing or doubled, a kill
+cost more than one finished epoch, a checkpoint is damaged, or the loss differs.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def torment(args: argparse.Namespace, data: str, out: Path) -> list[Kill]:
         kill.seconds = time.monotonic() - killed
         kills.append(kill)
         print(
-            f"kill {number:2}: {kill.what}, epoch {kill.epoch}, {kill.again} again, on after {kill.seconds:.0f} s",
+            f"kill {number:2}: {kill.what}, epoch {kill.epoch}, {kill.again} again, "
+            f"on after {kill.seconds:.0f} s",
             flush=True,
         )
     if driver.wait(3600):
@@ -110,16 +112,22 @@ def verdict(args: argparse.Namespace, kills: list[Kill], out: Path, alone: Path)
         "another loss than the run left alone": difference > 1e-5,
     }
     print(
-        f"{len(kills)} kills ({sum(kill.what == 'driver' for kill in kills)} of the driver), {len(kills)} recoveries"
+        f"{len(kills)} kills ({sum(kill.what == 'driver' for kill in kills)} of the driver), "
+        f"{len(kills)} recoveries"
     )
     print(
-        f"epochs: {len(epochs)} lines of {args.epochs}, each once: {not faults['epochs missing or doubled']}"
+        f"epochs: {len(epochs)} lines of {args.epochs}, each once: "
+        f"{not faults['epochs missing or doubled']}"
     )
     print(
-        f"ended epochs trained again: {sum(kill.again for kill in kills)} in all, {max(k.again for k in kills)} at most"
+        f"ended epochs trained again: {sum(kill.again for kill in kills)} in all, "
+        f"{max(k.again for k in kills)} at most"
     )
-    print(f"checkpoints damaged: {len(damaged)}; seconds from a kill to the next ended epoch: median "
-          f"{seconds[len(seconds) // 2]:.0f}, most {seconds[-1]:.0f}")  # fmt: skip
+    print(f"checkpoints damaged: {len(damaged)}")
+    print(
+        f"seconds from a kill to the next finished epoch: median "
+        f"{seconds[len(seconds) // 2]:.0f}, most {seconds[-1]:.0f}"
+    )
     print(f"largest relative difference of the loss from a run left alone: {difference:.1e}")
     for what, found in faults.items():
         if found:
@@ -142,8 +150,10 @@ def _arguments() -> argparse.Namespace:
 
 
 def _phantoms(scratch: Path) -> str:
-    for words in (["phantoms", str(scratch / "images"), "--count", "400", "--size", "96"],
-                  ["prepare", str(scratch / "images"), str(scratch / "data"), "--size", "64"]):  # fmt: skip
+    for words in (
+        ["phantoms", str(scratch / "images"), "--count", "400", "--size", "96"],
+        ["prepare", str(scratch / "images"), str(scratch / "data"), "--size", "64"],
+    ):
         subprocess.run(
             [sys.executable, "-m", "amlp_ray", "data", *words],
             check=True,

@@ -1,9 +1,13 @@
-"""What Ray Train costs and what a second worker brings, and that any number of workers learns the same.
+"""Measure what Ray Train costs, what a second worker brings, and that all workers learn the same.
 
-    python benchmarks/scaling.py overhead                 # Ray Train with 1 worker against the bare loop, in turn
-    python benchmarks/scaling.py workers                  # 2 workers of 1 thread against 1 of 1 thread, in turn
-    python benchmarks/scaling.py start                    # seconds from the command to the first step
-    python benchmarks/scaling.py curves --data runs/busi  # losses of 1, 2 and 4 workers, and a page with their figure
+    # Ray Train with 1 worker against the bare loop, in turn
+    python benchmarks/scaling.py overhead
+    # 2 workers of 1 thread against 1 of 1 thread, in turn
+    python benchmarks/scaling.py workers
+    # seconds from the command to the first step
+    python benchmarks/scaling.py start
+    # losses of 1, 2 and 4 workers, and a page with their figure
+    python benchmarks/scaling.py curves --data runs/busi
 
 README.md beside this file says what is compared. Without --data, phantoms are generated.
 """
@@ -29,8 +33,8 @@ import torch
 from amlp_ray.config import PretrainConfig, ResourceConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.loading.batches import open_batches
-from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.launch.launcher import run_on_ray
+from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.runtime.session import ray_session
 from amlp_ray.training.loggers.metrics_file import read_rows
 from amlp_ray.training.objectives import make_objective
@@ -52,7 +56,10 @@ def main() -> None:
 
 
 def overhead(args: argparse.Namespace, data: str, scratch: Path) -> None:
-    """The bare loop is `train_epoch` alone: no checkpoint, no metrics on disk, nobody to report to."""
+    """The bare loop is `train_epoch` alone.
+
+    No checkpoint, no metrics on disk, nobody to report to.
+    """
     config = _settings(args)
     with ray_session():
         ratios = []
@@ -61,11 +68,13 @@ def overhead(args: argparse.Namespace, data: str, scratch: Path) -> None:
             ours = _on_ray(config, data, scratch / f"one-{turn}", ResourceConfig(cpus_per_worker=1))
             ratios.append(ours / bare)
             print(
-                f"turn {turn + 1}: bare {bare:.0f} images/s, Ray Train with 1 worker {ours:.0f}: {ours / bare:.3f}",
+                f"turn {turn + 1}: bare {bare:.0f} images/s, Ray Train with 1 worker {ours:.0f}: "
+                f"{ours / bare:.3f}",
                 flush=True,
             )
     print(
-        f"median ratio {statistics.median(ratios):.3f} of {len(ratios)} turns ({min(ratios):.3f}-{max(ratios):.3f})"
+        f"median ratio {statistics.median(ratios):.3f} of {len(ratios)} turns "
+        f"({min(ratios):.3f}-{max(ratios):.3f})"
     )
 
 
@@ -85,16 +94,21 @@ def workers(args: argparse.Namespace, data: str, scratch: Path) -> None:
             )
             ratios.append(two / one)
             print(
-                f"turn {turn + 1}: 1 worker {one:.0f} images/s, 2 workers {two:.0f}: {two / one:.2f}",
+                f"turn {turn + 1}: 1 worker {one:.0f} images/s, 2 workers {two:.0f}: "
+                f"{two / one:.2f}",
                 flush=True,
             )
     print(
-        f"median ratio {statistics.median(ratios):.2f} of {len(ratios)} turns ({min(ratios):.2f}-{max(ratios):.2f})"
+        f"median ratio {statistics.median(ratios):.2f} of {len(ratios)} turns "
+        f"({min(ratios):.2f}-{max(ratios):.2f})"
     )
 
 
 def start(args: argparse.Namespace, data: str, scratch: Path) -> None:
-    """Cold: the command starts Ray; warm: it joins one that runs. Its first step began when its first epoch did."""
+    """Cold: the command starts Ray; warm: it joins one that runs.
+
+    Its first step began when its first epoch did.
+    """
     kinds = {"in its own process": (1, None), "2 workers, cold": (2, None)}
     for what, (number, address) in kinds.items():
         seconds = [
@@ -111,12 +125,16 @@ def start(args: argparse.Namespace, data: str, scratch: Path) -> None:
             for turn in range(args.turns)
         ]
     print(
-        f"2 workers, warm: {statistics.median(seconds):.1f} s ({min(seconds):.1f}-{max(seconds):.1f})"
+        f"2 workers, warm: {statistics.median(seconds):.1f} s "
+        f"({min(seconds):.1f}-{max(seconds):.1f})"
     )
 
 
 def curves(args: argparse.Namespace, data: str, scratch: Path) -> None:
-    """The control is one worker that sums each batch's gradient in two pieces: another order of the same floats."""
+    """The control is one worker that sums each batch's gradient in two pieces.
+
+    Another order of the same floats.
+    """
     share = 0.9 * (os.cpu_count() or 1)
     crowds = {
         "1 worker": ResourceConfig(cpus_per_worker=share / 2),
@@ -146,7 +164,10 @@ def curves(args: argparse.Namespace, data: str, scratch: Path) -> None:
 
 
 def _draw(found: dict[str, dict[str, list[float]]], page: Path) -> None:
-    """Curves of each variant by its workers, and how far each lies from that of one worker, the first."""
+    """Curves of each variant by its workers.
+
+    And how far each lies from that of one worker, the first.
+    """
     from plotly.subplots import make_subplots
 
     figure = make_subplots(1, 2, subplot_titles=["loss", "relative difference from 1 worker"])
@@ -212,8 +233,10 @@ def _settings(args: argparse.Namespace) -> PretrainConfig:
 
 
 def _phantoms(scratch: Path) -> str:
-    for words in (["phantoms", str(scratch / "images"), "--count", "600", "--size", "96"],
-                  ["prepare", str(scratch / "images"), str(scratch / "data"), "--size", "96"]):  # fmt: skip
+    for words in (
+        ["phantoms", str(scratch / "images"), "--count", "600", "--size", "96"],
+        ["prepare", str(scratch / "images"), str(scratch / "data"), "--size", "96"],
+    ):
         subprocess.run(
             [sys.executable, "-m", "amlp_ray", "data", *words],
             check=True,

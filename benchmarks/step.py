@@ -1,6 +1,7 @@
-"""Times a training step of amlp_ray and of other implementations of MAE, at equal sizes and in turn.
+"""Time a training step of amlp_ray and of other implementations of MAE, at equal sizes, in turn.
 
-    python benchmarks/step.py --size Ti --batch 32 --mae path/to/facebookresearch/mae --json step.json
+    python benchmarks/step.py --size Ti --batch 32 --json step.json \\
+        --mae path/to/facebookresearch/mae
 
 README.md beside this file says what is compared.
 """
@@ -89,7 +90,9 @@ def _options() -> argparse.Namespace:
 def race(
     taking_part: list[Contender], options: argparse.Namespace
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Let every contender take one turn in each round, another one first each time; the first round is not timed.
+    """Let every contender take one turn in each round; the first round is not timed.
+
+    Another contender is first each time.
 
     Returns:
         Seconds per round, and the first loss, by name.
@@ -126,7 +129,10 @@ def _result(
     peak: float,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Median figures by contender; `times_mae` is its time over that of our `mae` in the same round."""
+    """Median figures by contender.
+
+    `times_mae` is its time over that of our `mae` in the same round.
+    """
     parameters = {c.name: sum(p.numel() for p in c.trained) for c in taking_part}
     look: dict[str, float] = {}
     if KEPT in seconds and LOOK in seconds:
@@ -176,7 +182,11 @@ def training_tflop(size: Size, ratio: float) -> float:
 
 
 def _peak_tflops(options: argparse.Namespace) -> float:
-    """As given; else of a GPU by its name (NaN if unknown), and of a CPU the best matrix product, by our clock."""
+    """As given.
+
+    Else of a GPU by its name (NaN if unknown), and of a CPU the best matrix product, by our
+    clock.
+    """
     if options.peak_tflops:
         return options.peak_tflops
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
@@ -217,12 +227,14 @@ def _print(result: dict[str, Any]) -> None:
         ratio = row["times_mae"]
         quartiles = f"({ratio['quartile_1']:.3f}-{ratio['quartile_3']:.3f})"
         print(
-            f"{name:17} {row['parameters'] / 1e6:8.2f} M  {row['first_loss']:5.2f} {row['seconds']:7.3f} "
-            f"{row['images_per_second']:9.1f}  {ratio['median']:.3f} {quartiles:15} {row['mfu']:7.1%}"
+            f"{name:17} {row['parameters'] / 1e6:8.2f} M  {row['first_loss']:5.2f} "
+            f"{row['seconds']:7.3f} {row['images_per_second']:9.1f}  {ratio['median']:.3f} "
+            f"{quartiles:15} {row['mfu']:7.1%}"
         )
     if "look_ms_per_image" in result:
         print(
-            f"A look costs {result['look_ms_per_image']:.2f} ms an image, in one epoch of {REFRESH}; `amlp` holds it."
+            f"An analysis costs {result['look_ms_per_image']:.2f} ms an image, in one epoch of "
+            f"{REFRESH}; `amlp` holds it."
         )
 
 

@@ -1,4 +1,7 @@
-"""Which labelled images are chosen and read, and a labelled data set apart from the pretraining one."""
+"""Which labelled images are chosen and read.
+
+And a labelled data set apart from the pretraining one.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,14 @@ from amlp_ray.data.dataset import PatchDataset, Split
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import CheckpointError, ConfigError, DataError
 from amlp_ray.evaluation.diagnostics import held_out, true_lesions
-from amlp_ray.method.patches import lesion_shares
 from amlp_ray.evaluation.labels import by_part, check_fits, lesion_pixels, spread
 from amlp_ray.evaluation.linear_probe import Probe
 from amlp_ray.evaluation.segmentation import segment
 from amlp_ray.launch.job import NUM_PICTURES, claim, run_job
-from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.launch.launcher import pretrain_dataset
+from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.method.augment import normalize
-from amlp_ray.method.patches import patchify
+from amlp_ray.method.patches import lesion_shares, patchify
 from amlp_ray.training.loggers.metrics_file import append_row
 from amlp_ray.training.pretrain import Hooks
 

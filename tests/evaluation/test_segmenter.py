@@ -63,7 +63,8 @@ def test_every_decoder_makes_a_logit_per_pixel_and_uses_all_its_weights(
         for name, p in found.named_parameters()
         if p.requires_grad and (p.grad is None or not p.grad.any())
     ]
-    # Before instance norm a bias is nothing; of a single token so are all weights of a query and a key.
+    # Before instance norm a bias is nothing; of a single token so are all weights of a query and a
+    # key.
     still = [name for name in still if not name.endswith("bias")]
     assert still == [] or change.get("patch_size") == 64
 

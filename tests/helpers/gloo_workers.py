@@ -1,4 +1,7 @@
-"""Real processes that share a training, without Ray: connected by gloo, and forked off one that has loaded torch."""
+"""Real processes that share a training, without Ray.
+
+Connected by gloo, and forked off one that has loaded torch.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from torch.multiprocessing import start_processes
 def run_workers(world: int, work: Callable[..., None], meeting: Path, *given: object) -> None:
     """Run `work(rank, *given)` on `world` processes to their end; what one raises is raised.
 
-    `work` is a function of a module. `meeting` is a file that is not there yet, by which they find each other.
+    `work` is a function of a module. `meeting` is a file that is not there yet, by which they
+    find each other.
     """
     multiprocessing.set_forkserver_preload(
         ["amlp_ray.training.pretrain", "amlp_ray.data.prepare.pipeline", "pytest"]

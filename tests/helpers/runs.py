@@ -22,7 +22,10 @@ RANGES = {
 
 
 class Rows(NamedTuple):
-    """Images (N, C, H, W) and masks (N, H, W) of one split; all are labelled unless `labelled` (N,) says otherwise."""
+    """Images (N, C, H, W) and masks (N, H, W) of one split.
+
+    All are labelled unless `labelled` (N,) says otherwise.
+    """
 
     images: np.ndarray
     masks: np.ndarray
@@ -32,7 +35,10 @@ class Rows(NamedTuple):
 def discs(
     count: int, shape: Shape = (1, 32, 32), dtype: str = "uint8", seed: int = 0, normal: int = 5
 ) -> Rows:
-    """Noise with one dark disc per image, none in every `normal`-th, over the usual range of a dtype."""
+    """Noise with one dark disc per image.
+
+    None in every `normal`-th, over the usual range of a dtype.
+    """
     _, height, width = shape
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
@@ -62,7 +68,10 @@ def write(folder: Path, splits: Mapping[str, Rows], *, rows_per_part: int = 5) -
 
 
 class Guarded(PatchDataset):
-    """A dataset whose test split must not be read; `change` may replace what is known of train and val."""
+    """A dataset whose test split must not be read.
+
+    `change` may replace what is known of train and val.
+    """
 
     change: Callable[[str, Split], Split] = staticmethod(lambda name, split: split)
 

@@ -1,4 +1,7 @@
-"""Every dtype and number of channels, from pretraining to pictures: nothing takes images for 0-255, or grey, or RGB."""
+"""Every dtype and number of channels, from pretraining to pictures.
+
+Nothing takes images for 0-255, or grey, or RGB.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +42,10 @@ def dataset(
 ) -> PatchDataset:
     """24 images to train on and 8 to look at."""
     dtype, channels = request.param
-    splits = {name: discs(count, (channels, SIDE, SIDE), dtype, seed) for seed, (name, count) in enumerate(
-        {"train": 24, "val": 8}.items()
-    )}  # fmt: skip
+    splits = {
+        name: discs(count, (channels, SIDE, SIDE), dtype, seed)
+        for seed, (name, count) in enumerate({"train": 24, "val": 8}.items())
+    }
     return write(tmp_path_factory.mktemp(f"{dtype}-{channels}"), splits)
 
 
@@ -99,18 +103,26 @@ def test_a_segmenter_is_trained_with_all_augmentation(
     }
     losses: list[float] = []
     score = segment(
-        dataset, run / "encoder.safetensors", tmp_path / "out", SegmentConfig.model_validate(given),
+        dataset,
+        run / "encoder.safetensors",
+        tmp_path / "out",
+        SegmentConfig.model_validate(given),
         progress=lambda metrics: losses.append(metrics["loss"]),
-    )  # fmt: skip
+    )
     assert 0 <= score["dsc"] <= 1
     assert all(map(math.isfinite, losses))
 
 
 def test_a_dark_disc_is_found_in_any_scale(dataset: PatchDataset) -> None:
     candidates = [
-        c for c in all_candidates() if c.name in ("combined dark", "raw, 3, darkest", "random patches")
+        c
+        for c in all_candidates()
+        if c.name in ("combined dark", "raw, 3, darkest", "random patches")
     ]
-    rows = {row["name"]: row for row in bench_rules(dataset, candidates=candidates, seeds=1, patch_size=4)}
+    rows = {
+        row["name"]: row
+        for row in bench_rules(dataset, candidates=candidates, seeds=1, patch_size=4)
+    }
     assert rows["combined dark"]["auc"] > 0.8
     assert rows["raw, 3, darkest"]["f1"] > 2 * rows["random patches"]["f1"]
 

@@ -97,10 +97,22 @@ def test_every_epoch_writes_one_line_with_all_its_figures(
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
     for row in rows:
         assert set(row) == MEASURED | {
-            "epoch", "loss", "loss_rec", "loss_ccl", "loss_rank", "effective_patches", "agreement",
-            "lesion_cluster_share", "lesion_masked_share", "tissue_masked_share", "fallback_share", "grad_norm",
-            "ratio", "lr", "workers",
-        }  # fmt: skip
+            "epoch",
+            "loss",
+            "loss_rec",
+            "loss_ccl",
+            "loss_rank",
+            "effective_patches",
+            "agreement",
+            "lesion_cluster_share",
+            "lesion_masked_share",
+            "tissue_masked_share",
+            "fallback_share",
+            "grad_norm",
+            "ratio",
+            "lr",
+            "workers",
+        }
         assert all(math.isfinite(value) for value in row.values())
         assert 0 < row["effective_patches"] <= 1
         assert 0 <= row["wait_share"] <= 1
@@ -214,10 +226,14 @@ def test_a_category_head_without_effect_leaves_all_other_weights_those_of_mae(
     mae = weights(run(phantom_dataset, tmp_path / "mae", variant="mae", epochs=10, stop_after=1))
     with_head = weights(
         run(
-            phantom_dataset, tmp_path / "ccl", variant="mae", epochs=10, stop_after=1,
+            phantom_dataset,
+            tmp_path / "ccl",
+            variant="mae",
+            epochs=10,
+            stop_after=1,
             loss={"ccl_weight": 1.0, "warmup": 0.9},
         )
-    )  # fmt: skip
+    )
     assert with_head.keys() - mae.keys() == {"category.weight", "category.bias"}
     assert all(torch.equal(mae[name], with_head[name]) for name in mae)
 

@@ -1,4 +1,7 @@
-"""A run whose disk fills up, whose checkpoint is damaged, or which is killed: what it costs, and that it is told."""
+"""A run whose disk fills up, whose checkpoint is damaged, or which is killed.
+
+What it costs, and that it is told.
+"""
 
 from __future__ import annotations
 

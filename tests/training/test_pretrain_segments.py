@@ -1,4 +1,7 @@
-"""A run cut into segments, each going on from the checkpoint of another: nothing is lost by it, and nothing gained."""
+"""A run cut into segments, each going on from the checkpoint of another.
+
+Nothing is lost by it, and nothing gained.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,15 @@ from amlp_ray.training.loggers.metrics_file import own_rows, read_rows
 from amlp_ray.training.pretrain import Hooks, PretrainResult
 
 MEASURED = {
-    "images_per_second", "images_per_second_per_worker", "wait_share", "seconds", "evaluate_seconds", "mfu", "memory",
+    "images_per_second",
+    "images_per_second_per_worker",
+    "wait_share",
+    "seconds",
+    "evaluate_seconds",
+    "mfu",
+    "memory",
     "workers",
-}  # fmt: skip
+}
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_heads": 2}
 POINTS = [
     [0.0, 0.3],
@@ -238,9 +247,7 @@ def test_a_fork_that_was_killed_before_its_checkpoint_was_there_is_made_again(
 def test_a_parent_that_is_gone_is_asked_for_only_where_the_fork_has_no_checkpoint_yet(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"parent has no checkpoint to fork; run it first"
-    ):
+    with pytest.raises(CheckpointError, match=r"parent has no checkpoint to fork; run it first"):
         go(phantom_dataset, tmp_path / "child", tiny(), fork=tmp_path / "parent")
     go(phantom_dataset, tmp_path / "parent", tiny(), until=2)
     go(phantom_dataset, tmp_path / "child", tiny(), fork=tmp_path / "parent", until=3)
@@ -266,7 +273,8 @@ def test_a_damaged_parent_is_refused_in_one_sentence(
     go(phantom_dataset, tmp_path / "parent", tiny(), until=1)
     damage(checkpoints(tmp_path / "parent")[0])
     with pytest.raises(
-        CheckpointError, match=r"All checkpoints in .*parent/checkpoint are damaged .*; delete the folder"
+        CheckpointError,
+        match=r"All checkpoints in .*parent/checkpoint are damaged .*; delete the folder",
     ):
         go(phantom_dataset, tmp_path / "child", tiny(), fork=tmp_path / "parent")
 

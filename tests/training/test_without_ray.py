@@ -1,4 +1,7 @@
-"""Method and training core need torch alone: in an interpreter where Ray and Optuna cannot be imported."""
+"""Method and training core need torch alone.
+
+In an interpreter where Ray and Optuna cannot be imported.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +45,14 @@ from amlp_ray.data.dataset import PatchDataset
 from pathlib import Path
 
 data, out = sys.argv[1:]
-tiny = {"epochs": 1, "batch_size": 12, "model.width": 24, "model.depth": 1, "model.heads": 2, "model.decoder_width": 16}
+tiny = {"epochs": 1, "batch_size": 12, "model.width": 24, "model.depth": 1, "model.heads": 2,
+        "model.decoder_width": 16}
 settings = build(PretrainConfig, nest(tiny), "test")
 job = RunSpec(config=settings, data=data, folder=Path(out), rungs=(1,),
               probe=ProbeConfig(num_labeled=8, subsets=1, folds=2))
 result = run_here(job)
-tuned = segment(PatchDataset.open(data), result.encoder, Path(out) / "tuned", SegmentConfig(epochs=1, num_labeled=4))
+tuned = segment(PatchDataset.open(data), result.encoder, Path(out) / "tuned",
+                SegmentConfig(epochs=1, num_labeled=4))
 loaded = sorted({name.partition(".")[0] for name in sys.modules} & {"ray", "optuna"})
 print(json.dumps({"metrics": result.metrics, "dsc": tuned["dsc"], "loaded": loaded}))
 """

@@ -1,4 +1,7 @@
-"""Several processes train as one does: any number of them, whole or cut, going on from each other's checkpoints."""
+"""Several processes train as one does.
+
+Any number of them, whole or cut, going on from each other's checkpoints.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ import pytest
 from amlp_ray.utils.files import append_line, atomic_write, read_json
 from amlp_ray.utils.retry import retry
 
-# A limit on the size of files is a disk that is full, for this process alone and without being root.
+# A limit on the size of files is a disk that is full, for this process alone and without being
+# root.
 FULL = """
 import json, resource, sys, threading, time
 from pathlib import Path

@@ -259,7 +259,8 @@ def allow(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 def files():
-    return sorted(path.name.partition(".")[0] + path.suffix for path in (folder / "checkpoint").iterdir())
+    paths = (folder / "checkpoint").iterdir()
+    return sorted(path.name.partition(".")[0] + path.suffix for path in paths)
 
 def messages():
     return [event["text"] for event in read_events(folder)]
@@ -366,7 +367,8 @@ def until(true: Callable[[], bool], seconds: float = 10) -> None:
         time.sleep(0.01)
 
 
-# The writer is forked off a process that has loaded torch already, so that one start serves many kills.
+# The writer is forked off a process that has loaded torch already, so that one start serves many
+# kills.
 KILLED = """
 import json, os, random, signal, sys, time
 from itertools import count

@@ -1,4 +1,7 @@
-"""Encoders to start from: what timm itself makes of a checkpoint, and a sentence where nothing can be made of it."""
+"""Encoders to start from.
+
+What timm itself makes of a checkpoint, and a sentence where nothing can be made of it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ from amlp_ray.training.checkpoint import pretrained
 from amlp_ray.training.checkpoint.export import export_encoder, load_encoder
 from amlp_ray.training.checkpoint.pretrained import load_pretrained_encoder
 
-NAME = "vit_wee_patch16_reg1_gap_256"  # with a register and without a class token; pools before its norm
+# With a register and without a class token; it pools before its norm.
+NAME = "vit_wee_patch16_reg1_gap_256"
 TINY = "vit_tiny_patch16_224"
 
 
@@ -72,7 +76,8 @@ def files(weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) 
         ),
         (
             (5, 96, 64),
-            "patch embedding of 3 channels repeated to 5 and scaled, positions resampled from 14x14 to 6x4",
+            "patch embedding of 3 channels repeated to 5 and scaled, "
+            "positions resampled from 14x14 to 6x4",
         ),
         ((3, 224, 224), "nothing adapted"),
     ],
@@ -270,7 +275,10 @@ def test_a_segmenter_is_fine_tuned_from_a_timm_checkpoint(
     torch.save(timm.create_model(NAME).state_dict(), file)
     config = SegmentConfig(epochs=1, num_labeled=4, decoder="unetr", decoder_width=8, freeze=True)
     score = segment(phantom_dataset, file, tmp_path / "out", config, name=NAME)
-    told = "patch embedding of 3 channels summed to 1, the norm of pooled tokens taken as that of each, positions res"
+    told = (
+        "patch embedding of 3 channels summed to 1, "
+        "the norm of pooled tokens taken as that of each, positions res"
+    )
     assert told in score["start"]
     assert json.loads((tmp_path / "out" / "score.json").read_text()) == score
     found = load_segmenter(tmp_path / "out")

@@ -61,7 +61,9 @@ def same(a: State, b: State) -> bool:
 
 
 @pytest.mark.parametrize("weight_ema", [0.0, 0.9])
-def test_a_resumed_learner_takes_the_next_step_to_the_bit(tmp_path: Path, weight_ema: float) -> None:
+def test_a_resumed_learner_takes_the_next_step_to_the_bit(
+    tmp_path: Path, weight_ema: float
+) -> None:
     config = settings_of(weight_ema=weight_ema)
     ours = stepped(learner_of(config), 3)
     write(tmp_path, ours, 7, config)
@@ -151,7 +153,9 @@ def test_the_model_that_is_looked_at_is_the_one_that_would_be_exported(
 
 
 def test_a_model_is_taken_out_of_the_newest_that_is_whole(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has no checkpoint: the run has not finished an epoch"):
+    with pytest.raises(
+        CheckpointError, match=r"has no checkpoint: the run has not finished an epoch"
+    ):
         load_model(tmp_path, SETTINGS, SPEC)
     for epoch in (1, 2):
         write(tmp_path, learner_of(), epoch)
@@ -159,7 +163,5 @@ def test_a_model_is_taken_out_of_the_newest_that_is_whole(tmp_path: Path) -> Non
     newest.write_bytes(b"")
     assert load_model(tmp_path, SETTINGS, SPEC)[1] == 1
     before.write_bytes(b"")
-    with pytest.raises(
-        CheckpointError, match=rf"are damaged \({newest.name}, {before.name}\)"
-    ):
+    with pytest.raises(CheckpointError, match=rf"are damaged \({newest.name}, {before.name}\)"):
         load_model(tmp_path, SETTINGS, SPEC)

@@ -80,7 +80,10 @@ def _of_variant(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_an_mae_of_vit_base_takes_58_gflop_an_image() -> None:
-    """The figure of MAE's own architecture: 8.6 GFLOP forward in the encoder, 10.7 in the decoder."""
+    """The figure of MAE's own architecture.
+
+    8.6 GFLOP forward in the encoder, 10.7 in the decoder.
+    """
     model = {
         "encoder": "vit_base_patch16_224",
         "decoder_width": 512,

@@ -77,7 +77,10 @@ def events(folder: Path) -> Iterator[Any]:
 
 
 def points(folder: Path, tag: str) -> dict[int, float]:
-    """What TensorBoard shows: a session that starts at a step throws away what older files have from that step on."""
+    """What TensorBoard shows.
+
+    A session that starts at a step throws away what older files have from that step on.
+    """
     from tensorboardX.proto.event_pb2 import SessionLog
 
     found: list[tuple[int, float]] = []
@@ -204,7 +207,10 @@ def test_wandb_has_one_run_over_a_resume_and_is_told_nothing_of_the_machine(
 
 
 def wandb_records(file: Path) -> Iterator[Any]:
-    """Records of an offline run: LevelDB's log format, blocks of 32 KiB after seven bytes of W&B's own."""
+    """Records of an offline run.
+
+    LevelDB's log format, blocks of 32 KiB after seven bytes of W&B's own.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, record = file.read_bytes(), 7, b""

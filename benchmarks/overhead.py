@@ -33,8 +33,8 @@ from amlp_ray.config import ResourceConfig
 from amlp_ray.runtime.resources import worker_bundle
 from amlp_ray.runtime.session import ray_session
 from amlp_ray.study.execution.driver import run_on_tune
-from amlp_ray.study.execution.monitor import EventLog
-from amlp_ray.study.execution.trial import asked_to_return
+from amlp_ray.study.execution.study_log import log_events
+from amlp_ray.study.execution.trial import should_return
 from amlp_ray.study.execution.trial_queue import TrialQueue
 from amlp_ray.study.trial_spec import TrialSpec
 
@@ -110,17 +110,12 @@ def no_op(config: dict[str, Any]) -> dict[str, Any]:
     """A trial of a study that trains nothing: it reads its task, and reports and asks as `amlp_trial` does."""
     from ray import tune
 
-    trial_spec = TrialSpec.from_config(config["trial_spec"])
-    ray.get(config["stop_flags"].begin.remote(trial_spec.folder))
-    for epoch in trial_spec.rungs:
+    run = TrialSpec.model_validate(config["trial_spec"]).run
+    ray.get(config["stop_flags"].mark_started.remote(str(run.folder)))
+    for epoch in run.rungs:
         tune.report({"epoch": epoch, "epochs": epoch, "dsc": epoch / 10, "seconds": 0.0})
-        asked_to_return(config["stop_flags"], trial_spec)
-    return {
-        "ended": True,
-        "epochs": trial_spec.rungs[-1],
-        "seconds": 0.0,
-        "dsc": trial_spec.rungs[-1] / 10,
-    }
+        should_return(config["stop_flags"], run)
+    return {"ended": True, "epochs": run.rungs[-1], "seconds": 0.0, "dsc": run.rungs[-1] / 10}
 
 
 def bare_no_op(config: dict[str, Any]) -> dict[str, Any]:
@@ -146,10 +141,9 @@ def real(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         baselines=[],
     )
     at_once = int(ray.cluster_resources()["CPU"])
-    log = EventLog(store.folder, lambda line: None)
     pieces: list[dict[str, float]] = []
     bare(folder, 2 * at_once, at_once)  # Ray's first processes
-    with store.lock() as lease:
+    with log_events(store.folder), store.lock() as lease:
         for piece in range(options.pieces):
             budget = config.budget.model_copy(update={"trials": (piece + 1) * options.per_piece})
             extended = config.model_copy(update={"budget": budget})
@@ -158,9 +152,8 @@ def real(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
                 store,
                 extended,
                 lease,
-                log,
                 data="speckle",
-                labels=None,
+                eval_data=None,
                 images=IMAGES,
                 side_by_side=at_once,
                 trainable=no_op,
@@ -231,19 +224,14 @@ def status(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         budget={"trials": options.stored},
     )  # fmt: skip
     with store.lock():
-        quiet, seconds_run = lambda line: None, lambda: 0.0
-        queue = TrialQueue(
-            store, config, data="speckle", labels=None, suggest_ahead=0, notify=quiet
-        )
-        stop_flags = None  # nobody is asked to stop
+        queue = TrialQueue(store, config, data="speckle", eval_data=None, suggest_ahead=0)
         searcher = Searcher(
             store,
             config,
             queue,
             images=IMAGES,
-            stop_flags=stop_flags,
-            seconds=seconds_run,
-            notify=quiet,
+            stop_flags=None,  # nobody is asked to stop
+            seconds=lambda: 0.0,
         )
         play(searcher, Clock("busy"))
     command = [

@@ -26,10 +26,10 @@ from optuna.trial import TrialState
 from amlp_ray.config import StudyConfig
 from amlp_ray.config.base import build
 from amlp_ray.config.yaml_file import write_yaml
-from amlp_ray.study.execution.monitor import EventLog
-from amlp_ray.study.execution.stop_flags import StopFlags, When
+from amlp_ray.study.execution.stop_flags import StopFlags, StopWhen
+from amlp_ray.study.execution.study_log import log_events
 from amlp_ray.study.execution.trial_queue import TrialQueue
-from amlp_ray.study.execution.tune_searcher import StudySearcher
+from amlp_ray.study.execution.tune_searcher import ActiveTrial, StudySearcher
 from amlp_ray.study.storage.study_store import StudyStore
 
 FloatArray = NDArray[np.floating[Any]]
@@ -68,9 +68,9 @@ def make_store(folder: Path, name: str, **changes: Any) -> tuple[StudyStore, Stu
 
 def stub_score(trial_spec: dict[str, Any], epoch: int) -> float:
     """A score that depends on the settings, rises by epoch, and has noise."""
-    ratio = trial_spec["config"]["ratio"]
+    ratio = trial_spec["run"]["config"]["ratio"]
     good = 0.6 - abs(ratio["start"] - 0.3) - 0.5 * abs(ratio["end"] - 0.6)
-    noise = random.Random(f"{trial_spec['label']} {epoch}").gauss(0.0, 0.03)
+    noise = random.Random(f"{trial_spec['run']['label']} {epoch}").gauss(0.0, 0.03)
     return max(0.0, good * (1 - math.exp(-2 * epoch / RUNGS)) + noise)
 
 
@@ -165,15 +165,15 @@ class Made:
 
 
 class Searcher(StudySearcher):
-    """Ours, and it remembers whom it asked to return: stub trials do not ask the board."""
+    """A study searcher that remembers which trials it asked to return: stubs read no flags."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
         self.asked: set[str] = set()
 
-    def _ask(self, folder: str, when: When) -> None:
-        super()._ask(folder, when)
-        self.asked.add(folder)
+    def _ask_to_return(self, active: ActiveTrial, when: StopWhen) -> None:
+        super()._ask_to_return(active, when)
+        self.asked.add(str(active.run.folder))
 
 
 @dataclass
@@ -190,7 +190,7 @@ def simulated(
     folder: Path, sampler: str, pruner: str, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Run a study of stub trials with everything of ours but the driver; Tune's loop is played."""
-    ahead = 0 if sampler == "random" else options.suggest_ahead
+    ahead = 0 if sampler == "random" else options.ahead
     store, config = make_store(
         folder,
         f"{sampler}-{pruner}",
@@ -199,16 +199,14 @@ def simulated(
         budget={"trials": options.trials},
     )
     clock, stop_flags = Clock(options.clock), ray.remote(StopFlags).options(num_cpus=0).remote()
-    log = EventLog(store.folder, lambda line: None)
-    with store.lock(), clock.counting_waits(), _profiled(options.profile):
-        queue = TrialQueue(
-            store, config, data="speckle", labels=None, suggest_ahead=ahead, notify=log
-        )
+    log = log_events(store.folder)
+    with log, store.lock(), clock.counting_waits(), _profiled(options.profile):
+        queue = TrialQueue(store, config, data="speckle", eval_data=None, suggest_ahead=ahead)
         queue.close()
-        queue._thread = Beside(clock)  # type: ignore[assignment]
+        queue._sampler_thread = Beside(clock)  # type: ignore[assignment]
         seconds = lambda: clock.now  # noqa: E731
         searcher = Searcher(
-            store, config, queue, images=IMAGES, stop_flags=stop_flags, seconds=seconds, notify=log
+            store, config, queue, images=IMAGES, stop_flags=stop_flags, seconds=seconds
         )
         started = time.perf_counter()
         epochs = play(searcher, clock, deaf=pruner.endswith("-deaf"))
@@ -284,7 +282,7 @@ def play(searcher: Searcher, clock: Clock, *, deaf: bool = False) -> int:
         }
         clock.call(searcher.on_trial_result, stub.key, told)
         stub.ended = stub.epoch == RUNGS or (
-            stub.trial_spec["folder"] in searcher.asked and not deaf
+            stub.trial_spec["run"]["folder"] in searcher.asked and not deaf
         )
         if stub.ended:
             heapq.heappush(results, (clock.now, next(order), stub))

@@ -43,21 +43,17 @@ def pretrain_dataset(
 ) -> Path:
     """Pretrain on a patch dataset's training images, without labels.
 
-    A folder `out` that holds a run of the same config is resumed, whatever workers it had. A
-    finished run is left as it is.
+    A run of the same config in `out` is resumed; a finished one is left as it is.
 
     Args:
         data: path or URI of the patch dataset.
         out: the run's folder.
         config: settings of model and training.
-        eval_data: another dataset of the same shape, with masks. Pictures and diagnostics show its
-            images; it is not trained on.
-        resources: one worker, the default, trains in this process with all cores. Several workers
-            train on Ray.
+        eval_data: another dataset of the same shape, with masks, for pictures and diagnostics.
+        resources: one worker with all cores, the default, trains here; several train on Ray.
         fault_tolerance: losses and outages that the run survives.
         tracking: where metrics go besides `metrics.jsonl` and TensorBoard.
-        address: of a Ray cluster to run on, with one worker too. Without it, several workers start
-            Ray on this machine.
+        address: of a Ray cluster to run on. Without it, several workers start Ray here.
         report: called with the metrics of every epoch.
 
     Returns:
@@ -86,7 +82,7 @@ def pretrain_dataset(
     _check(run_spec, dataset, address)
     opened_eval_data = open_eval_data(run_spec, dataset)
     with RunDir(out).lock(wait_s=LOCK_WAIT_S):
-        # Before Ray starts, so that a folder of another run is refused at once.
+        # Before Ray starts: a folder of another run is refused at once.
         claim(run_spec, dataset, opened_eval_data)
         if run_spec.resources.is_single_worker and address is None:
             _run_in_this_process(run_spec, dataset, report)

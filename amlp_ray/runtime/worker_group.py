@@ -89,29 +89,23 @@ def run_group(
     progress: Callable[[], int] = lambda: 0,
     poll: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run `task` on `resources.workers` Ray Train workers; Ray must be initialized.
+    """Run `task` on Ray Train workers that torch.distributed connects; Ray must be initialized.
 
-    The workers are connected by torch.distributed. They are started again when a worker or node
-    was lost, and the task must resume from what it has saved.
+    They are started again when a worker or node was lost. The task must resume from what it saved.
 
     Args:
         task: called on each worker.
         resources: number of workers, and what each holds.
         fault_tolerance: how many losses in a row are tolerated.
         name: of the group, for Ray's dashboard.
-        folder: of the run, seen by all nodes. Events are recorded there, and Ray Train keeps its
-            own files in `ray_train`.
-        progress: a count of what is finished, such as epochs. Losses with no progress in between
-            count together.
+        folder: of the run, seen by all nodes; gets events, and Ray Train's files in `ray_train`.
+        progress: counts what is finished, such as epochs, so that losses in a row are known.
         poll: called in this thread every half second while the group works, and once after.
 
     Raises:
-        AmlpError: what a worker raised on purpose.
-        WorkerLostError: more losses in a row than `fault_tolerance.max_failures`.
-        StorageError: the folder was unreachable for `fault_tolerance.storage_minutes` when the
-            group was to be started again.
+        WorkerLostError, StorageError: more than `fault_tolerance` allows.
         ResourceError: the cluster had no room for `resources.wait_minutes`.
-        Exception: any error in the code of `task`, as it was raised.
+        Exception: what a worker's code raised.
     """
     events = EventLog(folder, log_messages=False)
     tail = EventTail(folder)
@@ -119,8 +113,7 @@ def run_group(
     # The event log is written by this process, so it says nothing about the disk.
     files = {path.name for path in folder.glob("*")} - {events.path.name}
     trainer_folder = folder / "ray_train"
-    losses = 0
-    reached = progress()
+    losses = _LossCounter(progress)
 
     def log_and_poll() -> None:
         tail.log_new()
@@ -128,9 +121,7 @@ def run_group(
 
     while True:
         nodes = answering_nodes()
-        failure = _run_once(
-            task, resources, fault_tolerance, name, trainer_folder, log_and_poll
-        )
+        failure = _run_once(task, resources, fault_tolerance, name, trainer_folder, log_and_poll)
         if failure is None:
             shutil.rmtree(trainer_folder, ignore_errors=True)
             return
@@ -144,19 +135,32 @@ def run_group(
             if not isinstance(error, ResourceError):
                 events.record(kind, error=" ".join(str(error).split())[:300])
             raise error from failure
-        now = progress()
-        if now > reached:
-            losses = 0
-        reached = now
-        losses += kind != "preempted"
         message = f"{LOSSES[kind]} ({_loss_reason(failure)})"
-        if losses > fault_tolerance.max_failures:
+        if losses.add(kind) > fault_tolerance.max_failures:
             events.record(kind, message)
-            raise _too_many_losses(message, losses, fault_tolerance) from failure
+            raise _too_many_losses(message, losses.count, fault_tolerance) from failure
         events.record(kind, f"{message}; resuming from the latest checkpoint.")
         tail.log_new()
         retry.run(partial(_check_files, folder, files), "a restart")
         events.flush()
+
+
+class _LossCounter:
+    """Counts losses with no progress in between; a node that was taken away costs nothing."""
+
+    def __init__(self, progress: Callable[[], int]) -> None:
+        self._progress = progress
+        self._reached = progress()
+        self.count = 0
+
+    def add(self, kind: EventKind) -> int:
+        """Count a loss and return how many there are."""
+        reached = self._progress()
+        if reached > self._reached:
+            self.count = 0
+        self._reached = reached
+        self.count += kind != "preempted"
+        return self.count
 
 
 def _too_many_losses(

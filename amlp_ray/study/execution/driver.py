@@ -34,12 +34,10 @@ def run_on_tune(
     phase: Phase = "search",
     trainable: Trainable = amlp_trial,
 ) -> StopReason:
-    """Run a study's trials until none is left or somebody stops it.
-
-    Ray must be initialized and the study's lock held.
+    """Run a study's trials until none is left or somebody stops it; Ray must be initialized.
 
     Args:
-        store: of the study.
+        store: of the study, whose lock is held.
         config: of the study.
         lease: held by this process.
         data: patch dataset that trials train on.
@@ -53,32 +51,20 @@ def run_on_tune(
         Why it ended: DONE, BUDGET, PAUSE, STOP or CANCEL.
 
     Raises:
-        InterruptedStudyError: Ctrl-C.
-        FailedStudyError: the first trials failed for the same reason.
-        ResourceError: no resources came free.
+        InterruptedStudyError, FailedStudyError, ResourceError: as `run_study`.
         StudyError: the storage is lost, or another process took the study over.
     """
     import ray
 
     stop_flags = ray.remote(StopFlags).options(num_cpus=0).remote()
-    suggest_ahead = config.sampler.suggest_ahead
-    if suggest_ahead is None:
-        suggest_ahead = 1 if side_by_side > 1 else 0
+    ahead = config.sampler.suggest_ahead
+    if ahead is None:
+        ahead = 1 if side_by_side > 1 else 0
     queue = TrialQueue(
-        store,
-        config,
-        data=data,
-        eval_data=eval_data,
-        suggest_ahead=suggest_ahead,
-        phase=phase,
+        store, config, data=data, eval_data=eval_data, suggest_ahead=ahead, phase=phase
     )
     searcher = StudySearcher(
-        store,
-        config,
-        queue,
-        images=images,
-        stop_flags=stop_flags,
-        seconds=lambda: lease.seconds,
+        store, config, queue, images=images, stop_flags=stop_flags, seconds=lambda: lease.seconds
     )
     interrupt = InterruptTune()
     monitor = StudyMonitor(store, config, searcher, interrupt, stop_flags, lease)

@@ -159,8 +159,7 @@ def make_plan(
 ) -> Plan:
     """Check a study and estimate what it takes.
 
-    The estimate is from its own finished trials if there are enough, else from a few steps that
-    are run here.
+    Its own finished trials give the figures if there are enough, else a few steps run here.
 
     Args:
         config: of the study.
@@ -177,9 +176,8 @@ def make_plan(
     gpus = config.resources.gpus_per_worker * workers
     rungs = _rungs(config, base)
     costs = measure_costs(config, dataset, cost_extremes(config), eval_data)
-    past_seconds = _past_seconds(store)
-    measured_seconds = [cost.seconds(images, len(rungs), workers) for cost in costs]
-    seconds = _range(past_seconds or measured_seconds)
+    past = _past_seconds(store)
+    seconds = _range(past or [cost.seconds(images, len(rungs), workers) for cost in costs])
     baselines = [plan.config(0) for plan in baseline_plans(config)]
     trained = sum(baseline.objective != "none" for baseline in baselines)
     baseline_runs = len(baselines) * config.baseline_seeds
@@ -200,17 +198,11 @@ def make_plan(
         cpus_per_trial=config.resources.cpus_per_worker * workers,
         gpus_per_trial=gpus,
         concurrency=side_by_side,
-        estimated_from=(
-            f"{len(past_seconds)} trials of this study" if past_seconds else "steps run now"
-        ),
+        estimated_from=f"{len(past)} trials of this study" if past else "steps run now",
         seconds_per_trial=seconds,
         seconds_per_probe=costs[0].probe,
         hours=hours,
-        gpu_hours=(
-            hours[0] * side_by_side * gpus,
-            hours[1] * side_by_side * gpus,
-            hours[2] * side_by_side * gpus,
-        ),
+        gpu_hours=_scale(hours, side_by_side * gpus),
         confirm_pretrain_hours=confirm_runs * seconds[1] / side_by_side / 3600,
         disk_gb=runs * (checkpoint_mb + OTHER_FILES_MB) / 1000,
         disk_free_gb=_free_gb(store.folder if store else Path()),
@@ -264,6 +256,10 @@ def _past_seconds(store: StudyStore | None) -> list[float]:
 
 def _range(values: list[float]) -> Range3:
     return min(values), fmean(values), max(values)
+
+
+def _scale(values: Range3, factor: float) -> Range3:
+    return values[0] * factor, values[1] * factor, values[2] * factor
 
 
 def _free_gb(folder: Path) -> float:

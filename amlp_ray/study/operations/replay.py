@@ -55,8 +55,7 @@ def replay(
         store: of the study.
         config: of the study.
         number: of the trial.
-        data: where the dataset lies now, if it was moved.
-        eval_data: where the dataset that scores it lies now, if it was moved.
+        data, eval_data: where the datasets lie now, if they were moved.
 
     Returns:
         `same`; `rungs` with epoch, was, is, same; `differs`: what is not as it was, in sentences;
@@ -67,28 +66,21 @@ def replay(
     """
     record = find_trial(store, number)
     folder = store.folder_of(record)
-    _check_repeatable(store, record, folder)
+    old_scores = _scores(folder)
+    _check_repeatable(store, record, folder, old_scores)
     config_file = folder / "config.yaml"
     trial_config = build(PretrainConfig, read_yaml(config_file), str(config_file))
-    old_scores = _scores(folder)
-    if not old_scores:
-        raise StudyError(
-            f"Trial {number} of {store.name!r} has no score that a replay could be compared with."
-        )
     provenance = read_provenance(folder) or {}
     dataset = _open_same_data(provenance, "dataset", data or config.data)
     scored = _open_same_data(provenance, "eval_data", eval_data or config.eval_data)
     assert dataset is not None
-    probe = config.probe
-    if "probe" in provenance:
-        probe = build(ProbeConfig, provenance["probe"], "provenance.json")
     rungs = tuple(sorted(old_scores))
     target = _create_folder(store, number)
     run_spec = RunSpec(
         config=trial_config,
         data=dataset.path,
         folder=target,
-        probe=probe,
+        probe=_probe(provenance, config),
         rungs=rungs,
         resources=ResourceConfig(cpus_per_worker=_threads(provenance, config)),
         label=target.name,
@@ -98,11 +90,7 @@ def replay(
     notes = differences(provenance)
     with _deterministic() as not_deterministic:
         _train(run_spec)
-    new_scores = _scores(target)
-    compared = []
-    for epoch in rungs:
-        was, now = old_scores[epoch], new_scores.get(epoch)
-        compared.append({"epoch": epoch, "was": was, "is": now, "same": was == now})
+    compared = _compare_scores(old_scores, _scores(target))
     return {
         "trial": number,
         "same": all(rung["same"] for rung in compared),
@@ -110,6 +98,22 @@ def replay(
         "differs": [*notes, *not_deterministic],
         "folder": str(target),
     }
+
+
+def _compare_scores(
+    old_scores: Mapping[int, float], new_scores: Mapping[int, float]
+) -> list[dict[str, Any]]:
+    rows = []
+    for epoch, was in sorted(old_scores.items()):
+        now = new_scores.get(epoch)
+        rows.append({"epoch": epoch, "was": was, "is": now, "same": was == now})
+    return rows
+
+
+def _probe(provenance: Mapping[str, Any], config: StudyConfig) -> ProbeConfig:
+    if "probe" not in provenance:
+        return config.probe
+    return build(ProbeConfig, provenance["probe"], "provenance.json")
 
 
 def _threads(provenance: Mapping[str, Any], config: StudyConfig) -> int:
@@ -158,7 +162,9 @@ def _code_name(commit: str | None, patch: str | None) -> str:
     return commit[:12] + (f" with {patch}" if patch else "")
 
 
-def _check_repeatable(store: StudyStore, record: TrialRecord, folder: Path) -> None:
+def _check_repeatable(
+    store: StudyStore, record: TrialRecord, folder: Path, scores: Mapping[int, float]
+) -> None:
     trial = f"Trial {record.number} of {store.name!r}"
     if record.is_imported:
         raise StudyError(f"{trial} was imported from {record.source}; it was never run here.")
@@ -171,6 +177,8 @@ def _check_repeatable(store: StudyStore, record: TrialRecord, folder: Path) -> N
         )
     if not (folder / "config.yaml").is_file():
         raise StudyError(f"{trial} has no config.yaml in {folder}; it never began to train.")
+    if not scores:
+        raise StudyError(f"{trial} has no score that a replay could be compared with.")
 
 
 def _scores(folder: Path) -> dict[int, float]:

@@ -1,11 +1,16 @@
-"""How many epochs does a search need? Samplers and pruners compared on a table of finished trainings.
+"""How many epochs does a search need? Samplers and pruners compared on a table of finished
+trainings.
 
-    python benchmarks/search.py                       # 30 seeds of everything: two hours, of which gp is most
+    # 30 seeds of everything: two hours, of which gp is most
+    python benchmarks/search.py
     python benchmarks/search.py --methods random tpe+halving --seeds 10 --workers 1
-    python benchmarks/search.py --out FOLDER          # replays are kept there, and those that are there not run again
+    # replays are kept there, and those that are there not run again
+    python benchmarks/search.py --out FOLDER
 
-First it says what can be known from the table at all: how well each rung ranks, what noise of seeds is, and what
-settings explain. Then it replays, and says after how many epochs each method has found what random search finds in the
+First it says what can be known from the table at all: how well each rung ranks, what noise of
+seeds is, and what
+settings explain. Then it replays, and says after how many epochs each method has found what
+random search finds in the
 whole budget.
 """
 
@@ -48,7 +53,8 @@ RESULTS = Path(__file__).parent / "results"
 IMAGES = 321  # that a row of the table trained on: 20 steps an epoch
 FULL = 60  # trials at full length that random search gets
 SHARE = 0.25  # of its epochs in which others are to find as good a setting
-RANKS = 0.5  # a rung ranks from where the whole interval of its correlation with the last one lies above
+# a rung ranks from where the whole interval of its correlation with the last one lies above
+RANKS = 0.5
 
 NONE = {"name": "none", "rungs": 9}
 HALVING = {
@@ -79,7 +85,8 @@ def methods(ranking: int) -> dict[str, Rules]:
     }
 
 
-# By table and seed. Where rows are shuffled, settings tell nothing, and what is left is what stopping early gives
+# By table and seed. Where rows are shuffled, settings tell nothing, and what is left is what
+# stopping early gives
 ANSWERS: dict[str, Callable[[Table, int], Answer]] = {
     "once": lambda table, _: Nearest(table),
     "again": lambda table, _: Nearest(table, again=True),
@@ -129,10 +136,12 @@ def about(table: Table) -> int:
     """Print ranks and noise; return the first rung that ranks."""
     last = table.scores[:, -1]
     print(
-        f"{len(last)} settings, {table.rungs[-1]} epochs each, {table.seconds.sum() / 3600:.1f} hours of training\n"
+        f"{len(last)} settings, {table.rungs[-1]} epochs each, {table.seconds.sum() / 3600:.1f} "
+        f"hours of training\n"
     )
     print(
-        "| epochs | rank correlation with the last (95 %) | best fifth that is in the better third |\n|---|---|---|"
+        "| epochs | rank correlation with the last (95 %) | best fifth that is in the better "
+        "third |\n|---|---|---|"
     )
     ranking = None
     for i, rung in enumerate(table.rungs):
@@ -161,7 +170,8 @@ def about(table: Table) -> int:
         f"Noise of seeds, SD over repeats of the baselines: {noise:.4f} ({free} degrees of freedom)"
     )
     print(
-        f"Settings, by a forest, of rows left out: rank correlation {guess.value:.2f} ({low:.2f}-{high:.2f})"
+        f"Settings, by a forest, of rows left out: rank correlation {guess.value:.2f} "
+        f"({low:.2f}-{high:.2f})"
     )
     rng = np.random.default_rng(0)
     bests = [rng.choice(last, FULL, replace=False).max() for _ in range(4000)]
@@ -171,7 +181,8 @@ def about(table: Table) -> int:
 
 
 def explained(table: Table) -> Correlation:
-    """How well settings predict the last score of rows left out; near 0, no sampler can be better than random."""
+    """How well settings predict the last score of rows left out; near 0, no sampler can be
+    better than random."""
     from sklearn.ensemble import RandomForestRegressor
 
     forest = RandomForestRegressor(1000, min_samples_leaf=3, oob_score=True, random_state=0)
@@ -219,7 +230,8 @@ def run(trial_spec: Run, rows: Path, study: Path, ranking: int, out: Path | None
 
 
 def summary(runs: dict[Run, list[Step]], budget: float) -> list[dict[str, Any]]:
-    """A row per way to answer, method and number of workers. The target is random search's with fewest workers."""
+    """A row per way to answer, method and number of workers. The target is random search's with
+    fewest workers."""
     rows = []
     for kind, workers in dict.fromkeys((kind, workers) for kind, _, workers, _ in runs):
         first = min(w for k, _, w, _ in runs if k == kind)
@@ -268,7 +280,8 @@ def summary(runs: dict[Run, list[Step]], budget: float) -> list[dict[str, Any]]:
 def shares(
     of: Sequence[Sequence[Step]], target: float, budget: float
 ) -> tuple[float, float, float]:
-    """Median of the epochs needed, as a share of the budget, between the ends of its interval (bootstrap of seeds)."""
+    """Median of the epochs needed, as a share of the budget, between the ends of its interval
+    (bootstrap of seeds)."""
     epochs = np.array([needed(steps, target) for steps in of])
     drawn = epochs[np.random.default_rng(0).integers(0, len(epochs), (2000, len(epochs)))]
     medians = np.percentile(drawn, 50, axis=1, method="inverted_cdf")
@@ -290,7 +303,10 @@ def print_summary(rows: Sequence[dict[str, Any]], budget: float) -> None:
         of = [row for row in rows if (row["answer"], row["workers"]) == (kind, workers)]
         target = f"random search's best in {budget:.0f} epochs: {of[0]['target']:.4f}"
         print(f"Answers: {kind}; workers: {workers}; {target}\n")
-        head = "method | trials | epochs needed (quartiles) | share (95 %) | within a quarter | within all"
+        head = (
+            "method | trials | epochs needed (quartiles) | share (95 %) | within a quarter | "
+            "within all"
+        )
         print(f"| {head} | best after a quarter | best after all | incumbent after all |")
         print("|---" * 9 + "|")
         for row in of:
@@ -305,7 +321,8 @@ def print_summary(rows: Sequence[dict[str, Any]], budget: float) -> None:
                 _range(row, name) for name in ("best_quarter", "best_full", "incumbent_full")
             )
             print(
-                f"| {row['method']} | {row['trials']:.0f} | {epochs} | {share} | {reached} | {bests} |"
+                f"| {row['method']} | {row['trials']:.0f} | {epochs} | {share} | {reached} | "
+                f"{bests} |"
             )
         print()
 

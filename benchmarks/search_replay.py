@@ -1,7 +1,10 @@
-"""Searches replayed from a table of finished trainings: our sampler and pruner, but no training and no Ray.
+"""Searches replayed from a table of finished trainings: our sampler and pruner, but no training
+and no Ray.
 
-A suggestion is answered by a row of the table, and the search is told that row's own settings, not those it asked for.
-Time is counted in epochs: workers train side by side at one pace, and each asks for a trial when its last one ends.
+A suggestion is answered by a row of the table, and the search is told that row's own settings,
+not those it asked for.
+Time is counted in epochs: workers train side by side at one pace, and each asks for a trial when
+its last one ends.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from amlp_ray.study.rungs import rung_epochs
 from amlp_ray.study.search.pruning import Pruning
 from amlp_ray.study.search.samplers import to_unit
 from amlp_ray.study.search.suggester import Suggester, Suggestion
-from amlp_ray.study.search_space.values import fit
+from amlp_ray.study.search_space.space import SearchSpace
 
 Params = dict[str, Any]
 FloatArray = NDArray[np.floating[Any]]
@@ -48,7 +51,8 @@ class Table:
     def config(
         self, name: str, seed: int, sampler: Mapping[str, Any], pruner: Mapping[str, Any]
     ) -> StudyConfig:
-        """The study with another sampler and pruner. Hyperband deals trials into brackets by the study's name."""
+        """The study with another sampler and pruner. Hyperband deals trials into brackets by the
+        study's name."""
         given = {**self.study, "name": name, "seed": seed, "sampler": sampler, "pruner": pruner}
         config = build(StudyConfig, given, name)
         missing = set(rung_epochs(self.rungs[-1], config.pruner)) - set(self.rungs)
@@ -64,14 +68,16 @@ class Table:
 
 
 def read_table(rows: Path, study: Path) -> Table:
-    """Read what `amlp-ray study export` wrote as CSV, and the study's file; what is not complete is left out."""
+    """Read what `amlp-ray study export` wrote as CSV, and the study's file; what is not complete
+    is left out."""
     declared = read_yaml(study)
     config = build(StudyConfig, declared, str(study))
     with rows.open(newline="") as file:
         given = [row for row in csv.DictReader(file) if row["state"] == "COMPLETE"]
     trials = [row for row in given if row["kind"] == "search"]
     columns = [name for name in trials[0] if name.startswith("rungs.") and trials[0][name]]
-    fits = [fit(_params(row, config), config) for row in trials]
+    space = SearchSpace(config)
+    fits = [space.fit(_params(row, config)) for row in trials]
     baselines: dict[str, list[float]] = {}
     for row in given:
         if row["kind"] == "baseline":
@@ -93,18 +99,21 @@ def _params(row: Mapping[str, str], config: StudyConfig) -> Params:
         for name, text in row.items()
         if name.startswith("params.") and text
     }
-    words = {name for name, p in config.space.items() if hasattr(p, "choices")}  # type: ignore[union-attr]
+    # type: ignore[union-attr]
+    words = {name for name, p in config.space.items() if hasattr(p, "choices")}
     return {name: text if name in words else float(text) for name, text in names.items()}
 
 
-# What answers a suggestion: returns the settings that the search is told, and their score at each rung of the table
+# What answers a suggestion: returns the settings that the search is told, and their score at each
+# rung of the table
 Answer = Callable[[Params], tuple[Params, FloatArray] | None]
 
 
 class Nearest:
     """Answers by the nearest row; None when all are used up, where each answers once only.
 
-    Numbers are compared as shares of their range, on a log scale where the space has one; another choice counts as a
+    Numbers are compared as shares of their range, on a log scale where the space has one; another
+    choice counts as a
     whole range. The distance is Euclidean.
     """
 
@@ -123,7 +132,8 @@ class Nearest:
 
 
 class Smooth:
-    """Answers what was asked with the mean scores of the nearest rows, in which lucky seeds count less."""
+    """Answers what was asked with the mean scores of the nearest rows, in which lucky seeds
+    count less."""
 
     def __init__(self, table: Table, *, rows: int = 5) -> None:
         self._table, self._rows = table, rows
@@ -135,9 +145,11 @@ class Smooth:
 
 
 class Bowl:
-    """What the table might be if settings mattered: a made-up effect of what was asked, on top of `Nearest`'s noise.
+    """What the table might be if settings mattered: a made-up effect of what was asked, on top
+    of `Nearest`'s noise.
 
-    Scores fall with the distance from one point of the space, the more the longer a trial trains; over the table, this
+    Scores fall with the distance from one point of the space, the more the longer a trial trains;
+    over the table, this
     effect is twice as large as the spread that is there.
     """
 
@@ -162,7 +174,8 @@ class Bowl:
 
 
 def places(params: Sequence[Params], distributions: Mapping[str, BaseDistribution]) -> FloatArray:
-    """Settings as points (n, d): numbers as shares of their range, choices one column each, sqrt(1/2) where taken."""
+    """Settings as points (n, d): numbers as shares of their range, choices one column each,
+    sqrt(1/2) where taken."""
     columns: list[list[float]] = []
     for name, distribution in distributions.items():
         if isinstance(distribution, CategoricalDistribution):
@@ -184,7 +197,8 @@ class Step:
 
     spent: float  # epochs trained by all workers
     best: float  # highest DSC of complete trials; nan before the first
-    incumbent: float  # DSC at full length of the trial whose last score is highest, pruned and running ones included
+    # DSC at full length of the trial whose last score is highest, pruned and running ones included
+    incumbent: float
     trials: int  # begun
 
 
@@ -202,9 +216,10 @@ def replay(
     Args:
         images: that a trial trained on, for the pruner's `min_steps`.
     """
-    study = optuna.create_study(direction="maximize")
-    store = study._storage
-    proposer = Suggester(config, ["maximize"])
+    # Of a storage in memory with a single study, a trial's id is its number.
+    storage = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(storage=storage, direction="maximize")
+    suggester = Suggester(config, ["maximize"])
     pruning = Pruning(study, config, images, lambda number: Path())
     rungs = rung_epochs(table.rungs[-1], config.pruner)
     curves: list[FloatArray] = []  # by trial number, at `rungs`
@@ -216,18 +231,18 @@ def replay(
     steps: list[Step] = []
 
     def begin() -> int | None:
-        proposer.sync(study.get_trials(deepcopy=False))
-        proposal = proposer.propose(len(curves))
-        if not isinstance(proposal, Suggestion) or (found := answer(proposal.params)) is None:
+        suggester.update(study.get_trials(deepcopy=False))
+        suggestion = suggester.suggest(len(curves))
+        if not isinstance(suggestion, Suggestion) or (found := answer(suggestion.params)) is None:
             return None
         params, curve = found
         trial = create_trial(
             state=TrialState.RUNNING,
             params=params,
             distributions=table.distributions,
-            system_attrs=proposal.system_attrs,
+            system_attrs=suggestion.system_attrs,
         )
-        store.create_new_trial(study._study_id, template_trial=trial)
+        study.add_trial(trial)
         curves.append(curve[[table.rungs.index(rung) for rung in rungs]])
         last.append(-math.inf)
         return len(curves) - 1
@@ -236,7 +251,7 @@ def replay(
         now, worker, number, at = heapq.heappop(ends)
         if number >= 0:
             last[number] = float(curves[number][at])
-            pruning.report(study, number, rungs[at], last[number])
+            storage.set_trial_intermediate_value(number, rungs[at], last[number])
             state = None
             if at == len(rungs) - 1:
                 state, best = TrialState.COMPLETE, float(np.fmax(best, last[number]))
@@ -249,7 +264,7 @@ def replay(
             if state is None:
                 heapq.heappush(ends, (now + rungs[at + 1] - rungs[at], worker, number, at + 1))
                 continue
-            store.set_trial_state_values(number, state, [last[number]])
+            storage.set_trial_state_values(number, state, [last[number]])
         if (following := begin()) is None:
             spent_idle += now
         else:

@@ -7,15 +7,17 @@ import math
 from amlp_ray.config import PretrainConfig, PrunerConfig
 from amlp_ray.method.masking_ratio import masking_ratio
 
-# Steps of an epoch at which a ratio is computed that moves within it. Their mean is within 0.001
-# of that of all steps.
-STEPS_PER_EPOCH = 16
+# Steps of an epoch that are sampled if the ratio changes within it. Their mean is within 0.001 of
+# the mean of all.
+SAMPLED_STEPS = 16
 
 
 def rung_epochs(epochs: int, pruner: PrunerConfig) -> tuple[int, ...]:
-    """Return the epochs after which a trial is scored, the last at full length.
+    """Return the epochs after which a trial is scored.
 
-    They are evenly apart, or each `reduction_factor` times the one before.
+    Args:
+        epochs: full length, which is the last rung.
+        pruner: says how many rungs there are, evenly spaced or each a multiple of the one before.
 
     >>> rung_epochs(70, PrunerConfig(rungs=4))
     (18, 35, 52, 70)
@@ -30,7 +32,7 @@ def rung_epochs(epochs: int, pruner: PrunerConfig) -> tuple[int, ...]:
 
 
 def with_schedule(config: PretrainConfig, pruner: PrunerConfig) -> PretrainConfig:
-    """Return settings whose ratio runs its whole course up to each rung, if the pruner asks so."""
+    """Return a config whose ratio runs its whole schedule up to each rung, if the study says so."""
     if pruner.schedule == "fixed" or config.objective != "reconstruction":
         return config
     ratio = config.ratio.model_copy(update={"rungs": rung_epochs(config.epochs, pruner)})
@@ -38,23 +40,24 @@ def with_schedule(config: PretrainConfig, pruner: PrunerConfig) -> PretrainConfi
 
 
 def first_prunable_epoch(config: PretrainConfig, pruner: PrunerConfig, images: int) -> int:
-    """Return the first epoch at which at least `min_steps` optimizer steps are done.
+    """Return the first epoch after which at least `min_steps` optimizer steps are done.
 
     Args:
-        config: of a trial.
+        config: of the trial.
         pruner: of the study.
-        images: number of images that the trial trains on.
+        images: number of training images.
     """
-    return max(1, math.ceil(pruner.min_steps / max(1, images // config.batch_size)))
+    steps_per_epoch = max(1, images // config.batch_size)
+    return max(1, math.ceil(pruner.min_steps / steps_per_epoch))
 
 
 def prunable_rungs(config: PretrainConfig, pruner: PrunerConfig, images: int) -> tuple[int, ...]:
-    """Return the rungs at which a trial may be pruned: past `min_steps` and before its end.
+    """Return the rungs at which a trial may be pruned: after `min_steps` and before its end.
 
     Args:
-        config: of a trial.
+        config: of the trial.
         pruner: of the study.
-        images: number of images that the trial trains on.
+        images: number of training images.
     """
     if pruner.name == "none":
         return ()
@@ -64,8 +67,8 @@ def prunable_rungs(config: PretrainConfig, pruner: PrunerConfig, images: int) ->
 
 
 def schedule(config: PretrainConfig) -> list[float]:
-    """Return the masking ratios of a run by epoch, or finer where they change within an epoch."""
-    steps = STEPS_PER_EPOCH if config.ratio.update_per == "step" else 1
+    """Return the masking ratios of a run by epoch, or by step if they change within an epoch."""
+    steps = SAMPLED_STEPS if config.ratio.update_per == "step" else 1
     ratios = []
     for epoch in range(1, config.epochs + 1):
         for step in range(steps):

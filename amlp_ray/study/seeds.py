@@ -8,6 +8,6 @@ from typing import Any
 
 
 def derived_seed(*parts: Any) -> int:
-    """Derive a 31-bit seed from plain values, such as (study seed, trial number)."""
+    """Return a seed of 31 bits that follows from its parts, such as (study seed, trial number)."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1

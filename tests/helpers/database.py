@@ -1,4 +1,5 @@
-"""A PostgreSQL server of one's own, that can be stopped and started again in the middle of a test."""
+"""A PostgreSQL server of one's own, that can be stopped and started again in the middle of a
+test."""
 
 from __future__ import annotations
 
@@ -83,7 +84,8 @@ class Postgres:
             {"user": "nobody", "group": "nogroup", "extra_groups": []} if os.getuid() == 0 else {}
         )
         command = [str(self._bin / program), *map(str, arguments)]
-        # Nothing may be piped: the server would inherit the pipe, and reading it would wait for its end.
+        # Nothing may be piped: the server would inherit the pipe, and reading it would wait for
+        # its end.
         subprocess.run(
             command,
             check=True,
@@ -95,7 +97,8 @@ class Postgres:
 
 
 def _free_port() -> int:
-    """A port below those that a system gives to clients: one could take it while the server is stopped, even by
+    """A port below those that a system gives to clients: one could take it while the server is
+    stopped, even by
     connecting to itself.
     """
     for port in random.SystemRandom().sample(range(15_000, 32_000), 50):

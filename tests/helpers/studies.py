@@ -10,7 +10,7 @@ from typing import Any
 
 import optuna
 import yaml
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState, create_trial
 
 from amlp_ray.config import PretrainConfig, ProbeConfig, ResourceConfig, StudyConfig
 from amlp_ray.config.base import build
@@ -45,7 +45,7 @@ def add(
     rungs: Mapping[int, float] | None = None,
     study: optuna.Study | None = None,
     distributions: Mapping[str, Any] | None = None,
-    **about: Any,
+    **attributes: Any,
 ) -> int:
     """Store a trial and return its number; a finished one took ten seconds and four epochs."""
     study = study or store.search()
@@ -53,37 +53,30 @@ def add(
     known = {"ratio.start": RATIO, "selection.mode": MODE, **(distributions or {})}
     scores = [values] if isinstance(values, float) else list(values or [])
     score = scores[0] if scores else None
-    if state.is_finished() and "stats" not in about and "source" not in about:
-        about["stats"] = {
+    has_values = state.is_finished() and state != TrialState.FAIL
+    if state.is_finished() and "stats" not in attributes and "source" not in attributes:
+        attributes["stats"] = {
             "seconds": 10.0,
             "gpu_seconds": 36.0,
             "memory": 0.5,
             "epochs": 4,
             "scores": {"dsc": score},
         }
-    begun = BEGUN + timedelta(minutes=len(study.get_trials(deepcopy=False)))
-    trial = FrozenTrial(
-        number=-1,
-        trial_id=-1,
+    if rungs is None and isinstance(score, float):
+        rungs = {2: score - 0.1, 4: score}
+    trial = create_trial(
         state=state,
-        value=None,
-        values=None
-        if state == TrialState.FAIL or not state.is_finished()
-        else [values]
-        if isinstance(values, float)
-        else values,
-        datetime_start=begun,
-        datetime_complete=begun + timedelta(seconds=10) if state.is_finished() else None,
+        values=(scores or None) if has_values else None,
         params=params,
         distributions={name: known[name] for name in params},
-        user_attrs=about,
-        system_attrs={},
-        intermediate_values=dict(
-            rungs or ({2: score - 0.1, 4: score} if isinstance(score, float) else {})
-        ),
+        user_attrs=attributes,
+        intermediate_values=dict(rungs or {}),
     )
-    storage = store.storage()
-    return storage.get_trial(storage.create_new_trial(study._study_id, trial)).number
+    begun = BEGUN + timedelta(minutes=len(study.get_trials(deepcopy=False)))
+    trial.datetime_start = begun
+    if state.is_finished():
+        trial.datetime_complete = begun + timedelta(seconds=10)
+    return store.add_trial(study, trial).number
 
 
 def add_arm(store: StudyStore, baseline: str, repeat: int, value: float) -> None:

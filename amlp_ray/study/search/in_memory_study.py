@@ -104,14 +104,14 @@ class InMemoryStudy:
         self.name = name
         self._table = TrialTable()
         study_directions = [StudyDirection[direction.upper()] for direction in directions]
-        self._study_id = self._table.create_new_study(study_directions, name)
+        self._id = self._table.create_new_study(study_directions, name)
         self._length = 0
 
     def put(self, trial: ObservedTrial) -> None:
         """Add a trial, or replace the one with its number."""
         while self._length <= trial.number:
             unused = ObservedTrial(self._length, TrialState.FAIL)
-            self._table.create_new_trial(self._study_id, unused)
+            self._table.create_new_trial(self._id, unused)
             self._length += 1
         self._table.replace_trial(trial)
 
@@ -127,11 +127,11 @@ class InMemoryStudy:
     @property
     def system_attrs(self) -> dict[str, Any]:
         """Return what samplers have stored with the study."""
-        return self._table.get_study_system_attrs(self._study_id)
+        return self._table.get_study_system_attrs(self._id)
 
     def set_system_attr(self, name: str, value: Any) -> None:
         """Store something with the study for samplers."""
-        self._table.set_study_system_attr(self._study_id, name, value)
+        self._table.set_study_system_attr(self._id, name, value)
 
     def sample(
         self,

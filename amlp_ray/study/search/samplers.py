@@ -302,7 +302,7 @@ def check_sampler(config: StudyConfig) -> None:
 
 
 class _BranchSampler(BaseSampler):
-    """Follows one branch of the tree of combinations: the given values first, then the first ones."""
+    """Follow one branch of the tree of combinations: the given values, then first ones."""
 
     def __init__(self, indices: Sequence[int]) -> None:
         self._indices = indices

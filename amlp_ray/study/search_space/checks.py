@@ -298,8 +298,9 @@ def _range_issues(name: str, parameter: Range) -> Iterator[tuple[str, str]]:
     if name in SETTINGS:
         for part in ("low", "high"):
             value = int(numbers[part]) if is_integer(name) else numbers[part]
-            if text := value_issue(name, value):
-                yield part, text
+            refusal = value_issue(name, value)
+            if refusal:
+                yield part, refusal
     if not parameter.step:
         return
     low = parameter.low

@@ -1,8 +1,8 @@
 """Compute expressions of study files, such as `ratio.start + delta` or `ratio.start <= ratio.end`.
 
 An expression has numbers, texts in quotes, dotted names, `+ - * / // % **`, comparisons, `and`,
-`or`, `not`, and the functions `min`, `max`, `round` and `abs`. Python's parser reads it, and nothing
-else is accepted. No code of a file is ever run.
+`or`, `not`, and the functions `min`, `max`, `round` and `abs`. Python's parser reads it. Nothing
+else is accepted, and no code of a file is ever run.
 """
 
 from __future__ import annotations

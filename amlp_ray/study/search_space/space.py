@@ -166,7 +166,7 @@ class SearchSpace:
     # Given parameters
 
     def fit(self, given: Mapping[str, Any]) -> FittedParams:
-        """Fit all parameters of a trial into the space. Those that it does not ask for are left out.
+        """Fit all parameters of a trial into the space; those that it does not ask for are dropped.
 
         Raises:
             OutOfSpaceError: one is missing, lies outside, or they do not go together.

@@ -1,1 +1,2 @@
-"""What is kept of a study, and where: its folder, its storage, who holds it, what it was run with."""
+"""What is kept of a study, and where: its folder, its storage, who holds it, what it was run
+with."""

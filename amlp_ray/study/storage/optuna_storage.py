@@ -273,8 +273,8 @@ def open_database(url: str, retry_seconds: float = 0.0) -> BaseStorage:
         if not _is_temporary(error) and not isinstance(error, ValueError | SQLAlchemyError):
             raise
         raise StudyError(
-            f"The database at {without_secrets(url)} cannot be opened ({_error_kind(error)}); check "
-            f"the address, that it runs, and the user and password in the environment."
+            f"The database at {without_secrets(url)} cannot be opened ({_error_kind(error)}); "
+            f"check the address, that it runs, and the user and password in the environment."
         ) from None
 
 

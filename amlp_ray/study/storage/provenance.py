@@ -1,4 +1,4 @@
-"""What a study and each of its trials were run with, for whoever must trust or repeat them."""
+"""Record what a study and its trials were run with: code, versions, hardware, seed, data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ PACKAGES = (
     "monai",
 )
 PACKAGE = Path(__file__).parents[2]
-PLAIN = ("--binary", "--no-ext-diff", "--no-color")
+GIT_TIMEOUT_S = 10
+DIFF_OPTIONS = ("--binary", "--no-ext-diff", "--no-color")
+# What may differ where a trial is resumed.
+COMPARED = ("commit", "patch", "versions", "hardware")
 
 
 def environment(
@@ -44,147 +47,157 @@ def environment(
     *,
     folder: Path,
 ) -> dict[str, Any]:
-    """What one run of a study is run with: commit, versions, hardware, seed and data, as plain values.
+    """Describe what one run of a study is run with, as plain values.
 
     Args:
-        labels: the data set of labelled images, where it is one apart.
-        folder: the study's; where the code differs from its commit, the difference is kept there as a patch.
+        config: of the study.
+        dataset: that trials train on.
+        cluster: its resources.
+        eval_data: a separate dataset of labeled images.
+        folder: the study's. If the code differs from its commit, the patch is stored there.
     """
+    resources = {kind: cluster.total(kind) for kind in ("CPU", "GPU")}
     return {
         "started": _now(),
         **_code(folder),
-        "hardware": hardware()
-        | {"cluster": {kind: cluster.total(kind) for kind in ("CPU", "GPU")}},
+        "hardware": {**hardware(), "cluster": resources},
         "seed": config.seed,
-        "dataset": _described(dataset),
-        "eval_data": None if eval_data is None else _described(eval_data),
+        "dataset": _describe(dataset),
+        "eval_data": None if eval_data is None else _describe(eval_data),
     }
 
 
 def write_provenance(run: RunSpec) -> None:
-    """Keep what a trial is trained with, in its folder's provenance.json; called by its own process, before it trains.
+    """Write what a trial is trained with to `provenance.json` in its folder.
 
-    Of a trial that goes on in another process, `continued` tells from which epoch on, and what is not as it was.
+    The trial's process calls this before it trains. If the trial ran before, `continued` gets an
+    entry that says from which epoch on it runs here, and what has changed.
     """
+    current = _describe_run(run)
+    previous = read_provenance(run.folder)
+    rows = own_rows(read_rows(run.folder / "metrics.jsonl"))
+    epoch = max((row["epoch"] for row in rows), default=0)
+    if previous is None or epoch == 0:
+        provenance = {**current, "continued": []}
+    else:
+        changed = {key: current[key] for key in COMPARED if current[key] != previous[key]}
+        entry = {"epoch": epoch, "at": current["at"], **changed}
+        provenance = {**previous, "continued": [*previous["continued"], entry]}
+    run.folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(run.folder / "provenance.json", json.dumps(provenance, indent=1))
+
+
+def _describe_run(run: RunSpec) -> dict[str, Any]:
     import torch
 
-    folder = run.folder
-    group = not run.resources.is_single_worker
-    cuda = run.gpus > 0 if group else torch.cuda.is_available()
-    threads = run.threads
-    found = {
+    uses_gpu = run.gpus > 0
+    if run.resources.is_single_worker:
+        uses_gpu = torch.cuda.is_available()
+    # Sums over threads and workers depend on their number.
+    parallel = {"threads": run.threads, "workers": run.resources.workers}
+    eval_data = None if run.eval_data is None else _describe(PatchDataset.open(run.eval_data))
+    return {
         "at": _now(),
-        **_code(folder.parents[1]),
-        # Sums over threads and workers depend on their number.
-        "hardware": hardware("cuda" if cuda else "cpu")
-        | {"threads": threads, "workers": run.resources.workers},
-        "dataset": _described(PatchDataset.open(run.data)),
-        "eval_data": None
-        if run.eval_data is None
-        else _described(PatchDataset.open(run.eval_data)),
+        **_code(run.folder.parents[1]),
+        "hardware": {**hardware("cuda" if uses_gpu else "cpu"), **parallel},
+        "dataset": _describe(PatchDataset.open(run.data)),
+        "eval_data": eval_data,
         "seed": run.config.seed,
         "rungs": list(run.rungs),
         "probe": None if run.probe is None else run.probe.model_dump(mode="json"),
         "config": run.config.model_dump(mode="json"),
     }
-    held = read_provenance(folder)
-    done = max((row["epoch"] for row in own_rows(read_rows(folder / "metrics.jsonl"))), default=0)
-    if held is None or done == 0:
-        kept = found | {"continued": []}
-    else:
-        other = {
-            key: found[key]
-            for key in ("commit", "patch", "versions", "hardware")
-            if found[key] != held[key]
-        }
-        kept = held | {
-            "continued": [*held["continued"], {"epoch": done, "at": found["at"], **other}]
-        }
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / "provenance.json", json.dumps(kept, indent=1))
 
 
 def read_provenance(folder: Path) -> dict[str, Any] | None:
-    """A trial's provenance.json; None where there is none, or it is damaged."""
+    """Read the `provenance.json` of a trial; None if it is missing or damaged."""
     return read_json(folder / "provenance.json")
 
 
-def _code(study: Path) -> dict[str, Any]:
-    return {"commit": commit(), "patch": _keep_patch(study), "versions": versions()}
-
-
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result may depend on."""
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in PACKAGES
-    }
+    """Return the versions of Python and of the packages that a result may depend on."""
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **packages}
 
 
 def hardware(device: str = "cpu") -> dict[str, Any]:
-    """The machine as far as results depend on it: processor, what torch uses of it, and the GPU, where one is used."""
+    """Describe the machine as far as results depend on it.
+
+    Args:
+        device: `cpu` or `cuda`.
+    """
     import torch
 
-    found = {
+    described = {
         "machine": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "capability": torch.backends.cpu.get_cpu_capability(),  # AVX2 and AVX512 sum in another order
+        # AVX2 and AVX512 sum in different orders.
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "device": device,
     }
     if device == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return found
+        described["gpu"] = torch.cuda.get_device_name()
+        described["cuda"] = torch.version.cuda
+    return described
+
+
+# The code
 
 
 def commit() -> str | None:
-    """Commit of the package's own checkout, `+changes` where files differ from it; None for an installed package."""
+    """Return the commit of the package's checkout, with `+changes` if files differ from it.
+
+    None for an installed package, or without git.
+    """
     try:
-        return (
-            _git("rev-parse", "HEAD").strip() + ("+changes" if _dirty() else "")
-            if _tracked()
-            else None
-        )
+        if not _is_checkout():
+            return None
+        return _git("rev-parse", "HEAD").strip() + ("+changes" if _changes() else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-@cache  # code is what it was when it was imported
-def _dirty() -> str:
-    """How the package differs from its commit, new files included; as a patch that `git apply` takes."""
-    root = Path(_git("rev-parse", "--show-toplevel").strip())
-    package = str(PACKAGE.resolve().relative_to(root))
-    new = _git("ls-files", "--others", "--exclude-standard", "-z", "--", package, at=root).split(
-        "\0"
-    )
-    parts = [_git("diff", "HEAD", *PLAIN, "--", package, at=root)]
-    parts += [
-        _git("diff", "--no-index", *PLAIN, "--", os.devnull, name, at=root, ok=(0, 1))
-        for name in new
-        if name
-    ]
-    return "".join(parts)
 
 
 def patch_name() -> str | None:
-    """What the difference of the code from its commit is called; None where there is none, or no commit."""
+    """Return the name of the file that the changes to the commit are stored in.
+
+    None if there are no changes, or no commit.
+    """
     try:
-        patch = _dirty() if _tracked() else ""
+        patch = _changes() if _is_checkout() else ""
     except (OSError, subprocess.SubprocessError):
         return None
-    return f"dirty-{hashlib.sha256(patch.encode()).hexdigest()[:12]}.patch" if patch else None
+    if not patch:
+        return None
+    return f"dirty-{hashlib.sha256(patch.encode()).hexdigest()[:12]}.patch"
 
 
-def _keep_patch(study: Path) -> str | None:
+def _code(study_folder: Path) -> dict[str, Any]:
+    """Describe the code, and store how it differs from its commit in the study's folder."""
     name = patch_name()
-    if name and not (study / name).exists():
-        study.mkdir(parents=True, exist_ok=True)
-        atomic_write(study / name, _dirty())
-    return name
+    if name and not (study_folder / name).exists():
+        study_folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(study_folder / name, _changes())
+    return {"commit": commit(), "patch": name, "versions": versions()}
+
+
+@cache  # the code that runs is the one that was imported
+def _changes() -> str:
+    """Return how the package differs from its commit as a patch, new files included."""
+    root = Path(_git("rev-parse", "--show-toplevel").strip())
+    package = str(PACKAGE.resolve().relative_to(root))
+    arguments = ("--others", "--exclude-standard", "-z", "--", package)
+    new_files = _git("ls-files", *arguments, folder=root).split("\0")
+    patches = [_git("diff", "HEAD", *DIFF_OPTIONS, "--", package, folder=root)]
+    for name in filter(None, new_files):
+        arguments = ("--no-index", *DIFF_OPTIONS, "--", os.devnull, name)
+        patches.append(_git("diff", *arguments, folder=root, allowed=(0, 1)))
+    return "".join(patches)
 
 
 @cache
-def _tracked() -> bool:
-    """Whether the package is a checkout of its own, and not installed inside of some other repository."""
+def _is_checkout() -> bool:
+    """Return whether git tracks the package, which may also be installed inside a repository."""
     try:
         _git("ls-files", "--error-unmatch", "__init__.py")
     except (OSError, subprocess.SubprocessError):
@@ -192,27 +205,34 @@ def _tracked() -> bool:
     return True
 
 
-def _git(*arguments: str, at: Path | None = None, ok: tuple[int, ...] = (0,)) -> str:
-    """Git's answer, asked in the package's folder. Raises SubprocessError or, where there is no git, OSError."""
-    done = subprocess.run(
-        ["git", "-C", str(at or PACKAGE), *arguments],
+def _git(*arguments: str, folder: Path | None = None, allowed: tuple[int, ...] = (0,)) -> str:
+    """Run git in the package's folder or another one and return its output.
+
+    Raises:
+        OSError: git is not installed.
+        SubprocessError: it failed.
+    """
+    process = subprocess.run(
+        ["git", "-C", str(folder or PACKAGE), *arguments],
         capture_output=True,
         text=True,
-        timeout=10,
+        timeout=GIT_TIMEOUT_S,
         errors="replace",
     )
-    if done.returncode not in ok:
-        raise subprocess.CalledProcessError(done.returncode, "git")
-    return done.stdout
+    if process.returncode not in allowed:
+        raise subprocess.CalledProcessError(process.returncode, "git")
+    return process.stdout
 
 
-def _described(dataset: PatchDataset) -> dict[str, Any]:
+def _describe(dataset: PatchDataset) -> dict[str, Any]:
+    spec = dataset.spec
+    counts = dataset.manifest.counts
     return {
         "name": dataset.name,
         "path": dataset.path,
         "fingerprint": dataset.manifest.fingerprint,
-        "size": f"{dataset.spec.channels} x {dataset.spec.height} x {dataset.spec.width}",
-        "counts": {split: count.model_dump() for split, count in dataset.manifest.counts.items()},
+        "size": f"{spec.channels} x {spec.height} x {spec.width}",
+        "counts": {split: count.model_dump() for split, count in counts.items()},
     }
 
 

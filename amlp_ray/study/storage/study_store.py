@@ -71,8 +71,8 @@ class StudyStore:
         """
         self.folder = Path(folder).absolute()
         self.name = name or self.folder.name
-        self._storage: BaseStorage | None = None
-        self._trial_ids: dict[tuple[str, int], int] = {}
+        self._opened: BaseStorage | None = None
+        self._ids: dict[tuple[str, int], int] = {}
         self._has_read_url = False
         self._database_url: str | None = None
 
@@ -142,13 +142,13 @@ class StudyStore:
             retry_seconds: how long to retry while it cannot be reached. Given by the process that
                 runs the study, before anything else is read.
         """
-        if self._storage is None or retry_seconds is not None:
+        if self._opened is None or retry_seconds is not None:
             seconds = READ_RETRY_S if retry_seconds is None else retry_seconds
             if self._url:
-                self._storage = open_database(self._url, seconds)
+                self._opened = open_database(self._url, seconds)
             else:
-                self._storage = open_journal(self.folder / "study.journal", seconds)
-        return self._storage
+                self._opened = open_journal(self.folder / "study.journal", seconds)
+        return self._opened
 
     def search(
         self, *, create: bool = False, directions: Directions = ("maximize",)
@@ -177,7 +177,7 @@ class StudyStore:
     ) -> optuna.Study:
         journal = self.folder / "study.journal"
         create_study = partial(optuna.create_study, study_name=name, directions=list(directions))
-        if not create and self._storage is None and not journal.is_file() and not self._url:
+        if not create and self._opened is None and not journal.is_file() and not self._url:
             return create_study()  # in memory: reading creates no file
         storage = self.storage()
         if create:
@@ -224,8 +224,8 @@ class StudyStore:
         found = file.read_text().strip() if file.is_file() else "0"
         if found != str(FORMAT):
             raise StudyError(
-                f"{self.folder} has study format {found}, and this version of amlp-ray reads format "
-                f"{FORMAT}; use the version that began the study, or begin a new one."
+                f"{self.folder} has study format {found}, and this version of amlp-ray reads "
+                f"format {FORMAT}; use the version that began the study, or begin a new one."
             )
 
     # Trials: the one place that knows how Optuna stores them
@@ -241,12 +241,12 @@ class StudyStore:
         study_id = storage.get_study_id_from_name(study.study_name)
         trial_id = storage.create_new_trial(study_id, trial)
         stored = storage.get_trial(trial_id)
-        self._trial_ids[study.study_name, stored.number] = trial_id
+        self._ids[study.study_name, stored.number] = trial_id
         return TrialRecord.from_frozen(stored)
 
     def trial(self, study: optuna.Study, number: int) -> TrialRecord:
         """Read one trial as it is stored now."""
-        return TrialRecord.from_frozen(self.storage().get_trial(self._trial_id(study, number)))
+        return TrialRecord.from_frozen(self.storage().get_trial(self._id_of(study, number)))
 
     def report(self, study: optuna.Study, number: int, epoch: int, value: float | None) -> bool:
         """Store the score of a rung, unless it is missing, not finite or stored already.
@@ -261,7 +261,7 @@ class StudyStore:
             Whether it was stored.
         """
         score = finite(value)
-        trial_id = self._trial_id(study, number)
+        trial_id = self._id_of(study, number)
         if score is None or epoch in self.storage().get_trial(trial_id).intermediate_values:
             return False
         self.storage().set_trial_intermediate_value(trial_id, epoch, score)
@@ -282,7 +282,7 @@ class StudyStore:
             state: COMPLETE, PRUNED or FAIL.
             values: one per objective; none for a failed trial.
         """
-        self.storage().set_trial_state_values(self._trial_id(study, number), state, values)
+        self.storage().set_trial_state_values(self._id_of(study, number), state, values)
 
     def start_enqueued(
         self,
@@ -293,7 +293,7 @@ class StudyStore:
     ) -> TrialRecord:
         """Store the parameters of a waiting trial, and that it runs now."""
         self.set_params(study, number, params, distributions)
-        trial_id = self._trial_id(study, number)
+        trial_id = self._id_of(study, number)
         self.storage().set_trial_state_values(trial_id, TrialState.RUNNING)
         return self.trial(study, number)
 
@@ -305,7 +305,7 @@ class StudyStore:
         distributions: Mapping[str, BaseDistribution],
     ) -> None:
         """Store the parameters of a waiting trial."""
-        trial_id = self._trial_id(study, number)
+        trial_id = self._id_of(study, number)
         for name, distribution in distributions.items():
             internal = distribution.to_internal_repr(params[name])
             self.storage().set_trial_param(trial_id, name, internal, distribution)
@@ -314,24 +314,24 @@ class StudyStore:
         self, study: optuna.Study, number: int, **attributes: Unpack[TrialAttributes]
     ) -> None:
         """Store user attributes of a trial."""
-        trial_id = self._trial_id(study, number)
+        trial_id = self._id_of(study, number)
         for name, value in attributes.items():
             self.storage().set_trial_user_attr(trial_id, name, value)
 
     def set_constraints(self, study: optuna.Study, number: int, excess: Sequence[float]) -> None:
         """Store by how much a trial exceeds each limit, where Optuna's dashboard reads it."""
         self.storage().set_trial_system_attr(
-            self._trial_id(study, number), "constraints", list(excess)
+            self._id_of(study, number), "constraints", list(excess)
         )
 
-    def _trial_id(self, study: optuna.Study, number: int) -> int:
+    def _id_of(self, study: optuna.Study, number: int) -> int:
         key = study.study_name, number
-        if key not in self._trial_ids:
+        if key not in self._ids:
             storage = self.storage()
             study_id = storage.get_study_id_from_name(study.study_name)
             trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
-            self._trial_ids[key] = trial_id
-        return self._trial_ids[key]
+            self._ids[key] = trial_id
+        return self._ids[key]
 
     # One driver at a time, and requests to it
 

@@ -1,4 +1,5 @@
-"""Population-based training: what it decides, from stored trials alone, and that segments train as one run."""
+"""Population-based training: what it decides, from stored trials alone, and that segments train
+as one run."""
 
 from __future__ import annotations
 
@@ -72,10 +73,18 @@ def memory() -> optuna.Study:
 
 def begin(store: optuna.Study, segment: PbtStep) -> int:
     template = FrozenTrial(
-        number=-1, trial_id=-1, state=TrialState.RUNNING, value=None, datetime_start=None, datetime_complete=None,
-        params=segment.params, distributions=segment.distributions, user_attrs=dict(segment.attributes), system_attrs={},
+        number=-1,
+        trial_id=-1,
+        state=TrialState.RUNNING,
+        value=None,
+        datetime_start=None,
+        datetime_complete=None,
+        params=segment.params,
+        distributions=segment.distributions,
+        user_attrs=dict(segment.attributes),
+        system_attrs={},
         intermediate_values={},
-    )  # fmt: skip
+    )
     trial_id = store._storage.create_new_trial(store._study_id, template_trial=template)
     return store._storage.get_trial_number_from_id(trial_id)
 

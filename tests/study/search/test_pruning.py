@@ -35,7 +35,8 @@ def make_config(name: str, **more: Any) -> StudyConfig:
 
 
 class Run:
-    """A study and its pruning; `play` scores a trial rung by rung until it is pruned or complete."""
+    """A study and its pruning; `play` scores a trial rung by rung until it is pruned or
+    complete."""
 
     def __init__(self, s: StudyConfig, folder: Path = Path("/nowhere")) -> None:
         self.config, self.folder = s, folder
@@ -56,7 +57,8 @@ class Run:
             trial.report(value or 0.0, epoch)
 
     def score(self, trial: optuna.Trial, epoch: int, value: float | None) -> bool:
-        """Report, and say whether the trial is to go on; a new Pruning on the same store must say the same."""
+        """Report, and say whether the trial is to go on; a new Pruning on the same store must
+        say the same."""
         self.report(trial, epoch, value)
         stop = self.pruning.should_prune(trial.number, epoch)
         assert self.restarted().should_prune(trial.number, epoch) == stop
@@ -98,7 +100,8 @@ def test_percentile_keeps_its_share() -> None:
 
 
 def test_each_rung_is_a_halving() -> None:
-    """Trials that arrive at a rung in the order of their scores, poorest first: 8, 4, 2 and 1 of 8 get through."""
+    """Trials that arrive at a rung in the order of their scores, poorest first: 8, 4, 2 and 1 of
+    8 get through."""
     run = Run(make_config("halving"))
     going = [(run.begin(), level / 10) for level in range(8)]
     reached = [len(going)]

@@ -1,4 +1,5 @@
-"""Bad study files: every fault is told at once, each with its line, exit code 2, and nothing is written."""
+"""Bad study files: every fault is told at once, each with its line, exit code 2, and nothing is
+written."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from amlp_ray.study.search_space.validate import build_study
 
 Told = list[tuple[int | None, str]]
 
-# A file as it is written (line 1 is the first after the quotes), and what is told of it: lines and words.
+# A file as it is written (line 1 is the first after the quotes), and what is told of it: lines
+# and words.
 FILES: dict[str, tuple[str, Told]] = {
     "unknown key": (
         """\
@@ -25,7 +27,10 @@ FILES: dict[str, tuple[str, Told]] = {
         """,
         [(2, "unknown setting 'zzz'; known here: name, description")],
     ),
-    "misspelt key": ("name: s\nbudgets: {trials: 3}\n", [(2, "unknown setting 'budgets'; did you mean budget.")]),
+    "misspelt key": (
+        "name: s\nbudgets: {trials: 3}\n",
+        [(2, "unknown setting 'budgets'; did you mean budget.")],
+    ),
     "misspelt key in a group": (
         """\
         name: s
@@ -43,7 +48,10 @@ FILES: dict[str, tuple[str, Told]] = {
         budget: {trials: 0}
         baseline_seeds: 0
         """,
-        [(3, "budget.trials is 0, but must be greater"), (4, "baseline_seeds is 0, but must be greater")],
+        [
+            (3, "budget.trials is 0, but must be greater"),
+            (4, "baseline_seeds is 0, but must be greater"),
+        ],
     ),
     "wrong types": (
         """\
@@ -115,7 +123,10 @@ FILES: dict[str, tuple[str, Told]] = {
     ),
     "unknown sampler and pruner": (
         "name: s\nsampler: {name: bayes}\npruner: {name: asha}\n",
-        [(2, "sampler.name is 'bayes', but must be 'tpe', "), (3, "pruner.name is 'asha', but must be 'median'")],
+        [
+            (2, "sampler.name is 'bayes', but must be 'tpe', "),
+            (3, "pruner.name is 'asha', but must be 'median'"),
+        ],
     ),
     "an unknown objective": (
         "name: s\nobjectives:\n  dice: maximize\n",
@@ -129,7 +140,10 @@ FILES: dict[str, tuple[str, Told]] = {
         "name: s\nobjectives: {dsc: maximize, seconds: minimize}\n",
         [(None, "pruner.metric must say which of dsc, seconds is compared at rungs")],
     ),
-    "an unknown baseline": ("name: s\nbaselines: [scratch, mea]\n", [(2, "baselines: there is no baseline 'mea'; the nearest is mae")]),
+    "an unknown baseline": (
+        "name: s\nbaselines: [scratch, mea]\n",
+        [(2, "baselines: there is no baseline 'mea'; the nearest is mae")],
+    ),
     "settings of a baseline": (
         "name: s\nbaselines:\n- mine: {ratio: {start: 2}}\n",
         [(2, "baseline mine: ratio.start is 2, but must be less than 1.")],
@@ -148,7 +162,13 @@ FILES: dict[str, tuple[str, Told]] = {
     ),
     "a group for a parameter": (
         "name: s\nspace:\n  ratio: {low: 0.1, high: 0.5}\n",
-        [(3, "space: ratio is a group; give one of its settings with its dotted name, such as ratio.start.")],
+        [
+            (
+                3,
+                "space: ratio is a group; give one of its settings with its dotted name, "
+                "such as ratio.start.",
+            )
+        ],
     ),
     "nested parameters": (
         "name: s\nspace:\n  ratio:\n    start: {low: 0.1, high: 0.5}\n",
@@ -167,7 +187,10 @@ FILES: dict[str, tuple[str, Told]] = {
             low: 0
             high: 1.2
         """,
-        [(4, "ratio.end is 0.0, but must be greater than 0"), (5, "ratio.end is 1.2, but must be less than 1")],
+        [
+            (4, "ratio.end is 0.0, but must be greater than 0"),
+            (5, "ratio.end is 1.2, but must be less than 1"),
+        ],
     ),
     "range upside down": (
         "name: s\nspace:\n  ratio.end: {low: 0.9, high: 0.2}\n",
@@ -198,7 +221,10 @@ FILES: dict[str, tuple[str, Told]] = {
     ),
     "a range of words and one of switches": (
         "name: s\nspace:\n  selection.rule: {low: 0, high: 1}\n  flip: {low: 0, high: 1}\n",
-        [(3, "selection.rule takes words; give choices"), (4, "flip takes true or false; give choices")],
+        [
+            (3, "selection.rule takes words; give choices"),
+            (4, "flip takes true or false; give choices"),
+        ],
     ),
     "default outside, and off the steps": (
         """\
@@ -215,12 +241,16 @@ FILES: dict[str, tuple[str, Told]] = {
         ],
     ),
     "no default for one": (
-        "name: s\nspace:\n  ratio.start: {low: 0.1, high: 0.5, default: 0.2}\n  loss.gamma: {low: 2, high: 3}\n",
+        "name: s\nspace:\n  ratio.start: {low: 0.1, high: 0.5, default: 0.2}\n  loss.gamma: {low: "
+        "2, high: 3}\n",
         [(4, "space: loss.gamma has no default, and the study's own 1.0 lies outside")],
     ),
     "no choices, and one twice": (
         "name: s\nspace:\n  flip: {choices: []}\n  lr: {choices: [0.1, 0.1]}\n",
-        [(3, "space.flip.choices is [], but must have at least 1 item"), (4, "space.lr: each choice is named once")],
+        [
+            (3, "space.flip.choices is [], but must have at least 1 item"),
+            (4, "space.lr: each choice is named once"),
+        ],
     ),
     "choices that a setting refuses": (
         """\
@@ -248,7 +278,10 @@ FILES: dict[str, tuple[str, Told]] = {
     ),
     "fixed values that a setting refuses": (
         "name: s\nspace:\n  ratio.shape: square\n  epochs: {value: 2.5}\n",
-        [(3, "ratio.shape is 'square', but must be 'linear'"), (4, "epochs is 2.5, but must be a valid integer")],
+        [
+            (3, "ratio.shape is 'square', but must be 'linear'"),
+            (4, "epochs is 2.5, but must be a valid integer"),
+        ],
     ),
     "conditions on nothing": (
         """\
@@ -279,10 +312,22 @@ FILES: dict[str, tuple[str, Told]] = {
           lr: {low: 0.001, high: 0.1, when: {flip: 1}}
         """,
         [
-            (4, "ratio.power is never searched, since ratio.shape is never 'power' (it can be ['linear', 'cosine'])."),
+            (
+                4,
+                "ratio.power is never searched, since ratio.shape is never 'power' "
+                "(it can be ['linear', 'cosine']).",
+            ),
             (5, "ratio.levels is never searched when ratio.shape is 'stairs', but must be"),
-            (7, "ratio.end is never searched, since ratio.start is never 0.3 (it is drawn from 0.1 to 0.5)."),
-            (8, "selection.strength is never searched, since selection.mode is never 'soft' (it is 'hard' in"),
+            (
+                7,
+                "ratio.end is never searched, since ratio.start is never 0.3 "
+                "(it is drawn from 0.1 to 0.5).",
+            ),
+            (
+                8,
+                "selection.strength is never searched, since selection.mode is never 'soft' "
+                "(it is 'hard' in",
+            ),
             (9, "lr is never searched when flip is 1, but must be true or false."),
         ],
     ),
@@ -332,7 +377,10 @@ FILES: dict[str, tuple[str, Told]] = {
           selection.clusters: {expression: "2 + ratio.start"}
           lr: {expression: "ratio.shape * 2"}
         """,
-        [(4, "selection.clusters: the expression gives 2.3"), (5, "lr: 'ratio.shape * 2' cannot be computed")],
+        [
+            (4, "selection.clusters: the expression gives 2.3"),
+            (5, "lr: 'ratio.shape * 2' cannot be computed"),
+        ],
     ),
     "an unused helper": (
         "name: s\nspace:\n  delta: {low: 0.1, high: 0.5}\n",
@@ -346,7 +394,13 @@ FILES: dict[str, tuple[str, Told]] = {
           delta: {low: 0.1, high: 0.2, when: {ratio.shape: linear}}
           ratio.end: {expression: "0.5 + delta"}
         """,
-        [(5, "ratio.end: delta is not asked for in trials that need it; give both the same `when`.")],
+        [
+            (
+                5,
+                "ratio.end: delta is not asked for in trials that need it; give both the "
+                "same `when`.",
+            )
+        ],
     ),
     "requirements that cannot be": (
         """\
@@ -443,7 +497,7 @@ FILES: dict[str, tuple[str, Told]] = {
             (8, "pruner: percentile is a setting of percentile"),
         ],
     ),
-}  # fmt: skip
+}
 
 
 def written(folder: Path, name: str) -> Path:

@@ -1,4 +1,5 @@
-"""A space: faults are told before anything runs, rules hold, and however it is written, seeds decide."""
+"""A space: faults are told before anything runs, rules hold, and however it is written, seeds
+decide."""
 
 import warnings
 from pathlib import Path
@@ -172,7 +173,7 @@ def test_fixed_and_derived_values_are_settings_and_helpers_are_not() -> None:
     assert (
         trial.params.keys()
         == {"ratio.start", "delta", "half"}
-        == set(tuple(SearchSpace(config).parameters))
+        == set(SearchSpace(config).parameters)
     )
     assert values.keys() == DERIVED.keys() - {"delta", "half"}
     assert values["ratio.end"] == trial.params["ratio.start"] + trial.params["delta"]
@@ -279,8 +280,14 @@ def test_parameters_are_asked_as_written_but_after_what_they_need() -> None:
         "selection.clusters",
     ]
     assert sampling_order(study(DERIVED).space) == [
-        "ratio.start", "delta", "ratio.end", "ratio.shape", "ratio.power", "half", "selection.clusters",
-    ]  # fmt: skip
+        "ratio.start",
+        "delta",
+        "ratio.end",
+        "ratio.shape",
+        "ratio.power",
+        "half",
+        "selection.clusters",
+    ]
 
 
 def test_without_defaults_no_first_trial_is_given() -> None:
@@ -299,8 +306,11 @@ def test_the_first_trial_tries_the_defaults_and_the_studys_own_values() -> None:
     check_space(config)
     first = SearchSpace(config).defaults()
     assert first == {
-        "selection.mode": "soft", "selection.strength": 1.0, "selection.clusters": 4, "ratio.start": 0.4,
-    }  # fmt: skip
+        "selection.mode": "soft",
+        "selection.strength": 1.0,
+        "selection.clusters": 4,
+        "ratio.start": 0.4,
+    }
     assert type(first["selection.clusters"]) is int
     assert SearchSpace(config).suggest(FixedTrial(first)).params == first
 
@@ -368,7 +378,8 @@ def test_yaml_python_and_a_function_give_the_same_suggestions(sampler: str, tmp_
     file.write_text(YAML)
     declared = build_study(read_yaml(file), str(file))
     python = StudyConfig(name="same", seed=7, space=PYTHON)
-    function = StudyConfig(name="same", seed=7, space=as_function)  # type: ignore[arg-type]  # kept by its name
+    # type: ignore[arg-type]  # kept by its name
+    function = StudyConfig(name="same", seed=7, space=as_function)
     write_yaml(declared, tmp_path / "kept.yaml")
     kept = build_study(read_yaml(tmp_path / "kept.yaml"), "kept.yaml")
     first = told_trials(declared, samplers()[sampler])
@@ -408,11 +419,13 @@ def test_a_function_may_refuse_and_ask_for_a_requirement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = """\
-start, end = trial.suggest_float("ratio.start", 0.1, 0.5), trial.suggest_float("ratio.end", 0.1, 0.9)
+start = trial.suggest_float("ratio.start", 0.1, 0.5)
+end = trial.suggest_float("ratio.end", 0.1, 0.9)
 if end < start:
     raise optuna.TrialPruned("falls")"""
     monkeypatch.chdir(tmp_path)
-    config = study(module(tmp_path, body, "refusing"), require=["ratio.end - ratio.start < 0.4"])  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    config = study(module(tmp_path, body, "refusing"), require=["ratio.end - ratio.start < 0.4"])
     check_space(config)
     assert (
         SearchSpace(config).suggest(FixedTrial({"ratio.start": 0.4, "ratio.end": 0.3})).refused
@@ -450,7 +463,8 @@ BAD_FUNCTIONS = {
         ["has choices that are"],
     ),
     "combination": (
-        "trial.suggest_int('model.width', 24, 48, step=4)\ntrial.suggest_categorical('model.heads', [2, 3])",
+        "trial.suggest_int('model.width', 24, 48, "
+        "step=4)\ntrial.suggest_categorical('model.heads', [2, 3])",
         ["some combinations are refused (model: width"],
     ),
     "failing": ("return 1 / 0", ["failed: ZeroDivisionError: division by zero."]),

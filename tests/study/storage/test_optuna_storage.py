@@ -1,4 +1,5 @@
-"""Journals and databases: half a line, a full disk and a server that is gone lose nothing; passwords show nowhere."""
+"""Journals and databases: half a line, a full disk and a server that is gone lose nothing;
+passwords show nowhere."""
 
 from __future__ import annotations
 

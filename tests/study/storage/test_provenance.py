@@ -81,7 +81,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     ):
         subprocess.run(["git", *command], cwd=package.parent, check=True)
     monkeypatch.setattr(provenance, "PACKAGE", package)
-    caches = (provenance._dirty, provenance._tracked)
+    caches = (provenance._changes, provenance._is_checkout)
     for cached in caches:
         cached.cache_clear()
     yield package
@@ -127,5 +127,5 @@ def test_an_installed_package_inside_another_repository_has_no_commit(
     installed.mkdir(parents=True)
     (installed / "__init__.py").write_text("")
     monkeypatch.setattr(provenance, "PACKAGE", installed)
-    provenance._tracked.cache_clear()
+    provenance._is_checkout.cache_clear()
     assert commit() is None

@@ -1,4 +1,5 @@
-"""The study's folder and storage: who holds it, what was asked of them, and that a look changes nothing."""
+"""The study's folder and storage: who holds it, what was asked of them, and that a look changes
+nothing."""
 
 from __future__ import annotations
 

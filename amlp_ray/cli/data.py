@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,8 +13,6 @@ from amlp_ray.cli.data_check import check
 from amlp_ray.cli.output import Json, print_fields, print_json, print_table
 from amlp_ray.cli.run_options import Address
 from amlp_ray.errors import ConfigError, DataError
-
-logger = logging.getLogger(__name__)
 
 app = typer.Typer(help="Make and inspect patch datasets.", no_args_is_help=True)
 app.command()(check)

@@ -36,10 +36,11 @@ def check(
 ) -> None:
     """Look for leaks, doubtful labels and images, burnt-in text and uneven splits."""
     from amlp_ray.data.check import check_dataset
+    from amlp_ray.data.check.html import write_report
 
-    report = check_dataset(dataset, against=against, progress=logger.info)
+    report = check_dataset(dataset, against=against)
     folder = out or _default_folder(report)
-    files = [] if folder is None else [str(file) for file in report.write(folder)]
+    files = [] if folder is None else [str(file) for file in write_report(report, folder)]
     if as_json:
         print_json({**report.as_dict(), "files": files})
     else:

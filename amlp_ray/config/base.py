@@ -224,7 +224,9 @@ def _unknown_setting(model: type[BaseModel], key: str) -> str:
     if not siblings and group:
         annotation = model.model_fields[key.partition(".")[0]].annotation
         siblings = [f"{group}.{name}" for name in _fields_inside(annotation)]
-    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
+    # A name that is a word of a longer one, such as ema of weight_ema, is nearer than any typo.
+    near = [name for name in siblings if f"_{last}_" in f"_{name.rpartition('.')[2]}_"]
+    near = near or difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
     near = near or difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(siblings) or 'none'}."
     return f"unknown setting {key!r}; {hint}"

@@ -103,6 +103,18 @@ def test_a_misspelt_setting_is_refused_with_its_right_name(name: str) -> None:
     assert text == f"here: unknown setting '{name}_'; did you mean {name}?"
 
 
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("ema", "weight_ema"),
+        ("ratio.over", "ratio.ratio_over"),
+        ("selection.share", "selection.max_share"),
+    ],
+)
+def test_a_word_of_a_setting_s_name_is_refused_with_the_whole_name(word: str, name: str) -> None:
+    assert refused({word: 1}) == f"here: unknown setting '{word}'; did you mean {name}?"
+
+
 def test_an_unknown_variant_is_refused_with_the_known_ones() -> None:
     text = refused({"variant": "beit"})
     assert all(repr(name) in text for name in VARIANTS)

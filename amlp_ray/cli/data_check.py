@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,8 +12,6 @@ from amlp_ray.cli.output import Json, print_json, print_table
 
 if TYPE_CHECKING:
     from amlp_ray.data.check import Report
-
-logger = logging.getLogger(__name__)
 
 
 def check(

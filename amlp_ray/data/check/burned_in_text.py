@@ -1,12 +1,14 @@
-"""Burnt-in text: our heuristic for letters in the pixels, for a batch of images at once.
+"""Find burnt-in text: a heuristic of ours for letters in the pixels of many images at once.
 
-Overlays of a scanner are bright and stand out from what is around them; letters are of one size and one brightness, and
-stand side by side on a line. Speckle, echoes and hairs do some of that, but seldom all.
+Overlays of a scanner are bright and stand out from their surroundings. Letters are of one size and
+one brightness, and stand side by side on a line. Speckle, echoes and hairs do some of that, but
+seldom all.
 
-By eye on real images: of 496 breast ultrasound images at 256 pixels it flags 47, all with letters but for one in doubt.
-Of 60 drawn by chance it finds 3 of the 6 with letters; it misses letters on bright tissue and letters that touch. None
-of 63 dermoscopy images and of 330 MRI slices is flagged. Scaled to 192, 128 and 96 pixels, 32, 13 and 2 ultrasound
-images are flagged, and 0, 1 and 2 of the others.
+By eye on real images: of 496 breast ultrasound images at 256 pixels it flags 47, all with letters
+but for one in doubt. Of 60 drawn by chance it finds 3 of the 6 with letters. It misses letters on
+bright tissue and letters that touch. None of 63 dermoscopy images and of 330 MRI slices is flagged.
+Scaled to 192, 128 and 96 pixels, 32, 13 and 2 ultrasound images are flagged, and 0, 1 and 2 of the
+others.
 """
 
 from __future__ import annotations
@@ -16,99 +18,127 @@ from scipy import ndimage
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-LEAST_SIDE = 128  # pixels; letters of smaller images are specks
-IN_A_LINE = 3  # letters that make a line; two specks stand side by side anywhere
-BRIGHT = 0.62  # of the image's brightest value: a resized stroke of one pixel loses a third of its brightness
-CONTRAST = 60  # of 255, between a letter and a ring around it
+MIN_SIDE = 128  # pixels; letters of smaller images are specks
+MIN_LETTERS = 3  # letters that make a line; two specks stand side by side anywhere
+# Share of the image's brightest value: resizing takes a third from a stroke of one pixel.
+MIN_BRIGHTNESS = 0.62
+MIN_CONTRAST = 60  # of 255, between a letter and a ring around it
 RING = 2  # pixels around a letter
-LETTER_HEIGHT = (4, 0.12)  # pixels, below which no shape is left, and share of the image's height
-LETTER_WIDTH = 1.6  # of its height, at most
-SAME_LEVEL, SAME_HEIGHT, GAP = (
-    0.15,
-    0.25,
-    1.0,
-)  # of a letter's height, between neighbours on a line; a space is 1
-SAME_BRIGHTNESS = 30  # of 255
-CROWD = 400  # letter-like specks, above which an image is texture
+MIN_HEIGHT = 4  # pixels; below, no shape is left
+MAX_HEIGHT_SHARE = 0.12  # of the image's height
+MAX_WIDTH = 1.6  # of a letter's height
+# Between neighbors on a line, as shares of a letter's height; a space is 1.
+MAX_LEVEL_DIFFERENCE = 0.15
+MAX_HEIGHT_DIFFERENCE = 0.25
+MAX_GAP = 1.0
+MAX_BRIGHTNESS_DIFFERENCE = 30  # of 255
+MAX_LETTERS = 400  # letter-like specks, above which an image is texture
 
 
 def text_scores(gray: np.ndarray) -> np.ndarray:
-    """Count letters on lines of at least `IN_A_LINE` in images (N, H, W) uint8: (N,) float32, 0 where there are none.
+    """Count the letters that stand on lines of at least `MIN_LETTERS`.
 
     Lines run across or down, as scales at the side of an image do; the larger count is returned.
+
+    Args:
+        gray: (N, H, W) uint8.
+
+    Returns:
+        (N,) float32, 0 for images without letters.
     """
-    across = _letters(gray)
-    down = across[:, [0, 3, 4, 1, 2, 5]]
-    return np.maximum(_on_lines(across, len(gray)), _on_lines(down, len(gray)))
+    letters = _find_letters(gray)
+    turned = letters[:, [0, 3, 4, 1, 2, 5]]  # left and right for top and bottom
+    return np.maximum(_count_on_lines(letters, len(gray)), _count_on_lines(turned, len(gray)))
 
 
-def _letters(gray: np.ndarray) -> np.ndarray:
-    """Find components of the size and contrast of letters: (L, 6) of image, top, bottom, left, right, brightness."""
+def _find_letters(gray: np.ndarray) -> np.ndarray:
+    """Find components of the size and contrast of letters in images (N, H, W) uint8.
+
+    Returns:
+        (L, 6) float32: image, top, bottom, left, right, brightness.
+    """
     _, height, width = gray.shape
     peak = gray.max(axis=(1, 2)).astype(np.float32)
-    bright = gray > (BRIGHT * peak).astype(np.uint8)[:, None, None]
+    is_bright = gray > (MIN_BRIGHTNESS * peak).astype(np.uint8)[:, None, None]
     neighbors = np.zeros((3, 3, 3), bool)
     neighbors[1] = True  # eight in the image, none in the next image
-    labels, found = ndimage.label(bright, structure=neighbors)
-    if not found:
+    labels, count = ndimage.label(is_bright, structure=neighbors)
+    if not count:
         return np.zeros((0, 6), np.float32)
-    at = np.flatnonzero(bright)
-    label = labels.ravel()[at] - 1
-    image, rest = np.divmod(at, height * width)
-    y, x = np.divmod(rest, width)
-    area = np.bincount(label, minlength=found)
-    total = np.bincount(label, weights=gray.ravel()[at], minlength=found)
-    owner = np.zeros(found, np.int64)
-    owner[label] = image
-    top, bottom = _ends(label, y, found)
-    left, right = _ends(label, x, found)
+    pixels = np.flatnonzero(is_bright)
+    label = labels.ravel()[pixels] - 1
+    image, position = np.divmod(pixels, height * width)
+    y, x = np.divmod(position, width)
+    area = np.bincount(label, minlength=count)
+    total = np.bincount(label, weights=gray.ravel()[pixels], minlength=count)
+    image_of = np.zeros(count, np.int64)
+    image_of[label] = image
+    top, bottom = _extent(label, y, count)
+    left, right = _extent(label, x, count)
     longer = np.maximum(bottom - top, right - left)
-    largest = max(2 * LETTER_HEIGHT[0], LETTER_HEIGHT[1] * min(height, width))
-    fits = (longer >= LETTER_HEIGHT[0]) & (longer <= largest)
-    few = np.flatnonzero(fits)
-    boxes = np.stack([owner[few], top[few], bottom[few], left[few], right[few]], axis=1)
-    mean = total[few] / area[few]
-    around = np.empty(
-        len(few)
-    )  # mean of a ring around the box, and of what of the box is no letter
-    for n, (i, t, b, le, r) in enumerate(boxes.tolist()):
-        ring = gray[i, max(0, t - RING) : b + RING, max(0, le - RING) : r + RING]
-        around[n] = (int(ring.sum()) - total[few[n]]) / max(1, ring.size - area[few[n]])
-    clear = mean - around >= CONTRAST
-    return np.column_stack([boxes[clear], mean[clear]]).astype(np.float32)
+    max_height = max(2 * MIN_HEIGHT, MAX_HEIGHT_SHARE * min(height, width))
+    chosen = np.flatnonzero((longer >= MIN_HEIGHT) & (longer <= max_height))
+    boxes = np.stack([image_of, top, bottom, left, right], axis=1)[chosen]
+    brightness = total[chosen] / area[chosen]
+    # Mean of a ring around the box, and of the pixels of the box that are no letter.
+    surroundings = np.empty(len(chosen))
+    for n, (i, box_top, box_bottom, box_left, box_right) in enumerate(boxes.tolist()):
+        rows = slice(max(0, box_top - RING), box_bottom + RING)
+        columns = slice(max(0, box_left - RING), box_right + RING)
+        ring = gray[i, rows, columns]
+        other_pixels = ring.size - area[chosen[n]]
+        surroundings[n] = (int(ring.sum()) - total[chosen[n]]) / max(1, other_pixels)
+    is_clear = brightness - surroundings >= MIN_CONTRAST
+    return np.column_stack([boxes[is_clear], brightness[is_clear]]).astype(np.float32)
 
 
-def _ends(label: np.ndarray, value: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """First and one beyond the last `value` of each label."""
-    low, high = np.full(count, np.iinfo(np.int64).max), np.zeros(count, np.int64)
+def _extent(label: np.ndarray, value: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first value of each label, and the one after its last."""
+    low = np.full(count, np.iinfo(np.int64).max)
+    high = np.zeros(count, np.int64)
     np.minimum.at(low, label, value)
     np.maximum.at(high, label, value + 1)
     return low, high
 
 
-def _on_lines(boxes: np.ndarray, count: int) -> np.ndarray:
-    """Count the letters of each image that stand on lines that run across."""
-    tall = boxes[:, 2] - boxes[:, 1]
-    boxes = boxes[(tall >= LETTER_HEIGHT[0]) & (boxes[:, 4] - boxes[:, 3] <= LETTER_WIDTH * tall)]
+def _count_on_lines(boxes: np.ndarray, count: int) -> np.ndarray:
+    """Count the letters of each image that stand on lines that run across.
+
+    Args:
+        boxes: (L, 6), from `_find_letters`.
+        count: number of images.
+
+    Returns:
+        (count,) float32.
+    """
+    height = boxes[:, 2] - boxes[:, 1]
+    width = boxes[:, 4] - boxes[:, 3]
+    boxes = boxes[(height >= MIN_HEIGHT) & (width <= MAX_WIDTH * height)]
     scores = np.zeros(count, np.float32)
-    order = np.argsort(boxes[:, 0], kind="stable")
-    images, starts = np.unique(boxes[order, 0], return_index=True)
-    for image, rows in zip(
-        images.astype(int), np.split(boxes[order], starts[1:]) if len(boxes) else [], strict=True
-    ):
-        if not IN_A_LINE <= len(rows) <= CROWD:
-            continue
-        _, top, bottom, left, right, brightness = rows.T
-        tall = bottom - top
-        lower = np.minimum(tall[:, None], tall[None])
-        gap = left[None] - right[:, None]
-        beside = (
-            (np.abs(bottom[:, None] - bottom[None]) <= np.maximum(1, SAME_LEVEL * lower))
-            & (np.abs(tall[:, None] - tall[None]) <= np.maximum(1, SAME_HEIGHT * lower))
-            & (gap >= -1)
-            & (gap <= np.maximum(2, GAP * lower))
-            & (np.abs(brightness[:, None] - brightness[None]) <= SAME_BRIGHTNESS)
-        )
-        lines = np.bincount(connected_components(coo_matrix(beside), directed=False)[1])
-        scores[image] = lines[lines >= IN_A_LINE].sum()
+    boxes = boxes[np.argsort(boxes[:, 0], kind="stable")]
+    images, starts = np.unique(boxes[:, 0], return_index=True)
+    boxes_of_images = np.split(boxes, starts)[1:]
+    for image, letters in zip(images.astype(int), boxes_of_images, strict=True):
+        if MIN_LETTERS <= len(letters) <= MAX_LETTERS:
+            _, lines = connected_components(coo_matrix(_are_beside(letters)), directed=False)
+            sizes = np.bincount(lines)
+            scores[image] = sizes[sizes >= MIN_LETTERS].sum()
     return scores
+
+
+def _are_beside(letters: np.ndarray) -> np.ndarray:
+    """Find letters (L, 6) that follow each other on a line: (L, L) bool."""
+    _, top, bottom, left, right, brightness = letters.T
+    height = bottom - top
+    smaller = np.minimum(height[:, None], height[None])
+    gap = left[None] - right[:, None]
+    level_difference = np.abs(bottom[:, None] - bottom[None])
+    height_difference = np.abs(height[:, None] - height[None])
+    brightness_difference = np.abs(brightness[:, None] - brightness[None])
+    return np.asarray(
+        (level_difference <= np.maximum(1, MAX_LEVEL_DIFFERENCE * smaller))
+        & (height_difference <= np.maximum(1, MAX_HEIGHT_DIFFERENCE * smaller))
+        & (gap >= -1)
+        & (gap <= np.maximum(2, MAX_GAP * smaller))
+        & (brightness_difference <= MAX_BRIGHTNESS_DIFFERENCE)
+    )

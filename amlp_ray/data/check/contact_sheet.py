@@ -1,191 +1,210 @@
-"""Pictures of examples, and the contact sheet: a row for each finding, as one PNG."""
+"""Draw examples, and the contact sheet: a row for each finding, as one PNG."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from amlp_ray.data.check.finding import EXAMPLES, Example, Finding, Shown
+from amlp_ray.data.check.finding import MAX_EXAMPLES, Example, Finding, ImageRef
+from amlp_ray.data.check.report import Report
+from amlp_ray.data.samples import Samples
 from amlp_ray.utils.files import atomic_write
 
-if TYPE_CHECKING:
-    from amlp_ray.data.check.report import Report
-
 SIDE = 160  # pixels of the longer side of a picture
-GAP, MARGIN, LINE = 8, 20, 15
-STRETCH = (0.5, 99.5)  # percentiles that become black and white where pixels are not 8 bits
+GAP = 8
+MARGIN = 20
+LINE = 15
+MIN_HEIGHT = 120
+STRETCH = (0.5, 99.5)  # percentiles that become black and white if pixels are not 8 bits
 OUTLINE = (255, 176, 0)
-COLOURS = {"leak": (176, 32, 32), "warning": (166, 101, 0), "note": (60, 95, 140)}
-INK, SOFT = (31, 41, 51), (82, 96, 109)
+COLORS = {"leak": (176, 32, 32), "warning": (166, 101, 0), "note": (60, 95, 140)}
+INK = (31, 41, 51)
+SOFT = (82, 96, 109)
 
-Pictures = dict[Shown, Image.Image]
+Pictures = dict[ImageRef, Image.Image]
 
 
 class Cell(NamedTuple):
     """A picture of the sheet with its two lines of caption."""
 
-    shown: Shown
+    image: ImageRef
     caption: str
-    below: str
+    subcaption: str
 
 
-def read_pictures(report: Report) -> Pictures:
-    """Draw every image that a finding shows, in the order of the dataset, so that a row group is read once."""
-    wanted = {
-        shown
-        for finding in report.findings
-        for example in finding.examples
-        for shown in (example.image, example.like)
-        if shown is not None
-    }
+def draw_examples(report: Report) -> Pictures:
+    """Draw every image that a finding shows, in stored order, so that a row group is read once."""
+    images: set[ImageRef] = set()
+    for finding in report.findings:
+        for example in finding.examples:
+            images.add(example.image)
+            if example.like is not None:
+                images.add(example.like)
     pictures: Pictures = {}
+    samples: Samples | None = None  # one split at a time, because samples hold row groups
     opened: tuple[bool, str] | None = None
-    for shown in sorted(wanted, key=lambda s: (s.other, s.split, s.row)):
-        if opened != (shown.other, shown.split):  # one at a time: samples keep row groups
-            dataset = report.against if shown.other else report.dataset
+    for image in sorted(images, key=lambda image: (image.other, image.split, image.row)):
+        if samples is None or opened != (image.other, image.split):
+            dataset = report.against if image.other else report.dataset
             assert dataset is not None
-            samples, opened = dataset.split(shown.split), (shown.other, shown.split)
-        sample = samples[shown.row]
-        pictures[shown] = picture_of(sample.image, sample.mask)
+            samples = dataset.split(image.split)
+            opened = image.other, image.split
+        sample = samples[image.row]
+        pictures[image] = draw_picture(sample.image, sample.mask)
     return pictures
 
 
-def picture_of(image: np.ndarray, mask: np.ndarray | None) -> Image.Image:
-    """Draw an image (C, H, W), three channels as RGB and else the first, with the outline of its mask (H, W)."""
+def draw_picture(image: np.ndarray, mask: np.ndarray | None) -> Image.Image:
+    """Draw an image with the outline of its mask.
+
+    Args:
+        image: (C, H, W); three channels are RGB, of any other number the first is drawn.
+        mask: (H, W) of 0 and 1, or None.
+    """
     planes = image[:3] if image.shape[0] == 3 else image[:1]
     if planes.dtype != np.uint8:
-        planes = _stretched(planes)
-    picture = Image.fromarray(planes[0] if len(planes) == 1 else planes.transpose(1, 2, 0)).convert(
-        "RGB"
-    )
+        planes = _stretch(planes)
+    pixels = planes[0] if len(planes) == 1 else planes.transpose(1, 2, 0)
+    picture = Image.fromarray(pixels).convert("RGB")
     scale = SIDE / max(picture.size)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    picture = picture.resize(
-        size, Image.Resampling.BICUBIC if scale < 1 else Image.Resampling.BILINEAR
-    )
+    method = Image.Resampling.BICUBIC if scale < 1 else Image.Resampling.BILINEAR
+    picture = picture.resize(size, method)
     if mask is None or not mask.any():
         return picture
-    large = (
-        np.asarray(Image.fromarray(mask * np.uint8(255)).resize(size, Image.Resampling.BILINEAR))
-        > 127
-    )
-    if not large.any():  # too small to survive
-        large = (
-            np.asarray(Image.fromarray(mask * np.uint8(255)).resize(size, Image.Resampling.BOX)) > 0
-        )
-    pixels = np.array(picture)
-    pixels[ndimage.binary_dilation(large) & ~large] = OUTLINE
-    return Image.fromarray(pixels)
+    lesion = Image.fromarray(mask * np.uint8(255))
+    scaled_mask = np.asarray(lesion.resize(size, Image.Resampling.BILINEAR)) > 127
+    if not scaled_mask.any():  # too small to survive
+        scaled_mask = np.asarray(lesion.resize(size, Image.Resampling.BOX)) > 0
+    drawn = np.array(picture)
+    drawn[ndimage.binary_dilation(scaled_mask) & ~scaled_mask] = OUTLINE
+    return Image.fromarray(drawn)
 
 
 def write_sheet(report: Report, pictures: Pictures, file: Path) -> Path:
     """Write the contact sheet."""
-    width = 2 * MARGIN + EXAMPLES * (SIDE + GAP) - GAP
-    shown = [finding for finding in report.findings if finding.examples]
-    heads = {finding.key: _wrapped(finding, width - 2 * MARGIN) for finding in shown}
-    tall = 3 * MARGIN + 30 + sum(
-        30 + LINE * len(heads[finding.key]) + _height(finding, pictures) + 2 * LINE + MARGIN + 8 for finding in shown
-    )  # fmt: skip
-    sheet = Image.new("RGB", (width, max(tall, 120)), "white")
+    width = 2 * MARGIN + MAX_EXAMPLES * (SIDE + GAP) - GAP
+    findings = [finding for finding in report.findings if finding.examples]
+    height = 3 * MARGIN + 30
+    for finding in findings:
+        num_lines = len(_wrap(finding, width)) + 2
+        height += 30 + LINE * num_lines + _row_height(finding, pictures) + MARGIN + 8
+    sheet = Image.new("RGB", (width, max(height, MIN_HEIGHT)), "white")
     draw = ImageDraw.Draw(sheet)
-    name = f"{report.dataset.name}" + (f" against {report.against.name}" if report.against else "")
+    name = report.dataset.name
+    if report.against is not None:
+        name += f" against {report.against.name}"
     draw.text((MARGIN, MARGIN - 4), f"Check of {name}", fill=INK, font=_font(22))
     y = MARGIN + 38
-    if not shown:
+    if not findings:
         draw.text((MARGIN, y), "No finding with examples.", fill=SOFT, font=_font(14))
-    for finding in shown:
-        color = COLOURS[finding.severity]
-        draw.rectangle((MARGIN, y + 3, MARGIN + 4, y + 20), fill=color)
-        title = f"{finding.title}: {finding.count} of {finding.of} {finding.what}"
-        draw.text((MARGIN + 12, y), title, fill=INK, font=_font(17))
-        at = MARGIN + 12 + draw.textlength(title, font=_font(17)) + 12
-        draw.text((at, y + 3), finding.severity, fill=color, font=_font(13))
-        y += 28
-        for line in heads[finding.key]:
-            draw.text((MARGIN + 12, y), line, fill=SOFT, font=_font(12))
-            y += LINE
-        y += 6
-        tallest = _height(finding, pictures)
-        for number, cell in enumerate(_cells(finding)):
-            x = MARGIN + number * (SIDE + GAP)
-            sheet.paste(pictures[cell.shown], (x, y))
-            draw.text((x, y + tallest + 2), _fitted(cell.caption, SIDE), fill=INK, font=_font(12))
-            draw.text(
-                (x, y + tallest + 2 + LINE), _fitted(cell.below, SIDE), fill=SOFT, font=_font(12)
-            )
-        y += tallest + 2 * LINE + MARGIN + 2
+    for finding in findings:
+        y = _draw_title(draw, finding, y, width)
+        y = _draw_cells(draw, sheet, finding, pictures, y)
     buffer = io.BytesIO()
-    sheet.crop((0, 0, width, max(y, 120))).save(buffer, "PNG")
+    sheet.crop((0, 0, width, max(y, MIN_HEIGHT))).save(buffer, "PNG")
     atomic_write(file, buffer.getvalue())
     return file
 
 
-def _cells(finding: Finding) -> Iterator[Cell]:
-    """What is drawn of a finding, at most as many as fit in a row; two for a pair."""
+def _draw_title(draw: ImageDraw.ImageDraw, finding: Finding, y: int, width: int) -> int:
+    """Draw title, severity and explanation of a finding; return where the pictures begin."""
+    color = COLORS[finding.severity]
+    draw.rectangle((MARGIN, y + 3, MARGIN + 4, y + 20), fill=color)
+    x = MARGIN + 12
+    title = f"{finding.title}: {finding.count} of {finding.of} {finding.what}"
+    draw.text((x, y), title, fill=INK, font=_font(17))
+    end = x + draw.textlength(title, font=_font(17)) + 12
+    draw.text((end, y + 3), finding.severity, fill=color, font=_font(13))
+    y += 28
+    for line in _wrap(finding, width):
+        draw.text((x, y), line, fill=SOFT, font=_font(12))
+        y += LINE
+    return y + 6
+
+
+def _draw_cells(
+    draw: ImageDraw.ImageDraw, sheet: Image.Image, finding: Finding, pictures: Pictures, y: int
+) -> int:
+    """Draw the pictures of a finding with their captions; return where the next one begins."""
+    bottom = y + _row_height(finding, pictures)
+    for number, cell in enumerate(_cells(finding)):
+        x = MARGIN + number * (SIDE + GAP)
+        sheet.paste(pictures[cell.image], (x, y))
+        caption = _shorten(cell.caption, SIDE)
+        draw.text((x, bottom + 2), caption, fill=INK, font=_font(12))
+        subcaption = _shorten(cell.subcaption, SIDE)
+        draw.text((x, bottom + 2 + LINE), subcaption, fill=SOFT, font=_font(12))
+    return bottom + 2 * LINE + MARGIN + 2
+
+
+def _cells(finding: Finding) -> list[Cell]:
+    """List the pictures of a finding, at most as many as fit in a row; a pair has two."""
     cells: list[Cell] = []
     for example in finding.examples:
-        new = list(_cells_of(example))
-        if len(cells) + len(new) <= EXAMPLES:
-            cells += new
-    yield from cells
+        example_cells = _example_cells(example)
+        if len(cells) + len(example_cells) <= MAX_EXAMPLES:
+            cells += example_cells
+    return cells
 
 
-def _cells_of(example: Example) -> Iterator[Cell]:
-    yield Cell(
-        example.image, example.image.id, f"{example.image.split} · {example.value}".rstrip(" ·")
-    )
-    if example.like is not None:
-        of = ", other dataset" if example.like.other else ""
-        yield Cell(example.like, example.like.id, f"{example.like.split}{of}")
+def _example_cells(example: Example) -> list[Cell]:
+    image = example.image
+    cells = [Cell(image, image.id, f"{image.split} · {example.value}".rstrip(" ·"))]
+    like = example.like
+    if like is not None:
+        origin = ", other dataset" if like.other else ""
+        cells.append(Cell(like, like.id, f"{like.split}{origin}"))
+    return cells
 
 
-def _height(finding: Finding, pictures: Pictures) -> int:
-    return max(pictures[cell.shown].height for cell in _cells(finding))
+def _row_height(finding: Finding, pictures: Pictures) -> int:
+    return max(pictures[cell.image].height for cell in _cells(finding))
 
 
-def _wrapped(finding: Finding, width: int) -> list[str]:
+def _wrap(finding: Finding, width: int) -> list[str]:
+    """Break the explanation of a finding into lines that fit on a sheet of `width` pixels."""
+    room = width - 2 * MARGIN - 12
     lines = [""]
     for word in f"{finding.meaning} {finding.todo}".split():
-        if _font(12).getlength(f"{lines[-1]} {word}") > width - 12:
+        if _font(12).getlength(f"{lines[-1]} {word}") > room:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
     return lines
 
 
-def _fitted(text: str, width: int) -> str:
-    """Shorten text in its middle, since names of images differ at their ends."""
+def _shorten(text: str, width: int) -> str:
+    """Shorten text in its middle, because names of images differ at their ends."""
     font = _font(12)
     if font.getlength(text) <= width:
         return text
-    keep = len(text)
-    while (
-        keep > 2 and font.getlength(short := f"{text[: keep // 2]}…{text[-(keep // 2) :]}") > width
-    ):
-        keep -= 1
-    return short
+    for half in range(len(text) // 2, 1, -1):
+        short = f"{text[:half]}…{text[-half:]}"
+        if font.getlength(short) <= width:
+            return short
+    return f"{text[:1]}…{text[-1:]}"
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)  # type: ignore[return-value]  # comes with Pillow, so any machine draws the same
+    # The font comes with Pillow, so any machine draws the same.
+    return ImageFont.load_default(size)  # type: ignore[return-value]
 
 
-def _stretched(planes: np.ndarray) -> np.ndarray:
+def _stretch(planes: np.ndarray) -> np.ndarray:
+    """Stretch values between two percentiles to uint8; what is not finite becomes 0."""
     values = planes.astype(np.float32)
     finite = values[np.isfinite(values)]
-    low, high = np.percentile(finite, STRETCH) if finite.size else (0.0, 0.0)
+    if not finite.size:
+        return np.zeros(planes.shape, np.uint8)
+    low, high = np.percentile(finite, STRETCH)
     if high <= low:
-        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+        low, high = finite.min(), finite.max()
     if high <= low:
         return np.zeros(planes.shape, np.uint8)
-    return (
-        np.nan_to_num((values - low) * (255 / (high - low)), nan=0)
-        .clip(0, 255)
-        .round()
-        .astype(np.uint8)
-    )
+    stretched = (values - low) * (255 / (high - low))
+    return np.nan_to_num(stretched, nan=0).clip(0, 255).round().astype(np.uint8)

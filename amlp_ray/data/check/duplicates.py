@@ -1,4 +1,4 @@
-"""Findings about copies: across splits, across groups, to the pixel, and in another dataset."""
+"""Find copies: across splits, across groups, to the pixel, and in another dataset."""
 
 from __future__ import annotations
 
@@ -8,27 +8,32 @@ from pathlib import PurePosixPath
 import numpy as np
 import pandas as pd
 
-from amlp_ray.data.check.finding import EXAMPLES, Example, Finding, Shown, counted, found, shown
+from amlp_ray.data.check.finding import (
+    MAX_EXAMPLES,
+    Example,
+    Finding,
+    ImageRef,
+    image_ref,
+    rows_at,
+    spread,
+)
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.manifest import SPLITS
-from amlp_ray.data.prepare.near_duplicates import (
-    FLAT,
-    MAX_DISTANCE,
-    find_chains,
-    near_pairs,
-)
+from amlp_ray.data.prepare.near_duplicates import FLAT, MAX_DISTANCE, find_chains, near_pairs
 
-CHAIN_SHARE, CHAIN_LEAST = (
-    0.1,
-    20,
-)  # of the images in one chain of near-copies, from which it is worth a warning
+# A chain of near-copies is worth a warning from this share of all images on, and this number.
+MIN_CHAIN_SHARE = 0.1
+MIN_CHAIN_IMAGES = 20
+MAX_PAIRS = MAX_EXAMPLES // 2  # a pair takes the place of two pictures
 
 ACROSS = Finding(
     "copies-across-splits",
     "Near-copies in different splits",
     "leak",
-    "Images of val or test look like images of another split, so a score on them is partly from memory.",
-    "Prepare again with group_by=near-duplicates, or with a group_file that keeps patients together.",
+    "Images of val or test look like images of another split, so a score on them is partly from "
+    "memory.",
+    "Prepare again with group_by=near-duplicates, or with a group_file that keeps patients "
+    "together.",
 )
 SPLIT_GROUPS = Finding(
     "groups-across-splits",
@@ -42,22 +47,26 @@ AGAINST = Finding(
     "copies-in-other",
     "Held-out images in the other dataset",
     "leak",
-    "Images that one dataset holds out, in val or test, look like images of another split of the other dataset. A "
+    "Images that one dataset holds out, in val or test, look like images of another split of the "
+    "other dataset. A "
     "model that is trained on one and scored on the other has seen them.",
-    "Leave these images out of the set that you train on: file_list and split_file name what is used.",
+    "Leave these images out of the set that you train on: file_list and split_file name what is "
+    "used.",
 )
 SHARED = Finding(
     "shared-with-other",
     "Images shared with the other dataset",
     "note",
-    "Images look like images of the same split of the other dataset: no leak, but the two sets are not independent.",
+    "Images look like images of the same split of the other dataset: no leak, but the two sets are "
+    "not independent.",
     "Count these images once where the two sets are put together.",
 )
 EXACT = Finding(
     "exact-copies",
     "Exact copies",
     "warning",
-    "Images have the very same stored pixels as an earlier one, constant ones not counted: they weigh more in training "
+    "Images have the very same stored pixels as an earlier one, constant ones not counted: they "
+    "weigh more in training "
     "and in scores.",
     "Delete all but one of each, and ask which label is right where they differ.",
 )
@@ -65,7 +74,8 @@ EFFECTIVE = Finding(
     "near-copies",
     "Near-copies counted as independent",
     "note",
-    "Images of different groups of one split look alike, so there are fewer independent images than it seems, and "
+    "Images of different groups of one split look alike, so there are fewer independent images "
+    "than it seems, and "
     "intervals over images are too narrow.",
     "Group by patient, or by near-duplicates; report how many groups there are.",
 )
@@ -73,171 +83,205 @@ CHAIN = Finding(
     "one-chain",
     "Many images alike",
     "warning",
-    "A large part of the dataset is one chain of near-copies: frames of few videos, neighbouring slices, or images of "
+    "A large part of the dataset is one chain of near-copies: frames of few videos, neighbouring "
+    "slices, or images of "
     "one layout (a disc on black) that the perceptual hash cannot tell apart.",
-    "Group by patient or volume instead of by near-duplicates; look at the examples before you trust the finding.",
+    "Group by patient or volume instead of by near-duplicates; look at the examples before you "
+    "trust the finding.",
 )
 
 
 def findings(table: pd.DataFrame, against: PatchDataset | None = None) -> Iterator[Finding]:
-    """Yield what is found about copies in a table of `measured`, and between it and another dataset."""
+    """Yield the findings about copies.
+
+    Args:
+        table: a row per image, from `measure_dataset`.
+        against: another dataset, with which to compare.
+    """
     hashes = table["hash"].to_numpy(np.uint64)
-    yield _across(table, hashes)
+    yield _across_splits(table, hashes)
     yield _split_groups(table)
     if against is not None:
-        yield from _against(table, hashes, against)
-    yield _exact(table)
+        yield from _across_datasets(table, hashes, against)
+    yield _exact_copies(table)
     chain = find_chains(hashes)
-    yield _effective(table, hashes, chain)
-    yield _chain(table, chain)
+    yield _near_copies(table, hashes, chain)
+    yield _longest_chain(table, chain)
 
 
-def _across(table: pd.DataFrame, hashes: np.ndarray) -> Finding:
-    split = _codes(table["split"])
-    elsewhere = _linked(hashes, split)
-    elsewhere[np.arange(len(table)), split] = False
-    hit = elsewhere.any(axis=1) & (split > 0)
-    examples = [
-        _pair(table, i, table, np.flatnonzero(split != split[i]), hashes, hashes)
-        for i in _spread(np.flatnonzero(hit))
-    ]
-    return counted(ACROSS, hit.sum(), int((split > 0).sum()), examples, what="held-out images")
+def _across_splits(table: pd.DataFrame, hashes: np.ndarray) -> Finding:
+    split = _split_codes(table["split"])
+    has_copy = _splits_with_copy(hashes, split)
+    has_copy[np.arange(len(table)), split] = False
+    is_hit = has_copy.any(axis=1) & (split > 0)
+    examples = []
+    for i in _spread(np.flatnonzero(is_hit)):
+        elsewhere = np.flatnonzero(split != split[i])
+        examples.append(_nearest_pair(table, i, table, elsewhere))
+    held_out = int((split > 0).sum())
+    return ACROSS.with_count(is_hit.sum(), held_out, examples, what="held-out images")
 
 
 def _split_groups(table: pd.DataFrame) -> Finding:
     splits = table.groupby("group")["split"].nunique()
     cut = splits.index[splits > 1]
     examples = []
-    for name in cut[:EXAMPLES]:
+    for name in cut[:MAX_EXAMPLES]:
         rows = list(table[table["group"] == name].drop_duplicates("split").itertuples())
-        examples.append(Example(shown(rows[0]), f"group {name}", shown(rows[1])))
-    return counted(SPLIT_GROUPS, len(cut), len(splits), examples)
+        examples.append(Example(image_ref(rows[0]), f"group {name}", image_ref(rows[1])))
+    return SPLIT_GROUPS.with_count(len(cut), len(splits), examples)
 
 
-def _against(table: pd.DataFrame, hashes: np.ndarray, against: PatchDataset) -> Iterator[Finding]:
+def _across_datasets(
+    table: pd.DataFrame, hashes: np.ndarray, against: PatchDataset
+) -> Iterator[Finding]:
     other = against.table(columns=["id", "hash"])
     other["row"] = other.groupby("split", sort=False).cumcount()
-    theirs, split, there = (
-        other["hash"].to_numpy(np.uint64),
-        _codes(table["split"]),
-        _codes(other["split"]),
-    )
-    linked = _linked(hashes, there, theirs)
-    same = linked[np.arange(len(table)), split]
-    leaks = linked.copy()
-    leaks[np.arange(len(table)), split] = (
-        False  # now every link that is left has val or test at one end
-    )
-    for about, hit, wanted in (
-        (AGAINST, leaks.any(axis=1), lambda i: np.flatnonzero(there != split[i])),
-        (SHARED, same, lambda i: np.flatnonzero(there == split[i])),
-    ):
-        rows = _spread(np.flatnonzero(hit))
-        examples = [_pair(table, i, other, wanted(i), hashes, theirs, other=True) for i in rows]
-        yield counted(about, hit.sum(), len(table), examples)
+    split = _split_codes(table["split"])
+    other_split = _split_codes(other["split"])
+    has_copy = _splits_with_copy(hashes, other_split, other["hash"].to_numpy(np.uint64))
+    positions = np.arange(len(table))
+    is_shared = has_copy[positions, split]
+    is_leak = has_copy.copy()
+    is_leak[positions, split] = False  # every link that is left has val or test at one end
+    for finding, is_hit in ((AGAINST, is_leak.any(axis=1)), (SHARED, is_shared)):
+        examples = []
+        for i in _spread(np.flatnonzero(is_hit)):
+            is_same_split = other_split == split[i]
+            candidates = is_same_split if finding is SHARED else ~is_same_split
+            examples.append(
+                _nearest_pair(table, i, other, np.flatnonzero(candidates), in_other=True)
+            )
+        yield finding.with_count(is_hit.sum(), len(table), examples)
 
 
-def _exact(table: pd.DataFrame) -> Finding:
+def _exact_copies(table: pd.DataFrame) -> Finding:
     """Count later copies; those that contradict the first one are the first examples."""
     rows = np.flatnonzero(table["high"] > table["low"])
-    _, first, inverse = np.unique(
-        table["digest"].to_numpy()[rows], return_index=True, return_inverse=True
-    )
-    like = rows[first[inverse]]
-    later, like = rows[like != rows], like[like != rows]
+    digests = table["digest"].to_numpy()[rows]
+    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+    original = rows[first[inverse]]
+    is_copy = original != rows
+    copies = rows[is_copy]
+    originals = original[is_copy]
     folder = table["source"].map(lambda source: PurePosixPath(source).parent.name).to_numpy()
     lesion = table["lesion"].to_numpy(float)
-    refiled = folder[later] != folder[like]
-    remasked = np.isfinite(lesion[later] + lesion[like]) & (lesion[later] != lesion[like])
+    has_other_folder = folder[copies] != folder[originals]
+    are_labeled = np.isfinite(lesion[copies] + lesion[originals])
+    has_other_mask = are_labeled & (lesion[copies] != lesion[originals])
+    is_contradiction = has_other_folder | has_other_mask
     examples = []
-    for n in np.argsort(~(refiled | remasked), kind="stable")[: EXAMPLES // 2]:
+    for n in np.argsort(~is_contradiction, kind="stable")[:MAX_PAIRS]:
         text = "identical"
-        if refiled[n]:
-            text += f", but {folder[later[n]]} and {folder[like[n]]}"
-        elif remasked[n]:
+        if has_other_folder[n]:
+            text += f", but {folder[copies[n]]} and {folder[originals[n]]}"
+        elif has_other_mask[n]:
             text += ", but other mask"
-        examples.append(Example(_at(table, later[n]), text, _at(table, like[n])))
-    unlike = np.count_nonzero(refiled | remasked)
-    meaning = EXACT.meaning + (
-        f" With another mask or folder than the first: {unlike}." if unlike else ""
-    )
-    return counted(EXACT, len(later), len(table), examples, meaning=meaning)
+        examples.append(Example(_ref_at(table, copies[n]), text, _ref_at(table, originals[n])))
+    meaning = EXACT.meaning
+    if is_contradiction.any():
+        meaning += (
+            f" With another mask or folder than the first: {np.count_nonzero(is_contradiction)}."
+        )
+    return EXACT.with_count(len(copies), len(table), examples, meaning=meaning)
 
 
-def _effective(table: pd.DataFrame, hashes: np.ndarray, chain: np.ndarray) -> Finding:
+def _near_copies(table: pd.DataFrame, hashes: np.ndarray, chain: np.ndarray) -> Finding:
     """Count groups beyond the first of each chain, split by split; an example for each chain."""
     columns = pd.DataFrame({"split": table["split"], "chain": chain, "group": table["group"]})
     distinct = columns.drop_duplicates()
     repeated = distinct[distinct.duplicated(["split", "chain"])]
-    groups = len(columns.drop_duplicates(["split", "group"]))
+    num_groups = len(columns.drop_duplicates(["split", "group"]))
     examples = []
     for i in _spread(repeated.drop_duplicates("chain").index.to_numpy()):
-        mates = (columns["chain"] == chain[i]) & (columns["split"] == columns["split"].iloc[i])
-        others = np.flatnonzero(mates & (columns["group"] != columns["group"].iloc[i]))
-        examples.append(_pair(table, i, table, others, hashes, hashes))
-    return counted(EFFECTIVE, len(repeated), groups, examples, what="groups")
+        image = columns.iloc[i]
+        is_near = (columns["chain"] == image["chain"]) & (columns["split"] == image["split"])
+        others = np.flatnonzero(is_near & (columns["group"] != image["group"]))
+        examples.append(_nearest_pair(table, i, table, others))
+    return EFFECTIVE.with_count(len(repeated), num_groups, examples, what="groups")
 
 
-def _chain(table: pd.DataFrame, chain: np.ndarray) -> Finding:
+def _longest_chain(table: pd.DataFrame, chain: np.ndarray) -> Finding:
     if not len(table):
         return CHAIN
-    members = np.bincount(chain)
-    longest = int(members.argmax())
-    hit = chain == longest
-    large = members[longest] >= max(CHAIN_LEAST, CHAIN_SHARE * len(table))
-    if (
-        not large or table["group"][hit].nunique() == 1
-    ):  # slices of one volume are alike, and belong together
-        hit[:] = False
-    return found(CHAIN, table, hit)
+    sizes = np.bincount(chain)
+    longest = int(sizes.argmax())
+    is_hit = chain == longest
+    is_long = sizes[longest] >= max(MIN_CHAIN_IMAGES, MIN_CHAIN_SHARE * len(table))
+    # Slices of one volume are alike and belong together.
+    if not is_long or table["group"][is_hit].nunique() == 1:
+        is_hit[:] = False
+    return CHAIN.with_rows(table, is_hit)
 
 
-def _linked(hashes: np.ndarray, codes: np.ndarray, other: np.ndarray | None = None) -> np.ndarray:
-    """For each hash (N,), which splits hold a near-copy: (N, splits) bool.
+def _splits_with_copy(
+    hashes: np.ndarray, split: np.ndarray, other: np.ndarray | None = None
+) -> np.ndarray:
+    """Find which splits hold a near-copy of each image.
 
-    `codes` are the splits of `other` (M,), or of `hashes` themselves, which then count as copies of themselves.
+    Args:
+        hashes: (N,) uint64.
+        split: (M,) split of each of `other`, or of each of `hashes`.
+        other: (M,) uint64; None: `hashes`, which then count as copies of themselves.
+
+    Returns:
+        (N, splits) bool.
     """
     values, inverse = np.unique(hashes, return_inverse=True)
-    theirs, places = (values, inverse) if other is None else np.unique(other, return_inverse=True)
-    present = np.zeros((len(theirs), len(SPLITS)), bool)
-    present[places, codes] = True
-    linked = np.zeros((len(values), len(SPLITS)), bool)
+    other_values, other_inverse = values, inverse
+    if other is not None:
+        other_values, other_inverse = np.unique(other, return_inverse=True)
+    is_in_split = np.zeros((len(other_values), len(SPLITS)), bool)
+    is_in_split[other_inverse, split] = True
+    has_copy = np.zeros((len(values), len(SPLITS)), bool)
     if other is None:
-        linked |= present
-        linked[values == FLAT] = False
-    for a, b in near_pairs(values, MAX_DISTANCE, None if other is None else theirs):
+        has_copy |= is_in_split
+        has_copy[values == FLAT] = False
+    pairs = near_pairs(values, MAX_DISTANCE, None if other is None else other_values)
+    for a, b in pairs:
         for number in range(len(SPLITS)):
-            linked[a[present[b, number]], number] = True
+            has_copy[a[is_in_split[b, number]], number] = True
             if other is None:
-                linked[b[present[a, number]], number] = True
-    return linked[inverse]
+                has_copy[b[is_in_split[a, number]], number] = True
+    return has_copy[inverse]
 
 
-def _pair(
-    table: pd.DataFrame, i: int, others: pd.DataFrame, among: np.ndarray, mine: np.ndarray, theirs: np.ndarray,
-    *, other: bool = False,
-) -> Example:  # fmt: skip
-    """The image at `i` with the one at the positions `among` whose hash is nearest."""
-    bits = np.bitwise_count(theirs[among] ^ mine[i])
-    best = int(among[int(bits.argmin())])
-    return Example(
-        _at(table, i),
-        f"{int(bits.min())} of 64 bits differ" if bits.min() else "equal hash",
-        _at(others, best, other=other),
-    )
+def _nearest_pair(
+    table: pd.DataFrame,
+    i: int,
+    others: pd.DataFrame,
+    candidates: np.ndarray,
+    *,
+    in_other: bool = False,
+) -> Example:
+    """Show an image with the one that has the nearest hash.
+
+    Args:
+        table: the table that holds the image.
+        i: its position.
+        others: the table that holds the candidates.
+        candidates: their positions.
+        in_other: whether `others` is of the other dataset.
+    """
+    own_hash = np.uint64(table["hash"].iloc[i])
+    hashes = others["hash"].to_numpy(np.uint64)[candidates]
+    distances = np.bitwise_count(hashes ^ own_hash)
+    nearest = int(distances.argmin())
+    distance = int(distances[nearest])
+    text = f"{distance} of 64 bits differ" if distance else "equal hash"
+    nearest_ref = _ref_at(others, int(candidates[nearest]), in_other=in_other)
+    return Example(_ref_at(table, i), text, nearest_ref)
 
 
-def _at(table: pd.DataFrame, position: int, *, other: bool = False) -> Shown:
-    return shown(next(table.iloc[[position]].itertuples()), other=other)
+def _ref_at(table: pd.DataFrame, position: int, *, in_other: bool = False) -> ImageRef:
+    (row,) = rows_at(table, [position])
+    return image_ref(row, other=in_other)
 
 
-def _codes(split: pd.Series) -> np.ndarray:
+def _split_codes(split: pd.Series) -> np.ndarray:
     return split.map({name: code for code, name in enumerate(SPLITS)}).to_numpy(np.int64)
 
 
-def _spread(rows: np.ndarray, count: int = EXAMPLES // 2) -> list[int]:
-    """A few of `rows`, evenly from first to last; a pair takes the place of two pictures."""
-    return [
-        int(rows[i])
-        for i in np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))
-    ]
+def _spread(rows: np.ndarray) -> list[int]:
+    """Choose rows for pairs of pictures."""
+    return [int(row) for row in spread(rows, MAX_PAIRS)]

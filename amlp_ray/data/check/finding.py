@@ -1,9 +1,9 @@
-"""What a check says: one finding for each thing it looks for, whether it is there or not."""
+"""Describe what a check looks for: one finding each, whether it is there or not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -11,94 +11,96 @@ import pandas as pd
 
 Severity = Literal["leak", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("leak", "warning", "note")
-EXAMPLES = 8
+MAX_EXAMPLES = 8
 
 
 @dataclass(frozen=True)
-class Shown:
-    """An image to look at."""
+class ImageRef:
+    """An image of a dataset."""
 
     id: str
     split: str
     row: int  # in its split
-    other: bool = False  # it is in the dataset that this one is compared with
+    other: bool = False  # whether it is in the dataset that this one is compared with
 
 
 @dataclass(frozen=True)
 class Example:
-    """An image with what is special about it; for copies, the image that it resembles."""
+    """An image and what is special about it."""
 
-    image: Shown
+    image: ImageRef
     value: str
-    like: Shown | None = None
+    like: ImageRef | None = None  # of a copy: the image that it resembles
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked for.
-
-    `count` of `of` images (or groups, see `what`) have it; 0: it is not there. `gap` says why it was not looked for.
-    """
+    """One thing that was looked for, and how often it is there."""
 
     key: str
     title: str
     severity: Severity
     meaning: str
     todo: str
-    count: int = 0
-    of: int = 0
-    what: str = "images"
-    examples: tuple[Example, ...] = field(default=())
-    gap: str | None = None
+    count: int = 0  # 0: it is not there
+    of: int = 0  # how many could have it
+    what: str = "images"  # what is counted
+    examples: tuple[Example, ...] = ()
+    gap: str | None = None  # why it was not looked for
 
     def as_dict(self) -> dict[str, Any]:
-        """The finding in plain values, for JSON."""
+        """Return the finding in plain values, for JSON."""
         return asdict(self)
 
+    def with_rows(
+        self,
+        table: pd.DataFrame,
+        is_hit: np.ndarray | pd.Series,
+        *,
+        badness: np.ndarray | pd.Series | None = None,
+        describe: Callable[[Any], str] = lambda row: "",
+        of: int | None = None,
+    ) -> Finding:
+        """Add the rows of a table that have it.
 
-def found(
-    about: Finding,
-    table: pd.DataFrame,
-    hit: np.ndarray | pd.Series,
-    *,
-    badness: np.ndarray | pd.Series | None = None,
-    value: Callable[[Any], str] = lambda row: "",
-    of: int | None = None,
-) -> Finding:
-    """Complete `about` with the rows of `table` that are `hit`, (N,) bool.
+        Args:
+            table: a row per image.
+            is_hit: (N,) bool, the rows that have it.
+            badness: (N,), the worst rows become examples; None: examples are spread over all.
+            describe: says what is special about a row.
+            of: how many rows could have it; None: all.
+        """
+        rows = np.flatnonzero(np.asarray(is_hit, bool))
+        if badness is None:
+            chosen = spread(rows, MAX_EXAMPLES)
+        else:
+            worst_first = np.argsort(-np.asarray(badness, float)[rows], kind="stable")
+            chosen = rows[worst_first[:MAX_EXAMPLES]]
+        examples = [Example(image_ref(row), describe(row)) for row in rows_at(table, chosen)]
+        return self.with_count(len(rows), len(table) if of is None else of, examples)
 
-    Args:
-        badness: (N,), the worst are the examples; None: examples are spread over all that are hit.
-        value: what to say of an example, from its row.
-        of: how many rows could have been hit; None: all.
-    """
-    rows = np.flatnonzero(np.asarray(hit, bool))
-    if badness is None:
-        chosen = rows[
-            np.unique(np.linspace(0, len(rows) - 1, min(EXAMPLES, len(rows))).astype(int))
-        ]
-    else:
-        chosen = rows[np.argsort(-np.asarray(badness, float)[rows], kind="stable")[:EXAMPLES]]
-    examples = tuple(Example(shown(row), value(row)) for row in table.iloc[chosen].itertuples())
-    return _with(about, len(rows), len(table) if of is None else of, examples)
+    def with_count(
+        self, count: int, of: int, examples: Sequence[Example] = (), **changes: Any
+    ) -> Finding:
+        """Add a count, examples, and other changed fields."""
+        return replace(self, count=int(count), of=int(of), examples=tuple(examples), **changes)
 
-
-def counted(
-    about: Finding, count: int, of: int, examples: Sequence[Example] = (), **changed: Any
-) -> Finding:
-    """Complete `about` with what was counted, and with other `changed` fields."""
-    return _with(about, count, of, tuple(examples), **changed)
-
-
-def shown(row: Any, *, other: bool = False) -> Shown:
-    """Name the image of a row of a table, as `itertuples` yields them."""
-    return Shown(str(row.id), str(row.split), int(row.row), other)
+    def with_gap(self, reason: str) -> Finding:
+        """Say why it was not looked for."""
+        return replace(self, gap=reason)
 
 
-def _with(
-    about: Finding, count: int, of: int, examples: tuple[Example, ...], **changed: Any
-) -> Finding:
-    values = {name: getattr(about, name) for name in about.__dataclass_fields__}
-    return Finding(
-        **{**values, "count": int(count), "of": int(of), "examples": examples, **changed}
-    )
+def spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """Choose up to `count` of `rows`, evenly from first to last."""
+    positions = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
+    return rows[np.unique(positions)]
+
+
+def rows_at(table: pd.DataFrame, positions: Sequence[int] | np.ndarray) -> list[Any]:
+    """Return rows of a table as named tuples."""
+    return list(table.iloc[positions].itertuples())
+
+
+def image_ref(row: Any, *, other: bool = False) -> ImageRef:
+    """Name the image of a row, as `rows_at` returns it."""
+    return ImageRef(str(row.id), str(row.split), int(row.row), other)

@@ -1,39 +1,69 @@
-"""The page of a check: one HTML file that needs no network and no server."""
+"""Write the page of a check: one HTML file that needs no network and no server."""
 
 from __future__ import annotations
 
 import base64
 import io
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from amlp_ray.data.check.contact_sheet import Pictures
-from amlp_ray.data.check.finding import SEVERITIES, Shown
+from amlp_ray.data.check.contact_sheet import Pictures, draw_examples, write_sheet
+from amlp_ray.data.check.finding import SEVERITIES, ImageRef
+from amlp_ray.data.check.report import Report
 from amlp_ray.data.manifest import SPLITS
+from amlp_ray.errors import DataError
 from amlp_ray.utils.files import atomic_write
 
-if TYPE_CHECKING:
-    from amlp_ray.data.check.report import Report
+TEMPLATES = Path(__file__).parent
+ADVICE = {
+    "leak": "Scores on this dataset would be too good: see the leaks first.",
+    "warning": "Look at the warnings before you train.",
+    "note": "Nothing stands in the way; the notes are worth a look.",
+    "clear": "Nothing was found.",
+}
 
-HERE = Path(__file__).parent
+
+def write_report(report: Report, folder: str | Path) -> tuple[Path, Path]:
+    """Write check.html and check.png into a folder, which is created; return their paths.
+
+    Both hold images of the dataset: they are as private as it is.
+
+    Raises:
+        DataError: the folder cannot be written, or a part of the dataset is damaged.
+    """
+    folder = Path(folder)
+    pictures = draw_examples(report)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        page = write_page(report, pictures, folder / "check.html")
+        sheet = write_sheet(report, pictures, folder / "check.png")
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be written ({error.strerror}); choose another with --out."
+        ) from None
+    return page, sheet
 
 
 def write_page(report: Report, pictures: Pictures, file: Path) -> Path:
-    """Write the page with the pictures in it."""
-    # Everything is escaped but the style sheet.
+    """Write the page with its pictures inside."""
     jinja = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
+    style = Markup((TEMPLATES / "check.css").read_text(encoding="utf-8"))  # not escaped
     text = jinja.get_template("check.html").render(
-        css=Markup((HERE / "check.css").read_text(encoding="utf-8")),
+        css=style,
         report=report,
         header=_header(report),
         verdict=_verdict(report),
-        pictures={_key(shown): _uri(picture) for shown, picture in pictures.items()},
+        pictures={_key(image): _data_uri(picture) for image, picture in pictures.items()},
         key=_key,
     )
     atomic_write(file, text)
@@ -41,17 +71,15 @@ def write_page(report: Report, pictures: Pictures, file: Path) -> Path:
 
 
 def _header(report: Report) -> list[tuple[str, str]]:
-    m = report.dataset.manifest
-    counts = ", ".join(f"{m.counts[split].images} {split}" for split in SPLITS)
-    labeled = sum(m.counts[split].labeled for split in SPLITS)
+    manifest = report.dataset.manifest
+    counts = ", ".join(f"{manifest.counts[split].images} {split}" for split in SPLITS)
+    labeled = sum(manifest.counts[split].labeled for split in SPLITS)
+    size = f"{manifest.channels} x {manifest.height} x {manifest.width} {manifest.dtype}"
     rows = [
         ("Dataset", report.dataset.path),
-        (
-            "Images",
-            f"{counts}; {labeled} labelled; {m.channels} x {m.height} x {m.width} {m.dtype}",
-        ),
-        ("Groups", m.group_rule),
-        ("Splits", m.split_rule),
+        ("Images", f"{counts}; {labeled} labelled; {size}"),
+        ("Groups", manifest.group_rule),
+        ("Splits", manifest.split_rule),
     ]
     if report.against is not None:
         rows.append(("Against", report.against.path))
@@ -59,26 +87,23 @@ def _header(report: Report) -> list[tuple[str, str]]:
 
 
 def _verdict(report: Report) -> dict[str, Any]:
-    """A sentence for the top of the page, and the severity that colours it."""
-    counts = {
-        severity: sum(f.severity == severity for f in report.findings) for severity in SEVERITIES
-    }
-    told = ", ".join(f"{n} {name}{'s' if n > 1 else ''}" for name, n in counts.items() if n)
-    worst = next((name for name, n in counts.items() if n), "clear")
-    sentences = {
-        "leak": "Scores on this dataset would be too good: see the leaks first.",
-        "warning": "Look at the warnings before you train.",
-        "note": "Nothing stands in the way; the notes are worth a look.",
-        "clear": "Nothing was found.",
-    }
-    return {"kind": worst, "text": f"{told}. {sentences[worst]}" if told else sentences[worst]}
+    """Return a sentence for the top of the page, and the severity that colors it."""
+    counts = Counter(finding.severity for finding in report.findings)
+    present = [severity for severity in SEVERITIES if counts[severity]]
+    if not present:
+        return {"kind": "clear", "text": ADVICE["clear"]}
+    words = []
+    for severity in present:
+        plural = "s" if counts[severity] > 1 else ""
+        words.append(f"{counts[severity]} {severity}{plural}")
+    return {"kind": present[0], "text": f"{', '.join(words)}. {ADVICE[present[0]]}"}
 
 
-def _key(shown: Shown) -> str:
-    return f"{int(shown.other)}/{shown.split}/{shown.row}"
+def _key(image: ImageRef) -> str:
+    return f"{int(image.other)}/{image.split}/{image.row}"
 
 
-def _uri(picture: Any) -> str:
+def _data_uri(picture: Any) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

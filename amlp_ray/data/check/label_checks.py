@@ -1,139 +1,176 @@
-"""Findings about labels and splits."""
+"""Check labels and splits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from amlp_ray.data.check.finding import Finding, counted, found
+from amlp_ray.data.check.finding import Finding
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.manifest import SPLITS
 
-TINY = 8 * 8  # pixels: a patch of the usual 8 x 8
-COVERED = 0.6  # of the image
-UNEVEN = 0.1, 3.0  # a share differs by at least so much, and by so many standard errors
-FEW_GROUPS = 10  # in a split
-MOST_CLASSES, CLASS_GROUPS = (
-    10,
-    5,
-)  # more folders, or folders of fewer groups, are patients or series and no classes
+MIN_LESION = 8 * 8  # pixels: a patch of the usual 8 x 8
+MAX_MASK = 0.6  # of the image
+# A share is uneven if it differs by at least so much, and by so many standard errors.
+MIN_DIFFERENCE = 0.1
+MIN_ERRORS = 3.0
+MIN_GROUPS = 10  # in a split
+# More folders, or folders of fewer groups, are patients or series and no classes.
+MAX_CLASSES = 10
+MIN_CLASS_GROUPS = 5
 
 UNLABELED = Finding(
-    "unlabeled", "Unlabelled images", "note",
+    "unlabeled",
+    "Unlabelled images",
+    "note",
     "Images have no mask. They serve for pretraining; scores and segmentation pass them over.",
     "Nothing, if that is meant; else look for masks whose names do not fit their images.",
-)  # fmt: skip
+)
 EMPTY = Finding(
-    "empty-masks", "Empty masks", "note",
+    "empty-masks",
+    "Empty masks",
+    "note",
     "Labelled images have no lesion. Normal images are welcome, forgotten outlines are not.",
     "Look at the examples for lesions without an outline.",
-)  # fmt: skip
+)
 TINY_LESIONS = Finding(
-    "tiny-lesions", "Tiny lesions", "warning",
-    f"Lesions have fewer than {TINY} stored pixels, less than one patch of 8 x 8: a model of patches hardly sees them, "
-    "and an error of one pixel decides their score.",
+    "tiny-lesions",
+    "Tiny lesions",
+    "warning",
+    f"Lesions have fewer than {MIN_LESION} stored pixels, less than one patch of 8 x 8: a model of "
+    "patches hardly sees them, and an error of one pixel decides their score.",
     "Prepare with a larger size, or with fit=tiles.",
-)  # fmt: skip
+)
 BORDER = Finding(
-    "lesions-at-border", "Lesions cut by the border", "note",
+    "lesions-at-border",
+    "Lesions cut by the border",
+    "note",
     "Lesions touch the border of the image, so part of them may lie outside.",
     "Nothing, if the images are so; if they were cropped, crop wider.",
-)  # fmt: skip
+)
 LARGE = Finding(
-    "large-masks", "Masks of nearly everything", "warning",
-    f"Masks cover more than {COVERED:.0%} of the image; such masks are often inverted, or of another organ.",
+    "large-masks",
+    "Masks of nearly everything",
+    "warning",
+    f"Masks cover more than {MAX_MASK:.0%} of the image; such masks are often inverted, or of "
+    "another organ.",
     "Look at the examples; invert the masks, or set lesion_labels.",
-)  # fmt: skip
+)
 LESION_SHARE = Finding(
-    "uneven-lesions", "Splits with other shares of lesions", "warning",
+    "uneven-lesions",
+    "Splits with other shares of lesions",
+    "warning",
     "The share of labelled images with a lesion differs between splits more than chance explains.",
     "Let `prepare` split, which keeps the share; with a split_file, check how it was drawn.",
     what="splits",
-)  # fmt: skip
+)
 CLASS_SHARE = Finding(
-    "uneven-classes", "Splits with other shares of classes", "warning",
-    "Classes, which are the folders of the source, have other shares in some splits than chance explains.",
+    "uneven-classes",
+    "Splits with other shares of classes",
+    "warning",
+    "Classes, which are the folders of the source, have other shares in some splits than chance "
+    "explains.",
     "Let `prepare` split, which keeps the shares; with a split_file, check how it was drawn.",
     what="splits",
-)  # fmt: skip
+)
 GROUPS = Finding(
-    "few-groups", "Splits of few groups", "warning",
-    f"Splits have fewer than {FEW_GROUPS} groups: scores on them say little, however many images they hold.",
+    "few-groups",
+    "Splits of few groups",
+    "warning",
+    f"Splits have fewer than {MIN_GROUPS} groups: scores on them say little, however many images "
+    "they hold.",
     "Collect more patients, choose other fractions, or score by cross-validation.",
     what="splits",
-)  # fmt: skip
+)
 
 
 def findings(table: pd.DataFrame, dataset: PatchDataset) -> Iterator[Finding]:
-    """Yield what is found about labels and splits in a table of `measured`."""
-    pixels = dataset.manifest.height * dataset.manifest.width
-    lesion = table["lesion"].to_numpy(float)  # NaN where unlabelled
-    labeled = np.isfinite(lesion)
-    lesions, count = lesion > 0, int(labeled.sum())
-    percent = lambda row: f"{100 * row.lesion / pixels:.3g} % of the image"  # noqa: E731
-    yield found(UNLABELED, table, ~labeled)
-    if count:
-        yield found(EMPTY, table, lesion == 0, of=count)
-        yield found(
-            TINY_LESIONS, table, lesions & (lesion < TINY), badness=-lesion,
-            value=lambda row: f"{int(row.lesion)} pixels", of=count,
-        )  # fmt: skip
-        yield found(
-            LARGE, table, lesion > COVERED * pixels, badness=lesion, value=percent, of=count
-        )
-        if dataset.manifest.config.fit != "tiles":
-            yield found(
-                BORDER, table, lesions & table["border"].to_numpy(bool), value=percent, of=count
-            )
-        else:
-            yield counted(BORDER, 0, 0, gap="tiles cut lesions by design")
-        yield _shares(LESION_SHARE, table[labeled], {"lesion": lesions[labeled]})
+    """Yield the findings about labels and splits in a table of `measure_dataset`."""
+    lesion = table["lesion"].to_numpy(float)  # pixels; NaN if unlabeled
+    is_labeled = np.isfinite(lesion)
+    yield UNLABELED.with_rows(table, ~is_labeled)
+    if is_labeled.any():
+        yield from _masks(table, dataset, lesion)
+        has_lesion = lesion > 0
+        yield _uneven(LESION_SHARE, table[is_labeled], {"lesion": has_lesion[is_labeled]})
     else:
-        for about in (EMPTY, TINY_LESIONS, LARGE, BORDER, LESION_SHARE):
-            yield counted(about, 0, 0, gap="no image is labelled")
-    yield _classes(table)
-    yield _groups(table)
+        for finding in (EMPTY, TINY_LESIONS, LARGE, BORDER, LESION_SHARE):
+            yield finding.with_gap("no image is labelled")
+    yield _uneven_classes(table)
+    yield _few_groups(table)
 
 
-def _classes(table: pd.DataFrame) -> Finding:
-    classes = table["source"].map(lambda source: str(PurePosixPath(source).parent))
-    names = classes.unique()
-    members = table["group"].groupby(classes).nunique()
-    if not 2 <= len(names) <= MOST_CLASSES or members.min() < CLASS_GROUPS:
-        return counted(CLASS_SHARE, 0, 0, gap="the folders of the source are no classes")
-    return _shares(
-        CLASS_SHARE,
+def _masks(table: pd.DataFrame, dataset: PatchDataset, lesion: np.ndarray) -> Iterator[Finding]:
+    """Yield the findings about masks; `lesion` is (N,) pixels, NaN if unlabeled."""
+    pixels = dataset.manifest.height * dataset.manifest.width
+    num_labeled = int(np.isfinite(lesion).sum())
+    has_lesion = lesion > 0
+
+    def percent(row: Any) -> str:
+        return f"{100 * row.lesion / pixels:.3g} % of the image"
+
+    yield EMPTY.with_rows(table, lesion == 0, of=num_labeled)
+    yield TINY_LESIONS.with_rows(
         table,
-        {PurePosixPath(name).name: (classes == name).to_numpy() for name in names},
+        has_lesion & (lesion < MIN_LESION),
+        badness=-lesion,
+        describe=lambda row: f"{int(row.lesion)} pixels",
+        of=num_labeled,
     )
+    yield LARGE.with_rows(
+        table, lesion > MAX_MASK * pixels, badness=lesion, describe=percent, of=num_labeled
+    )
+    if dataset.manifest.config.fit == "tiles":
+        yield BORDER.with_gap("tiles cut lesions by design")
+    else:
+        touches_border = has_lesion & table["border"].to_numpy(bool)
+        yield BORDER.with_rows(table, touches_border, describe=percent, of=num_labeled)
 
 
-def _shares(about: Finding, table: pd.DataFrame, marks: dict[str, np.ndarray]) -> Finding:
+def _uneven_classes(table: pd.DataFrame) -> Finding:
+    folder = table["source"].map(lambda source: str(PurePosixPath(source).parent))
+    names = folder.unique()
+    num_groups = table["group"].groupby(folder).nunique()
+    if not 2 <= len(names) <= MAX_CLASSES or num_groups.min() < MIN_CLASS_GROUPS:
+        return CLASS_SHARE.with_gap("the folders of the source are no classes")
+    classes = {PurePosixPath(name).name: (folder == name).to_numpy() for name in names}
+    return _uneven(CLASS_SHARE, table, classes)
+
+
+def _uneven(finding: Finding, table: pd.DataFrame, marks: dict[str, np.ndarray]) -> Finding:
     """Compare the share of each mark (N,) bool in each split with its share in all splits."""
-    told, uneven = [], set()
+    differences = []
+    uneven = set()
     splits = [split for split in SPLITS if (table["split"] == split).any()]
     for name, mark in marks.items():
         share = float(mark.mean())
         for split in splits:
-            of_split = mark[(table["split"] == split).to_numpy()]
+            split_mark = mark[(table["split"] == split).to_numpy()]
             # Images of a split are drawn without replacement, hence the last factor.
-            left = max(1 - len(of_split) / len(mark), 0)
-            error = np.sqrt(share * (1 - share) / len(of_split) * left)
-            difference = float(of_split.mean()) - share
-            if abs(difference) > UNEVEN[0] and abs(difference) > UNEVEN[1] * error:
-                told.append(f"{name} {of_split.mean():.0%} of {split} against {share:.0%} of all")
+            left = max(1 - len(split_mark) / len(mark), 0)
+            error = np.sqrt(share * (1 - share) / len(split_mark) * left)
+            split_share = float(split_mark.mean())
+            difference = abs(split_share - share)
+            if difference > MIN_DIFFERENCE and difference > MIN_ERRORS * error:
+                differences.append(
+                    f"{name} {split_share:.0%} of {split} against {share:.0%} of all"
+                )
                 uneven.add(split)
-    meaning = about.meaning + (f" Here: {'; '.join(told)}." if told else "")
-    return counted(about, len(uneven), len(splits), meaning=meaning)
+    meaning = _with_details(finding.meaning, "; ".join(differences))
+    return finding.with_count(len(uneven), len(splits), meaning=meaning)
 
 
-def _groups(table: pd.DataFrame) -> Finding:
+def _few_groups(table: pd.DataFrame) -> Finding:
     groups = table.groupby("split", sort=False)["group"].nunique()
-    few = groups[groups < FEW_GROUPS]
-    told = ", ".join(f"{split} {number}" for split, number in few.items())
-    return counted(
-        GROUPS, len(few), len(groups), meaning=GROUPS.meaning + (f" Here: {told}." if told else "")
-    )
+    few = groups[groups < MIN_GROUPS]
+    details = ", ".join(f"{split} {number}" for split, number in few.items())
+    meaning = _with_details(GROUPS.meaning, details)
+    return GROUPS.with_count(len(few), len(groups), meaning=meaning)
+
+
+def _with_details(meaning: str, details: str) -> str:
+    return f"{meaning} Here: {details}." if details else meaning

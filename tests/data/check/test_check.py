@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 import amlp_ray.data.check.measure as measure
 from amlp_ray.data.check import Finding, Report, check_dataset
 from amlp_ray.data.check.burned_in_text import text_scores
-from amlp_ray.data.check.contact_sheet import picture_of, read_pictures
-from amlp_ray.data.check.html import write_page
+from amlp_ray.data.check.contact_sheet import draw_examples, draw_picture
+from amlp_ray.data.check.html import write_page, write_report
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.prepare.near_duplicates import perceptual_hash
 from amlp_ray.errors import DataError
@@ -228,7 +228,7 @@ def test_a_pretraining_set_that_holds_test_images_is_a_leak(clean: Clean, tmp_pa
     like = leak.examples[0].like
     assert like is not None
     assert (like.id, like.split, like.row, like.other) == ("image 55", "test", 7, True)
-    report.write(tmp_path / "out")
+    write_report(report, tmp_path / "out")
 
     back = check_dataset(tmp_path / "d", against=str(tmp_path / "p"))
     assert ids(finding(back, "copies-in-other")) == {"image 55"}
@@ -281,7 +281,7 @@ def test_every_type_and_number_of_channels_is_measured_and_drawn(
     )
     images = (images * scale).astype(dtype)
     images[1] = images[0]
-    table = measure.measured(data := write_dataset(tmp_path / "d", images))
+    table = measure.measure_dataset(data := write_dataset(tmp_path / "d", images))
     assert table["mean"].to_numpy() == pytest.approx(
         images.mean(axis=(1, 2, 3), dtype=float), rel=1e-4
     )
@@ -292,7 +292,7 @@ def test_every_type_and_number_of_channels_is_measured_and_drawn(
     assert table["digest"].nunique() == 11
     report = check_dataset(data)
     assert finding(report, "exact-copies").count == 1
-    page, sheet = report.write(tmp_path / "out")
+    page, sheet = write_report(report, tmp_path / "out")
     assert page.stat().st_size > 10_000
     assert Image.open(sheet).width > 500
 
@@ -301,10 +301,10 @@ def test_pieces_and_row_groups_change_nothing(
     clean: Clean, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = clean.make(tmp_path / "d")
-    whole = measure.measured(data)
-    monkeypatch.setattr(measure, "PIECE", 3 * SIZE * SIZE)
+    whole = measure.measure_dataset(data)
+    monkeypatch.setattr(measure, "CHUNK_VALUES", 3 * SIZE * SIZE)
     monkeypatch.setattr(measure, "THREADS", 1)
-    pieces = measure.measured(data)
+    pieces = measure.measure_dataset(data)
     assert whole.equals(pieces)
     assert whole["id"].tolist() == data.table()["id"].tolist()
     assert whole["row"].tolist() == [*range(36), *range(12), *range(12)]
@@ -346,13 +346,13 @@ def test_burnt_in_text_is_a_warning(tmp_path: Path) -> None:
 def test_a_lesion_is_outlined_whatever_its_size() -> None:
     image = tissue(0)[None]
     for radius in (1, 10, 28):
-        pixels = np.asarray(picture_of(image, disc(radius)))
+        pixels = np.asarray(draw_picture(image, disc(radius)))
         colored = (pixels != pixels[..., :1]).any(axis=2)
         assert colored.any()
         assert colored.mean() < 0.1
     large = np.zeros((1000, 1000), np.uint8)
     large[500, 500] = 1
-    assert np.asarray(picture_of(tissue(0, 1000)[None], large)).std(axis=2).any()
+    assert np.asarray(draw_picture(tissue(0, 1000)[None], large)).std(axis=2).any()
 
 
 def test_json_page_and_sheet_tell_the_same(clean: Clean, tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_json_page_and_sheet_tell_the_same(clean: Clean, tmp_path: Path) -> None
     ]
     assert told["clean"] is False
     assert told["findings"][2]["examples"][0]["image"]["id"] == "case <b>3</b> & 'co'"
-    page, sheet = report.write(tmp_path / "out")
+    page, sheet = write_report(report, tmp_path / "out")
     text = page.read_text()
     assert "<b>" not in text
     assert "case &lt;b&gt;3&lt;/b&gt; &amp; &#39;co&#39;" in text
@@ -383,7 +383,7 @@ def test_json_page_and_sheet_tell_the_same(clean: Clean, tmp_path: Path) -> None
 
 
 def test_a_clean_report_is_written_too(clean: Clean, tmp_path: Path) -> None:
-    page, sheet = clean.check(tmp_path / "d").write(tmp_path / "out")
+    page, sheet = write_report(clean.check(tmp_path / "d"), tmp_path / "out")
     assert "Nothing was found." in page.read_text()
     assert sheet.is_file()
 
@@ -402,7 +402,7 @@ CHROMIUM = next(
 def test_a_browser_shows_every_picture(clean: Clean, tmp_path: Path) -> None:
     clean.images[50] = clean.images[5]
     report = clean.check(tmp_path / "d")
-    page = write_page(report, read_pictures(report), tmp_path / "check.html")
+    page = write_page(report, draw_examples(report), tmp_path / "check.html")
     count = """<script>onload = () => { const all = [...document.images];
       document.title = all.filter(i => i.complete && i.naturalWidth === 160).length + "/" + all.length + " wide "
         + (document.documentElement.scrollWidth <= innerWidth); };</script></body>"""

@@ -96,7 +96,7 @@ def spread(rows: np.ndarray, count: int) -> np.ndarray:
     return rows[np.unique(positions)]
 
 
-def rows_at(table: pd.DataFrame, positions: Sequence[int] | np.ndarray) -> list[Any]:
+def rows_at(table: pd.DataFrame, positions: list[int] | np.ndarray) -> list[Any]:
     """Return rows of a table as named tuples."""
     return list(table.iloc[positions].itertuples())
 

@@ -127,7 +127,8 @@ def _measure_group(group: GroupFile, shape: Shape, dtype: str) -> Columns:
     chunks = []
     for start in range(0, len(images), rows):
         chunks.append(_measure_images(images[start : start + rows]))
-    return _concatenate(chunks) | {"border": touches_top_or_bottom | touches_side}
+    border = np.asarray(touches_top_or_bottom | touches_side)
+    return {**_concatenate(chunks), "border": border}
 
 
 def _measure_images(images: np.ndarray) -> Columns:

@@ -343,8 +343,9 @@ class _Preparation:
         self.progress("writing", done, total)
         for index, result in run_jobs(jobs, write_job):
             name = names[index]
-            notes[name] = self._check_part(pending[name][0], result)
-            self.state.add_part(name, notes[name])
+            note = self._check_part(pending[name][0], result)
+            self.state.add_part(name, note)
+            notes[name] = note
             done += result["rows"]
             self.progress("writing", done, total)
         return _collect_parts(notes, Statistics(shape[0], dtype))

@@ -31,20 +31,14 @@ METHOD = ("variant", "objective", "ratio", "selection", "loss")
 
 @dataclass(frozen=True)
 class BaselinePlan:
-    """A baseline of a study.
+    """A baseline of a study."""
 
-    Attributes:
-        name: as `baselines` of the study names it.
-        description: a phrase such as `plain MAE`; empty for a baseline of the user's own settings.
-        uses_ground_truth: whether it sees true masks. It is shown then, and never part of a
-            verdict or a best.
-        config: returns its settings for a seed.
-    """
-
-    name: str
+    name: str  # as `baselines` of the study names it
+    # A phrase such as `plain MAE`; empty for a baseline of the user's own settings.
     description: str
+    # Whether it sees true masks. It is shown then, and never part of a verdict or a best.
     uses_ground_truth: bool
-    config: BySeed
+    config: BySeed  # returns its settings for a seed
 
 
 def baseline_plans(config: StudyConfig) -> list[BaselinePlan]:

@@ -25,7 +25,7 @@ SPACE = {
 
 
 def new_study(folder: Path, **config) -> StudyStore:
-    """An empty study: settings and environment, no trial."""
+    """Create an empty study: settings and environment, no trial."""
     folder.mkdir(parents=True)
     given = {
         "name": folder.name,
@@ -61,7 +61,10 @@ def write_files(
     images: int = 60,
     noise: float = 0.01,
 ):
-    """The plain files of one run, as a trial leaves them; `noise` is the SD of per-image scores around `dsc`."""
+    """Write the plain files of one run, as a trial leaves them.
+
+    `noise` is the SD of per-image scores around `dsc`.
+    """
     rng = np.random.default_rng(int(dsc * 1e6))
     (folder / "pictures").mkdir(parents=True)
     lines = []
@@ -82,10 +85,18 @@ def write_files(
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     values = rng.normal(0, noise, images)
     score = {
-        "epoch": epochs, "dsc": dsc, "ppv": 0.55, "sensitivity": 0.61, "ap": dsc + 0.1, "dsc_sd": 0.02,
-        "empty_correct": None, "images": images, "scoring": "val", "mean_mask_dsc": 0.35,
+        "epoch": epochs,
+        "dsc": dsc,
+        "ppv": 0.55,
+        "sensitivity": 0.61,
+        "ap": dsc + 0.1,
+        "dsc_sd": 0.02,
+        "empty_correct": None,
+        "images": images,
+        "scoring": "val",
+        "mean_mask_dsc": 0.35,
         "per_image": {f"case{i}": float(dsc + v) for i, v in enumerate(values - values.mean())},
-    }  # fmt: skip
+    }
     (folder / "score.json").write_text(json.dumps(score))
     (folder / "config.yaml").write_text("variant: amlp\nselection:\n  mode: hard\n")
     (folder / "encoder.safetensors").write_bytes(b"weights")
@@ -98,14 +109,16 @@ def add_trial(
     state: str = "COMPLETE",
     power: bool = False,
     values=None,
-    about=None,
+    attributes=None,
     **files,
 ) -> Path:
-    """One trial of the search. A pruned one stops at its second rung, a running one has one rung, a failed one none.
+    """Add a trial of the search.
+
+    A pruned one stops at its second rung, a running one has one rung, a failed one none.
 
     Args:
         values: of several objectives.
-        about: further user attributes; a mapping under `facts` is added to what every trial ends with.
+        attributes: further user attributes; `stats` are added to what every trial ends with.
     """
     number = len(store.search().trials)
     distributions = {
@@ -126,19 +139,24 @@ def add_trial(
         params["ratio.power"] = float(rng.uniform(0.5, 3))
     reached = {"COMPLETE": 4, "PRUNED": 2, "RUNNING": 1, "FAIL": 0}[state]
     rungs = {epoch: dsc - 0.1 + 0.001 * epoch for epoch in RUNGS[:reached]}
-    attributes = {"path": f"trials/{number}", "seed": 100 + number}
+    stored = {"path": f"trials/{number}", "seed": 100 + number}
     if state == "FAIL":
-        attributes["reason"] = "Loss became NaN in epoch 3."
+        stored["reason"] = "Loss became NaN in epoch 3."
     elif state != "RUNNING":
-        attributes["stats"] = {"seconds": 90.0, "epochs": max(rungs), "images_per_second": 500.0}
-    about = dict(about or {})
-    attributes |= {**about, "stats": {**attributes.get("stats", {}), **about.get("stats", {})}}
+        stored["stats"] = {"seconds": 90.0, "epochs": max(rungs), "images_per_second": 500.0}
+    given = dict(attributes or {})
+    stats = {**stored.get("stats", {}), **given.get("stats", {})}
+    stored |= {**given, "stats": stats}
     last = rungs[max(rungs)] if rungs else None
     value = {"COMPLETE": dsc, "PRUNED": last}.get(state)
     frozen = create_trial(
-        state=TrialState[state], params=params, distributions=distributions, intermediate_values=rungs,
-        values=values or (None if value is None else [value]), user_attrs=attributes,
-    )  # fmt: skip
+        state=TrialState[state],
+        params=params,
+        distributions=distributions,
+        intermediate_values=rungs,
+        values=values or (None if value is None else [value]),
+        user_attrs=stored,
+    )
     store.search(create=True).add_trial(frozen)
     folder = store.trial_folder(number)
     if state == "FAIL":

@@ -33,7 +33,7 @@ def study(**pretrain: Any) -> StudyConfig:
     return StudyConfig.model_validate({"name": "s", "pretrain": pretrain})
 
 
-def with_arms(*baselines: Any, **pretrain: Any) -> StudyConfig:
+def with_baselines(*baselines: Any, **pretrain: Any) -> StudyConfig:
     return StudyConfig.model_validate({"name": "s", "pretrain": pretrain, "baselines": baselines})
 
 
@@ -51,11 +51,11 @@ def test_rungs_rise_to_full_length_and_are_at_most_as_many_as_asked(
     spacing: str, epochs: int, rungs: int
 ) -> None:
     pruner = PrunerConfig.model_validate({"rungs": rungs, "spacing": spacing})
-    found = rung_epochs(epochs, pruner)
-    assert found[-1] == epochs
-    assert found[0] >= 1
-    assert list(found) == sorted(set(found))
-    assert len(found) <= rungs
+    result = rung_epochs(epochs, pruner)
+    assert result[-1] == epochs
+    assert result[0] >= 1
+    assert list(result) == sorted(set(result))
+    assert len(result) <= rungs
 
 
 def test_geometric_rungs_are_reduction_times_the_one_before() -> None:
@@ -71,8 +71,8 @@ def test_prunable_rungs_of_a_geometric_spacing_lie_past_the_first_steps() -> Non
 def test_a_compressed_schedule_is_run_whole_up_to_every_rung() -> None:
     pruner = PrunerConfig(rungs=2, schedule="compress")
     given = amlp(ratio={"start": 0.2, "end": 0.6})
-    found = schedule(with_schedule(given, pruner))
-    assert found[9] == found[19] == 0.6
+    result = schedule(with_schedule(given, pruner))
+    assert result[9] == result[19] == 0.6
     assert schedule(given)[9] < 0.6
     assert with_schedule(given, PrunerConfig(rungs=2)) == given
     assert with_schedule(amlp(variant="scratch"), pruner).ratio.rungs == ()
@@ -93,21 +93,23 @@ def test_a_compressed_schedule_is_run_whole_up_to_every_rung() -> None:
         {"ratio": {"start": 0.1}, "selection": {"mode": "soft"}, "loss": {"norm_pix": True}},
     ],
 )
-def test_an_arm_is_its_variant_whatever_method_a_study_searches(
+def test_a_baseline_is_its_variant_whatever_method_a_study_searches(
     baseline: str, searched: dict[str, Any]
 ) -> None:
-    found = baseline_config(study(**searched), baseline, seed=3)
+    result = baseline_config(study(**searched), baseline, seed=3)
     plain = baseline_config(study(), baseline, seed=3)
-    assert (found.variant, found.seed) == (baseline, 3)
+    assert (result.variant, result.seed) == (baseline, 3)
     for part in ("objective", "ratio", "selection", "loss"):
-        assert getattr(found, part) == getattr(plain, part)
-    assert found.model.encode == plain.model.encode
-    assert (found.model.decoder_depth == 0) == (baseline == "simmim")
+        assert getattr(result, part) == getattr(plain, part)
+    assert result.model.encode == plain.model.encode
+    assert (result.model.decoder_depth == 0) == (baseline == "simmim")
 
 
-def test_an_arm_shares_model_and_length_with_the_study() -> None:
-    found = baseline_config(study(epochs=7, model={"width": 48, "decoder_depth": 2}), "mae", seed=0)
-    assert (found.epochs, found.model.width, found.model.decoder_depth) == (7, 48, 2)
+def test_a_baseline_shares_model_and_length_with_the_study() -> None:
+    result = baseline_config(
+        study(epochs=7, model={"width": 48, "decoder_depth": 2}), "mae", seed=0
+    )
+    assert (result.epochs, result.model.width, result.model.decoder_depth) == (7, 48, 2)
 
 
 def test_scratch_is_a_random_encoder_where_all_others_start_from_weights() -> None:
@@ -116,7 +118,7 @@ def test_scratch_is_a_random_encoder_where_all_others_start_from_weights() -> No
     assert baseline_config(given, "scratch", seed=0).weights is None
 
 
-def test_what_the_space_sets_for_every_trial_is_set_for_arms_but_for_the_method() -> None:
+def test_what_the_space_sets_for_every_trial_is_set_for_baselines_but_for_the_method() -> None:
     space = {
         "epochs": 9,
         "model.width": {"value": 48},
@@ -133,9 +135,9 @@ def test_what_the_space_sets_for_every_trial_is_set_for_arms_but_for_the_method(
     assert mean.ratio.start == pytest.approx(np.mean(np.linspace(0.2, 0.75, 9)), abs=1e-4)
 
 
-def test_arms_come_in_order_each_once_groups_spelt_out() -> None:
+def test_baselines_come_in_order_each_once_groups_spelt_out() -> None:
     plans = baseline_plans(
-        with_arms("scratch", "leave-one-out", "ladder", {"mine": {"loss": {"gamma": 0.5}}})
+        with_baselines("scratch", "leave-one-out", "ladder", {"mine": {"loss": {"gamma": 0.5}}})
     )
     names = [plan.name for plan in plans]
     assert names[0] == "scratch"
@@ -145,22 +147,23 @@ def test_arms_come_in_order_each_once_groups_spelt_out() -> None:
     assert len(set(names)) == len(names)
 
 
-def test_every_arm_that_has_a_name_can_be_had_and_says_what_it_is() -> None:
+def test_every_baseline_that_has_a_name_can_be_had_and_says_what_it_is() -> None:
     names = [*VARIANTS, *ABLATIONS, *ABLATION_STEPS]
-    plans = baseline_plans(with_arms(*names, epochs=5))
+    plans = baseline_plans(with_baselines(*names, epochs=5))
     assert [plan.name for plan in plans] == names
     assert all(plan.config(4).seed == 4 and plan.config(4).epochs == 5 for plan in plans)
     assert [plan.name for plan in plans if plan.uses_ground_truth] == ["oracle"]
-    assert {plan.name for plan in plans if plan.description} == set(names) == BASELINE_DESCRIPTIONS.keys()
+    described = {plan.name for plan in plans if plan.description}
+    assert described == set(names) == BASELINE_DESCRIPTIONS.keys()
 
 
 def test_the_ladder_leads_from_mae_to_amlp_one_part_at_a_time() -> None:
-    found = {plan.name: plan.config(0) for plan in baseline_plans(with_arms("ladder"))}
-    aimed = {name: s.selection.mode != "random" for name, s in found.items()}
-    rising = {name: s.ratio.start < s.ratio.end for name, s in found.items()}
-    weighted = {name: s.loss.weighting != "none" for name, s in found.items()}
-    category = {name: s.loss.ccl_weight > 0 for name, s in found.items()}
-    for name in found:
+    result = {plan.name: plan.config(0) for plan in baseline_plans(with_baselines("ladder"))}
+    aimed = {name: s.selection.mode != "random" for name, s in result.items()}
+    rising = {name: s.ratio.start < s.ratio.end for name, s in result.items()}
+    weighted = {name: s.loss.weighting != "none" for name, s in result.items()}
+    category = {name: s.loss.ccl_weight > 0 for name, s in result.items()}
+    for name in result:
         added = (
             {"mps", "amr", "rrl", "ccl"} - set(name.split("-"))
             if name.startswith("amlp")
@@ -171,7 +174,7 @@ def test_the_ladder_leads_from_mae_to_amlp_one_part_at_a_time() -> None:
 
 
 def test_no_two_steps_of_an_ablation_are_the_same_run() -> None:
-    plans = baseline_plans(with_arms("scratch", "ladder", "leave-one-out"))
+    plans = baseline_plans(with_baselines("scratch", "ladder", "leave-one-out"))
     methods = [
         plan.config(0).model_copy(update={"variant": "amlp"}).model_dump_json() for plan in plans
     ]
@@ -179,35 +182,37 @@ def test_no_two_steps_of_an_ablation_are_the_same_run() -> None:
 
 
 def test_leave_one_out_is_amlp_less_one_part_each() -> None:
-    found = {plan.name: plan.config(0) for plan in baseline_plans(with_arms("leave-one-out"))}
-    whole = found.pop("amlp").model_dump()
-    assert found["amlp-mps"].selection.mode == "random"
-    assert found["amlp-amr"].ratio.start == found["amlp-amr"].ratio.end
-    assert found["amlp-rrl"].loss.weighting == "none"
-    assert found["amlp-ccl"].loss.ccl_weight == 0
+    result = {plan.name: plan.config(0) for plan in baseline_plans(with_baselines("leave-one-out"))}
+    whole = result.pop("amlp").model_dump()
+    assert result["amlp-mps"].selection.mode == "random"
+    assert result["amlp-amr"].ratio.start == result["amlp-amr"].ratio.end
+    assert result["amlp-rrl"].loss.weighting == "none"
+    assert result["amlp-ccl"].loss.ccl_weight == 0
     parts = {"amlp-mps": "selection", "amlp-amr": "ratio", "amlp-rrl": "loss", "amlp-ccl": "loss"}
     for name, part in parts.items():
-        changed = [key for key, value in found[name].model_dump().items() if value != whole[key]]
+        changed = [key for key, value in result[name].model_dump().items() if value != whole[key]]
         assert changed == [part], name
 
 
 def test_settings_of_ones_own_lie_over_the_study_s_model_and_no_method() -> None:
     own = {"variant": "mae", "ratio": {"start": 0.4, "end": 0.4}, "model": {"depth": 2}}
-    config = with_arms({"mine": own}, epochs=6, model={"width": 48}, selection={"mode": "soft"})
+    config = with_baselines(
+        {"mine": own}, epochs=6, model={"width": 48}, selection={"mode": "soft"}
+    )
     (plan,) = baseline_plans(config)
-    found = plan.config(2)
-    assert (found.variant, found.selection.mode, found.ratio.start) == ("mae", "random", 0.4)
-    assert (found.epochs, found.model.width, found.model.depth, found.seed) == (6, 48, 2, 2)
+    result = plan.config(2)
+    assert (result.variant, result.selection.mode, result.ratio.start) == ("mae", "random", 0.4)
+    assert (result.epochs, result.model.width, result.model.depth, result.seed) == (6, 48, 2, 2)
     assert not plan.uses_ground_truth
 
 
 def test_an_oracle_of_ones_own_uses_ground_truth_too() -> None:
-    (plan,) = baseline_plans(with_arms({"mine": {"selection": {"rule": "oracle"}}}))
+    (plan,) = baseline_plans(with_baselines({"mine": {"selection": {"rule": "oracle"}}}))
     assert plan.uses_ground_truth
 
 
 @pytest.mark.parametrize(
-    ("baseline", "told"),
+    ("baseline", "message"),
     [
         ({"mae": {"epochs": 3}}, "is a baseline already"),
         ({"mine": {"epochs": 3}}, "'mine' sets epochs, but baselines are trained as trials are"),
@@ -218,13 +223,15 @@ def test_an_oracle_of_ones_own_uses_ground_truth_too() -> None:
         ("laddr", "the nearest is ladder"),
     ],
 )
-def test_arms_that_mean_nothing_are_refused_with_the_settings(baseline: Any, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_baselines_that_mean_nothing_are_refused_with_the_settings(
+    baseline: Any, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
         build(StudyConfig, {"name": "s", "baselines": [baseline]}, "s.yaml")
 
 
-def test_repeats_of_arms_share_seeds_and_nothing_else_of_the_seed_enters() -> None:
-    for plan in baseline_plans(with_arms("mae", "ladder", "equal-mean")):
+def test_repeats_of_baselines_share_seeds_and_nothing_else_of_the_seed_enters() -> None:
+    for plan in baseline_plans(with_baselines("mae", "ladder", "equal-mean")):
         one, other = plan.config(1), plan.config(2)
         assert one.model_copy(update={"seed": 2}) == other
 
@@ -246,10 +253,10 @@ def test_equal_mean_has_the_mean_of_the_schedule_throughout(shape: str, update_p
         "points": [[0, 0.2], [0.3, 0.7]],
     }
     given = amlp(ratio=ratio)
-    found = ablated_config(given, "equal-mean", "s")
-    assert set(schedule(found)) == {found.ratio.start}
-    assert np.mean(schedule(found)) == pytest.approx(np.mean(schedule(given)), abs=1e-4)
-    assert found.model_copy(update={"ratio": given.ratio}) == given
+    result = ablated_config(given, "equal-mean", "s")
+    assert set(schedule(result)) == {result.ratio.start}
+    assert np.mean(schedule(result)) == pytest.approx(np.mean(schedule(given)), abs=1e-4)
+    assert result.model_copy(update={"ratio": given.ratio}) == given
 
 
 def test_equal_mean_of_a_compressed_schedule_is_that_of_what_is_run() -> None:
@@ -263,10 +270,10 @@ def test_equal_mean_of_a_compressed_schedule_is_that_of_what_is_run() -> None:
 
 def test_random_ratio_draws_between_the_ends_of_the_schedule() -> None:
     given = amlp(epochs=50, ratio={"shape": "points", "points": [[0, 0.6], [0.5, 0.3], [1, 0.4]]})
-    found = ablated_config(given, "random-ratio", "s")
-    ratios = schedule(found)
-    assert found.ratio.shape == "random"
-    assert (found.ratio.start, found.ratio.end) == (min(schedule(given)), max(schedule(given)))
+    result = ablated_config(given, "random-ratio", "s")
+    ratios = schedule(result)
+    assert result.ratio.shape == "random"
+    assert (result.ratio.start, result.ratio.end) == (min(schedule(given)), max(schedule(given)))
     assert len(set(ratios)) == 50
     assert np.mean(np.diff(ratios) > 0) == pytest.approx(0.5, abs=0.25)
 
@@ -288,7 +295,7 @@ def test_random_cluster_and_oracle_change_which_cluster_is_the_lesion_alone() ->
 
 
 @pytest.mark.parametrize(
-    ("control", "given", "told"),
+    ("ablation", "given", "message"),
     [
         (
             "equal-mean",
@@ -309,24 +316,24 @@ def test_random_cluster_and_oracle_change_which_cluster_is_the_lesion_alone() ->
         ("equal-mean", {"variant": "scratch"}, "objective none masks none"),
     ],
 )
-def test_a_control_that_would_change_nothing_is_refused(
-    control: str, given: dict[str, Any], told: str
+def test_an_ablation_that_would_change_nothing_is_refused(
+    ablation: str, given: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=told):
-        ablated_config(amlp(**given), control, "s")
-    with pytest.raises(ConfigError, match=rf"^s, baseline {control} .*{told}"):
-        baseline_plans(with_arms("mae", control, **given))
+    with pytest.raises(ConfigError, match=message):
+        ablated_config(amlp(**given), ablation, "s")
+    with pytest.raises(ConfigError, match=rf"^s, baseline {ablation} .*{message}"):
+        baseline_plans(with_baselines("mae", ablation, **given))
 
 
-def test_faults_of_all_arms_come_together() -> None:
+def test_errors_of_all_baselines_come_together() -> None:
     with pytest.raises(
         ConfigError, match=r"baseline equal-mean is about .* baseline random-cluster is about"
     ):
-        baseline_plans(with_arms("equal-mean", "random-cluster", variant="mae"))
+        baseline_plans(with_baselines("equal-mean", "random-cluster", variant="mae"))
 
 
-def test_controls_are_of_the_study_s_own_pretrain_or_of_what_they_are_given() -> None:
-    config = with_arms("equal-mean", ratio={"start": 0.3, "end": 0.5})
+def test_ablations_are_of_the_study_s_own_pretrain_or_of_what_they_are_given() -> None:
+    config = with_baselines("equal-mean", ratio={"start": 0.3, "end": 0.5})
     assert baseline_plan(config, "equal-mean").config(0).ratio.start == pytest.approx(0.4)
     assert study_config(config, 5).seed == 5
     other = baseline_plan(
@@ -339,7 +346,7 @@ def test_controls_are_of_the_study_s_own_pretrain_or_of_what_they_are_given() ->
 def test_an_oracle_over_images_without_masks_is_refused_before_it_runs(
     phantom_dataset: PatchDataset,
 ) -> None:
-    check_baselines(with_arms("oracle"), phantom_dataset)
+    check_baselines(with_baselines("oracle"), phantom_dataset)
     counts = phantom_dataset.manifest.counts
     fewer = counts | {
         "train": counts["train"].model_copy(update={"labeled": counts["train"].images - 3})
@@ -350,5 +357,5 @@ def test_an_oracle_over_images_without_masks_is_refused_before_it_runs(
     with pytest.raises(
         ConfigError, match=r"baseline oracle aims by true lesions, but 3 of 36 training images"
     ):
-        check_baselines(with_arms("oracle"), lacking)
-    check_baselines(with_arms("mae", "equal-mean"), lacking)
+        check_baselines(with_baselines("oracle"), lacking)
+    check_baselines(with_baselines("mae", "equal-mean"), lacking)

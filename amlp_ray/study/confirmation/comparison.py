@@ -17,25 +17,15 @@ FEW_IMAGES = 40
 
 @dataclass(frozen=True)
 class Comparison:
-    """One comparison of a candidate with a baseline, an ablation or another candidate.
+    """One comparison of a candidate with a baseline, an ablation or another candidate."""
 
-    Attributes:
-        candidate: name of the trial that is judged.
-        baseline: name of what it is compared with.
-        candidate_mean: mean DSC of the candidate, over the seeds and images that both have.
-        baseline_mean: mean DSC of the baseline, over the same.
-        difference: candidate minus baseline.
-        p: after Holm's correction; None where no p-value counts.
-        reading: what the difference shows.
-    """
-
-    candidate: str
-    baseline: str
-    candidate_mean: float
-    baseline_mean: float
-    difference: Difference
-    p: float | None
-    reading: Reading
+    candidate: str  # name of the trial that is judged
+    baseline: str  # name of what it is compared with
+    candidate_mean: float  # mean DSC of the candidate, over the seeds and images that both have
+    baseline_mean: float  # mean DSC of the baseline, over the same
+    difference: Difference  # candidate minus baseline
+    p: float | None  # after Holm's correction; None where no p-value counts
+    reading: Reading  # what the difference shows
 
 
 def read_size(difference: float, equivalence_margin: float) -> Literal["better", "tie", "worse"]:

@@ -44,20 +44,14 @@ _TRIAL_NAME = re.compile(r"^trial-(\d+)$")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A candidate of the confirmation.
+    """A candidate of the confirmation."""
 
-    Attributes:
-        name: a trial of the search (`trial-7`), a baseline (`mae`), or an ablation of a trial
-            (`oracle-of-trial-7`).
-        uses_ground_truth: whether it sees true masks. It is shown then, and never compared with.
-        params: what the search chose; empty for a baseline.
-        config: returns its settings for a seed.
-    """
-
+    # A trial of the search (`trial-7`), a baseline (`mae`), or an ablation of a trial (`oracle-of-
+    # trial-7`).
     name: str
-    uses_ground_truth: bool
-    params: Mapping[str, Any]
-    config: BySeed
+    uses_ground_truth: bool  # whether it sees true masks. It is shown then, and never compared with
+    params: Mapping[str, Any]  # what the search chose; empty for a baseline
+    config: BySeed  # returns its settings for a seed
 
 
 # Choosing
@@ -195,23 +189,15 @@ def _final_score(record: TrialRecord, config: StudyConfig) -> float:
 
 @dataclass(frozen=True)
 class TestUnlock:
-    """Record of when the test images were opened, and for which runs.
-
-    Attributes:
-        when: time, ISO 8601.
-        commit: of the code; None where it is unknown.
-        candidates: names of all that were scored on them.
-        runs: folder of each run, such as `mae-2`, relative to the study's.
-        is_new: whether this call opened them.
-    """
+    """Record of when the test images were opened, and for which runs."""
 
     __test__ = False  # pytest takes a class of this name for a test
 
-    when: str
-    commit: str | None
-    candidates: tuple[str, ...]
-    runs: dict[str, str]
-    is_new: bool
+    when: str  # time, ISO 8601
+    commit: str | None  # of the code; None where it is unknown
+    candidates: tuple[str, ...]  # names of all that were scored on them
+    runs: dict[str, str]  # folder of each run, such as `mae-2`, relative to the study's
+    is_new: bool  # whether this call opened them
 
 
 def find_test_unlock(store: StudyStore) -> TestUnlock | None:

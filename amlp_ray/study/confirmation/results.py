@@ -44,17 +44,11 @@ PROTOCOLS: tuple[Protocol, ...] = ("finetune", "probe")
 
 @dataclass(frozen=True)
 class ConfirmationRun:
-    """One finished run of a candidate.
+    """One finished run of a candidate."""
 
-    Attributes:
-        repeat: which seed it was trained from.
-        folder: its files.
-        scores: by (protocol, split), each as in `score.json`.
-    """
-
-    repeat: int
-    folder: Path
-    scores: ScoresByProtocol
+    repeat: int  # which seed it was trained from
+    folder: Path  # its files
+    scores: ScoresByProtocol  # by (protocol, split), each as in `score.json`
 
 
 @dataclass(frozen=True)
@@ -127,23 +121,15 @@ class ConfirmedCandidate:
 
 @dataclass(frozen=True)
 class Confirmation:
-    """Everything a confirmation found so far.
+    """Everything a confirmation found so far."""
 
-    Attributes:
-        candidates: in the order in which they were begun.
-        states: how many runs are in each state.
-        failed: reason of each run that failed, by its name.
-        test_unlock: what the store holds of the test images; None while they are closed.
-        metric: the study's.
-        equivalence_margin: DSC below which a difference is a tie.
-    """
-
-    candidates: tuple[ConfirmedCandidate, ...]
-    states: dict[str, int]
-    failed: dict[str, str]
+    candidates: tuple[ConfirmedCandidate, ...]  # in the order in which they were begun
+    states: dict[str, int]  # how many runs are in each state
+    failed: dict[str, str]  # reason of each run that failed, by its name
+    # What the store holds of the test images; None while they are closed.
     test_unlock: dict[str, Any] | None
-    metric: str
-    equivalence_margin: float
+    metric: str  # the study's
+    equivalence_margin: float  # DSC below which a difference is a tie
 
     @property
     def split(self) -> SplitName:
@@ -186,6 +172,10 @@ class Confirmation:
                 pairs.append((chosen, other))
         return {protocol: self._compare(protocol, pairs) for protocol in PROTOCOLS}
 
+    def comparisons(self, protocol: Protocol) -> list[Comparison]:
+        """Return the comparisons with other trials, then those with baselines."""
+        return self.against_trials[protocol] + self.against_baselines[protocol]
+
     def noise(self, protocol: Protocol) -> float | None:
         """Return the SD over seeds of a run's mean DSC, pooled over candidates."""
         return seed_noise([list(c.values(protocol, self.split).values()) for c in self.candidates])
@@ -222,17 +212,14 @@ class Confirmation:
         }
 
     def _candidate_row(self, candidate: ConfirmedCandidate) -> dict[str, Any]:
-        row = {
+        return {
             "candidate": candidate.name,
             "description": candidate.description,
             "uses_ground_truth": candidate.uses_ground_truth,
             "seeds": len(candidate.runs),
+            **{f"{name}_dsc": candidate.mean(name, self.split) for name in PROTOCOLS},
+            **{f"{name}_sd": candidate.sd(name, self.split) for name in PROTOCOLS},
         }
-        for protocol in PROTOCOLS:
-            row[f"{protocol}_dsc"] = candidate.mean(protocol, self.split)
-        for protocol in PROTOCOLS:
-            row[f"{protocol}_sd"] = candidate.sd(protocol, self.split)
-        return row
 
     def _compare(
         self, protocol: Protocol, pairs: list[tuple[ConfirmedCandidate, ConfirmedCandidate]]

@@ -40,26 +40,18 @@ EFFECT_WORDS = ((0.2, "negligible"), (0.5, "small"), (0.8, "medium"), (math.inf,
 
 @dataclass(frozen=True)
 class Difference:
-    """Difference of the mean scores of two candidates; positive is in favor of the first.
+    """Difference of the mean scores of two candidates; positive is in favor of the first."""
 
-    Attributes:
-        mean: mean over seeds and images.
-        interval: 95 %. Over images alone where there is one seed; None below two images.
-        p: two-sided, before any correction; None where there is no interval or no test was made.
-        p_images: Wilcoxon's signed rank over images alone, which knows nothing of seeds.
-        effect: Cohen's d of pairs, mean over SD of the images' differences; None where these do
-            not vary.
-        seeds: number of seeds that both have.
-        images: number of images that both have scored.
-    """
-
-    mean: float
+    mean: float  # mean over seeds and images
+    # 95 %. Over images alone where there is one seed; None below two images.
     interval: Interval | None
+    # Two-sided, before any correction; None where there is no interval or no test was made.
     p: float | None
-    p_images: float | None
+    p_images: float | None  # Wilcoxon's signed rank over images alone, which knows nothing of seeds
+    # Cohen's d of pairs, mean over SD of the images' differences; None where these do not vary.
     effect: float | None
-    seeds: int
-    images: int
+    seeds: int  # number of seeds that both have
+    images: int  # number of images that both have scored
 
     @property
     def excludes_zero(self) -> bool:
@@ -69,17 +61,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's rank correlation of n pairs.
+    """Spearman's rank correlation of n pairs."""
 
-    Attributes:
-        value: None where there are too few pairs or one side does not vary.
-        interval: 95 %, by bootstrap.
-        n: number of pairs.
-    """
-
-    value: float | None
-    interval: Interval | None
-    n: int
+    value: float | None  # None where there are too few pairs or one side does not vary
+    interval: Interval | None  # 95 %, by bootstrap
+    n: int  # number of pairs
 
 
 def compare(candidate: FloatArray, baseline: FloatArray, *, seed: int = 0) -> Difference:

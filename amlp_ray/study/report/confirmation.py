@@ -41,27 +41,16 @@ DECISIVE = ("mae", "scratch")
 
 @dataclass(frozen=True)
 class ConfirmationSection:
-    """The report's section of the confirmation.
+    """The report's section of the confirmation."""
 
-    Attributes:
-        state: how far it is, and what the numbers below are of.
-        sentences: a comparison each, by fine-tuning; none where they stand in the verdict.
-        probe_sentences: the same by the probe.
-        protocols: noise, agreement and ties.
-        method: how intervals and p-values are computed.
-        table: all candidates.
-        sizes: DSC by size of the lesion.
-        failed: a sentence per run that failed.
-    """
-
-    state: str
-    sentences: list[str]
-    probe_sentences: list[str]
-    protocols: list[str]
-    method: str
-    table: Table
-    sizes: Table
-    failed: list[str]
+    state: str  # how far it is, and what the numbers below are of
+    sentences: list[str]  # a comparison each, by fine-tuning; none where they stand in the verdict
+    probe_sentences: list[str]  # the same by the probe
+    protocols: list[str]  # noise, agreement and ties
+    method: str  # how intervals and p-values are computed
+    table: Table  # all candidates
+    sizes: Table  # DSC by size of the lesion
+    failed: list[str]  # a sentence per run that failed
 
 
 def confirmation_section(confirmation: Confirmation) -> ConfirmationSection:
@@ -279,10 +268,7 @@ def _correlation_text(correlation: Correlation) -> str:
 def _ties(confirmation: Confirmation, protocol: Protocol) -> str:
     titles = {candidate.name: candidate.title for candidate in confirmation.candidates}
     pairs = []
-    for item in [
-        *confirmation.against_trials[protocol],
-        *confirmation.against_baselines[protocol],
-    ]:
+    for item in confirmation.comparisons(protocol):
         if item.reading in ("tie", "no difference shown"):
             names = f"{titles[item.candidate]} and {titles[item.baseline]}"
             pairs.append(f"{names} ({item.difference.mean:+.3f})")
@@ -333,23 +319,15 @@ def _table(confirmation: Confirmation) -> Table:
     """
     columns = ["", "Seeds"]
     for protocol in PROTOCOLS:
-        columns += [
-            f"DSC, {PROTOCOL_NAMES[protocol]}",
-            "SD over seeds",
-            "Difference",
-            "95 % interval",
-            "p, Holm",
-            "Reading",
-        ]
+        columns += [f"DSC, {PROTOCOL_NAMES[protocol]}", "SD over seeds"]
+        columns += ["Difference", "95 % interval", "p, Holm", "Reading"]
     rows = []
     for candidate in _ordered(confirmation):
         row = [_row_title(confirmation, candidate), str(len(candidate.runs))]
         for protocol in PROTOCOLS:
-            row += [
-                three_digits(candidate.mean(protocol, confirmation.split)),
-                three_digits(candidate.sd(protocol, confirmation.split)),
-                *_comparison_cells(confirmation, candidate, protocol),
-            ]
+            row.append(three_digits(candidate.mean(protocol, confirmation.split)))
+            row.append(three_digits(candidate.sd(protocol, confirmation.split)))
+            row += _comparison_cells(confirmation, candidate, protocol)
         rows.append(row)
     return text_table(columns, rows)
 
@@ -357,10 +335,7 @@ def _table(confirmation: Confirmation) -> Table:
 def _comparison_cells(
     confirmation: Confirmation, candidate: ConfirmedCandidate, protocol: Protocol
 ) -> list[str]:
-    for item in [
-        *confirmation.against_baselines[protocol],
-        *confirmation.against_trials[protocol],
-    ]:
+    for item in confirmation.comparisons(protocol):
         if item.baseline == candidate.name:
             return [
                 f"{item.difference.mean:+.3f}",

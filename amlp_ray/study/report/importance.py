@@ -15,15 +15,10 @@ MIN_TRIALS = 10
 
 @dataclass(frozen=True)
 class Importance:
-    """Importances for one objective.
+    """Importances for one objective."""
 
-    Attributes:
-        shares: by parameter, largest first, with sum 1; empty where `gap` says why.
-        gap: why there are none.
-    """
-
-    shares: dict[str, float]
-    gap: str | None = None
+    shares: dict[str, float]  # by parameter, largest first, with sum 1; empty where `gap` says why
+    gap: str | None = None  # why there are none
 
 
 def importance(

@@ -47,25 +47,15 @@ PLOTLY_CONFIG = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the report.
+    """A figure of the report."""
 
-    Attributes:
-        key: part of its HTML id.
-        title: above it.
-        caption: below it.
-        figure: None where there is nothing to draw.
-        gap: text in its place then.
-        height: in pixels.
-        min_width: in pixels; a narrower window scrolls.
-    """
-
-    key: str
-    title: str
-    caption: str
-    figure: go.Figure | None = None
-    gap: str = ""
-    height: int = 420
-    min_width: int = 0
+    key: str  # part of its HTML id
+    title: str  # above it
+    caption: str  # below it
+    figure: go.Figure | None = None  # None where there is nothing to draw
+    gap: str = ""  # text in its place then
+    height: int = 420  # in pixels
+    min_width: int = 0  # in pixels; a narrower window scrolls
 
     @property
     def html(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from html import escape
@@ -52,23 +52,14 @@ class TimelineBar:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Trials in the fewest slots in which no two overlap.
+    """Trials in the fewest slots in which no two overlap."""
 
-    Attributes:
-        bars: by start.
-        slots: number of slots.
-        start: of the first trial.
-        end: of the last trial.
-        busy: share of slots times time in which a trial ran.
-        idle: time in which nothing ran.
-    """
-
-    bars: list[TimelineBar]
-    slots: int
-    start: datetime
-    end: datetime
-    busy: float
-    idle: timedelta
+    bars: list[TimelineBar]  # by start
+    slots: int  # number of slots
+    start: datetime  # of the first trial
+    end: datetime  # of the last trial
+    busy: float  # share of slots times time in which a trial ran
+    idle: timedelta  # time in which nothing ran
 
     @property
     def duration(self) -> timedelta:
@@ -179,98 +170,54 @@ def budget(data: ReportData) -> Table:
 
 def outcome(data: ReportData) -> Table:
     """Show how the trials ended, and what pruning and the store saved."""
-    rows: list[tuple[str, str]] = []
-    row_makers: list[tuple[str, Callable[[ReportData], str | None]]] = [
-        ("Run to full length", _full_length_words),
-        ("Pruned", _pruned_words),
-        ("Answered from the store", _copied_words),
-        ("Failed", _failed_words),
-        ("Processes lost", _lost_words),
-        ("Interrupted", _interrupted_words),
-        ("Imported", _imported_words),
-    ]
-    for title, words_of in row_makers:
-        words = words_of(data)
-        if title == "Run to full length" and data.config.sampler.name == "pbt":
-            title = "Steps of a population"
-        if words is not None:
-            rows.append((title, words))
+    states = Counter(trial.state_name for trial in data.search)
+    rows = _ended_rows(data, states)
+    if data.copies:
+        copies = count_words(len(data.copies), "trial")
+        epochs = count_words(sum(data.full_length(trial) for trial in data.copies), "epoch")
+        rows.append(
+            ["Answered from the store", f"{copies} of known settings, {epochs} not trained"]
+        )
+    retried = sum(trial.retry_of is not None for trial in data.search)
+    if states["FAIL"] or retried:
+        again = f"; {count_words(retried, 'trial')} tried again what had failed" if retried else ""
+        rows.append(["Failed", f"{states['FAIL']}{again}"])
+    lost = [trial.lost for trial in (*data.search, *data.baselines) if trial.lost]
+    if lost:
+        trials = count_words(len(lost), "trial")
+        text = f"{sum(lost)}, of {trials}: these are no failures, and resume from their checkpoints"
+        rows.append(["Processes lost", text])
+    if states["INTERRUPTED"]:
+        text = "no process runs the study now, the next run takes them over"
+        rows.append(["Interrupted", f"{states['INTERRUPTED']}; {text}"])
+    if data.imported:
+        names = [str(trial.source).partition(" trial ")[0] for trial in data.imported]
+        sources = Counter(name.removeprefix("import ") for name in names)
+        counts = ", ".join(f"{count} from {source}" for source, count in sources.most_common(5))
+        text = "the sampler learns from them, and they count in nothing else here"
+        rows.append(["Imported", f"{counts}: {text}"])
     return text_table(["", ""], rows)
 
 
-def _count(data: ReportData, state: str) -> int:
-    return sum(trial.state_name == state for trial in data.search)
-
-
-def _begun(data: ReportData) -> int:
-    return len(data.search) - _count(data, "WAITING")
-
-
-def _ended(data: ReportData) -> list[ReportedTrial]:
-    return [trial for trial in data.search if trial.state_name in ("COMPLETE", "PRUNED")]
-
-
-def _full_length_words(data: ReportData) -> str | None:
-    if not _ended(data):
-        return None
-    return f"{_count(data, 'COMPLETE'):,} of {_begun(data):,}"
-
-
-def _pruned_words(data: ReportData) -> str | None:
-    pruned = _count(data, "PRUNED")
-    ended = _ended(data)
-    if not ended or (not pruned and data.config.pruner.name == "none"):
-        return None
-    words = f"{pruned:,} ({100 * pruned / _begun(data):.0f} %)"
-    spent = sum(trial.epochs or 0 for trial in ended)
-    full = sum(_unpruned_epochs(data, trial) for trial in ended)
-    if full <= spent:
-        return words
-    saved = full - spent
-    return f"{words}, which saved {saved:,} of {full:,} epochs ({100 * saved / full:.0f} %)"
-
-
-def _copied_words(data: ReportData) -> str | None:
-    if not data.copies:
-        return None
-    epochs = sum(data.full_length(trial) for trial in data.copies)
-    trials = count_words(len(data.copies), "trial")
-    return f"{trials} of known settings, {count_words(epochs, 'epoch')} not trained"
-
-
-def _failed_words(data: ReportData) -> str | None:
-    failed = _count(data, "FAIL")
-    retried = sum(trial.retry_of is not None for trial in data.search)
-    if retried:
-        return f"{failed}; {count_words(retried, 'trial')} tried again what had failed"
-    return str(failed) if failed else None
-
-
-def _lost_words(data: ReportData) -> str | None:
-    lost = [trial.lost for trial in (*data.search, *data.baselines) if trial.lost]
-    if not lost:
-        return None
-    return (
-        f"{sum(lost)}, of {count_words(len(lost), 'trial')}: these are no failures, and resume "
-        f"from their checkpoints"
-    )
-
-
-def _interrupted_words(data: ReportData) -> str | None:
-    interrupted = _count(data, "INTERRUPTED")
-    if not interrupted:
-        return None
-    return f"{interrupted}; no process runs the study now, the next run takes them over"
-
-
-def _imported_words(data: ReportData) -> str | None:
-    if not data.imported:
-        return None
-    sources: Counter[str] = Counter()
-    for trial in data.imported:
-        sources[str(trial.source).partition(" trial ")[0].removeprefix("import ")] += 1
-    counts = ", ".join(f"{count} from {source}" for source, count in sources.most_common(5))
-    return f"{counts}: the sampler learns from them, and they count in nothing else here"
+def _ended_rows(data: ReportData, states: Counter[str]) -> list[list[str]]:
+    """Count trials of full length, and the epochs that pruning saved."""
+    ended = [trial for trial in data.search if trial.state_name in ("COMPLETE", "PRUNED")]
+    if not ended:
+        return []
+    begun = len(data.search) - states["WAITING"]
+    is_pbt = data.config.sampler.name == "pbt"
+    title = "Steps of a population" if is_pbt else "Run to full length"
+    rows = [[title, f"{states['COMPLETE']:,} of {begun:,}"]]
+    pruned = states["PRUNED"]
+    if pruned or data.config.pruner.name != "none":
+        spent = sum(trial.epochs or 0 for trial in ended)
+        full = sum(_unpruned_epochs(data, trial) for trial in ended)
+        saved = ""
+        if full > spent:
+            share = f"{100 * (full - spent) / full:.0f} %"
+            saved = f", which saved {full - spent:,} of {full:,} epochs ({share})"
+        rows.append(["Pruned", f"{pruned:,} ({100 * pruned / begun:.0f} %){saved}"])
+    return rows
 
 
 def _unpruned_epochs(data: ReportData, trial: ReportedTrial) -> int:

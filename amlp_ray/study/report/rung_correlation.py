@@ -21,38 +21,23 @@ WEAK = 0.5
 
 @dataclass(frozen=True)
 class RungCorrelation:
-    """How the scores at one rung rank complete trials, compared with their final scores.
+    """How the scores at one rung rank complete trials, compared with their final scores."""
 
-    Attributes:
-        position: epoch, or percent of the length where trials differ in it.
-        trials: number of trials.
-        correlation: Spearman's.
-        interval: 95 %, bootstrap over trials.
-        best_fifth_kept: share of the final best fifth that is in the better half here.
-        is_prunable: whether the study lets a pruner act here.
-    """
-
-    position: int
-    trials: int
-    correlation: float
-    interval: Interval
-    best_fifth_kept: float
-    is_prunable: bool
+    position: int  # epoch, or percent of the length where trials differ in it
+    trials: int  # number of trials
+    correlation: float  # Spearman's
+    interval: Interval  # 95 %, bootstrap over trials
+    best_fifth_kept: float  # share of the final best fifth that is in the better half here
+    is_prunable: bool  # whether the study lets a pruner act here
 
 
 @dataclass(frozen=True)
 class RungCorrelations:
-    """Correlations of all rungs.
+    """Correlations of all rungs."""
 
-    Attributes:
-        rungs: those at which enough trials were scored.
-        in_percent: whether positions are percent of the length.
-        trials: number of complete trials with more than one rung.
-    """
-
-    rungs: list[RungCorrelation]
-    in_percent: bool
-    trials: int
+    rungs: list[RungCorrelation]  # those at which enough trials were scored
+    in_percent: bool  # whether positions are percent of the length
+    trials: int  # number of complete trials with more than one rung
 
     def label(self, rungs: Sequence[RungCorrelation]) -> str:
         """Name some rungs: `epochs 3, 6 and 9`, or `epochs 3 to 15` for neighbors."""
@@ -71,21 +56,13 @@ class RungCorrelations:
 
 @dataclass(frozen=True)
 class FirstRungCorrelation:
-    """Spearman correlations between the first prunable rung and the last one.
+    """Spearman correlations between the first prunable rung and the last one."""
 
-    Attributes:
-        trials: number of complete trials.
-        epochs: of that first rung; more than one where the batch size was searched.
-        dsc: of the study's metric; None where too few trials differ.
-        ap: of patch AP.
-        is_prunable: False where steps are unknown, and the first rung of all stands in.
-    """
-
-    trials: int
-    epochs: tuple[int, ...]
-    dsc: float | None
-    ap: float | None
-    is_prunable: bool
+    trials: int  # number of complete trials
+    epochs: tuple[int, ...]  # of that first rung; more than one where the batch size was searched
+    dsc: float | None  # of the study's metric; None where too few trials differ
+    ap: float | None  # of patch AP
+    is_prunable: bool  # False where steps are unknown, and the first rung of all stands in
 
 
 def rung_correlations(data: ReportData) -> RungCorrelations:
@@ -166,6 +143,7 @@ def figure(data: ReportData, correlations: RungCorrelations) -> Figure:
     x_title = "percent of the length" if correlations.in_percent else "epoch"
     plot = empty_figure(x_title, "rank correlation")
     plot.add_hline(y=WEAK, line={"dash": "dash", "color": PALE})
+    colors = [BLUE if rung.correlation >= WEAK else ACCENT for rung in rungs]
     plot.add_scatter(
         x=[rung.position for rung in rungs],
         y=[round(rung.correlation, 3) for rung in rungs],
@@ -179,10 +157,7 @@ def figure(data: ReportData, correlations: RungCorrelations) -> Figure:
         },
         mode="lines+markers",
         line={"color": BLUE},
-        marker={
-            "size": 8,
-            "color": [BLUE if rung.correlation >= WEAK else ACCENT for rung in rungs],
-        },
+        marker={"size": 8, "color": colors},
         text=[f"n {rung.trials}" for rung in rungs],
         hovertemplate="%{x}: %{y:.2f}, %{text}<extra></extra>",
     )
@@ -194,29 +169,17 @@ def figure(data: ReportData, correlations: RungCorrelations) -> Figure:
 
 def table(correlations: RungCorrelations) -> Table:
     """List every rung in numbers."""
-    columns = [
-        "% of length" if correlations.in_percent else "Epoch",
-        "Trials",
-        "Correlation",
-        "95 % interval",
-        "Best fifth in the better half",
-        "Pruner may act",
-        "Pruning here",
-    ]
+    position = "% of length" if correlations.in_percent else "Epoch"
+    columns = [position, "Trials", "Correlation", "95 % interval"]
+    columns += ["Best fifth in the better half", "Pruner may act", "Pruning here"]
     rows = []
     for rung in correlations.rungs:
         low, high = rung.interval
-        rows.append(
-            [
-                str(rung.position),
-                str(rung.trials),
-                f"{rung.correlation:+.2f}",
-                f"{low:+.2f} to {high:+.2f}",
-                f"{100 * rung.best_fifth_kept:.0f} %",
-                "yes" if rung.is_prunable else "no, too few steps",
-                "close to chance" if rung.correlation < WEAK else "follows the final order",
-            ]
-        )
+        row = [str(rung.position), str(rung.trials), f"{rung.correlation:+.2f}"]
+        row += [f"{low:+.2f} to {high:+.2f}", f"{100 * rung.best_fifth_kept:.0f} %"]
+        row.append("yes" if rung.is_prunable else "no, too few steps")
+        row.append("close to chance" if rung.correlation < WEAK else "follows the final order")
+        rows.append(row)
     return text_table(columns, rows)
 
 

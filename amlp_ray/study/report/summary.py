@@ -27,21 +27,13 @@ from amlp_ray.study.report.rung_correlation import FirstRungCorrelation
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a study shows.
+    """What a study shows."""
 
-    Attributes:
-        kind: colors the report's box.
-        headline: the comparison with plain MAE and a random encoder.
-        comparisons: a sentence for each baseline and floor.
-        cautions: why not to trust the above too much.
-        pruning: whether early scores rank trials.
-    """
-
-    kind: VerdictKind
-    headline: str
-    comparisons: list[str]
-    cautions: list[str]
-    pruning: str
+    kind: VerdictKind  # colors the report's box
+    headline: str  # the comparison with plain MAE and a random encoder
+    comparisons: list[str]  # a sentence for each baseline and floor
+    cautions: list[str]  # why not to trust the above too much
+    pruning: str  # whether early scores rank trials
 
 
 def summarize_search(

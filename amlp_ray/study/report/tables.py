@@ -49,16 +49,8 @@ def scores(
     data: ReportData, baselines: Sequence[Baseline], comparisons: Sequence[Comparison]
 ) -> Table:
     """Show the best trial, baselines and floors side by side."""
-    columns = [
-        "",
-        "DSC",
-        "Spread",
-        *MEASURES.values(),
-        "Empties correct",
-        "Best minus this",
-        "95 % interval",
-        "Best is",
-    ]
+    columns = ["", "DSC", "Spread", *MEASURES.values(), "Empties correct"]
+    columns += ["Best minus this", "95 % interval", "Best is"]
     rows = []
     best = data.best
     if best is not None:
@@ -70,15 +62,9 @@ def scores(
         rows.append([title, three_digits(best.dsc), spread, *_measures(best), *[MISSING] * 3])
     by_name = {item.baseline: item for item in comparisons}
     for baseline in baselines:
-        rows.append(
-            [
-                _baseline_title(baseline),
-                f"{baseline.dsc:.3f}",
-                baseline.spread,
-                *_measures(baseline),
-                *_comparison_cells(by_name.get(baseline.name)),
-            ]
-        )
+        row = [_baseline_title(baseline), f"{baseline.dsc:.3f}", baseline.spread]
+        row += _measures(baseline)
+        rows.append(row + _comparison_cells(by_name.get(baseline.name)))
     if (floor := _mean_mask_dsc(data, baselines)) is not None:
         versus = [MISSING] * 3
         if best and best.dsc is not None:
@@ -93,12 +79,8 @@ def scores(
 def sizes(data: ReportData, baselines: Sequence[Baseline]) -> Table:
     """Show DSC by size of the lesion; no rows where no run has been scored by size."""
     low, high = (f"{100 * share:g} %" for share in data.config.probe.sizes)
-    columns = [
-        "",
-        f"Small (below {low} of the image)",
-        f"Medium ({low} to {high})",
-        f"Large (above {high})",
-    ]
+    columns = ["", f"Small (below {low} of the image)"]
+    columns += [f"Medium ({low} to {high})", f"Large (above {high})"]
     scored: list[tuple[str, ReportedTrial | Baseline]] = []
     if data.best:
         scored.append((f"Best trial ({data.best.number})", data.best))
@@ -126,17 +108,8 @@ def front(data: ReportData) -> Table:
 
 def lineage(rows: Sequence[dict[str, Any]]) -> Table:
     """Show the steps of population-based training."""
-    columns = [
-        "Trial",
-        "Generation",
-        "Member",
-        "Continues",
-        "Epochs",
-        "Ratio",
-        "Score",
-        "State",
-        "Learned schedule",
-    ]
+    columns = ["Trial", "Generation", "Member", "Continues", "Epochs", "Ratio", "Score", "State"]
+    columns.append("Learned schedule")
     table_rows = []
     for row in rows[:MAX_ROWS]:
         cells = [_value_cell(row[key]) for key in ("trial", "generation", "member", "parent")]
@@ -157,18 +130,9 @@ def trials(data: ReportData) -> Table:
     metric = data.config.metric
     objectives = [name for name in data.config.objectives if name != metric]
     measures = [key for key in MEASURES if key not in (metric, *objectives)]
-    columns = [
-        "Run",
-        "State",
-        data.metric,
-        *(TITLES[name] for name in objectives),
-        *(MEASURES[key] for key in measures),
-        *names,
-        "Epochs",
-        "Seconds",
-        "Seed",
-        "Notes",
-    ]
+    columns = ["Run", "State", data.metric, *(TITLES[name] for name in objectives)]
+    columns += [MEASURES[key] for key in measures]
+    columns += [*names, "Epochs", "Seconds", "Seed", "Notes"]
     shown = []
     for group in _trial_groups(data):
         shown += _best_of(group)

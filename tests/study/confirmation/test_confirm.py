@@ -50,11 +50,11 @@ def add_trial(
     store: StudyStore,
     start: float,
     *values: float,
-    kept: bool = True,
+    with_folder: bool = True,
     state: str = "COMPLETE",
     **attrs: Any,
 ) -> None:
-    """A trial of the search as it ends, with its settings in its folder unless they are not `kept`."""
+    """Add a trial of the search as it ends; `with_folder`: with its settings in its folder."""
     config = store.config()
     search = store.search(create=True, directions=list(config.objectives.values()))
     number = len(search.get_trials(deepcopy=False))
@@ -69,7 +69,7 @@ def add_trial(
             user_attrs={"path": f"trials/{number}", **attrs},
         )
     )
-    if kept:
+    if with_folder:
         store.trial_folder(number).mkdir(parents=True)
         write_yaml(
             config.trial({"ratio.start": start}, seed=number),
@@ -113,7 +113,7 @@ def test_of_trials_only_whole_ones_of_this_study_count_and_equal_settings_once(
     store, config = new_study(tmp_path / "s")
     add_trial(store, 0.2, 0.9, state="PRUNED")
     add_trial(store, 0.2, 0.9, state="FAIL")
-    add_trial(store, 0.25, 0.9, source="elsewhere trial 3", kept=False)
+    add_trial(store, 0.25, 0.9, source="elsewhere trial 3", with_folder=False)
     add_trial(store, 0.3, 0.6)
     add_trial(store, 0.3, 0.6, copy_of=3)
     add_trial(store, 0.3, 0.6)
@@ -148,7 +148,7 @@ def test_segments_of_a_population_count_at_their_full_length_only(tmp_path: Path
 
 def test_a_trial_whose_folder_is_gone_is_rebuilt_from_its_parameters(tmp_path: Path) -> None:
     store, config = new_study(tmp_path / "s", pruner={"rungs": 2, "schedule": "compress"})
-    add_trial(store, 0.3, 0.5, kept=False)
+    add_trial(store, 0.3, 0.5, with_folder=False)
     found = confirmation_plan(store, config)[0].config(4)
     assert (found.ratio.start, found.ratio.rungs, found.seed) == (0.3, (2, 4), 4)
 
@@ -242,7 +242,7 @@ def train(store: StudyStore, dataset: PatchDataset) -> None:
 
 @pytest.fixture(scope="module")
 def trained(phantom_dataset: PatchDataset, tmp_path_factory: pytest.TempPathFactory) -> StudyStore:
-    """A confirmation of one trial, two baselines and an oracle, two seeds each; all runs are finished, test is closed."""
+    """A confirmation of one trial, two baselines and an oracle, two seeds each; test is closed."""
     pretrain = {"epochs": 2}
     store, _ = new_study(
         tmp_path_factory.mktemp("runs") / "trained",
@@ -338,7 +338,7 @@ class Watched(PatchDataset):
         return super().load(split, rows)
 
 
-def test_test_images_are_opened_once_for_those_who_were_confirmed_and_the_report_says_what_they_show(
+def test_test_images_are_opened_once_and_the_report_says_what_they_show(
     trained: StudyStore, phantom_dataset: PatchDataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="amlp_ray")

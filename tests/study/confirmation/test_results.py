@@ -48,7 +48,7 @@ class WrittenConfirmation:
         epochs: int = 10,
         uses_ground_truth: bool = False,
     ) -> None:
-        """A candidate with mean DSC `test` (fine-tuning, test), `val` (probe, val) and `probe` (probe, test)."""
+        """Add a candidate by its mean DSC: fine-tuning on test, probe on val, probe on test."""
         self.names.append(name)
         probed = test - 0.1 if probe is None else probe
         means = {"val": test if val is None else val, "finetune": test, "probe": probed}
@@ -190,7 +190,7 @@ def test_an_ablation_is_compared_with_its_own_trial_whichever_was_chosen(
     assert "Does the ratio have to change, or is its mean enough?" in told
 
 
-def test_a_candidate_that_sees_true_masks_is_shown_and_counts_neither_in_the_correction_nor_in_the_verdict(
+def test_a_candidate_that_sees_true_masks_is_shown_and_never_counted(
     tmp_path: Path,
 ) -> None:
     with_it, without = WrittenConfirmation(tmp_path / "a"), WrittenConfirmation(tmp_path / "b")
@@ -265,7 +265,7 @@ def test_five_seeds_of_equal_length_need_no_such_caution(written: WrittenConfirm
     assert len(with_confirmation(SEARCHED, written.open()).cautions) == 1
 
 
-def test_noise_agreement_and_ties_of_protocols_are_told(written: WrittenConfirmation) -> None:
+def test_noise_agreement_and_ties_of_protocols_are_worded(written: WrittenConfirmation) -> None:
     for i, dsc in enumerate((0.60, 0.61, 0.5, 0.4)):
         written.add(f"trial-{i}", dsc, probe=dsc - 0.2)
     written.add("mae", 0.3, probe=0.1)

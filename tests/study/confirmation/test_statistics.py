@@ -32,7 +32,10 @@ def scores(
     of_images: float,
     rest: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Two candidates (S, I) whose means differ by `true`, with the SD of their paired differences by source."""
+    """Draw scores (S, I) of two candidates whose means differ by `true`.
+
+    The other numbers are SDs of their paired differences by source.
+    """
     difficulty = rng.uniform(0.2, 0.8, (1, images))
     noise = rng.normal(0, of_seeds, (seeds, 1)) + rng.normal(0, of_images, (1, images))
     return difficulty + true + noise + rng.normal(0, rest, (seeds, images)), difficulty.repeat(
@@ -41,7 +44,7 @@ def scores(
 
 
 def rates(count: int, true: float, seeds: int = 3, **sd: float) -> tuple[float, float]:
-    """Of `count` simulations: how often the interval covers the truth, and how often a difference is shown."""
+    """Simulate: how often the interval covers the truth, and how often a difference is shown."""
     rng = np.random.default_rng(4)
     found = [compare(*scores(rng, seeds, 60, true=true, **sd), seed=i) for i in range(count)]
     covers = [d.interval is not None and d.interval[0] <= true <= d.interval[1] for d in found]

@@ -26,14 +26,23 @@ from amlp_ray.study.report.report_data import collect, count_states
 from amlp_ray.study.storage.study_store import StudyStore
 
 ALL_HEADINGS = {
-    "Verdict", "Best trial, baselines and floors", "Best trial", "What was searched", "How the search went",
-    "Do early scores rank trials?", "Which settings matter", "Budget and time", "While pretraining", "Pictures",
-    "All trials", "Environment",
-}  # fmt: skip
+    "Verdict",
+    "Best trial, baselines and floors",
+    "Best trial",
+    "What was searched",
+    "How the search went",
+    "Do early scores rank trials?",
+    "Which settings matter",
+    "Budget and time",
+    "While pretraining",
+    "Pictures",
+    "All trials",
+    "Environment",
+}
 
 
 def full_study(folder: Path, **config) -> StudyStore:
-    """A study as it looks after a day: complete, pruned, failed and running trials, conditional parameters, baselines."""
+    """Create a study of every state of trials, with conditional parameters and baselines."""
     store = new_study(folder, **config)
     for i in range(14):
         add_trial(store, 0.42 + 0.007 * i, power=i % 3 == 0)
@@ -267,16 +276,33 @@ def test_a_browser_draws_every_figure_and_sorts_the_table(page: str, tmp_path: P
     copy = tmp_path / "report.html"
     copy.write_text(page.replace("</body>", click))
     command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--virtual-time-budget=5000",
-        f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", copy.as_uri(),
-    ]  # fmt: skip
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--virtual-time-budget=5000",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+        copy.as_uri(),
+    ]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     dom = re.sub(r"<script.*?</script>", "", dom, flags=re.DOTALL)
     drawn = re.findall(r'<div id="plot-(\w+)" class="plotly-graph-div js-plotly-plot"', dom)
     assert set(drawn) == {
-        "history", "efficiency", "ranks", "rungs", "importances", "parallel", "timeline", "ratio", "loss",
-    }  # fmt: skip
+        "history",
+        "efficiency",
+        "ranks",
+        "rungs",
+        "importances",
+        "parallel",
+        "timeline",
+        "ratio",
+        "loss",
+    }
     assert dom.count('class="main-svg"') >= 9
     assert headings(dom) == ALL_HEADINGS
     assert "Download plot" in dom  # plotly's buttons are there,

@@ -45,9 +45,13 @@ def trials_of(*rows: tuple[int, int, int | None, float, float | None]) -> list[F
 
 # Member 1 leaves its trial 1 for trial 0, and its own trial 3 wins.
 TRIALS = [
-    (0, 0, None, 0.3, 0.6), (0, 1, None, 0.7, 0.4), (1, 0, 0, 0.35, 0.61), (1, 1, 0, 0.28, 0.65),
-    (2, 0, 3, 0.3, 0.66), (2, 1, 3, 0.4, None),
-]  # fmt: skip
+    (0, 0, None, 0.3, 0.6),
+    (0, 1, None, 0.7, 0.4),
+    (1, 0, 0, 0.35, 0.61),
+    (1, 1, 0, 0.28, 0.65),
+    (2, 0, 3, 0.3, 0.66),
+    (2, 1, 3, 0.4, None),
+]
 
 
 def test_rows_say_who_went_on_from_whom_and_which_lineage_is_best(config: StudyConfig) -> None:

@@ -1,4 +1,4 @@
-"""How a search went: whether rungs rank, what was saved, when slots stood idle; and large studies."""
+"""How a search went: rank correlations, saved epochs, idle slots; and large studies."""
 
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -46,11 +46,19 @@ def add_timed(
     """A trial that starts `start` minutes after noon."""
     study.add_trial(
         FrozenTrial(
-            number=-1, trial_id=-1, state=TrialState[state], value=None if state == "FAIL" else value, params={},
-            distributions={}, intermediate_values={}, system_attrs={}, user_attrs={"stats": {"epochs": epochs}},
-            datetime_start=NOON + timedelta(minutes=start), datetime_complete=NOON + timedelta(minutes=start + minutes),
+            number=-1,
+            trial_id=-1,
+            state=TrialState[state],
+            value=None if state == "FAIL" else value,
+            params={},
+            distributions={},
+            intermediate_values={},
+            system_attrs={},
+            user_attrs={"stats": {"epochs": epochs}},
+            datetime_start=NOON + timedelta(minutes=start),
+            datetime_complete=NOON + timedelta(minutes=start + minutes),
         )
-    )  # fmt: skip
+    )
 
 
 def study_with_ranks(folder: Path, **config) -> StudyStore:
@@ -141,7 +149,9 @@ def test_imported_trials_and_copies_rank_nothing(tmp_path: Path) -> None:
     store = new_study(tmp_path / "s")
     for i in range(10):
         add_trial(
-            store, 0.4 + 0.01 * i, about={"source": "import a.csv"} if i < 5 else {"copy_of": 0}
+            store,
+            0.4 + 0.01 * i,
+            attributes={"source": "import a.csv"} if i < 5 else {"copy_of": 0},
         )
     assert rung_correlations(collect(store)).trials == 0
 
@@ -170,9 +180,9 @@ def test_best_so_far_is_drawn_against_the_epochs_of_all_trials_that_had_ended(
     assert lines["without pruning"][0] == [200, 300, 300]
 
 
-def test_budget_is_told_as_used_of_allowed(tmp_path: Path) -> None:
+def test_budget_is_shown_as_used_of_allowed(tmp_path: Path) -> None:
     store = new_study(tmp_path / "s", budget={"trials": 4, "gpu_hours": 2.0})
-    add_trial(store, 0.5, about={"stats": {"gpu_seconds": 1800.0}})
+    add_trial(store, 0.5, attributes={"stats": {"gpu_seconds": 1800.0}})
     add_baseline(store, "mae", 0, 0.4)
     told = rows(budget(collect(store)))
     assert told["Trials of the search"] == ["1", "4", "25 %"]

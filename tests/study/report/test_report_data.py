@@ -31,7 +31,7 @@ def study_of_two_objectives(folder: Path, **config) -> StudyStore:
     """Trials of rising DSC and cost, and one that trial 2 beats in both."""
     store = new_study(folder, **SEVERAL, **config)
     for dsc, cost in ((0.42, 10.0), (0.5, 30.0), (0.46, 20.0), (0.44, 25.0)):
-        add_trial(store, dsc, values=[cost, dsc], about={"stats": {"gpu_seconds": cost}})
+        add_trial(store, dsc, values=[cost, dsc], attributes={"stats": {"gpu_seconds": cost}})
     return store
 
 
@@ -96,8 +96,8 @@ def test_baseline_of_a_study_of_several_objectives_has_its_metric_as_its_only_va
 
 def test_metric_other_than_dsc_ranks_trials_and_dsc_is_still_known(tmp_path: Path) -> None:
     store = new_study(tmp_path / "s", objectives={"ap": "maximize"})
-    add_trial(store, 0.6, about={"stats": {"scores": {"ap": 0.6, "dsc": 0.41}}})
-    add_trial(store, 0.5, about={"stats": {"scores": {"ap": 0.5, "dsc": 0.45}}})
+    add_trial(store, 0.6, attributes={"stats": {"scores": {"ap": 0.6, "dsc": 0.41}}})
+    add_trial(store, 0.5, attributes={"stats": {"scores": {"ap": 0.5, "dsc": 0.45}}})
     best = collect(store).best
     assert best is not None
     assert (best.number, best.metric_value, best.dsc) == (0, 0.6, 0.41)
@@ -107,8 +107,8 @@ def test_metric_other_than_dsc_ranks_trials_and_dsc_is_still_known(tmp_path: Pat
 def test_imported_trials_and_copies_are_shown_and_never_counted_or_best(tmp_path: Path) -> None:
     store = new_study(tmp_path / "s")
     add_trial(store, 0.5)
-    add_trial(store, 0.9, about={"source": "import old.csv"})
-    add_trial(store, 0.5, about={"copy_of": 0})
+    add_trial(store, 0.9, attributes={"source": "import old.csv"})
+    add_trial(store, 0.5, attributes={"copy_of": 0})
     data = collect(store)
     assert [
         [run.number for run in group] for group in (data.search, data.imported, data.copies)
@@ -145,7 +145,7 @@ def test_scores_that_were_stored_while_a_trial_ran_are_its_rungs(tmp_path: Path)
 def test_retries_and_lost_processes_are_noted(tmp_path: Path) -> None:
     store = new_study(tmp_path / "s")
     add_trial(store, 0.0, state="FAIL")
-    add_trial(store, 0.5, about={"retry_of": 0, "lost": 2})
+    add_trial(store, 0.5, attributes={"retry_of": 0, "lost": 2})
     page = write_report(store).read_text()
     assert ">trial 0 again; its process was lost twice</td>" in page
     assert "2, of 1 trial: these are no failures" in page
@@ -154,7 +154,7 @@ def test_retries_and_lost_processes_are_noted(tmp_path: Path) -> None:
 
 def test_table_reads_scores_from_the_store_and_opens_no_file_for_them(tmp_path: Path) -> None:
     store = new_study(tmp_path / "s")
-    folder = add_trial(store, 0.5, about={"stats": {"scores": {"dsc": 0.5, "ppv": 0.77}}})
+    folder = add_trial(store, 0.5, attributes={"stats": {"scores": {"dsc": 0.5, "ppv": 0.77}}})
     folder.joinpath("score.json").unlink()
     assert collect(store).search[0].measure("ppv") == 0.77
 
@@ -164,7 +164,7 @@ def test_dsc_by_size_is_shown_where_it_was_measured(tmp_path: Path) -> None:
     add_trial(
         store,
         0.5,
-        about={"stats": {"scores": {"dsc_small": 0.2, "dsc_medium": 0.5, "dsc_large": None}}},
+        attributes={"stats": {"scores": {"dsc_small": 0.2, "dsc_medium": 0.5, "dsc_large": None}}},
     )
     add_baseline(store, "mae", 0, 0.4)
     assert texts(sizes(collect(store), [])) == [["Best trial (0)", "0.200", "0.500", "\u2013"]]

@@ -117,7 +117,7 @@ def test_failed_baseline_is_named_and_not_averaged(tmp_path: Path) -> None:
     assert "Baseline mae has no finished run (1 FAIL)." in verdict.comparisons
 
 
-def test_without_complete_trials_the_states_are_told(tmp_path: Path) -> None:
+def test_without_complete_trials_the_states_are_named(tmp_path: Path) -> None:
     store = new_study(tmp_path / "s")
     assert verdict_of(store).headline.startswith("No trial has started yet")
     add_trial(store, 0.4, state="RUNNING")

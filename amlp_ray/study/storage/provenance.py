@@ -186,12 +186,13 @@ def _changes() -> str:
     """Return how the package differs from its commit as a patch, new files included."""
     root = Path(_git("rev-parse", "--show-toplevel").strip())
     package = str(PACKAGE.resolve().relative_to(root))
-    arguments = ("--others", "--exclude-standard", "-z", "--", package)
-    new_files = _git("ls-files", *arguments, folder=root).split("\0")
+    new_files = _git(
+        "ls-files", "--others", "--exclude-standard", "-z", "--", package, folder=root
+    ).split("\0")
     patches = [_git("diff", "HEAD", *DIFF_OPTIONS, "--", package, folder=root)]
     for name in filter(None, new_files):
-        arguments = ("--no-index", *DIFF_OPTIONS, "--", os.devnull, name)
-        patches.append(_git("diff", *arguments, folder=root, allowed=(0, 1)))
+        comparison = ("--no-index", *DIFF_OPTIONS, "--", os.devnull, name)
+        patches.append(_git("diff", *comparison, folder=root, allowed=(0, 1)))
     return "".join(patches)
 
 

@@ -40,7 +40,11 @@ class Run:
 
     def __init__(self, s: StudyConfig, folder: Path = Path("/nowhere")) -> None:
         self.config, self.folder = s, folder
-        self.study = optuna.create_study(study_name="s", directions=list(s.objectives.values()))
+        # In memory and with one study, a trial's id is its number.
+        self.storage = optuna.storages.InMemoryStorage()
+        self.study = optuna.create_study(
+            study_name="s", storage=self.storage, directions=list(s.objectives.values())
+        )
         self.pruning = self.restarted()
 
     def restarted(self) -> Pruning:
@@ -54,7 +58,7 @@ class Run:
     def report(self, trial: optuna.Trial, epoch: int, value: float | None) -> None:
         """Store a score as the store does: a finite one only."""
         if finite(value) is not None:
-            trial.report(value or 0.0, epoch)
+            self.storage.set_trial_intermediate_value(trial.number, epoch, value or 0.0)
 
     def score(self, trial: optuna.Trial, epoch: int, value: float | None) -> bool:
         """Report, and say whether the trial is to go on; a new Pruning on the same store must
@@ -67,7 +71,7 @@ class Run:
     def end(self, trial: optuna.Trial, state: TrialState, value: float = 0.0) -> None:
         several = len(self.study.directions) > 1
         values = ([value, 1.0] if several else [value]) if state == TrialState.COMPLETE else None
-        self.study._storage.set_trial_state_values(trial._trial_id, state, values)
+        self.storage.set_trial_state_values(trial.number, state, values)
 
     def play(self, *scores: float | None) -> int:
         """Return after how many rungs the trial ended."""
@@ -233,8 +237,8 @@ def test_fewer_steps_per_epoch_mean_later_pruning() -> None:
     for level in (0.9, 0.1, 0.1):
         trial = run.study.ask()
         size = 32 if level == 0.9 or trial.number == 1 else 160
-        run.study._storage.set_trial_param(
-            trial._trial_id,
+        run.storage.set_trial_param(
+            trial.number,
             "batch_size",
             [32, 160].index(size),
             optuna.distributions.CategoricalDistribution([32, 160]),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler
+from optuna.testing.pytest_samplers import BasicSamplerTestCase, RelativeSamplerTestCase
 from optuna.trial import Trial, TrialState
 
 from amlp_ray.config import SamplerConfig, StudyConfig
@@ -16,6 +19,8 @@ from amlp_ray.errors import ConfigError
 from amlp_ray.study.search.in_memory_study import InMemoryStudy, ObservedTrial
 from amlp_ray.study.search.samplers import (
     GENERATION,
+    CmaEsSampler,
+    EvenPointsSampler,
     InfiniteSpaceError,
     check_sampler,
     enumerate_params,
@@ -242,3 +247,19 @@ def test_draws_tell_what_every_trial_has() -> None:
     searched = SearchSpace(study_of(space, "tpe"))
     assert set(searched.distributions) == set(space)
     assert set(searched.unconditional) == {"ratio.end", "ratio.shape"}
+
+
+class TestCmaEsAsOptunaRequires(BasicSamplerTestCase, RelativeSamplerTestCase):
+    """Optuna's own tests of a sampler."""
+
+    @pytest.fixture
+    def sampler(self) -> Callable[[], BaseSampler]:
+        return lambda: CmaEsSampler({}, population_size=4, n_startup_trials=1, seed=0)
+
+
+class TestEvenPointsAsOptunaRequires(BasicSamplerTestCase, RelativeSamplerTestCase):
+    """The same of the sampler of even points."""
+
+    @pytest.fixture
+    def sampler(self) -> Callable[[], BaseSampler]:
+        return lambda: EvenPointsSampler({}, series=0, point=3, seed=0)

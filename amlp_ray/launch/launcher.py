@@ -41,14 +41,12 @@ def pretrain_dataset(
     address: str | None = None,
     report: Callable[[Metrics], None] = lambda metrics: None,
 ) -> Path:
-    """Pretrain on a patch dataset's training images, without labels.
-
-    A run of the same config in `out` is resumed; a finished one is left as it is.
+    """Pretrain on a patch dataset's training images, without labels; resume a run in `out`.
 
     Args:
         data: path or URI of the patch dataset.
         out: the run's folder.
-        config: settings of model and training.
+        config: of model and training.
         eval_data: another dataset of the same shape, with masks, for pictures and diagnostics.
         resources: one worker with all cores, the default, trains here; several train on Ray.
         fault_tolerance: losses and outages that the run survives.
@@ -56,11 +54,10 @@ def pretrain_dataset(
         address: of a Ray cluster to run on. Without it, several workers start Ray here.
         report: called with the metrics of every epoch.
 
-    Returns:
-        The path of the exported encoder.
+    Returns: the path of the exported encoder.
 
     Raises:
-        ConfigError, DataError, CheckpointError, ResourceError: the run cannot start, and why.
+        ConfigError, DataError, CheckpointError, ResourceError: the run cannot start.
         NonFiniteLossError: training diverged.
         WorkerLostError, StorageError: more went wrong than `fault_tolerance` allows; run it again.
     """

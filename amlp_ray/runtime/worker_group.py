@@ -131,10 +131,7 @@ def run_group(
             # An elastic group that still counts the node would wait for it for a minute.
             time.sleep(RECOUNT_S if resources.is_elastic else 0)
         if kind not in LOSSES:
-            error = original_error(failure)
-            if not isinstance(error, ResourceError):
-                events.record(kind, error=" ".join(str(error).split())[:300])
-            raise error from failure
+            raise _recorded(original_error(failure), kind, events) from failure
         message = f"{LOSSES[kind]} ({_loss_reason(failure)})"
         if losses.add(kind) > fault_tolerance.max_failures:
             events.record(kind, message)
@@ -161,6 +158,13 @@ class _LossCounter:
         self._reached = reached
         self.count += kind != "preempted"
         return self.count
+
+
+def _recorded(error: BaseException, kind: EventKind, events: EventLog) -> BaseException:
+    """Record an error that ends the run; a cluster without room is no event of the run."""
+    if not isinstance(error, ResourceError):
+        events.record(kind, error=" ".join(str(error).split())[:300])
+    return error
 
 
 def _too_many_losses(

@@ -76,10 +76,10 @@ def test_a_trial_outside_of_a_narrower_range_counts_and_is_best_but_teaches_nobo
     assert "outside" in trials[0].user_attrs
     assert status(store)["budget"]["trials"]["used"] == 4
     assert best_trial(store).number == 0
-    proposer = Suggester(store.config(), ["maximize"])
-    proposer.sync(trials)
-    proposal = proposer.propose(4)
-    assert 0.4 <= proposal.params["ratio.start"] <= 0.5  # type: ignore[union-attr]
+    suggester = Suggester(store.config(), ["maximize"])
+    suggester.update(trials)
+    suggestion = suggester.suggest(4)
+    assert 0.4 <= suggestion.params["ratio.start"] <= 0.5  # type: ignore[union-attr]
 
 
 def test_a_trial_is_inside_again_where_the_space_widens_again(tmp_path: Path) -> None:

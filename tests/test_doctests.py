@@ -13,7 +13,15 @@ MODULES = (
     "amlp_ray.config.overrides",
     "amlp_ray.method.masking_ratio",
     "amlp_ray.data.parquet",
+    "amlp_ray.data.path",
+    "amlp_ray.data.pseudonyms",
+    "amlp_ray.data.decoders.frame",
+    "amlp_ray.data.decoders.intensity",
+    "amlp_ray.data.decoders.masks",
     "amlp_ray.data.layouts.item",
+    "amlp_ray.data.layouts.listing",
+    "amlp_ray.data.layouts.nifti",
+    "amlp_ray.data.layouts.nifti_names",
     "amlp_ray.study.rungs",
 )
 

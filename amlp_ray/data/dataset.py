@@ -321,10 +321,7 @@ class PatchDataset:
     ) -> Iterator[tuple[int, pa.Table]]:
         """Yield each part of a split as (its first row, its table); one part is in memory.
 
-        Args:
-            split: name of the split.
-            columns: names of columns.
-            rows: sorted positions; parts without any of them are skipped. None reads all parts.
+        Parts without any of the sorted positions `rows` are skipped.
         """
         start = 0
         for file, part in zip(self.files(split), self.manifest.parts[split], strict=True):

@@ -96,14 +96,9 @@ def _read_frame(
     value_range: Range | None,
     masks: SegmentationMasks | None,
 ) -> Frame:
-    """Decode a frame.
+    """Decode a frame, which has the number `index` within its item.
 
-    Args:
-        source: the frame.
-        index: its number within the item.
-        config: which values are wanted.
-        value_range: what becomes 0 and 255; None: the header says it.
-        masks: segmentations of the item, if it has any.
+    `value_range` becomes 0 to 255. Without one, the header names it.
     """
     header, pixels = _decode(source)
     image, notes = _map_values(pixels, header, source.path, config, value_range)

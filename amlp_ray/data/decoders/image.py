@@ -149,20 +149,11 @@ def _to_stored_dtype(path: str, pixels: np.ndarray) -> np.ndarray:
 def _read_mask(
     path: str, shape: tuple[int, int], lesion_labels: tuple[int, ...], read: ReadFile
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Read a mask.
+    """Return the mask (H, W) of an image of `shape`, uint8 of 0 and 1, and notes.
 
     A pixel is lesion if any color channel is above zero, above half in a JPEG, or has one of
     `lesion_labels`. Alpha is ignored: RGBA masks are opaque everywhere, so counting it would mark
     the whole image.
-
-    Args:
-        path: of the mask.
-        shape: height and width of its image.
-        lesion_labels: values that are lesion; none takes all above zero.
-        read: returns the content of a file.
-
-    Returns:
-        Mask (H, W) uint8 of 0 and 1, and notes.
     """
     decoded = decode_image_file(path, read, is_mask=bool(lesion_labels))
     labels = decoded.pixels

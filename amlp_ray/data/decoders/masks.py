@@ -34,6 +34,6 @@ def select_lesion(
     listed = ", ".join(f"{value:g}" for value in values[:MAX_LISTED].tolist())
     if len(values) > MAX_LISTED:
         listed += f" and {len(values) - MAX_LISTED} more"
-    wanted = ", ".join(map(str, lesion_labels))
-    note = f"has the values {listed} but lesion_labels are {wanted}: counted as no lesion"
+    lesion_values = ", ".join(map(str, lesion_labels))
+    note = f"has the values {listed} but lesion_labels are {lesion_values}: counted as no lesion"
     return mask, (note,)

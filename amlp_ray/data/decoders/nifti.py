@@ -34,6 +34,9 @@ LABEL_TOLERANCE = 1e-3  # by which a scaled label may differ from a whole number
 MILLIMETERS = {"meter": 1000.0, "micron": 0.001}
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # of a volume turned to RAS
 HEADER_BYTES = 348  # of NIfTI-1, the shorter one
+MODALITY_ADVICE = (
+    "the modalities of a case must share one grid; register them, or prepare them apart"
+)
 GZIP = b"\x1f\x8b"
 
 
@@ -120,10 +123,7 @@ def _open_channels(item: SourceImage, read: ReadFile) -> list[_Channel]:
     volumes = [first]
     for path in item.images[1:]:
         volume = _open(path, read, first.turn)
-        advice = (
-            "the modalities of a case must share one grid; register them, or prepare them apart"
-        )
-        _check_grid(volume, first, advice)
+        _check_grid(volume, first, MODALITY_ADVICE)
         volumes.append(volume)
     channels = []
     for volume in volumes:
@@ -148,16 +148,10 @@ def _cut(values: np.ndarray, axis: int, index: int) -> np.ndarray:
 
 
 def _open(path: str, read: ReadFile, turn: np.ndarray | None = None) -> _Volume:
-    """Read a volume and turn it to RAS.
+    """Read a volume and turn it to RAS. Raises DataError if it cannot be used.
 
-    Args:
-        path: of the file.
-        read: returns the content of a file.
-        turn: orientations to use instead of its own. Of two oblique volumes on one grid, each may
-            round otherwise.
-
-    Raises:
-        DataError: the volume cannot be used.
+    `turn` replaces its own orientations: of two oblique volumes on one grid, each may round
+    otherwise.
     """
     image, content = _parse(path, read)
     proxy = image.dataobj
@@ -310,11 +304,7 @@ def _value_range(channel: _Channel, config: PrepareConfig) -> tuple[float, float
 def _read_mask(
     item: SourceImage, config: PrepareConfig, image: _Volume, read: ReadFile
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """Unite the label volumes of an item.
-
-    Returns:
-        Mask (X, Y, Z) uint8 of 0 and 1 in RAS axes, None without label volumes; and notes.
-    """
+    """Unite the label volumes of an item to (X, Y, Z) uint8 of 0 and 1 in RAS axes, with notes."""
     if not item.masks:
         return None, ()
     union = np.zeros(image.stored.shape[:3], np.uint8)

@@ -1,4 +1,4 @@
-"""Draw rules.png: what rules and scores take for the lesion on generated ultrasound, the true one outlined.
+"""Draw rules.png: the probable lesion of rules and scores on phantoms, the true one outlined.
 
 python docs/rules.py
 """
@@ -16,18 +16,23 @@ from amlp_ray.method.lesion_map import locate_lesion
 from amlp_ray.method.patches import patchify
 from amlp_ray.method.visualization import (
     RED,
-    to_pixels,
     draw_heatmap,
-    resize_map,
     draw_outline,
     draw_sheet,
     draw_strip,
+    resize_map,
     tint,
+    to_pixels,
 )
 
-SIZE, PATCH, SHOWN, COUNT = 96, 8, (108, 108), 4
-TITLE, GAP = 20, 32  # pixels: the empty row of titles, and between the halves
-GRID = (SIZE // PATCH, SIZE // PATCH)
+IMAGES = 4
+# In pixels.
+SIDE = 96
+PATCH_SIDE = 8
+PANEL = (108, 108)
+TITLE_HEIGHT = 20  # the empty row of titles
+GAP = 32  # between the halves
+GRID = (SIDE // PATCH_SIDE, SIDE // PATCH_SIDE)
 RAW = {"features": "raw", "clusters": 3}
 RULES = {
     "rule smallest, 3 clusters of raw patches (mps-ams)": {"rule": "smallest", **RAW},
@@ -41,54 +46,72 @@ SCORES = ("geodesic", "combined", "border_saliency", "row_contrast", "blob", "te
 
 
 def main() -> None:
-    drawn = [
-        draw_phantom("ultrasound", SIZE, np.random.default_rng([1, i]), lesion=True)
-        for i in range(COUNT)
-    ]
-    stored = torch.from_numpy(np.stack([image for image, _ in drawn]))[:, None]
-    pixels = stored.double()
-    spec = ImageSpec(
-        channels=1,
-        height=SIZE,
-        width=SIZE,
-        mean=(float(pixels.mean()),),
-        std=(float(pixels.std()),),
-    )
+    stored, masks = draw_phantoms()
+    mean = float(stored.double().mean())
+    std = float(stored.double().std())
+    spec = ImageSpec(channels=1, height=SIDE, width=SIDE, mean=(mean,), std=(std,))
     images = normalize(stored, spec)
-    inputs = to_pixels(images, images, spec, SHOWN)
-    true = [resize_map(torch.from_numpy(mask), mask.shape, SHOWN) for _, mask in drawn]
-
-    def row(title, panels):
-        return title, draw_strip({" " * i: draw_outline(panel, true[i]) for i, panel in enumerate(panels)})
-
-    def aim(given):
-        config = SelectionConfig.model_validate(given)
-        return locate_lesion(
-            patchify(images, PATCH), torch.arange(COUNT), GRID, 1, config, seed=0, epoch=1
-        )
-
-    def lesions(given):
-        maps = [resize_map(lesion, GRID, SHOWN) for lesion in aim(given).lesion]
-        return [tint(image, where, RED) for image, where in zip(inputs, maps, strict=True)]
-
-    def scores(name):
-        values = aim({"mode": "soft", "score": name}).score
-        low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
-        return [draw_heatmap(resize_map(share, GRID, SHOWN)) for share in (values - low) / (high - low)]
-
-    left = [row("input", inputs)] + [row(title, lesions(given)) for title, given in RULES.items()]
-    right = [row("input", inputs)] + [
-        row(f"score {name.replace('_', ' ')}", scores(name)) for name in SCORES
-    ]
-    halves = [
-        draw_sheet([each for _, each in rows], [title for title, _ in rows]) for rows in (left, right)
-    ]
+    inputs = to_pixels(images, images, spec, PANEL)
+    left = {"input": inputs}
+    for title, settings in RULES.items():
+        left[title] = draw_lesions(images, inputs, settings)
+    right = {"input": inputs}
+    for name in SCORES:
+        right[f"score {name.replace('_', ' ')}"] = draw_scores(images, name)
+    halves = [draw_half(left, masks), draw_half(right, masks)]
     width, height = halves[0].size
-    both = Image.new("RGB", (2 * width + GAP, height - TITLE), "white")
+    picture = Image.new("RGB", (2 * width + GAP, height - TITLE_HEIGHT), "white")
     for i, half in enumerate(halves):
-        both.paste(half, (i * (width + GAP), -TITLE))
-    reduced = both.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        picture.paste(half, (i * (width + GAP), -TITLE_HEIGHT))
+    reduced = picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     reduced.save(Path(__file__).with_suffix(".png"), optimize=True)
+
+
+def draw_phantoms():
+    """Return stored images (B, 1, H, W) and true lesions, one map per image."""
+    images = []
+    masks = []
+    for i in range(IMAGES):
+        rng = np.random.default_rng([1, i])
+        image, mask = draw_phantom("ultrasound", SIDE, rng, lesion=True)
+        images.append(image)
+        masks.append(resize_map(torch.from_numpy(mask), mask.shape, PANEL))
+    return torch.from_numpy(np.stack(images))[:, None], masks
+
+
+def lesion_map(images, settings):
+    config = SelectionConfig.model_validate(settings)
+    patches = patchify(images, PATCH_SIDE)
+    return locate_lesion(patches, torch.arange(IMAGES), GRID, 1, config, seed=0, epoch=1)
+
+
+def draw_lesions(images, inputs, settings):
+    """Lay the probable lesion over every image."""
+    panels = []
+    lesions = lesion_map(images, settings).lesion
+    for image, lesion in zip(inputs, lesions, strict=True):
+        panels.append(tint(image, resize_map(lesion, GRID, PANEL), RED))
+    return panels
+
+
+def draw_scores(images, name):
+    """Draw the score of every image, scaled to its own range."""
+    score = lesion_map(images, {"mode": "soft", "score": name}).score
+    low = score.amin(1, keepdim=True)
+    high = score.amax(1, keepdim=True)
+    return [draw_heatmap(resize_map(row, GRID, PANEL)) for row in (score - low) / (high - low)]
+
+
+def draw_half(rows, masks):
+    """Draw rows of panels by title, with the true lesions outlined."""
+    strips = []
+    for panels in rows.values():
+        # Titles of panels are empty, and as keys they must differ.
+        titled = {}
+        for i, (panel, mask) in enumerate(zip(panels, masks, strict=True)):
+            titled[" " * i] = draw_outline(panel, mask)
+        strips.append(draw_strip(titled))
+    return draw_sheet(strips, list(rows))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from amlp_ray.data.dataset import PatchDataset, Split
 from amlp_ray.errors import CheckpointError, ConfigError
 from amlp_ray.evaluation.diagnostics import held_out
 from amlp_ray.evaluation.labels import check_fits
+from amlp_ray.method.autoencoder import MaskedAutoencoder
 from amlp_ray.method.cluster_rules import true_lesion_patches
 from amlp_ray.method.patches import lesion_shares
 from amlp_ray.method.visualization import (
@@ -34,6 +35,10 @@ from amlp_ray.utils.files import atomic_write
 MAX_IMAGES = 64  # nobody looks through a sheet of more
 SUMMARY = "inspection.json"
 SHEET = "sheet.png"
+# `lesion_share` and `true_lesion_share` are shares of all patches, `true_lesion_masked` is a share
+# of the true lesion's. `precision` and `recall` are those of the probable lesion. `error` is the
+# mean squared error of masked tissue patches in the image's scale, `error_inside` and
+# `error_outside` that inside and outside the true lesion.
 FIGURES = (
     "true_lesion_share",
     "lesion_share",
@@ -122,17 +127,12 @@ def inspect_run(
     Writes one strip per image, `sheet.png` with all of them, and `inspection.json`, which is also
     returned:
 
-    - `images`: `id`, `picture` and figures of each image; None where a figure does not apply.
-      `lesion_share` and `true_lesion_share` are shares of all patches, `true_lesion_masked` is a
-      share of the true lesion's. `precision` and `recall` are those of the probable lesion.
-      `error` is the mean squared error of masked tissue patches in the image's scale,
-      `error_inside` and `error_outside` that inside and outside the true lesion.
+    - `images`: `id`, `picture` and `FIGURES` of each image; None where one does not apply.
     - `mean`: of each figure, over the images that have it.
     - `metrics`: first and last value of the run's metrics.
 
     Args:
-        data: patch dataset, by path or URI. By default the run's labeled one. Images are of val
-            (of train, where val is empty), not test, and normalized as in training.
+        data: patch dataset, by path or URI; by default the run's labeled one.
         count: maximum number of images.
         epoch: whose masks and ratio are drawn, with the weights of the latest. By default the
             latest.
@@ -141,8 +141,7 @@ def inspect_run(
         seed: of the masks and clusters. By default the run's own.
 
     Raises:
-        ConfigError, CheckpointError, DataError: the arguments or the run are unusable. Nothing is
-            written.
+        ConfigError, CheckpointError, DataError: the arguments, the run or the data are unusable.
     """
     run = Path(run).absolute()
     out = Path(out).absolute() if out else run / "inspect"
@@ -157,13 +156,8 @@ def inspect_run(
     if seed is not None:
         config = config.model_copy(update={"seed": seed})
     epoch = epoch or latest_epoch
-
     split = held_out(dataset, count)
-    masks = split.masks if split.labeled.all() else None
-    images = torch.from_numpy(split.images)
-    keys = torch.from_numpy(split.keys)
-    analysis = analyze(model.to(device), images, keys, masks, config, epoch)
-    panels = draw_panels(analysis, model, masks, config)
+    analysis, strips = _analyze(model.to(device), split, config, epoch)
     figures = _figures(analysis, split, config)
     summary = {
         "run": str(run),
@@ -178,7 +172,7 @@ def inspect_run(
         "mean": {name: _mean_of_column(figures, name) for name in FIGURES},
         "metrics": _first_and_last_metrics(run),
     }
-    _write(out, summary, [draw_strip(image_panels) for image_panels in panels])
+    _write(out, summary, strips)
     return summary
 
 
@@ -202,6 +196,18 @@ def _check_arguments(
         raise ConfigError(f"seed is {seed}, but must be from 0 to 2**63 - 1.")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; give a folder for the pictures.")
+
+
+def _analyze(
+    model: MaskedAutoencoder, split: Split, config: PretrainConfig, epoch: int
+) -> tuple[ImageAnalysis, list[Image.Image]]:
+    """Return the analysis of images and one strip per image."""
+    masks = split.masks if split.labeled.all() else None
+    images = torch.from_numpy(split.images)
+    keys = torch.from_numpy(split.keys)
+    analysis = analyze(model, images, keys, masks, config, epoch)
+    panels = draw_panels(analysis, model, masks, config)
+    return analysis, [draw_strip(image_panels) for image_panels in panels]
 
 
 def _figures(analysis: ImageAnalysis, split: Split, config: PretrainConfig) -> list[Figures]:
@@ -237,7 +243,8 @@ def _mean_where(values: Tensor, where: Tensor) -> float | None:
 
 
 def _mean_of_column(rows: list[Figures], name: str) -> float | None:
-    values = [row[name] for row in rows if row[name] is not None]
+    column = [row[name] for row in rows]
+    values = [value for value in column if value is not None]
     return float(np.mean(values)) if values else None
 
 

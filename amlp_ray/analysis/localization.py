@@ -5,6 +5,17 @@ true lesion patches. Labels describe the candidates, they choose none. Whoever t
 their own val or test images has tuned on labels. Whoever takes that of train has used train's
 labels and must say so.
 
+A row has:
+
+- `precision`, `recall`, `f1` of the probable lesion, means over images; 0 where nothing was found.
+  `fallback` is the share of such images, `size` the share of the tissue in the probable lesion. A
+  score's probable lesion lies 1 SD above the mean.
+- Scores also have `auc`, `ap`, and precision, recall and F1 of the top tenth (`_top`) and of the
+  top `share` (`_share`). Equal scores come in random order, as in masking.
+- `_se` is the standard error over images. `_small` and `_large` are the means over the halves by
+  lesion area.
+- `ms` is the time per image in batches of 64 after a warm-up, with that of the teacher.
+
 Shapes: B images, N patches, P values per patch.
 """
 
@@ -79,18 +90,7 @@ def bench_rules(
     candidates: Sequence[Candidate] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Row]:
-    """Measure every candidate on the images with a lesion, uncropped.
-
-    Returns one row per candidate, ready for pandas:
-
-    - `precision`, `recall`, `f1` of the probable lesion, means over images; 0 where nothing was
-      found. `fallback` is the share of such images, `size` the share of the tissue in the probable
-      lesion. A score's probable lesion lies 1 SD above the mean.
-    - Scores also have `auc`, `ap`, and precision, recall and F1 of the top tenth (`_top`) and of
-      the top `share` (`_share`). Equal scores come in random order, as in masking.
-    - `_se` is the standard error over images. `_small` and `_large` are the means over the halves
-      by lesion area.
-    - `ms` is the time per image in batches of 64 after a warm-up, with that of the teacher.
+    """Measure every candidate on the images with a lesion, uncropped; one row each for pandas.
 
     Args:
         images: maximum number of images, spread evenly; 4096 by default. Centroids of the data set
@@ -106,13 +106,8 @@ def bench_rules(
         DataError: no image has a lesion mask.
         CheckpointError: the teacher is unusable, or of other images.
     """
-    if split == "test":
-        raise ConfigError("--split test: test images are for the last look; use train or val.")
+    _check_arguments(dataset.spec, split, patch_size)
     spec = dataset.spec
-    if spec.height % patch_size or spec.width % patch_size:
-        raise ConfigError(
-            f"--patch-size {patch_size} does not divide the images of {spec.height}x{spec.width}."
-        )
     loaded_teacher = read_teacher(teacher, dataset, patch_size) if teacher else None
     if loaded_teacher:
         spec = loaded_teacher.model.spec
@@ -139,6 +134,15 @@ def bench_rules(
             | benchmark.measure(candidate, seeds)
         )
     return rows
+
+
+def _check_arguments(spec: ImageSpec, split: str, patch_size: int) -> None:
+    if split == "test":
+        raise ConfigError("--split test: test images are for the last look; use train or val.")
+    if spec.height % patch_size or spec.width % patch_size:
+        raise ConfigError(
+            f"--patch-size {patch_size} does not divide the images of {spec.height}x{spec.width}."
+        )
 
 
 def read_teacher(path: Path, dataset: PatchDataset, patch_size: int) -> Teacher:

@@ -4,6 +4,9 @@ Analyzing an image costs more than sampling a mask. Whole images are therefore a
 `selection.analysis_interval` epochs and their maps are cropped along with them. Steps in between
 pay for the crop of three small maps.
 
+Source: MPS of AMLP. Published is the unsupervised clustering into lesion and background, and in the
+second version a probability of a lesion; the rest is our reconstruction.
+
 Shapes: B images, N patches, P values per patch, D features, K clusters, h x w the patch grid.
 """
 
@@ -93,11 +96,7 @@ def locate_lesion(
         teacher: None while warming up. Features are then raw, and rules that need it find nothing.
         feedback: share of the teacher's category in the lesion; see `selection.feedback`.
         truth: (B, N) lesion share per patch, for oracles.
-        centroids: of the data set, with `scope: dataset`.
-        learn: also update the centroids.
-
-    Source: MPS of AMLP. Published is the unsupervised clustering into lesion and background, and in
-    the second version a probability of a lesion; the rest is our reconstruction.
+        centroids: of the data set, with `scope: dataset`; `learn` also updates them.
     """
     tissue = tissue_mask(patches, config)
     teacher = teacher or TeacherView()
@@ -106,8 +105,7 @@ def locate_lesion(
     cluster = score - 1
     if config.uses_score and config.score != "cluster":
         named_score = _named_score(config.score, patches, tissue, grid, config, teacher, truth)
-        if named_score is not None:
-            score = named_score
+        score = score if named_score is None else named_score
     if config.uses_clusters:
         x = cluster_features(patches, tissue, grid, channels, config.features, teacher.tokens)
         clusters, rule_noise = _cluster(x, tissue, keys, config, seed, epoch, centroids, learn)

@@ -43,34 +43,12 @@ TITLE_HEIGHT = 22
 CAPTION_HEIGHT = 24
 GAP = 8
 
-INFERNO = (
-    (0, 0, 4),
-    (51, 10, 95),
-    (120, 28, 109),
-    (187, 55, 84),
-    (237, 105, 37),
-    (252, 181, 25),
-    (252, 255, 164),
-)
+INFERNO = ("000004", "330a5f", "781c6d", "bb3754", "ed6925", "fcb519", "fcffa4")
 # Twelve of ColorBrewer's Paired and four grays, the most distinct first: the most clusters that
 # there may be.
 CLUSTER_COLORS = (
-    (31, 120, 180),
-    (255, 127, 0),
-    (51, 160, 44),
-    (106, 61, 154),
-    (227, 26, 28),
-    (255, 255, 153),
-    (166, 206, 227),
-    (251, 154, 153),
-    (178, 223, 138),
-    (202, 178, 214),
-    (253, 191, 111),
-    (177, 89, 40),
-    (40, 40, 40),
-    (100, 100, 100),
-    (160, 160, 160),
-    (220, 220, 220),
+    *("1f78b4", "ff7f00", "33a02c", "6a3d9a", "e31a1c", "ffff99", "a6cee3", "fb9a99"),
+    *("b2df8a", "cab2d6", "fdbf6f", "b15928", "282828", "646464", "a0a0a0", "dcdcdc"),
 )
 
 
@@ -343,9 +321,14 @@ def tint(image: Pixels, where: NDArray[np.float32], color: tuple[int, int, int])
 
 def tint_clusters(image: Pixels, clusters: NDArray[np.float32]) -> Pixels:
     """Lay one color per cluster (H, W) over a picture in gray; -1 has none."""
-    colors = np.asarray(CLUSTER_COLORS)[clusters.astype(int)]
+    colors = _rgb(CLUSTER_COLORS)[clusters.astype(int)]
     mixed = (0.45 * image.mean(-1, keepdims=True) + 0.55 * colors).astype(np.uint8)
     return np.where(clusters[..., None] < 0, image, mixed)
+
+
+def _rgb(hex_colors: Sequence[str]) -> NDArray[np.int64]:
+    """Return colors as an array (n, 3)."""
+    return np.array([list(bytes.fromhex(color)) for color in hex_colors])
 
 
 def draw_outline(image: Pixels, where: NDArray[np.float32]) -> Pixels:
@@ -359,7 +342,7 @@ def draw_outline(image: Pixels, where: NDArray[np.float32]) -> Pixels:
 def draw_heatmap(shares: NDArray[np.float32]) -> Pixels:
     """Draw a map (H, W) of 0 to 1 in matplotlib's inferno: black over red to yellow."""
     positions = np.linspace(0, 1, len(INFERNO))
-    channels = [np.interp(shares, positions, channel) for channel in zip(*INFERNO, strict=True)]
+    channels = [np.interp(shares, positions, channel) for channel in _rgb(INFERNO).T]
     return np.stack(channels, -1).astype(np.uint8)
 
 

@@ -43,8 +43,9 @@ def test_an_inspection_writes_a_strip_per_image_a_sheet_and_the_figures_it_retur
     out = tmp_path / "deep" / "out"
     found = inspect_run(amlp, count=3, out=out)
     assert {path.name for path in out.iterdir()} == {row["picture"] for row in found["images"]} | {
-        "sheet.png", "inspection.json",
-    }  # fmt: skip
+        "sheet.png",
+        "inspection.json",
+    }
     assert json.loads((out / "inspection.json").read_text()) == found
     val = phantom_dataset.load("val")
     assert {row["id"] for row in found["images"]} <= {
@@ -159,8 +160,11 @@ def test_an_inspection_replaces_the_pictures_of_an_earlier_one_and_nothing_else(
     (tmp_path / "9-mine.png").write_bytes(b"mine")
     found = inspect_run(amlp, count=1, out=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
-        found["images"][0]["picture"], "sheet.png", "inspection.json", "9-mine.png",
-    }  # fmt: skip
+        found["images"][0]["picture"],
+        "sheet.png",
+        "inspection.json",
+        "9-mine.png",
+    }
 
 
 def with_manifest(dataset: PatchDataset, folder: Path, **changes: Any) -> Path:
@@ -224,7 +228,11 @@ def bad_input(
     [
         ("missing folder", CheckpointError, "none does not exist"),
         ("no run", CheckpointError, "has no config.yaml"),
-        ("no checkpoint", CheckpointError, "has no checkpoint: the run has not finished an epoch yet"),
+        (
+            "no checkpoint",
+            CheckpointError,
+            "has no checkpoint: the run has not finished an epoch yet",
+        ),
         ("damaged checkpoint", CheckpointError, "are damaged"),
         ("no data.json", CheckpointError, "data.json does not say"),
         ("data gone", DataError, "There is no patch dataset"),

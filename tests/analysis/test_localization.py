@@ -1,4 +1,4 @@
-"""The localisation bench: what it measures is what the aim finds, and labels reach nothing but the oracles."""
+"""The localization benchmark measures what lesion maps find, and only oracles read labels."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Stored = Callable[..., PatchDataset]
 
 @pytest.fixture
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
-    """Writes images (N, C, H, W) and masks (N, H, W) as the train split of a dataset, three to a part."""
+    """Write images (N, C, H, W) and masks (N, H, W) as a train split, three to a part."""
 
     def write(
         images: np.ndarray, masks: np.ndarray, labeled: np.ndarray | None = None
@@ -76,7 +76,7 @@ def rows_of(dataset: PatchDataset, *names: str, **given: Any) -> dict[str, dict[
     }
 
 
-def test_a_dark_disc_is_found_by_what_looks_for_one_and_by_nearness_to_the_center_only_in_the_center(
+def test_a_dark_disc_is_found_by_dark_rules_and_by_nearness_to_the_center_only_in_the_center(
     stored: Stored,
 ) -> None:
     names = ("combined dark", "raw, 3, darkest", CENTER)
@@ -202,7 +202,9 @@ def test_a_run_adds_what_its_model_finds_hard_raw_and_per_variance(
     rows = rows_of(data, *asked, teacher=folder)
     patches = patchify(normalize(torch.from_numpy(images), data.spec), 8)
     with torch.inference_mode():
-        error, _ = predict_complementary_halves(model, patches, torch.from_numpy(data.load("train").keys), config, 1)
+        error, _ = predict_complementary_halves(
+            model, patches, torch.from_numpy(data.load("train").keys), config, 1
+        )
     truth = masks.reshape(-1, 6, 8, 6, 8).mean((2, 4)).reshape(-1, 36) >= 0.25
     for name, value in (
         ("difficulty", error),
@@ -256,7 +258,7 @@ def test_a_teacher_of_other_patches_other_images_or_nowhere_is_refused(
     with pytest.raises(ConfigError, match="trained on values around 1 "):
         bench_rules(data, teacher=tmp_path / "other.safetensors")
     checkpoints(folder)[0].write_bytes(b"damaged")
-    with pytest.raises(CheckpointError, match="All checkpoints in .* are damaged"):
+    with pytest.raises(CheckpointError, match=r"All checkpoints in .* are damaged"):
         bench_rules(data, teacher=folder)
     write_yaml(
         PretrainConfig.model_validate({"variant": "scratch", "model": TINY}),

@@ -25,9 +25,7 @@ def test_each_way_to_read_has_a_row(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AMLP_RAY_CACHE", str(tmp_path / "cache"))
-    dataset = write(
-        tmp_path / "discs", {"train": discs(37)}
-    )
+    dataset = write(tmp_path / "discs", {"train": discs(37)})
     rows = bench_reading(dataset, build(PretrainConfig, TINY, "test"), seconds=0.1, device="cpu")
     assert [row["mode"] for row in rows] == ["mapped", "stream"]
     assert [row["auto"] for row in rows] == ["x", ""]

@@ -1,4 +1,4 @@
-"""What tests of the method share: settings and models small enough for a test, and images that break naive code."""
+"""Small configs and models for tests of the method, and images that break naive code."""
 
 from __future__ import annotations
 
@@ -83,8 +83,17 @@ def step(masking: Masking, images: Tensor, keys: Tensor, epoch: int) -> Stepped:
     return Stepped(chosen, prediction, losses)
 
 
-AWKWARD = ("noise", "tiny noise", "black", "constant", "one lesion", "one bright patch", "saturated", "mostly border",
-           "huge")  # fmt: skip
+AWKWARD = (
+    "noise",
+    "tiny noise",
+    "black",
+    "constant",
+    "one lesion",
+    "one bright patch",
+    "saturated",
+    "mostly border",
+    "huge",
+)
 
 
 def awkward_image(kind: str, generator: torch.Generator) -> Tensor:

@@ -16,7 +16,14 @@ from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders import read_frames
 from amlp_ray.data.layouts import SourceImage
 from amlp_ray.data.prepare.crop import cut
-from amlp_ray.inference.geometry import OUTLINE, fit_frame, draw_overlay, encode_png, restore, encode_volume
+from amlp_ray.inference.geometry import (
+    OUTLINE,
+    draw_overlay,
+    encode_png,
+    encode_volume,
+    fit_frame,
+    restore,
+)
 
 SIZES = [(181, 97), (97, 181), (63, 40), (300, 257), (32, 64), (64, 64)]
 
@@ -137,7 +144,8 @@ def test_an_outline_runs_around_the_mask_and_hides_nothing_of_it() -> None:
     assert not (ring & (mask > 0)).any()
     assert np.ptp(drawn[~ring], axis=1).max() == 0, "grey elsewhere"
     assert np.array_equal(
-        draw_overlay(np.full((9, 9, 3), 7, np.uint8), np.zeros((9, 9), np.uint8)), np.full((9, 9, 3), 7)
+        draw_overlay(np.full((9, 9, 3), 7, np.uint8), np.zeros((9, 9), np.uint8)),
+        np.full((9, 9, 3), 7),
     )
 
 

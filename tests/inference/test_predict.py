@@ -1,7 +1,7 @@
 """Masks of new images, in the geometry of their files.
 
-Where places and files are tested, the segmenter is one that calls a pixel lesion by its brightness, so that the mask of
-an image is known; what a real one gives is tested with one fine-tuned on phantoms.
+Tests of positions and files use a segmenter that calls a pixel lesion by its brightness, so that
+the mask of an image is known. Probabilities are tested with one fine-tuned on phantoms.
 """
 
 from __future__ import annotations
@@ -362,10 +362,14 @@ def test_an_overlay_is_the_image_with_an_outline(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("trained", "tiling", "fit"),
     [
-        ("stretch", "auto", "stretch"), ("pad", "auto", "pad"), ("tiles", "auto", "tiles"),
-        ("stretch", "on", "tiles"), ("pad", "off", "pad"), ("tiles", "off", "pad"),
+        ("stretch", "auto", "stretch"),
+        ("pad", "auto", "pad"),
+        ("tiles", "auto", "tiles"),
+        ("stretch", "on", "tiles"),
+        ("pad", "off", "pad"),
+        ("tiles", "off", "pad"),
     ],
-)  # fmt: skip
+)
 def test_images_are_taken_as_in_training_unless_told(trained: str, tiling: str, fit: str) -> None:
     prepare = PrepareConfig.model_validate(
         {"fit": trained, "scale": 0.5 if trained == "tiles" else 1}

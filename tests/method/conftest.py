@@ -15,7 +15,10 @@ from amlp_ray.data.phantoms import draw_phantom
 
 @pytest.fixture(scope="session")
 def ultrasound() -> tuple[Tensor, Tensor, Tensor]:
-    """16 ultrasound phantoms with one dark lesion each: images (B, 1, 64, 64) of SD 1, masks (B, 64, 64), keys (B,)."""
+    """16 ultrasound phantoms with one dark lesion each.
+
+    Images (B, 1, 64, 64) of SD 1, masks (B, 64, 64), keys (B,).
+    """
     drawn = [
         draw_phantom("ultrasound", 64, np.random.default_rng([7, i]), lesion=True)
         for i in range(16)

@@ -1,6 +1,7 @@
 """Our model, losses and masks against the public code of MAE and HPM, weight for weight.
 
-Set AMLP_RAY_ORIGINALS to a folder that holds clones of facebookresearch/mae as `mae` and Haochen-Wang409/HPM as `HPM`.
+Set AMLP_RAY_ORIGINALS to a folder that holds clones of facebookresearch/mae as `mae` and
+Haochen-Wang409/HPM as `HPM`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ VALUES = 3 * PATCH**2
 SPEC = ImageSpec(channels=3, height=SIZE, width=SIZE, mean=(0.0,) * 3, std=(1.0,) * 3)
 SIZES = ModelConfig(
     patch_size=PATCH, width=48, depth=2, heads=3, decoder_width=32, decoder_depth=2, decoder_heads=2
-)  # fmt: skip
+)
 PLAIN = LossConfig(weighting="none", ccl_weight=0.0)
 
 # Theirs are rows of (p, p, C), ours of (C, p, p): row i of ours is row ORDER[i] of theirs.
@@ -58,7 +59,10 @@ Original = Callable[[Path, str], AbstractContextManager[ModuleType]]
 
 
 def ours_of(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of an original under our names and in our order; HPM's P predictions per patch, averaged, are our one."""
+    """Weights of an original under our names and in our order.
+
+    HPM's P predictions per patch, averaged, are our one.
+    """
     renamed = {}
     for name, value in theirs.items():
         part, dot, rest = name.partition(".")
@@ -76,7 +80,8 @@ def built(folder: str, module: str, *, norm_pix: bool = False) -> Any:
     path = Path(ORIGINALS) / folder
     if not ORIGINALS or not path.is_dir():
         pytest.skip(
-            f"AMLP_RAY_ORIGINALS names no folder that holds {folder}/, a clone of the public repository"
+            f"AMLP_RAY_ORIGINALS names no folder that holds {folder}/, "
+            "a clone of the public repository"
         )
     if folder == "HPM":
         pytest.importorskip("einops", reason="HPM's code imports einops")
@@ -84,9 +89,18 @@ def built(folder: str, module: str, *, norm_pix: bool = False) -> Any:
     torch.manual_seed(0)
     with original(path, module) as loaded:
         model = loaded.MaskedAutoencoderViT(
-            SIZE, PATCH, 3, SIZES.width, SIZES.depth, SIZES.heads, SIZES.decoder_width, SIZES.decoder_depth,
-            SIZES.decoder_heads, norm_layer=partial(nn.LayerNorm, eps=1e-6), norm_pix_loss=norm_pix,
-        )  # fmt: skip
+            SIZE,
+            PATCH,
+            3,
+            SIZES.width,
+            SIZES.depth,
+            SIZES.heads,
+            SIZES.decoder_width,
+            SIZES.decoder_depth,
+            SIZES.decoder_heads,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            norm_pix_loss=norm_pix,
+        )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "pos_embed" not in name:
@@ -107,7 +121,10 @@ def split(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def close_gradients(theirs: Any, ours: nn.Module, *, but: str = "none") -> None:
-    """Every gradient of ours equals theirs, to 1e-4 of the largest of its tensor; some are 0 but for rounding."""
+    """Every gradient of ours equals theirs, to 1e-4 of the largest of its tensor.
+
+    Some are 0 but for rounding.
+    """
     gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     expected = {
         name: value for name, value in ours_of(gradients).items() if not name.startswith(but)

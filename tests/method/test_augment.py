@@ -15,7 +15,10 @@ KEYS = torch.arange(200)
 
 
 def coordinates(images: int = 200, side: int = 32) -> Tensor:
-    """Images whose two channels hold x and y, from -1 to 1 over the pixel centres: a crop shows where it was cut."""
+    """Images whose two channels hold x and y, from -1 to 1 over the pixel centers.
+
+    A crop of them shows where it was cut.
+    """
     at = (torch.arange(side) + 0.5) / side * 2 - 1
     x, y = at.expand(side, side), at[:, None].expand(side, side)
     return torch.stack([x, y]).expand(images, 2, side, side)
@@ -33,7 +36,7 @@ def crop(
 
 
 def sides(cut: Tensor) -> tuple[Tensor, Tensor]:
-    """Width (negative where mirrored) and height of the crops of `coordinates`, as shares of the image."""
+    """Width (negative where mirrored) and height of crops of `coordinates`, as image shares."""
     n = cut.shape[-1]
     inner = slice(4, n - 4)  # away from the padded rim
     step = 2 / n
@@ -209,7 +212,10 @@ def discs(count: int, height: int, width: int) -> Tensor:
     ids=str,
 )
 def test_a_mask_lies_where_its_image_lies_after_any_augmentation(given: dict[str, Any]) -> None:
-    """The mask as a channel of the image, which intensity moves but cannot shift, is cut as the mask itself."""
+    """The mask as a channel of the image is cut as the mask itself.
+
+    Intensity changes its values but cannot shift it.
+    """
     masks, keys = discs(40, 24, 32), KEYS[:40]
     images = torch.cat([noise(), masks[:, None].float()], 1)
     shown, cut = augment(images, masks, keys, seed=3, epoch=2, **given)
@@ -221,7 +227,9 @@ def test_a_mask_lies_where_its_image_lies_after_any_augmentation(given: dict[str
     there = (masks > 0).any(2).any(1) & (cut > 0).any(2).any(1)
     agreed = (inside == (cut > 0)).float().mean((1, 2))[there]
     assert agreed.min() > 0.93, "bilinear against nearest at the rim, and gamma's shift of one half"
-    assert torch.equal(apply_crop(masks[:, None].float(), maps(given), "nearest")[:, 0], cut.float())
+    assert torch.equal(
+        apply_crop(masks[:, None].float(), maps(given), "nearest")[:, 0], cut.float()
+    )
 
 
 def maps(given: dict[str, Any]) -> Tensor | None:
@@ -270,7 +278,7 @@ def test_upside_down_turns_about_half_of_the_images_and_only_where_it_is_asked_f
 
 
 def test_a_new_kind_of_augmentation_moves_no_earlier_draw() -> None:
-    """Crops and left-right flips are what they were before the others existed: their first five numbers."""
+    """Crops and left-right flips use the first five numbers, as before the others existed."""
     plain = random_crop(KEYS, min_crop_area=0.5, flip=True, seed=0, epoch=1)
     both = random_crop(KEYS, min_crop_area=0.5, flip=True, flip_vertical=True, seed=0, epoch=1)
     assert plain is not None
@@ -323,8 +331,10 @@ def test_no_scale_of_values_makes_a_number_that_is_none(scale: float) -> None:
     assert out.isfinite().all()
 
 
-@pytest.mark.parametrize(("dtype", "mean", "std"), [("uint8", 90, 60), ("uint16", 3e4, 2e4), ("int16", -500, 400),
-                                                    ("float32", 0.4, 0.1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "mean", "std"),
+    [("uint8", 90, 60), ("uint16", 3e4, 2e4), ("int16", -500, 400), ("float32", 0.4, 0.1)],
+)
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_stored_images_of_any_dtype_and_channels_are_augmented(
     dtype: str, mean: float, std: float, channels: int

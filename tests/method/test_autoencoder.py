@@ -58,7 +58,7 @@ def patches_and_split(shape: Shape, masked: int) -> tuple[Tensor, Tensor, Tensor
 
 @torch.no_grad()
 def reference_mae(model: MaskedAutoencoder, patches: Tensor, visible: Tensor) -> Tensor:
-    """MAE's forward as published: mask tokens appended, unshuffled into place, all tokens decoded, all predicted."""
+    """MAE's forward as published: mask tokens appended, unshuffled, all decoded and predicted."""
     b, n, _ = patches.shape
     encoded = model.decoder_embed(encoder_tokens(model.encoder, patches, visible))
     full = model.mask_token.expand(b, n, -1).clone()

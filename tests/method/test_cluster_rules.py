@@ -12,7 +12,7 @@ from amlp_ray.method.counter_rng import CLUSTER, uniform
 from amlp_ray.method.kmeans import Clusters
 from amlp_ray.method.patch_scores import PATCH_SCORES
 
-# An image of 8x8 patches whose regions each answer another rule; the background is more than half of it.
+# An image of 8x8 patches whose regions each answer another rule; the background is more than half.
 BACKGROUND, CORNER, DARK, BRIGHT, MIDDLE, TEXTURED = range(6)
 LEVELS = (0.5, 0.4, 0.1, 0.9, 0.6, 0.5)
 
@@ -41,7 +41,10 @@ def known_clusters() -> tuple[Clusters, Tensor]:
 def name(
     images: int = 1, *, rule: str, min_patches: int = 2, max_share: float = 0.5, **given: Any
 ) -> tuple[Any, Any]:
-    """The named cluster of each of `images` copies and whether one was found; plain numbers for a single one."""
+    """The chosen cluster of each of `images` copies and whether one was found.
+
+    Plain numbers for a single image.
+    """
     clusters, x = known_clusters()
     clusters = Clusters(*(part.expand(images, *part.shape[1:]) for part in clusters))
     x = x.expand(images, -1, -1)
@@ -96,9 +99,7 @@ def test_the_oracle_names_the_cluster_that_covers_the_truth_best(region: int) ->
     assert name(rule="oracle", truth=share) == (region, True)
 
 
-def test_the_oracle_finds_nothing_where_there_is_no_lesion_or_only_too_large_a_cluster_holds_it() -> (
-    None
-):
+def test_the_oracle_finds_nothing_without_a_lesion_or_where_too_large_a_cluster_holds_it() -> None:
     labels = known_clusters()[0].labels
     assert name(rule="oracle", truth=torch.zeros(1, 64))[1] is False
     assert name(rule="oracle", truth=(labels == BACKGROUND).float())[1] is False

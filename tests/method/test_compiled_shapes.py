@@ -42,7 +42,7 @@ class Counting:
 
 
 def trained(chosen: PretrainConfig) -> tuple[int, list[int]]:
-    """Number of graphs compiled over a whole schedule, and the number of masked patches of every epoch."""
+    """Graphs compiled over a whole schedule, and the number of masked patches of every epoch."""
     model, backend, counts = build(chosen), Counting(), []
     network: nn.Module = torch.compile(model, backend=backend, dynamic=False)
     masking, images, keys = Masking(model, chosen), random_images(GREY, 2), torch.arange(2)

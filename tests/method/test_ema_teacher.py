@@ -62,7 +62,7 @@ def shown(model: MaskedAutoencoder, seed: int) -> dict[str, Tensor]:
 def test_the_teacher_is_the_average_of_what_it_was_shown_with_weights_that_fall_by_decay_a_step(
     decay: float,
 ) -> None:
-    """Each model shown stands for all steps since the one before; the random start has no weight."""
+    """Each model stands for all steps since the one before; the random start has no weight."""
     model, teacher, _ = taught(AMLP)
     at, states = [0, 3, 4, 11], []
     for k in range(1, len(at)):

@@ -52,7 +52,7 @@ def shape_of(config: ModelConfig, channels: int = 1, grid: tuple[int, int] = (3,
 def encoder_of(
     given: dict[str, Any], channels: int = 1
 ) -> tuple[VisionTransformer, ModelConfig, Tensor]:
-    """An encoder whose prefix tokens and positions are no longer what they were initialised to, and three images."""
+    """Three images and an encoder whose prefix tokens and positions are no longer the initial."""
     config = ModelConfig(**given)
     shape = shape_of(config, channels)
     torch.manual_seed(0)

@@ -29,7 +29,7 @@ def seeds(images: int, count: int, *, seed: int = 0) -> Tensor:
 
 
 def blobs(images: int, patches: int, clusters: int) -> tuple[Tensor, Tensor]:
-    """Points around `clusters` centres per image, and a quarter of them outside, where they must not count."""
+    """Points around `clusters` centers per image; a quarter are outside and must not count."""
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(images, clusters, 6, generator=generator) * 4
     member = torch.randint(clusters, (images, patches), generator=generator)
@@ -92,7 +92,7 @@ def test_inertia_on_real_images_comes_close_to_the_best_of_ten_starts_of_scikit_
     mean: float,
     worst: float,
 ) -> None:
-    """A start of scikit-learn tries several candidates per centre and so is worth more than one of ours."""
+    """A start of scikit-learn tries several candidates per center, so it is worth more."""
     ratio = ratios(*features_of(real_images[source], kind), clusters, n_init=n_init, theirs=10)
     assert ratio.mean() <= mean
     assert ratio.max() <= worst
@@ -201,7 +201,11 @@ def test_membership_has_its_formula_and_nears_the_uniform_one_with_a_large_tempe
 
 def test_membership_of_a_constant_image_is_finite() -> None:
     x, inside = torch.zeros(1, 9, 2), torch.ones(1, 9, dtype=torch.bool)
-    assert log_membership(x, kmeans(x, inside, 3, seeds(1, 6)), torch.tensor([0]), 1.0).isfinite().all()
+    assert (
+        log_membership(x, kmeans(x, inside, 3, seeds(1, 6)), torch.tensor([0]), 1.0)
+        .isfinite()
+        .all()
+    )
 
 
 # Clusters of a data set

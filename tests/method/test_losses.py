@@ -310,7 +310,7 @@ def test_what_is_trained_never_pays_for_a_worse_patch(
     difficulty: str,
     eta: float,
 ) -> None:
-    """The gradient of the total, on which training goes, points away from every patch's target, lesion or not."""
+    """The gradient of the total points away from every patch's target, lesion or not."""
     given = Case(seed)
     target = given.target
     if norm_pix:
@@ -334,7 +334,7 @@ def test_what_is_trained_never_pays_for_a_worse_patch(
 
 
 def worse(given: Case, where: Tensor, factor: float) -> Case:
-    """The same with the error of patches `where` (B, M) `factor`^2 times as large, and all else equal."""
+    """The same with the error of patches `where` (B, M) `factor`^2 times as large."""
     pixels = given.target + factor * (given.pixels.detach() - given.target)
     given.pixels = torch.where(where[..., None], pixels, given.pixels.detach())
     return given
@@ -345,7 +345,7 @@ def worse(given: Case, where: Tensor, factor: float) -> Case:
 def test_the_unweighted_total_read_as_a_number_rises_with_the_error_of_lesion_patches(
     seed: int, factor: float, norm_pix: bool
 ) -> None:
-    """CCL goes by cluster labels alone here: difficulty labels follow the errors, and so the number does."""
+    """CCL uses cluster labels alone here: difficulty labels follow the errors, and so would it."""
     chosen = {"weighting": "none", "ccl_weight": 10.0, "ccl_difficulty_share": 0.0}
     after = worse(Case(seed), Case(seed).lesion, factor).loss(**chosen)
     before = Case(seed).loss(**chosen)
@@ -372,7 +372,10 @@ def test_weights_do_not_change_when_all_errors_of_an_image_grow_alike(
 def test_the_weighted_total_read_as_a_number_rises_with_patches_harder_than_half_the_weighted_mean(
     errors: list[float], which: int, factor: float
 ) -> None:
-    """Weights are recomputed from the errors: with gamma 1 the loss is sum e^2 / sum e, which falls below that half."""
+    """Weights are recomputed from the errors.
+
+    With gamma 1 the loss is sum e^2 / sum e, which falls below that half.
+    """
     e = torch.tensor([errors], dtype=torch.float64)
     chosen = LossConfig(gamma=1.0, clip_min=1e-6, clip_max=1e6)
 
@@ -389,7 +392,10 @@ def test_the_weighted_total_read_as_a_number_rises_with_patches_harder_than_half
 
 
 def test_an_easy_patch_that_gets_worse_may_lower_the_number_but_is_never_pushed_there() -> None:
-    """The price of weights relative to the image: easy patches that get harder take weight from the hard ones."""
+    """The price of weights relative to the image.
+
+    Easy patches that get harder take weight from the hard ones.
+    """
     target = torch.zeros(1, 2, 1)
     values, slopes = [], []
     for easy in (0.01, 0.3):
@@ -495,7 +501,7 @@ def test_mean_marks_patches_harder_than_their_image() -> None:
 def test_otsu_marks_what_lies_above_the_split_of_most_variance_between_classes(
     errors: list[float],
 ) -> None:
-    """Brute force over all splits: least variance within both classes, which is most between them."""
+    """Brute force over all splits: least variance within both classes is most between them."""
     e = torch.tensor([errors], dtype=torch.float64)
     tissue = torch.ones_like(e, dtype=torch.bool)
     hard = hard_labels(e, tissue, tissue, "otsu")[0]

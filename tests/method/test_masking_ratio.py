@@ -71,9 +71,7 @@ def test_a_falling_schedule_mirrors_the_rising_one(shape: str) -> None:
     assert down == pytest.approx([1 - ratio for ratio in up])
 
 
-def test_an_exponential_schedule_multiplies_by_the_same_factor_each_epoch_and_falls_as_it_rose() -> (
-    None
-):
+def test_an_exponential_schedule_multiplies_by_one_factor_each_epoch_and_falls_as_it_rose() -> None:
     up = course(RatioConfig(start=0.1, end=0.8, shape="exponential"), 10)
     assert [b / a for a, b in itertools.pairwise(up)] == pytest.approx([8 ** (1 / 9)] * 9)
     down = course(RatioConfig(start=0.8, end=0.1, shape="exponential"), 10)

@@ -1,4 +1,7 @@
-"""Every part of AMLP that is switched off leaves plain MAE, to the bit: so a study compares parts, not code."""
+"""Every part of AMLP that is switched off leaves plain MAE, to the bit.
+
+So a study compares parts, not code.
+"""
 
 from __future__ import annotations
 

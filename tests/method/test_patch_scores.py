@@ -37,7 +37,10 @@ def scored(
 
 
 def auc(value: Tensor, masks: Tensor, p: int = 8) -> float:
-    """Mean over images of the AUC for patches at least a quarter lesion against those without any; the rest is rim."""
+    """Mean over images of the AUC for patches of a quarter lesion or more against those of none.
+
+    The rest is rim.
+    """
     share = F.avg_pool2d(masks[:, None].float(), p)[:, 0].flatten(1)
     aucs = []
     for v, s in zip(value, share, strict=True):
@@ -133,7 +136,10 @@ def test_an_image_whose_patches_are_all_alike_scores_0(
 
 
 def test_patches_that_are_alike_get_like_scores_wherever_they_lie() -> None:
-    """A saturated image has many equal patches; ranked by position they would be masked from the bottom up."""
+    """A saturated image has many equal patches.
+
+    Ranked by position they would be masked from the bottom up.
+    """
     image = torch.zeros(1, 1, 64, 64)
     image[..., 24:40, 24:40] = -1
     value = scored(image, score="combined")[0].view(8, 8)

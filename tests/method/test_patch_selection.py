@@ -239,7 +239,7 @@ def test_border_is_masked_last_in_hard_mode() -> None:
     assert (hidden(everything) & tissue).sum() >= tissue.sum() - 8
 
 
-def test_a_lesion_that_a_crop_blurred_counts_where_it_covers_more_than_half_of_a_patch_of_tissue() -> (
+def test_a_lesion_blurred_by_a_crop_counts_where_it_covers_more_than_half_of_a_tissue_patch() -> (
     None
 ):
     tissue = torch.ones(1, 64, dtype=torch.bool)

@@ -44,7 +44,7 @@ def test_the_loss_is_the_mean_negative_cosine_to_the_other_view() -> None:
 
 
 def test_projections_serve_as_targets_without_a_gradient() -> None:
-    """With the predictor fixed to give a constant, only targets could carry a gradient, and they do not."""
+    """With a constant predictor only targets could carry a gradient, and they do not."""
     model = network()
     with torch.no_grad():
         model.predictor[-1].weight.zero_()

@@ -128,7 +128,7 @@ def test_the_reconstruction_is_the_input_where_visible_and_another_where_the_mas
     for i, image in enumerate(draw(masks=False, **given)):
         for row in range(8):
             for column in range(8):
-                # Every patch is shown 24 pixels wide; bicubic resizing mixes some pixels at its rim.
+                # Every patch is 24 pixels wide; bicubic resizing mixes some pixels at its rim.
                 inside = np.s_[row * 24 + 8 : row * 24 + 16, column * 24 + 8 : column * 24 + 16]
                 whole, again, masked = (
                     image[name][inside] for name in ("input", "reconstruction", "masked 75%")
@@ -144,9 +144,7 @@ def test_the_reconstruction_is_the_input_where_visible_and_another_where_the_mas
                     np.testing.assert_array_equal(whole, again)
 
 
-def test_predictions_of_standardized_patches_are_put_back_to_the_patch_s_own_mean_and_contrast() -> (
-    None
-):
+def test_predictions_of_standardized_patches_get_the_patch_s_own_mean_and_contrast_back() -> None:
     """A prediction of 0 is then the mean of each patch: bright on the right, dark on the left."""
     model, config = setting((1, 32, 32), variant="mae", loss={"norm_pix": True})
     torch.nn.init.zeros_(model.predict.weight)

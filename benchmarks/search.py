@@ -1,5 +1,4 @@
-"""How many epochs does a search need? Samplers and pruners compared on a table of finished
-trainings.
+"""Compare samplers and pruners by the epochs that a search needs, on a table of finished trainings.
 
     # 30 seeds of everything: two hours, of which gp is most
     python benchmarks/search.py
@@ -7,11 +6,9 @@ trainings.
     # replays are kept there, and those that are there not run again
     python benchmarks/search.py --out FOLDER
 
-First it says what can be known from the table at all: how well each rung ranks, what noise of
-seeds is, and what
-settings explain. Then it replays, and says after how many epochs each method has found what
-random search finds in the
-whole budget.
+First it prints what can be known from the table at all: how well each rung ranks, the noise of
+seeds, and what settings explain. Then it replays searches, and prints after how many epochs each
+method has found what random search finds in the whole budget.
 """
 
 from __future__ import annotations
@@ -26,9 +23,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before numpy and torch: replays run side by side instead
+# Before numpy and torch are imported: replays run side by side instead.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import optuna

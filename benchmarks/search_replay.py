@@ -99,7 +99,6 @@ def _params(row: Mapping[str, str], config: StudyConfig) -> Params:
         for name, text in row.items()
         if name.startswith("params.") and text
     }
-    # type: ignore[union-attr]
     words = {name for name, p in config.space.items() if hasattr(p, "choices")}
     return {name: text if name in words else float(text) for name, text in names.items()}
 
@@ -112,9 +111,8 @@ Answer = Callable[[Params], tuple[Params, FloatArray] | None]
 class Nearest:
     """Answers by the nearest row; None when all are used up, where each answers once only.
 
-    Numbers are compared as shares of their range, on a log scale where the space has one; another
-    choice counts as a
-    whole range. The distance is Euclidean.
+    Numbers are compared as shares of their range, on a log scale where the space has one. Another
+    choice counts as a whole range. The distance is Euclidean.
     """
 
     def __init__(self, table: Table, *, again: bool = False) -> None:
@@ -148,9 +146,8 @@ class Bowl:
     """What the table might be if settings mattered: a made-up effect of what was asked, on top
     of `Nearest`'s noise.
 
-    Scores fall with the distance from one point of the space, the more the longer a trial trains;
-    over the table, this
-    effect is twice as large as the spread that is there.
+    Scores fall with the distance from one point of the space, the more the longer a trial trains.
+    Over the table, this effect is twice as large as the spread that is there.
     """
 
     def __init__(self, table: Table) -> None:

@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, TypedDict, cast
+from typing import Any, Generic, TypedDict, TypeVar, cast
 
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from amlp_ray.config import StudyConfig
+
+T = TypeVar("T")
 
 
 class TrialStats(TypedDict, total=False):
@@ -52,11 +54,30 @@ class TrialAttributes(TypedDict, total=False):
     stats: TrialStats
 
 
+class _Attribute(Generic[T]):
+    """A user attribute of `TrialAttributes`; None if the trial does not have it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, record: TrialRecord, owner: type) -> T | None:
+        return record.attributes.get(self._name)
+
+
 @dataclass(frozen=True)
 class TrialRecord:
     """A stored trial of the search, the baselines or the confirmation."""
 
     frozen: FrozenTrial
+
+    baseline = _Attribute[str]("baseline")
+    candidate = _Attribute[str]("candidate")
+    parent = _Attribute[int]("parent")
+    source = _Attribute[str]("source")
+    copy_of = _Attribute[int]("copy_of")
+    retry_of = _Attribute[int]("retry_of")
+    outside = _Attribute[str]("outside")
+    reason = _Attribute[str]("reason")
 
     @classmethod
     def from_frozen(cls, frozen: FrozenTrial) -> TrialRecord:
@@ -216,18 +237,6 @@ class TrialRecord:
         return trial_path(self.number)
 
     @property
-    def baseline(self) -> str | None:
-        """Return the name of the baseline that the trial is a run of."""
-        name = self.attributes.get("baseline")
-        return None if name is None else str(name)
-
-    @property
-    def candidate(self) -> str | None:
-        """Return the name of the candidate that the trial confirms."""
-        name = self.attributes.get("candidate")
-        return None if name is None else str(name)
-
-    @property
     def repeat(self) -> int:
         """Return which repeat of its baseline or candidate this is; otherwise the number."""
         return int(self.attributes.get("repeat", self.number))
@@ -253,24 +262,9 @@ class TrialRecord:
         return int(self.attributes.get("member", 0))
 
     @property
-    def parent(self) -> int | None:
-        """Return the number of the trial whose checkpoint a step resumes from."""
-        return self.attributes.get("parent")
-
-    @property
-    def source(self) -> str | None:
-        """Return where an imported trial comes from."""
-        return self.attributes.get("source")
-
-    @property
     def is_imported(self) -> bool:
         """Return whether another study ran the trial."""
         return "source" in self.attributes
-
-    @property
-    def copy_of(self) -> int | None:
-        """Return the number of the trial whose stored scores answered this one."""
-        return self.attributes.get("copy_of")
 
     @property
     def is_copy(self) -> bool:
@@ -278,24 +272,9 @@ class TrialRecord:
         return "copy_of" in self.attributes
 
     @property
-    def retry_of(self) -> int | None:
-        """Return the number of the trial that this one runs again."""
-        return self.attributes.get("retry_of")
-
-    @property
-    def outside(self) -> str | None:
-        """Return why the trial lies outside of the changed search space."""
-        return self.attributes.get("outside")
-
-    @property
     def lost(self) -> int:
         """Return how often the trial's process died."""
         return int(self.attributes.get("lost", 0))
-
-    @property
-    def reason(self) -> str | None:
-        """Return why the trial failed or ended early."""
-        return self.attributes.get("reason")
 
     @property
     def counts_in_budget(self) -> bool:

@@ -378,7 +378,7 @@ def test_yaml_python_and_a_function_give_the_same_suggestions(sampler: str, tmp_
     file.write_text(YAML)
     declared = build_study(read_yaml(file), str(file))
     python = StudyConfig(name="same", seed=7, space=PYTHON)
-    # type: ignore[arg-type]  # kept by its name
+    # A function is kept by its name.
     function = StudyConfig(name="same", seed=7, space=as_function)
     write_yaml(declared, tmp_path / "kept.yaml")
     kept = build_study(read_yaml(tmp_path / "kept.yaml"), "kept.yaml")
@@ -424,7 +424,6 @@ end = trial.suggest_float("ratio.end", 0.1, 0.9)
 if end < start:
     raise optuna.TrialPruned("falls")"""
     monkeypatch.chdir(tmp_path)
-    # type: ignore[arg-type]
     config = study(module(tmp_path, body, "refusing"), require=["ratio.end - ratio.start < 0.4"])
     check_space(config)
     assert (

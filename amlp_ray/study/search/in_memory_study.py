@@ -33,9 +33,9 @@ class TrialDelta:
             trials: of the study, in order. A list that was read before the last call's is allowed
                 and takes nothing back.
         """
-        known = [number for number in self._unfinished if number < len(trials)]
+        readable = [number for number in self._unfinished if number < len(trials)]
         missing = [number for number in self._unfinished if number >= len(trials)]
-        changed = [trials[number] for number in known] + list(trials[self._n_seen :])
+        changed = [trials[number] for number in readable] + list(trials[self._n_seen :])
         running = [trial.number for trial in changed if not trial.state.is_finished()]
         self._unfinished = running + missing
         self._n_seen = max(self._n_seen, len(trials))

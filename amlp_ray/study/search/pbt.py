@@ -150,9 +150,9 @@ class Population:
         if generation == 0:
             return self._step(trials, 0, member, None, self._first_params(member, rng))
         best, replaced = self._rank(previous)
-        own = previous[member]
-        is_replaced = own.number in replaced
-        parent = rng.choice(best) if is_replaced else own
+        own_step = previous[member]
+        is_replaced = own_step.number in replaced
+        parent = rng.choice(best) if is_replaced else own_step
         params = dict(parent.params)
         for name, parameter in self._ranges.items():
             if name == PBT_RATIO or is_replaced:

@@ -257,8 +257,10 @@ class Pruning:
         reference = [best_scores[image] for image in images]
         mean = sum(reference) / len(reference)
         study.add_trial(create_trial(value=mean, intermediate_values=dict(enumerate(reference))))
-        own = [scores[image] for image in images]
-        trial = ObservedTrial(1, TrialState.RUNNING, intermediate_values=dict(enumerate(own)))
+        own_scores = [scores[image] for image in images]
+        trial = ObservedTrial(
+            1, TrialState.RUNNING, intermediate_values=dict(enumerate(own_scores))
+        )
         return bool(self._pruner.prune(study, trial))
 
     def _best_first(self) -> list[TrialRecord]:

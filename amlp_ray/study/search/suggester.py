@@ -184,10 +184,10 @@ class Suggester:
             if suggestion.params.keys() <= fixed.keys():
                 break
         if duplicate is None:
-            shown = ", ".join(f"{name}={value}" for name, value in fixed.items())
+            enqueued = ", ".join(f"{name}={value}" for name, value in fixed.items())
             raise ConfigError(
-                f"trial {number}: what was enqueued ({shown}) leaves no combination that `require` "
-                f"and the settings allow; enqueue other values."
+                f"trial {number}: what was enqueued ({enqueued}) leaves no combination that "
+                f"`require` and the settings allow; enqueue other values."
             )
         return duplicate
 

@@ -28,18 +28,18 @@ class GivenTrial(FixedTrial):
     """A trial whose parameters are given."""
 
     def __init__(
-        self, given: Mapping[str, Any], *, fill: Fill | None = None, check: bool = True
+        self, params: Mapping[str, Any], *, fill: Fill | None = None, check: bool = True
     ) -> None:
         """Set up the trial.
 
         Args:
-            given: parameters by name.
+            params: by name.
             fill: gives a parameter that is missing. Without it, OutOfSpaceError is raised.
             check: whether OutOfSpaceError is raised for a parameter outside of its range. Not for
                 a stored trial, whose space may have changed since.
         """
-        super().__init__(dict(given))
-        self._given = given
+        super().__init__(dict(params))
+        self._given = params
         self._fill = fill
         self._check = check
         self._answers: dict[str, Any] = {}

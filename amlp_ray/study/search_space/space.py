@@ -143,12 +143,12 @@ class SearchSpace:
             if value is None:
                 value = self._base(params).get(name)
                 if value is None or not is_inside(parameter, value):
-                    own = ""
+                    explanation = ""
                     if name in SETTINGS:
-                        own = f", and the study's own {value!r} lies outside"
+                        explanation = f", and the study's own {value!r} lies outside"
                     raise ConfigError(
-                        f"space: {name} has no default{own}; the first trial tries defaults, so "
-                        f"give one here too.",
+                        f"space: {name} has no default{explanation}; the first trial tries "
+                        f"defaults, so give one here too.",
                         keys=[f"space.{name}"],
                     )
             elif isinstance(parameter, Range) and type(SETTINGS.get(name)) is int:
@@ -165,15 +165,15 @@ class SearchSpace:
 
     # Given parameters
 
-    def fit(self, given: Mapping[str, Any]) -> FittedParams:
+    def fit(self, params: Mapping[str, Any]) -> FittedParams:
         """Fit all parameters of a trial into the space; those that it does not ask for are dropped.
 
         Raises:
             OutOfSpaceError: one is missing, lies outside, or they do not go together.
         """
-        return self._fit(GivenTrial(given))
+        return self._fit(GivenTrial(params))
 
-    def fit_some(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def fit_some(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return some parameters of a trial as the space has them; a sampler may add the others.
 
         Raises:
@@ -190,25 +190,25 @@ class SearchSpace:
         refusal = None
         names = set(self.parameters)
         for _ in range(N_SAMPLES):
-            trial = GivenTrial(given, fill=sample)
+            trial = GivenTrial(params, fill=sample)
             try:
                 fitted = self._fit(trial)
             except OutOfSpaceError as error:
                 refusal = refusal or error
             else:
-                if given.keys() <= fitted.params.keys():
-                    return {name: fitted.params[name] for name in given}
+                if params.keys() <= fitted.params.keys():
+                    return {name: fitted.params[name] for name in params}
             names |= trial.params.keys()
         if refusal:
             raise refusal
-        for name in given.keys() - names:
+        for name in params.keys() - names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
             advice = f"searched are {', '.join(sorted(names)) or 'no settings'}."
             if near:
                 advice = f"did you mean {near[0]}?"
             raise OutOfSpaceError(f"{name} is not searched by this study; {advice}")
         raise OutOfSpaceError(
-            f"{', '.join(given)}: no trial has these values together; `when` of the space says "
+            f"{', '.join(params)}: no trial has these values together; `when` of the space says "
             f"what goes with what."
         )
 

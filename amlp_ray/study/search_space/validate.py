@@ -136,13 +136,13 @@ def _sampled_issues(space: SearchSpace, base: Mapping[str, Any]) -> list[ConfigI
 
 def _function_issues(space: SearchSpace, base: Mapping[str, Any]) -> Iterator[ConfigIssue]:
     """Check what a function asks for as if it were declared."""
-    asked: dict[str, Parameter] = {}
+    parameters: dict[str, Parameter] = {}
     for name, ranges in space.sampled_ranges.items():
         for distribution in ranges:
             if type(base.get(name)) is int and isinstance(distribution, FloatDistribution):
                 yield ConfigIssue("space", f"space: {name} is an integer; ask with suggest_int.")
             try:
-                asked[name] = as_parameter(distribution)
+                parameters[name] = as_parameter(distribution)
             except ValidationError:
                 yield ConfigIssue(
                     "space",
@@ -151,9 +151,9 @@ def _function_issues(space: SearchSpace, base: Mapping[str, Any]) -> Iterator[Co
     # A function that returns settings uses its helpers for them, as an expression would.
     helpers: list[str] = []
     if any(_returns_settings(sample) for sample in space.samples):
-        helpers = [name for name in asked if name not in SETTINGS and "." not in name]
-    known = {name: parameter for name, parameter in asked.items() if name not in helpers}
-    for issue in DeclaredSpace(known, space.config.require, base, helpers).issues():
+        helpers = [name for name in parameters if name not in SETTINGS and "." not in name]
+    settings = {name: parameter for name, parameter in parameters.items() if name not in helpers}
+    for issue in DeclaredSpace(settings, space.config.require, base, helpers).issues():
         yield ConfigIssue("space" if issue.key.startswith("space") else issue.key, issue.text)
 
 

@@ -221,11 +221,11 @@ class StudyStore:
         if not (self.folder / "id").is_file():
             return
         file = self.folder / "format"
-        found = file.read_text().strip() if file.is_file() else "0"
-        if found != str(FORMAT):
+        stored_format = file.read_text().strip() if file.is_file() else "0"
+        if stored_format != str(FORMAT):
             raise StudyError(
-                f"{self.folder} has study format {found}, and this version of amlp-ray reads "
-                f"format {FORMAT}; use the version that began the study, or begin a new one."
+                f"{self.folder} has study format {stored_format}, and this version of amlp-ray "
+                f"reads format {FORMAT}; use the version that began the study, or begin a new one."
             )
 
     # Trials: the one place that knows how Optuna stores them

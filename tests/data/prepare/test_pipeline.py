@@ -300,12 +300,14 @@ def test_failure_at_the_end_goes_on_from_there(
 KILLED = """
 import sys
 import amlp_ray.data.parquet as parts
-from amlp_ray.data.prepare import prepare, unfinished
+from amlp_ray.data.prepare import pipeline, resume
 from amlp_ray.config import PrepareConfig
 from amlp_ray.runtime.session import ray_session
-parts.PART_ROWS, prepare.LOOK_ITEMS, unfinished.FLUSH_JOBS = 4, 2, 1
+parts.PART_ROWS = 4
+pipeline.SCAN_PICTURES = 2
+resume.FLUSH_JOBS = 1
 with ray_session():
-    prepare.prepare(sys.argv[1], sys.argv[2], PrepareConfig(layout="flat", size=64))
+    pipeline.prepare(sys.argv[1], sys.argv[2], PrepareConfig(layout="flat", size=64))
 """
 
 
@@ -387,8 +389,8 @@ def test_from_and_to_an_object_store(busi_folder: Path, tmp_path: Path, s3_bucke
     assert {
         e.name: (out / e.name).read_bytes() for e in out.entries() if e.name != "manifest.json"
     } == {
-        e.name: (here.place / e.name).read_bytes()
-        for e in here.place.entries()
+        e.name: (here.root / e.name).read_bytes()
+        for e in here.root.entries()
         if e.name != "manifest.json"
     }
     assert there.manifest.fingerprint == here.manifest.fingerprint
@@ -452,7 +454,7 @@ def test_other_things_at_the_target_are_refused(busi_folder: Path, tmp_path: Pat
     ):
         prepare(busi_folder, tmp_path / "photos", _settings("busi"))
     manifest = (
-        prepare(busi_folder, tmp_path / "good", _settings("busi")).place.local / "manifest.json"
+        prepare(busi_folder, tmp_path / "good", _settings("busi")).root.local / "manifest.json"
     )
     manifest.write_text("{")
     with pytest.raises(

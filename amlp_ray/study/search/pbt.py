@@ -286,7 +286,7 @@ def _space_issues(space: Mapping[str, Parameter]) -> Iterator[ConfigIssue]:
         problem = "is missing" if ratio is None else "is no range within 0-1"
         yield ConfigIssue(
             f"space.{PBT_RATIO}",
-            f"space: {PBT_RATIO}, the masking ratio that a segment of pbt moves to, {problem}; "
+            f"space: {PBT_RATIO}, the masking ratio that a step of pbt moves to, {problem}; "
             f"give low and high, such as {{low: 0.2, high: 0.8}}.",
         )
     for name, parameter in space.items():
@@ -299,7 +299,7 @@ def _space_issues(space: Mapping[str, Parameter]) -> Iterator[ConfigIssue]:
             )
         elif parameter.when:
             text = (
-                f"{name} has a condition, but with sampler pbt every segment needs it; drop `when`."
+                f"{name} has a condition, but with sampler pbt every step needs it; drop `when`."
             )
         elif name in HEAD_WEIGHTS and _lowest(parameter) <= 0:
             text = f"{name} reaches 0 with sampler pbt, where the model loses a part; stay above 0."
@@ -327,7 +327,7 @@ def _study_issues(config: StudyConfig) -> Iterator[ConfigIssue]:
         yield ConfigIssue(
             "pruner.name",
             f"pruner.name {config.pruner.name} does nothing for sampler pbt, whose poor members "
-            f"go on from good ones; set it to none.",
+            f"continue from good ones; set it to none.",
         )
     for name in ("require", "limits"):
         if getattr(config, name):

@@ -59,10 +59,12 @@ def ask(trial: Trial) -> dict[str, Any]:
     return params
 
 
-def filled(directions: list[str], many: int = 40, *, constrained: bool = False) -> InMemoryStudy:
-    mirror, rng = InMemoryStudy("s", directions), np.random.default_rng(1)
-    for number in range(many):
-        _, asked = mirror.sample(number, optuna.samplers.RandomSampler(number), ask)
+def filled(
+    directions: list[str], n_trials: int = 40, *, constrained: bool = False
+) -> InMemoryStudy:
+    study, rng = InMemoryStudy("s", directions), np.random.default_rng(1)
+    for number in range(n_trials):
+        _, trial = study.sample(number, optuna.samplers.RandomSampler(number), ask)
         state = [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING][
             number % 4
         ]
@@ -72,18 +74,18 @@ def filled(directions: list[str], many: int = 40, *, constrained: bool = False) 
             if state == TrialState.COMPLETE
             else None
         )
-        mirror.put(
+        study.put(
             ObservedTrial(
                 number,
                 state,
-                params=asked.params,
-                distributions=asked.distributions,
+                params=trial.params,
+                distributions=trial.distributions,
                 values=values,
                 intermediate_values=scores,
                 constraints={"seconds": float(rng.normal())} if constrained else None,
             )
         )
-    return mirror
+    return study
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -93,28 +95,28 @@ def filled(directions: list[str], many: int = 40, *, constrained: bool = False) 
 def test_our_faster_tpe_suggests_what_optunas_own_does(
     directions: list[str], group: bool, constrained: bool
 ) -> None:
-    mirror = filled(directions, constrained=constrained)
+    study = filled(directions, constrained=constrained)
     for seed in range(5):
         config = SamplerConfig(n_startup_trials=5, group=group)
         sampler = make_sampler(config, seed, space={})
         assert isinstance(sampler, FastTPESampler)
-        ours = mirror.sample(40, sampler, ask)[1].params
-        own = optuna.samplers.TPESampler(
+        suggested = study.sample(40, sampler, ask)[1].params
+        optunas_own = optuna.samplers.TPESampler(
             seed=seed, n_startup_trials=5, multivariate=True, group=group
         )
-        assert ours == mirror.sample(40, own, ask)[1].params
+        assert suggested == study.sample(40, optunas_own, ask)[1].params
 
 
 @pytest.mark.parametrize("name", ["tpe", "gp", "cmaes", "qmc", "nsga2", "nsga3", "random"])
 def test_each_sampler_stays_inside_the_ranges(name: str) -> None:
-    mirror = filled(["maximize"], 12)
+    study = filled(["maximize"], 12)
     always = {"a": RANGES["a"]}
     space = always if name == "cmaes" else {k: RANGES[k] for k in "abcd"}
     for seed in range(4):
         sampler = make_sampler(
             SamplerConfig(name=name, n_startup_trials=2), seed, space=space, point=seed
         )
-        params = mirror.sample(12, sampler, ask)[1].params
+        params = study.sample(12, sampler, ask)[1].params
         assert 0 <= params["a"] <= 1
         assert params["d"] in ("x", "y", "z")
         assert 1e-3 <= params.get("b", 1.0) <= 1e2
@@ -140,7 +142,7 @@ def test_a_place_in_a_range_and_its_value_belong_together(name: str) -> None:
 
 
 def test_cmaes_closes_in_on_the_best_and_counts_pruned_trials() -> None:
-    mirror = InMemoryStudy("s", ["maximize"])
+    study = InMemoryStudy("s", ["maximize"])
     space = {"a": RANGES["a"], "b": RANGES["b"]}
 
     def plain(trial: Trial) -> None:
@@ -151,23 +153,23 @@ def test_cmaes_closes_in_on_the_best_and_counts_pruned_trials() -> None:
     for number in range(96):
         config = SamplerConfig(name="cmaes", n_startup_trials=4, population_size=8)
         sampler: Any = make_sampler(config, number, space=space)
-        _, asked = mirror.sample(number, sampler, plain)
+        _, trial = study.sample(number, sampler, plain)
         attributes = dict(sampler.attributes)
-        miss = (asked.params["a"] - 0.8) ** 2 + (np.log10(asked.params["b"]) / 5) ** 2
+        miss = (trial.params["a"] - 0.8) ** 2 + (np.log10(trial.params["b"]) / 5) ** 2
         state = TrialState.PRUNED if number % 2 else TrialState.COMPLETE
-        mirror.put(
+        study.put(
             ObservedTrial(
                 number,
                 state,
-                params=asked.params,
-                distributions=asked.distributions,
+                params=trial.params,
+                distributions=trial.distributions,
                 values=[-miss],
                 system_attrs=attributes,
             )
         )
         generations.append(attributes.get(GENERATION))
         distances.append(miss)
-        assert not asked.system_attrs, "nothing pickled, even in memory"
+        assert not trial.system_attrs, "nothing pickled, even in memory"
         assert set(attributes) <= {GENERATION}
     assert generations[:4] == [None] * 4
     assert generations[4:] == [i // 8 for i in range(92)], "pruned trials fill a generation too"
@@ -175,14 +177,14 @@ def test_cmaes_closes_in_on_the_best_and_counts_pruned_trials() -> None:
 
 
 def test_points_of_qmc_are_even_and_conditional_parameters_have_their_coordinate() -> None:
-    mirror = InMemoryStudy("s", ["maximize"])
+    study = InMemoryStudy("s", ["maximize"])
     space = {k: RANGES[k] for k in "abcd"}
     points = []
     for number in range(32):
         sampler = make_sampler(
             SamplerConfig(name="qmc"), number, space=space, series=7, point=number
         )
-        points.append(mirror.sample(number, sampler, ask)[1].params)
+        points.append(study.sample(number, sampler, ask)[1].params)
     assert {int(p["a"] * 16) for p in points} == set(range(16)), "each sixteenth is met"
     assert [sum(int(p["a"] * 16) == i for p in points) for i in range(16)] == [2] * 16
     logs = [np.log10(p["b"]) for p in points if "b" in p]
@@ -195,9 +197,9 @@ def test_combinations_follow_conditions_each_once() -> None:
         "ratio.power": {"low": 1.0, "high": 2.0, "step": 0.5, "when": {"ratio.shape": "power"}},
         "selection.clusters": {"low": 2, "high": 4},
     }
-    found = enumerate_params(SearchSpace(study_of(space)))
-    assert len(found) == len({str(sorted(f.items())) for f in found}) == 3 + 3 * 3
-    assert sum("ratio.power" in f for f in found) == 9
+    combinations = enumerate_params(SearchSpace(study_of(space)))
+    assert len(combinations) == len({str(sorted(f.items())) for f in combinations}) == 3 + 3 * 3
+    assert sum("ratio.power" in f for f in combinations) == 9
     assert enumerate_params(SearchSpace(study_of({}))) == [{}]
 
 

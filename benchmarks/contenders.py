@@ -1,4 +1,4 @@
-"""Who takes part: amlp_ray's own training step, and other implementations of MAE at the same sizes."""
+"""Contenders: amlp_ray's own training step, and other implementations of MAE at equal sizes."""
 
 from __future__ import annotations
 
@@ -43,8 +43,10 @@ SIZES = {
 IMAGE, PATCH = 224, 16
 PATCHES = (IMAGE // PATCH) ** 2
 SPEC = ImageSpec(channels=3, height=IMAGE, width=IMAGE, mean=(64.0,) * 3, std=(48.0,) * 3)
-REFRESH = SelectionConfig().analysis_interval
-MAE, KEPT, LOOK = "mae", "amlp, no look", "amlp, look"
+ANALYSIS_INTERVAL = SelectionConfig().analysis_interval
+MAE = "mae"
+CACHED = "amlp, no analysis"
+ANALYZED = "amlp, analysis"
 
 
 @dataclass
@@ -72,10 +74,9 @@ def contenders(options: argparse.Namespace) -> list[Contender]:
     batch = Batch(stored[:, None].repeat(1, 3, 1, 1), torch.arange(options.batch))
     found = [
         _ours(MAE, "mae", lambda turn: 2 + turn, batch, options),
-        _ours(
-            KEPT, "amlp", lambda turn: 2, batch, options
-        ),  # looks in the first round, which is not timed
-        _ours(LOOK, "amlp", lambda turn: 1 + turn * REFRESH, batch, options),
+        # Analyzes in the first round, which is not timed.
+        _ours(CACHED, "amlp", lambda turn: 2, batch, options),
+        _ours(ANALYZED, "amlp", lambda turn: 1 + turn * ANALYSIS_INTERVAL, batch, options),
     ]
     images = normalize(batch.images, SPEC).to(options.device)
     for name, build in (
@@ -100,13 +101,14 @@ def _ours(
     batch: Batch,
     options: argparse.Namespace,
 ) -> Contender:
-    """The training path as it is, but for crops: from stored images to the loss, past the warm-up of the losses.
+    """Build the training path without crops: from stored images to the loss, past the warm-up.
 
-    Images are looked at in epochs 1, 1 + REFRESH, and so on, and where they have not been seen since.
+    Images are analyzed in epochs 1, 1 + ANALYSIS_INTERVAL, and so on, and where no lesion map of
+    theirs is cached.
     """
     config = PretrainConfig(
         variant=variant,
-        epochs=(options.rounds + 1) * REFRESH,
+        epochs=(options.rounds + 1) * ANALYSIS_INTERVAL,
         min_crop_area=1.0,
         flip=False,
         precision=options.dtype,
@@ -118,9 +120,9 @@ def _ours(
     objective = make_objective(model, config, None)
 
     def loss(turn: int) -> Tensor:
-        now = TrainingStep(epoch_of(turn))
-        objective.begin_epoch(now.epoch, 1)  # the teacher catches up before a look
-        values, _ = next(objective(model, batch, now, options.device))
+        step = TrainingStep(epoch_of(turn))
+        objective.begin_epoch(step.epoch, 1)  # updates the teacher before an analysis
+        values, _ = next(objective(model, batch, step, options.device))
         return values["loss"]
 
     return Contender(name, model, loss)

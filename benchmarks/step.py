@@ -20,11 +20,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from contenders import KEPT, LOOK, MAE, PATCHES, REFRESH, SIZES, Contender, Size, contenders
+from contenders import (
+    ANALYSIS_INTERVAL,
+    ANALYZED,
+    CACHED,
+    MAE,
+    PATCHES,
+    SIZES,
+    Contender,
+    Size,
+    contenders,
+)
 
 from amlp_ray.training.loggers.flops import listed_peak
 
-AMLP = "amlp"  # a step of it with its share of a look
+AMLP = "amlp"  # a step of it with its share of an analysis
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -134,15 +144,14 @@ def _result(
     `times_mae` is its time over that of our `mae` in the same round.
     """
     parameters = {c.name: sum(p.numel() for p in c.trained) for c in taking_part}
-    look: dict[str, float] = {}
-    if KEPT in seconds and LOOK in seconds:
-        extra = seconds[LOOK] - seconds[KEPT]
-        look = {"look_ms_per_image": 1e3 * float(np.median(extra)) / options.batch}
-        seconds = {
-            **seconds,
-            AMLP: seconds[KEPT] + extra / REFRESH,
-        }  # one epoch in REFRESH looks at every image
-        losses[AMLP], parameters[AMLP] = losses[KEPT], parameters[KEPT]
+    analysis: dict[str, float] = {}
+    if CACHED in seconds and ANALYZED in seconds:
+        extra = seconds[ANALYZED] - seconds[CACHED]
+        analysis["analysis_ms_per_image"] = 1e3 * float(np.median(extra)) / options.batch
+        # One epoch in ANALYSIS_INTERVAL analyzes every image.
+        seconds = {**seconds, AMLP: seconds[CACHED] + extra / ANALYSIS_INTERVAL}
+        losses[AMLP] = losses[CACHED]
+        parameters[AMLP] = parameters[CACHED]
     work = training_tflop(SIZES[options.size], options.ratio) * options.batch
     rows = {}
     for name, times in seconds.items():
@@ -165,7 +174,7 @@ def _result(
         "host": _host(options.device),
         "peak_tflops": peak,
         "contenders": rows,
-        **look,
+        **analysis,
     }
 
 
@@ -231,10 +240,10 @@ def _print(result: dict[str, Any]) -> None:
             f"{row['seconds']:7.3f} {row['images_per_second']:9.1f}  {ratio['median']:.3f} "
             f"{quartiles:15} {row['mfu']:7.1%}"
         )
-    if "look_ms_per_image" in result:
+    if "analysis_ms_per_image" in result:
         print(
-            f"An analysis costs {result['look_ms_per_image']:.2f} ms an image, in one epoch of "
-            f"{REFRESH}; `amlp` holds it."
+            f"An analysis costs {result['analysis_ms_per_image']:.2f} ms an image, in one epoch of "
+            f"{ANALYSIS_INTERVAL}; `amlp` includes it."
         )
 
 

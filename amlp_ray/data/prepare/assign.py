@@ -13,12 +13,8 @@ import numpy as np
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.layouts import SourceImage
 from amlp_ray.data.manifest import SPLITS
-from amlp_ray.data.prepare.near_duplicates import (
-    connect,
-    near_duplicate_groups,
-    read_group_file,
-)
-from amlp_ray.data.prepare.scan import ItemScan
+from amlp_ray.data.prepare.near_duplicates import connect, find_chains, read_group_file
+from amlp_ray.data.prepare.scan import ScannedItem
 from amlp_ray.data.prepare.splits import find_cut_groups, read_split_file, split_by_group
 from amlp_ray.data.pseudonyms import pseudonym, salt
 from amlp_ray.errors import DataError
@@ -80,10 +76,7 @@ def _hide_names(groups: dict[str, str]) -> dict[str, str]:
 
 
 def assign(
-    items: Sequence[SourceImage],
-    scans: Sequence[ItemScan],
-    user_files: UserFiles,
-    config: PrepareConfig,
+    scanned: Sequence[ScannedItem], user_files: UserFiles, config: PrepareConfig
 ) -> tuple[list[str], list[str]]:
     """Name the group and the split of every item.
 
@@ -92,10 +85,10 @@ def assign(
     Raises:
         DataError: groups are unknown, are cut by the user's own split file, or leave a split empty.
     """
-    groups = _groups(items, scans, user_files, config)
+    groups = _groups(scanned, user_files, config)
     if user_files.split_of is None:
-        return groups, _draw_splits(items, scans, groups, config)
-    ids = [item.id for item in items]
+        return groups, _draw_splits(scanned, groups, config)
+    ids = [item.id for item, _ in scanned]
     cut = find_cut_groups(user_files.split_of, dict(zip(ids, groups, strict=True)))
     if cut and config.group_file:
         group, splits = next(iter(cut.items()))
@@ -107,7 +100,7 @@ def assign(
         logger.info(
             "%d groups of %s, such as that of %r, lie in several splits of %s.",
             len(cut),
-            group_rule(items, config),
+            group_rule(scanned, config),
             next(iter(cut)),
             config.split_file,
         )
@@ -115,16 +108,13 @@ def assign(
 
 
 def _draw_splits(
-    items: Sequence[SourceImage],
-    scans: Sequence[ItemScan],
-    groups: Sequence[str],
-    config: PrepareConfig,
+    scanned: Sequence[ScannedItem], groups: Sequence[str], config: PrepareConfig
 ) -> list[str]:
-    strata = [
-        f"{item.stratum} {item.is_labeled} {scan.lesion}"
-        for item, scan in zip(items, scans, strict=True)
-    ]
-    images = [sum(len(frame.crops) for frame in scan.frames) for scan in scans]
+    strata = []
+    images = []
+    for item, scan in scanned:
+        strata.append(f"{item.stratum} {item.is_labeled} {scan.lesion}")
+        images.append(scan.num_images)
     splits = split_by_group(groups, strata, config.fractions, config.seed, images)
     wanted = zip(SPLITS, config.fractions, strict=True)
     empty = [split for split, fraction in wanted if fraction and split not in splits]
@@ -138,52 +128,58 @@ def _draw_splits(
 
 
 def _groups(
-    items: Sequence[SourceImage],
-    scans: Sequence[ItemScan],
-    user_files: UserFiles,
-    config: PrepareConfig,
+    scanned: Sequence[ScannedItem], user_files: UserFiles, config: PrepareConfig
 ) -> list[str]:
     if user_files.group_of is not None:
-        return [user_files.group_of[item.id] for item in items]
-    rule = _resolve_rule(items, config)
+        return [user_files.group_of[item.id] for item, _ in scanned]
+    rule = _resolve_rule(scanned, config)
     if rule == "image":
-        return [item.id for item in items]
-    layout_groups = [item.group or item.id for item in items]
+        return [item.id for item, _ in scanned]
     if rule == "near-duplicates":
-        return _join_near_duplicates(scans, layout_groups)
-    if not any(item.group for item in items):
+        return _join_near_duplicates(scanned)
+    if not _knows_patients(scanned):
         raise DataError(
             f"The layout {config.layout} knows no patients, so group_by=patient has nothing to go "
             f"by; give a group_file with columns id and {config.group_column}, or group_by "
             f"near-duplicates."
         )
-    return layout_groups
+    return _layout_groups(scanned)
 
 
-def _join_near_duplicates(scans: Sequence[ItemScan], layout_groups: list[str]) -> list[str]:
+def _layout_groups(scanned: Sequence[ScannedItem]) -> list[str]:
+    return [item.group or item.id for item, _ in scanned]
+
+
+def _knows_patients(scanned: Sequence[ScannedItem]) -> bool:
+    return any(item.group for item, _ in scanned)
+
+
+def _join_near_duplicates(scanned: Sequence[ScannedItem]) -> list[str]:
     """Join items that share a group or near-copies of a frame; the first item names the group."""
-    owner = [i for i, scan in enumerate(scans) for _ in scan.frames]  # item of each frame
-    hashes = np.array([frame.hash for scan in scans for frame in scan.frames], np.uint64)
-    frame_names = [str(frame) for frame in range(len(owner))]
-    first_frame = near_duplicate_groups(frame_names, hashes)
-    first_item: dict[str, int] = {}
-    for i, group in enumerate(layout_groups):
-        first_item.setdefault(group, i)
+    groups = _layout_groups(scanned)
+    owner = []  # item of each frame
+    hashes = []
+    for i, (_, scan) in enumerate(scanned):
+        for frame in scan.frames:
+            owner.append(i)
+            hashes.append(frame.hash)
     # Link an item to the owners of frames that its frames resemble, and to the first of its group.
-    left = owner + list(range(len(layout_groups)))
-    right = [owner[int(frame)] for frame in first_frame]
-    right += [first_item[group] for group in layout_groups]
-    first = connect(np.array(left), np.array(right), len(layout_groups))
-    return [layout_groups[i] for i in first.tolist()]
+    left = owner + list(range(len(scanned)))
+    right = [owner[frame] for frame in find_chains(np.array(hashes, np.uint64)).tolist()]
+    first_item: dict[str, int] = {}
+    for i, group in enumerate(groups):
+        right.append(first_item.setdefault(group, i))
+    first = connect(np.array(left), np.array(right), len(scanned))
+    return [groups[i] for i in first.tolist()]
 
 
-def _resolve_rule(items: Sequence[SourceImage], config: PrepareConfig) -> str:
+def _resolve_rule(scanned: Sequence[ScannedItem], config: PrepareConfig) -> str:
     if config.group_by != "auto":
         return config.group_by
-    return "patient" if any(item.group for item in items) else "near-duplicates"
+    return "patient" if _knows_patients(scanned) else "near-duplicates"
 
 
-def group_rule(items: Sequence[SourceImage], config: PrepareConfig) -> str:
+def group_rule(scanned: Sequence[ScannedItem], config: PrepareConfig) -> str:
     """Describe what keeps images together."""
     if config.group_file:
         return f"column {config.group_column} of {Path(config.group_file).name}"
@@ -191,7 +187,7 @@ def group_rule(items: Sequence[SourceImage], config: PrepareConfig) -> str:
         "patient": "patient, as the layout tells",
         "near-duplicates": "near-duplicates by perceptual hash",
         "image": "every image by itself",
-    }[_resolve_rule(items, config)]
+    }[_resolve_rule(scanned, config)]
 
 
 def split_rule(config: PrepareConfig) -> str:

@@ -8,9 +8,9 @@ from typing import NamedTuple, TypeVar
 
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders import DTYPES, common_dtype
-from amlp_ray.data.layouts import RejectedFile, SourceImage
+from amlp_ray.data.layouts import RejectedFile
 from amlp_ray.data.layouts.item import Format, rejected
-from amlp_ray.data.prepare.scan import ItemScan
+from amlp_ray.data.prepare.scan import ItemScan, ScannedItem
 
 # Gray and color become each other; other channels have meanings of their own.
 GRAY_AND_COLOR = (1, 3)
@@ -26,8 +26,8 @@ class PixelFormat(NamedTuple):
 
 
 def choose_format(
-    items: Sequence[SourceImage], scans: Sequence[ItemScan], config: PrepareConfig
-) -> tuple[PixelFormat, list[int], list[RejectedFile]]:
+    scanned: Sequence[ScannedItem], config: PrepareConfig
+) -> tuple[PixelFormat, list[ScannedItem], list[RejectedFile]]:
     """Choose value type and channels, and find the items that fit them.
 
     - Type: for pictures the most common one, because 8 and 16 bits have two scales. For volumes and
@@ -37,52 +37,52 @@ def choose_format(
       colors that are all gray becomes gray.
 
     Args:
-        items: at least one item.
-        scans: the scan of each item, without faults.
+        scanned: at least one item, none with a fault.
         config: may give the number of channels.
 
     Returns:
-        The format, the positions of the items that fit (none may, if `config` gives channels), and
-        a rejected file for each of the others.
+        The format, the items that fit (none may, if `config` gives channels), and a rejected file
+        for each of the others.
     """
     misfits: list[RejectedFile] = []
 
     def keep(
-        positions: list[int], fits: Callable[[ItemScan], bool], reason: Callable[[ItemScan], str]
-    ) -> list[int]:
+        scanned: Sequence[ScannedItem],
+        fits: Callable[[ItemScan], bool],
+        reason: Callable[[ItemScan], str],
+    ) -> list[ScannedItem]:
         fitting = []
-        for i in positions:
-            if fits(scans[i]):
-                fitting.append(i)
+        for pair in scanned:
+            if fits(pair.scan):
+                fitting.append(pair)
             else:
-                misfits.append(rejected(items[i].images[0], reason(scans[i])))
+                misfits.append(rejected(pair.item.images[0], reason(pair.scan)))
         return fitting
 
-    positions = list(range(len(items)))
-    is_picture = items[0].format == "picture"
-    if is_picture:
-        dtype = _most_common([scan.dtype for scan in scans], DTYPES)
-        positions = keep(
-            positions,
+    item_format = scanned[0].item.format
+    fitting = list(scanned)
+    if item_format == "picture":
+        dtype = _most_common([scan.dtype for _, scan in scanned], DTYPES)
+        fitting = keep(
+            fitting,
             lambda scan: scan.dtype == dtype,
             lambda scan: (
                 f"is {scan.dtype}, but most pictures are {dtype}, and two depths have two scales; "
                 f"convert one kind"
             ),
         )
-    fitting_scans = [scans[i] for i in positions]
-    channels, accepted = _choose_channels(fitting_scans, config, items[0].format)
-    positions = keep(
-        positions,
+    channels, accepted = _choose_channels([scan for _, scan in fitting], config, item_format)
+    fitting = keep(
+        fitting,
         lambda scan: scan.channels in accepted,
         lambda scan: (
             f"has {scan.channels} channels, but the dataset has {channels}; convert it or give "
             f"--channels"
         ),
     )
-    if not is_picture:
-        dtype = common_dtype({scans[i].dtype for i in positions} or {DTYPES[0]})
-    return PixelFormat(dtype, channels), positions, misfits
+    if item_format != "picture":
+        dtype = common_dtype({scan.dtype for _, scan in fitting} or {DTYPES[0]})
+    return PixelFormat(dtype, channels), fitting, misfits
 
 
 def _choose_channels(

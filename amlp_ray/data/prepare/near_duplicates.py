@@ -7,7 +7,7 @@ memory.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -63,19 +63,6 @@ def perceptual_hash(image: np.ndarray) -> int:
     if low == high:
         return FLAT
     return int(str(imagehash.phash(picture)), 16)
-
-
-def near_duplicate_groups(
-    ids: Sequence[str], hashes: np.ndarray, *, distance: int = MAX_DISTANCE
-) -> list[str]:
-    """Name the group of each image: the first id among all that a chain of near-copies links.
-
-    Args:
-        ids: N names, in the order that decides which is first.
-        hashes: (N,) uint64, of `perceptual_hash`; `FLAT` is linked to nothing.
-        distance: most bits in which near-copies differ.
-    """
-    return [ids[first] for first in find_chains(hashes, distance).tolist()]
 
 
 def find_chains(hashes: np.ndarray, distance: int = MAX_DISTANCE) -> np.ndarray:

@@ -39,7 +39,7 @@ from amlp_ray.data.prepare.consistency import PixelFormat, choose_format
 from amlp_ray.data.prepare.ray_tasks import run_jobs
 from amlp_ray.data.prepare.rejects import Rejects
 from amlp_ray.data.prepare.resume import PreparationState, ResumableError
-from amlp_ray.data.prepare.scan import ItemScan, item_to_row, scan_from_row, scan_job
+from amlp_ray.data.prepare.scan import ScannedItem, item_to_row, scan_from_row, scan_job
 from amlp_ray.data.prepare.statistics import Statistics
 from amlp_ray.data.prepare.writer import Row, part_job, write_job
 from amlp_ray.data.pseudonyms import pseudonym, salt
@@ -95,8 +95,7 @@ def prepare(
 class _Selection:
     """The items that go into the dataset."""
 
-    items: list[SourceImage]
-    scans: list[ItemScan]  # one per item
+    scanned: list[ScannedItem]
     format: PixelFormat
     fingerprint: str
 
@@ -178,7 +177,7 @@ class _Preparation:
         scans = self.state.begin()  # not below: another run's unfinished work must stay
         try:
             selection = self._select(self._scan(scans, save=True))
-            groups, splits = assign(selection.items, selection.scans, self.user_files, self.config)
+            groups, splits = assign(selection.scanned, self.user_files, self.config)
             rows = self._rows(selection, groups, splits)
             parts, statistics = self._write(rows, selection.format)
         except ResumableError:
@@ -203,10 +202,10 @@ class _Preparation:
             parts=parts,
             group_rows=group_rows(shape, selection.format.dtype),
             split_rule=split_rule(self.config),
-            group_rule=group_rule(selection.items, self.config),
+            group_rule=group_rule(selection.scanned, self.config),
             left_out=self.left_out,
             rejected=self.rejects.num_rejected,
-            dropped=sum(scan.dropped for scan in selection.scans),
+            dropped=sum(scan.dropped for _, scan in selection.scanned),
             salt=self.salt_mark,
             config=_without_folders(self.config),
             fingerprint=selection.fingerprint,
@@ -215,7 +214,7 @@ class _Preparation:
     def _shape(self, pixel_format: PixelFormat) -> Shape:
         return pixel_format.channels, self.config.size, self.config.size
 
-    def _scan(self, scans: dict[int, Any], *, save: bool) -> list[ItemScan]:
+    def _scan(self, scans: dict[int, Any], *, save: bool) -> list[ScannedItem]:
         """Run pass 1: scan the items that `scans` of an earlier run, by job, do not hold."""
         size = SCAN_PICTURES if self.items[0].format == "picture" else 1
         batches = [self.items[start : start + size] for start in range(0, len(self.items), size)]
@@ -235,47 +234,45 @@ class _Preparation:
             self.progress("scanning", done, len(self.items))
         if save:
             self.state.flush()
-        return [scan_from_row(row) for number in range(len(batches)) for row in results[number]]
+        scanned = []
+        for number, batch in enumerate(batches):
+            for item, row in zip(batch, results.pop(number), strict=True):
+                scanned.append(ScannedItem(item, scan_from_row(row)))
+        return scanned
 
-    def _select(self, scans: Sequence[ItemScan]) -> _Selection:
+    def _select(self, scanned: Sequence[ScannedItem]) -> _Selection:
         """Skip items that have faults or do not fit the rest.
 
         Raises:
             DataError: no item is left.
         """
         good = []
-        for item, scan in zip(self.items, scans, strict=True):
-            if scan.fault:
+        for pair in scanned:
+            fault = pair.scan.fault
+            if fault:
                 # A line of the list names the file in its own column.
-                reason = scan.fault.removeprefix(f"{item.images[0]} ")
-                self.rejects.add([rejected(item.images[0], reason)])
+                file = pair.item.images[0]
+                self.rejects.add([rejected(file, fault.removeprefix(f"{file} "))])
             else:
-                good.append((item, scan))
-        for item, scan in zip(self.items, scans, strict=True):
+                good.append(pair)
+        for item, scan in scanned:
             self.rejects.add(repaired(item.images[0], note) for note in scan.notes)
         if not good:
             raise self._nothing_usable()
-        pixel_format, positions, misfits = choose_format(
-            [item for item, _ in good], [scan for _, scan in good], self.config
-        )
+        pixel_format, fitting, misfits = choose_format(good, self.config)
         self.rejects.add(misfits)
-        if not positions:
+        if not fitting:
             raise self._nothing_usable()
-        pairs = [good[i] for i in positions if good[i][1].frames]
-        if not pairs:
+        selected = [pair for pair in fitting if pair.scan.frames]
+        if not selected:
             raise DataError(
                 f"No image is left of {len(self.items)}: all hold less tissue than "
                 f"--min-foreground {self.config.min_foreground:g}; lower it."
             )
-        contents = [
-            [item.id, item.source, item.group, item.is_labeled, scan.digest] for item, scan in pairs
-        ]
-        return _Selection(
-            [item for item, _ in pairs],
-            [scan for _, scan in pairs],
-            pixel_format,
-            _digest([*self._identity, contents]),
-        )
+        contents = []
+        for item, scan in selected:
+            contents.append([item.id, item.source, item.group, item.is_labeled, scan.digest])
+        return _Selection(selected, pixel_format, _digest([*self._identity, contents]))
 
     def _nothing_usable(self) -> DataError:
         return DataError(
@@ -288,9 +285,7 @@ class _Preparation:
         """List the images of every split in the order in which they are stored."""
         hide = _name_hider(self.config)
         rows: SplitRows = {split: [] for split in SPLITS}
-        for item, scan, group, split in zip(
-            selection.items, selection.scans, groups, splits, strict=True
-        ):
+        for (item, scan), group, split in zip(selection.scanned, groups, splits, strict=True):
             item_name = hide(item, item.id)
             source = hide(item, item.source)
             for frame in scan.frames:

@@ -47,9 +47,21 @@ class ItemScan(NamedTuple):
     dropped: int = 0  # tiles and slices with too little tissue
 
     @property
+    def num_images(self) -> int:
+        """Number of images that are stored."""
+        return sum(len(frame.crops) for frame in self.frames)
+
+    @property
     def lesion(self) -> bool:
         """Whether a stored image holds a lesion; False if unlabeled."""
         return any(crop.lesion for frame in self.frames for crop in frame.crops)
+
+
+class ScannedItem(NamedTuple):
+    """An item and the result of pass 1 for it."""
+
+    item: SourceImage
+    scan: ItemScan
 
 
 class HashingReader:

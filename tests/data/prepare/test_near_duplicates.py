@@ -5,7 +5,7 @@ import io
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,20 @@ from amlp_ray.data.manifest import SPLITS
 from amlp_ray.data.prepare.near_duplicates import (
     FLAT,
     MAX_DISTANCE,
-    near_duplicate_groups,
+    find_chains,
     near_pairs,
     perceptual_hash,
     read_group_file,
 )
 from amlp_ray.data.prepare.splits import find_cut_groups, read_split_file, split_by_group
 from amlp_ray.errors import DataError
+
+
+def near_duplicate_groups(
+    ids: Sequence[str], hashes: np.ndarray, *, distance: int = MAX_DISTANCE
+) -> list[str]:
+    """The first name of each chain, in the order of `ids`."""
+    return [ids[first] for first in find_chains(hashes, distance)]
 
 
 def tissue(seed: int, height: int = 120, width: int = 150) -> np.ndarray:

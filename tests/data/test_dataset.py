@@ -289,17 +289,17 @@ def test_an_unfinished_dataset_is_no_dataset(tmp_path: Path) -> None:
 def test_a_dataset_in_an_object_store_reads_like_one_here(
     small: PatchDataset, s3_bucket: str
 ) -> None:
-    there = DataPath(s3_bucket) / "copy"
+    remote = DataPath(s3_bucket) / "copy"
     for entry in small.root.entries():
-        (there / entry.name).atomic_write((small.root / entry.name).read_bytes())
-    again = PatchDataset.open(there)
+        (remote / entry.name).atomic_write((small.root / entry.name).read_bytes())
+    again = PatchDataset.open(remote)
     assert again.path.startswith("s3://")
     np.testing.assert_array_equal(again.load("val").images, small.load("val").images)
     assert again[20].id == "image 20"
     assert again.summary()["splits"] == small.summary()["splits"]
-    (there / "val/part-00001.parquet").delete()
+    (remote / "val/part-00001.parquet").delete()
     with pytest.raises(DataError, match=r"s3://.*val/part-00001\.parquet.* is missing"):
-        PatchDataset.open(there)
+        PatchDataset.open(remote)
 
 
 @pytest.mark.ray

@@ -28,31 +28,31 @@ def test_local_paths_become_absolute_and_uris_stay(
 def test_files_are_written_listed_read_and_deleted(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    place = (
+    root = (
         DataPath(tmp_path / "set")
         if kind == "local"
         else DataPath(request.getfixturevalue("s3_bucket")) / "set"
     )
     odd = "x (1) [a] ü.txt"
-    assert not place.is_folder()
-    (place / "a" / odd).atomic_write("one")
-    (place / "b.txt").atomic_write(b"two2")
-    (place / ".hidden" / "c").atomic_write("")
-    (place / "b.txt").atomic_write(b"three")
-    assert place.is_folder()
-    assert sorted(place.entries()) == [Entry(f"a/{odd}", 3), Entry("b.txt", 5)]
-    assert sorted(place.entries(deep=False)) == [Entry("b.txt", 5)]
-    assert [entry.name for entry in (place / ".hidden").entries()] == ["c"]
-    assert place.folders() == ["a"]
-    assert read_bytes(str(place / "b.txt")) == b"three"
-    assert (place / "b.txt").is_file()
+    assert not root.is_folder()
+    (root / "a" / odd).atomic_write("one")
+    (root / "b.txt").atomic_write(b"two2")
+    (root / ".hidden" / "c").atomic_write("")
+    (root / "b.txt").atomic_write(b"three")
+    assert root.is_folder()
+    assert sorted(root.entries()) == [Entry(f"a/{odd}", 3), Entry("b.txt", 5)]
+    assert sorted(root.entries(deep=False)) == [Entry("b.txt", 5)]
+    assert [entry.name for entry in (root / ".hidden").entries()] == ["c"]
+    assert root.folders() == ["a"]
+    assert read_bytes(str(root / "b.txt")) == b"three"
+    assert (root / "b.txt").is_file()
     with pytest.raises(OSError, match=r".+"):
-        (place / "gone").read_bytes()
-    (place / "b.txt").delete()
-    (place / "gone").delete()
-    assert not (place / "b.txt").is_file()
-    place.delete()
-    assert not place.is_folder()
+        (root / "gone").read_bytes()
+    (root / "b.txt").delete()
+    (root / "gone").delete()
+    assert not (root / "b.txt").is_file()
+    root.delete()
+    assert not root.is_folder()
 
 
 def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:

@@ -307,8 +307,8 @@ def test_monochrome1_is_turned_round_in_the_range_of_its_header(tmp_path: Path) 
     rescaled = elements | {"RescaleSlope": 2, "RescaleIntercept": -1000}
     image = image_of(dicom(pixels, **rescaled), tmp_path)
     np.testing.assert_array_equal(image, (4095 - pixels.astype(int)) * 2 - 1000)
-    shown = image_of(dicom(pixels, **elements), tmp_path, values="window", window=(0, 4095))
-    np.testing.assert_array_equal(shown, 255 - np.rint(pixels / 4095 * 255))
+    image = image_of(dicom(pixels, **elements), tmp_path, values="window", window=(0, 4095))
+    np.testing.assert_array_equal(image, 255 - np.rint(pixels / 4095 * 255))
 
 
 def test_padding_becomes_the_least_valid_value(tmp_path: Path) -> None:

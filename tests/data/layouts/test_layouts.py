@@ -135,13 +135,13 @@ def test_odd_names_survive_in_every_layout(name: str, tmp_path: Path) -> None:
 
 
 def test_a_bucket_is_read_as_a_folder_is(s3_bucket: str, paired_folder: Path) -> None:
-    place = DataPath(s3_bucket) / "set [1]"
+    root = DataPath(s3_bucket) / "set [1]"
     for path in paired_folder.rglob("*.png"):
-        (place / path.relative_to(paired_folder).as_posix()).atomic_write(path.read_bytes())
-    local, there = find(paired_folder), find_items(PrepareConfig(), place)
-    assert there.summary == local.summary
-    assert masks_of(there).keys() == masks_of(local).keys()
-    for item, other in zip(local.items, there.items, strict=True):
+        (root / path.relative_to(paired_folder).as_posix()).atomic_write(path.read_bytes())
+    local, remote = find(paired_folder), find_items(PrepareConfig(), root)
+    assert remote.summary == local.summary
+    assert masks_of(remote).keys() == masks_of(local).keys()
+    for item, other in zip(local.items, remote.items, strict=True):
         assert other.images[0].startswith("s3://")
         (frame,), (expected,) = (
             read_frames(other, PrepareConfig()),
@@ -438,6 +438,14 @@ def test_lgg_groups_by_patient(tmp_path: Path) -> None:
     assert [fault.file for fault in listing.rejected] == ["TCGA_2/TCGA_2_11_mask.tif"]
 
 
+def test_lgg_slices_keep_all_their_masks_and_a_mask_of_a_mask_is_rejected(tmp_path: Path) -> None:
+    for name in ("1.tif", "1_mask.tif", "1_MASK.tiff", "1_mask_mask.tif"):
+        save(tmp_path / "TCGA" / name)
+    listing = find(tmp_path, "lgg")
+    assert masks_of(listing) == {"TCGA/1": ["1_MASK.tiff", "1_mask.tif"]}
+    assert [file.file for file in listing.rejected] == ["TCGA/1_mask_mask.tif"]
+
+
 # COCO
 
 TRIANGLE = [[1.0, 1.0, 5.0, 1.0, 1.0, 5.0]]
@@ -599,6 +607,6 @@ def test_layouts_are_told_by_names_and_first_bytes(
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    found, why = recognize(CachedListing(tmp_path))
-    assert found == layout
-    assert why.startswith(f"{layout}: ")
+    layout_name, reason = recognize(CachedListing(tmp_path))
+    assert layout_name == layout
+    assert reason.startswith(f"{layout}: ")

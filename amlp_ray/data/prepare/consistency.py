@@ -95,7 +95,9 @@ def _choose_channels(
         is_converted = item_format != "nifti" and config.channels in gray_and_color
         return config.channels, gray_and_color if is_converted else {config.channels}
     # Count images and not items: one series of slices outweighs two screenshots.
-    counts = [scan.channels for scan in scans for _ in scan.frames]
+    counts: list[int] = []
+    for scan in scans:
+        counts += [scan.channels] * len(scan.frames)
     counts = counts or [scan.channels for scan in scans]
     common = _most_common(counts, sorted(set(counts)))
     if item_format == "picture" and common in gray_and_color:

@@ -404,14 +404,24 @@ def test_a_browser_shows_every_picture(clean: Clean, tmp_path: Path) -> None:
     report = clean.check(tmp_path / "d")
     page = write_page(report, draw_examples(report), tmp_path / "check.html")
     count = """<script>onload = () => { const all = [...document.images];
-      document.title = all.filter(i => i.complete && i.naturalWidth === 160).length + "/" + all.length + " wide "
+      const loaded = all.filter(i => i.complete && i.naturalWidth === 160).length;
+      document.title = loaded + "/" + all.length + " wide "
         + (document.documentElement.scrollWidth <= innerWidth); };</script></body>"""
     page.write_text(page.read_text().replace('loading="lazy"', "").replace("</body>", count))
     command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--virtual-time-budget=5000",
-        f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri(),
-    ]  # fmt: skip
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--virtual-time-budget=5000",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+        page.as_uri(),
+    ]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert "<title>4/4 wide true</title>" in dom
 

@@ -40,7 +40,7 @@ def _cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make splits of more than 1000 bytes large; windows of all lanes hold 15 images of 64 bytes."""
+    """Make splits above 1000 bytes large; the windows of all lanes hold 15 images of 64 bytes."""
     monkeypatch.setattr(order, "WINDOW", 1000)
 
 

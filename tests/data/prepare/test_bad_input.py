@@ -1,6 +1,7 @@
-"""What a clinic's folder really holds: each kind of bad file is rejected or repaired, told once, and the rest survives.
+"""Each kind of bad file in a clinic's folder is rejected or repaired, and the rest survives.
 
-Kinds that can stand beside each other lie in one folder per layout, which is prepared once; each is then looked for.
+Kinds that can stand beside each other lie in one folder per layout, which is prepared once. Each is
+then looked for in the list of rejects.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SIDE = 40
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of bad input: what makes it in a folder, which file is told, what is done and what the reason holds."""
+    """A kind of bad input: what makes it in a folder, and the line of rejects.csv that it gets."""
 
     kind: str
     make: Callable[[Path], str]
@@ -378,10 +379,19 @@ LABELS = [
         "repaired",
         "counted as no lesion",
     ),
-    Case("labels in colour", _with_mask("color", lambda p: Image.fromarray(_noise(SIDE, SIDE, 3)).save(p)),
-         "rejected", "mask in colours"),
-    Case("labels as JPEG", _with_mask("jpeg", _save("L"), ".jpg"), "rejected", "is a JPEG, which blurs"),
-]  # fmt: skip
+    Case(
+        "labels in colour",
+        _with_mask("color", lambda p: Image.fromarray(_noise(SIDE, SIDE, 3)).save(p)),
+        "rejected",
+        "mask in colours",
+    ),
+    Case(
+        "labels as JPEG",
+        _with_mask("jpeg", _save("L"), ".jpg"),
+        "rejected",
+        "is a JPEG, which blurs",
+    ),
+]
 
 
 @pytest.mark.parametrize("case", LABELS, ids=lambda case: case.kind)
@@ -578,7 +588,7 @@ def test_the_rest_of_the_dicom_survives_and_a_copy_counts_once(dicoms: Prepared)
     assert len(dicoms.told) == len(DICOMS) + 1
 
 
-# Folders, settings and datasets that cannot be used at all: one sentence, exit code 2, nothing half-written
+# Folders, settings and datasets that cannot be used at all: one sentence, nothing half-written
 
 
 def _good_folder(folder: Path, count: int = 4) -> Path:
@@ -661,31 +671,76 @@ def _flipped(content: bytes) -> bytes:
 
 
 WHOLE: list[tuple[str, Callable[[Path], Any], str]] = [
-    ("missing folder", lambda f: _prepare(f / "gone", f / "out"), r"There is no folder .*gone; check the path"),
-    ("a file for a folder", lambda f: _prepare(f, f / "out") if (f / "x").touch() else _prepare(f / "x", f / "out"),
-     r"x is a file, but a folder"),
+    (
+        "missing folder",
+        lambda f: _prepare(f / "gone", f / "out"),
+        r"There is no folder .*gone; check the path",
+    ),
+    (
+        "a file for a folder",
+        lambda f: _prepare(f, f / "out") if (f / "x").touch() else _prepare(f / "x", f / "out"),
+        r"x is a file, but a folder",
+    ),
     ("empty folder", _empty, r"in holds nothing"),
     ("no usable file", _all_bad, r"None of 1 images can be used\. The first: .*a\.png"),
-    ("layout that does not fit", lambda f: _prepare(_good_folder(f / "in"), f / "out", layout="lgg"), "lgg"),
-    ("patients nobody knows", lambda f: _prepare(_good_folder(f / "in"), f / "out", group_by="patient"),
-     "knows no patients"),
-    ("channels nobody has", lambda f: _prepare(_good_folder(f / "in"), f / "out", channels=5),
-     "None of 4 images can be used.*has 1 channels, but the dataset has 5"),
+    (
+        "layout that does not fit",
+        lambda f: _prepare(_good_folder(f / "in"), f / "out", layout="lgg"),
+        "lgg",
+    ),
+    (
+        "patients nobody knows",
+        lambda f: _prepare(_good_folder(f / "in"), f / "out", group_by="patient"),
+        "knows no patients",
+    ),
+    (
+        "channels nobody has",
+        lambda f: _prepare(_good_folder(f / "in"), f / "out", channels=5),
+        "None of 4 images can be used.*has 1 channels, but the dataset has 5",
+    ),
     ("split file that is no JSON", _split_file("{"), r"splits\.json is not valid JSON"),
-    ("split file of unknown ids", _split_file('{"train": ["zz"]}'), r"lists 1 images that the source does not have"),
-    ("split file with an id twice", _split_file('{"train": ["0"], "val": ["0"]}'), r"lists '0' in train and in val"),
+    (
+        "split file of unknown ids",
+        _split_file('{"train": ["zz"]}'),
+        r"lists 1 images that the source does not have",
+    ),
+    (
+        "split file with an id twice",
+        _split_file('{"train": ["0"], "val": ["0"]}'),
+        r"lists '0' in train and in val",
+    ),
     ("split file without train", _split_file('{"val": ["0"]}'), "lists no images for train"),
     ("group file without columns", _group_file("a,b\n1,2\n"), "columns a, b"),
-    ("group file that leaves one out", _group_file("id,group\n0,a\n1,a\n2,b\n"), "has no group for 1 of 4"),
-    ("group file with two groups", _group_file("id,group\n0,a\n0,b\n1,a\n2,b\n3,c\n"), "gives '0' two groups"),
+    (
+        "group file that leaves one out",
+        _group_file("id,group\n0,a\n1,a\n2,b\n"),
+        "has no group for 1 of 4",
+    ),
+    (
+        "group file with two groups",
+        _group_file("id,group\n0,a\n0,b\n1,a\n2,b\n3,c\n"),
+        "gives '0' two groups",
+    ),
     ("file list of nothing", _file_list("# none\n"), r"list\.txt names no file"),
-    ("manifest of a newer version", _with_manifest(lambda m: m | {"format_version": 99}), "has format version 99"),
-    ("manifest with an unknown key", _with_manifest(lambda m: m | {"future": 1}), "unknown setting 'future'"),
-    ("manifest without parts", _with_manifest(lambda m: {k: m[k] for k in m if k != "parts"}), "parts is missing"),
+    (
+        "manifest of a newer version",
+        _with_manifest(lambda m: m | {"format_version": 99}),
+        "has format version 99",
+    ),
+    (
+        "manifest with an unknown key",
+        _with_manifest(lambda m: m | {"future": 1}),
+        "unknown setting 'future'",
+    ),
+    (
+        "manifest without parts",
+        _with_manifest(lambda m: {k: m[k] for k in m if k != "parts"}),
+        "parts is missing",
+    ),
     ("cut Parquet part", _with_part(lambda c: c[:-20]), "is damaged: it has"),
     ("corrupted Parquet part", _with_part(_flipped), "is damaged"),
     ("Parquet part of zeros", _with_part(lambda c: bytes(len(c))), "is damaged"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("kind", "run", "sentence"), WHOLE, ids=[kind for kind, _, _ in WHOLE])

@@ -512,7 +512,7 @@ def test_real_color_images(real_data: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def unfinished(busi_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A preparation by split and group file, all parts written, that was stopped before its manifest."""
+    """A preparation by split and group file that was stopped right before its manifest."""
     ids = [f"benign ({i})" for i in range(1, 9)] + [f"malignant ({i})" for i in range(1, 7)]
     (tmp_path / "s.json").write_text(json.dumps({"train": ids[:8], "test": ids[8:]}))
     (tmp_path / "g.csv").write_text("id,group\n" + "\n".join(f"{name},{name}" for name in ids))

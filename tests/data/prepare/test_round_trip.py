@@ -1,6 +1,6 @@
-"""Every layout, from its files through `prepare` to the dataset and back, against an independent read of the source.
+"""Every layout from its files through `prepare` and back, against an independent read.
 
-Tiles are cut without resampling, so put together again they must be the source to the bit, masks too.
+Tiles are cut without resampling, so put together again they are the source to the bit, with masks.
 """
 
 from __future__ import annotations
@@ -185,7 +185,8 @@ def test_decathlon_with_a_fourth_dimension_and_labels(tmp_path: Path) -> None:
     assert len(found.frames) == 10
     for (name, k), picture in found.frames.items():
         first = name.endswith("a")
-        # With an identity affine the first axis runs to the right and the second to the front: rows run backwards.
+        # With an identity affine the first axis runs to the right and the second to the front, so
+        # rows run backwards.
         image = np.stack([(volume if first else volume + 1)[:, ::-1, k, c].T for c in range(2)], -1)
         same(picture, image, np.isin(label[:, ::-1, k].T, (1, 3)) if first else None)
 
@@ -212,9 +213,14 @@ def test_dicom_in_hounsfield_units_with_no_name_left(tmp_path: Path) -> None:
     for k in range(4):
         slice_ = dicom(
             noise(40, 36, seed=k, high=3000, dtype=np.int16),
-            patient="Roentgen^Anna", SeriesInstanceUID=series, RescaleIntercept=-1024, RescaleSlope=1,
-            ImagePositionPatient=[0, 0, 10 - k], ImageOrientationPatient=[1, 0, 0, 0, 1, 0], PixelSpacing=[0.5, 0.75],
-        )  # fmt: skip
+            patient="Roentgen^Anna",
+            SeriesInstanceUID=series,
+            RescaleIntercept=-1024,
+            RescaleSlope=1,
+            ImagePositionPatient=[0, 0, 10 - k],
+            ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
+            PixelSpacing=[0.5, 0.75],
+        )
         slice_.save_as(tmp_path / "in" / f"Anna {k}", enforce_file_format=True)
     found = round_trip(tmp_path / "in", tmp_path / "out", "dicom")
     assert len(found.frames) == 4

@@ -133,25 +133,31 @@ def _build(path: Path, dataset: PatchDataset, split: str) -> None:
     """Decode a split into its cache file. The caller holds the lock of the folder."""
     size = _file_size(dataset, split)
     _make_room(path.parent, size)
+    with atomic_path(path) as partial:
+        partial.touch(mode=0o600)  # images of patients, in a folder that others may read
+        with partial.open("wb") as file:
+            _write(file, dataset, split, size)
+
+
+def _write(file: BinaryIO, dataset: PatchDataset, split: str, size: int) -> None:
+    """Write images and keys of a split, and wait until the disk holds them."""
     files = dataset.files(split)
     keys = []
-    with atomic_path(path) as partial, partial.open("wb") as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)  # a full disk fails here, not after minutes
-        for group in row_groups_of(dataset.manifest, split):
-            table = read_part(files[group.part], ["id", "image"], group.number)
-            if len(table) != group.rows:
-                raise DataError(
-                    f"{files[group.part]} is damaged: it has too few rows; prepare the dataset "
-                    f"again."
-                )
-            images = images_of(table["image"], dataset.shape, dataset.manifest.dtype)
-            file.write(np.ascontiguousarray(images).data)
-            keys.append(keys_of(table["id"].to_pylist()))
-        file.seek(_keys_offset(dataset, split))
-        file.write(np.concatenate(keys).data)
-        file.flush()
-        os.fsync(file.fileno())  # otherwise a power cut could leave a whole file of zeros
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)  # a full disk fails here, not after minutes
+    for group in row_groups_of(dataset.manifest, split):
+        table = read_part(files[group.part], ["id", "image"], group.number)
+        if len(table) != group.rows:
+            raise DataError(
+                f"{files[group.part]} is damaged: it has too few rows; prepare the dataset again."
+            )
+        images = images_of(table["image"], dataset.shape, dataset.manifest.dtype)
+        file.write(np.ascontiguousarray(images).data)
+        keys.append(keys_of(table["id"].to_pylist()))
+    file.seek(_keys_offset(dataset, split))
+    file.write(np.concatenate(keys).data)
+    file.flush()
+    os.fsync(file.fileno())  # otherwise a power cut could leave a whole file of zeros
 
 
 def _make_room(folder: Path, size: int) -> None:

@@ -79,6 +79,11 @@ def test_the_cache_holds_images_and_keys_as_they_are(tmp_path: Path, dtype: str)
     assert cache.is_cached(dataset, "train")
 
 
+def test_only_its_user_can_read_a_cache_file(dataset: PatchDataset) -> None:
+    cache.open_cached_split(dataset, "train")
+    assert cache.cache_path(dataset, "train").stat().st_mode & 0o777 == 0o600
+
+
 def test_any_rows_can_be_prefetched(dataset: PatchDataset) -> None:
     cached = cache.open_cached_split(dataset, "train")
     cached.prefetch(0, 100)

@@ -124,11 +124,10 @@ def _plan(store: StudyStore, config: StudyConfig) -> tuple[list[Candidate], list
 
 
 def _candidate_names(store: StudyStore, config: StudyConfig) -> list[str]:
-    study = store.confirmation()
-    test_unlock = study.user_attrs.get(TEST_UNLOCKED)
-    if test_unlock is not None:
-        return list(test_unlock["candidates"])
-    begun = [record.attributes["candidate"] for record in trial_records(study)]
+    unlock = find_test_unlock(store)
+    if unlock is not None:
+        return list(unlock.candidates)
+    begun = [record.attributes["candidate"] for record in trial_records(store.confirmation())]
     top = top_trials(store, config)
     names = [*begun, *(f"trial-{record.number}" for record in top)]
     for baseline in baseline_names(config.baselines):
@@ -197,7 +196,6 @@ class TestUnlock:
     commit: str | None  # of the code; None where it is unknown
     candidates: tuple[str, ...]  # names of all that were scored on them
     runs: dict[str, str]  # folder of each run, such as `mae-2`, relative to the study's
-    is_new: bool  # whether this call opened them
 
 
 def find_test_unlock(store: StudyStore) -> TestUnlock | None:
@@ -206,7 +204,7 @@ def find_test_unlock(store: StudyStore) -> TestUnlock | None:
     if stored is None:
         return None
     candidates = tuple(stored["candidates"])
-    return TestUnlock(**{**stored, "candidates": candidates}, is_new=False)
+    return TestUnlock(**{**stored, "candidates": candidates})
 
 
 def open_test(
@@ -260,11 +258,8 @@ def _unlock_test(store: StudyStore, config: StudyConfig, eval_data: PatchDataset
         commit=commit(),
         candidates=candidates,
         runs={name: str(folder.relative_to(store.folder)) for name, folder in folders.items()},
-        is_new=True,
     )
-    stored = asdict(unlock) | {"candidates": list(candidates)}
-    del stored["is_new"]
-    store.confirmation(create=True).set_user_attr(TEST_UNLOCKED, stored)
+    store.confirmation(create=True).set_user_attr(TEST_UNLOCKED, asdict(unlock))
     return unlock
 
 

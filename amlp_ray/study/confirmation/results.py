@@ -21,7 +21,7 @@ from amlp_ray.config import ABLATIONS, BASELINE_DESCRIPTIONS
 from amlp_ray.config.yaml_file import read_yaml
 from amlp_ray.errors import ConfigError
 from amlp_ray.study.confirmation.comparison import Comparison, read_difference
-from amlp_ray.study.confirmation.confirm import TEST_UNLOCKED
+from amlp_ray.study.confirmation.confirm import TestUnlock, find_test_unlock
 from amlp_ray.study.confirmation.statistics import (
     Correlation,
     FloatArray,
@@ -127,7 +127,7 @@ class Confirmation:
     states: dict[str, int]  # how many runs are in each state
     failed: dict[str, str]  # reason of each run that failed, by its name
     # What the store holds of the test images; None while they are closed.
-    test_unlock: dict[str, Any] | None
+    test_unlock: TestUnlock | None
     metric: str  # the study's
     equivalence_margin: float  # DSC below which a difference is a tie
 
@@ -200,7 +200,7 @@ class Confirmation:
         """Return plain values: candidates, comparisons by protocol, noise and agreement."""
         return {
             "split": self.split,
-            "test_unlocked": self.test_unlock,
+            "test_unlocked": asdict(self.test_unlock) if self.test_unlock else None,
             "runs": self.states,
             "failed": self.failed,
             "chosen": self.chosen.name if self.chosen else None,
@@ -255,18 +255,17 @@ class Confirmation:
 
 def read_confirmation(store: StudyStore) -> Confirmation | None:
     """Read the confirmation of a study; None where none was begun."""
-    study = store.confirmation()
     config = store.config()
-    records = trial_records(study)
+    records = trial_records(store.confirmation())
     if not records:
         return None
-    test_unlock = study.user_attrs.get(TEST_UNLOCKED)
+    test_unlock = find_test_unlock(store)
     runs: dict[str, list[ConfirmationRun]] = {}
     first_records: dict[str, TrialRecord] = {}
     failed = {}
     for record in records:
         name = record.attributes["candidate"]
-        if test_unlock and name not in test_unlock["candidates"]:
+        if test_unlock and name not in test_unlock.candidates:
             continue
         first_records.setdefault(name, record)
         finished = runs.setdefault(name, [])

@@ -210,8 +210,8 @@ def _state(confirmation: Confirmation) -> str:
     unlock = confirmation.test_unlock
     if unlock:
         return (
-            f"Runs: {counts}. The test images were opened once, on {unlock['when']}, at commit "
-            f"{unlock['commit'] or 'unknown'}, when these candidates were settled; nobody else is "
+            f"Runs: {counts}. The test images were opened once, on {unlock.when}, at commit "
+            f"{unlock.commit or 'unknown'}, when these candidates were settled; nobody else is "
             f"scored on them."
         )
     return (

@@ -92,8 +92,8 @@ def timeline(data: ReportData) -> Timeline | None:
         covered += max(timedelta(), end - max(start, reached))
         reached = max(reached, end)
     total = reached - spans[0][0]
-    held = sum((bar.end - bar.start for bar in bars), timedelta())
-    busy = held / (total * count) if total else 1.0
+    run_time = sum((bar.end - bar.start for bar in bars), timedelta())
+    busy = run_time / (total * count) if total else 1.0
     return Timeline(bars, count, spans[0][0], reached, busy, total - covered)
 
 

@@ -228,9 +228,9 @@ def _rung_correlation(
     count = len(pairs)
     early, final = rankdata(pairs, axis=0).T
     best_fifth = np.argsort(final)[-max(1, round(count / 5)) :]
-    kept = float((early[best_fifth] > (count + 1) / 2).mean())
+    share_kept = float((early[best_fifth] > (count + 1) / 2).mean())
     return RungCorrelation(
-        position, count, correlation.value, correlation.interval, kept, is_prunable
+        position, count, correlation.value, correlation.interval, share_kept, is_prunable
     )
 
 

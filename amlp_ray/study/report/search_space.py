@@ -25,12 +25,12 @@ def space(data: ReportData) -> Table:
         default = show(parameter.default) if isinstance(parameter, Range | Choice) else MISSING
         kind = _kind(name, parameter)
         rows.append([name, kind, _values(parameter), default, _condition(parameter.when)])
-    shown = []
+    indices = []
     for index, column in enumerate(COLUMNS):
         if any(row[index] != PLAIN_VALUES.get(column) for row in rows):
-            shown.append(index)
-    columns = [COLUMNS[index] for index in shown]
-    return text_table(columns, [[row[index] for index in shown] for row in rows])
+            indices.append(index)
+    columns = [COLUMNS[index] for index in indices]
+    return text_table(columns, [[row[index] for index in indices] for row in rows])
 
 
 def fixed(data: ReportData) -> Table:

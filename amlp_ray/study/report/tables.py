@@ -133,11 +133,11 @@ def trials(data: ReportData) -> Table:
     columns = ["Run", "State", data.metric, *(TITLES[name] for name in objectives)]
     columns += [MEASURES[key] for key in measures]
     columns += [*names, "Epochs", "Seconds", "Seed", "Notes"]
-    shown = []
+    listed = []
     for group in _trial_groups(data):
-        shown += _best_of(group)
+        listed += _best_of(group)
     rows = []
-    for position, trial in enumerate(shown):
+    for position, trial in enumerate(listed):
         seconds = trial.cost("seconds")
         row = [
             Cell(trial.name, position),
@@ -234,8 +234,8 @@ def without_empty_rows(rows: Iterable[list[str]]) -> list[list[str]]:
 
 
 def _trial_groups(data: ReportData) -> list[list[ReportedTrial]]:
-    own = sorted([*data.search, *data.copies], key=lambda trial: trial.number)
-    return [own, data.baselines, data.imported]
+    search = sorted([*data.search, *data.copies], key=lambda trial: trial.number)
+    return [search, data.baselines, data.imported]
 
 
 def _best_of(trials: list[ReportedTrial]) -> list[ReportedTrial]:

@@ -349,7 +349,7 @@ def test_test_images_are_opened_once_and_the_report_says_what_they_show(
     assert "The test images have not been opened: numbers are of val" in before
 
     first = open_test(trained, config, watched)
-    assert first.is_new
+    assert find_test_unlock(trained) == first
     assert first.candidates == ("trial-0", "scratch", "mae", "oracle-of-trial-0")
     assert set(first.runs) == {f"{name}-{repeat}" for name in first.candidates for repeat in (0, 1)}
     assert watched.recorded
@@ -374,7 +374,7 @@ def test_test_images_are_opened_once_and_the_report_says_what_they_show(
     caplog.clear()
     again = open_test(trained, config, phantom_dataset)
     lines = [record.getMessage() for record in caplog.records]
-    assert (again.is_new, again.runs, again.when) == (False, first.runs, first.when)
+    assert again == first
     assert "nobody else is scored on them" in lines[0]
     assert lines[1:] == ["mae-0: scored on test"]
     assert mae.read_text() == kept

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from amlp_ray.runtime.worker_group import WorkerContext
 from amlp_ray.training.checkpoint.restore import load_latest_on_all
 from amlp_ray.training.loggers.metrics_file import Metrics, read_rows
 from amlp_ray.training.lr_schedule import learning_rate
-from amlp_ray.training.run_recorder import METRICS_FILE, RunRecorder
+from amlp_ray.training.run_recorder import METRICS_FILE, RunRecorder, speed_metrics
 from amlp_ray.utils import distributed
 from amlp_ray.utils.event_log import EventLog
 
@@ -76,7 +77,7 @@ def finetune(
     epochs = range(resumed_epoch + 1, config.epochs + 1)
     network = distributed.wrap_ddp(model)
     model.train()
-    with RunRecorder(out, fault_tolerance, events) as recorder:
+    with closing(RunRecorder(out, fault_tolerance, events)) as recorder:
         if worker.is_first:
             recorder.begin(epochs)
         for epoch in epochs:
@@ -135,18 +136,8 @@ def train_epoch(
         raise NonFiniteLossError(
             f"The fine-tuning loss or its gradient is not finite at epoch {epoch}; lower lr."
         )
-    seconds = time.perf_counter() - started
-    images_per_second = steps * len(batch) / seconds
-    return {
-        "epoch": epoch,
-        "loss": mean_loss,
-        "grad_norm": mean_norm,
-        "lr": lr,
-        "images_per_second": images_per_second,
-        "images_per_second_per_worker": images_per_second / worker.world,
-        "workers": worker.world,
-        "seconds": seconds,
-    }
+    speed = speed_metrics(steps * len(batch), time.perf_counter() - started)
+    return {"epoch": epoch, "loss": mean_loss, "grad_norm": mean_norm, "lr": lr, **speed}
 
 
 def _load_augmented(

@@ -46,6 +46,7 @@ from amlp_ray.utils.run_dir import OtherRunError, RunDir
 
 SCORE = "score.json"  # written last: with it, a fine-tuning is finished
 IDENTITY = "segment.json"  # what a folder's fine-tuning is of, written first
+RESULTS = ("checkpoint/epoch-*.pt", SCORE)  # what another fine-tuning must not replace
 LOCK_WAIT_S = 5.0  # a process that was just killed has released the folder by then
 
 
@@ -70,26 +71,22 @@ def segment(
 
     Args:
         data: a patch dataset with masks, or its path, of the shape and scale that the encoder was
-            pretrained on. `amlp-ray data check A --against B` finds val images in the pretraining
-            set.
+            pretrained on.
         encoder: an exported encoder, a timm checkpoint or `timm:NAME` (see `pretrained.py`).
-        name: the timm ViT of a timm checkpoint.
+        name: of the timm ViT, for a timm checkpoint.
         from_scratch: keep the encoder's shape but not its weights: the baseline.
         sizes: what is a small and a large lesion, see `probe.sizes`.
         resources: one worker (the default) trains in this process, on `device`; more on Ray Train.
         address: of the Ray cluster; None: several workers start Ray on this machine.
 
     Returns:
-        The score, also in `out/score.json`, beside `segmenter.safetensors`, `per_image.csv` and
-        `config.yaml`.
+        The score, also in `out/score.json`, beside `segmenter.safetensors` and `per_image.csv`.
 
     Raises:
         DataError: there are too few labelled images.
         ConfigError: the encoder was made for other images, or the decoder does not fit it.
         CheckpointError: `out` holds another fine-tuning, or the encoder cannot be read.
-        ResourceError: the cluster has no room.
-        WorkerLostError: too many workers were lost; run it again.
-        StorageError: `out` could not be written for too long; run it again.
+        AmlpError: resources are missing, or workers or the disk failed too often; run it again.
     """
     dataset = data if isinstance(data, PatchDataset) else PatchDataset.open(data)
     threads = None if resources is None else max(1, int(resources.cpus_per_worker))
@@ -104,19 +101,14 @@ def segment(
         fault_tolerance or FaultToleranceConfig(),
         threads,
     )
-    tuning.config.check_workers(resources)
-    if address is None and (resources.is_single_worker or not is_joined()):
-        jobs_side_by_side(resources, machine_resources())
-    tuning.check(dataset)
-    results = ("checkpoint/epoch-*.pt", SCORE)
-    run_dir = RunDir(tuning.out, IDENTITY, results=results, outputs=(SCORE, WEIGHTS))
+    tuning.check(dataset, resources, address)
+    run_dir = RunDir(tuning.out, IDENTITY, results=RESULTS, outputs=(SCORE, WEIGHTS))
     with run_dir.lock(wait_s=LOCK_WAIT_S):
         _claim(run_dir, tuning, dataset)
         if not run_dir.is_complete:
             write_yaml(tuning.config, tuning.out / "config.yaml")
             _train(tuning, dataset, resources, address, progress, device)
-    score: dict[str, Any] = json.loads((tuning.out / SCORE).read_text())
-    return score
+    return dict(json.loads((tuning.out / SCORE).read_text()))
 
 
 def _claim(run_dir: RunDir, tuning: Tuning, dataset: PatchDataset) -> None:
@@ -183,11 +175,14 @@ class Tuning:
     fault_tolerance: FaultToleranceConfig
     threads: int | None  # CPU threads of each worker; None: all
 
-    def check(self, dataset: PatchDataset) -> None:
-        """Check encoder, images and labels, before anything is written or loaded.
+    def check(self, dataset: PatchDataset, resources: ResourceConfig, address: str | None) -> None:
+        """Check resources, encoder, images and labels, before anything is written or loaded.
 
         Raises what `segment` raises.
         """
+        self.config.check_workers(resources)
+        if address is None and (resources.is_single_worker or not is_joined()):
+            jobs_side_by_side(resources, machine_resources())
         spec = pretrained_image_spec(self.encoder, dataset.spec)
         check_fits(dataset, spec, f"{self.encoder} was trained on")
         model = read_pretrained_config(self.encoder, self.name)

@@ -30,7 +30,7 @@ from amlp_ray.training.loggers.metrics_file import Metrics
 from amlp_ray.training.loggers.mfu import MfuMeter
 from amlp_ray.training.lr_schedule import learning_rate
 from amlp_ray.training.objectives import Model, Objective, Values, make_objective
-from amlp_ray.training.run_recorder import RunRecorder
+from amlp_ray.training.run_recorder import RunRecorder, speed_metrics
 from amlp_ray.training.train_state import TrainState
 from amlp_ray.utils import distributed
 from amlp_ray.utils.event_log import EventLog
@@ -117,7 +117,8 @@ def pretrain(
     resumed_epoch = _resume(train_state, folder, events, last_epoch)
     objective = make_objective(train_state.model, config, truth)
     epochs = range(resumed_epoch + 1, last_epoch + 1)
-    with RunRecorder(folder, fault_tolerance or FaultToleranceConfig(), events) as recorder:
+    recorder = RunRecorder(folder, fault_tolerance or FaultToleranceConfig(), events)
+    with closing(recorder):
         return _train(
             train_state,
             objective,
@@ -226,9 +227,7 @@ def train_epoch(
     *,
     micro_batch: int | None = None,
 ) -> Metrics:
-    """Train one epoch; return its metrics, averaged over steps and workers.
-
-    No step waits for the device.
+    """Train one epoch without waiting for the device; return its metrics, averaged over steps.
 
     Args:
         network: what a step calls; see `distributed.wrap_ddp`.
@@ -271,17 +270,12 @@ def train_epoch(
     _check_finite(rows, list(values), train_state, epoch)
     means = distributed.mean_over_workers(_mean_over_steps(rows))
     seconds = time.perf_counter() - started
-    workers = distributed.world_size()
-    images_per_second = config.batch_size * steps / seconds
     return {
         "epoch": epoch,
         **dict(zip(values, means.tolist(), strict=True)),
         "lr": lr,
-        "images_per_second": images_per_second,
-        "images_per_second_per_worker": images_per_second / workers,
-        "workers": workers,
         "wait_share": waited / seconds,
-        "seconds": seconds,
+        **speed_metrics(config.batch_size * steps, seconds),
     }
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from amlp_ray.config import FaultToleranceConfig
 from amlp_ray.training.checkpoint.manager import CheckpointManager, State
@@ -17,12 +15,24 @@ from amlp_ray.utils.retry import RetryPolicy
 METRICS_FILE = "metrics.jsonl"
 
 
-class RunRecorder:
-    """Records each epoch of a run: a metrics row, then a checkpoint in the background.
+def speed_metrics(images: int, seconds: float) -> Metrics:
+    """Compute the speed of an epoch.
 
-    Used as a context. Its end stops what is still being written: a run that failed is started
-    again, maybe in this process, and must not meet a second writer.
+    Args:
+        images: that all workers trained on.
+        seconds: that it took.
     """
+    workers = distributed.world_size()
+    return {
+        "images_per_second": images / seconds,
+        "images_per_second_per_worker": images / seconds / workers,
+        "workers": workers,
+        "seconds": seconds,
+    }
+
+
+class RunRecorder:
+    """Records each epoch of a run: a metrics row, then a checkpoint in the background."""
 
     def __init__(
         self, folder: Path, fault_tolerance: FaultToleranceConfig, events: EventLog
@@ -33,17 +43,6 @@ class RunRecorder:
         self._checkpoints = CheckpointManager(
             folder, self.retries, keep=fault_tolerance.checkpoints
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._checkpoints.close()
 
     def begin(self, epochs: range) -> Metrics:
         """Drop the rows of epochs that are repeated, and record the start.
@@ -103,3 +102,11 @@ class RunRecorder:
     def wait(self) -> None:
         """Return once every checkpoint is written. Raises StorageError if one could not be."""
         self._checkpoints.wait()
+
+    def close(self) -> None:
+        """Stop what is still being written.
+
+        A run that failed is started again, maybe in this process, and must not meet a second
+        writer.
+        """
+        self._checkpoints.close()

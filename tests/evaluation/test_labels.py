@@ -107,8 +107,8 @@ def test_rows_are_spread_from_the_first_to_the_last() -> None:
 def test_rows_by_part_are_all_rows_once_and_no_part_twice(
     labels: PatchDataset, rows: list[int] | None
 ) -> None:
-    given = None if rows is None else np.array(rows, dtype=np.int64)
-    parts = list(by_part(labels, "train", given))
+    overrides = None if rows is None else np.array(rows, dtype=np.int64)
+    parts = list(by_part(labels, "train", overrides))
     assert np.concatenate([*parts, np.zeros(0, int)]).tolist() == (
         list(range(40)) if rows is None else rows
     )
@@ -281,11 +281,11 @@ def test_the_same_data_set_as_labels_apart_scores_the_same(
                 folder=tmp_path / str(i),
                 probe=FEW,
                 rungs=(1,),
-                eval_data=given,
+                eval_data=overrides,
             ),
             Hooks(),
         ).metrics
-        for i, given in enumerate((None, labels.path))
+        for i, overrides in enumerate((None, labels.path))
     )
     for name in ("dsc", "ap", "loss_reference", "true_lesion_masked", "loss"):
         assert own[name] == apart[name]
@@ -302,11 +302,11 @@ def test_a_folder_is_claimed_with_its_labels(
     moved = changed(labels, tmp_path / "moved")
     claim(run.model_copy(update={"eval_data": moved.path}), unlabeled, moved)
     other = changed(labels, tmp_path / "other", fingerprint="0" * 64)
-    for given in (other, None):
+    for overrides in (other, None):
         with pytest.raises(
             CheckpointError, match=r"holds a run on other data .*moved, prepared differently"
         ):
-            claim(run, unlabeled, given)
+            claim(run, unlabeled, overrides)
     plain = RunSpec(config=SETTINGS, data=unlabeled.path, folder=tmp_path / "plain")
     claim(plain, unlabeled)
     append_row(tmp_path / "plain" / "metrics.jsonl", {"epoch": 1})

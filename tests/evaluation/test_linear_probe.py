@@ -21,8 +21,8 @@ from amlp_ray.method.autoencoder import MaskedAutoencoder
 FEW = {"num_labeled": 8, "subsets": 2, "folds": 3}
 
 
-def probe_of(dataset: PatchDataset, **given: Any) -> Probe:
-    return Probe(Guarded.of(dataset), ProbeConfig.model_validate(FEW | given), patch_size=8)
+def probe_of(dataset: PatchDataset, **overrides: Any) -> Probe:
+    return Probe(Guarded.of(dataset), ProbeConfig.model_validate(FEW | overrides), patch_size=8)
 
 
 def model_of(dataset: PatchDataset, seed: int = 0) -> MaskedAutoencoder:
@@ -149,12 +149,12 @@ def test_auto_takes_val_from_40_lesion_images_on(phantom_dataset: PatchDataset) 
 
 
 def test_too_few_labels_are_refused_with_the_number_found(phantom_dataset: PatchDataset) -> None:
-    found = len(lesion_ids(phantom_dataset, "train"))
+    result = len(lesion_ids(phantom_dataset, "train"))
     with pytest.raises(
         DataError,
-        match=rf"has {found} labelled training images .* probe.num_labeled={found + 1}; lower",
+        match=rf"has {result} labelled training images .* probe.num_labeled={result + 1}; lower",
     ):
-        probe_of(phantom_dataset, labels=found + 1)
+        probe_of(phantom_dataset, labels=result + 1)
 
 
 def test_val_scoring_without_a_val_lesion_is_refused(phantom_dataset: PatchDataset) -> None:
@@ -284,8 +284,8 @@ def test_on_test_every_labeled_lesion_is_scored_by_every_head(
 def test_a_test_split_without_a_lesion_is_refused(phantom_dataset: PatchDataset) -> None:
     class Healthy(TestIsVal):
         def table(self, *splits: str, columns: Any = ("id",)) -> Any:
-            found = super().table(*splits, columns=columns)
-            return found.assign(lesion=0.0) if splits == ("test",) else found
+            result = super().table(*splits, columns=columns)
+            return result.assign(lesion=0.0) if splits == ("test",) else result
 
     dataset = Healthy(phantom_dataset.root, phantom_dataset.manifest)
     probe = Probe(dataset, ProbeConfig.model_validate(FEW | {"scoring": "val"}), 8)

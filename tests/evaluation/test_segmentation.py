@@ -53,11 +53,11 @@ def export(dataset: PatchDataset, path: Path, **model: int) -> Path:
 
 
 def run(
-    dataset: PatchDataset, folder: Path, *, from_scratch: bool = False, **given: Any
+    dataset: PatchDataset, folder: Path, *, from_scratch: bool = False, **overrides: Any
 ) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     encoder = export(dataset, folder / "encoder.safetensors")
-    config = SegmentConfig.model_validate(SMALL | given)
+    config = SegmentConfig.model_validate(SMALL | overrides)
     return segment(dataset, encoder, folder / "out", config, from_scratch=from_scratch)
 
 
@@ -98,12 +98,14 @@ def test_from_scratch_keeps_the_shape_but_not_the_weights(dataset: Guarded, tmp_
         run(dataset, tmp_path / str(flag), from_scratch=flag, **config) for flag in (False, True)
     )
     assert scratch["from_scratch"] is True
-    given = load_file(tmp_path / "False" / "encoder.safetensors")
+    overrides = load_file(tmp_path / "False" / "encoder.safetensors")
     kept, drawn = (
         load_file(tmp_path / name / "out" / "segmenter.safetensors") for name in ("False", "True")
     )
     assert kept.keys() == drawn.keys()
-    assert all(torch.equal(value, kept[f"encoder.{key}"]) for key, value in given.items())  # frozen
+    assert all(
+        torch.equal(value, kept[f"encoder.{key}"]) for key, value in overrides.items()
+    )  # frozen
     key = "encoder.blocks.0.attn.qkv.weight"
     assert not torch.equal(kept[key], drawn[key])
     assert tuned["dsc"] != scratch["dsc"]
@@ -184,9 +186,9 @@ def test_a_segmenter_that_was_saved_scores_as_when_it_was_trained(
     dataset: Guarded, tmp_path: Path
 ) -> None:
     trained = run(dataset, tmp_path, epochs=1, decoder_width=12)
-    found = score_segmenter(dataset, tmp_path / "out", "val")
-    assert found == {name: trained[name] for name in found}
-    assert trained.keys() - found.keys() == {
+    result = score_segmenter(dataset, tmp_path / "out", "val")
+    assert result == {name: trained[name] for name in result}
+    assert trained.keys() - result.keys() == {
         "num_labeled",
         "from_scratch",
         "encoder",
@@ -199,12 +201,12 @@ def test_test_images_are_read_where_they_are_asked_for_by_name(
     phantom_dataset: PatchDataset, dataset: Guarded, tmp_path: Path
 ) -> None:
     run(dataset, tmp_path, epochs=1)
-    found = score_segmenter(phantom_dataset, tmp_path / "out", "test", sizes=(0.04, 0.08))
+    result = score_segmenter(phantom_dataset, tmp_path / "out", "test", sizes=(0.04, 0.08))
     test = phantom_dataset.load("test")
     shares = {test.ids[i]: test.masks[i].mean() for i in np.flatnonzero(test.masks.any((1, 2)))}
-    assert set(found["per_image"]) == set(shares)
-    large = [found["per_image"][name] for name, share in shares.items() if share > 0.08]
-    assert found["dsc_large"] == pytest.approx(np.mean(large), abs=1e-5)
+    assert set(result["per_image"]) == set(shares)
+    large = [result["per_image"][name] for name, share in shares.items() if share > 0.08]
+    assert result["dsc_large"] == pytest.approx(np.mean(large), abs=1e-5)
 
 
 def test_a_segmenter_of_other_images_or_none_is_refused(dataset: Guarded, tmp_path: Path) -> None:
@@ -338,10 +340,10 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
     parts = segment(dataset, encoder, tmp_path / "parts", config, progress=stop)
     assert seen == [1, 2, 3]
     assert {**parts, "seconds": 0} == {**whole, "seconds": 0}
-    ours, theirs = (
+    original, resumed = (
         load_file(tmp_path / name / "segmenter.safetensors") for name in ("parts", "whole")
     )
-    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    assert all(torch.equal(value, resumed[key]) for key, value in original.items())
     assert [row["epoch"] for row in read_rows(tmp_path / "parts" / "metrics.jsonl")] == [1, 2, 3]
     assert not (tmp_path / "parts" / "checkpoint").exists()
 
@@ -442,7 +444,7 @@ def test_bf16_trains_too(dataset: Guarded, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("overrides", "message"),
     [
         (
             {"num_labeled": 8, "label_share": 0.1},
@@ -453,13 +455,15 @@ def test_bf16_trains_too(dataset: Guarded, tmp_path: Path) -> None:
         ({"label_share": 0}, "label_share is 0"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(given: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
-        build(SegmentConfig, given, "here")
+def test_settings_that_contradict_each_other_are_refused(
+    overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(SegmentConfig, overrides, "here")
 
 
 @pytest.mark.parametrize(
-    ("resources", "told"),
+    ("resources", "message"),
     [
         ({"workers": 7}, r"batch_size 6 is less than resources\.workers 7; raise it"),
         ({"workers": 2, "micro_batch": 1}, "are for pretraining"),
@@ -467,10 +471,10 @@ def test_settings_that_contradict_each_other_are_refused(given: dict[str, Any], 
     ],
 )
 def test_resources_that_cannot_be_used_are_refused(
-    dataset: Guarded, tmp_path: Path, resources: dict[str, Any], told: str
+    dataset: Guarded, tmp_path: Path, resources: dict[str, Any], message: str
 ) -> None:
     config = SegmentConfig.model_validate(SMALL)
-    with pytest.raises((ConfigError, ResourceError), match=told):
+    with pytest.raises((ConfigError, ResourceError), match=message):
         segment(
             dataset,
             tmp_path / "e",
@@ -484,11 +488,11 @@ def test_resources_that_cannot_be_used_are_refused(
 
 
 def _one_of_two(
-    rank: int, meeting: str, data: str, encoder: str, out: str, given: dict[str, Any]
+    rank: int, meeting: str, data: str, encoder: str, out: str, overrides: dict[str, Any]
 ) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
-    config = SegmentConfig.model_validate(SMALL | given)
+    config = SegmentConfig.model_validate(SMALL | overrides)
     tuning = Tuning(config, encoder, None, Path(out), False, SIZES, FaultToleranceConfig(), None)
     Path(out).mkdir(exist_ok=True)
     tuning.run(PatchDataset.open(data), WorkerContext(rank, 2), lambda metrics: None)
@@ -496,15 +500,17 @@ def _one_of_two(
 
 
 def test_two_workers_learn_what_one_does(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
-    given = {
+    overrides = {
         "num_labeled": 7,
         "batch_size": 9,
     }  # a batch of 7: one worker has three of it, and one to fill up
     encoder = export(phantom_dataset, tmp_path / "e.safetensors")
-    segment(phantom_dataset, encoder, tmp_path / "one", SegmentConfig.model_validate(SMALL | given))
+    segment(
+        phantom_dataset, encoder, tmp_path / "one", SegmentConfig.model_validate(SMALL | overrides)
+    )
     meeting, out = f"file://{tmp_path / 'meeting'}", tmp_path / "two"
     torch.multiprocessing.spawn(
-        _one_of_two, (meeting, phantom_dataset.path, str(encoder), str(out), given), nprocs=2
+        _one_of_two, (meeting, phantom_dataset.path, str(encoder), str(out), overrides), nprocs=2
     )
     assert_alike(tmp_path / "one", out)
 

@@ -33,14 +33,14 @@ def spec_of(channels: int = 1, height: int = 64, width: int = 64) -> ImageSpec:
     )
 
 
-def model_of(**given: Any) -> ModelConfig:
+def model_of(**overrides: Any) -> ModelConfig:
     return ModelConfig.model_validate(
-        {"width": 24, "depth": 2, "heads": 2, "decoder_width": 16} | given
+        {"width": 24, "depth": 2, "heads": 2, "decoder_width": 16} | overrides
     )
 
 
-def segmenter(spec: ImageSpec, model: ModelConfig, **given: Any) -> Segmenter:
-    config = SegmentConfig.model_validate({"decoder_width": 8} | given)
+def segmenter(spec: ImageSpec, model: ModelConfig, **overrides: Any) -> Segmenter:
+    config = SegmentConfig.model_validate({"decoder_width": 8} | overrides)
     return Segmenter(build_encoder(model, spec), spec, config)
 
 
@@ -54,13 +54,13 @@ def test_every_decoder_makes_a_logit_per_pixel_and_uses_all_its_weights(
         spec_of(2, side, side + change.get("patch_size", 8)),
         model_of(**change),
     )  # not square
-    found = segmenter(spec, model, decoder=decoder)
-    logits = found(torch.randn(2, 2, spec.height, spec.width))
+    result = segmenter(spec, model, decoder=decoder)
+    logits = result(torch.randn(2, 2, spec.height, spec.width))
     assert logits.shape == (2, 1, spec.height, spec.width)
     logits.square().sum().backward()
     still = [
         name
-        for name, p in found.named_parameters()
+        for name, p in result.named_parameters()
         if p.requires_grad and (p.grad is None or not p.grad.any())
     ]
     # Before instance norm a bias is nothing; of a single token so are all weights of a query and a
@@ -71,10 +71,10 @@ def test_every_decoder_makes_a_logit_per_pixel_and_uses_all_its_weights(
 
 @pytest.mark.parametrize("decoder", ["linear", "conv", "unetr", "dpt"])
 def test_no_image_of_a_batch_changes_what_is_said_of_another(decoder: str) -> None:
-    found = segmenter(spec_of(), model_of(), decoder=decoder)
+    result = segmenter(spec_of(), model_of(), decoder=decoder)
     images = torch.randn(3, 1, 64, 64)
     with torch.inference_mode():
-        torch.testing.assert_close(found(images)[:1], found(images[:1]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result(images)[:1], result(images[:1]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("decoder", ["conv", "dpt", "linear"])
@@ -97,15 +97,15 @@ def test_unetr_says_which_patches_it_needs(patch_size: int) -> None:
 
 
 def test_a_linear_decoder_is_one_projection_drawn_large() -> None:
-    found = segmenter(spec_of(), model_of(), decoder="linear")
+    result = segmenter(spec_of(), model_of(), decoder="linear")
     images = torch.randn(2, 1, 64, 64)
-    tokens = found.encoder.forward_features(images)[:, found.encoder.num_prefix_tokens :]
-    logits = (tokens @ found.decoder.head.weight[0, :, 0, 0] + found.decoder.head.bias).view(
+    tokens = result.encoder.forward_features(images)[:, result.encoder.num_prefix_tokens :]
+    logits = (tokens @ result.decoder.head.weight[0, :, 0, 0] + result.decoder.head.bias).view(
         2, 1, 8, 8
     )
     large = torch.nn.functional.interpolate(logits, (64, 64), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(found(images), large)
-    assert sum(p.numel() for p in found.decoder.parameters()) == 25
+    torch.testing.assert_close(result(images), large)
+    assert sum(p.numel() for p in result.decoder.parameters()) == 25
 
 
 @pytest.mark.parametrize("prepare", [PrepareConfig(size=64, values="percentile"), None])
@@ -117,12 +117,12 @@ def test_a_file_holds_all_that_it_takes_to_use_a_segmenter(
     saved = Segmenter(build_encoder(model, spec), spec, config).eval()
     save_segmenter(saved, tmp_path, encoder=model, spec=spec, prepare=prepare, config=config)
     assert [path.name for path in tmp_path.iterdir()] == ["segmenter.safetensors"]
-    found = load_segmenter(tmp_path)
-    assert (found.spec, found.prepare, found.config) == (spec, prepare, config)
+    result = load_segmenter(tmp_path)
+    assert (result.spec, result.prepare, result.config) == (spec, prepare, config)
     images = torch.randn(2, 1, 64, 64)
     with torch.inference_mode():
-        assert torch.equal(found.model(images), saved(images))
-    assert not found.model.training
+        assert torch.equal(result.model(images), saved(images))
+    assert not result.model.training
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def dataset(
 def run(dataset: PatchDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with everything on, scored by a probe and drawn."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    given: dict[str, Any] = {
+    overrides: dict[str, Any] = {
         "flip_vertical": True,
         "intensity_jitter": 0.7,
         "epochs": 2,
@@ -62,7 +62,7 @@ def run(dataset: PatchDataset, tmp_path_factory: pytest.TempPathFactory) -> Path
     }
     run_job(
         RunSpec(
-            config=PretrainConfig.model_validate(given),
+            config=PretrainConfig.model_validate(overrides),
             data=dataset.path,
             folder=folder,
             probe=FEW,
@@ -80,20 +80,20 @@ def test_a_run_is_finite_scored_and_drawn(dataset: PatchDataset, run: Path) -> N
     assert 0.1 < rows[-1]["loss_reference"] < 10, "in the normalised scale, whatever the stored one"
     assert 0 <= json.loads((run / "score.json").read_text())["dsc"] <= 1
     for path in (run / "pictures").iterdir():
-        shown = np.asarray(Image.open(path))[22:, :192]  # the input
-        assert shown.std() > 20, "neither black nor white"
+        displayed = np.asarray(Image.open(path))[22:, :192]  # the input
+        assert displayed.std() > 20, "neither black nor white"
 
 
 def test_an_inspection_shows_what_the_run_met(run: Path, tmp_path: Path) -> None:
-    found = inspect_run(run, count=2, out=tmp_path)
-    assert found["own_data"]
-    assert all(math.isfinite(found["mean"][name]) for name in ("recall", "error"))
+    result = inspect_run(run, count=2, out=tmp_path)
+    assert result["own_data"]
+    assert all(math.isfinite(result["mean"][name]) for name in ("recall", "error"))
 
 
 def test_a_segmenter_is_trained_with_all_augmentation(
     dataset: PatchDataset, run: Path, tmp_path: Path
 ) -> None:
-    given = {
+    overrides = {
         "epochs": 2,
         "batch_size": 6,
         "decoder_width": 8,
@@ -106,7 +106,7 @@ def test_a_segmenter_is_trained_with_all_augmentation(
         dataset,
         run / "encoder.safetensors",
         tmp_path / "out",
-        SegmentConfig.model_validate(given),
+        SegmentConfig.model_validate(overrides),
         progress=lambda metrics: losses.append(metrics["loss"]),
     )
     assert 0 <= score["dsc"] <= 1
@@ -145,14 +145,14 @@ def test_a_picture_is_the_first_channel_or_rgb_scaled_to_its_own_contrast(
 ) -> None:
     images = dataset.load("val").images
     x = normalize(torch.from_numpy(images), dataset.spec)
-    shown = np.stack(to_pixels(x, x, dataset.spec, (SIDE, SIDE)))
+    displayed = np.stack(to_pixels(x, x, dataset.spec, (SIDE, SIDE)))
     shown_channels = 3 if images.shape[1] == 3 else 1
     stored = images[:, :shown_channels].astype(np.float64)
     low, high = np.quantile(stored, (0.005, 0.995), axis=(1, 2, 3), keepdims=True)
     expected = ((stored - low) / (high - low)).clip(0, 1) * 255
-    assert np.abs(shown.transpose(0, 3, 1, 2)[:, :shown_channels] - expected).max() <= 1.5
+    assert np.abs(displayed.transpose(0, 3, 1, 2)[:, :shown_channels] - expected).max() <= 1.5
     if shown_channels == 1:
-        assert (shown[..., 0] == shown[..., 2]).all()
+        assert (displayed[..., 0] == displayed[..., 2]).all()
 
 
 def test_a_constant_image_of_any_scale_is_drawn_black_and_not_as_noise(
@@ -160,5 +160,5 @@ def test_a_constant_image_of_any_scale_is_drawn_black_and_not_as_noise(
 ) -> None:
     flat = np.full_like(dataset.load("val", np.array([0])).images, int(dataset.spec.mean[0]))
     x = normalize(torch.from_numpy(flat), dataset.spec)
-    (shown,) = to_pixels(x, x, dataset.spec, (SIDE, SIDE))
-    assert int(shown.max()) - int(shown.min()) <= 1
+    (displayed,) = to_pixels(x, x, dataset.spec, (SIDE, SIDE))
+    assert int(displayed.max()) - int(displayed.min()) <= 1

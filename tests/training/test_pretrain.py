@@ -33,8 +33,10 @@ MEASURED = {
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_heads": 2}
 
 
-def tiny(**given: Any) -> PretrainConfig:
-    return PretrainConfig.model_validate({"epochs": 4, "batch_size": 12, "model": TINY, **given})
+def tiny(**overrides: Any) -> PretrainConfig:
+    return PretrainConfig.model_validate(
+        {"epochs": 4, "batch_size": 12, "model": TINY, **overrides}
+    )
 
 
 def open_train(dataset: PatchDataset, config: PretrainConfig) -> Batches:
@@ -47,9 +49,9 @@ def run(
     *,
     stop_after: int | None = None,
     batches: Batches | None = None,
-    **given: Any,
+    **overrides: Any,
 ) -> PretrainResult:
-    config, reported = tiny(**given), []
+    config, reported = tiny(**overrides), []
     hooks = Hooks(
         report=lambda metrics: reported.append(metrics["epoch"]),
         should_stop=lambda: stop_after is not None and reported[-1] >= stop_after,
@@ -148,19 +150,19 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("given", RESUMED.values(), ids=RESUMED.keys())
+@pytest.mark.parametrize("overrides", RESUMED.values(), ids=RESUMED.keys())
 @pytest.mark.parametrize("stop_after", [1, 2])
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(
-    phantom_dataset: PatchDataset, tmp_path: Path, given: dict[str, Any], stop_after: int
+    phantom_dataset: PatchDataset, tmp_path: Path, overrides: dict[str, Any], stop_after: int
 ) -> None:
-    whole = run(phantom_dataset, tmp_path / "whole", **given)
+    whole = run(phantom_dataset, tmp_path / "whole", **overrides)
     torch.manual_seed(99)  # nothing may hang on torch's own generator
-    part = run(phantom_dataset, tmp_path / "parts", stop_after=stop_after, **given)
+    part = run(phantom_dataset, tmp_path / "parts", stop_after=stop_after, **overrides)
     assert part.stopped_early
     assert part.epochs == stop_after
     assert not same(weights(part), weights(whole))
     torch.manual_seed(7)
-    resumed = run(phantom_dataset, tmp_path / "parts", **given)
+    resumed = run(phantom_dataset, tmp_path / "parts", **overrides)
     assert resumed.epochs == 4
     assert same(weights(resumed), weights(whole))
     assert without_measured(tmp_path / "parts") == without_measured(tmp_path / "whole")
@@ -215,8 +217,8 @@ def test_each_part_switched_off_on_its_own_gives_mae_to_the_bit(
     mae = run(phantom_dataset, tmp_path / "mae", variant="mae", epochs=neutral["epochs"], **stop)
     off = run(phantom_dataset, tmp_path / "off", variant="mae", **neutral, **stop)
     assert same(weights(mae), weights(off))
-    ours, theirs = (without_measured(tmp_path / name)[0] for name in ("off", "mae"))
-    assert ours["loss"] == theirs["loss"]
+    original, theirs = (without_measured(tmp_path / name)[0] for name in ("off", "mae"))
+    assert original["loss"] == theirs["loss"]
 
 
 def test_a_category_head_without_effect_leaves_all_other_weights_those_of_mae(
@@ -449,11 +451,11 @@ SCALED = {
 def test_the_learning_rate_follows_the_batch(
     phantom_dataset: PatchDataset, tmp_path: Path, scaling: str, highest: float
 ) -> None:
-    given = {"lr": 0.01, "lr_batch": 3, "lr_scaling": scaling, "warmup": 0.0}
-    assert tiny(**given).scaled_lr == pytest.approx(highest)
-    assert learning_rate(tiny(**given), 0, 12) == pytest.approx(highest)
-    assert tiny(**given, batch_size=3).scaled_lr == 0.01
-    run(phantom_dataset, tmp_path, epochs=2, **given)
+    overrides = {"lr": 0.01, "lr_batch": 3, "lr_scaling": scaling, "warmup": 0.0}
+    assert tiny(**overrides).scaled_lr == pytest.approx(highest)
+    assert learning_rate(tiny(**overrides), 0, 12) == pytest.approx(highest)
+    assert tiny(**overrides, batch_size=3).scaled_lr == 0.01
+    run(phantom_dataset, tmp_path, epochs=2, **overrides)
     row = read_rows(tmp_path / "metrics.jsonl")[0]
     assert row["lr"] == pytest.approx(
         highest * (1 + math.cos(math.pi * 2 / 6)) / 2

@@ -50,18 +50,20 @@ def go(
     report: Callable[[Metrics], None] = lambda metrics: None,
     stop_after: int | None = None,
     fault_tolerance: FaultToleranceConfig | None = None,
-    **given: Any,
+    **overrides: Any,
 ) -> PretrainResult:
-    config = PretrainConfig.model_validate({"epochs": 4, "batch_size": 10, "model": TINY, **given})
+    config = PretrainConfig.model_validate(
+        {"epochs": 4, "batch_size": 10, "model": TINY, **overrides}
+    )
     batches = open_batches(dataset, batch_size=10, seed=config.seed, mode="mapped")
     reported: list[int] = []
 
-    def told(metrics: Metrics) -> None:
+    def message(metrics: Metrics) -> None:
         reported.append(metrics["epoch"])
         report(metrics)
 
     hooks = Hooks(
-        report=told, should_stop=lambda: stop_after is not None and reported[-1] >= stop_after
+        report=message, should_stop=lambda: stop_after is not None and reported[-1] >= stop_after
     )
     return pretrain(config, batches, folder, hooks=hooks, fault_tolerance=fault_tolerance)
 
@@ -120,22 +122,22 @@ def test_a_damaged_newest_checkpoint_costs_its_epoch_and_is_told(
     assert [epoch_of(path) for path in checkpoints(tmp_path / "run")] == [4, 3]
 
 
-@pytest.mark.parametrize("given", [{}, {"weight_ema": 0.9}, {"precision": "fp16"}], ids=str)
+@pytest.mark.parametrize("overrides", [{}, {"weight_ema": 0.9}, {"precision": "fp16"}], ids=str)
 def test_a_run_that_was_killed_after_a_line_and_before_its_checkpoint_does_that_epoch_again(
-    dataset: PatchDataset, tmp_path: Path, given: dict[str, Any]
+    dataset: PatchDataset, tmp_path: Path, overrides: dict[str, Any]
 ) -> None:
-    go(dataset, tmp_path / "whole", **given)
+    go(dataset, tmp_path / "whole", **overrides)
 
     def killed(metrics: Metrics) -> None:
         if metrics["epoch"] == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        go(dataset, tmp_path / "run", report=killed, **given)
+        go(dataset, tmp_path / "run", report=killed, **overrides)
     assert len(figures(tmp_path / "run")) == 3
     written()
     checkpoints(tmp_path / "run")[0].unlink()
-    go(dataset, tmp_path / "run", **given)
+    go(dataset, tmp_path / "run", **overrides)
     assert_same(tmp_path / "run", tmp_path / "whole")
     assert started(tmp_path / "run") == [(1, 0, 0), (1, 2, 1)]
 
@@ -169,9 +171,9 @@ def test_a_folder_that_takes_no_checkpoint_ends_the_run_in_a_sentence_and_it_goe
             (folder / "checkpoint").write_text("a file in its place")
 
     faults = FaultToleranceConfig(storage_minutes=0.001)
-    with pytest.raises(StorageError) as told:
+    with pytest.raises(StorageError) as message:
         go(dataset, folder, report=spoil, fault_tolerance=faults)
-    assert str(told.value) == (
+    assert str(message.value) == (
         f"Could not write the checkpoint of epoch 3 to {folder} for 0.001 minutes (File exists); "
         f"make room and run again: the run resumes from its latest checkpoint."
     )

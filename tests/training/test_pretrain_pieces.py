@@ -35,8 +35,10 @@ MEASURED = {
 OF_EACH_PIECE = {"agreement"}  # a kappa, whose mean over pieces is not that of the batch
 
 
-def settings_of(**given: Any) -> PretrainConfig:
-    return PretrainConfig.model_validate({"epochs": 2, "batch_size": 10, "model": TINY, **given})
+def settings_of(**overrides: Any) -> PretrainConfig:
+    return PretrainConfig.model_validate(
+        {"epochs": 2, "batch_size": 10, "model": TINY, **overrides}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +73,12 @@ GIVEN: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN.keys())
+@pytest.mark.parametrize("overrides", GIVEN.values(), ids=GIVEN.keys())
 @pytest.mark.parametrize("micro_batch", [1, 3, 10, 99])  # 3: of 2, 3, 2 and 3 images
 def test_a_batch_in_pieces_trains_as_the_whole(
-    dataset: PatchDataset, tmp_path: Path, given: dict[str, Any], micro_batch: int
+    dataset: PatchDataset, tmp_path: Path, overrides: dict[str, Any], micro_batch: int
 ) -> None:
-    config = settings_of(**given)
+    config = settings_of(**overrides)
     whole, pieces = (
         run(dataset, tmp_path / "whole", config),
         run(dataset, tmp_path / "in", config, micro_batch),
@@ -102,9 +104,9 @@ def test_no_more_than_a_piece_is_held_and_the_gradient_is_that_of_the_batch(
     train_state, held = TrainState(config, dataset.spec, "cpu"), []
 
     class Network(nn.Module):
-        def forward(self, patches: torch.Tensor, *given: Any) -> Any:
+        def forward(self, patches: torch.Tensor, *overrides: Any) -> Any:
             held.append(len(patches))
-            return train_state.model(patches, *given)
+            return train_state.model(patches, *overrides)
 
     batch = next(open_train(dataset, config).epoch(1))
     objective = make_objective(train_state.model, config, None)
@@ -136,12 +138,12 @@ def test_fp16_trains_close_to_fp32_and_keeps_weights_in_fp32(
     )
     assert half[-1]["loss"] == pytest.approx(full[-1]["loss"], rel=0.05)
     assert half[-1]["loss"] != full[-1]["loss"]
-    found = latest(tmp_path / "fp16")
-    assert found is not None
-    assert {value.dtype for value in found[0]["model"].values() if value.is_floating_point()} == {
+    result = latest(tmp_path / "fp16")
+    assert result is not None
+    assert {value.dtype for value in result[0]["model"].values() if value.is_floating_point()} == {
         torch.float32
     }
-    assert found[0]["scaler"]["scale"] > 0
+    assert result[0]["scaler"]["scale"] > 0
 
 
 def test_steps_that_overflow_while_the_scale_is_found_are_left_out(dataset: PatchDataset) -> None:

@@ -17,12 +17,12 @@ SPEC = ImageSpec(channels=1, height=32, width=32, mean=(9.0,), std=(3.0,))
 MODEL = {"patch_size": 8, "width": 24, "depth": 3, "heads": 2, "decoder_width": 16}
 
 
-def settings_of(**given: Any) -> PretrainConfig:
-    return PretrainConfig.model_validate({"model": MODEL, **given})
+def settings_of(**overrides: Any) -> PretrainConfig:
+    return PretrainConfig.model_validate({"model": MODEL, **overrides})
 
 
-def learner_of(**given: Any) -> TrainState:
-    return TrainState(settings_of(**given), SPEC, "cpu")
+def make_state(**overrides: Any) -> TrainState:
+    return TrainState(settings_of(**overrides), SPEC, "cpu")
 
 
 def give_gradients(train_state: TrainState, value: float) -> None:
@@ -53,7 +53,7 @@ def test_a_model_follows_from_its_seed_alone(variant: str) -> None:
 def test_blocks_that_may_be_cut_are_groups_apart_and_every_trained_weight_is_in_one(
     variant: str,
 ) -> None:
-    train_state = learner_of(variant=variant, weight_decay=0.1)
+    train_state = make_state(variant=variant, weight_decay=0.1)
     groups = [group["params"] for group in train_state.optimizer.param_groups]
     trained = {id(p) for p in train_state.model.parameters() if p.requires_grad}
     assert sorted(id(p) for group in groups for p in group) == sorted(trained)
@@ -74,13 +74,13 @@ def test_blocks_that_may_be_cut_are_groups_apart_and_every_trained_weight_is_in_
 
 
 def test_all_encoder_blocks_but_the_last_may_be_cut() -> None:
-    model = learner_of(variant="mae").model
+    model = make_state(variant="mae").model
     assert isinstance(model, MaskedAutoencoder)
     assert shardable_blocks(model) == [model.encoder.blocks[0], model.encoder.blocks[1]]
 
 
 def test_the_average_is_the_moving_average_of_the_weights_which_forgets_faster_when_young() -> None:
-    train_state = learner_of(weight_ema=0.25)
+    train_state = make_state(weight_ema=0.25)
     name = "encoder.blocks.0.mlp.fc1.weight"
     mean = train_state.model.state_dict()[name].clone()
     for step in range(1, 5):
@@ -96,13 +96,13 @@ def test_the_average_is_the_moving_average_of_the_weights_which_forgets_faster_w
 
 
 def test_without_an_average_the_model_itself_is_whole() -> None:
-    train_state = learner_of()
+    train_state = make_state()
     assert train_state.eval_model is train_state.model
     assert "weight_ema" not in train_state.gather_state()
 
 
 def test_centroids_are_taken_over_and_not_averaged() -> None:
-    train_state = learner_of(weight_ema=0.5, selection={"scope": "dataset"})
+    train_state = make_state(weight_ema=0.5, selection={"scope": "dataset"})
     assert isinstance(train_state.model, MaskedAutoencoder)
     train_state.model.get_buffer("centroids.centers").fill_(3.0)
     assert not train_state.eval_model.get_buffer("centroids.centers").any()
@@ -111,7 +111,7 @@ def test_centroids_are_taken_over_and_not_averaged() -> None:
 
 
 def test_a_step_whose_fp16_gradients_have_overflowed_is_left_out_and_the_scale_halved() -> None:
-    train_state = learner_of(precision="fp16")
+    train_state = make_state(precision="fp16")
     before, scale = copied(train_state.model), train_state.scaler.get_scale()
     train_state.scaler.scale(torch.zeros(1))  # as a backward pass begins
     give_gradients(train_state, float("inf"))
@@ -128,27 +128,27 @@ def test_a_step_whose_fp16_gradients_have_overflowed_is_left_out_and_the_scale_h
 
 @pytest.mark.parametrize("precision", ["auto", "fp32", "bf16"])
 def test_only_fp16_has_a_scale(precision: str) -> None:
-    assert not learner_of(precision=precision).scaler.is_enabled()
+    assert not make_state(precision=precision).scaler.is_enabled()
 
 
 def test_the_scale_goes_on_where_it_was() -> None:
-    train_state = learner_of(precision="fp16")
+    train_state = make_state(precision="fp16")
     train_state.scaler.scale(torch.zeros(1))
     train_state.scaler.update(64.0)
-    other = learner_of(precision="fp16")
+    other = make_state(precision="fp16")
     other.load(train_state.gather_state())
     assert other.scaler.get_scale() == 64
 
 
 def test_a_state_of_a_model_of_another_shape_is_refused() -> None:
     with pytest.raises(CheckpointError, match="images of another size"):
-        learner_of(variant="mae").load(
-            learner_of(variant="mae", model={**MODEL, "depth": 2}).gather_state()
+        make_state(variant="mae").load(
+            make_state(variant="mae", model={**MODEL, "depth": 2}).gather_state()
         )
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("overrides", "message"),
     [
         ({"variant": "simsiam"}, "fsdp shards autoencoders only; use ddp"),
         ({"weight_ema": 0.9}, "supports neither weight_ema nor precision=fp16; use ddp or bf16"),
@@ -156,8 +156,8 @@ def test_a_state_of_a_model_of_another_shape_is_refused() -> None:
     ],
 )
 def test_what_cannot_be_cut_is_refused(
-    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], told: str
+    monkeypatch: pytest.MonkeyPatch, overrides: dict[str, Any], message: str
 ) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    with pytest.raises(ConfigError, match=told):
-        TrainState(settings_of(**given), SPEC, "cpu", sharding="fsdp")
+    with pytest.raises(ConfigError, match=message):
+        TrainState(settings_of(**overrides), SPEC, "cpu", sharding="fsdp")

@@ -40,8 +40,10 @@ FIGURES = (
 _meetings = count()
 
 
-def settings_of(**given: Any) -> PretrainConfig:
-    return PretrainConfig.model_validate({"epochs": 3, "batch_size": 10, "model": TINY, **given})
+def settings_of(**overrides: Any) -> PretrainConfig:
+    return PretrainConfig.model_validate(
+        {"epochs": 3, "batch_size": 10, "model": TINY, **overrides}
+    )
 
 
 def train(
@@ -87,9 +89,9 @@ def go(
     config: PretrainConfig,
     workers: int = 1,
     *more: Any,
-    **given: Any,
+    **overrides: Any,
 ) -> None:
-    resources = ResourceConfig(workers=workers, **given)
+    resources = ResourceConfig(workers=workers, **overrides)
     if workers == 1:
         train(0, dataset.path, folder, config, resources, *more)
     else:
@@ -128,15 +130,17 @@ WORKERS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("workers", "given", "resources"), WORKERS.values(), ids=WORKERS.keys())
+@pytest.mark.parametrize(
+    ("workers", "overrides", "resources"), WORKERS.values(), ids=WORKERS.keys()
+)
 def test_workers_follow_the_curve_of_one_and_end_with_the_same_model(
     dataset: PatchDataset,
     tmp_path: Path,
     workers: int,
-    given: dict[str, Any],
+    overrides: dict[str, Any],
     resources: dict[str, Any],
 ) -> None:
-    config = settings_of(**given)
+    config = settings_of(**overrides)
     go(dataset, tmp_path / "one", config)
     go(dataset, tmp_path / "all", config, workers, None, tmp_path, **resources)
     assert_alike(tmp_path / "one", tmp_path / "all")
@@ -167,10 +171,10 @@ def test_compiled_workers_exchange_a_batch_s_gradient_once_whatever_pieces_they_
     assert_alike(tmp_path / "one", tmp_path / "all", rel=1e-4)
 
 
-def compiled(rank: int, *given: Any) -> None:
+def compiled(rank: int, *overrides: Any) -> None:
     """Train compiled, by a compiler that takes no minute."""
     torch.compile = partial(torch.compile, backend="eager")
-    train(rank, *given)
+    train(rank, *overrides)
 
 
 HANDED_ON = {
@@ -217,9 +221,9 @@ def test_a_checkpoint_of_a_cut_model_is_that_of_a_whole_one(
             assert torch.allclose(value, cut["model"][name], rtol=1e-4, atol=1e-5), name
     assert one["optimizer"]["state"].keys() == cut["optimizer"]["state"].keys()
     for number, moments in one["optimizer"]["state"].items():
-        theirs = cut["optimizer"]["state"][number]
-        assert all(theirs[name].shape == value.shape for name, value in moments.items())
-        assert torch.allclose(moments["exp_avg"], theirs["exp_avg"], rtol=1e-3, atol=1e-6)
+        resumed = cut["optimizer"]["state"][number]
+        assert all(resumed[name].shape == value.shape for name, value in moments.items())
+        assert torch.allclose(moments["exp_avg"], resumed["exp_avg"], rtol=1e-3, atol=1e-6)
     assert one["optimizer"]["param_groups"] == cut["optimizer"]["param_groups"]
 
 

@@ -52,15 +52,15 @@ def test_a_full_disk_takes_a_line_whole_or_not_at_all_and_is_waited_for(tmp_path
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    result = json.loads(done.stdout)
     kept = "first\n"
-    assert found["seen"] == {
+    assert result["seen"] == {
         "cut": kept,
         "none": kept,
         "replaced": kept,
         "in the end": "first\nsecond\n",
     }
-    assert found["told"] == ["OSError"]
+    assert result["told"] == ["OSError"]
     assert [path.name for path in tmp_path.iterdir()] == ["lines"]
 
 
@@ -78,7 +78,7 @@ def test_lines_are_added_and_content_replaced_with_nothing_left_beside(tmp_path:
 
 def test_a_folder_that_is_away_is_waited_for_and_told_once(tmp_path: Path) -> None:
     tries: list[int] = []
-    told: list[OSError] = []
+    message: list[OSError] = []
 
     def work() -> str:
         tries.append(1)
@@ -87,16 +87,16 @@ def test_a_folder_that_is_away_is_waited_for_and_told_once(tmp_path: Path) -> No
         atomic_write(tmp_path / "folder" / "file", "text")
         return "done"
 
-    assert retry(work, 10, told.append) == "done"
+    assert retry(work, 10, message.append) == "done"
     assert len(tries) == 2
-    assert [type(error) for error in told] == [FileNotFoundError]
+    assert [type(error) for error in message] == [FileNotFoundError]
 
 
 def test_patience_ends_with_the_error_itself(tmp_path: Path) -> None:
-    told: list[OSError] = []
+    message: list[OSError] = []
     with pytest.raises(FileNotFoundError, match="absent"):
-        retry(lambda: atomic_write(tmp_path / "absent" / "file", ""), 0.1, told.append)
-    assert len(told) == 1
+        retry(lambda: atomic_write(tmp_path / "absent" / "file", ""), 0.1, message.append)
+    assert len(message) == 1
 
 
 def test_what_is_no_trouble_of_a_disk_is_not_tried_again() -> None:

@@ -48,12 +48,12 @@ def test_an_exported_encoder_loads_in_plain_timm_with_every_key_matched(
     with safe_open(str(path), framework="pt") as file:
         header, keys = file.metadata(), set(file.keys())
     arguments = json.loads(header["timm_arguments"])
-    theirs = timm.create_model(header["timm_name"], checkpoint_path=str(path), **arguments).eval()
-    assert set(theirs.state_dict()) == keys
+    resumed = timm.create_model(header["timm_name"], checkpoint_path=str(path), **arguments).eval()
+    assert set(resumed.state_dict()) == keys
     assert all(
-        torch.equal(theirs.state_dict()[k], v) for k, v in model.encoder.state_dict().items()
+        torch.equal(resumed.state_dict()[k], v) for k, v in model.encoder.state_dict().items()
     )
-    assert torch.equal(theirs.forward_features(images), model.encoder.forward_features(images))
+    assert torch.equal(resumed.forward_features(images), model.encoder.forward_features(images))
 
 
 @torch.no_grad()

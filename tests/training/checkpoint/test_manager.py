@@ -69,9 +69,9 @@ def test_a_name_ends_with_the_digest_of_the_content_and_gives_back_what_was_save
     path = write_checkpoint(tmp_path, state_of(12), 12)
     assert path.name == f"epoch-12.{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.pt"
     assert names(tmp_path) == [path.name]
-    found = latest(tmp_path)
-    assert found is not None
-    state, read = found
+    result = latest(tmp_path)
+    assert result is not None
+    state, read = result
     assert read == path
     assert state["config"] == state_of(12)["config"]
     assert torch.equal(state["model"]["weights"], state_of(12)["model"]["weights"])
@@ -125,9 +125,9 @@ def test_a_damaged_newest_is_told_of_and_the_one_before_is_taken(
     assert is_intact(newest)
     damage(newest)
     assert not is_intact(newest)
-    found = latest(tmp_path, EventLog(tmp_path))
-    assert found is not None
-    assert (found[0]["epoch"], found[1]) == (1, before)
+    result = latest(tmp_path, EventLog(tmp_path))
+    assert result is not None
+    assert (result[0]["epoch"], result[1]) == (1, before)
     message = f"{newest} is damaged and skipped; the checkpoint before it is used, if any."
     assert [event["text"] for event in read_events(tmp_path)] == [message]
     damage(before) if damage is not exchange else empty(before)
@@ -182,9 +182,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Writing begins when it is set."""
     event, write = threading.Event(), module.write_checkpoint
 
-    def held(*given: Any, **named: Any) -> Path:
+    def held(*overrides: Any, **named: Any) -> Path:
         assert event.wait(30)
-        return write(*given, **named)
+        return write(*overrides, **named)
 
     monkeypatch.setattr(module, "write_checkpoint", held)
     yield event
@@ -206,11 +206,11 @@ def test_a_save_returns_at_once_and_writes_what_was_there_then(
     state["list"].clear()
     gate.set()
     checkpoint_manager.wait()
-    found = latest(tmp_path)
-    assert found is not None
-    assert torch.equal(found[0]["model"]["weights"], torch.ones(100))
-    assert found[0]["list"][1]["step"] == 4
-    assert found[0]["config"]["lr"] == 1e-3
+    result = latest(tmp_path)
+    assert result is not None
+    assert torch.equal(result[0]["model"]["weights"], torch.ones(100))
+    assert result[0]["list"][1]["step"] == 4
+    assert result[0]["config"]["lr"] == 1e-3
 
 
 def test_a_save_waits_for_the_write_before(tmp_path: Path, gate: threading.Event) -> None:
@@ -294,14 +294,14 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole_and_is_written_when_ther
 ) -> None:
     import errno
 
-    found = run_script(FULL, tmp_path)
-    assert found["seen"] == {
+    result = run_script(FULL, tmp_path)
+    assert result["seen"] == {
         "error": ["OSError", errno.EFBIG],
         "given up": [["epoch-1.pt"], 1],
         "waiting": [["epoch-1.pt"], 2],
         "in the end": [["epoch-1.pt", "epoch-2.pt"], 2],
     }
-    assert found["messages"][1] == (
+    assert result["messages"][1] == (
         f"Cannot write the checkpoint of epoch 2 to {tmp_path} (File too large); retrying for 1 "
         f"minutes."
     )
@@ -396,7 +396,7 @@ print(json.dumps({"seen": seen, "epoch": epoch_of(checkpoints(folder)[0])}))
 
 
 def test_a_kill_at_any_moment_leaves_every_checkpoint_whole(tmp_path: Path) -> None:
-    found = run_script(KILLED, tmp_path)
-    assert all(all(kill["whole"]) and len(kill["whole"]) in (1, 2, 3) for kill in found["seen"])
-    assert found["epoch"] > 12, "it has written in between"
-    assert any(kill["partial"] for kill in found["seen"]), "some kills have met a write"
+    result = run_script(KILLED, tmp_path)
+    assert all(all(kill["whole"]) and len(kill["whole"]) in (1, 2, 3) for kill in result["seen"])
+    assert result["epoch"] > 12, "it has written in between"
+    assert any(kill["partial"] for kill in result["seen"]), "some kills have met a write"

@@ -52,23 +52,23 @@ def weights() -> dict[str, Tensor]:
 def files(weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same weights as timm, torch and MAE write them."""
     folder = tmp_path_factory.mktemp("weights")
-    found = {kind: folder / f"vit.{kind}" for kind in ("safetensors", "pth", "bin")} | {
+    result = {kind: folder / f"vit.{kind}" for kind in ("safetensors", "pth", "bin")} | {
         "mae": folder / "mae.pth"
     }
-    save_file(weights, found["safetensors"])
-    torch.save(weights, found["pth"])
+    save_file(weights, result["safetensors"])
+    torch.save(weights, result["pth"])
     torch.save(
-        {"state_dict": {f"module.{key}": value for key, value in weights.items()}}, found["bin"]
+        {"state_dict": {f"module.{key}": value for key, value in weights.items()}}, result["bin"]
     )
     beside = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 192)}
     mae = {key: value for key, value in weights.items() if not key.startswith("head")} | beside
-    torch.save({"model": mae, "args": argparse.Namespace(lr=1), "epoch": 799}, found["mae"])
-    return found
+    torch.save({"model": mae, "args": argparse.Namespace(lr=1), "epoch": 799}, result["mae"])
+    return result
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pth", "bin", "mae"])
 @pytest.mark.parametrize(
-    ("shape", "told"),
+    ("shape", "message"),
     [
         (
             (1, 64, 64),
@@ -83,12 +83,12 @@ def files(weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) 
     ],
 )
 def test_a_checkpoint_becomes_what_timm_makes_of_it(
-    files: dict[str, Path], kind: str, shape: tuple[int, int, int], told: str
+    files: dict[str, Path], kind: str, shape: tuple[int, int, int], message: str
 ) -> None:
-    found = load_pretrained_encoder(str(files[kind]), spec_of(*shape), name=TINY)
-    assert found.description == f"{TINY} from {files[kind]}: {told}"
+    result = load_pretrained_encoder(str(files[kind]), spec_of(*shape), name=TINY)
+    assert result.description == f"{TINY} from {files[kind]}: {message}"
     overlay = {"file": str(files["pth"])}
-    theirs = timm.create_model(
+    resumed = timm.create_model(
         TINY,
         pretrained=True,
         pretrained_cfg_overlay=overlay,
@@ -98,33 +98,37 @@ def test_a_checkpoint_becomes_what_timm_makes_of_it(
     ).eval()
     images = torch.randn(2, *shape)
     with torch.inference_mode():
-        assert torch.equal(found.encoder.forward_features(images), theirs.forward_features(images))
-    assert not found.encoder.training
-    assert not found.encoder.pos_embed.requires_grad
+        assert torch.equal(
+            result.encoder.forward_features(images), resumed.forward_features(images)
+        )
+    assert not result.encoder.training
+    assert not result.encoder.pos_embed.requires_grad
 
 
 def test_a_start_is_exported_as_any_encoder(files: dict[str, Path], tmp_path: Path) -> None:
     spec = spec_of()
-    found = load_pretrained_encoder(str(files["pth"]), spec, name=TINY)
-    export_encoder(found.encoder, tmp_path / "e.safetensors", found.model, spec)
-    again = load_pretrained_encoder(str(tmp_path / "e.safetensors"), spec, found.model)
-    assert again.model == found.model
+    result = load_pretrained_encoder(str(files["pth"]), spec, name=TINY)
+    export_encoder(result.encoder, tmp_path / "e.safetensors", result.model, spec)
+    again = load_pretrained_encoder(str(tmp_path / "e.safetensors"), spec, result.model)
+    assert again.model == result.model
     assert again.description == f"encoder of {tmp_path / 'e.safetensors'}, exported by amlp-ray"
     images = torch.randn(2, 1, 64, 64)
     with torch.inference_mode():
-        ours = found.encoder.forward_features(images)
-        assert torch.equal(again.encoder.forward_features(images), ours)
-        assert torch.equal(load_encoder(tmp_path / "e.safetensors").forward_features(images), ours)
+        original = result.encoder.forward_features(images)
+        assert torch.equal(again.encoder.forward_features(images), original)
+        assert torch.equal(
+            load_encoder(tmp_path / "e.safetensors").forward_features(images), original
+        )
 
 
 def test_a_start_replaces_the_encoder_that_settings_build(tmp_path: Path) -> None:
     torch.manual_seed(0)
     torch.save(timm.create_model(NAME).state_dict(), tmp_path / "w.pth")
     model = ModelConfig.model_validate({"encoder": NAME, "decoder_width": 32, "decoder_heads": 1})
-    found = load_pretrained_encoder(str(tmp_path / "w.pth"), spec_of(), model, NAME)
-    assert found.model is model
+    result = load_pretrained_encoder(str(tmp_path / "w.pth"), spec_of(), model, NAME)
+    assert result.model is model
     built = build_encoder(model, spec_of()).state_dict()
-    loaded = found.encoder.state_dict()
+    loaded = result.encoder.state_dict()
     assert {key: value.shape for key, value in built.items()} == {
         key: value.shape for key, value in loaded.items()
     }
@@ -145,12 +149,12 @@ def test_weights_from_the_internet_are_adapted_alike(
         "timm",
         argparse.Namespace(create_model=create, list_pretrained=timm.list_pretrained),
     )
-    found = load_pretrained_encoder(f"timm:{TINY}.augreg_in21k", spec_of())
-    assert found.description.startswith(
+    result = load_pretrained_encoder(f"timm:{TINY}.augreg_in21k", spec_of())
+    assert result.description.startswith(
         f"{TINY}.augreg_in21k from the internet: patch embedding of 3 channels summed to 1"
     )
-    assert torch.equal(found.encoder.blocks[3].mlp.fc1.weight, weights["blocks.3.mlp.fc1.weight"])
-    assert found.model == ModelConfig(encoder=TINY)
+    assert torch.equal(result.encoder.blocks[3].mlp.fc1.weight, weights["blocks.3.mlp.fc1.weight"])
+    assert result.model == ModelConfig(encoder=TINY)
 
 
 def test_without_internet_the_way_around_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +178,7 @@ def without(state: dict[str, Tensor], key: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (
             lambda w: without(w, "blocks.3.mlp.fc1.weight"),
@@ -195,10 +199,10 @@ def without(state: dict[str, Tensor], key: str) -> dict[str, Tensor]:
     ],
 )
 def test_a_file_of_another_model_is_refused_and_nothing_stays_random(
-    weights: dict[str, Tensor], tmp_path: Path, change: Any, told: str
+    weights: dict[str, Tensor], tmp_path: Path, change: Any, message: str
 ) -> None:
     torch.save(change(weights), tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         load_pretrained_encoder(str(tmp_path / "w.pth"), spec_of(), name=TINY)
 
 
@@ -209,7 +213,7 @@ def test_a_file_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "told"),
+    ("overrides", "error", "message"),
     [
         (
             {"name": None},
@@ -245,10 +249,10 @@ def test_a_file_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_started_from_gets_one_sentence(
-    files: dict[str, Path], given: dict[str, Any], error: type[Exception], told: str
+    files: dict[str, Path], overrides: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    arguments = {"weights": str(files["pth"]), "spec": spec_of(), "name": TINY} | given
-    with pytest.raises(error, match=told) as raised:
+    arguments = {"weights": str(files["pth"]), "spec": spec_of(), "name": TINY} | overrides
+    with pytest.raises(error, match=message) as raised:
         load_pretrained_encoder(**arguments)
     assert "\n" not in str(raised.value)
 
@@ -275,17 +279,20 @@ def test_a_segmenter_is_fine_tuned_from_a_timm_checkpoint(
     torch.save(timm.create_model(NAME).state_dict(), file)
     config = SegmentConfig(epochs=1, num_labeled=4, decoder="unetr", decoder_width=8, freeze=True)
     score = segment(phantom_dataset, file, tmp_path / "out", config, name=NAME)
-    told = (
+    message = (
         "patch embedding of 3 channels summed to 1, "
         "the norm of pooled tokens taken as that of each, positions res"
     )
-    assert told in score["start"]
+    assert message in score["start"]
     assert json.loads((tmp_path / "out" / "score.json").read_text()) == score
-    found = load_segmenter(tmp_path / "out")
-    assert found.spec == phantom_dataset.spec, "images are normalised by their own mean and SD"
-    given = load_pretrained_encoder(str(file), phantom_dataset.spec, name=NAME).encoder.state_dict()
+    result = load_segmenter(tmp_path / "out")
+    assert result.spec == phantom_dataset.spec, "images are normalised by their own mean and SD"
+    overrides = load_pretrained_encoder(
+        str(file), phantom_dataset.spec, name=NAME
+    ).encoder.state_dict()
     assert all(
-        torch.equal(value, given[key]) for key, value in found.model.encoder.state_dict().items()
+        torch.equal(value, overrides[key])
+        for key, value in result.model.encoder.state_dict().items()
     )  # frozen
     scratch = segment(
         phantom_dataset, f"timm:{NAME}", tmp_path / "scratch", config, from_scratch=True

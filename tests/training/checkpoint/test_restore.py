@@ -18,15 +18,15 @@ from amlp_ray.utils.event_log import EventLog, count_events
 SPEC = ImageSpec(channels=1, height=32, width=32, mean=(9.0,), std=(3.0,))
 
 
-def settings_of(**given: object) -> PretrainConfig:
+def settings_of(**overrides: object) -> PretrainConfig:
     model = {"patch_size": 8, "width": 24, "depth": 2, "heads": 2, "decoder_width": 16}
-    return PretrainConfig.model_validate({"model": model, **given})
+    return PretrainConfig.model_validate({"model": model, **overrides})
 
 
 SETTINGS = settings_of()
 
 
-def learner_of(config: PretrainConfig = SETTINGS, spec: ImageSpec = SPEC) -> TrainState:
+def make_state(config: PretrainConfig = SETTINGS, spec: ImageSpec = SPEC) -> TrainState:
     return TrainState(config, spec, "cpu")
 
 
@@ -65,32 +65,32 @@ def test_a_resumed_learner_takes_the_next_step_to_the_bit(
     tmp_path: Path, weight_ema: float
 ) -> None:
     config = settings_of(weight_ema=weight_ema)
-    ours = stepped(learner_of(config), 3)
-    write(tmp_path, ours, 7, config)
-    theirs = learner_of(config)
-    assert not same(theirs.model.state_dict(), ours.model.state_dict())
-    assert theirs.resume(tmp_path, EventLog(tmp_path)) == 7
-    for one in (ours, theirs):
+    original = stepped(make_state(config), 3)
+    write(tmp_path, original, 7, config)
+    resumed = make_state(config)
+    assert not same(resumed.model.state_dict(), original.model.state_dict())
+    assert resumed.resume(tmp_path, EventLog(tmp_path)) == 7
+    for one in (original, resumed):
         stepped(one)
-    assert same(theirs.model.state_dict(), ours.model.state_dict())
-    assert same(theirs.eval_model.state_dict(), ours.eval_model.state_dict())
-    assert same(theirs.eval_model.state_dict(), theirs.model.state_dict()) == (weight_ema == 0)
+    assert same(resumed.model.state_dict(), original.model.state_dict())
+    assert same(resumed.eval_model.state_dict(), original.eval_model.state_dict())
+    assert same(resumed.eval_model.state_dict(), resumed.model.state_dict()) == (weight_ema == 0)
 
 
 def test_nothing_is_there_to_go_on_from_in_a_new_folder(tmp_path: Path) -> None:
-    train_state = learner_of()
+    train_state = make_state()
     before = {key: value.clone() for key, value in train_state.model.state_dict().items()}
     assert train_state.resume(tmp_path / "new", EventLog(tmp_path)) == 0
     assert same(train_state.model.state_dict(), before)
 
 
 def test_a_damaged_newest_is_passed_over_and_that_is_noted(tmp_path: Path) -> None:
-    older = stepped(learner_of())
+    older = stepped(make_state())
     write(tmp_path, older, 1)
     kept = {key: value.clone() for key, value in older.model.state_dict().items()}
     newest = write(tmp_path, stepped(older), 2)
     newest.write_bytes(newest.read_bytes()[:-1])
-    train_state = learner_of()
+    train_state = make_state()
     assert train_state.resume(tmp_path, EventLog(tmp_path)) == 1
     assert same(train_state.model.state_dict(), kept)
     assert count_events(tmp_path) == {"damaged checkpoint": 1}
@@ -104,37 +104,37 @@ def test_a_damaged_newest_is_passed_over_and_that_is_noted(tmp_path: Path) -> No
 def test_a_checkpoint_of_other_settings_is_refused_by_their_names(
     tmp_path: Path, change: dict[str, object], named: str
 ) -> None:
-    write(tmp_path, learner_of(), 1)
+    write(tmp_path, make_state(), 1)
     other = settings_of(**change)
     with pytest.raises(CheckpointError, match=rf"epoch-1\..*other settings \({named}\)"):
-        learner_of(other).resume(tmp_path, EventLog(tmp_path))
+        make_state(other).resume(tmp_path, EventLog(tmp_path))
 
 
 def test_a_worker_that_does_not_see_what_the_first_goes_on_from_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path / "shared", learner_of(), 3)
+    write(tmp_path / "shared", make_state(), 3)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     monkeypatch.setattr(distributed, "broadcast_from_rank0", lambda value, device: 3)
-    assert learner_of().resume(tmp_path / "shared", EventLog(tmp_path)) == 3
+    assert make_state().resume(tmp_path / "shared", EventLog(tmp_path)) == 3
     with pytest.raises(
         CheckpointError,
         match="own has a checkpoint of epoch 3 on the first worker's node, but not on this",
     ):
-        learner_of().resume(tmp_path / "own", EventLog(tmp_path))
+        make_state().resume(tmp_path / "own", EventLog(tmp_path))
 
 
 def test_how_images_are_read_may_change(tmp_path: Path) -> None:
-    write(tmp_path, learner_of(), 4)
+    write(tmp_path, make_state(), 4)
     other = settings_of(data="mapped")
-    assert learner_of(other).resume(tmp_path, EventLog(tmp_path)) == 4
+    assert make_state(other).resume(tmp_path, EventLog(tmp_path)) == 4
 
 
 def test_a_checkpoint_of_other_images_is_refused(tmp_path: Path) -> None:
-    write(tmp_path, learner_of(), 1)
+    write(tmp_path, make_state(), 1)
     wider = SPEC.model_copy(update={"width": 64})
     with pytest.raises(CheckpointError, match="images of another size or number of channels"):
-        learner_of(spec=wider).resume(tmp_path, EventLog(tmp_path))
+        make_state(spec=wider).resume(tmp_path, EventLog(tmp_path))
     with pytest.raises(CheckpointError, match="images of another size or number of channels"):
         load_model(tmp_path, SETTINGS, wider)
 
@@ -144,7 +144,7 @@ def test_the_model_that_is_looked_at_is_the_one_that_would_be_exported(
     tmp_path: Path, weight_ema: float
 ) -> None:
     config = settings_of(weight_ema=weight_ema)
-    train_state = stepped(learner_of(config), 2)
+    train_state = stepped(make_state(config), 2)
     write(tmp_path, train_state, 5, config)
     model, epoch = load_model(tmp_path, config, SPEC)
     assert epoch == 5
@@ -158,7 +158,7 @@ def test_a_model_is_taken_out_of_the_newest_that_is_whole(tmp_path: Path) -> Non
     ):
         load_model(tmp_path, SETTINGS, SPEC)
     for epoch in (1, 2):
-        write(tmp_path, learner_of(), epoch)
+        write(tmp_path, make_state(), epoch)
     newest, before = checkpoints(tmp_path)
     newest.write_bytes(b"")
     assert load_model(tmp_path, SETTINGS, SPEC)[1] == 1

@@ -50,7 +50,7 @@ def counted(config: PretrainConfig, ratio: float) -> float:
 
 @pytest.mark.parametrize("ratio", [0.25, 0.75])
 @pytest.mark.parametrize(
-    "given",
+    "overrides",
     [
         {},
         {"variant": "mae", "model": {**SMALL, "decoder_depth": 1, "class_token": False}},
@@ -64,19 +64,19 @@ def counted(config: PretrainConfig, ratio: float) -> float:
         },
         {"variant": "simsiam"},
     ],
-    ids=lambda given: "-".join(
-        str(v) for v in (given.get("variant", "amlp"), len(given.get("model", ())))
+    ids=lambda overrides: "-".join(
+        str(v) for v in (overrides.get("variant", "amlp"), len(overrides.get("model", ())))
     ),
 )
-def test_arithmetic_is_what_torch_counts(given: dict[str, Any], ratio: float) -> None:
+def test_arithmetic_is_what_torch_counts(overrides: dict[str, Any], ratio: float) -> None:
     config = PretrainConfig(
-        **{**given, "model": {**SMALL, **_of_variant(given), **given.get("model", {})}}
+        **{**overrides, "model": {**SMALL, **_of_variant(overrides), **overrides.get("model", {})}}
     )
     assert trained_flops(config, SPEC, ratio) == pytest.approx(counted(config, ratio), rel=1e-9)
 
 
-def _of_variant(given: dict[str, Any]) -> dict[str, Any]:
-    return {"encode": "all", "decoder_depth": 0} if given.get("variant") == "simmim" else {}
+def _of_variant(overrides: dict[str, Any]) -> dict[str, Any]:
+    return {"encode": "all", "decoder_depth": 0} if overrides.get("variant") == "simmim" else {}
 
 
 def test_an_mae_of_vit_base_takes_58_gflop_an_image() -> None:

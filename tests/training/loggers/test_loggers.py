@@ -83,15 +83,15 @@ def points(folder: Path, tag: str) -> dict[int, float]:
     """
     from tensorboardX.proto.event_pb2 import SessionLog
 
-    found: list[tuple[int, float]] = []
+    result: list[tuple[int, float]] = []
     for event in events(folder / "tensorboard"):
         if event.HasField("session_log") and event.session_log.status == SessionLog.START:
-            found = [(step, value) for step, value in found if step < event.step]
-        found += [
+            result = [(step, value) for step, value in result if step < event.step]
+        result += [
             (event.step, value.simple_value) for value in event.summary.value if value.tag == tag
         ]
-    assert len(dict(found)) == len(found), "a point is there twice"
-    return dict(found)
+    assert len(dict(result)) == len(result), "a point is there twice"
+    return dict(result)
 
 
 def test_tensorboard_is_written_unasked_and_nothing_else_is(tmp_path: Path) -> None:
@@ -177,8 +177,8 @@ def test_wandb_has_one_run_over_a_resume_and_is_told_nothing_of_the_machine(
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2
 
-    found = [record for file in files for record in wandb_records(file)]
-    runs = [record.run for record in found if record.HasField("run")]
+    result = [record for file in files for record in wandb_records(file)]
+    runs = [record.run for record in result if record.HasField("run")]
     assert len({run.run_id for run in runs}) == 1
     assert {(run.entity, run.project, run.display_name, run.run_group) for run in runs} == {
         ("our-lab", "lesions", "run-a", "study-b")
@@ -189,16 +189,16 @@ def test_wandb_has_one_run_over_a_resume_and_is_told_nothing_of_the_machine(
 
     steps = {
         record.history.step.num: values_of(record.history)
-        for record in found
+        for record in result
         if record.HasField("history")
     }
     assert {step: values["loss"] for step, values in steps.items()} == pytest.approx(
         {k: 1 / k for k in range(1, 7)}
     )
-    assert sum(record.HasField("history") for record in found) == 6
-    assert [record.exit.exit_code for record in found if record.HasField("exit")] == [0, 1]
+    assert sum(record.HasField("history") for record in result) == 6
+    assert [record.exit.exit_code for record in result if record.HasField("exit")] == [0, 1]
 
-    kinds = {record.WhichOneof("record_type") for record in found}
+    kinds = {record.WhichOneof("record_type") for record in result}
     assert not kinds & {"files", "stats", "output", "output_raw", "environment", "artifact"}
     sent = b"".join(file.read_bytes() for file in files)
     assert not [run.host for run in runs if run.host]
@@ -232,10 +232,10 @@ def values_of(history: Any) -> dict[str, float]:
 
 def test_a_server_that_is_gone_stops_nothing_and_is_told_once(tmp_path: Path) -> None:
     started = time.monotonic()
-    told = follow(tmp_path, TrackingConfig(mlflow="http://127.0.0.1:9"), range(1, 4))
+    message = follow(tmp_path, TrackingConfig(mlflow="http://127.0.0.1:9"), range(1, 4))
     assert time.monotonic() - started < remote.CLOSE_S
-    assert len(told) == 1
-    assert told[0].startswith("MLflow cannot be reached (")
+    assert len(message) == 1
+    assert message[0].startswith("MLflow cannot be reached (")
     assert len(points(tmp_path, "loss")) == 3
 
 
@@ -329,7 +329,7 @@ def test_addresses_of_mlflow_that_are_taken(uri: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "why"),
+    ("overrides", "why"),
     [
         ({"mlflow": "http://me:hunter2@mlflow:5000"}, "MLFLOW_TRACKING_PASSWORD"),
         ({"mlflow": "http://hunter2@mlflow:5000"}, "MLFLOW_TRACKING_TOKEN"),
@@ -342,9 +342,9 @@ def test_addresses_of_mlflow_that_are_taken(uri: str) -> None:
     ],
 )
 def test_addresses_that_are_refused_say_why_and_show_no_password(
-    given: dict[str, str], why: str
+    overrides: dict[str, str], why: str
 ) -> None:
     with pytest.raises(ConfigError) as error:
-        build(TrackingConfig, given, "tracking")
+        build(TrackingConfig, overrides, "tracking")
     assert why in str(error.value)
     assert "hunter2" not in str(error.value)

@@ -51,42 +51,42 @@ def test_inherited_epochs_are_not_a_runs_own(file: Path) -> None:
 
 
 def test_new_rows_are_handed_on_once_also_where_epochs_are_done_again(file: Path) -> None:
-    told: list[int] = []
-    rows = RowTail(file, lambda row: told.append(row["epoch"]))
+    message: list[int] = []
+    rows = RowTail(file, lambda row: message.append(row["epoch"]))
     rows.poll()
-    assert (told, rows.epoch) == ([], 0)
+    assert (message, rows.epoch) == ([], 0)
     write(file, 1, 2)
     rows.poll()
     rows.poll()
-    assert (told, rows.epoch) == ([1, 2], 2)
+    assert (message, rows.epoch) == ([1, 2], 2)
     drop_after(file, 1)
     write(file, 2, 3)
     rows.poll()
-    assert (told, rows.epoch) == ([1, 2, 3], 3)
+    assert (message, rows.epoch) == ([1, 2, 3], 3)
 
 
 def test_a_disk_that_is_away_is_no_news(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[int] = []
-    rows = RowTail(file, lambda row: told.append(row["epoch"]))
+    message: list[int] = []
+    rows = RowTail(file, lambda row: message.append(row["epoch"]))
     write(file, 1)
     stat = Path.stat
 
-    def away(path: Path, **given: Any) -> Any:
+    def away(path: Path, **overrides: Any) -> Any:
         raise OSError(errno.ESTALE, "Stale file handle", str(path))
 
     monkeypatch.setattr(Path, "stat", away)
     rows.poll()
-    assert told == []
+    assert message == []
     monkeypatch.setattr(Path, "stat", stat)
     rows.poll()
-    assert told == [1]
+    assert message == [1]
 
 
 def test_rows_that_were_there_or_are_a_parents_are_not_new(file: Path) -> None:
     write(file, 1)
-    told: list[int] = []
-    rows = RowTail(file, lambda row: told.append(row["epoch"]))
+    message: list[int] = []
+    rows = RowTail(file, lambda row: message.append(row["epoch"]))
     write(file, 2, inherited=True)
     write(file, 3)
     rows.poll()
-    assert told == [3]
+    assert message == [3]

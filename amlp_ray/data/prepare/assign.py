@@ -116,8 +116,8 @@ def _draw_splits(
         strata.append(f"{item.stratum} {item.is_labeled} {scan.lesion}")
         images.append(scan.num_images)
     splits = split_by_group(groups, strata, config.fractions, config.seed, images)
-    wanted = zip(SPLITS, config.fractions, strict=True)
-    empty = [split for split, fraction in wanted if fraction and split not in splits]
+    fractions = zip(SPLITS, config.fractions, strict=True)
+    empty = [split for split, fraction in fractions if fraction and split not in splits]
     if empty:
         logger.info(
             "%s stays empty: %d groups are too few; give other fractions.",

@@ -379,9 +379,9 @@ def _open_existing(out: DataPath) -> PatchDataset | None:
     Raises:
         DataError: something else is there, or a dataset that cannot be opened.
     """
-    taken = f"{out} exists and is not a patch dataset; delete it or choose another folder."
+    message = f"{out} exists and is not a patch dataset; delete it or choose another folder."
     if out.is_file():
-        raise DataError(taken)
+        raise DataError(message)
     if not out.is_folder():
         return None
     if (out / MANIFEST).is_file():
@@ -390,7 +390,7 @@ def _open_existing(out: DataPath) -> PatchDataset | None:
         except DataError as error:
             raise DataError(f"{error} Delete {out} first.") from None
     if not (out / UNFINISHED).is_folder() and not out.is_empty():
-        raise DataError(taken)
+        raise DataError(message)
     return None
 
 

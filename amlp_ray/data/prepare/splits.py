@@ -62,27 +62,29 @@ def split_by_group(
             lacking[neediest] -= sizes[name]
             split_of[name] = SPLITS[neediest]
 
-    wanted = [split for split, share in zip(SPLITS, shares, strict=True) if share > 0]
-    _fill_empty_splits(split_of, sizes, wanted)
-    _check_filled(split_of, sizes, wanted)
+    used_splits = [split for split, share in zip(SPLITS, shares, strict=True) if share > 0]
+    _fill_empty_splits(split_of, sizes, used_splits)
+    _check_filled(split_of, sizes, used_splits)
     return [split_of[group] for group in groups]
 
 
 def _fill_empty_splits(
-    split_of: dict[str, str], sizes: Counter[str], wanted: Sequence[str]
+    split_of: dict[str, str], sizes: Counter[str], used_splits: Sequence[str]
 ) -> None:
-    """Give each wanted split without a group one of another's, unless that would be emptied."""
-    for split in wanted:
+    """Give each used split without a group one of another's, unless that would be emptied."""
+    for split in used_splits:
         counts = Counter(split_of.values())
-        largest = max(wanted, key=lambda name: counts[name])
+        largest = max(used_splits, key=lambda name: counts[name])
         if counts[split] == 0 and counts[largest] > 1:
             members = [group for group in split_of if split_of[group] == largest]
             smallest = min(members, key=lambda group: sizes[group])
             split_of[smallest] = split
 
 
-def _check_filled(split_of: dict[str, str], sizes: Counter[str], wanted: Sequence[str]) -> None:
-    empty = [split for split in wanted if split not in split_of.values()]
+def _check_filled(
+    split_of: dict[str, str], sizes: Counter[str], used_splits: Sequence[str]
+) -> None:
+    empty = [split for split in used_splits if split not in split_of.values()]
     largest, size = max(sizes.items(), key=lambda item: item[1])
     total = sizes.total()
     if "train" in empty or (empty and 2 * size > total > 2):

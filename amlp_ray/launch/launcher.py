@@ -54,7 +54,8 @@ def pretrain_dataset(
         address: of a Ray cluster to run on. Without it, several workers start Ray here.
         report: called with the metrics of every epoch.
 
-    Returns: the path of the exported encoder.
+    Returns:
+        The path of the exported encoder.
 
     Raises:
         ConfigError, DataError, CheckpointError, ResourceError: the run cannot start.
@@ -62,12 +63,9 @@ def pretrain_dataset(
         WorkerLostError, StorageError: more went wrong than `fault_tolerance` allows; run it again.
     """
     out = Path(out).absolute()
-    config = config or PretrainConfig()
-    if config.weights is not None:
-        config = config.model_copy(update={"weights": resolve_weights(config.weights)})
     dataset = PatchDataset.open(data)
     run_spec = RunSpec(
-        config=config,
+        config=_with_resolved_weights(config or PretrainConfig()),
         data=dataset.path,
         folder=out,
         resources=resources or ResourceConfig(cpus_per_worker=os.cpu_count() or 1),
@@ -88,6 +86,12 @@ def pretrain_dataset(
                 jobs_side_by_side(run_spec.resources, cluster_resources())
                 run_on_ray(run_spec, name=f"pretrain-{out.name}", report=report)
     return out / ENCODER
+
+
+def _with_resolved_weights(config: PretrainConfig) -> PretrainConfig:
+    if config.weights is None:
+        return config
+    return config.model_copy(update={"weights": resolve_weights(config.weights)})
 
 
 def _check(run_spec: RunSpec, dataset: PatchDataset, address: str | None) -> None:

@@ -33,6 +33,7 @@ START_MINUTES = 1.0  # that Ray Train waits for room before it counts a failure
 COLLECTIVE_TIMEOUT_S = 1800
 RECOUNT_S = 20.0  # after which Ray counts nodes anew for elastic groups
 RESIZE_S = 10.0  # between checks for new nodes of an elastic group, which cost a restart
+TRAINER_FOLDER = "ray_train"  # inside the run's folder
 LOSSES: dict[EventKind, str] = {
     "worker lost": "A worker was lost",
     "node lost": "A node was lost",
@@ -112,7 +113,6 @@ def run_group(
     retry = RetryPolicy(folder, minutes=fault_tolerance.storage_minutes, events=events)
     # The event log is written by this process, so it says nothing about the disk.
     files = {path.name for path in folder.glob("*")} - {events.path.name}
-    trainer_folder = folder / "ray_train"
     losses = _LossCounter(progress)
 
     def log_and_poll() -> None:
@@ -121,9 +121,9 @@ def run_group(
 
     while True:
         nodes = answering_nodes()
-        failure = _run_once(task, resources, fault_tolerance, name, trainer_folder, log_and_poll)
+        failure = _run_once(task, resources, fault_tolerance, name, folder, log_and_poll)
         if failure is None:
-            shutil.rmtree(trainer_folder, ignore_errors=True)
+            shutil.rmtree(folder / TRAINER_FOLDER, ignore_errors=True)
             return
         kind = failure_kind(failure)
         if kind == "worker lost" and nodes - answering_nodes():
@@ -241,7 +241,7 @@ def _make_trainer(
         ),
         run_config=train.RunConfig(
             name=name,
-            storage_path=str(folder),
+            storage_path=str(folder / TRAINER_FOLDER),
             failure_config=train.FailureConfig(
                 max_failures=0,
                 max_preemption_failures=0,

@@ -154,7 +154,7 @@ def test_too_few_labels_are_refused_with_the_number_found(phantom_dataset: Patch
         DataError,
         match=rf"has {result} labelled training images .* probe.num_labeled={result + 1}; lower",
     ):
-        probe_of(phantom_dataset, labels=result + 1)
+        probe_of(phantom_dataset, num_labeled=result + 1)
 
 
 def test_val_scoring_without_a_val_lesion_is_refused(phantom_dataset: PatchDataset) -> None:

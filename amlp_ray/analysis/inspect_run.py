@@ -134,10 +134,8 @@ def inspect_run(
     Args:
         data: patch dataset, by path or URI; by default the run's labeled one.
         count: maximum number of images.
-        epoch: whose masks and ratio are drawn, with the weights of the latest. By default the
-            latest.
-        out: folder for the pictures, by default `inspect` in the run's. Pictures of an earlier
-            inspection are replaced.
+        epoch: whose masks and ratio are drawn, with the weights of the latest; default the latest.
+        out: folder; by default `inspect` in the run's. Earlier pictures are replaced.
         seed: of the masks and clusters. By default the run's own.
 
     Raises:

@@ -91,8 +91,7 @@ def locate_lesion(
     """Find the probable lesion and score every patch (B, N, P), all images in one pass.
 
     Args:
-        keys: (B,) int64, one identity per image. The map depends on (seed, epoch, key) and the
-            image alone.
+        keys: (B,) int64, identities. The map depends on (seed, epoch, key) and the image alone.
         teacher: None while warming up. Features are then raw, and rules that need it find nothing.
         feedback: share of the teacher's category in the lesion; see `selection.feedback`.
         truth: (B, N) lesion share per patch, for oracles.

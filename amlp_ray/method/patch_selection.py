@@ -62,16 +62,14 @@ def select_patches(
     """Choose exactly `count` patches per image to mask.
 
     - `hard`: lesion first, then other tissue, then border.
-    - `soft`: sampled without replacement with probabilities proportional to
-      exp(strength * score), by Gumbel-top-m (Kool et al. 2019).
+    - `soft`: sampled by exp(strength * score) without replacement (Gumbel-top-m, Kool et al. 2019).
     - `ranked`: the top scores first, the rest at random (HPM, AttMask).
     - `parts`: from a share of every cluster to whole clusters (SemMAE).
     - `random`: uniform (MAE).
 
     Args:
         tissue: (B, N) bool.
-        keys: (B,) int64, one identity per image. Masks depend on (seed, epoch, key) and the image
-            alone.
+        keys: (B,) int64, identities. Masks depend on (seed, epoch, key) and the image alone.
         progress: share of training done, 0-1, for modes that change over it.
         ratio_over: `tissue` masks the same share of tissue as of border.
     """

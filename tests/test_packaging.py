@@ -39,7 +39,13 @@ def amlp_ray(installed: Path, folder: Path, *arguments: str) -> str:
     environment = os.environ | {"PYTHONPATH": str(installed)}
     command = [sys.executable, "-m", "amlp_ray", *arguments]
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

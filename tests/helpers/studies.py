@@ -105,9 +105,7 @@ def write_study(file: Path, **changes: Any) -> Path:
     return file
 
 
-def run_spec_of(
-    folder: Path, dataset: PatchDataset, *, seed: int = 5, cpus: float = 1
-) -> RunSpec:
+def run_spec_of(folder: Path, dataset: PatchDataset, *, seed: int = 5, cpus: float = 1) -> RunSpec:
     """What a driver tells trial 0 of a study in this folder."""
     return RunSpec(
         study="tiny",

@@ -90,8 +90,13 @@ def test_an_unlabeled_set_is_searched_by_the_labels_of_another_alone(
     ids=["scale", "shape", "too few", "gone"],
 )
 def test_labels_that_cannot_serve_are_refused_before_anything_is_written(
-    unlabeled: PatchDataset, phantom_dataset: PatchDataset, tmp_path: Path,
-    changes: dict[str, Any] | None, config: dict[str, Any], error: type[Exception], told: str,
+    unlabeled: PatchDataset,
+    phantom_dataset: PatchDataset,
+    tmp_path: Path,
+    changes: dict[str, Any] | None,
+    config: dict[str, Any],
+    error: type[Exception],
+    told: str,
 ) -> None:
     eval_data = tmp_path / "labels"
     if changes is not None:

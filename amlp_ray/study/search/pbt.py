@@ -298,9 +298,7 @@ def _space_issues(space: Mapping[str, Parameter]) -> Iterator[ConfigIssue]:
                 f"search {PBT_RATIO} and any of {', '.join(PERTURBABLE)}."
             )
         elif parameter.when:
-            text = (
-                f"{name} has a condition, but with sampler pbt every step needs it; drop `when`."
-            )
+            text = f"{name} has a condition, but with sampler pbt every step needs it; drop `when`."
         elif name in HEAD_WEIGHTS and _lowest(parameter) <= 0:
             text = f"{name} reaches 0 with sampler pbt, where the model loses a part; stay above 0."
         else:

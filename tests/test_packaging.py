@@ -1,4 +1,4 @@
-"""The wheel works away from the checkout: ready studies, templates, types and version are inside."""
+"""The wheel works away from the checkout: ready studies, pages and version are inside."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ RANDOM = "random patches"
 CENTER = "nearness to the centre"
 CLUSTERS = (2, 3, 4, 6, 8)
 DATASET_CLUSTERS = (3, 8)
-SCORES = ("row_contrast", "blob", "border_saliency", "geodesic", "texture", "combined")
 SIGNED = ("row_contrast", "blob", "combined")  # scores that a lesion's sign changes
 # What the others are compared with: the rule nearest to the paper, a random cluster of the same
 # sizes, and patch SD, which difficulty must beat, since a teacher errs where patches vary.
@@ -59,7 +58,7 @@ def all_candidates(*, encoder: bool = False, decoder: bool = False) -> list[Cand
             for clusters in cluster_counts:
                 for rule in _rules(clusters):
                     result.append(_cluster_candidate(feature, clusters, scope, **rule))
-    for score in SCORES:
+    for score in PATCH_SCORES:
         for sign in ("dark", "free") if score in SIGNED else ("free",):
             for center_prior in (0.0, 0.8):
                 result.append(_score_candidate(score, sign, center_prior))

@@ -27,7 +27,7 @@ from amlp_ray.evaluation.segmenter import Segmenter
 from amlp_ray.method.augment import augment, normalize
 from amlp_ray.method.encoder import use_fused_attention
 from amlp_ray.method.precision import autocast, autocast_type
-from amlp_ray.runtime.worker_group import WorkerContext
+from amlp_ray.runtime.worker_context import WorkerContext
 from amlp_ray.training.checkpoint.restore import load_latest_on_all
 from amlp_ray.training.loggers.metrics_file import Metrics, read_rows
 from amlp_ray.training.lr_schedule import learning_rate

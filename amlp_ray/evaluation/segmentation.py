@@ -30,7 +30,8 @@ from amlp_ray.evaluation.segmenter import WEIGHTS, Segmenter, save_segmenter
 from amlp_ray.method.encoder import build_encoder
 from amlp_ray.runtime.resources import cluster_resources, jobs_side_by_side, machine_resources
 from amlp_ray.runtime.session import is_joined, ray_session
-from amlp_ray.runtime.worker_group import WorkerContext, run_group
+from amlp_ray.runtime.worker_context import WorkerContext
+from amlp_ray.runtime.worker_group import run_group
 from amlp_ray.training.checkpoint.pretrained import (
     ONLINE,
     check_patches,

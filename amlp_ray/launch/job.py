@@ -25,7 +25,7 @@ from amlp_ray.evaluation.metrics import ProbeScore
 from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.method.autoencoder import MaskedAutoencoder
 from amlp_ray.method.visualization import picture_strips
-from amlp_ray.runtime.worker_group import SINGLE_WORKER, WorkerContext
+from amlp_ray.runtime.worker_context import SINGLE_WORKER, WorkerContext
 from amlp_ray.training.checkpoint.export import ENCODER, export_encoder, is_encoder
 from amlp_ray.training.checkpoint.manager import checkpoints, epoch_of
 from amlp_ray.training.checkpoint.pretrained import ONLINE

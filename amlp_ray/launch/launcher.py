@@ -16,7 +16,8 @@ from amlp_ray.launch.job import claim, is_finished, open_eval_data, run_job
 from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.runtime.resources import cluster_resources, jobs_side_by_side, machine_resources
 from amlp_ray.runtime.session import is_joined, ray_session
-from amlp_ray.runtime.worker_group import WorkerContext, run_group, this_process
+from amlp_ray.runtime.worker_context import WorkerContext
+from amlp_ray.runtime.worker_group import run_group, this_process
 from amlp_ray.training.checkpoint.export import ENCODER
 from amlp_ray.training.checkpoint.manager import checkpoints
 from amlp_ray.training.checkpoint.pretrained import read_pretrained_config, resolve_weights

@@ -4,11 +4,13 @@ No rule is right by construction: which cluster holds the lesion is not identifi
 prior. The rule is therefore a searched, logged setting.
 """
 
+from typing import get_args
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amlp_ray.config import SelectionConfig
+from amlp_ray.config import PatchScore, SelectionConfig
 from amlp_ray.method.kmeans import Clusters
 from amlp_ray.method.patch_features import center_distance
 
@@ -32,8 +34,8 @@ def choose_lesion_cluster(
 
     Args:
         x: (B, N, D), the clustered features.
-        inside: (B, N) bool, the clustered patches.
-        brightness: (B, N), mean value per patch.
+        inside: (B, N) bool, the tissue, which was clustered; `clusters.labels` is -1 elsewhere.
+        brightness: (B, N), mean of the normalized values of a patch, over channels.
         noise: (B, K), uniform numbers for `random`.
         score: (B, N), the patch score that the rule names, or the teacher's error.
         truth: (B, N), lesion share per patch, needed by `oracle`.
@@ -61,7 +63,10 @@ def _merit(
     score: Tensor | None,
     truth: Tensor | None,
 ) -> Tensor:
-    """Return the merit of every cluster, (B, K); -inf while a rule has no score yet.
+    """Return the merit of every cluster, (B, K).
+
+    A merit of -inf means that a cluster cannot be the lesion. Where no merit is finite, the image is
+    masked at random: so it is while a rule has no score yet.
 
     - `smallest`: fewest patches (MPS of AMLP).
     - `distinct`: center farthest from the mean of all tissue.
@@ -98,6 +103,7 @@ def _merit(
         return 2 * hits / (sizes + lesion.sum(1, keepdim=True)).clamp_min(1)
     if rule == "random":
         return noise
+    assert rule == "hardest" or rule in get_args(PatchScore), rule
     if score is None:
         return torch.full_like(sizes, -torch.inf)
     return cluster_mean(score)

@@ -90,6 +90,7 @@ def _single_score(
     features = standardize(torch.stack([mean, std], -1), tissue)  # (B, N, 2)
     if name == "border_saliency":
         return _border_saliency(features, grid)
+    assert name == "geodesic", name
     return _geodesic(features, tissue, grid)
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from amlp_ray.runtime.worker_context import WorkerContext, WorkerTask
+
 
 def run_worker(config: dict[str, Any]) -> None:
     """Unpickle `config["task"]` and call it with this worker's context."""
     from ray import cloudpickle, train
     from ray.train.torch import get_device
-
-    from amlp_ray.runtime.worker_group import WorkerContext, WorkerTask
 
     context = train.get_context()
     task: WorkerTask = cloudpickle.loads(config["task"])

@@ -12,7 +12,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from amlp_ray.config import FaultToleranceConfig, ResourceConfig
 from amlp_ray.errors import AmlpError, NonFiniteLossError, ResourceError, WorkerLostError
 from amlp_ray.runtime.ray_internals import is_startup_error, is_train_error, unwrap_worker_error
 from amlp_ray.runtime.resources import answering_nodes, worker_bundle
+from amlp_ray.runtime.worker_context import WorkerContext, WorkerTask
 from amlp_ray.runtime.worker_entry import run_worker
 from amlp_ray.utils.event_log import EventKind, EventLog, EventTail
 from amlp_ray.utils.retry import RetryPolicy
@@ -49,30 +49,6 @@ NODE_DIED = "node has died"
 PEER_LOST = re.compile(
     r"gloo|nccl|connection (closed|reset)|broken pipe|socket|TCPStore|timed out", re.IGNORECASE
 )
-
-
-@dataclass(frozen=True)
-class WorkerContext:
-    """One worker of a group.
-
-    Args:
-        rank: its index.
-        world: the number of workers.
-        device: what it computes on.
-    """
-
-    rank: int = 0
-    world: int = 1
-    device: str = "cpu"
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this worker writes the run's files."""
-        return self.rank == 0
-
-
-WorkerTask = Callable[[WorkerContext], None]  # picklable; called on each worker
-SINGLE_WORKER = WorkerContext()
 
 
 def this_process() -> WorkerContext:

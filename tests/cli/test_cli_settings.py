@@ -6,11 +6,13 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from amlp_ray.cli import main
 from amlp_ray.config import VARIANTS, PretrainConfig
+from amlp_ray.config.data import Layout
 from amlp_ray.config.overrides import flatten
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +61,8 @@ def test_brackets_are_shown_and_not_taken_for_a_style(
 ) -> None:
     _, table, _ = run(capsys, monkeypatch, "settings", "prepare")
     assert "[number, number, number]" in table
-    assert re.search(r"layout +auto, busi, .*, coco +auto", table)
+    first, second, *_, last = get_args(Layout)
+    assert re.search(rf"layout +{first}, {second}, .*, {last} +auto", table)
     _, table, _ = run(capsys, monkeypatch, "settings", "study")
     assert re.search(r"name +text like \^\[A-Za-z0-9\]\S+ +required", table)
 

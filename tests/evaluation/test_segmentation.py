@@ -24,7 +24,7 @@ from amlp_ray.evaluation.labels import lesion_pixels, train_rows
 from amlp_ray.evaluation.segmentation import Tuning, segment
 from amlp_ray.evaluation.segmenter import Segmenter
 from amlp_ray.method.autoencoder import MaskedAutoencoder
-from amlp_ray.runtime.worker_group import WorkerContext
+from amlp_ray.runtime.worker_context import WorkerContext
 from amlp_ray.training.checkpoint.export import export_encoder, load_encoder
 from amlp_ray.training.loggers.metrics_file import read_rows
 

@@ -30,7 +30,8 @@ from amlp_ray.errors import (
     WorkerLostError,
 )
 from amlp_ray.runtime import worker_group
-from amlp_ray.runtime.worker_group import WorkerContext, failure_kind, original_error, run_group
+from amlp_ray.runtime.worker_context import WorkerContext
+from amlp_ray.runtime.worker_group import failure_kind, original_error, run_group
 from amlp_ray.utils.event_log import read_events
 
 GLOO = RuntimeError(

@@ -13,7 +13,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import optuna
 from optuna.pruners import (
@@ -57,7 +57,10 @@ def make_pruner(config: PrunerConfig) -> BasePruner:
                 return PatientPruner(None, patience=config.patience, min_delta=config.min_delta)
             case "wilcoxon":
                 return WilcoxonPruner(p_threshold=config.p_threshold)
-    return NopPruner()
+            case "none":
+                return NopPruner()
+            case _:
+                assert_never(config.name)
 
 
 class Pruning:

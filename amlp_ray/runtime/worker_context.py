@@ -1,0 +1,30 @@
+"""What a worker of a group knows of itself. Imports nothing heavy: Ray Train's controller reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """One worker of a group.
+
+    Args:
+        rank: its index.
+        world: the number of workers.
+        device: what it computes on.
+    """
+
+    rank: int = 0
+    world: int = 1
+    device: str = "cpu"
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this worker writes the run's files."""
+        return self.rank == 0
+
+
+WorkerTask = Callable[[WorkerContext], None]  # picklable; called on each worker
+SINGLE_WORKER = WorkerContext()

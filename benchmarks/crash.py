@@ -1,11 +1,12 @@
-"""Kills a study's process at random moments, starts it again, and compares what is left with a study left alone.
+"""Kill a study's process at random moments, start it again, and compare with an undisturbed study.
 
     python benchmarks/crash.py                                   # 30 trials, 25 kills
     python benchmarks/crash.py --study pbt --kills 10
-    python benchmarks/crash.py --storage postgresql --outage 30  # the server is gone for 30 s in the middle
-    python benchmarks/crash.py --cluster                         # a Ray that outlives its drivers: what do they leave?
+    python benchmarks/crash.py --storage postgresql --outage 30  # the server is gone for 30 s
+    python benchmarks/crash.py --cluster                         # a Ray that outlives its drivers
 
-Exits with 1 where anything is lost, doubled, left over or different. README.md beside this file says what is checked.
+Exits with 1 where anything is lost, doubled, left over or different. README.md beside this file
+says what is checked.
 """
 
 from __future__ import annotations
@@ -167,7 +168,11 @@ class Place:
         return file
 
     def start(self, study: Path, dying: int | None = None) -> subprocess.Popen[bytes]:
-        """Start a driver, in a session of its own; `dying`: the write to the store in which it kills itself."""
+        """Start a driver in a session of its own.
+
+        Args:
+            dying: number of the write to the store in which it kills itself.
+        """
         through = ["-m", "amlp_ray"] if dying is None else [__file__, "--dying", str(dying)]
         command = [sys.executable, *through, "study", "run", str(study), "--data", str(self.data)]
         command += ["--runs", str(self.folder / "runs")]
@@ -212,7 +217,7 @@ def make_data(folder: Path) -> Path:
 
 
 def database(folder: Path) -> Any:
-    """A PostgreSQL server of our own, which may be stopped; closed by the context manager that this returns."""
+    """Return a context manager around a PostgreSQL server that may be stopped."""
     from contextlib import contextmanager
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -405,7 +410,10 @@ def take_away(place: Place, run: Run, process: subprocess.Popen[bytes], seconds:
 
 
 def die_while_writing(number: str, *command: str) -> int:
-    """Be a driver that is killed within its n-th write: half a line in a journal; in a database, before the answer."""
+    """Be a driver that is killed within its n-th write.
+
+    In a journal half a line is written; in a database the write is done and not answered.
+    """
     from amlp_ray.cli import main as command_line
     from amlp_ray.study.storage import optuna_storage as storage
 
@@ -512,7 +520,7 @@ def left_over(place: Place) -> Iterator[str]:
 
 
 def differences(quiet: Run, killed: Run) -> Iterator[str]:
-    """What is not as in the study that was left alone: proposals, scores at rungs, ends, losses of every epoch."""
+    """Yield what differs from the undisturbed study: suggestions, scores, states, losses."""
     for kind in ("search", "baselines"):
         ours, theirs = (
             getattr(killed.store, kind)().get_trials(),
@@ -552,9 +560,7 @@ def print_result(quiet: Run, killed: Run, faults: list[str], options: argparse.N
         if options.concurrency == 1
         else "not compared"
     )
-    print(
-        f"| checked | {'; '.join(faults) if faults else 'nothing lost, doubled or left over; ' + compared} |"
-    )
+    print(f"| checked | {'; '.join(faults) or 'nothing lost, doubled or left over; ' + compared} |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measures what the study platform itself costs: in simulated time, against bare Tune, and of a `status`.
+"""Measure what the platform itself costs: in simulated time, against bare Tune, of a `status`.
 
     python benchmarks/overhead.py --json overhead.json
     python benchmarks/overhead.py --parts simulated --trials 1000 --profile
@@ -107,7 +107,7 @@ def _options() -> argparse.Namespace:
 
 
 def no_op(config: dict[str, Any]) -> dict[str, Any]:
-    """A trial of a study that trains nothing: it reads its task, and reports and asks as `amlp_trial` does."""
+    """Run a trial that trains nothing, but reads its spec and reports as `amlp_trial` does."""
     from ray import tune
 
     run = TrialSpec.model_validate(config["trial_spec"]).run
@@ -130,8 +130,8 @@ def bare_no_op(config: dict[str, Any]) -> dict[str, Any]:
 def real(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Run no-op trials on Ray, ours and plain Tune's in turns, by random search.
 
-    Each piece begins and ends Tune's run and its processes, which a study does once: so what comes between the ends of
-    its first and its last trial is timed as well.
+    Each piece begins and ends Tune's run and its processes, which a study does once. So the time
+    between the ends of its first and its last trial is measured as well.
     """
     store, config = make_store(
         folder,
@@ -181,8 +181,9 @@ def real(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         piece["study_between"] / piece["tune_between"] for piece in pieces
     )
     print(
-        f"real: {rate['study']:.2f} trials/s, plain Tune {rate['tune']:.2f}, time {ratio:.3f} of Tune's (median of "
-        f"pieces); without beginning and end {rate['study_between']:.2f} and {rate['tune_between']:.2f}, "
+        f"real: {rate['study']:.2f} trials/s, plain Tune {rate['tune']:.2f}, "
+        f"time {ratio:.3f} of Tune's (median of pieces); "
+        f"without beginning and end {rate['study_between']:.2f} and {rate['tune_between']:.2f}, "
         f"{between_ratio:.3f}"
     )
     return {
@@ -251,7 +252,8 @@ def status(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         cpu.append(sum(after[2:4]) - sum(before[2:4]))  # of processes that ended
     journal = (store.folder / "study.journal").stat().st_size
     print(
-        f"status of {options.stored} trials ({journal / 1e6:.1f} MB): {statistics.median(seconds):.2f} s "
+        f"status of {options.stored} trials ({journal / 1e6:.1f} MB): "
+        f"{statistics.median(seconds):.2f} s "
         f"({min(seconds):.2f} to {max(seconds):.2f}), processor {statistics.median(cpu):.2f} s"
     )
     return {"trials": options.stored, "bytes": journal, "seconds": seconds, "cpu_seconds": cpu}

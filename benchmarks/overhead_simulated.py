@@ -1,4 +1,7 @@
-"""A study of stub trials in simulated time: everything of ours is real but the driver, and Tune's loop is played."""
+"""Run a study of stub trials in simulated time.
+
+Everything of ours is real but the driver; Tune's loop is played.
+"""
 
 from __future__ import annotations
 
@@ -77,8 +80,8 @@ def stub_score(trial_spec: dict[str, Any], epoch: int) -> float:
 class Clock:
     """Simulated seconds: those that stub trials take, and on top those that our own calls take.
 
-    A call is counted by the clock on the wall, or (`busy`) by processor time and its waits for the disk and for Ray, so
-    that other jobs of the machine count less. Both are kept in `spent`.
+    A call is counted by the clock on the wall, or (`busy`) by processor time and its waits for the
+    disk and for Ray, so that other jobs of the machine count less. Both are kept in `spent`.
     """
 
     def __init__(self, kind: str) -> None:
@@ -90,7 +93,7 @@ class Clock:
         self._beside = np.zeros(2)
 
     def call(self, method: Callable[..., Any], *args: Any) -> Any:
-        """Call one of ours from Tune's loop, which is one thread and can do nothing else meanwhile."""
+        """Call one of ours from Tune's loop, which is one thread and waits meanwhile."""
         before = self._read()
         answer = method(*args)
         took = self._read() - before
@@ -101,7 +104,10 @@ class Clock:
         return answer
 
     def beside(self, work: Callable[..., Any], *args: Any) -> tuple[Any, float]:
-        """Return what work in another thread gives, and its seconds: the call that it is done in does not take them."""
+        """Return what work in another thread gives, and its seconds.
+
+        They do not count for the call in which the work is done.
+        """
         before = self._read()
         answer = work(*args)
         took = self._read() - before
@@ -113,7 +119,7 @@ class Clock:
 
     @contextmanager
     def counting_waits(self) -> Iterator[None]:
-        """Count as busy what waits for the disk or for Ray: that the processor is idle meanwhile saves us no time."""
+        """Count as busy what waits for the disk or for Ray, since that time is lost to us too."""
 
         def counted(function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **named: Any) -> Any:
@@ -134,7 +140,7 @@ class Clock:
 
 
 class Beside:
-    """Stands in for the thread that makes suggestions: one at a time, each there when its own time has passed."""
+    """Stand in for the thread that makes suggestions, one at a time, each after its own time."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock, self._free = clock, 0.0
@@ -232,18 +238,19 @@ def simulated(
     }
     print(
         f"simulated, {sampler}, {pruner}: {facts['total']:.0f} s for a floor of {floor:.0f} s, "
-        f"platform {facts['share']:.1%}. A trial of ours: {facts['busy_ms']:.1f} ms busy, {facts['wall_ms']:.1f} ms on "
-        f"the wall; longest call {clock.longest * 1000:.0f} ms; {facts['pruned']} pruned; {facts['calls_ms']}",
+        f"platform {facts['share']:.1%}. A trial of ours: {facts['busy_ms']:.1f} ms busy, "
+        f"{facts['wall_ms']:.1f} ms on the wall; longest call {clock.longest * 1000:.0f} ms; "
+        f"{facts['pruned']} pruned; {facts['calls_ms']}",
         flush=True,
     )
     return facts
 
 
 def play(searcher: Searcher, clock: Clock, *, deaf: bool = False) -> int:
-    """Call a searcher as Tune's loop does: a trial is asked for if a slot is free, then one result is passed on.
+    """Call a searcher as Tune's loop does and return the epochs that trials trained.
 
-    A trial goes on when its result was handled, and stops early where it is asked to and is not deaf. Returns the
-    epochs that trials trained.
+    If a slot is free a trial is asked for; then one result is passed on. A trial goes on when its
+    result was handled, and stops early where it is asked to and is not deaf.
     """
     results: list[tuple[float, int, Stub]] = []
     order, slots, epochs, over = itertools.count(), SLOTS, 0, False

@@ -65,8 +65,8 @@ def _merit(
 ) -> Tensor:
     """Return the merit of every cluster, (B, K).
 
-    A merit of -inf means that a cluster cannot be the lesion. Where no merit is finite, the image is
-    masked at random: so it is while a rule has no score yet.
+    A merit of -inf means that a cluster cannot be the lesion. An image without a finite merit is
+    masked at random, as all are while a rule has no score yet.
 
     - `smallest`: fewest patches (MPS of AMLP).
     - `distinct`: center farthest from the mean of all tissue.

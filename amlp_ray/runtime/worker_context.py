@@ -1,4 +1,7 @@
-"""What a worker of a group knows of itself. Imports nothing heavy: Ray Train's controller reads it."""
+"""Rank, world size and device of one worker of a group.
+
+Nothing heavy is imported here, since Ray Train's controller imports it too.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of one's own, that can be stopped and started again in the middle of a
+"""A PostgreSQL server of one's own that can be stopped and started again in the middle of a
 test."""
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Postgres:
         )
 
     def stop(self) -> None:
-        self._run("pg_ctl", "-D", self._data, "-m", "immediate", "-w", "stop")
+        self._run("pg_ctl", "-D", self._data, "-m", "immediate", "-w", "-t", "180", "stop")
 
     def close(self) -> None:
         """Stop it for good, if it still runs."""
@@ -97,9 +97,9 @@ class Postgres:
 
 
 def _free_port() -> int:
-    """A port below those that a system gives to clients: one could take it while the server is
-    stopped, even by
-    connecting to itself.
+    """Return a port below those that a system gives to clients.
+
+    A client could take one of theirs while the server is stopped, even by connecting to itself.
     """
     for port in random.SystemRandom().sample(range(15_000, 32_000), 50):
         with socket.socket() as s, suppress(OSError):

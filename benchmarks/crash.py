@@ -556,7 +556,7 @@ def print_result(quiet: Run, killed: Run, faults: list[str], options: argparse.N
         best = run.store.search().best_trial
         print(f"| best, {name} | trial {best.number}: {best.value!r} |")
     compared = (
-        "proposals, scores, ends and losses as left alone"
+        "suggestions, scores, ends and losses as left alone"
         if options.concurrency == 1
         else "not compared"
     )

@@ -93,7 +93,7 @@ def _variants_table() -> Table:
                 "about": variant["about"],
             }
         )
-    about = "Named baselines. Each changes some defaults; every value given overrides them."
+    about = "Named variants. Each changes some defaults; every value given overrides them."
     return Table("variants", about, rows)
 
 

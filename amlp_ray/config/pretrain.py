@@ -110,7 +110,7 @@ Variant = Literal[
 
 
 class PretrainConfig(Config):
-    """One pretraining run. `variant` selects a named baseline; every other value given overrides
+    """One pretraining run. `variant` selects a named variant; every other value given overrides
     it.
 
     >>> PretrainConfig(variant="mae").ratio.start

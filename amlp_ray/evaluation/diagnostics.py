@@ -72,7 +72,7 @@ def true_lesions(dataset: PatchDataset, config: PretrainConfig) -> dict[int, Ten
 
 
 class Diagnostics:
-    """Compute metrics that are comparable over epochs and between baselines.
+    """Compute metrics that are comparable over epochs and between variants.
 
     The images are those of the labeled data set where there is one apart from the pretraining one.
     They are normalized by the model's mean and SD.

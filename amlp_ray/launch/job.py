@@ -226,7 +226,7 @@ def _check_same_config(run_spec: RunSpec, config_file: Path) -> None:
 def _check_same_data(folder: Path, data: dict[str, Any], stored: dict[str, Any]) -> None:
     if data.get("fingerprint") != stored.get("fingerprint"):
         raise CheckpointError(
-            f"{folder} holds a run on other data ({stored.get('path', 'no labels apart')}, "
+            f"{folder} holds a run on other data ({stored.get('path', 'no eval_data')}, "
             f"prepared differently); use another folder."
         )
 

@@ -1,7 +1,7 @@
 """SimSiam (Chen and He 2021): the contrastive baseline.
 
 Two random crops of an image are mapped to the same point; nothing is masked or reconstructed.
-Encoder, export and scoring are those of every other baseline. Tokens are averaged over patches,
+Encoder, export and scoring are those of every other variant. Tokens are averaged over patches,
 because a probe reads patches and not the class token.
 """
 

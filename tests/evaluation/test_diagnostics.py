@@ -121,7 +121,7 @@ def test_held_out_images_are_looked_at_once_per_look(
     assert looked == [1, 4, 5, 7]
     assert rows[7] == Diagnostics(phantom_dataset, config)(
         model, 8
-    )  # what is kept is what a new look finds
+    )  # what is kept is what a new analysis finds
 
 
 def test_lesion_shares_are_those_of_the_patches() -> None:

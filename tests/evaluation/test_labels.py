@@ -310,7 +310,7 @@ def test_a_folder_is_claimed_with_its_labels(
     plain = RunSpec(config=SETTINGS, data=unlabeled.path, folder=tmp_path / "plain")
     claim(plain, unlabeled)
     append_row(tmp_path / "plain" / "metrics.jsonl", {"epoch": 1})
-    with pytest.raises(CheckpointError, match="no labels apart"):
+    with pytest.raises(CheckpointError, match="no eval_data"):
         claim(plain, unlabeled, labels)
 
 

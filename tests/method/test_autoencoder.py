@@ -232,12 +232,12 @@ def test_fused_and_plain_attention_agree() -> None:
 
 # Gradients: data-parallel training waits for that of every trained parameter
 
-ARMS: list[dict[str, Any]] = [
+BASELINES: list[dict[str, Any]] = [
     {"variant": name}
-    for name, baseline in VARIANTS.items()
-    if baseline.get("objective", "reconstruction") == "reconstruction"
+    for name, changes in VARIANTS.items()
+    if changes.get("objective", "reconstruction") == "reconstruction"
 ]
-ARMS[[baseline["variant"] for baseline in ARMS].index("simmim")]["model"] = {"decoder_depth": 0}
+BASELINES[[b["variant"] for b in BASELINES].index("simmim")]["model"] = {"decoder_depth": 0}
 MORE: list[dict[str, Any]] = [
     {"model": {"class_token": False, "register_tokens": 2}},
     {"model": {"encode": "all"}},
@@ -248,7 +248,7 @@ MORE: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("epoch", [1, 5])  # within and after the warm-up
-@pytest.mark.parametrize("given", ARMS + MORE, ids=str)
+@pytest.mark.parametrize("given", BASELINES + MORE, ids=str)
 def test_every_trained_parameter_gets_a_gradient(given: dict[str, Any], epoch: int) -> None:
     config = tiny(given)
     model = build(config).train()

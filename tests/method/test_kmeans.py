@@ -214,7 +214,7 @@ def test_membership_of_a_constant_image_is_finite() -> None:
 def looked(
     centroids: DatasetClusters, x: Tensor, inside: Tensor, batches: list[Tensor]
 ) -> list[Clusters]:
-    """One look at all images, batch by batch; clusters in the order of `batches`."""
+    """One pass over all images, batch by batch; clusters in the order of `batches`."""
     centroids.commit()
     noise, found = seeds(len(x), 4 * len(centroids.counts)), []
     for rows in batches:
@@ -235,7 +235,7 @@ def dataset_inertia(found: list[Clusters]) -> float:
 
 
 def seeded(x: Tensor, inside: Tensor, clusters: int) -> DatasetClusters:
-    """Centroids after a first look."""
+    """Centroids after a first pass."""
     centroids = DatasetClusters(clusters, x.shape[-1])
     looked(centroids, x, inside, batches_of(len(x), 4))
     return centroids

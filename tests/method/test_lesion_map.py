@@ -22,7 +22,7 @@ GENERATOR_SEED = 3
 def look(
     images: Tensor, keys: Tensor | None = None, epoch: int = 1, seed: int = 0, **given: Any
 ) -> LesionMap:
-    """Aim at images of 8x8 patches; `given` are settings, or arguments of `locate_lesion`."""
+    """Locate lesions among 8x8 patches; `given` are settings, or arguments of `locate_lesion`."""
     others = {k: given.pop(k) for k in ("teacher", "feedback", "truth") if k in given}
     keys = torch.arange(len(images)) if keys is None else keys
     chosen = SelectionConfig(**({"features": "raw", "clusters": 3, "rule": "smallest"} | given))
@@ -250,7 +250,7 @@ def test_feedback_finds_no_lesion_where_the_clusters_have_none(ultrasound: Given
     assert not aim.lesion.any()
 
 
-# What an aim depends on
+# What a lesion map depends on
 
 SETTINGS = [
     {"mode": "hard"},

@@ -41,7 +41,7 @@ def same(one: Selection, other: Selection) -> bool:
 
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(epoch of the look, image's key) of every look, as it happens."""
+    """(epoch of the analysis, image's key) of every analysis, as it happens."""
     seen: list[tuple[int, int]] = []
 
     def counted(patches: Tensor, keys: Tensor, *others: Any, epoch: int, **given: Any) -> Any:
@@ -195,7 +195,7 @@ def test_in_random_mode_refresh_changes_nothing_and_nothing_is_looked_at(
     assert looks == []
 
 
-# Looks are kept
+# Lesion maps are kept
 
 
 def test_whole_images_are_looked_at_once_per_look(
@@ -309,7 +309,7 @@ def test_a_look_is_the_same_as_looking_at_whole_images_where_nothing_is_cropped(
 
 @pytest.mark.parametrize("flip", [True, False])
 def test_what_is_kept_is_cropped_along_with_its_image(flip: bool) -> None:
-    """For a strong square lesion the cropped map and a look at the crop agree on most patches."""
+    """For a strong square lesion the cropped map and the map of the crop agree on most patches."""
     keys = torch.arange(40)
     images = 0.05 * torch.randn(40, 1, 64, 64, generator=torch.Generator().manual_seed(0)) + 1
     corners = torch.randint(0, 5, (40, 2), generator=torch.Generator().manual_seed(1)) * 8
@@ -333,7 +333,7 @@ def test_what_is_kept_is_cropped_along_with_its_image(flip: bool) -> None:
 
 
 def test_the_lesion_of_a_crop_covers_the_true_one_cropped_alike(ultrasound: Given) -> None:
-    """With oracles the aim is the truth, so only the cropping of maps is between them."""
+    """With oracles the lesion map is the truth, so only the cropping of maps is between them."""
     images, masks, keys = ultrasound
     share = patchify(masks[:, None].float(), 8).mean(-1)
     truth = dict(zip(keys.tolist(), share.unflatten(1, (8, 8)), strict=True))

@@ -16,7 +16,7 @@ from amlp_ray.config import PretrainConfig
 from amlp_ray.method.masking import Masking
 
 Given = tuple[Tensor, Tensor, Tensor]
-LATE = 12  # an epoch after the warm-up, and within a look
+LATE = 12  # an epoch after the warm-up, and between two analyses
 RRL = {"weighting": "rrl"}
 
 NEUTRAL: list[dict[str, Any]] = [

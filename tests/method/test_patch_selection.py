@@ -33,7 +33,7 @@ def select(
     epoch: int = 1,
     **others: Any,
 ) -> Selection:
-    """Aim and select, on whole images of patches of p pixels."""
+    """Locate lesions and select, on whole images of patches of p pixels."""
     grid = (images.shape[2] // p, images.shape[3] // p)
     keys = torch.arange(len(images)) if keys is None else keys
     patches = patchify(images, p)
@@ -44,7 +44,7 @@ def select(
 
 
 def aimed(count: int = 16, **parts: Tensor) -> LesionMap:
-    """An aim at 64 patches of `count` images, of which `parts` are given."""
+    """A lesion map of 64 patches of `count` images, of which `parts` are given."""
     nothing = torch.zeros(count, 64)
     return LesionMap(**({"lesion": nothing, "score": nothing, "cluster": nothing - 1} | parts))
 

@@ -291,7 +291,7 @@ def test_random_cluster_and_oracle_change_which_cluster_is_the_lesion_alone() ->
     ):
         oracle = ablated_config(amlp(selection=mode), "oracle", "s")
         assert oracle.selection.uses_ground_truth
-        assert not oracle.uses_feedback  # else the aim were not the oracle's alone
+        assert not oracle.uses_feedback  # else the lesion map were not the oracle's alone
 
 
 @pytest.mark.parametrize(

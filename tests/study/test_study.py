@@ -236,7 +236,7 @@ def test_a_population_learns_a_schedule_segment_by_segment(
     trials = study.store.search().trials
     assert [t.state for t in trials] == [TrialState.PRUNED] * 3 + [TrialState.COMPLETE] * 3
     assert [t.user_attrs["stats"]["epochs"] for t in trials] == [2] * 6, (
-        "each trains its own segment only"
+        "each trains its own step only"
     )
     for trial in trials[3:]:
         rows = read_metrics(study.store.trial_folder(trial.number))

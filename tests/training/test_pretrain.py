@@ -131,11 +131,11 @@ def test_every_epoch_writes_one_line_with_all_its_figures(
 
 TWO_EPOCHS = {
     "analysis_interval": 2
-}  # so that a stop after one epoch falls between two looks at whole images
+}  # so that a stop after one epoch falls between two analyses of whole images
 RESUMED: dict[str, dict[str, Any]] = {
     name: {"variant": name} for name in VARIANTS if name != "scratch"
 } | {
-    "a look in between": {"selection": {**TWO_EPOCHS, "feedback": 0.5}, "loss": {"warmup": 0.0}},
+    "another analysis": {"selection": {**TWO_EPOCHS, "feedback": 0.5}, "loss": {"warmup": 0.0}},
     "data set clusters": {"selection": {**TWO_EPOCHS, "scope": "dataset", "clusters": 4}},
     "tokens": {
         "selection": {**TWO_EPOCHS, "features": "tokens", "rule": "hardest"},

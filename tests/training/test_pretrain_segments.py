@@ -94,7 +94,7 @@ def figures(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in MEASURED | {"inherited"}} for row in rows]
 
 
-LOOKS = {"analysis_interval": 3}  # so that forks fall between two looks at whole images
+LOOKS = {"analysis_interval": 3}  # so that forks fall between two analyses of whole images
 CUT: dict[str, dict[str, Any]] = {
     "amlp": {"variant": "amlp", "selection": LOOKS, "loss": {"warmup": 0.0}},
     "soft, step by step": {

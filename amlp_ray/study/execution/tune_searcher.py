@@ -357,7 +357,7 @@ class StudySearcher(Searcher):
             self._store.set_attrs(queued.study, queued.number, reason=reason)
         # Of several objectives, those of a part of a training are no values of the whole.
         partial_values = [score] if len(queued.study.directions) == 1 else None
-        word = "ends its segment" if has_all_rungs else "pruned"
+        word = "ends its step" if has_all_rungs else "pruned"
         message = f"{word} at epoch {last_rung}"
         self._finish(active, TrialState.PRUNED, partial_values, message, score)
 

@@ -313,7 +313,7 @@ def _trials_of_file(path: Path, config: StudyConfig) -> Iterator[_ImportedTrial]
     for line, row in enumerate(rows, start=2):
         name = f"line {line}"
         if row.get("kind") not in (None, "", "search"):
-            reason = f"it is run {row['kind']}, and no trial of a search."
+            reason = f"it is of kind {row['kind']}, and no trial of a search."
             yield _ImportedTrial(name, reason=reason)
         elif row.get("state") not in (None, "", "COMPLETE"):
             yield _ImportedTrial(name, reason=f"it is {row['state']} and not COMPLETE.")

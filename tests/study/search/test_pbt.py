@@ -1,4 +1,4 @@
-"""Population-based training: what it decides, from stored trials alone, and that segments train
+"""Population-based training: what it decides, from stored trials alone, and that steps train
 as one run."""
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def level(segment: PbtStep) -> float:
 
 
 def near_the_wanted(line: list[PbtStep]) -> float:
-    """High where each segment of the whole lineage moved to what would be best there."""
+    """High where each step of the whole lineage moved to what would be best there."""
     return 1.0 - sum((level(segment) - wanted(segment.until / 20)) ** 2 for segment in line)
 
 
@@ -390,7 +390,7 @@ def test_a_segment_continues_the_schedule_of_its_parent_and_changes_nothing_befo
 ) -> None:
     config = study(
         pretrain={"epochs": 18, "ratio": {"update_per": update_per}}
-    )  # the last segment is shorter
+    )  # the last step is shorter
     store = memory()
     play(config, store, near_the_wanted)
     trials = store.get_trials()

@@ -369,7 +369,7 @@ def test_gp_learns_from_pruned_trials() -> None:
     suggester.update(study.get_trials(deepcopy=False))
     modelled = suggester.suggest(6)
     assert isinstance(modelled, Suggestion)
-    assert modelled != drawn.suggest(6), "with startup 5, six pruned trials are enough to model"
+    assert modelled != drawn.suggest(6), "after 5 startup trials, six pruned are enough to model"
 
 
 def test_a_trial_answered_from_the_store_is_no_news() -> None:

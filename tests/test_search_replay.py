@@ -93,7 +93,9 @@ def run(
     return replay(table, config, Nearest(table), images=320, workers=workers, budget=budget)
 
 
-def test_an_exported_study_is_a_table_of_its_complete_trials_with_arms_apart(table: Table) -> None:
+def test_an_exported_study_is_a_table_of_its_complete_trials_with_baselines_apart(
+    table: Table,
+) -> None:
     assert table.scores.shape == (40, 9)
     assert table.rungs == RUNGS
     assert table.baselines == {"mae": [0.31]}

@@ -108,7 +108,7 @@ def test_no_rule_beats_the_best_possible_cluster_of_its_clustering(
     assert 0 < max(row["f1"] for row in found.values()) <= best + 1e-9
 
 
-def test_figures_of_a_rule_are_those_of_the_aim_counted_by_hand(stored: Stored) -> None:
+def test_figures_of_a_rule_are_those_of_the_lesion_map_counted_by_hand(stored: Stored) -> None:
     images, masks = discs()
     data = stored(images, masks)
     patches = patchify(normalize(torch.from_numpy(images), data.spec), 8)
@@ -133,7 +133,7 @@ def test_figures_of_a_rule_are_those_of_the_aim_counted_by_hand(stored: Stored) 
     assert row["size"] == pytest.approx(np.mean(size))
 
 
-def test_labels_change_no_aim_but_the_oracles(stored: Stored) -> None:
+def test_labels_change_no_lesion_map_but_the_oracles(stored: Stored) -> None:
     images, masks = discs()
     once = [c for c in all_candidates() if c.selection is None or c.selection.features == "raw"]
     true, false = (

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.studies import add, add_arm, make_store, note_data, write_study
+from helpers.studies import add, add_baseline, make_store, note_data, write_study
 from optuna.trial import TrialState
 
 from amlp_ray.cli import main
@@ -44,7 +44,7 @@ def store(tmp_path: Path) -> StudyStore:
     add(store, {"ratio.start": 0.25, "selection.mode": "hard"}, 0.5)
     add(store, {"ratio.start": 0.45, "selection.mode": "soft"}, 0.7, path="trials/1")
     add(store, state=TrialState.FAIL, reason="no luck")
-    add_arm(store, "mae", 0, 0.4)
+    add_baseline(store, "mae", 0, 0.4)
     note_data(store, "f00d")
     return store
 

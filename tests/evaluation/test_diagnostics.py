@@ -34,7 +34,7 @@ def model_of(dataset: PatchDataset, config: PretrainConfig, seed: int = 0) -> Ma
     return build_autoencoder(config, dataset.spec).eval()
 
 
-def test_the_reference_loss_is_the_same_whatever_the_arm_masks(
+def test_the_reference_loss_is_the_same_whatever_the_variant_masks(
     phantom_dataset: PatchDataset,
 ) -> None:
     baselines = [
@@ -73,7 +73,7 @@ def test_the_reference_loss_of_predicting_the_patch_mean_is_the_variance_inside_
     assert math.isfinite(loss)
 
 
-def test_an_aim_at_the_truth_has_full_recall(
+def test_a_lesion_map_of_the_truth_has_full_recall(
     phantom_dataset: PatchDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings_of(selection={"mode": "soft", "score": "blob"})
@@ -89,7 +89,7 @@ def test_an_aim_at_the_truth_has_full_recall(
     assert metrics["true_lesion_masked"] > 0.5
 
 
-def test_random_masks_and_unlabeled_images_are_not_judged_by_an_aim(
+def test_random_masks_and_unlabeled_images_are_not_judged_by_a_lesion_map(
     phantom_dataset: PatchDataset,
 ) -> None:
     config = settings_of(variant="mae")
@@ -102,7 +102,7 @@ def test_random_masks_and_unlabeled_images_are_not_judged_by_an_aim(
     assert set(blind(model_of(phantom_dataset, aimed), 1)) == {"loss_reference"}
 
 
-def test_held_out_images_are_looked_at_once_per_look(
+def test_held_out_images_are_analyzed_once_per_analysis_epoch(
     phantom_dataset: PatchDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[int] = []

@@ -79,7 +79,7 @@ def add(
     return store.add_trial(study, trial).number
 
 
-def add_arm(store: StudyStore, baseline: str, repeat: int, value: float) -> None:
+def add_baseline(store: StudyStore, baseline: str, repeat: int, value: float) -> None:
     about = {
         "baseline": baseline,
         "repeat": repeat,

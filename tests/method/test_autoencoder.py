@@ -280,7 +280,7 @@ def test_every_trained_parameter_of_simsiam_gets_a_gradient() -> None:
     assert {name for name, p in model.named_parameters() if p.grad is None} == {"encoder.pos_embed"}
 
 
-def test_the_random_encoder_is_that_of_every_other_arm() -> None:
+def test_the_random_encoder_is_that_of_every_other_variant() -> None:
     scratch, mae = (build(tiny({"variant": name})) for name in ("scratch", "mae"))
     theirs = mae.encoder.state_dict()
     assert all(

@@ -104,7 +104,7 @@ def test_schedules_per_step_are_counted_by_their_steps() -> None:
     st.sampled_from(["linear", "cosine", "exponential", "random"]),
     st.integers(1, 6),
 )
-def test_the_quantum_that_is_named_suffices(
+def test_the_round_to_that_is_named_suffices(
     start: float, end: float, shape: str, round_to: int
 ) -> None:
     ratio = {"start": start, "end": end, "shape": shape, "round_to": round_to}

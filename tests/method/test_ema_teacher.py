@@ -96,7 +96,7 @@ def test_a_model_without_a_teacher_has_none_to_move() -> None:
         (0, 0.1, list(range(1, 21))),
     ],
 )
-def test_the_teacher_moves_at_looks_alone_by_the_steps_since_the_last(
+def test_the_teacher_moves_at_analyses_alone_by_the_steps_since_the_last(
     analysis_interval: int, warmup: float, looks: list[int]
 ) -> None:
     model, teacher, config = taught(

@@ -241,7 +241,7 @@ def seeded(x: Tensor, inside: Tensor, clusters: int) -> DatasetClusters:
     return centroids
 
 
-def test_within_a_look_neither_the_order_nor_the_size_of_batches_changes_what_is_found() -> None:
+def test_within_a_pass_neither_the_order_nor_the_size_of_batches_changes_what_is_found() -> None:
     x, inside = features_of(
         torch.rand(16, 1, 64, 64, generator=torch.Generator().manual_seed(0)), "stats"
     )
@@ -262,7 +262,7 @@ def test_within_a_look_neither_the_order_nor_the_size_of_batches_changes_what_is
         torch.testing.assert_close(moving, results[0][1], atol=1e-4, rtol=1e-4)
 
 
-def test_what_was_learnt_holds_from_the_next_look_on() -> None:
+def test_what_was_learnt_holds_from_the_next_pass_on() -> None:
     x, inside = blobs(8, 64, 3)
     centroids = seeded(x, inside, 3)
     before = centroids.centers.clone(), centroids.sizes.clone()

@@ -39,7 +39,7 @@ def share_of(masks: Tensor) -> Tensor:
     return patchify(masks[:, None].float(), 8).mean(-1)
 
 
-def test_an_aim_survives_being_kept_as_maps() -> None:
+def test_a_lesion_map_survives_being_kept_as_images() -> None:
     aim = LesionMap(some().round(), some(), (some() * 4).floor() - 1)
     maps = aim.to_images(GRID)
     assert maps.shape == (16, 3, 8, 8)
@@ -264,7 +264,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("given", SETTINGS, ids=str)
-def test_an_aim_depends_on_the_image_and_its_key_and_not_on_the_batch(
+def test_a_lesion_map_depends_on_the_image_and_its_key_and_not_on_the_batch(
     ultrasound: Given, given: dict[str, Any]
 ) -> None:
     images, _, keys = ultrasound
@@ -283,6 +283,6 @@ def test_the_random_rule_names_others_with_another_key_epoch_or_seed(ultrasound:
         )
 
 
-def test_nothing_in_an_aim_carries_a_gradient(ultrasound: Given) -> None:
+def test_nothing_in_a_lesion_map_carries_a_gradient(ultrasound: Given) -> None:
     images = ultrasound[0].clone().requires_grad_()
     assert not any(part.requires_grad for part in look(images, mode="soft"))

@@ -182,7 +182,7 @@ def test_a_permuted_batch_has_the_same_masks_permuted(
 
 
 @pytest.mark.parametrize("analysis_interval", [0, 1, 7])
-def test_in_random_mode_refresh_changes_nothing_and_nothing_is_looked_at(
+def test_in_random_mode_analysis_interval_changes_nothing_and_nothing_is_analyzed(
     ultrasound: Given, looks: list[tuple[int, int]], analysis_interval: int
 ) -> None:
     images, _, keys = ultrasound
@@ -198,7 +198,7 @@ def test_in_random_mode_refresh_changes_nothing_and_nothing_is_looked_at(
 # Lesion maps are kept
 
 
-def test_whole_images_are_looked_at_once_per_look(
+def test_whole_images_are_analyzed_once_per_analysis_epoch(
     ultrasound: Given, looks: list[tuple[int, int]]
 ) -> None:
     images, _, keys = ultrasound
@@ -209,7 +209,7 @@ def test_whole_images_are_looked_at_once_per_look(
     assert sorted(looks) == sorted((look, key) for look in (1, 5, 9) for key in keys.tolist())
 
 
-def test_the_end_of_the_warm_up_looks_again_and_epochs_go_on_from_there(
+def test_the_end_of_the_warm_up_analyzes_again_and_epochs_go_on_from_there(
     ultrasound: Given, looks: list[tuple[int, int]]
 ) -> None:
     images, _, keys = ultrasound
@@ -231,7 +231,7 @@ def test_the_end_of_the_warm_up_looks_again_and_epochs_go_on_from_there(
         (0, 0.1, [1, 2, 3, 4, 5, 6]),
     ],
 )
-def test_an_epoch_belongs_to_the_last_look(
+def test_an_epoch_belongs_to_the_last_analysis(
     analysis_interval: int, warmup: float, expected: list[int]
 ) -> None:
     masking = masking_of(
@@ -240,7 +240,7 @@ def test_an_epoch_belongs_to_the_last_look(
     assert [masking.analysis_epoch(epoch) for epoch in range(1, 7)] == expected
 
 
-def test_refresh_0_looks_at_every_crop_in_every_step(
+def test_analysis_interval_0_analyzes_every_crop_in_every_step(
     ultrasound: Given, looks: list[tuple[int, int]]
 ) -> None:
     images, _, keys = ultrasound
@@ -251,7 +251,7 @@ def test_refresh_0_looks_at_every_crop_in_every_step(
     assert looks == [(epoch, key) for epoch in (1, 1, 2, 2) for key in keys[:3].tolist()]
 
 
-def test_images_never_seen_in_this_look_are_looked_at_when_they_come(
+def test_images_that_were_not_analyzed_yet_are_analyzed_when_they_come(
     ultrasound: Given, looks: list[tuple[int, int]]
 ) -> None:
     images, _, keys = ultrasound
@@ -290,7 +290,7 @@ def test_growth_past_what_was_made_room_for_keeps_what_was_kept(
     assert torch.equal(kept.lesion, direct.lesion)
 
 
-def test_a_look_is_the_same_as_looking_at_whole_images_where_nothing_is_cropped(
+def test_an_analysis_is_the_same_as_one_of_whole_images_where_nothing_is_cropped(
     ultrasound: Given,
 ) -> None:
     images, _, keys = ultrasound
@@ -372,7 +372,7 @@ RESUMED: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("given", RESUMED, ids=str)
 @pytest.mark.parametrize("resumed_after", [1, 3, 5])
-def test_a_run_resumed_in_the_middle_of_a_look_draws_identical_masks(
+def test_a_run_resumed_between_two_analyses_draws_identical_masks(
     ultrasound: Given, given: dict[str, Any], resumed_after: int
 ) -> None:
     images, _, keys = ultrasound
@@ -392,7 +392,7 @@ def test_a_run_resumed_in_the_middle_of_a_look_draws_identical_masks(
             assert same(one, two)
 
 
-def test_a_resumed_run_compares_clusters_of_the_data_set_by_the_sizes_the_look_began_with() -> None:
+def test_a_resumed_run_compares_clusters_of_the_data_set_by_sizes_at_the_last_analysis() -> None:
     """In the first images dark patches are fewer than bright ones, in all together more."""
     images, keys = 0.1 * random_images((1, 64, 64), 12), torch.arange(12)
     images[:2, ..., :16, :16] -= 3  # 4 patches
@@ -481,7 +481,7 @@ def test_feedback_changes_nothing_while_warming_up_and_the_lesion_afterwards(
     assert not torch.equal(one.lesion, other.lesion)
 
 
-def test_a_teacher_that_moved_is_asked_again_only_at_the_next_look(ultrasound: Given) -> None:
+def test_a_teacher_that_moved_is_asked_again_only_at_the_next_analysis(ultrasound: Given) -> None:
     images, _, keys = ultrasound
     masking = masking_of(
         {"variant": "attmask", "selection": {"analysis_interval": 4}, "ratio": {"shape": "fixed"}},

@@ -192,7 +192,7 @@ def test_random_ratios_of_a_resumed_run_are_those_of_an_uninterrupted_one() -> N
 
 
 @given(st.floats(0, 1), st.integers(2, 5000), st.integers(1, 300))
-def test_a_quantum_gives_the_nearest_multiple_but_keeps_one_patch_masked_and_one_visible(
+def test_round_to_gives_the_nearest_multiple_but_keeps_one_patch_masked_and_one_visible(
     ratio: float, patches: int, round_to: int
 ) -> None:
     count = masked_count(ratio, patches, round_to)
@@ -202,7 +202,7 @@ def test_a_quantum_gives_the_nearest_multiple_but_keeps_one_patch_masked_and_one
         assert abs(count - ratio * patches) <= round_to / 2
 
 
-def test_a_quantum_leaves_few_numbers_of_masked_patches() -> None:
+def test_round_to_leaves_few_numbers_of_masked_patches() -> None:
     config = RatioConfig(start=0.25, end=0.75, round_to=14)
     counts = {masked_count(ratio, 196, config.round_to) for ratio in course(config, 400)}
     assert sorted(counts) == [

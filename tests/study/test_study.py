@@ -220,7 +220,7 @@ def test_a_study_is_paused_by_another_and_goes_on_with_its_trials(
 
 
 @pytest.mark.ray
-def test_a_population_learns_a_schedule_segment_by_segment(
+def test_a_population_learns_a_schedule_step_by_step(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
     changes = {
@@ -406,7 +406,7 @@ def test_status_says_whether_anybody_runs_the_study(finished: tuple[Study, list[
         assert study.status()["run_by"].startswith("process ")
 
 
-def test_an_arm_is_named_once(tmp_path: Path) -> None:
+def test_a_baseline_is_named_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="each baseline is named once"):
         Study.load(write(tmp_path, baselines=["mae", "mae"]), data="anywhere")
 

@@ -139,7 +139,7 @@ def test_with_several_objectives_the_study_s_metric_chooses(tmp_path: Path) -> N
     assert [trial.number for trial in top_trials(store, config)] == [1, 2]
 
 
-def test_segments_of_a_population_count_at_their_full_length_only(tmp_path: Path) -> None:
+def test_steps_of_a_population_count_at_their_full_length_only(tmp_path: Path) -> None:
     store, config = new_study(tmp_path / "s")
     add_trial(store, 0.2, 0.9, generation=0, epoch=2)
     add_trial(store, 0.3, 0.5, generation=1, epoch=4)

@@ -313,7 +313,7 @@ def test_stop_after_pause_still_keeps_what_was_paused(store: StudyStore, stop_fl
     assert [t.state for t in store.search().trials] == [TrialState.RUNNING]
 
 
-def test_an_interrupted_arm_that_is_named_no_more_fails_and_the_study_goes_on(
+def test_an_interrupted_baseline_that_is_named_no_more_fails_and_the_study_goes_on(
     store: StudyStore, stop_flags: Any
 ) -> None:
     searcher(store, stop_flags, make_config(baselines=["mae"], baseline_seeds=1)).suggest("a")
@@ -405,7 +405,7 @@ def test_the_budget_counts_every_trial_and_then_the_search_is_finished(
     )  # extended
 
 
-def test_arms_come_first_share_seeds_and_stay_out_of_the_search(
+def test_baselines_come_first_share_seeds_and_stay_out_of_the_search(
     store: StudyStore, stop_flags: Any
 ) -> None:
     chosen = make_config(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers.studies import add, add_arm, make_store, note_data
+from helpers.studies import add, add_baseline, make_store, note_data
 from optuna.trial import TrialState
 
 from amlp_ray.errors import ConfigError
@@ -20,7 +20,7 @@ def two(tmp_path: Path, best: float = 0.7, **changes: object) -> list[StudyStore
     add(a, SAME, 0.6)
     add(b, SAME, 0.5)
     add(b, {"ratio.start": 0.45, "selection.mode": "soft"}, best)
-    add_arm(a, "mae", 0, 0.4)
+    add_baseline(a, "mae", 0, 0.4)
     for store in (a, b):
         note_data(store, "f00d")
     return [a, b]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.studies import add, add_arm, make_store
+from helpers.studies import add, add_baseline, make_store
 from optuna.trial import TrialState
 
 from amlp_ray.errors import StudyError
@@ -19,7 +19,7 @@ from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import trial_records
 
 
-def test_a_status_tells_states_budget_best_arms_and_confirmation(tmp_path: Path) -> None:
+def test_a_status_tells_states_budget_best_baselines_and_confirmation(tmp_path: Path) -> None:
     store = make_store(tmp_path, budget={"trials": 8, "epochs": 100, "gpu_hours": 1})
     add(store, {"ratio.start": 0.3, "selection.mode": "soft"}, 0.6)
     add(store, values=0.4)
@@ -29,7 +29,7 @@ def test_a_status_tells_states_budget_best_arms_and_confirmation(tmp_path: Path)
     add(store, values=0.6, copy_of=0)
     enqueue(store, store.config(), {"ratio.start": 0.3})
     for repeat, value in enumerate((0.3, 0.5)):
-        add_arm(store, "mae", repeat, value)
+        add_baseline(store, "mae", repeat, value)
     add(store, {}, 0.7, study=store.confirmation(create=True), candidate="trial-0", repeat=0)
     facts = status(store)
     assert facts["states"] == {"COMPLETE": 3, "PRUNED": 1, "FAIL": 1, "WAITING": 1}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.studies import add, add_arm, make_store
+from helpers.studies import add, add_baseline, make_store
 from optuna.trial import TrialState
 from pyarrow import parquet
 
@@ -24,7 +24,7 @@ def store(tmp_path: Path) -> StudyStore:
     add(store, {"ratio.start": 0.25, "selection.mode": "hard"}, 0.7, path="trials/0")
     add(store, {"ratio.start": 0.45, "selection.mode": "soft"}, 0.5)
     add(store, state=TrialState.FAIL, reason='says "no", and more')
-    add_arm(store, "mae", 0, 0.4)
+    add_baseline(store, "mae", 0, 0.4)
     folder = store.trial_folder(0)
     folder.mkdir(parents=True)
     about = {

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.studies import add, add_arm, make_store
+from helpers.studies import add, add_baseline, make_store
 from optuna.trial import TrialState
 
 from amlp_ray.errors import ConfigError, StudyError
@@ -24,12 +24,12 @@ def store(tmp_path: Path) -> StudyStore:
     add(store, state=TrialState.RUNNING, values=None)
     add(store, values=0.6, source="import prior.csv")
     enqueue(store, store.config(), {"ratio.start": 0.3})
-    add_arm(store, "mae", 1, 0.4)
+    add_baseline(store, "mae", 1, 0.4)
     add(store, {}, 0.65, study=store.confirmation(create=True), candidate="trial-1", repeat=2)
     return store
 
 
-def test_rows_are_of_the_search_then_arms_then_the_confirmation(store: StudyStore) -> None:
+def test_rows_are_of_the_search_then_baselines_then_the_confirmation(store: StudyStore) -> None:
     rows = trial_rows(store)
     assert [(row["kind"], row["number"], row["state"]) for row in rows] == [
         ("search", 0, "COMPLETE"),

@@ -71,7 +71,7 @@ def test_rows_say_who_went_on_from_whom_and_which_lineage_is_best(config: StudyC
     assert json.loads(json.dumps(rows)) == rows
 
 
-def test_the_figure_draws_every_segment_every_jump_and_the_best_lineage_thick_and_last(
+def test_the_figure_draws_every_step_every_jump_and_the_best_lineage_thick_and_last(
     config: StudyConfig,
 ) -> None:
     figure = lineage_figure(config, trials_of(*TRIALS)).figure

@@ -385,7 +385,7 @@ def test_trials_of_users_are_no_members() -> None:
 
 
 @pytest.mark.parametrize("update_per", ["epoch", "step"])
-def test_a_segment_continues_the_schedule_of_its_parent_and_changes_nothing_before_it(
+def test_a_step_continues_the_schedule_of_its_parent_and_changes_nothing_before_it(
     update_per: str,
 ) -> None:
     config = study(
@@ -496,7 +496,7 @@ def test_all_faults_are_told_at_once_and_a_good_study_has_none() -> None:
     assert all(word in str(told.value) for word in ("model.depth", "budget.trials", "require"))
 
 
-def test_segments_of_a_population_train_as_one_run_of_the_learned_schedule_to_the_bit(
+def test_steps_of_a_population_train_as_one_run_of_the_learned_schedule_to_the_bit(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
     model = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_heads": 2}

@@ -157,7 +157,7 @@ def test_another_seed_is_another_search() -> None:
         )
 
 
-def test_running_trials_are_seen_and_proposals_ahead_of_the_store_are_too() -> None:
+def test_running_trials_are_seen_and_suggestions_ahead_of_the_store_are_too() -> None:
     s = make_config("grid", space=FINITE)
     study = study_of(s)
     suggester = Suggester(s, study.directions)
@@ -168,7 +168,7 @@ def test_running_trials_are_seen_and_proposals_ahead_of_the_store_are_too() -> N
     assert suggester.suggest(15) == ahead[7]
 
 
-def test_a_proposal_that_was_stored_under_another_number_counts_once() -> None:
+def test_a_suggestion_that_was_stored_under_another_number_counts_once() -> None:
     s = make_config("grid", space=FINITE)
     study = study_of(s)
     suggester = Suggester(s, study.directions)
@@ -300,7 +300,7 @@ def test_the_first_trial_tries_the_defaults_once_and_after_imports_too() -> None
     assert second.params != first.params
 
 
-def test_a_function_and_a_declared_space_give_the_same_proposals(
+def test_a_function_and_a_declared_space_give_the_same_suggestions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def space(trial: optuna.Trial) -> None:
@@ -389,7 +389,7 @@ def test_a_trial_answered_from_the_store_is_no_news() -> None:
     assert with_copy == other.suggest(9)
 
 
-def test_values_of_stored_parameters_are_those_of_the_proposal() -> None:
+def test_values_of_stored_parameters_are_those_of_the_suggestion() -> None:
     s = make_config("random")
     suggester = Suggester(s, ["maximize"])
     for number in range(5):

@@ -61,7 +61,7 @@ def same(a: State, b: State) -> bool:
 
 
 @pytest.mark.parametrize("weight_ema", [0.0, 0.9])
-def test_a_resumed_learner_takes_the_next_step_to_the_bit(
+def test_a_resumed_train_state_takes_the_next_step_to_the_bit(
     tmp_path: Path, weight_ema: float
 ) -> None:
     config = settings_of(weight_ema=weight_ema)

@@ -111,7 +111,7 @@ def predict(
     except OSError as error:
         raise DataError(
             f"{out} cannot be written ({error.strerror or error}); check the path, space and "
-            f"rights, and run the same command again to go on."
+            f"rights, and run the same command again to resume."
         ) from None
     if not predicted and not before:
         (out / IDENTITY_FILE).delete()  # so that the next try may have other settings

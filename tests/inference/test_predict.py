@@ -277,7 +277,7 @@ def test_a_run_goes_on_where_it_stopped(bench: Bench, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patched:
         patched.setattr(DataPath, "atomic_write", full)
         with pytest.raises(
-            DataError, match=r"masks cannot be written \(No space left on device\); .* to go on"
+            DataError, match=r"masks cannot be written \(No space left on device\); .* to resume"
         ):
             bench.predict()
     made = bench.predict(batch_size=2)

@@ -74,7 +74,7 @@ def write_job(job: dict[str, Any]) -> dict[str, Any]:
         reason = error.strerror or describe_error(error)
         fault = (
             f"{path} cannot be written ({reason}); check space and rights, and run the "
-            f"same command again to go on."
+            f"same command again to resume."
         )
         return {"fault": fault, "resumable": True}
 

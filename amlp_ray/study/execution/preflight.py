@@ -115,7 +115,7 @@ def check_unchanged(
         more = f" ({len(changed) - 1} more differ)" if len(changed) > 1 else ""
         advice = ""
         if "space" in name:
-            advice = " A changed space goes on by `amlp-ray study extend NAME --space FILE`."
+            advice = " `amlp-ray study extend NAME --space FILE` takes a changed space."
         raise StudyError(
             f"Study {config.name!r} in {store.folder.parent} was begun with other settings: {name} "
             f"was {stored_values.get(name)!r} and is now {values.get(name)!r}{more}; give the "

@@ -115,7 +115,7 @@ def migrate(store: StudyStore, new: StudyConfig, change: Change) -> Migration:
         )
     if old.sampler.name == "pbt":
         raise StudyError(
-            f"The space of {store.name!r} cannot change: its members go on from each other "
+            f"The space of {store.name!r} cannot change: its members continue each other "
             f"(sampler pbt)."
         )
     config = old.model_copy(update={"space": new.space, "require": new.require})

@@ -125,7 +125,7 @@ def enqueue(
         )
     if config.sampler.name == "pbt":
         raise ConfigError(
-            "A study of sampler.name=pbt cannot take trials: its members go on from each other."
+            "A study of sampler.name=pbt cannot take trials: its members continue each other."
         )
     attributes = TrialAttributes()
     if retry_of is not None:

@@ -21,7 +21,7 @@ from amlp_ray.study.search_space.validate import build_study
 GENERAL = """\
 # What does this study ask? What does it cost? Say so here, for whoever reads it next year.
 # `amlp-ray study validate FILE` checks it, `amlp-ray study plan FILE --data DATASET` prices it,
-# `amlp-ray study run FILE --data DATASET` runs it, and goes on where it stopped.
+# `amlp-ray study run FILE --data DATASET` runs it, and resumes where it stopped.
 # Every setting with its range and the reason for its default: `amlp-ray settings pretrain study`.
 name: NAME
 description: Where should the masking ratio start and end, and how is the mask aimed?

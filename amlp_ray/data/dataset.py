@@ -118,7 +118,8 @@ class PatchDataset:
         if not (root / MANIFEST).is_file():
             if (root / UNFINISHED).is_folder():
                 raise DataError(
-                    f"{root} was not finished; run the same `amlp-ray data prepare` again to resume."
+                    f"{root} was not finished; "
+                    f"run the same `amlp-ray data prepare` again to resume."
                 )
             raise DataError(
                 f"{root} has no {MANIFEST}, so it is not a patch dataset; "

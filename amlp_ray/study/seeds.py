@@ -11,3 +11,11 @@ def derived_seed(*parts: Any) -> int:
     """Return a seed of 31 bits that follows from its parts, such as (study seed, trial number)."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
+
+
+def baseline_seed(study_seed: int, repeat: int) -> int:
+    """Return the seed of a repeat of every baseline, which pairs the baselines.
+
+    The word "arm" is part of the seed. Another word would give every baseline another run.
+    """
+    return derived_seed(study_seed, "arm", repeat)

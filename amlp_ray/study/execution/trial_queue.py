@@ -26,7 +26,7 @@ from amlp_ray.study.rungs import rung_epochs, with_schedule
 from amlp_ray.study.search.in_memory_study import TrialDelta
 from amlp_ray.study.search.pbt import Population
 from amlp_ray.study.search.suggester import Duplicate, Suggester, Suggestion
-from amlp_ray.study.seeds import derived_seed
+from amlp_ray.study.seeds import baseline_seed, derived_seed
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import (
     TrialAttributes,
@@ -377,7 +377,7 @@ class TrialQueue:
                 f"it was interrupted, and baselines does not name {record.baseline} any more."
             )
         # Repeats share seeds across baselines, so that baselines are compared in pairs.
-        config = plan.config(derived_seed(self._config.seed, "baseline", record.repeat))
+        config = plan.config(baseline_seed(self._config.seed, record.repeat))
         label = f"baseline {record.baseline}-{record.repeat}"
         return self._make_spec("baseline", record, label, config)
 

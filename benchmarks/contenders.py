@@ -72,7 +72,7 @@ def contenders(options: argparse.Namespace) -> list[Contender]:
     ]
     stored = torch.from_numpy(np.stack([drawn[i % 8] for i in range(options.batch)]))
     batch = Batch(stored[:, None].repeat(1, 3, 1, 1), torch.arange(options.batch))
-    found = [
+    contenders = [
         _ours(MAE, "mae", lambda turn: 2 + turn, batch, options),
         # Analyzes in the first round, which is not timed.
         _ours(CACHED, "amlp", lambda turn: 2, batch, options),
@@ -90,8 +90,10 @@ def contenders(options: argparse.Namespace) -> list[Contender]:
             print(f"{name} is left out: {missing}", file=sys.stderr)
             continue
         model = model.to(options.device).train()
-        found.append(Contender(name, model, _in_autocast(partial(loss, model, images), options)))
-    return found
+        contenders.append(
+            Contender(name, model, _in_autocast(partial(loss, model, images), options))
+        )
+    return contenders
 
 
 def _ours(

@@ -79,15 +79,15 @@ def main() -> int:
         return die_while_writing(*options.dying)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="amlp-crash-")))
-        place = Place(folder, options.data or make_data(folder), tag=uuid.uuid4().hex)
-        stack.callback(place.end_all)
+        testbed = Testbed(folder, options.data or make_data(folder), tag=uuid.uuid4().hex)
+        stack.callback(testbed.end_all)
         if options.storage == "postgresql":
-            place.server = stack.enter_context(database(folder))
+            testbed.server = stack.enter_context(database(folder))
         if options.cluster:
-            place.address = stack.enter_context(cluster())
-        quiet = left_alone(place, options)
-        killed = with_kills(place, options, quiet)
-        faults = [*faults_of(killed, options), *left_over(place)]
+            testbed.address = stack.enter_context(cluster())
+        quiet = left_alone(testbed, options)
+        killed = with_kills(testbed, options, quiet)
+        faults = [*faults_of(killed, options), *left_over(testbed)]
         if options.concurrency == 1:
             faults += differences(quiet, killed)
         if len(killed.kills) < options.kills:
@@ -143,7 +143,7 @@ def _options() -> argparse.Namespace:
 
 
 @dataclass
-class Place:
+class Testbed:
     """A folder, data, and what serves the studies in it."""
 
     folder: Path
@@ -190,17 +190,17 @@ class Place:
 
     def processes(self) -> list[psutil.Process]:
         """All that descends from our drivers, whoever its parent is by now."""
-        found = []
+        matches = []
         for process in psutil.process_iter():
             try:
                 if (
                     process.environ().get(TAG) == self.tag
                     and process.status() != psutil.STATUS_ZOMBIE
                 ):
-                    found.append(process)
+                    matches.append(process)
             except psutil.Error:
                 continue
-        return found
+        return matches
 
 
 def make_data(folder: Path) -> Path:
@@ -227,9 +227,9 @@ def database(folder: Path) -> Any:
     def served() -> Iterator[Any]:
         os.environ["AMLP_TEST_PASSWORD"] = Postgres.password
         folder.chmod(0o755)
-        place = folder / "server"
-        place.mkdir()
-        server = Postgres(place)
+        server_folder = folder / "server"
+        server_folder.mkdir()
+        server = Postgres(server_folder)
         try:
             yield server
         finally:
@@ -299,15 +299,15 @@ class Run:
         )
 
 
-def left_alone(place: Place, options: argparse.Namespace) -> Run:
-    run = Run(StudyStore(place.folder / "runs" / "alone", "alone"))
-    process, began = place.start(place.write_study(options, "alone")), time.time()
+def left_alone(testbed: Testbed, options: argparse.Namespace) -> Run:
+    run = Run(StudyStore(testbed.folder / "runs" / "alone", "alone"))
+    process, began = testbed.start(testbed.write_study(options, "alone")), time.time()
     while not run.trained() and process.poll() is None:
         time.sleep(0.05)
     run.start_s = time.time() - began
     first_epoch = time.time()
     if process.wait() != 0:
-        raise SystemExit((place.folder / "output.log").read_text())
+        raise SystemExit((testbed.folder / "output.log").read_text())
     run.trial_s = (time.time() - first_epoch) / (options.trials + 1)
     run.trial_scores = run.scores() / (options.trials + 1)
     print(
@@ -317,11 +317,11 @@ def left_alone(place: Place, options: argparse.Namespace) -> Run:
     return run
 
 
-def with_kills(place: Place, options: argparse.Namespace, quiet: Run) -> Run:
+def with_kills(testbed: Testbed, options: argparse.Namespace, quiet: Run) -> Run:
     """Run the study through all kills, and one life more."""
     draw = random.Random(options.seed)
-    run = Run(StudyStore(place.folder / "runs" / "killed", "killed"))
-    study = place.write_study(options, "killed")
+    run = Run(StudyStore(testbed.folder / "runs" / "killed", "killed"))
+    study = testbed.write_study(options, "killed")
     kinds = draw.choices(list(KINDS), list(KINDS.values()), k=options.kills)
     print("\n| kill | moment | trials ended | seconds lived |\n|---|---|---|---|", flush=True)
     outage = options.outage
@@ -337,9 +337,9 @@ def with_kills(place: Place, options: argparse.Namespace, quiet: Run) -> Run:
             else None
         )
         began = time.time()
-        process = place.start(study, dying=writes)
+        process = testbed.start(study, dying=writes)
         if outage and run.ended() >= options.trials / 2:
-            take_away(place, run, process, outage)
+            take_away(testbed, run, process, outage)
             outage = 0
         what = live(run, process, kind, moment, share, began, quiet)
         if process.poll() is None:
@@ -348,15 +348,16 @@ def with_kills(place: Place, options: argparse.Namespace, quiet: Run) -> Run:
             break
         if code != -signal.SIGKILL:
             raise SystemExit(
-                f"a driver ended with {code}:\n" + (place.folder / "output.log").read_text()[-3000:]
+                f"a driver ended with {code}:\n"
+                + (testbed.folder / "output.log").read_text()[-3000:]
             )
         run.kills.append(
             {"kind": kind, "moment": what, "ended": run.ended(), "seconds": time.time() - began}
         )
         print(f"| {number} | {what} | {run.ended()} | {time.time() - began:.1f} |", flush=True)
-    process = place.start(study)
+    process = testbed.start(study)
     if process.wait(LIFE_S) != 0:
-        raise SystemExit((place.folder / "output.log").read_text()[-3000:])
+        raise SystemExit((testbed.folder / "output.log").read_text()[-3000:])
     return run
 
 
@@ -398,13 +399,13 @@ def wait(process: subprocess.Popen[bytes], reached: Any) -> None:
         time.sleep(0.01)
 
 
-def take_away(place: Place, run: Run, process: subprocess.Popen[bytes], seconds: float) -> None:
+def take_away(testbed: Testbed, run: Run, process: subprocess.Popen[bytes], seconds: float) -> None:
     """Stop the database while trials run, and start it again."""
     began = time.time()
     wait(process, lambda: run.trained() > began)
-    place.server.stop()
+    testbed.server.stop()
     time.sleep(seconds)
-    place.server.start()
+    testbed.server.start()
     wait(process, lambda: "the study's storage is back" in run.events())
     print(f"|  | the database was gone for {seconds:g} s | {run.ended()} | |", flush=True)
 
@@ -499,14 +500,14 @@ def journal_ends(journal: Path) -> Counter[int]:
     return ends
 
 
-def left_over(place: Place) -> Iterator[str]:
+def left_over(testbed: Testbed) -> Iterator[str]:
     """Processes, placement groups and actors of drivers that are gone."""
     deadline = time.time() + GONE_S
-    while (alive := place.processes()) and time.time() < deadline:
+    while (alive := testbed.processes()) and time.time() < deadline:
         time.sleep(0.5)
     for process in alive:
         yield f"process {process.pid} ({' '.join(process.cmdline())[:60]}) is left"
-    if place.address:
+    if testbed.address:
         import ray
         from ray.util.state import list_actors
 
@@ -514,7 +515,7 @@ def left_over(place: Place) -> Iterator[str]:
         yield from (f"a placement group is {g['state']}" for g in groups if g["state"] != "REMOVED")
         yield from (
             f"an actor {a.class_name} is {a.state}"
-            for a in list_actors(place.address, limit=10_000)
+            for a in list_actors(testbed.address, limit=10_000)
             if a.state != "DEAD"
         )
 
@@ -522,15 +523,15 @@ def left_over(place: Place) -> Iterator[str]:
 def differences(quiet: Run, killed: Run) -> Iterator[str]:
     """Yield what differs from the undisturbed study: suggestions, scores, states, losses."""
     for kind in ("search", "baselines"):
-        ours, theirs = (
+        killed_trials, quiet_trials = (
             getattr(killed.store, kind)().get_trials(),
             getattr(quiet.store, kind)().get_trials(),
         )
-        for trial, other in zip(ours, theirs, strict=False):
+        for trial, other in zip(killed_trials, quiet_trials, strict=False):
             for name in ("state", "params", "values", "intermediate_values"):
                 if getattr(trial, name) != getattr(other, name):
-                    there = f"{getattr(trial, name)} instead of {getattr(other, name)}"
-                    yield f"{kind} {trial.number} has {name} {there}"
+                    values = f"{getattr(trial, name)} instead of {getattr(other, name)}"
+                    yield f"{kind} {trial.number} has {name} {values}"
     for trial in killed.store.search().get_trials():
         rows = [
             [

@@ -98,10 +98,10 @@ def torment(args: argparse.Namespace, data: str, out: Path) -> list[Kill]:
 
 def verdict(args: argparse.Namespace, kills: list[Kill], out: Path, alone: Path) -> int:
     """Print what was found; 1 where anything is wrong."""
-    rows, theirs = (read_rows(folder / "metrics.jsonl") for folder in (out, alone))
+    rows, quiet_rows = (read_rows(folder / "metrics.jsonl") for folder in (out, alone))
     epochs = [row["epoch"] for row in rows]
     difference = max(
-        abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(rows, theirs, strict=False)
+        abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(rows, quiet_rows, strict=False)
     )
     damaged = [name for kill in kills for name in kill.damaged] + _damaged(out)
     seconds = sorted(kill.seconds for kill in kills)
@@ -129,8 +129,8 @@ def verdict(args: argparse.Namespace, kills: list[Kill], out: Path, alone: Path)
         f"{seconds[len(seconds) // 2]:.0f}, most {seconds[-1]:.0f}"
     )
     print(f"largest relative difference of the loss from a run left alone: {difference:.1e}")
-    for what, found in faults.items():
-        if found:
+    for what, is_present in faults.items():
+        if is_present:
             print(f"FAULT: {what}")
     return int(any(faults.values()))
 
@@ -186,14 +186,14 @@ def _start(args: argparse.Namespace, data: str, out: Path) -> subprocess.Popen[b
 
 def _workers(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """Ray Train's worker processes below the driver."""
-    found = []
+    matches = []
     for process in psutil.Process(driver.pid).children(recursive=True):
         try:
             if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process)
+                matches.append(process)
         except psutil.Error:  # ended meanwhile
             continue
-    return found
+    return matches
 
 
 def _starts(out: Path, *, after: int, driver: subprocess.Popen[bytes]) -> int:

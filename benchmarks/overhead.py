@@ -158,17 +158,17 @@ def real(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
                 side_by_side=at_once,
                 trainable=no_op,
             )
-            ours = time.perf_counter() - started
+            study_seconds = time.perf_counter() - started
             trials = store.search().get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
             ends = [t.datetime_complete.timestamp() for t in trials if t.datetime_complete][
                 -options.per_piece :
             ]
-            theirs, their_ends = bare(folder, options.per_piece, at_once)
+            tune_seconds, their_ends = bare(folder, options.per_piece, at_once)
             between = {
                 "study_between": max(ends) - min(ends),
                 "tune_between": max(their_ends) - min(their_ends),
             }
-            pieces.append({"study": ours, "tune": theirs, **between})
+            pieces.append({"study": study_seconds, "tune": tune_seconds, **between})
             print(
                 f"real, piece {piece}: "
                 + ", ".join(f"{k} {v:.1f} s" for k, v in pieces[-1].items()),

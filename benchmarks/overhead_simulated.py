@@ -221,7 +221,7 @@ def simulated(
     assert [t.state.is_finished() for t in trials] == [True] * options.trials
     floor = epochs * TRIAL_S / RUNGS / SLOTS
     names = {name: clock.spent[name] / clock.calls[name] * 1000 for name in clock.spent}
-    facts = {
+    stats = {
         "sampler": sampler,
         "pruner": pruner,
         "suggest_ahead": ahead,
@@ -237,13 +237,13 @@ def simulated(
         "took": time.perf_counter() - started,
     }
     print(
-        f"simulated, {sampler}, {pruner}: {facts['total']:.0f} s for a floor of {floor:.0f} s, "
-        f"platform {facts['share']:.1%}. A trial of ours: {facts['busy_ms']:.1f} ms busy, "
-        f"{facts['wall_ms']:.1f} ms on the wall; longest call {clock.longest * 1000:.0f} ms; "
-        f"{facts['pruned']} pruned; {facts['calls_ms']}",
+        f"simulated, {sampler}, {pruner}: {stats['total']:.0f} s for a floor of {floor:.0f} s, "
+        f"platform {stats['share']:.1%}. A trial of ours: {stats['busy_ms']:.1f} ms busy, "
+        f"{stats['wall_ms']:.1f} ms on the wall; longest call {clock.longest * 1000:.0f} ms; "
+        f"{stats['pruned']} pruned; {stats['calls_ms']}",
         flush=True,
     )
-    return facts
+    return stats
 
 
 def play(searcher: Searcher, clock: Clock, *, deaf: bool = False) -> int:
@@ -281,13 +281,13 @@ def play(searcher: Searcher, clock: Clock, *, deaf: bool = False) -> int:
             continue
         stub.epoch, epochs = stub.epoch + 1, epochs + 1
         score = stub_score(stub.trial_spec, stub.epoch)
-        told = {
+        summary = {
             "epoch": stub.epoch,
             "epochs": stub.epoch,
             "seconds": TRIAL_S * stub.epoch / RUNGS,
             "dsc": score,
         }
-        clock.call(searcher.on_trial_result, stub.key, told)
+        clock.call(searcher.on_trial_result, stub.key, summary)
         stub.ended = stub.epoch == RUNGS or (
             stub.trial_spec["run"]["folder"] in searcher.asked and not deaf
         )
@@ -299,8 +299,8 @@ def play(searcher: Searcher, clock: Clock, *, deaf: bool = False) -> int:
 
 
 @contextmanager
-def _profiled(wanted: bool) -> Iterator[None]:
-    if not wanted:
+def _profiled(is_enabled: bool) -> Iterator[None]:
+    if not is_enabled:
         yield
         return
     with cProfile.Profile() as profile:

@@ -65,11 +65,13 @@ def overhead(args: argparse.Namespace, data: str, scratch: Path) -> None:
         ratios = []
         for turn in range(args.turns):
             bare = _bare(config, data, args)
-            ours = _on_ray(config, data, scratch / f"one-{turn}", ResourceConfig(cpus_per_worker=1))
-            ratios.append(ours / bare)
+            ray_train = _on_ray(
+                config, data, scratch / f"one-{turn}", ResourceConfig(cpus_per_worker=1)
+            )
+            ratios.append(ray_train / bare)
             print(
-                f"turn {turn + 1}: bare {bare:.0f} images/s, Ray Train with 1 worker {ours:.0f}: "
-                f"{ours / bare:.3f}",
+                f"turn {turn + 1}: bare {bare:.0f} images/s, Ray Train with 1 worker "
+                f"{ray_train:.0f}: {ray_train / bare:.3f}",
                 flush=True,
             )
     print(
@@ -144,7 +146,7 @@ def curves(args: argparse.Namespace, data: str, scratch: Path) -> None:
         "2 workers": ResourceConfig(workers=2, cpus_per_worker=share / 2),
         "4 workers": ResourceConfig(workers=4, cpus_per_worker=share / 4),
     }
-    found: dict[str, dict[str, list[float]]] = {}
+    losses: dict[str, dict[str, list[float]]] = {}
     with ray_session():
         for variant in ("amlp", "mae"):
             config = _settings(args)
@@ -155,15 +157,15 @@ def curves(args: argparse.Namespace, data: str, scratch: Path) -> None:
                 out = scratch / f"{variant}-{crowd}"
                 _on_ray(config, data, out, resources)
                 rows = read_rows(out / "metrics.jsonl")
-                found.setdefault(variant, {})[crowd] = [row["loss"] for row in rows]
+                losses.setdefault(variant, {})[crowd] = [row["loss"] for row in rows]
                 print(
                     f"{variant}, {crowd}: {len(rows)} epochs, last loss {rows[-1]['loss']:.7f}",
                     flush=True,
                 )
-    _draw(found, args.page)
+    _draw(losses, args.page)
 
 
-def _draw(found: dict[str, dict[str, list[float]]], page: Path) -> None:
+def _draw(losses_by_variant: dict[str, dict[str, list[float]]], page: Path) -> None:
     """Curves of each variant by its workers.
 
     And how far each lies from that of one worker, the first.
@@ -172,27 +174,28 @@ def _draw(found: dict[str, dict[str, list[float]]], page: Path) -> None:
 
     figure = make_subplots(1, 2, subplot_titles=["loss", "relative difference from 1 worker"])
     colors = {"amlp": "#d1495b", "mae": "#3a8fb7"}
-    looks = [
+    line_styles = [
         {"width": 7},
         {"width": 2, "dash": "dot"},
         {"width": 4, "dash": "dash"},
         {"width": 1.5},
     ]
-    for variant, losses in found.items():
+    for variant, losses in losses_by_variant.items():
         one, *others = losses
-        for (crowd, curve), look in zip(losses.items(), looks, strict=True):
-            line = {"color": colors[variant], **look}
-            given = {"x0": 1, "mode": "lines", "line": line, "name": f"{variant}, {crowd}"}
+        for (crowd, curve), line_style in zip(losses.items(), line_styles, strict=True):
+            line = {"color": colors[variant], **line_style}
+            style = {"x0": 1, "mode": "lines", "line": line, "name": f"{variant}, {crowd}"}
             figure.add_scatter(
-                y=curve, opacity=0.35 if crowd == one else 1.0, row=1, col=1, **given
+                y=curve, opacity=0.35 if crowd == one else 1.0, row=1, col=1, **style
             )
             if crowd in others:
-                apart = [abs(a - b) / b for a, b in zip(curve, losses[one], strict=True)]
+                differences = [abs(a - b) / b for a, b in zip(curve, losses[one], strict=True)]
                 print(
-                    f"{variant}, {crowd}: largest relative difference of the loss {max(apart):.1e}"
+                    f"{variant}, {crowd}: largest relative difference of the loss "
+                    f"{max(differences):.1e}"
                 )
-                seen = [max(x, LEAST) for x in apart]
-                figure.add_scatter(y=seen, showlegend=False, row=1, col=2, **given)
+                visible = [max(x, LEAST) for x in differences]
+                figure.add_scatter(y=visible, showlegend=False, row=1, col=2, **style)
     figure.update_xaxes(title_text="epoch", gridcolor="#eceff3", zeroline=False)
     figure.update_yaxes(gridcolor="#eceff3", zeroline=False)
     figure.update_yaxes(type="log", exponentformat="power", dtick=1, row=1, col=2)

@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="HTML file")
     args = parser.parse_args()
     table = read_table(args.table, args.study)
-    ranking = about(table)
+    ranking = print_table_noise(table)
     runs = run_all(args, ranking)
     rows = summary(runs, table.rungs[-1] * FULL)
     print_summary(rows, table.rungs[-1] * FULL)
@@ -128,7 +128,7 @@ def main() -> None:
 # What the table can tell
 
 
-def about(table: Table) -> int:
+def print_table_noise(table: Table) -> int:
     """Print ranks and noise; return the first rung that ranks."""
     last = table.scores[:, -1]
     print(
@@ -141,14 +141,16 @@ def about(table: Table) -> int:
     )
     ranking = None
     for i, rung in enumerate(table.rungs):
-        found = rank_correlation(table.scores[:, i].tolist(), last.tolist())
-        low, high = found.interval or (math.nan, math.nan)
+        correlation = rank_correlation(table.scores[:, i].tolist(), last.tolist())
+        low, high = correlation.interval or (math.nan, math.nan)
         ranking = ranking or (rung if low >= RANKS else None)
         top, third = (
             last >= np.quantile(last, 0.8),
             table.scores[:, i] >= np.quantile(table.scores[:, i], 2 / 3),
         )
-        print(f"| {rung} | {found.value:.2f} ({low:.2f}-{high:.2f}) | {third[top].mean():.0%} |")
+        print(
+            f"| {rung} | {correlation.value:.2f} ({low:.2f}-{high:.2f}) | {third[top].mean():.0%} |"
+        )
     noise = seed_noise(list(table.baselines.values())) or math.nan
     free = sum(len(values) - 1 for values in table.baselines.values())
     guess = explained(table)
@@ -194,8 +196,8 @@ def run_all(args: argparse.Namespace, ranking: int) -> dict[Run, list[Step]]:
     tasks: list[Run] = list(product(args.answers, args.methods, args.workers, range(args.seeds)))
     where = [args.table, args.study, ranking, args.out]
     with ProcessPoolExecutor(args.processes) as pool:
-        found = pool.map(run, tasks, *([one] * len(tasks) for one in where))
-        return dict(zip(tasks, found, strict=True))
+        results = pool.map(run, tasks, *([one] * len(tasks) for one in where))
+        return dict(zip(tasks, results, strict=True))
 
 
 _tables: dict[Path, Table] = {}  # of a process
@@ -204,13 +206,13 @@ _tables: dict[Path, Table] = {}  # of a process
 def run(trial_spec: Run, rows: Path, study: Path, ranking: int, out: Path | None) -> list[Step]:
     """One replay, or what was kept of it."""
     kind, method, workers, seed = trial_spec
-    kept = (
+    cache_file = (
         out / f"{kind}-{method.replace(' ', '_').replace(',', '')}-{workers}-{seed}.json"
         if out
         else None
     )
-    if kept and kept.exists():
-        return [Step(*step) for step in json.loads(kept.read_text())]
+    if cache_file and cache_file.exists():
+        return [Step(*step) for step in json.loads(cache_file.read_text())]
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     table = _tables.setdefault(rows, read_table(rows, study))
     sampler, pruner = methods(ranking)[method]
@@ -219,9 +221,9 @@ def run(trial_spec: Run, rows: Path, study: Path, ranking: int, out: Path | None
     steps = replay(
         table, config, ANSWERS[kind](table, seed), images=IMAGES, workers=workers, budget=budget
     )
-    if kept:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps([list(vars(step).values()) for step in steps]))
+    if cache_file:
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        cache_file.write_text(json.dumps([list(vars(step).values()) for step in steps]))
     return steps
 
 
@@ -238,33 +240,37 @@ def summary(runs: dict[Run, list[Step]], budget: float) -> list[dict[str, Any]]:
         ]
         target = quartiles_of(full)[1] if full else math.nan
         for method in dict.fromkeys(m for k, m, w, _ in runs if (k, w) == (kind, workers)):
-            of = [
+            step_lists = [
                 steps
                 for (k, m, w, _), steps in runs.items()
                 if (k, m, w) == (kind, method, workers)
             ]
-            epochs = quartiles_of([needed(steps, target) for steps in of])
+            epochs = quartiles_of([needed(steps, target) for steps in step_lists])
             row: dict[str, Any] = {
                 "answer": kind,
                 "workers": workers,
                 "method": method,
                 "target": target,
             }
-            row |= {"trials": float(np.median([steps[-1].trials for steps in of]))}
+            row |= {"trials": float(np.median([steps[-1].trials for steps in step_lists]))}
             row |= dict(zip(("epochs_q1", "epochs", "epochs_q3"), epochs, strict=True))
             row |= dict(
-                zip(("share_low", "share", "share_high"), shares(of, target, budget), strict=True)
+                zip(
+                    ("share_low", "share", "share_high"),
+                    shares(step_lists, target, budget),
+                    strict=True,
+                )
             )
             row |= {
                 "reached_in_quarter": float(
-                    np.mean([needed(s, target) <= SHARE * budget for s in of])
+                    np.mean([needed(s, target) <= SHARE * budget for s in step_lists])
                 )
             }
-            row |= {"reached": float(np.mean([needed(s, target) < math.inf for s in of]))}
+            row |= {"reached": float(np.mean([needed(s, target) < math.inf for s in step_lists]))}
             for field, (name, spent) in product(
                 ("best", "incumbent"), (("quarter", SHARE * budget), ("full", budget))
             ):
-                values = quartiles_of([at(steps, spent, field) for steps in of])
+                values = quartiles_of([at(steps, spent, field) for steps in step_lists])
                 row |= {
                     f"{field}_{name}{end}": v
                     for end, v in zip(("_q1", "", "_q3"), values, strict=True)
@@ -274,11 +280,11 @@ def summary(runs: dict[Run, list[Step]], budget: float) -> list[dict[str, Any]]:
 
 
 def shares(
-    of: Sequence[Sequence[Step]], target: float, budget: float
+    step_lists: Sequence[Sequence[Step]], target: float, budget: float
 ) -> tuple[float, float, float]:
     """Median of the epochs needed, as a share of the budget, between the ends of its interval
     (bootstrap of seeds)."""
-    epochs = np.array([needed(steps, target) for steps in of])
+    epochs = np.array([needed(steps, target) for steps in step_lists])
     drawn = epochs[np.random.default_rng(0).integers(0, len(epochs), (2000, len(epochs)))]
     medians = np.percentile(drawn, 50, axis=1, method="inverted_cdf")
     low, high = np.percentile(medians, [2.5, 97.5], method="inverted_cdf")
@@ -296,8 +302,8 @@ def quartiles_of(values: Sequence[float]) -> tuple[float, float, float]:
 
 def print_summary(rows: Sequence[dict[str, Any]], budget: float) -> None:
     for kind, workers in dict.fromkeys((row["answer"], row["workers"]) for row in rows):
-        of = [row for row in rows if (row["answer"], row["workers"]) == (kind, workers)]
-        target = f"random search's best in {budget:.0f} epochs: {of[0]['target']:.4f}"
+        rows_of_kind = [row for row in rows if (row["answer"], row["workers"]) == (kind, workers)]
+        target = f"random search's best in {budget:.0f} epochs: {rows_of_kind[0]['target']:.4f}"
         print(f"Answers: {kind}; workers: {workers}; {target}\n")
         head = (
             "method | trials | epochs needed (quartiles) | share (95 %) | within a quarter | "
@@ -305,7 +311,7 @@ def print_summary(rows: Sequence[dict[str, Any]], budget: float) -> None:
         )
         print(f"| {head} | best after a quarter | best after all | incumbent after all |")
         print("|---" * 9 + "|")
-        for row in of:
+        for row in rows_of_kind:
             epochs = (
                 f"{_count(row['epochs'])} ({_count(row['epochs_q1'])}-{_count(row['epochs_q3'])})"
             )

@@ -42,17 +42,19 @@ def draw(
     grid = np.arange(0, budget + 1, 9.0)
     for column, (kind, workers) in enumerate(panels, 1):
         for method, color in SHOWN.items():
-            of = [
+            step_lists = [
                 steps
                 for (k, m, w, _), steps in runs.items()
                 if (k, m, w) == (kind, method, workers)
             ]
-            if not of:
+            if not step_lists:
                 continue
-            values = np.array([[at(steps, spent, "best") for spent in grid] for steps in of])
-            known = np.isfinite(values).all(0)
-            low, middle, high = np.percentile(values[:, known], [25, 50, 75], axis=0)
-            x = grid[known]
+            values = np.array(
+                [[at(steps, spent, "best") for spent in grid] for steps in step_lists]
+            )
+            is_finite = np.isfinite(values).all(0)
+            low, middle, high = np.percentile(values[:, is_finite], [25, 50, 75], axis=0)
+            x = grid[is_finite]
             band = {
                 "x": [*x, *x[::-1]],
                 "y": [*low, *high[::-1]],
@@ -60,14 +62,14 @@ def draw(
                 "fillcolor": color,
                 "opacity": 0.1,
             }
-            look = {
+            style = {
                 "line_width": 0,
                 "mode": "lines",
                 "showlegend": False,
                 "hoverinfo": "skip",
                 "legendgroup": method,
             }
-            figure.add_scatter(**band, **look, row=1, col=column)
+            figure.add_scatter(**band, **style, row=1, col=column)
             line = {"color": color, "width": 2.5, "shape": "hv"}
             named = {"name": method, "legendgroup": method, "showlegend": column == 1}
             figure.add_scatter(x=x, y=middle, mode="lines", line=line, **named, row=1, col=column)

@@ -53,8 +53,8 @@ class Table:
     ) -> StudyConfig:
         """The study with another sampler and pruner. Hyperband deals trials into brackets by the
         study's name."""
-        given = {**self.study, "name": name, "seed": seed, "sampler": sampler, "pruner": pruner}
-        config = build(StudyConfig, given, name)
+        study = {**self.study, "name": name, "seed": seed, "sampler": sampler, "pruner": pruner}
+        config = build(StudyConfig, study, name)
         missing = set(rung_epochs(self.rungs[-1], config.pruner)) - set(self.rungs)
         if missing:
             raise ValueError(
@@ -73,13 +73,13 @@ def read_table(rows: Path, study: Path) -> Table:
     declared = read_yaml(study)
     config = build(StudyConfig, declared, str(study))
     with rows.open(newline="") as file:
-        given = [row for row in csv.DictReader(file) if row["state"] == "COMPLETE"]
-    trials = [row for row in given if row["kind"] == "search"]
+        complete_rows = [row for row in csv.DictReader(file) if row["state"] == "COMPLETE"]
+    trials = [row for row in complete_rows if row["kind"] == "search"]
     columns = [name for name in trials[0] if name.startswith("rungs.") and trials[0][name]]
     space = SearchSpace(config)
     fits = [space.fit(_params(row, config)) for row in trials]
     baselines: dict[str, list[float]] = {}
-    for row in given:
+    for row in complete_rows:
         if row["kind"] == "baseline":
             baselines.setdefault(row["attributes.baseline"], []).append(float(row["values.dsc"]))
     return Table(
@@ -123,8 +123,8 @@ class Nearest:
     def __call__(self, params: Params) -> tuple[Params, FloatArray] | None:
         if not self._free.any():
             return None
-        apart = distances(places([params], self._table.distributions), self._places)[0]
-        row = int(np.argmin(np.where(self._free, apart, np.inf)))
+        row_distances = distances(places([params], self._table.distributions), self._places)[0]
+        row = int(np.argmin(np.where(self._free, row_distances, np.inf)))
         self._free[row] = self._again
         return self._table.params[row], self._table.scores[row]
 
@@ -138,8 +138,8 @@ class Smooth:
         self._places = places(table.params, table.distributions)
 
     def __call__(self, params: Params) -> tuple[Params, FloatArray]:
-        apart = distances(places([params], self._table.distributions), self._places)[0]
-        return params, self._table.scores[np.argsort(apart)[: self._rows]].mean(0)
+        row_distances = distances(places([params], self._table.distributions), self._places)[0]
+        return params, self._table.scores[np.argsort(row_distances)[: self._rows]].mean(0)
 
 
 class Bowl:
@@ -156,14 +156,14 @@ class Bowl:
         self._grown = np.array(table.rungs) / table.rungs[-1]
 
     def __call__(self, params: Params) -> tuple[Params, FloatArray] | None:
-        found = self._nearest(params)
-        if found is None:
+        nearest = self._nearest(params)
+        if nearest is None:
             return None
         fall = self._fall(self._points)
         effect = (
             self._fall(places([params], self._table.distributions))[0] - fall.mean()
         ) / fall.std()
-        return params, found[1] + 2 * self._table.scores[:, -1].std() * effect * self._grown
+        return params, nearest[1] + 2 * self._table.scores[:, -1].std() * effect * self._grown
 
     def _fall(self, points: FloatArray) -> FloatArray:
         best = self._points.mean(0) + 0.1  # off the middle, where a sampler may start
@@ -271,8 +271,8 @@ def replay(
 
 def at(steps: Sequence[Step], spent: float, field: str) -> float:
     """What had been found when so many epochs were spent; nan before anything was."""
-    known = [getattr(step, field) for step in steps if step.spent <= spent]
-    return known[-1] if known else math.nan
+    values = [getattr(step, field) for step in steps if step.spent <= spent]
+    return values[-1] if values else math.nan
 
 
 def needed(steps: Sequence[Step], target: float) -> float:

@@ -165,12 +165,12 @@ def _result(
             "times_mae": {"quartile_1": low, "median": middle, "quartile_3": high},
             "mfu": work / median / peak,
         }
-    given = {
+    config = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(options).items()
     }
     return {
-        "config": given,
+        "config": config,
         "host": _host(options.device),
         "peak_tflops": peak,
         "contenders": rows,
@@ -221,16 +221,16 @@ def _host(device: str) -> dict[str, str]:
 
 
 def _print(result: dict[str, Any]) -> None:
-    given = result["config"]
-    how = [f"{given[name]} {name}" for name in ("threads", "rounds")]
-    how += [f"{given['clock']} time", f"{'with' if given['optimizer'] else 'without'} optimiser"]
+    config = result["config"]
+    how = [f"{config[name]} {name}" for name in ("threads", "rounds")]
+    how += [f"{config['clock']} time", f"{'with' if config['optimizer'] else 'without'} optimiser"]
     how = [
-        f"batch {given['batch']}",
-        f"ratio {given['ratio']}",
-        f"{given['dtype']} on {given['device']}",
+        f"batch {config['batch']}",
+        f"ratio {config['ratio']}",
+        f"{config['dtype']} on {config['device']}",
         *how,
     ]
-    print(", ".join([f"size {given['size']}", *how]))
+    print(", ".join([f"size {config['size']}", *how]))
     print(f"{'':17} parameters   loss  s/step  images/s  time / mae (quartiles)    MFU")
     for name, row in result["contenders"].items():
         ratio = row["times_mae"]

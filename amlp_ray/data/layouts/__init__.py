@@ -1,6 +1,6 @@
 """List the images of a folder with their masks, by its layout. Nothing here decodes.
 
-Each layout has a module with a function `find_<layout>`.
+Each layout has a module with a function `find_<layout>`. Presets stand with the layout they vary.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ LAYOUTS = {
     "coco": "a COCO file such as instances.json with the keys images and annotations, "
     "and the pictures it names",
 }
+PRESET_OF = {"busi": "paired", "lgg": "paired"}
 
 
 def find_items(config: PrepareConfig, source: str | Path | DataPath) -> Listing:
@@ -85,7 +86,7 @@ def _choose_layout(root: DataPath, config: PrepareConfig) -> tuple[str, str]:
 
 def _find(root: DataPath, layout: str, config: PrepareConfig) -> Listing:
     # Imported on use: the DICOM reader brings packages that no other layout needs.
-    module = import_module(f"amlp_ray.data.layouts.{layout}")
+    module = import_module(f"amlp_ray.data.layouts.{PRESET_OF.get(layout, layout)}")
     listing: Listing = getattr(module, f"find_{layout}")(root, config)
     return listing
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from amlp_ray.data.layouts.busi import CLASSES, class_of, pair_busi
 from amlp_ray.data.layouts.coco import annotation_files
-from amlp_ray.data.layouts.lgg import pair_lgg
 from amlp_ray.data.layouts.listing import (
     FileName,
     describe_contents,
@@ -16,7 +14,13 @@ from amlp_ray.data.layouts.listing import (
     split_name,
     such_as,
 )
-from amlp_ray.data.layouts.paired import pair_by_name
+from amlp_ray.data.layouts.paired import (
+    BUSI_CLASSES,
+    busi_class,
+    pair_busi,
+    pair_by_name,
+    pair_lgg,
+)
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
 
@@ -34,7 +38,7 @@ def recognize(root: DataPath) -> tuple[str, str]:
     """
     names = [split_name(name) for name in root.names()]
     pictures = list_pictures(root)
-    decathlon = _recognize_decathlon(root, names)
+    decathlon = _recognize_decathlon(root)
     reasons = {
         "decathlon": decathlon,
         "nifti": "" if decathlon else _recognize_nifti(names),
@@ -52,10 +56,8 @@ def recognize(root: DataPath) -> tuple[str, str]:
         return next(iter(fitting.items()))
     if pictures:
         example = such_as(pictures[0].full)
-        return (
-            "flat",
-            f"flat: {len(pictures)} pictures {example}, and no masks of any known layout",
-        )
+        reason = f"flat: {len(pictures)} pictures {example}, and no masks of any known layout"
+        return "flat", reason
     raise DataError(
         f"{root} holds {describe_contents(root)}, but no layout fits: pictures (.png, .jpg, .tif, "
         ".npy, ...), DICOM files or NIfTI volumes are needed; give the folder that holds these, "
@@ -68,16 +70,8 @@ def _recognize_masked(pictures: list[FileName]) -> dict[str, str]:
 
     The more special ones come before masks beside any picture.
     """
-    busi_masks = pair_busi(pictures).all_masks()
-    if busi_masks:
-        folders = {class_of(mask.folder) for mask in busi_masks}
-        names = ", ".join(sorted(folders, key=lambda name: (len(name), name)))
-        example = such_as(busi_masks[0].full)
-        busi = f"folders {names} (of {', '.join(CLASSES)}) with masks {example}"
-        lgg = ""
-    else:
-        busi = ""
-        lgg = _recognize_lgg(pictures)
+    busi = _recognize_busi(pictures)
+    lgg = "" if busi else _recognize_lgg(pictures)
     pairs, has_mask_folder = pair_by_name(pictures)
     masks = pairs.all_masks()
     # Masks in a folder of their own whose names fit no image are a paired set gone wrong. To train
@@ -93,6 +87,17 @@ def _recognize_masked(pictures: list[FileName]) -> dict[str, str]:
     return {"busi": busi, "lgg": lgg, "paired": paired}
 
 
+def _recognize_busi(pictures: list[FileName]) -> str:
+    masks = pair_busi(pictures).all_masks()
+    if not masks:
+        return ""
+    classes = sorted(
+        {busi_class(mask.folder) for mask in masks}, key=lambda name: (len(name), name)
+    )
+    of_all = ", ".join(BUSI_CLASSES)
+    return f"folders {', '.join(classes)} (of {of_all}) with masks {such_as(masks[0].full)}"
+
+
 def _recognize_lgg(pictures: list[FileName]) -> str:
     masks = [mask for mask in pair_lgg(pictures).all_masks() if mask.folder]
     if not masks:
@@ -101,9 +106,7 @@ def _recognize_lgg(pictures: list[FileName]) -> str:
     return f"{patients} folders of TIFF slices with masks {such_as(masks[0].full)}"
 
 
-def _recognize_decathlon(root: DataPath, names: list[FileName]) -> str:
-    if not any(name.full == "dataset.json" for name in names):
-        return ""
+def _recognize_decathlon(root: DataPath) -> str:
     try:
         document = json.loads((root / "dataset.json").read_bytes())
     except (OSError, ValueError):

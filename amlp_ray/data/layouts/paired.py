@@ -8,8 +8,7 @@ several. The folders are named by one of `IMAGE_FOLDERS` and `MASK_FOLDERS`. The
 An id is a file's path without the name of that folder and without suffix: `ISIC_01`,
 `train/ISIC_01`.
 
-The layouts `busi` and `lgg` are presets: other names of folders and masks, and known classes or
-patients.
+Two public sets are presets of this layout, with masks beside their images.
 """
 
 from __future__ import annotations
@@ -39,32 +38,37 @@ MASK_FOLDERS = (
     "segmentation",
 )
 MASK_ENDINGS = ("_mask", "_segmentation", "_seg", "_labels", "_label", "_gt")
-# DOTALL, since names may hold newlines.
-MASK_NAME = re.compile(rf"(?P<id>.+)({'|'.join(MASK_ENDINGS)})(_\d+)?", re.IGNORECASE | re.DOTALL)
+FLAGS = re.IGNORECASE | re.DOTALL  # names may hold newlines
+MASK_NAME = re.compile(rf"(?P<id>.+)({'|'.join(MASK_ENDINGS)})(_\d+)?", FLAGS)
+BUSI_MASK = re.compile(r"(?P<id>.+)_mask(_\d+)?", FLAGS)
+BUSI_CLASSES = ("benign", "malignant", "normal")
+LGG_MASK = re.compile(r"(?P<id>.*)_mask", FLAGS)
+LGG_SUFFIXES = (".tif", ".tiff")
+
+
+class Pair(NamedTuple):
+    """An image and its masks; none means unlabeled."""
+
+    name: str  # which the masks refer to
+    image: FileName
+    masks: list[FileName]
 
 
 class Pairs(NamedTuple):
-    """Images and the masks that belong to them."""
+    """Images with their masks, and masks without an image."""
 
-    images: list[tuple[str, FileName]]  # name of each image, which its masks refer to
-    masks: dict[str, list[FileName]]  # by the normalized name of their image
-    strays: list[FileName]  # masks without an image
-
-    def masks_of(self, image_name: str) -> list[FileName]:
-        """Return the masks of an image; none means unlabeled."""
-        return self.masks.get(normalize(image_name), [])
+    images: list[Pair]
+    strays: list[FileName]
 
     def all_masks(self) -> list[FileName]:
         """Return the masks of all images, in the order of these."""
-        return [mask for name, _ in self.images for mask in self.masks_of(name)]
+        return [mask for pair in self.images for mask in pair.masks]
 
 
 def find_paired(root: DataPath, config: PrepareConfig) -> Listing:
     """List the images of a paired folder. A mask without an image is rejected."""
     pairs, _ = pair_by_name(list_pictures(root))
-    items = []
-    for name, image in pairs.images:
-        items.append(picture_item(root, image, pairs.masks_of(name), id=name))
+    items = [picture_item(root, image, masks, id=name) for name, image, masks in pairs.images]
     reason = (
         "is a mask without an image; it must be named like an image, or like one with "
         f"{', '.join(MASK_ENDINGS)} added, so add the image, rename the mask or remove it"
@@ -72,27 +76,66 @@ def find_paired(root: DataPath, config: PrepareConfig) -> Listing:
     return Listing(items, [rejected(mask.full, reason) for mask in pairs.strays])
 
 
-def pair_beside(
-    pictures: list[FileName],
-    mask_name: re.Pattern[str],
-    name_of: Callable[[FileName], str] = lambda picture: picture.without_suffix,
-) -> Pairs:
-    """Pair images with masks beside them.
+def find_busi(root: DataPath, config: PrepareConfig) -> Listing:
+    """List BUSI, the public breast ultrasound set. A mask without an image is rejected.
 
-    Args:
-        pictures: images and masks.
-        mask_name: matches the stem of a mask; its group `id` is the stem of the image.
-        name_of: names a picture; the mask of an image gets the name of that image.
+        benign/benign (1).png   benign/benign (1)_mask.png   benign/benign (1)_mask_1.png
+        malignant/...   normal/...
+
+    An id is a file name without suffix, such as `benign (1)`. The class is the stratum. The class
+    folders may lie deeper, as they do in the archive one downloads.
     """
-    images = []
-    masks: list[tuple[str, FileName]] = []  # each with the name of its image
-    for picture in pictures:
-        match = mask_name.fullmatch(picture.stem)
-        if match is None:
-            images.append((name_of(picture), picture))
-        else:
-            masks.append((normalize(name_of(picture._replace(stem=match["id"]))), picture))
-    return _assign(images, masks)
+    pairs = pair_busi(list_pictures(root))
+    items = []
+    for _, image, masks in pairs.images:
+        stratum = busi_class(image.folder)
+        items.append(picture_item(root, image, masks, id=image.stem, stratum=stratum))
+    rejects = []
+    for mask in pairs.strays:
+        image_name = normalize(BUSI_MASK.sub(r"\g<id>", mask.stem))
+        reason = (
+            f"is a mask without an image; an image named {image_name!r} must stand beside it, "
+            "so add the image or remove the mask"
+        )
+        rejects.append(rejected(mask.full, reason))
+    return Listing(items, rejects)
+
+
+def find_lgg(root: DataPath, config: PrepareConfig) -> Listing:
+    """List LGG, a set of brain MRI (TCGA). A mask without a slice is rejected.
+
+        TCGA_CS_4941_19960909/TCGA_CS_4941_19960909_1.tif
+        TCGA_CS_4941_19960909/TCGA_CS_4941_19960909_1_mask.tif
+
+    An id is a file name without suffix. If it does not begin with the name of its folder, that is
+    put before it. The patient's folder is the group: no split cuts it.
+    """
+    pairs = pair_lgg(list_pictures(root))
+    items = []
+    for name, image, masks in pairs.images:
+        patient = image.folder.rpartition("/")[2]
+        id = image.stem if image.stem.startswith(patient) else name
+        items.append(picture_item(root, image, masks, id=id, group=image.folder))
+    reason = (
+        "is a mask without an image; its name without _mask must stand beside it, "
+        "so add it or remove the mask"
+    )
+    return Listing(items, [rejected(mask.full, reason) for mask in pairs.strays])
+
+
+def pair_busi(pictures: list[FileName]) -> Pairs:
+    """Pair the images in class folders with their masks."""
+    return pair_beside([p for p in pictures if busi_class(p.folder) in BUSI_CLASSES], BUSI_MASK)
+
+
+def busi_class(folder: str) -> str:
+    """Return the class that a folder is named for, in lower case."""
+    return folder.rpartition("/")[2].lower()
+
+
+def pair_lgg(pictures: list[FileName]) -> Pairs:
+    """Pair the TIFF slices with their masks."""
+    return pair_beside([p for p in pictures if p.suffix in LGG_SUFFIXES], LGG_MASK)
 
 
 def pair_by_name(pictures: list[FileName]) -> tuple[Pairs, bool]:
@@ -111,12 +154,12 @@ def pair_by_name(pictures: list[FileName]) -> tuple[Pairs, bool]:
 
     def name_of(picture: FileName) -> str:
         _, folder = _home_of(picture.folder)
-        return f"{folder}/{picture.stem}" if folder else picture.stem
+        return picture._replace(folder=folder).without_suffix
 
     if not by_kind["mask"]:
         return pair_beside(candidates, MASK_NAME, name_of), False
     images = [(name_of(picture), picture) for picture in candidates]
-    image_names = _normalized_names(images)
+    image_names = {normalize(name) for name, _ in images}
     masks = []
     for mask in by_kind["mask"]:
         name = normalize(name_of(mask))
@@ -127,21 +170,37 @@ def pair_by_name(pictures: list[FileName]) -> tuple[Pairs, bool]:
     return _assign(images, masks), True
 
 
-def _assign(images: list[tuple[str, FileName]], masks: list[tuple[str, FileName]]) -> Pairs:
-    """Give each mask to the image that it names."""
-    image_names = _normalized_names(images)
-    masks_by_image: dict[str, list[FileName]] = {}
-    strays = []
-    for name, mask in masks:
-        if name in image_names:
-            masks_by_image.setdefault(name, []).append(mask)
+def pair_beside(
+    pictures: list[FileName],
+    mask_name: re.Pattern[str],
+    name_of: Callable[[FileName], str] = lambda picture: picture.without_suffix,
+) -> Pairs:
+    """Pair images with masks beside them.
+
+    Args:
+        pictures: images and masks.
+        mask_name: matches the stem of a mask; its group `id` is the stem of the image.
+        name_of: names a picture; the mask of an image gets the name of that image.
+    """
+    images = []
+    masks = []  # each with the name of its image
+    for picture in pictures:
+        match = mask_name.fullmatch(picture.stem)
+        if match is None:
+            images.append((name_of(picture), picture))
         else:
-            strays.append(mask)
-    return Pairs(images, masks_by_image, strays)
+            masks.append((normalize(name_of(picture._replace(stem=match["id"]))), picture))
+    return _assign(images, masks)
 
 
-def _normalized_names(images: list[tuple[str, FileName]]) -> set[str]:
-    return {normalize(name) for name, _ in images}
+def _assign(images: list[tuple[str, FileName]], masks: list[tuple[str, FileName]]) -> Pairs:
+    """Give each mask to the images that it names, which are several if only suffixes differ."""
+    masks_by_name: dict[str, list[FileName]] = {normalize(name): [] for name, _ in images}
+    strays: list[FileName] = []
+    for name, mask in masks:
+        masks_by_name.get(name, strays).append(mask)
+    pairs = [Pair(name, image, masks_by_name[normalize(name)]) for name, image in images]
+    return Pairs(pairs, strays)
 
 
 @lru_cache(maxsize=1024)

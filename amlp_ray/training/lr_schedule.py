@@ -1,4 +1,4 @@
-"""Compute the learning rate of a step: linear warm-up, then cosine to zero."""
+"""The learning rate of a step."""
 
 from __future__ import annotations
 

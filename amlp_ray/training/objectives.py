@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from amlp_ray.config import PretrainConfig
+from amlp_ray.config import ImageSpec, PretrainConfig
 from amlp_ray.data.loading.batches import Batch
 from amlp_ray.errors import ConfigError
 from amlp_ray.method.augment import normalize
@@ -30,55 +29,11 @@ Values = dict[str, Tensor]
 MAX_SHAPES = 8
 
 
-class Objective(Protocol):
-    """Computes the loss of a batch, in pieces.
-
-    The caller takes the gradient of a piece's `loss` before it asks for the next one, so that only
-    one piece's activations are held. Masks are sampled for the batch as a whole: they do not depend
-    on the number of pieces.
-    """
-
-    def __call__(
-        self,
-        network: nn.Module,
-        batch: Batch,
-        training_step: TrainingStep,
-        device: str,
-        pieces: int = 1,
-    ) -> Iterator[tuple[Values, int]]:
-        """Yield each piece's metrics, scalars with the `loss` among them, and its number of images.
-
-        Args:
-            network: the model as a step calls it.
-            batch: this worker's share.
-            training_step: where the training is.
-            device: to compute on.
-            pieces: how many to cut the batch into.
-        """
-        ...
-
-    def begin_epoch(self, epoch: int, steps: int) -> None:
-        """Prepare for the epoch's batches, `steps` of them."""
-        ...
-
-
-def make_objective(
-    model: Model, config: PretrainConfig, truth: Mapping[int, Tensor] | None
-) -> Objective:
-    """Create the objective of a model.
-
-    Args:
-        model: what is trained.
-        config: of the run.
-        truth: lesion share of every patch by image key, for an oracle.
-    """
-    if isinstance(model, SimSiam):
-        return SimSiamObjective(model, config)
-    return ReconstructionObjective(Masking(model, config, truth))
-
-
 class ReconstructionObjective:
-    """Masked image modelling: crop, mask, reconstruct."""
+    """Masked image modelling: crop, mask, reconstruct.
+
+    Masks are sampled for a batch as a whole: they do not depend on the number of pieces.
+    """
 
     def __init__(self, masking: Masking) -> None:
         self.masking = masking
@@ -123,8 +78,17 @@ class ReconstructionObjective:
         device: str,
         pieces: int = 1,
     ) -> Iterator[tuple[Values, int]]:
-        keys = batch.keys.to(device, non_blocking=True)
-        images = normalize(batch.images.to(device, non_blocking=True), self.masking.model.spec)
+        """Yield each piece's metrics, scalars with the `loss` among them, and its number of images.
+
+        The caller takes the gradient of a piece's `loss` before it asks for the next one, so that
+        only one piece's activations are held.
+
+        Args:
+            network: the model as a step calls it.
+            batch: this worker's share.
+            pieces: how many to cut the batch into, at most.
+        """
+        images, keys = _to_device(batch, self.masking.model.spec, device)
         patches, selection = self.masking.mask_augmented(images, keys, batch.keys, training_step)
         for rows in pieces_of(len(patches), pieces):
             values = self._loss(network, patches[rows], selection.rows(rows), training_step, device)
@@ -182,14 +146,32 @@ class SimSiamObjective:
         device: str,
         pieces: int = 1,
     ) -> Iterator[tuple[Values, int]]:
-        keys = batch.keys.to(device, non_blocking=True)
-        images = normalize(batch.images.to(device, non_blocking=True), self.model.spec)
+        """Yield the loss and metrics of the whole batch at once, whatever `pieces`."""
+        images, keys = _to_device(batch, self.model.spec, device)
         first, second = two_views(
             images, keys, self.config, self.model.patch_size, training_step.epoch
         )
         with autocast(self.config, device):
             loss, spread = network(first, second)
         yield {"loss": loss, "spread": spread, "ratio": torch.zeros_like(spread)}, len(keys)
+
+
+Objective = ReconstructionObjective | SimSiamObjective
+
+
+def make_objective(
+    model: Model, config: PretrainConfig, truth: Mapping[int, Tensor] | None
+) -> Objective:
+    """Create the objective of a model; `truth` is the lesion share of patches by image key."""
+    if isinstance(model, SimSiam):
+        return SimSiamObjective(model, config)
+    return ReconstructionObjective(Masking(model, config, truth))
+
+
+def _to_device(batch: Batch, spec: ImageSpec, device: str) -> tuple[Tensor, Tensor]:
+    """Return normalized images (B, C, H, W) and their keys (B,)."""
+    images = batch.images.to(device, non_blocking=True)
+    return normalize(images, spec), batch.keys.to(device, non_blocking=True)
 
 
 def pieces_of(count: int, pieces: int) -> Iterator[slice]:
@@ -199,6 +181,4 @@ def pieces_of(count: int, pieces: int) -> Iterator[slice]:
     [slice(0, 2, None), slice(2, 5, None)]
     """
     for piece in range(pieces):
-        rows = slice(piece * count // pieces, (piece + 1) * count // pieces)
-        if rows.start < rows.stop:
-            yield rows
+        yield slice(piece * count // pieces, (piece + 1) * count // pieces)

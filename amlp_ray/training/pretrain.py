@@ -26,8 +26,8 @@ from amlp_ray.method.masking import TrainingStep
 from amlp_ray.training.checkpoint.export import ENCODER, export_encoder, is_encoder
 from amlp_ray.training.checkpoint.manager import checkpoints
 from amlp_ray.training.checkpoint.restore import checkpoint_state
+from amlp_ray.training.loggers.flops import utilization
 from amlp_ray.training.loggers.metrics_file import Metrics
-from amlp_ray.training.loggers.mfu import MfuMeter
 from amlp_ray.training.lr_schedule import learning_rate
 from amlp_ray.training.objectives import Model, Objective, Values, make_objective
 from amlp_ray.training.run_recorder import RunRecorder, speed_metrics
@@ -145,7 +145,6 @@ def _train(
     device = train_state.device
     network = _wrap(train_state.model, config)
     is_first = distributed.rank() == 0
-    mfu_meter = MfuMeter(config, batches.spec, device)
     epoch = epochs.start - 1
     metrics = recorder.begin(epochs) if is_first else {}
     for epoch in epochs:
@@ -154,7 +153,7 @@ def _train(
         )
         state = train_state.gather_state()
         if is_first:
-            metrics |= mfu_meter.measure(metrics)
+            metrics |= utilization(config, batches.spec, device, metrics)
             metrics |= _evaluate(hooks, train_state.eval_model, epoch)
             recorder.record_epoch(metrics, checkpoint_state(state, epoch, config))
             hooks.report(metrics)
@@ -231,10 +230,7 @@ def train_epoch(
 
     Args:
         network: what a step calls; see `distributed.wrap_ddp`.
-        train_state: what is trained.
-        objective: computes the loss.
         batches: this worker's share of the images.
-        epoch: counts from 1.
         micro_batch: number of images whose activations are held at once. Their gradients add up to
             that of the batch.
 
@@ -336,11 +332,7 @@ def _check_finite(
     """Raise NonFiniteLossError if a metric of a step is not finite.
 
     Args:
-        rows: (metrics,) of each step.
-        names: of the metrics.
-        train_state: whose weights the message tells about.
-        epoch: of the rows.
-        steps_before: how many steps of the epoch came before the first row.
+        rows: (metrics,) of each step, of which `steps_before` came before the first.
     """
     finite = torch.stack(rows).isfinite()
     if train_state.scaler.is_enabled():
@@ -349,12 +341,12 @@ def _check_finite(
     if bool(finite.all()):
         return
     row = int((~finite.all(1)).nonzero()[0])
-    cause = "A metric"
+    bad_metrics = [
+        name for name, is_finite in zip(names, finite[row], strict=True) if not is_finite
+    ]
     # The total follows from the parts and the gradient from the total, so the first is the cause.
-    for name in ("loss_rec", "loss_ccl", "loss_rank", "loss", "grad_norm"):
-        if name in names and not finite[row, names.index(name)]:
-            cause = name
-            break
+    order = ("loss_rec", "loss_ccl", "loss_rank", "loss", "grad_norm")
+    cause = next((name for name in order if name in bad_metrics), "A metric")
     weights = "all weights still are"
     for name, parameter in train_state.model.named_parameters():
         if not parameter.isfinite().all():

@@ -16,12 +16,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def speed_metrics(images: int, seconds: float) -> Metrics:
-    """Compute the speed of an epoch.
-
-    Args:
-        images: that all workers trained on.
-        seconds: that it took.
-    """
+    """Compute the speed of an epoch, of the `images` of all workers."""
     workers = distributed.world_size()
     return {
         "images_per_second": images / seconds,
@@ -45,10 +40,7 @@ class RunRecorder:
         )
 
     def begin(self, epochs: range) -> Metrics:
-        """Drop the rows of epochs that are repeated, and record the start.
-
-        Args:
-            epochs: those that are left to train; empty if the run is complete.
+        """Drop the rows of the epochs that are left to train, and record the start if any are left.
 
         Returns:
             The last row before them; {} without one.
@@ -69,26 +61,17 @@ class RunRecorder:
 
     def _describe_change(self, finished: int, workers: int) -> str:
         """Tell that the run resumes with another number of workers; empty if it does not."""
-        for event in reversed(read_events(self.folder)):
-            if event["event"] != "started":
-                continue
-            if event["workers"] == workers:
-                break
-            return (
-                f"Resuming after epoch {finished} with {workers} workers instead of "
-                f"{event['workers']}."
-            )
-        return ""
+        starts = [event for event in read_events(self.folder) if event["event"] == "started"]
+        if not starts or starts[-1]["workers"] == workers:
+            return ""
+        previous = starts[-1]["workers"]
+        return f"Resuming after epoch {finished} with {workers} workers instead of {previous}."
 
     def record_epoch(self, metrics: Metrics, state: State) -> None:
         """Append the epoch's metrics row and begin to save its checkpoint.
 
         The previous checkpoint is safe before the row is written. So a kill repeats one finished
-        epoch at most and rewrites its row, and no row is missing.
-
-        Args:
-            metrics: with the `epoch`.
-            state: what the checkpoint holds; copied before this returns.
+        epoch at most and rewrites its row, and no row is missing. `state` is copied.
 
         Raises:
             StorageError: the row, or the previous checkpoint, could not be written.

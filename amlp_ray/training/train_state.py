@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,9 +21,6 @@ from amlp_ray.training.checkpoint.restore import load_latest_on_all
 from amlp_ray.training.objectives import Model
 from amlp_ray.utils import distributed
 from amlp_ray.utils.event_log import EventLog
-
-# Config fields that a resumed run may change: how images are read does not change the result.
-MAY_CHANGE = {"data"}
 
 
 class TrainState:
@@ -49,20 +47,13 @@ class TrainState:
         """Create the model from the seed and from `config.weights`.
 
         Args:
-            config: of the run.
-            spec: of its images.
-            device: such as `cpu` or `cuda:0`.
             sharding: `resources.sharding`.
             resumes: whether a checkpoint will replace all weights, so that none need be loaded.
         """
         self.config = config
         self.device = device
-        if resumes:
-            model, self.initial_weights = new_model(
-                config.model_copy(update={"weights": None}), spec
-            )
-        else:
-            model, self.initial_weights = new_model(config, spec)
+        initial = config.model_copy(update={"weights": None}) if resumes else config
+        model, self.initial_weights = new_model(initial, spec)
         self.model = model.to(device)
         use_fused_attention(self.model, device != "cpu" or autocast_type(config, device) is None)
         self.weight_ema: Model | None = None
@@ -73,9 +64,8 @@ class TrainState:
         if distributed.should_shard(sharding, self.model, device):
             self._shard()
         self.optimizer = new_optimizer(self.model, config)
-        self.scaler = torch.amp.GradScaler(
-            device.partition(":")[0], enabled=config.precision == "fp16"
-        )
+        device_type = device.partition(":")[0]
+        self.scaler = torch.amp.GradScaler(device_type, enabled=config.precision == "fp16")
 
     @property
     def eval_model(self) -> Model:
@@ -114,8 +104,7 @@ class TrainState:
         self.steps += 1
         # A young average forgets faster, or that of a short run would be of random weights.
         decay = min(self.config.weight_ema, (1 + self.steps) / (10 + self.steps))
-        parameters = zip(weight_ema.parameters(), self.model.parameters(), strict=True)
-        for mean, value in parameters:
+        for mean, value in zip(weight_ema.parameters(), self.model.parameters(), strict=True):
             mean.lerp_(value.to(mean.dtype), 1 - decay)
 
     def gather_state(self) -> State:
@@ -131,8 +120,7 @@ class TrainState:
             self._unsharded.load_state_dict(model)
         if self.weight_ema is not None:
             # Buffers, such as centroids, are copied and not averaged.
-            buffers = zip(self.weight_ema.buffers(), self.model.buffers(), strict=True)
-            for mean, value in buffers:
+            for mean, value in zip(self.weight_ema.buffers(), self.model.buffers(), strict=True):
                 mean.copy_(value)
             state["weight_ema"] = self.weight_ema.state_dict()
         return state
@@ -150,12 +138,9 @@ class TrainState:
         if checkpoint is None:
             return 0
         state, path = checkpoint
-        config = self.config.model_dump(mode="json")
-        changed = [
-            key
-            for key in config
-            if state["config"].get(key) != config[key] and key not in MAY_CHANGE
-        ]
+        # How images are read does not change the result.
+        config = self.config.model_dump(mode="json", exclude={"data"})
+        changed = [key for key in config if state["config"].get(key) != config[key]]
         if changed:
             raise CheckpointError(
                 f"{path} was written with other settings ({', '.join(changed)}); "
@@ -226,14 +211,11 @@ def new_optimizer(model: Model, config: PretrainConfig) -> torch.optim.AdamW:
     """
     in_blocks = {id(p) for block in shardable_blocks(model) for p in block.parameters()}
     # Matrices and vectors of shardable blocks, then those of the rest.
-    groups: list[list[nn.Parameter]] = [[], [], [], []]
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": decay} for decay in (config.weight_decay, 0.0) * 2
+    ]
     for parameter in model.parameters():
         if parameter.requires_grad:
             group = 0 if id(parameter) in in_blocks else 2
-            groups[group + (parameter.dim() <= 1)].append(parameter)
-    decays = (config.weight_decay, 0.0, config.weight_decay, 0.0)
-    parameter_groups = [
-        {"params": parameters, "weight_decay": decay}
-        for parameters, decay in zip(groups, decays, strict=True)
-    ]
-    return torch.optim.AdamW(parameter_groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+            groups[group + (parameter.dim() <= 1)]["params"].append(parameter)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)

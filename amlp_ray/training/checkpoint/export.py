@@ -27,12 +27,6 @@ def export_encoder(
 
     `timm.create_model(name, checkpoint_path=path, **arguments)` loads it. Name and arguments are in
     the header, as `timm_name` and `timm_arguments`.
-
-    Args:
-        encoder: to export.
-        path: of the new file.
-        config: that the encoder was built from.
-        spec: of the images it was trained on.
     """
     header = {
         "timm_name": timm_name(config),

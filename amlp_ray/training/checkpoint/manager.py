@@ -30,26 +30,17 @@ State = dict[str, Any]
 def checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints of the run in `folder`, newest first, damaged ones included."""
     paths = (folder / FOLDER).glob("epoch-*.pt")
-    return sorted(filter(_is_checkpoint, paths), key=epoch_of, reverse=True)
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return NAME.fullmatch(path.name) is not None
+    named = [path for path in paths if NAME.fullmatch(path.name)]
+    return sorted(named, key=epoch_of, reverse=True)
 
 
 def epoch_of(path: Path) -> int:
     """Return the epoch that a checkpoint was written after, by its name."""
-    match = NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match[1])
+    return int(NAME.sub(r"\1", path.name))
 
 
 def latest(folder: Path, events: EventLog | None = None) -> tuple[State, Path] | None:
-    """Read the newest undamaged checkpoint of the run in `folder`.
-
-    Args:
-        folder: of the run.
-        events: where damaged checkpoints are recorded.
+    """Read the newest undamaged checkpoint of the run in `folder`, and record damaged ones.
 
     Returns:
         The state and its file; None if there is no checkpoint at all.
@@ -90,15 +81,12 @@ def read_checkpoint(path: Path) -> State:
 
 def is_intact(path: Path) -> bool:
     """Return whether the content of a checkpoint has the digest of its name."""
-    match = NAME.fullmatch(path.name)
-    if match is None:
-        return False
     try:
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return False
-    return digest.hexdigest()[:16] == match[2]
+    return path.name.endswith(f".{digest[:16]}.pt")
 
 
 def write_checkpoint(folder: Path, state: State, epoch: int, *, keep: int = 1) -> Path:

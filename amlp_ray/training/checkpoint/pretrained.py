@@ -24,7 +24,7 @@ from amlp_ray.config import ImageSpec, ModelConfig
 from amlp_ray.config.base import build
 from amlp_ray.errors import CheckpointError, ConfigError
 from amlp_ray.method.encoder import create_encoder, timm_arguments, timm_name
-from amlp_ray.training.checkpoint.export import load_encoder, read_encoder_header
+from amlp_ray.training.checkpoint.export import is_encoder, load_encoder, read_encoder_header
 
 ONLINE = "timm:"
 ENCODER_FIELDS = ("patch_size", "width", "depth", "heads", "class_token", "register_tokens")
@@ -37,17 +37,11 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class PretrainedEncoder:
-    """A pretrained encoder in evaluation mode. Its positions are fixed, as in every encoder here.
-
-    Args:
-        encoder: the timm model.
-        model: the config that describes it.
-        description: a sentence on what was loaded and what was adapted.
-    """
+    """A pretrained encoder in evaluation mode, its positions fixed, and what was adapted in it."""
 
     encoder: VisionTransformer
     model: ModelConfig
-    description: str
+    description: str  # a sentence
 
 
 def load_pretrained_encoder(
@@ -155,11 +149,7 @@ def _is_exported(weights: str) -> bool:
             f"There is no encoder file {weights}; check the path, or give timm:NAME for weights "
             f"from the internet."
         )
-    try:
-        read_encoder_header(weights)
-    except CheckpointError:
-        return False
-    return True
+    return is_encoder(Path(weights))
 
 
 def _check_same_encoder(weights: str, source: ModelConfig, model: ModelConfig) -> None:
@@ -225,12 +215,7 @@ def _read_tensors(weights: str) -> Tensors:
 
 
 def _load_adapted(encoder: VisionTransformer, tensors: Tensors, label: str) -> list[str]:
-    """Load a checkpoint's tensors into an encoder of another shape or grid.
-
-    Args:
-        encoder: gets the weights.
-        tensors: of the checkpoint, by timm's names.
-        label: names the checkpoint in messages.
+    """Load tensors by timm's names into an encoder of another shape or grid.
 
     Returns:
         What was adapted, a phrase each.
@@ -257,18 +242,17 @@ def _load_adapted(encoder: VisionTransformer, tensors: Tensors, label: str) -> l
             f"check the name."
         ) from None
     unused = [key for key in result.unexpected_keys if not key.startswith(IGNORED_PREFIXES)]
-    _require_none(result.missing_keys, f"{label} lacks")
-    _require_none(unused, f"{label} has, what the encoder has not,")
+    for problem, keys in (
+        ("lacks", result.missing_keys),
+        ("has, what the encoder has not,", unused),
+    ):
+        if keys:
+            plural = "s" if len(keys) > 1 else ""
+            raise CheckpointError(
+                f"{label} {problem} {len(keys)} tensor{plural} such as {keys[0]}; check that the "
+                f"file is of this ViT."
+            )
     return changes
-
-
-def _require_none(keys: list[str], problem: str) -> None:
-    if keys:
-        tensors = "tensors" if len(keys) > 1 else "tensor"
-        raise CheckpointError(
-            f"{problem} {len(keys)} {tensors} such as {keys[0]}; check that the file is of this "
-            f"ViT."
-        )
 
 
 def _adapt_channels(encoder: VisionTransformer, state: Tensors) -> list[str]:

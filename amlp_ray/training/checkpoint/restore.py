@@ -54,11 +54,6 @@ def checkpoint_state(state: State, epoch: int, config: PretrainConfig) -> State:
     """Return what a checkpoint holds.
 
     Random numbers need no state: they follow from seed, epoch and image (see `counter_rng`).
-
-    Args:
-        state: of a `TrainState`.
-        epoch: the last finished one.
-        config: of the run.
     """
     return {**state, "epoch": epoch, "config": config.model_dump(mode="json")}
 
@@ -71,8 +66,7 @@ def load_latest_on_all(folder: Path, events: EventLog, device: str) -> tuple[Sta
     Raises:
         CheckpointError: all are damaged, or a worker does not see the chosen one.
     """
-    is_first = distributed.rank() == 0
-    checkpoint = latest(folder, events) if is_first else None
+    checkpoint = latest(folder, events) if distributed.rank() == 0 else None
     epoch = checkpoint[0]["epoch"] if checkpoint else 0
     epoch = distributed.broadcast_from_rank0(epoch, device)
     if checkpoint is not None or epoch == 0:
@@ -104,12 +98,7 @@ def read_run_config(folder: Path) -> PretrainConfig:
 def load_model(
     folder: Path, config: PretrainConfig, spec: ImageSpec
 ) -> tuple[MaskedAutoencoder, int]:
-    """Load a run's latest model, with its teacher and centroids.
-
-    Args:
-        folder: of the run.
-        config: of the run.
-        spec: of the images that the model will get.
+    """Load a run's latest model, with its teacher and centroids, for images of `spec`.
 
     Returns:
         The model in evaluation mode, and the epoch it was saved after.
@@ -124,7 +113,7 @@ def load_model(
     state, path = checkpoint
     model = build_autoencoder(config, spec)
     try:
-        model.load_state_dict(state["weight_ema"] if "weight_ema" in state else state["model"])
+        model.load_state_dict(state.get("weight_ema", state["model"]))
     except RuntimeError:
         raise CheckpointError(
             f"{path} was written for images of another size or number of channels; give the data "

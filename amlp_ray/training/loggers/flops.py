@@ -19,7 +19,9 @@ from torch import nn
 from amlp_ray.config import ImageSpec, PretrainConfig
 from amlp_ray.method.autoencoder import MaskedAutoencoder, build_autoencoder
 from amlp_ray.method.masking_ratio import masked_count
+from amlp_ray.method.precision import autocast_type
 from amlp_ray.method.simsiam import SimSiam
+from amlp_ray.training.loggers.metrics_file import Metrics
 
 # Dense peaks in TFLOP/s by the name that CUDA and ROCm report: (bfloat16, float16, float32 without
 # TF32). None: the card has no units for the type. Half types accumulate in float32. The first match
@@ -69,11 +71,6 @@ def trained_flops(config: PretrainConfig, spec: ImageSpec, ratio: float) -> floa
 
     A product costs 2 operations per multiply-add, and twice as much again backward. That of pixels,
     which need no gradient, costs as much again.
-
-    Args:
-        config: of the run.
-        spec: of its images.
-        ratio: masking ratio.
     """
     if config.objective == "none":
         return 0.0
@@ -146,13 +143,23 @@ def listed_peak(name: str, dtype: torch.dtype) -> float | None:
     return None
 
 
+def utilization(config: PretrainConfig, spec: ImageSpec, device: str, metrics: Metrics) -> Metrics:
+    """Measure a worker by an epoch's metrics; the first worker's figures stand for all.
+
+    Returns:
+        `mfu` (None if the device's peak is not known), and the peak `memory` in GB.
+    """
+    flops = trained_flops(config, spec, metrics["ratio"])
+    peak = peak_flops(device, autocast_type(config, device) or torch.float32)
+    used = mfu(metrics["images_per_second_per_worker"], flops, peak)
+    return {"mfu": used, "memory": round(peak_memory(device), 3)}
+
+
 def mfu(images_per_second: float, flops: float, peak: float | None) -> float | None:
-    """Return the share of a device's peak that one worker uses; None without a peak.
+    """Return the share of a device's peak FLOP/s that one worker uses; None without a peak.
 
     Args:
-        images_per_second: of the worker.
         flops: per image.
-        peak: FLOP/s of the device.
     """
     return images_per_second * flops / peak if peak else None
 
@@ -192,13 +199,9 @@ def _weights(module: nn.Module) -> int:
 def _block_products(
     blocks: nn.Module, tokens: int, width: int, last_outputs: int | None = None
 ) -> int:
-    """Count the multiply-adds of transformer blocks.
+    """Count the multiply-adds of timm's blocks, of which the last computes `last_outputs` tokens.
 
-    Args:
-        blocks: timm's.
-        tokens: number of input tokens.
-        width: of a token.
-        last_outputs: number of tokens that the last block computes; None: all.
+    None: all `tokens`.
     """
     total = 0
     stack: list[Any] = list(blocks.children())
@@ -221,9 +224,7 @@ def _warn_unknown(name: str, dtype: torch.dtype) -> None:
 def _measured_peak(dtype: torch.dtype, threads: int) -> float:
     """Measure the best square product of this type; other processes can only make it slower.
 
-    Args:
-        dtype: of the matrices.
-        threads: number of torch's threads, which tells measurements apart.
+    `threads` of torch tell cached measurements apart.
     """
     size = 512
     seconds = 0.0

@@ -16,17 +16,11 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from amlp_ray.config.tracking import TrackingConfig
 from amlp_ray.errors import ConfigError
-from amlp_ray.training.loggers.remote import (
-    LoggerState,
-    MLflowService,
-    RemoteLogger,
-    RunInfo,
-    WandbService,
-)
+from amlp_ray.training.loggers.remote import MLflowService, RemoteLogger, RunInfo, WandbService
 
 # Set before the packages are imported. What the user has set stays.
 ENVIRONMENT = {
@@ -41,18 +35,6 @@ ENVIRONMENT = {
 }
 
 logger = logging.getLogger(__name__)
-
-
-class Logger(Protocol):
-    """Where the metrics of a run go."""
-
-    def log(self, epoch: int, values: Mapping[str, float]) -> None:
-        """Log the finite metrics of an epoch."""
-        ...
-
-    def close(self, failed: bool = False) -> None:
-        """End the run; a later one may resume it."""
-        ...
 
 
 def check_tracking(config: TrackingConfig) -> None:
@@ -92,14 +74,12 @@ def open_loggers(
     check_tracking(config)
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    run = RunInfo(name, group, parameters)
-    state = LoggerState(folder / "tracking.json")
+    run = RunInfo(folder, name, group, parameters)
     loggers: list[Logger] = [TensorBoardLogger(folder / "tensorboard", resumed_epoch)]
     if config.mlflow is not None:
-        service = MLflowService(config.mlflow, config.experiment, run, state)
-        loggers.append(RemoteLogger(service))
+        loggers.append(RemoteLogger(MLflowService(config.mlflow, config.experiment, run)))
     if config.wandb is not None:
-        loggers.append(RemoteLogger(WandbService(config.wandb, folder, run, state)))
+        loggers.append(RemoteLogger(WandbService(config.wandb, run)))
     return LoggerGroup(loggers)
 
 
@@ -112,13 +92,13 @@ class LoggerGroup:
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Log an epoch's metrics to all loggers; only finite numbers are logged."""
         values = finite_numbers(metrics)
-        for one in self._loggers:
-            one.log(metrics["epoch"], values)
+        for each in self._loggers:
+            each.log(metrics["epoch"], values)
 
     def close(self, failed: bool = False) -> None:
         """Close all loggers."""
-        for one in self._loggers:
-            one.close(failed)
+        for each in self._loggers:
+            each.close(failed)
 
 
 class TensorBoardLogger:
@@ -181,6 +161,9 @@ class TensorBoardLogger:
         file.write(version.SerializeToString())
         file.write(session.SerializeToString())
         return file
+
+
+Logger = TensorBoardLogger | RemoteLogger
 
 
 def finite_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from amlp_ray.utils.files import atomic_write, read_json
 
@@ -36,55 +36,63 @@ class EpochValues(NamedTuple):
 
 
 class RunInfo(NamedTuple):
-    """What a server is told of a run.
+    """What a server is told of a run; see `open_loggers`."""
 
-    Args:
-        name: of the run.
-        group: name of its study, or empty.
-        parameters: its config by dotted name.
-    """
-
+    folder: Path
     name: str
     group: str
     parameters: Mapping[str, Any]
 
 
-class LoggerState:
-    """`tracking.json`: for each service its address, its run and the last epoch sent."""
+class Service:
+    """A server that a run is sent to. Any method may raise anything.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-
-    def read(self, service: str, address: str) -> dict[str, Any]:
-        """Read what is known of the run at a service; {} if it was logged elsewhere before."""
-        state = (read_json(self._path) or {}).get(service, {})
-        return state if state.get("at") == address else {}
-
-    def write(self, service: str, *, address: str, run_id: str, epoch: int) -> None:
-        """Record a run and the last epoch sent."""
-        with self._lock:
-            services = read_json(self._path) or {}
-            services[service] = {"at": address, "run": run_id, "epoch": epoch}
-            atomic_write(self._path, json.dumps(services, indent=1))
-
-
-class Service(Protocol):
-    """A server that runs are sent to. Any method may raise anything."""
+    `tracking.json` in the run's folder has for each service its address, its run and the last epoch
+    sent, so that a resumed run continues there.
+    """
 
     name: str
+    key: str  # in `tracking.json`
+    _state_lock = threading.Lock()  # of all services
+
+    def __init__(self, address: str, run: RunInfo) -> None:
+        self._address = address
+        self._run = run
+        self._state_path = run.folder / "tracking.json"
+        self._run_id = ""
+        self._sent_epoch = -1
 
     def open(self) -> None:
         """Create a run, or resume the recorded one."""
-        ...
+        raise NotImplementedError
 
     def send(self, epoch: int, values: Mapping[str, float]) -> None:
-        """Send the metrics of an epoch."""
-        ...
+        """Send the metrics of an epoch, unless they were sent before a kill."""
+        if epoch > self._sent_epoch:
+            self._send(epoch, values)
+            self._record(epoch)
+
+    def _send(self, epoch: int, values: Mapping[str, float]) -> None:
+        raise NotImplementedError
 
     def end(self, failed: bool) -> None:
         """End the run."""
-        ...
+        raise NotImplementedError
+
+    def _read_record(self) -> None:
+        """Find the run and the last epoch sent, unless the run was logged elsewhere before."""
+        recorded = (read_json(self._state_path) or {}).get(self.key, {})
+        if recorded.get("at") == self._address:
+            self._run_id = recorded["run"]
+            self._sent_epoch = recorded["epoch"]
+
+    def _record(self, epoch: int) -> None:
+        """Record the run and the last epoch sent."""
+        self._sent_epoch = epoch
+        with self._state_lock:
+            services = read_json(self._state_path) or {}
+            services[self.key] = {"at": self._address, "run": self._run_id, "epoch": epoch}
+            atomic_write(self._state_path, json.dumps(services, indent=1))
 
 
 class RemoteLogger:
@@ -154,32 +162,27 @@ class RemoteLogger:
         )
 
 
-class MLflowService:
+class MLflowService(Service):
     """A run in an MLflow experiment.
 
     It is used by its client alone: the active run of the process is left as it is.
     """
 
     name = "MLflow"
+    key = "mlflow"
 
-    def __init__(self, uri: str, experiment: str, run: RunInfo, state: LoggerState) -> None:
-        self._uri = uri
+    def __init__(self, uri: str, experiment: str, run: RunInfo) -> None:
+        super().__init__(uri, run)
         self._experiment = experiment
-        self._run = run
-        self._state = state
         self._client: Any = None
-        self._run_id = ""
-        self._sent_epoch = -1
 
     def open(self) -> None:
         from mlflow import MlflowClient
 
         # It logs every table of a new database.
         logging.getLogger("mlflow").setLevel(logging.WARNING)
-        self._client = MlflowClient(tracking_uri=self._uri)
-        recorded = self._state.read("mlflow", self._uri)
-        self._run_id = recorded.get("run", self._run_id)
-        self._sent_epoch = recorded.get("epoch", -1)
+        self._client = MlflowClient(tracking_uri=self._address)
+        self._read_record()
         if self._run_id:
             self._client.update_run(self._run_id, status="RUNNING")
         else:
@@ -198,22 +201,15 @@ class MLflowService:
         for first in range(0, len(parameters), 100):  # MLflow takes 100 at a time
             self._client.log_batch(self._run_id, params=parameters[first : first + 100])
 
-    def send(self, epoch: int, values: Mapping[str, float]) -> None:
+    def _send(self, epoch: int, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
-        if epoch <= self._sent_epoch:  # sent before a kill; MLflow would show both
-            return
         now = int(time.time() * 1000)
         metrics = [Metric(key, value, now, epoch) for key, value in values.items()]
         self._client.log_batch(self._run_id, metrics=metrics)
-        self._record(epoch)
 
     def end(self, failed: bool) -> None:
         self._client.set_terminated(self._run_id, "FAILED" if failed else "FINISHED")
-
-    def _record(self, epoch: int) -> None:
-        self._sent_epoch = epoch
-        self._state.write("mlflow", address=self._uri, run_id=self._run_id, epoch=epoch)
 
     def _experiment_id(self) -> str:
         from mlflow.exceptions import MlflowException
@@ -227,36 +223,28 @@ class MLflowService:
         return str(experiment.experiment_id)
 
 
-class WandbService:
+class WandbService(Service):
     """A run in a W&B project. It gets config and metrics, nothing of the machine or the code."""
 
     name = "W&B"
-
-    def __init__(self, project: str, folder: Path, run: RunInfo, state: LoggerState) -> None:
-        self._project = project
-        self._folder = folder
-        self._run = run
-        self._state = state
-        self._wandb_run: Any = None
-        self._run_id = ""
-        self._sent_epoch = -1
+    key = "wandb"
 
     def open(self) -> None:
         import wandb
 
-        recorded = self._state.read("wandb", self._project)
-        self._run_id = recorded.get("run") or uuid.uuid4().hex[:12]
+        self._read_record()
+        self._run_id = self._run_id or uuid.uuid4().hex[:12]
         # Recorded before the run exists there: a second try gets the same one.
-        self._record(recorded.get("epoch", -1))
-        entity, _, project = self._project.rpartition("/")
-        self._wandb_run = wandb.init(
+        self._record(self._sent_epoch)
+        entity, _, project = self._address.rpartition("/")
+        self._wandb_run: Any = wandb.init(
             entity=entity or None,
             project=project,
             id=self._run_id,
             name=self._run.name,
             group=self._run.group or None,
             config=dict(self._run.parameters),
-            dir=self._folder,
+            dir=self._run.folder,
             resume="allow",
             reinit="create_new",  # runs of other threads are left as they are
             settings=wandb.Settings(
@@ -273,14 +261,8 @@ class WandbService:
             ),
         )
 
-    def send(self, epoch: int, values: Mapping[str, float]) -> None:
-        if epoch > self._sent_epoch:  # W&B takes no step twice
-            self._wandb_run.log(dict(values), step=epoch, commit=True)
-            self._record(epoch)
+    def _send(self, epoch: int, values: Mapping[str, float]) -> None:
+        self._wandb_run.log(dict(values), step=epoch, commit=True)
 
     def end(self, failed: bool) -> None:
         self._wandb_run.finish(exit_code=int(failed))
-
-    def _record(self, epoch: int) -> None:
-        self._sent_epoch = epoch
-        self._state.write("wandb", address=self._project, run_id=self._run_id, epoch=epoch)

@@ -95,46 +95,30 @@ def prepare(
     The same command resumes after an interruption. Files that cannot be used are listed in
     OUT.rejects.csv.
     """
-    options = {
-        "layout": layout,
-        "file_list": file_list,
-        "size": size,
-        "fit": fit,
-        "overlap": overlap,
-        "scale": scale,
-        "min_foreground": min_foreground,
-        "channels": channels,
-        "values": values,
-        "window": window,
-        "axis": axis,
-        "lesion_labels": lesion_labels,
-        "group_by": group_by,
-        "group_file": group_file,
-        "group_column": group_column,
-        "split_file": split_file,
-        "fractions": fractions,
-        "hash_names": hash_names,
-        "seed": seed,
-    }
-    _prepare(source, out, options, strict=strict, address=address)
+    _prepare(source, out, locals(), strict=strict, address=address)
 
 
 def _prepare(
     source: str, out: str, options: dict[str, Any], *, strict: bool, address: str | None
 ) -> None:
-    """Parse the options that hold numbers, and prepare the dataset with a progress bar."""
+    """Prepare a dataset with a progress bar.
+
+    Args:
+        options: all options of the command by name, among them every setting.
+    """
     from amlp_ray.config import PrepareConfig
     from amlp_ray.config.base import build
     from amlp_ray.data.path import DataPath
 
-    if options["channels"] != "auto":
-        options["channels"] = _parse_numbers(options["channels"], "--channels", int, 1)[0]
-    window = options["window"]
-    options["window"] = _parse_numbers(window, "--window", float, 2) if window else None
-    labels = options["lesion_labels"]
-    options["lesion_labels"] = _parse_numbers(labels, "--lesion-labels", int) if labels else ()
-    options["fractions"] = _parse_numbers(options["fractions"], "--fractions", float, 3)
-    config = build(PrepareConfig, options, "data prepare")
+    values = {name: options[name] for name in PrepareConfig.model_fields}
+    if values["channels"] != "auto":
+        values["channels"] = _parse_numbers(values["channels"], "--channels", int, 1)[0]
+    window = values["window"]
+    values["window"] = _parse_numbers(window, "--window", float, 2) if window else None
+    labels = values["lesion_labels"]
+    values["lesion_labels"] = _parse_numbers(labels, "--lesion-labels", int) if labels else ()
+    values["fractions"] = _parse_numbers(values["fractions"], "--fractions", float, 3)
+    config = build(PrepareConfig, values, "data prepare")
     # Checked here, before Ray starts.
     if not DataPath(source).is_folder():
         raise DataError(f"There is no folder {source}; check the path.")
@@ -151,13 +135,7 @@ def _prepare(
 def _parse_numbers(
     text: str, option: str, number_type: Callable[[str], Any], count: int | None = None
 ) -> tuple[Any, ...]:
-    """Parse numbers between commas.
-
-    Args:
-        text: such as `0.7,0.1,0.2`.
-        option: name of the option, for messages.
-        number_type: int or float.
-        count: how many numbers are required; any if None.
+    """Parse numbers between commas, as many as `count` says.
 
     Raises:
         ConfigError: a number cannot be read, or there are too few or too many.

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from amlp_ray.cli.output import Json, print_json, print_table
-from amlp_ray.cli.run_options import Set
+from amlp_ray.cli.run_options import Set, load_config
 
 COLUMNS = (
     "mode",
@@ -41,12 +41,9 @@ def bench(
     """Measure how fast each way to read a dataset is, and whether a model would wait for it."""
     from amlp_ray.analysis.throughput import bench_reading
     from amlp_ray.config import PretrainConfig
-    from amlp_ray.config.overrides import build_with_overrides
-    from amlp_ray.config.yaml_file import read_yaml
     from amlp_ray.data.dataset import PatchDataset
 
-    values = read_yaml(config_file) if config_file else {}
-    config = build_with_overrides(PretrainConfig, values, assign or [])
+    config = load_config(PretrainConfig, assign, config_file)
     patches = PatchDataset.open(dataset)
     config.check_image(patches.spec)
     rows = bench_reading(patches, config, batch_size=batch_size, seconds=seconds, device=device)

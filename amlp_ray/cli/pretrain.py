@@ -19,8 +19,8 @@ from amlp_ray.cli.run_options import (
     Set,
     Sharding,
     Workers,
-    build_fault_tolerance,
     build_resources,
+    load_config,
 )
 
 Data = Annotated[str, typer.Argument(help="Patch dataset, by path or URI.")]
@@ -54,30 +54,27 @@ def pretrain(
     wandb: WandB = None,
 ) -> None:
     """Pretrain an encoder on unlabelled images: encoder.safetensors, metrics, pictures."""
-    from amlp_ray.config import PretrainConfig, TrackingConfig
+    from amlp_ray.config import FaultToleranceConfig, PretrainConfig, TrackingConfig
     from amlp_ray.config.base import build
-    from amlp_ray.config.overrides import build_with_overrides
-    from amlp_ray.config.yaml_file import read_yaml
 
-    values = read_yaml(config_file) if config_file else {}
-    config = build_with_overrides(PretrainConfig, values, assign or [])
+    config = load_config(PretrainConfig, assign, config_file)
     resources = build_resources(
+        address,
         workers,
         cpus_per_worker,
-        gpus_per_worker,
+        gpus_per_worker=gpus_per_worker,
         accelerator=accelerator,
         placement=placement,
-        address=address,
         micro_batch=micro_batch,
         sharding=sharding,
     )
-    fault_tolerance = build_fault_tolerance(max_failures)
+    fault_tolerance = build(FaultToleranceConfig, {"max_failures": max_failures}, "options")
     tracking = build(TrackingConfig, {"mlflow": mlflow, "wandb": wandb}, "options")
 
-    from amlp_ray.cli.progress import EpochProgress, resumable
+    from amlp_ray.cli.progress import run_progress
     from amlp_ray.launch.launcher import pretrain_dataset
 
-    with resumable(out), EpochProgress(config.epochs) as progress:
+    with run_progress(out, config.epochs) as report:
         encoder = pretrain_dataset(
             data,
             out,
@@ -87,10 +84,8 @@ def pretrain(
             fault_tolerance=fault_tolerance,
             tracking=tracking,
             address=address,
-            report=progress.update,
+            report=report,
         )
-    if not progress.was_updated:
-        typer.echo(f"{out} was finished before: {config.epochs} epochs.")
     _print_events(out)
     typer.echo(f"encoder: {encoder}")
     if (out / "pictures").is_dir():
@@ -101,10 +96,7 @@ def _print_events(out: Path) -> None:
     """Print how often the run recovered, by kind of event."""
     from amlp_ray.utils.event_log import count_events
 
-    counts = count_events(out)
-    events = []
-    for kind in sorted(counts):
-        if kind not in ("started", "weights"):
-            events.append(f"{kind} ({counts[kind]})")
+    counts = sorted(count_events(out).items())
+    events = [f"{kind} ({count})" for kind, count in counts if kind not in ("started", "weights")]
     if events:
         typer.echo(f"recovered: {', '.join(events)}")

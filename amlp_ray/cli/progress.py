@@ -62,7 +62,15 @@ class EpochProgress:
         self._epochs = epochs
         self._console = console or Console(stderr=True)
         self._recent_seconds: deque[float] = deque(maxlen=RECENT_EPOCHS)
-        self._bar: Progress | None = None
+        rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        self._bar = Progress(
+            BarColumn(8),
+            TextColumn("{task.description}", markup=False, table_column=rest),
+            console=self._console,
+            auto_refresh=False,
+            redirect_stdout=False,
+            expand=True,
+        )
         self._logged_at = -math.inf
         self._pending = ""
 
@@ -71,7 +79,7 @@ class EpochProgress:
 
     def __exit__(self, *error: object) -> None:
         """Leave the last line on the screen."""
-        if self._bar is not None:
+        if self._bar.tasks:
             self._bar.stop()
         if self._pending:
             self._log(self._pending, is_last=True)
@@ -91,16 +99,7 @@ class EpochProgress:
             self._log(line, is_last=epoch >= self._epochs)
 
     def _draw(self, line: str, epoch: int) -> None:
-        if self._bar is None:
-            rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
-            self._bar = Progress(
-                BarColumn(8),
-                TextColumn("{task.description}", markup=False, table_column=rest),
-                console=self._console,
-                auto_refresh=False,
-                redirect_stdout=False,
-                expand=True,
-            )
+        if not self._bar.tasks:
             self._bar.add_task("", total=self._epochs)
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], description=line, completed=epoch, refresh=True)
@@ -148,10 +147,17 @@ def count_progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def resumable(folder: Path) -> Iterator[None]:
-    """Say how to resume a run where Ctrl-C or a scheduler's SIGTERM interrupts it."""
+def run_progress(
+    folder: Path, epochs: int, *, err: bool = False
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Yield `report(metrics)`, which shows the epochs of a run.
+
+    Ctrl-C or a scheduler's SIGTERM is answered with how to resume the run; a run that had nothing
+    to do is said to be finished, on stderr if `err`.
+    """
     try:
-        yield
+        with EpochProgress(epochs) as progress:
+            yield progress.update
     except KeyboardInterrupt:
         typer.echo(
             f"amlp-ray: {folder} was interrupted; run the same command to resume from its "
@@ -159,6 +165,8 @@ def resumable(folder: Path) -> Iterator[None]:
             err=True,
         )
         raise typer.Exit(130) from None
+    if not progress.was_updated:
+        typer.echo(f"{folder} was finished before: {epochs} epochs.", err=err)
 
 
 def format_epoch(metrics: Mapping[str, Any], epochs: int, seconds_left: float) -> str:

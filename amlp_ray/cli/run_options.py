@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from amlp_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from amlp_ray.config import FaultToleranceConfig, ResourceConfig
+    from amlp_ray.config import ResourceConfig
+    from amlp_ray.config.base import ConfigT
 
 # Written out, so that --help need not import the configs.
 DEFAULT_MAX_FAILURES = 3
@@ -62,16 +64,19 @@ def parse_workers(text: str) -> int | list[int]:
     return int(parts[0]) if len(parts) == 1 else [int(part) for part in parts]
 
 
+def load_config(
+    model: type[ConfigT], assign: list[str] | None, file: Path | None = None
+) -> ConfigT:
+    """Return the settings of a YAML file, or the defaults, updated with `--set`."""
+    from amlp_ray.config.overrides import build_with_overrides
+    from amlp_ray.config.yaml_file import read_yaml
+
+    values = read_yaml(file) if file else {}
+    return build_with_overrides(model, values, assign or [])
+
+
 def build_resources(
-    workers: str,
-    cpus_per_worker: float | None,
-    gpus_per_worker: float,
-    *,
-    accelerator: str | None,
-    placement: str,
-    address: str | None,
-    micro_batch: int | None = None,
-    sharding: str = "auto",
+    address: str | None, workers: str, cpus_per_worker: float | None, **others: Any
 ) -> ResourceConfig:
     """Build the resources from options; `cpus_per_worker` None shares this machine's cores."""
     from amlp_ray.config import ResourceConfig
@@ -84,20 +89,5 @@ def build_resources(
         is_single_process = max_workers == 1 and address is None
         # A group gets less than whole cores, because its controller needs a fraction too.
         cpus_per_worker = cores if is_single_process else 0.9 * cores / max_workers
-    values = {
-        "workers": number,
-        "cpus_per_worker": cpus_per_worker,
-        "gpus_per_worker": gpus_per_worker,
-        "accelerator": accelerator,
-        "placement": placement,
-        "micro_batch": micro_batch,
-        "sharding": sharding,
-    }
+    values = {"workers": number, "cpus_per_worker": cpus_per_worker, **others}
     return build(ResourceConfig, values, "options")
-
-
-def build_fault_tolerance(max_failures: int) -> FaultToleranceConfig:
-    from amlp_ray.config import FaultToleranceConfig
-    from amlp_ray.config.base import build
-
-    return build(FaultToleranceConfig, {"max_failures": max_failures}, "options")

@@ -18,8 +18,8 @@ from amlp_ray.cli.run_options import (
     Placement,
     Set,
     Workers,
-    build_fault_tolerance,
     build_resources,
+    load_config,
 )
 
 Data = Annotated[
@@ -65,41 +65,39 @@ def segment(
     Scores are DSC, IoU, HD95 and more. The encoder may be pretrained on another dataset;
     `amlp-ray data check A --against B` finds images that are in both.
     """
-    from amlp_ray.config import SegmentConfig
-    from amlp_ray.config.overrides import build_with_overrides
+    from amlp_ray.config import FaultToleranceConfig, SegmentConfig
+    from amlp_ray.config.base import build
 
-    config = build_with_overrides(SegmentConfig, {}, assign or [])
+    config = load_config(SegmentConfig, assign)
     resources = build_resources(
+        address,
         workers,
         cpus_per_worker,
-        gpus_per_worker,
+        gpus_per_worker=gpus_per_worker,
         accelerator=accelerator,
         placement=placement,
-        address=address,
     )
+    fault_tolerance = build(FaultToleranceConfig, {"max_failures": max_failures}, "options")
 
     import torch
 
-    from amlp_ray.cli.progress import EpochProgress, resumable
-    from amlp_ray.data.dataset import PatchDataset
+    from amlp_ray.cli.progress import run_progress
     from amlp_ray.evaluation.segmentation import segment as run
 
-    with resumable(out), EpochProgress(config.epochs) as progress:
+    with run_progress(out, config.epochs, err=True) as report:
         scores = run(
-            PatchDataset.open(data),
+            data,
             encoder,
             out,
             config,
             name=encoder_name,
             from_scratch=from_scratch,
             resources=resources,
-            fault_tolerance=build_fault_tolerance(max_failures),
+            fault_tolerance=fault_tolerance,
             address=address,
-            progress=progress.update,
+            progress=report,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
-    if not progress.was_updated:
-        typer.echo(f"{out} was finished before: {config.epochs} epochs.", err=True)
     if as_json:
         print_json(scores)
     else:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,21 +46,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QueuedTrial:
-    """A stored trial that is to be run.
+    """A stored trial that is to be run."""
 
-    Args:
-        study: its Optuna study, one of the three.
-        number: Optuna's, within that study.
-        trial_spec: what the trial's process is told.
-        params: searched parameters, to show.
-        is_resumed: whether it ran before, in a process that died or stopped.
-    """
-
-    study: optuna.Study
-    number: int
-    trial_spec: TrialSpec
-    params: Mapping[str, Any]
-    is_resumed: bool = False
+    study: optuna.Study  # one of the three
+    number: int  # Optuna's, within that study
+    trial_spec: TrialSpec  # what the trial's process is told
+    params: Mapping[str, Any]  # searched parameters, to show
+    is_resumed: bool  # whether it ran before, in a process that died or stopped
 
 
 class TrialQueue:
@@ -67,7 +60,6 @@ class TrialQueue:
 
     Attributes:
         search, baselines, confirmation: the Optuna studies; no confirmation in a search.
-        busy: the trials that are being run, as (name of the Optuna study, number).
     """
 
     def __init__(
@@ -83,12 +75,9 @@ class TrialQueue:
         """Read what is stored; nothing is written yet.
 
         Args:
-            store: of the study.
-            config: of the study.
             data: patch dataset that trials train on.
             eval_data: another one that scores them.
             suggest_ahead: how many suggestions are made while trials run.
-            phase: what to run.
         """
         self._store = store
         self._config = config
@@ -107,7 +96,8 @@ class TrialQueue:
         self._sampler_thread = ThreadPoolExecutor(1, "amlp-sampler")
         # Suggestions made ahead, each with the trial number that it was made for.
         self._suggestions: list[tuple[int, Future[Suggestion | None]]] = []
-        self.busy: set[tuple[str, int]] = set()
+        # The trials that are being run, as (name of the Optuna study, number).
+        self._busy: set[tuple[str, int]] = set()
         self._interrupted: list[tuple[optuna.Study, TrialRecord]] = []
         for study in self.studies:
             for record in trial_records(study, (TrialState.RUNNING,)):
@@ -118,14 +108,15 @@ class TrialQueue:
         """The Optuna studies that the queue serves."""
         return [self.baselines, self.search] if self.confirmation is None else [self.confirmation]
 
-    def requeue(self, study: optuna.Study, number: int) -> None:
+    def requeue(self, queued: QueuedTrial) -> None:
         """Take back a trial whose process died; it will resume from its checkpoint."""
-        self.release(study, number)
-        self._interrupted.append((study, self._store.trial(study, number)))
+        self.release(queued)
+        record = self._store.trial(queued.study, queued.number)
+        self._interrupted.append((queued.study, record))
 
-    def release(self, study: optuna.Study, number: int) -> None:
+    def release(self, queued: QueuedTrial) -> None:
         """Mark a trial as no longer run."""
-        self.busy.discard((study.study_name, number))
+        self._busy.discard((queued.study.study_name, queued.number))
 
     def close(self) -> None:
         """Stop making suggestions ahead."""
@@ -152,15 +143,9 @@ class TrialQueue:
     # Baselines and confirmation
 
     def _missing_baselines(self) -> list[tuple[BaselinePlan, int]]:
-        records = trial_records(self.baselines)
-        stored = {(record.baseline, record.repeat) for record in records}
-        plans = baseline_plans(self._config)
-        missing = []
-        for repeat in range(self._config.baseline_seeds):
-            for plan in plans:
-                if (plan.name, repeat) not in stored:
-                    missing.append((plan, repeat))
-        return missing
+        stored = {(record.baseline, record.repeat) for record in trial_records(self.baselines)}
+        pairs = product(range(self._config.baseline_seeds), baseline_plans(self._config))
+        return [(plan, repeat) for repeat, plan in pairs if (plan.name, repeat) not in stored]
 
     def _next_baseline(self) -> QueuedTrial | None:
         while self._baselines_left:
@@ -176,8 +161,7 @@ class TrialQueue:
         return None
 
     def _next_confirmation(self, study: optuna.Study) -> QueuedTrial | None:
-        records = trial_records(study)
-        stored = {(record.candidate, record.repeat) for record in records}
+        stored = {(record.candidate, record.repeat) for record in trial_records(study)}
         for repeat in range(self._config.confirm.seeds):
             for candidate in confirmation_plan(self._store, self._config):
                 if (candidate.name, repeat) in stored:
@@ -211,18 +195,16 @@ class TrialQueue:
                     self.search,
                     params=step.params,
                     distributions=step.distributions,
-                    attributes=TrialAttributes(
-                        generation=step.generation, member=step.member, parent=step.parent
-                    ),
+                    attributes=step.attributes,
                 )
-            elif enqueued := _first_waiting(changed):
-                queued = self._start_enqueued(enqueued, trials)
+            elif waiting := [record for record in changed if record.state == TrialState.WAITING]:
+                queued = self._start_enqueued(waiting[0], trials)
             else:
                 suggestion = self._next_suggestion(trials)
                 if suggestion == "wait":
                     return "wait"
                 if suggestion is None:
-                    if self.busy:
+                    if self._busy:
                         return "wait"  # what runs now may fail, which frees its parameters
                     logger.info("every combination of the search space was tried")
                     return None
@@ -237,15 +219,10 @@ class TrialQueue:
 
     def _count_started(self, changed: list[TrialRecord]) -> int:
         """Count the trials that use up the budget, from those that may have changed."""
-        running = 0
-        for record in changed:
-            if not record.counts_in_budget:
-                continue
-            if record.is_finished:
-                self._n_ended += 1
-            else:
-                running += 1
-        return self._n_ended + running
+        counted = [record for record in changed if record.counts_in_budget]
+        n_running = sum(not record.is_finished for record in counted)
+        self._n_ended += len(counted) - n_running
+        return self._n_ended + n_running
 
     def _next_suggestion(self, trials: list[FrozenTrial]) -> Suggestion | Wait | None:
         """Return the next suggestion, made ahead if `sampler.suggest_ahead` allows it."""
@@ -261,7 +238,7 @@ class TrialQueue:
         if not self._suggestions:
             self._suggest_in_thread(number, trials)
         _, future = self._suggestions[0]
-        if not future.done() and self.busy:
+        if not future.done() and self._busy:
             return "wait"  # trials that report must not wait for a suggestion
         suggestion = future.result()
         self._suggestions.pop(0)
@@ -294,8 +271,7 @@ class TrialQueue:
             self._fail(self.search, number, str(error))
             return None
         if suggestion is None:
-            reason = "what was enqueued leaves nothing of the space to try"
-            self._fail(self.search, number, reason)
+            self._fail(self.search, number, "what was enqueued leaves nothing of the space to try")
             return None
         if isinstance(suggestion, Duplicate):
             original = TrialRecord.from_frozen(trials[suggestion.number])
@@ -316,11 +292,8 @@ class TrialQueue:
             self._store.report(study, number, epoch, value)
         self._store.set_attrs(study, number, copy_of=original.number)
         self._store.finish(study, number, original.state, original.values)
-        logger.info(
-            "trial %d has the settings of trial %d; answered from the store",
-            number,
-            original.number,
-        )
+        message = "trial %d has the settings of trial %d; answered from the store"
+        logger.info(message, number, original.number)
 
     # Storing
 
@@ -352,7 +325,7 @@ class TrialQueue:
             # One combination of many is not allowed; the study continues without it.
             self._fail(study, record.number, str(error))
             return None
-        self.busy.add((study.study_name, record.number))
+        self._busy.add((study.study_name, record.number))
         return QueuedTrial(study, record.number, trial_spec, record.params, is_resumed)
 
     def _fail(self, study: optuna.Study, number: int, reason: str) -> None:
@@ -371,8 +344,7 @@ class TrialQueue:
 
     def _baseline_spec(self, record: TrialRecord) -> TrialSpec:
         plans = {plan.name: plan for plan in baseline_plans(self._config)}
-        plan = plans.get(record.baseline or "")
-        if plan is None:
+        if (plan := plans.get(record.baseline or "")) is None:
             raise ConfigError(
                 f"it was interrupted, and baselines does not name {record.baseline} any more."
             )
@@ -382,11 +354,9 @@ class TrialQueue:
         return self._make_spec("baseline", record, label, config)
 
     def _confirmation_spec(self, record: TrialRecord) -> TrialSpec:
-        candidates = {
-            candidate.name: candidate for candidate in confirmation_plan(self._store, self._config)
-        }
-        candidate = candidates.get(record.candidate or "")
-        if candidate is None:
+        plan = confirmation_plan(self._store, self._config)
+        candidates = {candidate.name: candidate for candidate in plan}
+        if (candidate := candidates.get(record.candidate or "")) is None:
             raise ConfigError(
                 f"it was interrupted, and {record.candidate} is not confirmed any more."
             )
@@ -402,16 +372,16 @@ class TrialQueue:
         number = record.number
         until = None
         fork = None
-        if self._population is not None:
+        if self._population is None:
+            values = self._suggester.config_of(record.params)
+            seed = derived_seed(self._config.seed, "trial", number)
+        else:
             step = self._population.step_of(self.search.get_trials(deepcopy=False), number)
             values = step.values
             seed = step.seed
             until = step.until
             if step.parent is not None:
                 fork = self._store.trial_folder(step.parent)
-        else:
-            values = self._suggester.config_of(record.params)
-            seed = derived_seed(self._config.seed, "trial", number)
         config = with_schedule(self._config.trial(values, seed=seed), self._config.pruner)
         return self._make_spec("search", record, f"trial {number}", config, until=until, fork=fork)
 
@@ -449,10 +419,3 @@ class TrialQueue:
         if until is not None:
             return (until,)
         return rung_epochs(config.epochs, self._config.pruner)
-
-
-def _first_waiting(records: list[TrialRecord]) -> TrialRecord | None:
-    for record in records:
-        if record.state == TrialState.WAITING:
-            return record
-    return None

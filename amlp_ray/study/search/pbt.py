@@ -35,7 +35,12 @@ from amlp_ray.config.study import COST_OBJECTIVES
 from amlp_ray.errors import ConfigError
 from amlp_ray.study.search_space.given_trial import GivenTrial
 from amlp_ray.study.search_space.space import SearchSpace
-from amlp_ray.study.search_space.validate import PBT_RATIO, check_space
+from amlp_ray.study.search_space.validate import (
+    PBT_RATIO,
+    check_space,
+    raise_if_any,
+    without_pbt_ratio,
+)
 from amlp_ray.study.seeds import derived_seed
 from amlp_ray.study.storage.trial_record import TrialAttributes, TrialRecord
 from amlp_ray.training.checkpoint.restore import HEAD_WEIGHTS, PERTURBABLE
@@ -75,20 +80,13 @@ class Population:
     """Decides steps from stored trials; those that are no steps are ignored."""
 
     def __init__(self, config: StudyConfig) -> None:
-        """Set up a population.
-
-        Args:
-            config: of a study that `check_population` accepts.
-        """
+        """Set up the population of a study that `check_population` accepts."""
         self.config = config
         self.sampler = config.sampler
         ratio = config.space[PBT_RATIO]  # type: ignore[index]  # declared: see `check_population`
         assert isinstance(ratio, Range)
-        self._search_space = SearchSpace(without_ratio(config))
-        self._ranges: dict[str, Range | Choice] = {
-            PBT_RATIO: ratio,
-            **self._search_space.parameters,
-        }
+        self._search_space = SearchSpace(without_pbt_ratio(config))
+        self._ranges = {PBT_RATIO: ratio, **self._search_space.parameters}
         self._ratio = FloatDistribution(ratio.low, ratio.high, log=ratio.log, step=ratio.step)
         self.epochs = config.trial({}, seed=0).epochs
         self.generations = math.ceil(self.epochs / self.sampler.interval)
@@ -127,12 +125,8 @@ class Population:
 
         Run without the parent, its values give the whole lineage at once: the learned schedule,
         and the last values of other parameters.
-
-        Args:
-            trials: of the search.
-            number: of the trial.
         """
-        trial = _by_number(trials)[number]
+        trial = _line(trials, number)[-1]
         return self._step(trials, trial.generation, trial.member, trial.parent, trial.params)
 
     def last_epoch(self, generation: int) -> int:
@@ -160,11 +154,9 @@ class Population:
         return self._step(trials, generation, member, parent.number, params)
 
     def _rank(self, ended: Sequence[TrialRecord]) -> tuple[list[TrialRecord], set[int]]:
-        """Rank the members of a generation.
+        """Return the members to be copied, best first, and the numbers of those to be replaced.
 
-        Returns:
-            The members to be copied, best first, and the numbers of those that are replaced:
-            failed ones first, as many as are copied.
+        As many are replaced as are copied, failed ones first.
         """
         scored = [trial for trial in ended if trial.value is not None]
         ranked = sorted(scored, key=lambda trial: (-(trial.value or 0.0), trial.member))
@@ -197,9 +189,7 @@ class Population:
         parent: int | None,
         params: Mapping[str, Any],
     ) -> PbtStep:
-        numbered = _by_number(trials)
-        ancestors = [] if parent is None else lineage(trials, parent)
-        levels = [numbered[number].params[PBT_RATIO] for number in ancestors]
+        levels = [ancestor.params[PBT_RATIO] for ancestor in _line(trials, parent)]
         levels.append(params[PBT_RATIO])
         # A step covers the shares of training between its parent's end and its own. Later points
         # change nothing before, so steps one after another equal one run of the last schedule.
@@ -225,21 +215,13 @@ class Population:
 
 def lineage(trials: Sequence[FrozenTrial], number: int) -> list[int]:
     """Return the numbers of the trials that a trial went through, itself last."""
-    numbered = _by_number(trials)
-    line = [number]
-    while (parent := numbered[line[0]].parent) is not None:
-        line.insert(0, parent)
-    return line
+    return [trial.number for trial in _line(trials, number)]
 
 
 def learned_schedule(
     config: StudyConfig, trials: Sequence[FrozenTrial], number: int
 ) -> tuple[tuple[float, float], ...]:
-    """Return the schedule that a trial has run, for `ratio.points`.
-
-    Returns:
-        Points (share of training, masking ratio).
-    """
+    """Return the schedule that a trial has run as points (share of training, masking ratio)."""
     points = Population(config).step_of(trials, number).values[PBT_RATIO]
     return tuple((share, level) for share, level in points)
 
@@ -256,13 +238,6 @@ def members(trials: Sequence[FrozenTrial]) -> list[TrialRecord]:
     return [record for record in records if record.is_pbt_step]
 
 
-def without_ratio(config: StudyConfig) -> StudyConfig:
-    """Return the study without the schedule, so that its space has settings only."""
-    space = config.space if isinstance(config.space, dict) else {}
-    settings = {name: parameter for name, parameter in space.items() if name != PBT_RATIO}
-    return config.model_copy(update={"space": settings})
-
-
 def check_population(config: StudyConfig) -> None:
     """Check a study of population-based training, its space included.
 
@@ -274,10 +249,8 @@ def check_population(config: StudyConfig) -> None:
             "space: sampler pbt needs a declared space, not a function; write its ranges out.",
             keys=["space"],
         )
-    issues = [*_space_issues(config.space), *_study_issues(config)]
-    if issues:
-        raise ConfigError(*[issue.text for issue in issues], keys=[issue.key for issue in issues])
-    check_space(without_ratio(config))
+    raise_if_any([*_space_issues(config.space), *_study_issues(config)])
+    check_space(without_pbt_ratio(config))
 
 
 def _space_issues(space: Mapping[str, Parameter]) -> Iterator[ConfigIssue]:
@@ -353,8 +326,14 @@ def _by_member(trials: Sequence[FrozenTrial]) -> dict[tuple[int, int], TrialReco
     return {(trial.generation, trial.member): trial for trial in steps}
 
 
-def _by_number(trials: Sequence[FrozenTrial]) -> dict[int, TrialRecord]:
-    return {trial.number: TrialRecord.from_frozen(trial) for trial in trials}
+def _line(trials: Sequence[FrozenTrial], number: int | None) -> list[TrialRecord]:
+    """Return a trial after those that it went through; nothing for None."""
+    records = {trial.number: TrialRecord.from_frozen(trial) for trial in trials}
+    line: list[TrialRecord] = []
+    while number is not None:
+        line.insert(0, records[number])
+        number = records[number].parent
+    return line
 
 
 # The position of a value in its range is from 0 to 1, on a logarithmic scale if it is declared.
@@ -394,14 +373,9 @@ def _position_of(parameter: Range | Choice, value: Any) -> float:
 
 
 def _perturb(parameter: Range | Choice, value: Any, distance: float, rng: random.Random) -> Scalar:
-    """Move a value at random.
+    """Move a value at random by at most `distance`, a share of its range.
 
-    Args:
-        parameter: its range.
-        value: before.
-        distance: share of the range that it moves at most. On a grid it moves at least so far that
-            both neighbors can be reached.
-        rng: source of randomness.
+    On a grid both neighbors can always be reached.
     """
     grid = _grid(parameter)
     reach = max(distance, 1.5 / len(grid)) if grid else distance
@@ -410,7 +384,7 @@ def _perturb(parameter: Range | Choice, value: Any, distance: float, rng: random
 
 
 def _lowest(parameter: Parameter) -> float:
-    values: list[Any] = [getattr(parameter, "low", math.inf)]
-    if isinstance(parameter, Choice):
-        values = parameter.choices
-    return min((value for value in values if isinstance(value, int | float)), default=math.inf)
+    if isinstance(parameter, Range):
+        return parameter.low
+    choices = parameter.choices if isinstance(parameter, Choice) else []
+    return min((value for value in choices if isinstance(value, int | float)), default=math.inf)

@@ -11,7 +11,9 @@ import json
 import math
 import warnings
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -97,10 +99,7 @@ class Pruning:
         self._images = images
         self._pruner = make_pruner(config.pruner)
         self._space = SearchSpace(config)
-        self._direction: str = "maximize"
-        for objective, direction in config.objectives.items():
-            if objective == config.metric:
-                self._direction = direction
+        self._direction = dict(config.objectives).get(config.metric, "maximize")
         self._default_epochs = config.trial({}, seed=0).epochs
         self._studies: dict[int, InMemoryStudy] = {}  # by bracket
         self._delta = TrialDelta()
@@ -109,12 +108,7 @@ class Pruning:
         self._limits: dict[int, tuple[tuple[int, ...], int]] = {}
 
     def should_prune(self, number: int, epoch: int) -> bool:
-        """Return whether to stop a trial of the search, after its score was reported.
-
-        Args:
-            number: of the trial.
-            epoch: of the rung.
-        """
+        """Return whether to stop a trial of the search, after its score was reported."""
         name = self._pruner_config.name
         if name == "none":
             return False
@@ -141,12 +135,7 @@ class Pruning:
         return self._ask_pruner(number, scores)
 
     def _ask_pruner(self, number: int, scores: Mapping[int, float]) -> bool:
-        """Let the pruner judge a trial by its scores.
-
-        Args:
-            number: of the trial.
-            scores: by index of the rung, the last of which is judged.
-        """
+        """Let the pruner judge a trial by its scores, by index of the rung, at the last of them."""
         bracket = self._bracket(number)
         last = max(scores)
         if last < bracket:  # the bracket exempts the rung
@@ -175,11 +164,6 @@ class Pruning:
             self._limits[trial.number] = rungs, first
         return self._limits[trial.number]
 
-    def _scores_by_rung(self, trial: TrialRecord) -> dict[int, float]:
-        """Return the scores of a trial by index of the rung."""
-        rungs = self._rungs_by_params(trial)
-        return {rungs.index(epoch): v for epoch, v in trial.rungs.items() if epoch in rungs}
-
     def _rungs_by_params(self, trial: TrialRecord) -> tuple[int, ...]:
         epochs = int(trial.params.get("epochs", self._default_epochs))
         return rung_epochs(epochs, self._pruner_config)
@@ -204,11 +188,9 @@ class Pruning:
     def _show(self, trial: TrialRecord) -> None:
         """Let the pruner compare others with a trial."""
         bracket = self._bracket(trial.number)
-        scores = self._scores_by_rung(trial)
-        completed = {}
-        for rung, value in scores.items():
-            if rung >= bracket:
-                completed[_completed_rung(rung - bracket)] = value
+        rungs = self._rungs_by_params(trial)
+        scores = {rungs.index(epoch): v for epoch, v in trial.rungs.items() if epoch in rungs}
+        completed = {_completed_rung(r - bracket): v for r, v in scores.items() if r >= bracket}
         observed = ObservedTrial(
             trial.number,
             trial.state,
@@ -237,9 +219,8 @@ class Pruning:
         config = self._pruner_config
         if config.name != "hyperband":
             return 0
-        return hyperband_bracket(
-            self._config.name, number, n_rungs=config.rungs, factor=config.reduction_factor
-        )
+        factor = config.reduction_factor
+        return hyperband_bracket(self._config.name, number, n_rungs=config.rungs, factor=factor)
 
     # Wilcoxon
 
@@ -248,9 +229,9 @@ class Pruning:
         scores = self._scores_by_image(number, epoch)
         for best in self._best_first():
             rungs = self._rungs_by_params(best)
-            best_scores = {}
-            if rung < len(rungs):
-                best_scores = self._scores_by_image(best.number, rungs[rung])
+            if rung >= len(rungs):
+                continue
+            best_scores = self._scores_by_image(best.number, rungs[rung])
             images = sorted(scores.keys() & best_scores.keys())
             if images:
                 break
@@ -260,10 +241,8 @@ class Pruning:
         reference = [best_scores[image] for image in images]
         mean = sum(reference) / len(reference)
         study.add_trial(create_trial(value=mean, intermediate_values=dict(enumerate(reference))))
-        own_scores = [scores[image] for image in images]
-        trial = ObservedTrial(
-            1, TrialState.RUNNING, intermediate_values=dict(enumerate(own_scores))
-        )
+        own_scores = dict(enumerate(scores[image] for image in images))
+        trial = ObservedTrial(1, TrialState.RUNNING, intermediate_values=own_scores)
         return bool(self._pruner.prune(study, trial))
 
     def _best_first(self) -> list[TrialRecord]:
@@ -292,15 +271,10 @@ def hyperband_bracket(study: str, number: int, *, n_rungs: int, factor: int) -> 
         n_rungs: number of rungs, which is the number of brackets. The last one is never pruned.
         factor: reduction factor of the halvings.
     """
-    shares = []
-    for left in reversed(range(n_rungs)):
-        shares.append(math.ceil(n_rungs * factor**left / (left + 1)))
+    lefts = reversed(range(n_rungs))
+    shares = [math.ceil(n_rungs * factor**left / (left + 1)) for left in lefts]
     draw = zlib.crc32(f"{study}_{number}".encode()) % sum(shares)
-    for bracket, share in enumerate(shares):
-        draw -= share
-        if draw < 0:
-            return bracket
-    raise AssertionError("shares add up to more than any draw")
+    return bisect_right(list(accumulate(shares)), draw)
 
 
 def _completed_rung(rung: int) -> str:

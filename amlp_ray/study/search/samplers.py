@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from amlp_ray.config import SamplerConfig, StudyConfig
 from amlp_ray.errors import ConfigError
-from amlp_ray.study.search.in_memory_study import InMemoryStudy
+from amlp_ray.study.search_space.given_trial import GivenTrial
 from amlp_ray.study.search_space.space import SearchSpace
 from amlp_ray.study.storage.optuna_internals import FastTPESampler
 
@@ -94,7 +94,7 @@ def make_sampler(
     raise ValueError(f"{config.name} is no sampler of single trials")
 
 
-class _RelativeSampler(BaseSampler):
+class _RelativeSampler(RandomSampler):
     """A sampler of some parameters together; the others are sampled at random.
 
     Attributes:
@@ -102,8 +102,8 @@ class _RelativeSampler(BaseSampler):
     """
 
     def __init__(self, space: Distributions, seed: int) -> None:
+        super().__init__(seed)
         self._space = dict(space)
-        self._random = RandomSampler(seed)
         self.attributes: dict[str, Any] = {}
 
     def infer_relative_search_space(
@@ -111,16 +111,6 @@ class _RelativeSampler(BaseSampler):
     ) -> dict[str, BaseDistribution]:
         """Return the parameters that are sampled together."""
         return self._space
-
-    def sample_independent(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        """Sample any other parameter."""
-        return self._random.sample_independent(study, trial, param_name, param_distribution)
 
 
 class CmaEsSampler(_RelativeSampler):
@@ -261,16 +251,31 @@ def enumerate_params(space: SearchSpace) -> list[dict[str, Any]]:
     Raises:
         InfiniteSpaceError: a range has no step, or there are more than 10,000 combinations.
     """
-    study = InMemoryStudy("grid", ["maximize"])
     combinations: list[dict[str, Any]] = []
-    branch: _BranchSampler | None = _BranchSampler(())
-    while branch is not None:
-        _, trial = study.sample(0, branch, space.suggest)
-        combinations.append(dict(trial.params))
+    # Of each parameter that was asked for: the index of its value, and how many values it has.
+    indices: list[int] = []
+    counts: list[int] = []
+
+    def next_value(name: str, distribution: BaseDistribution) -> Any:
+        values = _values(name, distribution)
+        depth = len(counts)
+        counts.append(len(values))
+        if depth == len(indices):
+            indices.append(0)
+        return values[indices[depth]]
+
+    while True:
+        counts.clear()
+        trial = GivenTrial({}, fill=next_value, check=False)
+        space.suggest(trial)
+        combinations.append(trial.params)
         if len(combinations) > MAX_GRID:
             raise InfiniteSpaceError(f"there are more than {MAX_GRID:,} combinations")
-        branch = branch.next()
-    return combinations
+        while indices and indices[-1] + 1 == counts[len(indices) - 1]:
+            indices.pop()
+        if not indices:
+            return combinations
+        indices[-1] += 1
 
 
 def check_sampler(config: StudyConfig) -> None:
@@ -301,56 +306,14 @@ def check_sampler(config: StudyConfig) -> None:
             )
 
 
-class _BranchSampler(BaseSampler):
-    """Follow one branch of the tree of combinations: the given values, then first ones."""
-
-    def __init__(self, indices: Sequence[int]) -> None:
-        self._indices = indices
-        self._taken: list[tuple[int, int]] = []  # of each parameter: which value of how many
-
-    def infer_relative_search_space(
-        self, study: Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        """Return nothing: parameters are sampled one by one."""
-        return {}
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: Distributions
-    ) -> dict[str, Any]:
-        """Sample nothing."""
-        return {}
-
-    def sample_independent(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        """Return the next value of the branch."""
-        values = list(_values(param_name, param_distribution))
-        depth = len(self._taken)
-        index = self._indices[depth] if depth < len(self._indices) else 0
-        self._taken.append((index, len(values)))
-        return values[index]
-
-    def next(self) -> _BranchSampler | None:
-        """Return the next branch, or None after the last."""
-        for depth in reversed(range(len(self._taken))):
-            index, count = self._taken[depth]
-            if index + 1 < count:
-                return _BranchSampler([i for i, _ in self._taken[:depth]] + [index + 1])
-        return None
-
-
-def _values(name: str, d: Any) -> Iterator[Any]:
+def _values(name: str, d: Any) -> Sequence[Any]:
     if isinstance(d, CategoricalDistribution):
-        yield from d.choices
-        return
+        return d.choices
+    if d.single():
+        return [d.low]
     if d.step is None:
         raise InfiniteSpaceError(f"{name} has no step")
     count = int((d.high - d.low) / d.step + 1e-9) + 1
     if count > MAX_GRID:
         raise InfiniteSpaceError(f"{name} alone has {count:,} values")
-    for i in range(count):
-        yield d.low + i * d.step
+    return [d.low + i * d.step for i in range(count)]

@@ -46,8 +46,8 @@ def build_study(values: Mapping[str, Any], source: str) -> StudyConfig:
         try:
             load_function(config.space, folder)
         except ConfigError as error:
-            _raise_if_any([ConfigIssue("space", str(error))], origin)
-    check_space(_without_pbt_ratio(config), origin)
+            raise_if_any([ConfigIssue("space", str(error))], origin)
+    check_space(without_pbt_ratio(config), origin)
     return config
 
 
@@ -69,7 +69,7 @@ def check_space(config: StudyConfig, source: ConfigSource | None = None) -> None
     issues: list[ConfigIssue] = []
     if isinstance(config.space, dict):
         issues = DeclaredSpace(config.space, config.require, base).issues()
-    _raise_if_any(issues or _sampled_issues(SearchSpace(config), base), source)
+    raise_if_any(issues or _sampled_issues(SearchSpace(config), base), source)
 
 
 def sample_configs(config: StudyConfig) -> list[PretrainConfig]:
@@ -78,7 +78,7 @@ def sample_configs(config: StudyConfig) -> list[PretrainConfig]:
     Raises:
         ConfigError: a combination of values is refused.
     """
-    configs, issues = _build_samples(SearchSpace(_without_pbt_ratio(config)))
+    configs, issues = _build_samples(SearchSpace(without_pbt_ratio(config)))
     if issues:
         raise ConfigSource("space").error(
             ConfigIssue(issue.key, issue.text.removeprefix("space: ")) for issue in issues
@@ -86,7 +86,8 @@ def sample_configs(config: StudyConfig) -> list[PretrainConfig]:
     return configs
 
 
-def _without_pbt_ratio(config: StudyConfig) -> StudyConfig:
+def without_pbt_ratio(config: StudyConfig) -> StudyConfig:
+    """Return a study without the schedule of sampler pbt, so that its space has settings only."""
     if config.sampler.name != "pbt" or not isinstance(config.space, dict):
         return config
     space = {name: parameter for name, parameter in config.space.items() if name != PBT_RATIO}
@@ -209,7 +210,8 @@ def _kind(text: str) -> str:
     return re.sub(r"[\d.e-]+", "", text)
 
 
-def _raise_if_any(issues: list[ConfigIssue], source: ConfigSource | None) -> None:
+def raise_if_any(issues: list[ConfigIssue], source: ConfigSource | None = None) -> None:
+    """Raise ConfigError with all issues, with file and line if their source is known."""
     if not issues:
         return
     if source is not None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from amlp_ray.config import FaultToleranceConfig, PretrainConfig, ResourceConfig, TrackingConfig
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.loading.batches import is_streamed
+from amlp_ray.data.loading.batches import resolve_mode
 from amlp_ray.data.path import DataPath
 from amlp_ray.launch.job import claim, is_finished, open_eval_data, run_job
 from amlp_ray.launch.run_spec import RunSpec
@@ -81,7 +82,10 @@ def pretrain_dataset(
         # Before Ray starts: a folder of another run is refused at once.
         claim(run_spec, dataset, opened_eval_data)
         if run_spec.resources.is_single_worker and address is None:
-            _run_in_this_process(run_spec, dataset, report)
+            # A stream needs Ray. Its reading tasks share the machine's cores with this process.
+            mode = resolve_mode(dataset, "train", run_spec.config.data)
+            with ray_session() if mode == "stream" else nullcontext():
+                run_here(run_spec, Hooks(report=report))
         elif not is_finished(run_spec):
             with ray_session(address):
                 jobs_side_by_side(run_spec.resources, cluster_resources())
@@ -108,15 +112,6 @@ def _check(run_spec: RunSpec, dataset: PatchDataset, address: str | None) -> Non
         read_pretrained_config(config.weights, config.model.encoder)
 
 
-def _run_in_this_process(
-    run_spec: RunSpec, dataset: PatchDataset, report: Callable[[Metrics], None]
-) -> None:
-    # A stream needs Ray. Its reading tasks share the machine's cores with this process.
-    is_stream = is_streamed(dataset, "train", run_spec.config.data)
-    with ray_session() if is_stream else nullcontext():
-        run_here(run_spec, Hooks(report=report))
-
-
 def run_here(run_spec: RunSpec, hooks: Hooks | None = None) -> PretrainResult:
     """Run a pretraining in this process, on its GPU if it has one."""
     return run_job(run_spec, hooks or Hooks(), this_process())
@@ -135,7 +130,6 @@ def run_on_ray(
     group, which continues from the folder's checkpoint.
 
     Args:
-        run_spec: what to run.
         name: of the group, for Ray's dashboard.
         should_stop: asked by the first worker after each epoch; must be picklable.
         report: called in this thread with the metrics of every new epoch, shortly after it ended.
@@ -162,6 +156,5 @@ def _run_worker(run_spec: RunSpec, should_stop: ShouldStop | None, worker: Worke
     if not worker.is_first:
         run_job(run_spec, hooks, worker)
         return
-    with TrialGauges(run_spec.study, run_spec.label) as gauges:
-        hooks = Hooks(report=gauges.update, should_stop=hooks.should_stop)
-        run_job(run_spec, hooks, worker)
+    with closing(TrialGauges(run_spec.study, run_spec.label)) as gauges:
+        run_job(run_spec, replace(hooks, report=gauges.update), worker)

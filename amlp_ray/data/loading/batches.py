@@ -1,7 +1,7 @@
 """Yield the batches of a training loop, from a mapped cache file or from a Ray Data stream.
 
-Batches stay on the CPU with pixels as stored, because uint8 goes to the device at a quarter of the
-cost of float. The trainer normalizes and crops on the device.
+Batches stay on the CPU with pixels as stored: uint8 goes to the device at a quarter of the cost of
+float. The trainer normalizes and crops there.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def open_batches(
     order = Order.from_manifest(
         dataset.manifest, split, batch_size=batch_size, seed=seed, world=world
     )
-    if is_streamed(dataset, split, mode):
+    if resolve_mode(dataset, split, mode) == "stream":
         return StreamBatches(dataset, split, order, rank=rank, epochs=epochs)
     return MappedBatches(open_cached_split(dataset, split), dataset.spec, order, rank=rank)
 
@@ -98,11 +98,6 @@ def resolve_mode(dataset: PatchDataset, split: str, mode: Mode) -> Literal["mapp
         return mode
     can_map = is_cached(dataset, split) or has_room(dataset, split)
     return "mapped" if can_map else "stream"
-
-
-def is_streamed(dataset: PatchDataset, split: str, mode: Mode) -> bool:
-    """Return whether batches of a split come from a Ray Data stream."""
-    return resolve_mode(dataset, split, mode) == "stream"
 
 
 class ExampleBatches:
@@ -165,15 +160,7 @@ class StreamBatches:
         rank: int = 0,
         epochs: int | None = None,
     ) -> None:
-        """Describe the stream; reading starts with the first epoch.
-
-        Args:
-            dataset: the patch dataset.
-            split: train, val or test.
-            order: the order of the images.
-            rank: number of this worker, from 0.
-            epochs: the last epoch that will be read.
-        """
+        """Describe the stream; reading starts with the first epoch and ends with epoch `epochs`."""
         from amlp_ray.data.loading.ray_stream import BLOCK_BYTES, SplitSource
 
         self.spec = dataset.spec
@@ -192,11 +179,9 @@ class StreamBatches:
         Raises:
             DataError: a part is damaged.
         """
-        running = self._running
+        next_epoch, batches = self._running or (None, None)
         self._running = None
-        if running is not None and running[0] == epoch:
-            batches = running[1]
-        else:
+        if batches is None or next_epoch != epoch:
             batches = _stream_batches(self._source, epoch, self._last_epoch)
         for step, batch in enumerate(batches, 1):
             is_last = step == self.steps_per_epoch

@@ -46,13 +46,11 @@ class CachedSplit:
         count = dataset.count(split)
         # The mapping duplicates the descriptor, so the shared lock of `file` lives as long as it.
         self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        pixels = np.frombuffer(
-            self._mapping, dataset.manifest.dtype, count * math.prod(dataset.shape)
-        )
+        num_values = count * math.prod(dataset.shape)
+        pixels = np.frombuffer(self._mapping, dataset.manifest.dtype, num_values)
         self.images = pixels.reshape(count, *dataset.shape)  # (N, C, H, W)
-        self.keys = np.frombuffer(
-            self._mapping, np.int64, count, _keys_offset(dataset, split)
-        )  # (N,)
+        offset = _keys_offset(dataset, split)
+        self.keys = np.frombuffer(self._mapping, np.int64, count, offset)  # (N,)
 
     def prefetch(self, start: int, rows: int) -> None:
         """Let the system read `rows` images from disk in the background, from `start` on."""

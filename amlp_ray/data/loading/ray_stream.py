@@ -1,8 +1,7 @@
 """Stream the images of a split with Ray Data, in a repeatable order. Imported where Ray is used.
 
-One Ray Data execution serves many epochs. Its tasks read an epoch each, one after the other.
-Starting an execution takes a second and more. The next epoch takes none of it, because its task
-starts while the last batches of the epoch before still wait.
+One Ray Data execution serves many epochs, because starting one takes a second and more. Its tasks
+read an epoch each. The next task starts while the last batches of the epoch before still wait.
 """
 
 from __future__ import annotations
@@ -75,27 +74,25 @@ def read_epoch(source: SplitSource, epoch: int) -> Iterator[pa.Table]:
     last_block = dict(zip(plan.groups.tolist(), plan.last_block.tolist(), strict=True))
     paths = [DataPath(file) for file in source.files]
     threads = LOCAL_THREADS if all(path.is_local for path in paths) else REMOTE_THREADS
-    pending: dict[int, Future[_GroupContent]] = {}
-    loaded: dict[int, _GroupContent] = {}
+    groups: dict[int, Future[_GroupContent]] = {}
     with ThreadPoolExecutor(threads) as pool:
         try:
             upcoming = reads_to_start(plan.first_block, num_blocks, threads)
             for block, positions in enumerate(upcoming):
                 for group in plan.groups[positions].tolist():
-                    pending[group] = pool.submit(_read_row_group, source, paths, group)
+                    groups[group] = pool.submit(_read_row_group, source, paths, group)
                 in_block = slice(block * block_rows, (block + 1) * block_rows)
                 block_groups = row_group[in_block]
                 images = np.empty((len(block_groups), source.image_bytes), np.uint8)
                 keys = np.empty(len(block_groups), np.int64)
                 for group in np.unique(block_groups).tolist():
-                    if group not in loaded:
-                        loaded[group] = pending.pop(group).result()
+                    content = groups[group].result()
                     targets = np.flatnonzero(block_groups == group)
                     sources = rows[in_block][targets] - order.row_groups[group].start
-                    images[targets] = loaded[group].images[sources]
-                    keys[targets] = loaded[group].keys[sources]
+                    images[targets] = content.images[sources]
+                    keys[targets] = content.keys[sources]
                     if last_block[group] == block:
-                        del loaded[group]
+                        del groups[group], content
                 yield _to_table(images, keys)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -104,9 +101,8 @@ def read_epoch(source: SplitSource, epoch: int) -> Iterator[pa.Table]:
 def _to_table(images: np.ndarray, keys: np.ndarray) -> pa.Table:
     """Wrap images (N, bytes) and keys (N,) without a copy."""
     count, size = images.shape
-    column = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(size), count, [None, pa.py_buffer(images)]
-    )
+    buffers = [None, pa.py_buffer(images)]
+    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), count, buffers)
     return pa.table({"image": column, "key": pa.array(keys)})
 
 

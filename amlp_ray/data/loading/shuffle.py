@@ -73,47 +73,6 @@ def worker_share(batch_size: int, rank: int, world: int) -> slice:
     return slice(rank * batch_size // world, (rank + 1) * batch_size // world)
 
 
-def epoch_order(
-    group_rows: np.ndarray, *, batch_size: int, lanes: int, window: int, seed: int, epoch: int
-) -> np.ndarray:
-    """Draw the rows of the global batches of an epoch.
-
-    Args:
-        group_rows: (G,) rows of each row group, in stored order.
-        batch_size: images of a global batch.
-        lanes: a divisor of `batch_size`; 0 permutes the split as a whole.
-        window: rows of a lane that are shuffled among each other.
-        seed: seed of the run.
-        epoch: number of the epoch, from 1.
-
-    Returns:
-        (steps, batch_size) int64.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    count = int(group_rows.sum())
-    steps = max(1, count // batch_size)
-    if not lanes:
-        order = rng.permutation(count)
-        # Repeats rows only if the split is smaller than a batch.
-        order = np.resize(order, max(count, batch_size))
-        return order[: steps * batch_size].reshape(steps, batch_size)
-    starts = np.cumsum(group_rows) - group_rows
-    permuted = rng.permutation(len(group_rows))
-    sizes = group_rows[permuted]
-    # Rows of the permuted groups, end to end: the start of each row's group plus its offset there.
-    group_offsets = np.cumsum(sizes) - sizes
-    order = np.arange(count) + np.repeat(starts[permuted] - group_offsets, sizes)
-    piece = batch_size // lanes
-    lane_rows = order[: steps * batch_size].reshape(lanes, steps * piece)
-    for lane, rows in enumerate(lane_rows):
-        # Lanes reach their next window one after another, so a reader reads at an even pace.
-        edges = range(window * (lane + 1) // lanes, len(rows), window)
-        for begin, end in pairwise([0, *edges, len(rows)]):
-            rng.shuffle(rows[begin:end])
-    pieces = lane_rows.reshape(lanes, steps, piece)
-    return pieces.transpose(1, 0, 2).reshape(steps, batch_size)
-
-
 class ReadPlan(NamedTuple):
     """When each row group is needed by images that are taken in blocks."""
 
@@ -159,15 +118,28 @@ class Order:
         return max(1, int(self.group_rows.sum()) // self.batch_size)
 
     def epoch_rows(self, epoch: int) -> np.ndarray:
-        """Return the rows of the global batches of an epoch, from 1: (steps, batch_size) int64."""
-        return epoch_order(
-            self.group_rows,
-            batch_size=self.batch_size,
-            lanes=self.lanes,
-            window=self.window,
-            seed=self.seed,
-            epoch=epoch,
-        )
+        """Draw the rows of the global batches of an epoch, from 1: (steps, batch_size) int64."""
+        rng = np.random.default_rng([self.seed, epoch])
+        count = int(self.group_rows.sum())
+        num_rows = self.steps * self.batch_size
+        if not self.lanes:
+            # Repeats rows only if the split is smaller than a batch.
+            order = np.resize(rng.permutation(count), num_rows)
+            return order.reshape(self.steps, self.batch_size)
+        starts = np.cumsum(self.group_rows) - self.group_rows
+        permuted = rng.permutation(len(self.group_rows))
+        sizes = self.group_rows[permuted]
+        # Rows of the permuted groups, end to end: the start of each row's group plus its offset.
+        group_offsets = np.cumsum(sizes) - sizes
+        order = np.arange(count) + np.repeat(starts[permuted] - group_offsets, sizes)
+        lane_rows = order[:num_rows].reshape(self.lanes, -1)
+        for lane, rows in enumerate(lane_rows):
+            # Lanes reach their next window one after another, so a reader reads at an even pace.
+            edges = range(self.window * (lane + 1) // self.lanes, len(rows), self.window)
+            for begin, end in pairwise([0, *edges, len(rows)]):
+                rng.shuffle(rows[begin:end])
+        pieces = lane_rows.reshape(self.lanes, self.steps, -1)
+        return pieces.transpose(1, 0, 2).reshape(self.steps, self.batch_size)
 
     def worker_rows(self, epoch: int, rank: int) -> np.ndarray:
         """Return the rows that one worker takes of each batch: (steps, its share of a batch)."""

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
+import torch
+
 from amlp_ray.data.loading.batches import Batches
 from amlp_ray.data.loading.prefetch import prefetched
 
@@ -54,14 +56,8 @@ def measure_throughput(
         if first is None or time.perf_counter() - first > seconds:
             break
     assert first is not None, "an epoch has at least one batch"
-    _wait_for_device(device)
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
     elapsed = max(1e-9, time.perf_counter() - first)
     restart = statistics.median(restarts) if restarts else None
     return Throughput(first - started, images / elapsed, restart)
-
-
-def _wait_for_device(device: str) -> None:
-    if device.startswith("cuda"):
-        import torch
-
-        torch.cuda.synchronize()

@@ -23,7 +23,6 @@ from amlp_ray.data.loading.batches import (
     MappedBatches,
     Mode,
     StreamBatches,
-    is_streamed,
     open_batches,
     resolve_mode,
 )
@@ -279,10 +278,8 @@ def test_auto_maps_if_the_disk_has_room_or_the_cache_holds_the_split(
     monkeypatch.setattr(cache, "MAX_DISK_SHARE", 0.0)
     assert resolve_mode(dataset, "train", "auto") == "stream"
     assert resolve_mode(dataset, "train", "mapped") == "mapped"
-    assert is_streamed(dataset, "train", "auto")
     open_batches(dataset, batch_size=4, seed=0, mode="mapped")
     assert resolve_mode(dataset, "train", "auto") == "mapped"
-    assert not is_streamed(dataset, "train", "auto")
 
 
 def test_example_batches_open_nothing(tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ from amlp_ray.data.loading.prefetch import prefetched, read_ahead
 
 
 def threads() -> int:
-    return sum(thread.name == "amlp-prefetch" for thread in threading.enumerate())
+    return sum(thread.name.startswith("amlp-prefetch") for thread in threading.enumerate())
 
 
 def test_items_come_in_order_prepared_by_another_thread() -> None:
     seen: list[tuple[int, str]] = list(
         read_ahead(range(20), lambda number: (number, threading.current_thread().name), depth=2)
     )
-    assert seen == [(number, "amlp-prefetch") for number in range(20)]
+    assert seen == [(number, "amlp-prefetch_0") for number in range(20)]
     assert threads() == 0
 
 
@@ -61,7 +61,7 @@ def test_leaving_early_ends_the_thread_and_closes_what_it_read() -> None:
     ready = read_ahead(source(), lambda number: number, depth=2)
     assert next(ready) == 1
     ready.close()
-    assert closed == ["amlp-prefetch"]
+    assert closed == ["amlp-prefetch_0"]
     assert threads() == 0
 
 

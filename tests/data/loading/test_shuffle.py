@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from amlp_ray.data.loading.shuffle import (
     Order,
     RowGroup,
-    epoch_order,
     num_lanes,
     reads_to_start,
 )
@@ -32,9 +31,9 @@ def large(
 
 
 def test_a_small_split_is_permuted_as_it_always_was() -> None:
-    order = epoch_order(np.array([10, 10, 3]), batch_size=4, lanes=0, window=1, seed=5, epoch=2)
+    order = Order(row_groups(10, 10, 3), 4, world=1, lanes=0, window=1, seed=5).epoch_rows(2)
     assert order.ravel().tolist() == np.random.default_rng([5, 2]).permutation(23)[:20].tolist()
-    short = epoch_order(np.array([3]), batch_size=8, lanes=0, window=1, seed=5, epoch=2)
+    short = Order(row_groups(3), 8, world=1, lanes=0, window=1, seed=5).epoch_rows(2)
     assert short.shape == (1, 8)
     assert (
         short.ravel().tolist()

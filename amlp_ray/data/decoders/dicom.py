@@ -19,7 +19,6 @@ from pydicom import Dataset
 
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders.dicom_pixels import (
-    MAX_EXACT,
     Header,
     Pixels,
     apply_window,
@@ -29,7 +28,7 @@ from amlp_ray.data.decoders.dicom_pixels import (
     read_header,
 )
 from amlp_ray.data.decoders.dicom_seg import SegmentationMasks, SourceSlice
-from amlp_ray.data.decoders.frame import Frame, ReadFile
+from amlp_ray.data.decoders.frame import MAX_EXACT, Frame, ReadFile
 from amlp_ray.data.decoders.intensity import percentile_range, smallest_exact, to_bytes
 from amlp_ray.data.layouts.item import SourceImage
 from amlp_ray.errors import DataError, describe_error
@@ -71,7 +70,7 @@ def read_dicom(item: SourceImage, config: PrepareConfig, read: ReadFile) -> Iter
     """
     value_range = config.window
     if config.values == "percentile":
-        value_range = _percentile_range(item, read)
+        value_range = _without_warnings(_percentile_range, item, read)
     masks = None
     if item.masks:
         masks = _without_warnings(SegmentationMasks, item.masks, config.lesion_labels, read)
@@ -178,13 +177,13 @@ def _percentile_range(item: SourceImage, read: ReadFile) -> Range:
     samples = []
     if len(item.images) > 1:
         for i in _spread(len(item.images)):
-            samples.append(_without_warnings(_read_first_frame, item.images[i], read))
+            path = item.images[i]
+            samples.append(_scanned_values(_FileFrame(load(path, read), path, 0)))
     else:
         path = item.images[0]
-        dataset = _without_warnings(load, path, read)
+        dataset = load(path, read)
         for number in _spread(frame_count(dataset)):
-            source = _FileFrame(dataset, path, number)
-            samples.append(_without_warnings(_scanned_values, source))
+            samples.append(_scanned_values(_FileFrame(dataset, path, number)))
     values = np.concatenate(samples)
     return percentile_range(values) if values.size else (0, 255)
 
@@ -193,10 +192,6 @@ def _spread(count: int) -> list[int]:
     """Return positions of at most SAMPLED_FRAMES evenly spaced ones of `count`."""
     positions = np.linspace(0, count - 1, min(count, SAMPLED_FRAMES))
     return sorted({round(position) for position in positions})
-
-
-def _read_first_frame(path: str, read: ReadFile) -> np.ndarray:
-    return _scanned_values(_FileFrame(load(path, read), path, 0))
 
 
 def _scanned_values(source: _FileFrame) -> np.ndarray:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 from pydicom import Dataset
 
-MAX_COORDINATE = 1e9  # larger numbers are nonsense
+from amlp_ray.data.layouts.dicom_headers import read_floats
+
+to_floats = partial(read_floats, limit=1e9)  # larger numbers are nonsense
 
 
 class Geometry(NamedTuple):
@@ -44,13 +47,3 @@ def frame_geometry(frame: Dataset, shared: Dataset) -> Geometry:
         orientation=to_floats(direction.get("ImageOrientationPatient"), 6),
         spacing=to_floats(pixels.get("PixelSpacing"), 2),
     )
-
-
-def to_floats(value: Any, count: int) -> tuple[float, ...] | None:
-    """Return `count` finite numbers of a header; None if it has no such."""
-    try:
-        numbers = tuple(map(float, value))
-    except (TypeError, ValueError):
-        return None
-    is_valid = len(numbers) == count and all(abs(one) < MAX_COORDINATE for one in numbers)
-    return numbers if is_valid else None

@@ -36,7 +36,6 @@ GRAY = ("MONOCHROME1", "MONOCHROME2")
 RGB = ("RGB", "YBR_RCT", "YBR_ICT")  # the JPEG 2000 kinds are RGB once decoded
 PIXEL_TAGS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 SPACING_TAGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
-MAX_EXACT = 1 << 24  # whole numbers up to this are exact in float32
 
 
 class Pixels(NamedTuple):

@@ -11,6 +11,7 @@ from amlp_ray.errors import DataError
 
 # Of stored images; each holds those before it, but int16 does not hold uint16.
 DTYPES = ("uint8", "uint16", "int16", "float32")
+MAX_EXACT = 2**24  # up to here a float32 holds every whole number
 
 ReadFile = Callable[[str], bytes]  # returns the content of a path or URI, or raises OSError
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders.coco_polygons import draw_outlines
-from amlp_ray.data.decoders.frame import DTYPES, Frame, ReadFile
+from amlp_ray.data.decoders.frame import DTYPES, MAX_EXACT, Frame, ReadFile
 from amlp_ray.data.decoders.image_file import DecodedImage, decode_image_file
 from amlp_ray.data.decoders.intensity import percentile_range, smallest_exact, to_bytes
 from amlp_ray.data.decoders.masks import select_lesion
@@ -25,7 +25,6 @@ from amlp_ray.errors import DataError
 COLORED = 32 / 255
 # Share of colored pixels up to which an image is gray: exported ultrasound has calipers and logos.
 GRAY_SHARE = 0.01
-MAX_EXACT = 2**24  # up to here a float32 holds every whole number
 LUMA = (0.299, 0.587, 0.114)  # Pillow's weights of red, green and blue
 JPEGS = ("JPEG", "MPO")
 

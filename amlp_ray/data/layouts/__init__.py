@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage, natural_key, rejected
@@ -58,7 +57,9 @@ def find_items(config: PrepareConfig, source: str | Path | DataPath) -> Listing:
             )
         raise DataError(f"There is no folder {root}; check the path.")
     layout, reason = _choose_layout(root, config)
-    listing = _find(root, layout, config)
+    # Imported on use: the DICOM reader brings packages that no other layout needs.
+    module = import_module(f"amlp_ray.data.layouts.{PRESET_OF.get(layout, layout)}")
+    listing: Listing = getattr(module, f"find_{layout}")(root, config)
     items, rejects = _drop_repeated(listing)
     if not items:
         first = f"; the first fault: {rejects[0].file} {rejects[0].reason}" if rejects else ""
@@ -84,13 +85,6 @@ def _choose_layout(root: DataPath, config: PrepareConfig) -> tuple[str, str]:
     return recognize(root)
 
 
-def _find(root: DataPath, layout: str, config: PrepareConfig) -> Listing:
-    # Imported on use: the DICOM reader brings packages that no other layout needs.
-    module = import_module(f"amlp_ray.data.layouts.{PRESET_OF.get(layout, layout)}")
-    listing: Listing = getattr(module, f"find_{layout}")(root, config)
-    return listing
-
-
 def _describe_leftovers(root: DataPath, items: list[SourceImage], listing: Listing) -> str:
     """Count the pictures that the layout has no place for; empty if there are none."""
     used_paths: set[str] = set()
@@ -112,7 +106,9 @@ def _drop_repeated(listing: Listing) -> tuple[list[SourceImage], list[RejectedFi
     """Sort items by id, and reject those that repeat an id or whose name no dataset can hold."""
     items: list[SourceImage] = []
     rejects = [file._replace(file=printable(file.file)) for file in listing.rejected]
-    for item in sorted(listing.items, key=_sort_key):
+    for item in sorted(
+        listing.items, key=lambda one: (natural_key(one.id), natural_key(one.source))
+    ):
         if items and items[-1].id == item.id:
             reason = (
                 f"has the id {item.id!r}, as {items[-1].source} has, but ids tell images apart; "
@@ -125,7 +121,3 @@ def _drop_repeated(listing: Listing) -> tuple[list[SourceImage], list[RejectedFi
         else:
             items.append(item)
     return items, rejects
-
-
-def _sort_key(item: SourceImage) -> Any:
-    return natural_key(item.id), natural_key(item.source)

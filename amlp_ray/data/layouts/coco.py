@@ -26,15 +26,7 @@ class _Drawing(NamedTuple):
 
     picture: FileName
     size: tuple[int | None, int | None]  # height and width
-    segmentations: list[Any]
-    is_complete: bool  # every lesion has an outline, and not only a box
-
-    def merge(self, other: _Drawing) -> _Drawing:
-        """Add what another file says of the picture, such as one per kind of lesion."""
-        return self._replace(
-            segmentations=self.segmentations + other.segmentations,
-            is_complete=self.is_complete and other.is_complete,
-        )
+    segmentations: list[Any]  # one per lesion; None if it has only a box
 
 
 def find_coco(root: DataPath, config: PrepareConfig) -> Listing:
@@ -52,10 +44,13 @@ def find_coco(root: DataPath, config: PrepareConfig) -> Listing:
         document = _read_document(root, file, rejects)
         if document is None:
             continue
-        reader = _DocumentReader(file, document, config.lesion_labels, rejects)
-        for drawing in reader.drawings(pictures_by_base):
-            name = drawing.picture.full
-            drawings[name] = drawings[name].merge(drawing) if name in drawings else drawing
+        labels = config.lesion_labels
+        for drawing in _read_drawings(file, document, labels, pictures_by_base, rejects):
+            # Other files add to the first one, as where there is one per kind of lesion.
+            first = drawings.setdefault(drawing.picture.full, drawing)
+            if first is not drawing:
+                union = first.segmentations + drawing.segmentations
+                drawings[drawing.picture.full] = first._replace(segmentations=union)
     if drawings:
         reason = (
             "is named in no annotation file, so nothing is known of its lesions; "
@@ -63,14 +58,14 @@ def find_coco(root: DataPath, config: PrepareConfig) -> Listing:
         )
         rejects += [rejected(p.full, reason) for p in pictures if p.full not in drawings]
     for name, drawing in drawings.items():
-        if not drawing.is_complete:
+        if None in drawing.segmentations:
             rejects.append(repaired(name, "has a box without an outline: taken as unlabelled"))
     items = [_to_item(root, drawing) for drawing in drawings.values()]
     return Listing(items, rejects)
 
 
 def _to_item(root: DataPath, drawing: _Drawing) -> SourceImage:
-    if not drawing.is_complete:
+    if None in drawing.segmentations:
         return picture_item(root, drawing.picture)
     height, width = drawing.size
     outlines = {"height": height, "width": width, "segmentations": drawing.segmentations}
@@ -103,76 +98,73 @@ def _read_document(root: DataPath, file: str, rejects: list[RejectedFile]) -> di
     return None
 
 
-class _DocumentReader:
-    """Reads one COCO file. What is wrong with it is added to `rejects`."""
+def _read_drawings(
+    file: str,
+    document: dict[str, Any],
+    lesion_labels: tuple[int, ...],
+    pictures_by_base: dict[str, list[FileName]],
+    rejects: list[RejectedFile],
+) -> Iterator[_Drawing]:
+    """Yield what a COCO file says of each picture; what is wrong with it is added to `rejects`."""
+    segmentations = _segmentations_by_image(file, document, lesion_labels, rejects)
+    for entry in document["images"]:
+        name = entry.get("file_name") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or entry.get("id") not in segmentations:
+            reason = f"has an image without id or file_name: {str(entry)[:80]}"
+            rejects.append(rejected(file, reason))
+            continue
+        matches = _match(name, file, pictures_by_base)
+        if len(matches) != 1:
+            reason = f"is named in {file}, but {_why_not_one(matches)}"
+            rejects.append(rejected(name, reason))
+            continue
+        size = (entry.get("height"), entry.get("width"))
+        yield _Drawing(matches[0], size, segmentations[entry["id"]])
 
-    def __init__(
-        self,
-        file: str,
-        document: dict[str, Any],
-        lesion_labels: tuple[int, ...],
-        rejects: list[RejectedFile],
-    ) -> None:
-        self.file = file
-        self.document = document
-        self.rejects = rejects
-        self._segmentations: dict[Any, list[Any]] = {}  # by image id
-        self._ids_with_boxes: set[Any] = set()  # images with a lesion of unknown outline
-        for entry in document["images"]:
-            if isinstance(entry, dict) and isinstance(entry.get("id"), int | str):
-                self._segmentations[entry["id"]] = []
-        stray_count = 0
-        for annotation in document["annotations"]:
-            image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
-            if not isinstance(image_id, int | str) or image_id not in self._segmentations:
-                stray_count += 1
-            elif not lesion_labels or annotation.get("category_id") in lesion_labels:
-                self._add(image_id, annotation.get("segmentation"))
-        if stray_count:
-            reason = f"has {stray_count} annotations of images that it does not list: left out"
-            rejects.append(repaired(file, reason))
 
-    def _add(self, image_id: int | str, segmentation: Any) -> None:
-        if not segmentation:
-            self._ids_with_boxes.add(image_id)
-            return
-        # One polygon is sometimes written without the list around it.
-        is_polygon = isinstance(segmentation, list) and isinstance(segmentation[0], int | float)
-        self._segmentations[image_id].append([segmentation] if is_polygon else segmentation)
+def _segmentations_by_image(
+    file: str,
+    document: dict[str, Any],
+    lesion_labels: tuple[int, ...],
+    rejects: list[RejectedFile],
+) -> dict[int | str, list[Any]]:
+    """Return the lesions of each image id, as in `_Drawing`."""
+    segmentations: dict[int | str, list[Any]] = {}
+    for entry in document["images"]:
+        if isinstance(entry, dict) and isinstance(entry.get("id"), int | str):
+            segmentations[entry["id"]] = []
+    stray_count = 0
+    for annotation in document["annotations"]:
+        image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
+        if not isinstance(image_id, int | str) or image_id not in segmentations:
+            stray_count += 1
+        elif not lesion_labels or annotation.get("category_id") in lesion_labels:
+            outline = annotation.get("segmentation") or None
+            # One polygon is sometimes written without the list around it.
+            if isinstance(outline, list) and isinstance(outline[0], int | float):
+                outline = [outline]
+            segmentations[image_id].append(outline)
+    if stray_count:
+        reason = f"has {stray_count} annotations of images that it does not list: left out"
+        rejects.append(repaired(file, reason))
+    return segmentations
 
-    def drawings(self, pictures_by_base: dict[str, list[FileName]]) -> Iterator[_Drawing]:
-        """Yield what the file says of each picture that it names."""
-        for entry in self.document["images"]:
-            name = entry.get("file_name") if isinstance(entry, dict) else None
-            if not isinstance(name, str) or entry.get("id") not in self._segmentations:
-                reason = f"has an image without id or file_name: {str(entry)[:80]}"
-                self.rejects.append(rejected(self.file, reason))
-                continue
-            matches = self._match(name, pictures_by_base)
-            if len(matches) != 1:
-                reason = f"is named in {self.file}, but {_why_not_one(matches)}"
-                self.rejects.append(rejected(name, reason))
-                continue
-            yield _Drawing(
-                picture=matches[0],
-                size=(entry.get("height"), entry.get("width")),
-                segmentations=self._segmentations[entry["id"]],
-                is_complete=entry["id"] not in self._ids_with_boxes,
-            )
 
-    def _match(self, file_name: str, pictures_by_base: dict[str, list[FileName]]) -> list[FileName]:
-        """Return the pictures that a `file_name` may mean."""
-        name = file_name.replace("\\", "/")
-        matches = pictures_by_base.get(name.rpartition("/")[2], [])
-        # Some tools write the path on the machine where the picture was annotated. Then only its
-        # last part says anything. Of other paths one must be the end of the other, since
-        # train/1.png is not val/1.png.
-        is_absolute = name.startswith("/") or name[1:2] == ":"
-        if not is_absolute:
-            matches = [picture for picture in matches if _is_end_of_other(picture.full, name)]
-        name_beside_file = f"{split_name(self.file).folder}/{name}".lstrip("/")
-        beside = [picture for picture in matches if picture.full == name_beside_file]
-        return beside or matches
+def _match(
+    file_name: str, annotation_file: str, pictures_by_base: dict[str, list[FileName]]
+) -> list[FileName]:
+    """Return the pictures that a `file_name` may mean."""
+    name = file_name.replace("\\", "/")
+    matches = pictures_by_base.get(name.rpartition("/")[2], [])
+    # Some tools write the path on the machine where the picture was annotated. Then only its last
+    # part says anything. Of other paths one must be the end of the other, since train/1.png is not
+    # val/1.png.
+    is_absolute = name.startswith("/") or name[1:2] == ":"
+    if not is_absolute:
+        matches = [picture for picture in matches if _is_end_of_other(picture.full, name)]
+    name_beside_file = f"{split_name(annotation_file).folder}/{name}".lstrip("/")
+    beside = [picture for picture in matches if picture.full == name_beside_file]
+    return beside or matches
 
 
 def _is_end_of_other(first: str, second: str) -> bool:

@@ -9,6 +9,7 @@ The Medical Segmentation Decathlon, MONAI and the first version of nnU-Net write
 from __future__ import annotations
 
 import json
+from itertools import takewhile
 from posixpath import normpath
 from typing import Any
 
@@ -145,12 +146,7 @@ def _clean_names(value: Any, *, is_optional: bool = False) -> list[str] | None:
 
 def _find_channels(name: str, stem: str, file_names: set[str]) -> list[str]:
     """Return the files of nnU-Net's channels of an image, from 0000 on without gaps."""
-    folder, slash, base = name.rpartition("/")
-    ending = base[len(stem) :]
-    channels: list[str] = []
-    while len(channels) < MAX_CHANNELS:
-        channel = f"{folder}{slash}{stem}_{len(channels):04d}{ending}"
-        if channel not in file_names:
-            break
-        channels.append(channel)
-    return channels
+    ending = name.rpartition("/")[2].removeprefix(stem)
+    prefix = name.removesuffix(ending)
+    channels = [f"{prefix}_{number:04d}{ending}" for number in range(MAX_CHANNELS)]
+    return list(takewhile(file_names.__contains__, channels))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from amlp_ray.config import PrepareConfig
@@ -44,16 +44,12 @@ def find_dicom(root: DataPath, config: PrepareConfig) -> Listing:
     secret = salt()
     entries = sorted(root.entries(), key=lambda entry: natural_key(entry.name))
     files = _sort_files(read_headers(root, entries))
-    items = []
     slices_by_item: dict[str, list[Slice]] = {}
     for series, stacks in _split_series(files.slices):
+        name = pseudonym(series, secret)
         for number, stack in enumerate(stacks, 1):
-            name = pseudonym(series, secret)
-            if len(stacks) > 1:
-                name += f"-{number}"
-            slices_by_item[name] = stack
-            items.append(_to_item(root, name, stack, secret))
-    if not items:
+            slices_by_item[f"{name}-{number}" if len(stacks) > 1 else name] = stack
+    if not slices_by_item:
         example = ""
         if files.rejects:
             first = files.rejects[0]
@@ -68,22 +64,20 @@ def find_dicom(root: DataPath, config: PrepareConfig) -> Listing:
         if segmentation.name not in used:
             reason = "is a segmentation that refers to a series that is not here"
             files.rejects.append(rejected(segmentation.name, reason))
-    labeled = []
-    for item in items:
-        labeled.append(replace(item, masks=root.join(masks.get(item.id, ()))))
-    return Listing(labeled, sorted(files.rejects), _summarize(labeled, files))
-
-
-def _to_item(root: DataPath, name: str, stack: list[Slice], secret: bytes) -> SourceImage:
-    return SourceImage(
-        id=name,
-        format="dicom",
-        images=root.join(one.name for one in stack),
-        masks=(),
-        source=name,
-        group=pseudonym(stack[0].patient, secret),
-        stratum=stack[0].modality,
-    )
+    items = []
+    for name, stack in slices_by_item.items():
+        items.append(
+            SourceImage(
+                id=name,
+                format="dicom",
+                images=root.join(one.name for one in stack),
+                masks=root.join(masks.get(name, ())),
+                source=name,
+                group=pseudonym(stack[0].patient, secret),
+                stratum=stack[0].modality,
+            )
+        )
+    return Listing(items, sorted(files.rejects), _summarize(items, files))
 
 
 @dataclass

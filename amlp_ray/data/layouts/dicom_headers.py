@@ -45,7 +45,7 @@ REMOTE_HEAD_BYTES = 1 << 18
 LOCAL_THREADS = 4
 REMOTE_THREADS = 32
 BATCH = 4096  # headers that are read at once
-MAX_COORDINATE = 1e6  # mm; larger ones are nonsense
+MAX_COORDINATE = 1e6  # mm; larger ones are nonsense, and slices are sorted by their number
 
 
 class Slice(NamedTuple):
@@ -141,17 +141,15 @@ def _read_header(file: DataPath, size: int, force: bool) -> tuple[Dataset | None
 def _parse(file: BinaryIO, force: bool) -> tuple[Dataset | None, bool]:
     from pydicom import dcmread
 
-    if _has_prefix(file):
-        header = dcmread(file, stop_before_pixels=True, specific_tags=TAGS)
-        # A deflated file is inflated whole, so nothing is left to read.
-        is_deflated = header.file_meta.get("TransferSyntaxUID") == DEFLATED
-        return header, is_deflated or bool(file.read(1))
-    if not force:
+    has_prefix = _has_prefix(file)
+    if not (has_prefix or force):
         return None, False
-    header = dcmread(file, stop_before_pixels=True, specific_tags=TAGS, force=True)
-    if not header.get("SOPClassUID"):
+    header = dcmread(file, stop_before_pixels=True, specific_tags=TAGS, force=force)
+    if not (has_prefix or header.get("SOPClassUID")):
         return None, False
-    return header, bool(file.read(1))
+    # A deflated file is inflated whole, so nothing is left to read.
+    is_deflated = header.file_meta.get("TransferSyntaxUID") == DEFLATED
+    return header, is_deflated or bool(file.read(1))
 
 
 def _has_prefix(file: BinaryIO) -> bool:
@@ -200,8 +198,8 @@ def _to_slice(name: str, header: Dataset, shape: tuple[int, int, int]) -> Slice:
         shape=shape,
         frames=int(header.get("NumberOfFrames") or 1),
         number=_number(header.get("InstanceNumber")),
-        position=_coordinates(header.get("ImagePositionPatient"), 3),
-        orientation=_coordinates(header.get("ImageOrientationPatient"), 6),
+        position=read_floats(header.get("ImagePositionPatient"), 3, MAX_COORDINATE),
+        orientation=read_floats(header.get("ImageOrientationPatient"), 6, MAX_COORDINATE),
     )
 
 
@@ -237,11 +235,11 @@ def _number(value: object) -> int | None:
         return None
 
 
-def _coordinates(value: Any, count: int) -> tuple[float, ...] | None:
-    """Return numbers of a header, or None; slices without are sorted by their number."""
+def read_floats(value: Any, count: int, limit: float) -> tuple[float, ...] | None:
+    """Return `count` numbers of a header of less than `limit`; None if it has no such."""
     try:
         numbers = tuple(map(float, value))
     except (TypeError, ValueError):
         return None
-    is_valid = len(numbers) == count and all(abs(one) < MAX_COORDINATE for one in numbers)
+    is_valid = len(numbers) == count and all(abs(one) < limit for one in numbers)
     return numbers if is_valid else None

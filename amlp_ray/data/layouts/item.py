@@ -6,8 +6,6 @@ import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-DIGITS = "0123456789"
-
 Format = Literal["picture", "dicom", "nifti"]
 
 
@@ -69,13 +67,11 @@ def natural_key(text: str) -> tuple[list[tuple[bool, int, str]], str]:
     ['7', 'a', 'a9', 'a10']
     """
     key = []
-    for part in re.split(r"([0-9]+)", text):
-        if not part:
-            continue
-        if part[0] in DIGITS:
+    for i, part in enumerate(re.split(r"([0-9]+)", text)):
+        if i % 2:
             # Compare by length without zeros, then digits: no number is too long for that.
             number = part.lstrip("0")
             key.append((False, len(number), number))
-        else:
+        elif part:
             key.append((True, 0, part))
     return key, text

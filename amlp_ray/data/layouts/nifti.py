@@ -19,14 +19,7 @@ from dataclasses import dataclass, field
 
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage, natural_key, rejected
-from amlp_ray.data.layouts.nifti_names import (
-    Volume,
-    groups_of,
-    is_brain_mask,
-    mask_bases,
-    nifti_stem,
-    parse,
-)
+from amlp_ray.data.layouts.nifti_names import Volume, groups_of, is_brain_mask, mask_bases, parse
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
 
@@ -81,11 +74,10 @@ def find_nifti(root: DataPath, config: PrepareConfig) -> Listing:
     labels: list[Volume] = []
     brain_mask_count = 0
     for name in names:
-        stem = nifti_stem(name)
-        if stem is None:
-            continue
         volume = parse(name)
-        if is_brain_mask(stem):
+        if volume is None:
+            continue
+        if is_brain_mask(volume.stem):
             brain_mask_count += 1
         elif volume.is_label:
             labels.append(volume)
@@ -275,10 +267,8 @@ def _belongs_to_any(label: Volume, images: list[Volume]) -> bool:
     """Return whether a label is named like an image of its folder."""
     stem = label.stem.lower()
     starts = tuple(base for base in (stem, *mask_bases(stem)) if base)
-    for image in images:
-        if image.folder == label.folder and image.stem.lower().startswith(starts):
-            return True
-    return False
+    neighbors = [image.stem.lower() for image in images if image.folder == label.folder]
+    return any(neighbor.startswith(starts) for neighbor in neighbors)
 
 
 def to_items(root: DataPath, cases: list[_Case]) -> list[SourceImage]:

@@ -53,14 +53,15 @@ def nifti_stem(name: str) -> str | None:
     return match[1] if match else None
 
 
-def parse(name: str) -> Volume:
-    """Read the name of a NIfTI file.
+def parse(name: str) -> Volume | None:
+    """Read the name of a file; None if it is not NIfTI.
 
     >>> parse("set/labelsTr/la_003.nii.gz").folder, parse("set/imagesTr/la_003.nii.gz").folder
     (('set', 'tr'), ('set', 'tr'))
     """
     stem = nifti_stem(name)
-    assert stem is not None, name
+    if stem is None:
+        return None
     folders: list[str] = []
     is_in_images = False
     is_in_labels = False

@@ -185,17 +185,10 @@ def _print_summary(summary: dict[str, Any]) -> None:
     print_fields({name: value for name, value in summary.items() if name != "splits"})
     rows = []
     for split, counts in summary["splits"].items():
+        row = {"split": split} | {name: counts[name] for name in ("images", "labeled", "lesions")}
         area = counts["lesion_area_percent"] or {}
-        rows.append(
-            {
-                "split": split,
-                "images": counts["images"],
-                "labeled": counts["labeled"],
-                "lesions": counts["lesions"],
-                "lesion area % p10": area.get("p10"),
-                "lesion area % p50": area.get("p50"),
-                "lesion area % p90": area.get("p90"),
-                "background": counts["background"],
-            }
-        )
+        for percentile in ("p10", "p50", "p90"):
+            row[f"lesion area % {percentile}"] = area.get(percentile)
+        row["background"] = counts["background"]
+        rows.append(row)
     print_table(rows)

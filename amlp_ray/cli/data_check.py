@@ -55,16 +55,12 @@ def _default_folder(report: Report) -> Path | None:
 def _print_report(report: Report, files: Sequence[str]) -> None:
     rows: list[dict[str, Any]] = []
     for finding in report.findings:
+        row: dict[str, Any] = {"kind": finding.severity, "finding": finding.title}
+        row["count"] = f"{finding.count} of {finding.of} {finding.what}"
         examples = [example.image.id for example in finding.examples[:2]]
-        rows.append(
-            {
-                "kind": finding.severity,
-                "finding": finding.title,
-                "count": f"{finding.count} of {finding.of} {finding.what}",
-                "examples": ", ".join(examples) or None,
-                "what_to_do": finding.todo,
-            }
-        )
+        row["examples"] = ", ".join(examples) or None
+        row["what_to_do"] = finding.todo
+        rows.append(row)
     if rows:
         print_table(rows)
     else:

@@ -63,11 +63,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def make_console(pipe_width: int) -> Console:
-    """Return a console that prints text as it is: [number] is no style.
-
-    Args:
-        pipe_width: columns where stdout is no terminal.
-    """
+    """Return a console that prints text as it is, [number] too; `pipe_width` is for no terminal."""
     from rich.console import Console
 
     console = Console(markup=False, emoji=False)

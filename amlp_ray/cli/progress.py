@@ -52,12 +52,7 @@ class EpochProgress:
     """
 
     def __init__(self, epochs: int, console: Console | None = None) -> None:
-        """Create the progress of a run.
-
-        Args:
-            epochs: of the whole run.
-            console: where to draw; stderr if None.
-        """
+        """Create the progress of a run of so many epochs; `console` None draws on stderr."""
         self.was_updated = False
         self._epochs = epochs
         self._console = console or Console(stderr=True)

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from amlp_ray.config.base import Config
     from amlp_ray.config.reference import Section
 
-MODEL_TOPICS = ("pretrain", "study", "segment", "prepare", "predict")
-TOPICS = (*MODEL_TOPICS, "variants")
+TOPICS = ("pretrain", "study", "segment", "prepare", "predict", "variants")
 DEFAULT_VARIANT = "amlp"
 CODE_COLUMNS = ("name", "default", "variant", "sets")
 
@@ -40,8 +39,9 @@ def settings(
     topics = topics or ["pretrain"]
     for topic in topics:
         if topic not in TOPICS:
-            known = ", ".join(TOPICS)
-            raise ConfigError(f"settings: there are none of {topic!r}; known are {known}.")
+            raise ConfigError(
+                f"settings: there are none of {topic!r}; known are {', '.join(TOPICS)}."
+            )
     if as_json:
         print_json({topic: _json_rows(topic) for topic in topics})
     elif markdown:
@@ -86,13 +86,7 @@ def _variants_table() -> Table:
     rows = []
     for variant in variants():
         changes = [f"{name}={format_value(value)}" for name, value in variant["sets"].items()]
-        rows.append(
-            {
-                "variant": variant["variant"],
-                "sets": ", ".join(changes),
-                "about": variant["about"],
-            }
-        )
+        rows.append(variant | {"sets": ", ".join(changes)})
     about = "Named variants. Each changes some defaults; every value given overrides them."
     return Table("variants", about, rows)
 

@@ -151,11 +151,8 @@ def confirm(
 ) -> None:
     """Train the best trials and the baselines over several seeds, and open the test images once."""
     open_store(name, runs)
-    overrides = []
-    if top is not None:
-        overrides.append(f"confirm.top={top}")
-    if seeds is not None:
-        overrides.append(f"confirm.seeds={seeds}")
+    numbers = {"top": top, "seeds": seeds}
+    overrides = [f"confirm.{key}={number}" for key, number in numbers.items() if number is not None]
     study = load_study(Path(name), runs, overrides=overrides)
     study.confirm(address)
     report_file = study.report()

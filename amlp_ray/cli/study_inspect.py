@@ -140,10 +140,7 @@ def importance(name: Name, runs: Runs = DEFAULT_RUNS, as_json: Json = False) -> 
 
     by_objective = importances(open_store(name, runs))
     if as_json:
-        values = {}
-        for objective, result in by_objective.items():
-            values[objective] = {"shares": result.shares, "gap": result.gap}
-        print_json(values)
+        print_json({name: vars(result) for name, result in by_objective.items()})
         return
     for objective, result in by_objective.items():
         meaning = "share of the difference between the best trials and the rest"

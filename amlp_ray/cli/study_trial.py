@@ -35,11 +35,8 @@ def show(name: Name, number: Number, runs: Runs = DEFAULT_RUNS, as_json: Json = 
     if as_json:
         print_json(facts)
         return
-    fields = {}
-    for key, value in facts.items():
-        if key not in TABLES and value not in (None, {}, []):
-            fields[key] = value
-    print_fields(fields)
+    fields = {key: value for key, value in facts.items() if key not in TABLES}
+    print_fields({key: value for key, value in fields.items() if value not in (None, {}, [])})
     if facts["rungs"]:
         typer.echo()
         scores = facts["rungs"].items()

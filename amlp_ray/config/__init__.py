@@ -24,7 +24,6 @@ from amlp_ray.config.method import (
     PatchScore,
     RatioConfig,
     SelectionConfig,
-    Share,
     architecture,
 )
 from amlp_ray.config.optimization import (
@@ -72,7 +71,6 @@ __all__ = [
     "SamplerConfig",
     "SegmentConfig",
     "SelectionConfig",
-    "Share",
     "StudyConfig",
     "StudyFaultToleranceConfig",
     "StudyObjective",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args
@@ -28,32 +28,20 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 class ConfigIssue(NamedTuple):
-    """A problem with one setting.
+    """A problem with one setting."""
 
-    Attributes:
-        key: dotted name of the setting.
-        text: the problem, in one sentence.
-        line: line of the file, where it is not the first line of `key`.
-    """
-
-    key: str
-    text: str
-    line: int | None = None
+    key: str  # dotted name
+    text: str  # one sentence
+    line: int | None = None  # where it is not the first line of `key`
 
 
 @dataclass(frozen=True)
 class ConfigSource:
-    """Where settings come from.
+    """Where settings come from."""
 
-    Attributes:
-        name: what messages call it, such as the path of a file.
-        lines: line of every key, by dotted name.
-        issues: problems found while reading it.
-    """
-
-    name: str
-    lines: Mapping[str, int] = field(default_factory=dict)
-    issues: tuple[ConfigIssue, ...] = ()
+    name: str  # what messages call it, such as the path of a file
+    lines: Mapping[str, int] = field(default_factory=dict)  # of every key, by dotted name
+    issues: tuple[ConfigIssue, ...] = ()  # found while reading it
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any], name: str) -> ConfigSource:
@@ -91,11 +79,9 @@ def build(
     source: str,
     more: Iterable[ConfigIssue] = (),
 ) -> ConfigT:
-    """Validate `values` as `model`.
+    """Validate nested settings as a config.
 
     Args:
-        model: class of the config.
-        values: nested settings.
         source: what messages call the values, unless `read_yaml` read them from a file.
         more: issues found elsewhere, to be listed with those found here.
 
@@ -223,7 +209,9 @@ def _unknown_setting(model: type[BaseModel], key: str) -> str:
     siblings = [name for name in names if name.rpartition(".")[0] == group]
     if not siblings and group:
         annotation = model.model_fields[key.partition(".")[0]].annotation
-        siblings = [f"{group}.{name}" for name in _fields_inside(annotation)]
+        for inner in models_in(annotation):
+            siblings += [f"{group}.{name}" for name in inner.model_fields]
+        siblings = list(dict.fromkeys(siblings))
     # A name that is a word of a longer one, such as ema of weight_ema, is nearer than any typo.
     near = [name for name in siblings if f"_{last}_" in f"_{name.rpartition('.')[2]}_"]
     near = near or difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
@@ -232,14 +220,12 @@ def _unknown_setting(model: type[BaseModel], key: str) -> str:
     return f"unknown setting {key!r}; {hint}"
 
 
-def _fields_inside(annotation: Any) -> list[str]:
-    """Return the names of all fields of the models in a mapping or union."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return list(annotation.model_fields)
-    names: dict[str, None] = {}
+def models_in(annotation: Any) -> Iterator[type[Config]]:
+    """Yield the configs in a mapping or union, or the one that the annotation is."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        yield annotation
     for part in get_args(annotation):
-        names |= dict.fromkeys(_fields_inside(part))
-    return list(names)
+        yield from models_in(part)
 
 
 def _accepted(detail: Mapping[str, Any]) -> str:

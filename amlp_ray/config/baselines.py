@@ -5,11 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from amlp_ray.config.base import build
-from amlp_ray.config.pretrain import VARIANTS, PretrainConfig
+from amlp_ray.config.pretrain import MAE_RATIO, PLAIN_LOSS, VARIANTS, PretrainConfig
 
 _FOLDER_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")
 # A confirmation names its trials like this, beside the baselines.
@@ -17,53 +16,26 @@ _TRIAL_NAME = re.compile(r"^trial-\d+$")
 # Equal in all runs of a study: they make runs comparable, and the seed pairs them.
 _STUDY_SETTINGS = ("epochs", "batch_size", "seed")
 
-_PLAIN_LOSS = {"weighting": "none", "ccl_weight": 0.0}
-_MAE_RATIO = {"start": 0.75, "end": 0.75}
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """A baseline that is the searched method with one thing changed.
-
-    Attributes:
-        question: what it answers.
-        change: settings that differ.
-    """
-
-    question: str
-    change: Mapping[str, Any]
-
-
-# Changes of the study's own `pretrain`; in a confirmation, of its best trial. The ratio of
-# `equal-mean` is the mean of the schedule.
-ABLATIONS: dict[str, Ablation] = {
-    "equal-mean": Ablation(
-        "does the ratio have to change, or is its mean enough?",
-        {"ratio": {"shape": "fixed"}},
-    ),
-    "random-ratio": Ablation(
-        "does its order matter, or only its range?",
-        {"ratio": {"shape": "random"}},
-    ),
-    "random-cluster": Ablation(
-        "does the cluster have to be the lesion's?",
-        {"selection": {"rule": "random"}},
-    ),
+# The searched method with one thing changed: of the study's own `pretrain`; in a confirmation, of
+# its best trial. The ratio of `equal-mean` is the mean of the schedule.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "equal-mean": {"ratio": {"shape": "fixed"}},
+    "random-ratio": {"ratio": {"shape": "random"}},
+    "random-cluster": {"selection": {"rule": "random"}},
     # The teacher's feedback changes what counts as lesion, which is the oracle's part here.
-    "oracle": Ablation(
-        "what would the truest cluster be worth?",
-        {"selection": {"mode": "hard", "hard_by": "cluster", "rule": "oracle", "feedback": 0.0}},
-    ),
+    "oracle": {
+        "selection": {"mode": "hard", "hard_by": "cluster", "rule": "oracle", "feedback": 0.0}
+    },
 }
 
 # Baselines between MAE and AMLP, each as changes of variant amlp or mae.
 ABLATION_STEPS: dict[str, dict[str, Any]] = {
-    "mae+mps": {"variant": "amlp", "ratio": _MAE_RATIO, "loss": _PLAIN_LOSS},
-    "mae+amr": {"variant": "amlp", "selection": {"mode": "random"}, "loss": _PLAIN_LOSS},
+    "mae+mps": {"variant": "amlp", "ratio": MAE_RATIO, "loss": PLAIN_LOSS},
+    "mae+amr": {"variant": "amlp", "selection": {"mode": "random"}, "loss": PLAIN_LOSS},
     "mae+rrl": {"variant": "mae", "loss": {"weighting": "rrl"}},
-    "mae+mps+amr": {"variant": "amlp", "loss": _PLAIN_LOSS},
+    "mae+mps+amr": {"variant": "amlp", "loss": PLAIN_LOSS},
     "amlp-mps": {"variant": "amlp", "selection": {"mode": "random"}},
-    "amlp-amr": {"variant": "amlp", "ratio": _MAE_RATIO},
+    "amlp-amr": {"variant": "amlp", "ratio": MAE_RATIO},
     "amlp-rrl": {"variant": "amlp", "loss": {"weighting": "none"}},
     "amlp-ccl": {"variant": "amlp", "loss": {"ccl_weight": 0.0}},
 }
@@ -104,7 +76,11 @@ BASELINE_DESCRIPTIONS = {
     "amlp-amr": "AMLP at a fixed ratio",
     "amlp-rrl": "AMLP without weighted hard patches",
     "amlp-ccl": "AMLP without its category loss",
-} | {name: ablation.question for name, ablation in ABLATIONS.items()}
+    "equal-mean": "does the ratio have to change, or is its mean enough?",
+    "random-ratio": "does its order matter, or only its range?",
+    "random-cluster": "does the cluster have to be the lesion's?",
+    "oracle": "what would the truest cluster be worth?",
+}
 
 
 def baseline_names(
@@ -129,11 +105,7 @@ def baseline_names(
 
 
 def check_baseline(name: str, config: Mapping[str, Any] | None = None) -> None:
-    """Check a baseline of a study.
-
-    Args:
-        name: of a known baseline or group, or of the user's own.
-        config: settings, where the baseline is the user's own.
+    """Check a baseline or group of a study; one of the user's own has a `config`.
 
     Raises:
         ValueError: there is no such baseline, or a baseline of the user's own cannot have the name.

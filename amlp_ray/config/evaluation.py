@@ -102,17 +102,8 @@ class SegmentConfig(Config):
         return self
 
     def check_workers(self, resources: ResourceConfig) -> None:
-        """Check that the workers can share a batch.
-
-        Raises:
-            ConfigError: there are more workers than images, or they are to share work in a way that
-                fine-tuning cannot.
-        """
-        if self.batch_size < resources.max_workers:
-            raise ConfigError(
-                f"batch_size {self.batch_size} is less than resources.workers "
-                f"{resources.max_workers}; raise it, or use fewer workers."
-            )
+        """Raise ConfigError if the workers cannot share a batch, or not in the way asked for."""
+        resources.check_batch_size(self.batch_size)
         if resources.micro_batch is not None or resources.sharding == "fsdp":
             raise ConfigError(
                 "resources.micro_batch and resources.sharding=fsdp are for pretraining; "

@@ -20,8 +20,8 @@ from amlp_ray.config.overrides import merge
 from amlp_ray.config.resources import ResourceConfig
 from amlp_ray.errors import ConfigError
 
-_PLAIN_LOSS = {"weighting": "none", "ccl_weight": 0.0}
-_MAE_RATIO = {"start": 0.75, "end": 0.75}
+PLAIN_LOSS = {"weighting": "none", "ccl_weight": 0.0}
+MAE_RATIO = {"start": 0.75, "end": 0.75}
 
 # Settings of each named variant; values given by the user override them.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -29,13 +29,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "amlp-soft": {"selection": {"mode": "soft"}, "ratio": {"start": 0.3, "end": 0.5}},
     "mps-ams": {
         "selection": {"features": "raw", "clusters": 3, "rule": "smallest"},
-        "loss": _PLAIN_LOSS,
+        "loss": PLAIN_LOSS,
     },
-    "mae": {"selection": {"mode": "random"}, "ratio": _MAE_RATIO, "loss": _PLAIN_LOSS},
+    "mae": {"selection": {"mode": "random"}, "ratio": MAE_RATIO, "loss": PLAIN_LOSS},
     "simmim": {
         "selection": {"mode": "random"},
         "ratio": {"start": 0.6, "end": 0.6},
-        "loss": {**_PLAIN_LOSS, "distance": "l1"},
+        "loss": {**PLAIN_LOSS, "distance": "l1"},
         "model": {"encode": "all", "decoder_depth": 0},
     },
     "hpm": {
@@ -46,8 +46,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "score_share_end": 0.5,
             "analysis_interval": 0,
         },
-        "ratio": _MAE_RATIO,
-        "loss": {**_PLAIN_LOSS, "ranking_weight": 1.0},
+        "ratio": MAE_RATIO,
+        "loss": {**PLAIN_LOSS, "ranking_weight": 1.0},
     },
     "attmask": {
         "selection": {
@@ -58,11 +58,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "lesion_share": 0.7,
         },
         "ratio": {"start": 0.1, "end": 0.5, "shape": "random", "update_per": "step"},
-        "loss": _PLAIN_LOSS,
+        "loss": PLAIN_LOSS,
     },
-    "semmae": {"selection": {"mode": "parts"}, "ratio": _MAE_RATIO, "loss": _PLAIN_LOSS},
-    "simsiam": {"objective": "simsiam", "selection": {"mode": "random"}, "loss": _PLAIN_LOSS},
-    "scratch": {"objective": "none", "selection": {"mode": "random"}, "loss": _PLAIN_LOSS},
+    "semmae": {"selection": {"mode": "parts"}, "ratio": MAE_RATIO, "loss": PLAIN_LOSS},
+    "simsiam": {"objective": "simsiam", "selection": {"mode": "random"}, "loss": PLAIN_LOSS},
+    "scratch": {"objective": "none", "selection": {"mode": "random"}, "loss": PLAIN_LOSS},
 }
 
 VARIANT_DESCRIPTIONS: dict[str, str] = {
@@ -244,12 +244,8 @@ class PretrainConfig(Config):
 
     def check_workers(self, resources: ResourceConfig) -> None:
         """Raise ConfigError if the workers cannot share a batch."""
+        resources.check_batch_size(self.batch_size)
         workers = resources.max_workers
-        if self.batch_size < workers:
-            raise ConfigError(
-                f"batch_size {self.batch_size} is less than resources.workers {workers}; raise it, "
-                f"or use fewer workers."
-            )
         is_uneven = resources.is_elastic or self.batch_size % workers != 0
         if resources.sharding == "fsdp" and is_uneven:
             raise ConfigError(

@@ -10,45 +10,39 @@ import ast
 import inspect
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
-from amlp_ray.config.base import Config
+from amlp_ray.config.base import Config, models_in
 from amlp_ray.config.overrides import flatten
 from amlp_ray.config.pretrain import VARIANT_DESCRIPTIONS, VARIANTS
+
+# Keywords of JSON schema, in words.
+BOUNDS = (
+    ("minimum", "at least"),
+    ("exclusiveMinimum", "above"),
+    ("maximum", "at most"),
+    ("exclusiveMaximum", "below"),
+)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of a table.
+    """One row of a table."""
 
-    Attributes:
-        name: dotted name.
-        accepts: accepted values, in words.
-        default: value without any variant; None where the setting is required.
-        required: whether it has no default.
-        description: what it is, and why the default is what it is.
-    """
-
-    name: str
-    accepts: str
-    default: Any
+    name: str  # dotted
+    accepts: str  # in words
+    default: Any  # without any variant; None where the setting is required
     required: bool
     description: str
 
 
 @dataclass(frozen=True)
 class Section:
-    """Settings that belong together.
+    """Settings that belong together."""
 
-    Attributes:
-        group: dotted name of their model, empty for the outermost.
-        about: what they are.
-        settings: the rows.
-    """
-
-    group: str
+    group: str  # dotted name of their model, empty for the outermost
     about: str
     settings: list[Setting] = field(default_factory=list)
 
@@ -65,7 +59,7 @@ def sections(model: type[Config], group: str = "") -> list[Section]:
     inner: list[Section] = []
     for name, info in model.model_fields.items():
         path = f"{group}.{name}" if group else name
-        models = list(_models_in(info.annotation))
+        models = list(models_in(info.annotation))
         if info.annotation in models:
             inner += sections(models[0], path)
             continue
@@ -119,9 +113,9 @@ def accepted(schema: Mapping[str, Any]) -> str:
         return ", ".join(map(format_value, schema["enum"]))
     if "anyOf" in schema:
         return " or ".join(map(accepted, schema["anyOf"]))
-    kind = schema["type"]
-    if kind == "array" and "prefixItems" in schema:
+    if "prefixItems" in schema:
         return f"[{', '.join(map(accepted, schema['prefixItems']))}]"
+    kind = schema["type"]
     if kind == "array":
         suffix = ", not empty" if schema.get("minItems") else ""
         return f"list of {accepted(schema['items'])}{suffix}"
@@ -140,13 +134,7 @@ def format_value(value: Any) -> str:
 def _range(schema: Mapping[str, Any]) -> str:
     if "minimum" in schema and "maximum" in schema:
         return f"{_format_bound(schema['minimum'])} to {_format_bound(schema['maximum'])}"
-    words = {
-        "minimum": "at least",
-        "exclusiveMinimum": "above",
-        "maximum": "at most",
-        "exclusiveMaximum": "below",
-    }
-    bounds = [f"{words[key]} {_format_bound(schema[key])}" for key in words if key in schema]
+    bounds = [f"{words} {_format_bound(schema[key])}" for key, words in BOUNDS if key in schema]
     return ", ".join(bounds)
 
 
@@ -154,13 +142,6 @@ def _format_bound(value: float) -> str:
     if isinstance(value, int) and value > 2**31 and value.bit_count() == 1:
         return f"2^{value.bit_length() - 1}"
     return f"{value:g}"
-
-
-def _models_in(annotation: Any) -> Iterator[type[Config]]:
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _models_in(part)
 
 
 def _one_line(text: str) -> str:

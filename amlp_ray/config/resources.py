@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from amlp_ray.config.base import Config
+from amlp_ray.errors import ConfigError
 
 
 class ResourceConfig(Config):
@@ -81,6 +82,14 @@ class ResourceConfig(Config):
     def max_workers(self) -> int:
         return self.workers[1] if isinstance(self.workers, tuple) else self.workers
 
+    def check_batch_size(self, batch_size: int) -> None:
+        """Raise ConfigError if the workers cannot share a batch."""
+        if batch_size < self.max_workers:
+            raise ConfigError(
+                f"batch_size {batch_size} is less than resources.workers {self.max_workers}; "
+                f"raise it, or use fewer workers."
+            )
+
     @property
     def is_single_worker(self) -> bool:
         """Whether it runs in one process, without Ray Train."""
@@ -91,9 +100,10 @@ class FaultToleranceConfig(Config):
     """How many failures a run survives."""
 
     max_failures: int = Field(3, ge=0)
-    """Lost processes or nodes in a row, without a complete epoch in between, after each of which
-    the run resumes from its checkpoint. Errors in the code and non-finite losses would occur again,
-    so they end it at once."""
+    """Losses of a process or node, after each of which the run resumes from its checkpoint. A study
+    counts all losses of a trial's process. A run outside a study, and the workers of a trial, count
+    losses in a row, without a complete epoch in between. Errors in the code and non-finite losses
+    would occur again, so they end it at once."""
     checkpoints: int = Field(2, ge=1)
     """Checkpoints that a run keeps. If the newest is damaged, the one before is used."""
     storage_minutes: float = Field(10, gt=0)

@@ -119,7 +119,7 @@ def ablated_config(reference: PretrainConfig, ablation: str, source: str) -> Pre
         ConfigError: the change changes nothing, so that the ablation answers no question.
     """
     selection = reference.selection
-    change = ABLATIONS[ablation].change
+    change = ABLATIONS[ablation]
     if reference.objective != "reconstruction":
         raise ConfigError(
             f"{source} changes how images are masked, but objective {reference.objective} masks "

@@ -75,7 +75,7 @@ def draw_phantoms():
         rng = np.random.default_rng([1, i])
         image, mask = draw_phantom("ultrasound", SIDE, rng, lesion=True)
         images.append(image)
-        masks.append(resize_map(torch.from_numpy(mask), mask.shape, PANEL))
+        masks.append(resize_map(torch.from_numpy(mask).flatten(), mask.shape, PANEL))
     return torch.from_numpy(np.stack(images))[:, None], masks
 
 

@@ -53,10 +53,6 @@ def finetune(
         model: trained in place.
         train: labelled images with a lesion.
         spec: how they are normalized.
-        config: of the fine-tuning.
-        out: folder of the run.
-        worker: this process's place in its group.
-        fault_tolerance: how long a full or unreachable folder is retried.
         progress: takes the metrics of every epoch, on the first worker.
 
     Returns:
@@ -141,28 +137,13 @@ def train_epoch(
 
 
 def _load_augmented(
-    train: Split,
-    rows: np.ndarray,
-    spec: ImageSpec,
-    config: SegmentConfig,
-    epoch: int,
-    device: str,
+    train: Split, rows: np.ndarray, spec: ImageSpec, config: SegmentConfig, epoch: int, device: str
 ) -> tuple[Tensor, Tensor]:
     """Return augmented images (n, C, H, W) and masks (n, H, W) of some rows."""
     images = torch.from_numpy(train.images)[rows].to(device)
     masks = torch.from_numpy(train.masks)[rows].to(device)
     keys = torch.from_numpy(train.keys)[rows].to(device)
-    return augment(
-        normalize(images, spec),
-        masks,
-        keys,
-        min_crop_area=config.min_crop_area,
-        flip=config.flip,
-        flip_vertical=config.flip_vertical,
-        intensity_jitter=config.intensity_jitter,
-        seed=config.seed,
-        epoch=epoch,
-    )
+    return augment(normalize(images, spec), masks, keys, config, epoch)
 
 
 def parameter_groups(model: Segmenter, config: SegmentConfig) -> list[dict[str, Any]]:

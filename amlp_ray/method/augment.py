@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amlp_ray.config import ImageSpec
+from amlp_ray.config import ImageSpec, PretrainConfig, SegmentConfig
 from amlp_ray.method import counter_rng
 
 Mask = TypeVar("Mask", Tensor, None)
+AugmentConfig = PretrainConfig | SegmentConfig
 
 # At intensity_jitter 1. nnU-Net draws contrast from 0.75-1.25 and gamma from 0.7-1.5: about 0.5.
 BRIGHTNESS = 0.5  # SDs of the data set, up or down
@@ -55,12 +56,7 @@ def augment(
     images: Tensor,
     masks: Mask,
     keys: Tensor,
-    *,
-    min_crop_area: float = 1.0,
-    flip: bool = False,
-    flip_vertical: bool = False,
-    intensity_jitter: float = 0.0,
-    seed: int,
+    config: AugmentConfig,
     epoch: int,
     stream: int = counter_rng.CROP,
 ) -> tuple[Tensor, Mask]:
@@ -73,54 +69,39 @@ def augment(
         masks: (B, H, W) of any dtype, or None. Resized by nearest pixel, so that labels stay
             labels.
         keys: (B,) int64 on the images' device, one identity per image.
-        min_crop_area, flip, flip_vertical: see `random_crop`.
-        intensity_jitter: see `jitter_intensity`.
+        config: see `random_crop` and `jitter_intensity`.
     """
-    crop = random_crop(
-        keys,
-        min_crop_area=min_crop_area,
-        flip=flip,
-        flip_vertical=flip_vertical,
-        seed=seed,
-        epoch=epoch,
-        stream=stream,
-    )
+    crop = random_crop(keys, config, epoch, stream)
     if masks is not None and crop is not None:
         mask_images = masks[:, None].to(crop.dtype)
         masks = apply_crop(mask_images, crop, mode="nearest")[:, 0].to(masks.dtype)
-    images = apply_crop(images, crop)
-    images = jitter_intensity(images, keys, intensity_jitter, seed=seed, epoch=epoch, stream=stream)
-    return images, masks
+    return jitter_intensity(apply_crop(images, crop), keys, config, epoch, stream), masks
 
 
 def random_crop(
-    keys: Tensor,
-    *,
-    min_crop_area: float,
-    flip: bool,
-    flip_vertical: bool = False,
-    seed: int,
-    epoch: int,
-    stream: int = counter_rng.CROP,
+    keys: Tensor, config: AugmentConfig, epoch: int, stream: int = counter_rng.CROP
 ) -> Tensor | None:
     """Draw a random part of every image, with sides of 3:4 to 4:3.
 
+    The crop depends on (seed, epoch, key). Of `config` it reads:
+
+    - `min_crop_area`: least share of the image's area; the largest is 1.
+    - `flip`: mirror half of the images left to right.
+    - `flip_vertical`: turn half of them upside down. Right for skin, tissue under a microscope and
+      brain slices. Wrong where depth has a direction, as in ultrasound, whose shadows point down.
+
     Args:
-        keys: (B,) int64, one identity per image. The crop depends on (seed, epoch, key).
-        min_crop_area: least share of the image's area; the largest is 1.
-        flip: mirror half of the images left to right.
-        flip_vertical: turn half of them upside down. Right for skin, tissue under a microscope and
-            brain slices. Wrong where depth has a direction, as in ultrasound, whose shadows point
-            down.
+        keys: (B,) int64, one identity per image.
 
     Returns:
         (B, 2, 3) affine maps for `apply_crop`, or None where images stay as they are.
 
     Source: random resized crop as in MAE (He et al. 2022).
     """
-    if min_crop_area == 1 and not flip and not flip_vertical:
+    min_crop_area = config.min_crop_area
+    if min_crop_area == 1 and not config.flip and not config.flip_vertical:
         return None
-    u = counter_rng.uniform(keys, 8, seed=seed, epoch=epoch, stream=stream)
+    u = counter_rng.uniform(keys, 8, seed=config.seed, epoch=epoch, stream=stream)
     area = min_crop_area + (1 - min_crop_area) * u[:, 0]
     aspect = (4 / 3) ** (u[:, 1] * 2 - 1) if min_crop_area < 1 else torch.ones_like(area)
     # A side that would leave the image is cut. The lower bound keeps the area from falling below
@@ -129,9 +110,9 @@ def random_crop(
     half_height = (area / aspect).sqrt().clamp(min_crop_area, 1)
     center_x = (u[:, 2] * 2 - 1) * (1 - half_width)
     center_y = (u[:, 3] * 2 - 1) * (1 - half_height)
-    if flip:
+    if config.flip:
         half_width = torch.where(u[:, 4] < 0.5, -half_width, half_width)
-    if flip_vertical:
+    if config.flip_vertical:
         half_height = torch.where(u[:, 7] < 0.5, -half_height, half_height)
     zero = torch.zeros_like(area)
     rows = [half_width, zero, center_x, zero, half_height, center_y]
@@ -153,9 +134,7 @@ def apply_crop(images: Tensor, crop: Tensor | None, mode: str = "bilinear") -> T
 def jitter_intensity(
     images: Tensor,
     keys: Tensor,
-    intensity_jitter: float,
-    *,
-    seed: int,
+    config: AugmentConfig,
     epoch: int,
     stream: int = counter_rng.CROP,
 ) -> Tensor:
@@ -167,19 +146,18 @@ def jitter_intensity(
     neither in common. Gamma applies to shares of that range, so values below 0 are allowed (all of
     CT's air, half of anything normalized). It leaves mean and SD as they were, because it would
     move brightness by more than brightness itself. A constant channel changes in brightness only.
-
-    Args:
-        intensity_jitter: strength; 0 is off, see the constants of this module for 1.
+    At `intensity_jitter` 0 nothing changes; see the constants of this module for 1.
 
     Source: gamma, contrast and brightness of nnU-Net (Isensee et al. 2021), which also restores
     mean and SD after gamma.
     """
-    if intensity_jitter == 0:
+    strength = config.intensity_jitter
+    if strength == 0:
         return images
-    uniform = counter_rng.uniform(keys, 11, seed=seed, epoch=epoch, stream=stream)
+    uniform = counter_rng.uniform(keys, 11, seed=config.seed, epoch=epoch, stream=stream)
     u = uniform[:, 8:, None, None, None] * 2 - 1
-    gamma = GAMMA ** (intensity_jitter * u[:, 0])
-    contrast = CONTRAST ** (intensity_jitter * u[:, 1])
+    gamma = GAMMA ** (strength * u[:, 0])
+    contrast = CONTRAST ** (strength * u[:, 1])
     brightness = u[:, 2]
     low = images.amin((2, 3), keepdim=True)
     span = images.amax((2, 3), keepdim=True) - low
@@ -189,4 +167,4 @@ def jitter_intensity(
     std, mean = torch.std_mean(images, (2, 3), keepdim=True)
     bent_std, bent_mean = torch.std_mean(bent, (2, 3), keepdim=True)
     stretch = contrast * std / bent_std.clamp_min(tiny)
-    return mean + (bent - bent_mean) * stretch + intensity_jitter * BRIGHTNESS * brightness
+    return mean + (bent - bent_mean) * stretch + strength * BRIGHTNESS * brightness

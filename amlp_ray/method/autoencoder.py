@@ -23,6 +23,7 @@ from amlp_ray.method.encoder import (
     embed_patches,
     encoder_tokens,
     initialize,
+    queries_keys_values,
     sincos_positions,
 )
 from amlp_ray.method.kmeans import DatasetClusters
@@ -58,21 +59,17 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, last: int | None = None) -> Tensor:
         """Decode tokens (B, R + N, E); return all of them, or the `last` ones only."""
-        if last is None:
-            for block in self.blocks:
-                tokens = block(tokens)
-            return self.norm(tokens)
         for block in self.blocks[:-1]:
             tokens = block(tokens)
-        return self.norm(_last_tokens(self.blocks[-1], tokens, last))
+        last_block = self.blocks[-1]
+        tokens = last_block(tokens) if last is None else _last_tokens(last_block, tokens, last)
+        return self.norm(tokens)
 
 
 def _last_tokens(block: Block, tokens: Tensor, last: int) -> Tensor:
     """Return the `last` tokens of `block(tokens)`, for less work than all of them."""
     attention = block.attn
-    b, n, _ = tokens.shape
-    qkv = attention.qkv(block.norm1(tokens)).reshape(b, n, 3, attention.num_heads, -1)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, R + N, E / heads) each
+    q, k, v = queries_keys_values(block, tokens)
     q = q[:, :, -last:]
     tokens = tokens[:, -last:]
     if attention.fused_attn:
@@ -81,6 +78,12 @@ def _last_tokens(block: Block, tokens: Tensor, last: int) -> Tensor:
         mixed = (q * attention.scale @ k.mT).softmax(-1) @ v
     tokens = tokens + attention.proj(mixed.transpose(1, 2).flatten(2))
     return tokens + block.mlp(block.norm2(tokens))
+
+
+def _linear(width: int, out_width: int) -> nn.Linear:
+    layer = nn.Linear(width, out_width)
+    initialize(layer)
+    return layer
 
 
 class MaskedAutoencoder(nn.Module):
@@ -105,30 +108,24 @@ class MaskedAutoencoder(nn.Module):
         self.config = config
         self.patch_size = config.patch_size
         self.spec = spec
-        self.grid = (spec.height // config.patch_size, spec.width // config.patch_size)
         self.encoder = build_encoder(config, spec)
+        self.grid: tuple[int, int] = self.encoder.patch_embed.grid_size
         self.prefix = self.encoder.num_prefix_tokens
         self.linear = config.decoder_depth == 0
         head_width = config.width if self.linear else config.decoder_width
         if not self.linear:
-            self.decoder_embed = nn.Linear(config.width, head_width)
+            self.decoder_embed = _linear(config.width, head_width)
             positions = sincos_positions(self.grid, head_width, self.prefix)
             self.register_buffer("decoder_positions", positions, persistent=False)
-            initialize(self.decoder_embed)
         # SimMIM masks patches before the encoder, MAE adds mask tokens after it.
         mask_width = config.width if config.encode == "all" else head_width
         self.mask_token = nn.Parameter(torch.zeros(1, 1, mask_width))
         self.decoder: Decoder | None = None if self.linear else Decoder(config)
-        self.predict = nn.Linear(head_width, spec.channels * config.patch_size**2)
-        initialize(self.predict)
+        self.predict = _linear(head_width, spec.channels * config.patch_size**2)
         nn.init.normal_(self.mask_token, std=0.02)
-        self.category = nn.Linear(head_width, 1) if category else None
-        if self.category is not None:
-            initialize(self.category)
+        self.category = _linear(head_width, 1) if category else None
         self.ranking = Decoder(config) if ranking else None
-        self.rank = nn.Linear(head_width, 1) if ranking else None
-        if self.rank is not None:
-            initialize(self.rank)
+        self.rank = _linear(head_width, 1) if ranking else None
         self.teacher: MaskedAutoencoder | None = None
         self.centroids: DatasetClusters | None = None
 
@@ -142,13 +139,16 @@ class MaskedAutoencoder(nn.Module):
         """
         if self.config.encode == "all":
             return self._encode_all(patches, masked)
+        assert self.decoder is not None
         encoded = self.decoder_embed(encoder_tokens(self.encoder, patches, visible))
         prefix = encoded[:, : self.prefix]
         positions = self.decoder_positions[0, self.prefix :]  # (N, E); those of the prefix are 0
         shown = encoded[:, self.prefix :] + nn.functional.embedding(visible, positions)
         hidden = self.mask_token + nn.functional.embedding(masked, positions)
         tokens = torch.cat([prefix.to(shown.dtype), shown, hidden.to(shown.dtype)], 1)
-        return self._predict_last(tokens, masked.shape[1])
+        last = masked.shape[1]
+        ranking = None if self.ranking is None else self.ranking(tokens, last)
+        return self._heads(self.decoder(tokens, last), ranking)
 
     def _encode_all(self, patches: Tensor, masked: Tensor) -> Prediction:
         """Encode all patches with mask tokens in place of the masked ones (SimMIM)."""
@@ -158,25 +158,13 @@ class MaskedAutoencoder(nn.Module):
         tokens = encoder_tokens(self.encoder, patches, hidden=embedded)
         if not self.linear:
             tokens = self.decoder_embed(tokens) + self.decoder_positions
-        index = masked + self.prefix
         decoded = tokens if self.decoder is None else self.decoder(tokens)
-        ranking = None if self.ranking is None else gather(self.ranking(tokens), index)
-        return self._heads(gather(decoded, index), ranking)
+        return self._heads(gather(decoded, masked + self.prefix))
 
-    def _predict_last(self, tokens: Tensor, last: int) -> Prediction:
-        """Decode tokens (B, R + N, E), of which the `last` are the masked ones."""
-        assert self.decoder is not None
-        decoded = self.decoder(tokens, last)
-        ranking = None if self.ranking is None else self.ranking(tokens, last)
-        return self._heads(decoded, ranking)
-
-    def _heads(self, decoded: Tensor, ranking: Tensor | None) -> Prediction:
+    def _heads(self, decoded: Tensor, ranking: Tensor | None = None) -> Prediction:
         """Predict from decoded tokens (B, m, E) of both decoders."""
-        category = difficulty = None
-        if self.category is not None:
-            category = self.category(decoded)[..., 0]
-        if self.rank is not None:
-            difficulty = self.rank(ranking)[..., 0]
+        category = None if self.category is None else self.category(decoded)[..., 0]
+        difficulty = None if self.rank is None else self.rank(ranking)[..., 0]
         return Prediction(self.predict(decoded), category, difficulty)
 
     def predicted_difficulty(self, patches: Tensor) -> Tensor:

@@ -73,16 +73,14 @@ def predict_complementary_halves(
     config: PretrainConfig,
     epoch: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return error and category probability of every patch, (B, N) each, from two passes.
+    """Return error and lesion probability of every patch, (B, N) each, from two passes.
 
     A patch has an error only where it was masked. Two complementary random halves mask each patch
-    exactly once, so that none has error 0 for having been visible.
+    exactly once, so that none has error 0 for having been visible. A model without a category head
+    gives no probability.
 
     Args:
         keys: (B,) int64, one identity per image.
-
-    Returns:
-        The error, and the probability of a lesion or None for a model without a category head.
 
     Source: our reconstruction.
     """

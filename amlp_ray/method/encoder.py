@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from amlp_ray.config import ImageSpec, ModelConfig
@@ -50,7 +50,7 @@ def create_encoder(name: str, arguments: dict[str, Any]) -> VisionTransformer:
 def build_encoder(config: ModelConfig, spec: ImageSpec) -> VisionTransformer:
     """Build the configured encoder with fixed positions and MAE's patch embedding."""
     encoder = create_encoder(timm_name(config), timm_arguments(config, spec))
-    grid = (spec.height // config.patch_size, spec.width // config.patch_size)
+    grid = encoder.patch_embed.grid_size
     # Some timm ViTs give prefix tokens no position.
     prefix = encoder.pos_embed.shape[1] - grid[0] * grid[1]
     positions = sincos_positions(grid, config.width, prefix)
@@ -126,16 +126,24 @@ def patch_attention(encoder: VisionTransformer, patches: Tensor) -> Tensor:
     for block in encoder.blocks[:-1]:
         tokens = block(tokens)
     last_block = encoder.blocks[-1]
-    attention = last_block.attn
-    b, n, _ = tokens.shape
-    qkv = attention.qkv(last_block.norm1(tokens)).reshape(b, n, 3, attention.num_heads, -1)
-    q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, R + N, D / heads) each
-    q = attention.q_norm(q)
-    k = attention.k_norm(k)
+    q, k, _ = queries_keys_values(last_block, tokens)
     if encoder.cls_token is not None:
         q = q[:, :, :1]
-    weights = torch.softmax((q * attention.scale) @ k.mT, -1)
+    weights = torch.softmax((q * last_block.attn.scale) @ k.mT, -1)
     return weights.mean((1, 2))[:, encoder.num_prefix_tokens :]
+
+
+def queries_keys_values(block: Block, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what a block's attention multiplies, (B, heads, n, D / heads) each.
+
+    Args:
+        tokens: (B, n, D), the input of the block.
+    """
+    attention = block.attn
+    b, n, _ = tokens.shape
+    qkv = attention.qkv(block.norm1(tokens)).reshape(b, n, 3, attention.num_heads, -1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return attention.q_norm(q), attention.k_norm(k), v
 
 
 def use_fused_attention(model: nn.Module, fused: bool) -> None:

@@ -1,8 +1,7 @@
 """Compute a lesion map: lesion, score and cluster id per patch, from which masks are sampled.
 
 Analyzing an image costs more than sampling a mask. Whole images are therefore analyzed every
-`selection.analysis_interval` epochs and their maps are cropped along with them. Steps in between
-pay for the crop of three small maps.
+`selection.analysis_interval` epochs and their maps are cropped along with them.
 
 Source: MPS of AMLP. Published is the unsupervised clustering into lesion and background, and in the
 second version a probability of a lesion; the rest is our reconstruction.
@@ -20,9 +19,10 @@ from torch import Tensor
 from amlp_ray.config import SelectionConfig
 from amlp_ray.method import counter_rng
 from amlp_ray.method.cluster_rules import choose_lesion_cluster
-from amlp_ray.method.kmeans import Clusters, DatasetClusters, kmeans, log_membership
+from amlp_ray.method.kmeans import DatasetClusters, kmeans, log_membership
 from amlp_ray.method.patch_features import cluster_features, dilate, tissue_mask
 from amlp_ray.method.patch_scores import PATCH_SCORES, patch_score, z_score
+from amlp_ray.method.patches import descending_ranks
 
 LOG_FLOOR = -20.0  # of log probabilities; also the score of border patches
 
@@ -107,7 +107,13 @@ def locate_lesion(
         score = score if named_score is None else named_score
     if config.uses_clusters:
         x = cluster_features(patches, tissue, grid, channels, config.features, teacher.tokens)
-        clusters, rule_noise = _cluster(x, tissue, keys, config, seed, epoch, centroids, learn)
+        k = config.clusters
+        count = (config.n_init + 1) * k
+        noise = counter_rng.uniform(keys, count, seed=seed, epoch=epoch, stream=counter_rng.CLUSTER)
+        if centroids is None:
+            clusters = kmeans(x, tissue, k, noise[:, k:])
+        else:
+            clusters = centroids.assign(x, tissue, noise[:, k:], learn=learn)
         chosen, is_found = choose_lesion_cluster(
             config,
             clusters,
@@ -115,7 +121,7 @@ def locate_lesion(
             tissue,
             grid,
             brightness=patches.mean(-1),
-            noise=rule_noise,
+            noise=noise[:, :k],
             score=_named_score(config.rule, patches, tissue, grid, config, teacher, truth),
             truth=truth,
         )
@@ -167,33 +173,11 @@ def _named_score(
     return None if value is None else z_score(value.float(), tissue)
 
 
-def _cluster(
-    x: Tensor,
-    tissue: Tensor,
-    keys: Tensor,
-    config: SelectionConfig,
-    seed: int,
-    epoch: int,
-    centroids: DatasetClusters | None,
-    learn: bool,
-) -> tuple[Clusters, Tensor]:
-    """Cluster features (B, N, D); also return uniform numbers (B, K) for the random rule."""
-    k = config.clusters
-    count = (config.n_init + 1) * k
-    noise = counter_rng.uniform(keys, count, seed=seed, epoch=epoch, stream=counter_rng.CLUSTER)
-    rule_noise = noise[:, :k]
-    seeding_noise = noise[:, k:]
-    if centroids is None:
-        return kmeans(x, tissue, k, seeding_noise), rule_noise
-    return centroids.assign(x, tissue, seeding_noise, learn=learn), rule_noise
-
-
 def _most_probable(lesion: Tensor, tissue: Tensor, probability: Tensor) -> Tensor:
     """Return as many tissue patches as `lesion` (B, N) has, those of highest probability.
 
     The size of the lesion stays, its position moves. Source: our reconstruction of CCL's purpose,
     a categorization that is changed by reconstruction difficulty.
     """
-    probability = probability.masked_fill(~tissue, -torch.inf)
-    order = probability.argsort(stable=True, dim=1, descending=True)
-    return order.argsort(1) < lesion.sum(1, keepdim=True)
+    ranks = descending_ranks(probability.masked_fill(~tissue, -torch.inf))
+    return ranks < lesion.sum(1, keepdim=True)

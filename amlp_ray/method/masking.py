@@ -32,47 +32,6 @@ class TrainingStep(NamedTuple):
     steps: int = 1
 
 
-class LesionMapCache:
-    """Lesion maps of whole images by key, on the images' device."""
-
-    def __init__(self) -> None:
-        # (n, 3, h, w) float16, with room for at least as many maps as are stored.
-        self._maps = torch.zeros(0)
-        self._rows: dict[int, int] = {}
-        self._filled = 0
-
-    def __contains__(self, key: int) -> bool:
-        return key in self._rows
-
-    def clear(self) -> None:
-        """Forget all maps; the memory stays for the next ones."""
-        self._rows = {}
-        self._filled = 0
-
-    def add(self, keys: list[int], maps: Tensor) -> None:
-        """Store maps (n, 3, h, w), in place of earlier ones of the same keys."""
-        maps = maps.half()
-        end = self._filled + len(keys)
-        if end > len(self._maps):
-            self._grow(end, maps)
-        self._maps[self._filled : end] = maps
-        for row, key in enumerate(keys, self._filled):
-            self._rows[key] = row
-        self._filled = end
-
-    def _grow(self, rows: int, maps: Tensor) -> None:
-        """Make room for `rows` maps, at least double, so that growing costs less than filling."""
-        grown = maps.new_zeros(max(2 * len(self._maps), rows), *maps.shape[1:])
-        if len(self._maps):
-            grown[: len(self._maps)] = self._maps
-        self._maps = grown
-
-    def get(self, keys: list[int], device: torch.device) -> Tensor:
-        """Return the maps of `keys`, (n, 3, h, w) float32."""
-        rows = torch.tensor([self._rows[key] for key in keys])
-        return self._maps[rows.to(device, non_blocking=True)].float()
-
-
 class Masking:
     """Sample the masks of one run, with a cache of lesion maps of whole images.
 
@@ -96,19 +55,14 @@ class Masking:
         self.model = model
         self.config = config
         self.truth = truth
-        self._cache = LesionMapCache()
+        # Lesion maps of whole images by key, (3, h, w) float16 on the images' device.
+        self._cached_maps: dict[int, Tensor] = {}
         self._cached_epoch = 0  # analysis epoch that the cached maps belong to
 
     def ratio(self, step: TrainingStep) -> float:
         """Return the masking ratio of a step."""
-        return masking_ratio(
-            self.config.ratio,
-            step.epoch,
-            self.config.epochs,
-            step=step.step,
-            steps=step.steps,
-            seed=self.config.seed,
-        )
+        config = self.config
+        return masking_ratio(config.ratio, epochs=config.epochs, seed=config.seed, **step._asdict())
 
     def mask_augmented(
         self, images: Tensor, keys: Tensor, host_keys: Tensor, step: TrainingStep
@@ -128,21 +82,8 @@ class Masking:
             Patches (B, N, P) of the augmented images, and the selection.
         """
         config = self.config
-        crop = random_crop(
-            keys,
-            min_crop_area=config.min_crop_area,
-            flip=config.flip,
-            flip_vertical=config.flip_vertical,
-            seed=config.seed,
-            epoch=step.epoch,
-        )
-        augmented = jitter_intensity(
-            apply_crop(images, crop),
-            keys,
-            config.intensity_jitter,
-            seed=config.seed,
-            epoch=step.epoch,
-        )
+        crop = random_crop(keys, config, step.epoch)
+        augmented = jitter_intensity(apply_crop(images, crop), keys, config, step.epoch)
         patches = patchify(augmented, self.model.patch_size)
         if config.selection.mode == "random":
             return patches, self._select(LesionMap.empty(patches), patches, keys, step)
@@ -205,7 +146,7 @@ class Masking:
         analysis_epoch = self.analysis_epoch(epoch)
         if analysis_epoch == self._cached_epoch:
             return
-        self._cache.clear()
+        self._cached_maps.clear()
         self._cached_epoch = analysis_epoch
         if self.model.centroids is not None and epoch == analysis_epoch:
             self.model.centroids.commit()
@@ -218,14 +159,15 @@ class Masking:
         # Centroids are learned by all workers together, so each analyzes every batch, whatever it
         # has cached of it.
         learn = self.model.centroids is not None and epoch == self._cached_epoch
-        new = [i for i, key in enumerate(all_keys) if learn or key not in self._cache]
+        new = [i for i, key in enumerate(all_keys) if learn or key not in self._cached_maps]
         if new:
             index = torch.tensor(new, device=images.device)
             patches = patchify(images[index], self.model.patch_size)
             truth = self._true_shares(host_keys[new], patches, None)
             found = self._analyze(patches, keys[index], self._cached_epoch, truth, learn=learn)
-            self._cache.add(host_keys[new].tolist(), found.to_images(self.model.grid))
-        return self._cache.get(all_keys, images.device)
+            maps = found.to_images(self.model.grid).half()
+            self._cached_maps.update(zip(host_keys[new].tolist(), maps, strict=True))
+        return torch.stack([self._cached_maps[key] for key in all_keys]).float()
 
     def _analyze(
         self, patches: Tensor, keys: Tensor, epoch: int, truth: Tensor | None, *, learn: bool
@@ -236,8 +178,7 @@ class Masking:
         if model.teacher is not None and epoch >= self._first_epoch_after_warmup():
             with autocast(config, patches.device.type):
                 teacher = teacher_view(model, patches, keys, config, epoch)
-        # The teacher's tokens have other dimensions than the raw patches that replace them at
-        # first.
+        # At first raw patches replace the teacher's tokens, with other dimensions.
         has_features = teacher is not None or config.selection.features != "tokens"
         return locate_lesion(
             patches,

@@ -51,27 +51,21 @@ def masking_ratio(
     total = epochs * steps
     if config.shape == "fixed":
         return config.start
-    if config.shape == "random":
-        key = torch.zeros(1, dtype=torch.int64)
-        u = counter_rng.uniform(key, 1, seed=seed, epoch=time, stream=counter_rng.RATIO).item()
-        return config.start + (config.end - config.start) * u
     if config.shape == "points":
         return _interpolate(config.points, time / max(1, total - 1))
     u = min(1.0, time / max(1, round(config.duration * total) - 1))
     if config.shape == "exponential":
         return config.start * (config.end / config.start) ** u
-    return config.start + (config.end - config.start) * _curve(config, u)
-
-
-def _curve(config: RatioConfig, u: float) -> float:
-    """Return g(u), from 0 at u = 0 to 1 at u = 1."""
-    if config.shape == "cosine":
-        return (1 - math.cos(math.pi * u)) / 2
-    if config.shape == "power":
-        return u**config.power
-    if config.shape == "step":
-        return min(config.levels - 1, math.floor(u * config.levels)) / (config.levels - 1)
-    return u
+    if config.shape == "random":
+        key = torch.zeros(1, dtype=torch.int64)
+        u = counter_rng.uniform(key, 1, seed=seed, epoch=time, stream=counter_rng.RATIO).item()
+    elif config.shape == "cosine":
+        u = (1 - math.cos(math.pi * u)) / 2
+    elif config.shape == "power":
+        u = u**config.power
+    elif config.shape == "step":
+        u = min(config.levels - 1, math.floor(u * config.levels)) / (config.levels - 1)
+    return config.start + (config.end - config.start) * u
 
 
 def _interpolate(points: tuple[tuple[float, float], ...], t: float) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor
 from amlp_ray.config import SelectionConfig
 from amlp_ray.method import counter_rng
 from amlp_ray.method.lesion_map import LesionMap
+from amlp_ray.method.patches import descending_ranks
 
 HINT_SHARE = 0.1  # of all patches, the most attended: among them `ranked` shows hints (AttMask)
 
@@ -73,10 +74,14 @@ def select_patches(
         progress: share of training done, 0-1, for modes that change over it.
         ratio_over: `tissue` masks the same share of tissue as of border.
     """
-    b, n = tissue.shape
-    noise = counter_rng.uniform(keys, n, seed=seed, epoch=epoch, stream=counter_rng.MASK)
+
+    def uniform(count: int, stream: int) -> Tensor:
+        return counter_rng.uniform(keys, count, seed=seed, epoch=epoch, stream=stream)
+
+    n = tissue.shape[1]
+    noise = uniform(n, counter_rng.MASK)
     lesion = (lesion_map.lesion > 0.5) & tissue & config.names_lesion
-    fallback = torch.zeros(b, dtype=torch.bool, device=tissue.device)
+    fallback = torch.zeros_like(tissue[:, 0])
     if config.mode == "hard":
         fallback = ~lesion.any(1)
         tiers = _tiers(lesion, tissue, noise, config.lesion_share)
@@ -90,15 +95,11 @@ def select_patches(
         fallback = _is_constant(lesion_map.score)
         start = config.score_share_start
         share = start + (config.score_share_end - start) * progress
-        hint_noise = counter_rng.uniform(keys, n, seed=seed, epoch=epoch, stream=counter_rng.HINT)
-        priority = _top_scores_first(
-            lesion_map.score, noise, hint_noise, count, share, config.lesion_share
-        )
+        may_be_hint = uniform(n, counter_rng.HINT) > config.lesion_share
+        priority = _top_scores_first(lesion_map.score, noise, may_be_hint, int(share * count))
     elif config.mode == "parts":
         fallback = (lesion_map.cluster < 0).all(1)
-        cluster_noise = counter_rng.uniform(
-            keys, config.clusters, seed=seed, epoch=epoch, stream=counter_rng.PART
-        )
+        cluster_noise = uniform(config.clusters, counter_rng.PART)
         order = _cluster_order(lesion_map.cluster, cluster_noise, noise, 1 - progress**2)
         priority = torch.where(fallback[:, None], noise, -order)
     else:
@@ -114,35 +115,23 @@ def _is_constant(score: Tensor) -> Tensor:
     return score.amax(1) == score.amin(1)
 
 
-def _rank(values: Tensor) -> Tensor:
-    """Return the rank of each value in its row, 0 for the highest."""
-    return values.argsort(stable=True, dim=1, descending=True).argsort(1)
-
-
 def _tiers(lesion: Tensor, tissue: Tensor, noise: Tensor, lesion_share: float) -> Tensor:
     """Return tiers (B, N): a share of the lesion 2, other tissue 1, border 0, hints -1.
 
     Hints are the lesion patches that are to stay visible.
     """
-    rank_in_lesion = _rank(noise.masked_fill(~lesion, -1.0))
+    rank_in_lesion = descending_ranks(noise.masked_fill(~lesion, -1.0))
     quota = torch.floor(lesion_share * lesion.sum(1, keepdim=True))
     is_masked_first = lesion & (rank_in_lesion < quota)
     lesion_tier = torch.where(is_masked_first, 2.0, -1.0)
     return torch.where(lesion, lesion_tier, tissue.to(noise.dtype))
 
 
-def _top_scores_first(
-    score: Tensor,
-    noise: Tensor,
-    hint_noise: Tensor,
-    count: int,
-    share: float,
-    lesion_share: float,
-) -> Tensor:
-    """Return priorities (B, N): the top `share` of `count` by score first, the rest at random.
+def _top_scores_first(score: Tensor, noise: Tensor, may_be_hint: Tensor, count: int) -> Tensor:
+    """Return priorities (B, N): the top `count` by score first, the rest at random.
 
-    Some of the very top are shown as hints. Equal scores are ordered by noise, so that a score that
-    is constant masks at random.
+    Of the very top, those that `may_be_hint` are shown. Equal scores are ordered by noise, so that
+    a score that is constant masks at random.
 
     Source: the top share after HPM (Wang et al. 2023), the hints after AttMask (Kakogeorgiou et al.
     2022).
@@ -150,9 +139,8 @@ def _top_scores_first(
     order = noise.argsort(dim=1, descending=True)
     by_score = score.gather(1, order).argsort(stable=True, dim=1, descending=True)
     rank = order.gather(1, by_score).argsort(1)
-    is_top = rank < int(share * count)
-    is_candidate = rank < HINT_SHARE * rank.shape[1]
-    is_hint = is_top & is_candidate & (hint_noise > lesion_share)
+    is_top = rank < count
+    is_hint = is_top & (rank < HINT_SHARE * rank.shape[1]) & may_be_hint
     return torch.where(is_hint, -1.0, is_top.to(noise.dtype)) + noise
 
 
@@ -173,8 +161,8 @@ def _cluster_order(cluster: Tensor, cluster_noise: Tensor, noise: Tensor, within
     b, n = cluster.shape
     border_noise = cluster_noise.new_full((b, 1), 2.0)  # so that the border comes last
     cluster_noise = torch.cat([border_noise, cluster_noise], 1)
-    turn = _rank(-cluster_noise).gather(1, cluster.long() + 1)  # (B, N)
-    whole_clusters = _rank(-(turn + noise) if within < 1 else noise).to(noise.dtype)
+    turn = descending_ranks(-cluster_noise).gather(1, cluster.long() + 1)  # (B, N)
+    whole_clusters = descending_ranks(-(turn + noise) if within < 1 else noise).to(noise.dtype)
     is_same = cluster[:, :, None] == cluster[:, None]  # (B, N, N)
     is_earlier = noise[:, None] > noise[:, :, None]
     position = (is_same & is_earlier).sum(2)  # inside its cluster
@@ -189,8 +177,8 @@ def _same_share_of_tissue(priority: Tensor, tissue: Tensor, count: int) -> Tenso
     """
     n = tissue.shape[1]
     quota = torch.round(tissue.sum(1, keepdim=True) * (count / n))
-    is_first = tissue & (_rank(priority.masked_fill(~tissue, -torch.inf)) < quota)
-    order = -_rank(priority).to(torch.float32)
+    is_first = tissue & (descending_ranks(priority.masked_fill(~tissue, -torch.inf)) < quota)
+    order = -descending_ranks(priority).to(torch.float32)
     return order + 2.0 * n * is_first + 1.0 * n * ~tissue
 
 

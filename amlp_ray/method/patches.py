@@ -65,6 +65,11 @@ def tissue_patches(patches: Tensor, *, mean_above: float, std_above: float) -> T
     return (mean[..., 0] > mean_above) | (std > std_above)
 
 
+def descending_ranks(values: Tensor) -> Tensor:
+    """Return the rank of each value in its row (B, n), 0 for the highest; stable."""
+    return values.argsort(stable=True, dim=1, descending=True).argsort(1)
+
+
 def standardize(x: Tensor, inside: Tensor) -> Tensor:
     """Scale each column of x (B, N, D) to mean 0 and SD 1 over the patches `inside` (B, N) bool.
 

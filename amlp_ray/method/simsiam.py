@@ -85,18 +85,7 @@ def two_views(
     """
     views = []
     for stream in (counter_rng.CROP, counter_rng.VIEW):
-        view, _ = augment(
-            images,
-            None,
-            keys,
-            min_crop_area=config.min_crop_area,
-            flip=config.flip,
-            flip_vertical=config.flip_vertical,
-            intensity_jitter=config.intensity_jitter,
-            seed=config.seed,
-            epoch=epoch,
-            stream=stream,
-        )
+        view, _ = augment(images, None, keys, config, epoch, stream)
         uniform = counter_rng.uniform(keys, 7, seed=config.seed, epoch=epoch, stream=stream)
         uniform = uniform[:, 5:, None, None, None]
         # Without this step, brightness alone would tell two images apart. Images have SD 1.

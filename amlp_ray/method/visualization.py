@@ -26,8 +26,8 @@ from amlp_ray.method.masking import Masking, TrainingStep
 from amlp_ray.method.patch_selection import Selection
 from amlp_ray.method.patches import gather, lesion_shares, unpatchify
 
-Pixels = NDArray[np.uint8]
-Panels = dict[str, Pixels]  # title -> (H, W, 3), all of one size
+Pixels = NDArray[np.uint8]  # (..., H, W, 3)
+Panels = dict[str, Pixels]  # by title, all of one size
 
 BRIEF = ("input", "lesion", "mask", "reconstruction", "truth")
 FULL = ("input", "clusters", "lesion", "score", "mask", "reconstruction", "error", "truth")
@@ -100,7 +100,7 @@ def analyze(
     device = model.mask_token.device
     keys = keys.to(device)
     truth = None
-    if masks is not None and config.selection.uses_ground_truth:
+    if masks is not None:
         shares = lesion_shares(masks, model.patch_size)
         truth = dict(zip(keys.tolist(), shares.unflatten(1, model.grid), strict=True))
     masking = Masking(model, config, truth)
@@ -190,57 +190,46 @@ def draw_panels(
     size = panel_size(model.spec)
     images = unpatchify(analysis.patches, model.patch_size, grid)
     reconstructions = unpatchify(analysis.reconstruction, model.patch_size, grid)
-    input_pixels = to_pixels(images, images, model.spec, size)
-    reconstruction_pixels = to_pixels(reconstructions, images, model.spec, size)
-    clusters = _comparable_clusters(analysis, config)
-    max_error = max(float(analysis.error[analysis.masked].quantile(0.95)), 1e-6)
-
-    drawn = []
-    for i, image in enumerate(input_pixels):
-        overlays = _overlay_panels(analysis, i, image, clusters, max_error, config, grid)
-        panels = {
-            "input": ("input", image),
-            "reconstruction": ("reconstruction", reconstruction_pixels[i]),
-        }
-        if masks is not None:
-            true_lesion = resize_map(torch.from_numpy(masks[i] > 0), masks.shape[1:], size)
-            if outline:
-                for name, (title, pixels) in overlays.items():
-                    overlays[name] = (title, draw_outline(pixels, true_lesion))
-            panels["truth"] = ("true lesion", tint(image, true_lesion, GREEN))
-        panels |= overlays
-        drawn.append(dict(panels[name] for name in names if name in panels))
-    return drawn
+    pictures = to_pixels(images, images, model.spec, size)
+    panels = _overlay_panels(analysis, pictures, config, grid)
+    if masks is not None:
+        true_lesion = resize_map(torch.from_numpy(masks > 0).flatten(1), masks.shape[1:], size)
+        if outline:
+            for name, (title, pixels) in panels.items():
+                panels[name] = (title, draw_outline(pixels, true_lesion))
+        panels["truth"] = ("true lesion", tint(pictures, true_lesion, GREEN))
+    panels["input"] = ("input", pictures)
+    reconstructed = to_pixels(reconstructions, images, model.spec, size)
+    panels["reconstruction"] = ("reconstruction", reconstructed)
+    titled = [panels[name] for name in names if name in panels]
+    return [{title: pixels[i] for title, pixels in titled} for i in range(len(pictures))]
 
 
 def _overlay_panels(
-    analysis: ImageAnalysis,
-    i: int,
-    image: Pixels,
-    clusters: Tensor,
-    max_error: float,
-    config: PretrainConfig,
-    grid: tuple[int, int],
+    analysis: ImageAnalysis, pictures: Pixels, config: PretrainConfig, grid: tuple[int, int]
 ) -> dict[str, tuple[str, Pixels]]:
-    """Draw (title, pixels) by panel name, of what overlays the i-th image (H, W, 3)."""
-    size = image.shape[:2]
-    masked = resize_map(analysis.masked[i], grid, size)[..., None]
-    error = draw_heatmap(resize_map(analysis.error[i] / max_error, grid, size))
-    pale = (0.3 * image + 0.7 * 255).astype(np.uint8)
+    """Draw (title, pixels) by panel name, of what overlays the pictures (B, H, W, 3)."""
+    size = pictures.shape[1:3]
+    max_error = max(float(analysis.error[analysis.masked].quantile(0.95)), 1e-6)
+    masked = resize_map(analysis.masked, grid, size)[..., None]
+    error = draw_heatmap(resize_map(analysis.error / max_error, grid, size))
+    pale = (0.3 * pictures + 0.7 * 255).astype(np.uint8)
     panels = {
-        "mask": (f"masked {analysis.ratio:.0%}", np.where(masked, GRAY, image)),
+        "mask": (f"masked {analysis.ratio:.0%}", np.where(masked, GRAY, pictures)),
         "error": (f"error, 0 to {max_error:.2g}", np.where(masked, error, pale)),
     }
     if config.selection.uses_clusters:
-        cluster_map = resize_map(clusters[i], grid, size)
-        panels["clusters"] = ("clusters", tint_clusters(image, cluster_map))
+        clusters = resize_map(_comparable_clusters(analysis, config), grid, size)
+        panels["clusters"] = ("clusters", tint_clusters(pictures, clusters))
     if config.selection.names_lesion:
-        lesion = resize_map(analysis.selection.lesion[i], grid, size)
-        panels["lesion"] = ("probable lesion", tint(image, lesion, RED))
+        lesion = resize_map(analysis.selection.lesion, grid, size)
+        panels["lesion"] = ("probable lesion", tint(pictures, lesion, RED))
     if analysis.score is not None:
-        score = analysis.score[i]
+        score = analysis.score
         if "probability" not in analysis.score_name:
-            score = (score - score.min()) / (score.max() - score.min()).clamp_min(1e-6)
+            low = score.amin(1, keepdim=True)
+            span = score.amax(1, keepdim=True) - low
+            score = (score - low) / span.clamp_min(1e-6)
         panels["score"] = (analysis.score_name, draw_heatmap(resize_map(score, grid, size)))
     return panels
 
@@ -279,10 +268,8 @@ def panel_size(spec: ImageSpec) -> tuple[int, int]:
     return round(PANEL_SIDE * spec.height / longest), round(PANEL_SIDE * spec.width / longest)
 
 
-def to_pixels(
-    images: Tensor, reference: Tensor, spec: ImageSpec, size: tuple[int, int]
-) -> list[Pixels]:
-    """Convert normalized images (B, C, H, W) to B pictures of `size`.
+def to_pixels(images: Tensor, reference: Tensor, spec: ImageSpec, size: tuple[int, int]) -> Pixels:
+    """Convert normalized images (B, C, H, W) to pictures (B, H, W, 3) of `size`.
 
     Scaled from the 0.5 to the 99.5 percentile of `reference` (B, C, H, W), once per image for all
     channels and in stored units, so that colors stay what they are. Of images with other than three
@@ -300,27 +287,25 @@ def to_pixels(
     # of the data set, which may be shares of 1 or thousands.
     scaled = ((images - low) / (high - low).clamp_min(1e-6 * std.max())).clamp(0, 1)
     pixels = (scaled * 255).round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-    pictures = []
-    for image in pixels:
-        resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)
-        pictures.append(np.asarray(resized))
-    return pictures
+    pictures = [Image.fromarray(image) for image in pixels]
+    return np.stack([image.resize(size[::-1], Image.Resampling.BICUBIC) for image in pictures])
 
 
 def resize_map(values: Tensor, grid: tuple[int, ...], size: tuple[int, ...]) -> NDArray[np.float32]:
-    """Resize a map (N,) over a grid to pixels (H, W) by nearest neighbor."""
-    image = values.reshape(1, 1, *grid).float()
-    return F.interpolate(image, size, mode="nearest-exact")[0, 0].cpu().numpy()
+    """Resize maps (..., N) over a grid to pixels (..., H, W) by nearest neighbor."""
+    maps = values.reshape(-1, 1, *grid).float()
+    pixels = F.interpolate(maps, size, mode="nearest-exact")
+    return pixels.reshape(*values.shape[:-1], *size).cpu().numpy()
 
 
 def tint(image: Pixels, where: NDArray[np.float32], color: tuple[int, int, int]) -> Pixels:
-    """Lay a color over a picture (H, W, 3) where a map (H, W) is not 0."""
+    """Lay a color over pictures (..., H, W, 3) where a map (..., H, W) is not 0."""
     mixed = (0.55 * image + 0.45 * np.asarray(color)).astype(np.uint8)
     return np.where(where[..., None] > 0, mixed, image)
 
 
 def tint_clusters(image: Pixels, clusters: NDArray[np.float32]) -> Pixels:
-    """Lay one color per cluster (H, W) over a picture in gray; -1 has none."""
+    """Lay one color per cluster (..., H, W) over pictures in gray; -1 has none."""
     colors = _rgb(CLUSTER_COLORS)[clusters.astype(int)]
     mixed = (0.45 * image.mean(-1, keepdims=True) + 0.55 * colors).astype(np.uint8)
     return np.where(clusters[..., None] < 0, image, mixed)
@@ -332,15 +317,16 @@ def _rgb(hex_colors: Sequence[str]) -> NDArray[np.int64]:
 
 
 def draw_outline(image: Pixels, where: NDArray[np.float32]) -> Pixels:
-    """Draw a bright line along the inner rim of a map (H, W)."""
-    inside = torch.from_numpy(where)[None] > 0
-    core = F.max_pool2d((~inside).float(), 5, 1, 2)[0] == 0
-    rim = (inside[0] & ~core).numpy()
+    """Draw a bright line along the inner rim of a map (..., H, W)."""
+    inside = torch.from_numpy(where) > 0
+    outside = (~inside).float().reshape(-1, *where.shape[-2:])
+    is_core = F.max_pool2d(outside, 5, 1, 2).reshape(where.shape) == 0
+    rim = (inside & ~is_core).numpy()
     return np.where(rim[..., None], np.array(OUTLINE, np.uint8), image)
 
 
 def draw_heatmap(shares: NDArray[np.float32]) -> Pixels:
-    """Draw a map (H, W) of 0 to 1 in matplotlib's inferno: black over red to yellow."""
+    """Draw maps (..., H, W) of 0 to 1 in matplotlib's inferno: black over red to yellow."""
     positions = np.linspace(0, 1, len(INFERNO))
     channels = [np.interp(shares, positions, channel) for channel in _rgb(INFERNO).T]
     return np.stack(channels, -1).astype(np.uint8)

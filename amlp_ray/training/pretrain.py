@@ -104,6 +104,7 @@ def pretrain(
         ConfigError: `until` is no epoch of the run, or the config does not fit the images.
         StorageError: the folder could not be written for `fault_tolerance.storage_minutes`.
     """
+    hooks = hooks or Hooks()
     resources = resources or ResourceConfig()
     last_epoch = _last_epoch(config, batches, until)
     events = EventLog(folder, log_messages=distributed.world_size() == 1)
@@ -114,63 +115,36 @@ def pretrain(
         sharding=resources.sharding,
         resumes=bool(checkpoints(folder)),
     )
-    resumed_epoch = _resume(train_state, folder, events, last_epoch)
+    epoch = _resume(train_state, folder, events, last_epoch)
     objective = make_objective(train_state.model, config, truth)
-    epochs = range(resumed_epoch + 1, last_epoch + 1)
-    recorder = RunRecorder(folder, fault_tolerance or FaultToleranceConfig(), events)
-    with closing(recorder):
-        return _train(
-            train_state,
-            objective,
-            batches,
-            epochs,
-            recorder,
-            hooks=hooks or Hooks(),
-            micro_batch=resources.micro_batch,
-        )
-
-
-def _train(
-    train_state: TrainState,
-    objective: Objective,
-    batches: Batches,
-    epochs: range,
-    recorder: RunRecorder,
-    *,
-    hooks: Hooks,
-    micro_batch: int | None,
-) -> PretrainResult:
-    """Train the epochs that are left, and export the encoder."""
-    config = train_state.config
-    device = train_state.device
     network = _wrap(train_state.model, config)
+    recorder = RunRecorder(folder, fault_tolerance or FaultToleranceConfig(), events)
+    epochs = range(epoch + 1, last_epoch + 1)
     is_first = distributed.rank() == 0
-    epoch = epochs.start - 1
-    metrics = recorder.begin(epochs) if is_first else {}
-    for epoch in epochs:
-        metrics = train_epoch(
-            network, train_state, objective, batches, epoch, micro_batch=micro_batch
-        )
-        state = train_state.gather_state()
-        if is_first:
-            metrics |= utilization(config, batches.spec, device, metrics)
-            metrics |= _evaluate(hooks, train_state.eval_model, epoch)
-            recorder.record_epoch(metrics, checkpoint_state(state, epoch, config))
-            hooks.report(metrics)
-        # Every worker takes part in this exchange.
-        should_stop = is_first and hooks.should_stop()
-        if distributed.broadcast_from_rank0(int(should_stop), device):
-            break
-    recorder.wait()
+    with closing(recorder):
+        metrics = recorder.begin(epochs) if is_first else {}
+        for epoch in epochs:
+            metrics = train_epoch(
+                network, train_state, objective, batches, epoch, micro_batch=resources.micro_batch
+            )
+            state = train_state.gather_state()
+            if is_first:
+                metrics |= utilization(config, batches.spec, device, metrics)
+                metrics |= _evaluate(hooks, train_state.eval_model, epoch)
+                recorder.record_epoch(metrics, checkpoint_state(state, epoch, config))
+                hooks.report(metrics)
+            # Every worker takes part in this exchange.
+            should_stop = is_first and hooks.should_stop()
+            if distributed.broadcast_from_rank0(int(should_stop), device):
+                break
+        recorder.wait()
 
-    encoder = recorder.folder / ENCODER
-    if is_first and (epochs or not is_encoder(encoder)):
-        export = partial(
-            export_encoder, train_state.eval_model.encoder, encoder, config.model, batches.spec
-        )
-        recorder.retries.run(export, encoder.name)
-    stopped_early = epoch < epochs.stop - 1
-    return PretrainResult(epoch, stopped_early, metrics, train_state.eval_model.eval(), encoder)
+        model = train_state.eval_model
+        encoder = folder / ENCODER
+        if is_first and (epochs or not is_encoder(encoder)):
+            export = partial(export_encoder, model.encoder, encoder, config.model, batches.spec)
+            recorder.retries.run(export, encoder.name)
+    return PretrainResult(epoch, epoch < last_epoch, metrics, model.eval(), encoder)
 
 
 def _last_epoch(config: PretrainConfig, batches: Batches, until: int | None) -> int:

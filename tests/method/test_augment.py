@@ -7,11 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amlp_ray.config import ImageSpec
+from amlp_ray.config import ImageSpec, SegmentConfig
 from amlp_ray.method.augment import apply_crop, augment, jitter_intensity, normalize, random_crop
 from amlp_ray.method.counter_rng import CROP, VIEW, uniform
 
 KEYS = torch.arange(200)
+
+
+def config_of(**given: Any) -> SegmentConfig:
+    return SegmentConfig(**{"flip": False, "seed": 0, **given})
 
 
 def coordinates(images: int = 200, side: int = 32) -> Tensor:
@@ -27,12 +31,8 @@ def coordinates(images: int = 200, side: int = 32) -> Tensor:
 def crop(
     images: Tensor, *, min_crop_area: float, flip: bool, epoch: int = 1, keys: Tensor = KEYS
 ) -> Tensor:
-    return apply_crop(
-        images,
-        random_crop(
-            keys[: len(images)], min_crop_area=min_crop_area, flip=flip, seed=0, epoch=epoch
-        ),
-    )
+    config = config_of(min_crop_area=min_crop_area, flip=flip)
+    return apply_crop(images, random_crop(keys[: len(images)], config, epoch))
 
 
 def sides(cut: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,7 @@ def sides(cut: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_neither_crop_nor_flip_is_the_identity_to_the_bit() -> None:
     images = torch.rand(4, 3, 16, 24)
-    assert random_crop(KEYS, min_crop_area=1, flip=False, seed=0, epoch=1) is None
+    assert random_crop(KEYS, config_of(), 1) is None
     assert torch.equal(crop(images, min_crop_area=1, flip=False), images)
 
 
@@ -114,7 +114,7 @@ def test_what_belongs_to_an_image_is_cut_where_the_image_is() -> None:
     """A map of patches, cut by the same crop, says of a place what the image there says."""
     blocks = torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(0)).round()
     images = F.interpolate(blocks, scale_factor=8, mode="nearest")
-    cut = random_crop(KEYS, min_crop_area=0.5, flip=True, seed=0, epoch=1)
+    cut = random_crop(KEYS, config_of(min_crop_area=0.5, flip=True), 1)
     maps = apply_crop(blocks, cut, mode="nearest")
     assert set(maps.unique().tolist()) == {0, 1}
     middles = apply_crop(images, cut)[..., 4::8, 4::8]
@@ -126,7 +126,7 @@ def test_what_belongs_to_an_image_is_cut_where_the_image_is() -> None:
 @pytest.mark.parametrize("flip", [True, False])
 def test_a_map_that_is_only_mirrored_keeps_its_values_to_the_bit(flip: bool) -> None:
     maps = torch.randn(200, 3, 7, 5, generator=torch.Generator().manual_seed(0))
-    crop_all = random_crop(KEYS, min_crop_area=1.0, flip=flip, seed=0, epoch=1)
+    crop_all = random_crop(KEYS, config_of(flip=flip), 1)
     out = apply_crop(maps, crop_all, mode="nearest")
     same, mirrored = ((out == other).all(-1).all(-1).all(-1) for other in (maps, maps.flip(-1)))
     assert (same | mirrored).all()
@@ -135,8 +135,7 @@ def test_a_map_that_is_only_mirrored_keeps_its_values_to_the_bit(flip: bool) -> 
 
 def test_another_purpose_is_another_crop() -> None:
     one, other = (
-        random_crop(KEYS, min_crop_area=0.5, flip=True, seed=0, epoch=1, stream=p)
-        for p in (CROP, VIEW)
+        random_crop(KEYS, config_of(min_crop_area=0.5, flip=True), 1, p) for p in (CROP, VIEW)
     )
     assert one is not None
     assert other is not None
@@ -218,7 +217,7 @@ def test_a_mask_lies_where_its_image_lies_after_any_augmentation(given: dict[str
     """
     masks, keys = discs(40, 24, 32), KEYS[:40]
     images = torch.cat([noise(), masks[:, None].float()], 1)
-    shown, cut = augment(images, masks, keys, seed=3, epoch=2, **given)
+    shown, cut = augment(images, masks, keys, config_of(seed=3, **given), 2)
     assert cut.dtype == torch.uint8
     assert set(cut.unique().tolist()) <= {0, 1}
     drawn = shown[:, 2]
@@ -227,51 +226,41 @@ def test_a_mask_lies_where_its_image_lies_after_any_augmentation(given: dict[str
     there = (masks > 0).any(2).any(1) & (cut > 0).any(2).any(1)
     agreed = (inside == (cut > 0)).float().mean((1, 2))[there]
     assert agreed.min() > 0.93, "bilinear against nearest at the rim, and gamma's shift of one half"
-    assert torch.equal(
-        apply_crop(masks[:, None].float(), maps(given), "nearest")[:, 0], cut.float()
-    )
-
-
-def maps(given: dict[str, Any]) -> Tensor | None:
-    geometry = {
-        name: given.get(name, off) for name, off in (("min_crop_area", 1.0), ("flip", False))
-    }
-    return random_crop(
-        KEYS[:40], **geometry, flip_vertical=given.get("flip_vertical", False), seed=3, epoch=2
-    )
+    maps = random_crop(keys, config_of(seed=3, **given), 2)
+    assert torch.equal(apply_crop(masks[:, None].float(), maps, "nearest")[:, 0], cut.float())
 
 
 def test_without_any_of_it_image_and_mask_are_handed_back_as_they_are() -> None:
     images, masks = noise(), discs(40, 24, 32)
-    shown, cut = augment(images, masks, KEYS[:40], seed=0, epoch=1)
+    shown, cut = augment(images, masks, KEYS[:40], config_of(), 1)
     assert shown is images
     assert cut is masks
-    assert augment(images, None, KEYS[:40], seed=0, epoch=1)[1] is None
+    assert augment(images, None, KEYS[:40], config_of(), 1)[1] is None
 
 
 def test_an_image_s_augmentation_depends_on_seed_epoch_and_key_and_not_on_its_batch() -> None:
     images, masks, keys = noise(), discs(40, 24, 32), KEYS[:40]
-    whole = augment(images, masks, keys, seed=0, epoch=1, **ALL)
+    whole = augment(images, masks, keys, config_of(**ALL), 1)
     rows = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:11]
-    some = augment(images[rows], masks[rows], keys[rows], seed=0, epoch=1, **ALL)
+    some = augment(images[rows], masks[rows], keys[rows], config_of(**ALL), 1)
     torch.testing.assert_close(some[0], whole[0][rows])
     assert torch.equal(some[1], whole[1][rows])
-    for change in ({"seed": 1}, {"epoch": 2}):
-        other = augment(images, masks, keys, **{"seed": 0, "epoch": 1, **change}, **ALL)
+    for seed, epoch in ((1, 1), (0, 2)):
+        other = augment(images, masks, keys, config_of(seed=seed, **ALL), epoch)
         assert not torch.allclose(other[0], whole[0])
         assert not torch.equal(other[1], whole[1])
-    other_keys = augment(images, masks, keys + 1000, seed=0, epoch=1, **ALL)
+    other_keys = augment(images, masks, keys + 1000, config_of(**ALL), 1)
     assert not torch.allclose(other_keys[0], whole[0])
 
 
 def test_upside_down_turns_about_half_of_the_images_and_only_where_it_is_asked_for() -> None:
     images = noise((200, 1, 16, 24))
-    out, _ = augment(images, None, KEYS, flip_vertical=True, seed=0, epoch=1)
+    out, _ = augment(images, None, KEYS, config_of(flip_vertical=True), 1)
     same = (out - images).abs().amax((1, 2, 3)) < 1e-4
     turned = (out - images.flip(-2)).abs().amax((1, 2, 3)) < 1e-4
     assert (same ^ turned).all()
     assert 70 < int(turned.sum()) < 130
-    mirrored, _ = augment(images, None, KEYS, flip=True, seed=0, epoch=1)
+    mirrored, _ = augment(images, None, KEYS, config_of(flip=True), 1)
     assert 0.3 < float(((mirrored == images).flatten(1).all(1) == same).float().mean()) < 0.7, (
         "drawn by itself"
     )
@@ -279,8 +268,8 @@ def test_upside_down_turns_about_half_of_the_images_and_only_where_it_is_asked_f
 
 def test_a_new_kind_of_augmentation_moves_no_earlier_draw() -> None:
     """Crops and left-right flips use the first five numbers, as before the others existed."""
-    plain = random_crop(KEYS, min_crop_area=0.5, flip=True, seed=0, epoch=1)
-    both = random_crop(KEYS, min_crop_area=0.5, flip=True, flip_vertical=True, seed=0, epoch=1)
+    plain = random_crop(KEYS, config_of(min_crop_area=0.5, flip=True), 1)
+    both = random_crop(KEYS, config_of(min_crop_area=0.5, flip=True, flip_vertical=True), 1)
     assert plain is not None
     assert both is not None
     assert torch.equal(plain[:, 0], both[:, 0])
@@ -292,7 +281,7 @@ def test_a_new_kind_of_augmentation_moves_no_earlier_draw() -> None:
 @pytest.mark.parametrize("strength", [0.1, 0.5, 1.0])
 def test_intensity_changes_brightness_and_contrast_within_its_range(strength: float) -> None:
     images = noise((200, 1, 32, 32))
-    out = jitter_intensity(images, KEYS, strength, seed=0, epoch=1)
+    out = jitter_intensity(images, KEYS, config_of(intensity_jitter=strength), 1)
     shift = (out.mean((1, 2, 3)) - images.mean((1, 2, 3))).abs()
     ratio = out.std((1, 2, 3)) / images.std((1, 2, 3))
     assert 0.4 * strength < shift.max() <= 0.5 * strength + 1e-4
@@ -309,14 +298,14 @@ def test_intensity_changes_brightness_and_contrast_within_its_range(strength: fl
 
 def test_channels_of_an_image_change_alike_so_that_colors_stay() -> None:
     images = noise((50, 1, 16, 16)).expand(-1, 3, -1, -1)
-    out = jitter_intensity(images, KEYS[:50], 1.0, seed=0, epoch=1)
+    out = jitter_intensity(images, KEYS[:50], config_of(intensity_jitter=1.0), 1)
     assert torch.equal(out[:, 0], out[:, 1])
     assert torch.equal(out[:, 0], out[:, 2])
 
 
 @pytest.mark.parametrize("value", [-1000.0, 0.0, 3.2])
 def test_a_constant_image_stays_constant_and_finite(value: float) -> None:
-    out, _ = augment(torch.full((20, 2, 16, 16), value), None, KEYS[:20], seed=0, epoch=1, **ALL)
+    out, _ = augment(torch.full((20, 2, 16, 16), value), None, KEYS[:20], config_of(**ALL), 1)
     spread = out.amax((2, 3)) - out.amin((2, 3))
     assert out.isfinite().all()
     assert float(spread.max()) <= 1e-3 * max(1.0, abs(value))
@@ -327,7 +316,7 @@ def test_a_constant_image_stays_constant_and_finite(value: float) -> None:
 def test_no_scale_of_values_makes_a_number_that_is_none(scale: float) -> None:
     images = noise((20, 2, 16, 16)) * scale
     images[0, 0, 0, 0] *= 1000  # metal in CT, a hot pixel
-    out, _ = augment(images, None, KEYS[:20], seed=0, epoch=1, **ALL)
+    out, _ = augment(images, None, KEYS[:20], config_of(**ALL), 1)
     assert out.isfinite().all()
 
 
@@ -351,7 +340,7 @@ def test_stored_images_of_any_dtype_and_channels_are_augmented(
     }[dtype]
     stored = values.clamp(low, high).to(getattr(torch, dtype))
     masks = discs(12, 16, 24)
-    out, cut = augment(normalize(stored, spec), masks, KEYS[:12], seed=0, epoch=1, **ALL)
+    out, cut = augment(normalize(stored, spec), masks, KEYS[:12], config_of(**ALL), 1)
     assert out.dtype == torch.float32
     assert out.shape == stored.shape
     assert out.isfinite().all()

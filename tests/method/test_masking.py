@@ -340,7 +340,7 @@ def test_the_lesion_of_a_crop_covers_the_true_one_cropped_alike(ultrasound: Give
     oracle = {"mode": "soft", "score": "oracle"}
     masking = masking_of(HARD, {"selection": oracle, "min_crop_area": 0.6}, truth=truth)
     found = drawn(masking, images, keys, 3)
-    crop = random_crop(keys, min_crop_area=0.6, flip=True, seed=0, epoch=3)
+    crop = random_crop(keys, masking.config, 3)
     cut = patchify(apply_crop(masks[:, None].float(), crop), 8).mean(-1)
     both = (found.lesion & (cut > 0.25)).sum(1)
     f1 = 2 * both / (found.lesion.sum(1) + (cut > 0.25).sum(1)).clamp_min(1)

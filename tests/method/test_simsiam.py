@@ -114,7 +114,7 @@ def test_the_views_are_two_different_crops_by_key_and_epoch() -> None:
 
 def test_a_view_is_a_crop_with_its_own_contrast_and_brightness() -> None:
     images = random_images(GREY, 8)
-    crop = random_crop(KEYS, min_crop_area=0.6, flip=True, seed=0, epoch=1)
+    crop = random_crop(KEYS, SETTINGS, 1)
     plain = patchify(apply_crop(images, crop), 8).flatten(1)
     view = two_views(images, KEYS, SETTINGS, 8, 1)[0].flatten(1)
     slopes = []

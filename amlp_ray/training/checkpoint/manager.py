@@ -1,9 +1,7 @@
 """Write checkpoints atomically beside the training, and verify them when they are read.
 
 `checkpoint/epoch-7.3f9c2a….pt`: the name ends with a digest of the content, so a file that was cut
-short or changed is recognized. The last few are kept: if the newest is damaged, the one before it
-is used. A checkpoint holds tensors and plain values and is loaded with `weights_only`, so reading
-one never runs code.
+short or changed is recognized. Reading one never runs code.
 """
 
 from __future__ import annotations

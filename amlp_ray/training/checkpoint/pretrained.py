@@ -154,14 +154,11 @@ def _is_exported(weights: str) -> bool:
 
 def _check_same_encoder(weights: str, source: ModelConfig, model: ModelConfig) -> None:
     """Raise CheckpointError if weights of `source` do not fit the encoder of `model`."""
-    differences = []
-    if timm_name(source) != timm_name(model):
-        differences.append(f"model.encoder {timm_name(source)}, not {timm_name(model)}")
-    for name in ENCODER_FIELDS:
-        source_value = getattr(source, name)
-        value = getattr(model, name)
-        if source_value != value:
-            differences.append(f"model.{name} {source_value}, not {value}")
+    values = {"encoder": (timm_name(source), timm_name(model))}
+    values |= {name: (getattr(source, name), getattr(model, name)) for name in ENCODER_FIELDS}
+    differences = [
+        f"model.{name} {old}, not {new}" for name, (old, new) in values.items() if old != new
+    ]
     if differences:
         raise CheckpointError(
             f"{weights} is of another architecture than the settings have: "

@@ -75,8 +75,7 @@ def trained_flops(config: PretrainConfig, spec: ImageSpec, ratio: float) -> floa
     if config.objective == "none":
         return 0.0
     model = _meta_model(config, spec)
-    patch_size = config.model.patch_size
-    patches = spec.height * spec.width // (patch_size * patch_size)
+    patches = spec.height * spec.width // config.model.patch_size**2
     if isinstance(model, SimSiam):
         return _simsiam_flops(model, patches)
     masked = masked_count(ratio, patches, config.ratio.round_to)
@@ -137,8 +136,8 @@ def listed_peak(name: str, dtype: torch.dtype) -> float | None:
     if "MIG" in name or "Laptop" in name:
         return None
     for pattern, peaks in _PEAKS:
-        if re.search(pattern, name) and dtype in _COLUMNS:
-            peak = peaks[_COLUMNS.index(dtype)]
+        if re.search(pattern, name):
+            peak = dict(zip(_COLUMNS, peaks, strict=True)).get(dtype)
             return None if peak is None else peak * 1e12
     return None
 
@@ -172,19 +171,13 @@ def peak_memory(device: str) -> float:
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")  # Linux
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e9
-    return 0.0
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.is_file() else None
+    return int(found[1]) * 1024 / 1e9 if found else 0.0
 
 
 @lru_cache(maxsize=8)
 def _meta_model(config: PretrainConfig, spec: ImageSpec) -> MaskedAutoencoder | SimSiam:
-    """Build the model without values.
-
-    Counting its own matrices is right for a timm ViT of unusual parts too.
-    """
+    """Build the model without values; its own matrices count for a ViT of unusual parts too."""
     with torch.device("meta"):
         if config.objective == "simsiam":
             return SimSiam(config.model, spec)

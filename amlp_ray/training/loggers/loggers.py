@@ -1,9 +1,7 @@
 """Log a run to TensorBoard, and to MLflow and Weights & Biases where configured.
 
 Each pretraining has one run there, written by its first worker. No logger can stop a training or
-slow it down: files are written as far as possible, and a thread sends to servers and tries again
-after every epoch. `tracking.json` in the run's folder records the runs and their last epoch, so
-that a resumed pretraining continues them.
+slow it down: files are written as far as possible, and a thread sends to servers.
 """
 
 from __future__ import annotations

@@ -151,11 +151,7 @@ def hard_labels(difficulty: Tensor, lesion: Tensor, tissue: Tensor, threshold: s
 
 
 def _otsu_split(ordered: Tensor) -> Tensor:
-    """Return the index (B, 1) of the last value above the split of most variance between classes.
-
-    Args:
-        ordered: (B, m), falling.
-    """
+    """Return the index (B, 1) of the last of falling values (B, m) above Otsu's split."""
     m = ordered.shape[1]
     if m == 1:
         return ordered.new_zeros(len(ordered), 1)

@@ -149,12 +149,7 @@ def _cluster_order(cluster: Tensor, cluster_noise: Tensor, noise: Tensor, within
 
     With `within` 1 it is a patch's position inside its own cluster: every cluster loses the same
     share. With 0 it is the position when clusters are masked whole, in random order. The black
-    border counts as one more cluster.
-
-    Args:
-        cluster: (B, N) ids, -1 on the border.
-        cluster_noise: (B, K) uniform.
-        noise: (B, N) uniform.
+    border (-1 in `cluster`) counts as one more cluster.
 
     Source: SemMAE (Li et al. 2022), with our clusters in place of learned parts.
     """

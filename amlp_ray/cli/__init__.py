@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from amlp_ray.cli import data, method, study
 from amlp_ray.cli.inspect import inspect
@@ -42,9 +43,7 @@ def _print_version(value: bool) -> None:
 
 
 # Not eager, so that --help is answered before typer imports pydantic to read the value.
-Version = Annotated[
-    bool, typer.Option("--version", callback=_print_version, help="Print the version.")
-]
+Version = Annotated[bool, Option("--version", callback=_print_version, help="Print the version.")]
 
 
 @app.callback()

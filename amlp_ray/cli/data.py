@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 
 from amlp_ray.cli.data_bench import bench
 from amlp_ray.cli.data_check import check
@@ -18,50 +19,44 @@ app = typer.Typer(help="Make and inspect patch datasets.", no_args_is_help=True)
 app.command()(check)
 app.command()(bench)
 
-Source = Annotated[str, typer.Argument(help="Folder or URI of images, with or without masks.")]
-Out = Annotated[str, typer.Argument(help="Folder or URI of the patch dataset to write.")]
+Source = Annotated[str, Argument(help="Folder or URI of images, with or without masks.")]
+Out = Annotated[str, Argument(help="Folder or URI of the patch dataset to write.")]
 Layout = Annotated[
     str,
-    typer.Option(
+    Option(
         help="auto, busi, paired, flat, lgg, dicom, nifti, decathlon or coco. auto prints what it "
         "detected."
     ),
 ]
-FileList = Annotated[
-    str | None, typer.Option(help="Text file with one image per line; layout flat.")
-]
-Size = Annotated[int, typer.Option(help="Side of the stored images in pixels.")]
+FileList = Annotated[str | None, Option(help="Text file with one image per line; layout flat.")]
+Size = Annotated[int, Option(help="Side of the stored images in pixels.")]
 Fit = Annotated[
-    str, typer.Option(help="stretch to a square, pad to keep the aspect ratio, or cut tiles.")
+    str, Option(help="stretch to a square, pad to keep the aspect ratio, or cut tiles.")
 ]
-Overlap = Annotated[float, typer.Option(help="Share of a tile that its neighbour repeats.")]
-Scale = Annotated[float, typer.Option(help="Shrink images by this factor before tiles are cut.")]
+Overlap = Annotated[float, Option(help="Share of a tile that its neighbour repeats.")]
+Scale = Annotated[float, Option(help="Shrink images by this factor before tiles are cut.")]
 MinForeground = Annotated[
-    float, typer.Option(help="Least share of tissue in a tile or slice without a lesion.")
+    float, Option(help="Least share of tissue in a tile or slice without a lesion.")
 ]
 Channels = Annotated[
-    str, typer.Option(help="auto, or a number; auto stores grey images with one channel.")
+    str, Option(help="auto, or a number; auto stores grey images with one channel.")
 ]
-Values = Annotated[
-    str, typer.Option(help="keep, window or percentile: how pixel values are scaled.")
-]
-Window = Annotated[
-    str | None, typer.Option(help="LOW,HIGH kept by values=window; none: DICOM's own.")
-]
-Axis = Annotated[str, typer.Option(help="axial, coronal or sagittal slices of NIfTI volumes.")]
+Values = Annotated[str, Option(help="keep, window or percentile: how pixel values are scaled.")]
+Window = Annotated[str | None, Option(help="LOW,HIGH kept by values=window; none: DICOM's own.")]
+Axis = Annotated[str, Option(help="axial, coronal or sagittal slices of NIfTI volumes.")]
 LesionLabels = Annotated[
-    str | None, typer.Option(help="Mask values that are lesion, such as 1,4; none: all above 0.")
+    str | None, Option(help="Mask values that are lesion, such as 1,4; none: all above 0.")
 ]
 GroupBy = Annotated[
-    str, typer.Option(help="auto, patient, near-duplicates or image: what stays in one split.")
+    str, Option(help="auto, patient, near-duplicates or image: what stays in one split.")
 ]
-GroupFile = Annotated[str | None, typer.Option(help="CSV with a column id and one of groups.")]
-GroupColumn = Annotated[str, typer.Option(help="The column of group_file, such as patient.")]
-SplitFile = Annotated[str | None, typer.Option(help="JSON with lists of ids: train, val, test.")]
-Fractions = Annotated[str, typer.Option(help="Shares of train, val and test.")]
-HashNames = Annotated[bool, typer.Option(help="Store salted hashes of names; always so for DICOM.")]
-Seed = Annotated[int, typer.Option(help="Seed of the split.")]
-Strict = Annotated[bool, typer.Option(help="Stop at the first file that cannot be used as it is.")]
+GroupFile = Annotated[str | None, Option(help="CSV with a column id and one of groups.")]
+GroupColumn = Annotated[str, Option(help="The column of group_file, such as patient.")]
+SplitFile = Annotated[str | None, Option(help="JSON with lists of ids: train, val, test.")]
+Fractions = Annotated[str, Option(help="Shares of train, val and test.")]
+HashNames = Annotated[bool, Option(help="Store salted hashes of names; always so for DICOM.")]
+Seed = Annotated[int, Option(help="Seed of the split.")]
+Strict = Annotated[bool, Option(help="Stop at the first file that cannot be used as it is.")]
 
 
 @app.command()
@@ -154,9 +149,7 @@ def _parse_numbers(
 
 
 @app.command()
-def show(
-    dataset: Annotated[str, typer.Argument(help="Patch dataset.")], as_json: Json = False
-) -> None:
+def show(dataset: Annotated[str, Argument(help="Patch dataset.")], as_json: Json = False) -> None:
     """Show counts, splits, channels, mean and SD, lesion area, and which columns are stored."""
     from amlp_ray.data.dataset import PatchDataset
 
@@ -166,13 +159,13 @@ def show(
 
 @app.command()
 def phantoms(
-    out: Annotated[Path, typer.Argument(help="Folder to write, in the layout `paired`.")],
+    out: Annotated[Path, Argument(help="Folder to write, in the layout `paired`.")],
     kind: Annotated[
-        Literal["ultrasound", "mri", "pet"], typer.Option(help="What they look like.")
+        Literal["ultrasound", "mri", "pet"], Option(help="What they look like.")
     ] = "ultrasound",
-    count: Annotated[int, typer.Option(help="Number of images.")] = 240,
-    size: Annotated[int, typer.Option(help="Side of an image in pixels.")] = 128,
-    seed: Annotated[int, typer.Option(help="Equal seeds give equal images.")] = 0,
+    count: Annotated[int, Option(help="Number of images.")] = 240,
+    size: Annotated[int, Option(help="Side of an image in pixels.")] = 128,
+    seed: Annotated[int, Option(help="Equal seeds give equal images.")] = 0,
 ) -> None:
     """Generate images with lesions and their masks, to try things out without data."""
     from amlp_ray.data.phantoms import write_phantoms

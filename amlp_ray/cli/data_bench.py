@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from amlp_ray.cli.output import Json, print_json, print_table
 from amlp_ray.cli.run_options import Set, load_config
@@ -23,18 +24,18 @@ COLUMNS = (
 
 
 def bench(
-    dataset: Annotated[str, typer.Argument(help="Patch dataset, by path or URI.")],
+    dataset: Annotated[str, Argument(help="Patch dataset, by path or URI.")],
     config_file: Annotated[
         Path | None,
-        typer.Option("--config", help="YAML file of pretraining settings: the model to feed."),
+        Option("--config", help="YAML file of pretraining settings: the model to feed."),
     ] = None,
     assign: Set = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images per step; none: as in the settings.")
+        int | None, Option(min=1, help="Images per step; none: as in the settings.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Duration of each measurement.")] = 5.0,
+    seconds: Annotated[float, Option(min=0.1, help="Duration of each measurement.")] = 5.0,
     device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; none: a GPU where there is one.")
+        str | None, Option(help="cpu or cuda; none: a GPU where there is one.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from amlp_ray.cli.output import Json, print_json, print_table
 
@@ -15,19 +16,17 @@ if TYPE_CHECKING:
 
 
 def check(
-    dataset: Annotated[str, typer.Argument(help="Patch dataset, a folder or URI.")],
+    dataset: Annotated[str, Argument(help="Patch dataset, a folder or URI.")],
     against: Annotated[
         str | None,
-        typer.Option(
-            help="Another patch dataset, such as the one pretrained on: finds images in both."
-        ),
+        Option(help="Another patch dataset, such as the one pretrained on: finds images in both."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for check.html and check.png; none: <dataset>.check beside it."),
+        Option(help="Folder for check.html and check.png; none: <dataset>.check beside it."),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 1 if there is a leak or a warning.")
+        bool, Option("--strict", help="Exit with 1 if there is a leak or a warning.")
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -6,26 +6,25 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from amlp_ray.cli.output import Json, print_fields, print_json, print_table
 
 
 def inspect(
-    run: Annotated[
-        Path, typer.Argument(help="Folder of a pretraining run, or of one trial of a study.")
-    ],
+    run: Annotated[Path, Argument(help="Folder of a pretraining run, or of one trial of a study.")],
     data: Annotated[
-        str | None, typer.Option(help="Patch dataset, by path or URI; none: the run's own.")
+        str | None, Option(help="Patch dataset, by path or URI; none: the run's own.")
     ] = None,
-    count: Annotated[int, typer.Option(help="Images of val; test is never read.")] = 8,
+    count: Annotated[int, Option(help="Images of val; test is never read.")] = 8,
     epoch: Annotated[
-        int | None, typer.Option(help="Epoch of masks and ratio; none: the latest, as the weights.")
+        int | None, Option(help="Epoch of masks and ratio; none: the latest, as the weights.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the pictures; none: inspect/ in the run's.")
+        Path | None, Option(help="Folder for the pictures; none: inspect/ in the run's.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Seed of masks and clusters; none: the run's own.")
+        int | None, Option(help="Seed of masks and clusters; none: the run's own.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from amlp_ray.cli.output import Json, print_fields, print_json, print_table
 from amlp_ray.errors import ConfigError
@@ -42,24 +43,22 @@ COLUMN_TITLES = {
 
 @app.command()
 def bench(
-    dataset: Annotated[str, typer.Argument(help="Patch dataset with masks, by path or URI.")],
-    split: Annotated[str, typer.Option(help="train or val.")] = "train",
-    images: Annotated[
-        int | None, typer.Option(min=1, help="Most images to score; none: 4096.")
-    ] = None,
-    patch_size: Annotated[int, typer.Option(min=2, help="Side of a patch in pixels.")] = 8,
+    dataset: Annotated[str, Argument(help="Patch dataset with masks, by path or URI.")],
+    split: Annotated[str, Option(help="train or val.")] = "train",
+    images: Annotated[int | None, Option(min=1, help="Most images to score; none: 4096.")] = None,
+    patch_size: Annotated[int, Option(min=2, help="Side of a patch in pixels.")] = 8,
     share: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Share of the patches at which scores are cut.")
+        float, Option(min=0.01, max=1, help="Share of the patches at which scores are cut.")
     ] = 0.15,
     encoder: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Run folder, or encoder.safetensors, of this or other data: adds rows that use it."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Repeats of random rules.")] = 3,
-    top: Annotated[int, typer.Option(min=1, help="Rows shown per block; --out has all.")] = 8,
-    out: Annotated[Path | None, typer.Option(help="CSV file for all rows and columns.")] = None,
+    seeds: Annotated[int, Option(min=1, help="Repeats of random rules.")] = 3,
+    top: Annotated[int, Option(min=1, help="Rows shown per block; --out has all.")] = 8,
+    out: Annotated[Path | None, Option(help="CSV file for all rows and columns.")] = None,
     as_json: Json = False,
 ) -> None:
     """Compare clusterings, rules and scores with the true lesions, without training."""

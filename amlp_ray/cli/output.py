@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
+
+from amlp_ray.utils.files import without_nan
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Json = Annotated[bool, Option("--json", help="Print JSON.")]
 
 # Width of a table that is not printed on a terminal.
 PIPE_WIDTH = 200
@@ -47,7 +49,7 @@ def log_to_stderr() -> Iterator[None]:
 
 def print_json(value: Any) -> None:
     """Print JSON; NaN and infinity, which JSON does not have, become null."""
-    typer.echo(json.dumps(_to_json(value), indent=1))
+    typer.echo(json.dumps(without_nan(value), indent=1))
 
 
 def print_fields(fields: Mapping[str, Any]) -> None:
@@ -102,13 +104,3 @@ def format_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(format_value, value)) or "none"
     return str(value)
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_to_json(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

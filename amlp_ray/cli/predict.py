@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from amlp_ray.cli.output import Json, print_json
 from amlp_ray.cli.run_options import Set
@@ -13,18 +14,18 @@ from amlp_ray.cli.run_options import Set
 
 def predict(
     images: Annotated[
-        str, typer.Argument(help="Folder or URI of images, in any layout that can be prepared.")
+        str, Argument(help="Folder or URI of images, in any layout that can be prepared.")
     ],
-    segmenter: Annotated[Path, typer.Option(help="Folder that `amlp-ray segment` made.")],
-    out: Annotated[str, typer.Option(help="Folder or URI for the masks.")],
+    segmenter: Annotated[Path, Option(help="Folder that `amlp-ray segment` made.")],
+    out: Annotated[str, Option(help="Folder or URI for the masks.")],
     probability: Annotated[
-        bool, typer.Option(help="Also write probabilities, to OUT.probability.")
+        bool, Option(help="Also write probabilities, to OUT.probability.")
     ] = False,
     overlay: Annotated[
-        bool, typer.Option(help="Also draw outlines into the images, in OUT.overlay.")
+        bool, Option(help="Also draw outlines into the images, in OUT.overlay.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option(help="Replace the predictions of another run in OUT.")
+        bool, Option(help="Replace the predictions of another run in OUT.")
     ] = False,
     assign: Set = None,
     as_json: Json = False,

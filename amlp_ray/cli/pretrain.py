@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from amlp_ray.cli.run_options import (
     DEFAULT_MAX_FAILURES,
@@ -23,16 +24,16 @@ from amlp_ray.cli.run_options import (
     load_config,
 )
 
-Data = Annotated[str, typer.Argument(help="Patch dataset, by path or URI.")]
+Data = Annotated[str, Argument(help="Patch dataset, by path or URI.")]
 Out = Annotated[
-    Path, typer.Option(help="Folder of the run; an unfinished run of equal settings is resumed.")
+    Path, Option(help="Folder of the run; an unfinished run of equal settings is resumed.")
 ]
 EvalData = Annotated[
-    str | None, typer.Option(help="Another dataset, with masks: for pictures and diagnostics.")
+    str | None, Option(help="Another dataset, with masks: for pictures and diagnostics.")
 ]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings.")]
-MLflow = Annotated[str | None, typer.Option(help="URI of an MLflow server or database.")]
-WandB = Annotated[str | None, typer.Option(help="Project of Weights & Biases.")]
+ConfigFile = Annotated[Path | None, Option("--config", help="YAML file of settings.")]
+MLflow = Annotated[str | None, Option(help="URI of an MLflow server or database.")]
+WandB = Annotated[str | None, Option(help="Project of Weights & Biases.")]
 
 
 def pretrain(

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from amlp_ray.errors import ConfigError
 
@@ -18,39 +18,32 @@ if TYPE_CHECKING:
 DEFAULT_MAX_FAILURES = 3
 
 Set = Annotated[
-    list[str] | None, typer.Option("--set", help="name=value, such as ratio.start=0.3; repeatable.")
+    list[str] | None, Option("--set", help="name=value, such as ratio.start=0.3; repeatable.")
 ]
 Workers = Annotated[
     str,
-    typer.Option(
+    Option(
         help="Ray Train workers, such as 4. 2-8 follows nodes that join and leave. "
         "1 runs in this process."
     ),
 ]
-CpusPerWorker = Annotated[
-    float | None, typer.Option(help="None: all cores, shared by the workers.")
-]
+CpusPerWorker = Annotated[float | None, Option(help="None: all cores, shared by the workers.")]
 GpusPerWorker = Annotated[
-    float,
-    typer.Option(help="With several workers or --address; otherwise a visible GPU is used."),
+    float, Option(help="With several workers or --address; otherwise a visible GPU is used.")
 ]
-Accelerator = Annotated[
-    str | None, typer.Option(help="Type of GPU, by Ray's name: A100, H100, ...")
-]
+Accelerator = Annotated[str | None, Option(help="Type of GPU, by Ray's name: A100, H100, ...")]
 Placement = Annotated[
-    str, typer.Option(help="Workers on nodes: pack, spread, strict-pack, strict-spread.")
+    str, Option(help="Workers on nodes: pack, spread, strict-pack, strict-spread.")
 ]
 MicroBatch = Annotated[
-    int | None, typer.Option(help="Images a worker processes at once; gradients are summed.")
+    int | None, Option(help="Images a worker processes at once; gradients are summed.")
 ]
-Sharding = Annotated[
-    str, typer.Option(help="Several workers: ddp, fsdp; auto: fsdp from ViT-L on.")
-]
+Sharding = Annotated[str, Option(help="Several workers: ddp, fsdp; auto: fsdp from ViT-L on.")]
 MaxFailures = Annotated[
-    int, typer.Option(help="Lost workers or nodes in a row, without an epoch in between.")
+    int, Option(help="Lost workers or nodes in a row, without an epoch in between.")
 ]
 Address = Annotated[
-    str | None, typer.Option(help="Ray cluster to run on, such as auto; none: this machine.")
+    str | None, Option(help="Ray cluster to run on, such as auto; none: this machine.")
 ]
 
 

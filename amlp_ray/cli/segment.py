@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from amlp_ray.cli.output import Json, print_fields, print_json
 from amlp_ray.cli.run_options import (
@@ -23,25 +23,17 @@ from amlp_ray.cli.run_options import (
 )
 
 Data = Annotated[
-    str,
-    typer.Argument(help="Patch dataset with masks, by path or URI; any of the encoder's shape."),
+    str, Argument(help="Patch dataset with masks, by path or URI; any of the encoder's shape.")
 ]
 Encoder = Annotated[
     str,
-    typer.Option(
-        help="encoder.safetensors of a run, a timm checkpoint, or timm:NAME from the internet."
-    ),
+    Option(help="encoder.safetensors of a run, a timm checkpoint, or timm:NAME from the internet."),
 ]
-Out = Annotated[
-    Path, typer.Option(help="Folder of the segmenter; one of equal settings is resumed.")
-]
+Out = Annotated[Path, Option(help="Folder of the segmenter; one of equal settings is resumed.")]
 EncoderName = Annotated[
-    str | None,
-    typer.Option(help="The timm ViT of a timm checkpoint, such as vit_small_patch16_224."),
+    str | None, Option(help="The timm ViT of a timm checkpoint, such as vit_small_patch16_224.")
 ]
-FromScratch = Annotated[
-    bool, typer.Option(help="The encoder's shape with random weights: the baseline.")
-]
+FromScratch = Annotated[bool, Option(help="The encoder's shape with random weights: the baseline.")]
 
 
 def segment(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
+from typer import Argument, Option
 
 from amlp_ray.cli.output import Json, print_json, print_table
 from amlp_ray.errors import ConfigError
@@ -30,9 +31,9 @@ class Table(NamedTuple):
 
 def settings(
     topics: Annotated[
-        list[str] | None, typer.Argument(help=f"Any of {', '.join(TOPICS)}; none: pretrain.")
+        list[str] | None, Argument(help=f"Any of {', '.join(TOPICS)}; none: pretrain.")
     ] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print a page in Markdown.")] = False,
+    markdown: Annotated[bool, Option("--markdown", help="Print a page in Markdown.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show settings: accepted values, defaults, and the reasons for them."""

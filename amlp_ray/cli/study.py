@@ -6,14 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
-from amlp_ray.cli import (
-    study_control,
-    study_inspect,
-    study_transfer,
-    study_trial,
-    study_watch,
-)
+from amlp_ray.cli import study_control, study_inspect, study_transfer, study_trial, study_watch
 from amlp_ray.cli.output import Json, print_fields, print_json
 from amlp_ray.cli.run_options import Set
 from amlp_ray.cli.study_inspect import status_fields
@@ -41,11 +36,11 @@ def init(
     name: Name,
     template: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--from", help="A ready study, such as masking_ratio, or a study file to start from."
         ),
     ] = None,
-    folder: Annotated[Path, typer.Option(help="Folder to write it to.")] = Path(),
+    folder: Annotated[Path, Option(help="Folder to write it to.")] = Path(),
 ) -> None:
     """Write a commented study file NAME.yaml to edit."""
     from amlp_ray.study.operations.templates import init_study
@@ -56,7 +51,7 @@ def init(
 
 @app.command()
 def validate(
-    file: Annotated[Path, typer.Argument(help="Study file.")],
+    file: Annotated[Path, Argument(help="Study file.")],
     data: Data = None,
     eval_data: EvalData = None,
     as_json: Json = False,
@@ -83,7 +78,7 @@ def plan(
     address: Address = None,
     dry_run: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--dry-run", help="Also run two steps of one trial on the cluster, and keep nothing."
         ),
     ] = False,
@@ -140,10 +135,10 @@ def resume(name: Name, runs: Runs = DEFAULT_RUNS, address: Address = None) -> No
 def confirm(
     name: Name,
     top: Annotated[
-        int | None, typer.Option(help="Best trials to repeat; none: as in the study.", min=1)
+        int | None, Option(help="Best trials to repeat; none: as in the study.", min=1)
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(help="Repeats of each; none: as in the study.", min=2)
+        int | None, Option(help="Repeats of each; none: as in the study.", min=2)
     ] = None,
     runs: Runs = DEFAULT_RUNS,
     address: Address = None,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from amlp_ray.cli.output import Json, print_fields, print_json
 from amlp_ray.cli.study_options import DEFAULT_RUNS, File, Name, Runs, find_study, open_store
@@ -15,9 +16,7 @@ from amlp_ray.errors import ConfigError
 if TYPE_CHECKING:
     from amlp_ray.study.storage.study_store import Request, StudyStore
 
-NoWait = Annotated[
-    bool, typer.Option("--no-wait", help="Do not wait until the study has received it.")
-]
+NoWait = Annotated[bool, Option("--no-wait", help="Do not wait until the study has received it.")]
 POLL_INTERVAL_S = 0.5
 EFFECTS = {
     "pause": (
@@ -68,26 +67,24 @@ def _request(store: StudyStore, verb: Request, no_wait: bool) -> None:
 def extend(
     name: Name,
     runs: Runs = DEFAULT_RUNS,
-    trials: Annotated[
-        str | None, typer.Option(help="+10 for ten more, 40 for forty in all.")
-    ] = None,
-    hours: Annotated[str | None, typer.Option(help="Hours of running, likewise.")] = None,
-    gpu_hours: Annotated[str | None, typer.Option(help="Hours of GPUs, likewise.")] = None,
-    epochs: Annotated[str | None, typer.Option(help="Epochs of all trials, likewise.")] = None,
+    trials: Annotated[str | None, Option(help="+10 for ten more, 40 for forty in all.")] = None,
+    hours: Annotated[str | None, Option(help="Hours of running, likewise.")] = None,
+    gpu_hours: Annotated[str | None, Option(help="Hours of GPUs, likewise.")] = None,
+    epochs: Annotated[str | None, Option(help="Epochs of all trials, likewise.")] = None,
     space: Annotated[
-        Path | None, typer.Option(help="Study file with the new space and requirements.")
+        Path | None, Option(help="Study file with the new space and requirements.")
     ] = None,
     mapping: Annotated[
         list[str] | None,
-        typer.Option("--map", help="OLD=NEW: a parameter that has another name now; repeatable."),
+        Option("--map", help="OLD=NEW: a parameter that has another name now; repeatable."),
     ] = None,
     fill: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=VALUE: what old trials had of a new parameter; repeatable."),
+        Option(help="NAME=VALUE: what old trials had of a new parameter; repeatable."),
     ] = None,
     drop: Annotated[
         list[str] | None,
-        typer.Option(help="NAME: a parameter that is gone, whatever old trials had; repeatable."),
+        Option(help="NAME: a parameter that is gone, whatever old trials had; repeatable."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -127,9 +124,7 @@ def _change_space(
 
 def enqueue(
     file: File,
-    values: Annotated[
-        list[str], typer.Argument(help="name=value of the space; the others are sampled.")
-    ],
+    values: Annotated[list[str], Argument(help="name=value of the space; the others are sampled.")],
     runs: Runs = DEFAULT_RUNS,
     as_json: Json = False,
 ) -> None:
@@ -162,7 +157,7 @@ def warn_used_budget(store: StudyStore) -> None:
 def delete(
     name: Name,
     runs: Runs = DEFAULT_RUNS,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Delete a study: its folder, and its trials in a database."""
     from amlp_ray.study.operations.edit import delete

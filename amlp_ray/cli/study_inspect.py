@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from amlp_ray.cli.output import Json, print_fields, print_json, print_table
 from amlp_ray.cli.study_options import DEFAULT_RUNS, Name, Runs, open_store
@@ -28,13 +29,13 @@ def trials(
     runs: Runs = DEFAULT_RUNS,
     state: Annotated[
         list[str] | None,
-        typer.Option(help="COMPLETE, PRUNED, FAIL, RUNNING, INTERRUPTED or WAITING; repeatable."),
+        Option(help="COMPLETE, PRUNED, FAIL, RUNNING, INTERRUPTED or WAITING; repeatable."),
     ] = None,
     sort: Annotated[
-        str | None, typer.Option(help="A column; -dsc from high to low, dsc from low to high.")
+        str | None, Option(help="A column; -dsc from high to low, dsc from low to high.")
     ] = None,
-    columns: Annotated[str | None, typer.Option(help="Columns to show, between commas.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Rows to show.", min=1)] = None,
+    columns: Annotated[str | None, Option(help="Columns to show, between commas.")] = None,
+    limit: Annotated[int | None, Option(help="Rows to show.", min=1)] = None,
     as_json: Json = False,
 ) -> None:
     """List all trials, baselines and confirmation runs."""
@@ -93,7 +94,7 @@ def _ratio_schedule(store: StudyStore, config: StudyConfig, number: int) -> list
 
 
 def compare(
-    names: Annotated[list[str], typer.Argument(help="Names of two or more studies.")],
+    names: Annotated[list[str], Argument(help="Names of two or more studies.")],
     runs: Runs = DEFAULT_RUNS,
     as_json: Json = False,
 ) -> None:

@@ -5,31 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 if TYPE_CHECKING:
     from amlp_ray.config import StudyConfig
     from amlp_ray.study.storage.study_store import StudyStore
     from amlp_ray.study.study import Study
 
-File = Annotated[
-    Path, typer.Argument(help="Study file, or the name of a study that was run before.")
-]
-Name = Annotated[str, typer.Argument(help="Name of the study.")]
-Number = Annotated[int, typer.Argument(help="Number of the trial.", min=0)]
+File = Annotated[Path, Argument(help="Study file, or the name of a study that was run before.")]
+Name = Annotated[str, Argument(help="Name of the study.")]
+Number = Annotated[int, Argument(help="Number of the trial.", min=0)]
 Data = Annotated[
-    str | None, typer.Option(help="Patch dataset, by path or URI; replaces the file's `data`.")
+    str | None, Option(help="Patch dataset, by path or URI; replaces the file's `data`.")
 ]
 EvalData = Annotated[
     str | None,
-    typer.Option(
+    Option(
         help="Another patch dataset, of the same shape, whose masks score the encoders; "
         "`amlp-ray data check EVAL_DATA --against DATA` finds images that are in both."
     ),
 ]
-Runs = Annotated[Path, typer.Option(help="Folder of all studies.", envvar="AMLP_RAY_RUNS")]
+Runs = Annotated[Path, Option(help="Folder of all studies.", envvar="AMLP_RAY_RUNS")]
 Address = Annotated[
-    str | None, typer.Option(help="Ray cluster to join, such as auto; none: start Ray here.")
+    str | None, Option(help="Ray cluster to join, such as auto; none: start Ray here.")
 ]
 
 DEFAULT_RUNS = Path("runs")

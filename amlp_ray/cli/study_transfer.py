@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from amlp_ray.cli.output import Json, print_json
 from amlp_ray.cli.study_options import DEFAULT_RUNS, File, Name, Runs, find_study, open_store
@@ -14,9 +15,9 @@ from amlp_ray.cli.study_options import DEFAULT_RUNS, File, Name, Runs, find_stud
 
 def export(
     name: Name,
-    out: Annotated[Path, typer.Option(help="File to write.")],
+    out: Annotated[Path, Option(help="File to write.")],
     format: Annotated[
-        str | None, typer.Option(help="csv, parquet or json; none: by the file's suffix.")
+        str | None, Option(help="csv, parquet or json; none: by the file's suffix.")
     ] = None,
     runs: Runs = DEFAULT_RUNS,
 ) -> None:
@@ -29,7 +30,7 @@ def export(
 
 def import_(
     file: File,
-    source: Annotated[str, typer.Argument(help="CSV file, or the name or folder of a study.")],
+    source: Annotated[str, Argument(help="CSV file, or the name or folder of a study.")],
     runs: Runs = DEFAULT_RUNS,
     as_json: Json = False,
 ) -> None:

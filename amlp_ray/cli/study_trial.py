@@ -9,15 +9,7 @@ import typer
 
 from amlp_ray.cli.output import Json, print_fields, print_json, print_table
 from amlp_ray.cli.study_control import warn_used_budget
-from amlp_ray.cli.study_options import (
-    DEFAULT_RUNS,
-    Data,
-    EvalData,
-    Name,
-    Number,
-    Runs,
-    open_store,
-)
+from amlp_ray.cli.study_options import DEFAULT_RUNS, Data, EvalData, Name, Number, Runs, open_store
 
 app = typer.Typer(help="One trial of a study.", no_args_is_help=True)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from amlp_ray.cli.output import format_value, make_console, make_table
 from amlp_ray.cli.study_inspect import status_fields
@@ -27,8 +28,8 @@ PIPE_WIDTH = 160
 def watch(
     name: Name,
     runs: Runs = DEFAULT_RUNS,
-    every: Annotated[float, typer.Option(help="Seconds between updates.", min=0.2)] = 2.0,
-    once: Annotated[bool, typer.Option("--once", help="Print it once, and end.")] = False,
+    every: Annotated[float, Option(help="Seconds between updates.", min=0.2)] = 2.0,
+    once: Annotated[bool, Option("--once", help="Print it once, and end.")] = False,
 ) -> None:
     """Watch running trials, budget and best trial of a study. Ctrl-C ends only the watching."""
     from rich.live import Live
@@ -50,11 +51,11 @@ def watch(
 def logs(
     name: Name,
     number: Annotated[
-        int | None, typer.Argument(help="Number of a trial; none: events of the study.")
+        int | None, Argument(help="Number of a trial; none: events of the study.")
     ] = None,
     runs: Runs = DEFAULT_RUNS,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Print new lines as they come, until Ctrl-C.")
+        bool, Option("--follow", "-f", help="Print new lines as they come, until Ctrl-C.")
     ] = False,
 ) -> None:
     """Print the events of a study; or a trial's metrics, and its error if it failed."""

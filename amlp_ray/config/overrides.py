@@ -93,10 +93,7 @@ def parse_overrides(texts: Iterable[str], source: str = "--set") -> dict[str, An
 
 
 def build_with_overrides(
-    model: type[ConfigT],
-    base: Mapping[str, Any],
-    texts: Iterable[str],
-    source: str = "--set",
+    model: type[ConfigT], base: Mapping[str, Any], texts: Iterable[str]
 ) -> ConfigT:
     """Validate `base` updated with `name=value` texts.
 
@@ -104,4 +101,4 @@ def build_with_overrides(
     """
     if isinstance(base, ConfigValues):
         build(model, base, base.source.name)
-    return build(model, merge(base, parse_overrides(texts, source)), source)
+    return build(model, merge(base, parse_overrides(texts)), "--set")

@@ -9,13 +9,7 @@ from pydantic import Field, model_validator
 
 from amlp_ray.config.base import Config
 from amlp_ray.config.data import ImageSpec
-from amlp_ray.config.method import (
-    LossConfig,
-    ModelConfig,
-    RatioConfig,
-    SelectionConfig,
-    Share,
-)
+from amlp_ray.config.method import LossConfig, ModelConfig, RatioConfig, SelectionConfig, Share
 from amlp_ray.config.overrides import merge
 from amlp_ray.config.resources import ResourceConfig
 from amlp_ray.errors import ConfigError

@@ -12,6 +12,7 @@ from scipy import ndimage
 
 from amlp_ray.data.check.finding import MAX_EXAMPLES, Example, Finding, ImageRef
 from amlp_ray.data.check.report import Report
+from amlp_ray.data.prepare.near_duplicates import stretch_to_uint8
 from amlp_ray.data.samples import Samples
 from amlp_ray.utils.files import atomic_write
 
@@ -20,7 +21,6 @@ GAP = 8
 MARGIN = 20
 LINE = 15
 MIN_HEIGHT = 120
-STRETCH = (0.5, 99.5)  # percentiles that become black and white if pixels are not 8 bits
 OUTLINE = (255, 176, 0)
 COLORS = {"leak": (176, 32, 32), "warning": (166, 101, 0), "note": (60, 95, 140)}
 INK = (31, 41, 51)
@@ -68,7 +68,7 @@ def draw_picture(image: np.ndarray, mask: np.ndarray | None) -> Image.Image:
     """
     planes = image[:3] if image.shape[0] == 3 else image[:1]
     if planes.dtype != np.uint8:
-        planes = _stretch(planes)
+        planes = stretch_to_uint8(planes.astype(np.float32))
     pixels = planes[0] if len(planes) == 1 else planes.transpose(1, 2, 0)
     picture = Image.fromarray(pixels).convert("RGB")
     scale = SIDE / max(picture.size)
@@ -193,18 +193,3 @@ def _shorten(text: str, width: int) -> str:
 def _font(size: int) -> ImageFont.FreeTypeFont:
     # The font comes with Pillow, so any machine draws the same.
     return ImageFont.load_default(size)  # type: ignore[return-value]
-
-
-def _stretch(planes: np.ndarray) -> np.ndarray:
-    """Stretch values between two percentiles to uint8; what is not finite becomes 0."""
-    values = planes.astype(np.float32)
-    finite = values[np.isfinite(values)]
-    if not finite.size:
-        return np.zeros(planes.shape, np.uint8)
-    low, high = np.percentile(finite, STRETCH)
-    if high <= low:
-        low, high = finite.min(), finite.max()
-    if high <= low:
-        return np.zeros(planes.shape, np.uint8)
-    stretched = (values - low) * (255 / (high - low))
-    return np.nan_to_num(stretched, nan=0).clip(0, 255).round().astype(np.uint8)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders import DTYPES, common_dtype
 from amlp_ray.data.layouts import RejectedFile
 from amlp_ray.data.layouts.item import Format, rejected
+from amlp_ray.data.parquet import Shape
 from amlp_ray.data.prepare.scan import ItemScan, ScannedItem
 
 # Gray and color become each other; other channels have meanings of their own.
@@ -22,7 +23,7 @@ class PixelFormat(NamedTuple):
     """How images are stored."""
 
     dtype: str
-    channels: int
+    shape: Shape
 
 
 def choose_format(
@@ -44,45 +45,30 @@ def choose_format(
         The format, the items that fit (none may, if `config` gives channels), and a rejected file
         for each of the others.
     """
-    misfits: list[RejectedFile] = []
-
-    def keep(
-        scanned: Sequence[ScannedItem],
-        fits: Callable[[ItemScan], bool],
-        reason: Callable[[ItemScan], str],
-    ) -> list[ScannedItem]:
-        fitting = []
-        for pair in scanned:
-            if fits(pair.scan):
-                fitting.append(pair)
-            else:
-                misfits.append(rejected(pair.item.images[0], reason(pair.scan)))
-        return fitting
-
+    misfits = []
     item_format = scanned[0].item.format
-    fitting = list(scanned)
     if item_format == "picture":
         dtype = _most_common([scan.dtype for _, scan in scanned], DTYPES)
-        fitting = keep(
-            fitting,
-            lambda scan: scan.dtype == dtype,
-            lambda scan: (
-                f"is {scan.dtype}, but most pictures are {dtype}, and two depths have two scales; "
-                f"convert one kind"
-            ),
-        )
-    channels, accepted = _choose_channels([scan for _, scan in fitting], config, item_format)
-    fitting = keep(
-        fitting,
-        lambda scan: scan.channels in accepted,
-        lambda scan: (
-            f"has {scan.channels} channels, but the dataset has {channels}; convert it or give "
-            f"--channels"
-        ),
-    )
+        for item, scan in scanned:
+            if scan.dtype != dtype:
+                reason = (
+                    f"is {scan.dtype}, but most pictures are {dtype}, and two depths have two "
+                    f"scales; convert one kind"
+                )
+                misfits.append(rejected(item.images[0], reason))
+        scanned = [pair for pair in scanned if pair.scan.dtype == dtype]
+    channels, accepted = _choose_channels([scan for _, scan in scanned], config, item_format)
+    for item, scan in scanned:
+        if scan.channels not in accepted:
+            reason = (
+                f"has {scan.channels} channels, but the dataset has {channels}; convert it or give "
+                f"--channels"
+            )
+            misfits.append(rejected(item.images[0], reason))
+    fitting = [pair for pair in scanned if pair.scan.channels in accepted]
     if item_format != "picture":
         dtype = common_dtype({scan.dtype for _, scan in fitting} or {DTYPES[0]})
-    return PixelFormat(dtype, channels), fitting, misfits
+    return PixelFormat(dtype, (channels, config.size, config.size)), fitting, misfits
 
 
 def _choose_channels(

@@ -47,10 +47,8 @@ def iter_crops(image: np.ndarray, mask: np.ndarray | None, config: PrepareConfig
     air = background_of(image)
     height, width = air.shape
     if config.fit != "tiles":
-        filled = 1.0
-        if config.fit == "pad":
-            inner_height, inner_width = _inner_size(height, width, size)
-            filled = inner_height * inner_width / size**2
+        inner_height, inner_width = _inner_size(height, width, config)
+        filled = inner_height * inner_width / size**2
         tissue = 1 - float(air.mean())
         yield Crop(0, 0, 1 - filled * tissue, tissue, _has_lesion(mask))
         return
@@ -88,20 +86,19 @@ def cut(
         The image (C, size, size), and its mask (size, size).
     """
     size = config.size
-    if config.fit == "stretch":
-        return _channels_first(resize_image(image, size, size)), _resize_if(mask, size, size)
     top = left = 0
-    if config.fit == "pad":
-        height, width = _inner_size(image.shape[0], image.shape[1], size)
-        top = (size - height) // 2
-        left = (size - width) // 2
-        inner = resize_image(image, height, width)
-        inner_mask = _resize_if(mask, height, width)
-    else:
+    if config.fit == "tiles":
         tile = slice(y, y + size), slice(x, x + size)
         inner = image[tile]
         inner_mask = None if mask is None else mask[tile]
-    height, width = inner.shape[:2]
+        height, width = inner.shape[:2]
+    else:
+        height, width = _inner_size(*image.shape[:2], config)
+        top = (size - height) // 2
+        left = (size - width) // 2
+        inner, inner_mask = _resize(image, mask, height, width)
+    if height == width == size:
+        return _channels_first(inner), inner_mask
     target = slice(top, top + height), slice(left, left + width)
     padded = np.empty((size, size, image.shape[2]), image.dtype)
     padded[:] = image.min(axis=(0, 1))
@@ -120,7 +117,7 @@ def scaled(
     if config.scale == 1:
         return image, mask
     height, width = (max(1, round(side * config.scale)) for side in image.shape[:2])
-    return resize_image(image, height, width), _resize_if(mask, height, width)
+    return _resize(image, mask, height, width)
 
 
 def pixel_spacing(
@@ -136,14 +133,10 @@ def pixel_spacing(
     """
     if spacing is None:
         return None
-    if config.fit == "stretch":
-        factors = height / config.size, width / config.size
-    elif config.fit == "pad":
-        inner_height, inner_width = _inner_size(height, width, config.size)
-        factors = height / inner_height, width / inner_width
-    else:
-        factors = 1 / config.scale, 1 / config.scale
-    return spacing[0] * factors[0], spacing[1] * factors[1]
+    if config.fit == "tiles":
+        return spacing[0] * (1 / config.scale), spacing[1] * (1 / config.scale)
+    inner_height, inner_width = _inner_size(height, width, config)
+    return spacing[0] * (height / inner_height), spacing[1] * (width / inner_width)
 
 
 def origins(length: int, size: int, overlap: float) -> list[int]:
@@ -221,8 +214,11 @@ def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     return (share >= min(0.5, share.max())).astype(np.uint8)
 
 
-def _resize_if(mask: np.ndarray | None, height: int, width: int) -> np.ndarray | None:
-    return None if mask is None else resize_mask(mask, height, width)
+def _resize(
+    image: np.ndarray, mask: np.ndarray | None, height: int, width: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    resized_mask = None if mask is None else resize_mask(mask, height, width)
+    return resize_image(image, height, width), resized_mask
 
 
 def _resize_bicubic(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -239,8 +235,11 @@ def _has_lesion(mask: np.ndarray | None) -> bool:
     return mask is not None and bool(mask.any())
 
 
-def _inner_size(height: int, width: int, size: int) -> tuple[int, int]:
-    """Return height and width of an image whose longer side becomes `size`."""
+def _inner_size(height: int, width: int, config: PrepareConfig) -> tuple[int, int]:
+    """Return height and width of a whole frame in its image: less than the image's if padded."""
+    size = config.size
+    if config.fit == "stretch":
+        return size, size
     longer = max(height, width)
     return max(1, round(height * size / longer)), max(1, round(width * size / longer))
 

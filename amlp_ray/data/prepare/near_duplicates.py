@@ -29,7 +29,7 @@ from amlp_ray.errors import DataError
 MAX_DISTANCE = 8
 
 FLAT = 0  # hash of an image without content; linked to nothing
-# Percentiles that become black and white before images of more than 8 bits are hashed.
+# Percentiles that become black and white where images of more than 8 bits are hashed or drawn.
 STRETCH = (0.5, 99.5)
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue
 BLOCK_PAIRS = 1 << 18  # pairs compared at a time: 2 MiB of differences stay in a core's cache
@@ -193,18 +193,25 @@ def _to_gray8(image: np.ndarray) -> np.ndarray:
     channels = image.shape[2]
     weights = np.array(GRAY_WEIGHTS) if channels == 3 else np.full(channels, 1 / channels)
     gray = image.astype(np.float32) @ weights.astype(np.float32)
-    finite = np.isfinite(gray)
-    if not finite.any():
-        return np.zeros(gray.shape, np.uint8)
-    gray = np.where(finite, gray, gray[finite].min())
     if image.dtype == np.uint8:
         return gray.round().astype(np.uint8)
-    low, high = np.percentile(gray, STRETCH)
+    finite = np.isfinite(gray)
+    lowest = gray.min(where=finite, initial=np.inf)
+    return stretch_to_uint8(np.where(finite, gray, lowest))
+
+
+def stretch_to_uint8(values: np.ndarray) -> np.ndarray:
+    """Stretch float32 values between two percentiles to black and white; NaN becomes black."""
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return np.zeros(values.shape, np.uint8)
+    low, high = np.percentile(finite, STRETCH)
     if high <= low:  # a few bright pixels on an empty image
-        low, high = gray.min(), gray.max()
+        low, high = finite.min(), finite.max()
     if high <= low:
-        return np.zeros(gray.shape, np.uint8)
-    return ((gray - low) * (255 / (high - low))).clip(0, 255).round().astype(np.uint8)
+        return np.zeros(values.shape, np.uint8)
+    stretched = (values - low) * (255 / (high - low))
+    return np.nan_to_num(stretched, nan=0).clip(0, 255).round().astype(np.uint8)
 
 
 def _bands(left: np.ndarray, right: np.ndarray, distance: int) -> list[np.uint64]:

@@ -25,7 +25,7 @@ from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.layouts import SourceImage, find_items
 from amlp_ray.data.layouts.item import rejected, repaired
 from amlp_ray.data.manifest import MANIFEST, SPLITS, UNFINISHED, Counts, Manifest, Part
-from amlp_ray.data.parquet import Shape, group_rows, part_rows
+from amlp_ray.data.parquet import group_rows, part_rows
 from amlp_ray.data.path import DataPath
 from amlp_ray.data.prepare.assign import (
     FILE_FIELDS,
@@ -39,7 +39,7 @@ from amlp_ray.data.prepare.consistency import PixelFormat, choose_format
 from amlp_ray.data.prepare.ray_tasks import run_jobs
 from amlp_ray.data.prepare.rejects import Rejects
 from amlp_ray.data.prepare.resume import PreparationState, ResumableError
-from amlp_ray.data.prepare.scan import ScannedItem, item_to_row, scan_from_row, scan_job
+from amlp_ray.data.prepare.scan import SCANS, ScannedItem, item_to_row, scan_job
 from amlp_ray.data.prepare.statistics import Statistics
 from amlp_ray.data.prepare.writer import Row, part_job, write_job
 from amlp_ray.data.pseudonyms import pseudonym, salt
@@ -82,7 +82,7 @@ def prepare(
     out = DataPath(out)
     existing = _open_existing(out)
     preparation = _Preparation(
-        DataPath(source), out, config or PrepareConfig(), strict, progress or _ignore_progress
+        DataPath(source), out, config or PrepareConfig(), Rejects(out, strict), progress
     )
     if existing is not None:
         preparation.check_same(existing)
@@ -108,19 +108,17 @@ class _Preparation:
         source: DataPath,
         out: DataPath,
         config: PrepareConfig,
-        strict: bool,
-        progress: Progress,
+        rejects: Rejects,
+        progress: Progress | None,
     ) -> None:
         """List the source; nothing is decoded or written."""
         listing = find_items(config, source)
         if listing.summary:
             logger.info("%s", listing.summary)
         self.out = out
-        self.progress = progress
-        self.rejects = Rejects(out, strict)
-        self.rejects.add(
-            file._replace(file=_absolute(file.file, source)) for file in listing.rejected
-        )
+        self.progress = progress or (lambda stage, done, total: None)
+        self.rejects = rejects
+        rejects.add(file._replace(file=_absolute(file.file, source)) for file in listing.rejected)
         self.config = config.model_copy(update={"layout": listing.layout})
         self.user_files = UserFiles.from_config(self.config, listing.items)
         self.items = [item for item in listing.items if self.user_files.lists(item)]
@@ -128,8 +126,9 @@ class _Preparation:
         kind = "pictures" if self.items[0].format == "picture" else "series or volumes"
         logger.info("Scanning %d %s in %s.", len(self.items), kind, source)
         self.salt_mark = _salt_mark(self.items, self.config)
+        self._plain_config = self.config.model_dump(mode="json")
         # Everything that the result follows from, but the contents of the images.
-        self._identity = [_to_json(self.config) | file_digests(self.config), self.salt_mark]
+        self._identity = [self._plain_config | file_digests(self.config), self.salt_mark]
         rows = [item_to_row(item) for item in self.items]
         self.state = PreparationState(out, _digest([*self._identity, version("amlp-ray"), rows]))
 
@@ -179,15 +178,22 @@ class _Preparation:
             selection = self._select(self._scan(scans, save=True))
             groups, splits = assign(selection.scanned, self.user_files, self.config)
             rows = self._rows(selection, groups, splits)
-            parts, statistics = self._write(rows, selection.format)
+            notes = self._write(rows, selection.format)
         except ResumableError:
             raise
         except DataError:
             self.rejects.write()
             self.state.discard()
             raise
+        dtype, shape = selection.format
+        parts: dict[str, list[Part]] = {split: [] for split in SPLITS}
+        statistics = Statistics(shape[0], dtype)
+        for name, note in notes.items():
+            split = name.partition("-")[0]
+            parts[split].append(Part(file=note["file"], rows=note["rows"], bytes=note["bytes"]))
+            if split == "train":
+                statistics.add_rows(note["statistics"])
         mean, std = statistics.mean_and_std()
-        shape = self._shape(selection.format)
         return Manifest(
             created_by=f"amlp_ray {version('amlp-ray')}",
             name=self.out.name,
@@ -195,12 +201,12 @@ class _Preparation:
             channels=shape[0],
             height=shape[1],
             width=shape[2],
-            dtype=selection.format.dtype,
+            dtype=dtype,
             mean=mean,
             std=std,
             counts={split: _counts(rows[split]) for split in SPLITS},
             parts=parts,
-            group_rows=group_rows(shape, selection.format.dtype),
+            group_rows=group_rows(shape, dtype),
             split_rule=split_rule(self.config),
             group_rule=group_rule(selection.scanned, self.config),
             left_out=self.left_out,
@@ -211,23 +217,19 @@ class _Preparation:
             fingerprint=selection.fingerprint,
         )
 
-    def _shape(self, pixel_format: PixelFormat) -> Shape:
-        return pixel_format.channels, self.config.size, self.config.size
-
     def _scan(self, scans: dict[int, Any], *, save: bool) -> list[ScannedItem]:
         """Run pass 1: scan the items that `scans` of an earlier run, by job, do not hold."""
         size = SCAN_PICTURES if self.items[0].format == "picture" else 1
         batches = [self.items[start : start + size] for start in range(0, len(self.items), size)]
-        results = dict(scans)
-        done = sum(len(batches[number]) for number in results)
-        jobs = []
+        done = sum(len(batches[number]) for number in scans)
+        jobs = {}
         for number, batch in enumerate(batches):
-            if number not in results:
+            if number not in scans:
                 rows = [item_to_row(item) for item in batch]
-                jobs.append((number, {"config": _to_json(self.config), "items": rows}))
+                jobs[number] = {"config": self._plain_config, "items": rows}
         self.progress("scanning", done, len(self.items))
         for number, result in run_jobs(jobs, scan_job):
-            results[number] = result
+            scans[number] = result
             if save:
                 self.state.add_scans(number, result)
             done += len(batches[number])
@@ -236,8 +238,9 @@ class _Preparation:
             self.state.flush()
         scanned = []
         for number, batch in enumerate(batches):
-            for item, row in zip(batch, results.pop(number), strict=True):
-                scanned.append(ScannedItem(item, scan_from_row(row)))
+            results = SCANS.validate_python(scans.pop(number))
+            for item, scan in zip(batch, results, strict=True):
+                scanned.append(ScannedItem(item, scan))
         return scanned
 
     def _select(self, scanned: Sequence[ScannedItem]) -> _Selection:
@@ -246,17 +249,14 @@ class _Preparation:
         Raises:
             DataError: no item is left.
         """
-        good = []
-        for pair in scanned:
-            fault = pair.scan.fault
-            if fault:
+        for item, scan in scanned:
+            if scan.fault:
                 # A line of the list names the file in its own column.
-                file = pair.item.images[0]
-                self.rejects.add([rejected(file, fault.removeprefix(f"{file} "))])
-            else:
-                good.append(pair)
+                reason = scan.fault.removeprefix(f"{item.images[0]} ")
+                self.rejects.add([rejected(item.images[0], reason)])
         for item, scan in scanned:
             self.rejects.add(repaired(item.images[0], note) for note in scan.notes)
+        good = [pair for pair in scanned if not pair.scan.fault]
         if not good:
             raise self._nothing_usable()
         pixel_format, fitting, misfits = choose_format(good, self.config)
@@ -305,45 +305,34 @@ class _Preparation:
             )
         return rows
 
-    def _write(
-        self, rows: SplitRows, pixel_format: PixelFormat
-    ) -> tuple[dict[str, list[Part]], Statistics]:
-        """Run pass 2: write the parts that are missing; the statistics are of the train split."""
-        shape = self._shape(pixel_format)
-        dtype = pixel_format.dtype
+    def _write(self, rows: SplitRows, pixel_format: PixelFormat) -> dict[str, dict[str, Any]]:
+        """Run pass 2: write the parts that are missing; return what is stored about each part."""
+        dtype, shape = pixel_format
+        channels, height, width = shape
         total = sum(len(split_rows) for split_rows in rows.values())
-        logger.info(
-            "Writing %d images of %dx%d pixels, %d channel(s), %s.",
-            total,
-            self.config.size,
-            self.config.size,
-            shape[0],
-            dtype,
-        )
+        message = "Writing %d images of %dx%d pixels, %d channel(s), %s."
+        logger.info(message, total, height, width, channels, dtype)
         size = part_rows(shape, dtype)
-        pending: dict[str, tuple[str, list[Row]]] = {}
-        notes: dict[str, dict[str, Any] | None] = {}  # what is stored about each part, in order
+        notes: dict[str, dict[str, Any]] = {}
+        files = {}
+        jobs = {}
         for split in SPLITS:
             for number, start in enumerate(range(0, len(rows[split]), size)):
                 name = f"{split}-{number:05d}"
-                notes[name] = self.state.part(name)
-                if notes[name] is None:
-                    file = f"{split}/part-{number:05d}.parquet"
-                    pending[name] = file, rows[split][start : start + size]
-        names = list(pending)
-        jobs = []
-        for index, (file, part) in enumerate(pending.values()):
-            jobs.append((index, part_job(self.out / file, part, self.config, shape, dtype)))
-        done = total - sum(len(part) for _, part in pending.values())
+                files[name] = f"{split}/part-{number:05d}.parquet"
+                notes[name] = self.state.part(name) or {}
+                if not notes[name]:
+                    part = rows[split][start : start + size]
+                    path = str(self.out / files[name])
+                    jobs[name] = part_job(path, part, self._plain_config, shape, dtype)
+        done = sum(note.get("rows", 0) for note in notes.values())
         self.progress("writing", done, total)
-        for index, result in run_jobs(jobs, write_job):
-            name = names[index]
-            note = self._check_part(pending[name][0], result)
-            self.state.add_part(name, note)
-            notes[name] = note
+        for name, result in run_jobs(jobs, write_job):
+            notes[name] = self._check_part(files[name], result)
+            self.state.add_part(name, notes[name])
             done += result["rows"]
             self.progress("writing", done, total)
-        return _collect_parts(notes, Statistics(shape[0], dtype))
+        return notes
 
     def _check_part(self, file: str, result: dict[str, Any]) -> dict[str, Any]:
         """Return what to store about a part that a worker wrote."""
@@ -363,14 +352,10 @@ class _Preparation:
         if manifest.dropped:
             message += f"; {manifest.dropped} tiles or slices left out as mostly background"
         logger.info("Wrote %s: %s.", self.out, message)
-        rejects = self.rejects
-        if rejects.num_rejected or rejects.num_repaired:
-            logger.info(
-                "%d files rejected and %d repaired, see %s.",
-                rejects.num_rejected,
-                rejects.num_repaired,
-                rejects.path,
-            )
+        num_rejected, num_repaired = self.rejects.num_rejected, self.rejects.num_repaired
+        if num_rejected or num_repaired:
+            message = "%d files rejected and %d repaired, see %s."
+            logger.info(message, num_rejected, num_repaired, self.rejects.path)
 
 
 def _open_existing(out: DataPath) -> PatchDataset | None:
@@ -394,20 +379,6 @@ def _open_existing(out: DataPath) -> PatchDataset | None:
     return None
 
 
-def _collect_parts(
-    notes: dict[str, dict[str, Any] | None], statistics: Statistics
-) -> tuple[dict[str, list[Part]], Statistics]:
-    """Sort the parts into splits, and add up the statistics of the train split."""
-    parts: dict[str, list[Part]] = {split: [] for split in SPLITS}
-    for name, note in notes.items():
-        assert note is not None, "every part was written or found"
-        split = name.partition("-")[0]
-        parts[split].append(Part(file=note["file"], rows=note["rows"], bytes=note["bytes"]))
-        if split == "train":
-            statistics.add_rows(note["statistics"])
-    return parts, statistics
-
-
 def _counts(rows: Sequence[Row]) -> Counts:
     return Counts(
         images=len(rows),
@@ -425,9 +396,10 @@ def _name_hider(config: PrepareConfig) -> Callable[[SourceImage, str], str]:
 
 
 def _salt_mark(items: Sequence[SourceImage], config: PrepareConfig) -> str | None:
-    """Return a few digits that tell one salt from another and reveal neither."""
-    is_hashed = config.hash_names or items[0].format == "dicom"
-    return pseudonym("salt", salt())[:8] if is_hashed else None
+    """Return a few digits that tell one salt from another and reveal neither; None: not used."""
+    if config.hash_names or items[0].format == "dicom":
+        return pseudonym("salt", salt())[:8]
+    return None
 
 
 def _absolute(file: str, source: DataPath) -> str:
@@ -441,13 +413,5 @@ def _without_folders(config: PrepareConfig) -> PrepareConfig:
     return config.model_copy(update=files)
 
 
-def _to_json(config: PrepareConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json")
-
-
 def _digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _ignore_progress(stage: str, done: int, total: int) -> None:
-    pass

@@ -53,11 +53,11 @@ class PreparationState:
         if not is_resumed:
             return {}
         results: dict[int, Any] = {}
-        names = [entry.name for entry in self.folder.entries()]
-        for name in sorted(name for name in names if name.startswith("scanned-")):
-            for number, result in _read(self.folder / name).items():
-                results[int(number)] = result
-            self._num_files = int(name[len("scanned-") : -len(".json")]) + 1
+        for name in self.folder.names():
+            if name.startswith("scanned-"):
+                for number, result in _read(self.folder / name).items():
+                    results[int(number)] = result
+                self._num_files = int(name[len("scanned-") : -len(".json")]) + 1
         return results
 
     @contextmanager
@@ -79,7 +79,7 @@ class PreparationState:
             ) from None
         with lock:
             if (self.out / MANIFEST).is_file():  # it appeared before the lock was taken
-                self._clear()
+                self.finish()
                 raise ResumableError(
                     f"{self.out} was finished by another process meanwhile; look at what it made."
                 )
@@ -116,20 +116,17 @@ class PreparationState:
         """Delete the state and all parts: the files have changed or cannot be used."""
         folders = [self.out / split for split in SPLITS]
         for folder in folders:
-            entries = list(folder.entries(deep=False)) if folder.is_folder() else []
-            for entry in entries:
-                if entry.name.startswith("part-"):
-                    (folder / entry.name).delete()
-        self._clear()
+            names = folder.names() if folder.is_folder() else []
+            for name in names:
+                if name.startswith("part-"):
+                    (folder / name).delete()
+        self.finish()
         for folder in (*folders, self.out):
             if folder.is_empty():
                 folder.delete()
 
     def finish(self) -> None:
         """Delete the state; the dataset is complete."""
-        self._clear()
-
-    def _clear(self) -> None:
         self.folder.delete()
         if self.out.is_local:
             for partial in self.out.local.glob("*/.*.partial"):  # of a run that was killed

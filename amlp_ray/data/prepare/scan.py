@@ -10,17 +10,16 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
+
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders import common_dtype, read_frames
-from amlp_ray.data.decoders.frame import Frame
 from amlp_ray.data.decoders.image import is_gray
 from amlp_ray.data.layouts import SourceImage
 from amlp_ray.data.path import read_bytes
 from amlp_ray.data.prepare.crop import Crop, iter_crops, scaled
 from amlp_ray.data.prepare.near_duplicates import perceptual_hash
 from amlp_ray.errors import DataError
-
-ITEM_FIELDS = tuple(SourceImage.__dataclass_fields__)
 
 
 class FrameScan(NamedTuple):
@@ -85,7 +84,7 @@ class HashingReader:
 def scan_item(item: SourceImage, config: PrepareConfig) -> ItemScan:
     """Decode an item, and find what of it is worth storing."""
     reader = HashingReader()
-    frames: list[FrameScan] = []
+    frames = []
     notes: dict[str, None] = {}  # without repetitions, in order
     dtypes: set[str] = set()
     channels: set[int] = set()
@@ -97,14 +96,14 @@ def scan_item(item: SourceImage, config: PrepareConfig) -> ItemScan:
             dtypes.add(frame.image.dtype.name)
             channels.add(frame.image.shape[2])
             gray = gray and is_gray(frame.image)
-            crops, dropped_crops = _choose_crops(item, frame, config)
-            dropped += dropped_crops
-            if crops:
-                height, width = frame.image.shape[:2]
+            image, mask = scaled(frame.image, frame.mask, config)
+            crops = list(iter_crops(image, mask, config))
+            stored = tuple(crop for crop in crops if _is_worth_storing(item, crop, config))
+            dropped += len(crops) - len(stored)
+            if stored:
+                size = frame.image.shape[:2]
                 image_hash = perceptual_hash(frame.image)
-                frames.append(
-                    FrameScan(frame.number, height, width, frame.spacing, image_hash, crops)
-                )
+                frames.append(FrameScan(frame.number, *size, frame.spacing, image_hash, stored))
     except DataError as error:
         return ItemScan(fault=str(error))
     except OSError as error:
@@ -132,16 +131,6 @@ def scan_item(item: SourceImage, config: PrepareConfig) -> ItemScan:
     )
 
 
-def _choose_crops(
-    item: SourceImage, frame: Frame, config: PrepareConfig
-) -> tuple[tuple[Crop, ...], int]:
-    """Return the crops of a frame that are worth storing, and the number of the others."""
-    image, mask = scaled(frame.image, frame.mask, config)
-    crops = list(iter_crops(image, mask, config))
-    stored = tuple(crop for crop in crops if _is_worth_storing(item, crop, config))
-    return stored, len(crops) - len(stored)
-
-
 def _is_worth_storing(item: SourceImage, crop: Crop, config: PrepareConfig) -> bool:
     """Take whole pictures always, and tiles and slices that hold tissue or a lesion."""
     is_whole_picture = item.format == "picture" and config.fit != "tiles"
@@ -154,6 +143,12 @@ def scan_job(job: dict[str, Any]) -> list[Any]:
     return [scan_item(item_from_row(row), config) for row in job["items"]]
 
 
+# A field each, in order; JSON turns tuples into lists, and back by `item_from_row` and `SCANS`.
+ITEM_FIELDS = tuple(SourceImage.__dataclass_fields__)
+ITEM = TypeAdapter(SourceImage)
+SCANS = TypeAdapter(list[ItemScan])
+
+
 def item_to_row(item: SourceImage) -> list[Any]:
     """Turn an item into plain values."""
     return [getattr(item, name) for name in ITEM_FIELDS]
@@ -161,20 +156,4 @@ def item_to_row(item: SourceImage) -> list[Any]:
 
 def item_from_row(row: Sequence[Any]) -> SourceImage:
     """Restore an item from `item_to_row`, also after JSON."""
-    values = dict(zip(ITEM_FIELDS, row, strict=True))
-    values["images"] = tuple(values["images"])
-    values["masks"] = tuple(values["masks"])
-    return SourceImage(**values)
-
-
-def scan_from_row(row: Sequence[Any]) -> ItemScan:
-    """Restore a scan from the plain values that JSON makes of it."""
-    scan = ItemScan(*row)
-    frames = tuple(_frame_from_row(frame) for frame in scan.frames)
-    return scan._replace(notes=tuple(scan.notes), frames=frames)
-
-
-def _frame_from_row(row: Sequence[Any]) -> FrameScan:
-    frame = FrameScan(*row)
-    spacing = None if frame.spacing is None else (frame.spacing[0], frame.spacing[1])
-    return frame._replace(spacing=spacing, crops=tuple(Crop(*crop) for crop in frame.crops))
+    return ITEM.validate_python(dict(zip(ITEM_FIELDS, row, strict=True)))

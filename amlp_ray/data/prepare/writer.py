@@ -5,7 +5,7 @@ Ray Data workers run it, one part each. A fault comes back as a sentence, as in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -36,24 +36,17 @@ class Row(NamedTuple):
 
 
 def part_job(
-    path: DataPath, rows: list[Row], config: PrepareConfig, shape: Shape, dtype: str
+    path: str, rows: Sequence[Row], config: dict[str, Any], shape: Shape, dtype: str
 ) -> dict[str, Any]:
     """Describe a part as plain values for `write_job`. Rows of one item are neighbors."""
     items = []
     for _, item_rows in groupby(rows, key=lambda row: id(row.item)):
         images = []
         for row in item_rows:
-            frame = row.frame
-            crop = row.crop
-            images.append([frame.number, frame.hash, crop.y, crop.x, crop.background, row.id])
+            y, x, background, *_ = row.crop
+            images.append([row.frame.number, row.frame.hash, y, x, background, row.id])
         items.append([item_to_row(row.item), row.digest, row.group, row.source, images])
-    return {
-        "path": str(path),
-        "config": config.model_dump(mode="json"),
-        "shape": list(shape),
-        "dtype": dtype,
-        "items": items,
-    }
+    return {"path": path, "config": config, "shape": shape, "dtype": dtype, "items": items}
 
 
 def write_job(job: dict[str, Any]) -> dict[str, Any]:

@@ -49,20 +49,20 @@ class DeclaredSpace:
 
     def issues(self) -> list[ConfigIssue]:
         """Return every mistake that shows without a sample, each with the key that it is about."""
-        expressions = [_read(text) for text in self._rules().values()]
+        expressions = [_read(text) for _, _, text in self._rules()]
         used = {name for expression in expressions if expression for name in expression.names}
         for parameter in self.parameters.values():
             used |= set(parameter.when or {})
         # A rule that cannot be read may use any helper.
         is_any_used = bool(self.unread) or None in expressions
         _, circle = sort_by_needs({name: _needs(name, p) for name, p in self.parameters.items()})
-        issues = list(self._rule_issues())
+        issues = [issue for rule in self._rules() for issue in self._rule_issues(*rule)]
         for name, parameter in self.parameters.items():
-            text = self._name_issue(name, is_used=name in used or is_any_used)
-            if text:
+            if text := self._name_issue(name, is_used=name in used or is_any_used):
                 issues.append(ConfigIssue(f"space.{name}", text))
                 continue
-            issues += _value_issues(name, parameter)
+            for key, text in _value_issues(name, parameter):
+                issues.append(ConfigIssue(f"space.{name}.{key}", text))
             issues += self._condition_issues(name, parameter, is_circular=bool(circle))
         if circle:
             issues.append(ConfigIssue(f"space.{circle[0]}", describe_circle(circle)))
@@ -75,10 +75,8 @@ class DeclaredSpace:
 
     def _hint(self, name: str) -> str:
         """Return the end of a message about an unknown name: what may have been meant."""
-        helpers = []
-        for other in self.parameters:
-            if other not in SETTINGS and "." not in other and other != name:
-                helpers.append(other)
+        others = [other for other in self.parameters if other not in SETTINGS and other != name]
+        helpers = [other for other in others if "." not in other]
         close = difflib.get_close_matches(name, [*SETTINGS, *helpers], n=1, cutoff=0.5)
         return f"; did you mean {close[0]}?" if close else "."
 
@@ -107,51 +105,33 @@ class DeclaredSpace:
 
     # Rules: expressions and requirements
 
-    def _rules(self) -> dict[str, str]:
-        """Return the text of each expression and requirement by its key."""
-        rules = {}
+    def _rules(self) -> Iterator[tuple[str, str, str]]:
+        """Yield the key, name and text of each expression and requirement."""
         for name, parameter in self.parameters.items():
             if isinstance(parameter, Derived):
-                rules[f"space.{name}.expression"] = parameter.expression
+                yield f"space.{name}.expression", name, parameter.expression
         for i, text in enumerate(self.require):
-            rules[f"require.{i}"] = text
-        return rules
+            yield f"require.{i}", "require", text
 
-    def _rule_issues(self) -> Iterator[ConfigIssue]:
-        for key, text in self._rules().items():
-            is_requirement = key.startswith("require.")
-            name = "require"
-            if not is_requirement:
-                name = key.removeprefix("space.").removesuffix(".expression")
-            issues = list(self._expression_issues(key, name, text))
-            yield from issues
-            if issues or not is_requirement:
-                continue
-            expression = Expression(text)
-            if not expression.is_condition:
-                yield ConfigIssue(
-                    key, f"require: {text!r} is no condition; compare with <, <=, >, >=, == or !=."
-                )
-            elif not any(n in self.parameters or n in self.unread for n in expression.names):
-                yield ConfigIssue(
-                    key,
-                    f"require: {text!r} names nothing that the space sets; it is true or false "
-                    f"always.",
-                )
-
-    def _expression_issues(self, key: str, name: str, text: str) -> Iterator[ConfigIssue]:
+    def _rule_issues(self, key: str, name: str, text: str) -> Iterator[ConfigIssue]:
         try:
             expression = Expression(text)
         except ExpressionError as error:
             yield ConfigIssue(key, f"{name}: {error}.")
             return
-        for used in expression.names:
-            if not self._is_known(used):
-                yield ConfigIssue(
-                    key,
-                    f"{name}: {text!r} names {used!r}, which is no setting or "
-                    f"helper{self._hint(used)}",
-                )
+        unknown = [used for used in expression.names if not self._is_known(used)]
+        for used in unknown:
+            hint = self._hint(used)
+            problem = f"{text!r} names {used!r}, which is no setting or helper{hint}"
+            yield ConfigIssue(key, f"{name}: {problem}")
+        if unknown or not key.startswith("require."):
+            return
+        if not expression.is_condition:
+            problem = f"{text!r} is no condition; compare with <, <=, >, >=, == or !=."
+            yield ConfigIssue(key, f"require: {problem}")
+        elif not any(used in self.parameters or used in self.unread for used in expression.names):
+            problem = f"{text!r} names nothing that the space sets; it is true or false always."
+            yield ConfigIssue(key, f"require: {problem}")
 
     # Conditions
 
@@ -261,21 +241,19 @@ def value_issue(name: str, value: Any) -> str | None:
     return rejection_reason(PretrainConfig, name, value)
 
 
-def _value_issues(name: str, parameter: Parameter) -> list[ConfigIssue]:
-    key = f"space.{name}"
+def _value_issues(name: str, parameter: Parameter) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with a parameter's values, after the key that it is about."""
     if isinstance(parameter, Range):
-        return [ConfigIssue(f"{key}.{part}", text) for part, text in _range_issues(name, parameter)]
-    if isinstance(parameter, Derived) or name not in SETTINGS:
-        return []
-    values = {f"{key}.value": parameter.value} if isinstance(parameter, Fixed) else {}
-    if isinstance(parameter, Choice):
-        values = {f"{key}.choices.{i}": value for i, value in enumerate(parameter.choices)}
-    issues = []
-    for value_key, value in values.items():
-        text = value_issue(name, value)
-        if text:
-            issues.append(ConfigIssue(value_key, text))
-    return issues
+        yield from _range_issues(name, parameter)
+        return
+    values: dict[str, Any] = {}
+    if isinstance(parameter, Fixed):
+        values = {"value": parameter.value}
+    elif isinstance(parameter, Choice):
+        values = {f"choices.{i}": value for i, value in enumerate(parameter.choices)}
+    for key, value in values.items() if name in SETTINGS else ():
+        if text := value_issue(name, value):
+            yield key, text
 
 
 def _range_issues(name: str, parameter: Range) -> Iterator[tuple[str, str]]:
@@ -298,8 +276,7 @@ def _range_issues(name: str, parameter: Range) -> Iterator[tuple[str, str]]:
     if name in SETTINGS:
         for part in ("low", "high"):
             value = int(numbers[part]) if is_integer(name) else numbers[part]
-            refusal = value_issue(name, value)
-            if refusal:
+            if refusal := value_issue(name, value):
                 yield part, refusal
     if not parameter.step:
         return

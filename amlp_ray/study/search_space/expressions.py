@@ -8,6 +8,7 @@ else is accepted, and no code of a file is ever run.
 from __future__ import annotations
 
 import ast
+import itertools
 import math
 import operator
 from collections.abc import Callable
@@ -163,17 +164,10 @@ def _compute(node: ast.AST, value_of: Callable[[str], Any]) -> Any:
         case ast.UnaryOp(op=op, operand=operand):
             return -number(operand) if isinstance(op, ast.USub) else number(operand)
         case ast.BoolOp(op=op, values=values):
-            is_all = isinstance(op, ast.And)
-            for part in values:
-                if bool(_compute(part, value_of)) != is_all:
-                    return not is_all
-            return is_all
+            decide = all if isinstance(op, ast.And) else any
+            return decide(_compute(part, value_of) for part in values)
         case ast.Compare(left=left, ops=ops, comparators=others):
-            previous = _compute(left, value_of)
-            for comparison, other in zip(ops, others, strict=True):
-                value = _compute(other, value_of)
-                if not _COMPARISONS[type(comparison)](previous, value):
-                    return False
-                previous = value
-            return True
+            values = (_compute(part, value_of) for part in [left, *others])
+            pairs = zip(ops, itertools.pairwise(values), strict=True)
+            return all(_COMPARISONS[type(op)](*pair) for op, pair in pairs)
     raise AssertionError(ast.dump(node))  # `_check` accepts nothing else

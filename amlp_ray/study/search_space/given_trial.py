@@ -94,18 +94,12 @@ def fit_value(name: str, value: Any, distribution: BaseDistribution) -> Any:
     """
     if isinstance(distribution, CategoricalDistribution):
         # 1 is not True where both are choices.
-        for choice in distribution.choices:
-            if type(choice) is type(value) and choice == value:
-                return choice
-        for choice in distribution.choices:
-            if choice == value:
-                return choice
-    elif not isinstance(value, bool | str):
-        try:
-            if contains(distribution, value):
-                return distribution.to_external_repr(distribution.to_internal_repr(value))
-        except TypeError:
-            pass  # no number
+        equal = [choice for choice in distribution.choices if choice == value]
+        of_same_type = [choice for choice in equal if type(choice) is type(value)]
+        if equal:
+            return (of_same_type or equal)[0]
+    elif not isinstance(value, bool | str) and contains(distribution, value):
+        return distribution.to_external_repr(distribution.to_internal_repr(value))
     raise OutOfSpaceError(
         f"{name}={value} lies outside of the space, which has "
         f"{describe_distribution(distribution)}."

@@ -93,6 +93,9 @@ class SearchSpace:
         declared = config.space if isinstance(config.space, dict) else {}
         self.function = load_function(config.space) if isinstance(config.space, str) else None
         self.declared = {name: declared[name] for name in sampling_order(declared)}
+        self._declared_ranges: dict[str, Range | Choice] = {
+            n: p for n, p in self.declared.items() if isinstance(p, Range | Choice)
+        }
         self._expressions = {}
         for name, parameter in declared.items():
             if isinstance(parameter, Derived):
@@ -108,7 +111,7 @@ class SearchSpace:
         The same trial, suggested for again, answers the same.
         """
         if self.function is not None:
-            return self._suggest_by_function(self.function, trial)
+            return self._call(self.function, trial)
         return self._collect(lambda name, parameter: _suggest(trial, name, parameter))
 
     def config_of(self, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,9 +185,9 @@ class SearchSpace:
         """
         study = optuna.create_study()
         sampler = RandomSampler(0)
+        frozen = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING)
 
         def sample(name: str, distribution: BaseDistribution) -> Any:
-            frozen = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING)
             return sampler.sample_independent(study, frozen, name, distribution)
 
         refusal = None
@@ -234,20 +237,13 @@ class SearchSpace:
             return self._declared_ranges
         return {name: as_parameter(ranges[0]) for name, ranges in self.sampled_ranges.items()}
 
-    @property
-    def _declared_ranges(self) -> dict[str, Range | Choice]:
-        return {n: p for n, p in self.declared.items() if isinstance(p, Range | Choice)}
-
     @cached_property
     def samples(self) -> tuple[SampledTrial, ...]:
         """Return trials sampled at random, the same for the same space."""
         study = optuna.create_study(sampler=RandomSampler(0))
-        samples = []
-        for _ in range(N_SAMPLES if self.declared or self.function else 1):
-            trial = study.ask()
-            suggestion = self.suggest(trial)
-            samples.append(SampledTrial(suggestion, trial.distributions))
-        return tuple(samples)
+        n_samples = N_SAMPLES if self.declared or self.function else 1
+        trials = [study.ask() for _ in range(n_samples)]
+        return tuple(SampledTrial(self.suggest(trial), trial.distributions) for trial in trials)
 
     @cached_property
     def sampled_ranges(self) -> dict[str, list[BaseDistribution]]:
@@ -271,10 +267,8 @@ class SearchSpace:
     @cached_property
     def unconditional(self) -> dict[str, BaseDistribution]:
         """Return the range of each parameter that every trial has."""
-        names = set(self.distributions)
-        for sample in self.samples:
-            names &= sample.distributions.keys()
-        return {name: d for name, d in self.distributions.items() if name in names}
+        sampled = [sample.distributions for sample in self.samples]
+        return {n: d for n, d in self.distributions.items() if all(n in s for s in sampled)}
 
     # How values follow from parameters
 
@@ -346,9 +340,7 @@ class SearchSpace:
                 return False
         return True
 
-    def _suggest_by_function(
-        self, function: Callable[[Any], Any], trial: BaseTrial
-    ) -> SuggestedConfig:
+    def _call(self, function: Callable[[Any], Any], trial: BaseTrial) -> SuggestedConfig:
         reference = self.config.space
         invalid: tuple[str, ...] = ()
         returned = None

@@ -17,7 +17,7 @@ from amlp_ray.config.overrides import flatten
 from amlp_ray.errors import ConfigError
 from amlp_ray.study.search_space.checks import DeclaredSpace
 from amlp_ray.study.search_space.parameters import SETTINGS
-from amlp_ray.study.search_space.space import SampledTrial, SearchSpace, as_parameter
+from amlp_ray.study.search_space.space import SearchSpace, as_parameter
 from amlp_ray.study.search_space.space_function import load_function
 
 # Of 100 random samples so many must be allowed: a sampler tries 200 times.
@@ -151,15 +151,12 @@ def _function_issues(space: SearchSpace, base: Mapping[str, Any]) -> Iterator[Co
                 )
     # A function that returns settings uses its helpers for them, as an expression would.
     helpers: list[str] = []
-    if any(_returns_settings(sample) for sample in space.samples):
+    suggestions = [sample.suggestion for sample in space.samples]
+    if any(suggestion.values.keys() - suggestion.params.keys() for suggestion in suggestions):
         helpers = [name for name in parameters if name not in SETTINGS and "." not in name]
     settings = {name: parameter for name, parameter in parameters.items() if name not in helpers}
     for issue in DeclaredSpace(settings, space.config.require, base, helpers).issues():
         yield ConfigIssue("space" if issue.key.startswith("space") else issue.key, issue.text)
-
-
-def _returns_settings(sample: SampledTrial) -> bool:
-    return bool(sample.suggestion.values.keys() - sample.suggestion.params.keys())
 
 
 def _build_samples(space: SearchSpace) -> tuple[list[PretrainConfig], list[ConfigIssue]]:

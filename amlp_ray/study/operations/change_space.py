@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -36,17 +37,12 @@ from amlp_ray.utils.files import atomic_write
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of names that only one of two spaces has.
+    """What becomes of names that only one of two spaces has."""
 
-    Args:
-        renamed: new names by old ones.
-        filled: what old trials had of names that are searched now.
-        dropped: names that are no longer searched, whatever old trials had of them.
-    """
-
-    renamed: Mapping[str, str] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)  # new names by old ones
+    # What old trials had of names that are searched now.
     filled: Mapping[str, Any] = field(default_factory=dict)
-    dropped: Sequence[str] = ()
+    dropped: Sequence[str] = ()  # no longer searched, whatever old trials had of them
 
     def apply(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return an old trial's parameters by the new names."""
@@ -59,19 +55,12 @@ class Change:
 
 @dataclass(frozen=True)
 class Migration:
-    """What became of the trials.
+    """What became of the trials."""
 
-    Args:
-        kept: how many belong to the new space.
-        outside: how many do not.
-        reasons: how many are outside for each reason.
-        version: name of the new Optuna study.
-    """
-
-    kept: int
-    outside: int
-    reasons: dict[str, int]
-    version: str
+    kept: int  # how many belong to the new space
+    outside: int  # how many do not
+    reasons: dict[str, int]  # how many are outside for each reason
+    version: str  # name of the new Optuna study
 
 
 def change_of(mapped: Sequence[str], filled: Sequence[str], dropped: Sequence[str]) -> Change:
@@ -98,7 +87,6 @@ def migrate(store: StudyStore, new: StudyConfig, change: Change) -> Migration:
     """Give a study the space and requirements of another config, and copy its trials.
 
     Args:
-        store: of the study.
         new: config whose space and requirements are taken, and nothing else.
         change: what becomes of names that only one of the spaces has.
 
@@ -134,12 +122,9 @@ def migrate(store: StudyStore, new: StudyConfig, change: Change) -> Migration:
         _store_copies(store, study, name, copies)
         atomic_write(store.folder / "search", name)
         write_yaml(config, study_file)
-    reasons: Counter[str] = Counter()
-    for copy in copies:
-        if outside := TrialRecord.from_frozen(copy).outside:
-            reasons[outside] += 1
-    n_outside = reasons.total()
-    return Migration(len(copies) - n_outside, n_outside, dict(reasons), name)
+    outside = [copy.user_attrs["outside"] for copy in copies if "outside" in copy.user_attrs]
+    n_kept = len(copies) - len(outside)
+    return Migration(n_kept, len(outside), dict(Counter(outside)), name)
 
 
 def differences(old: StudyConfig, new: StudyConfig) -> dict[str, list[str]]:
@@ -199,40 +184,30 @@ class _TrialCopier:
 
     def copy(self, record: TrialRecord) -> FrozenTrial:
         """Return a trial for the new Optuna study."""
-        attributes = dict(record.attributes)
-        attributes.pop("outside", None)
-        system_attrs = dict(record.frozen.system_attrs)
-        fixed_params = system_attrs.pop("fixed_params", {})
-        if record.state == TrialState.WAITING:
-            return self._copy_waiting(record, fixed_params, attributes, system_attrs)
-        state = record.state
+        trial = deepcopy(record.frozen)
+        trial.user_attrs.pop("outside", None)
+        fixed_params = trial.system_attrs.pop("fixed_params", {})
         try:
-            fitted = self._new_space.fit(self._change.apply(record.params))
-            self._check_same_settings(record, fitted)
+            if trial.state == TrialState.WAITING:
+                what = "what was enqueued is"
+                # A process that died may have stored parameters before the trial ran.
+                trial.params = {}
+                trial.distributions = {}
+                given = self._change.apply(fixed_params)
+                trial.system_attrs["fixed_params"] = self._new_space.fit_some(given)
+            else:
+                what = "its settings are"
+                fitted = self._new_space.fit(self._change.apply(record.params))
+                self._check_same_settings(record, fitted)
+                trial.params = dict(fitted.params)
+                trial.distributions = dict(fitted.distributions)
         except OutOfSpaceError as error:
-            attributes["outside"] = str(error)
-            if state == TrialState.RUNNING:
-                state = TrialState.FAIL
-                attributes["reason"] = f"its settings are no longer in the space: {error}"
-            fitted = FittedParams(record.params, record.distributions, {})
-        return _with(record, fitted.params, fitted.distributions, attributes, system_attrs, state)
-
-    def _copy_waiting(
-        self,
-        record: TrialRecord,
-        fixed_params: Mapping[str, Any],
-        attributes: dict[str, Any],
-        system_attrs: dict[str, Any],
-    ) -> FrozenTrial:
-        state = TrialState.WAITING
-        try:
-            given = self._change.apply(fixed_params)
-            system_attrs["fixed_params"] = self._new_space.fit_some(given)
-        except OutOfSpaceError as error:
-            state = TrialState.FAIL
-            attributes["outside"] = str(error)
-            attributes["reason"] = f"what was enqueued is no longer in the space: {error}"
-        return _with(record, {}, {}, attributes, system_attrs, state)
+            trial.user_attrs["outside"] = str(error)
+            if not trial.state.is_finished():
+                trial.user_attrs["reason"] = f"{what} no longer in the space: {error}"
+                trial.state = TrialState.FAIL
+                trial.datetime_complete = datetime.now()
+        return trial
 
     def _check_same_settings(self, record: TrialRecord, fitted: FittedParams) -> None:
         """Raise OutOfSpaceError if the new space gives a trial other settings than it had."""
@@ -244,34 +219,6 @@ class _TrialCopier:
                 raise OutOfSpaceError(
                     f"{name} was {before.get(name)}, and the new space gives {value}."
                 )
-
-
-def _with(
-    record: TrialRecord,
-    params: Mapping[str, Any],
-    distributions: Mapping[str, Any],
-    attributes: Mapping[str, Any],
-    system_attrs: Mapping[str, Any],
-    state: TrialState,
-) -> FrozenTrial:
-    """Return a copy of a trial with other parameters, attributes and state."""
-    ended = record.ended
-    if state.is_finished() and ended is None:
-        ended = datetime.now()
-    return FrozenTrial(
-        number=record.number,
-        trial_id=-1,
-        state=state,
-        value=None,
-        values=None if record.values is None else list(record.values),
-        datetime_start=record.started,
-        datetime_complete=ended,
-        params=dict(params),
-        distributions=dict(distributions),
-        user_attrs=dict(attributes),
-        system_attrs=dict(system_attrs),
-        intermediate_values=dict(record.rungs),
-    )
 
 
 def _next_name(store: StudyStore) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from statistics import fmean
 from typing import Any
 
 from amlp_ray.config import StudyConfig
 from amlp_ray.config.overrides import flatten
 from amlp_ray.errors import ConfigError
-from amlp_ray.study.operations.status import study_usage
+from amlp_ray.study.operations.status import baseline_scores, study_usage
+from amlp_ray.study.operations.trials import searched_names
 from amlp_ray.study.storage.best_trials import best_trial, pareto_front
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import TrialRecord, trial_records
@@ -57,9 +58,7 @@ def compare(stores: Sequence[StudyStore]) -> dict[str, Any]:
         raise ConfigError(
             f"compare needs two or more different studies, not {', '.join(names) or 'none'}."
         )
-    studies = []
-    for store in stores:
-        studies.append(_Compared(store, store.config(), trial_records(store.search())))
+    studies = [_Compared(store, store.config(), trial_records(store.search())) for store in stores]
     rows = [_row(study) for study in studies]
     configs = [study.config for study in studies]
     reasons = _reasons(rows, configs)
@@ -78,12 +77,8 @@ def _row(study: _Compared) -> dict[str, Any]:
     counted = [record for record in study.records if record.counts_in_budget]
     best = best_trial(study.store, config) if pareto_front(study.records, config) else None
     usage = study_usage(study.store, study.records)
-    scores: dict[str, list[float]] = {}
-    for record in trial_records(study.store.baselines()):
-        if record.is_complete and record.values and record.baseline:
-            scores.setdefault(record.baseline, []).append(record.values[0])
     baselines = {}
-    for name, values in scores.items():
+    for name, values in baseline_scores(trial_records(study.store.baselines())).items():
         baselines[name] = {"n": len(values), "mean": fmean(values)}
     return {
         "study": config.name,
@@ -101,19 +96,15 @@ def _row(study: _Compared) -> dict[str, Any]:
 
 def _value(record: TrialRecord, config: StudyConfig) -> float:
     """Return a complete trial's value of the study's metric, else of its first objective."""
-    assert record.values is not None
-    objectives = list(config.objectives)
-    index = objectives.index(config.metric) if config.metric in objectives else 0
-    return record.values[index]
+    values = record.objective_values(config)
+    return values.get(config.metric, next(iter(values.values())))
 
 
 def _fingerprints(store: StudyStore) -> dict[str, str | None]:
     """Return the fingerprints of the data that a study was begun on."""
     environment = read_json(store.folder / "environment.json") or {}
-    fingerprints = {}
-    for name in ("dataset", "eval_data"):
-        fingerprints[name] = (environment.get(name) or {}).get("fingerprint")
-    return fingerprints
+    names = ("dataset", "eval_data")
+    return {name: (environment.get(name) or {}).get("fingerprint") for name in names}
 
 
 def _reasons(rows: Sequence[Mapping[str, Any]], configs: Sequence[StudyConfig]) -> list[str]:
@@ -160,26 +151,21 @@ def _verdict(
 
 
 def _differing_settings(configs: Sequence[StudyConfig]) -> list[dict[str, Any]]:
+    studies = [config.name for config in configs]
     tables = [flatten(config) for config in configs]
-    names: dict[str, None] = {}
-    for table in tables:
-        names |= dict.fromkeys(table)
     rows = []
-    for name in names:
+    for name in dict.fromkeys(chain.from_iterable(tables)):
         values = [table.get(name) for table in tables]
         if name.startswith(IGNORED_SETTINGS) or all(value == values[0] for value in values):
             continue
-        row: dict[str, Any] = {"setting": name}
-        for config, value in zip(configs, values, strict=True):
-            row[config.name] = value
-        rows.append(row)
+        rows.append({"setting": name, **dict(zip(studies, values, strict=True))})
     return rows
 
 
 def _overlap(first: _Compared, second: _Compared) -> dict[str, Any]:
     """Compare the parameters of two searches, and the trials that have the same ones."""
-    searched_first = _searched_names(first.records)
-    searched_second = _searched_names(second.records)
+    searched_first = searched_names(first.records)
+    searched_second = searched_names(second.records)
     values_first = _values_by_params(first)
     values_second = _values_by_params(second)
     common = values_first.keys() & values_second.keys()
@@ -193,13 +179,6 @@ def _overlap(first: _Compared, second: _Compared) -> dict[str, Any]:
         # first minus second
         "mean_difference": fmean(differences) if differences else None,
     }
-
-
-def _searched_names(records: Sequence[TrialRecord]) -> set[str]:
-    names: set[str] = set()
-    for record in records:
-        names |= record.params.keys()
-    return names
 
 
 def _values_by_params(study: _Compared) -> dict[tuple[Any, ...], float]:

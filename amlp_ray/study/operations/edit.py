@@ -21,7 +21,6 @@ from amlp_ray.errors import ConfigError, StudyError
 from amlp_ray.study.operations.trials import find_trial
 from amlp_ray.study.search_space.space import SearchSpace
 from amlp_ray.study.storage.study_store import StudyStore
-from amlp_ray.study.storage.trial_record import TrialAttributes
 
 Amount = str | float | None  # `+10` is added to the current limit, `10` replaces it
 
@@ -107,8 +106,6 @@ def enqueue(
     """Store a trial that runs before those of the sampler.
 
     Args:
-        store: of the study.
-        config: of the study.
         params: by the space's names; the sampler chooses the others.
         retry_of: number of the trial that it runs again.
 
@@ -127,14 +124,11 @@ def enqueue(
         raise ConfigError(
             "A study of sampler.name=pbt cannot take trials: its members continue each other."
         )
-    attributes = TrialAttributes()
-    if retry_of is not None:
-        attributes["retry_of"] = retry_of
     # As Optuna's own `enqueue_trial` stores it, which does not return the number.
     trial = create_trial(
         state=TrialState.WAITING,
         system_attrs={"fixed_params": SearchSpace(config).fit_some(params)},
-        user_attrs=dict(attributes),
+        user_attrs={} if retry_of is None else {"retry_of": retry_of},
     )
     return store.add_trial(begin(store, config), trial).number
 

@@ -28,9 +28,9 @@ from amlp_ray.study.storage.provenance import (
     read_provenance,
     versions,
 )
-from amlp_ray.study.storage.study_store import StudyStore
+from amlp_ray.study.storage.study_store import StudyStore, read_metrics
 from amlp_ray.study.storage.trial_record import TrialRecord
-from amlp_ray.training.loggers.metrics_file import Metrics, read_rows
+from amlp_ray.training.loggers.metrics_file import Metrics
 
 # Of the hardware; the number of cores changes nothing.
 COMPARED_HARDWARE = ("machine", "processor", "capability", "device", "gpu", "cuda")
@@ -52,8 +52,6 @@ def replay(
     It is trained in a new folder `replays/<number>-<k>`. Each epoch is logged.
 
     Args:
-        store: of the study.
-        config: of the study.
         number: of the trial.
         data, eval_data: where the datasets lie now, if they were moved.
 
@@ -67,7 +65,8 @@ def replay(
     record = find_trial(store, number)
     folder = store.folder_of(record)
     old_scores = _scores(folder)
-    _check_repeatable(store, record, folder, old_scores)
+    if obstacle := _obstacle(record, folder, old_scores):
+        raise StudyError(f"Trial {number} of {store.name!r} {obstacle}")
     config_file = folder / "config.yaml"
     trial_config = build(PretrainConfig, read_yaml(config_file), str(config_file))
     provenance = read_provenance(folder) or {}
@@ -90,7 +89,11 @@ def replay(
     notes = differences(provenance)
     with _deterministic() as not_deterministic:
         _train(run_spec)
-    compared = _compare_scores(old_scores, _scores(target))
+    new_scores = _scores(target)
+    compared = []
+    for epoch in rungs:
+        was, now = old_scores[epoch], new_scores.get(epoch)
+        compared.append({"epoch": epoch, "was": was, "is": now, "same": was == now})
     return {
         "trial": number,
         "same": all(rung["same"] for rung in compared),
@@ -98,16 +101,6 @@ def replay(
         "differs": [*notes, *not_deterministic],
         "folder": str(target),
     }
-
-
-def _compare_scores(
-    old_scores: Mapping[int, float], new_scores: Mapping[int, float]
-) -> list[dict[str, Any]]:
-    rows = []
-    for epoch, was in sorted(old_scores.items()):
-        now = new_scores.get(epoch)
-        rows.append({"epoch": epoch, "was": was, "is": now, "same": was == now})
-    return rows
 
 
 def _probe(provenance: Mapping[str, Any], config: StudyConfig) -> ProbeConfig:
@@ -162,28 +155,24 @@ def _code_name(commit: str | None, patch: str | None) -> str:
     return commit[:12] + (f" with {patch}" if patch else "")
 
 
-def _check_repeatable(
-    store: StudyStore, record: TrialRecord, folder: Path, scores: Mapping[int, float]
-) -> None:
-    trial = f"Trial {record.number} of {store.name!r}"
+def _obstacle(record: TrialRecord, folder: Path, scores: Mapping[int, float]) -> str | None:
+    """Say why a trial cannot be repeated; None where it can."""
     if record.is_imported:
-        raise StudyError(f"{trial} was imported from {record.source}; it was never run here.")
+        return f"was imported from {record.source}; it was never run here."
     if record.is_copy:
-        raise StudyError(f"{trial} was answered by trial {record.copy_of}; replay that one.")
+        return f"was answered by trial {record.copy_of}; replay that one."
     if record.parent is not None:
-        raise StudyError(
-            f"{trial} went on from the weights of trial {record.parent}, so it cannot be repeated "
-            f"alone."
-        )
+        return f"went on from the weights of trial {record.parent}, so it cannot be repeated alone."
     if not (folder / "config.yaml").is_file():
-        raise StudyError(f"{trial} has no config.yaml in {folder}; it never began to train.")
+        return f"has no config.yaml in {folder}; it never began to train."
     if not scores:
-        raise StudyError(f"{trial} has no score that a replay could be compared with.")
+        return "has no score that a replay could be compared with."
+    return None
 
 
 def _scores(folder: Path) -> dict[int, float]:
     """Return the DSC by epoch of the run in a folder."""
-    return {row["epoch"]: row["dsc"] for row in read_rows(folder / "metrics.jsonl") if "dsc" in row}
+    return {row["epoch"]: row["dsc"] for row in read_metrics(folder) if "dsc" in row}
 
 
 def _open_same_data(

@@ -6,6 +6,7 @@ less than a second.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from amlp_ray.study.operations.trials import STATES, time_text
 from amlp_ray.study.storage.best_trials import pareto_front
 from amlp_ray.study.storage.budget import BudgetTracker, Usage
 from amlp_ray.study.storage.lease import lease_seconds
-from amlp_ray.study.storage.study_store import StudyStore
+from amlp_ray.study.storage.study_store import StudyStore, read_metrics
 from amlp_ray.study.storage.trial_record import TrialRecord, trial_records
 from amlp_ray.training.loggers.metrics_file import read_rows
 
 STATE_WHILE_RUNNING = {"pause": "pausing", "stop": "stopping", "cancel": "cancelling"}
 STATE_AFTER_REQUEST = {"pause": "paused", "stop": "stopped", "cancel": "cancelled"}
+LISTED = ("name", "state", "trials", "of", "best", "metric", "changed")
 
 
 def status(store: StudyStore, config: StudyConfig | None = None) -> dict[str, Any]:
@@ -41,16 +43,16 @@ def status(store: StudyStore, config: StudyConfig | None = None) -> dict[str, An
     baseline_states = _count_states(baseline_records, is_running=holder is not None)
     request = search.user_attrs.get("request")
     usage = study_usage(store, records)
-    all_states = baseline_states | states
+    last_runs = read_rows(store.folder / "environments.jsonl")[-1:] if holder else []
     budget = {}
     for name, used in usage.as_dict().items():
         budget[name] = {"used": used, "allowed": getattr(config.budget, name)}
     return {
         "study": config.name,
         "folder": str(store.folder),
-        "state": _study_state(all_states, holder, request, usage, config.budget),
+        "state": _study_state(baseline_states | states, holder, request, usage, config.budget),
         "run_by": holder,
-        "since": _last_run(store).get("started") if holder else None,
+        "since": last_runs[0].get("started") if last_runs else None,
         "request": request,
         "states": states,
         "baseline_states": baseline_states,
@@ -68,15 +70,8 @@ def list_studies(runs: str | Path) -> list[dict[str, Any]]:
     """List all studies of a folder, one row each; one that cannot be read says why in `state`."""
     rows = []
     for file in sorted(Path(runs).glob("*/study.yaml")):
-        row: dict[str, Any] = {
-            "name": file.parent.name,
-            "state": None,
-            "trials": None,
-            "of": None,
-            "best": None,
-            "metric": None,
-            "changed": None,
-        }
+        row: dict[str, Any] = dict.fromkeys(LISTED)
+        row["name"] = file.parent.name
         rows.append(row)
         try:
             current = status(StudyStore.open(file.parent))
@@ -84,13 +79,17 @@ def list_studies(runs: str | Path) -> list[dict[str, Any]]:
             row["state"] = f"cannot be read: {error}"
             continue
         metric = next(iter(current["objectives"]))
-        row["name"] = current["study"]
-        row["state"] = current["state"]
-        row["trials"] = current["budget"]["trials"]["used"]
-        row["of"] = current["budget"]["trials"]["allowed"]
-        row["best"] = current["best"][0][metric] if current["best"] else None
-        row["metric"] = metric
-        row["changed"] = current["changed"]
+        trials = current["budget"]["trials"]
+        best = current["best"][0][metric] if current["best"] else None
+        row |= {
+            "name": current["study"],
+            "state": current["state"],
+            "trials": trials["used"],
+            "of": trials["allowed"],
+            "best": best,
+            "metric": metric,
+            "changed": current["changed"],
+        }
     return rows
 
 
@@ -116,13 +115,9 @@ def running_rows(store: StudyStore, config: StudyConfig) -> list[dict[str, Any]]
 
 
 def study_usage(store: StudyStore, records: Sequence[TrialRecord]) -> Usage:
-    """Return what a study has used of its budget.
+    """Return what a study has used of its budget; `records` are all trials of the search.
 
     Of running trials the epochs are counted, including those that a fork has inherited.
-
-    Args:
-        store: of the study.
-        records: all trials of the search.
     """
     all_records = [*records, *trial_records(store.baselines())]
     tracker = BudgetTracker.from_trials(all_records)
@@ -138,16 +133,13 @@ def study_usage(store: StudyStore, records: Sequence[TrialRecord]) -> Usage:
 
 def _last_metrics(store: StudyStore, record: TrialRecord) -> dict[str, Any]:
     """Return the last epoch's metrics of a trial; empty before its first has ended."""
-    rows = read_rows(store.folder_of(record) / "metrics.jsonl")
+    rows = read_metrics(store.folder_of(record))
     return rows[-1] if rows else {}
 
 
 def _count_states(records: Sequence[TrialRecord], *, is_running: bool) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for record in records:
-        if not record.is_imported:
-            state = record.status(is_running=is_running)
-            counts[state] = counts.get(state, 0) + 1
+    own = [record for record in records if not record.is_imported]
+    counts = Counter(record.status(is_running=is_running) for record in own)
     return {state: counts[state] for state in STATES if state in counts}
 
 
@@ -175,13 +167,18 @@ def _best_row(record: TrialRecord, config: StudyConfig) -> dict[str, Any]:
     return {"trial": record.number, **values, "params": dict(record.params)}
 
 
-def _baseline_means(records: Sequence[TrialRecord], config: StudyConfig) -> dict[str, Any]:
-    values: dict[str, list[float]] = {}
+def baseline_scores(records: Sequence[TrialRecord]) -> dict[str, list[float]]:
+    """Return the scores of the complete runs of each baseline."""
+    scores: dict[str, list[float]] = {}
     for record in records:
         if record.is_complete and record.values and record.baseline:
-            values.setdefault(record.baseline, []).append(record.values[0])
+            scores.setdefault(record.baseline, []).append(record.values[0])
+    return scores
+
+
+def _baseline_means(records: Sequence[TrialRecord], config: StudyConfig) -> dict[str, Any]:
     means = {}
-    for baseline, scores in values.items():
+    for baseline, scores in baseline_scores(records).items():
         means[baseline] = {"n": len(scores), config.metric: sum(scores) / len(scores)}
     return means
 
@@ -201,9 +198,3 @@ def _last_change(records: Sequence[TrialRecord]) -> str | None:
     for record in records:
         times += [time for time in (record.started, record.ended) if time]
     return time_text(max(times, default=None))
-
-
-def _last_run(store: StudyStore) -> dict[str, Any]:
-    """Return the environment of the study's last run."""
-    records = read_rows(store.folder / "environments.jsonl")
-    return records[-1] if records else {}

@@ -81,20 +81,13 @@ def _studies_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "studies"
 
 
-def ready_studies() -> list[str]:
-    """List the names of the ready studies."""
-    return sorted(file.stem for file in _studies_folder().glob("*.yaml"))
-
-
 def _template(name: str) -> str:
-    if name in ready_studies():
-        return (_studies_folder() / f"{name}.yaml").read_text()
-    if Path(name).is_file():
-        return Path(name).read_text()
-    near = difflib.get_close_matches(name, ready_studies(), n=1, cutoff=0.5)
-    advice = f"ready are {', '.join(ready_studies()) or 'none here'}."
-    if near:
-        advice = f"did you mean {near[0]}?"
+    ready = {file.stem: file for file in sorted(_studies_folder().glob("*.yaml"))}
+    file = ready.get(name, Path(name))
+    if file.is_file():
+        return file.read_text()
+    near = difflib.get_close_matches(name, ready, n=1, cutoff=0.5)
+    advice = f"did you mean {near[0]}?" if near else f"ready are {', '.join(ready) or 'none here'}."
     raise ConfigError(f"There is no ready study or file {name!r}; {advice}")
 
 

@@ -7,8 +7,9 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from amlp_ray.config import PretrainConfig, StudyConfig
 from amlp_ray.config.overrides import flatten
 from amlp_ray.errors import ConfigError, StudyError
 from amlp_ray.study.operations.edit import begin
+from amlp_ray.study.operations.trials import time_text
 from amlp_ray.study.search_space.given_trial import OutOfSpaceError
 from amlp_ray.study.search_space.space import SearchSpace
 from amlp_ray.study.storage.provenance import read_provenance
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import TrialRecord, finite, trial_records
-from amlp_ray.utils.files import atomic_path, atomic_write
+from amlp_ray.utils.files import atomic_path, atomic_write, without_nan
 
 FORMATS = ("csv", "parquet", "json")
 # Settings that a score does not follow from, or that are compared otherwise.
@@ -40,7 +42,6 @@ def export_trials(store: StudyStore, out: Path, format: str | None = None) -> in
     `stats.seconds`.
 
     Args:
-        store: of the study.
         out: the file.
         format: csv, parquet or json; by default the file's ending.
 
@@ -58,16 +59,12 @@ def export_trials(store: StudyStore, out: Path, format: str | None = None) -> in
     rows = list(exported_rows(store))
     out.parent.mkdir(parents=True, exist_ok=True)
     if chosen == "json":
-        atomic_write(out, json.dumps([_without_nan(row) for row in rows], indent=1))
+        atomic_write(out, json.dumps([without_nan(row) for row in rows], indent=1))
         return len(rows)
     table = [flatten(row) for row in rows]
-    columns: dict[str, None] = {}
-    for row in table:
-        columns |= dict.fromkeys(row)
-    if chosen == "csv":
-        _write_csv(out, list(columns), table)
-    else:
-        _write_parquet(out, list(columns), table)
+    columns = list(dict.fromkeys(chain.from_iterable(table)))
+    write = _write_csv if chosen == "csv" else _write_parquet
+    write(out, columns, table)
     return len(rows)
 
 
@@ -94,8 +91,8 @@ def exported_rows(store: StudyStore) -> Iterator[dict[str, Any]]:
                 "stats": record.stats,
                 "note": record.note,
                 "attributes": {k: v for k, v in record.attributes.items() if k != "stats"},
-                "started": _time_text(record.started),
-                "ended": _time_text(record.ended),
+                "started": time_text(record.started, "T"),
+                "ended": time_text(record.ended, "T"),
                 "provenance": _exported_provenance(read_provenance(store.folder_of(record))),
             }
 
@@ -110,24 +107,9 @@ def _exported_provenance(provenance: Mapping[str, Any] | None) -> dict[str, Any]
     """Return the parts of a provenance by which a table of trials is sorted and checked."""
     if provenance is None:
         return {}
-    exported = {name: provenance.get(name) for name in ("commit", "patch", "seed")}
-    exported["dataset"] = (provenance.get("dataset") or {}).get("fingerprint")
-    exported["versions"] = provenance.get("versions")
-    exported["hardware"] = provenance.get("hardware")
-    return exported
-
-
-def _time_text(time: datetime | None) -> str | None:
-    return None if time is None else time.isoformat(timespec="seconds")
-
-
-def _without_nan(value: Any) -> Any:
-    """Replace numbers that JSON does not have by None."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    names = ("commit", "patch", "seed", "dataset", "versions", "hardware")
+    fingerprint = (provenance.get("dataset") or {}).get("fingerprint")
+    return {name: provenance.get(name) for name in names} | {"dataset": fingerprint}
 
 
 def _write_csv(out: Path, columns: list[str], table: Sequence[Mapping[str, Any]]) -> None:
@@ -161,38 +143,24 @@ def _write_parquet(out: Path, columns: list[str], table: Sequence[Mapping[str, A
 
 @dataclass
 class Imported:
-    """What an import did.
+    """What an import did."""
 
-    Args:
-        taken: numbers of the stored trials.
-        known: how many the study has already.
-        left_out: why each of the others was not taken, by its name in the source.
-        notes: what differs between source and study.
-    """
-
-    taken: list[int] = field(default_factory=list)
-    known: int = 0
+    taken: list[int] = field(default_factory=list)  # numbers of the stored trials
+    known: int = 0  # how many the study has already
+    # Why each of the others was not taken, by its name in the source.
     left_out: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what differs between source and study
 
 
 @dataclass(frozen=True)
 class _ImportedTrial:
-    """A complete trial of the source.
+    """A trial of the source."""
 
-    Args:
-        name: in the source, for messages.
-        source: attribute of the stored trial.
-        values: settings and parameters by name.
-        scores: every number that it has, by name.
-        reason: why it cannot be taken; empty if it can.
-    """
-
-    name: str
-    source: str = ""
-    values: Mapping[str, Any] = field(default_factory=dict)
-    scores: Mapping[str, Any] = field(default_factory=dict)
-    reason: str = ""
+    name: str  # in the source, for messages
+    source: str = ""  # attribute of the stored trial
+    values: Mapping[str, Any] = field(default_factory=dict)  # settings and parameters by name
+    scores: Mapping[str, Any] = field(default_factory=dict)  # every number that it has, by name
+    reason: str = ""  # why it cannot be taken; empty if it can
 
 
 def import_trials(
@@ -209,7 +177,6 @@ def import_trials(
 
     Args:
         store: of the study, which may be begun or not.
-        config: of the study.
         source: a CSV file with a column per parameter and per objective, such as an export; or the
             name or folder of a study.
         runs: folder of all studies; by default the one that this study lies in.
@@ -223,10 +190,8 @@ def import_trials(
     if path.suffix.lower() == ".csv" or path.is_file():
         trials = _trials_of_file(path, config)
     else:
-        folder = path
-        if not (path / "study.yaml").is_file():
-            folder = Path(runs or store.folder.parent) / source
-        other = StudyStore.open(folder)
+        is_folder = (path / "study.yaml").is_file()
+        other = StudyStore.open(path if is_folder else Path(runs or store.folder.parent) / source)
         if other.folder == store.folder:
             raise StudyError(f"Study {store.name!r} cannot be imported into itself.")
         imported.notes = _different_settings(other.config(), config)
@@ -281,16 +246,12 @@ def _trials_of_study(other: StudyStore) -> Iterator[_ImportedTrial]:
         if not record.is_complete:
             yield _ImportedTrial(name, reason=f"it is {record.state.name} and not COMPLETE.")
             continue
-        values = dict(record.params)
-        try:
+        settings: dict[str, Any] = {}
+        with suppress(OutOfSpaceError):  # a trial of an older space of that study
             settings = flatten(config.trial(space.config_of(record.params), seed=0))
-        except OutOfSpaceError:
-            pass  # a trial of an older space of that study
-        else:
-            values = settings | values
         source = f"study {config.name} trial {record.number}"
         scores = {**record.measured, **record.stats, **record.objective_values(config)}
-        yield _ImportedTrial(name, source, values, scores)
+        yield _ImportedTrial(name, source, settings | record.params, scores)
 
 
 def _trials_of_file(path: Path, config: StudyConfig) -> Iterator[_ImportedTrial]:

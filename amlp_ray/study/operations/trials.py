@@ -29,34 +29,28 @@ def trial_rows(store: StudyStore, config: StudyConfig | None = None) -> list[Row
     search = trial_records(store.search())
     names = parameter_names(search, config)
     is_running = store.is_run()
-    rows = []
-    for record in search:
-        rows.append(_row(record, "search", names, config, is_running))
+    runs = [(record, "search") for record in search]
     for record in trial_records(store.baselines()):
-        rows.append(_row(record, record.baseline or "baseline", names, config, is_running))
+        runs.append((record, record.baseline or "baseline"))
     for record in trial_records(store.confirmation()):
-        rows.append(_row(record, f"confirm {record.candidate}", names, config, is_running))
-    return rows
+        runs.append((record, f"confirm {record.candidate}"))
+    return [_row(record, kind, names, config, is_running) for record, kind in runs]
 
 
 def _row(
     record: TrialRecord, kind: str, names: list[str], config: StudyConfig, is_running: bool
 ) -> Row:
-    scores: dict[str, float | None] = {config.metric: record.last_score}
-    for name in config.objectives:
-        scores.setdefault(name, None)
+    scores: dict[str, float | None] = dict.fromkeys([config.metric, *config.objectives])
+    scores[config.metric] = record.last_score
     scores |= record.objective_values(config)
-    costs: dict[str, Any] = {}
-    for name in ("seconds", "gpu_seconds", "memory"):
-        if name not in scores:
-            costs[name] = record.stats.get(name)
+    costs = [name for name in ("seconds", "gpu_seconds", "memory") if name not in scores]
     return {
         "kind": kind,
         "number": record.repeat,
         "state": record.status(is_running=is_running),
         **scores,
         "epochs": record.stats.get("epochs", max(record.rungs, default=0)),
-        **costs,
+        **{name: record.stats.get(name) for name in costs},
         "note": record.note,
         "reason": record.reason,
         **{name: record.params.get(name) for name in names},
@@ -132,13 +126,14 @@ def select_rows(
         ConfigError: there is no such state or column.
     """
     states = [state.upper() for state in states]
-    sort_column = sort.lstrip("-") if sort else None
-    named = [*columns, *([sort_column] if sort_column else [])]
+    sort = sort or ""
+    sort_column = sort.lstrip("-")
+    named = [*columns, sort_column] if sort_column else columns
     available = list(rows[0]) if rows else named
     _check_known("state", states, STATES)
     _check_known("column", named, available)
     selected = [row for row in rows if not states or row["state"] in states]
-    if sort and sort_column:
+    if sort_column:
         selected = _sorted(selected, sort_column, is_descending=sort.startswith("-"))
     return [{name: row[name] for name in columns or available} for row in selected[:limit]]
 
@@ -164,12 +159,16 @@ def _check_known(what: str, names: Sequence[str], known: Sequence[str]) -> None:
 def parameter_names(records: Sequence[TrialRecord], config: StudyConfig) -> list[str]:
     """Return the searched names: as declared, then those that only trials have."""
     declared = config.space if isinstance(config.space, dict) else {}
-    stored: set[str] = set()
-    for record in records:
-        stored |= record.params.keys()
+    stored = searched_names(records)
     return [*(name for name in declared if name in stored), *sorted(stored - declared.keys())]
 
 
-def time_text(time: datetime | None) -> str | None:
+def searched_names(records: Sequence[TrialRecord]) -> set[str]:
+    """Return the names of all parameters that trials have."""
+    names: set[str] = set()
+    return names.union(*(record.params for record in records))
+
+
+def time_text(time: datetime | None, sep: str = " ") -> str | None:
     """Return a time as text, to the second."""
-    return None if time is None else time.isoformat(sep=" ", timespec="seconds")
+    return None if time is None else time.isoformat(sep, timespec="seconds")

@@ -38,13 +38,11 @@ def run_on_tune(
 
     Args:
         store: of the study, whose lock is held.
-        config: of the study.
         lease: held by this process.
         data: patch dataset that trials train on.
         eval_data: another one that scores them.
         images: number of images that a trial trains on.
         side_by_side: how many trials run at the same time.
-        phase: what to run.
         trainable: what Tune runs for each trial.
 
     Returns:
@@ -126,8 +124,8 @@ def _run_tune(
         num_samples=-1,  # the searcher ends the study
         max_concurrent_trials=side_by_side,
         reuse_actors=True,  # importing torch anew costs seconds per trial
-        trial_name_creator=lambda trial: _trial_name(trial.config),
-        trial_dirname_creator=lambda trial: _trial_name(trial.config),
+        trial_name_creator=_trial_name,
+        trial_dirname_creator=_trial_name,
     )
     run_config = tune.RunConfig(name=config.name, storage_path=scratch, verbose=0, stop=interrupt)
     try:
@@ -136,6 +134,6 @@ def _run_tune(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _trial_name(config: dict[str, Any]) -> str:
-    run = config["trial_spec"]["run"]
+def _trial_name(trial: Any) -> str:
+    run = trial.config["trial_spec"]["run"]
     return f"{run['study']}-{run['label'].replace(' ', '-')}"

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from typing import Any
 
+import torch
+
 from amlp_ray.config import PretrainConfig, ProbeConfig, StudyConfig
 from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.evaluation.linear_probe import Probe
+from amlp_ray.method.masking import TrainingStep
 from amlp_ray.runtime.resources import worker_bundle
+from amlp_ray.study.execution.cost_estimate import take_steps
 
 NUM_STEPS = 2
 WAIT_S = 300.0
@@ -37,49 +43,26 @@ def dry_run(
         accelerator_type=config.resources.accelerator,
         max_retries=0,
     )
-    result: dict[str, Any] = ray.get(
-        task.remote(
-            config.trial({}, seed=0),
-            config.probe,
-            dataset.path,
-            None if eval_data is None else eval_data.path,
-            max(1, int(config.resources.cpus_per_worker)),
-        ),
-        timeout=WAIT_S,
+    result = task.remote(
+        config.trial({}, seed=0),
+        config.probe,
+        dataset.path,
+        None if eval_data is None else eval_data.path,
+        max(1, int(config.resources.cpus_per_worker)),
     )
-    return result
+    return ray.get(result, timeout=WAIT_S)
 
 
 def run_two_steps(
     config: PretrainConfig, probe: ProbeConfig, data: str, eval_data: str | None, threads: int
 ) -> dict[str, Any]:
     """Run the worker's part of a dry run."""
-    import platform
-
-    import torch
-
-    from amlp_ray.data.loading.batches import ExampleBatches
-    from amlp_ray.evaluation.linear_probe import Probe
-    from amlp_ray.method.masking import TrainingStep
-    from amlp_ray.training.objectives import make_objective
-    from amlp_ray.training.pretrain import take_gradient
-    from amlp_ray.training.train_state import TrainState
-
     started = time.perf_counter()
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dataset = PatchDataset.open(data)
-    batches = ExampleBatches(dataset, batch_size=config.batch_size)
-    train_state = TrainState(config, batches.spec, device)
-    model = train_state.model
-    objective = make_objective(model, config, None)
-    losses = []
-    batch = next(iter(batches.epoch(1)))
-    for step in range(NUM_STEPS):
-        training_step = TrainingStep(1, step, NUM_STEPS)
-        metrics = take_gradient(model, train_state, objective, batch, training_step)
-        train_state.step()
-        losses.append(float(metrics["loss"]))
+    steps = [TrainingStep(1, step, NUM_STEPS) for step in range(NUM_STEPS)]
+    model, losses, _ = take_steps(config, dataset, device, steps)
     scored = dataset if eval_data is None else PatchDataset.open(eval_data)
     score = Probe(scored, probe, config.model.patch_size, dataset.spec).score(model.eval().encoder)
     return {

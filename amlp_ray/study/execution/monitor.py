@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -46,12 +46,7 @@ class StudyMonitor(threading.Thread):
         """Set up the thread; `start` begins to watch.
 
         Args:
-            store: of the study.
-            config: of the study.
-            searcher: what Tune asks for trials.
-            interrupt: makes Tune return.
             stop_flags: actor handle of the trials' `StopFlags`.
-            lease: held by this process.
         """
         super().__init__(name="amlp-study-monitor", daemon=True)
         self._store = store
@@ -114,7 +109,7 @@ class StudyMonitor(threading.Thread):
         """Report trials that wait for resources; give up if all of them have waited too long."""
         import ray
 
-        seconds = dict(self._searcher.active_trials())
+        seconds = self._searcher.active_trials()
         late = [folder for folder, waited in seconds.items() if waited > REPORT_WAITING_S]
         if not late:
             return
@@ -123,24 +118,17 @@ class StudyMonitor(threading.Thread):
             self._has_reported_waiting = False
             return
         bundle = worker_bundle(self._config.resources)
-        needed = ", ".join(
-            f"{amount:g} {kind}" for kind, amount in bundle.items() if ACCELERATOR not in kind
-        )
-        free = free_resources()
-        free_text = ", ".join(f"{free.get(kind, 0.0):g} {kind}" for kind in ("CPU", "GPU"))
+        needed = _amounts_text(bundle, [kind for kind in bundle if ACCELERATOR not in kind])
+        free = _amounts_text(free_resources(), ("CPU", "GPU"))
         if not self._has_reported_waiting:
             self._has_reported_waiting = True
-            logger.info(
-                "%d trials wait for %s a worker; free in the cluster: %s",
-                len(waiting),
-                needed,
-                free_text,
-            )
+            message = "%d trials wait for %s a worker; free in the cluster: %s"
+            logger.info(message, len(waiting), needed, free)
         longest = max(seconds[folder] for folder in waiting)
         minutes = self._config.resources.wait_minutes
         if len(waiting) == len(seconds) and longest > minutes * 60:
             error = ResourceError(
-                f"No trial found {needed} a worker within {minutes:g} minutes (free: {free_text}); "
+                f"No trial found {needed} a worker within {minutes:g} minutes (free: {free}); "
                 f"others hold the cluster. Run the study again later, or raise "
                 f"resources.wait_minutes."
             )
@@ -150,6 +138,10 @@ class StudyMonitor(threading.Thread):
         self.failure = error
         self._searcher.stop(reason)
         self._interrupt.request()
+
+
+def _amounts_text(amounts: Mapping[str, float], kinds: Iterable[str]) -> str:
+    return ", ".join(f"{amounts.get(kind, 0.0):g} {kind}" for kind in kinds)
 
 
 def limits_text(budget: Mapping[str, Any]) -> str:

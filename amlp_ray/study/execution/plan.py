@@ -18,7 +18,7 @@ from amlp_ray.evaluation.labels import check_fits
 from amlp_ray.evaluation.linear_probe import Probe
 from amlp_ray.runtime.resources import Cluster, jobs_side_by_side
 from amlp_ray.study.baselines import baseline_plans, check_baselines
-from amlp_ray.study.execution.cost_estimate import cost_extremes, measure_costs
+from amlp_ray.study.execution.cost_estimate import measure_costs
 from amlp_ray.study.rungs import prunable_rungs, rung_epochs
 from amlp_ray.study.search.samplers import check_sampler
 from amlp_ray.study.search_space.validate import check_space, sample_configs
@@ -37,48 +37,29 @@ class Plan:
 
     A range is least, expected, most. The least is if half is pruned and trials are as cheap as the
     space allows. The most is if nothing is pruned and all are as expensive.
-
-    Args:
-        study: its name.
-        trials: of the search.
-        baseline_runs: baselines times their seeds.
-        epochs: of a full trial.
-        steps_per_trial: optimizer steps of a full trial.
-        rungs: epochs at which a trial is scored.
-        prunable_rungs: those at which it may be pruned. None are: too short for pruner.min_steps.
-        workers: of a trial.
-        cpus_per_trial: of all workers.
-        gpus_per_trial: of all workers.
-        concurrency: trials at the same time.
-        estimated_from: steps run now, or the study's own trials.
-        seconds_per_trial: a range.
-        seconds_per_probe: of one scoring.
-        hours: wall hours of the search, a range.
-        gpu_hours: a range.
-        confirm_pretrain_hours: of `study confirm`. Its fine-tuning comes on top, often as much.
-        disk_gb: of all trials and the confirmation.
-        disk_free_gb: where the study lies.
     """
 
     study: str
-    trials: int
-    baseline_runs: int
-    epochs: int
-    steps_per_trial: int
-    rungs: tuple[int, ...]
+    trials: int  # of the search
+    baseline_runs: int  # baselines times their seeds
+    epochs: int  # of a full trial
+    steps_per_trial: int  # optimizer steps of a full trial
+    rungs: tuple[int, ...]  # epochs at which a trial is scored
+    # Those at which it may be pruned. None are: too short for pruner.min_steps.
     prunable_rungs: tuple[int, ...]
-    workers: int
-    cpus_per_trial: float
-    gpus_per_trial: float
-    concurrency: int
-    estimated_from: str
+    workers: int  # of a trial
+    cpus_per_trial: float  # of all workers
+    gpus_per_trial: float  # of all workers
+    concurrency: int  # trials at the same time
+    estimated_from: str  # steps run now, or the study's own trials
     seconds_per_trial: Range3
     seconds_per_probe: float
-    hours: Range3
+    hours: Range3  # wall hours of the search
     gpu_hours: Range3
+    # Of `study confirm`. Its fine-tuning comes on top, often as much.
     confirm_pretrain_hours: float
-    disk_gb: float
-    disk_free_gb: float
+    disk_gb: float  # of all trials and the confirmation
+    disk_free_gb: float  # where the study lies
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as plain values."""
@@ -93,7 +74,6 @@ def check_study(
     Space, baselines, patch size, labels and batch size are checked.
 
     Args:
-        config: of the study.
         dataset: that trials train on.
         eval_data: that scores them, if not `dataset`.
     """
@@ -129,19 +109,14 @@ def check_study(
 
 
 def _searches_oracle(config: StudyConfig) -> bool:
-    if isinstance(config.space, str):
-        return False
-    for parameter in config.space.values():
-        if isinstance(parameter, Choice) and "oracle" in parameter.choices:
-            return True
-    return False
+    space = config.space if isinstance(config.space, dict) else {}
+    return any(isinstance(p, Choice) and "oracle" in p.choices for p in space.values())
 
 
 def _check_lesion_sizes(config: StudyConfig, probe: Probe) -> None:
     """Refuse an objective for a size of lesions that no scored image has."""
-    counts = probe.images_by_size()
     objectives = {*config.objectives, config.metric}
-    for size, images in counts.items():
+    for size, images in probe.images_by_size().items():
         if f"dsc_{size}" in objectives and not images:
             raise ConfigError(
                 f"objectives: no scored image has a {size} lesion by "
@@ -162,7 +137,6 @@ def make_plan(
     Its own finished trials give the figures if there are enough, else a few steps run here.
 
     Args:
-        config: of the study.
         dataset: that trials train on.
         cluster: that they will run on.
         eval_data: that scores them, if not `dataset`.
@@ -175,7 +149,7 @@ def make_plan(
     workers = config.resources.max_workers
     gpus = config.resources.gpus_per_worker * workers
     rungs = _rungs(config, base)
-    costs = measure_costs(config, dataset, cost_extremes(config), eval_data)
+    costs = measure_costs(config, dataset, eval_data)
     past = _past_seconds(store)
     seconds = _range(past or [cost.seconds(images, len(rungs), workers) for cost in costs])
     baselines = [plan.config(0) for plan in baseline_plans(config)]
@@ -231,26 +205,20 @@ def _hours(
     """Return the wall hours of search and baselines, within `budget.hours`."""
     limit = config.budget.hours or math.inf
 
-    def hours(per_trial: float, share: float) -> float:
-        search = config.budget.trials * share * per_trial
-        baselines = config.baseline_seeds * trained * per_trial
+    def hours(i: int) -> float:
+        search = config.budget.trials * shares[i] * seconds[i]
+        baselines = config.baseline_seeds * trained * seconds[i]
         return min((search + baselines) / side_by_side / 3600, limit)
 
-    return (
-        hours(seconds[0], shares[0]),
-        hours(seconds[1], shares[1]),
-        hours(seconds[2], shares[2]),
-    )
+    return hours(0), hours(1), hours(2)
 
 
 def _past_seconds(store: StudyStore | None) -> list[float]:
     """Return the seconds of this study's complete trials; none if there are too few."""
     if store is None:
         return []
-    seconds = []
-    for record in trial_records(store.search(), (TrialState.COMPLETE,)):
-        if "seconds" in record.stats:
-            seconds.append(record.stats["seconds"])
+    records = trial_records(store.search(), (TrialState.COMPLETE,))
+    seconds = [record.stats["seconds"] for record in records if "seconds" in record.stats]
     return seconds if len(seconds) >= MIN_PAST_TRIALS else []
 
 

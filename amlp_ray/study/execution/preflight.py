@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 
-from amlp_ray.config import StudyConfig
+from amlp_ray.config import BudgetConfig, StudyConfig
 from amlp_ray.config.overrides import flatten
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import StudyError
@@ -15,7 +15,7 @@ from amlp_ray.study.rungs import prunable_rungs
 from amlp_ray.study.storage.provenance import environment
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import trial_records
-from amlp_ray.utils.files import atomic_write
+from amlp_ray.utils.files import append_line, atomic_write
 
 # Settings that may change between runs of one study. Data may be moved: its fingerprint is
 # compared instead of its path.
@@ -46,9 +46,8 @@ def with_budget(config: StudyConfig, store: StudyStore) -> StudyConfig:
     extended = search.user_attrs.get("extended") or {}
     budget = config.budget.model_dump(mode="json")
     if extended and budget == extended["from"] != extended["to"]:
-        config = config.model_copy(
-            update={"budget": type(config.budget).model_validate(extended["to"])}
-        )
+        new_budget = BudgetConfig.model_validate(extended["to"])
+        config = config.model_copy(update={"budget": new_budget})
         logger.info("budget as extended: %s", limits_text(extended["to"]))
     search.set_user_attr("budget", config.budget.model_dump(mode="json"))
     return config
@@ -66,26 +65,18 @@ def record_environment(
     first_file = store.folder / "environment.json"
     if not first_file.exists():
         atomic_write(first_file, json.dumps(record, indent=1))
-    with (store.folder / "environments.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    append_line(store.folder / "environments.jsonl", json.dumps(record))
 
 
 def log_pruning_notes(config: StudyConfig, images: int) -> None:
-    """Log where pruning does not fit the trials.
-
-    Args:
-        config: of the study.
-        images: number of images that a trial trains on.
-    """
+    """Log where pruning does not fit trials that train on this number of images."""
     base = config.trial({}, seed=0)
     pruner = config.pruner
     if pruner.name == "none":
         return
     if not prunable_rungs(base, pruner, images):
-        logger.info(
-            "note: trials are too short for anything to be pruned (pruner.min_steps=%s)",
-            pruner.min_steps,
-        )
+        message = "note: trials are too short for anything to be pruned (pruner.min_steps=%s)"
+        logger.info(message, pruner.min_steps)
     elif pruner.schedule == "fixed" and base.ratio.shape != "fixed":
         logger.info(
             "note: the masking ratio's schedule spans all epochs, so an early rung has seen its "
@@ -99,20 +90,19 @@ def check_unchanged(
     """Raise StudyError if a study was begun on other data, or with settings that may not change."""
     if not (store.folder / "study.yaml").is_file():
         return
-    _check_same_data(config, store, "data", "dataset", dataset)
-    _check_same_data(config, store, "eval_data", "eval_data", eval_data)
+    _check_same_data(config, store, "data", dataset)
+    _check_same_data(config, store, "eval_data", eval_data)
     stored = store.config()
     if config.storage == stored.storage and not _has_trials(store):
         return  # nothing was run with the stored settings
     values = flatten(config)
     stored_values = flatten(stored)
-    changed = []
-    for name in sorted(values.keys() | stored_values.keys()):
-        if values.get(name) != stored_values.get(name) and not name.startswith(CHANGEABLE):
-            changed.append(name)
-    if changed:
-        name = changed[0]
-        more = f" ({len(changed) - 1} more differ)" if len(changed) > 1 else ""
+    names = sorted(values.keys() | stored_values.keys())
+    changed = [name for name in names if values.get(name) != stored_values.get(name)]
+    refused = [name for name in changed if not name.startswith(CHANGEABLE)]
+    if refused:
+        name = refused[0]
+        more = f" ({len(refused) - 1} more differ)" if len(refused) > 1 else ""
         advice = ""
         if "space" in name:
             advice = " `amlp-ray study extend NAME --space FILE` takes a changed space."
@@ -125,24 +115,13 @@ def check_unchanged(
 
 
 def _check_same_data(
-    config: StudyConfig,
-    store: StudyStore,
-    setting: str,
-    key: str,
-    dataset: PatchDataset | None,
+    config: StudyConfig, store: StudyStore, setting: str, dataset: PatchDataset | None
 ) -> None:
-    """Compare the fingerprint of a dataset with that in environment.json.
-
-    Args:
-        config: of the study.
-        store: of the study.
-        setting: the study's setting that names the dataset.
-        key: of the dataset in environment.json.
-        dataset: as it is now; None if the study has none.
-    """
+    """Raise StudyError if a dataset has another fingerprint than environment.json says."""
     file = store.folder / "environment.json"
     if not file.is_file():
         return
+    key = "dataset" if setting == "data" else setting
     stored = json.loads(file.read_text()).get(key) or {}
     fingerprint = None if dataset is None else dataset.manifest.fingerprint
     if fingerprint == stored.get("fingerprint"):
@@ -155,7 +134,5 @@ def _check_same_data(
 
 
 def _has_trials(store: StudyStore) -> bool:
-    for study in (store.search(), store.baselines()):
-        if any(record.counts_in_budget for record in trial_records(study)):
-            return True
-    return False
+    records = [*trial_records(store.search()), *trial_records(store.baselines())]
+    return any(record.counts_in_budget for record in records)

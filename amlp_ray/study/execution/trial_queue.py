@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from amlp_ray.config import PretrainConfig, SegmentConfig, StudyConfig
@@ -156,7 +155,7 @@ class TrialQueue:
                 uses_ground_truth=plan.uses_ground_truth,
                 path=str(baseline_path(plan.name, repeat)),
             )
-            if queued := self._start(self.baselines, attributes=attributes):
+            if queued := self._start(self.baselines, user_attrs=attributes):
                 return queued
         return None
 
@@ -173,7 +172,7 @@ class TrialQueue:
                     params=dict(candidate.params),
                     path=str(confirm_path(candidate.name, repeat)),
                 )
-                if queued := self._start(study, attributes=attributes):
+                if queued := self._start(study, user_attrs=attributes):
                     return queued
         return None
 
@@ -187,15 +186,13 @@ class TrialQueue:
                 return None
             if self._population is not None:
                 step = self._population.next_step(trials)
-                if step is None:
-                    return None
-                if step == "wait":
-                    return "wait"
+                if step is None or step == "wait":
+                    return step
                 queued = self._start(
                     self.search,
                     params=step.params,
                     distributions=step.distributions,
-                    attributes=step.attributes,
+                    user_attrs=step.attributes,
                 )
             elif waiting := [record for record in changed if record.state == TrialState.WAITING]:
                 queued = self._start_enqueued(waiting[0], trials)
@@ -297,23 +294,9 @@ class TrialQueue:
 
     # Storing
 
-    def _start(
-        self,
-        study: optuna.Study,
-        *,
-        params: Mapping[str, Any] | None = None,
-        distributions: Mapping[str, BaseDistribution] | None = None,
-        attributes: TrialAttributes | None = None,
-        system_attrs: Mapping[str, Any] | None = None,
-    ) -> QueuedTrial | None:
-        """Store a new trial as RUNNING and queue it."""
-        trial = create_trial(
-            state=TrialState.RUNNING,
-            params=dict(params or {}),
-            distributions=dict(distributions or {}),
-            user_attrs=dict(attributes or {}),
-            system_attrs=dict(system_attrs or {}),
-        )
+    def _start(self, study: optuna.Study, **parts: Any) -> QueuedTrial | None:
+        """Store a new trial of these parts (see `create_trial`) as RUNNING and queue it."""
+        trial = create_trial(state=TrialState.RUNNING, **parts)
         return self._queue(study, self._store.add_trial(study, trial))
 
     def _queue(

@@ -17,8 +17,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from itertools import chain
 from typing import Any, cast
 
+import optuna
 from optuna.trial import TrialState
 from ray.tune import Stopper
 from ray.tune.search import Searcher
@@ -76,17 +78,16 @@ def _keep_error(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass
 class ActiveTrial:
-    """A trial that Tune runs.
+    """A trial that Tune runs."""
 
-    Args:
-        tune_id: Tune's name of it.
-        queued: the stored trial.
-        started: when Tune got it, in seconds of the monotonic clock.
-    """
-
-    tune_id: str
+    tune_id: str  # Tune's name of it
     queued: QueuedTrial
-    started: float
+    started: float  # when Tune got it, in seconds of the monotonic clock
+
+    @property
+    def key(self) -> tuple[optuna.Study, int]:
+        """The Optuna study and the number by which the trial is stored."""
+        return self.queued.study, self.queued.number
 
     @property
     def run(self) -> RunSpec:
@@ -126,23 +127,20 @@ class StudySearcher(Searcher):
         """Read what the stored trials have used.
 
         Args:
-            store: of the study.
-            config: of the study.
-            queue: hands out trials.
             images: number of images that a trial trains on.
             stop_flags: actor handle of the trials' `StopFlags`.
             seconds: returns how long the study has been run, all runs together.
         """
         super().__init__(metric=config.metric, mode="max")
+        is_acronym = config.metric in ("dsc", "ap", "ppv")
+        self._metric_name = config.metric.upper() if is_acronym else config.metric
         self._store = store
         self._config = config
         self._queue = queue
         self._stop_flags = stop_flags
         self._seconds = seconds
         self._pruning = Pruning(queue.search, config, images, store.trial_folder)
-        stored = []
-        for study in queue.studies:
-            stored += trial_records(study)
+        stored = chain.from_iterable(trial_records(study) for study in queue.studies)
         # Others are counted when they end.
         self._budget = BudgetTracker.from_trials(trial for trial in stored if trial.is_finished)
         self._active: dict[str, ActiveTrial] = {}
@@ -184,7 +182,6 @@ class StudySearcher(Searcher):
             if active is None or not is_rung or self.stop_reason == StopReason.LEASE_LOST:
                 return
             run = active.run
-            queued = active.queued
             epoch = int(result["epoch"])
             value = result.get(self._config.metric, math.nan)
             self._budget.report(
@@ -192,12 +189,11 @@ class StudySearcher(Searcher):
                 epochs=result.get("epochs", epoch),
                 gpu_seconds=result.get("seconds", 0.0) * run.gpus,
             )
-            if self._store.report(queued.study, queued.number, epoch, value):
-                metric = _metric_name(self._config.metric)
-                logger.info("%s epoch %d: %s %.3f", run.label, epoch, metric, value)
+            if self._store.report(*active.key, epoch, value):
+                logger.info("%s epoch %d: %s %.3f", run.label, epoch, self._metric_name, value)
             if epoch >= max(run.rungs):
                 return
-            if active.is_search and self._pruning.should_prune(queued.number, epoch):
+            if active.is_search and self._pruning.should_prune(active.queued.number, epoch):
                 self._ask_to_return(active, "now")
             self.check_budget()
 
@@ -236,12 +232,7 @@ class StudySearcher(Searcher):
     # Called by the monitor
 
     def stop(self, reason: StopReason, details: str = "") -> None:
-        """Start no more trials; `StopReason` says what happens to those that run.
-
-        Args:
-            reason: why.
-            details: such as which budget is used.
-        """
+        """Start no more trials; `StopReason` says what happens to those that run."""
         with self._lock:
             if not self._replaces(reason):
                 return
@@ -266,9 +257,8 @@ class StudySearcher(Searcher):
             return True
         if reason in (self.stop_reason, StopReason.STOP):
             return False  # running trials were asked to return already
-        if self.stop_reason in FINAL:
-            return reason in (StopReason.CANCEL, StopReason.LEASE_LOST)
-        return True
+        overrides = (StopReason.CANCEL, StopReason.LEASE_LOST)
+        return self.stop_reason not in FINAL or reason in overrides
 
     def check_budget(self) -> None:
         """Stop if a budget other than the number of trials is used; that one ends by itself.
@@ -288,11 +278,11 @@ class StudySearcher(Searcher):
         with self._lock:
             self._config = config
 
-    def active_trials(self) -> list[tuple[str, float]]:
+    def active_trials(self) -> dict[str, float]:
         """Return the folders of the trials that Tune has, and for how many seconds."""
         now = time.monotonic()
         with self._lock:
-            return [(str(a.run.folder), now - a.started) for a in self._active.values()]
+            return {str(a.run.folder): now - a.started for a in self._active.values()}
 
     def has_unfinished_trials(self) -> bool:
         """Return whether trials are left that nobody runs any more."""
@@ -315,29 +305,27 @@ class StudySearcher(Searcher):
 
     def _process_died(self, active: ActiveTrial) -> None:
         """Resume a trial whose process or node died: its parameters are not at fault."""
-        queued = active.queued
-        lost = self._store.trial(queued.study, queued.number).lost + 1
-        self._store.set_attrs(queued.study, queued.number, lost=lost)
+        lost = self._store.trial(*active.key).lost + 1
+        self._store.set_attrs(*active.key, lost=lost)
         max_failures = self._config.fault_tolerance.max_failures
         if lost > max_failures:
             reason = f"its process died {lost} times (fault_tolerance.max_failures={max_failures})"
             self._fail(active, reason, active.usage())
             return
         self._budget.drop(active.tune_id)
-        self._queue.requeue(queued.study, queued.number)
+        self._queue.requeue(active.queued)
         label = active.run.label
         logger.info("%s lost its process (%d of %d retries)", label, lost, max_failures)
 
     def _end(self, active: ActiveTrial, result: dict[str, Any]) -> None:
         """Store a trial that returned by itself: at its end, pruned, or asked to."""
         run = active.run
-        queued = active.queued
-        scores = self._store.trial(queued.study, queued.number).rungs
+        scores = self._store.trial(*active.key).rungs
         last_rung = max(scores, default=None)
         has_all_rungs = last_rung is not None and last_rung >= max(run.rungs)
         if not has_all_rungs and self.stop_reason in RESUMABLE:
             self._budget.drop(active.tune_id)
-            self._queue.release(queued.study, queued.number)
+            self._queue.release(active.queued)
             logger.info("%s paused after epoch %d", run.label, result.get("epochs", 0))
             return
         if last_rung is None:
@@ -353,10 +341,9 @@ class StudySearcher(Searcher):
             self._finish(active, TrialState.COMPLETE, values, "complete", score)
             return
         if self.stop_reason == StopReason.BUDGET:
-            reason = f"budget: {self.stop_details}"
-            self._store.set_attrs(queued.study, queued.number, reason=reason)
+            self._store.set_attrs(*active.key, reason=f"budget: {self.stop_details}")
         # Of several objectives, those of a part of a training are no values of the whole.
-        partial_values = [score] if len(queued.study.directions) == 1 else None
+        partial_values = [score] if len(active.queued.study.directions) == 1 else None
         word = "ends its step" if has_all_rungs else "pruned"
         message = f"{word} at epoch {last_rung}"
         self._finish(active, TrialState.PRUNED, partial_values, message, score)
@@ -369,17 +356,15 @@ class StudySearcher(Searcher):
         message: str,
         score: float,
     ) -> None:
-        queued = active.queued
-        self._store.finish(queued.study, queued.number, state, values)
-        self._queue.release(queued.study, queued.number)
+        self._store.finish(*active.key, state, values)
+        self._queue.release(active.queued)
         self._failures.append(None)
-        metric = _metric_name(self._config.metric)
-        logger.info("%s %s: %s %.3f", active.run.label, message, metric, score)
+        logger.info("%s %s: %s %.3f", active.run.label, message, self._metric_name, score)
 
     def _no_score_reason(self) -> str:
         if self.stop_reason == StopReason.BUDGET:
             return f"budget used before its first rung: {self.stop_details}"
-        return f"no rung gave a finite {_metric_name(self._config.metric)}"
+        return f"no rung gave a finite {self._metric_name}"
 
     def _objective_values(
         self, active: ActiveTrial, stats: dict[str, Any], score: float
@@ -405,10 +390,9 @@ class StudySearcher(Searcher):
 
     def _store_failure(self, active: ActiveTrial, reason: str) -> None:
         """Store a trial as failed; stop the study if all of its first trials failed alike."""
-        queued = active.queued
-        self._store.set_attrs(queued.study, queued.number, reason=reason)
-        self._store.finish(queued.study, queued.number, TrialState.FAIL)
-        self._queue.release(queued.study, queued.number)
+        self._store.set_attrs(*active.key, reason=reason)
+        self._store.finish(*active.key, TrialState.FAIL)
+        self._queue.release(active.queued)
         logger.info("%s failed: %s", active.run.label, reason)
         # Reasons that differ in numbers only, such as the epoch, are the same.
         self._failures.append(re.sub(r"\d+", "#", reason))
@@ -418,37 +402,28 @@ class StudySearcher(Searcher):
 
     def _store_stats(self, active: ActiveTrial, result: dict[str, Any]) -> dict[str, Any]:
         """Store what a trial took and scored, in one attribute: each adds a line to a journal."""
-        queued = active.queued
         seconds = float(result.get("seconds", time.monotonic() - active.started))
         stats: dict[str, Any] = {
             "seconds": round(seconds, 2),
             "gpu_seconds": round(seconds * active.run.gpus, 2),
         }
-        for name in ("memory", "epochs", "images_per_second"):
-            if name in result:
-                stats[name] = result[name]
+        measured = ("memory", "epochs", "images_per_second")
+        stats |= {name: result[name] for name in measured if name in result}
         stats["scores"] = {name: result[name] for name in SCORES if name in result}
         trial_stats = cast("TrialStats", stats)
         self._budget.end(active.tune_id, trial_stats)
-        self._store.set_attrs(queued.study, queued.number, stats=trial_stats)
-        if self._config.limits:
-            excess = []
-            for name, limit in self._config.limits.items():
-                if stats.get(name) is not None:
-                    excess.append(stats[name] - limit)
-            self._store.set_constraints(queued.study, queued.number, excess)
+        self._store.set_attrs(*active.key, stats=trial_stats)
+        if limits := self._config.limits:
+            excess = [stats[name] - limits[name] for name in limits if stats.get(name) is not None]
+            self._store.set_constraints(*active.key, excess)
         return stats
 
 
 def _log_start(queued: QueuedTrial) -> None:
     verb = "continues" if queued.is_resumed else "starts"
     params = ", ".join(f"{name}={_short(value)}" for name, value in queued.params.items())
-    label = queued.trial_spec.run.label
-    logger.info("%s", f"{label} {verb}: {params}" if params else f"{label} {verb}")
-
-
-def _metric_name(metric: str) -> str:
-    return metric.upper() if metric in ("dsc", "ap", "ppv") else metric
+    message = f"{queued.trial_spec.run.label} {verb}"
+    logger.info("%s", f"{message}: {params}" if params else message)
 
 
 def _short(value: Any) -> str:

@@ -47,17 +47,9 @@ __all__ = [
     "segment",
 ]
 
-_HOMES = {
-    "FaultToleranceConfig": "amlp_ray.config.FaultToleranceConfig",
+_HOMES = {  # of those that are not in `config`
     "PatchDataset": "amlp_ray.data.dataset.PatchDataset",
-    "PredictConfig": "amlp_ray.config.PredictConfig",
-    "PrepareConfig": "amlp_ray.config.PrepareConfig",
-    "PretrainConfig": "amlp_ray.config.PretrainConfig",
-    "ResourceConfig": "amlp_ray.config.ResourceConfig",
-    "SegmentConfig": "amlp_ray.config.SegmentConfig",
     "Study": "amlp_ray.study.study.Study",
-    "StudyConfig": "amlp_ray.config.StudyConfig",
-    "TrackingConfig": "amlp_ray.config.TrackingConfig",
     "check_dataset": "amlp_ray.data.check.check_dataset",
     "load_encoder": "amlp_ray.training.checkpoint.export.load_encoder",
     "predict": "amlp_ray.inference.predict.predict",
@@ -68,7 +60,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'amlp_ray' has no attribute {name!r}")
-    module, _, attribute = _HOMES[name].rpartition(".")
+    home = _HOMES.get(name, f"amlp_ray.config.{name}")
+    module, _, attribute = home.rpartition(".")
     return getattr(importlib.import_module(module), attribute)

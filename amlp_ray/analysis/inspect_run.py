@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from pathlib import Path
@@ -30,7 +29,7 @@ from amlp_ray.method.visualization import (
 )
 from amlp_ray.training.checkpoint.restore import load_model, read_run_config
 from amlp_ray.training.loggers.metrics_file import read_rows
-from amlp_ray.utils.files import atomic_write
+from amlp_ray.utils.files import atomic_path, atomic_write
 
 MAX_IMAGES = 64  # nobody looks through a sheet of more
 SUMMARY = "inspection.json"
@@ -241,8 +240,7 @@ def _mean_where(values: Tensor, where: Tensor) -> float | None:
 
 
 def _mean_of_column(rows: list[Figures], name: str) -> float | None:
-    column = [row[name] for row in rows]
-    values = [value for value in column if value is not None]
+    values = [row[name] for row in rows if row[name] is not None]
     return float(np.mean(values)) if values else None
 
 
@@ -274,9 +272,8 @@ def _write(out: Path, summary: dict[str, Any], strips: list[Image.Image]) -> Non
     for name in _earlier_pictures(out / SUMMARY):
         (out / name).unlink(missing_ok=True)
     for name, picture in pictures.items():
-        png = io.BytesIO()
-        picture.save(png, "png")
-        atomic_write(out / name, png.getvalue())
+        with atomic_path(out / name) as partial:
+            picture.save(partial, "png")
     atomic_write(out / SUMMARY, json.dumps(summary, indent=1))
 
 

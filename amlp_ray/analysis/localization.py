@@ -54,6 +54,8 @@ from amlp_ray.training.checkpoint.restore import load_model, read_run_config
 BATCH_SIZE = 64  # k-means over more images is no faster
 # Images in memory as float32: a GB at 256 pixels a side. The standard error is 0.005 with as many.
 MAX_IMAGES = 4096
+CLUSTER_SETTINGS = ("features", "clusters", "scope", "rule")
+SIGN_SETTINGS = ("lesion_sign", "center_prior")
 TOP_SHARE = 0.10  # of the patches, whose precision and recall are reported beside `share`
 
 Row = dict[str, Any]
@@ -217,12 +219,7 @@ class _Benchmark:
         lesion_batches: list[ImageBatch],
         teacher: Teacher | None,
     ) -> None:
-        """Describe the images.
-
-        Args:
-            all_batches: images from which centroids of the data set learn.
-            lesion_batches: images with a lesion, which are scored.
-        """
+        """Keep images from which centroids of the data set learn, and those that are scored."""
         self.grid = (spec.height // patch_size, spec.width // patch_size)
         self.channels = spec.channels
         self.share = share
@@ -270,10 +267,10 @@ class _Benchmark:
         if selection is None or selection.scope == "image":
             return None
         first = self.all_batches[0]
-        view, _ = self._teacher_view(candidate, first, seed)
+        tokens = self._teacher_view(candidate, first, seed)[0].tokens
         tissue = tissue_mask(first.patches, selection)
         x = cluster_features(
-            first.patches, tissue, self.grid, self.channels, selection.features, view.tokens
+            first.patches, tissue, self.grid, self.channels, selection.features, tokens
         )
         centroids = DatasetClusters(selection.clusters, x.shape[-1])
         for batch in self.all_batches:
@@ -398,42 +395,25 @@ def _per_image(measure: Callable[..., float], truth: Tensor, score: Tensor) -> T
     """Compute a ranking measure of every image, (B,); NaN where all patches are lesion."""
     values = []
     for image_truth, image_score in zip(truth.numpy(), score.numpy(), strict=True):
-        is_all_lesion = image_truth.all()
-        values.append(np.nan if is_all_lesion else measure(image_truth, image_score))
+        values.append(np.nan if image_truth.all() else measure(image_truth, image_score))
     return torch.tensor(values)
 
 
 def _describe(candidate: Candidate) -> Row:
     """Return block, name, and the settings that the candidate uses; None for the others."""
-    row: Row = dict.fromkeys(
-        (
-            "block",
-            "name",
-            "features",
-            "clusters",
-            "scope",
-            "rule",
-            "score",
-            "lesion_sign",
-            "center_prior",
-        )
-    )
-    row["block"] = candidate.block
-    row["name"] = candidate.name
+    names = (*CLUSTER_SETTINGS, "score", *SIGN_SETTINGS)
+    row: Row = {"block": candidate.block, "name": candidate.name, **dict.fromkeys(names)}
     selection = candidate.selection
     if selection is None:
         return row
+    used: list[str] = []
     if selection.uses_clusters:
-        row["features"] = selection.features
-        row["clusters"] = selection.clusters
-        row["scope"] = selection.scope
-        row["rule"] = selection.rule
+        used += CLUSTER_SETTINGS
     if selection.uses_score:
-        row["score"] = selection.score
+        used.append("score")
     if selection.uses_score or selection.rule in PATCH_SCORES:
-        row["lesion_sign"] = selection.lesion_sign
-        row["center_prior"] = selection.center_prior
-    return row
+        used += SIGN_SETTINGS
+    return row | {name: getattr(selection, name) for name in used}
 
 
 def _summarize(name: str, values: np.ndarray, is_small: np.ndarray) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -70,9 +71,7 @@ def bench_reading(
         except DataError as error:
             row["failed"] = str(error)
         else:
-            row["first_batch_seconds"] = throughput.first_batch_seconds
-            row["images_per_second"] = throughput.images_per_second
-            row["restart_seconds"] = throughput.restart_seconds
+            row |= asdict(throughput)
             row["waiting"] = _waiting_share(throughput.images_per_second, model_speed, device)
             row["failed"] = None
         rows.append(row)

@@ -60,13 +60,6 @@ class Predictions(NamedTuple):
     rejects: str
 
 
-class OutputFile(NamedTuple):
-    """A file to write."""
-
-    path: DataPath
-    content: bytes
-
-
 def predict(
     images: str | Path | DataPath,
     segmenter: str | Path,
@@ -151,8 +144,8 @@ def _predict_items(
             rejects.add([_rejected(item, error)])
             continue
         rejects.add(RejectedFile(item.images[0], "repaired", note) for note in notes)
-        for file in files:
-            file.path.atomic_write(file.content)
+        for path, content in files:
+            path.atomic_write(content)
         predicted += 1
     progress(len(items), len(items))
     return predicted, before
@@ -196,12 +189,12 @@ def _without_dicom_suffix(name: str) -> str:
 
 def _predict_item(
     item: SourceImage, names: list[str], out: DataPath, inference: Inference
-) -> tuple[list[OutputFile], list[str]]:
+) -> tuple[list[tuple[DataPath, bytes]], list[str]]:
     """Predict all frames of an item.
 
     Returns:
-        Its files, the masks last, because a later run takes an item with masks as done. And notes
-        of repairs.
+        Paths and contents of its files, the masks last, because a later run takes an item with
+        masks as done. And notes of repairs.
 
     Raises:
         DataError: the item cannot be used; the message names the file.
@@ -210,7 +203,7 @@ def _predict_item(
     config = inference.config
     masks: list[np.ndarray] = []
     probabilities: list[np.ndarray] = []
-    files: list[OutputFile] = []
+    files: list[tuple[DataPath, bytes]] = []
     notes: dict[str, None] = {}
     for frame, probability in _predict_frames(item, inference):
         mask = (probability > config.threshold).astype(np.uint8)
@@ -219,22 +212,15 @@ def _predict_item(
             probabilities.append(probability)
         if config.overlay:
             path = _sibling(out, "overlay") / _overlay_name(item, names, frame.number)
-            files.append(OutputFile(path, encode_png(draw_overlay(frame.image, mask))))
+            files.append((path, encode_png(draw_overlay(frame.image, mask))))
         notes |= dict.fromkeys(frame.notes)
     axis = inference.decoding.axis
-    if item.format == "nifti":
-        mask_contents = [encode_volume(masks, axis, item.images[0])]
-    else:
-        mask_contents = [encode_png(mask * np.uint8(255)) for mask in masks]
+    mask_contents = _encode(masks, item, axis)
     if config.probability:
-        if item.format == "nifti":
-            contents = [encode_volume(probabilities, axis, item.images[0])]
-        else:
-            contents = [_encode_probability(probability) for probability in probabilities]
-        for name, content in zip(names, contents, strict=True):
-            files.append(OutputFile(_sibling(out, "probability") / name, content))
-    for name, content in zip(names, mask_contents, strict=True):
-        files.append(OutputFile(out / name, content))
+        folder = _sibling(out, "probability")
+        contents = _encode(probabilities, item, axis)
+        files += zip([folder / name for name in names], contents, strict=True)
+    files += zip([out / name for name in names], mask_contents, strict=True)
     return files, list(notes)
 
 
@@ -253,8 +239,13 @@ def _overlay_name(item: SourceImage, names: list[str], number: int) -> str:
     return names[number]
 
 
-def _encode_probability(probability: np.ndarray) -> bytes:
-    return encode_png(np.rint(probability * 65535).astype(np.uint16))
+def _encode(planes: list[np.ndarray], item: SourceImage, axis: str) -> list[bytes]:
+    """Encode masks of uint8 or probabilities of float32 (H, W), as a volume or as pictures."""
+    if item.format == "nifti":
+        return [encode_volume(planes, axis, item.images[0])]
+    if planes[0].dtype == np.uint8:
+        return [encode_png(mask * np.uint8(255)) for mask in planes]
+    return [encode_png(np.rint(plane * 65535).astype(np.uint16)) for plane in planes]
 
 
 def _sibling(out: DataPath, suffix: str) -> DataPath:
@@ -333,11 +324,10 @@ def _is_done(item: SourceImage, names: list[str], out: DataPath) -> bool:
 def _rejected(item: SourceImage, error: Exception) -> RejectedFile:
     """Describe why an item cannot be used, as a line of the list."""
     path = item.images[0]
+    # The list has the file's name in a column of its own.
+    reason = str(error).removeprefix(f"{path} ")
     if isinstance(error, MemoryError):
         reason = "does not fit in memory; cut it in pieces"
     elif isinstance(error, OSError):
         reason = f"cannot be read ({error.strerror or error}); check that it is there and yours"
-    else:
-        # The list has the file's name in a column of its own.
-        reason = str(error).removeprefix(f"{path} ")
     return RejectedFile(path, "rejected", reason)

@@ -51,7 +51,6 @@ class EventLog:
         """Open the log of a run.
 
         Args:
-            folder: of the run.
             log_messages: False on workers, whose events another process logs with `EventTail`.
         """
         self.path = folder / FILE
@@ -82,10 +81,10 @@ class EventLog:
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """Read all events of a run; [] if none was recorded."""
+    events: list[dict[str, Any]] = []
     path = folder / FILE
     if not path.is_file():
-        return []
-    events = []
+        return events
     for line in path.read_text().splitlines():
         with suppress(json.JSONDecodeError):  # cut short by a kill
             events.append(json.loads(line))

@@ -24,7 +24,6 @@ class RetryPolicy:
         """Set up retries.
 
         Args:
-            folder: of the run.
             minutes: how long a write is retried.
             events: where the first failure of a write is recorded; None: the log in `folder`.
         """
@@ -74,8 +73,6 @@ def retry(
     """Call `write` until it raises no OSError, at most for `seconds`; then raise its last error.
 
     Args:
-        write: may be called again after a failure.
-        seconds: how long to try.
         on_first_error: called once, with the first error.
         cancelled: set by another thread to give up at once.
     """

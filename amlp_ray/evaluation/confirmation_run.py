@@ -29,9 +29,7 @@ def finish_confirmation_run(
     Args:
         folder: of the run.
         eval_data: the dataset that scores; the pretraining dataset if there is no other.
-        finetune: config of the fine-tuning.
         sizes: `probe.sizes`.
-        device: to fine-tune on.
 
     Returns:
         The score, also in `finetune.json`; the segmenter lies in a folder beside it.

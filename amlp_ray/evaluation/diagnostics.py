@@ -120,12 +120,10 @@ class Diagnostics:
         analysis_epoch = masking.analysis_epoch(epoch)
         if analysis_epoch != self._analysis_epoch:
             self._lesion_map = None
-        _, lesion_map, selection = masking.mask_whole_images(
+        self._analysis_epoch = analysis_epoch
+        _, self._lesion_map, selection = masking.mask_whole_images(
             images, keys, TrainingStep(epoch), self._lesion_map
         )
-        self._lesion_map = lesion_map
-        self._analysis_epoch = analysis_epoch
-
         truth = true_lesion_patches(share)
         masked = torch.zeros_like(truth).scatter(1, selection.masked, True)
         masked_share = (masked & truth).sum() / truth.sum().clamp_min(1)

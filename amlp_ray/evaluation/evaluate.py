@@ -11,7 +11,7 @@ import torch
 
 from amlp_ray.config import ImageSpec, ProbeConfig
 from amlp_ray.data.dataset import PatchDataset, Split
-from amlp_ray.evaluation.labels import Rows, by_part, check_fits, labeled_rows, train_rows
+from amlp_ray.evaluation.labels import by_part, check_fits, labeled_rows, train_rows
 from amlp_ray.evaluation.metrics import hausdorff95, mean_mask, score_images, summarize_scores
 from amlp_ray.evaluation.segmenter import Segmenter, load_segmenter
 from amlp_ray.method.augment import normalize
@@ -31,11 +31,7 @@ def score_segmenter(
     """Score a segmenter that `segment` left in `folder`; nothing is trained.
 
     Args:
-        dataset: with the images to score.
-        folder: of the segmenter.
-        split: whose labelled images are scored.
         sizes: what is a small and a large lesion, see `probe.sizes`.
-        device: to compute on.
 
     Raises:
         DataError: the split has no lesion.
@@ -44,10 +40,8 @@ def score_segmenter(
     """
     loaded = load_segmenter(folder)
     check_fits(dataset, loaded.spec, f"{folder} was trained on")
-    rows = labeled_rows(dataset, split)
     floor = mean_mask(dataset.load("train", train_rows(dataset, loaded.config)).masks)
-    model = loaded.model.to(device)
-    score, _ = evaluate(model, dataset, split, rows, floor, loaded.spec, sizes, device)
+    score, _ = evaluate(loaded.model.to(device), dataset, split, floor, loaded.spec, sizes)
     return score
 
 
@@ -56,23 +50,24 @@ def evaluate(
     model: Segmenter,
     dataset: PatchDataset,
     split: str,
-    rows: Rows,
     floor: np.ndarray,
     spec: ImageSpec,
     sizes: tuple[float, float],
-    device: str,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Score images of a split, in float32.
+    """Score the labelled images of a split, in float32.
 
     Args:
-        rows: of the images, sorted.
         floor: (H, W) bool, predicted for every image to score without any image; see `mean_mask`.
         spec: how images are normalized.
         sizes: what is a small and a large lesion, see `probe.sizes`.
 
     Returns:
         The score, and a table with a row per image.
+
+    Raises:
+        DataError: the split has no lesion.
     """
+    rows = labeled_rows(dataset, split)
     model.eval()
     columns = ["spacing_y", "spacing_x"]
     spacing = dataset.table(split, columns=columns)[columns].to_numpy(float)
@@ -82,7 +77,7 @@ def evaluate(
     floors = []
     for part_rows in by_part(dataset, split, rows):
         part = dataset.load(split, part_rows)
-        predicted = _predict(model, part.images, spec, device)
+        predicted = _predict(model, part.images, spec)
         part_spacing = spacing[part_rows] if in_mm else None
         tables.append(_score_table(part, predicted, part_spacing))
         truth = part.masks > 0
@@ -97,12 +92,12 @@ def evaluate(
     return score, table
 
 
-def _predict(model: Segmenter, images: np.ndarray, spec: ImageSpec, device: str) -> np.ndarray:
+def _predict(model: Segmenter, images: np.ndarray, spec: ImageSpec) -> np.ndarray:
     """Predict masks (n, H, W) bool of images (n, C, H, W), at the threshold 0.5."""
-    logits = [
-        model(normalize(batch.to(device), spec)).cpu()
-        for batch in torch.from_numpy(images).split(BATCH_SIZE)
-    ]
+    device = next(model.parameters()).device
+    logits = []
+    for batch in torch.from_numpy(images).split(BATCH_SIZE):
+        logits.append(model(normalize(batch.to(device), spec)).cpu())
     return (torch.cat(logits)[:, 0] > 0).numpy()
 
 

@@ -10,7 +10,7 @@ confirmation asks for them by name; the same heads are then scored on them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -41,7 +41,7 @@ from amlp_ray.evaluation.metrics import (
 )
 from amlp_ray.method.augment import normalize
 from amlp_ray.method.encoder import encoder_tokens
-from amlp_ray.method.patches import patchify
+from amlp_ray.method.patches import lesion_shares, patchify
 
 # scikit-learn's C; from clearly too stiff to clearly too loose for 24 images.
 INVERSE_L2 = (0.01, 0.1, 1.0)
@@ -52,6 +52,7 @@ BATCH_SIZE = 64
 
 Indices = NDArray[np.intp]
 Tokens = Callable[[torch.Tensor], torch.Tensor]
+ProbeSplit = Literal["val", "test"]
 
 
 def require_labels(dataset: PatchDataset, config: ProbeConfig) -> None:
@@ -79,18 +80,6 @@ class LabeledIndex(NamedTuple):
     groups: NDArray[np.str_]
     has_lesion: BoolArray
     n_train: int
-
-
-class LabeledImages(NamedTuple):
-    """Labelled images with their pixels.
-
-    Args:
-        split: the images.
-        share: lesion share of their patches, (n, N).
-    """
-
-    split: Split
-    share: FloatArray
 
 
 class Fold(NamedTuple):
@@ -134,8 +123,6 @@ class Probe:
         """Choose and read the images of train and val.
 
         Args:
-            dataset: with labels.
-            config: of the probe.
             patch_size: of the encoders.
             spec: of the images that encoders are pretrained on, if they are others (see
                 `labels.check_fits`).
@@ -153,22 +140,17 @@ class Probe:
         self.scoring = _choose_scoring(dataset, config, index)
         plan = _plan_folds(config, self.scoring, index)
         _check_groups(dataset, plan, index)
-        used = np.unique(
-            np.concatenate([rows for fold in plan for rows in (*fold.subsets, fold.scored)])
-        )
+        used_by_fold = [np.concatenate([*fold.subsets, fold.scored]) for fold in plan]
+        used = np.unique(np.concatenate(used_by_fold))
         train = used[used < index.n_train]
         val = used[used >= index.n_train]
-        data = dataset.load("train", index.rows[train])
-        images = _with_shares(data.concat(dataset.load("val", index.rows[val])), patch_size)
-        self.data = images.split
-        self.share = images.share
-        self.plan = [
-            Fold(
-                [np.searchsorted(used, subset) for subset in fold.subsets],
-                np.searchsorted(used, fold.scored),
-            )
-            for fold in plan
-        ]
+        train_images = dataset.load("train", index.rows[train])
+        self.data = train_images.concat(dataset.load("val", index.rows[val]))
+        self.share = lesion_shares(self.data.masks, patch_size).numpy()
+        self.plan = []
+        for fold in plan:
+            subsets = [np.searchsorted(used, subset) for subset in fold.subsets]
+            self.plan.append(Fold(subsets, np.searchsorted(used, fold.scored)))
 
     def images_by_size(self) -> dict[str, int]:
         """Count the scored images with a small, a medium and a large lesion."""
@@ -177,7 +159,7 @@ class Probe:
         return {name: int(selected.sum()) for name, selected in classes.items()}
 
     @cached_property
-    def _test_images(self) -> LabeledImages:
+    def _test_images(self) -> Split:
         """Labelled test images, read once for a confirmation."""
         pixels = lesion_pixels(self.dataset, "test")
         if not (pixels > 0).any():
@@ -187,28 +169,23 @@ class Probe:
             )
         rows = np.flatnonzero(np.isfinite(pixels))
         rows = _limit(rows, pixels[rows] > 0, self.config.images)
-        return _with_shares(self.dataset.load("test", rows), self.patch_size)
+        return self.dataset.load("test", rows)
 
-    def score(
-        self, encoder: VisionTransformer, split: Literal["val", "test"] = "val"
-    ) -> ProbeScore:
+    def score(self, encoder: VisionTransformer, split: ProbeSplit = "val") -> ProbeScore:
         """Score an encoder by its patch tokens, on val (or by cross-validation) or on test.
 
         Raises:
             DataError: test has no lesion.
         """
-        prefix = encoder.num_prefix_tokens
-        device = encoder.patch_embed.proj.weight.device
-        return self.score_tokens(
-            lambda patches: encoder_tokens(encoder, patches)[:, prefix:], device, split
-        )
+
+        def tokens(patches: torch.Tensor) -> torch.Tensor:
+            return encoder_tokens(encoder, patches)[:, encoder.num_prefix_tokens :]
+
+        return self.score_tokens(tokens, encoder.patch_embed.proj.weight.device, split)
 
     @torch.inference_mode()
     def score_tokens(
-        self,
-        tokens: Tokens,
-        device: torch.device | str = "cpu",
-        split: Literal["val", "test"] = "val",
+        self, tokens: Tokens, device: torch.device | str = "cpu", split: ProbeSplit = "val"
     ) -> ProbeScore:
         """Score a function from normalized patches (B, N, P) to tokens (B, N, D).
 
@@ -220,27 +197,23 @@ class Probe:
         mean = fitted.mean((0, 1))
         sd = fitted.std((0, 1)) + 1e-6
         fitted = (fitted - mean) / sd
-        images = LabeledImages(self.data, self.share)
+        images = self.data
         scored = fitted
         plan = self.plan
-        scoring: str = self.scoring
         if split == "test":
             images = self._test_images
-            scored = (self._features(images.split, tokens, device) - mean) / sd
+            scored = (self._features(images, tokens, device) - mean) / sd
             subsets = [subset for fold in self.plan for subset in fold.subsets]
-            plan = [Fold(subsets, np.arange(len(images.split)))]
-            scoring = "test"
-        heads = []
+            plan = [Fold(subsets, np.arange(len(images)))]
+        heads: list[list[HeadScores]] = []
         # NumPy's BLAS would take every core, and spin while other trials hold them: 7x slower
         # (measured).
         with threadpool_limits(torch.get_num_threads(), "blas"):
-            for fold in plan:
-                heads.append(
-                    [
-                        self._score_head(fitted, subset, images.split, scored, fold.scored)
-                        for subset in fold.subsets
-                    ]
-                )
+            for subsets, rows in plan:
+                masks = images.masks[rows]
+                tokens_of_fold = scored[rows]
+                heads.append([self._score_head(fitted, s, tokens_of_fold, masks) for s in subsets])
+        scoring = "test" if split == "test" else self.scoring
         return self._summarize(plan, heads, images, scoring)
 
     def _features(self, split: Split, tokens: Tokens, device: torch.device | str) -> FloatArray:
@@ -252,26 +225,12 @@ class Probe:
         return np.concatenate(features)
 
     def _score_head(
-        self,
-        fitted: FloatArray,
-        subset: Indices,
-        split: Split,
-        scored: FloatArray,
-        rows: Indices,
+        self, fitted: FloatArray, subset: Indices, scored: FloatArray, masks: NDArray[np.uint8]
     ) -> HeadScores:
-        """Fit a head on a subset, and score it on other images.
-
-        Args:
-            fitted: tokens of the probe's images, (n, N, D).
-            subset: indices of the images to fit.
-            split: the images that are scored.
-            scored: their tokens, (m, N, D).
-            rows: indices of those to score.
-        """
+        """Fit a head on a subset of tokens (n, N, D); score it on others (m, N, D)."""
         inverse_l2, threshold = self._tune(fitted, subset)
         head = _fit_regression(fitted[subset], self.share[subset], inverse_l2)
-        logits = _predict_logits(head, scored[rows])
-        masks = split.masks[rows]
+        logits = _predict_logits(head, scored)
         scores = score_images(self._upsample(logits) > threshold, masks > 0)
         per_image = np.stack([scores.dsc, scores.ppv, scores.sensitivity, scores.empty_correct])
         return HeadScores(per_image, logits, mean_mask_floor(self.data.masks[subset], masks))
@@ -299,21 +258,10 @@ class Probe:
         return pixels[:, 0].sigmoid().numpy()
 
     def _summarize(
-        self,
-        plan: Sequence[Fold],
-        heads: Sequence[Sequence[HeadScores]],
-        images: LabeledImages,
-        scoring: str,
+        self, plan: list[Fold], heads: list[list[HeadScores]], data: Split, scoring: str
     ) -> ProbeScore:
-        """Average over subsets, then over images.
-
-        Args:
-            plan: the folds.
-            heads: the scores of each fold's subsets.
-            images: that were scored.
-            scoring: how.
-        """
-        data = images.split
+        """Average over the subsets of each fold, then over images."""
+        is_lesion_patch = lesion_shares(data.masks, self.patch_size).numpy() > 0.5
         per_image = np.full((4, len(data)), np.nan)
         floors = []
         precisions = []
@@ -322,12 +270,10 @@ class Probe:
             per_image[:, fold.scored] = np.mean([head.per_image for head in scores], 0)
             floors.append(np.mean([head.floor for head in scores], 0))
             subset_dsc.append([float(np.nanmean(head.per_image[0])) for head in scores])
-            is_lesion = (images.share[fold.scored] > 0.5).ravel()
-            if is_lesion.any():
-                fold_precisions = [
-                    average_precision_score(is_lesion, head.logits.ravel()) for head in scores
-                ]
-                precisions.append(np.mean(fold_precisions))
+            truth = is_lesion_patch[fold.scored].ravel()
+            if truth.any():
+                ap = [average_precision_score(truth, head.logits.ravel()) for head in scores]
+                precisions.append(np.mean(ap))
         with warnings.catch_warnings():
             # The mean over no image is NaN, as it should be.
             warnings.simplefilter("ignore", RuntimeWarning)
@@ -354,21 +300,14 @@ class Probe:
 
 def _index_labels(dataset: PatchDataset) -> LabeledIndex:
     """List the labelled images of train and val."""
-    rows = []
-    groups = []
-    has_lesion = []
-    for split in ("train", "val"):
-        table = dataset.table(split, columns=["group", "lesion"])
-        pixels = table["lesion"].to_numpy(np.float64)
-        labeled = np.flatnonzero(np.isfinite(pixels))
-        rows.append(labeled)
-        groups.append(table["group"].to_numpy()[labeled].astype(str))
-        has_lesion.append(pixels[labeled] > 0)
+    table = dataset.table("train", "val", columns=["group", "lesion"])
+    table["row"] = table.groupby("split").cumcount()
+    labeled = table[table["lesion"].notna()]
     return LabeledIndex(
-        np.concatenate(rows),
-        np.concatenate(groups),
-        np.concatenate(has_lesion),
-        n_train=len(rows[0]),
+        labeled["row"].to_numpy(),
+        labeled["group"].to_numpy().astype(str),
+        (labeled["lesion"] > 0).to_numpy(),
+        n_train=int((labeled["split"] == "train").sum()),
     )
 
 
@@ -417,9 +356,8 @@ def _plan_folds(config: ProbeConfig, scoring: str, index: LabeledIndex) -> list[
 
 def _limit(rows: Indices, has_lesion: BoolArray, count: int) -> Indices:
     """Choose at most `count` rows with a lesion and `count` without, evenly spaced."""
-    return np.sort(
-        np.concatenate([spread(rows[has_lesion], count), spread(rows[~has_lesion], count)])
-    )
+    chosen = [spread(rows[has_lesion], count), spread(rows[~has_lesion], count)]
+    return np.sort(np.concatenate(chosen))
 
 
 def _sample_subset(
@@ -438,7 +376,7 @@ def _sample_subset(
     return order[: config.num_labeled]
 
 
-def _check_groups(dataset: PatchDataset, plan: Sequence[Fold], index: LabeledIndex) -> None:
+def _check_groups(dataset: PatchDataset, plan: list[Fold], index: LabeledIndex) -> None:
     for fold in plan:
         for subset in fold.subsets:
             if len(np.unique(index.groups[subset])) < 2:
@@ -446,12 +384,6 @@ def _check_groups(dataset: PatchDataset, plan: Sequence[Fold], index: LabeledInd
                     f"{dataset.path} has labels that come from a single group, but the probe "
                     f"chooses its threshold across groups; label images of more groups."
                 )
-
-
-def _with_shares(split: Split, patch_size: int) -> LabeledImages:
-    """Compute the lesion shares of the patches of images."""
-    share = F.avg_pool2d(torch.from_numpy(split.masks).float()[:, None], patch_size)[:, 0]
-    return LabeledImages(split, share.flatten(1).numpy())
 
 
 def _fit_regression(x: FloatArray, share: FloatArray, inverse_l2: float) -> LogisticRegression:

@@ -15,7 +15,7 @@ the outlines, the larger of both directions. The rules for empty masks:
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,14 +53,13 @@ def score_images(predicted: BoolArray, truth: BoolArray) -> ImageScores:
     n_predicted = predicted.sum(axes).astype(float)
     n_true = truth.sum(axes).astype(float)
     has_lesion = n_true > 0
-    undefined = np.full(len(hits), np.nan)
     # A denominator of 0 comes with 0 hits.
     return ImageScores(
-        dsc=np.where(has_lesion, 2 * hits / np.maximum(n_predicted + n_true, 1), undefined),
-        ppv=np.where(has_lesion, hits / np.maximum(n_predicted, 1), undefined),
-        sensitivity=np.where(has_lesion, hits / np.maximum(n_true, 1), undefined),
-        iou=np.where(has_lesion, hits / np.maximum(n_predicted + n_true - hits, 1), undefined),
-        empty_correct=np.where(has_lesion, undefined, n_predicted == 0),
+        dsc=np.where(has_lesion, 2 * hits / np.maximum(n_predicted + n_true, 1), np.nan),
+        ppv=np.where(has_lesion, hits / np.maximum(n_predicted, 1), np.nan),
+        sensitivity=np.where(has_lesion, hits / np.maximum(n_true, 1), np.nan),
+        iou=np.where(has_lesion, hits / np.maximum(n_predicted + n_true - hits, 1), np.nan),
+        empty_correct=np.where(has_lesion, np.nan, n_predicted == 0),
     )
 
 
@@ -221,7 +220,3 @@ class ProbeScore:
     dsc_medium: float | None
     dsc_large: float | None
     per_image: dict[str, float]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return all fields, for JSON."""
-        return asdict(self)

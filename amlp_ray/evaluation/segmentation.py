@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from amlp_ray.config import FaultToleranceConfig, ImageSpec, ResourceConfig, SegmentConfig
@@ -103,10 +102,10 @@ def segment(
         threads,
     )
     tuning.check(dataset, resources, address)
-    run_dir = RunDir(tuning.out, IDENTITY, results=RESULTS, outputs=(SCORE, WEIGHTS))
+    run_dir = RunDir(tuning.out, IDENTITY, results=RESULTS)
     with run_dir.lock(wait_s=LOCK_WAIT_S):
         _claim(run_dir, tuning, dataset)
-        if not run_dir.is_complete:
+        if not all((tuning.out / name).is_file() for name in (SCORE, WEIGHTS)):
             write_yaml(tuning.config, tuning.out / "config.yaml")
             _train(tuning, dataset, resources, address, progress, device)
     return dict(json.loads((tuning.out / SCORE).read_text()))
@@ -194,9 +193,8 @@ class Tuning:
 
     def identity(self, dataset: PatchDataset) -> dict[str, Any]:
         """Return what the result follows from."""
-        identity = {
-            f"settings.{key}": value for key, value in self.config.model_dump(mode="json").items()
-        }
+        settings = self.config.model_dump(mode="json")
+        identity = {f"settings.{key}": value for key, value in settings.items()}
         is_file = not self.encoder.startswith(ONLINE)
         model = read_pretrained_config(self.encoder, self.name)
         return identity | {
@@ -210,19 +208,13 @@ class Tuning:
     def run(
         self, dataset: PatchDataset, worker: WorkerContext, progress: Callable[[Metrics], None]
     ) -> None:
-        """Train as one worker of a group; the first one also scores and saves the segmenter.
-
-        Args:
-            dataset: to train and score on.
-            worker: this process's place in the group.
-            progress: takes the metrics of every epoch.
-        """
+        """Train as one worker of a group; the first one also scores and saves the segmenter."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         spec = pretrained_image_spec(self.encoder, dataset.spec)
         train = dataset.load("train", train_rows(dataset, self.config))
         model, start = self._build(spec)
-        model = model.to(worker.device)
+        model.to(worker.device)
         epochs = finetune(
             model,
             train,
@@ -233,47 +225,17 @@ class Tuning:
             fault_tolerance=self.fault_tolerance,
             progress=progress,
         )
-        if worker.is_first:
-            facts = {
-                "num_labeled": len(train),
-                "from_scratch": self.from_scratch,
-                "encoder": self.encoder,
-                "start": start,
-                "seconds": sum(row["seconds"] for row in epochs),
-            }
-            self._score(model, dataset, mean_mask(train.masks), spec, worker.device, facts)
-
-    def _build(self, spec: ImageSpec) -> tuple[Segmenter, str]:
-        """Build the segmenter, and describe the weights it begins with."""
-        torch.manual_seed(self.config.seed)
-        if self.from_scratch:
-            # The start that pretraining has: timm's own would handicap the baseline.
-            model = read_pretrained_config(self.encoder, self.name)
-            encoder = build_encoder(model, spec)
-            description = f"random weights in the shape of {self.encoder}"
-        else:
-            pretrained = load_pretrained_encoder(self.encoder, spec, name=self.name)
-            encoder = pretrained.encoder
-            description = pretrained.description
-        return Segmenter(encoder, spec, self.config), description
-
-    def _score(
-        self,
-        model: Segmenter,
-        dataset: PatchDataset,
-        floor: np.ndarray,
-        spec: ImageSpec,
-        device: str,
-        facts: dict[str, Any],
-    ) -> None:
-        """Score the segmenter on val, and write it with its score.
-
-        Args:
-            floor: the mean training mask (H, W).
-            facts: are added to the score.
-        """
-        rows = labeled_rows(dataset, "val")
-        score, table = evaluate(model, dataset, "val", rows, floor, spec, self.sizes, device)
+        if not worker.is_first:
+            return
+        floor = mean_mask(train.masks)
+        score, table = evaluate(model, dataset, "val", floor, spec, self.sizes)
+        score |= {
+            "num_labeled": len(train),
+            "from_scratch": self.from_scratch,
+            "encoder": self.encoder,
+            "start": start,
+            "seconds": sum(row["seconds"] for row in epochs),
+        }
 
         def write() -> None:
             save_segmenter(
@@ -285,19 +247,27 @@ class Tuning:
                 config=self.config,
             )
             atomic_write(self.out / "per_image.csv", table.round(6).to_csv(index=False))
-            atomic_write(self.out / SCORE, json.dumps(score | facts, indent=1))
+            atomic_write(self.out / SCORE, json.dumps(score, indent=1))
 
         minutes = self.fault_tolerance.storage_minutes
         RetryPolicy(self.out, minutes=minutes).run(write, "the segmenter and its score")
         # Checkpoints are three times the size of the segmenter.
         shutil.rmtree(self.out / "checkpoint", ignore_errors=True)
 
+    def _build(self, spec: ImageSpec) -> tuple[Segmenter, str]:
+        """Build the segmenter, and describe the weights it begins with."""
+        torch.manual_seed(self.config.seed)
+        if self.from_scratch:
+            # The start that pretraining has: timm's own would handicap the baseline.
+            encoder = build_encoder(read_pretrained_config(self.encoder, self.name), spec)
+            description = f"random weights in the shape of {self.encoder}"
+            return Segmenter(encoder, spec, self.config), description
+        pretrained = load_pretrained_encoder(self.encoder, spec, name=self.name)
+        return Segmenter(pretrained.encoder, spec, self.config), pretrained.description
+
 
 def _digest(path: Path) -> str:
-    """Compute the digest of a weights file.
-
-    The header of safetensors is left out, since it is written in a random order.
-    """
+    """Hash a weights file without the header of safetensors, which has a random order."""
     with path.open("rb") as file:
         if path.suffix == ".safetensors":
             file.seek(int.from_bytes(file.read(8), "little"), 1)

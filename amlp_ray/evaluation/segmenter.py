@@ -68,7 +68,7 @@ class Decoder(nn.Module):
 
     Args:
         depth: number of the encoder's blocks.
-        embed_dim: D.
+        dim: D.
         channels: C.
         patch_size: of the encoder.
         width: E.
@@ -79,21 +79,14 @@ class Decoder(nn.Module):
 
     depths: list[int]
 
-    def __init__(
-        self, depth: int, embed_dim: int, channels: int, patch_size: int, width: int
-    ) -> None:
-        super().__init__()
-
 
 class LinearDecoder(Decoder):
     """A logit per token, upsampled."""
 
-    def __init__(
-        self, depth: int, embed_dim: int, channels: int, patch_size: int, width: int
-    ) -> None:
-        super().__init__(depth, embed_dim, channels, patch_size, width)
+    def __init__(self, depth: int, dim: int, channels: int, patch_size: int, width: int) -> None:
+        super().__init__()
         self.depths = [depth - 1]
-        self.head = nn.Conv2d(embed_dim, 1, 1)
+        self.head = nn.Conv2d(dim, 1, 1)
 
     def forward(self, levels: list[Tensor], images: Tensor) -> Tensor:
         return _resize(self.head(levels[0]), images)
@@ -102,13 +95,11 @@ class LinearDecoder(Decoder):
 class ConvDecoder(Decoder):
     """Sums four depths, doubles them to half resolution and joins features of the image."""
 
-    def __init__(
-        self, depth: int, embed_dim: int, channels: int, patch_size: int, width: int
-    ) -> None:
-        super().__init__(depth, embed_dim, channels, patch_size, width)
+    def __init__(self, depth: int, dim: int, channels: int, patch_size: int, width: int) -> None:
+        super().__init__()
         depths = {round((i + 1) * depth / 4) - 1 for i in range(4)}
         self.depths = sorted(depths - {-1})
-        self.project = nn.ModuleList(nn.Conv2d(embed_dim, width, 1) for _ in self.depths)
+        self.project = nn.ModuleList(nn.Conv2d(dim, width, 1) for _ in self.depths)
         self.image = nn.Sequential(
             nn.Conv2d(channels, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.GELU()
         )
@@ -132,13 +123,11 @@ class ConvDecoder(Decoder):
 class UnetrDecoder(Decoder):
     """Upsamples tokens of ever earlier depths and joins them on the way up."""
 
-    def __init__(
-        self, depth: int, embed_dim: int, channels: int, patch_size: int, width: int
-    ) -> None:
+    def __init__(self, depth: int, dim: int, channels: int, patch_size: int, width: int) -> None:
         # Takes seconds to import.
         from monai.networks.blocks import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
 
-        super().__init__(depth, embed_dim, channels, patch_size, width)
+        super().__init__()
         doublings = patch_size.bit_length() - 1  # from tokens to pixels
         # The deepest tokens go up all the way. Those of the depth (doublings - k) / doublings join
         # them after k doublings.
@@ -150,7 +139,7 @@ class UnetrDecoder(Decoder):
         shared = {"spatial_dims": 2, "kernel_size": 3, "norm_name": "instance", "res_block": True}
         self.skips = nn.ModuleList(
             UnetrPrUpBlock(
-                in_channels=embed_dim,
+                in_channels=dim,
                 out_channels=out_width,
                 num_layer=k,
                 stride=1,
@@ -167,7 +156,7 @@ class UnetrDecoder(Decoder):
             UnetrUpBlock(
                 in_channels=in_width, out_channels=out_width, upsample_kernel_size=2, **shared
             )
-            for in_width, out_width in zip([embed_dim, *widths], widths, strict=False)
+            for in_width, out_width in zip([dim, *widths], widths, strict=False)
         )
         self.head = nn.Conv2d(widths[-1], 1, 1)
 
@@ -182,19 +171,17 @@ class UnetrDecoder(Decoder):
 class DptDecoder(Decoder):
     """Reassembles four depths at four scales, and fuses them, the coarsest first."""
 
-    def __init__(
-        self, depth: int, embed_dim: int, channels: int, patch_size: int, width: int
-    ) -> None:
-        super().__init__(depth, embed_dim, channels, patch_size, width)
+    def __init__(self, depth: int, dim: int, channels: int, patch_size: int, width: int) -> None:
+        super().__init__()
         self.depths = [max(0, round((i + 1) * depth / 4) - 1) for i in range(4)]
         # Scales of the tokens' grid: DPT's 4 is a quarter of the image at patch size 16.
         self.reassemble = nn.ModuleList(
             [
-                _enlarge(embed_dim, width, min(4, patch_size)),
-                _enlarge(embed_dim, width, min(2, patch_size)),
-                nn.Conv2d(embed_dim, width, 1),
+                _enlarge(dim, width, min(4, patch_size)),
+                _enlarge(dim, width, min(2, patch_size)),
+                nn.Conv2d(dim, width, 1),
                 nn.Sequential(
-                    nn.Conv2d(embed_dim, width, 1), nn.Conv2d(width, width, 3, stride=2, padding=1)
+                    nn.Conv2d(dim, width, 1), nn.Conv2d(width, width, 3, stride=2, padding=1)
                 ),
             ]
         )

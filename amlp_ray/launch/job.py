@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from amlp_ray.data.loading.batches import open_batches
 from amlp_ray.errors import CheckpointError
 from amlp_ray.evaluation.diagnostics import Diagnostics, held_out, true_lesions
 from amlp_ray.evaluation.labels import check_fits
-from amlp_ray.evaluation.metrics import ProbeScore
 from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.method.autoencoder import MaskedAutoencoder
 from amlp_ray.method.visualization import picture_strips
@@ -37,16 +36,10 @@ from amlp_ray.training.train_state import new_model
 from amlp_ray.utils.distributed import barrier
 from amlp_ray.utils.files import atomic_write
 from amlp_ray.utils.retry import RetryPolicy
+from amlp_ray.utils.run_dir import RunDir
 
-SCORES_IN_METRICS = (
-    "dsc",
-    "ppv",
-    "sensitivity",
-    "ap",
-    "dsc_small",
-    "dsc_medium",
-    "dsc_large",
-)
+LOGGED_SCORES = ("dsc", "ppv", "sensitivity", "ap", "dsc_small", "dsc_medium", "dsc_large")
+RESULTS = ("checkpoint/epoch-*.pt", "metrics.jsonl", ENCODER)  # of a run that has begun
 PICTURES = "pictures"  # folder inside the run's folder
 NUM_PICTURES = 4  # enough to judge by, small enough to keep for every trial
 
@@ -57,9 +50,7 @@ def run_job(
     """Run a pretraining as this worker, or resume it where its folder says it stopped.
 
     Args:
-        run_spec: what to run.
         hooks: `report` and `should_stop` of the caller; `evaluate` is replaced.
-        worker: this worker's rank, the number of workers, and its device.
 
     Raises:
         CheckpointError: the folder holds a run of another config or on other data.
@@ -68,7 +59,7 @@ def run_job(
     dataset = PatchDataset.open(run_spec.data)
     eval_data = open_eval_data(run_spec, dataset)
     if run_spec.config.objective == "none":
-        return _score_untrained(run_spec, hooks, dataset, eval_data, is_first=worker.is_first)
+        return _score_untrained(run_spec, hooks, dataset, eval_data, worker.is_first)
     batches = open_batches(
         dataset,
         batch_size=run_spec.config.batch_size,
@@ -123,7 +114,10 @@ def open_eval_data(run_spec: RunSpec, dataset: PatchDataset) -> PatchDataset:
 def _prepare_folder(run_spec: RunSpec, dataset: PatchDataset, eval_data: PatchDataset) -> None:
     claim(run_spec, dataset, eval_data)
     if not is_finished(run_spec):
-        _remove_final_files(run_spec.folder)
+        # Exported when the run was stopped early. If it is killed right after its last epoch, they
+        # would pass for its results.
+        (run_spec.folder / ENCODER).unlink(missing_ok=True)
+        shutil.rmtree(run_spec.folder / PICTURES, ignore_errors=True)
     if run_spec.fork is not None and not checkpoints(run_spec.folder):
         fork_checkpoint(run_spec.fork, run_spec.folder, run_spec.config)
 
@@ -142,7 +136,15 @@ class _TrackedReport:
 
     def __call__(self, metrics: Metrics) -> None:
         if self._tracker is None:
-            self._tracker = self._open(max(0, metrics["epoch"] - 1))
+            run_spec = self._run_spec
+            self._tracker = open_loggers(
+                run_spec.folder,
+                run_spec.tracking,
+                name=run_spec.label or run_spec.folder.name,
+                parameters=_logged_parameters(run_spec.config),
+                group=run_spec.study,
+                resumed_epoch=max(0, metrics["epoch"] - 1),
+            )
         self._tracker.log(metrics)
         self._report(metrics)
 
@@ -150,17 +152,6 @@ class _TrackedReport:
         """Close the trackers, if any were opened."""
         if self._tracker is not None:
             self._tracker.close(failed)
-
-    def _open(self, resumed_epoch: int) -> LoggerGroup:
-        run_spec = self._run_spec
-        return open_loggers(
-            run_spec.folder,
-            run_spec.tracking,
-            name=run_spec.label or run_spec.folder.name,
-            parameters=_logged_parameters(run_spec.config),
-            group=run_spec.study,
-            resumed_epoch=resumed_epoch,
-        )
 
 
 def _logged_parameters(config: PretrainConfig) -> dict[str, Any]:
@@ -180,11 +171,6 @@ def claim(run_spec: RunSpec, dataset: PatchDataset, eval_data: PatchDataset | No
     A run that never reached its first epoch, for instance because its weights were missing, has
     produced nothing. Its config is replaced.
 
-    Args:
-        run_spec: the run that wants the folder.
-        dataset: the data it trains on.
-        eval_data: the data that scores it.
-
     Raises:
         CheckpointError: the folder's run has another config or other data.
     """
@@ -195,7 +181,7 @@ def claim(run_spec: RunSpec, dataset: PatchDataset, eval_data: PatchDataset | No
     data = _describe(dataset) | {"image": dataset.spec.model_dump()}
     if eval_data is not None and eval_data is not dataset:
         data["eval_data"] = _describe(eval_data)
-    if _has_begun(folder):
+    if RunDir(folder, results=RESULTS).has_results:
         if config_file.is_file():
             _check_same_config(run_spec, config_file)
         if data_file.is_file():
@@ -205,11 +191,6 @@ def claim(run_spec: RunSpec, dataset: PatchDataset, eval_data: PatchDataset | No
             _check_same_data(folder, data.get("eval_data", {}), stored.get("eval_data", {}))
     write_yaml(run_spec.config, config_file)
     atomic_write(data_file, json.dumps(data, indent=1))
-
-
-def _has_begun(folder: Path) -> bool:
-    files = (folder / "metrics.jsonl", folder / ENCODER)
-    return bool(checkpoints(folder)) or any(file.is_file() for file in files)
 
 
 def _check_same_config(run_spec: RunSpec, config_file: Path) -> None:
@@ -232,11 +213,8 @@ def _check_same_data(folder: Path, data: dict[str, Any], stored: dict[str, Any])
 
 
 def _describe(dataset: PatchDataset) -> dict[str, Any]:
-    return {
-        "name": dataset.name,
-        "path": dataset.path,
-        "fingerprint": dataset.manifest.fingerprint,
-    }
+    fingerprint = dataset.manifest.fingerprint
+    return {"name": dataset.name, "path": dataset.path, "fingerprint": fingerprint}
 
 
 def is_finished(run_spec: RunSpec) -> bool:
@@ -251,15 +229,6 @@ def is_finished(run_spec: RunSpec) -> bool:
     if newest is None or epoch_of(newest) != run_spec.last_epoch:
         return False
     return objective != "reconstruction" or (folder / PICTURES).is_dir()
-
-
-def _remove_final_files(folder: Path) -> None:
-    """Remove what a run exported when it was stopped early.
-
-    If the run is killed right after its last epoch, these files would pass for its results.
-    """
-    (folder / ENCODER).unlink(missing_ok=True)
-    shutil.rmtree(folder / PICTURES, ignore_errors=True)
 
 
 def _make_evaluate(
@@ -280,40 +249,24 @@ def _make_evaluate(
         metrics = diagnostics(model, epoch) if epoch else {}
         if probe is None or epoch not in run_spec.rungs:
             return metrics
-        score = probe.score(model.encoder)
-        retries.run(
-            lambda: _write_score(run_spec.folder, score, epoch), f"the score of epoch {epoch}"
-        )
-        return metrics | _score_metrics(score)
+        score = asdict(probe.score(model.encoder))
+        text = json.dumps({"epoch": epoch, **score})
+
+        def write() -> None:
+            rungs = run_spec.folder / "rungs"
+            rungs.mkdir(exist_ok=True)
+            atomic_write(rungs / f"{epoch}.json", text)
+            atomic_write(run_spec.folder / "score.json", text)
+
+        retries.run(write, f"the score of epoch {epoch}")
+        # Sizes of lesions that no image has are None.
+        return metrics | {name: score[name] for name in LOGGED_SCORES if score[name] is not None}
 
     return evaluate
 
 
-def _write_score(folder: Path, score: ProbeScore, epoch: int) -> None:
-    """Write the score to `rungs/<epoch>.json` and to `score.json`."""
-    text = json.dumps({"epoch": epoch, **score.as_dict()})
-    (folder / "rungs").mkdir(exist_ok=True)
-    atomic_write(folder / "rungs" / f"{epoch}.json", text)
-    atomic_write(folder / "score.json", text)
-
-
-def _score_metrics(score: ProbeScore) -> Metrics:
-    """Return the scores that are logged; sizes of lesions that no image has are left out."""
-    metrics: Metrics = {}
-    for name in SCORES_IN_METRICS:
-        value = getattr(score, name)
-        if value is not None:
-            metrics[name] = value
-    return metrics
-
-
 def _score_untrained(
-    run_spec: RunSpec,
-    hooks: Hooks,
-    dataset: PatchDataset,
-    eval_data: PatchDataset,
-    *,
-    is_first: bool,
+    run_spec: RunSpec, hooks: Hooks, dataset: PatchDataset, eval_data: PatchDataset, is_first: bool
 ) -> PretrainResult:
     """Score the variant `scratch`, which is reported once, as epoch 0.
 

@@ -19,16 +19,11 @@ class RunSpec(BaseModel):
     """Describe one pretraining run by plain values, so that it travels to other processes.
 
     Args:
-        config: settings of model and training.
         data: path or URI of the patch dataset to train on.
         folder: where the run writes its files.
         probe: how the encoder is scored; None scores nothing.
         rungs: epochs after which the probe scores the encoder.
-        resources: workers, and what each of them holds.
-        fault_tolerance: losses and outages that the run survives.
-        tracking: where metrics are logged besides the run's own files.
-        study: name of the study, for metrics and logs.
-        label: name of the run within the study, for metrics and logs.
+        study, label: names of the study and of the run within it, for metrics and logs.
         eval_data: another dataset whose labeled images are scored and shown instead.
         until: epoch after which a part of a longer run returns.
         fork: folder of the run whose checkpoint this one starts from.

@@ -41,12 +41,6 @@ class TrialGauges:
         self._closed = threading.Event()
         threading.Thread(target=self._refresh, name="amlp-gauges", daemon=True).start()
 
-    def __enter__(self) -> TrialGauges:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def update(self, metrics: Mapping[str, Any]) -> None:
         """Show an epoch's metrics; those without a gauge or a value are skipped."""
         for name in self._gauges:

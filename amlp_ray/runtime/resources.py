@@ -47,8 +47,7 @@ def cluster_resources() -> Cluster:
     """Return what the nodes of the joined cluster hold, whoever uses it at the moment."""
     import ray
 
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    return Cluster(tuple(_as_node(node["Resources"]) for node in alive))
+    return Cluster(tuple(_as_node(node["Resources"]) for node in ray.nodes() if node["Alive"]))
 
 
 def free_resources() -> dict[str, float]:
@@ -107,11 +106,9 @@ def _accelerator_name(device: str) -> str:
 
 
 def _as_node(resources: Mapping[str, float]) -> Node:
-    node = {kind: float(resources.get(kind, 0.0)) for kind in ("CPU", "GPU", "memory")}
-    for kind, amount in resources.items():
-        if kind.startswith(ACCELERATOR):
-            node[kind] = float(amount)
-    return node
+    accelerators = [kind for kind in resources if kind.startswith(ACCELERATOR)]
+    kinds = ("CPU", "GPU", "memory", *accelerators)
+    return {kind: float(resources.get(kind, 0.0)) for kind in kinds}
 
 
 def worker_bundle(resources: ResourceConfig) -> dict[str, float]:
@@ -150,12 +147,7 @@ def jobs_side_by_side(resources: ResourceConfig, cluster: Cluster) -> int:
     for kind, amount in worker_bundle(resources).items():
         if not kind.startswith(ACCELERATOR):
             _check_amount(kind, amount, resources, cluster)
-    fit = _count_fitting(
-        job_bundles(resources),
-        cluster.nodes,
-        resources.concurrency or MAX_CONCURRENT,
-        spread=_is_strictly_spread(resources),
-    )
+    fit = _count_fitting(resources, cluster.nodes)
     if fit < 1:
         raise _no_room(resources, cluster)
     return fit
@@ -208,9 +200,8 @@ def _no_room(resources: ResourceConfig, cluster: Cluster) -> ResourceError:
 def _check_accelerator(resources: ResourceConfig, cluster: Cluster) -> None:
     if not resources.accelerator:
         return
-    models: set[str] = set()
-    for node in cluster.nodes:
-        models |= {kind.removeprefix(ACCELERATOR) for kind in node if ACCELERATOR in kind}
+    kinds = set().union(*cluster.nodes)
+    models = [kind.removeprefix(ACCELERATOR) for kind in kinds if ACCELERATOR in kind]
     if resources.accelerator not in models:
         raise ResourceError(
             f"resources.accelerator={resources.accelerator}, but nodes have "
@@ -219,43 +210,27 @@ def _check_accelerator(resources: ResourceConfig, cluster: Cluster) -> None:
         )
 
 
-def _count_fitting(
-    bundles: Sequence[Mapping[str, float]],
-    nodes: Sequence[Node],
-    limit: int,
-    *,
-    spread: bool = False,
-) -> int:
-    """Count how many times all bundles fit on the nodes.
-
-    Args:
-        bundles: of one run; the first is the driver's.
-        nodes: resources of each node.
-        limit: where to stop counting.
-        spread: whether the bundles of one run, except the driver's, need different nodes.
-    """
+def _count_fitting(resources: ResourceConfig, nodes: Sequence[Node]) -> int:
+    """Count how many runs find room on the nodes, at most as many as are allowed at a time."""
     free = [dict(node) for node in nodes]
+    bundles = job_bundles(resources)
     largest_first = sorted(bundles, key=lambda bundle: -sum(bundle.values()))
+    spread = _is_strictly_spread(resources)
+    limit = resources.concurrency or MAX_CONCURRENT
     for count in range(limit):
-        used: list[int] = []
+        used: list[Node] = []
         for bundle in largest_first:
+            # The driver, whose bundle is the first, may lie beside a worker.
             excluded = used if spread and bundle is not bundles[0] else []
-            index = _first_with_room(free, bundle, excluded)
-            if index is None:
+            for node in free:
+                if _has_room(node, bundle) and not any(node is other for other in excluded):
+                    break
+            else:
                 return count
-            used.append(index)
+            used.append(node)
             for kind, amount in bundle.items():
-                free[index][kind] -= amount
+                node[kind] -= amount
     return limit
-
-
-def _first_with_room(
-    free: Sequence[Node], bundle: Mapping[str, float], excluded: Sequence[int]
-) -> int | None:
-    for index, node in enumerate(free):
-        if index not in excluded and _has_room(node, bundle):
-            return index
-    return None
 
 
 def _has_room(node: Node, bundle: Mapping[str, float]) -> bool:

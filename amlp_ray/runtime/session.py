@@ -10,7 +10,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from amlp_ray.errors import ResourceError
@@ -37,25 +36,17 @@ API_SERVER = "RAY_API_SERVER_ADDRESS"
 CONNECT_S = 5.0  # to wait for a cluster's head
 
 
-@dataclass(frozen=True)
-class RaySession:
-    """A running Ray.
-
-    Args:
-        dashboard: the dashboard's address; None without one.
-    """
-
-    dashboard: str | None
-
-
 @contextmanager
-def ray_session(address: str | None = None) -> Iterator[RaySession]:
+def ray_session(address: str | None = None) -> Iterator[str | None]:
     """Join the cluster at `address`, or start one on this machine, and leave it afterwards.
 
     A Ray that this process has initialized before, as in a notebook, is used and left running.
 
     Args:
         address: such as `auto` or `head:6379`.
+
+    Yields:
+        The address of the dashboard; None without one.
 
     Raises:
         ResourceError: no cluster answers at `address`.
@@ -67,13 +58,13 @@ def ray_session(address: str | None = None) -> Iterator[RaySession]:
     # Tune warns about its own files, which are turned off.
     logging.getLogger("ray").setLevel(logging.ERROR)
     if ray.is_initialized():
-        yield _session(ray.init(ignore_reinit_error=True, configure_logging=False))
+        yield _dashboard(ray.init(ignore_reinit_error=True, configure_logging=False))
         return
     previous = os.environ.get(API_SERVER)
     try:
         with _keep_signal_handler():
             context = _start() if address is None else _join(address)
-        yield _session(context)
+        yield _dashboard(context)
     finally:
         ray.shutdown()
         os.environ.pop(API_SERVER, None)
@@ -133,9 +124,9 @@ def _join(address: str) -> Any:
         ) from None
 
 
-def _session(context: Any) -> RaySession:
+def _dashboard(context: Any) -> str | None:
     url = context.dashboard_url
-    return RaySession(f"http://{url}" if url else None)
+    return f"http://{url}" if url else None
 
 
 def _free_port() -> int:

@@ -11,13 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """One worker of a group.
-
-    Args:
-        rank: its index.
-        world: the number of workers.
-        device: what it computes on.
-    """
+    """One worker of a group of `world`, and the device that it computes on."""
 
     rank: int = 0
     world: int = 1

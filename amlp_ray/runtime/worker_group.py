@@ -72,8 +72,6 @@ def run_group(
 
     Args:
         task: called on each worker.
-        resources: number of workers, and what each holds.
-        fault_tolerance: how many losses in a row are tolerated.
         name: of the group, for Ray's dashboard.
         folder: of the run, seen by all nodes; gets events, and Ray Train's files in `ray_train`.
         progress: counts what is finished, such as epochs, so that losses in a row are known.
@@ -89,7 +87,9 @@ def run_group(
     retry = RetryPolicy(folder, minutes=fault_tolerance.storage_minutes, events=events)
     # The event log is written by this process, so it says nothing about the disk.
     files = {path.name for path in folder.glob("*")} - {events.path.name}
-    losses = _LossCounter(progress)
+    make_trainer = partial(_make_trainer, task, resources, fault_tolerance, name, folder)
+    reached = progress()
+    losses = 0  # without progress in between
 
     def log_and_poll() -> None:
         tail.log_new()
@@ -97,7 +97,7 @@ def run_group(
 
     while True:
         nodes = answering_nodes()
-        failure = _run_once(task, resources, fault_tolerance, name, folder, log_and_poll)
+        failure = _run_once(make_trainer, log_and_poll)
         if failure is None:
             shutil.rmtree(folder / TRAINER_FOLDER, ignore_errors=True)
             return
@@ -109,31 +109,18 @@ def run_group(
         if kind not in LOSSES:
             raise _recorded(original_error(failure), kind, events) from failure
         message = f"{LOSSES[kind]} ({_loss_reason(failure)})"
-        if losses.add(kind) > fault_tolerance.max_failures:
+        finished = progress()
+        if finished > reached:
+            losses = 0
+        reached = finished
+        losses += kind != "preempted"  # a node that was taken away costs nothing
+        if losses > fault_tolerance.max_failures:
             events.record(kind, message)
-            raise _too_many_losses(message, losses.count, fault_tolerance) from failure
+            raise _too_many_losses(message, losses, fault_tolerance) from failure
         events.record(kind, f"{message}; resuming from the latest checkpoint.")
         tail.log_new()
         retry.run(partial(_check_files, folder, files), "a restart")
         events.flush()
-
-
-class _LossCounter:
-    """Counts losses with no progress in between; a node that was taken away costs nothing."""
-
-    def __init__(self, progress: Callable[[], int]) -> None:
-        self._progress = progress
-        self._reached = progress()
-        self.count = 0
-
-    def add(self, kind: EventKind) -> int:
-        """Count a loss and return how many there are."""
-        reached = self._progress()
-        if reached > self._reached:
-            self.count = 0
-        self._reached = reached
-        self.count += kind != "preempted"
-        return self.count
 
 
 def _recorded(error: BaseException, kind: EventKind, events: EventLog) -> BaseException:
@@ -163,16 +150,9 @@ def _check_files(folder: Path, files: set[str]) -> None:
         raise OSError("its files are gone")
 
 
-def _run_once(
-    task: WorkerTask,
-    resources: ResourceConfig,
-    fault_tolerance: FaultToleranceConfig,
-    name: str,
-    folder: Path,
-    poll: Callable[[], None],
-) -> BaseException | None:
+def _run_once(make_trainer: Callable[[], Any], poll: Callable[[], None]) -> BaseException | None:
     """Run one group to its end, polling meanwhile; return what made it fail."""
-    trainer = _make_trainer(task, resources, fault_tolerance, name, folder)
+    trainer = make_trainer()
     failures: list[BaseException] = []
 
     def run() -> None:
@@ -233,11 +213,10 @@ def failure_kind(failure: BaseException) -> EventKind:
     from ray.train import PreemptionError
 
     errors = _worker_errors(failure)
-    deaths = [
-        error
-        for error in errors
-        if isinstance(error, RayActorError | OutOfMemoryError) or is_train_error(error)
-    ]
+    deaths: list[BaseException] = []
+    for error in errors:
+        if isinstance(error, RayActorError | OutOfMemoryError) or is_train_error(error):
+            deaths.append(error)
     if isinstance(failure, PreemptionError):
         return "preempted"
     if any(getattr(error, "preempted", False) for error in deaths):
@@ -287,10 +266,9 @@ def _loss_reason(failure: BaseException) -> str:
     from ray.exceptions import OutOfMemoryError, RayActorError
 
     errors = _worker_errors(failure)
-    if any(
-        isinstance(error, OutOfMemoryError) or KILLED_BY_MONITOR in str(error) for error in errors
-    ):
-        return "its node was out of memory"
+    for error in errors:
+        if isinstance(error, OutOfMemoryError) or KILLED_BY_MONITOR in str(error):
+            return "its node was out of memory"
     if any(isinstance(error, RayActorError) for error in errors):
         return "its process died"
     if errors:

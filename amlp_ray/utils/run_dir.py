@@ -1,12 +1,11 @@
-"""Claim a folder for one run: what the run is, whether it is complete, and who may write."""
+"""Claim a folder for one run: what the run is, and who may write."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from amlp_ray.errors import CheckpointError
 from amlp_ray.utils.files import atomic_write
@@ -14,16 +13,6 @@ from amlp_ray.utils.locks import acquire_lock
 
 # Processes of a run that was killed are gone within seconds.
 LOCK_WAIT_S = 60.0
-
-
-class Folder(Protocol):
-    """What `RunDir` needs of a folder: a `Path`, or a folder at a URI."""
-
-    def __truediv__(self, name: str, /) -> Folder: ...
-
-    def is_file(self) -> bool: ...
-
-    def read_bytes(self) -> bytes: ...
 
 
 class OtherRunError(Exception):
@@ -47,23 +36,20 @@ class RunDir:
         identity_file: str = "run.json",
         *,
         results: Sequence[str] | None = None,
-        outputs: Sequence[str] = (),
         write: Callable[[Any, str], None] = atomic_write,
     ) -> None:
         """Describe the folder; nothing is read or written.
 
         Args:
-            path: a `Path`, or what reads like one (see `Folder`).
+            path: a `Path`, or a folder at a URI that reads like one.
             identity_file: name of the JSON file.
             results: glob patterns of files that are worth keeping. While none is there, another
                 run may take the folder. None: the identity alone holds it.
-            outputs: names of the files that a complete run has.
             write: replaces the content of a file in one step.
         """
-        self.path: Folder = path
+        self.path = path
         self.identity_file = identity_file
         self.results = results
-        self.outputs = outputs
         self._write = write
 
     def claim(self, identity: Mapping[str, Any]) -> bool:
@@ -83,7 +69,7 @@ class RunDir:
                 raise OtherRunError(changed)
             if not changed:
                 return True
-        self.write_identity(identity)
+        self._write(self.path / self.identity_file, json.dumps(identity, indent=1))
         return False
 
     def read_identity(self) -> dict[str, Any] | None:
@@ -97,22 +83,12 @@ class RunDir:
             return {}
         return identity if isinstance(identity, dict) else {}
 
-    def write_identity(self, identity: Mapping[str, Any]) -> None:
-        """Record which run holds the folder."""
-        self._write(self.path / self.identity_file, json.dumps(identity, indent=1))
-
     @property
     def has_results(self) -> bool:
         """Whether the folder holds something that another run must not replace."""
         if self.results is None:
             return True
-        assert isinstance(self.path, Path)
         return any(any(self.path.glob(pattern)) for pattern in self.results)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether all outputs of the run are there."""
-        return all((self.path / name).is_file() for name in self.outputs)
 
     @contextmanager
     def lock(self, *, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
@@ -122,7 +98,6 @@ class RunDir:
             CheckpointError: another process holds the folder for longer than `wait_s`, or the file
                 system has no locks.
         """
-        assert isinstance(self.path, Path)
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             lock = acquire_lock(self.path / "lock", wait_s=wait_s)

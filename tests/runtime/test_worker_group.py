@@ -314,11 +314,8 @@ def test_a_group_is_polled_in_the_calling_thread_while_it_works_and_once_after(
         polled.append((threading.current_thread() is threading.main_thread(), done.is_set()))
         polled_while_it_works.set()
 
-    monkeypatch.setattr(worker_group, "_make_trainer", lambda *given: Trainer())
     monkeypatch.setattr(worker_group, "POLL_S", 0.01)
-    failure = worker_group._run_once(
-        print, ResourceConfig(), FaultToleranceConfig(), "x", tmp_path, poll
-    )
+    failure = worker_group._run_once(Trainer, poll)
     assert failure is (BUG if fails else None)
     assert (polled[0], polled[-1]) == ((True, False), (True, True))
 

@@ -47,14 +47,6 @@ def test_a_run_without_results_gives_way_to_another(tmp_path: Path) -> None:
     assert run_dir.read_identity() == {"seed": 2}
 
 
-def test_a_run_is_complete_with_its_last_output(tmp_path: Path) -> None:
-    run_dir = RunDir(tmp_path, outputs=("weights", "score"))
-    for name in ("weights", "score"):
-        assert not run_dir.is_complete
-        (tmp_path / name).touch()
-    assert run_dir.is_complete
-
-
 def test_a_second_writer_is_refused_and_the_next_may_begin(tmp_path: Path) -> None:
     run_dir, message = RunDir(tmp_path / "run"), "is written by another process"
     with run_dir.lock(), pytest.raises(CheckpointError, match=message), run_dir.lock(wait_s=0):

@@ -329,7 +329,7 @@ def _test_scorer(
         encoder = load_encoder(encoder_path).to(device)
         segmenter = folder / SEGMENTER
         return {
-            "probe": probes[key].score(encoder, "test").as_dict(),
+            "probe": asdict(probes[key].score(encoder, "test")),
             "finetune": score_segmenter(
                 eval_data, segmenter, "test", sizes=config.probe.sizes, device=device
             ),

@@ -132,7 +132,7 @@ def _check(inputs: StudyInputs) -> None:
 def _run_trials(inputs: StudyInputs, config: StudyConfig, lease: Lease, phase: Phase) -> StopReason:
     store = inputs.store
     images = inputs.dataset.count("train")
-    with ray_session(inputs.address) as session:
+    with ray_session(inputs.address) as dashboard:
         cluster = cluster_resources()
         side_by_side = jobs_side_by_side(config.resources, cluster)
         record_environment(config, store, cluster, inputs.dataset, inputs.eval_data)
@@ -141,8 +141,8 @@ def _run_trials(inputs: StudyInputs, config: StudyConfig, lease: Lease, phase: P
         )
         if phase == "search":
             log_pruning_notes(config, images)
-        if session.dashboard:
-            logger.info("Ray dashboard: %s", session.dashboard)
+        if dashboard:
+            logger.info("Ray dashboard: %s", dashboard)
         reason = run_on_tune(
             store,
             config,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -129,7 +129,7 @@ def _run_in_this_process(run: RunSpec, should_stop: Callable[[], bool]) -> None:
     from amlp_ray.training.pretrain import Hooks, Metrics
 
     limit_gpu_memory(run.resources.gpus_per_worker)
-    with TrialGauges(run.study, run.label) as gauges:
+    with closing(TrialGauges(run.study, run.label)) as gauges:
 
         def report(metrics: Metrics) -> None:
             gauges.update(metrics)

@@ -67,8 +67,8 @@ def _rasterize(segmentation: Any, height: int, width: int) -> np.ndarray:
         runs = coco.merge(coco.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation["counts"], list):
         runs = coco.frPyObjects(segmentation, height, width)
-    with warnings.catch_warnings():  # pycocotools uses what numpy 2 deprecates
-        warnings.simplefilter("ignore")
+    # pycocotools uses what numpy 2 deprecates.
+    with warnings.catch_warnings(action="ignore"):
         return np.asarray(coco.decode(runs))
 
 

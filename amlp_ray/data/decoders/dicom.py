@@ -10,9 +10,9 @@ stored, rescaled). So air is low, as in all other images.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, ParamSpec, TypeVar
+from collections.abc import Iterator
+from typing import NamedTuple
+from warnings import catch_warnings
 
 import numpy as np
 from pydicom import Dataset
@@ -38,8 +38,6 @@ from amlp_ray.errors import DataError, describe_error
 SAMPLED_FRAMES = 16
 
 Range = tuple[float, float]
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class _FileFrame(NamedTuple):
@@ -69,17 +67,22 @@ def read_dicom(item: SourceImage, config: PrepareConfig, read: ReadFile) -> Iter
             or a segmentation does not fit. The sentence names the file.
     """
     value_range = config.window
-    if config.values == "percentile":
-        value_range = _without_warnings(_percentile_range, item, read)
     masks = None
-    if item.masks:
-        masks = _without_warnings(SegmentationMasks, item.masks, config.lesion_labels, read)
+    # pydicom and highdicom warn of every odd value in a header. The filters must not be held while
+    # this generator waits.
+    with catch_warnings(action="ignore"):
+        if config.values == "percentile":
+            value_range = _percentile_range(item, read)
+        if item.masks:
+            masks = SegmentationMasks(item.masks, config.lesion_labels, read)
     index = 0
     for path in item.images:
-        dataset = _without_warnings(load, path, read)
+        with catch_warnings(action="ignore"):
+            dataset = load(path, read)
         for number in range(frame_count(dataset)):
             source = _FileFrame(dataset, path, number)
-            frame = _without_warnings(_read_frame, source, index, config, value_range, masks)
+            with catch_warnings(action="ignore"):
+                frame = _read_frame(source, index, config, value_range, masks)
             if index == 0 and masks is not None:
                 frame = frame._replace(notes=frame.notes + masks.notes)
             yield frame
@@ -95,10 +98,7 @@ def _read_frame(
     value_range: Range | None,
     masks: SegmentationMasks | None,
 ) -> Frame:
-    """Decode a frame, which has the number `index` within its item.
-
-    `value_range` becomes 0 to 255. Without one, the header names it.
-    """
+    """Decode frame `index` of an item; without a `value_range` the header says what is 0 to 255."""
     header, pixels = _decode(source)
     image, notes = _map_values(pixels, header, source.path, config, value_range)
     if pixels.padding is not None:
@@ -201,13 +201,3 @@ def _scanned_values(source: _FileFrame) -> np.ndarray:
         return np.empty(0, np.float32)
     inside = pixels.values if pixels.padding is None else pixels.values[~pixels.padding]
     return inside.astype(np.float32).ravel()
-
-
-def _without_warnings(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call without the warnings of pydicom and highdicom: every odd value in a header gives some.
-
-    Called anew for each frame, since a generator must not hold the warning filters while it waits.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return work(*args, **kwargs)

@@ -32,6 +32,8 @@ POSITION_TOLERANCE = 0.1
 # Largest difference of direction cosines, and of spacings in relation to their size.
 DIRECTION_TOLERANCE = 0.01
 
+Numbers = Sequence[float] | None
+
 
 class SourceSlice(NamedTuple):
     """A slice of a series that needs a mask."""
@@ -86,12 +88,7 @@ class SegmentationMasks:
     def __init__(
         self, paths: Sequence[str], lesion_labels: tuple[int, ...], read: ReadFile
     ) -> None:
-        """Read the objects.
-
-        Args:
-            paths: of the objects.
-            lesion_labels: numbers of the segments that are lesion; none takes all.
-            read: returns the content of a file.
+        """Read the objects. `lesion_labels` are numbers of segments; none takes all.
 
         Raises:
             DataError: one cannot be read, or is no SEG object that follows the standard.
@@ -225,7 +222,7 @@ def _planes_on(seg: _SegmentationObject, source: SourceSlice) -> Iterator[_Plane
         if plane.geometry.position is None or source.geometry.position is None:
             if not plane.sources:
                 continue
-        elif not _are_equal(plane.geometry.position, source.geometry.position, tolerance):
+        elif _differ(plane.geometry.position, source.geometry.position, tolerance):
             if len(plane.sources) == 1 and (source.frame is None or len(frames) == 1):
                 raise _misfit(seg, "starts elsewhere than the slice it was drawn on", "place")
             # Some writers name all slices of the series with each frame. Then the place decides.
@@ -245,19 +242,9 @@ def _check_grid(seg: _SegmentationObject, plane: _Plane, source: SourceSlice) ->
         raise _misfit(seg, problem, "size")
     _, direction, spacing = plane.geometry
     _, source_direction, source_spacing = source.geometry
-    is_turned = (
-        direction is not None
-        and source_direction is not None
-        and not _are_equal(direction, source_direction, DIRECTION_TOLERANCE)
-    )
-    if is_turned:
+    if _differ(direction, source_direction, DIRECTION_TOLERANCE):
         raise _misfit(seg, "runs in another direction than its image", "direction")
-    is_scaled = (
-        spacing is not None
-        and source_spacing is not None
-        and not _are_equal(spacing, source_spacing, DIRECTION_TOLERANCE * min(source_spacing))
-    )
-    if is_scaled:
+    if _differ(spacing, source_spacing, DIRECTION_TOLERANCE * min(source_spacing or (0,))):
         raise _misfit(seg, "has another pixel spacing than its image", "spacing")
 
 
@@ -268,5 +255,8 @@ def _misfit(seg: _SegmentationObject, problem: str, property_name: str) -> DataE
     )
 
 
-def _are_equal(first: Sequence[float], second: Sequence[float], tolerance: float) -> bool:
-    return all(abs(a - b) <= tolerance for a, b in zip(first, second, strict=True))
+def _differ(first: Numbers, second: Numbers, tolerance: float) -> bool:
+    """Return whether any two numbers differ by more than `tolerance`; unknown ones do not."""
+    if first is None or second is None:
+        return False
+    return any(abs(a - b) > tolerance for a, b in zip(first, second, strict=True))

@@ -100,8 +100,7 @@ def decode_image_file(path: str, read: ReadFile, *, is_mask: bool = False) -> De
     if content.startswith(NPY):
         return DecodedImage("npy", _decode_npy(path, content))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             return _decode(path, content, is_mask)
     except (DataError, MemoryError):
         raise
@@ -295,10 +294,7 @@ def _is_transparent(image: Image.Image) -> bool:
 
 
 def _is_gray_palette(image: Image.Image) -> bool:
-    """Return whether the used entries of a palette are grays. Then these are the values.
-
-    Else the indices are.
-    """
+    """Return whether the used colors of a palette are gray: these are the values, else indices."""
     used = np.unique(np.asarray(image))
     palette = np.asarray(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
     if not len(palette) or used[-1] >= len(palette):

@@ -22,7 +22,7 @@ from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, io_orientation
 
 from amlp_ray.config import PrepareConfig
-from amlp_ray.data.decoders.frame import DTYPES, Frame, ReadFile, read_content
+from amlp_ray.data.decoders.frame import DTYPES, Frame, ReadFile, common_dtype, read_content
 from amlp_ray.data.decoders.intensity import percentile_range, smallest_exact, to_bytes
 from amlp_ray.data.decoders.masks import select_lesion
 from amlp_ray.data.layouts.item import SourceImage
@@ -98,8 +98,10 @@ def read_nifti(item: SourceImage, config: PrepareConfig, read: ReadFile) -> Iter
         )
     channels = _open_channels(item, read)
     first = channels[0].volume
-    dtype = _common_dtype(channels) if config.values == "keep" else np.dtype(np.uint8)
-    ranges = [_value_range(channel, config) for channel in channels]
+    dtype = _common_dtype(channels) if config.values == "keep" else "uint8"
+    ranges = [config.window] * len(channels)
+    if config.values == "percentile":
+        ranges = [percentile_range(volume.scale(values)) for volume, values in channels]
     mask, notes = _read_mask(item, config, first, read)
     axis = AXES[config.axis]
     across, down = [zoom for i, zoom in enumerate(first.zooms) if i != axis]
@@ -140,10 +142,7 @@ def _open_channels(item: SourceImage, read: ReadFile) -> list[_Channel]:
 
 
 def _cut(values: np.ndarray, axis: int, index: int) -> np.ndarray:
-    """Cut a slice out of (X, Y, Z) in RAS axes, turned as people look at it.
-
-    The later axis goes down, from its end.
-    """
+    """Cut a slice out of (X, Y, Z) in RAS axes; the later axis goes down, from its end."""
     return np.take(values, index, axis)[:, ::-1].T
 
 
@@ -278,27 +277,16 @@ def _check_finite(channel: _Channel) -> None:
         )
 
 
-def _common_dtype(channels: list[_Channel]) -> np.dtype:
+def _common_dtype(channels: list[_Channel]) -> str:
     """Return the smallest of the stored types that holds all channels exactly, else float32."""
     dtypes = set()
     for volume, values in channels:
-        native = values.dtype.newbyteorder("=")
-        if volume.is_float:
-            dtypes.add(np.dtype(np.float32))
-        elif native.name in DTYPES:
-            dtypes.add(native)
-        else:
+        dtype = "float32" if volume.is_float else values.dtype.name
+        if dtype not in DTYPES:
             ends = np.array([values.min(), values.max()])
-            dtypes.add(smallest_exact(ends, int(ends[0]), int(ends[1])).dtype)
-    common = np.result_type(*dtypes)
-    return common if common.name in DTYPES else np.dtype(np.float32)
-
-
-def _value_range(channel: _Channel, config: PrepareConfig) -> tuple[float, float] | None:
-    """Return what becomes 0 and 255 in a channel; None keeps the values."""
-    if config.values == "percentile":
-        return percentile_range(channel.volume.scale(channel.values))
-    return config.window if config.values == "window" else None
+            dtype = smallest_exact(ends, int(ends[0]), int(ends[1])).dtype.name
+        dtypes.add(dtype)
+    return common_dtype(dtypes)
 
 
 def _read_mask(
@@ -325,10 +313,7 @@ def _read_mask(
 
 
 def _round_labels(labels: np.ndarray) -> np.ndarray:
-    """Round labels that are whole numbers but for the rounding of a scaled file.
-
-    Probabilities stay.
-    """
+    """Round labels that are whole but for the rounding of a scaled file; probabilities stay."""
     if labels.dtype.kind != "f":
         return labels
     rounded = np.rint(labels)

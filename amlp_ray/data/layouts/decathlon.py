@@ -87,10 +87,8 @@ def _read_index(root: DataPath) -> dict[str, Any]:
         raise DataError(
             f"{path} is no JSON file ({error}); repair it, or use layout nifti."
         ) from None
-    if isinstance(index, dict):
-        for section in SECTIONS:
-            if isinstance(index.get(section), list):
-                return index
+    if isinstance(index, dict) and any(isinstance(index.get(name), list) for name in SECTIONS):
+        return index
     raise DataError(
         f"{path} has none of the lists {', '.join(SECTIONS)}, which the decathlon layout needs; "
         "that of newer nnU-Net has none, so use layout nifti for it."

@@ -83,9 +83,8 @@ ParsedFile = Slice | Segmentation | Other | RejectedFile | None  # None: not DIC
 def read_headers(root: DataPath, entries: list[Entry]) -> Iterator[ParsedFile]:
     """Yield what each file is, in the order of `entries`. No file makes it raise."""
     threads = LOCAL_THREADS if root.is_local else REMOTE_THREADS
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
-        # pydicom warns of every odd value, and most of them do not matter here.
-        warnings.simplefilter("ignore")
+    # pydicom warns of every odd value, and most of them do not matter here.
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(entries), BATCH):
             batch = entries[start : start + BATCH]
             yield from pool.map(lambda entry: _parse_file(root, entry), batch)

@@ -111,24 +111,17 @@ def stack(images: list[Volume]) -> tuple[list[_Case], list[RejectedFile]]:
     >>> [volume.stem for volume in cases[0].volumes]
     ['c1_T1', 'c1_t1gd', 'c1_t2w', 'c1_flair']
     """
-    numbered = _find_numbered(images)
     brats: Scans = defaultdict(lambda: defaultdict(list))
-    nnunet: dict[Folder, Scans] = {}
     for volume in images:
-        if volume.name in numbered:
-            scans = nnunet.setdefault(volume.folder, defaultdict(lambda: defaultdict(list)))
-            case, channel = volume.stem[:-5], volume.stem[-4:]
-            scans[volume.folder, case][channel].append(volume)
-            continue
         match = BRATS.fullmatch(volume.stem)
         # Scans of a BIDS subject lie on grids of their own, so they are no channels.
         if match and not volume.stem.lower().startswith("sub-"):
             modality = MODALITIES[match["channel"].lower()]
             brats[volume.folder, match["case"]][modality].append(volume)
     cases, rejects = _keep_complete(brats, MODALITY_ORDER, min_channels=2)
-    for folder in sorted(nnunet):
-        channels = {channel for scan in nnunet[folder].values() for channel in scan}
-        more_cases, more_rejects = _keep_complete(nnunet[folder], sorted(channels), min_channels=1)
+    for scans in _find_numbered(images):
+        channels = {channel for scan in scans.values() for channel in scan}
+        more_cases, more_rejects = _keep_complete(scans, sorted(channels), min_channels=1)
         cases += more_cases
         rejects += more_rejects
     used_names = {file.file for file in rejects}
@@ -140,33 +133,28 @@ def stack(images: list[Volume]) -> tuple[list[_Case], list[RejectedFile]]:
     return sorted(cases, key=lambda case: natural_key(case.volumes[0].name)), rejects
 
 
-def _find_numbered(images: list[Volume]) -> set[str]:
-    """Return the names of volumes with nnU-Net's channel numbers.
-
-    All volumes of a folder have them, and each case starts from 0000.
-    """
+def _find_numbered(images: list[Volume]) -> list[Scans]:
+    """Return the scans of each folder whose volumes all have nnU-Net's channel numbers."""
     by_folder: dict[Folder, list[Volume]] = defaultdict(list)
     for volume in images:
         if volume.is_in_images:
             by_folder[volume.folder].append(volume)
-    names: set[str] = set()
-    for volumes in by_folder.values():
-        if _are_numbered(volumes):
-            names.update(volume.name for volume in volumes)
-    return names
+    all_scans = [_scans_by_number(by_folder[folder]) for folder in sorted(by_folder)]
+    return [scans for scans in all_scans if scans]
 
 
-def _are_numbered(volumes: list[Volume]) -> bool:
-    counts: Counter[str] = Counter()
-    first_channels = set()
+def _scans_by_number(volumes: list[Volume]) -> Scans:
+    """Sort the volumes of a folder; nothing if one has no number or a case lacks 0000."""
+    scans: Scans = defaultdict(lambda: defaultdict(list))
     for volume in volumes:
         match = NNUNET.fullmatch(volume.stem)
         if match is None:
-            return False
-        counts[match["case"]] += 1
-        if match["channel"] == "0000":
-            first_channels.add(match["case"])
-    return first_channels == set(counts) and max(counts.values()) <= MAX_CHANNELS
+            return {}
+        scans[volume.folder, match["case"]][match["channel"]].append(volume)
+    for channels in scans.values():
+        if "0000" not in channels or sum(map(len, channels.values())) > MAX_CHANNELS:
+            return {}
+    return scans
 
 
 def _keep_complete(

@@ -80,7 +80,7 @@ def finetune(
             metrics = train_epoch(network, optimizer, train, spec, config, epoch, worker)
             if worker.is_first:
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                recorder.record_epoch(metrics, {**state, "epoch": epoch})
+                recorder.record_epoch(metrics, state)
                 progress(metrics)
         recorder.wait()
     return read_rows(out / METRICS_FILE) if worker.is_first else []

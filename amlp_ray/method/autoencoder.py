@@ -103,12 +103,11 @@ class MaskedAutoencoder(nn.Module):
         ranking: bool = False,
     ) -> None:
         super().__init__()
-        self.encoder: VisionTransformer
         self.decoder_positions: Tensor
         self.config = config
         self.patch_size = config.patch_size
         self.spec = spec
-        self.encoder = build_encoder(config, spec)
+        self.encoder: VisionTransformer = build_encoder(config, spec)
         self.grid: tuple[int, int] = self.encoder.patch_embed.grid_size
         self.prefix = self.encoder.num_prefix_tokens
         self.linear = config.decoder_depth == 0

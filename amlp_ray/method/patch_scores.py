@@ -165,15 +165,15 @@ def _geodesic(features: Tensor, tissue: Tensor, grid: tuple[int, int]) -> Tensor
     right = (x[..., 1:] - x[..., :-1]).norm(dim=1)  # (B, h, w - 1)
     start = _border_ring(grid, features.device) | ~tissue.reshape(-1, h, w)
     distance = torch.where(start, 0.0, torch.inf).to(x.dtype)
+    # Views: what is written into them is written into `distance`.
+    neighbors = (
+        (distance[:, :-1], distance[:, 1:], down),
+        (distance[..., :-1], distance[..., 1:], right),
+    )
     for _ in range(2 * (h + w)):
-        from_above = F.pad(distance[:, :-1] + down, (0, 0, 1, 0), value=torch.inf)
-        distance = torch.minimum(distance, from_above)
-        from_below = F.pad(distance[:, 1:] + down, (0, 0, 0, 1), value=torch.inf)
-        distance = torch.minimum(distance, from_below)
-        from_left = F.pad(distance[..., :-1] + right, (1, 0), value=torch.inf)
-        distance = torch.minimum(distance, from_left)
-        from_right = F.pad(distance[..., 1:] + right, (0, 1), value=torch.inf)
-        distance = torch.minimum(distance, from_right)
+        for first, second, step in neighbors:
+            second.copy_(torch.minimum(second, first + step))
+            first.copy_(torch.minimum(first, second + step))
     return distance.flatten(1)
 
 

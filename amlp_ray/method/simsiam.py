@@ -30,8 +30,7 @@ class SimSiam(nn.Module):
         super().__init__()
         self.patch_size = config.patch_size
         self.spec = spec
-        self.encoder: VisionTransformer
-        self.encoder = build_encoder(config, spec)
+        self.encoder: VisionTransformer = build_encoder(config, spec)
         width = min(2048, 4 * config.width)
         self.projector = nn.Sequential(
             *_projection_layer(config.width, width),

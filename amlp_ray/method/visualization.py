@@ -287,8 +287,11 @@ def to_pixels(images: Tensor, reference: Tensor, spec: ImageSpec, size: tuple[in
     # of the data set, which may be shares of 1 or thousands.
     scaled = ((images - low) / (high - low).clamp_min(1e-6 * std.max())).clamp(0, 1)
     pixels = (scaled * 255).round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-    pictures = [Image.fromarray(image) for image in pixels]
-    return np.stack([image.resize(size[::-1], Image.Resampling.BICUBIC) for image in pictures])
+    pictures = []
+    for image in pixels:
+        resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)
+        pictures.append(np.asarray(resized))
+    return np.stack(pictures)
 
 
 def resize_map(values: Tensor, grid: tuple[int, ...], size: tuple[int, ...]) -> NDArray[np.float32]:

@@ -25,7 +25,6 @@ from amlp_ray.errors import CheckpointError, ConfigError, NonFiniteLossError
 from amlp_ray.method.masking import TrainingStep
 from amlp_ray.training.checkpoint.export import ENCODER, export_encoder, is_encoder
 from amlp_ray.training.checkpoint.manager import checkpoints
-from amlp_ray.training.checkpoint.restore import checkpoint_state
 from amlp_ray.training.loggers.flops import utilization
 from amlp_ray.training.loggers.metrics_file import Metrics
 from amlp_ray.training.lr_schedule import learning_rate
@@ -117,7 +116,9 @@ def pretrain(
     )
     epoch = _resume(train_state, folder, events, last_epoch)
     objective = make_objective(train_state.model, config, truth)
-    network = _wrap(train_state.model, config)
+    network = distributed.wrap_ddp(train_state.model)
+    if config.compile:
+        network = cast(nn.Module, torch.compile(network, dynamic=False))
     recorder = RunRecorder(folder, fault_tolerance or FaultToleranceConfig(), events)
     epochs = range(epoch + 1, last_epoch + 1)
     is_first = distributed.rank() == 0
@@ -131,7 +132,7 @@ def pretrain(
             if is_first:
                 metrics |= utilization(config, batches.spec, device, metrics)
                 metrics |= _evaluate(hooks, train_state.eval_model, epoch)
-                recorder.record_epoch(metrics, checkpoint_state(state, epoch, config))
+                recorder.record_epoch(metrics, state)
                 hooks.report(metrics)
             # Every worker takes part in this exchange.
             should_stop = is_first and hooks.should_stop()
@@ -170,14 +171,6 @@ def _resume(train_state: TrainState, folder: Path, events: EventLog, last_epoch:
     if distributed.rank() == 0 and train_state.initial_weights:
         events.record("weights", train_state.initial_weights)
     return epoch
-
-
-def _wrap(model: Model, config: PretrainConfig) -> nn.Module:
-    """Return the module that a step calls: for several workers, and compiled if configured."""
-    network = distributed.wrap_ddp(model)
-    if config.compile:
-        network = cast(nn.Module, torch.compile(network, dynamic=False))
-    return network
 
 
 def _evaluate(hooks: Hooks, model: Model, epoch: int) -> Metrics:

@@ -80,7 +80,7 @@ class RunRecorder:
         self._checkpoints.wait()
         append = partial(append_row, self.folder / METRICS_FILE, metrics)
         self.retries.run(append, f"the metrics row of epoch {epoch}")
-        self._checkpoints.save(state, epoch)
+        self._checkpoints.save(state | {"epoch": epoch}, epoch)
 
     def wait(self) -> None:
         """Return once every checkpoint is written. Raises StorageError if one could not be."""

@@ -91,30 +91,32 @@ class TrainState:
             blocks += shardable_blocks(self.model.teacher)
         distributed.shard_blocks(blocks, self.device)
 
+    @torch.no_grad()
     def step(self) -> None:
         """Take the optimizer's step with the clipped gradients of the global batch."""
         # Skips a step whose fp16 gradients overflowed.
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.weight_ema is not None:
-            self._update_weight_ema(self.weight_ema)
-
-    @torch.no_grad()
-    def _update_weight_ema(self, weight_ema: Model) -> None:
+        if self.weight_ema is None:
+            return
         self.steps += 1
         # A young average forgets faster, or that of a short run would be of random weights.
         decay = min(self.config.weight_ema, (1 + self.steps) / (10 + self.steps))
-        for mean, value in zip(weight_ema.parameters(), self.model.parameters(), strict=True):
+        for mean, value in zip(self.weight_ema.parameters(), self.model.parameters(), strict=True):
             mean.lerp_(value.to(mean.dtype), 1 - decay)
 
     def gather_state(self) -> State:
-        """Collect what a checkpoint holds and update `eval_model`; all workers call it together."""
+        """Collect what a checkpoint holds and update `eval_model`; all workers call it together.
+
+        Random numbers need no state: they follow from seed, epoch and image (see `counter_rng`).
+        """
         model = distributed.gather_state(self.model.state_dict())
         state: State = {
             "model": model,
             "optimizer": distributed.gather_state(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
             "steps": self.steps,
+            "config": self.config.model_dump(mode="json"),
         }
         if self._unsharded is not None:
             self._unsharded.load_state_dict(model)

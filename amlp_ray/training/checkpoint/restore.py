@@ -50,14 +50,6 @@ PERTURBABLE: dict[str, str] = {
 HEAD_WEIGHTS = ("loss.ccl_weight", "loss.ranking_weight")
 
 
-def checkpoint_state(state: State, epoch: int, config: PretrainConfig) -> State:
-    """Return what a checkpoint holds.
-
-    Random numbers need no state: they follow from seed, epoch and image (see `counter_rng`).
-    """
-    return {**state, "epoch": epoch, "config": config.model_dump(mode="json")}
-
-
 def load_latest_on_all(folder: Path, events: EventLog, device: str) -> tuple[State, Path] | None:
     """Read the newest undamaged checkpoint, the same on all workers.
 
@@ -113,7 +105,7 @@ def load_model(
     state, path = checkpoint
     model = build_autoencoder(config, spec)
     try:
-        model.load_state_dict(state.get("weight_ema", state["model"]))
+        model.load_state_dict(state["weight_ema"] if "weight_ema" in state else state["model"])
     except RuntimeError:
         raise CheckpointError(
             f"{path} was written for images of another size or number of channels; give the data "

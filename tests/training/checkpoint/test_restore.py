@@ -10,7 +10,7 @@ import torch
 from amlp_ray.config import ImageSpec, PretrainConfig
 from amlp_ray.errors import CheckpointError
 from amlp_ray.training.checkpoint.manager import checkpoints, write_checkpoint
-from amlp_ray.training.checkpoint.restore import checkpoint_state, load_model
+from amlp_ray.training.checkpoint.restore import load_model
 from amlp_ray.training.train_state import State, TrainState
 from amlp_ray.utils import distributed
 from amlp_ray.utils.event_log import EventLog, count_events
@@ -43,17 +43,10 @@ def stepped(train_state: TrainState, steps: int = 1) -> TrainState:
     return train_state
 
 
-def write(
-    folder: Path,
-    train_state: TrainState,
-    epoch: int,
-    config: PretrainConfig = SETTINGS,
-    keep: int = 2,
-) -> Path:
+def write(folder: Path, train_state: TrainState, epoch: int) -> Path:
     folder.mkdir(exist_ok=True)
-    return write_checkpoint(
-        folder, checkpoint_state(train_state.gather_state(), epoch, config), epoch, keep=keep
-    )
+    state = train_state.gather_state() | {"epoch": epoch}
+    return write_checkpoint(folder, state, epoch, keep=2)
 
 
 def same(a: State, b: State) -> bool:
@@ -66,7 +59,7 @@ def test_a_resumed_train_state_takes_the_next_step_to_the_bit(
 ) -> None:
     config = settings_of(weight_ema=weight_ema)
     original = stepped(make_state(config), 3)
-    write(tmp_path, original, 7, config)
+    write(tmp_path, original, 7)
     resumed = make_state(config)
     assert not same(resumed.model.state_dict(), original.model.state_dict())
     assert resumed.resume(tmp_path, EventLog(tmp_path)) == 7
@@ -145,7 +138,7 @@ def test_the_model_that_is_looked_at_is_the_one_that_would_be_exported(
 ) -> None:
     config = settings_of(weight_ema=weight_ema)
     train_state = stepped(make_state(config), 2)
-    write(tmp_path, train_state, 5, config)
+    write(tmp_path, train_state, 5)
     model, epoch = load_model(tmp_path, config, SPEC)
     assert epoch == 5
     assert not model.training

@@ -45,21 +45,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StudyInputs:
-    """What a study runs with.
-
-    Attributes:
-        config: of the study.
-        store: its folder and storage.
-        dataset: that trials pretrain on.
-        eval_data: another one that scores them; None if `dataset` does.
-        address: of a Ray cluster; None starts Ray on this machine.
-    """
+    """What a study runs with."""
 
     config: StudyConfig
     store: StudyStore
-    dataset: PatchDataset
-    eval_data: PatchDataset | None
-    address: str | None
+    dataset: PatchDataset  # trials pretrain on it
+    eval_data: PatchDataset | None  # scores them; None if `dataset` does
+    address: str | None  # of a Ray cluster; None starts Ray on this machine
 
 
 def run_study(inputs: StudyInputs, phase: Phase = "search") -> tuple[StudyConfig, StopReason]:

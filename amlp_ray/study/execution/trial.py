@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from amlp_ray.config import COST_OBJECTIVES, StudyObjective
+from amlp_ray.config import COST_OBJECTIVES, SegmentConfig, StudyObjective
 from amlp_ray.errors import AmlpError
 from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.study.storage.provenance import write_provenance
@@ -46,7 +46,7 @@ def amlp_trial(config: dict[str, Any]) -> dict[str, Any]:
             should_stop = partial(should_return, stop_flags, run)
             _train(_report_earlier_rungs(run, should_stop), should_stop)
             if trial_spec.finetune is not None and _is_fully_trained(run):
-                _finetune(trial_spec)
+                _finetune(run, trial_spec.finetune)
         usage = usage_so_far(run.folder, time.perf_counter() - started)
         return {"ended": True, **usage, **_peak_memory(run)}
     except Exception as error:
@@ -65,12 +65,10 @@ def _report_earlier_rungs(run: RunSpec, should_stop: Callable[[], bool]) -> RunS
         The run, ending where it is if the trial should have returned at one of these rungs. One
         rung more would give another result than an undisturbed trial has.
     """
-    from ray import tune
-
     rows = own_rows(read_metrics(run.folder))
     for row in rows:
         if "dsc" in row:
-            tune.report(_rung_result(row, run.folder))
+            _report_rung(run.folder, row)
             if should_stop():
                 return run.model_copy(update={"until": rows[-1]["epoch"]})
     return run
@@ -95,10 +93,8 @@ def usage_so_far(folder: Path, elapsed: float) -> dict[str, Any]:
             "seconds": sum(row["seconds"] + row.get("evaluate_seconds", 0.0) for row in rows),
             "images_per_second": round(speed, 1),
         }
-    for name in SCORES:
-        if scored.get(name) is not None:
-            usage[name] = scored[name]
-    return usage
+    scores = {name: scored[name] for name in SCORES if scored.get(name) is not None}
+    return usage | scores
 
 
 def should_return(stop_flags: Any, run: RunSpec) -> bool:
@@ -152,18 +148,13 @@ def _run_in_group(run: RunSpec, should_stop: Callable[[], bool]) -> None:
 
 
 def _report_rung(folder: Path, metrics: dict[str, Any]) -> None:
-    """Report an epoch to Tune if the probe scored it."""
+    """Report an epoch and what the trial has taken to Tune if the probe scored it."""
     from ray import tune
 
     if "dsc" in metrics:
-        tune.report(_rung_result(metrics, folder))
-
-
-def _rung_result(metrics: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return a rung's scores, and what the trial has taken up to it."""
-    usage = usage_so_far(folder, 0.0)
-    result = {key: metrics[key] for key in REPORTED if metrics.get(key) is not None}
-    return result | {"seconds": usage["seconds"], "epochs": usage["epochs"]}
+        usage = usage_so_far(folder, 0.0)
+        result = {key: metrics[key] for key in REPORTED if metrics.get(key) is not None}
+        tune.report(result | {"seconds": usage["seconds"], "epochs": usage["epochs"]})
 
 
 def _is_fully_trained(run: RunSpec) -> bool:
@@ -174,21 +165,15 @@ def _is_fully_trained(run: RunSpec) -> bool:
     return bool(rows) and rows[-1]["epoch"] >= run.config.epochs
 
 
-def _finetune(trial_spec: TrialSpec) -> None:
+def _finetune(run: RunSpec, config: SegmentConfig) -> None:
     """Run the second protocol of a confirmation, after its training."""
     from amlp_ray.data.dataset import PatchDataset
     from amlp_ray.evaluation.confirmation_run import finish_confirmation_run
 
-    assert trial_spec.finetune is not None
-    assert trial_spec.run.probe is not None
-    run = trial_spec.run
-    finish_confirmation_run(
-        run.folder,
-        PatchDataset.open(run.eval_data or run.data),
-        trial_spec.finetune,
-        sizes=trial_spec.run.probe.sizes,
-        device=_device(run),
-    )
+    assert run.probe is not None
+    dataset = PatchDataset.open(run.eval_data or run.data)
+    sizes = run.probe.sizes
+    finish_confirmation_run(run.folder, dataset, config, sizes=sizes, device=_device(run))
 
 
 def _device(run: RunSpec) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
-from amlp_ray.config.base import Config
+from amlp_ray.config.base import Config, Count, Share
 
 Layout = Literal["auto", "busi", "paired", "flat", "lgg", "dicom", "nifti", "decathlon", "coco"]
 
@@ -17,7 +17,7 @@ class ImageSpec(Config):
     `mean` and `std` are per channel, in stored units (0-255 for uint8), over the training split.
     """
 
-    channels: int = Field(ge=1)
+    channels: Count
     height: int = Field(ge=8)
     width: int = Field(ge=8)
     mean: tuple[float, ...]
@@ -43,7 +43,7 @@ class PrepareConfig(Config):
     scale: float = Field(1.0, gt=0, le=1)
     """tiles: factor that shrinks images before tiles are cut, such as 0.25 for photographs of 4000
     pixels."""
-    min_foreground: float = Field(0.1, ge=0, le=1)
+    min_foreground: Share = 0.1
     """Least share of tissue: tiles and slices with less are skipped unless they hold a lesion,
     because air teaches nothing. 0 keeps all."""
     channels: Literal["auto"] | int = "auto"
@@ -71,7 +71,7 @@ class PrepareConfig(Config):
     """Shares of train, val and test."""
     hash_names: bool = False
     """Store ids, groups and sources as salted hashes; always so for DICOM."""
-    seed: int = Field(0, ge=0)
+    seed: NonNegativeInt = 0
     """Seed of the split."""
 
     @model_validator(mode="after")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator, model_validator
 
-from amlp_ray.config.base import Config
-from amlp_ray.config.method import Share
+from amlp_ray.config.base import Config, Count, PositiveShare, Share
 from amlp_ray.config.resources import ResourceConfig
 from amlp_ray.errors import ConfigError
 
@@ -17,7 +16,7 @@ class ProbeConfig(Config):
 
     num_labeled: int = Field(24, ge=4)
     """Labelled training images per subset; 8 is too noisy (SD 0.032 against 0.019)."""
-    subsets: int = Field(6, ge=1)
+    subsets: Count = 6
     """Fixed subsets, whose mean is the score: noise 0.008 DSC."""
     scoring: Literal["auto", "val", "cross-validation"] = "auto"
     """Images that are scored. auto: val from 40 lesion images on, else cross-validation."""
@@ -28,7 +27,7 @@ class ProbeConfig(Config):
     sizes: tuple[float, float] = (0.02, 0.1)
     """Shares of the image below which a lesion is small, and above which it is large; BUSI's
     quartiles: 0.018, 0.127."""
-    seed: int = Field(0, ge=0)
+    seed: NonNegativeInt = 0
     """Seed of subsets and folds, the same for all trials of a study."""
 
     @field_validator("sizes")
@@ -44,9 +43,9 @@ class ProbeConfig(Config):
 class SegmentConfig(Config):
     """`segment`: training a segmenter on labelled images, for confirmation."""
 
-    epochs: int = Field(60, ge=1)
+    epochs: Count = 60
     """Passes over the labelled training images with a lesion."""
-    batch_size: int = Field(12, ge=1)
+    batch_size: Count = 12
     """Images per optimizer step, over all workers."""
     lr: float = Field(1e-3, gt=0, le=1)
     """Highest learning rate; below 1e-3 pretrained encoders lose far more than scratch does."""
@@ -58,7 +57,7 @@ class SegmentConfig(Config):
     """Factor of the learning rate from each block to the one before it. 1: the same for all, as
     small encoders do best at lr 1e-3. BEiT and MAE use 0.65 to 0.75 for ViT-B and larger, whose
     first blocks ImageNet has taught enough."""
-    clip_grad: float = Field(1.0, gt=0)
+    clip_grad: PositiveFloat = 1.0
     """Largest gradient norm of a step, as in pretraining."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on GPUs that have it, fp32 on CPU."""
@@ -76,7 +75,7 @@ class SegmentConfig(Config):
     """Channels of the convolutions from tokens to pixels."""
     freeze: bool = False
     """Train the decoder only."""
-    min_crop_area: float = Field(1.0, gt=0, le=1)
+    min_crop_area: PositiveShare = 1.0
     """Least area share of a random crop, of image and mask; 1 is off."""
     flip: bool = True
     """Flip left-right, as in pretraining."""
@@ -84,7 +83,7 @@ class SegmentConfig(Config):
     """Flip vertically, as in pretraining: off where depth has a direction, as in ultrasound."""
     intensity_jitter: Share = 0.0
     """Strength of random gamma, contrast and brightness; 0 is off."""
-    seed: int = Field(0, ge=0)
+    seed: NonNegativeInt = 0
     """Seed of the decoder's weights, of the choice of labelled images, and of their order."""
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from amlp_ray.config.base import Config
+from amlp_ray.config.base import Config, Count
 from amlp_ray.config.data import Layout
 
 
@@ -29,7 +29,7 @@ class PredictConfig(Config):
     """Probability above which a pixel is lesion; scores use 0.5."""
     flip_tta: bool = False
     """Average with the prediction of the mirrored image: twice the time, for little."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: Count = 16
     """Slices of a volume or tiles of an image at once; changes no result."""
     probability: bool = False
     """Also write probabilities: 16-bit PNG, of which 65535 is 1, or float32 NIfTI."""

@@ -5,14 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
 
-from amlp_ray.config.base import Config
+from amlp_ray.config.base import Config, Count, PositiveShare, Share
 from amlp_ray.config.overrides import merge
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class ModelConfig(Config):
@@ -143,13 +141,13 @@ class RatioConfig(Config):
     rungs: tuple[int, ...] = ()
     """Epochs up to each of which the whole schedule is run again; pruner.schedule=compress sets
     them for a trial."""
-    duration: float = Field(1.0, gt=0, le=1)
+    duration: PositiveShare = 1.0
     """Share of training after which `end` is reached."""
     update_per: Literal["epoch", "step"] = "epoch"
     """step: smoother, and `random` draws once per batch, not once per epoch."""
     ratio_over: Literal["all", "tissue"] = "all"
     """tissue: mask as great a share of tissue as of the black border."""
-    round_to: int = Field(1, ge=1)
+    round_to: Count = 1
     """Masked patches are a multiple of it: few shapes, so that `compile` compiles few."""
 
     @model_validator(mode="after")
@@ -185,7 +183,7 @@ class SelectionConfig(Config):
     mode: Literal["random", "hard", "soft", "ranked", "parts"] = "hard"
     """random: MAE. hard: mask a cluster first. soft: draw patches by score. ranked: take the top
     scores (HPM, AttMask). parts: from a share of every cluster to whole clusters (SemMAE)."""
-    analysis_interval: int = Field(15, ge=0)
+    analysis_interval: NonNegativeInt = 15
     """Epochs between analyses, each of which costs about a step. 0: at each crop, in every step."""
 
     features: Literal["raw", "stats", "context", "tokens"] = "context"
@@ -211,13 +209,13 @@ class SelectionConfig(Config):
     """Which cluster is the lesion. A patch score selects the cluster of the highest mean. hardest:
     the teacher's error. oracle: true masks, for diagnosis only. geodesic is never far below the
     best on two public sets, without sign or center."""
-    min_patches: int = Field(2, ge=1)
+    min_patches: Count = 2
     """Least patches of a lesion; a smaller cluster is an outlier."""
-    max_share: float = Field(0.5, gt=0, le=1)
+    max_share: PositiveShare = 0.5
     """Largest share of a lesion; a larger cluster is tissue."""
     hard_by: Literal["cluster", "score"] = "cluster"
     """score: hard without clusters, all patches 1 SD above the mean score."""
-    lesion_share: float = Field(1.0, gt=0, le=1)
+    lesion_share: PositiveShare = 1.0
     """Masked share of the lesion (ranked: of the top 10 %); the rest are hints."""
     dilate: int = Field(0, ge=0, le=4)
     """Patches added around the lesion, whose rim decides DSC."""
@@ -228,7 +226,7 @@ class SelectionConfig(Config):
     """Score of a patch. cluster: soft membership."""
     lesion_sign: Literal["dark", "bright", "free"] = "dark"
     """Brightness of lesions: dark in ultrasound and skin, bright in PET and FLAIR."""
-    center_prior: float = Field(0.0, ge=0)
+    center_prior: NonNegativeFloat = 0.0
     """SD in half sides of a preference for the center; 0 is off. It halves what is found of small
     lesions."""
     strength: float = Field(1.0, ge=0, le=50)
@@ -243,9 +241,9 @@ class SelectionConfig(Config):
 
     background_filter: bool = True
     """off: the border is clustered and counted like tissue."""
-    background_mean: float = Field(0.02, ge=0, le=1)
+    background_mean: Share = 0.02
     """Share of the image's range; a patch whose mean and SD lie below both limits is border."""
-    background_std: float = Field(0.01, ge=0, le=1)
+    background_std: Share = 0.01
     """Limit of the SD, as a share of the range too."""
 
     @model_validator(mode="after")

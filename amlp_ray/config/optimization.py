@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
-from amlp_ray.config.base import Config
+from amlp_ray.config.base import Config, Count, PositiveShare
 from amlp_ray.config.resources import FaultToleranceConfig
 
 StudyObjective = Literal[
@@ -64,7 +64,7 @@ class SamplerConfig(Config):
     """tpe: models good and poor trials. gp: a Gaussian process, for few and expensive trials.
     cmaes: numeric spaces of some hundred trials. nsga2, nsga3: several objectives. grid: every
     combination. qmc: evenly spread. random: the control."""
-    n_startup_trials: int = Field(5, ge=1)
+    n_startup_trials: Count = 5
     """Random trials before tpe, gp or cmaes model anything; studies here have tens of trials."""
     multivariate: bool = True
     """tpe: model parameters jointly, because a ratio's end means little without its start."""
@@ -73,11 +73,11 @@ class SamplerConfig(Config):
     parameters in common otherwise."""
     population_size: int = Field(8, ge=2)
     """nsga2, nsga3, cmaes: trials per generation. pbt: members of the population."""
-    interval: int = Field(10, ge=1)
+    interval: Count = 10
     """pbt: epochs of a step, after which members are compared."""
     exploit: float = Field(0.25, gt=0, le=0.5)
     """pbt: share of members that continue from one of the best; as many count as best."""
-    perturb: float = Field(0.1, gt=0, le=1)
+    perturb: PositiveShare = 0.1
     """pbt: largest change per step, as a share of the range."""
     suggest_ahead: int | None = Field(None, ge=0, le=64)
     """Suggestions made while trials run, so that no GPU waits for a slow sampler. null: 1, but 0
@@ -99,21 +99,21 @@ class PrunerConfig(Config):
     another share of them. halving: not among the best of a rung (asynchronous, ASHA). hyperband:
     halving with several first rungs. patient: no gain for some rungs. wilcoxon: worse than the best
     trial on the same images, by a signed-rank test."""
-    rungs: int = Field(4, ge=1)
+    rungs: Count = 4
     """Scorings per trial, the last at full length."""
     spacing: Literal["even", "geometric"] = "even"
     """geometric: each rung is `reduction_factor` times the one before, as halving expects."""
-    min_steps: int = Field(400, ge=0)
+    min_steps: NonNegativeInt = 400
     """Optimizer steps before any pruning; below about 400 steps rungs do not rank trials."""
-    n_startup_trials: int = Field(3, ge=0)
+    n_startup_trials: NonNegativeInt = 3
     """Complete trials before the first one may be pruned."""
     percentile: float = Field(50.0, gt=0, lt=100)
     """percentile: the best percentage that continues at each rung."""
     reduction_factor: int = Field(2, ge=2)
     """halving, hyperband: one in this many continues at each rung."""
-    patience: int = Field(1, ge=0)
+    patience: NonNegativeInt = 1
     """patient: rungs without a gain before a trial is pruned."""
-    min_delta: float = Field(0.0, ge=0)
+    min_delta: NonNegativeFloat = 0.0
     """patient: smallest difference that counts as a gain."""
     p_threshold: float = Field(0.1, gt=0, lt=1)
     """wilcoxon: p below which a trial is pruned."""
@@ -138,20 +138,20 @@ class BudgetConfig(Config):
     the other limits.
     """
 
-    trials: int = Field(16, ge=1)
+    trials: Count = 16
     """Trials of the search, including pruned and failed ones."""
-    hours: float | None = Field(None, gt=0)
+    hours: PositiveFloat | None = None
     """Hours during which the study runs, without pauses."""
-    gpu_hours: float | None = Field(None, gt=0)
+    gpu_hours: PositiveFloat | None = None
     """Hours of GPUs held by trials."""
-    epochs: int | None = Field(None, ge=1)
+    epochs: Count | None = None
     """Epochs trained by all trials together."""
 
 
 class StudyFaultToleranceConfig(FaultToleranceConfig):
     """How many failures a study survives; `max_failures` counts for each trial."""
 
-    max_identical_failures: int = Field(3, ge=1)
+    max_identical_failures: Count = 3
     """First trials that fail for the same reason before the study stops, because such a reason is
     not in the searched settings."""
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
-from amlp_ray.config.base import Config
+from amlp_ray.config.base import Config, Count, PositiveShare, Share
 from amlp_ray.config.data import ImageSpec
-from amlp_ray.config.method import LossConfig, ModelConfig, RatioConfig, SelectionConfig, Share
+from amlp_ray.config.method import LossConfig, ModelConfig, RatioConfig, SelectionConfig
 from amlp_ray.config.overrides import merge
 from amlp_ray.config.resources import ResourceConfig
 from amlp_ray.errors import ConfigError
@@ -116,13 +116,13 @@ class PretrainConfig(Config):
     objective: Literal["reconstruction", "simsiam", "none"] = "reconstruction"
     """simsiam: two crops of an image agree (Chen and He 2021). none: the random encoder, for
     comparison."""
-    epochs: int = Field(100, ge=1)
+    epochs: Count = 100
     """Passes over the training images; below about 400 steps in total, results do not rank runs."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: Count = 16
     """Images per optimizer step over all workers; small datasets need many steps."""
     lr: float = Field(1e-3, gt=0, le=1)
     """Highest learning rate, for batches of lr_batch images."""
-    lr_batch: int = Field(16, ge=1)
+    lr_batch: Count = 16
     """batch_size at which lr holds as it is. MAE's lr is 1.5e-4 at 256."""
     lr_scaling: Literal["sqrt", "linear", "none"] = "sqrt"
     """How lr grows with batch_size / lr_batch. sqrt keeps AdamW's noise the same (Malladi et al.
@@ -131,14 +131,14 @@ class PretrainConfig(Config):
     """MAE's weight decay; not applied to biases and norms."""
     warmup: float = Field(0.1, ge=0, lt=1)
     """Share of steps over which lr rises; then it falls along a cosine to zero."""
-    clip_grad: float = Field(1.0, gt=0)
+    clip_grad: PositiveFloat = 1.0
     """Largest gradient norm of a step."""
     teacher_momentum: float = Field(0.999, ge=0, lt=1)
     """Teacher's decay per step, applied before each analysis; 0: the model itself."""
     weight_ema: float = Field(0.0, ge=0, lt=1)
     """Decay per step of a moving average of all weights, which is scored and exported instead of
     the last ones. 0: off, because a cosine to zero settles them as well."""
-    min_crop_area: float = Field(0.6, gt=0, le=1)
+    min_crop_area: PositiveShare = 0.6
     """Least area share of a random crop; lesions must stay in the image."""
     flip: bool = True
     """Flip left-right."""

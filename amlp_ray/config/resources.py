@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    field_validator,
+    model_validator,
+)
 
-from amlp_ray.config.base import Config
+from amlp_ray.config.base import Config, Count
 from amlp_ray.errors import ConfigError
 
 
@@ -21,11 +27,11 @@ class ResourceConfig(Config):
     workers: int | tuple[int, int] = 1
     """Number of workers; or [min, max] for a run outside a study, whose workers follow the nodes
     that join and leave."""
-    cpus_per_worker: float = Field(1, gt=0)
+    cpus_per_worker: PositiveFloat = 1
     """CPUs of a worker, and its number of threads, rounded down."""
-    gpus_per_worker: float = Field(0, ge=0)
+    gpus_per_worker: NonNegativeFloat = 0
     """GPUs of a worker. Below 1, trials share a GPU, each with that share of its memory."""
-    memory_per_worker: float | None = Field(None, gt=0)
+    memory_per_worker: PositiveFloat | None = None
     """GB of memory reserved on a node for each worker. null: not counted."""
     accelerator: str | None = None
     """Type of GPU, by Ray's name, such as A100 or H100. null: any."""
@@ -33,15 +39,15 @@ class ResourceConfig(Config):
     """Several workers. pack: on few nodes, for the fastest communication. spread: on many, for
     their memory and disks. strict-pack: on one node or not at all. strict-spread: each on its own
     node."""
-    micro_batch: int | None = Field(None, ge=1)
+    micro_batch: Count | None = None
     """Images that a worker processes at once. null: its whole share of a batch."""
     sharding: Literal["auto", "ddp", "fsdp"] = "auto"
     """Several workers. ddp: each holds the model. fsdp: its blocks are sharded among them (FSDP2),
     which pays where a model with its optimizer state is large compared with a GPU's memory. auto:
     fsdp from ViT-L on, on GPUs."""
-    concurrency: int | None = Field(None, ge=1)
+    concurrency: Count | None = None
     """Trials that run at the same time. null: as many as the cluster holds."""
-    wait_minutes: float = Field(10, gt=0)
+    wait_minutes: PositiveFloat = 10
     """Minutes to wait for resources that others hold, before it gives up."""
 
     @field_validator("workers")
@@ -99,12 +105,12 @@ class ResourceConfig(Config):
 class FaultToleranceConfig(Config):
     """How many failures a run survives."""
 
-    max_failures: int = Field(3, ge=0)
+    max_failures: NonNegativeInt = 3
     """Losses of a process or node, after each of which the run resumes from its checkpoint. A study
     counts all losses of a trial's process. A run outside a study, and the workers of a trial, count
     losses in a row, without a complete epoch in between. Errors in the code and non-finite losses
     would occur again, so they end it at once."""
-    checkpoints: int = Field(2, ge=1)
+    checkpoints: Count = 2
     """Checkpoints that a run keeps. If the newest is damaged, the one before is used."""
-    storage_minutes: float = Field(10, gt=0)
+    storage_minutes: PositiveFloat = 10
     """Minutes that the run's folder or a database may be unreachable. It trains on meanwhile."""

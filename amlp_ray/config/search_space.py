@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, PositiveFloat, Tag, model_validator
 
 from amlp_ray.config.base import Config
 
@@ -21,7 +21,7 @@ class Range(Config):
     """Upper bound, inside that range too, and above `low`."""
     log: bool = False
     """Sample on a log scale; needs low > 0 and no step."""
-    step: float | None = Field(None, gt=0)
+    step: PositiveFloat | None = None
     """Distance between values. null: any value between, or any integer."""
     default: float | None = None
     """A value between. If any parameter has one, the first trial uses all defaults, and the study's

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
-from amlp_ray.config.base import Config, build
+from amlp_ray.config.base import Config, Count, build
 from amlp_ray.config.baselines import check_baseline
 from amlp_ray.config.evaluation import ProbeConfig, SegmentConfig
 from amlp_ray.config.optimization import (
@@ -39,7 +39,7 @@ class ConfirmConfig(Config):
     """Train the best trials and every baseline again over several seeds, score them by both
     protocols, and open the test images once."""
 
-    top: int = Field(3, ge=1)
+    top: Count = 3
     """Number of best trials of the search."""
     seeds: int = Field(3, ge=2)
     """Runs of each. Below 5 an interval over seeds is wide, and the report says so."""
@@ -92,11 +92,11 @@ class StudyConfig(Config):
     baselines: tuple[str | dict[str, dict[str, Any]], ...] = ("scratch", "mae")
     """Baselines, each trained as long as a trial: variants, ablations, `ladder`, `leave-one-out`
     (see config/baselines.py), or a mapping of a name to settings of its own."""
-    baseline_seeds: int = Field(2, ge=1)
+    baseline_seeds: Count = 2
     """Runs of each baseline. One run says nothing about noise."""
     confirm: ConfirmConfig = ConfirmConfig()
     """Repeated runs of the best trials and the baselines."""
-    equivalence_margin: float = Field(0.02, ge=0)
+    equivalence_margin: NonNegativeFloat = 0.02
     """Difference in DSC below which two results count as a tie. Smaller differences are noise at
     these dataset sizes."""
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import BaseModel
 from torch import Tensor
 
 from amlp_ray.config import ImageSpec, PretrainConfig
@@ -69,46 +70,26 @@ CAPTIONS = {
     "error_outside": "{:.3g} outside",
 }
 
-Figures = dict[str, float | None]
+Row = dict[str, Any]
 
 
-class TrainingData(NamedTuple):
-    """The data that a run was trained on, as its `data.json` says.
-
-    Attributes:
-        path: of the labeled dataset where there is one apart from the pretraining one.
-        fingerprints: of all datasets of the run.
-        image: of the pretraining images; None in the files of some runs.
-    """
+class TrainingData(BaseModel):
+    """A dataset that a run was trained on or scored by, as its `data.json` says."""
 
     path: str
-    fingerprints: list[str]
-    image: ImageSpec | None
+    fingerprint: str
+    image: ImageSpec | None = None  # of the pretraining images; None in the files of some runs
+    eval_data: TrainingData | None = None  # the labeled dataset, where it is another one
 
-    @classmethod
-    def from_run(cls, run: Path) -> TrainingData:
-        """Read `data.json` of a run's folder.
 
-        Raises:
-            CheckpointError: it is missing or damaged.
-        """
-        path = run / "data.json"
-        try:
-            stored = json.loads(path.read_text())
-            datasets = [stored]
-            if "eval_data" in stored:
-                datasets.append(stored["eval_data"])
-            paths = [dataset["path"] for dataset in datasets]
-            fingerprints = [dataset["fingerprint"] for dataset in datasets]
-            is_valid = all(isinstance(value, str) for value in (*paths, *fingerprints))
-        except (OSError, ValueError, KeyError, TypeError):
-            is_valid = False
-        if not is_valid:
-            raise CheckpointError(
-                f"{path} does not say what data the run was trained on; train the run again."
-            )
-        image = ImageSpec.model_validate(stored["image"]) if "image" in stored else None
-        return cls(paths[-1], fingerprints, image)
+def _read_training_data(run: Path) -> TrainingData:
+    path = run / "data.json"
+    try:
+        return TrainingData.model_validate_json(path.read_text())
+    except (OSError, ValueError):
+        raise CheckpointError(
+            f"{path} does not say what data the run was trained on; train the run again."
+        ) from None
 
 
 def inspect_run(
@@ -144,8 +125,9 @@ def inspect_run(
     out = Path(out).absolute() if out else run / "inspect"
     config = read_run_config(run)
     _check_arguments(run, config, count, epoch, seed, out)
-    trained_on = TrainingData.from_run(run)
-    dataset = PatchDataset.open(data or trained_on.path)
+    trained_on = _read_training_data(run)
+    scored_by = trained_on.eval_data or trained_on
+    dataset = PatchDataset.open(data or scored_by.path)
     config.check_image(dataset.spec)
     spec = trained_on.image or dataset.spec
     check_fits(dataset, spec, f"{run} was trained on")
@@ -155,18 +137,18 @@ def inspect_run(
     epoch = epoch or latest_epoch
     split = held_out(dataset, count)
     analysis, strips = _analyze(model.to(device), split, config, epoch)
-    figures = _figures(analysis, split, config)
+    rows = _image_rows(analysis, split, config)
     summary = {
         "run": str(run),
         "data": dataset.path,
-        "own_data": dataset.manifest.fingerprint in trained_on.fingerprints,
+        "own_data": dataset.manifest.fingerprint in (trained_on.fingerprint, scored_by.fingerprint),
         "split": "val" if dataset.count("val") else "train",
         "variant": config.variant,
         "epoch": epoch,
         "weights_of_epoch": latest_epoch,
         "ratio": analysis.ratio,
-        "images": _image_rows(split.ids, figures),
-        "mean": {name: _mean_of_column(figures, name) for name in FIGURES},
+        "images": rows,
+        "mean": {name: _mean_of_column(rows, name) for name in FIGURES},
         "metrics": _first_and_last_metrics(run),
     }
     _write(out, summary, strips)
@@ -207,8 +189,8 @@ def _analyze(
     return analysis, [draw_strip(image_panels) for image_panels in panels]
 
 
-def _figures(analysis: ImageAnalysis, split: Split, config: PretrainConfig) -> list[Figures]:
-    """Compute `FIGURES` of every image; None where one does not apply."""
+def _image_rows(analysis: ImageAnalysis, split: Split, config: PretrainConfig) -> list[Row]:
+    """Return id, picture and `FIGURES` of every image; None where one does not apply."""
     error = analysis.error.cpu()
     masked = analysis.masked.cpu()
     tissue = analysis.selection.tissue.cpu()
@@ -216,7 +198,9 @@ def _figures(analysis: ImageAnalysis, split: Split, config: PretrainConfig) -> l
     truth = true_lesion_patches(lesion_shares(split.masks, config.model.patch_size))
     rows = []
     for i, is_labeled in enumerate(split.labeled):
-        row: Figures = dict.fromkeys(FIGURES)
+        file_name = re.sub(r"[^A-Za-z0-9.-]+", "_", split.ids[i])
+        row: Row = {"id": split.ids[i], "picture": f"{i}-{file_name}.png"}
+        row |= dict.fromkeys(FIGURES)
         row["error"] = _mean_where(error[i], masked[i] & tissue[i])
         if config.selection.names_lesion:
             row["lesion_share"] = float(lesion[i].float().mean())
@@ -239,17 +223,9 @@ def _mean_where(values: Tensor, where: Tensor) -> float | None:
     return float(values[where].mean()) if bool(where.any()) else None
 
 
-def _mean_of_column(rows: list[Figures], name: str) -> float | None:
+def _mean_of_column(rows: list[Row], name: str) -> float | None:
     values = [row[name] for row in rows if row[name] is not None]
     return float(np.mean(values)) if values else None
-
-
-def _image_rows(ids: list[str], figures: list[Figures]) -> list[dict[str, Any]]:
-    rows = []
-    for i, (image_id, row) in enumerate(zip(ids, figures, strict=True)):
-        file_name = re.sub(r"[^A-Za-z0-9.-]+", "_", image_id)
-        rows.append({"id": image_id, "picture": f"{i}-{file_name}.png", **row})
-    return rows
 
 
 def _first_and_last_metrics(run: Path) -> dict[str, dict[str, float]]:
@@ -285,6 +261,6 @@ def _earlier_pictures(summary: Path) -> list[str]:
         return []
 
 
-def _caption(row: dict[str, Any]) -> str:
+def _caption(row: Row) -> str:
     parts = [text.format(row[name]) for name, text in CAPTIONS.items() if row[name] is not None]
     return f"{row['id']}:  " + ",  ".join(parts)

@@ -126,15 +126,11 @@ def bench_rules(
         _load(dataset, split, spread(lesion_rows, images or MAX_IMAGES), spec, patch_size),
         loaded_teacher,
     )
+    images_row = {"data": dataset.name, "split": split} | benchmark.describe_images()
     rows = []
     for done, candidate in enumerate(candidates):
         progress(done, len(candidates))
-        rows.append(
-            {"data": dataset.name, "split": split}
-            | benchmark.describe_images()
-            | _describe(candidate)
-            | benchmark.measure(candidate, seeds)
-        )
+        rows.append(images_row | _describe(candidate) | benchmark.measure(candidate, seeds))
     return rows
 
 

@@ -19,19 +19,12 @@ REFERENCES = ("raw, 3, smallest", "raw, 3, random", "texture")
 
 
 class Candidate(NamedTuple):
-    """A way to find lesions.
+    """A way to find lesions."""
 
-    Attributes:
-        block: heading of the table.
-        name: row of the table.
-        selection: settings of the lesion map; None for `RANDOM` and `CENTER`.
-        per_variance: divide the teacher's difficulty by the patch's variance, as standardized
-            targets do.
-    """
-
-    block: str
-    name: str
-    selection: SelectionConfig | None = None
+    block: str  # heading of the table
+    name: str  # row of the table
+    selection: SelectionConfig | None = None  # None for `RANDOM` and `CENTER`
+    # Divide the teacher's difficulty by the patch's variance, as standardized targets do.
     per_variance: bool = False
 
     @property

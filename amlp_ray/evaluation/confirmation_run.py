@@ -9,7 +9,7 @@ from typing import Any
 from amlp_ray.config import SegmentConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.training.checkpoint.export import ENCODER
-from amlp_ray.utils.files import atomic_write
+from amlp_ray.utils.files import atomic_write, read_json
 
 SEGMENTER = "segmenter"  # folder of a run's fine-tuned segmenter
 
@@ -38,8 +38,7 @@ def finish_confirmation_run(
     from amlp_ray.evaluation.segmentation import segment
 
     path = folder / "finetune.json"
-    if path.is_file():
-        finished: dict[str, Any] = json.loads(path.read_text())
+    if (finished := read_json(path)) is not None:
         return finished
     score = segment(
         eval_data, folder / ENCODER, folder / SEGMENTER, finetune, sizes=sizes, device=device

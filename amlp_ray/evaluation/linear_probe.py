@@ -67,19 +67,12 @@ def require_labels(dataset: PatchDataset, config: ProbeConfig) -> None:
 
 
 class LabeledIndex(NamedTuple):
-    """Labelled images of train, then of val, before their pixels are read.
+    """Labelled images of train, then of val, before their pixels are read: (n,) each."""
 
-    Args:
-        rows: (n,) in their split, rising.
-        groups: (n,).
-        has_lesion: (n,).
-        n_train: how many of them are in train.
-    """
-
-    rows: Indices
+    rows: Indices  # in their split, rising
     groups: NDArray[np.str_]
     has_lesion: BoolArray
-    n_train: int
+    n_train: int  # how many of them are in train
 
 
 class Fold(NamedTuple):
@@ -90,17 +83,11 @@ class Fold(NamedTuple):
 
 
 class HeadScores(NamedTuple):
-    """Scores of a head that was fitted on one subset.
+    """Scores of a head that was fitted on one subset."""
 
-    Args:
-        per_image: DSC, PPV, sensitivity and empty_correct, (4, n).
-        logits: of the patches, (n, N).
-        floor: DSC of the subset's mean mask, (n,).
-    """
-
-    per_image: FloatArray
-    logits: FloatArray
-    floor: FloatArray
+    per_image: FloatArray  # DSC, PPV, sensitivity and empty_correct, (4, n)
+    logits: FloatArray  # of the patches, (n, N)
+    floor: FloatArray  # DSC of the subset's mean mask, (n,)
 
 
 class Probe:

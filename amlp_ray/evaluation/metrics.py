@@ -192,31 +192,19 @@ def size_classes(share: FloatArray, sizes: tuple[float, float]) -> dict[str, Boo
 
 @dataclass(frozen=True)
 class ProbeScore:
-    """Segmentation score of an encoder. Scores are means over images.
-
-    Args:
-        ap: average precision of the patch logits over all scored patches; a patch is positive if
-            more than half of it is lesion.
-        dsc_sd: SD of the DSC over label subsets; 0 with one subset.
-        empty_correct: share of images without a lesion for which none is predicted; None without
-            such images.
-        images: number of scored images with a lesion.
-        scoring: `val`, `cross-validation` or `test`.
-        mean_mask_dsc: floor: DSC of the mean training mask, predicted for every image.
-        dsc_small: of images with a small lesion, see `probe.sizes`; None without such images.
-        per_image: DSC by image id, for paired comparison.
-    """
+    """Segmentation score of an encoder. Scores are means over images; None without such images."""
 
     dsc: float
     ppv: float
     sensitivity: float
+    # Average precision of patch logits; a patch is positive if more than half of it is lesion.
     ap: float
-    dsc_sd: float
-    empty_correct: float | None
-    images: int
-    scoring: str
-    mean_mask_dsc: float
-    dsc_small: float | None
+    dsc_sd: float  # over label subsets; 0 with one subset
+    empty_correct: float | None  # share of images without a lesion for which none is predicted
+    images: int  # scored ones with a lesion
+    scoring: str  # val, cross-validation or test
+    mean_mask_dsc: float  # floor: of the mean training mask, predicted for every image
+    dsc_small: float | None  # by size of the lesion, see `probe.sizes`
     dsc_medium: float | None
     dsc_large: float | None
-    per_image: dict[str, float]
+    per_image: dict[str, float]  # DSC by image id, for paired comparison

@@ -1,17 +1,6 @@
 """The segmenter: a ViT encoder, a decoder from its tokens to pixels, and its file.
 
 Shapes: B images, C channels, H x W pixels, h x w patches, D the encoder's width, E `decoder_width`.
-
-- `linear`: a logit per token of the last depth, upsampled. It adds nothing to what the encoder
-  knows, at the resolution of its patches.
-- `conv`: the tokens of four depths are projected and summed, doubled up to half resolution, and
-  joined with features of the image itself.
-- `unetr`: after UNETR (Hatamizadeh et al. 2022, arXiv 2103.10504), built from MONAI's blocks.
-  Tokens of ever earlier depths are upsampled to ever higher resolution and joined on the way up,
-  the image last.
-- `dpt`: after DPT (Ranftl et al. 2021, arXiv 2103.13413). Tokens of four depths are reassembled at
-  four scales, which residual units fuse, the coarsest first. It has no batch norm, which would
-  depend on the batch size.
 """
 
 from __future__ import annotations
@@ -81,7 +70,7 @@ class Decoder(nn.Module):
 
 
 class LinearDecoder(Decoder):
-    """A logit per token, upsampled."""
+    """A logit per token of the last depth, upsampled: nothing but what the encoder knows."""
 
     def __init__(self, depth: int, dim: int, channels: int, patch_size: int, width: int) -> None:
         super().__init__()
@@ -93,7 +82,7 @@ class LinearDecoder(Decoder):
 
 
 class ConvDecoder(Decoder):
-    """Sums four depths, doubles them to half resolution and joins features of the image."""
+    """Projects and sums four depths, doubled to half resolution and joined with the image."""
 
     def __init__(self, depth: int, dim: int, channels: int, patch_size: int, width: int) -> None:
         super().__init__()
@@ -121,7 +110,11 @@ class ConvDecoder(Decoder):
 
 
 class UnetrDecoder(Decoder):
-    """Upsamples tokens of ever earlier depths and joins them on the way up."""
+    """UNETR (Hatamizadeh et al. 2022, arXiv 2103.10504), built from MONAI's blocks.
+
+    Tokens of ever earlier depths are upsampled to ever higher resolution and joined on the way up,
+    the image last.
+    """
 
     def __init__(self, depth: int, dim: int, channels: int, patch_size: int, width: int) -> None:
         # Takes seconds to import.
@@ -169,7 +162,11 @@ class UnetrDecoder(Decoder):
 
 
 class DptDecoder(Decoder):
-    """Reassembles four depths at four scales, and fuses them, the coarsest first."""
+    """DPT (Ranftl et al. 2021, arXiv 2103.13413), without batch norm: it depends on the batch size.
+
+    Tokens of four depths are reassembled at four scales, which residual units fuse, the coarsest
+    first.
+    """
 
     def __init__(self, depth: int, dim: int, channels: int, patch_size: int, width: int) -> None:
         super().__init__()
@@ -244,19 +241,12 @@ def _resize(x: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LoadedSegmenter:
-    """A segmenter from its file.
+    """A segmenter from its file."""
 
-    Args:
-        model: in evaluation mode, on the CPU.
-        spec: how its images are normalized.
-        prepare: how the images that it was fine-tuned on were read; None if that is not known.
-        config: of the fine-tuning.
-    """
-
-    model: Segmenter
-    spec: ImageSpec
-    prepare: PrepareConfig | None
-    config: SegmentConfig
+    model: Segmenter  # in evaluation mode, on the CPU
+    spec: ImageSpec  # how its images are normalized
+    prepare: PrepareConfig | None  # how those of its fine-tuning were read, if that is known
+    config: SegmentConfig  # of the fine-tuning
 
 
 def save_segmenter(

@@ -43,21 +43,13 @@ logger = logging.getLogger(__name__)
 
 
 class Predictions(NamedTuple):
-    """Result of a run.
+    """Result of a run. An item is a picture, a DICOM series or a volume."""
 
-    Attributes:
-        out: folder of the masks.
-        predicted: number of items: pictures, DICOM series, volumes.
-        before: number of items that an earlier run predicted.
-        rejected: number of files that cannot be used.
-        rejects: the file that lists them; missing where there are none.
-    """
-
-    out: str
-    predicted: int
-    before: int
-    rejected: int
-    rejects: str
+    out: str  # folder of the masks
+    predicted: int  # items
+    before: int  # items that an earlier run predicted
+    rejected: int  # files that cannot be used
+    rejects: str  # the file that lists them; missing where there are none
 
 
 def predict(

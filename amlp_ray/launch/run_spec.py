@@ -16,34 +16,23 @@ from amlp_ray.config import (
 
 
 class RunSpec(BaseModel):
-    """Describe one pretraining run by plain values, so that it travels to other processes.
-
-    Args:
-        data: path or URI of the patch dataset to train on.
-        folder: where the run writes its files.
-        probe: how the encoder is scored; None scores nothing.
-        rungs: epochs after which the probe scores the encoder.
-        study, label: names of the study and of the run within it, for metrics and logs.
-        eval_data: another dataset whose labeled images are scored and shown instead.
-        until: epoch after which a part of a longer run returns.
-        fork: folder of the run whose checkpoint this one starts from.
-    """
+    """Describe one pretraining run by plain values, so that it travels to other processes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     config: PretrainConfig
-    data: str
-    folder: Path
-    probe: ProbeConfig | None = None
-    rungs: tuple[int, ...] = ()
+    data: str  # path or URI of the patch dataset to train on
+    folder: Path  # where the run writes its files
+    probe: ProbeConfig | None = None  # None: the encoder is not scored
+    rungs: tuple[int, ...] = ()  # epochs after which the probe scores the encoder
     resources: ResourceConfig = Field(default_factory=ResourceConfig)
     fault_tolerance: FaultToleranceConfig = Field(default_factory=FaultToleranceConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
-    study: str = ""
-    label: str = ""
-    eval_data: str | None = None
-    until: int | None = None
-    fork: Path | None = None
+    study: str = ""  # its name, for metrics and logs
+    label: str = ""  # name of the run within the study, for metrics and logs
+    eval_data: str | None = None  # another dataset, whose labeled images are scored and shown
+    until: int | None = None  # epoch after which a part of a longer run returns
+    fork: Path | None = None  # folder of the run whose checkpoint this one starts from
 
     @property
     def threads(self) -> int:

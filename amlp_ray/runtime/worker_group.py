@@ -217,9 +217,8 @@ def failure_kind(failure: BaseException) -> EventKind:
     for error in errors:
         if isinstance(error, RayActorError | OutOfMemoryError) or is_train_error(error):
             deaths.append(error)
-    if isinstance(failure, PreemptionError):
-        return "preempted"
-    if any(getattr(error, "preempted", False) for error in deaths):
+    was_preempted = any(getattr(error, "preempted", False) for error in deaths)
+    if was_preempted or isinstance(failure, PreemptionError):
         return "preempted"
     if any(isinstance(error, NonFiniteLossError) for error in errors):
         return "loss not finite"
@@ -246,13 +245,9 @@ def original_error(failure: BaseException) -> BaseException:
             )
         return failure.controller_failure
     errors = _worker_errors(failure)
-    for error in errors:
-        if isinstance(error, AmlpError):
-            return error
-    for error in errors:
-        if not PEER_LOST.search(str(error)):
-            return error
-    return failure
+    own = [error for error in errors if isinstance(error, AmlpError)]
+    causes = [error for error in errors if not PEER_LOST.search(str(error))]
+    return [*own, *causes, failure][0]
 
 
 def _worker_errors(failure: BaseException) -> list[BaseException]:

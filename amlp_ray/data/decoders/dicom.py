@@ -83,8 +83,6 @@ def read_dicom(item: SourceImage, config: PrepareConfig, read: ReadFile) -> Iter
             source = _FileFrame(dataset, path, number)
             with catch_warnings(action="ignore"):
                 frame = _read_frame(source, index, config, value_range, masks)
-            if index == 0 and masks is not None:
-                frame = frame._replace(notes=frame.notes + masks.notes)
             yield frame
             index += 1
     if masks is not None:
@@ -115,6 +113,7 @@ def _read_frame(
                 geometry=header.geometry,
             )
         )
+        notes += masks.notes if index == 0 else ()
     spacing = header.geometry.spacing
     return Frame(
         image=image.reshape(height, width, -1),

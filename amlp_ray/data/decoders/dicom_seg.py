@@ -97,9 +97,7 @@ class SegmentationMasks:
         segments: set[int] = set()
         for seg in self._objects:
             segments.update(seg.dataset.segment_numbers)
-        self.notes: tuple[str, ...] = ()
-        if segments:
-            _, self.notes = select_lesion(np.array(sorted(segments)), lesion_labels)
+        _, self.notes = select_lesion(np.array(sorted(segments)), lesion_labels)
 
     def mask_on(self, source: SourceSlice) -> np.ndarray:
         """Return the mask of a slice, (H, W) uint8 of 0 and 1; all zero if no frame lies on it.

@@ -166,19 +166,18 @@ def _read_mask(
             f"{path} is a mask with NaN or infinite values, but labels are numbers; "
             "export it again."
         )
-    if decoded.file_format in JPEGS:
-        if lesion_labels not in ((), (255,)):
-            raise DataError(
-                f"{path} is a JPEG, which blurs label values, so lesion_labels "
-                f"{', '.join(map(str, lesion_labels))} cannot be told apart; "
-                "export the mask as PNG."
-            )
-        # Masks of 0 and 1 exist, so anything counts. But JPEG leaves faint noise in empty masks.
-        return np.asarray((labels > 127).any(axis=2), np.uint8), decoded.notes
-    if not lesion_labels:
-        return np.asarray((labels > 0).any(axis=2), np.uint8), decoded.notes
-    lesion, label_notes = select_lesion(_labels_of(path, decoded, lesion_labels), lesion_labels)
-    return lesion, decoded.notes + label_notes
+    is_jpeg = decoded.file_format in JPEGS
+    if is_jpeg and lesion_labels not in ((), (255,)):
+        raise DataError(
+            f"{path} is a JPEG, which blurs label values, so lesion_labels "
+            f"{', '.join(map(str, lesion_labels))} cannot be told apart; export the mask as PNG."
+        )
+    if lesion_labels and not is_jpeg:
+        lesion, label_notes = select_lesion(_labels_of(path, decoded, lesion_labels), lesion_labels)
+        return lesion, decoded.notes + label_notes
+    # Masks of 0 and 1 exist, so anything counts. But JPEG leaves faint noise in empty masks.
+    threshold = 127 if is_jpeg else 0
+    return np.asarray((labels > threshold).any(axis=2), np.uint8), decoded.notes
 
 
 def _labels_of(path: str, decoded: DecodedImage, lesion_labels: tuple[int, ...]) -> np.ndarray:

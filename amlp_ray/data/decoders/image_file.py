@@ -87,8 +87,6 @@ def decode_image_file(path: str, read: ReadFile, *, is_mask: bool = False) -> De
     """Read and decode a picture. Alpha is dropped; palettes, CMYK and YCbCr become RGB.
 
     Args:
-        path: of the picture.
-        read: returns the content of a file.
         is_mask: the values name classes. So a colored palette gives its indices, a 1-bit picture 0
             and 1, and grays of fewer than 8 bits are not stretched to 255.
 

@@ -99,9 +99,10 @@ def _read_entry(
     root: DataPath, entry: Any, section: str, file_names: set[str]
 ) -> SourceImage | RejectedFile:
     """Turn an entry of dataset.json into an item, or say why it cannot be used."""
-    is_mapping = isinstance(entry, dict)
-    images = _clean_names(entry.get("image") if is_mapping else entry)
-    masks = _clean_names(entry.get("label") if is_mapping else None, is_optional=True)
+    files = entry if isinstance(entry, dict) else {"image": entry}
+    images = _clean_names(files.get("image"))
+    label = files.get("label")
+    masks = [] if label is None else _clean_names(label)
     if not images or masks is None:
         reason = f"has an entry in {section} that names no files: {str(entry)[:80]!r}"
         return rejected(INDEX, reason)
@@ -127,13 +128,8 @@ def _read_entry(
     )
 
 
-def _clean_names(value: Any, *, is_optional: bool = False) -> list[str] | None:
-    """Return one or more paths as the listing has them; None if one is no path.
-
-    They have no leading ./ and forward slashes. A missing optional value gives no paths.
-    """
-    if value is None and is_optional:
-        return []
+def _clean_names(value: Any) -> list[str] | None:
+    """Return one or more paths as the listing has them; None if one is no path."""
     names = []
     for name in value if isinstance(value, list) else [value]:
         if not isinstance(name, str) or not name.strip():

@@ -14,13 +14,7 @@ from amlp_ray.data.layouts.listing import (
     split_name,
     such_as,
 )
-from amlp_ray.data.layouts.paired import (
-    BUSI_CLASSES,
-    busi_class,
-    pair_busi,
-    pair_by_name,
-    pair_lgg,
-)
+from amlp_ray.data.layouts.paired import BUSI_CLASSES, busi_class, pair_busi, pair_by_name, pair_lgg
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
 

@@ -13,13 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from amlp_ray.config import PrepareConfig
-from amlp_ray.data.layouts.dicom_headers import (
-    Other,
-    ParsedFile,
-    Segmentation,
-    Slice,
-    read_headers,
-)
+from amlp_ray.data.layouts.dicom_headers import Other, ParsedFile, Segmentation, Slice, read_headers
 from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage, natural_key, rejected
 from amlp_ray.data.path import DataPath
 from amlp_ray.data.pseudonyms import pseudonym, salt

@@ -23,20 +23,9 @@ from amlp_ray.data.layouts.item import Listing, rejected
 from amlp_ray.data.layouts.listing import FileName, list_pictures, normalize, picture_item
 from amlp_ray.data.path import DataPath
 
-IMAGE_FOLDERS = ("images", "image", "imgs", "img")  # in any case
-MASK_FOLDERS = (
-    "masks",
-    "mask",
-    "labels",
-    "label",
-    "annotations",
-    "annotation",
-    "groundtruth",
-    "ground_truth",
-    "gt",
-    "segmentations",
-    "segmentation",
-)
+# Names of folders in lower case.
+IMAGE_FOLDERS = re.compile(r"(image|img)s?")
+MASK_FOLDERS = re.compile(r"(mask|label|annotation|segmentation)s?|ground_?truth|gt")
 MASK_ENDINGS = ("_mask", "_segmentation", "_seg", "_labels", "_label", "_gt")
 FLAGS = re.IGNORECASE | re.DOTALL  # names may hold newlines
 MASK_NAME = re.compile(rf"(?P<id>.+)({'|'.join(MASK_ENDINGS)})(_\d+)?", FLAGS)
@@ -209,8 +198,8 @@ def _home_of(folder: str) -> tuple[str, str]:
     parts = folder.split("/")
     for i, part in enumerate(parts):
         rest = "/".join(parts[:i] + parts[i + 1 :])
-        if part.lower() in IMAGE_FOLDERS:
+        if IMAGE_FOLDERS.fullmatch(part.lower()):
             return "image", rest
-        if part.lower() in MASK_FOLDERS:
+        if MASK_FOLDERS.fullmatch(part.lower()):
             return "mask", rest
     return "", folder

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,14 +74,11 @@ class Split:
     def concat(self, *others: Split) -> Split:
         """Append the rows of others, as in `train.concat(val)`."""
         splits = [self, *others]
-        ids: list[str] = []
-        for split in splits:
-            ids += split.ids
         return Split(
             images=np.concatenate([split.images for split in splits]),
             masks=np.concatenate([split.masks for split in splits]),
             labeled=np.concatenate([split.labeled for split in splits]),
-            ids=ids,
+            ids=list(chain.from_iterable(split.ids for split in splits)),
             groups=np.concatenate([split.groups for split in splits]),
             keys=np.concatenate([split.keys for split in splits]),
         )
@@ -127,9 +125,8 @@ class PatchDataset:
             )
         manifest = read_manifest(root / MANIFEST)
         sizes = {entry.name: entry.size for entry in root.entries()}
-        for parts in manifest.parts.values():
-            for part in parts:
-                _check_size(root, part, sizes.get(part.file))
+        for part in chain.from_iterable(manifest.parts.values()):
+            _check_size(root, part, sizes.get(part.file))
         return cls(root, manifest)
 
     @property

@@ -7,7 +7,8 @@ times the space and decode ten times slower.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -85,19 +86,10 @@ def schema(shape: Shape, dtype: str) -> pa.Schema:
 
 
 def write_part(file: DataPath, rows: Iterable[dict[str, Any]], shape: Shape, dtype: str) -> int:
-    """Write rows to a part, a row group at a time.
+    """Write rows, values by column name, to a part, a row group at a time; return their number.
 
     On this machine the part appears once it is complete. In an object store a part that was cut
     short stays, but no manifest names it.
-
-    Args:
-        file: the part.
-        rows: values by column name.
-        shape: channels, height and width of an image.
-        dtype: of an image.
-
-    Returns:
-        The number of rows.
 
     Raises:
         OSError: the part cannot be written.
@@ -124,21 +116,11 @@ def _write(
         write_statistics=["id", "group"],
         write_page_checksum=True,
     ) as writer:
-        for group in _batched(rows, group_rows(shape, dtype)):
+        remaining = iter(rows)
+        while group := list(islice(remaining, group_rows(shape, dtype))):
             writer.write_table(pa.Table.from_pylist(group, schema=columns))
             written += len(group)
     return written
-
-
-def _batched(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    batch: list[dict[str, Any]] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def open_part(file: DataPath) -> pq.ParquetFile:
@@ -147,12 +129,7 @@ def open_part(file: DataPath) -> pq.ParquetFile:
 
 
 def read_part(file: DataPath | Path, columns: Sequence[str], group: int | None = None) -> pa.Table:
-    """Read columns of a part.
-
-    Args:
-        file: the part.
-        columns: names of columns.
-        group: number of a row group; None reads all.
+    """Read columns of a part, or of its row group number `group`.
 
     Raises:
         DataError: the part is missing or damaged.
@@ -197,16 +174,8 @@ def masks_of(column: pa.ChunkedArray, shape: Shape) -> tuple[np.ndarray, np.ndar
 def _bytes_of_column(column: pa.ChunkedArray, size: int) -> np.ndarray:
     """View the values of a fixed-size binary column as flat uint8."""
     array = column.combine_chunks()
-    # There may be no chunk, or several that are too large for one.
-    chunks = array.chunks if isinstance(array, pa.ChunkedArray) else [array]
-    values = []
-    for chunk in chunks:
-        data = chunk.buffers()[1]
-        count = len(chunk) * size
-        values.append(np.frombuffer(data, np.uint8, count, offset=chunk.offset * size))
-    if len(values) == 1:
-        return values[0]
-    return np.concatenate(values) if values else np.zeros(0, np.uint8)
+    data = array.buffers()[1]
+    return np.frombuffer(data, np.uint8, len(array) * size, offset=array.offset * size)
 
 
 def key_of(name: str) -> int:

@@ -20,8 +20,8 @@ def read_rows(
 
     Args:
         files: Parquet parts; there may be none.
-        shape: channels, height and width of an image.
-        dtype: of an image.
+        shape: shape of an image.
+        dtype: dtype of an image.
         columns: names of columns; None reads all.
 
     Returns:

@@ -28,34 +28,18 @@ class Sample(NamedTuple):
     mask: np.ndarray | None  # (H, W) uint8 of 0 and 1; None: unlabeled
 
 
-class _RowGroup(NamedTuple):
-    """Decoded columns of one row group; row i of each is image i."""
-
-    ids: list[str]
-    groups: list[str]
-    images: np.ndarray  # (N, C, H, W)
-    masks: np.ndarray  # (N, H, W)
-    labeled: np.ndarray  # (N,) bool
-
-
 class Samples(Sequence[Sample]):
     """The samples of some splits, in order. Reads a row group at a time and caches the last few."""
 
     def __init__(self, manifest: Manifest, root: DataPath, splits: Sequence[str]) -> None:
-        """Prepare to read; no part is opened yet.
-
-        Args:
-            manifest: of the dataset.
-            root: folder of the dataset.
-            splits: names of splits, in the order in which their samples come.
-        """
+        """Prepare to read the dataset in the folder `root`; no part is opened yet."""
         self.manifest = manifest
         self.root = root
         self._parts: list[tuple[str, Part]] = []
         for split in splits:
             self._parts += [(split, part) for part in manifest.parts[split]]
         self._ends = list(accumulate(part.rows for _, part in self._parts))
-        self._cache: OrderedDict[tuple[int, int], _RowGroup] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int], list[Sample]] = OrderedDict()
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -71,17 +55,15 @@ class Samples(Sequence[Sample]):
             raise IndexError(f"there are {len(self)} samples, so no sample {index}")
         index %= len(self)
         part_number = bisect_right(self._ends, index)
-        split, part = self._parts[part_number]
+        _, part = self._parts[part_number]
         row_of_part = index - (self._ends[part_number] - part.rows)
         group_number, row = divmod(row_of_part, self.manifest.group_rows)
-        rows = self._row_group(part_number, group_number)
-        mask = rows.masks[row] if rows.labeled[row] else None
-        return Sample(rows.ids[row], rows.groups[row], split, rows.images[row], mask)
+        return self._row_group(part_number, group_number)[row]
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
 
-    def _row_group(self, part_number: int, group_number: int) -> _RowGroup:
+    def _row_group(self, part_number: int, group_number: int) -> list[Sample]:
         key = part_number, group_number
         if key not in self._cache:
             self._cache[key] = self._read_row_group(part_number, group_number)
@@ -90,14 +72,16 @@ class Samples(Sequence[Sample]):
         self._cache.move_to_end(key)
         return self._cache[key]
 
-    def _read_row_group(self, part_number: int, group_number: int) -> _RowGroup:
-        file = self.root / self._parts[part_number][1].file
-        table = read_part(file, ["id", "group", "image", "mask"], group_number)
+    def _read_row_group(self, part_number: int, group_number: int) -> list[Sample]:
+        split, part = self._parts[part_number]
+        columns = ["id", "group", "image", "mask"]
+        table = read_part(self.root / part.file, columns, group_number)
+        ids = table["id"].to_pylist()
+        groups = table["group"].to_pylist()
+        images = images_of(table["image"], self.manifest.shape, self.manifest.dtype)
         masks, labeled = masks_of(table["mask"], self.manifest.shape)
-        return _RowGroup(
-            ids=table["id"].to_pylist(),
-            groups=table["group"].to_pylist(),
-            images=images_of(table["image"], self.manifest.shape, self.manifest.dtype),
-            masks=masks,
-            labeled=labeled,
-        )
+        samples = []
+        for row in range(len(table)):
+            mask = masks[row] if labeled[row] else None
+            samples.append(Sample(ids[row], groups[row], split, images[row], mask))
+        return samples

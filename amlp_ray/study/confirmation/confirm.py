@@ -1,10 +1,9 @@
 """Repeat the best trials and every baseline over several seeds, then score them on the test images.
 
-Trials of a search were chosen by the probe on val, so their scores there are optimistic, and each
-is one run of one seed. Here candidates are trained anew over seeds that all share, repeat by
-repeat. They are scored on val by the probe and by fine-tuning. Test images are read once, when all
-runs have ended: which runs are scored is stored before an image is read, and no other candidate is
-scored on them afterwards. So the test images cannot have chosen a candidate.
+Trials of a search were chosen by the probe on val, so their scores there are optimistic. Here all
+candidates are trained anew from the same seeds. Test images are read once, when all runs have
+ended: which runs are scored is stored before an image is read, and no other candidate is scored on
+them afterwards. So the test images cannot have chosen a candidate.
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +46,10 @@ _TRIAL_NAME = re.compile(r"^trial-(\d+)$")
 class Candidate:
     """A candidate of the confirmation."""
 
-    # A trial of the search (`trial-7`), a baseline (`mae`), or an ablation of a trial (`oracle-of-
-    # trial-7`).
-    name: str
+    name: str  # such as `trial-7`, the baseline `mae`, or the ablation `oracle-of-trial-7`
     uses_ground_truth: bool  # whether it sees true masks. It is shown then, and never compared with
     params: Mapping[str, Any]  # what the search chose; empty for a baseline
     config: BySeed  # returns its settings for a seed
-
-
-# Choosing
 
 
 def confirmation_plan(store: StudyStore, config: StudyConfig) -> list[Candidate]:
@@ -124,9 +119,8 @@ def _plan(store: StudyStore, config: StudyConfig) -> tuple[list[Candidate], list
 
 
 def _candidate_names(store: StudyStore, config: StudyConfig) -> list[str]:
-    unlock = find_test_unlock(store)
-    if unlock is not None:
-        return list(unlock.candidates)
+    if unlock := find_test_unlock(store):
+        return unlock.candidates
     begun = [record.attributes["candidate"] for record in trial_records(store.confirmation())]
     top = top_trials(store, config)
     names = [*begun, *(f"trial-{record.number}" for record in top)]
@@ -153,11 +147,7 @@ def _candidate(
 
 
 def _trial_config(store: StudyStore, config: StudyConfig, record: TrialRecord) -> BySeed:
-    """Return a trial's settings by seed.
-
-    They are read from its folder, so that a space that was changed since changes nothing, and are
-    rebuilt from its parameters where the folder is gone.
-    """
+    """Read a trial's settings as it had them, or rebuild them where its folder is gone."""
     path = store.trial_folder(record.number) / "config.yaml"
     if path.is_file():
         trial_config = build(PretrainConfig, read_yaml(path), str(path))
@@ -177,7 +167,6 @@ def _is_full_length(store: StudyStore, record: TrialRecord) -> bool:
 
 
 def _final_score(record: TrialRecord, config: StudyConfig) -> float:
-    """Return the score of a complete trial by the study's metric."""
     if config.metric in config.objectives:
         return record.objective_values(config)[config.metric]
     return record.rungs[max(record.rungs)]
@@ -194,17 +183,14 @@ class TestUnlock:
 
     when: str  # time, ISO 8601
     commit: str | None  # of the code; None where it is unknown
-    candidates: tuple[str, ...]  # names of all that were scored on them
+    candidates: list[str]  # names of all that were scored on them
     runs: dict[str, str]  # folder of each run, such as `mae-2`, relative to the study's
 
 
 def find_test_unlock(store: StudyStore) -> TestUnlock | None:
     """Read when the test images were opened; None while they are closed."""
     stored = store.confirmation().user_attrs.get(TEST_UNLOCKED)
-    if stored is None:
-        return None
-    candidates = tuple(stored["candidates"])
-    return TestUnlock(**{**stored, "candidates": candidates})
+    return None if stored is None else TestUnlock(**stored)
 
 
 def open_test(
@@ -214,12 +200,6 @@ def open_test(
 
     They are opened once. A second call scores nobody else: it finishes what a killed one left, and
     returns what is stored.
-
-    Args:
-        store: of the study.
-        config: of the study.
-        eval_data: the data set that scores.
-        device: to run the encoders on.
 
     Raises:
         StudyError: runs are missing.
@@ -245,7 +225,7 @@ def open_test(
 
 def _unlock_test(store: StudyStore, config: StudyConfig, eval_data: PatchDataset) -> TestUnlock:
     """Check that all runs have ended, and store which ones are scored before an image is read."""
-    candidates = tuple(candidate.name for candidate in confirmation_plan(store, config))
+    candidates = [candidate.name for candidate in confirmation_plan(store, config)]
     folders = _finished_runs(store, config, candidates)
     _check_equal_finetuning(config, list(folders.values()))
     if not eval_data.manifest.counts["test"].lesions:
@@ -264,30 +244,26 @@ def _unlock_test(store: StudyStore, config: StudyConfig, eval_data: PatchDataset
 
 
 def _finished_runs(
-    store: StudyStore, config: StudyConfig, candidates: tuple[str, ...]
+    store: StudyStore, config: StudyConfig, candidates: Sequence[str]
 ) -> dict[str, Path]:
-    """Return the folders of complete runs by name, such as `mae-2`.
-
-    Raises:
-        StudyError: a run has not ended, or none is complete.
-    """
-    records = {}
-    for record in trial_records(store.confirmation()):
-        records[record.attributes["candidate"], record.repeat] = record
-    runs = [(name, repeat) for name in candidates for repeat in range(config.confirm.seeds)]
-    missing = [run for run in runs if run not in records or not records[run].is_finished]
+    """Return the folders of complete runs by name, such as `mae-2`."""
+    records = {(run.candidate, run.repeat): run for run in trial_records(store.confirmation())}
+    folders = {}
+    missing = []
+    for name, repeat in product(candidates, range(config.confirm.seeds)):
+        record = records.get((name, repeat))
+        folder = store.confirm_folder(name, repeat)
+        if record is None or not record.is_finished:
+            missing.append(f"{name}-{repeat}")
+        elif record.is_complete and (folder / "finetune.json").is_file():
+            folders[f"{name}-{repeat}"] = folder
     if missing:
-        name, repeat = missing[0]
+        count = len(candidates) * config.confirm.seeds
         raise StudyError(
-            f"Study {config.name!r} has {len(missing)} of {len(runs)} confirmation runs left, "
-            f"such as {name}-{repeat}; finish them with `amlp-ray study confirm` "
+            f"Study {config.name!r} has {len(missing)} of {count} confirmation runs left, "
+            f"such as {missing[0]}; finish them with `amlp-ray study confirm` "
             f"before the test is opened."
         )
-    folders = {}
-    for name, repeat in runs:
-        folder = store.confirm_folder(name, repeat)
-        if records[name, repeat].is_complete and (folder / "finetune.json").is_file():
-            folders[f"{name}-{repeat}"] = folder
     if not folders:
         raise StudyError(
             f"No confirmation run of study {config.name!r} is complete; "
@@ -327,12 +303,10 @@ def _test_scorer(
         if key not in probes:
             probes[key] = Probe(eval_data, config.probe, model.patch_size, spec)
         encoder = load_encoder(encoder_path).to(device)
-        segmenter = folder / SEGMENTER
-        return {
-            "probe": asdict(probes[key].score(encoder, "test")),
-            "finetune": score_segmenter(
-                eval_data, segmenter, "test", sizes=config.probe.sizes, device=device
-            ),
-        }
+        probe = probes[key].score(encoder, "test")
+        finetune = score_segmenter(
+            eval_data, folder / SEGMENTER, "test", sizes=config.probe.sizes, device=device
+        )
+        return {"probe": asdict(probe), "finetune": finetune}
 
     return score

@@ -1,7 +1,6 @@
 """Read what a confirmation found: candidates, paired differences, noise and agreement of protocols.
 
-Everything comes from the store and the runs' files, at any time. Before the test images are opened
-the numbers are those of val, by which candidates were chosen, and say so.
+Before the test images are opened the numbers are those of val, by which candidates were chosen.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ from amlp_ray.utils.files import read_json
 
 Protocol = Literal["finetune", "probe"]
 SplitName = Literal["val", "test"]
-ScoresByProtocol = Mapping[tuple[Protocol, SplitName], dict[str, Any]]
 
 # The one that verdicts go by comes first.
 PROTOCOLS: tuple[Protocol, ...] = ("finetune", "probe")
@@ -48,7 +46,7 @@ class ConfirmationRun:
 
     repeat: int  # which seed it was trained from
     folder: Path  # its files
-    scores: ScoresByProtocol  # by (protocol, split), each as in `score.json`
+    scores: Mapping[tuple[Protocol, SplitName], Mapping[str, Any]]  # each as in `score.json`
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,6 @@ class ConfirmedCandidate:
 
     name: str
     uses_ground_truth: bool
-    params: dict[str, Any]
     runs: tuple[ConfirmationRun, ...]
 
     @property
@@ -92,12 +89,8 @@ class ConfirmedCandidate:
 
     def values(self, protocol: Protocol, split: SplitName, key: str = "dsc") -> dict[int, float]:
         """Return a number of each run that has it, by repeat."""
-        values = {}
-        for run in self.runs:
-            value = run.scores.get((protocol, split), {}).get(key)
-            if value is not None:
-                values[run.repeat] = float(value)
-        return values
+        values = {run.repeat: run.scores[protocol, split].get(key) for run in self.runs}
+        return {repeat: float(value) for repeat, value in values.items() if value is not None}
 
     def mean(self, protocol: Protocol, split: SplitName, key: str = "dsc") -> float | None:
         """Return the mean of a number over seeds; None where no run has it."""
@@ -111,12 +104,8 @@ class ConfirmedCandidate:
 
     def per_image(self, protocol: Protocol, split: SplitName) -> dict[int, dict[str, float]]:
         """Return the DSC of every image, by repeat; runs without any are left out."""
-        scores = {}
-        for run in self.runs:
-            values = run.scores.get((protocol, split), {}).get("per_image")
-            if values:
-                scores[run.repeat] = values
-        return scores
+        scores = {run.repeat: run.scores[protocol, split].get("per_image") for run in self.runs}
+        return {repeat: values for repeat, values in scores.items() if values}
 
 
 @dataclass(frozen=True)
@@ -192,7 +181,7 @@ class Confirmation:
             for run in candidate.runs if candidate.name != without else ():
                 names.append(candidate.name)
                 for protocol in PROTOCOLS:
-                    dsc = run.scores.get((protocol, self.split), {}).get("dsc", np.nan)
+                    dsc = run.scores[protocol, self.split].get("dsc", np.nan)
                     scores[protocol].append(dsc)
         return rank_correlation(scores["finetune"], scores["probe"], names)
 
@@ -229,7 +218,7 @@ class Confirmation:
         p_values = []
         for candidate, baseline in pairs:
             scores = _paired_scores(candidate, baseline, protocol, self.split)
-            if not scores[0].size:
+            if not scores.size:
                 continue
             difference = compare(*scores)
             counts = not baseline.uses_ground_truth and difference.seeds > 1
@@ -260,30 +249,20 @@ def read_confirmation(store: StudyStore) -> Confirmation | None:
     if not records:
         return None
     test_unlock = find_test_unlock(store)
-    runs: dict[str, list[ConfirmationRun]] = {}
-    first_records: dict[str, TrialRecord] = {}
+    by_candidate: dict[str, list[TrialRecord]] = {}
     failed = {}
     for record in records:
         name = record.attributes["candidate"]
         if test_unlock and name not in test_unlock.candidates:
             continue
-        first_records.setdefault(name, record)
-        finished = runs.setdefault(name, [])
-        if record.is_complete:
-            folder = store.confirm_folder(name, record.repeat)
-            finished.append(ConfirmationRun(record.repeat, folder, _read_scores(folder)))
-        elif record.state.name == "FAIL":
+        by_candidate.setdefault(name, []).append(record)
+        if record.state.name == "FAIL":
             failed[f"{name}-{record.repeat}"] = str(record.reason or "no reason is known")
     candidates = []
-    for name, finished in runs.items():
-        candidates.append(
-            ConfirmedCandidate(
-                name=name,
-                uses_ground_truth=first_records[name].uses_ground_truth,
-                params=first_records[name].attributes.get("params") or {},
-                runs=tuple(sorted(finished, key=lambda run: run.repeat)),
-            )
-        )
+    for name, repeats in by_candidate.items():
+        complete = [record.repeat for record in repeats if record.is_complete]
+        runs = tuple(_read_run(store, name, repeat) for repeat in sorted(complete))
+        candidates.append(ConfirmedCandidate(name, repeats[0].uses_ground_truth, runs))
     return Confirmation(
         candidates=tuple(candidates),
         states=dict(Counter(record.state.name for record in records)),
@@ -316,27 +295,19 @@ def _paired_scores(
     baseline: ConfirmedCandidate,
     protocol: Protocol,
     split: SplitName,
-) -> tuple[FloatArray, FloatArray]:
-    """Return the DSC (S, I) of both, over the seeds and images that both have."""
-    scores = [candidate.per_image(protocol, split), baseline.per_image(protocol, split)]
-    repeats = sorted(scores[0].keys() & scores[1].keys())
-    images: list[str] = []
-    if repeats:
-        scored = [set(by_repeat[repeat]) for by_repeat in scores for repeat in repeats]
-        images = sorted(set.intersection(*scored))
-    first, second = (_score_array(by_repeat, repeats, images) for by_repeat in scores)
-    return first, second
-
-
-def _score_array(
-    scores: dict[int, dict[str, float]], repeats: list[int], images: list[str]
 ) -> FloatArray:
-    rows = [[scores[repeat][image] for image in images] for repeat in repeats]
-    return np.array(rows, float)
+    """Return the DSC (2, S, I) of both, over the seeds and images that both have."""
+    both = candidate.per_image(protocol, split), baseline.per_image(protocol, split)
+    repeats = sorted(both[0].keys() & both[1].keys())
+    scored = [scores[repeat] for scores in both for repeat in repeats]
+    images = sorted(set.intersection(*map(set, scored))) if scored else []
+    rows = [[scores[image] for image in images] for scores in scored]
+    return np.array(rows, float).reshape(2, len(repeats), len(images))
 
 
-def _read_scores(folder: Path) -> ScoresByProtocol:
-    """Read all scores of a run; missing or broken files are left out."""
+def _read_run(store: StudyStore, name: str, repeat: int) -> ConfirmationRun:
+    """Read all scores of a run; those of missing or broken files are empty."""
+    folder = store.confirm_folder(name, repeat)
     test = read_json(folder / "test.json") or {}
     scores: dict[tuple[Protocol, SplitName], dict[str, Any]] = {
         ("probe", "val"): read_json(folder / "score.json") or {},
@@ -344,7 +315,7 @@ def _read_scores(folder: Path) -> ScoresByProtocol:
         ("probe", "test"): test.get("probe", {}),
         ("finetune", "test"): test.get("finetune", {}),
     }
-    return {key: score for key, score in scores.items() if score}
+    return ConfirmationRun(repeat, folder, scores)
 
 
 def _plain(comparisons: Mapping[Protocol, list[Comparison]]) -> dict[str, list[dict[str, Any]]]:

@@ -3,7 +3,7 @@
 Scores of a candidate are an array (S, I): S seeds, I images. Row s of two candidates was trained
 from one seed and column i is one image, so everything is compared in pairs. Seeds and images are
 both samples: others would have given another difference, and an interval must cover both. S is
-small, and a bootstrap of three seeds knows too little of their spread. `compare` widens it.
+small, and a bootstrap of three seeds knows too little of their spread: `compare` widens it.
 
 NaN marks an image that a run did not score. Such an image is left out for all. Too little data
 gives None, never a number that means nothing.

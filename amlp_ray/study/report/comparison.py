@@ -19,7 +19,7 @@ class Baseline:
     """The finished repeats of one baseline."""
 
     name: str
-    runs: tuple[ReportedTrial, ...]
+    runs: Sequence[ReportedTrial]
 
     @property
     def uses_ground_truth(self) -> bool:
@@ -54,50 +54,43 @@ class Baseline:
 
 def finished_baselines(data: ReportData) -> list[Baseline]:
     """Return the baselines that have a finished repeat, in the order of the settings."""
-    names = list(baseline_names(data.config.baselines))
-    names += [run.baseline for run in data.baselines if run.baseline]
-    baselines = []
-    for name in dict.fromkeys(names):
-        runs = [run for run in data.baselines if run.baseline == name and run.is_full_length]
-        if runs:
-            baselines.append(Baseline(name, tuple(runs)))
-    return baselines
+    names = baseline_names(data.config.baselines)
+    runs: dict[str, list[ReportedTrial]] = {name: [] for name in names}
+    for run in data.baselines:
+        if run.baseline and run.is_full_length:
+            runs.setdefault(run.baseline, []).append(run)
+    return [Baseline(name, repeats) for name, repeats in runs.items() if repeats]
 
 
 def compare_with_baselines(data: ReportData, baselines: Sequence[Baseline]) -> list[Comparison]:
-    """Compare the best trial with every baseline; none before there is a best trial.
+    """Compare the best trial, which is one run, with the mean of each baseline's repeats.
 
-    Baselines that see true masks are left out.
+    Baselines that see true masks are left out. None is compared before there is a best trial.
     """
     best = data.best
     if best is None:
         return []
-    compared = [baseline for baseline in baselines if not baseline.uses_ground_truth]
-    margin = data.config.equivalence_margin
-    return [compare_with_baseline(best, baseline, margin) for baseline in compared]
-
-
-def compare_with_baseline(
-    best: ReportedTrial, baseline: Baseline, equivalence_margin: float
-) -> Comparison:
-    """Compare the best trial, which is one run, with the mean of a baseline's repeats.
-
-    There is no p-value: the best trial was chosen by the same scores.
-    """
-    interval, images = paired_interval(best.per_image(), [run.per_image() for run in baseline.runs])
     best_dsc = best.dsc or 0.0
-    # Rounded so that 0.42 - 0.40 does not fall below a margin of 0.02.
-    mean = round(best_dsc - baseline.dsc, 6)
-    difference = Difference(mean, interval, None, None, None, seeds=1, images=images)
-    return Comparison(
-        candidate=best.name,
-        baseline=baseline.name,
-        candidate_mean=best_dsc,
-        baseline_mean=baseline.dsc,
-        difference=difference,
-        p=None,
-        reading=read_size(mean, equivalence_margin),
-    )
+    best_scores = best.per_image()
+    comparisons = []
+    for baseline in baselines:
+        if baseline.uses_ground_truth:
+            continue
+        interval, images = paired_interval(best_scores, [run.per_image() for run in baseline.runs])
+        # Rounded so that 0.42 - 0.40 does not fall below a margin of 0.02.
+        mean = round(best_dsc - baseline.dsc, 6)
+        comparisons.append(
+            Comparison(
+                candidate=best.name,
+                baseline=baseline.name,
+                candidate_mean=best_dsc,
+                baseline_mean=baseline.dsc,
+                difference=Difference(mean, interval, None, None, None, seeds=1, images=images),
+                p=None,  # the best trial was chosen by the same scores
+                reading=read_size(mean, data.config.equivalence_margin),
+            )
+        )
+    return comparisons
 
 
 def paired_interval(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from amlp_ray.study.confirmation.comparison import (
@@ -21,11 +21,13 @@ from amlp_ray.study.confirmation.results import (
     unequal_budgets,
 )
 from amlp_ray.study.confirmation.statistics import Correlation, effect_words
+from amlp_ray.study.report.report_data import states_text
 from amlp_ray.study.report.summary import Verdict
 from amlp_ray.study.report.tables import (
     MISSING,
     SIZES,
     Table,
+    count_words,
     interval_text,
     text_table,
     three_digits,
@@ -55,9 +57,7 @@ class ConfirmationSection:
 
 def confirmation_section(confirmation: Confirmation) -> ConfirmationSection:
     """Word and tabulate a confirmation for the report."""
-    by_finetuning = confirmation.against_baselines["finetune"]
-    if confirmation.test_unlock:
-        by_finetuning = []
+    by_finetuning = [] if confirmation.test_unlock else confirmation.against_baselines["finetune"]
     by_probe = confirmation.against_baselines["probe"]
     return ConfirmationSection(
         state=_state(confirmation),
@@ -90,7 +90,7 @@ def confirmation_sentences(confirmation: Confirmation) -> list[str]:
         *_sentences(confirmation, comparisons, "finetune"),
         _noise(confirmation),
         _agreement(confirmation),
-        *_cautions(confirmation, confirmation.chosen),
+        *_cautions(confirmation),
     ]
 
 
@@ -102,39 +102,35 @@ def with_confirmation(search_verdict: Verdict, confirmation: Confirmation | None
     by_name = {item.baseline: item for item in confirmation.against_baselines["finetune"]}
     by_probe = [item for item in confirmation.against_baselines["probe"] if _is_decisive(item)]
     leading = [by_name[name] for name in DECISIVE if name in by_name]
+    kind = _kind(leading)
     others = [item for item in by_name.values() if not _is_decisive(item)]
     if not leading:
         leading, others = others[:1], others[1:]
     headline = f"{_capitalize(chosen.title)} was confirmed, and no baseline to compare it with."
     if leading:
-        headline = _sentence(confirmation, leading[0], "finetune", is_first=True)
-        for item in leading[1:]:
-            headline += " " + _sentence(confirmation, item, "finetune")
+        first = _sentence(confirmation, leading[0], "finetune", is_first=True)
+        headline = " ".join([first, *_sentences(confirmation, leading[1:], "finetune")])
     return replace(
         search_verdict,
-        kind=_kind(by_name),
+        kind=kind,
         headline=headline,
         comparisons=[
             *_sentences(confirmation, others, "finetune"),
             *_sentences(confirmation, by_probe, "probe"),
             f"In the search before, on val: {search_verdict.headline}",
         ],
-        cautions=_cautions(confirmation, chosen),
+        cautions=_cautions(confirmation),
     )
-
-
-# Sentences
 
 
 def _is_decisive(item: Comparison) -> bool:
     return item.baseline in DECISIVE
 
 
-def _kind(by_name: Mapping[str, Comparison]) -> VerdictKind:
-    readings = [by_name[name].reading for name in DECISIVE if name in by_name]
-    if "mae" not in by_name or "not known" in readings:
-        return "open"
-    return verdict_kind(readings)
+def _kind(decisive: Sequence[Comparison]) -> VerdictKind:
+    readings = [item.reading for item in decisive]
+    has_mae = any(item.baseline == "mae" for item in decisive)
+    return verdict_kind(readings) if has_mae and "not known" not in readings else "open"
 
 
 def _sentences(
@@ -150,11 +146,10 @@ def _sentence(
     *,
     is_first: bool = False,
 ) -> str:
-    """Word a comparison.
+    """Word a comparison; the first one begins with what is compared, over which seeds and images.
 
     Such as "Against baseline mae (plain MAE), 0.608: +0.004 [-0.012, +0.019], p 0.55 after Holm:
-    no difference shown." The first one begins with what is compared, over what: "Over 3 seeds and
-    87 test images, trial 7 scores 0.612 DSC".
+    no difference shown."
     """
     by_name = {candidate.name: candidate for candidate in confirmation.candidates}
     candidate = by_name[item.candidate]
@@ -164,7 +159,11 @@ def _sentence(
     if baseline.description and not baseline.ablation:
         title += f" ({baseline.description})"
     if is_first:
-        text = _first_words(confirmation, item, candidate, protocol) + f", {title} "
+        images = f"{difference.images} {confirmation.split} images"
+        text = (
+            f"Over {count_words(difference.seeds, 'seed')} and {images}, {candidate.title} scores "
+            f"{item.candidate_mean:.3f} DSC ({PROTOCOL_NAMES[protocol]}), {title} "
+        )
     else:
         is_chosen = candidate is confirmation.chosen
         text = f"against {title}, " if is_chosen else f"{candidate.title} against {title}, "
@@ -176,39 +175,22 @@ def _sentence(
     return f"{text} {_capitalize(baseline.description)}" if baseline.ablation else text
 
 
-def _first_words(
-    confirmation: Confirmation,
-    item: Comparison,
-    candidate: ConfirmedCandidate,
-    protocol: Protocol,
-) -> str:
-    difference = item.difference
-    seeds = "1 seed" if difference.seeds == 1 else f"{difference.seeds} seeds"
-    return (
-        f"Over {seeds} and {difference.images} {confirmation.split} images, {candidate.title} "
-        f"scores {item.candidate_mean:.3f} DSC ({PROTOCOL_NAMES[protocol]})"
-    )
-
-
 def _conclusion(confirmation: Confirmation, item: Comparison, baseline: ConfirmedCandidate) -> str:
     if baseline.uses_ground_truth:
         return ". It sees true masks, so it is no part of the verdict."
     if item.reading == "not known":
         return ". One seed says nothing of the noise, so this is not known to be more than chance."
-    effect = ""
-    if item.difference.effect is not None:
-        size = effect_words(item.difference.effect)
-        effect = f", effect {item.difference.effect:.2f} ({size})"
-    reading: str = item.reading
-    if reading == "tie":
-        reading = f"shown, but under {confirmation.equivalence_margin:g}, a tie"
-    return f", p {_p_text(item.p)} after Holm{effect}: {reading}."
+    text = f", p {_p_text(item.p)} after Holm"
+    if (effect := item.difference.effect) is not None:
+        text += f", effect {effect:.2f} ({effect_words(effect)})"
+    if item.reading == "tie":
+        return f"{text}: shown, but under {confirmation.equivalence_margin:g}, a tie."
+    return f"{text}: {item.reading}."
 
 
 def _state(confirmation: Confirmation) -> str:
-    counts = ", ".join(f"{count} {state}" for state, count in confirmation.states.items())
-    unlock = confirmation.test_unlock
-    if unlock:
+    counts = states_text(confirmation.states)
+    if unlock := confirmation.test_unlock:
         return (
             f"Runs: {counts}. The test images were opened once, on {unlock.when}, at commit "
             f"{unlock.commit or 'unknown'}, when these candidates were settled; nobody else is "
@@ -278,7 +260,8 @@ def _ties(confirmation: Confirmation, protocol: Protocol) -> str:
     )
 
 
-def _cautions(confirmation: Confirmation, chosen: ConfirmedCandidate | None) -> list[str]:
+def _cautions(confirmation: Confirmation) -> list[str]:
+    chosen = confirmation.chosen
     if chosen is None:
         return []
     cautions = [
@@ -301,15 +284,9 @@ def _cautions(confirmation: Confirmation, chosen: ConfirmedCandidate | None) -> 
         cautions.append(f"Runs that failed are left out, in pairs: {failed}.")
     if names := unequal_budgets(confirmation):
         titles = [c.title for c in confirmation.candidates if c.name in names]
-        cautions.append(
-            unequal_budget_caution(
-                _capitalize(chosen.title), titles, "differ in epochs or batch size"
-            )
-        )
+        best = _capitalize(chosen.title)
+        cautions.append(unequal_budget_caution(best, titles, "differ in epochs or batch size"))
     return cautions
-
-
-# Tables
 
 
 def _table(confirmation: Confirmation) -> Table:
@@ -340,7 +317,7 @@ def _comparison_cells(
             return [
                 f"{item.difference.mean:+.3f}",
                 interval_text(item.difference.interval),
-                MISSING if item.p is None else _p_text(item.p),
+                _p_text(item.p),
                 MISSING if item.p is None else item.reading,
             ]
     return [MISSING] * 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from amlp_ray.study.report.plotting import (
@@ -27,20 +26,13 @@ LoggedTrials = list[tuple[ReportedTrial, list[dict[str, Any]]]]
 
 
 def curves(data: ReportData) -> tuple[Figure, list[Figure]]:
-    """Draw the best trials, whatever their state; trials without a score come last.
+    """Draw the best trials, whatever their state; good ones lie on top.
 
     Returns:
         The metric at rungs, and what is logged at every epoch.
     """
-
-    def rank(trial: ReportedTrial) -> tuple[bool, float]:
-        return trial.metric_value is None, -trial.sort_value
-
-    trials = sorted(data.search, key=rank)[:MAX_CURVES]
-    logged = []
-    for trial in trials:
-        if rows := read_metrics(trial.path):
-            logged.append((trial, rows))
+    trials = sorted(data.search, key=lambda trial: trial.rank)[:MAX_CURVES]
+    logged = [(trial, read_metrics(trial.path)) for trial in trials]
     note = " The best trial is red." if data.best else ""
     if len(data.search) > MAX_CURVES:
         note += f" Only the best {MAX_CURVES} of {len(data.search)} trials are drawn."
@@ -62,17 +54,19 @@ def _rungs(data: ReportData, trials: list[ReportedTrial], note: str) -> Figure:
     if not trials:
         return Figure("rungs", title, caption, gap="No rung has been reached yet.")
     figure = empty_figure("epoch", data.metric)
-    for trial, line in _with_lines(trials, data.best):
+    scores = _scores(trials)
+    for trial in reversed(trials):
         before = len(trial.rungs) - 1
         if trial.state_name == "PRUNED":
             last_size, last_symbol = 9, "x"
         else:
             last_size, last_symbol = (4 if before else 7), "circle"
+        dash = LINE_DASHES.get(trial.state_name, "dash")
         figure.add_scatter(
             x=list(trial.rungs),
             y=list(trial.rungs.values()),
             mode="lines+markers",
-            line={**line, "dash": LINE_DASHES.get(trial.state_name, "dash")},
+            line={**_line_style(trial, data.best, scores), "dash": dash},
             marker={
                 "size": [4] * before + [last_size],
                 "symbol": ["circle"] * before + [last_symbol],
@@ -80,7 +74,7 @@ def _rungs(data: ReportData, trials: list[ReportedTrial], note: str) -> Figure:
             text=hover_text(trial),
             hovertemplate="epoch %{x}: %{y:.3f}<br>%{text}<extra></extra>",
         )
-    add_color_bar(figure, _values(trials), data.metric)
+    add_color_bar(figure, scores, data.metric)
     return Figure("rungs", title, caption, figure)
 
 
@@ -99,48 +93,38 @@ def _per_epoch(
     column: str, title: str, caption: str, logged: LoggedTrials, data: ReportData
 ) -> Figure:
     """Draw a column of the logged metrics; its name stands on the y axis."""
-    values_by_number = {}
-    epochs_by_number = {}
-    trials = []
+    drawn = []
     for trial, rows in logged:
         values = [finite(row.get(column)) for row in rows]
         if any(value is not None for value in values):
-            trials.append(trial)
-            values_by_number[trial.number] = values
-            epochs_by_number[trial.number] = [row.get("epoch") for row in rows]
-    if not trials:
+            drawn.append((trial, [row.get("epoch") for row in rows], values))
+    if not drawn:
         return Figure(column, title, caption, gap=f"No trial has logged a {column} yet.")
     figure = empty_figure("epoch", column)
-    for trial, line in _with_lines(trials, data.best):
-        values = values_by_number[trial.number]
+    scores = _scores([trial for trial, *_ in drawn])
+    for trial, epochs, values in reversed(drawn):
         figure.add_scatter(
-            x=epochs_by_number[trial.number],
+            x=epochs,
             y=[None if value is None else float(f"{value:.4g}") for value in values],
             mode="lines" if len(values) > 1 else "markers",
-            line=line,
+            line=_line_style(trial, data.best, scores),
             text=hover_text(trial),
             hovertemplate="epoch %{x}: %{y:.3g}<br>%{text}<extra></extra>",
         )
-    add_color_bar(figure, _values(trials), data.metric)
+    add_color_bar(figure, scores, data.metric)
     return Figure(column, title, caption, figure)
 
 
-def _with_lines(
-    trials: list[ReportedTrial], best: ReportedTrial | None
-) -> Iterator[tuple[ReportedTrial, dict[str, Any]]]:
-    """Yield trials with plotly's style of their line, worst first, so that good ones lie on top.
-
-    The best trial is red and wide.
-    """
-    values = _values(trials)
-    for trial in reversed(trials):
-        if best is not None and trial.number == best.number:
-            yield trial, {"color": ACCENT, "width": 3}
-        elif trial.metric_value is None:
-            yield trial, {"color": PALE, "width": 1}
-        else:
-            yield trial, {"color": color_of(trial.metric_value, values), "width": 1.5}
+def _line_style(
+    trial: ReportedTrial, best: ReportedTrial | None, scores: list[float]
+) -> dict[str, Any]:
+    """Return plotly's style of a trial's line; that of the best trial is red and wide."""
+    if best is not None and trial.number == best.number:
+        return {"color": ACCENT, "width": 3}
+    if trial.metric_value is None:
+        return {"color": PALE, "width": 1}
+    return {"color": color_of(trial.metric_value, scores), "width": 1.5}
 
 
-def _values(trials: list[ReportedTrial]) -> list[float]:
+def _scores(trials: list[ReportedTrial]) -> list[float]:
     return [trial.metric_value for trial in trials if trial.metric_value is not None]

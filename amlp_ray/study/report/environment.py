@@ -105,13 +105,8 @@ def _short(value: Any) -> str:
 
 def _names(trials: Sequence[ReportedTrial]) -> str:
     """Name trials, neighboring numbers as ranges, then runs of baselines or the confirmation."""
-    numbers = []
-    others = []
-    for trial in trials:
-        if trial.name.startswith("trial "):
-            numbers.append(trial.number)
-        else:
-            others.append(trial.name)
+    numbers = [trial.number for trial in trials if trial.name.startswith("trial ")]
+    others = [trial.name for trial in trials if not trial.name.startswith("trial ")]
     parts = []
     if numbers:
         ranges = _ranges(sorted(numbers))

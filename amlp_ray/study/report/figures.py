@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
-from itertools import accumulate
+from itertools import accumulate, cycle
 from typing import Any
 
 import plotly.graph_objects as go
@@ -16,10 +16,10 @@ from amlp_ray.study.report.plotting import (
     ACCENT,
     BASELINE_COLORS,
     BLUE,
+    LAYOUT,
     PALE,
     SCALE,
     Figure,
-    base_layout,
     empty_figure,
     hover_text,
 )
@@ -32,9 +32,6 @@ MANY_TRIALS = 1000
 UNUSED = "\u2013"
 
 
-# History
-
-
 def history(data: ReportData, baselines: Sequence[Baseline]) -> Figure:
     """Draw the score of every trial, the best so far and the baselines' means."""
     title = "Optimization history"
@@ -43,26 +40,25 @@ def history(data: ReportData, baselines: Sequence[Baseline]) -> Figure:
         "far, and dashes are means of baselines. Pruned trials stand at their last score, which "
         "is not comparable with full length."
     )
-    scored = []
-    for trial in data.search:
-        if trial.metric_value is not None and trial.state_name in ("COMPLETE", "PRUNED"):
-            scored.append(trial)
+    ended = [trial for trial in data.search if trial.state_name in ("COMPLETE", "PRUNED")]
+    scored = [trial for trial in ended if trial.metric_value is not None]
     if not scored:
         return Figure("history", title, caption, gap="No trial has been scored yet.")
     figure = empty_figure("trial", data.metric)
     size = 9 if len(scored) < MANY_TRIALS else 5
-    cross = {"symbol": "x-thin-open", "size": size, "color": PALE}
-    cross["line"] = {"width": 2, "color": PALE}
-    circle = {"symbol": "circle", "size": size, "color": BLUE, "line": {"width": 0, "color": BLUE}}
-    for state, marker in (("PRUNED", cross), ("COMPLETE", circle)):
+    for state, symbol, width, color in (
+        ("PRUNED", "x-thin-open", 2, PALE),
+        ("COMPLETE", "circle", 0, BLUE),
+    ):
         trials = [trial for trial in scored if trial.state_name == state]
         if trials:
+            line = {"width": width, "color": color}
             figure.add_scatter(
                 x=[trial.number for trial in trials],
                 y=[trial.metric_value for trial in trials],
                 mode="markers",
                 name=state.lower(),
-                marker=marker,
+                marker={"symbol": symbol, "size": size, "color": color, "line": line},
                 text=_hover_texts(trials, len(scored)),
                 hovertemplate="%{text}<extra></extra>",
             )
@@ -78,23 +74,15 @@ def history(data: ReportData, baselines: Sequence[Baseline]) -> Figure:
         )
     if data.config.metric == "dsc":
         numbers = [trial.number for trial in scored]
-        _add_baselines(figure, baselines, [min(numbers) - 0.5, max(numbers) + 0.5])
+        for baseline, color in zip(baselines, cycle(BASELINE_COLORS), strict=False):
+            figure.add_scatter(
+                x=[min(numbers) - 0.5, max(numbers) + 0.5],
+                y=[baseline.dsc] * 2,
+                mode="lines",
+                name=f"baseline {escape(baseline.name)}",
+                line={"dash": "dash", "width": 1.5, "color": color},
+            )
     return Figure("history", title, caption, figure)
-
-
-def _add_baselines(figure: go.Figure, baselines: Sequence[Baseline], ends: list[float]) -> None:
-    for index, baseline in enumerate(baselines):
-        color = BASELINE_COLORS[index % len(BASELINE_COLORS)]
-        figure.add_scatter(
-            x=ends,
-            y=[baseline.dsc] * 2,
-            mode="lines",
-            name=f"baseline {escape(baseline.name)}",
-            line={"dash": "dash", "width": 1.5, "color": color},
-        )
-
-
-# Pareto fronts
 
 
 def fronts(data: ReportData) -> list[Figure]:
@@ -116,10 +104,8 @@ def _front(data: ReportData, x_name: str, y_name: str) -> Figure:
         f"Each mark is a complete trial; those of the Pareto front, which no other beats in every "
         f"objective, are red{joined}{broken}."
     )
-    trials = []
-    for trial in data.search:
-        if trial.is_complete and {x_name, y_name} <= trial.objectives.keys():
-            trials.append(trial)
+    complete = [trial for trial in data.search if trial.is_complete]
+    trials = [trial for trial in complete if {x_name, y_name} <= trial.objectives.keys()]
     if not trials:
         return Figure(key, title, caption, gap="No complete trial has all objectives yet.")
     on_front = {trial.number for trial in data.front}
@@ -151,13 +137,8 @@ def _front(data: ReportData, x_name: str, y_name: str) -> Figure:
 
 def _line_shape(data: ReportData, x_name: str, y_name: str) -> str:
     """Return plotly's shape of a front: steps on the side that no trial has reached."""
-    directions = {str(name): direction for name, direction in data.config.objectives.items()}
-    x_falls = directions[x_name] == "minimize"
-    y_rises = directions[y_name] == "maximize"
-    return "hv" if x_falls == y_rises else "vh"
-
-
-# Importances
+    directions: Mapping[Any, str] = data.config.objectives
+    return "vh" if directions[x_name] == directions[y_name] else "hv"
 
 
 def importances(data: ReportData) -> list[Figure]:
@@ -191,9 +172,6 @@ def _importance(data: ReportData, name: str) -> Figure:
     return Figure(key, title, caption, figure, height=110 + 32 * len(shares))
 
 
-# Parallel coordinates
-
-
 def parallel(data: ReportData) -> Figure:
     """Draw every complete trial as a line through its parameters and its score."""
     title = "Parallel coordinates"
@@ -216,17 +194,10 @@ def parallel(data: ReportData) -> Figure:
     dimensions = [_dimension(data, data.metric, values)]
     for name in names:
         dimensions.append(_dimension(data, name, [trial.params.get(name) for trial in complete]))
-    figure = go.Figure(layout=base_layout())
-    figure.add_parcoords(
-        dimensions=dimensions,
-        line={
-            "color": values,
-            "colorscale": SCALE,
-            "showscale": True,
-            "colorbar": {"title": {"text": data.metric}},
-        },
-        labelangle=-15,
-    )
+    line = {"color": values, "colorscale": SCALE, "showscale": True}
+    line["colorbar"] = {"title": {"text": data.metric}}
+    figure = go.Figure(layout=LAYOUT)
+    figure.add_parcoords(dimensions=dimensions, line=line, labelangle=-15)
     figure.update_layout(margin={"l": 60, "r": 20, "t": 90, "b": 20})
     min_width = 160 + 85 * len(names)
     return Figure("parallel", title, caption, figure, height=460, min_width=min_width)
@@ -236,10 +207,9 @@ def _dimension(data: ReportData, name: str, values: Sequence[Any]) -> dict[str, 
     """Return one axis of parallel coordinates; None stands for a trial without the parameter."""
     declared = data.space.get(name)
     present = [value for value in values if value is not None]
-    numbers = [number for value in present if (number := finite(value)) is not None]
-    is_numeric = bool(numbers) and len(numbers) == len(present)
+    is_numeric = bool(present) and all(finite(value) is not None for value in present)
     if is_numeric and (declared is None or isinstance(declared, Range)):
-        axis = _numeric_axis(declared, values, numbers)
+        axis = _numeric_axis(declared, values)
     else:
         axis = _categorical_axis(values)
     return {"label": escape(name), **axis}
@@ -258,26 +228,20 @@ def _categorical_axis(values: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def _numeric_axis(
-    declared: Range | None, values: Sequence[Any], numbers: list[float]
-) -> dict[str, Any]:
+def _numeric_axis(declared: Range | None, values: Sequence[Any]) -> dict[str, Any]:
     """Return an axis over the declared range, linear or logarithmic, with a tick for absence."""
     is_log = declared is not None and declared.log
-    ends = list(numbers)
+    ends = [float(value) for value in values if value is not None]
     if declared is not None:
         ends += [declared.low, declared.high]
     low, high = min(ends), max(ends)
     if is_log:
         low, high = math.log10(low), math.log10(high)
+        values = [None if value is None else math.log10(value) for value in values]
     if low == high:
         low, high = low - 0.5, high + 0.5
     unused = low - 0.12 * (high - low)
-    positions = []
-    for value in values:
-        if value is None:
-            positions.append(unused)
-        else:
-            positions.append(math.log10(value) if is_log else value)
+    positions = [unused if value is None else value for value in values]
     marks = [low + (high - low) * quarter / 4 for quarter in range(5)]
     texts = [f"{10**mark if is_log else mark:.3g}" for mark in marks]
     if None in values:

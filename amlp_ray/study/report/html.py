@@ -32,13 +32,21 @@ from amlp_ray.study.report.curves import curves
 from amlp_ray.study.report.lineage import lineage_figure, lineage_rows
 from amlp_ray.study.report.plotting import Figure
 from amlp_ray.study.report.progress import Timeline
-from amlp_ray.study.report.report_data import ReportData, ReportedTrial, collect, count_states
+from amlp_ray.study.report.report_data import (
+    ReportData,
+    ReportedTrial,
+    collect,
+    count_states,
+    states_text,
+)
 from amlp_ray.study.report.rung_correlation import RungCorrelations
 from amlp_ray.study.report.summary import summarize_search
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.utils.files import atomic_write
 
 HERE = Path(__file__).parent
+
+Pictures = list[tuple[str, str]]
 
 
 def write(store: StudyStore) -> Path:
@@ -59,7 +67,8 @@ def _render(data: ReportData, confirmation: Confirmation | None) -> str:
     search_verdict = summarize_search(data, baselines, comparisons, first_rung)
     timeline = progress.timeline(data)
     correlations = rung_correlation.rung_correlations(data)
-    groups = _figure_groups(data, baselines, timeline, correlations)
+    lineage = lineage_rows(data.config, [trial.frozen for trial in data.search])
+    groups = _figure_groups(data, baselines, timeline, correlations, lineage)
     has_figures = any(figure.figure for group in groups.values() for figure in group)
     return jinja.get_template("report.html").render(
         css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
@@ -78,12 +87,12 @@ def _render(data: ReportData, confirmation: Confirmation | None) -> str:
         space=search_space.space(data),
         rules=search_space.rules(data),
         fixed=search_space.fixed(data),
-        lineage=_lineage_table(data),
+        lineage=tables.lineage(lineage),
         outcome=progress.outcome(data),
         meaning=rung_correlation.meaning(data, correlations),
         ranks=rung_correlation.table(correlations),
         budget=progress.budget(data),
-        figures={key: _with_html(group) for key, group in groups.items()},
+        figures=groups,
         galleries=_galleries(best, baselines),
         trials=tables.trials(data),
         left_out=tables.left_out(data),
@@ -98,36 +107,21 @@ def _figure_groups(
     baselines: Sequence[Baseline],
     timeline: Timeline | None,
     correlations: RungCorrelations,
+    lineage: list[dict[str, Any]],
 ) -> dict[str, list[Figure]]:
-    """Draw the figures of each section."""
     compared = [baseline for baseline in baselines if not baseline.uses_ground_truth]
     rungs, by_epoch = curves(data)
-    lineage = []
-    ranks = []
-    if data.config.sampler.name == "pbt":
-        lineage.append(lineage_figure(data.config, [trial.frozen for trial in data.search]))
-    else:
-        ranks.append(rung_correlation.figure(data, correlations))
+    is_pbt = data.config.sampler.name == "pbt"
     return {
         "front": figures.fronts(data),
         "search": [figures.history(data, compared), progress.efficiency(data)],
         "settings": [*figures.importances(data), figures.parallel(data)],
-        "lineage": lineage,
-        "ranks": ranks,
+        "lineage": [lineage_figure(lineage, data.config.metric)] if is_pbt else [],
+        "ranks": [] if is_pbt else [rung_correlation.figure(data, correlations)],
         "rungs": [rungs],
         "time": [progress.gantt(timeline)],
         "training": by_epoch,
     }
-
-
-def _with_html(figures: Iterable[Figure]) -> list[tuple[Figure, Markup]]:
-    return [(figure, Markup(figure.html)) for figure in figures]
-
-
-def _lineage_table(data: ReportData) -> tables.Table:
-    if data.config.sampler.name != "pbt":
-        return tables.lineage([])
-    return tables.lineage(lineage_rows(data.config, [trial.frozen for trial in data.search]))
 
 
 def _header(data: ReportData, timeline: Timeline | None) -> list[tuple[str, str]]:
@@ -153,11 +147,8 @@ def _header(data: ReportData, timeline: Timeline | None) -> list[tuple[str, str]
 
 
 def _count_text(trials: Sequence[ReportedTrial]) -> str:
-    states = count_states(trials)
-    if not states:
-        return "none yet"
-    counts = ", ".join(f"{count} {state}" for state, count in states.items())
-    return f"{len(trials)}: {counts}"
+    states = states_text(count_states(trials))
+    return f"{len(trials)}: {states}" if states else "none yet"
 
 
 def _dataset_text(description: dict[str, Any], path: str | None) -> str:
@@ -190,24 +181,22 @@ def _text(path: Path) -> str | None:
         return None
 
 
-def _galleries(best: ReportedTrial | None, baselines: Iterable[Baseline]) -> list[dict[str, Any]]:
-    """Return the pictures of the best trial and of the first run of baseline mae."""
-    galleries = []
+def _galleries(best: ReportedTrial | None, baselines: Iterable[Baseline]) -> dict[str, Pictures]:
+    """Return the pictures of the best trial and of the first run of baseline mae, by title."""
+    galleries = {}
     if best:
-        title = f"Best trial ({best.number})"
-        galleries.append({"title": title, "pictures": _pictures(best)})
+        galleries[f"Best trial ({best.number})"] = _pictures(best)
     for baseline in baselines:
         if baseline.name == "mae":
-            title = "Plain MAE (baseline mae, first run)"
-            galleries.append({"title": title, "pictures": _pictures(baseline.runs[0])})
+            galleries["Plain MAE (baseline mae, first run)"] = _pictures(baseline.runs[0])
     return galleries
 
 
-def _pictures(trial: ReportedTrial) -> list[dict[str, str]]:
-    """Return the pictures of a trial as data URIs with captions."""
+def _pictures(trial: ReportedTrial) -> Pictures:
+    """Return the pictures of a trial, each with its caption and as a data URI."""
     pictures = []
     for file in sorted((trial.path / "pictures").glob("*.png")):
         encoded = base64.b64encode(file.read_bytes()).decode("ascii")
         caption = file.stem.replace("_", " ").replace("-", " ")
-        pictures.append({"caption": caption, "uri": f"data:image/png;base64,{encoded}"})
+        pictures.append((caption, f"data:image/png;base64,{encoded}"))
     return pictures

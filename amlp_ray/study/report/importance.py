@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from amlp_ray.config.optimization import Direction
 
 # PED-ANOVA compares the top trials with all; a top of under 5 says nothing.
 MIN_TRIALS = 10
@@ -22,29 +24,26 @@ class Importance:
 
 
 def importance(
-    trials: Sequence[FrozenTrial], objectives: Mapping[Any, str]
+    trials: Sequence[FrozenTrial], objectives: Mapping[Any, Direction]
 ) -> dict[str, Importance]:
     """Work out importances for each objective by PED-ANOVA, over complete trials.
 
     Args:
         trials: of the search.
-        objectives: directions (`maximize`, `minimize`) by name, in the order of the values.
+        objectives: directions by name, in the order of the values.
     """
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE and trial.values]
     importances = {}
     for index, (name, direction) in enumerate(objectives.items()):
         scored = [trial for trial in complete if len(trial.values) > index]
-        importances[name] = _importance(scored, index, direction == "maximize")
+        importances[name] = _importance(scored, index, direction)
     return importances
 
 
-def _importance(complete: list[FrozenTrial], index: int, maximize: bool) -> Importance:
+def _importance(complete: list[FrozenTrial], index: int, direction: Direction) -> Importance:
     if len(complete) < MIN_TRIALS:
-        return Importance(
-            {},
-            f"{len(complete)} complete trials are too few: importances are worked out from "
-            f"{MIN_TRIALS} on.",
-        )
+        gap = f"{len(complete)} complete trials are too few: "
+        return Importance({}, f"{gap}importances are worked out from {MIN_TRIALS} on.")
     if not any(trial.params for trial in complete):
         return Importance({}, "No parameter was searched.")
     if len({trial.values[index] for trial in complete}) == 1:
@@ -53,15 +52,10 @@ def _importance(complete: list[FrozenTrial], index: int, maximize: bool) -> Impo
     quantile = min(0.5, max(0.1, 5 / len(complete)))
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile)
     # A study of these trials alone: imported ones are no result.
-    study = optuna.create_study()
-    sign = -1 if maximize else 1  # the evaluator looks for low values
+    study = optuna.create_study(direction=direction)
     for trial in complete:
-        value = sign * trial.values[index]
-        study.add_trial(
-            optuna.trial.create_trial(
-                params=trial.params, distributions=trial.distributions, value=value
-            )
-        )
+        value, params = trial.values[index], trial.params
+        study.add_trial(create_trial(value=value, params=params, distributions=trial.distributions))
     try:
         shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
     except (ValueError, RuntimeError, AssertionError) as error:

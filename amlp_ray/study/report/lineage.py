@@ -31,12 +31,14 @@ CAPTION = (
 
 
 def lineage_rows(config: StudyConfig, trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
-    """Return one row per step in the order of trial numbers, for the table and for JSON.
+    """Return one row per step in the order of trial numbers; none without a population.
 
     `ratio_from` is the ratio that the step's lineage had reached. `left` is the number of the
     member's own trial where it continued another's. `best` says whether the learned schedule runs
     through the step. `score` is None until it has ended.
     """
+    if config.sampler.name != "pbt":
+        return []
     population = Population(config)
     best = leader(trials)
     best_line = lineage(trials, best.number) if best is not None else []
@@ -44,18 +46,16 @@ def lineage_rows(config: StudyConfig, trials: Sequence[FrozenTrial]) -> list[dic
     rows = []
     for trial in members(trials):
         generation = trial.generation
-        member = trial.member
-        parent = trial.parent
-        previous = trial_of_member.get((generation - 1, member))
-        trial_of_member[generation, member] = trial.number
+        previous = trial_of_member.get((generation - 1, trial.member))
+        trial_of_member[generation, trial.member] = trial.number
         points = population.step_of(trials, trial.number).values[PBT_RATIO]
         rows.append(
             {
                 "trial": trial.number,
                 "generation": generation,
-                "member": member,
-                "parent": parent,
-                "left": previous if previous != parent else None,
+                "member": trial.member,
+                "parent": trial.parent,
+                "left": previous if previous != trial.parent else None,
                 "from_epoch": population.last_epoch(generation - 1) if generation else 0,
                 "to_epoch": population.last_epoch(generation),
                 "ratio_from": points[-2][1],
@@ -68,9 +68,8 @@ def lineage_rows(config: StudyConfig, trials: Sequence[FrozenTrial]) -> list[dic
     return rows
 
 
-def lineage_figure(config: StudyConfig, trials: Sequence[FrozenTrial]) -> Figure:
-    """Draw all members; there is a gap for a study without any."""
-    rows = lineage_rows(config, trials) if config.sampler.name == "pbt" else []
+def lineage_figure(rows: Sequence[dict[str, Any]], metric: str) -> Figure:
+    """Draw the rows of `lineage_rows`; there is a gap where there are none."""
     if not rows:
         return Figure(KEY, TITLE, CAPTION, gap="No step of a population has begun yet.")
     figure = empty_figure("epoch", "masking ratio")
@@ -80,9 +79,10 @@ def lineage_figure(config: StudyConfig, trials: Sequence[FrozenTrial]) -> Figure
     for row in sorted(rows, key=lambda row: (row["score"] is not None, row["score"])):
         if row["left"] is not None:
             _draw_jump(figure, by_number[row["left"]], row)
-        _draw_step(figure, row, scores, config.metric)
-    _draw_best(figure, [row for row in rows if row["best"]])
-    add_color_bar(figure, scores, config.metric)
+        _draw_step(figure, row, scores, metric)
+    if best_rows := [row for row in rows if row["best"]]:
+        _draw_best(figure, best_rows)
+    add_color_bar(figure, scores, metric)
     return Figure(KEY, TITLE, CAPTION, figure)
 
 
@@ -107,21 +107,18 @@ def _draw_step(figure: go.Figure, row: dict[str, Any], scores: list[float], metr
 
 
 def _draw_jump(figure: go.Figure, left: dict[str, Any], row: dict[str, Any]) -> None:
-    parent = f"trial {row['parent']}"
     figure.add_scatter(
         x=[left["to_epoch"], row["from_epoch"]],
         y=[left["ratio_to"], row["ratio_from"]],
         mode="lines",
         line={"color": PALE, "width": 1, "dash": "dot"},
-        name=f"trial {left['trial']} to {row['parent']}",
-        text=f"member {row['member']} left trial {left['trial']} and continued {parent}",
+        name=f"trial {row['left']} to {row['parent']}",
+        text=f"member {row['member']} left trial {row['left']} and continued trial {row['parent']}",
         hovertemplate="%{text}<extra></extra>",
     )
 
 
 def _draw_best(figure: go.Figure, rows: list[dict[str, Any]]) -> None:
-    if not rows:
-        return
     first = rows[0]
     figure.add_scatter(
         x=[first["from_epoch"], *(row["to_epoch"] for row in rows)],

@@ -7,12 +7,12 @@ names on a Pareto front, and no color by score at rungs, and parallel lines cann
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 import plotly.graph_objects as go
+from markupsafe import Markup
 from plotly.colors import sample_colorscale
 from plotly.io import to_html
 
@@ -33,6 +33,15 @@ STATE_COLORS = {
     "WAITING": PALE,
     "baseline": "#3d5a80",
     "confirmation": "#7b2d8b",
+}
+LAYOUT = {
+    "template": None,
+    "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#1f2933"},
+    "paper_bgcolor": "white",
+    "plot_bgcolor": "white",
+    "margin": {"l": 60, "r": 20, "t": 20, "b": 50},
+    "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+    "hovermode": "closest",
 }
 # plotly.js 4 offers to upload a figure to a cloud; figures of medical data stay where they are.
 PLOTLY_CONFIG = {
@@ -58,10 +67,10 @@ class Figure:
     min_width: int = 0  # in pixels; a narrower window scrolls
 
     @property
-    def html(self) -> str:
+    def html(self) -> Markup:
         """Return its HTML, which needs plotly.js in the page; empty where there is a gap."""
         if self.figure is None:
-            return ""
+            return Markup()
         html = to_html(
             self.figure,
             full_html=False,
@@ -71,7 +80,7 @@ class Figure:
             default_height=f"{self.height}px",
             config=PLOTLY_CONFIG,
         )
-        return str(html)
+        return Markup(html)
 
 
 def hover_text(trial: ReportedTrial, *, with_params: bool = True) -> str:
@@ -87,24 +96,11 @@ def hover_text(trial: ReportedTrial, *, with_params: bool = True) -> str:
 
 def empty_figure(x_title: str, y_title: str) -> go.Figure:
     """Return a figure in the report's style, with titles of its axes and nothing drawn."""
-    figure = go.Figure(layout=base_layout())
+    figure = go.Figure(layout=LAYOUT)
     style = {"gridcolor": "#eceff3", "zeroline": False, "linecolor": "#c8d0d9"}
     figure.update_xaxes(title_text=x_title, **style)
     figure.update_yaxes(title_text=y_title, **style)
     return figure
-
-
-def base_layout() -> dict[str, Any]:
-    """Return the layout that all figures share."""
-    return {
-        "template": None,
-        "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#1f2933"},
-        "paper_bgcolor": "white",
-        "plot_bgcolor": "white",
-        "margin": {"l": 60, "r": 20, "t": 20, "b": 50},
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
-        "hovermode": "closest",
-    }
 
 
 def color_of(value: float, values: Sequence[float]) -> str:
@@ -119,11 +115,12 @@ def add_color_bar(figure: go.Figure, values: Sequence[float], title: str) -> Non
 
     plotly draws a color bar for markers only, so an unseen one carries it.
     """
-    if values and max(values) > min(values):
-        marker: Mapping[str, Any] = {
-            "color": [min(values)],
-            "cmin": min(values),
-            "cmax": max(values),
+    low, high = min(values, default=0), max(values, default=0)
+    if high > low:
+        marker = {
+            "color": [low],
+            "cmin": low,
+            "cmax": high,
             "colorscale": SCALE,
             "showscale": True,
             "colorbar": {"title": {"text": title}, "thickness": 14},

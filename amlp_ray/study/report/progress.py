@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from html import escape
+from itertools import accumulate
 
 from amlp_ray.study.operations.trials import STATES
 from amlp_ray.study.report.plotting import (
@@ -175,9 +175,8 @@ def outcome(data: ReportData) -> Table:
     if data.copies:
         copies = count_words(len(data.copies), "trial")
         epochs = count_words(sum(data.full_length(trial) for trial in data.copies), "epoch")
-        rows.append(
-            ["Answered from the store", f"{copies} of known settings, {epochs} not trained"]
-        )
+        text = f"{copies} of known settings, {epochs} not trained"
+        rows.append(["Answered from the store", text])
     retried = sum(trial.retry_of is not None for trial in data.search)
     if states["FAIL"] or retried:
         again = f"; {count_words(retried, 'trial')} tried again what had failed" if retried else ""
@@ -225,15 +224,6 @@ def _unpruned_epochs(data: ReportData, trial: ReportedTrial) -> int:
     return data.full_length(trial) if trial.state_name == "PRUNED" else trial.epochs or 0
 
 
-@dataclass(frozen=True)
-class _Improvement:
-    """A trial that was better than all before it, and the epochs spent when it ended."""
-
-    trial: ReportedTrial
-    spent: int
-    unpruned: int
-
-
 def efficiency(data: ReportData) -> Figure:
     """Draw the best score so far against the epochs spent."""
     title = "Best score against epochs spent"
@@ -245,18 +235,19 @@ def efficiency(data: ReportData) -> Figure:
     if not any(trial.is_full_length for trial in ended):
         gap = "No trial has run to full length yet."
         return Figure("efficiency", title, caption, gap=gap)
-    improvements = list(_improvements(data, ended))
+    spent = list(accumulate(trial.epochs or 0 for trial in ended))
+    unpruned = list(accumulate(_unpruned_epochs(data, trial) for trial in ended))
+    improvements = _improvements(ended)
     if not improvements:
         return Figure("efficiency", title, caption, gap="No complete trial keeps the limits.")
-    spent = sum(trial.epochs or 0 for trial in ended)
-    unpruned = sum(_unpruned_epochs(data, trial) for trial in ended)
     figure = empty_figure("epochs spent", data.metric)
-    values = [item.trial.sort_value for item in improvements]
+    points = [*improvements, -1]
+    values = [ended[index].sort_value for index in improvements]
     values.append(values[-1])
-    if unpruned > spent:
+    if unpruned[-1] > spent[-1]:
         caption += " The dashed line is the same search with each pruned trial at its full length."
         figure.add_scatter(
-            x=[*(item.unpruned for item in improvements), unpruned],
+            x=[unpruned[index] for index in points],
             y=values,
             mode="lines",
             name="without pruning",
@@ -264,16 +255,13 @@ def efficiency(data: ReportData) -> Figure:
             hoverinfo="skip",
         )
     figure.add_scatter(
-        x=[*(item.spent for item in improvements), spent],
+        x=[spent[index] for index in points],
         y=values,
         mode="lines+markers",
         name="best so far",
         line={"shape": "hv", "color": ACCENT},
         marker={"size": [7] * len(improvements) + [0]},
-        text=[
-            *(hover_text(item.trial) for item in improvements),
-            escape(f"{len(ended)} trials ended"),
-        ],
+        text=[*(hover_text(ended[index]) for index in improvements), f"{len(ended)} trials ended"],
         hovertemplate="%{x} epochs: %{y:.3f}<br>%{text}<extra></extra>",
     )
     figure.update_xaxes(rangemode="tozero")
@@ -281,21 +269,17 @@ def efficiency(data: ReportData) -> Figure:
 
 
 def _ended_in_order(data: ReportData) -> list[ReportedTrial]:
-    ended = []
-    for trial in data.search:
-        if trial.state_name in ("COMPLETE", "PRUNED", "FAIL") and trial.ended:
-            ended.append(trial)
+    states = ("COMPLETE", "PRUNED", "FAIL")
+    ended = [trial for trial in data.search if trial.state_name in states and trial.ended]
     return sorted(ended, key=lambda trial: (trial.ended or datetime.max, trial.number))
 
 
-def _improvements(data: ReportData, ended: list[ReportedTrial]) -> Iterator[_Improvement]:
-    best: float | None = None
-    spent = 0
-    unpruned = 0
-    for trial in ended:
-        spent += trial.epochs or 0
-        unpruned += _unpruned_epochs(data, trial)
-        is_better = best is None or trial.sort_value > best
-        if trial.is_full_length and trial.is_feasible and is_better:
+def _improvements(ended: list[ReportedTrial]) -> list[int]:
+    """Return the indices of the trials that were better than all before them."""
+    best = -math.inf
+    indices = []
+    for index, trial in enumerate(ended):
+        if trial.is_full_length and trial.is_feasible and trial.sort_value > best:
             best = trial.sort_value
-            yield _Improvement(trial, spent, unpruned)
+            indices.append(index)
+    return indices

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from amlp_ray.config import Choice, Parameter, PretrainConfig, Range, StudyConfig
 from amlp_ray.study.operations.status import study_usage
@@ -21,6 +21,8 @@ from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import TrialRecord, finite, trial_records
 from amlp_ray.training.loggers.metrics_file import read_rows
 from amlp_ray.utils.files import read_json
+
+Key = TypeVar("Key")
 
 # Titles of objectives and other measures.
 TITLES = {
@@ -60,11 +62,7 @@ class ReportedTrial(TrialRecord):
     @cached_property
     def rungs(self) -> dict[int, float]:
         """The study's metric by epoch, where it is finite."""
-        rungs = {}
-        for epoch, value in sorted(super().rungs.items()):
-            if (number := finite(value)) is not None:
-                rungs[epoch] = number
-        return rungs
+        return _finite_values(dict(sorted(super().rungs.items())))
 
     @cached_property
     def metric_value(self) -> float | None:
@@ -77,6 +75,11 @@ class ReportedTrial(TrialRecord):
         return self.metric_value or 0.0
 
     @property
+    def rank(self) -> tuple[bool, float]:
+        """Return a key that sorts the best by the metric first, and those without it last."""
+        return self.metric_value is None, -self.sort_value
+
+    @property
     def dsc(self) -> float | None:
         """Return the DSC, which is the metric unless the study has another."""
         if self.config.metric == "dsc":
@@ -86,11 +89,7 @@ class ReportedTrial(TrialRecord):
     @cached_property
     def objectives(self) -> dict[str, float]:
         """Finite values by objective, of a complete run."""
-        objectives = {}
-        for name, value in self.objective_values(self.config).items():
-            if (number := finite(value)) is not None:
-                objectives[name] = number
-        return objectives
+        return _finite_values(self.objective_values(self.config))
 
     @property
     def epochs(self) -> int | None:
@@ -126,27 +125,19 @@ class ReportedTrial(TrialRecord):
     def per_image(self) -> dict[str, float]:
         """Read the DSC of every scored image; empty where there is no score."""
         values = (read_json(self.path / "score.json") or {}).get("per_image")
-        scores = {}
-        for image, value in values.items() if isinstance(values, dict) else ():
-            if (number := finite(value)) is not None:
-                scores[image] = number
-        return scores
+        return _finite_values(values) if isinstance(values, dict) else {}
 
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything a report shows, but for curves, per-image scores and pictures.
-
-    These are read when they are drawn.
-    """
+    """What a report shows; curves, per-image scores and pictures are read when they are drawn."""
 
     name: str
     folder: Path
     config: StudyConfig
     search: list[ReportedTrial]  # trials that the study trained
     copies: list[ReportedTrial]  # trials of the search that were answered from the store
-    # Trials of elsewhere, which the sampler learns from and which are no result.
-    imported: list[ReportedTrial]
+    imported: list[ReportedTrial]  # trials of elsewhere, which are no result
     # Complete trials within `limits` that none beats in every objective; with one objective, the
     # best.
     front: list[ReportedTrial]
@@ -190,10 +181,8 @@ class ReportData:
 
     def parameter_names(self) -> list[str]:
         """Return names of searched parameters: as declared, then those that only trials have."""
-        names = []
-        for name, parameter in self.space.items():
-            if isinstance(parameter, Range | Choice):
-                names.append(name)
+        searched = Range | Choice
+        names = [name for name, declared in self.space.items() if isinstance(declared, searched)]
         for trial in self.search:
             names += trial.params
         return list(dict.fromkeys(names))
@@ -225,10 +214,12 @@ def collect(store: StudyStore) -> ReportData:
     """Collect the data of a report; missing or half-written files of trials count as absent."""
     config = store.config()
     is_running = store.is_run()
+
+    def reported(records: Sequence[TrialRecord]) -> list[ReportedTrial]:
+        return [_reported_trial(store, config, record, is_running) for record in records]
+
     records = trial_records(store.search())
-    baselines = trial_records(store.baselines())
-    confirmation = trial_records(store.confirmation())
-    trials = _reported_trials(store, config, records, is_running)
+    trials = reported(records)
     search = [trial for trial in trials if not trial.is_imported and not trial.is_copy]
     environments = read_rows(store.folder / "environments.jsonl")
     return ReportData(
@@ -239,8 +230,8 @@ def collect(store: StudyStore) -> ReportData:
         copies=[trial for trial in trials if trial.is_copy and not trial.is_imported],
         imported=[trial for trial in trials if trial.is_imported],
         front=_front(config, search),
-        baselines=_reported_trials(store, config, baselines, is_running),
-        confirmation=_reported_trials(store, config, confirmation, is_running),
+        baselines=reported(trial_records(store.baselines())),
+        confirmation=reported(trial_records(store.confirmation())),
         usage=study_usage(store, records),
         space=config.space if isinstance(config.space, dict) else _observed_space(search),
         environments=[row for row in environments if isinstance(row, dict)],
@@ -254,21 +245,26 @@ def count_states(trials: Iterable[ReportedTrial]) -> dict[str, int]:
     return {state: counts[state] for state in STATES if counts[state]}
 
 
-def _reported_trials(
-    store: StudyStore, config: StudyConfig, records: Sequence[TrialRecord], is_running: bool
-) -> list[ReportedTrial]:
-    trials = []
-    for record in records:
-        trials.append(
-            ReportedTrial(
-                frozen=record.frozen,
-                config=config,
-                state_name=record.status(is_running=is_running),
-                path=store.folder_of(record),
-                is_feasible=keeps_limits(record, config),
-            )
-        )
-    return trials
+def states_text(states: Mapping[str, int]) -> str:
+    """List counts by state, such as `4 COMPLETE, 1 FAIL`; empty where there are none."""
+    return ", ".join(f"{count} {state}" for state, count in states.items())
+
+
+def _reported_trial(
+    store: StudyStore, config: StudyConfig, record: TrialRecord, is_running: bool
+) -> ReportedTrial:
+    return ReportedTrial(
+        frozen=record.frozen,
+        config=config,
+        state_name=record.status(is_running=is_running),
+        path=store.folder_of(record),
+        is_feasible=keeps_limits(record, config),
+    )
+
+
+def _finite_values(values: Mapping[Key, Any]) -> dict[Key, float]:
+    numbers = {key: finite(value) for key, value in values.items()}
+    return {key: number for key, number in numbers.items() if number is not None}
 
 
 def _front(config: StudyConfig, search: Sequence[ReportedTrial]) -> list[ReportedTrial]:
@@ -276,9 +272,7 @@ def _front(config: StudyConfig, search: Sequence[ReportedTrial]) -> list[Reporte
     if config.sampler.name == "pbt":
         latest = max((trial.generation for trial in candidates), default=0)
         candidates = [trial for trial in candidates if trial.generation == latest]
-    by_number = {trial.number: trial for trial in candidates}
-    best = pareto_front(candidates, config)
-    return [by_number[trial.number] for trial in best]
+    return pareto_front(candidates, config)
 
 
 def _observed_space(trials: Sequence[ReportedTrial]) -> dict[str, Parameter]:

@@ -71,21 +71,17 @@ def rung_correlations(data: ReportData) -> RungCorrelations:
     Pruned trials have no last one. Steps of population-based training are parts of a training, and
     are not ranked either.
     """
-    is_pbt = data.config.sampler.name == "pbt"
     trials = []
-    for trial in data.search:
-        if not is_pbt and trial.is_full_length and len(trial.rungs) > 1:
-            trials.append(trial)
+    if data.config.sampler.name != "pbt":
+        trials = [run for run in data.search if run.is_full_length and len(run.rungs) > 1]
     in_percent = len({max(trial.rungs) for trial in trials}) > 1
     pairs: dict[int, list[tuple[float, float]]] = {}
     prunable: set[int] = set()
     for trial in trials:
-        last = max(trial.rungs)
-        for epoch, value in trial.rungs.items():
-            if epoch == last:
-                continue
+        *early, last = trial.rungs
+        for epoch in early:
             position = round(100 * epoch / last) if in_percent else epoch
-            pairs.setdefault(position, []).append((value, trial.rungs[last]))
+            pairs.setdefault(position, []).append((trial.rungs[epoch], trial.rungs[last]))
             if data.is_prunable(trial, epoch):
                 prunable.add(position)
     rungs = []
@@ -98,29 +94,27 @@ def rung_correlations(data: ReportData) -> RungCorrelations:
 
 def first_rung_correlation(data: ReportData) -> FirstRungCorrelation:
     """Correlate scores at the first rung that may prune with the final ones."""
-    trials: list[tuple[ReportedTrial, int]] = []
-    steps_known = True
+    epochs = set()
+    dsc_pairs = []
+    ap_pairs = []
     for trial in data.search:
-        steps_known = steps_known and data.steps_per_epoch(trial) is not None
         early = [epoch for epoch in trial.rungs if data.is_prunable(trial, epoch)]
         if not trial.is_full_length or not early:
             continue
-        if min(early) != max(trial.rungs):
-            trials.append((trial, min(early)))
-    dsc_pairs = []
-    ap_pairs = []
-    for trial, first in trials:
-        last = max(trial.rungs)
+        first, last = min(early), max(trial.rungs)
+        if first == last:
+            continue
+        epochs.add(first)
         dsc_pairs.append((trial.rungs[first], trial.rungs[last]))
         ap = _ap_by_epoch(trial)
         if first in ap and last in ap:
             ap_pairs.append((ap[first], ap[last]))
     return FirstRungCorrelation(
-        trials=len(trials),
-        epochs=tuple(sorted({first for _, first in trials})),
+        trials=len(dsc_pairs),
+        epochs=tuple(sorted(epochs)),
         dsc=_correlation(dsc_pairs),
         ap=_correlation(ap_pairs),
-        is_prunable=steps_known,
+        is_prunable=all(data.steps_per_epoch(trial) is not None for trial in data.search),
     )
 
 

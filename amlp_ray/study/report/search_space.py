@@ -35,10 +35,8 @@ def space(data: ReportData) -> Table:
 
 def fixed(data: ReportData) -> Table:
     """List what the study sets for all of its trials and does not search."""
-    rows = []
-    for name, value in flatten(data.config.pretrain).items():
-        if name not in data.space:
-            rows.append([name, show(value)])
+    settings = flatten(data.config.pretrain).items()
+    rows = [[name, show(value)] for name, value in settings if name not in data.space]
     return text_table(["Setting", "Value"], rows)
 
 

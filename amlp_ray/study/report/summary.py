@@ -21,7 +21,12 @@ from amlp_ray.study.confirmation.comparison import (
 )
 from amlp_ray.study.confirmation.statistics import MIN_RANKED
 from amlp_ray.study.report.comparison import Baseline
-from amlp_ray.study.report.report_data import ReportData, ReportedTrial, count_states
+from amlp_ray.study.report.report_data import (
+    ReportData,
+    ReportedTrial,
+    count_states,
+    states_text,
+)
 from amlp_ray.study.report.rung_correlation import FirstRungCorrelation
 
 
@@ -45,10 +50,8 @@ def summarize_search(
     """Word the verdict of a search.
 
     Args:
-        data: of the study.
         baselines: those that have finished.
         comparisons: of the best trial; empty where no trial or no baseline has finished.
-        first_rung: how early scores rank trials.
     """
     kind, headline = _headline(data, comparisons)
     by_name = {baseline.name: baseline for baseline in baselines}
@@ -91,7 +94,7 @@ def _nothing_to_judge(data: ReportData) -> str:
     states = count_states(data.search)
     if not states:
         return "No trial has started yet, so there is nothing to judge."
-    counts = ", ".join(f"{count} {state}" for state, count in states.items())
+    counts = states_text(states)
     if set(states) == {"FAIL"}:
         return f"Every trial has failed ({counts}): the table of all trials gives the reasons."
     return f"No trial has run to full length yet ({counts}), so there is nothing to judge."
@@ -103,10 +106,8 @@ def _mae_sentence(mae: Comparison) -> str:
     if mae.reading == "tie":
         return f"AMLP is not better than plain MAE here: {scores} is a tie."
     if mae.reading == "worse":
-        return (
-            f"AMLP is not better than plain MAE here: {scores}, "
-            f"it is worse by {-difference.mean:.3f}."
-        )
+        worse = f"it is worse by {-difference.mean:.3f}"
+        return f"AMLP is not better than plain MAE here: {scores}, {worse}."
     claim = f"The best trial scores higher than plain MAE here: {scores}, {difference.mean:+.3f}."
     if difference.interval is None:
         return (
@@ -175,9 +176,9 @@ def _unfinished_baselines(data: ReportData, baselines: Sequence[Baseline]) -> li
     sentences = []
     for name in baseline_names(data.config.baselines):
         if name not in finished:
-            states = count_states(run for run in data.baselines if run.baseline == name)
-            counts = ", ".join(f"{count} {state}" for state, count in states.items())
-            sentences.append(f"Baseline {name} has no finished run ({counts or 'none started'}).")
+            runs = [run for run in data.baselines if run.baseline == name]
+            counts = states_text(count_states(runs)) or "none started"
+            sentences.append(f"Baseline {name} has no finished run ({counts}).")
     return sentences
 
 
@@ -221,16 +222,14 @@ def _cautions(
             "Scores are cross-validated inside train and val, so encoders were pretrained on most "
             "scored images, though never on their masks; the random encoder has no such advantage."
         )
-    longer = []
+    unequal = []
     for baseline in baselines:
-        epochs = {run.epochs for run in baseline.runs}
         is_trained = baseline.name in compared and baseline.name != "scratch"
-        if is_trained and epochs != {best.epochs}:
-            longer.append(baseline.name)
-    if longer:
-        cautions.append(
-            unequal_budget_caution("The best trial", longer, "ran different numbers of epochs")
-        )
+        if is_trained and {run.epochs for run in baseline.runs} != {best.epochs}:
+            unequal.append(baseline.name)
+    if unequal:
+        differing = "ran different numbers of epochs"
+        cautions.append(unequal_budget_caution("The best trial", unequal, differing))
     if chance := _chance_caution(data, baselines):
         cautions.append(chance)
     if _masks_at_random(best):

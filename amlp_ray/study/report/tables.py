@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 from amlp_ray.study.confirmation.comparison import Comparison, read_size
@@ -17,7 +18,7 @@ MISSING = "\u2013"
 # Of each kind of trial; a browser sorts more only slowly.
 MAX_ROWS = 500
 MAX_FRONT = 100
-MEASURES = {"ppv": "PPV", "sensitivity": "Sensitivity", "ap": "Patch AP"}
+MEASURES = ("ppv", "sensitivity", "ap")
 SIZES = ("dsc_small", "dsc_medium", "dsc_large")
 
 
@@ -42,14 +43,11 @@ def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     return Table(list(columns), [[Cell(text) for text in row] for row in rows])
 
 
-# Tables
-
-
 def scores(
     data: ReportData, baselines: Sequence[Baseline], comparisons: Sequence[Comparison]
 ) -> Table:
     """Show the best trial, baselines and floors side by side."""
-    columns = ["", "DSC", "Spread", *MEASURES.values(), "Empties correct"]
+    columns = ["", "DSC", "Spread", *(TITLES[key] for key in MEASURES), "Empties correct"]
     columns += ["Best minus this", "95 % interval", "Best is"]
     rows = []
     best = data.best
@@ -62,9 +60,8 @@ def scores(
         rows.append([title, three_digits(best.dsc), spread, *_measures(best), *[MISSING] * 3])
     by_name = {item.baseline: item for item in comparisons}
     for baseline in baselines:
-        row = [_baseline_title(baseline), f"{baseline.dsc:.3f}", baseline.spread]
-        row += _measures(baseline)
-        rows.append(row + _comparison_cells(by_name.get(baseline.name)))
+        row = [_baseline_title(baseline), three_digits(baseline.dsc), baseline.spread]
+        rows.append([*row, *_measures(baseline), *_comparison_cells(by_name.get(baseline.name))])
     if (floor := _mean_mask_dsc(data, baselines)) is not None:
         versus = [MISSING] * 3
         if best and best.dsc is not None:
@@ -81,12 +78,11 @@ def sizes(data: ReportData, baselines: Sequence[Baseline]) -> Table:
     low, high = (f"{100 * share:g} %" for share in data.config.probe.sizes)
     columns = ["", f"Small (below {low} of the image)"]
     columns += [f"Medium ({low} to {high})", f"Large (above {high})"]
-    scored: list[tuple[str, ReportedTrial | Baseline]] = []
+    rows = []
     if data.best:
-        scored.append((f"Best trial ({data.best.number})", data.best))
+        rows.append([f"Best trial ({data.best.number})", *_size_texts(data.best)])
     for baseline in baselines:
-        scored.append((_baseline_title(baseline), baseline))
-    rows = [[title, *(three_digits(item.measure(key)) for key in SIZES)] for title, item in scored]
+        rows.append([_baseline_title(baseline), *_size_texts(baseline)])
     return text_table(columns, without_empty_rows(rows))
 
 
@@ -96,32 +92,30 @@ def front(data: ReportData) -> Table:
     if len(objectives) < 2:
         return Table([], [])
     names = data.parameter_names()
-    ranked = sorted(data.front, key=lambda trial: (-trial.sort_value, trial.number))
+    ranked = sorted(data.front, key=lambda trial: (trial.rank, trial.number))
     rows = []
     for position, trial in enumerate(ranked[:MAX_FRONT]):
         row = [Cell(trial.name, position)]
         row += [_value_cell(trial.objectives[name]) for name in objectives]
-        row += _parameter_cells(trial, names)
-        rows.append(row)
+        rows.append(row + _parameter_cells(trial, names))
     return Table(["Run", *(TITLES[name] for name in objectives), *names], rows)
 
 
 def lineage(rows: Sequence[dict[str, Any]]) -> Table:
     """Show the steps of population-based training."""
     columns = ["Trial", "Generation", "Member", "Continues", "Epochs", "Ratio", "Score", "State"]
-    columns.append("Learned schedule")
     table_rows = []
     for row in rows[:MAX_ROWS]:
         cells = [_value_cell(row[key]) for key in ("trial", "generation", "member", "parent")]
         cells += [
             Cell(f"{row['from_epoch']} to {row['to_epoch']}", row["to_epoch"]),
             Cell(f"{row['ratio_from']:.3f} to {row['ratio_to']:.3f}", row["ratio_to"]),
-            Cell(three_digits(row["score"]), row["score"]),
+            _score_cell(row["score"]),
             Cell(row["state"]),
             Cell("yes" if row["best"] else MISSING),
         ]
         table_rows.append(cells)
-    return Table(columns, table_rows)
+    return Table([*columns, "Learned schedule"], table_rows)
 
 
 def trials(data: ReportData) -> Table:
@@ -130,23 +124,18 @@ def trials(data: ReportData) -> Table:
     metric = data.config.metric
     objectives = [name for name in data.config.objectives if name != metric]
     measures = [key for key in MEASURES if key not in (metric, *objectives)]
-    columns = ["Run", "State", data.metric, *(TITLES[name] for name in objectives)]
-    columns += [MEASURES[key] for key in measures]
+    columns = ["Run", "State", data.metric, *(TITLES[name] for name in [*objectives, *measures])]
     columns += [*names, "Epochs", "Seconds", "Seed", "Notes"]
-    listed = []
-    for group in _trial_groups(data):
-        listed += _best_of(group)
     rows = []
-    for position, trial in enumerate(listed):
+    for position, trial in enumerate(chain(*map(_best_of, _trial_groups(data)))):
         seconds = trial.cost("seconds")
         row = [
             Cell(trial.name, position),
             Cell("imported" if trial.is_imported else trial.state_name),
-            Cell(three_digits(trial.metric_value), trial.metric_value),
+            _score_cell(trial.metric_value),
         ]
         row += [_value_cell(trial.objectives.get(name)) for name in objectives]
-        for key in measures:
-            row.append(Cell(three_digits(trial.measure(key)), trial.measure(key)))
+        row += [_score_cell(trial.measure(key)) for key in measures]
         row += _parameter_cells(trial, names)
         row += [
             Cell(show(trial.epochs), trial.epochs),
@@ -167,9 +156,6 @@ def parameters(trial: ReportedTrial) -> Table:
     """Show the parameters of one trial."""
     rows = [[name, show(value)] for name, value in trial.params.items()]
     return text_table(["Parameter", "Value"], rows)
-
-
-# Texts
 
 
 def notes(trial: ReportedTrial) -> str:
@@ -242,11 +228,8 @@ def _best_of(trials: list[ReportedTrial]) -> list[ReportedTrial]:
     """Return the best trials in the order of their numbers, at most MAX_ROWS."""
     if len(trials) <= MAX_ROWS:
         return trials
-
-    def rank(trial: ReportedTrial) -> tuple[bool, bool, float]:
-        return not trial.is_complete, trial.metric_value is None, -trial.sort_value
-
-    return sorted(sorted(trials, key=rank)[:MAX_ROWS], key=lambda trial: trial.number)
+    ranked = sorted(trials, key=lambda trial: (not trial.is_complete, trial.rank))
+    return sorted(ranked[:MAX_ROWS], key=lambda trial: trial.number)
 
 
 def _mean_mask_dsc(data: ReportData, baselines: Sequence[Baseline]) -> float | None:
@@ -254,10 +237,8 @@ def _mean_mask_dsc(data: ReportData, baselines: Sequence[Baseline]) -> float | N
     scored = [data.best] if data.best else []
     for baseline in baselines:
         scored += baseline.runs
-    for trial in scored:
-        if (value := trial.measure("mean_mask_dsc")) is not None:
-            return value
-    return None
+    values = (trial.measure("mean_mask_dsc") for trial in scored)
+    return next((value for value in values if value is not None), None)
 
 
 def _comparison_cells(item: Comparison | None) -> list[str]:
@@ -268,12 +249,15 @@ def _comparison_cells(item: Comparison | None) -> list[str]:
 
 
 def _parameter_cells(trial: ReportedTrial, names: Iterable[str]) -> list[Cell]:
-    params = trial.params
-    return [_value_cell(params[name]) if name in params else Cell(MISSING) for name in names]
+    return [_value_cell(trial.params.get(name)) for name in names]
 
 
 def _value_cell(value: Any) -> Cell:
     return Cell(show(value), finite(value))
+
+
+def _score_cell(value: float | None) -> Cell:
+    return Cell(three_digits(value), value)
 
 
 def _baseline_title(baseline: Baseline) -> str:
@@ -282,6 +266,10 @@ def _baseline_title(baseline: Baseline) -> str:
     if baseline.name == "scratch":
         return "baseline scratch (random frozen encoder)"
     return f"baseline {baseline.name}"
+
+
+def _size_texts(scored: ReportedTrial | Baseline) -> list[str]:
+    return [three_digits(scored.measure(key)) for key in SIZES]
 
 
 def _measures(scored: ReportedTrial | Baseline) -> list[str]:

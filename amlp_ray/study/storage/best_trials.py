@@ -3,49 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import le
+from typing import TypeVar
 
 from amlp_ray.config import StudyConfig
 from amlp_ray.errors import StudyError
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import TrialRecord, trial_records
 
+Record = TypeVar("Record", bound=TrialRecord)
 
-def pareto_front(trials: Sequence[TrialRecord], config: StudyConfig) -> list[TrialRecord]:
+
+def pareto_front(trials: Sequence[Record], config: StudyConfig) -> list[Record]:
     """Return the best COMPLETE trials of the search.
 
     Imported trials are no result of this study. A trial beyond `limits` counts only if every one
     is. Of trials with equal values the first is returned.
-
-    Args:
-        trials: of the search.
-        config: of the study.
 
     Returns:
         One trial, or the Pareto front of several objectives from the best value of the first
         objective down. Empty if no trial is complete.
     """
     signs = [-1 if direction == "maximize" else 1 for direction in config.objectives.values()]
-    complete = []
-    for trial in trials:
-        has_all = len(trial.values or ()) == len(signs)
-        if trial.is_complete and trial.counts_in_budget and has_all:
-            complete.append(trial)
+    complete = [trial for trial in trials if trial.is_complete and trial.counts_in_budget]
+    complete = [trial for trial in complete if len(trial.values or ()) == len(signs)]
     candidates = [trial for trial in complete if keeps_limits(trial, config)] or complete
     costs = {}
     for trial in candidates:
         values = zip(signs, trial.values or (), strict=True)
         costs[trial.number] = tuple(sign * value for sign, value in values)
-    best: list[TrialRecord] = []
+    best: list[Record] = []
     # In this order no trial is beaten by a later one.
     for trial in sorted(candidates, key=lambda trial: (costs[trial.number], trial.number)):
         cost = costs[trial.number]
-        if not any(_is_as_good(costs[other.number], cost) for other in best):
+        if not any(all(map(le, costs[other.number], cost)) for other in best):
             best.append(trial)
     return best
-
-
-def _is_as_good(cost: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return all(a <= b for a, b in zip(cost, other, strict=True))
 
 
 def keeps_limits(trial: TrialRecord, config: StudyConfig) -> bool:

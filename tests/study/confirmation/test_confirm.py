@@ -56,7 +56,7 @@ def add_trial(
 ) -> None:
     """Add a trial of the search as it ends; `with_folder`: with its settings in its folder."""
     config = store.config()
-    search = store.search(create=True, directions=list(config.objectives.values()))
+    search = store.search(create=True)
     number = len(search.get_trials(deepcopy=False))
     epoch = attrs.pop("epoch", config.trial({}, seed=0).epochs)
     search.add_trial(
@@ -350,7 +350,7 @@ def test_test_images_are_opened_once_and_the_report_says_what_they_show(
 
     first = open_test(trained, config, watched)
     assert find_test_unlock(trained) == first
-    assert first.candidates == ("trial-0", "scratch", "mae", "oracle-of-trial-0")
+    assert first.candidates == ["trial-0", "scratch", "mae", "oracle-of-trial-0"]
     assert set(first.runs) == {f"{name}-{repeat}" for name in first.candidates for repeat in (0, 1)}
     assert watched.recorded
     assert all(watched.recorded)
@@ -378,11 +378,11 @@ def test_test_images_are_opened_once_and_the_report_says_what_they_show(
     assert "nobody else is scored on them" in lines[0]
     assert lines[1:] == ["mae-0: scored on test"]
     assert mae.read_text() == kept
-    assert names(trained) == list(first.candidates)
+    assert names(trained) == first.candidates
 
     found = read_confirmation(trained)
     assert found is not None
-    assert [c.name for c in found.candidates] == list(first.candidates)
+    assert [c.name for c in found.candidates] == first.candidates
     items = {item.baseline: item for item in found.against_baselines["finetune"]}
     of_trial, oracle = items["mae"], items["oracle-of-trial-0"]
     assert (of_trial.candidate, of_trial.difference.seeds, of_trial.difference.images) == (

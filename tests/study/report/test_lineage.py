@@ -74,7 +74,7 @@ def test_rows_say_who_went_on_from_whom_and_which_lineage_is_best(config: StudyC
 def test_the_figure_draws_every_step_every_jump_and_the_best_lineage_thick_and_last(
     config: StudyConfig,
 ) -> None:
-    figure = lineage_figure(config, trials_of(*TRIALS)).figure
+    figure = lineage_figure(lineage_rows(config, trials_of(*TRIALS)), config.metric).figure
     assert figure is not None
     by_name = {trace.name: trace for trace in figure.data if trace.name}
     assert set(by_name) == {
@@ -94,12 +94,12 @@ def test_the_figure_draws_every_step_every_jump_and_the_best_lineage_thick_and_l
 
 
 def test_a_study_that_has_not_begun_has_a_gap(config: StudyConfig) -> None:
-    assert lineage_figure(config, []).gap
     assert lineage_rows(config, []) == []
+    assert lineage_figure([], config.metric).gap
 
 
-def test_a_study_of_another_sampler_has_a_gap() -> None:
+def test_a_study_of_another_sampler_has_no_rows() -> None:
     other = build(
         StudyConfig, {"name": "tpe", "space": {"lr": {"low": 0.001, "high": 0.01}}}, "test"
     )
-    assert lineage_figure(other, []).gap
+    assert lineage_rows(other, trials_of(*TRIALS)) == []

@@ -12,9 +12,7 @@ from amlp_ray.data.check.finding import (
     MAX_EXAMPLES,
     Example,
     Finding,
-    ImageRef,
     image_ref,
-    rows_at,
     spread,
 )
 from amlp_ray.data.dataset import PatchDataset
@@ -127,8 +125,8 @@ def _split_groups(table: pd.DataFrame) -> Finding:
     cut = splits.index[splits > 1]
     examples = []
     for name in cut[:MAX_EXAMPLES]:
-        rows = list(table[table["group"] == name].drop_duplicates("split").itertuples())
-        examples.append(Example(image_ref(rows[0]), f"group {name}", image_ref(rows[1])))
+        rows = table[table["group"] == name].drop_duplicates("split")
+        examples.append(Example(image_ref(rows, 0), f"group {name}", image_ref(rows, 1)))
     return SPLIT_GROUPS.with_count(len(cut), len(splits), examples)
 
 
@@ -147,11 +145,9 @@ def _across_datasets(
     for finding, is_hit in ((AGAINST, is_leak.any(axis=1)), (SHARED, is_shared)):
         examples = []
         for i in _spread(np.flatnonzero(is_hit)):
-            is_same_split = other_split == split[i]
-            candidates = is_same_split if finding is SHARED else ~is_same_split
-            examples.append(
-                _nearest_pair(table, i, other, np.flatnonzero(candidates), in_other=True)
-            )
+            is_candidate = (other_split == split[i]) == (finding is SHARED)
+            candidates = np.flatnonzero(is_candidate)
+            examples.append(_nearest_pair(table, i, other, candidates, in_other=True))
         yield finding.with_count(is_hit.sum(), len(table), examples)
 
 
@@ -177,12 +173,12 @@ def _exact_copies(table: pd.DataFrame) -> Finding:
             text += f", but {folder[copies[n]]} and {folder[originals[n]]}"
         elif has_other_mask[n]:
             text += ", but other mask"
-        examples.append(Example(_ref_at(table, copies[n]), text, _ref_at(table, originals[n])))
+        example = Example(image_ref(table, copies[n]), text, image_ref(table, originals[n]))
+        examples.append(example)
     meaning = EXACT.meaning
-    if is_contradiction.any():
-        meaning += (
-            f" With another mask or folder than the first: {np.count_nonzero(is_contradiction)}."
-        )
+    count = np.count_nonzero(is_contradiction)
+    if count:
+        meaning += f" With another mask or folder than the first: {count}."
     return EXACT.with_count(len(copies), len(table), examples, meaning=meaning)
 
 
@@ -235,8 +231,7 @@ def _splits_with_copy(
     is_in_split[other_inverse, split] = True
     has_copy = np.zeros((len(values), len(SPLITS)), bool)
     if other is None:
-        has_copy |= is_in_split
-        has_copy[values == FLAT] = False
+        has_copy = is_in_split & (values != FLAT)[:, None]
     pairs = near_pairs(values, MAX_DISTANCE, None if other is None else other_values)
     for a, b in pairs:
         for number in range(len(SPLITS)):
@@ -254,28 +249,15 @@ def _nearest_pair(
     *,
     in_other: bool = False,
 ) -> Example:
-    """Show an image with the one that has the nearest hash.
-
-    Args:
-        table: the table that holds the image.
-        i: its position.
-        others: the table that holds the candidates.
-        candidates: their positions.
-        in_other: whether `others` is of the other dataset.
-    """
+    """Show image `i` of `table` with the one of `candidates` in `others` of the nearest hash."""
     own_hash = np.uint64(table["hash"].iloc[i])
     hashes = others["hash"].to_numpy(np.uint64)[candidates]
     distances = np.bitwise_count(hashes ^ own_hash)
     nearest = int(distances.argmin())
     distance = int(distances[nearest])
     text = f"{distance} of 64 bits differ" if distance else "equal hash"
-    nearest_ref = _ref_at(others, int(candidates[nearest]), in_other=in_other)
-    return Example(_ref_at(table, i), text, nearest_ref)
-
-
-def _ref_at(table: pd.DataFrame, position: int, *, in_other: bool = False) -> ImageRef:
-    (row,) = rows_at(table, [position])
-    return image_ref(row, other=in_other)
+    nearest_ref = image_ref(others, candidates[nearest], other=in_other)
+    return Example(image_ref(table, i), text, nearest_ref)
 
 
 def _split_codes(split: pd.Series) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -48,10 +48,6 @@ class Finding:
     examples: tuple[Example, ...] = ()
     gap: str | None = None  # why it was not looked for
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the finding in plain values, for JSON."""
-        return asdict(self)
-
     def with_rows(
         self,
         table: pd.DataFrame,
@@ -76,7 +72,9 @@ class Finding:
         else:
             worst_first = np.argsort(-np.asarray(badness, float)[rows], kind="stable")
             chosen = rows[worst_first[:MAX_EXAMPLES]]
-        examples = [Example(image_ref(row), describe(row)) for row in rows_at(table, chosen)]
+        examples = []
+        for position, row in zip(chosen, table.iloc[chosen].itertuples(), strict=True):
+            examples.append(Example(image_ref(table, position), describe(row)))
         return self.with_count(len(rows), len(table) if of is None else of, examples)
 
     def with_count(
@@ -96,11 +94,7 @@ def spread(rows: np.ndarray, count: int) -> np.ndarray:
     return rows[np.unique(positions)]
 
 
-def rows_at(table: pd.DataFrame, positions: list[int] | np.ndarray) -> list[Any]:
-    """Return rows of a table as named tuples."""
-    return list(table.iloc[positions].itertuples())
-
-
-def image_ref(row: Any, *, other: bool = False) -> ImageRef:
-    """Name the image of a row, as `rows_at` returns it."""
-    return ImageRef(str(row.id), str(row.split), int(row.row), other)
+def image_ref(table: pd.DataFrame, position: int, *, other: bool = False) -> ImageRef:
+    """Name the image at a position of a table; `other`: of the other dataset."""
+    row = table.iloc[position]
+    return ImageRef(str(row["id"]), str(row["split"]), int(row["row"]), other)

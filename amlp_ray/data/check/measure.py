@@ -6,10 +6,8 @@ import hashlib
 import logging
 import math
 import os
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -31,13 +29,6 @@ THREADS = min(3, os.cpu_count() or 1)
 LOG_GROUPS = 64  # row groups between two messages
 
 Columns = dict[str, np.ndarray]
-
-
-class GroupFile(NamedTuple):
-    """A row group in its file."""
-
-    file: DataPath
-    number: int
 
 
 def measure_dataset(dataset: PatchDataset) -> pd.DataFrame:
@@ -63,19 +54,21 @@ def measure_dataset(dataset: PatchDataset) -> pd.DataFrame:
     if not len(table):
         columns = _measure_images(np.zeros((0, *shape), dtype))
         return table.assign(**columns, border=np.zeros(0, bool))
+    groups = []
+    for split in SPLITS:
+        files = dataset.files(split)
+        for group in row_groups_of(dataset.manifest, split):
+            groups.append((files[group.part], group.number))
     results: list[Columns] = []
-    pending: deque[Future[Columns]] = deque()
     measured = 0
     with ThreadPoolExecutor(THREADS) as pool:
         try:
-            for number, group in enumerate(_group_files(dataset)):
-                pending.append(pool.submit(_measure_group, group, shape, dtype))
-                if len(pending) > THREADS:
-                    results.append(pending.popleft().result())
-                    measured += len(results[-1]["mean"])
-                if number and number % LOG_GROUPS == 0:
+            columns_of_groups = pool.map(lambda group: _measure_group(*group, shape, dtype), groups)
+            for number, columns in enumerate(columns_of_groups, 1):
+                results.append(columns)
+                measured += len(columns["mean"])
+                if number % LOG_GROUPS == 0:
                     logger.info("Looked at %d of %d images.", measured, len(table))
-            results += [future.result() for future in pending]
         finally:
             pool.shutdown(cancel_futures=True)
     return table.assign(**_concatenate(results))
@@ -108,17 +101,8 @@ def to_gray8(images: np.ndarray) -> np.ndarray:
     return np.nan_to_num(stretched, nan=0.0, posinf=0.0, neginf=0.0).clip(0, 255).astype(np.uint8)
 
 
-def _group_files(dataset: PatchDataset) -> list[GroupFile]:
-    groups = []
-    for split in SPLITS:
-        files = dataset.files(split)
-        for group in row_groups_of(dataset.manifest, split):
-            groups.append(GroupFile(files[group.part], group.number))
-    return groups
-
-
-def _measure_group(group: GroupFile, shape: Shape, dtype: str) -> Columns:
-    table = read_part(group.file, ["image", "mask"], group.number)
+def _measure_group(file: DataPath, number: int, shape: Shape, dtype: str) -> Columns:
+    table = read_part(file, ["image", "mask"], number)
     images = images_of(table["image"], shape, dtype)
     masks, _ = masks_of(table["mask"], shape)
     touches_top_or_bottom = masks[:, [0, -1]].any(axis=(1, 2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ class Report:
     def findings(self) -> tuple[Finding, ...]:
         """What is there, worst first."""
         present = [finding for finding in self.looked_for if finding.count]
-        return tuple(sorted(present, key=_rank))
+        present.sort(key=lambda finding: -finding.count / max(1, finding.of))
+        return tuple(sorted(present, key=lambda finding: SEVERITIES.index(finding.severity)))
 
     @property
     def clear(self) -> tuple[Finding, ...]:
         """What is not there."""
-        absent = (finding for finding in self.looked_for if not finding.count)
+        absent = [finding for finding in self.looked_for if not finding.count]
         return tuple(finding for finding in absent if finding.gap is None)
 
     @property
@@ -50,7 +51,7 @@ class Report:
             "dataset": self.dataset.path,
             "against": None if self.against is None else self.against.path,
             "clean": self.clean,
-            "findings": [finding.as_dict() for finding in self.findings],
+            "findings": [asdict(finding) for finding in self.findings],
             "clear": [finding.key for finding in self.clear],
             "not_looked_for": {finding.key: finding.gap for finding in self.gaps},
         }
@@ -74,10 +75,8 @@ def check_dataset(
     Raises:
         DataError: a dataset cannot be opened, or a part is damaged.
     """
-    opened = dataset if isinstance(dataset, PatchDataset) else PatchDataset.open(dataset)
-    other = against
-    if other is not None and not isinstance(other, PatchDataset):
-        other = PatchDataset.open(other)
+    opened = _open(dataset)
+    other = None if against is None else _open(against)
     if other is not None and other.path == opened.path:
         raise DataError(
             f"{opened.path} cannot be compared with itself; name another dataset with --against."
@@ -91,5 +90,5 @@ def check_dataset(
     return Report(opened, other, looked_for)
 
 
-def _rank(finding: Finding) -> tuple[int, float]:
-    return SEVERITIES.index(finding.severity), -finding.count / max(1, finding.of)
+def _open(dataset: str | Path | DataPath | PatchDataset) -> PatchDataset:
+    return dataset if isinstance(dataset, PatchDataset) else PatchDataset.open(dataset)

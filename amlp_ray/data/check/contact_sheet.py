@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from amlp_ray.data.check.finding import MAX_EXAMPLES, Example, Finding, ImageRef
+from amlp_ray.data.check.finding import MAX_EXAMPLES, Finding, ImageRef
 from amlp_ray.data.check.report import Report
 from amlp_ray.data.prepare.near_duplicates import stretch_to_uint8
 from amlp_ray.data.samples import Samples
@@ -27,14 +26,6 @@ INK = (31, 41, 51)
 SOFT = (82, 96, 109)
 
 Pictures = dict[ImageRef, Image.Image]
-
-
-class Cell(NamedTuple):
-    """A picture of the sheet with its two lines of caption."""
-
-    image: ImageRef
-    caption: str
-    subcaption: str
 
 
 def draw_examples(report: Report) -> Pictures:
@@ -133,38 +124,30 @@ def _draw_cells(
 ) -> int:
     """Draw the pictures of a finding with their captions; return where the next one begins."""
     bottom = y + _row_height(finding, pictures)
-    for number, cell in enumerate(_cells(finding)):
+    for number, (image, text) in enumerate(_cells(finding)):
         x = MARGIN + number * (SIDE + GAP)
-        sheet.paste(pictures[cell.image], (x, y))
-        caption = _shorten(cell.caption, SIDE)
-        draw.text((x, bottom + 2), caption, fill=INK, font=_font(12))
-        subcaption = _shorten(cell.subcaption, SIDE)
-        draw.text((x, bottom + 2 + LINE), subcaption, fill=SOFT, font=_font(12))
+        sheet.paste(pictures[image], (x, y))
+        draw.text((x, bottom + 2), _shorten(image.id, SIDE), fill=INK, font=_font(12))
+        draw.text((x, bottom + 2 + LINE), _shorten(text, SIDE), fill=SOFT, font=_font(12))
     return bottom + 2 * LINE + MARGIN + 2
 
 
-def _cells(finding: Finding) -> list[Cell]:
-    """List the pictures of a finding, at most as many as fit in a row; a pair has two."""
-    cells: list[Cell] = []
+def _cells(finding: Finding) -> list[tuple[ImageRef, str]]:
+    """List the pictures of a finding with their texts, as many as fit in a row; a pair has two."""
+    cells: list[tuple[ImageRef, str]] = []
     for example in finding.examples:
-        example_cells = _example_cells(example)
-        if len(cells) + len(example_cells) <= MAX_EXAMPLES:
-            cells += example_cells
-    return cells
-
-
-def _example_cells(example: Example) -> list[Cell]:
-    image = example.image
-    cells = [Cell(image, image.id, f"{image.split} · {example.value}".rstrip(" ·"))]
-    like = example.like
-    if like is not None:
-        origin = ", other dataset" if like.other else ""
-        cells.append(Cell(like, like.id, f"{like.split}{origin}"))
+        image, like = example.image, example.like
+        pair = [(image, f"{image.split} · {example.value}".rstrip(" ·"))]
+        if like is not None:
+            origin = ", other dataset" if like.other else ""
+            pair.append((like, f"{like.split}{origin}"))
+        if len(cells) + len(pair) <= MAX_EXAMPLES:
+            cells += pair
     return cells
 
 
 def _row_height(finding: Finding, pictures: Pictures) -> int:
-    return max(pictures[cell.image].height for cell in _cells(finding))
+    return max(pictures[image].height for image, _ in _cells(finding))
 
 
 def _wrap(finding: Finding, width: int) -> list[str]:

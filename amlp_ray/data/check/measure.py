@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -49,22 +50,22 @@ def measure_dataset(dataset: PatchDataset) -> pd.DataFrame:
     """
     table = dataset.table()
     table["row"] = table.groupby("split", sort=False).cumcount()
-    shape = dataset.shape
-    dtype = dataset.manifest.dtype
     if not len(table):
-        columns = _measure_images(np.zeros((0, *shape), dtype))
+        columns = _measure_images(np.zeros((0, *dataset.shape), dataset.manifest.dtype))
         return table.assign(**columns, border=np.zeros(0, bool))
-    groups = []
+    files = []
+    numbers = []
     for split in SPLITS:
-        files = dataset.files(split)
+        files_of_split = dataset.files(split)
         for group in row_groups_of(dataset.manifest, split):
-            groups.append((files[group.part], group.number))
+            files.append(files_of_split[group.part])
+            numbers.append(group.number)
+    measure_group = partial(_measure_group, shape=dataset.shape, dtype=dataset.manifest.dtype)
     results: list[Columns] = []
     measured = 0
     with ThreadPoolExecutor(THREADS) as pool:
         try:
-            columns_of_groups = pool.map(lambda group: _measure_group(*group, shape, dtype), groups)
-            for number, columns in enumerate(columns_of_groups, 1):
+            for number, columns in enumerate(pool.map(measure_group, files, numbers), 1):
                 results.append(columns)
                 measured += len(columns["mean"])
                 if number % LOG_GROUPS == 0:

@@ -70,7 +70,7 @@ def read_ahead(items: Iterable[Any], prepare: Callable[[Any], T], depth: int) ->
     def prepare_next() -> T:
         for item in source:
             return prepare(item)
-        return _END  # type: ignore[no-any-return]
+        return _END
 
     with ThreadPoolExecutor(1, thread_name_prefix="amlp-prefetch") as pool:
         pending = deque(pool.submit(prepare_next) for _ in range(depth + 1))

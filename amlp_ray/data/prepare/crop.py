@@ -93,7 +93,7 @@ def cut(
         inner_mask = None if mask is None else mask[tile]
         height, width = inner.shape[:2]
     else:
-        height, width = _inner_size(*image.shape[:2], config)
+        height, width = _inner_size(image.shape[0], image.shape[1], config)
         top = (size - height) // 2
         left = (size - width) // 2
         inner, inner_mask = _resize(image, mask, height, width)

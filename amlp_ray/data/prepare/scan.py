@@ -101,9 +101,11 @@ def scan_item(item: SourceImage, config: PrepareConfig) -> ItemScan:
             stored = tuple(crop for crop in crops if _is_worth_storing(item, crop, config))
             dropped += len(crops) - len(stored)
             if stored:
-                size = frame.image.shape[:2]
+                height, width = frame.image.shape[:2]
                 image_hash = perceptual_hash(frame.image)
-                frames.append(FrameScan(frame.number, *size, frame.spacing, image_hash, stored))
+                frames.append(
+                    FrameScan(frame.number, height, width, frame.spacing, image_hash, stored)
+                )
     except DataError as error:
         return ItemScan(fault=str(error))
     except OSError as error:

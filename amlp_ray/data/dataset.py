@@ -211,9 +211,8 @@ class PatchDataset:
         for split in splits or SPLITS:
             for _, table in self._read_parts(split, columns):
                 frames.append(table.to_pandas().assign(split=split))
-        if not frames:
-            return pd.DataFrame(columns=[*columns, "split"])
-        return pd.concat(frames, ignore_index=True)
+        empty = pd.DataFrame(columns=[*columns, "split"])
+        return pd.concat(frames, ignore_index=True) if frames else empty
 
     def load(self, split: str, rows: np.ndarray | None = None) -> Split:
         """Read a split into memory, in stored order.
@@ -280,12 +279,10 @@ class PatchDataset:
         splits = {}
         for name in SPLITS:
             rows = table[table["split"] == name]
+            splits[name] = manifest.counts[name].model_dump()
+            splits[name]["lesion_area_percent"] = self._lesion_areas(rows)
             background = round(float(rows["background"].mean()), 4) if len(rows) else None
-            splits[name] = {
-                **manifest.counts[name].model_dump(),
-                "lesion_area_percent": self._lesion_areas(rows),
-                "background": background,
-            }
+            splits[name]["background"] = background
         return {
             "name": manifest.name,
             "path": self.path,
@@ -339,7 +336,6 @@ def _check_size(root: DataPath, part: Part, size: int | None) -> None:
     """Raise DataError if a part is missing or has other than its size in bytes."""
     if size == part.bytes:
         return
-    problem = f"is damaged: it has {size} bytes instead of {part.bytes}"
-    if size is None:
-        problem = "is missing"
+    damage = f"is damaged: it has {size} bytes instead of {part.bytes}"
+    problem = "is missing" if size is None else damage
     raise DataError(f"{root / part.file} {problem}; prepare the dataset again or copy it again.")

@@ -1,7 +1,4 @@
-"""The manifest of a patch dataset: what it holds and how it was made.
-
-It is written last. A folder without one is no dataset.
-"""
+"""The manifest of a patch dataset. It is written last: a folder without one is no dataset."""
 
 from __future__ import annotations
 

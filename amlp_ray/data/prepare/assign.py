@@ -97,13 +97,9 @@ def assign(
             f"{' and '.join(splits)}; a group must stay in one split, so move its images together."
         )
     if cut:  # a guess at groups is no reason to refuse a published split, but one to speak up
-        logger.info(
-            "%d groups of %s, such as that of %r, lie in several splits of %s.",
-            len(cut),
-            group_rule(scanned, config),
-            next(iter(cut)),
-            config.split_file,
-        )
+        rule = group_rule(scanned, config)
+        message = "%d groups of %s, such as that of %r, lie in several splits of %s."
+        logger.info(message, len(cut), rule, next(iter(cut)), config.split_file)
     return groups, [user_files.split_of[name] for name in ids]
 
 
@@ -119,11 +115,8 @@ def _draw_splits(
     fractions = zip(SPLITS, config.fractions, strict=True)
     empty = [split for split, fraction in fractions if fraction and split not in splits]
     if empty:
-        logger.info(
-            "%s stays empty: %d groups are too few; give other fractions.",
-            " and ".join(empty),
-            len(set(groups)),
-        )
+        message = "%s stays empty: %d groups are too few; give other fractions."
+        logger.info(message, " and ".join(empty), len(set(groups)))
     return splits
 
 
@@ -135,28 +128,24 @@ def _groups(
     rule = _resolve_rule(scanned, config)
     if rule == "image":
         return [item.id for item, _ in scanned]
+    layout_groups = [item.group or item.id for item, _ in scanned]
     if rule == "near-duplicates":
-        return _join_near_duplicates(scanned)
+        return _join_near_duplicates(scanned, layout_groups)
     if not _knows_patients(scanned):
         raise DataError(
             f"The layout {config.layout} knows no patients, so group_by=patient has nothing to go "
             f"by; give a group_file with columns id and {config.group_column}, or group_by "
             f"near-duplicates."
         )
-    return _layout_groups(scanned)
-
-
-def _layout_groups(scanned: Sequence[ScannedItem]) -> list[str]:
-    return [item.group or item.id for item, _ in scanned]
+    return layout_groups
 
 
 def _knows_patients(scanned: Sequence[ScannedItem]) -> bool:
     return any(item.group for item, _ in scanned)
 
 
-def _join_near_duplicates(scanned: Sequence[ScannedItem]) -> list[str]:
+def _join_near_duplicates(scanned: Sequence[ScannedItem], groups: Sequence[str]) -> list[str]:
     """Join items that share a group or near-copies of a frame; the first item names the group."""
-    groups = _layout_groups(scanned)
     owner = []  # item of each frame
     hashes = []
     for i, (_, scan) in enumerate(scanned):

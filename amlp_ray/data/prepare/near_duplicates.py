@@ -285,10 +285,9 @@ def _merge(labels: np.ndarray, left: list[np.ndarray], right: list[np.ndarray]) 
     """Join the components of linked positions."""
     if not left:
         return labels
-    positions = np.arange(len(labels))
-    return connect(
-        np.concatenate([*left, positions]), np.concatenate([*right, labels]), len(labels)
-    )
+    all_left = np.concatenate([*left, np.arange(len(labels))])
+    all_right = np.concatenate([*right, labels])
+    return connect(all_left, all_right, len(labels))
 
 
 def _first_of_each(labels: np.ndarray) -> np.ndarray:

@@ -38,10 +38,8 @@ class Rejects:
         for file in files:
             self._files.append(file)
             if self.strict:
-                raise DataError(
-                    f"{self.first()} No dataset was made, since --strict stops at the first such "
-                    f"file."
-                )
+                stop = "No dataset was made, since --strict stops at the first such file."
+                raise DataError(f"{self.first()} {stop}")
 
     def first(self) -> str:
         """Return the first file and its reason as a sentence."""

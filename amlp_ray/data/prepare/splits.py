@@ -148,8 +148,5 @@ def find_cut_groups(split_of: Mapping[str, str], groups: Mapping[str, str]) -> d
     splits: dict[str, set[str]] = {}
     for name, group in groups.items():
         splits.setdefault(group, set()).add(split_of[name])
-    cut = {}
-    for group, names in splits.items():
-        if len(names) > 1:
-            cut[group] = sorted(names, key=SPLITS.index)
-    return cut
+    cut = {group: names for group, names in splits.items() if len(names) > 1}
+    return {group: sorted(names, key=SPLITS.index) for group, names in cut.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -47,10 +47,9 @@ class Statistics:
 
     def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return both per channel. A flat channel has std 1, so that normalizing gives 0."""
-        columns: Iterable[Any] = self._rows.T
         means = []
         stds = []
-        for count, first, second in columns:
+        for count, first, second in self._rows.T:
             if self.is_exact:
                 mean = first / count
                 variance = (count * second - first * first) / count**2
@@ -69,10 +68,6 @@ class Statistics:
         other_count, other_mean, other_deviations = other
         difference = other_mean - mean
         total = count + other_count
-        self._rows = np.stack(
-            [
-                total,
-                mean + difference * (other_count / total),
-                deviations + other_deviations + difference**2 * (count * other_count / total),
-            ]
-        )
+        mean = mean + difference * (other_count / total)
+        between = difference**2 * (count * other_count / total)
+        self._rows = np.stack([total, mean, deviations + other_deviations + between])

@@ -59,7 +59,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
         "selection.mode": CategoricalDistribution(["random", "hard"]),
     }
     search, baselines = (
-        store.search(create=True, directions=["maximize"]),
+        store.search(create=True),
         store.baselines(create=True),
     )
     about = {"stats": {"seconds": 9.0}}

@@ -63,8 +63,6 @@ def baseline_plan(config: StudyConfig, name: str, reference: BySeed | None = Non
     """Plan one baseline of a study.
 
     Args:
-        config: of the study.
-        name: of the baseline.
         reference: settings that an ablation changes one thing of; by default the study's own.
 
     Raises:
@@ -86,12 +84,7 @@ def baseline_plan(config: StudyConfig, name: str, reference: BySeed | None = Non
 
 
 def check_baselines(config: StudyConfig, dataset: PatchDataset) -> None:
-    """Raise ConfigError for baselines that need true masks where training images have none.
-
-    Args:
-        config: of the study.
-        dataset: patch dataset to pretrain on.
-    """
+    """Raise ConfigError for baselines that need true masks where training images have none."""
     counts = dataset.manifest.counts["train"]
     for plan in baseline_plans(config):
         if plan.uses_ground_truth and counts.labeled < counts.images:
@@ -111,8 +104,6 @@ def ablated_config(reference: PretrainConfig, ablation: str, source: str) -> Pre
     """Return the reference with the one thing changed that an ablation asks about.
 
     Args:
-        reference: settings to change.
-        ablation: name of the ablation.
         source: where the settings come from, for messages.
 
     Raises:
@@ -184,8 +175,5 @@ def _fixed_settings(config: StudyConfig) -> dict[str, Any]:
     """Return what the space sets for every trial and does not search, by dotted name."""
     if isinstance(config.space, str):
         return {}
-    settings = {}
-    for name, parameter in config.space.items():
-        if isinstance(parameter, Fixed) and not parameter.when:
-            settings[name] = parameter.value
-    return settings
+    fixed = {n: p for n, p in config.space.items() if isinstance(p, Fixed) and not p.when}
+    return {name: parameter.value for name, parameter in fixed.items()}

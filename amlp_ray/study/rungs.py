@@ -43,8 +43,6 @@ def first_prunable_epoch(config: PretrainConfig, pruner: PrunerConfig, images: i
     """Return the first epoch after which at least `min_steps` optimizer steps are done.
 
     Args:
-        config: of the trial.
-        pruner: of the study.
         images: number of training images.
     """
     steps_per_epoch = max(1, images // config.batch_size)
@@ -55,8 +53,6 @@ def prunable_rungs(config: PretrainConfig, pruner: PrunerConfig, images: int) ->
     """Return the rungs at which a trial may be pruned: after `min_steps` and before its end.
 
     Args:
-        config: of the trial.
-        pruner: of the study.
         images: number of training images.
     """
     if pruner.name == "none":

@@ -76,11 +76,8 @@ class Study:
         """
         values = read_yaml(file)
         build_study(values, str(file))  # so that mistakes are reported with the file's name
-        paths = {}
-        if data is not None:
-            paths["data"] = str(data)
-        if eval_data is not None:
-            paths["eval_data"] = str(eval_data)
+        given = {"data": data, "eval_data": eval_data}
+        paths = {name: str(path) for name, path in given.items() if path is not None}
         merged = merge(values, overrides or {}) | paths
         return cls._from_values(merged, "overrides (--set)", runs, named_in=str(file))
 
@@ -110,9 +107,8 @@ class Study:
         config = build_study(values, source)
         if config.data is None:
             raise StudyError(f"{named_in} names no data set; give one with --data or the key data.")
-        paths = {"data": str(DataPath(config.data))}
-        if config.eval_data is not None:
-            paths["eval_data"] = str(DataPath(config.eval_data))
+        given = {"data": config.data, "eval_data": config.eval_data}
+        paths = {name: str(DataPath(path)) for name, path in given.items() if path is not None}
         config = config.model_copy(update=paths)
         return cls(config, StudyStore(Path(runs) / config.name))
 

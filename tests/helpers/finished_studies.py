@@ -47,7 +47,7 @@ def new_study(folder: Path, **config) -> StudyStore:
     }
     (folder / "environments.jsonl").write_text(json.dumps(environment) + "\n")
     store = StudyStore(folder)
-    store.search(create=True, directions=list(store.config().objectives.values()))
+    store.search(create=True)
     store.baselines(create=True)
     return store
 
@@ -185,7 +185,7 @@ def add_baseline(
     store.baselines(create=True).add_trial(
         create_trial(state=TrialState[state], value=value, user_attrs=attributes)
     )
-    folder = store.baseline_folder(baseline, repeat)
+    folder = store.folder / "baselines" / f"{baseline}-{repeat}"
     write_files(folder, dsc, **{"epochs": epochs, "ratio": (0.75, 0.75), **files})
     return folder
 

@@ -31,7 +31,7 @@ def make_store(runs: Path, name: str = "tiny", **changes: Any) -> StudyStore:
     store = StudyStore(runs / name)
     store.folder.mkdir(parents=True)
     write_yaml(config, store.folder / "study.yaml")
-    store.search(create=True, directions=list(config.objectives.values()))
+    store.search(create=True)
     store.baselines(create=True)
     return store
 

@@ -80,7 +80,8 @@ def test_every_trial_ends_once_and_leaves_its_files(finished: tuple[Study, list[
         assert facts["epochs"] == 4
         assert facts["memory"] > 0
         assert facts["scores"]["dsc"] == trial.value
-    scratch = json.loads((study.store.baseline_folder("scratch", 0) / "score.json").read_text())
+    score_file = study.store.folder / "baselines" / "scratch-0" / "score.json"
+    scratch = json.loads(score_file.read_text())
     assert scratch["epoch"] == 0
     assert scratch["mean_mask_dsc"] > 0
 

@@ -33,7 +33,7 @@ def begin(store: StudyStore, config: StudyConfig) -> optuna.Study:
     if not (store.folder / "study.yaml").is_file():
         store.folder.mkdir(parents=True, exist_ok=True)
         write_yaml(config, store.folder / "study.yaml")
-    return store.search(create=True, directions=list(config.objectives.values()))
+    return store.search(create=True)
 
 
 def extend(

@@ -33,11 +33,10 @@ class TrialDelta:
             trials: of the study, in order. A list that was read before the last call's is allowed
                 and takes nothing back.
         """
-        readable = [number for number in self._unfinished if number < len(trials)]
-        missing = [number for number in self._unfinished if number >= len(trials)]
-        changed = [trials[number] for number in readable] + list(trials[self._n_seen :])
-        running = [trial.number for trial in changed if not trial.state.is_finished()]
-        self._unfinished = running + missing
+        numbers = [*self._unfinished, *range(self._n_seen, len(trials))]
+        changed = [trials[number] for number in numbers if number < len(trials)]
+        finished = {trial.number for trial in changed if trial.state.is_finished()}
+        self._unfinished = [number for number in numbers if number not in finished]
         self._n_seen = max(self._n_seen, len(trials))
         return changed
 
@@ -95,12 +94,7 @@ class InMemoryStudy:
     """Trials by their numbers in the stored study; samplers ignore numbers without a trial."""
 
     def __init__(self, name: str, directions: Sequence[str]) -> None:
-        """Create an empty study.
-
-        Args:
-            name: of the study; Hyperband assigns brackets by it.
-            directions: `maximize` or `minimize` for each objective.
-        """
+        """Create an empty study; each of `directions` is `maximize` or `minimize`."""
         self.name = name
         self._table = TrialTable()
         study_directions = [StudyDirection[direction.upper()] for direction in directions]
@@ -141,10 +135,9 @@ class InMemoryStudy:
         *,
         fixed: Mapping[str, Any] | None = None,
     ) -> tuple[T, FrozenTrial]:
-        """Let a sampler fill a trial, which is removed again.
+        """Let a sampler fill the trial of a number, which is removed again.
 
         Args:
-            number: of the trial.
             sampler: asked for its parameters.
             suggest: asks the trial for every parameter of a space.
             fixed: parameters that the sampler is not asked for.

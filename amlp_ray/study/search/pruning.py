@@ -88,7 +88,6 @@ class Pruning:
 
         Args:
             search: Optuna study of the search.
-            config: of the study.
             images: number of training images.
             trial_folder: gives the folder of a trial by its number.
         """
@@ -99,7 +98,8 @@ class Pruning:
         self._images = images
         self._pruner = make_pruner(config.pruner)
         self._space = SearchSpace(config)
-        self._direction = dict(config.objectives).get(config.metric, "maximize")
+        directions = (d for name, d in config.objectives.items() if name == config.metric)
+        self._direction: str = next(directions, "maximize")
         self._default_epochs = config.trial({}, seed=0).epochs
         self._studies: dict[int, InMemoryStudy] = {}  # by bracket
         self._delta = TrialDelta()
@@ -267,7 +267,6 @@ def hyperband_bracket(study: str, number: int, *, n_rungs: int, factor: int) -> 
 
     Args:
         study: name of the study.
-        number: of the trial.
         n_rungs: number of rungs, which is the number of brackets. The last one is never pruned.
         factor: reduction factor of the halvings.
     """

@@ -66,13 +66,9 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Duplicate:
-    """Enqueued parameters that a finished trial has had.
+    """Enqueued parameters that a finished trial has had."""
 
-    Args:
-        number: of that trial.
-    """
-
-    number: int
+    number: int  # of that trial
 
 
 class Suggester:
@@ -96,6 +92,8 @@ class Suggester:
         self._has_rung_values = list(config.objectives) == [config.metric]
         names = [d if isinstance(d, str) else d.name.lower() for d in directions]
         self._study = InMemoryStudy(config.name, names)
+        is_gp = config.sampler.name == "gp"
+        self._sampler_attempts = MAX_GP_ATTEMPTS if is_gp else MAX_SAMPLER_ATTEMPTS
         self._lock = threading.Lock()
         self._stored: Sequence[FrozenTrial] = ()
         self._delta = TrialDelta()
@@ -107,11 +105,7 @@ class Suggester:
         self._combinations: list[dict[str, Any]] | None = None  # of a finite space, shuffled
 
     def update(self, trials: Sequence[FrozenTrial]) -> None:
-        """Note what the store holds; the next suggestion reads it.
-
-        Args:
-            trials: all trials of the search in order.
-        """
+        """Note all trials of the search in order; the next suggestion reads them."""
         self._stored = trials
 
     def config_of(self, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,17 +207,12 @@ class Suggester:
 
     # Sampling
 
-    @property
-    def _sampler_attempts(self) -> int:
-        return MAX_GP_ATTEMPTS if self._config.sampler.name == "gp" else MAX_SAMPLER_ATTEMPTS
-
     def _sample_attempt(
         self, number: int, attempt: int, fixed: Mapping[str, Any]
     ) -> Suggestion | None:
         is_samplers = attempt < self._sampler_attempts
-        return self._sample(
-            number, attempt, fixed, self._config.sampler if is_samplers else _RANDOM
-        )
+        config = self._config.sampler if is_samplers else _RANDOM
+        return self._sample(number, attempt, fixed, config)
 
     def _sample(
         self, number: int, attempt: int, fixed: Mapping[str, Any], config: SamplerConfig
@@ -294,12 +283,12 @@ class Suggester:
 
     def _read_stored(self) -> None:
         for frozen in self._delta.update(self._stored):
-            trial = TrialRecord.from_frozen(frozen)
-            if trial.number not in self._ended and trial.state != TrialState.WAITING:
-                self._read_trial(trial)
+            self._read_trial(TrialRecord.from_frozen(frozen))
 
     def _read_trial(self, trial: TrialRecord) -> None:
         number = trial.number
+        if number in self._ended or trial.state == TrialState.WAITING:
+            return
         # The original of a copy is known already. No sampler learns from outside of the space.
         if trial.is_copy or trial.outside is not None:
             self._remove(number)
@@ -344,9 +333,10 @@ class Suggester:
             if self._config.sampler.name == "gp":
                 state = TrialState.COMPLETE
         excess: dict[str, float] = {}
-        for name, limit in self._config.limits.items() if state in _SCORED else ():
-            cost = trial.cost(name)
-            excess[name] = 0.0 if cost is None else cost - limit
+        if state in _SCORED:
+            for name, limit in self._config.limits.items():
+                cost = trial.cost(name)
+                excess[name] = 0.0 if cost is None else cost - limit
         return ObservedTrial(
             trial.number,
             state,

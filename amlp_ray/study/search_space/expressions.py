@@ -167,7 +167,7 @@ def _compute(node: ast.AST, value_of: Callable[[str], Any]) -> Any:
             decide = all if isinstance(op, ast.And) else any
             return decide(_compute(part, value_of) for part in values)
         case ast.Compare(left=left, ops=ops, comparators=others):
-            values = (_compute(part, value_of) for part in [left, *others])
-            pairs = zip(ops, itertools.pairwise(values), strict=True)
+            operands = (_compute(part, value_of) for part in [left, *others])
+            pairs = zip(ops, itertools.pairwise(operands), strict=True)
             return all(_COMPARISONS[type(op)](*pair) for op, pair in pairs)
     raise AssertionError(ast.dump(node))  # `_check` accepts nothing else

@@ -33,7 +33,6 @@ class GivenTrial(FixedTrial):
         """Set up the trial.
 
         Args:
-            params: by name.
             fill: gives a parameter that is missing. Without it, OutOfSpaceError is raised.
             check: whether OutOfSpaceError is raised for a parameter outside of its range. Not for
                 a stored trial, whose space may have changed since.

@@ -14,10 +14,9 @@ from amlp_ray.errors import ConfigError
 
 
 def load_function(reference: str, folder: Path | None = None) -> Callable[[Trial], Any]:
-    """Import `module:function`.
+    """Import the function that `module:function` refers to.
 
     Args:
-        reference: of the function.
         folder: where the module is looked for before the working directory.
 
     Raises:

@@ -58,8 +58,7 @@ def check_space(config: StudyConfig, source: ConfigSource | None = None) -> None
     that a combination that these refuse shows here and not in the middle of a study.
 
     Args:
-        config: of the study.
-        source: where it comes from, for messages with file and line.
+        source: where the study comes from, for messages with file and line.
 
     Raises:
         ConfigError: with every mistake: unknown names, values that a setting refuses, rules,

@@ -41,9 +41,8 @@ class Usage:
             budget: of the study.
             but_trials: whether the number of trials is left out.
         """
-        limits = budget.model_dump()
         for name, used in self.as_dict().items():
-            limit = limits[name]
+            limit = getattr(budget, name)
             if limit is None or (but_trials and name == "trials"):
                 continue
             if used >= limit:

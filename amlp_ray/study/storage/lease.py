@@ -69,11 +69,7 @@ class Lease:
         return self._seconds_before + time.monotonic() - self._started
 
     def renew(self) -> bool:
-        """Write that this process lives.
-
-        Returns:
-            False, and nothing is written, if another process took the study over meanwhile.
-        """
+        """Write that this process lives; return False if another one took the study over."""
         if not self._is_valid():
             return False
         self._write()
@@ -126,5 +122,5 @@ def _is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass  # another user's
     return True

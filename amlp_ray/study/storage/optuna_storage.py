@@ -113,12 +113,7 @@ class RetryingStorage(_ForwardingStorage):
     """
 
     def __init__(self, inner: BaseStorage, seconds: float) -> None:
-        """Wrap a storage.
-
-        Args:
-            inner: what is called.
-            seconds: how long a call is retried.
-        """
+        """Wrap a storage, each call of which is retried for so many seconds."""
         self.inner = inner
         self._seconds = seconds
         # A process that ends because of it does not wait as long again for each further call.
@@ -237,7 +232,6 @@ def open_journal(path: Path, retry_seconds: float = 0.0) -> BaseStorage:
     """Open a journal file, which is created if it is missing.
 
     Args:
-        path: the file.
         retry_seconds: how long a call is retried, for example while the disk is full.
     """
     return RetryingStorage(JournalStorage(Journal(path)), retry_seconds)

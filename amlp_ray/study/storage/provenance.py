@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ PACKAGES = (
 )
 PACKAGE = Path(__file__).parents[2]
 GIT_TIMEOUT_S = 10
+GIT_ERRORS = (OSError, subprocess.SubprocessError)  # git is not installed, or fails
 DIFF_OPTIONS = ("--binary", "--no-ext-diff", "--no-color")
 # What may differ where a trial is resumed.
 COMPARED = ("commit", "patch", "versions", "hardware")
@@ -52,7 +54,7 @@ def environment(
     Args:
         config: of the study.
         dataset: that trials train on.
-        cluster: its resources.
+        cluster: that runs it.
         eval_data: a separate dataset of labeled images.
         folder: the study's. If the code differs from its commit, the patch is stored there.
     """
@@ -121,11 +123,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: str = "cpu") -> dict[str, Any]:
-    """Describe the machine as far as results depend on it.
-
-    Args:
-        device: `cpu` or `cuda`.
-    """
+    """Describe the machine as far as results depend on it; `device` is `cpu` or `cuda`."""
     import torch
 
     described = {
@@ -150,12 +148,10 @@ def commit() -> str | None:
 
     None for an installed package, or without git.
     """
-    try:
-        if not _is_checkout():
-            return None
-        return _git("rev-parse", "HEAD").strip() + ("+changes" if _changes() else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
+    with suppress(*GIT_ERRORS):
+        if _is_checkout():
+            return _git("rev-parse", "HEAD").strip() + ("+changes" if _changes() else "")
+    return None
 
 
 def patch_name() -> str | None:
@@ -163,13 +159,10 @@ def patch_name() -> str | None:
 
     None if there are no changes, or no commit.
     """
-    try:
-        patch = _changes() if _is_checkout() else ""
-    except (OSError, subprocess.SubprocessError):
-        return None
-    if not patch:
-        return None
-    return f"dirty-{hashlib.sha256(patch.encode()).hexdigest()[:12]}.patch"
+    with suppress(*GIT_ERRORS):
+        if _is_checkout() and (patch := _changes()):
+            return f"dirty-{hashlib.sha256(patch.encode()).hexdigest()[:12]}.patch"
+    return None
 
 
 def _code(study_folder: Path) -> dict[str, Any]:
@@ -186,11 +179,9 @@ def _changes() -> str:
     """Return how the package differs from its commit as a patch, new files included."""
     root = Path(_git("rev-parse", "--show-toplevel").strip())
     package = str(PACKAGE.resolve().relative_to(root))
-    new_files = _git(
-        "ls-files", "--others", "--exclude-standard", "-z", "--", package, folder=root
-    ).split("\0")
+    new_files = ("ls-files", "--others", "--exclude-standard", "-z", "--", package)
     patches = [_git("diff", "HEAD", *DIFF_OPTIONS, "--", package, folder=root)]
-    for name in filter(None, new_files):
+    for name in filter(None, _git(*new_files, folder=root).split("\0")):
         comparison = ("--no-index", *DIFF_OPTIONS, "--", os.devnull, name)
         patches.append(_git("diff", *comparison, folder=root, allowed=(0, 1)))
     return "".join(patches)
@@ -199,20 +190,14 @@ def _changes() -> str:
 @cache
 def _is_checkout() -> bool:
     """Return whether git tracks the package, which may also be installed inside a repository."""
-    try:
+    with suppress(*GIT_ERRORS):
         _git("ls-files", "--error-unmatch", "__init__.py")
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return True
+        return True
+    return False
 
 
 def _git(*arguments: str, folder: Path | None = None, allowed: tuple[int, ...] = (0,)) -> str:
-    """Run git in the package's folder or another one and return its output.
-
-    Raises:
-        OSError: git is not installed.
-        SubprocessError: it failed.
-    """
+    """Run git in the package's folder or another one and return its output."""
     process = subprocess.run(
         ["git", "-C", str(folder or PACKAGE), *arguments],
         capture_output=True,

@@ -32,10 +32,9 @@ from typing import Any, Literal, Unpack
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from amlp_ray.config import Direction, StudyConfig
+from amlp_ray.config import StudyConfig
 from amlp_ray.config.base import build
 from amlp_ray.config.yaml_file import read_yaml
 from amlp_ray.errors import StudyError
@@ -44,7 +43,6 @@ from amlp_ray.study.storage.optuna_storage import open_database, open_journal, w
 from amlp_ray.study.storage.trial_record import (
     TrialAttributes,
     TrialRecord,
-    baseline_path,
     confirm_path,
     finite,
     trial_path,
@@ -53,7 +51,6 @@ from amlp_ray.training.loggers.metrics_file import Metrics, read_rows
 from amlp_ray.utils.files import atomic_write
 from amlp_ray.utils.locks import acquire_lock, lock_owner
 
-Directions = Sequence[Direction | StudyDirection]
 Request = Literal["pause", "stop", "cancel"]
 READ_RETRY_S = 10.0  # how long a command that only reads waits for a database
 FORMAT = 1  # of the study folder; raised when an older one can no longer be read
@@ -63,12 +60,7 @@ class StudyStore:
     """Paths and storages of one study folder. Opening reads only what is asked for."""
 
     def __init__(self, folder: str | Path, name: str | None = None) -> None:
-        """Name a study folder, which need not exist yet.
-
-        Args:
-            folder: the study's.
-            name: the study's. By default the folder's, which may have been renamed since.
-        """
+        """Name a folder, which need not exist yet, and its study; by default both have one name."""
         self.folder = Path(folder).absolute()
         self.name = name or self.folder.name
         self._opened: BaseStorage | None = None
@@ -118,10 +110,6 @@ class StudyStore:
         """Return the folder of a trial of the search."""
         return self.folder / trial_path(number)
 
-    def baseline_folder(self, baseline: str, repeat: int) -> Path:
-        """Return the folder of one run of a baseline."""
-        return self.folder / baseline_path(baseline, repeat)
-
     def confirm_folder(self, candidate: str, repeat: int) -> Path:
         """Return the folder of one confirmation run."""
         return self.folder / confirm_path(candidate, repeat)
@@ -150,11 +138,9 @@ class StudyStore:
                 self._opened = open_journal(self.folder / "study.journal", seconds)
         return self._opened
 
-    def search(
-        self, *, create: bool = False, directions: Directions = ("maximize",)
-    ) -> optuna.Study:
+    def search(self, *, create: bool = False) -> optuna.Study:
         """Return the Optuna study of the search; plain `optuna.load_study` opens the same."""
-        return self._study(self.search_name(), create, directions)
+        return self._study(self.search_name(), create)
 
     def baselines(self, *, create: bool = False) -> optuna.Study:
         """Return the Optuna study of the baselines."""
@@ -172,11 +158,9 @@ class StudyStore:
         version = self.folder / "search"
         return version.read_text().strip() if version.is_file() else self.name
 
-    def _study(
-        self, name: str, create: bool, directions: Directions = ("maximize",)
-    ) -> optuna.Study:
+    def _study(self, name: str, create: bool) -> optuna.Study:
         journal = self.folder / "study.journal"
-        create_study = partial(optuna.create_study, study_name=name, directions=list(directions))
+        create_study = partial(optuna.create_study, study_name=name, direction="maximize")
         if not create and self._opened is None and not journal.is_file() and not self._url:
             return create_study()  # in memory: reading creates no file
         storage = self.storage()
@@ -195,7 +179,7 @@ class StudyStore:
             ) from None
 
     def _claim(self, storage: BaseStorage) -> None:
-        """Refuse a database that holds a study of the same name from another folder."""
+        """Create the search, unless it is there; refuse that of another folder."""
         id_file = self.folder / "id"
         if not id_file.is_file():
             atomic_write(self.folder / "format", str(FORMAT))
@@ -231,12 +215,7 @@ class StudyStore:
     # Trials: the one place that knows how Optuna stores them
 
     def add_trial(self, study: optuna.Study, trial: FrozenTrial) -> TrialRecord:
-        """Store a new trial in one step and return it with its number.
-
-        Args:
-            study: one of the three.
-            trial: made by `optuna.trial.create_trial`. Its number is ignored.
-        """
+        """Store a new trial of `optuna.trial.create_trial` and return it with its number."""
         storage = self.storage()
         study_id = storage.get_study_id_from_name(study.study_name)
         trial_id = storage.create_new_trial(study_id, trial)
@@ -250,12 +229,6 @@ class StudyStore:
 
     def report(self, study: optuna.Study, number: int, epoch: int, value: float | None) -> bool:
         """Store the score of a rung, unless it is missing, not finite or stored already.
-
-        Args:
-            study: one of the three.
-            number: the trial's.
-            epoch: the rung's.
-            value: the score.
 
         Returns:
             Whether it was stored.
@@ -274,14 +247,7 @@ class StudyStore:
         state: TrialState,
         values: Sequence[float] | None = None,
     ) -> None:
-        """Store how a trial ended.
-
-        Args:
-            study: one of the three.
-            number: the trial's.
-            state: COMPLETE, PRUNED or FAIL.
-            values: one per objective; none for a failed trial.
-        """
+        """Store that a trial ended as COMPLETE, PRUNED or FAIL, and its values by objective."""
         self.storage().set_trial_state_values(self._id_of(study, number), state, values)
 
     def start_enqueued(
@@ -293,8 +259,7 @@ class StudyStore:
     ) -> TrialRecord:
         """Store the parameters of a waiting trial, and that it runs now."""
         self.set_params(study, number, params, distributions)
-        trial_id = self._id_of(study, number)
-        self.storage().set_trial_state_values(trial_id, TrialState.RUNNING)
+        self.storage().set_trial_state_values(self._id_of(study, number), TrialState.RUNNING)
         return self.trial(study, number)
 
     def set_params(
@@ -320,17 +285,15 @@ class StudyStore:
 
     def set_constraints(self, study: optuna.Study, number: int, excess: Sequence[float]) -> None:
         """Store by how much a trial exceeds each limit, where Optuna's dashboard reads it."""
-        self.storage().set_trial_system_attr(
-            self._id_of(study, number), "constraints", list(excess)
-        )
+        trial_id = self._id_of(study, number)
+        self.storage().set_trial_system_attr(trial_id, "constraints", list(excess))
 
     def _id_of(self, study: optuna.Study, number: int) -> int:
         key = study.study_name, number
         if key not in self._ids:
             storage = self.storage()
             study_id = storage.get_study_id_from_name(study.study_name)
-            trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
-            self._ids[key] = trial_id
+            self._ids[key] = storage.get_trial_id_from_study_id_trial_number(study_id, number)
         return self._ids[key]
 
     # One driver at a time, and requests to it
@@ -357,7 +320,7 @@ class StudyStore:
                 f"wait for it, or end it, before running the study again."
             ) from None
         with folder_lock:
-            study = self.search(create=True, directions=list(self.config().objectives.values()))
+            study = self.search(create=True)
             lease = Lease(study, wait=self._url is not None, counted=counted)
             try:
                 yield lease

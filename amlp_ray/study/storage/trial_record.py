@@ -54,14 +54,25 @@ class TrialAttributes(TypedDict, total=False):
     stats: TrialStats
 
 
-class _Attribute(Generic[T]):
-    """A user attribute of `TrialAttributes`; None if the trial does not have it."""
+class _Field(Generic[T]):
+    """A field of Optuna's trial."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def __get__(self, record: TrialRecord, owner: type) -> T | None:
-        return record.attributes.get(self._name)
+    def __get__(self, record: TrialRecord, owner: type) -> T:
+        return cast(T, getattr(record.frozen, self._name))
+
+
+class _Attribute(Generic[T]):
+    """A user attribute of `TrialAttributes`, or a default if the trial does not have it."""
+
+    def __init__(self, name: str, default: Any = None) -> None:
+        self._name = name
+        self._default = default
+
+    def __get__(self, record: TrialRecord, owner: type) -> T:
+        return cast(T, record.attributes.get(self._name, self._default))
 
 
 @dataclass(frozen=True)
@@ -70,29 +81,33 @@ class TrialRecord:
 
     frozen: FrozenTrial
 
-    baseline = _Attribute[str]("baseline")
-    candidate = _Attribute[str]("candidate")
-    parent = _Attribute[int]("parent")
-    source = _Attribute[str]("source")
-    copy_of = _Attribute[int]("copy_of")
-    retry_of = _Attribute[int]("retry_of")
-    outside = _Attribute[str]("outside")
-    reason = _Attribute[str]("reason")
+    number = _Field[int]("number")  # within its study
+    state = _Field[TrialState]("state")
+    started = _Field[datetime | None]("datetime_start")
+    ended = _Field[datetime | None]("datetime_complete")
+    params = _Field[dict[str, Any]]("params")  # helpers of the search space included
+    distributions = _Field[dict[str, BaseDistribution]]("distributions")
+    values = _Field[list[float] | None]("values")  # one per objective
+    attributes = _Field[Mapping[str, Any]]("user_attrs")
+
+    baseline = _Attribute[str | None]("baseline")
+    candidate = _Attribute[str | None]("candidate")
+    # Whether the run sees true masks, so that nothing is compared with it.
+    uses_ground_truth = _Attribute[bool]("uses_ground_truth", False)
+    generation = _Attribute[int]("generation", 0)
+    member = _Attribute[int]("member", 0)
+    parent = _Attribute[int | None]("parent")
+    source = _Attribute[str | None]("source")
+    copy_of = _Attribute[int | None]("copy_of")
+    retry_of = _Attribute[int | None]("retry_of")
+    outside = _Attribute[str | None]("outside")
+    lost = _Attribute[int]("lost", 0)
+    reason = _Attribute[str | None]("reason")
 
     @classmethod
     def from_frozen(cls, frozen: FrozenTrial) -> TrialRecord:
         """Wrap a trial as Optuna returns it."""
         return cls(frozen)
-
-    @property
-    def number(self) -> int:
-        """Return Optuna's number of the trial within its study."""
-        return self.frozen.number
-
-    @property
-    def state(self) -> TrialState:
-        """Return the stored state."""
-        return self.frozen.state
 
     @property
     def is_complete(self) -> bool:
@@ -104,37 +119,13 @@ class TrialRecord:
         """Return whether the trial has ended, whichever way."""
         return self.state.is_finished()
 
-    @property
-    def started(self) -> datetime | None:
-        """Return when the trial began."""
-        return self.frozen.datetime_start
-
-    @property
-    def ended(self) -> datetime | None:
-        """Return when the trial ended."""
-        return self.frozen.datetime_complete
-
     def status(self, *, is_running: bool) -> str:
-        """Return the state to show, INTERRUPTED for a RUNNING trial of a study that nobody runs.
-
-        Args:
-            is_running: whether a process runs the study.
-        """
+        """Return the state to show, INTERRUPTED for a RUNNING trial of a study that nobody runs."""
         if self.state == TrialState.RUNNING and not is_running:
             return "INTERRUPTED"
         return self.state.name
 
     # Parameters
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """Return the parameters by name, helpers of the search space included."""
-        return self.frozen.params
-
-    @property
-    def distributions(self) -> dict[str, BaseDistribution]:
-        """Return what each parameter was sampled from."""
-        return self.frozen.distributions
 
     @property
     def fixed_params(self) -> dict[str, Any]:
@@ -158,11 +149,6 @@ class TrialRecord:
         """Return the score of the last rung so far; None before the first."""
         rungs = self.rungs
         return rungs[max(rungs)] if rungs else None
-
-    @property
-    def values(self) -> list[float] | None:
-        """Return the stored values, one per objective; None where there are none."""
-        return self.frozen.values
 
     @property
     def value(self) -> float | None:
@@ -204,11 +190,6 @@ class TrialRecord:
     # What is stored beside
 
     @property
-    def attributes(self) -> Mapping[str, Any]:
-        """Return all user attributes."""
-        return self.frozen.user_attrs
-
-    @property
     def stats(self) -> TrialStats:
         """Return what the trial took and scored; empty before its end."""
         stats = self.attributes.get("stats")
@@ -242,24 +223,9 @@ class TrialRecord:
         return int(self.attributes.get("repeat", self.number))
 
     @property
-    def uses_ground_truth(self) -> bool:
-        """Return whether the run sees true masks, so that nothing is compared with it."""
-        return bool(self.attributes.get("uses_ground_truth"))
-
-    @property
     def is_pbt_step(self) -> bool:
         """Return whether the trial is a step of population-based training."""
         return "generation" in self.attributes
-
-    @property
-    def generation(self) -> int:
-        """Return the generation of a step of population-based training, from 0."""
-        return int(self.attributes.get("generation", 0))
-
-    @property
-    def member(self) -> int:
-        """Return the member of the population that a step belongs to."""
-        return int(self.attributes.get("member", 0))
 
     @property
     def is_imported(self) -> bool:
@@ -270,11 +236,6 @@ class TrialRecord:
     def is_copy(self) -> bool:
         """Return whether the trial was answered from the store."""
         return "copy_of" in self.attributes
-
-    @property
-    def lost(self) -> int:
-        """Return how often the trial's process died."""
-        return int(self.attributes.get("lost", 0))
 
     @property
     def counts_in_budget(self) -> bool:

@@ -72,7 +72,7 @@ def searcher(
     from amlp_ray.study.execution.tune_searcher import StudySearcher
 
     write_yaml(chosen, store.folder / "study.yaml")
-    store.search(create=True, directions=list(chosen.objectives.values()))
+    store.search(create=True)
     queue = TrialQueue(store, chosen, data="data", eval_data=None, suggest_ahead=suggest_ahead)
     return StudySearcher(
         store, chosen, queue, images=IMAGES, stop_flags=stop_flags, seconds=seconds

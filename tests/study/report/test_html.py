@@ -54,7 +54,7 @@ def full_study(folder: Path, **config) -> StudyStore:
         add_baseline(store, "mae", repeat, dsc)
         add_baseline(store, "scratch", repeat, dsc - 0.04)
     add_picture(store.trial_folder(13), "case_0.png")
-    add_picture(store.baseline_folder("mae", 0), "case_0.png")
+    add_picture(store.folder / "baselines" / "mae-0", "case_0.png")
     return store
 
 

@@ -40,13 +40,11 @@ def predict(
     from amlp_ray.config.overrides import build_with_overrides
 
     switches = {"probability": probability, "overlay": overlay}
-    switched_on = {name: True for name, is_on in switches.items() if is_on}
-    config = build_with_overrides(PredictConfig, switched_on, assign or [])
-
-    import torch
+    config = build_with_overrides(PredictConfig, switches, assign or [])
 
     from amlp_ray.cli.progress import count_progress
     from amlp_ray.inference.predict import predict as run
+    from amlp_ray.runtime.worker_group import this_process
 
     with count_progress() as update:
         predictions = run(
@@ -55,7 +53,7 @@ def predict(
             out,
             config,
             overwrite=overwrite,
-            device="cuda" if torch.cuda.is_available() else "cpu",
+            device=this_process().device,
             progress=lambda done, total: update("images", done, total),
         )
     if as_json:

@@ -55,12 +55,13 @@ def pretrain(
     wandb: WandB = None,
 ) -> None:
     """Pretrain an encoder on unlabelled images: encoder.safetensors, metrics, pictures."""
-    from amlp_ray.config import FaultToleranceConfig, PretrainConfig, TrackingConfig
+    from amlp_ray.config import PretrainConfig, TrackingConfig
     from amlp_ray.config.base import build
 
     config = load_config(PretrainConfig, assign, config_file)
-    resources = build_resources(
+    resources, fault_tolerance = build_resources(
         address,
+        max_failures,
         workers,
         cpus_per_worker,
         gpus_per_worker=gpus_per_worker,
@@ -69,7 +70,6 @@ def pretrain(
         micro_batch=micro_batch,
         sharding=sharding,
     )
-    fault_tolerance = build(FaultToleranceConfig, {"max_failures": max_failures}, "options")
     tracking = build(TrackingConfig, {"mlflow": mlflow, "wandb": wandb}, "options")
 
     from amlp_ray.cli.progress import run_progress

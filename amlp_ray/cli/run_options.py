@@ -11,7 +11,7 @@ from typer import Option
 from amlp_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from amlp_ray.config import ResourceConfig
+    from amlp_ray.config import FaultToleranceConfig, ResourceConfig
     from amlp_ray.config.base import ConfigT
 
 # Written out, so that --help need not import the configs.
@@ -69,10 +69,14 @@ def load_config(
 
 
 def build_resources(
-    address: str | None, workers: str, cpus_per_worker: float | None, **others: Any
-) -> ResourceConfig:
-    """Build the resources from options; `cpus_per_worker` None shares this machine's cores."""
-    from amlp_ray.config import ResourceConfig
+    address: str | None,
+    max_failures: int,
+    workers: str,
+    cpus_per_worker: float | None,
+    **others: Any,
+) -> tuple[ResourceConfig, FaultToleranceConfig]:
+    """Build what a run holds and survives; `cpus_per_worker` None shares this machine's cores."""
+    from amlp_ray.config import FaultToleranceConfig, ResourceConfig
     from amlp_ray.config.base import build
 
     number = parse_workers(workers)
@@ -83,4 +87,5 @@ def build_resources(
         # A group gets less than whole cores, because its controller needs a fraction too.
         cpus_per_worker = cores if is_single_process else 0.9 * cores / max_workers
     values = {"workers": number, "cpus_per_worker": cpus_per_worker, **others}
-    return build(ResourceConfig, values, "options")
+    resources = build(ResourceConfig, values, "options")
+    return resources, build(FaultToleranceConfig, {"max_failures": max_failures}, "options")

@@ -57,24 +57,22 @@ def segment(
     Scores are DSC, IoU, HD95 and more. The encoder may be pretrained on another dataset;
     `amlp-ray data check A --against B` finds images that are in both.
     """
-    from amlp_ray.config import FaultToleranceConfig, SegmentConfig
-    from amlp_ray.config.base import build
+    from amlp_ray.config import SegmentConfig
 
     config = load_config(SegmentConfig, assign)
-    resources = build_resources(
+    resources, fault_tolerance = build_resources(
         address,
+        max_failures,
         workers,
         cpus_per_worker,
         gpus_per_worker=gpus_per_worker,
         accelerator=accelerator,
         placement=placement,
     )
-    fault_tolerance = build(FaultToleranceConfig, {"max_failures": max_failures}, "options")
-
-    import torch
 
     from amlp_ray.cli.progress import run_progress
     from amlp_ray.evaluation.segmentation import segment as run
+    from amlp_ray.runtime.worker_group import this_process
 
     with run_progress(out, config.epochs, err=True) as report:
         scores = run(
@@ -88,7 +86,7 @@ def segment(
             fault_tolerance=fault_tolerance,
             address=address,
             progress=report,
-            device="cuda" if torch.cuda.is_available() else "cpu",
+            device=this_process().device,
         )
     if as_json:
         print_json(scores)

@@ -69,11 +69,11 @@ def salt() -> bytes:
 
 
 def _salt_path() -> Path:
-    configured = os.environ.get("XDG_CONFIG_HOME")
-    if configured and Path(configured).is_absolute():
-        return Path(configured) / "amlp_ray" / "salt"
+    folder = Path(os.environ.get("XDG_CONFIG_HOME") or "")
     try:
-        return Path.home() / ".config" / "amlp_ray" / "salt"
+        if not folder.is_absolute():
+            folder = Path.home() / ".config"
+        return folder / "amlp_ray" / "salt"
     except RuntimeError:  # an account without a home
         raise DataError(
             "This account has no home folder to keep the secret in that patients' names are "

@@ -36,15 +36,10 @@ MAX_LETTERS = 400  # letter-like specks, above which an image is texture
 
 
 def text_scores(gray: np.ndarray) -> np.ndarray:
-    """Count the letters that stand on lines of at least `MIN_LETTERS`.
+    """Count the letters on lines of at least `MIN_LETTERS` in images (N, H, W) uint8.
 
-    Lines run across or down, as scales at the side of an image do; the larger count is returned.
-
-    Args:
-        gray: (N, H, W) uint8.
-
-    Returns:
-        (N,) float32, 0 for images without letters.
+    Lines run across or down, as scales at the side of an image do; the larger count is returned:
+    (N,) float32, 0 for images without letters.
     """
     letters = _find_letters(gray)
     turned = letters[:, [0, 3, 4, 1, 2, 5]]  # left and right for top and bottom
@@ -102,15 +97,7 @@ def _extent(label: np.ndarray, value: np.ndarray, count: int) -> tuple[np.ndarra
 
 
 def _count_on_lines(boxes: np.ndarray, count: int) -> np.ndarray:
-    """Count the letters of each image that stand on lines that run across.
-
-    Args:
-        boxes: (L, 6), from `_find_letters`.
-        count: number of images.
-
-    Returns:
-        (count,) float32.
-    """
+    """Count the letters (L, 6) of `count` images that stand on lines across: (count,) float32."""
     height = boxes[:, 2] - boxes[:, 1]
     width = boxes[:, 4] - boxes[:, 3]
     boxes = boxes[(height >= MIN_HEIGHT) & (width <= MAX_WIDTH * height)]

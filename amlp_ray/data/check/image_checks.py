@@ -170,10 +170,9 @@ def _odd_sizes(table: pd.DataFrame) -> Finding:
     width = table["width"].to_numpy(float)
     log_aspect = np.log(width / height)
     log_area = np.log(width * height)
-    distance = np.maximum(
-        _distance_if_odd(log_aspect, robust_z(np.exp(log_aspect)), MAX_ASPECT),
-        _distance_if_odd(log_area, robust_z(log_area), MAX_AREA),
-    )
+    aspect_distance = _distance_if_odd(log_aspect, robust_z(np.exp(log_aspect)), MAX_ASPECT)
+    area_distance = _distance_if_odd(log_area, robust_z(log_area), MAX_AREA)
+    distance = np.maximum(aspect_distance, area_distance)
     return ODD_SIZES.with_rows(table, distance > 0, badness=distance, describe=_size)
 
 

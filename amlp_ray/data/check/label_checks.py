@@ -156,11 +156,10 @@ def _uneven(finding: Finding, table: pd.DataFrame, marks: dict[str, np.ndarray])
             split_share = float(split_mark.mean())
             difference = abs(split_share - share)
             if difference > MIN_DIFFERENCE and difference > MIN_ERRORS * error:
-                differences.append(
-                    f"{name} {split_share:.0%} of {split} against {share:.0%} of all"
-                )
+                text = f"{name} {split_share:.0%} of {split} against {share:.0%} of all"
+                differences.append(text)
                 uneven.add(split)
-    meaning = _with_details(finding.meaning, "; ".join(differences))
+    meaning = _with_details(finding, "; ".join(differences))
     return finding.with_count(len(uneven), len(splits), meaning=meaning)
 
 
@@ -168,9 +167,8 @@ def _few_groups(table: pd.DataFrame) -> Finding:
     groups = table.groupby("split", sort=False)["group"].nunique()
     few = groups[groups < MIN_GROUPS]
     details = ", ".join(f"{split} {number}" for split, number in few.items())
-    meaning = _with_details(GROUPS.meaning, details)
-    return GROUPS.with_count(len(few), len(groups), meaning=meaning)
+    return GROUPS.with_count(len(few), len(groups), meaning=_with_details(GROUPS, details))
 
 
-def _with_details(meaning: str, details: str) -> str:
-    return f"{meaning} Here: {details}." if details else meaning
+def _with_details(finding: Finding, details: str) -> str:
+    return f"{finding.meaning} Here: {details}." if details else finding.meaning

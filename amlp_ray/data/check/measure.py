@@ -76,16 +76,10 @@ def measure_dataset(dataset: PatchDataset) -> pd.DataFrame:
 
 
 def to_gray8(images: np.ndarray) -> np.ndarray:
-    """Average the channels of images, or weigh them if there are three.
+    """Turn images (N, C, H, W) into gray ones (N, H, W) uint8; three channels are weighed.
 
     Other types than uint8 are stretched from each image's smallest value to its largest, so that an
     overlay keeps its distance from what is below it.
-
-    Args:
-        images: (N, C, H, W).
-
-    Returns:
-        (N, H, W) uint8.
     """
     channels = images.shape[1]
     if images.dtype == np.uint8 and channels == 1:

@@ -55,12 +55,11 @@ def iter_crops(image: np.ndarray, mask: np.ndarray | None, config: PrepareConfig
     for y in origins(height, size, config.overlap):
         for x in origins(width, size, config.overlap):
             tile = slice(y, y + size), slice(x, x + size)
-            tile_air = air[tile]
             tile_mask = None if mask is None else mask[tile]
-            tissue_pixels = tile_air.size - np.count_nonzero(tile_air)
-            background = 1 - tissue_pixels / size**2
-            foreground = tissue_pixels / tile_air.size
-            yield Crop(y, x, background, foreground, _has_lesion(tile_mask))
+            num_pixels = air[tile].size
+            num_tissue = num_pixels - np.count_nonzero(air[tile])
+            background = 1 - num_tissue / size**2
+            yield Crop(y, x, background, num_tissue / num_pixels, _has_lesion(tile_mask))
 
 
 def cut(
@@ -123,10 +122,10 @@ def scaled(
 def pixel_spacing(
     spacing: tuple[float, float] | None, height: int, width: int, config: PrepareConfig
 ) -> tuple[float, float] | None:
-    """Return the millimeters of a stored pixel, down and across.
+    """Return the millimeters of a stored pixel, down and across; None: not known.
 
     Args:
-        spacing: millimeters of a pixel of the frame, down and across; None: not known.
+        spacing: the same of a pixel of the frame.
         height: of the frame, in pixels.
         width: of the frame, in pixels.
         config: gives `fit`, `size` and `scale`.
@@ -152,17 +151,11 @@ def origins(length: int, size: int, overlap: float) -> list[int]:
 
 
 def background_of(image: np.ndarray) -> np.ndarray:
-    """Mark air and black border of an image.
+    """Mark air and black border of an image (H, W, C): (H, W) bool.
 
     This is a rule of ours: pixels that are dark in all channels (`AIR` of the range from the
     minimum) and connected with the image's edge. So a dark lesion within tissue is no background. A
     constant image is all background.
-
-    Args:
-        image: (H, W, C).
-
-    Returns:
-        (H, W) bool.
     """
     brightest = image.max(axis=2)
     flat = brightest.ravel()
@@ -173,7 +166,7 @@ def background_of(image: np.ndarray) -> np.ndarray:
     if high <= low:
         return np.ones(brightest.shape, bool)
     dark = brightest <= low + AIR * (float(high) - float(low))
-    if not _edge(dark).any():
+    if not _edge(dark).any():  # spares the labels
         return np.zeros(dark.shape, bool)
     components, count = ndimage.label(dark)
     is_background = np.zeros(count + 1, bool)

@@ -128,15 +128,12 @@ def near_pairs(
 
 
 def connect(left: np.ndarray, right: np.ndarray, count: int) -> np.ndarray:
-    """Find the first of all that pairs link, directly or by others.
+    """Find the first member of the component of each of `count` things: (count,) positions.
 
     Args:
         left: (P,) positions below `count`.
         right: (P,) positions that those in `left` are linked to.
         count: number of things that are linked.
-
-    Returns:
-        (count,) position of the first one in the same component.
     """
     ones = np.ones(len(left), np.int8)
     graph = sparse.coo_matrix((ones, (left, right)), shape=(count, count))

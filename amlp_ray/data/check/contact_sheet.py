@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ from scipy import ndimage
 from amlp_ray.data.check.finding import MAX_EXAMPLES, Finding, ImageRef
 from amlp_ray.data.check.report import Report
 from amlp_ray.data.prepare.near_duplicates import stretch_to_uint8
-from amlp_ray.data.samples import Samples
 from amlp_ray.utils.files import atomic_write
 
 SIDE = 160  # pixels of the longer side of a picture
@@ -36,17 +36,15 @@ def draw_examples(report: Report) -> Pictures:
             images.add(example.image)
             if example.like is not None:
                 images.add(example.like)
+    in_order = sorted(images, key=lambda image: (image.other, image.split, image.row))
     pictures: Pictures = {}
-    samples: Samples | None = None  # one split at a time, because samples hold row groups
-    opened: tuple[bool, str] | None = None
-    for image in sorted(images, key=lambda image: (image.other, image.split, image.row)):
-        if samples is None or opened != (image.other, image.split):
-            dataset = report.against if image.other else report.dataset
-            assert dataset is not None
-            samples = dataset.split(image.split)
-            opened = image.other, image.split
-        sample = samples[image.row]
-        pictures[image] = draw_picture(sample.image, sample.mask)
+    for (is_other, split), refs in groupby(in_order, lambda image: (image.other, image.split)):
+        dataset = report.against if is_other else report.dataset
+        assert dataset is not None
+        samples = dataset.split(split)
+        for image in refs:
+            sample = samples[image.row]
+            pictures[image] = draw_picture(sample.image, sample.mask)
     return pictures
 
 

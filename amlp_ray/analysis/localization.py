@@ -126,7 +126,13 @@ def bench_rules(
         _load(dataset, split, spread(lesion_rows, images or MAX_IMAGES), spec, patch_size),
         loaded_teacher,
     )
-    images_row = {"data": dataset.name, "split": split} | benchmark.describe_images()
+    true_share = benchmark.true_share
+    images_row: Row = {
+        "data": dataset.name,
+        "split": split,
+        "images": len(true_share),
+        "base_rate": float(true_lesion_patches(true_share).float().mean()),
+    }
     rows = []
     for done, candidate in enumerate(candidates):
         progress(done, len(candidates))
@@ -226,11 +232,6 @@ class _Benchmark:
         area = self.true_share.sum(1)
         self.is_small = (area <= area.median()).numpy()
         self._teacher_views: dict[tuple[object, ...], tuple[TeacherView, float]] = {}
-
-    def describe_images(self) -> Row:
-        """Return number of images and share of lesion patches."""
-        base_rate = true_lesion_patches(self.true_share).float().mean()
-        return {"images": len(self.true_share), "base_rate": float(base_rate)}
 
     @torch.inference_mode()
     def measure(self, candidate: Candidate, seeds: int) -> Row:

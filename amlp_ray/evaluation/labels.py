@@ -43,12 +43,12 @@ def by_part(dataset: PatchDataset, split: str, rows: Rows | None = None) -> Iter
     Args:
         rows: sorted; None: all.
     """
+    if rows is None:
+        rows = np.arange(dataset.count(split))
     start = 0
     for part in dataset.manifest.parts[split]:
         end = start + part.rows
-        inside = np.arange(start, end)
-        if rows is not None:
-            inside = rows[np.searchsorted(rows, start) : np.searchsorted(rows, end)]
+        inside = rows[np.searchsorted(rows, start) : np.searchsorted(rows, end)]
         if len(inside):
             yield inside
         start = end

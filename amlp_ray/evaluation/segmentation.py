@@ -27,8 +27,8 @@ from amlp_ray.evaluation.labels import check_fits, labeled_rows, train_rows
 from amlp_ray.evaluation.metrics import mean_mask
 from amlp_ray.evaluation.segmenter import WEIGHTS, Segmenter, save_segmenter
 from amlp_ray.method.encoder import build_encoder
-from amlp_ray.runtime.resources import cluster_resources, jobs_side_by_side, machine_resources
-from amlp_ray.runtime.session import is_joined, ray_session
+from amlp_ray.runtime.resources import check_machine, cluster_resources, jobs_side_by_side
+from amlp_ray.runtime.session import ray_session
 from amlp_ray.runtime.worker_context import WorkerContext
 from amlp_ray.runtime.worker_group import run_group
 from amlp_ray.training.checkpoint.pretrained import (
@@ -181,8 +181,7 @@ class Tuning:
         Raises what `segment` raises.
         """
         self.config.check_workers(resources)
-        if address is None and (resources.is_single_worker or not is_joined()):
-            jobs_side_by_side(resources, machine_resources())
+        check_machine(resources, address)
         spec = pretrained_image_spec(self.encoder, dataset.spec)
         check_fits(dataset, spec, f"{self.encoder} was trained on")
         model = read_pretrained_config(self.encoder, self.name)

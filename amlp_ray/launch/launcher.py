@@ -15,8 +15,8 @@ from amlp_ray.data.loading.batches import resolve_mode
 from amlp_ray.data.path import DataPath
 from amlp_ray.launch.job import claim, is_finished, open_eval_data, run_job
 from amlp_ray.launch.run_spec import RunSpec
-from amlp_ray.runtime.resources import cluster_resources, jobs_side_by_side, machine_resources
-from amlp_ray.runtime.session import is_joined, ray_session
+from amlp_ray.runtime.resources import check_machine, cluster_resources, jobs_side_by_side
+from amlp_ray.runtime.session import ray_session
 from amlp_ray.runtime.worker_context import WorkerContext
 from amlp_ray.runtime.worker_group import run_group, this_process
 from amlp_ray.training.checkpoint.export import ENCODER
@@ -48,7 +48,6 @@ def pretrain_dataset(
     Args:
         data: path or URI of the patch dataset.
         out: the run's folder.
-        config: of model and training.
         eval_data: another dataset of the same shape, with masks, for pictures and diagnostics.
         resources: one worker with all cores, the default, trains here; several train on Ray.
         fault_tolerance: losses and outages that the run survives.
@@ -66,8 +65,11 @@ def pretrain_dataset(
     """
     out = Path(out).absolute()
     dataset = PatchDataset.open(data)
+    config = config or PretrainConfig()
+    if config.weights is not None:
+        config = config.model_copy(update={"weights": resolve_weights(config.weights)})
     run_spec = RunSpec(
-        config=_with_resolved_weights(config or PretrainConfig()),
+        config=config,
         data=dataset.path,
         folder=out,
         resources=resources or ResourceConfig(cpus_per_worker=os.cpu_count() or 1),
@@ -93,12 +95,6 @@ def pretrain_dataset(
     return out / ENCODER
 
 
-def _with_resolved_weights(config: PretrainConfig) -> PretrainConfig:
-    if config.weights is None:
-        return config
-    return config.model_copy(update={"weights": resolve_weights(config.weights)})
-
-
 def _check(run_spec: RunSpec, dataset: PatchDataset, address: str | None) -> None:
     """Raise for what would fail only later: image size, workers, trackers, weights, room."""
     config = run_spec.config
@@ -106,8 +102,7 @@ def _check(run_spec: RunSpec, dataset: PatchDataset, address: str | None) -> Non
     config.check_image(dataset.spec)
     config.check_workers(resources)
     check_tracking(run_spec.tracking)
-    if address is None and (resources.is_single_worker or not is_joined()):
-        jobs_side_by_side(resources, machine_resources())
+    check_machine(resources, address)
     if config.weights is not None and not checkpoints(run_spec.folder):
         read_pretrained_config(config.weights, config.model.encoder)
 

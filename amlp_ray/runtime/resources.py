@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from amlp_ray.config import ResourceConfig
 from amlp_ray.errors import ResourceError
 from amlp_ray.runtime.ray_internals import draining_nodes
+from amlp_ray.runtime.session import is_joined
 
 DRIVER_CPU = 0.01  # of a trial that only drives a group of workers; Ray refuses zero
 GB = 1e9
@@ -132,6 +133,12 @@ def job_bundles(resources: ResourceConfig) -> list[dict[str, float]]:
     if resources.is_single_worker:
         return workers
     return [{"CPU": DRIVER_CPU}, *workers]
+
+
+def check_machine(resources: ResourceConfig, address: str | None) -> None:
+    """Raise ResourceError if this machine has no room for a run that joins no cluster."""
+    if address is None and (resources.is_single_worker or not is_joined()):
+        jobs_side_by_side(resources, machine_resources())
 
 
 def jobs_side_by_side(resources: ResourceConfig, cluster: Cluster) -> int:

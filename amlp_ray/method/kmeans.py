@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from amlp_ray.utils.distributed import broadcast_tensors_from_rank0, gather_rows, sum_over_workers
 
+ITERATIONS = 20
+
 
 class Clusters(NamedTuple):
     """Patches by cluster.
@@ -31,9 +33,7 @@ class Clusters(NamedTuple):
     counts: Tensor
 
 
-def kmeans(
-    x: Tensor, inside: Tensor, clusters: int, noise: Tensor, *, iterations: int = 20
-) -> Clusters:
+def kmeans(x: Tensor, inside: Tensor, clusters: int, noise: Tensor) -> Clusters:
     """Cluster the patches of every image on its own, all images and starts in one batched pass.
 
     An image with fewer than `clusters` distinct patches leaves clusters empty (size 0).
@@ -52,7 +52,7 @@ def kmeans(
     norms = x.square().sum(-1)  # (B, N)
     weight = inside.to(x.dtype)
     centers = _seed_centers(x, norms, weight, noise.reshape(b, starts, clusters))  # (B, S, K, D)
-    for _ in range(iterations):
+    for _ in range(ITERATIONS):
         nearest = _squared_distances(x, norms, centers).argmin(-1)  # (B, N, S)
         one_hot = F.one_hot(nearest, clusters) * weight[..., None, None]  # (B, N, S, K)
         sizes = one_hot.sum(1)[..., None]  # (B, S, K, 1)

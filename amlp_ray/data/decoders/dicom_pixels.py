@@ -206,12 +206,9 @@ def _stored_range(dataset: Dataset, stored: np.ndarray, bits: int) -> tuple[floa
 def _rescale(
     dataset: Dataset, stored: np.ndarray, bits: int, header: Header
 ) -> tuple[np.ndarray, float, float]:
-    """Apply look-up table, or slope and intercept, to stored values of `bits` bits.
+    """Return rescaled values, and the least and greatest that the header allows.
 
     Whole numbers stay whole if slope and intercept are.
-
-    Returns:
-        The values, and the least and greatest value that the header allows.
     """
     if dataset.get("ModalityLUTSequence"):
         table_bits = int(dataset.ModalityLUTSequence[0].LUTDescriptor[2])
@@ -247,10 +244,7 @@ def _find_padding(dataset: Dataset, stored: np.ndarray) -> np.ndarray | None:
 
 
 def _palette_to_bytes(colors: np.ndarray) -> np.ndarray:
-    """Return the colors of a palette as uint8.
-
-    Most palettes of 16 bits hold 8 in the upper byte, a few in the lower.
-    """
+    """Return the colors of a palette as uint8; most hold 8 bits in the upper byte of 16."""
     if colors.dtype == np.uint8:
         return colors
     return (colors >> 8 if colors.max() > 255 else colors).astype(np.uint8)

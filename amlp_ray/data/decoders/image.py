@@ -99,10 +99,7 @@ def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
 
 
 def _map_values(path: str, image: np.ndarray, config: PrepareConfig) -> np.ndarray:
-    """Bring values to 0-255 if the config says so.
-
-    Colors get one range for all channels, other images a range per channel.
-    """
+    """Bring values to 0-255 if the config says so; colors by one range for all channels."""
     if config.values == "keep":
         return image
     if config.values == "window":

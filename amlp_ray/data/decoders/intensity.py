@@ -29,9 +29,6 @@ def percentile_range(values: np.ndarray) -> tuple[float, float]:
 
     >>> percentile_range(np.array([0] * 1000 + list(range(1, 202))))
     (2.0, 200.0)
-
-    Args:
-        values: of any shape.
     """
     lowest = values.min()
     inside = values[values > lowest]
@@ -46,12 +43,9 @@ def smallest_exact(values: np.ndarray, low: int, high: int) -> np.ndarray:
 
     If none does, they come as float32.
 
-    Args:
-        values: whole numbers.
-        low: least value that the header allows. The header decides where it can, so that the
-            slices of a series agree. A range wider than 16 bits, as of 16-bit CT with a rescale
-            intercept, leaves it to `values`.
-        high: greatest value that the header allows.
+    The range `low` to `high` that the header allows decides where it can, so that the slices of a
+    series agree. One wider than 16 bits, as of 16-bit CT with a rescale intercept, leaves it to
+    `values`.
     """
     candidates = [dtype for dtype in INTEGER_DTYPES if _holds(dtype, low, high)]
     if not candidates:

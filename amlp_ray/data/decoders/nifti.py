@@ -173,8 +173,7 @@ def _open(path: str, read: ReadFile, turn: np.ndarray | None = None) -> _Volume:
         ) from None
     affine = np.asarray(image.affine, np.float64)
     own_turn = _orientation(path, affine)
-    if turn is None:
-        turn = own_turn
+    turn = own_turn if turn is None else turn
     # As nibabel.as_closest_canonical, but of the stored values: no copy, and no scaled float64.
     stored = apply_orientation(flat.reshape(shape, order="F"), turn)
     unit = image.header.get_xyzt_units()[0]

@@ -60,10 +60,7 @@ def recognize(root: DataPath) -> tuple[str, str]:
 
 
 def _recognize_masked(pictures: list[FileName]) -> dict[str, str]:
-    """Return reasons for the layouts of pictures with masks.
-
-    The more special ones come before masks beside any picture.
-    """
+    """Return the reason for each layout of pictures with masks, the more special ones first."""
     busi = _recognize_busi(pictures)
     lgg = "" if busi else _recognize_lgg(pictures)
     pairs, has_mask_folder = pair_by_name(pictures)

@@ -226,9 +226,8 @@ class PatchDataset:
         """
         positions = None if rows is None else np.sort(np.asarray(rows, np.int64))
         count = self.count(split) if positions is None else len(positions)
-        _, height, width = self.shape
         images = np.empty((count, *self.shape), self.manifest.dtype)
-        masks = np.empty((count, height, width), np.uint8)
+        masks = np.empty((count, *self.shape[1:]), np.uint8)
         labeled = np.empty(count, bool)
         ids: list[str] = []
         groups: list[str] = []

@@ -113,7 +113,7 @@ def _across_splits(table: pd.DataFrame, hashes: np.ndarray) -> Finding:
     has_copy[np.arange(len(table)), split] = False
     is_hit = has_copy.any(axis=1) & (split > 0)
     examples = []
-    for i in _spread(np.flatnonzero(is_hit)):
+    for i in spread(np.flatnonzero(is_hit), MAX_PAIRS):
         elsewhere = np.flatnonzero(split != split[i])
         examples.append(_nearest_pair(table, i, table, elsewhere))
     held_out = int((split > 0).sum())
@@ -144,7 +144,7 @@ def _across_datasets(
     is_leak[positions, split] = False  # every link that is left has val or test at one end
     for finding, is_hit in ((AGAINST, is_leak.any(axis=1)), (SHARED, is_shared)):
         examples = []
-        for i in _spread(np.flatnonzero(is_hit)):
+        for i in spread(np.flatnonzero(is_hit), MAX_PAIRS):
             is_candidate = (other_split == split[i]) == (finding is SHARED)
             candidates = np.flatnonzero(is_candidate)
             examples.append(_nearest_pair(table, i, other, candidates, in_other=True))
@@ -189,7 +189,7 @@ def _near_copies(table: pd.DataFrame, hashes: np.ndarray, chain: np.ndarray) -> 
     repeated = distinct[distinct.duplicated(["split", "chain"])]
     num_groups = len(columns.drop_duplicates(["split", "group"]))
     examples = []
-    for i in _spread(repeated.drop_duplicates("chain").index.to_numpy()):
+    for i in spread(repeated.drop_duplicates("chain").index.to_numpy(), MAX_PAIRS):
         image = columns.iloc[i]
         is_near = (columns["chain"] == image["chain"]) & (columns["split"] == image["split"])
         others = np.flatnonzero(is_near & (columns["group"] != image["group"]))
@@ -262,8 +262,3 @@ def _nearest_pair(
 
 def _split_codes(split: pd.Series) -> np.ndarray:
     return split.map({name: code for code, name in enumerate(SPLITS)}).to_numpy(np.int64)
-
-
-def _spread(rows: np.ndarray) -> list[int]:
-    """Choose rows for pairs of pictures."""
-    return [int(row) for row in spread(rows, MAX_PAIRS)]

@@ -32,8 +32,8 @@ class Report:
     @property
     def clear(self) -> tuple[Finding, ...]:
         """What is not there."""
-        absent = [finding for finding in self.looked_for if not finding.count]
-        return tuple(finding for finding in absent if finding.gap is None)
+        looked = [finding for finding in self.looked_for if finding.gap is None]
+        return tuple(finding for finding in looked if not finding.count)
 
     @property
     def gaps(self) -> tuple[Finding, ...]:

@@ -224,14 +224,14 @@ def _cut_into_batches(source: SplitSource, tables: Iterable[pa.Table]) -> Genera
     for table in tables:
         images = images_of(table["image"], source.shape, source.dtype)
         keys = table["key"].to_numpy()
-        start = 0
-        while start < len(keys):
-            end = min(len(keys), start + size - filled)
-            target = slice(filled, filled + end - start)
-            batch.images.numpy()[target] = images[start:end]
-            batch.keys.numpy()[target] = keys[start:end]
-            filled = target.stop
-            start = end
+        while len(keys):
+            count = min(len(keys), size - filled)
+            target = slice(filled, filled + count)
+            batch.images.numpy()[target] = images[:count]
+            batch.keys.numpy()[target] = keys[:count]
+            images = images[count:]
+            keys = keys[count:]
+            filled += count
             if filled == size:
                 yield batch
                 batch = _empty_batch(size, source.shape, dtype)

@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 # User attribute of the confirmation's Optuna study.
 TEST_UNLOCKED = "test_unlocked"
-_ABLATION_NAME = re.compile(rf"^({'|'.join(ABLATIONS)})-of-trial-(\d+)$")
-_TRIAL_NAME = re.compile(r"^trial-(\d+)$")
+# Names of trials and of their ablations: `trial-7`, `oracle-of-trial-7`.
+TRIAL_NAME = re.compile(rf"(?:({'|'.join(ABLATIONS)})-of-)?(trial-(\d+))")
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,13 @@ def _candidate_names(store: StudyStore, config: StudyConfig) -> list[str]:
 def _candidate(
     store: StudyStore, config: StudyConfig, records: list[TrialRecord], name: str
 ) -> Candidate:
-    if match := _TRIAL_NAME.match(name):
-        record = records[int(match[1])]
-        return Candidate(name, False, record.params, _trial_config(store, config, record))
-    if match := _ABLATION_NAME.match(name):
-        reference = _trial_config(store, config, records[int(match[2])])
-        plan = baseline_plan(config, match[1], reference)
+    if match := TRIAL_NAME.fullmatch(name):
+        ablation, _, number = match.groups()
+        record = records[int(number)]
+        trial_config = _trial_config(store, config, record)
+        if ablation is None:
+            return Candidate(name, False, record.params, trial_config)
+        plan = baseline_plan(config, ablation, trial_config)
     elif name in baseline_names(config.baselines):
         plan = baseline_plan(config, name)
     else:

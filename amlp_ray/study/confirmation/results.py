@@ -5,7 +5,6 @@ Before the test images are opened the numbers are those of val, by which candida
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,11 +15,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from amlp_ray.config import ABLATIONS, BASELINE_DESCRIPTIONS
+from amlp_ray.config import BASELINE_DESCRIPTIONS
 from amlp_ray.config.yaml_file import read_yaml
 from amlp_ray.errors import ConfigError
 from amlp_ray.study.confirmation.comparison import Comparison, read_difference
-from amlp_ray.study.confirmation.confirm import TestUnlock, find_test_unlock
+from amlp_ray.study.confirmation.confirm import TRIAL_NAME, TestUnlock, find_test_unlock
 from amlp_ray.study.confirmation.statistics import (
     Correlation,
     FloatArray,
@@ -74,18 +73,19 @@ class ConfirmedCandidate:
     @property
     def is_trial(self) -> bool:
         """Return whether it is a trial of the search."""
-        return bool(re.fullmatch(r"trial-\d+", self.name))
+        return TRIAL_NAME.fullmatch(self.name) is not None and not self.ablation
 
     @property
     def ablation(self) -> str | None:
         """Return which ablation of a trial it is; None for any other candidate."""
-        name, separator, _ = self.name.partition("-of-")
-        return name if separator and name in ABLATIONS else None
+        match = TRIAL_NAME.fullmatch(self.name)
+        return match[1] if match else None
 
     @property
     def reference(self) -> str | None:
         """Return the trial that it is an ablation of."""
-        return self.name.partition("-of-")[2] if self.ablation else None
+        match = TRIAL_NAME.fullmatch(self.name)
+        return match[2] if match and match[1] else None
 
     def values(self, protocol: Protocol, split: SplitName, key: str = "dsc") -> dict[int, float]:
         """Return a number of each run that has it, by repeat."""

@@ -290,10 +290,7 @@ def _cautions(confirmation: Confirmation) -> list[str]:
 
 
 def _table(confirmation: Confirmation) -> Table:
-    """Tabulate all candidates, the chosen one first.
-
-    Differences are the chosen trial, or an ablation's own trial, minus the row.
-    """
+    """Tabulate all candidates; differences are the chosen (or ablated) trial minus the row."""
     columns = ["", "Seeds"]
     for protocol in PROTOCOLS:
         columns += [f"DSC, {PROTOCOL_NAMES[protocol]}", "SD over seeds"]

@@ -107,16 +107,15 @@ def _names(trials: Sequence[ReportedTrial]) -> str:
     """Name trials, neighboring numbers as ranges, then runs of baselines or the confirmation."""
     numbers = [trial.number for trial in trials if trial.name.startswith("trial ")]
     others = [trial.name for trial in trials if not trial.name.startswith("trial ")]
-    parts = []
-    if numbers:
-        ranges = _ranges(sorted(numbers))
-        listed = ", ".join(ranges[:MAX_NAMES])
-        if len(ranges) > MAX_NAMES:
-            listed += f" and {len(ranges) - MAX_NAMES} more ranges"
-        parts.append(f"trials {listed}")
     if len(others) > MAX_NAMES:
         others = [f"{len(others)} runs of baselines or of the confirmation"]
-    return ", ".join(parts + others)
+    if not numbers:
+        return ", ".join(others)
+    ranges = _ranges(sorted(numbers))
+    listed = ", ".join(ranges[:MAX_NAMES])
+    if len(ranges) > MAX_NAMES:
+        listed += f" and {len(ranges) - MAX_NAMES} more ranges"
+    return ", ".join([f"trials {listed}", *others])
 
 
 def _ranges(numbers: list[int]) -> list[str]:

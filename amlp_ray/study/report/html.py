@@ -46,6 +46,7 @@ from amlp_ray.utils.files import atomic_write
 
 HERE = Path(__file__).parent
 
+# Caption and data URI of each.
 Pictures = list[tuple[str, str]]
 
 
@@ -193,7 +194,6 @@ def _galleries(best: ReportedTrial | None, baselines: Iterable[Baseline]) -> dic
 
 
 def _pictures(trial: ReportedTrial) -> Pictures:
-    """Return the pictures of a trial, each with its caption and as a data URI."""
     pictures = []
     for file in sorted((trial.path / "pictures").glob("*.png")):
         encoded = base64.b64encode(file.read_bytes()).decode("ascii")

@@ -28,6 +28,7 @@ from amlp_ray.study.report.report_data import (
     states_text,
 )
 from amlp_ray.study.report.rung_correlation import FirstRungCorrelation
+from amlp_ray.study.report.tables import interval_text
 
 
 @dataclass(frozen=True)
@@ -145,11 +146,10 @@ def _comparison_sentence(item: Comparison, baseline: Baseline, equivalence_margi
         sentence += f" (under {equivalence_margin:g} counts as noise)"
     if difference.interval is None:
         return f"{sentence}. Scores of the same single images are missing, so there is no interval."
-    low, high = difference.interval
     includes = "leaves out zero" if difference.excludes_zero else "includes zero"
     return (
         f"{sentence}. Paired over {difference.images} images, the 95 % interval is "
-        f"{low:+.3f} to {high:+.3f} and {includes}."
+        f"{interval_text(difference.interval)} and {includes}."
     )
 
 

@@ -58,13 +58,13 @@ NAMES = {
 Original = Callable[[Path, str], AbstractContextManager[ModuleType]]
 
 
-def ours_of(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def ours_of(reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of an original under our names and in our order.
 
     HPM's P predictions per patch, averaged, are our one.
     """
     renamed = {}
-    for name, value in theirs.items():
+    for name, value in reference.items():
         part, dot, rest = name.partition(".")
         if part == "decoder_pred":
             value = value[ORDER]
@@ -108,9 +108,9 @@ def built(folder: str, module: str, *, norm_pix: bool = False) -> Any:
     return model
 
 
-def converted(theirs: Any, *, ranking: bool = False) -> MaskedAutoencoder:
+def converted(reference: Any, *, ranking: bool = False) -> MaskedAutoencoder:
     ours = MaskedAutoencoder(SIZES, SPEC, ranking=ranking)
-    ours.load_state_dict(ours_of(theirs.state_dict()))
+    ours.load_state_dict(ours_of(reference.state_dict()))
     return ours
 
 
@@ -120,20 +120,24 @@ def split(mask: Tensor) -> tuple[Tensor, Tensor]:
     return (~mask).nonzero()[:, 1].view(rows, -1), mask.nonzero()[:, 1].view(rows, -1)
 
 
-def close_gradients(theirs: Any, ours: nn.Module, *, but: str = "none") -> None:
-    """Every gradient of ours equals theirs, to 1e-4 of the largest of its tensor.
+def close_gradients(reference: Any, ours: nn.Module, *, but: str = "none") -> None:
+    """Every gradient of ours equals that of the reference, to 1e-4 of the largest of its tensor.
 
     Some are 0 but for rounding.
     """
-    gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
     expected = {
         name: value for name, value in ours_of(gradients).items() if not name.startswith(but)
     }
     assert len(expected) > 40
-    found = dict(ours.named_parameters())
+    parameters = dict(ours.named_parameters())
     for name, value in expected.items():
         assert_close(
-            found[name].grad, value, rtol=0, atol=1e-6 + 1e-4 * value.abs().max().item(), msg=name
+            parameters[name].grad,
+            value,
+            rtol=0,
+            atol=1e-6 + 1e-4 * value.abs().max().item(),
+            msg=name,
         )
 
 
@@ -147,11 +151,13 @@ def images() -> Tensor:
 
 
 def test_positions_are_those_of_mae() -> None:
-    theirs = built("mae", "models_mae")
-    assert_close(sincos_positions((8, 8), SIZES.width, 1), theirs.pos_embed.data, rtol=0, atol=1e-6)
+    reference = built("mae", "models_mae")
+    assert_close(
+        sincos_positions((8, 8), SIZES.width, 1), reference.pos_embed.data, rtol=0, atol=1e-6
+    )
     assert_close(
         sincos_positions((8, 8), SIZES.decoder_width, 1),
-        theirs.decoder_pos_embed.data,
+        reference.decoder_pos_embed.data,
         rtol=0,
         atol=1e-6,
     )
@@ -159,9 +165,9 @@ def test_positions_are_those_of_mae() -> None:
 
 @pytest.mark.parametrize("norm_pix", [False, True])
 def test_loss_predictions_and_gradients_are_those_of_mae(images: Tensor, norm_pix: bool) -> None:
-    theirs = built("mae", "models_mae", norm_pix=norm_pix)
-    ours = converted(theirs)
-    loss, pixels, mask = theirs(images, 0.75)
+    reference = built("mae", "models_mae", norm_pix=norm_pix)
+    ours = converted(reference)
+    loss, pixels, mask = reference(images, 0.75)
     visible, masked = split(mask.bool())
     patches = patchify(images, PATCH)
     prediction = ours(patches, visible, masked)
@@ -174,19 +180,19 @@ def test_loss_predictions_and_gradients_are_those_of_mae(images: Tensor, norm_pi
     assert_close(losses.total, loss, rtol=1e-6, atol=0)
     loss.backward()
     losses.total.backward()
-    close_gradients(theirs, ours)
+    close_gradients(reference, ours)
 
 
 def test_ranking_and_its_gradients_are_those_of_hpm(images: Tensor) -> None:
-    theirs = built("HPM", "models_mae_learn_loss")
-    ours = converted(theirs, ranking=True)
-    mask = theirs.generate_mask(
+    reference = built("HPM", "models_mae_learn_loss")
+    ours = converted(reference, ranking=True)
+    mask = reference.generate_mask(
         torch.rand(IMAGES, 64), 0.75, guide=True, epoch=0, total_epoch=100
     ).bool()
-    out = theirs(images, mask)
+    out = reference(images, mask)
     count = out["mask_num"]
-    reconstruction = theirs.forward_loss(images, out["pix_pred"][:, -count:], mask)
-    learning = theirs.forward_learning_loss(
+    reconstruction = reference.forward_loss(images, out["pix_pred"][:, -count:], mask)
+    learning = reference.forward_learning_loss(
         out["loss_pred"][:, -count:], mask, reconstruction["matrix"].detach(), relative=True
     )
     visible, masked = split(mask)
@@ -200,36 +206,41 @@ def test_ranking_and_its_gradients_are_those_of_hpm(images: Tensor) -> None:
     (reconstruction["mean"] + learning).backward()
     (errors.loss.mean() + ranking).backward()
     # Averaging P predictions divides the gradient of each row by P.
-    own, rows = ours.get_parameter("rank.weight").grad, theirs.decoder_pred_losspred.weight.grad
-    assert_close(own, rows.sum(0, keepdim=True), rtol=1e-4, atol=1e-6)
-    close_gradients(theirs, ours, but="rank.")
+    gradient, rows = (
+        ours.get_parameter("rank.weight").grad,
+        reference.decoder_pred_losspred.weight.grad,
+    )
+    assert_close(gradient, rows.sum(0, keepdim=True), rtol=1e-4, atol=1e-6)
+    close_gradients(reference, ours, but="rank.")
 
 
 def test_difficulty_of_whole_images_is_that_of_the_teacher_of_hpm(images: Tensor) -> None:
-    theirs = built("HPM", "models_mae_learn_loss").eval()
-    ours = converted(theirs, ranking=True)
+    reference = built("HPM", "models_mae_learn_loss").eval()
+    ours = converted(reference, ranking=True)
     with torch.no_grad():
-        expected = theirs(images, torch.zeros(IMAGES, 64, dtype=torch.bool))["loss_pred"]
-        found = ours.predicted_difficulty(patchify(images, PATCH))
+        expected = reference(images, torch.zeros(IMAGES, 64, dtype=torch.bool))["loss_pred"]
+        actual = ours.predicted_difficulty(patchify(images, PATCH))
     assert expected.std() > 1e-3
-    assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("epoch", [1, 3, 50, 99, 100])
 def test_at_every_epoch_the_patches_that_hpm_masks_for_their_difficulty_are_masked(
     images: Tensor, epoch: int
 ) -> None:
-    theirs = built("HPM", "models_mae_learn_loss").eval()
+    reference = built("HPM", "models_mae_learn_loss").eval()
     config = PretrainConfig(variant="hpm", epochs=100, model=SIZES, min_crop_area=1.0, flip=False)
     ours = build_autoencoder(config, SPEC)
     assert ours.teacher is not None
-    ours.teacher.load_state_dict(ours_of(theirs.state_dict()))
+    ours.teacher.load_state_dict(ours_of(reference.state_dict()))
     with torch.no_grad():
-        difficulty = theirs(images, torch.zeros(IMAGES, 64, dtype=torch.bool))["loss_pred"]
+        difficulty = reference(images, torch.zeros(IMAGES, 64, dtype=torch.bool))["loss_pred"]
     keys = torch.arange(IMAGES)
     _, chosen = Masking(ours, config).mask_augmented(images, keys, keys, TrainingStep(epoch))
     their_masks = [
-        theirs.generate_mask(difficulty, 0.75, guide=True, epoch=epoch - 1, total_epoch=100).bool()
+        reference.generate_mask(
+            difficulty, 0.75, guide=True, epoch=epoch - 1, total_epoch=100
+        ).bool()
         for _ in range(64)
     ]
     our_mask = torch.zeros(IMAGES, 64, dtype=torch.bool).scatter(1, chosen.masked, True)

@@ -14,8 +14,8 @@ from amlp_ray.method.counter_rng import CROP, VIEW, uniform
 KEYS = torch.arange(200)
 
 
-def config_of(**given: Any) -> SegmentConfig:
-    return SegmentConfig(**{"flip": False, "seed": 0, **given})
+def config_of(**overrides: Any) -> SegmentConfig:
+    return SegmentConfig(**{"flip": False, "seed": 0, **overrides})
 
 
 def coordinates(images: int = 200, side: int = 32) -> Tensor:
@@ -162,8 +162,8 @@ def test_the_ends_of_a_dtype_are_exact(dtype: torch.dtype, lowest: float) -> Non
     highest = {torch.int16: 32767, torch.uint16: 65535, torch.float32: 1e6}[dtype]
     spec = ImageSpec(channels=1, height=8, width=8, mean=(-500.0,), std=(250.0,))
     images = torch.tensor([lowest, highest]).repeat_interleave(32).view(1, 1, 8, 8).to(dtype)
-    found = normalize(images, spec).unique().tolist()
-    assert found == pytest.approx([(lowest + 500) / 250, (highest + 500) / 250], rel=1e-7)
+    actual = normalize(images, spec).unique().tolist()
+    assert actual == pytest.approx([(lowest + 500) / 250, (highest + 500) / 250], rel=1e-7)
 
 
 def test_what_is_kept_for_normalizing_can_be_trained_through_though_it_was_made_at_inference() -> (
@@ -200,7 +200,7 @@ def discs(count: int, height: int, width: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "given",
+    "overrides",
     [
         {"min_crop_area": 0.5},
         {"flip": True},
@@ -210,30 +210,30 @@ def discs(count: int, height: int, width: int) -> Tensor:
     ],
     ids=str,
 )
-def test_a_mask_lies_where_its_image_lies_after_any_augmentation(given: dict[str, Any]) -> None:
+def test_a_mask_lies_where_its_image_lies_after_any_augmentation(overrides: dict[str, Any]) -> None:
     """The mask as a channel of the image is cut as the mask itself.
 
     Intensity changes its values but cannot shift it.
     """
     masks, keys = discs(40, 24, 32), KEYS[:40]
     images = torch.cat([noise(), masks[:, None].float()], 1)
-    shown, cut = augment(images, masks, keys, config_of(seed=3, **given), 2)
+    augmented, cut = augment(images, masks, keys, config_of(seed=3, **overrides), 2)
     assert cut.dtype == torch.uint8
     assert set(cut.unique().tolist()) <= {0, 1}
-    drawn = shown[:, 2]
+    drawn = augmented[:, 2]
     low, high = drawn.amin((1, 2), keepdim=True), drawn.amax((1, 2), keepdim=True)
     inside = (drawn - low) / (high - low).clamp_min(1e-6) > 0.5
-    there = (masks > 0).any(2).any(1) & (cut > 0).any(2).any(1)
-    agreed = (inside == (cut > 0)).float().mean((1, 2))[there]
+    has_lesion = (masks > 0).any(2).any(1) & (cut > 0).any(2).any(1)
+    agreed = (inside == (cut > 0)).float().mean((1, 2))[has_lesion]
     assert agreed.min() > 0.93, "bilinear against nearest at the rim, and gamma's shift of one half"
-    maps = random_crop(keys, config_of(seed=3, **given), 2)
+    maps = random_crop(keys, config_of(seed=3, **overrides), 2)
     assert torch.equal(apply_crop(masks[:, None].float(), maps, "nearest")[:, 0], cut.float())
 
 
 def test_without_any_of_it_image_and_mask_are_handed_back_as_they_are() -> None:
     images, masks = noise(), discs(40, 24, 32)
-    shown, cut = augment(images, masks, KEYS[:40], config_of(), 1)
-    assert shown is images
+    augmented, cut = augment(images, masks, KEYS[:40], config_of(), 1)
+    assert augmented is images
     assert cut is masks
     assert augment(images, None, KEYS[:40], config_of(), 1)[1] is None
 
@@ -269,11 +269,11 @@ def test_upside_down_turns_about_half_of_the_images_and_only_where_it_is_asked_f
 def test_a_new_kind_of_augmentation_moves_no_earlier_draw() -> None:
     """Crops and left-right flips use the first five numbers, as before the others existed."""
     plain = random_crop(KEYS, config_of(min_crop_area=0.5, flip=True), 1)
-    both = random_crop(KEYS, config_of(min_crop_area=0.5, flip=True, flip_vertical=True), 1)
+    combined = random_crop(KEYS, config_of(min_crop_area=0.5, flip=True, flip_vertical=True), 1)
     assert plain is not None
-    assert both is not None
-    assert torch.equal(plain[:, 0], both[:, 0])
-    assert torch.equal(plain[:, 1].abs(), both[:, 1].abs())
+    assert combined is not None
+    assert torch.equal(plain[:, 0], combined[:, 0])
+    assert torch.equal(plain[:, 1].abs(), combined[:, 1].abs())
     few, many = (uniform(KEYS, count, seed=0, epoch=1, stream=CROP) for count in (5, 11))
     assert torch.equal(few, many[:, :5])
 

@@ -45,10 +45,10 @@ SHAPES: list[Shape] = [(1, 32, 32), (2, 24, 40), (3, 16, 48)]
 
 
 def autoencoder(
-    shape: Shape, given: dict[str, Any] | None = None, *, seed: int = 0, **parts: bool
+    shape: Shape, overrides: dict[str, Any] | None = None, *, seed: int = 0, **parts: bool
 ) -> MaskedAutoencoder:
     torch.manual_seed(seed)
-    return MaskedAutoencoder(ModelConfig(**(given or SMALL)), spec_of(shape), **parts).eval()
+    return MaskedAutoencoder(ModelConfig(**(overrides or SMALL)), spec_of(shape), **parts).eval()
 
 
 def patches_and_split(shape: Shape, masked: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,20 +71,23 @@ def reference_mae(model: MaskedAutoencoder, patches: Tensor, visible: Tensor) ->
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("given", KINDS[:3], ids=str)
+@pytest.mark.parametrize("overrides", KINDS[:3], ids=str)
 @torch.no_grad()
 def test_predictions_are_those_of_mae_that_decodes_every_token_in_place(
-    given: dict[str, Any], shape: Shape
+    overrides: dict[str, Any], shape: Shape
 ) -> None:
-    model = autoencoder(shape, given)
+    model = autoencoder(shape, overrides)
     patches, visible, masked = patches_and_split(shape, 7)
-    told = model(patches, visible, masked)
+    prediction = model(patches, visible, masked)
     whole = reference_mae(model, patches, visible)
-    assert told.category is None
-    assert told.difficulty is None
-    assert told.pixels.shape == (3, 7, shape[0] * 64)
+    assert prediction.category is None
+    assert prediction.difficulty is None
+    assert prediction.pixels.shape == (3, 7, shape[0] * 64)
     torch.testing.assert_close(
-        told.pixels, torch.stack([whole[i, masked[i]] for i in range(3)]), atol=1e-5, rtol=1e-5
+        prediction.pixels,
+        torch.stack([whole[i, masked[i]] for i in range(3)]),
+        atol=1e-5,
+        rtol=1e-5,
     )
 
 
@@ -103,16 +106,16 @@ def test_encoding_all_tokens_is_simmim_with_mask_tokens_among_the_embeddings(dep
     if depth:
         tokens = model.decoder(model.decoder_embed(tokens) + model.decoder_positions)
     expected = model.predict(tokens)[:, 1:]
-    told = model(patches, visible, masked).pixels
+    prediction = model(patches, visible, masked).pixels
     torch.testing.assert_close(
-        told, torch.stack([expected[i, masked[i]] for i in range(3)]), atol=1e-5, rtol=1e-5
+        prediction, torch.stack([expected[i, masked[i]] for i in range(3)]), atol=1e-5, rtol=1e-5
     )
 
 
-@pytest.mark.parametrize("given", KINDS, ids=str)
+@pytest.mark.parametrize("overrides", KINDS, ids=str)
 @torch.no_grad()
-def test_masked_pixels_have_no_influence_on_the_prediction(given: dict[str, Any]) -> None:
-    model = autoencoder((1, 32, 32), given, category=True)
+def test_masked_pixels_have_no_influence_on_the_prediction(overrides: dict[str, Any]) -> None:
+    model = autoencoder((1, 32, 32), overrides, category=True)
     patches, visible, masked = patches_and_split((1, 32, 32), 10)
     changed = patches.clone().scatter(1, masked[..., None].expand(-1, -1, 64), 99.0)
     for one, other in zip(
@@ -125,10 +128,12 @@ def test_masked_pixels_have_no_influence_on_the_prediction(given: dict[str, Any]
     )
 
 
-@pytest.mark.parametrize("given", KINDS, ids=str)
+@pytest.mark.parametrize("overrides", KINDS, ids=str)
 @torch.no_grad()
-def test_the_order_of_indices_does_not_matter(given: dict[str, Any]) -> None:
-    model = autoencoder((1, 32, 32), given, category=True, ranking=given.get("encode") != "all")
+def test_the_order_of_indices_does_not_matter(overrides: dict[str, Any]) -> None:
+    model = autoencoder(
+        (1, 32, 32), overrides, category=True, ranking=overrides.get("encode") != "all"
+    )
     patches, visible, masked = patches_and_split((1, 32, 32), 6)
     plain = model(patches, visible, masked)
     flipped = model(patches, visible.flip(1), masked.flip(1))
@@ -153,10 +158,13 @@ def test_optional_parts_change_no_other_initial_weight_and_no_prediction(shape: 
             {"ranking", "rank"} if ranking else set()
         )
         assert all(torch.equal(weights[name], more[name]) for name in weights)
-        told = model(patches, visible, masked)
-        assert torch.equal(told.pixels, base(patches, visible, masked).pixels)
-        assert (told.category is not None, told.difficulty is not None) == (category, ranking)
-        assert all(extra.shape == (3, 4) for extra in told[1:] if extra is not None)
+        prediction = model(patches, visible, masked)
+        assert torch.equal(prediction.pixels, base(patches, visible, masked).pixels)
+        assert (prediction.category is not None, prediction.difficulty is not None) == (
+            category,
+            ranking,
+        )
+        assert all(extra.shape == (3, 4) for extra in prediction[1:] if extra is not None)
 
 
 def test_a_teacher_and_centroids_change_no_other_initial_weight_either() -> None:
@@ -248,9 +256,9 @@ MORE: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("epoch", [1, 5])  # within and after the warm-up
-@pytest.mark.parametrize("given", BASELINES + MORE, ids=str)
-def test_every_trained_parameter_gets_a_gradient(given: dict[str, Any], epoch: int) -> None:
-    config = tiny(given)
+@pytest.mark.parametrize("overrides", BASELINES + MORE, ids=str)
+def test_every_trained_parameter_gets_a_gradient(overrides: dict[str, Any], epoch: int) -> None:
+    config = tiny(overrides)
     model = build(config).train()
     step(
         Masking(model, config), random_images(GREY, 4), torch.arange(4), epoch
@@ -282,8 +290,8 @@ def test_every_trained_parameter_of_simsiam_gets_a_gradient() -> None:
 
 def test_the_random_encoder_is_that_of_every_other_variant() -> None:
     scratch, mae = (build(tiny({"variant": name})) for name in ("scratch", "mae"))
-    theirs = mae.encoder.state_dict()
+    expected = mae.encoder.state_dict()
     assert all(
-        torch.equal(value, theirs[name]) for name, value in scratch.encoder.state_dict().items()
+        torch.equal(value, expected[name]) for name, value in scratch.encoder.state_dict().items()
     )
     assert build_autoencoder(tiny({"variant": "scratch"}), spec_of(GREY)).teacher is None

@@ -39,7 +39,7 @@ def known_clusters() -> tuple[Clusters, Tensor]:
 
 
 def name(
-    images: int = 1, *, rule: str, min_patches: int = 2, max_share: float = 0.5, **given: Any
+    images: int = 1, *, rule: str, min_patches: int = 2, max_share: float = 0.5, **options: Any
 ) -> tuple[Any, Any]:
     """The chosen cluster of each of `images` copies and whether one was found.
 
@@ -51,10 +51,10 @@ def name(
     noise = uniform(torch.arange(images), 6, seed=0, epoch=1, stream=CLUSTER)
     config = SelectionConfig(rule=rule, min_patches=min_patches, max_share=max_share)
     inside = torch.ones(images, 64, dtype=torch.bool)
-    chosen, found = choose_lesion_cluster(
-        config, clusters, x, inside, (8, 8), brightness=x.mean(-1), noise=noise, **given
+    chosen, has_lesion = choose_lesion_cluster(
+        config, clusters, x, inside, (8, 8), brightness=x.mean(-1), noise=noise, **options
     )
-    return (int(chosen[0]), bool(found[0])) if images == 1 else (chosen, found)
+    return (int(chosen[0]), bool(has_lesion[0])) if images == 1 else (chosen, has_lesion)
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,9 @@ def test_the_oracle_finds_nothing_without_a_lesion_or_where_too_large_a_cluster_
 
 
 def test_the_random_rule_names_every_qualified_cluster_about_equally_often_and_no_other() -> None:
-    chosen, found = name(2000, rule="random")
+    chosen, has_lesion = name(2000, rule="random")
     counts = chosen.bincount(minlength=6).tolist()
-    assert found.all()
+    assert has_lesion.all()
     assert counts[BACKGROUND] == 0  # more than half of the tissue
     assert all(330 < count < 470 for count in counts[1:])  # 400 expected, SD 18
 
@@ -134,7 +134,7 @@ def test_smallest_goes_by_the_mass_over_the_data_set_and_what_qualifies_by_the_i
     mass = torch.tensor(
         [[1.0, 500, 400, 300, 200, 100]]
     )  # the background is rare elsewhere, but too large here
-    chosen, found = choose_lesion_cluster(
+    chosen, has_lesion = choose_lesion_cluster(
         SelectionConfig(rule="smallest"),
         clusters._replace(counts=mass),
         x,
@@ -143,7 +143,7 @@ def test_smallest_goes_by_the_mass_over_the_data_set_and_what_qualifies_by_the_i
         brightness=x.mean(-1),
         noise=torch.zeros(1, 6),
     )
-    assert (int(chosen), bool(found)) == (TEXTURED, True)
+    assert (int(chosen), bool(has_lesion)) == (TEXTURED, True)
 
 
 def test_the_largest_share_is_of_tissue_and_border_brightness_does_not_count() -> None:
@@ -152,7 +152,7 @@ def test_the_largest_share_is_of_tissue_and_border_brightness_does_not_count() -
     clusters = clusters_of(labels, torch.tensor([[[3.0], [1.0]]]), torch.tensor([[2, 4]]))
 
     def named(rule: str, max_share: float) -> int:
-        chosen, found = choose_lesion_cluster(
+        chosen, has_lesion = choose_lesion_cluster(
             SelectionConfig(rule=rule, max_share=max_share),
             clusters,
             x,
@@ -161,7 +161,7 @@ def test_the_largest_share_is_of_tissue_and_border_brightness_does_not_count() -
             brightness=x[..., 0],
             noise=torch.zeros(1, 2),
         )
-        assert found.all()
+        assert has_lesion.all()
         return int(chosen[0])
 
     for rule in ("darkest", "brightest", "most_central", "distinct"):

@@ -47,16 +47,18 @@ def trained(chosen: PretrainConfig) -> tuple[int, list[int]]:
     network: nn.Module = torch.compile(model, backend=backend, dynamic=False)
     masking, images, keys = Masking(model, chosen), random_images(GREY, 2), torch.arange(2)
     for epoch in range(1, chosen.epochs + 1):
-        patches, found = masking.mask_augmented(images, keys, keys, TrainingStep(epoch))
-        told = network(patches, found.visible, found.masked)
-        masked = [gather(x, found.masked) for x in (patches, found.lesion, found.tissue)]
-        pretraining_loss(told, *masked, chosen.loss, warming_up=False).total.backward()
-        counts.append(found.masked.shape[1])
+        patches, selection = masking.mask_augmented(images, keys, keys, TrainingStep(epoch))
+        prediction = network(patches, selection.visible, selection.masked)
+        masked = [
+            gather(x, selection.masked) for x in (patches, selection.lesion, selection.tissue)
+        ]
+        pretraining_loss(prediction, *masked, chosen.loss, warming_up=False).total.backward()
+        counts.append(selection.masked.shape[1])
     return backend.graphs, counts
 
 
 @pytest.mark.parametrize(
-    "given",
+    "overrides",
     [
         {"variant": "mae"},
         {"variant": "amlp", "ratio": {"round_to": 8}},
@@ -71,15 +73,17 @@ def trained(chosen: PretrainConfig) -> tuple[int, list[int]]:
     ids=str,
 )
 def test_a_schedule_compiles_as_many_graphs_as_it_has_numbers_of_masked_patches(
-    given: dict[str, Any],
+    overrides: dict[str, Any],
 ) -> None:
-    graphs, counts = trained(tiny(given, {"epochs": EPOCHS}))
+    graphs, counts = trained(tiny(overrides, {"epochs": EPOCHS}))
     assert graphs == len(set(counts)) <= MAX_SHAPES
-    assert len(set(counts)) > 1 or given == {"variant": "mae"}
+    assert len(set(counts)) > 1 or overrides == {"variant": "mae"}
 
 
-def objective(ratio: dict[str, Any], **given: Any) -> ReconstructionObjective:
-    chosen = tiny({"variant": "mps-ams", "compile": True, "epochs": EPOCHS, "ratio": ratio}, given)
+def objective(ratio: dict[str, Any], **overrides: Any) -> ReconstructionObjective:
+    chosen = tiny(
+        {"variant": "mps-ams", "compile": True, "epochs": EPOCHS, "ratio": ratio}, overrides
+    )
     return ReconstructionObjective(Masking(build(chosen), chosen))
 
 

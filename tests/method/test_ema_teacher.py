@@ -14,15 +14,15 @@ from amlp_ray.method.masking import Masking, TrainingStep
 from amlp_ray.method.patches import gather, patchify
 from amlp_ray.training.objectives import ReconstructionObjective
 
-Given = tuple[Tensor, Tensor, Tensor]
+Phantoms = tuple[Tensor, Tensor, Tensor]
 KEYS = torch.arange(6)
 WARM = {"loss": {"warmup": 0.0}}
 AMLP = {"variant": "amlp"}
 
 
-def taught(*given: dict[str, Any]) -> tuple[MaskedAutoencoder, MaskedAutoencoder, PretrainConfig]:
+def taught(*layers: dict[str, Any]) -> tuple[MaskedAutoencoder, MaskedAutoencoder, PretrainConfig]:
     """A model that has trained away from its teacher, the teacher, and the settings."""
-    config = tiny(*given)
+    config = tiny(*layers)
     model = build(config).train()
     assert model.teacher is not None
     with torch.no_grad():
@@ -45,7 +45,7 @@ def patches_of(count: int = 6) -> Tensor:
     return patchify(random_images(GREY, count), 8)
 
 
-def shown(model: MaskedAutoencoder, seed: int) -> dict[str, Tensor]:
+def randomize(model: MaskedAutoencoder, seed: int) -> dict[str, Tensor]:
     """Give the model other weights and return them."""
     with torch.no_grad():
         for i, (name, parameter) in enumerate(model.named_parameters()):
@@ -66,7 +66,7 @@ def test_the_teacher_is_the_average_of_what_it_was_shown_with_weights_that_fall_
     model, teacher, _ = taught(AMLP)
     at, states = [0, 3, 4, 11], []
     for k in range(1, len(at)):
-        states.append(shown(model, k))
+        states.append(randomize(model, k))
         update_teacher(model, decay, previous_step=at[k - 1], step=at[k])
     step_weights = [
         [decay ** (at[-1] - 1 - step) for step in range(at[k], at[k + 1])]
@@ -89,7 +89,7 @@ def test_a_model_without_a_teacher_has_none_to_move() -> None:
 
 
 @pytest.mark.parametrize(
-    ("analysis_interval", "warmup", "looks"),
+    ("analysis_interval", "warmup", "analysis_epochs"),
     [
         (5, 0.35, [1, 6, 8, 11, 16]),  # the warm-up ends after epoch 7
         (10, 0.0, [1, 2, 11]),  # in the first epoch its weights are still random
@@ -97,7 +97,7 @@ def test_a_model_without_a_teacher_has_none_to_move() -> None:
     ],
 )
 def test_the_teacher_moves_at_analyses_alone_by_the_steps_since_the_last(
-    analysis_interval: int, warmup: float, looks: list[int]
+    analysis_interval: int, warmup: float, analysis_epochs: list[int]
 ) -> None:
     model, teacher, config = taught(
         AMLP,
@@ -110,14 +110,17 @@ def test_the_teacher_moves_at_analyses_alone_by_the_steps_since_the_last(
     objective = ReconstructionObjective(Masking(model, config))
     name, steps = "encoder.blocks.0.attn.qkv.weight", 3
     for epoch in range(1, 21):
-        own, before = shown(model, epoch)[name], teacher.get_parameter(name).clone()
+        student, before = randomize(model, epoch)[name], teacher.get_parameter(name).clone()
         objective.begin_epoch(epoch, steps)
         now = teacher.get_parameter(name)
-        if epoch in looks[1:]:
-            since, done = (epoch - looks[looks.index(epoch) - 1]) * steps, (epoch - 1) * steps
+        if epoch in analysis_epochs[1:]:
+            since, done = (
+                (epoch - analysis_epochs[analysis_epochs.index(epoch) - 1]) * steps,
+                (epoch - 1) * steps,
+            )
             share = (1 - 0.9**since) / (1 - 0.9**done)
             torch.testing.assert_close(
-                now, (1 - share) * before + share * own, atol=1e-5, rtol=1e-4
+                now, (1 - share) * before + share * student, atol=1e-5, rtol=1e-4
             )
         else:
             assert torch.equal(now, before)
@@ -125,9 +128,9 @@ def test_the_teacher_moves_at_analyses_alone_by_the_steps_since_the_last(
 
 def test_the_teacher_starts_as_the_model_and_takes_no_gradient() -> None:
     model = build(tiny(AMLP))
-    own = weights(model)
+    student = weights(model)
     assert model.teacher is not None
-    assert all(torch.equal(now, own[name]) for name, now in weights(model.teacher).items())
+    assert all(torch.equal(now, student[name]) for name, now in weights(model.teacher).items())
     assert not any(p.requires_grad for p in model.teacher.parameters())
 
 
@@ -156,11 +159,11 @@ def test_errors_and_categories_are_those_of_the_pass_that_hides_the_patch() -> N
     error, category = predict_complementary_halves(teacher, patches, KEYS, config, 1)
     hook.remove()
     assert category is not None
-    for shown, hidden in halves:
-        told = teacher(patches, shown, hidden)
-        expected = (told.pixels - gather(patches, hidden)).square().mean(-1)
+    for visible, hidden in halves:
+        prediction = teacher(patches, visible, hidden)
+        expected = (prediction.pixels - gather(patches, hidden)).square().mean(-1)
         torch.testing.assert_close(gather(error, hidden), expected)
-        torch.testing.assert_close(gather(category, hidden), told.category.sigmoid())
+        torch.testing.assert_close(gather(category, hidden), prediction.category.sigmoid())
 
 
 def test_what_is_hidden_together_depends_on_key_epoch_and_seed() -> None:
@@ -202,14 +205,14 @@ VIEWS: list[tuple[dict[str, Any], set[str]]] = [
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("overrides", "expected"),
     VIEWS,
     ids=lambda value: ",".join(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_the_teacher_says_what_the_settings_use_and_nothing_else(
-    given: dict[str, Any], expected: set[str]
+    overrides: dict[str, Any], expected: set[str]
 ) -> None:
-    model, _, config = taught(given, WARM)
+    model, _, config = taught(overrides, WARM)
     view = teacher_view(model, patches_of(), KEYS, config, 1)
     assert {name for name, value in view._asdict().items() if value is not None} == expected
     for name in expected:
@@ -256,21 +259,23 @@ ASKING: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("given", ASKING, ids=str)
+@pytest.mark.parametrize("overrides", ASKING, ids=str)
 def test_masks_follow_the_teacher_once_the_warm_up_is_over(
-    ultrasound: Given, given: dict[str, Any]
+    ultrasound: Phantoms, overrides: dict[str, Any]
 ) -> None:
     images, _, keys = ultrasound
 
     def mask(model: MaskedAutoencoder, config: PretrainConfig, epoch: int) -> Tensor:
-        found = Masking(model, config).mask_augmented(images, keys, keys, TrainingStep(epoch))[1]
+        selection = Masking(model, config).mask_augmented(images, keys, keys, TrainingStep(epoch))[
+            1
+        ]
         assert torch.equal(
-            torch.cat([found.masked, found.visible], 1).sort(1).values,
+            torch.cat([selection.masked, selection.visible], 1).sort(1).values,
             torch.arange(64).expand(16, -1),
         )
-        return found.masked
+        return selection.masked
 
-    config = tiny(given, {"loss": {"warmup": 0.1}})
+    config = tiny(overrides, {"loss": {"warmup": 0.1}})
     one, other = build(config), build(config)
     with torch.no_grad():  # at first all attention is alike
         for parameter in other.teacher.parameters():

@@ -50,10 +50,10 @@ def shape_of(config: ModelConfig, channels: int = 1, grid: tuple[int, int] = (3,
 
 
 def encoder_of(
-    given: dict[str, Any], channels: int = 1
+    overrides: dict[str, Any], channels: int = 1
 ) -> tuple[VisionTransformer, ModelConfig, Tensor]:
     """Three images and an encoder whose prefix tokens and positions are no longer the initial."""
-    config = ModelConfig(**given)
+    config = ModelConfig(**overrides)
     shape = shape_of(config, channels)
     torch.manual_seed(0)
     encoder = build_encoder(config, spec_of(shape)).eval()
@@ -65,23 +65,23 @@ def encoder_of(
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-@pytest.mark.parametrize("given", OWN + NAMED, ids=str)
+@pytest.mark.parametrize("overrides", OWN + NAMED, ids=str)
 @torch.no_grad()
 def test_with_all_patches_visible_tokens_are_those_of_timm(
-    given: dict[str, Any], channels: int
+    overrides: dict[str, Any], channels: int
 ) -> None:
-    encoder, config, images = encoder_of(given, channels)
-    ours = encoder_tokens(encoder, patchify(images, config.patch_size))
-    assert ours.shape == (3, encoder.num_prefix_tokens + 15, config.width)
-    torch.testing.assert_close(ours, encoder.forward_features(images), atol=1e-5, rtol=1e-4)
+    encoder, config, images = encoder_of(overrides, channels)
+    tokens = encoder_tokens(encoder, patchify(images, config.patch_size))
+    assert tokens.shape == (3, encoder.num_prefix_tokens + 15, config.width)
+    torch.testing.assert_close(tokens, encoder.forward_features(images), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("given", OWN + NAMED, ids=str)
+@pytest.mark.parametrize("overrides", OWN + NAMED, ids=str)
 @torch.no_grad()
 def test_all_patches_in_another_order_give_the_same_tokens_in_that_order(
-    given: dict[str, Any],
+    overrides: dict[str, Any],
 ) -> None:
-    encoder, config, images = encoder_of(given)
+    encoder, config, images = encoder_of(overrides)
     patches = patchify(images, config.patch_size)
     order, _ = random_split(3, 15, 0)
     prefix = encoder.num_prefix_tokens
@@ -95,13 +95,13 @@ def test_all_patches_in_another_order_give_the_same_tokens_in_that_order(
 def test_visible_patches_alone_give_what_dropping_the_others_after_embedding_gives() -> None:
     encoder, config, images = encoder_of(PLAIN)
     visible, _ = random_split(3, 15, 5)
-    ours = encoder_tokens(encoder, patchify(images, config.patch_size), visible)
+    actual = encoder_tokens(encoder, patchify(images, config.patch_size), visible)
 
     tokens = encoder.patch_embed(images) + encoder.pos_embed[:, 1:]  # MAE's own order
     tokens = torch.stack([tokens[i, visible[i]] for i in range(3)])
     first = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(3, -1, -1)
     expected = encoder.norm(encoder.blocks(torch.cat([first, tokens], 1)))
-    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -115,15 +115,15 @@ def test_embeddings_that_stand_in_for_patches_take_their_place() -> None:
     assert not torch.equal(encoder_tokens(encoder, patches, hidden=embedded + 1), plain)
 
 
-@pytest.mark.parametrize("given", OWN + NAMED, ids=str)
+@pytest.mark.parametrize("overrides", OWN + NAMED, ids=str)
 def test_timm_builds_the_same_encoder_from_the_name_and_the_arguments_alone(
-    given: dict[str, Any],
+    overrides: dict[str, Any],
 ) -> None:
-    encoder, config, _ = encoder_of(given)
+    encoder, config, _ = encoder_of(overrides)
     arguments = timm_arguments(config, spec_of(shape_of(config)))
-    theirs = timm.create_model(timm_name(config), pretrained=False, **arguments)
-    assert type(create_encoder(timm_name(config), arguments)) is type(theirs)
-    assert {k: v.shape for k, v in theirs.state_dict().items()} == {
+    reference = timm.create_model(timm_name(config), pretrained=False, **arguments)
+    assert type(create_encoder(timm_name(config), arguments)) is type(reference)
+    assert {k: v.shape for k, v in reference.state_dict().items()} == {
         k: v.shape for k, v in encoder.state_dict().items()
     }
 
@@ -152,11 +152,11 @@ def test_an_encoder_of_another_build_is_refused_by_name(name: str) -> None:
 # Attention
 
 
-@pytest.mark.parametrize("given", OWN[:4] + NAMED, ids=str)
+@pytest.mark.parametrize("overrides", OWN[:4] + NAMED, ids=str)
 @torch.no_grad()
-def test_patch_attention_is_that_of_the_last_block_s_class_token(given: dict[str, Any]) -> None:
+def test_patch_attention_is_that_of_the_last_block_s_class_token(overrides: dict[str, Any]) -> None:
     """By hand: softmax(q k / sqrt d) from what the last block's attention is really given."""
-    encoder, config, images = encoder_of(given)
+    encoder, config, images = encoder_of(overrides)
     patches = patchify(images, config.patch_size)
     inputs: list[Tensor] = []
     last = encoder.blocks[-1].attn
@@ -171,14 +171,14 @@ def test_patch_attention_is_that_of_the_last_block_s_class_token(given: dict[str
     rows = weights[:, :, :1] if config.class_token else weights
     expected = rows.mean((1, 2))[:, prefix:]
 
-    ours = patch_attention(encoder, patches)
-    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
-    assert (ours >= 0).all()
-    assert (ours.sum(1) <= 1 + 1e-5).all()
+    attention = patch_attention(encoder, patches)
+    torch.testing.assert_close(attention, expected, atol=1e-5, rtol=1e-4)
+    assert (attention >= 0).all()
+    assert (attention.sum(1) <= 1 + 1e-5).all()
     if prefix:
-        assert (ours.sum(1) < 1).all()  # the rest goes to prefix tokens
+        assert (attention.sum(1) < 1).all()  # the rest goes to prefix tokens
     else:
-        torch.testing.assert_close(ours.sum(1), torch.ones(3))
+        torch.testing.assert_close(attention.sum(1), torch.ones(3))
 
 
 @torch.no_grad()
@@ -208,9 +208,9 @@ def test_positions_are_distinct_bounded_and_zero_for_prefix_tokens() -> None:
     assert torch.equal(grid[:, 0, 12:], grid[:, 4, 12:])
 
 
-@pytest.mark.parametrize("given", OWN + NAMED, ids=str)
-def test_an_encoder_starts_with_fixed_sine_cosine_positions(given: dict[str, Any]) -> None:
-    config = ModelConfig(**given)
+@pytest.mark.parametrize("overrides", OWN + NAMED, ids=str)
+def test_an_encoder_starts_with_fixed_sine_cosine_positions(overrides: dict[str, Any]) -> None:
+    config = ModelConfig(**overrides)
     encoder = build_encoder(config, spec_of(shape_of(config)))
     expected = sincos_positions((3, 5), config.width, 0)
     assert torch.equal(encoder.pos_embed[:, -15:], expected)

@@ -32,22 +32,22 @@ def blobs(images: int, patches: int, clusters: int) -> tuple[Tensor, Tensor]:
     """Points around `clusters` centers per image; a quarter are outside and must not count."""
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(images, clusters, 6, generator=generator) * 4
-    member = torch.randint(clusters, (images, patches), generator=generator)
-    x = centers.gather(1, member[..., None].expand(-1, -1, 6)) + torch.randn(
+    labels = torch.randint(clusters, (images, patches), generator=generator)
+    x = centers.gather(1, labels[..., None].expand(-1, -1, 6)) + torch.randn(
         images, patches, 6, generator=generator
     )
     inside = torch.rand(images, patches, generator=generator) < 0.75
     return torch.where(inside[..., None], x, x + 100), inside
 
 
-def ratios(x: Tensor, inside: Tensor, clusters: int, *, n_init: int, theirs: int) -> Tensor:
-    """Our inertia over scikit-learn's, per image; `theirs` is its number of starts."""
-    ours = kmeans(x, inside, clusters, seeds(len(x), n_init * clusters)).inertia
+def ratios(x: Tensor, inside: Tensor, clusters: int, *, n_init: int, sklearn_n_init: int) -> Tensor:
+    """Our inertia over scikit-learn's, per image; `sklearn_n_init` is its number of starts."""
+    inertia = kmeans(x, inside, clusters, seeds(len(x), n_init * clusters)).inertia
     sklearn = [
-        KMeans(clusters, n_init=theirs, random_state=0).fit(rows[where].numpy()).inertia_
+        KMeans(clusters, n_init=sklearn_n_init, random_state=0).fit(rows[where].numpy()).inertia_
         for rows, where in zip(x, inside, strict=True)
     ]
-    return ours / torch.tensor(sklearn)
+    return inertia / torch.tensor(sklearn)
 
 
 def features_of(images: Tensor, kind: str, p: int = 8) -> tuple[Tensor, Tensor]:
@@ -60,14 +60,14 @@ def features_of(images: Tensor, kind: str, p: int = 8) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("clusters", [2, 3, 5])
 def test_inertia_of_separate_groups_is_within_1_percent_of_scikit_learn(clusters: int) -> None:
     x, inside = blobs(6, 144, clusters)
-    assert ratios(x, inside, clusters, n_init=8, theirs=8).max() <= 1.01
+    assert ratios(x, inside, clusters, n_init=8, sklearn_n_init=8).max() <= 1.01
 
 
 @pytest.mark.parametrize("kind", ["raw", "stats", "context"])
 def test_inertia_on_phantoms_is_within_1_percent_of_scikit_learn(
     ultrasound: tuple[Tensor, Tensor, Tensor], kind: str
 ) -> None:
-    ratio = ratios(*features_of(ultrasound[0], kind), 3, n_init=4, theirs=4)
+    ratio = ratios(*features_of(ultrasound[0], kind), 3, n_init=4, sklearn_n_init=4)
     assert ratio.mean() <= 1.01
     assert ratio.max() <= 1.08
 
@@ -93,7 +93,9 @@ def test_inertia_on_real_images_comes_close_to_the_best_of_ten_starts_of_scikit_
     worst: float,
 ) -> None:
     """A start of scikit-learn tries several candidates per center, so it is worth more."""
-    ratio = ratios(*features_of(real_images[source], kind), clusters, n_init=n_init, theirs=10)
+    ratio = ratios(
+        *features_of(real_images[source], kind), clusters, n_init=n_init, sklearn_n_init=10
+    )
     assert ratio.mean() <= mean
     assert ratio.max() <= worst
 
@@ -103,34 +105,34 @@ def test_more_starts_never_give_a_worse_inertia() -> None:
         torch.rand(8, 1, 64, 64, generator=torch.Generator().manual_seed(0)), "stats"
     )
     noise = seeds(8, 8 * 5)
-    found = [kmeans(x, inside, 5, noise[:, : s * 5]).inertia for s in (1, 2, 4, 8)]
-    for fewer, more in itertools.pairwise(found):
+    inertias = [kmeans(x, inside, 5, noise[:, : s * 5]).inertia for s in (1, 2, 4, 8)]
+    for fewer, more in itertools.pairwise(inertias):
         assert (more <= fewer).all()
-    assert (found[-1] < found[0]).any()
+    assert (inertias[-1] < inertias[0]).any()
 
 
 def test_every_patch_has_its_nearest_center_and_sizes_and_inertia_count_the_inside() -> None:
     x, inside = blobs(4, 100, 3)
-    found = kmeans(x, inside, 3, seeds(4, 6))
-    nearest, label = torch.cdist(x, found.centers).min(-1)
-    assert torch.equal(found.labels[inside], label[inside])
-    assert torch.equal(found.labels == -1, ~inside)
-    assert torch.equal(found.sizes.sum(1), inside.sum(1))
-    assert torch.equal(found.counts, found.sizes)
+    clusters = kmeans(x, inside, 3, seeds(4, 6))
+    nearest, label = torch.cdist(x, clusters.centers).min(-1)
+    assert torch.equal(clusters.labels[inside], label[inside])
+    assert torch.equal(clusters.labels == -1, ~inside)
+    assert torch.equal(clusters.sizes.sum(1), inside.sum(1))
+    assert torch.equal(clusters.counts, clusters.sizes)
     torch.testing.assert_close(
-        found.inertia, (nearest.square() * inside).sum(1), rtol=1e-4, atol=1e-3
+        clusters.inertia, (nearest.square() * inside).sum(1), rtol=1e-4, atol=1e-3
     )
     for k in range(3):
-        assert torch.equal(found.sizes[:, k], (found.labels == k).sum(1))
+        assert torch.equal(clusters.sizes[:, k], (clusters.labels == k).sum(1))
 
 
 def test_centers_are_the_means_of_their_patches() -> None:
     x, inside = blobs(4, 100, 3)
-    found = kmeans(x, inside, 3, seeds(4, 6))
+    clusters = kmeans(x, inside, 3, seeds(4, 6))
     for i in range(4):
         for k in range(3):
             torch.testing.assert_close(
-                found.centers[i, k], x[i, found.labels[i] == k].mean(0), atol=1e-4, rtol=1e-4
+                clusters.centers[i, k], x[i, clusters.labels[i] == k].mean(0), atol=1e-4, rtol=1e-4
             )
 
 
@@ -155,21 +157,21 @@ def test_equal_noise_gives_equal_clusters_and_a_permuted_batch_permuted_ones() -
 
 def test_fewer_distinct_patches_than_clusters_leaves_clusters_empty_and_splits_no_group() -> None:
     x = torch.tensor([0.0, 0, 0, 5, 5, 5, 5, 0])[None, :, None].repeat(1, 1, 3)
-    found = kmeans(x, torch.ones(1, 8, dtype=torch.bool), 4, seeds(1, 8))
-    assert sorted(found.sizes[0].tolist()) == [0, 0, 4, 4]
-    assert len(found.labels[0, x[0, :, 0] == 5].unique()) == 1
-    assert found.centers.isfinite().all()
-    assert float(found.inertia[0]) == 0
+    clusters = kmeans(x, torch.ones(1, 8, dtype=torch.bool), 4, seeds(1, 8))
+    assert sorted(clusters.sizes[0].tolist()) == [0, 0, 4, 4]
+    assert len(clusters.labels[0, x[0, :, 0] == 5].unique()) == 1
+    assert clusters.centers.isfinite().all()
+    assert float(clusters.inertia[0]) == 0
 
 
 def test_a_constant_image_and_one_without_tissue_give_finite_clusters() -> None:
     inside = torch.tensor([[True], [False]]).expand(2, 16)
-    found = kmeans(torch.zeros(2, 16, 5), inside, 3, seeds(2, 6))
-    assert sorted(found.sizes[0].tolist()) == [0, 0, 16]
-    assert found.sizes[1].tolist() == [0, 0, 0]
-    assert (found.labels[1] == -1).all()
-    assert found.centers.isfinite().all()
-    assert not found.inertia.any()
+    clusters = kmeans(torch.zeros(2, 16, 5), inside, 3, seeds(2, 6))
+    assert sorted(clusters.sizes[0].tolist()) == [0, 0, 16]
+    assert clusters.sizes[1].tolist() == [0, 0, 0]
+    assert (clusters.labels[1] == -1).all()
+    assert clusters.centers.isfinite().all()
+    assert not clusters.inertia.any()
 
 
 # Membership
@@ -177,15 +179,17 @@ def test_a_constant_image_and_one_without_tissue_give_finite_clusters() -> None:
 
 def test_membership_is_a_distribution_over_clusters_that_names_the_own_one() -> None:
     x, inside = blobs(4, 100, 3)
-    found = kmeans(x, inside, 3, seeds(4, 12))
-    logs = torch.stack([log_membership(x, found, torch.full((4,), k), 1.0) for k in range(3)], -1)
+    clusters = kmeans(x, inside, 3, seeds(4, 12))
+    logs = torch.stack(
+        [log_membership(x, clusters, torch.full((4,), k), 1.0) for k in range(3)], -1
+    )
     torch.testing.assert_close(logs.exp().sum(-1), torch.ones(4, 100))
-    assert torch.equal(logs.argmax(-1)[inside], found.labels[inside])
+    assert torch.equal(logs.argmax(-1)[inside], clusters.labels[inside])
 
 
 def test_membership_has_its_formula_and_nears_the_uniform_one_with_a_large_temperature() -> None:
     x = torch.tensor([0.0, 1.0, 4.0, 6.0])[None, :, None]
-    found = assign(x, torch.ones(1, 4, dtype=torch.bool), torch.tensor([[[0.5], [5.0]]]))
+    clusters = assign(x, torch.ones(1, 4, dtype=torch.bool), torch.tensor([[[0.5], [5.0]]]))
     spread = (0.25 + 0.25 + 1 + 1) / 4
     for temperature in (0.5, 2.0):
         scaled = -torch.tensor([[0.25, 25], [0.25, 16], [12.25, 1], [30.25, 1]]) / (
@@ -193,9 +197,9 @@ def test_membership_has_its_formula_and_nears_the_uniform_one_with_a_large_tempe
         )
         expected = torch.log_softmax(scaled, -1)[:, 1]
         torch.testing.assert_close(
-            log_membership(x, found, torch.tensor([1]), temperature)[0], expected
+            log_membership(x, clusters, torch.tensor([1]), temperature)[0], expected
         )
-    flat = log_membership(x, found, torch.tensor([0]), 1e6).exp()
+    flat = log_membership(x, clusters, torch.tensor([0]), 1e6).exp()
     torch.testing.assert_close(flat, torch.full((1, 4), 0.5), atol=1e-3, rtol=0)
 
 
@@ -211,16 +215,16 @@ def test_membership_of_a_constant_image_is_finite() -> None:
 # Clusters of a data set
 
 
-def looked(
+def assign_batches(
     centroids: DatasetClusters, x: Tensor, inside: Tensor, batches: list[Tensor]
 ) -> list[Clusters]:
     """One pass over all images, batch by batch; clusters in the order of `batches`."""
     centroids.commit()
-    noise, found = seeds(len(x), 4 * len(centroids.counts)), []
+    noise, clusters = seeds(len(x), 4 * len(centroids.counts)), []
     for rows in batches:
         part = centroids.assign(x[rows], inside[rows], noise[rows], learn=True)
-        found.append(part._replace(counts=part.counts.clone()))
-    return found
+        clusters.append(part._replace(counts=part.counts.clone()))
+    return clusters
 
 
 def batches_of(count: int, size: int, seed: int | None = None) -> list[Tensor]:
@@ -230,14 +234,14 @@ def batches_of(count: int, size: int, seed: int | None = None) -> list[Tensor]:
     return list(order.split(size))
 
 
-def dataset_inertia(found: list[Clusters]) -> float:
-    return float(torch.cat([part.inertia for part in found]).sum())
+def dataset_inertia(clusters: list[Clusters]) -> float:
+    return float(torch.cat([part.inertia for part in clusters]).sum())
 
 
 def seeded(x: Tensor, inside: Tensor, clusters: int) -> DatasetClusters:
     """Centroids after a first pass."""
     centroids = DatasetClusters(clusters, x.shape[-1])
-    looked(centroids, x, inside, batches_of(len(x), 4))
+    assign_batches(centroids, x, inside, batches_of(len(x), 4))
     return centroids
 
 
@@ -250,10 +254,10 @@ def test_within_a_pass_neither_the_order_nor_the_size_of_batches_changes_what_is
     for batches in (batches_of(16, 4), batches_of(16, 4, seed=1), batches_of(16, 16, seed=2)):
         centroids = DatasetClusters(4, x.shape[-1])
         centroids.load_state_dict(start)
-        found = looked(centroids, x, inside, batches)
+        clusters = assign_batches(centroids, x, inside, batches)
         order = torch.cat(batches).argsort()
-        labels = torch.cat([part.labels for part in found])[order]
-        masses = torch.cat([part.counts for part in found]).unique(dim=0)
+        labels = torch.cat([part.labels for part in clusters])[order]
+        masses = torch.cat([part.counts for part in clusters]).unique(dim=0)
         assert torch.equal(masses, start["counts"][None])
         results.append((labels, centroids.running_centers, centroids.counts))
     for labels, moving, learnt in results[1:]:
@@ -267,9 +271,9 @@ def test_what_was_learnt_holds_from_the_next_pass_on() -> None:
     centroids = seeded(x, inside, 3)
     before = centroids.centers.clone(), centroids.sizes.clone()
     assert not torch.equal(centroids.running_centers, before[0])
-    found = centroids.assign(x, inside, seeds(8, 12), learn=False)
-    assert torch.equal(found.centers[5], before[0])
-    assert torch.equal(found.counts[5], before[1])
+    clusters = centroids.assign(x, inside, seeds(8, 12), learn=False)
+    assert torch.equal(clusters.centers[5], before[0])
+    assert torch.equal(clusters.counts[5], before[1])
     centroids.commit()
     assert torch.equal(centroids.centers, centroids.running_centers)
     assert torch.equal(centroids.sizes, centroids.counts)
@@ -286,8 +290,8 @@ def test_looking_without_learning_moves_nothing() -> None:
 def test_centroids_are_the_running_means_of_the_patches_they_were_nearest_to() -> None:
     x, inside = blobs(8, 64, 3)
     centroids = DatasetClusters(3, 6)
-    found = looked(centroids, x, inside, batches_of(8, 2))
-    labels = torch.cat([part.labels for part in found])
+    clusters = assign_batches(centroids, x, inside, batches_of(8, 2))
+    labels = torch.cat([part.labels for part in clusters])
     for k in range(3):
         torch.testing.assert_close(
             centroids.running_centers[k], x[labels == k].mean(0), atol=1e-4, rtol=1e-4
@@ -306,9 +310,9 @@ def test_the_clusters_are_those_of_the_data_set_whatever_an_image_holds() -> Non
     inside = torch.ones(6, 30, dtype=torch.bool)
     centroids = DatasetClusters(3, 2)
     for _ in range(3):
-        found = looked(centroids, x, inside, [torch.arange(6)])[0]
-    assert all(len(row.unique()) == 1 for row in found.labels)
-    assert adjusted_rand_score(group.repeat_interleave(30), found.labels.flatten()) == 1
+        clusters = assign_batches(centroids, x, inside, [torch.arange(6)])[0]
+    assert all(len(row.unique()) == 1 for row in clusters.labels)
+    assert adjusted_rand_score(group.repeat_interleave(30), clusters.labels.flatten()) == 1
 
 
 @pytest.mark.real
@@ -320,12 +324,12 @@ def test_inertia_over_all_real_images_comes_close_to_scikit_learn_s_mini_batch_k
     x, inside = features_of(real_images["busi"], kind)
     centroids = DatasetClusters(clusters, x.shape[-1])
     course = [
-        dataset_inertia(looked(centroids, x, inside, batches_of(30, 6, seed=look)))
-        for look in range(6)
+        dataset_inertia(assign_batches(centroids, x, inside, batches_of(30, 6, seed=seed)))
+        for seed in range(6)
     ]
     flat = x[inside].numpy().astype(np.float64)
-    theirs = (
+    reference = (
         MiniBatchKMeans(clusters, batch_size=6 * 144, n_init=4, random_state=0).fit(flat).inertia_
     )
-    assert course[-1] <= 1.03 * theirs
+    assert course[-1] <= 1.03 * reference
     assert course[-1] < course[0]

@@ -61,16 +61,16 @@ class Case:
 
 
 def headless(seed: int = 0) -> Case:
-    found = Case(seed)
-    found.category = None
-    return found
+    case = Case(seed)
+    case.category = None
+    return case
 
 
 def test_the_plain_loss_is_the_mean_squared_error_of_mae() -> None:
-    found = headless().plain()
-    torch.testing.assert_close(found.total, F.mse_loss(Case().pixels, Case().target))
-    assert found.total.equal(found.reconstruction)
-    assert (float(found.ccl), float(found.ranking), float(found.effective_patches)) == (0, 0, 1)
+    losses = headless().plain()
+    torch.testing.assert_close(losses.total, F.mse_loss(Case().pixels, Case().target))
+    assert losses.total.equal(losses.reconstruction)
+    assert (float(losses.ccl), float(losses.ranking), float(losses.effective_patches)) == (0, 0, 1)
 
 
 def test_l1_is_the_mean_absolute_error_of_simmim() -> None:
@@ -83,8 +83,8 @@ def test_l1_is_the_mean_absolute_error_of_simmim() -> None:
 def test_norm_pix_standardizes_every_target_patch_as_mae_does(distance: str, function: Any) -> None:
     target = Case().target
     scaled = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
-    found = Case().plain(norm_pix=True, distance=distance)
-    torch.testing.assert_close(found.total, function(Case().pixels, scaled))
+    losses = Case().plain(norm_pix=True, distance=distance)
+    torch.testing.assert_close(losses.total, function(Case().pixels, scaled))
 
 
 @pytest.mark.parametrize("distance", ["l2", "l1"])
@@ -92,11 +92,11 @@ def test_norm_pix_standardizes_every_target_patch_as_mae_does(distance: str, fun
 def test_difficulty_is_the_loss_s_own_error_unless_raw_is_asked_for(
     distance: str, norm_pix: bool
 ) -> None:
-    given = Case()
+    case = Case()
     chosen = {"norm_pix": norm_pix, "distance": distance}
-    errors = patch_errors(given.pixels, given.target, LossConfig(**chosen))
+    errors = patch_errors(case.pixels, case.target, LossConfig(**chosen))
     assert torch.equal(errors.difficulty, errors.loss)
-    raw = patch_errors(given.pixels, given.target, LossConfig(**chosen, difficulty="raw"))
+    raw = patch_errors(case.pixels, case.target, LossConfig(**chosen, difficulty="raw"))
     assert torch.equal(raw.loss, errors.loss)
     assert torch.equal(raw.difficulty, errors.difficulty) is not norm_pix
 
@@ -118,9 +118,9 @@ def test_the_same_guess_is_as_difficult_in_the_image_s_scale_whatever_the_target
 @pytest.mark.parametrize("norm_pix", [True, False])
 @pytest.mark.parametrize("difficulty", ["loss", "raw"])
 def test_difficulty_carries_no_gradient_and_the_loss_does(norm_pix: bool, difficulty: str) -> None:
-    given = Case()
+    case = Case()
     errors = patch_errors(
-        given.pixels, given.target, LossConfig(norm_pix=norm_pix, difficulty=difficulty)
+        case.pixels, case.target, LossConfig(norm_pix=norm_pix, difficulty=difficulty)
     )
     assert errors.loss.requires_grad
     assert not errors.difficulty.requires_grad
@@ -141,19 +141,21 @@ def test_difficulty_carries_no_gradient_and_the_loss_does(norm_pix: bool, diffic
 def test_weighting_switched_off_in_any_way_is_the_plain_loss_to_the_bit(
     off: dict[str, Any], norm_pix: bool
 ) -> None:
-    given = headless()
-    found, expected = given.loss(norm_pix=norm_pix, **off), given.plain(norm_pix=norm_pix)
-    assert found.total.equal(expected.total)
-    assert float(found.effective_patches) == 1
-    ours, theirs = (torch.autograd.grad(x.total, given.pixels)[0] for x in (found, expected))
-    assert torch.equal(ours, theirs)
+    case = headless()
+    losses, expected = case.loss(norm_pix=norm_pix, **off), case.plain(norm_pix=norm_pix)
+    assert losses.total.equal(expected.total)
+    assert float(losses.effective_patches) == 1
+    gradient, expected_gradient = (
+        torch.autograd.grad(x.total, case.pixels)[0] for x in (losses, expected)
+    )
+    assert torch.equal(gradient, expected_gradient)
 
 
 def test_attention_of_a_large_temperature_nears_the_plain_loss() -> None:
     gaps = []
     for temperature in (0.3, 1.0, 10.0, 1e3, 1e6):
-        found = headless().loss(weighting="arl", temperature=temperature)
-        gaps.append((found.total - found.reconstruction).item())
+        losses = headless().loss(weighting="arl", temperature=temperature)
+        gaps.append((losses.total - losses.reconstruction).item())
     assert gaps[0] > gaps[1] > gaps[2] > gaps[3] > 0
     assert abs(gaps[4]) < 1e-5
 
@@ -234,14 +236,14 @@ def test_masked_patches_without_any_tissue_are_compared_with_each_other() -> Non
 def test_a_perfect_prediction_has_loss_0_and_finite_gradients(
     weighting: str, distance: str
 ) -> None:
-    given = Case()
-    given.pixels = given.target.clone().requires_grad_()
-    given.difficulty = torch.zeros(B, M, requires_grad=True)
-    found = given.loss(weighting=weighting, distance=distance, ranking_weight=1.0)
-    assert found.reconstruction.item() == 0
-    found.total.backward()
-    assert given.pixels.grad.isfinite().all()
-    assert not given.difficulty.grad.any()
+    case = Case()
+    case.pixels = case.target.clone().requires_grad_()
+    case.difficulty = torch.zeros(B, M, requires_grad=True)
+    losses = case.loss(weighting=weighting, distance=distance, ranking_weight=1.0)
+    assert losses.reconstruction.item() == 0
+    losses.total.backward()
+    assert case.pixels.grad.isfinite().all()
+    assert not case.difficulty.grad.any()
 
 
 def test_effective_patches_fall_as_weights_gather_on_few() -> None:
@@ -266,29 +268,27 @@ WEIGHTINGS: list[dict[str, Any]] = [
 
 
 def test_ccl_gives_the_prediction_no_gradient() -> None:
-    given = Case()
-    with_ccl = torch.autograd.grad(given.loss(ccl_weight=10.0).total, given.pixels)[0]
-    without = torch.autograd.grad(given.loss(ccl_weight=0.0).total, given.pixels)[0]
+    case = Case()
+    with_ccl = torch.autograd.grad(case.loss(ccl_weight=10.0).total, case.pixels)[0]
+    without = torch.autograd.grad(case.loss(ccl_weight=0.0).total, case.pixels)[0]
     assert torch.equal(with_ccl, without)
-    found = given.loss()
+    losses = case.loss()
     assert (
-        torch.autograd.grad(found.ccl, given.pixels, retain_graph=True, allow_unused=True)[0]
+        torch.autograd.grad(losses.ccl, case.pixels, retain_graph=True, allow_unused=True)[0]
         is None
     )
-    assert torch.autograd.grad(found.ccl, given.category)[0].abs().sum() > 0
+    assert torch.autograd.grad(losses.ccl, case.category)[0].abs().sum() > 0
 
 
 def test_ranking_gives_the_prediction_no_gradient() -> None:
-    given = Case()
-    given.difficulty = torch.randn(
-        B, M, generator=torch.Generator().manual_seed(1)
-    ).requires_grad_()
-    found = given.loss(ranking_weight=1.0)
+    case = Case()
+    case.difficulty = torch.randn(B, M, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    losses = case.loss(ranking_weight=1.0)
     assert (
-        torch.autograd.grad(found.ranking, given.pixels, retain_graph=True, allow_unused=True)[0]
+        torch.autograd.grad(losses.ranking, case.pixels, retain_graph=True, allow_unused=True)[0]
         is None
     )
-    assert torch.autograd.grad(found.ranking, given.difficulty)[0].abs().sum() > 0
+    assert torch.autograd.grad(losses.ranking, case.difficulty)[0].abs().sum() > 0
 
 
 @hypothesis(max_examples=60, deadline=None)
@@ -311,14 +311,14 @@ def test_what_is_trained_never_pays_for_a_worse_patch(
     eta: float,
 ) -> None:
     """The gradient of the total points away from every patch's target, lesion or not."""
-    given = Case(seed)
-    target = given.target
+    case = Case(seed)
+    target = case.target
     if norm_pix:
         target = (target - target.mean(-1, keepdim=True)) / (
             target.var(-1, keepdim=True) + 1e-6
         ).sqrt()
-    given.difficulty = torch.zeros(B, M, requires_grad=True)
-    total = given.loss(
+    case.difficulty = torch.zeros(B, M, requires_grad=True)
+    total = case.loss(
         **weighting,
         norm_pix=norm_pix,
         distance=distance,
@@ -328,16 +328,16 @@ def test_what_is_trained_never_pays_for_a_worse_patch(
         ccl_weight=10.0,
         ranking_weight=1.0,
     ).total
-    (gradient,) = torch.autograd.grad(total, given.pixels)
-    away = (given.pixels.detach() - target) * gradient
+    (gradient,) = torch.autograd.grad(total, case.pixels)
+    away = (case.pixels.detach() - target) * gradient
     assert (away.sum(-1) > 0).all()
 
 
-def worse(given: Case, where: Tensor, factor: float) -> Case:
+def worse(case: Case, where: Tensor, factor: float) -> Case:
     """The same with the error of patches `where` (B, M) `factor`^2 times as large."""
-    pixels = given.target + factor * (given.pixels.detach() - given.target)
-    given.pixels = torch.where(where[..., None], pixels, given.pixels.detach())
-    return given
+    pixels = case.target + factor * (case.pixels.detach() - case.target)
+    case.pixels = torch.where(where[..., None], pixels, case.pixels.detach())
+    return case
 
 
 @hypothesis(max_examples=50, deadline=None)
@@ -359,7 +359,7 @@ def test_weights_do_not_change_when_all_errors_of_an_image_grow_alike(
     seed: int, factor: float, weighting: dict[str, Any]
 ) -> None:
     one, other = headless(seed), worse(headless(seed), ALL, factor)
-    totals = [given.loss(**weighting).total for given in (one, other)]
+    totals = [case.loss(**weighting).total for case in (one, other)]
     torch.testing.assert_close(totals[1], factor**2 * totals[0], rtol=1e-3, atol=0)
 
 
@@ -401,9 +401,9 @@ def test_an_easy_patch_that_gets_worse_may_lower_the_number_but_is_never_pushed_
     for easy in (0.01, 0.3):
         pixels = torch.tensor([[[1.0], [easy]]]).requires_grad_()
         chosen = LossConfig(ccl_weight=0, clip_min=1e-3, clip_max=100)
-        both = torch.ones(1, 2, dtype=torch.bool)
+        everywhere = torch.ones(1, 2, dtype=torch.bool)
         total = pretraining_loss(
-            Prediction(pixels, None, None), target, both, both, chosen, warming_up=False
+            Prediction(pixels, None, None), target, everywhere, everywhere, chosen, warming_up=False
         ).total
         values.append(total.item())
         slopes.append(torch.autograd.grad(total, pixels)[0][0, 1, 0].item())
@@ -514,8 +514,8 @@ def test_otsu_marks_what_lies_above_the_split_of_most_variance_between_classes(
     best = min(within(ordered[:k]) + within(ordered[k:]) for k in range(1, len(ordered)))
     assert 0 < int(hard.sum()) < len(errors)
     assert e[0, hard].min() >= e[0, ~hard].max()
-    ours = within(e[0, hard].tolist()) + within(e[0, ~hard].tolist())
-    assert ours == pytest.approx(best, rel=1e-6, abs=1e-6)
+    actual = within(e[0, hard].tolist()) + within(e[0, ~hard].tolist())
+    assert actual == pytest.approx(best, rel=1e-6, abs=1e-6)
 
 
 def test_otsu_of_a_single_masked_patch_is_finite() -> None:
@@ -538,11 +538,11 @@ def test_agreement_of_labels_all_alike_is_0() -> None:
 
 
 def test_the_loss_reports_the_agreement_of_lesion_and_difficulty() -> None:
-    given = Case()
-    errors = patch_errors(given.pixels, given.target, LossConfig())
-    hard = hard_labels(errors.difficulty, given.lesion, given.tissue, "quantile")
-    expected = cohen_kappa_score(hard.flatten(), given.lesion.flatten())
-    assert float(given.loss().agreement) == pytest.approx(expected, abs=1e-5)
+    case = Case()
+    errors = patch_errors(case.pixels, case.target, LossConfig())
+    hard = hard_labels(errors.difficulty, case.lesion, case.tissue, "quantile")
+    expected = cohen_kappa_score(hard.flatten(), case.lesion.flatten())
+    assert float(case.loss().agreement) == pytest.approx(expected, abs=1e-5)
     assert expected > 0.5  # lesion patches are hard here
 
 
@@ -582,13 +582,13 @@ def test_ranking_pulls_the_harder_patch_up_and_leaves_equal_ones_alone() -> None
 
 
 def test_the_total_adds_ranking_by_its_weight_from_the_first_epoch_on() -> None:
-    given = headless()
-    given.difficulty = torch.randn(B, M, generator=torch.Generator().manual_seed(1))
+    case = headless()
+    case.difficulty = torch.randn(B, M, generator=torch.Generator().manual_seed(1))
     for warming_up in (True, False):
-        found = given.loss(weighting="none", ranking_weight=0.7, warming_up=warming_up)
-        torch.testing.assert_close(found.total, found.reconstruction + 0.7 * found.ranking)
-        errors = patch_errors(given.pixels, given.target, LossConfig())
-        assert found.ranking.equal(ranking_loss(given.difficulty, errors.difficulty))
+        losses = case.loss(weighting="none", ranking_weight=0.7, warming_up=warming_up)
+        torch.testing.assert_close(losses.total, losses.reconstruction + 0.7 * losses.ranking)
+        errors = patch_errors(case.pixels, case.target, LossConfig())
+        assert losses.ranking.equal(ranking_loss(case.difficulty, errors.difficulty))
 
 
 # The total
@@ -598,32 +598,32 @@ def test_the_total_adds_ranking_by_its_weight_from_the_first_epoch_on() -> None:
 def test_warming_up_is_the_plain_loss_to_the_bit_while_the_head_still_gets_a_zero_gradient(
     weighting: str,
 ) -> None:
-    given = Case()
-    found = given.loss(weighting=weighting, ccl_weight=0.5, warming_up=True)
-    assert found.total.equal(given.plain().total)
-    assert float(found.effective_patches) == 1
-    assert found.ccl.item() > 0  # shown, not trained
-    found.total.backward()
-    assert given.category is not None
-    assert given.category.grad is not None
-    assert not given.category.grad.any()
+    case = Case()
+    losses = case.loss(weighting=weighting, ccl_weight=0.5, warming_up=True)
+    assert losses.total.equal(case.plain().total)
+    assert float(losses.effective_patches) == 1
+    assert losses.ccl.item() > 0  # shown, not trained
+    losses.total.backward()
+    assert case.category is not None
+    assert case.category.grad is not None
+    assert not case.category.grad.any()
 
 
 def test_the_total_adds_ccl_by_its_weight() -> None:
-    found = Case().loss(weighting="none", ccl_weight=0.7)
-    torch.testing.assert_close(found.total, found.reconstruction + 0.7 * found.ccl)
+    losses = Case().loss(weighting="none", ccl_weight=0.7)
+    torch.testing.assert_close(losses.total, losses.reconstruction + 0.7 * losses.ccl)
 
 
 def test_low_precision_predictions_are_scored_in_float32() -> None:
-    given = Case()
-    given.pixels, given.category = (
-        given.pixels.detach().bfloat16(),
-        given.category.detach().bfloat16(),
+    case = Case()
+    case.pixels, case.category = (
+        case.pixels.detach().bfloat16(),
+        case.category.detach().bfloat16(),
     )
-    given.difficulty = torch.randn(B, M).bfloat16()
-    found = given.loss(ranking_weight=1.0)
-    assert {value.dtype for value in found} == {torch.float32}
-    torch.testing.assert_close(found.reconstruction, F.mse_loss(given.pixels.float(), given.target))
+    case.difficulty = torch.randn(B, M).bfloat16()
+    losses = case.loss(ranking_weight=1.0)
+    assert {value.dtype for value in losses} == {torch.float32}
+    torch.testing.assert_close(losses.reconstruction, F.mse_loss(case.pixels.float(), case.target))
 
 
 @hypothesis(max_examples=40, deadline=None)
@@ -643,12 +643,12 @@ def test_losses_and_gradients_are_finite_for_any_size_of_targets_and_errors(
     norm_pix: bool,
     lesions: float,
 ) -> None:
-    given = Case()
-    given.target = size * given.target
-    given.pixels = (given.target + error * given.pixels.detach()).requires_grad_()
-    given.lesion, given.tissue = labels(lesions), labels(1 - lesions)
-    given.difficulty = (error * torch.randn(B, M)).requires_grad_()
-    found = given.loss(**weighting, ccl_threshold=threshold, norm_pix=norm_pix, ranking_weight=1.0)
-    assert all(value.isfinite() for value in found)
-    found.total.backward()
-    assert all(x.grad.isfinite().all() for x in (given.pixels, given.category, given.difficulty))
+    case = Case()
+    case.target = size * case.target
+    case.pixels = (case.target + error * case.pixels.detach()).requires_grad_()
+    case.lesion, case.tissue = labels(lesions), labels(1 - lesions)
+    case.difficulty = (error * torch.randn(B, M)).requires_grad_()
+    losses = case.loss(**weighting, ccl_threshold=threshold, norm_pix=norm_pix, ranking_weight=1.0)
+    assert all(value.isfinite() for value in losses)
+    losses.total.backward()
+    assert all(x.grad.isfinite().all() for x in (case.pixels, case.category, case.difficulty))

@@ -20,14 +20,14 @@ from amlp_ray.method.masking import Masking, TrainingStep
 from amlp_ray.method.patch_selection import Selection
 from amlp_ray.method.patches import patchify
 
-Given = tuple[Tensor, Tensor, Tensor]
+Phantoms = tuple[Tensor, Tensor, Tensor]
 STILL = {"min_crop_area": 1.0, "flip": False}  # images are not cropped
 HARD = {"variant": "mps-ams", "selection": {"features": "raw", "clusters": 3, "rule": "smallest"}}
 NEVER_WARMING = {"loss": {"warmup": 0.0}}
 
 
-def masking_of(*given: Mapping[str, Any], truth: Mapping[int, Tensor] | None = None) -> Masking:
-    chosen = tiny(*map(dict, given))
+def masking_of(*layers: Mapping[str, Any], truth: Mapping[int, Tensor] | None = None) -> Masking:
+    chosen = tiny(*map(dict, layers))
     return Masking(build(chosen), chosen, truth)
 
 
@@ -40,16 +40,16 @@ def same(one: Selection, other: Selection) -> bool:
 
 
 @pytest.fixture
-def looks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+def analyses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(epoch of the analysis, image's key) of every analysis, as it happens."""
-    seen: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
 
-    def counted(patches: Tensor, keys: Tensor, *others: Any, epoch: int, **given: Any) -> Any:
-        seen.extend((epoch, key) for key in keys.tolist())
-        return locate_lesion(patches, keys, *others, epoch=epoch, **given)
+    def counted(patches: Tensor, keys: Tensor, *others: Any, epoch: int, **options: Any) -> Any:
+        calls.extend((epoch, key) for key in keys.tolist())
+        return locate_lesion(patches, keys, *others, epoch=epoch, **options)
 
     monkeypatch.setattr(module, "locate_lesion", counted)
-    return seen
+    return calls
 
 
 # Every mask is sound
@@ -163,12 +163,12 @@ MODES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("given", MODES, ids=str)
+@pytest.mark.parametrize("overrides", MODES, ids=str)
 def test_a_permuted_batch_has_the_same_masks_permuted(
-    ultrasound: Given, given: dict[str, Any]
+    ultrasound: Phantoms, overrides: dict[str, Any]
 ) -> None:
     images, _, keys = ultrasound
-    masking = masking_of(given)
+    masking = masking_of(overrides)
     for epoch in (1, 12):
         whole = drawn(masking, images, keys, epoch)
         for seed in (0, 1):
@@ -176,14 +176,14 @@ def test_a_permuted_batch_has_the_same_masks_permuted(
             fresh = Masking(masking.model, masking.config)
             permuted = drawn(fresh, images[order], keys[order], epoch)
             assert all(
-                torch.equal(ours, theirs[order])
-                for ours, theirs in zip(permuted, whole, strict=True)
+                torch.equal(actual, original[order])
+                for actual, original in zip(permuted, whole, strict=True)
             )
 
 
 @pytest.mark.parametrize("analysis_interval", [0, 1, 7])
 def test_in_random_mode_analysis_interval_changes_nothing_and_nothing_is_analyzed(
-    ultrasound: Given, looks: list[tuple[int, int]], analysis_interval: int
+    ultrasound: Phantoms, analyses: list[tuple[int, int]], analysis_interval: int
 ) -> None:
     images, _, keys = ultrasound
     plain, other = (
@@ -192,25 +192,25 @@ def test_in_random_mode_analysis_interval_changes_nothing_and_nothing_is_analyze
     )
     for epoch in (1, 2, 11):
         assert same(drawn(plain, images, keys, epoch), drawn(other, images, keys, epoch))
-    assert looks == []
+    assert analyses == []
 
 
 # Lesion maps are kept
 
 
 def test_whole_images_are_analyzed_once_per_analysis_epoch(
-    ultrasound: Given, looks: list[tuple[int, int]]
+    ultrasound: Phantoms, analyses: list[tuple[int, int]]
 ) -> None:
     images, _, keys = ultrasound
     masking = masking_of(HARD, {"selection": {"analysis_interval": 4}, **NEVER_WARMING})
     for epoch in range(1, 10):
         for rows in torch.randperm(16, generator=torch.Generator().manual_seed(epoch)).split(4):
             drawn(masking, images[rows], keys[rows], epoch)
-    assert sorted(looks) == sorted((look, key) for look in (1, 5, 9) for key in keys.tolist())
+    assert sorted(analyses) == sorted((at, key) for at in (1, 5, 9) for key in keys.tolist())
 
 
 def test_the_end_of_the_warm_up_analyzes_again_and_epochs_go_on_from_there(
-    ultrasound: Given, looks: list[tuple[int, int]]
+    ultrasound: Phantoms, analyses: list[tuple[int, int]]
 ) -> None:
     images, _, keys = ultrasound
     masking = masking_of(
@@ -218,7 +218,7 @@ def test_the_end_of_the_warm_up_analyzes_again_and_epochs_go_on_from_there(
     )  # 7 of 20 epochs
     for epoch in range(1, 17):
         drawn(masking, images[:2], keys[:2], epoch)
-    assert [look for look, key in looks if key == int(keys[0])] == [1, 6, 8, 11, 16]
+    assert [at for at, key in analyses if key == int(keys[0])] == [1, 6, 8, 11, 16]
 
 
 @pytest.mark.parametrize(
@@ -241,69 +241,69 @@ def test_an_epoch_belongs_to_the_last_analysis(
 
 
 def test_analysis_interval_0_analyzes_every_crop_in_every_step(
-    ultrasound: Given, looks: list[tuple[int, int]]
+    ultrasound: Phantoms, analyses: list[tuple[int, int]]
 ) -> None:
     images, _, keys = ultrasound
     masking = masking_of(HARD, {"selection": {"analysis_interval": 0}})
     for epoch in (1, 2):
         for _ in range(2):
             drawn(masking, images[:3], keys[:3], epoch)
-    assert looks == [(epoch, key) for epoch in (1, 1, 2, 2) for key in keys[:3].tolist()]
+    assert analyses == [(epoch, key) for epoch in (1, 1, 2, 2) for key in keys[:3].tolist()]
 
 
 def test_images_that_were_not_analyzed_yet_are_analyzed_when_they_come(
-    ultrasound: Given, looks: list[tuple[int, int]]
+    ultrasound: Phantoms, analyses: list[tuple[int, int]]
 ) -> None:
     images, _, keys = ultrasound
     masking = masking_of(HARD, NEVER_WARMING)
     drawn(masking, images[:4], keys[:4], 1)
     mixed = torch.tensor([3, 9, 0])
-    found = drawn(masking, images[mixed], keys[mixed], 2)
-    assert looks[4:] == [(1, int(keys[9]))]
-    assert same(found, drawn(masking_of(HARD, NEVER_WARMING), images[mixed], keys[mixed], 2))
+    selection = drawn(masking, images[mixed], keys[mixed], 2)
+    assert analyses[4:] == [(1, int(keys[9]))]
+    assert same(selection, drawn(masking_of(HARD, NEVER_WARMING), images[mixed], keys[mixed], 2))
 
 
-def test_a_key_that_a_batch_repeats_has_the_same_mask_each_time(ultrasound: Given) -> None:
+def test_a_key_that_a_batch_repeats_has_the_same_mask_each_time(ultrasound: Phantoms) -> None:
     images, _, keys = ultrasound
     rows = torch.tensor([2, 5, 2, 2, 7, 5])
     for baseline in (HARD, {**HARD, "selection": {"scope": "dataset"}}):
         masking = masking_of(baseline, NEVER_WARMING)
         for epoch in (1, 2):
-            found = drawn(masking, images[rows], keys[rows], epoch)
+            selection = drawn(masking, images[rows], keys[rows], epoch)
             for one, other in ((0, 2), (0, 3), (1, 5)):
-                assert all(torch.equal(part[one], part[other]) for part in found)
-            assert same(drawn(masking, images[rows], keys[rows], epoch), found)
+                assert all(torch.equal(part[one], part[other]) for part in selection)
+            assert same(drawn(masking, images[rows], keys[rows], epoch), selection)
 
 
 @pytest.mark.parametrize("first", [1, 3, 16])
 def test_growth_past_what_was_made_room_for_keeps_what_was_kept(
-    ultrasound: Given, looks: list[tuple[int, int]], first: int
+    ultrasound: Phantoms, analyses: list[tuple[int, int]], first: int
 ) -> None:
     images, _, keys = ultrasound
     masking = masking_of(HARD, STILL, NEVER_WARMING)
     batches = [torch.arange(first), torch.arange(16), *torch.arange(16).split(5)]
     for rows in batches:
         drawn(masking, images[rows], keys[rows], 1)
-    assert len(looks) == 16
+    assert len(analyses) == 16
     direct = masking.mask_whole_images(images, keys, TrainingStep(1))[2]
-    kept = drawn(masking, images, keys, 1)
-    assert torch.equal(kept.lesion, direct.lesion)
+    selection = drawn(masking, images, keys, 1)
+    assert torch.equal(selection.lesion, direct.lesion)
 
 
 def test_an_analysis_is_the_same_as_one_of_whole_images_where_nothing_is_cropped(
-    ultrasound: Given,
+    ultrasound: Phantoms,
 ) -> None:
     images, _, keys = ultrasound
     for baseline in (HARD, {"variant": "semmae"}, {"variant": "attmask"}):
         masking = masking_of(baseline, STILL)
-        patches, found = masking.mask_augmented(images, keys, keys, TrainingStep(1))
-        whole, aim, expected = masking.mask_whole_images(images, keys, TrainingStep(1))
+        patches, selection = masking.mask_augmented(images, keys, keys, TrainingStep(1))
+        whole, lesion_map, expected = masking.mask_whole_images(images, keys, TrainingStep(1))
         assert torch.equal(patches, whole)
-        assert torch.equal(found.lesion, expected.lesion)
+        assert torch.equal(selection.lesion, expected.lesion)
         if masking.config.selection.mode != "ranked":  # scores are kept in half precision
-            assert same(found, expected)
+            assert same(selection, expected)
         assert torch.equal(
-            (aim.lesion > 0.5) & masking.config.selection.names_lesion, expected.lesion
+            (lesion_map.lesion > 0.5) & masking.config.selection.names_lesion, expected.lesion
         )
 
 
@@ -315,35 +315,41 @@ def test_what_is_kept_is_cropped_along_with_its_image(flip: bool) -> None:
     corners = torch.randint(0, 5, (40, 2), generator=torch.Generator().manual_seed(1)) * 8
     for image, (y, x) in zip(images, corners.tolist(), strict=True):
         image[:, y : y + 24, x : x + 24] -= 3
-    given = {
+    overrides = {
         **HARD,
         "flip": flip,
         "min_crop_area": 0.5,
         "selection": {"clusters": 2, "rule": "darkest"},
         **NEVER_WARMING,
     }
-    kept = drawn(masking_of(given), images, keys, 2)
-    looked = drawn(masking_of(given, {"selection": {"analysis_interval": 0}}), images, keys, 2)
-    assert (kept.lesion == looked.lesion).float().mean() > 0.9
-    hit = (kept.lesion & looked.lesion).sum() / (kept.lesion | looked.lesion).sum()
+    from_whole_images = drawn(masking_of(overrides), images, keys, 2)
+    from_crops = drawn(
+        masking_of(overrides, {"selection": {"analysis_interval": 0}}), images, keys, 2
+    )
+    assert (from_whole_images.lesion == from_crops.lesion).float().mean() > 0.9
+    hit = (from_whole_images.lesion & from_crops.lesion).sum() / (
+        from_whole_images.lesion | from_crops.lesion
+    ).sum()
     assert hit > 0.7
-    uncropped = drawn(masking_of(given, STILL), images, keys, 2)
-    unmoved = (uncropped.lesion & looked.lesion).sum() / (uncropped.lesion | looked.lesion).sum()
+    uncropped = drawn(masking_of(overrides, STILL), images, keys, 2)
+    unmoved = (uncropped.lesion & from_crops.lesion).sum() / (
+        uncropped.lesion | from_crops.lesion
+    ).sum()
     assert unmoved < hit - 0.2
 
 
-def test_the_lesion_of_a_crop_covers_the_true_one_cropped_alike(ultrasound: Given) -> None:
+def test_the_lesion_of_a_crop_covers_the_true_one_cropped_alike(ultrasound: Phantoms) -> None:
     """With oracles the lesion map is the truth, so only the cropping of maps is between them."""
     images, masks, keys = ultrasound
     share = patchify(masks[:, None].float(), 8).mean(-1)
     truth = dict(zip(keys.tolist(), share.unflatten(1, (8, 8)), strict=True))
     oracle = {"mode": "soft", "score": "oracle"}
     masking = masking_of(HARD, {"selection": oracle, "min_crop_area": 0.6}, truth=truth)
-    found = drawn(masking, images, keys, 3)
+    selection = drawn(masking, images, keys, 3)
     crop = random_crop(keys, masking.config, 3)
     cut = patchify(apply_crop(masks[:, None].float(), crop), 8).mean(-1)
-    both = (found.lesion & (cut > 0.25)).sum(1)
-    f1 = 2 * both / (found.lesion.sum(1) + (cut > 0.25).sum(1)).clamp_min(1)
+    overlap = (selection.lesion & (cut > 0.25)).sum(1)
+    f1 = 2 * overlap / (selection.lesion.sum(1) + (cut > 0.25).sum(1)).clamp_min(1)
     assert f1[(cut > 0.25).any(1)].mean() > 0.75
 
 
@@ -370,10 +376,10 @@ RESUMED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("given", RESUMED, ids=str)
+@pytest.mark.parametrize("overrides", RESUMED, ids=str)
 @pytest.mark.parametrize("resumed_after", [1, 3, 5])
 def test_a_run_resumed_between_two_analyses_draws_identical_masks(
-    ultrasound: Given, given: dict[str, Any], resumed_after: int
+    ultrasound: Phantoms, overrides: dict[str, Any], resumed_after: int
 ) -> None:
     images, _, keys = ultrasound
 
@@ -381,7 +387,7 @@ def test_a_run_resumed_between_two_analyses_draws_identical_masks(
         order = torch.randperm(16, generator=torch.Generator().manual_seed(epoch))
         return [drawn(masking, images[rows], keys[rows], epoch) for rows in order.split(4)]
 
-    masking = masking_of(given)
+    masking = masking_of(overrides)
     for epoch in range(1, resumed_after + 1):
         epoch_of(masking, epoch)
     other = build(masking.config, seed=5)
@@ -414,7 +420,7 @@ def test_a_resumed_run_compares_clusters_of_the_data_set_by_sizes_at_the_last_an
 @pytest.mark.parametrize("oracle", [{"rule": "oracle"}, {"mode": "soft", "score": "oracle"}])
 @pytest.mark.parametrize("analysis_interval", [0, 10])
 def test_an_oracle_without_true_lesions_says_so(
-    ultrasound: Given, oracle: dict[str, Any], analysis_interval: int
+    ultrasound: Phantoms, oracle: dict[str, Any], analysis_interval: int
 ) -> None:
     images, _, keys = ultrasound
     masking = masking_of(HARD, {"selection": {**oracle, "analysis_interval": analysis_interval}})
@@ -433,18 +439,18 @@ def test_an_oracle_without_true_lesions_says_so(
 )
 @pytest.mark.parametrize("analysis_interval", [0, 10])
 def test_an_oracle_masks_the_true_lesion_first(
-    ultrasound: Given, oracle: dict[str, Any], least: float, analysis_interval: int
+    ultrasound: Phantoms, oracle: dict[str, Any], least: float, analysis_interval: int
 ) -> None:
     images, masks, keys = ultrasound
     share = patchify(masks[:, None].float(), 8).mean(-1)
     truth = dict(zip(keys.tolist(), share.unflatten(1, (8, 8)), strict=True))
-    given = {**HARD, **STILL, "ratio": {"start": 0.3, "end": 0.3}}
+    overrides = {**HARD, **STILL, "ratio": {"start": 0.3, "end": 0.3}}
     true_patches = share >= 0.5
 
     def masked_share(
         *selection: dict[str, Any], truth: Mapping[int, Tensor] | None = None
     ) -> float:
-        masking = masking_of(given, *({"selection": s} for s in selection), truth=truth)
+        masking = masking_of(overrides, *({"selection": s} for s in selection), truth=truth)
         return float(hidden(drawn(masking, images, keys, 1))[true_patches].float().mean())
 
     assert masked_share({"mode": "random"}) < 0.4
@@ -454,7 +460,7 @@ def test_an_oracle_masks_the_true_lesion_first(
 # Ratio, and what feedback and teachers change
 
 
-def test_the_ratio_of_a_moment_decides_how_many_patches_are_masked(ultrasound: Given) -> None:
+def test_the_ratio_of_a_moment_decides_how_many_patches_are_masked(ultrasound: Phantoms) -> None:
     images, _, keys = ultrasound
     masking = masking_of(HARD, {"ratio": {"start": 0.25, "end": 0.75, "update_per": "step"}})
     counts = []
@@ -467,7 +473,7 @@ def test_the_ratio_of_a_moment_decides_how_many_patches_are_masked(ultrasound: G
 
 
 def test_feedback_changes_nothing_while_warming_up_and_the_lesion_afterwards(
-    ultrasound: Given,
+    ultrasound: Phantoms,
 ) -> None:
     images, _, keys = ultrasound
     shared = {"variant": "amlp", "loss": {"warmup": 0.2}}
@@ -481,7 +487,9 @@ def test_feedback_changes_nothing_while_warming_up_and_the_lesion_afterwards(
     assert not torch.equal(one.lesion, other.lesion)
 
 
-def test_a_teacher_that_moved_is_asked_again_only_at_the_next_analysis(ultrasound: Given) -> None:
+def test_a_teacher_that_moved_is_asked_again_only_at_the_next_analysis(
+    ultrasound: Phantoms,
+) -> None:
     images, _, keys = ultrasound
     masking = masking_of(
         {"variant": "attmask", "selection": {"analysis_interval": 4}, "ratio": {"shape": "fixed"}},
@@ -497,14 +505,14 @@ def test_a_teacher_that_moved_is_asked_again_only_at_the_next_analysis(ultrasoun
 
 
 def test_nothing_is_kept_and_no_centroid_moves_by_looking_at_whole_images(
-    ultrasound: Given, looks: list[tuple[int, int]]
+    ultrasound: Phantoms, analyses: list[tuple[int, int]]
 ) -> None:
     images, _, keys = ultrasound
     masking = masking_of({**HARD, "selection": {"scope": "dataset"}}, NEVER_WARMING)
     drawn(masking, images, keys, 1)
     before = copy.deepcopy(masking.model.state_dict())
     masking.mask_whole_images(images * 2, keys + 1, TrainingStep(2))
-    assert looks[16:] == [(1, key + 1) for key in keys.tolist()]
+    assert analyses[16:] == [(1, key + 1) for key in keys.tolist()]
     assert all(
         torch.equal(value, before[name]) for name, value in masking.model.state_dict().items()
     )

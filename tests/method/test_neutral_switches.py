@@ -15,7 +15,7 @@ from torch import Tensor
 from amlp_ray.config import PretrainConfig
 from amlp_ray.method.masking import Masking
 
-Given = tuple[Tensor, Tensor, Tensor]
+Phantoms = tuple[Tensor, Tensor, Tensor]
 LATE = 12  # an epoch after the warm-up, and between two analyses
 RRL = {"weighting": "rrl"}
 
@@ -77,52 +77,55 @@ def stepped(
     return done, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def check_equal_to_mae(given: dict[str, Any], images: Tensor, keys: Tensor, epoch: int) -> None:
-    (ours, gradients), (theirs, expected) = (
-        stepped(config, images, keys, epoch) for config in (tiny(MAE, given), tiny(MAE))
+def check_equal_to_mae(overrides: dict[str, Any], images: Tensor, keys: Tensor, epoch: int) -> None:
+    (actual, gradients), (reference, expected) = (
+        stepped(config, images, keys, epoch) for config in (tiny(MAE, overrides), tiny(MAE))
     )
-    assert torch.equal(ours.chosen.masked, theirs.chosen.masked)
-    assert torch.equal(ours.chosen.visible, theirs.chosen.visible)
-    assert torch.equal(ours.prediction.pixels, theirs.prediction.pixels)
-    assert ours.losses.total.equal(theirs.losses.total)
+    assert torch.equal(actual.chosen.masked, reference.chosen.masked)
+    assert torch.equal(actual.chosen.visible, reference.chosen.visible)
+    assert torch.equal(actual.prediction.pixels, reference.prediction.pixels)
+    assert actual.losses.total.equal(reference.losses.total)
     assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
 
 
-@pytest.mark.parametrize("given", NEUTRAL, ids=str)
-def test_a_neutral_switch_is_mae_to_the_bit(ultrasound: Given, given: dict[str, Any]) -> None:
+@pytest.mark.parametrize("overrides", NEUTRAL, ids=str)
+def test_a_neutral_switch_is_mae_to_the_bit(
+    ultrasound: Phantoms, overrides: dict[str, Any]
+) -> None:
     images, _, keys = ultrasound
-    check_equal_to_mae(given, images, keys, LATE)
+    check_equal_to_mae(overrides, images, keys, LATE)
 
 
-@pytest.mark.parametrize("given", WARMING, ids=str)
+@pytest.mark.parametrize("overrides", WARMING, ids=str)
 @pytest.mark.parametrize("epoch", [1, 5])
 def test_while_warming_up_any_loss_is_that_of_mae_to_the_bit(
-    ultrasound: Given, given: dict[str, Any], epoch: int
+    ultrasound: Phantoms, overrides: dict[str, Any], epoch: int
 ) -> None:
     images, _, keys = ultrasound
     check_equal_to_mae(
-        {"loss": {"warmup": 0.25}} | given | {"loss": {**given["loss"], "warmup": 0.25}},
+        {"loss": {"warmup": 0.25}} | overrides | {"loss": {**overrides["loss"], "warmup": 0.25}},
         images,
         keys,
         epoch,
     )
-    ours, theirs = (
-        stepped(tiny(MAE, g, {"loss": {"warmup": 0.25}}), images, keys, 6)[0] for g in (given, {})
+    actual, reference = (
+        stepped(tiny(MAE, g, {"loss": {"warmup": 0.25}}), images, keys, 6)[0]
+        for g in (overrides, {})
     )
-    assert not ours.losses.total.equal(theirs.losses.total)  # the epoch after
+    assert not actual.losses.total.equal(reference.losses.total)  # the epoch after
 
 
-def test_attention_weights_of_a_huge_temperature_come_close(ultrasound: Given) -> None:
+def test_attention_weights_of_a_huge_temperature_come_close(ultrasound: Phantoms) -> None:
     images, _, keys = ultrasound
     near, mae = (
-        stepped(tiny(MAE, given), images, keys, LATE)[0].losses.total
-        for given in ({"loss": {"weighting": "arl", "temperature": 1e6}}, {})
+        stepped(tiny(MAE, overrides), images, keys, LATE)[0].losses.total
+        for overrides in ({"loss": {"weighting": "arl", "temperature": 1e6}}, {})
     )
     torch.testing.assert_close(near, mae, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
-    "given",
+    "overrides",
     [
         {"selection": {"feedback": 0.0}},
         {"selection": {"feedback": 1.0}, "loss": {"ccl_weight": 0.0}},  # no category is learnt
@@ -134,19 +137,19 @@ def test_attention_weights_of_a_huge_temperature_come_close(ultrasound: Given) -
     ids=str,
 )
 def test_a_neutral_switch_of_hard_masking_is_hard_masking_to_the_bit(
-    ultrasound: Given, given: dict[str, Any]
+    ultrasound: Phantoms, overrides: dict[str, Any]
 ) -> None:
     images, _, keys = ultrasound
     plain = {"variant": "mps-ams"}
-    ours, theirs = (stepped(tiny(plain, g), images, keys, LATE)[0] for g in (given, {}))
-    assert torch.equal(ours.chosen.masked, theirs.chosen.masked)
-    assert torch.equal(ours.chosen.lesion, theirs.chosen.lesion)
-    assert torch.equal(ours.prediction.pixels, theirs.prediction.pixels)
-    assert ours.losses.total.equal(theirs.losses.total)
+    actual, reference = (stepped(tiny(plain, g), images, keys, LATE)[0] for g in (overrides, {}))
+    assert torch.equal(actual.chosen.masked, reference.chosen.masked)
+    assert torch.equal(actual.chosen.lesion, reference.chosen.lesion)
+    assert torch.equal(actual.prediction.pixels, reference.prediction.pixels)
+    assert actual.losses.total.equal(reference.losses.total)
 
 
 @pytest.mark.parametrize(
-    "given",
+    "overrides",
     [
         {"selection": {"mode": "soft", "strength": 1}},
         {"selection": {"mode": "ranked", "score_share_end": 0.5}},
@@ -165,10 +168,12 @@ def test_a_neutral_switch_of_hard_masking_is_hard_masking_to_the_bit(
     ],
     ids=str,
 )
-def test_a_switch_that_is_on_is_no_longer_mae(ultrasound: Given, given: dict[str, Any]) -> None:
+def test_a_switch_that_is_on_is_no_longer_mae(
+    ultrasound: Phantoms, overrides: dict[str, Any]
+) -> None:
     images, _, keys = ultrasound
-    ours, theirs = (stepped(tiny(MAE, g), images, keys, LATE)[0] for g in (given, {}))
-    assert not ours.losses.total.equal(theirs.losses.total)
+    actual, reference = (stepped(tiny(MAE, g), images, keys, LATE)[0] for g in (overrides, {}))
+    assert not actual.losses.total.equal(reference.losses.total)
 
 
 def test_optional_parts_leave_the_other_weights_equal() -> None:
@@ -179,7 +184,7 @@ def test_optional_parts_leave_the_other_weights_equal() -> None:
         {"variant": "amlp"},
         {"variant": "hpm"},
     )
-    for given in parts:
-        more = build(tiny(given), GREY).state_dict()
+    for overrides in parts:
+        more = build(tiny(overrides), GREY).state_dict()
         assert len(more) > len(plain)
         assert all(torch.equal(more[name], value) for name, value in plain.items())

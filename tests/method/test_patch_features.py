@@ -118,9 +118,9 @@ def test_dilation_is_that_of_scipy_and_by_0_none(by: int, grid: tuple[int, int])
     where = torch.rand(4, grid[0] * grid[1], generator=torch.Generator().manual_seed(0)) < 0.1
     grown = dilate(where, grid, by)
     square = np.ones((2 * by + 1, 2 * by + 1))
-    for ours, before in zip(grown, where, strict=True):
+    for actual, before in zip(grown, where, strict=True):
         assert np.array_equal(
-            ours.view(grid), ndimage.binary_dilation(before.view(grid).numpy(), square)
+            actual.view(grid), ndimage.binary_dilation(before.view(grid).numpy(), square)
         )
 
 

@@ -19,7 +19,7 @@ from amlp_ray.method.patch_selection import Selection, select_patches, selection
 from amlp_ray.method.patches import patchify
 
 MODES = ("random", "hard", "soft", "ranked", "parts")
-Given = tuple[Tensor, Tensor, Tensor]
+Phantoms = tuple[Tensor, Tensor, Tensor]
 
 
 def select(
@@ -37,9 +37,16 @@ def select(
     grid = (images.shape[2] // p, images.shape[3] // p)
     keys = torch.arange(len(images)) if keys is None else keys
     patches = patchify(images, p)
-    aim = locate_lesion(patches, keys, grid, images.shape[1], chosen, seed=seed, epoch=epoch)
+    lesion_map = locate_lesion(patches, keys, grid, images.shape[1], chosen, seed=seed, epoch=epoch)
     return select_patches(
-        aim, tissue_mask(patches, chosen), keys, count, chosen, seed=seed, epoch=epoch, **others
+        lesion_map,
+        tissue_mask(patches, chosen),
+        keys,
+        count,
+        chosen,
+        seed=seed,
+        epoch=epoch,
+        **others,
     )
 
 
@@ -50,13 +57,18 @@ def aimed(count: int = 16, **parts: Tensor) -> LesionMap:
 
 
 def select_at(
-    aim: LesionMap, count: int, *, epoch: int = 1, tissue: Tensor | None = None, **given: Any
+    lesion_map: LesionMap,
+    count: int,
+    *,
+    epoch: int = 1,
+    tissue: Tensor | None = None,
+    **options: Any,
 ) -> Selection:
-    others = {k: given.pop(k) for k in ("progress", "ratio_over") if k in given}
-    tissue = torch.ones_like(aim.lesion, dtype=torch.bool) if tissue is None else tissue
+    others = {k: options.pop(k) for k in ("progress", "ratio_over") if k in options}
+    tissue = torch.ones_like(lesion_map.lesion, dtype=torch.bool) if tissue is None else tissue
     keys = torch.arange(len(tissue))
     return select_patches(
-        aim, tissue, keys, count, SelectionConfig(**given), seed=0, epoch=epoch, **others
+        lesion_map, tissue, keys, count, SelectionConfig(**options), seed=0, epoch=epoch, **others
     )
 
 
@@ -101,13 +113,13 @@ def test_any_image_has_exactly_m_masked_and_all_other_patches_visible(
     chosen: SelectionConfig, kinds: list[str], count: int, seed: int, progress: float, over: str
 ) -> None:
     images = awkward_images(kinds, seed)
-    found = select(images, count, chosen, seed=seed, progress=progress, ratio_over=over)
-    assert found.masked.shape == (len(kinds), count)
-    assert found.visible.shape == (len(kinds), 64 - count)
-    together = torch.cat([found.masked, found.visible], 1).sort(1).values
+    selection = select(images, count, chosen, seed=seed, progress=progress, ratio_over=over)
+    assert selection.masked.shape == (len(kinds), count)
+    assert selection.visible.shape == (len(kinds), 64 - count)
+    together = torch.cat([selection.masked, selection.visible], 1).sort(1).values
     assert torch.equal(together, torch.arange(64).expand(len(kinds), 64))  # disjoint, and covering
-    assert not (found.lesion & ~found.tissue).any()
-    for name, value in selection_statistics(found).items():
+    assert not (selection.lesion & ~selection.tissue).any()
+    for name, value in selection_statistics(selection).items():
         assert 0 <= float(value) <= 1, name
 
 
@@ -125,14 +137,14 @@ def test_any_image_has_exactly_m_masked_and_all_other_patches_visible(
     ids=str,
 )
 def test_neutral_settings_of_any_mode_are_random_masking_to_the_bit(
-    ultrasound: Given, neutral: dict[str, Any], count: int
+    ultrasound: Phantoms, neutral: dict[str, Any], count: int
 ) -> None:
     images, _, keys = ultrasound
     for epoch in range(1, 4):
         random = select(images, count, SelectionConfig(mode="random"), keys=keys, epoch=epoch)
-        found = select(images, count, SelectionConfig(**neutral), keys=keys, epoch=epoch)
-        assert torch.equal(random.masked, found.masked)
-        assert torch.equal(random.visible, found.visible)
+        selection = select(images, count, SelectionConfig(**neutral), keys=keys, epoch=epoch)
+        assert torch.equal(random.masked, selection.masked)
+        assert torch.equal(random.visible, selection.visible)
 
 
 @pytest.mark.parametrize("mode", ["soft", "ranked"])
@@ -146,7 +158,7 @@ def test_a_score_that_says_nothing_masks_at_random(mode: str) -> None:
 
 
 def test_images_without_a_qualified_cluster_are_masked_at_random_and_counted(
-    ultrasound: Given,
+    ultrasound: Phantoms,
 ) -> None:
     images, _, keys = ultrasound
     images = torch.cat([images, torch.zeros(4, 1, 64, 64)])
@@ -169,15 +181,15 @@ def test_images_without_a_qualified_cluster_are_masked_at_random_and_counted(
 def test_a_score_that_says_nothing_masks_at_random_and_is_counted(mode: str) -> None:
     score = torch.zeros(4, 64)
     score[2:, 10] = 1
-    found = select_at(aimed(4, score=score), 20, mode=mode)
-    assert found.fallback.tolist() == [True, True, False, False]
+    selection = select_at(aimed(4, score=score), 20, mode=mode)
+    assert selection.fallback.tolist() == [True, True, False, False]
 
 
-def test_random_masking_names_no_lesion_and_no_fallback(ultrasound: Given) -> None:
-    found = select(ultrasound[0], 32, SelectionConfig(mode="random"))
-    assert not found.lesion.any()
-    assert not found.fallback.any()
-    statistics = {name: float(value) for name, value in selection_statistics(found).items()}
+def test_random_masking_names_no_lesion_and_no_fallback(ultrasound: Phantoms) -> None:
+    selection = select(ultrasound[0], 32, SelectionConfig(mode="random"))
+    assert not selection.lesion.any()
+    assert not selection.fallback.any()
+    statistics = {name: float(value) for name, value in selection_statistics(selection).items()}
     assert statistics.pop("tissue_masked_share") == pytest.approx(0.5, abs=0.02)
     assert statistics == {"lesion_cluster_share": 0, "lesion_masked_share": 0, "fallback_share": 0}
 
@@ -186,21 +198,26 @@ def test_random_masking_names_no_lesion_and_no_fallback(ultrasound: Given) -> No
 
 
 @pytest.mark.parametrize("count", [3, 10, 30, 60])
-def test_hard_masks_the_probable_lesion_before_anything_else(ultrasound: Given, count: int) -> None:
-    found = select(ultrasound[0], count, SelectionConfig(mode="hard"))
-    named = ~found.fallback
-    masked_lesion = (hidden(found) & found.lesion).sum(1)
-    assert torch.equal(masked_lesion[named], found.lesion.sum(1).clamp_max(count)[named])
+def test_hard_masks_the_probable_lesion_before_anything_else(
+    ultrasound: Phantoms, count: int
+) -> None:
+    selection = select(ultrasound[0], count, SelectionConfig(mode="hard"))
+    named = ~selection.fallback
+    masked_lesion = (hidden(selection) & selection.lesion).sum(1)
+    assert torch.equal(masked_lesion[named], selection.lesion.sum(1).clamp_max(count)[named])
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
 def test_a_lesion_share_below_1_leaves_hints_visible_as_long_as_other_patches_are_left(
-    ultrasound: Given, share: float
+    ultrasound: Phantoms, share: float
 ) -> None:
     images = ultrasound[0]
     for count in (1, 20, 40, 63):
-        found = select(images, count, SelectionConfig(mode="hard", lesion_share=share))
-        lesion, masked = found.lesion[~found.fallback], hidden(found)[~found.fallback]
+        selection = select(images, count, SelectionConfig(mode="hard", lesion_share=share))
+        lesion, masked = (
+            selection.lesion[~selection.fallback],
+            hidden(selection)[~selection.fallback],
+        )
         size = lesion.sum(1)
         aimed_at = (share * size).floor().long()
         others = 64 - size
@@ -213,8 +230,10 @@ def test_which_lesion_patches_stay_as_hints_changes_between_epochs() -> None:
     lesion[0, 20:29] = 1
     hints = set()
     for epoch in range(1, 30):
-        found = select_at(aimed(1, lesion=lesion), 30, epoch=epoch, mode="hard", lesion_share=0.5)
-        left = (found.lesion & ~hidden(found))[0].nonzero().flatten().tolist()
+        selection = select_at(
+            aimed(1, lesion=lesion), 30, epoch=epoch, mode="hard", lesion_share=0.5
+        )
+        left = (selection.lesion & ~hidden(selection))[0].nonzero().flatten().tolist()
         assert len(left) == 5
         hints.update(left)
     assert len(hints) == 9
@@ -233,8 +252,8 @@ def test_border_is_masked_last_in_hard_mode() -> None:
     tissue = select(images, 1, chosen).tissue
     assert (~tissue).sum(1).min() > 5
     for count in (20, int(tissue.sum(1).min())):
-        found = select(images, count, chosen)
-        assert not (hidden(found) & ~tissue)[~found.fallback].any()
+        selection = select(images, count, chosen)
+        assert not (hidden(selection) & ~tissue)[~selection.fallback].any()
     everything = select(images, 63, chosen)
     assert (hidden(everything) & tissue).sum() >= tissue.sum() - 8
 
@@ -246,14 +265,14 @@ def test_a_lesion_blurred_by_a_crop_counts_where_it_covers_more_than_half_of_a_t
     tissue[0, 3] = False
     lesion = torch.zeros(1, 64)
     lesion[0, :4] = torch.tensor([0.4, 0.6, 1.0, 1.0])
-    found = select_at(aimed(1, lesion=lesion), 10, tissue=tissue, mode="hard")
-    assert found.lesion[0].nonzero().flatten().tolist() == [1, 2]
+    selection = select_at(aimed(1, lesion=lesion), 10, tissue=tissue, mode="hard")
+    assert selection.lesion[0].nonzero().flatten().tolist() == [1, 2]
 
 
 # soft
 
 
-def test_soft_masks_lesions_more_the_stronger_it_is(ultrasound: Given) -> None:
+def test_soft_masks_lesions_more_the_stronger_it_is(ultrasound: Phantoms) -> None:
     images, masks, keys = ultrasound
     lesion = patchify(masks[:, None].float(), 8).mean(-1) > 0.25
     shares = []
@@ -272,16 +291,16 @@ def test_a_very_strong_soft_selection_takes_the_highest_scores() -> None:
     """At strength 50 a lead of half an SD outweighs all but one Gumbel draw in 10^10."""
     score = torch.arange(64.0).expand(16, -1) / 2
     for epoch in (1, 2):
-        found = select_at(aimed(score=score), 12, epoch=epoch, mode="soft", strength=50)
-        assert torch.equal(found.masked.sort(1).values, torch.arange(52, 64).expand(16, -1))
+        selection = select_at(aimed(score=score), 12, epoch=epoch, mode="soft", strength=50)
+        assert torch.equal(selection.masked.sort(1).values, torch.arange(52, 64).expand(16, -1))
 
 
 def test_soft_draws_in_proportion_to_the_exponential_of_the_score() -> None:
     score = torch.zeros(4000, 64)
     score[:, 5] = 2.0
-    found = select_at(aimed(4000, score=score), 1, mode="soft", strength=1.5)
+    selection = select_at(aimed(4000, score=score), 1, mode="soft", strength=1.5)
     expected = np.exp(3) / (np.exp(3) + 63)
-    assert float((found.masked == 5).float().mean()) == pytest.approx(
+    assert float((selection.masked == 5).float().mean()) == pytest.approx(
         expected, abs=0.03
     )  # SD 0.007
 
@@ -294,7 +313,7 @@ def test_ranked_takes_a_share_of_the_mask_from_the_top_and_the_rest_at_random(
     progress: float,
 ) -> None:
     score, count = some(), 30
-    found = select_at(
+    selection = select_at(
         aimed(score=score),
         count,
         mode="ranked",
@@ -304,10 +323,13 @@ def test_ranked_takes_a_share_of_the_mask_from_the_top_and_the_rest_at_random(
     )
     top = int((0.2 + 0.6 * progress) * count)
     best = score.argsort(1, descending=True)[:, :top]
-    assert torch.equal(found.masked[:, :top].sort(1).values, best.sort(1).values)
+    assert torch.equal(selection.masked[:, :top].sort(1).values, best.sort(1).values)
     if progress < 1:
         rest = torch.stack(
-            [(row[found_row]) for row, found_row in zip(score, found.masked[:, top:], strict=True)]
+            [
+                (row[found_row])
+                for row, found_row in zip(score, selection.masked[:, top:], strict=True)
+            ]
         )
         assert abs(float(rest.mean()) - float(score.mean())) < 0.25  # no longer the top
         again = select_at(
@@ -319,7 +341,7 @@ def test_ranked_takes_a_share_of_the_mask_from_the_top_and_the_rest_at_random(
             progress=progress,
             epoch=2,
         )
-        assert not torch.equal(again.masked[:, top:], found.masked[:, top:])
+        assert not torch.equal(again.masked[:, top:], selection.masked[:, top:])
 
 
 def test_ranked_with_all_of_the_mask_aimed_takes_the_top_and_may_fall_instead_of_rise() -> None:
@@ -331,13 +353,13 @@ def test_ranked_with_all_of_the_mask_aimed_takes_the_top_and_may_fall_instead_of
     falling = select_at(
         aimed(score=score), 20, mode="ranked", score_share_start=1, score_share_end=0, progress=0.0
     )
-    for found in (rising, falling):
-        assert {tuple(sorted(row)) for row in found.masked.tolist()} == top
+    for selection in (rising, falling):
+        assert {tuple(sorted(row)) for row in selection.masked.tolist()} == top
 
 
 def test_hints_are_shown_out_of_the_very_top_alone_in_the_share_asked_for() -> None:
     score = some(400)
-    found = select_at(
+    selection = select_at(
         aimed(400, score=score),
         32,
         mode="ranked",
@@ -345,12 +367,12 @@ def test_hints_are_shown_out_of_the_very_top_alone_in_the_share_asked_for() -> N
         score_share_end=1,
         lesion_share=0.7,
     )
-    shown = ~hidden(found)
+    visible = ~hidden(selection)
     rank = score.argsort(1, descending=True).argsort(1)
     very_top = rank < 0.1 * 64
-    assert float(shown[very_top].float().mean()) == pytest.approx(0.3, abs=0.04)  # SD 0.009
+    assert float(visible[very_top].float().mean()) == pytest.approx(0.3, abs=0.04)  # SD 0.009
     aimed_at = (rank < 32) & ~very_top
-    assert not (shown & aimed_at).any()
+    assert not (visible & aimed_at).any()
     assert select_at(
         aimed(400, score=score), 32, mode="ranked", score_share_start=1, score_share_end=1
     ).masked.shape == (400, 32)
@@ -387,17 +409,19 @@ def test_parts_end_with_whole_parts_in_an_order_that_changes_and_the_border_last
     part = parts_of(64)
     first = set()
     for epoch in (1, 2, 3):
-        found = select_at(
+        selection = select_at(
             aimed(64, cluster=part), count, mode="parts", clusters=4, progress=1.0, epoch=epoch
         )
-        masked = hidden(found)
-        for row, own in zip(masked, part, strict=True):
+        masked = hidden(selection)
+        for row, clusters in zip(masked, part, strict=True):
             cut = [
-                k for k in (0, 1, 2, 3, -1) if 0 < int(row[own == k].sum()) < int((own == k).sum())
+                k
+                for k in (0, 1, 2, 3, -1)
+                if 0 < int(row[clusters == k].sum()) < int((clusters == k).sum())
             ]
             assert len(cut) <= 1  # all but one part are masked as a whole or not at all
-            assert not row[own == -1].any()
-        first |= set(part.gather(1, found.masked[:, :1]).flatten().tolist())
+            assert not row[clusters == -1].any()
+        first |= set(part.gather(1, selection.masked[:, :1]).flatten().tolist())
     assert first == {0, 1, 2, 3}
 
 
@@ -427,9 +451,9 @@ def test_over_tissue_the_same_share_of_tissue_and_of_border_is_masked(
     tissue = some(seed=1) < torch.linspace(0.05, 0.95, 16)[:, None]
     lesion = ((some() < 0.3) & tissue).float()
     part = torch.where(tissue, (some() * 3).floor(), -1.0)
-    aim = aimed(lesion=lesion, score=some(seed=2), cluster=part)
+    lesion_map = aimed(lesion=lesion, score=some(seed=2), cluster=part)
     masked = hidden(
-        select_at(aim, count, tissue=tissue, mode=mode, ratio_over="tissue", progress=0.5)
+        select_at(lesion_map, count, tissue=tissue, mode=mode, ratio_over="tissue", progress=0.5)
     )
     assert (masked.sum(1) == count).all()
     for where in (tissue, ~tissue):
@@ -445,7 +469,7 @@ def test_over_tissue_each_share_is_taken_in_the_mode_s_own_order() -> None:
     assert (masked | (lesion == 0)).all()  # the lesion first, though less tissue is masked
 
 
-def test_over_tissue_changes_nothing_where_all_is_tissue(ultrasound: Given) -> None:
+def test_over_tissue_changes_nothing_where_all_is_tissue(ultrasound: Phantoms) -> None:
     images, _, keys = ultrasound
     for mode in MODES:
         chosen = SelectionConfig(mode=mode, background_filter=False)
@@ -460,20 +484,20 @@ def test_over_tissue_changes_nothing_where_all_is_tissue(ultrasound: Given) -> N
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_mask_depends_on_the_image_and_its_key_and_not_on_the_batch(
-    ultrasound: Given, mode: str
+    ultrasound: Phantoms, mode: str
 ) -> None:
     images, _, keys = ultrasound
     chosen = SelectionConfig(mode=mode)
     whole = select(images, 25, chosen, keys=keys, progress=0.5)
     for rows in (torch.tensor([5]), torch.tensor([3, 9, 0]), torch.arange(15, -1, -1)):
         part = select(images[rows], 25, chosen, keys=keys[rows], progress=0.5)
-        for ours, theirs in zip(part, whole, strict=True):
-            assert torch.equal(ours, theirs[rows])
+        for actual, expected in zip(part, whole, strict=True):
+            assert torch.equal(actual, expected[rows])
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_masks_repeat_for_equal_seed_and_epoch_and_differ_for_others(
-    ultrasound: Given, mode: str
+    ultrasound: Phantoms, mode: str
 ) -> None:
     images, _, keys = ultrasound
     chosen = SelectionConfig(mode=mode)
@@ -488,22 +512,22 @@ def test_masks_repeat_for_equal_seed_and_epoch_and_differ_for_others(
 
 
 def test_random_masking_masks_every_patch_equally_often() -> None:
-    found = select(torch.rand(3000, 1, 16, 16), 4, SelectionConfig(mode="random"), p=4)
-    share = hidden(found).float().mean(0)
+    selection = select(torch.rand(3000, 1, 16, 16), 4, SelectionConfig(mode="random"), p=4)
+    share = hidden(selection).float().mean(0)
     assert (share - 0.25).abs().max() < 0.04  # SD 0.008
 
 
 def test_selection_statistics_count_what_they_say() -> None:
     lesion = torch.tensor([[True, True, False, False], [False] * 4, [True, True, True, True]])
     tissue = torch.tensor([[True] * 4, [False] * 4, [True] * 4])
-    found = Selection(
+    selection = Selection(
         masked=torch.tensor([[0, 2], [0, 1], [0, 1]]),
         visible=torch.tensor([[1, 3], [2, 3], [2, 3]]),
         lesion=lesion,
         tissue=tissue,
         fallback=torch.tensor([False, True, False]),
     )
-    statistics = {name: float(value) for name, value in selection_statistics(found).items()}
+    statistics = {name: float(value) for name, value in selection_statistics(selection).items()}
     assert statistics["lesion_cluster_share"] == pytest.approx(6 / 12)
     assert statistics["lesion_masked_share"] == pytest.approx(
         0.5

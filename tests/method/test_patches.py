@@ -30,10 +30,10 @@ def test_patches_run_row_by_row_and_hold_one_channel_after_the_other() -> None:
 def test_the_order_is_that_of_timm_s_patch_embedding(channels: int) -> None:
     embed = PatchEmbed(img_size=(24, 40), patch_size=8, in_chans=channels, embed_dim=12)
     images = torch.randn(3, channels, 24, 40, generator=torch.Generator().manual_seed(0))
-    ours = torch.nn.functional.linear(
+    embedded = torch.nn.functional.linear(
         patchify(images, 8), embed.proj.weight.flatten(1), embed.proj.bias
     )
-    torch.testing.assert_close(ours, embed(images), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(embedded, embed(images), atol=1e-5, rtol=1e-5)
 
 
 def test_gather_picks_rows_of_patches_and_of_maps_alike() -> None:

@@ -35,13 +35,13 @@ def test_the_teacher_is_asked_in_the_precision_of_the_run_and_masks_are_aimed_in
     )
     model = build_autoencoder(config, SPEC)
     assert model.teacher is not None
-    seen: list[torch.dtype] = []
+    dtypes: list[torch.dtype] = []
     model.teacher.decoder_embed.register_forward_hook(
-        lambda module, given, out: seen.append(out.dtype)
+        lambda module, inputs, out: dtypes.append(out.dtype)
     )
     masking, keys = Masking(model, config), torch.arange(3)
     images = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    aim: Tensor = masking.mask_whole_images(images, keys, TrainingStep(2))[1].score
-    assert seen == [expected]
-    assert aim.dtype == torch.float32
-    assert bool((aim.std(1) > 0.5).all())
+    score: Tensor = masking.mask_whole_images(images, keys, TrainingStep(2))[1].score
+    assert dtypes == [expected]
+    assert score.dtype == torch.float32
+    assert bool((score.std(1) > 0.5).all())

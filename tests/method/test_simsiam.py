@@ -118,10 +118,10 @@ def test_a_view_is_a_crop_with_its_own_contrast_and_brightness() -> None:
     plain = patchify(apply_crop(images, crop), 8).flatten(1)
     view = two_views(images, KEYS, SETTINGS, 8, 1)[0].flatten(1)
     slopes = []
-    for ours, theirs in zip(view, plain, strict=True):
-        slope = float(ours.std() / theirs.std())
-        shift = float(ours.mean() - slope * theirs.mean())
-        torch.testing.assert_close(ours, slope * theirs + shift, atol=1e-4, rtol=0)
+    for jittered, cropped in zip(view, plain, strict=True):
+        slope = float(jittered.std() / cropped.std())
+        shift = float(jittered.mean() - slope * cropped.mean())
+        torch.testing.assert_close(jittered, slope * cropped + shift, atol=1e-4, rtol=0)
         assert 0.6 <= slope <= 1.4
         assert abs(shift) <= 0.4
         slopes.append(slope)

@@ -29,14 +29,14 @@ KEYS = torch.tensor([5, 9])
 
 
 def setting(
-    shape: tuple[int, int, int] = (1, 64, 64), **given: Any
+    shape: tuple[int, int, int] = (1, 64, 64), **overrides: Any
 ) -> tuple[MaskedAutoencoder, PretrainConfig]:
     channels, height, width = shape
     spec = ImageSpec(
         channels=channels, height=height, width=width, mean=(120,) * channels, std=(60,) * channels
     )
     model = {"patch_size": 8, "width": 24, "depth": 1, "heads": 2, "decoder_width": 16}
-    config = PretrainConfig.model_validate({"epochs": 3, "model": model, **given})
+    config = PretrainConfig.model_validate({"epochs": 3, "model": model, **overrides})
     torch.manual_seed(0)
     return build_autoencoder(config, spec).eval(), config
 
@@ -53,12 +53,18 @@ def noise_with_a_square(shape: tuple[int, int, int] = (1, 64, 64)) -> tuple[Tens
 
 
 def draw(
-    shape: tuple[int, int, int] = (1, 64, 64), *, masks: bool = True, epoch: int = 1, **given: Any
+    shape: tuple[int, int, int] = (1, 64, 64),
+    *,
+    masks: bool = True,
+    epoch: int = 1,
+    **overrides: Any,
 ) -> list[Panels]:
-    model, config = setting(shape, **given)
+    model, config = setting(shape, **overrides)
     images, truth = noise_with_a_square(shape)
-    known = truth if masks else None
-    return draw_panels(analyze(model, images, KEYS, known, config, epoch), model, known, config)
+    true_masks = truth if masks else None
+    return draw_panels(
+        analyze(model, images, KEYS, true_masks, config, epoch), model, true_masks, config
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -78,7 +84,7 @@ def test_a_run_s_own_strip_has_a_column_per_picture_and_random_masking_names_no_
 
 
 @pytest.mark.parametrize(
-    ("given", "titles"),
+    ("overrides", "titles"),
     [
         ({"variant": "mae"}, {"masked", "error,"}),
         ({"variant": "mps-ams"}, {"masked", "error,", "clusters", "probable lesion"}),
@@ -105,14 +111,14 @@ def test_a_run_s_own_strip_has_a_column_per_picture_and_random_masking_names_no_
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_the_full_panels_are_those_that_the_settings_have_something_to_show_for(
-    given: dict[str, Any], titles: set[str]
+    overrides: dict[str, Any], titles: set[str]
 ) -> None:
-    for image in draw(**given):
-        shown = {
+    for image in draw(**overrides):
+        drawn_titles = {
             "masked" if t.startswith("masked") else "error," if t.startswith("error,") else t
             for t in image
         }
-        assert shown == titles | {"input", "reconstruction", "true lesion"}
+        assert drawn_titles == titles | {"input", "reconstruction", "true lesion"}
         assert {(pixels.shape, pixels.dtype) for pixels in image.values()} == {
             ((SIDE, SIDE, 3), np.dtype(np.uint8))
         }
@@ -122,10 +128,10 @@ def test_the_full_panels_are_those_that_the_settings_have_something_to_show_for(
 def test_the_reconstruction_is_the_input_where_visible_and_another_where_the_mask_is_gray(
     norm_pix: bool,
 ) -> None:
-    given = {"variant": "mae", "loss": {"norm_pix": norm_pix}}
-    model, config = setting(**given)
-    seen = analyze(model, noise_with_a_square()[0], KEYS, None, config, 1)
-    for i, image in enumerate(draw(masks=False, **given)):
+    overrides = {"variant": "mae", "loss": {"norm_pix": norm_pix}}
+    model, config = setting(**overrides)
+    analysis = analyze(model, noise_with_a_square()[0], KEYS, None, config, 1)
+    for i, image in enumerate(draw(masks=False, **overrides)):
         for row in range(8):
             for column in range(8):
                 # Every patch is 24 pixels wide; bicubic resizing mixes some pixels at its rim.
@@ -133,7 +139,7 @@ def test_the_reconstruction_is_the_input_where_visible_and_another_where_the_mas
                 whole, again, masked = (
                     image[name][inside] for name in ("input", "reconstruction", "masked 75%")
                 )
-                if seen.masked[i, row * 8 + column]:
+                if analysis.masked[i, row * 8 + column]:
                     assert (masked == 128).all()
                     if (
                         whole.std() > 0
@@ -152,11 +158,11 @@ def test_predictions_of_standardized_patches_get_the_patch_s_own_mean_and_contra
         40, 60, (1, 1, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
     image[..., 16:] += 150
-    seen = analyze(model, image, KEYS[:1], None, config, 1)
-    again = draw_panels(seen, model, None, config)[0]["reconstruction"]
+    analysis = analyze(model, image, KEYS[:1], None, config, 1)
+    again = draw_panels(analysis, model, None, config)[0]["reconstruction"]
     assert again[:, :88].max() < 60
     assert again[:, 104:].min() > 195
-    assert float(seen.error.max()) < 0.02, (
+    assert float(analysis.error.max()) < 0.02, (
         "the spread of 6 of 255 within patches, in images of SD 60"
     )
 
@@ -166,14 +172,14 @@ def test_predictions_of_standardized_patches_get_the_patch_s_own_mean_and_contra
 def test_a_constant_image_gives_a_picture(variant: str, norm_pix: bool) -> None:
     model, config = setting((1, 32, 32), variant=variant, loss={"norm_pix": norm_pix})
     image, mask = torch.full((1, 1, 32, 32), 7, dtype=torch.uint8), np.zeros((1, 32, 32), np.uint8)
-    (shown,) = draw_panels(analyze(model, image, KEYS[:1], mask, config, 1), model, mask, config)
-    assert draw_strip(shown).width > 4 * SIDE
+    (panels,) = draw_panels(analyze(model, image, KEYS[:1], mask, config, 1), model, mask, config)
+    assert draw_strip(panels).width > 4 * SIDE
 
 
 def test_the_masked_column_shows_the_ratio_of_the_epoch() -> None:
     for epoch, ratio in ((1, 0.25), (3, 0.75)):
-        given = {"selection": {"mode": "random"}, "ratio": {"start": 0.25, "end": 0.75}}
-        masked = draw(epoch=epoch, masks=False, **given)[0][f"masked {ratio:.0%}"]
+        overrides = {"selection": {"mode": "random"}, "ratio": {"start": 0.25, "end": 0.75}}
+        masked = draw(epoch=epoch, masks=False, **overrides)[0][f"masked {ratio:.0%}"]
         assert (masked.reshape(8, 24, 8, 24, 3)[:, 8:16, :, 8:16] == 128).all(
             (1, 3, 4)
         ).mean() == ratio
@@ -183,13 +189,13 @@ def test_errors_are_those_of_the_masked_patches_in_the_image_s_scale() -> None:
     model, config = setting(variant="mae")
     torch.nn.init.zeros_(model.predict.weight)
     images = noise_with_a_square()[0]
-    seen = analyze(model, images, KEYS, None, config, 1)
+    analysis = analyze(model, images, KEYS, None, config, 1)
     scaled = (images[:, 0].double() - 120) / 60
     power = (
         scaled.square().reshape(2, 8, 8, 8, 8).mean((2, 4)).flatten(1)
     )  # a prediction of 0 misses all of it
     torch.testing.assert_close(
-        seen.error.double(), torch.where(seen.masked, power, 0.0), rtol=1e-5, atol=1e-6
+        analysis.error.double(), torch.where(analysis.masked, power, 0.0), rtol=1e-5, atol=1e-6
     )
 
 
@@ -198,11 +204,11 @@ def test_colors_of_an_rgb_image_are_kept() -> None:
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     images[:, 0], images[:, 1] = 200, 100
     images[..., 16:] //= 2
-    shown = draw_panels(analyze(model, images, KEYS[:1], None, config, 1), model, None, config)[0][
+    panel = draw_panels(analyze(model, images, KEYS[:1], None, config, 1), model, None, config)[0][
         "input"
     ]
-    np.testing.assert_array_equal(shown[96, 48], [255, 128, 0])
-    np.testing.assert_array_equal(shown[96, 144], [128, 64, 0])
+    np.testing.assert_array_equal(panel[96, 48], [255, 128, 0])
+    np.testing.assert_array_equal(panel[96, 144], [128, 64, 0])
 
 
 def test_clusters_have_the_same_color_in_every_image_by_brightness() -> None:
@@ -232,13 +238,17 @@ def test_the_true_lesion_is_tinted_green_where_the_mask_says() -> None:
 
 
 def test_true_lesions_are_outlined_on_what_is_laid_over_the_image_and_nowhere_else() -> None:
-    known, unknown = draw(masks=True)[0], draw(masks=False)[0]
-    changed = {title for title in unknown if not np.array_equal(known[title], unknown[title])}
-    assert changed == set(unknown) - {"input", "reconstruction"}
+    with_masks, without_masks = draw(masks=True)[0], draw(masks=False)[0]
+    changed = {
+        title
+        for title in without_masks
+        if not np.array_equal(with_masks[title], without_masks[title])
+    }
+    assert changed == set(without_masks) - {"input", "reconstruction"}
     rim = np.zeros((SIDE, SIDE), bool)
     rim[48:96, 48:96] = True
     rim[50:94, 50:94] = False
-    lined = (known["masked 25%"] != unknown["masked 25%"]).any(-1)
+    lined = (with_masks["masked 25%"] != without_masks["masked 25%"]).any(-1)
     np.testing.assert_array_equal(lined, rim)
 
 
@@ -257,9 +267,9 @@ def test_heat_rises_in_brightness_and_is_clipped_to_its_ends() -> None:
 
 
 def test_a_map_of_patches_lies_where_its_patches_are_when_sizes_do_not_divide() -> None:
-    shown = resize_map(torch.arange(6), (2, 3), (10, 10))
-    assert shown.shape == (10, 10)
-    assert [shown[y, x] for y in (0, 9) for x in (0, 5, 9)] == [0, 1, 2, 3, 4, 5]
+    resized = resize_map(torch.arange(6), (2, 3), (10, 10))
+    assert resized.shape == (10, 10)
+    assert [resized[y, x] for y in (0, 9) for x in (0, 5, 9)] == [0, 1, 2, 3, 4, 5]
 
 
 def test_settings_that_aim_by_true_lesions_are_drawn_with_masks_and_refused_without() -> None:
@@ -267,8 +277,8 @@ def test_settings_that_aim_by_true_lesions_are_drawn_with_masks_and_refused_with
         selection={"rule": "oracle", "feedback": 0.0, "background_filter": False}
     )
     images, masks = noise_with_a_square()
-    seen = analyze(model, images, KEYS, masks, config, 1)
-    assert seen.selection.lesion.reshape(2, 8, 8)[:, 2:4, 2:4].all()
+    analysis = analyze(model, images, KEYS, masks, config, 1)
+    assert analysis.selection.lesion.reshape(2, 8, 8)[:, 2:4, 2:4].all()
     with pytest.raises(ConfigError, match="oracle"):
         analyze(model, images, KEYS, None, config, 1)
 

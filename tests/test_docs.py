@@ -52,8 +52,8 @@ def test_every_path_and_function_that_contributing_names_exists() -> None:
     assert missing == []
     names = set(re.findall(r"`(_?[a-z]+(?:_[a-z]+)+|_?[A-Z][A-Z_]+|[A-Z][a-z]+[A-Z]\w+)`", text))
     defined = {name for name in names if re.search(rf"\b{name}\b", package)}
-    known = {"ALL", "AMLP_RAY_DATA", "system_attrs"}  # of a test, the environment, and Optuna
-    assert names - defined - known == set()
+    external = {"ALL", "AMLP_RAY_DATA", "system_attrs"}  # of a test, the environment, and Optuna
+    assert names - defined - external == set()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -62,23 +62,25 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
         store.search(create=True),
         store.baselines(create=True),
     )
-    about = {"stats": {"seconds": 9.0}}
+    attributes = {"stats": {"seconds": 9.0}}
     for i, lr in enumerate(np.geomspace(1e-4, 1e-2, 40)):
         params = {"lr": float(lr), "selection.mode": ("random", "hard")[i % 2]}
         scores = {rung: 0.3 + i / 400 + rung / 1000 for rung in RUNGS}
-        known: dict[str, Any] = {
+        values: dict[str, Any] = {
             "params": params,
             "distributions": space,
             "intermediate_values": scores,
         }
-        search.add_trial(create_trial(value=scores[RUNGS[-1]], user_attrs=about, **known))
+        search.add_trial(create_trial(value=scores[RUNGS[-1]], user_attrs=attributes, **values))
     search.add_trial(
-        create_trial(state=TrialState.FAIL, user_attrs=about, params=params, distributions=space)
+        create_trial(
+            state=TrialState.FAIL, user_attrs=attributes, params=params, distributions=space
+        )
     )
     baselines.add_trial(
         create_trial(
             value=0.31,
-            user_attrs={**about, "baseline": "mae", "repeat": 0},
+            user_attrs={**attributes, "baseline": "mae", "repeat": 0},
             intermediate_values={0: 0.31},
         )
     )
@@ -103,14 +105,14 @@ def test_an_exported_study_is_a_table_of_its_complete_trials_with_baselines_apar
 
 def test_a_row_is_its_own_nearest_and_answers_once(table: Table) -> None:
     answer = Nearest(table)
-    asked = table.params[7]
-    first, second = answer(asked), answer(asked)
+    params = table.params[7]
+    first, second = answer(params), answer(params)
     assert first is not None
     assert second is not None
-    assert first[0] == asked
-    assert second[0] != asked
-    assert Nearest(table, again=True)(asked) is not None
-    left = [answer(asked) for _ in range(39)]
+    assert first[0] == params
+    assert second[0] != params
+    assert Nearest(table, again=True)(params) is not None
+    left = [answer(params) for _ in range(39)]
     assert left[-2] is not None
     assert left[-1] is None
 
@@ -118,29 +120,29 @@ def test_a_row_is_its_own_nearest_and_answers_once(table: Table) -> None:
 def test_another_choice_is_as_far_as_the_whole_range_and_a_log_range_is_compared_by_logarithms(
     table: Table,
 ) -> None:
-    asked = [
+    queries = [
         {"lr": 1e-4, "selection.mode": "hard"},
         {"lr": 1e-4, "selection.mode": "random"},
         {"lr": 1e-3, "selection.mode": "hard"},
         {"lr": 1e-2, "selection.mode": "hard"},
     ]
-    points = places(asked, table.distributions)
+    points = places(queries, table.distributions)
     assert distances(points, points)[0] == pytest.approx([0, 1, 0.5, 1])
 
 
 def test_a_smooth_answer_keeps_what_was_asked_and_averages_neighbors(table: Table) -> None:
-    asked = {"lr": 1.01e-3, "selection.mode": "hard"}
-    params, curve = Smooth(table, rows=3)(asked)
-    assert params == asked
+    query = {"lr": 1.01e-3, "selection.mode": "hard"}
+    params, curve = Smooth(table, rows=3)(query)
+    assert params == query
     assert curve[-1] == pytest.approx(table.scores[[19, 21, 17], -1].mean())
 
 
 def test_a_made_up_effect_is_that_of_what_was_asked_and_grows_with_training(table: Table) -> None:
     near, far = {"lr": 1.6e-3, "selection.mode": "hard"}, {"lr": 1e-4, "selection.mode": "hard"}
     gain = []
-    for asked in (near, far):
-        (params, curve), (_, row) = Bowl(table)(asked), Nearest(table)(asked)  # type: ignore[misc]
-        assert params == asked
+    for query in (near, far):
+        (params, curve), (_, row) = Bowl(table)(query), Nearest(table)(query)  # type: ignore[misc]
+        assert params == query
         gain.append(curve - row)
     assert gain[0][-1] > gain[1][-1]
     assert gain[0] * 27 == pytest.approx(gain[0][-1] * np.array(RUNGS))
@@ -173,11 +175,11 @@ def test_epochs_of_workers_that_find_nothing_more_are_not_counted_on(
 
 def test_halving_finds_the_best_row_in_fewer_epochs_where_rungs_rank(table: Table) -> None:
     best = float(table.scores[:, -1].max())
-    of = [
+    epochs_by_pruner = [
         [needed(run(table, pruner, seed=seed), best) for seed in range(5)]
         for pruner in (NONE, HALVING)
     ]
-    full, halving = (quartiles_of(epochs)[1] for epochs in of)
+    full, halving = (quartiles_of(epochs)[1] for epochs in epochs_by_pruner)
     assert halving < full / 2
 
 
@@ -200,10 +202,10 @@ def test_what_is_never_reached_is_infinite_and_quartiles_bear_that() -> None:
 
 
 def test_a_share_stands_between_the_ends_of_its_interval() -> None:
-    of = [[Step(spent, 0.4, 0.4, 1)] for spent in (27, 54, 81, 108, 135)] + [
+    runs = [[Step(spent, 0.4, 0.4, 1)] for spent in (27, 54, 81, 108, 135)] + [
         [Step(27, 0.3, 0.3, 1)]
     ] * 2
-    low, share, high = shares(of, 0.4, 270)
+    low, share, high = shares(runs, 0.4, 270)
     assert low < share == 0.4 < high
 
 

@@ -119,7 +119,7 @@ def test_without_strict_the_rest_is_prepared_and_the_list_is_named(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--layout", "busy"], "layout is 'busy'"),
         (["--lesion-labels", "1;2"], "--lesion-labels is '1;2', but numbers between commas"),
@@ -140,17 +140,17 @@ def test_bad_preparations_get_one_sentence_before_ray_starts(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     arguments: list[str],
-    told: str,
+    message: str,
 ) -> None:
     code, _, err = run(capsys, monkeypatch, "data", "prepare", paired, tmp_path / "out", *arguments)
     assert code == 2
-    assert told in err
+    assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--set", "epohs=3"], "did you mean epochs"),
         (["--set", "selection.clusters=1"], "selection.clusters is 1"),
@@ -178,7 +178,7 @@ def test_bad_settings_get_one_sentence_and_nothing_is_written(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     arguments: list[str],
-    told: str,
+    message: str,
 ) -> None:
     out = tmp_path / "out"
     code, _, err = run(
@@ -186,13 +186,13 @@ def test_bad_settings_get_one_sentence_and_nothing_is_written(
     )
     sentence = next(line for line in err.splitlines() if line.startswith("amlp-ray: "))
     assert code == 2
-    assert told in sentence
+    assert message in sentence
     assert "Traceback" not in err
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["data", "show", "nowhere"], "nowhere"),
         (["pretrain", "nowhere", "--out", "out"], "nowhere"),
@@ -206,12 +206,12 @@ def test_what_is_not_there_is_named(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     arguments: list[str],
-    told: str,
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, _, err = run(capsys, monkeypatch, *arguments)
     assert code == 2
-    assert told in err.splitlines()[-1]
+    assert message in err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
 
 

@@ -33,11 +33,11 @@ def dataset(folder: Path, *, leak: bool = False, unlabeled: bool = False) -> Pat
     )
 
 
-def run(capsys: pytest.CaptureFixture[str], *given: object) -> tuple[int, str, str]:
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of the command."""
     app = typer.Typer()
     app.command()(check)
-    code = app([str(argument) for argument in given], standalone_mode=False)
+    code = app([str(argument) for argument in arguments], standalone_mode=False)
     out = capsys.readouterr()
     return code or 0, out.out, out.err
 
@@ -79,16 +79,16 @@ def test_json_holds_findings_and_files(tmp_path: Path, capsys: pytest.CaptureFix
     code, out, _ = run(
         capsys, tmp_path / "u", "--against", tmp_path / "d", "--json", "--out", tmp_path / "o"
     )
-    told = json.loads(out)
+    report = json.loads(out)
     assert code == 0
-    assert told["against"] == str(tmp_path / "d")
-    assert [f["key"] for f in told["findings"]] == [
+    assert report["against"] == str(tmp_path / "d")
+    assert [f["key"] for f in report["findings"]] == [
         "copies-in-other",
         "unlabeled",
         "shared-with-other",
     ]
-    assert told["findings"][0]["count"] == 1  # image 0, whose copy is in the other's test
-    assert [Path(file).name for file in told["files"]] == ["check.html", "check.png"]
+    assert report["findings"][0]["count"] == 1  # image 0, whose copy is in the other's test
+    assert [Path(file).name for file in report["files"]] == ["check.html", "check.png"]
 
 
 def test_what_is_no_dataset_is_one_sentence(tmp_path: Path) -> None:

@@ -37,13 +37,15 @@ def test_a_table_of_images_and_of_the_run_s_figures_is_printed_with_the_path(
 ) -> None:
     assert inspect(monkeypatch, run_folder, "--count", 2) == 0
     lines = capsys.readouterr().out.splitlines()
-    found = json.loads((run_folder / "inspect" / "inspection.json").read_text())
-    for row in found["images"]:
+    inspection = json.loads((run_folder / "inspect" / "inspection.json").read_text())
+    for row in inspection["images"]:
         assert any(line.split()[0] == row["id"] for line in lines if line.strip())
     mean = next(line.split() for line in lines if line.split()[:1] == ["mean"])
-    assert f"{found['mean']['recall']:.4g}" in mean
+    assert f"{inspection['mean']['recall']:.4g}" in mean
     loss = next(line.split() for line in lines if line.split()[:1] == ["loss_reference"])
-    assert loss[1:] == [f"{found['metrics']['loss_reference'][at]:.4g}" for at in ("first", "last")]
+    assert loss[1:] == [
+        f"{inspection['metrics']['loss_reference'][at]:.4g}" for at in ("first", "last")
+    ]
     assert lines[-1] == f"pictures: {run_folder / 'inspect' / 'sheet.png'}"
     assert not any("not the data of the run" in line for line in lines)
 
@@ -60,14 +62,14 @@ def test_json_is_what_the_folder_holds_and_where_the_sheet_is(
         )
         == 0
     )
-    told = json.loads(capsys.readouterr().out)
-    assert Path(told.pop("sheet")).is_file()
-    assert told == json.loads((tmp_path / "out" / "inspection.json").read_text())
-    assert told["epoch"] == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert Path(printed.pop("sheet")).is_file()
+    assert printed == json.loads((tmp_path / "out" / "inspection.json").read_text())
+    assert printed["epoch"] == 1
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--count", 0], "count is 0"),
         (["--epoch", 3], "epochs 1 to 2"),
@@ -81,7 +83,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: list[object],
-    told: str,
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").write_text("a file")
@@ -90,7 +92,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(
     assert not out
     assert err.startswith("amlp-ray: ")
     assert err.count("\n") == 1
-    assert told in err
+    assert message in err
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 

@@ -40,7 +40,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     options: list[str],
 ) -> None:
     out = tmp_path / "run"
-    given = [word for name in ("epochs=5000", "variant=mae", *TINY) for word in ("--set", name)]
+    overrides = [word for name in ("epochs=5000", "variant=mae", *TINY) for word in ("--set", name)]
     command = [
         sys.executable,
         "-m",
@@ -49,7 +49,7 @@ def test_an_interrupted_run_says_how_to_go_on(
         phantom_dataset.path,
         "--out",
         str(out),
-        *given,
+        *overrides,
         *options,
     ]
     signal.signal(
@@ -63,11 +63,11 @@ def test_an_interrupted_run_says_how_to_go_on(
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        _, output = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == code, said[-2000:]
+    assert process.returncode == code, output[-2000:]
     assert (
-        said.splitlines()[-1]
+        output.splitlines()[-1]
         == f"amlp-ray: {out} was interrupted; run the same command to resume from its checkpoint."
     )

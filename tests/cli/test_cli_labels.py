@@ -39,8 +39,8 @@ def run(
     monkeypatch.setattr(sys, "argv", ["amlp-ray", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         main()
-    told = capsys.readouterr()
-    return int(end.value.code or 0), told.out, told.err
+    captured = capsys.readouterr()
+    return int(end.value.code or 0), captured.out, captured.err
 
 
 def plan(folder: Path, **changes: Any) -> list[object]:

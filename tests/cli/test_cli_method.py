@@ -29,10 +29,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *given: object
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
 ) -> tuple[int, str, str]:
     """Exit code, standard output, and standard error of `amlp-ray method bench`."""
-    monkeypatch.setattr(sys, "argv", ["amlp-ray", "method", "bench", *map(str, given)])
+    monkeypatch.setattr(sys, "argv", ["amlp-ray", "method", "bench", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         main()
     out = capsys.readouterr()
@@ -56,16 +56,16 @@ def test_the_table_is_sorted_by_f1_in_each_block_and_csv_and_json_hold_every_row
     file = tmp_path / "all.csv"
     code, out, err = run(capsys, monkeypatch, prepared, "--seeds", 1, "--top", 3, "--out", file)
     assert code == 0, err
-    shown = [block.splitlines() for block in out.split("\n\n")]
-    block = next(lines for lines in shown if lines[0] == "clusters of an image")
+    blocks = [block.splitlines() for block in out.split("\n\n")]
+    block = next(lines for lines in blocks if lines[0] == "clusters of an image")
     assert len(block) == 2 + 3, "title, head, and three rows"
     with file.open() as text:
         rows = list(csv.DictReader(text))
     best = sorted(
         (float(row["f1"]) for row in rows if row["block"] == "clusters of an image"), reverse=True
     )[:3]
-    found = [float(line.split()[-7]) for line in block[2:]]
-    assert found == pytest.approx(best, abs=6e-4)
+    f1 = [float(line.split()[-7]) for line in block[2:]]
+    assert f1 == pytest.approx(best, abs=6e-4)
     assert "tuning on labels" in out.splitlines()[-2]
 
     code, out, _ = run(capsys, monkeypatch, prepared, "--seeds", 1, "--json")
@@ -74,7 +74,7 @@ def test_the_table_is_sorted_by_f1_in_each_block_and_csv_and_json_hold_every_row
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--split", "test"], "last look"),
         (["--split", "tset"], "tset"),
@@ -89,11 +89,11 @@ def test_bad_input_gets_one_sentence(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     arguments: list[str],
-    told: str,
+    message: str,
 ) -> None:
     code, out, err = run(capsys, monkeypatch, prepared, *arguments)
     assert code == 2, err
     assert out == ""
     assert err.startswith("amlp-ray: ")
     assert err.count("\n") == 1
-    assert told in err
+    assert message in err

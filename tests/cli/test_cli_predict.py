@@ -66,17 +66,17 @@ def test_it_says_what_it_wrote_and_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (images / "broken.png").write_bytes(b"")
-    given = (images, "--segmenter", segmenter, "--out", tmp_path / "masks", "--overlay")
-    code, out, _ = run(capsys, monkeypatch, *given)
+    arguments = (images, "--segmenter", segmenter, "--out", tmp_path / "masks", "--overlay")
+    code, out, _ = run(capsys, monkeypatch, *arguments)
     assert code == 0
     assert f"Wrote {tmp_path / 'masks'}: 2 predicted." in out
     assert f"1 files rejected, see {tmp_path / 'masks.rejects.csv'}." in out
     assert Image.open(tmp_path / "masks" / "1.png").size == (47, 33)
     assert Image.open(tmp_path / "masks.overlay" / "1.png").size == (47, 33)
-    code, out, _ = run(capsys, monkeypatch, *given)
+    code, out, _ = run(capsys, monkeypatch, *arguments)
     assert (code, "0 predicted; 2 were there from before." in out) == (0, True)
     code, out, _ = run(
-        capsys, monkeypatch, *given, "--json", "--overwrite", "--set", "flip_tta=true"
+        capsys, monkeypatch, *arguments, "--json", "--overwrite", "--set", "flip_tta=true"
     )
     assert (code, json.loads(out)["predicted"]) == (0, 2)
 
@@ -90,7 +90,7 @@ def test_tiling_is_switched_as_yaml_reads_it(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given = (
+    arguments = (
         images,
         "--segmenter",
         segmenter,
@@ -99,7 +99,7 @@ def test_tiling_is_switched_as_yaml_reads_it(
         "--set",
         f"tiling={tiling}",
     )
-    assert run(capsys, monkeypatch, *given)[0] == 0
+    assert run(capsys, monkeypatch, *arguments)[0] == 0
     assert (
         json.loads((tmp_path / "masks" / "predict.json").read_text())["config"]["tiling"] == tiling
     )
@@ -125,9 +125,11 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    given = {"images": images, "--segmenter": segmenter, "--out": tmp_path / "masks"} | change
-    options = [text for name, value in given.items() if name != "images" for text in (name, value)]
-    code, out, err = run(capsys, monkeypatch, given["images"], *options)
+    arguments = {"images": images, "--segmenter": segmenter, "--out": tmp_path / "masks"} | change
+    options = [
+        text for name, value in arguments.items() if name != "images" for text in (name, value)
+    ]
+    code, out, err = run(capsys, monkeypatch, arguments["images"], *options)
     assert (code, out) == (2, "")
     assert sentence in err
     assert err.count("\n") == 1

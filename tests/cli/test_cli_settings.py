@@ -19,10 +19,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *given: object
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
 ) -> tuple[int, str, str]:
     """Exit code, standard output, and standard error of a command."""
-    monkeypatch.setattr(sys, "argv", ["amlp-ray", *map(str, given)])
+    monkeypatch.setattr(sys, "argv", ["amlp-ray", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         main()
     out = capsys.readouterr()
@@ -90,8 +90,8 @@ def test_the_default_tells_what_the_usual_variant_sets(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, page, _ = run(capsys, monkeypatch, "settings", "--markdown")
-    told = dict(re.findall(r"^\| `([\w.]+)` \|.*`[^`]* \(amlp: ([^)]*)\)`", page, re.M))
-    assert told == {name: str(value) for name, value in flatten(VARIANTS["amlp"]).items()}
+    overrides = dict(re.findall(r"^\| `([\w.]+)` \|.*`[^`]* \(amlp: ([^)]*)\)`", page, re.M))
+    assert overrides == {name: str(value) for name, value in flatten(VARIANTS["amlp"]).items()}
 
 
 def test_json_holds_values_and_not_words(
@@ -99,15 +99,15 @@ def test_json_holds_values_and_not_words(
 ) -> None:
     code, out, _ = run(capsys, monkeypatch, "settings", "segment", "variants", "--json")
     assert code == 0
-    found = json.loads(out)
-    assert {row["name"]: row["default"] for row in found["segment"]}["freeze"] is False
-    assert {row["variant"]: row["sets"] for row in found["variants"]} == {
+    printed = json.loads(out)
+    assert {row["name"]: row["default"] for row in printed["segment"]}["freeze"] is False
+    assert {row["variant"]: row["sets"] for row in printed["variants"]} == {
         n: flatten(v) for n, v in VARIANTS.items()
     }
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (
             ["settings", "nope"],
@@ -136,13 +136,13 @@ def test_bad_settings_get_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     arguments: list[str],
-    told: str,
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, err = run(capsys, monkeypatch, *arguments)
     assert code == 2, err
     assert out == ""
     assert err.startswith("amlp-ray: ")
-    assert told in err
+    assert message in err
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -32,8 +32,8 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         monkeypatch.setattr(sys, "argv", ["amlp-ray", "study", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
             main()
-        told = capsys.readouterr()
-        return int(end.value.code or 0), told.out, told.err
+        captured = capsys.readouterr()
+        return int(end.value.code or 0), captured.out, captured.err
 
     return command
 
@@ -96,8 +96,8 @@ def test_every_fault_of_a_file_is_a_line(run: Run, tmp_path: Path) -> None:
     assert code == 2
     lines = err.splitlines()
     assert len(lines) == 3
-    for told in ("seed is -1", "ratio.strat", "mea"):
-        assert sum(told in line for line in lines) >= 1, told
+    for message in ("seed is -1", "ratio.strat", "mea"):
+        assert sum(message in line for line in lines) >= 1, message
 
 
 def test_status_trials_best_and_importance_answer_people_and_programs(
@@ -148,9 +148,9 @@ def test_a_front_is_shown_for_several_objectives(run: Run, tmp_path: Path) -> No
     )
     for values in ([0.5, 20.0], [0.6, 30.0], [0.4, 40.0]):
         add(two, values=values)
-    found = answer(run, "best", "two")
-    assert found["best"] == 1
-    assert [row["number"] for row in found["front"]] == [1, 0]
+    printed = answer(run, "best", "two")
+    assert printed["best"] == 1
+    assert [row["number"] for row in printed["front"]] == [1, 0]
     assert run("best", "two")[0] == 0
 
 
@@ -252,14 +252,14 @@ def driven(store: StudyStore) -> Iterator[list[str]]:
     begun, over = threading.Event(), threading.Event()
 
     def drive() -> None:
-        own = StudyStore.open(store.folder)
-        with own.lock():
+        reopened = StudyStore.open(store.folder)
+        with reopened.lock():
             begun.set()
             while not over.wait(0.05):
-                request = own.last_request()
+                request = reopened.last_request()
                 if request and "answer" not in request:
                     heard.append(request["verb"])
-                    own.search().set_user_attr("request", request | {"answer": "12:00"})
+                    reopened.search().set_user_attr("request", request | {"answer": "12:00"})
 
     thread = threading.Thread(target=drive)
     thread.start()
@@ -284,8 +284,8 @@ def test_a_running_study_hears_what_is_asked_of_it(
     assert code == 0
     assert driven == [verb]
     assert means in out.splitlines()[-1]
-    facts = answer(run, "status", "tiny")
-    assert (facts["state"], facts["request"]["verb"]) == (state, verb)
+    printed = answer(run, "status", "tiny")
+    assert (printed["state"], printed["request"]["verb"]) == (state, verb)
 
 
 def test_looks_and_extensions_do_not_disturb_a_running_study(
@@ -319,8 +319,8 @@ def test_a_study_is_watched_in_one_picture(run: Run, driven: list[str], store: S
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     code, out, _ = run("watch", "tiny", "--once")
     assert code == 0
-    for told in ("running", "trials/3", "0.31", "87", "4 of 3", "trial 1 with dsc 0.7"):
-        assert told in out, out
+    for text in ("running", "trials/3", "0.31", "87", "4 of 3", "trial 1 with dsc 0.7"):
+        assert text in out, out
 
 
 def test_logs_are_those_of_the_study_or_of_a_trial(run: Run, store: StudyStore) -> None:
@@ -357,10 +357,10 @@ def test_every_verb_says_what_it_is_for() -> None:
     import typer
 
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    wanted = (
+    expected = (
         "init validate plan run status watch logs pause resume stop cancel extend enqueue trials "
         "best compare importance report confirm export import list delete trial"
     )
-    assert set(commands) == set(wanted.split())
+    assert set(commands) == set(expected.split())
     assert set(commands["trial"].commands) == {"show", "replay", "retry"}
     assert all(command.help for command in commands.values())

@@ -90,24 +90,24 @@ def test_one_worker_is_not_shown_twice() -> None:
 @pytest.mark.parametrize("columns", [60, 80, 100, 120, 160, 200])
 def test_a_line_fits_the_terminal_and_is_cut_at_its_end(columns: int) -> None:
     console = terminal(columns)
-    with EpochProgress(100, console) as shown:
-        shown.update(METRICS)
+    with EpochProgress(100, console) as progress:
+        progress.update(METRICS)
     line = lines_of(console)[-1]
     assert len(line) <= columns
     _, _, figures = line.partition(" epoch")
-    kept = f"epoch{figures}"
-    assert kept.startswith("epoch 12/100, 14m 40s left, loss 0.2134, 4,130.2")
+    epoch_text = f"epoch{figures}"
+    assert epoch_text.startswith("epoch 12/100, 14m 40s left, loss 0.2134, 4,130.2")
     is_cut = columns < len(WHOLE_LINE) + 9
-    assert WHOLE_LINE.startswith(kept.removesuffix("…"))
-    assert kept.endswith("…") == is_cut
-    assert (kept == WHOLE_LINE) != is_cut
+    assert WHOLE_LINE.startswith(epoch_text.removesuffix("…"))
+    assert epoch_text.endswith("…") == is_cut
+    assert (epoch_text == WHOLE_LINE) != is_cut
 
 
 def test_a_line_changes_in_its_place() -> None:
     console = terminal(80)
-    with EpochProgress(100, console) as shown:
-        shown.update(METRICS)
-        shown.update(after(13))
+    with EpochProgress(100, console) as progress:
+        progress.update(METRICS)
+        progress.update(after(13))
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue().count("\n") == 1, "one line, ended when the run ends"
     assert "epoch 13/100" in lines_of(console)[-1]
@@ -115,10 +115,10 @@ def test_a_line_changes_in_its_place() -> None:
 
 def test_the_time_left_follows_from_the_median_of_recent_epochs() -> None:
     console = pipe()
-    with EpochProgress(100, console) as shown:
+    with EpochProgress(100, console) as progress:
         for number in range(1, 20):  # the first compiles; one waits for a disk
             seconds = 60.0 if number in (1, 15) else 4.0
-            shown.update(after(number, seconds=seconds, evaluate_seconds=1.0))
+            progress.update(after(number, seconds=seconds, evaluate_seconds=1.0))
     assert "epoch 19/100, 6m 45s left" in lines_of(console)[-1]  # 81 epochs of 5 s
 
 
@@ -128,11 +128,11 @@ def test_a_log_gets_a_line_every_few_seconds_and_the_last_one(
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     console = pipe()
-    with EpochProgress(30, console) as shown:
+    with EpochProgress(30, console) as epoch_progress:
         for number in range(1, 24):
-            shown.update(after(number))
+            epoch_progress.update(after(number))
             now[0] += 1.0
-    epochs = [int(found) for found in re.findall(r"epoch (\d+)/30", text_of(console))]
+    epochs = [int(digits) for digits in re.findall(r"epoch (\d+)/30", text_of(console))]
     assert epochs == [1, 6, 11, 16, 21, 23]
     assert "\r" not in text_of(console)
     assert all(line.endswith("grad 0.31") for line in lines_of(console)), "as wide as need be"
@@ -145,11 +145,11 @@ def test_a_message_stands_in_a_line_of_its_own(
     console = terminal(200) if is_terminal else pipe()
     monkeypatch.setattr("sys.stderr", console.file)
     logger = logging.getLogger("amlp_ray.training")
-    with log_to_stderr(), EpochProgress(3, console) as shown:
+    with log_to_stderr(), EpochProgress(3, console) as progress:
         logger.info("before the first epoch")
-        shown.update(after(1))
+        progress.update(after(1))
         logger.warning("checkpoint of epoch 7 is damaged; resuming from 6")
-        shown.update(after(3))
+        progress.update(after(3))
     lines = lines_of(console)
     assert "before the first epoch" in lines
     assert "checkpoint of epoch 7 is damaged; resuming from 6" in lines
@@ -159,11 +159,11 @@ def test_a_message_stands_in_a_line_of_its_own(
 
 def test_nothing_is_drawn_of_a_run_that_trains_nothing() -> None:
     console = terminal(80)
-    with EpochProgress(3, console) as shown:
-        assert not shown.was_updated
-        shown.update({"epoch": 0, "dsc": 0.5})
+    with EpochProgress(3, console) as progress:
+        assert not progress.was_updated
+        progress.update({"epoch": 0, "dsc": 0.5})
     assert text_of(console) == ""
-    assert shown.was_updated
+    assert progress.was_updated
 
 
 def test_counted_work_is_drawn_on_terminals_only_and_not_before_it_begins(

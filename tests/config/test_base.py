@@ -273,8 +273,8 @@ def test_faults_of_a_file_come_before_those_of_what_is_laid_on_top(tmp_path: Pat
     ],
 )
 def test_powers_of_ten_are_numbers_in_a_file(tmp_path: Path, text: str, value: object) -> None:
-    found = read(tmp_path, f"a: {text}\n")["a"]
-    assert (found, type(found)) == (value, type(value))
+    actual = read(tmp_path, f"a: {text}\n")["a"]
+    assert (actual, type(actual)) == (value, type(value))
 
 
 @pytest.mark.parametrize(

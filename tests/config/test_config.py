@@ -190,7 +190,7 @@ def test_a_lesion_found_by_score_cannot_be_found_by_a_cluster() -> None:
 
 
 @pytest.mark.parametrize(
-    ("points", "told"),
+    ("points", "message"),
     [
         ([], "shape points needs at least two points"),
         ([[0, 0.5]], "shape points needs at least two points"),
@@ -203,22 +203,22 @@ def test_a_lesion_found_by_score_cannot_be_found_by_a_cluster() -> None:
         ([[0, 0.5, 1], [1, 0.5]], "ratio.points"),
     ],
 )
-def test_faulty_points_of_a_schedule_are_refused(points: list[list[float]], told: str) -> None:
-    assert told in refused({"ratio.shape": "points", "ratio.points": points})
+def test_faulty_points_of_a_schedule_are_refused(points: list[list[float]], message: str) -> None:
+    assert message in refused({"ratio.shape": "points", "ratio.points": points})
 
 
 def test_points_are_checked_even_where_another_shape_is_chosen() -> None:
     assert "rising shares in 0-1" in refused({"ratio.points": [[1, 0.5], [0, 0.5]]})
-    given = build(RatioConfig, {"shape": "points", "points": [[0, 0.3], [1, 0.75]]}, "here")
-    assert given.points == ((0, 0.3), (1, 0.75))
+    ratio = build(RatioConfig, {"shape": "points", "points": [[0, 0.3], [1, 0.75]]}, "here")
+    assert ratio.points == ((0, 0.3), (1, 0.75))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_lays_its_values_under_those_given_and_leaves_the_other_defaults(
     variant: str,
 ) -> None:
-    own = flatten(VARIANTS[variant])
-    assert flatten(PretrainConfig(variant=variant)) == {**DEFAULTS, "variant": variant, **own}  # type: ignore[arg-type]
+    overrides = flatten(VARIANTS[variant])
+    assert flatten(PretrainConfig(variant=variant)) == {**DEFAULTS, "variant": variant, **overrides}  # type: ignore[arg-type]
 
 
 def test_the_variants_are_those_that_the_setting_names() -> None:
@@ -337,8 +337,8 @@ def test_every_model_of_settings_has_valid_defaults() -> None:
 # Studies
 
 
-def study(**given: Any) -> StudyConfig:
-    return build(StudyConfig, {"name": "s", **given}, "study.yaml")
+def study(**values: Any) -> StudyConfig:
+    return build(StudyConfig, {"name": "s", **values}, "study.yaml")
 
 
 def test_a_parameter_with_choices_is_a_choice_and_one_with_bounds_a_range() -> None:
@@ -418,7 +418,7 @@ def test_a_searched_variant_brings_its_own_values_along() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "least", "most", "elastic", "alone"),
+    ("workers", "least", "most", "elastic", "alone"),
     [
         (1, 1, 1, False, True),
         (3, 3, 3, False, False),
@@ -428,39 +428,39 @@ def test_a_searched_variant_brings_its_own_values_along() -> None:
     ids=str,
 )
 def test_workers_are_a_number_or_the_least_and_the_most(
-    given: Any, least: int, most: int, elastic: bool, alone: bool
+    workers: Any, least: int, most: int, elastic: bool, alone: bool
 ) -> None:
-    resources = build(ResourceConfig, {"workers": given}, "here")
+    resources = build(ResourceConfig, {"workers": workers}, "here")
     assert (resources.min_workers, resources.max_workers) == (least, most)
     assert (resources.is_elastic, resources.is_single_worker) == (elastic, alone)
     assert build(ResourceConfig, resources.model_dump(mode="json"), "here") == resources
 
 
-@pytest.mark.parametrize("given", [0, -1, [0, 2], [4, 2]], ids=str)
-def test_workers_below_1_or_the_wrong_way_round_are_refused(given: Any) -> None:
+@pytest.mark.parametrize("workers", [0, -1, [0, 2], [4, 2]], ids=str)
+def test_workers_below_1_or_the_wrong_way_round_are_refused(workers: Any) -> None:
     assert (
         "a number from 1 on, or the least and the most, such as 2-8 ([2, 8] in a file)"
-        in refused({"workers": given}, ResourceConfig)
+        in refused({"workers": workers}, ResourceConfig)
     )
 
 
-@pytest.mark.parametrize("given", [[2], [1, 2, 3], 1.5, "many", None], ids=str)
-def test_workers_of_another_form_are_refused(given: Any) -> None:
-    assert "workers" in refused({"workers": given}, ResourceConfig)
+@pytest.mark.parametrize("workers", [[2], [1, 2, 3], 1.5, "many", None], ids=str)
+def test_workers_of_another_form_are_refused(workers: Any) -> None:
+    assert "workers" in refused({"workers": workers}, ResourceConfig)
 
 
 def test_a_kind_of_gpu_without_a_gpu_is_refused() -> None:
-    given = {"accelerator": "A100"}
+    resources = {"accelerator": "A100"}
     assert "accelerator A100 is a kind of GPU; set gpus_per_worker too" in refused(
-        given, ResourceConfig
+        resources, ResourceConfig
     )
-    assert build(ResourceConfig, given | {"gpus_per_worker": 1}, "here").accelerator == "A100"
+    assert build(ResourceConfig, resources | {"gpus_per_worker": 1}, "here").accelerator == "A100"
 
 
 def test_several_workers_on_one_gpu_are_refused() -> None:
-    told = "gpus_per_worker 0.5 is for one worker; several cannot share a GPU"
-    assert told in refused({"gpus_per_worker": 0.5, "workers": 2}, ResourceConfig)
-    assert told in refused({"gpus_per_worker": 0.5, "workers": [1, 2]}, ResourceConfig)
+    message = "gpus_per_worker 0.5 is for one worker; several cannot share a GPU"
+    assert message in refused({"gpus_per_worker": 0.5, "workers": 2}, ResourceConfig)
+    assert message in refused({"gpus_per_worker": 0.5, "workers": [1, 2]}, ResourceConfig)
     assert build(ResourceConfig, {"gpus_per_worker": 0.5}, "here").gpus_per_worker == 0.5
 
 
@@ -508,12 +508,12 @@ UNFIT: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(
-    ("pretrain", "resources", "told"), UNFIT, ids=[told[:30] for *_, told in UNFIT]
+    ("pretrain", "resources", "message"), UNFIT, ids=[message[:30] for *_, message in UNFIT]
 )
 def test_workers_that_cannot_share_a_batch_are_refused_with_what_to_change(
-    pretrain: dict[str, Any], resources: dict[str, Any], told: str
+    pretrain: dict[str, Any], resources: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         PretrainConfig.model_validate(pretrain).check_workers(
             ResourceConfig.model_validate(resources)
         )

@@ -97,14 +97,14 @@ def test_every_setting_has_a_description_in_the_source(model: type[Config]) -> N
 
 
 def test_a_heading_of_a_model_starts_a_section_at_its_field() -> None:
-    found = [section for section in sections(PretrainConfig) if section.group == "selection"]
-    assert [section.about.partition(",")[0] for section in found] == [
+    selection = [section for section in sections(PretrainConfig) if section.group == "selection"]
+    assert [section.about.partition(",")[0] for section in selection] == [
         "MPS: which patches are masked first (see method/patch_selection.py).",
         "Clusters",
         "Scores",
         "For all modes: a black border is no tissue.",
     ]
-    assert [section.settings[0].name for section in found] == [
+    assert [section.settings[0].name for section in selection] == [
         "selection.mode",
         "selection.features",
         "selection.score",
@@ -165,18 +165,18 @@ def test_descriptions_are_inherited_and_overridden_with_their_fields() -> None:
 
 
 def test_models_in_models_and_in_mappings_are_followed() -> None:
-    found = sections(Cart)
-    assert [(section.group, section.about) for section in found] == [
+    cart_sections = sections(Cart)
+    assert [(section.group, section.about) for section in cart_sections] == [
         ("", "A cart."),
         ("wheels.<name>", "A wheel."),
         ("shaft", "A shaft."),
     ]
-    inches, color = found[1].settings
+    inches, color = cart_sections[1].settings
     assert inches == Setting(
         "wheels.<name>.inches", "integer at least 10", None, True, "No smaller tyre is made."
     )
     assert (color.accepts, color.default, color.required) == ("black, 3 or null", None, False)
-    assert {row.name: row.default for row in found[0].settings} == {
+    assert {row.name: row.default for row in cart_sections[0].settings} == {
         "wheels": {},
         "tags": ("a",),
         "name": "#",
@@ -229,9 +229,9 @@ def test_values_are_shown_as_a_settings_file_has_them(value: Any, text: str) -> 
 
 
 def test_every_variant_is_listed_with_what_it_sets_and_what_it_is() -> None:
-    found = variants()
-    assert [variant["variant"] for variant in found] == list(VARIANTS)
-    for variant in found:
+    rows = variants()
+    assert [variant["variant"] for variant in rows] == list(VARIANTS)
+    for variant in rows:
         assert variant["about"]
         resolved = flatten(PretrainConfig(variant=variant["variant"]))
         assert resolved == {**DEFAULTS, "variant": variant["variant"], **variant["sets"]}

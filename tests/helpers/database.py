@@ -14,13 +14,13 @@ from pathlib import Path
 
 def programs() -> Path | None:
     """Folder of PostgreSQL's server programs; Debian keeps them off the path."""
-    found = shutil.which("pg_ctl")
-    there = (
-        [Path(found).resolve().parent]
-        if found
+    pg_ctl = shutil.which("pg_ctl")
+    folders = (
+        [Path(pg_ctl).resolve().parent]
+        if pg_ctl
         else sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     )
-    return there[-1] if there and (there[-1] / "initdb").exists() else None
+    return folders[-1] if folders and (folders[-1] / "initdb").exists() else None
 
 
 class Postgres:

@@ -27,13 +27,13 @@ SPACE = {
 def new_study(folder: Path, **config) -> StudyStore:
     """Create an empty study: settings and environment, no trial."""
     folder.mkdir(parents=True)
-    given = {
+    values = {
         "name": folder.name,
         "description": "Which masking ratio?",
         "space": SPACE,
         "baselines": ("scratch", "mae"),
     }
-    write_yaml(StudyConfig(**{**given, **config}), folder / "study.yaml")
+    write_yaml(StudyConfig(**{**values, **config}), folder / "study.yaml")
     environment = {
         "commit": "abc123",
         "versions": {"torch": "2.8.0", "ray": "2.60.0"},
@@ -144,9 +144,9 @@ def add_trial(
         stored["reason"] = "Loss became NaN in epoch 3."
     elif state != "RUNNING":
         stored["stats"] = {"seconds": 90.0, "epochs": max(rungs), "images_per_second": 500.0}
-    given = dict(attributes or {})
-    stats = {**stored.get("stats", {}), **given.get("stats", {})}
-    stored |= {**given, "stats": stats}
+    extra = dict(attributes or {})
+    stats = {**stored.get("stats", {}), **extra.get("stats", {})}
+    stored |= {**extra, "stats": stats}
     last = rungs[max(rungs)] if rungs else None
     value = {"COMPLETE": dsc, "PRUNED": last}.get(state)
     frozen = create_trial(

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch.multiprocessing import start_processes
 
 
-def run_workers(world: int, work: Callable[..., None], meeting: Path, *given: object) -> None:
-    """Run `work(rank, *given)` on `world` processes to their end; what one raises is raised.
+def run_workers(world: int, work: Callable[..., None], meeting: Path, *arguments: object) -> None:
+    """Run `work(rank, *arguments)` on `world` processes to their end; what one raises is raised.
 
     `work` is a function of a module. `meeting` is a file that is not there yet, by which they
     find each other.
@@ -24,11 +24,13 @@ def run_workers(world: int, work: Callable[..., None], meeting: Path, *given: ob
     multiprocessing.set_forkserver_preload(
         ["amlp_ray.training.pretrain", "amlp_ray.data.prepare.pipeline", "pytest"]
     )
-    start_processes(_worker, (world, work, meeting, given), nprocs=world, start_method="forkserver")
+    start_processes(
+        _worker, (world, work, meeting, arguments), nprocs=world, start_method="forkserver"
+    )
 
 
 def _worker(
-    rank: int, world: int, work: Callable[..., None], meeting: Path, given: tuple[object, ...]
+    rank: int, world: int, work: Callable[..., None], meeting: Path, arguments: tuple[object, ...]
 ) -> None:
     torch.set_num_threads(1)
     limit = timedelta(seconds=60)
@@ -36,6 +38,6 @@ def _worker(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=limit
     )
     try:
-        work(rank, *given)
+        work(rank, *arguments)
     finally:
         dist.destroy_process_group()

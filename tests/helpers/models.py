@@ -37,10 +37,10 @@ def spec_of(shape: Shape) -> ImageSpec:
 
 def tiny(*layers: dict[str, Any]) -> PretrainConfig:
     """Settings of 20 epochs with a tiny model; later layers win."""
-    given: dict[str, Any] = {"model": TINY, "epochs": 20}
+    values: dict[str, Any] = {"model": TINY, "epochs": 20}
     for layer in layers:
-        given = merge(given, layer)
-    return PretrainConfig(**given)
+        values = merge(values, layer)
+    return PretrainConfig(**values)
 
 
 def build(config: PretrainConfig, shape: Shape = GREY, seed: int = 0) -> MaskedAutoencoder:
@@ -58,9 +58,9 @@ def random_split(count: int, patches: int, masked: int) -> tuple[Tensor, Tensor]
     return order[:, masked:], order[:, :masked]
 
 
-def hidden(found: Selection) -> Tensor:
+def hidden(selection: Selection) -> Tensor:
     """Which patches are masked, (B, N) bool."""
-    return torch.zeros_like(found.lesion).scatter(1, found.masked, True)
+    return torch.zeros_like(selection.lesion).scatter(1, selection.masked, True)
 
 
 class Stepped(NamedTuple):

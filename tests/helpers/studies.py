@@ -50,7 +50,7 @@ def add(
     """Store a trial and return its number; a finished one took ten seconds and four epochs."""
     study = study or store.search()
     params = {"ratio.start": 0.3, "selection.mode": "hard"} if params is None else dict(params)
-    known = {"ratio.start": RATIO, "selection.mode": MODE, **(distributions or {})}
+    ranges = {"ratio.start": RATIO, "selection.mode": MODE, **(distributions or {})}
     scores = [values] if isinstance(values, float) else list(values or [])
     score = scores[0] if scores else None
     has_values = state.is_finished() and state != TrialState.FAIL
@@ -68,7 +68,7 @@ def add(
         state=state,
         values=(scores or None) if has_values else None,
         params=params,
-        distributions={name: known[name] for name in params},
+        distributions={name: ranges[name] for name in params},
         user_attrs=attributes,
         intermediate_values=dict(rungs or {}),
     )
@@ -80,23 +80,23 @@ def add(
 
 
 def add_baseline(store: StudyStore, baseline: str, repeat: int, value: float) -> None:
-    about = {
+    attributes = {
         "baseline": baseline,
         "repeat": repeat,
         "uses_ground_truth": False,
         "path": f"baselines/{baseline}-{repeat}",
     }
-    add(store, {}, value, study=store.baselines(), **about)
+    add(store, {}, value, study=store.baselines(), **attributes)
 
 
 def note_data(store: StudyStore, fingerprint: str) -> None:
     """Say what data the study was begun on."""
-    about = {
+    environment = {
         "started": "2026-03-01T12:00:00+00:00",
         "dataset": {"fingerprint": fingerprint},
         "eval_data": None,
     }
-    (store.folder / "environment.json").write_text(json.dumps(about))
+    (store.folder / "environment.json").write_text(json.dumps(environment))
 
 
 def write_study(file: Path, **changes: Any) -> Path:

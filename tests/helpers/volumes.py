@@ -113,12 +113,12 @@ def ct_series(
     shared = {"SeriesInstanceUID": generate_uid(), "StudyInstanceUID": generate_uid()} | elements
     slices = []
     for z, pixels in enumerate(volume):
-        own = {
+        position = {
             "ImagePositionPatient": [-10.0, -20.0, 2.5 * z - 40],
             "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
             "InstanceNumber": len(volume) - z,
         }
-        dataset = dicom(pixels, **(own | shared))
+        dataset = dicom(pixels, **(position | shared))
         save(dataset, folder / (names[z] if names else f"IM{(7 * z + 3) % len(volume):04d}"))
         slices.append(dataset)
     return slices

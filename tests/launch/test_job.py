@@ -24,8 +24,8 @@ SIZES = ("dsc_small", "dsc_medium", "dsc_large")
 PROBE = ProbeConfig(num_labeled=8, subsets=1, folds=2)
 
 
-def job_of(dataset: PatchDataset, folder: Path, **given: Any) -> RunSpec:
-    config = PretrainConfig.model_validate({"epochs": 2, "batch_size": 12, "model": TINY, **given})
+def job_of(dataset: PatchDataset, folder: Path, **values: Any) -> RunSpec:
+    config = PretrainConfig.model_validate({"epochs": 2, "batch_size": 12, "model": TINY, **values})
     return RunSpec(config=config, data=str(dataset.path), folder=folder, probe=PROBE, rungs=(1, 2))
 
 
@@ -40,10 +40,10 @@ def test_a_job_is_scored_at_its_rungs_and_keeps_the_last_score(
         (True, True),
         (True, True),
     ]
-    kept = json.loads((tmp_path / "score.json").read_text())
-    assert kept["epoch"] == 3
-    assert kept["dsc"] == rows[-1]["dsc"] == result.metrics["dsc"]
-    assert len(kept["per_image"]) == kept["images"]
+    score = json.loads((tmp_path / "score.json").read_text())
+    assert score["epoch"] == 3
+    assert score["dsc"] == rows[-1]["dsc"] == result.metrics["dsc"]
+    assert len(score["per_image"]) == score["images"]
 
 
 def test_every_rung_keeps_its_scores_and_the_last_is_that_of_the_run(
@@ -116,9 +116,9 @@ def test_untrained_weights_are_scored_as_they_are(
     )
     assert not is_finished(run_spec)
     result = run_job(run_spec.model_copy(update={"rungs": (0,)}), Hooks())
-    given = load_encoder(start.encoder).state_dict()
+    untrained = load_encoder(start.encoder).state_dict()
     assert all(
-        torch.equal(value, given[key])
+        torch.equal(value, untrained[key])
         for key, value in load_encoder(result.encoder).state_dict().items()
     )
     assert is_finished(run_spec)
@@ -143,15 +143,17 @@ def test_an_encoder_of_a_run_that_stopped_early_never_passes_for_the_last(
     run_job(run_spec, Hooks())
     assert is_finished(run_spec)
     whole = run_job(run_spec.model_copy(update={"folder": tmp_path / "whole"}), Hooks())
-    ours, theirs = (load_encoder(path).state_dict() for path in (early.encoder, whole.encoder))
-    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    early_weights, whole_weights = (
+        load_encoder(path).state_dict() for path in (early.encoder, whole.encoder)
+    )
+    assert all(torch.equal(value, whole_weights[key]) for key, value in early_weights.items())
 
 
 def test_servers_are_told_settings_by_dotted_name_and_no_path() -> None:
-    told = _logged_parameters(PretrainConfig(weights="/data/hospital/encoder.safetensors"))
-    assert told["model.width"] == PretrainConfig().model.width
-    assert told["weights"] == "encoder.safetensors"
-    assert "hospital" not in str(told)
+    parameters = _logged_parameters(PretrainConfig(weights="/data/hospital/encoder.safetensors"))
+    assert parameters["model.width"] == PretrainConfig().model.width
+    assert parameters["weights"] == "encoder.safetensors"
+    assert "hospital" not in str(parameters)
     assert (
         _logged_parameters(PretrainConfig(weights="timm:vit_tiny_patch16_224"))["weights"]
         == "timm:vit_tiny_patch16_224"

@@ -91,8 +91,8 @@ def test_the_exported_encoder_loads_in_plain_timm(
     )
     images = torch.randn(2, 1, 64, 64)
     with torch.inference_mode():
-        ours = amlp_ray.load_encoder(path).forward_features(images)
-        assert torch.equal(plain.eval().forward_features(images), ours)
+        features = amlp_ray.load_encoder(path).forward_features(images)
+        assert torch.equal(plain.eval().forward_features(images), features)
 
 
 def test_a_finished_run_is_left_as_it_is(phantom_dataset: PatchDataset, tmp_path: Path) -> None:
@@ -104,8 +104,10 @@ def test_a_finished_run_is_left_as_it_is(phantom_dataset: PatchDataset, tmp_path
     assert path.read_bytes() == before
     with pytest.raises(CheckpointError, match="other settings"):
         amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", make_config(lr=0.5))
-    about = tmp_path / "run" / "data.json"
-    about.write_text(about.read_text().replace(phantom_dataset.manifest.fingerprint, "0" * 64))
+    data_file = tmp_path / "run" / "data.json"
+    data_file.write_text(
+        data_file.read_text().replace(phantom_dataset.manifest.fingerprint, "0" * 64)
+    )
     with pytest.raises(CheckpointError, match="other data"):
         amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", make_config())
 
@@ -200,9 +202,9 @@ def test_a_stream_trains_as_images_in_memory_do_though_workers_hold_every_cpu(
         make_config(data="stream", variant="mae"),
         resources=resources,
     )
-    held, rows = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("held", "run"))
-    assert [row["epoch"] for row in rows] == [1, 2, 3]
-    for one, other in zip(held, rows, strict=True):
+    in_memory, streamed = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("held", "run"))
+    assert [row["epoch"] for row in streamed] == [1, 2, 3]
+    for one, other in zip(in_memory, streamed, strict=True):
         assert other["loss_rec"] == pytest.approx(one["loss_rec"], rel=1e-4)
 
 
@@ -231,11 +233,13 @@ def test_a_killed_worker_is_replaced_and_costs_one_ended_epoch_at_most(
 
     run_on_ray(run_spec, name="killed", should_stop=lambda: bool(time.sleep(0.3)), report=report)
     assert victims
-    rows, theirs = (
+    rows, reference = (
         read_rows(folder / "metrics.jsonl") for folder in (run_spec.folder, alone.folder)
     )
     assert [row["epoch"] for row in rows] == list(range(1, 9))
-    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in theirs], rel=1e-4)
+    assert [row["loss"] for row in rows] == pytest.approx(
+        [row["loss"] for row in reference], rel=1e-4
+    )
     starts = [event for event in read_events(run_spec.folder) if event["event"] == "started"]
     assert len(starts) == 2
     assert starts[1]["repeated"] <= 1
@@ -257,9 +261,9 @@ def test_a_loss_that_is_not_finite_ends_a_group_at_once(
     )
     # A weight is spoiled in the checkpoint that it resumes from: no learning rate surely diverges.
     run_here(run_spec.model_copy(update={"until": 1, "resources": ResourceConfig()}))
-    found = latest(run_spec.folder)
-    assert found is not None
-    state, _ = found
+    checkpoint = latest(run_spec.folder)
+    assert checkpoint is not None
+    state, _ = checkpoint
     state["model"]["mask_token"].fill_(float("nan"))
     write_checkpoint(run_spec.folder, state, 1)
     with pytest.raises(NonFiniteLossError, match="epoch 2, step 1"):

@@ -11,8 +11,8 @@ from amlp_ray.errors import ResourceError
 from amlp_ray.runtime.resources import Cluster, job_bundles, jobs_side_by_side
 
 
-def resources_of(workers: Any, **given: Any) -> ResourceConfig:
-    return ResourceConfig(workers=workers, **given)
+def resources_of(workers: Any, **options: Any) -> ResourceConfig:
+    return ResourceConfig(workers=workers, **options)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_as_many_runs_side_by_side_as_the_scarcest_resource_holds(
 
 
 @pytest.mark.parametrize(
-    ("resources", "cluster", "told"),
+    ("resources", "cluster", "message"),
     [
         (ResourceConfig(gpus_per_worker=1), machine(2), "largest node has 0 GPUs"),
         (ResourceConfig(cpus_per_worker=3), machine(2, nodes=4), "largest node has 2 CPUs"),
@@ -78,9 +78,9 @@ def test_as_many_runs_side_by_side_as_the_scarcest_resource_holds(
     ],
 )
 def test_what_no_node_can_hold_is_refused(
-    resources: ResourceConfig, cluster: Cluster, told: str
+    resources: ResourceConfig, cluster: Cluster, message: str
 ) -> None:
-    with pytest.raises(ResourceError, match=told):
+    with pytest.raises(ResourceError, match=message):
         jobs_side_by_side(resources, cluster)
 
 
@@ -103,19 +103,19 @@ def test_gauges_of_a_trial_are_exported_and_stay(ray_session: None) -> None:
     )  # a GPU of unknown peak
     node = ray.nodes()[0]
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    found: list[str] = []
+    exported: list[str] = []
     deadline = time.monotonic() + 60
-    while len(found) < 3 and time.monotonic() < deadline:
+    while len(exported) < 3 and time.monotonic() < deadline:
         time.sleep(1)
         text = urllib.request.urlopen(url, timeout=5).read().decode()
-        found = [
+        exported = [
             line
             for line in text.splitlines()
             if line.startswith("ray_amlp_") and "gauge-study" in line
         ]
     gauges.close()
-    assert all('trial="trial 7"' in line for line in found)
-    assert {line.partition("{")[0]: float(line.split()[-1]) for line in found} == {
+    assert all('trial="trial 7"' in line for line in exported)
+    assert {line.partition("{")[0]: float(line.split()[-1]) for line in exported} == {
         "ray_amlp_loss": 0.25,
         "ray_amlp_ratio": 0.5,
         "ray_amlp_memory": 1.5,

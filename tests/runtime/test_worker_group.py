@@ -164,7 +164,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
         reached = iter(epochs or [])
         now, left, begun = [0], iter(failures), [0]
 
-        def attempt(*given: Any) -> BaseException | None:
+        def attempt(*arguments: Any) -> BaseException | None:
             begun[0] += 1
             now[0] = next(reached, now[0])
             return next(left, None)
@@ -247,7 +247,7 @@ def test_a_group_begins_again_when_its_folder_is_there_again(
     (folder / "config.yaml").touch()
     begun: list[bool] = []
 
-    def attempt(*given: Any) -> BaseException | None:
+    def attempt(*arguments: Any) -> BaseException | None:
         begun.append((folder / "config.yaml").is_file())
         if len(begun) > 1:
             return None
@@ -277,7 +277,7 @@ def test_a_folder_that_stays_away_ends_the_run_and_is_not_made_anew(
     folder.mkdir()
     (folder / "config.yaml").touch()
 
-    def attempt(*given: Any) -> BaseException:
+    def attempt(*arguments: Any) -> BaseException:
         shutil.rmtree(folder)
         return ended(died())
 

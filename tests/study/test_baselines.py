@@ -37,8 +37,8 @@ def with_baselines(*baselines: Any, **pretrain: Any) -> StudyConfig:
     return StudyConfig.model_validate({"name": "s", "pretrain": pretrain, "baselines": baselines})
 
 
-def amlp(**given: Any) -> PretrainConfig:
-    return PretrainConfig.model_validate({"epochs": 20, **given})
+def amlp(**values: Any) -> PretrainConfig:
+    return PretrainConfig.model_validate({"epochs": 20, **values})
 
 
 # Rungs
@@ -70,11 +70,11 @@ def test_prunable_rungs_of_a_geometric_spacing_lie_past_the_first_steps() -> Non
 
 def test_a_compressed_schedule_is_run_whole_up_to_every_rung() -> None:
     pruner = PrunerConfig(rungs=2, schedule="compress")
-    given = amlp(ratio={"start": 0.2, "end": 0.6})
-    result = schedule(with_schedule(given, pruner))
+    config = amlp(ratio={"start": 0.2, "end": 0.6})
+    result = schedule(with_schedule(config, pruner))
     assert result[9] == result[19] == 0.6
-    assert schedule(given)[9] < 0.6
-    assert with_schedule(given, PrunerConfig(rungs=2)) == given
+    assert schedule(config)[9] < 0.6
+    assert with_schedule(config, PrunerConfig(rungs=2)) == config
     assert with_schedule(amlp(variant="scratch"), pruner).ratio.rungs == ()
 
 
@@ -113,9 +113,9 @@ def test_a_baseline_shares_model_and_length_with_the_study() -> None:
 
 
 def test_scratch_is_a_random_encoder_where_all_others_start_from_weights() -> None:
-    given = study(weights="/w.safetensors")
-    assert baseline_config(given, "mae", seed=0).weights == "/w.safetensors"
-    assert baseline_config(given, "scratch", seed=0).weights is None
+    config = study(weights="/w.safetensors")
+    assert baseline_config(config, "mae", seed=0).weights == "/w.safetensors"
+    assert baseline_config(config, "scratch", seed=0).weights is None
 
 
 def test_what_the_space_sets_for_every_trial_is_set_for_baselines_but_for_the_method() -> None:
@@ -195,9 +195,9 @@ def test_leave_one_out_is_amlp_less_one_part_each() -> None:
 
 
 def test_settings_of_ones_own_lie_over_the_study_s_model_and_no_method() -> None:
-    own = {"variant": "mae", "ratio": {"start": 0.4, "end": 0.4}, "model": {"depth": 2}}
+    overrides = {"variant": "mae", "ratio": {"start": 0.4, "end": 0.4}, "model": {"depth": 2}}
     config = with_baselines(
-        {"mine": own}, epochs=6, model={"width": 48}, selection={"mode": "soft"}
+        {"mine": overrides}, epochs=6, model={"width": 48}, selection={"mode": "soft"}
     )
     (plan,) = baseline_plans(config)
     result = plan.config(2)
@@ -252,37 +252,37 @@ def test_equal_mean_has_the_mean_of_the_schedule_throughout(shape: str, update_p
         "power": 2.5,
         "points": [[0, 0.2], [0.3, 0.7]],
     }
-    given = amlp(ratio=ratio)
-    result = ablated_config(given, "equal-mean", "s")
+    config = amlp(ratio=ratio)
+    result = ablated_config(config, "equal-mean", "s")
     assert set(schedule(result)) == {result.ratio.start}
-    assert np.mean(schedule(result)) == pytest.approx(np.mean(schedule(given)), abs=1e-4)
-    assert result.model_copy(update={"ratio": given.ratio}) == given
+    assert np.mean(schedule(result)) == pytest.approx(np.mean(schedule(config)), abs=1e-4)
+    assert result.model_copy(update={"ratio": config.ratio}) == config
 
 
 def test_equal_mean_of_a_compressed_schedule_is_that_of_what_is_run() -> None:
-    given = with_schedule(
+    config = with_schedule(
         amlp(ratio={"start": 0.2, "end": 0.6}), PrunerConfig(rungs=4, schedule="compress")
     )
-    assert np.mean(schedule(ablated_config(given, "equal-mean", "s"))) == pytest.approx(
-        np.mean(schedule(given)), abs=1e-4
+    assert np.mean(schedule(ablated_config(config, "equal-mean", "s"))) == pytest.approx(
+        np.mean(schedule(config)), abs=1e-4
     )
 
 
 def test_random_ratio_draws_between_the_ends_of_the_schedule() -> None:
-    given = amlp(epochs=50, ratio={"shape": "points", "points": [[0, 0.6], [0.5, 0.3], [1, 0.4]]})
-    result = ablated_config(given, "random-ratio", "s")
+    config = amlp(epochs=50, ratio={"shape": "points", "points": [[0, 0.6], [0.5, 0.3], [1, 0.4]]})
+    result = ablated_config(config, "random-ratio", "s")
     ratios = schedule(result)
     assert result.ratio.shape == "random"
-    assert (result.ratio.start, result.ratio.end) == (min(schedule(given)), max(schedule(given)))
+    assert (result.ratio.start, result.ratio.end) == (min(schedule(config)), max(schedule(config)))
     assert len(set(ratios)) == 50
     assert np.mean(np.diff(ratios) > 0) == pytest.approx(0.5, abs=0.25)
 
 
 def test_random_cluster_and_oracle_change_which_cluster_is_the_lesion_alone() -> None:
-    given = amlp(variant="amlp")
-    random = ablated_config(given, "random-cluster", "s")
-    assert random.selection == given.selection.model_copy(update={"rule": "random"})
-    assert random.model_copy(update={"selection": given.selection}) == given
+    config = amlp(variant="amlp")
+    random = ablated_config(config, "random-cluster", "s")
+    assert random.selection == config.selection.model_copy(update={"rule": "random"})
+    assert random.model_copy(update={"selection": config.selection}) == config
     for mode in (
         {"mode": "hard"},
         {"mode": "soft"},
@@ -295,7 +295,7 @@ def test_random_cluster_and_oracle_change_which_cluster_is_the_lesion_alone() ->
 
 
 @pytest.mark.parametrize(
-    ("ablation", "given", "message"),
+    ("ablation", "changes", "message"),
     [
         (
             "equal-mean",
@@ -317,12 +317,12 @@ def test_random_cluster_and_oracle_change_which_cluster_is_the_lesion_alone() ->
     ],
 )
 def test_an_ablation_that_would_change_nothing_is_refused(
-    ablation: str, given: dict[str, Any], message: str
+    ablation: str, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        ablated_config(amlp(**given), ablation, "s")
+        ablated_config(amlp(**changes), ablation, "s")
     with pytest.raises(ConfigError, match=rf"^s, baseline {ablation} .*{message}"):
-        baseline_plans(with_baselines("mae", ablation, **given))
+        baseline_plans(with_baselines("mae", ablation, **changes))
 
 
 def test_errors_of_all_baselines_come_together() -> None:

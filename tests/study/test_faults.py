@@ -73,18 +73,18 @@ class Driver:
     def wait_for(self, condition: Callable[[], object]) -> None:
         deadline = time.monotonic() + DEADLINE_S
         while not condition():
-            assert self.processes[-1].poll() is None, self.said()
-            assert time.monotonic() < deadline, self.said()
+            assert self.processes[-1].poll() is None, self.output()
+            assert time.monotonic() < deadline, self.output()
             time.sleep(0.05)
 
     def epochs(self, number: int = 0) -> int:
         return len(read_metrics(self.store.trial_folder(number)))
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text()
 
     def last_line(self) -> str:
-        return self.said().splitlines()[-1]
+        return self.output().splitlines()[-1]
 
     def end(self) -> None:
         for process in self.processes:
@@ -155,13 +155,13 @@ def test_a_journal_whose_writer_dies_in_the_middle_of_every_kind_of_line_loses_n
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of a megabyte."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here, which takes root")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_full_disk_is_waited_for_and_leaves_no_half_line(
@@ -177,15 +177,15 @@ def test_a_full_disk_is_waited_for_and_leaves_no_half_line(
     room = 4096 - (small_disk / "study.journal").stat().st_size % 4096
     study.set_user_attr("first", "x" * (room // 2))  # still fits into its last block
     before = (small_disk / "study.journal").read_bytes()
-    seen: list[bytes] = []
+    contents: list[bytes] = []
 
     def make_room() -> None:
-        seen.append((small_disk / "study.journal").read_bytes())
+        contents.append((small_disk / "study.journal").read_bytes())
         filler.unlink()
 
     threading.Timer(2, make_room).start()
     study.set_user_attr("second", "y" * 9000)
-    assert seen == [before], "half a line was left on the full disk"
+    assert contents == [before], "half a line was left on the full disk"
     assert caplog.messages == [
         "the study's storage cannot be reached (No space left on device); "
         "retrying while trials train",
@@ -212,10 +212,10 @@ def test_a_trial_whose_process_dies_too_often_fails_and_the_study_goes_on(
         writer(run.store.trial_folder(0)).kill()
         run.wait_for(
             lambda death=death: (
-                "its process" in run.said() and run.said().count("its process") >= death
+                "its process" in run.output() and run.output().count("its process") >= death
             )
         )
-    assert process.wait(DEADLINE_S) == 0, run.said()
+    assert process.wait(DEADLINE_S) == 0, run.output()
     first, second = run.store.search().trials
     assert first.state == TrialState.FAIL
     assert first.user_attrs["reason"] == "its process died 2 times (fault_tolerance.max_failures=1)"
@@ -252,18 +252,18 @@ def test_a_study_outlives_its_database_and_then_gives_up_and_goes_on(
         at = run.epochs()
     finally:
         server.start()
-    run.wait_for(lambda: "the study's storage is back" in run.said())
+    run.wait_for(lambda: "the study's storage is back" in run.output())
     assert at > 2, "trials train on"
     server.stop()
     try:
-        assert process.wait(DEADLINE_S) == 2, run.said()
+        assert process.wait(DEADLINE_S) == 2, run.output()
     finally:
         server.start()
-    assert "the study's storage cannot be reached" in run.said()
+    assert "the study's storage cannot be reached" in run.output()
     assert "cannot be reached for 9 s" in run.last_line()
-    assert Postgres.password not in run.said()
+    assert Postgres.password not in run.output()
     assert [t.state for t in run.store.search().trials] == [TrialState.RUNNING]
-    assert run.start().wait(DEADLINE_S) == 0, run.said()
+    assert run.start().wait(DEADLINE_S) == 0, run.output()
     (trial,) = run.store.search().trials
     assert trial.state == TrialState.COMPLETE
     assert sorted(trial.intermediate_values) == list(range(10, 101, 10))
@@ -314,7 +314,7 @@ def test_a_driver_whose_lease_was_taken_over_stops_and_writes_no_more(
     }
     run.store.search().set_user_attr("lease", other | {"seconds": 0.0, "over": False})
     journal = (run.store.folder / "study.journal").read_bytes()
-    assert process.wait(DEADLINE_S) == 2, run.said()
+    assert process.wait(DEADLINE_S) == 2, run.output()
     assert "was taken over by another process" in run.last_line()
     assert (run.store.folder / "study.journal").read_bytes() == journal
     assert [t.state for t in run.store.search().trials] == [TrialState.RUNNING]
@@ -339,11 +339,11 @@ def test_a_trial_whose_driver_died_before_it_was_pruned_is_not_trained_on(
         raise DriverDied
 
     def prune(result: dict[str, Any]) -> None:
-        told.append(result["epoch"])
+        reported.append(result["epoch"])
         ray.get(stop_flags.request.remote(str(tmp_path / "trial"), "now"))
 
     config = StudyConfig.model_validate(TINY)
-    told: list[int] = []
+    reported: list[int] = []
     stop_flags = ray.remote(StopFlags).options(num_cpus=0).remote()
     run = RunSpec(
         study="tiny",
@@ -362,7 +362,9 @@ def test_a_trial_whose_driver_died_before_it_was_pruned_is_not_trained_on(
         amlp_trial(tune_config)
     monkeypatch.setattr("ray.tune.report", prune)
     assert amlp_trial(tune_config)["epochs"] == 2
-    assert told == [2], "rung 3 would have been another result than that of an undisturbed trial"
+    assert reported == [2], (
+        "rung 3 would have been another result than that of an undisturbed trial"
+    )
     assert (tmp_path / "trial" / "encoder.safetensors").is_file()
     ray.kill(stop_flags)
 

@@ -84,10 +84,10 @@ def test_a_killed_study_goes_on_where_it_stopped(
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
 
-    said = log.read_text()
-    assert "trial 0 continues" in said
+    output = log.read_text()
+    assert "trial 0 continues" in output
     trials = store.search().trials
-    assert [t.state for t in trials] == [TrialState.COMPLETE] * 2, said
+    assert [t.state for t in trials] == [TrialState.COMPLETE] * 2, output
     assert [t.state for t in store.baselines().trials] == [TrialState.COMPLETE]
     for trial in trials:
         rows = read_metrics(store.trial_folder(trial.number))
@@ -142,14 +142,14 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    said = log.read_text()
-    assert "trial 0 lost its process (1 of 3 retries)" in said
-    assert "trial 0 continues" in said
+    output = log.read_text()
+    assert "trial 0 lost its process (1 of 3 retries)" in output
+    assert "trial 0 continues" in output
     first, second = store.search().trials
     assert (first.state, second.state) == (TrialState.COMPLETE, TrialState.COMPLETE)
     assert first.user_attrs["lost"] == 1
     assert "lost" not in second.user_attrs
     after = read_metrics(store.trial_folder(0))
     assert [row["epoch"] for row in after] == list(range(1, 61)), "every epoch once"
-    kept = len(before) - 1  # the last may have been without its checkpoint yet
-    assert after[:kept] == before[:kept], "it went on; it did not begin anew"
+    count = len(before) - 1  # the last may have been without its checkpoint yet
+    assert after[:count] == before[:count], "it went on; it did not begin anew"

@@ -47,14 +47,17 @@ def with_manifest(dataset: PatchDataset, folder: Path, **changes: Any) -> str:
     ["s3://bucket/a set", "gs://bucket/set/", "s3://b/s?endpoint_override=127.0.0.1:9&scheme=http"],
 )
 def test_uris_of_both_survive_and_paths_become_absolute(tmp_path: Path, uri: str) -> None:
-    told = uri.rstrip("/")
+    expected = uri.rstrip("/")
     study = Study.load(write(tmp_path, data=uri, eval_data="sets/mine"))
-    assert study.config.data == told
+    assert study.config.data == expected
     assert study.config.eval_data == str(Path("sets/mine").absolute())
     study = Study.load(
         write(tmp_path, data="here", eval_data="elsewhere"), data=Path("sets/mine"), eval_data=uri
     )
-    assert (study.config.data, study.config.eval_data) == (str(Path("sets/mine").absolute()), told)
+    assert (study.config.data, study.config.eval_data) == (
+        str(Path("sets/mine").absolute()),
+        expected,
+    )
     assert Study.load(write(tmp_path), data="here").config.eval_data is None
 
 
@@ -70,7 +73,7 @@ def test_an_unlabeled_set_is_searched_by_the_labels_of_another_alone(
 
 
 @pytest.mark.parametrize(
-    ("changes", "config", "error", "told"),
+    ("changes", "config", "error", "message"),
     [
         (
             {"mean": [3e4], "std": [1e4]},
@@ -96,7 +99,7 @@ def test_labels_that_cannot_serve_are_refused_before_anything_is_written(
     changes: dict[str, Any] | None,
     config: dict[str, Any],
     error: type[Exception],
-    told: str,
+    message: str,
 ) -> None:
     eval_data = tmp_path / "labels"
     if changes is not None:
@@ -105,7 +108,7 @@ def test_labels_that_cannot_serve_are_refused_before_anything_is_written(
         write(tmp_path, **config), data=unlabeled.path, eval_data=eval_data, runs=tmp_path / "runs"
     )
     for attempt in (study.plan, study.run):
-        with pytest.raises(error, match=told):
+        with pytest.raises(error, match=message):
             attempt()
     assert not (tmp_path / "runs").exists()
 
@@ -119,22 +122,22 @@ def test_a_study_keeps_to_its_labels(
 
     trial = study.store.trial_folder(0)
     score = json.loads((trial / "score.json").read_text())
-    known = {name for split in ("train", "val") for name in phantom_dataset.load(split).ids}
+    allowed = {name for split in ("train", "val") for name in phantom_dataset.load(split).ids}
     assert score["images"] > 0
-    assert set(score["per_image"]) <= known
+    assert set(score["per_image"]) <= allowed
     assert (
         json.loads((trial / "data.json").read_text())["eval_data"]["path"] == phantom_dataset.path
     )
-    held = json.loads((study.store.folder / "environment.json").read_text())
-    assert [held[name]["name"] for name in ("dataset", "eval_data")] == [
+    environment = json.loads((study.store.folder / "environment.json").read_text())
+    assert [environment[name]["name"] for name in ("dataset", "eval_data")] == [
         "unlabeled",
         phantom_dataset.name,
     ]
-    assert held["eval_data"]["fingerprint"] == phantom_dataset.manifest.fingerprint
+    assert environment["eval_data"]["fingerprint"] == phantom_dataset.manifest.fingerprint
     assert "Labelled images" in study.report().read_text()
 
-    def again(**given: Any) -> None:
-        Study.load(write(tmp_path, **TINY_AGAIN), runs=tmp_path / "runs", **given).run()
+    def again(**options: Any) -> None:
+        Study.load(write(tmp_path, **TINY_AGAIN), runs=tmp_path / "runs", **options).run()
 
     moved = with_manifest(phantom_dataset, tmp_path / "moved")
     again(data=unlabeled.path, eval_data=moved)

@@ -76,10 +76,10 @@ def test_every_trial_ends_once_and_leaves_its_files(finished: tuple[Study, list[
         assert {
             row["epoch"]: row["dsc"] for row in rows if "dsc" in row
         } == trial.intermediate_values
-        facts = trial.user_attrs["stats"]
-        assert facts["epochs"] == 4
-        assert facts["memory"] > 0
-        assert facts["scores"]["dsc"] == trial.value
+        stats = trial.user_attrs["stats"]
+        assert stats["epochs"] == 4
+        assert stats["memory"] > 0
+        assert stats["scores"]["dsc"] == trial.value
     score_file = study.store.folder / "baselines" / "scratch-0" / "score.json"
     scratch = json.loads(score_file.read_text())
     assert scratch["epoch"] == 0
@@ -204,7 +204,7 @@ def test_a_study_is_paused_by_another_and_goes_on_with_its_trials(
 
     def notify(line: str) -> None:
         lines.append(line)
-        if sum(" epoch " in said for said in lines) == 1 and " epoch " in line:
+        if sum(" epoch " in text for text in lines) == 1 and " epoch " in line:
             other.pause()
 
     with listener(notify):
@@ -288,13 +288,13 @@ def test_changed_data_is_refused(
     finished: tuple[Study, list[str]], phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
     runs = finished[0].store.folder.parent
-    about = finished[0].store.folder / "environment.json"
-    before = about.read_text()
-    about.write_text(before.replace(phantom_dataset.manifest.fingerprint, "0" * 64))
+    environment_file = finished[0].store.folder / "environment.json"
+    before = environment_file.read_text()
+    environment_file.write_text(before.replace(phantom_dataset.manifest.fingerprint, "0" * 64))
     study = Study.load(write(tmp_path, budget={"trials": 4}), data=phantom_dataset.path, runs=runs)
     with pytest.raises(StudyError, match="begun on other data"):
         study.run()
-    about.write_text(before)
+    environment_file.write_text(before)
 
 
 def test_a_study_that_another_process_runs_says_who(finished: tuple[Study, list[str]]) -> None:
@@ -304,7 +304,7 @@ def test_a_study_that_another_process_runs_says_who(finished: tuple[Study, list[
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "told"),
+    ("changes", "error", "message"),
     [
         ({"resources": {"gpus_per_worker": 64}}, ResourceError, "gpus_per_worker=64"),
         ({"resources": {"cpus_per_worker": 1000}}, ResourceError, "cpus_per_worker=1000"),
@@ -347,14 +347,14 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     tmp_path: Path,
     changes: dict[str, Any],
     error: type[Exception],
-    told: str,
+    message: str,
 ) -> None:
     study = Study.load(
         write(tmp_path, **changes), data=phantom_dataset.path, runs=tmp_path / "runs"
     )
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         study.plan()
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         study.run()
     assert not (tmp_path / "runs").exists()
 
@@ -395,8 +395,8 @@ def test_a_half_written_last_journal_line_is_cut_and_the_study_goes_on(
         journal.write('{"op_code":5,"wor')
     study.run()
     after = study.status()
-    for told in (before, after):
-        told["budget"].pop("hours")  # of which starting takes some
+    for snapshot in (before, after):
+        snapshot["budget"].pop("hours")  # of which starting takes some
     assert after == before
 
 

@@ -48,8 +48,8 @@ class Clean:
         self.masks: list[np.ndarray | None] = [disc() for _ in range(COUNT)]
         self.columns: dict[str, Any] = {"split": list(SPLITS), "background": 0.0}
 
-    def check(self, folder: Path, **given: Any) -> Report:
-        return check_dataset(self.make(folder), **given)
+    def check(self, folder: Path, **options: Any) -> Report:
+        return check_dataset(self.make(folder), **options)
 
     def make(self, folder: Path) -> PatchDataset:
         return write_dataset(folder, self.images, self.masks, rows_per_part=10, **self.columns)
@@ -68,8 +68,8 @@ def finding(report: Report, key: str) -> Finding:
     return next(f for f in report.findings if f.key == key)
 
 
-def ids(found: Finding) -> set[str]:
-    return {example.image.id for example in found.examples}
+def ids(finding: Finding) -> set[str]:
+    return {example.image.id for example in finding.examples}
 
 
 def test_a_clean_dataset_has_no_finding(clean: Clean, tmp_path: Path) -> None:
@@ -177,9 +177,9 @@ def test_each_finding_names_its_images(
 ) -> None:
     spoil(clean)
     report = clean.check(tmp_path / "d")
-    found = finding(report, key)
-    assert (found.severity, found.count) == (severity, len(expected))
-    assert ids(found) == expected
+    actual = finding(report, key)
+    assert (actual.severity, actual.count) == (severity, len(expected))
+    assert ids(actual) == expected
     consequences = {
         "exact-copies",
         "near-copies",
@@ -210,8 +210,8 @@ def test_copies_in_different_class_folders_are_told(clean: Clean, tmp_path: Path
         f"{'benign' if i % 2 else 'malignant'}/{i}.png" for i in range(COUNT)
     ]
     clean.columns["source"][9] = "malignant/9.png"
-    found = finding(clean.check(tmp_path / "d"), "exact-copies")
-    assert found.examples[0].value == "identical, but malignant and benign"
+    copies = finding(clean.check(tmp_path / "d"), "exact-copies")
+    assert copies.examples[0].value == "identical, but malignant and benign"
 
 
 def test_a_pretraining_set_that_holds_test_images_is_a_leak(clean: Clean, tmp_path: Path) -> None:
@@ -339,8 +339,10 @@ def test_letters_are_counted_where_there_are_any() -> None:
 def test_burnt_in_text_is_a_warning(tmp_path: Path) -> None:
     images = np.stack([speckle(i) // 3 for i in range(12)])
     images[4] = with_text(images[4], "D O E  J O H N")
-    found = finding(check_dataset(write_dataset(tmp_path / "d", images[:, None])), "burnt-in-text")
-    assert (found.severity, found.count, ids(found)) == ("warning", 1, {"image 4"})
+    burnt_in = finding(
+        check_dataset(write_dataset(tmp_path / "d", images[:, None])), "burnt-in-text"
+    )
+    assert (burnt_in.severity, burnt_in.count, ids(burnt_in)) == ("warning", 1, {"image 4"})
 
 
 def test_a_lesion_is_outlined_whatever_its_size() -> None:
@@ -360,14 +362,14 @@ def test_json_page_and_sheet_tell_the_same(clean: Clean, tmp_path: Path) -> None
     clean.images[50] = clean.images[5]
     clean.columns["id"] = [f"case <b>{i}</b> & 'co'" for i in range(COUNT)]
     report = clean.check(tmp_path / "d")
-    told = json.loads(json.dumps(report.as_dict()))
-    assert [f["key"] for f in told["findings"]] == [
+    values = json.loads(json.dumps(report.as_dict()))
+    assert [f["key"] for f in values["findings"]] == [
         "copies-across-splits",
         "exact-copies",
         "tiny-lesions",
     ]
-    assert told["clean"] is False
-    assert told["findings"][2]["examples"][0]["image"]["id"] == "case <b>3</b> & 'co'"
+    assert values["clean"] is False
+    assert values["findings"][2]["examples"][0]["image"]["id"] == "case <b>3</b> & 'co'"
     page, sheet = write_report(report, tmp_path / "out")
     text = page.read_text()
     assert "<b>" not in text

@@ -166,11 +166,11 @@ def test_shared_segmentation_is_a_mask_of_the_slices_it_names(
     position = frame.PlanePositionSequence[0].ImagePositionPatient
     series = want.ReferencedSeriesSequence[0].SeriesInstanceUID
     for z, uid in ((0, named), (1, generate_uid())):
-        own = {
+        geometry = {
             "ImagePositionPatient": [*position[:2], position[2] + 5 * z],
             "SeriesInstanceUID": series,
         }
-        elements = own | {
+        elements = geometry | {
             "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
             "PixelSpacing": [0.810547, 0.810547],
         }
@@ -209,13 +209,14 @@ def test_oblique_slices_are_ordered_along_their_normal(tmp_path: Path) -> None:
     tilt = [1.0, 0.0, 0.0, 0.0, 0.6, -0.8]
     series = generate_uid()
     for z, name in ((0, "c"), (1, "a"), (2, "b")):
-        place = {
+        position = {
             "ImageOrientationPatient": tilt,
             "ImagePositionPatient": [0, 0.8 * 3 * z, 0.6 * 3 * z],
         }
         pixels = np.full((8, 8), z, np.int16)
         save(
-            dicom(pixels, SeriesInstanceUID=series, InstanceNumber=5 - z, **place), tmp_path / name
+            dicom(pixels, SeriesInstanceUID=series, InstanceNumber=5 - z, **position),
+            tmp_path / name,
         )
     (item,) = find(tmp_path).items
     assert [frame.image[0, 0, 0] for frame in frames_of(item)] == [0, 1, 2]
@@ -344,10 +345,12 @@ def test_colors_become_rgb_of_8_bits(tmp_path: Path) -> None:
 def test_window_of_the_header_is_that_of_pydicom(function: str | None, tmp_path: Path) -> None:
     pixels = np.random.default_rng(6).integers(-1000, 1000, (16, 16)).astype(np.int16)
     dataset = dicom(pixels, WindowCenter=[40, 7], WindowWidth=[400, 9], VOILUTFunction=function)
-    shown = apply_windowing(pixels, dataset)
+    windowed = apply_windowing(pixels, dataset)
     low, high = -(2**15), 2**15 - 1
     np.testing.assert_allclose(
-        image_of(dataset, tmp_path, values="window"), (shown - low) / (high - low) * 255, atol=0.501
+        image_of(dataset, tmp_path, values="window"),
+        (windowed - low) / (high - low) * 255,
+        atol=0.501,
     )
 
 
@@ -377,9 +380,9 @@ def test_percentiles_are_those_of_the_series_above_its_air(tmp_path: Path) -> No
     (item,) = find(tmp_path).items
     low, high = np.percentile(volume[volume > -1000], (0.5, 99.5))
     want = np.rint(np.clip((volume - low) / (high - low), 0, 1) * 255)
-    got = np.stack([frame.image[..., 0] for frame in frames_of(item, values="percentile")])
-    assert got.dtype == np.uint8
-    np.testing.assert_array_equal(got, want)
+    actual = np.stack([frame.image[..., 0] for frame in frames_of(item, values="percentile")])
+    assert actual.dtype == np.uint8
+    np.testing.assert_array_equal(actual, want)
 
 
 def test_frames_of_an_enhanced_object_have_their_own_units_and_spacing(tmp_path: Path) -> None:
@@ -485,9 +488,9 @@ def test_fractions_from_a_half_are_lesion(tmp_path: Path) -> None:
 def test_segmentation_of_a_multi_frame_object_is_found_by_frame(tmp_path: Path) -> None:
     groups = []
     for z in range(4):
-        group, place = Dataset(), Dataset()
-        place.ImagePositionPatient = [0, 0, 3.0 * z]
-        group.PlanePositionSequence = Sequence([place])
+        group, position = Dataset(), Dataset()
+        position.ImagePositionPatient = [0, 0, 3.0 * z]
+        group.PlanePositionSequence = Sequence([position])
         groups.append(group)
     shared, turn, measures = Dataset(), Dataset(), Dataset()
     turn.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
@@ -623,18 +626,18 @@ def test_series_in_an_object_store_are_read_like_those_here(s3_bucket: str, tmp_
     save(large, tmp_path / "large.dcm")
     (tmp_path / "bare.dcm").write_bytes((tmp_path / "large.dcm").read_bytes()[: 1 << 18])
     (tmp_path / "README").write_text("x" * (1 << 19))
-    there = DataPath(s3_bucket) / "series"
+    remote_folder = DataPath(s3_bucket) / "series"
     for path in tmp_path.iterdir():
-        (there / path.name).atomic_write(path.read_bytes())
-    local, remote = find(tmp_path), find_dicom(there, KEEP)
+        (remote_folder / path.name).atomic_write(path.read_bytes())
+    local, remote = find(tmp_path), find_dicom(remote_folder, KEEP)
     assert [item.id for item in remote.items] == [item.id for item in local.items]
     assert remote.rejected == local.rejected
     assert [fault.file for fault in local.rejected] == ["bare.dcm"]
-    for mine, theirs in zip(local.items, remote.items, strict=True):
-        for here, other in zip(frames_of(mine), frames_of(theirs), strict=True):
-            np.testing.assert_array_equal(here.image, other.image)
-            assert (here.mask is None) == (other.mask is None)
-            assert here.mask is None or np.array_equal(here.mask, other.mask)
+    for local_item, remote_item in zip(local.items, remote.items, strict=True):
+        for frame, remote_frame in zip(frames_of(local_item), frames_of(remote_item), strict=True):
+            np.testing.assert_array_equal(frame.image, remote_frame.image)
+            assert (frame.mask is None) == (remote_frame.mask is None)
+            assert frame.mask is None or np.array_equal(frame.mask, remote_frame.mask)
 
 
 # Bad files

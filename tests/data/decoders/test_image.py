@@ -687,7 +687,9 @@ def test_luma_is_pillows() -> None:
     assert np.abs(to_channels(COLOUR.astype(np.float32), 1)[..., 0] - expected).max() <= 1
 
 
-@pytest.mark.parametrize(("given", "wanted"), [(4, 3), (4, 1), (2, 1), (1, 4), (3, 4)])
-def test_other_changes_of_channels_are_refused(given: int, wanted: int) -> None:
-    with pytest.raises(DataError, match=f"image of {given} channels cannot become one of {wanted}"):
-        to_channels(np.zeros((2, 2, given), np.uint8), wanted)
+@pytest.mark.parametrize(("channels", "target"), [(4, 3), (4, 1), (2, 1), (1, 4), (3, 4)])
+def test_other_changes_of_channels_are_refused(channels: int, target: int) -> None:
+    with pytest.raises(
+        DataError, match=f"image of {channels} channels cannot become one of {target}"
+    ):
+        to_channels(np.zeros((2, 2, channels), np.uint8), target)

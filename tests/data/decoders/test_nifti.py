@@ -76,8 +76,8 @@ def looked_up(path: Path, axis: str) -> np.ndarray:
 
     def voxel(right: int, front: int, top: int) -> np.ndarray:
         index = [0, 0, 0]
-        for place, axis_of_file, up in zip((right, front, top), along, rising, strict=True):
-            index[axis_of_file] = place if up else data.shape[axis_of_file] - 1 - place
+        for position, axis_of_file, up in zip((right, front, top), along, rising, strict=True):
+            index[axis_of_file] = position if up else data.shape[axis_of_file] - 1 - position
         return data[tuple(index)]
 
     x, y, z = (data.shape[i] for i in along)
@@ -118,8 +118,8 @@ def test_shared_volumes_and_labels_are_read_voxel_by_voxel(
 def test_shared_folder_is_listed_with_its_labels(real_data: Path) -> None:
     folder = real_data / "nifti"
     listing = find_nifti(DataPath(folder), KEEP)
-    found = {images[0]: masks for images, masks, _ in table(listing, folder).values()}
-    assert found == {
+    masks_of = {images[0]: masks for images, masks, _ in table(listing, folder).values()}
+    assert masks_of == {
         f"{image}.nii.gz": [f"{label}.nii.gz"] if label else [] for image, label in SHARED.items()
     }
     assert listing.rejected == []
@@ -171,10 +171,10 @@ def test_type_is_that_of_the_file_or_the_smallest_that_is_exact(
         nib.save(image, tmp_path / "i.nii")
     else:
         write_nifti(tmp_path / "i.nii", values, **header)
-    got = volume_of(item_of(tmp_path / "i.nii"))[..., 0]
+    actual = volume_of(item_of(tmp_path / "i.nii"))[..., 0]
     want = nib.load(tmp_path / "i.nii").get_fdata()[:, ::-1].transpose(2, 1, 0)
-    assert got.dtype == dtype
-    np.testing.assert_array_equal(got, want)
+    assert actual.dtype == dtype
+    np.testing.assert_array_equal(actual, want)
 
 
 def test_wide_whole_numbers_become_float32_and_mixed_types_a_common_one(tmp_path: Path) -> None:
@@ -193,9 +193,9 @@ def test_modalities_and_fourth_axis_are_channels_in_order(tmp_path: Path) -> Non
     values = np.random.default_rng(2).integers(0, 100, (3, 4, 5, 2)).astype(np.uint8)
     first = write_nifti(tmp_path / "a.nii.gz", values, AFFINE)
     second = write_nifti(tmp_path / "b.nii.gz", values[..., 0] + 100, AFFINE)
-    got = volume_of(item_of(first, second))
+    actual = volume_of(item_of(first, second))
     want = np.concatenate([values, values[..., :1] + 100], axis=3)
-    np.testing.assert_array_equal(got, want[:, ::-1].transpose(2, 1, 0, 3))
+    np.testing.assert_array_equal(actual, want[:, ::-1].transpose(2, 1, 0, 3))
 
 
 def test_window_and_percentiles_give_bytes(tmp_path: Path) -> None:
@@ -203,14 +203,14 @@ def test_window_and_percentiles_give_bytes(tmp_path: Path) -> None:
     values[:2] = -1000
     path = write_nifti(tmp_path / "i.nii.gz", values)
     turn = values[:, ::-1].transpose(2, 1, 0, 3).astype(float)
-    got = volume_of(item_of(path), values="window", window=(-160, 240))
-    assert got.dtype == np.uint8
-    np.testing.assert_array_equal(got, np.rint(np.clip((turn + 160) / 400, 0, 1) * 255))
-    got = volume_of(item_of(path), values="percentile")
+    actual = volume_of(item_of(path), values="window", window=(-160, 240))
+    assert actual.dtype == np.uint8
+    np.testing.assert_array_equal(actual, np.rint(np.clip((turn + 160) / 400, 0, 1) * 255))
+    actual = volume_of(item_of(path), values="percentile")
     for c in range(2):
         low, high = np.percentile(values[2:, ..., c], (0.5, 99.5))
         want = np.rint(np.clip((turn[..., c] - low) / (high - low), 0, 1) * 255)
-        np.testing.assert_array_equal(got[..., c], want)
+        np.testing.assert_array_equal(actual[..., c], want)
     flat = write_nifti(tmp_path / "flat.nii", np.full((2, 2, 2), 7, np.int16))
     assert not volume_of(item_of(flat), values="percentile").any()
 
@@ -257,7 +257,7 @@ def test_metres_become_millimetres_and_nifti2_is_read(tmp_path: Path) -> None:
 def test_volumes_in_an_object_store_are_read_like_those_here(
     s3_bucket: str, tmp_path: Path
 ) -> None:
-    there = DataPath(s3_bucket) / "nifti"
+    remote_folder = DataPath(s3_bucket) / "nifti"
     values = np.random.default_rng(5).integers(0, 9, (4, 5, 6)).astype(np.uint8)
     for name, stored in (
         ("imagesTr/a_0000", values),
@@ -265,12 +265,12 @@ def test_volumes_in_an_object_store_are_read_like_those_here(
         ("labelsTr/a", values),
     ):
         path = write_nifti(tmp_path / f"{name}.nii.gz", stored)
-        target = there / f"{name}.nii.gz"
+        target = remote_folder / f"{name}.nii.gz"
         with target.filesystem.open_output_stream(
             target.path, compression=None
         ) as file:  # else zipped once more
             file.write(path.read_bytes())
-    (item,) = find_nifti(there, KEEP).items
+    (item,) = find_nifti(remote_folder, KEEP).items
     (local,) = find_nifti(DataPath(tmp_path), KEEP).items
     np.testing.assert_array_equal(volume_of(item), volume_of(local))
     np.testing.assert_array_equal(
@@ -422,7 +422,7 @@ def test_flat_folder_matches_labels_by_their_ending(tmp_path: Path) -> None:
         for i, ending in enumerate(endings)
         for name in (f"c{i}.nii.gz", f"c{i}{ending}.nii.gz")
     ]
-    place = touch(
+    folder = touch(
         tmp_path,
         *names,
         "alone.nii",
@@ -432,9 +432,9 @@ def test_flat_folder_matches_labels_by_their_ending(tmp_path: Path) -> None:
         "x.hdr",
         "x.img",
     )
-    listing = find_nifti(place, KEEP)
-    found = table(listing, tmp_path)
-    assert found == {
+    listing = find_nifti(folder, KEEP)
+    cases = table(listing, tmp_path)
+    assert cases == {
         "alone": (["alone.nii"], [], "alone"),
         **{
             f"c{i}": ([f"c{i}.nii.gz"], [f"c{i}{ending}.nii.gz"], f"c{i}")
@@ -449,10 +449,10 @@ def test_flat_folder_matches_labels_by_their_ending(tmp_path: Path) -> None:
 
 
 def test_longer_names_keep_their_labels(tmp_path: Path) -> None:
-    place = touch(tmp_path, "a.nii", "a_2.nii", "a_seg.nii", "a_2_seg.nii", "a_2_post_seg.nii")
-    found = table(find_nifti(place, KEEP), tmp_path)
-    assert found["a"][1] == ["a_seg.nii"]
-    assert found["a_2"][1] == ["a_2_post_seg.nii", "a_2_seg.nii"]
+    folder = touch(tmp_path, "a.nii", "a_2.nii", "a_seg.nii", "a_2_seg.nii", "a_2_post_seg.nii")
+    cases = table(find_nifti(folder, KEEP), tmp_path)
+    assert cases["a"][1] == ["a_seg.nii"]
+    assert cases["a_2"][1] == ["a_2_post_seg.nii", "a_2_seg.nii"]
 
 
 @pytest.mark.parametrize(
@@ -468,10 +468,10 @@ def test_labels_in_a_folder_of_their_own_are_named_like_images(
         f"{labels}/b.nii.gz",
     ]
     listing = find_nifti(touch(tmp_path, *names, "imagesTs/a_9.nii.gz"), KEEP)
-    found = table(listing, tmp_path)
-    assert found["a_1"][1] == [f"{labels}/a_1.nii.gz"]
-    assert found["a_2"][1] == []
-    assert "a_9" in found
+    cases = table(listing, tmp_path)
+    assert cases["a_1"][1] == [f"{labels}/a_1.nii.gz"]
+    assert cases["a_2"][1] == []
+    assert "a_9" in cases
     assert [fault.file for fault in listing.rejected] == [f"{labels}/b.nii.gz"]
 
 
@@ -479,13 +479,13 @@ def test_nnunet_endings_are_channels(tmp_path: Path) -> None:
     images = [
         f"imagesTr/case_{i}_{c:04d}.nii.gz" for i in range(4) for c in range(3) if (i, c) != (2, 1)
     ]
-    place = touch(
+    folder = touch(
         tmp_path, *images, *(f"labelsTr/case_{i}.nii.gz" for i in range(4)), "dataset.json"
     )
-    listing = find_nifti(place, KEEP)
-    found = table(listing, tmp_path)
-    assert sorted(found) == ["case_0", "case_1", "case_3"]
-    assert found["case_1"] == (
+    listing = find_nifti(folder, KEEP)
+    cases = table(listing, tmp_path)
+    assert sorted(cases) == ["case_0", "case_1", "case_3"]
+    assert cases["case_1"] == (
         [f"imagesTr/case_1_{c:04d}.nii.gz" for c in range(3)],
         ["labelsTr/case_1.nii.gz"],
         "case_1",
@@ -500,8 +500,8 @@ def test_nnunet_endings_are_channels(tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_no_channels_stay_names(tmp_path: Path) -> None:
-    place = touch(tmp_path, *(f"imagesTr/scan_{i:04d}.nii.gz" for i in (1, 2, 30)))
-    assert sorted(table(find_nifti(place, KEEP), tmp_path)) == [
+    folder = touch(tmp_path, *(f"imagesTr/scan_{i:04d}.nii.gz" for i in (1, 2, 30)))
+    assert sorted(table(find_nifti(folder, KEEP), tmp_path)) == [
         "scan_0001",
         "scan_0002",
         "scan_0030",
@@ -520,19 +520,19 @@ def test_brats_modalities_are_channels_in_one_order(tmp_path: Path) -> None:
     ]
     lacking = ["HGG/B_9/B_9_t1.nii.gz", "HGG/B_9/B_9_t2.nii.gz", "HGG/B_9/B_9_seg.nii.gz"]
     listing = find_nifti(touch(tmp_path, *old, *new_files, *lacking), KEEP)
-    found = table(listing, tmp_path)
-    assert len(found) == 6
-    assert found["B_1"] == (
+    cases = table(listing, tmp_path)
+    assert len(cases) == 6
+    assert cases["B_1"] == (
         [f"HGG/B_1/B_1_{m}.nii.gz" for m in ("t1", "t1ce", "t2", "flair")],
         ["HGG/B_1/B_1_seg.nii.gz"],
         "B_1",
     )
-    images, masks, group = found[new[0]]
+    images, masks, group = cases[new[0]]
     assert [Path(image).name.removeprefix(new[0]) for image in images] == [
         f"-{m}.nii.gz" for m in ("t1n", "t1c", "t2w", "t2f")
     ]
     assert masks == [f"{new[0]}/{new[0]}-seg.nii.gz"]
-    assert found[new[1]][2] == group == "BraTS-GLI-00005"  # two times of one patient
+    assert cases[new[1]][2] == group == "BraTS-GLI-00005"  # two times of one patient
     assert [fault.file for fault in listing.rejected] == sorted(lacking)
     assert "lacks t1ce, flair, which most cases have" in listing.rejected[1].reason
 
@@ -546,28 +546,28 @@ def test_sessions_of_a_bids_subject_share_a_group(tmp_path: Path) -> None:
     ]
     derived = "derivatives/labels/sub-01/ses-1/anat/sub-01_ses-1_T1w_seg.nii.gz"
     listing = find_nifti(touch(tmp_path, *names, derived), KEEP)
-    found = table(listing, tmp_path)
-    assert len(found) == 8  # scans of a subject lie on grids of their own: no channels
-    assert {group for _, _, group in found.values()} == {"sub-01", "sub-02"}
-    assert found["sub-02_ses-1_FLAIR"][1] == [
+    cases = table(listing, tmp_path)
+    assert len(cases) == 8  # scans of a subject lie on grids of their own: no channels
+    assert {group for _, _, group in cases.values()} == {"sub-01", "sub-02"}
+    assert cases["sub-02_ses-1_FLAIR"][1] == [
         names[8].replace("FLAIR.nii", "FLAIR_label-lesion_mask.nii")
     ]
-    assert found["sub-01_ses-1_T1w"][1] == [derived]
+    assert cases["sub-01_ses-1_T1w"][1] == [derived]
     assert listing.rejected == []
 
 
 def test_case_folders_give_ids_and_groups(tmp_path: Path) -> None:
     names = [f"case_{i}/{kind}.nii.gz" for i in range(3) for kind in ("imaging", "segmentation")]
-    found = table(find_nifti(touch(tmp_path, *names), KEEP), tmp_path)
-    assert found["case_1/imaging"] == (
+    cases = table(find_nifti(touch(tmp_path, *names), KEEP), tmp_path)
+    assert cases["case_1/imaging"] == (
         ["case_1/imaging.nii.gz"],
         ["case_1/segmentation.nii.gz"],
         "case_1",
     )
-    assert len(found) == 3
+    assert len(cases) == 3
     names = [f"p{i}/{visit}/scan.nii.gz" for i in range(2) for visit in ("visit1", "20240131")]
-    found = table(find_nifti(touch(tmp_path / "visits", *names), KEEP), tmp_path / "visits")
-    assert {group for _, _, group in found.values()} == {"p0", "p1"}
+    cases = table(find_nifti(touch(tmp_path / "visits", *names), KEEP), tmp_path / "visits")
+    assert {group for _, _, group in cases.values()} == {"p0", "p1"}
 
 
 def test_folder_without_volumes_is_an_error(tmp_path: Path) -> None:
@@ -592,7 +592,7 @@ def test_decathlon_lists_what_its_index_names(tmp_path: Path) -> None:
         "imagesTr/la_004.nii.gz",
         "imagesTs/la_009.nii.gz",
     ]
-    place = touch(
+    folder = touch(
         tmp_path, *files, "imagesTr/n_0000.nii.gz", "imagesTr/n_0001.nii.gz", "labelsTr/n.nii.gz"
     )
     _index(
@@ -609,7 +609,7 @@ def test_decathlon_lists_what_its_index_names(tmp_path: Path) -> None:
         ],
         test=["./imagesTs/la_009.nii.gz", "./imagesTr/la_003.nii.gz", "x.mha"],
     )
-    listing = find_decathlon(place, KEEP)
+    listing = find_decathlon(folder, KEEP)
     assert table(listing, tmp_path) == {
         "la_003": (["imagesTr/la_003.nii.gz"], ["labelsTr/la_003.nii.gz"], "la_003"),
         "la_009": (["imagesTs/la_009.nii.gz"], [], "la_009"),

@@ -225,10 +225,10 @@ def test_a_stream_runs_where_workers_hold_every_cpu(parted: PatchDataset) -> Non
 def test_a_dataset_in_an_object_store_gives_the_same_bytes(
     parted: PatchDataset, s3_bucket: str
 ) -> None:
-    there = DataPath(s3_bucket) / "streamed"
+    remote_folder = DataPath(s3_bucket) / "streamed"
     for entry in parted.root.entries():
-        (there / entry.name).atomic_write((parted.root / entry.name).read_bytes())
-    remote = PatchDataset.open(there)
+        (remote_folder / entry.name).atomic_write((parted.root / entry.name).read_bytes())
+    remote = PatchDataset.open(remote_folder)
     expected = _digest(open_batches(parted, batch_size=50, seed=0, mode="mapped").epoch(1))
     for mode in MODES:
         assert (

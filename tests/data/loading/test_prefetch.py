@@ -17,10 +17,10 @@ def threads() -> int:
 
 
 def test_items_come_in_order_prepared_by_another_thread() -> None:
-    seen: list[tuple[int, str]] = list(
+    items: list[tuple[int, str]] = list(
         read_ahead(range(20), lambda number: (number, threading.current_thread().name), depth=2)
     )
-    assert seen == [(number, "amlp-prefetch_0") for number in range(20)]
+    assert items == [(number, "amlp-prefetch_0") for number in range(20)]
     assert threads() == 0
 
 
@@ -28,8 +28,8 @@ def test_it_stays_as_far_ahead_as_it_is_told() -> None:
     taken: list[int] = []
     ready = read_ahead(range(100), taken.append, depth=3)
     next(ready)
-    given = threading.Event()
-    given.wait(0.3)
+    pause = threading.Event()
+    pause.wait(0.3)
     assert len(taken) <= 1 + 3 + 1  # given, waiting, and one in the thread's hands
     ready.close()
     assert threads() == 0
@@ -41,10 +41,10 @@ def test_an_error_is_raised_after_the_items_before_it() -> None:
         yield 2
         raise OSError("disk gone")
 
-    got: list[int] = []
+    items: list[int] = []
     with pytest.raises(OSError, match="disk gone"):
-        got.extend(read_ahead(source(), lambda number: number, depth=5))
-    assert got == [1, 2]
+        items.extend(read_ahead(source(), lambda number: number, depth=5))
+    assert items == [1, 2]
     assert threads() == 0
 
 

@@ -87,11 +87,11 @@ def test_a_worker_needs_few_units_at_once_and_each_of_them_for_one_stretch() -> 
         needed, first, last = order.plan_reads(order.group_of(rows), 16 // world)
         assert len(needed) == pytest.approx(400 / world, abs=8)
         assert (np.diff(first) >= 0).all()
-        held = np.zeros(last.max() + 2, int)
-        np.add.at(held, first, 1)
-        np.add.at(held, last + 1, -1)
+        changes = np.zeros(last.max() + 2, int)
+        np.add.at(changes, first, 1)
+        np.add.at(changes, last + 1, -1)
         assert (
-            held.cumsum().max() <= 4 * 8 / world
+            changes.cumsum().max() <= 4 * 8 / world
         )  # a window of 50 rows touches three units at most, and a next one
 
 
@@ -106,8 +106,8 @@ def test_a_batch_of_a_large_split_comes_from_many_units() -> None:
 
 def test_units_come_into_sight_before_they_are_needed() -> None:
     needed = np.array([0, 0, 1, 4, 4, 9])
-    seen = [list(range(6))[some] for some in reads_to_start(needed, 10, 2)]
-    assert seen[0] == [0, 1, 2, 3]
-    assert [number for some in seen for number in some] == list(range(6))
+    started = [list(range(6))[some] for some in reads_to_start(needed, 10, 2)]
+    assert started[0] == [0, 1, 2, 3]
+    assert [number for some in started for number in some] == list(range(6))
     for number, step in enumerate(needed):
-        assert any(number in some for some in seen[: step + 1])
+        assert any(number in some for some in started[: step + 1])

@@ -311,16 +311,18 @@ ODD_NAMES = (
 @dataclass(frozen=True)
 class Prepared:
     ids: set[str]
-    told: list[dict[str, str]]
+    rejects: list[dict[str, str]]
     dataset: PatchDataset
 
 
 def _prepared(source: Path, out: Path, **config: Any) -> Prepared:
-    given = {"size": 32, "group_by": "image", "fractions": (1, 0, 0)} | config
-    dataset = prepare(source, out, PrepareConfig.model_validate(given))
+    values = {"size": 32, "group_by": "image", "fractions": (1, 0, 0)} | config
+    dataset = prepare(source, out, PrepareConfig.model_validate(values))
     with out.with_name(f"{out.name}.rejects.csv").open(newline="") as file:
-        told = list(csv.DictReader(file))
-    return Prepared({name for split in SPLITS for name in dataset.load(split).ids}, told, dataset)
+        rejects = list(csv.DictReader(file))
+    return Prepared(
+        {name for split in SPLITS for name in dataset.load(split).ids}, rejects, dataset
+    )
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +352,7 @@ def test_bad_pictures(case: Case, pictures: Prepared, tmp_path: Path) -> None:
     for name in ("images", "masks"):
         (tmp_path / name).mkdir()
     file = case.make(tmp_path)
-    rows = [row for row in pictures.told if Path(row["file"]).name == file]
+    rows = [row for row in pictures.rejects if Path(row["file"]).name == file]
     assert len(rows) == 1, rows
     assert rows[0]["action"] == case.action
     assert case.reason in rows[0]["reason"]
@@ -359,9 +361,9 @@ def test_bad_pictures(case: Case, pictures: Prepared, tmp_path: Path) -> None:
 
 
 def test_the_rest_of_the_pictures_survives(pictures: Prepared) -> None:
-    repaired = {Path(row["file"]).stem for row in pictures.told if row["action"] == "repaired"}
+    repaired = {Path(row["file"]).stem for row in pictures.rejects if row["action"] == "repaired"}
     assert pictures.ids == {f"good {i}" for i in range(GOOD)} | set(ODD_NAMES) | repaired
-    assert len(pictures.told) == len(PICTURES)
+    assert len(pictures.rejects) == len(PICTURES)
     assert pictures.dataset.manifest.rejected == len(PICTURES) - len(repaired)
     train = pictures.dataset.load("train")
     good = train.images[train.ids.index("good 1")][0]
@@ -402,21 +404,21 @@ def test_bad_labels(case: Case, tmp_path: Path) -> None:
         tmp_path / "in"
     )
     file = case.make(tmp_path / "in")
-    found = _prepared(tmp_path / "in", tmp_path / "out", layout="paired", lesion_labels=(1, 2))
-    assert [Path(row["file"]).name for row in found.told] == [file]
-    assert found.told[0]["action"] == case.action
-    assert case.reason in found.told[0]["reason"]
-    assert found.ids == {"good"} | ({Path(file).stem} if case.action == "repaired" else set())
+    prepared = _prepared(tmp_path / "in", tmp_path / "out", layout="paired", lesion_labels=(1, 2))
+    assert [Path(row["file"]).name for row in prepared.rejects] == [file]
+    assert prepared.rejects[0]["action"] == case.action
+    assert case.reason in prepared.rejects[0]["reason"]
+    assert prepared.ids == {"good"} | ({Path(file).stem} if case.action == "repaired" else set())
 
 
 # Volumes
 
 
 def _volume(
-    name: str, values: np.ndarray, label: np.ndarray | None = None, **given: Any
+    name: str, values: np.ndarray, label: np.ndarray | None = None, **options: Any
 ) -> Callable[[Path], str]:
     def make(folder: Path) -> str:
-        write_nifti(folder / f"{name}.nii.gz", values, **given)
+        write_nifti(folder / f"{name}.nii.gz", values, **options)
         if label is not None:
             write_nifti(folder / f"{name}_seg.nii.gz", label)
         return f"{name}.nii.gz"
@@ -500,7 +502,7 @@ def volumes(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Prep
 @pytest.mark.parametrize("case", VOLUMES, ids=lambda case: case.kind)
 def test_bad_volumes(case: Case, volumes: Prepared, tmp_path: Path) -> None:
     file = case.make(tmp_path)
-    rows = [row for row in volumes.told if Path(row["file"]).name == file]
+    rows = [row for row in volumes.rejects if Path(row["file"]).name == file]
     assert len(rows) == 1, rows
     assert rows[0]["action"] == case.action
     assert case.reason in rows[0]["reason"]
@@ -516,9 +518,9 @@ def test_a_case_that_lacks_a_modality_is_rejected(tmp_path: Path) -> None:
         for modality in ("t1", "t1ce", "t2", "flair"):
             if (case, modality) != ("B", "t2"):
                 write_nifti(tmp_path / "in" / case / f"{case}_{modality}.nii.gz", SCAN)
-    found = _prepared(tmp_path / "in", tmp_path / "out", layout="nifti", group_by="auto")
-    assert {name.rpartition("/")[0] for name in found.ids} == {"A", "C"}
-    assert any("t2" in row["reason"] and "B" in row["file"] for row in found.told)
+    prepared = _prepared(tmp_path / "in", tmp_path / "out", layout="nifti", group_by="auto")
+    assert {name.rpartition("/")[0] for name in prepared.ids} == {"A", "C"}
+    assert any("t2" in row["reason"] and "B" in row["file"] for row in prepared.rejects)
 
 
 # DICOM
@@ -576,7 +578,7 @@ def dicoms(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Prepa
 @pytest.mark.parametrize("case", DICOMS, ids=lambda case: case.kind)
 def test_bad_dicom(case: Case, dicoms: Prepared, tmp_path: Path) -> None:
     file = case.make(tmp_path)
-    rows = [row for row in dicoms.told if Path(row["file"]).name == file]
+    rows = [row for row in dicoms.rejects if Path(row["file"]).name == file]
     assert len(rows) == 1, rows
     assert rows[0]["action"] == case.action
     assert case.reason in rows[0]["reason"]
@@ -584,8 +586,8 @@ def test_bad_dicom(case: Case, dicoms: Prepared, tmp_path: Path) -> None:
 
 def test_the_rest_of_the_dicom_survives_and_a_copy_counts_once(dicoms: Prepared) -> None:
     assert len(dicoms.ids) == GOOD
-    assert sum("copy" in row["reason"] for row in dicoms.told) == 1
-    assert len(dicoms.told) == len(DICOMS) + 1
+    assert sum("copy" in row["reason"] for row in dicoms.rejects) == 1
+    assert len(dicoms.rejects) == len(DICOMS) + 1
 
 
 # Folders, settings and datasets that cannot be used at all: one sentence, nothing half-written
@@ -795,13 +797,14 @@ def test_a_file_without_rights_is_told(tmp_path: Path) -> None:
         "from amlp_ray.data.prepare.scan import scan_item\n"
         "from amlp_ray.data.layouts import SourceImage\n"
         "from amlp_ray.config import PrepareConfig\n"
-        "def told(name):\n"
+        "def reason(name):\n"
         "    path = f'{sys.argv[1]}/{name}.png'\n"
         "    item = SourceImage(name, 'picture', (path,), (), path)\n"
         "    return scan_item(item, PrepareConfig()).fault\n"
-        "told('0')\n"  # so that all is imported: the other user may not see where we are installed
+        # The first call imports all: the other user may not see where we are installed.
+        "reason('0')\n"
         "os.setuid(65534)\n"
-        "print(told('0')); print(told('1'))\n"
+        "print(reason('0')); print(reason('1'))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(source)], capture_output=True, text=True, check=True

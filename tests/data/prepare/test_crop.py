@@ -61,25 +61,25 @@ def test_tiles_put_together_are_the_image_to_the_bit(dtype: str, overlap: float)
     lesion = (_noise(75, 100)[..., 0] > 200).astype(np.uint8)
     config = _settings(fit="tiles", overlap=overlap)
     whole, whole_mask = np.full_like(image, 1), np.full_like(lesion, 7)
-    for place in iter_crops(image, lesion, config):
-        stored, mask = cut(image, lesion, place.y, place.x, config)
+    for crop in iter_crops(image, lesion, config):
+        stored, mask = cut(image, lesion, crop.y, crop.x, config)
         assert stored.dtype == image.dtype
         assert stored.shape == (2, 32, 32)
-        at = slice(place.y, place.y + 32), slice(place.x, place.x + 32)
+        at = slice(crop.y, crop.y + 32), slice(crop.x, crop.x + 32)
         whole[at] = stored.transpose(1, 2, 0)
         whole_mask[at] = mask
-        assert place.lesion == bool(lesion[at].any())
+        assert crop.lesion == bool(lesion[at].any())
     np.testing.assert_array_equal(whole, image)
     np.testing.assert_array_equal(whole_mask, lesion)
 
 
 def test_a_frame_smaller_than_a_tile_is_padded_at_its_lower_right() -> None:
     image = _noise(20, 10, dtype="int16") - 1000
-    (place,) = iter_crops(image, None, _settings(fit="tiles"))
-    stored, _ = cut(image, None, place.y, place.x, _settings(fit="tiles"))
+    (crop,) = iter_crops(image, None, _settings(fit="tiles"))
+    stored, _ = cut(image, None, crop.y, crop.x, _settings(fit="tiles"))
     np.testing.assert_array_equal(stored[0, :20, :10], image[..., 0])
     assert (stored[0, 20:] == image.min()).all()
-    assert place.background >= 1 - 200 / 32**2
+    assert crop.background >= 1 - 200 / 32**2
 
 
 @pytest.mark.parametrize(

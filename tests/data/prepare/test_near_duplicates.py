@@ -155,13 +155,13 @@ def test_pairs_are_those_of_all_comparisons_each_once(
     hashes, other = some_hashes(400), some_hashes(300, seed=0, flips=3)
     for block in (grouping.BLOCK_PAIRS, 1000):
         monkeypatch.setattr(grouping, "BLOCK_PAIRS", block)
-        found = [
+        pairs = [
             pair
             for a, b in near_pairs(hashes, distance)
             for pair in zip(a.tolist(), b.tolist(), strict=True)
         ]
-        assert len(found) == len(set(found))
-        assert set(found) == {(a, b) for a, b in brute_pairs(hashes, hashes, distance) if a < b}
+        assert len(pairs) == len(set(pairs))
+        assert set(pairs) == {(a, b) for a, b in brute_pairs(hashes, hashes, distance) if a < b}
         between = [
             p
             for a, b in near_pairs(hashes, distance, other)
@@ -218,9 +218,9 @@ def test_no_group_is_ever_cut(
     assert not find_cut_groups(dict(enumerate(splits)), dict(enumerate(groups)))
     largest = Counter(groups).most_common(1)[0][1]
     for split, fraction in zip(SPLITS, fractions, strict=True):
-        found = splits.count(split)
-        assert found == 0 or fraction > 0
-        assert abs(found - fraction * len(groups)) <= 2 * largest
+        count = splits.count(split)
+        assert count == 0 or fraction > 0
+        assert abs(count - fraction * len(groups)) <= 2 * largest
 
 
 def test_fractions_are_met_within_each_class() -> None:
@@ -271,11 +271,11 @@ def test_fractions_count_the_images_of_a_volume() -> None:
     groups = [f"case {i}" for i in range(12)]
     images = [200, 200, *[40] * 10]
     splits = split_by_group(groups, ["x"] * 12, (0.5, 0.25, 0.25), 0, images)
-    got = {
+    counts = {
         name: sum(n for n, split in zip(images, splits, strict=True) if split == name)
         for name in SPLITS
     }
-    assert got == {"train": 400, "val": 200, "test": 200}
+    assert counts == {"train": 400, "val": 200, "test": 200}
 
 
 def test_a_group_file_may_name_its_column(tmp_path: Path) -> None:

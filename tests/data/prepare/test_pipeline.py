@@ -74,11 +74,11 @@ def test_busi_images_and_masks_are_what_pillow_reads(
     busi_folder: Path, tmp_path: Path, messages: pytest.LogCaptureFixture
 ) -> None:
     dataset = prepare(busi_folder, tmp_path / "out", _settings("busi"))
-    found = _everything(dataset)
-    assert len(found) == 18
+    samples = _everything(dataset)
+    assert len(samples) == 18
     assert dataset.shape == (1, 32, 32)
-    assert all(labeled for _, _, labeled in found.values())
-    for name, (image, mask, _) in found.items():
+    assert all(labeled for _, _, labeled in samples.values())
+    for name, (image, mask, _) in samples.items():
         folder = busi_folder / name.split()[0]
         gray = Image.open(folder / f"{name}.png").convert("L")
         np.testing.assert_array_equal(
@@ -90,7 +90,7 @@ def test_busi_images_and_masks_are_what_pillow_reads(
         share = np.asarray(Image.fromarray(union).resize((32, 32), Image.Resampling.BOX))
         np.testing.assert_array_equal(mask, share >= 0.5)
         assert mask.any() == (not name.startswith("normal"))
-    lower = found["benign (1)"][1][20:]  # the second and third mask lie there
+    lower = samples["benign (1)"][1][20:]  # the second and third mask lie there
     assert lower[:, :12].any()
     assert lower[:, 20:].any()
     assert any("18 images" in sentence for sentence in messages.messages)
@@ -192,11 +192,11 @@ def test_split_and_group_files_rule(
         *(f"{name},{'a' if name.startswith('benign') else name}" for name in listed),
     ]
     (tmp_path / "groups.csv").write_text("\n".join(lines))
-    given = {
+    files = {
         "split_file": str(tmp_path / "splits.json"),
         "group_file": str(tmp_path / "groups.csv"),
     }
-    dataset = prepare(busi_folder, tmp_path / "out", _settings("busi", **given))
+    dataset = prepare(busi_folder, tmp_path / "out", _settings("busi", **files))
     assert {split: dataset.load(split).ids for split in SPLITS} == splits
     assert set(dataset.load("train").groups) == {"a"}
     assert dataset.manifest.left_out == 10
@@ -208,7 +208,7 @@ def test_split_and_group_files_rule(
     with pytest.raises(
         DataError, match=r"splits\.json puts group 'a' of .*groups\.csv into train and test"
     ):
-        prepare(busi_folder, tmp_path / "leak", _settings("busi", **given))
+        prepare(busi_folder, tmp_path / "leak", _settings("busi", **files))
 
 
 def test_near_copies_never_lie_in_two_splits(busi_folder: Path, tmp_path: Path) -> None:
@@ -238,9 +238,9 @@ def test_faults_are_listed_and_the_rest_survives(
     ]
     assert dataset.manifest.rejected == 2
     assert messages.messages[-1].startswith("2 files rejected and 0 repaired, see ")
-    found = _rejects(tmp_path / "out")
-    assert set(found) == {"benign (3).png", "normal (2).png"}
-    assert "mask of 5x5 pixels" in found["normal (2).png"][1]
+    rejects = _rejects(tmp_path / "out")
+    assert set(rejects) == {"benign (3).png", "normal (2).png"}
+    assert "mask of 5x5 pixels" in rejects["normal (2).png"][1]
 
     (busi_folder / "benign" / "benign (3).png").unlink()
     (busi_folder / "normal" / "normal (2)_mask.png").unlink()
@@ -366,10 +366,10 @@ def test_a_file_that_changes_on_the_way_is_noticed(
 
     assign = module.assign
 
-    def change(*given: Any) -> Any:
+    def change(*arguments: Any) -> Any:
         Image.new("RGB", (80, 80), "red").save(busi_folder / "benign" / "benign (2).png")
         Image.new("L", (80, 80)).save(busi_folder / "benign" / "benign (2)_mask.png")
-        return assign(*given)
+        return assign(*arguments)
 
     monkeypatch.setattr(module, "assign", change)
     with pytest.raises(
@@ -380,20 +380,20 @@ def test_a_file_that_changes_on_the_way_is_noticed(
 
 
 def test_from_and_to_an_object_store(busi_folder: Path, tmp_path: Path, s3_bucket: str) -> None:
-    here = prepare(busi_folder, tmp_path / "out", _settings("busi"))
+    local = prepare(busi_folder, tmp_path / "out", _settings("busi"))
     source, out = DataPath(s3_bucket) / "source", DataPath(s3_bucket) / "sets" / "out"
     for entry in DataPath(busi_folder).entries():
         (source / entry.name).atomic_write((busi_folder / entry.name).read_bytes())
     (source / "benign/benign (99).png").atomic_write(b"not a picture")
-    there = prepare(source, out, _settings("busi"))
+    remote = prepare(source, out, _settings("busi"))
     assert {
         e.name: (out / e.name).read_bytes() for e in out.entries() if e.name != "manifest.json"
     } == {
-        e.name: (here.root / e.name).read_bytes()
-        for e in here.root.entries()
+        e.name: (local.root / e.name).read_bytes()
+        for e in local.root.entries()
         if e.name != "manifest.json"
     }
-    assert there.manifest.fingerprint == here.manifest.fingerprint
+    assert remote.manifest.fingerprint == local.manifest.fingerprint
     assert b"benign (99).png" in (out.parent / "out.rejects.csv").read_bytes()
     assert not (out / ".preparing").is_folder()
 
@@ -482,13 +482,15 @@ def test_real_busi(real_data: Path, tmp_path: Path) -> None:
         "test": 29,
     }
     assert dataset.shape == (1, 64, 64)  # grey in spite of a few coloured callipers
-    found = _everything(dataset)
-    assert len(found) == 148
-    assert sum(mask.any() for _, mask, _ in found.values()) == 128
-    assert not any(mask.any() for name, (_, mask, _) in found.items() if name.startswith("normal"))
+    samples = _everything(dataset)
+    assert len(samples) == 148
+    assert sum(mask.any() for _, mask, _ in samples.values()) == 128
+    assert not any(
+        mask.any() for name, (_, mask, _) in samples.items() if name.startswith("normal")
+    )
     for name in ("benign (4)", "benign (54)"):  # RGBA masks, opaque everywhere
-        assert 0 < found[name][1].mean() < 0.5
-    areas = {name: mask.mean() for name, (_, mask, _) in found.items() if mask.any()}
+        assert 0 < samples[name][1].mean() < 0.5
+    areas = {name: mask.mean() for name, (_, mask, _) in samples.items() if mask.any()}
     assert np.mean(list(areas.values())) == pytest.approx(0.089, abs=0.003)
     lesions = dataset.summary()["splits"]["train"]["lesions"]
     assert lesions == 90
@@ -584,10 +586,10 @@ def test_a_dataset_that_ended_meanwhile_is_not_touched(
 
     find = module.find_items
 
-    def other_first(*given: Any) -> Any:
+    def other_first(*arguments: Any) -> Any:
         monkeypatch.setattr(module, "find_items", find)
         prepare(busi_folder, tmp_path / "out", _settings("busi"))
-        return find(*given)
+        return find(*arguments)
 
     monkeypatch.setattr(module, "find_items", other_first)
     with pytest.raises(DataError, match="was finished by another process meanwhile"):
@@ -603,9 +605,9 @@ def test_values_of_pictures_are_brought_to_bytes(values: str, tmp_path: Path) ->
     arrays = [rng.integers(500, 4000, (32, 32)).astype(np.uint16) for _ in range(3)]
     for i, array in enumerate(arrays):
         Image.fromarray(array).save(tmp_path / "in" / f"{i}.png")
-    given = {"values": values, "window": (1000, 3000) if values == "window" else None}
+    windowing = {"values": values, "window": (1000, 3000) if values == "window" else None}
     train = prepare(
-        tmp_path / "in", tmp_path / "out", _settings("flat", fractions=(1, 0, 0), **given)
+        tmp_path / "in", tmp_path / "out", _settings("flat", fractions=(1, 0, 0), **windowing)
     ).load("train")
     assert train.images.dtype == np.uint8
     for stored, array in zip(train.images[:, 0], arrays, strict=True):

@@ -39,8 +39,8 @@ CONFIRM = {"top": 2, "seeds": 2, "finetune": {"epochs": 1, "batch_size": 12, "de
 
 def new_study(folder: Path, **changes: Any) -> tuple[StudyStore, StudyConfig]:
     changes["confirm"] = merge(CONFIRM, changes.get("confirm", {}))
-    given = merge(TINY, {"name": folder.name, "baselines": ["scratch", "mae"], **changes})
-    config = StudyConfig.model_validate({**given, "space": SPACE})
+    values = merge(TINY, {"name": folder.name, "baselines": ["scratch", "mae"], **changes})
+    config = StudyConfig.model_validate({**values, "space": SPACE})
     folder.mkdir(parents=True)
     write_yaml(config, folder / "study.yaml")
     return StudyStore(folder), config
@@ -149,8 +149,8 @@ def test_steps_of_a_population_count_at_their_full_length_only(tmp_path: Path) -
 def test_a_trial_whose_folder_is_gone_is_rebuilt_from_its_parameters(tmp_path: Path) -> None:
     store, config = new_study(tmp_path / "s", pruner={"rungs": 2, "schedule": "compress"})
     add_trial(store, 0.3, 0.5, with_folder=False)
-    found = confirmation_plan(store, config)[0].config(4)
-    assert (found.ratio.start, found.ratio.rungs, found.seed) == (0.3, (2, 4), 4)
+    rebuilt = confirmation_plan(store, config)[0].config(4)
+    assert (rebuilt.ratio.start, rebuilt.ratio.rungs, rebuilt.seed) == (0.3, (2, 4), 4)
 
 
 def test_without_a_whole_trial_there_is_nothing_to_confirm(tmp_path: Path) -> None:
@@ -220,11 +220,15 @@ def train(store: StudyStore, dataset: PatchDataset) -> None:
     for repeat in range(config.confirm.seeds):
         for candidate in confirmation_plan(store, config):
             folder = store.confirm_folder(candidate.name, repeat)
-            given = candidate.config(confirm_seed(config, repeat))
-            rungs = (0,) if given.objective == "none" else (given.epochs,)
+            run_config = candidate.config(confirm_seed(config, repeat))
+            rungs = (0,) if run_config.objective == "none" else (run_config.epochs,)
             run_job(
                 RunSpec(
-                    config=given, data=dataset.path, folder=folder, probe=config.probe, rungs=rungs
+                    config=run_config,
+                    data=dataset.path,
+                    folder=folder,
+                    probe=config.probe,
+                    rungs=rungs,
                 ),
                 Hooks(),
             )
@@ -275,10 +279,10 @@ def test_a_finished_fine_tuning_is_not_done_again(
     folder, config = trained.confirm_folder("mae", 0), trained.config()
     weights = folder / "segmenter" / "segmenter.safetensors"
     before = weights.stat().st_mtime_ns
-    found = finish_confirmation_run(
+    result = finish_confirmation_run(
         folder, phantom_dataset, finetuning(config, 0), sizes=config.probe.sizes
     )
-    assert found == json.loads((folder / "finetune.json").read_text())
+    assert result == json.loads((folder / "finetune.json").read_text())
     assert weights.stat().st_mtime_ns == before
 
 
@@ -358,16 +362,16 @@ def test_test_images_are_opened_once_and_the_report_says_what_they_show(
     test = phantom_dataset.table("test", columns=["id", "lesion"])
     lesions = set(test["id"][test["lesion"] > 0])
     for path in first.runs.values():
-        found = json.loads((trained.folder / path / "test.json").read_text())
-        assert {protocol: set(score["per_image"]) for protocol, score in found.items()} == {
+        scores = json.loads((trained.folder / path / "test.json").read_text())
+        assert {protocol: set(score["per_image"]) for protocol, score in scores.items()} == {
             "probe": lesions,
             "finetune": lesions,
         }
-    assert found["probe"]["scoring"] == "test"
+    assert scores["probe"]["scoring"] == "test"
 
     # A run that a killed process left unscored is scored again, to the same; a newcomer is not.
     mae = trained.confirm_folder("mae", 0) / "test.json"
-    kept = mae.read_text()
+    unchanged = mae.read_text()
     mae.unlink()
     add_trial(trained, 0.6, 0.9)
     end_run(trained, "trial-1", 0)
@@ -377,13 +381,13 @@ def test_test_images_are_opened_once_and_the_report_says_what_they_show(
     assert again == first
     assert "nobody else is scored on them" in lines[0]
     assert lines[1:] == ["mae-0: scored on test"]
-    assert mae.read_text() == kept
+    assert mae.read_text() == unchanged
     assert names(trained) == first.candidates
 
-    found = read_confirmation(trained)
-    assert found is not None
-    assert [c.name for c in found.candidates] == first.candidates
-    items = {item.baseline: item for item in found.against_baselines["finetune"]}
+    confirmation = read_confirmation(trained)
+    assert confirmation is not None
+    assert [c.name for c in confirmation.candidates] == first.candidates
+    items = {item.baseline: item for item in confirmation.against_baselines["finetune"]}
     of_trial, oracle = items["mae"], items["oracle-of-trial-0"]
     assert (of_trial.candidate, of_trial.difference.seeds, of_trial.difference.images) == (
         "trial-0",
@@ -418,9 +422,9 @@ def test_a_failed_run_is_left_out_and_the_test_is_opened_all_the_same(
         "trial-0-1",
         "mae-0",
     }
-    found = read_confirmation(store)
-    assert found is not None
-    assert found.failed == {"mae-1": "node lost"}
-    (item,) = found.against_baselines["finetune"]
+    confirmation = read_confirmation(store)
+    assert confirmation is not None
+    assert confirmation.failed == {"mae-1": "node lost"}
+    (item,) = confirmation.against_baselines["finetune"]
     assert item.difference.seeds == 1
     assert item.reading == "not known"  # one pair of seeds says nothing of the noise

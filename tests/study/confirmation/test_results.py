@@ -97,12 +97,12 @@ class WrittenConfirmation:
             "runs": {},
         }
         self.store.confirmation(create=True).set_user_attr("test_unlocked", record)
-        return self.found()
+        return self.confirmation()
 
-    def found(self) -> Confirmation:
-        found = read_confirmation(self.store)
-        assert found is not None
-        return found
+    def confirmation(self) -> Confirmation:
+        confirmation = read_confirmation(self.store)
+        assert confirmation is not None
+        return confirmation
 
 
 @pytest.fixture
@@ -123,10 +123,10 @@ def test_the_trial_that_is_judged_is_the_best_on_val_and_not_on_test(
     written.add("trial-3", 0.70, val=0.50)
     written.add("trial-8", 0.60, val=0.60)
     written.add("mae", 0.65)
-    found = written.open()
-    assert found.chosen is not None
-    assert found.chosen.name == "trial-8"
-    verdict = with_confirmation(SEARCHED, found)
+    confirmation = written.open()
+    assert confirmation.chosen is not None
+    assert confirmation.chosen.name == "trial-8"
+    verdict = with_confirmation(SEARCHED, confirmation)
     assert verdict.kind == "worse"
     assert "3 seeds and 60 test images, trial 8 scores 0.60" in verdict.headline
 
@@ -168,11 +168,11 @@ def test_until_the_test_is_opened_the_search_has_the_verdict_and_numbers_are_of_
 ) -> None:
     written.add("trial-1", 0.6, val=0.8)
     written.add("mae", 0.5)
-    assert with_confirmation(SEARCHED, written.found()) == SEARCHED
-    shown = confirmation_section(written.found())
-    assert "The test images have not been opened: numbers are of val" in shown.state
-    assert shown.sentences
-    assert written.found().split == "val"
+    assert with_confirmation(SEARCHED, written.confirmation()) == SEARCHED
+    section = confirmation_section(written.confirmation())
+    assert "The test images have not been opened: numbers are of val" in section.state
+    assert section.sentences
+    assert written.confirmation().split == "val"
 
 
 def test_an_ablation_is_compared_with_its_own_trial_whichever_was_chosen(
@@ -182,12 +182,14 @@ def test_an_ablation_is_compared_with_its_own_trial_whichever_was_chosen(
     written.add("trial-2", 0.70, val=0.6)
     written.add("equal-mean-of-trial-1", 0.60)
     written.add("mae", 0.5)
-    found = written.open()
-    candidate = {item.baseline: item.candidate for item in found.against_baselines["finetune"]}
+    confirmation = written.open()
+    candidate = {
+        item.baseline: item.candidate for item in confirmation.against_baselines["finetune"]
+    }
     assert candidate == {"equal-mean-of-trial-1": "trial-1", "mae": "trial-2"}
-    told = " ".join(with_confirmation(SEARCHED, found).comparisons)
-    assert "Trial 1 against equal-mean of trial 1" in told
-    assert "Does the ratio have to change, or is its mean enough?" in told
+    comparisons = " ".join(with_confirmation(SEARCHED, confirmation).comparisons)
+    assert "Trial 1 against equal-mean of trial 1" in comparisons
+    assert "Does the ratio have to change, or is its mean enough?" in comparisons
 
 
 def test_a_candidate_that_sees_true_masks_is_shown_and_never_counted(
@@ -205,12 +207,12 @@ def test_a_candidate_that_sees_true_masks_is_shown_and_never_counted(
     assert mae.p == alone.p
     assert (oracle.p, oracle.reading) == (None, "not known")
     assert (
-        with_confirmation(SEARCHED, with_it.found()).kind
-        == with_confirmation(SEARCHED, without.found()).kind
+        with_confirmation(SEARCHED, with_it.confirmation()).kind
+        == with_confirmation(SEARCHED, without.confirmation()).kind
     )
     assert any(
         "It sees true masks, so it is no part of the verdict" in text
-        for text in with_confirmation(SEARCHED, with_it.found()).comparisons
+        for text in with_confirmation(SEARCHED, with_it.confirmation()).comparisons
     )
 
 
@@ -226,14 +228,14 @@ def test_p_values_of_one_list_are_corrected_together(written: WrittenConfirmatio
 def test_failed_runs_leave_pairs_and_are_named(written: WrittenConfirmation) -> None:
     written.add("trial-1", 0.6)
     written.add("mae", 0.5, failed=(1,))
-    found = written.open()
-    (item,) = found.against_baselines["finetune"]
+    confirmation = written.open()
+    (item,) = confirmation.against_baselines["finetune"]
     assert item.difference.seeds == 2
     assert any(
         "Runs that failed are left out, in pairs: mae-1." in text
-        for text in with_confirmation(SEARCHED, found).cautions
+        for text in with_confirmation(SEARCHED, confirmation).cautions
     )
-    assert confirmation_section(found).failed == ["mae-1 failed: node lost"]
+    assert confirmation_section(confirmation).failed == ["mae-1 failed: node lost"]
 
 
 def test_one_pair_of_seeds_is_never_a_verdict(written: WrittenConfirmation) -> None:
@@ -249,9 +251,9 @@ def test_few_seeds_few_images_and_unequal_lengths_are_cautioned_about(
 ) -> None:
     written.add("trial-1", 0.6)
     written.add("mae", 0.5, epochs=5)
-    found = written.open()
-    assert unequal_budgets(found) == ["mae"]
-    cautions = " ".join(with_confirmation(SEARCHED, found).cautions)
+    confirmation = written.open()
+    assert unequal_budgets(confirmation) == ["mae"]
+    cautions = " ".join(with_confirmation(SEARCHED, confirmation).cautions)
     assert "3 seeds are few" in cautions
     assert (
         "Trial 1 and baseline mae differ in epochs or batch size: not the same budget." in cautions
@@ -288,16 +290,19 @@ def test_protocols_that_disagree_are_not_said_to_agree(written: WrittenConfirmat
 def test_two_runs_are_too_few_to_agree(written: WrittenConfirmation) -> None:
     written.add("trial-1", 0.6, seeds=2)
     assert "2 runs are too few" in confirmation_section(written.open()).protocols[1]
-    assert "no baseline to compare it with" in with_confirmation(SEARCHED, written.found()).headline
+    assert (
+        "no baseline to compare it with"
+        in with_confirmation(SEARCHED, written.confirmation()).headline
+    )
 
 
 def test_plain_values_survive_json(written: WrittenConfirmation) -> None:
     written.add("trial-1", 0.6)
     written.add("mae", 0.5)
-    found = json.loads(json.dumps(written.open().as_dict()))
-    assert found["chosen"] == "trial-1"
-    assert [row["candidate"] for row in found["candidates"]] == ["trial-1", "mae"]
-    assert found["against_baselines"]["finetune"][0]["reading"] == "better"
+    values = json.loads(json.dumps(written.open().as_dict()))
+    assert values["chosen"] == "trial-1"
+    assert [row["candidate"] for row in values["candidates"]] == ["trial-1", "mae"]
+    assert values["against_baselines"]["finetune"][0]["reading"] == "better"
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,13 @@ def scores(
 def rates(count: int, true: float, seeds: int = 3, **sd: float) -> tuple[float, float]:
     """Simulate: how often the interval covers the truth, and how often a difference is shown."""
     rng = np.random.default_rng(4)
-    found = [compare(*scores(rng, seeds, 60, true=true, **sd), seed=i) for i in range(count)]
-    covers = [d.interval is not None and d.interval[0] <= true <= d.interval[1] for d in found]
-    return float(np.mean(covers)), float(np.mean([d.p is not None and d.p < 0.05 for d in found]))
+    comparisons = [compare(*scores(rng, seeds, 60, true=true, **sd), seed=i) for i in range(count)]
+    covers = [
+        d.interval is not None and d.interval[0] <= true <= d.interval[1] for d in comparisons
+    ]
+    return float(np.mean(covers)), float(
+        np.mean([d.p is not None and d.p < 0.05 for d in comparisons])
+    )
 
 
 @pytest.mark.usefixtures("quick")
@@ -62,25 +66,25 @@ def rates(count: int, true: float, seeds: int = 3, **sd: float) -> tuple[float, 
     ids=["images", "both", "seeds"],
 )
 def test_without_a_true_difference_none_is_shown_in_about_95_percent(sd: dict[str, float]) -> None:
-    covered, shown = rates(250, 0.0, **sd)
+    covered, significant = rates(250, 0.0, **sd)
     assert covered > 0.90
-    assert shown < 0.10
+    assert significant < 0.10
 
 
 @pytest.mark.usefixtures("quick")
 def test_images_alone_would_show_differences_that_are_only_those_of_seeds() -> None:
     rng = np.random.default_rng(0)
     sd = {"of_seeds": 0.03, "of_images": 0.05, "rest": 0.02}
-    found = [compare(*scores(rng, 3, 60, true=0.0, **sd), seed=i) for i in range(100)]
-    assert np.mean([d.p_images < 0.05 for d in found if d.p_images is not None]) > 0.3
-    assert np.mean([d.p < 0.05 for d in found if d.p is not None]) < 0.15
+    comparisons = [compare(*scores(rng, 3, 60, true=0.0, **sd), seed=i) for i in range(100)]
+    assert np.mean([d.p_images < 0.05 for d in comparisons if d.p_images is not None]) > 0.3
+    assert np.mean([d.p < 0.05 for d in comparisons if d.p is not None]) < 0.15
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_true_difference_of_005_is_found() -> None:
-    covered, shown = rates(100, 0.05, of_seeds=0.005, of_images=0.06, rest=0.05)
+    covered, significant = rates(100, 0.05, of_seeds=0.005, of_images=0.06, rest=0.05)
     assert covered > 0.88
-    assert shown > 0.95
+    assert significant > 0.95
 
 
 def test_without_seed_noise_an_interval_equals_that_of_a_t_test_over_images() -> None:
@@ -140,8 +144,8 @@ def test_an_image_that_one_run_did_not_score_is_left_out_for_all() -> None:
     )
     lacking = candidate.copy()
     lacking[1, 4] = math.nan
-    kept = np.delete(np.arange(30), 4)
-    assert compare(lacking, baseline) == compare(candidate[:, kept], baseline[:, kept])
+    scored = np.delete(np.arange(30), 4)
+    assert compare(lacking, baseline) == compare(candidate[:, scored], baseline[:, scored])
 
 
 @pytest.mark.parametrize(("seeds", "images"), [(0, 10), (3, 0), (3, 1), (1, 1)])
@@ -196,10 +200,12 @@ def test_rank_correlation_has_known_values() -> None:
     x = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
     assert rank_correlation(x, [v**3 for v in x]).value == pytest.approx(1)
     assert rank_correlation(x, x[::-1]).value == pytest.approx(-1)
-    found = rank_correlation(x, [0.2, 0.1, 0.4, 0.3, 0.6, 0.5])
-    assert found.value == pytest.approx(stats.spearmanr(range(6), [1, 0, 3, 2, 5, 4]).statistic)
-    assert found.interval is not None
-    assert found.interval[0] < found.value <= found.interval[1]
+    correlation = rank_correlation(x, [0.2, 0.1, 0.4, 0.3, 0.6, 0.5])
+    assert correlation.value == pytest.approx(
+        stats.spearmanr(range(6), [1, 0, 3, 2, 5, 4]).statistic
+    )
+    assert correlation.interval is not None
+    assert correlation.interval[0] < correlation.value <= correlation.interval[1]
 
 
 @pytest.mark.parametrize(
@@ -215,8 +221,8 @@ def test_rank_correlation_has_known_values() -> None:
 def test_rank_correlation_of_too_little_is_not_known(
     x: list[float], y: list[float], n: int
 ) -> None:
-    found = rank_correlation(x, y)
-    assert (found.value, found.interval, found.n) == (None, None, n)
+    correlation = rank_correlation(x, y)
+    assert (correlation.value, correlation.interval, correlation.n) == (None, None, n)
 
 
 def test_seeds_of_one_candidate_count_as_one_in_the_interval_of_a_correlation() -> None:

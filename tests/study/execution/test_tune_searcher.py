@@ -79,14 +79,14 @@ def searcher(
     )
 
 
-def asked(stop_flags: Any, config: dict[str, Any]) -> str | None:
+def stop_request(stop_flags: Any, config: dict[str, Any]) -> str | None:
     import ray
 
     return ray.get(stop_flags.requested.remote(config["trial_spec"]["run"]["folder"]))
 
 
 def run_trial(
-    search: Any, tune_id: str, dsc: list[float], stop_flags: Any, **facts: Any
+    search: Any, tune_id: str, dsc: list[float], stop_flags: Any, **fields: Any
 ) -> dict[str, Any]:
     """Report one DSC per rung until asked to stop, as a trial does."""
     config = search.suggest(tune_id)
@@ -96,10 +96,10 @@ def run_trial(
         search.on_trial_result(
             tune_id, {"epoch": epoch, "epochs": epoch, "dsc": value, "seconds": float(epoch)}
         )
-        if asked(stop_flags, config):
+        if stop_request(stop_flags, config):
             break
     ended = {"ended": True, "seconds": float(epoch), "epochs": epoch, "dsc": value}
-    search.on_trial_complete(tune_id, ended | facts)
+    search.on_trial_complete(tune_id, ended | fields)
     return config
 
 
@@ -110,7 +110,7 @@ def test_a_poor_trial_is_asked_to_stop_and_told_as_pruned(
     for i in range(2):
         run_trial(search, f"good{i}", [0.4, 0.45, 0.5, 0.5], stop_flags)
     config = run_trial(search, "poor", [0.1, 0.1, 0.1, 0.1], stop_flags)
-    assert asked(stop_flags, config)
+    assert stop_request(stop_flags, config)
     trials = store.search().trials
     assert [t.state for t in trials] == [
         TrialState.COMPLETE,
@@ -134,9 +134,9 @@ def test_nothing_is_pruned_before_the_least_steps(store: StudyStore, stop_flags:
         run_trial(search, f"good{i}", [0.4, 0.45, 0.5, 0.5], stop_flags)
     config = search.suggest("poor")
     search.on_trial_result("poor", {"epoch": 10, "dsc": 0.0})
-    assert not asked(stop_flags, config)
+    assert not stop_request(stop_flags, config)
     search.on_trial_result("poor", {"epoch": 20, "dsc": 0.0})
-    assert asked(stop_flags, config)
+    assert stop_request(stop_flags, config)
 
 
 @pytest.mark.parametrize("name", ["median", "percentile", "halving"])
@@ -230,11 +230,11 @@ def test_one_trial_that_does_not_fail_lets_the_study_go_on(
 
 
 @pytest.mark.parametrize(
-    ("budget", "told"),
+    ("budget", "message"),
     [({"epochs": 60}, "epochs 60 of 60"), ({"gpu_hours": 0.016}, "gpu-hours 0.01667 of 0.016")],
 )
 def test_a_budget_ends_running_trials_at_their_next_rung(
-    store: StudyStore, stop_flags: Any, budget: dict[str, float], told: str
+    store: StudyStore, stop_flags: Any, budget: dict[str, float], message: str
 ) -> None:
     from ray.tune.search import Searcher
 
@@ -247,14 +247,14 @@ def test_a_budget_ends_running_trials_at_their_next_rung(
     run_trial(search, "whole", [0.4, 0.45, 0.5, 0.5], stop_flags)
     config = search.suggest("cut")
     search.on_trial_result("cut", {"epoch": 10, "epochs": 10, "dsc": 0.4, "seconds": 10.0})
-    assert asked(stop_flags, config) is None
+    assert stop_request(stop_flags, config) is None
     search.on_trial_result("cut", {"epoch": 20, "epochs": 20, "dsc": 0.4, "seconds": 20.0})
-    assert asked(stop_flags, config) == "rung"
+    assert stop_request(stop_flags, config) == "rung"
     search.on_trial_complete("cut", {"ended": True, "epochs": 20, "seconds": 20.0, "dsc": 0.4})
     assert search.suggest("more") == Searcher.FINISHED
     trial = store.search().trials[1]
     assert (trial.state, trial.value) == (TrialState.PRUNED, 0.4)
-    assert trial.user_attrs["reason"] == f"budget: {told}"
+    assert trial.user_attrs["reason"] == f"budget: {message}"
 
 
 def test_hours_are_counted_over_all_runs(store: StudyStore, stop_flags: Any) -> None:
@@ -280,7 +280,7 @@ def test_stop_lets_running_trials_finish_and_begins_none(
     search = searcher(store, stop_flags, make_config())
     config = search.suggest("a")
     search.stop(StopReason.STOP)
-    assert asked(stop_flags, config) is None
+    assert stop_request(stop_flags, config) is None
     assert search.suggest("b") is None, "nothing now: a lost process could come back"
     for epoch in rung_epochs(40, make_config().pruner):
         search.on_trial_result("a", {"epoch": epoch, "dsc": 0.4})
@@ -294,7 +294,7 @@ def test_pause_keeps_running_trials_for_later(store: StudyStore, stop_flags: Any
     config = search.suggest("a")
     search.on_trial_result("a", {"epoch": 10, "dsc": 0.4})
     search.stop(StopReason.PAUSE)
-    assert asked(stop_flags, config) == "now"
+    assert stop_request(stop_flags, config) == "now"
     search.on_trial_complete("a", {"ended": True, "epochs": 13, "seconds": 1.0, "dsc": 0.4})
     (trial,) = store.search().trials
     assert trial.state == TrialState.RUNNING
@@ -374,8 +374,8 @@ def test_an_enqueued_trial_comes_first_and_a_known_one_is_answered_from_the_stor
 
     search = searcher(store, stop_flags, make_config(budget={"trials": 3}))
     run_trial(search, "a", [0.4, 0.45, 0.5, 0.5], stop_flags)
-    known = store.search().trials[0].params
-    enqueue(store, make_config(), known)
+    params = store.search().trials[0].params
+    enqueue(store, make_config(), params)
     enqueue(store, make_config(), {"ratio.start": 0.2})
     config = search.suggest("b")
     assert config["trial_spec"]["run"]["config"]["ratio"]["start"] == 0.2
@@ -384,7 +384,7 @@ def test_an_enqueued_trial_comes_first_and_a_known_one_is_answered_from_the_stor
     assert asked_for.number == 2
     retry(store, make_config(), 0)
     trial_spec = search.suggest("c")["trial_spec"]
-    assert trial_spec["run"]["config"]["ratio"]["start"] == known["ratio.start"]
+    assert trial_spec["run"]["config"]["ratio"]["start"] == params["ratio.start"]
     assert trial_spec["run"]["config"]["seed"] != config["trial_spec"]["run"]["config"]["seed"]
     assert store.search().trials[3].user_attrs["retry_of"] == 0
 

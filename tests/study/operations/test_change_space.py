@@ -53,8 +53,8 @@ def test_a_wider_range_keeps_every_trial_and_samplers_learn_from_all(tmp_path: P
         (t.number, t.state, t.params, t.intermediate_values, t.user_attrs) for t in before
     ]
     assert [t.datetime_complete for t in after] == [t.datetime_complete for t in before]
-    wanted = optuna.distributions.FloatDistribution(0.1, 0.8)
-    assert all(t.distributions["ratio.start"] == wanted for t in after)
+    expected = optuna.distributions.FloatDistribution(0.1, 0.8)
+    assert all(t.distributions["ratio.start"] == expected for t in after)
     assert store.config().space == wide.space
     assert len(optuna.load_study(study_name="tiny", storage=store.storage()).trials) == 4, (
         "the old one stays"
@@ -121,8 +121,11 @@ def test_a_new_name_is_filled_with_what_trials_had_and_with_nothing_else(tmp_pat
     assert migrate(store, with_space(space), change_of([], ["lr=0.001"], [])).kept == 4
     assert store.search().trials[0].params["lr"] == 0.001
     store = filled_store(tmp_path / "false")
-    told = migrate(store, with_space(space), change_of([], ["lr=0.002"], []))
-    assert (told.kept, list(told.reasons)) == (0, ["lr was 0.001, and the new space gives 0.002."])
+    migration = migrate(store, with_space(space), change_of([], ["lr=0.002"], []))
+    assert (migration.kept, list(migration.reasons)) == (
+        0,
+        ["lr was 0.001, and the new space gives 0.002."],
+    )
 
 
 def test_a_dropped_name_is_forgotten_whatever_trials_had(tmp_path: Path) -> None:
@@ -149,9 +152,9 @@ def test_a_renamed_helper_gives_the_same_settings_and_another_rule_does_not(tmp_
     add(store, {"delta": 0.2}, 0.5, distributions=delta)
     assert migrate(store, with_space(space("rise", 1)), change_of(["delta=rise"], [], [])).kept == 1
     assert store.search().trials[0].params == {"rise": 0.2}
-    told = migrate(store, with_space(space("rise", 2)), NOTHING)
-    assert told.outside == 1
-    assert "ratio.end was 0.5, and the new space gives 0.7" in next(iter(told.reasons))
+    migration = migrate(store, with_space(space("rise", 2)), NOTHING)
+    assert migration.outside == 1
+    assert "ratio.end was 0.5, and the new space gives 0.7" in next(iter(migration.reasons))
 
 
 def test_waiting_and_interrupted_trials_go_along_or_say_why_not(tmp_path: Path) -> None:
@@ -174,9 +177,9 @@ def test_what_the_study_knows_of_itself_goes_along(tmp_path: Path) -> None:
     with store.lock():
         pass
     migrate(store, with_space({**TINY["space"], "ratio.start": {"low": 0.1, "high": 0.5}}), NOTHING)
-    about = store.search().user_attrs
-    assert about["budget"] == {"trials": 9}
-    assert about["folder"] == (store.folder / "id").read_text()
+    attributes = store.search().user_attrs
+    assert attributes["budget"] == {"trials": 9}
+    assert attributes["folder"] == (store.folder / "id").read_text()
     with StudyStore.open(store.folder).lock():
         assert store.search().study_name == "tiny.v2"
 

@@ -29,15 +29,15 @@ def two(tmp_path: Path, best: float = 0.7, **changes: object) -> list[StudyStore
 def test_the_better_study_is_named_with_its_gain_and_what_is_the_same_is_compared(
     tmp_path: Path,
 ) -> None:
-    found = compare(two(tmp_path))
-    assert found["comparable"]
-    assert found["verdict"].startswith("b found the best trial, 0.100 above a")
-    assert [(row["best"], row["trial"], row["complete"]) for row in found["studies"]] == [
+    comparison = compare(two(tmp_path))
+    assert comparison["comparable"]
+    assert comparison["verdict"].startswith("b found the best trial, 0.100 above a")
+    assert [(row["best"], row["trial"], row["complete"]) for row in comparison["studies"]] == [
         (0.6, 0, 1),
         (0.7, 1, 2),
     ]
-    assert found["studies"][0]["baselines"] == {"mae": {"n": 1, "mean": 0.4}}
-    (pair,) = found["overlap"]
+    assert comparison["studies"][0]["baselines"] == {"mae": {"n": 1, "mean": 0.4}}
+    (pair,) = comparison["overlap"]
     assert pair["searched_in_both"] == ["ratio.start", "selection.mode"]
     assert (pair["same_trials"], pair["mean_difference"]) == (1, pytest.approx(0.1))
 
@@ -47,10 +47,10 @@ def test_a_small_gain_is_a_tie(tmp_path: Path) -> None:
 
 
 def test_differing_settings_are_listed_and_places_of_data_are_not(tmp_path: Path) -> None:
-    found = compare(
+    comparison = compare(
         two(tmp_path, seed=9, data="/elsewhere", space={"ratio.start": {"low": 0.2, "high": 0.5}})
     )
-    config = {row["setting"]: (row["a"], row["b"]) for row in found["differing"]}
+    config = {row["setting"]: (row["a"], row["b"]) for row in comparison["differing"]}
     assert config["seed"] == (3, 9)
     assert config["space.selection.mode.choices"] == (["hard", "soft"], None)
     assert not {"data", "name"} & config.keys()
@@ -59,9 +59,9 @@ def test_differing_settings_are_listed_and_places_of_data_are_not(tmp_path: Path
 def test_other_data_another_probe_or_no_run_is_not_comparable(tmp_path: Path) -> None:
     stores = two(tmp_path / "data")
     note_data(stores[1], "beef")
-    found = compare(stores)
-    assert not found["comparable"]
-    assert "run on different data" in found["verdict"]
+    comparison = compare(stores)
+    assert not comparison["comparable"]
+    assert "run on different data" in comparison["verdict"]
     probe = compare(two(tmp_path / "probe", probe={"num_labeled": 24, "subsets": 2, "folds": 2}))
     assert "score by different probes" in probe["verdict"]
     (stores[0].folder / "environment.json").unlink()

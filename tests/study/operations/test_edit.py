@@ -38,7 +38,7 @@ def test_more_trials_are_added_and_a_number_takes_the_place(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("amounts", "told"),
+    ("amounts", "message"),
     [
         ({}, "needs an amount"),
         ({"trials": "many"}, "'many', but a number"),
@@ -49,10 +49,10 @@ def test_more_trials_are_added_and_a_number_takes_the_place(tmp_path: Path) -> N
     ],
 )
 def test_an_amount_that_is_none_is_refused_and_the_budget_stays(
-    tmp_path: Path, amounts: dict[str, Any], told: str
+    tmp_path: Path, amounts: dict[str, Any], message: str
 ) -> None:
     store = make_store(tmp_path)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         extend(store, **amounts)
     assert store.config().budget.trials == 3
     assert "budget" not in store.search().user_attrs
@@ -64,13 +64,13 @@ def test_an_enqueued_trial_waits_as_plain_optuna_would_have_it(tmp_path: Path) -
     assert enqueue(store, store.config(), {"ratio.start": 0.25}) == 1
     (_, waiting) = store.search().trials
     assert waiting.state == TrialState.WAITING
-    asked = store.search().ask()
-    assert asked.number == 1
-    assert asked.suggest_float("ratio.start", 0.2, 0.5) == 0.25
+    trial = store.search().ask()
+    assert trial.number == 1
+    assert trial.suggest_float("ratio.start", 0.2, 0.5) == 0.25
 
 
 @pytest.mark.parametrize(
-    ("params", "told"),
+    ("params", "message"),
     [
         ({}, "needs values"),
         (
@@ -90,10 +90,10 @@ def test_an_enqueued_trial_waits_as_plain_optuna_would_have_it(tmp_path: Path) -
     ],
 )
 def test_what_is_not_in_the_space_is_not_enqueued(
-    tmp_path: Path, params: dict[str, Any], told: str
+    tmp_path: Path, params: dict[str, Any], message: str
 ) -> None:
     store = make_store(tmp_path, space=CONDITIONS)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         enqueue(store, store.config(), params)
     assert not store.search().trials
 

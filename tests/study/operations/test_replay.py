@@ -53,15 +53,15 @@ def test_a_replay_gives_the_same_scores_to_the_digit(
     store: StudyStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="amlp_ray")
-    found = replay(store, store.config(), 0)
-    assert [rung["epoch"] for rung in found["rungs"]] == [2, 4]
-    assert found["same"], found
-    assert found["differs"] == []
+    replayed = replay(store, store.config(), 0)
+    assert [rung["epoch"] for rung in replayed["rungs"]] == [2, 4]
+    assert replayed["same"], replayed
+    assert replayed["differs"] == []
     epochs = [message for message in caplog.messages if message.startswith("epoch ")]
     assert [message.split(",")[0] for message in epochs] == [
         f"epoch {n} of 4" for n in (1, 2, 3, 4)
     ]
-    assert Path(found["folder"]) == store.folder / "replays" / "0-0"
+    assert Path(replayed["folder"]) == store.folder / "replays" / "0-0"
     assert not torch.are_deterministic_algorithms_enabled(), "as it was before"
     assert replay(store, store.config(), 0)["folder"].endswith("0-1")
 
@@ -69,44 +69,44 @@ def test_a_replay_gives_the_same_scores_to_the_digit(
 def test_a_pruned_trial_is_replayed_up_to_its_last_rung(store: StudyStore) -> None:
     metrics = store.trial_folder(0) / "metrics.jsonl"
     metrics.write_text("".join(json.dumps(row) + "\n" for row in read_rows(metrics)[:2]))
-    found = replay(store, store.config(), 0)
-    assert [rung["epoch"] for rung in found["rungs"]] == [2]
-    assert found["same"]
-    assert len(read_rows(Path(found["folder"]) / "metrics.jsonl")) == 2
+    replayed = replay(store, store.config(), 0)
+    assert [rung["epoch"] for rung in replayed["rungs"]] == [2]
+    assert replayed["same"]
+    assert len(read_rows(Path(replayed["folder"]) / "metrics.jsonl")) == 2
 
 
 def test_other_scores_are_told_with_what_is_not_as_it_was(store: StudyStore) -> None:
     file = store.trial_folder(0) / "provenance.json"
-    about = json.loads(file.read_text())
-    about["versions"]["torch"] = "1.0"
-    about["hardware"]["processor"] = "an abacus"
-    about["continued"] = [{"epoch": 1, "at": "", "hardware": {}}]
-    file.write_text(json.dumps(about))
+    provenance = json.loads(file.read_text())
+    provenance["versions"]["torch"] = "1.0"
+    provenance["hardware"]["processor"] = "an abacus"
+    provenance["continued"] = [{"epoch": 1, "at": "", "hardware": {}}]
+    file.write_text(json.dumps(provenance))
     metrics = store.trial_folder(0) / "metrics.jsonl"
     rows = read_rows(metrics)
     rows[3]["dsc"] += 1e-12
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = replay(store, store.config(), 0)
-    assert not found["same"]
-    assert [rung["same"] for rung in found["rungs"]] == [True, False]
-    told = "; ".join(found["differs"])
-    assert "torch: 1.0 then" in told
-    assert "processor: an abacus then" in told
-    assert "resumed after epoch 1 with other hardware" in told
+    replayed = replay(store, store.config(), 0)
+    assert not replayed["same"]
+    assert [rung["same"] for rung in replayed["rungs"]] == [True, False]
+    differences = "; ".join(replayed["differs"])
+    assert "torch: 1.0 then" in differences
+    assert "processor: an abacus then" in differences
+    assert "resumed after epoch 1 with other hardware" in differences
 
 
 def test_other_data_are_refused(store: StudyStore, trained: Path) -> None:
     file = store.trial_folder(0) / "provenance.json"
-    about = json.loads(file.read_text())
-    about["dataset"]["fingerprint"] = "0" * 64
-    file.write_text(json.dumps(about))
+    provenance = json.loads(file.read_text())
+    provenance["dataset"]["fingerprint"] = "0" * 64
+    file.write_text(json.dumps(provenance))
     with pytest.raises(StudyError, match="other data than the trial was trained with"):
         replay(store, store.config(), 0)
     assert not (store.folder / "replays").exists()
 
 
 @pytest.mark.parametrize(
-    ("about", "told"),
+    ("attributes", "message"),
     [
         ({"source": "import prior.csv"}, "imported from import prior.csv"),
         ({"copy_of": 0}, "replay that one"),
@@ -119,10 +119,10 @@ def test_other_data_are_refused(store: StudyStore, trained: Path) -> None:
     ],
 )
 def test_what_cannot_be_repeated_says_why(
-    store: StudyStore, about: dict[str, object], told: str
+    store: StudyStore, attributes: dict[str, object], message: str
 ) -> None:
-    number = add(store, **about)
-    with pytest.raises(StudyError, match=told):
+    number = add(store, **attributes)
+    with pytest.raises(StudyError, match=message):
         replay(store, store.config(), number)
 
 

@@ -31,20 +31,20 @@ def test_a_status_tells_states_budget_best_baselines_and_confirmation(tmp_path: 
     for repeat, value in enumerate((0.3, 0.5)):
         add_baseline(store, "mae", repeat, value)
     add(store, {}, 0.7, study=store.confirmation(create=True), candidate="trial-0", repeat=0)
-    facts = status(store)
-    assert facts["states"] == {"COMPLETE": 3, "PRUNED": 1, "FAIL": 1, "WAITING": 1}
-    assert facts["imported"] == 1
-    assert facts["budget"]["trials"] == {"used": 4, "allowed": 8}
-    assert facts["budget"]["epochs"] == {
+    values = status(store)
+    assert values["states"] == {"COMPLETE": 3, "PRUNED": 1, "FAIL": 1, "WAITING": 1}
+    assert values["imported"] == 1
+    assert values["budget"]["trials"] == {"used": 4, "allowed": 8}
+    assert values["budget"]["epochs"] == {
         "used": 4 * 7,
         "allowed": 100,
     }  # a confirmation has no budget
-    assert facts["budget"]["gpu_hours"]["used"] == pytest.approx(7 * 36 / 3600)
-    assert facts["best"] == [
+    assert values["budget"]["gpu_hours"]["used"] == pytest.approx(7 * 36 / 3600)
+    assert values["best"] == [
         {"trial": 0, "dsc": 0.6, "params": {"ratio.start": 0.3, "selection.mode": "soft"}}
     ]
-    assert facts["baselines"] == {"mae": {"n": 2, "dsc": 0.4}}
-    assert facts["confirmed"] == {"trial-0": {"done": 1, "begun": 1}}
+    assert values["baselines"] == {"mae": {"n": 2, "dsc": 0.4}}
+    assert values["confirmed"] == {"trial-0": {"done": 1, "begun": 1}}
 
 
 def test_a_running_trial_of_a_study_that_nobody_runs_is_interrupted(tmp_path: Path) -> None:
@@ -53,10 +53,10 @@ def test_a_running_trial_of_a_study_that_nobody_runs_is_interrupted(tmp_path: Pa
     assert status(store)["states"] == {"INTERRUPTED": 1}
     assert status(store)["state"] == "interrupted"
     with store.lock():
-        seen = status(StudyStore.open(store.folder))
-    assert seen["states"] == {"RUNNING": 1}
-    assert seen["state"] == "running"
-    assert seen["run_by"].startswith("process ")
+        values = status(StudyStore.open(store.folder))
+    assert values["states"] == {"RUNNING": 1}
+    assert values["state"] == "running"
+    assert values["run_by"].startswith("process ")
 
 
 def test_the_state_follows_what_was_asked_and_whether_budget_is_left(tmp_path: Path) -> None:

@@ -27,13 +27,13 @@ def store(tmp_path: Path) -> StudyStore:
     add_baseline(store, "mae", 0, 0.4)
     folder = store.trial_folder(0)
     folder.mkdir(parents=True)
-    about = {
+    provenance = {
         "commit": "abc",
         "seed": 5,
         "dataset": {"fingerprint": "f00d"},
         "versions": {"torch": "2.0"},
     }
-    (folder / "provenance.json").write_text(json.dumps(about))
+    (folder / "provenance.json").write_text(json.dumps(provenance))
     return store
 
 
@@ -71,9 +71,9 @@ def test_a_file_of_no_known_kind_is_not_written(store: StudyStore, tmp_path: Pat
 def test_an_export_comes_back_as_prior_knowledge_once(store: StudyStore, tmp_path: Path) -> None:
     export_trials(store, tmp_path / "all.csv")
     other = make_store(tmp_path, "other")
-    found = import_trials(other, other.config(), tmp_path / "all.csv")
-    assert found.taken == [0, 1]
-    assert found.left_out.keys() == {"line 4", "line 5"}
+    imported = import_trials(other, other.config(), tmp_path / "all.csv")
+    assert imported.taken == [0, 1]
+    assert imported.left_out.keys() == {"line 4", "line 5"}
     trials = other.search().trials
     assert [(t.state, t.values, t.params) for t in trials] == [
         (t.state, t.values, t.params) for t in store.search().trials[:2]
@@ -91,10 +91,10 @@ def test_imported_trials_count_neither_in_the_budget_nor_as_best(
     other = make_store(tmp_path, "other")
     assert len(import_trials(other, other.config(), "tiny", runs=tmp_path).taken) == 2
     add(other, values=0.1)
-    facts = status(other)
-    assert facts["budget"]["trials"]["used"] == 1
-    assert [row["trial"] for row in facts["best"]] == [2]
-    assert (facts["imported"], facts["states"]) == (2, {"COMPLETE": 1})
+    values = status(other)
+    assert values["budget"]["trials"]["used"] == 1
+    assert [row["trial"] for row in values["best"]] == [2]
+    assert (values["imported"], values["states"]) == (2, {"COMPLETE": 1})
 
 
 def test_trials_that_do_not_fit_are_told_with_the_reason(store: StudyStore, tmp_path: Path) -> None:
@@ -103,13 +103,13 @@ def test_trials_that_do_not_fit_are_told_with_the_reason(store: StudyStore, tmp_
         "selection.mode": {"choices": ["hard", "soft"]},
     }
     other = make_store(tmp_path, "other", space=narrow)
-    found = import_trials(other, other.config(), "tiny", runs=tmp_path)
-    assert found.taken == [0]
+    imported = import_trials(other, other.config(), "tiny", runs=tmp_path)
+    assert imported.taken == [0]
     assert (
-        found.left_out["trial 1"]
+        imported.left_out["trial 1"]
         == "ratio.start=0.45 lies outside of the space, which has 0.2 to 0.3."
     )
-    assert found.left_out["trial 2"] == "it is FAIL and not COMPLETE."
+    assert imported.left_out["trial 2"] == "it is FAIL and not COMPLETE."
 
 
 def test_what_one_study_searches_and_the_other_fixes_must_agree(
@@ -117,9 +117,9 @@ def test_what_one_study_searches_and_the_other_fixes_must_agree(
 ) -> None:
     only = {"ratio.start": {"low": 0.2, "high": 0.5}}
     other = make_store(tmp_path, "other", space=only)  # selection.mode is hard here
-    found = import_trials(other, other.config(), "tiny", runs=tmp_path)
-    assert found.taken == [0]
-    assert found.left_out["trial 1"] == "selection.mode is soft there and hard here."
+    imported = import_trials(other, other.config(), "tiny", runs=tmp_path)
+    assert imported.taken == [0]
+    assert imported.left_out["trial 1"] == "selection.mode is soft there and hard here."
     wider = {
         **only,
         "lr": {"low": 1e-4, "high": 1e-2},
@@ -138,16 +138,16 @@ def test_a_study_scored_otherwise_is_told_of(store: StudyStore, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("ratio.start,selection.mode\n0.3,hard\n", "has no column 'dsc'"),
         ("", "has no column 'dsc'"),
     ],
 )
-def test_a_file_without_scores_is_refused(tmp_path: Path, text: str, told: str) -> None:
+def test_a_file_without_scores_is_refused(tmp_path: Path, text: str, message: str) -> None:
     store = make_store(tmp_path)
     (tmp_path / "prior.csv").write_text(text)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         import_trials(store, store.config(), tmp_path / "prior.csv")
     assert not store.search().trials
 
@@ -164,19 +164,19 @@ def test_a_file_without_scores_is_refused(tmp_path: Path, text: str, told: str) 
 def test_a_row_of_ones_own_file_fits_or_says_why_not(tmp_path: Path, row: str, reason: str) -> None:
     store = make_store(tmp_path)
     (tmp_path / "prior.csv").write_text(f"ratio.start,selection.mode,dsc\n{row}\n")
-    found = import_trials(store, store.config(), tmp_path / "prior.csv")
-    assert found.left_out == {"line 2": reason}
+    imported = import_trials(store, store.config(), tmp_path / "prior.csv")
+    assert imported.left_out == {"line 2": reason}
     assert not store.search().trials
 
 
 def test_several_objectives_are_all_needed(store: StudyStore, tmp_path: Path) -> None:
-    both: dict[str, Any] = {"dsc": "maximize", "gpu_seconds": "minimize"}
-    other = make_store(tmp_path, "other", objectives=both)
+    objectives: dict[str, Any] = {"dsc": "maximize", "gpu_seconds": "minimize"}
+    other = make_store(tmp_path, "other", objectives=objectives)
     assert import_trials(other, other.config(), "tiny", runs=tmp_path).taken == [0, 1]
     assert other.search().trials[0].values == [0.7, 36.0]
     third = make_store(tmp_path, "third", objectives={"dsc": "maximize", "dsc_small": "maximize"})
-    found = import_trials(third, third.config(), "tiny", runs=tmp_path)
-    assert found.left_out["trial 0"] == "it has no dsc_small."
+    imported = import_trials(third, third.config(), "tiny", runs=tmp_path)
+    assert imported.left_out["trial 0"] == "it has no dsc_small."
 
 
 def test_a_study_is_not_imported_into_itself(store: StudyStore, tmp_path: Path) -> None:

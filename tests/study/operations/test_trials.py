@@ -78,12 +78,12 @@ def test_a_trial_is_shown_with_its_files_and_provenance(store: StudyStore) -> No
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("epochs: 4\n")
     (folder / "provenance.json").write_text(json.dumps({"commit": "abc", "config": {"epochs": 4}}))
-    facts = trial_details(store, 0)
-    assert facts["values"] == {"dsc": 0.5}
-    assert facts["rungs"] == {2: 0.4, 4: 0.5}
-    assert facts["config"] == {"epochs": 4}
-    assert facts["provenance"] == {"commit": "abc"}
-    assert facts["files"] == ["config.yaml", "provenance.json"]
+    details = trial_details(store, 0)
+    assert details["values"] == {"dsc": 0.5}
+    assert details["rungs"] == {2: 0.4, 4: 0.5}
+    assert details["config"] == {"epochs": 4}
+    assert details["provenance"] == {"commit": "abc"}
+    assert details["files"] == ["config.yaml", "provenance.json"]
     assert trial_details(store, 5)["params"] == {"ratio.start": 0.3}, (
         "what was asked for, before it runs"
     )

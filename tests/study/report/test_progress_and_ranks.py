@@ -79,15 +79,15 @@ def study_with_ranks(folder: Path, **config) -> StudyStore:
 
 def test_every_rung_is_correlated_with_the_final_score(tmp_path: Path) -> None:
     data = collect(study_with_ranks(tmp_path / "s"))
-    found = rung_correlations(data)
-    assert [rung.position for rung in found.rungs] == [10, 20]
-    assert found.trials == 40
-    for rung in found.rungs:
+    correlations = rung_correlations(data)
+    assert [rung.position for rung in correlations.rungs] == [10, 20]
+    assert correlations.trials == 40
+    for rung in correlations.rungs:
         pairs = [(run.rungs[rung.position], run.rungs[30]) for run in data.search]
         assert rung.correlation == pytest.approx(spearmanr(pairs).statistic)
         assert rung.interval[0] < rung.correlation < rung.interval[1]
-    assert found.rungs[1].interval[0] > 0.8
-    assert found.rungs[1].best_fifth_kept == 1.0
+    assert correlations.rungs[1].interval[0] > 0.8
+    assert correlations.rungs[1].best_fifth_kept == 1.0
 
 
 def test_pruning_at_a_rung_that_does_not_rank_is_called_chance(tmp_path: Path) -> None:
@@ -95,11 +95,13 @@ def test_pruning_at_a_rung_that_does_not_rank_is_called_chance(tmp_path: Path) -
         "pruner": {"name": "median", "min_steps": 60}
     }  # 6 steps per epoch, so from epoch 10 on
     data = collect(study_with_ranks(tmp_path / "s", **config))
-    said = meaning(data, rung_correlations(data))
-    assert said[0].startswith("At epoch 10 the rank correlation with the final score is below 0.5")
-    assert said[1].startswith("At epoch 20 it is 0.5 or more")
-    assert said[2].startswith("The pruner median may act at epoch 10 all the same")
-    assert "pruner.schedule: fixed" in said[3]
+    sentences = meaning(data, rung_correlations(data))
+    assert sentences[0].startswith(
+        "At epoch 10 the rank correlation with the final score is below 0.5"
+    )
+    assert sentences[1].startswith("At epoch 20 it is 0.5 or more")
+    assert sentences[2].startswith("The pruner median may act at epoch 10 all the same")
+    assert "pruner.schedule: fixed" in sentences[3]
     assert [row[-2:] for row in rows(table(rung_correlations(data))).values()] == [
         ["yes", "close to chance"],
         ["yes", "follows the final order"],
@@ -129,11 +131,11 @@ def test_rungs_of_trials_of_other_lengths_are_compared_at_shares_of_the_length(
     for i in range(6):
         length = 20 if i % 2 else 40
         add_scored(store, {length // 2: 0.3 + 0.01 * i, length: 0.4 + 0.01 * i})
-    found = rung_correlations(collect(store))
-    assert [(rung.position, rung.trials, rung.correlation) for rung in found.rungs] == [
+    correlations = rung_correlations(collect(store))
+    assert [(rung.position, rung.trials, rung.correlation) for rung in correlations.rungs] == [
         (50, 6, pytest.approx(1.0))
     ]
-    assert found.label(found.rungs) == "50 % of the length"
+    assert correlations.label(correlations.rungs) == "50 % of the length"
 
 
 @pytest.mark.parametrize("trials", [0, 4])
@@ -160,9 +162,9 @@ def test_pruning_saves_the_epochs_up_to_full_length(tmp_path: Path) -> None:
     store = new_study(tmp_path / "s", pretrain={"epochs": 100})
     add_trial(store, 0.5)
     add_trial(store, 0.4, state="PRUNED")  # after epoch 50
-    told = rows(outcome(collect(store)))
-    assert told["Run to full length"] == ["1 of 2"]
-    assert told["Pruned"] == ["1 (50 %), which saved 50 of 200 epochs (25 %)"]
+    cells = rows(outcome(collect(store)))
+    assert cells["Run to full length"] == ["1 of 2"]
+    assert cells["Pruned"] == ["1 (50 %), which saved 50 of 200 epochs (25 %)"]
 
 
 def test_best_so_far_is_drawn_against_the_epochs_of_all_trials_that_had_ended(
@@ -184,11 +186,11 @@ def test_budget_is_shown_as_used_of_allowed(tmp_path: Path) -> None:
     store = new_study(tmp_path / "s", budget={"trials": 4, "gpu_hours": 2.0})
     add_trial(store, 0.5, attributes={"stats": {"gpu_seconds": 1800.0}})
     add_baseline(store, "mae", 0, 0.4)
-    told = rows(budget(collect(store)))
-    assert told["Trials of the search"] == ["1", "4", "25 %"]
-    assert told["GPU-hours"] == ["0.50", "2", "25 %"]
-    assert told["Epochs"] == ["200", "no limit", "\u2013"]
-    assert "Hours run" not in told
+    cells = rows(budget(collect(store)))
+    assert cells["Trials of the search"] == ["1", "4", "25 %"]
+    assert cells["GPU-hours"] == ["0.50", "2", "25 %"]
+    assert cells["Epochs"] == ["200", "no limit", "\u2013"]
+    assert "Hours run" not in cells
 
 
 def test_timeline_puts_overlapping_trials_in_slots_and_counts_idle_time(tmp_path: Path) -> None:
@@ -198,13 +200,13 @@ def test_timeline_puts_overlapping_trials_in_slots_and_counts_idle_time(tmp_path
     add_timed(study, 0, 4)
     add_timed(study, 4, 6, state="PRUNED")  # into the slot that was just freed
     add_timed(study, 15, 5)
-    told = timeline(collect(store))
-    assert told is not None
-    assert told.slots == 2
-    assert [bar.slot for bar in told.bars] == [0, 1, 1, 0]
-    assert told.busy == pytest.approx(25 / 40)
-    assert told.idle == timedelta(minutes=5)
-    figure = gantt(told)
+    bars = timeline(collect(store))
+    assert bars is not None
+    assert bars.slots == 2
+    assert [bar.slot for bar in bars.bars] == [0, 1, 1, 0]
+    assert bars.busy == pytest.approx(25 / 40)
+    assert bars.idle == timedelta(minutes=5)
+    figure = gantt(bars)
     assert "slots were busy for 62 % of the time; nothing ran at all for 5 min" in figure.caption
     assert figure.figure is not None
     assert {bar.name: (list(bar.base), list(bar.x), list(bar.y)) for bar in figure.figure.data} == {

@@ -299,5 +299,5 @@ def test_pictures_of_the_best_trial_are_inside_the_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["none", "median"])
 def test_rules_say_whether_trials_are_pruned(tmp_path: Path, name: str) -> None:
     data = collect(new_study(tmp_path / "s", pruner={"name": name}))
-    said = " ".join(rules(data))
-    assert ("nothing is pruned" in said) == (name == "none")
+    sentences = " ".join(rules(data))
+    assert ("nothing is pruned" in sentences) == (name == "none")

@@ -63,8 +63,8 @@ MORE: dict[str, Any] = {
 Score = Callable[[list[PbtStep]], float | None]  # of a lineage; None fails
 
 
-def study(**given: Any) -> StudyConfig:
-    return build(StudyConfig, merge(PBT, given), "test")
+def study(**changes: Any) -> StudyConfig:
+    return build(StudyConfig, merge(PBT, changes), "test")
 
 
 def memory() -> optuna.Study:
@@ -129,7 +129,7 @@ def play(
         end(store, number, running.pop(number), score(line))
 
 
-def wanted(share: float) -> float:
+def best_ratio(share: float) -> float:
     return 0.3 + 0.4 * share  # the best ratio rises
 
 
@@ -138,12 +138,12 @@ def level(segment: PbtStep) -> float:
     return ratio
 
 
-def near_the_wanted(line: list[PbtStep]) -> float:
+def schedule_score(line: list[PbtStep]) -> float:
     """High where each step of the whole lineage moved to what would be best there."""
-    return 1.0 - sum((level(segment) - wanted(segment.until / 20)) ** 2 for segment in line)
+    return 1.0 - sum((level(segment) - best_ratio(segment.until / 20)) ** 2 for segment in line)
 
 
-def asked(store: optuna.Study) -> list[tuple[Any, ...]]:
+def records(store: optuna.Study) -> list[tuple[Any, ...]]:
     return [
         (t.params, t.user_attrs, t.state, TrialRecord(t).value)
         for t in store.get_trials(deepcopy=False)
@@ -152,10 +152,10 @@ def asked(store: optuna.Study) -> list[tuple[Any, ...]]:
 
 def test_a_study_runs_whole_generations_and_says_pruned_of_all_but_the_last() -> None:
     store = memory()
-    play(study(), store, near_the_wanted)
+    play(study(), store, schedule_score)
     trials = store.get_trials(deepcopy=False)
-    places = [(t.user_attrs["generation"], t.user_attrs["member"]) for t in trials]
-    assert places == [(g, m) for g in range(GENERATIONS) for m in range(MEMBERS)]
+    members = [(t.user_attrs["generation"], t.user_attrs["member"]) for t in trials]
+    assert members == [(g, m) for g in range(GENERATIONS) for m in range(MEMBERS)]
     assert [t.state for t in trials[:-MEMBERS]] == [TrialState.PRUNED] * (
         MEMBERS * (GENERATIONS - 1)
     )
@@ -169,15 +169,15 @@ def test_a_rising_schedule_is_learnt_where_a_rising_one_is_best() -> None:
     blind: list[float] = []
     rises = []
     for seed in range(10):
-        for score, found in ((near_the_wanted, learnt), (lambda line: 0.5, blind)):
+        for score, scores in ((schedule_score, learnt), (lambda line: 0.5, blind)):
             store, config = memory(), study(seed=seed)
             play(config, store, score)
             trials = store.get_trials(deepcopy=False)
             best = leader(trials)
             assert best is not None
             line = [Population(config).step_of(trials, n) for n in lineage(trials, best.number)]
-            found.append(near_the_wanted(line))
-            if score is near_the_wanted:
+            scores.append(schedule_score(line))
+            if score is schedule_score:
                 assert best.value == max(t.value for t in trials[-MEMBERS:] if t.value is not None)
                 schedule = learned_schedule(config, trials, best.number)
                 rises.append(schedule[-1][1] - schedule[0][1])
@@ -192,15 +192,15 @@ def test_the_result_does_not_depend_on_how_many_run_at_once_and_which_ends_first
 ) -> None:
     config = study(space=MORE)
     one, many = memory(), memory()
-    play(config, one, near_the_wanted)
-    play(config, many, near_the_wanted, side_by_side=side_by_side, shuffle=shuffle)
-    assert asked(many) == asked(one)
+    play(config, one, schedule_score)
+    play(config, many, schedule_score, side_by_side=side_by_side, shuffle=shuffle)
+    assert records(many) == records(one)
 
 
 def test_a_study_goes_on_from_its_journal_as_if_it_had_not_been_killed(tmp_path: Path) -> None:
     config = study(space=MORE)
     whole = memory()
-    play(config, whole, near_the_wanted)
+    play(config, whole, schedule_score)
 
     def opened() -> optuna.Study:
         storage = JournalStorage(JournalFileBackend(str(tmp_path / "journal")))
@@ -214,7 +214,7 @@ def test_a_study_goes_on_from_its_journal_as_if_it_had_not_been_killed(tmp_path:
             trials = store.get_trials(deepcopy=False)
             segment = Population(config).step_of(trials, trial.number)
             line = [Population(config).step_of(trials, n) for n in lineage(trials, trial.number)]
-            end(store, trial.number, segment, near_the_wanted(line))
+            end(store, trial.number, segment, schedule_score(line))
         while isinstance(
             following := Population(config).next_step(store.get_trials(deepcopy=False)), PbtStep
         ):
@@ -224,8 +224,8 @@ def test_a_study_goes_on_from_its_journal_as_if_it_had_not_been_killed(tmp_path:
             trials = store.get_trials(deepcopy=False)
             assert Population(config).step_of(trials, number) == following
             line = [Population(config).step_of(trials, n) for n in lineage(trials, number)]
-            end(store, number, following, near_the_wanted(line))
-    assert asked(opened()) == asked(whole)
+            end(store, number, following, schedule_score(line))
+    assert records(opened()) == records(whole)
 
 
 def test_a_generation_waits_for_the_last_member_of_the_one_before() -> None:
@@ -310,7 +310,7 @@ def test_values_stay_inside_their_ranges_and_on_their_grids_and_reach_both_neigh
     for seed in range(6):
         config = study(seed=seed, space=MORE, sampler={"perturb": 0.5, "exploit": 0.5})
         store = memory()
-        play(config, store, near_the_wanted)
+        play(config, store, schedule_score)
         trials = store.get_trials(deepcopy=False)
         for trial in trials:
             assert 0.1 <= trial.params["ratio.points"] <= 0.9
@@ -324,7 +324,7 @@ def test_values_stay_inside_their_ranges_and_on_their_grids_and_reach_both_neigh
 
 def test_first_ratios_are_spread_over_their_range_and_defaults_are_tried_first() -> None:
     store = memory()
-    play(study(), store, near_the_wanted)
+    play(study(), store, schedule_score)
     first = [trial.params["ratio.points"] for trial in store.get_trials()[:MEMBERS]]
     assert [int((ratio - 0.1) / 0.1) for ratio in first] == list(range(MEMBERS))
     defaults = study(space={"ratio.points": {"low": 0.1, "high": 0.9, "default": 0.75}})
@@ -376,7 +376,7 @@ def test_trials_of_users_are_no_members() -> None:
     config, store = study(), memory()
     store.enqueue_trial({"ratio.points": 0.5})
     store.add_trial(optuna.trial.create_trial(value=1.0))
-    play(config, store, near_the_wanted)
+    play(config, store, schedule_score)
     trials = store.get_trials()
     assert len(trials) == 2 + MEMBERS * GENERATIONS
     best = leader(trials)
@@ -392,23 +392,24 @@ def test_a_step_continues_the_schedule_of_its_parent_and_changes_nothing_before_
         pretrain={"epochs": 18, "ratio": {"update_per": update_per}}
     )  # the last step is shorter
     store = memory()
-    play(config, store, near_the_wanted)
+    play(config, store, schedule_score)
     trials = store.get_trials()
     for trial in trials:
         segment = Population(config).step_of(trials, trial.number)
-        ours = config.trial(segment.values, seed=segment.seed)
-        assert ours.ratio.points == learned_schedule(config, trials, trial.number)
-        assert ours.ratio.points[-1] == (segment.until / 18, level(segment))
+        continued = config.trial(segment.values, seed=segment.seed)
+        assert continued.ratio.points == learned_schedule(config, trials, trial.number)
+        assert continued.ratio.points[-1] == (segment.until / 18, level(segment))
         if segment.parent is None:
-            assert [ratio for _, ratio in ours.ratio.points] == [level(segment)] * 2
+            assert [ratio for _, ratio in continued.ratio.points] == [level(segment)] * 2
             continue
         before = Population(config).step_of(trials, segment.parent)
-        theirs = config.trial(before.values, seed=before.seed)
-        assert ours.ratio.points[:-1] == theirs.ratio.points
+        parent = config.trial(before.values, seed=before.seed)
+        assert continued.ratio.points[:-1] == parent.ratio.points
         for epoch in range(1, before.until + 1):
             for step in range(3):
                 ratios = [
-                    masking_ratio(s.ratio, epoch, 18, step=step, steps=3) for s in (ours, theirs)
+                    masking_ratio(s.ratio, epoch, 18, step=step, steps=3)
+                    for s in (continued, parent)
                 ]
                 assert ratios[0] == ratios[1]
     assert trials[-1].user_attrs["generation"] == 4
@@ -440,12 +441,14 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "said"), FAULTS, ids=[said[:25] for _, said in FAULTS])
-def test_a_study_that_pbt_cannot_run_is_refused(given: dict[str, Any], said: str) -> None:
-    config = merge(PBT, given)
-    if "objectives" in given:
-        config["objectives"] = given["objectives"]
-    with pytest.raises(ConfigError, match=said):
+@pytest.mark.parametrize(
+    ("changes", "message"), FAULTS, ids=[message[:25] for _, message in FAULTS]
+)
+def test_a_study_that_pbt_cannot_run_is_refused(changes: dict[str, Any], message: str) -> None:
+    config = merge(PBT, changes)
+    if "objectives" in changes:
+        config["objectives"] = changes["objectives"]
+    with pytest.raises(ConfigError, match=message):
         check_population(build(StudyConfig, config, "test"))
 
 
@@ -477,15 +480,17 @@ BAD_SPACES: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("space", "said"), BAD_SPACES, ids=[said[:25] for _, said in BAD_SPACES])
-def test_a_space_that_pbt_cannot_search_is_refused(space: Any, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+@pytest.mark.parametrize(
+    ("space", "message"), BAD_SPACES, ids=[message[:25] for _, message in BAD_SPACES]
+)
+def test_a_space_that_pbt_cannot_search_is_refused(space: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         check_population(build(StudyConfig, {**PBT, "space": space}, "test"))
 
 
 def test_all_faults_are_told_at_once_and_a_good_study_has_none() -> None:
     check_population(study(space=MORE))
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as caught:
         check_population(
             study(
                 space={"model.depth": {"low": 1, "high": 4}},
@@ -493,7 +498,7 @@ def test_all_faults_are_told_at_once_and_a_good_study_has_none() -> None:
                 require=["lr < 1"],
             )
         )
-    assert all(word in str(told.value) for word in ("model.depth", "budget.trials", "require"))
+    assert all(word in str(caught.value) for word in ("model.depth", "budget.trials", "require"))
 
 
 def test_steps_of_a_population_train_as_one_run_of_the_learned_schedule_to_the_bit(

@@ -76,10 +76,10 @@ class Run:
     def play(self, *scores: float | None) -> int:
         """Return after how many rungs the trial ended."""
         trial = self.begin()
-        for place, (epoch, value) in enumerate(zip(RUNGS, scores, strict=True)):
+        for rung, (epoch, value) in enumerate(zip(RUNGS, scores, strict=True)):
             if not self.score(trial, epoch, value):
                 self.end(trial, TrialState.PRUNED)
-                return place + 1
+                return rung + 1
         self.end(trial, TrialState.COMPLETE, scores[-1] or 0.0)
         return len(scores)
 
@@ -255,7 +255,7 @@ def test_nothing_is_pruned_before_enough_trials_are_complete(tmp_path: Path, nam
     for number in range(3):
         for epoch in RUNGS:
             write_images(tmp_path, number, epoch, images(0.9 - number / 10))
-        assert run.play(*[0.9 - number / 10 - place / 100 for place in range(4)]) == 4
+        assert run.play(*[0.9 - number / 10 - rung / 100 for rung in range(4)]) == 4
 
 
 @pytest.mark.parametrize("name", ["median", "halving", "patient"])

@@ -205,17 +205,17 @@ def test_what_was_made_for_a_number_that_an_enqueued_trial_took_harms_nothing() 
 def test_a_finite_space_is_used_up_after_each_combination_once(name: str) -> None:
     s = make_config(name, space=FINITE)
     study = study_of(s)
-    suggester, seen = Suggester(s, study.directions), []
-    while (suggestion := suggester.suggest(len(seen))) is not None:
+    suggester, suggested = Suggester(s, study.directions), []
+    while (suggestion := suggester.suggest(len(suggested))) is not None:
         assert isinstance(suggestion, Suggestion)
-        seen.append(str(suggestion.params))
-        failed = len(seen) % 4 == 0 and name == "grid"
+        suggested.append(str(suggestion.params))
+        failed = len(suggested) % 4 == 0 and name == "grid"
         end(
             study, store(study, suggestion), 0.5, TrialState.FAIL if failed else TrialState.COMPLETE
         )
         suggester.update(study.get_trials(deepcopy=False))
-        assert len(seen) <= 15
-    assert len(set(seen)) == 15
+        assert len(suggested) <= 15
+    assert len(set(suggested)) == 15
 
 
 def test_what_require_refuses_is_drawn_again() -> None:
@@ -261,18 +261,18 @@ def test_an_enqueued_trial_that_was_run_is_a_duplicate_and_one_that_nothing_allo
     s = make_config("random", space=FINITE, require=["selection.clusters < 4"])
     study = study_of(s)
     suggester = Suggester(s, study.directions)
-    known = {"ratio.shape": "cosine", "selection.clusters": 3}
-    suggestion = suggester.suggest(0, fixed=known)
+    params = {"ratio.shape": "cosine", "selection.clusters": 3}
+    suggestion = suggester.suggest(0, fixed=params)
     assert isinstance(suggestion, Suggestion)
     trial_id = store(study, suggestion)
     suggester.update(study.get_trials(deepcopy=False))
-    assert isinstance(suggester.suggest(1, fixed=known), Suggestion), (
+    assert isinstance(suggester.suggest(1, fixed=params), Suggestion), (
         "what merely runs may still fail"
     )
     suggester.discard(1)
     end(study, trial_id, 0.4, TrialState.PRUNED)
     suggester.update(study.get_trials(deepcopy=False))
-    assert suggester.suggest(1, fixed=known) == Duplicate(0)
+    assert suggester.suggest(1, fixed=params) == Duplicate(0)
     assert isinstance(suggester.suggest(1, fixed={"ratio.shape": "cosine"}), Suggestion)
     with pytest.raises(
         ConfigError,

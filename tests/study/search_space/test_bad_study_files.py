@@ -15,11 +15,11 @@ from amlp_ray.config.yaml_file import read_yaml
 from amlp_ray.errors import ConfigError
 from amlp_ray.study.search_space.validate import build_study
 
-Told = list[tuple[int | None, str]]
+Messages = list[tuple[int | None, str]]
 
 # A file as it is written (line 1 is the first after the quotes), and what is told of it: lines
 # and words.
-FILES: dict[str, tuple[str, Told]] = {
+FILES: dict[str, tuple[str, Messages]] = {
     "unknown key": (
         """\
         name: s
@@ -506,9 +506,9 @@ def written(folder: Path, name: str) -> Path:
     return file
 
 
-def expect(lines: list[str], file: Path, told: Told, start: str = "") -> None:
-    assert len(lines) == len(told), "\n".join(lines)
-    for line, (number, words) in zip(lines, told, strict=True):
+def expect(lines: list[str], file: Path, messages: Messages, start: str = "") -> None:
+    assert len(lines) == len(messages), "\n".join(lines)
+    for line, (number, words) in zip(lines, messages, strict=True):
         assert line.startswith(f"{start}{file}" + (f":{number}" if number else "")), line
         assert words in line
         assert "\n" not in line

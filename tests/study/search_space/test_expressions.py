@@ -37,9 +37,9 @@ VALUES: dict[str, Any] = {
     ],
 )
 def test_an_expression_computes_what_it_says(text: str, value: Any) -> None:
-    found = Expression(text)(VALUES.__getitem__)
-    assert found == value
-    assert type(found) is type(value)
+    actual = Expression(text)(VALUES.__getitem__)
+    assert actual == value
+    assert type(actual) is type(value)
 
 
 numbers = st.one_of(st.integers(-50, 50), st.floats(-50, 50, allow_subnormal=False))
@@ -60,8 +60,8 @@ texts = st.recursive(
 @given(texts, numbers, numbers)
 def test_arithmetic_agrees_with_python(text: str, a: float, b: float) -> None:
     if len(text) <= 300:
-        found = Expression(text)({"a": a, "b": b}.__getitem__)
-        assert found == eval(text, {"min": min, "max": max, "abs": abs, "a": a, "b": b})
+        actual = Expression(text)({"a": a, "b": b}.__getitem__)
+        assert actual == eval(text, {"min": min, "max": max, "abs": abs, "a": a, "b": b})
 
 
 def test_names_stand_in_their_order_and_once() -> None:
@@ -77,7 +77,7 @@ def test_a_condition_is_told_from_a_number(text: str, is_condition: bool) -> Non
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("ratio.start +", "cannot be read"),
         ("a = 1", "cannot be read"),
@@ -102,13 +102,13 @@ def test_a_condition_is_told_from_a_number(text: str, is_condition: bool) -> Non
         ("(" * 160 + "1" + ")" * 160, "longer than 300"),
     ],
 )
-def test_what_is_no_expression_is_refused_when_it_is_read(text: str, told: str) -> None:
-    with pytest.raises(ExpressionError, match=told):
+def test_what_is_no_expression_is_refused_when_it_is_read(text: str, message: str) -> None:
+    with pytest.raises(ExpressionError, match=message):
         Expression(text)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("k / zero", "divides by zero"),
         ("9 ** 9 ** 9", "cannot be computed"),
@@ -120,17 +120,17 @@ def test_what_is_no_expression_is_refused_when_it_is_read(text: str, told: str) 
         ("round(k, 0.5)", "cannot be computed"),
     ],
 )
-def test_values_that_do_not_go_together_are_refused(text: str, told: str) -> None:
-    with pytest.raises(ExpressionError, match=told):
+def test_values_that_do_not_go_together_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ExpressionError, match=message):
         Expression(text)(VALUES.__getitem__)
 
 
 def test_no_attribute_of_a_value_is_reached() -> None:
-    asked: list[str] = []
+    names: list[str] = []
 
-    def look(name: str) -> float:
-        asked.append(name)
+    def value_of(name: str) -> float:
+        names.append(name)
         return 1.0
 
-    assert Expression("delta.__class__.__base__ + 1")(look) == 2.0
-    assert asked == ["delta.__class__.__base__"]
+    assert Expression("delta.__class__.__base__ + 1")(value_of) == 2.0
+    assert names == ["delta.__class__.__base__"]

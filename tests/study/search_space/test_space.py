@@ -75,9 +75,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(("space", "told"), FAULTS.values(), ids=FAULTS)
-def test_a_bad_space_is_refused_with_its_fault(space: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+@pytest.mark.parametrize(("space", "message"), FAULTS.values(), ids=FAULTS)
+def test_a_bad_space_is_refused_with_its_fault(space: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         check_space(study(space))
 
 
@@ -93,7 +93,7 @@ def test_all_faults_are_told_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parameter", "told"),
+    ("parameter", "message"),
     [
         ({"low": 0.9, "high": 0.2}, "must lie below"),
         ({"low": 0.0, "high": 0.2, "log": True}, "log needs"),
@@ -101,8 +101,8 @@ def test_all_faults_are_told_at_once() -> None:
         ({"lo": 0.1, "high": 0.2}, "low is missing"),
     ],
 )
-def test_a_malformed_parameter_is_refused(parameter: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_a_malformed_parameter_is_refused(parameter: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         study({"ratio.start": parameter})
 
 
@@ -120,9 +120,9 @@ def test_a_parameter_is_asked_only_where_its_condition_holds() -> None:
         "ratio.power"
     )
     search = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
-    asked = [SearchSpace(config).suggest(search.ask()).values for _ in range(30)]
-    assert {params["ratio.shape"] for params in asked} == {"linear", "power"}
-    for params in asked:
+    suggested = [SearchSpace(config).suggest(search.ask()).values for _ in range(30)]
+    assert {params["ratio.shape"] for params in suggested} == {"linear", "power"}
+    for params in suggested:
         assert ("ratio.power" in params) == (params["ratio.shape"] == "power")
         assert type(params["selection.clusters"]) is int
 
@@ -223,8 +223,8 @@ def test_a_suggestion_says_why_no_trial_may_have_it() -> None:
         },
         require=["ratio.start < 0.4"],
     )
-    kept = SearchSpace(config).suggest(FixedTrial({"ratio.start": 0.35}))
-    assert (kept.refused, kept.params) == (None, {"ratio.start": 0.35})
+    suggestion = SearchSpace(config).suggest(FixedTrial({"ratio.start": 0.35}))
+    assert (suggestion.refused, suggestion.params) == (None, {"ratio.start": 0.35})
     assert (
         SearchSpace(config).suggest(FixedTrial({"ratio.start": 0.5})).refused
         == "require 'ratio.start < 0.4' does not hold"
@@ -255,8 +255,8 @@ def test_a_condition_sees_what_a_searched_variant_brings() -> None:
     check_space(config)
     assert tuple(SearchSpace(config).parameters) == ("variant", "selection.strength")
     assert SearchSpace(config).config_of({"variant": "amlp"}) == {"variant": "amlp"}
-    both = {"variant": "amlp-soft", "selection.strength": 1.0}
-    assert SearchSpace(config).config_of(both) == both
+    params = {"variant": "amlp-soft", "selection.strength": 1.0}
+    assert SearchSpace(config).config_of(params) == params
 
 
 def test_no_other_setting_lays_values_under_others() -> None:
@@ -361,15 +361,17 @@ def samplers() -> dict[str, optuna.samplers.BaseSampler]:
     return {"random": optuna.samplers.RandomSampler(7), "tpe": tpe}
 
 
-def told_trials(config: StudyConfig, sampler: optuna.samplers.BaseSampler) -> list[tuple[Any, Any]]:
+def suggested_trials(
+    config: StudyConfig, sampler: optuna.samplers.BaseSampler
+) -> list[tuple[Any, Any]]:
     search = optuna.create_study(sampler=sampler, direction="maximize")
-    seen = []
+    trials = []
     for _ in range(15):
         trial = search.ask()
         values = SearchSpace(config).suggest(trial).values
         search.tell(trial, values["ratio.end"] - abs(values["lr"] - 3e-3))
-        seen.append((trial.params, values))
-    return seen
+        trials.append((trial.params, values))
+    return trials
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
@@ -381,12 +383,12 @@ def test_yaml_python_and_a_function_give_the_same_suggestions(sampler: str, tmp_
     # A function is kept by its name.
     function = StudyConfig(name="same", seed=7, space=as_function)
     write_yaml(declared, tmp_path / "kept.yaml")
-    kept = build_study(read_yaml(tmp_path / "kept.yaml"), "kept.yaml")
-    first = told_trials(declared, samplers()[sampler])
+    reread = build_study(read_yaml(tmp_path / "kept.yaml"), "kept.yaml")
+    first = suggested_trials(declared, samplers()[sampler])
     assert len({str(values) for _, values in first}) == 15
-    for other in (python, function, kept):
+    for other in (python, function, reread):
         check_space(other)
-        assert told_trials(other, samplers()[sampler]) == first
+        assert suggested_trials(other, samplers()[sampler]) == first
 
 
 # Functions
@@ -478,15 +480,15 @@ def test_a_function_is_checked_by_drawing(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    body, told = BAD_FUNCTIONS[name]
+    body, messages = BAD_FUNCTIONS[name]
     values = {
         "name": "s",
         "space": module(tmp_path, body, f"bad_{list(BAD_FUNCTIONS).index(name)}"),
     }
     with pytest.raises(ConfigError) as caught:
         build_study(values, "study.yaml")
-    assert len(caught.value.messages) == len(told), caught.value.messages
-    for fault, words in zip(caught.value.messages, told, strict=True):
+    assert len(caught.value.messages) == len(messages), caught.value.messages
+    for fault, words in zip(caught.value.messages, messages, strict=True):
         assert words in fault
 
 

@@ -58,15 +58,18 @@ def test_every_storage_keeps_a_trial_as_it_was_stored_and_told(
     storage.set_trial_user_attr(trial_id, "stats", {"seconds": 1.5, "scores": {"dsc": 0.4}})
     storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.4, 3.0])
     study.set_user_attr("lease", {"at": 1.0})
-    (told,) = optuna.load_study(study_name=name, storage=storage).trials
-    assert (told.number, told.state, told.values, told.params) == (
+    (stored,) = optuna.load_study(study_name=name, storage=storage).trials
+    assert (stored.number, stored.state, stored.values, stored.params) == (
         0,
         TrialState.COMPLETE,
         [0.4, 3.0],
         {"x": 0.5},
     )
-    assert told.intermediate_values == {10: 0.4}
-    assert told.user_attrs == {"baseline": "mae", "stats": {"seconds": 1.5, "scores": {"dsc": 0.4}}}
+    assert stored.intermediate_values == {10: 0.4}
+    assert stored.user_attrs == {
+        "baseline": "mae",
+        "stats": {"seconds": 1.5, "scores": {"dsc": 0.4}},
+    }
     assert study.user_attrs["lease"] == {"at": 1.0}
 
 

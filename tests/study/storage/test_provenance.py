@@ -26,16 +26,16 @@ def test_a_trial_keeps_code_versions_hardware_data_settings_and_seed(
 ) -> None:
     run_spec = run_spec_of(tmp_path, phantom_dataset, cpus=2)
     write_provenance(run_spec)
-    found = read_provenance(tmp_path / "trials" / "0")
-    assert found is not None
-    assert found["seed"] == 5
-    assert found["config"] == run_spec.config.model_dump(mode="json")
-    assert found["dataset"]["fingerprint"] == phantom_dataset.manifest.fingerprint
-    assert found["eval_data"] is None
-    assert (found["hardware"]["threads"], found["hardware"]["workers"]) == (2, 1)
-    assert found["versions"] == versions()
-    assert found["commit"] == commit()
-    assert found["continued"] == []
+    stored = read_provenance(tmp_path / "trials" / "0")
+    assert stored is not None
+    assert stored["seed"] == 5
+    assert stored["config"] == run_spec.config.model_dump(mode="json")
+    assert stored["dataset"]["fingerprint"] == phantom_dataset.manifest.fingerprint
+    assert stored["eval_data"] is None
+    assert (stored["hardware"]["threads"], stored["hardware"]["workers"]) == (2, 1)
+    assert stored["versions"] == versions()
+    assert stored["commit"] == commit()
+    assert stored["continued"] == []
 
 
 def test_a_trial_that_goes_on_elsewhere_says_from_which_epoch_and_what_is_other(
@@ -46,13 +46,13 @@ def test_a_trial_that_goes_on_elsewhere_says_from_which_epoch_and_what_is_other(
     write_provenance(run_spec)
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"epoch": e}) + "\n" for e in (1, 2)))
     write_provenance(run_spec)
-    there = {**hardware(), "processor": "another"}
-    monkeypatch.setattr(provenance, "hardware", lambda device="cpu": dict(there))
+    other_hardware = {**hardware(), "processor": "another"}
+    monkeypatch.setattr(provenance, "hardware", lambda device="cpu": dict(other_hardware))
     write_provenance(run_spec)
-    found = read_provenance(folder)
-    assert found is not None
-    assert found["hardware"]["processor"] != "another"
-    first, second = found["continued"]
+    stored = read_provenance(folder)
+    assert stored is not None
+    assert stored["hardware"]["processor"] != "another"
+    first, second = stored["continued"]
     assert first.keys() == {"epoch", "at"}
     assert (second["epoch"], second["hardware"]["processor"]) == (2, "another")
 
@@ -62,9 +62,9 @@ def test_a_trial_that_had_trained_nothing_begins_anew(
 ) -> None:
     write_provenance(run_spec_of(tmp_path, phantom_dataset, seed=5))
     write_provenance(run_spec_of(tmp_path, phantom_dataset, seed=6))
-    found = read_provenance(tmp_path / "trials" / "0")
-    assert found is not None
-    assert (found["seed"], found["continued"]) == (6, [])
+    stored = read_provenance(tmp_path / "trials" / "0")
+    assert stored is not None
+    assert (stored["seed"], stored["continued"]) == (6, [])
 
 
 @pytest.fixture
@@ -94,10 +94,10 @@ def test_code_as_committed_needs_no_patch(
 ) -> None:
     (checkout.parent / "README.md").write_text("not code\n")
     write_provenance(run_spec_of(tmp_path / "study", phantom_dataset))
-    found = read_provenance(tmp_path / "study" / "trials" / "0")
-    assert found is not None
-    assert found["patch"] is None
-    assert len(found["commit"]) == 40
+    stored = read_provenance(tmp_path / "study" / "trials" / "0")
+    assert stored is not None
+    assert stored["patch"] is None
+    assert len(stored["commit"]) == 40
 
 
 def test_changed_code_is_kept_once_as_a_patch_that_gives_it_back(
@@ -107,11 +107,11 @@ def test_changed_code_is_kept_once_as_a_patch_that_gives_it_back(
     (checkout / "new.py").write_text("two = 2\n")
     for _ in range(2):
         write_provenance(run_spec_of(tmp_path / "study", phantom_dataset))
-    found = read_provenance(tmp_path / "study" / "trials" / "0")
-    assert found is not None
-    assert found["commit"].endswith("+changes")
+    stored = read_provenance(tmp_path / "study" / "trials" / "0")
+    assert stored is not None
+    assert stored["commit"].endswith("+changes")
     (patch,) = (tmp_path / "study").glob("dirty-*.patch")
-    assert found["patch"] == patch.name
+    assert stored["patch"] == patch.name
     subprocess.run(
         ["git", "clone", "-q", str(checkout.parent), str(tmp_path / "clone")], check=True
     )

@@ -37,12 +37,12 @@ def hold(folder: Path, ready: Connection) -> None:
 @pytest.fixture
 def holder(store: StudyStore) -> multiprocessing.process.BaseProcess:
     """Another process that runs the study."""
-    ours, theirs = multiprocessing.Pipe()
+    receiver, sender = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(
-        target=hold, args=(store.folder, theirs), daemon=True
+        target=hold, args=(store.folder, sender), daemon=True
     )
     process.start()
-    assert ours.recv() == "held"
+    assert receiver.recv() == "held"
     return process
 
 
@@ -84,8 +84,8 @@ def test_a_driver_on_another_machine_holds_the_study_until_its_lease_passes(
         pass
     study.set_user_attr("lease", lease | {"at": time.time() - EXPIRES_S - 1})
     assert store.holder() is None
-    with store.lock() as ours:
-        assert ours.seconds >= 7.0, "hours of the budget are counted over all runs"
+    with store.lock() as lock:
+        assert lock.seconds >= 7.0, "hours of the budget are counted over all runs"
 
 
 def test_a_lease_that_was_taken_over_is_not_renewed(store: StudyStore) -> None:

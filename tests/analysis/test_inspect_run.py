@@ -25,8 +25,10 @@ from amlp_ray.training.pretrain import Hooks
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16}
 
 
-def trained(dataset: PatchDataset, folder: Path, **given: Any) -> Path:
-    config = PretrainConfig.model_validate({"epochs": 2, "batch_size": 12, "model": TINY, **given})
+def trained(dataset: PatchDataset, folder: Path, **overrides: Any) -> Path:
+    config = PretrainConfig.model_validate(
+        {"epochs": 2, "batch_size": 12, "model": TINY, **overrides}
+    )
     run_job(RunSpec(config=config, data=str(dataset.path), folder=folder), Hooks())
     return folder
 
@@ -41,27 +43,34 @@ def test_an_inspection_writes_a_strip_per_image_a_sheet_and_the_figures_it_retur
     phantom_dataset: PatchDataset, amlp: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "deep" / "out"
-    found = inspect_run(amlp, count=3, out=out)
-    assert {path.name for path in out.iterdir()} == {row["picture"] for row in found["images"]} | {
+    inspection = inspect_run(amlp, count=3, out=out)
+    assert {path.name for path in out.iterdir()} == {
+        row["picture"] for row in inspection["images"]
+    } | {
         "sheet.png",
         "inspection.json",
     }
-    assert json.loads((out / "inspection.json").read_text()) == found
+    assert json.loads((out / "inspection.json").read_text()) == inspection
     val = phantom_dataset.load("val")
-    assert {row["id"] for row in found["images"]} <= {
+    assert {row["id"] for row in inspection["images"]} <= {
         val.ids[i] for i in range(len(val)) if val.masks[i].any()
     }
-    sizes = {Image.open(out / row["picture"]).size for row in found["images"]}
+    sizes = {Image.open(out / row["picture"]).size for row in inspection["images"]}
     assert sizes == {(8 * 200 - 8, 214)}
     assert Image.open(out / "sheet.png").width == 8 * 200 - 8
-    assert (found["split"], found["epoch"], found["weights_of_epoch"], found["own_data"]) == (
+    assert (
+        inspection["split"],
+        inspection["epoch"],
+        inspection["weights_of_epoch"],
+        inspection["own_data"],
+    ) == (
         "val",
         2,
         2,
         True,
     )
-    assert found["metrics"]["loss"].keys() == {"first", "last"}
-    assert {"loss_reference", "aim_precision", "aim_recall", "effective_patches"} <= found[
+    assert inspection["metrics"]["loss"].keys() == {"first", "last"}
+    assert {"loss_reference", "aim_precision", "aim_recall", "effective_patches"} <= inspection[
         "metrics"
     ].keys()
 
@@ -70,20 +79,20 @@ def test_figures_are_those_of_the_run_s_own_masks(
     phantom_dataset: PatchDataset, amlp: Path, tmp_path: Path
 ) -> None:
     """Computed again patch by patch in numpy."""
-    found = inspect_run(amlp, count=4, out=tmp_path)
+    inspection = inspect_run(amlp, count=4, out=tmp_path)
     val, config = phantom_dataset.load("val"), read_run_config(amlp)
     model, _ = load_model(amlp, config, phantom_dataset.spec)
-    for row in found["images"]:
+    for row in inspection["images"]:
         i = val.ids.index(row["id"])
         image, key = torch.from_numpy(val.images[i : i + 1]), torch.from_numpy(val.keys[i : i + 1])
         with torch.inference_mode():
-            patches, aim, chosen = Masking(model, config).mask_whole_images(
+            patches, lesion_map, chosen = Masking(model, config).mask_whole_images(
                 normalize(image, model.spec), key, TrainingStep(2)
             )
             rebuilt = model(patches, chosen.visible, chosen.masked).pixels[0].numpy()
         share = val.masks[i].reshape(8, 8, 8, 8).mean((1, 3)).ravel()
         true = share >= 0.25 if (share >= 0.25).any() else share > 0
-        lesion = aim.lesion[0].numpy() > 0.5
+        lesion = lesion_map.lesion[0].numpy() > 0.5
         masked = chosen.masked[0].numpy()
         error = ((rebuilt - patches[0].numpy()[masked]) ** 2).mean(-1)
         inside, tissue = true[masked], chosen.tissue[0].numpy()[masked]
@@ -97,8 +106,8 @@ def test_figures_are_those_of_the_run_s_own_masks(
         if inside.any():
             assert row["error_inside"] == pytest.approx(error[inside].mean(), rel=1e-4)
     for name in FIGURES:
-        there = [row[name] for row in found["images"] if row[name] is not None]
-        assert found["mean"][name] == pytest.approx(np.mean(there))
+        values = [row[name] for row in inspection["images"] if row[name] is not None]
+        assert inspection["mean"][name] == pytest.approx(np.mean(values))
 
 
 def test_the_latest_model_is_loaded_with_its_teacher_and_centroids(
@@ -117,7 +126,7 @@ def test_the_latest_model_is_loaded_with_its_teacher_and_centroids(
 
 
 @pytest.mark.parametrize(
-    ("given", "panels", "absent"),
+    ("overrides", "panels", "absent"),
     [
         ({"variant": "mae"}, 5, {"lesion_share", "precision", "recall"}),
         ({"variant": "amlp-soft"}, 7, set()),
@@ -128,27 +137,27 @@ def test_the_latest_model_is_loaded_with_its_teacher_and_centroids(
 def test_what_settings_do_not_use_is_neither_drawn_nor_told(
     phantom_dataset: PatchDataset,
     tmp_path: Path,
-    given: dict[str, Any],
+    overrides: dict[str, Any],
     panels: int,
     absent: set[str],
 ) -> None:
-    found = inspect_run(trained(phantom_dataset, tmp_path, epochs=1, **given), count=2)
-    (picture, _) = (tmp_path / "inspect" / row["picture"] for row in found["images"])
+    inspection = inspect_run(trained(phantom_dataset, tmp_path, epochs=1, **overrides), count=2)
+    (picture, _) = (tmp_path / "inspect" / row["picture"] for row in inspection["images"])
     assert Image.open(picture).width == panels * 200 - 8
-    assert {name for name, value in found["mean"].items() if value is None} == absent
+    assert {name for name, value in inspection["mean"].items() if value is None} == absent
 
 
 def test_epoch_and_seed_choose_masks_and_the_same_ones_draw_the_same(
     amlp: Path, tmp_path: Path
 ) -> None:
-    def shown(name: str, **given: Any) -> tuple[float, bytes]:
-        found = inspect_run(amlp, count=2, out=tmp_path / name, **given)
-        return found["ratio"], (tmp_path / name / "sheet.png").read_bytes()
+    def inspect(name: str, **options: Any) -> tuple[float, bytes]:
+        inspection = inspect_run(amlp, count=2, out=tmp_path / name, **options)
+        return inspection["ratio"], (tmp_path / name / "sheet.png").read_bytes()
 
-    latest = shown("a")
-    assert shown("b") == latest == shown("c", epoch=2, seed=0)
-    assert shown("d", epoch=1)[0] < latest[0]
-    other = shown("e", seed=1)
+    latest = inspect("a")
+    assert inspect("b") == latest == inspect("c", epoch=2, seed=0)
+    assert inspect("d", epoch=1)[0] < latest[0]
+    other = inspect("e", seed=1)
     assert other[0] == latest[0]
     assert other[1] != latest[1]
 
@@ -158,9 +167,9 @@ def test_an_inspection_replaces_the_pictures_of_an_earlier_one_and_nothing_else(
 ) -> None:
     inspect_run(amlp, count=4, out=tmp_path)
     (tmp_path / "9-mine.png").write_bytes(b"mine")
-    found = inspect_run(amlp, count=1, out=tmp_path)
+    inspection = inspect_run(amlp, count=1, out=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
-        found["images"][0]["picture"],
+        inspection["images"][0]["picture"],
         "sheet.png",
         "inspection.json",
         "9-mine.png",
@@ -224,7 +233,7 @@ def bad_input(
 
 
 @pytest.mark.parametrize(
-    ("case", "error", "told"),
+    ("case", "error", "message"),
     [
         ("missing folder", CheckpointError, "none does not exist"),
         ("no run", CheckpointError, "has no config.yaml"),
@@ -251,13 +260,13 @@ def test_bad_input_gets_one_sentence_and_nothing_is_written(
     tmp_path: Path,
     case: str,
     error: type[AmlpError],
-    told: str,
+    message: str,
 ) -> None:
     run = shutil.copytree(amlp, tmp_path / "run")
-    folder, given = bad_input(case, phantom_dataset, run, tmp_path)
+    folder, arguments = bad_input(case, phantom_dataset, run, tmp_path)
     with pytest.raises(error) as caught:
-        inspect_run(folder, **given)
-    assert told in str(caught.value)
+        inspect_run(folder, **arguments)
+    assert message in str(caught.value)
     assert str(caught.value).endswith(".")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.rglob("inspect"))

@@ -40,8 +40,12 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
     def write(
         images: np.ndarray, masks: np.ndarray, labeled: np.ndarray | None = None
     ) -> PatchDataset:
-        known = [mask if labeled is None or labeled[i] else None for i, mask in enumerate(masks)]
-        return write_dataset(tmp_path_factory.mktemp("stored"), images, known, rows_per_part=3)
+        known_masks = [
+            mask if labeled is None or labeled[i] else None for i, mask in enumerate(masks)
+        ]
+        return write_dataset(
+            tmp_path_factory.mktemp("stored"), images, known_masks, rows_per_part=3
+        )
 
     return write
 
@@ -65,14 +69,14 @@ def discs(
 
 def named(*names: str) -> list[Candidate]:
     """Some of the candidates: all of them take seconds."""
-    known = {c.name: c for c in all_candidates(encoder=True, decoder=True)}
-    return [known[name] for name in names]
+    candidates = {c.name: c for c in all_candidates(encoder=True, decoder=True)}
+    return [candidates[name] for name in names]
 
 
-def rows_of(dataset: PatchDataset, *names: str, **given: Any) -> dict[str, dict[str, Any]]:
+def rows_of(dataset: PatchDataset, *names: str, **overrides: Any) -> dict[str, dict[str, Any]]:
     return {
         row["name"]: row
-        for row in bench_rules(dataset, **{"seeds": 1, "candidates": named(*names), **given})
+        for row in bench_rules(dataset, **{"seeds": 1, "candidates": named(*names), **overrides})
     }
 
 
@@ -84,9 +88,9 @@ def test_a_dark_disc_is_found_by_dark_rules_and_by_nearness_to_the_center_only_i
         rows_of(stored(*discs()), *names),
         rows_of(stored(*discs(at=(0.3, 0.3))), *names),
     )
-    for found in (middle, aside):
-        assert found["combined dark"]["auc"] > 0.95
-        assert found["raw, 3, darkest"]["f1"] > 0.5
+    for rows in (middle, aside):
+        assert rows["combined dark"]["auc"] > 0.95
+        assert rows["raw, 3, darkest"]["f1"] > 0.5
     assert middle[CENTER]["auc"] > 0.97
     assert aside[CENTER]["auc"] < 0.85
 
@@ -103,9 +107,9 @@ def test_no_rule_beats_the_best_possible_cluster_of_its_clustering(
     stored: Stored, ending: str
 ) -> None:
     rules = ("smallest", "distinct", "most_central", "by combined dark", "random", "oracle")
-    found = rows_of(stored(*discs()), *(f"stats, 3, {rule}{ending}" for rule in rules))
-    best = found.pop(f"stats, 3, oracle{ending}")["f1"]
-    assert 0 < max(row["f1"] for row in found.values()) <= best + 1e-9
+    rows = rows_of(stored(*discs()), *(f"stats, 3, {rule}{ending}" for rule in rules))
+    best = rows.pop(f"stats, 3, oracle{ending}")["f1"]
+    assert 0 < max(row["f1"] for row in rows.values()) <= best + 1e-9
 
 
 def test_figures_of_a_rule_are_those_of_the_lesion_map_counted_by_hand(stored: Stored) -> None:
@@ -113,18 +117,18 @@ def test_figures_of_a_rule_are_those_of_the_lesion_map_counted_by_hand(stored: S
     data = stored(images, masks)
     patches = patchify(normalize(torch.from_numpy(images), data.spec), 8)
     smallest = SelectionConfig(features="raw", clusters=3, rule="smallest")
-    aim = locate_lesion(
+    lesion_map = locate_lesion(
         patches, torch.from_numpy(data.load("train").keys), (6, 6), 1, smallest, seed=0, epoch=1
     )
     share = masks.reshape(-1, 6, 8, 6, 8).mean((2, 4)).reshape(-1, 36)
     f1, size, small = [], [], []
     for i in range(IMAGES):
-        found, true = (
-            set(np.flatnonzero(aim.lesion[i].numpy())),
+        predicted, true = (
+            set(np.flatnonzero(lesion_map.lesion[i].numpy())),
             set(np.flatnonzero(share[i] >= 0.25)),
         )
-        f1.append(2 * len(found & true) / (len(found) + len(true)))
-        size.append(len(found) / 36)
+        f1.append(2 * len(predicted & true) / (len(predicted) + len(true)))
+        size.append(len(predicted) / 36)
         small.append(masks[i].sum() <= np.median(masks.sum((1, 2))))
     row = rows_of(data, "raw, 3, smallest")["raw, 3, smallest"]
     assert row["f1"] == pytest.approx(np.mean(f1))
@@ -159,14 +163,14 @@ def test_images_without_a_lesion_or_without_a_label_are_not_scored(stored: Store
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("overrides", "message"),
     [({"split": "test"}, "last look"), ({"patch_size": 7}, "--patch-size 7 does not divide")],
 )
 def test_test_images_and_patches_that_do_not_divide_are_refused(
-    stored: Stored, given: dict[str, Any], told: str
+    stored: Stored, overrides: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=told):
-        bench_rules(stored(*discs()), **given)
+    with pytest.raises(ConfigError, match=message):
+        bench_rules(stored(*discs()), **overrides)
 
 
 def test_a_dataset_without_masks_is_refused(stored: Stored) -> None:
@@ -193,13 +197,13 @@ def test_a_run_adds_what_its_model_finds_hard_raw_and_per_variance(
     folder, config, model = run
     images, masks = discs()
     data = stored(images, masks)
-    asked = (
+    rules = (
         "difficulty",
         "difficulty / patch variance",
         "raw, 3, hardest",
         "tokens, 3, smallest, data set",
     )
-    rows = rows_of(data, *asked, teacher=folder)
+    rows = rows_of(data, *rules, teacher=folder)
     patches = patchify(normalize(torch.from_numpy(images), data.spec), 8)
     with torch.inference_mode():
         error, _ = predict_complementary_halves(

@@ -25,8 +25,8 @@ from amlp_ray.method.patches import lesion_shares
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16}
 
 
-def settings_of(**given: Any) -> PretrainConfig:
-    return PretrainConfig.model_validate({"epochs": 4, "model": TINY, **given})
+def settings_of(**overrides: Any) -> PretrainConfig:
+    return PretrainConfig.model_validate({"epochs": 4, "model": TINY, **overrides})
 
 
 def model_of(dataset: PatchDataset, config: PretrainConfig, seed: int = 0) -> MaskedAutoencoder:
@@ -77,13 +77,13 @@ def test_a_lesion_map_of_the_truth_has_full_recall(
     phantom_dataset: PatchDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings_of(selection={"mode": "soft", "score": "blob"})
-    seen = Diagnostics(phantom_dataset, config)
-    assert seen.share is not None
-    truth = seen.share * 10 - 5
+    diagnostics = Diagnostics(phantom_dataset, config)
+    assert diagnostics.share is not None
+    truth = diagnostics.share * 10 - 5
     monkeypatch.setattr(
         "amlp_ray.method.lesion_map.patch_score", lambda *a, **k: torch.where(truth > -5, 3.0, -1.0)
     )
-    metrics = seen(model_of(phantom_dataset, config), 1)
+    metrics = diagnostics(model_of(phantom_dataset, config), 1)
     assert metrics["aim_recall"] == metrics["aim_recall_small"] == metrics["aim_recall_large"] == 1
     assert 0 < metrics["aim_precision"] <= 1
     assert metrics["true_lesion_masked"] > 0.5
@@ -93,9 +93,9 @@ def test_random_masks_and_unlabeled_images_are_not_judged_by_a_lesion_map(
     phantom_dataset: PatchDataset,
 ) -> None:
     config = settings_of(variant="mae")
-    seen = Diagnostics(phantom_dataset, config)(model_of(phantom_dataset, config), 2)
-    assert set(seen) == {"loss_reference", "true_lesion_masked"}
-    assert seen["true_lesion_masked"] == pytest.approx(0.75, abs=0.1)
+    metrics = Diagnostics(phantom_dataset, config)(model_of(phantom_dataset, config), 2)
+    assert set(metrics) == {"loss_reference", "true_lesion_masked"}
+    assert metrics["true_lesion_masked"] == pytest.approx(0.75, abs=0.1)
     aimed = settings_of()
     blind = Diagnostics(phantom_dataset, aimed)
     blind.share = None
@@ -105,20 +105,20 @@ def test_random_masks_and_unlabeled_images_are_not_judged_by_a_lesion_map(
 def test_held_out_images_are_analyzed_once_per_analysis_epoch(
     phantom_dataset: PatchDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looked: list[int] = []
-    look = Masking._analyze
+    epochs: list[int] = []
+    analyze = Masking._analyze
 
     def counting(
         self: Masking, patches: Any, keys: Any, epoch: int, truth: Any, *, learn: bool
     ) -> Any:
-        looked.append(epoch)
-        return look(self, patches, keys, epoch, truth, learn=learn)
+        epochs.append(epoch)
+        return analyze(self, patches, keys, epoch, truth, learn=learn)
 
     monkeypatch.setattr(Masking, "_analyze", counting)
     config = settings_of(epochs=9, selection={"analysis_interval": 3}, loss={"warmup": 0.5})
-    model, seen = model_of(phantom_dataset, config), Diagnostics(phantom_dataset, config)
-    rows = [seen(model, epoch) for epoch in range(1, 10)]
-    assert looked == [1, 4, 5, 7]
+    model, diagnostics = model_of(phantom_dataset, config), Diagnostics(phantom_dataset, config)
+    rows = [diagnostics(model, epoch) for epoch in range(1, 10)]
+    assert epochs == [1, 4, 5, 7]
     assert rows[7] == Diagnostics(phantom_dataset, config)(
         model, 8
     )  # what is kept is what a new analysis finds

@@ -44,23 +44,23 @@ class Counting(PatchDataset):
     read: int = 0
 
     @classmethod
-    def of(cls, dataset: PatchDataset) -> Counting:
+    def from_dataset(cls, dataset: PatchDataset) -> Counting:
         return cls(dataset.root, dataset.manifest)
 
     def load(self, split: str, rows: np.ndarray | None = None) -> Split:
-        found = super().load(split, rows)
-        self.read += len(found)
-        return found
+        loaded = super().load(split, rows)
+        self.read += len(loaded)
+        return loaded
 
 
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory: pytest.TempPathFactory) -> PatchDataset:
     """40 images to fit on, some without a mask, and 23 to score, in parts of 5."""
     train, val = discs(40, seed=1), discs(23, seed=2)
-    known = np.arange(40) % 4 != 2
+    labeled = np.arange(40) % 4 != 2
     return write(
         tmp_path_factory.mktemp("sets") / "labels",
-        {"train": train._replace(labeled=known), "val": val},
+        {"train": train._replace(labeled=labeled), "val": val},
     )
 
 
@@ -107,8 +107,8 @@ def test_rows_are_spread_from_the_first_to_the_last() -> None:
 def test_rows_by_part_are_all_rows_once_and_no_part_twice(
     labels: PatchDataset, rows: list[int] | None
 ) -> None:
-    overrides = None if rows is None else np.array(rows, dtype=np.int64)
-    parts = list(by_part(labels, "train", overrides))
+    row_indices = None if rows is None else np.array(rows, dtype=np.int64)
+    parts = list(by_part(labels, "train", row_indices))
     assert np.concatenate([*parts, np.zeros(0, int)]).tolist() == (
         list(range(40)) if rows is None else rows
     )
@@ -123,20 +123,20 @@ def test_held_out_images_are_those_a_look_at_all_would_choose_and_only_they_are_
     val = labels.load("val")
     lesion = np.flatnonzero(val.labeled & val.masks.any((1, 2)))
     expected = val.take(lesion[np.linspace(0, len(lesion) - 1, 6).astype(int)])
-    counting = Counting.of(labels)
-    found = held_out(counting, 6)
-    assert found.ids == expected.ids
-    assert np.array_equal(found.images, expected.images)
-    assert np.array_equal(found.masks, expected.masks)
+    counting = Counting.from_dataset(labels)
+    actual = held_out(counting, 6)
+    assert actual.ids == expected.ids
+    assert np.array_equal(actual.images, expected.images)
+    assert np.array_equal(actual.masks, expected.masks)
     assert counting.read == 6
 
 
 def test_without_masks_or_val_held_out_images_are_of_train_and_have_none(
     unlabeled: PatchDataset,
 ) -> None:
-    found = held_out(unlabeled, 4)
-    assert found.ids == [f"unlabeled train {i}" for i in (0, 7, 15, 23)]
-    assert not found.labeled.any()
+    actual = held_out(unlabeled, 4)
+    assert actual.ids == [f"unlabeled train {i}" for i in (0, 7, 15, 23)]
+    assert not actual.labeled.any()
 
 
 def test_true_lesions_are_the_same_read_part_by_part(tmp_path: Path) -> None:
@@ -145,18 +145,18 @@ def test_true_lesions_are_the_same_read_part_by_part(tmp_path: Path) -> None:
     oracle = PretrainConfig.model_validate(
         {"model": MODEL, "selection": {"mode": "soft", "score": "oracle"}}
     )
-    found = true_lesions(dataset, oracle)
-    assert found is not None
+    lesions = true_lesions(dataset, oracle)
+    assert lesions is not None
     whole = lesion_shares(train.masks, 8).unflatten(1, (4, 4))
-    assert list(found) == train.keys.tolist()
-    assert all(torch.equal(found[key], whole[i]) for i, key in enumerate(train.keys.tolist()))
+    assert list(lesions) == train.keys.tolist()
+    assert all(torch.equal(lesions[key], whole[i]) for i, key in enumerate(train.keys.tolist()))
 
 
 @pytest.mark.parametrize("scoring", ["val", "cross-validation"])
 def test_a_probe_reads_what_it_fits_and_scores_and_nothing_else(
     labels: PatchDataset, scoring: str
 ) -> None:
-    counting = Counting.of(labels)
+    counting = Counting.from_dataset(labels)
     probe = Probe(counting, FEW.model_copy(update={"scoring": scoring}), 8)
     train = labels.load("train")
     assert counting.read == len(probe.data)
@@ -180,7 +180,7 @@ def test_of_many_labeled_images_a_probe_scores_as_many_as_it_is_told(
     dataset = write(
         tmp_path / "many", {"train": discs(60, normal=3), "val": discs(150, seed=5, normal=2)}
     )
-    counting = Counting.of(dataset)
+    counting = Counting.from_dataset(dataset)
     probe = Probe(counting, FEW.model_copy(update={"scoring": scoring, "images": 40}), 8)
     scored = np.concatenate([rows for _, rows in probe.plan])
     lesion = probe.data.masks[scored].any((1, 2))
@@ -220,9 +220,14 @@ def test_values_on_another_scale_are_told_with_both(
 
 
 def run_spec(unlabeled: PatchDataset, labels: PatchDataset | None, folder: Path) -> RunSpec:
-    apart = labels.path if labels else None
+    eval_data = labels.path if labels else None
     return RunSpec(
-        config=SETTINGS, data=unlabeled.path, folder=folder, probe=FEW, rungs=(1,), eval_data=apart
+        config=SETTINGS,
+        data=unlabeled.path,
+        folder=folder,
+        probe=FEW,
+        rungs=(1,),
+        eval_data=eval_data,
     )
 
 
@@ -250,30 +255,30 @@ def test_labels_apart_are_scored_and_drawn_in_the_scale_of_the_images_trained_on
     pictures = sorted(path.stem.partition("-")[2] for path in (tmp_path / "pictures").iterdir())
     assert len(pictures) == NUM_PICTURES
     assert all(name.startswith("labels_val") for name in pictures)
-    about = json.loads((tmp_path / "data.json").read_text())
-    assert (about["path"], about["eval_data"]["path"]) == (unlabeled.path, labels.path)
+    record = json.loads((tmp_path / "data.json").read_text())
+    assert (record["path"], record["eval_data"]["path"]) == (unlabeled.path, labels.path)
 
 
 def test_a_probe_normalizes_by_the_images_trained_on(
     unlabeled: PatchDataset, labels: PatchDataset
 ) -> None:
-    seen: list[torch.Tensor] = []
+    batches: list[torch.Tensor] = []
 
     def tokens(patches: torch.Tensor) -> torch.Tensor:
-        seen.append(patches)
+        batches.append(patches)
         return patches
 
     probe = Probe(labels, FEW, 8, unlabeled.spec)
     probe.score_tokens(tokens)
     expected = patchify(normalize(torch.from_numpy(probe.data.images), unlabeled.spec), 8)
-    assert torch.equal(torch.cat(seen), expected)
+    assert torch.equal(torch.cat(batches), expected)
     assert float(expected.mean()) < -0.4, "darker than what was trained on, and seen so"
 
 
 def test_the_same_data_set_as_labels_apart_scores_the_same(
     labels: PatchDataset, tmp_path: Path
 ) -> None:
-    own, apart = (
+    scores, eval_data_scores = (
         run_job(
             RunSpec(
                 config=SETTINGS,
@@ -288,7 +293,7 @@ def test_the_same_data_set_as_labels_apart_scores_the_same(
         for i, overrides in enumerate((None, labels.path))
     )
     for name in ("dsc", "ap", "loss_reference", "true_lesion_masked", "loss"):
-        assert own[name] == apart[name]
+        assert scores[name] == eval_data_scores[name]
 
 
 def test_a_folder_is_claimed_with_its_labels(
@@ -353,13 +358,17 @@ def test_an_inspection_shows_the_labels_apart_in_the_scale_of_the_run(
         ),
         Hooks(),
     )
-    own = inspect_run(tmp_path / "run", count=2)
-    assert (own["data"], own["own_data"], own["split"]) == (labels.path, True, "val")
-    assert own["mean"]["true_lesion_masked"] is not None
+    inspection = inspect_run(tmp_path / "run", count=2)
+    assert (inspection["data"], inspection["own_data"], inspection["split"]) == (
+        labels.path,
+        True,
+        "val",
+    )
+    assert inspection["mean"]["true_lesion_masked"] is not None
     again = inspect_run(
         tmp_path / "run", data=changed(labels, tmp_path / "x", mean=[100.0]).path, count=2
     )
-    assert again["mean"]["error"] == own["mean"]["error"], (
+    assert again["mean"]["error"] == inspection["mean"]["error"], (
         "mean and SD are the run's, whoever's images are shown"
     )
     trained_on = inspect_run(tmp_path / "run", data=unlabeled.path, count=2)
@@ -385,9 +394,9 @@ def test_an_encoder_pretrained_on_one_set_segments_another(
 def test_labels_in_an_object_store_are_named_by_their_uri(
     unlabeled: PatchDataset, labels: PatchDataset, s3_bucket: str, tmp_path: Path
 ) -> None:
-    there = DataPath(s3_bucket) / "sets" / "labels"
+    labels_path = DataPath(s3_bucket) / "sets" / "labels"
     for file in Path(labels.path).rglob("*.*"):
-        (there / file.relative_to(labels.path).as_posix()).atomic_write(file.read_bytes())
+        (labels_path / file.relative_to(labels.path).as_posix()).atomic_write(file.read_bytes())
     run = tmp_path / "run"
     encoder = run_job(
         RunSpec(
@@ -396,14 +405,17 @@ def test_labels_in_an_object_store_are_named_by_their_uri(
             folder=run,
             probe=FEW,
             rungs=(1,),
-            eval_data=str(there),
+            eval_data=str(labels_path),
         ),
         Hooks(),
     ).encoder
-    assert json.loads((run / "data.json").read_text())["eval_data"]["path"] == str(there)
-    assert inspect_run(run, count=1)["data"] == str(there)
+    assert json.loads((run / "data.json").read_text())["eval_data"]["path"] == str(labels_path)
+    assert inspect_run(run, count=1)["data"] == str(labels_path)
     config = SegmentConfig.model_validate({"epochs": 1, "decoder_width": 8, "num_labeled": 4})
-    assert segment(PatchDataset.open(str(there)), encoder, tmp_path / "out", config)["images"] > 0
+    assert (
+        segment(PatchDataset.open(str(labels_path)), encoder, tmp_path / "out", config)["images"]
+        > 0
+    )
 
 
 def test_pretraining_shows_the_lesions_of_another_set(

@@ -47,7 +47,7 @@ def test_an_image_without_a_lesion_counts_only_whether_nothing_is_predicted(
 
 @given(masks, masks)
 def test_scores_equal_a_count_pixel_by_pixel(predicted: np.ndarray, truth: np.ndarray) -> None:
-    found = score_images(predicted, truth)
+    scores = score_images(predicted, truth)
     for i in range(4):
         pairs = list(zip(predicted[i].flat, truth[i].flat, strict=True))
         tp, fp, fn = (
@@ -56,13 +56,15 @@ def test_scores_equal_a_count_pixel_by_pixel(predicted: np.ndarray, truth: np.nd
             pairs.count((False, True)),
         )
         if tp + fn == 0:
-            assert np.isnan([found.dsc[i], found.ppv[i], found.sensitivity[i], found.iou[i]]).all()
-            assert found.empty_correct[i] == (fp == 0)
+            assert np.isnan(
+                [scores.dsc[i], scores.ppv[i], scores.sensitivity[i], scores.iou[i]]
+            ).all()
+            assert scores.empty_correct[i] == (fp == 0)
             continue
-        assert found.dsc[i] == pytest.approx(2 * tp / (2 * tp + fp + fn))
-        assert found.ppv[i] == pytest.approx(tp / (tp + fp) if tp + fp else 0)
-        assert found.sensitivity[i] == pytest.approx(tp / (tp + fn))
-        assert found.iou[i] == pytest.approx(tp / (tp + fp + fn))
+        assert scores.dsc[i] == pytest.approx(2 * tp / (2 * tp + fp + fn))
+        assert scores.ppv[i] == pytest.approx(tp / (tp + fp) if tp + fp else 0)
+        assert scores.sensitivity[i] == pytest.approx(tp / (tp + fn))
+        assert scores.iou[i] == pytest.approx(tp / (tp + fp + fn))
 
 
 def test_scores_equal_those_of_monai() -> None:
@@ -71,11 +73,11 @@ def test_scores_equal_those_of_monai() -> None:
 
     rng = np.random.default_rng(0)
     predicted, truth = rng.random((2, 20, 16, 16)) < np.array([0.3, 0.2])[:, None, None, None]
-    ours = score_images(predicted, truth)
+    scores = score_images(predicted, truth)
     p, t = (torch.from_numpy(x)[:, None].float() for x in (predicted, truth))
-    np.testing.assert_allclose(ours.dsc, compute_dice(p, t)[:, 0].numpy(), rtol=1e-6)
-    np.testing.assert_allclose(ours.iou, compute_iou(p, t)[:, 0].numpy(), rtol=1e-6)
-    for name, value in (("precision", ours.ppv), ("sensitivity", ours.sensitivity)):
+    np.testing.assert_allclose(scores.dsc, compute_dice(p, t)[:, 0].numpy(), rtol=1e-6)
+    np.testing.assert_allclose(scores.iou, compute_iou(p, t)[:, 0].numpy(), rtol=1e-6)
+    for name, value in (("precision", scores.ppv), ("sensitivity", scores.sensitivity)):
         metric = ConfusionMatrixMetric(metric_name=name, compute_sample=True, reduction="none")
         metric(p, t)
         np.testing.assert_allclose(value, metric.aggregate()[0][:, 0].numpy(), rtol=1e-6)
@@ -90,8 +92,8 @@ def outline(mask: np.ndarray) -> np.ndarray:
 
 def by_hand(predicted: np.ndarray, truth: np.ndarray, spacing: tuple[float, float]) -> float:
     one, other = (outline(mask) * spacing for mask in (predicted, truth))
-    apart = np.linalg.norm(one[:, None] - other[None], axis=2)
-    return max(float(np.percentile(apart.min(axis), 95)) for axis in (0, 1))
+    distances = np.linalg.norm(one[:, None] - other[None], axis=2)
+    return max(float(np.percentile(distances.min(axis), 95)) for axis in (0, 1))
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.9])
@@ -99,17 +101,17 @@ def test_hd95_is_the_larger_percentile_of_the_distances_between_outlines(share: 
     predicted, truth = np.random.default_rng(0).random((2, 4, 5, 6)) < share
     predicted[0], truth[1] = True, True
     spacing = np.array([[1.0, 1.0], [0.5, 2.0], [3.0, 1.0], [1.0, 1.5]])
-    for given_, each in ((None, np.ones((4, 2))), (spacing, spacing)):
-        found = hausdorff95(predicted, truth, given_)
+    for pixel_spacing, each in ((None, np.ones((4, 2))), (spacing, spacing)):
+        distances = hausdorff95(predicted, truth, pixel_spacing)
         for i in range(4):
             if not truth[i].any():
-                assert np.isnan(found[i])
+                assert np.isnan(distances[i])
             elif not predicted[i].any():
-                assert found[i] == pytest.approx(np.hypot(5 * each[i, 0], 6 * each[i, 1])), (
+                assert distances[i] == pytest.approx(np.hypot(5 * each[i, 0], 6 * each[i, 1])), (
                     "the diagonal"
                 )
             else:
-                assert found[i] == pytest.approx(
+                assert distances[i] == pytest.approx(
                     by_hand(predicted[i], truth[i], tuple(each[i])), rel=1e-5
                 )
 
@@ -132,19 +134,19 @@ def test_means_over_groups_count_a_patient_once_and_leave_out_images_without_a_l
         empty_correct=[nan, nan, nan, 1.0, 0.0], share=[0.01, 0.05, 0.2, 0, 0],
         missed=[True, False, False, False, False],
     )  # fmt: skip
-    found = summarize_scores(table, (0.02, 0.1))
-    assert found["dsc"] == pytest.approx(0.5)
-    assert found["dsc_per_group"] == pytest.approx((0.3 + 0.9) / 2)
-    assert found["hd95_per_group"] == pytest.approx(6)
-    assert found["per_group"] == pytest.approx({"x": 0.3, "y": 0.9})
-    assert found["per_image"] == {"a": 0.2, "b": 0.4, "c": 0.9}
-    assert (found["images"], found["groups"], found["missed"], found["empty_correct"]) == (
+    summary = summarize_scores(table, (0.02, 0.1))
+    assert summary["dsc"] == pytest.approx(0.5)
+    assert summary["dsc_per_group"] == pytest.approx((0.3 + 0.9) / 2)
+    assert summary["hd95_per_group"] == pytest.approx(6)
+    assert summary["per_group"] == pytest.approx({"x": 0.3, "y": 0.9})
+    assert summary["per_image"] == {"a": 0.2, "b": 0.4, "c": 0.9}
+    assert (summary["images"], summary["groups"], summary["missed"], summary["empty_correct"]) == (
         3,
         2,
         1,
         0.5,
     )
-    assert (found["dsc_small"], found["dsc_medium"], found["dsc_large"]) == (0.2, 0.4, 0.9)
+    assert (summary["dsc_small"], summary["dsc_medium"], summary["dsc_large"]) == (0.2, 0.4, 0.9)
     assert summarize_scores(table[:3], (0.02, 0.1))["empty_correct"] is None
 
 
@@ -171,15 +173,15 @@ def test_best_threshold_of_a_constant_probability_takes_everything_rather_than_n
 
 def test_sizes_include_their_limits_in_the_middle_and_leave_out_images_without_a_lesion() -> None:
     share = np.array([0.0, 0.019, 0.02, 0.1, 0.11])
-    found = {
+    images_by_size = {
         name: np.flatnonzero(chosen).tolist()
         for name, chosen in size_classes(share, (0.02, 0.1)).items()
     }
-    assert found == {"small": [1], "medium": [2, 3], "large": [4]}
+    assert images_by_size == {"small": [1], "medium": [2, 3], "large": [4]}
 
 
 def test_scores_by_size_are_means_and_none_where_there_is_no_image() -> None:
     dsc, share = np.array([np.nan, 0.2, 0.4, 0.9]), np.array([0.0, 0.01, 0.015, 0.5])
-    found = dsc_by_size(dsc, share, (0.02, 0.1))
-    assert found == {"dsc_small": pytest.approx(0.3), "dsc_medium": None, "dsc_large": 0.9}
+    scores = dsc_by_size(dsc, share, (0.02, 0.1))
+    assert scores == {"dsc_small": pytest.approx(0.3), "dsc_medium": None, "dsc_large": 0.9}
     assert dsc_by_size(np.array([np.nan]), np.array([0.01]), (0.02, 0.1))["dsc_small"] is None

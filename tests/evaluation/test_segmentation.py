@@ -98,16 +98,16 @@ def test_from_scratch_keeps_the_shape_but_not_the_weights(dataset: Guarded, tmp_
         run(dataset, tmp_path / str(flag), from_scratch=flag, **config) for flag in (False, True)
     )
     assert scratch["from_scratch"] is True
-    overrides = load_file(tmp_path / "False" / "encoder.safetensors")
-    kept, drawn = (
+    encoder = load_file(tmp_path / "False" / "encoder.safetensors")
+    pretrained, initialized = (
         load_file(tmp_path / name / "out" / "segmenter.safetensors") for name in ("False", "True")
     )
-    assert kept.keys() == drawn.keys()
+    assert pretrained.keys() == initialized.keys()
     assert all(
-        torch.equal(value, kept[f"encoder.{key}"]) for key, value in overrides.items()
+        torch.equal(value, pretrained[f"encoder.{key}"]) for key, value in encoder.items()
     )  # frozen
     key = "encoder.blocks.0.attn.qkv.weight"
-    assert not torch.equal(kept[key], drawn[key])
+    assert not torch.equal(pretrained[key], initialized[key])
     assert tuned["dsc"] != scratch["dsc"]
 
 
@@ -267,13 +267,13 @@ def test_distances_are_in_millimetres_where_every_image_has_a_spacing(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
     run(Grouped.of(phantom_dataset), tmp_path, epochs=1)
-    known, unknown = (
+    in_mm, in_pixels = (
         score_segmenter(kind.of(phantom_dataset), tmp_path / "out", "val")
         for kind in (Grouped, Spaced)
     )
-    assert (known["hd95_unit"], unknown["hd95_unit"]) == ("mm", "pixels")
-    assert known["hd95"] != unknown["hd95"]
-    assert known["per_image"] == unknown["per_image"]
+    assert (in_mm["hd95_unit"], in_pixels["hd95_unit"]) == ("mm", "pixels")
+    assert in_mm["hd95"] != in_pixels["hd95"]
+    assert in_mm["per_image"] == in_pixels["per_image"]
 
 
 # Labels
@@ -324,11 +324,11 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
     config = SegmentConfig.model_validate(SMALL | changes)
     encoder = export(dataset, tmp_path / "e.safetensors")
     whole = segment(dataset, encoder, tmp_path / "whole", config)
-    seen: list[int] = []
+    epochs: list[int] = []
 
     def stop(metrics: dict[str, Any]) -> None:
-        seen.append(metrics["epoch"])
-        if len(seen) == 2:
+        epochs.append(metrics["epoch"])
+        if len(epochs) == 2:
             raise Stop
 
     with pytest.raises(Stop):
@@ -338,7 +338,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
         if thread.name == "amlp-checkpoint":
             thread.join()
     parts = segment(dataset, encoder, tmp_path / "parts", config, progress=stop)
-    assert seen == [1, 2, 3]
+    assert epochs == [1, 2, 3]
     assert {**parts, "seconds": 0} == {**whole, "seconds": 0}
     original, resumed = (
         load_file(tmp_path / name / "segmenter.safetensors") for name in ("parts", "whole")
@@ -522,10 +522,10 @@ def test_a_group_on_ray_learns_what_one_process_does_and_goes_on_from_it(
     config = SegmentConfig.model_validate(SMALL | {"epochs": 2, "num_labeled": 6})
     encoder = export(phantom_dataset, tmp_path / "e.safetensors")
     segment(phantom_dataset, encoder, tmp_path / "one", config)
-    seen: list[int] = []
+    epochs: list[int] = []
 
     def stop(metrics: dict[str, Any]) -> None:
-        seen.append(metrics["epoch"])
+        epochs.append(metrics["epoch"])
         raise Stop
 
     with pytest.raises(Stop):
@@ -536,9 +536,9 @@ def test_a_group_on_ray_learns_what_one_process_does_and_goes_on_from_it(
         tmp_path / "two",
         config,
         resources=ResourceConfig(workers=2, cpus_per_worker=0.45),
-        progress=lambda metrics: seen.append(metrics["epoch"]),
+        progress=lambda metrics: epochs.append(metrics["epoch"]),
     )
-    assert seen == [1, 2]
+    assert epochs == [1, 2]
     assert score == json.loads((tmp_path / "two" / "score.json").read_text())
     assert_alike(tmp_path / "one", tmp_path / "two")
 

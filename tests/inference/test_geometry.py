@@ -45,8 +45,8 @@ def test_what_is_found_in_an_input_lies_where_it_was_in_the_frame(
 ) -> None:
     config = PrepareConfig.model_validate({"fit": fit, "size": 64})
     lesion = blob(height, width)
-    there = fit_frame((lesion * 200).astype(np.uint8)[..., None], config)
-    back = restore(there.image[0] > 100, there, height, width)
+    frame = fit_frame((lesion * 200).astype(np.uint8)[..., None], config)
+    back = restore(frame.image[0] > 100, frame, height, width)
     assert back.shape == (height, width)
     assert dsc(back > 0.5, lesion) > 0.97
     assert np.array_equal(back > 0.5, lesion) or fit != "tiles", "nothing is resized"
@@ -62,31 +62,31 @@ def test_a_mask_that_was_prepared_comes_back_too(height: int, width: int) -> Non
 
 
 def test_a_frame_lies_in_the_middle_of_a_padded_input() -> None:
-    there = fit_frame(np.full((20, 64, 1), 9, np.uint8), PrepareConfig(fit="pad", size=64))
-    assert there[1:] == (22, 0, 20, 64)
+    frame = fit_frame(np.full((20, 64, 1), 9, np.uint8), PrepareConfig(fit="pad", size=64))
+    assert frame[1:] == (22, 0, 20, 64)
     values = np.zeros((64, 64))
     values[22, 0], values[41, 63] = 1, 2
-    back = restore(values, there, 20, 64)
+    back = restore(values, frame, 20, 64)
     assert (back[0, 0], back[-1, -1], back.sum()) == (1, 2, 3)
 
 
 def test_a_frame_smaller_than_a_tile_is_padded_with_its_least_value_at_the_lower_right() -> None:
     image = np.arange(20 * 100 * 2, dtype=np.uint16).reshape(20, 100, 2) + 5
-    there = fit_frame(image, PrepareConfig(fit="tiles", size=64))
-    assert there.image.shape == (2, 64, 100)
-    assert there[1:] == (0, 0, 20, 100)
-    assert np.array_equal(there.image[:, :20], image.transpose(2, 0, 1))
-    assert (there.image[0, 20:] == 5).all()
-    assert (there.image[1, 20:] == 6).all()
+    frame = fit_frame(image, PrepareConfig(fit="tiles", size=64))
+    assert frame.image.shape == (2, 64, 100)
+    assert frame[1:] == (0, 0, 20, 100)
+    assert np.array_equal(frame.image[:, :20], image.transpose(2, 0, 1))
+    assert (frame.image[0, 20:] == 5).all()
+    assert (frame.image[1, 20:] == 6).all()
 
 
 def test_tiles_are_cut_at_the_scale_of_training() -> None:
     lesion = blob(121, 200)
-    there = fit_frame(
+    frame = fit_frame(
         (lesion * 200).astype(np.uint8)[..., None], PrepareConfig(fit="tiles", size=32, scale=0.5)
     )
-    assert there.image.shape == (1, 60, 100)
-    assert dsc(restore(there.image[0], there, 121, 200) > 100, lesion) > 0.97
+    assert frame.image.shape == (1, 60, 100)
+    assert dsc(restore(frame.image[0], frame, 121, 200) > 100, lesion) > 0.97
 
 
 @pytest.mark.parametrize("axis", ["axial", "coronal", "sagittal"])
@@ -95,10 +95,10 @@ def test_slices_become_the_volume_that_they_were_cut_from(
     tmp_path: Path, codes: str, axis: str
 ) -> None:
     affine = np.array([[0.5, 0.02, 0, -7], [-0.02, 0.75, 0, 11], [0, 0, 2.5, -40], [0, 0, 0, 1]])
-    values, own = turned(
+    values, volume_affine = turned(
         np.random.default_rng(1).integers(0, 255, (7, 9, 5)).astype(np.uint8), affine, codes
     )
-    path, image = tmp_path / "a.nii.gz", nib.Nifti1Image(values, own)
+    path, image = tmp_path / "a.nii.gz", nib.Nifti1Image(values, volume_affine)
     image.header["descrip"] = b"Mustermann"
     image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"Mustermann"))
     nib.save(image, path)

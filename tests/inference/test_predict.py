@@ -89,8 +89,10 @@ class Bench:
         self.monkeypatch.setattr(engine, "load_segmenter", lambda folder: loaded)
 
     def predict(self, *, overwrite: bool = False, **config: Any) -> Predictions:
-        given = PredictConfig.model_validate(config)
-        return predict(self.images, self.folder / "segmenter", self.out, given, overwrite=overwrite)
+        predict_config = PredictConfig.model_validate(config)
+        return predict(
+            self.images, self.folder / "segmenter", self.out, predict_config, overwrite=overwrite
+        )
 
     def mask(self, name: str) -> np.ndarray:
         return np.asarray(Image.open(self.out / name))
@@ -204,16 +206,18 @@ def test_each_file_of_a_series_and_each_frame_of_an_object_gets_a_mask(bench: Be
     save(dicom(pixels[3:5]), bench.images / "frames.dcm")
     save(dicom(pixels[5]), bench.images / "one.DCM")
     assert bench.predict().predicted == 3
-    wanted = dict(
+    expected = dict(
         zip(
             ["series/1.2.840.17.png", "series/1.2.840.9.png", "series/b.png"],
             lesion[:3],
             strict=True,
         )
     )
-    wanted |= {"frames/0000.png": lesion[3], "frames/0001.png": lesion[4], "one.png": lesion[5]}
-    assert {p.relative_to(bench.out).as_posix() for p in bench.out.rglob("*.png")} == wanted.keys()
-    for name, truth in wanted.items():
+    expected |= {"frames/0000.png": lesion[3], "frames/0001.png": lesion[4], "one.png": lesion[5]}
+    assert {
+        p.relative_to(bench.out).as_posix() for p in bench.out.rglob("*.png")
+    } == expected.keys()
+    for name, truth in expected.items():
         assert np.array_equal(bench.mask(name) > 0, truth), name
 
 
@@ -298,10 +302,10 @@ def test_images_and_masks_may_lie_in_an_object_store(bench: Bench, s3_bucket: st
     bench.train(fit="tiles")
     for source, name in (("scans", "a.png"), ("series", "x/b.png")):
         out = DataPath(s3_bucket) / f"masks of {source}"
-        given = (DataPath(s3_bucket) / source, bench.folder / "segmenter", out)
-        assert predict(*given).predicted == 1
+        arguments = (DataPath(s3_bucket) / source, bench.folder / "segmenter", out)
+        assert predict(*arguments).predicted == 1
         assert Image.open(io.BytesIO((out / name).read_bytes())).mode == "L"
-        assert predict(*given).before == 1
+        assert predict(*arguments).before == 1
 
 
 def test_predictions_of_something_else_are_kept_unless_told(bench: Bench) -> None:
@@ -458,13 +462,13 @@ def test_files_are_predicted_as_images_of_the_dataset_are(
     assert predict(source, tuned, tmp_path / "masks", config).predicted == len(phantom_dataset)
     loaded, val = load_segmenter(tuned), phantom_dataset.load("val")
     with torch.inference_mode():
-        wanted = (
+        expected = (
             loaded.model(normalize(torch.from_numpy(val.images), loaded.spec))
             .sigmoid()[:, 0]
             .numpy()
         )
-    assert wanted.std() > 0
-    for name, probability in zip(val.ids, wanted, strict=True):
+    assert expected.std() > 0
+    for name, probability in zip(val.ids, expected, strict=True):
         file = tmp_path / "masks.probability" / "images" / f"{name}.png"
         assert np.abs(np.asarray(Image.open(file)) / 65535 - probability).max() < 2e-5
 
@@ -474,11 +478,11 @@ def test_a_tile_that_is_the_whole_image_gives_what_the_whole_image_does(
     tuned: Path, phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
     source = phantom_dataset.root.parent / "source"
-    found = []
+    masks = []
     for tiling in ("on", "off"):
         config = PredictConfig.model_validate({"probability": True, "tiling": tiling})
         predict(source, tuned, tmp_path / tiling, config)
         files = sorted((tmp_path / f"{tiling}.probability").rglob("*.png"))
-        found.append(np.stack([np.asarray(Image.open(file)) for file in files]).astype(int))
-    assert found[0].shape == (len(phantom_dataset), 64, 64)
-    assert np.abs(found[0] - found[1]).max() <= 1
+        masks.append(np.stack([np.asarray(Image.open(file)) for file in files]).astype(int))
+    assert masks[0].shape == (len(phantom_dataset), 64, 64)
+    assert np.abs(masks[0] - masks[1]).max() <= 1

@@ -211,7 +211,7 @@ def test_a_checkpoint_of_a_cut_model_is_that_of_a_whole_one(
     config = settings_of(variant="mae", epochs=1)
     go(dataset, tmp_path / "one", config)
     go(dataset, tmp_path / "cut", config, 2, sharding="fsdp")
-    one, cut = (found[0] for name in ("one", "cut") if (found := latest(tmp_path / name)))
+    one, cut = (checkpoint[0] for name in ("one", "cut") if (checkpoint := latest(tmp_path / name)))
     assert one["model"].keys() == cut["model"].keys()
     for name, value in one["model"].items():
         assert value.shape == cut["model"][name].shape

@@ -29,7 +29,7 @@ def attempt(work):
     except OSError:
         return path.read_text()
 
-path, seen, told = Path(sys.argv[1]) / "lines", {}, []
+path, seen, errors = Path(sys.argv[1]) / "lines", {}, []
 append_line(path, "first")
 allow(10)  # bytes: four are left
 seen["cut"] = attempt(lambda: append_line(path, "second"))
@@ -37,9 +37,9 @@ allow(6)
 seen["none"] = attempt(lambda: append_line(path, "second"))
 seen["replaced"] = attempt(lambda: atomic_write(path, "something longer"))
 threading.Timer(0.7, allow, [resource.RLIM_INFINITY]).start()
-retry(lambda: append_line(path, "second"), 30, lambda error: told.append(type(error).__name__))
+retry(lambda: append_line(path, "second"), 30, lambda error: errors.append(type(error).__name__))
 seen["in the end"] = path.read_text()
-print(json.dumps({"seen": seen, "told": told}))
+print(json.dumps({"seen": seen, "errors": errors}))
 """
 
 
@@ -53,14 +53,14 @@ def test_a_full_disk_takes_a_line_whole_or_not_at_all_and_is_waited_for(tmp_path
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    kept = "first\n"
+    content = "first\n"
     assert result["seen"] == {
-        "cut": kept,
-        "none": kept,
-        "replaced": kept,
+        "cut": content,
+        "none": content,
+        "replaced": content,
         "in the end": "first\nsecond\n",
     }
-    assert result["told"] == ["OSError"]
+    assert result["errors"] == ["OSError"]
     assert [path.name for path in tmp_path.iterdir()] == ["lines"]
 
 

@@ -132,8 +132,7 @@ def inspect_run(
     spec = trained_on.image or dataset.spec
     check_fits(dataset, spec, f"{run} was trained on")
     model, latest_epoch = load_model(run, config, spec)
-    if seed is not None:
-        config = config.model_copy(update={"seed": seed})
+    config = config if seed is None else config.model_copy(update={"seed": seed})
     epoch = epoch or latest_epoch
     split = held_out(dataset, count)
     analysis, strips = _analyze(model.to(device), split, config, epoch)

@@ -83,16 +83,26 @@ def pretrain_dataset(
     with RunDir(out).lock(wait_s=LOCK_WAIT_S):
         # Before Ray starts: a folder of another run is refused at once.
         claim(run_spec, dataset, opened_eval_data)
-        if run_spec.resources.is_single_worker and address is None:
-            # A stream needs Ray. Its reading tasks share the machine's cores with this process.
-            mode = resolve_mode(dataset, "train", run_spec.config.data)
-            with ray_session() if mode == "stream" else nullcontext():
-                run_here(run_spec, Hooks(report=report))
-        elif not is_finished(run_spec):
-            with ray_session(address):
-                jobs_side_by_side(run_spec.resources, cluster_resources())
-                run_on_ray(run_spec, name=f"pretrain-{out.name}", report=report)
+        _run(run_spec, dataset, address, report)
     return out / ENCODER
+
+
+def _run(
+    run_spec: RunSpec,
+    dataset: PatchDataset,
+    address: str | None,
+    report: Callable[[Metrics], None],
+) -> None:
+    """Run in this process where one worker is enough, otherwise on Ray."""
+    if run_spec.resources.is_single_worker and address is None:
+        # A stream needs Ray. Its reading tasks share the machine's cores with this process.
+        mode = resolve_mode(dataset, "train", run_spec.config.data)
+        with ray_session() if mode == "stream" else nullcontext():
+            run_here(run_spec, Hooks(report=report))
+    elif not is_finished(run_spec):
+        with ray_session(address):
+            jobs_side_by_side(run_spec.resources, cluster_resources())
+            run_on_ray(run_spec, name=f"pretrain-{run_spec.folder.name}", report=report)
 
 
 def _check(run_spec: RunSpec, dataset: PatchDataset, address: str | None) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from amlp_ray.config import SelectionConfig
 from amlp_ray.method import counter_rng
 from amlp_ray.method.cluster_rules import choose_lesion_cluster
-from amlp_ray.method.kmeans import DatasetClusters, kmeans, log_membership
+from amlp_ray.method.kmeans import Clusters, DatasetClusters, kmeans, log_membership
 from amlp_ray.method.patch_features import cluster_features, dilate, tissue_mask
 from amlp_ray.method.patch_scores import PATCH_SCORES, patch_score, z_score
 from amlp_ray.method.patches import descending_ranks
@@ -107,13 +107,7 @@ def locate_lesion(
         score = score if named_score is None else named_score
     if config.uses_clusters:
         x = cluster_features(patches, tissue, grid, channels, config.features, teacher.tokens)
-        k = config.clusters
-        count = (config.n_init + 1) * k
-        noise = counter_rng.uniform(keys, count, seed=seed, epoch=epoch, stream=counter_rng.CLUSTER)
-        if centroids is None:
-            clusters = kmeans(x, tissue, k, noise[:, k:])
-        else:
-            clusters = centroids.assign(x, tissue, noise[:, k:], learn=learn)
+        clusters, rule_noise = _cluster(x, tissue, keys, config, seed, epoch, centroids, learn)
         chosen, is_found = choose_lesion_cluster(
             config,
             clusters,
@@ -121,7 +115,7 @@ def locate_lesion(
             tissue,
             grid,
             brightness=patches.mean(-1),
-            noise=noise[:, :k],
+            noise=rule_noise,
             score=_named_score(config.rule, patches, tissue, grid, config, teacher, truth),
             truth=truth,
         )
@@ -171,6 +165,27 @@ def _named_score(
     }
     value = values.get(name)
     return None if value is None else z_score(value.float(), tissue)
+
+
+def _cluster(
+    x: Tensor,
+    tissue: Tensor,
+    keys: Tensor,
+    config: SelectionConfig,
+    seed: int,
+    epoch: int,
+    centroids: DatasetClusters | None,
+    learn: bool,
+) -> tuple[Clusters, Tensor]:
+    """Cluster features (B, N, D); also return uniform numbers (B, K) for the random rule."""
+    k = config.clusters
+    count = (config.n_init + 1) * k
+    noise = counter_rng.uniform(keys, count, seed=seed, epoch=epoch, stream=counter_rng.CLUSTER)
+    rule_noise = noise[:, :k]
+    seeding_noise = noise[:, k:]
+    if centroids is None:
+        return kmeans(x, tissue, k, seeding_noise), rule_noise
+    return centroids.assign(x, tissue, seeding_noise, learn=learn), rule_noise
 
 
 def _most_probable(lesion: Tensor, tissue: Tensor, probability: Tensor) -> Tensor:

@@ -102,10 +102,8 @@ def run_group(
             shutil.rmtree(folder / TRAINER_FOLDER, ignore_errors=True)
             return
         kind = failure_kind(failure)
-        if kind == "worker lost" and nodes - answering_nodes():
+        if kind == "worker lost" and _lost_a_node(nodes, resources):
             kind = "node lost"
-            # An elastic group that still counts the node would wait for it for a minute.
-            time.sleep(RECOUNT_S if resources.is_elastic else 0)
         if kind not in LOSSES:
             raise _recorded(original_error(failure), kind, events) from failure
         message = f"{LOSSES[kind]} ({_loss_reason(failure)})"
@@ -121,6 +119,15 @@ def run_group(
         tail.log_new()
         retry.run(partial(_check_files, folder, files), "a restart")
         events.flush()
+
+
+def _lost_a_node(nodes: set[str], resources: ResourceConfig) -> bool:
+    """Return whether one of `nodes` answers no more, after a wait until Ray counts without it."""
+    if not nodes - answering_nodes():
+        return False
+    # An elastic group that still counts the node would wait for it for a minute.
+    time.sleep(RECOUNT_S if resources.is_elastic else 0)
+    return True
 
 
 def _recorded(error: BaseException, kind: EventKind, events: EventLog) -> BaseException:

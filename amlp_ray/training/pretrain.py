@@ -103,7 +103,6 @@ def pretrain(
         ConfigError: `until` is no epoch of the run, or the config does not fit the images.
         StorageError: the folder could not be written for `fault_tolerance.storage_minutes`.
     """
-    hooks = hooks or Hooks()
     resources = resources or ResourceConfig()
     last_epoch = _last_epoch(config, batches, until)
     events = EventLog(folder, log_messages=distributed.world_size() == 1)
@@ -114,38 +113,56 @@ def pretrain(
         sharding=resources.sharding,
         resumes=bool(checkpoints(folder)),
     )
-    epoch = _resume(train_state, folder, events, last_epoch)
+    resumed_epoch = _resume(train_state, folder, events, last_epoch)
     objective = make_objective(train_state.model, config, truth)
+    epochs = range(resumed_epoch + 1, last_epoch + 1)
+    recorder = RunRecorder(folder, fault_tolerance or FaultToleranceConfig(), events)
+    with closing(recorder):
+        return _train(
+            train_state, objective, batches, epochs, recorder, hooks or Hooks(), resources
+        )
+
+
+def _train(
+    train_state: TrainState,
+    objective: Objective,
+    batches: Batches,
+    epochs: range,
+    recorder: RunRecorder,
+    hooks: Hooks,
+    resources: ResourceConfig,
+) -> PretrainResult:
+    """Train the epochs that are left, and export the encoder."""
+    config = train_state.config
+    device = train_state.device
     network = distributed.wrap_ddp(train_state.model)
     if config.compile:
         network = cast(nn.Module, torch.compile(network, dynamic=False))
-    recorder = RunRecorder(folder, fault_tolerance or FaultToleranceConfig(), events)
-    epochs = range(epoch + 1, last_epoch + 1)
     is_first = distributed.rank() == 0
-    with closing(recorder):
-        metrics = recorder.begin(epochs) if is_first else {}
-        for epoch in epochs:
-            metrics = train_epoch(
-                network, train_state, objective, batches, epoch, micro_batch=resources.micro_batch
-            )
-            state = train_state.gather_state()
-            if is_first:
-                metrics |= utilization(config, batches.spec, device, metrics)
-                metrics |= _evaluate(hooks, train_state.eval_model, epoch)
-                recorder.record_epoch(metrics, state)
-                hooks.report(metrics)
-            # Every worker takes part in this exchange.
-            should_stop = is_first and hooks.should_stop()
-            if distributed.broadcast_from_rank0(int(should_stop), device):
-                break
-        recorder.wait()
+    epoch = epochs.start - 1
+    metrics = recorder.begin(epochs) if is_first else {}
+    for epoch in epochs:
+        metrics = train_epoch(
+            network, train_state, objective, batches, epoch, micro_batch=resources.micro_batch
+        )
+        state = train_state.gather_state()
+        if is_first:
+            metrics |= utilization(config, batches.spec, device, metrics)
+            metrics |= _evaluate(hooks, train_state.eval_model, epoch)
+            recorder.record_epoch(metrics, state)
+            hooks.report(metrics)
+        # Every worker takes part in this exchange.
+        should_stop = is_first and hooks.should_stop()
+        if distributed.broadcast_from_rank0(int(should_stop), device):
+            break
+    recorder.wait()
 
-        model = train_state.eval_model
-        encoder = folder / ENCODER
-        if is_first and (epochs or not is_encoder(encoder)):
-            export = partial(export_encoder, model.encoder, encoder, config.model, batches.spec)
-            recorder.retries.run(export, encoder.name)
-    return PretrainResult(epoch, epoch < last_epoch, metrics, model.eval(), encoder)
+    model = train_state.eval_model
+    encoder = recorder.folder / ENCODER
+    if is_first and (epochs or not is_encoder(encoder)):
+        export = partial(export_encoder, model.encoder, encoder, config.model, batches.spec)
+        recorder.retries.run(export, encoder.name)
+    return PretrainResult(epoch, epoch < epochs.stop - 1, metrics, model.eval(), encoder)
 
 
 def _last_epoch(config: PretrainConfig, batches: Batches, until: int | None) -> int:

@@ -89,11 +89,7 @@ def replay(
     notes = differences(provenance)
     with _deterministic() as not_deterministic:
         _train(run_spec)
-    new_scores = _scores(target)
-    compared = []
-    for epoch in rungs:
-        was, now = old_scores[epoch], new_scores.get(epoch)
-        compared.append({"epoch": epoch, "was": was, "is": now, "same": was == now})
+    compared = _compare_rungs(old_scores, _scores(target))
     return {
         "trial": number,
         "same": all(rung["same"] for rung in compared),
@@ -101,6 +97,16 @@ def replay(
         "differs": [*notes, *not_deterministic],
         "folder": str(target),
     }
+
+
+def _compare_rungs(
+    old_scores: Mapping[int, float], new_scores: Mapping[int, float]
+) -> list[dict[str, Any]]:
+    compared = []
+    for epoch, was in sorted(old_scores.items()):
+        now = new_scores.get(epoch)
+        compared.append({"epoch": epoch, "was": was, "is": now, "same": was == now})
+    return compared
 
 
 def _probe(provenance: Mapping[str, Any], config: StudyConfig) -> ProbeConfig:

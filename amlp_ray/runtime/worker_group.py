@@ -90,14 +90,9 @@ def run_group(
     make_trainer = partial(_make_trainer, task, resources, fault_tolerance, name, folder)
     reached = progress()
     losses = 0  # without progress in between
-
-    def log_and_poll() -> None:
-        tail.log_new()
-        poll()
-
     while True:
         nodes = answering_nodes()
-        failure = _run_once(make_trainer, log_and_poll)
+        failure = _run_once(make_trainer, tail, poll)
         if failure is None:
             shutil.rmtree(folder / TRAINER_FOLDER, ignore_errors=True)
             return
@@ -157,8 +152,10 @@ def _check_files(folder: Path, files: set[str]) -> None:
         raise OSError("its files are gone")
 
 
-def _run_once(make_trainer: Callable[[], Any], poll: Callable[[], None]) -> BaseException | None:
-    """Run one group to its end, polling meanwhile; return what made it fail."""
+def _run_once(
+    make_trainer: Callable[[], Any], tail: EventTail, poll: Callable[[], None]
+) -> BaseException | None:
+    """Run one group to its end, logging events and polling meanwhile; return what made it fail."""
     trainer = make_trainer()
     failures: list[BaseException] = []
 
@@ -173,6 +170,7 @@ def _run_once(make_trainer: Callable[[], Any], poll: Callable[[], None]) -> Base
     while True:
         thread.join(POLL_S)
         has_ended = not thread.is_alive()
+        tail.log_new()
         poll()
         if has_ended:
             return failures[0] if failures else None

@@ -128,14 +128,14 @@ def test_a_dark_disc_is_found_in_any_scale(dataset: PatchDataset) -> None:
 
 
 def test_a_probe_sees_normalized_patches(dataset: PatchDataset) -> None:
-    seen: list[torch.Tensor] = []
+    batches: list[torch.Tensor] = []
 
     def tokens(patches: torch.Tensor) -> torch.Tensor:
-        seen.append(patches)
+        batches.append(patches)
         return patches
 
     Probe(dataset, FEW, 8).score_tokens(tokens)
-    every = torch.cat(seen)
+    every = torch.cat(batches)
     assert abs(float(every.mean())) < 0.2
     assert 0.8 < float(every.std()) < 1.2
 

@@ -60,9 +60,9 @@ def run(
 
 
 def newest(folder: Path) -> dict[str, Any]:
-    found = latest(folder)
-    assert found is not None
-    return found[0]
+    checkpoint = latest(folder)
+    assert checkpoint is not None
+    return checkpoint[0]
 
 
 def weights(result: PretrainResult) -> dict[str, Tensor]:
@@ -217,8 +217,8 @@ def test_each_part_switched_off_on_its_own_gives_mae_to_the_bit(
     mae = run(phantom_dataset, tmp_path / "mae", variant="mae", epochs=neutral["epochs"], **stop)
     off = run(phantom_dataset, tmp_path / "off", variant="mae", **neutral, **stop)
     assert same(weights(mae), weights(off))
-    original, theirs = (without_measured(tmp_path / name)[0] for name in ("off", "mae"))
-    assert original["loss"] == theirs["loss"]
+    original, reference = (without_measured(tmp_path / name)[0] for name in ("off", "mae"))
+    assert original["loss"] == reference["loss"]
 
 
 def test_a_category_head_without_effect_leaves_all_other_weights_those_of_mae(

@@ -79,7 +79,7 @@ def assert_same(one: Path, other: Path) -> None:
     """To the bit: lines, model and encoder."""
     assert figures(one) == figures(other)
     assert [row["epoch"] for row in figures(one)] == [1, 2, 3, 4]
-    states = [found[0] for folder in (one, other) if (found := latest(folder))]
+    states = [checkpoint[0] for folder in (one, other) if (checkpoint := latest(folder))]
     for key in ("model", "weight_ema"):
         assert all(
             torch.equal(v, states[1][key][name]) for name, v in states[0].get(key, {}).items()
@@ -222,25 +222,25 @@ def test_a_line_that_is_not_taken_is_waited_for(dataset: PatchDataset, tmp_path:
 def test_the_average_is_what_is_looked_at_and_exported(
     dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    seen: list[dict[str, torch.Tensor]] = []
+    states: list[dict[str, torch.Tensor]] = []
     config = PretrainConfig.model_validate(
         {"epochs": 2, "batch_size": 10, "model": TINY, "weight_ema": 0.9}
     )
 
     def evaluate(model: torch.nn.Module, epoch: int) -> Metrics:
         assert not model.training
-        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        states.append({name: value.clone() for name, value in model.state_dict().items()})
         return {}
 
     batches = open_batches(dataset, batch_size=10, seed=0, mode="mapped")
     result = pretrain(config, batches, tmp_path, hooks=Hooks(evaluate=evaluate))
-    found = latest(tmp_path)
-    assert found is not None
-    average, last = found[0]["weight_ema"], found[0]["model"]
+    checkpoint = latest(tmp_path)
+    assert checkpoint is not None
+    average, last = checkpoint[0]["weight_ema"], checkpoint[0]["model"]
     name = "encoder.blocks.0.mlp.fc1.weight"
     assert not torch.equal(average[name], last[name])
     exported = load_encoder(result.encoder).state_dict()
-    for model in (seen[-1], result.model.state_dict()):
+    for model in (states[-1], result.model.state_dict()):
         assert all(torch.equal(value, average[name]) for name, value in model.items())
     assert all(torch.equal(value, average[f"encoder.{name}"]) for name, value in exported.items())
     plain = pretrain(

@@ -95,23 +95,23 @@ def test_a_batch_in_pieces_trains_as_the_whole(
 
 
 @pytest.mark.parametrize(
-    ("micro_batch", "seen"), [(None, [10]), (10, [10]), (9, [5, 5]), (3, [2, 3, 2, 3])]
+    ("micro_batch", "expected"), [(None, [10]), (10, [10]), (9, [5, 5]), (3, [2, 3, 2, 3])]
 )
 def test_no_more_than_a_piece_is_held_and_the_gradient_is_that_of_the_batch(
-    dataset: PatchDataset, micro_batch: int | None, seen: list[int]
+    dataset: PatchDataset, micro_batch: int | None, expected: list[int]
 ) -> None:
     config = settings_of(variant="mae", clip_grad=1e9)
-    train_state, held = TrainState(config, dataset.spec, "cpu"), []
+    train_state, piece_sizes = TrainState(config, dataset.spec, "cpu"), []
 
     class Network(nn.Module):
         def forward(self, patches: torch.Tensor, *overrides: Any) -> Any:
-            held.append(len(patches))
+            piece_sizes.append(len(patches))
             return train_state.model(patches, *overrides)
 
     batch = next(open_train(dataset, config).epoch(1))
     objective = make_objective(train_state.model, config, None)
     take_gradient(Network(), train_state, objective, batch, TrainingStep(1, 0, 2), micro_batch)
-    assert held == seen
+    assert piece_sizes == expected
     taken = {
         name: p.grad.clone()
         for name, p in train_state.model.named_parameters()

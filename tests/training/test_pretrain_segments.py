@@ -44,14 +44,14 @@ POINTS = [
 ]  # ends of segments of two epochs of six
 
 
-def tiny(points: list[list[float]] = POINTS, **given: Any) -> PretrainConfig:
+def tiny(points: list[list[float]] = POINTS, **overrides: Any) -> PretrainConfig:
     under = {
         "epochs": 6,
         "batch_size": 12,
         "model": TINY,
         "ratio": {"shape": "points", "points": points},
     }
-    return PretrainConfig.model_validate(merge(under, given))
+    return PretrainConfig.model_validate(merge(under, overrides))
 
 
 def go(
@@ -84,9 +84,9 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def saved(folder: Path) -> dict[str, Any]:
-    found = latest(folder)
-    assert found is not None
-    return found[0]
+    checkpoint = latest(folder)
+    assert checkpoint is not None
+    return checkpoint[0]
 
 
 def figures(folder: Path) -> list[dict[str, Any]]:
@@ -112,16 +112,16 @@ CUT: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("given", CUT.values(), ids=CUT.keys())
+@pytest.mark.parametrize("overrides", CUT.values(), ids=CUT.keys())
 def test_segments_one_after_another_equal_one_run_of_the_whole_schedule_to_the_bit(
-    phantom_dataset: PatchDataset, tmp_path: Path, given: dict[str, Any]
+    phantom_dataset: PatchDataset, tmp_path: Path, overrides: dict[str, Any]
 ) -> None:
-    go(phantom_dataset, tmp_path / "whole", tiny(**given))
+    go(phantom_dataset, tmp_path / "whole", tiny(**overrides))
     fork = None
     for i in range(3):
         torch.manual_seed(i)  # nothing may hang on torch's own generator
         folder = tmp_path / str(i)
-        config = tiny(POINTS[: i + 2], **given)
+        config = tiny(POINTS[: i + 2], **overrides)
         if i == 1:  # killed inside the segment, and begun again
             with pytest.raises(KeyboardInterrupt):
                 go(phantom_dataset, folder, config, fork=fork, until=2 * i + 2, killed_at=3)
@@ -169,8 +169,10 @@ def test_a_fork_trains_on_with_its_changed_value_and_a_kill_inside_it_changes_no
             killed_at=3,
         )
     go(phantom_dataset, tmp_path / "killed", changed, fork=tmp_path / "parent", until=5)
-    kept, other, killed = (saved(tmp_path / name) for name in ("kept", "changed", "killed"))
-    assert not equal(other["model"], kept["model"])
+    uninterrupted, other, killed = (
+        saved(tmp_path / name) for name in ("kept", "changed", "killed")
+    )
+    assert not equal(other["model"], uninterrupted["model"])
     assert equal(killed, other)
     assert other["config"] == changed.model_dump(mode="json")
 
@@ -231,7 +233,7 @@ def test_a_fork_that_was_killed_before_its_checkpoint_was_there_is_made_again(
     go(phantom_dataset, tmp_path / "parent", tiny(), until=2)
     go(phantom_dataset, tmp_path / "whole", tiny(), fork=tmp_path / "parent", until=3)
 
-    def killed(*given: Any) -> None:
+    def killed(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -182,11 +182,11 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Writing begins when it is set."""
     event, write = threading.Event(), module.write_checkpoint
 
-    def held(*overrides: Any, **named: Any) -> Path:
+    def wait_and_write(*args: Any, **kwargs: Any) -> Path:
         assert event.wait(30)
-        return write(*overrides, **named)
+        return write(*args, **kwargs)
 
-    monkeypatch.setattr(module, "write_checkpoint", held)
+    monkeypatch.setattr(module, "write_checkpoint", wait_and_write)
     yield event
     event.set()
 
@@ -311,16 +311,16 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole_and_is_written_when_ther
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 1 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
+    disk = tmp_path / "disk"
+    disk.mkdir()
     mount = shutil.which("mount")
-    command = [mount or "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    command = [mount or "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
     if mount is None or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip(
             "no disk may be mounted here: that needs root; a limit on files stands in for it above"
         )
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_real_full_disk(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -265,10 +265,10 @@ def test_an_own_encoder_must_be_of_the_same_images_and_architecture(tmp_path: Pa
         load_pretrained_encoder(str(path), spec_of(1, 96, 96))
     with pytest.raises(CheckpointError, match=r"model\.depth 1, not 2; change the settings"):
         load_pretrained_encoder(str(path), spec_of(), ModelConfig(width=24, depth=2, heads=2))
-    own = load_pretrained_encoder(
+    loaded = load_pretrained_encoder(
         str(path), spec_of(), ModelConfig(width=24, depth=1, heads=2, decoder_width=16)
     )
-    assert own.model.decoder_width == 16
+    assert loaded.model.decoder_width == 16
 
 
 def test_a_segmenter_is_fine_tuned_from_a_timm_checkpoint(
@@ -287,11 +287,11 @@ def test_a_segmenter_is_fine_tuned_from_a_timm_checkpoint(
     assert json.loads((tmp_path / "out" / "score.json").read_text()) == score
     result = load_segmenter(tmp_path / "out")
     assert result.spec == phantom_dataset.spec, "images are normalised by their own mean and SD"
-    overrides = load_pretrained_encoder(
+    encoder_state = load_pretrained_encoder(
         str(file), phantom_dataset.spec, name=NAME
     ).encoder.state_dict()
     assert all(
-        torch.equal(value, overrides[key])
+        torch.equal(value, encoder_state[key])
         for key, value in result.model.encoder.state_dict().items()
     )  # frozen
     scratch = segment(

@@ -80,12 +80,12 @@ def test_nothing_is_there_to_go_on_from_in_a_new_folder(tmp_path: Path) -> None:
 def test_a_damaged_newest_is_passed_over_and_that_is_noted(tmp_path: Path) -> None:
     older = stepped(make_state())
     write(tmp_path, older, 1)
-    kept = {key: value.clone() for key, value in older.model.state_dict().items()}
+    expected = {key: value.clone() for key, value in older.model.state_dict().items()}
     newest = write(tmp_path, stepped(older), 2)
     newest.write_bytes(newest.read_bytes()[:-1])
     train_state = make_state()
     assert train_state.resume(tmp_path, EventLog(tmp_path)) == 1
-    assert same(train_state.model.state_dict(), kept)
+    assert same(train_state.model.state_dict(), expected)
     assert count_events(tmp_path) == {"damaged checkpoint": 1}
 
 

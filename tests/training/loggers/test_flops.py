@@ -43,8 +43,8 @@ def counted(config: PretrainConfig, ratio: float) -> float:
     order = torch.rand(IMAGES, n).argsort(1)
     masked = masked_count(ratio, n, config.ratio.round_to)
     with FlopCounterMode(display=False) as counter:
-        said = model(patches, order[:, masked:], order[:, :masked])
-        torch.stack([part.sum() for part in said if part is not None]).sum().backward()
+        prediction = model(patches, order[:, masked:], order[:, :masked])
+        torch.stack([part.sum() for part in prediction if part is not None]).sum().backward()
     return counter.get_total_flops() / IMAGES
 
 
@@ -156,8 +156,8 @@ def test_mfu_is_work_done_over_work_possible() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells")
 def test_memory_that_was_given_back_still_counts() -> None:
-    held = torch.ones(50_000_000)  # 0.2 GB
-    del held
+    block = torch.ones(50_000_000)  # 0.2 GB
+    del block
     status = Path("/proc/self/status").read_text()
     now = int(status.split("VmRSS:")[1].split()[0]) * 1024 / 1e9
     assert peak_memory("cpu") > now + 0.1

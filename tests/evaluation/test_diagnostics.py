@@ -140,7 +140,7 @@ def test_true_lesions_are_read_for_oracles_alone_and_need_every_mask(
     assert set(shares) == set(train.keys.tolist())
     assert next(iter(shares.values())).shape == (8, 8)
     assert true_lesions(phantom_dataset, settings_of()) is None
-    blind = Guarded.of(
+    blind = Guarded.from_dataset(
         phantom_dataset, lambda name, split: replace(split, labeled=split.labeled & False)
     )
     with pytest.raises(

@@ -22,7 +22,9 @@ FEW = {"num_labeled": 8, "subsets": 2, "folds": 3}
 
 
 def probe_of(dataset: PatchDataset, **overrides: Any) -> Probe:
-    return Probe(Guarded.of(dataset), ProbeConfig.model_validate(FEW | overrides), patch_size=8)
+    return Probe(
+        Guarded.from_dataset(dataset), ProbeConfig.model_validate(FEW | overrides), patch_size=8
+    )
 
 
 def model_of(dataset: PatchDataset, seed: int = 0) -> MaskedAutoencoder:
@@ -106,7 +108,7 @@ def test_no_image_or_group_is_scored_by_a_head_that_was_fitted_on_it(
     def pair_up(name: str, split: Split) -> Split:
         return replace(split, groups=np.array([f"{name}-{i // 2}" for i in range(len(split))]))
 
-    dataset = Guarded.of(phantom_dataset, pair_up)
+    dataset = Guarded.from_dataset(phantom_dataset, pair_up)
     for scoring in ("val", "cross-validation"):
         probe = Probe(dataset, ProbeConfig.model_validate(FEW | {"scoring": scoring}), 8)
         groups = probe.data.groups
@@ -143,7 +145,9 @@ def test_auto_takes_val_from_40_lesion_images_on(phantom_dataset: PatchDataset) 
             return split.take(np.resize(np.flatnonzero(split.masks.any((1, 2))), size))
 
         assert (
-            Probe(Guarded.of(phantom_dataset, enlarge), ProbeConfig.model_validate(FEW), 8).scoring
+            Probe(
+                Guarded.from_dataset(phantom_dataset, enlarge), ProbeConfig.model_validate(FEW), 8
+            ).scoring
             == scoring
         )
 
@@ -165,7 +169,7 @@ def test_val_scoring_without_a_val_lesion_is_refused(phantom_dataset: PatchDatas
         DataError, match=r"no val image with a lesion; use probe\.scoring=cross-validation"
     ):
         Probe(
-            Guarded.of(phantom_dataset, normals_only),
+            Guarded.from_dataset(phantom_dataset, normals_only),
             ProbeConfig.model_validate(FEW | {"scoring": "val"}),
             8,
         )
@@ -178,7 +182,9 @@ def test_fewer_groups_than_folds_are_refused_in_one_sentence(phantom_dataset: Pa
         return replace(split, groups=np.array(["a", "b"])[np.arange(len(split)) % 2])
 
     with pytest.raises(DataError, match=r"2 groups.*probe.folds=3"):
-        Probe(Guarded.of(phantom_dataset, two_patients), ProbeConfig.model_validate(FEW), 8)
+        Probe(
+            Guarded.from_dataset(phantom_dataset, two_patients), ProbeConfig.model_validate(FEW), 8
+        )
 
 
 def test_labels_from_a_single_group_are_refused_in_one_sentence(
@@ -189,7 +195,7 @@ def test_labels_from_a_single_group_are_refused_in_one_sentence(
 
     with pytest.raises(DataError, match="group"):
         Probe(
-            Guarded.of(phantom_dataset, one_patient),
+            Guarded.from_dataset(phantom_dataset, one_patient),
             ProbeConfig.model_validate(FEW | {"scoring": "val"}),
             8,
         )
@@ -201,7 +207,9 @@ def test_unlabeled_images_are_neither_fitted_nor_scored(phantom_dataset: PatchDa
         labeled[::3] = False
         return replace(split, labeled=labeled)
 
-    probe = Probe(Guarded.of(phantom_dataset, unlabel), ProbeConfig.model_validate(FEW), 8)
+    probe = Probe(
+        Guarded.from_dataset(phantom_dataset, unlabel), ProbeConfig.model_validate(FEW), 8
+    )
     splits = [unlabel(name, phantom_dataset.load(name)) for name in ("train", "val")]
     labeled = {s.ids[i] for s in splits for i in range(len(s)) if s.labeled[i]}
     assert set(probe.data.ids) <= labeled

@@ -40,7 +40,7 @@ class Spaced(Guarded):
 
 @pytest.fixture
 def dataset(phantom_dataset: PatchDataset) -> Guarded:
-    return Spaced.of(phantom_dataset)
+    return Spaced.from_dataset(phantom_dataset)
 
 
 def export(dataset: PatchDataset, path: Path, **model: int) -> Path:
@@ -179,7 +179,7 @@ def test_a_split_without_masks_is_refused(dataset: Guarded, tmp_path: Path, name
     with pytest.raises(
         DataError, match=rf"has 0 labelled {name} images with a lesion, but 1 are needed"
     ):
-        run(Spaced.of(dataset, unlabel), tmp_path)
+        run(Spaced.from_dataset(dataset, unlabel), tmp_path)
 
 
 def test_a_segmenter_that_was_saved_scores_as_when_it_was_trained(
@@ -233,7 +233,7 @@ def test_a_segmenter_of_other_images_or_none_is_refused(dataset: Guarded, tmp_pa
 def test_a_row_per_image_holds_what_the_score_sums_up(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    grouped = Grouped.of(phantom_dataset)
+    grouped = Grouped.from_dataset(phantom_dataset)
     score = run(grouped, tmp_path, epochs=2, decoder="linear")
     table = pd.read_csv(tmp_path / "out" / "per_image.csv").set_index("id")
     val = grouped.load("val")
@@ -266,9 +266,9 @@ class Grouped(Spaced):
 def test_distances_are_in_millimetres_where_every_image_has_a_spacing(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
-    run(Grouped.of(phantom_dataset), tmp_path, epochs=1)
+    run(Grouped.from_dataset(phantom_dataset), tmp_path, epochs=1)
     in_mm, in_pixels = (
-        score_segmenter(kind.of(phantom_dataset), tmp_path / "out", "val")
+        score_segmenter(kind.from_dataset(phantom_dataset), tmp_path / "out", "val")
         for kind in (Grouped, Spaced)
     )
     assert (in_mm["hd95_unit"], in_pixels["hd95_unit"]) == ("mm", "pixels")
@@ -283,7 +283,7 @@ def test_a_share_of_the_labels_is_of_whole_groups_and_within_a_larger_share(
     phantom_dataset: PatchDataset,
 ) -> None:
     groups = np.repeat(np.arange(12), 3).astype(str)
-    dataset = Spaced.of(
+    dataset = Spaced.from_dataset(
         phantom_dataset, lambda name, split: replace(split, groups=groups[: len(split)])
     )
     lesions = int((lesion_pixels(dataset, "train") > 0).sum())

@@ -76,7 +76,7 @@ class Guarded(PatchDataset):
     change: Callable[[str, Split], Split] = staticmethod(lambda name, split: split)
 
     @classmethod
-    def of(
+    def from_dataset(
         cls, dataset: PatchDataset, change: Callable[[str, Split], Split] | None = None
     ) -> Guarded:
         out = cls(dataset.root, dataset.manifest)

@@ -36,9 +36,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import optuna
 import psutil
 import yaml
-from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 
+from amlp_ray.study.storage.optuna_internals import JournalOperation
 from amlp_ray.study.storage.study_store import StudyStore, read_metrics
 
 KINDS = {"work": 9, "write": 8, "score": 5, "start": 3}  # how often a kill is of each, of 25

@@ -170,7 +170,8 @@ class TrialRecord:
         values = self.values
         if not self.is_complete or not values:
             return {}
-        if len(values) == len(config.objectives):
+        is_search = self.baseline is None and self.candidate is None
+        if is_search and len(values) == len(config.objectives):
             return dict(zip(config.objectives, values, strict=True))
         return {config.metric: values[0]}
 

@@ -59,6 +59,14 @@ def test_objectives_are_named_and_a_baseline_has_the_metric_alone() -> None:
     assert record("PRUNED", value=0.4).objective_values(two) == {}
 
 
+def test_a_baseline_s_value_is_of_the_metric_where_that_is_no_objective() -> None:
+    values = {"name": "s", "objectives": {"dsc": "maximize"}, "pruner": {"metric": "ap"}}
+    config = build(StudyConfig, values, "s")
+    baseline = record(value=0.4, user_attrs={"baseline": "mae", "repeat": 0})
+    assert record(value=0.4).objective_values(config) == {"dsc": 0.4}
+    assert baseline.objective_values(config) == {"ap": 0.4}
+
+
 def test_the_score_is_that_of_the_metric_and_never_of_a_cost() -> None:
     cost = build(StudyConfig, {"name": "s", "objectives": {"seconds": "minimize"}}, "s")
     trial = record(value=9.0, user_attrs={"stats": {"scores": {"dsc": 0.3}}})

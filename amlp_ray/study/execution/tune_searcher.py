@@ -343,10 +343,8 @@ class StudySearcher(Searcher):
         if self.stop_reason == StopReason.BUDGET:
             self._store.set_attrs(*active.key, reason=f"budget: {self.stop_details}")
         # The score at a rung is a value of the trial only where it is its one objective.
-        is_objective = not active.is_search or list(self._config.objectives) == [
-            self._config.metric
-        ]
-        partial_values = [score] if is_objective else None
+        is_only_objective = list(self._config.objectives) == [self._config.metric]
+        partial_values = [score] if is_only_objective or not active.is_search else None
         word = "ends its step" if has_all_rungs else "pruned"
         message = f"{word} at epoch {last_rung}"
         self._finish(active, TrialState.PRUNED, partial_values, message, score)

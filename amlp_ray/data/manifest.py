@@ -15,6 +15,14 @@ FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 UNFINISHED = ".preparing"  # folder that holds the state of a preparation until it ends
 SPLITS = ("train", "val", "test")
+# What keeps images together, by `group_by`.
+GROUP_RULES = {
+    "patient": "patient, as the layout tells",
+    "near-duplicates": "near-duplicates by perceptual hash",
+    "image": "every image by itself",
+}
+
+GroupUnit = Literal["patient", "group", "image"]
 
 
 class Part(Config):
@@ -62,6 +70,13 @@ class Manifest(Config):
     def shape(self) -> Shape:
         """Channels, height and width of every image."""
         return self.channels, self.height, self.width
+
+    @property
+    def group_unit(self) -> GroupUnit:
+        """What a group is: the unit of statistics, since images of a group are alike."""
+        if self.group_rule == GROUP_RULES["patient"]:
+            return "patient"
+        return "image" if self.group_rule == GROUP_RULES["image"] else "group"
 
     @property
     def image_bytes(self) -> int:

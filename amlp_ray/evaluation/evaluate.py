@@ -86,6 +86,7 @@ def evaluate(
     table["missed"] = (table["lesion_pixels"] > 0) & (table["predicted_pixels"] == 0)
     shares = table.assign(share=table["lesion_pixels"] / (spec.height * spec.width))
     score = summarize_scores(shares, sizes) | {
+        "unit": dataset.manifest.group_unit,
         "hd95_unit": "mm" if in_mm else "pixels",
         "mean_mask_dsc": float(np.nanmean(np.concatenate(floors))),
     }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cached_property
+from statistics import fmean
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -265,11 +266,14 @@ class Probe:
             # The mean over no image is NaN, as it should be.
             warnings.simplefilter("ignore", RuntimeWarning)
             dsc, ppv, sensitivity, empty_correct = (float(np.nanmean(row)) for row in per_image)
-        dsc_sd = 0.0
+        dsc_sd = None
         if len(subset_dsc[0]) > 1:
             dsc_sd = float(np.nanmean(np.std(np.asarray(subset_dsc), axis=1, ddof=1)))
         image_dsc = per_image[0]
         with_lesion = np.flatnonzero(np.isfinite(image_dsc))
+        by_group: dict[str, list[float]] = {}
+        for i in with_lesion:
+            by_group.setdefault(str(data.groups[i]), []).append(float(image_dsc[i]))
         return ProbeScore(
             dsc=dsc,
             ppv=ppv,
@@ -282,6 +286,8 @@ class Probe:
             mean_mask_dsc=float(np.nanmean(np.concatenate(floors))),
             **dsc_by_size(image_dsc, data.masks.mean((1, 2)), self.config.sizes),
             per_image={data.ids[i]: round(float(image_dsc[i]), 6) for i in with_lesion},
+            per_group={group: round(fmean(values), 6) for group, values in by_group.items()},
+            unit=self.dataset.manifest.group_unit,
         )
 
 

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from amlp_ray.data.manifest import GroupUnit
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -199,7 +201,7 @@ class ProbeScore:
     sensitivity: float
     # Average precision of patch logits; a patch is positive if more than half of it is lesion.
     ap: float
-    dsc_sd: float  # over label subsets; 0 with one subset
+    dsc_sd: float | None  # over label subsets; None with one subset
     empty_correct: float | None  # share of images without a lesion for which none is predicted
     images: int  # scored ones with a lesion
     scoring: str  # val, cross-validation or test
@@ -207,4 +209,6 @@ class ProbeScore:
     dsc_small: float | None  # by size of the lesion, see `probe.sizes`
     dsc_medium: float | None
     dsc_large: float | None
-    per_image: dict[str, float]  # DSC by image id, for paired comparison
+    per_image: dict[str, float]  # DSC by image id
+    per_group: dict[str, float]  # mean DSC of a group's images, for paired comparison
+    unit: GroupUnit  # what a group is

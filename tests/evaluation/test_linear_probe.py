@@ -226,19 +226,22 @@ def test_the_probe_works_where_the_test_split_is_gone(
     Probe(dataset, ProbeConfig.model_validate(FEW), 8).score(model_of(dataset).encoder)
 
 
-def test_one_subset_has_no_spread(phantom_dataset: PatchDataset) -> None:
-    assert (
-        probe_of(phantom_dataset, subsets=1, scoring="val")
-        .score(model_of(phantom_dataset).encoder)
-        .dsc_sd
-        == 0
-    )
-    assert (
-        probe_of(phantom_dataset, subsets=3, scoring="val")
-        .score(model_of(phantom_dataset).encoder)
-        .dsc_sd
-        > 0
-    )
+def test_the_spread_over_one_subset_is_not_known(phantom_dataset: PatchDataset) -> None:
+    encoder = model_of(phantom_dataset).encoder
+    assert probe_of(phantom_dataset, subsets=1, scoring="val").score(encoder).dsc_sd is None
+    spread = probe_of(phantom_dataset, subsets=3, scoring="val").score(encoder).dsc_sd
+    assert spread is not None
+    assert spread > 0
+
+
+def test_the_score_of_a_group_is_the_mean_of_its_images(phantom_dataset: PatchDataset) -> None:
+    score = probe_of(phantom_dataset, scoring="val").score(model_of(phantom_dataset).encoder)
+    table = phantom_dataset.table("val").set_index("id")
+    by_group: dict[str, list[float]] = {}
+    for image, dsc in score.per_image.items():
+        by_group.setdefault(table.loc[image, "group"], []).append(dsc)
+    expected = {group: np.mean(values) for group, values in by_group.items()}
+    assert score.per_group == pytest.approx(expected, abs=1e-5)
 
 
 class TestIsVal(PatchDataset):

@@ -95,7 +95,8 @@ def write_files(
         "images": images,
         "scoring": "val",
         "mean_mask_dsc": 0.35,
-        "per_image": {f"case{i}": float(dsc + v) for i, v in enumerate(values - values.mean())},
+        "unit": "image",
+        "per_group": {f"case{i}": float(dsc + v) for i, v in enumerate(values - values.mean())},
     }
     (folder / "score.json").write_text(json.dumps(score))
     (folder / "config.yaml").write_text("variant: amlp\nselection:\n  mode: hard\n")

@@ -12,7 +12,7 @@ import numpy as np
 
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.layouts import SourceImage
-from amlp_ray.data.manifest import SPLITS
+from amlp_ray.data.manifest import GROUP_RULES, SPLITS
 from amlp_ray.data.prepare.near_duplicates import connect, find_chains, read_group_file
 from amlp_ray.data.prepare.scan import ScannedItem
 from amlp_ray.data.prepare.splits import find_cut_groups, read_split_file, split_by_group
@@ -172,11 +172,7 @@ def group_rule(scanned: Sequence[ScannedItem], config: PrepareConfig) -> str:
     """Describe what keeps images together."""
     if config.group_file:
         return f"column {config.group_column} of {Path(config.group_file).name}"
-    return {
-        "patient": "patient, as the layout tells",
-        "near-duplicates": "near-duplicates by perceptual hash",
-        "image": "every image by itself",
-    }[_resolve_rule(scanned, config)]
+    return GROUP_RULES[_resolve_rule(scanned, config)]
 
 
 def split_rule(config: PrepareConfig) -> str:

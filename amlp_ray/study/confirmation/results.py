@@ -18,14 +18,14 @@ import numpy as np
 from amlp_ray.config import BASELINE_DESCRIPTIONS
 from amlp_ray.config.yaml_file import read_yaml
 from amlp_ray.errors import ConfigError
-from amlp_ray.study.confirmation.comparison import Comparison, read_difference
+from amlp_ray.study.confirmation.comparison import Comparison, Sample, read_difference
 from amlp_ray.study.confirmation.confirm import TRIAL_NAME, TestUnlock, find_test_unlock
 from amlp_ray.study.confirmation.statistics import (
     Correlation,
     FloatArray,
     compare,
+    correlate_candidates,
     holm,
-    rank_correlation,
     seed_noise,
 )
 from amlp_ray.study.storage.study_store import StudyStore
@@ -102,9 +102,9 @@ class ConfirmedCandidate:
         values = list(self.values(protocol, split).values())
         return stdev(values) if len(values) > 1 else None
 
-    def per_image(self, protocol: Protocol, split: SplitName) -> dict[int, dict[str, float]]:
-        """Return the DSC of every image, by repeat; runs without any are left out."""
-        scores = {run.repeat: run.scores[protocol, split].get("per_image") for run in self.runs}
+    def per_group(self, protocol: Protocol, split: SplitName) -> dict[int, dict[str, float]]:
+        """Return the DSC of every group, by repeat; runs without any are left out."""
+        scores = {run.repeat: run.scores[protocol, split].get("per_group") for run in self.runs}
         return {repeat: values for repeat, values in scores.items() if values}
 
 
@@ -170,20 +170,21 @@ class Confirmation:
         return seed_noise([list(c.values(protocol, self.split).values()) for c in self.candidates])
 
     def agreement(self, *, without: str | None = None) -> Correlation:
-        """Correlate the protocols' ranks over all runs; seeds of a candidate are drawn together.
+        """Correlate the protocols' ranks of candidates, over the seeds that all of them have.
 
         Args:
             without: a candidate to leave out, such as a random encoder, which both put last.
         """
-        scores: dict[Protocol, list[float]] = {protocol: [] for protocol in PROTOCOLS}
-        names = []
+        scores: list[dict[int, tuple[float, ...]]] = []
         for candidate in self.candidates:
-            for run in candidate.runs if candidate.name != without else ():
-                names.append(candidate.name)
-                for protocol in PROTOCOLS:
-                    dsc = run.scores[protocol, self.split].get("dsc", np.nan)
-                    scores[protocol].append(dsc)
-        return rank_correlation(scores["finetune"], scores["probe"], names)
+            by_protocol = [candidate.values(protocol, self.split) for protocol in PROTOCOLS]
+            repeats = set.intersection(*map(set, by_protocol))
+            if candidate.name != without and repeats:
+                scores.append({r: tuple(values[r] for values in by_protocol) for r in repeats})
+        common = sorted(set.intersection(*map(set, scores))) if scores else []
+        table = np.array([[by_repeat[r] for r in common] for by_repeat in scores], float)
+        finetune, probe = table.reshape(len(scores), len(common), 2).transpose(2, 0, 1)
+        return correlate_candidates(finetune, probe)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values: candidates, comparisons by protocol, noise and agreement."""
@@ -220,7 +221,7 @@ class Confirmation:
             scores = _paired_scores(candidate, baseline, protocol, self.split)
             if not scores.size:
                 continue
-            difference = compare(*scores)
+            difference = compare(scores[0], scores[1])
             counts = not baseline.uses_ground_truth and difference.seeds > 1
             p_values.append(difference.p if counts else None)
             compared.append((candidate, baseline, scores, difference))
@@ -237,6 +238,9 @@ class Confirmation:
                     difference=difference,
                     p=p,
                     reading=read_difference(difference, p, self.equivalence_margin),
+                    sample=Sample.from_score(
+                        candidate.runs[0].scores[protocol, self.split], difference.groups
+                    ),
                 )
             )
         return comparisons
@@ -296,13 +300,13 @@ def _paired_scores(
     protocol: Protocol,
     split: SplitName,
 ) -> FloatArray:
-    """Return the DSC (2, S, I) of both, over the seeds and images that both have."""
-    both = candidate.per_image(protocol, split), baseline.per_image(protocol, split)
+    """Return the DSC (2, S, G) of both, over the seeds and groups that both have."""
+    both = candidate.per_group(protocol, split), baseline.per_group(protocol, split)
     repeats = sorted(both[0].keys() & both[1].keys())
     scored = [scores[repeat] for scores in both for repeat in repeats]
-    images = sorted(set.intersection(*map(set, scored))) if scored else []
-    rows = [[scores[image] for image in images] for scores in scored]
-    return np.array(rows, float).reshape(2, len(repeats), len(images))
+    groups = sorted(set.intersection(*map(set, scored))) if scored else []
+    rows = [[scores[group] for group in groups] for scores in scored]
+    return np.array(rows, float).reshape(2, len(repeats), len(groups))
 
 
 def _read_run(store: StudyStore, name: str, repeat: int) -> ConfirmationRun:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
 import numpy as np
 
 from amlp_ray.config import baseline_names
-from amlp_ray.study.confirmation.comparison import Comparison, read_size
-from amlp_ray.study.confirmation.statistics import Difference, Interval, image_interval
+from amlp_ray.study.confirmation.comparison import Comparison, Sample, read_size
+from amlp_ray.study.confirmation.statistics import FloatArray, compare
 from amlp_ray.study.report.report_data import ReportData, ReportedTrial
 
 
@@ -70,45 +70,42 @@ def compare_with_baselines(data: ReportData, baselines: Sequence[Baseline]) -> l
     best = data.best
     if best is None:
         return []
-    best_dsc = best.dsc or 0.0
-    best_scores = best.per_image()
     comparisons = []
     for baseline in baselines:
-        if baseline.uses_ground_truth:
-            continue
-        interval, images = paired_interval(best_scores, [run.per_image() for run in baseline.runs])
-        # Rounded so that 0.42 - 0.40 does not fall below a margin of 0.02.
-        mean = round(best_dsc - baseline.dsc, 6)
-        comparisons.append(
-            Comparison(
-                candidate=best.name,
-                baseline=baseline.name,
-                candidate_mean=best_dsc,
-                baseline_mean=baseline.dsc,
-                difference=Difference(mean, interval, None, None, None, seeds=1, images=images),
-                p=None,  # the best trial was chosen by the same scores
-                reading=read_size(mean, data.config.equivalence_margin),
-            )
-        )
+        if not baseline.uses_ground_truth:
+            comparisons.append(_compare(best, baseline, data.config.equivalence_margin))
     return comparisons
 
 
-def paired_interval(
-    best: dict[str, float], repeats: list[dict[str, float]]
-) -> tuple[Interval | None, int]:
-    """Bootstrap the mean difference over the images that all runs scored.
+def _compare(best: ReportedTrial, baseline: Baseline, equivalence_margin: float) -> Comparison:
+    means = [best.dsc or 0.0, baseline.dsc]
+    scores = paired_scores(best.per_group(), [run.per_group() for run in baseline.runs])
+    if scores.size:
+        means = scores.mean(axis=(1, 2)).tolist()
+    difference = compare(scores[0], scores[1])
+    # Rounded so that 0.42 - 0.40 does not fall below a margin of 0.02.
+    mean = round(means[0] - means[1], 6)
+    return Comparison(
+        candidate=best.name,
+        baseline=baseline.name,
+        candidate_mean=means[0],
+        baseline_mean=means[1],
+        # No p-value: the best trial was chosen by the same scores.
+        difference=replace(difference, mean=mean, p=None, p_groups=None, effect=None),
+        p=None,
+        reading=read_size(mean, equivalence_margin),
+        sample=Sample.from_score(best.score_file, difference.groups),
+    )
+
+
+def paired_scores(best: dict[str, float], repeats: Sequence[dict[str, float]]) -> FloatArray:
+    """Return the DSC (2, 1, G) of the best trial and of a baseline, whose repeats are averaged.
 
     Args:
-        best: DSC by image.
-        repeats: the same of each repeat of a baseline; they are averaged per image first.
-
-    Returns:
-        The 95 % interval, which is None below two images, and the number of images.
+        best: DSC by group.
+        repeats: the same of each repeat of the baseline. Groups that one of them lacks are left
+            out.
     """
-    images = sorted(set(best).intersection(*repeats))
-    if len(images) < 2:
-        return None, len(images)
-    differences = []
-    for image in images:
-        differences.append(best[image] - fmean(scores[image] for scores in repeats))
-    return image_interval(np.array(differences)), len(images)
+    groups = sorted(set(best).intersection(*repeats))
+    baseline = [fmean(scores[group] for scores in repeats) for group in groups]
+    return np.array([[best[group] for group in groups], baseline]).reshape(2, 1, len(groups))

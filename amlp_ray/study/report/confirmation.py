@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from amlp_ray.study.confirmation.comparison import (
-    FEW_IMAGES,
+    FEW_GROUPS,
     Comparison,
     VerdictKind,
-    few_images_caution,
+    few_groups_caution,
     unequal_budget_caution,
     verdict_kind,
 )
@@ -20,7 +20,7 @@ from amlp_ray.study.confirmation.results import (
     Protocol,
     unequal_budgets,
 )
-from amlp_ray.study.confirmation.statistics import Correlation, effect_words
+from amlp_ray.study.confirmation.statistics import LEVEL, Correlation, effect_words
 from amlp_ray.study.report.report_data import states_text
 from amlp_ray.study.report.summary import Verdict
 from amlp_ray.study.report.tables import (
@@ -59,6 +59,7 @@ def confirmation_section(confirmation: Confirmation) -> ConfirmationSection:
     """Word and tabulate a confirmation for the report."""
     by_finetuning = [] if confirmation.test_unlock else confirmation.against_baselines["finetune"]
     by_probe = confirmation.against_baselines["probe"]
+    units = by_probe[0].sample.unit_words if by_probe else "images"
     return ConfirmationSection(
         state=_state(confirmation),
         sentences=_sentences(confirmation, by_finetuning, "finetune"),
@@ -70,9 +71,9 @@ def confirmation_section(confirmation: Confirmation) -> ConfirmationSection:
         ],
         method=(
             f"Every candidate was trained anew with the same seeds. Intervals are 95 % and cover "
-            f"seeds and images: a hierarchical bootstrap of paired differences, widened as few "
-            f"seeds require. p is the larger of Wilcoxon's over images and of a t-test over seeds "
-            f"and images, after Holm's correction for the comparisons of one list. A difference "
+            f"seeds and {units}: a hierarchical bootstrap of paired differences, widened as few "
+            f"seeds require. p is the larger of Wilcoxon's over {units} and of a t-test over seeds "
+            f"and {units}, after Holm's correction for the comparisons of one list. A difference "
             f"is shown where p is below 0.05 and the interval leaves out zero; one that is shown "
             f"and below {confirmation.equivalence_margin:g} is a tie."
         ),
@@ -159,9 +160,10 @@ def _sentence(
     if baseline.description and not baseline.ablation:
         title += f" ({baseline.description})"
     if is_first:
-        images = f"{difference.images} {confirmation.split} images"
+        seeds = count_words(difference.seeds, "seed")
+        images = item.sample.describe(confirmation.split)
         text = (
-            f"Over {count_words(difference.seeds, 'seed')} and {images}, {candidate.title} scores "
+            f"Over {seeds} and {images}, {candidate.title} scores "
             f"{item.candidate_mean:.3f} DSC ({PROTOCOL_NAMES[protocol]}), {title} "
         )
     else:
@@ -214,17 +216,19 @@ def _agreement(confirmation: Confirmation) -> str:
     of_all = confirmation.agreement()
     if of_all.value is None:
         return (
-            f"Whether probe and fine-tuning agree is not known: {of_all.n} runs are too few, or "
-            f"all score alike."
+            f"Whether probe and fine-tuning agree is not known: {of_all.n} candidates are too few, "
+            f"or all score alike."
         )
     text = (
         f"Probe and fine-tuning agree by a rank correlation of {_correlation_text(of_all)} over "
-        f"{of_all.n} runs ({confirmation.split})"
+        f"the means of {of_all.n} candidates ({confirmation.split})"
     )
     without = confirmation.agreement(without="scratch")
     if without.n < of_all.n and without.value is not None:
         text += f"; {_correlation_text(without)} over {without.n} without the random encoder"
     low, high = of_all.interval or (-1.0, 1.0)
+    if of_all.p is None or of_all.p >= LEVEL:
+        low, high = -1.0, 1.0
     if high < 0:
         return (
             f"{text}: they rank the other way round, so the search chose by what is worse in the "
@@ -276,9 +280,15 @@ def _cautions(confirmation: Confirmation) -> list[str]:
             f"a guess itself, and only large differences can be shown. "
             f"confirm.seeds={FEW_SEEDS} would say more."
         )
-    images = [item.difference.images for item in confirmation.against_baselines["finetune"]]
-    if images and min(images) < FEW_IMAGES:
-        cautions.append(few_images_caution(min(images), "test images"))
+    samples = [item.sample for item in confirmation.against_baselines["finetune"]]
+    smallest = min(samples, key=lambda sample: sample.groups, default=None)
+    if smallest is not None and smallest.groups < smallest.images:
+        cautions.append(
+            f"In comparisons each of the {smallest.groups} {smallest.unit_words} counts once, so "
+            f"that means differ from those over images in the table."
+        )
+    if smallest is not None and smallest.groups < FEW_GROUPS:
+        cautions.append(few_groups_caution(smallest, confirmation.split))
     if confirmation.failed:
         failed = ", ".join(confirmation.failed)
         cautions.append(f"Runs that failed are left out, in pairs: {failed}.")

@@ -117,14 +117,15 @@ class ReportedTrial(TrialRecord):
 
     @cached_property
     def score_file(self) -> dict[str, Any]:
-        """`score.json` without its per-image values, which are many; empty where there is none."""
+        """`score.json` without the values of single images, which are many; empty without one."""
         score = read_json(self.path / "score.json") or {}
         score.pop("per_image", None)
+        score.pop("per_group", None)
         return score
 
-    def per_image(self) -> dict[str, float]:
-        """Read the DSC of every scored image; empty where there is no score."""
-        values = (read_json(self.path / "score.json") or {}).get("per_image")
+    def per_group(self) -> dict[str, float]:
+        """Read the DSC of every scored group; empty where there is no score."""
+        values = (read_json(self.path / "score.json") or {}).get("per_group")
         return _finite_values(values) if isinstance(values, dict) else {}
 
 

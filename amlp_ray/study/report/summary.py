@@ -10,11 +10,11 @@ from amlp_ray.config import ABLATIONS, BASELINE_DESCRIPTIONS, baseline_names
 from amlp_ray.config.yaml_file import read_yaml
 from amlp_ray.errors import ConfigError
 from amlp_ray.study.confirmation.comparison import (
-    FEW_IMAGES,
+    FEW_GROUPS,
     Comparison,
     Reading,
     VerdictKind,
-    few_images_caution,
+    few_groups_caution,
     read_size,
     unequal_budget_caution,
     verdict_kind,
@@ -85,10 +85,28 @@ def _headline(data: ReportData, comparisons: Sequence[Comparison]) -> tuple[Verd
             "No run of baseline mae has finished, so this study cannot say whether aimed masks "
             "help."
         )
-    kind = verdict_kind([item.reading for item in (mae, scratch) if item])
-    if kind == "better" and not (mae and mae.difference.excludes_zero):
+    decisive = [item for item in (mae, scratch) if item]
+    kind = verdict_kind([item.reading for item in decisive])
+    # One run each: the noise of seeds is not known, and the best was chosen by its luck too.
+    worse = [item for item in decisive if item.reading == "worse"]
+    if kind == "better" or (worse and not any(item.difference.excludes_zero for item in worse)):
         kind = "open"
-    return kind, " ".join(sentences)
+    return kind, " ".join([_limits(data, best), *sentences])
+
+
+def _limits(data: ReportData, best: ReportedTrial) -> str:
+    """Say what the claims after it rest on: few steps, one seed, the best of several."""
+    tried = _tried(data)
+    text = f"Not confirmed, {f'the best of {tried} trials' if tried > 1 else 'one trial'}"
+    steps = (data.steps_per_epoch(best) or 0) * (best.epochs or 0)
+    floor = data.config.pruner.min_steps
+    if 0 < steps < floor:
+        text += f", trained for {steps} steps, and scores say little before {floor}"
+    return f"{text}, with one seed."
+
+
+def _tried(data: ReportData) -> int:
+    return sum(trial.state_name in ("COMPLETE", "PRUNED") for trial in data.search)
 
 
 def _nothing_to_judge(data: ReportData) -> str:
@@ -117,8 +135,8 @@ def _mae_sentence(mae: Comparison) -> str:
         )
     if not difference.excludes_zero:
         return (
-            f"{claim} The interval over images includes zero, so this is not shown to be more "
-            f"than chance."
+            f"{claim} The interval over {mae.sample.unit_words} includes zero, so this is not "
+            f"shown to be more than chance."
         )
     return claim
 
@@ -148,7 +166,7 @@ def _comparison_sentence(item: Comparison, baseline: Baseline, equivalence_margi
         return f"{sentence}. Scores of the same single images are missing, so there is no interval."
     includes = "leaves out zero" if difference.excludes_zero else "includes zero"
     return (
-        f"{sentence}. Paired over {difference.images} images, the 95 % interval is "
+        f"{sentence}. Paired over {item.sample.describe()}, the 95 % interval is "
         f"{interval_text(difference.interval)} and {includes}."
     )
 
@@ -193,7 +211,7 @@ def _cautions(
         )
     if best is None:
         return cautions
-    tried = sum(trial.state_name in ("COMPLETE", "PRUNED") for trial in data.search)
+    tried = _tried(data)
     if tried > 1:
         cautions.append(
             f"The best of {tried} trials is optimistic: it was chosen by its score on the same "
@@ -203,20 +221,25 @@ def _cautions(
         "The best trial is one run with one seed, which `amlp-ray study confirm` repeats with "
         "others."
     )
-    if any(item.difference.interval for item in comparisons):
-        cautions.append(
-            "The intervals cover the choice of images. They cover neither seeds nor the choice of "
-            "the best."
-        )
+    for item in comparisons[:1]:
+        if item.difference.interval:
+            cautions.append(
+                f"The intervals cover the choice of {item.sample.unit_words}. They cover neither "
+                f"seeds nor the choice of the best."
+            )
+        if item.sample.groups < item.sample.images:
+            cautions.append(
+                f"In comparisons each of the {item.sample.groups} {item.sample.unit_words} counts "
+                f"once, so that means differ from those over images in the tables."
+            )
+        if item.sample.groups < FEW_GROUPS:
+            cautions.append(few_groups_caution(item.sample))
     compared = [item.baseline for item in comparisons]
     once = [run.name for run in baselines if run.name in compared and len(run.runs) == 1]
     if once:
         cautions.append(
             f"One run each of {', '.join(once)}: how much these vary between seeds is unknown."
         )
-    images = best.measure("images")
-    if images is not None and images < FEW_IMAGES:
-        cautions.append(few_images_caution(images, "images"))
     if best.score_file.get("scoring") == "cross-validation":
         cautions.append(
             "Scores are cross-validated inside train and val, so encoders were pretrained on most "

@@ -122,7 +122,7 @@ class Pruning:
         if len(self._complete) < self._pruner_config.n_startup_trials:
             return False
         if name == "wilcoxon":
-            return self._is_worse_on_images(number, rungs.index(epoch), epoch)
+            return self._is_worse_on_groups(number, rungs.index(epoch), epoch)
         if name in _HALVINGS:  # these rank running trials too
             for other in running:
                 if other.number != number:
@@ -224,24 +224,25 @@ class Pruning:
 
     # Wilcoxon
 
-    def _is_worse_on_images(self, number: int, rung: int, epoch: int) -> bool:
-        """Compare a trial with the best complete one, on the images that both have at a rung."""
-        scores = self._scores_by_image(number, epoch)
+    def _is_worse_on_groups(self, number: int, rung: int, epoch: int) -> bool:
+        """Compare a trial with the best complete one, on the groups that both have at a rung."""
+        scores = self._scores_by_group(number, epoch)
         for best in self._best_first():
             rungs = self._rungs_by_params(best)
             if rung >= len(rungs):
                 continue
-            best_scores = self._scores_by_image(best.number, rungs[rung])
-            images = sorted(scores.keys() & best_scores.keys())
-            if images:
+            best_scores = self._scores_by_group(best.number, rungs[rung])
+            groups = sorted(scores.keys() & best_scores.keys())
+            if groups:
                 break
         else:
             return False
-        study = optuna.create_study(direction="maximize")  # DSC of images, whatever the metric is
-        reference = [best_scores[image] for image in images]
+        # DSC of groups, whatever the metric is
+        study = optuna.create_study(direction="maximize")
+        reference = [best_scores[group] for group in groups]
         mean = sum(reference) / len(reference)
         study.add_trial(create_trial(value=mean, intermediate_values=dict(enumerate(reference))))
-        own_scores = dict(enumerate(scores[image] for image in images))
+        own_scores = dict(enumerate(scores[group] for group in groups))
         trial = ObservedTrial(1, TrialState.RUNNING, intermediate_values=own_scores)
         return bool(self._pruner.prune(study, trial))
 
@@ -251,15 +252,15 @@ class Pruning:
         is_reversed = self._direction == "maximize"
         return sorted(scored, key=lambda trial: trial.last_score or 0.0, reverse=is_reversed)
 
-    def _scores_by_image(self, number: int, epoch: int) -> dict[str, float]:
-        """Read the finite DSC by image of a rung; empty if the file is missing or damaged."""
+    def _scores_by_group(self, number: int, epoch: int) -> dict[str, float]:
+        """Read the finite DSC by group of a rung; empty if the file is missing or damaged."""
         file = self._trial_folder(number) / "rungs" / f"{epoch}.json"
         try:
             rung: dict[str, Any] = json.loads(file.read_text())
         except (OSError, json.JSONDecodeError):
             return {}
-        scores = {image: finite(value) for image, value in (rung.get("per_image") or {}).items()}
-        return {image: score for image, score in scores.items() if score is not None}
+        scores = {group: finite(value) for group, value in (rung.get("per_group") or {}).items()}
+        return {group: score for group, score in scores.items() if score is not None}
 
 
 def hyperband_bracket(study: str, number: int, *, n_rungs: int, factor: int) -> int:

@@ -389,7 +389,7 @@ def test_test_images_are_opened_once_and_the_report_says_what_they_show(
     assert [c.name for c in confirmation.candidates] == first.candidates
     items = {item.baseline: item for item in confirmation.against_baselines["finetune"]}
     of_trial, oracle = items["mae"], items["oracle-of-trial-0"]
-    assert (of_trial.candidate, of_trial.difference.seeds, of_trial.difference.images) == (
+    assert (of_trial.candidate, of_trial.difference.seeds, of_trial.sample.images) == (
         "trial-0",
         2,
         len(lesions),

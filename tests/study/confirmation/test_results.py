@@ -62,7 +62,7 @@ class WrittenConfirmation:
                 for at, mean in means.items()
             }
             full = {
-                at: {"dsc": float(np.mean(list(v.values()))), "per_image": v}
+                at: {"dsc": float(np.mean(list(v.values()))), "per_group": v, "images": IMAGES}
                 for at, v in scores.items()
             }
             folder = self.store.confirm_folder(name, repeat)
@@ -258,7 +258,7 @@ def test_few_seeds_few_images_and_unequal_lengths_are_cautioned_about(
     assert (
         "Trial 1 and baseline mae differ in epochs or batch size: not the same budget." in cautions
     )
-    assert "test images with a lesion" not in cautions
+    assert "have a lesion and are scored" not in cautions
 
 
 def test_five_seeds_of_equal_length_need_no_such_caution(written: WrittenConfirmation) -> None:
@@ -273,8 +273,8 @@ def test_noise_agreement_and_ties_of_protocols_are_worded(written: WrittenConfir
     written.add("mae", 0.3, probe=0.1)
     noise, agreement, tuned, probed = confirmation_section(written.open()).protocols
     assert "fine-tuning 0.00" in noise
-    assert "by a rank correlation of +0.9" in agreement
-    assert "over 15 runs (test)" in agreement
+    assert "by a rank correlation of +1.00" in agreement
+    assert "over the means of 5 candidates (test)" in agreement
     assert "the search's score ranks as fine-tuning does" in agreement
     assert tuned.startswith("Ties by fine-tuning")
     assert "trial 1 and trial 0 (+0.01" in tuned
@@ -289,7 +289,7 @@ def test_protocols_that_disagree_are_not_said_to_agree(written: WrittenConfirmat
 
 def test_two_runs_are_too_few_to_agree(written: WrittenConfirmation) -> None:
     written.add("trial-1", 0.6, seeds=2)
-    assert "2 runs are too few" in confirmation_section(written.open()).protocols[1]
+    assert "1 candidates are too few" in confirmation_section(written.open()).protocols[1]
     assert (
         "no baseline to compare it with"
         in with_confirmation(SEARCHED, written.confirmation()).headline

@@ -9,6 +9,7 @@ from scipy import stats
 from amlp_ray.study.confirmation import statistics
 from amlp_ray.study.confirmation.statistics import (
     compare,
+    correlate_candidates,
     effect_words,
     holm,
     rank_correlation,
@@ -76,7 +77,7 @@ def test_images_alone_would_show_differences_that_are_only_those_of_seeds() -> N
     rng = np.random.default_rng(0)
     sd = {"of_seeds": 0.03, "of_images": 0.05, "rest": 0.02}
     comparisons = [compare(*scores(rng, 3, 60, true=0.0, **sd), seed=i) for i in range(100)]
-    assert np.mean([d.p_images < 0.05 for d in comparisons if d.p_images is not None]) > 0.3
+    assert np.mean([d.p_groups < 0.05 for d in comparisons if d.p_groups is not None]) > 0.3
     assert np.mean([d.p < 0.05 for d in comparisons if d.p is not None]) < 0.15
 
 
@@ -93,11 +94,11 @@ def test_without_seed_noise_an_interval_equals_that_of_a_t_test_over_images() ->
     d = compare(candidate, baseline)
     by_t = stats.ttest_1samp((candidate - baseline)[0], 0).confidence_interval()
     assert d.interval == pytest.approx(tuple(by_t), abs=0.002)
-    assert d.p_images == stats.wilcoxon((candidate - baseline)[0]).pvalue
+    assert d.p_groups == stats.wilcoxon((candidate - baseline)[0]).pvalue
     assert d.effect == pytest.approx(
         (candidate - baseline).mean() / (candidate - baseline).std(ddof=1)
     )
-    assert (d.seeds, d.images) == (1, 200)
+    assert (d.seeds, d.groups) == (1, 200)
 
 
 def test_seeds_that_disagree_widen_the_interval_and_images_that_agree_do_not_narrow_it() -> None:
@@ -108,8 +109,8 @@ def test_seeds_that_disagree_widen_the_interval_and_images_that_agree_do_not_nar
     assert d.mean == pytest.approx(0.04, abs=1e-6)
     assert d.interval is not None
     assert d.interval == pytest.approx((low, high), abs=0.012)
-    assert d.p_images is not None
-    assert d.p_images < 1e-10
+    assert d.p_groups is not None
+    assert d.p_groups < 1e-10
     assert d.p is not None
     assert d.p > 0.05
 
@@ -151,7 +152,7 @@ def test_an_image_that_one_run_did_not_score_is_left_out_for_all() -> None:
 @pytest.mark.parametrize(("seeds", "images"), [(0, 10), (3, 0), (3, 1), (1, 1)])
 def test_too_little_has_neither_interval_nor_p(seeds: int, images: int) -> None:
     d = compare(np.ones((seeds, images)), np.zeros((seeds, images)))
-    assert (d.interval, d.p, d.p_images, d.effect) == (None, None, None, None)
+    assert (d.interval, d.p, d.p_groups, d.effect) == (None, None, None, None)
     assert math.isnan(d.mean) == (seeds * images == 0)
 
 
@@ -225,17 +226,51 @@ def test_rank_correlation_of_too_little_is_not_known(
     assert (correlation.value, correlation.interval, correlation.n) == (None, None, n)
 
 
-def test_seeds_of_one_candidate_count_as_one_in_the_interval_of_a_correlation() -> None:
+def test_a_seed_that_is_good_for_all_candidates_is_no_agreement() -> None:
+    """Single runs correlate by -0.7 here, since seeds help one score and harm the other."""
     rng = np.random.default_rng(5)
-    of_candidate = rng.normal(size=(6, 2))
-    runs = of_candidate.repeat(5, 0) + rng.normal(0, 0.01, (30, 2))
-    groups = [i // 5 for i in range(30)]
-    free, grouped = rank_correlation(*runs.T), rank_correlation(*runs.T, groups)
-    assert free.value == grouped.value
-    assert free.interval is not None
-    assert grouped.interval is not None
-    assert np.ptp(grouped.interval) > 1.3 * np.ptp(free.interval)
-    assert rank_correlation(*runs[:10].T, groups[:10]).interval is None  # two candidates
+    of_seed = rng.normal(0, 0.1, (1, 5))
+    of_candidate = np.linspace(0.3, 0.34, 6)[:, None]
+    x = of_candidate + of_seed + rng.normal(0, 0.001, (6, 5))
+    y = of_candidate - of_seed + rng.normal(0, 0.001, (6, 5))
+    single_runs = rank_correlation(x.ravel().tolist(), y.ravel().tolist())
+    assert single_runs.value is not None
+    assert single_runs.value < -0.7
+    by_candidate = correlate_candidates(x, y)
+    assert by_candidate.value == pytest.approx(1)
+    assert by_candidate.p == pytest.approx(2 / math.factorial(6))
+    assert by_candidate.n == 6
+
+
+def test_ranks_of_candidates_without_relation_are_shown_to_agree_in_at_most_5_percent() -> None:
+    rng = np.random.default_rng(6)
+    p_values = []
+    for seed in range(200):
+        x, y = rng.normal(size=(2, 6, 1)) + rng.normal(0, 0.5, (2, 6, 3))
+        p_values.append(correlate_candidates(x, y, seed=seed).p)
+    assert np.mean([p is not None and p < 0.05 for p in p_values]) < 0.08
+
+
+def test_the_interval_of_a_correlation_covers_candidates_and_seeds() -> None:
+    rng = np.random.default_rng(7)
+    level = rng.normal(size=(8, 1))
+    exact = correlate_candidates(*(level + np.zeros((2, 8, 4))))
+    noisy = correlate_candidates(*(level + rng.normal(0, 0.7, (2, 8, 4))))
+    assert exact.interval == (1.0, 1.0)
+    assert noisy.interval is not None
+    assert noisy.interval[0] < 0.8
+    assert correlate_candidates(np.ones((4, 3)), np.ones((4, 3))).value is None  # four are few
+
+
+def test_the_p_of_a_permutation_is_that_of_scipy_where_all_are_taken() -> None:
+    x, y = [3.0, 1.0, 2.0, 5.0, 4.0, 6.0], [1.0, 2.0, 3.0, 4.0, 6.0, 5.0]
+    expected = stats.permutation_test(
+        (x,),
+        lambda order: stats.spearmanr(order, y).statistic,
+        permutation_type="pairings",
+        n_resamples=np.inf,
+    )
+    assert rank_correlation(x, y).p == pytest.approx(expected.pvalue)
 
 
 def test_seed_noise_pools_what_repeats_differ_by_and_not_what_candidates_do() -> None:

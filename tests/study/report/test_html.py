@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from amlp_ray.config import Choice, StudyConfig
 from amlp_ray.config.yaml_file import write_yaml
 from amlp_ray.study.report import write_report
-from amlp_ray.study.report.comparison import paired_interval
+from amlp_ray.study.report.comparison import paired_scores
 from amlp_ray.study.report.report_data import collect, count_states
 from amlp_ray.study.storage.study_store import StudyStore
 
@@ -84,7 +84,7 @@ def test_facts_are_those_of_the_store(full: StudyStore) -> None:
     assert data.best.number == 13
     assert data.best.measure("ppv") == 0.55
     assert data.best.measure("empty_correct") is None
-    assert len(data.best.per_image()) == 60
+    assert len(data.best.per_group()) == 60
     assert data.parameter_names() == list(SPACE)
     assert data.steps_per_epoch(data.best) == 104 // 16
     assert data.search[14].dsc == pytest.approx(0.35)  # pruned: its last rung
@@ -230,7 +230,7 @@ def test_texts_of_the_store_cannot_become_markup(tmp_path: Path) -> None:
         json.dumps({evil: evil, "dataset": {"name": evil}})
     )
     score = json.loads(store.trial_folder(1).joinpath("score.json").read_text())
-    score["per_image"][evil] = 0.1
+    score["per_group"][evil] = 0.1
     store.trial_folder(1).joinpath("score.json").write_text(json.dumps(score))
     add_picture(store.trial_folder(1), "<b>case.png")
     page = write_report(store).read_text()
@@ -241,15 +241,16 @@ def test_texts_of_the_store_cannot_become_markup(tmp_path: Path) -> None:
     assert page.count("<script") == page.count("</script")
 
 
-def test_interval_covers_the_images_both_have_scored() -> None:
-    best = {f"i{k}": 0.5 + 0.001 * k for k in range(50)}
+def test_scores_are_paired_over_the_groups_that_all_runs_have() -> None:
+    best = {f"g{k}": 0.5 + 0.001 * k for k in range(50)}
     baseline = {key: value - 0.1 for key, value in best.items()}
-    interval, images = paired_interval(
-        {**best, "only here": 0.0}, [baseline, {**baseline, "only there": 1.0}]
+    better = {key: value - 0.05 for key, value in best.items()}
+    scores = paired_scores(
+        {**best, "only here": 0.0}, [baseline, {**better, "only there": 1.0}, better]
     )
-    assert images == 50
-    assert interval == pytest.approx((0.1, 0.1))  # paired: a constant difference has no spread
-    assert paired_interval(best, [{}]) == (None, 0)
+    assert scores.shape == (2, 1, 50)
+    assert scores[0] - scores[1] == pytest.approx(0.2 / 3)
+    assert paired_scores(best, [{}]).size == 0
 
 
 def test_importing_the_report_loads_neither_plotly_nor_jinja() -> None:

@@ -34,7 +34,8 @@ def study_with(folder: Path, best: float, **baselines: tuple[float, ...]) -> Stu
 
 def test_better_than_mae_is_said_with_difference_spread_and_interval(tmp_path: Path) -> None:
     verdict = verdict_of(study_with(tmp_path / "s", 0.52, mae=(0.47, 0.48), scratch=(0.40, 0.42)))
-    assert verdict.kind == "better"
+    assert verdict.kind == "open"  # one seed, and the best of two
+    assert verdict.headline.startswith("Not confirmed, the best of 2 trials, with one seed.")
     assert "scores higher than plain MAE here: DSC 0.520 against 0.475, +0.045." in verdict.headline
     assert "higher than a random encoder (0.520 against 0.410)" in verdict.headline
     (mae,) = [text for text in verdict.comparisons if "baseline mae" in text]
@@ -61,7 +62,7 @@ def test_better_is_not_claimed_where_the_interval_includes_zero(tmp_path: Path) 
     verdict = verdict_of(store)
     assert verdict.kind == "open"
     assert "includes zero, so this is not shown to be more than chance" in verdict.headline
-    assert any("Only 12 images with a lesion" in text for text in verdict.cautions)
+    assert any("Only 12 images have a lesion and are scored" in text for text in verdict.cautions)
     assert any("One run each of mae" in text for text in verdict.cautions)
 
 
@@ -93,6 +94,25 @@ def test_worse_than_mae_and_scratch_is_said_plainly(tmp_path: Path) -> None:
     assert (
         "worse than a random encoder (0.420 against 0.460): this pretraining did harm"
         in verdict.headline
+    )
+
+
+def test_worse_is_not_claimed_where_the_interval_includes_zero(tmp_path: Path) -> None:
+    store = new_study(tmp_path / "s")
+    add_trial(store, 0.44, images=12, noise=0.2)
+    add_baseline(store, "mae", 0, 0.47, images=12, noise=0.2)
+    verdict = verdict_of(store)
+    assert verdict.kind == "open"
+    assert "it is worse by 0.030" in verdict.headline
+
+
+def test_trials_below_the_floor_of_steps_are_said_to_be_so_first(tmp_path: Path) -> None:
+    store = new_study(tmp_path / "s", pruner={"min_steps": 1000})
+    add_trial(store, 0.52)
+    add_baseline(store, "mae", 0, 0.45)
+    assert verdict_of(store).headline.startswith(
+        "Not confirmed, one trial, trained for 600 steps, and scores say little before 1000, with "
+        "one seed."
     )
 
 

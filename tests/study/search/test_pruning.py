@@ -175,7 +175,7 @@ def test_none_prunes_nothing() -> None:
 
 def write_images(folder: Path, number: int, epoch: int, scores: dict[str, float | None]) -> None:
     (folder / str(number) / "rungs").mkdir(parents=True, exist_ok=True)
-    (folder / str(number) / "rungs" / f"{epoch}.json").write_text(json.dumps({"per_image": scores}))
+    (folder / str(number) / "rungs" / f"{epoch}.json").write_text(json.dumps({"per_group": scores}))
 
 
 def images(level: float, many: int = 20) -> dict[str, float | None]:
@@ -207,7 +207,7 @@ def test_wilcoxon_without_images_to_compare_prunes_nothing(tmp_path: Path) -> No
     write_images(tmp_path, 4, 10, {"i0": 0.1, **{f"i{i}": None for i in range(1, 9)}})
     assert run.play(*[0.1] * 4) == 4, "one image with a score is too few for a test"
     (tmp_path / "5" / "rungs").mkdir(parents=True)
-    (tmp_path / "5" / "rungs" / "10.json").write_text('{"per_image": {')
+    (tmp_path / "5" / "rungs" / "10.json").write_text('{"per_group": {')
     assert run.play(*[0.1] * 4) == 4, "a damaged file"
     write_images(tmp_path, 6, 10, images(0.1))
     assert run.play(*[0.1] * 4) == 1, "the best that has images is trial 2"

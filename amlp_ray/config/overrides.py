@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from amlp_ray.config.base import Config, ConfigT, ConfigValues, build
+from amlp_ray.config.yaml_file import YAML_ERRORS, parse_yaml
 from amlp_ray.errors import ConfigError
 
 
@@ -77,14 +77,16 @@ def parse_overrides(texts: Iterable[str], source: str = "--set") -> dict[str, An
     values: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
+        start = repr(text if len(text) < 80 else f"{text[:77]}...")
         if not equals or not name:
-            raise ConfigError(
-                f"{source} {text!r} is not of the form name=value, such as epochs=20."
-            )
+            raise ConfigError(f"{source} {start} is not of the form name=value, such as epochs=20.")
         try:
-            values[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ConfigError(f"{source} {text!r}: the value cannot be read.") from None
+            values[name.strip()] = parse_yaml(value)
+        except YAML_ERRORS:
+            raise ConfigError(
+                f"{source} {start}: the value cannot be read; give a number, a word, or a list "
+                f"such as [1, 2]."
+            ) from None
     for name in values:
         if any(other.startswith(f"{name}.") for other in values):
             names = ", ".join(values)

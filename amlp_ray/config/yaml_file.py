@@ -19,6 +19,12 @@ from amlp_ray.config.base import Config, ConfigIssue, ConfigSource, ConfigValues
 from amlp_ray.errors import ConfigError
 from amlp_ray.utils.files import atomic_write
 
+# PyYAML raises Python's own errors where a tag such as !!int or a date does not fit its value.
+YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+# Far more than any settings file has. Aliases of aliases would expand to billions.
+MAX_BYTES = 1_000_000
+MAX_VALUES = 100_000
+
 
 def read_yaml(path: str | Path) -> ConfigValues:
     """Read a YAML mapping.
@@ -29,11 +35,14 @@ def read_yaml(path: str | Path) -> ConfigValues:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"There is no settings file {path}; check the path.")
+    if path.stat().st_size > MAX_BYTES:
+        raise ConfigError(
+            f"{path} holds {path.stat().st_size} bytes, but a settings file has at most "
+            f"{MAX_BYTES}; check the path."
+        )
     keys = _KeyIndex()
     try:
-        loader = _Loader(path.read_text())
-        root = loader.get_single_node()
-        values = loader.construct_document(root) if root else None
+        values, root = _parse(path.read_text())
         if isinstance(root, yaml.MappingNode):
             keys.add(root, "")
     except yaml.MarkedYAMLError as error:
@@ -41,13 +50,46 @@ def read_yaml(path: str | Path) -> ConfigValues:
         position = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = ", ".join(part for part in (error.context, error.problem) if part)
         raise ConfigError(f"{position} is not valid YAML: {problem}.") from None
-    # PyYAML raises Python's own errors where a tag such as !!int does not fit its value.
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+    except YAML_ERRORS as error:
         problem = " ".join(str(error).split())
         raise ConfigError(f"{path} is not valid YAML: {problem}.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values, not {type(values).__name__}.")
     return ConfigValues(values, ConfigSource(str(path), keys.lines, tuple(keys.duplicates)))
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse a YAML text such as the value of a `--set`.
+
+    Raises:
+        One of YAML_ERRORS: it is no YAML, or too large.
+    """
+    return _parse(text)[0]
+
+
+def _parse(text: str) -> tuple[Any, yaml.Node | None]:
+    """Return the values and the root node of a YAML text."""
+    loader = _Loader(text)
+    root = loader.get_single_node()
+    if root is None:
+        return None, None
+    if _count_values(root, {}) > MAX_VALUES:
+        raise ValueError(f"its aliases stand for more than {MAX_VALUES} values; write fewer out")
+    return loader.construct_document(root), root
+
+
+def _count_values(node: yaml.Node, counted: dict[int, int]) -> int:
+    """Count the values below a node with all aliases written out, without writing them out.
+
+    A node that holds itself counts as too many.
+    """
+    if id(node) not in counted:
+        counted[id(node)] = MAX_VALUES + 1
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in children for child in pair]
+        counted[id(node)] = 1 + sum(_count_values(child, counted) for child in children)
+    return counted[id(node)]
 
 
 class _Loader(yaml.SafeLoader):

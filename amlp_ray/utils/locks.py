@@ -49,12 +49,16 @@ def acquire_lock(path: Path, *, wait_s: float = 0.0, owner: str = "") -> TextIO:
 
 
 def lock_owner(path: Path) -> str | None:
-    """Return what the holder of a lock wrote as `owner`; None if nobody holds the lock."""
+    """Return what the holder of a lock wrote as `owner`; None if nobody holds the lock.
+
+    Readers share their lock, so that they do not take each other for a holder, and need no right
+    to write. One who takes the lock at the same instant may be refused: wait a second for it.
+    """
     if not path.is_file():
         return None
-    with path.open("r+") as file:
+    with path.open() as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return file.read() or "another process"
     return None

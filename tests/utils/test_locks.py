@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,13 @@ def test_a_lock_names_its_owner_and_is_free_after_a_kill(tmp_path: Path) -> None
     acquire_lock(path, wait_s=10).close()
     assert lock_owner(path) is None
     holder.wait()
+
+
+def test_readers_take_each_other_for_no_holder_and_a_lock_waits_for_them(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.write_text("process of a dead driver")
+    with path.open() as reader:
+        fcntl.flock(reader, fcntl.LOCK_SH)  # as `lock_owner` does for a moment
+        assert lock_owner(path) is None
+        threading.Timer(0.2, reader.close).start()
+        acquire_lock(path, wait_s=5).close()

@@ -96,7 +96,7 @@ def _describe_run(run: RunSpec) -> dict[str, Any]:
     if run.resources.is_single_worker:
         uses_gpu = torch.cuda.is_available()
     # Sums over threads and workers depend on their number.
-    parallel = {"threads": run.threads, "workers": run.resources.workers}
+    parallel = {"threads": run.resources.threads, "workers": run.resources.workers}
     eval_data = None if run.eval_data is None else _describe(PatchDataset.open(run.eval_data))
     return {
         "at": _now(),

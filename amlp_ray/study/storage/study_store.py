@@ -53,6 +53,7 @@ from amlp_ray.utils.locks import acquire_lock, lock_owner
 
 Request = Literal["pause", "stop", "cancel"]
 READ_RETRY_S = 10.0  # how long a command that only reads waits for a database
+READER_S = 1.0  # within which a process that only looked at the lock has let go of it
 FORMAT = 1  # of the study folder; raised when an older one can no longer be read
 
 
@@ -313,7 +314,7 @@ class StudyStore:
         """
         path = self.folder / "run.lock"
         try:
-            folder_lock = acquire_lock(path, owner=here())
+            folder_lock = acquire_lock(path, wait_s=READER_S, owner=here())
         except BlockingIOError:
             raise StudyError(
                 f"Study {self.name!r} is already run by {lock_owner(path) or 'another process'}; "

@@ -1,4 +1,4 @@
-"""Pretrain AMLP on unlabelled medical images and search its settings on a Ray cluster.
+"""Pretrain AMLP on unlabeled medical images and search its settings on a Ray cluster.
 
 The public names are loaded when first used, so that `import amlp_ray` costs nothing.
 """

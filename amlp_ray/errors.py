@@ -21,7 +21,7 @@ class AmlpError(Exception):
 
 
 class ConfigError(AmlpError, ValueError):
-    """Settings are misspelt, out of range, or contradict each other: one sentence per problem.
+    """Settings are misspelled, out of range, or contradict each other: one sentence per problem.
 
     It is a ValueError too, so that pydantic lists what a validator raises with a model's other
     problems.

@@ -223,7 +223,7 @@ def _host(device: str) -> dict[str, str]:
 def _print(result: dict[str, Any]) -> None:
     config = result["config"]
     how = [f"{config[name]} {name}" for name in ("threads", "rounds")]
-    how += [f"{config['clock']} time", f"{'with' if config['optimizer'] else 'without'} optimiser"]
+    how += [f"{config['clock']} time", f"{'with' if config['optimizer'] else 'without'} optimizer"]
     how = [
         f"batch {config['batch']}",
         f"ratio {config['ratio']}",

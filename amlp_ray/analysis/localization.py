@@ -95,11 +95,11 @@ def bench_rules(
     """Measure every candidate on the images with a lesion, uncropped; one row each for pandas.
 
     Args:
-        images: maximum number of images, spread evenly; 4096 by default. Centroids of the data set
+        images: maximum number of images, spread evenly; 4096 by default. Centroids of the dataset
             learn from all images of the split, lesion or not, up to 4096.
         seeds: repeats of what is random (k-means, teacher), averaged per image.
         teacher: a run's folder, or an encoder.safetensors, for candidates that use one. It may be
-            of another data set of the same shape and scale, whose mean and SD then normalize.
+            of another dataset of the same shape and scale, whose mean and SD then normalize.
         candidates: by default `all_candidates`.
         progress: called with the number of finished candidates and of all.
 
@@ -221,7 +221,7 @@ class _Benchmark:
         lesion_batches: list[ImageBatch],
         teacher: Teacher | None,
     ) -> None:
-        """Keep images from which centroids of the data set learn, and those that are scored."""
+        """Keep images from which centroids of the dataset learn, and those that are scored."""
         self.grid = (spec.height // patch_size, spec.width // patch_size)
         self.channels = spec.channels
         self.share = share
@@ -259,7 +259,7 @@ class _Benchmark:
         return row
 
     def _learn_centroids(self, candidate: Candidate, seed: int) -> DatasetClusters | None:
-        """Return centroids of the data set after one pass over all images."""
+        """Return centroids of the dataset after one pass over all images."""
         selection = candidate.selection
         if selection is None or selection.scope == "image":
             return None

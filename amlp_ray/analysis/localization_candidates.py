@@ -9,7 +9,7 @@ from amlp_ray.config import SelectionConfig
 from amlp_ray.method.patch_scores import PATCH_SCORES
 
 RANDOM = "random patches"
-CENTER = "nearness to the centre"
+CENTER = "nearness to the center"
 CLUSTERS = (2, 3, 4, 6, 8)
 DATASET_CLUSTERS = (3, 8)
 SIGNED = ("row_contrast", "blob", "combined")  # scores that a lesion's sign changes
@@ -90,8 +90,8 @@ def _cluster_candidate(features: str, clusters: int, scope: str, **rule: Any) ->
     name = f"{features}, {clusters}, {rule_name}"
     block = "clusters of an image"
     if scope == "dataset":
-        name += ", data set"
-        block = "clusters of the data set"
+        name += ", dataset"
+        block = "clusters of the dataset"
     if selection.rule == "oracle":
         block = f"best {block} (labels)"
     elif features == "tokens" or selection.rule == "hardest":
@@ -122,5 +122,5 @@ def _score_name(selection: SelectionConfig, score: str) -> str:
     if score in SIGNED:
         name += f" {selection.lesion_sign}"
     if selection.center_prior:
-        name += " x centre"
+        name += " x center"
     return name

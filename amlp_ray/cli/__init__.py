@@ -48,7 +48,7 @@ Version = Annotated[bool, Option("--version", callback=_print_version, help="Pri
 
 @app.callback()
 def root(version: Version = False) -> None:
-    """Pretrain AMLP on unlabelled medical images and search its settings on a Ray cluster."""
+    """Pretrain AMLP on unlabeled medical images and search its settings on a Ray cluster."""
 
 
 def main() -> None:

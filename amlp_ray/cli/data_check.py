@@ -30,7 +30,7 @@ def check(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Look for leaks, doubtful labels and images, burnt-in text and uneven splits."""
+    """Look for leaks, doubtful labels and images, burned-in text and uneven splits."""
     from amlp_ray.data.check import check_dataset
     from amlp_ray.data.check.html import write_report
 

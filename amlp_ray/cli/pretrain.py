@@ -54,7 +54,7 @@ def pretrain(
     mlflow: MLflow = None,
     wandb: WandB = None,
 ) -> None:
-    """Pretrain an encoder on unlabelled images: encoder.safetensors, metrics, pictures."""
+    """Pretrain an encoder on unlabeled images: encoder.safetensors, metrics, pictures."""
     from amlp_ray.config import PretrainConfig, TrackingConfig
     from amlp_ray.config.base import build
 

@@ -52,7 +52,7 @@ def segment(
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a segmenter on labelled training images and score it on validation images.
+    """Fine-tune a segmenter on labeled training images and score it on validation images.
 
     Scores are DSC, IoU, HD95 and more. The encoder may be pretrained on another dataset;
     `amlp-ray data check A --against B` finds images that are in both.

@@ -39,7 +39,7 @@ class PrepareConfig(Config):
     """stretch: to a square, as in all figures of docs/. pad: keep the aspect ratio and add borders.
     tiles: cut at full detail, several patches per image."""
     overlap: float = Field(0.0, ge=0, le=0.9)
-    """tiles: share of a tile's side that its neighbour repeats."""
+    """tiles: share of a tile's side that its neighbor repeats."""
     scale: float = Field(1.0, gt=0, le=1)
     """tiles: factor that shrinks images before tiles are cut, such as 0.25 for photographs of 4000
     pixels."""
@@ -47,7 +47,7 @@ class PrepareConfig(Config):
     """Least share of tissue: tiles and slices with less are skipped unless they hold a lesion,
     because air teaches nothing. 0 keeps all."""
     channels: Literal["auto"] | int = "auto"
-    """Number of channels. auto: 1 if every image is grey, as exported ultrasound is."""
+    """Number of channels. auto: 1 if every image is gray, as exported ultrasound is."""
     values: Literal["keep", "window", "percentile"] = "keep"
     """keep: as stored, DICOM in its rescaled units. window: the range `window` to 0-255.
     percentile: 0.5 % to 99.5 % of what lies above the minimum of each image, volume or series to

@@ -15,7 +15,7 @@ class ProbeConfig(Config):
     """`probe`: what a search maximizes. A frozen encoder, a linear head per patch, few labels."""
 
     num_labeled: int = Field(24, ge=4)
-    """Labelled training images per subset; 8 is too noisy (SD 0.032 against 0.019)."""
+    """Labeled training images per subset; 8 is too noisy (SD 0.032 against 0.019)."""
     subsets: Count = 6
     """Fixed subsets, whose mean is the score: noise 0.008 DSC."""
     scoring: Literal["auto", "val", "cross-validation"] = "auto"
@@ -41,10 +41,10 @@ class ProbeConfig(Config):
 
 
 class SegmentConfig(Config):
-    """`segment`: training a segmenter on labelled images, for confirmation."""
+    """`segment`: training a segmenter on labeled images, for confirmation."""
 
     epochs: Count = 60
-    """Passes over the labelled training images with a lesion."""
+    """Passes over the labeled training images with a lesion."""
     batch_size: Count = 12
     """Images per optimizer step, over all workers."""
     lr: float = Field(1e-3, gt=0, le=1)
@@ -62,7 +62,7 @@ class SegmentConfig(Config):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on GPUs that have it, fp32 on CPU."""
     num_labeled: int | None = Field(None, ge=4)
-    """Number of labelled training images. null: all with a lesion."""
+    """Number of labeled training images. null: all with a lesion."""
     label_share: float | None = Field(None, gt=0, le=1)
     """Share of them, drawn by group (patient): whole groups until the share is reached, at least
     one. The images of a smaller share are among those of a larger one with the same seed. null:
@@ -84,14 +84,14 @@ class SegmentConfig(Config):
     intensity_jitter: Share = 0.0
     """Strength of random gamma, contrast and brightness; 0 is off."""
     seed: NonNegativeInt = 0
-    """Seed of the decoder's weights, of the choice of labelled images, and of their order."""
+    """Seed of the decoder's weights, of the choice of labeled images, and of their order."""
 
     @model_validator(mode="after")
     def _check_combinations(self) -> SegmentConfig:
         if self.num_labeled is not None and self.label_share is not None:
             raise ValueError(
                 f"num_labeled {self.num_labeled} and label_share {self.label_share} both say how "
-                f"many images are learnt from; give one of them"
+                f"many images are learned from; give one of them"
             )
         if self.freeze and self.layer_decay < 1:
             raise ValueError(

@@ -21,7 +21,7 @@ class PredictConfig(Config):
     such as a slide or a stitched scan. off: the whole image, shrunk, where a lesion is larger than
     a tile."""
     overlap: float = Field(0.5, ge=0, le=0.9)
-    """Share of a tile's side that its neighbour repeats. At one half every pixel lies near the
+    """Share of a tile's side that its neighbor repeats. At one half every pixel lies near the
     middle of some tile, where predictions are best; a Gaussian gives that tile the most weight."""
     scale: float | None = Field(None, gt=0, le=1)
     """Factor that shrinks images before tiles are cut. null: as in training."""

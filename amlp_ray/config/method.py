@@ -279,7 +279,7 @@ class SelectionConfig(Config):
 
 
 class LossConfig(Config):
-    """Reconstruction loss, its weighting towards hard patches (ARL, RRL, ranking), and CCL (see
+    """Reconstruction loss, its weighting toward hard patches (ARL, RRL, ranking), and CCL (see
     method/losses.py)."""
 
     distance: Literal["l2", "l1"] = "l2"
@@ -298,7 +298,7 @@ class LossConfig(Config):
     gamma: float = Field(1.0, ge=0, le=8)
     """rrl: exponent of the relative error; 0 is the plain loss."""
     clip_min: float = Field(0.2, gt=0, le=1)
-    """rrl: lower bound of the weights. Bounds keep speckle and callipers from ruling the loss."""
+    """rrl: lower bound of the weights. Bounds keep speckle and calipers from ruling the loss."""
     clip_max: float = Field(5.0, ge=1)
     """rrl: upper bound of the weights."""
     ranking_weight: float = Field(0.0, ge=0, le=10)

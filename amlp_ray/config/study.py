@@ -57,8 +57,8 @@ class StudyConfig(Config):
     data: str | None = None
     """Path or URI of a patch dataset; --data gives it too."""
     eval_data: str | None = None
-    """Path or URI of another dataset whose labelled images score the trials, such as a public set.
-    null: the labelled images of `data`."""
+    """Path or URI of another dataset whose labeled images score the trials, such as a public set.
+    null: the labeled images of `data`."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed from which those of sampler, trials and baselines follow."""
     storage: str | None = None

@@ -74,7 +74,7 @@ def true_lesions(dataset: PatchDataset, config: PretrainConfig) -> dict[int, Ten
 class Diagnostics:
     """Compute metrics that are comparable over epochs and between variants.
 
-    The images are those of the labeled data set where there is one apart from the pretraining one.
+    The images are those of the labeled dataset where there is one apart from the pretraining one.
     They are normalized by the model's mean and SD.
     """
 

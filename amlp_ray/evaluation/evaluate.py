@@ -1,4 +1,4 @@
-"""Score a segmenter on the labelled images of a split."""
+"""Score a segmenter on the labeled images of a split."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def evaluate(
     spec: ImageSpec,
     sizes: tuple[float, float],
 ) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Score the labelled images of a split, in float32.
+    """Score the labeled images of a split, in float32.
 
     Args:
         floor: (H, W) bool, predicted for every image to score without any image; see `mean_mask`.

@@ -51,7 +51,7 @@ def finetune(
 
     Args:
         model: trained in place.
-        train: labelled images with a lesion.
+        train: labeled images with a lesion.
         spec: how they are normalized.
         progress: takes the metrics of every epoch, on the first worker.
 

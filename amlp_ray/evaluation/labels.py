@@ -1,4 +1,4 @@
-"""Select labelled images without reading pixels, and check that they fit an encoder.
+"""Select labeled images without reading pixels, and check that they fit an encoder.
 
 A dataset of 200,000 images is tens of GB with its masks, of which a score or a picture needs some
 hundred images. So rows are chosen from the light columns of a dataset, and only those are read.
@@ -27,7 +27,7 @@ MAX_SD_RATIO = 5.0
 def lesion_pixels(dataset: PatchDataset, split: str) -> NDArray[np.float64]:
     """Return the lesion pixels of every image of a split, (N,).
 
-    NaN stands for an unlabelled image, 0 for one without a lesion.
+    NaN stands for an unlabeled image, 0 for one without a lesion.
     """
     return dataset.table(split, columns=["lesion"])["lesion"].to_numpy(np.float64)
 
@@ -78,7 +78,7 @@ def train_rows(dataset: PatchDataset, config: SegmentConfig) -> Rows:
 
 
 def labeled_rows(dataset: PatchDataset, split: str) -> Rows:
-    """Select the labelled images of a split.
+    """Select the labeled images of a split.
 
     Raises:
         DataError: none has a lesion.
@@ -91,7 +91,7 @@ def labeled_rows(dataset: PatchDataset, split: str) -> Rows:
 def _require(dataset: PatchDataset, split: str, count: int, needed: int) -> None:
     if count < needed:
         raise DataError(
-            f"{dataset.path} has {count} labelled {split} images with a lesion, but {needed} are "
+            f"{dataset.path} has {count} labeled {split} images with a lesion, but {needed} are "
             f"needed; add masks or lower num_labeled."
         )
 

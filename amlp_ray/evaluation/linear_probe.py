@@ -57,18 +57,18 @@ ProbeSplit = Literal["val", "test"]
 
 
 def require_labels(dataset: PatchDataset, config: ProbeConfig) -> None:
-    """Raise DataError if the training split has too few labelled images with a lesion."""
+    """Raise DataError if the training split has too few labeled images with a lesion."""
     lesions = dataset.manifest.counts["train"].lesions
     if lesions < config.num_labeled:
         raise DataError(
-            f"{dataset.path} has {lesions} labelled training images with a lesion, but the probe "
+            f"{dataset.path} has {lesions} labeled training images with a lesion, but the probe "
             f"needs probe.num_labeled={config.num_labeled}; lower probe.num_labeled, add masks, or "
-            f"name a data set with masks by `eval_data`."
+            f"name a dataset with masks by `eval_data`."
         )
 
 
 class LabeledIndex(NamedTuple):
-    """Labelled images of train, then of val, before their pixels are read: (n,) each."""
+    """Labeled images of train, then of val, before their pixels are read: (n,) each."""
 
     rows: Indices  # in their split, rising
     groups: NDArray[np.str_]
@@ -92,7 +92,7 @@ class HeadScores(NamedTuple):
 
 
 class Probe:
-    """The labelled images that a score needs, read once, and the subsets for every encoder.
+    """The labeled images that a score needs, read once, and the subsets for every encoder.
 
     Attributes:
         data: the images that are fitted or scored, those of train first.
@@ -116,7 +116,7 @@ class Probe:
                 `labels.check_fits`).
 
         Raises:
-            DataError: there are too few labelled images with a lesion, or too few groups of them.
+            DataError: there are too few labeled images with a lesion, or too few groups of them.
         """
         require_labels(dataset, config)
         self.dataset = dataset
@@ -148,11 +148,11 @@ class Probe:
 
     @cached_property
     def _test_images(self) -> Split:
-        """Labelled test images, read once for a confirmation."""
+        """Labeled test images, read once for a confirmation."""
         pixels = lesion_pixels(self.dataset, "test")
         if not (pixels > 0).any():
             raise DataError(
-                f"{self.dataset.path} has no labelled test image with a lesion; there is nothing "
+                f"{self.dataset.path} has no labeled test image with a lesion; there is nothing "
                 f"to confirm."
             )
         rows = np.flatnonzero(np.isfinite(pixels))
@@ -292,7 +292,7 @@ class Probe:
 
 
 def _index_labels(dataset: PatchDataset) -> LabeledIndex:
-    """List the labelled images of train and val."""
+    """List the labeled images of train and val."""
     table = dataset.table("train", "val", columns=["group", "lesion"])
     table["row"] = table.groupby("split").cumcount()
     labeled = table[table["lesion"].notna()]
@@ -319,7 +319,7 @@ def _choose_scoring(
     groups = len(np.unique(index.groups))
     if scoring == "cross-validation" and groups < config.folds:
         raise DataError(
-            f"{dataset.path} has labelled images of {groups} groups, but cross-validation over "
+            f"{dataset.path} has labeled images of {groups} groups, but cross-validation over "
             f"probe.folds={config.folds} needs as many; lower probe.folds or label images of more "
             f"groups."
         )
@@ -359,7 +359,7 @@ def _sample_subset(
     """Sample `num_labeled` images, of different groups first: near-copies add little."""
     if len(pool) < config.num_labeled:
         raise DataError(
-            f"A cross-validation fold leaves {len(pool)} labelled images with a lesion for "
+            f"A cross-validation fold leaves {len(pool)} labeled images with a lesion for "
             f"fitting, but the probe needs probe.num_labeled={config.num_labeled}; lower "
             f"probe.num_labeled or raise probe.folds."
         )

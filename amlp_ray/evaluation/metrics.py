@@ -73,7 +73,7 @@ def hausdorff95(
     Args:
         predicted: masks (n, H, W).
         truth: true masks (n, H, W).
-        spacing: (n, 2) millimetres per pixel, down and across; None: distances in pixels.
+        spacing: (n, 2) millimeters per pixel, down and across; None: distances in pixels.
     """
     from monai.metrics import compute_hausdorff_distance  # takes seconds to import
 

@@ -26,7 +26,7 @@ Mask = TypeVar("Mask", Tensor, None)
 AugmentConfig = PretrainConfig | SegmentConfig
 
 # At intensity_jitter 1. nnU-Net draws contrast from 0.75-1.25 and gamma from 0.7-1.5: about 0.5.
-BRIGHTNESS = 0.5  # SDs of the data set, up or down
+BRIGHTNESS = 0.5  # SDs of the dataset, up or down
 CONTRAST = 1.6  # times, or divided by
 GAMMA = 2.0  # exponent, or one over it
 

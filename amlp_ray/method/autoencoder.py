@@ -90,7 +90,7 @@ class MaskedAutoencoder(nn.Module):
     """Encoder and decoder with optional parts: category head (CCL), ranking decoder (HPM), teacher.
 
     Optional parts are created last, so that with and without them all other weights start equal.
-    `teacher`, a moving average of everything else, and `centroids`, those of the data set, take no
+    `teacher`, a moving average of everything else, and `centroids`, those of the dataset, take no
     gradient and are saved with the model.
     """
 

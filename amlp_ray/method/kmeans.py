@@ -1,4 +1,4 @@
-"""Batched k-means: every image of a batch on its own, or all images of a data set together.
+"""Batched k-means: every image of a batch on its own, or all images of a dataset together.
 
 Shapes: B images, N patches, D features per patch, S starts, K clusters.
 """
@@ -23,7 +23,7 @@ class Clusters(NamedTuple):
         sizes: (B, K), patches of the image per cluster.
         inertia: (B,), sum of squared distances to the own center.
         counts: (B, K), the size by which clusters are compared: patches of the image, or of the
-            whole data set.
+            whole dataset.
     """
 
     labels: Tensor
@@ -122,7 +122,7 @@ def _seed_centers(x: Tensor, norms: Tensor, weight: Tensor, noise: Tensor) -> Te
 
 
 class DatasetClusters(nn.Module):
-    """Centroids of a whole data set, updated from batch to batch; saved with the model.
+    """Centroids of a whole dataset, updated from batch to batch; saved with the model.
 
     Each centroid is the running mean of all patches that it was nearest to. The very first batch
     seeds the centroids. During one analysis of the data, patches are assigned to the centroids and
@@ -182,7 +182,7 @@ class DatasetClusters(nn.Module):
         self.running_centers.copy_(self.centers)
 
     def _update(self, x: Tensor, inside: Tensor, labels: Tensor) -> None:
-        """Move the running centroids towards the patches (B, N, D) assigned to them."""
+        """Move the running centroids toward the patches (B, N, D) assigned to them."""
         one_hot = F.one_hot(labels.clamp_min(0), len(self.centers))
         one_hot = one_hot * inside[..., None].to(x.dtype)  # (B, N, K)
         sums = (one_hot.mT @ x).sum(0)

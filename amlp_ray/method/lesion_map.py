@@ -95,7 +95,7 @@ def locate_lesion(
         teacher: None while warming up. Features are then raw, and rules that need it find nothing.
         feedback: share of the teacher's category in the lesion; see `selection.feedback`.
         truth: (B, N) lesion share per patch, for oracles.
-        centroids: of the data set, with `scope: dataset`; `learn` also updates them.
+        centroids: of the dataset, with `scope: dataset`; `learn` also updates them.
     """
     tissue = tissue_mask(patches, config)
     teacher = teacher or TeacherView()

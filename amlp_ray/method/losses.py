@@ -1,4 +1,4 @@
-"""Reconstruction loss, its weighting towards hard patches (ARL, RRL), ranking (HPM), and CCL.
+"""Reconstruction loss, its weighting toward hard patches (ARL, RRL), ranking (HPM), and CCL.
 
 Shapes: B images, m masked patches, P values per patch. All losses are means over the masked
 patches, then over images.

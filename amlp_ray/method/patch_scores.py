@@ -3,7 +3,7 @@
 On 258 breast ultrasound images the top tenth of `geodesic` finds lesion patches with a precision of
 0.42, the smallest of three raw k-means clusters with 0.14 (base rate 0.13); docs/localization.md
 has all figures. `combined` was designed on such images. Whether lesions are dark or bright, and
-whether images are centered on them, are properties of a data set, hence settings.
+whether images are centered on them, are properties of a dataset, hence settings.
 
 Shapes: B images, N patches, P values per patch, h x w the patch grid.
 """

@@ -144,7 +144,7 @@ def _displayed_score(
     if selection.uses_score:
         return f"score: {selection.score.replace('_', ' ')}", lesion_map.score
     if selection.uses_clusters and model.category is not None:
-        name = "teacher's probability" if model.teacher else "learnt probability"
+        name = "teacher's probability" if model.teacher else "learned probability"
         teacher = model.teacher or model
         _, category = predict_complementary_halves(teacher, patches, keys, config, epoch)
         return name, category
@@ -237,7 +237,7 @@ def _overlay_panels(
 def _comparable_clusters(analysis: ImageAnalysis, config: PretrainConfig) -> Tensor:
     """Number clusters (B, N) by rising brightness, so that a color means the same in all images.
 
-    -1 off tissue. Clusters of the data set keep their numbers, which are the same in all images.
+    -1 off tissue. Clusters of the dataset keep their numbers, which are the same in all images.
     """
     cluster = analysis.lesion_map.cluster.long()
     if config.selection.scope == "dataset":
@@ -284,7 +284,7 @@ def to_pixels(images: Tensor, reference: Tensor, spec: ImageSpec, size: tuple[in
     low = values.quantile(0.005, 1)[:, None, None, None]
     high = values.quantile(0.995, 1)[:, None, None, None]
     # A constant image has no contrast, and rounding is not to look like one. The bound is in units
-    # of the data set, which may be shares of 1 or thousands.
+    # of the dataset, which may be shares of 1 or thousands.
     scaled = ((images - low) / (high - low).clamp_min(1e-6 * std.max())).clamp(0, 1)
     pixels = (scaled * 255).round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
     pictures = []

@@ -106,7 +106,7 @@ class Study:
     ) -> Study:
         config = build_study(values, source)
         if config.data is None:
-            raise StudyError(f"{named_in} names no data set; give one with --data or the key data.")
+            raise StudyError(f"{named_in} names no dataset; give one with --data or the key data.")
         given = {"data": config.data, "eval_data": config.eval_data}
         paths = {name: str(DataPath(path)) for name, path in given.items() if path is not None}
         config = config.model_copy(update=paths)

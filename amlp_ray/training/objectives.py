@@ -30,7 +30,7 @@ MAX_SHAPES = 8
 
 
 class ReconstructionObjective:
-    """Masked image modelling: crop, mask, reconstruct.
+    """Masked image modeling: crop, mask, reconstruct.
 
     Masks are sampled for a batch as a whole: they do not depend on the number of pieces.
     """

@@ -102,7 +102,7 @@ def test_random_patches_hit_lesions_at_the_base_rate(stored: Stored) -> None:
     assert row["auc"] == pytest.approx(0.5, abs=0.03)
 
 
-@pytest.mark.parametrize("ending", ["", ", data set"])
+@pytest.mark.parametrize("ending", ["", ", dataset"])
 def test_no_rule_beats_the_best_possible_cluster_of_its_clustering(
     stored: Stored, ending: str
 ) -> None:
@@ -201,7 +201,7 @@ def test_a_run_adds_what_its_model_finds_hard_raw_and_per_variance(
         "difficulty",
         "difficulty / patch variance",
         "raw, 3, hardest",
-        "tokens, 3, smallest, data set",
+        "tokens, 3, smallest, dataset",
     )
     rows = rows_of(data, *rules, teacher=folder)
     patches = patchify(normalize(torch.from_numpy(images), data.spec), 8)
@@ -217,7 +217,7 @@ def test_a_run_adds_what_its_model_finds_hard_raw_and_per_variance(
         auc = [roc_auc_score(t, v) for t, v in zip(truth, value.numpy(), strict=True)]
         assert rows[name]["auc"] == pytest.approx(np.mean(auc), abs=1e-3)
     assert rows["raw, 3, hardest"]["fallback"] == 0
-    assert rows["tokens, 3, smallest, data set"]["size"] > 0
+    assert rows["tokens, 3, smallest, dataset"]["size"] > 0
 
 
 def test_an_encoder_alone_finds_what_the_whole_run_finds_with_it(

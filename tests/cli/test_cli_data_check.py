@@ -70,7 +70,7 @@ def test_a_clean_dataset_and_notes_pass_strict(
     dataset(tmp_path / "u", unlabeled=True)
     code, out, _ = run(capsys, tmp_path / "u", "--strict")
     assert code == 0
-    assert "Unlabelled images" in out
+    assert "Unlabeled images" in out
 
 
 def test_json_holds_findings_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

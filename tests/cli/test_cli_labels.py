@@ -58,7 +58,7 @@ def test_a_study_is_planned_with_the_labels_of_another_set(
     command = plan(tmp_path, data=unlabeled.path)
     code, _, err = run(monkeypatch, capsys, *command)
     assert code == 2
-    assert "name a data set with masks by `eval_data`" in err
+    assert "name a dataset with masks by `eval_data`" in err
     code, out, _ = run(monkeypatch, capsys, *command, "--eval-data", phantom_dataset.path)
     assert code == 0
     assert json.loads(out)["steps_per_trial"] == 3

@@ -19,7 +19,7 @@ from amlp_ray.method.encoder import build_encoder
 
 @pytest.fixture(scope="module")
 def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A segmenter of 32 x 32 grey pixels, as it was drawn."""
+    """A segmenter of 32 x 32 gray pixels, as it was drawn."""
     folder = tmp_path_factory.mktemp("segmenter")
     torch.manual_seed(1)
     encoder = ModelConfig(patch_size=8, width=24, depth=1, heads=2, decoder_width=16)

@@ -98,7 +98,7 @@ def test_a_value_out_of_range_is_told_with_key_value_and_range(
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_a_misspelt_setting_is_refused_with_its_right_name(name: str) -> None:
+def test_a_misspelled_setting_is_refused_with_its_right_name(name: str) -> None:
     text = refused({name + "_": 1})
     assert text == f"here: unknown setting '{name}_'; did you mean {name}?"
 

@@ -207,7 +207,7 @@ def test_manifest_survives_json(phantom_dataset: PatchDataset) -> None:
 
 @pytest.fixture
 def small(tmp_path: Path) -> PatchDataset:
-    """21 images in two splits and four parts, every third unlabelled."""
+    """21 images in two splits and four parts, every third unlabeled."""
     images = np.random.default_rng(0).integers(-1000, 1000, (21, 2, 16, 16)).astype(np.int16)
     masks = [None if i % 3 == 0 else np.eye(16) * (i % 2) for i in range(21)]
     split = ["train"] * 14 + ["val"] * 7

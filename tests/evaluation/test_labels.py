@@ -1,6 +1,6 @@
-"""Which labelled images are chosen and read.
+"""Which labeled images are chosen and read.
 
-And a labelled data set apart from the pretraining one.
+And a labeled dataset apart from the pretraining one.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def unlabeled(tmp_path_factory: pytest.TempPathFactory) -> PatchDataset:
 
 
 def changed(dataset: PatchDataset, folder: Path, **manifest: Any) -> PatchDataset:
-    """The same data set with another manifest."""
+    """The same dataset with another manifest."""
     for split in ("train", "val", "test"):
         (folder / split).mkdir(parents=True)
         for file in dataset.files(split):

@@ -156,7 +156,7 @@ def test_too_few_labels_are_refused_with_the_number_found(phantom_dataset: Patch
     result = len(lesion_ids(phantom_dataset, "train"))
     with pytest.raises(
         DataError,
-        match=rf"has {result} labelled training images .* probe.num_labeled={result + 1}; lower",
+        match=rf"has {result} labeled training images .* probe.num_labeled={result + 1}; lower",
     ):
         probe_of(phantom_dataset, num_labeled=result + 1)
 
@@ -300,7 +300,7 @@ def test_a_test_split_without_a_lesion_is_refused(phantom_dataset: PatchDataset)
 
     dataset = Healthy(phantom_dataset.root, phantom_dataset.manifest)
     probe = Probe(dataset, ProbeConfig.model_validate(FEW | {"scoring": "val"}), 8)
-    with pytest.raises(DataError, match="no labelled test image with a lesion"):
+    with pytest.raises(DataError, match="no labeled test image with a lesion"):
         probe.score(model_of(phantom_dataset).encoder, "test")
 
 

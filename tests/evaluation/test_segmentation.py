@@ -166,7 +166,7 @@ def test_too_few_labels_are_refused_with_the_number_found(dataset: Guarded, tmp_
     train = dataset.load("train")
     lesions = int(train.masks.any((1, 2)).sum())
     with pytest.raises(
-        DataError, match=rf"has {lesions} labelled train images with a lesion, but 500 are needed"
+        DataError, match=rf"has {lesions} labeled train images with a lesion, but 500 are needed"
     ):
         run(dataset, tmp_path, num_labeled=500)
 
@@ -177,7 +177,7 @@ def test_a_split_without_masks_is_refused(dataset: Guarded, tmp_path: Path, name
         return replace(rows, labeled=rows.labeled & (split != name))
 
     with pytest.raises(
-        DataError, match=rf"has 0 labelled {name} images with a lesion, but 1 are needed"
+        DataError, match=rf"has 0 labeled {name} images with a lesion, but 1 are needed"
     ):
         run(Spaced.from_dataset(dataset, unlabel), tmp_path)
 
@@ -263,7 +263,7 @@ class Grouped(Spaced):
         return super().table(*splits, columns=columns).assign(spacing_y=0.5, spacing_x=2.0)
 
 
-def test_distances_are_in_millimetres_where_every_image_has_a_spacing(
+def test_distances_are_in_millimeters_where_every_image_has_a_spacing(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
     run(Grouped.from_dataset(phantom_dataset), tmp_path, epochs=1)
@@ -409,7 +409,7 @@ def test_a_folder_of_a_pretraining_run_is_refused(dataset: Guarded, tmp_path: Pa
         run(dataset, tmp_path)
 
 
-# Optimiser
+# Optimizer
 
 
 def test_layer_decay_slows_the_first_layers_and_leaves_the_decoder_alone(

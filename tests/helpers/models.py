@@ -16,7 +16,7 @@ from amlp_ray.method.patch_selection import Selection
 from amlp_ray.method.patches import gather
 
 Shape = tuple[int, int, int]
-GREY: Shape = (1, 64, 64)
+GRAY: Shape = (1, 64, 64)
 TINY = {
     "patch_size": 8,
     "width": 16,
@@ -43,7 +43,7 @@ def tiny(*layers: dict[str, Any]) -> PretrainConfig:
     return PretrainConfig(**values)
 
 
-def build(config: PretrainConfig, shape: Shape = GREY, seed: int = 0) -> MaskedAutoencoder:
+def build(config: PretrainConfig, shape: Shape = GRAY, seed: int = 0) -> MaskedAutoencoder:
     torch.manual_seed(seed)
     return build_autoencoder(config, spec_of(shape))
 
@@ -70,7 +70,7 @@ class Stepped(NamedTuple):
 
 
 def step(masking: Masking, images: Tensor, keys: Tensor, epoch: int) -> Stepped:
-    """What one training step computes, without the optimiser's part."""
+    """What one training step computes, without the optimizer's part."""
     model, config = masking.model, masking.config
     patches, chosen = masking.mask_augmented(images, keys, keys, TrainingStep(epoch))
     prediction = model(patches, chosen.visible, chosen.masked)

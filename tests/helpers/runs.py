@@ -24,7 +24,7 @@ RANGES = {
 class Rows(NamedTuple):
     """Images (N, C, H, W) and masks (N, H, W) of one split.
 
-    All are labelled unless `labelled` (N,) says otherwise.
+    All are labeled unless `labeled` (N,) says otherwise.
     """
 
     images: np.ndarray

@@ -97,7 +97,7 @@ def dicom(pixels: np.ndarray, *, patient: str = "Mustermann^0815", **elements: A
 
 
 def save(dataset: Dataset, path: Path) -> Path:
-    """Write a data set as a DICOM file."""
+    """Write a dataset as a DICOM file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     dataset.save_as(path, enforce_file_format=True)
     return path

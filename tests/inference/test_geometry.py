@@ -142,7 +142,7 @@ def test_an_outline_runs_around_the_mask_and_hides_nothing_of_it() -> None:
     ring = (drawn == OUTLINE).all(2)
     assert ring.any()
     assert not (ring & (mask > 0)).any()
-    assert np.ptp(drawn[~ring], axis=1).max() == 0, "grey elsewhere"
+    assert np.ptp(drawn[~ring], axis=1).max() == 0, "gray elsewhere"
     assert np.array_equal(
         draw_overlay(np.full((9, 9, 3), 7, np.uint8), np.zeros((9, 9), np.uint8)),
         np.full((9, 9, 3), 7),

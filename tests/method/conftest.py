@@ -30,7 +30,7 @@ def ultrasound() -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.fixture(scope="session")
 def real_images(real_data: Path) -> dict[str, Tensor]:
-    """30 grey breast ultrasound and 30 colour dermoscopy images, (30, C, 96, 96) of SD 1."""
+    """30 gray breast ultrasound and 30 color dermoscopy images, (30, C, 96, 96) of SD 1."""
     busi = sorted((real_data / "busi").glob("*/[bm]*/*).png"))
     isic = sorted((real_data / "isic2017" / "images").iterdir())
     return {"busi": _read(busi, "L"), "isic": _read(isic, "RGB")}

@@ -152,7 +152,7 @@ def test_normalize_scales_every_channel_by_its_own_mean_and_sd(dtype: torch.dtyp
     assert out.dtype == torch.float32
     assert out[0, 0].unique().tolist() == [0, 2]
     assert out[0, 1].unique().tolist() == [-2, 0]
-    assert torch.equal(images, before), "a float image is not normalised in place"
+    assert torch.equal(images, before), "a float image is not normalized in place"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import (
-    GREY,
+    GRAY,
     TINY,
     Shape,
     build,
@@ -261,7 +261,7 @@ def test_every_trained_parameter_gets_a_gradient(overrides: dict[str, Any], epoc
     config = tiny(overrides)
     model = build(config).train()
     step(
-        Masking(model, config), random_images(GREY, 4), torch.arange(4), epoch
+        Masking(model, config), random_images(GRAY, 4), torch.arange(4), epoch
     ).losses.total.backward()
     for name, parameter in model.named_parameters():
         fixed = name.endswith("pos_embed") or name.startswith("teacher.")
@@ -276,15 +276,15 @@ def test_every_trained_parameter_gets_a_gradient(overrides: dict[str, Any], epoc
 def test_every_trained_parameter_of_a_named_encoder_gets_a_gradient(encoder: str) -> None:
     config = tiny({"variant": "mae", "model": {"encoder": encoder, "heads": 2, "decoder_heads": 2}})
     model = build(config).train()
-    step(Masking(model, config), random_images(GREY, 2), torch.arange(2), 1).losses.total.backward()
+    step(Masking(model, config), random_images(GRAY, 2), torch.arange(2), 1).losses.total.backward()
     without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
     assert without == set()
 
 
 def test_every_trained_parameter_of_simsiam_gets_a_gradient() -> None:
     config = tiny({"variant": "simsiam"})
-    model = SimSiam(config.model, spec_of(GREY))
-    model(*two_views(random_images(GREY, 6), torch.arange(6), config, 8, 1))[0].backward()
+    model = SimSiam(config.model, spec_of(GRAY))
+    model(*two_views(random_images(GRAY, 6), torch.arange(6), config, 8, 1))[0].backward()
     assert {name for name, p in model.named_parameters() if p.grad is None} == {"encoder.pos_embed"}
 
 
@@ -294,4 +294,4 @@ def test_the_random_encoder_is_that_of_every_other_variant() -> None:
     assert all(
         torch.equal(value, expected[name]) for name, value in scratch.encoder.state_dict().items()
     )
-    assert build_autoencoder(tiny({"variant": "scratch"}), spec_of(GREY)).teacher is None
+    assert build_autoencoder(tiny({"variant": "scratch"}), spec_of(GRAY)).teacher is None

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import GREY, build, random_images, tiny
+from helpers.models import GRAY, build, random_images, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -45,7 +45,7 @@ def trained(chosen: PretrainConfig) -> tuple[int, list[int]]:
     """Graphs compiled over a whole schedule, and the number of masked patches of every epoch."""
     model, backend, counts = build(chosen), Counting(), []
     network: nn.Module = torch.compile(model, backend=backend, dynamic=False)
-    masking, images, keys = Masking(model, chosen), random_images(GREY, 2), torch.arange(2)
+    masking, images, keys = Masking(model, chosen), random_images(GRAY, 2), torch.arange(2)
     for epoch in range(1, chosen.epochs + 1):
         patches, selection = masking.mask_augmented(images, keys, keys, TrainingStep(epoch))
         prediction = network(patches, selection.visible, selection.masked)

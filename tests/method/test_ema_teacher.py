@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import GREY, TINY, build, random_images, tiny
+from helpers.models import GRAY, TINY, build, random_images, tiny
 from torch import Tensor
 
 from amlp_ray.config import PretrainConfig
@@ -42,7 +42,7 @@ def weights(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def patches_of(count: int = 6) -> Tensor:
-    return patchify(random_images(GREY, count), 8)
+    return patchify(random_images(GRAY, count), 8)
 
 
 def randomize(model: MaskedAutoencoder, seed: int) -> dict[str, Tensor]:

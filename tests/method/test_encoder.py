@@ -137,7 +137,7 @@ def test_a_timm_name_brings_its_sizes_and_given_ones_win() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "vit_smal_patch16_224",  # misspelt
+        "vit_smal_patch16_224",  # misspelled
         "vit_small_r26_s32_224",  # a CNN embeds
         "vit_small_patch16_18x2_224",  # blocks in parallel
         "vit_dwee_patch16_reg1_gap_256",  # differential attention

@@ -212,7 +212,7 @@ def test_membership_of_a_constant_image_is_finite() -> None:
     )
 
 
-# Clusters of a data set
+# Clusters of a dataset
 
 
 def assign_batches(
@@ -260,13 +260,13 @@ def test_within_a_pass_neither_the_order_nor_the_size_of_batches_changes_what_is
         masses = torch.cat([part.counts for part in clusters]).unique(dim=0)
         assert torch.equal(masses, start["counts"][None])
         results.append((labels, centroids.running_centers, centroids.counts))
-    for labels, moving, learnt in results[1:]:
+    for labels, moving, learned in results[1:]:
         assert torch.equal(labels, results[0][0])
-        assert torch.equal(learnt, results[0][2])
+        assert torch.equal(learned, results[0][2])
         torch.testing.assert_close(moving, results[0][1], atol=1e-4, rtol=1e-4)
 
 
-def test_what_was_learnt_holds_from_the_next_pass_on() -> None:
+def test_what_was_learned_holds_from_the_next_pass_on() -> None:
     x, inside = blobs(8, 64, 3)
     centroids = seeded(x, inside, 3)
     before = centroids.centers.clone(), centroids.sizes.clone()

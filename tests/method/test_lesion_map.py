@@ -221,7 +221,7 @@ def test_tokens_decide_the_clusters_where_there_are_any_and_pixels_where_there_a
 # Feedback
 
 
-def test_feedback_moves_the_lesion_towards_the_category_and_keeps_its_size(
+def test_feedback_moves_the_lesion_toward_the_category_and_keeps_its_size(
     ultrasound: Phantoms,
 ) -> None:
     images = ultrasound[0]

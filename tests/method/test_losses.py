@@ -441,7 +441,7 @@ def test_classes_weigh_equally_however_few_lesion_patches_there_are() -> None:
     assert float(logits.grad[lesion].sum()) == pytest.approx(
         -float(logits.grad[~lesion].sum()), abs=1e-6
     )
-    assert float(logits.grad[lesion].sum()) < 0  # towards lesion
+    assert float(logits.grad[lesion].sum()) < 0  # toward lesion
 
 
 def test_always_saying_background_is_no_better_than_guessing() -> None:

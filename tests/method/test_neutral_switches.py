@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import GREY, MAE, Stepped, build, step, tiny
+from helpers.models import GRAY, MAE, Stepped, build, step, tiny
 from torch import Tensor
 
 from amlp_ray.config import PretrainConfig
@@ -128,7 +128,7 @@ def test_attention_weights_of_a_huge_temperature_come_close(ultrasound: Phantoms
     "overrides",
     [
         {"selection": {"feedback": 0.0}},
-        {"selection": {"feedback": 1.0}, "loss": {"ccl_weight": 0.0}},  # no category is learnt
+        {"selection": {"feedback": 1.0}, "loss": {"ccl_weight": 0.0}},  # no category is learned
         {"selection": {"dilate": 0}},
         {"selection": {"lesion_share": 1.0}},
         {"loss": {"mix": 0.0, "weighting": "rrl"}},
@@ -177,7 +177,7 @@ def test_a_switch_that_is_on_is_no_longer_mae(
 
 
 def test_optional_parts_leave_the_other_weights_equal() -> None:
-    plain = build(tiny(MAE), GREY).state_dict()
+    plain = build(tiny(MAE), GRAY).state_dict()
     parts = (
         {"loss": {"ccl_weight": 1.0}},
         {"loss": {"ranking_weight": 1.0}},
@@ -185,6 +185,6 @@ def test_optional_parts_leave_the_other_weights_equal() -> None:
         {"variant": "hpm"},
     )
     for overrides in parts:
-        more = build(tiny(overrides), GREY).state_dict()
+        more = build(tiny(overrides), GRAY).state_dict()
         assert len(more) > len(plain)
         assert all(torch.equal(more[name], value) for name, value in plain.items())

@@ -72,7 +72,7 @@ def test_context_tells_a_dark_patch_from_a_dark_neighborhood() -> None:
     assert x.shape == (1, 49, 4)
     assert x[0, :, 0].argmin() == 24
     assert x[0, :, 2].argmin() == 24
-    assert x[0, 25, 1] < x[0, 0, 1]  # its neighbour has dark surroundings, the corner has not
+    assert x[0, 25, 1] < x[0, 0, 1]  # its neighbor has dark surroundings, the corner has not
 
 
 def test_token_features_ignore_the_length_of_tokens_and_are_raw_where_there_are_none() -> None:

@@ -185,7 +185,7 @@ def test_row_contrast_takes_out_attenuation_with_depth() -> None:
     images, _ = phantoms("ultrasound", 6)
     deeper = images - 3 * torch.arange(96).div(8, rounding_mode="floor")[:, None] / 12
     middle = torch.zeros(12, 12, dtype=torch.bool)
-    middle[1:-1] = True  # the first and last rows have neighbours on one side only
+    middle[1:-1] = True  # the first and last rows have neighbors on one side only
     a, b = (scored(x, score="row_contrast").view(-1, 12, 12)[:, middle] for x in (images, deeper))
     assert float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) > 0.95
 

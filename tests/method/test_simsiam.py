@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.models import GREY, random_images, spec_of, tiny
+from helpers.models import GRAY, random_images, spec_of, tiny
 from torch import Tensor
 
 from amlp_ray.config import ModelConfig
@@ -20,12 +20,12 @@ KEYS = torch.arange(8)
 
 def network(seed: int = 0, **model: Any) -> SimSiam:
     torch.manual_seed(seed)
-    return SimSiam(ModelConfig(**(SETTINGS.model.model_dump() | model)), spec_of(GREY))
+    return SimSiam(ModelConfig(**(SETTINGS.model.model_dump() | model)), spec_of(GRAY))
 
 
 def views(count: int = 8, **config: Any) -> tuple[Tensor, Tensor]:
     chosen = SETTINGS.model_copy(update=config)
-    return two_views(random_images(GREY, count), KEYS[:count], chosen, 8, 1)
+    return two_views(random_images(GRAY, count), KEYS[:count], chosen, 8, 1)
 
 
 def test_the_loss_is_the_mean_negative_cosine_to_the_other_view() -> None:
@@ -106,14 +106,14 @@ def test_the_views_are_two_different_crops_by_key_and_epoch() -> None:
     assert torch.equal(one, again[0])
     assert torch.equal(other, again[1])
     rows = torch.tensor([5, 2])
-    part = two_views(random_images(GREY, 8)[rows], KEYS[rows], SETTINGS, 8, 1)
+    part = two_views(random_images(GRAY, 8)[rows], KEYS[rows], SETTINGS, 8, 1)
     assert torch.equal(part[0], one[rows])
     assert torch.equal(part[1], other[rows])
-    assert not torch.allclose(two_views(random_images(GREY, 8), KEYS, SETTINGS, 8, 2)[0], one)
+    assert not torch.allclose(two_views(random_images(GRAY, 8), KEYS, SETTINGS, 8, 2)[0], one)
 
 
 def test_a_view_is_a_crop_with_its_own_contrast_and_brightness() -> None:
-    images = random_images(GREY, 8)
+    images = random_images(GRAY, 8)
     crop = random_crop(KEYS, SETTINGS, 1)
     plain = patchify(apply_crop(images, crop), 8).flatten(1)
     view = two_views(images, KEYS, SETTINGS, 8, 1)[0].flatten(1)

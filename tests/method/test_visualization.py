@@ -94,7 +94,7 @@ def test_a_run_s_own_strip_has_a_column_per_picture_and_random_masking_names_no_
         ),
         (
             {"variant": "amlp", "selection": {"feedback": 0.0}},
-            {"masked", "error,", "clusters", "probable lesion", "learnt probability"},
+            {"masked", "error,", "clusters", "probable lesion", "learned probability"},
         ),
         ({"variant": "amlp-soft"}, {"masked", "error,", "probable lesion", "score: geodesic"}),
         ({"variant": "hpm"}, {"masked", "error,", "probable lesion", "score: difficulty"}),
@@ -143,7 +143,7 @@ def test_the_reconstruction_is_the_input_where_visible_and_another_where_the_mas
                     assert (masked == 128).all()
                     if (
                         whole.std() > 0
-                    ):  # a flat patch has nothing to standardise: its mean is its picture
+                    ):  # a flat patch has nothing to standardize: its mean is its picture
                         assert not np.array_equal(whole, again)
                 else:
                     np.testing.assert_array_equal(whole, masked)

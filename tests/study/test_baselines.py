@@ -135,7 +135,7 @@ def test_what_the_space_sets_for_every_trial_is_set_for_baselines_but_for_the_me
     assert mean.ratio.start == pytest.approx(np.mean(np.linspace(0.2, 0.75, 9)), abs=1e-4)
 
 
-def test_baselines_come_in_order_each_once_groups_spelt_out() -> None:
+def test_baselines_come_in_order_each_once_groups_spelled_out() -> None:
     plans = baseline_plans(
         with_baselines("scratch", "leave-one-out", "ladder", {"mine": {"loss": {"gamma": 0.5}}})
     )

@@ -1,4 +1,4 @@
-"""A study that pretrains on one data set and scores by the labels of another."""
+"""A study that pretrains on one dataset and scores by the labels of another."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_an_unlabeled_set_is_searched_by_the_labels_of_another_alone(
     unlabeled: PatchDataset, phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
     file = write(tmp_path)
-    with pytest.raises(DataError, match="has 0 labelled training images with a lesion"):
+    with pytest.raises(DataError, match="has 0 labeled training images with a lesion"):
         Study.load(file, data=unlabeled.path).plan()
     plan = Study.load(file, data=unlabeled.path, eval_data=phantom_dataset.path).plan()
     assert plan.steps_per_trial == 12
@@ -134,7 +134,7 @@ def test_a_study_keeps_to_its_labels(
         phantom_dataset.name,
     ]
     assert environment["eval_data"]["fingerprint"] == phantom_dataset.manifest.fingerprint
-    assert "Labelled images" in study.report().read_text()
+    assert "Labeled images" in study.report().read_text()
 
     def again(**options: Any) -> None:
         Study.load(write(tmp_path, **TINY_AGAIN), runs=tmp_path / "runs", **options).run()

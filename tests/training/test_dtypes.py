@@ -1,6 +1,6 @@
 """Every dtype and number of channels, from pretraining to pictures.
 
-Nothing takes images for 0-255, or grey, or RGB.
+Nothing takes images for 0-255, or gray, or RGB.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def test_a_run_is_finite_scored_and_drawn(dataset: PatchDataset, run: Path) -> N
     rows = read_rows(run / "metrics.jsonl")
     assert len(rows) == 2
     assert all(math.isfinite(value) for row in rows for value in row.values())
-    assert 0.1 < rows[-1]["loss_reference"] < 10, "in the normalised scale, whatever the stored one"
+    assert 0.1 < rows[-1]["loss_reference"] < 10, "in the normalized scale, whatever the stored one"
     assert 0 <= json.loads((run / "score.json").read_text())["dsc"] <= 1
     for path in (run / "pictures").iterdir():
         displayed = np.asarray(Image.open(path))[22:, :192]  # the input

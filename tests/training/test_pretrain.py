@@ -136,12 +136,12 @@ RESUMED: dict[str, dict[str, Any]] = {
     name: {"variant": name} for name in VARIANTS if name != "scratch"
 } | {
     "another analysis": {"selection": {**TWO_EPOCHS, "feedback": 0.5}, "loss": {"warmup": 0.0}},
-    "data set clusters": {"selection": {**TWO_EPOCHS, "scope": "dataset", "clusters": 4}},
+    "dataset clusters": {"selection": {**TWO_EPOCHS, "scope": "dataset", "clusters": 4}},
     "tokens": {
         "selection": {**TWO_EPOCHS, "features": "tokens", "rule": "hardest"},
         "loss": {"warmup": 0.0},
     },
-    "tokens of the data set": {
+    "tokens of the dataset": {
         "selection": {"analysis_interval": 0, "features": "tokens", "scope": "dataset"}
     },
     "random ratio": {"ratio": {"shape": "random", "update_per": "step"}},

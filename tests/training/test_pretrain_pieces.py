@@ -64,7 +64,7 @@ def run(
 
 GIVEN: dict[str, dict[str, Any]] = {
     "amlp": {"loss": {"warmup": 0.0}},
-    "clusters of the data set": {
+    "clusters of the dataset": {
         "selection": {"scope": "dataset", "analysis_interval": 1},
         "loss": {"warmup": 0.0},
     },

@@ -103,7 +103,7 @@ CUT: dict[str, dict[str, Any]] = {
         "ratio": {"update_per": "step"},
     },
     "mae": {"variant": "mae"},
-    "clusters of the data set": {"selection": {**LOOKS, "scope": "dataset", "clusters": 4}},
+    "clusters of the dataset": {"selection": {**LOOKS, "scope": "dataset", "clusters": 4}},
     "teacher": {
         "selection": {**LOOKS, "features": "tokens", "rule": "hardest"},
         "loss": {"warmup": 0.0},

@@ -1,4 +1,4 @@
-"""What learns: its optimiser, the scale of fp16, the average of its weights; in one process."""
+"""What learns: its optimizer, the scale of fp16, the average of its weights; in one process."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ WORKERS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {"variant": "mae"},
         {"micro_batch": 2},
     ),
-    "clusters of the data set on three": (
+    "clusters of the dataset on three": (
         3,
         {"selection": {"scope": "dataset", "analysis_interval": 2}},
         {},

@@ -1,4 +1,4 @@
-"""Find burnt-in text: a heuristic of ours for letters in the pixels of many images at once.
+"""Find burned-in text: a heuristic of ours for letters in the pixels of many images at once.
 
 Overlays of a scanner are bright and stand out from their surroundings. Letters are of one size and
 one brightness, and stand side by side on a line. Speckle, echoes and hairs do some of that, but

@@ -81,7 +81,7 @@ CHAIN = Finding(
     "one-chain",
     "Many images alike",
     "warning",
-    "A large part of the dataset is one chain of near-copies: frames of few videos, neighbouring "
+    "A large part of the dataset is one chain of near-copies: frames of few videos, neighboring "
     "slices, or images of "
     "one layout (a disc on black) that the perceptual hash cannot tell apart.",
     "Group by patient or volume instead of by near-duplicates; look at the examples before you "

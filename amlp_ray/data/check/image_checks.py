@@ -46,10 +46,10 @@ BACKGROUND = Finding(
     "Crop the images, or raise min_foreground where tiles or slices are prepared.",
 )
 TEXT = Finding(
-    "burnt-in-text",
+    "burned-in-text",
     "Letters in the pixels",
     "warning",
-    f"Images seem to carry letters ({MIN_LETTERS} or more in a line). Burnt-in text can name a "
+    f"Images seem to carry letters ({MIN_LETTERS} or more in a line). Burned-in text can name a "
     "patient, and a model can read off it what it should see in the tissue. A guess: about half of "
     "the images with text are found.",
     "Look at the examples. Names and dates must go before anyone else gets the data; crop or blank "

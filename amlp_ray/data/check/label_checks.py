@@ -25,7 +25,7 @@ MIN_CLASS_GROUPS = 5
 
 UNLABELED = Finding(
     "unlabeled",
-    "Unlabelled images",
+    "Unlabeled images",
     "note",
     "Images have no mask. They serve for pretraining; scores and segmentation pass them over.",
     "Nothing, if that is meant; else look for masks whose names do not fit their images.",
@@ -34,7 +34,7 @@ EMPTY = Finding(
     "empty-masks",
     "Empty masks",
     "note",
-    "Labelled images have no lesion. Normal images are welcome, forgotten outlines are not.",
+    "Labeled images have no lesion. Normal images are welcome, forgotten outlines are not.",
     "Look at the examples for lesions without an outline.",
 )
 TINY_LESIONS = Finding(
@@ -64,7 +64,7 @@ LESION_SHARE = Finding(
     "uneven-lesions",
     "Splits with other shares of lesions",
     "warning",
-    "The share of labelled images with a lesion differs between splits more than chance explains.",
+    "The share of labeled images with a lesion differs between splits more than chance explains.",
     "Let `prepare` split, which keeps the share; with a split_file, check how it was drawn.",
     what="splits",
 )
@@ -99,7 +99,7 @@ def findings(table: pd.DataFrame, dataset: PatchDataset) -> Iterator[Finding]:
         yield _uneven(LESION_SHARE, table[is_labeled], {"lesion": has_lesion[is_labeled]})
     else:
         for finding in (EMPTY, TINY_LESIONS, LARGE, BORDER, LESION_SHARE):
-            yield finding.with_gap("no image is labelled")
+            yield finding.with_gap("no image is labeled")
     yield _uneven_classes(table)
     yield _few_groups(table)
 

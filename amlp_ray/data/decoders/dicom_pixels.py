@@ -155,7 +155,7 @@ def decode(dataset: Dataset, index: int, header: Header) -> Pixels:
         return Pixels(stored, 0, 2**bits - 1, is_color=True)
     if photometric not in GRAY or stored.ndim != 2:
         kind = photometric or "unknown"
-        raise ValueError(f"its colours are of kind {kind}, which is not supported")
+        raise ValueError(f"its colors are of kind {kind}, which is not supported")
     values, low, high = _rescale(dataset, stored, bits, header)
     return Pixels(
         values=values,

@@ -182,8 +182,8 @@ def _labels_of(path: str, decoded: DecodedImage, lesion_labels: tuple[int, ...])
     labels = decoded.pixels[:, :, 0]
     if not (decoded.pixels == labels[:, :, None]).all():
         raise DataError(
-            f"{path} is a mask in colours, but lesion_labels need one value a pixel; "
-            "export it as grey or with a palette."
+            f"{path} is a mask in colors, but lesion_labels need one value a pixel; "
+            "export it as gray or with a palette."
         )
     # What is set in a 1-bit mask is 1 in arrays and 255 in viewers, and BUSI mixes such masks with
     # 8-bit ones.

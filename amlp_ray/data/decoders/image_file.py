@@ -240,7 +240,7 @@ def _to_array(path: str, image: Image.Image, max_value: int, is_mask: bool) -> n
         array = np.asarray(image.convert("RGB"))
     else:
         raise DataError(
-            f"{path} has pixels of kind {mode!r}, but grey and RGB are accepted; convert it."
+            f"{path} has pixels of kind {mode!r}, but gray and RGB are accepted; convert it."
         )
     return array.reshape(*array.shape[:2], -1)
 

@@ -155,7 +155,7 @@ def _open(path: str, read: ReadFile, turn: np.ndarray | None = None) -> _Volume:
     image, content = _parse(path, read)
     proxy = image.dataobj
     if proxy.dtype.fields is not None or proxy.dtype.kind not in "uif":
-        kind = "colour (RGB)" if proxy.dtype.fields is not None else str(proxy.dtype)
+        kind = "color (RGB)" if proxy.dtype.fields is not None else str(proxy.dtype)
         raise DataError(
             f"{path} holds values of kind {kind}, but whole and floating point numbers are "
             "accepted; convert it."

@@ -59,7 +59,7 @@ def find_coco(root: DataPath, config: PrepareConfig) -> Listing:
         rejects += [rejected(p.full, reason) for p in pictures if p.full not in drawings]
     for name, drawing in drawings.items():
         if None in drawing.segmentations:
-            rejects.append(repaired(name, "has a box without an outline: taken as unlabelled"))
+            rejects.append(repaired(name, "has a box without an outline: taken as unlabeled"))
     items = [_to_item(root, drawing) for drawing in drawings.values()]
     return Listing(items, rejects)
 
@@ -109,8 +109,8 @@ def _read_drawings(
     segmentations = _segmentations_by_image(file, document, lesion_labels, rejects)
     for entry in document["images"]:
         name = entry.get("file_name") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or entry.get("id") not in segmentations:
-            reason = f"has an image without id or file_name: {str(entry)[:80]}"
+        if not isinstance(name, str) or not _is_id(entry.get("id")):
+            reason = f"has an image without file_name or an id (text or number): {str(entry)[:80]}"
             rejects.append(rejected(file, reason))
             continue
         matches = _match(name, file, pictures_by_base)
@@ -127,18 +127,21 @@ def _segmentations_by_image(
     document: dict[str, Any],
     lesion_labels: tuple[int, ...],
     rejects: list[RejectedFile],
-) -> dict[int | str, list[Any]]:
+) -> dict[float | str, list[Any]]:
     """Return the lesions of each image id, as in `_Drawing`."""
-    segmentations: dict[int | str, list[Any]] = {}
+    segmentations: dict[float | str, list[Any]] = {}
     for entry in document["images"]:
-        if isinstance(entry, dict) and isinstance(entry.get("id"), int | str):
+        if isinstance(entry, dict) and _is_id(entry.get("id")):
             segmentations[entry["id"]] = []
     stray_count = 0
+    unsorted_count = 0
     for annotation in document["annotations"]:
         image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
-        if not isinstance(image_id, int | str) or image_id not in segmentations:
+        if not _is_id(image_id) or image_id not in segmentations:
             stray_count += 1
-        elif not lesion_labels or annotation.get("category_id") in lesion_labels:
+        elif lesion_labels and not _is_id(annotation.get("category_id")):
+            unsorted_count += 1
+        elif not lesion_labels or annotation["category_id"] in lesion_labels:
             outline = annotation.get("segmentation") or None
             # One polygon is sometimes written without the list around it.
             if isinstance(outline, list) and isinstance(outline[0], int | float):
@@ -147,7 +150,14 @@ def _segmentations_by_image(
     if stray_count:
         reason = f"has {stray_count} annotations of images that it does not list: left out"
         rejects.append(repaired(file, reason))
+    if unsorted_count:
+        reason = f"has {unsorted_count} annotations without a category_id (text or number): left out"
+        rejects.append(repaired(file, reason))
     return segmentations
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | float | str) and not isinstance(value, bool)
 
 
 def _match(

@@ -231,7 +231,7 @@ def _unlock_test(store: StudyStore, config: StudyConfig, eval_data: PatchDataset
     _check_equal_finetuning(config, list(folders.values()))
     if not eval_data.manifest.counts["test"].lesions:
         raise DataError(
-            f"{eval_data.path} has no labelled test image with a lesion, "
+            f"{eval_data.path} has no labeled test image with a lesion, "
             f"so nothing can be confirmed on it."
         )
     unlock = TestUnlock(

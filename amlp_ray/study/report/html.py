@@ -127,10 +127,10 @@ def _figure_groups(
 
 def _header(data: ReportData, timeline: Timeline | None) -> list[tuple[str, str]]:
     """Return what the head of the page says of the study: title and text of each row."""
-    rows = [("Data set", _dataset_text(data.dataset("dataset"), data.config.data))]
+    rows = [("Dataset", _dataset_text(data.dataset("dataset"), data.config.data))]
     if data.config.eval_data:
         text = _dataset_text(data.dataset("eval_data"), data.config.eval_data)
-        rows.append(("Labelled images", text))
+        rows.append(("Labeled images", text))
     trials = _count_text(data.search)
     if data.copies:
         trials += f"; {len(data.copies)} answered from the store"

@@ -361,7 +361,7 @@ class SearchSpace:
             )
         params = dict(trial.params)
         values = {**params, **(returned or {})}
-        # A dotted name that is no setting is misspelt, and is left in for the config to refuse.
+        # A dotted name that is no setting is misspelled, and is left in for the config to refuse.
         settings = {
             name: value
             for name, value in values.items()

@@ -120,7 +120,7 @@ def pretrained_image_spec(weights: str, own: ImageSpec) -> ImageSpec:
     """Return how images are normalized for an encoder.
 
     An exported encoder takes images normalized as those it was pretrained on. timm's weights take
-    images normalized by their `own` mean and SD: timm's are those of ImageNet's colours, which do
+    images normalized by their `own` mean and SD: timm's are those of ImageNet's colors, which do
     not apply to other channels.
     """
     return read_encoder_header(weights)[1] if _is_exported(weights) else own

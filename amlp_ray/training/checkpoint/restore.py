@@ -32,7 +32,7 @@ from amlp_ray.utils.files import atomic_write
 PERTURBABLE: dict[str, str] = {
     "lr": "every step sets it anew, times warm-up and cosine",
     "clip_grad": "used in a step and forgotten",
-    "intensity_jitter": "images are recoloured step by step",
+    "intensity_jitter": "images are recolored step by step",
     "selection.strength": "masks are drawn step by step from scores that it does not change",
     "selection.lesion_share": "masks are drawn step by step",
     "selection.score_share_start": "as lesion_share",

@@ -30,7 +30,7 @@ SPLITS = ["train"] * 36 + ["val"] * 12 + ["test"] * 12
 
 
 def tissue(seed: int, size: int = SIZE) -> np.ndarray:
-    """A smooth grey image (H, W) uint8 of usual brightness that looks like no other."""
+    """A smooth gray image (H, W) uint8 of usual brightness that looks like no other."""
     coarse = np.random.default_rng(seed).normal(110, 30, (8, 8)).clip(20, 200).astype(np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
 
@@ -76,7 +76,7 @@ def test_a_clean_dataset_has_no_finding(clean: Clean, tmp_path: Path) -> None:
     report = clean.check(tmp_path / "d")
     assert keys(report) == []
     assert report.clean
-    assert {f.key for f in report.gaps} == {"burnt-in-text", "mixed-spacing", "uneven-classes"}
+    assert {f.key for f in report.gaps} == {"burned-in-text", "mixed-spacing", "uneven-classes"}
     assert len(report.clear) + len(report.gaps) == len(report.looked_for)
 
 
@@ -271,7 +271,7 @@ def test_an_unlabeled_dataset_of_one_split_and_an_empty_one_can_be_checked(tmp_p
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
-@pytest.mark.parametrize("channels", [1, 2, 3])  # 2: any number that is neither grey nor colour
+@pytest.mark.parametrize("channels", [1, 2, 3])  # 2: any number that is neither gray nor color
 def test_every_type_and_number_of_channels_is_measured_and_drawn(
     dtype: str, channels: int, tmp_path: Path
 ) -> None:
@@ -336,13 +336,13 @@ def test_letters_are_counted_where_there_are_any() -> None:
     assert text_scores(np.zeros((0, 128, 128), np.uint8)).tolist() == []
 
 
-def test_burnt_in_text_is_a_warning(tmp_path: Path) -> None:
+def test_burned_in_text_is_a_warning(tmp_path: Path) -> None:
     images = np.stack([speckle(i) // 3 for i in range(12)])
     images[4] = with_text(images[4], "D O E  J O H N")
-    burnt_in = finding(
-        check_dataset(write_dataset(tmp_path / "d", images[:, None])), "burnt-in-text"
+    burned_in = finding(
+        check_dataset(write_dataset(tmp_path / "d", images[:, None])), "burned-in-text"
     )
-    assert (burnt_in.severity, burnt_in.count, ids(burnt_in)) == ("warning", 1, {"image 4"})
+    assert (burned_in.severity, burned_in.count, ids(burned_in)) == ("warning", 1, {"image 4"})
 
 
 def test_a_lesion_is_outlined_whatever_its_size() -> None:

@@ -330,7 +330,7 @@ def test_colors_become_rgb_of_8_bits(tmp_path: Path) -> None:
     pixels = np.random.default_rng(4).integers(0, 256, (8, 8, 3)).astype(np.uint8)
     capture = dicom(pixels, SOPClassUID=CAPTURE)
     np.testing.assert_array_equal(image_of(capture, tmp_path), pixels)
-    for values in ("window", "percentile"):  # colour is meant to be shown as it is
+    for values in ("window", "percentile"):  # color is meant to be shown as it is
         np.testing.assert_array_equal(image_of(capture, tmp_path, values=values), pixels)
     indices = np.arange(64, dtype=np.uint8).reshape(8, 8)
     table = np.random.default_rng(5).integers(0, 256, (3, 64)).astype(np.uint16)
@@ -719,7 +719,7 @@ def _unknown(folder: Path) -> Path:
                 dicom(np.zeros((8, 8, 3), np.uint8), PhotometricInterpretation="HSV"),
                 folder / "bad.dcm",
             ),
-            r"bad\.dcm cannot be decoded .*colours are of kind HSV",
+            r"bad\.dcm cannot be decoded .*colors are of kind HSV",
         ),
     ],
 )

@@ -22,7 +22,7 @@ from amlp_ray.data.layouts import SourceImage, find_items
 from amlp_ray.errors import DataError
 
 RAMP = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
-COLOUR = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+COLOR = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
 
 
 def frame_of(image: Path, *masks: Path, outlines: str = "", **config: Any) -> Frame:
@@ -113,15 +113,15 @@ def test_lossless_formats_are_exact(suffix: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"webp": {"lossless": True}, "jp2": {"irreversible": False}}.get(
         suffix, {}
     )
-    Image.fromarray(COLOUR).save(path, **options)
-    np.testing.assert_array_equal(frame_of(path).image, COLOUR)
+    Image.fromarray(COLOR).save(path, **options)
+    np.testing.assert_array_equal(frame_of(path).image, COLOR)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "tif"])
 def test_jpeg_is_what_pillow_makes_of_it(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.{suffix}"
-    Image.fromarray(COLOUR).save(path, compression="jpeg") if suffix == "tif" else Image.fromarray(
-        COLOUR
+    Image.fromarray(COLOR).save(path, compression="jpeg") if suffix == "tif" else Image.fromarray(
+        COLOR
     ).save(path)
     with Image.open(path) as image:
         np.testing.assert_array_equal(frame_of(path).image, np.asarray(image.convert("RGB")))
@@ -181,9 +181,9 @@ def test_12_and_16_bit_grays_come_in_their_own_values(tmp_path: Path) -> None:
 
 
 def test_cmyk_becomes_rgb_and_is_noted(tmp_path: Path) -> None:
-    Image.fromarray(COLOUR).convert("CMYK").save(tmp_path / "a.tif")
+    Image.fromarray(COLOR).convert("CMYK").save(tmp_path / "a.tif")
     frame = frame_of(tmp_path / "a.tif")
-    np.testing.assert_array_equal(frame.image, COLOUR)
+    np.testing.assert_array_equal(frame.image, COLOR)
     assert frame.notes == ("is CMYK: converted to RGB",)
 
 
@@ -211,22 +211,22 @@ def test_orientation_is_noted_but_not_applied(
     options: dict[str, Any] = {"tif": {"compression": "tiff_lzw"}, "webp": {"lossless": True}}.get(
         suffix, {}
     )
-    Image.fromarray(COLOUR).save(path, exif=exif, **options)
+    Image.fromarray(COLOR).save(path, exif=exif, **options)
     frame = frame_of(path)
     assert frame.notes == (
         f"has orientation {orientation} in its header: not applied, so that masks fit",
     )
     if suffix == "jpg":
-        assert frame.image.shape == COLOUR.shape
+        assert frame.image.shape == COLOR.shape
     else:
-        np.testing.assert_array_equal(frame.image, COLOUR)
+        np.testing.assert_array_equal(frame.image, COLOR)
 
 
 def test_the_first_picture_of_a_camera_file_is_taken(tmp_path: Path) -> None:
-    first = Image.fromarray(COLOUR)
+    first = Image.fromarray(COLOR)
     first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (3, 2))])
     frame = frame_of(tmp_path / "a.jpg")
-    assert frame.image.shape == COLOUR.shape
+    assert frame.image.shape == COLOR.shape
     assert frame.notes == ("holds 2 pictures: the first, which viewers show, was taken",)
 
 
@@ -286,7 +286,7 @@ def _palette(path: Path) -> Path:
 
 
 def _gray_palette(path: Path) -> Path:
-    picture = Image.fromarray(3 - LABELS)  # the palette runs backwards, as optimisers may leave it
+    picture = Image.fromarray(3 - LABELS)  # the palette runs backwards, as optimizers may leave it
     picture.putpalette([value for gray in (3, 2, 1, 0) for value in (gray, gray, gray)])
     picture.save(path)
     return path
@@ -312,7 +312,7 @@ def _gray_palette(path: Path) -> Path:
         "float64",
         "2 bits",
         "palette",
-        "grey palette",
+        "gray palette",
     ],
 )
 def test_lesion_labels_are_the_values_of_every_kind_of_mask(
@@ -538,7 +538,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "lab": (
         lambda p: Image.new("LAB", (6, 4)).save(p, "TIFF") or p,
-        "has pixels of kind 'LAB', but grey and RGB are",
+        "has pixels of kind 'LAB', but gray and RGB are",
     ),
     "bomb": (
         lambda p: png(p, RAMP, 8, 0, (13000, 12000)),
@@ -617,9 +617,9 @@ def test_a_bad_mask_is_named_too(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"n\.npy is a mask with NaN"):
         frame_of(image, save(tmp_path / "n.npy", np.full((4, 6), np.nan)))
     with pytest.raises(
-        DataError, match=r"c\.png is a mask in colours, but lesion_labels need one value a pixel"
+        DataError, match=r"c\.png is a mask in colors, but lesion_labels need one value a pixel"
     ):
-        frame_of(image, save(tmp_path / "c.png", COLOUR), lesion_labels=(1,))
+        frame_of(image, save(tmp_path / "c.png", COLOR), lesion_labels=(1,))
 
 
 def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
@@ -661,7 +661,7 @@ def test_gray_allows_small_colored_marks_only() -> None:
         assert is_gray((marked * scale).astype(dtype))
         marked[:10, :9, 0] = 255
         marked[:10, :9, 1:] = 0
-        assert is_gray((marked * scale).astype(dtype))  # 0.9 %: callipers
+        assert is_gray((marked * scale).astype(dtype))  # 0.9 %: calipers
         marked[:10, :12, 0] = 255
         marked[:10, :12, 1:] = 0
         assert not is_gray((marked * scale).astype(dtype))  # 1.2 %
@@ -682,9 +682,9 @@ def test_gray_survives_the_way_to_one_channel_and_back() -> None:
 
 
 def test_luma_is_pillows() -> None:
-    expected = np.asarray(Image.fromarray(COLOUR).convert("L"))
-    np.testing.assert_array_equal(to_channels(COLOUR, 1)[..., 0], expected)
-    assert np.abs(to_channels(COLOUR.astype(np.float32), 1)[..., 0] - expected).max() <= 1
+    expected = np.asarray(Image.fromarray(COLOR).convert("L"))
+    np.testing.assert_array_equal(to_channels(COLOR, 1)[..., 0], expected)
+    assert np.abs(to_channels(COLOR.astype(np.float32), 1)[..., 0] - expected).max() <= 1
 
 
 @pytest.mark.parametrize(("channels", "target"), [(4, 3), (4, 1), (2, 1), (1, 4), (3, 4)])

@@ -247,7 +247,7 @@ def test_names_of_zipped_files_do_not_matter(tmp_path: Path) -> None:
     )
 
 
-def test_metres_become_millimetres_and_nifti2_is_read(tmp_path: Path) -> None:
+def test_meters_become_millimeters_and_nifti2_is_read(tmp_path: Path) -> None:
     image = nib.Nifti2Image(np.ones((2, 3, 4), np.uint8), np.diag([0.001, 0.002, 0.003, 1]))
     image.header.set_xyzt_units("meter")
     nib.save(image, tmp_path / "i.nii")
@@ -353,7 +353,7 @@ RGB = np.zeros((2, 3, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")])
         (_no_affine, r"bad\.nii has an affine that gives no direction"),
         (_image(NAN), r"bad\.nii\.gz holds 1 values that are NaN"),
         (_image(np.full((2, 2, 2), 1e300)), r"bad\.nii\.gz holds 8 values .* too large"),
-        (_image(RGB), r"bad\.nii\.gz holds values of kind colour \(RGB\)"),
+        (_image(RGB), r"bad\.nii\.gz holds values of kind color \(RGB\)"),
         (_image(np.zeros((2, 2, 2), np.complex64)), r"bad\.nii\.gz holds values of kind complex64"),
         (
             _image(np.zeros((2, 2, 2, 17), np.uint8)),

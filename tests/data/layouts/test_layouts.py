@@ -506,7 +506,7 @@ def test_coco_box_without_outline_is_unlabeled(tmp_path: Path) -> None:
     listing = find(tmp_path)
     assert segmentations(listing) == {"a": None}
     assert listing.rejected == [
-        ("a.png", "repaired", "has a box without an outline: taken as unlabelled")
+        ("a.png", "repaired", "has a box without an outline: taken as unlabeled")
     ]
 
 
@@ -551,7 +551,7 @@ def test_damaged_coco_is_named(tmp_path: Path) -> None:
         find(tmp_path, "coco")
 
 
-# Recognising
+# Recognizing
 
 
 def test_busi_says_by_what_it_was_recognized(busi_folder: Path) -> None:

@@ -214,7 +214,7 @@ PICTURES = [
         "is float32, but most",
     ),
     Case(
-        "16-bit grey among 8",
+        "16-bit gray among 8",
         _content("gray16.png", _png(16, 0, 1)),
         "rejected",
         "is uint16, but most",
@@ -382,10 +382,10 @@ LABELS = [
         "counted as no lesion",
     ),
     Case(
-        "labels in colour",
+        "labels in color",
         _with_mask("color", lambda p: Image.fromarray(_noise(SIDE, SIDE, 3)).save(p)),
         "rejected",
-        "mask in colours",
+        "mask in colors",
     ),
     Case(
         "labels as JPEG",

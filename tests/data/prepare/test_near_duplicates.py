@@ -36,7 +36,7 @@ def near_duplicate_groups(
 
 
 def tissue(seed: int, height: int = 120, width: int = 150) -> np.ndarray:
-    """A smooth grey image (H, W) uint8 that looks like no other."""
+    """A smooth gray image (H, W) uint8 that looks like no other."""
     coarse = np.random.default_rng(seed).integers(0, 256, (9, 11), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -139,7 +139,7 @@ def brute_pairs(left: np.ndarray, right: np.ndarray, distance: int) -> set[tuple
 
 
 def some_hashes(count: int, seed: int = 0, centers: int = 40, flips: int = 5) -> np.ndarray:
-    """Hashes around few centres, so that many are near, with some flat ones and some equal ones."""
+    """Hashes around few centers, so that many are near, with some flat ones and some equal ones."""
     rng = np.random.default_rng(seed)
     hashes = rng.integers(0, 2**64, centers, dtype=np.uint64)[rng.integers(0, centers, count)]
     for _ in range(flips):

@@ -481,7 +481,7 @@ def test_real_busi(real_data: Path, tmp_path: Path) -> None:
         "val": 15,
         "test": 29,
     }
-    assert dataset.shape == (1, 64, 64)  # grey in spite of a few coloured callipers
+    assert dataset.shape == (1, 64, 64)  # gray in spite of a few colored calipers
     samples = _everything(dataset)
     assert len(samples) == 148
     assert sum(mask.any() for _, mask, _ in samples.values()) == 128

@@ -309,7 +309,7 @@ def test_a_data_set_without_test_lesions_is_refused_and_nothing_is_recorded(
     without = PatchDataset(
         phantom_dataset.root, phantom_dataset.manifest.model_copy(update={"counts": none})
     )
-    with pytest.raises(DataError, match="no labelled test image with a lesion"):
+    with pytest.raises(DataError, match="no labeled test image with a lesion"):
         open_test(trained, trained.config(), without)
     assert find_test_unlock(trained) is None
 

@@ -164,12 +164,12 @@ def test_a_study_runs_whole_generations_and_says_pruned_of_all_but_the_last() ->
     assert Population(study()).next_step(trials) is None
 
 
-def test_a_rising_schedule_is_learnt_where_a_rising_one_is_best() -> None:
-    learnt: list[float] = []
+def test_a_rising_schedule_is_learned_where_a_rising_one_is_best() -> None:
+    learned: list[float] = []
     blind: list[float] = []
     rises = []
     for seed in range(10):
-        for score, scores in ((schedule_score, learnt), (lambda line: 0.5, blind)):
+        for score, scores in ((schedule_score, learned), (lambda line: 0.5, blind)):
             store, config = memory(), study(seed=seed)
             play(config, store, score)
             trials = store.get_trials(deepcopy=False)
@@ -182,8 +182,8 @@ def test_a_rising_schedule_is_learnt_where_a_rising_one_is_best() -> None:
                 schedule = learned_schedule(config, trials, best.number)
                 rises.append(schedule[-1][1] - schedule[0][1])
     assert sum(rises) / 10 > 0.1  # of 0.32 that four steps can reach
-    assert min(learnt) > 0.9
-    assert sum(learnt) / 10 > sum(blind) / 10 + 0.2
+    assert min(learned) > 0.9
+    assert sum(learned) / 10 > sum(blind) / 10 + 0.2
 
 
 @pytest.mark.parametrize(("side_by_side", "shuffle"), [(3, 1), (8, 2), (100, 3)])

@@ -367,9 +367,9 @@ def test_gp_learns_from_pruned_trials() -> None:
         end(study, store(study, suggestion), score(suggestion.params), TrialState.PRUNED)
     suggester = Suggester(s, study.directions)
     suggester.update(study.get_trials(deepcopy=False))
-    modelled = suggester.suggest(6)
-    assert isinstance(modelled, Suggestion)
-    assert modelled != drawn.suggest(6), "after 5 startup trials, six pruned are enough to model"
+    modeled = suggester.suggest(6)
+    assert isinstance(modeled, Suggestion)
+    assert modeled != drawn.suggest(6), "after 5 startup trials, six pruned are enough to model"
 
 
 def test_a_trial_answered_from_the_store_is_no_news() -> None:

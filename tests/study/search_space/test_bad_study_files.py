@@ -27,11 +27,11 @@ FILES: dict[str, tuple[str, Messages]] = {
         """,
         [(2, "unknown setting 'zzz'; known here: name, description")],
     ),
-    "misspelt key": (
+    "misspelled key": (
         "name: s\nbudgets: {trials: 3}\n",
         [(2, "unknown setting 'budgets'; did you mean budget.")],
     ),
-    "misspelt key in a group": (
+    "misspelled key in a group": (
         """\
         name: s
         budget:
@@ -152,7 +152,7 @@ FILES: dict[str, tuple[str, Messages]] = {
         "name: s\nstorage: postgresql://me:secret@host/db\n",
         [(2, "storage: a password stands in the URL; write ${NAME} there")],
     ),
-    "misspelt parameter": (
+    "misspelled parameter": (
         "name: s\nspace:\n  ratio.strat: {low: 0.1, high: 0.5}\n",
         [(3, "space: unknown setting 'ratio.strat'; did you mean ratio.start?")],
     ),

@@ -24,7 +24,7 @@ def study(space: dict[str, Any], **other: Any) -> StudyConfig:
 
 
 FAULTS = {
-    "misspelt": ({"ratio.strat": {"low": 0.1, "high": 0.5}}, "did you mean ratio.start"),
+    "misspelled": ({"ratio.strat": {"low": 0.1, "high": 0.5}}, "did you mean ratio.start"),
     "unlike anything": ({"zzzzzz": {"low": 0.1, "high": 0.5}}, "unknown setting 'zzzzzz'"),
     "value outside": ({"ratio.end": {"low": 0.1, "high": 1.2}}, "ratio.end is 1.2"),
     "choice outside": ({"selection.clusters": {"choices": [1, 3]}}, "selection.clusters is 1"),
@@ -439,11 +439,11 @@ if end < start:
 
 
 BAD_FUNCTIONS = {
-    "misspelt": (
+    "misspelled": (
         "trial.suggest_float('ratio.strat', 0.1, 0.5)",
         ["'ratio.strat'; did you mean ratio.start?"],
     ),
-    "misspelt in what it returns": (
+    "misspelled in what it returns": (
         "return {'ratio.strat': 0.2}",
         ["unknown setting 'ratio.strat'"],
     ),

@@ -286,7 +286,7 @@ def test_a_segmenter_is_fine_tuned_from_a_timm_checkpoint(
     assert message in score["start"]
     assert json.loads((tmp_path / "out" / "score.json").read_text()) == score
     result = load_segmenter(tmp_path / "out")
-    assert result.spec == phantom_dataset.spec, "images are normalised by their own mean and SD"
+    assert result.spec == phantom_dataset.spec, "images are normalized by their own mean and SD"
     encoder_state = load_pretrained_encoder(
         str(file), phantom_dataset.spec, name=NAME
     ).encoder.state_dict()

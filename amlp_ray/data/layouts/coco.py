@@ -151,7 +151,9 @@ def _segmentations_by_image(
         reason = f"has {stray_count} annotations of images that it does not list: left out"
         rejects.append(repaired(file, reason))
     if unsorted_count:
-        reason = f"has {unsorted_count} annotations without a category_id (text or number): left out"
+        reason = (
+            f"has {unsorted_count} annotations without a category_id (text or number): left out"
+        )
         rejects.append(repaired(file, reason))
     return segmentations
 

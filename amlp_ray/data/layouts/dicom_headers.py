@@ -147,7 +147,7 @@ def _parse(file: BinaryIO, force: bool) -> tuple[Dataset | None, bool]:
     if not (has_prefix or header.get("SOPClassUID")):
         return None, False
     # A deflated file is inflated whole, so nothing is left to read.
-    is_deflated = has_prefix and header.file_meta.get("TransferSyntaxUID") == DEFLATED
+    is_deflated = header.file_meta.get("TransferSyntaxUID") == DEFLATED
     return header, is_deflated or bool(file.read(1))
 
 

@@ -258,6 +258,14 @@ def test_other_objects_are_counted_and_other_files_ignored(tmp_path: Path) -> No
     assert "1 RT Plan Storage" in listing.summary
 
 
+@pytest.mark.parametrize("name", ["image_dfl.dcm", "JPEG2000.dcm", "ExplVR_BigEnd.dcm"])
+def test_file_without_preamble_is_read_by_its_meta_header(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.dcm").write_bytes((EXAMPLES / name).read_bytes()[132:])
+    (item,) = find(tmp_path).items
+    frames = np.stack([frame.image for frame in frames_of(item)])
+    np.testing.assert_array_equal(frames, expected(EXAMPLES / name))
+
+
 def test_file_without_preamble_is_read_where_its_name_says_dicom(tmp_path: Path) -> None:
     pixels = np.arange(64, dtype=np.int16).reshape(8, 8)
     path = save(dicom(pixels), tmp_path / "a.ima")

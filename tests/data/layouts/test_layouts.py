@@ -551,6 +551,24 @@ def test_damaged_coco_is_named(tmp_path: Path) -> None:
         find(tmp_path, "coco")
 
 
+@pytest.mark.parametrize("bad", [[0], {"a": 1}, None, True])
+def test_a_coco_id_that_is_neither_text_nor_number_rejects_its_entry(
+    tmp_path: Path, bad: Any
+) -> None:
+    for name in ("a.png", "b.png"):
+        save(tmp_path / name)
+    images = [{"id": 1, "file_name": "a.png"}, {"id": bad, "file_name": "b.png"}]
+    annotations = [outline(1), outline(bad), outline(1) | {"category_id": bad}]
+    document = {"images": images, "annotations": annotations}
+    (tmp_path / "instances.json").write_text(json.dumps(document))
+    listing = find(tmp_path, "coco", lesion_labels=(1,))
+    assert segmentations(listing) == {"a": [TRIANGLE]}
+    reasons = " ".join(str(reject) for reject in listing.rejected)
+    assert "an image without file_name or an id (text or number)" in reasons
+    assert "1 annotations of images that it does not list" in reasons
+    assert "1 annotations without a category_id" in reasons
+
+
 # Recognizing
 
 

@@ -62,8 +62,9 @@ def prefetched(batches: Iterable[Batch], device: str | torch.device) -> Generato
 def read_ahead(items: Iterable[Any], prepare: Callable[[Any], T], depth: int) -> Generator[T]:
     """Yield `prepare(item)` of each item in order, computed by a thread `depth` items ahead.
 
-    An error of `items` or `prepare` is raised here, after the items before it. When the generator
-    ends or is closed, the thread has ended and has closed `items`.
+    An error of `items` or `prepare` is raised here, after the items before it, and so is one of
+    closing `items` if there was no other. When the generator ends or is closed, the thread has
+    ended and has closed `items`.
     """
     source = iter(items)
 
@@ -74,15 +75,21 @@ def read_ahead(items: Iterable[Any], prepare: Callable[[Any], T], depth: int) ->
 
     with ThreadPoolExecutor(1, thread_name_prefix="amlp-prefetch") as pool:
         pending = deque(pool.submit(prepare_next) for _ in range(depth + 1))
+        has_failed = False
         try:
             while (item := pending.popleft().result()) is not _END:
                 pending.append(pool.submit(prepare_next))
                 yield item
+        except Exception:
+            has_failed = True
+            raise
         finally:
             for future in pending:
                 future.cancel()
             if isinstance(source, Generator):
-                pool.submit(source.close)  # its errors are dropped
+                closed = pool.submit(source.close)
+                if not has_failed:  # the first error is the one that says what happened
+                    closed.result()
 
 
 @lru_cache

@@ -96,3 +96,18 @@ def test_a_source_that_fails_while_it_is_closed_does_not_hang_the_consumer() -> 
 
     with pytest.raises(ValueError, match="out of memory"):
         list(read_ahead(source(), fail, 2))
+
+
+def test_an_error_of_closing_the_source_is_raised_if_there_was_no_other() -> None:
+    def source() -> Iterator[int]:
+        try:
+            while True:
+                yield 1
+        finally:
+            raise RuntimeError("while closing")
+
+    ready = read_ahead(source(), lambda number: number, depth=2)
+    assert next(ready) == 1
+    with pytest.raises(RuntimeError, match="while closing"):
+        ready.close()
+    assert threads() == 0

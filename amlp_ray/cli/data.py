@@ -61,6 +61,7 @@ Strict = Annotated[bool, Option(help="Stop at the first file that cannot be used
 
 @app.command()
 def prepare(
+    context: typer.Context,
     source: Source,
     out: Out,
     layout: Layout = "auto",
@@ -90,22 +91,25 @@ def prepare(
     The same command resumes after an interruption. Files that cannot be used are listed in
     OUT.rejects.csv.
     """
-    _prepare(source, out, locals(), strict=strict, address=address)
+    from amlp_ray.config import PrepareConfig
+
+    settings = {name: context.params[name] for name in PrepareConfig.model_fields}
+    _prepare(source, out, settings, strict=strict, address=address)
 
 
 def _prepare(
-    source: str, out: str, options: dict[str, Any], *, strict: bool, address: str | None
+    source: str, out: str, settings: dict[str, Any], *, strict: bool, address: str | None
 ) -> None:
     """Prepare a dataset with a progress bar.
 
     Args:
-        options: all options of the command by name, among them every setting.
+        settings: the options that are settings, as they were given.
     """
     from amlp_ray.config import PrepareConfig
     from amlp_ray.config.base import build
     from amlp_ray.data.path import DataPath
 
-    values = {name: options[name] for name in PrepareConfig.model_fields}
+    values = dict(settings)
     if values["channels"] != "auto":
         values["channels"] = _parse_numbers(values["channels"], "--channels", int, 1)[0]
     window = values["window"]

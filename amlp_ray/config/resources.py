@@ -76,6 +76,11 @@ class ResourceConfig(Config):
         return self
 
     @property
+    def threads(self) -> int:
+        """CPU threads of each worker."""
+        return max(1, int(self.cpus_per_worker))
+
+    @property
     def is_elastic(self) -> bool:
         """Whether the number of workers follows the nodes."""
         return isinstance(self.workers, tuple)

@@ -89,7 +89,7 @@ def segment(
         AmlpError: resources are missing, or workers or the disk failed too often; run it again.
     """
     dataset = data if isinstance(data, PatchDataset) else PatchDataset.open(data)
-    threads = None if resources is None else max(1, int(resources.cpus_per_worker))
+    threads = None if resources is None else resources.threads
     resources = resources or ResourceConfig()
     tuning = Tuning(
         config or SegmentConfig(),

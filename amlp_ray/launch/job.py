@@ -55,7 +55,7 @@ def run_job(
     Raises:
         CheckpointError: the folder holds a run of another config or on other data.
     """
-    torch.set_num_threads(run_spec.threads)
+    torch.set_num_threads(run_spec.resources.threads)
     dataset = PatchDataset.open(run_spec.data)
     eval_data = open_eval_data(run_spec, dataset)
     if run_spec.config.objective == "none":

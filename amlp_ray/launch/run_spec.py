@@ -35,11 +35,6 @@ class RunSpec(BaseModel):
     fork: Path | None = None  # folder of the run whose checkpoint this one starts from
 
     @property
-    def threads(self) -> int:
-        """CPU threads of each worker."""
-        return max(1, int(self.resources.cpus_per_worker))
-
-    @property
     def gpus(self) -> float:
         """GPUs that all workers hold together."""
         return self.resources.gpus_per_worker * self.resources.max_workers

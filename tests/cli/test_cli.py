@@ -268,6 +268,12 @@ def test_defaults_of_options_are_those_of_the_settings() -> None:
     }
 
 
+def test_every_setting_of_a_dataset_is_an_option_and_every_other_option_is_named_here() -> None:
+    options = inspect.signature(prepare).parameters.keys()
+    others = {"context", "source", "out", "strict", "address"}
+    assert options == {*PrepareConfig.model_fields, *others}
+
+
 def test_messages_are_printed_on_stderr_as_bare_text_while_a_command_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -42,7 +42,7 @@ def test_what_follows_from_a_specification() -> None:
     assert run.gpus == 3, "of the most workers that it may have"
     assert run.last_epoch == 6
     assert run.model_copy(update={"until": None}).last_epoch == 9
-    assert run.threads == 1
+    assert run.resources.threads == 1
 
 
 def test_a_specification_is_neither_changed_nor_misspelled() -> None:

@@ -139,7 +139,7 @@ def _device(config: StudyConfig) -> str:
 @contextmanager
 def _threads_of_a_worker(config: StudyConfig) -> Iterator[None]:
     previous = torch.get_num_threads()
-    torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
+    torch.set_num_threads(config.resources.threads)
     try:
         yield
     finally:

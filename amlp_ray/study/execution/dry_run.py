@@ -48,7 +48,7 @@ def dry_run(
         config.probe,
         dataset.path,
         None if eval_data is None else eval_data.path,
-        max(1, int(config.resources.cpus_per_worker)),
+        config.resources.threads,
     )
     return ray.get(result, timeout=WAIT_S)
 

@@ -117,7 +117,7 @@ def _probe(provenance: Mapping[str, Any], config: StudyConfig) -> ProbeConfig:
 
 def _threads(provenance: Mapping[str, Any], config: StudyConfig) -> int:
     stored = (provenance.get("hardware") or {}).get("threads")
-    return int(stored or max(1, int(config.resources.cpus_per_worker)))
+    return int(stored or config.resources.threads)
 
 
 def differences(provenance: Mapping[str, Any]) -> list[str]:

@@ -65,9 +65,9 @@ def _print_report(report: Report, files: Sequence[str]) -> None:
     else:
         typer.echo("Nothing was found.")
     clear = ", ".join(finding.title.lower() for finding in report.clear)
-    typer.echo(f"\nLooked for and not found: {clear or 'nothing'}.")
+    typer.echo(f"\nChecked, nothing found: {clear or 'none'}.")
     for finding in report.gaps:
-        typer.echo(f"Not looked for: {finding.title.lower()}, since {finding.gap}.")
+        typer.echo(f"Not checked: {finding.title.lower()}, since {finding.gap}.")
     if files:
         typer.echo(f"See {files[0]} and {files[1]}; they hold images of the dataset.")
     else:

@@ -52,7 +52,7 @@ def test_a_leak_is_shown_and_only_strict_fails(
     assert "Near-copies in different splits" in row
     assert "1 of 12 held-out images" in row
     assert "image 39" in row
-    assert "Not looked for: letters in the pixels" in out
+    assert "Not checked: burned-in text" in out
     assert (tmp_path / "d.check" / "check.html").is_file()
     assert (tmp_path / "d.check" / "check.png").is_file()
     assert PatchDataset.open(tmp_path / "d").manifest.counts["train"].images == 28

@@ -35,7 +35,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked for, and how often it is there."""
+    """One check, and how often it found something."""
 
     key: str
     title: str
@@ -46,7 +46,7 @@ class Finding:
     of: int = 0  # how many could have it
     what: str = "images"  # what is counted
     examples: tuple[Example, ...] = ()
-    gap: str | None = None  # why it was not looked for
+    gap: str | None = None  # why it was not checked
 
     def with_rows(
         self,
@@ -84,7 +84,7 @@ class Finding:
         return replace(self, count=int(count), of=int(of), examples=tuple(examples), **changes)
 
     def with_gap(self, reason: str) -> Finding:
-        """Say why it was not looked for."""
+        """Say why it was not checked."""
         return replace(self, gap=reason)
 
 

@@ -47,7 +47,7 @@ BACKGROUND = Finding(
 )
 TEXT = Finding(
     "burned-in-text",
-    "Letters in the pixels",
+    "Burned-in text",
     "warning",
     f"Images seem to carry letters ({MIN_LETTERS} or more in a line). Burned-in text can name a "
     "patient, and a model can read off it what it should see in the tissue. A guess: about half of "

@@ -69,7 +69,7 @@ def measure_dataset(dataset: PatchDataset) -> pd.DataFrame:
                 results.append(columns)
                 measured += len(columns["mean"])
                 if number % LOG_GROUPS == 0:
-                    logger.info("Looked at %d of %d images.", measured, len(table))
+                    logger.info("Measured %d of %d images.", measured, len(table))
         finally:
             pool.shutdown(cancel_futures=True)
     return table.assign(**_concatenate(results))

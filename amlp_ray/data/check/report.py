@@ -16,29 +16,29 @@ from amlp_ray.errors import DataError
 
 @dataclass(frozen=True)
 class Report:
-    """All that was looked for in a dataset."""
+    """All checks of a dataset, with what they found."""
 
     dataset: PatchDataset
     against: PatchDataset | None
-    looked_for: tuple[Finding, ...]
+    checks: tuple[Finding, ...]
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What is there, worst first."""
-        present = [finding for finding in self.looked_for if finding.count]
+        """Checks that found something, worst first."""
+        present = [finding for finding in self.checks if finding.count]
         present.sort(key=lambda finding: -finding.count / max(1, finding.of))
         return tuple(sorted(present, key=lambda finding: SEVERITIES.index(finding.severity)))
 
     @property
     def clear(self) -> tuple[Finding, ...]:
-        """What is not there."""
-        looked = [finding for finding in self.looked_for if finding.gap is None]
-        return tuple(finding for finding in looked if not finding.count)
+        """Checks that found nothing."""
+        checked = [finding for finding in self.checks if finding.gap is None]
+        return tuple(finding for finding in checked if not finding.count)
 
     @property
     def gaps(self) -> tuple[Finding, ...]:
-        """What could not be looked for."""
-        return tuple(finding for finding in self.looked_for if finding.gap is not None)
+        """Checks that could not be made."""
+        return tuple(finding for finding in self.checks if finding.gap is not None)
 
     @property
     def clean(self) -> bool:
@@ -53,7 +53,7 @@ class Report:
             "clean": self.clean,
             "findings": [asdict(finding) for finding in self.findings],
             "clear": [finding.key for finding in self.clear],
-            "not_looked_for": {finding.key: finding.gap for finding in self.gaps},
+            "not_checked": {finding.key: finding.gap for finding in self.gaps},
         }
 
 
@@ -82,12 +82,12 @@ def check_dataset(
             f"{opened.path} cannot be compared with itself; name another dataset with --against."
         )
     table = measure_dataset(opened)
-    looked_for = (
+    checks = (
         *duplicates.findings(table, other),
         *label_checks.findings(table, opened),
         *image_checks.findings(table, opened),
     )
-    return Report(opened, other, looked_for)
+    return Report(opened, other, checks)
 
 
 def _open(dataset: str | Path | DataPath | PatchDataset) -> PatchDataset:

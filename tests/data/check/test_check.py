@@ -77,7 +77,7 @@ def test_a_clean_dataset_has_no_finding(clean: Clean, tmp_path: Path) -> None:
     assert keys(report) == []
     assert report.clean
     assert {f.key for f in report.gaps} == {"burned-in-text", "mixed-spacing", "uneven-classes"}
-    assert len(report.clear) + len(report.gaps) == len(report.looked_for)
+    assert len(report.clear) + len(report.gaps) == len(report.checks)
 
 
 def spoil_nan(data: Clean) -> None:

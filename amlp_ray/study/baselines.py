@@ -89,7 +89,7 @@ def check_baselines(config: StudyConfig, dataset: PatchDataset) -> None:
     for plan in baseline_plans(config):
         if plan.uses_ground_truth and counts.labeled < counts.images:
             raise ConfigError(
-                f"{config.name}: baseline {plan.name} aims by true lesions, but "
+                f"{config.name}: baseline {plan.name} uses true lesions, but "
                 f"{counts.images - counts.labeled} of {counts.images} training images in "
                 f"{dataset.path} have no mask; take it out of baselines, or add masks."
             )
@@ -121,12 +121,12 @@ def ablated_config(reference: PretrainConfig, ablation: str, source: str) -> Pre
     if ablation == "random-cluster":
         if not selection.uses_clusters or selection.mode == "parts":
             raise ConfigError(
-                f"{source} is about which cluster is the lesion, but this mask is aimed at none."
+                f"{source} asks which cluster is the lesion, but these masks use no lesion cluster."
             )
         if selection.rule == "random":
             raise ConfigError(f"{source} names a cluster at random, which is done already.")
     if ablation == "oracle" and selection.uses_ground_truth:
-        raise ConfigError(f"{source} aims by true lesions, which is done already.")
+        raise ConfigError(f"{source} uses true lesions, which is done already.")
     return build(PretrainConfig, merge(reference.model_dump(), change), source)
 
 

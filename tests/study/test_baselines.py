@@ -308,8 +308,8 @@ def test_random_cluster_and_oracle_change_which_cluster_is_the_lesion_alone() ->
             r"ratio that changes, but this one is 0\.75 throughout",
         ),
         ("random-ratio", {"ratio": {"shape": "random"}}, "at random, which is done already"),
-        ("random-cluster", {"selection": {"mode": "soft"}}, "this mask is aimed at none"),
-        ("random-cluster", {"selection": {"mode": "parts"}}, "this mask is aimed at none"),
+        ("random-cluster", {"selection": {"mode": "soft"}}, "these masks use no lesion cluster"),
+        ("random-cluster", {"selection": {"mode": "parts"}}, "these masks use no lesion cluster"),
         ("random-cluster", {"selection": {"rule": "random"}}, "done already"),
         ("oracle", {"selection": {"rule": "oracle"}}, "done already"),
         ("oracle", {"variant": "simsiam"}, "objective simsiam masks none"),
@@ -355,7 +355,7 @@ def test_an_oracle_over_images_without_masks_is_refused_before_it_runs(
         phantom_dataset.root, phantom_dataset.manifest.model_copy(update={"counts": fewer})
     )
     with pytest.raises(
-        ConfigError, match=r"baseline oracle aims by true lesions, but 3 of 36 training images"
+        ConfigError, match=r"baseline oracle uses true lesions, but 3 of 36 training images"
     ):
         check_baselines(with_baselines("oracle"), lacking)
     check_baselines(with_baselines("mae", "equal-mean"), lacking)

@@ -328,12 +328,12 @@ def test_a_study_that_another_process_runs_says_who(finished: tuple[Study, list[
         (
             {"space": {"selection.rule": {"choices": ["smallest", "oracle"]}}},
             ConfigError,
-            "an oracle aims by true",
+            "an oracle uses true",
         ),
         (
             {"pretrain": {"selection": {"mode": "soft", "score": "oracle"}}, "space": {}},
             ConfigError,
-            "an oracle aims by true",
+            "an oracle uses true",
         ),
         (
             {"baselines": ["simsiam"], "pretrain": {"batch_size": 1}},

@@ -91,7 +91,7 @@ def check_study(
         config.confirm.finetune.check_patch_size(trial.model.patch_size)
     if _searches_oracle(config) or any(trial.selection.uses_ground_truth for trial in drawn):
         raise ConfigError(
-            f"{config.name}: an oracle aims by true lesions, so no study may search it; take "
+            f"{config.name}: an oracle uses true lesions, so no study may search it; take "
             f"oracle out of selection.rule and selection.score. Baseline oracle runs it, for "
             f"diagnosis."
         )

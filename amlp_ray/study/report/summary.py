@@ -82,8 +82,8 @@ def _headline(data: ReportData, comparisons: Sequence[Comparison]) -> tuple[Verd
         sentences.append(_scratch_sentence(scratch))
     if not mae:
         sentences.append(
-            "No run of baseline mae has finished, so this study cannot say whether aimed masks "
-            "help."
+            "No run of baseline mae has finished, so this study cannot say whether masking "
+            "probable lesions helps."
         )
     decisive = [item for item in (mae, scratch) if item]
     kind = verdict_kind([item.reading for item in decisive])
@@ -257,8 +257,8 @@ def _cautions(
         cautions.append(chance)
     if _masks_at_random(best):
         cautions.append(
-            "The best trial masks at random, as MAE does: what it gains does not come from aimed "
-            "masks."
+            "The best trial masks at random, as MAE does: what it gains does not come from "
+            "masking probable lesions."
         )
     return cautions
 

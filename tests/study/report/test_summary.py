@@ -133,7 +133,7 @@ def test_failed_baseline_is_named_and_not_averaged(tmp_path: Path) -> None:
     store = study_with(tmp_path / "s", 0.52, scratch=(0.40,))
     add_baseline(store, "mae", 0, 0.5, state="FAIL")
     verdict = verdict_of(store)
-    assert "cannot say whether aimed masks help" in verdict.headline
+    assert "cannot say whether masking probable lesions helps" in verdict.headline
     assert "Baseline mae has no finished run (1 FAIL)." in verdict.comparisons
 
 

@@ -96,10 +96,10 @@ class Diagnostics:
 
         - `loss_reference`: see `reference_loss`.
         - `true_lesion_masked`: share of the true lesion patches that this epoch's masks hide.
-        - `aim_precision`, `aim_recall`: of the probable lesion against the true lesion patches,
-          means over images. An image with no probable lesion has precision 0.
-        - `aim_recall_small`, `aim_recall_large`: the recall in the halves of the images with the
-          smaller and with the larger lesions.
+        - `lesion_precision`, `lesion_recall`: of the probable lesion against the true lesion
+          patches, means over images. An image with no probable lesion has precision 0.
+        - `lesion_recall_small`, `lesion_recall_large`: the recall in the halves of the images with
+          the smaller and with the larger lesions.
 
         All but the first only where true masks are known.
         """
@@ -136,10 +136,10 @@ class Diagnostics:
         is_small = share.sum(1) <= share.sum(1).median()
         large_recall = recall if bool(is_small.all()) else recall[~is_small]
         return metrics | {
-            "aim_precision": float(precision.mean()),
-            "aim_recall": float(recall.mean()),
-            "aim_recall_small": float(recall[is_small].mean()),
-            "aim_recall_large": float(large_recall.mean()),
+            "lesion_precision": float(precision.mean()),
+            "lesion_recall": float(recall.mean()),
+            "lesion_recall_small": float(recall[is_small].mean()),
+            "lesion_recall_large": float(large_recall.mean()),
         }
 
 

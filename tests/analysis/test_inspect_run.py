@@ -70,9 +70,12 @@ def test_an_inspection_writes_a_strip_per_image_a_sheet_and_the_figures_it_retur
         True,
     )
     assert inspection["metrics"]["loss"].keys() == {"first", "last"}
-    assert {"loss_reference", "aim_precision", "aim_recall", "effective_patches"} <= inspection[
-        "metrics"
-    ].keys()
+    assert {
+        "loss_reference",
+        "lesion_precision",
+        "lesion_recall",
+        "effective_patches",
+    } <= inspection["metrics"].keys()
 
 
 def test_figures_are_those_of_the_run_s_own_masks(

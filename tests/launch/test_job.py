@@ -69,7 +69,7 @@ def test_an_oracle_runs_as_a_trial_does_and_is_scored_and_drawn(
     result = run_job(job_of(phantom_dataset, tmp_path, selection=selection), Hooks())
     assert result.epochs == 2
     assert 0 <= result.metrics["dsc"] <= 1
-    assert "aim_precision" not in result.metrics  # of an oracle it says nothing
+    assert "lesion_precision" not in result.metrics  # of an oracle it says nothing
     assert len(list((tmp_path / "pictures").iterdir())) == NUM_PICTURES
 
 

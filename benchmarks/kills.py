@@ -31,9 +31,9 @@ from amlp_ray.training.checkpoint.manager import checkpoints, is_intact
 from amlp_ray.training.loggers.metrics_file import read_rows
 from amlp_ray.utils.event_log import read_events
 
-PATIENCE_S = 300.0  # for a run to go on after a kill
-LATEST_S = 6.0  # of the moment of a kill, after the run has gone on: some epochs' time
-DRIVER_EVERY = 5
+RESUME_TIMEOUT_S = 300.0  # time within which a run must resume after a kill
+MAX_DELAY_S = 6.0  # between the resumption of a run and the next kill: a few epochs
+DRIVER_EVERY = 5  # every fifth kill is of the driver
 
 
 @dataclass
@@ -41,10 +41,10 @@ class Kill:
     """One kill, and what it cost."""
 
     number: int
-    what: str
-    epoch: int  # ended when it came
-    again: int = -1  # ended epochs that were trained again
-    seconds: float = -1.0  # until the next epoch ended
+    target: str
+    epoch: int  # the last finished epoch at the kill
+    repeated: int = -1  # finished epochs that were trained again
+    seconds: float = -1.0  # until the next epoch was finished
     damaged: list[str] = field(default_factory=list)
 
 
@@ -52,67 +52,70 @@ def main() -> int:
     args = _arguments()
     with tempfile.TemporaryDirectory(prefix="amlp-kills-") as scratch:
         data = args.data or _phantoms(Path(scratch))
-        kills = torment(args, data, Path(scratch) / "killed")
-        undisturbed = Path(scratch) / "alone"
-        subprocess.run(_command(args, data, undisturbed), check=True, stderr=subprocess.DEVNULL)
-        return verdict(args, kills, Path(scratch) / "killed", undisturbed)
+        kills = run_with_kills(args, data, Path(scratch) / "killed")
+        uninterrupted = Path(scratch) / "uninterrupted"
+        subprocess.run(_command(args, data, uninterrupted), check=True, stderr=subprocess.DEVNULL)
+        return verdict(args, kills, Path(scratch) / "killed", uninterrupted)
 
 
-def torment(args: argparse.Namespace, data: str, out: Path) -> list[Kill]:
-    """Run, and kill; return what each kill cost."""
-    draw, kills = random.Random(args.seed), []
+def run_with_kills(args: argparse.Namespace, data: str, out: Path) -> list[Kill]:
+    """Train while workers and the driver are killed; return what each kill cost."""
+    rng = random.Random(args.seed)
+    kills: list[Kill] = []
     driver = _start(args, data, out)
     for number in range(1, args.kills + 1):
-        started = _starts(out, after=number - 1, driver=driver)
-        time.sleep(draw.uniform(0, LATEST_S))
+        started = _wait_for_start(out, after=number - 1, driver=driver)
+        time.sleep(rng.uniform(0, MAX_DELAY_S))
         rows = read_rows(out / "metrics.jsonl")
         kill = Kill(number, "", rows[-1]["epoch"] if rows else 0)
         if number % DRIVER_EVERY == 0:
-            kill.what = "driver"
+            kill.target = "driver"
             os.kill(driver.pid, signal.SIGKILL)
             driver.wait()
             kill.damaged = _damaged(out)
             driver = _start(args, data, out)
         else:
-            victim = draw.choice(sorted(_workers(driver), key=lambda process: process.pid))
-            kill.what = f"worker, pid {victim.pid}"
+            victim = rng.choice(sorted(_workers(driver), key=lambda process: process.pid))
+            kill.target = f"worker, pid {victim.pid}"
             victim.kill()
             kill.damaged = _damaged(out)
         killed = time.monotonic()
-        _starts(out, after=started, driver=driver)
-        kill.again = [event for event in read_events(out) if event["event"] == "started"][-1][
+        _wait_for_start(out, after=started, driver=driver)
+        kill.repeated = [event for event in read_events(out) if event["event"] == "started"][-1][
             "repeated"
         ]
-        _epoch_after(out, kill.epoch - kill.again, driver)
+        _wait_for_epoch(out, kill.epoch - kill.repeated, driver)
         kill.seconds = time.monotonic() - killed
         kills.append(kill)
         print(
-            f"kill {number:2}: {kill.what}, epoch {kill.epoch}, {kill.again} again, "
-            f"on after {kill.seconds:.0f} s",
+            f"kill {number:2}: {kill.target}, epoch {kill.epoch}, {kill.repeated} repeated, "
+            f"next epoch after {kill.seconds:.0f} s",
             flush=True,
         )
     if driver.wait(3600):
-        raise SystemExit("The run did not end well after the last kill.")
+        raise SystemExit("The run failed after the last kill.")
     return kills
 
 
-def verdict(args: argparse.Namespace, kills: list[Kill], out: Path, alone: Path) -> int:
-    """Print what was found; 1 where anything is wrong."""
-    rows, quiet_rows = (read_rows(folder / "metrics.jsonl") for folder in (out, alone))
+def verdict(args: argparse.Namespace, kills: list[Kill], out: Path, uninterrupted: Path) -> int:
+    """Print the results; return 1 if anything is wrong."""
+    rows = read_rows(out / "metrics.jsonl")
+    reference_rows = read_rows(uninterrupted / "metrics.jsonl")
     epochs = [row["epoch"] for row in rows]
     difference = max(
-        abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(rows, quiet_rows, strict=False)
+        abs(row["loss"] - reference["loss"]) / abs(reference["loss"])
+        for row, reference in zip(rows, reference_rows, strict=False)
     )
     damaged = [name for kill in kills for name in kill.damaged] + _damaged(out)
     seconds = sorted(kill.seconds for kill in kills)
     faults = {
         "epochs missing or doubled": epochs != list(range(1, args.epochs + 1)),
-        "a kill that cost more than one ended epoch": any(kill.again > 1 for kill in kills),
+        "a kill that cost more than one finished epoch": any(kill.repeated > 1 for kill in kills),
         "damaged checkpoints": bool(damaged),
-        "another loss than the run left alone": difference > 1e-5,
+        "another loss than the uninterrupted run": difference > 1e-5,
     }
     print(
-        f"{len(kills)} kills ({sum(kill.what == 'driver' for kill in kills)} of the driver), "
+        f"{len(kills)} kills ({sum(kill.target == 'driver' for kill in kills)} of the driver), "
         f"{len(kills)} recoveries"
     )
     print(
@@ -120,18 +123,18 @@ def verdict(args: argparse.Namespace, kills: list[Kill], out: Path, alone: Path)
         f"{not faults['epochs missing or doubled']}"
     )
     print(
-        f"ended epochs trained again: {sum(kill.again for kill in kills)} in all, "
-        f"{max(k.again for k in kills)} at most"
+        f"finished epochs trained again: {sum(kill.repeated for kill in kills)} in all, "
+        f"{max(k.repeated for k in kills)} at most"
     )
     print(f"checkpoints damaged: {len(damaged)}")
     print(
         f"seconds from a kill to the next finished epoch: median "
         f"{seconds[len(seconds) // 2]:.0f}, most {seconds[-1]:.0f}"
     )
-    print(f"largest relative difference of the loss from a run left alone: {difference:.1e}")
-    for what, is_present in faults.items():
+    print(f"largest relative difference of the loss from the uninterrupted run: {difference:.1e}")
+    for fault, is_present in faults.items():
         if is_present:
-            print(f"FAULT: {what}")
+            print(f"FAULT: {fault}")
     return int(any(faults.values()))
 
 
@@ -150,12 +153,12 @@ def _arguments() -> argparse.Namespace:
 
 
 def _phantoms(scratch: Path) -> str:
-    for words in (
+    for arguments in (
         ["phantoms", str(scratch / "images"), "--count", "400", "--size", "96"],
         ["prepare", str(scratch / "images"), str(scratch / "data"), "--size", "64"],
     ):
         subprocess.run(
-            [sys.executable, "-m", "amlp_ray", "data", *words],
+            [sys.executable, "-m", "amlp_ray", "data", *arguments],
             check=True,
             stdout=subprocess.DEVNULL,
         )
@@ -163,7 +166,7 @@ def _phantoms(scratch: Path) -> str:
 
 
 def _command(args: argparse.Namespace, data: str, out: Path) -> list[str]:
-    each = f"{0.9 * (os.cpu_count() or 1) / args.workers:.2f}"
+    cpus_per_worker = f"{0.9 * (os.cpu_count() or 1) / args.workers:.2f}"
     return [
         *(
             sys.executable,
@@ -176,7 +179,7 @@ def _command(args: argparse.Namespace, data: str, out: Path) -> list[str]:
             "--set",
             f"epochs={args.epochs}",
         ),
-        *("--workers", str(args.workers), "--cpus-per-worker", each),
+        *("--workers", str(args.workers), "--cpus-per-worker", cpus_per_worker),
     ]
 
 
@@ -185,41 +188,41 @@ def _start(args: argparse.Namespace, data: str, out: Path) -> subprocess.Popen[b
 
 
 def _workers(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """Ray Train's worker processes below the driver."""
+    """Return Ray Train's worker processes below the driver."""
     matches = []
     for process in psutil.Process(driver.pid).children(recursive=True):
         try:
             if "RayTrainWorker" in " ".join(process.cmdline()):
                 matches.append(process)
-        except psutil.Error:  # ended meanwhile
+        except psutil.Error:  # it exited meanwhile
             continue
     return matches
 
 
-def _starts(out: Path, *, after: int, driver: subprocess.Popen[bytes]) -> int:
+def _wait_for_start(out: Path, *, after: int, driver: subprocess.Popen[bytes]) -> int:
     """Wait until the run has started more than `after` times; return how often it has."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + RESUME_TIMEOUT_S
     while True:
         count = sum(event["event"] == "started" for event in read_events(out))
         if count > after:
             return count
-        _check(driver, deadline)
+        _check_progress(driver, deadline)
 
 
-def _epoch_after(out: Path, epoch: int, driver: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+def _wait_for_epoch(out: Path, epoch: int, driver: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + RESUME_TIMEOUT_S
     while True:
         rows = read_rows(out / "metrics.jsonl")
         if rows and rows[-1]["epoch"] > epoch:
             return
-        _check(driver, deadline)
+        _check_progress(driver, deadline)
 
 
-def _check(driver: subprocess.Popen[bytes], deadline: float) -> None:
+def _check_progress(driver: subprocess.Popen[bytes], deadline: float) -> None:
     if driver.poll() is not None:
         raise SystemExit(f"The run ended ({driver.returncode}) before all kills; raise --epochs.")
     if time.monotonic() > deadline:
-        raise SystemExit("The run did not go on after a kill.")
+        raise SystemExit(f"The run did not resume within {RESUME_TIMEOUT_S:.0f} s after a kill.")
     time.sleep(0.1)
 
 

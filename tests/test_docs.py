@@ -54,6 +54,49 @@ def test_every_path_and_function_that_contributing_names_exists() -> None:
     defined = {name for name in names if re.search(rf"\b{name}\b", package)}
     external = {"ALL", "AMLP_RAY_DATA", "system_attrs"}  # of a test, the environment, and Optuna
     assert names - defined - external == set()
+    classes = set(re.findall(r"`([A-Z][a-z]\w*)[`.]", text)) - {"None"}
+    assert classes
+    assert {name for name in classes if not is_class(name, package)} == set()
+
+
+def is_class(name: str, package: str) -> bool:
+    """Return whether the package has a class or a type alias of this name."""
+    return bool(re.search(rf"^(?:class {name}\b|{name}(?:: TypeAlias)? =)", package, re.MULTILINE))
+
+
+BRITISH = re.compile(
+    r"\b\w*(?:labell|colour|neighbour|behaviour|favour|honour|tumour|grey|centre|metres\b|fibre"
+    r"|licence|modell(?:ed|ing)|artefact|analyse[dr]?\b|catalogue|calliper|learnt|burnt|spelt"
+    r"|towards|judgement|whilst|ageing"
+    r"|(?:initial|normal|optim|local|organ|recogn|summar|serial|visual|general|standard|minim|maxim"
+    r"|regular|categor|random|parallel|util|real|quant|special|penal|binar|token|equal|character"
+    r"|stabil|synchron|memor|prior|custom|anonym)is(?:e|ed|er|ers|es|ing|ation)\b)\w*",
+    re.IGNORECASE,
+)
+# The changelog names settings as they were called before, so code in backticks is not checked.
+PROSE = [*DOCUMENTS, *ROOT.glob("benchmarks/*.md")]
+SOURCES = [
+    *(path for path in (ROOT / "amlp_ray").rglob("*") if path.suffix in (".py", ".html")),
+    *ROOT.glob("benchmarks/*.py"),
+    *ROOT.glob("studies/*.yaml"),
+    ROOT / "pyproject.toml",
+]
+
+
+def british_words(text: str) -> list[str]:
+    return sorted({match.group() for match in BRITISH.finditer(text)})
+
+
+@pytest.mark.parametrize("word", ["Labelled", "unlabelled", "neighbours", "normalised", "greyish"])
+def test_british_spellings_are_found(word: str) -> None:
+    assert british_words(f"an {word} image, normal, equals, analyses, centered") == [word]
+
+
+def test_documents_code_and_messages_are_in_us_spelling() -> None:
+    texts = {path: path.read_text() for path in SOURCES}
+    texts |= {path: re.sub(r"`[^`\n]*`", "", path.read_text()) for path in PROSE}
+    words = {str(path.relative_to(ROOT)): british_words(text) for path, text in texts.items()}
+    assert {name: found for name, found in words.items() if found} == {}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

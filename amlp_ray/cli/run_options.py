@@ -40,7 +40,11 @@ MicroBatch = Annotated[
 ]
 Sharding = Annotated[str, Option(help="Several workers: ddp, fsdp; auto: fsdp from ViT-L on.")]
 MaxFailures = Annotated[
-    int, Option(help="Lost workers or nodes in a row, without an epoch in between.")
+    int,
+    Option(
+        help="Most losses of workers or nodes in a row, without an epoch in between, before the "
+        "run gives up."
+    ),
 ]
 Address = Annotated[
     str | None, Option(help="Ray cluster to run on, such as auto; none: this machine.")

@@ -30,7 +30,7 @@ from amlp_ray.method.visualization import (
 )
 from amlp_ray.training.checkpoint.restore import load_model, read_run_config
 from amlp_ray.training.loggers.metrics_file import read_rows
-from amlp_ray.utils.files import atomic_path, atomic_write
+from amlp_ray.utils.files import atomic_path, atomic_write, local_path
 
 MAX_IMAGES = 64  # nobody looks through a sheet of more
 SUMMARY = "inspection.json"
@@ -54,10 +54,10 @@ REPORTED_METRICS = (
     "loss_reference",
     "agreement",
     "effective_patches",
-    "aim_precision",
-    "aim_recall",
-    "aim_recall_small",
-    "aim_recall_large",
+    "lesion_precision",
+    "lesion_recall",
+    "lesion_recall_small",
+    "lesion_recall_large",
     "true_lesion_masked",
     "dsc",
 )
@@ -121,8 +121,8 @@ def inspect_run(
     Raises:
         ConfigError, CheckpointError, DataError: the arguments, the run or the data are unusable.
     """
-    run = Path(run).absolute()
-    out = Path(out).absolute() if out else run / "inspect"
+    run = local_path(run)
+    out = local_path(out) if out else run / "inspect"
     config = read_run_config(run)
     _check_arguments(run, config, count, epoch, seed, out)
     trained_on = _read_training_data(run)

@@ -101,9 +101,11 @@ def bench(
 
 def _check_out(out: Path) -> None:
     """Refuse, before anything is computed, a path that cannot be written."""
+    from amlp_ray.utils.files import local_path
+
+    folder = local_path(out).parent
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder; give a file such as {out / 'rules.csv'}.")
-    folder = out.absolute().parent
     if not folder.is_dir():
         raise ConfigError(f"--out {out}: there is no folder {folder}; make it first.")
 

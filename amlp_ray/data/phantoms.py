@@ -15,6 +15,7 @@ from PIL import Image
 from scipy import ndimage
 
 from amlp_ray.errors import ConfigError
+from amlp_ray.utils.files import local_path
 
 Kind = Literal["ultrasound", "mri", "pet"]
 NORMAL_EVERY = 6  # each sixth image has no lesion
@@ -49,7 +50,7 @@ def write_phantoms(
             "Phantoms need a count of at least 1 and a size of at least 32, "
             f"not {count} and {size}."
         )
-    folder = Path(folder)
+    folder = local_path(folder)
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for i in range(count):

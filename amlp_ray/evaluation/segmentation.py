@@ -1,4 +1,4 @@
-"""Fine-tune a segmenter on labelled images and score it: for confirmation, not for search.
+"""Fine-tune a segmenter on labeled images and score it: for confirmation, not for search.
 
 It costs 20 times a probe. The score is that on val at the threshold 0.5. Test images are scored
 only where a confirmation asks for them by name.
@@ -40,7 +40,7 @@ from amlp_ray.training.checkpoint.pretrained import (
     resolve_weights,
 )
 from amlp_ray.training.loggers.metrics_file import Metrics, RowTail
-from amlp_ray.utils.files import atomic_write
+from amlp_ray.utils.files import atomic_write, local_path
 from amlp_ray.utils.retry import RetryPolicy
 from amlp_ray.utils.run_dir import OtherRunError, RunDir
 
@@ -65,7 +65,7 @@ def segment(
     progress: Callable[[Metrics], None] = lambda metrics: None,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Fine-tune on labelled training images with a lesion, and score on val.
+    """Fine-tune on labeled training images with a lesion, and score on val.
 
     A fine-tuning of the same config in `out` is resumed; if it is finished, its score is returned.
 
@@ -83,7 +83,7 @@ def segment(
         The score, also in `out/score.json`, beside `segmenter.safetensors` and `per_image.csv`.
 
     Raises:
-        DataError: there are too few labelled images.
+        DataError: there are too few labeled images.
         ConfigError: the encoder was made for other images, or the decoder does not fit it.
         CheckpointError: `out` holds another fine-tuning, or the encoder cannot be read.
         AmlpError: resources are missing, or workers or the disk failed too often; run it again.
@@ -95,7 +95,7 @@ def segment(
         config or SegmentConfig(),
         resolve_weights(encoder),
         name,
-        Path(out).absolute(),
+        local_path(out),
         from_scratch,
         sizes,
         fault_tolerance or FaultToleranceConfig(),

@@ -25,6 +25,7 @@ from amlp_ray.training.checkpoint.pretrained import read_pretrained_config, reso
 from amlp_ray.training.loggers.loggers import check_tracking
 from amlp_ray.training.loggers.metrics_file import RowTail
 from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult
+from amlp_ray.utils.files import local_path
 from amlp_ray.utils.run_dir import RunDir
 
 ShouldStop = Callable[[], bool]
@@ -63,7 +64,7 @@ def pretrain_dataset(
         NonFiniteLossError: training diverged.
         WorkerLostError, StorageError: more went wrong than `fault_tolerance` allows; run it again.
     """
-    out = Path(out).absolute()
+    out = local_path(out)
     dataset = PatchDataset.open(data)
     config = config or PretrainConfig()
     if config.weights is not None:

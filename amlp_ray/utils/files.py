@@ -5,11 +5,35 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from amlp_ray.errors import ConfigError
+
+# pathlib makes one slash of two.
+URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)")
+
+
+def local_path(path: str | Path) -> Path:
+    """Return an absolute path of this machine.
+
+    Raises:
+        ConfigError: it is a URI, of which pathlib would make a folder named `s3:`.
+
+    >>> local_path("/data/../runs").as_posix()
+    '/data/../runs'
+    """
+    if match := URI.match(str(path)):
+        uri = f"{match[1]}://{match[2]}"
+        raise ConfigError(
+            f"{uri} is a URI, but this must be a path of a file system; give a folder that all "
+            f"nodes see, such as a mounted one. Datasets and predictions may be URIs."
+        )
+    return Path(path).absolute()
 
 
 @contextmanager

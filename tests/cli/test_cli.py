@@ -395,3 +395,37 @@ def test_the_random_encoder_is_no_training_and_no_error(
     assert not end.value.code
     assert (out / "encoder.safetensors").is_file()
     assert "pictures" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["pretrain", "{data}", "--out", "s3://bucket/run"],
+        ["segment", "{data}", "--encoder", "e.safetensors", "--out", "s3://bucket/run"],
+        ["data", "phantoms", "s3://bucket/images"],
+        ["data", "check", "{data}", "--out", "s3://bucket/check"],
+        ["method", "bench", "{data}", "--out", "s3://bucket/rules.csv"],
+        ["inspect", "s3://bucket/run"],
+        ["study", "init", "mine", "--folder", "s3://bucket/studies"],
+        ["study", "plan", "{study}", "--data", "{data}", "--runs", "s3://bucket/runs"],
+        ["study", "run", "{study}", "--data", "{data}", "--runs", "s3://bucket/runs"],
+        ["study", "status", "s", "--runs", "s3://bucket/runs"],
+        ["study", "list", "--runs", "s3://bucket/runs"],
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_a_uri_where_a_path_is_needed_gets_one_sentence_and_makes_no_folder(
+    command: list[str],
+    phantom_dataset: PatchDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study.yaml").write_text("name: s\n")
+    places = {"data": phantom_dataset.path, "study": "study.yaml"}
+    code, _, err = run(capsys, monkeypatch, *(word.format(**places) for word in command))
+    assert code == 2
+    assert "s3://bucket/" in err
+    assert "is a URI, but this must be a path of a file system" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["study.yaml"]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from amlp_ray.utils.files import append_line, atomic_write, read_json
+from amlp_ray.errors import ConfigError
+from amlp_ray.utils.files import append_line, atomic_write, local_path, read_json
 from amlp_ray.utils.retry import retry
 
 # A limit on the size of files is a disk that is full, for this process alone and without being
@@ -119,3 +120,15 @@ def test_json_that_is_no_mapping_is_none(tmp_path: Path, content: str | bytes | 
     assert read_json(path) is None
     path.write_text('{"a": 1}')
     assert read_json(path) == {"a": 1}
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/runs", Path("s3://bucket/runs"), "gs:/bucket/runs"])
+def test_a_uri_is_no_path_of_this_machine(uri: str | Path) -> None:
+    with pytest.raises(ConfigError, match=r"(s3|gs)://bucket/runs is a URI, but this must be"):
+        local_path(uri)
+
+
+@pytest.mark.parametrize("name", ["runs", "a:b", "C:/runs", "deep/s3:/x"])
+def test_other_names_are_paths(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert local_path(name) == tmp_path / name

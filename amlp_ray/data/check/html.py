@@ -17,7 +17,7 @@ from amlp_ray.data.check.finding import SEVERITIES, ImageRef
 from amlp_ray.data.check.report import Report
 from amlp_ray.data.manifest import SPLITS
 from amlp_ray.errors import DataError
-from amlp_ray.utils.files import atomic_write
+from amlp_ray.utils.files import atomic_write, local_path
 
 TEMPLATES = Path(__file__).parent
 ADVICE = {
@@ -36,7 +36,7 @@ def write_report(report: Report, folder: str | Path) -> tuple[Path, Path]:
     Raises:
         DataError: the folder cannot be written, or a part of the dataset is damaged.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     pictures = draw_examples(report)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def _header(report: Report) -> list[tuple[str, str]]:
     size = f"{manifest.channels} x {manifest.height} x {manifest.width} {manifest.dtype}"
     rows = [
         ("Dataset", report.dataset.path),
-        ("Images", f"{counts}; {labeled} labelled; {size}"),
+        ("Images", f"{counts}; {labeled} labeled; {size}"),
         ("Groups", manifest.group_rule),
         ("Splits", manifest.split_rule),
     ]

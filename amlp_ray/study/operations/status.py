@@ -22,6 +22,7 @@ from amlp_ray.study.storage.lease import lease_seconds
 from amlp_ray.study.storage.study_store import StudyStore, read_metrics
 from amlp_ray.study.storage.trial_record import TrialRecord, trial_records
 from amlp_ray.training.loggers.metrics_file import read_rows
+from amlp_ray.utils.files import local_path
 
 STATE_WHILE_RUNNING = {"pause": "pausing", "stop": "stopping", "cancel": "cancelling"}
 STATE_AFTER_REQUEST = {"pause": "paused", "stop": "stopped", "cancel": "cancelled"}
@@ -69,7 +70,7 @@ def status(store: StudyStore, config: StudyConfig | None = None) -> dict[str, An
 def list_studies(runs: str | Path) -> list[dict[str, Any]]:
     """List all studies of a folder, one row each; one that cannot be read says why in `state`."""
     rows = []
-    for file in sorted(Path(runs).glob("*/study.yaml")):
+    for file in sorted(local_path(runs).glob("*/study.yaml")):
         row: dict[str, Any] = dict.fromkeys(LISTED)
         row["name"] = file.parent.name
         rows.append(row)

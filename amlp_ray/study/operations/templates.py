@@ -17,6 +17,7 @@ from amlp_ray.study.rungs import rung_epochs
 from amlp_ray.study.search.samplers import check_sampler
 from amlp_ray.study.search_space.parameters import describe_parameter
 from amlp_ray.study.search_space.validate import build_study
+from amlp_ray.utils.files import local_path
 
 GENERAL = """\
 # What does this study ask? What does it cost? Say so here, for whoever reads it next year.
@@ -24,11 +25,11 @@ GENERAL = """\
 # `amlp-ray study run FILE --data DATASET` runs it, and resumes where it stopped.
 # Every setting with its range and the reason for its default: `amlp-ray settings pretrain study`.
 name: NAME
-description: Where should the masking ratio start and end, and how is the mask aimed?
+description: Where should the masking ratio start and end, and how are masks placed?
 seed: 0
 pretrain: # of every trial
   variant: amlp
-  epochs: 70 # 400 optimiser steps in all at least: shorter trials do not rank
+  epochs: 70 # 400 optimizer steps in all at least: shorter trials do not rank
 space: # what is searched; any setting of `pretrain` by its dotted name
   ratio.start: {low: 0.15, high: 0.75}
   ratio.end: {low: 0.3, high: 0.85}
@@ -59,7 +60,8 @@ def init_study(name: str, *, template: str | None = None, folder: str | Path = "
     Raises:
         ConfigError: the file exists, there is no such template, or the name is not allowed.
     """
-    file = Path(folder) / f"{name}.yaml"
+    name = name.removesuffix(".yaml")
+    file = local_path(folder) / f"{name}.yaml"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ConfigError(
             f"A study cannot be called {name!r}; letters, digits, '_', '.' and '-' make a name."

@@ -25,7 +25,7 @@ from amlp_ray.study.search_space.space import SearchSpace
 from amlp_ray.study.storage.provenance import read_provenance
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import TrialRecord, finite, trial_records
-from amlp_ray.utils.files import atomic_path, atomic_write, without_nan
+from amlp_ray.utils.files import atomic_path, atomic_write, local_path, without_nan
 
 FORMATS = ("csv", "parquet", "json")
 # Settings that a score does not follow from, or that are compared otherwise.
@@ -51,6 +51,7 @@ def export_trials(store: StudyStore, out: Path, format: str | None = None) -> in
     Raises:
         ConfigError: the format is another.
     """
+    out = local_path(out)
     chosen = format or out.suffix.lstrip(".").lower()
     if chosen not in FORMATS:
         raise ConfigError(

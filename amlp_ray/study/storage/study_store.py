@@ -48,7 +48,7 @@ from amlp_ray.study.storage.trial_record import (
     trial_path,
 )
 from amlp_ray.training.loggers.metrics_file import Metrics, read_rows
-from amlp_ray.utils.files import atomic_write
+from amlp_ray.utils.files import atomic_write, local_path
 from amlp_ray.utils.locks import acquire_lock, lock_owner
 
 Request = Literal["pause", "stop", "cancel"]
@@ -62,7 +62,7 @@ class StudyStore:
 
     def __init__(self, folder: str | Path, name: str | None = None) -> None:
         """Name a folder, which need not exist yet, and its study; by default both have one name."""
-        self.folder = Path(folder).absolute()
+        self.folder = local_path(folder)
         self.name = name or self.folder.name
         self._opened: BaseStorage | None = None
         self._ids: dict[tuple[str, int], int] = {}

@@ -121,7 +121,7 @@ def ablated_config(reference: PretrainConfig, ablation: str, source: str) -> Pre
     if ablation == "random-cluster":
         if not selection.uses_clusters or selection.mode == "parts":
             raise ConfigError(
-                f"{source} asks which cluster is the lesion, but these masks use no lesion cluster."
+                f"{source} is about which cluster is the lesion, but these masks use none."
             )
         if selection.rule == "random":
             raise ConfigError(f"{source} names a cluster at random, which is done already.")

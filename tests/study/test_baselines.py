@@ -308,8 +308,16 @@ def test_random_cluster_and_oracle_change_which_cluster_is_the_lesion_alone() ->
             r"ratio that changes, but this one is 0\.75 throughout",
         ),
         ("random-ratio", {"ratio": {"shape": "random"}}, "at random, which is done already"),
-        ("random-cluster", {"selection": {"mode": "soft"}}, "these masks use no lesion cluster"),
-        ("random-cluster", {"selection": {"mode": "parts"}}, "these masks use no lesion cluster"),
+        (
+            "random-cluster",
+            {"selection": {"mode": "soft"}},
+            "which cluster is the lesion, but these masks use none",
+        ),
+        (
+            "random-cluster",
+            {"selection": {"mode": "parts"}},
+            "which cluster is the lesion, but these masks use none",
+        ),
         ("random-cluster", {"selection": {"rule": "random"}}, "done already"),
         ("oracle", {"selection": {"rule": "oracle"}}, "done already"),
         ("oracle", {"variant": "simsiam"}, "objective simsiam masks none"),

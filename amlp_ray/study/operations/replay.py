@@ -168,7 +168,8 @@ def _obstacle(record: TrialRecord, folder: Path, scores: Mapping[int, float]) ->
     if record.is_copy:
         return f"was answered by trial {record.copy_of}; replay that one."
     if record.parent is not None:
-        return f"went on from the weights of trial {record.parent}, so it cannot be repeated alone."
+        parent = record.parent
+        return f"continued from the weights of trial {parent}, so it cannot be repeated alone."
     if not (folder / "config.yaml").is_file():
         return f"has no config.yaml in {folder}; it never began to train."
     if not scores:

@@ -110,7 +110,7 @@ def test_other_data_are_refused(store: StudyStore, trained: Path) -> None:
     [
         ({"source": "import prior.csv"}, "imported from import prior.csv"),
         ({"copy_of": 0}, "replay that one"),
-        ({"parent": 0, "member": 1, "generation": 2}, "went on from the weights of trial 0"),
+        ({"parent": 0, "member": 1, "generation": 2}, "continued from the weights of trial 0"),
         ({"path": "trials/1"}, "never began to train"),
         (
             {"path": "../../elsewhere"},

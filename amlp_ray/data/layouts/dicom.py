@@ -49,7 +49,7 @@ def find_dicom(root: DataPath, config: PrepareConfig) -> Listing:
             first = files.rejects[0]
             example = f", {len(files.rejects)} of them rejected: {first.file} {first.reason}"
         raise DataError(
-            f"{root} holds no DICOM image ({len(entries)} files were looked at{example}); "
+            f"{root} holds no DICOM image ({len(entries)} files checked{example}); "
             "give the folder that contains the images, or use another layout."
         )
     masks = _assign_masks(files.segmentations, slices_by_item)

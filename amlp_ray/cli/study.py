@@ -163,11 +163,17 @@ def confirm(
 
 
 @app.command()
-def report(name: Name, runs: Runs = DEFAULT_RUNS) -> None:
-    """Write the study's report.html."""
+def report(
+    name: Name,
+    runs: Runs = DEFAULT_RUNS,
+    out: Annotated[
+        Path | None, Option(help="File to write; none: report.html in the study's folder.")
+    ] = None,
+) -> None:
+    """Write the study's report."""
     from amlp_ray.study.report import write_report
 
-    typer.echo(f"report: {write_report(open_store(name, runs))}")
+    typer.echo(f"report: {write_report(open_store(name, runs), out)}")
 
 
 app.command()(study_inspect.status)

@@ -354,8 +354,8 @@ class Study:
         """Write all trials to a .csv, .parquet or .json file; return how many."""
         return transfer.export_trials(self.store, Path(out))
 
-    def report(self) -> Path:
-        """Write `report.html` and return its path."""
+    def report(self, out: str | Path | None = None) -> Path:
+        """Write the report and return its path, by default `report.html` in the study's folder."""
         from amlp_ray.study.report import write_report
 
-        return write_report(self.store)
+        return write_report(self.store, out)

@@ -50,9 +50,8 @@ HERE = Path(__file__).parent
 Pictures = list[tuple[str, str]]
 
 
-def write(store: StudyStore) -> Path:
-    """Write the report of a study and return its path."""
-    path = store.folder / "report.html"
+def write(store: StudyStore, path: Path) -> Path:
+    """Write the report of a study to a file and return its path."""
     atomic_write(path, _render(collect(store), read_confirmation(store)))
     return path
 

@@ -253,6 +253,14 @@ def test_scores_are_paired_over_the_groups_that_all_runs_have() -> None:
     assert paired_scores(best, [{}]).size == 0
 
 
+def test_a_report_can_be_written_elsewhere(full: StudyStore, tmp_path: Path) -> None:
+    before = {path.name for path in full.folder.iterdir()}
+    out = write_report(full, tmp_path / "mine.html")
+    assert out == tmp_path / "mine.html"
+    assert "<html" in out.read_text()
+    assert {path.name for path in full.folder.iterdir()} == before
+
+
 def test_importing_the_report_loads_neither_plotly_nor_jinja() -> None:
     code = "import sys, amlp_ray.study.report; print({'plotly', 'jinja2'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -32,7 +32,7 @@ from amlp_ray.errors import (
 from amlp_ray.runtime import worker_group
 from amlp_ray.runtime.worker_context import WorkerContext
 from amlp_ray.runtime.worker_group import failure_kind, original_error, run_group
-from amlp_ray.utils.event_log import read_events
+from amlp_ray.utils.event_log import EventTail, read_events
 
 GLOO = RuntimeError(
     "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:29500"
@@ -315,7 +315,7 @@ def test_a_group_is_polled_in_the_calling_thread_while_it_works_and_once_after(
         polled_while_it_works.set()
 
     monkeypatch.setattr(worker_group, "POLL_S", 0.01)
-    failure = worker_group._run_once(Trainer, poll)
+    failure = worker_group._run_once(Trainer, EventTail(tmp_path), poll)
     assert failure is (BUG if fails else None)
     assert (polled[0], polled[-1]) == ((True, False), (True, True))
 

@@ -26,6 +26,7 @@ def write_dataset(
     *,
     split: str | Sequence[str] = "train",
     groups: Sequence[str] | None = None,
+    group_rule: str = "as made",
     rows_per_part: int | None = None,
     **columns: Any,
 ) -> PatchDataset:
@@ -71,7 +72,7 @@ def write_dataset(
         counts={name: _count(of_split) for name, of_split in rows.items()},
         parts=_write_parts(folder, rows, shape, dtype, rows_per_part),
         split_rule="as made",
-        group_rule="as made",
+        group_rule=group_rule,
         group_rows=group_rows(shape, dtype),
         left_out=0,
         rejected=0,

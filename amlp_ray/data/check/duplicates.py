@@ -16,7 +16,7 @@ from amlp_ray.data.check.finding import (
     spread,
 )
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.manifest import SPLITS
+from amlp_ray.data.manifest import SPLITS, GroupUnit
 from amlp_ray.data.prepare.near_duplicates import FLAT, MAX_DISTANCE, find_chains, near_pairs
 
 # A chain of near-copies is worth a warning from this share of all images on, and this number.
@@ -32,6 +32,15 @@ ACROSS = Finding(
     "memory.",
     "Prepare again with group_by=near-duplicates, or with a group_file that keeps patients "
     "together.",
+)
+LOOK_ALIKES = Finding(
+    "look-alikes-across-splits",
+    "Other patients who look alike, in different splits",
+    "note",
+    "Images of val or test look like images of other patients in another split. Patients are known "
+    "and none is in two splits, so this is no leak: slices of one organ look alike.",
+    "See whether the examples show one patient under two names. If so, join the names in a "
+    "group_file.",
 )
 SPLIT_GROUPS = Finding(
     "groups-across-splits",
@@ -89,25 +98,30 @@ CHAIN = Finding(
 )
 
 
-def findings(table: pd.DataFrame, against: PatchDataset | None = None) -> Iterator[Finding]:
+def findings(
+    table: pd.DataFrame, unit: GroupUnit, against: PatchDataset | None = None
+) -> Iterator[Finding]:
     """Yield the findings about copies.
 
     Args:
         table: a row per image, from `measure_dataset`.
+        unit: what a group is. Between known patients likeness is no leak, and no reason to group
+            by near-duplicates, which would join patients.
         against: another dataset, with which to compare.
     """
     hashes = table["hash"].to_numpy(np.uint64)
-    yield _across_splits(table, hashes)
+    yield _across_splits(table, hashes, LOOK_ALIKES if unit == "patient" else ACROSS)
     yield _split_groups(table)
     if against is not None:
         yield from _across_datasets(table, hashes, against)
     yield _exact_copies(table)
     chain = find_chains(hashes)
-    yield _near_copies(table, hashes, chain)
-    yield _longest_chain(table, chain)
+    if unit != "patient":
+        yield _near_copies(table, hashes, chain)
+        yield _longest_chain(table, chain)
 
 
-def _across_splits(table: pd.DataFrame, hashes: np.ndarray) -> Finding:
+def _across_splits(table: pd.DataFrame, hashes: np.ndarray, finding: Finding) -> Finding:
     split = _split_codes(table["split"])
     has_copy = _splits_with_copy(hashes, split)
     has_copy[np.arange(len(table)), split] = False
@@ -117,7 +131,7 @@ def _across_splits(table: pd.DataFrame, hashes: np.ndarray) -> Finding:
         elsewhere = np.flatnonzero(split != split[i])
         examples.append(_nearest_pair(table, i, table, elsewhere))
     held_out = int((split > 0).sum())
-    return ACROSS.with_count(is_hit.sum(), held_out, examples, what="held-out images")
+    return finding.with_count(is_hit.sum(), held_out, examples, what="held-out images")
 
 
 def _split_groups(table: pd.DataFrame) -> Finding:
@@ -187,6 +201,8 @@ def _near_copies(table: pd.DataFrame, hashes: np.ndarray, chain: np.ndarray) -> 
     columns = pd.DataFrame({"split": table["split"], "chain": chain, "group": table["group"]})
     distinct = columns.drop_duplicates()
     repeated = distinct[distinct.duplicated(["split", "chain"])]
+    # Images of one group may lie in several chains.
+    repeated = repeated.drop_duplicates(["split", "group"])
     num_groups = len(columns.drop_duplicates(["split", "group"]))
     examples = []
     for i in spread(repeated.drop_duplicates("chain").index.to_numpy(), MAX_PAIRS):

@@ -83,7 +83,7 @@ def check_dataset(
         )
     table = measure_dataset(opened)
     checks = (
-        *duplicates.findings(table, other),
+        *duplicates.findings(table, opened.manifest.group_unit, other),
         *label_checks.findings(table, opened),
         *image_checks.findings(table, opened),
     )

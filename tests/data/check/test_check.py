@@ -21,6 +21,7 @@ from amlp_ray.data.check.burned_in_text import text_scores
 from amlp_ray.data.check.contact_sheet import draw_examples, draw_picture
 from amlp_ray.data.check.html import write_page, write_report
 from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.data.manifest import GROUP_RULES
 from amlp_ray.data.prepare.near_duplicates import perceptual_hash
 from amlp_ray.errors import DataError
 
@@ -244,6 +245,28 @@ def test_one_chain_of_most_images_is_a_warning(clean: Clean, tmp_path: Path) -> 
     assert finding(report, "near-copies").count == 29
     clean.columns["groups"] = ["volume 1"] * 30 + [f"g{i}" for i in range(30, COUNT)]
     assert not {"one-chain", "near-copies"} & set(keys(clean.check(tmp_path / "v")))
+
+
+def test_likeness_between_known_patients_is_a_note_and_no_reason_to_join_them(
+    clean: Clean, tmp_path: Path
+) -> None:
+    clean.images[:30] = clean.images[0]
+    clean.images[50] = clean.images[3]  # of test, like training images of other patients
+    assert {"copies-across-splits", "one-chain"} <= set(keys(clean.check(tmp_path / "unknown")))
+    clean.columns |= {"group_rule": GROUP_RULES["patient"]}
+    report = clean.check(tmp_path / "patients")
+    alike = finding(report, "look-alikes-across-splits")
+    assert (alike.severity, alike.count, ids(alike)) == ("note", 1, {"image 50"})
+    assert not {"copies-across-splits", "one-chain", "near-copies"} & set(keys(report))
+    assert "near-duplicates" not in alike.todo
+
+
+def test_a_group_in_several_chains_counts_once(clean: Clean, tmp_path: Path) -> None:
+    """Two groups of three images each, alike image by image: one of two groups is a copy."""
+    clean.images[3:6] = clean.images[:3] // 2 + 60
+    clean.columns["groups"] = ["a"] * 3 + ["b"] * 3 + [f"g{i}" for i in range(6, COUNT)]
+    near_copies = finding(clean.check(tmp_path / "d"), "near-copies")
+    assert (near_copies.count, near_copies.of) == (1, COUNT - 4)
 
 
 def test_uneven_splits_are_told(clean: Clean, tmp_path: Path) -> None:

@@ -114,12 +114,12 @@ def extend(
 def _change_space(
     store: StudyStore, file: Path, mapping: list[str], fill: list[str], drop: list[str]
 ) -> dict[str, Any]:
-    from amlp_ray.config.yaml_file import read_yaml
     from amlp_ray.study.operations.change_space import change_of, migrate
+    from amlp_ray.study.operations.templates import read_study_file
     from amlp_ray.study.search_space.validate import build_study
 
     change = change_of(mapping, fill, drop)
-    return vars(migrate(store, build_study(read_yaml(file), str(file)), change))
+    return vars(migrate(store, build_study(read_study_file(file), str(file)), change))
 
 
 def enqueue(

@@ -25,6 +25,7 @@ class Config(BaseModel):
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+MIN_LIKENESS = 0.7  # by difflib, of a misspelling; at 0.5, words that share two letters are near
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
@@ -209,18 +210,64 @@ def _unknown_setting(model: type[BaseModel], key: str) -> str:
         groups = group.split(".")
         opening = "".join(f"{name}: {{" for name in groups)
         return f"{key} is written nested, as {opening}{last}: ...{'}' * len(groups)}."
-    siblings = [name for name in names if name.rpartition(".")[0] == group]
-    if not siblings and group:
-        annotation = model.model_fields[key.partition(".")[0]].annotation
-        for inner in models_in(annotation):
-            siblings += [f"{group}.{name}" for name in inner.model_fields]
-        siblings = list(dict.fromkeys(siblings))
-    # A name that is a word of a longer one, such as ema of weight_ema, is nearer than any typo.
-    near = [name for name in siblings if f"_{last}_" in f"_{name.rpartition('.')[2]}_"]
-    near = near or difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
-    near = near or difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(siblings) or 'none'}."
+    siblings = _siblings(model, names, group)
+    near = nearest_name(key, [*siblings, *names])
+    # A word of longer names, such as batch of lr_batch and batch_size, does not say which is meant.
+    longer = [name for name in siblings if f"_{last}_" in f"_{name.rpartition('.')[2]}_"]
+    if longer:
+        similar = dict.fromkeys([near, *longer] if near else longer)
+        hint = f"similar here: {', '.join(similar)}."
+    elif near:
+        hint = f"did you mean {near}?"
+    else:
+        hint = f"known here: {', '.join(siblings) or 'none'}."
     return f"unknown setting {key!r}; {hint}"
+
+
+def _siblings(model: type[BaseModel], names: Iterable[str], group: str) -> list[str]:
+    """Return the dotted names of the settings and groups that a group holds."""
+    depth = len(group.split(".")) if group else 0
+    inside = [name.split(".") for name in names if not group or name.startswith(f"{group}.")]
+    siblings = [".".join(parts[: depth + 1]) for parts in inside]
+    if not siblings:
+        # The values of a mapping, such as the parameters of a space.
+        for inner in models_in(model.model_fields[group.partition(".")[0]].annotation):
+            siblings += [f"{group}.{name}" for name in inner.model_fields]
+    return list(dict.fromkeys(siblings))
+
+
+def nearest_name(name: str, names: Iterable[str]) -> str | None:
+    """Return the name that one may be a misspelling of; None if there is none.
+
+    Group and last part of a dotted name must both be near. So is the same last part, if only one
+    group has it.
+
+    >>> nearest_name("ratio.strat", ["ratio.start", "ratio.end", "loss.mix"])
+    'ratio.start'
+    >>> nearest_name("mix", ["ratio.start", "ratio.end", "loss.mix"])
+    'loss.mix'
+    """
+    names = list(dict.fromkeys(names))
+    likeness = {other: _likeness(name, other) for other in names}
+    best = max(names, key=likeness.__getitem__, default=None)
+    if best is not None and likeness[best] >= MIN_LIKENESS:
+        return best
+    last = name.rpartition(".")[2]
+    same = [other for other in names if other.rpartition(".")[2] == last]
+    return same[0] if len(same) == 1 else None
+
+
+def _likeness(name: str, other: str) -> float:
+    group, _, last = name.rpartition(".")
+    other_group, _, other_last = other.rpartition(".")
+    return min(_part_likeness(group, other_group), _part_likeness(last, other_last))
+
+
+def _part_likeness(part: str, other: str) -> float:
+    likeness = difflib.SequenceMatcher(None, part, other).ratio()
+    if sorted(part) == sorted(other):  # letters that changed places, such as mea for mae
+        likeness = max(likeness, MIN_LIKENESS)
+    return likeness
 
 
 def models_in(annotation: Any) -> Iterator[type[Config]]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from amlp_ray.config.base import build
+from amlp_ray.config.base import build, nearest_name
 from amlp_ray.config.pretrain import MAE_RATIO, PLAIN_LOSS, VARIANTS, PretrainConfig
 
 _FOLDER_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")
@@ -115,8 +114,8 @@ def check_baseline(name: str, config: Mapping[str, Any] | None = None) -> None:
     if config is not None:
         _check_own_baseline(name, config, known)
     elif name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"the nearest is {near[0]}" if near else ", ".join(known)
+        near = nearest_name(name, known)
+        hint = f"the nearest is {near}" if near else ", ".join(known)
         raise ValueError(f"there is no baseline {name!r}; {hint}")
 
 

@@ -47,11 +47,25 @@ class ConfirmConfig(Config):
     """Settings of fine-tuning; its `seed` follows from the study's."""
 
 
+def check_study_name(name: str) -> None:
+    """Raise ValueError if a study cannot have a name."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise ValueError(
+            f"{name!r} is no name of a study; take letters, digits, `_`, `.` and `-`, beginning "
+            f"with a letter or digit"
+        )
+    if re.search(r"\.(baselines|confirm|v\d+)$", name):
+        raise ValueError(
+            f"{name!r} ends as the companions of a study do in a database; choose another name"
+        )
+
+
 class StudyConfig(Config):
     """One study: what is searched, how, on which data, and when it ends."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    """Name of the study and of its folder."""
+    name: str
+    """Name of the study and of its folder: letters, digits, `_`, `.` and `-`, beginning with a
+    letter or digit."""
     description: str = ""
     """Question of the study, for the report."""
     data: str | None = None
@@ -120,10 +134,7 @@ class StudyConfig(Config):
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
-        if re.search(r"\.(baselines|confirm|v\d+)$", name):
-            raise ValueError(
-                f"{name!r} ends as the companions of a study do in a database; choose another name"
-            )
+        check_study_name(name)
         return name
 
     @field_validator("pretrain")

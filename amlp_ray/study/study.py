@@ -11,11 +11,11 @@ from optuna.trial import FrozenTrial
 
 from amlp_ray.config import StudyConfig
 from amlp_ray.config.overrides import merge
-from amlp_ray.config.yaml_file import read_yaml
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import StudyError
 from amlp_ray.study.operations import change_space, edit, status, transfer, trials
+from amlp_ray.study.operations.templates import read_study_file
 from amlp_ray.study.search_space.validate import build_study
 from amlp_ray.study.storage import best_trials
 from amlp_ray.study.storage.study_store import Request, StudyStore
@@ -74,7 +74,7 @@ class Study:
             ConfigError: the file has mistakes; the message lists all, by line.
             StudyError: no dataset is named.
         """
-        values = read_yaml(file)
+        values = read_study_file(file)
         build_study(values, str(file))  # so that mistakes are reported with the file's name
         given = {"data": data, "eval_data": eval_data}
         paths = {name: str(path) for name, path in given.items() if path is not None}
@@ -256,7 +256,7 @@ class Study:
         self, file: str | Path, change: change_space.Change | None = None
     ) -> change_space.Migration:
         """Replace the search space by that of another study file; see `change_space.migrate`."""
-        new = build_study(read_yaml(file), str(file))
+        new = build_study(read_study_file(file), str(file))
         migration = change_space.migrate(self.store, new, change or change_space.Change())
         self.config = self.store.config()
         return migration

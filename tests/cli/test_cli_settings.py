@@ -64,7 +64,7 @@ def test_brackets_are_shown_and_not_taken_for_a_style(
     first, second, *_, last = get_args(Layout)
     assert re.search(rf"layout +{first}, {second}, .*, {last} +auto", table)
     _, table, _ = run(capsys, monkeypatch, "settings", "study")
-    assert re.search(r"name +text like \^\[A-Za-z0-9\]\S+ +required", table)
+    assert re.search(r"probe\.sizes +\[number, number\] +\[0\.02, 0\.1\]", table)
 
 
 def test_tables_of_the_page_have_a_cell_in_every_column(

@@ -81,8 +81,28 @@ def test_a_ready_study_is_begun_under_a_name_of_ones_own(run: Run, tmp_path: Pat
     code, _, err = run("init", "other", "--from", "maskin_ratio")
     assert code == 2
     assert "did you mean masking_ratio?" in err
-    assert run("init", "../other")[0] == 2
+    code, _, err = run("init", "../other")
+    assert code == 2
+    assert "'../other' is no name of a study; take letters, digits" in err
     assert not (tmp_path / "other.yaml").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "validate"])
+@pytest.mark.parametrize(
+    ("file", "advice"),
+    [
+        ("nope.yaml", "check the path, or begin a study with `amlp-ray study init NAME`."),
+        ("masking_ratio", "`amlp-ray study init NAME --from masking_ratio`."),
+        ("masking_ratoi.yaml", "did you mean the ready study masking_ratio?"),
+    ],
+)
+def test_a_study_that_is_neither_file_nor_name_is_refused_with_what_to_do(
+    run: Run, command: str, file: str, advice: str
+) -> None:
+    code, _, err = run(command, file)
+    assert code == 2
+    assert f"There is no study file or study '{file}'; " in err
+    assert advice in err
 
 
 def test_every_fault_of_a_file_is_a_line(run: Run, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def sentence(values: dict[str, Any], source: str = "car.yaml") -> str:
         ),
         (
             {"name": "a", "zzzzzzzz": 4},
-            "car.yaml: unknown setting 'zzzzzzzz'; known here: name, doors.",
+            "car.yaml: unknown setting 'zzzzzzzz'; known here: name, doors, engine.",
         ),
         ({}, "car.yaml: name is missing."),
         (
@@ -248,7 +248,7 @@ def test_faults_of_a_file_are_told_with_their_lines_and_in_their_order(tmp_path:
         "5: doors is 0, but must be greater than or equal to 2.",
         "6: engine is given twice, in lines 2 and 6; keep one.",
         "6: unknown setting 'engine.powr'; did you mean engine.power?",
-        "7: unknown setting 'spare'; known here: name, doors.",
+        "7: unknown setting 'spare'; known here: name, doors, engine.",
     ]
     assert str(caught.value) == " ".join(caught.value.messages)
     assert values.source.line("spare.0.doors") == 8

@@ -104,15 +104,18 @@ def test_a_misspelled_setting_is_refused_with_its_right_name(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "name"),
+    ("word", "names"),
     [
         ("ema", "weight_ema"),
+        ("batch", "lr_batch, batch_size"),
         ("ratio.over", "ratio.ratio_over"),
-        ("selection.share", "selection.max_share"),
+        ("loss.clip", "loss.clip_min, loss.clip_max"),
     ],
 )
-def test_a_word_of_a_setting_s_name_is_refused_with_the_whole_name(word: str, name: str) -> None:
-    assert refused({word: 1}) == f"here: unknown setting '{word}'; did you mean {name}?"
+def test_a_word_of_names_is_refused_with_all_of_them_and_without_a_guess(
+    word: str, names: str
+) -> None:
+    assert refused({word: 1}) == f"here: unknown setting '{word}'; similar here: {names}."
 
 
 def test_an_unknown_variant_is_refused_with_the_known_ones() -> None:
@@ -382,7 +385,7 @@ def test_all_faults_of_a_study_are_told_at_once() -> None:
             equivalence_margin=-1,
         )
     for part in (
-        "name is 'a b'",
+        "'a b' is no name",
         "space.lr: low 1",
         "space.ratio.start.choices",
         "budget.trials is 0",

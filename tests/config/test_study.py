@@ -56,3 +56,28 @@ def test_workers_that_follow_the_nodes_are_refused_inside_a_study_with_the_reaso
         ).resources.workers
         == 2
     )
+
+
+@pytest.mark.parametrize("name", ["arms", "faults", "labels", "arm_seeds", "ema"])
+def test_a_name_that_is_near_to_none_gets_no_hint(name: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        build(StudyConfig, {"name": "s", name: 1}, "study.yaml")
+    message = str(refused.value)
+    assert f"unknown setting '{name}'; known here: name, description, data, " in message
+    assert "did you mean" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("sed", "did you mean seed?"),
+        ("budgets", "did you mean budget?"),
+        ("fault_tolerence", "did you mean fault_tolerance?"),
+        ("gpu_hours", "did you mean budget.gpu_hours?"),
+        ("seeds", "similar here: seed, baseline_seeds."),
+    ],
+)
+def test_a_name_near_to_others_gets_them_as_a_hint(name: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        build(StudyConfig, {"name": "s", name: 1}, "study.yaml")
+    assert str(refused.value) == f"study.yaml: unknown setting '{name}'; {hint}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from amlp_ray.config import Choice, Range
+from amlp_ray.config.base import ConfigValues, nearest_name
+from amlp_ray.config.study import check_study_name
 from amlp_ray.config.yaml_file import read_yaml
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import ConfigError
@@ -62,10 +63,10 @@ def init_study(name: str, *, template: str | None = None, folder: str | Path = "
     """
     name = name.removesuffix(".yaml")
     file = local_path(folder) / f"{name}.yaml"
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise ConfigError(
-            f"A study cannot be called {name!r}; letters, digits, '_', '.' and '-' make a name."
-        )
+    try:
+        check_study_name(name)
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from None
     if file.exists():
         raise ConfigError(f"{file} exists and is left as it is; choose another name, or delete it.")
     text = GENERAL if template is None else _template(template)
@@ -83,13 +84,36 @@ def _studies_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "studies"
 
 
+def _ready_studies() -> dict[str, Path]:
+    """Return the files of the ready studies by name."""
+    return {file.stem: file for file in sorted(_studies_folder().glob("*.yaml"))}
+
+
+def read_study_file(file: str | Path) -> ConfigValues:
+    """Read the settings of a study file.
+
+    Raises:
+        ConfigError: there is none, or it is no YAML mapping.
+    """
+    if Path(file).is_file():
+        return read_yaml(file)
+    ready = _ready_studies()
+    name = Path(file).name.removesuffix(".yaml")
+    advice = "check the path, or begin a study with `amlp-ray study init NAME`."
+    if name in ready:
+        advice = f"begin with the ready study by `amlp-ray study init NAME --from {name}`."
+    elif near := nearest_name(name, ready):
+        advice = f"did you mean the ready study {near}? `amlp-ray study init NAME --from {near}`."
+    raise ConfigError(f"There is no study file or study {str(file)!r}; {advice}")
+
+
 def _template(name: str) -> str:
-    ready = {file.stem: file for file in sorted(_studies_folder().glob("*.yaml"))}
+    ready = _ready_studies()
     file = ready.get(name, Path(name))
     if file.is_file():
         return file.read_text()
-    near = difflib.get_close_matches(name, ready, n=1, cutoff=0.5)
-    advice = f"did you mean {near[0]}?" if near else f"ready are {', '.join(ready) or 'none here'}."
+    near = nearest_name(name, ready)
+    advice = f"did you mean {near}?" if near else f"ready are {', '.join(ready) or 'none here'}."
     raise ConfigError(f"There is no ready study or file {name!r}; {advice}")
 
 
@@ -107,7 +131,7 @@ def validate(
         ConfigError: the file has mistakes; each is a sentence with its line.
         DataError: the file does not fit the data.
     """
-    config = build_study(read_yaml(file), str(file))
+    config = build_study(read_study_file(file), str(file))
     check_sampler(config)
     baselines = baseline_plans(config)
     if data is not None:

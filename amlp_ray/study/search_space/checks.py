@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from amlp_ray.config import Choice, Derived, Fixed, Parameter, PretrainConfig, Range
-from amlp_ray.config.base import ConfigIssue, build, rejection_reason
+from amlp_ray.config.base import ConfigIssue, build, nearest_name, rejection_reason
 from amlp_ray.config.overrides import nest
 from amlp_ray.errors import ConfigError
 from amlp_ray.study.search_space.expressions import Expression, ExpressionError
@@ -77,8 +76,8 @@ class DeclaredSpace:
         """Return the end of a message about an unknown name: what may have been meant."""
         others = [other for other in self.parameters if other not in SETTINGS and other != name]
         helpers = [other for other in others if "." not in other]
-        close = difflib.get_close_matches(name, [*SETTINGS, *helpers], n=1, cutoff=0.5)
-        return f"; did you mean {close[0]}?" if close else "."
+        near = nearest_name(name, [*SETTINGS, *helpers])
+        return f"; did you mean {near}?" if near else "."
 
     def _name_issue(self, name: str, *, is_used: bool) -> str | None:
         if name == "seed":

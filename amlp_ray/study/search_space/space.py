@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from optuna.samplers import RandomSampler
 from optuna.trial import BaseTrial
 
 from amlp_ray.config import Choice, Derived, Fixed, Range, StudyConfig
+from amlp_ray.config.base import nearest_name
 from amlp_ray.config.overrides import flatten
 from amlp_ray.errors import ConfigError
 from amlp_ray.study.search_space.expressions import Expression, ExpressionError
@@ -205,10 +205,10 @@ class SearchSpace:
         if refusal:
             raise refusal
         for name in params.keys() - names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            near = nearest_name(name, sorted(names))
             advice = f"searched are {', '.join(sorted(names)) or 'no settings'}."
             if near:
-                advice = f"did you mean {near[0]}?"
+                advice = f"did you mean {near}?"
             raise OutOfSpaceError(f"{name} is not searched by this study; {advice}")
         raise OutOfSpaceError(
             f"{', '.join(params)}: no trial has these values together; `when` of the space says "

@@ -29,7 +29,7 @@ FILES: dict[str, tuple[str, Messages]] = {
     ),
     "misspelled key": (
         "name: s\nbudgets: {trials: 3}\n",
-        [(2, "unknown setting 'budgets'; did you mean budget.")],
+        [(2, "unknown setting 'budgets'; did you mean budget?")],
     ),
     "misspelled key in a group": (
         """\
@@ -40,7 +40,16 @@ FILES: dict[str, tuple[str, Messages]] = {
         [(3, "unknown setting 'budget.trails'; did you mean budget.trials?")],
     ),
     "no name": ("seed: 1\n", [(None, "name is missing.")]),
-    "a name that is no folder": ("name: a b\n", [(1, "name is 'a b', but must match pattern")]),
+    "a name that is no folder": (
+        "name: a b\n",
+        [
+            (
+                1,
+                "name: 'a b' is no name of a study; take letters, digits, `_`, `.` and `-`, "
+                "beginning with a letter or digit.",
+            )
+        ],
+    ),
     "value out of range": (
         """\
         name: s

@@ -49,12 +49,17 @@ SUMMARY_FIELDS = (
 class Split:
     """Images of one split in memory, or a selection of them. Row i of every field is image i."""
 
-    images: np.ndarray  # (N, C, H, W), as stored
-    masks: np.ndarray  # (N, H, W) uint8 of 0 and 1; zeros where unlabeled
-    labeled: np.ndarray  # (N,) bool
+    images: np.ndarray
+    """Pixels (N, C, H, W), as stored."""
+    masks: np.ndarray
+    """Lesions (N, H, W), uint8 of 0 and 1; zeros where unlabeled."""
+    labeled: np.ndarray
+    """Whether an image has a mask, (N,) bool."""
     ids: list[str]
-    groups: np.ndarray  # (N,) of str
-    keys: np.ndarray  # (N,) int64, see `key_of`
+    groups: np.ndarray
+    """Name of the group of each image, (N,)."""
+    keys: np.ndarray
+    """Number of each image, (N,) int64, from its id."""
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -6,8 +6,11 @@ times the space and decode ten times slower.
 
 from __future__ import annotations
 
+import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,10 @@ PART_ROWS = 1024
 PART_BYTES = 256 << 20
 GROUP_ROWS = 256
 GROUP_BYTES = 16 << 20  # bounds a writer's and a reader's memory where images are large
+
+FOOTER_BYTES = 64 << 10  # read at once; the footer of a part is smaller
+ARROW_SCHEMA = b"ARROW:schema"
+EXTENSION = b"ARROW:extension"
 
 Shape = tuple[int, int, int]  # channels, height, width
 
@@ -123,9 +130,66 @@ def _write(
     return written
 
 
-def open_part(file: DataPath) -> pq.ParquetFile:
-    """Open a part to read its row groups. Raises OSError or pyarrow's errors."""
-    return pq.ParquetFile(file.path, filesystem=file.filesystem, page_checksum_verification=True)
+@contextmanager
+def open_part(file: DataPath) -> Iterator[pq.ParquetFile]:
+    """Open a part to read its row groups. Raises OSError or pyarrow's errors.
+
+    Raises:
+        DataError: a column has a type that may run code.
+    """
+    with file.filesystem.open_input_file(file.path) as source:
+        check_types(source, file)
+        yield pq.ParquetFile(source, page_checksum_verification=True)
+
+
+def check_types(source: pa.NativeFile, file: DataPath) -> None:
+    """Refuse a Parquet file with Arrow extension types, before Arrow reads its schema.
+
+    Where Ray is imported, Arrow knows types of Ray's whose metadata or values are unpickled, and
+    so run whatever code a dataset's author wrote. Our parts have plain types only. Arrow keeps its
+    schema in the footer as a base64 text under the name ARROW:schema, which is read here.
+
+    Raises:
+        DataError: there is an extension type, or a schema that cannot be read.
+    """
+    for text in _arrow_schemas(_footer(source)):
+        try:
+            schema_bytes = base64.b64decode(text, validate=True)
+        except ValueError:
+            schema_bytes = EXTENSION
+        if EXTENSION in schema_bytes:
+            raise DataError(
+                f"{file} has columns of types that may run code, which no patch dataset has; do "
+                f"not read it, and ask where it comes from."
+            )
+
+
+def _footer(source: pa.NativeFile) -> bytes:
+    """Return the metadata at the end of a Parquet file; empty if it is none."""
+    size = source.size()
+    tail = source.read_at(min(size, FOOTER_BYTES), max(0, size - FOOTER_BYTES))
+    if tail[-4:] != b"PAR1":
+        return b""
+    length = int.from_bytes(tail[-8:-4], "little") + 8
+    if length > len(tail):
+        tail = source.read_at(min(length, size), max(0, size - length))
+    return tail[-length:-8]
+
+
+def _arrow_schemas(footer: bytes) -> Iterator[bytes]:
+    """Yield the value after every ARROW:schema in a footer; something undecodable if it has none.
+
+    In Thrift's compact protocol a text of the next field is 0x18, its length in groups of seven
+    bits, and its bytes.
+    """
+    for match in re.finditer(re.escape(ARROW_SCHEMA), footer):
+        text = re.match(rb"\x18([\x80-\xff]{0,4}[\x00-\x7f])", footer[match.end() :][:6])
+        if text is None:
+            yield b"?"
+            continue
+        length = sum((byte & 0x7F) << 7 * i for i, byte in enumerate(text[1]))
+        start = match.end() + text.end()
+        yield footer[start : start + length]
 
 
 def read_part(file: DataPath | Path, columns: Sequence[str], group: int | None = None) -> pa.Table:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import ray.data
 from ray.data.extensions import ArrowTensorArray
 
-from amlp_ray.data.parquet import Shape, images_of, masks_of, schema
+from amlp_ray.data.parquet import Shape, check_types, images_of, masks_of, schema
 from amlp_ray.data.path import DataPath
 from amlp_ray.data.ray_silence import silence_ray_data
 
@@ -32,6 +32,9 @@ def read_rows(
     if not files:
         empty = schema(shape, dtype).empty_table()
         return ray.data.from_arrow(empty.select(list(columns or empty.column_names)))
+    for file in files:
+        with file.filesystem.open_input_file(file.path) as source:
+            check_types(source, file)
     rows = ray.data.read_parquet([file.path for file in files], filesystem=files[0].filesystem)
     if columns:
         rows = rows.select_columns(list(columns))  # Ray then reads no others

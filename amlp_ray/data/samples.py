@@ -24,8 +24,10 @@ class Sample(NamedTuple):
     id: str
     group: str
     split: str
-    image: np.ndarray  # (C, H, W), as stored, read-only
-    mask: np.ndarray | None  # (H, W) uint8 of 0 and 1; None: unlabeled
+    image: np.ndarray
+    """Pixels (C, H, W), as stored, read-only."""
+    mask: np.ndarray | None
+    """Lesion (H, W), uint8 of 0 and 1; None: unlabeled."""
 
 
 class Samples(Sequence[Sample]):

@@ -20,8 +20,10 @@ class ImageRef:
 
     id: str
     split: str
-    row: int  # in its split
-    other: bool = False  # whether it is in the dataset that this one is compared with
+    row: int
+    """Position in its split."""
+    other: bool = False
+    """Whether it is in the dataset that this one is compared with."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Example:
 
     image: ImageRef
     value: str
-    like: ImageRef | None = None  # of a copy: the image that it resembles
+    like: ImageRef | None = None
+    """The image that it resembles, if it is a copy."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,15 @@ class Finding:
     severity: Severity
     meaning: str
     todo: str
-    count: int = 0  # 0: it is not there
-    of: int = 0  # how many could have it
-    what: str = "images"  # what is counted
+    count: int = 0
+    """How many have it."""
+    of: int = 0
+    """How many could have it."""
+    what: str = "images"
+    """What is counted."""
     examples: tuple[Example, ...] = ()
-    gap: str | None = None  # why it was not checked
+    gap: str | None = None
+    """Why it was not checked."""
 
     def with_rows(
         self,

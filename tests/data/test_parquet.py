@@ -1,0 +1,96 @@
+"""Parts are read only where their columns have plain types."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers.datasets import write_dataset
+
+from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.data.loading.batches import open_batches
+from amlp_ray.data.parquet import read_part
+from amlp_ray.errors import DataError
+
+
+class Payload:
+    """Makes a folder when it is unpickled, as an attacker would start a program."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+def spoil(part: Path, column: str, marker: Path) -> None:
+    """Replace a column by pickled objects, as a dataset's author could."""
+    from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
+
+    table = pq.read_table(part)
+    pickled = pa.array([pickle.dumps(Payload(marker))] * len(table), pa.large_binary())
+    objects = pa.ExtensionArray.from_storage(ArrowPythonObjectType(), pickled)
+    index = table.column_names.index(column)
+    pq.write_table(table.set_column(index, column, objects), part)
+
+
+@pytest.fixture
+def spoilt(tmp_path: Path) -> PatchDataset:
+    images = np.random.default_rng(0).integers(0, 255, (8, 1, 16, 16), dtype=np.uint8)
+    dataset = write_dataset(tmp_path / "d", images)
+    (part,) = (tmp_path / "d").rglob("*.parquet")
+    spoil(part, "id", tmp_path / "executed")
+    # The size in the manifest is one of several things that an attacker changes too.
+    manifest = tmp_path / "d" / "manifest.json"
+    size = dataset.manifest.parts["train"][0].bytes
+    manifest.write_text(
+        manifest.read_text().replace(f'"bytes": {size}', f'"bytes": {part.stat().st_size}')
+    )
+    return PatchDataset.open(tmp_path / "d")
+
+
+def read_batches(dataset: PatchDataset) -> None:
+    with open_batches(dataset, batch_size=4, seed=0, mode="mapped") as batches:
+        next(iter(batches.epoch(1)))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda dataset: dataset.load("train"),
+        lambda dataset: dataset.table("train"),
+        lambda dataset: dataset.to_ray_dataset("train"),
+        lambda dataset: dataset[0],
+        read_batches,
+    ],
+    ids=["load", "table", "rows of Ray", "sample", "batches"],
+)
+def test_a_column_that_would_be_unpickled_is_refused_before_it_is_read(
+    spoilt: PatchDataset, tmp_path: Path, read: Callable[[PatchDataset], Any]
+) -> None:
+    with pytest.raises(DataError, match="columns of types that may run code"):
+        read(spoilt)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_payload_of_these_tests_would_run(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Payload(tmp_path / "executed")))
+    assert (tmp_path / "executed").is_dir()
+
+
+def test_a_schema_that_cannot_be_decoded_is_refused(tmp_path: Path) -> None:
+    """The text behind the name ARROW:schema is shorter than it says, so it is no base64."""
+    file = tmp_path / "part.parquet"
+    pq.write_table(pa.table({"id": ["a"]}), file)
+    content = file.read_bytes()
+    start = content.index(b"ARROW:schema") + len(b"ARROW:schema")
+    file.write_bytes(content[:start] + b"\x19" + content[start + 1 :])
+    with pytest.raises(DataError, match="columns of types that may run code"):
+        read_part(file, ["id"])

@@ -33,13 +33,13 @@ Size = Annotated[int, Option(help="Side of the stored images in pixels.")]
 Fit = Annotated[
     str, Option(help="stretch to a square, pad to keep the aspect ratio, or cut tiles.")
 ]
-Overlap = Annotated[float, Option(help="Share of a tile that its neighbour repeats.")]
+Overlap = Annotated[float, Option(help="Share of a tile that its neighbor repeats.")]
 Scale = Annotated[float, Option(help="Shrink images by this factor before tiles are cut.")]
 MinForeground = Annotated[
     float, Option(help="Least share of tissue in a tile or slice without a lesion.")
 ]
 Channels = Annotated[
-    str, Option(help="auto, or a number; auto stores grey images with one channel.")
+    str, Option(help="auto, or a number; auto stores gray images with one channel.")
 ]
 Values = Annotated[str, Option(help="keep, window or percentile: how pixel values are scaled.")]
 Window = Annotated[str | None, Option(help="LOW,HIGH kept by values=window; none: DICOM's own.")]

@@ -6,6 +6,22 @@ Ray may change these in any release. So they all stand here, and
 
 from __future__ import annotations
 
+# What Tune would copy from this process into the runtime_env of every trial.
+CLOUD_KEYS = frozenset(
+    {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
+)
+
+
+def keep_cloud_keys_out_of_runtime_env() -> None:
+    """Stop Tune from handing this process's cloud keys to trials.
+
+    A runtime_env shows in the list of processes and in logs that everybody can read. Workers
+    inherit the keys of their node instead. Private because Tune has no option for it.
+    """
+    from ray.tune.execution import class_cache
+
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(CLOUD_KEYS)
+
 
 def draining_nodes() -> set[str]:
     """Return ids of nodes that will soon be taken away and accept no more work.

@@ -20,9 +20,11 @@ from ray.train.v2._internal.execution.failure_handling.default import RETRYABLE_
 import amlp_ray
 from amlp_ray.runtime import ray_internals
 from amlp_ray.runtime.ray_internals import (
+    CLOUD_KEYS,
     draining_nodes,
     is_startup_error,
     is_train_error,
+    keep_cloud_keys_out_of_runtime_env,
     unwrap_worker_error,
 )
 
@@ -35,6 +37,20 @@ def test_only_one_file_names_private_modules_of_ray() -> None:
     private = re.compile(r"\bray\.(\w+\.)*_")
     files = [path for path in package.rglob("*.py") if private.search(path.read_text())]
     assert files == [Path(ray_internals.__file__)]
+
+
+def test_tune_hands_no_cloud_keys_to_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.tune.execution import class_cache
+
+    by_default = set(class_cache.ENV_VARS_TO_PROPAGATE)
+    monkeypatch.setattr(class_cache, "ENV_VARS_TO_PROPAGATE", by_default | CLOUD_KEYS)
+    for name in CLOUD_KEYS:
+        monkeypatch.setenv(name, "planted")
+    handed = class_cache._ActorClassCache().get(type("Trial", (), {}))
+    assert "planted" in str(handed._default_options["runtime_env"])
+    keep_cloud_keys_out_of_runtime_env()
+    handed = class_cache._ActorClassCache().get(type("Trial", (), {}))
+    assert "planted" not in str(handed._default_options["runtime_env"])
 
 
 @pytest.mark.ray

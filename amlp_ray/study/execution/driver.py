@@ -9,6 +9,7 @@ from typing import Any
 
 from amlp_ray.config import StudyConfig
 from amlp_ray.errors import FailedStudyError, InterruptedStudyError
+from amlp_ray.runtime.ray_internals import keep_cloud_keys_out_of_runtime_env
 from amlp_ray.runtime.resources import DRIVER_CPU, worker_bundle
 from amlp_ray.study.execution.monitor import StudyMonitor
 from amlp_ray.study.execution.stop_flags import StopFlags
@@ -110,6 +111,7 @@ def _run_tune(
     from ray import tune
     from ray.tune.trainable import wrap_function
 
+    keep_cloud_keys_out_of_runtime_env()
     bundle = {"CPU": DRIVER_CPU}
     if config.resources.is_single_worker:
         bundle = worker_bundle(config.resources)

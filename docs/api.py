@@ -5,21 +5,26 @@ What `amlp_ray.__all__` lists is public. Configs are described in settings.md, f
 
 from __future__ import annotations
 
+import ast
+import importlib
 import inspect
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import is_dataclass
 from types import NoneType
 from typing import Any
 
 import amlp_ray
 from amlp_ray.config.base import Config
+from amlp_ray.config.reference import field_docstrings
 
 HEADER = """\
 # Python API
 
 Everything here is imported from `amlp_ray` itself. Written by `make docs` from the docstrings.
 """
-SECTIONS = ("Args", "Returns", "Raises", "Yields")
+SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Yields")
 
 
 def page() -> str:
@@ -30,6 +35,10 @@ def page() -> str:
     for name, item in public.items():
         if name not in configs:
             blocks += _class(name, item) if inspect.isclass(item) else _function(name, item)
+    blocks.append("## Result types\n")
+    blocks.append("What these functions return, and what that holds.\n")
+    for item in _result_types(public.values()):
+        blocks += _result_type(item)
     blocks.append("## Configs\n")
     blocks.append("Their fields are the settings of [settings.md](settings.md).\n")
     blocks += [f"- `{name}`: {_summary(item)}" for name, item in configs.items()]
@@ -61,6 +70,71 @@ def _class(name: str, item: type) -> Iterator[str]:
             yield _markdown(description)
 
 
+def _result_types(public: Iterable[Any]) -> list[type]:
+    """Return what documented functions return and fields of that hold, if it has fields."""
+    known = list(public)
+    functions = [item for item in known if inspect.isfunction(item)]
+    for item in filter(inspect.isclass, known):
+        members = [getattr(item, name) for name in vars(item) if not name.startswith("_")]
+        functions += [getattr(member, "__func__", member) for member in members]
+    pending = [
+        result
+        for function in functions
+        if inspect.isfunction(function)
+        for result in _named_types(function.__annotations__.get("return", ""), function.__module__)
+    ]
+    results: list[type] = []
+    for result in pending:
+        if result in results or result in known:
+            continue
+        results.append(result)
+        for annotation in _annotations(result).values():
+            pending += _named_types(annotation, result.__module__)
+    return sorted(results, key=lambda item: item.__name__)
+
+
+def _named_types(annotation: str, module: str) -> Iterator[type]:
+    """Yield the dataclasses and named tuples of ours that an annotation names."""
+    for dotted_name in re.findall(r"[A-Za-z_][\w.]*", annotation):
+        first, *rest = dotted_name.split(".")
+        item = getattr(sys.modules[module], first, None) or _imported_for_types(first, module)
+        for part in rest:
+            item = getattr(item, part, None)
+        is_record = is_dataclass(item) or hasattr(item, "_fields")
+        if is_record and item.__module__.startswith("amlp_ray."):
+            yield item
+
+
+def _imported_for_types(name: str, module: str) -> Any:
+    """Return what a module imports by a name for annotations only; None if nothing."""
+    for node in ast.walk(ast.parse(inspect.getsource(sys.modules[module]))):
+        if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
+            return getattr(importlib.import_module(str(node.module)), name, None)
+    return None
+
+
+def _annotations(item: type) -> dict[str, str]:
+    """Return the annotations of a class as written; those of a named tuple are wrapped."""
+    annotations = item.__annotations__.items()
+    return {name: str(getattr(text, "__forward_arg__", text)) for name, text in annotations}
+
+
+def _result_type(item: type) -> Iterator[str]:
+    yield f"### `{item.__name__}`\n"
+    yield _markdown(inspect.getdoc(item) or "")
+    texts = field_docstrings(item)
+    for name, member in vars(item).items():
+        if isinstance(member, property):
+            texts[name] = _summary(member)
+    lines = []
+    annotations = _annotations(item)
+    for name in dict.fromkeys([*annotations, *texts]):
+        annotation = f": {annotations[name]}" if name in annotations else ""
+        text = f": {texts[name]}" if name in texts else ""
+        lines.append(f"- `{name}{annotation}`{text}")
+    yield "\n".join(lines) + "\n"
+
+
 def _signature(name: str, function: Any) -> str:
     """Format a signature, one parameter a line where it would be longer than a line."""
     signature = inspect.signature(function)
@@ -90,7 +164,11 @@ def _parameters(signature: inspect.Signature) -> Iterator[str]:
 
 
 def _parameter(parameter: inspect.Parameter) -> str:
-    stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    stars = ""
+    if parameter.kind is parameter.VAR_POSITIONAL:
+        stars = "*"
+    elif parameter.kind is parameter.VAR_KEYWORD:
+        stars = "**"
     text = f"{stars}{parameter.name}: {parameter.annotation}"
     if parameter.default is parameter.empty:
         return text
@@ -99,7 +177,7 @@ def _parameter(parameter: inspect.Parameter) -> str:
     return f"{text} = {shown!r}" if shown != "..." else f"{text} = ..."
 
 
-def _summary(item: type) -> str:
+def _summary(item: Any) -> str:
     return (inspect.getdoc(item) or "").partition("\n\n")[0].replace("\n", " ")
 
 

@@ -199,16 +199,25 @@ class ProbeScore:
     dsc: float
     ppv: float
     sensitivity: float
-    # Average precision of patch logits; a patch is positive if more than half of it is lesion.
     ap: float
-    dsc_sd: float | None  # over label subsets; None with one subset
-    empty_correct: float | None  # share of images without a lesion for which none is predicted
-    images: int  # scored ones with a lesion
-    scoring: str  # val, cross-validation or test
-    mean_mask_dsc: float  # floor: of the mean training mask, predicted for every image
-    dsc_small: float | None  # by size of the lesion, see `probe.sizes`
+    """Average precision of patch logits; a patch is positive if more than half of it is lesion."""
+    dsc_sd: float | None
+    """Standard deviation over label subsets; None with one subset."""
+    empty_correct: float | None
+    """Share of images without a lesion for which none is predicted."""
+    images: int
+    """Number of scored images with a lesion."""
+    scoring: str
+    """What was scored: val, cross-validation or test."""
+    mean_mask_dsc: float
+    """DSC of the mean training mask, predicted for every image: a floor."""
+    dsc_small: float | None
+    """DSC by size of the lesion, see `probe.sizes`."""
     dsc_medium: float | None
     dsc_large: float | None
-    per_image: dict[str, float]  # DSC by image id
-    per_group: dict[str, float]  # mean DSC of a group's images, for paired comparison
-    unit: GroupUnit  # what a group is
+    per_image: dict[str, float]
+    """DSC by image id."""
+    per_group: dict[str, float]
+    """Mean DSC of a group's images, for paired comparison."""
+    unit: GroupUnit
+    """What a group is."""

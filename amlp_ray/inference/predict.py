@@ -45,11 +45,16 @@ logger = logging.getLogger(__name__)
 class Predictions(NamedTuple):
     """Result of a run. An item is a picture, a DICOM series or a volume."""
 
-    out: str  # folder of the masks
-    predicted: int  # items
-    before: int  # items that an earlier run predicted
-    rejected: int  # files that cannot be used
-    rejects: str  # the file that lists them; missing where there are none
+    out: str
+    """Folder of the masks."""
+    predicted: int
+    """Number of items predicted now."""
+    before: int
+    """Number of items that an earlier run predicted."""
+    rejected: int
+    """Number of files that cannot be used."""
+    rejects: str
+    """The file that lists them; missing where there are none."""
 
 
 def predict(

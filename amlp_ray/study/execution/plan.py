@@ -40,26 +40,39 @@ class Plan:
     """
 
     study: str
-    trials: int  # of the search
-    baseline_runs: int  # baselines times their seeds
-    epochs: int  # of a full trial
-    steps_per_trial: int  # optimizer steps of a full trial
-    rungs: tuple[int, ...]  # epochs at which a trial is scored
-    # Those at which it may be pruned. None are: too short for pruner.min_steps.
+    trials: int
+    """Number of trials of the search."""
+    baseline_runs: int
+    """Number of baselines times their seeds."""
+    epochs: int
+    """Epochs of a full trial."""
+    steps_per_trial: int
+    """Optimizer steps of a full trial."""
+    rungs: tuple[int, ...]
+    """Epochs at which a trial is scored."""
     prunable_rungs: tuple[int, ...]
-    workers: int  # of a trial
-    cpus_per_trial: float  # of all workers
-    gpus_per_trial: float  # of all workers
-    concurrency: int  # trials at the same time
-    estimated_from: str  # steps run now, or the study's own trials
+    """Rungs at which a trial may be pruned; empty if all are too short for pruner.min_steps."""
+    workers: int
+    """Workers of a trial."""
+    cpus_per_trial: float
+    """CPUs of all its workers."""
+    gpus_per_trial: float
+    """GPUs of all its workers."""
+    concurrency: int
+    """Number of trials at the same time."""
+    estimated_from: str
+    """What the estimate rests on: steps run now, or the study's own trials."""
     seconds_per_trial: Range3
     seconds_per_probe: float
-    hours: Range3  # wall hours of the search
+    hours: Range3
+    """Hours that the search takes."""
     gpu_hours: Range3
-    # Of `study confirm`. Its fine-tuning comes on top, often as much.
     confirm_pretrain_hours: float
-    disk_gb: float  # of all trials and the confirmation
-    disk_free_gb: float  # where the study lies
+    """Hours of pretraining for `study confirm`. Fine-tuning comes on top, often as much."""
+    disk_gb: float
+    """GB that all trials and the confirmation take."""
+    disk_free_gb: float
+    """GB free where the study lies."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as plain values."""

@@ -11,24 +11,27 @@ class StopReason(StrEnum):
     The values of PAUSE, STOP and CANCEL are those of the requests in the study's storage.
     """
 
-    # Nothing is left to run.
     DONE = "done"
-    # A budget other than the number of trials is used. Trials return after their next rung and
-    # are stored as PRUNED.
+    """Nothing is left to run."""
     BUDGET = "budget"
-    # Somebody asked for a pause. Trials return after their epoch, stay RUNNING, and are resumed.
+    """A budget other than the number of trials is used. Trials return after their next rung and are
+    stored as PRUNED."""
     PAUSE = "pause"
-    # Somebody asked for no more trials. Trials finish.
+    """Somebody asked for a pause. Trials return after their epoch, stay RUNNING, and are
+    resumed."""
     STOP = "stop"
-    # Somebody cancelled the study. Trials of the search are stored as FAIL at once. Baselines and
-    # confirmation runs, which nothing replaces, stay RUNNING and are resumed.
+    """Somebody asked for no more trials. Trials finish."""
     CANCEL = "cancel"
-    # The first trials failed with the same reason. Others return after their epoch and are stored.
+    """Somebody canceled the study. Trials of the search are stored as FAIL at once. Baselines and
+    confirmation runs, which nothing replaces, stay RUNNING and are resumed."""
     IDENTICAL_FAILURES = "identical_failures"
-    # The lease or the storage is lost. Trials return after their epoch, and nothing more is stored.
+    """The first trials failed with the same reason. Others return after their epoch and are
+    stored."""
     LEASE_LOST = "lease_lost"
-    # No trial found resources in time. Trials stay RUNNING and are resumed.
+    """The lease or the storage is lost. Trials return after their epoch, and nothing more is
+    stored."""
     NO_RESOURCES = "no_resources"
+    """No trial found resources in time. Trials stay RUNNING and are resumed."""
 
 
 # After these, a trial that has not run to its end is resumed later.

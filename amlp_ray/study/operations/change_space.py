@@ -39,10 +39,12 @@ from amlp_ray.utils.files import atomic_write
 class Change:
     """What becomes of names that only one of two spaces has."""
 
-    renamed: Mapping[str, str] = field(default_factory=dict)  # new names by old ones
-    # What old trials had of names that are searched now.
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """New names by old ones."""
     filled: Mapping[str, Any] = field(default_factory=dict)
-    dropped: Sequence[str] = ()  # no longer searched, whatever old trials had of them
+    """What old trials had of names that are searched now."""
+    dropped: Sequence[str] = ()
+    """No longer searched, whatever old trials had of them."""
 
     def apply(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return an old trial's parameters by the new names."""
@@ -57,10 +59,14 @@ class Change:
 class Migration:
     """What became of the trials."""
 
-    kept: int  # how many belong to the new space
-    outside: int  # how many do not
-    reasons: dict[str, int]  # how many are outside for each reason
-    version: str  # name of the new Optuna study
+    kept: int
+    """How many trials belong to the new space."""
+    outside: int
+    """How many do not."""
+    reasons: dict[str, int]
+    """How many are outside for each reason."""
+    version: str
+    """Name of the new Optuna study."""
 
 
 def change_of(mapped: Sequence[str], filled: Sequence[str], dropped: Sequence[str]) -> Change:

@@ -146,11 +146,14 @@ def _write_parquet(out: Path, columns: list[str], table: Sequence[Mapping[str, A
 class Imported:
     """What an import did."""
 
-    taken: list[int] = field(default_factory=list)  # numbers of the stored trials
-    known: int = 0  # how many the study has already
-    # Why each of the others was not taken, by its name in the source.
+    taken: list[int] = field(default_factory=list)
+    """Numbers of the stored trials."""
+    known: int = 0
+    """How many trials the study has already."""
     left_out: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)  # what differs between source and study
+    """Why each of the others was not taken, by its name in the source."""
+    notes: list[str] = field(default_factory=list)
+    """What differs between source and study."""
 
 
 @dataclass(frozen=True)

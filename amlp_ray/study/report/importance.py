@@ -19,8 +19,10 @@ MIN_TRIALS = 10
 class Importance:
     """Importances for one objective."""
 
-    shares: dict[str, float]  # by parameter, largest first, with sum 1; empty where `gap` says why
-    gap: str | None = None  # why there are none
+    shares: dict[str, float]
+    """Importance by parameter, largest first, with sum 1; empty where `gap` says why."""
+    gap: str | None = None
+    """Why there are none."""
 
 
 def importance(

@@ -173,7 +173,7 @@ def _transformers(size: Size, options: argparse.Namespace) -> Built:
 
 
 def _vit_pytorch(size: Size, options: argparse.Namespace) -> Built:
-    import vit_pytorch as peer  # type: ignore[import-untyped]
+    import vit_pytorch as peer
 
     encoder = peer.ViT(
         image_size=IMAGE,

@@ -271,7 +271,7 @@ def train(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     The run is MAE with ViT-Ti; the second of two epochs counts.
     """
     dataset = make_dataset(folder / "small", options.train_images)
-    shares = {}
+    shares: dict[str, float] = {}
     for mode in MODES:
         values = {
             "variant": "mae",

@@ -174,7 +174,7 @@ def _draw(losses_by_variant: dict[str, dict[str, list[float]]], page: Path) -> N
 
     figure = make_subplots(1, 2, subplot_titles=["loss", "relative difference from 1 worker"])
     colors = {"amlp": "#d1495b", "mae": "#3a8fb7"}
-    line_styles = [
+    line_styles: list[dict[str, Any]] = [
         {"width": 7},
         {"width": 2, "dash": "dot"},
         {"width": 4, "dash": "dash"},

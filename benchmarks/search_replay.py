@@ -99,6 +99,7 @@ def _params(row: Mapping[str, str], config: StudyConfig) -> Params:
         for name, text in row.items()
         if name.startswith("params.") and text
     }
+    assert isinstance(config.space, dict)
     words = {name for name, p in config.space.items() if hasattr(p, "choices")}
     return {name: text if name in words else float(text) for name, text in names.items()}
 

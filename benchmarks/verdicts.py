@@ -29,6 +29,7 @@ from amlp_ray.study.confirmation.results import (
     ConfirmationRun,
     ConfirmedCandidate,
     Protocol,
+    SplitName,
 )
 from amlp_ray.study.report.confirmation import confirmation_section, with_confirmation
 from amlp_ray.study.report.summary import Verdict
@@ -87,7 +88,7 @@ def _score(means: FloatArray, sizes: IntArray) -> dict[str, object]:
 
 
 def _run(repeat: int, scores: dict[Protocol, dict[str, object]]) -> ConfirmationRun:
-    by_split = {}
+    by_split: dict[tuple[Protocol, SplitName], dict[str, object]] = {}
     for protocol, score in scores.items():
         by_split[protocol, "test"] = score
         by_split[protocol, "val"] = score
@@ -97,7 +98,7 @@ def _run(repeat: int, scores: dict[Protocol, dict[str, object]]) -> Confirmation
 def claims(confirmation: Confirmation) -> list[str]:
     """Return what a report of the study claims."""
     verdict = with_confirmation(Verdict("open", "", [], [], ""), confirmation)
-    claimed = [verdict.kind] if verdict.kind in ("better", "worse") else []
+    claimed: list[str] = [verdict.kind] if verdict.kind in ("better", "worse") else []
     agreement = confirmation_section(confirmation).protocols[1]
     if any(words in agreement for words in AGREEMENT_CLAIMS):
         claimed.append("agreement")

@@ -3,19 +3,23 @@
 python docs/rules.py
 """
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from amlp_ray.config import ImageSpec, SelectionConfig
 from amlp_ray.data.phantoms import draw_phantom
 from amlp_ray.method.augment import normalize
-from amlp_ray.method.lesion_map import locate_lesion
+from amlp_ray.method.lesion_map import LesionMap, locate_lesion
 from amlp_ray.method.patches import patchify
 from amlp_ray.method.visualization import (
     RED,
+    Pixels,
     draw_heatmap,
     draw_outline,
     draw_sheet,
@@ -24,6 +28,8 @@ from amlp_ray.method.visualization import (
     tint,
     to_pixels,
 )
+
+Panel = NDArray[np.float32]
 
 IMAGES = 4
 # In pixels.
@@ -34,7 +40,7 @@ TITLE_HEIGHT = 20  # the empty row of titles
 GAP = 32  # between the halves
 GRID = (SIDE // PATCH_SIDE, SIDE // PATCH_SIDE)
 RAW = {"features": "raw", "clusters": 3}
-RULES = {
+RULES: dict[str, dict[str, object]] = {
     "rule smallest, 3 clusters of raw patches (mps-ams)": {"rule": "smallest", **RAW},
     "rule most_central, the same clusters": {"rule": "most_central", **RAW},
     "rule darkest, the same clusters": {"rule": "darkest", **RAW},
@@ -52,10 +58,10 @@ def main() -> None:
     spec = ImageSpec(channels=1, height=SIDE, width=SIDE, mean=(mean,), std=(std,))
     images = normalize(stored, spec)
     inputs = to_pixels(images, images, spec, PANEL)
-    left = {"input": inputs}
+    left: dict[str, Iterable[Pixels]] = {"input": inputs}
     for title, settings in RULES.items():
         left[title] = draw_lesions(images, inputs, settings)
-    right = {"input": inputs}
+    right: dict[str, Iterable[Pixels]] = {"input": inputs}
     for name in SCORES:
         right[f"score {name.replace('_', ' ')}"] = draw_scores(images, name)
     halves = [draw_half(left, masks), draw_half(right, masks)]
@@ -67,7 +73,7 @@ def main() -> None:
     reduced.save(Path(__file__).with_suffix(".png"), optimize=True)
 
 
-def draw_phantoms():
+def draw_phantoms() -> tuple[Tensor, list[Panel]]:
     """Return stored images (B, 1, H, W) and true lesions, one map per image."""
     images = []
     masks = []
@@ -79,13 +85,15 @@ def draw_phantoms():
     return torch.from_numpy(np.stack(images))[:, None], masks
 
 
-def lesion_map(images, settings):
+def lesion_map(images: Tensor, settings: Mapping[str, object]) -> LesionMap:
     config = SelectionConfig.model_validate(settings)
     patches = patchify(images, PATCH_SIDE)
     return locate_lesion(patches, torch.arange(IMAGES), GRID, 1, config, seed=0, epoch=1)
 
 
-def draw_lesions(images, inputs, settings):
+def draw_lesions(
+    images: Tensor, inputs: Iterable[Pixels], settings: Mapping[str, object]
+) -> list[Pixels]:
     """Lay the probable lesion over every image."""
     panels = []
     lesions = lesion_map(images, settings).lesion
@@ -94,7 +102,7 @@ def draw_lesions(images, inputs, settings):
     return panels
 
 
-def draw_scores(images, name):
+def draw_scores(images: Tensor, name: str) -> list[Pixels]:
     """Draw the score of every image, scaled to its own range."""
     score = lesion_map(images, {"mode": "soft", "score": name}).score
     low = score.amin(1, keepdim=True)
@@ -102,7 +110,7 @@ def draw_scores(images, name):
     return [draw_heatmap(resize_map(row, GRID, PANEL)) for row in (score - low) / (high - low)]
 
 
-def draw_half(rows, masks):
+def draw_half(rows: Mapping[str, Iterable[Pixels]], masks: list[Panel]) -> Image.Image:
     """Draw rows of panels by title, with the true lesions outlined."""
     strips = []
     for panels in rows.values():

@@ -86,7 +86,7 @@ def _read_document(root: DataPath, file: str, rejects: list[RejectedFile]) -> di
     except OSError as error:
         rejects.append(rejected(file, f"cannot be read ({error.strerror or error})"))
         return None
-    except ValueError as error:  # damaged JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # damaged JSON, or nested without end
         rejects.append(rejected(file, f"is no valid JSON ({error}); export it again"))
         return None
     if isinstance(document, dict):

@@ -83,7 +83,7 @@ def _read_index(root: DataPath) -> dict[str, Any]:
         raise DataError(
             f"{path} cannot be read ({error.strerror or error}); check your access."
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path} is no JSON file ({error}); repair it, or use layout nifti."
         ) from None

@@ -100,7 +100,7 @@ def _recognize_lgg(pictures: list[FileName]) -> str:
 def _recognize_decathlon(root: DataPath) -> str:
     try:
         document = json.loads((root / "dataset.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return ""
     if isinstance(document, dict) and {"training", "labels"} <= document.keys():
         return "a dataset.json with the keys training and labels"

@@ -110,8 +110,9 @@ def read_split_file(path: str | Path, ids: Sequence[str]) -> dict[str, str]:
     if not path.is_file():
         raise DataError(f"There is no split file {path}; check the path.")
     try:
-        splits = json.loads(path.read_text())
-    except ValueError as error:
+        # From bytes: tools of Windows write a byte-order mark, or UTF-16.
+        splits = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path} is not valid JSON ({error}); it must hold {SPLIT_FILE_FORM}."
         ) from None

@@ -325,6 +325,20 @@ def test_split_file_names_the_split_of_listed_ids(tmp_path: Path) -> None:
     assert read_split_file(path, ["x", "y", "z"]) == {"x": "train", "y": "test"}
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_split_file_of_windows_is_read(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps({"train": ["x"], "test": ["y"]}), encoding=encoding)
+    assert read_split_file(path, ["x", "y"]) == {"x": "train", "y": "test"}
+
+
+def test_a_split_file_that_is_nested_without_end_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    path.write_text("[" * 200_000)
+    with pytest.raises(DataError, match="is not valid JSON"):
+        read_split_file(path, ["x"])
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [

@@ -221,19 +221,7 @@ def _cautions(
         "The best trial is one run with one seed, which `amlp-ray study confirm` repeats with "
         "others."
     )
-    for item in comparisons[:1]:
-        if item.difference.interval:
-            cautions.append(
-                f"The intervals cover the choice of {item.sample.unit_words}. They cover neither "
-                f"seeds nor the choice of the best."
-            )
-        if item.sample.groups < item.sample.images:
-            cautions.append(
-                f"In comparisons each of the {item.sample.groups} {item.sample.unit_words} counts "
-                f"once, so that means differ from those over images in the tables."
-            )
-        if item.sample.groups < FEW_GROUPS:
-            cautions.append(few_groups_caution(item.sample))
+    cautions += _sample_cautions(comparisons)
     compared = [item.baseline for item in comparisons]
     once = [run.name for run in baselines if run.name in compared and len(run.runs) == 1]
     if once:
@@ -260,6 +248,25 @@ def _cautions(
             "The best trial masks at random, as MAE does: what it gains does not come from "
             "masking probable lesions."
         )
+    return cautions
+
+
+def _sample_cautions(comparisons: Sequence[Comparison]) -> list[str]:
+    """Say what the intervals cover, and whether images or patients are few."""
+    cautions: list[str] = []
+    for item in comparisons[:1]:
+        if item.difference.interval:
+            cautions.append(
+                f"The intervals cover the choice of {item.sample.unit_words}. They cover neither "
+                f"seeds nor the choice of the best."
+            )
+        if item.sample.groups < item.sample.images:
+            cautions.append(
+                f"In comparisons each of the {item.sample.groups} {item.sample.unit_words} counts "
+                f"once, so that means differ from those over images in the tables."
+            )
+        if item.sample.groups < FEW_GROUPS:
+            cautions.append(few_groups_caution(item.sample))
     return cautions
 
 

@@ -379,12 +379,12 @@ def _top_patches(score: Tensor, share: float, keys: Tensor) -> Tensor:
 def _overlap(lesion: Tensor, truth: Tensor) -> dict[str, Tensor]:
     """Return precision, recall and F1 (B,) of lesion against truth, (B, N) bool each."""
     hits = (lesion & truth).sum(1)
-    found = lesion.sum(1)
+    n_predicted = lesion.sum(1)
     true = truth.sum(1)
     return {
-        "precision": hits / found.clamp_min(1),
+        "precision": hits / n_predicted.clamp_min(1),
         "recall": hits / true.clamp_min(1),
-        "f1": 2 * hits / (found + true).clamp_min(1),
+        "f1": 2 * hits / (n_predicted + true).clamp_min(1),
     }
 
 

@@ -32,6 +32,7 @@ GROUP_BYTES = 16 << 20  # bounds a writer's and a reader's memory where images a
 FOOTER_BYTES = 64 << 10  # read at once; the footer of a part is smaller
 ARROW_SCHEMA = b"ARROW:schema"
 EXTENSION = b"ARROW:extension"
+UNDECODABLE = b"?"
 
 Shape = tuple[int, int, int]  # channels, height, width
 
@@ -180,16 +181,18 @@ def _arrow_schemas(footer: bytes) -> Iterator[bytes]:
     """Yield the value after every ARROW:schema in a footer; something undecodable if it has none.
 
     In Thrift's compact protocol a text of the next field is 0x18, its length in groups of seven
-    bits, and its bytes.
+    bits, and its bytes. A zero ends the pair of name and value: in a longer one a later value would
+    replace the one that is read here.
     """
     for match in re.finditer(re.escape(ARROW_SCHEMA), footer):
-        text = re.match(rb"\x18([\x80-\xff]{0,4}[\x00-\x7f])", footer[match.end() :][:6])
-        if text is None:
-            yield b"?"
+        header = re.match(rb"\x18([\x80-\xff]{0,4}[\x00-\x7f])", footer[match.end() :][:6])
+        if header is None:
+            yield UNDECODABLE
             continue
-        length = sum((byte & 0x7F) << 7 * i for i, byte in enumerate(text[1]))
-        start = match.end() + text.end()
-        yield footer[start : start + length]
+        length = sum((byte & 0x7F) << 7 * i for i, byte in enumerate(header[1]))
+        start = match.end() + header.end()
+        end = start + length
+        yield footer[start:end] if footer[end : end + 1] == b"\x00" else UNDECODABLE
 
 
 def read_part(file: DataPath | Path, columns: Sequence[str], group: int | None = None) -> pa.Table:

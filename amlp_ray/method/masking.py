@@ -164,8 +164,8 @@ class Masking:
             index = torch.tensor(new, device=images.device)
             patches = patchify(images[index], self.model.patch_size)
             truth = self._true_shares(host_keys[new], patches, None)
-            found = self._analyze(patches, keys[index], self._cached_epoch, truth, learn=learn)
-            maps = found.to_images(self.model.grid).half()
+            lesion_map = self._analyze(patches, keys[index], self._cached_epoch, truth, learn=learn)
+            maps = lesion_map.to_images(self.model.grid).half()
             self._cached_maps.update(zip(host_keys[new].tolist(), maps, strict=True))
         return torch.stack([self._cached_maps[key] for key in all_keys]).float()
 

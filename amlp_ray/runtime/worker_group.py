@@ -250,9 +250,9 @@ def original_error(failure: BaseException) -> BaseException:
             )
         return failure.controller_failure
     errors = _worker_errors(failure)
-    own = [error for error in errors if isinstance(error, AmlpError)]
+    own_errors = [error for error in errors if isinstance(error, AmlpError)]
     causes = [error for error in errors if not PEER_LOST.search(str(error))]
-    return [*own, *causes, failure][0]
+    return [*own_errors, *causes, failure][0]
 
 
 def _worker_errors(failure: BaseException) -> list[BaseException]:

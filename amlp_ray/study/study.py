@@ -76,8 +76,8 @@ class Study:
         """
         values = read_study_file(file)
         build_study(values, str(file))  # so that mistakes are reported with the file's name
-        given = {"data": data, "eval_data": eval_data}
-        paths = {name: str(path) for name, path in given.items() if path is not None}
+        datasets = {"data": data, "eval_data": eval_data}
+        paths = {name: str(path) for name, path in datasets.items() if path is not None}
         merged = merge(values, overrides or {}) | paths
         return cls._from_values(merged, "overrides (--set)", runs, named_in=str(file))
 

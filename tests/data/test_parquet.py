@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import pickle
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from helpers.datasets import write_dataset
 
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.loading.batches import open_batches
-from amlp_ray.data.parquet import read_part
+from amlp_ray.data.parquet import UNDECODABLE, _arrow_schemas, read_part
 from amlp_ray.errors import DataError
 
 
@@ -83,6 +84,15 @@ def test_a_column_that_would_be_unpickled_is_refused_before_it_is_read(
 def test_the_payload_of_these_tests_would_run(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Payload(tmp_path / "executed")))
     assert (tmp_path / "executed").is_dir()
+
+
+def test_a_second_value_behind_the_schema_is_refused(tmp_path: Path) -> None:
+    """Thrift takes the last value of a field, so that the first one could be a decoy."""
+    schema = base64.b64encode(pa.schema([("id", pa.string())]).serialize().to_pybytes())
+    length = bytes([len(schema) & 0x7F | 0x80, len(schema) >> 7])
+    pair = b"ARROW:schema" + b"\x18" + length + schema
+    assert list(_arrow_schemas(pair + b"\x00")) == [schema]
+    assert list(_arrow_schemas(pair + b"\x08\x04\x04evil\x00")) == [UNDECODABLE]
 
 
 def test_a_schema_that_cannot_be_decoded_is_refused(tmp_path: Path) -> None:

@@ -199,8 +199,8 @@ class _TrialCopier:
                 # A process that died may have stored parameters before the trial ran.
                 trial.params = {}
                 trial.distributions = {}
-                given = self._change.apply(fixed_params)
-                trial.system_attrs["fixed_params"] = self._new_space.fit_some(given)
+                changed_params = self._change.apply(fixed_params)
+                trial.system_attrs["fixed_params"] = self._new_space.fit_some(changed_params)
             else:
                 what = "its settings are"
                 fitted = self._new_space.fit(self._change.apply(record.params))

@@ -181,7 +181,10 @@ def _conclusion(confirmation: Confirmation, item: Comparison, baseline: Confirme
     if baseline.uses_ground_truth:
         return ". It sees true masks, so it is no part of the verdict."
     if item.reading == "not known":
-        return ". One seed says nothing of the noise, so this is not known to be more than chance."
+        one = "seed" if item.difference.seeds < 2 else item.sample.unit
+        return (
+            f". One {one} says nothing of the noise, so this is not known to be more than chance."
+        )
     text = f", p {_p_text(item.p)} after Holm"
     if (effect := item.difference.effect) is not None:
         text += f", effect {effect:.2f} ({effect_words(effect)})"

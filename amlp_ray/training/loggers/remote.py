@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +45,7 @@ class RunInfo(NamedTuple):
     parameters: Mapping[str, Any]
 
 
-class Service:
+class Service(ABC):
     """A server that a run is sent to. Any method may raise anything.
 
     `tracking.json` in the run's folder has for each service its address, its run and the last epoch
@@ -62,9 +63,9 @@ class Service:
         self._run_id = ""
         self._sent_epoch = -1
 
+    @abstractmethod
     def open(self) -> None:
         """Create a run, or resume the recorded one."""
-        raise NotImplementedError
 
     def send(self, epoch: int, values: Mapping[str, float]) -> None:
         """Send the metrics of an epoch, unless they were sent before a kill."""
@@ -72,12 +73,13 @@ class Service:
             self._send(epoch, values)
             self._record(epoch)
 
+    @abstractmethod
     def _send(self, epoch: int, values: Mapping[str, float]) -> None:
-        raise NotImplementedError
+        """Send metrics that were not sent before."""
 
+    @abstractmethod
     def end(self, failed: bool) -> None:
         """End the run."""
-        raise NotImplementedError
 
     def _read_record(self) -> None:
         """Find the run and the last epoch sent, unless the run was logged elsewhere before."""

@@ -9,7 +9,8 @@ from typing import Any
 from amlp_ray.config import SegmentConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.training.checkpoint.export import ENCODER
-from amlp_ray.utils.files import atomic_write, read_json
+from amlp_ray.utils.files import atomic_write
+from amlp_ray.utils.json_files import read_json
 
 SEGMENTER = "segmenter"  # folder of a run's fine-tuned segmenter
 

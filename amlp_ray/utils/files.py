@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import math
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from amlp_ray.errors import ConfigError
 
 # pathlib makes one slash of two.
 URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)")
+
+IRREGULAR = {
+    stat.S_ISFIFO: "a pipe",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}
 
 
 def local_path(path: str | Path) -> Path:
@@ -34,6 +42,39 @@ def local_path(path: str | Path) -> Path:
             f"nodes see, such as a mounted one. Datasets and predictions may be URIs."
         )
     return Path(path).absolute()
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file to read its bytes, unless it is a pipe, socket or device.
+
+    Reading those would wait for a writer, or never end.
+
+    Raises:
+        OSError: it is no regular file, or cannot be opened.
+    """
+    check_regular(path)
+    # Without waiting, in case a pipe took the file's place.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    file = os.fdopen(descriptor, "rb")
+    try:
+        _check_kind(os.fstat(descriptor), path)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def check_regular(path: str | Path) -> None:
+    """Raise OSError if a file that a library will open is no regular file, or not there."""
+    _check_kind(Path(path).stat(), path)
+
+
+def _check_kind(status: os.stat_result, path: str | Path) -> None:
+    for is_kind, name in IRREGULAR.items():
+        if is_kind(status.st_mode):
+            raise OSError(errno.EINVAL, f"it is {name}, not a regular file", str(path))
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
 
 
 @contextmanager
@@ -67,12 +108,18 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 def append_line(path: Path, line: str) -> None:
     """Append a whole line, or nothing: what a full disk took of it is cut off again.
 
+    After a line that lacks its end, as a power cut may leave one, a new line is begun.
+
     Raises:
         OSError: the line could not be written.
     """
     content = f"{line}\n".encode()
-    with path.open("ab", buffering=0) as file:
+    with path.open("a+b", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                content = b"\n" + content
         try:
             written = file.write(content)
             if written != len(content):
@@ -80,15 +127,6 @@ def append_line(path: Path, line: str) -> None:
         except OSError:
             file.truncate(size)
             raise
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON mapping; return None if the file is missing, half-written or something else."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def without_nan(value: Any) -> Any:

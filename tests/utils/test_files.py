@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from amlp_ray.errors import ConfigError
-from amlp_ray.utils.files import append_line, atomic_write, local_path, read_json
+from amlp_ray.utils.files import append_line, atomic_write, local_path, open_regular
 from amlp_ray.utils.retry import retry
 
 # A limit on the size of files is a disk that is full, for this process alone and without being
@@ -112,14 +114,26 @@ def test_what_is_no_trouble_of_a_disk_is_not_tried_again() -> None:
     assert len(tries) == 1
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[1]", '"text"', b"\xff"], ids=str)
-def test_json_that_is_no_mapping_is_none(tmp_path: Path, content: str | bytes | None) -> None:
-    path = tmp_path / "file.json"
-    if content is not None:
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    assert read_json(path) is None
-    path.write_text('{"a": 1}')
-    assert read_json(path) == {"a": 1}
+def test_a_line_after_one_that_a_power_cut_left_without_its_end_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    path.write_bytes(b'first\n{"cut')
+    append_line(path, "second")
+    assert path.read_text().splitlines() == ["first", '{"cut', "second"]
+
+
+@pytest.mark.timeout(10)  # reading would wait for a writer, or never end
+def test_pipes_sockets_devices_and_folders_are_no_files_to_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+    (tmp_path / "device").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "socket", "device", "folder"):
+        with pytest.raises(OSError, match=f"it is a {name}"):
+            open_regular(tmp_path / name)
+    (tmp_path / "file").write_bytes(b"content")
+    with open_regular(tmp_path / "file") as file:
+        assert file.read() == b"content"
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket/runs", Path("s3://bucket/runs"), "gs:/bucket/runs"])

@@ -30,7 +30,7 @@ from amlp_ray.study.confirmation.statistics import (
 )
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import TrialRecord, trial_records
-from amlp_ray.utils.files import read_json
+from amlp_ray.utils.json_files import read_json
 
 Protocol = Literal["finetune", "probe"]
 SplitName = Literal["val", "test"]

@@ -16,7 +16,7 @@ from amlp_ray.study.operations.trials import searched_names
 from amlp_ray.study.storage.best_trials import best_trial, pareto_front
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import TrialRecord, trial_records
-from amlp_ray.utils.files import read_json
+from amlp_ray.utils.json_files import read_json
 
 # Settings that may differ without making scores differ.
 IGNORED_SETTINGS = (

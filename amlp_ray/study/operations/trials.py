@@ -11,7 +11,7 @@ from amlp_ray.config.yaml_file import read_yaml
 from amlp_ray.errors import ConfigError, StudyError
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import TrialRecord, trial_records
-from amlp_ray.utils.files import read_json
+from amlp_ray.utils.json_files import read_json
 
 STATES = ("COMPLETE", "PRUNED", "FAIL", "RUNNING", "INTERRUPTED", "WAITING")
 

@@ -20,7 +20,7 @@ from amlp_ray.study.storage.budget import Usage
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import TrialRecord, finite, trial_records
 from amlp_ray.training.loggers.metrics_file import read_rows
-from amlp_ray.utils.files import read_json
+from amlp_ray.utils.json_files import read_json
 
 Key = TypeVar("Key")
 

@@ -19,7 +19,8 @@ from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.runtime.resources import Cluster
 from amlp_ray.training.loggers.metrics_file import own_rows, read_rows
-from amlp_ray.utils.files import atomic_write, read_json
+from amlp_ray.utils.files import atomic_write
+from amlp_ray.utils.json_files import read_json
 
 PACKAGES = (
     "amlp-ray",

@@ -19,7 +19,8 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
 
-from amlp_ray.utils.files import atomic_write, read_json
+from amlp_ray.utils.files import atomic_write
+from amlp_ray.utils.json_files import read_json
 
 # How long the end of a run waits for a server; one that answers takes 1 to 3 s.
 CLOSE_S = 60.0

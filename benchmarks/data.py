@@ -96,7 +96,7 @@ def make_dataset(folder: Path, count: int) -> PatchDataset:
         file = f"train/part-{number:05d}.parquet"
         write_part(DataPath(folder) / file, rows, SHAPE, "uint8")
         parts.append(Part(file=file, rows=len(rows), bytes=(folder / file).stat().st_size))
-    nothing = Counts(images=0, labeled=0, lesions=0)
+    nothing = Counts(groups=0, images=0, labeled=0, lesions=0)
     manifest = Manifest(
         created_by="benchmarks/data.py",
         name="speckle",
@@ -108,7 +108,7 @@ def make_dataset(folder: Path, count: int) -> PatchDataset:
         mean=(40.0,),
         std=(40.0,),
         counts={
-            "train": Counts(images=count, labeled=0, lesions=0),
+            "train": Counts(groups=count, images=count, labeled=0, lesions=0),
             "val": nothing,
             "test": nothing,
         },

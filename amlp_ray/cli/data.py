@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +15,8 @@ from amlp_ray.cli.data_check import check
 from amlp_ray.cli.output import Json, print_fields, print_json, print_table
 from amlp_ray.cli.run_options import Address
 from amlp_ray.errors import ConfigError, DataError
+
+MAX_KINDS = 12  # classes and sites whose shares are printed
 
 app = typer.Typer(help="Make and inspect patch datasets.", no_args_is_help=True)
 app.command()(check)
@@ -52,6 +55,9 @@ GroupBy = Annotated[
 ]
 GroupFile = Annotated[str | None, Option(help="CSV with a column id and one of groups.")]
 GroupColumn = Annotated[str, Option(help="The column of group_file, such as patient.")]
+BalanceColumns = Annotated[
+    str | None, Option(help="Columns of group_file that splits share evenly, such as site,scanner.")
+]
 SplitFile = Annotated[str | None, Option(help="JSON with lists of ids: train, val, test.")]
 Fractions = Annotated[str, Option(help="Shares of train, val and test.")]
 HashNames = Annotated[bool, Option(help="Store salted hashes of names; always so for DICOM.")]
@@ -79,6 +85,7 @@ def prepare(
     group_by: GroupBy = "auto",
     group_file: GroupFile = None,
     group_column: GroupColumn = "group",
+    balance_columns: BalanceColumns = None,
     split_file: SplitFile = None,
     fractions: Fractions = "0.7,0.1,0.2",
     hash_names: HashNames = False,
@@ -116,6 +123,8 @@ def _prepare(
     values["window"] = _parse_numbers(window, "--window", float, 2) if window else None
     labels = values["lesion_labels"]
     values["lesion_labels"] = _parse_numbers(labels, "--lesion-labels", int) if labels else ()
+    columns = values["balance_columns"]
+    values["balance_columns"] = tuple(columns.split(",")) if columns else ()
     values["fractions"] = _parse_numbers(values["fractions"], "--fractions", float, 3)
     config = build(PrepareConfig, values, "data prepare")
     # Checked here, before Ray starts.
@@ -170,11 +179,16 @@ def phantoms(
     count: Annotated[int, Option(help="Number of images.")] = 240,
     size: Annotated[int, Option(help="Side of an image in pixels.")] = 128,
     seed: Annotated[int, Option(help="Equal seeds give equal images.")] = 0,
+    empty_share: Annotated[
+        float | None,
+        Option(help="Share of the images without a lesion, 0 to 1.", show_default="a sixth"),
+    ] = None,
 ) -> None:
     """Generate images with lesions and their masks, to try things out without data."""
-    from amlp_ray.data.phantoms import write_phantoms
+    from amlp_ray.data.phantoms import EMPTY_SHARE, write_phantoms
 
-    folder = write_phantoms(out, kind=kind, count=count, size=size, seed=seed)
+    share = EMPTY_SHARE if empty_share is None else empty_share
+    folder = write_phantoms(out, kind=kind, count=count, size=size, seed=seed, empty_share=share)
     typer.echo(f"{count} {kind} phantoms in {folder}")
 
 
@@ -182,10 +196,27 @@ def _print_summary(summary: dict[str, Any]) -> None:
     print_fields({name: value for name, value in summary.items() if name != "splits"})
     rows = []
     for split, counts in summary["splits"].items():
-        row = {"split": split} | {name: counts[name] for name in ("images", "labeled", "lesions")}
+        row = {"split": split}
+        row |= {name: counts[name] for name in ("groups", "images", "labeled", "lesions")}
         area = counts["lesion_area_percent"] or {}
         for percentile in ("p10", "p50", "p90"):
             row[f"lesion area % {percentile}"] = area.get(percentile)
         row["background"] = counts["background"]
         rows.append(row)
     print_table(rows)
+    print_fields(_balance(summary["splits"]))
+
+
+def _balance(splits: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Describe the share of each class and site in train, val and test, most common first."""
+    totals: Counter[str] = Counter()
+    for counts in splits.values():
+        totals.update(counts["kinds"])
+    shares = {}
+    for kind, _ in totals.most_common(MAX_KINDS):
+        percents = []
+        for counts in splits.values():
+            share = counts["kinds"].get(kind, 0) / counts["images"] if counts["images"] else None
+            percents.append("-" if share is None else f"{share:.0%}".removesuffix("%"))
+        shares[f"{kind} %"] = "/".join(percents)
+    return shares

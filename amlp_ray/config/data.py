@@ -65,6 +65,8 @@ class PrepareConfig(Config):
     """CSV with a column id; replaces group_by."""
     group_column: str = "group"
     """Column of group_file with the group of each image."""
+    balance_columns: tuple[str, ...] = ()
+    """Columns of group_file whose values every split gets its share of, such as site."""
     split_file: str | None = None
     """JSON {"train": [ids], "val": ..., "test": ...}; replaces fractions."""
     fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
@@ -93,6 +95,8 @@ class PrepareConfig(Config):
                 f"lesion_labels must be whole numbers from 1, not {self.lesion_labels}; "
                 f"0 is background"
             )
+        if self.balance_columns and not self.group_file:
+            raise ValueError("balance_columns needs a group_file that holds them")
         if self.file_list and self.layout not in ("auto", "flat"):
             raise ValueError(f"file_list needs layout=flat, not {self.layout}")
         return self

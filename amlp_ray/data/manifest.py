@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Literal
 
+from pydantic import Field
+
 from amlp_ray.config import PrepareConfig
 from amlp_ray.config.base import Config, build
 from amlp_ray.data.parquet import Shape, image_bytes
@@ -36,9 +38,13 @@ class Part(Config):
 class Counts(Config):
     """Numbers of images of one split."""
 
+    groups: int
     images: int
     labeled: int
     lesions: int  # labeled images whose mask is not empty
+    kinds: dict[str, int] = Field(
+        default_factory=dict
+    )  # images of each class, site and column that the split balances
 
 
 class Manifest(Config):

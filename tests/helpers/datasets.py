@@ -149,4 +149,5 @@ def _write_parts(
 def _count(rows: list[dict[str, Any]]) -> Counts:
     labeled = [row for row in rows if row["mask"] is not None]
     lesions = sum(row["lesion"] > 0 for row in labeled)
-    return Counts(images=len(rows), labeled=len(labeled), lesions=lesions)
+    groups = len({row["group"] for row in rows})
+    return Counts(groups=groups, images=len(rows), labeled=len(labeled), lesions=lesions)

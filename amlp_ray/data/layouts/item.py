@@ -24,6 +24,7 @@ class SourceImage:
     source: str  # name shown to people: path relative to the folder, with forward slashes
     group: str = ""  # patient or volume, never cut by a split; empty if the layout knows none
     stratum: str = ""  # class, shared evenly by the splits
+    site: str = ""  # hospital or scanner, shared evenly too; empty if the layout knows none
     # Lesions drawn in an annotation file, as JSON: {"height", "width", "segmentations": [COCO]}.
     outlines: str = ""
 

@@ -75,6 +75,7 @@ def picture_item(
     id: str = "",
     group: str = "",
     stratum: str = "",
+    site: str = "",
     outlines: str = "",
 ) -> SourceImage:
     """Describe a picture below a folder; its id is its name without suffix unless given."""
@@ -86,6 +87,7 @@ def picture_item(
         source=picture.full,
         group=group,
         stratum=stratum,
+        site=site,
         outlines=outlines,
     )
 

@@ -31,6 +31,8 @@ FLAGS = re.IGNORECASE | re.DOTALL  # names may hold newlines
 MASK_NAME = re.compile(rf"(?P<id>.+)({'|'.join(MASK_ENDINGS)})(_\d+)?", FLAGS)
 BUSI_MASK = re.compile(r"(?P<id>.+)_mask(_\d+)?", FLAGS)
 BUSI_CLASSES = ("benign", "malignant", "normal")
+# Of The Cancer Genome Atlas: project, site where the tissue was taken, patient.
+TCGA_SITE = re.compile(r"TCGA_(?P<site>[A-Z0-9]{2})_", FLAGS)
 LGG_MASK = re.compile(r"(?P<id>.*)_mask", FLAGS)
 LGG_SUFFIXES = (".tif", ".tiff")
 
@@ -97,14 +99,17 @@ def find_lgg(root: DataPath, config: PrepareConfig) -> Listing:
         TCGA_CS_4941_19960909/TCGA_CS_4941_19960909_1_mask.tif
 
     An id is a file name without suffix. If it does not begin with the name of its folder, that is
-    put before it. The patient's folder is the group: no split cuts it.
+    put before it. The patient's folder is the group: no split cuts it. The site is the second part
+    of TCGA's barcode.
     """
     pairs = pair_lgg(list_pictures(root))
     items = []
     for name, image, masks in pairs.images:
         patient = image.folder.rpartition("/")[2]
         id = image.stem if image.stem.startswith(patient) else name
-        items.append(picture_item(root, image, masks, id=id, group=image.folder))
+        barcode = TCGA_SITE.match(patient)
+        site = barcode["site"] if barcode else ""
+        items.append(picture_item(root, image, masks, id=id, group=image.folder, site=site))
     reason = (
         "is a mask without an image; its name without _mask must stand beside it, "
         "so add it or remove the mask"

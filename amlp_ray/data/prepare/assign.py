@@ -7,15 +7,17 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.layouts import SourceImage
-from amlp_ray.data.manifest import GROUP_RULES, SPLITS
+from amlp_ray.data.manifest import GROUP_RULES, SPLITS, Counts
 from amlp_ray.data.prepare.near_duplicates import connect, find_chains, read_group_file
+from amlp_ray.data.prepare.random_split import split_by_group
 from amlp_ray.data.prepare.scan import ScannedItem
-from amlp_ray.data.prepare.splits import find_cut_groups, read_split_file, split_by_group
+from amlp_ray.data.prepare.splits import find_cut_groups, read_split_file
 from amlp_ray.data.pseudonyms import pseudonym, salt
 from amlp_ray.errors import DataError
 
@@ -30,6 +32,7 @@ class UserFiles:
 
     split_of: dict[str, str] | None
     group_of: dict[str, str] | None
+    balanced: dict[str, dict[str, str]]  # by column of the group file
 
     @classmethod
     def from_config(cls, config: PrepareConfig, items: Sequence[SourceImage]) -> UserFiles:
@@ -41,43 +44,63 @@ class UserFiles:
         ids = [item.id for item in items]
         split_of = read_split_file(config.split_file, ids) if config.split_file else None
         if not config.group_file:
-            return cls(split_of, None)
-        groups = read_group_file(config.group_file, config.group_column)
-        if items[0].format == "dicom":
-            groups = _hide_names(groups)
-        group_of: dict[str, str] = {}
-        missing = []
+            return cls(split_of, None, {})
         listed = [item for item in items if split_of is None or item.id in split_of]
-        for item in listed:
-            # The file may name images, or the patients that the layout knows.
-            group = groups.get(item.id) or groups.get(item.group)
-            if group is None:
-                missing.append(item.id)
-            else:
-                group_of[item.id] = group
-        if missing:
-            raise DataError(
-                f"{config.group_file} has no {config.group_column} for {len(missing)} of "
-                f"{len(listed)} images, such as {missing[0]!r}; add a line for each."
-            )
-        return cls(split_of, group_of)
+        columns = {}
+        for column in (config.group_column, *config.balance_columns):
+            columns[column] = _read_column(config.group_file, column, listed)
+        group_of = columns.pop(config.group_column)
+        if listed[0].format == "dicom":
+            secret = salt()
+            group_of = {name: pseudonym(group, secret) for name, group in group_of.items()}
+        return cls(split_of, group_of, columns)
 
     def lists(self, item: SourceImage) -> bool:
         """Return whether the item is to be used."""
         return self.split_of is None or item.id in self.split_of
 
 
-def _hide_names(groups: dict[str, str]) -> dict[str, str]:
-    """Hash groups, and ids as well: of DICOM, items are hashed, but the file has plain names."""
-    secret = salt()
-    by_plain_name = {name: pseudonym(group, secret) for name, group in groups.items()}
-    by_hash = {pseudonym(name, secret): group for name, group in by_plain_name.items()}
-    return by_hash | by_plain_name
+def _read_column(file: str, column: str, items: Sequence[SourceImage]) -> dict[str, str]:
+    """Read a value for every item. The file may name images, or the patients of the layout."""
+    values = read_group_file(file, column)
+    if items[0].format == "dicom":
+        # Items are hashed, but the file has plain names.
+        secret = salt()
+        values |= {pseudonym(name, secret): value for name, value in values.items()}
+    value_of: dict[str, str] = {}
+    missing = []
+    for item in items:
+        value = values.get(item.id) or values.get(item.group)
+        if value is None:
+            missing.append(item.id)
+        else:
+            value_of[item.id] = value
+    if missing:
+        raise DataError(
+            f"{file} has no {column} for {len(missing)} of {len(items)} images, such as "
+            f"{missing[0]!r}; add a line for each."
+        )
+    return value_of
+
+
+class ImageCounts(NamedTuple):
+    """Numbers of images of each item, by kind."""
+
+    kinds: list[str]  # images, labeled, lesions, and then those of each class and site
+    values: np.ndarray  # (items, kinds) int64
+
+
+class Assignment(NamedTuple):
+    """Group and split of every item."""
+
+    groups: list[str]
+    splits: list[str]
+    counts: dict[str, Counts]  # by split
 
 
 def assign(
     scanned: Sequence[ScannedItem], user_files: UserFiles, config: PrepareConfig
-) -> tuple[list[str], list[str]]:
+) -> Assignment:
     """Name the group and the split of every item.
 
     No split cuts a group, unless a split file does. Cut groups that were guessed are logged.
@@ -86,38 +109,81 @@ def assign(
         DataError: groups are unknown, are cut by the user's own split file, or leave a split empty.
     """
     groups = _groups(scanned, user_files, config)
+    counts = _count_images(scanned, user_files)
     if user_files.split_of is None:
-        return groups, _draw_splits(scanned, groups, config)
+        splits = split_by_group(groups, counts.values, config.fractions, config.seed)
+        _tell_empty_splits(splits, groups, config)
+    else:
+        splits = [user_files.split_of[item.id] for item, _ in scanned]
+        _check_cut_groups(scanned, groups, splits, config)
+    return Assignment(groups, splits, _counts_of_splits(groups, splits, counts))
+
+
+def _check_cut_groups(
+    scanned: Sequence[ScannedItem],
+    groups: Sequence[str],
+    splits: Sequence[str],
+    config: PrepareConfig,
+) -> None:
     ids = [item.id for item, _ in scanned]
-    cut = find_cut_groups(user_files.split_of, dict(zip(ids, groups, strict=True)))
+    split_of = dict(zip(ids, splits, strict=True))
+    cut = find_cut_groups(split_of, dict(zip(ids, groups, strict=True)))
     if cut and config.group_file:
-        group, splits = next(iter(cut.items()))
+        group, names = next(iter(cut.items()))
         raise DataError(
             f"{config.split_file} puts group {group!r} of {config.group_file} into "
-            f"{' and '.join(splits)}; a group must stay in one split, so move its images together."
+            f"{' and '.join(names)}; a group must stay in one split, so move its images together."
         )
     if cut:  # a guess at groups is no reason to refuse a published split, but one to speak up
         rule = group_rule(scanned, config)
         message = "%d groups of %s, such as that of %r, lie in several splits of %s."
         logger.info(message, len(cut), rule, next(iter(cut)), config.split_file)
-    return groups, [user_files.split_of[name] for name in ids]
 
 
-def _draw_splits(
-    scanned: Sequence[ScannedItem], groups: Sequence[str], config: PrepareConfig
-) -> list[str]:
-    strata = []
-    images = []
-    for item, scan in scanned:
-        strata.append(f"{item.stratum} {item.is_labeled} {scan.lesion}")
-        images.append(scan.num_images)
-    splits = split_by_group(groups, strata, config.fractions, config.seed, images)
+def _tell_empty_splits(splits: Sequence[str], groups: Sequence[str], config: PrepareConfig) -> None:
     fractions = zip(SPLITS, config.fractions, strict=True)
     empty = [split for split, fraction in fractions if fraction and split not in splits]
     if empty:
         message = "%s stays empty: %d groups are too few; give other fractions."
         logger.info(message, " and ".join(empty), len(set(groups)))
-    return splits
+
+
+def _count_images(scanned: Sequence[ScannedItem], user_files: UserFiles) -> ImageCounts:
+    """Count what splits share evenly. A class that all images have is left out."""
+    traits = {"class": [item.stratum for item, _ in scanned]}
+    traits["site"] = [item.site for item, _ in scanned]
+    for column, value_of in user_files.balanced.items():
+        traits[column] = [value_of[item.id] for item, _ in scanned]
+    images = np.array([scan.num_images for _, scan in scanned])
+    kinds = ["images", "labeled", "lesions"]
+    columns = [images, images * [item.is_labeled for item, _ in scanned]]
+    columns.append(np.array([scan.num_lesions for _, scan in scanned]))
+    for trait, values in traits.items():
+        names = sorted(set(values))
+        for name in names if len(names) > 1 else ():
+            kinds.append(f"{trait} {name or 'unknown'}")
+            columns.append(images * (np.asarray(values, dtype=object) == name))
+    return ImageCounts(kinds, np.stack(columns, axis=1).astype(np.int64))
+
+
+def _counts_of_splits(
+    groups: Sequence[str], splits: Sequence[str], counts: ImageCounts
+) -> dict[str, Counts]:
+    result = {}
+    for split in SPLITS:
+        is_member = np.asarray(splits) == split
+        totals = counts.values[is_member].sum(axis=0).tolist()
+        of_kind = dict(zip(counts.kinds, totals, strict=True))
+        result[split] = Counts(
+            groups=len(
+                {group for group, name in zip(groups, splits, strict=True) if name == split}
+            ),
+            images=of_kind.pop("images"),
+            labeled=of_kind.pop("labeled"),
+            lesions=of_kind.pop("lesions"),
+            kinds=of_kind,
+        )
+    return result
 
 
 def _groups(
@@ -175,12 +241,19 @@ def group_rule(scanned: Sequence[ScannedItem], config: PrepareConfig) -> str:
     return GROUP_RULES[_resolve_rule(scanned, config)]
 
 
-def split_rule(config: PrepareConfig) -> str:
-    """Describe what decides the split."""
+def split_rule(config: PrepareConfig, counts: Counts) -> str:
+    """Describe what decides the split, and what it balances."""
     if config.split_file:
         return f"as {Path(config.split_file).name} says; images it does not list are left out"
     fractions = "/".join(f"{fraction:g}" for fraction in config.fractions)
-    return f"{fractions} by group, within classes, seed {config.seed}"
+    balanced = ["images"]
+    if counts.labeled:
+        balanced.append("lesions")
+    traits = ["class", "site", *config.balance_columns]
+    balanced += [
+        trait for trait in traits if any(kind.startswith(f"{trait} ") for kind in counts.kinds)
+    ]
+    return f"{fractions} by group, balanced in {', '.join(balanced)}, seed {config.seed}"
 
 
 def file_digests(config: PrepareConfig) -> dict[str, str]:

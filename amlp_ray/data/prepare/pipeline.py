@@ -24,11 +24,12 @@ from amlp_ray.config import PrepareConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.layouts import SourceImage, find_items
 from amlp_ray.data.layouts.item import rejected, repaired
-from amlp_ray.data.manifest import MANIFEST, SPLITS, UNFINISHED, Counts, Manifest, Part
+from amlp_ray.data.manifest import MANIFEST, SPLITS, UNFINISHED, Manifest, Part
 from amlp_ray.data.parquet import group_rows, part_rows
 from amlp_ray.data.path import DataPath
 from amlp_ray.data.prepare.assign import (
     FILE_FIELDS,
+    Assignment,
     UserFiles,
     assign,
     file_digests,
@@ -176,8 +177,8 @@ class _Preparation:
         scans = self.state.begin()  # not below: another run's unfinished work must stay
         try:
             selection = self._select(self._scan(scans, save=True))
-            groups, splits = assign(selection.scanned, self.user_files, self.config)
-            rows = self._rows(selection, groups, splits)
+            assignment = assign(selection.scanned, self.user_files, self.config)
+            rows = self._rows(selection, assignment)
             notes = self._write(rows, selection.format)
         except ResumableError:
             raise
@@ -204,10 +205,10 @@ class _Preparation:
             dtype=dtype,
             mean=mean,
             std=std,
-            counts={split: _counts(rows[split]) for split in SPLITS},
+            counts=assignment.counts,
             parts=parts,
             group_rows=group_rows(shape, dtype),
-            split_rule=split_rule(self.config),
+            split_rule=split_rule(self.config, assignment.counts["train"]),
             group_rule=group_rule(selection.scanned, self.config),
             left_out=self.left_out,
             rejected=self.rejects.num_rejected,
@@ -279,13 +280,12 @@ class _Preparation:
             f"None of {len(self.items)} images can be used. The first: {self.rejects.first()}"
         )
 
-    def _rows(
-        self, selection: _Selection, groups: Sequence[str], splits: Sequence[str]
-    ) -> SplitRows:
+    def _rows(self, selection: _Selection, assignment: Assignment) -> SplitRows:
         """List the images of every split in the order in which they are stored."""
         hide = _name_hider(self.config)
         rows: SplitRows = {split: [] for split in SPLITS}
-        for (item, scan), group, split in zip(selection.scanned, groups, splits, strict=True):
+        assigned = zip(selection.scanned, assignment.groups, assignment.splits, strict=True)
+        for (item, scan), group, split in assigned:
             item_name = hide(item, item.id)
             source = hide(item, item.source)
             for frame in scan.frames:
@@ -377,14 +377,6 @@ def _open_existing(out: DataPath) -> PatchDataset | None:
     if not (out / UNFINISHED).is_folder() and not out.is_empty():
         raise DataError(message)
     return None
-
-
-def _counts(rows: Sequence[Row]) -> Counts:
-    return Counts(
-        images=len(rows),
-        labeled=sum(row.item.is_labeled for row in rows),
-        lesions=sum(row.crop.lesion for row in rows),
-    )
 
 
 def _name_hider(config: PrepareConfig) -> Callable[[SourceImage, str], str]:

@@ -51,9 +51,9 @@ class ItemScan(NamedTuple):
         return sum(len(frame.crops) for frame in self.frames)
 
     @property
-    def lesion(self) -> bool:
-        """Whether a stored image holds a lesion; False if unlabeled."""
-        return any(crop.lesion for frame in self.frames for crop in frame.crops)
+    def num_lesions(self) -> int:
+        """Number of stored images that hold a lesion; 0 if unlabeled."""
+        return sum(crop.lesion for frame in self.frames for crop in frame.crops)
 
 
 class ScannedItem(NamedTuple):

@@ -10,12 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 import amlp_ray.data.prepare.near_duplicates as grouping
-from amlp_ray.data.manifest import SPLITS
 from amlp_ray.data.prepare.near_duplicates import (
     FLAT,
     MAX_DISTANCE,
@@ -24,7 +21,7 @@ from amlp_ray.data.prepare.near_duplicates import (
     perceptual_hash,
     read_group_file,
 )
-from amlp_ray.data.prepare.splits import find_cut_groups, read_split_file, split_by_group
+from amlp_ray.data.prepare.splits import find_cut_groups, read_split_file
 from amlp_ray.errors import DataError
 
 
@@ -191,52 +188,6 @@ def test_a_hundred_thousand_hashes_take_seconds() -> None:
     assert 99_800 < len(np.unique(first)) <= 99_900  # 1.4 links by chance
 
 
-fractions = st.tuples(st.integers(1, 10), st.integers(0, 5), st.integers(0, 5)).map(
-    lambda parts: tuple(part / sum(parts) for part in parts)
-)
-
-
-@given(
-    members=st.lists(
-        st.tuples(st.integers(0, 30), st.sampled_from("xyz")), min_size=1, max_size=150
-    ),
-    fractions=fractions,
-    seed=st.integers(0, 5),
-)
-def test_no_group_is_ever_cut(
-    members: list[tuple[int, str]], fractions: tuple[float, float, float], seed: int
-) -> None:
-    groups = [str(group) for group, _ in members]
-    strata = [stratum for _, stratum in members]
-    try:
-        splits = split_by_group(groups, strata, fractions, seed)
-    except DataError:
-        largest = Counter(groups).most_common(1)[0][1]
-        assert largest * 2 > len(groups) or len(groups) * fractions[0] < largest
-        return
-    assert splits == split_by_group(groups, strata, fractions, seed)
-    assert not find_cut_groups(dict(enumerate(splits)), dict(enumerate(groups)))
-    largest = Counter(groups).most_common(1)[0][1]
-    for split, fraction in zip(SPLITS, fractions, strict=True):
-        count = splits.count(split)
-        assert count == 0 or fraction > 0
-        assert abs(count - fraction * len(groups)) <= 2 * largest
-
-
-def test_fractions_are_met_within_each_class() -> None:
-    groups = [str(i) for i in range(200)]
-    strata = ["benign"] * 120 + ["malignant"] * 80
-    splits = split_by_group(groups, strata, (0.7, 0.1, 0.2), seed=3)
-    assert Counter(splits[:120]) == {"train": 84, "val": 12, "test": 24}
-    assert Counter(splits[120:]) == {"train": 56, "val": 8, "test": 16}
-    assert splits != split_by_group(groups, strata, (0.7, 0.1, 0.2), seed=4)
-
-
-def test_a_group_of_nearly_everything_is_an_error_that_says_what_to_do() -> None:
-    with pytest.raises(DataError, match=r"'slice' holds 9 of 10 images .* set group_by to image"):
-        split_by_group(["slice"] * 9 + ["other"], ["x"] * 10, (0.7, 0.1, 0.2), seed=0)
-
-
 def _csv(path: Path, lines: list[list[str]]) -> Path:
     with path.open("w", newline="") as file:
         csv.writer(file).writerows(lines)
@@ -254,28 +205,6 @@ def test_group_file_may_hold_more_columns_and_ids(tmp_path: Path) -> None:
 def test_space_around_a_group_makes_no_other_group(tmp_path: Path) -> None:
     path = _csv(tmp_path / "g.csv", [["id", "group"], [" x", "g0 "], ["y", "g0"]])
     assert read_group_file(path) == {"x": "g0", "y": "g0"}
-
-
-@pytest.mark.parametrize(
-    ("sizes", "filled"),
-    [([50, 50], 2), ([20] * 5, 3), ([30, 30, 40], 3), ([1] * 4, 3), ([5, 200, 5, 200, 5], 3)],
-)
-def test_no_split_stays_empty_while_another_has_two_groups(sizes: list[int], filled: int) -> None:
-    groups = [f"g{i}" for i, size in enumerate(sizes) for _ in range(size)]
-    splits = split_by_group(groups, ["x"] * len(groups), (0.7, 0.1, 0.2), seed=0)
-    assert len(set(splits)) == filled
-    assert len({(group, split) for group, split in zip(groups, splits, strict=True)}) == len(sizes)
-
-
-def test_fractions_count_the_images_of_a_volume() -> None:
-    groups = [f"case {i}" for i in range(12)]
-    images = [200, 200, *[40] * 10]
-    splits = split_by_group(groups, ["x"] * 12, (0.5, 0.25, 0.25), 0, images)
-    counts = {
-        name: sum(n for n, split in zip(images, splits, strict=True) if split == name)
-        for name in SPLITS
-    }
-    assert counts == {"train": 400, "val": 200, "test": 200}
 
 
 def test_a_group_file_may_name_its_column(tmp_path: Path) -> None:

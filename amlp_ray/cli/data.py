@@ -50,6 +50,9 @@ Axis = Annotated[str, Option(help="axial, coronal or sagittal slices of NIfTI vo
 LesionLabels = Annotated[
     str | None, Option(help="Mask values that are lesion, such as 1,4; none: all above 0.")
 ]
+LesionThreshold = Annotated[
+    float | None, Option(help="Mask values above this are lesion, such as 127; not with labels.")
+]
 GroupBy = Annotated[
     str, Option(help="auto, patient, near-duplicates or image: what stays in one split.")
 ]
@@ -82,6 +85,7 @@ def prepare(
     window: Window = None,
     axis: Axis = "axial",
     lesion_labels: LesionLabels = None,
+    lesion_threshold: LesionThreshold = None,
     group_by: GroupBy = "auto",
     group_file: GroupFile = None,
     group_column: GroupColumn = "group",

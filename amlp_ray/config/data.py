@@ -58,6 +58,10 @@ class PrepareConfig(Config):
     """Axis across which NIfTI volumes are cut into slices."""
     lesion_labels: tuple[int, ...] = ()
     """Values of a mask that are lesion. Empty: all above zero."""
+    lesion_threshold: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Lesion is what lies above this value of a mask, for probabilities, soft edges and remains of
+    JPEG. null: all above zero; masks of many values that may be anything are asked about, because
+    above zero they would swell."""
     group_by: Literal["auto", "patient", "near-duplicates", "image"] = "auto"
     """What stays in one split. auto: by patient where the layout knows patients, else by
     near-duplicates, because public sets hold many near-copies."""
@@ -97,6 +101,8 @@ class PrepareConfig(Config):
             )
         if self.balance_columns and not self.group_file:
             raise ValueError("balance_columns needs a group_file that holds them")
+        if self.lesion_labels and self.lesion_threshold is not None:
+            raise ValueError("lesion_labels and lesion_threshold exclude each other; give one")
         if self.file_list and self.layout not in ("auto", "flat"):
             raise ValueError(f"file_list needs layout=flat, not {self.layout}")
         return self

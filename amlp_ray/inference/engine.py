@@ -149,7 +149,12 @@ def load_inference(folder: Path, config: PredictConfig, device: str) -> Inferenc
         )
     segmenter.model.to(device).eval()
     decoding = prepare.model_copy(
-        update={"layout": config.layout, "file_list": None, "lesion_labels": ()}
+        update={
+            "layout": config.layout,
+            "file_list": None,
+            "lesion_labels": (),
+            "lesion_threshold": None,
+        }
     )
     return Inference(segmenter, decoding, fitting, config, device)
 

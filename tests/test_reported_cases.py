@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from amlp_ray.cli import main
+from amlp_ray.config import ImageSpec
 from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.errors import CheckpointError
+from amlp_ray.training.checkpoint.pretrained import load_pretrained_encoder
 
 CASES = Path(os.environ.get("AMLP_RAY_CASES", str(Path(__file__).parents[1] / "../shared/cases")))
 
@@ -76,3 +79,19 @@ def test_split_file_with_a_byte_order_mark_is_read(case: Case) -> None:
     assert code == 0, printed
     dataset = case.dataset()
     assert [dataset.count(split) for split in ("train", "val", "test")] == [5, 1, 2]
+
+
+def test_weights_of_all_kinds_load_or_tell_why_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = Case(tmp_path, monkeypatch, capsys)  # needs no Ray
+    case.make("weights_kinds")
+    spec = ImageSpec(channels=1, height=32, width=32, mean=(0.0,), std=(1.0,))
+    refused = {"nan.pth": "NaN or infinite", "whole_module.pth": "a whole pickled model"}
+    for file in sorted((tmp_path / "weights").iterdir()):
+        if file.name in refused:
+            with pytest.raises(CheckpointError, match=refused.pop(file.name)):
+                load_pretrained_encoder(str(file), spec, name="vit_tiny_patch16_224")
+        else:
+            load_pretrained_encoder(str(file), spec, name="vit_tiny_patch16_224")
+    assert not refused

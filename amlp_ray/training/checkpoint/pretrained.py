@@ -2,7 +2,8 @@
 
 timm adapts the weights with its own functions. The patch embedding of 3 channels is summed to 1, or
 repeated and scaled to n; positions are resampled (bicubic) to another grid of patches. Files are
-read as tensors alone, so no code is loaded.
+read as tensors alone, so no code is loaded. Prefixes such as `teacher.backbone.` and the names of
+Hugging Face are translated.
 """
 
 from __future__ import annotations
@@ -12,27 +13,27 @@ from math import isqrt
 from pathlib import Path
 
 import timm
-from timm.models import adapt_input_conv, load_state_dict
+from timm.models import adapt_input_conv
 from timm.models.vision_transformer import (
     VisionTransformer,
     checkpoint_filter_fn,
     get_pretrained_grid_size,
 )
-from torch import Tensor
 
 from amlp_ray.config import ImageSpec, ModelConfig
 from amlp_ray.config.base import build
 from amlp_ray.errors import CheckpointError, ConfigError
 from amlp_ray.method.encoder import create_encoder, timm_arguments, timm_name
 from amlp_ray.training.checkpoint.export import is_encoder, load_encoder, read_encoder_header
+from amlp_ray.training.checkpoint.weight_names import find_vit
+from amlp_ray.training.checkpoint.weights_file import Tensors, check_numbers, read_tensors
 
 ONLINE = "timm:"
 ENCODER_FIELDS = ("patch_size", "width", "depth", "heads", "class_token", "register_tokens")
 # What a checkpoint may hold beside an encoder: classifiers, and the decoders of MAE and its kin.
 IGNORED_PREFIXES = ("head", "fc", "decoder", "mask_token", "pre_logits")
+REGISTER_NAMES = ("reg_token", "register_tokens")  # of timm and of DINOv2
 PATCH_EMBEDDING = "patch_embed.proj.weight"
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,10 @@ def load_pretrained_encoder(
     else:
         label = str(source_model.encoder)
         source = weights
-        tensors = _read_tensors(weights)
+        tensors = read_tensors(Path(weights))
     encoder = create_encoder(timm_name(model), timm_arguments(model, spec))
-    changes = _load_adapted(encoder, tensors, f"{weights} as {source_model.encoder}")
+    tensors, changes = find_vit(tensors, weights)
+    changes += _load_adapted(encoder, tensors, f"{weights} as {source_model.encoder}")
     encoder.pos_embed.requires_grad_(False)
     description = f"{label} from {source}: {', '.join(changes) or 'nothing adapted'}"
     return PretrainedEncoder(encoder.eval(), model, description)
@@ -199,18 +201,6 @@ def _download(name: str) -> Tensors:
         ) from None
 
 
-def _read_tensors(weights: str) -> Tensors:
-    try:
-        # Unpacks `model` or `state_dict`, and reads with `weights_only`.
-        state = load_state_dict(weights)
-        return {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    except Exception as error:  # the file may be anything
-        raise CheckpointError(
-            f"{weights} cannot be read as weights ({type(error).__name__}); give a state dict as "
-            f".safetensors, or as torch.save writes it."
-        ) from None
-
-
 def _load_adapted(encoder: VisionTransformer, tensors: Tensors, label: str) -> list[str]:
     """Load tensors by timm's names into an encoder of another shape or grid.
 
@@ -222,8 +212,9 @@ def _load_adapted(encoder: VisionTransformer, tensors: Tensors, label: str) -> l
     """
     changes: list[str] = []
     grid = tuple(encoder.patch_embed.grid_size)
-    source_grid = _source_grid(encoder, tensors)
+    _check_registers(encoder, tensors, label)
     try:
+        source_grid = _source_grid(encoder, tensors)
         state = checkpoint_filter_fn(dict(tensors), encoder)
         changes += _adapt_channels(encoder, state)
         if "norm.weight" not in state and "fc_norm.weight" in state:  # of ViTs that pool first
@@ -233,7 +224,7 @@ def _load_adapted(encoder: VisionTransformer, tensors: Tensors, label: str) -> l
         if source_grid not in (None, grid):
             changes.append("positions resampled from {}x{} to {}x{}".format(*source_grid, *grid))
         result = encoder.load_state_dict(state, strict=False)
-    except (RuntimeError, ValueError, AttributeError, KeyError) as error:
+    except Exception as error:  # timm's conversions expect tensors of certain shapes
         raise CheckpointError(
             f"{label} cannot be loaded, its tensors are of other shapes ({_last_line(error)}); "
             f"check the name."
@@ -249,7 +240,20 @@ def _load_adapted(encoder: VisionTransformer, tensors: Tensors, label: str) -> l
                 f"{label} {problem} {len(keys)} tensor{plural} such as {keys[0]}; check that the "
                 f"file is of this ViT."
             )
+    weight_names = encoder.state_dict().keys()
+    check_numbers({key: state[key] for key in weight_names}, label)
     return changes
+
+
+def _check_registers(encoder: VisionTransformer, tensors: Tensors, label: str) -> None:
+    """Raise CheckpointError unless the checkpoint has as many register tokens as the encoder."""
+    tokens = [tensors[name] for name in REGISTER_NAMES if name in tensors]
+    count = tokens[0].shape[1] if tokens and tokens[0].ndim == 3 else 0
+    if count != encoder.num_reg_tokens:
+        raise CheckpointError(
+            f"{label} has {count} register tokens, not {encoder.num_reg_tokens} as that ViT has; "
+            f"give the name of one with {count}, or other weights."
+        )
 
 
 def _adapt_channels(encoder: VisionTransformer, state: Tensors) -> list[str]:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -189,13 +191,29 @@ def without(state: dict[str, Tensor], key: str) -> dict[str, Tensor]:
             lambda w: without(w, "patch_embed.proj.weight"),
             r"lacks 1 tensor such as patch_embed\.proj\.weight",
         ),
-        (lambda w: {}, "lacks 150 tensors such as cls_token"),
+        (lambda w: {}, "holds no tensors, but a state dict of a ViT is needed"),
         (
             lambda w: w | {"blocks.3.ls1.gamma": torch.ones(192)},
             r"has not, 1 tensor such as blocks\.3\.ls1\.gamma",
         ),
         (lambda w: {key: value[:8] for key, value in w.items()}, "tensors are of other shapes"),
-        (lambda w: [1, 2], "cannot be read as weights"),
+        (lambda w: [1, 2], "holds no tensors"),
+        (
+            lambda w: {"a": w, "b": w},
+            r"holds 2 ViTs \('a', 'b'\), but one is needed",
+        ),
+        (
+            lambda w: w | {"norm.bias": torch.full((192,), torch.nan)},
+            r"has NaN or infinite values in 1 tensor such as norm\.bias",
+        ),
+        (
+            lambda w: w | {"norm.bias": torch.zeros(192, dtype=torch.int8)},
+            r"has whole numbers in 1 tensor such as norm\.bias",
+        ),
+        (
+            lambda w: w | {"reg_token": torch.zeros(1, 4, 192)},
+            "has 4 register tokens, not 0 as that ViT has",
+        ),
     ],
 )
 def test_a_file_of_another_model_is_refused_and_nothing_stays_random(
@@ -206,10 +224,173 @@ def test_a_file_of_another_model_is_refused_and_nothing_stays_random(
         load_pretrained_encoder(str(tmp_path / "w.pth"), spec_of(), name=TINY)
 
 
-def test_a_file_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
-    torch.save({"model": ModelConfig()}, tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match="cannot be read as weights"):
-        load_pretrained_encoder(str(tmp_path / "w.pth"), spec_of(), name=TINY)
+class RunsCode:
+    """Write a file when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda w, target: RunsCode(target), "holds an object of type .* could run code"),
+        (
+            lambda w, target: {"model": w, "hook": RunsCode(target)},
+            "holds an object of type .* beside its tensors, and loading it could run code",
+        ),
+        (
+            lambda w, target: {"model": w, "config": ModelConfig()},
+            r"holds an object of type amlp_ray\.config\.method\.ModelConfig beside its tensors",
+        ),
+        (
+            lambda w, target: torch.nn.Sequential(torch.nn.Linear(2, 2)),
+            r"holds a whole pickled model, .* torch\.save\(model\.state_dict\(\), FILE\)",
+        ),
+    ],
+)
+def test_a_file_that_would_run_code_is_not_loaded(
+    weights: dict[str, Tensor], tmp_path: Path, content: Any, message: str, is_zip: bool
+) -> None:
+    target = tmp_path / "made by code"
+    file = tmp_path / "w.pth"
+    torch.save(content(weights, target), file, _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained_encoder(str(file), spec_of(), name=TINY)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is cut short, or no file of weights"),
+        (b"<!DOCTYPE html>", "is cut short, or no file of weights"),
+        (b"PK\x03\x04 and no more", "cannot be read as weights"),
+        (pickle.dumps({"a": 1}), "cannot be read as weights"),
+        (b"\x80\x05\x95", "cannot be read as weights"),
+    ],
+)
+def test_a_file_that_holds_no_weights_gets_one_sentence(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    file = tmp_path / "w.pth"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as raised:
+        load_pretrained_encoder(str(file), spec_of(), name=TINY)
+    assert "\n" not in str(raised.value)
+
+
+def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in state.items()}
+
+
+def hugging_face_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name the tensors of a ViT as transformers does, by its documentation."""
+    names = {
+        "cls_token": "embeddings.cls_token",
+        "pos_embed": "embeddings.position_embeddings",
+        "patch_embed.proj": "embeddings.patch_embeddings.projection",
+        "attn.proj": "attention.output.dense",
+        "norm1": "layernorm_before",
+        "norm2": "layernorm_after",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+        "blocks": "encoder.layer",
+    }
+    result = {"pooler.dense.weight": torch.ones(2)}
+    for name, value in state.items():
+        if name.startswith("norm."):
+            name = f"layernorm.{name.removeprefix('norm.')}"
+        for own, theirs in names.items():
+            name = name.replace(own, theirs)
+        if "attn.qkv" in name:
+            for part, rows in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                result[name.replace("attn.qkv", f"attention.attention.{part}")] = rows
+        else:
+            result[name] = value
+    return result
+
+
+def chunked(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name the blocks as DINOv2 does, three to a chunk."""
+    result = {}
+    for name, value in state.items():
+        parts = name.split(".")
+        if parts[0] == "blocks":
+            parts.insert(1, str(int(parts[1]) // 3))
+        result[".".join(parts)] = value
+    return result
+
+
+TEACHER = "weights of 'teacher.backbone' taken (the file holds 'student.backbone', "
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda w, other: {"state_dict": prefixed("module.encoder.", w)}, ""),
+        (lambda w, other: {"model": prefixed("_orig_mod.module.backbone.", w)}, ""),
+        (lambda w, other: {"net": {"encoder": {"module": w}}, "epoch": 3}, ""),
+        (
+            lambda w, other: {
+                "student": prefixed("module.backbone.", other),
+                "teacher": prefixed("backbone.", w) | {"head.mlp.0.weight": torch.ones(3)},
+            },
+            f"{TEACHER}'teacher.backbone')",
+        ),
+        (lambda w, other: {"state_dict": other, "state_dict_ema": w}, "'state_dict_ema' taken"),
+        (
+            lambda w, other: {
+                "encoder": prefixed("module.", other),
+                "target_encoder": prefixed("module.", w),
+            },
+            "weights of 'target_encoder' taken",
+        ),
+        (lambda w, other: {"teacher": chunked(w)}, ""),
+        (lambda w, other: hugging_face_names(w), "names of Hugging Face translated"),
+        (
+            lambda w, other: (
+                prefixed("vit.", hugging_face_names(w)) | {"classifier.weight": torch.ones(2)}
+            ),
+            "names of Hugging Face translated",
+        ),
+        (
+            lambda w, other: {
+                "model": w,
+                "best": np.float64(0.83),
+                "epoch": np.int64(3),
+                "losses": np.arange(3.0),
+                "args": argparse.Namespace(lr=np.float32(1), out=Path("runs")),
+            },
+            "",
+        ),
+    ],
+)
+def test_weights_are_found_under_any_prefix_and_beside_other_values(
+    weights: dict[str, Tensor], tmp_path: Path, content: Any, message: str
+) -> None:
+    plain = {name: value for name, value in weights.items() if not name.startswith("head")}
+    other = {name: torch.zeros_like(value) for name, value in plain.items()}
+    torch.save(content(plain, other), tmp_path / "w.pth")
+    result = load_pretrained_encoder(str(tmp_path / "w.pth"), spec_of(3, 224, 224), name=TINY)
+    assert message in result.description
+    loaded = result.encoder.state_dict()
+    assert loaded.keys() == plain.keys()
+    assert all(torch.equal(value, plain[name]) for name, value in loaded.items())
+
+
+def test_the_content_tells_the_format_of_weights_not_the_suffix(
+    weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    save_file(weights, tmp_path / "w.bin")
+    torch.save(weights, tmp_path / "w.safetensors")
+    for name in ("w.bin", "w.safetensors"):
+        result = load_pretrained_encoder(str(tmp_path / name), spec_of(), name=TINY)
+        assert torch.equal(result.encoder.norm.weight, weights["norm.weight"])
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from scipy import ndimage
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders.intensity import percentile_range, to_bytes
 from amlp_ray.data.decoders.nifti import AXES
+from amlp_ray.data.decoders.nifti_geometry import read_grid
 from amlp_ray.data.path import read_bytes
 from amlp_ray.data.prepare.crop import cut, scaled
 
@@ -103,7 +104,8 @@ def encode_volume(planes: Sequence[np.ndarray], axis: str, source: str) -> bytes
     image = image_class.from_bytes(content)
     ras_planes = [plane.T[:, ::-1] for plane in planes]
     ras_volume = np.stack(ras_planes, axis=AXES[axis])  # (X, Y, Z)
-    volume = apply_orientation(ras_volume, ornt_transform(RAS, io_orientation(image.affine)))
+    affine = read_grid(source, image).affine  # as the volume was read
+    volume = apply_orientation(ras_volume, ornt_transform(RAS, io_orientation(affine)))
     # The source may be (X, Y), or (X, Y, Z, 1). One of several channels has more values.
     if volume.size == np.prod(image.shape):
         volume = volume.reshape(image.shape)

@@ -18,20 +18,18 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 from nibabel import imageglobals
-from nibabel.affines import voxel_sizes
 from nibabel.orientations import apply_orientation, io_orientation
 
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders.frame import DTYPES, Frame, ReadFile, common_dtype, read_content
 from amlp_ray.data.decoders.intensity import percentile_range, smallest_exact, to_bytes
 from amlp_ray.data.decoders.masks import select_lesion
+from amlp_ray.data.decoders.nifti_geometry import Grid, read_grid
 from amlp_ray.data.layouts.item import SourceImage
 from amlp_ray.errors import DataError, describe_error
 
 MAX_CHANNELS = 16  # a fourth axis is longer in series of time, which are no channels
-GRID_TOLERANCE = 1e-3  # mm by which two affines may differ
 LABEL_TOLERANCE = 1e-3  # by which a scaled label may differ from a whole number
-MILLIMETERS = {"meter": 1000.0, "micron": 0.001}
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # of a volume turned to RAS
 HEADER_BYTES = 348  # of NIfTI-1, the shorter one
 MODALITY_ADVICE = (
@@ -47,7 +45,7 @@ class _Volume(NamedTuple):
     stored: np.ndarray  # (X, Y, Z, C)
     slope: float  # of stored values; 1 and 0 if they need no scaling
     intercept: float
-    affine: np.ndarray  # (4, 4), of the file's own axes
+    grid: Grid
     turn: np.ndarray  # from the file's axes to RAS, as nibabel's orientations
     zooms: tuple[float, ...]  # mm of a voxel, along RAS axes
 
@@ -103,6 +101,8 @@ def read_nifti(item: SourceImage, config: PrepareConfig, read: ReadFile) -> Iter
     if config.values == "percentile":
         ranges = [percentile_range(volume.scale(values)) for volume, values in channels]
     mask, notes = _read_mask(item, config, first, read)
+    if first.grid.note:
+        notes = (first.grid.note, *notes)
     axis = AXES[config.axis]
     across, down = [zoom for i, zoom in enumerate(first.zooms) if i != axis]
     for index in range(first.stored.shape[axis]):
@@ -171,22 +171,20 @@ def _open(path: str, read: ReadFile, turn: np.ndarray | None = None) -> _Volume:
             f"{path} ends too early ({available} bytes of values where its header claims "
             f"{count * proxy.dtype.itemsize}); copy it again."
         ) from None
-    affine = np.asarray(image.affine, np.float64)
-    own_turn = _orientation(path, affine)
-    turn = own_turn if turn is None else turn
+    grid = read_grid(path, image)
+    if turn is None:
+        turn = io_orientation(grid.affine)
     # As nibabel.as_closest_canonical, but of the stored values: no copy, and no scaled float64.
     stored = apply_orientation(flat.reshape(shape, order="F"), turn)
-    unit = image.header.get_xyzt_units()[0]
-    sizes = voxel_sizes(affine) * MILLIMETERS.get(unit, 1.0)
     zooms = [0.0, 0.0, 0.0]
-    for size, ras_axis in zip(sizes, turn[:, 0].astype(int), strict=True):
-        zooms[ras_axis] = round(float(size), 6)  # affines are float32
+    for size, ras_axis in zip(grid.sizes, turn[:, 0].astype(int), strict=True):
+        zooms[ras_axis] = size
     return _Volume(
         path=path,
         stored=stored,
         slope=float(proxy.slope),
         intercept=float(proxy.inter),
-        affine=affine,
+        grid=grid,
         turn=turn,
         zooms=tuple(zooms),
     )
@@ -211,18 +209,6 @@ def _volume_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _times(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
-
-
-def _orientation(path: str, affine: np.ndarray) -> np.ndarray:
-    """Return nibabel's orientations of an affine. Raises DataError if an axis has none."""
-    if np.isfinite(affine).all():
-        orientations = io_orientation(affine)
-        if np.isfinite(orientations).all():
-            return orientations
-    raise DataError(
-        f"{path} has an affine that gives no direction to an axis, so left and right are unknown; "
-        "repair it."
-    )
 
 
 def _parse(path: str, read: ReadFile) -> tuple[nib.Nifti1Image, bytes]:
@@ -320,13 +306,13 @@ def _round_labels(labels: np.ndarray) -> np.ndarray:
 
 
 def _check_grid(volume: _Volume, first: _Volume, advice: str) -> None:
-    """Raise DataError if two volumes differ in shape or affine, both of the files' own axes."""
+    """Raise DataError if two volumes differ in shape or grid, both of the files' own axes."""
     shape = volume.file_shape
     first_shape = first.file_shape
     if shape != first_shape:
         problem = f"has {_times(shape)} voxels and {first.path} {_times(first_shape)}"
-    elif not np.allclose(volume.affine, first.affine, rtol=0, atol=GRID_TOLERANCE):
-        gap = np.abs(volume.affine - first.affine).max()
+    elif not volume.grid.is_same(first.grid):
+        gap = volume.grid.distance(first.grid)
         problem = f"lies elsewhere than {first.path} (their affines differ by up to {gap:.3g})"
     else:
         return

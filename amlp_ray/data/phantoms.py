@@ -6,7 +6,9 @@ lesions), so that code meets them. They are no substitute for real images in any
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -18,17 +20,23 @@ from amlp_ray.errors import ConfigError
 from amlp_ray.utils.files import local_path
 
 Kind = Literal["ultrasound", "mri", "pet"]
-NORMAL_EVERY = 6  # each sixth image has no lesion
+EMPTY_SHARE = 1 / 6  # of the images has no lesion
 LESION_AREA = (0.012, 0.12)  # share of the image, drawn log-uniformly: most lesions are small
 
 
 def write_phantoms(
-    folder: str | Path, *, kind: Kind = "ultrasound", count: int, size: int = 128, seed: int = 0
+    folder: str | Path,
+    *,
+    kind: Kind = "ultrasound",
+    count: int,
+    size: int = 128,
+    seed: int = 0,
+    empty_share: float = EMPTY_SHARE,
 ) -> Path:
     """Write gray images in the paired layout: images/*.png and masks/*.png.
 
-    Image i depends on kind, size, seed and i only, so a larger set begins with the smaller one.
-    Normals have an all-zero mask. Lesions cover 1-15 % of the image.
+    Image i depends on kind, size, seed, share and i only, so a larger set begins with the smaller
+    one. Images without a lesion have an all-zero mask. Lesions cover 1-15 % of the image.
 
     Args:
         folder: to write to; made if missing.
@@ -36,12 +44,13 @@ def write_phantoms(
         count: number of images.
         size: height and width in pixels.
         seed: of the random numbers.
+        empty_share: share of the images that have no lesion, 0 to 1.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: an unknown kind, a count below 1 or a size below 32.
+        ConfigError: an unknown kind, a count below 1, a size below 32 or a share outside 0 to 1.
     """
     if kind not in DRAW:
         raise ConfigError(f"There are no phantoms of kind {kind!r}; known are {', '.join(DRAW)}.")
@@ -50,16 +59,30 @@ def write_phantoms(
             "Phantoms need a count of at least 1 and a size of at least 32, "
             f"not {count} and {size}."
         )
+    if not 0 <= empty_share <= 1:
+        raise ConfigError(
+            f"The share of phantoms without a lesion must be from 0 to 1, not {empty_share}."
+        )
     folder = local_path(folder)
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for i in range(count):
         rng = np.random.default_rng([seed, i])
-        image, mask = draw_phantom(kind, size, rng, lesion=i % NORMAL_EVERY != 0)
+        image, mask = draw_phantom(kind, size, rng, lesion=not is_empty(i, empty_share))
         name = f"{kind}_{i:05d}.png"
         Image.fromarray(image).save(folder / "images" / name)
         Image.fromarray(mask * np.uint8(255)).save(folder / "masks" / name)
     return folder
+
+
+def is_empty(i: int, share: float) -> bool:
+    """Return whether image i has no lesion; those that have none are evenly spaced.
+
+    >>> [i for i in range(20) if is_empty(i, 0.3)]
+    [0, 4, 7, 10, 14, 17]
+    """
+    exact = Fraction(share).limit_denominator(1000)
+    return math.ceil((i + 1) * exact) > math.ceil(i * exact)
 
 
 def draw_phantom(

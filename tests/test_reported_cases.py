@@ -95,3 +95,12 @@ def test_weights_of_all_kinds_load_or_tell_why_not(
         else:
             load_pretrained_encoder(str(file), spec, name="vit_tiny_patch16_224")
     assert not refused
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("variant", [(), ("pad",)])
+def test_background_of_a_label_map_is_no_lesion(case: Case, variant: tuple[str, ...]) -> None:
+    case.make("seg_labelmap_background", *variant)
+    code, printed = case.prepare("--size", 32)
+    assert code == 0, printed
+    assert case.lesion_pixels() == [100] * 18

@@ -23,6 +23,7 @@ from amlp_ray.data.decoders.dicom_geometry import (
     group_items,
     shared_groups,
 )
+from amlp_ray.data.decoders.dicom_segments import Segments, read_segments
 from amlp_ray.data.decoders.frame import ReadFile
 from amlp_ray.data.decoders.masks import select_lesion
 from amlp_ray.errors import DataError, describe_error
@@ -74,6 +75,7 @@ class _SegmentationObject:
 
     path: str
     dataset: Any  # highdicom.seg.Segmentation
+    segments: Segments
     lesion_segments: frozenset[int]
     max_value: int  # means certainty in a fractional object, else 1
     by_source: dict[str, list[_Plane]]
@@ -88,16 +90,20 @@ class SegmentationMasks:
     def __init__(
         self, paths: Sequence[str], lesion_labels: tuple[int, ...], read: ReadFile
     ) -> None:
-        """Read the objects. `lesion_labels` are numbers of segments; none takes all.
+        """Read the objects. `lesion_labels` are numbers of segments; none: all but the background.
 
         Raises:
             DataError: one cannot be read, or is no SEG object that follows the standard.
         """
         self._objects = [_open(path, lesion_labels, read) for path in paths]
-        segments: set[int] = set()
+        described: set[int] = set()
+        notes: dict[str, None] = {}  # without repetitions, in order
         for seg in self._objects:
-            segments.update(seg.dataset.segment_numbers)
-        _, self.notes = select_lesion(np.array(sorted(segments)), lesion_labels)
+            described |= seg.segments.described
+            if not lesion_labels:
+                notes |= dict.fromkeys(seg.segments.notes)
+        _, label_notes = select_lesion(np.array(sorted(described)), lesion_labels)
+        self.notes = (*notes, *label_notes)
 
     def mask_on(self, source: SourceSlice) -> np.ndarray:
         """Return the mask of a slice, (H, W) uint8 of 0 and 1; all zero if no frame lies on it.
@@ -136,7 +142,7 @@ def _open(path: str, lesion_labels: tuple[int, ...], read: ReadFile) -> _Segment
     try:
         dataset = highdicom.seg.segread(BytesIO(read(path)))
         planes = list(_parse_planes(dataset))
-        segments = frozenset(map(int, dataset.segment_numbers))
+        segments = read_segments(dataset)
         is_fractional = dataset.SegmentationType == "FRACTIONAL"
         max_value = int(dataset.MaximumFractionalValue) if is_fractional else 1
     except Exception as error:  # many types on objects that break the standard
@@ -148,7 +154,8 @@ def _open(path: str, lesion_labels: tuple[int, ...], read: ReadFile) -> _Segment
     return _SegmentationObject(
         path=path,
         dataset=dataset,
-        lesion_segments=segments & set(lesion_labels) if lesion_labels else segments,
+        segments=segments,
+        lesion_segments=segments.lesion(lesion_labels),
         max_value=max_value,
         by_source=by_source,
         without_source=[plane for plane in planes if not plane.sources],
@@ -203,10 +210,22 @@ def _read_plane(seg: _SegmentationObject, plane: _Plane) -> np.ndarray:
     except Exception as error:
         raise _unreadable(seg.path, error) from None
     if plane.segment is None:
+        _check_described(seg, values)
         lesion = np.isin(values, sorted(seg.lesion_segments))
     else:
         lesion = values.astype(np.uint32) * 2 >= seg.max_value
     return lesion.astype(np.uint8)
+
+
+def _check_described(seg: _SegmentationObject, values: np.ndarray) -> None:
+    """Raise DataError if a label map holds a segment that it does not describe."""
+    expected = {0} | seg.segments.described | seg.segments.background
+    unknown = sorted(set(np.unique(values).tolist()) - expected)
+    if unknown:
+        raise DataError(
+            f"{seg.path} is a segmentation that holds the value {unknown[0]}, but describes no "
+            "such segment; export it again, or remove it to use its series without a mask."
+        )
 
 
 def _planes_on(seg: _SegmentationObject, source: SourceSlice) -> Iterator[_Plane]:

@@ -480,6 +480,86 @@ def test_wanted_segments_of_several_objects_are_united(kind: str, tmp_path: Path
     assert [len(frame.notes) for frame in nothing] == [1, 0, 0]
 
 
+def _described(seg: Dataset, number: int, label: str, code: str = "") -> None:
+    """Name a segment, and its type by a code of DCM."""
+    for one in seg.SegmentSequence:
+        if one.SegmentNumber == number:
+            one.SegmentLabel = label
+            types = one.SegmentedPropertyTypeCodeSequence
+            types[0].CodeValue = code or "108369006"
+            types[0].CodingSchemeDesignator = "DCM" if code else "SCT"
+            one.SegmentedPropertyCategoryCodeSequence[0].CodeValue = "49755003"
+            one.SegmentedPropertyCategoryCodeSequence[0].CodingSchemeDesignator = "SCT"
+
+
+def _background_by_number(seg: Dataset) -> None:
+    del seg.PixelPaddingValue
+    _described(seg, 0, "rest")
+
+
+def _background_by_padding(seg: Dataset) -> None:
+    seg.PixelPaddingValue = 2
+    _described(seg, 0, "cyst")
+
+
+def _background_by_type(seg: Dataset) -> None:
+    if "PixelPaddingValue" in seg:
+        del seg.PixelPaddingValue
+    _described(seg, 0, "cyst")
+    _described(seg, 2, "rest", code="125040")
+
+
+def _background_by_label(seg: Dataset) -> None:
+    if "PixelPaddingValue" in seg:
+        del seg.PixelPaddingValue
+    _described(seg, 0, "cyst")
+    _described(seg, 2, "BACKGROUND ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "background", "note"),
+    [
+        ("LABELMAP", lambda seg: None, {0}, ()),
+        (
+            "LABELMAP",
+            _background_by_number,
+            {0},
+            ("names no background, so segment 0 is counted as no lesion",),
+        ),
+        ("LABELMAP", _background_by_padding, {2}, ()),
+        ("LABELMAP", _background_by_type, {2}, ()),
+        (
+            "LABELMAP",
+            _background_by_label,
+            {2},
+            ("names segment 2 'BACKGROUND' without its code: counted as no lesion",),
+        ),
+        ("BINARY", _background_by_type, {0, 2}, ()),
+        (
+            "BINARY",
+            _background_by_label,
+            {0, 2},
+            ("names segment 2 'BACKGROUND' without its code: counted as no lesion",),
+        ),
+    ],
+)
+def test_background_segment_is_no_lesion_unless_asked_for(
+    kind: str, change: Any, background: set[int], note: tuple[str, ...], tmp_path: Path
+) -> None:
+    slices = ct_series(tmp_path, np.zeros((2, 8, 8), np.int16))
+    labels = np.random.default_rng(13).integers(0, 4, (2, 8, 8)).astype(np.uint8)
+    seg = segmentation(slices, labels, segmentation_type=kind)
+    change(seg)
+    save(seg, tmp_path / "seg.dcm")
+    (item,) = find(tmp_path).items
+    frames = frames_of(item)
+    masks = np.stack([frame.mask for frame in frames])
+    np.testing.assert_array_equal(masks, ~np.isin(labels, sorted(background)))
+    assert frames[0].notes == note
+    chosen = np.stack([frame.mask for frame in frames_of(item, lesion_labels=(2,))])
+    np.testing.assert_array_equal(chosen, labels == 2)
+
+
 def test_fractions_from_a_half_are_lesion(tmp_path: Path) -> None:
     slices = ct_series(tmp_path, np.zeros((1, 4, 4), np.int16))
     shares = np.linspace(0, 1, 16).reshape(1, 4, 4)
@@ -592,6 +672,13 @@ def _without_segments(seg: Dataset) -> None:
     del seg.SegmentSequence
 
 
+def _undescribed(seg: Dataset) -> None:
+    seg.SegmentationType = "LABELMAP"
+    seg.BitsAllocated = seg.BitsStored = 8
+    seg.HighBit = 7
+    seg.PixelData = bytes([7]) * (3 * 8 * 8)
+
+
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
@@ -608,6 +695,7 @@ def _without_segments(seg: Dataset) -> None:
         (_coarser, r"seg\.dcm is a segmentation that has another pixel spacing"),
         (_smaller, r"seg\.dcm is a segmentation that has 16x4 pixels and its image 8x8"),
         (_without_segments, r"seg\.dcm cannot be read as a DICOM segmentation"),
+        (_undescribed, r"holds the value 7, but describes no such segment; export it again"),
     ],
 )
 def test_segmentation_that_does_not_fit_is_named(spoil: Any, sentence: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,8 @@ def draw_outlines(outlines: str, shape: tuple[int, int], path: str) -> np.ndarra
             "was annotated."
         )
     mask = np.zeros(shape, np.uint8)
-    for segmentation in drawing["segmentations"]:
+    for outline in drawing["segmentations"]:
+        segmentation = _with_numbers(outline)
         problem = _find_problem(segmentation, height, width)
         if problem:
             raise DataError(
@@ -56,6 +58,30 @@ def draw_outlines(outlines: str, shape: tuple[int, int], path: str) -> np.ndarra
                 "correct or remove its annotation."
             ) from None
     return mask
+
+
+def _with_numbers(values: Any) -> Any:
+    """Return polygons or run lengths with numbers where they were written as text or floats."""
+    if isinstance(values, dict):
+        size = values.get("size")
+        counts = values.get("counts")
+        whole = {"size": _with_whole_numbers(size), "counts": _with_whole_numbers(counts)}
+        return values | whole
+    if isinstance(values, list):
+        return [_with_numbers(value) for value in values]
+    if isinstance(values, str):
+        with suppress(ValueError):
+            return float(values)
+    return values
+
+
+def _with_whole_numbers(values: Any) -> Any:
+    """Return a list with whole numbers where they were written as text or floats."""
+    if not isinstance(values, list):
+        return values
+    numbers = _with_numbers(values)
+    is_whole = all(isinstance(n, int | float) and math.isfinite(n) and n == int(n) for n in numbers)
+    return [int(n) for n in numbers] if is_whole else values
 
 
 def _rasterize(segmentation: Any, height: int, width: int) -> np.ndarray:

@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from amlp_ray.config import PrepareConfig
+from amlp_ray.data.layouts.coco_file import CocoFile, check_labels
 from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage, rejected, repaired
 from amlp_ray.data.layouts.listing import FileName, list_pictures, picture_item, split_name
 from amlp_ray.data.path import DataPath
+from amlp_ray.utils.json_files import JsonError, parse_json
 
 USUAL_NAME = re.compile(r"(instances|_?annotations)[^/]*\.json", re.IGNORECASE)
 
@@ -33,6 +35,9 @@ def find_coco(root: DataPath, config: PrepareConfig) -> Listing:
     """List the pictures that the annotation files below a folder name.
 
     Missing pictures are rejected, and so are those that no file names.
+
+    Raises:
+        DataError: a wanted label is no category, or none of a file's annotations can be used.
     """
     pictures = list_pictures(root)
     pictures_by_base: dict[str, list[FileName]] = {}
@@ -40,12 +45,16 @@ def find_coco(root: DataPath, config: PrepareConfig) -> Listing:
         pictures_by_base.setdefault(picture.base, []).append(picture)
     rejects: list[RejectedFile] = []
     drawings: dict[str, _Drawing] = {}
-    for file in annotation_files(root):
-        document = _read_document(root, file, rejects)
-        if document is None:
-            continue
-        labels = config.lesion_labels
-        for drawing in _read_drawings(file, document, labels, pictures_by_base, rejects):
+    files: list[CocoFile] = []
+    for name in annotation_files(root):
+        document = _read_document(root, name, rejects)
+        if document is not None:
+            files.append(CocoFile(name, document))
+    check_labels(files, config.lesion_labels)
+    for file in files:
+        problems = file.add_lesions(config.lesion_labels)
+        rejects += [repaired(file.name, problem) for problem in problems]
+        for drawing in _read_drawings(file, pictures_by_base, rejects):
             # Other files add to the first one, as where there is one per kind of lesion.
             first = drawings.setdefault(drawing.picture.full, drawing)
             if first is not drawing:
@@ -61,7 +70,17 @@ def find_coco(root: DataPath, config: PrepareConfig) -> Listing:
         if None in drawing.segmentations:
             rejects.append(repaired(name, "has a box without an outline: taken as unlabeled"))
     items = [_to_item(root, drawing) for drawing in drawings.values()]
-    return Listing(items, rejects)
+    summary = "" if config.lesion_labels else _describe_lesions(files)
+    return Listing(items, rejects, summary)
+
+
+def _describe_lesions(files: list[CocoFile]) -> str:
+    """Say which categories are taken as lesion without being named; empty if there is one."""
+    categories = {category for file in files for category in file.categories}
+    if len(categories) < 2:
+        return ""
+    listed = "; ".join(dict.fromkeys(file.describe_categories() for file in files))
+    return f"all categories are taken as lesion, {listed}; choose some with lesion_labels"
 
 
 def _to_item(root: DataPath, drawing: _Drawing) -> SourceImage:
@@ -82,12 +101,12 @@ def annotation_files(root: DataPath) -> list[str]:
 def _read_document(root: DataPath, file: str, rejects: list[RejectedFile]) -> dict[str, Any] | None:
     """Return the content of a COCO file; None if it is none, which is added to `rejects`."""
     try:
-        document = json.loads((root / file).read_bytes())
+        document = parse_json((root / file).read_bytes())
     except OSError as error:
         rejects.append(rejected(file, f"cannot be read ({error.strerror or error})"))
         return None
-    except (ValueError, RecursionError) as error:  # damaged JSON, or nested without end
-        rejects.append(rejected(file, f"is no valid JSON ({error}); export it again"))
+    except JsonError as error:
+        rejects.append(rejected(file, f"{error}; export it again"))
         return None
     if isinstance(document, dict):
         images = document.get("images")
@@ -99,67 +118,25 @@ def _read_document(root: DataPath, file: str, rejects: list[RejectedFile]) -> di
 
 
 def _read_drawings(
-    file: str,
-    document: dict[str, Any],
-    lesion_labels: tuple[int, ...],
-    pictures_by_base: dict[str, list[FileName]],
-    rejects: list[RejectedFile],
+    file: CocoFile, pictures_by_base: dict[str, list[FileName]], rejects: list[RejectedFile]
 ) -> Iterator[_Drawing]:
     """Yield what a COCO file says of each picture; what is wrong with it is added to `rejects`."""
-    segmentations = _segmentations_by_image(file, document, lesion_labels, rejects)
-    for entry in document["images"]:
-        name = entry.get("file_name") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or not _is_id(entry.get("id")):
-            reason = f"has an image without file_name or an id (text or number): {str(entry)[:80]}"
-            rejects.append(rejected(file, reason))
-            continue
-        matches = _match(name, file, pictures_by_base)
-        if len(matches) != 1:
-            reason = f"is named in {file}, but {_why_not_one(matches)}"
-            rejects.append(rejected(name, reason))
-            continue
-        size = (entry.get("height"), entry.get("width"))
-        yield _Drawing(matches[0], size, segmentations[entry["id"]])
-
-
-def _segmentations_by_image(
-    file: str,
-    document: dict[str, Any],
-    lesion_labels: tuple[int, ...],
-    rejects: list[RejectedFile],
-) -> dict[float | str, list[Any]]:
-    """Return the lesions of each image id, as in `_Drawing`."""
-    segmentations: dict[float | str, list[Any]] = {}
-    for entry in document["images"]:
-        if isinstance(entry, dict) and _is_id(entry.get("id")):
-            segmentations[entry["id"]] = []
-    stray_count = 0
-    unsorted_count = 0
-    for annotation in document["annotations"]:
-        image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
-        if not _is_id(image_id) or image_id not in segmentations:
-            stray_count += 1
-        elif lesion_labels and not _is_id(annotation.get("category_id")):
-            unsorted_count += 1
-        elif not lesion_labels or annotation["category_id"] in lesion_labels:
-            outline = annotation.get("segmentation") or None
-            # One polygon is sometimes written without the list around it.
-            if isinstance(outline, list) and isinstance(outline[0], int | float):
-                outline = [outline]
-            segmentations[image_id].append(outline)
-    if stray_count:
-        reason = f"has {stray_count} annotations of images that it does not list: left out"
-        rejects.append(repaired(file, reason))
-    if unsorted_count:
-        reason = (
-            f"has {unsorted_count} annotations without a category_id (text or number): left out"
-        )
-        rejects.append(repaired(file, reason))
-    return segmentations
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int | float | str) and not isinstance(value, bool)
+    for entry in file.bad_entries:
+        reason = f"has an image without file_name or an id (text or number): {str(entry)[:80]}"
+        rejects.append(rejected(file.name, reason))
+    for image in file.images:
+        matches = _match(image.file_name, file.name, pictures_by_base)
+        if image.id in file.shared_ids:
+            reason = (
+                f"has the id {image.id!r} in {file.name}, as another picture has, so that its "
+                "annotations cannot be told apart; number them apart"
+            )
+            rejects.append(rejected(image.file_name, reason))
+        elif len(matches) != 1:
+            reason = f"is named in {file.name}, but {_why_not_one(matches)}"
+            rejects.append(rejected(image.file_name, reason))
+        else:
+            yield _Drawing(matches[0], image.size, image.segmentations)
 
 
 def _match(

@@ -17,11 +17,12 @@ from amlp_ray.data.layouts.listing import (
 from amlp_ray.data.layouts.paired import BUSI_CLASSES, busi_class, pair_busi, pair_by_name, pair_lgg
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
+from amlp_ray.utils.json_files import JsonError, parse_json
 
 MAX_PROBED = 16  # files whose first bytes are read
 HEAD_BYTES = 1 << 16
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-COCO_KEYS = re.compile(rb'"(images|annotations)"\s*:\s*\[')
+COCO_KEYS = re.compile(r'"(images|annotations)"\s*:\s*\[')
 
 
 def recognize(root: DataPath) -> tuple[str, str]:
@@ -99,8 +100,8 @@ def _recognize_lgg(pictures: list[FileName]) -> str:
 
 def _recognize_decathlon(root: DataPath) -> str:
     try:
-        document = json.loads((root / "dataset.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        document = parse_json((root / "dataset.json").read_bytes())
+    except (OSError, JsonError):
         return ""
     if isinstance(document, dict) and {"training", "labels"} <= document.keys():
         return "a dataset.json with the keys training and labels"
@@ -127,7 +128,9 @@ def _recognize_dicom(root: DataPath, names: list[FileName]) -> str:
 
 def _recognize_coco(root: DataPath) -> str:
     for name in annotation_files(root)[:MAX_PROBED]:
-        if COCO_KEYS.search(_read_head(root / name)):
+        head = _read_head(root / name)
+        # Tools of Windows write UTF-16; the last character may be cut.
+        if COCO_KEYS.search(head.decode(json.detect_encoding(head), "ignore")):
             return f"an annotation file {printable(name)!r} with the keys of COCO"
     return ""
 

@@ -565,8 +565,8 @@ def test_a_coco_id_that_is_neither_text_nor_number_rejects_its_entry(
     assert segmentations(listing) == {"a": [TRIANGLE]}
     reasons = " ".join(str(reject) for reject in listing.rejected)
     assert "an image without file_name or an id (text or number)" in reasons
-    assert "1 annotations of images that it does not list" in reasons
-    assert "1 annotations without a category_id" in reasons
+    assert "1 annotation of images that it does not list" in reasons
+    assert "1 annotation without a category_id" in reasons
 
 
 # Recognizing

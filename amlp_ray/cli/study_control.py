@@ -14,7 +14,8 @@ from amlp_ray.cli.study_options import DEFAULT_RUNS, File, Name, Runs, find_stud
 from amlp_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from amlp_ray.study.storage.study_store import Request, StudyStore
+    from amlp_ray.study.storage.requests import Verb
+    from amlp_ray.study.storage.study_store import StudyStore
 
 NoWait = Annotated[bool, Option("--no-wait", help="Do not wait until the study has received it.")]
 POLL_INTERVAL_S = 0.5
@@ -43,20 +44,23 @@ def cancel(name: Name, runs: Runs = DEFAULT_RUNS, no_wait: NoWait = False) -> No
     _request(open_store(name, runs), "cancel", no_wait)
 
 
-def _request(store: StudyStore, verb: Request, no_wait: bool) -> None:
+def _request(store: StudyStore, verb: Verb, no_wait: bool) -> None:
     """Send a request to the process that runs the study, and wait for its answer."""
     holder = store.holder()
     if holder is None:
         # A stored request would be obeyed by the next run at once.
         typer.echo(f"Study {store.name!r} is not running; there is nothing to {verb}.")
         return
-    store.request(verb)
+    request_id = store.request(verb)
+    if request_id is None:
+        typer.echo(f"{holder} ended meanwhile; study {store.name!r} is not running.")
+        return
     effect = EFFECTS[verb].format(name=store.name)
     if no_wait:
         typer.echo(f"asked {holder} to {verb} {store.name!r}: {effect}")
         return
     typer.echo(f"asked {holder} to {verb} {store.name!r}, waiting for its answer")
-    while "answer" not in (store.last_request() or {"answer": None}):
+    while not store.is_answered(request_id):
         if store.holder() is None:
             typer.echo(f"{holder} ended before it answered; study {store.name!r} is not running.")
             return
@@ -160,10 +164,10 @@ def delete(
     yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Delete a study: its folder, and its trials in a database."""
-    from amlp_ray.study.operations.edit import delete
+    from amlp_ray.study.operations.edit import count_trials, delete
 
     store = open_store(name, runs)
-    count = len(store.search().get_trials(deepcopy=False))
+    count = count_trials(store)
     question = f"Delete {store.folder} with {count} trials and their encoders?"
     if not yes and not typer.confirm(question):
         typer.echo("nothing was deleted")

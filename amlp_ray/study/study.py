@@ -18,7 +18,8 @@ from amlp_ray.study.operations import change_space, edit, status, transfer, tria
 from amlp_ray.study.operations.templates import read_study_file
 from amlp_ray.study.search_space.validate import build_study
 from amlp_ray.study.storage import best_trials
-from amlp_ray.study.storage.study_store import Request, StudyStore
+from amlp_ray.study.storage.requests import Verb
+from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import trial_records
 
 if TYPE_CHECKING:
@@ -228,21 +229,25 @@ class Study:
 
     # Control, from any process that sees the study
 
-    def request(self, verb: Request) -> None:
-        """Ask the process that runs the study to pause, stop or cancel; it polls every second."""
-        self.store.request(verb)
+    def request(self, verb: Verb) -> bool:
+        """Ask the process that runs the study to pause, stop or cancel; it polls every second.
 
-    def pause(self) -> None:
-        """Make running trials return after their epoch; `resume` resumes them."""
-        self.request("pause")
+        Returns:
+            Whether somebody runs it; otherwise there is nobody to ask.
+        """
+        return self.store.request(verb) is not None
 
-    def stop(self) -> None:
-        """Start no new trials; running ones finish."""
-        self.request("stop")
+    def pause(self) -> bool:
+        """Make running trials return after their epoch; `resume` resumes them. See `request`."""
+        return self.request("pause")
 
-    def cancel(self) -> None:
-        """End running trials now; they count as failed."""
-        self.request("cancel")
+    def stop(self) -> bool:
+        """Start no new trials; running ones finish. See `request`."""
+        return self.request("stop")
+
+    def cancel(self) -> bool:
+        """End running trials now; they count as failed. See `request`."""
+        return self.request("cancel")
 
     def extend(self, **amounts: Any) -> Study:
         """Change the budget, such as `trials="+10"` or `hours=8`; see `edit.extend`.

@@ -206,10 +206,12 @@ def open_test(
         StudyError: runs are missing.
         DataError: there are no test images with a lesion.
     """
-    unlock = find_test_unlock(store)
-    if unlock is None:
-        unlock = _unlock_test(store, config, eval_data)
-    else:
+    with store.transaction():
+        unlock = find_test_unlock(store)
+        is_first = unlock is None
+        if unlock is None:
+            unlock = _unlock_test(store, config, eval_data)
+    if not is_first:
         logger.info(
             "test images were opened on %s for %s; nobody else is scored on them",
             unlock.when,

@@ -26,7 +26,6 @@ from amlp_ray.config import StudyConfig
 from amlp_ray.config.overrides import flatten, parse_overrides
 from amlp_ray.config.yaml_file import write_yaml
 from amlp_ray.errors import ConfigError, StudyError
-from amlp_ray.study.operations.edit import begin
 from amlp_ray.study.search_space.given_trial import OutOfSpaceError
 from amlp_ray.study.search_space.space import FittedParams, SearchSpace
 from amlp_ray.study.search_space.validate import check_space
@@ -101,23 +100,28 @@ def migrate(store: StudyStore, new: StudyConfig, change: Change) -> Migration:
         ConfigError: the new space is bad, or `change` says nothing of a name that only one space
             has; the message lists these names.
     """
-    old = store.config()
-    if holder := store.holder():
-        raise StudyError(
-            f"Study {store.name!r} is run by {holder}; its space can change when nobody runs it: "
-            f"pause it before."
-        )
-    if old.sampler.name == "pbt":
-        raise StudyError(
-            f"The space of {store.name!r} cannot change: its members continue each other "
-            f"(sampler pbt)."
-        )
-    config = old.model_copy(update={"space": new.space, "require": new.require})
-    check_space(config)
-    _check_change(old, config, change)
+    with store.transaction() as old:
+        if holder := store.holder():
+            raise StudyError(
+                f"Study {store.name!r} is run by {holder}; its space can change when nobody runs "
+                f"it: pause it before."
+            )
+        if old.sampler.name == "pbt":
+            raise StudyError(
+                f"The space of {store.name!r} cannot change: its members continue each other "
+                f"(sampler pbt)."
+            )
+        config = old.model_copy(update={"space": new.space, "require": new.require})
+        check_space(config)
+        _check_change(old, config, change)
+        return _migrate(store, old, config, change)
+
+
+def _migrate(store: StudyStore, old: StudyConfig, config: StudyConfig, change: Change) -> Migration:
+    """Copy the trials and write the new config, while the study is held."""
     study_file = store.folder / "study.yaml"
-    if not study_file.is_file() or not trial_records(store.search()):
-        begin(store, config)
+    if not trial_records(store.search()):
+        store.search(create=True)
         write_yaml(config, study_file)
         return Migration(0, 0, {}, store.search_name())
     with store.lock():

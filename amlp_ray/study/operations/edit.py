@@ -1,5 +1,6 @@
 """Change a study from outside, also while it is run: budget, enqueued trials, retries, deletion.
 
+Each change is one transaction of the store, so that changes of several processes add up.
 A changed search space is in `change_space.py`.
 """
 
@@ -21,19 +22,10 @@ from amlp_ray.errors import ConfigError, StudyError
 from amlp_ray.study.operations.trials import find_trial
 from amlp_ray.study.search_space.space import SearchSpace
 from amlp_ray.study.storage.study_store import StudyStore
+from amlp_ray.study.storage.trial_files import begun_trials
 
+TRASH = "deleted"  # ending of a folder that is being deleted
 Amount = str | float | None  # `+10` is added to the current limit, `10` replaces it
-
-
-def begin(store: StudyStore, config: StudyConfig) -> optuna.Study:
-    """Return the search's Optuna study; create a study that was never run.
-
-    So trials can be enqueued before the first run.
-    """
-    if not (store.folder / "study.yaml").is_file():
-        store.folder.mkdir(parents=True, exist_ok=True)
-        write_yaml(config, store.folder / "study.yaml")
-    return store.search(create=True)
 
 
 def extend(
@@ -51,30 +43,30 @@ def extend(
     Raises:
         ConfigError: no amount is given, one cannot be read, or one is added to no limit.
     """
-    config = store.config()
     amounts = {"trials": trials, "hours": hours, "gpu_hours": gpu_hours, "epochs": epochs}
-    changes = {}
-    for name, amount in amounts.items():
-        if amount is not None:
-            changes[name] = _new_limit(name, amount, getattr(config.budget, name))
-    if trials is not None and config.sampler.name == "pbt":
-        raise ConfigError(
-            "sampler pbt runs whole generations: its trials follow from members and epochs."
-        )
-    if not changes:
+    given = {name: amount for name, amount in amounts.items() if amount is not None}
+    if not given:
         raise ConfigError(
             "extend needs an amount, such as --trials +10 or --hours 8, or a changed space "
             "(--space)."
         )
-    budget = build(BudgetConfig, config.budget.model_dump() | changes, "extend")
-    search = begin(store, config)
-    # `from` is what the study's file says. While it still says so, a later run keeps `to`.
-    extended = search.user_attrs.get("extended") or {}
-    original = extended.get("from") or config.budget.model_dump(mode="json")
-    limits = budget.model_dump(mode="json")
-    search.set_user_attr("extended", {"from": original, "to": limits})
-    search.set_user_attr("budget", limits)
-    write_yaml(config.model_copy(update={"budget": budget}), store.folder / "study.yaml")
+    with store.transaction() as config:
+        if trials is not None and config.sampler.name == "pbt":
+            raise ConfigError(
+                "sampler pbt runs whole generations: its trials follow from members and epochs."
+            )
+        changes = {}
+        for name, amount in given.items():
+            changes[name] = _new_limit(name, amount, getattr(config.budget, name))
+        budget = build(BudgetConfig, config.budget.model_dump() | changes, "extend")
+        search = store.search(create=True)
+        # `from` is what the study's file says. While it still says so, a later run keeps `to`.
+        extended = search.user_attrs.get("extended") or {}
+        original = extended.get("from") or config.budget.model_dump(mode="json")
+        limits = budget.model_dump(mode="json")
+        search.set_user_attr("extended", {"from": original, "to": limits})
+        search.set_user_attr("budget", limits)
+        write_yaml(config.model_copy(update={"budget": budget}), store.folder / "study.yaml")
     return budget
 
 
@@ -120,17 +112,24 @@ def enqueue(
             "enqueue needs values, such as ratio.start=0.3; without any the sampler proposes by "
             "itself."
         )
+    _check_enqueue(config, params)  # before anything is written
+    with store.transaction(config) as current:
+        # As Optuna's own `enqueue_trial` stores it, which does not return the number.
+        trial = create_trial(
+            state=TrialState.WAITING,
+            system_attrs={"fixed_params": _check_enqueue(current, params)},
+            user_attrs={} if retry_of is None else {"retry_of": retry_of},
+        )
+        return store.add_trial(store.search(create=True), trial).number
+
+
+def _check_enqueue(config: StudyConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters as the space has them; raise ConfigError if it does not."""
     if config.sampler.name == "pbt":
         raise ConfigError(
             "A study of sampler.name=pbt cannot take trials: its members continue each other."
         )
-    # As Optuna's own `enqueue_trial` stores it, which does not return the number.
-    trial = create_trial(
-        state=TrialState.WAITING,
-        system_attrs={"fixed_params": SearchSpace(config).fit_some(params)},
-        user_attrs={} if retry_of is None else {"retry_of": retry_of},
-    )
-    return store.add_trial(begin(store, config), trial).number
+    return SearchSpace(config).fit_some(params)
 
 
 def retry(store: StudyStore, config: StudyConfig, number: int) -> int:
@@ -159,21 +158,46 @@ def retry(store: StudyStore, config: StudyConfig, number: int) -> int:
 def delete(store: StudyStore) -> None:
     """Delete a study's folder and, in a database, its Optuna studies with their older versions.
 
+    If it is killed, deleting again finishes it.
+
     Raises:
         StudyError: somebody runs it.
     """
-    if holder := store.holder():
-        raise StudyError(
-            f"Study {store.name!r} is run by {holder}; cancel it before it is deleted."
-        )
-    if store.config().storage is not None:
-        _delete_from_database(store)
-    shutil.rmtree(store.folder)
+    with store.transaction() as config:
+        if holder := _holder(store, config):
+            raise StudyError(
+                f"Study {store.name!r} is run by {holder}; cancel it before it is deleted."
+            )
+        with store.lock_folder():
+            if config.storage is not None:
+                _delete_from_database(store)
+            # In one step, so that nobody meets half a study.
+            trash = store.folder.with_name(f".{store.folder.name}.{TRASH}")
+            shutil.rmtree(trash, ignore_errors=True)
+            store.folder.rename(trash)
+    shutil.rmtree(trash)
+
+
+def _holder(store: StudyStore, config: StudyConfig) -> str | None:
+    """Return who runs a study, whose journal may be damaged beyond reading."""
+    try:
+        return store.holder()
+    except StudyError:
+        if config.storage is not None:
+            raise
+        return None
+
+
+def count_trials(store: StudyStore) -> int:
+    """Count the trials that would be deleted, those that only their folders show included."""
+    n_stored = 0
+    with suppress(StudyError):
+        n_stored = len(store.stored_search().get_trials(deepcopy=False))
+    return max(n_stored, len(begun_trials(store.folder)))
 
 
 def _delete_from_database(store: StudyStore) -> None:
-    id_file = store.folder / "id"
-    folder_id = id_file.read_text() if id_file.is_file() else None
+    folder_id = store.read_id()
     storage = store.storage()
     folders = {}
     for study in storage.get_all_studies():

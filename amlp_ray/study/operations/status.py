@@ -21,8 +21,8 @@ from amlp_ray.study.storage.budget import BudgetTracker, Usage
 from amlp_ray.study.storage.lease import lease_seconds
 from amlp_ray.study.storage.study_store import StudyStore, read_metrics
 from amlp_ray.study.storage.trial_record import TrialRecord, trial_records
-from amlp_ray.training.loggers.metrics_file import read_rows
 from amlp_ray.utils.files import local_path
+from amlp_ray.utils.json_files import read_json_lines
 
 STATE_WHILE_RUNNING = {"pause": "pausing", "stop": "stopping", "cancel": "cancelling"}
 STATE_AFTER_REQUEST = {"pause": "paused", "stop": "stopped", "cancel": "cancelled"}
@@ -42,9 +42,9 @@ def status(store: StudyStore, config: StudyConfig | None = None) -> dict[str, An
     holder = store.holder()
     states = _count_states(records, is_running=holder is not None)
     baseline_states = _count_states(baseline_records, is_running=holder is not None)
-    request = search.user_attrs.get("request")
+    request = store.last_request()
     usage = study_usage(store, records)
-    last_runs = read_rows(store.folder / "environments.jsonl")[-1:] if holder else []
+    last_runs = read_json_lines(store.folder / "environments.jsonl")[-1:] if holder else []
     budget = {}
     for name, used in usage.as_dict().items():
         budget[name] = {"used": used, "allowed": getattr(config.budget, name)}

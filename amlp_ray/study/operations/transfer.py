@@ -18,7 +18,6 @@ from optuna.trial import TrialState, create_trial
 from amlp_ray.config import PretrainConfig, StudyConfig
 from amlp_ray.config.overrides import flatten
 from amlp_ray.errors import ConfigError, StudyError
-from amlp_ray.study.operations.edit import begin
 from amlp_ray.study.operations.trials import time_text
 from amlp_ray.study.search_space.given_trial import OutOfSpaceError
 from amlp_ray.study.search_space.space import SearchSpace
@@ -26,6 +25,7 @@ from amlp_ray.study.storage.provenance import read_provenance
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import TrialRecord, finite, trial_records
 from amlp_ray.utils.files import atomic_path, atomic_write, local_path, without_nan
+from amlp_ray.utils.json_files import JsonError, parse_json
 
 FORMATS = ("csv", "parquet", "json")
 # Settings that a score does not follow from, or that are compared otherwise.
@@ -192,15 +192,27 @@ def import_trials(
     imported = Imported()
     path = Path(source)
     if path.suffix.lower() == ".csv" or path.is_file():
-        trials = _trials_of_file(path, config)
+        trials = list(_trials_of_file(path, config))
     else:
         is_folder = (path / "study.yaml").is_file()
         other = StudyStore.open(path if is_folder else Path(runs or store.folder.parent) / source)
         if other.folder == store.folder:
             raise StudyError(f"Study {store.name!r} cannot be imported into itself.")
         imported.notes = _different_settings(other.config(), config)
-        trials = _trials_of_study(other)
-    study = begin(store, config)
+        trials = list(_trials_of_study(other))
+    with store.transaction(config) as current:
+        _import(store, current, trials, imported)
+    return imported
+
+
+def _import(
+    store: StudyStore,
+    config: StudyConfig,
+    trials: Sequence[_ImportedTrial],
+    imported: Imported,
+) -> None:
+    """Store the trials that the study does not have, while it is held."""
+    study = store.search(create=True)
     space = SearchSpace(config)
     known = {_key(r.params, r.values) for r in trial_records(study, (TrialState.COMPLETE,))}
     for trial in trials:
@@ -223,7 +235,6 @@ def import_trials(
             user_attrs={"source": trial.source},
         )
         imported.taken.append(store.add_trial(study, stored).number)
-    return imported
 
 
 def _different_settings(other: StudyConfig, config: StudyConfig) -> list[str]:
@@ -292,8 +303,8 @@ def _trials_of_file(path: Path, config: StudyConfig) -> Iterator[_ImportedTrial]
 def _parse(text: str) -> Any:
     """Parse a cell as YAML would: `0.3`, `true`, `hard`."""
     try:
-        return json.loads(text)
-    except ValueError:
+        return parse_json(text)
+    except JsonError:
         return {"True": True, "False": False}.get(text, text)
 
 

@@ -7,9 +7,7 @@ half-written. Nothing is ever unpickled from either.
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 import re
 import sys
@@ -17,78 +15,25 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import quote
 
 import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
 
 from amlp_ray.errors import StudyError
-from amlp_ray.study.storage.optuna_internals import RUNNING_TRIAL_OPERATIONS, trial_id_of
-from amlp_ray.utils.locks import acquire_lock
+from amlp_ray.study.storage.journal import Journal
+from amlp_ray.study.storage.journal_lines import TOKEN
+from amlp_ray.study.storage.optuna_internals import trial_id_of
 
 # Each driver is a wheel, or part of Python.
 DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql", "sqlite": "sqlite"}
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 5.0
-TOKEN = "token"  # system attribute of a new trial, by which it is found after a lost answer
-BLOCK_SIZE = 4096  # bytes
 
 logger = logging.getLogger(__name__)
-
-
-class Journal(JournalFileBackend):
-    """Optuna's journal file, safe against writers that are killed or run out of disk mid-line."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(str(path))
-        self.path = path
-
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append one line per log, whole or not at all.
-
-        Logs of a trial that runs are not waited for until they are on the disk: it would hold up
-        all other trials. If a power cut loses them it loses the trial's end too, so the next run
-        resumes the trial and stores them again.
-        """
-        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
-        # Without a buffer, which would be written again when the file is closed.
-        with self.lock(), self.path.open("r+b", buffering=0) as file:
-            end = _end_of_last_line(file)
-            file.truncate(end)  # a line after half a line would spoil both
-            file.seek(end)
-            try:
-                left = memoryview(lines.encode())
-                while left:
-                    left = left[file.write(left) :]
-                if any(log["op_code"] not in RUNNING_TRIAL_OPERATIONS for log in logs):
-                    os.fsync(file.fileno())
-            except OSError:
-                os.truncate(self.path, end)  # frees what the half-written lines take
-                raise
-
-    def lock(self) -> Any:
-        """Lock the journal in a `with` statement.
-
-        Optuna's own lock is a link that outlives its holder: after a kill all writers wait 30 s.
-        """
-        return acquire_lock(self.path.with_name(f".{self.path.name}.lock"), wait_s=math.inf)
-
-
-def _end_of_last_line(file: BinaryIO | Any) -> int:
-    """Return the position after the last newline, 0 if there is none."""
-    end: int = file.seek(0, os.SEEK_END)
-    while end:
-        start = max(0, end - BLOCK_SIZE)
-        file.seek(start)
-        newline = file.read(end - start).rfind(b"\n")
-        if newline >= 0:
-            return start + newline + 1
-        end = start
-    return 0
 
 
 def _forward(name: str) -> Callable[..., Any]:

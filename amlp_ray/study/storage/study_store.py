@@ -6,11 +6,13 @@
                          baselines, `<name>.confirm` the confirmation
       id                 ties the folder to its studies where these are in a database instead
       format             number of this layout
+      change.lock        held by whoever changes the study, for a moment
+      run.lock           held by whoever runs it
       environment.json   commit, versions, hardware, seeds and data of the first run
       environments.jsonl the same of every run
       events.log         a line per change of a trial's state
       trials/<number>/   config.yaml, metrics.jsonl, score.json, rungs/, checkpoint/,
-                         encoder.safetensors, pictures/
+                         encoder.safetensors, pictures/, trial.json (the trial as it is stored)
       baselines/<baseline>-<repeat>/  the same files
       confirm/<candidate>-<repeat>/   the same, finetune.json and test.json
       report.html
@@ -23,49 +25,55 @@ they would blind multivariate TPE, and could come out as its best trial.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import TextIO
 
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, TrialState
 
 from amlp_ray.config import StudyConfig
 from amlp_ray.config.base import build
-from amlp_ray.config.yaml_file import read_yaml
+from amlp_ray.config.yaml_file import read_yaml, write_yaml
 from amlp_ray.errors import StudyError
+from amlp_ray.study.storage import requests
+from amlp_ray.study.storage.change_lock import WAIT_S, BusyStudyError, ChangeLock
+from amlp_ray.study.storage.journal_lines import DAMAGED
 from amlp_ray.study.storage.lease import Lease, here, read_lease
 from amlp_ray.study.storage.optuna_storage import open_database, open_journal, without_secrets
+from amlp_ray.study.storage.trial_files import begun_folders, begun_trials
 from amlp_ray.study.storage.trial_record import (
-    TrialAttributes,
     TrialRecord,
     confirm_path,
-    finite,
     trial_path,
+    trial_records,
 )
+from amlp_ray.study.storage.trial_store import TrialStore
 from amlp_ray.training.loggers.metrics_file import Metrics, read_rows
 from amlp_ray.utils.files import atomic_write, local_path
 from amlp_ray.utils.locks import acquire_lock, lock_owner
 
-Request = Literal["pause", "stop", "cancel"]
 READ_RETRY_S = 10.0  # how long a command that only reads waits for a database
+ANSWER_WAIT_S = 1.0  # the driver's thread has a lease to renew
 READER_S = 1.0  # within which a process that only looked at the lock has let go of it
 FORMAT = 1  # of the study folder; raised when an older one can no longer be read
 
 
-class StudyStore:
+class StudyStore(TrialStore):
     """Paths and storages of one study folder. Opening reads only what is asked for."""
 
     def __init__(self, folder: str | Path, name: str | None = None) -> None:
         """Name a folder, which need not exist yet, and its study; by default both have one name."""
+        super().__init__()
         self.folder = local_path(folder)
         self.name = name or self.folder.name
+        self._changes = ChangeLock(self.folder)
+        self._folder_id: str | None = None
         self._opened: BaseStorage | None = None
-        self._ids: dict[tuple[str, int], int] = {}
+        self._is_checked = False
         self._has_read_url = False
         self._database_url: str | None = None
 
@@ -78,6 +86,7 @@ class StudyStore:
         """
         store = cls(folder)
         if not (store.folder / "study.yaml").is_file():
+            store._check_not_orphaned()
             parent = store.folder.parent
             names = sorted(path.parent.name for path in parent.glob("*/study.yaml"))
             advice = "start one with `amlp-ray study run FILE.yaml`."
@@ -85,6 +94,7 @@ class StudyStore:
                 advice = f"studies there: {', '.join(names)}."
             raise StudyError(f"There is no study {store.name!r} in {parent}; {advice}")
         store.name = store.config().name
+        store._folder_id = store.read_id()
         return store
 
     def config(self) -> StudyConfig:
@@ -140,7 +150,18 @@ class StudyStore:
         return self._opened
 
     def search(self, *, create: bool = False) -> optuna.Study:
-        """Return the Optuna study of the search; plain `optuna.load_study` opens the same."""
+        """Return the Optuna study of the search; plain `optuna.load_study` opens the same.
+
+        Raises:
+            StudyError: there are trial folders that the storage does not know.
+        """
+        if not self._is_checked:
+            self._check_complete()
+            self._is_checked = True
+        return self.stored_search(create=create)
+
+    def stored_search(self, *, create: bool = False) -> optuna.Study:
+        """Return what is stored of the search, also where trial folders show that it was more."""
         return self._study(self.search_name(), create)
 
     def baselines(self, *, create: bool = False) -> optuna.Study:
@@ -164,10 +185,12 @@ class StudyStore:
         create_study = partial(optuna.create_study, study_name=name, direction="maximize")
         if not create and self._opened is None and not journal.is_file() and not self._url:
             return create_study()  # in memory: reading creates no file
-        storage = self.storage()
         if create:
-            self._claim(storage)
-            return create_study(storage=storage, load_if_exists=True)
+            with self.transaction():
+                storage = self.storage()
+                self._claim(storage)
+                return create_study(storage=storage, load_if_exists=True)
+        storage = self.storage()
         try:
             return optuna.load_study(study_name=name, storage=storage)
         except KeyError:
@@ -181,25 +204,36 @@ class StudyStore:
 
     def _claim(self, storage: BaseStorage) -> None:
         """Create the search, unless it is there; refuse that of another folder."""
-        id_file = self.folder / "id"
-        if not id_file.is_file():
-            atomic_write(self.folder / "format", str(FORMAT))
-            atomic_write(id_file, uuid.uuid4().hex)
-        folder_id = id_file.read_text()
-        name = self.search_name()
         names = {study.study_name for study in storage.get_all_studies()}
-        if name not in names:
+        name = self.search_name()
+        study = optuna.load_study(study_name=name, storage=storage) if name in names else None
+        folder_id = self.read_id()
+        if folder_id is None:
+            # A journal lies in its own folder. In a database the study may be another one's.
+            owner = None if study is None or self._url else study.user_attrs.get("folder")
+            folder_id = owner or uuid.uuid4().hex
+            atomic_write(self.folder / "format", str(FORMAT))
+            atomic_write(self.folder / "id", folder_id)
+        self._folder_id = folder_id
+        if study is None:
             directions = list(self.config().objectives.values())
             study = optuna.create_study(study_name=name, storage=storage, directions=directions)
             study.set_user_attr("folder", folder_id)
-            return
-        study = optuna.load_study(study_name=name, storage=storage)
-        if study.user_attrs.get("folder", folder_id) != folder_id:
+        elif study.user_attrs.get("folder", folder_id) != folder_id:
             raise StudyError(
-                f"{without_secrets(self._url) if self._url else self.folder} holds a study "
-                f"{self.name!r} of another folder than {self.folder}; give this one another name, "
-                f"or use that folder."
+                f"{self.storage_text} holds a study {self.name!r} of another folder than "
+                f"{self.folder}; give this one another name, or use that folder."
             )
+
+    @property
+    def storage_text(self) -> str:
+        """Name the storage in a message, without secrets."""
+        return without_secrets(self._url) if self._url else str(self.folder / "study.journal")
+
+    def read_id(self) -> str | None:
+        """Read what ties the folder to its studies; None before the study begins."""
+        id_file = self.folder / "id"
+        return (id_file.read_text().strip() or None) if id_file.is_file() else None
 
     def _check_format(self) -> None:
         """Refuse a study that was begun by a version whose folders look otherwise."""
@@ -213,89 +247,75 @@ class StudyStore:
                 f"reads format {FORMAT}; use the version that began the study, or begin a new one."
             )
 
-    # Trials: the one place that knows how Optuna stores them
+    # Trial folders without their trials
 
-    def add_trial(self, study: optuna.Study, trial: FrozenTrial) -> TrialRecord:
-        """Store a new trial of `optuna.trial.create_trial` and return it with its number."""
-        storage = self.storage()
-        study_id = storage.get_study_id_from_name(study.study_name)
-        trial_id = storage.create_new_trial(study_id, trial)
-        stored = storage.get_trial(trial_id)
-        self._ids[study.study_name, stored.number] = trial_id
-        return TrialRecord.from_frozen(stored)
+    def unknown_folders(self) -> list[str]:
+        """List the folders of runs that the storage does not know, relative to the study's."""
+        numbers = begun_trials(self.folder)  # before the storage is read: trials begin there
+        others = begun_folders(self.folder)
+        n_stored = len(trial_records(self.stored_search()))
+        records = [*trial_records(self.baselines()), *trial_records(self.confirmation())]
+        stored = {str(record.folder) for record in records}
+        unknown = [str(trial_path(number)) for number in numbers if number >= n_stored]
+        return unknown + [path for path in others if path not in stored]
 
-    def trial(self, study: optuna.Study, number: int) -> TrialRecord:
-        """Read one trial as it is stored now."""
-        return TrialRecord.from_frozen(self.storage().get_trial(self._id_of(study, number)))
+    def _check_complete(self) -> None:
+        self._check_not_orphaned()
+        if unknown := self.unknown_folders():
+            noun = "1 run" if len(unknown) == 1 else f"{len(unknown)} runs"
+            raise StudyError(
+                f"{self.folder} holds the folders of {noun} that {self.storage_text} does not "
+                f"know, such as {unknown[0]}; `amlp-ray study repair {self.folder.name}` restores "
+                f"what was stored from these folders."
+            )
 
-    def report(self, study: optuna.Study, number: int, epoch: int, value: float | None) -> bool:
-        """Store the score of a rung, unless it is missing, not finite or stored already.
+    def _check_not_orphaned(self) -> None:
+        """Refuse a folder with trials and no study.yaml: what they were run with is unknown."""
+        if (self.folder / "study.yaml").is_file():
+            return
+        if begun_trials(self.folder) or begun_folders(self.folder):
+            raise StudyError(
+                f"{self.folder} holds trials, but no study.yaml; put the study's file back there, "
+                f"or move the folder away to begin anew."
+            )
 
-        Returns:
-            Whether it was stored.
+    # Changes, of which each is whole or not there
+
+    @contextmanager
+    def transaction(
+        self, new: StudyConfig | None = None, *, wait_s: float = WAIT_S
+    ) -> Iterator[StudyConfig]:
+        """Hold the study for one change. What the change follows from is read inside.
+
+        Changes of other processes wait, and none is lost. May be entered again inside.
+
+        Args:
+            new: settings of a study that is begun if it is not there.
+            wait_s: how long to wait for the changes of others.
+
+        Yields:
+            The settings as they are now.
+
+        Raises:
+            BusyStudyError: others change the study for longer than `wait_s`.
+            StudyError: the study is not there any more, or its folder cannot be written.
         """
-        score = finite(value)
-        trial_id = self._id_of(study, number)
-        if score is None or epoch in self.storage().get_trial(trial_id).intermediate_values:
-            return False
-        self.storage().set_trial_intermediate_value(trial_id, epoch, score)
-        return True
-
-    def finish(
-        self,
-        study: optuna.Study,
-        number: int,
-        state: TrialState,
-        values: Sequence[float] | None = None,
-    ) -> None:
-        """Store that a trial ended as COMPLETE, PRUNED or FAIL, and its values by objective."""
-        self.storage().set_trial_state_values(self._id_of(study, number), state, values)
-
-    def start_enqueued(
-        self,
-        study: optuna.Study,
-        number: int,
-        params: Mapping[str, Any],
-        distributions: Mapping[str, BaseDistribution],
-    ) -> TrialRecord:
-        """Store the parameters of a waiting trial, and that it runs now."""
-        self.set_params(study, number, params, distributions)
-        self.storage().set_trial_state_values(self._id_of(study, number), TrialState.RUNNING)
-        return self.trial(study, number)
-
-    def set_params(
-        self,
-        study: optuna.Study,
-        number: int,
-        params: Mapping[str, Any],
-        distributions: Mapping[str, BaseDistribution],
-    ) -> None:
-        """Store the parameters of a waiting trial."""
-        trial_id = self._id_of(study, number)
-        for name, distribution in distributions.items():
-            internal = distribution.to_internal_repr(params[name])
-            self.storage().set_trial_param(trial_id, name, internal, distribution)
-
-    def set_attrs(
-        self, study: optuna.Study, number: int, **attributes: Unpack[TrialAttributes]
-    ) -> None:
-        """Store user attributes of a trial."""
-        trial_id = self._id_of(study, number)
-        for name, value in attributes.items():
-            self.storage().set_trial_user_attr(trial_id, name, value)
-
-    def set_constraints(self, study: optuna.Study, number: int, excess: Sequence[float]) -> None:
-        """Store by how much a trial exceeds each limit, where Optuna's dashboard reads it."""
-        trial_id = self._id_of(study, number)
-        self.storage().set_trial_system_attr(trial_id, "constraints", list(excess))
-
-    def _id_of(self, study: optuna.Study, number: int) -> int:
-        key = study.study_name, number
-        if key not in self._ids:
-            storage = self.storage()
-            study_id = storage.get_study_id_from_name(study.study_name)
-            self._ids[key] = storage.get_trial_id_from_study_id_trial_number(study_id, number)
-        return self._ids[key]
+        if new is not None and self._folder_id is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with self._changes.hold(wait_s):
+            study_file = self.folder / "study.yaml"
+            folder_id = self.read_id()
+            if self._folder_id is not None and folder_id not in (None, self._folder_id):
+                raise StudyError(
+                    f"Study {self.name!r} was deleted and begun anew meanwhile; open it again."
+                )
+            self._folder_id = folder_id
+            if not study_file.is_file():
+                self._check_not_orphaned()
+                if new is None:
+                    raise StudyError(f"Study {self.name!r} was deleted meanwhile.")
+                write_yaml(new, study_file)
+            yield self.config()
 
     # One driver at a time, and requests to it
 
@@ -312,38 +332,85 @@ class StudyStore:
         Raises:
             StudyError: another process runs this study; the message names it.
         """
-        path = self.folder / "run.lock"
-        try:
-            folder_lock = acquire_lock(path, wait_s=READER_S, owner=here())
-        except BlockingIOError:
-            raise StudyError(
-                f"Study {self.name!r} is already run by {lock_owner(path) or 'another process'}; "
-                f"wait for it, or end it, before running the study again."
-            ) from None
+        with self.transaction():
+            folder_lock = self.lock_folder()
+            try:
+                study = self.search(create=True)
+                self._check_readable(study)
+                requests.clear_requests(study)
+                lease = Lease(study, wait=self._url is not None, counted=counted)
+            except BaseException:
+                folder_lock.close()
+                raise
         with folder_lock:
-            study = self.search(create=True)
-            lease = Lease(study, wait=self._url is not None, counted=counted)
             try:
                 yield lease
             finally:
                 lease.release()
 
+    def _check_readable(self, study: optuna.Study) -> None:
+        """Refuse to run trials whose parameters cannot be read."""
+        for trial in study.get_trials(deepcopy=False):
+            if reason := trial.user_attrs.get(DAMAGED):
+                raise StudyError(
+                    f"Trial {trial.number} of study {self.name!r} is damaged ({reason}); "
+                    f"`amlp-ray study repair {self.folder.name}` restores it from its folder."
+                )
+
+    def lock_folder(self) -> TextIO:
+        """Take the lock of whoever runs the study; closing the file frees it."""
+        path = self.folder / "run.lock"
+        try:
+            return acquire_lock(path, wait_s=READER_S, owner=here())
+        except BlockingIOError:
+            raise StudyError(
+                f"Study {self.name!r} is already run by {lock_owner(path) or 'another process'}; "
+                f"wait for it, or end it, before running the study again."
+            ) from None
+
     def holder(self) -> str | None:
         """Return who runs this study now, such as `process 12 on host`; None for nobody."""
-        return lock_owner(self.folder / "run.lock") or read_lease(self.search())
+        return lock_owner(self.folder / "run.lock") or read_lease(self.stored_search())
 
     def is_run(self) -> bool:
         """Return whether a process runs this study now."""
         return self.holder() is not None
 
-    def request(self, verb: Request) -> None:
-        """Ask the process that runs the study, wherever it is; it polls every second."""
-        request = {"verb": verb, "by": here(), "id": uuid.uuid4().hex}
-        self.search().set_user_attr("request", request)
+    def request(self, verb: requests.Verb) -> str | None:
+        """Ask the process that runs the study, wherever it is; it polls every second.
 
-    def last_request(self) -> dict[str, Any] | None:
-        """Return the last request as `verb`, `by`, `id` and, once the driver has it, `answer`."""
-        return self.search().user_attrs.get("request")
+        Returns:
+            The request's id, for `answer`; None if nobody runs the study.
+        """
+        with self.transaction():
+            return requests.add_request(self.search(), verb) if self.is_run() else None
+
+    def last_request(self) -> requests.Request | None:
+        """Return the last request to the last driver; it has an `answer` once it was received."""
+        stored = requests.read_requests(self.search())
+        return stored[-1] if stored else None
+
+    def is_answered(self, request_id: str) -> bool:
+        """Return whether the driver has received a request."""
+        pending = requests.pending_requests(self.search())
+        return request_id not in {request["id"] for request in pending}
+
+    def answer_requests(self, obey: Callable[[requests.Request], None]) -> None:
+        """Obey the requests that came since, and store that they were received.
+
+        If others change the study at this moment, they are obeyed again at the next call.
+        """
+        pending = requests.pending_requests(self.search())
+        if not pending:
+            return
+        for request in pending:
+            obey(request)
+        when = datetime.now().isoformat(timespec="seconds")
+        try:
+            with self.transaction(wait_s=ANSWER_WAIT_S):
+                requests.answer_requests(self.search(), {item["id"] for item in pending}, when)
+        except BusyStudyError:
+            return
 
 
 def read_metrics(folder: Path) -> list[Metrics]:

@@ -63,14 +63,16 @@ def test_the_state_follows_what_was_asked_and_whether_budget_is_left(tmp_path: P
     store = make_store(tmp_path, budget={"trials": 2})
     assert status(store)["state"] == "not begun"
     add(store)
-    store.request("stop")
     with store.lock():
+        store.request("stop")
         assert status(StudyStore.open(store.folder))["state"] == "stopping"
     assert status(store)["state"] == "stopped"
     add(store, state=TrialState.RUNNING)
-    store.request("pause")
+    with store.lock():
+        store.request("pause")
     assert status(store)["state"] == "paused"
-    store.search().set_user_attr("request", None)
+    with store.lock():
+        pass
     assert status(store)["state"] == "interrupted"
     add(store)
     finished = make_store(tmp_path, "finished", budget={"trials": 1})

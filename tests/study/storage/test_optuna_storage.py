@@ -17,8 +17,8 @@ from optuna.testing.pytest_storages import StorageTestCase
 from optuna.trial import TrialState
 
 from amlp_ray.errors import StudyError
+from amlp_ray.study.storage.journal import Journal
 from amlp_ray.study.storage.optuna_storage import (
-    Journal,
     RetryingStorage,
     expand_variables,
     open_database,
@@ -218,7 +218,7 @@ def test_a_short_write_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.M
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("amlp_ray.study.storage.optuna_storage.os.fsync", full)
+    monkeypatch.setattr("amlp_ray.study.storage.journal.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         Journal(journal).append_logs([{"op_code": 1}])
     assert journal.read_bytes() == whole

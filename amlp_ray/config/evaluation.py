@@ -61,12 +61,15 @@ class SegmentConfig(Config):
     """Largest gradient norm of a step, as in pretraining."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on GPUs that have it, fp32 on CPU."""
+    empty_share: Share = 0.0
+    """Largest share of images without a lesion in an epoch. They are added to those with a lesion,
+    spread over all batches, and drawn anew each epoch. 0: none. 1: all there are."""
     num_labeled: int | None = Field(None, ge=4)
-    """Number of labeled training images. null: all with a lesion."""
+    """Number of labeled training images with a lesion; `empty_share` adds to them. null: all."""
     label_share: float | None = Field(None, gt=0, le=1)
-    """Share of them, drawn by group (patient): whole groups until the share is reached, at least
-    one. The images of a smaller share are among those of a larger one with the same seed. null:
-    all, or `num_labeled`."""
+    """Share of the labeled training images, drawn by group (patient): whole groups until the share
+    is reached, at least one. The images of a smaller share are among those of a larger one with
+    the same seed. null: all, or `num_labeled`."""
     decoder: Literal["conv", "linear", "unetr", "dpt"] = "conv"
     """linear: a logit per token, what the encoder itself knows. conv: the tokens of four depths,
     summed. unetr: UNETR's pyramid, for patch sizes that are powers of two. dpt: DPT's fusion of

@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from amlp_ray.config import FaultToleranceConfig, ImageSpec, SegmentConfig
 from amlp_ray.data.dataset import Split
 from amlp_ray.errors import CheckpointError, NonFiniteLossError
+from amlp_ray.evaluation.labels import Rows, empty_count
 from amlp_ray.evaluation.segmenter import Segmenter
 from amlp_ray.method.augment import augment, normalize
 from amlp_ray.method.encoder import use_fused_attention
@@ -51,7 +53,7 @@ def finetune(
 
     Args:
         model: trained in place.
-        train: labeled images with a lesion.
+        train: labeled images, with a lesion and without.
         spec: how they are normalized.
         progress: takes the metrics of every epoch, on the first worker.
 
@@ -100,8 +102,8 @@ def train_epoch(
     from monai.losses import DiceCELoss
 
     compute_loss = DiceCELoss(sigmoid=True, batch=True)
-    steps = max(1, len(train) // config.batch_size)
-    order = np.random.default_rng([config.seed, epoch]).permutation(len(train))
+    order = epoch_order(train.masks.any((1, 2)), config, epoch)
+    steps = max(1, len(order) // config.batch_size)
     losses = []
     norms = []
     started = time.perf_counter()
@@ -134,6 +136,24 @@ def train_epoch(
         )
     speed = speed_metrics(steps * len(batch), time.perf_counter() - started)
     return {"epoch": epoch, "loss": mean_loss, "grad_norm": mean_norm, "lr": lr, **speed}
+
+
+def epoch_order(has_lesion: NDArray[np.bool_], config: SegmentConfig, epoch: int) -> Rows:
+    """Order the images of an epoch: all with a lesion, and `config.empty_share` without.
+
+    The latter are spread evenly, so that each batch has its part. Dice is that of a whole batch, so
+    lesion predicted in an image without one lowers it. In a batch without any lesion, which only
+    small batches and large shares have, it is constant and cross-entropy alone trains.
+
+    Args:
+        has_lesion: (N,).
+    """
+    rng = np.random.default_rng([config.seed, epoch])
+    lesion = rng.permutation(np.flatnonzero(has_lesion))
+    empty = rng.permutation(np.flatnonzero(~has_lesion))
+    empty = empty[: empty_count(len(lesion), len(empty), config.empty_share)]
+    places = [(np.arange(len(rows)) + 0.5) / max(1, len(rows)) for rows in (lesion, empty)]
+    return np.concatenate([lesion, empty])[np.argsort(np.concatenate(places), kind="stable")]
 
 
 def _load_augmented(

@@ -23,6 +23,10 @@ Rows = NDArray[np.int64]
 MAX_MEAN_DISTANCE = 3.0
 MAX_SD_RATIO = 5.0
 
+# Images without a lesion that are read for fine-tuning, over those that an epoch takes: epochs
+# differ, and memory has a bound where nearly all slices are empty.
+EMPTY_POOL = 4
+
 
 def lesion_pixels(dataset: PatchDataset, split: str) -> NDArray[np.float64]:
     """Return the lesion pixels of every image of a split, (N,).
@@ -69,12 +73,64 @@ def train_rows(dataset: PatchDataset, config: SegmentConfig) -> Rows:
         return np.sort(rng.permutation(rows)[: config.num_labeled])
     if config.label_share is None:
         return rows
-    groups = dataset.table("train", columns=["group"])["group"].to_numpy()[rows]
+    return rows[_in_share(_train_groups(dataset)[rows], config.label_share, rng)]
+
+
+def empty_rows(dataset: PatchDataset, config: SegmentConfig) -> Rows:
+    """Select training images without a lesion, from which every epoch draws; see `empty_share`.
+
+    With `config.num_labeled` they are as many as an epoch takes. With `config.label_share` they are
+    those of the patients drawn by `train_rows`, and the same share of patients without any lesion.
+    """
+    pixels = lesion_pixels(dataset, "train")
+    rows = np.flatnonzero(pixels == 0)
+    lesion_rows = train_rows(dataset, config)
+    # Other numbers than those which `train_rows` draws.
+    rng = np.random.default_rng([config.seed, 1])
+    if config.label_share is not None:
+        groups = _train_groups(dataset)
+        is_drawn = np.isin(groups[rows], groups[lesion_rows])
+        is_healthy = ~np.isin(groups[rows], groups[pixels > 0])
+        healthy = rows[is_healthy]
+        drawn_healthy = healthy[_in_share(groups[healthy], config.label_share, rng)]
+        rows = np.sort(np.concatenate([rows[is_drawn], drawn_healthy]))
+    count = empty_count(len(lesion_rows), len(rows), config.empty_share)
+    pool = count if config.num_labeled else EMPTY_POOL * count
+    return np.sort(rng.permutation(rows)[:pool])
+
+
+def empty_count(n_lesion: int, n_empty: int, share: float) -> int:
+    """Count the images without a lesion of an epoch that has `n_lesion` with one.
+
+    Args:
+        n_empty: how many there are; none is taken twice.
+        share: `empty_share`.
+
+    >>> empty_count(90, 1000, 0.1), empty_count(90, 5, 0.5), empty_count(90, 1000, 1.0)
+    (10, 5, 1000)
+    """
+    if share == 1:
+        return n_empty
+    return min(n_empty, round(n_lesion * share / (1 - share)))
+
+
+def _train_groups(dataset: PatchDataset) -> NDArray[np.object_]:
+    return dataset.table("train", columns=["group"])["group"].to_numpy()
+
+
+def _in_share(
+    groups: NDArray[np.object_], share: float, rng: np.random.Generator
+) -> NDArray[np.bool_]:
+    """Draw whole groups until they have a share of the images; return which images (n,) are theirs.
+
+    Args:
+        groups: of the images, (n,).
+    """
     names, group, images = np.unique(groups, return_inverse=True, return_counts=True)
     # A larger share takes more groups of the same order.
     order = rng.permutation(len(names))
-    last = np.searchsorted(np.cumsum(images[order]), config.label_share * len(rows) - 1e-9)
-    return rows[np.isin(group, order[: last + 1])]
+    last = np.searchsorted(np.cumsum(images[order]), share * len(groups) - 1e-9)
+    return np.isin(group, order[: last + 1])
 
 
 def labeled_rows(dataset: PatchDataset, split: str) -> Rows:

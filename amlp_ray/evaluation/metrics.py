@@ -101,7 +101,7 @@ def summarize_scores(table: pd.DataFrame, sizes: tuple[float, float]) -> dict[st
     """Average the scores of a split over its images with a lesion, and over groups (patients).
 
     A group's score is the mean over its images with a lesion, so a patient with many images counts
-    once.
+    once. Images without a lesion are averaged apart, likewise.
 
     Args:
         table: a row per image, with columns id, group, share (of the lesion in the image), missed,
@@ -111,14 +111,19 @@ def summarize_scores(table: pd.DataFrame, sizes: tuple[float, float]) -> dict[st
     lesion = table[table["dsc"].notna()]
     groups = lesion.groupby("group")[list(METRICS)].mean()
     empty = table["empty_correct"].dropna()
+    empty_groups = empty.groupby(table["group"]).mean()
     image_means = {name: float(lesion[name].mean()) for name in METRICS}
     group_means = {f"{name}_per_group": float(groups[name].mean()) for name in METRICS}
     return {
+        "dsc": image_means["dsc"],
+        "empty_correct": float(empty.mean()) if len(empty) else None,
         **image_means,
         "missed": int(lesion["missed"].sum()),
-        "empty_correct": float(empty.mean()) if len(empty) else None,
         "images": len(lesion),
+        "images_without_lesion": len(empty),
         "groups": len(groups),
+        "dsc_per_group": group_means["dsc_per_group"],
+        "empty_correct_per_group": float(empty_groups.mean()) if len(empty) else None,
         **group_means,
         **dsc_by_size(lesion["dsc"].to_numpy(), lesion["share"].to_numpy(), sizes),
         "per_image": dict(zip(lesion["id"], lesion["dsc"].round(6).tolist(), strict=True)),

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from amlp_ray.config import FaultToleranceConfig, ImageSpec, ResourceConfig, SegmentConfig
@@ -23,7 +24,13 @@ from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import CheckpointError, ConfigError
 from amlp_ray.evaluation.evaluate import SIZES, evaluate
 from amlp_ray.evaluation.finetune import finetune
-from amlp_ray.evaluation.labels import check_fits, labeled_rows, train_rows
+from amlp_ray.evaluation.labels import (
+    check_fits,
+    empty_count,
+    empty_rows,
+    labeled_rows,
+    train_rows,
+)
 from amlp_ray.evaluation.metrics import mean_mask
 from amlp_ray.evaluation.segmenter import WEIGHTS, Segmenter, save_segmenter
 from amlp_ray.method.encoder import build_encoder
@@ -41,6 +48,7 @@ from amlp_ray.training.checkpoint.pretrained import (
 )
 from amlp_ray.training.loggers.metrics_file import Metrics, RowTail
 from amlp_ray.utils.files import atomic_write, local_path
+from amlp_ray.utils.json_files import read_json
 from amlp_ray.utils.retry import RetryPolicy
 from amlp_ray.utils.run_dir import OtherRunError, RunDir
 
@@ -65,7 +73,9 @@ def segment(
     progress: Callable[[Metrics], None] = lambda metrics: None,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Fine-tune on labeled training images with a lesion, and score on val.
+    """Fine-tune on labeled training images, and score on val.
+
+    Images without a lesion are among them as `config.empty_share` says.
 
     A fine-tuning of the same config in `out` is resumed; if it is finished, its score is returned.
 
@@ -105,10 +115,12 @@ def segment(
     run_dir = RunDir(tuning.out, IDENTITY, results=RESULTS)
     with run_dir.lock(wait_s=LOCK_WAIT_S):
         _claim(run_dir, tuning, dataset)
-        if not all((tuning.out / name).is_file() for name in (SCORE, WEIGHTS)):
+        score = read_json(tuning.out / SCORE)
+        if score is None or not (tuning.out / WEIGHTS).is_file():
             write_yaml(tuning.config, tuning.out / "config.yaml")
             _train(tuning, dataset, resources, address, progress, device)
-    return dict(json.loads((tuning.out / SCORE).read_text()))
+            score = read_json(tuning.out / SCORE)
+    return score or {}
 
 
 def _claim(run_dir: RunDir, tuning: Tuning, dataset: PatchDataset) -> None:
@@ -211,7 +223,10 @@ class Tuning:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         spec = pretrained_image_spec(self.encoder, dataset.spec)
-        train = dataset.load("train", train_rows(dataset, self.config))
+        lesion_rows = train_rows(dataset, self.config)
+        rows = np.concatenate([lesion_rows, empty_rows(dataset, self.config)])
+        train = dataset.load("train", np.sort(rows))
+        has_lesion = train.masks.any((1, 2))
         model, start = self._build(spec)
         model.to(worker.device)
         epochs = finetune(
@@ -226,10 +241,13 @@ class Tuning:
         )
         if not worker.is_first:
             return
-        floor = mean_mask(train.masks)
+        floor = mean_mask(train.masks[has_lesion])
         score, table = evaluate(model, dataset, "val", floor, spec, self.sizes)
         score |= {
-            "num_labeled": len(train),
+            "num_labeled": len(lesion_rows),
+            "num_empty_per_epoch": empty_count(
+                len(lesion_rows), len(rows) - len(lesion_rows), self.config.empty_share
+            ),
             "from_scratch": self.from_scratch,
             "encoder": self.encoder,
             "start": start,

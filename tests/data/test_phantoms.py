@@ -8,7 +8,7 @@ from PIL import Image
 
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.layouts import find_items
-from amlp_ray.data.phantoms import NORMAL_EVERY, Kind, draw_phantom, write_phantoms
+from amlp_ray.data.phantoms import EMPTY_SHARE, Kind, draw_phantom, is_empty, write_phantoms
 from amlp_ray.errors import ConfigError
 
 KINDS: tuple[Kind, ...] = ("ultrasound", "mri", "pet")
@@ -18,7 +18,7 @@ KINDS: tuple[Kind, ...] = ("ultrasound", "mri", "pet")
 def test_lesions_cover_1_to_15_percent_and_normals_nothing(kind: Kind) -> None:
     for i in range(12):
         for size in (48, 96):
-            lesion = i % NORMAL_EVERY != 0
+            lesion = not is_empty(i, EMPTY_SHARE)
             image, mask = draw_phantom(kind, size, np.random.default_rng([0, i]), lesion=lesion)
             assert image.shape == mask.shape == (size, size)
             assert image.dtype == mask.dtype == np.uint8
@@ -62,8 +62,32 @@ def test_written_folder_is_a_paired_set_that_repeats(kind: Kind, tmp_path: Path)
         assert set(np.unique(np.asarray(mask))) == {0, 255}
 
 
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.5, 0.65, 1.0])
+def test_any_beginning_of_a_set_has_its_share_without_a_lesion(share: float) -> None:
+    empty = np.cumsum([is_empty(i, share) for i in range(500)])
+    np.testing.assert_array_less(np.abs(empty - share * np.arange(1, 501)), 1 + 1e-9)
+
+
+def test_a_sixth_is_without_a_lesion_unless_a_share_is_given(tmp_path: Path) -> None:
+    def empty_images(folder: Path) -> list[int]:
+        paths = sorted((folder / "masks").iterdir())
+        return [i for i, path in enumerate(paths) if not np.asarray(Image.open(path)).any()]
+
+    assert empty_images(write_phantoms(tmp_path / "a", count=14, size=32)) == [0, 6, 12]
+    half = write_phantoms(tmp_path / "b", count=6, size=32, empty_share=0.5)
+    assert empty_images(half) == [0, 2, 4]
+    # The share changes which images have a lesion, and no other image.
+    for i in (1, 3, 5):
+        name = f"images/ultrasound_{i:05d}.png"
+        assert (half / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
 def test_wrong_requests_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="kind 'ct'; known are ultrasound, mri, pet"):
         write_phantoms(tmp_path, kind="ct", count=1)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="not 0 and 128"):
         write_phantoms(tmp_path, count=0)
+    for share in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ConfigError, match=f"from 0 to 1, not {share}"):
+            write_phantoms(tmp_path / "none", count=1, empty_share=share)
+    assert not (tmp_path / "none").exists()

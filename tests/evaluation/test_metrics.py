@@ -147,7 +147,22 @@ def test_means_over_groups_count_a_patient_once_and_leave_out_images_without_a_l
         0.5,
     )
     assert (summary["dsc_small"], summary["dsc_medium"], summary["dsc_large"]) == (0.2, 0.4, 0.9)
-    assert summarize_scores(table[:3], (0.02, 0.1))["empty_correct"] is None
+    assert summary["images_without_lesion"] == 2
+    nothing_empty = summarize_scores(table[:3], (0.02, 0.1))
+    assert nothing_empty["empty_correct"] is None
+    assert nothing_empty["empty_correct_per_group"] is None
+    assert nothing_empty["images_without_lesion"] == 0
+
+
+def test_a_patient_with_many_images_without_a_lesion_counts_once() -> None:
+    nan = float("nan")
+    rows = [("a", "x", 0.2, nan), *((name, "y", nan, 1.0) for name in "bcd"), ("e", "z", nan, 0.0)]
+    table = pd.DataFrame(rows, columns=["id", "group", "dsc", "empty_correct"])
+    scores = dict.fromkeys(("ppv", "sensitivity", "iou", "hd95"), table["dsc"])
+    table = table.assign(**scores, share=0.01, missed=False)
+    summary = summarize_scores(table, (0.02, 0.1))
+    assert summary["empty_correct"] == pytest.approx(0.75)
+    assert summary["empty_correct_per_group"] == pytest.approx(0.5)
 
 
 def test_best_threshold_is_the_optimum_over_the_candidates() -> None:

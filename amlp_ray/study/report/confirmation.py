@@ -29,6 +29,7 @@ from amlp_ray.study.report.tables import (
     Table,
     count_words,
     interval_text,
+    percent,
     text_table,
     three_digits,
     without_empty_rows,
@@ -334,13 +335,15 @@ def _comparison_cells(
 
 
 def _sizes(confirmation: Confirmation) -> Table:
-    """Tabulate DSC of fine-tuning by size of the lesion."""
+    """Tabulate DSC of fine-tuning by size of the lesion, and images without one beside it."""
     rows = []
     for candidate in _ordered(confirmation):
         means = [candidate.mean("finetune", confirmation.split, key) for key in SIZES]
         title = _row_title(confirmation, candidate)
-        rows.append([title, *(three_digits(mean) for mean in means)])
-    return text_table(["", "Small lesions", "Medium", "Large"], without_empty_rows(rows))
+        empty_correct = candidate.mean("finetune", confirmation.split, "empty_correct")
+        rows.append([title, *(three_digits(mean) for mean in means), percent(empty_correct)])
+    columns = ["", "Small lesions", "Medium", "Large", "Empties correct"]
+    return text_table(columns, without_empty_rows(rows))
 
 
 def _ordered(confirmation: Confirmation) -> list[ConfirmedCandidate]:

@@ -209,6 +209,11 @@ def three_digits(value: float | None) -> str:
     return MISSING if value is None else f"{value:.3f}"
 
 
+def percent(share: float | None) -> str:
+    """Show a share as a whole percentage."""
+    return MISSING if share is None else f"{100 * share:.0f} %"
+
+
 def interval_text(interval: tuple[float, float] | None) -> str:
     """Show an interval of differences."""
     return MISSING if interval is None else f"{interval[0]:+.3f} to {interval[1]:+.3f}"
@@ -274,6 +279,5 @@ def _size_texts(scored: ReportedTrial | Baseline) -> list[str]:
 
 def _measures(scored: ReportedTrial | Baseline) -> list[str]:
     texts = [three_digits(scored.measure(key)) for key in MEASURES]
-    empty_correct = scored.measure("empty_correct")
-    texts.append(MISSING if empty_correct is None else f"{100 * empty_correct:.0f} %")
+    texts.append(percent(scored.measure("empty_correct")))
     return texts

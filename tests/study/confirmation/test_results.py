@@ -47,6 +47,7 @@ class WrittenConfirmation:
         failed: tuple[int, ...] = (),
         epochs: int = 10,
         uses_ground_truth: bool = False,
+        empty_correct: float | None = None,
     ) -> None:
         """Add a candidate by its mean DSC: fine-tuning on test, probe on val, probe on test."""
         self.names.append(name)
@@ -65,6 +66,7 @@ class WrittenConfirmation:
                 at: {"dsc": float(np.mean(list(v.values()))), "per_group": v, "images": IMAGES}
                 for at, v in scores.items()
             }
+            full["finetune"] |= {"dsc_small": test, "empty_correct": empty_correct}
             folder = self.store.confirm_folder(name, repeat)
             folder.mkdir(parents=True)
             (folder / "score.json").write_text(json.dumps(full["val"]))
@@ -173,6 +175,17 @@ def test_until_the_test_is_opened_the_search_has_the_verdict_and_numbers_are_of_
     assert "The test images have not been opened: numbers are of val" in section.state
     assert section.sentences
     assert written.confirmation().split == "val"
+
+
+def test_images_without_a_lesion_stand_beside_dsc(written: WrittenConfirmation) -> None:
+    written.add("trial-1", 0.6, empty_correct=0.25)
+    written.add("mae", 0.5)
+    table = confirmation_section(written.confirmation()).sizes
+    assert table.columns[-1] == "Empties correct"
+    assert [[cell.text for cell in row[1:]] for row in table.rows] == [
+        ["0.600", "\u2013", "\u2013", "25 %"],
+        ["0.500", "\u2013", "\u2013", "\u2013"],
+    ]
 
 
 def test_an_ablation_is_compared_with_its_own_trial_whichever_was_chosen(

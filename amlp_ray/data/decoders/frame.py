@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from amlp_ray.data.decoders.mask_values import MaskValues
 from amlp_ray.errors import DataError
 
 # Of stored images; each holds those before it, but int16 does not hold uint16.
@@ -24,6 +25,7 @@ class Frame(NamedTuple):
     number: int = 0  # slice or frame of its item, from 0
     spacing: tuple[float, float] | None = None  # mm of a pixel, down and across; None: not known
     notes: tuple[str, ...] = ()  # repairs, as sentences without the file's name
+    mask_values: tuple[MaskValues, ...] = ()  # of the files that a picture's mask was read from
 
 
 def read_content(path: str, read: ReadFile) -> bytes:

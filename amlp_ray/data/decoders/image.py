@@ -15,9 +15,10 @@ from PIL import Image
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders.coco_polygons import draw_outlines
 from amlp_ray.data.decoders.frame import DTYPES, MAX_EXACT, Frame, ReadFile
-from amlp_ray.data.decoders.image_file import DecodedImage, decode_image_file
+from amlp_ray.data.decoders.image_file import decode_image_file
 from amlp_ray.data.decoders.intensity import percentile_range, smallest_exact, to_bytes
-from amlp_ray.data.decoders.masks import select_lesion
+from amlp_ray.data.decoders.mask_file import decode_mask_file
+from amlp_ray.data.decoders.mask_rule import MaskRule, choose_rule, find_lesion
 from amlp_ray.data.layouts.item import SourceImage
 from amlp_ray.errors import DataError
 
@@ -26,13 +27,20 @@ COLORED = 32 / 255
 # Share of colored pixels up to which an image is gray: exported ultrasound has calipers and logos.
 GRAY_SHARE = 0.01
 LUMA = (0.299, 0.587, 0.114)  # Pillow's weights of red, green and blue
-JPEGS = ("JPEG", "MPO")
 
 
-def read_image(item: SourceImage, config: PrepareConfig, read: ReadFile) -> Iterator[Frame]:
+def read_image(
+    item: SourceImage, config: PrepareConfig, read: ReadFile, rule: MaskRule | None = None
+) -> Iterator[Frame]:
     """Yield the one frame of a picture, with the union of its masks and outlines.
 
     Without these there is no mask.
+
+    Args:
+        item: a picture.
+        config: which values are wanted.
+        read: returns the content of a file.
+        rule: how the masks of the set are read; None: as those of this picture alone suggest.
 
     Raises:
         DataError: the image or a mask cannot be read, or they differ in size.
@@ -43,16 +51,19 @@ def read_image(item: SourceImage, config: PrepareConfig, read: ReadFile) -> Iter
     notes = list(decoded.notes)
     shape = (image.shape[0], image.shape[1])
     mask = None
-    if item.masks or item.outlines:
+    files = [decode_mask_file(mask_path, shape, read) for mask_path in item.masks]
+    mask_values = tuple(file.values for file in files)
+    if item.is_labeled:
         mask = np.zeros(shape, np.uint8)
-        for mask_path in item.masks:
-            lesion, mask_notes = _read_mask(mask_path, shape, config.lesion_labels, read)
+        rule = rule or choose_rule(mask_values, config)
+        for file in files:
+            lesion, mask_notes = find_lesion(file, rule, config)
             mask |= lesion
-            mask_name = PurePosixPath(mask_path).name
+            mask_name = PurePosixPath(file.values.path).name
             notes += [f"its mask {mask_name} {note}" for note in mask_notes]
         if item.outlines:
             mask |= draw_outlines(item.outlines, shape, path)
-    yield Frame(_map_values(path, image, config), mask, notes=tuple(notes))
+    yield Frame(_map_values(path, image, config), mask, notes=tuple(notes), mask_values=mask_values)
 
 
 def is_gray(image: np.ndarray) -> bool:
@@ -140,53 +151,3 @@ def _to_stored_dtype(path: str, pixels: np.ndarray) -> np.ndarray:
         f"{path} holds whole numbers from {lowest} to {highest}, but at most {MAX_EXACT} can be "
         "stored exactly; scale them."
     )
-
-
-def _read_mask(
-    path: str, shape: tuple[int, int], lesion_labels: tuple[int, ...], read: ReadFile
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return the mask (H, W) of an image of `shape`, uint8 of 0 and 1, and notes.
-
-    A pixel is lesion if any color channel is above zero, above half in a JPEG, or has one of
-    `lesion_labels`. Alpha is ignored: RGBA masks are opaque everywhere, so counting it would mark
-    the whole image.
-    """
-    decoded = decode_image_file(path, read, is_mask=bool(lesion_labels))
-    labels = decoded.pixels
-    if labels.shape[:2] != shape:
-        raise DataError(
-            f"{path} is a mask of {labels.shape[1]}x{labels.shape[0]} pixels, but its image has "
-            f"{shape[1]}x{shape[0]}; both must have the same size, so export the mask again."
-        )
-    if labels.dtype.kind == "f" and not np.isfinite(labels).all():
-        raise DataError(
-            f"{path} is a mask with NaN or infinite values, but labels are numbers; "
-            "export it again."
-        )
-    is_jpeg = decoded.file_format in JPEGS
-    if is_jpeg and lesion_labels not in ((), (255,)):
-        raise DataError(
-            f"{path} is a JPEG, which blurs label values, so lesion_labels "
-            f"{', '.join(map(str, lesion_labels))} cannot be told apart; export the mask as PNG."
-        )
-    if lesion_labels and not is_jpeg:
-        lesion, label_notes = select_lesion(_labels_of(path, decoded, lesion_labels), lesion_labels)
-        return lesion, decoded.notes + label_notes
-    # Masks of 0 and 1 exist, so anything counts. But JPEG leaves faint noise in empty masks.
-    threshold = 127 if is_jpeg else 0
-    return np.asarray((labels > threshold).any(axis=2), np.uint8), decoded.notes
-
-
-def _labels_of(path: str, decoded: DecodedImage, lesion_labels: tuple[int, ...]) -> np.ndarray:
-    """Return the labels (H, W) of a mask whose color channels are equal."""
-    labels = decoded.pixels[:, :, 0]
-    if not (decoded.pixels == labels[:, :, None]).all():
-        raise DataError(
-            f"{path} is a mask in colors, but lesion_labels need one value a pixel; "
-            "export it as gray or with a palette."
-        )
-    # What is set in a 1-bit mask is 1 in arrays and 255 in viewers, and BUSI mixes such masks with
-    # 8-bit ones.
-    if decoded.is_one_bit and 255 in lesion_labels and 1 not in lesion_labels:
-        return labels * np.uint8(255)
-    return labels

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from amlp_ray.data.decoders.frame import ReadFile
+from amlp_ray.data.decoders.tiff import BITS_PER_SAMPLE, count_planes, invert, is_inverted
 from amlp_ray.errors import DataError, describe_error
 from amlp_ray.utils.silence import quiet_stderr
 
@@ -32,7 +33,8 @@ COLOR_MODES = ("RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr")
 # Pillow's one-channel modes of more than 8 bits.
 WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 ORIENTATION = 274  # tag number
-BITS_PER_SAMPLE = 258  # tag number
+JPEGS = ("JPEG", "MPO")
+TRANSPARENCY_IGNORED = "has transparent pixels: transparency was ignored"
 NPY = b"\x93NUMPY"
 _SIZE_ADVICE = f"but {MAX_PIXELS:,} are the most; scale it down, cut it into parts, or remove it."
 
@@ -80,15 +82,20 @@ class DecodedImage(NamedTuple):
     file_format: str  # Pillow's name of it, or "npy"
     pixels: np.ndarray  # (H, W, C), any numeric type
     notes: tuple[str, ...] = ()  # repairs, as sentences without the file's name
+    # Of masks only:
     is_one_bit: bool = False
+    lossy_kind: str = ""  # such as "a JPEG", if its compression blurs values
+    indices: np.ndarray | None = None  # (H, W), of a palette
+    has_gray_palette: bool = False  # no entry of the palette has a color, used or not
+    alpha: np.ndarray | None = None  # (H, W), 0 is transparent
 
 
 def decode_image_file(path: str, read: ReadFile, *, is_mask: bool = False) -> DecodedImage:
-    """Read and decode a picture. Alpha is dropped; palettes, CMYK and YCbCr become RGB.
+    """Read and decode a picture. Palettes, CMYK and YCbCr become RGB, and alpha is dropped.
 
     Args:
-        is_mask: the values name classes. So a colored palette gives its indices, a 1-bit picture 0
-            and 1, and grays of fewer than 8 bits are not stretched to 255.
+        is_mask: the values may name classes. So a 1-bit picture gives 0 and 1, grays of fewer than
+            8 bits are not stretched to 255, and indices of palettes and alpha come beside.
 
     Raises:
         DataError: the file cannot be read, is no picture or a damaged one, or holds what an array
@@ -169,6 +176,10 @@ def _decode(path: str, content: bytes, is_mask: bool) -> DecodedImage:
             raise DataError(f"{path} has {image.width}x{image.height} pixels, {_SIZE_ADVICE}")
         notes = []
         frames = getattr(image, "n_frames", 1)
+        is_tiff_inverted = False
+        if image.format == "TIFF":
+            frames = max(frames, count_planes(image, len(content)))
+            is_tiff_inverted = is_inverted(image)
         if image.format == "MPO":  # a camera's JPEG, with a preview or depth map behind
             notes.append(f"holds {frames} pictures: the first, which viewers show, was taken")
         elif frames > 1:
@@ -187,15 +198,65 @@ def _decode(path: str, content: bytes, is_mask: bool) -> DecodedImage:
             notes.append(
                 f"has orientation {orientation} in its header: not applied, so that masks fit"
             )
-        if _is_transparent(upright):
-            notes.append("has transparent pixels: transparency was ignored")
+        alpha = _alpha(upright)
+        pixels = _to_array(path, upright, max_value, is_mask)
+        if is_tiff_inverted:
+            pixels = _invert(path, pixels)
+        if alpha is not None and alpha.min() < 255 and not is_mask:
+            _check_visible(path, pixels, alpha)
+            notes.append(TRANSPARENCY_IGNORED)
         if upright.mode == "CMYK":
             notes.append("is CMYK: converted to RGB")
-        return DecodedImage(
-            file_format=str(image.format),
-            pixels=_to_array(path, upright, max_value, is_mask),
-            notes=tuple(notes),
-            is_one_bit=upright.mode == "1",
+        decoded = DecodedImage(str(image.format), pixels, tuple(notes))
+        return _with_mask_fields(decoded, upright, content, alpha) if is_mask else decoded
+
+
+def _with_mask_fields(
+    decoded: DecodedImage, image: Image.Image, content: bytes, alpha: np.ndarray | None
+) -> DecodedImage:
+    """Add what matters in masks."""
+    indices = None
+    has_gray_palette = False
+    if image.mode in ("P", "PA"):
+        indices = np.asarray(image.getchannel("P"))
+        palette = np.asarray(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
+        has_gray_palette = bool((palette == palette[:, :1]).all())
+    return decoded._replace(
+        is_one_bit=image.mode == "1",
+        lossy_kind=_lossy_kind(decoded.file_format, image, content),
+        indices=indices,
+        has_gray_palette=has_gray_palette,
+        alpha=alpha,
+    )
+
+
+def _lossy_kind(file_format: str, image: Image.Image, content: bytes) -> str:
+    """Name a compression that blurs the values of labels; empty if there is none."""
+    if file_format in JPEGS:
+        return "a JPEG"
+    if file_format == "TIFF" and image.info.get("compression") == "jpeg":
+        return "a TIFF with JPEG inside"
+    # Lossless pictures are in chunks named VP8L.
+    is_lossy_webp = file_format == "WEBP" and b"VP8 " in content[:4096]
+    return "a lossy WebP" if is_lossy_webp else ""
+
+
+def _invert(path: str, pixels: np.ndarray) -> np.ndarray:
+    """Turn the values of a TIFF whose smallest is white."""
+    if pixels.dtype.kind not in "iu":
+        raise DataError(
+            f"{path} says WhiteIsZero in its header, but real numbers have no fixed opposite; "
+            "export it as BlackIsZero."
+        )
+    return invert(pixels)
+
+
+def _check_visible(path: str, pixels: np.ndarray, alpha: np.ndarray) -> None:
+    """Raise DataError if a picture is drawn in transparency alone."""
+    if (pixels == pixels[:1, :1]).all() and alpha.min() < alpha.max():
+        raise DataError(
+            f"{path} has one color everywhere and shows its picture in the transparency alone, "
+            "which is not read; export it without transparency."
         )
 
 
@@ -215,9 +276,7 @@ def _load_unturned(image: ImageFile.ImageFile) -> tuple[Image.Image, int]:
 def _to_array(path: str, image: Image.Image, max_value: int, is_mask: bool) -> np.ndarray:
     """Return the pixels (H, W, C) of a loaded image whose file holds values up to `max_value`."""
     mode = image.mode
-    if is_mask and mode == "P" and not _is_gray_palette(image):
-        array = np.asarray(image)
-    elif mode == "La":
+    if mode == "La":
         array = np.asarray(image.convert("LA").convert("L"))
     elif mode in ("1", "L", "LA"):
         array = np.asarray(image.convert("L"))
@@ -281,24 +340,15 @@ def _orientation(image: Image.Image) -> int:
     return 1
 
 
-def _is_transparent(image: Image.Image) -> bool:
+def _alpha(image: Image.Image) -> np.ndarray | None:
+    """Return the alpha (H, W) of a picture; None if it has none."""
     if image.mode in ("RGBA", "LA", "PA", "La"):
-        alpha = image.getchannel(image.getbands()[-1])
+        channel = image.getchannel(image.getbands()[-1])
     elif "transparency" in image.info and image.mode in ("1", "L", "P", "RGB"):
-        alpha = image.convert("RGBA").getchannel("A")
+        channel = image.convert("RGBA").getchannel("A")
     else:
-        return False
-    return bool(np.asarray(alpha).min() < 255)
-
-
-def _is_gray_palette(image: Image.Image) -> bool:
-    """Return whether the used colors of a palette are gray: these are the values, else indices."""
-    used = np.unique(np.asarray(image))
-    palette = np.asarray(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
-    if not len(palette) or used[-1] >= len(palette):
-        return False
-    colors = palette[used]
-    return bool((colors == colors[:, :1]).all())
+        return None
+    return np.asarray(channel)
 
 
 def _decode_npy(path: str, content: bytes) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 MAX_LISTED = 8  # values that a note names
@@ -30,10 +32,19 @@ def select_lesion(
     mask = np.isin(labels, lesion_labels).astype(np.uint8)
     if mask.any() or not labels.any():
         return mask, ()
-    values = np.unique(labels[labels != 0])
-    listed = ", ".join(f"{value:g}" for value in values[:MAX_LISTED].tolist())
-    if len(values) > MAX_LISTED:
-        listed += f" and {len(values) - MAX_LISTED} more"
+    listed = list_values(np.unique(labels[labels != 0]).tolist())
     lesion_values = ", ".join(map(str, lesion_labels))
     note = f"has the values {listed} but lesion_labels are {lesion_values}: counted as no lesion"
     return mask, (note,)
+
+
+def list_values(values: Sequence[float]) -> str:
+    """Name values of a mask in a message, the first of them if there are many.
+
+    >>> list_values([0, 0.5, 255])
+    '0, 0.5, 255'
+    """
+    listed = ", ".join(f"{value:g}" for value in values[:MAX_LISTED])
+    if len(values) > MAX_LISTED:
+        listed += f" and {len(values) - MAX_LISTED} more"
+    return listed

@@ -104,3 +104,13 @@ def test_background_of_a_label_map_is_no_lesion(case: Case, variant: tuple[str, 
     code, printed = case.prepare("--size", 32)
     assert code == 0, printed
     assert case.lesion_pixels() == [100] * 18
+
+
+@pytest.mark.ray
+def test_gray_jpeg_tagged_rgb_is_one_gray_channel(case: Case) -> None:
+    case.make("dicom_rgb_that_is_ycc")
+    code, printed = case.prepare("--size", 32)
+    assert code == 0, printed
+    dataset = case.dataset()
+    assert dataset.manifest.channels == 1
+    assert "6 repaired" in printed

@@ -98,7 +98,8 @@ def _read_frame(
 ) -> Frame:
     """Decode frame `index` of an item; without a `value_range` the header says what is 0 to 255."""
     header, pixels = _decode(source)
-    image, notes = _map_values(pixels, header, source.path, config, value_range)
+    image, value_notes = _map_values(pixels, header, source.path, config, value_range)
+    notes = pixels.notes + value_notes
     if pixels.padding is not None:
         image[pixels.padding] = image[~pixels.padding].min()
     height, width = image.shape[:2]

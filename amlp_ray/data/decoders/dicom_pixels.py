@@ -12,6 +12,7 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, get_decoder
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from amlp_ray.data.decoders.dicom_color import LUMA_CHROMA, to_rgb
 from amlp_ray.data.decoders.dicom_geometry import (
     Geometry,
     first_item,
@@ -47,6 +48,7 @@ class Pixels(NamedTuple):
     padding: np.ndarray | None = None  # (H, W) bool: outside of what was scanned
     is_inverted: bool = False  # the lowest value is meant to be shown white
     is_color: bool = False
+    notes: tuple[str, ...] = ()  # repairs, as sentences without the file's name
 
 
 class Header(NamedTuple):
@@ -145,14 +147,15 @@ def decode(dataset: Dataset, index: int, header: Header) -> Pixels:
         photometric = str(dataset.get("PhotometricInterpretation"))
     else:
         decoder = get_decoder(dataset.file_meta.TransferSyntaxUID)
-        stored, meta = decoder.as_array(dataset, index=index)
+        stored, meta = decoder.as_array(dataset, index=index, as_rgb=False)
         photometric = str(meta["photometric_interpretation"])
     bits = int(dataset.get("BitsStored") or stored.dtype.itemsize * 8)
     if photometric == "PALETTE COLOR":
-        colors = _palette_to_bytes(apply_color_lut(stored, dataset))
-        return Pixels(colors, 0, 255, is_color=True)
-    if photometric in RGB and stored.ndim == 3:
-        return Pixels(stored, 0, 2**bits - 1, is_color=True)
+        palette_colors = _palette_to_bytes(apply_color_lut(stored, dataset))
+        return Pixels(palette_colors, 0, 255, is_color=True)
+    if photometric in (*RGB, *LUMA_CHROMA) and stored.ndim == 3:
+        colors, notes = to_rgb(stored, photometric, dataset, index)
+        return Pixels(colors, 0, 2**bits - 1, is_color=True, notes=notes)
     if photometric not in GRAY or stored.ndim != 2:
         kind = photometric or "unknown"
         raise ValueError(f"its colors are of kind {kind}, which is not supported")

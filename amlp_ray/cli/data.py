@@ -32,6 +32,9 @@ Layout = Annotated[
     ),
 ]
 FileList = Annotated[str | None, Option(help="Text file with one image per line; layout flat.")]
+MaskFolder = Annotated[
+    str | None, Option(help="Name of the folders of lesion masks, where there are others too.")
+]
 Size = Annotated[int, Option(help="Side of the stored images in pixels.")]
 Fit = Annotated[
     str, Option(help="stretch to a square, pad to keep the aspect ratio, or cut tiles.")
@@ -75,6 +78,7 @@ def prepare(
     out: Out,
     layout: Layout = "auto",
     file_list: FileList = None,
+    mask_folder: MaskFolder = None,
     size: Size = 96,
     fit: Fit = "stretch",
     overlap: Overlap = 0.0,
@@ -176,7 +180,7 @@ def show(dataset: Annotated[str, Argument(help="Patch dataset.")], as_json: Json
 
 @app.command()
 def phantoms(
-    out: Annotated[Path, Argument(help="Folder to write, in the layout `paired`.")],
+    out: Annotated[Path, Argument(help="Folder to write, in the layout `paired` or `lgg`.")],
     kind: Annotated[
         Literal["ultrasound", "mri", "pet"], Option(help="What they look like.")
     ] = "ultrasound",
@@ -185,14 +189,27 @@ def phantoms(
     seed: Annotated[int, Option(help="Equal seeds give equal images.")] = 0,
     empty_share: Annotated[
         float | None,
-        Option(help="Share of the images without a lesion, 0 to 1.", show_default="a sixth"),
+        Option(
+            help="Share of the images without a lesion, 0 to 1.",
+            show_default="a sixth, or half of a patient's slices",
+        ),
+    ] = None,
+    slices: Annotated[
+        int | None,
+        Option(help="Mean number of slices of a patient; none: every image is a patient's own."),
     ] = None,
 ) -> None:
     """Generate images with lesions and their masks, to try things out without data."""
-    from amlp_ray.data.phantoms import EMPTY_SHARE, write_phantoms
+    from amlp_ray.data.phantom_patients import write_phantom_patients
+    from amlp_ray.data.phantoms import write_phantoms
 
-    share = EMPTY_SHARE if empty_share is None else empty_share
-    folder = write_phantoms(out, kind=kind, count=count, size=size, seed=seed, empty_share=share)
+    options: dict[str, Any] = {"kind": kind, "count": count, "size": size, "seed": seed}
+    if empty_share is not None:
+        options["empty_share"] = empty_share
+    if slices is None:
+        folder = write_phantoms(out, **options)
+    else:
+        folder = write_phantom_patients(out, slices=slices, **options)
     typer.echo(f"{count} {kind} phantoms in {folder}")
 
 

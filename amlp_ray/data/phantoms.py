@@ -52,17 +52,7 @@ def write_phantoms(
     Raises:
         ConfigError: an unknown kind, a count below 1, a size below 32 or a share outside 0 to 1.
     """
-    if kind not in DRAW:
-        raise ConfigError(f"There are no phantoms of kind {kind!r}; known are {', '.join(DRAW)}.")
-    if count < 1 or size < 32:
-        raise ConfigError(
-            "Phantoms need a count of at least 1 and a size of at least 32, "
-            f"not {count} and {size}."
-        )
-    if not 0 <= empty_share <= 1:
-        raise ConfigError(
-            f"The share of phantoms without a lesion must be from 0 to 1, not {empty_share}."
-        )
+    check_phantoms(kind, count, size, empty_share)
     folder = local_path(folder)
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -73,6 +63,23 @@ def write_phantoms(
         Image.fromarray(image).save(folder / "images" / name)
         Image.fromarray(mask * np.uint8(255)).save(folder / "masks" / name)
     return folder
+
+
+def check_phantoms(kind: str, count: int, size: int, empty_share: float, slices: int = 1) -> None:
+    """Raise ConfigError if a kind is unknown or a number is out of range."""
+    if kind not in DRAW:
+        raise ConfigError(f"There are no phantoms of kind {kind!r}; known are {', '.join(DRAW)}.")
+    if count < 1 or size < 32:
+        raise ConfigError(
+            "Phantoms need a count of at least 1 and a size of at least 32, "
+            f"not {count} and {size}."
+        )
+    if slices < 1:
+        raise ConfigError(f"A patient needs at least 1 slice, not {slices}.")
+    if not 0 <= empty_share <= 1:
+        raise ConfigError(
+            f"The share of phantoms without a lesion must be from 0 to 1, not {empty_share}."
+        )
 
 
 def is_empty(i: int, share: float) -> bool:

@@ -438,6 +438,13 @@ def test_lgg_groups_by_patient(tmp_path: Path) -> None:
     assert [fault.file for fault in listing.rejected] == ["TCGA_2/TCGA_2_11_mask.tif"]
 
 
+def test_the_site_of_lgg_is_in_the_barcode(tmp_path: Path) -> None:
+    for patient in ("TCGA_CS_4941_19960909", "TCGA_DU_5849_19950405", "other"):
+        save(tmp_path / patient / f"{patient}_1.tif")
+        save(tmp_path / patient / f"{patient}_1_mask.tif")
+    assert [item.site for item in find(tmp_path, "lgg").items] == ["CS", "DU", ""]
+
+
 def test_lgg_slices_keep_all_their_masks_and_a_mask_of_a_mask_is_rejected(tmp_path: Path) -> None:
     for name in ("1.tif", "1_mask.tif", "1_MASK.tiff", "1_mask_mask.tif"):
         save(tmp_path / "TCGA" / name)

@@ -60,6 +60,22 @@ def check_study_name(name: str) -> None:
         )
 
 
+def check_sqlite_url(url: str) -> None:
+    """Raise ValueError if a SQLite URL names no file."""
+    address, _, query = url.partition("://")[2].partition("?")
+    path = address.removeprefix("/").strip()
+    if path == ":memory:" or address == "" or "mode=memory" in query.replace(" ", ""):
+        raise ValueError(
+            "a database in memory is gone with its process, and no other sees it; name a file, as "
+            "in sqlite:///trials.db, or leave storage out"
+        )
+    if not address.startswith("/") or path == "" or path.startswith("file:") or path[-1] == "/":
+        raise ValueError(
+            "the URL names no SQLite file; write sqlite:///trials.db for a file in the study's "
+            "folder, or sqlite:////data/trials.db for one named from / on"
+        )
+
+
 class StudyConfig(Config):
     """One study: what is searched, how, on which data, and when it ends."""
 
@@ -76,8 +92,8 @@ class StudyConfig(Config):
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed from which those of sampler, trials and baselines follow."""
     storage: str | None = None
-    """URL of a database. ${NAME} is taken from the environment, where passwords belong. null: a
-    journal in the study's folder."""
+    """URL of a database. ${NAME} is taken from the environment, where passwords belong. A relative
+    SQLite file, as in sqlite:///trials.db, lies in the study's folder. null: a journal there."""
     pretrain: dict[str, Any] = Field(default_factory=dict)
     """Settings of every trial."""
     space: dict[str, Parameter] | str = Field(default_factory=dict)
@@ -169,7 +185,9 @@ class StudyConfig(Config):
             return None
         scheme = url.partition(":")[0].partition("+")[0]
         if scheme not in ("sqlite", "postgresql", "mysql") or "://" not in url:
-            raise ValueError("the URL must begin with sqlite://, postgresql:// or mysql://")
+            raise ValueError("the URL must begin with sqlite:///, postgresql:// or mysql://")
+        if scheme == "sqlite":
+            check_sqlite_url(url)
         address, _, query = url.partition("://")[2].partition("?")
         password = address.rpartition("@")[0].partition(":")[2]
         for text in (password, *_URL_PASSWORD.findall(query)):

@@ -37,6 +37,26 @@ def test_a_url_without_a_password_is_accepted(url: str) -> None:
     assert build(StudyConfig, {"name": "s", "storage": url}, "study.yaml").storage == url
 
 
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("sqlite://", "a database in memory is gone with its process"),
+        ("sqlite:///:memory:", "a database in memory is gone with its process"),
+        ("sqlite:///file:x?mode=memory", "a database in memory is gone with its process"),
+        ("sqlite:///file::memory:?cache=shared", "the URL names no SQLite file"),
+        ("sqlite:///file:x.db?uri=true", "the URL names no SQLite file"),
+        ("sqlite:///", "the URL names no SQLite file"),
+        ("sqlite:///folder/", "the URL names no SQLite file"),
+        ("sqlite://trials.db", "the URL names no SQLite file"),
+        ("trials.db", "must begin with sqlite:///"),
+        (":memory:", "must begin with sqlite:///"),
+    ],
+)
+def test_a_database_that_no_other_process_finds_is_refused(url: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(StudyConfig, {"name": "s", "storage": url}, "study.yaml")
+
+
 @pytest.mark.parametrize("name", ["low.baselines", "low.confirm", "low.v2"])
 def test_a_name_that_a_database_takes_for_a_companion_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="ends as the companions of a study do"):

@@ -16,13 +16,14 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.trial import FrozenTrial
 
+from amlp_ray.config.study import check_sqlite_url
 from amlp_ray.errors import StudyError
 from amlp_ray.study.storage.journal import Journal
 from amlp_ray.study.storage.journal_lines import TOKEN
@@ -182,11 +183,12 @@ def open_journal(path: Path, retry_seconds: float = 0.0) -> BaseStorage:
     return RetryingStorage(JournalStorage(Journal(path)), retry_seconds)
 
 
-def open_database(url: str, retry_seconds: float = 0.0) -> BaseStorage:
+def open_database(url: str, folder: Path, retry_seconds: float = 0.0) -> BaseStorage:
     """Open the database that `storage` of a study names.
 
     Args:
         url: of the database. `${NAME}` is replaced by the environment variable NAME.
+        folder: of the study; relative SQLite files lie in it.
         retry_seconds: how long a call is retried while the server is gone.
 
     Raises:
@@ -196,6 +198,9 @@ def open_database(url: str, retry_seconds: float = 0.0) -> BaseStorage:
     scheme, _, rest = expand_variables(url).partition("://")
     kind, _, driver = scheme.partition("+")
     arguments = {"timeout": 30} if kind == "sqlite" else {"connect_timeout": 10}
+    if file := sqlite_file(url, folder):
+        _, has_query, query = rest.partition("?")
+        rest = f"/{quote(str(file))}{has_query}{query}"
     try:
         database = optuna.storages.RDBStorage(
             f"{scheme if driver else DRIVERS[kind]}://{rest}",
@@ -215,6 +220,27 @@ def open_database(url: str, retry_seconds: float = 0.0) -> BaseStorage:
             f"The database at {without_secrets(url)} cannot be opened ({_error_kind(error)}); "
             f"check the address, that it runs, and the user and password in the environment."
         ) from None
+
+
+def sqlite_file(url: str, folder: Path) -> Path | None:
+    """Return the file of a SQLite database; None for a database on a server.
+
+    Args:
+        url: of the database.
+        folder: of the study; a relative path begins there, `~` is the user's home.
+
+    Raises:
+        StudyError: a variable is not set, or the URL names no file with its value.
+    """
+    if not url.startswith("sqlite"):
+        return None
+    expanded = expand_variables(url)
+    try:
+        check_sqlite_url(expanded)
+        path = unquote(expanded.partition("://")[2].partition("?")[0].removeprefix("/"))
+        return folder.absolute() / Path(path).expanduser()
+    except (ValueError, RuntimeError) as error:  # RuntimeError: there is no such user
+        raise StudyError(f"storage {without_secrets(url)}: {error}.") from None
 
 
 def expand_variables(url: str) -> str:

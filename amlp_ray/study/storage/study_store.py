@@ -41,9 +41,15 @@ from amlp_ray.config.yaml_file import read_yaml, write_yaml
 from amlp_ray.errors import StudyError
 from amlp_ray.study.storage import requests
 from amlp_ray.study.storage.change_lock import WAIT_S, BusyStudyError, ChangeLock
+from amlp_ray.study.storage.journal import Journal
 from amlp_ray.study.storage.journal_lines import DAMAGED
 from amlp_ray.study.storage.lease import Lease, here, read_lease
-from amlp_ray.study.storage.optuna_storage import open_database, open_journal, without_secrets
+from amlp_ray.study.storage.optuna_storage import (
+    open_database,
+    open_journal,
+    sqlite_file,
+    without_secrets,
+)
 from amlp_ray.study.storage.trial_files import begun_folders, begun_trials
 from amlp_ray.study.storage.trial_record import (
     TrialRecord,
@@ -134,6 +140,21 @@ class StudyStore(TrialStore):
 
     # Optuna
 
+    def reopen(self) -> None:
+        """Forget what was read: the storage has been replaced."""
+        self._opened = None
+        self._is_checked = False
+        self._ids.clear()
+
+    def has_damaged_lines(self) -> bool:
+        """Return whether lines of the journal cannot be read; a database has none."""
+        path = self.folder / "study.journal"
+        if self._url or not path.is_file():
+            return False
+        journal = Journal(path)
+        journal.read_logs(0)
+        return bool(journal.reader.problems or journal.reader.lost_trials)
+
     def storage(self, *, retry_seconds: float | None = None) -> BaseStorage:
         """Return the storage of all three studies, opened once.
 
@@ -144,7 +165,7 @@ class StudyStore(TrialStore):
         if self._opened is None or retry_seconds is not None:
             seconds = READ_RETRY_S if retry_seconds is None else retry_seconds
             if self._url:
-                self._opened = open_database(self._url, seconds)
+                self._opened = open_database(self._url, self.folder, seconds)
             else:
                 self._opened = open_journal(self.folder / "study.journal", seconds)
         return self._opened
@@ -181,9 +202,8 @@ class StudyStore(TrialStore):
         return version.read_text().strip() if version.is_file() else self.name
 
     def _study(self, name: str, create: bool) -> optuna.Study:
-        journal = self.folder / "study.journal"
         create_study = partial(optuna.create_study, study_name=name, direction="maximize")
-        if not create and self._opened is None and not journal.is_file() and not self._url:
+        if not create and self._opened is None and not self._has_storage():
             return create_study()  # in memory: reading creates no file
         if create:
             with self.transaction():
@@ -202,19 +222,19 @@ class StudyStore(TrialStore):
                 f"set the name in its study.yaml back."
             ) from None
 
+    def _has_storage(self) -> bool:
+        """Return whether the file of the storage exists; a database on a server is taken to."""
+        file = sqlite_file(self._url, self.folder) if self._url else self.folder / "study.journal"
+        return file is None or file.is_file()
+
     def _claim(self, storage: BaseStorage) -> None:
         """Create the search, unless it is there; refuse that of another folder."""
         names = {study.study_name for study in storage.get_all_studies()}
         name = self.search_name()
         study = optuna.load_study(study_name=name, storage=storage) if name in names else None
-        folder_id = self.read_id()
-        if folder_id is None:
-            # A journal lies in its own folder. In a database the study may be another one's.
-            owner = None if study is None or self._url else study.user_attrs.get("folder")
-            folder_id = owner or uuid.uuid4().hex
-            atomic_write(self.folder / "format", str(FORMAT))
-            atomic_write(self.folder / "id", folder_id)
-        self._folder_id = folder_id
+        # A journal lies in its own folder. In a database the study may be another one's.
+        owner = None if study is None or self._url else study.user_attrs.get("folder")
+        folder_id = self.claim_id(owner)
         if study is None:
             directions = list(self.config().objectives.values())
             study = optuna.create_study(study_name=name, storage=storage, directions=directions)
@@ -234,6 +254,20 @@ class StudyStore(TrialStore):
         """Read what ties the folder to its studies; None before the study begins."""
         id_file = self.folder / "id"
         return (id_file.read_text().strip() or None) if id_file.is_file() else None
+
+    def claim_id(self, owner: str | None = None) -> str:
+        """Return what ties the folder to its studies; where it is missing it is written.
+
+        Args:
+            owner: what it was, where the study itself says so.
+        """
+        folder_id = self.read_id()
+        if folder_id is None:
+            folder_id = owner or uuid.uuid4().hex
+            atomic_write(self.folder / "format", str(FORMAT))
+            atomic_write(self.folder / "id", folder_id)
+        self._folder_id = folder_id
+        return folder_id
 
     def _check_format(self) -> None:
         """Refuse a study that was begun by a version whose folders look otherwise."""

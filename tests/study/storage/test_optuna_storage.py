@@ -23,6 +23,7 @@ from amlp_ray.study.storage.optuna_storage import (
     expand_variables,
     open_database,
     open_journal,
+    sqlite_file,
     without_secrets,
 )
 
@@ -32,8 +33,8 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> optuna.storages.B
     if request.param == "journal":
         return open_journal(tmp_path / "study.journal")
     if request.param == "sqlite":
-        return open_database(f"sqlite:///{tmp_path}/study.db")
-    return open_database(request.getfixturevalue("server").url)
+        return open_database("sqlite:///study.db", tmp_path)
+    return open_database(request.getfixturevalue("server").url, tmp_path)
 
 
 def new_trial(**values: Any) -> optuna.trial.FrozenTrial:
@@ -175,7 +176,7 @@ def test_a_database_that_is_restarted_is_waited_for(
     server: Postgres, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "amlp_ray")
-    storage = open_database(server.url, retry_seconds=60)
+    storage = open_database(server.url, Path(), retry_seconds=60)
     study = optuna.create_study(study_name=f"s{time.time_ns()}", storage=storage)
     trial_id = storage.create_new_trial(study._study_id, new_trial())
     server.stop()
@@ -192,7 +193,7 @@ def test_a_database_that_is_restarted_is_waited_for(
 def test_a_password_shows_in_no_message(server: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AMLP_TEST_PASSWORD", "wrong word")
     with pytest.raises(StudyError) as refused:
-        open_database(server.url)
+        open_database(server.url, Path())
     assert "wrong" not in str(refused.value)
     assert f"postgresql://127.0.0.1:{server.port}/postgres cannot be opened" in str(refused.value)
 
@@ -200,13 +201,60 @@ def test_a_password_shows_in_no_message(server: Postgres, monkeypatch: pytest.Mo
 def test_a_name_that_is_not_in_the_environment_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOT_SET", raising=False)
     with pytest.raises(StudyError, match=r"storage names \$\{NOT_SET\}, which is not set"):
-        open_database("postgresql://me:${NOT_SET}@host/db")
+        open_database("postgresql://me:${NOT_SET}@host/db", Path())
 
 
 @pytest.mark.parametrize("url", ["postgresql://me@host:port/x", "postgresql+nodriver://me@host/x"])
 def test_a_url_that_is_none_is_told_in_a_sentence(url: str) -> None:
     with pytest.raises(StudyError, match="cannot be opened"):
-        open_database(url)
+        open_database(url, Path())
+
+
+@pytest.mark.parametrize(
+    ("url", "file"),
+    [
+        ("sqlite:///trials.db", "/studies/s/trials.db"),
+        ("sqlite:///./trials of 100%.db", "/studies/s/trials of 100%.db"),
+        ("sqlite:///trials%20of%202026.db", "/studies/s/trials of 2026.db"),
+        ("sqlite+pysqlite:///sub/trials.db?timeout=5", "/studies/s/sub/trials.db"),
+        ("sqlite:///../shared.db", "/studies/s/../shared.db"),
+        ("sqlite:////data/trials.db", "/data/trials.db"),
+        ("sqlite:///~/trials.db", "/home/me/trials.db"),
+        ("sqlite:///${FOLDER}/trials.db", "/data/a b?/trials.db"),
+        ("postgresql://me@host/db", None),
+    ],
+)
+def test_a_sqlite_file_lies_in_the_studys_folder_unless_it_is_named_from_the_root_on(
+    url: str, file: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("FOLDER", "/data/a b?")
+    assert sqlite_file(url, Path("/studies/s")) == (None if file is None else Path(file))
+
+
+def test_a_sqlite_file_is_the_same_from_any_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "what? {100%}"
+    folder.mkdir()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        storage = open_database("sqlite:///trials of 100%.db", Path("..") / folder.name)
+        optuna.create_study(study_name=name, storage=storage)
+    assert {study.study_name for study in storage.get_all_studies()} == {"one", "two"}
+    assert [path.name for path in folder.iterdir()] == ["trials of 100%.db"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two", folder.name]
+    assert not [*(tmp_path / "one").iterdir(), *(tmp_path / "two").iterdir()]
+
+
+def test_a_variable_that_makes_a_database_of_memory_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FILE", "")
+    with pytest.raises(StudyError, match=r"storage sqlite:///\$\{FILE\}: the URL names no SQLite"):
+        open_database("sqlite:///${FILE}", tmp_path)
 
 
 def test_a_short_write_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,19 @@ def test_a_look_before_there_is_a_study_does_not_settle_where_it_is_kept(tmp_pat
     assert not (store.folder / "study.journal").exists()
 
 
+def test_a_look_at_a_study_leaves_no_empty_database(tmp_path: Path) -> None:
+    store = StudyStore(tmp_path / "s")
+    store.folder.mkdir()
+    config = build(StudyConfig, {"name": "s", "storage": "sqlite:///trials.db"}, "s")
+    write_yaml(config, store.folder / "study.yaml")
+    assert store.search().trials == store.baselines().trials == []
+    assert store.holder() is None
+    assert [path.name for path in store.folder.iterdir() if "db" in path.name] == []
+    with store.lock():
+        pass
+    assert (store.folder / "trials.db").is_file()
+
+
 def test_the_time_of_a_confirmation_does_not_count(
     store: StudyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""amlp-ray study pause, stop, cancel, extend, enqueue, delete: change a study from any shell."""
+"""amlp-ray study pause, stop, cancel, extend, enqueue, repair, delete: change a study."""
 
 from __future__ import annotations
 
@@ -156,6 +156,29 @@ def warn_used_budget(store: StudyStore) -> None:
         typer.echo(
             f"note: the budget is used ({limit}); `amlp-ray study extend {store.name}` extends it"
         )
+
+
+def repair(name: Name, runs: Runs = DEFAULT_RUNS, as_json: Json = False) -> None:
+    """Restore a study whose journal or database was lost or damaged from its trial folders."""
+    from amlp_ray.study.operations.repair import repair
+
+    store = open_store(name, runs)
+    result = repair(store)
+    if as_json:
+        print_json({"study": store.name, **vars(result)})
+        return
+    if not result.restored and not result.gone and result.copy is None:
+        typer.echo(f"nothing is to be repaired in {store.name!r}")
+        return
+    typer.echo(
+        f"repaired {store.name!r}: {len(result.restored)} runs restored from their folders, "
+        f"{result.kept} as they were stored, {len(result.gone)} gone"
+    )
+    if result.copy is not None:
+        typer.echo(f"the old journal is kept as {result.copy}")
+    for note in result.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"`amlp-ray study status {store.folder.name}` shows it")
 
 
 def delete(

@@ -14,7 +14,7 @@ from amlp_ray.config.overrides import merge
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import StudyError
-from amlp_ray.study.operations import change_space, edit, status, transfer, trials
+from amlp_ray.study.operations import change_space, edit, repair, status, transfer, trials
 from amlp_ray.study.operations.templates import read_study_file
 from amlp_ray.study.search_space.validate import build_study
 from amlp_ray.study.storage import best_trials
@@ -287,6 +287,14 @@ class Study:
     def import_(self, source: str | Path) -> transfer.Imported:
         """Import trials of a CSV file or another study; see `transfer.import_trials`."""
         return transfer.import_trials(self.store, self.config, source)
+
+    def repair(self) -> repair.Repair:
+        """Restore what the storage has lost from the folders of the runs; see `repair.repair`.
+
+        >>> study.repair().restored
+        ['trial 0', 'trial 1', 'baseline mae-0']
+        """
+        return repair.repair(self.store)
 
     def delete(self) -> None:
         """Delete the folder, and the study in its database.

@@ -15,6 +15,7 @@ from amlp_ray.cli.study_inspect import status_fields
 from amlp_ray.cli.study_options import (
     DEFAULT_RUNS,
     Address,
+    AllowCode,
     Data,
     EvalData,
     File,
@@ -54,12 +55,13 @@ def validate(
     file: Annotated[Path, Argument(help="Study file.")],
     data: Data = None,
     eval_data: EvalData = None,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Check a study file and list all its mistakes; no data is needed."""
     from amlp_ray.study.operations.templates import validate
 
-    facts = validate(file, data=data, eval_data=eval_data)
+    facts = validate(file, data=data, eval_data=eval_data, allow_code=allow_code)
     if as_json:
         print_json({"ok": True, **facts})
         return
@@ -82,10 +84,13 @@ def plan(
             "--dry-run", help="Also run two steps of one trial on the cluster, and keep nothing."
         ),
     ] = False,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Check a study and estimate what it takes; nothing is run."""
-    study = load_study(file, runs, data=data, eval_data=eval_data, overrides=assign)
+    study = load_study(
+        file, runs, data=data, eval_data=eval_data, overrides=assign, allow_code=allow_code
+    )
     facts: dict[str, Any] = study.plan(address).as_dict()
     if dry_run:
         facts["dry_run"] = study.dry_run(address)
@@ -107,11 +112,14 @@ def run(
     runs: Runs = DEFAULT_RUNS,
     assign: Set = None,
     address: Address = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Run a study, or resume it where it stopped, then write its report."""
     from amlp_ray.study.operations.status import status
 
-    study = load_study(file, runs, data=data, eval_data=eval_data, overrides=assign)
+    study = load_study(
+        file, runs, data=data, eval_data=eval_data, overrides=assign, allow_code=allow_code
+    )
     study.run(address)
     # Read again, because the budget may have been extended meanwhile.
     current = status(study.store)
@@ -125,10 +133,15 @@ def run(
 
 
 @app.command()
-def resume(name: Name, runs: Runs = DEFAULT_RUNS, address: Address = None) -> None:
+def resume(
+    name: Name,
+    runs: Runs = DEFAULT_RUNS,
+    address: Address = None,
+    allow_code: AllowCode = False,
+) -> None:
     """Resume a study by its name: paused and interrupted trials first."""
     open_store(name, runs)
-    run(Path(name), runs=runs, address=address)
+    run(Path(name), runs=runs, address=address, allow_code=allow_code)
 
 
 @app.command()
@@ -142,13 +155,14 @@ def confirm(
     ] = None,
     runs: Runs = DEFAULT_RUNS,
     address: Address = None,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Train the best trials and the baselines over several seeds, and open the test images once."""
     open_store(name, runs)
     numbers = {"top": top, "seeds": seeds}
     overrides = [f"confirm.{key}={number}" for key, number in numbers.items() if number is not None]
-    study = load_study(Path(name), runs, overrides=overrides)
+    study = load_study(Path(name), runs, overrides=overrides, allow_code=allow_code)
     study.confirm(address)
     report_file = study.report()
     if as_json:

@@ -10,10 +10,19 @@ import typer
 from typer import Argument, Option
 
 from amlp_ray.cli.output import Json, print_fields, print_json
-from amlp_ray.cli.study_options import DEFAULT_RUNS, File, Name, Runs, find_study, open_store
+from amlp_ray.cli.study_options import (
+    DEFAULT_RUNS,
+    AllowCode,
+    File,
+    Name,
+    Runs,
+    find_study,
+    open_store,
+)
 from amlp_ray.errors import ConfigError
 
 if TYPE_CHECKING:
+    from amlp_ray.config import StudyConfig
     from amlp_ray.study.storage.requests import Verb
     from amlp_ray.study.storage.study_store import StudyStore
 
@@ -90,13 +99,15 @@ def extend(
         list[str] | None,
         Option(help="NAME: a parameter that is gone, whatever old trials had; repeatable."),
     ] = None,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Extend a study's budget, at any time; or change its space, while it does not run."""
-    store = open_store(name, runs)
+    store = open_store(name, runs, allow_code=allow_code)
     result: dict[str, Any] = {"study": store.name}
     if space is not None:
-        result |= _change_space(store, space, mapping or [], fill or [], drop or [])
+        new = _read_study(space, allow_code)
+        result |= _change_space(store, new, mapping or [], fill or [], drop or [])
     elif mapping or fill or drop:
         raise ConfigError(
             "--map, --fill and --drop say what becomes of a changed space; give it with "
@@ -115,28 +126,33 @@ def extend(
         typer.echo(f"`amlp-ray study resume {store.name}` resumes it")
 
 
-def _change_space(
-    store: StudyStore, file: Path, mapping: list[str], fill: list[str], drop: list[str]
-) -> dict[str, Any]:
-    from amlp_ray.study.operations.change_space import change_of, migrate
+def _read_study(file: Path, allow_code: bool) -> StudyConfig:
     from amlp_ray.study.operations.templates import read_study_file
     from amlp_ray.study.search_space.validate import build_study
 
-    change = change_of(mapping, fill, drop)
-    return vars(migrate(store, build_study(read_study_file(file), str(file)), change))
+    return build_study(read_study_file(file), str(file), should_allow_code=allow_code)
+
+
+def _change_space(
+    store: StudyStore, new: StudyConfig, mapping: list[str], fill: list[str], drop: list[str]
+) -> dict[str, Any]:
+    from amlp_ray.study.operations.change_space import change_of, migrate
+
+    return vars(migrate(store, new, change_of(mapping, fill, drop)))
 
 
 def enqueue(
     file: File,
     values: Annotated[list[str], Argument(help="name=value of the space; the others are sampled.")],
     runs: Runs = DEFAULT_RUNS,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Enqueue a trial that is run before those of the sampler, at any time, even before a run."""
     from amlp_ray.config.overrides import flatten, parse_overrides
     from amlp_ray.study.operations.edit import enqueue
 
-    store, config = find_study(file, runs)
+    store, config = find_study(file, runs, allow_code=allow_code)
     number = enqueue(store, config, flatten(parse_overrides(values, "enqueue")))
     if as_json:
         print_json({"study": config.name, "number": number})
@@ -158,11 +174,16 @@ def warn_used_budget(store: StudyStore) -> None:
         )
 
 
-def repair(name: Name, runs: Runs = DEFAULT_RUNS, as_json: Json = False) -> None:
+def repair(
+    name: Name,
+    runs: Runs = DEFAULT_RUNS,
+    allow_code: AllowCode = False,
+    as_json: Json = False,
+) -> None:
     """Restore a study whose journal or database was lost or damaged from its trial folders."""
     from amlp_ray.study.operations.repair import repair
 
-    store = open_store(name, runs)
+    store = open_store(name, runs, allow_code=allow_code)
     result = repair(store)
     if as_json:
         print_json({"study": store.name, **vars(result)})

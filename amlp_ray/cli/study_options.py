@@ -29,6 +29,14 @@ Runs = Annotated[Path, Option(help="Folder of all studies.", envvar="AMLP_RAY_RU
 Address = Annotated[
     str | None, Option(help="Ray cluster to join, such as auto; none: start Ray here.")
 ]
+AllowCode = Annotated[
+    bool,
+    Option(
+        "--allow-code",
+        help="Import the Python function that the study names as its space, which runs its module.",
+        envvar="AMLP_RAY_ALLOW_CODE",
+    ),
+]
 
 DEFAULT_RUNS = Path("runs")
 
@@ -40,6 +48,7 @@ def load_study(
     data: str | None = None,
     eval_data: str | None = None,
     overrides: list[str] | None = None,
+    allow_code: bool = False,
 ) -> Study:
     """Load a study from its file, or by its name; `overrides` are `name=value` texts."""
     from amlp_ray.config.overrides import parse_overrides
@@ -49,17 +58,31 @@ def load_study(
     if not file.is_file() and stored_file.is_file():
         file = stored_file
     values = parse_overrides(overrides or [])
-    return Study.load(file, data=data, eval_data=eval_data, runs=runs, overrides=values)
+    return Study.load(
+        file,
+        data=data,
+        eval_data=eval_data,
+        runs=runs,
+        overrides=values,
+        allow_code=allow_code,
+    )
 
 
-def open_store(name: str, runs: Path) -> StudyStore:
+def open_store(name: str, runs: Path, *, allow_code: bool = False) -> StudyStore:
     """Open the store of a study by its name, without the imports that training needs."""
     from amlp_ray.study.storage.study_store import StudyStore
 
-    return StudyStore.open(runs / name)
+    store = StudyStore.open(runs / name)
+    if allow_code:
+        from amlp_ray.study.search_space import space_function
+
+        space_function.allow_code(store.config().space)
+    return store
 
 
-def find_study(file: Path, runs: Path) -> tuple[StudyStore, StudyConfig]:
+def find_study(
+    file: Path, runs: Path, *, allow_code: bool = False
+) -> tuple[StudyStore, StudyConfig]:
     """Return store and config of a study by its name, or by its file where it was never run.
 
     No data is needed.
@@ -69,9 +92,9 @@ def find_study(file: Path, runs: Path) -> tuple[StudyStore, StudyConfig]:
     from amlp_ray.study.storage.study_store import StudyStore
 
     if (runs / file / "study.yaml").is_file() or not file.is_file():
-        store = open_store(str(file), runs)
+        store = open_store(str(file), runs, allow_code=allow_code)
         return store, store.config()
-    config = build_study(read_yaml(file), str(file))
+    config = build_study(read_yaml(file), str(file), should_allow_code=allow_code)
     store = StudyStore(runs / config.name)
     was_run = (store.folder / "study.yaml").is_file()
     return store, store.config() if was_run else config

@@ -10,7 +10,15 @@ import typer
 from typer import Argument, Option
 
 from amlp_ray.cli.output import Json, print_json
-from amlp_ray.cli.study_options import DEFAULT_RUNS, File, Name, Runs, find_study, open_store
+from amlp_ray.cli.study_options import (
+    DEFAULT_RUNS,
+    AllowCode,
+    File,
+    Name,
+    Runs,
+    find_study,
+    open_store,
+)
 
 
 def export(
@@ -32,12 +40,13 @@ def import_(
     file: File,
     source: Annotated[str, Argument(help="CSV file, or the name or folder of a study.")],
     runs: Runs = DEFAULT_RUNS,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Import trials as prior knowledge; they count neither in the budget nor as best."""
     from amlp_ray.study.operations.transfer import import_trials
 
-    store, config = find_study(file, runs)
+    store, config = find_study(file, runs, allow_code=allow_code)
     imported = import_trials(store, config, source, runs=runs)
     if as_json:
         print_json(vars(imported))

@@ -9,7 +9,16 @@ import typer
 
 from amlp_ray.cli.output import Json, print_fields, print_json, print_table
 from amlp_ray.cli.study_control import warn_used_budget
-from amlp_ray.cli.study_options import DEFAULT_RUNS, Data, EvalData, Name, Number, Runs, open_store
+from amlp_ray.cli.study_options import (
+    DEFAULT_RUNS,
+    AllowCode,
+    Data,
+    EvalData,
+    Name,
+    Number,
+    Runs,
+    open_store,
+)
 
 app = typer.Typer(help="One trial of a study.", no_args_is_help=True)
 
@@ -84,11 +93,17 @@ def _exact_rows(rungs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 @app.command()
-def retry(name: Name, number: Number, runs: Runs = DEFAULT_RUNS, as_json: Json = False) -> None:
+def retry(
+    name: Name,
+    number: Number,
+    runs: Runs = DEFAULT_RUNS,
+    allow_code: AllowCode = False,
+    as_json: Json = False,
+) -> None:
     """Enqueue a finished trial's parameters once more, as a new trial with another seed."""
     from amlp_ray.study.operations.edit import retry
 
-    store = open_store(name, runs)
+    store = open_store(name, runs, allow_code=allow_code)
     new_number = retry(store, store.config(), number)
     if as_json:
         print_json({"study": store.name, "number": new_number, "retry_of": number})

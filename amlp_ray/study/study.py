@@ -16,6 +16,7 @@ from amlp_ray.data.path import DataPath
 from amlp_ray.errors import StudyError
 from amlp_ray.study.operations import change_space, edit, repair, status, transfer, trials
 from amlp_ray.study.operations.templates import read_study_file
+from amlp_ray.study.search_space import space_function
 from amlp_ray.study.search_space.validate import build_study
 from amlp_ray.study.storage import best_trials
 from amlp_ray.study.storage.requests import Verb
@@ -58,6 +59,7 @@ class Study:
         eval_data: str | Path | None = None,
         runs: str | Path = "runs",
         overrides: dict[str, Any] | None = None,
+        allow_code: bool = False,
     ) -> Study:
         """Load a study from its YAML file; nothing is written before `run`.
 
@@ -70,24 +72,29 @@ class Study:
                 among those pretrained on.
             runs: folder of all studies.
             overrides: settings by nested names, such as `{"budget": {"trials": 4}}`.
+            allow_code: whether to import a space that names a Python function; runs its module.
 
         Raises:
             ConfigError: the file has mistakes; the message lists all, by line.
             StudyError: no dataset is named.
         """
         values = read_study_file(file)
-        build_study(values, str(file))  # so that mistakes are reported with the file's name
+        # So that mistakes are reported with the file's name.
+        build_study(values, str(file), should_allow_code=allow_code)
         datasets = {"data": data, "eval_data": eval_data}
         paths = {name: str(path) for name, path in datasets.items() if path is not None}
         merged = merge(values, overrides or {}) | paths
-        return cls._from_values(merged, "overrides (--set)", runs, named_in=str(file))
+        return cls._from_values(
+            merged, "overrides (--set)", runs, named_in=str(file), allow_code=allow_code
+        )
 
     @classmethod
-    def create(cls, *, runs: str | Path = "runs", **config: Any) -> Study:
+    def create(cls, *, runs: str | Path = "runs", allow_code: bool = False, **config: Any) -> Study:
         """Create a study by the keys of the YAML file; nothing is written before `run`.
 
         Args:
             runs: folder of all studies.
+            allow_code: whether a space that is the text `module:function` is imported.
             **config: settings of the study. `space` maps names to `Range`, `Choice`, `Fixed`,
                 `Derived` or plain mappings, or is a function of an Optuna trial, defined in a
                 module that the workers can import.
@@ -99,13 +106,21 @@ class Study:
         >>> Study.create(name="low", data="runs/mine", space=space).config.seed
         0
         """
-        return cls._from_values(config, "Study.create", runs, named_in="Study.create")
+        return cls._from_values(
+            config, "Study.create", runs, named_in="Study.create", allow_code=allow_code
+        )
 
     @classmethod
     def _from_values(
-        cls, values: Mapping[str, Any], source: str, runs: str | Path, *, named_in: str
+        cls,
+        values: Mapping[str, Any],
+        source: str,
+        runs: str | Path,
+        *,
+        named_in: str,
+        allow_code: bool,
     ) -> Study:
-        config = build_study(values, source)
+        config = build_study(values, source, should_allow_code=allow_code)
         if config.data is None:
             raise StudyError(f"{named_in} names no dataset; give one with --data or the key data.")
         given = {"data": config.data, "eval_data": config.eval_data}
@@ -114,17 +129,24 @@ class Study:
         return cls(config, StudyStore(Path(runs) / config.name))
 
     @classmethod
-    def open(cls, name: str, *, runs: str | Path = "runs") -> Study:
+    def open(cls, name: str, *, runs: str | Path = "runs", allow_code: bool = False) -> Study:
         """Open a study that was run before, to read or resume it.
 
-        Raises:
-            StudyError: there is none.
+        Args:
+            name: of the study.
+            runs: folder of all studies.
+            allow_code: as `load`; to resume a study asks for it again.
+
+        Raises StudyError if there is none.
 
         >>> Study.open("low").status()["states"]
         {'COMPLETE': 14, 'PRUNED': 2}
         """
         store = StudyStore.open(Path(runs) / name)
-        return cls(store.config(), store)
+        config = store.config()
+        if allow_code:
+            space_function.allow_code(config.space)
+        return cls(config, store)
 
     @cached_property
     def dataset(self) -> PatchDataset:
@@ -258,10 +280,14 @@ class Study:
         return self
 
     def change_space(
-        self, file: str | Path, change: change_space.Change | None = None
+        self,
+        file: str | Path,
+        change: change_space.Change | None = None,
+        *,
+        allow_code: bool = False,
     ) -> change_space.Migration:
         """Replace the search space by that of another study file; see `change_space.migrate`."""
-        new = build_study(read_study_file(file), str(file))
+        new = build_study(read_study_file(file), str(file), should_allow_code=allow_code)
         migration = change_space.migrate(self.store, new, change or change_space.Change())
         self.config = self.store.config()
         return migration

@@ -118,7 +118,11 @@ def _template(name: str) -> str:
 
 
 def validate(
-    file: str | Path, *, data: str | None = None, eval_data: str | None = None
+    file: str | Path,
+    *,
+    data: str | None = None,
+    eval_data: str | None = None,
+    allow_code: bool = False,
 ) -> dict[str, Any]:
     """Check a study file and summarize what the study is.
 
@@ -126,12 +130,13 @@ def validate(
         file: the study file.
         data: a patch dataset to check shapes, labels and batches against.
         eval_data: another one that scores the encoders.
+        allow_code: whether a space that names a Python function is imported.
 
     Raises:
         ConfigError: the file has mistakes; each is a sentence with its line.
         DataError: the file does not fit the data.
     """
-    config = build_study(read_study_file(file), str(file))
+    config = build_study(read_study_file(file), str(file), should_allow_code=allow_code)
     check_sampler(config)
     baselines = baseline_plans(config)
     if data is not None:

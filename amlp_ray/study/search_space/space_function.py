@@ -1,8 +1,13 @@
-"""Import a search space that is a Python function of an Optuna trial."""
+"""Import a search space that is a Python function of an Optuna trial.
+
+A study file may come from anybody, and importing a module runs its code. So only functions that
+were allowed in this process are imported. Nothing in a study's folder allows them.
+"""
 
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +17,21 @@ from optuna.trial import Trial
 
 from amlp_ray.errors import ConfigError
 
+_allowed: set[str] = set()
+
+logger = logging.getLogger(__name__)
+
+
+def allow_code(space: object) -> None:
+    """Allow this process to import the function that is a study's space.
+
+    Args:
+        space: `space` of a study; a declared one needs no permission.
+    """
+    if isinstance(space, str) and space not in _allowed:
+        _allowed.add(space)
+        logger.info("the space is Python code, which is run: %s", space)
+
 
 def load_function(reference: str, folder: Path | None = None) -> Callable[[Trial], Any]:
     """Import the function that `module:function` refers to.
@@ -20,9 +40,14 @@ def load_function(reference: str, folder: Path | None = None) -> Callable[[Trial
         folder: where the module is looked for before the working directory.
 
     Raises:
-        ConfigError: there is no such module or function, it fails, or another module of that name
-            is in use.
+        ConfigError: it was not allowed, there is no such module or function, it fails, or another
+            module of that name is in use.
     """
+    if reference not in _allowed:
+        raise ConfigError(
+            f"space: {reference} is Python code, which is not run unasked; read it, then give "
+            f"--allow-code, or allow_code=True in Python."
+        )
     module_name, _, name = reference.partition(":")
     folders = [str(path.absolute()) for path in (folder, Path()) if path is not None]
     previous_path = list(sys.path)

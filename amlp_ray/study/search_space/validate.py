@@ -18,7 +18,7 @@ from amlp_ray.errors import ConfigError
 from amlp_ray.study.search_space.checks import DeclaredSpace
 from amlp_ray.study.search_space.parameters import SETTINGS
 from amlp_ray.study.search_space.space import SearchSpace, as_parameter
-from amlp_ray.study.search_space.space_function import load_function
+from amlp_ray.study.search_space.space_function import allow_code, load_function
 
 # Of 100 random samples so many must be allowed: a sampler tries 200 times.
 MIN_ALLOWED = 5
@@ -29,12 +29,16 @@ PBT_RATIO = "ratio.points"
 _PARAMETER: TypeAdapter[Parameter] = TypeAdapter(Parameter)
 
 
-def build_study(values: Mapping[str, Any], source: str) -> StudyConfig:
+def build_study(
+    values: Mapping[str, Any], source: str, *, should_allow_code: bool = False
+) -> StudyConfig:
     """Validate a study's config, its space included, and list all mistakes at once.
 
     Args:
         values: as a study file has them. Values of `read_yaml` know their file and lines.
         source: what messages call them otherwise.
+        should_allow_code: whether a space that names a Python function may be imported. One that
+            is a function already is.
 
     Raises:
         ConfigError: a sentence for each mistake, with file and line where these are known.
@@ -42,6 +46,8 @@ def build_study(values: Mapping[str, Any], source: str) -> StudyConfig:
     origin = ConfigSource.from_values(values, source)
     config = build(StudyConfig, values, source, more=_read_space(values).issues())
     if isinstance(config.space, str):
+        if should_allow_code or callable(values.get("space")):
+            allow_code(config.space)
         folder = Path(origin.name).parent if origin.lines else None
         try:
             load_function(config.space, folder)

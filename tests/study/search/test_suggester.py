@@ -19,6 +19,7 @@ from amlp_ray.config import StudyConfig
 from amlp_ray.config.base import build
 from amlp_ray.errors import ConfigError
 from amlp_ray.study.search.suggester import Duplicate, Suggester, Suggestion
+from amlp_ray.study.search_space.space_function import allow_code
 
 CONDITIONAL = {
     "ratio.start": {"low": 0.1, "high": 0.6},
@@ -312,6 +313,7 @@ def test_a_function_and_a_declared_space_give_the_same_suggestions(
     module = ModuleType("a_space")
     module.space = space  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "a_space", module)
+    allow_code("a_space:space")
     for name in ("tpe", "cmaes", "qmc", "nsga2", "random"):
         declared = run(make_config(name), 12, restarted=False)
         assert run(make_config(name, space="a_space:space"), 12, restarted=False) == declared

@@ -480,7 +480,7 @@ FILES: dict[str, tuple[str, Messages]] = {
     "no function": ("name: s\nspace: my space\n", [(2, "space: 'my space' is no module:function")]),
     "a module that does not exist": (
         "name: s\nspace: no_such_module:space\n",
-        [(2, "there is no module 'no_such_module'")],
+        [(2, "space: no_such_module:space is Python code, which is not run unasked")],
     ),
     "a number for a space": (
         "name: s\nspace: 5\n",

@@ -16,6 +16,7 @@ from amlp_ray.config.yaml_file import read_yaml, write_yaml
 from amlp_ray.errors import ConfigError
 from amlp_ray.study.search_space.parameters import LAYERS, sampling_order
 from amlp_ray.study.search_space.space import SearchSpace
+from amlp_ray.study.search_space.space_function import allow_code
 from amlp_ray.study.search_space.validate import build_study, check_space, sample_configs
 
 
@@ -382,6 +383,7 @@ def test_yaml_python_and_a_function_give_the_same_suggestions(sampler: str, tmp_
     python = StudyConfig(name="same", seed=7, space=PYTHON)
     # A function is kept by its name.
     function = StudyConfig(name="same", seed=7, space=as_function)
+    allow_code(function.space)
     write_yaml(declared, tmp_path / "kept.yaml")
     reread = build_study(read_yaml(tmp_path / "kept.yaml"), "kept.yaml")
     first = suggested_trials(declared, samplers()[sampler])
@@ -397,6 +399,7 @@ def test_yaml_python_and_a_function_give_the_same_suggestions(sampler: str, tmp_
 def module(folder: Path, body: str, name: str) -> str:
     lines = "\n    ".join(body.splitlines())
     (folder / f"{name}.py").write_text(f"import optuna\n\n\ndef space(trial):\n    {lines}\n")
+    allow_code(f"{name}:space")
     return f"{name}:space"
 
 

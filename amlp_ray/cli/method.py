@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,11 +81,11 @@ def bench(
             progress=lambda done, total: update("rows", done, total),
         )
     if out:
-        import pandas as pd
-
+        from amlp_ray.utils.csv_text import csv_text
         from amlp_ray.utils.files import atomic_write
 
-        atomic_write(out, pd.DataFrame(rows).to_csv(index=False))
+        columns = list(dict.fromkeys(chain.from_iterable(rows)))
+        atomic_write(out, csv_text(columns, [[row.get(c) for c in columns] for row in rows]))
     if as_json:
         print_json(rows)
         return

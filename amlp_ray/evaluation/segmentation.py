@@ -47,6 +47,7 @@ from amlp_ray.training.checkpoint.pretrained import (
     resolve_weights,
 )
 from amlp_ray.training.loggers.metrics_file import Metrics, RowTail
+from amlp_ray.utils.csv_text import csv_text
 from amlp_ray.utils.files import atomic_write, local_path
 from amlp_ray.utils.json_files import read_json
 from amlp_ray.utils.retry import RetryPolicy
@@ -263,7 +264,8 @@ class Tuning:
                 prepare=dataset.manifest.config,
                 config=self.config,
             )
-            atomic_write(self.out / "per_image.csv", table.round(6).to_csv(index=False))
+            rows = table.round(6).itertuples(index=False, name=None)
+            atomic_write(self.out / "per_image.csv", csv_text(table.columns, rows))
             atomic_write(self.out / SCORE, json.dumps(score, indent=1))
 
         minutes = self.fault_tolerance.storage_minutes

@@ -24,6 +24,7 @@ from amlp_ray.study.search_space.space import SearchSpace
 from amlp_ray.study.storage.provenance import read_provenance
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import TrialRecord, finite, trial_records
+from amlp_ray.utils.csv_text import csv_text, unescape
 from amlp_ray.utils.files import atomic_path, atomic_write, local_path, without_nan
 from amlp_ray.utils.json_files import JsonError, parse_json
 
@@ -114,12 +115,11 @@ def _exported_provenance(provenance: Mapping[str, Any] | None) -> dict[str, Any]
 
 
 def _write_csv(out: Path, columns: list[str], table: Sequence[Mapping[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
+    rows = []
     for row in table:
-        writer.writerow({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()})
-    atomic_write(out, text.getvalue())
+        values = [row.get(column) for column in columns]
+        rows.append([json.dumps(v) if isinstance(v, list) else v for v in values])
+    atomic_write(out, csv_text(columns, rows))
 
 
 def _write_parquet(out: Path, columns: list[str], table: Sequence[Mapping[str, Any]]) -> None:
@@ -279,7 +279,8 @@ def _trials_of_file(path: Path, config: StudyConfig) -> Iterator[_ImportedTrial]
         raise ConfigError(
             f"{path} cannot be read as CSV: {' '.join(str(error).split())}."
         ) from None
-    columns = list(reader.fieldnames or [])
+    rows = [_unescaped(row) for row in rows]
+    columns = [unescape(name) for name in reader.fieldnames or []]
     for objective in config.objectives:
         if objective not in columns and f"values.{objective}" not in columns:
             raise ConfigError(
@@ -294,10 +295,15 @@ def _trials_of_file(path: Path, config: StudyConfig) -> Iterator[_ImportedTrial]
         elif row.get("state") not in (None, "", "COMPLETE"):
             yield _ImportedTrial(name, reason=f"it is {row['state']} and not COMPLETE.")
         else:
-            cells = {column: _parse(text) for column, text in row.items() if column and text}
+            cells = {column: _parse(text) for column, text in row.items()}
             values = {column.removeprefix("params."): value for column, value in cells.items()}
             scores = {column.removeprefix("values."): value for column, value in cells.items()}
             yield _ImportedTrial(name, f"import {path.name}", values, scores)
+
+
+def _unescaped(row: Mapping[str | None, str | None]) -> dict[str, str]:
+    """Return the named cells of a row as they were before an export marked them as text."""
+    return {unescape(name): unescape(text) for name, text in row.items() if name and text}
 
 
 def _parse(text: str) -> Any:

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 from helpers.studies import add, add_baseline, make_store
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 from pyarrow import parquet
 
 from amlp_ray.errors import ConfigError, StudyError
 from amlp_ray.study.operations.status import status
 from amlp_ray.study.operations.transfer import export_trials, import_trials
+from amlp_ray.study.search_space.space import SearchSpace
 from amlp_ray.study.storage.study_store import StudyStore
 
 
@@ -83,6 +84,32 @@ def test_an_export_comes_back_as_prior_knowledge_once(store: StudyStore, tmp_pat
     assert (again.taken, again.known) == ([], 2)
     same = import_trials(other, other.config(), "tiny", runs=tmp_path)
     assert (same.taken, same.known) == ([], 2), "the same trials by another way"
+
+
+def test_text_that_a_spreadsheet_would_run_is_marked_and_comes_back(tmp_path: Path) -> None:
+    settings = {
+        "space": {"ratio.start": {"low": 0.1, "high": 0.6}, "label": {"choices": ["=1+1", "-a"]}},
+    }
+    store = make_store(tmp_path, **settings)
+    space = SearchSpace(store.config())
+    for start, label, reason in ((0.25, "=1+1", ""), (0.45, "-a", "@SUM(A1)")):
+        fitted = space.fit({"ratio.start": start, "label": label})
+        trial = create_trial(
+            values=[start],
+            params=fitted.params,
+            distributions=fitted.distributions,
+            user_attrs={"reason": reason},
+        )
+        store.add_trial(store.search(), trial)
+    export_trials(store, tmp_path / "all.csv")
+    with (tmp_path / "all.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["params.label"] for row in rows] == ["'=1+1", "'-a"]
+    assert rows[1]["attributes.reason"] == "'@SUM(A1)"
+    assert not any(cell[:1] in ("=", "+", "-", "@") for row in rows for cell in row.values())
+    other = make_store(tmp_path, "other", **settings)
+    import_trials(other, other.config(), tmp_path / "all.csv")
+    assert [t.params["label"] for t in other.search().trials] == ["=1+1", "-a"]
 
 
 def test_imported_trials_count_neither_in_the_budget_nor_as_best(

@@ -5,13 +5,12 @@ The list lies beside the dataset and not inside, because names of files may name
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable
 
 from amlp_ray.data.layouts import RejectedFile
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
+from amlp_ray.utils.csv_text import csv_text
 
 
 class Rejects:
@@ -53,8 +52,4 @@ class Rejects:
         if not self._files:
             self.path.delete()
             return
-        text = io.StringIO(newline="")
-        table = csv.writer(text)
-        table.writerow(RejectedFile._fields)
-        table.writerows(sorted(set(self._files)))
-        self.path.atomic_write(text.getvalue())
+        self.path.atomic_write(csv_text(RejectedFile._fields, sorted(set(self._files))))

@@ -197,17 +197,19 @@ def _groups(
     layout_groups = [item.group or item.id for item, _ in scanned]
     if rule == "near-duplicates":
         return _join_near_duplicates(scanned, layout_groups)
-    if not _knows_patients(scanned):
+    if config.group_by == "patient" and _group_kinds(scanned) != ["patient"]:
         raise DataError(
-            f"The layout {config.layout} knows no patients, so group_by=patient has nothing to go "
-            f"by; give a group_file with columns id and {config.group_column}, or group_by "
-            f"near-duplicates."
+            f"The layout {config.layout} does not know the patients of all images, so "
+            f"group_by=patient has nothing to go by; give a group_file with columns id and "
+            f"{config.group_column}, or group_by auto."
         )
     return layout_groups
 
 
-def _knows_patients(scanned: Sequence[ScannedItem]) -> bool:
-    return any(item.group for item, _ in scanned)
+def _group_kinds(scanned: Sequence[ScannedItem]) -> list[str]:
+    """Return in words what the groups of the layout are; empty if any item has none."""
+    kinds = {item.group_kind if item.group else "" for item, _ in scanned}
+    return [] if "" in kinds else sorted(kinds)
 
 
 def _join_near_duplicates(scanned: Sequence[ScannedItem], groups: Sequence[str]) -> list[str]:
@@ -231,14 +233,18 @@ def _join_near_duplicates(scanned: Sequence[ScannedItem], groups: Sequence[str])
 def _resolve_rule(scanned: Sequence[ScannedItem], config: PrepareConfig) -> str:
     if config.group_by != "auto":
         return config.group_by
-    return "patient" if _knows_patients(scanned) else "near-duplicates"
+    return "patient" if _group_kinds(scanned) else "near-duplicates"
 
 
 def group_rule(scanned: Sequence[ScannedItem], config: PrepareConfig) -> str:
     """Describe what keeps images together."""
     if config.group_file:
         return f"column {config.group_column} of {Path(config.group_file).name}"
-    return GROUP_RULES[_resolve_rule(scanned, config)]
+    rule = _resolve_rule(scanned, config)
+    kinds = _group_kinds(scanned)
+    if rule == "patient" and kinds != ["patient"]:
+        return f"{' or '.join(kinds)}, as the layout tells; patients are not known"
+    return GROUP_RULES[rule]
 
 
 def split_rule(config: PrepareConfig, counts: Counts) -> str:
@@ -249,7 +255,7 @@ def split_rule(config: PrepareConfig, counts: Counts) -> str:
     balanced = ["images"]
     if counts.labeled:
         balanced.append("lesions")
-    traits = ["class", "site", *config.balance_columns]
+    traits = dict.fromkeys(["class", "site", *config.balance_columns])
     balanced += [
         trait for trait in traits if any(kind.startswith(f"{trait} ") for kind in counts.kinds)
     ]

@@ -6,6 +6,9 @@ Ray may change these in any release. So they all stand here, and
 
 from __future__ import annotations
 
+from enum import Enum
+from typing import Any
+
 # What Tune would copy from this process into the runtime_env of every trial.
 CLOUD_KEYS = frozenset(
     {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
@@ -21,6 +24,21 @@ def keep_cloud_keys_out_of_runtime_env() -> None:
     from ray.tune.execution import class_cache
 
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(CLOUD_KEYS)
+
+
+def silence_daemon_messages() -> None:
+    """Stop Ray from printing what its daemons report; call it before Ray is initialized.
+
+    After a killed process these are dozens of lines of a daemon's state, also of other jobs of the
+    cluster. Private because Ray has no option for it: `log_to_driver` is about workers only.
+    """
+    from ray._private import worker
+
+    worker.listen_error_messages = _ignore_messages
+
+
+def _ignore_messages(worker: object, threads_stopped: object) -> None:
+    """Take the place of the thread that prints the messages."""
 
 
 def draining_nodes() -> set[str]:
@@ -71,3 +89,72 @@ def unwrap_worker_error(error: BaseException) -> BaseException:
     if isinstance(error, WorkerHealthCheckFailedError):
         return error.health_check_failure
     return error
+
+
+def local_clusters() -> list[str]:
+    """Return the addresses of the clusters that have a node on this machine, sorted.
+
+    Private because Ray's `auto` takes any of several.
+    """
+    from ray._private.services import find_gcs_addresses
+    from ray._private.utils import read_ray_address
+
+    find_gcs_addresses.cache_clear()
+    # Processes of a container cannot be seen from another, so the last `ray start` counts too.
+    return sorted(find_gcs_addresses()) or [a for a in [read_ray_address(None)] if a]
+
+
+class HeadAnswer(Enum):
+    """What an address answers when it is asked for its cluster's id."""
+
+    ACCEPTS = "accepts"
+    NONE = "none"
+    """Nobody answers, or it is no head of a Ray cluster."""
+    WANTS_TOKEN = "wants a token"
+    """It wants a token, and Ray would send none from this process."""
+    REFUSES_TOKEN = "refuses the token"
+
+
+def ask_head(address: str, timeout_s: float, *, use_stored_token: bool) -> tuple[HeadAnswer, str]:
+    """Ask the head of a cluster for the cluster's id, as a process that joins does first.
+
+    Private because `ray.init` asks for 20 s, and raises the same error whatever the answer is.
+
+    Args:
+        use_stored_token: whether Ray sends the token in ~/.ray without being told to. It does to
+            clusters on this machine.
+
+    Returns:
+        The answer, and its reason in words.
+    """
+    import grpc
+    from ray._private.authentication.authentication_token_setup import (
+        maybe_enable_token_auth_if_token_available,
+    )
+    from ray._raylet import AuthenticationTokenLoader
+    from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+    if use_stored_token:
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    loader = AuthenticationTokenLoader.instance()
+    header = loader.get_token_for_http_header() if loader.has_token() else {}
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            NodeInfoGcsServiceStub(channel).GetClusterId(
+                GetClusterIdRequest(),
+                timeout=timeout_s,
+                metadata=tuple((name.lower(), value) for name, value in header.items()),
+            )
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                answer = HeadAnswer.REFUSES_TOKEN if header else HeadAnswer.WANTS_TOKEN
+                return answer, "no valid token"
+            return HeadAnswer.NONE, _grpc_reason(error)
+    return HeadAnswer.ACCEPTS, ""
+
+
+def _grpc_reason(error: Any) -> str:
+    """Shorten gRPC's message to its last cause, such as `Connection refused`."""
+    details = " ".join(str(error.details()).split())
+    return details.rpartition(": ")[2].strip("[]")[:120] or error.code().name

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import re
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import grpc
 import pytest
+from ray._raylet import AuthenticationTokenLoader
+from ray.core.generated.gcs_service_pb2 import GetClusterIdReply
+from ray.core.generated.gcs_service_pb2_grpc import (
+    NodeInfoGcsServiceServicer,
+    add_NodeInfoGcsServiceServicer_to_server,
+)
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import (
@@ -21,6 +34,8 @@ import amlp_ray
 from amlp_ray.runtime import ray_internals
 from amlp_ray.runtime.ray_internals import (
     CLOUD_KEYS,
+    HeadAnswer,
+    ask_head,
     draining_nodes,
     is_startup_error,
     is_train_error,
@@ -86,3 +101,61 @@ def test_no_room_is_told_by_the_errors_after_which_ray_train_tries_to_start_agai
         WorkerGroupStartupTimeoutError,
     }
     assert not is_startup_error(BUG)
+
+
+class Head(NodeInfoGcsServiceServicer):  # type: ignore[misc]
+    """A head that answers only those who send a token."""
+
+    def GetClusterId(self, request: Any, context: Any) -> Any:
+        """Answer as Ray's own head does."""
+        if ("authorization", "Bearer right") not in context.invocation_metadata():
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken: missing")
+        return GetClusterIdReply(cluster_id=b"id")
+
+
+@pytest.fixture
+def head() -> Iterator[str]:
+    server = grpc.server(ThreadPoolExecutor(1))
+    add_NodeInfoGcsServiceServicer_to_server(Head(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None)
+
+
+@pytest.mark.parametrize(
+    ("token", "answer"),
+    [
+        (None, HeadAnswer.WANTS_TOKEN),
+        ("wrong", HeadAnswer.REFUSES_TOKEN),
+        ("right", HeadAnswer.ACCEPTS),
+    ],
+)
+def test_a_head_says_whether_it_takes_our_token(
+    token: str | None, answer: HeadAnswer, head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = SimpleNamespace(
+        has_token=lambda: token is not None,
+        get_token_for_http_header=lambda: {"authorization": f"Bearer {token}"},
+    )
+    assert all(hasattr(AuthenticationTokenLoader.instance(), name) for name in vars(loader))
+    monkeypatch.setattr(
+        "ray._raylet.AuthenticationTokenLoader", SimpleNamespace(instance=lambda: loader)
+    )
+    assert ask_head(head, 5.0, use_stored_token=False)[0] == answer
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [("127.0.0.1:9", "Connection refused"), ("no-host.invalid:6379", "Domain name not found")],
+)
+def test_an_address_without_a_head_is_told_within_seconds(address: str, reason: str) -> None:
+    started = time.monotonic()
+    assert ask_head(address, 5.0, use_stored_token=False) == (HeadAnswer.NONE, reason)
+    assert time.monotonic() - started < 5
+
+
+def test_what_listens_but_is_no_head_is_given_up() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        assert ask_head(address, 0.5, use_stored_token=False)[0] == HeadAnswer.NONE

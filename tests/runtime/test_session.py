@@ -11,7 +11,9 @@ import pytest
 
 from amlp_ray.config import ResourceConfig
 from amlp_ray.errors import ResourceError
+from amlp_ray.runtime.ray_internals import HeadAnswer
 from amlp_ray.runtime.resources import Cluster, cluster_resources, free_resources, jobs_side_by_side
+from amlp_ray.runtime.session import ray_session
 
 
 def machine(cpus: float, gpus: float = 0, nodes: int = 1, gb: float = 8) -> Cluster:
@@ -133,3 +135,59 @@ def test_an_address_where_nobody_answers_is_told_within_seconds() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.startswith("No Ray cluster answers at '127.0.0.1:9'")
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no test join or leave the session that all tests share."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray was asked to join"))
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (
+            ["10.0.0.1:6379", "10.0.0.1:6380"],
+            "--address auto could mean 2 Ray clusters on this machine: 10.0.0.1:6379, "
+            "10.0.0.1:6380; give one of these addresses.",
+        ),
+        ([], "No Ray cluster runs on this machine; start one with `ray start --head`"),
+    ],
+)
+def test_auto_joins_no_cluster_by_chance(
+    found: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("amlp_ray.runtime.session.local_clusters", lambda: found)
+    with pytest.raises(ResourceError) as error, ray_session("auto"):
+        pass
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (HeadAnswer.WANTS_TOKEN, ("wants a token", "RAY_AUTH_MODE=token", "RAY_AUTH_TOKEN")),
+        (HeadAnswer.REFUSES_TOKEN, ("wants another token than yours", "RAY_AUTH_TOKEN")),
+        (HeadAnswer.NONE, ("No Ray cluster answers", "because")),
+    ],
+)
+def test_why_a_cluster_cannot_be_joined_is_told(
+    answer: HeadAnswer, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    asked: list[str] = []
+
+    def ask(address: str, timeout_s: float, *, use_stored_token: bool) -> tuple[HeadAnswer, str]:
+        asked.append(address)
+        return answer, "because"
+
+    monkeypatch.setattr("amlp_ray.runtime.session.ask_head", ask)
+    with pytest.raises(ResourceError) as error, ray_session("auto"):
+        pass
+    assert asked == ["head:6379"]
+    assert all(word in str(error.value) for word in ("'head:6379'", *words))

@@ -24,8 +24,8 @@ from amlp_ray.config import PrepareConfig, PretrainConfig, ResourceConfig
 from amlp_ray.config.base import build
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.loading.batches import Mode, open_batches
-from amlp_ray.data.manifest import MANIFEST, Counts, Manifest, Part
-from amlp_ray.data.parquet import group_rows, part_rows, write_part
+from amlp_ray.data.manifest import Counts, Manifest, Part, write_manifest
+from amlp_ray.data.parquet import footer_digest, group_rows, part_rows, write_part
 from amlp_ray.data.path import DataPath
 from amlp_ray.launch.launcher import pretrain_dataset
 from amlp_ray.runtime.session import ray_session
@@ -94,8 +94,10 @@ def make_dataset(folder: Path, count: int) -> PatchDataset:
         images = speckle(min(size, count - start), number)
         rows = [_row(f"image {start + i}", image) for i, image in enumerate(images)]
         file = f"train/part-{number:05d}.parquet"
-        write_part(DataPath(folder) / file, rows, SHAPE, "uint8")
-        parts.append(Part(file=file, rows=len(rows), bytes=(folder / file).stat().st_size))
+        path = DataPath(folder) / file
+        write_part(path, rows, SHAPE, "uint8")
+        part = Part(file=file, rows=len(rows), bytes=path.info().size, footer=footer_digest(path))
+        parts.append(part)
     nothing = Counts(groups=0, images=0, labeled=0, lesions=0)
     manifest = Manifest(
         created_by="benchmarks/data.py",
@@ -123,7 +125,7 @@ def make_dataset(folder: Path, count: int) -> PatchDataset:
         config=PrepareConfig(),
         fingerprint=f"speckle {count}",
     )
-    (folder / MANIFEST).write_text(manifest.model_dump_json())
+    write_manifest(DataPath(folder), manifest)
     return PatchDataset.open(folder)
 
 

@@ -31,6 +31,7 @@ from amlp_ray.method.visualization import (
 from amlp_ray.training.checkpoint.restore import load_model, read_run_config
 from amlp_ray.training.loggers.metrics_file import read_rows
 from amlp_ray.utils.files import atomic_path, atomic_write, local_path
+from amlp_ray.utils.json_files import read_json
 
 MAX_IMAGES = 64  # nobody looks through a sheet of more
 SUMMARY = "inspection.json"
@@ -255,8 +256,9 @@ def _write(out: Path, summary: dict[str, Any], strips: list[Image.Image]) -> Non
 def _earlier_pictures(summary: Path) -> list[str]:
     """Return the pictures of an earlier inspection; none where its summary is unreadable."""
     try:
-        return [Path(row["picture"]).name for row in json.loads(summary.read_text())["images"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        images = (read_json(summary) or {})["images"]
+        return [Path(row["picture"]).name for row in images]
+    except (KeyError, TypeError):
         return []
 
 

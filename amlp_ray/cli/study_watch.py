@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from amlp_ray.cli.output import format_value, make_console, make_table
 from amlp_ray.cli.study_inspect import status_fields
 from amlp_ray.cli.study_options import DEFAULT_RUNS, Name, Runs, open_store
 from amlp_ray.errors import StudyError
+from amlp_ray.utils.json_files import JsonError, parse_json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -98,8 +98,8 @@ def _read_lines(file: Path, follow: bool) -> Iterator[str]:
 
 def _format_metrics(line: str) -> str:
     try:
-        return format_value(json.loads(line))
-    except ValueError:
+        return format_value(parse_json(line))
+    except JsonError:
         return line
 
 

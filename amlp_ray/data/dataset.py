@@ -19,7 +19,16 @@ import numpy as np
 
 from amlp_ray.config import ImageSpec
 from amlp_ray.data.manifest import MANIFEST, SPLITS, UNFINISHED, Manifest, Part, read_manifest
-from amlp_ray.data.parquet import COLUMNS, LIGHT, Shape, images_of, keys_of, masks_of, read_part
+from amlp_ray.data.parquet import (
+    COLUMNS,
+    LIGHT,
+    Shape,
+    StoredPart,
+    images_of,
+    keys_of,
+    masks_of,
+    read_part,
+)
 from amlp_ray.data.path import DataPath
 from amlp_ray.data.samples import Sample, Samples
 from amlp_ray.errors import DataError
@@ -182,6 +191,11 @@ class PatchDataset:
         self._check_split(split)
         return [self.root / part.file for part in self.manifest.parts[split]]
 
+    def parts(self, split: str) -> list[StoredPart]:
+        """Return the parts of a split, in order. Raises DataError for an unknown split."""
+        self._check_split(split)
+        return self.manifest.stored_parts(self.root, split)
+
     def count(self, split: str) -> int:
         """Return the number of images in a split."""
         self._check_split(split)
@@ -228,9 +242,12 @@ class PatchDataset:
 
         Raises:
             DataError: the split is unknown, or a part is damaged.
+            IndexError: the split has no such row.
         """
         positions = None if rows is None else np.sort(np.asarray(rows, np.int64))
         count = self.count(split) if positions is None else len(positions)
+        if positions is not None and count:
+            self._check_rows(split, positions[0], positions[-1])
         images = np.empty((count, *self.shape), self.manifest.dtype)
         masks = np.empty((count, *self.shape[1:]), np.uint8)
         labeled = np.empty(count, bool)
@@ -262,7 +279,7 @@ class PatchDataset:
         """
         from amlp_ray.data.ray_rows import read_rows
 
-        return read_rows(self.files(split), self.shape, self.manifest.dtype, columns)
+        return read_rows(self.parts(split), self.shape, self.manifest.dtype, columns)
 
     def to_torch(self, split: str) -> torch.utils.data.Dataset[dict[str, Any]]:
         """Return a split as a torch dataset of dicts, with pixels as stored.
@@ -315,6 +332,10 @@ class PatchDataset:
                 f"There is no split {name!r} in {self.path}; splits are {', '.join(SPLITS)}."
             )
 
+    def _check_rows(self, split: str, first: int, last: int) -> None:
+        if not 0 <= first <= last < self.count(split):
+            raise IndexError(f"the split {split!r} has rows 0 to {self.count(split) - 1} only")
+
     def _read_parts(
         self, split: str, columns: Sequence[str], rows: np.ndarray | None = None
     ) -> Iterator[tuple[int, pa.Table]]:
@@ -323,16 +344,10 @@ class PatchDataset:
         Parts without any of the sorted positions `rows` are skipped.
         """
         start = 0
-        for file, part in zip(self.files(split), self.manifest.parts[split], strict=True):
+        for part in self.parts(split):
             end = start + part.rows
             if rows is None or np.searchsorted(rows, start) < np.searchsorted(rows, end):
-                table = read_part(file, columns)
-                if len(table) != part.rows:
-                    raise DataError(
-                        f"{file} is damaged: it has {len(table)} rows instead of {part.rows}; "
-                        "prepare the dataset again."
-                    )
-                yield start, table
+                yield start, read_part(part, columns)
             start = end
 
 

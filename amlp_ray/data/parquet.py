@@ -12,8 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +34,18 @@ EXTENSION = b"ARROW:extension"
 UNDECODABLE = b"?"
 
 Shape = tuple[int, int, int]  # channels, height, width
+
+
+class StoredPart(NamedTuple):
+    """A part, and what the manifest of its dataset says of it."""
+
+    file: str  # path or URI
+    rows: int
+    group_rows: int  # rows of every row group but the last
+    footer: str  # SHA-256 of its footer
+    shape: Shape  # of its images
+    dtype: str
+
 
 COLUMNS = {
     "id": "the image's name, unique in the dataset",
@@ -131,19 +142,67 @@ def _write(
     return written
 
 
+def footer_digest(file: DataPath) -> str:
+    """Return the SHA-256 of a part's footer. Raises OSError."""
+    with file.filesystem.open_input_file(file.path) as source:
+        return hashlib.sha256(_footer(source)).hexdigest()
+
+
 @contextmanager
-def open_part(file: DataPath) -> Iterator[pq.ParquetFile]:
+def open_part(part: StoredPart) -> Iterator[pq.ParquetFile]:
     """Open a part to read its row groups. Raises OSError or pyarrow's errors.
 
+    Pages have checksums, but the footer that says where they lie and of what type they are has
+    none: Arrow reads changed ones as other values without a word.
+
     Raises:
-        DataError: a column has a type that may run code.
+        DataError: the part is not what the manifest says, or a column has a type that may run code.
     """
-    with file.filesystem.open_input_file(file.path) as source:
-        check_types(source, file)
-        yield pq.ParquetFile(source, page_checksum_verification=True)
+    path = DataPath(part.file)
+    with path.filesystem.open_input_file(path.path) as source:
+        footer = _footer(source)
+        _check_types(footer, path)
+        if hashlib.sha256(footer).hexdigest() != part.footer:
+            raise DataError(
+                f"{path} is damaged: its footer is not the one that was written; copy it again, or "
+                f"prepare the dataset again."
+            )
+        opened = pq.ParquetFile(source, page_checksum_verification=True)
+        _check_content(opened, part)
+        yield opened
 
 
-def check_types(source: pa.NativeFile, file: DataPath) -> None:
+def check_part(part: StoredPart) -> None:
+    """Raise DataError if a part that a library will read is damaged or may run code."""
+    with _damage_told(part), open_part(part):
+        pass
+
+
+def _check_content(opened: pq.ParquetFile, part: StoredPart) -> None:
+    """Raise DataError if a part holds other images than the manifest says."""
+    rows = opened.metadata.num_rows
+    if rows != part.rows:
+        raise DataError(
+            f"{part.file} is damaged: it has {rows} rows instead of {part.rows}; prepare the "
+            f"dataset again."
+        )
+    num_groups = -(-part.rows // part.group_rows)
+    if opened.num_row_groups != num_groups:
+        raise DataError(
+            f"{part.file} is damaged: it has {opened.num_row_groups} row groups instead of "
+            f"{num_groups}; prepare the dataset again."
+        )
+    if not opened.schema_arrow.equals(schema(part.shape, part.dtype), check_metadata=True):
+        stored = opened.schema_arrow.metadata or {}
+        images = b" ".join((stored.get(b"shape", b"other"), stored.get(b"dtype", b"")))
+        raise DataError(
+            f"{part.file} holds {images.decode(errors='replace').strip()} images or other columns, "
+            f"but the manifest says {'x'.join(map(str, part.shape))} {part.dtype}; prepare the "
+            f"dataset again."
+        )
+
+
+def _check_types(footer: bytes, file: DataPath) -> None:
     """Refuse a Parquet file with Arrow extension types, before Arrow reads its schema.
 
     Where Ray is imported, Arrow knows types of Ray's whose metadata or values are unpickled, and
@@ -153,7 +212,7 @@ def check_types(source: pa.NativeFile, file: DataPath) -> None:
     Raises:
         DataError: there is an extension type, or a schema that cannot be read.
     """
-    for text in _arrow_schemas(_footer(source)):
+    for text in _arrow_schemas(footer):
         try:
             schema_bytes = base64.b64decode(text, validate=True)
         except ValueError:
@@ -195,21 +254,26 @@ def _arrow_schemas(footer: bytes) -> Iterator[bytes]:
         yield footer[start:end] if footer[end : end + 1] == b"\x00" else UNDECODABLE
 
 
-def read_part(file: DataPath | Path, columns: Sequence[str], group: int | None = None) -> pa.Table:
+def read_part(part: StoredPart, columns: Sequence[str], group: int | None = None) -> pa.Table:
     """Read columns of a part, or of its row group number `group`.
 
     Raises:
-        DataError: the part is missing or damaged.
+        DataError: the part is missing, damaged, or not what the manifest says.
     """
-    path = DataPath(file)
+    with _damage_told(part), open_part(part) as opened:
+        if group is None:
+            return opened.read(list(columns))
+        return opened.read_row_group(group, list(columns))
+
+
+@contextmanager
+def _damage_told(part: StoredPart) -> Iterator[None]:
+    """Turn errors of reading a part into a DataError."""
     try:
-        with open_part(path) as part:
-            if group is None:
-                return part.read(list(columns))
-            return part.read_row_group(group, list(columns))
-    except (OSError, pa.ArrowException, KeyError) as error:
+        yield
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise DataError(
-            f"{path} is damaged ({describe_error(error)}); prepare the dataset again."
+            f"{part.file} is damaged ({describe_error(error)}); prepare the dataset again."
         ) from None
 
 

@@ -10,13 +10,13 @@ import os
 from collections.abc import Iterable, Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 import pyarrow as pa
 from pyarrow import fs
 
 from amlp_ray.errors import DataError, describe_error
-from amlp_ray.utils.files import atomic_write
+from amlp_ray.utils.files import atomic_write, open_regular
 
 READ_ATTEMPTS = 3  # an object store drops a request now and then
 
@@ -133,10 +133,21 @@ class DataPath:
             return not any(self.local.iterdir())
         return not self.filesystem.get_file_info(fs.FileSelector(self.path))
 
+    def open(self) -> BinaryIO:
+        """Open a file to read its bytes.
+
+        Raises:
+            OSError: it cannot be opened, or is a pipe, socket or device.
+        """
+        if self.is_local:
+            return open_regular(self.local)
+        return cast(BinaryIO, self.filesystem.open_input_file(self.path))
+
     def read_bytes(self) -> bytes:
         """Read a file, and try again if an object store drops the request. Raises OSError."""
         if self.is_local:
-            return self.local.read_bytes()
+            with self.open() as local:
+                return bytes(local.read())
         for attempt in range(READ_ATTEMPTS):
             try:
                 with self.filesystem.open_input_file(self.path) as file:

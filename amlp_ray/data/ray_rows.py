@@ -8,18 +8,18 @@ import pyarrow as pa
 import ray.data
 from ray.data.extensions import ArrowTensorArray
 
-from amlp_ray.data.parquet import Shape, check_types, images_of, masks_of, schema
+from amlp_ray.data.parquet import Shape, StoredPart, check_part, images_of, masks_of, schema
 from amlp_ray.data.path import DataPath
 from amlp_ray.data.ray_silence import silence_ray_data
 
 
 def read_rows(
-    files: Sequence[DataPath], shape: Shape, dtype: str, columns: Sequence[str] | None = None
+    parts: Sequence[StoredPart], shape: Shape, dtype: str, columns: Sequence[str] | None = None
 ) -> ray.data.Dataset:
     """Read parts as a Ray dataset of rows, in order.
 
     Args:
-        files: Parquet parts; there may be none.
+        parts: there may be none.
         shape: shape of an image.
         dtype: dtype of an image.
         columns: names of columns; None reads all.
@@ -29,12 +29,12 @@ def read_rows(
         unlabeled image has a mask of zeros and False.
     """
     silence_ray_data()
-    if not files:
+    if not parts:
         empty = schema(shape, dtype).empty_table()
         return ray.data.from_arrow(empty.select(list(columns or empty.column_names)))
-    for file in files:
-        with file.filesystem.open_input_file(file.path) as source:
-            check_types(source, file)
+    for part in parts:
+        check_part(part)
+    files = [DataPath(part.file) for part in parts]
     rows = ray.data.read_parquet([file.path for file in files], filesystem=files[0].filesystem)
     if columns:
         rows = rows.select_columns(list(columns))  # Ray then reads no others

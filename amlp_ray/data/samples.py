@@ -10,8 +10,8 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-from amlp_ray.data.manifest import Manifest, Part
-from amlp_ray.data.parquet import images_of, masks_of, read_part
+from amlp_ray.data.manifest import Manifest
+from amlp_ray.data.parquet import StoredPart, images_of, masks_of, read_part
 from amlp_ray.data.path import DataPath
 
 # Row groups in memory, at most 16 MiB each: neighbors come from memory, and a shuffle still moves.
@@ -36,10 +36,9 @@ class Samples(Sequence[Sample]):
     def __init__(self, manifest: Manifest, root: DataPath, splits: Sequence[str]) -> None:
         """Prepare to read the dataset in the folder `root`; no part is opened yet."""
         self.manifest = manifest
-        self.root = root
-        self._parts: list[tuple[str, Part]] = []
+        self._parts: list[tuple[str, StoredPart]] = []
         for split in splits:
-            self._parts += [(split, part) for part in manifest.parts[split]]
+            self._parts += [(split, part) for part in manifest.stored_parts(root, split)]
         self._ends = list(accumulate(part.rows for _, part in self._parts))
         self._cache: OrderedDict[tuple[int, int], list[Sample]] = OrderedDict()
 
@@ -77,7 +76,7 @@ class Samples(Sequence[Sample]):
     def _read_row_group(self, part_number: int, group_number: int) -> list[Sample]:
         split, part = self._parts[part_number]
         columns = ["id", "group", "image", "mask"]
-        table = read_part(self.root / part.file, columns, group_number)
+        table = read_part(part, columns, group_number)
         ids = table["id"].to_pylist()
         groups = table["group"].to_pylist()
         images = images_of(table["image"], self.manifest.shape, self.manifest.dtype)

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from amlp_ray.config import ImageSpec, ModelConfig, PrepareConfig, SegmentConfig
 from amlp_ray.errors import CheckpointError
 from amlp_ray.method.encoder import create_encoder, timm_arguments, timm_name
-from amlp_ray.training.checkpoint.export import write_tensors
+from amlp_ray.training.checkpoint.tensor_file import read_tensors, write_tensors
+from amlp_ray.utils.json_files import parse_json
 
 WEIGHTS = "segmenter.safetensors"
 
@@ -286,19 +286,17 @@ def load_segmenter(folder: Path) -> LoadedSegmenter:
         raise CheckpointError(
             f"There is no {path}; give the folder of a finished `amlp-ray segment`."
         )
+    header, tensors = read_tensors(path)
     try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no dict)
         spec = ImageSpec.model_validate_json(header["image"])
         config = SegmentConfig.model_validate_json(header["segment"])
         prepare = None
         if "prepare" in header:
             prepare = PrepareConfig.model_validate_json(header["prepare"])
-        encoder = create_encoder(header["timm_name"], json.loads(header["timm_arguments"]))
+        encoder = create_encoder(header["timm_name"], parse_json(header["timm_arguments"]))
         model = Segmenter(encoder, spec, config)
         model.load_state_dict(tensors)
-    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
+    except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read as a segmenter ({type(error).__name__}); run "
             f"`amlp-ray segment` again."

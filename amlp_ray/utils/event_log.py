@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from amlp_ray.utils.files import append_line
+from amlp_ray.utils.json_files import read_json_lines
 
 EventKind = Literal[
     # with how many workers, after which epoch, and how many finished epochs are repeated
@@ -81,14 +82,7 @@ class EventLog:
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """Read all events of a run; [] if none was recorded."""
-    events: list[dict[str, Any]] = []
-    path = folder / FILE
-    if not path.is_file():
-        return events
-    for line in path.read_text().splitlines():
-        with suppress(json.JSONDecodeError):  # cut short by a kill
-            events.append(json.loads(line))
-    return events
+    return read_json_lines(folder / FILE, {"event": str, "text": str})
 
 
 def count_events(folder: Path) -> Counter[str]:

@@ -7,6 +7,7 @@ whoever uses a number checks it.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
@@ -24,6 +25,7 @@ MAX_LINE_BYTES = 64 << 20
 # COCO files nest 5 levels, our own 8. Deeper ones would exhaust the stack of whoever walks them.
 MAX_DEPTH = 100
 
+DIGEST = "sha256"  # key of the digest in sealed JSON
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 logger = logging.getLogger(__name__)
@@ -88,6 +90,31 @@ def parse_json_mapping(content: bytes | str) -> dict[str, Any]:
         kind = "null" if value is None else f"a {type(value).__name__}"
         raise JsonError(f"must hold keys and values, not {kind}")
     return value
+
+
+def seal_json(values: Mapping[str, Any]) -> str:
+    """Return values as a JSON text with a digest of themselves, which `unseal` verifies."""
+    plain = json.loads(json.dumps(values))
+    return json.dumps({**plain, DIGEST: _digest(plain)}, indent=1) + "\n"
+
+
+def unseal(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of `seal_json` without their digest.
+
+    Raises:
+        JsonError: they are not those that were written.
+
+    >>> unseal(parse_json(seal_json({"rows": 5})))
+    {'rows': 5}
+    """
+    plain = {key: value for key, value in values.items() if key != DIGEST}
+    if values.get(DIGEST) != _digest(plain):
+        raise JsonError("was changed after it was written: its digest does not fit")
+    return plain
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

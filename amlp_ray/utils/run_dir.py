@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,10 +10,13 @@ from typing import Any
 
 from amlp_ray.errors import CheckpointError
 from amlp_ray.utils.files import atomic_write
+from amlp_ray.utils.json_files import JsonError, parse_json_mapping
 from amlp_ray.utils.locks import acquire_lock
 
 # Processes of a run that was killed are gone within seconds.
 LOCK_WAIT_S = 60.0
+# Errors of a file system that has no locks, in contrast to one that is full or read-only.
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF})
 
 
 class OtherRunError(Exception):
@@ -78,10 +82,9 @@ class RunDir:
         if not file.is_file():
             return None
         try:
-            identity = json.loads(file.read_bytes())
-        except ValueError:
+            return parse_json_mapping(file.read_bytes())
+        except JsonError:
             return {}
-        return identity if isinstance(identity, dict) else {}
 
     @property
     def has_results(self) -> bool:
@@ -106,6 +109,8 @@ class RunDir:
                 f"{self.path} is written by another process; wait for it or stop it, and run again."
             ) from None
         except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
             raise CheckpointError(
                 f"{self.path} is on a file system without locks ({error.strerror}), so two "
                 f"runs could spoil each other; mount it with locks (Lustre: flock), or choose "

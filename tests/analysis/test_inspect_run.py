@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.datasets import change_manifest
 from PIL import Image
 
 from amlp_ray.analysis.inspect_run import FIGURES, inspect_run
@@ -182,8 +183,7 @@ def test_an_inspection_replaces_the_pictures_of_an_earlier_one_and_nothing_else(
 def with_manifest(dataset: PatchDataset, folder: Path, **changes: Any) -> Path:
     """A copy of a dataset with another manifest."""
     shutil.copytree(dataset.path, folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+    change_manifest(folder, lambda values: values | changes)
     return folder
 
 

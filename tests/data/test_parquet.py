@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.datasets import write_dataset
+from helpers.datasets import change_manifest, write_dataset
 
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.loading.batches import open_batches
-from amlp_ray.data.parquet import UNDECODABLE, _arrow_schemas, read_part
+from amlp_ray.data.parquet import UNDECODABLE, StoredPart, _arrow_schemas, footer_digest, read_part
+from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
 
 
@@ -48,12 +49,11 @@ def spoilt(tmp_path: Path) -> PatchDataset:
     dataset = write_dataset(tmp_path / "d", images)
     (part,) = (tmp_path / "d").rglob("*.parquet")
     spoil(part, "id", tmp_path / "executed")
-    # The size in the manifest is one of several things that an attacker changes too.
-    manifest = tmp_path / "d" / "manifest.json"
-    size = dataset.manifest.parts["train"][0].bytes
-    manifest.write_text(
-        manifest.read_text().replace(f'"bytes": {size}', f'"bytes": {part.stat().st_size}')
-    )
+    # An attacker gives the manifest all digests anew.
+    told = {"bytes": part.stat().st_size, "footer": footer_digest(DataPath(part))}
+    stored = dataset.manifest.parts["train"][0].model_dump() | told
+    parts = {"train": [stored], "val": [], "test": []}
+    change_manifest(tmp_path / "d", lambda values: values | {"parts": parts})
     return PatchDataset.open(tmp_path / "d")
 
 
@@ -103,4 +103,4 @@ def test_a_schema_that_cannot_be_decoded_is_refused(tmp_path: Path) -> None:
     start = content.index(b"ARROW:schema") + len(b"ARROW:schema")
     file.write_bytes(content[:start] + b"\x19" + content[start + 1 :])
     with pytest.raises(DataError, match="columns of types that may run code"):
-        read_part(file, ["id"])
+        read_part(StoredPart(str(file), 1, 1, "", (1, 4, 4), "uint8"), ["id"])

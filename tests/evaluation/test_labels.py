@@ -6,12 +6,14 @@ And a labeled dataset apart from the pretraining one.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.datasets import change_manifest
 from helpers.runs import Rows, discs, write
 
 from amlp_ray.analysis.inspect_run import inspect_run
@@ -74,13 +76,8 @@ def unlabeled(tmp_path_factory: pytest.TempPathFactory) -> PatchDataset:
 
 def changed(dataset: PatchDataset, folder: Path, **manifest: Any) -> PatchDataset:
     """The same dataset with another manifest."""
-    for split in ("train", "val", "test"):
-        (folder / split).mkdir(parents=True)
-        for file in dataset.files(split):
-            (folder / split / file.name).write_bytes(file.read_bytes())
-    (folder / "manifest.json").write_text(
-        json.dumps(dataset.manifest.model_dump(mode="json") | manifest)
-    )
+    shutil.copytree(dataset.path, folder)
+    change_manifest(folder, lambda values: values | manifest)
     return PatchDataset.open(folder)
 
 

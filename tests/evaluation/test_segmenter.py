@@ -131,9 +131,12 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     save_segmenter(saved, tmp_path, encoder=model, spec=spec, prepare=None, config=config)
     path = tmp_path / "segmenter.safetensors"
     save_file(load_file(path), path)  # without its header
-    with pytest.raises(
-        CheckpointError, match=r"segmenter \(KeyError\); run `amlp-ray segment` again"
-    ):
+    with pytest.raises(CheckpointError, match=r"is no safetensors file of amlp-ray"):
+        load_segmenter(tmp_path)
+    save_segmenter(saved, tmp_path, encoder=model, spec=spec, prepare=None, config=config)
+    content = path.read_bytes()
+    path.write_bytes(content[:-3] + bytes([content[-3] ^ 64]) + content[-2:])
+    with pytest.raises(CheckpointError, match="is damaged: its tensors are not those"):
         load_segmenter(tmp_path)
     other = config.model_copy(update={"decoder": "unetr"})
     save_segmenter(saved, tmp_path, encoder=model, spec=spec, prepare=None, config=other)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,19 @@ import numpy as np
 
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.manifest import FORMAT_VERSION, MANIFEST, SPLITS, Counts, Manifest, Part
-from amlp_ray.data.parquet import Shape, group_rows, image_bytes, part_rows, write_part
+from amlp_ray.data.manifest import MANIFEST, SPLITS, Counts, Manifest, Part, write_manifest
+from amlp_ray.data.parquet import (
+    Shape,
+    footer_digest,
+    group_rows,
+    image_bytes,
+    part_rows,
+    write_part,
+)
 from amlp_ray.data.path import DataPath
 from amlp_ray.data.prepare.crop import background_of
 from amlp_ray.data.prepare.near_duplicates import perceptual_hash
+from amlp_ray.utils.json_files import seal_json, unseal
 
 Masks = np.ndarray | Sequence[np.ndarray | None]
 
@@ -59,7 +68,6 @@ def write_dataset(
         train = images if count else np.zeros((1, *shape))
     pixels = np.nan_to_num(train)
     manifest = Manifest(
-        format_version=FORMAT_VERSION,
         created_by="tests",
         name=folder.name,
         layout="flat",
@@ -82,8 +90,15 @@ def write_dataset(
         fingerprint="made",
     )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1))
+    write_manifest(DataPath(folder), manifest)
     return PatchDataset.open(folder)
+
+
+def change_manifest(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Replace the values of a dataset's manifest, and give it the digest of the new ones."""
+    file = folder / MANIFEST
+    values = unseal(json.loads(file.read_text()))
+    file.write_text(seal_json(change(values)))
 
 
 def noise_dataset(
@@ -141,8 +156,10 @@ def _write_parts(
         for number, start in enumerate(range(0, len(of_split), size)):
             file = f"{name}/part-{number:05d}.parquet"
             some = of_split[start : start + size]
-            written = write_part(DataPath(folder) / file, some, shape, dtype)
-            parts[name].append(Part(file=file, rows=written, bytes=(folder / file).stat().st_size))
+            path = DataPath(folder) / file
+            written = write_part(path, some, shape, dtype)
+            part = Part(file=file, rows=written, bytes=path.info().size, footer=footer_digest(path))
+            parts[name].append(part)
     return parts
 
 

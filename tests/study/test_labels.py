@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers.datasets import write_dataset
+from helpers.datasets import change_manifest, write_dataset
 from helpers.tiny_study import TINY
 
 from amlp_ray.data.dataset import PatchDataset
@@ -37,8 +37,7 @@ def unlabeled(
 
 def with_manifest(dataset: PatchDataset, folder: Path, **changes: Any) -> str:
     shutil.copytree(dataset.path, folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+    change_manifest(folder, lambda values: values | changes)
     return str(folder)
 
 

@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -17,8 +16,7 @@ from amlp_ray.data.check.burned_in_text import MIN_SIDE, text_scores
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.loading.shuffle import row_groups_of
 from amlp_ray.data.manifest import SPLITS
-from amlp_ray.data.parquet import Shape, images_of, masks_of, read_part
-from amlp_ray.data.path import DataPath
+from amlp_ray.data.parquet import StoredPart, images_of, masks_of, read_part
 from amlp_ray.data.prepare.near_duplicates import GRAY_WEIGHTS
 
 logger = logging.getLogger(__name__)
@@ -53,19 +51,18 @@ def measure_dataset(dataset: PatchDataset) -> pd.DataFrame:
     if not len(table):
         columns = _measure_images(np.zeros((0, *dataset.shape), dataset.manifest.dtype))
         return table.assign(**columns, border=np.zeros(0, bool))
-    files = []
+    parts = []
     numbers = []
     for split in SPLITS:
-        files_of_split = dataset.files(split)
+        parts_of_split = dataset.parts(split)
         for group in row_groups_of(dataset.manifest, split):
-            files.append(files_of_split[group.part])
+            parts.append(parts_of_split[group.part])
             numbers.append(group.number)
-    measure_group = partial(_measure_group, shape=dataset.shape, dtype=dataset.manifest.dtype)
     results: list[Columns] = []
     measured = 0
     with ThreadPoolExecutor(THREADS) as pool:
         try:
-            for number, columns in enumerate(pool.map(measure_group, files, numbers), 1):
+            for number, columns in enumerate(pool.map(_measure_group, parts, numbers), 1):
                 results.append(columns)
                 measured += len(columns["mean"])
                 if number % LOG_GROUPS == 0:
@@ -96,13 +93,13 @@ def to_gray8(images: np.ndarray) -> np.ndarray:
     return np.nan_to_num(stretched, nan=0.0, posinf=0.0, neginf=0.0).clip(0, 255).astype(np.uint8)
 
 
-def _measure_group(file: DataPath, number: int, shape: Shape, dtype: str) -> Columns:
-    table = read_part(file, ["image", "mask"], number)
-    images = images_of(table["image"], shape, dtype)
-    masks, _ = masks_of(table["mask"], shape)
+def _measure_group(part: StoredPart, number: int) -> Columns:
+    table = read_part(part, ["image", "mask"], number)
+    images = images_of(table["image"], part.shape, part.dtype)
+    masks, _ = masks_of(table["mask"], part.shape)
     touches_top_or_bottom = masks[:, [0, -1]].any(axis=(1, 2))
     touches_side = masks[:, :, [0, -1]].any(axis=(1, 2))
-    rows = max(1, CHUNK_VALUES // int(np.prod(shape)))
+    rows = max(1, CHUNK_VALUES // int(np.prod(part.shape)))
     chunks = []
     for start in range(0, len(images), rows):
         chunks.append(_measure_images(images[start : start + rows]))

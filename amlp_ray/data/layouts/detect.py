@@ -6,6 +6,7 @@ import json
 import re
 
 from amlp_ray.data.layouts.coco import annotation_files
+from amlp_ray.data.layouts.folders import has_a_folder_per_image
 from amlp_ray.data.layouts.listing import (
     FileName,
     describe_contents,
@@ -72,11 +73,16 @@ def _recognize_masked(pictures: list[FileName]) -> dict[str, str]:
         masks = masks or pairs.strays
     elif busi or lgg:
         masks = []
+    folders = ""
+    num_masks = len(pairs.strays) + len(pairs.all_masks())
+    if has_mask_folder and 2 * len(pairs.strays) > num_masks and has_a_folder_per_image(pictures):
+        folders = f"a folder per image with masks {such_as(pairs.strays[0].full)}"
+        masks = []
     paired = ""
     if masks:
         where = "in a folder of their own" if has_mask_folder else "beside their images"
         paired = f"masks {where} {such_as(masks[0].full)}"
-    return {"busi": busi, "lgg": lgg, "paired": paired}
+    return {"busi": busi, "lgg": lgg, "folders": folders, "paired": paired}
 
 
 def _recognize_busi(pictures: list[FileName]) -> str:
@@ -137,7 +143,7 @@ def _recognize_coco(root: DataPath) -> str:
 
 def _read_head(file: DataPath) -> bytes:
     try:
-        with file.filesystem.open_input_file(file.path) as stream:
+        with file.open() as stream:
             return bytes(stream.read(HEAD_BYTES))
     except OSError:
         return b""

@@ -14,7 +14,13 @@ import torch
 
 from amlp_ray.config import ImageSpec
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.loading.image_cache import CachedSplit, has_room, is_cached, open_cached_split
+from amlp_ray.data.loading.image_cache import (
+    CachedSplit,
+    has_room,
+    is_cached,
+    make_anew,
+    open_cached_split,
+)
 from amlp_ray.data.loading.shuffle import Order, reads_to_start, worker_share
 from amlp_ray.data.parquet import images_of
 from amlp_ray.errors import ConfigError, DataError
@@ -136,12 +142,32 @@ class MappedBatches:
         batches = self._order.worker_rows(epoch, self._rank)
         steps, share = batches.shape
         plan = self._order.plan_reads(self._order.group_of(batches.ravel()), share)
-        upcoming = reads_to_start(plan.first_block, steps, GROUPS_AHEAD)
-        for rows, positions in zip(batches, upcoming, strict=True):
-            for number in plan.groups[positions]:
+        to_prefetch = reads_to_start(plan.first_block, steps, GROUPS_AHEAD)
+        to_verify = reads_to_start(plan.first_block, steps, 0)
+        for rows, upcoming, needed in zip(batches, to_prefetch, to_verify, strict=True):
+            for number in plan.groups[upcoming]:
                 group = self._order.row_groups[number]
                 self._cached.prefetch(group.start, group.rows)
+            for number in plan.groups[needed]:
+                self._verify(number)
             yield _gather(self._cached.images, self._cached.keys, rows)
+
+    def _verify(self, number: int) -> None:
+        """Make the cache file anew if a row group in it is damaged.
+
+        Raises:
+            DataError: it is damaged again.
+        """
+        group = self._order.row_groups[number]
+        if self._cached.is_intact(number, group):
+            return
+        self._cached = make_anew(self._cached)
+        if not self._cached.is_intact(number, group):
+            raise DataError(
+                f"The cached images of {self._cached.dataset.path} are damaged again right after "
+                f"they were made anew; set AMLP_RAY_CACHE to a folder on another disk, or use "
+                f"data=stream."
+            )
 
 
 class StreamBatches:
@@ -166,9 +192,13 @@ class StreamBatches:
         self.spec = dataset.spec
         self.steps_per_epoch = order.steps
         self._last_epoch = epochs
-        files = tuple(str(file) for file in dataset.files(split))
         self._source = SplitSource(
-            files, dataset.shape, dataset.manifest.dtype, order, rank, BLOCK_BYTES
+            tuple(dataset.parts(split)),
+            dataset.shape,
+            dataset.manifest.dtype,
+            order,
+            rank,
+            BLOCK_BYTES,
         )
         # A running execution, and the epoch whose first batch it yields next.
         self._running: tuple[int, Generator[Batch]] | None = None
@@ -193,8 +223,8 @@ class StreamBatches:
             if is_last:
                 return
         raise DataError(
-            f"{self._source.files[0]} and the files beside it hold fewer images than the manifest "
-            f"says; prepare the dataset again."
+            f"{self._source.parts[0].file} and the files beside it hold fewer images than the "
+            f"manifest says; prepare the dataset again."
         )
 
 

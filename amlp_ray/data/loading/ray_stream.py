@@ -6,7 +6,7 @@ read an epoch each. The next task starts while the last batches of the epoch bef
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,10 +18,10 @@ import ray.data
 import ray.exceptions
 
 from amlp_ray.data.loading.shuffle import Order, reads_to_start
-from amlp_ray.data.parquet import Shape, image_bytes, images_of, keys_of, read_part
+from amlp_ray.data.parquet import Shape, StoredPart, image_bytes, images_of, keys_of, read_part
 from amlp_ray.data.path import DataPath
 from amlp_ray.data.ray_silence import silence_ray_data
-from amlp_ray.errors import AmlpError, DataError
+from amlp_ray.errors import AmlpError
 
 BLOCK_BYTES = 16 << 20  # a task hands images over in blocks of this size
 BLOCKS_AHEAD = 4  # blocks on their way to the trainer, and as many behind them
@@ -34,7 +34,7 @@ REMOTE_THREADS = 8  # an object store is slow to answer, but answers many at onc
 class SplitSource:
     """What a reading task must know of a split, as plain values."""
 
-    files: tuple[str, ...]
+    parts: tuple[StoredPart, ...]
     shape: Shape
     dtype: str
     order: Order
@@ -72,15 +72,15 @@ def read_epoch(source: SplitSource, epoch: int) -> Iterator[pa.Table]:
     num_blocks = -(-len(rows) // block_rows)
     plan = order.plan_reads(row_group, block_rows)
     last_block = dict(zip(plan.groups.tolist(), plan.last_block.tolist(), strict=True))
-    paths = [DataPath(file) for file in source.files]
-    threads = LOCAL_THREADS if all(path.is_local for path in paths) else REMOTE_THREADS
+    is_local = all(DataPath(part.file).is_local for part in source.parts)
+    threads = LOCAL_THREADS if is_local else REMOTE_THREADS
     groups: dict[int, Future[_GroupContent]] = {}
     with ThreadPoolExecutor(threads) as pool:
         try:
             upcoming = reads_to_start(plan.first_block, num_blocks, threads)
             for block, positions in enumerate(upcoming):
                 for group in plan.groups[positions].tolist():
-                    groups[group] = pool.submit(_read_row_group, source, paths, group)
+                    groups[group] = pool.submit(_read_row_group, source, group)
                 in_block = slice(block * block_rows, (block + 1) * block_rows)
                 block_groups = row_group[in_block]
                 images = np.empty((len(block_groups), source.image_bytes), np.uint8)
@@ -106,15 +106,9 @@ def _to_table(images: np.ndarray, keys: np.ndarray) -> pa.Table:
     return pa.table({"image": column, "key": pa.array(keys)})
 
 
-def _read_row_group(source: SplitSource, paths: Sequence[DataPath], number: int) -> _GroupContent:
+def _read_row_group(source: SplitSource, number: int) -> _GroupContent:
     group = source.order.row_groups[number]
-    path = paths[group.part]
-    table = read_part(path, ["id", "image"], group.number)
-    if len(table) != group.rows:
-        raise DataError(
-            f"{path} is damaged: row group {group.number} has {len(table)} rows instead of "
-            f"{group.rows}; prepare the dataset again."
-        )
+    table = read_part(source.parts[group.part], ["id", "image"], group.number)
     images = images_of(table["image"], source.shape, source.dtype).view(np.uint8)
     keys = keys_of(table["id"].to_pylist())
     return _GroupContent(images.reshape(group.rows, source.image_bytes), keys)

@@ -24,7 +24,14 @@ from amlp_ray.config import PrepareConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.layouts import SourceImage, find_items
 from amlp_ray.data.layouts.item import rejected, repaired
-from amlp_ray.data.manifest import MANIFEST, SPLITS, UNFINISHED, Manifest, Part
+from amlp_ray.data.manifest import (
+    MANIFEST,
+    SPLITS,
+    UNFINISHED,
+    Manifest,
+    Part,
+    write_manifest,
+)
 from amlp_ray.data.parquet import group_rows, part_rows
 from amlp_ray.data.path import DataPath
 from amlp_ray.data.prepare.assign import (
@@ -161,8 +168,7 @@ class _Preparation:
         try:
             with self.state.lock():
                 manifest = self._make_manifest()
-                text = json.dumps(manifest.model_dump(mode="json"), indent=1)
-                (self.out / MANIFEST).atomic_write(text + "\n")
+                write_manifest(self.out, manifest)
                 self.rejects.write()
                 self.state.finish()
         except OSError as error:
@@ -191,7 +197,8 @@ class _Preparation:
         statistics = Statistics(shape[0], dtype)
         for name, note in notes.items():
             split = name.partition("-")[0]
-            parts[split].append(Part(file=note["file"], rows=note["rows"], bytes=note["bytes"]))
+            values = {name: note[name] for name in Part.model_fields}
+            parts[split].append(Part.model_validate(values))
             if split == "train":
                 statistics.add_rows(note["statistics"])
         mean, std = statistics.mean_and_std()

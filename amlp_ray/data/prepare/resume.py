@@ -3,22 +3,31 @@
 .preparing/plan.json            what is being prepared; no other preparation may resume it
 .preparing/scanned-00000.json   results of pass 1, some jobs in each
 .preparing/train-00000.json     a part that is complete
+
+Every file holds a digest of itself. What a damaged one told is made anew.
 """
 
 from __future__ import annotations
 
-import json
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from amlp_ray.data.manifest import MANIFEST, SPLITS, UNFINISHED
+from amlp_ray.data.parquet import footer_digest
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
+from amlp_ray.utils.json_files import JsonError, parse_json_mapping, seal_json, unseal
 from amlp_ray.utils.locks import acquire_lock
-from amlp_ray.utils.run_dir import OtherRunError, RunDir
 
+PLAN = "plan.json"
+SCANNED = re.compile(r"scanned-(\d+)\.json")
 FLUSH_JOBS = 32  # results of pass 1 in a file: a killed run repeats what was not written yet
+
+
+logger = logging.getLogger(__name__)
 
 
 class ResumableError(DataError):
@@ -42,22 +51,27 @@ class PreparationState:
         Raises:
             DataError: the folder holds an unfinished preparation of other files or settings.
         """
-        run_dir = RunDir(self.folder, "plan.json", write=DataPath.atomic_write)
-        try:
-            is_resumed = run_dir.claim({"key": self.key})
-        except OtherRunError:
+        file = self.folder / PLAN
+        is_resumed = file.is_file()
+        plan = _read(file, "the dataset is made anew") if is_resumed else None
+        if is_resumed and plan is None:  # nobody knows what the rest belongs to
+            self._delete_parts()
+            for name in self.folder.names():
+                (self.folder / name).delete()
+        elif plan is not None and plan.get("key") != self.key:
             raise DataError(
                 f"{self.out} holds an unfinished dataset of other files or settings; delete it or "
                 f"choose another folder."
-            ) from None
-        if not is_resumed:
+            )
+        if plan is None:
+            file.atomic_write(seal_json({"key": self.key}))
             return {}
         results: dict[int, Any] = {}
         for name in self.folder.names():
-            if name.startswith("scanned-"):
-                for number, result in _read(self.folder / name).items():
-                    results[int(number)] = result
-                self._num_files = int(name[len("scanned-") : -len(".json")]) + 1
+            if match := SCANNED.fullmatch(name):
+                self._num_files = int(match[1]) + 1
+                scanned = _read(self.folder / name, "its images are scanned again") or {}
+                results |= {int(number): result for number, result in scanned.items()}
         return results
 
     @contextmanager
@@ -95,7 +109,7 @@ class PreparationState:
         """Write the results of pass 1 that are not written yet."""
         if self._pending:
             file = self.folder / f"scanned-{self._num_files:05d}.json"
-            file.atomic_write(json.dumps(self._pending))
+            file.atomic_write(seal_json(self._pending))
             self._num_files += 1
             self._pending = {}
 
@@ -104,26 +118,37 @@ class PreparationState:
         file = self.folder / f"{name}.json"
         if not file.is_file():
             return None
-        values = _read(file)
-        size = (self.out / values.get("file", "")).info().size
-        return values if size == values.get("bytes") else None
+        values = _read(file, "its part is written again")
+        if values is None:
+            return None
+        part = self.out / values["file"]
+        if not part.is_file() or footer_digest(part) != values["footer"]:
+            logger.warning("%s is damaged; it is written again.", part)
+            return None
+        return values
 
     def add_part(self, name: str, values: dict[str, Any]) -> None:
         """Store that a part is complete."""
-        (self.folder / f"{name}.json").atomic_write(json.dumps(values))
+        (self.folder / f"{name}.json").atomic_write(seal_json(values))
 
     def discard(self) -> None:
         """Delete the state and all parts: the files have changed or cannot be used."""
-        folders = [self.out / split for split in SPLITS]
-        for folder in folders:
+        self._delete_parts()
+        self.finish()
+        for folder in (*self._split_folders, self.out):
+            if folder.is_empty():
+                folder.delete()
+
+    @property
+    def _split_folders(self) -> list[DataPath]:
+        return [self.out / split for split in SPLITS]
+
+    def _delete_parts(self) -> None:
+        for folder in self._split_folders:
             names = folder.names() if folder.is_folder() else []
             for name in names:
                 if name.startswith("part-"):
                     (folder / name).delete()
-        self.finish()
-        for folder in (*folders, self.out):
-            if folder.is_empty():
-                folder.delete()
 
     def finish(self) -> None:
         """Delete the state; the dataset is complete."""
@@ -133,10 +158,12 @@ class PreparationState:
                 partial.unlink(missing_ok=True)
 
 
-def _read(file: DataPath) -> dict[str, Any]:
-    """Read a JSON mapping; a file cut short, which an object store can leave, holds nothing."""
+def _read(file: DataPath, consequence: str) -> dict[str, Any] | None:
+    """Read a file of the state; None, with a warning, for a damaged one."""
     try:
-        values = json.loads(file.read_bytes())
-    except (ValueError, OSError):
-        return {}
-    return values if isinstance(values, dict) else {}
+        return unseal(parse_json_mapping(file.read_bytes()))
+    except JsonError as error:
+        logger.warning("%s %s; %s.", file, error, consequence)
+    except OSError as error:
+        logger.warning("%s cannot be read (%s); %s.", file, error.strerror or error, consequence)
+    return None

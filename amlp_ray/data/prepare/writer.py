@@ -15,7 +15,7 @@ from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders import read_frames
 from amlp_ray.data.decoders.image import to_channels
 from amlp_ray.data.layouts import SourceImage
-from amlp_ray.data.parquet import Shape, write_part
+from amlp_ray.data.parquet import Shape, footer_digest, write_part
 from amlp_ray.data.path import DataPath
 from amlp_ray.data.prepare.crop import Crop, cut, pixel_spacing, scaled
 from amlp_ray.data.prepare.scan import FrameScan, HashingReader, item_from_row, item_to_row
@@ -53,14 +53,20 @@ def write_job(job: dict[str, Any]) -> dict[str, Any]:
     """Write one part, in a worker.
 
     Returns:
-        "rows", "bytes" and "statistics" of the part; or a "fault", and whether it is "resumable".
+        "rows", "bytes", "footer" and "statistics" of the part; or a "fault", and whether it is
+        "resumable".
     """
     path = DataPath(job["path"])
     channels, height, width = job["shape"]
     statistics = Statistics(channels, job["dtype"])
     try:
         rows = write_part(path, _columns(job, statistics), (channels, height, width), job["dtype"])
-        return {"rows": rows, "bytes": path.info().size, "statistics": statistics.to_rows()}
+        return {
+            "rows": rows,
+            "bytes": path.info().size,
+            "footer": footer_digest(path),
+            "statistics": statistics.to_rows(),
+        }
     except DataError as error:
         return {"fault": str(error), "resumable": False}
     except OSError as error:

@@ -313,13 +313,14 @@ def _read_run(store: StudyStore, name: str, repeat: int) -> ConfirmationRun:
     """Read all scores of a run; those of missing or broken files are empty."""
     folder = store.confirm_folder(name, repeat)
     test = read_json(folder / "test.json") or {}
-    scores: dict[tuple[Protocol, SplitName], dict[str, Any]] = {
+    scores: dict[tuple[Protocol, SplitName], Any] = {
         ("probe", "val"): read_json(folder / "score.json") or {},
         ("finetune", "val"): read_json(folder / "finetune.json") or {},
-        ("probe", "test"): test.get("probe", {}),
-        ("finetune", "test"): test.get("finetune", {}),
+        ("probe", "test"): test.get("probe"),
+        ("finetune", "test"): test.get("finetune"),
     }
-    return ConfirmationRun(repeat, folder, scores)
+    tables = {key: score if isinstance(score, dict) else {} for key, score in scores.items()}
+    return ConfirmationRun(repeat, folder, tables)
 
 
 def _plain(comparisons: Mapping[Protocol, list[Comparison]]) -> dict[str, list[dict[str, Any]]]:

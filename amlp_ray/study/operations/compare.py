@@ -104,7 +104,11 @@ def _fingerprints(store: StudyStore) -> dict[str, str | None]:
     """Return the fingerprints of the data that a study was begun on."""
     environment = read_json(store.folder / "environment.json") or {}
     names = ("dataset", "eval_data")
-    return {name: (environment.get(name) or {}).get("fingerprint") for name in names}
+    sections = {name: environment.get(name) for name in names}
+    return {
+        name: section.get("fingerprint") if isinstance(section, dict) else None
+        for name, section in sections.items()
+    }
 
 
 def _reasons(rows: Sequence[Mapping[str, Any]], configs: Sequence[StudyConfig]) -> list[str]:

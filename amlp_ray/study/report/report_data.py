@@ -19,8 +19,7 @@ from amlp_ray.study.storage.best_trials import keeps_limits, pareto_front
 from amlp_ray.study.storage.budget import Usage
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import TrialRecord, finite, trial_records
-from amlp_ray.training.loggers.metrics_file import read_rows
-from amlp_ray.utils.json_files import read_json
+from amlp_ray.utils.json_files import read_json, read_json_lines
 
 Key = TypeVar("Key")
 
@@ -222,7 +221,7 @@ def collect(store: StudyStore) -> ReportData:
     records = trial_records(store.search())
     trials = reported(records)
     search = [trial for trial in trials if not trial.is_imported and not trial.is_copy]
-    environments = read_rows(store.folder / "environments.jsonl")
+    environments = read_json_lines(store.folder / "environments.jsonl")
     return ReportData(
         name=store.name,
         folder=store.folder,
@@ -235,7 +234,7 @@ def collect(store: StudyStore) -> ReportData:
         confirmation=reported(trial_records(store.confirmation())),
         usage=study_usage(store, records),
         space=config.space if isinstance(config.space, dict) else _observed_space(search),
-        environments=[row for row in environments if isinstance(row, dict)],
+        environments=environments,
         importances=importance([trial.frozen for trial in search], config.objectives),
     )
 

@@ -7,7 +7,6 @@ not its epoch: rungs may be evenly spaced, while successive halving counts resou
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 import zlib
@@ -15,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, assert_never
+from typing import assert_never
 
 import optuna
 from optuna.pruners import (
@@ -33,6 +32,7 @@ from amlp_ray.study.rungs import first_prunable_epoch, rung_epochs
 from amlp_ray.study.search.in_memory_study import InMemoryStudy, ObservedTrial, TrialDelta
 from amlp_ray.study.search_space.space import SearchSpace
 from amlp_ray.study.storage.trial_record import TrialRecord, finite
+from amlp_ray.utils.json_files import read_json
 
 _HALVINGS = ("halving", "hyperband")
 
@@ -255,11 +255,10 @@ class Pruning:
     def _scores_by_group(self, number: int, epoch: int) -> dict[str, float]:
         """Read the finite DSC by group of a rung; empty if the file is missing or damaged."""
         file = self._trial_folder(number) / "rungs" / f"{epoch}.json"
-        try:
-            rung: dict[str, Any] = json.loads(file.read_text())
-        except (OSError, json.JSONDecodeError):
+        per_group = (read_json(file) or {}).get("per_group")
+        if not isinstance(per_group, dict):
             return {}
-        scores = {group: finite(value) for group, value in (rung.get("per_group") or {}).items()}
+        scores = {group: finite(value) for group, value in per_group.items()}
         return {group: score for group, score in scores.items() if score is not None}
 
 

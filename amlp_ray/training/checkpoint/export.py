@@ -6,15 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 
 from amlp_ray.config import ImageSpec, ModelConfig
 from amlp_ray.errors import CheckpointError
 from amlp_ray.method.encoder import create_encoder, timm_arguments, timm_name
-from amlp_ray.utils.files import atomic_write
+from amlp_ray.training.checkpoint.tensor_file import (
+    Header,
+    read_header,
+    read_tensors,
+    write_tensors,
+)
+from amlp_ray.utils.json_files import parse_json
 
 ENCODER = "encoder.safetensors"  # in the folder of a run
 HEADER_KEYS = {"timm_name", "timm_arguments", "model", "image"}
@@ -37,24 +40,14 @@ def export_encoder(
     write_tensors(path, encoder.state_dict(), header)
 
 
-def write_tensors(
-    path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str] | None = None
-) -> None:
-    """Write tensors as safetensors atomically.
-
-    The library's own writer makes files that colleagues cannot read.
-    """
-    plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    atomic_write(path, save(plain, metadata=header))
-
-
 def read_encoder_header(path: str | Path) -> tuple[ModelConfig, ImageSpec]:
     """Read the model config and the image shape that an exported encoder was trained with.
 
     Raises:
-        CheckpointError: the file is missing or is no encoder exported here.
+        CheckpointError: the file is missing, damaged, or no encoder exported here.
     """
-    header = _read_header(path)
+    header = read_header(_existing(path))
+    _check_is_encoder(Path(path), header)
     model = ModelConfig.model_validate_json(header["model"])
     return model, ImageSpec.model_validate_json(header["image"])
 
@@ -67,37 +60,32 @@ def load_encoder(path: str | Path) -> VisionTransformer:
     come first.
 
     Raises:
-        CheckpointError: the file is missing or is no encoder exported here.
+        CheckpointError: the file is missing, damaged, or no encoder exported here.
     """
-    header = _read_header(path)
-    arguments: dict[str, Any] = json.loads(header["timm_arguments"])
+    header, tensors = read_tensors(_existing(path))
+    _check_is_encoder(Path(path), header)
+    arguments: dict[str, Any] = parse_json(header["timm_arguments"])
     encoder = create_encoder(header["timm_name"], arguments)
-    with safe_open(str(path), framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no dict)
     encoder.load_state_dict(tensors)
     return encoder.eval()
 
 
 def is_encoder(path: Path) -> bool:
-    """Return whether a file is a complete encoder exported here, by its header and its length."""
+    """Return whether a file is an undamaged encoder exported here."""
     try:
-        read_encoder_header(path)
+        return read_tensors(path)[0].keys() >= HEADER_KEYS
     except CheckpointError:
         return False
-    return True
 
 
-def _read_header(path: str | Path) -> dict[str, str]:
+def _existing(path: str | Path) -> Path:
     if not Path(path).is_file():
         raise CheckpointError(f"There is no encoder file {path}; check the path.")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-    except SafetensorError:
-        header = {}
+    return Path(path)
+
+
+def _check_is_encoder(path: Path, header: Header) -> None:
     if not header.keys() >= HEADER_KEYS:
         raise CheckpointError(
-            f"{path} is cut short, or not an encoder exported by amlp-ray; give the "
-            f"encoder.safetensors of a run."
+            f"{path} is no encoder; give the encoder.safetensors of a pretraining run."
         )
-    return dict(header)

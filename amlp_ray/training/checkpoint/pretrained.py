@@ -24,7 +24,8 @@ from amlp_ray.config import ImageSpec, ModelConfig
 from amlp_ray.config.base import build
 from amlp_ray.errors import CheckpointError, ConfigError
 from amlp_ray.method.encoder import create_encoder, timm_arguments, timm_name
-from amlp_ray.training.checkpoint.export import is_encoder, load_encoder, read_encoder_header
+from amlp_ray.training.checkpoint.export import load_encoder, read_encoder_header
+from amlp_ray.training.checkpoint.tensor_file import is_own_file
 from amlp_ray.training.checkpoint.weight_names import find_vit
 from amlp_ray.training.checkpoint.weights_file import Tensors, check_numbers, read_tensors
 
@@ -151,7 +152,7 @@ def _is_exported(weights: str) -> bool:
             f"There is no encoder file {weights}; check the path, or give timm:NAME for weights "
             f"from the internet."
         )
-    return is_encoder(Path(weights))
+    return is_own_file(Path(weights))
 
 
 def _check_same_encoder(weights: str, source: ModelConfig, model: ModelConfig) -> None:

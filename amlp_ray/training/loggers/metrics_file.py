@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from amlp_ray.utils.files import append_line, atomic_write
+from amlp_ray.utils.json_files import iter_json_lines, read_json_lines
 
 Metrics = dict[str, Any]
+FIELDS = {"epoch": int}  # that every row has
+
+logger = logging.getLogger(__name__)
 
 
 def append_row(path: Path, metrics: Metrics) -> None:
@@ -18,21 +25,34 @@ def append_row(path: Path, metrics: Metrics) -> None:
 
 
 def read_rows(path: Path) -> list[Metrics]:
-    """Read all complete rows, without one that a kill cut short; [] if there is no file."""
-    if not path.is_file():
-        return []
-    rows: list[Metrics] = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    """Read all complete rows, without one that a kill cut short; [] if there is no file.
+
+    Lines that cannot be used are skipped with a warning: what is no JSON, has a text where a
+    number belongs, or repeats an epoch.
+    """
+    rows: dict[int, Metrics] = {}
+    for row in read_json_lines(path, FIELDS):
+        epoch = row["epoch"]
+        wrong = [name for name, value in row.items() if isinstance(value, str | list | dict)]
+        if wrong:
+            _warn_once(f"{path}: the row of epoch {epoch} is skipped: its {wrong[0]} is no number.")
+        elif epoch in rows:
+            _warn_once(f"{path}: epoch {epoch} has two rows; the first is used.")
+        else:
+            rows[epoch] = row
+    return list(rows.values())
 
 
 def drop_after(path: Path, epoch: int) -> tuple[list[Metrics], list[Metrics]]:
-    """Drop the rows after `epoch`, whose epochs are repeated; return the others and the dropped."""
+    """Drop the rows after `epoch`, whose epochs are repeated; return the others and the dropped.
+
+    Of a file with damaged lines a copy is kept.
+    """
     rows = read_rows(path)
+    if any(line.problem for line in iter_json_lines(path, FIELDS)):
+        copy = path.with_name(f"{path.name}.damaged")
+        shutil.copyfile(path, copy)
+        _warn_once(f"{path} is written anew without its damaged lines; {copy} is the old one.")
     remaining = [row for row in rows if row["epoch"] <= epoch]
     dropped = [row for row in rows if row["epoch"] > epoch]
     atomic_write(path, "".join(json.dumps(row) + "\n" for row in remaining))
@@ -46,6 +66,11 @@ def own_rows(rows: list[Metrics]) -> list[Metrics]:
     are not this run's.
     """
     return [row for row in rows if not row.get("inherited")]
+
+
+@cache  # rows are read again and again while a run is watched
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 class RowTail:

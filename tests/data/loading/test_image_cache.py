@@ -18,6 +18,7 @@ from helpers.datasets import noise_dataset
 
 import amlp_ray.data.loading.image_cache as cache
 from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.data.loading.batches import open_batches
 from amlp_ray.errors import DataError
 from amlp_ray.utils.locks import acquire_lock
 
@@ -276,3 +277,36 @@ def test_a_folder_without_locks_is_reported(
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.raises(DataError, match=r"Function not implemented.*set AMLP_RAY_CACHE"):
         cache.open_cached_split(dataset, "train")
+
+
+@pytest.mark.parametrize("place", [5, 3000, -3, -30], ids=["first", "middle", "last", "keys"])
+def test_a_flipped_bit_is_told_and_the_file_made_anew(
+    dataset: PatchDataset, place: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two workers of one machine read the same damaged file."""
+
+    def read(rank: int) -> list[np.ndarray]:
+        batches = open_batches(dataset, batch_size=10, seed=0, mode="mapped", rank=rank, world=2)
+        return [batch.images.numpy().copy() for batch in batches.epoch(1)]
+
+    expected = [read(0), read(1)]
+    path = cache.cache_path(dataset, "train")
+    content = path.read_bytes()
+    damaged = bytearray(content)
+    damaged[place] ^= 4
+    path.write_bytes(damaged)
+    first = open_batches(dataset, batch_size=10, seed=0, mode="mapped", rank=0, world=2)
+    np.testing.assert_array_equal(read(1), expected[1])
+    images = [batch.images.numpy().copy() for batch in first.epoch(1)]
+    np.testing.assert_array_equal(images, expected[0])
+    assert path.read_bytes() == content
+    assert caplog.messages == [f"{path} is damaged and made anew."]
+
+
+def test_a_disk_that_damages_a_file_again_is_an_error(
+    dataset: PatchDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = open_batches(dataset, batch_size=10, seed=0, mode="mapped")
+    monkeypatch.setattr(cache.CachedSplit, "is_intact", lambda *args: False)
+    with pytest.raises(DataError, match="damaged again right after they were made anew; set AMLP"):
+        next(batches.epoch(1))

@@ -7,7 +7,6 @@ then looked for in the list of rejects.
 from __future__ import annotations
 
 import csv
-import json
 import os
 import shutil
 import struct
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.datasets import change_manifest
 from helpers.volumes import dicom, write_nifti
 from PIL import Image
 
@@ -646,8 +646,7 @@ def _file_list(content: str) -> Callable[[Path], None]:
 def _with_manifest(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Path], None]:
     def run(folder: Path) -> None:
         dataset = _prepare(_good_folder(folder / "in"), folder / "out")
-        manifest = dataset.root.local / "manifest.json"
-        manifest.write_text(json.dumps(change(json.loads(manifest.read_text()))))
+        change_manifest(dataset.root.local, change)
         PatchDataset.open(folder / "out")
 
     return run
@@ -693,7 +692,7 @@ WHOLE: list[tuple[str, Callable[[Path], Any], str]] = [
     (
         "patients nobody knows",
         lambda f: _prepare(_good_folder(f / "in"), f / "out", group_by="patient"),
-        "knows no patients",
+        "does not know the patients of all images",
     ),
     (
         "channels nobody has",

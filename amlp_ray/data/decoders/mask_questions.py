@@ -68,7 +68,7 @@ def _ask_values(chosen: Sequence[_Mask], rule: MaskRule) -> None:
     if grays and len(grays) <= MAX_CLASS_GRAYS:
         problem = "{have} few grays, which may be classes, or a lesion with soft edges"
         raise _question(lossless, chosen, problem, _describe_options(grays, scale))
-    unclear = [pair for pair in many if _is_unclear(pair, scale)]
+    unclear = [pair for pair in many if _is_unclear(pair.values)]
     if unclear:
         options = _describe_options((), scale)
         problem = "{have} values between dark and bright: probabilities, soft edges or classes"
@@ -76,12 +76,16 @@ def _ask_values(chosen: Sequence[_Mask], rule: MaskRule) -> None:
     grounds = [pair for pair in chosen if pair.values.highest > 0]
     without = [pair for pair in grounds if _lacks_background(pair)]
     if len(without) * 2 > len(grounds):
-        options = _describe_options(_all_values(without), scale)
+        is_colored = any(mask.is_colored for mask, _ in without)
+        options = "export them as white on black"
+        if not is_colored:
+            options = _describe_options(_all_values(without), scale)
         raise _question(without, chosen, "{have} no background 0", options)
     weak = [pair for pair in grounds if _is_weak(pair, scale, rule)]
     if weak:
-        problem = f"{{have}} faint values, though others reach {scale:g}: noise or labels"
-        raise _question(weak, chosen, problem, _describe_options((), scale))
+        reason = f"though others reach {scale:g}" if scale > MAX_LABEL else "which JPEG blurs"
+        problem = f"{{have}} faint values, {reason}: noise or labels"
+        raise _question(weak, chosen, problem, _describe_faint(weak, scale))
 
 
 def _all_values(masks: Iterable[_Mask]) -> set[float]:
@@ -94,12 +98,10 @@ def _all_values(masks: Iterable[_Mask]) -> set[float]:
     return union
 
 
-def _is_unclear(pair: _Mask, scale: float) -> bool:
+def _is_unclear(values: PlaneValues) -> bool:
     """Return whether half of the highest value is no border between background and lesion."""
-    mask, values = pair
-    is_faint_jpeg = bool(mask.lossy_kind) and scale <= MAX_LABEL
     has_dark = 0 <= values.lowest < DARK * values.highest
-    return is_faint_jpeg or not has_dark or values.middle > MAX_MIDDLE
+    return not has_dark or values.middle > MAX_MIDDLE
 
 
 def _lacks_background(pair: _Mask) -> bool:
@@ -110,13 +112,15 @@ def _lacks_background(pair: _Mask) -> bool:
 
 
 def _is_weak(pair: _Mask, scale: float, rule: MaskRule) -> bool:
-    """Return whether the values of a mask are small, and those of the set are not."""
+    """Return whether the values of a mask are too small to be told from noise."""
     mask, values = pair
+    if mask.lossy_kind and values.highest <= MAX_LABEL:
+        return True
     if values is mask.indices or mask.is_one_bit or scale <= MAX_LABEL:
         return False
     if values.is_exact or is_label_map(mask, values):
         # Above zero counts here; where other masks have noise, this may be noise too.
-        return values.highest <= MAX_LABEL and bool(mask.lossy_kind or rule.threshold > 0)
+        return values.highest <= MAX_LABEL and rule.threshold > 0
     return values.highest < BRIGHT * scale and (values.num_values > 1 or rule.threshold > 0)
 
 
@@ -144,6 +148,15 @@ def _describe_options(grays: Iterable[float], scale: float) -> str:
         return f"{threshold}, and --lesion-threshold 0 all above 0"
     listed = ", ".join(labels)
     return f"--lesion-labels {labels[-1]} takes one value (there are {listed}), and {threshold}"
+
+
+def _describe_faint(weak: Sequence[_Mask], scale: float) -> str:
+    """Say which thresholds take or leave masks of small values."""
+    lowest = min(values.highest for _, values in weak) // 2
+    takes = f"--lesion-threshold {lowest:g} takes them"
+    if scale <= MAX_LABEL:
+        return f"{takes}; better export the masks as PNG, with 255 for lesion"
+    return f"{takes}, and --lesion-threshold {scale // 2:g} leaves them without lesion"
 
 
 def _describe_values(chosen: Sequence[_Mask], rule: MaskRule) -> list[str]:
@@ -202,7 +215,7 @@ def _describe_palettes(
 def _ask_palettes(masks: Sequence[MaskValues], rule: MaskRule, config: PrepareConfig) -> None:
     """Raise DataError if the background of palettes is not plain."""
     palettes = [mask for mask in masks if mask.palette and mask.alpha_use != "only"]
-    if not palettes or rule.palettes == "indices":
+    if not palettes:
         return
     colors = palette_colors(palettes)
     is_gray = all(is_gray_color(color) for mask in palettes for _, color in mask.palette)
@@ -212,18 +225,23 @@ def _ask_palettes(masks: Sequence[MaskValues], rule: MaskRule, config: PrepareCo
     if not is_gray and config.lesion_threshold is not None:
         raise DataError(f"{begin} are in color, so no threshold can be applied; {by_index}.")
     num_without = sum(all(color for _, color in mask.palette) for mask in palettes)
-    if not is_gray and num_without * 2 > len(palettes):
+    if rule.palettes == "colors" and not is_gray and num_without * 2 > len(palettes):
         advice = by_index if colors is not None else "export all masks as gray"
         raise DataError(f"{begin} have neither an index 0 nor black as background; {advice}.")
-    if config.lesion_threshold is not None or not is_gray or not colors:
+    if config.lesion_threshold is not None or not colors:
         return
     background = colors.get(0, 0)
     if background and 0 in colors.values():
         black = min(index for index, color in colors.items() if not color)
+        advice = f"{by_index}, or export them as white on black"
+        if is_gray:
+            advice = (
+                f"--lesion-labels {black} takes what is black, and --lesion-labels "
+                f"{background & 0xFF} what is bright"
+            )
         raise DataError(
             f"{begin} have a bright background or a bright lesion: 0 is bright and {black} is "
-            f"black. Say what is lesion: --lesion-labels {black} takes what is black, and "
-            f"--lesion-labels {background & 0xFF} what is bright."
+            f"black. Say what is lesion: {advice}."
         )
 
 
@@ -245,7 +263,9 @@ def _check_labels(chosen: Sequence[_Mask], lesion_labels: tuple[int, ...]) -> li
             f"{list_values(sorted(held - {0.0}))}, such as {readable[0].mask.path}. Give "
             "--lesion-labels values that they hold, or leave it out to take all above 0."
         )
-    return [f"No mask holds {listed} of lesion_labels; they hold {list_values(sorted(held))}."]
+    return [
+        f"No mask holds {listed} of lesion_labels; they hold {list_values(sorted(held - {0.0}))}."
+    ]
 
 
 def _count(number: int, of: Sequence[object]) -> str:

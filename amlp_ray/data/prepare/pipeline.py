@@ -22,7 +22,8 @@ from typing import Any
 
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.data.layouts import SourceImage, find_items
+from amlp_ray.data.decoders import MaskRule
+from amlp_ray.data.layouts import find_items
 from amlp_ray.data.layouts.item import rejected, repaired
 from amlp_ray.data.manifest import (
     MANIFEST,
@@ -35,7 +36,6 @@ from amlp_ray.data.manifest import (
 from amlp_ray.data.parquet import group_rows, part_rows
 from amlp_ray.data.path import DataPath
 from amlp_ray.data.prepare.assign import (
-    FILE_FIELDS,
     Assignment,
     UserFiles,
     assign,
@@ -44,13 +44,14 @@ from amlp_ray.data.prepare.assign import (
     split_rule,
 )
 from amlp_ray.data.prepare.consistency import PixelFormat, choose_format
+from amlp_ray.data.prepare.mask_rules import check_lesions, read_masks_alike
+from amlp_ray.data.prepare.names import absolute, name_hider, salt_mark, without_folders
 from amlp_ray.data.prepare.ray_tasks import run_jobs
 from amlp_ray.data.prepare.rejects import Rejects
 from amlp_ray.data.prepare.resume import PreparationState, ResumableError
 from amlp_ray.data.prepare.scan import SCANS, ScannedItem, item_to_row, scan_job
 from amlp_ray.data.prepare.statistics import Statistics
 from amlp_ray.data.prepare.writer import Row, part_job, write_job
-from amlp_ray.data.pseudonyms import pseudonym, salt
 from amlp_ray.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -126,14 +127,15 @@ class _Preparation:
         self.out = out
         self.progress = progress or (lambda stage, done, total: None)
         self.rejects = rejects
-        rejects.add(file._replace(file=_absolute(file.file, source)) for file in listing.rejected)
+        rejects.add(file._replace(file=absolute(file.file, source)) for file in listing.rejected)
         self.config = config.model_copy(update={"layout": listing.layout})
         self.user_files = UserFiles.from_config(self.config, listing.items)
         self.items = [item for item in listing.items if self.user_files.lists(item)]
         self.left_out = len(listing.items) - len(self.items)
         kind = "pictures" if self.items[0].format == "picture" else "series or volumes"
         logger.info("Scanning %d %s in %s.", len(self.items), kind, source)
-        self.salt_mark = _salt_mark(self.items, self.config)
+        self.salt_mark = salt_mark(self.items, self.config)
+        self.mask_rule = MaskRule()  # known after pass 1
         self._plain_config = self.config.model_dump(mode="json")
         # Everything that the result follows from, but the contents of the images.
         self._identity = [self._plain_config | file_digests(self.config), self.salt_mark]
@@ -221,7 +223,7 @@ class _Preparation:
             rejected=self.rejects.num_rejected,
             dropped=sum(scan.dropped for _, scan in selection.scanned),
             salt=self.salt_mark,
-            config=_without_folders(self.config),
+            config=without_folders(self.config),
             fingerprint=selection.fingerprint,
         )
 
@@ -234,7 +236,7 @@ class _Preparation:
         for number, batch in enumerate(batches):
             if number not in scans:
                 rows = [item_to_row(item) for item in batch]
-                jobs[number] = {"config": self._plain_config, "items": rows}
+                jobs[number] = {"config": self._plain_config, "mask_rule": None, "items": rows}
         self.progress("scanning", done, len(self.items))
         for number, result in run_jobs(jobs, scan_job):
             scans[number] = result
@@ -249,6 +251,7 @@ class _Preparation:
             results = SCANS.validate_python(scans.pop(number))
             for item, scan in zip(batch, results, strict=True):
                 scanned.append(ScannedItem(item, scan))
+        scanned, self.mask_rule = read_masks_alike(scanned, self.config)
         return scanned
 
     def _select(self, scanned: Sequence[ScannedItem]) -> _Selection:
@@ -267,6 +270,8 @@ class _Preparation:
         good = [pair for pair in scanned if not pair.scan.fault]
         if not good:
             raise self._nothing_usable()
+        for sentence in check_lesions(scanned, self.config):
+            logger.warning("%s", sentence)
         pixel_format, fitting, misfits = choose_format(good, self.config)
         self.rejects.add(misfits)
         if not fitting:
@@ -289,7 +294,7 @@ class _Preparation:
 
     def _rows(self, selection: _Selection, assignment: Assignment) -> SplitRows:
         """List the images of every split in the order in which they are stored."""
-        hide = _name_hider(self.config)
+        hide = name_hider(self.config)
         rows: SplitRows = {split: [] for split in SPLITS}
         assigned = zip(selection.scanned, assignment.groups, assignment.splits, strict=True)
         for (item, scan), group, split in assigned:
@@ -331,7 +336,9 @@ class _Preparation:
                 if not notes[name]:
                     part = rows[split][start : start + size]
                     path = str(self.out / files[name])
-                    jobs[name] = part_job(path, part, self._plain_config, shape, dtype)
+                    jobs[name] = part_job(
+                        path, part, self._plain_config, self.mask_rule, shape, dtype
+                    )
         done = sum(note.get("rows", 0) for note in notes.values())
         self.progress("writing", done, total)
         for name, result in run_jobs(jobs, write_job):
@@ -384,32 +391,6 @@ def _open_existing(out: DataPath) -> PatchDataset | None:
     if not (out / UNFINISHED).is_folder() and not out.is_empty():
         raise DataError(message)
     return None
-
-
-def _name_hider(config: PrepareConfig) -> Callable[[SourceImage, str], str]:
-    """Return a function that hashes names of files if asked; DICOM's are hashes already."""
-    if not config.hash_names:
-        return lambda item, name: name
-    secret = salt()
-    return lambda item, name: name if item.format == "dicom" else pseudonym(name, secret)
-
-
-def _salt_mark(items: Sequence[SourceImage], config: PrepareConfig) -> str | None:
-    """Return a few digits that tell one salt from another and reveal neither; None: not used."""
-    if config.hash_names or items[0].format == "dicom":
-        return pseudonym("salt", salt())[:8]
-    return None
-
-
-def _absolute(file: str, source: DataPath) -> str:
-    is_absolute = file.startswith("/") or "://" in file
-    return file if is_absolute else str(source / file)
-
-
-def _without_folders(config: PrepareConfig) -> PrepareConfig:
-    """Name files without their folders: paths hold names of people, and differ by machine."""
-    files = {name: Path(path).name for name in FILE_FIELDS if (path := getattr(config, name))}
-    return config.model_copy(update=files)
 
 
 def _digest(values: Any) -> str:

@@ -10,11 +10,13 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from pydantic import TypeAdapter
 
 from amlp_ray.config import PrepareConfig
-from amlp_ray.data.decoders import common_dtype, read_frames
+from amlp_ray.data.decoders import MaskRule, common_dtype, read_frames
 from amlp_ray.data.decoders.image import is_gray
+from amlp_ray.data.decoders.mask_values import MaskValues
 from amlp_ray.data.layouts import SourceImage
 from amlp_ray.data.path import read_bytes
 from amlp_ray.data.prepare.crop import Crop, iter_crops, scaled
@@ -33,6 +35,37 @@ class FrameScan(NamedTuple):
     crops: tuple[Crop, ...]  # those worth storing
 
 
+class MaskArea(NamedTuple):
+    """How much of the frames of an item is marked as lesion."""
+
+    pixels: int = 0
+    lesion_pixels: int = 0
+    border_pixels: int = 0
+    border_lesion_pixels: int = 0
+
+    @property
+    def lesion_share(self) -> float:
+        """Share of all pixels; 0 if unlabeled."""
+        return self.lesion_pixels / max(1, self.pixels)
+
+    @property
+    def border_share(self) -> float:
+        """Share of the outermost pixels; 0 if unlabeled."""
+        return self.border_lesion_pixels / max(1, self.border_pixels)
+
+    def plus(self, mask: np.ndarray) -> MaskArea:
+        """Add the mask (H, W) of a frame."""
+        border = mask.copy()
+        border[1:-1, 1:-1] = 0
+        inside = mask[1:-1, 1:-1]
+        return MaskArea(
+            self.pixels + mask.size,
+            self.lesion_pixels + int(np.count_nonzero(mask)),
+            self.border_pixels + mask.size - inside.size,
+            self.border_lesion_pixels + int(np.count_nonzero(border)),
+        )
+
+
 class ItemScan(NamedTuple):
     """Result of pass 1 for one item; a `fault` leaves the rest empty."""
 
@@ -44,6 +77,8 @@ class ItemScan(NamedTuple):
     gray: bool = True
     frames: tuple[FrameScan, ...] = ()
     dropped: int = 0  # tiles and slices with too little tissue
+    mask_area: MaskArea = MaskArea()
+    mask_values: tuple[MaskValues, ...] = ()  # of the mask files of a picture
 
     @property
     def num_images(self) -> int:
@@ -81,8 +116,13 @@ class HashingReader:
         return self._hash.hexdigest()
 
 
-def scan_item(item: SourceImage, config: PrepareConfig) -> ItemScan:
-    """Decode an item, and find what of it is worth storing."""
+def scan_item(
+    item: SourceImage, config: PrepareConfig, mask_rule: MaskRule | None = None
+) -> ItemScan:
+    """Decode an item, and find what of it is worth storing.
+
+    Its masks are read by the rule of the set if that is known.
+    """
     reader = HashingReader()
     frames = []
     notes: dict[str, None] = {}  # without repetitions, in order
@@ -90,8 +130,12 @@ def scan_item(item: SourceImage, config: PrepareConfig) -> ItemScan:
     channels: set[int] = set()
     gray = True
     dropped = 0
+    mask_area = MaskArea()
+    mask_values: list[MaskValues] = []
     try:
-        for frame in read_frames(item, config, reader):
+        for frame in read_frames(item, config, reader, mask_rule):
+            mask_values += frame.mask_values
+            mask_area = mask_area if frame.mask is None else mask_area.plus(frame.mask)
             notes |= dict.fromkeys(frame.notes)
             dtypes.add(frame.image.dtype.name)
             channels.add(frame.image.shape[2])
@@ -130,6 +174,8 @@ def scan_item(item: SourceImage, config: PrepareConfig) -> ItemScan:
         gray=gray,
         frames=tuple(frames),
         dropped=dropped,
+        mask_area=mask_area,
+        mask_values=tuple(mask_values),
     )
 
 
@@ -142,7 +188,8 @@ def _is_worth_storing(item: SourceImage, crop: Crop, config: PrepareConfig) -> b
 def scan_job(job: dict[str, Any]) -> list[Any]:
     """Scan the items of a job, in a worker; job and results are plain values."""
     config = PrepareConfig.model_validate(job["config"])
-    return [scan_item(item_from_row(row), config) for row in job["items"]]
+    mask_rule = MaskRule(*job["mask_rule"]) if job["mask_rule"] else None
+    return [scan_item(item_from_row(row), config, mask_rule) for row in job["items"]]
 
 
 # A field each, in order; JSON turns tuples into lists, and back by `item_from_row` and `SCANS`.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from amlp_ray.config import PrepareConfig
-from amlp_ray.data.decoders import read_frames
+from amlp_ray.data.decoders import MaskRule, read_frames
 from amlp_ray.data.decoders.image import to_channels
 from amlp_ray.data.layouts import SourceImage
 from amlp_ray.data.parquet import Shape, footer_digest, write_part
@@ -36,7 +36,12 @@ class Row(NamedTuple):
 
 
 def part_job(
-    path: str, rows: Sequence[Row], config: dict[str, Any], shape: Shape, dtype: str
+    path: str,
+    rows: Sequence[Row],
+    config: dict[str, Any],
+    mask_rule: MaskRule,
+    shape: Shape,
+    dtype: str,
 ) -> dict[str, Any]:
     """Describe a part as plain values for `write_job`. Rows of one item are neighbors."""
     items = []
@@ -46,7 +51,14 @@ def part_job(
             y, x, background, *_ = row.crop
             images.append([row.frame.number, row.frame.hash, y, x, background, row.id])
         items.append([item_to_row(row.item), row.digest, row.group, row.source, images])
-    return {"path": path, "config": config, "shape": shape, "dtype": dtype, "items": items}
+    return {
+        "path": path,
+        "config": config,
+        "mask_rule": mask_rule,
+        "shape": shape,
+        "dtype": dtype,
+        "items": items,
+    }
 
 
 def write_job(job: dict[str, Any]) -> dict[str, Any]:
@@ -81,13 +93,14 @@ def write_job(job: dict[str, Any]) -> dict[str, Any]:
 def _columns(job: dict[str, Any], statistics: Statistics) -> Iterator[dict[str, Any]]:
     """Yield the columns of each image, and add its values to `statistics`."""
     config = PrepareConfig.model_validate(job["config"])
+    mask_rule = MaskRule(*job["mask_rule"])
     for row, digest, group, source, images in job["items"]:
         item = item_from_row(row)
         reader = HashingReader()
         images_of_frame = {
             number: list(same) for number, same in groupby(images, key=lambda image: image[0])
         }
-        for frame in read_frames(item, config, reader):
+        for frame in read_frames(item, config, reader, mask_rule):
             if frame.number not in images_of_frame:
                 continue
             height, width = frame.image.shape[:2]

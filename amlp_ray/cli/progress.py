@@ -1,9 +1,12 @@
-"""Progress on stderr: a line about the latest epoch of a training, and bars for counted work."""
+"""Progress on stderr: a line about the latest epoch of a training, and bars for counted work.
+
+Bars are drawn on terminals only. A log file gets plain lines, the rarer the longer it takes.
+"""
 
 from __future__ import annotations
 
-import math
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -16,8 +19,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-# Seconds between lines where stderr is no terminal.
-LOG_INTERVAL_S = 5.0
+# Seconds between lines where stderr is no terminal: this share of the time so far, within bounds.
+# So an hour gives some 60 lines and a day some 200.
+LOG_INTERVAL_SHARE = 0.1
+LOG_INTERVALS_S = (5.0, 600.0)
+# Counted work that takes less gets no line.
+FIRST_COUNT_S = 30.0
 # Epochs that the time left is estimated from: a rising masking ratio makes later ones faster.
 RECENT_EPOCHS = 10
 
@@ -38,18 +45,47 @@ FIGURES = {
 }
 
 
+class LogPace:
+    """Says when the next line of a log is due."""
+
+    def __init__(self, first_s: float = 0.0) -> None:
+        """Start now; the first line is due after `first_s` seconds."""
+        self._started = time.monotonic()
+        self._due = self._started + first_s
+
+    def take(self) -> bool:
+        """Return whether a line is due; if so, the next one is due after an interval."""
+        now = time.monotonic()
+        if now < self._due:
+            return False
+        shortest, longest = LOG_INTERVALS_S
+        interval = min(longest, max(shortest, LOG_INTERVAL_SHARE * (now - self._started)))
+        self._due = now + interval
+        return True
+
+
+def stderr_console() -> Console:
+    """Return a console on stderr that draws bars on terminals only.
+
+    Rich would also draw where FORCE_COLOR is set, as batch systems do whose output is a file.
+    """
+    console = Console(stderr=True)
+    console.is_interactive = console.is_interactive and sys.stderr.isatty()
+    return console
+
+
 class EpochProgress:
     """Line about the latest epoch of a run.
 
-    On a terminal it is one line that changes; elsewhere a line per epoch, at most one every
-    `LOG_INTERVAL_S`. Nothing is drawn before the first epoch, so that an error stands alone.
+    On a terminal it is one line that changes; elsewhere lines at the pace of `LogPace`. Nothing is
+    drawn before the first epoch, so that an error stands alone.
     """
 
     def __init__(self, epochs: int, console: Console | None = None) -> None:
         """Create the progress of a run of so many epochs; `console` None draws on stderr."""
         self.was_updated = False
         self._epochs = epochs
-        self._console = console or Console(stderr=True)
+        self._console = console or stderr_console()
         self._recent_seconds: deque[float] = deque(maxlen=RECENT_EPOCHS)
         rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         self._bar = Progress(
@@ -60,7 +96,7 @@ class EpochProgress:
             redirect_stdout=False,
             expand=True,
         )
-        self._logged_at = -math.inf
+        self._pace = LogPace()
         self._pending = ""
 
     def __enter__(self) -> EpochProgress:
@@ -94,19 +130,27 @@ class EpochProgress:
         self._bar.update(self._bar.task_ids[0], description=line, completed=epoch, refresh=True)
 
     def _log(self, line: str, *, is_last: bool) -> None:
-        now = time.monotonic()
-        if is_last or now - self._logged_at >= LOG_INTERVAL_S:
-            self._console.print(line, soft_wrap=True, markup=False, highlight=False)
-            self._logged_at = now
+        if self._pace.take() or is_last:
+            print_line(self._console, line)
             self._pending = ""
         else:
             self._pending = line
 
 
+def print_line(console: Console, line: str) -> None:
+    """Print a line of text as it is, however long."""
+    console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
 @contextmanager
 def count_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Yield `update(stage, done, total)`, which draws a bar on terminals from its first call on."""
-    console = Console(stderr=True)
+    """Yield `update(stage, done, total)`, which shows counted work.
+
+    On a terminal it draws a bar from its first call on; elsewhere it prints lines, from
+    `FIRST_COUNT_S` on, at the pace of `LogPace`.
+    """
+    console = stderr_console()
+    pace = LogPace(FIRST_COUNT_S)
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -119,6 +163,8 @@ def count_progress() -> Iterator[Callable[[str, int, int], None]]:
 
     def update(stage: str, done: int, total: int) -> None:
         if not console.is_interactive:
+            if pace.take():
+                print_line(console, f"{stage} {done}/{total}")
             return
         if not bar.tasks:
             bar.add_task(stage, total=total)

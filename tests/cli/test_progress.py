@@ -122,6 +122,54 @@ def test_the_time_left_follows_from_the_median_of_recent_epochs() -> None:
     assert "epoch 19/100, 6m 45s left" in lines_of(console)[-1]  # 81 epochs of 5 s
 
 
+@pytest.mark.parametrize(("hours", "most"), [(1 / 60, 15), (1, 70), (24, 220)])
+def test_a_log_gets_the_fewer_lines_the_longer_a_run_takes(
+    hours: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    console = pipe()
+    epochs = round(hours * 3600)
+    with EpochProgress(epochs, console) as epoch_progress:
+        for number in range(1, epochs + 1):
+            epoch_progress.update(after(number))
+            now[0] += 1.0
+    lines = lines_of(console)
+    assert most / 2 < len(lines) <= most
+    assert f"epoch {epochs}/{epochs}" in lines[-1]
+
+
+def test_color_that_is_forced_into_a_file_draws_no_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with EpochProgress(2) as epoch_progress, count_progress() as update:
+        update("decoding", 1, 4)
+        epoch_progress.update(after(1))
+        epoch_progress.update(after(2))
+    printed = capsys.readouterr().err
+    assert [line[:9] for line in printed.splitlines()] == ["epoch 1/2", "epoch 2/2"]
+    assert "\r" not in printed
+    assert "decoding" not in printed
+
+
+def test_counted_work_that_takes_long_gets_lines_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    console = pipe()
+    monkeypatch.setattr(progress, "Console", lambda **_: console)
+    with count_progress() as update:
+        for done in range(1, 51):
+            update("decoding", done, 50)
+            now[0] += 1.0
+    assert lines_of(console) == [
+        "decoding 31/50",
+        "decoding 36/50",
+        "decoding 41/50",
+        "decoding 46/50",
+    ]
+
+
 def test_a_log_gets_a_line_every_few_seconds_and_the_last_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -170,7 +218,7 @@ def test_counted_work_is_drawn_on_terminals_only_and_not_before_it_begins(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for console, is_drawn in ((terminal(80), True), (pipe(), False)):
-        monkeypatch.setattr(progress, "Console", lambda console=console, **_: console)
+        monkeypatch.setattr(progress, "stderr_console", lambda console=console: console)
         with count_progress() as update:
             assert text_of(console) == ""
             update("decoding", 1, 4)

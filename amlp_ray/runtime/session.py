@@ -125,7 +125,11 @@ def _join(address: str) -> Any:
         return ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         ray.shutdown()
-        raise _no_answer(head, describe_error(error)[:120]) from None
+        raise ResourceError(
+            f"The Ray cluster at {head!r} cannot be joined ({describe_error(error)}); check the "
+            f"address, that this machine is one of the cluster's nodes, and that both have the "
+            f"same versions of Ray and Python."
+        ) from None
 
 
 def _find_cluster() -> str:

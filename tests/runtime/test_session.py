@@ -191,3 +191,19 @@ def test_why_a_cluster_cannot_be_joined_is_told(
         pass
     assert asked == ["head:6379"]
     assert all(word in str(error.value) for word in ("'head:6379'", *words))
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_cluster_of_another_version_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise RuntimeError("Version mismatch: the cluster was started with\n  Ray: 2.9.0")
+
+    monkeypatch.setattr("ray.init", init)
+    answer = (HeadAnswer.ACCEPTS, "")
+    monkeypatch.setattr("amlp_ray.runtime.session.ask_head", lambda *_, **__: answer)
+    with pytest.raises(ResourceError) as error, ray_session("head:6379"):
+        pass
+    assert str(error.value).startswith(
+        "The Ray cluster at 'head:6379' cannot be joined (Version mismatch: the cluster was "
+        "started with Ray: 2.9.0); check the address"
+    )

@@ -19,6 +19,7 @@ from amlp_ray.cli.study_options import (
     find_study,
     open_store,
 )
+from amlp_ray.utils.text import counted
 
 
 def export(
@@ -33,7 +34,7 @@ def export(
     from amlp_ray.study.operations.transfer import export_trials
 
     count = export_trials(open_store(name, runs), out, format)
-    typer.echo(f"{count} trials: {out}")
+    typer.echo(f"{counted(count, 'trial')}: {out}")
 
 
 def import_(
@@ -47,12 +48,12 @@ def import_(
     from amlp_ray.study.operations.transfer import import_trials
 
     store, config = find_study(file, runs, allow_code=allow_code)
-    imported = import_trials(store, config, source, runs=runs)
+    imported = import_trials(store, config, source, runs=runs, allow_code=allow_code)
     if as_json:
         print_json(vars(imported))
         return
     typer.echo(
-        f"{len(imported.taken)} trials imported into {config.name!r}, {imported.known} known "
+        f"{counted(len(imported.taken), 'trial')} imported into {config.name!r}, {imported.known} known "
         f"already"
     )
     for reason, count in Counter(imported.left_out.values()).most_common():

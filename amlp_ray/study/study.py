@@ -310,9 +310,9 @@ class Study:
 
         return replay(self.store, self.config, number, **where)
 
-    def import_(self, source: str | Path) -> transfer.Imported:
+    def import_(self, source: str | Path, **options: Any) -> transfer.Imported:
         """Import trials of a CSV file or another study; see `transfer.import_trials`."""
-        return transfer.import_trials(self.store, self.config, source)
+        return transfer.import_trials(self.store, self.config, source, **options)
 
     def repair(self) -> repair.Repair:
         """Restore what the storage has lost from the folders of the runs; see `repair.repair`.

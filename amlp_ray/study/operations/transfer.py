@@ -19,6 +19,7 @@ from amlp_ray.config import PretrainConfig, StudyConfig
 from amlp_ray.config.overrides import flatten
 from amlp_ray.errors import ConfigError, StudyError
 from amlp_ray.study.operations.trials import time_text
+from amlp_ray.study.search_space import space_function
 from amlp_ray.study.search_space.given_trial import OutOfSpaceError
 from amlp_ray.study.search_space.space import SearchSpace
 from amlp_ray.study.storage.provenance import read_provenance
@@ -173,6 +174,7 @@ def import_trials(
     source: str | Path,
     *,
     runs: str | Path | None = None,
+    allow_code: bool = False,
 ) -> Imported:
     """Import the complete trials of another study or a CSV file as prior knowledge.
 
@@ -184,6 +186,7 @@ def import_trials(
         source: a CSV file with a column per parameter and per objective, such as an export; or the
             name or folder of a study.
         runs: folder of all studies; by default the one that this study lies in.
+        allow_code: whether the other study's space is imported where it is a Python function.
 
     Raises:
         ConfigError: the file cannot be read or has no column for an objective.
@@ -198,6 +201,8 @@ def import_trials(
         other = StudyStore.open(path if is_folder else Path(runs or store.folder.parent) / source)
         if other.folder == store.folder:
             raise StudyError(f"Study {store.name!r} cannot be imported into itself.")
+        if allow_code:
+            space_function.allow_code(other.config().space)
         imported.notes = _different_settings(other.config(), config)
         trials = list(_trials_of_study(other))
     with store.transaction(config) as current:

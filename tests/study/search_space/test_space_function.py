@@ -10,8 +10,10 @@ from optuna.trial import Trial
 
 from amlp_ray.cli import main
 from amlp_ray.errors import ConfigError
+from amlp_ray.study.operations.transfer import import_trials
 from amlp_ray.study.search_space.space_function import load_function
 from amlp_ray.study.search_space.validate import build_study
+from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.study import Study
 
 
@@ -107,3 +109,17 @@ def test_a_module_that_is_not_there_is_told(planted: str) -> None:
         build_study(values, "study.yaml", should_allow_code=True)
     with pytest.raises(ConfigError, match="is Python code"):
         load_function(f"{planted}:space")
+
+
+def test_an_import_asks_for_the_other_studys_function_too(planted: str, tmp_path: Path) -> None:
+    declared = {"name": "own", "space": {"ratio.start": {"low": 0.1, "high": 0.5}}}
+    config = build_study(declared, "test")
+    other = StudyStore(tmp_path / "runs" / "other")
+    other.folder.mkdir(parents=True)
+    (other.folder / "study.yaml").write_text(f"name: other\nspace: {planted}:space\n")
+    store = StudyStore(tmp_path / "runs" / "own")
+    with pytest.raises(ConfigError, match="is Python code"):
+        import_trials(store, config, "other")
+    assert not Path("mark").exists()
+    assert import_trials(store, config, "other", allow_code=True).taken == []
+    assert Path("mark").exists()

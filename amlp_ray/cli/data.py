@@ -27,8 +27,8 @@ Out = Annotated[str, Argument(help="Folder or URI of the patch dataset to write.
 Layout = Annotated[
     str,
     Option(
-        help="auto, busi, paired, flat, lgg, dicom, nifti, decathlon or coco. auto prints what it "
-        "detected."
+        help="auto, busi, paired, folders, flat, lgg, dicom, nifti, decathlon or coco. auto prints "
+        "what it detected."
     ),
 ]
 FileList = Annotated[str | None, Option(help="Text file with one image per line; layout flat.")]

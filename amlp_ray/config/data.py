@@ -8,7 +8,9 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from amlp_ray.config.base import Config, Count, Share
 
-Layout = Literal["auto", "busi", "paired", "flat", "lgg", "dicom", "nifti", "decathlon", "coco"]
+Layout = Literal[
+    "auto", "busi", "paired", "folders", "flat", "lgg", "dicom", "nifti", "decathlon", "coco"
+]
 
 
 class ImageSpec(Config):
@@ -32,6 +34,9 @@ class PrepareConfig(Config):
     docs/data.md describes them all."""
     file_list: str | None = None
     """Text file with one image per line, relative to the source; for layout flat."""
+    mask_folder: str | None = None
+    """Name of the folders whose masks mark lesions, where several hold masks of the same images,
+    such as fields of view; for layout paired. null: asked about unless names tell."""
     size: int = Field(96, ge=16, le=2048)
     """Side of the stored images in pixels. 96 with patch 8 is 144 tokens, the least a patch head
     needs."""
@@ -103,6 +108,8 @@ class PrepareConfig(Config):
             raise ValueError("balance_columns needs a group_file that holds them")
         if self.lesion_labels and self.lesion_threshold is not None:
             raise ValueError("lesion_labels and lesion_threshold exclude each other; give one")
+        if self.mask_folder and (self.layout not in ("auto", "paired") or self.file_list):
+            raise ValueError("mask_folder needs layout=paired and no file_list")
         if self.file_list and self.layout not in ("auto", "flat"):
             raise ValueError(f"file_list needs layout=flat, not {self.layout}")
         return self

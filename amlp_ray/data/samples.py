@@ -53,7 +53,7 @@ class Samples(Sequence[Sample]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
-            raise IndexError(f"there are {len(self)} samples, so no sample {index}")
+            raise IndexError(f"there is no sample {index} of {len(self)}")
         index %= len(self)
         part_number = bisect_right(self._ends, index)
         _, part = self._parts[part_number]

@@ -152,6 +152,7 @@ def load_inference(folder: Path, config: PredictConfig, device: str) -> Inferenc
         update={
             "layout": config.layout,
             "file_list": None,
+            "mask_folder": None,
             "lesion_labels": (),
             "lesion_threshold": None,
         }

@@ -35,6 +35,7 @@ from amlp_ray.evaluation.segmenter import WEIGHTS
 from amlp_ray.inference.engine import Inference, load_inference
 from amlp_ray.inference.geometry import draw_overlay, encode_png, encode_volume
 from amlp_ray.utils.run_dir import OtherRunError, RunDir
+from amlp_ray.utils.text import counted
 
 IDENTITY_FILE = "predict.json"  # in the folder of masks
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -106,7 +107,8 @@ def predict(
     if not predicted and not before:
         (out / IDENTITY_FILE).delete()  # so that the next try may have other settings
         raise DataError(
-            f"None of {len(listing.items)} images can be used. The first: {rejects.first()}"
+            f"None of {counted(len(listing.items), 'image')} can be used. The first: "
+            f"{rejects.first()}"
         )
     return Predictions(str(out), predicted, before, rejects.num_rejected, str(rejects.path))
 

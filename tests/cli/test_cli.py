@@ -113,7 +113,7 @@ def test_without_strict_the_rest_is_prepared_and_the_list_is_named(
     code, _, err = run(capsys, monkeypatch, "data", "prepare", *arguments)
     assert code == 0
     assert "paired: " in err, "the detected layout"
-    assert f"1 files rejected and 0 repaired, see {tmp_path}/out.rejects.csv" in err
+    assert f"1 file rejected and 0 repaired, see {tmp_path}/out.rejects.csv" in err
     assert named in (tmp_path / "out.rejects.csv").read_text()
     assert PatchDataset.open(tmp_path / "out").load("train").ids == ["b"]
 

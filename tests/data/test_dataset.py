@@ -160,7 +160,7 @@ def test_a_dataset_is_a_sequence_of_samples(small: PatchDataset) -> None:
     np.testing.assert_array_equal(small[4].mask, whole.masks[4])
     assert [sample.id for sample in small.split("val")[2:5]] == ["image 16", "image 17", "image 18"]
     assert len(small.split("test")) == 0
-    with pytest.raises(IndexError, match="21 samples, so no sample 21"):
+    with pytest.raises(IndexError, match="there is no sample 21 of 21"):
         small[21]
     with pytest.raises(DataError, match="no split 'dev'"):
         small.split("dev")

@@ -19,6 +19,7 @@ from amlp_ray.data.layouts.listing import (
 )
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
+from amlp_ray.utils.text import counted
 
 __all__ = ["LAYOUTS", "Listing", "RejectedFile", "SourceImage", "find_items", "natural_key"]
 
@@ -28,6 +29,8 @@ LAYOUTS = {
     "'benign (1)_mask.png' beside them",
     "paired": "pictures in a folder named images and masks of the same names in one named masks, "
     "or masks such as x_mask.png beside x.png",
+    "folders": "one folder per image, which holds one picture, alone or in a folder named images, "
+    "and a folder named masks with any number of masks",
     "flat": "pictures (.png, .jpg, .tif, .npy, ...) in any folders",
     "lgg": "one folder per patient with slices x.tif and masks x_mask.tif",
     "dicom": "DICOM files",
@@ -71,7 +74,7 @@ def find_items(config: PrepareConfig, source: str | Path | DataPath) -> Listing:
     if items[0].format == "picture" and not config.file_list:
         remarks.append(_describe_leftovers(root, items, listing))
     summary = "; ".join(filter(None, remarks))
-    return Listing(items, rejects, summary, layout)
+    return listing._replace(items=items, rejected=rejects, summary=summary, layout=layout)
 
 
 def _choose_layout(root: DataPath, config: PrepareConfig) -> tuple[str, str]:
@@ -80,6 +83,8 @@ def _choose_layout(root: DataPath, config: PrepareConfig) -> tuple[str, str]:
         return "flat", "flat: a file list was given"
     if config.layout != "auto":
         return config.layout, ""
+    if config.mask_folder:
+        return "paired", "paired: a mask folder was given"
     from amlp_ray.data.layouts.detect import recognize
 
     return recognize(root)
@@ -99,7 +104,9 @@ def _describe_leftovers(root: DataPath, items: list[SourceImage], listing: Listi
     if not leftovers:
         return ""
     example = such_as(leftovers[0].full)
-    return f"{len(leftovers)} pictures have no place in it and are left out, {example}"
+    count = len(leftovers)
+    verbs = "has no place in it and is" if count == 1 else "have no place in it and are"
+    return f"{counted(count, 'picture')} {verbs} left out, {example}"
 
 
 def _drop_repeated(listing: Listing) -> tuple[list[SourceImage], list[RejectedFile]]:

@@ -5,15 +5,14 @@ Tools write ids and sizes as numbers, as text, or as floats: 1, "1" and 1.0 are 
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from amlp_ray.data.layouts.json_numbers import id_key, whole_number
 from amlp_ray.errors import DataError
 from amlp_ray.utils.text import counted
 
-WHOLE = re.compile(r"\s*0*(\d+)(\.0*)?\s*")
 MAX_LISTED = 20  # categories that a message names
 
 
@@ -129,25 +128,6 @@ def check_labels(files: Sequence[CocoFile], lesion_labels: Sequence[int]) -> Non
 
 def _categories_or_none(file: CocoFile) -> str:
     return file.describe_categories() or "no categories"
-
-
-def id_key(value: Any) -> str | None:
-    """Return an id as text that is equal for 1, "1" and 1.0; None if it is no text or number.
-
-    >>> id_key(7), id_key(7.0), id_key(" 007"), id_key("a7"), id_key(True)
-    ('7', '7', '7', 'a7', None)
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    text = str(value)
-    whole = WHOLE.fullmatch(text)
-    return whole[1] if whole else text.strip() or None
-
-
-def whole_number(value: Any) -> int | None:
-    """Return a size that may be written as text or float; None if it is no whole number."""
-    whole = WHOLE.fullmatch(str(value))
-    return int(whole[1]) if whole else None
 
 
 def _read_image(entry: Any) -> CocoImage | None:

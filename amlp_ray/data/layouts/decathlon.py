@@ -8,16 +8,18 @@ The Medical Segmentation Decathlon, MONAI and the first version of nnU-Net write
 
 from __future__ import annotations
 
-import json
 from itertools import takewhile
 from posixpath import normpath
 from typing import Any
 
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage, natural_key, rejected
+from amlp_ray.data.layouts.json_numbers import whole_number
 from amlp_ray.data.layouts.nifti_names import nifti_stem
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
+from amlp_ray.utils.json_files import JsonError, parse_json
+from amlp_ray.utils.text import counted
 
 INDEX = "dataset.json"
 SECTIONS = ("training", "validation", "test")
@@ -32,14 +34,17 @@ def find_decathlon(root: DataPath, config: PrepareConfig) -> Listing:
     folder.
 
     Raises:
-        DataError: dataset.json is missing or damaged, or names no volume that exists.
+        DataError: dataset.json is missing or damaged, names no volume that exists, or does not know
+            one of `lesion_labels`.
     """
     index = _read_index(root)
+    labels = _read_labels(index)
+    _check_labels(root, labels, config.lesion_labels)
     file_names = set(root.names())
     items: dict[str, SourceImage] = {}
     rejects: list[RejectedFile] = []
     for section in SECTIONS:
-        for entry in index.get(section) or ():
+        for entry in _entries(index, section):
             item = _read_entry(root, entry, section, file_names)
             if isinstance(item, RejectedFile):
                 rejects.append(item)
@@ -56,16 +61,59 @@ def find_decathlon(root: DataPath, config: PrepareConfig) -> Listing:
             "paths start from, or use layout nifti."
         )
     volumes = sorted(items.values(), key=lambda item: natural_key(item.id))
-    return Listing(volumes, sorted(rejects), _summarize(volumes, index))
+    summary = _summarize(volumes, index)
+    if len(labels) > 1 and not config.lesion_labels:
+        listed = _describe_labels(labels)
+        summary += f"; all labels are taken as lesion, {listed}; choose some with lesion_labels"
+    return Listing(volumes, sorted(rejects), summary)
+
+
+def _entries(index: dict[str, Any], section: str) -> list[Any]:
+    """Return the entries of a section; one that is no list, such as a count, has none."""
+    entries = index.get(section)
+    return entries if isinstance(entries, list) else []
+
+
+def _read_labels(index: dict[str, Any]) -> dict[int, str]:
+    """Return the names of all labels but background by value; none if the file has none.
+
+    Versions of the format map values to names, or names to one value or several.
+    """
+    labels: dict[int, str] = {}
+    listed = index.get("labels")
+    for key, value in listed.items() if isinstance(listed, dict) else ():
+        by_value = whole_number(key)
+        if by_value is not None:
+            labels[by_value] = str(value)
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            number = whole_number(one)
+            if number is not None:
+                labels.setdefault(number, key)
+    return {number: labels[number] for number in sorted(labels) if number > 0}
+
+
+def _check_labels(root: DataPath, labels: dict[int, str], lesion_labels: tuple[int, ...]) -> None:
+    """Raise DataError if a wanted label is none that dataset.json lists."""
+    unknown = [label for label in lesion_labels if label not in labels]
+    if labels and unknown:
+        raise DataError(
+            f"lesion_labels {', '.join(map(str, unknown))} is no label of {root / INDEX}, which "
+            f"has {_describe_labels(labels)}; give some of these."
+        )
+
+
+def _describe_labels(labels: dict[int, str]) -> str:
+    return ", ".join(f"{number} ({name})" for number, name in labels.items())
 
 
 def _summarize(volumes: list[SourceImage], index: dict[str, Any]) -> str:
     labeled = sum(bool(item.masks) for item in volumes)
-    text = f"{INDEX} names {len(volumes)} volumes, {labeled} with labels"
-    modalities = index.get("modality") or index.get("channel_names") or []
+    text = f"{INDEX} names {counted(len(volumes), 'volume')}, {labeled} with labels"
+    modalities = index.get("modality") or index.get("channel_names") or ""
     if isinstance(modalities, dict):
         modalities = list(modalities.values())
-    if not isinstance(modalities, str):
+    if isinstance(modalities, list):
         modalities = ", ".join(map(str, modalities))
     return f"{text}, of {modalities}" if modalities else text
 
@@ -73,7 +121,7 @@ def _summarize(volumes: list[SourceImage], index: dict[str, Any]) -> str:
 def _read_index(root: DataPath) -> dict[str, Any]:
     path = root / INDEX
     try:
-        index = json.loads(path.read_bytes())
+        index = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise DataError(
             f"{root} holds no {INDEX}, which the decathlon layout needs; "
@@ -83,10 +131,8 @@ def _read_index(root: DataPath) -> dict[str, Any]:
         raise DataError(
             f"{path} cannot be read ({error.strerror or error}); check your access."
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path} is no JSON file ({error}); repair it, or use layout nifti."
-        ) from None
+    except JsonError as error:
+        raise DataError(f"{path} {error}; repair it, or use layout nifti.") from None
     if isinstance(index, dict) and any(isinstance(index.get(name), list) for name in SECTIONS):
         return index
     raise DataError(

@@ -19,6 +19,7 @@ from amlp_ray.data.layouts.paired import BUSI_CLASSES, busi_class, pair_busi, pa
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
 from amlp_ray.utils.json_files import JsonError, parse_json
+from amlp_ray.utils.text import counted
 
 MAX_PROBED = 16  # files whose first bytes are read
 HEAD_BYTES = 1 << 16
@@ -52,7 +53,9 @@ def recognize(root: DataPath) -> tuple[str, str]:
         return next(iter(fitting.items()))
     if pictures:
         example = such_as(pictures[0].full)
-        reason = f"flat: {len(pictures)} pictures {example}, and no masks of any known layout"
+        reason = (
+            f"flat: {counted(len(pictures), 'picture')} {example}, and no masks of any known layout"
+        )
         return "flat", reason
     raise DataError(
         f"{root} holds {describe_contents(root)}, but no layout fits: pictures (.png, .jpg, .tif, "
@@ -101,7 +104,7 @@ def _recognize_lgg(pictures: list[FileName]) -> str:
     if not masks:
         return ""
     patients = len({mask.folder for mask in masks})
-    return f"{patients} folders of TIFF slices with masks {such_as(masks[0].full)}"
+    return f"{counted(patients, 'folder')} of TIFF slices with masks {such_as(masks[0].full)}"
 
 
 def _recognize_decathlon(root: DataPath) -> str:
@@ -116,13 +119,15 @@ def _recognize_decathlon(root: DataPath) -> str:
 
 def _recognize_nifti(names: list[FileName]) -> str:
     volumes = [name for name in names if name.full.lower().endswith((".nii", ".nii.gz"))]
-    return f"{len(volumes)} NIfTI volumes {such_as(volumes[0].full)}" if volumes else ""
+    if not volumes:
+        return ""
+    return f"{counted(len(volumes), 'NIfTI volume')} {such_as(volumes[0].full)}"
 
 
 def _recognize_dicom(root: DataPath, names: list[FileName]) -> str:
     files = [name for name in names if name.suffix in DICOM_SUFFIXES]
     if files:
-        return f"{len(files)} DICOM files {such_as(files[0].full)}"
+        return f"{counted(len(files), 'DICOM file')} {such_as(files[0].full)}"
     # Scanners name files IM0001, or by a UID, whose last number is no suffix.
     bare = [name for name in names if not name.suffix or name.suffix[1:].isdigit()]
     step = max(1, len(bare) // MAX_PROBED)

@@ -14,6 +14,7 @@ from amlp_ray.data.layouts.item import Listing, rejected, repaired
 from amlp_ray.data.layouts.listing import list_pictures, picture_item, split_name
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
+from amlp_ray.utils.text import decode_text
 
 
 def find_flat(root: DataPath, config: PrepareConfig) -> Listing:
@@ -40,6 +41,8 @@ def _find_listed(root: DataPath, file_list: str) -> Listing:
             name = str(file).removeprefix(f"{root}/")
         else:
             name = posixpath.normpath(line)
+            if name not in entry_names:  # tools of Windows write backslashes
+                name = posixpath.normpath(line.replace("\\", "/"))
             file = root / name
         if name in listed_names:
             rejects.append(repaired(name, f"is listed twice in {file_list}: taken once"))
@@ -60,7 +63,7 @@ def _find_listed(root: DataPath, file_list: str) -> Listing:
 def _read_file_list(file_list: str) -> list[str]:
     """Return the paths of a text file, one a line: relative, absolute or URIs; `#` comments."""
     try:
-        text = DataPath(file_list).read_bytes().decode("utf-8-sig")
+        text = decode_text(DataPath(file_list).read_bytes())
     except OSError as error:
         raise DataError(
             f"The file list {file_list} cannot be read ({error.strerror or error}); "
@@ -68,7 +71,8 @@ def _read_file_list(file_list: str) -> list[str]:
         ) from None
     except UnicodeDecodeError:
         raise DataError(
-            f"The file list {file_list} is not UTF-8 text; save it as such, one path a line."
+            f"The file list {file_list} is not text in UTF-8 or UTF-16; save it as such, one path "
+            "a line."
         ) from None
     # splitlines would also cut at characters that may stand in names.
     lines = map(str.strip, text.split("\n"))

@@ -23,6 +23,7 @@ class SourceImage:
     masks: tuple[str, ...]  # paths or URIs; several are united
     source: str  # name shown to people: path relative to the folder, with forward slashes
     group: str = ""  # patient or volume, never cut by a split; empty if the layout knows none
+    group_kind: str = "patient"  # what `group` is, in words; "study" where no patient is named
     stratum: str = ""  # class, shared evenly by the splits
     site: str = ""  # hospital or scanner, shared evenly too; empty if the layout knows none
     # Lesions drawn in an annotation file, as JSON: {"height", "width", "segmentations": [COCO]}.
@@ -49,6 +50,7 @@ class Listing(NamedTuple):
     rejected: list[RejectedFile]  # such as a mask without an image; the rest of the set survives
     summary: str = ""  # how `auto` recognized the layout, and what else was seen
     layout: str = ""  # as given or recognized
+    stray_masks: tuple[RejectedFile, ...] = ()  # rejected masks that belong to no image
 
 
 def rejected(file: str, reason: str) -> RejectedFile:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from amlp_ray.data.layouts.item import SourceImage
 from amlp_ray.data.path import DataPath, Entry
+from amlp_ray.utils.text import counted
 
 # Suffixes that claim a picture. The decoder reports those that are none, or cannot be read as HEIC.
 CLAIMS = "png jpg jpeg jpe jfif tif tiff bmp gif webp npy pgm ppm pnm pbm jp2 j2k heic heif"
@@ -120,5 +121,5 @@ def describe_contents(root: DataPath) -> str:
         counts = []
         for suffix, count in suffixes.most_common(MAX_NAMED):
             counts.append(printable(f"{count} {suffix or 'without suffix'}"))
-        parts.append(f"{suffixes.total()} files ({', '.join(counts)})")
+        parts.append(f"{counted(suffixes.total(), 'file')} ({', '.join(counts)})")
     return " and ".join(parts) or "nothing"

@@ -22,6 +22,7 @@ from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage, natur
 from amlp_ray.data.layouts.nifti_names import Volume, groups_of, is_brain_mask, mask_bases, parse
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
+from amlp_ray.utils.text import counted
 
 # Channels of a BraTS case by all their names: of 2012-2021, of 2023 and later, and of MSD.
 MODALITIES = {
@@ -84,9 +85,9 @@ def find_nifti(root: DataPath, config: PrepareConfig) -> Listing:
         else:
             images.append(volume)
     if not images:
-        contents = f"{len(names)} files, none of them NIfTI"
+        contents = f"{counted(len(names), 'file')}, no NIfTI among them"
         if labels:
-            contents = f"{len(labels)} label volumes"
+            contents = counted(len(labels), "label volume")
         raise DataError(
             f"{root} holds {contents}, but the nifti layout needs image volumes (.nii, .nii.gz); "
             "give the folder that contains these, or use another layout."
@@ -94,13 +95,16 @@ def find_nifti(root: DataPath, config: PrepareConfig) -> Listing:
     cases, rejects = stack(images)
     rejected_names = {file.file for file in rejects}
     rejected_images = [volume for volume in images if volume.name in rejected_names]
+    strays: list[RejectedFile] = []
     for label in _attach_labels(cases, labels):
         reason = "is a label volume without an image"
         if _belongs_to_any(label, rejected_images):
             reason = "belongs to a case that is rejected"
-        rejects.append(rejected(label.name, reason))
-    rejects += _reject_pairs(names)
-    return Listing(to_items(root, cases), sorted(rejects), _summarize(cases, brain_mask_count))
+        strays.append(rejected(label.name, reason))
+    rejects += strays + _reject_pairs(names)
+    summary = _summarize(cases, brain_mask_count)
+    items = to_items(root, cases)
+    return Listing(items, sorted(rejects), summary, stray_masks=tuple(strays))
 
 
 def stack(images: list[Volume]) -> tuple[list[_Case], list[RejectedFile]]:
@@ -288,12 +292,12 @@ def _reject_pairs(names: list[str]) -> list[RejectedFile]:
 
 
 def _summarize(cases: list[_Case], brain_mask_count: int) -> str:
-    text = f"{len(cases)} NIfTI volumes"
+    text = counted(len(cases), "NIfTI volume")
     stacked = [case for case in cases if case.is_stacked and len(case.volumes) > 1]
     if stacked:
         first = stacked[0]
         channels = [v.stem.removeprefix(first.name).lstrip("_-") for v in first.volumes]
         text += f", {len(stacked)} of them with the channels {', '.join(channels)}"
     if brain_mask_count:
-        text += f"; {brain_mask_count} brain masks left out"
+        text += f"; {counted(brain_mask_count, 'brain mask')} left out"
     return text

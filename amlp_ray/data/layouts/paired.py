@@ -15,20 +15,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.layouts.item import Listing, rejected
 from amlp_ray.data.layouts.listing import FileName, list_pictures, normalize, picture_item
+from amlp_ray.data.layouts.mask_folders import (
+    FLAGS,
+    MASK_ENDINGS,
+    MASK_NAME,
+    MaskMatcher,
+    choose_mask_folder,
+    home_of,
+)
 from amlp_ray.data.path import DataPath
 
-# Names of folders in lower case.
-IMAGE_FOLDERS = re.compile(r"(image|img)s?")
-MASK_FOLDERS = re.compile(r"(mask|label|annotation|segmentation)s?|ground_?truth|gt")
-MASK_ENDINGS = ("_mask", "_segmentation", "_seg", "_labels", "_label", "_gt")
-FLAGS = re.IGNORECASE | re.DOTALL  # names may hold newlines
-MASK_NAME = re.compile(rf"(?P<id>.+)({'|'.join(MASK_ENDINGS)})(_\d+)?", FLAGS)
 BUSI_MASK = re.compile(r"(?P<id>.+)_mask(_\d+)?", FLAGS)
 BUSI_CLASSES = ("benign", "malignant", "normal")
 # Of The Cancer Genome Atlas: project, site where the tissue was taken, patient.
@@ -57,14 +58,21 @@ class Pairs(NamedTuple):
 
 
 def find_paired(root: DataPath, config: PrepareConfig) -> Listing:
-    """List the images of a paired folder. A mask without an image is rejected."""
-    pairs, _ = pair_by_name(list_pictures(root))
+    """List the images of a paired folder. A mask without an image is rejected.
+
+    Raises:
+        DataError: several folders hold masks of the same images, and `mask_folder` chooses none.
+    """
+    pictures = list_pictures(root)
+    folder = choose_mask_folder(root, pictures, config.mask_folder or "")
+    pairs, _ = pair_by_name(pictures, folder.name)
     items = [picture_item(root, image, masks, id=name) for name, image, masks in pairs.images]
     reason = (
         "is a mask without an image; it must be named like an image, or like one with "
         f"{', '.join(MASK_ENDINGS)} added, so add the image, rename the mask or remove it"
     )
-    return Listing(items, [rejected(mask.full, reason) for mask in pairs.strays])
+    rejects = [rejected(mask.full, reason) for mask in pairs.strays]
+    return Listing(items, rejects, folder.remark, stray_masks=tuple(rejects))
 
 
 def find_busi(root: DataPath, config: PrepareConfig) -> Listing:
@@ -89,7 +97,7 @@ def find_busi(root: DataPath, config: PrepareConfig) -> Listing:
             "so add the image or remove the mask"
         )
         rejects.append(rejected(mask.full, reason))
-    return Listing(items, rejects)
+    return Listing(items, rejects, stray_masks=tuple(rejects))
 
 
 def find_lgg(root: DataPath, config: PrepareConfig) -> Listing:
@@ -114,7 +122,8 @@ def find_lgg(root: DataPath, config: PrepareConfig) -> Listing:
         "is a mask without an image; its name without _mask must stand beside it, "
         "so add it or remove the mask"
     )
-    return Listing(items, [rejected(mask.full, reason) for mask in pairs.strays])
+    rejects = [rejected(mask.full, reason) for mask in pairs.strays]
+    return Listing(items, rejects, stray_masks=tuple(rejects))
 
 
 def pair_busi(pictures: list[FileName]) -> Pairs:
@@ -132,35 +141,36 @@ def pair_lgg(pictures: list[FileName]) -> Pairs:
     return pair_beside([p for p in pictures if p.suffix in LGG_SUFFIXES], LGG_MASK)
 
 
-def pair_by_name(pictures: list[FileName]) -> tuple[Pairs, bool]:
+def pair_by_name(pictures: list[FileName], mask_folder: str = "") -> tuple[Pairs, bool]:
     """Pair images with masks by the names of folders and files.
+
+    Args:
+        pictures: images and masks.
+        mask_folder: the only name of folders of masks, in lower case; empty: any usual one.
 
     Returns:
         The pairs, and whether the masks stand in a folder of their own.
     """
-    by_kind: dict[str, list[FileName]] = {"image": [], "mask": [], "": []}
+    by_kind: dict[str, list[FileName]] = {"image": [], "mask": [], "unused": [], "": []}
     for picture in pictures:
-        kind, _ = _home_of(picture.folder)
+        kind, _ = home_of(picture.folder, mask_folder)
         by_kind[kind].append(picture)
     # Where a folder is named for images, pictures elsewhere are something else, such as an
     # overview.
     candidates = by_kind["image"] or by_kind[""]
 
     def name_of(picture: FileName) -> str:
-        _, folder = _home_of(picture.folder)
+        _, folder = home_of(picture.folder, mask_folder)
         return picture._replace(folder=folder).without_suffix
 
     if not by_kind["mask"]:
         return pair_beside(candidates, MASK_NAME, name_of), False
     images = [(name_of(picture), picture) for picture in candidates]
-    image_names = {normalize(name) for name, _ in images}
+    mask_names = [name_of(mask) for mask in by_kind["mask"]]
+    matcher = MaskMatcher([name for name, _ in images], mask_names if mask_folder else None)
     masks = []
-    for mask in by_kind["mask"]:
-        name = normalize(name_of(mask))
-        match = MASK_NAME.fullmatch(mask.stem)
-        if name not in image_names and match:
-            name = normalize(name_of(mask._replace(stem=match["id"])))
-        masks.append((name, mask))
+    for name, mask in zip(mask_names, by_kind["mask"], strict=True):
+        masks.append((matcher.match(name) or normalize(name), mask))
     return _assign(images, masks), True
 
 
@@ -195,16 +205,3 @@ def _assign(images: list[tuple[str, FileName]], masks: list[tuple[str, FileName]
         masks_by_name.get(name, strays).append(mask)
     pairs = [Pair(name, image, masks_by_name[normalize(name)]) for name, image in images]
     return Pairs(pairs, strays)
-
-
-@lru_cache(maxsize=1024)
-def _home_of(folder: str) -> tuple[str, str]:
-    """Return whether a folder is named for images, masks or neither, and its path without that."""
-    parts = folder.split("/")
-    for i, part in enumerate(parts):
-        rest = "/".join(parts[:i] + parts[i + 1 :])
-        if IMAGE_FOLDERS.fullmatch(part.lower()):
-            return "image", rest
-        if MASK_FOLDERS.fullmatch(part.lower()):
-            return "mask", rest
-    return "", folder

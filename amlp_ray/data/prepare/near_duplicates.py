@@ -7,9 +7,9 @@ memory.
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 from PIL import Image
@@ -17,6 +17,7 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 from amlp_ray.errors import DataError
+from amlp_ray.utils.text import csv_separator, decode_text
 
 # Two images count as one if their hashes differ in at most so many bits (an even number, because
 # half of the bits are set). Of 122,760 pairs of 496 breast ultrasound images, pHash links 72 at 2
@@ -153,24 +154,21 @@ def read_group_file(path: str | Path, column: str = "group") -> dict[str, str]:
     if not path.is_file():
         raise DataError(f"There is no group file {path}; check the path.")
     try:
-        # Spreadsheets write a byte-order mark.
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            return _parse_groups(file, path, column)
+        return _parse_groups(decode_text(path.read_bytes()), path, column)
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"{path} is not a CSV text file ({error}); export it as CSV in UTF-8."
         ) from None
 
 
-def _parse_groups(file: TextIO, path: Path, column: str) -> dict[str, str]:
-    reader = csv.DictReader(file)
+def _parse_groups(text: str, path: Path, column: str) -> dict[str, str]:
+    separator = csv_separator(text.partition("\n")[0])
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
     columns = reader.fieldnames or []
     if columns.count("id") != 1 or columns.count(column) != 1:
-        has_semicolons = any(";" in name for name in columns)
-        hint = "; separate columns by commas" if has_semicolons else ""
         raise DataError(
             f"{path} has the columns {', '.join(columns) or 'none'}, but one id and one {column} "
-            f"are needed; rename them or set group_column{hint}."
+            f"are needed; rename them or set group_column."
         )
     groups: dict[str, str] = {}
     for row in reader:

@@ -47,12 +47,13 @@ from amlp_ray.data.prepare.consistency import PixelFormat, choose_format
 from amlp_ray.data.prepare.mask_rules import check_lesions, read_masks_alike
 from amlp_ray.data.prepare.names import absolute, name_hider, salt_mark, without_folders
 from amlp_ray.data.prepare.ray_tasks import run_jobs
-from amlp_ray.data.prepare.rejects import Rejects
+from amlp_ray.data.prepare.rejects import Rejects, check_stray_masks
 from amlp_ray.data.prepare.resume import PreparationState, ResumableError
 from amlp_ray.data.prepare.scan import SCANS, ScannedItem, item_to_row, scan_job
 from amlp_ray.data.prepare.statistics import Statistics
 from amlp_ray.data.prepare.writer import Row, part_job, write_job
 from amlp_ray.errors import DataError
+from amlp_ray.utils.text import counted
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ class _Preparation:
         listing = find_items(config, source)
         if listing.summary:
             logger.info("%s", listing.summary)
+        check_stray_masks(listing)
         self.out = out
         self.progress = progress or (lambda stage, done, total: None)
         self.rejects = rejects
@@ -132,8 +134,9 @@ class _Preparation:
         self.user_files = UserFiles.from_config(self.config, listing.items)
         self.items = [item for item in listing.items if self.user_files.lists(item)]
         self.left_out = len(listing.items) - len(self.items)
-        kind = "pictures" if self.items[0].format == "picture" else "series or volumes"
-        logger.info("Scanning %d %s in %s.", len(self.items), kind, source)
+        is_picture = self.items[0].format == "picture"
+        kind = ("picture", "pictures") if is_picture else ("series or volume", "series or volumes")
+        logger.info("Scanning %s in %s.", counted(len(self.items), *kind), source)
         self.salt_mark = salt_mark(self.items, self.config)
         self.mask_rule = MaskRule()  # known after pass 1
         self._plain_config = self.config.model_dump(mode="json")
@@ -289,7 +292,8 @@ class _Preparation:
 
     def _nothing_usable(self) -> DataError:
         return DataError(
-            f"None of {len(self.items)} images can be used. The first: {self.rejects.first()}"
+            f"None of {counted(len(self.items), 'image')} can be used. The first: "
+            f"{self.rejects.first()}"
         )
 
     def _rows(self, selection: _Selection, assignment: Assignment) -> SplitRows:
@@ -322,8 +326,8 @@ class _Preparation:
         dtype, shape = pixel_format
         channels, height, width = shape
         total = sum(len(split_rows) for split_rows in rows.values())
-        message = "Writing %d images of %dx%d pixels, %d channel(s), %s."
-        logger.info(message, total, height, width, channels, dtype)
+        size_text = f"{height}x{width} pixels, {counted(channels, 'channel')}, {dtype}"
+        logger.info("Writing %s of %s.", counted(total, "image"), size_text)
         size = part_rows(shape, dtype)
         notes: dict[str, dict[str, Any]] = {}
         files = {}
@@ -368,8 +372,9 @@ class _Preparation:
         logger.info("Wrote %s: %s.", self.out, message)
         num_rejected, num_repaired = self.rejects.num_rejected, self.rejects.num_repaired
         if num_rejected or num_repaired:
-            message = "%d files rejected and %d repaired, see %s."
-            logger.info(message, num_rejected, num_repaired, self.rejects.path)
+            rejected_text = counted(num_rejected, "file")
+            message = "%s rejected and %d repaired, see %s."
+            logger.info(message, rejected_text, num_repaired, self.rejects.path)
 
 
 def _open_existing(out: DataPath) -> PatchDataset | None:

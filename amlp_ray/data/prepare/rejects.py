@@ -5,12 +5,17 @@ The list lies beside the dataset and not inside, because names of files may name
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
-from amlp_ray.data.layouts import RejectedFile
+from amlp_ray.data.layouts import Listing, RejectedFile
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
 from amlp_ray.utils.csv_text import csv_text
+from amlp_ray.utils.text import counted
+
+# Share of masks without an image from which on names or layout are at fault, not single files.
+MAX_STRAY_SHARE = 0.5
 
 
 class Rejects:
@@ -53,3 +58,23 @@ class Rejects:
             self.path.delete()
             return
         self.path.atomic_write(csv_text(RejectedFile._fields, sorted(set(self._files))))
+
+
+def check_stray_masks(listing: Listing) -> None:
+    """Raise DataError if most masks of a folder belong to no image, so that lesions would be lost.
+
+    The commonest reason is told.
+    """
+    num_strays = len(listing.stray_masks)
+    num_masks = num_strays + sum(len(item.masks) for item in listing.items)
+    if num_strays <= MAX_STRAY_SHARE * num_masks:
+        return
+    reasons = Counter(file.reason for file in listing.stray_masks)
+    reason = reasons.most_common(1)[0][0]
+    example = next(file.file for file in listing.stray_masks if file.reason == reason)
+    raise DataError(
+        f"{num_strays} of {counted(num_masks, 'mask')} belong to no image, so their lesions would "
+        f"be lost. The commonest fault: {example} {reason}. If that is not so, the layout "
+        f"{listing.layout} is not theirs; name another with --layout, or remove the masks if they "
+        "are not wanted."
+    )

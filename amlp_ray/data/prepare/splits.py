@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from amlp_ray.data.manifest import SPLITS
 from amlp_ray.errors import DataError
+from amlp_ray.utils.json_files import JsonError, parse_json
+from amlp_ray.utils.text import counted
 
 SPLIT_FILE_FORM = '{"train": [ids], "val": [ids], "test": [ids]}'
+
+
+def _is_id_list(names: Any) -> bool:
+    return isinstance(names, list) and all(isinstance(name, str | int | float) for name in names)
 
 
 def read_split_file(path: str | Path, ids: Sequence[str]) -> dict[str, str]:
@@ -27,13 +33,10 @@ def read_split_file(path: str | Path, ids: Sequence[str]) -> dict[str, str]:
     if not path.is_file():
         raise DataError(f"There is no split file {path}; check the path.")
     try:
-        # From bytes: tools of Windows write a byte-order mark, or UTF-16.
-        splits = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path} is not valid JSON ({error}); it must hold {SPLIT_FILE_FORM}."
-        ) from None
-    if not isinstance(splits, dict) or not all(isinstance(x, list) for x in splits.values()):
+        splits = parse_json(path.read_bytes())
+    except JsonError as error:
+        raise DataError(f"{path} {error}; it must hold {SPLIT_FILE_FORM}.") from None
+    if not isinstance(splits, dict) or not all(map(_is_id_list, splits.values())):
         raise DataError(f"{path} must hold {SPLIT_FILE_FORM}; rewrite it in that form.")
     unknown_splits = sorted(splits.keys() - set(SPLITS))
     if unknown_splits:
@@ -54,7 +57,7 @@ def read_split_file(path: str | Path, ids: Sequence[str]) -> dict[str, str]:
     unknown = sorted(split_of.keys() - set(ids))
     if unknown:
         raise DataError(
-            f"{path} lists {len(unknown)} images that the source does not have, such as "
+            f"{path} lists {counted(len(unknown), 'image')} that the source does not have, such as "
             f"{unknown[0]!r}; ids are file names without suffix, such as {ids[0]!r}, so correct or "
             f"remove them."
         )

@@ -445,7 +445,7 @@ def test_flat_folder_matches_labels_by_their_ending(tmp_path: Path) -> None:
         ("stray_seg.nii", "is a label volume without an image"),
         ("x.img", "is one half of a pair (.hdr and .img)"),
     ]
-    assert "1 brain masks left out" in listing.summary
+    assert "1 brain mask left out" in listing.summary
 
 
 def test_longer_names_keep_their_labels(tmp_path: Path) -> None:
@@ -571,7 +571,7 @@ def test_case_folders_give_ids_and_groups(tmp_path: Path) -> None:
 
 
 def test_folder_without_volumes_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="2 files, none of them NIfTI"):
+    with pytest.raises(DataError, match="2 files, no NIfTI among them"):
         find_nifti(touch(tmp_path / "a", "x.png", "y.txt"), KEEP)
     with pytest.raises(DataError, match="holds 1 label volumes"):
         find_nifti(touch(tmp_path / "b", "labels/y.nii"), KEEP)
@@ -634,7 +634,7 @@ def test_decathlon_lists_what_its_index_names(tmp_path: Path) -> None:
     ("content", "sentence"),
     [
         (None, r"holds no dataset\.json"),
-        ("{", r"dataset\.json is no JSON file"),
+        ("{", r"dataset\.json is no valid JSON"),
         (
             '{"channel_names": {"0": "CT"}, "numTraining": 3}',
             r"has none of the lists training, validation, test",
@@ -653,3 +653,25 @@ def test_index_that_cannot_be_used_is_an_error(
         (tmp_path / "dataset.json").write_text(content)
     with pytest.raises(DataError, match=sentence):
         find_decathlon(DataPath(tmp_path), KEEP)
+
+
+@pytest.mark.parametrize(
+    ("labels", "wanted", "known"),
+    [
+        ({"0": "background", "1": "liver", "2": "cancer"}, (3,), r"1 \(liver\), 2 \(cancer\)"),
+        ({"background": 0, "liver": "1", "cancer": [2.0, 1]}, (1, 3), r"3 is no label of"),
+    ],
+)
+def test_a_wanted_label_that_the_index_does_not_know_is_an_error(
+    labels: dict[str, Any], wanted: tuple[int, ...], known: str, tmp_path: Path
+) -> None:
+    root = touch(tmp_path, "imagesTr/a.nii.gz", "labelsTr/a.nii.gz")
+    training = [{"image": "imagesTr/a.nii.gz", "label": "labelsTr/a.nii.gz"}]
+    index = {"labels": labels, "training": training, "test": 5, "modality": 7}
+    (tmp_path / "dataset.json").write_text(json.dumps(index), encoding="utf-16")
+    with pytest.raises(DataError, match=known):
+        find_decathlon(root, PrepareConfig(lesion_labels=wanted))
+    assert len(find_decathlon(root, PrepareConfig(lesion_labels=(2,))).items) == 1
+    summary = find_decathlon(root, PrepareConfig()).summary
+    assert "names 1 volume, 1 with labels" in summary
+    assert "all labels are taken as lesion, 1 (liver), 2 (cancer)" in summary

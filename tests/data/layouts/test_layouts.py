@@ -96,7 +96,7 @@ def test_folder_without_images_says_what_is_there_and_what_should_be(
     with pytest.raises(DataError) as caught:
         find(tmp_path, layout)
     message = str(caught.value)
-    assert f"{tmp_path} holds the folders empty/ and 1 files (1 .zip)" in message
+    assert f"{tmp_path} holds the folders empty/ and 1 file (1 .zip)" in message
     assert expected in message
     assert "\n" not in message
 
@@ -401,13 +401,22 @@ def test_a_file_list_names_files_relative_or_absolute(tmp_path: Path) -> None:
     assert f"is listed in {file_list}, but there is no such file" in listing.rejected[1].reason
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_list_of_windows_is_read(encoding: str, tmp_path: Path) -> None:
+    save(tmp_path / "set" / "x" / "ä.png")
+    file_list = tmp_path / "list.txt"
+    file_list.write_bytes("x\\ä.png\r\n".encode(encoding))
+    listing = find(tmp_path / "set", file_list=str(file_list))
+    assert [item.id for item in listing.items] == ["x/ä"]
+
+
 def test_a_file_list_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     with pytest.raises(
         DataError, match=r"file list .*gone\.txt cannot be read \(No such file or directory\)"
     ):
         find(tmp_path, file_list=str(tmp_path / "gone.txt"))
-    with pytest.raises(DataError, match=r"file list .*a\.png is not UTF-8 text"):
+    with pytest.raises(DataError, match=r"file list .*a\.png is not text in UTF-8 or UTF-16"):
         find(tmp_path, file_list=str(tmp_path / "a.png"))
 
 
@@ -594,7 +603,7 @@ def test_a_folder_of_two_layouts_must_be_told(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         find(tmp_path)
     message = str(caught.value)
-    assert "fits several layouts (nifti: 1 NIfTI volumes such as 'v.nii.gz'; coco: " in message
+    assert "fits several layouts (nifti: 1 NIfTI volume such as 'v.nii.gz'; coco: " in message
     assert "paired: masks in a folder of their own such as 'masks/a.png'" in message
     assert "--layout" in message
     assert len(find(tmp_path, "paired").items) == 1

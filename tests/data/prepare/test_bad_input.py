@@ -683,7 +683,7 @@ WHOLE: list[tuple[str, Callable[[Path], Any], str]] = [
         r"x is a file, but a folder",
     ),
     ("empty folder", _empty, r"in holds nothing"),
-    ("no usable file", _all_bad, r"None of 1 images can be used\. The first: .*a\.png"),
+    ("no usable file", _all_bad, r"None of 1 image can be used\. The first: .*a\.png"),
     (
         "layout that does not fit",
         lambda f: _prepare(_good_folder(f / "in"), f / "out", layout="lgg"),
@@ -699,11 +699,11 @@ WHOLE: list[tuple[str, Callable[[Path], Any], str]] = [
         lambda f: _prepare(_good_folder(f / "in"), f / "out", channels=5),
         "None of 4 images can be used.*has 1 channels, but the dataset has 5",
     ),
-    ("split file that is no JSON", _split_file("{"), r"splits\.json is not valid JSON"),
+    ("split file that is no JSON", _split_file("{"), r"splits\.json is no valid JSON"),
     (
         "split file of unknown ids",
         _split_file('{"train": ["zz"]}'),
-        r"lists 1 images that the source does not have",
+        r"lists 1 image that the source does not have",
     ),
     (
         "split file with an id twice",

@@ -574,7 +574,7 @@ def test_a_failure_deletes_nothing_of_the_user_s(busi_folder: Path, tmp_path: Pa
     (tmp_path / "out" / ".important").unlink()
     (tmp_path / "out" / ".preparing").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("x")
-    with pytest.raises(DataError, match="None of 1 images can be used"):
+    with pytest.raises(DataError, match="None of 1 image can be used"):
         prepare(tmp_path / "bad", tmp_path / "out", _settings("flat"))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
@@ -648,7 +648,7 @@ def test_pictures_that_a_layout_has_no_place_for_are_told(
         _settings("auto", fractions=(1, 0, 0)),
     )
     assert messages.messages[0].endswith(
-        "1 pictures have no place in it and are left out, such as 'stray.png'"
+        "1 picture has no place in it and is left out, such as 'stray.png'"
     )
 
 

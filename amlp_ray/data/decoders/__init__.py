@@ -29,7 +29,7 @@ def read_frames(
         item: what to decode. An item with any fault is rejected whole.
         config: which values and which plane are wanted.
         read: returns the content of a file. Preparing passes one that hashes on the way.
-        mask_rule: how the mask files of pictures are read; None: as those of this item suggest.
+        mask_rule: how mask files are read; None: as those of this item suggest.
 
     Raises:
         DataError: the item cannot be used; the sentence names the file.
@@ -38,7 +38,9 @@ def read_frames(
         return read_image(item, config, read, mask_rule)
     # Imported on use: DICOM and NIfTI bring packages that pictures do not need.
     if item.format == "dicom":
-        from amlp_ray.data.decoders.dicom import read_dicom as decode
-    else:
-        from amlp_ray.data.decoders.nifti import read_nifti as decode
-    return decode(item, config, read)
+        from amlp_ray.data.decoders.dicom import read_dicom
+
+        return read_dicom(item, config, read)
+    from amlp_ray.data.decoders.nifti import read_nifti
+
+    return read_nifti(item, config, read, mask_rule)

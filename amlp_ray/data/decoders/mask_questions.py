@@ -22,6 +22,7 @@ from amlp_ray.data.decoders.mask_rule import (
 from amlp_ray.data.decoders.mask_values import DARK, MaskValues, PlaneValues
 from amlp_ray.data.decoders.masks import list_values
 from amlp_ray.errors import DataError
+from amlp_ray.utils.text import counted
 
 # Remains of JPEG have more different values in a set than classes have grays.
 MAX_CLASS_GRAYS = 8
@@ -259,7 +260,7 @@ def _check_labels(chosen: Sequence[_Mask], lesion_labels: tuple[int, ...]) -> li
     listed = list_values(missing)
     if len(missing) == len(lesion_labels):
         raise DataError(
-            f"None of {len(chosen)} masks holds lesion_labels {listed}; they hold "
+            f"None of {counted(len(chosen), 'mask')} holds lesion_labels {listed}; they hold "
             f"{list_values(sorted(held - {0.0}))}, such as {readable[0].mask.path}. Give "
             "--lesion-labels values that they hold, or leave it out to take all above 0."
         )
@@ -270,7 +271,7 @@ def _check_labels(chosen: Sequence[_Mask], lesion_labels: tuple[int, ...]) -> li
 
 def _count(number: int, of: Sequence[object]) -> str:
     """Say how many masks of a set are meant."""
-    return f"{number} of {len(of)} masks"
+    return f"{number} of {counted(len(of), 'mask')}"
 
 
 def _have(number: int) -> str:

@@ -23,13 +23,14 @@ from nibabel.orientations import apply_orientation, io_orientation
 from amlp_ray.config import PrepareConfig
 from amlp_ray.data.decoders.frame import DTYPES, Frame, ReadFile, common_dtype, read_content
 from amlp_ray.data.decoders.intensity import percentile_range, smallest_exact, to_bytes
-from amlp_ray.data.decoders.masks import select_lesion
+from amlp_ray.data.decoders.mask_rule import MaskRule, choose_rule
+from amlp_ray.data.decoders.mask_values import MaskValues
 from amlp_ray.data.decoders.nifti_geometry import Grid, read_grid
+from amlp_ray.data.decoders.nifti_labels import clean_labels, find_lesion_voxels, label_values
 from amlp_ray.data.layouts.item import SourceImage
 from amlp_ray.errors import DataError, describe_error
 
 MAX_CHANNELS = 16  # a fourth axis is longer in series of time, which are no channels
-LABEL_TOLERANCE = 1e-3  # by which a scaled label may differ from a whole number
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # of a volume turned to RAS
 HEADER_BYTES = 348  # of NIfTI-1, the shorter one
 MODALITY_ADVICE = (
@@ -75,13 +76,25 @@ class _Channel(NamedTuple):
     values: np.ndarray  # (X, Y, Z), as stored
 
 
-def read_nifti(item: SourceImage, config: PrepareConfig, read: ReadFile) -> Iterator[Frame]:
+class _Mask(NamedTuple):
+    """The union of the label volumes of an item."""
+
+    lesion: np.ndarray  # (X, Y, Z) uint8 of 0 and 1, in RAS axes
+    values: tuple[MaskValues, ...]  # of each label volume
+    notes: tuple[str, ...]
+
+
+def read_nifti(
+    item: SourceImage, config: PrepareConfig, read: ReadFile, mask_rule: MaskRule | None = None
+) -> Iterator[Frame]:
     """Yield the slices of a volume across `config.axis`.
 
     There is a channel per modality, or per step of the fourth axis. Whole numbers keep their
     values: as uint8, uint16 or int16 if the file says so, else as the smallest of these that holds
     all, else as float32. Scaled values are float32 too. With `values=percentile` each channel
     becomes uint8 by the percentiles of what lies above its minimum.
+
+    Soft labels are read by `mask_rule`, or by one that the labels of this item suggest.
 
     Raises:
         DataError: a file cannot be read, holds no volume of finite numbers, or has another grid
@@ -100,7 +113,8 @@ def read_nifti(item: SourceImage, config: PrepareConfig, read: ReadFile) -> Iter
     ranges = [config.window] * len(channels)
     if config.values == "percentile":
         ranges = [percentile_range(volume.scale(values)) for volume, values in channels]
-    mask, notes = _read_mask(item, config, first, read)
+    mask = _read_mask(item, config, first, read, mask_rule) if item.masks else None
+    notes = mask.notes if mask else ()
     if first.grid.note:
         notes = (first.grid.note, *notes)
     axis = AXES[config.axis]
@@ -112,10 +126,11 @@ def read_nifti(item: SourceImage, config: PrepareConfig, read: ReadFile) -> Iter
             planes.append(to_bytes(plane, *value_range) if value_range else plane.astype(dtype))
         yield Frame(
             image=np.stack(planes, axis=-1),
-            mask=None if mask is None else np.ascontiguousarray(_cut(mask, axis, index)),
+            mask=np.ascontiguousarray(_cut(mask.lesion, axis, index)) if mask else None,
             number=index,
             spacing=(down, across),
             notes=notes if index == 0 else (),
+            mask_values=mask.values if mask and index == 0 else (),
         )
 
 
@@ -275,12 +290,14 @@ def _common_dtype(channels: list[_Channel]) -> str:
 
 
 def _read_mask(
-    item: SourceImage, config: PrepareConfig, image: _Volume, read: ReadFile
-) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """Unite the label volumes of an item to (X, Y, Z) uint8 of 0 and 1 in RAS axes, with notes."""
-    if not item.masks:
-        return None, ()
-    union = np.zeros(image.stored.shape[:3], np.uint8)
+    item: SourceImage,
+    config: PrepareConfig,
+    image: _Volume,
+    read: ReadFile,
+    rule: MaskRule | None,
+) -> _Mask:
+    """Unite the label volumes of an item."""
+    volumes: dict[str, np.ndarray] = {}
     notes: list[str] = []
     for path in item.masks:
         volume = _open(path, read, image.turn)
@@ -290,19 +307,16 @@ def _read_mask(
                 "is accepted; keep one number per voxel."
             )
         _check_grid(volume, image, "labels must lie on the grid of their image; resample them")
-        labels = _round_labels(volume.scale(volume.stored[..., 0]))
-        mask, mask_notes = select_lesion(labels, config.lesion_labels)
-        union |= mask
-        notes += mask_notes
-    return union, tuple(notes)
-
-
-def _round_labels(labels: np.ndarray) -> np.ndarray:
-    """Round labels that are whole but for the rounding of a scaled file; probabilities stay."""
-    if labels.dtype.kind != "f":
-        return labels
-    rounded = np.rint(labels)
-    return rounded if np.abs(labels - rounded).max() < LABEL_TOLERANCE else labels
+        volumes[path], label_notes = clean_labels(path, volume.scale(volume.stored[..., 0]))
+        notes += label_notes
+    values = tuple(label_values(path, labels, config) for path, labels in volumes.items())
+    rule = rule or choose_rule(values, config)
+    union = np.zeros(image.stored.shape[:3], np.uint8)
+    for labels, one in zip(volumes.values(), values, strict=True):
+        lesion, label_notes = find_lesion_voxels(labels, one, rule, config)
+        union |= lesion
+        notes += label_notes
+    return _Mask(union, values, tuple(notes))
 
 
 def _check_grid(volume: _Volume, first: _Volume, advice: str) -> None:

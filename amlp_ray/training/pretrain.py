@@ -23,6 +23,7 @@ from amlp_ray.data.loading.batches import Batch, Batches
 from amlp_ray.data.loading.prefetch import prefetched
 from amlp_ray.errors import CheckpointError, ConfigError, NonFiniteLossError
 from amlp_ray.method.masking import TrainingStep
+from amlp_ray.method.precision import autocast_type
 from amlp_ray.training.checkpoint.export import ENCODER, export_encoder, is_encoder
 from amlp_ray.training.checkpoint.manager import checkpoints
 from amlp_ray.training.loggers.flops import utilization
@@ -336,7 +337,9 @@ def _check_finite(
         if not parameter.isfinite().all():
             weights = f"weights of {name} are not either"
             break
+    is_exact = autocast_type(train_state.config, train_state.device) is None
+    or_precise = "" if is_exact else ", or use precision=fp32"
     raise NonFiniteLossError(
         f"{cause} is not finite at epoch {epoch}, step {steps_before + row + 1} ({weights}); "
-        f"check the images, lower lr, raise warmup, or use precision=fp32."
+        f"check the images, lower lr or raise warmup{or_precise}."
     )

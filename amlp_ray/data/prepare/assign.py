@@ -20,6 +20,7 @@ from amlp_ray.data.prepare.scan import ScannedItem
 from amlp_ray.data.prepare.splits import find_cut_groups, read_split_file
 from amlp_ray.data.pseudonyms import pseudonym, salt
 from amlp_ray.errors import DataError
+from amlp_ray.utils.text import counted
 
 logger = logging.getLogger(__name__)
 
@@ -111,12 +112,25 @@ def assign(
     groups = _groups(scanned, user_files, config)
     counts = _count_images(scanned, user_files)
     if user_files.split_of is None:
-        splits = split_by_group(groups, counts.values, config.fractions, config.seed)
+        advice = _advise_on_groups(scanned, config)
+        splits = split_by_group(groups, counts.values, config.fractions, config.seed, advice)
         _tell_empty_splits(splits, groups, config)
     else:
         splits = [user_files.split_of[item.id] for item, _ in scanned]
         _check_cut_groups(scanned, groups, splits, config)
     return Assignment(groups, splits, _counts_of_splits(groups, splits, counts))
+
+
+def _advise_on_groups(scanned: Sequence[ScannedItem], config: PrepareConfig) -> str:
+    """Say what can be done where one group is too large to be split."""
+    if config.group_file:
+        return f"give other fractions, or smaller groups in {config.group_file}"
+    rule = _resolve_rule(scanned, config)
+    if rule == "image":
+        return "give other fractions, or more files, since the slices of one stay together"
+    if rule == "patient":
+        return "give other fractions, or images of more patients"
+    return "give other fractions or a group_file, or set group_by to image if these are not copies"
 
 
 def _check_cut_groups(
@@ -136,15 +150,15 @@ def _check_cut_groups(
         )
     if cut:  # a guess at groups is no reason to refuse a published split, but one to speak up
         rule = group_rule(scanned, config)
-        message = "%d groups of %s, such as that of %r, lie in several splits of %s."
-        logger.info(message, len(cut), rule, next(iter(cut)), config.split_file)
+        message = "%s of %s, such as that of %r, cut by the splits of %s."
+        logger.info(message, counted(len(cut), "group"), rule, next(iter(cut)), config.split_file)
 
 
 def _tell_empty_splits(splits: Sequence[str], groups: Sequence[str], config: PrepareConfig) -> None:
     fractions = zip(SPLITS, config.fractions, strict=True)
     empty = [split for split, fraction in fractions if fraction and split not in splits]
     if empty:
-        message = "%s stays empty: %d groups are too few; give other fractions."
+        message = "%s stays empty: there are too few groups (%d); give other fractions."
         logger.info(message, " and ".join(empty), len(set(groups)))
 
 

@@ -30,6 +30,7 @@ def split_by_group(
     counts: np.ndarray,
     fractions: tuple[float, float, float],
     seed: int,
+    advice: str = "give other fractions",
 ) -> list[str]:
     """Draw the split of each item; cut no group.
 
@@ -43,6 +44,7 @@ def split_by_group(
             are those of a class or a site, or those with a lesion.
         fractions: shares of train, val and test.
         seed: equal seeds give equal splits.
+        advice: what to do where one group is too large, for the error.
 
     Raises:
         DataError: one group holds over half of all images and a split has none.
@@ -62,7 +64,8 @@ def split_by_group(
     draws = _draw(kind_shares, used_fractions, weights, np.random.default_rng(seed))
     chosen = _choose(draws, used_fractions, weights)
     split_of_group = [SPLITS[used[split]] for split in chosen]
-    _check_filled(names, sizes[:, 0], split_of_group, [SPLITS[split] for split in used])
+    used_splits = [SPLITS[split] for split in used]
+    _check_filled(names, sizes[:, 0], split_of_group, used_splits, advice)
     return [split_of_group[group] for group in group_of]
 
 
@@ -136,7 +139,11 @@ def _choose(draws: _Draws, fractions: np.ndarray, weights: np.ndarray) -> np.nda
 
 
 def _check_filled(
-    names: np.ndarray, sizes: np.ndarray, split_of_group: list[str], used_splits: list[str]
+    names: np.ndarray,
+    sizes: np.ndarray,
+    split_of_group: list[str],
+    used_splits: list[str],
+    advice: str,
 ) -> None:
     empty = [split for split in used_splits if split not in split_of_group]
     largest = int(sizes.argmax())
@@ -144,6 +151,5 @@ def _check_filled(
     if empty and 2 * size > total > 2:
         raise DataError(
             f"No images are left for {' and '.join(empty)}, since the group of "
-            f"{names[largest]!r} holds {size} of {total} images and may not be cut; give other "
-            f"fractions or a group_file, or set group_by to image if these are not copies."
+            f"{names[largest]!r} holds {size} of {total} images and may not be cut; {advice}."
         )

@@ -10,6 +10,7 @@ from typer import Argument, Option
 
 from amlp_ray.cli.output import Json, print_json
 from amlp_ray.cli.run_options import Set
+from amlp_ray.utils.text import counted
 
 
 def predict(
@@ -62,4 +63,4 @@ def predict(
     before = f"; {predictions.before} were there from before" if predictions.before else ""
     typer.echo(f"Wrote {predictions.out}: {predictions.predicted} predicted{before}.")
     if predictions.rejected:
-        typer.echo(f"{predictions.rejected} files rejected, see {predictions.rejects}.")
+        typer.echo(f"{counted(predictions.rejected, 'file')} rejected, see {predictions.rejects}.")

@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from amlp_ray.utils.text import counted
+
 # Seconds between lines where stderr is no terminal: this share of the time so far, within bounds.
 # So an hour gives some 60 lines and a day some 200.
 LOG_INTERVAL_SHARE = 0.1
@@ -201,7 +203,7 @@ def run_progress(
         )
         raise typer.Exit(130) from None
     if not progress.was_updated:
-        typer.echo(f"{folder} was finished before: {epochs} epochs.", err=err)
+        typer.echo(f"{folder} was finished before: {counted(epochs, 'epoch')}.", err=err)
 
 
 def format_epoch(metrics: Mapping[str, Any], epochs: int, seconds_left: float) -> str:

@@ -20,6 +20,7 @@ from amlp_ray.cli.study_options import (
     open_store,
 )
 from amlp_ray.errors import ConfigError
+from amlp_ray.utils.text import counted
 
 if TYPE_CHECKING:
     from amlp_ray.config import StudyConfig
@@ -192,7 +193,7 @@ def repair(
         typer.echo(f"nothing is to be repaired in {store.name!r}")
         return
     typer.echo(
-        f"repaired {store.name!r}: {len(result.restored)} runs restored from their folders, "
+        f"repaired {store.name!r}: {counted(len(result.restored), 'run')} restored from folders, "
         f"{result.kept} as they were stored, {len(result.gone)} gone"
     )
     if result.copy is not None:
@@ -212,7 +213,7 @@ def delete(
 
     store = open_store(name, runs)
     count = count_trials(store)
-    question = f"Delete {store.folder} with {count} trials and their encoders?"
+    question = f"Delete {store.folder} with {counted(count, 'trial')} and all encoders?"
     if not yes and not typer.confirm(question):
         typer.echo("nothing was deleted")
         return

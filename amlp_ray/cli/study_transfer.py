@@ -53,8 +53,8 @@ def import_(
         print_json(vars(imported))
         return
     typer.echo(
-        f"{counted(len(imported.taken), 'trial')} imported into {config.name!r}, {imported.known} known "
-        f"already"
+        f"{counted(len(imported.taken), 'trial')} imported into {config.name!r}, "
+        f"{imported.known} known already"
     )
     for reason, count in Counter(imported.left_out.values()).most_common():
         first = next(name for name, text in imported.left_out.items() if text == reason)

@@ -70,7 +70,7 @@ def test_it_says_what_it_wrote_and_goes_on(
     code, out, _ = run(capsys, monkeypatch, *arguments)
     assert code == 0
     assert f"Wrote {tmp_path / 'masks'}: 2 predicted." in out
-    assert f"1 files rejected, see {tmp_path / 'masks.rejects.csv'}." in out
+    assert f"1 file rejected, see {tmp_path / 'masks.rejects.csv'}." in out
     assert Image.open(tmp_path / "masks" / "1.png").size == (47, 33)
     assert Image.open(tmp_path / "masks.overlay" / "1.png").size == (47, 33)
     code, out, _ = run(capsys, monkeypatch, *arguments)

@@ -63,7 +63,7 @@ def test_a_timm_checkpoint_is_fine_tuned_once_and_then_told_to_be_finished(
     } <= score.keys()
     code, again, err = run(capsys, monkeypatch, *command)
     assert (code, again) == (0, first)
-    assert err == f"{tmp_path / 'out'} was finished before: 1 epochs.\n"
+    assert err == f"{tmp_path / 'out'} was finished before: 1 epoch.\n"
     code, _, err = run(capsys, monkeypatch, *command, "--set", "lr=0.1")
     assert code == 2
     assert "another settings.lr" in err

@@ -258,7 +258,7 @@ def test_a_study_is_deleted_when_that_is_meant(
     monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
     code, out, _ = run("delete", "tiny")
     assert code == 0
-    assert out.startswith(f"Delete {store.folder} with 3 trials and their encoders?")
+    assert out.startswith(f"Delete {store.folder} with 3 trials and all encoders?")
     assert out.endswith("nothing was deleted\n")
     assert store.folder.is_dir()
     assert run("delete", "tiny", "--yes")[0] == 0

@@ -24,6 +24,7 @@ from amlp_ray.study.search.samplers import check_sampler
 from amlp_ray.study.search_space.validate import check_space, sample_configs
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import trial_records
+from amlp_ray.utils.text import counted
 
 OTHER_FILES_MB = 2.0  # a trial's pictures, metrics and scores, at most
 MIN_PAST_TRIALS = 3  # for an estimate from the study's own trials
@@ -185,7 +186,7 @@ def make_plan(
         cpus_per_trial=config.resources.cpus_per_worker * workers,
         gpus_per_trial=gpus,
         concurrency=side_by_side,
-        estimated_from=f"{len(past)} trials of this study" if past else "steps run now",
+        estimated_from=f"{counted(len(past), 'trial')} of this study" if past else "steps run now",
         seconds_per_trial=seconds,
         seconds_per_probe=costs[0].probe,
         hours=hours,

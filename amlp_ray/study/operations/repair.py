@@ -28,6 +28,7 @@ from amlp_ray.study.storage.optuna_storage import open_journal
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_files import begun_folders, begun_trials
 from amlp_ray.study.storage.trial_record import TrialRecord, finite
+from amlp_ray.utils.text import counted
 
 NO_RECORD = "nothing is left of it but its number"
 
@@ -307,8 +308,8 @@ class _Runs:
         unlock = TestUnlock(when=when, commit=None, candidates=candidates, runs=runs)
         confirm.attributes[TEST_UNLOCKED] = asdict(unlock)
         self._result.notes.append(
-            f"the test images were opened by {when}, as the test.json of {len(tests)} runs says; "
-            f"nothing else is scored on them"
+            f"the test images were opened by {when}, as the test.json of "
+            f"{counted(len(tests), 'run')} says; nothing else is scored on them"
         )
 
 

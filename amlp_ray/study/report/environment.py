@@ -9,6 +9,7 @@ from amlp_ray.config.overrides import flatten
 from amlp_ray.study.report.report_data import ReportData, ReportedTrial
 from amlp_ray.study.report.tables import Table, show, text_table
 from amlp_ray.study.storage.provenance import read_provenance
+from amlp_ray.utils.text import counted
 
 # Runs of the study that are listed; the rest is in environments.jsonl.
 MAX_RUNS = 50
@@ -108,7 +109,7 @@ def _names(trials: Sequence[ReportedTrial]) -> str:
     numbers = [trial.number for trial in trials if trial.name.startswith("trial ")]
     others = [trial.name for trial in trials if not trial.name.startswith("trial ")]
     if len(others) > MAX_NAMES:
-        others = [f"{len(others)} runs of baselines or of the confirmation"]
+        others = [f"{counted(len(others), 'run')} of baselines or of the confirmation"]
     if not numbers:
         return ", ".join(others)
     ranges = _ranges(sorted(numbers))

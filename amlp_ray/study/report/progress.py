@@ -20,6 +20,7 @@ from amlp_ray.study.report.plotting import (
 )
 from amlp_ray.study.report.report_data import ReportData, ReportedTrial
 from amlp_ray.study.report.tables import Table, count_words, duration, text_table
+from amlp_ray.utils.text import counted
 
 LIMIT_TITLES = {
     "trials": "Trials of the search",
@@ -261,7 +262,10 @@ def efficiency(data: ReportData) -> Figure:
         name="best so far",
         line={"shape": "hv", "color": ACCENT},
         marker={"size": [7] * len(improvements) + [0]},
-        text=[*(hover_text(ended[index]) for index in improvements), f"{len(ended)} trials ended"],
+        text=[
+            *(hover_text(ended[index]) for index in improvements),
+            f"{counted(len(ended), 'trial')} ended",
+        ],
         hovertemplate="%{x} epochs: %{y:.3f}<br>%{text}<extra></extra>",
     )
     figure.update_xaxes(rangemode="tozero")

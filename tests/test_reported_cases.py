@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from amlp_ray.cli import main
-from amlp_ray.config import ImageSpec
+from amlp_ray.config import ImageSpec, PrepareConfig
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.errors import CheckpointError
+from amlp_ray.data.layouts import find_items
+from amlp_ray.data.prepare.scan import ItemScan, scan_item
+from amlp_ray.errors import CheckpointError, DataError
 from amlp_ray.training.checkpoint.pretrained import load_pretrained_encoder
 
 CASES = Path(os.environ.get("AMLP_RAY_CASES", str(Path(__file__).parents[1] / "../shared/cases")))
@@ -114,3 +117,120 @@ def test_gray_jpeg_tagged_rgb_is_one_gray_channel(case: Case) -> None:
     dataset = case.dataset()
     assert dataset.manifest.channels == 1
     assert "6 repaired" in printed
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("variant", [(), ("studies",)])
+def test_slices_without_patient_are_split_by_folder_and_told(
+    case: Case, variant: tuple[str, ...]
+) -> None:
+    case.make("dicom_no_patient", *variant)
+    code, printed = case.prepare("--size", 32)
+    assert code == 0, printed
+    assert "patients are not all known" in printed
+    manifest = case.dataset().manifest
+    assert manifest.group_unit == "group"
+    assert sum(counts.groups for counts in manifest.counts.values()) == 4
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("variant", [(), ("across",)])
+def test_slices_that_share_a_uid_are_kept(case: Case, variant: tuple[str, ...]) -> None:
+    case.make("dicom_one_uid_for_all", *variant)
+    code, printed = case.prepare("--size", 32)
+    assert code == 0, printed
+    assert len(case.dataset()) == 24
+    assert "SOPInstanceUID of another file and other pixels; they are kept" in printed
+
+
+def test_mosaics_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = Case(tmp_path, monkeypatch, capsys)  # needs no Ray
+    case.make("dicom_mosaic")
+    code, printed = case.prepare("--size", 32)
+    assert code == 2
+    assert "is a mosaic of slices in one picture" in printed
+
+
+def test_study_with_a_relative_database_is_the_same_from_any_folder(case: Case) -> None:
+    case.make("study_relative_sqlite")
+    file = case.folder / "a" / "s.yaml"
+    file.write_text(file.read_text().replace("arms:", "baselines:"))
+    case.monkeypatch.chdir(case.folder / "a")
+    code, printed = case.run("study", "enqueue", "s.yaml", "ratio.start=0.5")
+    assert code == 0, printed
+    runs = ("--runs", "../a/runs")
+    case.monkeypatch.chdir(case.folder / "b")
+    code, printed = case.run("study", "enqueue", "rel", "ratio.start=0.6", *runs)
+    assert (code, printed.splitlines()[0]) == (0, "trial 1 of 'rel' waits to be run")
+    assert "WAITING 2" in case.run("study", "status", "rel", *runs)[1]
+    assert not list((case.folder / "b").iterdir())
+    databases = [path.relative_to(case.folder) for path in case.folder.rglob("*.db")]
+    assert databases == [Path("a/runs/rel/trials of 100%.db")]
+
+
+@pytest.mark.ray
+def test_long_folder_for_temporary_files_keeps_no_ray_from_starting(case: Case) -> None:
+    folder = case.make("long_tmpdir")
+    (scratch,) = case.folder.glob("job_scratch_*")
+    done = subprocess.run(
+        [sys.executable, "-m", "amlp_ray", "data", "prepare", folder, case.folder / "out"],
+        env={**os.environ, "TMPDIR": str(scratch)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"Ray keeps its temporary files in /tmp: {scratch} is longer than" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert case.dataset().count("train") == 28
+
+
+@pytest.fixture
+def quick_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Case:
+    """Return a case that needs no Ray."""
+    return Case(tmp_path, monkeypatch, capsys)
+
+
+def scan(case: Case, config: PrepareConfig) -> list[ItemScan]:
+    """List and decode the images of a case, as `prepare` does first, but without Ray."""
+    scans = [scan_item(item, config) for item in find_items(config, case.folder / "in").items]
+    assert not any(one.fault for one in scans)
+    return scans
+
+
+def lesions_of(scans: list[ItemScan]) -> list[int]:
+    """Return the lesion pixels of each image before it is resized."""
+    return [one.mask_area.lesion_pixels for one in scans]
+
+
+def test_spacing_is_that_of_the_qform_where_the_sform_has_no_scale(quick_case: Case) -> None:
+    quick_case.make("sform_unit_scale")
+    for one in scan(quick_case, PrepareConfig(size=32)):
+        assert one.frames[0].spacing == pytest.approx((1.3158, 1.3158), abs=1e-4)
+        assert "the qform, which agrees with pixdim, is taken" in one.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"), [("coco_string_category", (1,)), ("coco_image_id_text", ())]
+)
+def test_coco_numbers_as_text_are_matched(
+    name: str, labels: tuple[int, ...], quick_case: Case
+) -> None:
+    quick_case.make(name)
+    scans = scan(quick_case, PrepareConfig(size=32, lesion_labels=labels))
+    assert lesions_of(scans) == [100] * 6
+
+
+def test_coco_category_that_is_not_there_is_an_error(quick_case: Case) -> None:
+    quick_case.make("coco_no_such_category")
+    with pytest.raises(DataError, match=r"2 is no category .* 0 \(benign\), 1 \(malignant\)"):
+        scan(quick_case, PrepareConfig(size=32, lesion_labels=(2,)))
+
+
+def test_retina_vessels_are_the_lesion_and_not_the_field_of_view(quick_case: Case) -> None:
+    quick_case.make("retina_fov_masks")
+    assert lesions_of(scan(quick_case, PrepareConfig(size=32))) == [40] * 8

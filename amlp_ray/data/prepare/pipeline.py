@@ -370,11 +370,8 @@ class _Preparation:
         if manifest.dropped:
             message += f"; {manifest.dropped} tiles or slices left out as mostly background"
         logger.info("Wrote %s: %s.", self.out, message)
-        num_rejected, num_repaired = self.rejects.num_rejected, self.rejects.num_repaired
-        if num_rejected or num_repaired:
-            rejected_text = counted(num_rejected, "file")
-            message = "%s rejected and %d repaired, see %s."
-            logger.info(message, rejected_text, num_repaired, self.rejects.path)
+        if self.rejects.num_rejected or self.rejects.num_repaired:
+            logger.info("%s", self.rejects.summary())
 
 
 def _open_existing(out: DataPath) -> PatchDataset | None:

@@ -6,7 +6,7 @@ The list lies beside the dataset and not inside, because names of files may name
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from amlp_ray.data.layouts import Listing, RejectedFile
 from amlp_ray.data.path import DataPath
@@ -52,12 +52,30 @@ class Rejects:
         sentence = file.reason if names_another_file else f"{file.file} {file.reason}"
         return sentence if sentence.endswith(".") else f"{sentence}."
 
+    def summary(self) -> str:
+        """Return the counts, where the list is, and the commonest reasons, as sentences."""
+        counts = f"{counted(self.num_rejected, 'file')} rejected and {self.num_repaired} repaired"
+        sentences = [f"{counts}, see {self.path}."]
+        for action in ("rejected", "repaired"):
+            files = [file for file in self._files if file.action == action]
+            if files:
+                example, number = commonest(files)
+                reason = example.reason.removesuffix(".")
+                sentences.append(f"Most often {action} ({number}): {example.file} {reason}.")
+        return " ".join(sentences)
+
     def write(self) -> None:
         """Write the list sorted by file, or delete an older one if it is empty. Raises OSError."""
         if not self._files:
             self.path.delete()
             return
         self.path.atomic_write(csv_text(RejectedFile._fields, sorted(set(self._files))))
+
+
+def commonest(files: Sequence[RejectedFile]) -> tuple[RejectedFile, int]:
+    """Return the first file with the commonest reason, and the number of files that have it."""
+    reason, number = Counter(file.reason for file in files).most_common(1)[0]
+    return next(file for file in files if file.reason == reason), number
 
 
 def check_stray_masks(listing: Listing) -> None:
@@ -69,12 +87,10 @@ def check_stray_masks(listing: Listing) -> None:
     num_masks = num_strays + sum(len(item.masks) for item in listing.items)
     if num_strays <= MAX_STRAY_SHARE * num_masks:
         return
-    reasons = Counter(file.reason for file in listing.stray_masks)
-    reason = reasons.most_common(1)[0][0]
-    example = next(file.file for file in listing.stray_masks if file.reason == reason)
+    example, _ = commonest(listing.stray_masks)
     raise DataError(
         f"{num_strays} of {counted(num_masks, 'mask')} belong to no image, so their lesions would "
-        f"be lost. The commonest fault: {example} {reason}. If that is not so, the layout "
-        f"{listing.layout} is not theirs; name another with --layout, or remove the masks if they "
-        "are not wanted."
+        f"be lost. The commonest fault: {example.file} {example.reason}. If that is not so, the "
+        f"layout {listing.layout} is not theirs; name another with --layout, or remove the masks "
+        "if they are not wanted."
     )

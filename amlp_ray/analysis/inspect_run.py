@@ -31,7 +31,7 @@ from amlp_ray.method.visualization import (
 from amlp_ray.training.checkpoint.restore import load_model, read_run_config
 from amlp_ray.training.loggers.metrics_file import read_rows
 from amlp_ray.utils.files import atomic_path, atomic_write, local_path
-from amlp_ray.utils.json_files import read_json
+from amlp_ray.utils.json_files import parse_json_mapping, read_json, unseal
 
 MAX_IMAGES = 64  # nobody looks through a sheet of more
 SUMMARY = "inspection.json"
@@ -86,7 +86,7 @@ class TrainingData(BaseModel):
 def _read_training_data(run: Path) -> TrainingData:
     path = run / "data.json"
     try:
-        return TrainingData.model_validate_json(path.read_text())
+        return TrainingData.model_validate(unseal(parse_json_mapping(path.read_bytes())))
     except (OSError, ValueError):
         raise CheckpointError(
             f"{path} does not say what data the run was trained on; train the run again."

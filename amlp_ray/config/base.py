@@ -231,7 +231,8 @@ def _siblings(model: type[BaseModel], names: Iterable[str], group: str) -> list[
     siblings = [".".join(parts[: depth + 1]) for parts in inside]
     if not siblings:
         # The values of a mapping, such as the parameters of a space.
-        for inner in models_in(model.model_fields[group.partition(".")[0]].annotation):
+        field_info = model.model_fields.get(group.partition(".")[0])
+        for inner in models_in(field_info and field_info.annotation):
             siblings += [f"{group}.{name}" for name in inner.model_fields]
     return list(dict.fromkeys(siblings))
 

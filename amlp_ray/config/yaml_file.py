@@ -7,23 +7,37 @@ stops at the first key that is given twice, where all problems of a file are lis
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import BaseModel
 
-from amlp_ray.config.base import Config, ConfigIssue, ConfigSource, ConfigValues
-from amlp_ray.errors import ConfigError
+from amlp_ray.config.base import (
+    Config,
+    ConfigIssue,
+    ConfigSource,
+    ConfigT,
+    ConfigValues,
+    build,
+)
+from amlp_ray.errors import ConfigError, describe_error
 from amlp_ray.utils.files import atomic_write
+from amlp_ray.utils.text import decode_text
 
 # PyYAML raises Python's own errors where a tag such as !!int or a date does not fit its value.
 YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 # Far more than any settings file has. Aliases of aliases would expand to billions.
 MAX_BYTES = 1_000_000
 MAX_VALUES = 100_000
+REPLACED_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp")
+DIGEST_LINE = re.compile(r"# sha256 ([0-9a-f]{64}) ")
+
+logger = logging.getLogger(__name__)
 
 
 def read_yaml(path: str | Path) -> ConfigValues:
@@ -42,7 +56,7 @@ def read_yaml(path: str | Path) -> ConfigValues:
         )
     keys = _KeyIndex()
     try:
-        values, root = _parse(path.read_text())
+        values, root = _parse(decode_text(path.read_bytes()))
         if isinstance(root, yaml.MappingNode):
             keys.add(root, "")
     except yaml.MarkedYAMLError as error:
@@ -50,9 +64,12 @@ def read_yaml(path: str | Path) -> ConfigValues:
         position = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = ", ".join(part for part in (error.context, error.problem) if part)
         raise ConfigError(f"{position} is not valid YAML: {problem}.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not text in UTF-8 or UTF-16 (byte {error.start}); save it as such."
+        ) from None
     except YAML_ERRORS as error:
-        problem = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not valid YAML: {problem}.") from None
+        raise ConfigError(f"{path} is not valid YAML: {describe_error(error)}.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values, not {type(values).__name__}.")
     return ConfigValues(values, ConfigSource(str(path), keys.lines, tuple(keys.duplicates)))
@@ -93,9 +110,23 @@ def _count_values(node: yaml.Node, counted: dict[int, int]) -> int:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without code, in which 1e-3 is a number; YAML 1.1 accepts only 1.0e-3."""
+    """YAML without code, in which numbers and names are what they look like.
+
+    1e-3 is a number, which YAML 1.1 accepts only as 1.0e-3. 010 is ten and not eight, 1:30 is no
+    number of seconds, and 2024-05-01 is a text.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in REPLACED_TAGS]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(?:0|[1-9][\d_]*|0x[\da-fA-F][\da-fA-F_]*|0b[01][01_]*)$"),
+    list("-+0123456789"),
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"),
@@ -133,7 +164,37 @@ class _KeyIndex:
             self.add(value, f"{name}.")
 
 
+def write_record(config: Config, path: Path) -> None:
+    """Write the settings that a run was begun with, and a digest of them in the first line."""
+    text = _to_text(config.model_dump(mode="json"))
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    atomic_write(path, f"# sha256 {digest} of the lines below, which stay as they are\n{text}")
+
+
+def read_record(model: type[ConfigT], path: Path) -> ConfigT:
+    """Read the settings that a run was begun with.
+
+    Raises:
+        ConfigError: the file was changed after it was written, or is no such file.
+    """
+    values = read_yaml(path)
+    first, _, text = path.read_text(encoding="utf-8").partition("\n")
+    if match := DIGEST_LINE.match(first):
+        if hashlib.sha256(text.encode()).hexdigest() != match[1]:
+            raise ConfigError(
+                f"{path} was changed after it was written: its digest does not fit; restore it, or "
+                f"begin again in another folder."
+            )
+    else:
+        logger.warning("%s has no digest, so it is not known whether it was changed.", path)
+    return build(model, values, str(path))
+
+
 def write_yaml(config: Config | Mapping[str, Any], path: Path) -> None:
     """Write settings in full, so that a later change of a default does not change an old run."""
     values = config.model_dump(mode="json") if isinstance(config, BaseModel) else dict(config)
-    atomic_write(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    atomic_write(path, _to_text(values))
+
+
+def _to_text(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

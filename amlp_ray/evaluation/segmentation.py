@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from amlp_ray.config import FaultToleranceConfig, ImageSpec, ResourceConfig, SegmentConfig
-from amlp_ray.config.yaml_file import write_yaml
+from amlp_ray.config.yaml_file import write_record
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import CheckpointError, ConfigError
 from amlp_ray.evaluation.evaluate import SIZES, evaluate
@@ -118,7 +118,7 @@ def segment(
         _claim(run_dir, tuning, dataset)
         score = read_json(tuning.out / SCORE)
         if score is None or not (tuning.out / WEIGHTS).is_file():
-            write_yaml(tuning.config, tuning.out / "config.yaml")
+            write_record(tuning.config, tuning.out / "config.yaml")
             _train(tuning, dataset, resources, address, progress, device)
             score = read_json(tuning.out / SCORE)
     return score or {}

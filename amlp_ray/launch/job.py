@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from amlp_ray.config import PretrainConfig
-from amlp_ray.config.base import build
 from amlp_ray.config.overrides import flatten
-from amlp_ray.config.yaml_file import read_yaml, write_yaml
+from amlp_ray.config.yaml_file import read_record, write_record
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.loading.batches import open_batches
 from amlp_ray.errors import CheckpointError
@@ -35,6 +34,7 @@ from amlp_ray.training.pretrain import Hooks, Metrics, PretrainResult, pretrain
 from amlp_ray.training.train_state import new_model
 from amlp_ray.utils.distributed import barrier
 from amlp_ray.utils.files import atomic_write
+from amlp_ray.utils.json_files import JsonError, parse_json_mapping, seal_json, unseal
 from amlp_ray.utils.retry import RetryPolicy
 from amlp_ray.utils.run_dir import RunDir
 
@@ -185,16 +185,16 @@ def claim(run_spec: RunSpec, dataset: PatchDataset, eval_data: PatchDataset | No
         if config_file.is_file():
             _check_same_config(run_spec, config_file)
         if data_file.is_file():
-            stored = json.loads(data_file.read_text())
+            stored = _read_data_file(data_file)
             _check_same_data(folder, data, stored)
             # Either may lack it: a run scored by other images is not the run that was not.
             _check_same_data(folder, data.get("eval_data", {}), stored.get("eval_data", {}))
-    write_yaml(run_spec.config, config_file)
-    atomic_write(data_file, json.dumps(data, indent=1))
+    write_record(run_spec.config, config_file)
+    atomic_write(data_file, seal_json(data))
 
 
 def _check_same_config(run_spec: RunSpec, config_file: Path) -> None:
-    stored = build(PretrainConfig, read_yaml(config_file), str(config_file))
+    stored = read_record(PretrainConfig, config_file)
     # How images are read does not change the result, and a smaller machine may read otherwise.
     ignored = {"data": "auto"}
     if stored.model_copy(update=ignored) != run_spec.config.model_copy(update=ignored):
@@ -202,6 +202,16 @@ def _check_same_config(run_spec: RunSpec, config_file: Path) -> None:
             f"{run_spec.folder} holds a run with other settings (see its config.yaml); "
             f"use another folder or delete it."
         )
+
+
+def _read_data_file(file: Path) -> dict[str, Any]:
+    try:
+        return unseal(parse_json_mapping(file.read_bytes()))
+    except JsonError as error:
+        raise CheckpointError(
+            f"{file} {error}, so the data of the run are not known; restore it, or delete it if "
+            f"they are those of this command."
+        ) from None
 
 
 def _check_same_data(folder: Path, data: dict[str, Any], stored: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from amlp_ray.utils.files import open_regular
+from amlp_ray.utils.text import UTF16_MARKS
 
 # The annotations of LVIS, the largest in public, have 1.1 GB.
 MAX_BYTES = 4 << 30
@@ -26,7 +27,6 @@ MAX_LINE_BYTES = 64 << 20
 MAX_DEPTH = 100
 
 DIGEST = "sha256"  # key of the digest in sealed JSON
-UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,8 @@ def unseal(values: Mapping[str, Any]) -> dict[str, Any]:
     >>> unseal(parse_json(seal_json({"rows": 5})))
     {'rows': 5}
     """
+    if DIGEST not in values:
+        raise JsonError("has no digest of itself: it was changed, or an older version wrote it")
     plain = {key: value for key, value in values.items() if key != DIGEST}
     if values.get(DIGEST) != _digest(plain):
         raise JsonError("was changed after it was written: its digest does not fit")

@@ -22,6 +22,7 @@ from amlp_ray.method.masking import Masking, TrainingStep
 from amlp_ray.training.checkpoint.manager import checkpoints, read_checkpoint
 from amlp_ray.training.checkpoint.restore import load_model, read_run_config
 from amlp_ray.training.pretrain import Hooks
+from amlp_ray.utils.json_files import seal_json
 
 TINY = {"width": 24, "depth": 1, "heads": 2, "decoder_width": 16}
 
@@ -212,9 +213,12 @@ def bad_input(
             path.write_bytes(path.read_bytes()[:500])
     elif case == "no data.json":
         (run / "data.json").unlink()
+    elif case == "data.json changed":
+        content = (run / "data.json").read_text()
+        (run / "data.json").write_text(content.replace('"mean"', '"meam"'))
     elif case == "data gone":
         (run / "data.json").write_text(
-            json.dumps({"path": str(tmp_path / "gone"), "fingerprint": ""})
+            seal_json({"path": str(tmp_path / "gone"), "fingerprint": ""})
         )
     elif case == "patches do not divide":
         return run, {"data": with_manifest(dataset, tmp_path / "data", height=60, width=60)}
@@ -247,6 +251,7 @@ def bad_input(
         ),
         ("damaged checkpoint", CheckpointError, "are damaged"),
         ("no data.json", CheckpointError, "data.json does not say"),
+        ("data.json changed", CheckpointError, "data.json does not say"),
         ("data gone", DataError, "There is no patch dataset"),
         ("patches do not divide", ConfigError, "patch_size 8 does not divide"),
         ("count 0", ConfigError, "count is 0, but must be from 1 to 64"),

@@ -111,9 +111,10 @@ def test_a_manifest_that_was_changed_by_hand_is_refused(
     file.write_text(json.dumps(edit(json.loads(file.read_text()))))
     with pytest.raises(DataError) as error:
         PatchDataset.open(folder)
-    assert str(error.value) == (
-        f"{file} was changed after it was written: its digest does not fit; restore it, or "
-        f"prepare the dataset again with `amlp-ray data prepare`."
+    message = str(error.value)
+    assert message.startswith((f"{file} was changed after", f"{file} has no digest of itself"))
+    assert message.endswith(
+        "restore it, or prepare the dataset again with `amlp-ray data prepare`."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from amlp_ray.training.checkpoint.manager import latest, write_checkpoint
 from amlp_ray.training.loggers.metrics_file import Metrics, read_rows
 from amlp_ray.training.pretrain import Hooks
 from amlp_ray.utils.event_log import count_events, read_events
+from amlp_ray.utils.json_files import seal_json
 
 TINY = {
     "epochs": 3,
@@ -105,10 +107,19 @@ def test_a_finished_run_is_left_as_it_is(phantom_dataset: PatchDataset, tmp_path
     with pytest.raises(CheckpointError, match="other settings"):
         amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", make_config(lr=0.5))
     data_file = tmp_path / "run" / "data.json"
-    data_file.write_text(
-        data_file.read_text().replace(phantom_dataset.manifest.fingerprint, "0" * 64)
-    )
+    content = data_file.read_text()
+    other = content.replace(phantom_dataset.manifest.fingerprint, "0" * 64)
+    data_file.write_text(other)
+    with pytest.raises(CheckpointError, match=r"data\.json was changed after it was written"):
+        amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", make_config())
+    values = {key: value for key, value in json.loads(other).items() if key != "sha256"}
+    data_file.write_text(seal_json(values))
     with pytest.raises(CheckpointError, match="other data"):
+        amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", make_config())
+    data_file.write_text(content)
+    config_file = tmp_path / "run" / "config.yaml"
+    config_file.write_text(config_file.read_text().replace("seed: ", "seed: 1"))
+    with pytest.raises(ConfigError, match=r"config\.yaml was changed after it was written"):
         amlp_ray.pretrain(phantom_dataset.path, tmp_path / "run", make_config())
 
 

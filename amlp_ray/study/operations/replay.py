@@ -16,7 +16,7 @@ from typing import Any
 
 from amlp_ray.config import PretrainConfig, ProbeConfig, ResourceConfig, StudyConfig
 from amlp_ray.config.base import build
-from amlp_ray.config.yaml_file import read_yaml
+from amlp_ray.config.yaml_file import read_record
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import StudyError
 from amlp_ray.launch.run_spec import RunSpec
@@ -68,7 +68,7 @@ def replay(
     if obstacle := _obstacle(record, folder, old_scores):
         raise StudyError(f"Trial {number} of {store.name!r} {obstacle}")
     config_file = folder / "config.yaml"
-    trial_config = build(PretrainConfig, read_yaml(config_file), str(config_file))
+    trial_config = read_record(PretrainConfig, config_file)
     provenance = read_provenance(folder) or {}
     dataset = _open_same_data(provenance, "dataset", data or config.data)
     scored = _open_same_data(provenance, "eval_data", eval_data or config.eval_data)

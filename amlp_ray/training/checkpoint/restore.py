@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from amlp_ray.config import ImageSpec, PretrainConfig
-from amlp_ray.config.base import build
 from amlp_ray.config.overrides import flatten
-from amlp_ray.config.yaml_file import read_yaml
+from amlp_ray.config.yaml_file import read_record
 from amlp_ray.errors import CheckpointError
 from amlp_ray.method.autoencoder import MaskedAutoencoder, build_autoencoder
 from amlp_ray.training.checkpoint.manager import (
@@ -84,7 +83,7 @@ def read_run_config(folder: Path) -> PretrainConfig:
         raise CheckpointError(
             f"{folder} {problem}; give the folder of a pretraining run or of one trial of a study."
         )
-    return build(PretrainConfig, read_yaml(path), str(path))
+    return read_record(PretrainConfig, path)
 
 
 def load_model(

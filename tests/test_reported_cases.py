@@ -6,15 +6,19 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from amlp_ray.cli import main
 from amlp_ray.config import ImageSpec, PrepareConfig
 from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.data.decoders import read_frames
 from amlp_ray.data.layouts import find_items
-from amlp_ray.data.prepare.scan import ItemScan, scan_item
+from amlp_ray.data.prepare import mask_rules
+from amlp_ray.data.prepare.scan import ItemScan, ScannedItem, scan_item
 from amlp_ray.errors import CheckpointError, DataError
 from amlp_ray.training.checkpoint.pretrained import load_pretrained_encoder
 
@@ -234,3 +238,63 @@ def test_coco_category_that_is_not_there_is_an_error(quick_case: Case) -> None:
 def test_retina_vessels_are_the_lesion_and_not_the_field_of_view(quick_case: Case) -> None:
     quick_case.make("retina_fov_masks")
     assert lesions_of(scan(quick_case, PrepareConfig(size=32))) == [40] * 8
+
+
+def read_masks(case: Case, config: PrepareConfig) -> list[int]:
+    """Return the lesion pixels of each image under the rule of the set, without Ray."""
+
+    def run_here(jobs: dict[int, Any], work: Callable[[Any], Any]) -> list[tuple[int, Any]]:
+        return [(key, work(job)) for key, job in jobs.items()]
+
+    case.monkeypatch.setattr(mask_rules, "run_jobs", run_here)
+    items = find_items(config, case.folder / "in").items
+    scanned = [ScannedItem(item, scan_item(item, config)) for item in items]
+    alike, _ = mask_rules.read_masks_alike(scanned, config)
+    return lesions_of([scan for _, scan in alike])
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "options", "pixels"),
+    [
+        ("palette_label_seven", (), {"lesion_labels": (7,)}, [100] * 8),
+        ("jpeg_mask_small_values", (), {"lesion_threshold": 0}, [64] * 8),
+        ("png_mask_from_jpeg", (), {}, [249] * 6),
+        ("alpha_only_mask", (), {}, [100] * 6),
+        ("alpha_only_mask", ("black",), {}, [100] * 6),
+    ],
+)
+def test_masks_mark_the_pixels_that_were_drawn(
+    name: str,
+    variant: tuple[str, ...],
+    options: dict[str, Any],
+    pixels: list[int],
+    quick_case: Case,
+) -> None:
+    quick_case.make(name, *variant)
+    assert read_masks(quick_case, PrepareConfig(size=32, **options)) == pixels
+
+
+def test_faint_jpeg_masks_are_asked_about(quick_case: Case) -> None:
+    quick_case.make("jpeg_mask_small_values")
+    with pytest.raises(DataError, match=r"2 of 8 masks have faint values.*--lesion-threshold 0"):
+        read_masks(quick_case, PrepareConfig(size=32))
+
+
+@pytest.mark.parametrize("variant", [(), ("shaped",)])
+def test_tiff_stacks_of_one_directory_are_refused(
+    variant: tuple[str, ...], quick_case: Case
+) -> None:
+    quick_case.make("tiff_stack_one_directory", *variant)
+    config = PrepareConfig(size=32)
+    for item in find_items(config, quick_case.folder / "in").items:
+        assert "holds 10 frames, but one is accepted" in scan_item(item, config).fault
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_tiff_whose_zero_is_white_is_dark_as_viewers_show_it(bits: int, quick_case: Case) -> None:
+    quick_case.make("tiff_white_is_zero", str(bits))
+    config = PrepareConfig(size=32)
+    for item in find_items(config, quick_case.folder / "in").items:
+        (frame,) = read_frames(item, config)
+        assert frame.image.mean() / (2**bits - 1) == pytest.approx(0.106, abs=0.01)
+        assert frame.image[12, 12, 0] > 0.9 * (2**bits - 1)

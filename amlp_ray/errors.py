@@ -89,6 +89,10 @@ class InterruptedStudyError(AmlpError):
     exit_code = 130
 
 
+class ClusterLostError(AmlpError):
+    """The Ray cluster that a study runs on is gone; its next run takes over the running trials."""
+
+
 class NonFiniteLossError(AmlpError):
     """The loss became NaN or infinite; the message names epoch and step."""
 

@@ -154,7 +154,13 @@ class StudyFaultToleranceConfig(FaultToleranceConfig):
     max_identical_failures: Count = 3
     """First trials that fail for the same reason before the study stops, because such a reason is
     not in the searched settings."""
+    pause_minutes: PositiveFloat = 60
+    """Minutes that a study pauses, in all between two scored rungs, because a trial could not write
+    its folder for `storage_minutes`. An hour is enough to make room. Then the study ends, and the
+    same command resumes it. No trial fails."""
 
     def for_trial(self) -> FaultToleranceConfig:
         """Return the part that holds for one trial."""
-        return FaultToleranceConfig(**self.model_dump(exclude={"max_identical_failures"}))
+        return FaultToleranceConfig(
+            **self.model_dump(exclude={"max_identical_failures", "pause_minutes"})
+        )

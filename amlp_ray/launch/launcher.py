@@ -129,6 +129,7 @@ def run_on_ray(
     name: str,
     should_stop: ShouldStop | None = None,
     report: Callable[[Metrics], None] = lambda metrics: None,
+    on_start: Callable[[], None] | None = None,
 ) -> None:
     """Run a pretraining on Ray Train workers that share each batch; Ray must be initialized.
 
@@ -139,12 +140,13 @@ def run_on_ray(
         name: of the group, for Ray's dashboard.
         should_stop: asked by the first worker after each epoch; must be picklable.
         report: called in this thread with the metrics of every new epoch, shortly after it ended.
+        on_start: called by the first worker, once the group has its resources; must be picklable.
     """
     # Ray Train could forward reports itself, but into a trial's queue of one from two threads,
     # which can block.
     rows = RowTail(run_spec.folder / "metrics.jsonl", report)
     run_group(
-        partial(_run_worker, run_spec, should_stop),
+        partial(_run_worker, run_spec, should_stop, on_start),
         run_spec.resources,
         run_spec.fault_tolerance,
         name=name,
@@ -154,7 +156,12 @@ def run_on_ray(
     )
 
 
-def _run_worker(run_spec: RunSpec, should_stop: ShouldStop | None, worker: WorkerContext) -> None:
+def _run_worker(
+    run_spec: RunSpec,
+    should_stop: ShouldStop | None,
+    on_start: Callable[[], None] | None,
+    worker: WorkerContext,
+) -> None:
     """Run one worker's part; the first worker shows its metrics in Ray's dashboard."""
     from amlp_ray.runtime.dashboard_metrics import TrialGauges
 
@@ -162,5 +169,7 @@ def _run_worker(run_spec: RunSpec, should_stop: ShouldStop | None, worker: Worke
     if not worker.is_first:
         run_job(run_spec, hooks, worker)
         return
+    if on_start is not None:
+        on_start()
     with closing(TrialGauges(run_spec.study, run_spec.label)) as gauges:
         run_job(run_spec, replace(hooks, report=gauges.update), worker)

@@ -22,6 +22,7 @@ ANSWER_S = 30.0  # for a node to answer; Ray gives up one that is gone after abo
 MAX_CONCURRENT = 10_000  # more than any cluster holds
 RAY_MEMORY_SHARE = 0.7  # Ray keeps 30 % for its object store
 ROUNDING = 1e-9
+PENDING_STATES = ("PENDING", "RESCHEDULING")  # of a placement group
 
 ACCELERATOR = "accelerator_type:"  # before the name of a GPU model, in Ray's resources
 
@@ -56,6 +57,19 @@ def free_resources() -> dict[str, float]:
     import ray
 
     return dict(ray.available_resources())
+
+
+def count_pending_requests() -> int:
+    """Count the groups of resources that this process, or its workers, wait for."""
+    import ray
+    from ray.util import placement_group_table
+
+    job_id = ray.get_runtime_context().get_job_id()
+    count = 0
+    for group_id, group in placement_group_table().items():
+        # The id of a placement group ends with that of its job.
+        count += group["state"] in PENDING_STATES and group_id.endswith(job_id)
+    return count
 
 
 def answering_nodes() -> set[str]:

@@ -43,6 +43,8 @@ LOSSES: dict[EventKind, str] = {
 # it may have been out of memory.
 KILLED_BY_MONITOR = "OOM kill reason"
 NODE_DIED = "node has died"
+LOW_ON_MEMORY = "node running low on memory"
+ACTOR_DIED = "actor died"
 # The errors of gloo, NCCL and sockets on workers whose peer is gone. They often arrive before Ray
 # misses the peer. torch raises most of them as plain RuntimeError, so only the message tells them
 # from a bug, and a worker cannot keep them to itself: the group has to end.
@@ -259,6 +261,22 @@ def _worker_errors(failure: BaseException) -> list[BaseException]:
     """Return the error that each failed worker ended with."""
     failures = getattr(failure, "worker_failures", {})
     return [unwrap_worker_error(error) for error in failures.values()]
+
+
+def death_cause(message: str) -> str:
+    """Describe in a few words why a process of Ray ended, by Ray's message of many lines.
+
+    >>> death_cause("ray::f() (pid=7)\\nTraceback ...\\nImportError: no amlp_ray")
+    'ImportError: no amlp_ray'
+    """
+    if KILLED_BY_MONITOR in message or LOW_ON_MEMORY in message:
+        return "its node was out of memory"
+    if NODE_DIED in message:
+        return "its node died"
+    if ACTOR_DIED in message:
+        return "it was killed or crashed"
+    lines = [line for line in message.splitlines() if line.strip()]
+    return lines[-1].strip()[:200] if lines else "it was killed or crashed"
 
 
 def _loss_reason(failure: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,48 @@ from amlp_ray.utils.event_log import EventLog
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 15.0
 
+# A disk that is full, read-only, broken or away; in contrast to a path that is wrong.
+DISK_ERRORS = frozenset(
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EIO,
+        errno.ESTALE,
+        errno.ENODEV,
+        errno.ENXIO,
+        errno.ENOTCONN,
+        errno.EREMOTEIO,
+        errno.EHOSTDOWN,
+        errno.ETIMEDOUT,
+        errno.EFBIG,
+    }
+)
+# Either; of a file inside the run's folder it is the disk.
+REFUSALS = frozenset({errno.EACCES, errno.EPERM})
+
 T = TypeVar("T")
+
+
+def storage_failure(error: BaseException, folder: Path) -> str | None:
+    """Return a sentence with the path if a run failed because its folder could not be written.
+
+    Args:
+        error: what the run raised.
+        folder: of the run.
+
+    Returns:
+        None if something else failed.
+    """
+    if isinstance(error, StorageError):
+        return str(error)
+    if not isinstance(error, OSError):
+        return None
+    file = None if error.filename is None else Path(str(error.filename))
+    is_refused = error.errno in REFUSALS and file is not None and file.is_relative_to(folder)
+    if error.errno not in DISK_ERRORS and not is_refused:
+        return None
+    return f"Cannot read or write {file or folder} ({error.strerror})."
 
 
 class RetryPolicy:

@@ -218,7 +218,10 @@ def test_a_trial_whose_process_dies_too_often_fails_and_the_study_goes_on(
     assert process.wait(DEADLINE_S) == 0, run.output()
     first, second = run.store.search().trials
     assert first.state == TrialState.FAIL
-    assert first.user_attrs["reason"] == "its process died 2 times (fault_tolerance.max_failures=1)"
+    assert first.user_attrs["reason"] == (
+        "its process died 2 times (fault_tolerance.max_failures=1): it was killed or crashed"
+    )
+    assert "raylet" not in run.output()
     assert second.state == TrialState.COMPLETE
 
 

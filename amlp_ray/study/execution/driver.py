@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from ray.tune.schedulers import FIFOScheduler
+
 from amlp_ray.config import StudyConfig
-from amlp_ray.errors import FailedStudyError, InterruptedStudyError
+from amlp_ray.errors import FailedStudyError, InterruptedStudyError, StorageError
+from amlp_ray.runtime.cluster_health import ClusterHealth, driver_node_options
 from amlp_ray.runtime.ray_internals import keep_cloud_keys_out_of_runtime_env
 from amlp_ray.runtime.resources import DRIVER_CPU, worker_bundle
+from amlp_ray.runtime.worker_group import death_cause
+from amlp_ray.study.execution.interrupt import interrupt_on_signals
 from amlp_ray.study.execution.monitor import StudyMonitor
 from amlp_ray.study.execution.stop_flags import StopFlags
 from amlp_ray.study.execution.stop_reason import StopReason
 from amlp_ray.study.execution.trial import amlp_trial
 from amlp_ray.study.execution.trial_queue import Phase, TrialQueue
-from amlp_ray.study.execution.tune_searcher import InterruptTune, StudySearcher
+from amlp_ray.study.execution.tune_searcher import StudySearcher
 from amlp_ray.study.storage.lease import Lease
 from amlp_ray.study.storage.study_store import StudyStore
+from amlp_ray.utils.temporary_folder import temporary_folder
 
+INTERRUPTED = "Study {name!r} was interrupted; the same command resumes it."
 Trainable = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -52,10 +59,11 @@ def run_on_tune(
     Raises:
         InterruptedStudyError, FailedStudyError, ResourceError: as `run_study`.
         StudyError: the storage is lost, or another process took the study over.
+        StorageError, ClusterLostError: the trials' disk or the cluster is lost for too long.
     """
     import ray
 
-    stop_flags = ray.remote(StopFlags).options(num_cpus=0).remote()
+    stop_flags = ray.remote(StopFlags).options(num_cpus=0, **driver_node_options()).remote()
     ahead = config.sampler.suggest_ahead
     if ahead is None:
         ahead = 1 if side_by_side > 1 else 0
@@ -65,21 +73,22 @@ def run_on_tune(
     searcher = StudySearcher(
         store, config, queue, images=images, stop_flags=stop_flags, seconds=lambda: lease.seconds
     )
-    interrupt = InterruptTune()
-    monitor = StudyMonitor(store, config, searcher, interrupt, stop_flags, lease)
+    health = ClusterHealth.of_joined_cluster()
+    monitor = StudyMonitor(store, config, searcher, stop_flags, lease, health)
     monitor.start()
     try:
-        _run_tune(config, searcher, interrupt, side_by_side, trainable)
-    except Exception:
+        with temporary_folder() as scratch, interrupt_on_signals(searcher.interrupt):
+            _run_tune(config, searcher, scratch, side_by_side, trainable)
+    except Exception as error:
         # Tune raises an error of its own where the searcher raised one of ours.
-        if monitor.failure is None and searcher.failure is None:
-            raise
+        searcher.record_failure(error)
     finally:
         monitor.close()
         queue.close()
-        ray.kill(stop_flags)
-    if failure := monitor.failure or searcher.failure:
-        raise failure
+        with suppress(ray.exceptions.RayError):
+            ray.kill(stop_flags)
+    if searcher.failure is not None:
+        raise searcher.failure
     return _stop_reason(config, searcher)
 
 
@@ -93,18 +102,15 @@ def _stop_reason(config: StudyConfig, searcher: StudySearcher) -> StopReason:
         )
     if reason in (StopReason.PAUSE, StopReason.CANCEL):
         return reason
-    if searcher.has_unfinished_trials():
-        # Tune handles Ctrl-C itself and returns as if all were done.
-        raise InterruptedStudyError(
-            f"Study {config.name!r} was interrupted; the same command resumes it."
-        )
+    if not searcher.has_finished:
+        raise InterruptedStudyError(INTERRUPTED.format(name=config.name))
     return reason or StopReason.DONE
 
 
 def _run_tune(
     config: StudyConfig,
     searcher: StudySearcher,
-    interrupt: InterruptTune,
+    scratch: Path,
     side_by_side: int,
     trainable: Trainable,
 ) -> None:
@@ -115,25 +121,52 @@ def _run_tune(
     bundle = {"CPU": DRIVER_CPU}
     if config.resources.is_single_worker:
         bundle = worker_bundle(config.resources)
-    # Tune's own records; the store has everything that matters.
-    scratch = tempfile.mkdtemp(prefix="amlp-ray-")
     placement = tune.PlacementGroupFactory([bundle])
     wrapped = wrap_function(tune.with_resources(trainable, placement))
     # The name of processes and actors in the dashboard.
     wrapped.__name__ = wrapped.__qualname__ = "AmlpTrial"
     tune_config = tune.TuneConfig(
         search_alg=searcher,
+        scheduler=DeathReporter(searcher.note_death),
         num_samples=-1,  # the searcher ends the study
         max_concurrent_trials=side_by_side,
         reuse_actors=True,  # importing torch anew costs seconds per trial
         trial_name_creator=_trial_name,
         trial_dirname_creator=_trial_name,
     )
-    run_config = tune.RunConfig(name=config.name, storage_path=scratch, verbose=0, stop=interrupt)
+    run_config = tune.RunConfig(
+        name=config.name,
+        # Tune's own records; the store has everything that matters.
+        storage_path=str(scratch),
+        verbose=0,
+        stop=searcher.interrupt,
+        # In a notebook Tune's default would clear what was printed before it.
+        progress_reporter=tune.CLIReporter(),
+    )
     try:
         tune.Tuner(wrapped, tune_config=tune_config, run_config=run_config).fit()
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(
+            f"Tune could not write to its temporary folder {scratch} "
+            f"({error.strerror or error}); make room there or set TMPDIR to another folder, and "
+            f"the same command resumes the study."
+        ) from error
+
+
+class DeathReporter(FIFOScheduler):
+    """Runs trials in order, and passes on why the process of one died."""
+
+    def __init__(self, report: Callable[[str, str], None]) -> None:
+        """Create it; `report` is called with Tune's name of a trial and the cause."""
+        super().__init__()
+        self._report = report
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Read what Tune has written about the error, just before it tells the searcher."""
+        text = ""
+        with suppress(OSError, TypeError):  # Tune has written nothing
+            text = Path(trial.error_file).read_text()
+        self._report(trial.trial_id, death_cause(text))
 
 
 def _trial_name(trial: Any) -> str:

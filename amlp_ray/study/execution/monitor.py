@@ -6,16 +6,22 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from datetime import datetime
 from typing import Any
 
 from amlp_ray.config import BudgetConfig, StudyConfig
 from amlp_ray.config.base import build
-from amlp_ray.errors import ResourceError, StudyError
-from amlp_ray.runtime.resources import ACCELERATOR, free_resources, worker_bundle
+from amlp_ray.errors import ClusterLostError, ResourceError, StorageError, StudyError
+from amlp_ray.runtime.cluster_health import ClusterHealth
+from amlp_ray.runtime.resources import (
+    ACCELERATOR,
+    count_pending_requests,
+    free_resources,
+    worker_bundle,
+)
 from amlp_ray.study.execution.stop_reason import StopReason
-from amlp_ray.study.execution.tune_searcher import InterruptTune, StudySearcher
+from amlp_ray.study.execution.tune_searcher import StudySearcher
 from amlp_ray.study.storage.lease import RENEW_S, Lease
+from amlp_ray.study.storage.requests import Request
 from amlp_ray.study.storage.study_store import StudyStore
 
 POLL_S = 1.0  # between reads of the store for requests
@@ -29,9 +35,7 @@ class StudyMonitor(threading.Thread):
     """Renews the lease, obeys requests and budgets, and reports trials that wait for resources.
 
     It tells the searcher to stop. Where running trials cannot be waited for, it interrupts Tune.
-
-    Attributes:
-        failure: why the run has to end with an error; None while it need not.
+    An error of its own ends the run too, because nobody would hear requests any more.
     """
 
     def __init__(
@@ -39,28 +43,29 @@ class StudyMonitor(threading.Thread):
         store: StudyStore,
         config: StudyConfig,
         searcher: StudySearcher,
-        interrupt: InterruptTune,
         stop_flags: Any,
         lease: Lease,
+        health: ClusterHealth,
     ) -> None:
         """Set up the thread; `start` begins to watch.
 
         Args:
             stop_flags: actor handle of the trials' `StopFlags`.
+            health: of the cluster that runs the trials.
         """
         super().__init__(name="amlp-study-monitor", daemon=True)
         self._store = store
         self._config = config
         self._searcher = searcher
-        self._interrupt = interrupt
         self._stop_flags = stop_flags
         self._lease = lease
         self._closed = threading.Event()
+        self._health = health
+        self._n_started = 0  # trials whose start was stored
         self._has_reported_waiting = False
-        self.failure: BaseException | None = None
 
     def run(self) -> None:
-        """Poll until `close`, or until the lease or the storage is lost."""
+        """Poll until `close`, or until an error ends the run."""
         renewed = time.monotonic()
         while not self._closed.wait(POLL_S):
             try:
@@ -69,10 +74,19 @@ class StudyMonitor(threading.Thread):
                     if not self._lease.renew():
                         message = f"Study {self._store.name!r} was taken over by another process."
                         raise StudyError(message)
+                self._health.check_head()
+                self._poll_started()
                 self._poll_store()
                 self._searcher.check_budget()
+                self._searcher.check_storage()
                 self._check_waiting()
-            except Exception as error:  # the lease is lost, or the storage for too long
+            except ResourceError as error:
+                self._give_up(StopReason.NO_RESOURCES, error)
+                return
+            except StorageError as error:
+                self._give_up(StopReason.NO_STORAGE, error)
+                return
+            except Exception as error:  # the lease, the storage or the cluster is lost
                 self._give_up(StopReason.LEASE_LOST, error)
                 return
 
@@ -81,14 +95,21 @@ class StudyMonitor(threading.Thread):
         self._closed.set()
         self.join()
 
+    def _poll_started(self) -> None:
+        """Store which trials have got their resources."""
+        nothing: list[str] = []
+        reference = self._stop_flags.started_since.remote(self._n_started)
+        folders = self._health.call(reference, nothing)
+        self._n_started += len(folders)
+        if folders:
+            self._searcher.mark_started(folders)
+
     def _poll_store(self) -> None:
         attributes = self._store.search().user_attrs
         budget = attributes.get("budget")
         if budget and budget != self._config.budget.model_dump(mode="json"):
             self._change_budget(budget)
-        request = attributes.get("request")
-        if request and "answer" not in request:
-            self._obey(request)
+        self._store.answer_requests(self._obey)
 
     def _change_budget(self, values: Mapping[str, Any]) -> None:
         budget = build(BudgetConfig, values, "budget")
@@ -96,25 +117,24 @@ class StudyMonitor(threading.Thread):
         self._searcher.change_budget(self._config)
         logger.info("budget is now %s", limits_text(values))
 
-    def _obey(self, request: Mapping[str, Any]) -> None:
+    def _obey(self, request: Request) -> None:
         reason = StopReason(request["verb"])
         self._searcher.stop(reason)
         logger.info("%s was asked for by %s", request["verb"], request["by"])
-        answer = {**request, "answer": datetime.now().isoformat(timespec="seconds")}
-        self._store.search().set_user_attr("request", answer)
         if reason == StopReason.CANCEL:
-            self._interrupt.request()
+            self._searcher.interrupt.request()
 
     def _check_waiting(self) -> None:
-        """Report trials that wait for resources; give up if all of them have waited too long."""
-        import ray
+        """Report trials that wait for resources.
 
-        seconds = self._searcher.active_trials()
-        late = [folder for folder, waited in seconds.items() if waited > REPORT_WAITING_S]
-        if not late:
-            return
-        waiting = ray.get(self._stop_flags.waiting.remote(late))
-        if not waiting:
+        Raises:
+            ResourceError: all trials have waited for too long.
+        """
+        waited = self._searcher.waiting_times()
+        late = [seconds for seconds in waited if seconds > REPORT_WAITING_S]
+        # Others have their resources, and their processes start.
+        n_waiting = min(len(late), count_pending_requests()) if late else 0
+        if not n_waiting:
             self._has_reported_waiting = False
             return
         bundle = worker_bundle(self._config.resources)
@@ -122,22 +142,26 @@ class StudyMonitor(threading.Thread):
         free = _amounts_text(free_resources(), ("CPU", "GPU"))
         if not self._has_reported_waiting:
             self._has_reported_waiting = True
-            message = "%d trials wait for %s a worker; free in the cluster: %s"
-            logger.info(message, len(waiting), needed, free)
-        longest = max(seconds[folder] for folder in waiting)
+            trials = "1 trial waits" if n_waiting == 1 else f"{n_waiting} trials wait"
+            logger.info("%s for %s a worker; free in the cluster: %s", trials, needed, free)
         minutes = self._config.resources.wait_minutes
-        if len(waiting) == len(seconds) and longest > minutes * 60:
-            error = ResourceError(
+        if n_waiting == len(waited) and max(late) > minutes * 60:
+            raise ResourceError(
                 f"No trial found {needed} a worker within {minutes:g} minutes (free: {free}); "
                 f"others hold the cluster. Run the study again later, or raise "
                 f"resources.wait_minutes."
             )
-            self._give_up(StopReason.NO_RESOURCES, error)
 
-    def _give_up(self, reason: StopReason, error: BaseException) -> None:
-        self.failure = error
-        self._searcher.stop(reason)
-        self._interrupt.request()
+    def _give_up(self, reason: StopReason, error: Exception) -> None:
+        """End the run with an error, also where running trials cannot be asked to return."""
+        self._searcher.record_failure(error)
+        if isinstance(error, ClusterLostError):
+            # Ray may end this process before the error is printed.
+            logger.error("%s", error)
+        try:
+            self._searcher.stop(reason)
+        finally:
+            self._searcher.interrupt.request()
 
 
 def _amounts_text(amounts: Mapping[str, float], kinds: Iterable[str]) -> str:

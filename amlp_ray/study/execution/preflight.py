@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from typing import Any
+
+from optuna.trial import TrialState
 
 from amlp_ray.config import BudgetConfig, StudyConfig
 from amlp_ray.config.overrides import flatten
@@ -16,6 +19,7 @@ from amlp_ray.study.storage.provenance import environment
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import trial_records
 from amlp_ray.utils.files import append_line, atomic_write
+from amlp_ray.utils.json_files import read_json, read_json_lines
 
 # Settings that may change between runs of one study. Data may be moved: its fingerprint is
 # compared instead of its path.
@@ -118,11 +122,10 @@ def _check_same_data(
     config: StudyConfig, store: StudyStore, setting: str, dataset: PatchDataset | None
 ) -> None:
     """Raise StudyError if a dataset has another fingerprint than environment.json says."""
-    file = store.folder / "environment.json"
-    if not file.is_file():
+    files = (store.folder / "environment.json", store.folder / "environments.jsonl")
+    if not any(file.is_file() for file in files):
         return
-    key = "dataset" if setting == "data" else setting
-    stored = json.loads(file.read_text()).get(key) or {}
+    stored = _first_environment(store).get("dataset" if setting == "data" else setting) or {}
     fingerprint = None if dataset is None else dataset.manifest.fingerprint
     if fingerprint == stored.get("fingerprint"):
         return
@@ -133,6 +136,23 @@ def _check_same_data(
     )
 
 
+def _first_environment(store: StudyStore) -> dict[str, Any]:
+    """Read what the first run was run with.
+
+    Raises:
+        StudyError: environment.json is damaged, and so is its copy in environments.jsonl.
+    """
+    file = store.folder / "environment.json"
+    copies = read_json_lines(store.folder / "environments.jsonl", {"dataset": dict})
+    first = read_json(file) or next(iter(copies), {})
+    if not isinstance(first.get("dataset"), dict):
+        raise StudyError(
+            f"{file} is damaged and does not say what data the study was begun on; restore it "
+            f"from a backup, or give the study another name."
+        )
+    return first
+
+
 def _has_trials(store: StudyStore) -> bool:
     records = [*trial_records(store.search()), *trial_records(store.baselines())]
-    return any(record.counts_in_budget for record in records)
+    return any(r.counts_in_budget or r.state == TrialState.RUNNING for r in records)

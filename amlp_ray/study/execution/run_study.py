@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from amlp_ray.config import StudyConfig
 from amlp_ray.config.yaml_file import write_yaml
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.errors import StudyError
+from amlp_ray.errors import InterruptedStudyError, StudyError
 from amlp_ray.runtime.resources import cluster_resources, jobs_side_by_side, machine_resources
 from amlp_ray.runtime.session import ray_session
 from amlp_ray.study.confirmation.confirm import confirmation_notes, find_test_unlock, open_test
-from amlp_ray.study.execution.driver import run_on_tune
+from amlp_ray.study.execution.driver import INTERRUPTED, run_on_tune
 from amlp_ray.study.execution.plan import check_study
 from amlp_ray.study.execution.preflight import (
     check_unchanged,
@@ -64,21 +64,28 @@ def run_study(inputs: StudyInputs, phase: Phase = "search") -> tuple[StudyConfig
         StudyError: another process runs this study, or it was begun with other settings.
         ResourceError: no node can hold a trial, or no resources came free.
         FailedStudyError: the first trials failed for the same reason.
-        InterruptedStudyError: Ctrl-C.
+        InterruptedStudyError: Ctrl-C or SIGTERM.
+        StorageError, ClusterLostError: the trials' disk or the cluster is lost for too long.
     """
+    try:
+        return _run_locked(inputs, phase)
+    except KeyboardInterrupt:  # before or after the trials; while they run Tune is interrupted
+        raise InterruptedStudyError(INTERRUPTED.format(name=inputs.config.name)) from None
+
+
+def _run_locked(inputs: StudyInputs, phase: Phase) -> tuple[StudyConfig, StopReason]:
+    """Check and record a study, take its lock, and run its trials."""
     config, store = inputs.config, inputs.store
     _check(inputs)
-    store.folder.mkdir(parents=True, exist_ok=True)
-    study_file = store.folder / "study.yaml"
-    if not study_file.is_file():
-        write_yaml(config, study_file)
+    with store.transaction(config):
+        pass  # the study is there from now on
     store.storage(retry_seconds=config.fault_tolerance.storage_minutes * 60)
     with log_events(store.folder), store.lock(counted=phase == "search") as lease:
-        # Another process may have run it until the lock was free.
-        check_unchanged(config, store, inputs.dataset, inputs.eval_data)
-        config = with_budget(config, store)
-        write_yaml(config, study_file)
-        store.search().set_user_attr("request", None)
+        with store.transaction():
+            # Another process may have run or extended it until the lock was free.
+            check_unchanged(config, store, inputs.dataset, inputs.eval_data)
+            config = with_budget(config, store)
+            write_yaml(config, store.folder / "study.yaml")
         reason = _run_trials(inputs, config, lease, phase)
     return config, reason
 

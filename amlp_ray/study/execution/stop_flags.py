@@ -1,4 +1,4 @@
-"""Ray actor that holds the stop requests of running trials."""
+"""Ray actor that holds the stop requests of running trials, and which trials have started."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class StopFlags:
 
     def __init__(self) -> None:
         self._requests: dict[str, StopWhen] = {}
-        self._started: set[str] = set()
+        self._started: list[str] = []
 
     def request(self, folder: str, when: StopWhen) -> None:
         """Ask a trial to return.
@@ -34,8 +34,8 @@ class StopFlags:
 
     def mark_started(self, folder: str) -> None:
         """Record that a trial has its resources and runs."""
-        self._started.add(folder)
+        self._started.append(folder)
 
-    def waiting(self, folders: list[str]) -> list[str]:
-        """Return the folders of the trials that have not started: the cluster has no room."""
-        return [folder for folder in folders if folder not in self._started]
+    def started_since(self, count: int) -> list[str]:
+        """Return the folders of the trials that have started, without the first `count`."""
+        return self._started[count:]

@@ -28,13 +28,22 @@ class StopReason(StrEnum):
     """The first trials failed with the same reason. Others return after their epoch and are
     stored."""
     LEASE_LOST = "lease_lost"
-    """The lease or the storage is lost. Trials return after their epoch, and nothing more is
-    stored."""
+    """The lease, the storage or the Ray cluster is lost. Trials return after their epoch, and
+    nothing more is stored."""
     NO_RESOURCES = "no_resources"
     """No trial found resources in time. Trials stay RUNNING and are resumed."""
+    NO_STORAGE = "no_storage"
+    """Trials could not write their folders for too long. They stay RUNNING and are resumed."""
 
 
 # After these, a trial that has not run to its end is resumed later.
-RESUMABLE = frozenset({StopReason.PAUSE, StopReason.LEASE_LOST, StopReason.NO_RESOURCES})
+RESUMABLE = frozenset(
+    {
+        StopReason.PAUSE,
+        StopReason.LEASE_LOST,
+        StopReason.NO_RESOURCES,
+        StopReason.NO_STORAGE,
+    }
+)
 # Another reason than a cancellation or a lost lease does not replace these.
 FINAL = frozenset({StopReason.CANCEL, StopReason.IDENTICAL_FAILURES})

@@ -17,6 +17,7 @@ from amlp_ray.study.storage.provenance import write_provenance
 from amlp_ray.study.storage.study_store import read_metrics
 from amlp_ray.study.trial_spec import TrialSpec
 from amlp_ray.training.loggers.metrics_file import own_rows
+from amlp_ray.utils.retry import storage_failure
 from amlp_ray.utils.run_dir import RunDir
 
 SCORES = tuple(name for name in get_args(StudyObjective) if name not in COST_OBJECTIVES)
@@ -30,31 +31,35 @@ def amlp_trial(config: dict[str, Any]) -> dict[str, Any]:
     returned as a result with one.
 
     Returns:
-        `ended` or `failed`, and what the trial took and scored.
+        `ended` or `failed`, with `storage` if its folder could not be written, and what the trial
+        took and scored.
     """
-    import ray
 
     trial_spec = TrialSpec.model_validate(config["trial_spec"])
     run = trial_spec.run
     stop_flags = config["stop_flags"]
     started = time.perf_counter()
-    ray.get(stop_flags.mark_started.remote(str(run.folder)))
     try:
         with RunDir(run.folder).lock():
             reset_peak_memory()
             write_provenance(run)
             should_stop = partial(should_return, stop_flags, run)
-            _train(_report_earlier_rungs(run, should_stop), should_stop)
+            mark_started = partial(_mark_started, stop_flags, run)
+            if _is_in_this_process(run):
+                mark_started()
+            _train(_report_earlier_rungs(run, should_stop), should_stop, mark_started)
             if trial_spec.finetune is not None and _is_fully_trained(run):
                 _finetune(run, trial_spec.finetune)
         usage = usage_so_far(run.folder, time.perf_counter() - started)
         return {"ended": True, **usage, **_peak_memory(run)}
     except Exception as error:
-        with suppress(OSError):  # the disk may be what failed
+        if disk_failure := storage_failure(error, run.folder):
+            return {"failed": disk_failure, "storage": True}
+        usage = usage_so_far(run.folder, time.perf_counter() - started)
+        with suppress(OSError):
             run.folder.mkdir(parents=True, exist_ok=True)
             (run.folder / "error.txt").write_text(traceback.format_exc())
         reason = str(error) if isinstance(error, AmlpError) else f"{type(error).__name__}: {error}"
-        usage = usage_so_far(run.folder, time.perf_counter() - started)
         return {"failed": " ".join(reason.split())[:500], **usage}
 
 
@@ -108,11 +113,23 @@ def should_return(stop_flags: Any, run: RunSpec) -> bool:
     return when == "now"
 
 
-def _train(run: RunSpec, should_stop: Callable[[], bool]) -> None:
-    if run.resources.is_single_worker or run.config.objective == "none":
+def _mark_started(stop_flags: Any, run: RunSpec) -> None:
+    """Tell the driver that the trial has its resources."""
+    import ray
+
+    ray.get(stop_flags.mark_started.remote(str(run.folder)))
+
+
+def _is_in_this_process(run: RunSpec) -> bool:
+    """Return whether the trial's own process trains, and no group of others."""
+    return run.resources.is_single_worker or run.config.objective == "none"
+
+
+def _train(run: RunSpec, should_stop: Callable[[], bool], mark_started: Callable[[], None]) -> None:
+    if _is_in_this_process(run):
         _run_in_this_process(run, should_stop)
     else:
-        _run_in_group(run, should_stop)
+        _run_in_group(run, should_stop, mark_started)
 
 
 def _run_in_this_process(run: RunSpec, should_stop: Callable[[], bool]) -> None:
@@ -134,7 +151,9 @@ def _run_in_this_process(run: RunSpec, should_stop: Callable[[], bool]) -> None:
         run_here(run, Hooks(report=report, should_stop=should_stop))
 
 
-def _run_in_group(run: RunSpec, should_stop: Callable[[], bool]) -> None:
+def _run_in_group(
+    run: RunSpec, should_stop: Callable[[], bool], mark_started: Callable[[], None]
+) -> None:
     """Train several workers in an inner Ray Train group, which costs about 10 s to start.
 
     The first worker may ask for stop requests before the searcher has decided, so a pruned trial
@@ -144,7 +163,7 @@ def _run_in_group(run: RunSpec, should_stop: Callable[[], bool]) -> None:
 
     name = f"{run.study}-{run.label.replace(' ', '-')}"
     report = partial(_report_rung, run.folder)
-    run_on_ray(run, name=name, should_stop=should_stop, report=report)
+    run_on_ray(run, name=name, should_stop=should_stop, report=report, on_start=mark_started)
 
 
 def _report_rung(folder: Path, metrics: dict[str, Any]) -> None:

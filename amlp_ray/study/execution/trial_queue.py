@@ -215,10 +215,9 @@ class TrialQueue:
                 return queued
 
     def _count_started(self, changed: list[TrialRecord]) -> int:
-        """Count the trials that use up the budget, from those that may have changed."""
-        counted = [record for record in changed if record.counts_in_budget]
-        n_running = sum(not record.is_finished for record in counted)
-        self._n_ended += len(counted) - n_running
+        """Count the trials that use up the budget or will, from those that may have changed."""
+        n_running = sum(record.state == TrialState.RUNNING for record in changed)
+        self._n_ended += sum(record.is_finished and record.counts_in_budget for record in changed)
         return self._n_ended + n_running
 
     def _next_suggestion(self, trials: list[FrozenTrial]) -> Suggestion | Wait | None:
@@ -278,6 +277,7 @@ class TrialQueue:
             params, distributions = original.params, original.distributions
         else:
             params, distributions = suggestion.params, suggestion.distributions
+        self._store.set_attrs(self.search, number, begun=False, waiting=True)
         record = self._store.start_enqueued(self.search, number, params, distributions)
         return self._queue(self.search, record)
 
@@ -295,8 +295,12 @@ class TrialQueue:
     # Storing
 
     def _start(self, study: optuna.Study, **parts: Any) -> QueuedTrial | None:
-        """Store a new trial of these parts (see `create_trial`) as RUNNING and queue it."""
-        trial = create_trial(state=TrialState.RUNNING, **parts)
+        """Store a new trial of these parts (see `create_trial`) as RUNNING and queue it.
+
+        It waits for its resources until the searcher says otherwise.
+        """
+        attributes = {**parts.pop("user_attrs", {}), "begun": False, "waiting": True}
+        trial = create_trial(state=TrialState.RUNNING, user_attrs=attributes, **parts)
         return self._queue(study, self._store.add_trial(study, trial))
 
     def _queue(
@@ -309,6 +313,8 @@ class TrialQueue:
             self._fail(study, record.number, str(error))
             return None
         self._busy.add((study.study_name, record.number))
+        if is_resumed and not record.waiting:
+            self._store.set_attrs(study, record.number, waiting=True)
         return QueuedTrial(study, record.number, trial_spec, record.params, is_resumed)
 
     def _fail(self, study: optuna.Study, number: int, reason: str) -> None:

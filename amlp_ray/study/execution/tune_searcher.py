@@ -14,92 +14,43 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from functools import wraps
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
-import optuna
 from optuna.trial import TrialState
-from ray.tune import Stopper
 from ray.tune.search import Searcher
 
-from amlp_ray.config import COST_OBJECTIVES, StudyConfig
-from amlp_ray.errors import AmlpError
-from amlp_ray.launch.run_spec import RunSpec
+from amlp_ray.config import StudyConfig
+from amlp_ray.runtime.resources import ANSWER_S
+from amlp_ray.study.execution.active_trial import ActiveTrial
+from amlp_ray.study.execution.interrupt import InterruptTune
 from amlp_ray.study.execution.stop_flags import StopWhen
 from amlp_ray.study.execution.stop_reason import FINAL, RESUMABLE, StopReason
-from amlp_ray.study.execution.trial import SCORES, usage_so_far
-from amlp_ray.study.execution.trial_queue import QueuedTrial, TrialQueue
+from amlp_ray.study.execution.storage_pause import StoragePause
+from amlp_ray.study.execution.trial_queue import TrialQueue
 from amlp_ray.study.search.pruning import Pruning
 from amlp_ray.study.storage.budget import BudgetTracker, Usage
 from amlp_ray.study.storage.study_store import StudyStore
-from amlp_ray.study.storage.trial_record import TrialStats, finite, trial_records
+from amlp_ray.study.storage.trial_record import TrialStats, trial_records
 
 logger = logging.getLogger(__name__)
 
 
-class InterruptTune(Stopper):
-    """Make Tune return after its current step, whatever still runs.
-
-    Tune asks `stop_all` in every step of its loop. Trials that still run are killed.
-    """
-
-    def __init__(self) -> None:
-        self._is_requested = False
-
-    def request(self) -> None:
-        """Ask Tune to return; callable from any thread."""
-        self._is_requested = True
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Never stop a single trial: it is asked by its stop flag."""
-        return False
-
-    def stop_all(self) -> bool:
-        """Return whether Tune should return."""
-        return self._is_requested
-
-
 def _keep_error(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep an error of this package in `failure`, because Tune raises another in its place."""
+    """Keep an error in `failure`, because Tune raises another in its place."""
 
     @wraps(method)
     def call(self: StudySearcher, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
-        except AmlpError as error:
-            self.failure = self.failure or error
+        except Exception as error:
+            self.record_failure(error)
             raise
 
     return call
-
-
-@dataclass
-class ActiveTrial:
-    """A trial that Tune runs."""
-
-    tune_id: str  # Tune's name of it
-    queued: QueuedTrial
-    started: float  # when Tune got it, in seconds of the monotonic clock
-
-    @property
-    def key(self) -> tuple[optuna.Study, int]:
-        """The Optuna study and the number by which the trial is stored."""
-        return self.queued.study, self.queued.number
-
-    @property
-    def run(self) -> RunSpec:
-        return self.queued.trial_spec.run
-
-    @property
-    def is_search(self) -> bool:
-        return self.queued.trial_spec.kind == "search"
-
-    def usage(self) -> dict[str, Any]:
-        """Return what it has taken by its own files, for a trial that cannot report it."""
-        return usage_so_far(self.run.folder, time.monotonic() - self.started)
 
 
 class StudySearcher(Searcher):
@@ -111,7 +62,9 @@ class StudySearcher(Searcher):
     Attributes:
         stop_reason: why no more trials are started; None while they are.
         stop_details: more about it, such as which budget is used.
-        failure: an error of this package that ended Tune's loop.
+        failure: the first error, of any thread, that has ended the run.
+        has_finished: whether nothing was left to run.
+        interrupt: makes Tune return at once.
     """
 
     def __init__(
@@ -149,7 +102,13 @@ class StudySearcher(Searcher):
         self._lock = threading.RLock()
         self.stop_reason: StopReason | None = None
         self.stop_details = ""
-        self.failure: AmlpError | None = None
+        self.failure: Exception | None = None
+        self.has_finished = False
+        self.interrupt = InterruptTune()
+        minutes = config.fault_tolerance.pause_minutes
+        self._pause = StoragePause(store.folder, minutes)
+        # What Ray said about the last process that died, by Tune's name of the trial.
+        self._deaths: dict[str, str] = {}
 
     # Called by Tune
 
@@ -160,13 +119,19 @@ class StudySearcher(Searcher):
         While trials run, nothing is final: a lost process brings its trial back.
         """
         with self._lock:
+            if self.interrupt.is_requested:
+                return Searcher.FINISHED
+            if self.stop_reason is None and self._pause.is_on():
+                return None
             queued = None if self.stop_reason else self._queue.next(self._has_room)
             if queued == "wait":
                 return None
             if queued is None:
-                return None if self._active else Searcher.FINISHED
-            self._active[trial_id] = ActiveTrial(trial_id, queued, time.monotonic())
-            _log_start(queued)
+                self.has_finished = not self._active
+                return Searcher.FINISHED if self.has_finished else None
+            active = ActiveTrial(trial_id, queued)
+            self._active[trial_id] = active
+            active.log_start()
             return {
                 "trial_spec": queued.trial_spec.model_dump(mode="json"),
                 "stop_flags": self._stop_flags,
@@ -181,6 +146,8 @@ class StudySearcher(Searcher):
             # After a lost lease the next driver will read and store what the trial reports.
             if active is None or not is_rung or self.stop_reason == StopReason.LEASE_LOST:
                 return
+            self._pause.reset()
+            self._mark_started(active)
             run = active.run
             epoch = int(result["epoch"])
             value = result.get(self._config.metric, math.nan)
@@ -211,13 +178,19 @@ class StudySearcher(Searcher):
                 # The store belongs to another driver or is gone.
                 self._budget.drop(trial_id)
             elif error:
-                self._process_died(active)
+                self._process_died(active, self._deaths.pop(trial_id, ""))
+            elif result.get("storage"):
+                self._storage_failed(active, result["failed"])
             elif "failed" in result:
                 self._fail(active, result["failed"], result)
             elif "ended" in result:
                 self._end(active, result)
             else:  # interrupted by Tune
                 self._budget.drop(trial_id)
+
+    def note_death(self, trial_id: str, cause: str) -> None:
+        """Keep why the process of a trial died, which Tune does not pass to a searcher."""
+        self._deaths[trial_id] = cause
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing: the store is the only truth."""
@@ -246,7 +219,7 @@ class StudySearcher(Searcher):
             if reason == StopReason.CANCEL:
                 self._active.clear()
                 for active in active_trials:
-                    if active.is_search:
+                    if active.is_search and active.started is not None:
                         self._fail(active, "cancelled", active.usage())
                     else:
                         self._budget.drop(active.tune_id)
@@ -278,15 +251,25 @@ class StudySearcher(Searcher):
         with self._lock:
             self._config = config
 
-    def active_trials(self) -> dict[str, float]:
-        """Return the folders of the trials that Tune has, and for how many seconds."""
-        now = time.monotonic()
+    def mark_started(self, folders: Collection[str]) -> None:
+        """Store that trials have their resources, by their folders."""
         with self._lock:
-            return {str(a.run.folder): now - a.started for a in self._active.values()}
+            for active in self._active.values():
+                if str(active.run.folder) in folders:
+                    self._mark_started(active)
 
-    def has_unfinished_trials(self) -> bool:
-        """Return whether trials are left that nobody runs any more."""
-        return any(trial_records(study, (TrialState.RUNNING,)) for study in self._queue.studies)
+    def waiting_times(self) -> list[float]:
+        """Return for how many seconds each trial that Tune has waits for resources; 0 if not."""
+        with self._lock:
+            return [active.waited for active in self._active.values()]
+
+    def check_storage(self) -> None:
+        """Raise StorageError if trials could not write their folders for too long."""
+        self._pause.check()
+
+    def record_failure(self, error: Exception) -> None:
+        """Keep the first error that ends the run."""
+        self.failure = self.failure or error
 
     # Budget and stop requests
 
@@ -299,23 +282,46 @@ class StudySearcher(Searcher):
     def _ask_to_return(self, active: ActiveTrial, when: StopWhen) -> None:
         import ray
 
-        ray.get(self._stop_flags.request.remote(str(active.run.folder), when))
+        request = self._stop_flags.request.remote(str(active.run.folder), when)
+        # Without the actor the trial cannot be asked. The monitor ends the run then.
+        with suppress(ray.exceptions.RayError):
+            ray.get(request, timeout=ANSWER_S)
 
-    # How trials end
+    # How trials start and end
 
-    def _process_died(self, active: ActiveTrial) -> None:
+    def _mark_started(self, active: ActiveTrial) -> None:
+        if active.started is not None:
+            return
+        active.started = time.monotonic()
+        record = self._store.trial(*active.key)
+        if not record.begun:
+            self._store.set_attrs(*active.key, begun=True)
+        if record.waiting:
+            self._store.set_attrs(*active.key, waiting=False)
+
+    def _storage_failed(self, active: ActiveTrial, reason: str) -> None:
+        """Pause the study and resume the trial afterwards: its parameters are not at fault."""
+        self._budget.drop(active.tune_id)
+        self._queue.requeue(active.queued)
+        self._pause.begin(f"{active.run.label}: {reason}")
+
+    def _process_died(self, active: ActiveTrial, cause: str) -> None:
         """Resume a trial whose process or node died: its parameters are not at fault."""
         lost = self._store.trial(*active.key).lost + 1
         self._store.set_attrs(*active.key, lost=lost)
         max_failures = self._config.fault_tolerance.max_failures
+        suffix = f": {cause}" if cause else ""
         if lost > max_failures:
-            reason = f"its process died {lost} times (fault_tolerance.max_failures={max_failures})"
+            reason = (
+                f"its process died {lost} times (fault_tolerance.max_failures={max_failures})"
+                f"{suffix}"
+            )
             self._fail(active, reason, active.usage())
             return
         self._budget.drop(active.tune_id)
         self._queue.requeue(active.queued)
         label = active.run.label
-        logger.info("%s lost its process (%d of %d retries)", label, lost, max_failures)
+        logger.info("%s lost its process (%d of %d retries)%s", label, lost, max_failures, suffix)
 
     def _end(self, active: ActiveTrial, result: dict[str, Any]) -> None:
         """Store a trial that returned by itself: at its end, pruned, or asked to."""
@@ -334,7 +340,7 @@ class StudySearcher(Searcher):
         stats = self._store_stats(active, result)
         score = scores[last_rung]
         if has_all_rungs and run.last_epoch >= run.config.epochs:
-            values = self._objective_values(active, stats, score)
+            values = active.objective_values(self._config, stats, score)
             if values is None:
                 self._store_failure(active, "an objective is missing or not finite")
                 return
@@ -367,24 +373,6 @@ class StudySearcher(Searcher):
             return f"budget used before its first rung: {self.stop_details}"
         return f"no rung gave a finite {self._metric_name}"
 
-    def _objective_values(
-        self, active: ActiveTrial, stats: dict[str, Any], score: float
-    ) -> list[float] | None:
-        """Return one value per objective; None if one is missing or not finite.
-
-        Baselines and confirmation runs have the study's metric alone.
-        """
-        if not active.is_search:
-            return [score]
-        values = []
-        for name in self._config.objectives:
-            source = stats if name in COST_OBJECTIVES else stats["scores"]
-            value = finite(source.get(name))
-            if value is None:
-                return None
-            values.append(value)
-        return values
-
     def _fail(self, active: ActiveTrial, reason: str, result: dict[str, Any]) -> None:
         self._store_stats(active, result)
         self._store_failure(active, reason)
@@ -401,31 +389,13 @@ class StudySearcher(Searcher):
         if len(self._failures) == limit and self._failures[0] and len(set(self._failures)) == 1:
             self.stop(StopReason.IDENTICAL_FAILURES, reason)
 
-    def _store_stats(self, active: ActiveTrial, result: dict[str, Any]) -> dict[str, Any]:
+    def _store_stats(self, active: ActiveTrial, result: dict[str, Any]) -> TrialStats:
         """Store what a trial took and scored, in one attribute: each adds a line to a journal."""
-        seconds = float(result.get("seconds", time.monotonic() - active.started))
-        stats: dict[str, Any] = {
-            "seconds": round(seconds, 2),
-            "gpu_seconds": round(seconds * active.run.gpus, 2),
-        }
-        measured = ("memory", "epochs", "images_per_second")
-        stats |= {name: result[name] for name in measured if name in result}
-        stats["scores"] = {name: result[name] for name in SCORES if name in result}
-        trial_stats = cast("TrialStats", stats)
-        self._budget.end(active.tune_id, trial_stats)
-        self._store.set_attrs(*active.key, stats=trial_stats)
+        stats = active.stats(result)
+        self._budget.end(active.tune_id, stats)
+        self._store.set_attrs(*active.key, stats=stats)
         if limits := self._config.limits:
-            excess = [stats[name] - limits[name] for name in limits if stats.get(name) is not None]
+            costs: Mapping[str, Any] = stats
+            excess = [costs[name] - limits[name] for name in limits if costs.get(name) is not None]
             self._store.set_constraints(*active.key, excess)
         return stats
-
-
-def _log_start(queued: QueuedTrial) -> None:
-    verb = "continues" if queued.is_resumed else "starts"
-    params = ", ".join(f"{name}={_short(value)}" for name, value in queued.params.items())
-    message = f"{queued.trial_spec.run.label} {verb}"
-    logger.info("%s", f"{message}: {params}" if params else message)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

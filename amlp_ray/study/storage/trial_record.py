@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -49,7 +50,10 @@ class TrialAttributes(TypedDict, total=False):
     copy_of: int  # the trial whose scores answered this one
     retry_of: int
     outside: str  # why the trial lies outside of the changed space
+    begun: bool  # whether a worker has ever run it; True where it is not stored
+    waiting: bool  # whether it is RUNNING for Optuna, but waits for resources
     lost: int  # how often its process died
+    gone: bool  # whether a lost storage has left nothing of it but its number
     reason: str  # why it failed or ended early
     stats: TrialStats
 
@@ -101,7 +105,10 @@ class TrialRecord:
     copy_of = _Attribute[int | None]("copy_of")
     retry_of = _Attribute[int | None]("retry_of")
     outside = _Attribute[str | None]("outside")
+    begun = _Attribute[bool]("begun", True)
+    waiting = _Attribute[bool]("waiting", False)
     lost = _Attribute[int]("lost", 0)
+    gone = _Attribute[bool]("gone", False)
     reason = _Attribute[str | None]("reason")
 
     @classmethod
@@ -120,10 +127,16 @@ class TrialRecord:
         return self.state.is_finished()
 
     def status(self, *, is_running: bool) -> str:
-        """Return the state to show, INTERRUPTED for a RUNNING trial of a study that nobody runs."""
-        if self.state == TrialState.RUNNING and not is_running:
+        """Return the state to show.
+
+        A RUNNING trial is INTERRUPTED in a study that nobody runs, and WAITING before it has its
+        resources.
+        """
+        if self.state != TrialState.RUNNING:
+            return self.state.name
+        if not is_running:
             return "INTERRUPTED"
-        return self.state.name
+        return "WAITING" if self.waiting else "RUNNING"
 
     # Parameters
 
@@ -244,7 +257,8 @@ class TrialRecord:
 
         One that waits, was imported or was answered from the store does not.
         """
-        return self.state != TrialState.WAITING and not self.is_imported and not self.is_copy
+        has_begun = self.state != TrialState.WAITING and (self.begun or self.is_finished)
+        return has_begun and not (self.is_imported or self.is_copy or self.gone)
 
     @property
     def note(self) -> str | None:
@@ -290,4 +304,6 @@ def finite(value: Any) -> float | None:
     """Return a value as a float; None where it is no finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    with suppress(OverflowError):  # an integer of hundreds of digits
+        return float(value) if math.isfinite(value) else None
+    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,11 @@ def stub_trial(config: dict[str, Any]) -> dict[str, Any]:
 
 def deaf_trial(config: dict[str, Any]) -> dict[str, Any]:
     """Report nothing and hear nothing."""
-    Path(config["trial_spec"]["run"]["folder"]).mkdir(parents=True)
+    import ray
+
+    folder = config["trial_spec"]["run"]["folder"]
+    ray.get(config["stop_flags"].mark_started.remote(folder))
+    Path(folder).mkdir(parents=True)
     time.sleep(DEADLINE_S)
     return {"ended": True}
 
@@ -82,6 +87,19 @@ def run(store: StudyStore, trainable: Any, interfere: Callable[[StudyStore], Non
         )
 
 
+def test_a_study_in_a_thread_is_cancelled_without_an_interrupt_of_the_main_thread(
+    store: StudyStore,
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(run, store, deaf_trial, lambda other: other.request("cancel"))
+        try:
+            reason = future.result(DEADLINE_S)
+            time.sleep(0.5)  # an interrupt would come late
+        except KeyboardInterrupt:
+            pytest.fail("the main thread was interrupted")
+    assert reason == StopReason.CANCEL
+
+
 def test_a_cancelled_study_ends_at_once_though_its_trial_does_not_hear(store: StudyStore) -> None:
     started = time.monotonic()
     assert run(store, deaf_trial, lambda other: other.request("cancel")) == StopReason.CANCEL
@@ -107,6 +125,9 @@ def test_a_study_whose_lease_is_gone_ends_with_an_error(
         lease = other.search().user_attrs["lease"]
         other.search().set_user_attr("lease", {**lease, "id": "other"})
 
-    with pytest.raises(StudyError, match="was taken over by another process"):
-        run(store, stub_trial, take_over)
+    with (  # in a thread, as a notebook may
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(StudyError, match="was taken over by another process"),
+    ):
+        pool.submit(run, store, stub_trial, take_over).result(DEADLINE_S)
     assert [trial.state for trial in store.search().trials] == [TrialState.RUNNING]

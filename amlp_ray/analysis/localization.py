@@ -12,8 +12,8 @@ A row has:
   score's probable lesion lies 1 SD above the mean.
 - Scores also have `auc`, `ap`, and precision, recall and F1 of the top tenth (`_top`) and of the
   top `share` (`_share`). Equal scores come in random order, as in masking.
-- `_se` is the standard error over images. `_small` and `_large` are the means over the halves by
-  lesion area.
+- `_se` is the standard error over groups, such as patients. `_small` and `_large` are the means
+  over the halves by lesion area.
 - `ms` is the time per image in batches of 64 after a warm-up, with that of the teacher.
 
 Shapes: B images, N patches, P values per patch.
@@ -24,7 +24,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,14 +32,26 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
-from amlp_ray.analysis.localization_candidates import RANDOM, Candidate, all_candidates
-from amlp_ray.config import ImageSpec, PretrainConfig, SelectionConfig
+from amlp_ray.analysis.localization_candidates import (
+    DEFAULT_RULE,
+    RANDOM,
+    Candidate,
+    all_candidates,
+)
+from amlp_ray.analysis.localization_measures import (
+    overlap,
+    per_image,
+    standard_error,
+    top_patches,
+)
+from amlp_ray.analysis.localization_teacher import Teacher, read_teacher
+from amlp_ray.analysis.rule_choice import RuleChoice, choose_rule
+from amlp_ray.config import ImageSpec, SelectionConfig
 from amlp_ray.data.dataset import PatchDataset
-from amlp_ray.errors import CheckpointError, ConfigError, DataError
-from amlp_ray.evaluation.labels import Rows, by_part, check_fits, lesion_pixels, spread
+from amlp_ray.errors import ConfigError, DataError
+from amlp_ray.evaluation.labels import Rows, by_part, lesion_pixels, spread
 from amlp_ray.method import counter_rng
 from amlp_ray.method.augment import normalize
-from amlp_ray.method.autoencoder import MaskedAutoencoder
 from amlp_ray.method.cluster_rules import true_lesion_patches
 from amlp_ray.method.ema_teacher import teacher_view
 from amlp_ray.method.kmeans import DatasetClusters
@@ -48,8 +59,6 @@ from amlp_ray.method.lesion_map import LesionMap, TeacherView, locate_lesion
 from amlp_ray.method.patch_features import center_distance, cluster_features, tissue_mask
 from amlp_ray.method.patch_scores import PATCH_SCORES
 from amlp_ray.method.patches import lesion_shares, patchify
-from amlp_ray.training.checkpoint.export import load_encoder, read_encoder_header
-from amlp_ray.training.checkpoint.restore import load_model, read_run_config
 
 BATCH_SIZE = 64  # k-means over more images is no faster
 # Images in memory as float32: a GB at 256 pixels a side. The standard error is 0.005 with as many.
@@ -61,15 +70,11 @@ TOP_SHARE = 0.10  # of the patches, whose precision and recall are reported besi
 Row = dict[str, Any]
 
 
-class Teacher(NamedTuple):
-    """A trained model that is evaluated as a run's teacher is.
+class RuleBench(NamedTuple):
+    """What the candidates reach on a dataset."""
 
-    `has_decoder` is false for an encoder alone.
-    """
-
-    model: MaskedAutoencoder
-    config: PretrainConfig
-    has_decoder: bool
+    rows: list[Row]  # one for each candidate, for pandas
+    choice: RuleChoice | None  # None if the default is no candidate
 
 
 class ImageBatch(NamedTuple):
@@ -91,8 +96,8 @@ def bench_rules(
     teacher: Path | None = None,
     candidates: Sequence[Candidate] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Row]:
-    """Measure every candidate on the images with a lesion, uncropped; one row each for pandas.
+) -> RuleBench:
+    """Measure every candidate on the images with a lesion, uncropped.
 
     Args:
         images: maximum number of images, spread evenly; 4096 by default. Centroids of the dataset
@@ -116,14 +121,15 @@ def bench_rules(
     if candidates is None:
         has_decoder = loaded_teacher is not None and loaded_teacher.has_decoder
         candidates = all_candidates(encoder=loaded_teacher is not None, decoder=has_decoder)
-    lesion_rows = _rows_with_lesion(dataset, split)
+    lesion_rows = spread(_rows_with_lesion(dataset, split), images or MAX_IMAGES)
     all_rows = np.arange(dataset.count(split))
     benchmark = _Benchmark(
         spec,
         patch_size,
         share,
         _load(dataset, split, spread(all_rows, MAX_IMAGES), spec, patch_size),
-        _load(dataset, split, spread(lesion_rows, images or MAX_IMAGES), spec, patch_size),
+        _load(dataset, split, lesion_rows, spec, patch_size),
+        dataset.table(split, columns=["group"])["group"].to_numpy()[lesion_rows],
         loaded_teacher,
     )
     true_share = benchmark.true_share
@@ -134,10 +140,19 @@ def bench_rules(
         "base_rate": float(true_lesion_patches(true_share).float().mean()),
     }
     rows = []
+    f1_by_name: dict[str, np.ndarray] = {}
     for done, candidate in enumerate(candidates):
         progress(done, len(candidates))
-        rows.append(images_row | _describe(candidate) | benchmark.measure(candidate, seeds))
-    return rows
+        values, milliseconds = benchmark.measure(candidate, seeds)
+        row = images_row | _describe(candidate)
+        for name, of_images in values.items():
+            row |= benchmark.summarize(name, of_images)
+        rows.append(row | {"ms": milliseconds})
+        if candidate.can_be_chosen:
+            f1_by_name[candidate.name] = values["f1"]
+    default = DEFAULT_RULE.name
+    choice = choose_rule(f1_by_name, benchmark.groups, default) if default in f1_by_name else None
+    return RuleBench(rows, choice)
 
 
 def _check_arguments(spec: ImageSpec, split: str, patch_size: int) -> None:
@@ -147,40 +162,6 @@ def _check_arguments(spec: ImageSpec, split: str, patch_size: int) -> None:
         raise ConfigError(
             f"--patch-size {patch_size} does not divide the images of {spec.height}x{spec.width}."
         )
-
-
-def read_teacher(path: Path, dataset: PatchDataset, patch_size: int) -> Teacher:
-    """Load the model of a finished run's folder, or an encoder alone.
-
-    Raises:
-        CheckpointError: there is none.
-        ConfigError: it was trained on images of another shape or scale.
-    """
-    is_run = path.is_dir()
-    model_config, spec = read_encoder_header(path / "encoder.safetensors" if is_run else path)
-    check_fits(dataset, spec, f"{path} was trained on")
-    if model_config.patch_size != patch_size:
-        raise CheckpointError(
-            f"{path} has patches of {model_config.patch_size} pixels; "
-            f"use --patch-size {model_config.patch_size}."
-        )
-    if is_run:
-        config = read_run_config(path)
-        if config.objective != "reconstruction":
-            raise CheckpointError(
-                f"{path} holds a run that rebuilds no images; give its encoder.safetensors alone."
-            )
-        model, _ = load_model(path, config, spec)
-    else:
-        config = PretrainConfig(model=model_config)
-        model = MaskedAutoencoder(model_config, spec)
-        model.encoder = load_encoder(path)
-    if model.teacher is None:
-        model.teacher = deepcopy(model)
-    # Difficulty is the error of two masked passes in the image's scale, whatever the run was
-    # trained with.
-    loss = config.loss.model_copy(update={"difficulty": "raw", "ranking_weight": 0.0})
-    return Teacher(model.eval(), config.model_copy(update={"loss": loss}), is_run)
 
 
 def _rows_with_lesion(dataset: PatchDataset, split: str) -> Rows:
@@ -219,14 +200,20 @@ class _Benchmark:
         share: float,
         all_batches: list[ImageBatch],
         lesion_batches: list[ImageBatch],
+        groups: np.ndarray,
         teacher: Teacher | None,
     ) -> None:
-        """Keep images from which centroids of the dataset learn, and those that are scored."""
+        """Keep images from which centroids of the dataset learn, and those that are scored.
+
+        Args:
+            groups: group of each image that is scored.
+        """
         self.grid = (spec.height // patch_size, spec.width // patch_size)
         self.channels = spec.channels
         self.share = share
         self.all_batches = all_batches
         self.lesion_batches = lesion_batches
+        self.groups = groups
         self.teacher = teacher
         self.true_share = torch.cat([batch.share for batch in lesion_batches])
         area = self.true_share.sum(1)
@@ -234,8 +221,8 @@ class _Benchmark:
         self._teacher_views: dict[tuple[object, ...], tuple[TeacherView, float]] = {}
 
     @torch.inference_mode()
-    def measure(self, candidate: Candidate, seeds: int) -> Row:
-        """Return all measures of a candidate, averaged over seeds, and its time per image."""
+    def measure(self, candidate: Candidate, seeds: int) -> tuple[dict[str, np.ndarray], float]:
+        """Return the measures of each image, averaged over seeds, and the milliseconds it takes."""
         values_by_seed: dict[str, list[np.ndarray]] = defaultdict(list)
         seconds: list[float] = []
         for seed in range(seeds if candidate.is_random else 1):
@@ -252,10 +239,22 @@ class _Benchmark:
                     values[name].append(value)
             for name, batch_values in values.items():
                 values_by_seed[name].append(torch.cat(batch_values).double().numpy())
-        row: Row = {}
-        for name, seed_values in values_by_seed.items():
-            row |= _summarize(name, np.mean(seed_values, 0), self.is_small)
-        row["ms"] = 1000 * float(np.median(seconds))
+        means = {name: np.mean(of_seeds, 0) for name, of_seeds in values_by_seed.items()}
+        return means, 1000 * float(np.median(seconds))
+
+    def summarize(self, name: str, values: np.ndarray) -> Row:
+        """Return mean, standard error, and the means of both halves by lesion size, of a measure.
+
+        Args:
+            values: of each image; NaN where the measure is not defined.
+        """
+        row: Row = {name: float(np.nanmean(values))}
+        if name in ("size", "fallback"):
+            return row
+        is_small = self.is_small
+        row[f"{name}_se"] = standard_error(values, self.groups)
+        row[f"{name}_small"] = float(np.nanmean(values[is_small]))
+        row[f"{name}_large"] = None if is_small.all() else float(np.nanmean(values[~is_small]))
         return row
 
     def _learn_centroids(self, candidate: Candidate, seed: int) -> DatasetClusters | None:
@@ -318,7 +317,7 @@ class _Benchmark:
         selection = candidate.selection
         if selection is None:
             score = self._reference_score(candidate, batch, seed)
-            lesion = _top_patches(score, self.share, batch.keys).float()
+            lesion = top_patches(score, self.share, batch.keys).float()
             return LesionMap(lesion, score, score)
         view, _ = self._teacher_view(candidate, batch, seed)
         return locate_lesion(
@@ -353,47 +352,17 @@ class _Benchmark:
         truth = true_lesion_patches(batch.share)
         lesion = lesion_map.lesion > 0.5
         tissue = tissue_mask(batch.patches, selection)
-        values = _overlap(lesion, truth)
+        values = overlap(lesion, truth)
         values["size"] = lesion.sum(1) / tissue.sum(1).clamp_min(1)
         values["fallback"] = ~lesion.any(1)
         if candidate.selection is None or not candidate.selection.uses_clusters:
             for suffix, share in (("_top", TOP_SHARE), ("_share", self.share)):
-                top = _top_patches(lesion_map.score, share, batch.keys)
-                for name, value in _overlap(top, truth).items():
+                top = top_patches(lesion_map.score, share, batch.keys)
+                for name, value in overlap(top, truth).items():
                     values[name + suffix] = value
-            values["auc"] = _per_image(roc_auc_score, truth, lesion_map.score)
-            values["ap"] = _per_image(average_precision_score, truth, lesion_map.score)
+            values["auc"] = per_image(roc_auc_score, truth, lesion_map.score)
+            values["ap"] = per_image(average_precision_score, truth, lesion_map.score)
         return values
-
-
-def _top_patches(score: Tensor, share: float, keys: Tensor) -> Tensor:
-    """Return the `share` of patches of highest score, (B, N) bool; equal ones in random order."""
-    noise = counter_rng.uniform(keys, score.shape[1], seed=0, epoch=0, stream=counter_rng.HINT)
-    order = noise.argsort(1)
-    by_score = score.gather(1, order).argsort(stable=True, dim=1, descending=True)
-    order = order.gather(1, by_score)
-    count = max(1, round(share * score.shape[1]))
-    return torch.zeros_like(score, dtype=torch.bool).scatter(1, order[:, :count], True)
-
-
-def _overlap(lesion: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """Return precision, recall and F1 (B,) of lesion against truth, (B, N) bool each."""
-    hits = (lesion & truth).sum(1)
-    n_predicted = lesion.sum(1)
-    true = truth.sum(1)
-    return {
-        "precision": hits / n_predicted.clamp_min(1),
-        "recall": hits / true.clamp_min(1),
-        "f1": 2 * hits / (n_predicted + true).clamp_min(1),
-    }
-
-
-def _per_image(measure: Callable[..., float], truth: Tensor, score: Tensor) -> Tensor:
-    """Compute a ranking measure of every image, (B,); NaN where all patches are lesion."""
-    values = []
-    for image_truth, image_score in zip(truth.numpy(), score.numpy(), strict=True):
-        values.append(np.nan if image_truth.all() else measure(image_truth, image_score))
-    return torch.tensor(values)
 
 
 def _describe(candidate: Candidate) -> Row:
@@ -411,15 +380,3 @@ def _describe(candidate: Candidate) -> Row:
     if selection.uses_score or selection.rule in PATCH_SCORES:
         used += SIGN_SETTINGS
     return row | {name: getattr(selection, name) for name in used}
-
-
-def _summarize(name: str, values: np.ndarray, is_small: np.ndarray) -> Row:
-    """Return mean, standard error, and the means of both halves by lesion size, of a measure."""
-    row: Row = {name: float(np.nanmean(values))}
-    if name in ("size", "fallback"):
-        return row
-    count = int(np.isfinite(values).sum())
-    row[f"{name}_se"] = float(np.nanstd(values, ddof=1) / count**0.5) if count > 1 else None
-    row[f"{name}_small"] = float(np.nanmean(values[is_small]))
-    row[f"{name}_large"] = float(np.nanmean(values[~is_small])) if not is_small.all() else None
-    return row

@@ -34,6 +34,20 @@ class Candidate(NamedTuple):
             return True
         return "difficulty" in self.name
 
+    @property
+    def can_be_chosen(self) -> bool:
+        """Whether a run can be set to it, without labels."""
+        selection = self.selection
+        return selection is not None and not (selection.uses_ground_truth or self.per_variance)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of a run that uses it, where they are not the default."""
+        if self.selection is None:
+            return {}
+        changed = self.selection.model_dump(exclude_defaults=True)
+        return {f"selection.{name}": value for name, value in changed.items()}
+
 
 def all_candidates(*, encoder: bool = False, decoder: bool = False) -> list[Candidate]:
     """Return all candidates.
@@ -124,3 +138,6 @@ def _score_name(selection: SelectionConfig, score: str) -> str:
     if selection.center_prior:
         name += " x center"
     return name
+
+
+DEFAULT_RULE = next(c for c in all_candidates() if c.selection == SelectionConfig())

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
 from amlp_ray.cli.output import Json, print_fields, print_json, print_table
 from amlp_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from amlp_ray.analysis.rule_choice import RuleChoice
 
 app = typer.Typer(help="Compare the rules that locate lesions.", no_args_is_help=True)
 
@@ -70,7 +73,7 @@ def bench(
     if out:
         _check_out(out)
     with count_progress() as update:
-        rows = bench_rules(
+        bench_result = bench_rules(
             PatchDataset.open(dataset),
             split=split,
             images=images,
@@ -80,6 +83,8 @@ def bench(
             teacher=encoder,
             progress=lambda done, total: update("rows", done, total),
         )
+    rows = bench_result.rows
+    choice = bench_result.choice
     if out:
         from amlp_ray.utils.csv_text import csv_text
         from amlp_ray.utils.files import atomic_write
@@ -87,7 +92,7 @@ def bench(
         columns = list(dict.fromkeys(chain.from_iterable(rows)))
         atomic_write(out, csv_text(columns, [[row.get(c) for c in columns] for row in rows]))
     if as_json:
-        print_json(rows)
+        print_json({"rows": rows, "choice": choice._asdict() if choice else None})
         return
     print_fields({name: rows[0][name] for name in ("data", "split", "images", "base_rate")})
     for block in dict.fromkeys(row["block"] for row in rows):
@@ -95,9 +100,36 @@ def bench(
         block_rows.sort(key=lambda row: -row["f1"])
         typer.echo(f"\n{block}")
         print_table([_table_row(row) for row in block_rows[:top]])
+    if choice:
+        typer.echo(f"\n{_describe_choice(choice, PatchDataset.open(dataset).manifest.group_unit)}")
     typer.echo(f"\n{FOOTER}")
     if out:
         typer.echo(f"all rows: {out}")
+
+
+def _describe_choice(choice: RuleChoice, unit: str) -> str:
+    """Say which rule the labels would choose, and what it gains where it was not chosen."""
+    from amlp_ray.analysis.localization_candidates import all_candidates
+    from amlp_ray.analysis.rule_choice import FOLDS, MIN_GROUPS
+
+    default = f"the default ({choice.default}), F1 {choice.default_f1:.3f}"
+    if choice.name == choice.default:
+        return f"These labels would choose {default}."
+    candidates = all_candidates(encoder=True, decoder=True)
+    settings = next(c.settings for c in candidates if c.name == choice.name)
+    options = " ".join(f"--set {name}={value}" for name, value in settings.items())
+    if choice.interval is None:
+        gain = f"{choice.groups} {unit}s are too few for an interval ({MIN_GROUPS} are needed)"
+    else:
+        low, high = choice.interval
+        gain = (
+            f"on {unit}s that had no part in the choice, {choice.difference:+.3f} [{low:+.3f}, "
+            f"{high:+.3f}] over {choice.groups} {unit}s"
+        )
+    return (
+        f"These labels would choose {choice.name}, F1 {choice.f1:.3f}, against {default}: {gain}; "
+        f"the same rule in {choice.times_chosen} of {FOLDS} folds. To use it: {options}"
+    )
 
 
 def _check_out(out: Path) -> None:

@@ -76,7 +76,9 @@ def named(*names: str) -> list[Candidate]:
 def rows_of(dataset: PatchDataset, *names: str, **overrides: Any) -> dict[str, dict[str, Any]]:
     return {
         row["name"]: row
-        for row in bench_rules(dataset, **{"seeds": 1, "candidates": named(*names), **overrides})
+        for row in bench_rules(
+            dataset, **{"seeds": 1, "candidates": named(*names), **overrides}
+        ).rows
     }
 
 
@@ -143,7 +145,7 @@ def test_labels_change_no_lesion_map_but_the_oracles(stored: Stored) -> None:
     true, false = (
         {
             row["name"]: row["size"]
-            for row in bench_rules(stored(images[:4], m), seeds=1, candidates=once)
+            for row in bench_rules(stored(images[:4], m), seeds=1, candidates=once).rows
         }
         for m in (masks[:4], np.roll(masks[:4], 20, 2))
     )

@@ -121,7 +121,7 @@ def test_a_dark_disc_is_found_in_any_scale(dataset: PatchDataset) -> None:
     ]
     rows = {
         row["name"]: row
-        for row in bench_rules(dataset, candidates=candidates, seeds=1, patch_size=4)
+        for row in bench_rules(dataset, candidates=candidates, seeds=1, patch_size=4).rows
     }
     assert rows["combined dark"]["auc"] > 0.8
     assert rows["raw, 3, darkest"]["f1"] > 2 * rows["random patches"]["f1"]

@@ -274,6 +274,15 @@ def test_masks_mark_the_pixels_that_were_drawn(
     assert read_masks(quick_case, PrepareConfig(size=32, **options)) == pixels
 
 
+@pytest.mark.ray
+def test_prepare_writes_masks_as_the_rule_of_the_set_reads_them(case: Case) -> None:
+    case.make("palette_label_seven")  # some files alone look as if their palettes were grays
+    code, printed = case.prepare("--size", 32)
+    assert code == 0, printed
+    assert "The masks hold the values 1, 7: all are lesion" in printed
+    assert sorted(case.lesion_pixels()) == [100] * 4 + [125] * 4
+
+
 def test_faint_jpeg_masks_are_asked_about(quick_case: Case) -> None:
     quick_case.make("jpeg_mask_small_values")
     with pytest.raises(DataError, match=r"2 of 8 masks have faint values.*--lesion-threshold 0"):

@@ -13,7 +13,7 @@ import numpy as np
 from pydicom import Dataset
 from pydicom.encaps import get_frame
 from pydicom.pixels import convert_color_space
-from pydicom.uid import JPEGTransferSyntaxes
+from pydicom.uid import JPEGBaseline8Bit, JPEGExtended12Bit
 
 LUMA_CHROMA = ("YBR_FULL", "YBR_FULL_422")
 RGB_IDS = (b"RGB", b"rgb")  # names of components in the JPEG
@@ -52,7 +52,8 @@ def to_rgb(channels: np.ndarray, photometric: str, dataset: Dataset, index: int)
     is_tagged_ycc = photometric in LUMA_CHROMA
     is_ycc = _codestream_is_ycc(dataset, index)
     if is_ycc is None and channels.dtype == np.uint8:
-        is_jpeg = dataset.file_meta.TransferSyntaxUID in JPEGTransferSyntaxes
+        syntax = dataset.file_meta.TransferSyntaxUID
+        is_jpeg = syntax in (JPEGBaseline8Bit, JPEGExtended12Bit)
         is_ycc = _pixels_are_ycc(channels, is_tagged_ycc, is_jpeg)
     if is_ycc is None:
         is_ycc = is_tagged_ycc
@@ -117,7 +118,7 @@ def _segments(encoded: bytes) -> Iterator[tuple[int, bytes]]:
 def _pixels_are_ycc(channels: np.ndarray, is_tagged_ycc: bool, is_jpeg: bool) -> bool | None:
     """Return what only one of both color spaces explains; None: both do.
 
-    JPEG is YCbCr unless told otherwise, so colors that fit YCbCr are evidence there.
+    Lossy JPEG is YCbCr unless told otherwise, so colors that fit YCbCr are evidence there.
     """
     values = channels.astype(np.float32)
     if values[..., 0].std() < MIN_CONTRAST:

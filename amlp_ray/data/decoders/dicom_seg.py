@@ -6,9 +6,10 @@ flag that most writers leave out, and without the flag it takes frames that lie 
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -27,6 +28,9 @@ from amlp_ray.data.decoders.dicom_segments import Segments, read_segments
 from amlp_ray.data.decoders.frame import ReadFile
 from amlp_ray.data.decoders.masks import select_lesion
 from amlp_ray.errors import DataError, describe_error
+
+# It logs UIDs that are listed twice, which lead back to a patient.
+logging.getLogger("highdicom").setLevel(logging.CRITICAL)
 
 # mm between two planes that are one; headers round positions to some hundredths.
 POSITION_TOLERANCE = 0.1
@@ -80,8 +84,9 @@ class _SegmentationObject:
     max_value: int  # means certainty in a fractional object, else 1
     by_source: dict[str, list[_Plane]]
     without_source: list[_Plane]  # name no image: found by their position
-    planes_on_slices: int = 0  # frames that lie on a slice of the series
-    planes_beside: int = 0  # frames that name a slice of the series and do not lie on it
+    placed: set[int] = field(default_factory=set)  # frames that lie on a slice of the series
+    # Frames that name a slice of the series and do not lie on it, with whether they name no other.
+    beside: dict[int, bool] = field(default_factory=dict)
 
 
 class SegmentationMasks:
@@ -109,13 +114,13 @@ class SegmentationMasks:
         """Return the mask of a slice, (H, W) uint8 of 0 and 1; all zero if no frame lies on it.
 
         Raises:
-            DataError: a frame was drawn on this slice and has another size, direction, place or
-                spacing.
+            DataError: a frame was drawn on this slice and has another size, direction or spacing,
+                or may as well belong to another one.
         """
         mask = np.zeros(source.shape, np.uint8)
         for seg in self._objects:
             for plane in _planes_on(seg, source):
-                seg.planes_on_slices += 1
+                seg.placed.add(plane.frame)
                 if plane.segment is None or plane.segment in seg.lesion_segments:
                     mask |= _read_plane(seg, plane)
         return mask
@@ -126,11 +131,15 @@ class SegmentationMasks:
         The zero masks of one that lay nowhere would claim that there is no lesion.
 
         Raises:
-            DataError: no frame of an object lies on any slice.
+            DataError: a frame lies elsewhere than the slice it was drawn on, or no frame of an
+                object lies on any slice.
         """
         for seg in self._objects:
-            frames = len(seg.without_source) or seg.planes_beside
-            if frames and not seg.planes_on_slices:
+            # Slices may share a UID, so a frame is lost only if it lies on none of them.
+            if any(is_alone and frame not in seg.placed for frame, is_alone in seg.beside.items()):
+                raise _misfit(seg, "starts elsewhere than the slice it was drawn on", "place")
+            frames = len(seg.without_source) or len(seg.beside)
+            if frames and not seg.placed:
                 raise DataError(
                     f"{seg.path} is a segmentation none of whose {frames} frames lies on a slice "
                     "of its series, but frames must lie on slices; export it on the grid of the "
@@ -239,11 +248,16 @@ def _planes_on(seg: _SegmentationObject, source: SourceSlice) -> Iterator[_Plane
         if plane.geometry.position is None or source.geometry.position is None:
             if not plane.sources:
                 continue
+            if plane.frame in seg.placed:
+                raise DataError(
+                    f"{seg.path} is a segmentation with a frame that fits several slices, since it "
+                    "tells no place and names no slice alone; export it with places."
+                )
         elif _differ(plane.geometry.position, source.geometry.position, tolerance):
-            if len(plane.sources) == 1 and (source.frame is None or len(frames) == 1):
-                raise _misfit(seg, "starts elsewhere than the slice it was drawn on", "place")
             # Some writers name all slices of the series with each frame. Then the place decides.
-            seg.planes_beside += bool(plane.sources)
+            if plane.sources:
+                is_alone = len(plane.sources) == 1 and (source.frame is None or len(frames) == 1)
+                seg.beside[plane.frame] = is_alone
             continue
         _check_grid(seg, plane, source)
         yield plane

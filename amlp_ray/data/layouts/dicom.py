@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from amlp_ray.config import PrepareConfig
+from amlp_ray.data.layouts.dicom_copies import drop_copies
+from amlp_ray.data.layouts.dicom_groups import Grouping
 from amlp_ray.data.layouts.dicom_headers import Other, ParsedFile, Segmentation, Slice, read_headers
 from amlp_ray.data.layouts.item import Listing, RejectedFile, SourceImage, natural_key, rejected
 from amlp_ray.data.path import DataPath
@@ -38,11 +40,10 @@ def find_dicom(root: DataPath, config: PrepareConfig) -> Listing:
     secret = salt()
     entries = sorted(root.entries(), key=lambda entry: natural_key(entry.name))
     files = _sort_files(read_headers(root, entries))
-    slices_by_item: dict[str, list[Slice]] = {}
-    for series, stacks in _split_series(files.slices):
-        name = pseudonym(series, secret)
-        for number, stack in enumerate(stacks, 1):
-            slices_by_item[f"{name}-{number}" if len(stacks) > 1 else name] = stack
+    unique = drop_copies(root, files.slices)
+    files.rejects += unique.copies
+    grouping = Grouping(unique.slices)
+    slices_by_item = _list_stacks(unique.slices, grouping, secret)
     if not slices_by_item:
         example = ""
         if files.rejects:
@@ -59,7 +60,10 @@ def find_dicom(root: DataPath, config: PrepareConfig) -> Listing:
             reason = "is a segmentation that refers to a series that is not here"
             files.rejects.append(rejected(segmentation.name, reason))
     items = []
+    groups = []
     for name, stack in slices_by_item.items():
+        group = grouping.group_of(stack[0])
+        groups.append(group)
         items.append(
             SourceImage(
                 id=name,
@@ -67,11 +71,26 @@ def find_dicom(root: DataPath, config: PrepareConfig) -> Listing:
                 images=root.join(one.name for one in stack),
                 masks=root.join(masks.get(name, ())),
                 source=name,
-                group=pseudonym(stack[0].patient, secret),
+                group=pseudonym(group.name, secret) if group.name else "",
+                group_kind=group.kind or "patient",
                 stratum=stack[0].modality,
             )
         )
-    return Listing(items, sorted(files.rejects), _summarize(items, files))
+    summary = [_summarize(items, files)]
+    if unique.num_reused:
+        summary.append(
+            f"{unique.num_reused} files have the SOPInstanceUID of another file and other pixels; "
+            "they are kept"
+        )
+    summary.append(grouping.describe(groups))
+    return Listing(items, sorted(files.rejects), "; ".join(filter(None, summary)))
+
+
+class _Placed(NamedTuple):
+    """A slice and the item that it lies in."""
+
+    item: str
+    slice: Slice
 
 
 @dataclass
@@ -85,17 +104,11 @@ class _SortedFiles:
 
 
 def _sort_files(parsed_files: Iterable[ParsedFile]) -> _SortedFiles:
-    """Sort the files by what they are, and reject the second copy of each SOP instance."""
+    """Sort the files by what they are."""
     files = _SortedFiles()
-    first_names: dict[str, str] = {}  # file by SOP instance
     for file in parsed_files:
         if isinstance(file, Slice):
-            first = first_names.setdefault(file.instance, file.name)
-            if first == file.name:
-                files.slices.append(file)
-            else:
-                reason = f"is a second copy of {first}, which is kept"
-                files.rejects.append(rejected(file.name, reason))
+            files.slices.append(file)
         elif isinstance(file, Segmentation):
             files.segmentations.append(file)
         elif isinstance(file, RejectedFile):
@@ -105,11 +118,25 @@ def _sort_files(parsed_files: Iterable[ParsedFile]) -> _SortedFiles:
     return files
 
 
-def _split_series(slices: list[Slice]) -> Iterator[tuple[str, list[list[Slice]]]]:
+def _list_stacks(slices: list[Slice], grouping: Grouping, secret: bytes) -> dict[str, list[Slice]]:
+    """Return the slices of each item by its name, which is a pseudonym of its series."""
+    series = list(_split_series(slices, grouping))
+    uses = Counter(key[0] for key, _ in series)
+    slices_by_item: dict[str, list[Slice]] = {}
+    for key, stacks in series:
+        name = pseudonym(key[0] if uses[key[0]] == 1 else "/".join(key), secret)
+        for number, stack in enumerate(stacks, 1):
+            slices_by_item[f"{name}-{number}" if len(stacks) > 1 else name] = stack
+    return slices_by_item
+
+
+def _split_series(
+    slices: list[Slice], grouping: Grouping
+) -> Iterator[tuple[tuple[str, ...], list[list[Slice]]]]:
     """Yield each series with its stacks of parallel slices, in an order that ignores file names."""
-    by_series: dict[str, list[Slice]] = defaultdict(list)
+    by_series: dict[tuple[str, ...], list[Slice]] = defaultdict(list)
     for one in slices:
-        by_series[one.series].append(one)
+        by_series[grouping.series_of(one)].append(one)
     for series in sorted(by_series):
         stacks: list[list[Slice]] = []
         for one in by_series[series]:
@@ -170,23 +197,28 @@ def _assign_masks(
     segmentations: list[Segmentation], slices_by_item: dict[str, list[Slice]]
 ) -> dict[str, list[str]]:
     """Return the names of the SEG objects that refer to each item."""
-    by_instance: dict[str, list[str]] = defaultdict(list)
-    by_series: dict[str, list[str]] = defaultdict(list)
-    for segmentation in segmentations:
-        for uid in segmentation.instances:
-            by_instance[uid].append(segmentation.name)
-        if not segmentation.instances:
-            for uid in segmentation.series:
-                by_series[uid].append(segmentation.name)
-    masks: dict[str, list[str]] = {}
+    by_instance: dict[str, list[_Placed]] = defaultdict(list)
+    by_series: dict[str, list[_Placed]] = defaultdict(list)
     for item, stack in slices_by_item.items():
-        names: set[str] = set()
         for one in stack:
-            names.update(by_instance.get(one.instance, ()))
-            names.update(by_series.get(one.series, ()))
-        if names:
-            masks[item] = sorted(names, key=natural_key)
-    return masks
+            by_instance[one.instance].append(_Placed(item, one))
+            by_series[one.series].append(_Placed(item, one))
+    masks: dict[str, set[str]] = defaultdict(set)
+    for segmentation in segmentations:
+        index = by_instance if segmentation.instances else by_series
+        uids = segmentation.instances or segmentation.series
+        candidates = [placed for uid in uids for placed in index.get(uid, ())]
+        for placed in _narrow_down(candidates, segmentation):
+            masks[placed.item].add(segmentation.name)
+    return {item: sorted(names, key=natural_key) for item, names in masks.items()}
+
+
+def _narrow_down(candidates: list[_Placed], segmentation: Segmentation) -> list[_Placed]:
+    """Keep the slices that a SEG object means: others may have the same UIDs."""
+    in_series = [placed for placed in candidates if placed.slice.series in segmentation.series]
+    candidates = in_series or candidates
+    same_patient = [one for one in candidates if one.slice.patient == segmentation.patient]
+    return same_patient or candidates
 
 
 def _summarize(items: list[SourceImage], files: _SortedFiles) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -24,7 +26,9 @@ TAGS = [
     "SOPInstanceUID",
     "SeriesInstanceUID",
     "StudyInstanceUID",
+    "FrameOfReferenceUID",
     "PatientID",
+    "ImageType",
     "Modality",
     "Rows",
     "Columns",
@@ -39,6 +43,17 @@ SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 DOSE = "1.2.840.10008.5.1.4.1.1.481.2"  # has rows and pixels, and shows no patient
 DIRECTORY = "1.2.840.10008.1.3.10"
 DEFLATED = "1.2.840.10008.1.2.1.99"
+# What anonymizers write into PatientID, without all but letters and digits.
+PLACEHOLDER = re.compile(
+    r"anonym(?:ous|i[sz]ed?)?(?:patient|id|subject)?|anon|de?identified|noname|unknown|undefined|"
+    r"none|null|na|nan|nil|no|noid|empty|blank|removed|deleted|redacted|hidden|masked|dummy|"
+    r"default|test|patient|patientid|id|pid|subject|0+|([a-z])\1{2,}"
+)
+SEPARATOR = re.compile(r"[\W_]")
+# ImageType of pictures that show many slices, of Siemens, United Imaging and of exports. In other
+# modalities, the same words mean an image that was stitched together.
+TILED_TYPES = ("MOSAIC", "VFRAME", "MONTAGE")
+STITCHED_MODALITIES = ("OP", "OPT", "SM", "GM", "ES", "XC", "DX", "CR")
 # Bytes read at first; few headers are longer.
 LOCAL_HEAD_BYTES = 1 << 16
 REMOTE_HEAD_BYTES = 1 << 18
@@ -52,9 +67,11 @@ class Slice(NamedTuple):
     """What sorting needs of an image file."""
 
     name: str  # relative to the folder
-    series: str
-    instance: str
-    patient: str
+    series: str  # UIDs are empty if the header has none
+    study: str
+    frame_of_reference: str
+    instance: str  # SOP Instance UID, else a digest of the file
+    patient: str  # PatientID; empty if none or a placeholder
     modality: str
     shape: tuple[int, int, int]  # rows, columns, samples
     frames: int
@@ -67,8 +84,9 @@ class Segmentation(NamedTuple):
     """A SEG object and what it refers to."""
 
     name: str
+    patient: str  # as in `Slice`
     instances: frozenset[str]
-    series: frozenset[str]  # used if no instances are given
+    series: frozenset[str]  # alone if no instances are given
 
 
 class Other(NamedTuple):
@@ -115,12 +133,9 @@ def _parse_file(root: DataPath, entry: Entry) -> ParsedFile:
 
 def _read_header(file: DataPath, size: int, force: bool) -> tuple[Dataset | None, bool]:
     """Return the header, None if the file is not DICOM, and whether pixels follow."""
-    if file.is_local:
-        with file.local.open("rb", buffering=0) as local:
-            head = BytesIO(local.read(LOCAL_HEAD_BYTES))  # parsing from memory takes half the time
-    else:
-        with file.filesystem.open_input_file(file.path) as remote:
-            head = BytesIO(bytes(remote.read(REMOTE_HEAD_BYTES)))
+    with file.open() as stream:
+        head_bytes = LOCAL_HEAD_BYTES if file.is_local else REMOTE_HEAD_BYTES
+        head = BytesIO(stream.read(head_bytes))  # parsing from memory takes half the time
     is_whole_file = size <= head.getbuffer().nbytes
     if is_whole_file or not (force or _has_prefix(head)):
         return _parse(head, force)
@@ -132,7 +147,7 @@ def _read_header(file: DataPath, size: int, force: bool) -> tuple[Dataset | None
         return header, True
     # The header is compressed, or goes on after what was read.
     if file.is_local:
-        with file.local.open("rb") as whole:
+        with file.open() as whole:
             return _parse(whole, force)
     return _parse(BytesIO(file.read_bytes()), force)
 
@@ -180,19 +195,31 @@ def _classify(name: str, header: Dataset, has_pixels: bool, file: DataPath) -> P
     if not has_pixels or not claims_pixels:
         kind = sop_class.name.removesuffix(" Storage") if has_known_name else "image"
         return rejected(name, f"claims to be a {kind} and holds no pixels")
+    if _is_tiled(header):
+        return rejected(
+            name, "is a mosaic of slices in one picture; convert it to a volume, as dcm2niix does"
+        )
     samples = int(header.get("SamplesPerPixel") or 1)
-    return _to_slice(name, header, (rows, columns, samples))
+    return _to_slice(name, header, (rows, columns, samples), file)
 
 
-def _to_slice(name: str, header: Dataset, shape: tuple[int, int, int]) -> Slice:
-    instance = _text(header, "SOPInstanceUID") or name
-    series = _text(header, "SeriesInstanceUID") or instance
-    patient = _text(header, "PatientID") or _text(header, "StudyInstanceUID") or series
+def _is_tiled(header: Dataset) -> bool:
+    """Return whether a picture shows several slices side by side, by its ImageType."""
+    kinds = header.get("ImageType") or ()
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    is_tiled = any(str(kind).strip().upper() in TILED_TYPES for kind in kinds)
+    return is_tiled and _text(header, "Modality") not in STITCHED_MODALITIES
+
+
+def _to_slice(name: str, header: Dataset, shape: tuple[int, int, int], file: DataPath) -> Slice:
+    instance = _text(header, "SOPInstanceUID")
     return Slice(
         name=name,
-        series=sys.intern(series),
-        instance=instance,
-        patient=sys.intern(patient),
+        series=sys.intern(_text(header, "SeriesInstanceUID")),
+        study=sys.intern(_text(header, "StudyInstanceUID")),
+        frame_of_reference=sys.intern(_text(header, "FrameOfReferenceUID")),
+        instance=instance or hashlib.sha256(file.read_bytes()).hexdigest(),
+        patient=sys.intern(_patient(header)),
         modality=sys.intern(_text(header, "Modality")),
         shape=shape,
         frames=int(header.get("NumberOfFrames") or 1),
@@ -219,7 +246,24 @@ def _read_references(name: str, header: Dataset, file: DataPath) -> Segmentation
         for element in dataset.iterall():
             if element.keyword == "ReferencedSOPInstanceUID":
                 instances.add(str(element.value))
-    return Segmentation(name, frozenset(instances - {""}), frozenset(series - {""}))
+    return Segmentation(
+        name, _patient(header), frozenset(instances - {""}), frozenset(series - {""})
+    )
+
+
+def _patient(header: Dataset) -> str:
+    patient = _text(header, "PatientID")
+    return "" if is_placeholder(patient) else patient
+
+
+def is_placeholder(patient: str) -> bool:
+    """Return whether a PatientID names nobody.
+
+    >>> [is_placeholder(one) for one in ("", "ANONYMOUS", "xxxx", "000", "7", "anon_012")]
+    [True, True, True, True, False, False]
+    """
+    letters = SEPARATOR.sub("", patient).lower()
+    return not letters or PLACEHOLDER.fullmatch(letters) is not None
 
 
 def _text(header: Dataset, tag: str) -> str:

@@ -223,7 +223,7 @@ def test_oblique_slices_are_ordered_along_their_normal(tmp_path: Path) -> None:
 
 
 def test_series_falls_apart_by_shape_and_direction(tmp_path: Path) -> None:
-    shared = {"SeriesInstanceUID": generate_uid(), "patient": "p"}
+    shared = {"SeriesInstanceUID": "1.2.3", "StudyInstanceUID": "1.2.4", "patient": "p"}
     ct_series(tmp_path / "a", np.zeros((3, 8, 8), np.int16), **shared)
     ct_series(tmp_path / "b", np.zeros((2, 8, 9), np.int16), **shared)
     save(

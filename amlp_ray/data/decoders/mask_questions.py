@@ -46,11 +46,13 @@ def describe_masks(masks: Sequence[MaskValues], rule: MaskRule, config: PrepareC
     chosen = [_Mask(mask, chosen_values(mask, rule, config)) for mask in masks]
     told = _describe_palettes(masks, rule, config)
     if config.lesion_labels:
-        return told + _check_labels(chosen, config.lesion_labels)
+        return told + _check_labels(chosen, config.lesion_labels) + _describe_unlisted(chosen)
     _ask_palettes(masks, rule, config)
     if config.lesion_threshold is None:
         _ask_values(chosen, rule)
         told += _describe_values(chosen, rule)
+    else:
+        _check_threshold(chosen, config.lesion_threshold)
     num_alpha = sum(read_mask_as(mask, rule, config).plane == "alpha" for mask in masks)
     if num_alpha:
         told.append(
@@ -267,6 +269,33 @@ def _check_labels(chosen: Sequence[_Mask], lesion_labels: tuple[int, ...]) -> li
     return [
         f"No mask holds {listed} of lesion_labels; they hold {list_values(sorted(held - {0.0}))}."
     ]
+
+
+def _describe_unlisted(chosen: Sequence[_Mask]) -> list[str]:
+    """Say that labels take single values of masks that have many."""
+    many = [
+        pair
+        for pair in chosen
+        if has_many_values(*pair)
+        and pair.values.num_values > MAX_CLASS_GRAYS
+        and not pair.mask.lossy_kind
+    ]
+    if not many:
+        return []
+    return [
+        f"{_count(len(many), chosen)} {_have(len(many))} many values, such as {many[0].mask.path}: "
+        "only what is exactly one of lesion_labels is lesion; --lesion-threshold takes a range."
+    ]
+
+
+def _check_threshold(chosen: Sequence[_Mask], lesion_threshold: float) -> None:
+    """Raise DataError if no mask reaches above the threshold, though some are not empty."""
+    highest = [WHITE if mask.is_one_bit else values.highest for mask, values in chosen]
+    if highest and 0 < max(highest) <= lesion_threshold:
+        raise DataError(
+            f"None of {len(chosen)} masks has a value above lesion_threshold {lesion_threshold:g}; "
+            f"the highest is {max(highest):g}. Give a lower one."
+        )
 
 
 def _count(number: int, of: Sequence[object]) -> str:

@@ -234,6 +234,12 @@ TOLD: dict[str, tuple[MakeMask, dict[str, Any], list[int], str]] = {
         [AREA] * 4,
         "No mask holds 2 of lesion_labels; they hold 3.",
     ),
+    "a label in PNG that was JPEG": (
+        lambda i: np.clip(LESION * 250.0 + np.arange(SIDE) % 6, 0, 255).astype(np.uint8),
+        {"lesion_labels": (255,)},
+        [24] * 4,
+        "only what is exactly one of lesion_labels is lesion; --lesion-threshold takes a range.",
+    ),
     "inverted": (
         lambda i: (1 - LESION) * 255,
         {},
@@ -342,6 +348,11 @@ ASKED: dict[str, tuple[MakeMask, dict[str, Any], str]] = {
         "4 of 4 images with masks cannot be used.*colors and transparency mark different pixels",
     ),
     "all are full": (lambda i: ALL, {}, "4 of 4 masks mark the whole image as lesion"),
+    "threshold that no mask reaches": (
+        lambda i: LESION * 100,
+        {"lesion_threshold": 127},
+        "None of 4 masks has a value above lesion_threshold 127; the highest is 100",
+    ),
     "labels that no mask holds": (
         lambda i: LESION * 3,
         {"lesion_labels": (1, 2)},

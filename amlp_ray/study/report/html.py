@@ -159,8 +159,10 @@ def _dataset_text(description: dict[str, Any], path: str | None) -> str:
             parts.append(f"{key} {tables.show(description[key])}")
     counts = description.get("counts")
     for split, count in counts.items() if isinstance(counts, dict) else ():
-        numbers = count if isinstance(count, dict) else {"images": count}
+        numbers = dict(count) if isinstance(count, dict) else {"images": count}
+        kinds = numbers.pop("kinds", {})
         texts = [f"{tables.show(number)} {what}" for what, number in numbers.items()]
+        texts += [f"{number} of {kind}" for kind, number in kinds.items()]
         parts.append(f"{split} {', '.join(texts)}")
     return "; ".join(parts)
 

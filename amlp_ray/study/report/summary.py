@@ -30,6 +30,9 @@ from amlp_ray.study.report.report_data import (
 from amlp_ray.study.report.rung_correlation import FirstRungCorrelation
 from amlp_ray.study.report.tables import interval_text
 
+# Trials from which a correlation is put into words: with fewer, one of 0.44 comes by chance.
+MIN_READ = 20
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -306,12 +309,14 @@ def _pruning_sentence(first_rung: FirstRungCorrelation) -> str:
     epochs = ", ".join(str(epoch) for epoch in first_rung.epochs)
     dsc = f"{_correlation_words(first_rung.dsc)} for DSC"
     ap = f"{_correlation_words(first_rung.ap)} for patch AP"
-    uncertain = "; with so few trials it is also uncertain." if first_rung.trials < 20 else "."
+    if first_rung.trials < MIN_READ:
+        reading = f"fewer than {MIN_READ} trials are too few to read it"
+    else:
+        reading = _ranking_words(first_rung.dsc)
     return (
         f"{question} Over {first_rung.trials} complete trials, the Spearman correlation between "
-        f"{rung} (epoch {epochs}) and the last one is {dsc} and {ap}: "
-        f"{_ranking_words(first_rung.dsc)}. Pruned trials are not in this number, which usually "
-        f"lowers it{uncertain}"
+        f"{rung} (epoch {epochs}) and the last one is {dsc} and {ap}: {reading}. Pruned trials are "
+        f"not in this number, which usually lowers it."
     )
 
 

@@ -221,6 +221,19 @@ def test_agreement_needs_five_trials(tmp_path: Path) -> None:
     assert "Not known: 2 complete trials" in verdict_of(store).pruning
 
 
+@pytest.mark.parametrize(
+    ("trials", "reading"),
+    [(19, "fewer than 20 trials are too few to read it"), (20, "rank these trials fairly well")],
+)
+def test_a_correlation_of_few_trials_is_not_put_into_words(
+    trials: int, reading: str, tmp_path: Path
+) -> None:
+    data = collect(study_with(tmp_path / "s", 0.5, mae=(0.4,)))
+    first_rung = FirstRungCorrelation(trials, (35,), dsc=0.9, ap=0.6, is_prunable=True)
+    verdict = summarize_search(data, finished_baselines(data), [], first_rung)
+    assert reading in verdict.pruning
+
+
 def test_agreement_covers_average_precision_and_names_the_rung_where_steps_are_unknown(
     tmp_path: Path,
 ) -> None:

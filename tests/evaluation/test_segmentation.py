@@ -190,6 +190,7 @@ def test_a_segmenter_that_was_saved_scores_as_when_it_was_trained(
     assert result == {name: trained[name] for name in result}
     assert trained.keys() - result.keys() == {
         "num_labeled",
+        "num_empty_per_epoch",
         "from_scratch",
         "encoder",
         "start",

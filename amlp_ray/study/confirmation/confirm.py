@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from amlp_ray.config import ABLATIONS, PretrainConfig, SegmentConfig, StudyConfig, baseline_names
-from amlp_ray.config.base import build
-from amlp_ray.config.yaml_file import read_yaml
+from amlp_ray.config.yaml_file import read_record, read_yaml
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import ConfigError, DataError, StudyError
 from amlp_ray.evaluation.confirmation_run import SEGMENTER
@@ -151,7 +150,7 @@ def _trial_config(store: StudyStore, config: StudyConfig, record: TrialRecord) -
     """Read a trial's settings as it had them, or rebuild them where its folder is gone."""
     path = store.trial_folder(record.number) / "config.yaml"
     if path.is_file():
-        trial_config = build(PretrainConfig, read_yaml(path), str(path))
+        trial_config = read_record(PretrainConfig, path)
     else:
         settings = SearchSpace(config).config_of(record.params)
         trial_config = with_schedule(config.trial(settings, seed=0), config.pruner)
@@ -164,7 +163,7 @@ def _is_full_length(store: StudyStore, record: TrialRecord) -> bool:
     if not record.is_pbt_step:
         return True
     path = store.trial_folder(record.number) / "config.yaml"
-    return path.is_file() and max(record.rungs) >= read_yaml(path)["epochs"]
+    return path.is_file() and max(record.rungs) >= read_record(PretrainConfig, path).epochs
 
 
 def _final_score(record: TrialRecord, config: StudyConfig) -> float:
@@ -277,11 +276,10 @@ def _finished_runs(
 
 def _check_equal_finetuning(config: StudyConfig, folders: list[Path]) -> None:
     """Raise StudyError where a run was fine-tuned by other settings than `confirm.finetune`."""
-    expected = config.confirm.finetune.model_copy(update={"seed": 0})
+    expected = config.confirm.finetune.model_dump(mode="json") | {"seed": 0}
     for folder in folders:
-        path = folder / SEGMENTER / "config.yaml"
-        finetune = build(SegmentConfig, read_yaml(path), str(path))
-        if finetune.model_copy(update={"seed": 0}) != expected:
+        # As it was written: a setting that is newer than the run must not get its default of today.
+        if read_yaml(folder / SEGMENTER / "config.yaml") | {"seed": 0} != expected:
             raise StudyError(
                 f"{folder} was fine-tuned with other settings than confirm.finetune has now, "
                 f"so it cannot be compared; restore them as its {SEGMENTER}/config.yaml has them."

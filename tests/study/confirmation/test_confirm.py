@@ -330,6 +330,21 @@ def test_runs_that_were_fine_tuned_differently_are_not_compared(
     assert find_test_unlock(trained) is None
 
 
+def test_a_setting_that_is_newer_than_a_fine_tuning_is_not_taken_for_its_default(
+    trained: StudyStore, phantom_dataset: PatchDataset
+) -> None:
+    path = trained.confirm_folder("trial-0", 0) / "segmenter" / "config.yaml"
+    written = path.read_text()
+    path.write_text("".join(line for line in written.splitlines(True) if "empty_share" not in line))
+    assert path.read_text() != written
+    try:
+        with pytest.raises(StudyError, match="trial-0-0 was fine-tuned with other settings"):
+            open_test(trained, trained.config(), phantom_dataset)
+    finally:
+        path.write_text(written)
+    assert find_test_unlock(trained) is None
+
+
 class Watched(PatchDataset):
     """Whether the test split had been recorded as opened whenever it was read."""
 

@@ -19,7 +19,7 @@ from amlp_ray.cli.study_options import (
     find_study,
     open_store,
 )
-from amlp_ray.errors import ConfigError
+from amlp_ray.errors import ConfigError, StudyError
 from amlp_ray.utils.text import counted
 
 if TYPE_CHECKING:
@@ -41,17 +41,28 @@ EFFECTS = {
 
 def pause(name: Name, runs: Runs = DEFAULT_RUNS, no_wait: NoWait = False) -> None:
     """Pause a study: running trials stop after the current epoch; `resume` continues them."""
-    _request(open_store(name, runs), "pause", no_wait)
+    _request(_open_begun(name, runs, "pause"), "pause", no_wait)
 
 
 def stop(name: Name, runs: Runs = DEFAULT_RUNS, no_wait: NoWait = False) -> None:
     """Stop a study: no new trials start, running ones finish."""
-    _request(open_store(name, runs), "stop", no_wait)
+    _request(_open_begun(name, runs, "stop"), "stop", no_wait)
 
 
 def cancel(name: Name, runs: Runs = DEFAULT_RUNS, no_wait: NoWait = False) -> None:
     """Cancel a study: running trials end now, as failed."""
-    _request(open_store(name, runs), "cancel", no_wait)
+    _request(_open_begun(name, runs, "cancel"), "cancel", no_wait)
+
+
+def _open_begun(name: str, runs: Path, verb: Verb) -> StudyStore:
+    """Open the store of a study, which must have begun."""
+    if not (runs / name).exists():
+        raise StudyError(
+            f"Study {name!r} has not begun in {runs}, so there is nothing to {verb}; `amlp-ray "
+            f"study list` lists those that have. A run that was started just now can be asked as "
+            f"soon as it prints its folder, or be ended with Ctrl-C."
+        )
+    return open_store(name, runs)
 
 
 def _request(store: StudyStore, verb: Verb, no_wait: bool) -> None:

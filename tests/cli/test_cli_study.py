@@ -326,6 +326,10 @@ def test_of_a_study_that_nobody_runs_nothing_is_asked(
     code, out, _ = run(verb, "tiny")
     assert (code, out) == (0, f"Study 'tiny' is not running; there is nothing to {verb}.\n")
     assert StudyStore.open(store.folder).last_request() is None, "the next run would obey at once"
+    code, _, err = run(verb, "starting")
+    assert code == 2
+    assert err.startswith(f"amlp-ray: Study 'starting' has not begun in {store.folder.parent}, so ")
+    assert f"there is nothing to {verb}; " in err
 
 
 def test_a_study_is_watched_in_one_picture(run: Run, driven: list[str], store: StudyStore) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import socket
 import time
@@ -40,6 +41,7 @@ from amlp_ray.runtime.ray_internals import (
     is_startup_error,
     is_train_error,
     keep_cloud_keys_out_of_runtime_env,
+    silence_daemon_messages,
     unwrap_worker_error,
 )
 
@@ -66,6 +68,19 @@ def test_tune_hands_no_cloud_keys_to_trials(monkeypatch: pytest.MonkeyPatch) -> 
     keep_cloud_keys_out_of_runtime_env()
     handed = class_cache._ActorClassCache().get(type("Trial", (), {}))
     assert "planted" not in str(handed._default_options["runtime_env"])
+
+
+def test_messages_of_daemons_are_printed_by_a_thread_that_can_be_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ray._private import worker
+
+    monkeypatch.setattr(worker, "listen_error_messages", worker.listen_error_messages)
+    parameters = list(inspect.signature(worker.listen_error_messages).parameters)
+    assert parameters == ["worker", "threads_stopped"]
+    assert "target=listen_error_messages" in inspect.getsource(worker.connect)
+    silence_daemon_messages()
+    worker.listen_error_messages(worker=None, threads_stopped=None)
 
 
 @pytest.mark.ray

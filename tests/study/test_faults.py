@@ -187,8 +187,8 @@ def test_a_full_disk_is_waited_for_and_leaves_no_half_line(
     study.set_user_attr("second", "y" * 9000)
     assert contents == [before], "half a line was left on the full disk"
     assert caplog.messages == [
-        "the study's storage cannot be reached (No space left on device); "
-        "retrying while trials train",
+        f"the study's storage {small_disk / 'study.journal'} cannot be reached (No space left on "
+        f"device); retrying while trials train",
         "the study's storage is back",
     ]
     attributes = optuna.load_study(
@@ -262,7 +262,7 @@ def test_a_study_outlives_its_database_and_then_gives_up_and_goes_on(
         assert process.wait(DEADLINE_S) == 2, run.output()
     finally:
         server.start()
-    assert "the study's storage cannot be reached" in run.output()
+    assert "the study's storage postgresql://" in run.output()
     assert "cannot be reached for 9 s" in run.last_line()
     assert Postgres.password not in run.output()
     assert [t.state for t in run.store.search().trials] == [TrialState.RUNNING]

@@ -101,16 +101,17 @@ def test_a_killed_study_goes_on_where_it_stopped(
 
 @pytest.mark.ray
 @pytest.mark.timeout(200)
-def test_ctrl_c_says_so_and_leaves_trials_to_be_taken_over(
-    phantom_dataset: PatchDataset, tmp_path: Path
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_say_so_and_leave_trials_to_be_taken_over(
+    phantom_dataset: PatchDataset, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     study = write_study(tmp_path, {"baselines": [], "budget": {"trials": 1}}, epochs=500)
     store, log = StudyStore(tmp_path / "runs" / "tiny"), tmp_path / "log"
     process = start(study, phantom_dataset.path, tmp_path / "runs", log)
     try:
         wait_for(lambda: len(read_metrics(store.trial_folder(0))) >= 2, process, log)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(DEADLINE_S) == 130, log.read_text()
+        process.send_signal(number)
+        assert process.wait(DEADLINE_S) == code, log.read_text()
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -58,9 +58,15 @@ class RetryingStorage(_ForwardingStorage):
     end of a trial, where the first of two counts.
     """
 
-    def __init__(self, inner: BaseStorage, seconds: float) -> None:
-        """Wrap a storage, each call of which is retried for so many seconds."""
+    def __init__(self, inner: BaseStorage, seconds: float, location: str = "") -> None:
+        """Wrap a storage.
+
+        Args:
+            seconds: how long each call is retried.
+            location: what messages call it, such as the path of its file.
+        """
         self.inner = inner
+        self._location = f" {location}" if location else ""
         self._seconds = seconds
         # A process that ends because of it does not wait as long again for each further call.
         self._has_given_up = False
@@ -133,12 +139,14 @@ class RetryingStorage(_ForwardingStorage):
                 if self._has_given_up or time.monotonic() - started > self._seconds:
                     self._has_given_up = True
                     raise StudyError(
-                        f"The study's storage cannot be reached for {self._seconds:g} s "
-                        f"({_error_kind(error)}); check it and run the study again, which resumes."
+                        f"The study's storage{self._location} cannot be reached for "
+                        f"{self._seconds:g} s ({_error_kind(error)}); check it and run the study "
+                        f"again, which resumes."
                     ) from None
                 if should_log and not has_failed:
                     logger.warning(
-                        "the study's storage cannot be reached (%s); retrying while trials train",
+                        "the study's storage%s cannot be reached (%s); retrying while trials train",
+                        self._location,
                         _error_kind(error),
                     )
                 has_failed = True
@@ -180,7 +188,7 @@ def open_journal(path: Path, retry_seconds: float = 0.0) -> BaseStorage:
     Args:
         retry_seconds: how long a call is retried, for example while the disk is full.
     """
-    return RetryingStorage(JournalStorage(Journal(path)), retry_seconds)
+    return RetryingStorage(JournalStorage(Journal(path)), retry_seconds, str(path))
 
 
 def open_database(url: str, folder: Path, retry_seconds: float = 0.0) -> BaseStorage:
@@ -206,7 +214,8 @@ def open_database(url: str, folder: Path, retry_seconds: float = 0.0) -> BaseSto
             f"{scheme if driver else DRIVERS[kind]}://{rest}",
             engine_kwargs={"pool_pre_ping": True, "connect_args": arguments},
         )
-        return RetryingStorage(optuna.storages.get_storage(database), retry_seconds)
+        storage = optuna.storages.get_storage(database)
+        return RetryingStorage(storage, retry_seconds, without_secrets(url))
     except ImportError as error:
         raise StudyError(
             f"Package {error.name!r} for {kind} is not installed; pip install 'amlp-ray[{kind}]'."

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,9 +113,18 @@ def test_a_cancelled_study_ends_at_once_though_its_trial_does_not_hear(store: St
     assert "answer" in request
 
 
-def test_a_paused_study_waits_for_its_trial_and_leaves_it_running(store: StudyStore) -> None:
+def test_a_paused_study_waits_for_its_trial_and_leaves_it_running(
+    store: StudyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cleared: list[object] = []
+    display = SimpleNamespace(
+        HTML=str, display=print, clear_output=lambda wait: cleared.append(wait)
+    )
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setattr("ray.tune.progress_reporter.IS_NOTEBOOK", True)
     assert run(store, stub_trial, lambda other: other.request("pause")) == StopReason.PAUSE
     assert [trial.state for trial in store.search().trials] == [TrialState.RUNNING]
+    assert not cleared, "what a notebook has printed is gone"
 
 
 def test_a_study_whose_lease_is_gone_ends_with_an_error(

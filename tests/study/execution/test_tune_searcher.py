@@ -330,12 +330,76 @@ def test_an_interrupted_baseline_that_is_named_no_more_fails_and_the_study_goes_
 
 def test_cancel_ends_running_trials_at_once(store: StudyStore, stop_flags: Any) -> None:
     search = searcher(store, stop_flags, make_config())
-    search.suggest("a")
+    config = search.suggest("a")
+    search.suggest("waits")
+    search.mark_started([config["trial_spec"]["run"]["folder"]])
     search.stop(StopReason.CANCEL)
-    (trial,) = store.search().trials
+    trial, waiting = store.search().trials
     assert (trial.state, trial.user_attrs["reason"]) == (TrialState.FAIL, "cancelled")
+    assert waiting.state == TrialState.RUNNING, "what never ran is not lost"
     search.on_trial_complete("a", {"ended": True})  # Tune, afterwards
-    assert not search.has_unfinished_trials()
+    search.on_trial_complete("waits")
+    assert not search.has_finished
+
+
+def test_a_trial_that_waits_for_resources_neither_runs_nor_uses_budget(
+    store: StudyStore, stop_flags: Any
+) -> None:
+    from amlp_ray.study.operations.status import status
+
+    search = searcher(store, stop_flags, make_config(budget={"trials": 2}))
+    folders = [search.suggest(name)["trial_spec"]["run"]["folder"] for name in ("a", "b")]
+    assert search.suggest("more") is None, "both are taken from the budget when they start"
+
+    def shown() -> tuple[dict[str, int], float]:
+        with store.lock():
+            facts = status(StudyStore(store.folder))
+        return facts["states"], facts["budget"]["trials"]["used"]
+
+    assert shown() == ({"WAITING": 2}, 0)
+    assert all(seconds > 0 for seconds in search.waiting_times())
+    search.mark_started(folders[:1])
+    assert shown() == ({"RUNNING": 1, "WAITING": 1}, 1)
+    assert [seconds > 0 for seconds in search.waiting_times()] == [False, True]
+    search.on_trial_complete("a", error=True)  # its process died
+    search.suggest("again")
+    assert shown() == ({"WAITING": 2}, 1), "it has begun, and waits once more"
+    search.on_trial_complete("b", error=True)
+    assert store.search().trials[1].user_attrs["lost"] == 1
+
+
+def test_a_full_disk_pauses_the_study_and_fails_no_trial(
+    store: StudyStore, stop_flags: Any, messages: Messages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from amlp_ray.study.execution import storage_pause
+
+    monkeypatch.setattr(storage_pause, "FIRST_PAUSE_S", 0.3)
+    settings = {"max_identical_failures": 1}
+    search = searcher(store, stop_flags, make_config(fault_tolerance=settings))
+    config = search.suggest("a")
+    reason = f"Could not write the checkpoint of epoch 3 to {store.trial_folder(0)} for 1 minutes."
+    search.on_trial_complete("a", {"failed": reason, "storage": True})
+    assert search.suggest("b") is None
+    assert messages()[-1].startswith(f"the study is paused: trial 0: {reason.rstrip('.')}. ")
+    time.sleep(0.3)
+    assert search.suggest("c")["trial_spec"] == config["trial_spec"]
+    assert [t.state for t in store.search().trials] == [TrialState.RUNNING]
+    assert search.stop_reason is None
+
+
+def test_the_first_cause_is_kept_of_whichever_kind(
+    store: StudyStore, stop_flags: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = searcher(store, stop_flags, make_config())
+
+    def fail(has_room: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(search._queue, "next", fail)
+    with pytest.raises(ZeroDivisionError):
+        search.suggest("a")
+    search.record_failure(RuntimeError("what Tune makes of it"))
+    assert isinstance(search.failure, ZeroDivisionError)
 
 
 def test_several_objectives_have_a_value_each_and_one_is_compared_at_rungs(

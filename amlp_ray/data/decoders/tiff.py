@@ -17,6 +17,7 @@ STRIP_OFFSETS = 273
 SAMPLES_PER_PIXEL = 277
 STRIP_BYTES = 279
 IMAGE_DEPTH = 32997
+METAMORPH_PLANES = 33629  # a value per plane
 UNCOMPRESSED = 1
 WHITE_IS_ZERO = 0
 
@@ -70,7 +71,10 @@ def invert(array: np.ndarray) -> np.ndarray:
 
 
 def _described_planes(tags: Any, plane_values: int) -> int:
-    """Return the number of planes that the description claims."""
+    """Return the number of planes that the description or MetaMorph's tag claims."""
+    metamorph = tags.get(METAMORPH_PLANES, ())
+    if isinstance(metamorph, tuple) and metamorph:
+        return len(metamorph)
     description = str(tags.get(DESCRIPTION, ""))
     if match := IMAGEJ_COUNT.match(description):
         return int(match[1])

@@ -79,6 +79,16 @@ def test_a_stack_of_one_directory_is_refused_with_its_count(
         decode_image_file(path, read)
 
 
+def test_planes_of_metamorph_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.stk.tif"
+    content = Path(write_tiff(path, PLANES)).read_bytes()
+    depth = struct.pack("<HHII", 32997, 4, 1, 1)
+    planes = struct.pack("<HHII", 33629, 5, 10, len(content))
+    path.write_bytes(content.replace(depth, planes) + struct.pack("<20I", *[1] * 20))
+    with pytest.raises(DataError, match="holds 10 frames"):
+        decode_image_file(str(path), read)
+
+
 @pytest.mark.parametrize("description", [IMAGEJ, b'{"shape": [10, 8, 12]}\0', b"none\0"])
 def test_a_page_that_was_cut_out_of_a_stack_is_one_image(
     description: bytes, tmp_path: Path

@@ -279,12 +279,11 @@ def _trials_of_file(path: Path, config: StudyConfig) -> Iterator[_ImportedTrial]
         raise ConfigError(f"There is no file {path}; check the path.")
     try:
         reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")))
-        rows = list(reader)
+        rows = [_unescaped(row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(
             f"{path} cannot be read as CSV: {' '.join(str(error).split())}."
         ) from None
-    rows = [_unescaped(row) for row in rows]
     columns = [unescape(name) for name in reader.fieldnames or []]
     for objective in config.objectives:
         if objective not in columns and f"values.{objective}" not in columns:
@@ -306,7 +305,7 @@ def _trials_of_file(path: Path, config: StudyConfig) -> Iterator[_ImportedTrial]
             yield _ImportedTrial(name, f"import {path.name}", values, scores)
 
 
-def _unescaped(row: Mapping[str | None, str | None]) -> dict[str, str]:
+def _unescaped(row: Mapping[Any, Any]) -> dict[str, str]:
     """Return the named cells of a row as they were before an export marked them as text."""
     return {unescape(name): unescape(text) for name, text in row.items() if name and text}
 

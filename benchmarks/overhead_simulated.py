@@ -29,10 +29,11 @@ from optuna.trial import TrialState
 from amlp_ray.config import StudyConfig
 from amlp_ray.config.base import build
 from amlp_ray.config.yaml_file import write_yaml
+from amlp_ray.study.execution.active_trial import ActiveTrial
 from amlp_ray.study.execution.stop_flags import StopFlags, StopWhen
 from amlp_ray.study.execution.study_log import log_events
 from amlp_ray.study.execution.trial_queue import TrialQueue
-from amlp_ray.study.execution.tune_searcher import ActiveTrial, StudySearcher
+from amlp_ray.study.execution.tune_searcher import StudySearcher
 from amlp_ray.study.storage.study_store import StudyStore
 
 FloatArray = NDArray[np.floating[Any]]

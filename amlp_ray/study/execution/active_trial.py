@@ -1,4 +1,4 @@
-"""A trial that Tune has: since when, and whether it runs or waits for resources."""
+"""A trial that is to be run, and one that Tune has: whether it runs or waits for resources."""
 
 from __future__ import annotations
 
@@ -13,10 +13,21 @@ import optuna
 from amlp_ray.config import COST_OBJECTIVES, StudyConfig
 from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.study.execution.trial import SCORES, usage_so_far
-from amlp_ray.study.execution.trial_queue import QueuedTrial
 from amlp_ray.study.storage.trial_record import TrialStats, finite
+from amlp_ray.study.trial_spec import TrialSpec
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class QueuedTrial:
+    """A stored trial that is to be run."""
+
+    study: optuna.Study  # one of the three
+    number: int  # Optuna's, within that study
+    trial_spec: TrialSpec  # what the trial's process is told
+    params: Mapping[str, Any]  # searched parameters, to show
+    is_resumed: bool  # whether it ran before, in a process that died or stopped
 
 
 @dataclass

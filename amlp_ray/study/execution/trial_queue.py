@@ -7,9 +7,8 @@ trial is stored in one step with its parameters. No trial ever has a number and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from amlp_ray.errors import ConfigError
 from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.study.baselines import BaselinePlan, baseline_plans
 from amlp_ray.study.confirmation.confirm import confirm_seed, confirmation_plan, finetuning
+from amlp_ray.study.execution.active_trial import QueuedTrial
 from amlp_ray.study.rungs import rung_epochs, with_schedule
 from amlp_ray.study.search.in_memory_study import TrialDelta
 from amlp_ray.study.search.pbt import Population
@@ -41,17 +41,6 @@ Phase = Literal["search", "confirm"]
 Wait = Literal["wait"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class QueuedTrial:
-    """A stored trial that is to be run."""
-
-    study: optuna.Study  # one of the three
-    number: int  # Optuna's, within that study
-    trial_spec: TrialSpec  # what the trial's process is told
-    params: Mapping[str, Any]  # searched parameters, to show
-    is_resumed: bool  # whether it ran before, in a process that died or stopped
 
 
 class TrialQueue:

@@ -105,8 +105,7 @@ class StudySearcher(Searcher):
         self.failure: Exception | None = None
         self.has_finished = False
         self.interrupt = InterruptTune()
-        minutes = config.fault_tolerance.pause_minutes
-        self._pause = StoragePause(store.folder, minutes)
+        self._pause = StoragePause(store.folder, config.fault_tolerance.pause_minutes)
         # What Ray said about the last process that died, by Tune's name of the trial.
         self._deaths: dict[str, str] = {}
 
@@ -265,7 +264,8 @@ class StudySearcher(Searcher):
 
     def check_storage(self) -> None:
         """Raise StorageError if trials could not write their folders for too long."""
-        self._pause.check()
+        with self._lock:
+            self._pause.check()
 
     def record_failure(self, error: Exception) -> None:
         """Keep the first error that ends the run."""
@@ -312,16 +312,14 @@ class StudySearcher(Searcher):
         max_failures = self._config.fault_tolerance.max_failures
         suffix = f": {cause}" if cause else ""
         if lost > max_failures:
-            reason = (
-                f"its process died {lost} times (fault_tolerance.max_failures={max_failures})"
-                f"{suffix}"
-            )
+            setting = f"(fault_tolerance.max_failures={max_failures})"
+            reason = f"its process died {lost} times {setting}{suffix}"
             self._fail(active, reason, active.usage())
             return
         self._budget.drop(active.tune_id)
         self._queue.requeue(active.queued)
-        label = active.run.label
-        logger.info("%s lost its process (%d of %d retries)%s", label, lost, max_failures, suffix)
+        message = f"lost its process ({lost} of {max_failures} retries){suffix}"
+        logger.info("%s %s", active.run.label, message)
 
     def _end(self, active: ActiveTrial, result: dict[str, Any]) -> None:
         """Store a trial that returned by itself: at its end, pruned, or asked to."""

@@ -29,7 +29,8 @@ MAX_NAMED = 5  # kinds of other objects that the summary names
 def find_dicom(root: DataPath, config: PrepareConfig) -> Listing:
     """List the series below a folder.
 
-    Only headers are read: 200 000 files take minutes, and some 300 MB of memory. The slices of a
+    Only headers are read, and the pixels of files that share a UID: 200 000 files take minutes, and
+    some 300 MB of memory. The slices of a
     series lie in one item, in order of position along their normal, else of instance number, else
     of name. Slices of another shape or direction lie in an item of their own, as localizers do. So
     does each object of several frames. SEG objects are masks of all items they refer to.
@@ -45,14 +46,7 @@ def find_dicom(root: DataPath, config: PrepareConfig) -> Listing:
     grouping = Grouping(unique.slices)
     slices_by_item = _list_stacks(unique.slices, grouping, secret)
     if not slices_by_item:
-        example = ""
-        if files.rejects:
-            first = files.rejects[0]
-            example = f", {len(files.rejects)} of them rejected: {first.file} {first.reason}"
-        raise DataError(
-            f"{root} holds no DICOM image ({len(entries)} files checked{example}); "
-            "give the folder that contains the images, or use another layout."
-        )
+        raise _no_image(root, len(entries), files.rejects)
     masks = _assign_masks(files.segmentations, slices_by_item)
     used = set().union(*masks.values())
     for segmentation in files.segmentations:
@@ -76,14 +70,19 @@ def find_dicom(root: DataPath, config: PrepareConfig) -> Listing:
                 stratum=stack[0].modality,
             )
         )
-    summary = [_summarize(items, files)]
-    if unique.num_reused:
-        summary.append(
-            f"{unique.num_reused} files have the SOPInstanceUID of another file and other pixels; "
-            "they are kept"
-        )
-    summary.append(grouping.describe(groups))
+    summary = [_summarize(items, files), unique.describe(), grouping.describe(groups)]
     return Listing(items, sorted(files.rejects), "; ".join(filter(None, summary)))
+
+
+def _no_image(root: DataPath, num_files: int, rejects: list[RejectedFile]) -> DataError:
+    example = ""
+    if rejects:
+        first = rejects[0]
+        example = f", {len(rejects)} of them rejected: {first.file} {first.reason}"
+    return DataError(
+        f"{root} holds no DICOM image ({num_files} files checked{example}); "
+        "give the folder that contains the images, or use another layout."
+    )
 
 
 class _Placed(NamedTuple):

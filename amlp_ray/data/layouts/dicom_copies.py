@@ -22,6 +22,15 @@ class UniqueSlices(NamedTuple):
     copies: list[RejectedFile]
     num_reused: int  # files kept though another one has their SOP Instance UID
 
+    def describe(self) -> str:
+        """Say in a sentence which files share a UID; empty if none do."""
+        if not self.num_reused:
+            return ""
+        return (
+            f"{self.num_reused} files have the SOPInstanceUID of another file and other pixels; "
+            "they are kept"
+        )
+
 
 def drop_copies(root: DataPath, slices: Sequence[Slice]) -> UniqueSlices:
     """Reject all but the first of the files that hold the same pixels at the same place.

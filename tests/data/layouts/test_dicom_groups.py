@@ -108,7 +108,7 @@ def uid(*numbers: int) -> str:
             lambda p, z: {"StudyInstanceUID": "1.2.9", "SeriesInstanceUID": "1.2.8"},
             True,
             "folder",
-            "StudyInstanceUID and SeriesInstanceUID are the same in all files.*4 folders",
+            "SeriesInstanceUID are the same in all files.*groups are 4 folders",
         ),
         (
             # Every other slice lost its PatientID.
@@ -232,7 +232,7 @@ def one_uid_for_all(dataset: Any) -> None:
     ("image_type", "modality", "is_tiled"),
     [
         (["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"], "MR", True),
-        (["ORIGINAL", "PRIMARY", "FMRI", "NONE", "ND", "mosaic"], "", True),
+        (["ORIGINAL", "PRIMARY", "FMRI", "NONE", "ND", "MOSAIC "], "", True),
         (["DERIVED", "SECONDARY", "MONTAGE"], "CT", True),
         (["ORIGINAL", "PRIMARY", "M", "VFRAME"], "MR", True),
         (["DERIVED", "PRIMARY", "MONTAGE"], "OP", False),

@@ -89,7 +89,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a write to a full disk does not name the file
         partial.unlink(missing_ok=True)
         raise
 
@@ -123,7 +125,8 @@ def append_line(path: Path, line: str) -> None:
         try:
             written = file.write(content)
             if written != len(content):
-                raise OSError(f"{path}: only {written} of {len(content)} bytes were written")
+                reason = f"only {written} of {len(content)} bytes were written"
+                raise OSError(errno.ENOSPC, reason, str(path))
         except OSError:
             file.truncate(size)
             raise

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from amlp_ray.errors import StorageError
+from amlp_ray.utils.files import atomic_write
 from amlp_ray.utils.retry import storage_failure
 
 FOLDER = Path("/runs/s/trials/3")
@@ -41,8 +42,11 @@ def test_a_write_that_a_real_limit_cuts_off_is_an_error_of_the_disk(tmp_path: Pa
     try:
         with pytest.raises(OSError, match="File too large") as caught:
             (tmp_path / "checkpoint").write_bytes(bytes(8192))
+        with pytest.raises(OSError, match="File too large") as named:
+            atomic_write(tmp_path / "written", bytes(8192))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(tmp_path / "written") == named.value.filename
     assert storage_failure(caught.value, tmp_path) == (
         f"Cannot read or write {tmp_path} (File too large)."
     )

@@ -125,7 +125,6 @@ class Rebuilder:
         stored = read_trial_file(folder)
         if stored is not None and stored.state.is_finished():
             return Rebuilt(stored)
-        stored = stored or known
         unknown: list[str] = []
         scores = _read_scores(folder)
         rungs = self._rungs(scores)
@@ -141,9 +140,13 @@ class Rebuilder:
         user_attrs = dict(attributes or {})
         if stored is not None:
             params, distributions = stored.params, stored.distributions
-            user_attrs = {**stored.user_attrs, **user_attrs}
         elif kind == "search":
-            state = self._set_params(settings, state, params, distributions, user_attrs, unknown)
+            state = self._set_params(
+                settings, state, params, distributions, user_attrs, unknown, known
+            )
+        source = stored or known
+        if source is not None:
+            user_attrs = {**source.user_attrs, **user_attrs}
         if state.is_finished():
             user_attrs["stats"] = stats
         if state == TrialState.FAIL:
@@ -154,7 +157,7 @@ class Rebuilder:
             params=params,
             distributions=distributions,
             user_attrs=user_attrs,
-            system_attrs={} if stored is None else stored.system_attrs,
+            system_attrs={} if source is None else source.system_attrs,
             intermediate_values=rungs,
         )
         trial.datetime_start, trial.datetime_complete = self._times(folder, label, trial)
@@ -256,11 +259,16 @@ class Rebuilder:
         distributions: dict[str, BaseDistribution],
         user_attrs: dict[str, Any],
         unknown: list[str],
+        known: FrozenTrial | None,
     ) -> TrialState:
         """Find the parameters in a trial's settings; return its state, FAIL if it needs them."""
         try:
             fitted = self._space.fit(settings)
         except AmlpError as error:
+            if known is not None:
+                params |= known.params
+                distributions |= known.distributions
+                return state
             unknown.append("its parameters")
             user_attrs["outside"] = f"its parameters cannot be restored: {error}"
             if state.is_finished():

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ class _Runs:
         self._numbers = begun_trials(store.folder)
         self._folders = begun_folders(store.folder)
         self._stored: list[optuna.Study] = []
+        self._is_suspicious = True  # whether folders are to be believed more than the storage
         self._params: dict[int, dict[str, Any]] = {}  # of the search, by number
         try:
             store.reopen()
@@ -106,6 +108,7 @@ class _Runs:
             self.has_problems = True
             result.notes.append(f"nothing could be read of the old journal: {error}")
             return
+        self._is_suspicious = self.has_problems or bool(store.unknown_folders())
         if holder := read_lease(self._stored[0]):
             raise StudyError(f"Study {store.name!r} is run by {holder}; end it before.")
 
@@ -252,6 +255,9 @@ class _Runs:
     ) -> FrozenTrial:
         """Return a stored run, unless its folder knows more."""
         stored = known if known is not None and DAMAGED not in known.user_attrs else None
+        if stored is not None and stored.state.is_finished() and not self._is_suspicious:
+            self._result.kept += 1
+            return stored
         rebuilt = self._rebuilder.rebuild(folder, kind, label, attributes, stored)
         if stored is not None and _is_same_trial(stored, rebuilt.trial):
             if stored.state.is_finished():
@@ -314,25 +320,39 @@ class _Runs:
 
 
 def _is_same_trial(stored: FrozenTrial, rebuilt: FrozenTrial) -> bool:
-    """Return whether a stored trial has the parameters of its folder.
+    """Return whether a stored trial has the parameters and scores of its folder.
 
-    Where a line that creates a trial is gone, the next trial has taken its number.
+    Where a line that creates a trial is gone, the next trial has taken its number, or its scores.
     """
     if stored.state == TrialState.WAITING:
         return False
-    if not rebuilt.params:
-        return True
-    if stored.params.keys() != rebuilt.params.keys():
+    if stored.state.is_finished() and rebuilt.state.is_finished():
+        if stored.state != rebuilt.state:
+            return False
+        if stored.values and rebuilt.values and not _are_close(stored.values, rebuilt.values):
+            return False
+    if rebuilt.params and not _is_same(stored.params, rebuilt.params):
         return False
-    for name, value in rebuilt.params.items():
-        other = stored.params[name]
-        numbers = finite(value), finite(other)
-        if None in numbers:
-            if value != other:
-                return False
-        elif not math.isclose(float(value), float(other), rel_tol=1e-9):
+    common = stored.intermediate_values.keys() & rebuilt.intermediate_values.keys()
+    stored_scores = [stored.intermediate_values[epoch] for epoch in sorted(common)]
+    rebuilt_scores = [rebuilt.intermediate_values[epoch] for epoch in sorted(common)]
+    return _are_close(stored_scores, rebuilt_scores)
+
+
+def _is_same(params: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    if params.keys() != others.keys():
+        return False
+    for name, value in params.items():
+        numbers = (finite(value), finite(others[name]))
+        if value != others[name] and (None in numbers or not _are_close([value], [others[name]])):
             return False
     return True
+
+
+def _are_close(values: Sequence[float], others: Sequence[float]) -> bool:
+    if len(values) != len(others):
+        return False
+    return all(map(partial(math.isclose, rel_tol=1e-9), values, others))
 
 
 def _completed(stored: FrozenTrial, rebuilt: FrozenTrial) -> FrozenTrial:

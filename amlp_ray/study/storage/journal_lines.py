@@ -229,6 +229,8 @@ class JournalReader:
             lost = self._lost_before(trial_id - 1, study_id, number)
             if (self._n_trials, self._counts[study_id]) != (trial_id, number):
                 self.disorder = "trials are not in their order"
+        elif self._suspects:
+            self.disorder = "a line that may have created a trial cannot be read"
         if token is not None:
             self._tokens.add((study_id, token))
         if self._is_live(study_id):

@@ -38,6 +38,41 @@ def test_a_line_cut_short_is_left_out_until_it_is_whole(file: Path) -> None:
     assert read_rows(file) == [{"epoch": 1}, {"epoch": 2}]
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"epoch": 2, "loss"\n',
+        b"\xff\xfe\x00\n",
+        b"null\n",
+        b"[" * 5000 + b"\n",
+        b'{"loss": 1.0}\n',
+        b'{"epoch": "two"}\n',
+        b'{"epoch": true}\n',
+        b'{"epoch": 2, "seconds": "fast"}\n',
+        b'{"epoch": 1, "loss": 9.0}\n',
+    ],
+)
+def test_a_damaged_line_is_skipped_and_named_and_the_others_are_read(
+    file: Path, damage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(file, 1, loss=1.0)
+    with file.open("ab") as damaged:
+        damaged.write(damage)
+    write(file, 3, loss=0.5)
+    assert [(row["epoch"], row["loss"]) for row in read_rows(file)] == [(1, 1.0), (3, 0.5)]
+    assert str(file) in caplog.text
+
+
+def test_a_file_with_a_damaged_line_is_kept_before_it_is_written_anew(file: Path) -> None:
+    write(file, 1)
+    with file.open("ab") as damaged:
+        damaged.write(b"\x00\x00\n")
+    write(file, 3)
+    before = file.read_bytes()
+    assert drop_after(file, 1) == ([{"epoch": 1}], [{"epoch": 3}])
+    assert file.with_name("metrics.jsonl.damaged").read_bytes() == before
+
+
 def test_epochs_after_the_checkpoint_are_dropped_and_returned(file: Path) -> None:
     write(file, 1, 2, 3)
     assert drop_after(file, 1) == ([{"epoch": 1}], [{"epoch": 2}, {"epoch": 3}])

@@ -46,6 +46,11 @@ class StoredPart(NamedTuple):
     shape: Shape  # of its images
     dtype: str
 
+    @property
+    def num_groups(self) -> int:
+        """Number of row groups."""
+        return -(-self.rows // self.group_rows)
+
 
 COLUMNS = {
     "id": "the image's name, unique in the dataset",
@@ -164,8 +169,8 @@ def open_part(part: StoredPart) -> Iterator[pq.ParquetFile]:
         _check_types(footer, path)
         if hashlib.sha256(footer).hexdigest() != part.footer:
             raise DataError(
-                f"{path} is damaged: its footer is not the one that was written; copy it again, or "
-                f"prepare the dataset again."
+                f"{path} is damaged (its footer is not the one that was written); prepare the "
+                f"dataset again."
             )
         opened = pq.ParquetFile(source, page_checksum_verification=True)
         _check_content(opened, part)
@@ -186,11 +191,10 @@ def _check_content(opened: pq.ParquetFile, part: StoredPart) -> None:
             f"{part.file} is damaged: it has {rows} rows instead of {part.rows}; prepare the "
             f"dataset again."
         )
-    num_groups = -(-part.rows // part.group_rows)
-    if opened.num_row_groups != num_groups:
+    if opened.num_row_groups != part.num_groups:
         raise DataError(
             f"{part.file} is damaged: it has {opened.num_row_groups} row groups instead of "
-            f"{num_groups}; prepare the dataset again."
+            f"{part.num_groups}; prepare the dataset again."
         )
     if not opened.schema_arrow.equals(schema(part.shape, part.dtype), check_metadata=True):
         stored = opened.schema_arrow.metadata or {}

@@ -196,7 +196,7 @@ def test_yaml_keeps_settings_in_full(tmp_path: Path) -> None:
     [
         (None, "There is no settings file"),
         (b"a: [1", "is not valid YAML"),
-        (b"\xff\xfe\x00bad", "is not valid YAML"),
+        (b"\xff\x00bad", "is not text in UTF-8 or UTF-16"),
         (b"- 1\n- 2", "must hold keys and values, not list"),
         (b"", "must hold keys and values, not NoneType"),
     ],

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.utils.data
@@ -244,3 +245,14 @@ def test_ray_rows_tell_unlabeled_from_lesion_free(ray_session: None, small: Patc
     assert table["lesion"].isna().tolist() == (~split.labeled).tolist()
     np.testing.assert_array_equal(np.stack(table["image"]), split.images)
     assert small.to_ray_dataset("test", columns=["id"]).count() == 0
+
+
+@pytest.mark.ray
+def test_ray_rows_of_a_damaged_page_are_an_error(ray_session: None, small: PatchDataset) -> None:
+    part = small.root.local / "train" / "part-00000.parquet"
+    content = bytearray(part.read_bytes())
+    images = pq.ParquetFile(part).metadata.row_group(0).column(list(COLUMNS).index("image"))
+    content[images.data_page_offset + images.total_compressed_size // 2] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(Exception, match=r"part-00000\.parquet is damaged"):
+        small.to_ray_dataset("train", columns=["image"]).take_all()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import secrets
-import shutil
 import socket
-import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from amlp_ray.runtime.session import ENVIRONMENT
+from amlp_ray.utils.temporary_folder import temporary_folder
 
 # Read when Ray is imported, so set before any test module imports it.
 os.environ.update(ENVIRONMENT)
@@ -27,8 +27,10 @@ os.environ.update(
     AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", AWS_DEFAULT_REGION="us-east-1"
 )
 
-os.environ["AMLP_RAY_CACHE"] = tempfile.mkdtemp(prefix="amlp-ray-tests-")
-atexit.register(shutil.rmtree, os.environ["AMLP_RAY_CACHE"], ignore_errors=True)
+# Those of test runs that were killed are removed too.
+_cache = ExitStack()
+os.environ["AMLP_RAY_CACHE"] = str(_cache.enter_context(temporary_folder()))
+atexit.register(_cache.close)
 
 if TYPE_CHECKING:
     from amlp_ray.data.dataset import PatchDataset

@@ -211,7 +211,8 @@ class Study:
             StudyError: another process runs this study, or it was begun with other settings.
             ResourceError: no node can hold a trial, or no resources came free.
             FailedStudyError: the first trials failed for the same reason.
-            InterruptedStudyError: after Ctrl-C.
+            InterruptedStudyError: after Ctrl-C or SIGTERM.
+            StorageError, ClusterLostError: the trials' disk or the cluster is lost for too long.
 
         >>> study.run().stop_reason
         <StopReason.DONE: 'done'>

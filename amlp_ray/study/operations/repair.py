@@ -23,6 +23,7 @@ from amlp_ray.errors import ConfigError, StudyError
 from amlp_ray.study.baselines import baseline_plan
 from amlp_ray.study.confirmation.confirm import TEST_UNLOCKED, TRIAL_NAME, TestUnlock
 from amlp_ray.study.operations.rebuild import Kind, Rebuilder, run_seconds
+from amlp_ray.study.storage.journal import Journal
 from amlp_ray.study.storage.journal_lines import DAMAGED
 from amlp_ray.study.storage.lease import read_lease
 from amlp_ray.study.storage.optuna_storage import open_journal
@@ -100,7 +101,7 @@ class _Runs:
         self._params: dict[int, dict[str, Any]] = {}  # of the search, by number
         try:
             store.reopen()
-            self.has_problems = store.has_damaged_lines()
+            self.has_problems = _has_damaged_lines(store, config)
             self._stored = [store.stored_search(), store.baselines(), store.confirmation()]
         except StudyError as error:
             if config.storage is not None:
@@ -317,6 +318,16 @@ class _Runs:
             f"the test images were opened by {when}, as the test.json of "
             f"{counted(len(tests), 'run')} says; nothing else is scored on them"
         )
+
+
+def _has_damaged_lines(store: StudyStore, config: StudyConfig) -> bool:
+    """Return whether lines of the journal cannot be read; a database has none."""
+    path = store.folder / "study.journal"
+    if config.storage is not None or not path.is_file():
+        return False
+    journal = Journal(path)
+    journal.read_logs(0)
+    return bool(journal.reader.problems or journal.reader.lost_trials)
 
 
 def _is_same_trial(stored: FrozenTrial, rebuilt: FrozenTrial) -> bool:

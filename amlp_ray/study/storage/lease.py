@@ -21,6 +21,15 @@ RENEW_S = 10.0
 EXPIRES_S = 60.0
 # Two processes that take a free lease at once have both written it by then; the later one has it.
 SETTLE_S = 1.0
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "id": str,
+    "holder": str,
+    "host": str,
+    "pid": int,
+    "at": (int, float),
+    "seconds": (int, float),
+    "over": bool,
+}
 
 
 def here() -> str:
@@ -113,7 +122,12 @@ def lease_seconds(study: optuna.Study) -> float:
 
 
 def _stored(study: optuna.Study) -> dict[str, Any]:
-    return study.user_attrs.get("lease") or {}
+    """Return the lease as it is stored; empty if there is none, or one that nobody wrote so."""
+    lease: Any = study.user_attrs.get("lease")
+    if not isinstance(lease, dict):
+        return {}
+    is_sound = all(isinstance(lease.get(name), kind) for name, kind in _FIELDS.items())
+    return lease if is_sound else {}
 
 
 def _is_alive(pid: int) -> bool:

@@ -25,9 +25,8 @@ they would blind multivariate TPE, and could come out as its best trial.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -39,9 +38,7 @@ from amlp_ray.config import StudyConfig
 from amlp_ray.config.base import build
 from amlp_ray.config.yaml_file import read_yaml, write_yaml
 from amlp_ray.errors import StudyError
-from amlp_ray.study.storage import requests
-from amlp_ray.study.storage.change_lock import WAIT_S, BusyStudyError, ChangeLock
-from amlp_ray.study.storage.journal import Journal
+from amlp_ray.study.storage.change_lock import WAIT_S, ChangeLock
 from amlp_ray.study.storage.journal_lines import DAMAGED
 from amlp_ray.study.storage.lease import Lease, here, read_lease
 from amlp_ray.study.storage.optuna_storage import (
@@ -50,25 +47,25 @@ from amlp_ray.study.storage.optuna_storage import (
     sqlite_file,
     without_secrets,
 )
-from amlp_ray.study.storage.trial_files import begun_folders, begun_trials
+from amlp_ray.study.storage.request_store import RequestStore
+from amlp_ray.study.storage.requests import clear_requests
+from amlp_ray.study.storage.trial_files import begun_folders, begun_trials, check_not_orphaned
 from amlp_ray.study.storage.trial_record import (
     TrialRecord,
     confirm_path,
     trial_path,
     trial_records,
 )
-from amlp_ray.study.storage.trial_store import TrialStore
 from amlp_ray.training.loggers.metrics_file import Metrics, read_rows
 from amlp_ray.utils.files import atomic_write, local_path
 from amlp_ray.utils.locks import acquire_lock, lock_owner
 
 READ_RETRY_S = 10.0  # how long a command that only reads waits for a database
-ANSWER_WAIT_S = 1.0  # the driver's thread has a lease to renew
 READER_S = 1.0  # within which a process that only looked at the lock has let go of it
 FORMAT = 1  # of the study folder; raised when an older one can no longer be read
 
 
-class StudyStore(TrialStore):
+class StudyStore(RequestStore):
     """Paths and storages of one study folder. Opening reads only what is asked for."""
 
     def __init__(self, folder: str | Path, name: str | None = None) -> None:
@@ -92,7 +89,7 @@ class StudyStore(TrialStore):
         """
         store = cls(folder)
         if not (store.folder / "study.yaml").is_file():
-            store._check_not_orphaned()
+            check_not_orphaned(store.folder)
             parent = store.folder.parent
             names = sorted(path.parent.name for path in parent.glob("*/study.yaml"))
             advice = "start one with `amlp-ray study run FILE.yaml`."
@@ -145,15 +142,6 @@ class StudyStore(TrialStore):
         self._opened = None
         self._is_checked = False
         self._ids.clear()
-
-    def has_damaged_lines(self) -> bool:
-        """Return whether lines of the journal cannot be read; a database has none."""
-        path = self.folder / "study.journal"
-        if self._url or not path.is_file():
-            return False
-        journal = Journal(path)
-        journal.read_logs(0)
-        return bool(journal.reader.problems or journal.reader.lost_trials)
 
     def storage(self, *, retry_seconds: float | None = None) -> BaseStorage:
         """Return the storage of all three studies, opened once.
@@ -294,23 +282,13 @@ class StudyStore(TrialStore):
         return unknown + [path for path in others if path not in stored]
 
     def _check_complete(self) -> None:
-        self._check_not_orphaned()
+        check_not_orphaned(self.folder)
         if unknown := self.unknown_folders():
             noun = "1 run" if len(unknown) == 1 else f"{len(unknown)} runs"
             raise StudyError(
                 f"{self.folder} holds the folders of {noun} that {self.storage_text} does not "
                 f"know, such as {unknown[0]}; `amlp-ray study repair {self.folder.name}` restores "
                 f"what was stored from these folders."
-            )
-
-    def _check_not_orphaned(self) -> None:
-        """Refuse a folder with trials and no study.yaml: what they were run with is unknown."""
-        if (self.folder / "study.yaml").is_file():
-            return
-        if begun_trials(self.folder) or begun_folders(self.folder):
-            raise StudyError(
-                f"{self.folder} holds trials, but no study.yaml; put the study's file back there, "
-                f"or move the folder away to begin anew."
             )
 
     # Changes, of which each is whole or not there
@@ -345,7 +323,7 @@ class StudyStore(TrialStore):
                 )
             self._folder_id = folder_id
             if not study_file.is_file():
-                self._check_not_orphaned()
+                check_not_orphaned(self.folder)
                 if new is None:
                     raise StudyError(f"Study {self.name!r} was deleted meanwhile.")
                 write_yaml(new, study_file)
@@ -371,7 +349,7 @@ class StudyStore(TrialStore):
             try:
                 study = self.search(create=True)
                 self._check_readable(study)
-                requests.clear_requests(study)
+                clear_requests(study)
                 lease = Lease(study, wait=self._url is not None, counted=counted)
             except BaseException:
                 folder_lock.close()
@@ -409,42 +387,6 @@ class StudyStore(TrialStore):
     def is_run(self) -> bool:
         """Return whether a process runs this study now."""
         return self.holder() is not None
-
-    def request(self, verb: requests.Verb) -> str | None:
-        """Ask the process that runs the study, wherever it is; it polls every second.
-
-        Returns:
-            The request's id, for `answer`; None if nobody runs the study.
-        """
-        with self.transaction():
-            return requests.add_request(self.search(), verb) if self.is_run() else None
-
-    def last_request(self) -> requests.Request | None:
-        """Return the last request to the last driver; it has an `answer` once it was received."""
-        stored = requests.read_requests(self.search())
-        return stored[-1] if stored else None
-
-    def is_answered(self, request_id: str) -> bool:
-        """Return whether the driver has received a request."""
-        pending = requests.pending_requests(self.search())
-        return request_id not in {request["id"] for request in pending}
-
-    def answer_requests(self, obey: Callable[[requests.Request], None]) -> None:
-        """Obey the requests that came since, and store that they were received.
-
-        If others change the study at this moment, they are obeyed again at the next call.
-        """
-        pending = requests.pending_requests(self.search())
-        if not pending:
-            return
-        for request in pending:
-            obey(request)
-        when = datetime.now().isoformat(timespec="seconds")
-        try:
-            with self.transaction(wait_s=ANSWER_WAIT_S):
-                requests.answer_requests(self.search(), {item["id"] for item in pending}, when)
-        except BusyStudyError:
-            return
 
 
 def read_metrics(folder: Path) -> list[Metrics]:

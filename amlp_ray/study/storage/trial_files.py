@@ -14,6 +14,7 @@ from typing import Any
 from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from amlp_ray.errors import StudyError
 from amlp_ray.study.storage.journal_lines import decode, encode
 from amlp_ray.utils.files import atomic_write
 from amlp_ray.utils.json_files import JsonError
@@ -40,6 +41,21 @@ def begun_folders(study_folder: Path) -> list[str]:
             if folder.name.rpartition("-")[2].isdecimal():
                 folders.append(f"{kind}/{folder.name}")
     return folders
+
+
+def check_not_orphaned(study_folder: Path) -> None:
+    """Refuse a folder with trials and no study.yaml: what they were run with is unknown.
+
+    Raises:
+        StudyError: it is one.
+    """
+    if (study_folder / "study.yaml").is_file():
+        return
+    if begun_trials(study_folder) or begun_folders(study_folder):
+        raise StudyError(
+            f"{study_folder} holds trials, but no study.yaml; put the study's file back there, or "
+            f"move the folder away to begin anew."
+        )
 
 
 def _begun(parent: Path) -> list[Path]:

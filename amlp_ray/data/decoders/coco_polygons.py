@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 import warnings
 from contextlib import suppress
 from typing import Any
@@ -80,8 +80,13 @@ def _with_whole_numbers(values: Any) -> Any:
     if not isinstance(values, list):
         return values
     numbers = _with_numbers(values)
-    is_whole = all(isinstance(n, int | float) and math.isfinite(n) and n == int(n) for n in numbers)
+    is_whole = all(_is_finite(n) and n == int(n) for n in numbers)
     return [int(n) for n in numbers] if is_whole else values
+
+
+def _is_finite(value: Any) -> bool:
+    """Return whether a value is a number that a float can hold, which JSON's need not be."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def _rasterize(segmentation: Any, height: int, width: int) -> np.ndarray:
@@ -128,7 +133,7 @@ def _find_run_problem(runs: dict[str, Any], height: int, width: int) -> str | No
 def _find_polygon_problem(polygon: Any, height: int, width: int) -> str | None:
     if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
         return "is no polygon of at least three points"
-    if not all(isinstance(n, int | float) and math.isfinite(n) for n in polygon):
+    if not all(map(_is_finite, polygon)):
         return "has coordinates that are no numbers"
     for values, side in ((polygon[::2], width), (polygon[1::2], height)):
         if min(values) < -MAX_OVERSHOOT * side or max(values) > (1 + MAX_OVERSHOOT) * side:

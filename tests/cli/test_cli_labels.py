@@ -14,6 +14,7 @@ from helpers.datasets import write_dataset
 
 from amlp_ray.cli import main
 from amlp_ray.data.dataset import PatchDataset
+from amlp_ray.utils.json_files import seal_json
 
 TINY = {
     "name": "tiny",
@@ -120,5 +121,5 @@ def test_a_uri_is_not_taken_for_a_path(
 def run_folder(folder: Path) -> Path:
     """As much of a run as is read before its data."""
     (folder / "config.yaml").write_text("epochs: 1\n")
-    (folder / "data.json").write_text('{"path": "x", "fingerprint": "y"}')
+    (folder / "data.json").write_text(seal_json({"path": "x", "fingerprint": "y"}))
     return folder

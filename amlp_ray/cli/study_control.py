@@ -200,7 +200,7 @@ def repair(
     if as_json:
         print_json({"study": store.name, **vars(result)})
         return
-    if not result.restored and not result.gone and result.copy is None:
+    if not result.restored and not result.gone and result.copy is None and not result.notes:
         typer.echo(f"nothing is to be repaired in {store.name!r}")
         return
     typer.echo(

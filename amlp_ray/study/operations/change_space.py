@@ -29,6 +29,7 @@ from amlp_ray.errors import ConfigError, StudyError
 from amlp_ray.study.search_space.given_trial import OutOfSpaceError
 from amlp_ray.study.search_space.space import FittedParams, SearchSpace
 from amlp_ray.study.search_space.validate import check_space
+from amlp_ray.study.storage.optuna_storage import IS_VERSION
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import TrialRecord, trial_records
 from amlp_ray.utils.files import atomic_write
@@ -132,6 +133,7 @@ def _migrate(store: StudyStore, old: StudyConfig, config: StudyConfig, change: C
         _store_copies(store, study, name, copies)
         atomic_write(store.folder / "search", name)
         write_yaml(config, study_file)
+        store.search().set_user_attr(IS_VERSION, True)
     outside = [copy.user_attrs["outside"] for copy in copies if "outside" in copy.user_attrs]
     n_kept = len(copies) - len(outside)
     return Migration(n_kept, len(outside), dict(Counter(outside)), name)

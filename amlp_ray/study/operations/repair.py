@@ -101,6 +101,8 @@ class _Runs:
         self._params: dict[int, dict[str, Any]] = {}  # of the search, by number
         try:
             store.reopen()
+            if version := store.restore_version():
+                result.notes.append(f"the search is {version}, as the storage says")
             self.has_problems = _has_damaged_lines(store, config)
             self._stored = [store.stored_search(), store.baselines(), store.confirmation()]
         except StudyError as error:

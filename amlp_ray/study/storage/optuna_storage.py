@@ -31,6 +31,8 @@ from amlp_ray.study.storage.optuna_internals import trial_id_of
 
 # Each driver is a wheel, or part of Python.
 DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql", "sqlite": "sqlite"}
+# User attribute of a search that a changed space has made, from when it is the study's.
+IS_VERSION = "is_version"
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 5.0
 
@@ -278,3 +280,13 @@ def without_secrets(url: str) -> str:
     """
     scheme, _, rest = url.partition("://")
     return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"
+
+
+def current_version(storage: BaseStorage, name: str) -> str | None:
+    """Return the last version of a search that a changed space has made; None if there is none."""
+    versions = {}
+    for study in storage.get_all_studies():
+        match = re.fullmatch(rf"{re.escape(name)}\.v(\d+)", study.study_name)
+        if match and study.user_attrs.get(IS_VERSION):
+            versions[int(match[1])] = study.study_name
+    return versions[max(versions)] if versions else None

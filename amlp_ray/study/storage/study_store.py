@@ -39,9 +39,11 @@ from amlp_ray.config.base import build
 from amlp_ray.config.yaml_file import read_yaml, write_yaml
 from amlp_ray.errors import StudyError
 from amlp_ray.study.storage.change_lock import WAIT_S, ChangeLock
+from amlp_ray.study.storage.folder_id import check_format, read_id, write_id
 from amlp_ray.study.storage.journal_lines import DAMAGED
 from amlp_ray.study.storage.lease import Lease, here, read_lease
 from amlp_ray.study.storage.optuna_storage import (
+    current_version,
     open_database,
     open_journal,
     sqlite_file,
@@ -62,7 +64,6 @@ from amlp_ray.utils.locks import acquire_lock, lock_owner
 
 READ_RETRY_S = 10.0  # how long a command that only reads waits for a database
 READER_S = 1.0  # within which a process that only looked at the lock has let go of it
-FORMAT = 1  # of the study folder; raised when an older one can no longer be read
 
 
 class StudyStore(RequestStore):
@@ -106,7 +107,7 @@ class StudyStore(RequestStore):
         Raises:
             StudyError: another version wrote the folder. ConfigError: the file has a mistake.
         """
-        self._check_format()
+        check_format(self.folder)
         path = self.folder / "study.yaml"
         return build(StudyConfig, read_yaml(path), str(path))
 
@@ -189,6 +190,18 @@ class StudyStore(RequestStore):
         version = self.folder / "search"
         return version.read_text().strip() if version.is_file() else self.name
 
+    def _lost_version(self) -> str | None:
+        """Return what the file `search` should say where it is missing."""
+        if (self.folder / "search").is_file() or not self._has_storage():
+            return None
+        return current_version(self.storage(), self.name)
+
+    def restore_version(self) -> str | None:
+        """Write the file `search` where it was lost, and return what it says."""
+        if version := self._lost_version():
+            atomic_write(self.folder / "search", version)
+        return version
+
     def _study(self, name: str, create: bool) -> optuna.Study:
         create_study = partial(optuna.create_study, study_name=name, direction="maximize")
         if not create and self._opened is None and not self._has_storage():
@@ -240,8 +253,7 @@ class StudyStore(RequestStore):
 
     def read_id(self) -> str | None:
         """Read what ties the folder to its studies; None before the study begins."""
-        id_file = self.folder / "id"
-        return (id_file.read_text().strip() or None) if id_file.is_file() else None
+        return read_id(self.folder)
 
     def claim_id(self, owner: str | None = None) -> str:
         """Return what ties the folder to its studies; where it is missing it is written.
@@ -252,22 +264,9 @@ class StudyStore(RequestStore):
         folder_id = self.read_id()
         if folder_id is None:
             folder_id = owner or uuid.uuid4().hex
-            atomic_write(self.folder / "format", str(FORMAT))
-            atomic_write(self.folder / "id", folder_id)
+            write_id(self.folder, folder_id)
         self._folder_id = folder_id
         return folder_id
-
-    def _check_format(self) -> None:
-        """Refuse a study that was begun by a version whose folders look otherwise."""
-        if not (self.folder / "id").is_file():
-            return
-        file = self.folder / "format"
-        stored_format = file.read_text().strip() if file.is_file() else "0"
-        if stored_format != str(FORMAT):
-            raise StudyError(
-                f"{self.folder} has study format {stored_format}, and this version of amlp-ray "
-                f"reads format {FORMAT}; use the version that began the study, or begin a new one."
-            )
 
     # Trial folders without their trials
 
@@ -283,6 +282,11 @@ class StudyStore(RequestStore):
 
     def _check_complete(self) -> None:
         check_not_orphaned(self.folder)
+        if version := self._lost_version():
+            raise StudyError(
+                f"{self.folder} has lost its file `search`, which names {version}; "
+                f"`amlp-ray study repair {self.folder.name}` writes it."
+            )
         if unknown := self.unknown_folders():
             noun = "1 run" if len(unknown) == 1 else f"{len(unknown)} runs"
             raise StudyError(

@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 from helpers.studies import add, add_baseline, make_store
+from helpers.tiny_study import TINY
 from optuna.trial import TrialState
 
+from amlp_ray.config import StudyConfig
+from amlp_ray.config.base import build
 from amlp_ray.config.yaml_file import write_yaml
 from amlp_ray.errors import StudyError
 from amlp_ray.study.confirmation.confirm import find_test_unlock
+from amlp_ray.study.operations.change_space import Change, migrate
 from amlp_ray.study.operations.edit import delete, enqueue
 from amlp_ray.study.operations.repair import repair
 from amlp_ray.study.operations.status import list_studies, status
@@ -210,3 +214,18 @@ def test_a_lost_id_is_found_in_the_journal(tmp_path: Path) -> None:
     (store.folder / "id").unlink()
     with StudyStore.open(store.folder).lock():
         assert store.read_id() == owner
+
+
+def test_a_lost_name_of_the_changed_search_is_found_in_the_storage(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    add(store)
+    wider = {**TINY["space"], "ratio.start": {"low": 0.1, "high": 0.6}}
+    version = migrate(
+        store, build(StudyConfig, {**TINY, "space": wider}, "wider"), Change()
+    ).version
+    (store.folder / "search").unlink()
+    with pytest.raises(StudyError, match=f"lost its file `search`, which names {version}"):
+        status(StudyStore.open(store.folder))
+    repair(StudyStore.open(store.folder))
+    assert StudyStore.open(store.folder).search_name() == version
+    assert status(StudyStore.open(store.folder))["states"] == {"COMPLETE": 1}

@@ -380,8 +380,27 @@ def test_every_verb_says_what_it_is_for() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     expected = (
         "init validate plan run status watch logs pause resume stop cancel extend enqueue trials "
-        "best compare importance report confirm export import list delete trial"
+        "best compare importance report confirm export import list repair delete trial"
     )
     assert set(commands) == set(expected.split())
     assert set(commands["trial"].commands) == {"show", "replay", "retry"}
     assert all(command.help for command in commands.values())
+
+
+def test_a_study_whose_journal_was_emptied_is_not_begun_anew_but_repaired(
+    run: Run, store: StudyStore
+) -> None:
+    folder = store.trial_folder(0)
+    folder.mkdir(parents=True)
+    (folder / "score.json").write_text('{"epoch": 4, "dsc": 0.5}')
+    (store.folder / "study.journal").write_text("")
+    code, _, error = run("status", "tiny")
+    assert code == 2
+    assert "`amlp-ray study repair tiny` restores" in error
+    code, out, _ = run("repair", "tiny")
+    assert (code, out.splitlines()[0]) == (
+        0,
+        "repaired 'tiny': 1 run restored from folders, 0 as they were stored, 0 gone",
+    )
+    assert run("status", "tiny")[0] == 0
+    assert run("repair", "tiny")[1] == "nothing is to be repaired in 'tiny'\n"

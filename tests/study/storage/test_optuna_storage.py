@@ -185,7 +185,7 @@ def test_a_database_that_is_restarted_is_waited_for(
     storage.create_new_trial(study._study_id, new_trial())
     assert [t.intermediate_values for t in study.trials] == [{1: 0.25}, {}]
     lines = caplog.messages
-    assert lines[0].startswith("the study's storage cannot be reached")
+    assert lines[0].startswith("the study's storage postgresql://127.0.0.1:")
     assert lines[-1] == "the study's storage is back"
     assert Postgres.password not in "".join(lines)
 

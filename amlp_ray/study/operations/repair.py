@@ -162,7 +162,7 @@ class _Runs:
 
     def _end_stored(self, study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
         """Store how trials ended that a database has as running, although their folders ended."""
-        stored = study.get_trials(deepcopy=False)
+        stored = study.get_trials(deepcopy=False)[: len(trials)]  # without those just added
         for number, (before, after) in enumerate(zip(stored, trials, strict=True)):
             if before.state.is_finished() or not after.state.is_finished():
                 continue

@@ -57,7 +57,8 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> StudyStore:
     url = None if request.param == "journal" else "sqlite:///trials.db"
     store = make_store(tmp_path, storage=url, budget={"trials": 5})
     add(store, values=0.5)
-    add(store, {"ratio.start": 0.21, "selection.mode": "soft"}, 0.3, state=TrialState.PRUNED)
+    pruned = {"ratio.start": 0.21, "selection.mode": "soft"}
+    add(store, pruned, 0.3, state=TrialState.PRUNED, rungs={2: 0.3})
     add(store, state=TrialState.FAIL, values=None, reason="Loss became NaN in epoch 3.")
     add(store, {"ratio.start": 0.4, "selection.mode": "soft"}, None, state=TrialState.RUNNING)
     add_baseline(store, "mae", 0, 0.45)

@@ -109,7 +109,8 @@ class PreparationState:
         """Write the results of pass 1 that are not written yet."""
         if self._pending:
             file = self.folder / f"scanned-{self._num_files:05d}.json"
-            file.atomic_write(seal_json(self._pending))
+            scanned = {str(number): result for number, result in self._pending.items()}
+            file.atomic_write(seal_json(scanned))
             self._num_files += 1
             self._pending = {}
 

@@ -15,6 +15,7 @@ from amlp_ray.data.layouts.listing import (
     split_name,
     such_as,
 )
+from amlp_ray.data.layouts.mask_folders import find_unnamed_masks
 from amlp_ray.data.layouts.paired import BUSI_CLASSES, busi_class, pair_busi, pair_by_name, pair_lgg
 from amlp_ray.data.path import DataPath
 from amlp_ray.errors import DataError
@@ -52,6 +53,12 @@ def recognize(root: DataPath) -> tuple[str, str]:
     if fitting:
         return next(iter(fitting.items()))
     if pictures:
+        unnamed = find_unnamed_masks(pictures)
+        if unnamed:
+            raise DataError(
+                f"{root} has pictures in a folder {unnamed!r} that are named like its images. If "
+                f"they are masks, add --mask-folder {unnamed}; if all are images, --layout flat."
+            )
         example = such_as(pictures[0].full)
         reason = (
             f"flat: {counted(len(pictures), 'picture')} {example}, and no masks of any known layout"

@@ -167,8 +167,37 @@ def _check_holds_pictures(root: DataPath, pictures: list[FileName], folder: str)
         )
 
 
+def find_unnamed_masks(pictures: list[FileName]) -> str:
+    """Return a folder whose pictures are named like images, and whose name may mean masks.
+
+    Only where other pictures lie in a folder named for images; empty if there is none.
+    """
+    if not any(home_of(picture.folder)[0] == "image" for picture in pictures):
+        return ""
+    folders = _match_folders(pictures)
+    return next((name for name, folder in folders.items() if folder.images), "")
+
+
+class _Candidate(NamedTuple):
+    """A folder that may hold masks."""
+
+    num_files: int
+    images: set[str]  # names of the images that these are named after
+
+
 def _find_rivals(pictures: list[FileName]) -> dict[str, int]:
-    """Return the names of folders that hold masks of the same images, each with its masks."""
+    """Return the names of folders that hold masks of the same images, each with its files."""
+    folders = _match_folders(pictures)
+    rivals = {}
+    for name, folder in folders.items():
+        others = [other.images for other_name, other in folders.items() if other_name != name]
+        if any(folder.images & images for images in others):
+            rivals[name] = folder.num_files
+    return rivals
+
+
+def _match_folders(pictures: list[FileName]) -> dict[str, _Candidate]:
+    """Return the folders that may hold masks, by name."""
     images = []
     loose = []  # pictures in folders of other names
     masks_by_folder: dict[str, list[str]] = defaultdict(list)  # names without that folder
@@ -185,17 +214,12 @@ def _find_rivals(pictures: list[FileName]) -> dict[str, int]:
             masks_by_folder[last.lower()].append(name)
         else:
             loose.append(picture.without_suffix)
-    if len(masks_by_folder) < 2:
-        return {}
-    matched: dict[str, set[str]] = {}
+    candidates = {}
     for folder, names in masks_by_folder.items():
         matcher = MaskMatcher(images or loose, names)
-        matched[folder] = {image for name in names if (image := matcher.match(name)) is not None}
-    rivals = {}
-    for folder, own in matched.items():
-        if any(own & other for name, other in matched.items() if name != folder):
-            rivals[folder] = len(masks_by_folder[folder])
-    return rivals
+        matched = {image for name in names if (image := matcher.match(name)) is not None}
+        candidates[folder] = _Candidate(len(names), matched)
+    return candidates
 
 
 def _mask_part(folder: str) -> str:

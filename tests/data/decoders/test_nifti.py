@@ -573,7 +573,7 @@ def test_case_folders_give_ids_and_groups(tmp_path: Path) -> None:
 def test_folder_without_volumes_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="2 files, no NIfTI among them"):
         find_nifti(touch(tmp_path / "a", "x.png", "y.txt"), KEEP)
-    with pytest.raises(DataError, match="holds 1 label volumes"):
+    with pytest.raises(DataError, match="holds 1 label volume"):
         find_nifti(touch(tmp_path / "b", "labels/y.nii"), KEEP)
 
 

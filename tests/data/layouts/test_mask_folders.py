@@ -6,10 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from pydantic import ValidationError
 
 from amlp_ray.config import PrepareConfig
+from amlp_ray.data.decoders import read_frames
 from amlp_ray.data.layouts import Listing, find_items
 from amlp_ray.data.prepare.rejects import check_stray_masks
 from amlp_ray.errors import DataError
@@ -118,6 +121,14 @@ def test_folders_of_other_images_or_other_use_are_not_asked_about(
     assert [len(item.masks) for item in listing.items] == [1, 1]
 
 
+def test_masks_in_a_folder_of_unknown_name_are_asked_about(tmp_path: Path) -> None:
+    touch(tmp_path, "images/a.png", "images/b.png", "vessels/a.png", "vessels/b.png")
+    with pytest.raises(DataError, match=r"folder 'vessels' .* add --mask-folder vessels"):
+        find(tmp_path)
+    assert [len(item.masks) for item in find(tmp_path, mask_folder="vessels").items] == [1, 1]
+    assert len(find(tmp_path, layout="flat").items) == 4
+
+
 def test_first_words_match_only_where_they_are_unique(tmp_path: Path) -> None:
     touch(tmp_path, "images/case1_left.png", "images/case1_right.png", "vessels/case1_v.png")
     listing = find(tmp_path, mask_folder="vessels")
@@ -158,6 +169,22 @@ def test_masks_of_any_names_belong_to_the_image_of_their_folder(tmp_path: Path) 
         "stage1/c6": ["stage1/c6/masks/x.png"],
     }
     assert listing.rejected == []
+
+
+def test_masks_of_a_folder_are_united(tmp_path: Path) -> None:
+    union = np.zeros((8, 8), np.uint8)
+    for number in range(3):
+        mask = np.zeros((8, 8), np.uint8)
+        mask[2 * number : 2 * number + 2, number : number + 3] = 255
+        union |= mask // 255
+        path = tmp_path / "id" / "masks" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(path)
+    (tmp_path / "id" / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "id" / "images" / "id.png")
+    (item,) = find(tmp_path).items
+    frame = next(iter(read_frames(item, PrepareConfig())))
+    np.testing.assert_array_equal(frame.mask, union)
 
 
 def test_a_folder_of_several_images_or_none_is_rejected(tmp_path: Path) -> None:

@@ -275,14 +275,14 @@ def test_a_split_file_of_windows_is_read(encoding: str, tmp_path: Path) -> None:
 def test_a_split_file_that_is_nested_without_end_is_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
     path.write_text("[" * 200_000)
-    with pytest.raises(DataError, match="is not valid JSON"):
+    with pytest.raises(DataError, match="nests more than 100 levels"):
         read_split_file(path, ["x"])
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("{", r"s\.json is not valid JSON"),
+        ("{", r"s\.json is no valid JSON"),
         ("[1]", r"s\.json must hold \{\"train\""),
         ('{"train": "x"}', r"s\.json must hold \{\"train\""),
         ('{"train": ["x"], "dev": ["y"]}', r"s\.json has a split named 'dev'"),

@@ -194,8 +194,9 @@ class Rebuilder:
             return TrialState.FAIL
         rows = own_rows(read_metrics(folder))
         pruner = self._config.pruner
-        at_rung = rows and isinstance(epochs, int) and rows[-1]["epoch"] == last
-        if at_rung and pruner.name != "none" and last in rung_epochs(epochs, pruner):
+        rungs_of_trial = rung_epochs(epochs, pruner) if isinstance(epochs, int) else ()
+        is_at_rung = bool(rows) and rows[-1]["epoch"] == last and last in rungs_of_trial
+        if is_at_rung and pruner.name != "none":
             unknown.append("whether it was pruned or interrupted; it counts as pruned")
             return TrialState.PRUNED
         return TrialState.RUNNING

@@ -127,8 +127,10 @@ def test_fractions_are_met_within_each_class() -> None:
 
 
 def test_a_group_of_nearly_everything_is_an_error_that_says_what_to_do() -> None:
-    with pytest.raises(DataError, match=r"'slice' holds 9 of 10 images .* set group_by to image"):
-        split_by_group(["slice"] * 9 + ["other"], kinds(["x"] * 10), FRACTIONS, seed=0)
+    with pytest.raises(DataError, match=r"'slice' holds 9 of 10 images .*; cut the volume\."):
+        split_by_group(
+            ["slice"] * 9 + ["other"], kinds(["x"] * 10), FRACTIONS, seed=0, advice="cut the volume"
+        )
 
 
 @pytest.mark.parametrize(

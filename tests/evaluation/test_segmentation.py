@@ -217,7 +217,7 @@ def test_a_segmenter_of_other_images_or_none_is_refused(dataset: Guarded, tmp_pa
         score_segmenter(Guarded(dataset.root, spec), tmp_path / "out", "val")
     (tmp_path / "out" / "segmenter.safetensors").write_bytes(b"cut short")
     with pytest.raises(
-        CheckpointError, match=r"segmenter\.safetensors cannot be read as a segmenter"
+        CheckpointError, match=r"segmenter\.safetensors is no safetensors file of amlp-ray"
     ):
         score_segmenter(dataset, tmp_path / "out", "val")
     (tmp_path / "out" / "segmenter.safetensors").unlink()

@@ -54,7 +54,8 @@ def segment(
 ) -> None:
     """Fine-tune a segmenter on labeled training images and score it on validation images.
 
-    Scores are DSC, IoU, HD95 and more. The encoder may be pretrained on another dataset;
+    Scores are DSC, IoU, HD95 and more of images with a lesion, and the share of images without one
+    in which none is predicted. The encoder may be pretrained on another dataset;
     `amlp-ray data check A --against B` finds images that are in both.
     """
     from amlp_ray.config import SegmentConfig

@@ -102,7 +102,8 @@ def train_epoch(
     from monai.losses import DiceCELoss
 
     compute_loss = DiceCELoss(sigmoid=True, batch=True)
-    order = epoch_order(train.masks.any((1, 2)), config, epoch)
+    has_lesion = np.asarray(train.masks.any((1, 2)))
+    order = epoch_order(has_lesion, config, epoch)
     steps = max(1, len(order) // config.batch_size)
     losses = []
     norms = []

@@ -177,9 +177,10 @@ def read_record(model: type[ConfigT], path: Path) -> ConfigT:
         ConfigError: the file was changed after it was written, or is no such file.
     """
     values = read_yaml(path)
-    first, _, text = path.read_text(encoding="utf-8").partition("\n")
-    if match := DIGEST_LINE.match(first):
-        if hashlib.sha256(text.encode()).hexdigest() != match[1]:
+    # Whatever the encoding is now, it was written in UTF-8.
+    first, _, content = path.read_bytes().partition(b"\n")
+    if match := DIGEST_LINE.match(first.decode("utf-8", "replace")):
+        if hashlib.sha256(content).hexdigest() != match[1]:
             raise ConfigError(
                 f"{path} was changed after it was written: its digest does not fit; restore it, or "
                 f"begin again in another folder."

@@ -242,9 +242,7 @@ def test_files_that_cannot_be_used_are_listed_and_the_rest_is_predicted(bench: B
     (bench.images / "twice.png").unlink()
     (bench.images / "twice.jpg").unlink()
     for threshold in (0.5, 0.6):
-        with pytest.raises(
-            DataError, match=r"None of 1 image can be used\. The first: .*bad\.png"
-        ):
+        with pytest.raises(DataError, match=r"None of 1 image can be used\. The first: .*bad\.png"):
             bench.predict(overwrite=threshold == 0.5, threshold=threshold)
 
 

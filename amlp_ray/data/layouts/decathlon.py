@@ -171,6 +171,7 @@ def _read_entry(
         masks=root.join(masks),
         source=images[0],
         group=stem,
+        group_kind="volume",
     )
 
 

@@ -110,7 +110,7 @@ def assign(
         DataError: groups are unknown, are cut by the user's own split file, or leave a split empty.
     """
     groups = _groups(scanned, user_files, config)
-    counts = _count_images(scanned, user_files)
+    counts = _count_images(scanned, user_files, hide_names=config.hash_names)
     if user_files.split_of is None:
         advice = _advise_on_groups(scanned, config)
         splits = split_by_group(groups, counts.values, config.fractions, config.seed, advice)
@@ -162,8 +162,14 @@ def _tell_empty_splits(splits: Sequence[str], groups: Sequence[str], config: Pre
         logger.info(message, " and ".join(empty), len(set(groups)))
 
 
-def _count_images(scanned: Sequence[ScannedItem], user_files: UserFiles) -> ImageCounts:
-    """Count what splits share evenly. A class that all images have is left out."""
+def _count_images(
+    scanned: Sequence[ScannedItem], user_files: UserFiles, *, hide_names: bool
+) -> ImageCounts:
+    """Count what splits share evenly. A class that all images have is left out.
+
+    Args:
+        hide_names: number classes and sites instead of naming them.
+    """
     traits = {"class": [item.stratum for item, _ in scanned]}
     traits["site"] = [item.site for item, _ in scanned]
     for column, value_of in user_files.balanced.items():
@@ -174,8 +180,8 @@ def _count_images(scanned: Sequence[ScannedItem], user_files: UserFiles) -> Imag
     columns.append(np.array([scan.num_lesions for _, scan in scanned]))
     for trait, values in traits.items():
         names = sorted(set(values))
-        for name in names if len(names) > 1 else ():
-            kinds.append(f"{trait} {name or 'unknown'}")
+        for number, name in enumerate(names if len(names) > 1 else (), 1):
+            kinds.append(f"{trait} {number if hide_names else name or 'unknown'}")
             columns.append(images * (np.asarray(values, dtype=object) == name))
     return ImageCounts(kinds, np.stack(columns, axis=1).astype(np.int64))
 

@@ -7,6 +7,7 @@ short or changed is recognized. Reading one never runs code.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import threading
@@ -19,6 +20,8 @@ from torch import Tensor
 from amlp_ray.errors import CheckpointError
 from amlp_ray.utils.event_log import EventLog
 from amlp_ray.utils.retry import RetryPolicy
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoint"
 NAME = re.compile(r"epoch-(\d+)\.([0-9a-f]{16})\.pt")
@@ -50,8 +53,10 @@ def latest(folder: Path, events: EventLog | None = None) -> tuple[State, Path] |
     for path in paths:
         if is_intact(path):
             return read_checkpoint(path), path
-        if events is not None:
-            message = f"{path} is damaged and skipped; the checkpoint before it is used, if any."
+        message = f"{path} is damaged and skipped; the checkpoint before it is used, if any."
+        if events is None:
+            logger.warning(message)
+        else:
             events.record("damaged checkpoint", message)
     if paths:
         names = ", ".join(path.name for path in paths)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,7 @@ def _load_safetensors(file: Path) -> Tensors:
 
 
 def _load_pickle(file: Path) -> Any:
+    stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]]
     stand_ins = [(_Ignored, name) for name in HARMLESS_TYPES]
     try:
         # A stream, since torch goes by the suffix of a path. It warns of pickle protocols that it

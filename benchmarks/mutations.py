@@ -11,6 +11,7 @@ Then everything that reads this file is run. The outcome is
 - refused: one sentence
 - told: another result, and a message about it
 - edited: another result from a file that users edit, such as study.yaml
+- absent: the file was deleted, and what it held is missing in the result
 - silent: another result without a word, which is a fault
 - traceback: anything but a sentence, which is a fault
 - hang: no end after 20 s, which is a fault
@@ -46,6 +47,7 @@ from amlp_ray.data.manifest import SPLITS
 from amlp_ray.data.phantoms import write_phantoms
 from amlp_ray.data.prepare.pipeline import prepare
 from amlp_ray.errors import AmlpError
+from amlp_ray.study.report.comparison import compare_with_baselines, finished_baselines
 from amlp_ray.study.report.report_data import collect
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.study import Study
@@ -132,7 +134,10 @@ def read_study(root: Path) -> dict[str, Any]:
     """Read all that status, table and report of a study show."""
     study = Study.open("tiny", runs=root / "runs")
     data = collect(StudyStore(root / "runs/tiny"))
+    comparisons = compare_with_baselines(data, finished_baselines(data))
     return {
+        "comparisons": [repr(comparison) for comparison in comparisons],
+        "provenance": [study.trial(trial["number"]) for trial in study.trials()[:1]],
         "status": study.status(),
         "trials": study.trials(),
         "search": [repr(trial) for trial in data.search],
@@ -274,14 +279,16 @@ TEXT_MUTATIONS: dict[str, Callable[[bytes, np.random.Generator], bytes | None]] 
 
 
 def try_mutation(
-    root: Path, scratch: Path, file: Path, rng: np.random.Generator, expected: dict[Reader, str]
+    scratch: Path, file: Path, rng: np.random.Generator, expected: dict[Reader, str]
 ) -> Outcome:
     """Mutate a file in a copy of the subject, and run its readers.
 
     Args:
-        expected: what the readers return of an undamaged copy in the same place.
+        scratch: the copy.
+        file: relative to it.
+        rng: draws the mutation.
+        expected: what the readers return of an undamaged copy.
     """
-    _copy(root, scratch)
     name, content = mutate((scratch / file).read_bytes(), rng)
     if content is None:
         (scratch / file).unlink()
@@ -290,6 +297,8 @@ def try_mutation(
     results = []
     for reader in readers_of(file):
         outcome, words = _run(reader, scratch, expected[reader])
+        if outcome == "silent" and content is None:
+            outcome = "absent"
         if outcome == "silent" and file.name in EDITED_BY_USERS:
             outcome = "edited"
         results.append((outcome, words))
@@ -297,7 +306,7 @@ def try_mutation(
     return Outcome(_kind(file), name, *worst)
 
 
-SEVERITY = ("same", "refused", "told", "edited", *FAULTS)
+SEVERITY = ("same", "refused", "told", "edited", "absent", *FAULTS)
 
 
 def _kind(file: Path) -> str:
@@ -305,17 +314,12 @@ def _kind(file: Path) -> str:
     return "".join("N" if c.isdigit() else c for c in f"{file.parent.name}/{file.name}")[:40]
 
 
-def _copy(root: Path, scratch: Path) -> None:
-    shutil.rmtree(scratch, ignore_errors=True)
-    shutil.copytree(root, scratch)
-
-
 def _run(reader: Reader, scratch: Path, expected: str) -> tuple[str, str]:
     """Run a reader on the copy and compare with what it returns of an undamaged one."""
     with _messages() as messages:
         try:
             with _time_limit(LIMIT_S):
-                result = _plain(reader(scratch))
+                result = _plain(reader(scratch), scratch)
         except AmlpError as error:
             return _check_sentences(error.messages)
         except _HangError:
@@ -341,8 +345,8 @@ def _check_sentences(messages: tuple[str, ...] | list[str]) -> tuple[str, str]:
     return "refused", text
 
 
-def _plain(result: dict[str, Any]) -> str:
-    return json.dumps(result, sort_keys=True, default=str)
+def _plain(result: dict[str, Any], scratch: Path) -> str:
+    return json.dumps(result, default=str).replace(str(scratch), "COPY")
 
 
 def _difference(expected: str, result: str) -> str:
@@ -401,13 +405,18 @@ def run_mutations(root: Path, count: int, seed: int) -> list[Outcome]:
     files = files_of(root)
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
-        scratch = Path(folder) / "copy"
-        _copy(root, scratch)
-        expected = {reader: _plain(reader(scratch)) for reader in (*READERS.values(), read_run)}
+        scratch = Path(folder) / "undamaged"
+        shutil.copytree(root, scratch)
+        readers = (*READERS.values(), read_run)
+        expected = {reader: _plain(reader(scratch), scratch) for reader in readers}
         for number in range(count):
             rng = np.random.default_rng([seed, number])
             file = files[number % len(files)]
-            outcomes.append(try_mutation(root, scratch, file, rng, expected))
+            # A folder each, since a warning about a file is given once.
+            scratch = Path(folder) / f"copy {number}"
+            shutil.copytree(root, scratch)
+            outcomes.append(try_mutation(scratch, file, rng, expected))
+            shutil.rmtree(scratch)
     return outcomes
 
 

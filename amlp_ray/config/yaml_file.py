@@ -176,6 +176,15 @@ def read_record(model: type[ConfigT], path: Path) -> ConfigT:
     Raises:
         ConfigError: the file was changed after it was written, or is no such file.
     """
+    return build(model, read_record_values(path), str(path))
+
+
+def read_record_values(path: Path) -> ConfigValues:
+    """Read the settings that a run was begun with as they were written, without today's defaults.
+
+    Raises:
+        ConfigError: the file was changed after it was written, or is no such file.
+    """
     values = read_yaml(path)
     # Whatever the encoding is now, it was written in UTF-8.
     first, _, content = path.read_bytes().partition(b"\n")
@@ -187,7 +196,7 @@ def read_record(model: type[ConfigT], path: Path) -> ConfigT:
             )
     else:
         logger.warning("%s has no digest, so it is not known whether it was changed.", path)
-    return build(model, values, str(path))
+    return values
 
 
 def write_yaml(config: Config | Mapping[str, Any], path: Path) -> None:

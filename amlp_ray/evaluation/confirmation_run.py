@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from amlp_ray.config import SegmentConfig
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.training.checkpoint.export import ENCODER
 from amlp_ray.utils.files import atomic_write
-from amlp_ray.utils.json_files import read_json
+from amlp_ray.utils.json_files import read_json, seal_json
 
 SEGMENTER = "segmenter"  # folder of a run's fine-tuned segmenter
 
@@ -45,5 +44,5 @@ def finish_confirmation_run(
         eval_data, folder / ENCODER, folder / SEGMENTER, finetune, sizes=sizes, device=device
     )
     score |= {"encoder": ENCODER}
-    atomic_write(path, json.dumps(score, indent=1))
+    atomic_write(path, seal_json(score))
     return score

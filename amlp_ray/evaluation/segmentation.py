@@ -7,7 +7,6 @@ only where a confirmation asks for them by name.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,7 +48,7 @@ from amlp_ray.training.checkpoint.pretrained import (
 from amlp_ray.training.loggers.metrics_file import Metrics, RowTail
 from amlp_ray.utils.csv_text import csv_text
 from amlp_ray.utils.files import atomic_write, local_path
-from amlp_ray.utils.json_files import read_json
+from amlp_ray.utils.json_files import read_json, seal_json
 from amlp_ray.utils.retry import RetryPolicy
 from amlp_ray.utils.run_dir import OtherRunError, RunDir
 
@@ -266,7 +265,7 @@ class Tuning:
             )
             rows = table.round(6).itertuples(index=False, name=None)
             atomic_write(self.out / "per_image.csv", csv_text(table.columns, rows))
-            atomic_write(self.out / SCORE, json.dumps(score, indent=1))
+            atomic_write(self.out / SCORE, seal_json(score))
 
         minutes = self.fault_tolerance.storage_minutes
         RetryPolicy(self.out, minutes=minutes).run(write, "the segmenter and its score")

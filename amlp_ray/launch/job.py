@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -260,7 +259,7 @@ def _make_evaluate(
         if probe is None or epoch not in run_spec.rungs:
             return metrics
         score = asdict(probe.score(model.encoder))
-        text = json.dumps({"epoch": epoch, **score})
+        text = seal_json({"epoch": epoch, **score})
 
         def write() -> None:
             rungs = run_spec.folder / "rungs"

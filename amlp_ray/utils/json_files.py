@@ -26,6 +26,7 @@ MAX_LINE_BYTES = 64 << 20
 # COCO files nest 5 levels, our own 8. Deeper ones would exhaust the stack of whoever walks them.
 MAX_DEPTH = 100
 
+MAX_TORN_BYTES = 65536  # of a last line without its end that a writer may have left
 DIGEST = "sha256"  # key of the digest in sealed JSON
 
 logger = logging.getLogger(__name__)
@@ -122,11 +123,13 @@ def _digest(values: Mapping[str, Any]) -> str:
 def read_json(path: Path) -> dict[str, Any] | None:
     """Read a JSON mapping that the package wrote; return None if there is none.
 
-    One that cannot be used is taken as missing, with a warning.
+    One that cannot be used, or that was changed after it was sealed, is taken as missing, with a
+    warning.
     """
     try:
         with open_regular(path) as file:
-            return parse_json_mapping(file.read(MAX_BYTES + 1))
+            values = parse_json_mapping(file.read(MAX_BYTES + 1))
+        return unseal(values) if DIGEST in values else values
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -183,7 +186,7 @@ def iter_json_lines(path: Path, fields: Mapping[str, type] | None = None) -> Ite
             value = parse_json_mapping(raw)
             _check_fields(value, fields or {})
         except JsonError as error:
-            if raw.endswith(b"\n"):
+            if raw.endswith(b"\n") or len(raw) > MAX_TORN_BYTES:
                 yield JsonLine(number, {}, str(error))
         else:
             yield JsonLine(number, value, "")

@@ -8,7 +8,6 @@ them afterwards. So the test images cannot have chosen a candidate.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from amlp_ray.config import ABLATIONS, PretrainConfig, SegmentConfig, StudyConfig, baseline_names
-from amlp_ray.config.yaml_file import read_record, read_yaml
+from amlp_ray.config.yaml_file import read_record, read_record_values
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import ConfigError, DataError, StudyError
 from amlp_ray.evaluation.confirmation_run import SEGMENTER
@@ -32,6 +31,7 @@ from amlp_ray.study.storage.provenance import commit
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import TrialRecord, trial_records
 from amlp_ray.utils.files import atomic_write
+from amlp_ray.utils.json_files import seal_json
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +221,7 @@ def open_test(
         folder = store.folder / path
         if not (folder / "test.json").is_file():
             logger.info("%s: scored on test", name)
-            atomic_write(folder / "test.json", json.dumps(score(folder)))
+            atomic_write(folder / "test.json", seal_json(score(folder)))
     return unlock
 
 
@@ -279,7 +279,7 @@ def _check_equal_finetuning(config: StudyConfig, folders: list[Path]) -> None:
     expected = config.confirm.finetune.model_dump(mode="json") | {"seed": 0}
     for folder in folders:
         # As it was written: a setting that is newer than the run must not get its default of today.
-        if read_yaml(folder / SEGMENTER / "config.yaml") | {"seed": 0} != expected:
+        if read_record_values(folder / SEGMENTER / "config.yaml") | {"seed": 0} != expected:
             raise StudyError(
                 f"{folder} was fine-tuned with other settings than confirm.finetune has now, "
                 f"so it cannot be compared; restore them as its {SEGMENTER}/config.yaml has them."

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from amlp_ray.config import BASELINE_DESCRIPTIONS
-from amlp_ray.config.yaml_file import read_yaml
+from amlp_ray.config.yaml_file import read_record_values
 from amlp_ray.errors import ConfigError
 from amlp_ray.study.confirmation.comparison import Comparison, Sample, read_difference
 from amlp_ray.study.confirmation.confirm import TRIAL_NAME, TestUnlock, find_test_unlock
@@ -283,7 +283,7 @@ def unequal_budgets(confirmation: Confirmation) -> list[str]:
     for candidate in confirmation.candidates:
         for run in candidate.runs[:1]:
             try:
-                config = read_yaml(run.folder / "config.yaml")
+                config = read_record_values(run.folder / "config.yaml")
             except ConfigError:  # a missing or broken file is a gap in the report, not its end
                 continue
             if config.get("objective") != "none":

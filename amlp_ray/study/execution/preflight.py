@@ -19,7 +19,7 @@ from amlp_ray.study.storage.provenance import environment
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import trial_records
 from amlp_ray.utils.files import append_line, atomic_write
-from amlp_ray.utils.json_files import read_json, read_json_lines
+from amlp_ray.utils.json_files import read_json, read_json_lines, seal_json
 
 # Settings that may change between runs of one study. Data may be moved: its fingerprint is
 # compared instead of its path.
@@ -68,7 +68,7 @@ def record_environment(
     record = environment(config, dataset, cluster, eval_data, folder=store.folder)
     first_file = store.folder / "environment.json"
     if not first_file.exists():
-        atomic_write(first_file, json.dumps(record, indent=1))
+        atomic_write(first_file, seal_json(record))
     append_line(store.folder / "environments.jsonl", json.dumps(record))
 
 

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from amlp_ray.config import COST_OBJECTIVES, StudyConfig, StudyObjective
 from amlp_ray.config.overrides import flatten
-from amlp_ray.config.yaml_file import read_yaml
+from amlp_ray.config.yaml_file import read_record_values
 from amlp_ray.errors import AmlpError
 from amlp_ray.study.rungs import rung_epochs
 from amlp_ray.study.search_space.space import SearchSpace
@@ -325,7 +325,7 @@ def _read_scores(folder: Path) -> dict[int, dict[str, Any]]:
 def _read_settings(folder: Path) -> dict[str, Any]:
     """Read the settings of a run by dotted name; empty if they are lost."""
     try:
-        return flatten(dict(read_yaml(folder / "config.yaml")))
+        return flatten(dict(read_record_values(folder / "config.yaml")))
     except AmlpError:
         config = (read_json(folder / "provenance.json") or {}).get("config")
         return flatten(config) if isinstance(config, dict) else {}

@@ -111,7 +111,9 @@ class _Runs:
             self.has_problems = True
             result.notes.append(f"nothing could be read of the old journal: {error}")
             return
-        self._is_suspicious = self.has_problems or bool(store.unknown_folders())
+        self._is_suspicious = (
+            self.has_problems or bool(store.unknown_folders()) or bool(store.lost_ends())
+        )
         if holder := read_lease(self._stored[0]):
             raise StudyError(f"Study {store.name!r} is run by {holder}; end it before.")
 

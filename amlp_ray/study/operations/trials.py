@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from amlp_ray.config import StudyConfig
-from amlp_ray.config.yaml_file import read_yaml
+from amlp_ray.config.yaml_file import read_record_values
 from amlp_ray.errors import ConfigError, StudyError
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_record import TrialRecord, trial_records
@@ -87,7 +87,7 @@ def trial_details(store: StudyStore, number: int) -> dict[str, Any]:
         "folder": str(folder),
         "files": sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [],
         "error": str(error_file) if error_file.is_file() else None,
-        "config": dict(read_yaml(config_file)) if config_file.is_file() else {},
+        "config": dict(read_record_values(config_file)) if config_file.is_file() else {},
         "provenance": provenance,
     }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev, variance
 
 from amlp_ray.config import ABLATIONS, BASELINE_DESCRIPTIONS, baseline_names
-from amlp_ray.config.yaml_file import read_yaml
+from amlp_ray.config.yaml_file import read_record_values
 from amlp_ray.errors import ConfigError
 from amlp_ray.study.confirmation.comparison import (
     FEW_GROUPS,
@@ -292,7 +292,7 @@ def _chance_caution(data: ReportData, baselines: Sequence[Baseline]) -> str | No
 
 def _masks_at_random(trial: ReportedTrial) -> bool:
     try:
-        selection = read_yaml(trial.path / "config.yaml").get("selection")
+        selection = read_record_values(trial.path / "config.yaml").get("selection")
     except ConfigError:  # a missing or broken file is a gap in the report, not its end
         return False
     return isinstance(selection, dict) and selection.get("mode") == "random"

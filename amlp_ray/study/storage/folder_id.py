@@ -36,6 +36,6 @@ def check_format(folder: Path) -> None:
     stored_format = file.read_text(errors="replace").strip() if file.is_file() else "0"
     if stored_format != str(FORMAT):
         raise StudyError(
-            f"{folder} has study format {stored_format}, and this version of amlp-ray reads "
+            f"{folder} has study format {stored_format[:20]!r}, and this version of amlp-ray reads "
             f"format {FORMAT}; use the version that began the study, or begin a new one."
         )

@@ -15,7 +15,14 @@ from typing import Any, BinaryIO
 from optuna.storages.journal import BaseJournalBackend
 
 from amlp_ray.errors import StudyError
-from amlp_ray.study.storage.journal_lines import JournalReader, LineProblem, Log, decode, encode
+from amlp_ray.study.storage.journal_lines import (
+    LINE,
+    JournalReader,
+    LineProblem,
+    Log,
+    decode,
+    encode,
+)
 from amlp_ray.study.storage.optuna_internals import RUNNING_TRIAL_OPERATIONS
 from amlp_ray.utils.files import open_regular
 from amlp_ray.utils.json_files import JsonError
@@ -110,7 +117,8 @@ class Journal(BaseJournalBackend):
             end = self._end_last_line(file, tail)
             # Optuna appends one by one. Of several, each would need the numbers of those before.
             numbered = [self.reader.number(log) for log in logs] if len(logs) == 1 else logs
-            lines = b"".join(encode(log) for log in numbered)
+            first = self.reader.n_lines + self.reader.n_missing + 1
+            lines = b"".join(encode(log | {LINE: n}) for n, log in enumerate(numbered, first))
             try:
                 left = memoryview(lines)
                 while left:

@@ -2,8 +2,8 @@
 
 Optuna numbers studies and trials by the order of the lines that create them, so that one lost line
 would give every later trial the scores of its neighbor. Lines that this package writes therefore
-carry a checksum, and those that create something carry the number that it got. Plain Optuna
-ignores both, and its own lines are read without them.
+carry a checksum and their own number, and those that create something carry the number that it
+got. Plain Optuna ignores all three, and its own lines are read without them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from optuna.trial import TrialState
 
 from amlp_ray.study.storage.optuna_internals import JournalOperation
 from amlp_ray.utils.json_files import JsonError, parse_json_mapping
+from amlp_ray.utils.text import counted
 
 Log = dict[str, Any]
 
 CHECKSUM = b',"crc32":"'
+LINE = "line"  # number of the line in the file, from 1
 NEW_STUDY = "new_study"  # the id that a new study got
 NEW_TRIAL = "new_trial"  # the id that a new trial got, and its number within its study
 TOKEN = "token"  # system attribute of a new trial, by which it is found after a lost answer
@@ -160,6 +162,7 @@ class JournalReader:
     lost_trials: int = 0
     disorder: str = ""
     n_lines: int = 0
+    n_missing: int = 0  # lines that are gone from the file, less those that it holds twice
     _names: list[str] = field(default_factory=list)  # of the studies, by id
     _deleted: set[int] = field(default_factory=set)
     _n_trials: int = 0
@@ -174,10 +177,30 @@ class JournalReader:
         if not line.strip():
             return []
         try:
-            return self._place(decode(line))
+            log = decode(line)
+            self._check_position(log)
+            return self._place(log)
         except JsonError as error:
             self.problems.append(LineProblem(self.n_lines, str(error)))
             return self._replace_unreadable(line) if not _is_repetition(error) else []
+
+    def _check_position(self, log: Log) -> None:
+        """Notice lines that are gone, and refuse one that stands in the file before.
+
+        Raises:
+            JsonError: the line repeats an earlier one.
+        """
+        number = log.get(LINE)
+        if not isinstance(number, int):
+            return
+        n_missing = number - self.n_lines
+        if n_missing < self.n_missing:
+            self.n_missing -= 1
+            raise _Repetition(f"repeats line {number}")
+        if n_missing > self.n_missing:
+            lines = counted(n_missing - self.n_missing, "missing line")
+            self.problems.append(LineProblem(self.n_lines, f"comes after {lines}"))
+            self.n_missing = n_missing
 
     def number(self, log: Log) -> Log:
         """Return a new log with the number that what it creates will get."""

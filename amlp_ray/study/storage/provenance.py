@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -20,7 +19,7 @@ from amlp_ray.launch.run_spec import RunSpec
 from amlp_ray.runtime.resources import Cluster
 from amlp_ray.training.loggers.metrics_file import own_rows, read_rows
 from amlp_ray.utils.files import atomic_write
-from amlp_ray.utils.json_files import read_json
+from amlp_ray.utils.json_files import read_json, seal_json
 
 PACKAGES = (
     "amlp-ray",
@@ -87,7 +86,7 @@ def write_provenance(run: RunSpec) -> None:
         entry = {"epoch": epoch, "at": current["at"], **changed}
         provenance = {**previous, "continued": [*previous["continued"], entry]}
     run.folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(run.folder / "provenance.json", json.dumps(provenance, indent=1))
+    atomic_write(run.folder / "provenance.json", seal_json(provenance))
 
 
 def _describe_run(run: RunSpec) -> dict[str, Any]:

@@ -24,6 +24,7 @@ they would blind multivariate TPE, and could come out as its best trial.
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +52,12 @@ from amlp_ray.study.storage.optuna_storage import (
 )
 from amlp_ray.study.storage.request_store import RequestStore
 from amlp_ray.study.storage.requests import clear_requests
-from amlp_ray.study.storage.trial_files import begun_folders, begun_trials, check_not_orphaned
+from amlp_ray.study.storage.trial_files import (
+    begun_folders,
+    begun_trials,
+    check_not_orphaned,
+    has_ended,
+)
 from amlp_ray.study.storage.trial_record import (
     TrialRecord,
     confirm_path,
@@ -61,6 +67,8 @@ from amlp_ray.study.storage.trial_record import (
 from amlp_ray.training.loggers.metrics_file import Metrics, read_rows
 from amlp_ray.utils.files import atomic_write, local_path
 from amlp_ray.utils.locks import acquire_lock, lock_owner
+
+logger = logging.getLogger(__name__)
 
 READ_RETRY_S = 10.0  # how long a command that only reads waits for a database
 READER_S = 1.0  # within which a process that only looked at the lock has let go of it
@@ -280,8 +288,21 @@ class StudyStore(RequestStore):
         unknown = [str(trial_path(number)) for number in numbers if number >= n_stored]
         return unknown + [path for path in others if path not in stored]
 
+    def lost_ends(self) -> list[int]:
+        """List the trials of the search that had ended, as their folders say, but have no end."""
+        records = trial_records(self.stored_search())
+        open_numbers = [r.number for r in records if not r.frozen.state.is_finished()]
+        return [number for number in open_numbers if has_ended(self.trial_folder(number))]
+
     def _check_complete(self) -> None:
         check_not_orphaned(self.folder)
+        for number in self.lost_ends():
+            logger.warning(
+                "%s has lost the end of trial %d; `amlp-ray study repair %s` restores it",
+                self.storage_text,
+                number,
+                self.folder.name,
+            )
         if version := self._lost_version():
             raise StudyError(
                 f"{self.folder} has lost its file `search`, which names {version}; "

@@ -100,6 +100,12 @@ def read_trial_file(folder: Path) -> FrozenTrial | None:
         return None
 
 
+def has_ended(folder: Path) -> bool:
+    """Return whether the trial in a folder had ended when it was stored last."""
+    trial = read_trial_file(folder)
+    return trial is not None and trial.state.is_finished()
+
+
 def _trial(values: dict[str, Any]) -> FrozenTrial:
     trial = create_trial(
         state=TrialState[values["state"]],

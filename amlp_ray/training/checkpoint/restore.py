@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from amlp_ray.training.checkpoint.manager import (
     read_checkpoint,
     write_checkpoint,
 )
-from amlp_ray.training.loggers.metrics_file import read_rows
+from amlp_ray.training.loggers.metrics_file import read_rows, to_text
 from amlp_ray.utils import distributed
 from amlp_ray.utils.event_log import EventLog
 from amlp_ray.utils.files import atomic_write
@@ -142,12 +141,12 @@ def fork_checkpoint(source: Path, target: Path, config: PretrainConfig) -> int:
             f"dropped; start a run of its own."
         )
     target.mkdir(parents=True, exist_ok=True)
-    lines = [
-        json.dumps(row | {"inherited": True}) + "\n"
+    rows = [
+        row | {"inherited": True}
         for row in read_rows(source / "metrics.jsonl")
         if row["epoch"] <= state["epoch"]
     ]
-    atomic_write(target / "metrics.jsonl", "".join(lines))
+    atomic_write(target / "metrics.jsonl", to_text(rows))
     write_checkpoint(target, state | {"config": config.model_dump(mode="json")}, state["epoch"])
     return int(state["epoch"])
 

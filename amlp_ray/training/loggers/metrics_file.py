@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,24 +16,28 @@ from amlp_ray.utils.json_files import iter_json_lines, read_json_lines
 
 Metrics = dict[str, Any]
 FIELDS = {"epoch": int}  # that every row has
+CHECKSUM = "crc32"  # key of the checksum of a row's other values
 
 logger = logging.getLogger(__name__)
 
 
 def append_row(path: Path, metrics: Metrics) -> None:
     """Append the row of an epoch."""
-    append_line(path, json.dumps(metrics))
+    append_line(path, _to_line(metrics))
 
 
 def read_rows(path: Path) -> list[Metrics]:
     """Read all complete rows, without one that a kill cut short; [] if there is no file.
 
-    Lines that cannot be used are skipped with a warning: what is no JSON, has a text where a
-    number belongs, or repeats an epoch.
+    Lines that cannot be used are skipped with a warning: what is no JSON, differs from its
+    checksum, has a text where a number belongs, or repeats an epoch.
     """
     rows: dict[int, Metrics] = {}
     for row in read_json_lines(path, FIELDS):
         epoch = row["epoch"]
+        if row.pop(CHECKSUM, None) not in (None, _checksum(row)):
+            _warn_once(f"{path}: the row of epoch {epoch} is skipped: it was changed.")
+            continue
         wrong = [name for name, value in row.items() if isinstance(value, str | list | dict)]
         if wrong:
             _warn_once(f"{path}: the row of epoch {epoch} is skipped: its {wrong[0]} is no number.")
@@ -41,6 +46,19 @@ def read_rows(path: Path) -> list[Metrics]:
         else:
             rows[epoch] = row
     return list(rows.values())
+
+
+def to_text(rows: Iterable[Metrics]) -> str:
+    """Return rows as they stand in the file."""
+    return "".join(_to_line(row) + "\n" for row in rows)
+
+
+def _to_line(row: Metrics) -> str:
+    return json.dumps(row | {CHECKSUM: _checksum(row)})
+
+
+def _checksum(row: Metrics) -> str:
+    return f"{zlib.crc32(json.dumps(row).encode()):08x}"
 
 
 def drop_after(path: Path, epoch: int) -> tuple[list[Metrics], list[Metrics]]:
@@ -55,7 +73,7 @@ def drop_after(path: Path, epoch: int) -> tuple[list[Metrics], list[Metrics]]:
         _warn_once(f"{path} is written anew without its damaged lines; {copy} is the old one.")
     remaining = [row for row in rows if row["epoch"] <= epoch]
     dropped = [row for row in rows if row["epoch"] > epoch]
-    atomic_write(path, "".join(json.dumps(row) + "\n" for row in remaining))
+    atomic_write(path, to_text(remaining))
     return remaining, dropped
 
 

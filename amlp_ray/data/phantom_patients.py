@@ -90,7 +90,7 @@ def _as_slice(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Move, turn and scale a picture as its position in the patient, from -1 to 1, asks for."""
     angle = np.deg2rad(4 * position)
-    scale = 1 + 0.12 * position**2  # anatomy is smaller towards the ends
+    scale = 1 + 0.12 * position**2  # anatomy is smaller toward the ends
     matrix = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     center = (np.array(image.shape) - 1) / 2
     offset = center - matrix @ center + 0.02 * position * np.array(image.shape)

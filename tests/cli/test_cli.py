@@ -265,6 +265,7 @@ def test_defaults_of_options_are_those_of_the_settings() -> None:
     assert {name: defaults[name] for name in config} == config | {
         "fractions": ",".join(map(str, config["fractions"])),
         "lesion_labels": None,
+        "balance_columns": None,
     }
 
 

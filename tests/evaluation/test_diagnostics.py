@@ -96,7 +96,7 @@ def test_random_masks_and_unlabeled_images_are_not_judged_by_a_lesion_map(
     config = settings_of(variant="mae")
     metrics = Diagnostics(phantom_dataset, config)(model_of(phantom_dataset, config), 2)
     assert set(metrics) == {"loss_reference", "true_lesion_masked"}
-    assert metrics["true_lesion_masked"] == pytest.approx(0.75, abs=0.1)
+    assert metrics["true_lesion_masked"] == pytest.approx(0.75, abs=0.15)
     aimed = settings_of()
     blind = Diagnostics(phantom_dataset, aimed)
     blind.share = None

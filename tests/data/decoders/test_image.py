@@ -482,7 +482,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
         _link,
         r"is a link to nowhere\.png, which does not exist; bring the file there or remove the link",
     ),
-    "folder": (lambda p: p.mkdir() or p, r"cannot be read \(Is a directory\)"),
+    "folder": (lambda p: p.mkdir() or p, r"cannot be read \(it is a folder\)"),
     "cut png": (
         lambda p: _cut(p, "PNG"),
         r"is a PNG that is damaged, cut off .*\(image file is truncated",

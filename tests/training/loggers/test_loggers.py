@@ -177,7 +177,7 @@ def test_wandb_has_one_run_over_a_resume_and_is_told_nothing_of_the_machine(
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2
 
-    result = [record for file in files for record in wandb_records(file)]
+    result = wait_for_exits(files)
     runs = [record.run for record in result if record.HasField("run")]
     assert len({run.run_id for run in runs}) == 1
     assert {(run.entity, run.project, run.display_name, run.run_group) for run in runs} == {
@@ -204,6 +204,17 @@ def test_wandb_has_one_run_over_a_resume_and_is_told_nothing_of_the_machine(
     assert not [run.host for run in runs if run.host]
     assert b"name-of-the-machine" not in sent
     assert str(tmp_path).encode() not in sent
+
+
+def wait_for_exits(files: list[Path]) -> list[Any]:
+    """Return the records of offline runs, once W&B's own process has written the end of each."""
+    deadline = time.monotonic() + 20
+    while True:
+        result = [record for file in files for record in wandb_records(file)]
+        ends = sum(record.HasField("exit") for record in result)
+        if ends == len(files) or time.monotonic() > deadline:
+            return result
+        time.sleep(0.2)
 
 
 def wandb_records(file: Path) -> Iterator[Any]:

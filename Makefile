@@ -5,11 +5,12 @@ DEMO := runs/demo
 # Compiled modules halve the start of every worker process, and there are hundreds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install lock demo test test-ray test-others lint format docs clean
+.PHONY: help install lock demo test test-ray test-long test-others lint format docs clean
 
 help:
 	@echo "make demo    install, generate phantoms, run the quickstart study, say where its report is"
-	@echo "make test    install, lint, type-check, check import layers, run all tests"
+	@echo "make test    install, lint, type-check, check import layers, run all tests but long ones"
+	@echo "make test-long    run the tests that take minutes: a node that is killed, one that is added"
 
 install: .venv/installed
 
@@ -41,10 +42,14 @@ test: lint
 	@$(MAKE) --no-print-directory -j 2 test-ray test-others
 
 test-ray: install
-	$(BIN)/pytest -m ray
+	$(BIN)/pytest -m "ray and not long"
+
+# What would not fit into the time of `make test`.
+test-long: install
+	$(BIN)/pytest -m long
 
 test-others: install
-	@nice -n 19 $(BIN)/pytest -m "not ray" > .venv/test-others.log 2>&1; code=$$?; cat .venv/test-others.log; exit $$code
+	@nice -n 19 $(BIN)/pytest -m "not ray and not long" > .venv/test-others.log 2>&1; code=$$?; cat .venv/test-others.log; exit $$code
 
 format: install
 	$(BIN)/ruff check --fix

@@ -18,6 +18,7 @@ EPOCHS = 70
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_a_node_is_killed_and_one_is_added_and_every_epoch_is_done_once(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:

@@ -488,12 +488,15 @@ VOLUMES = [
 ]
 
 
+LABEL = np.pad(np.ones((8, 8, 4), np.uint8), ((4, 8), (4, 8), (0, 0)))
+
+
 @pytest.fixture(scope="module")
 def volumes(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     folder = tmp_path_factory.mktemp("volumes")
     for i in range(GOOD):
         write_nifti(folder / "in" / f"good{i}.nii.gz", SCAN + np.int16(i))
-        write_nifti(folder / "in" / f"good{i}_seg.nii.gz", np.ones((20, 20, 4), np.uint8))
+        write_nifti(folder / "in" / f"good{i}_seg.nii.gz", LABEL)
     for case in VOLUMES:
         case.make(folder / "in")
     return _prepared(folder / "in", folder / "out", layout="nifti", group_by="auto")

@@ -11,7 +11,7 @@ Then everything that reads this file is run. The outcome is
 - refused: one sentence
 - told: another result, and a message about it
 - edited: another result from a file that users edit, such as study.yaml
-- absent: the file was deleted, and what it held is missing in the result
+- absent: the file or its end was deleted, and what it held is missing in the result
 - silent: another result without a word, which is a fault
 - traceback: anything but a sentence, which is a fault
 - hang: no end after 20 s, which is a fault
@@ -289,7 +289,8 @@ def try_mutation(
         rng: draws the mutation.
         expected: what the readers return of an undamaged copy.
     """
-    name, content = mutate((scratch / file).read_bytes(), rng)
+    original = (scratch / file).read_bytes()
+    name, content = mutate(original, rng)
     if content is None:
         (scratch / file).unlink()
     else:
@@ -297,7 +298,9 @@ def try_mutation(
     results = []
     for reader in readers_of(file):
         outcome, words = _run(reader, scratch, expected[reader])
-        if outcome == "silent" and content is None:
+        # Lines are appended: a file without its last ones is as a kill leaves it.
+        is_shorter = content is None or original.startswith(content)
+        if outcome == "silent" and is_shorter:
             outcome = "absent"
         if outcome == "silent" and file.name in EDITED_BY_USERS:
             outcome = "edited"

@@ -17,6 +17,7 @@ from amlp_ray.utils.json_files import (
     parse_json_mapping,
     read_json,
     read_json_lines,
+    seal_json,
 )
 
 DEEP = "[" * 101 + "]" * 101
@@ -154,3 +155,14 @@ def test_lines_that_a_tool_of_windows_wrote_are_read(tmp_path: Path, encoding: s
     path = tmp_path / "lines"
     path.write_bytes('{"a": "\xe4"}\r\n{"a": 2}\r\n'.encode(encoding))
     assert read_json_lines(path) == [{"a": "\xe4"}, {"a": 2}]
+
+
+def test_a_sealed_file_that_was_changed_is_taken_as_missing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "score.json"
+    file.write_text(seal_json({"dsc": 0.41}))
+    assert read_json(file) == {"dsc": 0.41}
+    file.write_text(file.read_text().replace("0.41", "0.47"))
+    assert read_json(file) is None
+    assert "was changed after it was written" in caplog.text

@@ -45,7 +45,16 @@ def read_rows(path: Path) -> list[Metrics]:
             _warn_once(f"{path}: epoch {epoch} has two rows; the first is used.")
         else:
             rows[epoch] = row
+    _warn_of_gaps(path, list(rows))
     return list(rows.values())
+
+
+def _warn_of_gaps(path: Path, epochs: list[int]) -> None:
+    """Warn of rows that are gone: a run writes one for every epoch from 1, or only one for 0."""
+    missing = sorted(set(range(1, max(epochs, default=0) + 1)) - set(epochs))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        _warn_once(f"{path}: the row of epoch {missing[0]}{more} is missing.")
 
 
 def to_text(rows: Iterable[Metrics]) -> str:

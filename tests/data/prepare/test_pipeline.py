@@ -672,4 +672,6 @@ def test_small_splits_are_filled_and_empty_ones_told(
         blocks.resize((40, 40)).save(tmp_path / "in" / f"{i}.png")
     config = _settings("flat", fractions=(0.7, 0.1, 0.2))
     prepare(tmp_path / "in", tmp_path / "out", config)
-    assert any("stays empty: there are too few groups (2)" in sentence for sentence in messages.messages)
+    assert any(
+        "stays empty: there are too few groups (2)" in sentence for sentence in messages.messages
+    )

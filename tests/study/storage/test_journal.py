@@ -16,8 +16,10 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from amlp_ray.errors import StudyError
+from amlp_ray.study.operations.repair import repair
 from amlp_ray.study.storage.journal import Journal
 from amlp_ray.study.storage.study_store import StudyStore
+from amlp_ray.study.storage.trial_files import write_trial_file
 
 N_TRIALS = 5
 
@@ -134,6 +136,46 @@ def test_a_damaged_line_is_named_and_the_file_is_copied_before_it_is_written(
     (copy,) = journal.parent.glob("study.journal.damaged-*")
     assert copy.read_bytes() == damaged
     assert StudyStore.open(journal.parent).search().user_attrs["a"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda lines: lines[:-2] + lines[-1:], "comes after 1 missing line"),
+        (lambda lines: [*lines[:-1], lines[-2], lines[-1]], "repeats line"),
+        (lambda lines: lines[:-3] + lines[-1:], "comes after 2 missing lines"),
+    ],
+)
+def test_lines_that_are_gone_or_stand_twice_are_told_and_writing_goes_on(
+    journal: Path,
+    change: Callable[[list[bytes]], list[bytes]],
+    words: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(change(lines)))
+    check_trials(journal)
+    assert words in caplog.text
+    store = StudyStore.open(journal.parent)
+    number = add(store, {"ratio.start": 0.3}, 0.7)
+    assert trials_of(journal)[number].value == 0.7
+
+
+def test_a_trial_whose_end_is_gone_from_the_journal_is_told(
+    journal: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = StudyStore.open(journal.parent)
+    folder = store.trial_folder(N_TRIALS)
+    folder.mkdir(parents=True)
+    trial = store.search().trials[N_TRIALS]
+    write_trial_file(folder, trial)
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:-1]))  # the line that ended it
+    assert StudyStore.open(journal.parent).lost_ends() == [N_TRIALS]
+    StudyStore.open(journal.parent).search()
+    assert f"lost the end of trial {N_TRIALS}" in caplog.text
+    repair(StudyStore.open(journal.parent))
+    assert trials_of(journal)[N_TRIALS].value == trial.value
 
 
 def test_a_study_with_a_trial_of_unknown_parameters_is_not_run(journal: Path) -> None:

@@ -191,6 +191,8 @@ def test_a_folder_of_another_format_is_refused_in_one_sentence(
     file.unlink()
     if written is not None:
         file.write_text(written)
-    with pytest.raises(StudyError, match=rf"has study format '{written or 0}', and this") as refused:
+    with pytest.raises(
+        StudyError, match=rf"has study format '{written or 0}', and this"
+    ) as refused:
         StudyStore.open(store.folder)
     assert "\n" not in str(refused.value)

@@ -125,3 +125,14 @@ def test_rows_that_were_there_or_are_a_parents_are_not_new(file: Path) -> None:
     write(file, 3)
     rows.poll()
     assert message == [3]
+
+
+def test_a_changed_value_and_a_missing_row_are_told(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(file, 1, 2, 3, loss=0.5)
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text(lines[0] + lines[1].replace("0.5", "0.4") + lines[2])
+    assert read_rows(file) == [{"epoch": 1, "loss": 0.5}, {"epoch": 3, "loss": 0.5}]
+    assert "the row of epoch 2 is skipped: it was changed" in caplog.text
+    assert "the row of epoch 2 is missing" in caplog.text

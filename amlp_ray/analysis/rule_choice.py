@@ -20,10 +20,11 @@ class RuleChoice(NamedTuple):
     f1: float  # mean over groups of the mean over their images, as the next
     default: str
     default_f1: float
-    difference: float  # on groups that had no part in the choice
+    difference: float | None  # on groups that had no part in the choice; None with one group
     interval: tuple[float, float] | None  # of 95 %, over groups; None with fewer than MIN_GROUPS
     groups: int
-    times_chosen: int  # of FOLDS, in which the same rule is chosen
+    times_chosen: int  # of `folds`, in which the same rule is chosen
+    folds: int
 
 
 def choose_rule(
@@ -51,14 +52,14 @@ def choose_rule(
 
     num_groups = len(sizes)
     rng = np.random.default_rng(seed)
-    fold = rng.permutation(num_groups) % FOLDS
+    num_folds = min(FOLDS, num_groups)
+    fold = rng.permutation(num_groups) % num_folds
     gains = by_group - by_group[:, [names.index(default)]]
     held_out_gain = np.zeros(num_groups)
     times_chosen = 0
-    for number in range(FOLDS):
+    for number in range(num_folds if num_groups > 1 else 0):
         is_held_out = fold == number
-        kept = by_group[~is_held_out]
-        chosen = int(kept.mean(axis=0).argmax()) if len(kept) else best
+        chosen = int(by_group[~is_held_out].mean(axis=0).argmax())
         held_out_gain[is_held_out] = gains[is_held_out, chosen]
         times_chosen += chosen == best
     interval = None
@@ -71,8 +72,9 @@ def choose_rule(
         f1=float(means[best]),
         default=default,
         default_f1=float(means[names.index(default)]),
-        difference=float(held_out_gain.mean()),
+        difference=float(held_out_gain.mean()) if num_groups > 1 else None,
         interval=interval,
         groups=num_groups,
         times_chosen=times_chosen,
+        folds=num_folds,
     )

@@ -110,7 +110,7 @@ def bench(
 def _describe_choice(choice: RuleChoice, unit: str) -> str:
     """Say which rule the labels would choose, and what it gains where it was not chosen."""
     from amlp_ray.analysis.localization_candidates import all_candidates
-    from amlp_ray.analysis.rule_choice import FOLDS, MIN_GROUPS
+    from amlp_ray.analysis.rule_choice import MIN_GROUPS
 
     default = f"the default ({choice.default}), F1 {choice.default_f1:.3f}"
     if choice.name == choice.default:
@@ -118,7 +118,7 @@ def _describe_choice(choice: RuleChoice, unit: str) -> str:
     candidates = all_candidates(encoder=True, decoder=True)
     settings = next(c.settings for c in candidates if c.name == choice.name)
     options = " ".join(f"--set {name}={value}" for name, value in settings.items())
-    if choice.interval is None:
+    if choice.interval is None or choice.difference is None:
         gain = f"{choice.groups} {unit}s are too few for an interval ({MIN_GROUPS} are needed)"
     else:
         low, high = choice.interval
@@ -128,7 +128,7 @@ def _describe_choice(choice: RuleChoice, unit: str) -> str:
         )
     return (
         f"These labels would choose {choice.name}, F1 {choice.f1:.3f}, against {default}: {gain}; "
-        f"the same rule in {choice.times_chosen} of {FOLDS} folds. To use it: {options}"
+        f"the same rule in {choice.times_chosen} of {choice.folds} folds. To use it: {options}"
     )
 
 

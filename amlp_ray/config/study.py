@@ -188,7 +188,10 @@ class StudyConfig(Config):
             raise ValueError("the URL must begin with sqlite:///, postgresql:// or mysql://")
         if scheme == "sqlite":
             check_sqlite_url(url)
-        address, _, query = url.partition("://")[2].partition("?")
+        rest = url.partition("://")[2]
+        if "@" in rest.partition("?")[2].partition("&")[0].partition("=")[0]:
+            raise ValueError("a ? stands before the @; write the user or password as ${NAME}")
+        address, _, query = rest.partition("?")
         password = address.rpartition("@")[0].partition(":")[2]
         for text in (password, *_URL_PASSWORD.findall(query)):
             if text and not _VARIABLE.fullmatch(text):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from amlp_ray.method.augment import normalize
 from amlp_ray.method.autoencoder import MaskedAutoencoder
 from amlp_ray.runtime.worker_context import WorkerContext
 from amlp_ray.training.checkpoint.export import export_encoder
+from amlp_ray.utils.json_files import read_json
 
 MODEL = ModelConfig(patch_size=8, width=16, depth=1, heads=2, decoder_width=16)
 SHARES = (0.0, 0.1, 0.5, 1.0)
@@ -175,4 +175,4 @@ def test_both_kinds_of_images_are_scored_side_by_side(tmp_path: Path) -> None:
     table = pd.read_csv(tmp_path / "out" / "per_image.csv")
     empty = table[table["lesion_pixels"] == 0]
     assert score["empty_correct"] == pytest.approx((empty["predicted_pixels"] == 0).mean())
-    assert score == json.loads((tmp_path / "out" / "score.json").read_text())
+    assert score == read_json(tmp_path / "out" / "score.json")

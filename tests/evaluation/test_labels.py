@@ -32,6 +32,7 @@ from amlp_ray.method.augment import normalize
 from amlp_ray.method.patches import lesion_shares, patchify
 from amlp_ray.training.loggers.metrics_file import append_row
 from amlp_ray.training.pretrain import Hooks
+from amlp_ray.utils.json_files import read_json
 
 MODEL = {"width": 16, "depth": 1, "heads": 2, "decoder_width": 16}
 SETTINGS = PretrainConfig.model_validate(
@@ -245,7 +246,7 @@ def test_labels_apart_are_scored_and_drawn_in_the_scale_of_the_images_trained_on
     assert {"dsc", "loss_reference", "true_lesion_masked"} <= result.metrics.keys(), (
         "pretraining images have no mask"
     )
-    score = json.loads((tmp_path / "score.json").read_text())
+    score = read_json(tmp_path / "score.json")
     expected = Probe(labels, FEW, 8, unlabeled.spec).score(result.model.encoder)
     assert score["per_image"] == expected.per_image
     assert set(score["per_image"]) <= set(labels.load("train").ids + labels.load("val").ids)

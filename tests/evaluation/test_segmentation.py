@@ -27,6 +27,7 @@ from amlp_ray.method.autoencoder import MaskedAutoencoder
 from amlp_ray.runtime.worker_context import WorkerContext
 from amlp_ray.training.checkpoint.export import export_encoder, load_encoder
 from amlp_ray.training.loggers.metrics_file import read_rows
+from amlp_ray.utils.json_files import read_json
 
 SMALL: dict[str, Any] = {"epochs": 3, "batch_size": 6, "decoder_width": 8, "lr": 3e-3}
 
@@ -76,7 +77,7 @@ def test_it_learns_to_find_lesions_from_masks_alone(dataset: Guarded, tmp_path: 
 def test_files_and_scores_are_complete(dataset: Guarded, tmp_path: Path) -> None:
     score = run(dataset, tmp_path, epochs=1)
     out = tmp_path / "out"
-    assert json.loads((out / "score.json").read_text()) == score
+    assert read_json(out / "score.json") == score
     assert SegmentConfig(**yaml.safe_load((out / "config.yaml").read_text())).epochs == 1
     weights = load_file(out / "segmenter.safetensors")
     assert any(key.startswith("encoder.blocks.1") for key in weights)
@@ -517,6 +518,7 @@ def test_two_workers_learn_what_one_does(phantom_dataset: PatchDataset, tmp_path
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_a_group_on_ray_learns_what_one_process_does_and_goes_on_from_it(
     phantom_dataset: PatchDataset, tmp_path: Path
 ) -> None:
@@ -540,7 +542,7 @@ def test_a_group_on_ray_learns_what_one_process_does_and_goes_on_from_it(
         progress=lambda metrics: epochs.append(metrics["epoch"]),
     )
     assert epochs == [1, 2]
-    assert score == json.loads((tmp_path / "two" / "score.json").read_text())
+    assert score == read_json(tmp_path / "two" / "score.json")
     assert_alike(tmp_path / "one", tmp_path / "two")
 
 
@@ -550,7 +552,7 @@ def assert_alike(one: Path, two: Path) -> None:
     ):
         for name in ("loss", "grad_norm", "lr"):
             assert shared[name] == pytest.approx(alone[name], rel=1e-4), name
-    scores = [json.loads((folder / "score.json").read_text()) for folder in (one, two)]
+    scores = [read_json(folder / "score.json") for folder in (one, two)]
     assert scores[0]["dsc"] == pytest.approx(scores[1]["dsc"], abs=0.01)
     weights = [load_file(folder / "segmenter.safetensors") for folder in (one, two)]
     for key, value in weights[0].items():

@@ -16,6 +16,7 @@ from helpers.tiny_study import TINY
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.errors import ConfigError, DataError, StudyError
 from amlp_ray.study.study import Study
+from amlp_ray.utils.json_files import read_json
 
 
 def write(folder: Path, **changes: Any) -> Path:
@@ -120,14 +121,14 @@ def test_a_study_keeps_to_its_labels(
     study = Study.load(file, data=unlabeled.path, runs=tmp_path / "runs").run()
 
     trial = study.store.trial_folder(0)
-    score = json.loads((trial / "score.json").read_text())
+    score = read_json(trial / "score.json")
     allowed = {name for split in ("train", "val") for name in phantom_dataset.load(split).ids}
     assert score["images"] > 0
     assert set(score["per_image"]) <= allowed
     assert (
         json.loads((trial / "data.json").read_text())["eval_data"]["path"] == phantom_dataset.path
     )
-    environment = json.loads((study.store.folder / "environment.json").read_text())
+    environment = read_json(study.store.folder / "environment.json")
     assert [environment[name]["name"] for name in ("dataset", "eval_data")] == [
         "unlabeled",
         phantom_dataset.name,

@@ -21,6 +21,7 @@ from amlp_ray.errors import ConfigError, DataError, ResourceError, StudyError
 from amlp_ray.study.execution.stop_reason import StopReason
 from amlp_ray.study.storage.study_store import StudyStore, read_metrics
 from amlp_ray.study.study import Study
+from amlp_ray.utils.json_files import read_json
 
 
 def write(folder: Path, **changes: Any) -> Path:
@@ -264,7 +265,7 @@ def test_a_confirmation_scores_by_both_protocols_and_opens_the_test_images_once(
         folder = study.store.confirm_folder(
             trial.user_attrs["candidate"], trial.user_attrs["repeat"]
         )
-        test = json.loads((folder / "test.json").read_text())
+        test = read_json(folder / "test.json")
         assert set(test) >= {"probe", "finetune"}
         assert 0 <= test["finetune"]["dsc"] <= 1
     opened = study.store.confirmation().user_attrs["test_unlocked"]

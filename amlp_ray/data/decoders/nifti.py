@@ -115,8 +115,8 @@ def read_nifti(
         ranges = [percentile_range(volume.scale(values)) for volume, values in channels]
     mask = _read_mask(item, config, first, read, mask_rule) if item.masks else None
     notes = mask.notes if mask else ()
-    if first.grid.note:
-        notes = (first.grid.note, *notes)
+    guesses = [channel.volume.grid.note for channel in channels if channel.volume.grid.note]
+    notes = (*dict.fromkeys(guesses), *notes)
     axis = AXES[config.axis]
     across, down = [zoom for i, zoom in enumerate(first.zooms) if i != axis]
     for index in range(first.stored.shape[axis]):

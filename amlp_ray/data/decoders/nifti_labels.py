@@ -49,7 +49,8 @@ def label_values(path: str, labels: np.ndarray, config: PrepareConfig) -> MaskVa
     zeros = np.zeros(int(lesions.size < labels.size), labels.dtype)
     values = plane_values(np.concatenate([zeros, lesions]))
     is_label_map = values.is_whole and bool(values.values) and values.lowest >= 0
-    if is_label_map and values.highest > MAX_LABEL and not config.lesion_labels:
+    is_ruled = bool(config.lesion_labels) or config.lesion_threshold is not None
+    if is_label_map and values.highest > MAX_LABEL and not is_ruled:
         # Atlases number their labels in thousands, which pictures would mean as grays.
         values = plane_values(np.concatenate([zeros, lesions]) > 0)
     return MaskValues(

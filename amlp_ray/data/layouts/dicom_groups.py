@@ -136,13 +136,15 @@ def _uid(one: Slice, kind: str) -> str:
 
 def _find_fault(kind: str, slices: Sequence[Slice]) -> str:
     """Say why a UID tells nothing; empty if it does."""
-    values = {_uid(one, kind) for one in slices}
-    if values == {""}:
+    # Files without one, or of another modality, must not hide what is wrong with the others.
+    named = [one for one in slices if _uid(one, kind)]
+    uids = [_uid(one, kind) for one in named]
+    if not uids:
         return "missing"
-    if len(slices) > 1 and len(values) == 1:
+    if len(uids) > 1 and len(set(uids)) == 1:
         return "the same in all files"
-    is_sectional = all(one.modality in SECTIONAL and one.frames == 1 for one in slices)
-    if len(slices) > 1 and is_sectional and len(values) == len(slices):
+    cuts = [_uid(one, kind) for one in named if one.modality in SECTIONAL and one.frames == 1]
+    if len(cuts) > 1 and len(set(cuts)) == len(cuts):
         return "new in every file"
     return ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -51,6 +52,7 @@ class Journal(BaseJournalBackend):
     def _start_over(self) -> None:
         self.reader = JournalReader()
         self._position = 0  # after the last whole line that was read
+        self._identity = (0, 0)  # device and inode of the file that was read
         self._first = 0  # number of `_logs[0]`
         self._logs: list[Log] = []
 
@@ -73,6 +75,13 @@ class Journal(BaseJournalBackend):
 
     def _read_new_lines(self, file: BinaryIO | Any) -> bytes:
         """Read what was appended; return the last line if it has no end yet."""
+        status = os.fstat(file.fileno())
+        identity = (status.st_dev, status.st_ino)
+        if self._position and identity != self._identity:
+            raise StudyError(
+                f"{self.path} was replaced while it was in use; run the command again."
+            )
+        self._identity = identity
         if file.seek(0, os.SEEK_END) < self._position:
             raise StudyError(
                 f"{self.path} was cut short while it was in use; run the command again."
@@ -144,7 +153,9 @@ class Journal(BaseJournalBackend):
         end = self._position
         file.seek(end)
         if tail and _is_whole(tail):
-            file.write(tail + b"\n")
+            file.seek(end + len(tail))
+            if file.write(b"\n") != 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             self._logs += self.reader.read(tail + b"\n")
             self._position = end = end + len(tail) + 1
         elif tail:

@@ -162,6 +162,7 @@ class JournalReader:
     lost_trials: int = 0
     disorder: str = ""
     n_lines: int = 0
+    _seen: set[int] = field(default_factory=set)  # numbers that lines gave themselves
     n_missing: int = 0  # lines that are gone from the file, less those that it holds twice
     _names: list[str] = field(default_factory=list)  # of the studies, by id
     _deleted: set[int] = field(default_factory=set)
@@ -193,14 +194,15 @@ class JournalReader:
         number = log.get(LINE)
         if not isinstance(number, int):
             return
-        n_missing = number - self.n_lines
-        if n_missing < self.n_missing:
+        if number in self._seen:
             self.n_missing -= 1
             raise _Repetition(f"repeats line {number}")
+        self._seen.add(number)
+        n_missing = number - self.n_lines
         if n_missing > self.n_missing:
             lines = counted(n_missing - self.n_missing, "missing line")
             self.problems.append(LineProblem(self.n_lines, f"comes after {lines}"))
-            self.n_missing = n_missing
+        self.n_missing = n_missing  # fewer where a line was inserted, which is skipped by itself
 
     def number(self, log: Log) -> Log:
         """Return a new log with the number that what it creates will get."""

@@ -76,8 +76,8 @@ def drop_after(path: Path, epoch: int) -> tuple[list[Metrics], list[Metrics]]:
     Of a file with damaged lines a copy is kept.
     """
     rows = read_rows(path)
-    if any(line.problem for line in iter_json_lines(path, FIELDS)):
-        copy = path.with_name(f"{path.name}.damaged")
+    if len(list(iter_json_lines(path, FIELDS))) != len(rows):
+        copy = path.with_name(f"{path.name}.damaged-{zlib.crc32(path.read_bytes()):08x}")
         shutil.copyfile(path, copy)
         _warn_once(f"{path} is written anew without its damaged lines; {copy} is the old one.")
     remaining = [row for row in rows if row["epoch"] <= epoch]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from amlp_ray.study.confirmation.results import read_confirmation
 from amlp_ray.study.report import write_report
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.training.pretrain import Hooks
+from amlp_ray.utils.json_files import read_json
 
 SPACE = {"ratio.start": {"low": 0.1, "high": 0.7}}
 CONFIRM = {"top": 2, "seeds": 2, "finetune": {"epochs": 1, "batch_size": 12, "decoder_width": 8}}
@@ -265,11 +265,11 @@ def test_a_run_is_scored_on_val_by_both_protocols_and_keeps_its_segmenter(
     trained: StudyStore, phantom_dataset: PatchDataset
 ) -> None:
     folder = trained.confirm_folder("trial-0", 1)
-    tuned = json.loads((folder / "finetune.json").read_text())
+    tuned = read_json(folder / "finetune.json")
     val = phantom_dataset.table("val", columns=["id", "lesion"])
     assert set(tuned["per_image"]) == set(val["id"][val["lesion"] > 0])
     assert (folder / "segmenter" / "segmenter.safetensors").is_file()
-    assert json.loads((folder / "score.json").read_text())["epoch"] == 2
+    assert read_json(folder / "score.json")["epoch"] == 2
     assert not list(trained.folder.glob("confirm/*/test.json"))
 
 
@@ -282,7 +282,7 @@ def test_a_finished_fine_tuning_is_not_done_again(
     result = finish_confirmation_run(
         folder, phantom_dataset, finetuning(config, 0), sizes=config.probe.sizes
     )
-    assert result == json.loads((folder / "finetune.json").read_text())
+    assert result == read_json(folder / "finetune.json")
     assert weights.stat().st_mtime_ns == before
 
 
@@ -335,7 +335,9 @@ def test_a_setting_that_is_newer_than_a_fine_tuning_is_not_taken_for_its_default
 ) -> None:
     path = trained.confirm_folder("trial-0", 0) / "segmenter" / "config.yaml"
     written = path.read_text()
-    path.write_text("".join(line for line in written.splitlines(True) if "empty_share" not in line))
+    # As an older version wrote it, and without a digest that would not fit.
+    lines = [line for line in written.splitlines(True) if not line.startswith("# sha256")]
+    path.write_text("".join(line for line in lines if "empty_share" not in line))
     assert path.read_text() != written
     try:
         with pytest.raises(StudyError, match="trial-0-0 was fine-tuned with other settings"):
@@ -377,7 +379,7 @@ def test_test_images_are_opened_once_and_the_report_says_what_they_show(
     test = phantom_dataset.table("test", columns=["id", "lesion"])
     lesions = set(test["id"][test["lesion"] > 0])
     for path in first.runs.values():
-        scores = json.loads((trained.folder / path / "test.json").read_text())
+        scores = read_json(trained.folder / path / "test.json")
         assert {protocol: set(score["per_image"]) for protocol, score in scores.items()} == {
             "probe": lesions,
             "finetune": lesions,

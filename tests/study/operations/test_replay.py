@@ -18,6 +18,7 @@ from amlp_ray.study.operations.replay import replay
 from amlp_ray.study.storage.provenance import write_provenance
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.training.loggers.metrics_file import read_rows
+from amlp_ray.utils.json_files import read_json, seal_json
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +78,11 @@ def test_a_pruned_trial_is_replayed_up_to_its_last_rung(store: StudyStore) -> No
 
 def test_other_scores_are_told_with_what_is_not_as_it_was(store: StudyStore) -> None:
     file = store.trial_folder(0) / "provenance.json"
-    provenance = json.loads(file.read_text())
+    provenance = dict(read_json(file) or {})
     provenance["versions"]["torch"] = "1.0"
     provenance["hardware"]["processor"] = "an abacus"
     provenance["continued"] = [{"epoch": 1, "at": "", "hardware": {}}]
-    file.write_text(json.dumps(provenance))
+    file.write_text(seal_json(provenance))
     metrics = store.trial_folder(0) / "metrics.jsonl"
     rows = read_rows(metrics)
     rows[3]["dsc"] += 1e-12
@@ -97,9 +98,9 @@ def test_other_scores_are_told_with_what_is_not_as_it_was(store: StudyStore) -> 
 
 def test_other_data_are_refused(store: StudyStore, trained: Path) -> None:
     file = store.trial_folder(0) / "provenance.json"
-    provenance = json.loads(file.read_text())
+    provenance = dict(read_json(file) or {})
     provenance["dataset"]["fingerprint"] = "0" * 64
-    file.write_text(json.dumps(provenance))
+    file.write_text(seal_json(provenance))
     with pytest.raises(StudyError, match="other data than the trial was trained with"):
         replay(store, store.config(), 0)
     assert not (store.folder / "replays").exists()

@@ -6,7 +6,6 @@ What timm itself makes of a checkpoint, and a sentence where nothing can be made
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from amlp_ray.method.encoder import build_encoder
 from amlp_ray.training.checkpoint import pretrained
 from amlp_ray.training.checkpoint.export import export_encoder, load_encoder
 from amlp_ray.training.checkpoint.pretrained import load_pretrained_encoder
+from amlp_ray.utils.json_files import read_json
 
 # With a register and without a class token; it pools before its norm.
 NAME = "vit_wee_patch16_reg1_gap_256"
@@ -465,7 +465,7 @@ def test_a_segmenter_is_fine_tuned_from_a_timm_checkpoint(
         "the norm of pooled tokens taken as that of each, positions res"
     )
     assert message in score["start"]
-    assert json.loads((tmp_path / "out" / "score.json").read_text()) == score
+    assert read_json(tmp_path / "out" / "score.json") == score
     result = load_segmenter(tmp_path / "out")
     assert result.spec == phantom_dataset.spec, "images are normalized by their own mean and SD"
     encoder_state = load_pretrained_encoder(

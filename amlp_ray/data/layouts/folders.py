@@ -50,8 +50,8 @@ def find_folders(root: DataPath, config: PrepareConfig) -> Listing:
 def group_by_folder(pictures: list[FileName]) -> dict[str, ImageFolder]:
     """Sort pictures by the folder of their image, and into images and masks.
 
-    Pictures at the top, or in a folder of another name than images or masks that has no folder of
-    masks in it, belong to none.
+    A picture alone in a folder beside those with masks is an image without masks. Other pictures
+    outside such folders belong to none.
     """
     folders: dict[str, ImageFolder] = defaultdict(ImageFolder)
     beside: dict[str, list[FileName]] = defaultdict(list)  # pictures by the folder they lie in
@@ -63,8 +63,10 @@ def group_by_folder(pictures: list[FileName]) -> dict[str, ImageFolder]:
             folders[parent].images.append(picture)
         else:
             beside[picture.folder].append(picture)
+    parents = {path.rpartition("/")[0] for path in folders}
     for path, images in beside.items():
-        if path in folders and not folders[path].images:
+        is_unlabeled = bool(path) and path.rpartition("/")[0] in parents and len(images) == 1
+        if (path in folders or is_unlabeled) and not folders[path].images:
             folders[path].images = images
     return folders
 

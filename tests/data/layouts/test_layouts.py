@@ -644,3 +644,18 @@ def test_layouts_are_told_by_names_and_first_bytes(
     layout_name, reason = recognize(CachedListing(tmp_path))
     assert layout_name == layout
     assert reason.startswith(f"{layout}: ")
+
+
+def test_a_picture_alone_in_a_folder_beside_those_with_masks_is_an_image_without_masks(
+    tmp_path: Path,
+) -> None:
+    for name in ("a", "b"):
+        save(tmp_path / name / "images" / f"{name}.png")
+        for number in (1, 2):
+            save(tmp_path / name / "masks" / f"{number}.png")
+    save(tmp_path / "c" / "c.png")
+    save(tmp_path / "several" / "1.png")
+    save(tmp_path / "several" / "2.png")
+    listing = find(tmp_path, "folders")
+    masks = {item.id: len(item.masks) for item in listing.items}
+    assert masks == {"a": 2, "b": 2, "c": 0}

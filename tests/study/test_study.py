@@ -21,7 +21,7 @@ from amlp_ray.errors import ConfigError, DataError, ResourceError, StudyError
 from amlp_ray.study.execution.stop_reason import StopReason
 from amlp_ray.study.storage.study_store import StudyStore, read_metrics
 from amlp_ray.study.study import Study
-from amlp_ray.utils.json_files import read_json
+from amlp_ray.utils.json_files import read_json, seal_json
 
 
 def write(folder: Path, **changes: Any) -> Path:
@@ -291,7 +291,9 @@ def test_changed_data_is_refused(
     runs = finished[0].store.folder.parent
     environment_file = finished[0].store.folder / "environment.json"
     before = environment_file.read_text()
-    environment_file.write_text(before.replace(phantom_dataset.manifest.fingerprint, "0" * 64))
+    environment = read_json(environment_file) or {}
+    environment["dataset"]["fingerprint"] = "0" * 64
+    environment_file.write_text(seal_json(environment))
     study = Study.load(write(tmp_path, budget={"trials": 4}), data=phantom_dataset.path, runs=runs)
     with pytest.raises(StudyError, match="begun on other data"):
         study.run()

@@ -26,7 +26,7 @@ from amlp_ray.study.operations.rebuild import Kind, Rebuilder, run_seconds
 from amlp_ray.study.storage.journal import Journal
 from amlp_ray.study.storage.journal_lines import DAMAGED
 from amlp_ray.study.storage.lease import read_lease
-from amlp_ray.study.storage.optuna_storage import open_journal
+from amlp_ray.study.storage.optuna_storage import IS_VERSION, open_journal
 from amlp_ray.study.storage.study_store import StudyStore
 from amlp_ray.study.storage.trial_files import begun_folders, begun_trials
 from amlp_ray.study.storage.trial_record import TrialRecord, finite
@@ -53,7 +53,7 @@ class Repair:
 
 @dataclass
 class _Study:
-    """One of the three Optuna studies, as it is to be stored."""
+    """An Optuna study as it is to be stored."""
 
     name: str
     directions: Sequence[optuna.study.StudyDirection]
@@ -77,7 +77,7 @@ def repair(store: StudyStore) -> Repair:
         if config.storage is not None:
             rebuilder.add_to_database(studies)
         elif result.restored or result.gone or rebuilder.has_problems:
-            _replace_journal(store, studies, result)
+            _replace_journal(store, [*rebuilder.earlier_searches(studies), *studies], result)
         store.reopen()
     return result
 
@@ -135,6 +135,26 @@ class _Runs:
         self._restore_unlock(confirm)
         has_confirmation = confirm.trials or confirm.attributes
         return [search, baselines, confirm] if has_confirmation else [search, baselines]
+
+    def earlier_searches(self, studies: Sequence[_Study]) -> list[_Study]:
+        """Return what the old journal holds beside these: searches before the space was changed."""
+        names = {study.name for study in studies}
+        stored = self._store.storage().get_all_studies() if self._stored else []
+        earlier = []
+        for frozen in stored:
+            if frozen.study_name not in names:
+                study = optuna.load_study(
+                    study_name=frozen.study_name, storage=self._store.storage()
+                )
+                earlier.append(
+                    _Study(
+                        frozen.study_name,
+                        study.directions,
+                        dict(study.user_attrs),
+                        study.get_trials(),
+                    )
+                )
+        return earlier
 
     def add_to_database(self, studies: Sequence[_Study]) -> None:
         """Add the trials that a database lacks.
@@ -293,7 +313,9 @@ class _Runs:
             f"the hours of running are taken from events.log ({seconds / 3600:.2f}); trials that "
             f"waited, were imported or answered from the store are lost"
         )
+        is_version = self._store.search_name() != self._store.name
         return {
+            **({IS_VERSION: True} if is_version else {}),
             "folder": self._store.claim_id(),
             "budget": self._config.budget.model_dump(mode="json"),
             "lease": {

@@ -28,6 +28,7 @@ from amlp_ray.study.storage.optuna_internals import RUNNING_TRIAL_OPERATIONS
 from amlp_ray.utils.files import open_regular
 from amlp_ray.utils.json_files import JsonError
 from amlp_ray.utils.locks import acquire_lock
+from amlp_ray.utils.text import counted
 
 LISTED = 5  # damaged lines that a message describes
 
@@ -191,10 +192,10 @@ def _is_whole(line: bytes) -> bool:
 def _describe(path: Path, problems: list[LineProblem]) -> str:
     described = [f"line {problem.number} {problem.reason}" for problem in problems[:LISTED]]
     more = f", and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-    noun = "1 line is" if len(problems) == 1 else f"{len(problems)} lines are"
+    places = counted(len(problems), "damaged place")
     return (
-        f"{path}: {noun} damaged and skipped ({'; '.join(described)}{more}); "
-        f"`amlp-ray study repair {path.parent.name}` restores what they said from the trial folders"
+        f"{path} has {places} ({'; '.join(described)}{more}), and lines that cannot be used are skipped; "
+        f"`amlp-ray study repair {path.parent.name}` restores what was lost from the trial folders"
     )
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from helpers.studies import add, add_baseline, make_store
 from helpers.tiny_study import TINY
@@ -230,3 +231,25 @@ def test_a_lost_name_of_the_changed_search_is_found_in_the_storage(tmp_path: Pat
     repair(StudyStore.open(store.folder))
     assert StudyStore.open(store.folder).search_name() == version
     assert status(StudyStore.open(store.folder))["states"] == {"COMPLETE": 1}
+
+
+def test_a_repair_keeps_the_search_before_its_space_was_changed(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    add(store)
+    wider = {**TINY["space"], "ratio.start": {"low": 0.1, "high": 0.6}}
+    version = migrate(
+        store, build(StudyConfig, {**TINY, "space": wider}, "wider"), Change()
+    ).version
+    journal = store.folder / "study.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:-1], b"what is this\n", lines[-1]]))
+    repair(StudyStore.open(store.folder))
+    storage = StudyStore.open(store.folder).storage()
+    trials = {
+        study.study_name: len(
+            optuna.load_study(study_name=study.study_name, storage=storage).trials
+        )
+        for study in storage.get_all_studies()
+    }
+    assert trials["tiny"] == 1
+    assert trials[version] == 1

@@ -194,7 +194,7 @@ def _describe(path: Path, problems: list[LineProblem]) -> str:
     more = f", and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
     places = counted(len(problems), "damaged place")
     return (
-        f"{path} has {places} ({'; '.join(described)}{more}), and lines that cannot be used are skipped; "
+        f"{path} has {places} ({'; '.join(described)}{more}), and what cannot be used is skipped; "
         f"`amlp-ray study repair {path.parent.name}` restores what was lost from the trial folders"
     )
 

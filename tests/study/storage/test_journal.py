@@ -144,7 +144,10 @@ def test_a_damaged_line_is_named_and_the_file_is_copied_before_it_is_written(
         (lambda lines: lines[:-2] + lines[-1:], "comes after 1 missing line"),
         (lambda lines: [*lines[:-1], lines[-2], lines[-1]], "repeats line"),
         (lambda lines: lines[:-3] + lines[-1:], "comes after 2 missing lines"),
-        (lambda lines: [*lines[:-2], b"\n", b"what is this\n", *lines[-2:]], "1 damaged place (line),
+        (
+            lambda lines: [*lines[:-2], b"\n", b"what is this\n", *lines[-2:]],
+            "1 damaged place (line",
+        ),
     ],
 )
 def test_lines_that_are_gone_or_stand_twice_are_told_and_writing_goes_on(

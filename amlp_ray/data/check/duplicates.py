@@ -22,6 +22,10 @@ from amlp_ray.data.prepare.near_duplicates import FLAT, MAX_DISTANCE, find_chain
 # A chain of near-copies is worth a warning from this share of all images on, and this number.
 MIN_CHAIN_SHARE = 0.1
 MIN_CHAIN_IMAGES = 20
+# Different patients are alike if their images differ less than those of others in train do: so many
+# bits as at most this share of the training images, of which so many are compared, allow.
+USUAL_SHARE = 0.01
+MAX_COMPARED = 5000
 MAX_PAIRS = MAX_EXAMPLES // 2  # a pair takes the place of two pictures
 
 ACROSS = Finding(
@@ -37,8 +41,9 @@ LOOK_ALIKES = Finding(
     "look-alikes-across-splits",
     "Other patients who look alike, in different splits",
     "note",
-    "Images of val or test look like images of other patients in another split. Patients are known "
-    "and none is in two splits, so this is no leak: slices of one organ look alike.",
+    "Images of val or test look more like images of other patients in another split than training "
+    "images of different patients look like each other. Patients are known and none is in two "
+    "splits, so this is no leak, unless one patient has two names.",
     "See whether the examples show one patient under two names. If so, join the names in a "
     "group_file.",
 )
@@ -110,7 +115,12 @@ def findings(
         against: another dataset, with which to compare.
     """
     hashes = table["hash"].to_numpy(np.uint64)
-    yield _across_splits(table, hashes, LOOK_ALIKES if unit == "patient" else ACROSS)
+    if unit == "patient":
+        distance = unusual_distance(table, hashes)
+        meaning = f"{LOOK_ALIKES.meaning} {_threshold_text(distance)}"
+        yield _across_splits(table, hashes, LOOK_ALIKES, distance, meaning=meaning)
+    else:
+        yield _across_splits(table, hashes, ACROSS, MAX_DISTANCE)
     yield _split_groups(table)
     if against is not None:
         yield from _across_datasets(table, hashes, against)
@@ -121,9 +131,49 @@ def findings(
         yield _longest_chain(table, chain)
 
 
-def _across_splits(table: pd.DataFrame, hashes: np.ndarray, finding: Finding) -> Finding:
+def unusual_distance(table: pd.DataFrame, hashes: np.ndarray) -> int:
+    """Find how many bits may differ for two images of different patients to be unusually alike.
+
+    That is the largest number, up to `MAX_DISTANCE`, at which no more than `USUAL_SHARE` of the
+    training images have such a neighbor of another patient in train; -1 if there is none. Our own
+    rule: slices of one organ are alike in every set, but how much depends on the set.
+    """
+    rows = np.flatnonzero((table["split"] == SPLITS[0]).to_numpy())
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_COMPARED), dtype=np.int64)]
+    if not len(rows):
+        return -1
+    _, patient = np.unique(table["group"].to_numpy(str)[rows], return_inverse=True)
+    train = hashes[rows]
+    nearest = np.full(len(rows), MAX_DISTANCE + 1)
+    for a, b in near_pairs(train, MAX_DISTANCE):
+        is_other = patient[a] != patient[b]
+        left, right = a[is_other], b[is_other]
+        distances = np.bitwise_count(train[left] ^ train[right]).astype(np.int64)
+        np.minimum.at(nearest, left, distances)
+        np.minimum.at(nearest, right, distances)
+    usual = [float((nearest <= distance).mean()) for distance in range(MAX_DISTANCE + 1)]
+    return sum(share <= USUAL_SHARE for share in usual) - 1
+
+
+def _threshold_text(distance: int) -> str:
+    if distance < 0:
+        return (
+            "Here over 1 % of the training images have the hash of one of another patient, so "
+            "likeness tells nothing, and none is counted."
+        )
+    return f"Counted are hashes that differ in at most {distance} of 64 bits, as found on this set."
+
+
+def _across_splits(
+    table: pd.DataFrame,
+    hashes: np.ndarray,
+    finding: Finding,
+    distance: int,
+    *,
+    meaning: str | None = None,
+) -> Finding:
     split = _split_codes(table["split"])
-    has_copy = _splits_with_copy(hashes, split)
+    has_copy = _splits_with_copy(hashes, split, distance=distance)
     has_copy[np.arange(len(table)), split] = False
     is_hit = has_copy.any(axis=1) & (split > 0)
     examples = []
@@ -131,7 +181,13 @@ def _across_splits(table: pd.DataFrame, hashes: np.ndarray, finding: Finding) ->
         elsewhere = np.flatnonzero(split != split[i])
         examples.append(_nearest_pair(table, i, table, elsewhere))
     held_out = int((split > 0).sum())
-    return finding.with_count(is_hit.sum(), held_out, examples, what="held-out images")
+    return finding.with_count(
+        is_hit.sum(),
+        held_out,
+        examples,
+        what="held-out images",
+        meaning=meaning or finding.meaning,
+    )
 
 
 def _split_groups(table: pd.DataFrame) -> Finding:
@@ -227,7 +283,11 @@ def _longest_chain(table: pd.DataFrame, chain: np.ndarray) -> Finding:
 
 
 def _splits_with_copy(
-    hashes: np.ndarray, split: np.ndarray, other: np.ndarray | None = None
+    hashes: np.ndarray,
+    split: np.ndarray,
+    other: np.ndarray | None = None,
+    *,
+    distance: int = MAX_DISTANCE,
 ) -> np.ndarray:
     """Find which splits hold a near-copy of each image.
 
@@ -235,10 +295,13 @@ def _splits_with_copy(
         hashes: (N,) uint64.
         split: (M,) split of each of `other`, or of each of `hashes`.
         other: (M,) uint64; None: `hashes`, which then count as copies of themselves.
+        distance: most bits in which copies differ; below 0 nothing is a copy.
 
     Returns:
         (N, splits) bool.
     """
+    if distance < 0:
+        return np.zeros((len(hashes), len(SPLITS)), bool)
     values, inverse = np.unique(hashes, return_inverse=True)
     other_values, other_inverse = values, inverse
     if other is not None:
@@ -248,7 +311,7 @@ def _splits_with_copy(
     has_copy = np.zeros((len(values), len(SPLITS)), bool)
     if other is None:
         has_copy = is_in_split & (values != FLAT)[:, None]
-    pairs = near_pairs(values, MAX_DISTANCE, None if other is None else other_values)
+    pairs = near_pairs(values, distance, None if other is None else other_values)
     for a, b in pairs:
         for number in range(len(SPLITS)):
             has_copy[a[is_in_split[b, number]], number] = True

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from helpers.datasets import write_dataset
 from PIL import Image, ImageDraw, ImageFont
@@ -19,6 +20,7 @@ import amlp_ray.data.check.measure as measure
 from amlp_ray.data.check import Finding, Report, check_dataset
 from amlp_ray.data.check.burned_in_text import text_scores
 from amlp_ray.data.check.contact_sheet import draw_examples, draw_picture
+from amlp_ray.data.check.duplicates import unusual_distance
 from amlp_ray.data.check.html import write_page, write_report
 from amlp_ray.data.dataset import PatchDataset
 from amlp_ray.data.manifest import GROUP_RULES
@@ -247,18 +249,45 @@ def test_one_chain_of_most_images_is_a_warning(clean: Clean, tmp_path: Path) -> 
     assert not {"one-chain", "near-copies"} & set(keys(clean.check(tmp_path / "v")))
 
 
-def test_likeness_between_known_patients_is_a_note_and_no_reason_to_join_them(
+def test_a_patient_under_two_names_is_a_note_where_patients_do_not_look_alike(
     clean: Clean, tmp_path: Path
 ) -> None:
-    clean.images[:30] = clean.images[0]
-    clean.images[50] = clean.images[3]  # of test, like training images of other patients
-    assert {"copies-across-splits", "one-chain"} <= set(keys(clean.check(tmp_path / "unknown")))
+    clean.images[50] = clean.images[3]  # of test and of train
+    assert "copies-across-splits" in keys(clean.check(tmp_path / "unknown"))
     clean.columns |= {"group_rule": GROUP_RULES["patient"]}
     report = clean.check(tmp_path / "patients")
     alike = finding(report, "look-alikes-across-splits")
     assert (alike.severity, alike.count, ids(alike)) == ("note", 1, {"image 50"})
-    assert not {"copies-across-splits", "one-chain", "near-copies"} & set(keys(report))
+    assert "copies-across-splits" not in keys(report)
     assert "near-duplicates" not in alike.todo
+    assert "at most 8 of 64 bits, as found on this set" in alike.meaning
+
+
+def test_where_patients_look_alike_likeness_is_no_finding_and_no_reason_to_join_them(
+    clean: Clean, tmp_path: Path
+) -> None:
+    clean.images[:30] = clean.images[0]  # training images of different patients
+    clean.images[50] = clean.images[3]
+    assert {"copies-across-splits", "one-chain"} <= set(keys(clean.check(tmp_path / "unknown")))
+    clean.columns |= {"group_rule": GROUP_RULES["patient"]}
+    found = set(keys(clean.check(tmp_path / "patients")))
+    assert not {"copies-across-splits", "look-alikes-across-splits", "one-chain"} & found
+    assert "near-copies" not in found
+
+
+def test_the_threshold_lies_below_what_training_patients_show() -> None:
+    """Of 200 training images, one pair in fifty of other patients differs in 5 bits."""
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(1, 2**63, 240, dtype=np.uint64)
+    for i in range(0, 8, 2):
+        hashes[i + 1] = hashes[i] ^ np.uint64(0b11111)
+    split = np.array(["train"] * 200 + ["test"] * 40)
+    groups = np.array([f"P{i}" for i in range(240)])
+    table = pd.DataFrame({"split": split, "group": groups})
+    assert unusual_distance(table, hashes) == 4
+    table["group"] = groups.copy()
+    table.loc[range(8), "group"] = [f"Q{i // 2}" for i in range(8)]  # each pair of one patient
+    assert unusual_distance(table, hashes) == 8
 
 
 def test_a_group_in_several_chains_counts_once(clean: Clean, tmp_path: Path) -> None:

@@ -134,18 +134,18 @@ def _join(address: str) -> Any:
 
 def _find_cluster() -> str:
     """Return the address of the only cluster on this machine."""
-    found = local_clusters()
-    if not found:
+    addresses = local_clusters()
+    if not addresses:
         raise ResourceError(
             "No Ray cluster runs on this machine; start one with `ray start --head`, give the "
             "address of one such as --address head:6379, or leave --address out to start Ray here."
         )
-    if len(found) > 1:
+    if len(addresses) > 1:
         raise ResourceError(
-            f"--address auto could mean {len(found)} Ray clusters on this machine: "
-            f"{', '.join(found)}; give one of these addresses."
+            f"--address auto could mean {len(addresses)} Ray clusters on this machine: "
+            f"{', '.join(addresses)}; give one of these addresses."
         )
-    return found[0]
+    return addresses[0]
 
 
 def _explicit_address(address: str) -> str:

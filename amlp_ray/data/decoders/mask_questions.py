@@ -44,22 +44,22 @@ def describe_masks(masks: Sequence[MaskValues], rule: MaskRule, config: PrepareC
         DataError: what the masks of the set mean cannot be guessed, or `config` does not fit them.
     """
     chosen = [_Mask(mask, chosen_values(mask, rule, config)) for mask in masks]
-    told = _describe_palettes(masks, rule, config)
+    notes = _describe_palettes(masks, rule, config)
     if config.lesion_labels:
-        return told + _check_labels(chosen, config.lesion_labels) + _describe_unlisted(chosen)
+        return notes + _check_labels(chosen, config.lesion_labels) + _describe_unlisted(chosen)
     _ask_palettes(masks, rule, config)
     if config.lesion_threshold is None:
         _ask_values(chosen, rule)
-        told += _describe_values(chosen, rule)
+        notes += _describe_values(chosen, rule)
     else:
         _check_threshold(chosen, config.lesion_threshold)
     num_alpha = sum(read_mask_as(mask, rule, config).plane == "alpha" for mask in masks)
     if num_alpha:
-        told.append(
+        notes.append(
             f"{_count(num_alpha, masks)} {_have(num_alpha)} one color: what is not transparent is "
             "lesion."
         )
-    return told
+    return notes
 
 
 def _ask_values(chosen: Sequence[_Mask], rule: MaskRule) -> None:
@@ -164,10 +164,10 @@ def _describe_faint(weak: Sequence[_Mask], scale: float) -> str:
 
 def _describe_values(chosen: Sequence[_Mask], rule: MaskRule) -> list[str]:
     """Say which values count as lesion, if there are several."""
-    told = []
+    notes = []
     many = sum(has_many_values(*pair) for pair in chosen)
     if many:
-        told.append(
+        notes.append(
             f"{_count(many, chosen)} {_have(many)} many values, as remains of JPEG or soft edges: "
             f"what lies above {rule.threshold:g}, half of the highest, is lesion; "
             "--lesion-threshold sets another value."
@@ -178,17 +178,17 @@ def _describe_values(chosen: Sequence[_Mask], rule: MaskRule) -> list[str]:
             labels.update({float(WHITE)} if mask.is_one_bit else values.values)
     labels.discard(0.0)
     if len(labels) > 1:
-        told.append(
+        notes.append(
             f"The masks hold the values {list_values(sorted(labels))}: all are lesion; "
             "--lesion-labels takes some of them."
         )
     num_colored = sum(mask.num_colors > 2 for mask, _ in chosen)
     if num_colored and not many:
-        told.append(
+        notes.append(
             f"{_count(num_colored, chosen)} {_have(num_colored)} several colors: all but black is "
             "lesion."
         )
-    return told
+    return notes
 
 
 def _describe_palettes(

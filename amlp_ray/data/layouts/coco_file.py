@@ -59,7 +59,7 @@ class CocoFile:
         Raises:
             DataError: not one of the annotations can be used.
         """
-        wanted = {str(label) for label in lesion_labels}
+        lesion_categories = {str(label) for label in lesion_labels}
         by_id, by_key = self._index_images()
         num_strays = 0
         num_unsorted = 0
@@ -70,9 +70,9 @@ class CocoFile:
                 num_strays += 1
                 continue
             category = id_key(annotation.get("category_id"))
-            if wanted and category not in self.categories:
+            if lesion_categories and category not in self.categories:
                 num_unsorted += 1
-            elif not wanted or category in wanted:
+            elif not lesion_categories or category in lesion_categories:
                 image.segmentations.append(_outline_of(annotation))
         problems = []
         if num_strays:
@@ -110,15 +110,15 @@ class CocoFile:
 
 def check_labels(files: Sequence[CocoFile], lesion_labels: Sequence[int]) -> None:
     """Raise DataError if a wanted label is no category of any file."""
-    known: set[str] = set()
+    categories: set[str] = set()
     for file in files:
-        known |= file.categories.keys()
-    unknown = [label for label in lesion_labels if str(label) not in known]
+        categories |= file.categories.keys()
+    unknown = [label for label in lesion_labels if str(label) not in categories]
     if not files or not unknown:
         return
     listed = "; ".join(f"{file.name} has {_categories_or_none(file)}" for file in files[:3])
     advice = "give lesion_labels of these"
-    if "0" in known:
+    if "0" in categories:
         advice += ", or number the categories from 1 if 0 is wanted"
     raise DataError(
         f"lesion_labels {', '.join(map(str, unknown))} is no category of the COCO annotations: "

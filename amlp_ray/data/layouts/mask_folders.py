@@ -119,20 +119,20 @@ def _first_word(name: str) -> tuple[str, str]:
     return folder, word[0] if word else stem
 
 
-def choose_mask_folder(root: DataPath, pictures: list[FileName], wanted: str) -> MaskFolder:
+def choose_mask_folder(root: DataPath, pictures: list[FileName], mask_folder: str) -> MaskFolder:
     """Choose the folder whose masks mark lesions, where several hold masks of the same images.
 
     Args:
         root: the listed folder, for messages.
         pictures: all pictures.
-        wanted: the name that the user gave; empty if none.
+        mask_folder: the name that the user gave; empty if none.
 
     Raises:
-        DataError: there is no folder of the wanted name, or names do not tell which to take.
+        DataError: there is no folder of that name, or names do not tell which to take.
     """
-    if wanted:
-        _check_holds_pictures(root, pictures, wanted.lower())
-        return MaskFolder(wanted.lower(), "")
+    if mask_folder:
+        _check_holds_pictures(root, pictures, mask_folder.lower())
+        return MaskFolder(mask_folder.lower(), "")
     rivals = _find_rivals(pictures)
     if not rivals:
         return MaskFolder("", "")

@@ -44,8 +44,8 @@ def extend(
         ConfigError: no amount is given, one cannot be read, or one is added to no limit.
     """
     amounts = {"trials": trials, "hours": hours, "gpu_hours": gpu_hours, "epochs": epochs}
-    given = {name: amount for name, amount in amounts.items() if amount is not None}
-    if not given:
+    set_amounts = {name: amount for name, amount in amounts.items() if amount is not None}
+    if not set_amounts:
         raise ConfigError(
             "extend needs an amount, such as --trials +10 or --hours 8, or a changed space "
             "(--space)."
@@ -56,7 +56,7 @@ def extend(
                 "sampler pbt runs whole generations: its trials follow from members and epochs."
             )
         changes = {}
-        for name, amount in given.items():
+        for name, amount in set_amounts.items():
             changes[name] = _new_limit(name, amount, getattr(config.budget, name))
         budget = build(BudgetConfig, config.budget.model_dump() | changes, "extend")
         search = store.search(create=True)

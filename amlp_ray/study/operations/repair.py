@@ -123,8 +123,8 @@ class _Runs:
         stored = self._records(0)
         n_trials = max([len(stored), *(number + 1 for number in self._numbers)], default=0)
         for number in range(n_trials):
-            known = stored[number] if number < len(stored) else None
-            search.trials.append(self._trial(number, known))
+            stored_trial = stored[number] if number < len(stored) else None
+            search.trials.append(self._trial(number, stored_trial))
         self._params = {index: trial.params for index, trial in enumerate(search.trials)}
         baselines = self._study(1, f"{self._store.name}.baselines", ["maximize"])
         baselines.trials = self._runs(1, "baselines/")
@@ -242,12 +242,12 @@ class _Runs:
         """Return the runs of baselines or the confirmation: the stored ones, then others."""
         trials = []
         stored_folders = set()
-        for known in self._records(index):
-            path = str(TrialRecord.from_frozen(known).folder)
-            if DAMAGED in known.user_attrs and path not in self._folders:
+        for stored_trial in self._records(index):
+            path = str(TrialRecord.from_frozen(stored_trial).folder)
+            if DAMAGED in stored_trial.user_attrs and path not in self._folders:
                 continue
             stored_folders.add(path)
-            trials.append(self._run(path, known) if path in self._folders else known)
+            trials.append(self._run(path, stored_trial) if path in self._folders else stored_trial)
             if path not in self._folders:
                 self._result.kept += 1
         for path in self._folders:

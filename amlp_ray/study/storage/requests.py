@@ -46,8 +46,8 @@ def add_request(study: optuna.Study, verb: Verb) -> str:
     answered = [request for request in requests if "answer" in request]
     dropped = {request["id"] for request in answered[:-KEPT]}
     request = Request(verb=verb, by=here(), id=uuid.uuid4().hex)
-    kept = [item for item in requests if item["id"] not in dropped]
-    study.set_user_attr(ATTRIBUTE, [*kept, request])
+    remaining = [item for item in requests if item["id"] not in dropped]
+    study.set_user_attr(ATTRIBUTE, [*remaining, request])
     return request["id"]
 
 

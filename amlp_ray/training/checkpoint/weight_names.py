@@ -83,17 +83,17 @@ def find_vit(tensors: Tensors, label: str) -> tuple[Tensors, list[str]]:
     if len(prefixes) > 1:
         listed = ", ".join(_printable(one) for one in prefixes)
         changes.append(f"weights of {_printable(prefix)} taken (the file holds {listed})")
-    found = _below(plain, prefix)
+    weights = _below(plain, prefix)
     if is_hugging_face:
         changes.append("names of Hugging Face translated")
-        return _translate(found), changes
-    return {CHUNKED_BLOCK.sub("blocks.", name): value for name, value in found.items()}, changes
+        return _translate(weights), changes
+    return {CHUNKED_BLOCK.sub("blocks.", name): value for name, value in weights.items()}, changes
 
 
 def _prefixes(names: Iterable[str], anchor: str) -> list[str]:
     """Return what stands before an anchor, sorted; empty if the anchor begins a name."""
     pattern = re.compile(rf"^(|.*\.){re.escape(anchor)}$")
-    return sorted(found[1] for name in names if (found := pattern.match(name)))
+    return sorted(match[1] for name in names if (match := pattern.match(name)))
 
 
 def _choose(prefixes: list[str], label: str) -> str:
